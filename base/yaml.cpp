@@ -1,0 +1,233 @@
+#include "base/yaml.h"
+
+#include <fmt/format.h>
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <sstream>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+
+namespace partita {
+
+struct YamlNode::Impl {
+  YAML::Node node;
+  std::string file;
+  std::string path;
+  std::shared_ptr<std::set<std::string>> asked = std::make_shared<std::set<std::string>>();
+};
+
+namespace {
+
+std::shared_ptr<const YamlNode::Impl> make(const YAML::Node& node, std::string file, std::string path) {
+  auto impl = std::make_shared<YamlNode::Impl>();
+  impl->node = node;
+  impl->file = std::move(file);
+  impl->path = std::move(path);
+  return impl;
+}
+
+std::string joined(const std::string& path, std::string_view key) {
+  return path.empty() ? std::string(key) : path + "." + std::string(key);
+}
+
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t above = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] != b[j - 1])});
+      diagonal = above;
+    }
+  }
+  return row.back();
+}
+
+}  // namespace
+
+std::string did_you_mean(std::string_view word, const std::vector<std::string>& known) {
+  std::string best;
+  std::size_t least = 3;
+  for (const auto& candidate : known) {
+    if (const auto d = edit_distance(word, candidate); d < least) {
+      least = d;
+      best = candidate;
+    }
+  }
+  return best.empty() ? "" : fmt::format("; did you mean '{}'?", best);
+}
+
+YamlNode::YamlNode(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
+std::string read_file(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) {
+    throw InputError(path, "is a folder; name a file");
+  }
+  std::ifstream in(path, std::ios::binary);
+  if (!in) throw InputError(path, "cannot be read; check that the file exists and is readable");
+  std::ostringstream all;
+  all << in.rdbuf();
+  return all.str();
+}
+
+YamlNode YamlNode::load_file(const std::string& file, std::string_view schema) {
+  return load_text(read_file(file), file, schema);
+}
+
+YamlNode YamlNode::load_text(const std::string& body, const std::string& file, std::string_view schema) {
+  YAML::Node root;
+  try {
+    root = YAML::Load(body);
+  } catch (const YAML::Exception& e) {
+    throw InputError(fmt::format("{}:{}", file, e.mark.line + 1), "is not YAML: " + e.msg);
+  }
+  YamlNode node(make(root, file, ""));
+  if (!root.IsMap()) {
+    throw InputError(file, fmt::format("must be a map that begins with 'schema: {}'", schema));
+  }
+  const std::string found = node.has("schema") ? node.get("schema").as_string() : "";
+  if (found != schema) {
+    throw InputError(node.has("schema") ? node.get("schema").place() : file,
+                     found.empty() ? fmt::format("has no schema; add the line 'schema: {}'", schema)
+                                   : fmt::format("schema is '{}'; this reads '{}'", found, schema));
+  }
+  return node;
+}
+
+std::string YamlNode::place() const {
+  const auto mark = impl_->node.Mark();
+  std::string where = impl_->file;
+  if (mark.line >= 0) where += fmt::format(":{}", mark.line + 1);
+  if (!impl_->path.empty()) where += ": " + impl_->path;
+  return where;
+}
+std::string YamlNode::file() const { return impl_->file; }
+
+bool YamlNode::is_map() const { return impl_->node.IsMap(); }
+bool YamlNode::is_list() const { return impl_->node.IsSequence(); }
+bool YamlNode::is_scalar() const { return impl_->node.IsScalar(); }
+
+std::optional<YamlNode> YamlNode::find(std::string_view key) const {
+  if (!is_map()) {
+    throw InputError(place(), fmt::format("must be a map with key '{}'", key));
+  }
+  impl_->asked->insert(std::string(key));
+  const YAML::Node child = impl_->node[std::string(key)];
+  if (!child.IsDefined() || child.IsNull()) return std::nullopt;
+  return YamlNode(make(child, impl_->file, joined(impl_->path, key)));
+}
+
+YamlNode YamlNode::get(std::string_view key) const {
+  if (auto child = find(key)) return *child;
+  std::vector<std::string> present;
+  for (const auto& entry : impl_->node) present.push_back(entry.first.as<std::string>());
+  throw InputError(place(), fmt::format("needs the key '{}'{}", key, did_you_mean(key, present)));
+}
+
+std::vector<YamlNode> YamlNode::items() const {
+  if (!is_list()) throw InputError(place(), "must be a list");
+  std::vector<YamlNode> all;
+  for (std::size_t i = 0; i < impl_->node.size(); ++i) {
+    all.emplace_back(make(impl_->node[i], impl_->file, fmt::format("{}[{}]", impl_->path, i)));
+  }
+  return all;
+}
+
+std::vector<std::pair<std::string, YamlNode>> YamlNode::members() const {
+  if (!is_map()) throw InputError(place(), "must be a map");
+  std::vector<std::pair<std::string, YamlNode>> all;
+  for (const auto& entry : impl_->node) {
+    const auto key = entry.first.as<std::string>();
+    impl_->asked->insert(key);
+    all.emplace_back(key, YamlNode(make(entry.second, impl_->file, joined(impl_->path, key))));
+  }
+  return all;
+}
+
+void YamlNode::reject_unknown_keys() const {
+  std::set<std::string> seen;
+  for (const auto& entry : impl_->node) {
+    const auto key = entry.first.as<std::string>();
+    const int line = entry.first.Mark().line + 1;
+    if (!seen.insert(key).second) {
+      throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
+                       "is given twice; keep one");
+    }
+    if (impl_->asked->count(key)) continue;
+    const std::vector<std::string> known(impl_->asked->begin(), impl_->asked->end());
+    std::string list;
+    for (const auto& k : known) list += (list.empty() ? "" : ", ") + k;
+    throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
+                     fmt::format("unknown key{}; known here: {}", did_you_mean(key, known), list));
+  }
+}
+
+std::string YamlNode::as_string() const {
+  if (!is_scalar()) throw InputError(place(), "must be a single value");
+  return impl_->node.Scalar();
+}
+
+std::int64_t YamlNode::as_int(std::int64_t lowest, std::int64_t highest) const {
+  const std::string s = as_string();
+  std::int64_t n = 0;
+  const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), n);
+  if (error != std::errc{} || end != s.data() + s.size()) {
+    throw InputError(place(), fmt::format("'{}' is not a whole number", s));
+  }
+  if (n < lowest) throw InputError(place(), fmt::format("{} is too small; at least {}", n, lowest));
+  if (n > highest) throw InputError(place(), fmt::format("{} is too large; at most {}", n, highest));
+  return n;
+}
+
+double YamlNode::as_double() const {
+  const std::string s = as_string();
+  double n = 0;
+  const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), n);
+  if (error != std::errc{} || end != s.data() + s.size()) {
+    throw InputError(place(), fmt::format("'{}' is not a plain number", s));
+  }
+  return n;
+}
+
+bool YamlNode::as_bool() const {
+  const std::string s = as_string();
+  if (s == "true" || s == "yes" || s == "on") return true;
+  if (s == "false" || s == "no" || s == "off") return false;
+  throw InputError(place(), fmt::format("'{}' must be true or false", s));
+}
+
+Bytes YamlNode::as_bytes() const { return parse_bytes(as_string(), place()); }
+Seconds YamlNode::as_seconds() const { return parse_seconds(as_string(), place()); }
+BytesPerSecond YamlNode::as_byte_rate() const { return parse_byte_rate(as_string(), place()); }
+FlopsPerSecond YamlNode::as_flop_rate() const { return parse_flop_rate(as_string(), place()); }
+
+std::vector<std::int64_t> YamlNode::as_ints() const {
+  std::vector<std::int64_t> all;
+  for (const auto& item : items()) all.push_back(item.as_int());
+  return all;
+}
+
+std::vector<std::string> YamlNode::as_strings() const {
+  if (is_scalar()) return {as_string()};
+  std::vector<std::string> all;
+  for (const auto& item : items()) all.push_back(item.as_string());
+  return all;
+}
+
+std::string data_folder(std::string_view folder) {
+  const char* chosen = std::getenv("PARTITA_DATA");
+  const std::string root = chosen != nullptr && *chosen != '\0' ? chosen : PARTITA_SOURCE_FOLDER;
+  return root + "/" + std::string(folder);
+}
+
+}  // namespace partita

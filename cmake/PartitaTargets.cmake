@@ -1,0 +1,22 @@
+# What every target of ours is compiled with, and the one way to add a library.
+
+add_library(partita_flags INTERFACE)
+# -ffp-contract=off: both compilers would otherwise fuse a*b+c on some machines only,
+# and the same inputs must give the same bytes out everywhere.
+target_compile_options(partita_flags INTERFACE
+  -Wall -Wextra -Wconversion -Wshadow -Werror -ffp-contract=off)
+if(PARTITA_SANITIZE)
+  target_compile_options(partita_flags INTERFACE -fsanitize=${PARTITA_SANITIZE} -fno-omit-frame-pointer)
+  target_link_options(partita_flags INTERFACE -fsanitize=${PARTITA_SANITIZE})
+endif()
+
+# partita_library(NAME SOURCES a.cpp ... DEPS base ... PRIVATE_DEPS fmt::fmt ...)
+# Adds partita_NAME. DEPS are the project's own targets it may include; third-party
+# libraries stay private so that their headers do not leak through ours.
+function(partita_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;PRIVATE_DEPS" ${ARGN})
+  add_library(partita_${name} STATIC ${ARG_SOURCES})
+  target_include_directories(partita_${name} PUBLIC ${PROJECT_SOURCE_DIR})
+  list(TRANSFORM ARG_DEPS PREPEND partita_)
+  target_link_libraries(partita_${name} PUBLIC ${ARG_DEPS} PRIVATE partita_flags fmt::fmt ${ARG_PRIVATE_DEPS})
+endfunction()

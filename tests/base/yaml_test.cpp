@@ -1,0 +1,55 @@
+#include "base/yaml.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+
+namespace partita {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+YamlNode doc(const std::string& body) {
+  return YamlNode::load_text("schema: t/1\n" + body, "f.yaml", "t/1");
+}
+
+TEST(Yaml, NamesFileLineAndPath) {
+  const auto node = doc("a:\n  b: [1, x]\n");
+  EXPECT_THAT([&] { node.get("a").get("b").as_ints(); },
+              ThrowsMessage<InputError>(HasSubstr("f.yaml:3: a.b[1]: 'x' is not a whole number")));
+}
+
+TEST(Yaml, SuggestsTheKeyThatWasMeant) {
+  const auto node = doc("bandwith: 3 GB/s\n");
+  EXPECT_FALSE(node.has("bandwidth"));
+  EXPECT_THAT([&] { node.reject_unknown_keys(); },
+              ThrowsMessage<InputError>(
+                  AllOf(HasSubstr("f.yaml:2"), HasSubstr("did you mean 'bandwidth'?"))));
+}
+
+TEST(Yaml, RefusesDuplicateKeysWrongSchemasAndBrokenText) {
+  const auto node = doc("a: 1\na: 2\n");
+  node.get("a");
+  EXPECT_THAT([&] { node.reject_unknown_keys(); }, ThrowsMessage<InputError>(HasSubstr("given twice")));
+  EXPECT_THAT([] { YamlNode::load_text("schema: t/2\n", "f", "t/1"); },
+              ThrowsMessage<InputError>(HasSubstr("schema is 't/2'; this reads 't/1'")));
+  EXPECT_THAT([] { YamlNode::load_text("a: [", "f", "t/1"); },
+              ThrowsMessage<InputError>(HasSubstr("is not YAML")));
+  EXPECT_THAT([] { YamlNode::load_text("- 1", "f", "t/1"); },
+              ThrowsMessage<InputError>(HasSubstr("must be a map")));
+  EXPECT_THAT([] { YamlNode::load_file("/no/such", "t/1"); },
+              ThrowsMessage<InputError>(HasSubstr("cannot be read")));
+}
+
+TEST(Yaml, BoundsIntegers) {
+  EXPECT_THAT([] { doc("n: 0\n").get("n").as_int(1); },
+              ThrowsMessage<InputError>(HasSubstr("0 is too small; at least 1")));
+  EXPECT_THAT([] { doc("n: 9\n").get("n").as_int(1, 8); },
+              ThrowsMessage<InputError>(HasSubstr("9 is too large; at most 8")));
+}
+
+}  // namespace
+}  // namespace partita
