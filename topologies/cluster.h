@@ -1,0 +1,95 @@
+// topologies/cluster.h: what every reader (YAML, NCCL XML, nvidia-smi) makes, and the one function
+// that turns it into a Topology. Private to this folder.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "topologies/topology.h"
+
+namespace partita {
+
+struct VertexSpec {
+  std::string name;
+  VertexKind kind = VertexKind::cpu;
+  std::size_t profile = 0;        ///< Devices: index into ClusterSpec::profiles.
+  BytesPerSecond port_bandwidth;  ///< NICs: to the fabric, one direction.
+  Seconds port_latency;
+  std::string place;
+};
+
+/// A cable: one link in each direction.
+struct EdgeSpec {
+  std::size_t a = 0, b = 0;  ///< Indices into NodeSpec::vertices.
+  LinkKind kind = LinkKind::other;
+  BytesPerSecond bandwidth;
+  Seconds latency;
+};
+
+/// A switched network that joins consecutive nodes of one group, beside the fabric.
+struct DomainSpec {
+  std::int64_t nodes = 1;  ///< The last domain may have fewer.
+  LinkKind kind = LinkKind::nvlink;
+  std::vector<std::size_t> ports;  ///< Vertices with a link to the domain's switch.
+  BytesPerSecond bandwidth;
+  Seconds latency;
+};
+
+struct NodeSpec {
+  std::string place;
+  std::int64_t count = 1;
+  std::string cpu_vendor;
+  std::vector<VertexSpec> vertices;
+  std::vector<EdgeSpec> edges;
+  std::optional<DomainSpec> domain;
+};
+
+/// The fabrics. A new one (torus, dragonfly) is one alternative here, one case in the YAML reader
+/// and one class beside SwitchTree in topology.cpp.
+struct NoFabric {};
+struct SingleSwitch {};
+struct Rails {
+  std::int64_t nodes_per_leaf = 0;  ///< 0: all of them.
+  bool spine = true;
+  double oversubscription = 1;
+  std::optional<BytesPerSecond> uplink;  ///< Per leaf; else ports / oversubscription.
+  Seconds uplink_latency;
+};
+struct FatTree {
+  std::int64_t nodes_per_leaf = 1;
+  double oversubscription = 1;
+  std::optional<BytesPerSecond> uplink;
+  Seconds uplink_latency;
+};
+using FabricSpec = std::variant<NoFabric, SingleSwitch, Rails, FatTree>;
+
+struct ClusterSpec {
+  std::string name;
+  std::string place;  ///< The file, for messages.
+  std::vector<DeviceProfile> profiles;
+  std::vector<NodeSpec> groups;
+  FabricSpec fabric;
+  std::size_t used_devices = 0;  ///< 0: all.
+  std::vector<std::string> notes;
+  std::vector<std::pair<std::string, std::string>> sources;
+};
+
+/// Checks (counts, names, connectivity) and lays out the numbering. InputError on a bad cluster.
+Topology build_topology(ClusterSpec spec);
+
+ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file);
+ClusterSpec read_nccl_xml(const std::string& text, const std::string& file,
+                          const std::string& device);
+ClusterSpec read_nvidia_smi(const std::string& text, const std::string& file,
+                            const std::string& device);
+
+/// Names of the .yaml files of a data folder, sorted, without the ending.
+std::vector<std::string> data_names(const std::string& folder);
+
+inline constexpr std::int64_t kMostNodes = 1'000'000;
+
+}  // namespace partita

@@ -1,0 +1,312 @@
+// The reader of cluster files. docs/topologies.md has the grammar.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <map>
+
+#include "base/error.h"
+#include "base/yaml.h"
+#include "topologies/cluster.h"
+
+namespace partita {
+
+namespace {
+
+constexpr const char* kSchema = "partita.topology/1";
+constexpr std::size_t kMostVertices = 10'000;  ///< In one node.
+
+template <class T>
+T one_of(const YamlNode& node, const std::vector<std::pair<std::string, T>>& choices) {
+  const std::string word = node.as_string();
+  std::vector<std::string> known;
+  for (const auto& [name, value] : choices) {
+    if (name == word) return value;
+    known.push_back(name);
+  }
+  throw InputError(node.place(), fmt::format("unknown kind '{}'; use one of {}{}", word,
+                                             fmt::join(known, ", "), did_you_mean(word, known)));
+}
+
+VertexKind vertex_kind(const YamlNode& node) {
+  std::vector<std::pair<std::string, VertexKind>> choices;
+  for (const auto kind : {VertexKind::device, VertexKind::cpu, VertexKind::pcie_switch,
+                          VertexKind::nvswitch, VertexKind::nic, VertexKind::network_switch})
+    choices.emplace_back(name(kind), kind);
+  return one_of(node, choices);
+}
+
+LinkKind link_kind(const YamlNode& node) {
+  std::vector<std::pair<std::string, LinkKind>> choices;
+  for (const auto kind : {LinkKind::nvlink, LinkKind::pcie, LinkKind::c2c,
+                          LinkKind::cpu_interconnect, LinkKind::network, LinkKind::other})
+    choices.emplace_back(name(kind), kind);
+  return one_of(node, choices);
+}
+
+/// "gpu[0-3,6]" -> gpu0 gpu1 gpu2 gpu3 gpu6; "cpu" -> cpu.
+std::vector<std::string> expand(const std::string& text, const std::string& place) {
+  const auto bad = [&] {
+    return InputError(place, fmt::format("'{}' is no name or range; write gpu, gpu[0-7] or "
+                                         "gpu[0,2,4-6]",
+                                         text));
+  };
+  const std::size_t open = text.find('[');
+  if (open == std::string::npos) {
+    if (text.empty() || text.find_first_of("]., ") != std::string::npos) throw bad();
+    return {text};
+  }
+  if (open == 0 || text.back() != ']') throw bad();
+  const std::string stem = text.substr(0, open);
+  std::vector<std::string> names;
+  const char* at = text.data() + open + 1;
+  const char* const end = text.data() + text.size() - 1;
+  const auto number = [&] {
+    std::size_t value = 0;
+    const auto [next, error] = std::from_chars(at, end, value);
+    if (error != std::errc{}) throw bad();
+    at = next;
+    return value;
+  };
+  for (;;) {
+    const std::size_t first = number();
+    std::size_t last = first;
+    if (at != end && *at == '-') {
+      ++at;
+      last = number();
+    }
+    if (last < first || last - first >= kMostVertices) throw bad();
+    for (std::size_t i = first; i <= last; ++i) names.push_back(fmt::format("{}{}", stem, i));
+    if (at == end) return names;
+    if (*at != ',') throw bad();
+    ++at;
+  }
+}
+
+/// Each list of names, or one.
+std::vector<std::string> expand(const YamlNode& node) {
+  std::vector<std::string> names;
+  for (const auto& text : node.as_strings())
+    for (auto& name : expand(text, node.place())) names.push_back(std::move(name));
+  return names;
+}
+
+class Reader {
+ public:
+  Reader(const std::string& text, const std::string& file)
+      : file_(file), root_(YamlNode::load_text(text, file, kSchema)) {}
+
+  ClusterSpec read() {
+    spec_.place = file_;
+    spec_.name = root_.get("name").as_string();
+    root_.find("description");
+    const std::string source = own_source(root_, "");
+    const YamlNode groups = root_.get("nodes");
+    for (const auto& node : groups.items()) read_group(node, own_source(node, source));
+    if (const auto fabric = root_.find("fabric")) read_fabric(*fabric, own_source(*fabric, source));
+    root_.reject_unknown_keys();
+    return std::move(spec_);
+  }
+
+ private:
+  static std::string own_source(const YamlNode& node, const std::string& inherited) {
+    if (!node.is_map()) return inherited;
+    const auto own = node.find("source");
+    return own ? own->as_string() : inherited;
+  }
+
+  void cite(const YamlNode& record, const std::string& source) {
+    if (source.empty())
+      throw InputError(record.place(),
+                       "every hardware figure needs a source; add source: 'name of the datasheet, "
+                       "or measured, or assumed' here, to its group or to the file");
+    std::string place = record.place();
+    if (place.starts_with(file_)) place = place.substr(file_.size());
+    const std::size_t path = place.find(": ");
+    spec_.sources.emplace_back(path == std::string::npos ? place : place.substr(path + 2), source);
+  }
+
+  std::size_t profile(const YamlNode& node) {
+    const std::string name = node.as_string();
+    const auto [entry, is_new] = profile_by_name_.emplace(name, spec_.profiles.size());
+    if (is_new) {
+      const std::filesystem::path path(name);
+      const bool beside = name.ends_with(".yaml") && path.is_relative();
+      try {
+        spec_.profiles.push_back(load_device(
+            beside ? (std::filesystem::path(file_).parent_path() / path).string() : name));
+      } catch (const InputError& error) {
+        // A mistake inside a device file already has a better place than ours.
+        if (error.place() != "device") throw;
+        throw InputError(node.place(), error.message());
+      }
+    }
+    return entry->second;
+  }
+
+  void read_group(const YamlNode& node, const std::string& source) {
+    NodeSpec group;
+    group.place = node.place();
+    if (const auto count = node.find("count")) group.count = count->as_int();
+    if (const auto vendor = node.find("cpu_vendor"))
+      group.cpu_vendor = one_of<std::string>(
+          *vendor, {{"intel", "intel"}, {"amd", "amd"}, {"arm", "arm"}, {"other", ""}});
+    for (const auto& [names, vertex] : node.get("vertices").members())
+      read_vertices(names, vertex, own_source(vertex, source), group);
+    std::map<std::string, std::size_t> by_name;
+    for (std::size_t v = 0; v < group.vertices.size(); ++v)
+      by_name.emplace(group.vertices[v].name, v);
+    if (const auto links = node.find("links"))
+      for (const auto& link : links->items())
+        read_links(link, own_source(link, source), by_name, group);
+    if (const auto domain = node.find("domain")) {
+      DomainSpec d;
+      d.nodes = domain->get("nodes").as_int(1, kMostNodes);
+      d.kind = link_kind(domain->get("kind"));
+      d.ports = lookup(domain->get("ports"), by_name);
+      d.bandwidth = domain->get("bandwidth").as_byte_rate();
+      d.latency = domain->get("latency").as_seconds();
+      cite(*domain, own_source(*domain, source));
+      domain->reject_unknown_keys();
+      group.domain = d;
+    }
+    node.reject_unknown_keys();
+    spec_.groups.push_back(std::move(group));
+  }
+
+  void read_vertices(const std::string& names, const YamlNode& node, const std::string& source,
+                     NodeSpec& group) {
+    VertexSpec vertex;
+    vertex.place = node.place();
+    vertex.kind = vertex_kind(node.get("kind"));
+    if (vertex.kind == VertexKind::device) vertex.profile = profile(node.get("device"));
+    if (vertex.kind == VertexKind::nic) {
+      vertex.port_bandwidth = node.get("bandwidth").as_byte_rate();
+      vertex.port_latency = node.get("latency").as_seconds();
+      cite(node, source);
+    }
+    node.reject_unknown_keys();
+    for (auto& name : expand(names, node.place())) {
+      vertex.name = std::move(name);
+      group.vertices.push_back(vertex);
+    }
+    if (group.vertices.size() > kMostVertices)
+      throw InputError(node.place(), fmt::format("a node has at most {} vertices; this one has {}",
+                                                 kMostVertices, group.vertices.size()));
+  }
+
+  std::vector<std::size_t> lookup(const YamlNode& node,
+                                  const std::map<std::string, std::size_t>& by_name) const {
+    std::vector<std::size_t> found;
+    for (const auto& name : expand(node)) {
+      const auto entry = by_name.find(name);
+      if (entry == by_name.end()) {
+        std::vector<std::string> known;
+        for (const auto& [other, index] : by_name) known.push_back(other);
+        throw InputError(node.place(),
+                         fmt::format("no vertex '{}' in this node; it has {}{}", name,
+                                     fmt::join(known, ", "), did_you_mean(name, known)));
+      }
+      found.push_back(entry->second);
+    }
+    return found;
+  }
+
+  void read_links(const YamlNode& node, const std::string& source,
+                  const std::map<std::string, std::size_t>& by_name, NodeSpec& group) {
+    EdgeSpec edge;
+    edge.kind = link_kind(node.get("kind"));
+    edge.bandwidth = node.get("bandwidth").as_byte_rate();
+    edge.latency = node.get("latency").as_seconds();
+    if (const auto lanes = node.find("lanes"))
+      edge.bandwidth = static_cast<double>(lanes->as_int(1, 1000)) * edge.bandwidth;
+    cite(node, source);
+    const auto add = [&](std::size_t a, std::size_t b) {
+      if (a == b)
+        throw InputError(node.place(),
+                         fmt::format("vertex '{}' is linked to itself; name two vertices",
+                                     group.vertices[a].name));
+      edge.a = a;
+      edge.b = b;
+      group.edges.push_back(edge);
+    };
+    if (const auto between = node.find("between")) {
+      const auto all = lookup(*between, by_name);
+      for (std::size_t i = 0; i < all.size(); ++i)
+        for (std::size_t j = i + 1; j < all.size(); ++j) add(all[i], all[j]);
+      node.reject_unknown_keys();
+      return;
+    }
+    const auto from = lookup(node.get("from"), by_name);
+    const auto to = lookup(node.get("to"), by_name);
+    node.reject_unknown_keys();
+    const std::size_t longer = std::max(from.size(), to.size());
+    if (from.empty() || to.empty() || longer % from.size() != 0 || longer % to.size() != 0)
+      throw InputError(node.place(),
+                       fmt::format("{} vertices can't be linked to {}: one number must divide the "
+                                   "other; write several links",
+                                   from.size(), to.size()));
+    // Equal ranges pair up; a shorter one is dealt out in blocks: gpu[0-3] to pcie[0-1] joins
+    // gpu0 and gpu1 to pcie0.
+    for (std::size_t i = 0; i < longer; ++i)
+      add(from[i / (longer / from.size())], to[i / (longer / to.size())]);
+  }
+
+  double oversubscription(const YamlNode& node) const {
+    const auto ratio = node.find("oversubscription");
+    if (!ratio) return 1;
+    const double value = ratio->as_double();
+    if (!(value > 0 && value <= 1e6))
+      throw InputError(ratio->place(),
+                       fmt::format("oversubscription is bandwidth below a leaf over "
+                                   "bandwidth above it, e.g. 1 or 2; {} is given",
+                                   value));
+    return value;
+  }
+
+  template <class Tree>
+  void read_tree(const YamlNode& node, Tree& tree) const {
+    tree.oversubscription = oversubscription(node);
+    if (const auto uplink = node.find("uplink")) tree.uplink = uplink->as_byte_rate();
+    tree.uplink_latency = node.get("uplink_latency").as_seconds();
+  }
+
+  void read_fabric(const YamlNode& node, const std::string& source) {
+    enum class Kind { none, single_switch, rails, fat_tree };
+    const auto kind = one_of<Kind>(node.get("kind"), {{"none", Kind::none},
+                                                      {"single switch", Kind::single_switch},
+                                                      {"rails", Kind::rails},
+                                                      {"fat tree", Kind::fat_tree}});
+    if (kind == Kind::single_switch) spec_.fabric = SingleSwitch{};
+    if (kind == Kind::rails) {
+      Rails rails;
+      if (const auto below = node.find("nodes_per_leaf"))
+        rails.nodes_per_leaf = below->as_int(1, kMostNodes);
+      if (const auto spine = node.find("spine")) rails.spine = spine->as_bool();
+      if (rails.spine) read_tree(node, rails);
+      spec_.fabric = rails;
+    }
+    if (kind == Kind::fat_tree) {
+      FatTree tree;
+      tree.nodes_per_leaf = node.get("nodes_per_leaf").as_int(1, kMostNodes);
+      read_tree(node, tree);
+      spec_.fabric = tree;
+    }
+    if (kind != Kind::none) cite(node, source);
+    node.reject_unknown_keys();
+  }
+
+  std::string file_;
+  YamlNode root_;
+  ClusterSpec spec_;
+  std::map<std::string, std::size_t> profile_by_name_;
+};
+
+}  // namespace
+
+ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file) {
+  return Reader(text, file).read();
+}
+
+}  // namespace partita

@@ -1,0 +1,48 @@
+// topologies/device.h: what one device can do, as its maker publishes it.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/element_type.h"
+#include "base/units.h"
+
+namespace partita {
+
+struct Rate {
+  FlopsPerSecond peak;
+  std::string source;
+};
+
+/// A device file (schema partita.device/1). Every figure has an entry in `sources` under its YAML
+/// key, or in its Rate. Peaks are dense: structured sparsity is never counted.
+struct DeviceProfile {
+  std::string name;  ///< "h100-sxm"
+  std::vector<std::string> aliases;
+  Bytes memory;         ///< Physical.
+  Bytes usable_memory;  ///< What a framework can allocate: memory less ECC reserve and context.
+  BytesPerSecond memory_bandwidth;
+  std::map<ElementType, Rate> matrix_rates;  ///< Dense, no sparsity.
+  FlopsPerSecond vector_rate;                ///< fp32, outside the matrix units.
+  double matrix_efficiency = 1;              ///< Sustained fraction of peak of large problems.
+  double memory_efficiency = 1;
+  Seconds kernel_latency;  ///< Fixed time per kernel.
+  int multiprocessors = 0;
+  int compute_capability = 0;  ///< 90 for sm90; 0 where the device has none (a CPU).
+  std::map<std::string, std::string> sources;
+
+  /// Throws InputError that lists the types the device has.
+  FlopsPerSecond matrix_rate(ElementType type) const;
+};
+
+/// A catalogue name or alias ("h100-sxm"), or the path of a .yaml file. InputError otherwise.
+DeviceProfile load_device(const std::string& name_or_file);
+
+/// From a file's text; `file` is used in messages.
+DeviceProfile parse_device(const std::string& text, const std::string& file);
+
+/// Names of the device catalogue, sorted.
+std::vector<std::string> device_catalogue();
+
+}  // namespace partita

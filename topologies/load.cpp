@@ -1,0 +1,152 @@
+// load_topology: which reader a text calls for, and how many nodes of it.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <optional>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+#include "base/yaml.h"
+#include "topologies/cluster.h"
+
+namespace partita {
+
+namespace {
+
+constexpr const char* kFolder = "topologies/catalogue";
+
+/// "16", "16 nodes" or "12 gpus" after the colon.
+struct Amount {
+  std::int64_t number = 0;
+  bool devices = false;
+};
+
+/// "NAME:AMOUNT?device=D" taken apart.
+struct Request {
+  std::string name;
+  std::string device;
+  std::optional<Amount> amount;
+};
+
+Amount parse_amount(const std::string& text, const std::string& whole) {
+  Amount amount;
+  const char* const end = text.data() + text.size();
+  const auto [next, error] = std::from_chars(text.data(), end, amount.number);
+  std::string unit(next, end);
+  unit.erase(0, unit.find_first_not_of(' '));
+  if (unit == "gpus" || unit == "gpu" || unit == "devices" || unit == "device")
+    amount.devices = true;
+  else if (error != std::errc{} || !(unit.empty() || unit == "nodes" || unit == "node"))
+    throw InputError(whole, fmt::format("'{}' is no number of nodes or devices; write e.g. :16, "
+                                        ":16 nodes or :12 gpus",
+                                        text));
+  if (error != std::errc{} || amount.number < 1 || amount.number > 100 * kMostNodes)
+    throw InputError(whole,
+                     fmt::format("the number of {} must be 1 to {}; '{}' is given",
+                                 amount.devices ? "devices" : "nodes",
+                                 grouped(amount.devices ? 100 * kMostNodes : kMostNodes), text));
+  return amount;
+}
+
+Request parse_request(const std::string& text) {
+  Request request;
+  request.name = text;
+  const std::size_t question = request.name.find('?');
+  if (question != std::string::npos) {
+    const std::string option = request.name.substr(question + 1);
+    request.name.resize(question);
+    if (!option.starts_with("device="))
+      throw InputError(
+          text, fmt::format("unknown option '?{}'; the one there is, is ?device=NAME", option));
+    request.device = option.substr(7);
+  }
+  // A colon inside a path (a drive, a folder) is not ours: only what follows the last one counts.
+  const std::size_t colon = request.name.rfind(':');
+  if (colon != std::string::npos && request.name.find('/', colon) == std::string::npos &&
+      !std::filesystem::exists(request.name)) {
+    request.amount = parse_amount(request.name.substr(colon + 1), text);
+    request.name.resize(colon);
+  }
+  return request;
+}
+
+ClusterSpec read(const Request& request, const std::string& whole) {
+  const auto known = topology_catalogue();
+  if (std::binary_search(known.begin(), known.end(), request.name)) {
+    if (!request.device.empty())
+      throw InputError(whole,
+                       "?device= is for files that don't name their GPU; a catalogue entry "
+                       "does: leave it out");
+    const std::string file = data_folder(kFolder) + "/" + request.name + ".yaml";
+    return read_cluster_yaml(read_file(file), file);
+  }
+  const std::string ending = std::filesystem::path(request.name).extension().string();
+  if (ending == ".yaml" || ending == ".yml") {
+    if (!request.device.empty())
+      throw InputError(whole,
+                       "?device= is for files that don't name their GPU; a cluster file "
+                       "does: write device: there");
+    return read_cluster_yaml(read_file(request.name), request.name);
+  }
+  if (ending == ".xml") return read_nccl_xml(read_file(request.name), request.name, request.device);
+  if (ending == ".txt" || std::filesystem::is_regular_file(request.name))
+    return read_nvidia_smi(read_file(request.name), request.name, request.device);
+  throw InputError(
+      "topology",
+      fmt::format("unknown topology '{}'; use one of {}, or the path of a .yaml "
+                  "(cluster), .xml (NCCL) or .txt (nvidia-smi topo -m) file{}",
+                  request.name, fmt::join(known, ", "), did_you_mean(request.name, known)));
+}
+
+void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whole) {
+  if (spec.groups.size() != 1)
+    throw InputError(whole, fmt::format("a number after the colon needs a cluster with one group "
+                                        "of nodes; this one has {}: change count: in its file",
+                                        spec.groups.size()));
+  NodeSpec& group = spec.groups.front();
+  const auto per_node = static_cast<std::int64_t>(
+      std::count_if(group.vertices.begin(), group.vertices.end(),
+                    [](const VertexSpec& v) { return v.kind == VertexKind::device; }));
+  if (amount.devices && per_node > 0) {
+    group.count = ceil_div(amount.number, per_node);
+    spec.used_devices = static_cast<std::size_t>(amount.number);
+  } else {
+    group.count = amount.number;
+  }
+  if (group.count > kMostNodes)
+    throw InputError(whole, fmt::format("a cluster has at most {} nodes; {} are asked for",
+                                        grouped(kMostNodes), grouped(group.count)));
+}
+
+}  // namespace
+
+std::vector<std::string> data_names(const std::string& folder) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(data_folder(folder), error))
+    if (entry.path().extension() == ".yaml") names.push_back(entry.path().stem().string());
+  if (error)
+    throw InputError(data_folder(folder),
+                     "can't list this folder of data files; set PARTITA_DATA "
+                     "to the folder that has " +
+                         folder);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+std::vector<std::string> topology_catalogue() { return data_names(kFolder); }
+
+Topology parse_topology(const std::string& text, const std::string& file) {
+  return build_topology(read_cluster_yaml(text, file));
+}
+
+Topology load_topology(const std::string& text) {
+  const Request request = parse_request(text);
+  ClusterSpec spec = read(request, text);
+  if (request.amount) set_amount(spec, *request.amount, text);
+  return build_topology(std::move(spec));
+}
+
+}  // namespace partita

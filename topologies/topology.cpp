@@ -1,0 +1,680 @@
+#include "topologies/topology.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <boost/graph/adjacency_list.hpp>
+#include <boost/graph/dijkstra_shortest_paths.hpp>
+#include <boost/property_map/function_property_map.hpp>
+#include <limits>
+#include <map>
+#include <set>
+#include <tuple>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+#include "topologies/cluster.h"
+
+namespace partita {
+
+std::string_view name(VertexKind kind) {
+  switch (kind) {
+    case VertexKind::device:
+      return "device";
+    case VertexKind::cpu:
+      return "cpu";
+    case VertexKind::pcie_switch:
+      return "pcie switch";
+    case VertexKind::nvswitch:
+      return "nvswitch";
+    case VertexKind::nic:
+      return "nic";
+    case VertexKind::network_switch:
+      return "network switch";
+  }
+  PARTITA_ASSERT(false, fmt::format("vertex kind {}", static_cast<int>(kind)));
+}
+
+std::string_view name(LinkKind kind) {
+  switch (kind) {
+    case LinkKind::nvlink:
+      return "nvlink";
+    case LinkKind::pcie:
+      return "pcie";
+    case LinkKind::c2c:
+      return "c2c";
+    case LinkKind::cpu_interconnect:
+      return "cpu interconnect";
+    case LinkKind::network:
+      return "network";
+    case LinkKind::other:
+      return "other";
+  }
+  PARTITA_ASSERT(false, fmt::format("link kind {}", static_cast<int>(kind)));
+}
+
+namespace {
+
+/// What routes are compared by: fewest links, then the larger bottleneck, then the lower latency.
+/// Joining two paths never makes a worse part win on links or bottleneck, so best paths are made of
+/// best parts in these two; latency only decides between parts that are equal in both.
+struct PathCost {
+  std::int32_t links = 0;
+  double bottleneck = std::numeric_limits<double>::infinity();
+  double latency = 0;
+
+  friend bool operator<(const PathCost& a, const PathCost& b) {
+    return std::tuple(a.links, -a.bottleneck, a.latency) <
+           std::tuple(b.links, -b.bottleneck, b.latency);
+  }
+  friend PathCost operator+(const PathCost& a, const PathCost& b) {
+    return {a.links + b.links, std::min(a.bottleneck, b.bottleneck), a.latency + b.latency};
+  }
+};
+
+constexpr std::int32_t kNoPath = std::numeric_limits<std::int32_t>::max();
+constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
+
+/// A directed link inside a node, or between it and a switch outside.
+struct LocalLink {
+  std::size_t from = 0, to = 0;  ///< Local vertices; kNone: the fabric's switch.
+  std::size_t nic = kNone;       ///< Which NIC's port, for links with an end in the fabric.
+  LinkKind kind = LinkKind::other;
+  BytesPerSecond bandwidth;
+  Seconds latency;
+
+  PathCost cost() const { return {1, bandwidth.count, latency.count}; }
+};
+
+/// One distinct node, stored once. Local vertices are the spec's, in order, and then the switch of
+/// the domain if there is one. Local links: both directions of each cable; then of each domain
+/// port; then of each NIC's port (out to the fabric, and back).
+class NodeTemplate {
+ public:
+  explicit NodeTemplate(const NodeSpec& spec) : spec_(spec) {
+    for (std::size_t v = 0; v < spec_.vertices.size(); ++v) {
+      if (spec_.vertices[v].kind == VertexKind::device) devices_.push_back(v);
+      if (spec_.vertices[v].kind == VertexKind::nic) nics_.push_back(v);
+    }
+    for (const auto& e : spec_.edges) add_cable(e.a, e.b, kNone, e.kind, e.bandwidth, e.latency);
+    if (spec_.domain) {
+      const auto& d = *spec_.domain;
+      domain_switch_ = spec_.vertices.size();
+      for (const std::size_t port : d.ports)
+        add_cable(port, domain_switch_, kNone, d.kind, d.bandwidth, d.latency);
+    }
+    first_nic_link_ = links_.size();
+    for (std::size_t n = 0; n < nics_.size(); ++n) {
+      const auto& nic = spec_.vertices[nics_[n]];
+      add_cable(nics_[n], kNone, n, LinkKind::network, nic.port_bandwidth, nic.port_latency);
+    }
+    find_paths();
+  }
+
+  const NodeSpec& spec() const { return spec_; }
+  const std::vector<std::size_t>& devices() const { return devices_; }
+  const std::vector<std::size_t>& nics() const { return nics_; }
+  const std::vector<LocalLink>& links() const { return links_; }
+  std::size_t vertex_count() const { return spec_.vertices.size(); }
+  std::size_t domain_switch() const { return domain_switch_; }
+  std::size_t link_out(std::size_t nic) const { return first_nic_link_ + 2 * nic; }
+  std::size_t link_in(std::size_t nic) const { return first_nic_link_ + 2 * nic + 1; }
+  std::size_t path_count() const { return paths_.size(); }
+
+  /// From a device, a NIC or the domain's switch to any local vertex; links == kNoPath if none.
+  const PathCost& cost(std::size_t from, std::size_t to) const { return step(from, to).cost; }
+  bool reaches(std::size_t from, std::size_t to) const { return cost(from, to).links != kNoPath; }
+
+  void append_path(std::size_t from, std::size_t to, std::size_t first_link,
+                   std::vector<LinkId>& out) const {
+    const std::size_t begin = out.size();
+    for (std::size_t v = to; v != from; v = links_[step(from, v).last_link].from)
+      out.emplace_back(first_link + step(from, v).last_link);
+    std::reverse(out.begin() + static_cast<std::ptrdiff_t>(begin), out.end());
+  }
+
+ private:
+  struct Step {
+    PathCost cost;
+    std::size_t last_link = kNone;
+  };
+
+  void add_cable(std::size_t a, std::size_t b, std::size_t nic, LinkKind kind,
+                 BytesPerSecond bandwidth, Seconds latency) {
+    links_.push_back({a, b, nic, kind, bandwidth, latency});
+    links_.push_back({b, a, nic, kind, bandwidth, latency});
+  }
+
+  std::size_t graph_size() const {
+    return spec_.vertices.size() + (domain_switch_ == kNone ? 0 : 1);
+  }
+
+  const Step& step(std::size_t from, std::size_t to) const {
+    PARTITA_ASSERT(source_row_.at(from) != kNone, fmt::format("no paths from vertex {}", from));
+    return paths_[source_row_[from] * graph_size() + to];
+  }
+
+  void find_paths() {
+    using Graph = boost::adjacency_list<boost::vecS, boost::vecS, boost::directedS,
+                                        boost::no_property, std::size_t>;
+    Graph graph(graph_size());
+    for (std::size_t l = 0; l < first_nic_link_; ++l)
+      boost::add_edge(links_[l].from, links_[l].to, l, graph);
+
+    struct Recorder : boost::default_dijkstra_visitor {
+      explicit Recorder(std::vector<std::size_t>* last) : last_link(last) {}
+      void edge_relaxed(const Graph::edge_descriptor& e, const Graph& g) {
+        (*last_link)[boost::target(e, g)] = g[e];
+      }
+      std::vector<std::size_t>* last_link;
+    };
+
+    std::vector<std::size_t> sources = devices_;
+    sources.insert(sources.end(), nics_.begin(), nics_.end());
+    if (domain_switch_ != kNone) sources.push_back(domain_switch_);
+    source_row_.assign(graph_size(), kNone);
+    paths_.reserve(sources.size() * graph_size());
+    for (std::size_t row = 0; row < sources.size(); ++row) {
+      source_row_[sources[row]] = row;
+      std::vector<PathCost> cost(graph_size());
+      std::vector<std::size_t> last_link(graph_size(), kNone);
+      const auto weight = boost::make_function_property_map<Graph::edge_descriptor>(
+          [&](const Graph::edge_descriptor& e) { return links_[graph[e]].cost(); });
+      boost::dijkstra_shortest_paths(
+          graph, sources[row],
+          boost::distance_map(
+              boost::make_iterator_property_map(cost.begin(), get(boost::vertex_index, graph)))
+              .weight_map(weight)
+              .distance_compare(std::less<PathCost>{})
+              .distance_combine(std::plus<PathCost>{})
+              .distance_inf(PathCost{kNoPath, 0, 0})
+              .distance_zero(PathCost{})
+              .visitor(Recorder(&last_link)));
+      for (std::size_t v = 0; v < graph_size(); ++v) paths_.push_back({cost[v], last_link[v]});
+    }
+  }
+
+  NodeSpec spec_;
+  std::vector<std::size_t> devices_, nics_;
+  std::vector<LocalLink> links_;
+  std::size_t domain_switch_ = kNone;
+  std::size_t first_nic_link_ = 0;
+  std::vector<std::size_t> source_row_;  ///< By vertex: its row in paths_, or kNone.
+  std::vector<Step> paths_;              ///< By source row, then target.
+};
+
+/// Every fabric so far: leaves with nodes below and one core above, which stands for all spines
+/// with traffic spread evenly over them. A leaf's uplink is one link of their summed bandwidth.
+class SwitchTree {
+ public:
+  std::size_t nodes_per_leaf = 1;
+  std::size_t leaves_per_unit = 1;  ///< More than one: NIC i is on leaf i of its unit.
+  std::size_t leaf_count = 0;
+  bool core = false;
+  std::vector<BytesPerSecond> uplink;  ///< By leaf of a unit.
+  Seconds uplink_latency;
+
+  std::size_t leaf_of(std::size_t node, std::size_t nic) const {
+    return node / nodes_per_leaf * leaves_per_unit + (leaves_per_unit == 1 ? 0 : nic);
+  }
+  std::size_t switch_count() const { return leaf_count + (core ? 1 : 0); }
+  std::size_t link_count() const { return core ? 2 * leaf_count : 0; }
+  PathCost link_cost(std::size_t leaf) const {
+    return {1, uplink[leaf % leaves_per_unit].count, uplink_latency.count};
+  }
+  PathCost path_cost(std::size_t leaf_a, std::size_t leaf_b) const {
+    if (leaf_a == leaf_b) return {};
+    if (!core) return {kNoPath, 0, 0};
+    return link_cost(leaf_a) + link_cost(leaf_b);
+  }
+  void append_path(std::size_t leaf_a, std::size_t leaf_b, std::size_t first_link,
+                   std::vector<LinkId>& out) const {
+    if (leaf_a == leaf_b) return;
+    out.emplace_back(first_link + 2 * leaf_a);
+    out.emplace_back(first_link + 2 * leaf_b + 1);
+  }
+  /// Even links go up. Vertices of the result count from the fabric's first switch.
+  Link link(std::size_t index) const {
+    const auto leaf = static_cast<std::int32_t>(index / 2);
+    const auto top = static_cast<std::int32_t>(leaf_count);
+    const BytesPerSecond rate = uplink[index / 2 % leaves_per_unit];
+    return index % 2 == 0 ? Link{leaf, top, LinkKind::network, rate, uplink_latency}
+                          : Link{top, leaf, LinkKind::network, rate, uplink_latency};
+  }
+  std::string switch_name(std::size_t index) const {
+    if (index == leaf_count) return "spine";
+    if (leaves_per_unit == 1) return leaf_count == 1 ? "switch" : fmt::format("leaf{}", index);
+    if (leaf_count == leaves_per_unit) return fmt::format("rail{}", index);
+    return fmt::format("unit{}.rail{}", index / leaves_per_unit, index % leaves_per_unit);
+  }
+};
+
+/// A run of equal nodes: the first number of everything it contains.
+struct Group {
+  std::size_t first_node = 0, count = 0;
+  std::size_t first_device = 0, first_vertex = 0, first_link = 0;
+  std::size_t first_domain = 0;         ///< Number of its first domain.
+  std::size_t first_domain_switch = 0;  ///< Counted from the first switch outside the nodes.
+  NodeTemplate node;
+
+  std::size_t nodes_per_domain() const {
+    return node.spec().domain ? static_cast<std::size_t>(node.spec().domain->nodes) : 1;
+  }
+  std::size_t domain_count() const { return (count + nodes_per_domain() - 1) / nodes_per_domain(); }
+};
+
+/// The group that holds number `index` of what `first` counts.
+std::size_t group_at(const std::vector<Group>& groups, std::size_t Group::*first,
+                     std::size_t index) {
+  const auto after =
+      std::upper_bound(groups.begin(), groups.end(), index,
+                       [&](std::size_t i, const Group& group) { return i < group.*first; });
+  return static_cast<std::size_t>(after - groups.begin()) - 1;
+}
+
+}  // namespace
+
+struct Topology::Impl {
+  std::string name;
+  std::vector<DeviceProfile> profiles;
+  std::vector<Group> groups;
+  SwitchTree fabric;
+  std::size_t nodes = 0, devices = 0, used_devices = 0;
+  std::size_t node_vertices = 0, node_links = 0;  ///< Sums over the nodes.
+  std::size_t domain_switches = 0;
+  std::vector<std::string> notes;
+  std::vector<std::pair<std::string, std::string>> sources;
+
+  /// A node: its group, and its number in it.
+  struct Node {
+    const Group* group;
+    std::size_t index;   ///< In the cluster.
+    std::size_t offset;  ///< In its group.
+    const NodeTemplate& node() const { return group->node; }
+    std::size_t first_link() const { return group->first_link + offset * node().links().size(); }
+    std::size_t first_vertex() const {
+      return group->first_vertex + offset * node().vertex_count();
+    }
+    std::size_t domain() const { return group->first_domain + offset / group->nodes_per_domain(); }
+  };
+  /// A device: its node, and its local vertex.
+  struct Place {
+    Node node;
+    std::size_t vertex;
+  };
+
+  Node node_at(std::size_t index) const {
+    PARTITA_ASSERT(index < nodes, fmt::format("node {} of {}", index, nodes));
+    const Group& group = groups[group_at(groups, &Group::first_node, index)];
+    return {&group, index, index - group.first_node};
+  }
+  Place place_of(DeviceId device) const {
+    PARTITA_ASSERT(device.valid() && device.index() < devices,
+                   fmt::format("device {} of {}", device.value, devices));
+    const Group& group = groups[group_at(groups, &Group::first_device, device.index())];
+    const std::size_t per_node = group.node.devices().size();
+    const std::size_t rest = device.index() - group.first_device;
+    const std::size_t offset = rest / per_node;
+    return {{&group, group.first_node + offset, offset}, group.node.devices()[rest % per_node]};
+  }
+  std::size_t first_fabric_vertex() const { return node_vertices + domain_switches; }
+  std::size_t vertex_count() const { return first_fabric_vertex() + fabric.switch_count(); }
+  std::size_t domain_vertex(const Node& n) const {
+    return node_vertices + n.group->first_domain_switch + n.offset / n.group->nodes_per_domain();
+  }
+
+  enum class Way { none, inside, domain, fabric };
+  struct Choice {
+    PathCost cost{kNoPath, 0, 0};
+    Way way = Way::none;
+    std::size_t out_nic = 0, in_nic = 0;
+
+    void offer(const Choice& other) {
+      if (other.cost < cost) *this = other;
+    }
+  };
+
+  /// The best of the three ways from a to b. Parts inside a node come from the template's paths,
+  /// which know the domain's switch; the fabric joins the NICs of at most two nodes.
+  Choice choose(const Place& a, const Place& b) const {
+    const NodeTemplate& from = a.node.node();
+    const NodeTemplate& to = b.node.node();
+    Choice best;
+    if (a.node.index == b.node.index) {
+      if (from.reaches(a.vertex, b.vertex))
+        best.offer({from.cost(a.vertex, b.vertex), Way::inside, 0, 0});
+    } else if (a.node.group == b.node.group && from.domain_switch() != kNone &&
+               a.node.domain() == b.node.domain()) {
+      const std::size_t hub = from.domain_switch();
+      if (from.reaches(a.vertex, hub) && to.reaches(hub, b.vertex))
+        best.offer({from.cost(a.vertex, hub) + to.cost(hub, b.vertex), Way::domain, 0, 0});
+    }
+    if (fabric.leaf_count == 0) return best;
+    for (std::size_t p = 0; p < from.nics().size(); ++p) {
+      if (!from.reaches(a.vertex, from.nics()[p])) continue;
+      const PathCost out =
+          from.cost(a.vertex, from.nics()[p]) + from.links()[from.link_out(p)].cost();
+      if (best.cost < out) continue;
+      const std::size_t leaf_a = fabric.leaf_of(a.node.index, p);
+      for (std::size_t q = 0; q < to.nics().size(); ++q) {
+        if (!to.reaches(to.nics()[q], b.vertex)) continue;
+        const PathCost between = fabric.path_cost(leaf_a, fabric.leaf_of(b.node.index, q));
+        if (between.links == kNoPath) continue;
+        best.offer(
+            {out + between + to.links()[to.link_in(q)].cost() + to.cost(to.nics()[q], b.vertex),
+             Way::fabric, p, q});
+      }
+    }
+    return best;
+  }
+
+  std::string vertex_name(std::size_t vertex) const {
+    if (vertex < node_vertices) {
+      const Group& group = groups[group_at(groups, &Group::first_vertex, vertex)];
+      const std::size_t rest = vertex - group.first_vertex;
+      return fmt::format("node{}.{}", group.first_node + rest / group.node.vertex_count(),
+                         group.node.spec().vertices[rest % group.node.vertex_count()].name);
+    }
+    if (vertex < first_fabric_vertex()) return fmt::format("domain{}", vertex - node_vertices);
+    return fabric.switch_name(vertex - first_fabric_vertex());
+  }
+};
+
+Topology::Topology(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
+const std::string& Topology::name() const { return impl_->name; }
+std::size_t Topology::device_count() const { return impl_->devices; }
+std::size_t Topology::used_devices() const { return impl_->used_devices; }
+std::size_t Topology::node_count() const { return impl_->nodes; }
+std::size_t Topology::node_of(DeviceId device) const { return impl_->place_of(device).node.index; }
+
+std::size_t Topology::profile_index(DeviceId device) const {
+  const auto place = impl_->place_of(device);
+  return place.node.node().spec().vertices[place.vertex].profile;
+}
+const DeviceProfile& Topology::device(DeviceId device) const {
+  return impl_->profiles[profile_index(device)];
+}
+std::size_t Topology::profile_count() const { return impl_->profiles.size(); }
+const DeviceProfile& Topology::profile(std::size_t index) const {
+  return impl_->profiles.at(index);
+}
+
+DeviceId Topology::first_device(std::size_t node) const {
+  const auto n = impl_->node_at(node);
+  return DeviceId{n.group->first_device + n.offset * n.node().devices().size()};
+}
+std::size_t Topology::device_count(std::size_t node) const {
+  return impl_->node_at(node).node().devices().size();
+}
+const std::string& Topology::cpu_vendor(std::size_t node) const {
+  return impl_->node_at(node).node().spec().cpu_vendor;
+}
+std::size_t Topology::nic_count(std::size_t node) const {
+  return impl_->node_at(node).node().nics().size();
+}
+std::size_t Topology::domain_of(std::size_t node) const { return impl_->node_at(node).domain(); }
+
+std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
+  std::vector<LinkId> out;
+  const auto from = impl_->place_of(a);
+  const auto to = impl_->place_of(b);
+  if (a == b) return out;
+  const auto choice = impl_->choose(from, to);
+  PARTITA_ASSERT(choice.way != Impl::Way::none, "no route: connectivity was checked on loading");
+  out.reserve(static_cast<std::size_t>(choice.cost.links));
+  const NodeTemplate& here = from.node.node();
+  const NodeTemplate& there = to.node.node();
+  switch (choice.way) {
+    case Impl::Way::none:
+    case Impl::Way::inside:
+      here.append_path(from.vertex, to.vertex, from.node.first_link(), out);
+      break;
+    case Impl::Way::domain:
+      here.append_path(from.vertex, here.domain_switch(), from.node.first_link(), out);
+      there.append_path(there.domain_switch(), to.vertex, to.node.first_link(), out);
+      break;
+    case Impl::Way::fabric: {
+      const std::size_t p = choice.out_nic;
+      const std::size_t q = choice.in_nic;
+      here.append_path(from.vertex, here.nics()[p], from.node.first_link(), out);
+      out.emplace_back(from.node.first_link() + here.link_out(p));
+      impl_->fabric.append_path(impl_->fabric.leaf_of(from.node.index, p),
+                                impl_->fabric.leaf_of(to.node.index, q), impl_->node_links, out);
+      out.emplace_back(to.node.first_link() + there.link_in(q));
+      there.append_path(there.nics()[q], to.vertex, to.node.first_link(), out);
+      break;
+    }
+  }
+  return out;
+}
+
+std::size_t Topology::link_count() const { return impl_->node_links + impl_->fabric.link_count(); }
+
+Link Topology::link(LinkId link) const {
+  PARTITA_ASSERT(link.valid() && link.index() < link_count(),
+                 fmt::format("link {} of {}", link.value, link_count()));
+  if (link.index() >= impl_->node_links) {
+    Link found = impl_->fabric.link(link.index() - impl_->node_links);
+    const auto first = static_cast<std::int32_t>(impl_->first_fabric_vertex());
+    found.from += first;
+    found.to += first;
+    return found;
+  }
+  const Group& group = impl_->groups[group_at(impl_->groups, &Group::first_link, link.index())];
+  const std::size_t per_node = group.node.links().size();
+  const std::size_t rest = link.index() - group.first_link;
+  const Impl::Node node{&group, group.first_node + rest / per_node, rest / per_node};
+  const LocalLink& local = group.node.links()[rest % per_node];
+  const auto global = [&](std::size_t vertex) {
+    std::size_t found = node.first_vertex() + vertex;
+    if (vertex == kNone)
+      found = impl_->first_fabric_vertex() + impl_->fabric.leaf_of(node.index, local.nic);
+    else if (vertex == group.node.domain_switch())
+      found = impl_->domain_vertex(node);
+    return static_cast<std::int32_t>(found);
+  };
+  return {global(local.from), global(local.to), local.kind, local.bandwidth, local.latency};
+}
+
+std::string Topology::link_name(LinkId id) const {
+  const Link found = link(id);
+  return vertex_name(found.from) + "->" + vertex_name(found.to);
+}
+
+std::size_t Topology::vertex_count() const { return impl_->vertex_count(); }
+
+VertexKind Topology::vertex_kind(std::int32_t vertex) const {
+  const auto v = static_cast<std::size_t>(vertex);
+  PARTITA_ASSERT(vertex >= 0 && v < vertex_count(), fmt::format("vertex {}", vertex));
+  if (v >= impl_->first_fabric_vertex()) return VertexKind::network_switch;
+  if (v >= impl_->node_vertices) return VertexKind::nvswitch;
+  const Group& group = impl_->groups[group_at(impl_->groups, &Group::first_vertex, v)];
+  return group.node.spec().vertices[(v - group.first_vertex) % group.node.vertex_count()].kind;
+}
+
+std::string Topology::vertex_name(std::int32_t vertex) const {
+  const auto v = static_cast<std::size_t>(vertex);
+  PARTITA_ASSERT(vertex >= 0 && v < vertex_count(), fmt::format("vertex {}", vertex));
+  return impl_->vertex_name(v);
+}
+
+std::int32_t Topology::vertex_of(DeviceId device) const {
+  const auto place = impl_->place_of(device);
+  return static_cast<std::int32_t>(place.node.first_vertex() + place.vertex);
+}
+std::string Topology::device_name(DeviceId device) const { return vertex_name(vertex_of(device)); }
+
+std::size_t Topology::node_of_vertex(std::int32_t vertex) const {
+  const auto v = static_cast<std::size_t>(vertex);
+  if (v >= impl_->node_vertices) return node_count();
+  const Group& group = impl_->groups[group_at(impl_->groups, &Group::first_vertex, v)];
+  return group.first_node + (v - group.first_vertex) / group.node.vertex_count();
+}
+
+const std::vector<std::string>& Topology::notes() const { return impl_->notes; }
+const std::vector<std::pair<std::string, std::string>>& Topology::sources() const {
+  return impl_->sources;
+}
+
+std::size_t Topology::stored_vertices() const {
+  std::size_t total = impl_->fabric.uplink.size();
+  for (const auto& group : impl_->groups)
+    total += group.node.vertex_count() + group.node.links().size() + group.node.path_count();
+  return total;
+}
+
+namespace {
+
+void check_groups(const ClusterSpec& spec) {
+  if (spec.groups.empty())
+    throw InputError(spec.place, "a cluster needs at least one group of nodes; none is given");
+  std::int64_t nodes = 0;
+  for (const auto& group : spec.groups) {
+    if (group.count < 1 || group.count > kMostNodes)
+      throw InputError(group.place, fmt::format("a group needs 1 to {} nodes; {} are given",
+                                                grouped(kMostNodes), group.count));
+    nodes += group.count;
+    std::set<std::string> names;
+    bool has_device = false;
+    for (const auto& vertex : group.vertices) {
+      has_device = has_device || vertex.kind == VertexKind::device;
+      if (!names.insert(vertex.name).second)
+        throw InputError(vertex.place, fmt::format("vertex '{}' is named twice in this node; "
+                                                   "give each its own name",
+                                                   vertex.name));
+    }
+    if (!has_device)
+      throw InputError(group.place,
+                       "a node needs at least one device; add a vertex with kind: device");
+    if (group.domain && group.domain->nodes < 1)
+      throw InputError(group.place, fmt::format("a domain needs at least 1 node; {} are given",
+                                                group.domain->nodes));
+  }
+  if (nodes > kMostNodes)
+    throw InputError(spec.place, fmt::format("a cluster has at most {} nodes; {} are given",
+                                             grouped(kMostNodes), grouped(nodes)));
+}
+
+/// The bandwidth that one full leaf offers its nodes: the widest group's NICs on leaf `position` of
+/// a unit, for each node under it. Full, so that a half-empty leaf keeps its cabling.
+BytesPerSecond ports_below(const std::vector<Group>& groups, const SwitchTree& tree,
+                           std::size_t position) {
+  BytesPerSecond widest;
+  for (const auto& group : groups) {
+    BytesPerSecond sum;
+    for (std::size_t nic = 0; nic < group.node.nics().size(); ++nic)
+      if (tree.leaves_per_unit == 1 || nic == position)
+        sum += group.node.spec().vertices[group.node.nics()[nic]].port_bandwidth;
+    widest = std::max(widest, sum);
+  }
+  return static_cast<double>(tree.nodes_per_leaf) * widest;
+}
+
+SwitchTree build_fabric(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
+                        const std::string& place) {
+  std::size_t most_nics = 0;
+  for (const auto& group : groups) most_nics = std::max(most_nics, group.node.nics().size());
+  SwitchTree tree;
+  if (std::holds_alternative<NoFabric>(spec)) return tree;
+  if (most_nics == 0) {
+    if (nodes == 1) return tree;
+    throw InputError(place,
+                     "a fabric joins NICs, and no node has one; add vertices with kind: nic");
+  }
+  double oversubscription = 1;
+  std::optional<BytesPerSecond> uplink;
+  bool core = true;
+  if (std::holds_alternative<SingleSwitch>(spec)) {
+    tree.nodes_per_leaf = nodes;
+  } else if (const auto* fat = std::get_if<FatTree>(&spec)) {
+    tree.nodes_per_leaf = static_cast<std::size_t>(fat->nodes_per_leaf);
+    oversubscription = fat->oversubscription;
+    uplink = fat->uplink;
+    tree.uplink_latency = fat->uplink_latency;
+  } else {
+    const auto& rails = std::get<Rails>(spec);
+    tree.nodes_per_leaf =
+        rails.nodes_per_leaf == 0 ? nodes : static_cast<std::size_t>(rails.nodes_per_leaf);
+    tree.leaves_per_unit = most_nics;
+    oversubscription = rails.oversubscription;
+    uplink = rails.uplink;
+    tree.uplink_latency = rails.uplink_latency;
+    core = rails.spine;
+  }
+  tree.leaf_count = (nodes + tree.nodes_per_leaf - 1) / tree.nodes_per_leaf * tree.leaves_per_unit;
+  tree.core = core && tree.leaf_count > 1;
+  if (!tree.core) return tree;
+  for (std::size_t leaf = 0; leaf < tree.leaves_per_unit; ++leaf)
+    tree.uplink.push_back(uplink ? *uplink
+                                 : (1 / oversubscription) * ports_below(groups, tree, leaf));
+  return tree;
+}
+
+/// Every pair of devices of the first, second and last nodes of the groups. Fabrics and domains are
+/// regular, so what joins these joins all.
+void check_connected(const Topology& topology, const Topology::Impl& impl) {
+  std::vector<DeviceId> devices;
+  for (const auto& group : impl.groups) {
+    for (const std::size_t offset :
+         std::set<std::size_t>{0, std::min<std::size_t>(1, group.count - 1), group.count - 1}) {
+      const std::size_t per_node = group.node.devices().size();
+      for (std::size_t d = 0; d < per_node; ++d)
+        devices.emplace_back(group.first_device + offset * per_node + d);
+    }
+  }
+  for (const DeviceId a : devices) {
+    for (const DeviceId b : devices) {
+      if (b <= a) continue;
+      if (impl.choose(impl.place_of(a), impl.place_of(b)).way != Topology::Impl::Way::none)
+        continue;
+      throw InputError(
+          impl.name,
+          fmt::format("no route joins {} and {}; link them inside the node, or give both nodes "
+                      "NICs and the cluster a fabric",
+                      topology.device_name(a), topology.device_name(b)));
+    }
+  }
+}
+
+}  // namespace
+
+Topology build_topology(ClusterSpec spec) {
+  check_groups(spec);
+  auto impl = std::make_shared<Topology::Impl>();
+  impl->name = spec.name;
+  impl->profiles = std::move(spec.profiles);
+  impl->notes = std::move(spec.notes);
+  impl->sources = std::move(spec.sources);
+  std::size_t domains = 0;
+  for (const auto& group_spec : spec.groups) {
+    Group group{.node = NodeTemplate(group_spec)};
+    group.count = static_cast<std::size_t>(group_spec.count);
+    group.first_node = impl->nodes;
+    group.first_device = impl->devices;
+    group.first_vertex = impl->node_vertices;
+    group.first_link = impl->node_links;
+    group.first_domain = domains;
+    group.first_domain_switch = impl->domain_switches;
+    impl->nodes += group.count;
+    impl->devices += group.count * group.node.devices().size();
+    impl->node_vertices += group.count * group.node.vertex_count();
+    impl->node_links += group.count * group.node.links().size();
+    domains += group.domain_count();
+    if (group_spec.domain) impl->domain_switches += group.domain_count();
+    impl->groups.push_back(std::move(group));
+  }
+  impl->fabric = build_fabric(spec.fabric, impl->groups, impl->nodes, spec.place);
+  constexpr auto most = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
+  const std::size_t links = impl->node_links + impl->fabric.link_count();
+  if (links > most || impl->vertex_count() > most)
+    throw InputError(spec.place, fmt::format("{} links in {} nodes are more than {} can number; "
+                                             "describe fewer nodes",
+                                             links, impl->nodes, most));
+  impl->used_devices = spec.used_devices == 0 ? impl->devices : spec.used_devices;
+  Topology topology(impl);
+  check_connected(topology, *impl);
+  return topology;
+}
+
+}  // namespace partita

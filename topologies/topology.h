@@ -1,0 +1,108 @@
+// topologies/topology.h: the cluster graph.
+//
+// A cluster is groups of equal nodes, an optional NVLink domain that spans nodes, and a fabric
+// between their NICs. Only the distinct nodes are stored; vertices, links and routes of a node are
+// found by arithmetic, so that 131,072 devices cost no more memory than eight.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/ids.h"
+#include "base/units.h"
+#include "topologies/device.h"
+
+namespace partita {
+
+using DeviceId = Id<struct DeviceTag>;
+using LinkId = Id<struct LinkTag>;
+
+enum class VertexKind { device, cpu, pcie_switch, nvswitch, nic, network_switch };
+enum class LinkKind { nvlink, pcie, c2c, cpu_interconnect, network, other };
+
+std::string_view name(VertexKind kind);
+std::string_view name(LinkKind kind);
+
+/// One direction. `from` and `to` number the vertices of the whole cluster (vertex_name).
+struct Link {
+  std::int32_t from = 0;
+  std::int32_t to = 0;
+  LinkKind kind = LinkKind::other;
+  BytesPerSecond bandwidth;
+  Seconds latency;
+};
+
+/// Immutable; copies share their storage; safe to read from any number of threads.
+class Topology {
+ public:
+  const std::string& name() const;
+  std::size_t device_count() const;  ///< Numbered node by node: rank order.
+  /// What the text asked for: 12 of "dgx-h100:12 gpus" (2 nodes, 16 devices); else all. Callers may
+  /// use any first N devices.
+  std::size_t used_devices() const;
+  std::size_t node_count() const;
+  std::size_t node_of(DeviceId device) const;  ///< Which host.
+  const DeviceProfile& device(DeviceId device) const;
+  std::size_t profile_index(DeviceId device) const;  ///< Dense index of distinct profiles.
+  std::size_t profile_count() const;
+  const DeviceProfile& profile(std::size_t profile_index) const;
+
+  /// Devices of `node` are first_device(node) .. first_device(node) + device_count(node) - 1.
+  DeviceId first_device(std::size_t node) const;
+  std::size_t device_count(std::size_t node) const;
+  /// "intel", "amd", "arm", or "" where the file does not say.
+  const std::string& cpu_vendor(std::size_t node) const;
+  std::size_t nic_count(std::size_t node) const;
+  /// Nodes of one domain share a switched NVLink network; a node without one is its own domain.
+  std::size_t domain_of(std::size_t node) const;
+
+  /// Links of the best path, in order; empty if a == b. Best: fewest links, then the larger
+  /// bottleneck, then the lower latency, then the first in the file. A route never passes through a
+  /// third node. Links appear in the order of travel.
+  std::vector<LinkId> route(DeviceId a, DeviceId b) const;
+  Link link(LinkId link) const;
+  std::size_t link_count() const;
+  std::string link_name(LinkId link) const;  ///< "node3.gpu1->node3.nvswitch0"
+
+  std::size_t vertex_count() const;
+  VertexKind vertex_kind(std::int32_t vertex) const;
+  std::string vertex_name(std::int32_t vertex) const;  ///< "node3.gpu1"
+  std::string device_name(DeviceId device) const;
+  std::int32_t vertex_of(DeviceId device) const;
+  /// The node a vertex belongs to; node_count() for switches between nodes.
+  std::size_t node_of_vertex(std::int32_t vertex) const;
+
+  /// What was assumed because the input does not say; empty for the catalogue.
+  const std::vector<std::string>& notes() const;
+  /// Source of each hardware figure: "nodes[0].links[2].bandwidth" -> "... datasheet".
+  const std::vector<std::pair<std::string, std::string>>& sources() const;
+  /// Vertices and links held in memory, whatever the number of nodes.
+  std::size_t stored_vertices() const;
+
+  struct Impl;
+  explicit Topology(std::shared_ptr<const Impl> impl);
+
+ private:
+  std::shared_ptr<const Impl> impl_;
+};
+
+/// One of
+///   NAME, NAME:16, NAME:16 nodes, NAME:12 gpus    a catalogue entry: nodes, or devices rounded up
+///   FILE.yaml[:...]                               a cluster (schema partita.topology/1)
+///   FILE.xml[?device=NAME]                        an NCCL topology file: one node
+///   FILE.txt[?device=NAME]                        the output of nvidia-smi topo -m: one node
+/// Throws InputError: place, value, remedy.
+Topology load_topology(const std::string& text);
+
+/// From the text of a cluster file; `file` is used in messages and to find device files beside it.
+Topology parse_topology(const std::string& text, const std::string& file);
+
+/// Names of the catalogue, sorted.
+std::vector<std::string> topology_catalogue();
+
+}  // namespace partita
