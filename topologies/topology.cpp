@@ -117,6 +117,11 @@ class NodeTemplate {
   const std::vector<LocalLink>& links() const { return links_; }
   std::size_t vertex_count() const { return spec_.vertices.size(); }
   std::size_t domain_switch() const { return domain_switch_; }
+  /// Devices dealt out evenly over the NICs, in order.
+  std::size_t own_nic(std::size_t device) const {
+    const auto at = std::lower_bound(devices_.begin(), devices_.end(), device);
+    return static_cast<std::size_t>(at - devices_.begin()) * nics_.size() / devices_.size();
+  }
   std::size_t link_out(std::size_t nic) const { return first_nic_link_ + 2 * nic; }
   std::size_t link_in(std::size_t nic) const { return first_nic_link_ + 2 * nic + 1; }
   std::size_t path_count() const { return paths_.size(); }
@@ -350,13 +355,19 @@ struct Topology::Impl {
         best.offer({from.cost(a.vertex, hub) + to.cost(hub, b.vertex), Way::domain, 0, 0});
     }
     if (fabric.leaf_count == 0) return best;
-    for (std::size_t p = 0; p < from.nics().size(); ++p) {
+    // Of equally good NICs, each device takes the one of its own number, so that the devices of a
+    // node spread over its NICs: the first offer wins a tie, and the search starts there.
+    const std::size_t first_p = from.own_nic(a.vertex);
+    const std::size_t first_q = to.own_nic(b.vertex);
+    for (std::size_t i = 0; i < from.nics().size(); ++i) {
+      const std::size_t p = (first_p + i) % from.nics().size();
       if (!from.reaches(a.vertex, from.nics()[p])) continue;
       const PathCost out =
           from.cost(a.vertex, from.nics()[p]) + from.links()[from.link_out(p)].cost();
       if (best.cost < out) continue;
       const std::size_t leaf_a = fabric.leaf_of(a.node.index, p);
-      for (std::size_t q = 0; q < to.nics().size(); ++q) {
+      for (std::size_t j = 0; j < to.nics().size(); ++j) {
+        const std::size_t q = (first_q + j) % to.nics().size();
         if (!to.reaches(to.nics()[q], b.vertex)) continue;
         const PathCost between = fabric.path_cost(leaf_a, fabric.leaf_of(b.node.index, q));
         if (between.links == kNoPath) continue;
