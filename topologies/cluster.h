@@ -74,6 +74,7 @@ struct ClusterSpec {
   std::vector<NodeSpec> groups;
   FabricSpec fabric;
   std::size_t used_devices = 0;  ///< 0: all.
+  bool imported = false;         ///< From a machine's own file, which knows no fabric.
   std::vector<std::string> notes;
   std::vector<std::pair<std::string, std::string>> sources;
 };

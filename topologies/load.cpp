@@ -53,6 +53,13 @@ Amount parse_amount(const std::string& text, const std::string& whole) {
 Request parse_request(const std::string& text) {
   Request request;
   request.name = text;
+  // A colon inside a path (a drive, a folder) is not ours: only what follows the last one counts.
+  const std::size_t colon = request.name.rfind(':');
+  if (colon != std::string::npos && request.name.find('/', colon) == std::string::npos &&
+      !std::filesystem::exists(request.name)) {
+    request.amount = parse_amount(request.name.substr(colon + 1), text);
+    request.name.resize(colon);
+  }
   const std::size_t question = request.name.find('?');
   if (question != std::string::npos) {
     const std::string option = request.name.substr(question + 1);
@@ -61,13 +68,6 @@ Request parse_request(const std::string& text) {
       throw InputError(
           text, fmt::format("unknown option '?{}'; the one there is, is ?device=NAME", option));
     request.device = option.substr(7);
-  }
-  // A colon inside a path (a drive, a folder) is not ours: only what follows the last one counts.
-  const std::size_t colon = request.name.rfind(':');
-  if (colon != std::string::npos && request.name.find('/', colon) == std::string::npos &&
-      !std::filesystem::exists(request.name)) {
-    request.amount = parse_amount(request.name.substr(colon + 1), text);
-    request.name.resize(colon);
   }
   return request;
 }
@@ -90,9 +90,13 @@ ClusterSpec read(const Request& request, const std::string& whole) {
                        "does: write device: there");
     return read_cluster_yaml(read_file(request.name), request.name);
   }
-  if (ending == ".xml") return read_nccl_xml(read_file(request.name), request.name, request.device);
-  if (ending == ".txt" || std::filesystem::is_regular_file(request.name))
-    return read_nvidia_smi(read_file(request.name), request.name, request.device);
+  const bool xml = ending == ".xml";
+  if (xml || ending == ".txt" || std::filesystem::is_regular_file(request.name)) {
+    ClusterSpec spec = (xml ? read_nccl_xml : read_nvidia_smi)(read_file(request.name),
+                                                               request.name, request.device);
+    spec.imported = true;
+    return spec;
+  }
   throw InputError(
       "topology",
       fmt::format("unknown topology '{}'; use one of {}, or the path of a .yaml "
@@ -114,6 +118,13 @@ void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whol
     spec.used_devices = static_cast<std::size_t>(amount.number);
   } else {
     group.count = amount.number;
+  }
+  if (group.count > 1 && spec.imported) {
+    spec.fabric = SingleSwitch{};
+    spec.notes.push_back(
+        fmt::format("{}: {} nodes alike, their NICs on one non-blocking switch, "
+                    "are assumed",
+                    spec.name, group.count));
   }
   if (group.count > kMostNodes)
     throw InputError(whole, fmt::format("a cluster has at most {} nodes; {} are asked for",

@@ -339,15 +339,17 @@ struct Topology::Impl {
     }
   };
 
-  /// The best of the three ways from a to b. Parts inside a node come from the template's paths,
-  /// which know the domain's switch; the fabric joins the NICs of at most two nodes.
+  /// The best way from a to b. Traffic inside a node leaves it only where nothing inside joins the
+  /// two, as a PCIe path may have more links than one over the fabric. Parts inside a node come
+  /// from the template's paths, which know the domain's switch; the fabric joins the NICs of at
+  /// most two nodes.
   Choice choose(const Place& a, const Place& b) const {
     const NodeTemplate& from = a.node.node();
     const NodeTemplate& to = b.node.node();
     Choice best;
     if (a.node.index == b.node.index) {
       if (from.reaches(a.vertex, b.vertex))
-        best.offer({from.cost(a.vertex, b.vertex), Way::inside, 0, 0});
+        return {from.cost(a.vertex, b.vertex), Way::inside, 0, 0};
     } else if (a.node.group == b.node.group && from.domain_switch() != kNone &&
                a.node.domain() == b.node.domain()) {
       const std::size_t hub = from.domain_switch();

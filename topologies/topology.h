@@ -62,8 +62,8 @@ class Topology {
   std::size_t domain_of(std::size_t node) const;
 
   /// Links of the best path, in order; empty if a == b. Best: fewest links, then the larger
-  /// bottleneck, then the lower latency, then the NIC of the device's own number. A route never
-  /// passes through a third node.
+  /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between
+  /// devices of one node stays inside it if it can; no route passes through a third node.
   std::vector<LinkId> route(DeviceId a, DeviceId b) const;
   Link link(LinkId link) const;
   std::size_t link_count() const;
