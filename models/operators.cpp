@@ -180,7 +180,9 @@ void make(Maker& m, const Normalize& op) {
   const std::size_t scaled = batch ? 1 : x.size() - 1;
   for (std::size_t i = 0; i < x.size(); ++i) {
     const bool reduced = batch ? i != 1 : i == x.size() - 1;
-    const DimUse use = reduced && (!batch || op.synchronised) ? DimUse::statistic : DimUse::parallel;
+    // Local batch norm is over a rank's own samples, but over whole images however they are cut.
+    const bool own = batch && !op.synchronised && x[i].dim == Dim::sample;
+    const DimUse use = reduced && !own ? DimUse::statistic : DimUse::parallel;
     d.push_back(x[i].dim == Dim::head_feature ? -1 : m.dim(x[i].dim, x[i].extent, use));
     if (!reduced) kept.push_back(d.back());
   }
