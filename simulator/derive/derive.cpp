@@ -1,0 +1,288 @@
+#include "simulator/derive/derive.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace partita {
+namespace {
+
+bool rule_matches(const ShardingRule& rule, const Operator& op) {
+  constexpr std::string_view kKind = "kind:";
+  const std::string_view p = rule.pattern;
+  if (p == "*") return true;
+  if (p.substr(0, kKind.size()) == kKind) return p.substr(kKind.size()) == kind_name(op.operation);
+  return matches(p, op.name);
+}
+
+/// Dimensions whose parts must be equal: what a rank can't do a fraction of, or what kernels and
+/// collectives of every framework require.
+bool must_divide(Dim d) {
+  return d != Dim::vocabulary && d != Dim::height && d != Dim::width;
+}
+
+std::string axis_title(const std::string& axis) {
+  if (axis == "tp") return "tensor parallel";
+  if (axis == "dp") return "data parallel";
+  if (axis == "cp") return "context parallel";
+  if (axis == "ep") return "expert parallel";
+  if (axis == "etp") return "expert tensor parallel";
+  return axis;
+}
+
+bool is_trivial(const Window& w) {
+  return w.kernel == 1 && w.stride == 1 && w.pad_before == 0 && w.pad_after == 0;
+}
+
+/// Layout of an operand under the cuts, partial over cuts of dimensions that do not index it if `computed`.
+Layout layout_of(const Signature& s, const std::vector<DimSplit>& cuts, const Operand& operand, bool computed) {
+  Layout l;
+  AtomMask used = 0;
+  for (std::size_t i = 0; i < operand.shape.size(); ++i) {
+    DimSplit split;
+    const int d = operand.dims[i];
+    if (d >= 0) {
+      split = cuts[static_cast<std::size_t>(d)];
+      used = static_cast<AtomMask>(used | mask_of(split.atoms));
+      if (!split.atoms.empty() && !operand.windows.empty() && !is_trivial(operand.windows[i])) {
+        split.kind = SplitKind::window;
+        split.window = operand.windows[i];
+        split.outputs = s.dims[static_cast<std::size_t>(d)].extent;
+      }
+    }
+    l.dims.push_back(std::move(split));
+  }
+  if (computed) {
+    for (const DimSplit& cut : cuts) l.partial = static_cast<AtomMask>(l.partial | (mask_of(cut.atoms) & ~used));
+  }
+  return l;
+}
+
+bool same_atoms(const DimSplit& a, const DimSplit& b) { return a.atoms == b.atoms && a.zigzag == b.zigzag; }
+
+/// The first atoms of `want` are exactly `have`.
+bool is_prefix(const DimSplit& have, const DimSplit& want) {
+  if (have.atoms.size() > want.atoms.size()) return false;
+  if (!std::equal(have.atoms.begin(), have.atoms.end(), want.atoms.begin())) return false;
+  const std::size_t n = have.atoms.size();
+  // A zigzag is one cut: either both have it whole or neither has begun it.
+  if (n == 0) return true;
+  return have.zigzag == want.zigzag && n >= want.zigzag;
+}
+
+}  // namespace
+
+Layout without_partial(Layout layout) {
+  layout.partial = 0;
+  layout.reduction = Reduction::sum;
+  return layout;
+}
+
+Layout without_windows(Layout layout) {
+  for (auto& d : layout.dims) {
+    d.kind = SplitKind::block;
+    d.window = {};
+    d.outputs = 0;
+  }
+  return layout;
+}
+
+Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s) {
+  std::vector<DimSplit> cuts(s.dims.size());
+  std::vector<std::string> axis_of(s.dims.size());
+  AtomMask taken = 0;
+  for (const ShardingRule& rule : plan.rules) {
+    const int d = s.find(rule.dim);
+    if (d < 0 || !rule_matches(rule, op)) continue;
+    const auto& axis = plan.axes.at(rule.axis);
+    if (axis.empty() || (rule.where_unused && (taken & mask_of(axis)) != 0)) continue;
+    auto& cut = cuts[static_cast<std::size_t>(d)];
+    const bool fresh = cut.atoms.empty();
+    std::size_t added = 0;
+    for (const AtomId a : axis) {
+      if (has(taken, a)) continue;
+      cut.atoms.push_back(a);
+      ++added;
+    }
+    if (added == 0) continue;
+    if (fresh && rule.zigzag) cut.zigzag = static_cast<std::uint8_t>(added);
+    taken = static_cast<AtomMask>(taken | mask_of(axis));
+    axis_of[static_cast<std::size_t>(d)] = rule.axis;
+  }
+  for (std::size_t d = 0; d < s.dims.size(); ++d) {
+    const std::int64_t parts = plan.mesh.size(cuts[d].atoms);
+    if (parts == 1) continue;
+    const IterationDim& dim = s.dims[d];
+    const std::string title = axis_title(axis_of[d]);
+    if (dim.use == DimUse::whole) {
+      return Infeasible{fmt::format("{} cannot cut the {} of {}", title, name(dim.dim), op.name)};
+    }
+    const std::int64_t grain = cuts[d].zigzag > 0 ? 2 : 1;
+    if (dim.extent < parts * grain || (must_divide(dim.dim) && dim.extent % (parts * grain) != 0)) {
+      const std::string what = dim.dim == Dim::head ? "heads" : std::string(name(dim.dim));
+      return Infeasible{fmt::format("{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what,
+                                    op.name, divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))))};
+    }
+  }
+  return cuts;
+}
+
+Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id, std::int64_t samples) {
+  const Operator& op = graph.op(id);
+  OperatorLayouts l;
+  l.signature = signature(graph, id, samples);
+  auto cuts = cuts_of(plan, op, l.signature);
+  if (!cuts) return cuts.why();
+  l.cuts = std::move(*cuts);
+  const Signature& s = l.signature;
+  for (const Operand& o : s.inputs) {
+    l.inputs.push_back(layout_of(s, l.cuts, o, false));
+    l.input_gradients.push_back(layout_of(s, l.cuts, o, true));
+  }
+  for (const Operand& o : s.parameters) {
+    l.parameters.push_back(layout_of(s, l.cuts, o, false));
+    l.parameter_gradients.push_back(layout_of(s, l.cuts, o, true));
+  }
+  for (const Operand& o : s.outputs) {
+    Layout computed = layout_of(s, l.cuts, o, true);
+    // A statistic is made whole inside the operator, so a cut of it leaves a result only partial where the
+    // dimension is also summed: cross entropy's loss is summed over rows, its vocabulary is not owed.
+    for (std::size_t d = 0; d < s.dims.size(); ++d) {
+      if (s.dims[d].use == DimUse::statistic) {
+        computed.partial = static_cast<AtomMask>(computed.partial & ~mask_of(l.cuts[d].atoms));
+      }
+    }
+    l.outputs.push_back(computed);
+    l.output_gradients.push_back(without_partial(computed));
+  }
+  for (const Extra& e : s.extras) l.extras.push_back(layout_of(s, l.cuts, e.operand, false));
+  return l;
+}
+
+std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
+  PARTITA_ASSERT(from.dims.size() == to.dims.size(),
+                 fmt::format("reshard of {} to {} dimensions", from.dims.size(), to.dims.size()));
+  PARTITA_ASSERT(from.flat.empty() && to.flat.empty() && (to.partial & ~from.partial) == 0, "reshard");
+  std::vector<ReshardStep> steps;
+  Layout now = from;
+  const auto emit = [&](CollectiveKind kind, AtomMask atoms) {
+    steps.push_back({false, kind, atoms, now});
+  };
+  const Layout goal = without_windows(to);
+  const std::size_t rank = now.dims.size();
+  if (now == to) return steps;
+
+  // Halos of gradients: overlapping contributions are added where they belong.
+  AtomMask halo = 0;
+  for (std::size_t d = 0; d < rank; ++d) {
+    if (now.dims[d].kind == SplitKind::window && !(now.dims[d] == to.dims[d])) {
+      halo = static_cast<AtomMask>(halo | mask_of(now.dims[d].atoms));
+    }
+  }
+  if (halo != 0) {
+    now = without_windows(now);
+    emit(CollectiveKind::halo_exchange, halo);
+  }
+
+  const auto owed = [&] { return static_cast<AtomMask>(now.partial & ~to.partial); };
+  const auto used = [&] { return static_cast<AtomMask>(split_atoms(now) | now.partial); };
+  // Extends the cut of dimension d by the atoms of its goal that satisfy `free`, as many as come next.
+  const auto extension = [&](std::size_t d, AtomMask free) {
+    std::vector<AtomId> next;
+    if (!is_prefix(now.dims[d], goal.dims[d])) return next;
+    for (std::size_t i = now.dims[d].atoms.size(); i < goal.dims[d].atoms.size(); ++i) {
+      if (!has(free, goal.dims[d].atoms[i])) break;
+      next.push_back(goal.dims[d].atoms[i]);
+    }
+    if (now.dims[d].atoms.empty() && next.size() < goal.dims[d].zigzag) next.clear();
+    return next;
+  };
+  const auto extend = [&](std::size_t d, const std::vector<AtomId>& atoms) {
+    if (now.dims[d].atoms.empty()) now.dims[d].zigzag = goal.dims[d].zigzag;
+    now.dims[d].atoms.insert(now.dims[d].atoms.end(), atoms.begin(), atoms.end());
+  };
+
+  for (bool changed = true; changed;) {
+    changed = false;
+    for (std::size_t d = 0; d < rank; ++d) {
+      if (const auto next = extension(d, static_cast<AtomMask>(~used())); !next.empty()) {
+        extend(d, next);
+        steps.push_back({true, CollectiveKind::all_reduce, 0, now});
+        changed = true;
+      }
+    }
+    for (std::size_t d = 0; d < rank && !changed; ++d) {
+      if (const auto next = extension(d, owed()); !next.empty()) {
+        extend(d, next);
+        now.partial = static_cast<AtomMask>(now.partial & ~mask_of(next));
+        emit(CollectiveKind::reduce_scatter, mask_of(next));
+        changed = true;
+      }
+    }
+    // Last cuts of one dimension that are the next cuts of another.
+    for (std::size_t a = 0; a < rank && !changed; ++a) {
+      for (std::size_t b = 0; b < rank && !changed; ++b) {
+        if (a == b || now.dims[a].atoms.empty()) continue;
+        const auto next = extension(b, mask_of(now.dims[a].atoms));
+        if (next.empty() || next.size() > now.dims[a].atoms.size()) continue;
+        const std::size_t keep = now.dims[a].atoms.size() - next.size();
+        if (!std::equal(next.begin(), next.end(), now.dims[a].atoms.begin() + static_cast<std::ptrdiff_t>(keep)) ||
+            (keep < now.dims[a].zigzag && keep > 0)) {
+          continue;
+        }
+        if (is_prefix(now.dims[a], goal.dims[a])) continue;  // a keeps them
+        now.dims[a].atoms.resize(keep);
+        if (keep == 0) now.dims[a].zigzag = 0;
+        extend(b, next);
+        emit(CollectiveKind::all_to_all, mask_of(next));
+        changed = true;
+      }
+    }
+    if (changed) continue;
+    if (owed() != 0) {
+      const AtomMask reduced = owed();
+      // A partial atom that a goal dimension wants, but cannot take yet, waits for the gather below.
+      AtomMask wanted = 0;
+      bool blocked = false;
+      for (std::size_t d = 0; d < rank; ++d) {
+        wanted = static_cast<AtomMask>(wanted | mask_of(goal.dims[d].atoms));
+        blocked |= !is_prefix(now.dims[d], goal.dims[d]);
+      }
+      const AtomMask ready = blocked ? static_cast<AtomMask>(reduced & ~wanted) : reduced;
+      if (ready != 0) {
+        now.partial = static_cast<AtomMask>(now.partial & ~ready);
+        emit(CollectiveKind::all_reduce, ready);
+        changed = true;
+        continue;
+      }
+    }
+    for (std::size_t d = 0; d < rank && !changed; ++d) {
+      if (is_prefix(now.dims[d], goal.dims[d])) continue;
+      std::size_t keep = 0;
+      while (keep < now.dims[d].atoms.size() && keep < goal.dims[d].atoms.size() &&
+             now.dims[d].atoms[keep] == goal.dims[d].atoms[keep]) {
+        ++keep;
+      }
+      if (now.dims[d].zigzag != goal.dims[d].zigzag || keep < now.dims[d].zigzag) keep = 0;
+      const std::vector<AtomId> gone(now.dims[d].atoms.begin() + static_cast<std::ptrdiff_t>(keep),
+                                     now.dims[d].atoms.end());
+      now.dims[d].atoms.resize(keep);
+      if (keep == 0) now.dims[d].zigzag = 0;
+      emit(CollectiveKind::all_gather, mask_of(gone));
+      changed = true;
+    }
+  }
+  halo = 0;
+  for (std::size_t d = 0; d < rank; ++d) {
+    PARTITA_ASSERT(same_atoms(now.dims[d], to.dims[d]), "reshard did not reach its goal");
+    if (to.dims[d].kind == SplitKind::window) halo = static_cast<AtomMask>(halo | mask_of(to.dims[d].atoms));
+  }
+  if (halo != 0 && !(now == to)) {
+    now = to;
+    emit(CollectiveKind::halo_exchange, halo);
+  }
+  PARTITA_ASSERT(now.partial == to.partial, "reshard leaves a sum owed");
+  return steps;
+}
+
+}  // namespace partita

@@ -1,0 +1,524 @@
+#include "simulator/plan/plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+#include "base/unit_text.h"
+#include "base/yaml.h"
+
+namespace partita {
+namespace {
+
+struct ScheduleName {
+  Schedule schedule;
+  std::string_view name;
+};
+constexpr std::array kSchedules{
+    ScheduleName{Schedule::naive, "naive"}, ScheduleName{Schedule::gpipe, "gpipe"},
+    ScheduleName{Schedule::one_f_one_b, "1f1b"}, ScheduleName{Schedule::interleaved, "interleaved"}};
+
+Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
+
+/// Cuts one atom list of total size n into (outer, inner) with inner of size `inner`; the list gains at most
+/// one atom. Sizes are those of the mesh being built.
+struct AxisBuilder {
+  Mesh mesh;
+  std::vector<AtomId> add(const std::string& name, std::int64_t size) {
+    if (size <= 1) return {};
+    mesh.atoms.push_back({name, size});
+    return {static_cast<AtomId>(mesh.atoms.size() - 1)};
+  }
+};
+
+std::vector<AtomId> joined(std::vector<AtomId> a, const std::vector<AtomId>& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+bool has_dim(const Graph& graph, Dim dim) {
+  for (const auto& t : graph.tensors) {
+    for (const auto& d : t.shape) {
+      if (d.dim == dim) return true;
+    }
+  }
+  return false;
+}
+
+bool has_experts(const Graph& graph) {
+  return std::any_of(graph.operators.begin(), graph.operators.end(), [](const Operator& op) {
+    return std::holds_alternative<GroupedProduct>(op.operation);
+  });
+}
+
+}  // namespace
+
+std::string_view name(Schedule s) {
+  for (const auto& entry : kSchedules) {
+    if (entry.schedule == s) return entry.name;
+  }
+  return "?";
+}
+
+Schedule parse_schedule(std::string_view word, const std::string& place) {
+  std::vector<std::string> known;
+  for (const auto& entry : kSchedules) {
+    if (entry.name == word) return entry.schedule;
+    known.emplace_back(entry.name);
+  }
+  throw InputError(place, fmt::format("'{}' is no schedule{}; there are {}", word, did_you_mean(word, known),
+                                      fmt::join(known, ", ")));
+}
+
+std::string divisors_text(std::int64_t n) {
+  std::vector<std::int64_t> all;
+  for (std::int64_t d = 1; d * d <= n; ++d) {
+    if (n % d != 0) continue;
+    all.push_back(d);
+    if (d != n / d) all.push_back(n / d);
+  }
+  std::sort(all.begin(), all.end());
+  if (all.size() > 12) all.resize(12);
+  std::string s;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    s += (i == 0 ? "" : i + 1 == all.size() ? " or " : ", ") + std::to_string(all[i]);
+  }
+  return s;
+}
+
+std::int64_t Plan::micro_batches() const {
+  return global_batch == 0 ? 1 : global_batch / (micro_batch * dp);
+}
+
+std::vector<std::int64_t> blocks_per_chunk(std::int64_t layers, std::int64_t chunks) {
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(chunks), layers / chunks);
+  std::int64_t extra = layers % chunks;
+  if (extra == 0) return counts;
+  // The chunks that stay small, by priority: last, first, last but one, second, ...
+  std::vector<std::size_t> small;
+  for (std::size_t low = 0, high = counts.size(); low < high;) {
+    small.push_back(--high);
+    if (low < high) small.push_back(low++);
+  }
+  for (auto& n : counts) ++n;
+  for (std::int64_t i = 0; i < chunks - extra; ++i) --counts[small[static_cast<std::size_t>(i)]];
+  return counts;
+}
+
+Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& plan) {
+  const std::int64_t chunks = plan.chunks();
+  if (chunks > std::max(graph.layers, 1)) {
+    return no(fmt::format("{} pipeline chunks (pp {} x virtual stages {}) need as many blocks, {} has {}; use "
+                          "at most {}",
+                          chunks, plan.pp, plan.virtual_stages, graph.name, graph.layers,
+                          std::max(graph.layers, 1)));
+  }
+  std::vector<std::int64_t> counts = plan.cuts;
+  if (counts.empty()) counts = blocks_per_chunk(graph.layers, chunks);
+  if (static_cast<std::int64_t>(counts.size()) != chunks) {
+    return no(fmt::format("{} cuts for {} pipeline chunks; give the number of blocks of each chunk",
+                          counts.size(), chunks));
+  }
+  if (std::accumulate(counts.begin(), counts.end(), std::int64_t{0}) != graph.layers ||
+      *std::min_element(counts.begin(), counts.end()) < 0) {
+    return no(fmt::format("cuts [{}] must be >= 0 and sum to the {} blocks of {}", fmt::join(counts, ", "),
+                          graph.layers, graph.name));
+  }
+  std::vector<int> of_layer;
+  for (std::size_t c = 0; c < counts.size(); ++c) {
+    of_layer.insert(of_layer.end(), static_cast<std::size_t>(counts[c]), static_cast<int>(c));
+  }
+  std::vector<int> of_op;
+  for (const Operator& op : graph.operators) {
+    of_op.push_back(op.layer < 0 ? 0
+                    : op.layer >= graph.layers
+                        ? static_cast<int>(chunks) - 1
+                        : of_layer[static_cast<std::size_t>(op.layer)]);
+  }
+  return of_op;
+}
+
+std::vector<std::string> strategies() { return {"megatron", "spatial", "replicas"}; }
+
+Feasible<Plan> complete(const Graph& graph, Plan plan) {
+  const auto positive = [](std::int64_t v) { return v >= 1; };
+  for (const auto& [axis, size] : {std::pair{"tensor parallel", plan.tp}, {"pipeline parallel", plan.pp},
+                                   {"data parallel", plan.dp}, {"context parallel", plan.cp},
+                                   {"expert parallel", plan.ep}, {"virtual stages", plan.virtual_stages},
+                                   {"micro-batch", plan.micro_batch}}) {
+    if (!positive(size)) return no(fmt::format("{} must be at least 1, got {}", axis, size));
+  }
+  if (plan.global_batch == 0) plan.global_batch = plan.micro_batch * plan.dp;
+  if (plan.global_batch % (plan.micro_batch * plan.dp) != 0) {
+    return no(fmt::format("global batch {} is not a multiple of micro-batch {} x data parallel {} = {}",
+                          plan.global_batch, plan.micro_batch, plan.dp, plan.micro_batch * plan.dp));
+  }
+  if (plan.zero < 0 || plan.zero > 3) return no(fmt::format("ZeRO stage {} is not 0, 1, 2 or 3", plan.zero));
+  if (plan.cp > 1 && !has_dim(graph, Dim::sequence)) {
+    return no(fmt::format("context parallel {} cuts sequences; {} has none", plan.cp, graph.name));
+  }
+  if (plan.sequence_parallel && plan.tp == 1) plan.sequence_parallel = false;
+  if (plan.virtual_stages > 1) {
+    if (plan.pp == 1) {
+      return no(fmt::format("virtual stages {} need pipeline parallel > 1", plan.virtual_stages));
+    }
+    if (!plan.schedule_given) plan.schedule = Schedule::interleaved;
+    if (plan.schedule != Schedule::interleaved) {
+      return no(fmt::format("schedule {} has no virtual stages; use interleaved", name(plan.schedule)));
+    }
+  }
+  if (plan.schedule == Schedule::interleaved && plan.micro_batches() % plan.pp != 0) {
+    return no(fmt::format("the interleaved schedule needs micro-batches ({}) divisible by pipeline parallel {}",
+                          plan.micro_batches(), plan.pp));
+  }
+  if (plan.ep > 1 && !has_experts(graph)) {
+    return no(fmt::format("expert parallel {} needs experts; {} has none", plan.ep, graph.name));
+  }
+  if (plan.etp == 0) plan.etp = plan.tp;
+  if (plan.etp != plan.tp && plan.etp != 1) {
+    return no(fmt::format("expert tensor parallel {} must be 1 or equal tensor parallel {}", plan.etp, plan.tp));
+  }
+  // Experts live on the ranks (dp x cp) or, with etp 1, (dp x cp x tp) of a stage; ep is the inner part.
+  std::int64_t ep_left = plan.ep;
+  std::int64_t ep_tp = 1;
+  if (plan.etp == 1 && plan.tp > 1 && plan.sequence_parallel) {
+    ep_tp = std::gcd(ep_left, plan.tp);
+    ep_left /= ep_tp;
+  }
+  const std::int64_t ep_cp = std::gcd(ep_left, plan.cp);
+  ep_left /= ep_cp;
+  if (plan.dp % ep_left != 0) {
+    return no(fmt::format("expert parallel {} does not divide the {} ranks that share a stage's experts; "
+                          "data parallel {} must be a multiple of {}",
+                          plan.ep, plan.dp * plan.cp, plan.dp, ep_left));
+  }
+  const std::int64_t zero_all = plan.dp;
+  if (plan.zero_group != 0 && (plan.zero_group < 1 || zero_all % plan.zero_group != 0)) {
+    return no(fmt::format("a sharding group of {} does not divide data parallel {}; use {}", plan.zero_group,
+                          zero_all, divisors_text(zero_all)));
+  }
+
+  AxisBuilder b;
+  auto& axes = plan.axes;
+  axes.clear();
+  plan.rules.clear();
+  // Slowest first: pp, dp, cp, tp (Megatron's order tp-cp-ep-dp-pp read backwards).
+  axes["pp"] = b.add("pp", plan.pp);
+  // dp = replica groups x sharded (outside ep) x ep; an HSDP group must then hold whole ep groups or vice versa.
+  const std::int64_t group = plan.zero_group == 0 ? plan.dp : plan.zero_group;
+  std::vector<AtomId> dp;
+  if (plan.zero > 0 && group < plan.dp) {
+    if (ep_left > 1 && group % ep_left != 0) {
+      return no(fmt::format("a sharding group of {} must hold whole expert groups of {}", group, ep_left));
+    }
+    dp = b.add("dp_replica", plan.dp / group);
+    const auto shard = b.add("dp_shard", group / ep_left);
+    const auto expert = b.add("dp_ep", ep_left);
+    plan.zero_atoms = joined(shard, expert);
+    dp = joined(dp, plan.zero_atoms);
+    axes["ep"] = expert;
+  } else {
+    dp = b.add(ep_left > 1 ? "dp_outer" : "dp", plan.dp / ep_left);
+    const auto expert = b.add("dp_ep", ep_left);
+    dp = joined(dp, expert);
+    plan.zero_atoms = dp;
+    axes["ep"] = expert;
+  }
+  axes["dp"] = dp;
+  const auto cp_outer = b.add(ep_cp > 1 ? "cp_outer" : "cp", plan.cp / ep_cp);
+  const auto cp_ep = b.add("cp_ep", ep_cp);
+  axes["cp"] = joined(cp_outer, cp_ep);
+  axes["ep"] = joined(axes["ep"], cp_ep);
+  const auto tp_outer = b.add(ep_tp > 1 ? "tp_outer" : "tp", plan.tp / ep_tp);
+  const auto tp_ep = b.add("tp_ep", ep_tp);
+  axes["tp"] = joined(tp_outer, tp_ep);
+  axes["ep"] = joined(axes["ep"], tp_ep);
+  axes["etp"] = plan.etp == 1 ? std::vector<AtomId>{} : axes["tp"];
+  plan.mesh = b.mesh;
+  plan.pipeline = axes["pp"];
+  if (plan.mesh.atoms.size() > 16) return no("the mesh has more than 16 atoms");
+
+  if (plan.strategy == "replicas") {
+    plan.replicas = mask_of(dp);
+    plan.zero_atoms.clear();
+    return plan;
+  }
+  auto& rules = plan.rules;
+  for (const ShardingRule& r : plan.user_rules) {
+    if (axes.count(r.axis) == 0) {
+      return no(fmt::format("sharding of {} names axis '{}'; the mesh has pp, dp, cp, tp, ep and etp", r.pattern,
+                            r.axis));
+    }
+    rules.push_back(r);
+  }
+  const bool zigzag = plan.cp > 1 && std::any_of(graph.operators.begin(), graph.operators.end(), [](const auto& op) {
+    const auto* a = std::get_if<Attention>(&op.operation);
+    return a != nullptr && a->causal;
+  });
+  const auto rule = [&](std::string pattern, Dim dim, std::string axis, bool zig = false, bool unused = false) {
+    rules.push_back({std::move(pattern), dim, std::move(axis), zig, unused});
+  };
+  if (plan.strategy == "spatial") {
+    // Dryden et al., IPDPS 2019: the image's height is cut; everything after the plane is data parallel.
+    rule("*", Dim::height, "tp");
+    rule("*", Dim::sample, "dp");
+    return plan;
+  }
+  rule("kind:grouped_product", Dim::expert, "ep");
+  rule("kind:grouped_product", Dim::ffn, "etp");
+  rule("*moe*activation", Dim::expert, "ep");
+  rule("*moe*activation", Dim::ffn, "etp");
+  if (plan.context == Plan::ContextExchange::all_to_all) {
+    // Ulysses: inside attention the heads are cut over cp and every rank sees the whole sequence.
+    rule("kind:attention", Dim::head, "tp");
+    rule("kind:attention", Dim::head, "cp");
+  }
+  rule("*", Dim::head, "tp");
+  if (plan.strategy == "megatron") {
+    rule("*", Dim::ffn, "tp");
+    rule("*", Dim::vocabulary, "tp");
+    if (!has_dim(graph, Dim::ffn) && !has_dim(graph, Dim::head) && plan.tp > 1) {
+      // A network without heads and feed-forward widths (a CNN): channels. Filters are cut, inputs gathered.
+      rule("kind:convolution", Dim::feature, "tp");
+      rule("kind:linear", Dim::feature, "tp");
+    }
+  }
+  rule("*", Dim::sample, "dp");
+  rule("*", Dim::sequence, "cp", zigzag);
+  if (plan.sequence_parallel) rule("*", Dim::sequence, "tp", false, true);
+  return plan;
+}
+
+std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m) {
+  std::vector<std::vector<Turn>> all(static_cast<std::size_t>(stages));
+  const auto forward = [](int chunk, int mb) { return Turn{BlockKind::forward, chunk, mb}; };
+  const auto backward = [](int chunk, int mb) { return Turn{BlockKind::backward, chunk, mb}; };
+  for (int s = 0; s < stages; ++s) {
+    auto& order = all[static_cast<std::size_t>(s)];
+    switch (schedule) {
+      case Schedule::naive:
+        // One micro-batch after the other; only one stage works at a time.
+        for (int i = 0; i < m; ++i) order.push_back(forward(s, i)), order.push_back(backward(s, i));
+        break;
+      case Schedule::gpipe:
+        // https://arxiv.org/abs/1811.06965: all forwards, then all backwards in reverse.
+        for (int i = 0; i < m; ++i) order.push_back(forward(s, i));
+        for (int i = m; i-- > 0;) order.push_back(backward(s, i));
+        break;
+      case Schedule::one_f_one_b: {
+        // https://arxiv.org/abs/2006.09503 (PipeDream-Flush).
+        const int warm = std::min(stages - 1 - s, m);
+        for (int i = 0; i < warm; ++i) order.push_back(forward(s, i));
+        for (int i = warm; i < m; ++i) order.push_back(forward(s, i)), order.push_back(backward(s, i - warm));
+        for (int i = m - warm; i < m; ++i) order.push_back(backward(s, i));
+        break;
+      }
+      case Schedule::interleaved: {
+        // https://arxiv.org/abs/2104.04473, section 2.2: groups of `stages` micro-batches walk the v chunks.
+        const int total = m * v;
+        const auto step = [&](int k, bool ahead) {
+          const int in_group = k % (stages * v);
+          const int local = in_group / stages;
+          const int chunk = (ahead ? local : v - 1 - local) * stages + s;
+          const int mb = k / (stages * v) * stages + in_group % stages;
+          return ahead ? forward(chunk, mb) : backward(chunk, mb);
+        };
+        const int warm = m == stages ? total : std::min((stages - s - 1) * 2 + (v - 1) * stages, total);
+        for (int k = 0; k < warm; ++k) order.push_back(step(k, true));
+        for (int k = warm; k < total; ++k) order.push_back(step(k, true)), order.push_back(step(k - warm, false));
+        for (int k = total - warm; k < total; ++k) order.push_back(step(k, false));
+        break;
+      }
+    }
+  }
+  return all;
+}
+
+void set_precision(Plan& plan, std::string_view word, const std::string& place) {
+  Precision p;
+  const ElementType type = parse_element_type(word, place);
+  plan.precision_name = std::string(name(type));
+  switch (type) {
+    case ElementType::fp32:
+    case ElementType::tf32:
+      p = {ElementType::fp32, ElementType::fp32, type, ElementType::fp32, ElementType::fp32, ElementType::fp32,
+           false};
+      break;
+    case ElementType::bf16:
+    case ElementType::fp16:
+      p.parameters = p.activations = p.compute = type;
+      break;
+    case ElementType::fp8:
+    case ElementType::mxfp8:
+    case ElementType::nvfp4:
+      // Products in the narrow type; stored parameters and activations stay bf16 (Transformer Engine).
+      p.compute = type;
+      break;
+    case ElementType::int8:
+      throw InputError(place, "int8 is no training precision; use fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
+  }
+  p.gradients = plan.precision.gradients;
+  p.gradient_communication = plan.precision.gradient_communication;
+  if (plan.framework != "megatron-core" && !p.master_copy) p.gradients = p.gradient_communication = ElementType::fp32;
+  plan.precision = p;
+}
+
+void set_recompute(Plan& plan, std::string_view word, const std::string& place) {
+  plan.recompute_patterns.clear();
+  if (word == "none") {
+    plan.recompute = Recompute::none;
+  } else if (word == "selective") {
+    plan.recompute = Recompute::selective;
+  } else if (word == "full") {
+    plan.recompute = Recompute::full;
+  } else if (word.substr(0, 6) == "first:") {
+    plan.recompute = Recompute::first;
+    std::int64_t n = -1;
+    try {
+      n = std::stoll(std::string(word.substr(6)));
+    } catch (const std::exception&) {
+    }
+    if (n < 0) throw InputError(place, fmt::format("'{}' needs a number of blocks, like first:4", word));
+    plan.recompute_first = n;
+  } else if (word.find('*') != std::string_view::npos || word.find('.') != std::string_view::npos) {
+    plan.recompute = Recompute::patterns;
+    std::string rest(word);
+    for (std::size_t at = 0; at != std::string::npos;) {
+      const auto comma = rest.find(',', at);
+      plan.recompute_patterns.push_back(rest.substr(at, comma == std::string::npos ? comma : comma - at));
+      at = comma == std::string::npos ? comma : comma + 1;
+    }
+  } else {
+    throw InputError(place, fmt::format("'{}' is no recompute set; use none, selective, full, first:N or operator "
+                                        "patterns like '*.attention.core,*.mlp.activation'",
+                                        word));
+  }
+}
+
+std::vector<std::string> frameworks() { return {"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita"}; }
+
+void set_framework(Plan& plan, std::string_view word, const std::string& place) {
+  plan.framework = std::string(word);
+  if (word == "megatron-core") {
+    // Distributed data parallel of Megatron-Core: fp32 main gradients, buckets of 40 M elements at least.
+    plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;
+    plan.bucket = Bytes{160'000'000};
+  } else if (word == "pytorch-ddp" || word == "pytorch-fsdp") {
+    plan.precision.gradients = plan.precision.gradient_communication = plan.precision.parameters;
+    plan.bucket = 25_MiB;
+  } else if (word == "partita") {
+    plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;
+    plan.bucket = 25_MiB;
+  } else {
+    throw InputError(place, fmt::format("'{}' is no framework profile{}; there are {}", word,
+                                        did_you_mean(word, frameworks()), fmt::join(frameworks(), ", ")));
+  }
+}
+
+Plan load_plan(const std::string& file) {
+  const YamlNode y = YamlNode::load_file(file, "partita.plan/1");
+  Plan p;
+  if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
+  if (const auto n = y.find("strategy")) {
+    p.strategy = n->as_string();
+    const auto known = strategies();
+    if (std::find(known.begin(), known.end(), p.strategy) == known.end()) {
+      throw InputError(n->place(), fmt::format("'{}' is no strategy{}; there are {}", p.strategy,
+                                               did_you_mean(p.strategy, known), fmt::join(known, ", ")));
+    }
+  }
+  const auto integer = [&](const char* key, std::int64_t& to, std::int64_t lowest = 1) {
+    if (const auto n = y.find(key)) to = n->as_int(lowest, 1'000'000'000);
+  };
+  integer("tp", p.tp);
+  integer("pp", p.pp);
+  p.dp = 0;
+  integer("dp", p.dp);
+  integer("cp", p.cp);
+  integer("ep", p.ep);
+  integer("etp", p.etp, 0);
+  integer("virtual_stages", p.virtual_stages);
+  integer("micro_batch", p.micro_batch);
+  integer("global_batch", p.global_batch, 0);
+  integer("zero_group", p.zero_group, 0);
+  std::int64_t zero = 0;
+  if (const auto n = y.find("zero")) zero = n->as_int(0, 3);
+  p.zero = static_cast<int>(zero);
+  if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
+  if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
+  if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
+  if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
+  if (const auto n = y.find("context_exchange")) {
+    const std::string s = n->as_string();
+    if (s == "all_gather") {
+      p.context = Plan::ContextExchange::all_gather;
+    } else if (s == "all_to_all") {
+      p.context = Plan::ContextExchange::all_to_all;
+    } else {
+      throw InputError(n->place(), fmt::format("'{}' is not all_gather or all_to_all", s));
+    }
+  }
+  if (const auto n = y.find("schedule")) {
+    p.schedule = parse_schedule(n->as_string(), n->place());
+    p.schedule_given = true;
+  }
+  if (const auto n = y.find("precision")) set_precision(p, n->as_string(), n->place());
+  if (const auto n = y.find("recompute")) set_recompute(p, n->as_string(), n->place());
+  if (const auto n = y.find("cuts")) p.cuts = n->as_ints();
+  if (const auto n = y.find("freeze")) p.freeze = n->as_strings();
+  if (const auto n = y.find("lora")) {
+    p.lora = n->get("patterns").as_strings();
+    p.lora_rank = n->get("rank").as_int(1, 65536);
+    n->reject_unknown_keys();
+  }
+  if (const auto n = y.find("optimizer")) {
+    const std::string kind = n->get("kind").as_string();
+    if (kind != "sgd" && kind != "adam") {
+      throw InputError(n->place(), fmt::format("'{}' is no optimizer; use sgd or adam", kind));
+    }
+    p.optimizer.kind = kind == "sgd" ? OptimizerKind::sgd : OptimizerKind::adam;
+    if (const auto x = n->find("learning_rate")) p.optimizer.learning_rate = x->as_double();
+    if (const auto x = n->find("momentum")) p.optimizer.momentum = x->as_double();
+    if (const auto x = n->find("beta1")) p.optimizer.beta1 = x->as_double();
+    if (const auto x = n->find("beta2")) p.optimizer.beta2 = x->as_double();
+    if (const auto x = n->find("epsilon")) p.optimizer.epsilon = x->as_double();
+    if (const auto x = n->find("weight_decay")) p.optimizer.weight_decay = x->as_double();
+    n->reject_unknown_keys();
+  }
+  if (const auto n = y.find("shard")) {
+    for (const YamlNode& item : n->items()) {
+      ShardingRule r;
+      r.pattern = item.get("operators").as_string();
+      r.dim = parse_dim(item.get("dim").as_string(), item.get("dim").place());
+      r.axis = item.get("axis").as_string();
+      item.reject_unknown_keys();
+      p.user_rules.push_back(r);
+    }
+  }
+  y.reject_unknown_keys();
+  return p;
+}
+
+std::string to_yaml(const Plan& p) {
+  std::string recompute = "none";
+  switch (p.recompute) {
+    case Recompute::none: break;
+    case Recompute::selective: recompute = "selective"; break;
+    case Recompute::full: recompute = "full"; break;
+    case Recompute::first: recompute = fmt::format("first:{}", p.recompute_first); break;
+    case Recompute::patterns: recompute = fmt::format("'{}'", fmt::join(p.recompute_patterns, ",")); break;
+  }
+  std::string s = fmt::format(
+      "schema: partita.plan/1\nframework: {}\nstrategy: {}\ntp: {}\npp: {}\ndp: {}\ncp: {}\nep: {}\n"
+      "virtual_stages: {}\nmicro_batch: {}\nglobal_batch: {}\nsequence_parallel: {}\nschedule: {}\nzero: {}\n"
+      "recompute: {}\nprecision: {}\n",
+      p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch, p.global_batch,
+      p.sequence_parallel, name(p.schedule), p.zero, recompute, p.precision_name);
+  if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
+  if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
+  return s;
+}
+
+}  // namespace partita

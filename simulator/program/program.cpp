@@ -1,0 +1,67 @@
+#include "simulator/program/program.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace partita {
+
+std::string_view name(Category c) {
+  constexpr std::array<std::string_view, kCategoryCount> names{"parameters",  "gradients", "optimizer",
+                                                               "activations", "workspace", "buffers"};
+  return names[static_cast<std::size_t>(c)];
+}
+std::string_view name(Kind k) {
+  constexpr std::array<std::string_view, 8> names{"load",    "compute", "collective", "send",
+                                                  "receive", "slice",   "allocate",   "free"};
+  return names[static_cast<std::size_t>(k)];
+}
+std::string_view name(Kernel k) {
+  constexpr std::array<std::string_view, 8> names{
+      "forward_statistic", "forward", "backward_statistic", "backward_data",
+      "backward_weight",   "zero",    "add",                "optimizer"};
+  return names[static_cast<std::size_t>(k)];
+}
+std::string_view name(CollectiveKind k) {
+  constexpr std::array<std::string_view, kCollectiveKinds> names{
+      "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "halo_exchange",
+      "broadcast",  "reduce",     "scatter",        "gather"};
+  return names[static_cast<std::size_t>(k)];
+}
+std::string_view name(BlockKind k) {
+  constexpr std::array<std::string_view, 5> names{"start", "forward", "backward", "backward_weight",
+                                                  "step"};
+  return names[static_cast<std::size_t>(k)];
+}
+
+std::int64_t Program::rank_on_stage(std::int64_t rank, int stage) const {
+  std::int64_t r = mesh.group_root(rank, mask_of(pipeline));
+  std::int64_t rest = stage;
+  for (std::size_t i = pipeline.size(); i-- > 0;) {
+    const AtomId a = pipeline[i];
+    r += rest % mesh.atoms[a].size * mesh.stride(a);
+    rest /= mesh.atoms[a].size;
+  }
+  return r;
+}
+
+std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank) const {
+  if (i.tie < 0) return mesh.group(rank, i.atoms);
+  std::vector<std::int64_t> members;
+  for (const int s : ties[static_cast<std::size_t>(i.tie)]) members.push_back(rank_on_stage(rank, s));
+  std::sort(members.begin(), members.end());
+  return members;
+}
+
+std::int64_t local_elements(const Program& program, BufferId id, std::int64_t rank) {
+  const Buffer& b = program.buffer(id);
+  return local_elements(program.mesh, b.layout, b.shape, b.routed, b.experts, rank);
+}
+
+Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
+  const Buffer& b = program.buffer(id);
+  const std::int64_t n = local_elements(program, id, rank);
+  return b.element_bytes > 0 ? Bytes{n * b.element_bytes} : storage(b.type, n);
+}
+
+}  // namespace partita

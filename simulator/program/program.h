@@ -1,0 +1,256 @@
+// simulator/program/program.h: the lowered plan as plain data. Simulator, reference interpreter and
+// executor are three interpreters of it.
+//
+// All ranks of a pipeline stage run one instruction list (single program, multiple data): an instruction
+// names layouts and mesh atoms, and a rank's coordinates say what that means for it. Work that repeats
+// per micro-batch is written once, as a Block, and called with the micro-batch's number.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/element_type.h"
+#include "base/ids.h"
+#include "models/operators.h"
+#include "simulator/program/mesh.h"
+
+namespace partita {
+
+using BufferId = Id<struct BufferTag>;
+using BlockId = Id<struct BlockTag>;
+
+/// An operator at the extents of one global micro-batch (all ranks of a stage together).
+struct ProgramOperator {
+  std::string name;
+  Operation operation;
+  Signature signature;
+  std::vector<DimSplit> cuts;  ///< per iteration dimension
+  AtomMask root = 0;           ///< executed only where these coordinates are 0
+  bool has_loss = false;
+};
+
+enum class Category : std::uint8_t { parameters, gradients, optimizer, activations, workspace, buffers };
+inline constexpr int kCategoryCount = 6;
+std::string_view name(Category c);
+
+/// Who a buffer belongs to: the step (one instance) or each micro-batch in flight.
+enum class Scope : std::uint8_t { step, micro_batch };
+
+struct Buffer {
+  std::string name;
+  Category category = Category::activations;
+  Scope scope = Scope::micro_batch;
+  Shape shape;
+  Layout layout;
+  ElementType type = ElementType::fp32;
+  int element_bytes = 0;       ///< > 0: overrides `type` (masks, indices)
+  bool routed = false;
+  std::int64_t experts = 0;    ///< of a routed buffer
+  /// What the values are, for interpreters; -1: nothing that the graph names.
+  std::int32_t tensor = -1;
+  std::int32_t parameter = -1;
+};
+
+enum class Kind : std::uint8_t {
+  load,        ///< fill `writes[0]` with this rank's piece of network input `index`
+  compute,     ///< one kernel
+  collective,  ///< over the group along `atoms` (or the tie of stages)
+  send,        ///< buffer reads[0] to the same coordinates on `stage`
+  receive,     ///< buffer writes[0] from the same coordinates on `stage`
+  slice,       ///< keep this rank's part of reads[0] as writes[0]; no communication
+  allocate,    ///< memory of writes
+  free,        ///< memory of reads
+};
+std::string_view name(Kind k);
+
+enum class Kernel : std::uint8_t {
+  forward_statistic,   ///< statistic `index` of operator `op`, local part
+  forward,             ///< with `inline_statistics`: computes all statistics first
+  backward_statistic,
+  backward_data,       ///< gradients of inputs
+  backward_weight,     ///< gradients of parameters
+  zero,                ///< writes[0] = 0
+  add,                 ///< writes[0] (+)= sum of reads
+  optimizer,           ///< one update of parameter writes[0] from gradient reads[0], state `state`
+};
+std::string_view name(Kernel k);
+
+enum class CollectiveKind : std::uint8_t {
+  all_reduce,
+  all_gather,
+  reduce_scatter,
+  all_to_all,
+  halo_exchange,
+  broadcast,
+  reduce,
+  scatter,
+  gather,
+};
+inline constexpr int kCollectiveKinds = 9;
+std::string_view name(CollectiveKind k);
+
+/// Per rank: instructions of one stream run in order; streams meet through the buffers they share.
+/// 0 is the compute stream; every communicator and direction has its own.
+using Stream = std::uint8_t;
+inline constexpr Stream kComputeStream = 0;
+
+struct Instruction {
+  Kind kind = Kind::compute;
+  Stream stream = kComputeStream;
+  // compute
+  Kernel kernel = Kernel::forward;
+  std::int32_t op = -1;
+  std::int32_t index = 0;          ///< statistic, network input
+  bool inline_statistics = false;  ///< statistics are not cut: computed inside
+  bool recomputed = false;         ///< forward work done again for the backward
+  bool accumulate = false;         ///< adds to writes instead of overwriting them
+  // collective
+  CollectiveKind collective = CollectiveKind::all_reduce;
+  AtomMask atoms = 0;
+  std::int32_t tie = -1;           ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
+  std::int32_t stage = -1;         ///< send, receive: the other stage
+  /// compute: operands by role; -1 where an entry is not needed.
+  /// collective: reads[i] becomes writes[i], bucketed as one call.
+  std::vector<BufferId> reads;         ///< inputs (forward operands), or sources
+  std::vector<BufferId> parameters;
+  std::vector<BufferId> outputs;       ///< saved outputs, read by the backward
+  std::vector<BufferId> gradients;     ///< gradients of outputs, read by the backward
+  std::vector<BufferId> statistics;    ///< forward statistics: written inline or read
+  std::vector<BufferId> backward_statistics;
+  std::vector<BufferId> extras;        ///< masks, log-sum-exps: written by forward, read by backward
+  std::vector<BufferId> writes;
+};
+
+enum class BlockKind : std::uint8_t { start, forward, backward, backward_weight, step };
+std::string_view name(BlockKind k);
+
+struct Block {
+  std::string name;
+  BlockKind kind = BlockKind::forward;
+  int stage = 0;
+  int chunk = 0;  ///< virtual stage over the whole pipeline: 0 holds the first layers
+  std::vector<Instruction> instructions;
+};
+
+struct BlockCall {
+  BlockId block;
+  std::int32_t micro_batch = 0;  ///< -1: start and step blocks
+  friend bool operator==(const BlockCall&, const BlockCall&) = default;
+};
+
+enum class OptimizerKind : std::uint8_t { sgd, adam };
+struct Optimizer {
+  OptimizerKind kind = OptimizerKind::adam;
+  double learning_rate = 0.01, momentum = 0.9;                  // sgd
+  double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0;  // adam(w)
+};
+
+struct ProgramParameter {
+  std::string name;
+  Shape shape;
+  double initial_deviation = 0, initial_value = 0;
+};
+struct ProgramInput {
+  std::string name;
+  Shape shape;              ///< one global micro-batch
+  std::int32_t tensor = -1;
+  std::int64_t values = 0;  ///< > 0: whole numbers below it (token ids, labels); 0: real numbers
+};
+
+struct Program {
+  Mesh mesh;
+  std::vector<AtomId> pipeline;     ///< atoms of the pp axis; empty: one stage
+  AtomMask replicas = 0;            ///< independent models along these atoms
+  std::vector<ProgramOperator> operators;
+  std::vector<ProgramParameter> parameters;
+  std::vector<ProgramInput> inputs;
+  std::vector<Buffer> buffers;
+  std::vector<Block> blocks;
+  std::vector<std::vector<BlockCall>> stages;   ///< per stage, in order
+  std::vector<std::vector<int>> ties;           ///< groups of stages that share a parameter
+  std::vector<std::string> streams;             ///< names, index = Stream
+  Optimizer optimizer;
+  int micro_batches = 1;
+  std::int64_t samples = 1;                     ///< per global micro-batch
+  std::int32_t loss_tensor = -1;
+
+  int stage_count() const { return static_cast<int>(stages.size()); }
+  int stage_of(std::int64_t rank) const {
+    return static_cast<int>(mesh.coordinate(rank, pipeline));
+  }
+  std::int64_t rank_on_stage(std::int64_t rank, int stage) const;
+  /// Members of an instruction's group that `rank` belongs to.
+  std::vector<std::int64_t> group(const Instruction& i, std::int64_t rank) const;
+  const Buffer& buffer(BufferId id) const { return buffers[id.index()]; }
+};
+
+/// Elements and bytes of `buffer` that `rank` holds.
+std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_t rank);
+Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// What is wrong with the program, one line each; empty for a program that can run:
+/// every buffer is written before it is read and freed once or kept, layouts of collectives fit their kind,
+/// every send has its receive and all ranks can finish (no deadlock), ids are in range.
+std::vector<std::string> verify(const Program& program);
+
+/// Calls `f(BufferId)` for everything the instruction reads / writes.
+template <class F>
+void for_each_read(const Instruction& i, F f) {
+  const bool forward = i.kind == Kind::compute && i.kernel == Kernel::forward;
+  if (i.kind == Kind::allocate) return;
+  for (const BufferId b : i.reads) {
+    if (b.valid()) f(b);
+  }
+  for (const BufferId b : i.parameters) {
+    if (b.valid()) f(b);
+  }
+  for (const BufferId b : i.outputs) {
+    if (b.valid()) f(b);
+  }
+  for (const BufferId b : i.gradients) {
+    if (b.valid()) f(b);
+  }
+  if (!(forward && i.inline_statistics)) {
+    for (const BufferId b : i.statistics) {
+      if (b.valid()) f(b);
+    }
+  }
+  if (!i.inline_statistics || forward) {
+    for (const BufferId b : i.backward_statistics) {
+      if (b.valid()) f(b);
+    }
+  }
+  if (!forward) {
+    for (const BufferId b : i.extras) {
+      if (b.valid()) f(b);
+    }
+  }
+  if (i.accumulate) {
+    for (const BufferId b : i.writes) {
+      if (b.valid()) f(b);
+    }
+  }
+}
+template <class F>
+void for_each_write(const Instruction& i, F f) {
+  const bool forward = i.kind == Kind::compute && i.kernel == Kernel::forward;
+  if (i.kind == Kind::allocate || i.kind == Kind::free) return;
+  for (const BufferId b : i.writes) {
+    if (b.valid()) f(b);
+  }
+  if (forward) {
+    if (i.inline_statistics) {
+      for (const BufferId b : i.statistics) {
+        if (b.valid()) f(b);
+      }
+    }
+    for (const BufferId b : i.extras) {
+      if (b.valid()) f(b);
+    }
+  }
+}
+
+}  // namespace partita
