@@ -115,9 +115,10 @@ void freeze(Graph& graph, const std::vector<std::string>& patterns) {
       any = true;
     }
     if (!any) {
-      throw InputError("freeze", fmt::format("pattern '{}' matches no parameter of {}; names look like '{}'",
-                                             pattern, graph.name,
-                                             graph.parameters.empty() ? "" : graph.parameters.back().name));
+      throw InputError(
+          "freeze",
+          fmt::format("pattern '{}' matches no parameter of {}; names look like '{}'", pattern,
+                      graph.name, graph.parameters.empty() ? "" : graph.parameters.back().name));
     }
   }
 }
@@ -134,13 +135,14 @@ void add_lora(Graph& graph, const std::vector<std::string>& patterns, std::int64
       any = true;
     }
     if (!any) {
-      throw InputError("lora",
-                       fmt::format("pattern '{}' matches no linear operator of {}", pattern, graph.name));
+      throw InputError("lora", fmt::format("pattern '{}' matches no linear operator of {}", pattern,
+                                           graph.name));
     }
   }
   for (auto& p : graph.parameters) p.trainable = false;
 
-  // Rebuilt in order: each chosen y = xW becomes base, down, up, add, and readers of y read the sum.
+  // Rebuilt in order: each chosen y = xW becomes base, down, up, add, and readers of y read the
+  // sum.
   std::vector<Operator> old = std::move(graph.operators);
   graph.operators.clear();
   std::map<TensorId, TensorId> replaced;
@@ -157,7 +159,8 @@ void add_lora(Graph& graph, const std::vector<std::string>& patterns, std::int64
     for (auto& t : op.inputs) {
       if (const auto it = replaced.find(t); it != replaced.end()) t = it->second;
     }
-    for (const TensorId t : op.outputs) graph.tensors[t.index()].producer = OpId{graph.operators.size()};
+    for (const TensorId t : op.outputs)
+      graph.tensors[t.index()].producer = OpId{graph.operators.size()};
     graph.operators.push_back(op);
     if (!chosen[i]) continue;
     const Linear base = std::get<Linear>(op.operation);
@@ -207,8 +210,8 @@ TensorId GraphBuilder::input(const std::string& tensor_name, Shape shape, bool d
   return id;
 }
 
-TensorId GraphBuilder::add(const std::string& op_name, Operation operation, std::vector<TensorId> inputs,
-                           const std::vector<ParameterId>& shared) {
+TensorId GraphBuilder::add(const std::string& op_name, Operation operation,
+                           std::vector<TensorId> inputs, const std::vector<ParameterId>& shared) {
   Operator op;
   op.name = scope_ + op_name;
   op.operation = std::move(operation);
@@ -222,8 +225,8 @@ TensorId GraphBuilder::add(const std::string& op_name, Operation operation, std:
     if (i < shared.size()) {
       const Shape& have = graph_.parameter(shared[i]).shape;
       if (elements(have) != elements(s.parameters[i].shape)) {
-        throw InputError(op.name, fmt::format("cannot share a parameter of shape {} as {}", text(have),
-                                              text(s.parameters[i].shape)));
+        throw InputError(op.name, fmt::format("cannot share a parameter of shape {} as {}",
+                                              text(have), text(s.parameters[i].shape)));
       }
       op.parameters.push_back(shared[i]);
       continue;

@@ -1,4 +1,5 @@
-// models/graph.h: the network as vertices (operators) and edges (tensors). Devices are not mentioned.
+// models/graph.h: the network as vertices (operators) and edges (tensors). Devices are not
+// mentioned.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@ using ParameterId = Id<struct ParameterTag>;
 
 struct Tensor {
   std::string name;
-  Shape shape;          ///< sample extent 1: one sample
-  OpId producer;        ///< invalid: an input of the network
+  Shape shape;    ///< sample extent 1: one sample
+  OpId producer;  ///< invalid: an input of the network
   bool routed = false;
   bool differentiable = true;
 };
@@ -34,12 +35,12 @@ struct Parameter {
 };
 
 struct Operator {
-  std::string name;     ///< "layers.3.attention.query"
+  std::string name;  ///< "layers.3.attention.query"
   Operation operation;
   std::vector<TensorId> inputs;
   std::vector<ParameterId> parameters;
   std::vector<TensorId> outputs;
-  int layer = 0;        ///< -1 before the first block, 0..layers-1 the blocks, `layers` after the last
+  int layer = 0;  ///< -1 before the first block, 0..layers-1 the blocks, `layers` after the last
 };
 
 /// A network in topological order. The graph describes ONE sample; a batch scales `sample`.
@@ -49,8 +50,8 @@ struct Graph {
   std::vector<Tensor> tensors;
   std::vector<Parameter> parameters;
   std::vector<TensorId> inputs;
-  TensorId loss;        ///< a scalar; invalid for a network without one
-  int layers = 0;       ///< repeated blocks that a pipeline may cut between
+  TensorId loss;              ///< a scalar; invalid for a network without one
+  int layers = 0;             ///< repeated blocks that a pipeline may cut between
   std::int64_t sequence = 0;  ///< tokens per sample; 0 when samples are no sequences
 
   const Operator& op(OpId id) const { return operators[id.index()]; }
@@ -72,7 +73,8 @@ struct NetworkFlops {
 };
 NetworkFlops network_flops(const Graph& graph);
 
-/// Which tensors need a gradient: those that a trainable parameter lies before. Indexed by TensorId.
+/// Which tensors need a gradient: those that a trainable parameter lies before. Indexed by
+/// TensorId.
 std::vector<char> needs_gradient(const Graph& graph);
 
 /// '*' matches any run of characters, '?' one. Whole-name match.
@@ -81,20 +83,23 @@ bool matches(std::string_view pattern, std::string_view name);
 /// Marks matching parameters as frozen; InputError when a pattern matches none.
 void freeze(Graph& graph, const std::vector<std::string>& patterns);
 
-/// LoRA (https://arxiv.org/abs/2106.09685): every matching Linear gains y += (x A) B · alpha/rank with A
-/// normal and B zero, both trainable; all other parameters become frozen.
+/// LoRA (https://arxiv.org/abs/2106.09685): every matching Linear gains y += (x A) B · alpha/rank
+/// with A normal and B zero, both trainable; all other parameters become frozen.
 void add_lora(Graph& graph, const std::vector<std::string>& patterns, std::int64_t rank);
 
-/// Builds a graph operator by operator, inferring shapes. Parameter names are "<operator>.weight" etc.
+/// Builds a graph operator by operator, inferring shapes. Parameter names are "<operator>.weight"
+/// etc.
 class GraphBuilder {
  public:
   explicit GraphBuilder(std::string name);
   TensorId input(const std::string& tensor_name, Shape shape, bool differentiable = false);
   void set_layer(int layer) { layer_ = layer; }
-  void set_scope(std::string scope) { scope_ = std::move(scope); }  ///< prefix of names, "layers.3."
+  void set_scope(std::string scope) {
+    scope_ = std::move(scope);
+  }  ///< prefix of names, "layers.3."
 
-  /// Adds an operator; returns its first output. `shared`: existing parameters (tied weights) that stand
-  /// for the operator's first ones; their shapes must agree.
+  /// Adds an operator; returns its first output. `shared`: existing parameters (tied weights) that
+  /// stand for the operator's first ones; their shapes must agree.
   TensorId add(const std::string& op_name, Operation op, std::vector<TensorId> inputs,
                const std::vector<ParameterId>& shared = {});
   OpId last() const;

@@ -12,7 +12,7 @@ namespace partita {
 namespace {
 
 constexpr std::array<std::string_view, kDimCount> kDimNames{
-    "sample", "sequence",   "key_sequence", "position", "head",   "head_feature", "feature",
+    "sample", "sequence",  "key_sequence", "position", "head",   "head_feature", "feature",
     "ffn",    "reduction", "vocabulary",   "expert",   "height", "width"};
 
 template <class... F>
@@ -37,8 +37,8 @@ struct Maker {
   }
   void need_rank(std::size_t input, std::size_t rank, const char* what) const {
     if (in[input].size() != rank) {
-      throw InputError(place, fmt::format("{} needs {} dimensions in input {}, got {}", what, rank, input,
-                                          text(in[input])));
+      throw InputError(place, fmt::format("{} needs {} dimensions in input {}, got {}", what, rank,
+                                          input, text(in[input])));
     }
   }
   void need_same(std::size_t a, std::size_t b) const {
@@ -157,9 +157,10 @@ void make(Maker& m, const PositionEmbedding& op) {
   m.need_inputs(1, "position embedding");
   m.need_rank(0, 3, "position embedding");
   if (m.in[0][1].extent > op.positions) {
-    throw InputError(m.place, fmt::format("{} tokens need as many learned positions, the table has {}; "
-                                          "use a sequence of at most {}",
-                                          m.in[0][1].extent, op.positions, op.positions));
+    throw InputError(m.place,
+                     fmt::format("{} tokens need as many learned positions, the table has {}; "
+                                 "use a sequence of at most {}",
+                                 m.in[0][1].extent, op.positions, op.positions));
   }
   const auto d = m.dims_of(m.in[0]);
   const int p = m.dim(Dim::position, op.positions, DimUse::whole);
@@ -175,6 +176,10 @@ void make(Maker& m, const Normalize& op) {
   if (x.size() < 2 || (batch && x[1].dim != Dim::feature)) {
     throw InputError(m.place, fmt::format("cannot normalise {}", text(x)));
   }
+  if (op.group < 0 || (op.group > 0 && (batch || x.back().extent % op.group != 0))) {
+    throw InputError(m.place,
+                     fmt::format("cannot normalise {} in groups of {}", text(x), op.group));
+  }
   std::vector<int> d;
   std::vector<int> kept;
   const std::size_t scaled = batch ? 1 : x.size() - 1;
@@ -188,9 +193,14 @@ void make(Maker& m, const Normalize& op) {
   }
   auto& input = m.input(0, d);
   input.saved_for_data = input.saved_for_weight = true;
-  const Shape affine{x[scaled]};
-  if (op.scale) m.parameter(affine, {d[scaled]});
-  if (op.bias) m.parameter(affine, {d[scaled]});
+  Shape affine{x[scaled]};
+  int affine_dim = d[scaled];
+  if (op.group > 0) {
+    affine[0].extent = op.group;
+    affine_dim = -1;
+  }
+  if (op.scale) m.parameter(affine, {affine_dim});
+  if (op.bias) m.parameter(affine, {affine_dim});
   m.output(x, d);
   // Layer and batch norm: sum and sum of squares; RMS norm: sum of squares. Backward: sums of the
   // gradient and of gradient times normalised value.
@@ -199,6 +209,7 @@ void make(Maker& m, const Normalize& op) {
     const bool reduced = batch ? i != 1 : i == x.size() - 1;
     if (!reduced && d[i] < 0) width *= x[i].extent;  // heads' features, held whole
   }
+  if (op.group > 0) width *= x.back().extent / op.group;
   kept.erase(std::remove(kept.begin(), kept.end(), -1), kept.end());
   m.s.forward_statistics.push_back({Reduction::sum, kept, width});
   m.s.backward_statistics.push_back({Reduction::sum, kept, width});
@@ -226,8 +237,8 @@ void make(Maker& m, const Rotary& op) {
   const Shape& x = m.in[0];
   if (x.size() < 3 || x[1].dim != Dim::sequence || op.head_dim < 1 || op.rotated % 2 != 0 ||
       op.rotated > op.head_dim || x.back().extent % op.head_dim != 0) {
-    throw InputError(m.place, fmt::format("cannot rotate {} of {} values per head in {}", op.rotated,
-                                          op.head_dim, text(x)));
+    throw InputError(m.place, fmt::format("cannot rotate {} of {} values per head in {}",
+                                          op.rotated, op.head_dim, text(x)));
   }
 }
 
@@ -238,8 +249,9 @@ void make(Maker& m, const Attention& op) {
   if (q[2].extent != k[2].extent || k[2].extent != v[2].extent || k[1].extent != v[1].extent ||
       q[3].extent != op.queries_per_head * op.qk_dim || k[3].extent != op.qk_dim ||
       v[3].extent != op.v_dim) {
-    throw InputError(m.place, fmt::format("attention's query {}, key {} and value {} do not fit together",
-                                          text(q), text(k), text(v)));
+    throw InputError(m.place,
+                     fmt::format("attention's query {}, key {} and value {} do not fit together",
+                                 text(q), text(k), text(v)));
   }
   if (op.causal && q[1].extent != k[1].extent) {
     throw InputError(m.place, "causal attention needs as many keys as queries");
@@ -259,15 +271,16 @@ void make(Maker& m, const Attention& op) {
                      {sample, query, head, -1});
   const std::int64_t queries = op.queries_per_head;
   if (op.materialised) {
-    m.s.extras.push_back({m.operand({q[0], q[2], {Dim::head_feature, queries}, q[1],
-                                     {Dim::key_sequence, k[1].extent}},
-                                    {sample, head, -1, query, key}),
-                          0});
+    m.s.extras.push_back(
+        {m.operand(
+             {q[0], q[2], {Dim::head_feature, queries}, q[1], {Dim::key_sequence, k[1].extent}},
+             {sample, head, -1, query, key}),
+         0});
   } else {
     y.saved_for_data = true;
-    m.s.extras.push_back({m.operand({q[0], q[2], {Dim::head_feature, queries}, q[1]},
-                                    {sample, head, -1, query}),
-                          4});
+    m.s.extras.push_back(
+        {m.operand({q[0], q[2], {Dim::head_feature, queries}, q[1]}, {sample, head, -1, query}),
+         4});
   }
 }
 
@@ -280,9 +293,11 @@ void make(Maker& m, const BatchedProduct& op) {
   Shape out;
   for (std::size_t i = 0; i < batch; ++i) {
     if (m.in[0][i].extent != m.in[1][i].extent) {
-      throw InputError(m.place, fmt::format("batched product of {} and {}", text(m.in[0]), text(m.in[1])));
+      throw InputError(m.place,
+                       fmt::format("batched product of {} and {}", text(m.in[0]), text(m.in[1])));
     }
-    const int d = m.in[0][i].dim == Dim::head_feature ? -1 : m.dim(m.in[0][i].dim, m.in[0][i].extent);
+    const int d =
+        m.in[0][i].dim == Dim::head_feature ? -1 : m.dim(m.in[0][i].dim, m.in[0][i].extent);
     a.push_back(d);
     out.push_back(m.in[0][i]);
   }
@@ -293,7 +308,8 @@ void make(Maker& m, const BatchedProduct& op) {
   }
   const auto fresh = [&](const NamedExtent& e, DimUse use) {
     if (e.dim == Dim::head_feature || m.s.find(e.dim) >= 0) {
-      if (use == DimUse::sum || e.dim == Dim::head_feature || m.s.find(Dim::key_sequence) >= 0) return -1;
+      if (use == DimUse::sum || e.dim == Dim::head_feature || m.s.find(Dim::key_sequence) >= 0)
+        return -1;
       return m.dim(Dim::key_sequence, e.extent, use);
     }
     return m.dim(e.dim, e.extent, use);
@@ -472,7 +488,8 @@ void make(Maker& m, const Concat& op) {
     m.need_rank(i, y.size(), "concatenation");
     for (std::size_t d = 0; d < y.size(); ++d) {
       if (d != axis && m.in[i][d].extent != y[d].extent) {
-        throw InputError(m.place, fmt::format("cannot join {} and {}", text(m.in[0]), text(m.in[i])));
+        throw InputError(m.place,
+                         fmt::format("cannot join {} and {}", text(m.in[0]), text(m.in[i])));
       }
     }
     y[axis].extent += m.in[i][axis].extent;
@@ -494,7 +511,8 @@ void make(Maker& m, const AppendToHeads&) {
   const int head = m.dim(Dim::head, a[2].extent);
   m.input(0, {sample, seq, head, -1});
   m.input(1, {sample, seq, -1});
-  m.output({a[0], a[1], a[2], {Dim::head_feature, a[3].extent + b[2].extent}}, {sample, seq, head, -1});
+  m.output({a[0], a[1], a[2], {Dim::head_feature, a[3].extent + b[2].extent}},
+           {sample, seq, head, -1});
 }
 
 void make(Maker& m, const Router& op) {
@@ -520,7 +538,8 @@ void make(Maker& m, const Dispatch& op) {
   auto& gates = m.input(1, {sample, seq, -1});
   gates.differentiable = false;
   gates.saved_for_data = true;
-  m.output({x[0], x[1], {Dim::expert, op.top_k}, x[2]}, {sample, seq, expert, feature}).routed = true;
+  m.output({x[0], x[1], {Dim::expert, op.top_k}, x[2]}, {sample, seq, expert, feature}).routed =
+      true;
 }
 
 void make(Maker& m, const GroupedProduct& op) {
@@ -610,19 +629,42 @@ int Signature::find(Dim dim) const {
   return -1;
 }
 
-Signature signature(const Operation& op, const std::vector<Shape>& inputs, const std::string& place) {
+Signature signature(const Operation& op, const std::vector<Shape>& inputs,
+                    const std::string& place) {
   Maker m{inputs, place};
   std::visit([&](const auto& o) { make(m, o); }, op);
   return std::move(m.s);
 }
 
 std::string_view kind_name(const Operation& op) {
-  constexpr std::array<std::string_view, 28> names{
-      "linear", "add_bias", "embedding", "position_embedding", "normalize", "activation", "gated_activation", "add",
-      "multiply", "dropout", "rotary", "attention", "batched_product", "softmax", "cross_entropy",
-      "mean_squared_error", "convolution", "pool", "global_average_pool", "to_sequence",
-      "prepend_token", "select_token", "concat", "append_to_heads", "router", "dispatch",
-      "grouped_product", "combine"};
+  constexpr std::array<std::string_view, 28> names{"linear",
+                                                   "add_bias",
+                                                   "embedding",
+                                                   "position_embedding",
+                                                   "normalize",
+                                                   "activation",
+                                                   "gated_activation",
+                                                   "add",
+                                                   "multiply",
+                                                   "dropout",
+                                                   "rotary",
+                                                   "attention",
+                                                   "batched_product",
+                                                   "softmax",
+                                                   "cross_entropy",
+                                                   "mean_squared_error",
+                                                   "convolution",
+                                                   "pool",
+                                                   "global_average_pool",
+                                                   "to_sequence",
+                                                   "prepend_token",
+                                                   "select_token",
+                                                   "concat",
+                                                   "append_to_heads",
+                                                   "router",
+                                                   "dispatch",
+                                                   "grouped_product",
+                                                   "combine"};
   static_assert(names.size() == std::variant_size_v<Operation>);
   return names[op.index()];
 }
@@ -633,8 +675,8 @@ bool is_product(const Operation& op) {
          std::holds_alternative<GroupedProduct>(op);
 }
 
-Flops flops(const Operation& op, const Signature& s, const std::vector<std::int64_t>& extents, Pass pass,
-            double attended) {
+Flops flops(const Operation& op, const Signature& s, const std::vector<std::int64_t>& extents,
+            Pass pass, double attended) {
   PARTITA_ASSERT(extents.size() == s.dims.size(),
                  fmt::format("{} extents for {} dimensions", extents.size(), s.dims.size()));
   const bool forward = pass == Pass::forward, weight = pass == Pass::backward_weight;
@@ -651,8 +693,9 @@ Flops flops(const Operation& op, const Signature& s, const std::vector<std::int6
             double summed = 1;
             const Operand& w = s.parameters[0];
             for (std::size_t i = o.out.size(); i < w.dims.size(); ++i) {
-              summed *= static_cast<double>(w.dims[i] >= 0 ? extents[static_cast<std::size_t>(w.dims[i])]
-                                                           : w.shape[i].extent);
+              summed *=
+                  static_cast<double>(w.dims[i] >= 0 ? extents[static_cast<std::size_t>(w.dims[i])]
+                                                     : w.shape[i].extent);
             }
             return Flops{2 * out * summed};
           },
@@ -664,7 +707,8 @@ Flops flops(const Operation& op, const Signature& s, const std::vector<std::int6
             const Operand& w = s.parameters[0];
             const double channels = static_cast<double>(
                 w.dims[1] >= 0 ? extents[static_cast<std::size_t>(w.dims[1])] : w.shape[1].extent);
-            return Flops{2 * out * channels * static_cast<double>(o.height.kernel * o.width.kernel)};
+            return Flops{2 * out * channels *
+                         static_cast<double>(o.height.kernel * o.width.kernel)};
           },
           [&](const Attention& o) {
             if (weight) return Flops{0};

@@ -24,8 +24,8 @@ struct Linear {
   friend bool operator==(const Linear&, const Linear&) = default;
 };
 
-/// y = x + b along the last dimension. Kept apart from Linear where the product's input side may be cut:
-/// the bias is added once, after the partial sums have met.
+/// y = x + b along the last dimension. Kept apart from Linear where the product's input side may be
+/// cut: the bias is added once, after the partial sums have met.
 struct AddBias {
   friend bool operator==(const AddBias&, const AddBias&) = default;
 };
@@ -52,10 +52,21 @@ struct Normalize {
   bool bias = true;
   /// Batch norm only: statistics over all ranks (true) or over each rank's own samples.
   bool synchronised = false;
+  /// Layer and RMS norm: > 0 normalises each run of this many values of the last dimension by
+  /// itself, with one scale of that length for all runs (a norm of each head's query or key).
+  std::int64_t group = 0;
   friend bool operator==(const Normalize&, const Normalize&) = default;
 };
 
-enum class ActivationKind : std::uint8_t { relu, squared_relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+enum class ActivationKind : std::uint8_t {
+  relu,
+  squared_relu,
+  gelu,
+  gelu_tanh,
+  silu,
+  sigmoid,
+  tanh
+};
 
 struct Activation {
   ActivationKind kind = ActivationKind::relu;
@@ -81,8 +92,8 @@ struct Dropout {
   friend bool operator==(const Dropout&, const Dropout&) = default;
 };
 
-/// Rotary position embedding on the last `rotated` of head_feature's `head_dim` values of each head;
-/// the tensor holds a whole number of heads along head_feature. Pairs (i, i + rotated/2), as
+/// Rotary position embedding on the last `rotated` of head_feature's `head_dim` values of each
+/// head; the tensor holds a whole number of heads along head_feature. Pairs (i, i + rotated/2), as
 /// Hugging Face's rotate_half: https://arxiv.org/abs/2104.09864.
 struct Rotary {
   std::int64_t head_dim = 0;
@@ -100,11 +111,11 @@ struct Attention {
   std::int64_t queries_per_head = 1;
   std::int64_t qk_dim = 0;
   std::int64_t v_dim = 0;
-  double scale = 0;          ///< 0: 1/sqrt(qk_dim)
+  double scale = 0;  ///< 0: 1/sqrt(qk_dim)
   bool causal = true;
-  std::int64_t window = 0;   ///< > 0: a query sees the last `window` keys only
-  bool sinks = false;        ///< one learned logit per query head joins the softmax's denominator
-  bool materialised = false; ///< true: the sequence × sequence probabilities go through memory
+  std::int64_t window = 0;    ///< > 0: a query sees the last `window` keys only
+  bool sinks = false;         ///< one learned logit per query head joins the softmax's denominator
+  bool materialised = false;  ///< true: the sequence × sequence probabilities go through memory
   friend bool operator==(const Attention&, const Attention&) = default;
 };
 
@@ -190,14 +201,15 @@ struct AppendToHeads {
 /// logits [sample, sequence, expert] -> gates of the same shape, zero but for the best `top_k`.
 struct Router {
   std::int64_t top_k = 2;
-  bool sigmoid = false;    ///< score by sigmoid instead of softmax (DeepSeek-V3)
-  bool normalise = true;   ///< the chosen gates sum to 1
+  bool sigmoid = false;   ///< score by sigmoid instead of softmax (DeepSeek-V3)
+  bool normalise = true;  ///< the chosen gates sum to 1
   double scale = 1;
   friend bool operator==(const Router&, const Router&) = default;
 };
 
 /// x [sample, sequence, feature], gates -> routed rows [sample, sequence, expert, feature]: one row
-/// per (token, chosen expert). A routed tensor's `expert` extent is top_k, its rows carry their expert.
+/// per (token, chosen expert). A routed tensor's `expert` extent is top_k, its rows carry their
+/// expert.
 struct Dispatch {
   std::int64_t experts = 0;
   std::int64_t top_k = 2;
@@ -218,11 +230,11 @@ struct Combine {
   friend bool operator==(const Combine&, const Combine&) = default;
 };
 
-using Operation =
-    std::variant<Linear, AddBias, Embedding, PositionEmbedding, Normalize, Activation, GatedActivation, Add,
-                 Multiply, Dropout, Rotary, Attention, BatchedProduct, Softmax, CrossEntropy,
-                 MeanSquaredError, Convolution, Pool, GlobalAveragePool, ToSequence, PrependToken,
-                 SelectToken, Concat, AppendToHeads, Router, Dispatch, GroupedProduct, Combine>;
+using Operation = std::variant<Linear, AddBias, Embedding, PositionEmbedding, Normalize, Activation,
+                               GatedActivation, Add, Multiply, Dropout, Rotary, Attention,
+                               BatchedProduct, Softmax, CrossEntropy, MeanSquaredError, Convolution,
+                               Pool, GlobalAveragePool, ToSequence, PrependToken, SelectToken,
+                               Concat, AppendToHeads, Router, Dispatch, GroupedProduct, Combine>;
 
 /// "linear", "attention", ...: what breakdowns and patterns call it.
 std::string_view kind_name(const Operation& op);
@@ -251,13 +263,14 @@ struct Operand {
   bool differentiable = true;   ///< token ids, labels: false
   bool saved_for_data = false;  ///< inputs and outputs: the backward by data reads it
   bool saved_for_weight = false;
-  bool routed = false;          ///< rows of (token, expert): see Dispatch
+  bool routed = false;  ///< rows of (token, expert): see Dispatch
 };
 
 enum class Reduction : std::uint8_t { sum, max };
 
 /// A small intermediate that is complete only after a reduction over the operator's `statistic`
-/// dimensions. An operator with k statistics in a pass is k + 1 kernels when they are cut, one if not.
+/// dimensions. An operator with k statistics in a pass is k + 1 kernels when they are cut, one if
+/// not.
 struct Statistic {
   Reduction reduction = Reduction::sum;
   std::vector<int> dims;   ///< iteration dimensions that index it
@@ -285,18 +298,20 @@ struct Signature {
 };
 
 /// Throws InputError{place} when the shapes don't suit the operation.
-Signature signature(const Operation& op, const std::vector<Shape>& inputs, const std::string& place);
+Signature signature(const Operation& op, const std::vector<Shape>& inputs,
+                    const std::string& place);
 
 enum class Pass : std::uint8_t { forward, backward_data, backward_weight };
 
 /// Work of one pass over a local problem: `extents` are the local extents of signature.dims.
-/// Multiply-accumulate counts as 2. Products are exact; element-wise work is counted per element with
-/// the factors in docs/operators.md. Causal attention counts the whole square (`attended` = 1) unless
-/// the caller passes the fraction of query-key pairs that are computed.
-Flops flops(const Operation& op, const Signature& s, const std::vector<std::int64_t>& extents, Pass pass,
-            double attended = 1.0);
+/// Multiply-accumulate counts as 2. Products are exact; element-wise work is counted per element
+/// with the factors in docs/operators.md. Causal attention counts the whole square (`attended` = 1)
+/// unless the caller passes the fraction of query-key pairs that are computed.
+Flops flops(const Operation& op, const Signature& s, const std::vector<std::int64_t>& extents,
+            Pass pass, double attended = 1.0);
 
-/// True for products that a matrix unit executes (linear, attention, convolution, grouped and batched).
+/// True for products that a matrix unit executes (linear, attention, convolution, grouped and
+/// batched).
 bool is_product(const Operation& op);
 
 }  // namespace partita

@@ -1,0 +1,114 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <filesystem>
+#include <string_view>
+
+#include "base/error.h"
+#include "base/yaml.h"
+#include "models/models.h"
+#include "models/overrides.h"
+
+namespace partita {
+namespace {
+
+struct CodedModel {
+  std::string_view name;
+  Graph (*build)(const ModelOptions& options);
+};
+
+double dropout_of(const ModelOptions& o) { return o.dropout > 0 ? o.dropout : 0; }
+
+constexpr std::array<CodedModel, 4> kCodedModels{{
+    {"alexnet", [](const ModelOptions& o) { return build_alexnet(o.vocabulary, dropout_of(o)); }},
+    {"mnist-linear", [](const ModelOptions& o) { return build_mnist_linear(o.vocabulary); }},
+    {"resnet-50", [](const ModelOptions& o) { return build_resnet50(o.vocabulary); }},
+    {"vgg-16", [](const ModelOptions& o) { return build_vgg16(o.vocabulary, dropout_of(o)); }},
+}};
+
+std::string catalogue_file(const std::string& name) {
+  return data_folder("models/catalogue") + "/" + name + ".yaml";
+}
+
+}  // namespace
+
+void check_options(const ModelOptions& o) {
+  if (o.sequence < 0) {
+    throw InputError("sequence", fmt::format("is {}; it must be at least 1 token", o.sequence));
+  }
+  if (o.layers < 0) {
+    throw InputError("layers", fmt::format("is {}; it must be at least 1 block", o.layers));
+  }
+  if (o.vocabulary < 0) {
+    throw InputError("vocabulary", fmt::format("is {}; it must be at least 1", o.vocabulary));
+  }
+  if (!(o.dropout < 1)) {
+    throw InputError("dropout", fmt::format("is {}; it must be below 1", o.dropout));
+  }
+}
+
+void apply_options(TransformerConfig& c, const ModelOptions& o) {
+  if (o.sequence > 0) {
+    if (c.image > 0) {
+      throw InputError("sequence",
+                       fmt::format("{} takes images; its {} tokens follow from their size", c.name,
+                                   (c.image / c.patch) * (c.image / c.patch) + 1));
+    }
+    c.sequence = o.sequence;
+  }
+  if (o.layers > 0) c.layers = o.layers;
+  if (o.vocabulary > 0) c.vocabulary = o.vocabulary;
+  if (o.dropout >= 0) c.dropout = o.dropout;
+  c.flash_attention = o.flash_attention;
+}
+
+void reject_transformer_options(const std::string& what, const ModelOptions& o) {
+  if (o.sequence > 0) throw InputError("sequence", fmt::format("{} has no token sequence", what));
+  if (o.layers > 0)
+    throw InputError("layers", fmt::format("{} has no repeated blocks to count", what));
+}
+
+std::vector<std::string> model_catalogue() {
+  std::vector<std::string> names;
+  for (const auto& model : kCodedModels) names.emplace_back(model.name);
+  std::error_code error;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(data_folder("models/catalogue"), error)) {
+    if (entry.path().extension() == ".yaml") names.push_back(entry.path().stem().string());
+  }
+  if (error) {
+    throw InputError(data_folder("models/catalogue"),
+                     "cannot be read; set PARTITA_DATA to the folder that holds models/catalogue");
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+Graph load_model(const std::string& text, const ModelOptions& options) {
+  check_options(options);
+  const std::filesystem::path path(text);
+  const std::string extension = path.extension().string();
+  std::error_code ignored;
+  if (extension == ".json") return import_hugging_face(text, options);
+  if (extension == ".yaml" || extension == ".yml") return load_model_file(text, options);
+  if (extension == ".onnx") return import_onnx(text, options);
+  if (std::filesystem::is_directory(path, ignored)) {
+    return import_hugging_face((path / "config.json").string(), options);
+  }
+  for (const auto& model : kCodedModels) {
+    if (model.name != text) continue;
+    reject_transformer_options(text, options);
+    return model.build(options);
+  }
+  const auto names = model_catalogue();
+  if (std::binary_search(names.begin(), names.end(), text)) {
+    return load_model_file(catalogue_file(text), options);
+  }
+  throw InputError("model",
+                   fmt::format("'{}' is neither in the catalogue nor a config.json, .yaml or .onnx "
+                               "file{}; the catalogue has {}",
+                               text, did_you_mean(text, names), fmt::join(names, ", ")));
+}
+
+}  // namespace partita

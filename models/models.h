@@ -1,0 +1,131 @@
+// models/models.h: networks by name or file, and the builders behind them. See docs/models.md.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "models/graph.h"
+
+namespace partita {
+
+/// What a caller may change about a model. Values of the wrong sign throw InputError; so does a
+/// value that the model has no use for (a sequence for a convolutional network).
+struct ModelOptions {
+  std::int64_t sequence = 0;    ///< tokens per sample; 0: the model's default
+  int layers = 0;               ///< > 0: the first that many blocks
+  std::int64_t vocabulary = 0;  ///< > 0: tokens, or classes of an image network
+  bool flash_attention = true;  ///< false: sequence x sequence probabilities go through memory
+  double dropout = -1;          ///< < 0: the model's default, which is 0
+};
+
+/// A catalogue name, or the path of a Hugging Face config.json (or the folder it is in), of a YAML
+/// file (schema partita.model/1) or of an ONNX file. Throws InputError.
+Graph load_model(const std::string& text, const ModelOptions& options = {});
+
+/// The names that load_model knows, sorted.
+std::vector<std::string> model_catalogue();
+
+/// Multi-head latent attention (https://arxiv.org/abs/2405.04434, section 2.1): queries, keys and
+/// values pass through low ranks; part of each query and one key shared by all heads carry the
+/// position.
+struct LatentAttention {
+  std::int64_t query_rank = 0;      ///< 0: queries are projected directly
+  std::int64_t key_value_rank = 0;  ///< 0: no latent attention
+  std::int64_t nope_dim = 0;        ///< per head, without position
+  std::int64_t rope_dim = 0;        ///< per head, rotated
+  std::int64_t value_dim = 0;
+};
+
+struct MixtureOfExperts {
+  std::int64_t experts = 0;  ///< 0: all blocks are dense
+  std::int64_t top_k = 2;
+  std::int64_t ffn = 0;         ///< width of one expert
+  std::int64_t shared_ffn = 0;  ///< total width of the experts that see every token; 0: none
+  int first_dense = 0;          ///< blocks before the first one with experts
+  int every = 1;                ///< then each block i with (i + 1) % every == 0
+  std::vector<std::int64_t> dense_layers;  ///< exceptions: these stay dense
+  bool sigmoid = false;                    ///< scores by sigmoid instead of softmax
+  bool normalise = true;                   ///< the chosen gates sum to 1
+  double scale = 1;
+  bool router_bias = false;
+  bool expert_bias = false;
+};
+
+/// A stack of equal transformer blocks with what stands before and after it: decoders with a
+/// language model head, BERT with its masked-language-model head, ViT with its classifier.
+struct TransformerConfig {
+  enum class Norm : std::uint8_t { layer, rms };
+  enum class Head : std::uint8_t {
+    language_model,         ///< final norm, projection to the vocabulary
+    masked_language_model,  ///< BERT: dense, activation, norm, projection with bias
+    classifier,             ///< ViT: final norm, first token, projection with bias
+  };
+
+  std::string name = "transformer";
+  int layers = 0;
+  std::int64_t hidden = 0;
+  std::int64_t heads = 0;
+  std::int64_t kv_heads = 0;  ///< 0: as many as heads
+  std::int64_t head_dim = 0;  ///< 0: hidden / heads
+  std::int64_t ffn = 0;
+  std::int64_t vocabulary = 0;  ///< or classes
+  std::int64_t sequence = 0;
+
+  Norm norm = Norm::rms;
+  double norm_epsilon = 1e-5;
+  bool norm_after = false;  ///< BERT: each norm follows the residual it normalises
+  bool qk_norm = false;     ///< RMS norm over each head's query and key
+
+  std::int64_t positions = 0;   ///< > 0: a learned table of that many
+  std::int64_t rotary_dim = 0;  ///< > 0: values per head that are rotated
+  double rotary_base = 10000;
+
+  ActivationKind activation = ActivationKind::silu;
+  bool gated = true;
+  bool qkv_bias = false;
+  bool attention_output_bias = false;
+  bool mlp_bias = false;
+
+  bool causal = true;
+  std::int64_t window = 0;            ///< > 0: sliding window of that many keys
+  std::vector<char> windowed_layers;  ///< which blocks slide; empty: all
+  bool sinks = false;
+
+  bool tied = false;  ///< head and embedding share their table
+  Head head = Head::language_model;
+
+  LatentAttention latent;
+  MixtureOfExperts moe;
+  /// Multi-token prediction (https://arxiv.org/abs/2412.19437, section 2.2): further blocks after
+  /// the last, each with its own loss; they count as part of the head.
+  int mtp_layers = 0;
+
+  std::int64_t token_types = 0;  ///< BERT's segment table
+  bool embedding_norm = false;
+  std::int64_t image =
+      0;  ///< > 0: the input is an image of that height and width, cut into patches
+  std::int64_t patch = 0;
+  std::int64_t channels = 3;
+
+  double initial_deviation = 0.02;
+  double dropout = 0;  ///< after embeddings, attention's and MLP's output
+  bool flash_attention = true;
+};
+
+/// Throws InputError{config.name, ...} when the numbers don't fit together.
+Graph build_transformer(const TransformerConfig& config);
+
+/// Convolutional networks of the literature, as torchvision builds them; `classes` <= 0: the
+/// default.
+Graph build_mnist_linear(std::int64_t classes = 0);
+Graph build_resnet50(std::int64_t classes = 0);
+Graph build_vgg16(std::int64_t classes = 0, double dropout = 0);
+Graph build_alexnet(std::int64_t classes = 0, double dropout = 0);
+
+/// The importers that load_model chooses by a file's name.
+Graph import_hugging_face(const std::string& path, const ModelOptions& options = {});
+Graph import_onnx(const std::string& path, const ModelOptions& options = {});
+Graph load_model_file(const std::string& path, const ModelOptions& options = {});  ///< YAML
+
+}  // namespace partita
