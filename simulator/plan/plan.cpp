@@ -233,6 +233,7 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   axes["ep"] = joined(axes["ep"], cp_ep);
   const auto tp_outer = b.add(ep_tp > 1 ? "tp_outer" : "tp", plan.tp / ep_tp);
   const auto tp_ep = b.add("tp_ep", ep_tp);
+  plan.zero_atoms = joined(plan.zero_atoms, axes["cp"]);
   axes["tp"] = joined(tp_outer, tp_ep);
   axes["ep"] = joined(axes["ep"], tp_ep);
   axes["etp"] = plan.etp == 1 ? std::vector<AtomId>{} : axes["tp"];

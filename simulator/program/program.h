@@ -29,6 +29,7 @@ struct ProgramOperator {
   Signature signature;
   std::vector<DimSplit> cuts;  ///< per iteration dimension
   AtomMask root = 0;           ///< executed only where these coordinates are 0
+  ElementType compute = ElementType::fp32;  ///< of its products
   bool has_loss = false;
 };
 
@@ -47,6 +48,8 @@ struct Buffer {
   Layout layout;
   ElementType type = ElementType::fp32;
   int element_bytes = 0;       ///< > 0: overrides `type` (masks, indices)
+  /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
+  std::int32_t alias = -1;
   bool routed = false;
   std::int64_t experts = 0;    ///< of a routed buffer
   /// What the values are, for interpreters; -1: nothing that the graph names.
@@ -107,6 +110,8 @@ struct Instruction {
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
+  /// A collective that is issued ahead of its need (prefetch): not before the compute stream gets here.
+  bool after_compute = false;
   // collective
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
@@ -185,6 +190,11 @@ struct Program {
   /// Members of an instruction's group that `rank` belongs to.
   std::vector<std::int64_t> group(const Instruction& i, std::int64_t rank) const;
   const Buffer& buffer(BufferId id) const { return buffers[id.index()]; }
+  /// The buffer whose memory `id` lives in.
+  BufferId memory_of(BufferId id) const {
+    while (buffers[id.index()].alias >= 0) id = BufferId{static_cast<std::size_t>(buffers[id.index()].alias)};
+    return id;
+  }
 };
 
 /// Elements and bytes of `buffer` that `rank` holds.

@@ -1,0 +1,610 @@
+#include "runtime/reference/interpreter.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <optional>
+
+#include "base/error.h"
+
+namespace partita::reference {
+namespace {
+
+using Key = std::pair<std::int32_t, std::int32_t>;  // buffer, micro-batch (-1: step)
+
+/// Row-major walk over index lists, giving the linear index in the whole tensor of `shape`.
+template <class F>
+void for_each_global(const std::vector<std::vector<std::int64_t>>& index, const Shape& shape, F f) {
+  std::vector<std::size_t> at(index.size(), 0);
+  for (const auto& list : index) {
+    if (list.empty()) return;
+  }
+  for (std::size_t k = 0;; ++k) {
+    std::int64_t global = 0;
+    for (std::size_t d = 0; d < index.size(); ++d) global = global * shape[d].extent + index[d][at[d]];
+    f(k, global);
+    std::size_t d = index.size();
+    while (d > 0 && ++at[d - 1] == index[d - 1].size()) at[--d] = 0;
+    if (d == 0) return;
+  }
+}
+
+class Machine {
+ public:
+  Machine(const Program& p, const RunOptions& o) : p_(p), o_(o), values_(static_cast<std::size_t>(p.mesh.ranks())) {
+    for (std::int64_t r = 0; r < p.mesh.ranks(); ++r) on_stage_.emplace(p.stage_of(r), r);
+  }
+
+  RunResult run() {
+    const auto replicas = static_cast<std::size_t>(p_.mesh.size(p_.replicas));
+    load_parameters();
+    for (step_ = 0; step_ < o_.steps; ++step_) {
+      result_.losses.emplace_back(replicas, 0.0);
+      result_.gradients.assign(replicas, {});
+      seen_.assign(replicas, {});
+      for (std::size_t k = 0; k < replicas; ++k) {
+        result_.gradients[k].resize(p_.parameters.size());
+        seen_[k].resize(p_.parameters.size());
+      }
+      run_step();
+    }
+    collect_parameters(replicas);
+    return std::move(result_);
+  }
+
+ private:
+  std::vector<std::int64_t> ranks_of(int stage) const {
+    std::vector<std::int64_t> all;
+    const auto [a, b] = on_stage_.equal_range(stage);
+    for (auto it = a; it != b; ++it) all.push_back(it->second);
+    return all;
+  }
+  std::size_t replica(std::int64_t rank) const {
+    std::vector<AtomId> list;
+    for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
+      if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
+    }
+    return static_cast<std::size_t>(p_.mesh.coordinate(rank, list));
+  }
+
+  /// Index lists of what `rank` holds of `b`, before flattening.
+  std::vector<std::vector<std::int64_t>> indices(const Buffer& b, std::int64_t rank) const {
+    std::vector<std::vector<std::int64_t>> all;
+    for (std::size_t d = 0; d < b.shape.size(); ++d) {
+      const std::int64_t extent = b.routed && b.shape[d].dim == Dim::expert ? b.experts : b.shape[d].extent;
+      all.push_back(local_indices(p_.mesh, b.layout.dims[d], extent, rank));
+    }
+    return all;
+  }
+  std::int64_t dense_size(const Buffer& b, std::int64_t rank) const {
+    std::int64_t n = 1;
+    for (const auto& list : indices(b, rank)) n *= static_cast<std::int64_t>(list.size());
+    return n;
+  }
+  Range flat_range(const Buffer& b, std::int64_t rank) const {
+    Range r{0, dense_size(b, rank)};
+    for (const AtomId a : b.layout.flat) {
+      const Range q = part(r.size(), p_.mesh.atoms[a].size, p_.mesh.coordinate(rank, a));
+      r = {r.begin + q.begin, r.begin + q.end};
+    }
+    return r;
+  }
+  Piece blank(const Buffer& b, std::int64_t rank) const {
+    Piece piece;
+    if (!b.layout.flat.empty()) {
+      const Range r = flat_range(b, rank);
+      piece.index.emplace_back();
+      for (std::int64_t i = r.begin; i < r.end; ++i) piece.index[0].push_back(i);
+      piece.values.assign(static_cast<std::size_t>(r.size()), 0.0);
+      return piece;
+    }
+    return zeros(indices(b, rank));
+  }
+
+  Key key(BufferId id) const { return {id.value, p_.buffer(id).scope == Scope::step ? -1 : micro_batch_}; }
+  Piece& store(std::int64_t rank, BufferId id) { return values_[static_cast<std::size_t>(rank)][key(id)]; }
+  const Piece& load(std::int64_t rank, BufferId id) const {
+    const auto& mine = values_[static_cast<std::size_t>(rank)];
+    const auto it = mine.find(key(id));
+    PARTITA_ASSERT(it != mine.end(), fmt::format("rank {} reads {} before it is written", rank, p_.buffer(id).name));
+    return it->second;
+  }
+  const Piece* optional(std::int64_t rank, BufferId id) const { return id.valid() ? &load(rank, id) : nullptr; }
+
+  // ---- state ---------------------------------------------------------------------------------
+  void load_parameters() {
+    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+      const int stage = p_.stage_of(rank);
+      for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage)]) {
+        for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+          const auto fill = [&](BufferId id) {
+            const Buffer& b = p_.buffer(id);
+            if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) return;
+            auto& slot = values_[static_cast<std::size_t>(rank)][{id.value, -1}];
+            if (!slot.index.empty()) return;
+            const auto q = static_cast<std::size_t>(b.parameter);
+            const Piece& whole = o_.parameters.at(replica(rank)).at(q);
+            Piece piece = zeros(indices(b, rank));
+            for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
+              piece.values[k] = whole.values[static_cast<std::size_t>(g)];
+            });
+            if (!b.layout.flat.empty()) {
+              Piece shard = blank(b, rank);
+              for (std::size_t k = 0; k < shard.values.size(); ++k) {
+                shard.values[k] = piece.values[static_cast<std::size_t>(shard.index[0][k])];
+              }
+              piece = std::move(shard);
+            }
+            slot = std::move(piece);
+          };
+          for_each_read(i, fill);
+          for_each_write(i, fill);
+        }
+      }
+    }
+  }
+
+  /// Writes a rank's piece of a whole value; copies on several ranks must agree.
+  void merge(std::vector<double>& whole, std::vector<char>& seen, const Buffer& b, const Piece& piece, std::int64_t rank) {
+    const auto n = static_cast<std::size_t>(elements(b.shape));
+    whole.resize(n);
+    seen.resize(n, 0);
+    const auto put = [&](std::int64_t g, double v) {
+      const auto at = static_cast<std::size_t>(g);
+      if (seen[at]) {
+        const double scale = std::max({std::abs(v), std::abs(whole[at]), 1e-12});
+        result_.copies_differ = std::max(result_.copies_differ, std::abs(v - whole[at]) / scale);
+      }
+      whole[at] = v;
+      seen[at] = 1;
+    };
+    if (b.layout.flat.empty()) {
+      for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) { put(g, piece.values[k]); });
+      return;
+    }
+    const Range r = flat_range(b, rank);
+    for_each_global(indices(b, rank), b.shape, [&](std::size_t k, std::int64_t g) {
+      const auto at = static_cast<std::int64_t>(k);
+      if (at >= r.begin && at < r.end) put(g, piece.values[static_cast<std::size_t>(at - r.begin)]);
+    });
+  }
+
+  void collect_parameters(std::size_t replicas) {
+    result_.parameters.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
+    std::vector<std::vector<std::vector<char>>> seen(replicas, std::vector<std::vector<char>>(p_.parameters.size()));
+    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+      for (const auto& [k, piece] : values_[static_cast<std::size_t>(rank)]) {
+        const Buffer& b = p_.buffers[static_cast<std::size_t>(k.first)];
+        if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) continue;
+        const auto q = static_cast<std::size_t>(b.parameter);
+        const std::size_t r = replica(rank);
+        merge(result_.parameters[r][q], seen[r][q], b, piece, rank);
+      }
+    }
+  }
+
+  // ---- one step --------------------------------------------------------------------------------
+  void run_step() {
+    struct At {
+      std::size_t call = 0, instruction = 0;
+    };
+    std::vector<At> at(p_.stages.size());
+    mail_.clear();
+    posted_.clear();
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (std::size_t s = 0; s < p_.stages.size(); ++s) {
+        const auto ranks = ranks_of(static_cast<int>(s));
+        while (at[s].call < p_.stages[s].size()) {
+          const BlockCall& call = p_.stages[s][at[s].call];
+          const Block& block = p_.blocks[call.block.index()];
+          if (at[s].instruction == block.instructions.size()) {
+            at[s] = {at[s].call + 1, 0};
+            continue;
+          }
+          micro_batch_ = call.micro_batch;
+          if (!execute(block.instructions[at[s].instruction], static_cast<int>(s), ranks)) break;
+          ++at[s].instruction;
+          moved = true;
+        }
+      }
+    }
+    for (std::size_t s = 0; s < p_.stages.size(); ++s) {
+      PARTITA_ASSERT(at[s].call == p_.stages[s].size(), fmt::format("stage {} waits forever", s));
+    }
+  }
+
+  /// False: must wait for another stage.
+  bool execute(const Instruction& i, int stage, const std::vector<std::int64_t>& ranks) {
+    switch (i.kind) {
+      case Kind::allocate:
+        return true;
+      case Kind::free:
+        for (const std::int64_t r : ranks) {
+          for (const BufferId id : i.reads) values_[static_cast<std::size_t>(r)].erase(key(id));
+        }
+        return true;
+      case Kind::load:
+        for (const std::int64_t r : ranks) load_input(i, r);
+        return true;
+      case Kind::send:
+        for (const std::int64_t r : ranks) {
+          mail_[{i.index, micro_batch_, r, p_.rank_on_stage(r, i.stage)}] = load(r, i.reads[0]);
+        }
+        return true;
+      case Kind::receive:
+        for (const std::int64_t r : ranks) {
+          if (mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0) return false;
+        }
+        for (const std::int64_t r : ranks) {
+          const auto it = mail_.find({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r});
+          store(r, i.writes[0]) = std::move(it->second);
+          mail_.erase(it);
+        }
+        return true;
+      case Kind::slice:
+        for (const std::int64_t r : ranks) redistribute({r}, i.reads[0], i.writes[0], false, Mode::first, r);
+        return true;
+      case Kind::collective:
+        return collective(i, stage, ranks);
+      case Kind::compute:
+        for (const std::int64_t r : ranks) compute(i, r);
+        return true;
+    }
+    return true;
+  }
+
+  void load_input(const Instruction& i, std::int64_t rank) {
+    const Buffer& b = p_.buffer(i.writes[0]);
+    Piece piece = blank(b, rank);
+    const std::int64_t per_sample = elements(b.shape) / b.shape[0].extent;
+    const auto first = static_cast<std::int64_t>(replica(rank)) * p_.micro_batches * p_.samples +
+                       static_cast<std::int64_t>(micro_batch_) * p_.samples;
+    for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
+      piece.values[k] = o_.input(static_cast<std::size_t>(i.index), step_, first + g / per_sample, g % per_sample);
+    });
+    store(rank, i.writes[0]) = std::move(piece);
+  }
+
+  // ---- collectives -------------------------------------------------------------------------------
+  enum class Mode { first, sum, maximum };
+
+  static double combine(Mode mode, double a, double b) {
+    return mode == Mode::sum ? a + b : mode == Mode::maximum ? std::max(a, b) : a;
+  }
+
+  /// Gives `reader` its part of `to` from what `members` hold of `from`.
+  void redistribute(const std::vector<std::int64_t>& members, BufferId from, BufferId to, bool accumulate, Mode mode,
+                    std::int64_t reader) {
+    const Buffer &a = p_.buffer(from), &b = p_.buffer(to);
+    Piece out = blank(b, reader);
+    if (a.routed) {
+      std::map<Row, std::map<std::int64_t, double>> whole;
+      for (const std::int64_t m : members) {
+        const Piece& piece = load(m, from);
+        const auto& features = piece.index[3];
+        for (std::size_t r = 0; r < piece.rows.size(); ++r) {
+          auto& row = whole[piece.rows[r]];
+          for (std::size_t f = 0; f < features.size(); ++f) {
+            const double v = piece.values[r * features.size() + f];
+            const auto [it, fresh] = row.emplace(features[f], v);
+            if (!fresh) it->second = combine(mode, it->second, v);
+          }
+        }
+      }
+      const auto lists = indices(b, reader);
+      const auto holds = [&](std::size_t d, std::int64_t x) {
+        return std::binary_search(lists[d].begin(), lists[d].end(), x);
+      };
+      out = Piece{};
+      out.index = lists;
+      out.routed = true;
+      for (const auto& [row, values] : whole) {
+        if (!holds(0, row.sample) || !holds(1, row.sequence) || !holds(2, row.expert)) continue;
+        out.rows.push_back(row);
+      }
+      std::sort(out.rows.begin(), out.rows.end(), [](const Row& x, const Row& y) {
+        return std::tuple{x.expert, x.sample, x.sequence} < std::tuple{y.expert, y.sample, y.sequence};
+      });
+      for (const Row& row : out.rows) {
+        for (const std::int64_t f : lists[3]) out.values.push_back(whole.at(row).at(f));
+      }
+    } else if (a.layout.flat.empty() && b.layout.flat.empty()) {
+      std::vector<double> whole(static_cast<std::size_t>(elements(a.shape)), 0.0);
+      std::vector<char> held(whole.size(), 0);
+      for (const std::int64_t m : members) {
+        const Piece& piece = load(m, from);
+        for_each_global(piece.index, a.shape, [&](std::size_t k, std::int64_t g) {
+          const auto at = static_cast<std::size_t>(g);
+          whole[at] = held[at] ? combine(mode, whole[at], piece.values[k]) : piece.values[k];
+          held[at] = 1;
+        });
+      }
+      for_each_global(out.index, b.shape, [&](std::size_t k, std::int64_t g) {
+        PARTITA_ASSERT(held[static_cast<std::size_t>(g)],
+                       fmt::format("element {} of {} is on no member of the group", g, b.name));
+        out.values[k] = whole[static_cast<std::size_t>(g)];
+      });
+    } else {
+      // Flat shards: positions in what the rank would hold whole; equal for all members.
+      std::vector<double> whole(static_cast<std::size_t>(dense_size(b, reader)), 0.0);
+      std::vector<char> held(whole.size(), 0);
+      for (const std::int64_t m : members) {
+        const Piece& piece = load(m, from);
+        for (std::size_t k = 0; k < piece.values.size(); ++k) {
+          const std::size_t at = a.layout.flat.empty() ? k : static_cast<std::size_t>(piece.index[0][k]);
+          whole[at] = held[at] ? combine(mode, whole[at], piece.values[k]) : piece.values[k];
+          held[at] = 1;
+        }
+      }
+      for (std::size_t k = 0; k < out.values.size(); ++k) {
+        const std::size_t at = b.layout.flat.empty() ? k : static_cast<std::size_t>(out.index[0][k]);
+        PARTITA_ASSERT(held[at], fmt::format("element {} of {} is on no member of the group", at, b.name));
+        out.values[k] = whole[at];
+      }
+    }
+    pending_.push_back({reader, to, std::move(out), accumulate});
+  }
+
+  void commit() {
+    for (auto& w : pending_) {
+      Piece& slot = store(w.rank, w.buffer);
+      if (w.accumulate && !slot.index.empty()) {
+        add_into(slot, w.piece);
+      } else {
+        slot = std::move(w.piece);
+      }
+    }
+    pending_.clear();
+  }
+
+  static void add_into(Piece& to, const Piece& from) {
+    PARTITA_ASSERT(to.values.size() == from.values.size() && to.rows == from.rows,
+                   fmt::format("adding {} to {} values", from.values.size(), to.values.size()));
+    for (std::size_t k = 0; k < to.values.size(); ++k) to.values[k] += from.values[k];
+  }
+
+  static Mode mode_of(const Instruction& i, const Buffer& from, const Buffer& to) {
+    switch (i.collective) {
+      case CollectiveKind::all_reduce:
+      case CollectiveKind::reduce_scatter:
+      case CollectiveKind::reduce:
+        return from.layout.reduction == Reduction::max ? Mode::maximum : Mode::sum;
+      case CollectiveKind::halo_exchange:
+        // From windows back to blocks: overlapping contributions meet.
+        for (std::size_t d = 0; d < to.layout.dims.size(); ++d) {
+          if (from.layout.dims[d].kind == SplitKind::window && to.layout.dims[d].kind == SplitKind::block) return Mode::sum;
+        }
+        return Mode::first;
+      case CollectiveKind::all_gather:
+      case CollectiveKind::all_to_all:
+      case CollectiveKind::broadcast:
+      case CollectiveKind::scatter:
+      case CollectiveKind::gather:
+        return Mode::first;
+    }
+    return Mode::first;
+  }
+
+  bool collective(const Instruction& i, int stage, const std::vector<std::int64_t>& ranks) {
+    if (i.tie >= 0) {
+      const auto& stages = p_.ties[static_cast<std::size_t>(i.tie)];
+      auto& waiting = posted_[{i.tie, p_.buffer(i.reads[0]).name}];
+      waiting[stage] = &i;
+      if (done_ties_.count({step_, &i}) > 0) return true;
+      if (waiting.size() < stages.size()) return false;
+      for (const std::int64_t r : ranks) {
+        std::vector<double> sum;
+        for (const auto& [s, other] : waiting) {
+          const Piece& piece = load(p_.rank_on_stage(r, s), other->reads[0]);
+          if (sum.empty()) sum.assign(piece.values.size(), 0.0);
+          PARTITA_ASSERT(sum.size() == piece.values.size(), "tied parameters differ in layout");
+          for (std::size_t k = 0; k < sum.size(); ++k) sum[k] += piece.values[k];
+        }
+        for (const auto& [s, other] : waiting) {
+          const std::int64_t peer = p_.rank_on_stage(r, s);
+          Piece piece = load(peer, other->reads[0]);
+          piece.values = sum;
+          store(peer, other->writes[0]) = std::move(piece);
+        }
+      }
+      for (const auto& [s, other] : waiting) done_ties_[{step_, other}] = true;
+      return true;
+    }
+    for (std::size_t k = 0; k < i.reads.size(); ++k) {
+      const Mode mode = mode_of(i, p_.buffer(i.reads[k]), p_.buffer(i.writes[k]));
+      for (const std::int64_t r : ranks) {
+        redistribute(p_.mesh.group(r, i.atoms), i.reads[k], i.writes[k], i.accumulate, mode, r);
+      }
+    }
+    commit();
+    return true;
+  }
+
+  // ---- kernels -------------------------------------------------------------------------------------
+  Context context(const ProgramOperator& op, std::int64_t rank) const {
+    Context c;
+    c.operation = &op.operation;
+    c.signature = &op.signature;
+    for (std::size_t d = 0; d < op.cuts.size(); ++d) {
+      const IterationDim& dim = op.signature.dims[d];
+      c.indices.push_back(local_indices(p_.mesh, op.cuts[d], dim.extent, rank));
+      if (dim.use == DimUse::sum && p_.mesh.coordinate(rank, op.cuts[d].atoms) != 0) c.adds_bias = false;
+    }
+    double labels = static_cast<double>(p_.micro_batches);
+    if (std::holds_alternative<CrossEntropy>(op.operation)) {
+      labels *= static_cast<double>(elements(op.signature.inputs[1].shape));
+    } else if (std::holds_alternative<MeanSquaredError>(op.operation)) {
+      labels *= static_cast<double>(elements(op.signature.inputs[0].shape));
+    }
+    c.loss_scale = 1 / labels;
+    c.seed = o_.seed;
+    c.step = step_;
+    c.first_sample = static_cast<std::int64_t>(micro_batch_) * p_.samples;
+    return c;
+  }
+
+  void compute(const Instruction& i, std::int64_t rank) {
+    if (i.kernel == Kernel::zero) {
+      for (const BufferId id : i.writes) store(rank, id) = blank(p_.buffer(id), rank);
+      return;
+    }
+    if (i.kernel == Kernel::add) {
+      Piece sum = load(rank, i.reads[0]);
+      for (std::size_t k = 1; k < i.reads.size(); ++k) add_into(sum, load(rank, i.reads[k]));
+      store(rank, i.writes[0]) = std::move(sum);
+      return;
+    }
+    if (i.kernel == Kernel::optimizer) {
+      optimizer(i, rank);
+      return;
+    }
+    const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const auto atom = static_cast<AtomId>(a);
+      if (has(op.root, atom) && p_.mesh.coordinate(rank, atom) != 0) return;
+    }
+    const Context c = context(op, rank);
+    Operands o;
+    for (const BufferId id : i.reads) o.inputs.push_back(optional(rank, id));
+    for (const BufferId id : i.parameters) o.parameters.push_back(optional(rank, id));
+    for (const BufferId id : i.outputs) o.outputs.push_back(optional(rank, id));
+    Piece one;
+    one.values = {1.0};
+    for (const BufferId id : i.gradients) o.output_gradients.push_back(id.valid() ? &load(rank, id) : &one);
+    const bool forward = i.kernel == Kernel::forward;
+    std::vector<Piece> inline_statistics;
+    inline_statistics.reserve(op.signature.forward_statistics.size() + op.signature.backward_statistics.size());
+    if (forward && i.inline_statistics) {
+      for (std::size_t k = 0; k < op.signature.forward_statistics.size(); ++k) {
+        inline_statistics.push_back(forward_statistic(c, k, o));
+        o.statistics.push_back(&inline_statistics.back());
+      }
+    } else {
+      for (const BufferId id : i.statistics) o.statistics.push_back(optional(rank, id));
+    }
+    if (i.kernel == Kernel::backward_data && i.inline_statistics) {
+      for (std::size_t k = 0; k < op.signature.backward_statistics.size(); ++k) {
+        inline_statistics.push_back(backward_statistic(c, k, o));
+        o.backward_statistics.push_back(&inline_statistics.back());
+      }
+    } else {
+      for (const BufferId id : i.backward_statistics) o.backward_statistics.push_back(optional(rank, id));
+    }
+    std::vector<Piece> results;
+    switch (i.kernel) {
+      case Kernel::forward_statistic:
+        results.push_back(forward_statistic(c, static_cast<std::size_t>(i.index), o));
+        break;
+      case Kernel::backward_statistic:
+        results.push_back(backward_statistic(c, static_cast<std::size_t>(i.index), o));
+        break;
+      case Kernel::forward: {
+        results = reference::forward(c, o);
+        for (std::size_t k = 0; k < inline_statistics.size(); ++k) store(rank, i.statistics[k]) = inline_statistics[k];
+        for (const BufferId id : i.extras) store(rank, id) = Piece{};
+        if (op.has_loss && !i.recomputed) note_loss(p_.buffer(i.writes[0]), results[0], rank);
+        break;
+      }
+      case Kernel::backward_data:
+        results = backward_data(c, o);
+        break;
+      case Kernel::backward_weight:
+        results = backward_weight(c, o);
+        break;
+      case Kernel::zero:
+      case Kernel::add:
+      case Kernel::optimizer:
+        break;
+    }
+    for (std::size_t k = 0; k < i.writes.size(); ++k) {
+      if (!i.writes[k].valid()) continue;
+      Piece& slot = store(rank, i.writes[k]);
+      if (i.accumulate) {
+        add_into(slot, results[k]);
+      } else {
+        slot = std::move(results[k]);
+      }
+    }
+  }
+
+  void note_loss(const Buffer& b, const Piece& piece, std::int64_t rank) {
+    // Each summand once: along atoms that are neither owed, nor replicas, only coordinate 0 counts.
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const auto atom = static_cast<AtomId>(a);
+      const bool counts = has(b.layout.partial, atom) || has(p_.replicas, atom) || has(mask_of(p_.pipeline), atom);
+      if (!counts && p_.mesh.coordinate(rank, atom) != 0) return;
+    }
+    result_.losses.back()[replica(rank)] += piece.values[0];
+  }
+
+  void optimizer(const Instruction& i, std::int64_t rank) {
+    const Buffer& b = p_.buffer(i.reads[0]);
+    const Piece& gradient = load(rank, i.reads[0]);
+    PARTITA_ASSERT(b.layout.partial == 0, fmt::format("the optimizer reads {}, which is still partial", b.name));
+    const auto q = static_cast<std::size_t>(p_.buffer(i.writes[0]).parameter);
+    const std::size_t r = replica(rank);
+    merge(result_.gradients[r][q], seen_[r][q], b, gradient, rank);
+    Piece& parameter = store(rank, i.writes[0]);
+    PARTITA_ASSERT(parameter.values.size() == gradient.values.size(),
+                   fmt::format("{} gradients for {} parameters of {}", gradient.values.size(), parameter.values.size(), b.name));
+    std::vector<std::vector<double>*> states;
+    for (const BufferId id : i.outputs) {
+      Piece& state = store(rank, id);
+      if (state.values.empty()) state = blank(p_.buffer(id), rank);
+      states.push_back(&state.values);
+    }
+    optimizer_update(p_.optimizer, step_, parameter.values, gradient.values, states);
+  }
+
+  struct Write {
+    std::int64_t rank;
+    BufferId buffer;
+    Piece piece;
+    bool accumulate;
+  };
+
+  const Program& p_;
+  const RunOptions& o_;
+  RunResult result_;
+  std::vector<std::map<Key, Piece>> values_;
+  std::multimap<int, std::int64_t> on_stage_;
+  std::map<std::tuple<int, int, std::int64_t, std::int64_t>, Piece> mail_;
+  std::map<std::pair<int, std::string>, std::map<int, const Instruction*>> posted_;
+  std::map<std::pair<std::int64_t, const Instruction*>, bool> done_ties_;
+  std::vector<Write> pending_;
+  std::vector<std::vector<std::vector<char>>> seen_;
+  std::int64_t step_ = 0;
+  std::int32_t micro_batch_ = -1;
+};
+
+}  // namespace
+
+void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector<double>& parameter,
+                      const std::vector<double>& gradient, const std::vector<std::vector<double>*>& states) {
+  if (optimizer.kind == OptimizerKind::sgd) {
+    auto& velocity = *states[0];
+    for (std::size_t k = 0; k < parameter.size(); ++k) {
+      velocity[k] = optimizer.momentum * velocity[k] + gradient[k];
+      parameter[k] -= optimizer.learning_rate * velocity[k];
+    }
+    return;
+  }
+  const double t = static_cast<double>(step + 1);
+  const double correct1 = 1 - std::pow(optimizer.beta1, t), correct2 = 1 - std::pow(optimizer.beta2, t);
+  auto &first = *states[0], &second = *states[1];
+  for (std::size_t k = 0; k < parameter.size(); ++k) {
+    parameter[k] *= 1 - optimizer.learning_rate * optimizer.weight_decay;
+    first[k] = optimizer.beta1 * first[k] + (1 - optimizer.beta1) * gradient[k];
+    second[k] = optimizer.beta2 * second[k] + (1 - optimizer.beta2) * gradient[k] * gradient[k];
+    parameter[k] -= optimizer.learning_rate * (first[k] / correct1) /
+                    (std::sqrt(second[k] / correct2) + optimizer.epsilon);
+  }
+}
+
+RunResult interpret(const Program& program, const RunOptions& options) { return Machine(program, options).run(); }
+
+}  // namespace partita::reference

@@ -1,0 +1,45 @@
+// runtime/reference/interpreter.h: executes a Program on all ranks in lock step, one thread, doubles.
+//
+// This is the mathematics of a plan: no clock, no transport. Collectives are carried out from what their
+// layouts mean - global indices - so a wrong layout, a missing sum or a short halo shows as a wrong number.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "runtime/reference/kernels.h"
+#include "simulator/program/program.h"
+
+namespace partita::reference {
+
+/// Value of network input `input` of global sample `sample` at `index` (row-major within one sample).
+using InputValue = std::function<double(std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index)>;
+
+struct RunOptions {
+  int steps = 1;
+  std::uint64_t seed = 1;
+  InputValue input;
+  /// Whole initial parameters, by replica (one entry unless the program has independent replicas), then parameter.
+  std::vector<std::vector<Piece>> parameters;
+};
+
+struct RunResult {
+  /// losses[step][replica]: mean over the global batch.
+  std::vector<std::vector<double>> losses;
+  /// Of the last step, complete gradients by replica and parameter (empty values: frozen).
+  std::vector<std::vector<std::vector<double>>> gradients;
+  /// After the last step.
+  std::vector<std::vector<std::vector<double>>> parameters;
+  /// Largest relative difference between copies of one gradient or parameter on different ranks.
+  double copies_differ = 0;
+};
+
+/// Throws InternalError when the program does what verify() forbids or a value is not where its layout says.
+RunResult interpret(const Program& program, const RunOptions& options);
+
+/// One update in place; `states`: momentum (sgd), first and second moment (adam), as PyTorch's SGD and AdamW.
+void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector<double>& parameter,
+                      const std::vector<double>& gradient, const std::vector<std::vector<double>*>& states);
+
+}  // namespace partita::reference

@@ -1,0 +1,1228 @@
+#include "simulator/lower/lower.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <optional>
+#include <set>
+
+namespace partita {
+namespace {
+
+/// One layout in which a tensor is at hand.
+struct Version {
+  Layout layout;
+  BufferId buffer;
+  int gathered_from = -1;  ///< index of the version this one was all-gathered from
+};
+using Versions = std::map<TensorId, std::vector<Version>>;
+
+/// What one forward execution of an operator leaves for its backward.
+struct Record {
+  std::vector<BufferId> outputs, statistics, extras;
+};
+
+/// One summand of a tensor's gradient.
+struct Contribution {
+  Layout layout;
+  BufferId buffer;
+  bool owned = false;  ///< nobody else reads it: later summands may be added in place
+};
+
+struct ParameterOnStage {
+  BufferId value;               ///< whole local parameter; ZeRO-3: the flat shard
+  Layout layout;                ///< required by its readers
+  Layout gradient_layout;       ///< as computed, with what is owed
+  BufferId gradient;            ///< accumulated over micro-batches, as computed
+  BufferId shard;               ///< ZeRO-2, -3: what every micro-batch's gradients are scattered into
+  BufferId reduced;             ///< gradient as far as it is synchronised; at last what the optimizer reads
+  Layout state_layout;          ///< of optimizer state
+  AtomMask scattered = 0;       ///< atoms that the state is cut over
+  std::int64_t order = 0;       ///< when its gradient is ready, in the backward
+  int unit = 0;                 ///< parameters gathered together (ZeRO-3)
+};
+
+class Lowering {
+ public:
+  Lowering(const Graph& graph, const Plan& plan) : graph_(graph), plan_(plan) {}
+
+  Feasible<Program> run() {
+    if (auto why = assign_chunks(); !why.reason.empty()) return why;
+    if (auto why = derive_layouts(); !why.reason.empty()) return why;
+    declare_inputs_and_parameters();
+    if (auto why = place_parameters(); !why.reason.empty()) return why;
+    find_segments();
+    for (int c = 0; c < chunks_; ++c) forward_block(c);
+    for (int c = chunks_; c-- > 0;) backward_block(c);
+    for (int s = 0; s < stages_; ++s) start_and_step(s);
+    order_blocks();
+    place_memory();
+    return std::move(p_);
+  }
+
+ private:
+  // ---- pass 1: chunks ------------------------------------------------------------------------
+  Infeasible assign_chunks() {
+    auto chunk = chunk_of_operators(graph_, plan_);
+    if (!chunk) return chunk.why();
+    chunk_of_ = std::move(*chunk);
+    chunks_ = static_cast<int>(plan_.chunks());
+    stages_ = static_cast<int>(plan_.pp);
+    ops_of_chunk_.resize(static_cast<std::size_t>(chunks_));
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      ops_of_chunk_[static_cast<std::size_t>(chunk_of_[i])].push_back(OpId{i});
+    }
+    consumers_.resize(graph_.tensors.size());
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      for (const TensorId t : graph_.operators[i].inputs) consumers_[t.index()].push_back(OpId{i});
+    }
+    needs_gradient_ = needs_gradient(graph_);
+    p_.mesh = plan_.mesh;
+    p_.pipeline = plan_.pipeline;
+    p_.replicas = plan_.replicas;
+    p_.micro_batches = static_cast<int>(plan_.micro_batches());
+    p_.samples = plan_.strategy == "replicas" ? plan_.micro_batch : plan_.micro_batch * plan_.dp;
+    p_.optimizer = plan_.optimizer;
+    p_.loss_tensor = graph_.loss.value;
+    p_.stages.resize(static_cast<std::size_t>(stages_));
+    p_.streams = {"compute"};
+    return {};
+  }
+
+  // ---- pass 2: layouts -----------------------------------------------------------------------
+  Infeasible derive_layouts() {
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      auto l = derive(graph_, plan_, OpId{i}, p_.samples);
+      if (!l) return l.why();
+      const Operator& op = graph_.operators[i];
+      ProgramOperator po;
+      po.name = op.name;
+      po.operation = op.operation;
+      po.signature = l->signature;
+      po.cuts = l->cuts;
+      po.compute = plan_.precision.compute;
+      po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(), graph_.loss) != op.outputs.end();
+      p_.operators.push_back(std::move(po));
+      layouts_.push_back(std::move(*l));
+    }
+    return {};
+  }
+
+  void declare_inputs_and_parameters() {
+    for (const Parameter& q : graph_.parameters) {
+      p_.parameters.push_back({q.name, q.shape, q.initial_deviation, q.initial_value});
+    }
+    for (const TensorId t : graph_.inputs) {
+      ProgramInput in;
+      in.name = graph_.tensor(t).name;
+      in.shape = with_samples(graph_.tensor(t).shape, p_.samples);
+      in.tensor = t.value;
+      for (const OpId c : consumers_[t.index()]) {
+        const Operator& op = graph_.op(c);
+        if (const auto* e = std::get_if<Embedding>(&op.operation)) in.values = e->vocabulary;
+        if (std::holds_alternative<CrossEntropy>(op.operation) && op.inputs[1] == t) {
+          in.values = graph_.tensor(op.inputs[0]).shape.back().extent;
+        }
+      }
+      p_.inputs.push_back(in);
+    }
+  }
+
+  // ---- pass 3: parameters on stages ----------------------------------------------------------
+  Infeasible place_parameters() {
+    on_stage_.resize(static_cast<std::size_t>(stages_));
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      const Operator& op = graph_.operators[i];
+      const int stage = stage_of_chunk(chunk_of_[i]);
+      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
+        const ParameterId q = op.parameters[k];
+        auto& here = on_stage_[static_cast<std::size_t>(stage)];
+        const auto it = here.find(q);
+        if (it == here.end()) {
+          ParameterOnStage v;
+          v.layout = layouts_[i].parameters[k];
+          v.gradient_layout = layouts_[i].parameter_gradients[k];
+          v.unit = op.layer;
+          here.emplace(q, v);
+        } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
+                   !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
+          return {fmt::format("parameter {} is read with two shardings, the second by {}; cut both readers alike",
+                              graph_.parameter(q).name, op.name)};
+        }
+      }
+    }
+    for (int s = 0; s < stages_; ++s) {
+      for (auto& [q, v] : on_stage_[static_cast<std::size_t>(s)]) {
+        const Parameter& parameter = graph_.parameter(q);
+        v.state_layout = v.layout;
+        if (plan_.zero > 0) {
+          for (const AtomId a : plan_.zero_atoms) {
+            // State is cut over the ranks that would hold copies of this parameter.
+            if (!has(split_atoms(v.layout), a)) v.state_layout.flat.push_back(a);
+          }
+        }
+        v.scattered = mask_of(v.state_layout.flat);
+        const bool sharded = plan_.zero == 3 && v.scattered != 0;
+        v.value = buffer(parameter.name, Category::parameters, Scope::step, parameter.shape,
+                         sharded ? v.state_layout : v.layout, plan_.precision.parameters);
+        p_.buffers[v.value.index()].parameter = q.value;
+        if (!parameter.trainable) continue;
+        const bool scatter_each = plan_.zero >= 2 && v.scattered != 0;
+        if (!scatter_each) {
+          v.gradient = buffer(parameter.name + ".grad", Category::gradients, Scope::step, parameter.shape,
+                              v.gradient_layout, plan_.precision.gradients);
+          v.reduced = v.gradient;
+        }
+        if (v.scattered != 0 || v.gradient_layout.partial != 0) {
+          Layout reduced = v.state_layout;
+          reduced.partial = static_cast<AtomMask>(v.gradient_layout.partial & ~v.scattered);
+          if (scatter_each) {
+            v.shard = buffer(parameter.name + ".grad_shard", Category::gradients, Scope::step, parameter.shape,
+                             reduced, plan_.precision.gradients);
+            v.reduced = v.shard;
+          }
+        }
+      }
+    }
+    return {};
+  }
+
+  // ---- pass 4: recomputed segments -----------------------------------------------------------
+  void find_segments() {
+    segment_.assign(graph_.operators.size(), -1);
+    if (plan_.recompute == Recompute::none) return;
+    int next = 0, last_layer = std::numeric_limits<int>::min();
+    bool open = false;
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      const Operator& op = graph_.operators[i];
+      bool in = op.layer >= 0 && op.layer < graph_.layers;
+      switch (plan_.recompute) {
+        case Recompute::none: in = false; break;
+        case Recompute::full: break;
+        case Recompute::first: in = in && op.layer < plan_.recompute_first; break;
+        case Recompute::selective: in = in && std::holds_alternative<Attention>(op.operation); break;
+        case Recompute::patterns:
+          in = std::any_of(plan_.recompute_patterns.begin(), plan_.recompute_patterns.end(),
+                           [&](const auto& pattern) { return matches(pattern, op.name); });
+          break;
+      }
+      if (in) {
+        if (!open || op.layer != last_layer) ++next;
+        segment_[i] = next - 1;
+      }
+      open = in;
+      last_layer = op.layer;
+    }
+    ops_of_segment_.resize(static_cast<std::size_t>(next));
+    for (std::size_t i = 0; i < segment_.size(); ++i) {
+      if (segment_[i] >= 0) ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
+    }
+  }
+
+  // ---- small helpers -------------------------------------------------------------------------
+  int stage_of_chunk(int chunk) const { return chunk % stages_; }
+
+  BufferId buffer(std::string name, Category category, Scope scope, Shape shape, Layout layout, ElementType type) {
+    Buffer b;
+    b.name = std::move(name);
+    b.category = category;
+    b.scope = scope;
+    b.shape = std::move(shape);
+    b.layout = std::move(layout);
+    b.type = type;
+    p_.buffers.push_back(std::move(b));
+    return BufferId{p_.buffers.size() - 1};
+  }
+
+  BufferId tensor_buffer(TensorId t, const Layout& layout, Category category = Category::activations) {
+    const Tensor& tensor = graph_.tensor(t);
+    const BufferId id = buffer(tensor.name, category, Scope::micro_batch, with_samples(tensor.shape, p_.samples),
+                               layout, plan_.precision.activations);
+    Buffer& b = p_.buffers[id.index()];
+    b.tensor = t.value;
+    b.routed = tensor.routed;
+    if (b.routed) b.experts = experts_of(t);
+    if (!tensor.producer.valid()) {
+      for (const auto& in : p_.inputs) {
+        if (in.tensor == t.value && in.values > 0) b.element_bytes = 8;  // int64, as PyTorch's token ids
+      }
+    }
+    if (t == graph_.loss) b.type = ElementType::fp32;
+    return id;
+  }
+
+  std::int64_t experts_of(TensorId t) const {
+    for (TensorId at = t; graph_.tensor(at).producer.valid();) {
+      const Operator& op = graph_.op(graph_.tensor(at).producer);
+      if (const auto* d = std::get_if<Dispatch>(&op.operation)) return d->experts;
+      at = op.inputs[0];
+    }
+    throw InternalError("routed tensor " + graph_.tensor(t).name + " comes from no dispatch");
+  }
+
+  Stream stream(const std::string& name) {
+    for (std::size_t i = 0; i < p_.streams.size(); ++i) {
+      if (p_.streams[i] == name) return static_cast<Stream>(i);
+    }
+    p_.streams.push_back(name);
+    PARTITA_ASSERT(p_.streams.size() < 256, "too many streams");
+    return static_cast<Stream>(p_.streams.size() - 1);
+  }
+  Stream group_stream(AtomMask atoms, const char* purpose) {
+    const auto key = std::pair{atoms, std::string(purpose)};
+    if (const auto it = stream_of_.find(key); it != stream_of_.end()) return it->second;
+    std::string label;
+    for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
+      if (has(atoms, static_cast<AtomId>(i))) label += (label.empty() ? "" : "*") + p_.mesh.atoms[i].name;
+    }
+    return stream_of_[key] = stream(label + (*purpose != '\0' ? std::string(" ") + purpose : ""));
+  }
+
+  /// Emits the steps that turn `from` into layout `to`; returns the last buffer. Every intermediate result is
+  /// reported to `made`.
+  template <class Made>
+  BufferId emit_reshard(Block& block, BufferId source, const Layout& to, const char* purpose, Made made) {
+    const Layout from = p_.buffers[source.index()].layout;
+    BufferId at = source;
+    for (const ReshardStep& step : reshard(from, to)) {
+      Buffer b = p_.buffers[at.index()];
+      b.layout = step.to;
+      b.scope = Scope::micro_batch;
+      b.alias = -1;
+      p_.buffers.push_back(b);
+      const BufferId next{p_.buffers.size() - 1};
+      Instruction i;
+      i.reads = {at};
+      i.writes = {next};
+      if (step.slice) {
+        i.kind = Kind::slice;
+      } else {
+        i.kind = Kind::collective;
+        i.collective = step.collective;
+        i.atoms = step.atoms;
+        i.stream = group_stream(step.atoms, purpose);
+        if (step.collective == CollectiveKind::all_reduce) p_.buffers[next.index()].alias = at.value;
+      }
+      block.instructions.push_back(std::move(i));
+      made(next, step);
+      at = next;
+    }
+    return at;
+  }
+
+  /// Elements that the communicating steps from one layout to another touch on rank 0: to choose a source.
+  std::int64_t reshard_volume(BufferId source, const Layout& to) const {
+    const Buffer& b = p_.buffers[source.index()];
+    std::int64_t volume = 0;
+    Layout at = b.layout;
+    for (const ReshardStep& step : reshard(b.layout, to)) {
+      if (!step.slice) {
+        volume += std::max(local_elements(p_.mesh, at, b.shape, b.routed, b.experts, 0),
+                           local_elements(p_.mesh, step.to, b.shape, b.routed, b.experts, 0)) + 1;
+      }
+      at = step.to;
+    }
+    return volume;
+  }
+
+  /// A buffer that holds tensor t as `layout`, resharded from what `versions` has.
+  BufferId get(Block& block, Versions& versions, TensorId t, const Layout& layout) {
+    auto& have = versions[t];
+    for (const Version& v : have) {
+      if (v.layout == layout) return v.buffer;
+    }
+    if (!graph_.tensor(t).producer.valid()) {
+      const BufferId b = tensor_buffer(t, layout);
+      Instruction i;
+      i.kind = Kind::load;
+      i.writes = {b};
+      for (std::size_t k = 0; k < p_.inputs.size(); ++k) {
+        if (p_.inputs[k].tensor == t.value) i.index = static_cast<std::int32_t>(k);
+      }
+      block.instructions.push_back(std::move(i));
+      have.push_back({layout, b, -1});
+      return b;
+    }
+    PARTITA_ASSERT(!have.empty(), "tensor " + graph_.tensor(t).name + " is read before it is made");
+    std::size_t best = have.size();
+    std::int64_t least = std::numeric_limits<std::int64_t>::max();
+    for (std::size_t k = 0; k < have.size(); ++k) {
+      if (!(have[k].layout == without_windows(have[k].layout))) continue;
+      if ((layout.partial & ~have[k].layout.partial) != 0) continue;
+      const std::int64_t volume = reshard_volume(have[k].buffer, layout);
+      if (volume < least) least = volume, best = k;
+    }
+    PARTITA_ASSERT(best < have.size(), "no source for " + graph_.tensor(t).name);
+    int at = static_cast<int>(best);
+    return emit_reshard(block, have[best].buffer, layout, "", [&](BufferId made, const ReshardStep& step) {
+      const bool gathered = !step.slice && step.collective == CollectiveKind::all_gather;
+      have.push_back({step.to, made, gathered ? at : -1});
+      at = static_cast<int>(have.size()) - 1;
+    });
+  }
+
+  // ---- ZeRO-3: parameters gathered for use -----------------------------------------------------
+  struct Gathered {
+    std::map<ParameterId, BufferId> whole;
+    std::vector<int> units;  ///< in order of use
+  };
+
+  /// The buffer with the whole local parameter in this block; gathers its unit, and the next one ahead.
+  BufferId parameter_for(Block& block, Gathered& gathered, const std::vector<int>& unit_order, ParameterId q) {
+    const ParameterOnStage& v = on_stage(block.stage).at(q);
+    if (plan_.zero < 3 || v.scattered == 0) return v.value;
+    if (const auto it = gathered.whole.find(q); it != gathered.whole.end()) {
+      prefetch_after(block, gathered, unit_order, v.unit);
+      return it->second;
+    }
+    gather_unit(block, gathered, v.unit, false);
+    prefetch_after(block, gathered, unit_order, v.unit);
+    return gathered.whole.at(q);
+  }
+  void prefetch_after(Block& block, Gathered& gathered, const std::vector<int>& unit_order, int unit) {
+    const auto at = std::find(unit_order.begin(), unit_order.end(), unit);
+    if (at == unit_order.end() || at + 1 == unit_order.end()) return;
+    if (std::find(gathered.units.begin(), gathered.units.end(), *(at + 1)) == gathered.units.end()) {
+      gather_unit(block, gathered, *(at + 1), true);
+    }
+  }
+  void gather_unit(Block& block, Gathered& gathered, int unit, bool ahead) {
+    gathered.units.push_back(unit);
+    std::map<AtomMask, Instruction> calls;  // one call per group of ranks
+    for (const auto& [q, v] : on_stage(block.stage)) {
+      if (v.unit != unit || v.scattered == 0) continue;
+      // Only what this chunk reads: a stage of an interleaved schedule holds several chunks.
+      if (!used_in_chunk(q, block.chunk)) continue;
+      const BufferId whole = buffer(graph_.parameter(q).name, Category::buffers, Scope::micro_batch,
+                                    graph_.parameter(q).shape, v.layout, plan_.precision.parameters);
+      p_.buffers[whole.index()].parameter = q.value;
+      gathered.whole[q] = whole;
+      Instruction& i = calls[v.scattered];
+      i.kind = Kind::collective;
+      i.collective = CollectiveKind::all_gather;
+      i.atoms = v.scattered;
+      i.stream = group_stream(v.scattered, "parameters");
+      i.after_compute = ahead;
+      i.reads.push_back(v.value);
+      i.writes.push_back(whole);
+    }
+    for (auto& [atoms, i] : calls) block.instructions.push_back(std::move(i));
+  }
+  bool used_in_chunk(ParameterId q, int chunk) const {
+    for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+      const auto& list = graph_.op(id).parameters;
+      if (std::find(list.begin(), list.end(), q) != list.end()) return true;
+    }
+    return false;
+  }
+  std::vector<int> units_of_chunk(int chunk) const {
+    std::vector<int> order;
+    for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+      const Operator& op = graph_.op(id);
+      for (const ParameterId q : op.parameters) {
+        const int unit = on_stage(stage_of_chunk(chunk)).at(q).unit;
+        if (std::find(order.begin(), order.end(), unit) == order.end()) order.push_back(unit);
+      }
+    }
+    return order;
+  }
+  std::map<ParameterId, ParameterOnStage>& on_stage(int s) { return on_stage_[static_cast<std::size_t>(s)]; }
+  const std::map<ParameterId, ParameterOnStage>& on_stage(int s) const {
+    return on_stage_[static_cast<std::size_t>(s)];
+  }
+
+  // ---- forward of one operator (also when recomputed) -----------------------------------------
+  /// Statistic buffers of one pass; when a statistic's dimensions are cut, emits the local part and its
+  /// all-reduce for each and returns the complete ones. `proto` carries the operator's operands.
+  std::vector<BufferId> statistics(Block& block, OpId id, const std::vector<Statistic>& list, Kernel kernel,
+                                   const Instruction& proto, AtomMask cut) {
+    std::vector<BufferId> complete;
+    const OperatorLayouts& l = layouts_[id.index()];
+    for (std::size_t k = 0; k < list.size(); ++k) {
+      Shape shape;
+      Layout layout;
+      for (const int d : list[k].dims) {
+        const auto at = static_cast<std::size_t>(d);
+        shape.push_back({l.signature.dims[at].dim, l.signature.dims[at].extent});
+        layout.dims.push_back(l.cuts[at]);
+      }
+      shape.push_back({Dim::head_feature, list[k].width});
+      layout.dims.emplace_back();
+      const std::string label = fmt::format("{}.{}{}", graph_.op(id).name,
+                                            kernel == Kernel::forward_statistic ? "statistic" : "backward_statistic", k);
+      const BufferId whole = buffer(label, Category::activations, Scope::micro_batch, shape, layout, ElementType::fp32);
+      if (cut != 0) {
+        layout.partial = cut;
+        layout.reduction = list[k].reduction;
+        const BufferId local = buffer(label, Category::workspace, Scope::micro_batch, shape, layout, ElementType::fp32);
+        Instruction i = proto;
+        i.kernel = kernel;
+        i.index = static_cast<std::int32_t>(k);
+        i.inline_statistics = false;
+        (kernel == Kernel::forward_statistic ? i.statistics : i.backward_statistics) = complete;
+        i.writes = {local};
+        block.instructions.push_back(std::move(i));
+        Instruction reduce;
+        reduce.kind = Kind::collective;
+        reduce.collective = CollectiveKind::all_reduce;
+        reduce.atoms = cut;
+        reduce.stream = group_stream(cut, "");
+        reduce.reads = {local};
+        reduce.writes = {whole};
+        block.instructions.push_back(std::move(reduce));
+      }
+      complete.push_back(whole);
+    }
+    return complete;
+  }
+
+  AtomMask statistic_cut(OpId id) const {
+    const OperatorLayouts& l = layouts_[id.index()];
+    AtomMask cut = 0;
+    for (std::size_t d = 0; d < l.cuts.size(); ++d) {
+      if (l.signature.dims[d].use == DimUse::statistic) cut = static_cast<AtomMask>(cut | mask_of(l.cuts[d].atoms));
+    }
+    return cut;
+  }
+
+  template <class Input>
+  Record emit_forward(Block& block, OpId id, Versions& results, Gathered& gathered, const std::vector<int>& units,
+                      bool recomputed, Input input) {
+    const Operator& op = graph_.op(id);
+    const OperatorLayouts& l = layouts_[id.index()];
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::forward;
+    i.op = id.value;
+    i.recomputed = recomputed;
+    for (std::size_t k = 0; k < op.inputs.size(); ++k) i.reads.push_back(input(op.inputs[k], l.inputs[k]));
+    for (const ParameterId q : op.parameters) i.parameters.push_back(parameter_for(block, gathered, units, q));
+    Record record;
+    const AtomMask cut = statistic_cut(id);
+    record.statistics = statistics(block, id, l.signature.forward_statistics, Kernel::forward_statistic, i, cut);
+    i.statistics = record.statistics;
+    i.inline_statistics = cut == 0 && !record.statistics.empty();
+    for (std::size_t k = 0; k < op.outputs.size(); ++k) {
+      const BufferId b = tensor_buffer(op.outputs[k], l.outputs[k]);
+      record.outputs.push_back(b);
+      i.writes.push_back(b);
+      results[op.outputs[k]].push_back({l.outputs[k], b, -1});
+    }
+    for (std::size_t k = 0; k < l.signature.extras.size(); ++k) {
+      const Extra& e = l.signature.extras[k];
+      const BufferId b = buffer(op.name + ".saved", Category::activations, Scope::micro_batch, e.operand.shape,
+                                l.extras[k], plan_.precision.activations);
+      p_.buffers[b.index()].element_bytes = e.element_bytes;
+      record.extras.push_back(b);
+    }
+    i.extras = record.extras;
+    block.instructions.push_back(std::move(i));
+    return record;
+  }
+
+  // ---- pass 5: forward blocks ------------------------------------------------------------------
+  /// Chunks (other than its producer's) that read tensor t, ascending.
+  std::vector<int> reader_chunks(TensorId t) const {
+    std::set<int> all;
+    for (const OpId c : consumers_[t.index()]) all.insert(chunk_of_[c.index()]);
+    if (const OpId from = graph_.tensor(t).producer; from.valid()) all.erase(chunk_of_[from.index()]);
+    return {all.begin(), all.end()};
+  }
+
+  /// The layout in which a tensor travels to another chunk: what its first reader there needs.
+  Layout boundary_layout(TensorId t, int chunk) const {
+    for (const OpId c : consumers_[t.index()]) {
+      if (chunk_of_[c.index()] != chunk) continue;
+      const Operator& op = graph_.op(c);
+      for (std::size_t k = 0; k < op.inputs.size(); ++k) {
+        if (op.inputs[k] == t) return without_windows(layouts_[c.index()].inputs[k]);
+      }
+    }
+    throw InternalError("no reader of " + graph_.tensor(t).name);
+  }
+
+  int message(TensorId t, int chunk, bool backward) {
+    const auto key = std::tuple{t.value, chunk, backward};
+    const auto [it, fresh] = messages_.emplace(key, static_cast<int>(messages_.size()));
+    (void)fresh;
+    return it->second;
+  }
+
+  void transfer(Block& block, Kind kind, BufferId b, int other_stage, int id, bool backward) {
+    Instruction i;
+    i.kind = kind;
+    i.stage = other_stage;
+    i.index = id;
+    (kind == Kind::send ? i.reads : i.writes) = {b};
+    i.stream = stream(fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));
+    block.instructions.push_back(std::move(i));
+  }
+
+  void forward_block(int chunk) {
+    Block block;
+    block.name = fmt::format("forward {}", chunk);
+    block.kind = BlockKind::forward;
+    block.chunk = chunk;
+    block.stage = stage_of_chunk(chunk);
+    forward_versions_.emplace_back();
+    Versions& versions = forward_versions_.back();
+    // Tensors from earlier chunks.
+    std::set<TensorId> arrived;
+    for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+      for (const TensorId t : graph_.op(id).inputs) {
+        const OpId from = graph_.tensor(t).producer;
+        if (!from.valid() || chunk_of_[from.index()] == chunk || !arrived.insert(t).second) continue;
+        const int source_chunk = chunk_of_[from.index()];
+        const Layout layout = boundary_layout(t, chunk);
+        if (stage_of_chunk(source_chunk) == block.stage) {
+          for (const Version& v : forward_versions_[static_cast<std::size_t>(source_chunk)].at(t)) {
+            if (v.layout == layout) versions[t].push_back({v.layout, v.buffer, -1});
+          }
+          continue;
+        }
+        const BufferId b = tensor_buffer(t, layout);
+        transfer(block, Kind::receive, b, stage_of_chunk(source_chunk), message(t, chunk, false), false);
+        versions[t].push_back({layout, b, -1});
+      }
+    }
+    Gathered gathered;
+    const auto units = units_of_chunk(chunk);
+    for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+      const Record record = emit_forward(block, id, versions, gathered, units, false,
+                                         [&](TensorId t, const Layout& l) { return get(block, versions, t, l); });
+      records_.resize(graph_.operators.size());
+      records_[id.index()] = record;
+      for (const TensorId t : graph_.op(id).outputs) {
+        for (const int reader : reader_chunks(t)) {
+          const BufferId b = get(block, versions, t, boundary_layout(t, reader));
+          if (stage_of_chunk(reader) == block.stage) continue;
+          transfer(block, Kind::send, b, stage_of_chunk(reader), message(t, reader, false), false);
+        }
+      }
+    }
+    forward_of_.push_back(BlockId{p_.blocks.size()});
+    p_.blocks.push_back(std::move(block));
+  }
+
+  // ---- pass 6: backward blocks -----------------------------------------------------------------
+  struct Backward {
+    Block block;
+    Versions regathered, recomputed;
+    std::map<int, bool> segment_done;
+    std::map<OpId, Record> records;  ///< of recomputed operators
+    std::map<TensorId, std::vector<Contribution>> contributions;
+    Gathered gathered;
+    std::vector<int> units;
+    std::map<ParameterId, BufferId> micro_batch_gradients;  ///< ZeRO-2, -3
+    std::map<ParameterId, std::size_t> writes_left;
+    std::map<ParameterId, std::size_t> ready_at;            ///< instruction after which the gradient is done
+  };
+
+  /// What the forward left of tensor t in `layout`, gathered again if only a part was kept.
+  BufferId saved(Backward& b, TensorId t, const Layout& layout) {
+    const auto& have = forward_versions_[static_cast<std::size_t>(b.block.chunk)].at(t);
+    for (const Version& v : have) {
+      if (!(v.layout == layout)) continue;
+      if (plan_.save_gathered || v.gathered_from < 0) return v.buffer;
+      auto& again = b.regathered[t];
+      const Version& source = have[static_cast<std::size_t>(v.gathered_from)];
+      if (source.layout.partial != 0 && again.empty()) return v.buffer;
+      const bool known = std::any_of(again.begin(), again.end(), [&](const Version& w) { return w.buffer == source.buffer; });
+      if (!known) again.push_back({source.layout, source.buffer, -1});
+      return get(b.block, b.regathered, t, layout);
+    }
+    throw InternalError("nothing saved of " + graph_.tensor(t).name);
+  }
+
+  BufferId operand(Backward& b, OpId reader, TensorId t, const Layout& layout) {
+    const OpId from = graph_.tensor(t).producer;
+    const int segment = segment_[reader.index()];
+    if (segment >= 0 && from.valid() && segment_[from.index()] == segment) {
+      recompute(b, segment);
+      return get(b.block, b.recomputed, t, layout);
+    }
+    return saved(b, t, layout);
+  }
+
+  void recompute(Backward& b, int segment) {
+    if (b.segment_done[segment]) return;
+    b.segment_done[segment] = true;
+    for (const OpId id : ops_of_segment_[static_cast<std::size_t>(segment)]) {
+      b.records[id] = emit_forward(b.block, id, b.recomputed, b.gathered, b.units, true,
+                                   [&](TensorId t, const Layout& l) { return operand(b, id, t, l); });
+    }
+  }
+
+  void contribute(Backward& b, TensorId t, const Layout& layout, BufferId buffer, bool owned) {
+    b.contributions[t].push_back({layout, buffer, owned});
+  }
+
+  /// The gradient of t, complete, as `layout`; invalid if nothing contributes.
+  BufferId gradient(Backward& b, TensorId t, const Layout& layout) {
+    const auto it = b.contributions.find(t);
+    if (it == b.contributions.end()) return BufferId{};
+    // Summands of one layout first, so that a sum owed is paid once.
+    std::vector<std::pair<Layout, std::vector<BufferId>>> groups;
+    for (const Contribution& c : it->second) {
+      auto g = std::find_if(groups.begin(), groups.end(), [&](const auto& x) { return x.first == c.layout; });
+      if (g == groups.end()) g = groups.insert(groups.end(), {c.layout, {}});
+      g->second.push_back(c.buffer);
+    }
+    std::vector<BufferId> parts;
+    for (const auto& [from, buffers] : groups) {
+      const BufferId sum = add(b, buffers);
+      parts.push_back(emit_reshard(b.block, sum, layout, "", [](BufferId, const ReshardStep&) {}));
+    }
+    return add(b, parts);
+  }
+
+  BufferId add(Backward& b, const std::vector<BufferId>& summands) {
+    if (summands.size() == 1) return summands[0];
+    Buffer copy = p_.buffers[summands[0].index()];
+    copy.alias = -1;
+    p_.buffers.push_back(copy);
+    const BufferId sum{p_.buffers.size() - 1};
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::add;
+    i.reads = summands;
+    i.writes = {sum};
+    b.block.instructions.push_back(std::move(i));
+    return sum;
+  }
+
+  BufferId gradient_buffer(TensorId t, const Layout& layout) {
+    const BufferId g = tensor_buffer(t, layout);
+    Buffer& b = p_.buffers[g.index()];
+    b.name += ".grad";
+    b.element_bytes = 0;
+    return g;
+  }
+
+  void backward_block(int chunk) {
+    Backward b;
+    b.block.name = fmt::format("backward {}", chunk);
+    b.block.kind = BlockKind::backward;
+    b.block.chunk = chunk;
+    b.block.stage = stage_of_chunk(chunk);
+    b.units = units_of_chunk(chunk);
+    std::reverse(b.units.begin(), b.units.end());
+    const auto& ops = ops_of_chunk_[static_cast<std::size_t>(chunk)];
+    // Gradients from later chunks.
+    for (const OpId id : ops) {
+      for (const TensorId t : graph_.op(id).outputs) {
+        if (!needs_gradient_[t.index()]) continue;
+        for (const int reader : reader_chunks(t)) {
+          const Layout layout = boundary_layout(t, reader);
+          if (stage_of_chunk(reader) == b.block.stage) {
+            const auto sent = boundary_gradient_.find({t, reader});
+            if (sent != boundary_gradient_.end()) contribute(b, t, layout, sent->second, false);
+            continue;
+          }
+          const BufferId g = gradient_buffer(t, layout);
+          transfer(b.block, Kind::receive, g, stage_of_chunk(reader), message(t, reader, true), true);
+          contribute(b, t, layout, g, true);
+        }
+      }
+    }
+    for (const OpId id : ops) {
+      for (const ParameterId q : graph_.op(id).parameters) b.writes_left[q]++;
+    }
+    for (std::size_t k = ops.size(); k-- > 0;) backward_of(b, ops[k]);
+    // Gradients for earlier chunks.
+    std::set<TensorId> sent;
+    for (const OpId id : ops) {
+      for (const TensorId t : graph_.op(id).inputs) {
+        const OpId from = graph_.tensor(t).producer;
+        if (!from.valid() || chunk_of_[from.index()] == chunk || !needs_gradient_[t.index()] || !sent.insert(t).second) {
+          continue;
+        }
+        const BufferId g = gradient(b, t, boundary_layout(t, chunk));
+        PARTITA_ASSERT(g.valid(), "no gradient for " + graph_.tensor(t).name);
+        boundary_gradient_[{t, chunk}] = g;
+        const int other = stage_of_chunk(chunk_of_[from.index()]);
+        if (other != b.block.stage) transfer(b.block, Kind::send, g, other, message(t, chunk, true), true);
+      }
+    }
+    finish_backward(std::move(b));
+  }
+
+  void backward_of(Backward& b, OpId id) {
+    const Operator& op = graph_.op(id);
+    const OperatorLayouts& l = layouts_[id.index()];
+    const Signature& s = l.signature;
+    bool data = false, weight = false;
+    for (std::size_t k = 0; k < op.inputs.size(); ++k) {
+      data |= s.inputs[k].differentiable && needs_gradient_[op.inputs[k].index()] != 0;
+    }
+    for (const ParameterId q : op.parameters) weight |= graph_.parameter(q).trainable;
+    if (!data && !weight) return;
+
+    Instruction proto;
+    proto.kind = Kind::compute;
+    proto.op = id.value;
+    for (std::size_t k = 0; k < op.outputs.size(); ++k) {
+      proto.gradients.push_back(op.outputs[k] == graph_.loss ? BufferId{} : gradient(b, op.outputs[k], l.output_gradients[k]));
+      if (op.outputs[k] != graph_.loss && !proto.gradients.back().valid()) return;  // nothing depends on it
+    }
+    // Sums pass their gradient on unchanged.
+    const bool alias = std::holds_alternative<Add>(op.operation) || std::holds_alternative<AddBias>(op.operation);
+    if (alias && data) {
+      for (std::size_t k = 0; k < op.inputs.size(); ++k) {
+        if (needs_gradient_[op.inputs[k].index()]) contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
+      }
+      data = false;
+    }
+    if (segment_[id.index()] >= 0) recompute(b, segment_[id.index()]);
+    const auto again = b.records.find(id);
+    const Record& record = again != b.records.end() ? again->second : records_[id.index()];
+    const auto inputs = [&](bool for_data) {
+      std::vector<BufferId> all;
+      for (std::size_t k = 0; k < op.inputs.size(); ++k) {
+        const bool wanted = for_data ? s.inputs[k].saved_for_data : s.inputs[k].saved_for_weight;
+        all.push_back(wanted ? operand(b, id, op.inputs[k], l.inputs[k]) : BufferId{});
+      }
+      return all;
+    };
+    for (std::size_t k = 0; k < op.outputs.size(); ++k) {
+      proto.outputs.push_back(s.outputs[k].saved_for_data || s.outputs[k].saved_for_weight ? record.outputs[k] : BufferId{});
+    }
+    proto.statistics = record.statistics;
+    const AtomMask cut = statistic_cut(id);
+    if (data) {
+      Instruction i = proto;
+      i.kernel = Kernel::backward_data;
+      i.reads = inputs(true);
+      i.extras = record.extras;
+      for (const ParameterId q : op.parameters) i.parameters.push_back(parameter_for(b.block, b.gathered, b.units, q));
+      if (cut != 0) {
+        i.backward_statistics = statistics(b.block, id, s.backward_statistics, Kernel::backward_statistic, i, cut);
+      } else {
+        i.inline_statistics = !s.backward_statistics.empty();
+      }
+      for (std::size_t k = 0; k < op.inputs.size(); ++k) {
+        if (!s.inputs[k].differentiable || !needs_gradient_[op.inputs[k].index()]) {
+          i.writes.push_back(BufferId{});
+          continue;
+        }
+        const BufferId g = gradient_buffer(op.inputs[k], l.input_gradients[k]);
+        i.writes.push_back(g);
+        contribute(b, op.inputs[k], l.input_gradients[k], g, true);
+      }
+      // A product adds to the gradient that another product of the same input has begun.
+      if (i.writes.size() == 1 && std::holds_alternative<Linear>(op.operation)) {
+        auto& all = b.contributions[op.inputs[0]];
+        const auto first = std::find_if(all.begin(), all.end() - 1, [&](const Contribution& c) {
+          return c.owned && c.layout == all.back().layout;
+        });
+        if (first != all.end() - 1) {
+          i.writes[0] = first->buffer;
+          i.accumulate = true;
+          all.pop_back();
+        }
+      }
+      b.block.instructions.push_back(std::move(i));
+    }
+    if (weight) {
+      Instruction i = proto;
+      i.kernel = Kernel::backward_weight;
+      i.reads = inputs(false);
+      i.accumulate = true;
+      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
+        const ParameterId q = op.parameters[k];
+        if (!graph_.parameter(q).trainable) {
+          i.writes.push_back(BufferId{});
+          continue;
+        }
+        const ParameterOnStage& v = on_stage(b.block.stage).at(q);
+        if (v.gradient.valid()) {
+          i.writes.push_back(v.gradient);
+          continue;
+        }
+        auto& g = b.micro_batch_gradients[q];
+        if (!g.valid()) {
+          g = buffer(graph_.parameter(q).name + ".grad", Category::gradients, Scope::micro_batch,
+                     graph_.parameter(q).shape, v.gradient_layout, plan_.precision.gradient_communication);
+          Instruction zero;
+          zero.kind = Kind::compute;
+          zero.kernel = Kernel::zero;
+          zero.writes = {g};
+          b.block.instructions.push_back(std::move(zero));
+        }
+        i.writes.push_back(g);
+      }
+      b.block.instructions.push_back(std::move(i));
+    }
+    for (const ParameterId q : op.parameters) {
+      if (--b.writes_left[q] > 0 || !graph_.parameter(q).trainable) continue;
+      b.ready_at[q] = b.block.instructions.size();
+    }
+  }
+
+  // ---- pass 7: gradients meet --------------------------------------------------------------------
+  struct Bucket {
+    std::vector<ParameterId> parameters;
+    std::size_t ready = 0;  ///< position in the backward's instructions
+    Bytes bytes{};
+  };
+
+  /// Parameters that become ready in this backward, in buckets of one communication pattern each.
+  std::vector<Bucket> buckets(const Backward& b) {
+    std::vector<std::pair<std::size_t, ParameterId>> order;
+    for (const auto& [q, at] : b.ready_at) order.emplace_back(at, q);
+    std::sort(order.begin(), order.end());
+    std::vector<Bucket> done;
+    std::map<std::tuple<AtomMask, AtomMask, bool>, Bucket> open;
+    for (const auto& [at, q] : order) {
+      const ParameterOnStage& v = on_stage(b.block.stage).at(q);
+      if (v.scattered == 0 && v.gradient_layout.partial == 0) continue;
+      const auto key = std::tuple{v.scattered, v.gradient_layout.partial, has_ties(q)};
+      Bucket& bucket = open[key];
+      bucket.parameters.push_back(q);
+      bucket.ready = at;
+      bucket.bytes += storage(plan_.precision.gradient_communication,
+                              local_elements(p_.mesh, v.layout, graph_.parameter(q).shape, false, 0, 0));
+      if (bucket.bytes >= plan_.bucket) {
+        done.push_back(bucket);
+        open.erase(key);
+      }
+    }
+    for (auto& [key, bucket] : open) done.push_back(bucket);
+    std::stable_sort(done.begin(), done.end(), [](const Bucket& x, const Bucket& y) { return x.ready < y.ready; });
+    return done;
+  }
+
+  bool has_ties(ParameterId q) const {
+    int stages = 0;
+    for (const auto& here : on_stage_) stages += here.count(q) > 0 ? 1 : 0;
+    return stages > 1;
+  }
+
+  /// Reduce, and scatter where state is sharded. Reads the gradients named by `source`.
+  template <class Source>
+  std::vector<Instruction> synchronise(int stage, const Bucket& bucket, Source source) {
+    std::vector<Instruction> all;
+    const ParameterOnStage& first = on_stage(stage).at(bucket.parameters[0]);
+    const AtomMask scattered = first.scattered;
+    const AtomMask owed = static_cast<AtomMask>(first.gradient_layout.partial & ~scattered);
+    std::vector<BufferId> at;
+    for (const ParameterId q : bucket.parameters) at.push_back(source(q));
+    if (scattered != 0) {
+      Instruction i;
+      i.kind = Kind::collective;
+      i.collective = CollectiveKind::reduce_scatter;
+      i.atoms = scattered;
+      i.stream = group_stream(scattered, "gradients");
+      i.accumulate = plan_.zero >= 2;
+      i.reads = at;
+      for (std::size_t k = 0; k < at.size(); ++k) {
+        ParameterOnStage& v = on_stage(stage).at(bucket.parameters[k]);
+        if (plan_.zero < 2) v.reduced = shard_buffer(bucket.parameters[k], v, ".grad_shard", owed);
+        i.writes.push_back(v.reduced);
+        at[k] = v.reduced;
+      }
+      all.push_back(std::move(i));
+    }
+    if (owed != 0 && plan_.zero < 2) append_owed(all, stage, bucket.parameters, owed);
+    return all;
+  }
+
+  /// A later state of a gradient, in the memory of what it was.
+  BufferId shard_buffer(ParameterId q, const ParameterOnStage& v, const char* suffix, AtomMask partial) {
+    Layout l = v.state_layout;
+    l.partial = partial;
+    const BufferId b = buffer(graph_.parameter(q).name + suffix, Category::gradients, Scope::step,
+                              graph_.parameter(q).shape, l, plan_.precision.gradients);
+    p_.buffers[b.index()].alias = v.reduced.value;
+    return b;
+  }
+
+  /// All-reduce of what scattering left owed (sequence-parallel norms over tp, HSDP replicas).
+  void append_owed(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list, AtomMask owed) {
+    Instruction i;
+    i.kind = Kind::collective;
+    i.collective = CollectiveKind::all_reduce;
+    i.atoms = owed;
+    i.stream = group_stream(owed, "gradients");
+    for (const ParameterId q : list) {
+      ParameterOnStage& v = on_stage(stage).at(q);
+      i.reads.push_back(v.reduced);
+      v.reduced = shard_buffer(q, v, ".grad_sum", 0);
+      i.writes.push_back(v.reduced);
+    }
+    all.push_back(std::move(i));
+  }
+
+  void finish_backward(Backward b) {
+    const int stage = b.block.stage;
+    const auto all = buckets(b);
+    std::vector<std::vector<Instruction>> calls;
+    for (const Bucket& bucket : all) {
+      calls.push_back(synchronise(stage, bucket, [&](ParameterId q) {
+        const auto it = b.micro_batch_gradients.find(q);
+        return it != b.micro_batch_gradients.end() ? it->second : on_stage(stage).at(q).gradient;
+      }));
+      if (plan_.zero >= 2) {
+        for (const ParameterId q : bucket.parameters) late_owed_[stage].push_back(q);
+      }
+    }
+    Block last = b.block;
+    const auto insert = [&](Block& block, bool scatters_only) {
+      std::vector<Instruction> merged;
+      std::size_t next = 0;
+      for (std::size_t k = 0; k <= block.instructions.size(); ++k) {
+        for (; next < all.size() && all[next].ready <= k; ++next) {
+          for (const Instruction& i : calls[next]) {
+            // Every micro-batch scatters under ZeRO-2 and -3; other sums are paid after the last one.
+            if (scatters_only && !(plan_.zero >= 2 && i.collective == CollectiveKind::reduce_scatter)) continue;
+            merged.push_back(i);
+          }
+        }
+        if (k < block.instructions.size()) merged.push_back(std::move(block.instructions[k]));
+      }
+      block.instructions = std::move(merged);
+    };
+    insert(b.block, true);
+    backward_of_.insert(backward_of_.begin(), BlockId{p_.blocks.size()});
+    p_.blocks.push_back(std::move(b.block));
+    if (plan_.overlap_gradients) {
+      insert(last, false);
+      last.name += " last";
+    } else {
+      insert(last, true);
+      for (auto& c : calls) {
+        if (plan_.zero >= 2) continue;
+        for (auto& i : c) late_calls_[stage].push_back(std::move(i));
+      }
+    }
+    last_backward_of_.insert(last_backward_of_.begin(), BlockId{p_.blocks.size()});
+    p_.blocks.push_back(std::move(last));
+  }
+
+  // ---- pass 8: start and step blocks -------------------------------------------------------------
+  void start_and_step(int stage) {
+    Block start, step;
+    start.name = fmt::format("start {}", stage);
+    step.name = fmt::format("step {}", stage);
+    start.kind = BlockKind::start;
+    step.kind = BlockKind::step;
+    start.stage = step.stage = stage;
+    start.chunk = step.chunk = -1;
+    Instruction zero;
+    zero.kind = Kind::compute;
+    zero.kernel = Kernel::zero;
+    for (const auto& [q, v] : on_stage(stage)) {
+      if (!graph_.parameter(q).trainable) continue;
+      if (v.gradient.valid()) zero.writes.push_back(v.gradient);
+      if (v.shard.valid()) zero.writes.push_back(v.shard);
+    }
+    if (!zero.writes.empty()) start.instructions.push_back(std::move(zero));
+    for (auto& i : late_calls_[stage]) step.instructions.push_back(std::move(i));
+    if (!late_owed_[stage].empty()) {
+      std::map<AtomMask, std::vector<ParameterId>> by_owed;
+      for (const ParameterId q : late_owed_[stage]) {
+        const auto& v = on_stage(stage).at(q);
+        const auto owed = static_cast<AtomMask>(v.gradient_layout.partial & ~v.scattered);
+        if (owed != 0) by_owed[owed].push_back(q);
+      }
+      for (const auto& [owed, list] : by_owed) append_owed(step.instructions, stage, list, owed);
+    }
+    // Tied parameters: the readers' gradients are summands of one.
+    for (const auto& [q, here] : on_stage(stage)) {
+      if (!has_ties(q) || !graph_.parameter(q).trainable) continue;
+      std::vector<int> stages;
+      for (int s = 0; s < stages_; ++s) {
+        if (on_stage(s).count(q)) stages.push_back(s);
+      }
+      Instruction i;
+      i.kind = Kind::collective;
+      i.collective = CollectiveKind::all_reduce;
+      i.tie = tie(stages);
+      i.stream = stream("tied parameters");
+      ParameterOnStage& v = on_stage(stage).at(q);
+      i.reads = {v.reduced};
+      v.reduced = shard_buffer(q, v, ".grad_tied", 0);
+      i.writes = {v.reduced};
+      step.instructions.push_back(std::move(i));
+    }
+    std::map<AtomMask, Instruction> gathers;
+    for (auto& [q, v] : on_stage(stage)) {
+      const Parameter& parameter = graph_.parameter(q);
+      if (!parameter.trainable) continue;
+      const bool shard_in_place = plan_.zero == 3 || v.scattered == 0;
+      BufferId target = v.value;
+      if (!shard_in_place) {
+        target = buffer(parameter.name + ".shard", Category::parameters, Scope::step, parameter.shape, v.state_layout,
+                        plan_.precision.parameters);
+        p_.buffers[target.index()].parameter = q.value;
+        p_.buffers[target.index()].alias = v.value.value;
+        Instruction i;
+        i.kind = Kind::slice;
+        i.reads = {v.value};
+        i.writes = {target};
+        step.instructions.push_back(std::move(i));
+      }
+      Instruction i;
+      i.kind = Kind::compute;
+      i.kernel = Kernel::optimizer;
+      i.reads = {v.reduced};
+      const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
+      for (int k = 0; k < states; ++k) {
+        i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k), Category::optimizer, Scope::step,
+                                   parameter.shape, v.state_layout, plan_.precision.optimizer));
+      }
+      if (plan_.precision.master_copy) {
+        i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step, parameter.shape,
+                                  v.state_layout, ElementType::fp32));
+      }
+      i.writes = {target};
+      i.accumulate = true;
+      step.instructions.push_back(std::move(i));
+      if (!shard_in_place) {
+        Instruction& g = gathers[v.scattered];
+        g.kind = Kind::collective;
+        g.collective = CollectiveKind::all_gather;
+        g.atoms = v.scattered;
+        g.stream = group_stream(v.scattered, "parameters");
+        g.reads.push_back(target);
+        g.writes.push_back(v.value);
+      }
+    }
+    for (auto& [atoms, g] : gathers) step.instructions.push_back(std::move(g));
+    start_of_.push_back(BlockId{p_.blocks.size()});
+    p_.blocks.push_back(std::move(start));
+    step_of_.push_back(BlockId{p_.blocks.size()});
+    p_.blocks.push_back(std::move(step));
+  }
+
+  int tie(const std::vector<int>& stages) {
+    for (std::size_t i = 0; i < p_.ties.size(); ++i) {
+      if (p_.ties[i] == stages) return static_cast<int>(i);
+    }
+    p_.ties.push_back(stages);
+    return static_cast<int>(p_.ties.size()) - 1;
+  }
+
+  // ---- pass 9: order -------------------------------------------------------------------------------
+  void order_blocks() {
+    const auto order = turns(plan_.schedule, stages_, static_cast<int>(plan_.virtual_stages), p_.micro_batches);
+    for (int s = 0; s < stages_; ++s) {
+      auto& calls = p_.stages[static_cast<std::size_t>(s)];
+      const auto& mine = order[static_cast<std::size_t>(s)];
+      std::map<int, std::size_t> last;
+      for (std::size_t k = 0; k < mine.size(); ++k) {
+        if (mine[k].kind == BlockKind::backward) last[mine[k].chunk] = k;
+      }
+      calls.push_back({start_of_[static_cast<std::size_t>(s)], -1});
+      for (std::size_t k = 0; k < mine.size(); ++k) {
+        const auto chunk = static_cast<std::size_t>(mine[k].chunk);
+        const BlockId block = mine[k].kind == BlockKind::forward ? forward_of_[chunk]
+                              : last.at(mine[k].chunk) == k      ? last_backward_of_[chunk]
+                                                                 : backward_of_[chunk];
+        calls.push_back({block, mine[k].micro_batch});
+      }
+      calls.push_back({step_of_[static_cast<std::size_t>(s)], -1});
+    }
+  }
+
+  // ---- pass 10: memory -------------------------------------------------------------------------------
+  /// Allocates before the first write and frees after the last use. State (parameters, accumulated gradients,
+  /// optimizer) is there all the time. Within one micro-batch blocks run forward by chunk, then backward by
+  /// chunk from the last; a buffer is freed in the last block that uses it.
+  void place_memory() {
+    const auto rank_of = [&](const Block& b) {
+      switch (b.kind) {
+        case BlockKind::start: return -1;
+        case BlockKind::forward: return b.chunk;
+        case BlockKind::backward:
+        case BlockKind::backward_weight: return 2 * chunks_ - b.chunk;
+        case BlockKind::step: return 3 * chunks_;
+      }
+      return 0;
+    };
+    std::vector<int> last(p_.buffers.size(), -2), first(p_.buffers.size(), std::numeric_limits<int>::max());
+    const auto persistent = [&](BufferId id) {
+      const Buffer& b = p_.buffers[id.index()];
+      return b.scope == Scope::step && b.category != Category::workspace;
+    };
+    // What lives in another buffer's memory keeps that one alive.
+    std::vector<BufferId> root(p_.buffers.size());
+    for (std::size_t i = 0; i < root.size(); ++i) root[i] = p_.memory_of(BufferId{i});
+    for (const Block& b : p_.blocks) {
+      const int r = rank_of(b);
+      for (const Instruction& i : b.instructions) {
+        const auto note = [&](BufferId used) {
+          const BufferId id = root[used.index()];
+          last[id.index()] = std::max(last[id.index()], r);
+          first[id.index()] = std::min(first[id.index()], r);
+        };
+        for_each_read(i, note);
+        for_each_write(i, note);
+      }
+    }
+    for (Block& b : p_.blocks) {
+      const int r = rank_of(b);
+      std::map<BufferId, std::size_t> first_at, last_at;
+      for (std::size_t k = 0; k < b.instructions.size(); ++k) {
+        const auto note = [&](BufferId used) {
+          const BufferId id = root[used.index()];
+          if (persistent(id)) return;
+          if (first[id.index()] == r) first_at.emplace(id, k);
+          if (last[id.index()] == r) last_at[id] = k;
+        };
+        for_each_read(b.instructions[k], note);
+        for_each_write(b.instructions[k], note);
+      }
+      std::vector<std::vector<BufferId>> before(b.instructions.size()), after(b.instructions.size());
+      for (const auto& [id, k] : first_at) before[k].push_back(id);
+      for (const auto& [id, k] : last_at) after[k].push_back(id);
+      std::vector<Instruction> merged;
+      merged.reserve(b.instructions.size() * 2);
+      for (std::size_t k = 0; k < b.instructions.size(); ++k) {
+        if (!before[k].empty()) {
+          Instruction i;
+          i.kind = Kind::allocate;
+          i.writes = before[k];
+          merged.push_back(std::move(i));
+        }
+        merged.push_back(std::move(b.instructions[k]));
+        if (!after[k].empty()) {
+          Instruction i;
+          i.kind = Kind::free;
+          i.reads = after[k];
+          merged.push_back(std::move(i));
+        }
+      }
+      b.instructions = std::move(merged);
+    }
+  }
+
+  const Graph& graph_;
+  const Plan& plan_;
+  Program p_;
+  int chunks_ = 1, stages_ = 1;
+  std::vector<int> chunk_of_;
+  std::vector<std::vector<OpId>> ops_of_chunk_;
+  std::vector<std::vector<OpId>> consumers_;
+  std::vector<char> needs_gradient_;
+  std::vector<OperatorLayouts> layouts_;
+  std::vector<std::map<ParameterId, ParameterOnStage>> on_stage_;
+  std::vector<int> segment_;
+  std::vector<std::vector<OpId>> ops_of_segment_;
+  std::vector<Versions> forward_versions_;
+  std::vector<Record> records_;
+  std::map<std::tuple<std::int32_t, int, bool>, int> messages_;
+  std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;
+  std::map<std::pair<AtomMask, std::string>, Stream> stream_of_;
+  std::map<int, std::vector<Instruction>> late_calls_;
+  std::map<int, std::vector<ParameterId>> late_owed_;
+  std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;
+};
+
+}  // namespace
+
+Feasible<Program> lower(const Graph& graph, const Plan& plan) { return Lowering(graph, plan).run(); }
+
+}  // namespace partita

@@ -1,0 +1,228 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <set>
+
+#include "simulator/program/program.h"
+
+namespace partita {
+namespace {
+
+/// Checks one collective's buffers against its kind: what the layouts must differ by.
+std::string layout_error(const Program& p, const Instruction& i, const Buffer& from, const Buffer& to) {
+  const Layout &a = from.layout, &b = to.layout;
+  const AtomMask atoms = i.atoms;
+  const auto say = [&](const std::string& rule) {
+    return fmt::format("{} of {} {}: {} -> {}", name(i.collective), from.name, rule, text(p.mesh, a, from.shape),
+                       text(p.mesh, b, to.shape));
+  };
+  if (elements(from.shape) != elements(to.shape)) return say("changes the shape");
+  const AtomMask split_a = split_atoms(a), split_b = split_atoms(b);
+  switch (i.collective) {
+    case CollectiveKind::all_reduce:
+      if (i.tie >= 0) return a == b ? "" : say("over tied stages must keep the layout");
+      if ((a.partial & atoms) != atoms || b.partial != (a.partial & ~atoms)) return say("must pay exactly what is owed");
+      if (split_a != split_b) return say("must keep the cuts");
+      return "";
+    case CollectiveKind::all_gather:
+      if ((split_a & atoms) != atoms || split_b != (split_a & ~atoms)) return say("must undo exactly the cuts of its group");
+      return a.partial == b.partial ? "" : say("must not touch what is owed");
+    case CollectiveKind::reduce_scatter:
+      if ((a.partial & atoms) != atoms || b.partial != (a.partial & ~atoms)) return say("must pay exactly what is owed");
+      return split_b == (split_a | atoms) ? "" : say("must add exactly the cuts of its group");
+    case CollectiveKind::all_to_all:
+      return split_a == split_b && (split_a & atoms) == atoms && a.partial == b.partial ? "" : say("must move cuts");
+    case CollectiveKind::halo_exchange:
+      return split_a == split_b && a.partial == b.partial ? "" : say("must keep the cuts");
+    case CollectiveKind::broadcast:
+    case CollectiveKind::reduce:
+    case CollectiveKind::scatter:
+    case CollectiveKind::gather:
+      return "";
+  }
+  return "";
+}
+
+struct Walker {
+  const Program& p;
+  std::vector<std::string> errors;
+
+  void say(const Block& block, std::size_t at, const std::string& what) {
+    if (errors.size() < 20) errors.push_back(fmt::format("{}, instruction {}: {}", block.name, at, what));
+  }
+
+  bool ids_in_range() {
+    const auto n = static_cast<std::int32_t>(p.buffers.size());
+    for (const Buffer& b : p.buffers) {
+      if (b.layout.dims.size() != b.shape.size()) {
+        errors.push_back(fmt::format("buffer {}: {} cuts for {} dimensions", b.name, b.layout.dims.size(), b.shape.size()));
+      }
+    }
+    for (const Block& b : p.blocks) {
+      for (std::size_t k = 0; k < b.instructions.size(); ++k) {
+        const Instruction& i = b.instructions[k];
+        bool good = i.op >= -1 && i.op < static_cast<std::int32_t>(p.operators.size());
+        good &= i.stream < p.streams.size();
+        const auto check = [&](const std::vector<BufferId>& list) {
+          for (const BufferId id : list) good &= id.value >= -1 && id.value < n;
+        };
+        check(i.reads), check(i.parameters), check(i.outputs), check(i.gradients), check(i.statistics);
+        check(i.backward_statistics), check(i.extras), check(i.writes);
+        if (i.kind == Kind::compute && i.op < 0 && i.kernel != Kernel::zero && i.kernel != Kernel::add &&
+            i.kernel != Kernel::optimizer) {
+          good = false;
+        }
+        if (!good) say(b, k, "an id is out of range");
+        if (i.kind == Kind::collective) {
+          if (i.reads.size() != i.writes.size() || i.reads.empty()) {
+            say(b, k, "a collective needs as many sources as results");
+            continue;
+          }
+          if (i.tie < 0 && p.mesh.size(i.atoms) < 2) say(b, k, "a collective over one rank");
+          if (!good) continue;
+          for (std::size_t x = 0; x < i.reads.size(); ++x) {
+            const std::string e = layout_error(p, i, p.buffer(i.reads[x]), p.buffer(i.writes[x]));
+            if (!e.empty()) say(b, k, e);
+          }
+        }
+        if ((i.kind == Kind::send || i.kind == Kind::receive) && (i.stage < 0 || i.stage >= p.stage_count())) {
+          say(b, k, fmt::format("stage {} does not exist", i.stage));
+          good = false;
+        }
+        if (good && i.kind == Kind::slice) {
+          const Layout &from = p.buffer(i.reads[0]).layout, &to = p.buffer(i.writes[0]).layout;
+          if ((split_atoms(from) & ~split_atoms(to)) != 0 || from.partial != to.partial) say(b, k, "a slice can only cut");
+        }
+      }
+    }
+    return errors.empty();
+  }
+
+  /// Life of every buffer on one stage, in program order.
+  void lives(int stage) {
+    enum : char { absent, allocated, written };
+    std::map<std::pair<BufferId, int>, char> state;
+    std::set<std::pair<BufferId, int>> values;
+    const auto persistent = [&](BufferId id) {
+      const Buffer& b = p.buffer(p.memory_of(id));
+      return b.scope == Scope::step && b.category != Category::workspace;
+    };
+    for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) {
+      const Block& block = p.blocks[call.block.index()];
+      if (block.stage != stage) say(block, 0, fmt::format("is called on stage {}", stage));
+      for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+        const Instruction& i = block.instructions[k];
+        const auto key = [&](BufferId id) {
+          return std::pair{id, p.buffer(id).scope == Scope::step ? -1 : call.micro_batch};
+        };
+        const auto life = [&](BufferId id) -> char& { return state[key(p.memory_of(id))]; };
+        if (i.kind == Kind::allocate) {
+          for (const BufferId id : i.writes) {
+            if (life(id) != absent) say(block, k, fmt::format("allocates {} twice", p.buffer(id).name));
+            life(id) = allocated;
+          }
+          continue;
+        }
+        if (i.kind == Kind::free) {
+          for (const BufferId id : i.reads) {
+            if (life(id) == absent) say(block, k, fmt::format("frees {} which is not there", p.buffer(id).name));
+            life(id) = absent;
+          }
+          continue;
+        }
+        for_each_read(i, [&](BufferId id) {
+          if (!persistent(id) && life(id) == absent) say(block, k, fmt::format("reads {} which is not there", p.buffer(id).name));
+          const bool state_value = p.buffer(id).category == Category::parameters || p.buffer(id).category == Category::optimizer;
+          const bool own = p.buffer(id).alias < 0;
+          if (!(persistent(id) && state_value && own) && values.count(key(id)) == 0) {
+            say(block, k, fmt::format("reads {} before it is written", p.buffer(id).name));
+          }
+        });
+        for_each_write(i, [&](BufferId id) {
+          if (!persistent(id) && life(id) == absent) say(block, k, fmt::format("writes {} which is not there", p.buffer(id).name));
+          values.insert(key(id));
+        });
+      }
+    }
+    for (const auto& [key, alive] : state) {
+      if (alive != absent) errors.push_back(fmt::format("stage {}: {} is never freed", stage, p.buffer(key.first).name));
+      if (errors.size() > 20) return;
+    }
+  }
+
+  /// Runs all stages against each other: every receive finds its send, every tie all its stages.
+  void meetings() {
+    struct At {
+      std::size_t call = 0, instruction = 0;
+    };
+    std::vector<At> at(p.stages.size());
+    std::map<std::tuple<int, int, int, int>, std::deque<BufferId>> mail;  // message, micro-batch, from, to
+    std::map<std::pair<int, std::int64_t>, std::set<int>> ties;
+    std::vector<std::map<int, std::int64_t>> tie_count(p.stages.size());
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (std::size_t s = 0; s < p.stages.size(); ++s) {
+        const int stage = static_cast<int>(s);
+        for (bool blocked = false; !blocked && at[s].call < p.stages[s].size();) {
+          const BlockCall& call = p.stages[s][at[s].call];
+          const Block& block = p.blocks[call.block.index()];
+          if (at[s].instruction == block.instructions.size()) {
+            at[s] = {at[s].call + 1, 0};
+            continue;
+          }
+          const Instruction& i = block.instructions[at[s].instruction];
+          if (i.kind == Kind::send) {
+            mail[{i.index, call.micro_batch, stage, i.stage}].push_back(i.reads[0]);
+          } else if (i.kind == Kind::receive) {
+            auto& box = mail[{i.index, call.micro_batch, i.stage, stage}];
+            if (box.empty()) {
+              blocked = true;
+              continue;
+            }
+            const Buffer &from = p.buffer(box.front()), &to = p.buffer(i.writes[0]);
+            if (!(from.layout == to.layout) || from.shape != to.shape) {
+              say(block, at[s].instruction, fmt::format("receives {} as another layout than it was sent", to.name));
+            }
+            box.pop_front();
+          } else if (i.kind == Kind::collective && i.tie >= 0) {
+            const auto& members = p.ties[static_cast<std::size_t>(i.tie)];
+            auto& here = ties[{i.tie, tie_count[s][i.tie]}];
+            here.insert(stage);
+            if (here.size() < members.size()) {
+              blocked = true;
+              continue;
+            }
+            ++tie_count[s][i.tie];
+          }
+          ++at[s].instruction;
+          moved = true;
+        }
+      }
+    }
+    for (std::size_t s = 0; s < p.stages.size(); ++s) {
+      if (at[s].call == p.stages[s].size()) continue;
+      const Block& block = p.blocks[p.stages[s][at[s].call].block.index()];
+      const Instruction& i = block.instructions[at[s].instruction];
+      say(block, at[s].instruction, fmt::format("stage {} waits forever for a {} of {}", s, name(i.kind),
+                                                p.buffer(i.kind == Kind::receive ? i.writes[0] : i.reads[0]).name));
+    }
+    for (const auto& [key, box] : mail) {
+      if (!box.empty()) errors.push_back(fmt::format("{} is sent from stage {} and never received", p.buffer(box.front()).name, std::get<2>(key)));
+      if (errors.size() > 20) return;
+    }
+  }
+};
+
+}  // namespace
+
+std::vector<std::string> verify(const Program& program) {
+  Walker w{program, {}};
+  if (!w.ids_in_range()) return w.errors;
+  for (int s = 0; s < program.stage_count(); ++s) w.lives(s);
+  w.meetings();
+  return w.errors;
+}
+
+}  // namespace partita
