@@ -15,7 +15,7 @@ namespace partita {
 namespace {
 
 constexpr const char* kSchema = "partita.topology/1";
-constexpr std::size_t kMostVertices = 10'000;  ///< In one node.
+constexpr std::size_t kMostVertices = 512;  ///< In one node.
 
 template <class T>
 T one_of(const YamlNode& node, const std::vector<std::pair<std::string, T>>& choices) {
@@ -43,6 +43,15 @@ LinkKind link_kind(const YamlNode& node) {
                           LinkKind::cpu_interconnect, LinkKind::network, LinkKind::other})
     choices.emplace_back(name(kind), kind);
   return one_of(node, choices);
+}
+
+Seconds latency(const YamlNode& record, const char* key) {
+  const YamlNode node = record.get(key);
+  const Seconds value = node.as_seconds();
+  if (value > 10.0_s)
+    throw InputError(node.place(),
+                     fmt::format("a link's latency is at most 10 s; {} s is given", value.count));
+  return value;
 }
 
 /// "gpu[0-3,6]" -> gpu0 gpu1 gpu2 gpu3 gpu6; "cpu" -> cpu.
@@ -156,7 +165,11 @@ class Reader {
       read_vertices(names, vertex, own_source(vertex, source), group);
     std::map<std::string, std::size_t> by_name;
     for (std::size_t v = 0; v < group.vertices.size(); ++v)
-      by_name.emplace(group.vertices[v].name, v);
+      if (!by_name.emplace(group.vertices[v].name, v).second)
+        throw InputError(group.vertices[v].place,
+                         fmt::format("vertex '{}' is named twice in this node; give each its own "
+                                     "name",
+                                     group.vertices[v].name));
     if (const auto links = node.find("links"))
       for (const auto& link : links->items())
         read_links(link, own_source(link, source), by_name, group);
@@ -166,7 +179,7 @@ class Reader {
       d.kind = link_kind(domain->get("kind"));
       d.ports = lookup(domain->get("ports"), by_name);
       d.bandwidth = domain->get("bandwidth").as_byte_rate();
-      d.latency = domain->get("latency").as_seconds();
+      d.latency = latency(*domain, "latency");
       cite(*domain, own_source(*domain, source));
       domain->reject_unknown_keys();
       group.domain = d;
@@ -183,7 +196,7 @@ class Reader {
     if (vertex.kind == VertexKind::device) vertex.profile = profile(node.get("device"));
     if (vertex.kind == VertexKind::nic) {
       vertex.port_bandwidth = node.get("bandwidth").as_byte_rate();
-      vertex.port_latency = node.get("latency").as_seconds();
+      vertex.port_latency = latency(node, "latency");
       cite(node, source);
     }
     node.reject_unknown_keys();
@@ -218,7 +231,7 @@ class Reader {
     EdgeSpec edge;
     edge.kind = link_kind(node.get("kind"));
     edge.bandwidth = node.get("bandwidth").as_byte_rate();
-    edge.latency = node.get("latency").as_seconds();
+    edge.latency = latency(node, "latency");
     if (const auto lanes = node.find("lanes"))
       edge.bandwidth = static_cast<double>(lanes->as_int(1, 1000)) * edge.bandwidth;
     cite(node, source);
@@ -269,7 +282,7 @@ class Reader {
   void read_tree(const YamlNode& node, Tree& tree) const {
     tree.oversubscription = oversubscription(node);
     if (const auto uplink = node.find("uplink")) tree.uplink = uplink->as_byte_rate();
-    tree.uplink_latency = node.get("uplink_latency").as_seconds();
+    tree.uplink_latency = latency(node, "uplink_latency");
   }
 
   void read_fabric(const YamlNode& node, const std::string& source) {

@@ -36,6 +36,8 @@ BytesPerSecond lane_rate(std::string_view speed, bool& known) {
   return BytesPerSecond{0.985e9};
 }
 
+constexpr int kDeepest = 64;
+
 class Reader {
  public:
   Reader(const std::string& text, const std::string& file, const std::string& device)
@@ -99,7 +101,10 @@ class Reader {
     node_.edges.push_back({a, b, kind, rate, assumed_latency(kind)});
   }
 
-  void collect_gpus(const pugi::xml_node& parent) {
+  void collect_gpus(const pugi::xml_node& parent, int depth = 0) {
+    if (depth > kDeepest)
+      throw InputError(file_,
+                       fmt::format("<pci> nested more than {} deep; no machine is", kDeepest));
     for (const auto& pci : parent.children("pci")) {
       if (starts_with(pci, "class", "0x03")) {
         Gpu gpu;
@@ -108,7 +113,7 @@ class Reader {
         gpu.rank = pci.child("gpu").attribute("rank").as_int(-1);
         gpus_.push_back(gpu);
       }
-      collect_gpus(pci);
+      collect_gpus(pci, depth + 1);
     }
   }
 

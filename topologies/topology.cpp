@@ -61,7 +61,7 @@ namespace {
 struct PathCost {
   std::int32_t links = 0;
   double bottleneck = std::numeric_limits<double>::infinity();
-  double latency = 0;
+  std::int64_t latency = 0;  ///< Picoseconds: sums must not depend on their order.
 
   friend bool operator<(const PathCost& a, const PathCost& b) {
     return std::tuple(a.links, -a.bottleneck, a.latency) <
@@ -83,7 +83,7 @@ struct LocalLink {
   BytesPerSecond bandwidth;
   Seconds latency;
 
-  PathCost cost() const { return {1, bandwidth.count, latency.count}; }
+  PathCost cost() const { return {1, bandwidth.count, to_ticks(latency).count}; }
 };
 
 /// One distinct node, stored once. Local vertices are the spec's, in order, and then the switch of
@@ -225,7 +225,7 @@ class SwitchTree {
   std::size_t switch_count() const { return leaf_count + (core ? 1 : 0); }
   std::size_t link_count() const { return core ? 2 * leaf_count : 0; }
   PathCost link_cost(std::size_t leaf) const {
-    return {1, uplink[leaf % leaves_per_unit].count, uplink_latency.count};
+    return {1, uplink[leaf % leaves_per_unit].count, to_ticks(uplink_latency).count};
   }
   PathCost path_cost(std::size_t leaf_a, std::size_t leaf_b) const {
     if (leaf_a == leaf_b) return {};
@@ -280,7 +280,7 @@ std::size_t group_at(const std::vector<Group>& groups, std::size_t Group::*first
 }  // namespace
 
 struct Topology::Impl {
-  std::string name;
+  std::string name, place;
   std::vector<DeviceProfile> profiles;
   std::vector<Group> groups;
   SwitchTree fabric;
@@ -343,7 +343,8 @@ struct Topology::Impl {
   /// two, as a PCIe path may have more links than one over the fabric. Parts inside a node come
   /// from the template's paths, which know the domain's switch; the fabric joins the NICs of at
   /// most two nodes.
-  Choice choose(const Place& a, const Place& b) const {
+  /// With `any`, the first way found.
+  Choice choose(const Place& a, const Place& b, bool any = false) const {
     const NodeTemplate& from = a.node.node();
     const NodeTemplate& to = b.node.node();
     Choice best;
@@ -356,7 +357,7 @@ struct Topology::Impl {
       if (from.reaches(a.vertex, hub) && to.reaches(hub, b.vertex))
         best.offer({from.cost(a.vertex, hub) + to.cost(hub, b.vertex), Way::domain, 0, 0});
     }
-    if (fabric.leaf_count == 0) return best;
+    if (fabric.leaf_count == 0 || (any && best.way != Way::none)) return best;
     // Of equally good NICs, each device takes the one of its own number, so that the devices of a
     // node spread over its NICs: the first offer wins a tie, and the search starts there.
     const std::size_t first_p = from.own_nic(a.vertex);
@@ -376,6 +377,7 @@ struct Topology::Impl {
         best.offer(
             {out + between + to.links()[to.link_in(q)].cost() + to.cost(to.nics()[q], b.vertex),
              Way::fabric, p, q});
+        if (any) return best;
       }
     }
     return best;
@@ -548,15 +550,9 @@ void check_groups(const ClusterSpec& spec) {
       throw InputError(group.place, fmt::format("a group needs 1 to {} nodes; {} are given",
                                                 grouped(kMostNodes), group.count));
     nodes += group.count;
-    std::set<std::string> names;
-    bool has_device = false;
-    for (const auto& vertex : group.vertices) {
-      has_device = has_device || vertex.kind == VertexKind::device;
-      if (!names.insert(vertex.name).second)
-        throw InputError(vertex.place, fmt::format("vertex '{}' is named twice in this node; "
-                                                   "give each its own name",
-                                                   vertex.name));
-    }
+    const bool has_device =
+        std::any_of(group.vertices.begin(), group.vertices.end(),
+                    [](const VertexSpec& v) { return v.kind == VertexKind::device; });
     if (!has_device)
       throw InputError(group.place,
                        "a node needs at least one device; add a vertex with kind: device");
@@ -624,25 +620,30 @@ SwitchTree build_fabric(const FabricSpec& spec, const std::vector<Group>& groups
   return tree;
 }
 
-/// Every pair of devices of the first, second and last nodes of the groups. Fabrics and domains are
-/// regular, so what joins these joins all.
+/// Devices of the first, second and last nodes of the groups, one of each part of a node that is
+/// joined inside. Fabrics and domains are regular, so what joins these joins all.
 void check_connected(const Topology& topology, const Topology::Impl& impl) {
   std::vector<DeviceId> devices;
   for (const auto& group : impl.groups) {
+    const auto& local = group.node.devices();
+    std::vector<std::size_t> parts;
+    for (std::size_t d = 0; d < local.size(); ++d)
+      if (std::none_of(parts.begin(), parts.end(), [&](std::size_t other) {
+            return group.node.reaches(local[other], local[d]);
+          }))
+        parts.push_back(d);
     for (const std::size_t offset :
-         std::set<std::size_t>{0, std::min<std::size_t>(1, group.count - 1), group.count - 1}) {
-      const std::size_t per_node = group.node.devices().size();
-      for (std::size_t d = 0; d < per_node; ++d)
-        devices.emplace_back(group.first_device + offset * per_node + d);
-    }
+         std::set<std::size_t>{0, std::min<std::size_t>(1, group.count - 1), group.count - 1})
+      for (const std::size_t part : parts)
+        devices.emplace_back(group.first_device + offset * local.size() + part);
   }
   for (const DeviceId a : devices) {
     for (const DeviceId b : devices) {
       if (b <= a) continue;
-      if (impl.choose(impl.place_of(a), impl.place_of(b)).way != Topology::Impl::Way::none)
+      if (impl.choose(impl.place_of(a), impl.place_of(b), true).way != Topology::Impl::Way::none)
         continue;
       throw InputError(
-          impl.name,
+          impl.place,
           fmt::format("no route joins {} and {}; link them inside the node, or give both nodes "
                       "NICs and the cluster a fabric",
                       topology.device_name(a), topology.device_name(b)));
@@ -656,6 +657,7 @@ Topology build_topology(ClusterSpec spec) {
   check_groups(spec);
   auto impl = std::make_shared<Topology::Impl>();
   impl->name = spec.name;
+  impl->place = spec.place;
   impl->profiles = std::move(spec.profiles);
   impl->notes = std::move(spec.notes);
   impl->sources = std::move(spec.sources);

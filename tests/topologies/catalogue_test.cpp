@@ -1,0 +1,153 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "tests/topologies/flat_graph.h"
+#include "topologies/topology.h"
+
+namespace partita {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::ThrowsMessage;
+
+TEST(Catalogue, HasTheNamesThatOthersRelyOn) {
+  const auto names = topology_catalogue();
+  for (const char* name : {"dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200",
+                           "gb200-nvl72", "a100-pcie-8", "dgx1-v100", "cpu-host"})
+    EXPECT_THAT(names, Contains(name));
+}
+
+TEST(Catalogue, EveryEntryLoadsRoutesAllPairsAndCitesEveryFigure) {
+  for (const auto& name : topology_catalogue()) {
+    for (const char* count : {"", ":1", ":3", ":37"}) {
+      SCOPED_TRACE(name + count);
+      const Topology topology = load_topology(name + count);
+      EXPECT_EQ(topology.name(), name);
+      EXPECT_THAT(topology.notes(), IsEmpty());
+      EXPECT_FALSE(topology.sources().empty());
+      for (const auto& [figure, source] : topology.sources())
+        EXPECT_FALSE(source.empty()) << figure;
+      const FlatGraph flat(topology);
+      for (std::size_t a = 0; a < topology.device_count(); a += 3) {
+        for (std::size_t b = 0; b < topology.device_count(); b += 5) {
+          const FlatPath got = walk(topology, DeviceId{a}, DeviceId{b});
+          const auto want = flat.best(DeviceId{a}, DeviceId{b});
+          ASSERT_TRUE(want);
+          EXPECT_EQ(got.links, want->links) << a << " to " << b;
+          EXPECT_EQ(got.bottleneck, want->bottleneck) << a << " to " << b;
+        }
+      }
+    }
+  }
+}
+
+TEST(Catalogue, DgxH100ReachesItsNeighbourByNvlinkAndTheNextNodeByItsOwnNic) {
+  const Topology topology = load_topology("dgx-h100:2");
+  EXPECT_EQ(topology.device_count(), 16u);
+  EXPECT_EQ(topology.node_of(DeviceId{std::size_t{8}}), 1u);
+  EXPECT_EQ(route_text(topology, 0, 1), "node0.gpu0->node0.nvswitch0 node0.nvswitch0->node0.gpu1");
+  // 18 links of 25 GB/s per direction.
+  EXPECT_EQ(walk(topology, DeviceId{std::size_t{0}}, DeviceId{std::size_t{1}}).bottleneck, 450e9);
+  EXPECT_EQ(route_text(topology, 0, 8),
+            "node0.gpu0->node0.pcie0 node0.pcie0->node0.nic0 node0.nic0->rail0 rail0->node1.nic0 "
+            "node1.nic0->node1.pcie0 node1.pcie0->node1.gpu0");
+  // 400 Gb/s.
+  EXPECT_EQ(walk(topology, DeviceId{std::size_t{0}}, DeviceId{std::size_t{8}}).bottleneck, 50e9);
+  // Another rail: over the spine, whose uplink of a rail of 32 nodes is 32 x 50 GB/s.
+  EXPECT_EQ(route_text(topology, 0, 9),
+            "node0.gpu0->node0.pcie0 node0.pcie0->node0.nic0 node0.nic0->rail0 rail0->spine "
+            "spine->rail1 rail1->node1.nic1 node1.nic1->node1.pcie1 node1.pcie1->node1.gpu1");
+  const auto route = topology.route(DeviceId{std::size_t{0}}, DeviceId{std::size_t{9}});
+  EXPECT_EQ(topology.link(route[3]).bandwidth, 1600.0_GBps);
+  EXPECT_EQ(topology.link(route[3]).kind, LinkKind::network);
+  EXPECT_THAT(topology.route(DeviceId{std::size_t{3}}, DeviceId{std::size_t{3}}), IsEmpty());
+}
+
+TEST(Catalogue, DevicesThatShareAPcieSwitchSpreadOverItsNics) {
+  const Topology topology = load_topology("dgx-a100-80gb:2");
+  EXPECT_THAT(route_text(topology, 0, 8), HasSubstr("nic0->rail0"));
+  EXPECT_THAT(route_text(topology, 1, 9), HasSubstr("nic1->rail1"));
+}
+
+TEST(Catalogue, Nvl72JoinsEighteenTraysByNvlinkAndTheRestByNics) {
+  const Topology topology = load_topology("gb200-nvl72:40");
+  EXPECT_EQ(topology.device_count(), 160u);
+  EXPECT_EQ(topology.domain_of(0), topology.domain_of(17));
+  EXPECT_NE(topology.domain_of(17), topology.domain_of(18));
+  EXPECT_EQ(topology.domain_of(36), topology.domain_of(39));  // The last has 4 trays.
+  EXPECT_EQ(route_text(topology, 0, 71), "node0.gpu0->domain0 domain0->node17.gpu3");
+  EXPECT_EQ(walk(topology, DeviceId{std::size_t{0}}, DeviceId{std::size_t{71}}).bottleneck, 900e9);
+  EXPECT_EQ(route_text(topology, 144, 159), "node36.gpu0->domain2 domain2->node39.gpu3");
+  EXPECT_EQ(walk(topology, DeviceId{std::size_t{1}}, DeviceId{std::size_t{73}}).bottleneck, 50e9);
+}
+
+TEST(Catalogue, Dgx1HasSixBricksAtEveryGpuAndRoutesAroundThePcie) {
+  const Topology topology = load_topology("dgx1-v100");
+  std::vector<double> bricks(8);
+  for (std::size_t l = 0; l < topology.link_count(); ++l) {
+    const Link link = topology.link(LinkId{l});
+    if (link.kind == LinkKind::nvlink)
+      bricks[static_cast<std::size_t>(link.from)] += link.bandwidth.count / 25e9;
+  }
+  for (const double count : bricks) EXPECT_EQ(count, 6);
+  EXPECT_EQ(route_text(topology, 0, 3), "node0.gpu0->node0.gpu3");
+  // No direct link: two bricks' hops over a GPU that has both, rather than five over PCIe.
+  EXPECT_EQ(topology.route(DeviceId{std::size_t{0}}, DeviceId{std::size_t{7}}).size(), 2u);
+}
+
+TEST(Catalogue, CountsMeanNodesOrDevices) {
+  EXPECT_EQ(load_topology("dgx-h100").node_count(), 1u);
+  EXPECT_EQ(load_topology("dgx-h100:16 nodes").node_count(), 16u);
+  EXPECT_EQ(load_topology("dgx-h100:16 nodes").used_devices(), 128u);
+  for (const char* text : {"dgx-h100:12gpus", "dgx-h100:12 gpus", "dgx-h100:12 devices"}) {
+    EXPECT_EQ(load_topology(text).node_count(), 2u);
+    EXPECT_EQ(load_topology(text).device_count(), 16u);
+    EXPECT_EQ(load_topology(text).used_devices(), 12u);
+  }
+  EXPECT_EQ(load_topology("cpu-host").device_count(), 8u);
+  EXPECT_EQ(load_topology("cpu-host:4").device_count(), 32u);
+  EXPECT_EQ(load_topology("gb200-nvl72:72 gpus").node_count(), 18u);
+}
+
+TEST(Catalogue, ACentreOf131072DevicesStoresOneNode) {
+  const Topology small = load_topology("dgx-h100:1");
+  const Topology large = load_topology("dgx-h100:16384");
+  EXPECT_EQ(large.device_count(), 131072u);
+  // 16384 x (66 links in the node + 16 of NICs), and 2 for each of 512 x 8 leaves.
+  EXPECT_EQ(large.link_count(), 16384u * 82 + 2 * 512 * 8);
+  EXPECT_LE(large.stored_vertices(), small.stored_vertices() + 8);
+  EXPECT_EQ(route_text(large, 0, 131071),
+            "node0.gpu0->node0.pcie0 node0.pcie0->node0.nic0 node0.nic0->unit0.rail0 "
+            "unit0.rail0->spine spine->unit511.rail7 unit511.rail7->node16383.nic7 "
+            "node16383.nic7->node16383.pcie7 node16383.pcie7->node16383.gpu7");
+}
+
+TEST(Catalogue, BadTextsSayWhatIsWrong) {
+  const auto loading = [](const char* text) { return [text] { load_topology(text); }; };
+  EXPECT_THAT(loading("dgx-h10"),
+              ThrowsMessage<InputError>(AllOf(HasSubstr("unknown topology 'dgx-h10'"),
+                                              HasSubstr("gb200-nvl72"),
+                                              HasSubstr("did you mean 'dgx-h100'?"))));
+  EXPECT_THAT(loading("dgx-h100:"), ThrowsMessage<InputError>(HasSubstr("'' is no number of")));
+  EXPECT_THAT(loading("dgx-h100:0"),
+              ThrowsMessage<InputError>(HasSubstr("must be 1 to 1,000,000; '0' is given")));
+  EXPECT_THAT(loading("dgx-h100:-2"), ThrowsMessage<InputError>(HasSubstr("'-2' is given")));
+  EXPECT_THAT(loading("dgx-h100:1000001"),
+              ThrowsMessage<InputError>(HasSubstr("at most 1,000,000 nodes; 1,000,001")));
+  EXPECT_THAT(loading("dgx-h100:99999999999999999999"),
+              ThrowsMessage<InputError>(HasSubstr("99999999999999999999")));
+  EXPECT_THAT(loading("dgx-h100:4 racks"),
+              ThrowsMessage<InputError>(HasSubstr("'4 racks' is no number of nodes or devices")));
+  EXPECT_THAT(loading("dgx-h100?device=b200"),
+              ThrowsMessage<InputError>(HasSubstr("a catalogue entry does")));
+  EXPECT_THAT(loading("dgx-h100?gpu=b200"),
+              ThrowsMessage<InputError>(HasSubstr("unknown option '?gpu=b200'")));
+  EXPECT_THAT(loading("no/such.yaml"), ThrowsMessage<InputError>(HasSubstr("no/such.yaml")));
+}
+
+}  // namespace
+}  // namespace partita
