@@ -136,22 +136,26 @@ class Reader {
     spec_.sources.emplace_back(path == std::string::npos ? place : place.substr(path + 2), source);
   }
 
+  /// Index of a device's profile; an alias and its name share one.
   std::size_t profile(const YamlNode& node) {
     const std::string name = node.as_string();
-    const auto [entry, is_new] = profile_by_name_.emplace(name, spec_.profiles.size());
-    if (is_new) {
-      const std::filesystem::path path(name);
-      const bool beside = name.ends_with(".yaml") && path.is_relative();
-      try {
-        spec_.profiles.push_back(load_device(
-            beside ? (std::filesystem::path(file_).parent_path() / path).string() : name));
-      } catch (const InputError& error) {
-        // A mistake inside a device file already has a better place than ours.
-        if (error.place() != "device") throw;
-        throw InputError(node.place(), error.message());
-      }
+    if (const auto known = profile_by_name_.find(name); known != profile_by_name_.end())
+      return known->second;
+    const bool is_file = name.ends_with(".yaml");
+    const std::filesystem::path folder = std::filesystem::path(file_).parent_path();
+    try {
+      // An absolute path replaces the folder.
+      DeviceProfile device = load_device(is_file ? (folder / name).string() : name);
+      std::size_t index = spec_.profiles.size();
+      if (!is_file) index = profile_by_name_.try_emplace(device.name, index).first->second;
+      if (index == spec_.profiles.size()) spec_.profiles.push_back(std::move(device));
+      profile_by_name_[name] = index;
+      return index;
+    } catch (const InputError& error) {
+      // A mistake inside a device file already has a better place than ours.
+      if (error.place() != "device") throw;
+      throw InputError(node.place(), error.message());
     }
-    return entry->second;
   }
 
   void read_group(const YamlNode& node, const std::string& source) {

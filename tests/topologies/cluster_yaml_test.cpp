@@ -74,6 +74,13 @@ TEST(ClusterYaml, RangesPairUpBlocksAreDealtOutAndBetweenIsAMesh) {
   EXPECT_EQ(walk(topology, DeviceId{std::size_t{0}}, DeviceId{std::size_t{9}}).bottleneck, 6.25e9);
 }
 
+TEST(ClusterYaml, AnAliasSharesTheProfileOfItsName) {
+  const Topology topology =
+      parse_topology(with("device: v100-sxm-16gb", "device: a100-pcie4-40gb"), "lab.yaml");
+  EXPECT_EQ(topology.profile_count(), 1u);
+  EXPECT_EQ(topology.profile_index(DeviceId{std::size_t{9}}), 0u);
+}
+
 TEST(ClusterYaml, AFigureTakesTheNearestSource) {
   const auto sources = good().sources();
   EXPECT_EQ(sources.front().second, "measured");
