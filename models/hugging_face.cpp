@@ -1,8 +1,499 @@
+// Each model_type follows the configuration class of that name in Hugging Face transformers, its
+// defaults included: https://github.com/huggingface/transformers/tree/main/src/transformers/models
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string_view>
+
 #include "base/error.h"
+#include "base/yaml.h"
 #include "models/models.h"
+#include "models/overrides.h"
 
 namespace partita {
-Graph import_hugging_face(const std::string& path, const ModelOptions&) {
-  throw InputError(path, "is not supported yet");
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr std::int64_t kLargest = std::int64_t{1} << 40;
+constexpr std::int64_t kMostLayers = 100'000;
+/// Configurations state how far a model can read, up to millions of tokens; training is rarely that
+/// long.
+constexpr std::int64_t kLongestDefaultSequence = 8192;
+
+class JsonFile {
+ public:
+  explicit JsonFile(const std::string& path) : path_(path) {
+    const std::string body = read_file(path);
+    if (body.find_first_not_of(" \t\r\n") == std::string::npos) throw InputError(path, "is empty");
+    try {
+      root_ = Json::parse(body);
+    } catch (const Json::exception& e) {
+      throw InputError(path, fmt::format("is not JSON: {}", e.what()));
+    }
+    if (!root_.is_object()) throw InputError(path, "must be a JSON object, as config.json is");
+  }
+
+  std::int64_t number(const char* key, std::int64_t lowest = 1,
+                      std::int64_t highest = kLargest) const {
+    const Json* value = find(key);
+    if (value == nullptr) missing(key);
+    return whole(key, *value, lowest, highest);
+  }
+  std::int64_t number_or(const char* key, std::int64_t otherwise, std::int64_t lowest = 1) const {
+    const Json* value = find(key);
+    return value == nullptr ? otherwise : whole(key, *value, lowest, kLargest);
+  }
+  /// The library tells "not given" (its default) from null (none); so 0 for null.
+  std::int64_t optional_number(const char* key, std::int64_t otherwise) const {
+    if (root_.contains(key) && root_[key].is_null()) return 0;
+    return number_or(key, otherwise, 0);
+  }
+  double real_or(const char* key, double otherwise) const { return real_in(root_, key, otherwise); }
+  bool flag_or(const char* key, bool otherwise) const {
+    const Json* value = find(key);
+    if (value == nullptr) return otherwise;
+    if (!value->is_boolean()) wrong(key, *value, "true or false");
+    return value->get<bool>();
+  }
+  std::string word_or(const char* key, const std::string& otherwise) const {
+    const Json* value = find(key);
+    if (value == nullptr) return otherwise;
+    if (!value->is_string()) wrong(key, *value, "a string");
+    return value->get<std::string>();
+  }
+  std::string word(const char* key) const {
+    if (find(key) == nullptr) missing(key);
+    return word_or(key, "");
+  }
+  /// A list of whole numbers; empty when absent.
+  std::vector<std::int64_t> numbers(const char* key) const {
+    std::vector<std::int64_t> all;
+    const Json* value = find(key);
+    if (value == nullptr) return all;
+    if (!value->is_array()) wrong(key, *value, "a list of whole numbers");
+    for (const auto& item : *value) all.push_back(whole(key, item, 0, kLargest));
+    return all;
+  }
+  std::vector<std::string> words(const char* key) const {
+    std::vector<std::string> all;
+    const Json* value = find(key);
+    if (value == nullptr) return all;
+    if (!value->is_array()) wrong(key, *value, "a list of strings");
+    for (const auto& item : *value) {
+      if (!item.is_string()) wrong(key, item, "a list of strings");
+      all.push_back(item.get<std::string>());
+    }
+    return all;
+  }
+  /// One number, or two equal ones: [224, 224].
+  std::int64_t side_or(const char* key, std::int64_t otherwise) const {
+    const Json* value = find(key);
+    if (value == nullptr || !value->is_array()) return number_or(key, otherwise);
+    if (value->size() != 2 || (*value)[0] != (*value)[1]) {
+      wrong(key, *value, "one number, or two equal ones");
+    }
+    return whole(key, (*value)[0], 1, kLargest);
+  }
+  /// Entries of an object; `otherwise` when absent.
+  std::int64_t count_or(const char* key, std::int64_t otherwise) const {
+    const Json* value = find(key);
+    if (value == nullptr) return otherwise;
+    if (!value->is_object()) wrong(key, *value, "an object");
+    return static_cast<std::int64_t>(value->size());
+  }
+  /// Rotary settings stand at the top level or, since version 5 of the library, in rope_parameters.
+  double rope_or(const char* key, double otherwise) const {
+    const Json* nested = find("rope_parameters");
+    if (nested != nullptr && nested->is_object() && nested->contains(key)) {
+      return real_in(*nested, key, otherwise);
+    }
+    return real_in(root_, key, otherwise);
+  }
+  bool has(const char* key) const { return find(key) != nullptr; }
+
+  [[noreturn]] void refuse(const char* key, const std::string& message) const {
+    throw InputError(fmt::format("{}: {}", path_, key), message);
+  }
+
+ private:
+  const Json* find(const char* key) const {
+    const auto it = root_.find(key);
+    return it == root_.end() || it->is_null() ? nullptr : &*it;
+  }
+  [[noreturn]] void missing(const char* key) const {
+    std::vector<std::string> present;
+    for (const auto& [name, value] : root_.items()) present.push_back(name);
+    throw InputError(path_, fmt::format("needs the key '{}'{}", key, did_you_mean(key, present)));
+  }
+  [[noreturn]] void wrong(const char* key, const Json& value, const char* wanted) const {
+    const std::string shown = value.dump(-1, ' ', false, Json::error_handler_t::replace);
+    refuse(key, fmt::format("must be {}, found {}", wanted,
+                            shown.size() > 60 ? shown.substr(0, 60) + "..." : shown));
+  }
+  std::int64_t whole(const char* key, const Json& value, std::int64_t lowest,
+                     std::int64_t highest) const {
+    if (!value.is_number_integer()) wrong(key, value, "a whole number");
+    // Unsigned values above the signed range would wrap.
+    const bool huge = value.is_number_unsigned() &&
+                      value.get<std::uint64_t>() > static_cast<std::uint64_t>(highest);
+    const std::int64_t n = huge ? highest : value.get<std::int64_t>();
+    if (huge || n < lowest || n > highest) {
+      refuse(key,
+             fmt::format("is {}; it must be between {} and {}", value.dump(), lowest, highest));
+    }
+    return n;
+  }
+  double real_in(const Json& object, const char* key, double otherwise) const {
+    const auto it = object.find(key);
+    if (it == object.end() || it->is_null()) return otherwise;
+    if (!it->is_number()) wrong(key, *it, "a number");
+    return it->get<double>();
+  }
+
+  std::string path_;
+  Json root_;
+};
+
+ActivationKind activation(const JsonFile& f, const char* key, const std::string& otherwise) {
+  static constexpr std::array<std::pair<std::string_view, ActivationKind>, 11> kKnown{
+      {{"silu", ActivationKind::silu},
+       {"swish", ActivationKind::silu},
+       {"gelu", ActivationKind::gelu},
+       {"gelu_new", ActivationKind::gelu_tanh},
+       {"gelu_fast", ActivationKind::gelu_tanh},
+       {"gelu_pytorch_tanh", ActivationKind::gelu_tanh},
+       {"gelu_accurate", ActivationKind::gelu_tanh},
+       {"relu", ActivationKind::relu},
+       {"relu2", ActivationKind::squared_relu},
+       {"sigmoid", ActivationKind::sigmoid},
+       {"tanh", ActivationKind::tanh}}};
+  const std::string found = f.word_or(key, otherwise);
+  std::vector<std::string> names;
+  for (const auto& [name, kind] : kKnown) {
+    if (name == found) return kind;
+    names.emplace_back(name);
+  }
+  f.refuse(key, fmt::format("activation '{}' is not supported{}; there are {}", found,
+                            did_you_mean(found, names), fmt::join(names, ", ")));
 }
+
+/// What the decoders that descend from LLaMA have in common.
+struct Defaults {
+  std::int64_t kv_heads = 0;  ///< 0: as many as heads
+  std::int64_t head_dim = 0;  ///< 0: hidden / heads
+  std::int64_t reach = 0;     ///< max_position_embeddings
+  double epsilon = 1e-6;
+  double rotary_base = 10000;
+  double rotated = 1;  ///< partial_rotary_factor
+  const char* act = "silu";
+  const char* epsilon_key = "rms_norm_eps";
+  double deviation = 0.02;
+};
+
+TransformerConfig llama_like(const JsonFile& f, const Defaults& d) {
+  TransformerConfig c;
+  c.layers = static_cast<int>(f.number("num_hidden_layers", 1, kMostLayers));
+  c.hidden = f.number("hidden_size");
+  c.heads = f.number("num_attention_heads");
+  c.kv_heads = f.number_or("num_key_value_heads", d.kv_heads > 0 ? d.kv_heads : c.heads);
+  c.head_dim = f.number_or(
+      "head_dim", d.head_dim > 0 ? d.head_dim : std::max<std::int64_t>(c.hidden / c.heads, 1));
+  c.ffn = f.number("intermediate_size");
+  c.vocabulary = f.number("vocab_size");
+  c.sequence = std::min(f.number_or("max_position_embeddings", d.reach), kLongestDefaultSequence);
+  c.norm_epsilon = f.real_or(d.epsilon_key, d.epsilon);
+  const double share = f.rope_or("partial_rotary_factor", d.rotated);
+  if (!(share > 0 && share <= 1)) {
+    f.refuse("partial_rotary_factor",
+             fmt::format("is {}; it must be above 0 and at most 1", share));
+  }
+  c.rotary_dim = static_cast<std::int64_t>(std::floor(static_cast<double>(c.head_dim) * share));
+  c.rotary_base = f.rope_or("rope_theta", d.rotary_base);
+  c.activation = activation(f, "hidden_act", d.act);
+  c.tied = f.flag_or("tie_word_embeddings", false);
+  c.initial_deviation = f.real_or("initializer_range", d.deviation);
+  return c;
+}
+
+/// Which blocks slide: `layer_types` where it is given, else by `slides(i)`.
+template <class Rule>
+void read_windows(const JsonFile& f, TransformerConfig& c, std::int64_t window, Rule slides) {
+  const auto types = f.words("layer_types");
+  if (!types.empty() && types.size() != static_cast<std::size_t>(c.layers)) {
+    f.refuse("layer_types", fmt::format("names {} layers of {}", types.size(), c.layers));
+  }
+  bool any = false;
+  c.windowed_layers.assign(static_cast<std::size_t>(c.layers), 0);
+  for (std::size_t i = 0; i < c.windowed_layers.size(); ++i) {
+    if (!types.empty() && types[i] != "sliding_attention" && types[i] != "full_attention") {
+      f.refuse("layer_types", fmt::format("'{}' is not supported; there are sliding_attention, "
+                                          "full_attention",
+                                          types[i]));
+    }
+    const bool slide = types.empty() ? slides(static_cast<std::int64_t>(i)) : types[i][0] == 's';
+    c.windowed_layers[i] = slide ? 1 : 0;
+    any |= slide;
+  }
+  c.window = any ? window : 0;
+}
+
+TransformerConfig llama(const JsonFile& f) {
+  Defaults d;
+  d.reach = 2048;
+  TransformerConfig c = llama_like(f, d);
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  c.mlp_bias = f.flag_or("mlp_bias", false);
+  return c;
+}
+
+TransformerConfig mistral(const JsonFile& f) {
+  Defaults d;
+  d.kv_heads = 8;
+  d.reach = 4096 * 32;
+  TransformerConfig c = llama_like(f, d);
+  c.window = f.optional_number("sliding_window", 4096);
+  return c;
+}
+
+TransformerConfig mixtral(const JsonFile& f) {
+  Defaults d;
+  d.kv_heads = 8;
+  d.reach = 4096 * 32;
+  d.epsilon = 1e-5;
+  d.rotary_base = 1e6;
+  TransformerConfig c = llama_like(f, d);
+  c.window = f.optional_number("sliding_window", 0);
+  c.moe.experts = f.number_or("num_local_experts", 8);
+  c.moe.top_k = f.number_or("num_experts_per_tok", 2);
+  c.moe.ffn = c.ffn;
+  return c;
+}
+
+TransformerConfig gpt2(const JsonFile& f) {
+  if (f.flag_or("add_cross_attention", false)) {
+    f.refuse("add_cross_attention", "cross attention is not supported");
+  }
+  TransformerConfig c;
+  c.layers = static_cast<int>(f.number("n_layer", 1, kMostLayers));
+  c.hidden = f.number("n_embd");
+  c.heads = f.number("n_head");
+  c.ffn = f.number_or("n_inner", 4 * c.hidden);
+  c.vocabulary = f.number("vocab_size");
+  c.positions = c.sequence = f.number_or("n_positions", 1024);
+  c.norm = TransformerConfig::Norm::layer;
+  c.norm_epsilon = f.real_or("layer_norm_epsilon", 1e-5);
+  c.activation = activation(f, "activation_function", "gelu_new");
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = true;
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  c.initial_deviation = f.real_or("initializer_range", 0.02);
+  return c;
+}
+
+/// Qwen slides from block max_window_layers on, where it slides at all.
+void qwen_windows(const JsonFile& f, TransformerConfig& c, std::int64_t first) {
+  const bool used = f.flag_or("use_sliding_window", false);
+  const std::int64_t window = used ? f.optional_number("sliding_window", 4096) : 0;
+  read_windows(f, c, window, [&](std::int64_t i) { return window > 0 && i >= first; });
+}
+
+TransformerConfig qwen2(const JsonFile& f) {
+  Defaults d;
+  d.kv_heads = 32;
+  d.reach = 32768;
+  TransformerConfig c = llama_like(f, d);
+  c.qkv_bias = true;
+  qwen_windows(f, c, f.number_or("max_window_layers", 28, 0));
+  return c;
+}
+
+TransformerConfig qwen3_base(const JsonFile& f, std::int64_t kv_heads, std::int64_t head_dim) {
+  Defaults d;
+  d.kv_heads = kv_heads;
+  d.head_dim = head_dim;
+  d.reach = 32768;
+  TransformerConfig c = llama_like(f, d);
+  c.qk_norm = true;
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  return c;
+}
+
+TransformerConfig qwen3(const JsonFile& f) {
+  TransformerConfig c = qwen3_base(f, 32, 128);
+  qwen_windows(f, c, f.number_or("max_window_layers", 28, 0));
+  return c;
+}
+
+TransformerConfig qwen3_moe(const JsonFile& f) {
+  TransformerConfig c = qwen3_base(f, 4, 0);
+  qwen_windows(f, c, 0);
+  c.moe.experts = f.number_or("num_experts", 128);
+  c.moe.top_k = f.number_or("num_experts_per_tok", 8);
+  c.moe.ffn = f.number_or("moe_intermediate_size", 768);
+  c.moe.normalise = f.flag_or("norm_topk_prob", false);
+  c.moe.every = static_cast<int>(std::min(f.number_or("decoder_sparse_step", 1), kMostLayers));
+  c.moe.dense_layers = f.numbers("mlp_only_layers");
+  return c;
+}
+
+TransformerConfig deepseek(const JsonFile& f, bool third) {
+  Defaults d;
+  d.reach = third ? 4096 : 2048;
+  // DeepSeek's own head_dim is the rotated part; the latent dimensions say the rest.
+  d.head_dim = 2;
+  TransformerConfig c = llama_like(f, d);
+  c.kv_heads = c.heads;
+  c.head_dim = 0;
+  c.rotary_dim = 0;
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  c.mlp_bias = !third && f.flag_or("mlp_bias", false);
+  c.latent.query_rank = f.optional_number("q_lora_rank", 1536);
+  c.latent.key_value_rank = f.number_or("kv_lora_rank", 512);
+  c.latent.nope_dim = f.number_or("qk_nope_head_dim", 128);
+  c.latent.rope_dim = f.number_or("qk_rope_head_dim", 64);
+  c.latent.value_dim = f.number_or("v_head_dim", 128);
+  c.moe.experts = f.number_or("n_routed_experts", third ? 256 : 64);
+  c.moe.top_k = third ? f.number_or("num_experts_per_tok", 8) : f.number("num_experts_per_tok");
+  c.moe.ffn = f.number_or("moe_intermediate_size", third ? 2048 : 1407);
+  c.moe.shared_ffn = c.moe.ffn * f.optional_number("n_shared_experts", third ? 1 : 2);
+  c.moe.first_dense = static_cast<int>(
+      std::min(f.optional_number("first_k_dense_replace", third ? 3 : 0), kMostLayers));
+  c.moe.sigmoid = third;
+  c.moe.normalise = f.flag_or("norm_topk_prob", third);
+  c.moe.scale = f.real_or("routed_scaling_factor", third ? 2.5 : 1.0);
+  return c;
+}
+TransformerConfig deepseek_v2(const JsonFile& f) { return deepseek(f, false); }
+TransformerConfig deepseek_v3(const JsonFile& f) { return deepseek(f, true); }
+
+TransformerConfig gpt_oss(const JsonFile& f) {
+  Defaults d;
+  d.kv_heads = 8;
+  d.head_dim = 64;
+  d.reach = 131072;
+  d.epsilon = 1e-5;
+  d.rotary_base = 150000;
+  TransformerConfig c = llama_like(f, d);
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", true);
+  c.sinks = true;
+  read_windows(f, c, f.optional_number("sliding_window", 128),
+               [](std::int64_t i) { return i % 2 == 0; });
+  c.moe.experts = f.number_or("num_local_experts", 128);
+  c.moe.top_k = f.number_or("num_experts_per_tok", 4);
+  c.moe.ffn = c.ffn;
+  c.moe.router_bias = c.moe.expert_bias = true;
+  return c;
+}
+
+TransformerConfig nemotron(const JsonFile& f) {
+  Defaults d;
+  d.reach = 4096;
+  d.epsilon = 1e-5;
+  d.epsilon_key = "norm_eps";
+  d.rotated = 0.5;
+  d.act = "relu2";
+  d.deviation = 0.0134;
+  TransformerConfig c = llama_like(f, d);
+  c.norm = TransformerConfig::Norm::layer;
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  c.mlp_bias = f.flag_or("mlp_bias", false);
+  return c;
+}
+
+TransformerConfig encoder(const JsonFile& f) {
+  TransformerConfig c;
+  c.layers = static_cast<int>(f.number("num_hidden_layers", 1, kMostLayers));
+  c.hidden = f.number("hidden_size");
+  c.heads = f.number("num_attention_heads");
+  c.ffn = f.number("intermediate_size");
+  c.norm = TransformerConfig::Norm::layer;
+  c.norm_epsilon = f.real_or("layer_norm_eps", 1e-12);
+  c.activation = activation(f, "hidden_act", "gelu");
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = true;
+  c.causal = false;
+  c.initial_deviation = f.real_or("initializer_range", 0.02);
+  return c;
+}
+
+TransformerConfig bert(const JsonFile& f) {
+  for (const char* key : {"add_cross_attention", "is_decoder"}) {
+    if (f.flag_or(key, false)) f.refuse(key, "BERT as a decoder is not supported");
+  }
+  if (const auto kind = f.word_or("position_embedding_type", "absolute"); kind != "absolute") {
+    f.refuse("position_embedding_type",
+             fmt::format("'{}' is not supported; there is absolute", kind));
+  }
+  TransformerConfig c = encoder(f);
+  c.vocabulary = f.number("vocab_size");
+  c.positions = c.sequence = f.number_or("max_position_embeddings", 512);
+  c.norm_after = true;
+  c.token_types = f.number_or("type_vocab_size", 2);
+  c.embedding_norm = true;
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  c.head = TransformerConfig::Head::masked_language_model;
+  return c;
+}
+
+TransformerConfig vit(const JsonFile& f) {
+  TransformerConfig c = encoder(f);
+  c.image = f.side_or("image_size", 224);
+  c.patch = f.side_or("patch_size", 16);
+  c.channels = f.number_or("num_channels", 3);
+  if (c.image % c.patch != 0) {
+    f.refuse("patch_size",
+             fmt::format("patches of {} do not divide an image of {}", c.patch, c.image));
+  }
+  c.qkv_bias = f.flag_or("qkv_bias", true);
+  c.vocabulary = f.count_or("id2label", f.number_or("num_labels", 2));
+  c.head = TransformerConfig::Head::classifier;
+  return c;
+}
+
+struct ModelType {
+  std::string_view name;
+  TransformerConfig (*read)(const JsonFile& file);
+};
+constexpr std::array<ModelType, 13> kModelTypes{{{"bert", bert},
+                                                 {"deepseek_v2", deepseek_v2},
+                                                 {"deepseek_v3", deepseek_v3},
+                                                 {"gpt2", gpt2},
+                                                 {"gpt_oss", gpt_oss},
+                                                 {"llama", llama},
+                                                 {"mistral", mistral},
+                                                 {"mixtral", mixtral},
+                                                 {"nemotron", nemotron},
+                                                 {"qwen2", qwen2},
+                                                 {"qwen3", qwen3},
+                                                 {"qwen3_moe", qwen3_moe},
+                                                 {"vit", vit}}};
+
+}  // namespace
+
+Graph import_hugging_face(const std::string& path, const ModelOptions& options) {
+  check_options(options);
+  const JsonFile file(path);
+  const std::string type = file.word("model_type");
+  std::vector<std::string> known;
+  for (const ModelType& candidate : kModelTypes) {
+    known.emplace_back(candidate.name);
+    if (candidate.name != type) continue;
+    TransformerConfig config = candidate.read(file);
+    config.name = path;
+    apply_options(config, options);
+    Graph graph = build_transformer(config);
+    graph.name = type;
+    return graph;
+  }
+  file.refuse("model_type", fmt::format("'{}' is not supported{}; there are {}", type,
+                                        did_you_mean(type, known), fmt::join(known, ", ")));
+}
+
 }  // namespace partita
