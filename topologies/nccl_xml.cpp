@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
+#include <cmath>
 #include <cstdlib>
 #include <map>
 #include <pugixml.hpp>
@@ -88,6 +88,16 @@ class Reader {
       spec_.notes.push_back(std::move(text));
   }
 
+  /// An attribute as a number up to `most`; `absent` where there is none.
+  double number(const pugi::xml_node& node, const char* attribute, double absent, double most) {
+    const double value = node.attribute(attribute).as_double(absent);
+    if (!(std::abs(value) <= most))
+      throw InputError(
+          file_, fmt::format("<{}> has {}=\"{}\"; at most {:g} makes sense", node.name(), attribute,
+                             node.attribute(attribute).value(), most));
+    return value;
+  }
+
   std::size_t add_vertex(std::string name, VertexKind kind) {
     VertexSpec vertex;
     vertex.name = std::move(name);
@@ -161,12 +171,12 @@ class Reader {
   BytesPerSecond pci_rate(const pugi::xml_node& pci) {
     bool known = false;
     const BytesPerSecond lane = lane_rate(pci.attribute("link_speed").value(), known);
-    int width = pci.attribute("link_width").as_int(0);
+    double width = number(pci, "link_width", 0, 1024);
     if (width <= 0) width = 16;
     if (!known)
       note(fmt::format("{}: PCI {} has no known link speed ('{}'): PCIe 3.0 is assumed", file_,
                        pci.attribute("busid").value(), pci.attribute("link_speed").value()));
-    return static_cast<double>(width) * lane;
+    return width * lane;
   }
 
   void read_cpu(const pugi::xml_node& cpu) {
@@ -216,7 +226,7 @@ class Reader {
         const std::size_t vertex = gpu_by_busid_.at(busid);
         add_link(vertex, above, LinkKind::pcie, pci_rate(pci));
         for (const auto& c2c : pci.child("gpu").children("c2c")) {
-          const double rate = c2c.attribute("bw").as_double() * c2c.attribute("count").as_double(1);
+          const double rate = number(c2c, "bw", 0, 1e9) * number(c2c, "count", 1, 1000);
           if (rate > 0) add_link(vertex, cpu, LinkKind::c2c, BytesPerSecond{rate * 1e6});
         }
       } else if (starts_with(pci, "class", "0x02")) {
@@ -241,7 +251,7 @@ class Reader {
     for (const auto& net : nic.children("net")) {
       if (!net.attribute("dev")) continue;  // As NCCL does.
       const std::size_t vertex = add_vertex(fmt::format("nic{}", nics_++), VertexKind::nic);
-      double megabits = net.attribute("speed").as_double(0);
+      double megabits = number(net, "speed", 0, 1e9);
       if (megabits <= 0) {
         megabits = 10'000;
         note(fmt::format("{}: <net> '{}' has no speed: 10 Gb/s is assumed, as NCCL does", file_,
@@ -249,7 +259,7 @@ class Reader {
       }
       VertexSpec& spec = node_.vertices[vertex];
       spec.port_bandwidth = BytesPerSecond{megabits * 1e6 / 8};
-      spec.port_latency = Seconds{net.attribute("latency").as_double(0) * 1e-6};
+      spec.port_latency = Seconds{number(net, "latency", 0, 1e6) * 1e-6};
       if (spec.port_latency.count <= 0) {
         spec.port_latency = assumed_latency(LinkKind::network);
         note(file_ + ": a NIC has no latency: 0.6 us is assumed");
@@ -270,7 +280,7 @@ class Reader {
       std::map<std::size_t, int> to_gpu;
       for (const auto& link : gpus_[g].pci.child("gpu").children("nvlink")) {
         any = true;
-        const int count = link.attribute("count").as_int(1);
+        const int count = static_cast<int>(number(link, "count", 1, 1000));
         if (count < 1)
           throw InputError(file_, fmt::format("<nvlink> of GPU {} has count '{}'; it must be at "
                                               "least 1",

@@ -128,7 +128,8 @@ class Reader {
     int count = 0;
     if (!cell.starts_with("NV")) return 0;
     const auto [end, error] = std::from_chars(cell.data() + 2, cell.data() + cell.size(), count);
-    return error == std::errc{} && end == cell.data() + cell.size() ? count : 0;
+    const bool whole = error == std::errc{} && end == cell.data() + cell.size();
+    return whole && count >= 1 && count <= 1000 ? count : 0;
   }
 
   void read_comment(const std::string& line) {

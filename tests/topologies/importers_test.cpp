@@ -107,6 +107,8 @@ TEST(NcclXml, BadFilesSayWhatIsWrong) {
               ThrowsMessage<InputError>(HasSubstr("two <cpu> have numaid 0")));
   EXPECT_THAT(loading("nvswitch.xml", "count=\"10\"", "count=\"0\""),
               ThrowsMessage<InputError>(HasSubstr("count '0'; it must be at least 1")));
+  EXPECT_THAT(loading("nvswitch.xml", "speed=\"400000\"", "speed=\"1e99\""),
+              ThrowsMessage<InputError>(HasSubstr("<net> has speed=\"1e99\"; at most 1e+09")));
   EXPECT_THAT(loading("nested.xml", "target=\"0000:05:00.0\"", "target=\"0000:07:00.0\""),
               ThrowsMessage<InputError>(HasSubstr("leads to '0000:07:00.0', which is no GPU")));
   const std::string file = ::testing::TempDir() + "partita-empty.xml";
@@ -156,6 +158,8 @@ TEST(NvidiaSmi, BadFilesSayWhatIsWrong) {
               ThrowsMessage<InputError>(HasSubstr(":5: the row of GPU2 with 4 cells is expected")));
   EXPECT_THAT(loading("pcie-matrix.txt", "GPU0    GPU1    GPU2 ", "GPU0    NIC0    GPU2 "),
               ThrowsMessage<InputError>(HasSubstr("column 2 is 'NIC0'; GPUs must come first")));
+  EXPECT_THAT(loading("pcie-matrix.txt", "NV12", "NV99999"),
+              ThrowsMessage<InputError>(HasSubstr("'NV99999'")));
   const std::string file = ::testing::TempDir() + "partita-nothing.txt";
   std::ofstream(file) << "hello\n";
   EXPECT_THAT([&] { load_topology(file); }, ThrowsMessage<InputError>(HasSubstr("no header row")));
