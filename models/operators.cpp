@@ -169,10 +169,25 @@ void make(Maker& m, const PositionEmbedding& op) {
   m.output(m.in[0], d);
 }
 
+void make_local(Maker& m, const Normalize& op) {
+  const Shape& x = m.in[0];
+  if (x.size() < 2 || x[1].dim != Dim::feature || op.window < 1 || op.scale || op.bias) {
+    throw InputError(m.place, fmt::format("cannot normalise {} over {} neighbouring features",
+                                          text(x), op.window));
+  }
+  std::vector<int> d;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    d.push_back(m.dim(x[i].dim, x[i].extent, i == 1 ? DimUse::whole : DimUse::parallel));
+  }
+  m.input(0, d).saved_for_data = true;
+  m.output(x, d);
+}
+
 void make(Maker& m, const Normalize& op) {
   m.need_inputs(1, "normalisation");
   const Shape& x = m.in[0];
   const bool batch = op.kind == Normalize::Kind::batch;
+  if (op.kind == Normalize::Kind::local) return make_local(m, op);
   if (x.size() < 2 || (batch && x[1].dim != Dim::feature)) {
     throw InputError(m.place, fmt::format("cannot normalise {}", text(x)));
   }
@@ -731,7 +746,11 @@ Flops flops(const Operation& op, const Signature& s, const std::vector<std::int6
           [&](const AddBias&) { return per_element(1, 0, 1); },
           [&](const Embedding&) { return per_element(0, 0, 1); },
           [&](const PositionEmbedding&) { return per_element(1, 0, 1); },
-          [&](const Normalize&) { return per_element(5, 8, 3); },
+          [&](const Normalize& o) {
+            if (o.kind != Normalize::Kind::local) return per_element(5, 8, 3);
+            const auto neighbours = 2.0 * static_cast<double>(o.window);
+            return per_element(neighbours + 4, neighbours + 8, 0);
+          },
           [&](const Activation& o) {
             const bool cheap =
                 o.kind == ActivationKind::relu || o.kind == ActivationKind::squared_relu;

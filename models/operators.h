@@ -43,9 +43,12 @@ struct PositionEmbedding {
   friend bool operator==(const PositionEmbedding&, const PositionEmbedding&) = default;
 };
 
-/// Layer norm and RMS norm run over the last dimension; batch norm over everything but `feature`.
+/// Layer norm and RMS norm run over the last dimension; batch norm over everything but `feature`;
+/// local response normalisation (https://papers.nips.cc/paper/4824, section 3.3) over `window`
+/// neighbouring features: y = x / (offset + alpha/window · sum of squares)^beta, without
+/// parameters.
 struct Normalize {
-  enum class Kind : std::uint8_t { layer, rms, batch };
+  enum class Kind : std::uint8_t { layer, rms, batch, local };
   Kind kind = Kind::layer;
   double epsilon = 1e-5;
   bool scale = true;
@@ -55,6 +58,11 @@ struct Normalize {
   /// Layer and RMS norm: > 0 normalises each run of this many values of the last dimension by
   /// itself, with one scale of that length for all runs (a norm of each head's query or key).
   std::int64_t group = 0;
+  /// Local response normalisation only.
+  std::int64_t window = 0;
+  double alpha = 1e-4;
+  double beta = 0.75;
+  double offset = 1;
   friend bool operator==(const Normalize&, const Normalize&) = default;
 };
 
