@@ -416,7 +416,31 @@ Piece backward_statistic_of(const Normalize& op, const Context& c, std::size_t k
   return sums;
 }
 
+/// Local response normalisation: f(element, divisor's base, neighbours' first and last feature,
+/// stride) for every element of x. Of an even window the longer side lies before, as in PyTorch.
+template <class F>
+void for_each_local(const Normalize& op, const Piece& x, F f) {
+  const std::size_t features = x.index[1].size(), stride = count(x.index, 2, x.index.size());
+  const std::size_t before = unsigned_of(op.window / 2), after = unsigned_of((op.window - 1) / 2);
+  for (std::size_t i = 0; i < x.values.size(); ++i) {
+    const std::size_t feature = i / stride % features;
+    const std::size_t first = i - std::min(before, feature) * stride;
+    const std::size_t last = i + std::min(after, features - 1 - feature) * stride;
+    double squares = 0;
+    for (std::size_t j = first; j <= last; j += stride) squares += x.values[j] * x.values[j];
+    f(i, op.offset + op.alpha / static_cast<double>(op.window) * squares, first, last, stride);
+  }
+}
+
 Pieces forward_of(const Normalize& op, const Context& c, const Operands& o) {
+  if (op.kind == Normalize::Kind::local) {
+    Piece y = input(c, o);
+    for_each_local(op, input(c, o),
+                   [&](std::size_t i, double base, std::size_t, std::size_t, std::size_t) {
+                     y.values[i] *= std::pow(base, -op.beta);
+                   });
+    return {std::move(y)};
+  }
   const Groups g = groups_of(op, c);
   const Piece& x = input(c, o);
   const Piece* scale = op.scale ? &parameter(c, o) : nullptr;
@@ -429,8 +453,22 @@ Pieces forward_of(const Normalize& op, const Context& c, const Operands& o) {
   return {std::move(y)};
 }
 Pieces data_of(const Normalize& op, const Context& c, const Operands& o) {
-  const Groups g = groups_of(op, c);
   const Piece &x = input(c, o), &dy = gradient(c, o);
+  if (op.kind == Normalize::Kind::local) {
+    Piece d = like(x);
+    const double slope = 2 * op.beta * op.alpha / static_cast<double>(op.window);
+    for_each_local(
+        op, x,
+        [&](std::size_t i, double base, std::size_t first, std::size_t last, std::size_t stride) {
+          const double scaled = dy.values[i] * std::pow(base, -op.beta);
+          d.values[i] += scaled;
+          for (std::size_t j = first; j <= last; j += stride) {
+            d.values[j] -= slope * scaled * x.values[i] / base * x.values[j];
+          }
+        });
+    return {std::move(d)};
+  }
+  const Groups g = groups_of(op, c);
   const Piece* scale = op.scale ? &parameter(c, o) : nullptr;
   const Moments m = moments_of(op, g, o);
   const auto& sums = statistic(o.backward_statistics, 0).values;
@@ -540,16 +578,13 @@ std::uint64_t splitmix(std::uint64_t x) {
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
   return x ^ (x >> 31);
 }
-std::uint64_t mix(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
-  return splitmix(splitmix(splitmix(seed) ^ a) ^ b);
-}
 /// In [0, 1), from the upper 53 bits.
 double unit(std::uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
 
 /// The same mask in both passes and on every partition: keyed by the element's place in the sample.
 Piece dropped(const Dropout& op, const Context& c, Piece x) {
   constexpr std::uint64_t kDropout = 0x64726f70;
-  const std::uint64_t key = mix(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
+  const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
   const Shape& shape = c.signature->outputs[0].shape;
   const auto apply = [&](double& v, std::int64_t sample, std::uint64_t place) {
     const double u = uniform(key, static_cast<std::uint64_t>(c.first_sample + sample), place);
@@ -559,8 +594,8 @@ Piece dropped(const Dropout& op, const Context& c, Piece x) {
     const std::size_t features = x.index[3].size();
     for (std::size_t i = 0; i < x.values.size(); ++i) {
       const Row& row = x.rows[i / features];
-      const std::uint64_t token =
-          mix(0, static_cast<std::uint64_t>(row.sequence), static_cast<std::uint64_t>(row.expert));
+      const std::uint64_t token = random_bits(0, static_cast<std::uint64_t>(row.sequence),
+                                              static_cast<std::uint64_t>(row.expert));
       apply(x.values[i], row.sample, token + static_cast<std::uint64_t>(x.index[3][i % features]));
     }
     return x;
@@ -1449,13 +1484,17 @@ std::vector<Piece> backward_weight(const Context& c, const Operands& o) {
       *c.operation);
 }
 
+std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
+  return splitmix(splitmix(splitmix(seed) ^ a) ^ b);
+}
+
 double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
-  return unit(mix(seed, a, b));
+  return unit(random_bits(seed, a, b));
 }
 
 double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
   // Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
-  const std::uint64_t bits = mix(seed, a, b);
+  const std::uint64_t bits = random_bits(seed, a, b);
   return std::sqrt(-2 * std::log(1 - unit(bits))) * std::cos(2 * kPi * unit(splitmix(bits)));
 }
 

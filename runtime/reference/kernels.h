@@ -77,6 +77,8 @@ std::vector<Piece> backward_weight(const Context& c, const Operands& o);
 /// dimension's indices, all input positions inside [0, extent) that a window reads, or all when uncut.
 std::vector<std::int64_t> touched(const Context& c, const Operand& operand, std::size_t d);
 
+/// Well-mixed bits of three words: keys of the numbers below.
+std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
 /// Counter-based uniform number in [0, 1) (splitmix64 of the mixed words): the same on every partition.
 double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
 double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
