@@ -87,8 +87,10 @@ void element_wise(Maker& m, std::size_t inputs, const char* what) {
   m.need_inputs(inputs, what);
   for (std::size_t i = 1; i < inputs; ++i) m.need_same(0, i);
   const auto d = m.dims_of(m.in[0]);
-  for (std::size_t i = 0; i < inputs; ++i) m.input(i, d);
-  m.output(m.in[0], d);
+  // Between dispatch and combine: rows, not a dense tensor.
+  const bool routed = m.in[0].size() == 4 && m.in[0][2].dim == Dim::expert;
+  for (std::size_t i = 0; i < inputs; ++i) m.input(i, d).routed = routed;
+  m.output(m.in[0], d).routed = routed;
 }
 
 void make(Maker& m, const Linear& op) {
@@ -280,6 +282,7 @@ void make(Maker& m, const Attention& op) {
   m.input(2, {sample, key, head, -1});
   for (auto& input : m.s.inputs) input.saved_for_data = true;
   if (op.sinks) {
+    for (auto& input : m.s.inputs) input.saved_for_weight = true;
     m.parameter({{Dim::head, q[2].extent}, {Dim::head_feature, op.queries_per_head}}, {head, -1});
   }
   auto& y = m.output({q[0], q[1], q[2], {Dim::head_feature, op.queries_per_head * op.v_dim}},
