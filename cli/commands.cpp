@@ -1,0 +1,146 @@
+#include "cli/commands.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+
+#include "cli/options.h"
+#include "report/report.h"
+
+namespace partita::cli {
+namespace {
+
+void print(const std::string& s) { std::fwrite(s.data(), 1, s.size(), stdout); }
+
+void add_model(CLI::App& app) {
+  struct Options {
+    std::string model;
+    PlanFlags flags;
+    bool json = false, operators = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* c = app.add_subcommand("model", "show a network: parameters, work, operators");
+  c->add_option("MODEL", o->model, "catalogue name or file; without it the catalogue is listed");
+  c->add_option("--seq,--sequence-length", o->flags.sequence, "tokens per sample");
+  c->add_option("--layers", o->flags.layers, "only this many blocks");
+  c->add_option("--vocabulary", o->flags.vocabulary, "size of the vocabulary");
+  c->add_option("--freeze", o->flags.freeze, "parameters (patterns) that are not trained");
+  c->add_option("--lora", o->flags.lora, "linear operators (patterns) that get adapters");
+  c->add_option("--lora-rank", o->flags.lora_rank, "rank of the adapters");
+  c->add_flag("--operators", o->operators, "list every operator");
+  c->add_flag("--json", o->json, "print JSON");
+  c->callback([o] {
+    if (o->model.empty()) {
+      for (const auto& m : model_catalogue()) print(m + "\n");
+      return;
+    }
+    Plan p;
+    p.freeze = o->flags.freeze;
+    p.lora = o->flags.lora;
+    p.lora_rank = o->flags.lora_rank;
+    const Graph g = load_graph(o->model, o->flags, p);
+    print(o->json ? model_json(g) : model_table(g, o->operators));
+  });
+}
+
+void add_topo(CLI::App& app) {
+  struct Options {
+    std::string topology;
+    bool json = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* c = app.add_subcommand("topo", "show a cluster: devices, links, routes");
+  c->add_option("TOPOLOGY", o->topology, "catalogue name or file; without it the catalogue is listed");
+  c->add_flag("--json", o->json, "print JSON");
+  c->callback([o] {
+    if (o->topology.empty()) {
+      for (const auto& t : topology_catalogue()) print(t + "\n");
+      return;
+    }
+    const Topology t = load_topology(o->topology);
+    print(o->json ? topology_json(t) : topology_table(t));
+  });
+}
+
+struct Common {
+  std::string model, topology, trace;
+  PlanFlags flags;
+  bool json = false;
+  std::int64_t top = 5;
+};
+
+void add_simulate(CLI::App& app) {
+  auto o = std::make_shared<Common>();
+  CLI::App* c = app.add_subcommand("simulate", "predict one plan's step: time, memory, where both go");
+  c->add_option("MODEL", o->model, "catalogue name or file")->required();
+  c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
+  o->flags.add_to(*c, true);
+  c->add_flag("--json", o->json, "print JSON");
+  c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
+  c->callback([o] {
+    const Topology t = load_topology(o->topology);
+    Plan plan = plan_from(o->flags, "megatron-core");
+    settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
+    const Graph g = load_graph(o->model, o->flags, plan);
+    Communication communication(t);
+    Timeline timeline;
+    Program program;
+    const bool record = !o->trace.empty();
+    auto prediction = predict(g, plan, communication, record ? &timeline : nullptr, record ? &program : nullptr);
+    if (!prediction) throw InputError("plan", prediction.reason());
+    if (record) write_trace(o->trace, program, timeline);
+    print(o->json ? prediction_json(g, t, *prediction) : prediction_table(g, t, *prediction));
+  });
+}
+
+void add_plan(CLI::App& app, int& code) {
+  auto o = std::make_shared<Common>();
+  CLI::App* c = app.add_subcommand("plan", "search all plans; show the fastest that fit");
+  c->add_option("MODEL", o->model, "catalogue name or file")->required();
+  c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
+  o->flags.add_to(*c, false);
+  c->add_flag("--json", o->json, "print JSON");
+  c->add_option("--top", o->top, "how many plans to show");
+  c->add_option("--trace", o->trace, "write a Perfetto trace of the best plan to this file");
+  auto save = std::make_shared<std::string>();
+  c->add_option("--save", *save, "write the best plan to this file");
+  c->callback([o, save, &code] {
+    if (o->top < 1) throw InputError("--top", fmt::format("{} must be at least 1", o->top));
+    const Topology t = load_topology(o->topology);
+    Plan base = plan_from(o->flags, "megatron-core");
+    base.dp = 1;
+    const auto ranks = static_cast<std::int64_t>(t.used_devices());
+    if (base.global_batch == 0) base.global_batch = 4 * ranks;
+    const Graph g = load_graph(o->model, o->flags, base);
+    const SearchResult r = search(g, t, ranks, base, full_space(g, t, ranks, base), static_cast<std::size_t>(o->top));
+    if (!r.plans.empty() && !o->trace.empty()) {
+      Communication communication(t);
+      Timeline timeline;
+      Program program;
+      predict(g, r.plans[0].plan, communication, &timeline, &program);
+      write_trace(o->trace, program, timeline);
+    }
+    if (!r.plans.empty() && !save->empty()) {
+      const std::string yaml = to_yaml(r.plans[0].plan);
+      std::FILE* f = std::fopen(save->c_str(), "w");
+      const bool good = f != nullptr && std::fwrite(yaml.data(), 1, yaml.size(), f) == yaml.size();
+      if (f != nullptr) std::fclose(f);
+      if (!good) throw InputError("--save", fmt::format("cannot write {}", *save));
+    }
+    print(o->json ? search_json(g, t, r) : search_table(g, t, r));
+    if (r.plans.empty()) code = 1;
+  });
+}
+
+}  // namespace
+
+void add_commands(CLI::App& app, int& code) {
+  add_model(app);
+  add_topo(app);
+  add_simulate(app);
+  add_plan(app, code);
+}
+
+}  // namespace partita::cli

@@ -1,0 +1,16 @@
+// cli/commands.h: one function per command; each registers its flags and what runs.
+#pragma once
+
+namespace CLI {
+class App;
+}
+
+namespace partita::cli {
+
+/// Adds model, topo, simulate, plan, whatif and reference; their callbacks set `code`.
+void add_commands(CLI::App& app, int& code);
+
+void add_reference(CLI::App& app, int& code);
+void add_whatif(CLI::App& app, int& code);
+
+}  // namespace partita::cli

@@ -1,0 +1,365 @@
+#include "report/report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "base/unit_text.h"
+
+namespace partita {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json plan_json(const Plan& p) {
+  Json j;
+  j["strategy"] = p.strategy;
+  j["framework"] = p.framework;
+  j["tp"] = p.tp;
+  j["pp"] = p.pp;
+  j["dp"] = p.dp;
+  j["cp"] = p.cp;
+  j["ep"] = p.ep;
+  j["etp"] = p.etp;
+  j["virtual_stages"] = p.virtual_stages;
+  j["micro_batch"] = p.micro_batch;
+  j["global_batch"] = p.global_batch;
+  j["micro_batches"] = p.micro_batches();
+  j["sequence_parallel"] = p.sequence_parallel;
+  j["schedule"] = std::string(name(p.schedule));
+  j["zero"] = p.zero;
+  j["recompute"] = p.recompute == Recompute::none        ? "none"
+                   : p.recompute == Recompute::selective ? "selective"
+                   : p.recompute == Recompute::full      ? "full"
+                   : p.recompute == Recompute::first     ? fmt::format("first:{}", p.recompute_first)
+                                                         : fmt::format("{}", fmt::join(p.recompute_patterns, ","));
+  j["precision"] = p.precision_name;
+  return j;
+}
+
+Json prediction_object(const Graph& graph, const Topology& topology, const Prediction& p) {
+  Json j;
+  j["model"] = graph.name;
+  j["topology"] = topology.name();
+  j["devices"] = p.devices;
+  j["plan"] = plan_json(p.plan);
+  j["step_time_s"] = p.step_time.count;
+  j["interval_s"] = nullptr;
+  j["tokens_per_s_per_device"] = graph.sequence > 0 ? Json(p.tokens_per_second_per_device) : Json(nullptr);
+  j["samples_per_s"] = p.samples_per_second;
+  j["mfu"] = p.mfu;
+  j["hfu"] = p.hfu;
+  j["flop_convention"] = "PaLM: matrix products of forward and backward, attention over the whole square";
+  j["peak_allocated_bytes"] = p.peak_allocated.count;
+  j["peak_reserved_bytes"] = p.peak_reserved.count;
+  j["peak_device_bytes"] = p.peak_device.count;
+  j["peak_memory_bytes"] = p.peak_allocated.count;
+  j["usable_memory_bytes"] = p.usable.count;
+  j["peak_at"] = p.peak_at;
+  j["fits"] = p.fits;
+  j["memory_bytes_by_stage"] = Json::array();
+  for (const StageMemory& s : p.memory_by_stage) {
+    Json m;
+    m["stage"] = s.stage;
+    m["total"] = s.total.count;
+    for (int c = 0; c < kCategoryCount; ++c) {
+      m[std::string(name(static_cast<Category>(c)))] = s.by_category[static_cast<std::size_t>(c)].count;
+    }
+    j["memory_bytes_by_stage"].push_back(m);
+  }
+  Json b;
+  b["compute"] = Json::object();
+  for (const auto& [kind, t] : p.breakdown.compute) b["compute"][kind] = to_seconds(t).count;
+  b["exposed"] = Json::object();
+  for (const auto& [axis, t] : p.breakdown.exposed) b["exposed"][axis] = to_seconds(t).count;
+  b["bubble"] = to_seconds(p.breakdown.bubble).count;
+  b["optimizer"] = to_seconds(p.breakdown.optimizer).count;
+  b["other"] = to_seconds(p.breakdown.other).count;
+  j["breakdown_s"] = b;
+  j["rests_on"] = Json::array();
+  for (const RestsOn& r : p.rests_on) j["rests_on"].push_back({{"term", r.term}, {"kind", r.kind}, {"share", r.share}});
+  return j;
+}
+
+std::string percent(double fraction) { return fmt::format("{:.1f} %", 100 * fraction); }
+std::string gib(Bytes n) { return fmt::format("{:.2f}", static_cast<double>(n.count) / (1 << 30)); }
+
+}  // namespace
+
+std::string align(const std::vector<std::vector<std::string>>& rows) {
+  std::vector<std::size_t> width;
+  for (const auto& row : rows) {
+    if (row.size() > width.size()) width.resize(row.size(), 0);
+    for (std::size_t i = 0; i < row.size(); ++i) width[i] = std::max(width[i], row[i].size());
+  }
+  std::string out;
+  for (const auto& row : rows) {
+    std::string line;
+    for (std::size_t i = 0; i < row.size(); ++i) {
+      line += i == 0 ? fmt::format("{:<{}}", row[i], width[i]) : fmt::format("  {:>{}}", row[i], width[i]);
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    out += line + "\n";
+  }
+  return out;
+}
+
+std::string plan_line(const Plan& p) {
+  std::string s = fmt::format("tp {} pp {} dp {}", p.tp, p.pp, p.dp);
+  if (p.cp > 1) s += fmt::format(" cp {}", p.cp);
+  if (p.ep > 1) s += fmt::format(" ep {}", p.ep);
+  s += fmt::format(", micro-batch {} x {}", p.micro_batch, p.micro_batches());
+  if (p.pp > 1) s += fmt::format(", {}", name(p.schedule));
+  if (p.virtual_stages > 1) s += fmt::format(" x {}", p.virtual_stages);
+  if (p.sequence_parallel) s += ", sequence parallel";
+  if (p.zero > 0) s += fmt::format(", ZeRO-{}", p.zero);
+  if (p.recompute != Recompute::none) {
+    s += fmt::format(", {} recompute", plan_json(p)["recompute"].get<std::string>());
+  }
+  return s;
+}
+
+std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p) {
+  Json j;
+  j["schema"] = "partita.prediction/1";
+  j.update(prediction_object(graph, topology, p));
+  return j.dump(2) + "\n";
+}
+
+std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p) {
+  std::string out = fmt::format("{} on {} devices of {}, {}, {}\n{}\n\n", graph.name, p.devices, topology.name(),
+                                p.plan.precision_name, p.plan.framework, plan_line(p.plan));
+  std::vector<std::vector<std::string>> rows{{"step time", text(p.step_time)}};
+  if (graph.sequence > 0) {
+    rows.push_back({"tokens/s per device", grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))});
+  }
+  rows.push_back({"samples/s", fmt::format("{:.4g}", p.samples_per_second)});
+  rows.push_back({"model FLOP utilisation", percent(p.mfu)});
+  rows.push_back({"hardware FLOP utilisation", percent(p.hfu)});
+  rows.push_back({"peak memory, allocated", text(p.peak_allocated)});
+  rows.push_back({"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device), text(p.usable),
+                                                     p.fits ? "fits" : "DOES NOT FIT")});
+  out += align(rows);
+
+  const double total = static_cast<double>(std::max<std::int64_t>(1, p.breakdown.total().count));
+  std::vector<std::vector<std::string>> where{{"where the time goes", "time", "share"}};
+  const auto row = [&](const std::string& label, Ticks t) {
+    if (t.count == 0) return;
+    where.push_back({label, text(to_seconds(t)), percent(static_cast<double>(t.count) / total)});
+  };
+  std::vector<std::pair<std::string, Ticks>> kinds(p.breakdown.compute.begin(), p.breakdown.compute.end());
+  std::stable_sort(kinds.begin(), kinds.end(), [](const auto& a, const auto& b) { return b.second < a.second; });
+  for (const auto& [kind, t] : kinds) row("  compute: " + kind, t);
+  for (const auto& [axis, t] : p.breakdown.exposed) row("  exposed communication: " + axis, t);
+  row("  pipeline bubble", p.breakdown.bubble);
+  row("  optimizer", p.breakdown.optimizer);
+  row("  other", p.breakdown.other);
+  out += "\n" + align(where);
+
+  std::vector<std::vector<std::string>> memory{{"peak memory by stage, GiB", "total"}};
+  for (int c = 0; c < kCategoryCount; ++c) memory[0].emplace_back(name(static_cast<Category>(c)));
+  for (const StageMemory& s : p.memory_by_stage) {
+    std::vector<std::string> line{fmt::format("  stage {}", s.stage), gib(s.total)};
+    for (int c = 0; c < kCategoryCount; ++c) line.push_back(gib(s.by_category[static_cast<std::size_t>(c)]));
+    memory.push_back(line);
+  }
+  out += "\n" + align(memory) + "  at " + p.peak_at + "\n";
+
+  std::vector<std::vector<std::string>> rests{{"what this rests on", "kind", "share"}};
+  for (const RestsOn& r : p.rests_on) rests.push_back({"  " + r.term, r.kind, percent(r.share)});
+  out += "\n" + align(rests);
+  return out;
+}
+
+std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r) {
+  Json j;
+  j["schema"] = "partita.search/1";
+  j["plans"] = Json::array();
+  for (const Prediction& p : r.plans) j["plans"].push_back(prediction_object(graph, topology, p));
+  j["search_time_s"] = r.search_time.count;
+  j["certificate"] = {{"space", r.space},
+                      {"evaluated", r.evaluated},
+                      {"pruned_memory", r.pruned_memory},
+                      {"pruned_bound", r.pruned_bound},
+                      {"illegal", r.illegal}};
+  if (r.plans.empty() && r.smallest) j["smallest"] = prediction_object(graph, topology, *r.smallest);
+  return j.dump(2) + "\n";
+}
+
+std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r) {
+  std::string out = fmt::format("{} plans in the space: {} simulated, {} cannot hold their state, {} illegal; {:.1f} s\n",
+                                r.space, r.evaluated, r.pruned_memory, r.illegal, r.search_time.count);
+  if (r.plans.empty()) {
+    out += "nothing fits";
+    if (r.smallest) {
+      out += fmt::format("; the smallest needs {} of {} usable:\n  {}\n", text(r.smallest->peak_device),
+                         text(r.smallest->usable), plan_line(r.smallest->plan));
+    } else {
+      out += r.example_illegal.empty() ? "\n" : fmt::format("; for example: {}\n", r.example_illegal);
+    }
+    return out;
+  }
+  std::vector<std::vector<std::string>> rows{{"plan", "step", graph.sequence > 0 ? "tokens/s/device" : "samples/s", "MFU", "memory"}};
+  for (const Prediction& p : r.plans) {
+    rows.push_back({plan_line(p.plan), text(p.step_time),
+                    graph.sequence > 0 ? grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))
+                                       : fmt::format("{:.4g}", p.samples_per_second),
+                    percent(p.mfu), text(p.peak_device)});
+  }
+  out += "\n" + align(rows) + "\nThe first one:\n\n" + prediction_table(graph, topology, r.plans[0]);
+  return out;
+}
+
+std::string model_json(const Graph& graph) {
+  const NetworkFlops f = network_flops(graph);
+  Json j;
+  j["schema"] = "partita.model_summary/1";
+  j["model"] = graph.name;
+  j["parameters"] = parameter_count(graph);
+  j["trainable_parameters"] = trainable_parameter_count(graph);
+  j["layers"] = graph.layers;
+  j["sequence"] = graph.sequence;
+  j["operators"] = graph.operators.size();
+  j["flops_per_sample"] = {{"forward", f.forward.count},
+                           {"backward_data", f.backward_data.count},
+                           {"backward_weight", f.backward_weight.count}};
+  return j.dump(2) + "\n";
+}
+
+std::string model_table(const Graph& graph, bool operators) {
+  const NetworkFlops f = network_flops(graph);
+  std::vector<std::vector<std::string>> rows{
+      {"parameters", grouped(parameter_count(graph))},
+      {"  trainable", grouped(trainable_parameter_count(graph))},
+      {"blocks", std::to_string(graph.layers)},
+      {"operators", std::to_string(graph.operators.size())}};
+  if (graph.sequence > 0) rows.push_back({"tokens per sample", grouped(graph.sequence)});
+  rows.push_back({"forward, per sample", text(f.forward)});
+  rows.push_back({"backward by data", text(f.backward_data)});
+  rows.push_back({"backward by weight", text(f.backward_weight)});
+  std::string out = graph.name + "\n\n" + align(rows);
+  if (!operators) return out;
+  std::vector<std::vector<std::string>> list{{"operator", "kind", "parameters", "forward", "output"}};
+  for (std::size_t i = 0; i < graph.operators.size(); ++i) {
+    const Operator& op = graph.operators[i];
+    const Signature s = signature(graph, OpId{i}, 1);
+    std::vector<std::int64_t> extents;
+    for (const auto& d : s.dims) extents.push_back(d.extent);
+    std::int64_t n = 0;
+    for (const ParameterId q : op.parameters) n += elements(graph.parameter(q).shape);
+    list.push_back({op.name, std::string(kind_name(op.operation)), n > 0 ? grouped(n) : "",
+                    text(flops(op.operation, s, extents, Pass::forward)), text(graph.tensor(op.outputs[0]).shape)});
+  }
+  return out + "\n" + align(list);
+}
+
+std::string topology_json(const Topology& t) {
+  Json j;
+  j["schema"] = "partita.topology_summary/1";
+  j["topology"] = t.name();
+  j["nodes"] = t.node_count();
+  j["devices"] = t.device_count();
+  j["links"] = t.link_count();
+  j["device_profiles"] = Json::array();
+  for (std::size_t k = 0; k < t.profile_count(); ++k) {
+    const DeviceProfile& d = t.profile(k);
+    Json p;
+    p["name"] = d.name;
+    p["memory_bytes"] = d.memory.count;
+    p["usable_memory_bytes"] = d.usable_memory.count;
+    p["memory_bandwidth_bytes_per_s"] = d.memory_bandwidth.count;
+    for (const auto& [type, rate] : d.matrix_rates) p["matrix_rate_flop_per_s"][std::string(name(type))] = rate.peak.count;
+    j["device_profiles"].push_back(p);
+  }
+  j["notes"] = t.notes();
+  return j.dump(2) + "\n";
+}
+
+std::string topology_table(const Topology& t) {
+  std::string out = fmt::format("{}: {} nodes, {} devices, {} links (one direction each)\n", t.name(), t.node_count(),
+                                t.device_count(), t.link_count());
+  for (std::size_t k = 0; k < t.profile_count(); ++k) {
+    const DeviceProfile& d = t.profile(k);
+    out += fmt::format("\n{}: {} ({} usable), {}\n", d.name, text(d.memory), text(d.usable_memory), text(d.memory_bandwidth));
+    for (const auto& [type, rate] : d.matrix_rates) {
+      out += fmt::format("  {:<6} {:>14}   {}\n", name(type), text(rate.peak), rate.source);
+    }
+  }
+  const auto show = [&](std::size_t a, std::size_t b) {
+    if (b >= t.device_count()) return;
+    const auto route = t.route(DeviceId{a}, DeviceId{b});
+    double slowest = 1e300, latency = 0;
+    out += fmt::format("\nroute {} -> {}\n", t.device_name(DeviceId{a}), t.device_name(DeviceId{b}));
+    for (const LinkId l : route) {
+      const Link link = t.link(l);
+      slowest = std::min(slowest, link.bandwidth.count);
+      latency += link.latency.count;
+      out += fmt::format("  {:<44} {:<8} {:>10}  {}\n", t.link_name(l), name(link.kind), text(link.bandwidth), text(link.latency));
+    }
+    out += fmt::format("  all: {}, {}\n", text(BytesPerSecond{slowest}), text(Seconds{latency}));
+  };
+  show(0, 1);
+  if (t.node_count() > 1) show(0, t.first_device(1).index());
+  for (const auto& note : t.notes()) out += "note: " + note + "\n";
+  return out;
+}
+
+void write_trace(const std::string& file, const Program& program, const Timeline& timeline) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"), &std::fclose);
+  if (!out) throw InputError("--trace", fmt::format("cannot write {}; check the folder and its permissions", file));
+  fmt::memory_buffer text;
+  const auto flush = [&] {
+    const bool good = std::fwrite(text.data(), 1, text.size(), out.get()) == text.size();
+    text.clear();
+    if (!good) throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+  };
+  const auto append = [&](const std::string& s) {
+    text.append(s.data(), s.data() + s.size());
+    if (text.size() > 1 << 20) flush();
+  };
+  append("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
+  bool first = true;
+  const auto event = [&](const std::string& s) {
+    append((first ? "" : ",\n") + s);
+    first = false;
+  };
+  for (std::size_t c = 0; c < timeline.classes.size(); ++c) {
+    const RankClass& k = timeline.classes[c];
+    event(Json{{"ph", "M"}, {"name", "process_name"}, {"pid", c}, {"args", {{"name", fmt::format("stage {} ({} ranks like rank {})", k.stage, k.count, k.representative)}}}}.dump());
+    for (std::size_t s = 0; s < program.streams.size(); ++s) {
+      event(Json{{"ph", "M"}, {"name", "thread_name"}, {"pid", c}, {"tid", s}, {"args", {{"name", program.streams[s]}}}}.dump());
+    }
+  }
+  for (const Entry& e : timeline.entries) {
+    const Block& block = program.blocks[static_cast<std::size_t>(e.block)];
+    const Instruction& i = block.instructions[static_cast<std::size_t>(e.instruction)];
+    if (e.end == e.start) continue;
+    std::string label;
+    std::string what(name(i.kind));
+    if (i.kind == Kind::compute) {
+      what = std::string(name(i.kernel));
+      label = i.op >= 0 ? program.operators[static_cast<std::size_t>(i.op)].name
+                        : program.buffer(i.writes.empty() ? i.reads[0] : i.writes[0]).name;
+    } else {
+      label = program.buffer(i.reads.empty() ? i.writes[0] : i.reads[0]).name;
+      if (i.kind == Kind::collective) what = std::string(name(i.collective));
+    }
+    const Bytes bytes = i.kind == Kind::collective
+                            ? payload(program, i, timeline.classes[static_cast<std::size_t>(e.rank_class)].representative)
+                            : Bytes{0};
+    Json args{{"block", block.name}, {"micro_batch", e.micro_batch}};
+    if (bytes.count > 0) args["bytes"] = bytes.count;
+    const auto micro = [](Ticks t) { return fmt::format("{}.{:06}", t.count / 1000000, t.count % 1000000); };
+    event(fmt::format(R"({{"ph":"X","name":{},"cat":"{}","pid":{},"tid":{},"ts":{},"dur":{},"args":{}}})",
+                      Json(what + " " + label).dump(), what, e.rank_class, i.stream, micro(e.start),
+                      micro(e.end - e.start), args.dump()));
+  }
+  append("\n]}\n");
+  flush();
+}
+
+}  // namespace partita

@@ -1,0 +1,36 @@
+// report/report.h: predictions for people (tables), for programs (JSON) and for Perfetto (traces).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "models/graph.h"
+#include "simulator/search/predict.h"
+#include "topologies/topology.h"
+
+namespace partita {
+
+/// The keys of docs/formats.md, one JSON object with a newline. Bytes and seconds are numbers, fractions not
+/// percent. Equal inputs give equal text.
+std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p);
+std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p);
+
+std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r);
+std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r);
+
+std::string model_json(const Graph& graph);
+std::string model_table(const Graph& graph, bool operators);
+std::string topology_json(const Topology& topology);
+std::string topology_table(const Topology& topology);
+
+/// Chrome trace events (ui.perfetto.dev): one process per rank class, one thread per stream. Times in
+/// microseconds with picosecond digits. Writes the file; InputError if it can't.
+void write_trace(const std::string& file, const Program& program, const Timeline& timeline);
+
+/// "tp 8 pp 4 dp 2, micro-batch 1, 1f1b, full recompute, ZeRO-1": a plan in one line.
+std::string plan_line(const Plan& plan);
+
+/// Left-aligned first column, right-aligned others, two blanks between.
+std::string align(const std::vector<std::vector<std::string>>& rows);
+
+}  // namespace partita

@@ -1,0 +1,306 @@
+#include "simulator/cost/cost.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <unordered_map>
+
+namespace partita {
+namespace {
+
+Bytes bytes_of(const Program& p, const std::vector<BufferId>& list, std::int64_t rank) {
+  Bytes n{0};
+  for (const BufferId id : list) {
+    if (id.valid()) n += local_bytes(p, id, rank);
+  }
+  return n;
+}
+
+std::vector<std::int64_t> extents_of(const Program& p, const ProgramOperator& op, std::int64_t rank) {
+  std::vector<std::int64_t> all;
+  for (std::size_t d = 0; d < op.cuts.size(); ++d) {
+    all.push_back(local_extent(p.mesh, op.cuts[d], op.signature.dims[d].extent, rank));
+  }
+  return all;
+}
+
+std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
+  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
+  h *= 0xff51afd7ed558ccdull;
+  return h ^ (h >> 33);
+}
+
+Pass pass_of(Kernel k) {
+  switch (k) {
+    case Kernel::backward_data:
+    case Kernel::backward_statistic: return Pass::backward_data;
+    case Kernel::backward_weight: return Pass::backward_weight;
+    case Kernel::forward:
+    case Kernel::forward_statistic:
+    case Kernel::zero:
+    case Kernel::add:
+    case Kernel::optimizer: return Pass::forward;
+  }
+  return Pass::forward;
+}
+
+}  // namespace
+
+double attended_fraction(const Program& p, const ProgramOperator& op, std::int64_t rank) {
+  const auto* a = std::get_if<Attention>(&op.operation);
+  if (a == nullptr || (!a->causal && a->window == 0)) return 1;
+  const int query = op.signature.find(Dim::sequence);
+  const auto at = static_cast<std::size_t>(query);
+  const std::int64_t keys = op.signature.dims[static_cast<std::size_t>(op.signature.find(Dim::key_sequence))].extent;
+  const std::int64_t extent = op.signature.dims[at].extent;
+  if (op.cuts[at].atoms.empty() && a->window == 0) {
+    return (static_cast<double>(extent) + 1) / (2 * static_cast<double>(keys));
+  }
+  double pairs = 0;
+  const auto mine = local_indices(p.mesh, op.cuts[at], extent, rank);
+  for (const std::int64_t q : mine) {
+    const std::int64_t seen = a->causal ? q + 1 : keys;
+    pairs += static_cast<double>(a->window > 0 ? std::min(seen, a->window) : seen);
+  }
+  return pairs / (static_cast<double>(mine.size()) * static_cast<double>(keys));
+}
+
+Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (i.kind != Kind::compute || i.op < 0) return Flops{0};
+  if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data && i.kernel != Kernel::backward_weight) return Flops{0};
+  const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  return flops(op.operation, op.signature, extents_of(p, op, rank), pass_of(i.kernel), attended_fraction(p, op, rank));
+}
+
+Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
+  Work w;
+  if (i.kind == Kind::slice) {
+    w.bytes = Bytes{2 * local_bytes(p, i.writes[0], rank).count};
+    return w;
+  }
+  if (i.kind == Kind::load) {
+    w.kernels = 0;  // the input pipeline is another stream's affair
+    return w;
+  }
+  PARTITA_ASSERT(i.kind == Kind::compute, std::string(name(i.kind)));
+  if (i.kernel == Kernel::optimizer) {
+    const Bytes state = bytes_of(p, i.outputs, rank) + bytes_of(p, i.extras, rank);
+    w.bytes = bytes_of(p, i.reads, rank) + Bytes{2 * state.count} + bytes_of(p, i.writes, rank);
+    if (i.extras.empty()) w.bytes += bytes_of(p, i.writes, rank);
+    const double n = static_cast<double>(local_elements(p, i.writes[0], rank));
+    w.flops = Flops{(p.optimizer.kind == OptimizerKind::adam ? 12 : 4) * n};
+    return w;
+  }
+  if (i.kernel == Kernel::zero) {
+    w.bytes = bytes_of(p, i.writes, rank);
+    return w;
+  }
+  for_each_read(i, [&](BufferId id) { w.bytes += local_bytes(p, id, rank); });
+  for_each_write(i, [&](BufferId id) { w.bytes += local_bytes(p, id, rank); });
+  if (i.op < 0) return w;
+  const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  w.matrix = is_product(op.operation);
+  w.type = op.compute;
+  w.flops = mathematical_flops(p, i, rank);
+  if (i.kernel == Kernel::forward_statistic || i.kernel == Kernel::backward_statistic) {
+    w.flops = Flops{static_cast<double>(local_elements(p, i.reads[0], rank))};
+  }
+  if (const auto* a = std::get_if<Attention>(&op.operation); a != nullptr && i.kernel == Kernel::backward_data) {
+    // Flash attention computes q·k again: 5 products instead of 4 (arXiv 2205.14135, algorithm 4).
+    const auto d = static_cast<double>(a->qk_dim), v = static_cast<double>(a->v_dim);
+    if (!a->materialised) w.flops = Flops{w.flops.count * (3 * d + 2 * v) / (2 * d + 2 * v)};
+  }
+  if (std::holds_alternative<Embedding>(op.operation) || std::holds_alternative<PositionEmbedding>(op.operation)) {
+    // Only the rows looked up move, not the table.
+    const bool forward = i.kernel == Kernel::forward;
+    w.bytes = Bytes{2 * bytes_of(p, forward ? i.writes : i.gradients, rank).count};
+  }
+  return w;
+}
+
+Seconds kernel_time(const Work& w, const DeviceProfile& device) {
+  const double rate = w.matrix ? device.matrix_rate(w.type).count * device.matrix_efficiency : device.vector_rate.count;
+  const double compute = w.flops.count > 0 ? w.flops.count / rate : 0;
+  const double memory = static_cast<double>(w.bytes.count) / (device.memory_bandwidth.count * device.memory_efficiency);
+  return Seconds{w.kernels * device.kernel_latency.count + std::max(compute, memory)};
+}
+
+WireCount wire_count(CollectiveKind kind, std::int64_t n, Bytes bytes) {
+  if (n <= 1 || bytes.count == 0) return {};
+  const Bytes chunk = ceil_div(bytes, n);
+  switch (kind) {
+    case CollectiveKind::all_reduce: return {2 * (n - 1), Bytes{2 * (n - 1) * chunk.count}};
+    case CollectiveKind::all_gather:
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::all_to_all: return {n - 1, Bytes{(n - 1) * chunk.count}};
+    case CollectiveKind::halo_exchange: return {1, bytes};
+    case CollectiveKind::broadcast:
+    case CollectiveKind::reduce: return {n - 1, bytes};
+    case CollectiveKind::scatter:
+    case CollectiveKind::gather: return {n - 1, Bytes{(n - 1) * chunk.count}};
+  }
+  return {};
+}
+
+Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
+  switch (i.collective) {
+    case CollectiveKind::all_gather:
+    case CollectiveKind::broadcast:
+    case CollectiveKind::gather: return bytes_of(p, i.writes, rank);
+    case CollectiveKind::halo_exchange: {
+      // What crosses: the difference between a part with and without its neighbours' edges.
+      const std::int64_t a = bytes_of(p, i.reads, rank).count, b = bytes_of(p, i.writes, rank).count;
+      return Bytes{std::abs(a - b)};
+    }
+    case CollectiveKind::all_reduce:
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::all_to_all:
+    case CollectiveKind::reduce:
+    case CollectiveKind::scatter: return bytes_of(p, i.reads, rank);
+  }
+  return Bytes{0};
+}
+
+struct Communication::State {
+  Topology topology;
+  std::unordered_map<std::uint64_t, Ring> rings;
+  std::unordered_map<std::uint64_t, Ring> exchanges;
+};
+
+Communication::Communication(Topology topology) : state_(new State{std::move(topology), {}, {}}) {}
+Communication::~Communication() = default;
+const Topology& Communication::topology() const { return state_->topology; }
+
+std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
+  const Topology& t = state_->topology;
+  std::uint64_t h = ranks.size();
+  std::size_t last_node = t.node_count(), last_domain = t.node_count();
+  std::uint64_t node_number = 0, domain_number = 0;
+  for (const std::int64_t r : ranks) {
+    const DeviceId d{static_cast<std::size_t>(r)};
+    const std::size_t node = t.node_of(d);
+    if (node != last_node) {
+      ++node_number;
+      if (const std::size_t domain = t.domain_of(node); domain != last_domain) ++domain_number, last_domain = domain;
+    }
+    last_node = node;
+    const auto local = static_cast<std::uint64_t>(r) - t.first_device(node).index();
+    h = mix(h, node_number << 40 | domain_number << 20 | local << 4 | t.profile_index(d));
+  }
+  return h;
+}
+
+namespace {
+
+struct LinkLoads {
+  std::unordered_map<std::int32_t, double> load;
+  double latency = 0;
+  void add(const Topology& t, std::int64_t from, std::int64_t to, double share) {
+    double hop = 0;
+    for (const LinkId l : t.route(DeviceId{static_cast<std::size_t>(from)}, DeviceId{static_cast<std::size_t>(to)})) {
+      load[l.value] += share;
+      hop += t.link(l).latency.count;
+    }
+    latency = std::max(latency, hop);
+  }
+  /// Rate at which one unit of share can flow everywhere.
+  double rate(const Topology& t) const {
+    double least = INFINITY;
+    for (const auto& [id, share] : load) {
+      least = std::min(least, t.link(LinkId{static_cast<std::size_t>(id)}).bandwidth.count / share);
+    }
+    return least;
+  }
+};
+
+}  // namespace
+
+const Communication::Ring& Communication::ring(const std::vector<std::int64_t>& ranks) {
+  const std::uint64_t key = pattern(ranks);
+  if (const auto it = state_->rings.find(key); it != state_->rings.end()) return it->second;
+  const Topology& t = state_->topology;
+  // Members by node; as many rings as the node with fewest members has, each leaving a node from another
+  // device, so that all network cards are used.
+  std::vector<std::vector<std::int64_t>> nodes;
+  for (const std::int64_t r : ranks) {
+    const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
+    if (nodes.empty() || t.node_of(DeviceId{static_cast<std::size_t>(nodes.back()[0])}) != node) nodes.emplace_back();
+    nodes.back().push_back(r);
+  }
+  std::size_t rings = nodes[0].size();
+  for (const auto& n : nodes) rings = std::min(rings, n.size());
+  if (nodes.size() == 1) rings = 1;
+  LinkLoads loads;
+  for (std::size_t j = 0; j < rings; ++j) {
+    std::vector<std::int64_t> order;
+    for (const auto& n : nodes) {
+      for (std::size_t k = 0; k < n.size(); ++k) order.push_back(n[(j + k) % n.size()]);
+    }
+    for (std::size_t k = 0; k < order.size(); ++k) {
+      loads.add(t, order[k], order[(k + 1) % order.size()], 1.0 / static_cast<double>(rings));
+    }
+  }
+  Ring r{BytesPerSecond{loads.rate(t)}, Seconds{loads.latency}};
+  return state_->rings[key] = r;
+}
+
+/// Every pair exchanges at once: the busiest link decides.
+const Communication::Ring& Communication::exchange(const std::vector<std::int64_t>& ranks) {
+  const std::uint64_t key = pattern(ranks);
+  if (const auto it = state_->exchanges.find(key); it != state_->exchanges.end()) return it->second;
+  LinkLoads loads;
+  const std::size_t sources = ranks.size() <= 64 ? ranks.size() : 8;
+  for (std::size_t a = 0; a < sources; ++a) {
+    for (std::size_t b = 0; b < ranks.size(); ++b) {
+      if (a != b) loads.add(state_->topology, ranks[a], ranks[b], 1.0 / static_cast<double>(ranks.size() - 1));
+    }
+  }
+  return state_->exchanges[key] = Ring{BytesPerSecond{loads.rate(state_->topology)}, Seconds{loads.latency}};
+}
+
+std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks) {
+  const auto bits_of = [](double x) {
+    std::uint64_t b;
+    static_assert(sizeof b == sizeof x);
+    std::memcpy(&b, &x, sizeof b);
+    return b;
+  };
+  std::uint64_t h = ranks.size();
+  const Ring around = ring(ranks), across = exchange(ranks);
+  for (const Ring& r : {around, across}) h = mix(mix(h, bits_of(r.bandwidth.count)), bits_of(r.latency.count));
+  return h;
+}
+
+Seconds Communication::collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks) {
+  const auto n = static_cast<std::int64_t>(ranks.size());
+  if (n <= 1 || bytes.count == 0) return Seconds{0};
+  const double launch = state_->topology.device(DeviceId{static_cast<std::size_t>(ranks[0])}).kernel_latency.count;
+  const WireCount w = wire_count(kind, n, bytes);
+  if (kind == CollectiveKind::all_to_all) {
+    const Ring& all = exchange(ranks);
+    return Seconds{launch + all.latency.count + static_cast<double>(w.bytes.count) / all.bandwidth.count};
+  }
+  const Ring& r = ring(ranks);
+  const double move = static_cast<double>(w.bytes.count) / r.bandwidth.count;
+  const double ring_time = static_cast<double>(w.steps) * r.latency.count + move;
+  if (kind == CollectiveKind::all_reduce || kind == CollectiveKind::broadcast || kind == CollectiveKind::reduce) {
+    // A pipelined tree pays the depth instead of the length: 2 log2 n hops, 2 S on each link.
+    const double depth = std::ceil(std::log2(static_cast<double>(n)));
+    const double both = kind == CollectiveKind::all_reduce ? 2 : 1;
+    const double tree = both * (depth * r.latency.count + static_cast<double>(bytes.count) / r.bandwidth.count);
+    return Seconds{launch + std::min(ring_time, tree)};
+  }
+  return Seconds{launch + ring_time};
+}
+
+Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64_t to) {
+  if (from == to) return Seconds{0};
+  LinkLoads loads;
+  loads.add(state_->topology, from, to, 1);
+  const double launch = state_->topology.device(DeviceId{static_cast<std::size_t>(from)}).kernel_latency.count;
+  return Seconds{launch + loads.latency + static_cast<double>(bytes.count) / loads.rate(state_->topology)};
+}
+
+}  // namespace partita

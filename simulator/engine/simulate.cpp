@@ -1,0 +1,618 @@
+#include "simulator/engine/simulate.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+#include <unordered_map>
+
+namespace partita {
+namespace {
+
+std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
+  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
+  h *= 0xff51afd7ed558ccdull;
+  return h ^ (h >> 33);
+}
+
+/// One kind of group that ranks of a stage belong to.
+struct GroupKind {
+  AtomMask atoms = 0;
+  int tie = -1;
+  int peer_stage = -1;  ///< point to point
+  friend auto operator<=>(const GroupKind&, const GroupKind&) = default;
+};
+
+std::vector<GroupKind> group_kinds(const Program& p, int stage) {
+  std::set<GroupKind> all;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind == Kind::collective) all.insert({i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie, -1});
+      if (i.kind == Kind::send || i.kind == Kind::receive) all.insert({0, -1, i.stage});
+    }
+  }
+  return {all.begin(), all.end()};
+}
+
+std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int64_t rank) {
+  if (k.peer_stage >= 0) return {rank, p.rank_on_stage(rank, k.peer_stage)};
+  if (k.tie >= 0) {
+    std::vector<std::int64_t> all;
+    for (const int s : p.ties[static_cast<std::size_t>(k.tie)]) all.push_back(p.rank_on_stage(rank, s));
+    std::sort(all.begin(), all.end());
+    return all;
+  }
+  return p.mesh.group(rank, k.atoms);
+}
+
+/// Coordinates along atoms whose cuts are uneven (or see different work: causal attention) change what a rank
+/// does; only those enter its colour.
+std::vector<AtomMask> uneven_atoms(const Program& p) {
+  std::vector<AtomMask> by_stage(p.stages.size(), 0);
+  const auto note = [&](AtomMask& mask, const DimSplit& s, std::int64_t extent) {
+    if (s.atoms.empty()) return;
+    const std::int64_t grain = p.mesh.size(s.atoms) * (s.zigzag > 0 ? 2 : 1);
+    if (s.kind == SplitKind::window || extent % grain != 0) mask = static_cast<AtomMask>(mask | mask_of(s.atoms));
+  };
+  for (std::size_t s = 0; s < p.stages.size(); ++s) {
+    AtomMask& mask = by_stage[s];
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : p.stages[s]) blocks.insert(call.block);
+    for (const BlockId b : blocks) {
+      for (const Instruction& i : p.blocks[b.index()].instructions) {
+        const auto buffer = [&](BufferId id) {
+          const Buffer& buf = p.buffer(id);
+          for (std::size_t d = 0; d < buf.shape.size(); ++d) {
+            note(mask, buf.layout.dims[d], buf.routed && buf.shape[d].dim == Dim::expert ? buf.experts : buf.shape[d].extent);
+          }
+          if (!buf.layout.flat.empty()) {
+            Layout whole = buf.layout;
+            whole.flat.clear();
+            const std::int64_t n = local_elements(p.mesh, whole, buf.shape, buf.routed, buf.experts, 0);
+            if (n % p.mesh.size(buf.layout.flat) != 0) mask = static_cast<AtomMask>(mask | mask_of(buf.layout.flat));
+          }
+        };
+        for_each_read(i, buffer);
+        for_each_write(i, buffer);
+        if (i.kind != Kind::compute || i.op < 0) continue;
+        const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+        for (std::size_t d = 0; d < op.cuts.size(); ++d) note(mask, op.cuts[d], op.signature.dims[d].extent);
+        mask = static_cast<AtomMask>(mask | op.root);
+        if (const auto* a = std::get_if<Attention>(&op.operation); a != nullptr && (a->causal || a->window > 0)) {
+          const auto& cut = op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))];
+          if (!cut.atoms.empty() && (cut.zigzag == 0 || a->window > 0)) mask = static_cast<AtomMask>(mask | mask_of(cut.atoms));
+        }
+      }
+    }
+  }
+  return by_stage;
+}
+
+/// An instruction as the engine needs it: few numbers, no vectors.
+struct Step {
+  Kind kind = Kind::compute;
+  Stream stream = 0;
+  bool after_compute = false;
+  bool meets = false;          ///< members of several classes
+  std::int32_t instruction = 0;
+  std::int64_t ticks = 0;
+  std::int32_t first_wait = 0, waits = 0;    ///< into Compiled::slots: buffers made on other streams
+  std::int32_t first_mark = 0, marks = 0;    ///< slots this makes
+  std::int32_t label = 0;                    ///< for the breakdown
+  std::int32_t message = -1;
+  std::int32_t peer_class = -1;
+};
+
+struct Compiled {
+  std::vector<Step> steps;
+  std::vector<std::int32_t> slots;
+  std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
+};
+
+struct Meeting {
+  std::size_t arrived = 0;
+  std::int64_t start = 0;
+};
+
+}  // namespace
+
+Ticks Breakdown::total() const {
+  Ticks t = bubble + optimizer + other;
+  for (const auto& [name, part] : compute) t += part;
+  for (const auto& [name, part] : exposed) t += part;
+  return t;
+}
+
+RankClasses classify(const Program& p, Communication& communication) {
+  const std::int64_t n = p.mesh.ranks();
+  const Topology& t = communication.topology();
+  PARTITA_ASSERT(static_cast<std::size_t>(n) <= t.device_count(), fmt::format("{} ranks on {} devices", n, t.device_count()));
+  std::vector<std::vector<GroupKind>> kinds;
+  for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
+  const auto uneven = uneven_atoms(p);
+  std::vector<std::uint64_t> colour(static_cast<std::size_t>(n));
+  // A group's signature is shared by its members: computed once, at its lowest rank.
+  std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> signatures;
+  for (std::int64_t r = 0; r < n; ++r) {
+    const int stage = p.stage_of(r);
+    std::uint64_t h = mix(static_cast<std::uint64_t>(stage), t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
+    const AtomMask mask = uneven[static_cast<std::size_t>(stage)];
+    for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
+      const auto atom = static_cast<AtomId>(a);
+      if (has(mask, atom)) h = mix(h, static_cast<std::uint64_t>(p.mesh.coordinate(r, atom)) + 1);
+    }
+    for (const GroupKind& k : kinds[static_cast<std::size_t>(stage)]) {
+      if (k.peer_stage >= 0) {
+        h = mix(h, communication.price_class(members(p, k, r)));
+        continue;
+      }
+      const std::int64_t root = k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
+      const auto [it, fresh] = signatures[k].emplace(root, 0);
+      if (fresh) it->second = communication.price_class(members(p, k, r));
+      h = mix(h, it->second);
+    }
+    colour[static_cast<std::size_t>(r)] = h;
+  }
+  const auto dense = [&](std::vector<int>& of_rank) {
+    std::unordered_map<std::uint64_t, int> number;
+    of_rank.resize(colour.size());
+    for (std::size_t r = 0; r < colour.size(); ++r) {
+      of_rank[r] = number.emplace(colour[r], static_cast<int>(number.size())).first->second;
+    }
+    return number.size();
+  };
+  RankClasses result;
+  std::size_t count = dense(result.of_rank);
+  for (;;) {
+    std::vector<std::uint64_t> next(colour.size());
+    std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> sums;
+    for (std::int64_t r = 0; r < n; ++r) {
+      const int stage = p.stage_of(r);
+      std::uint64_t h = colour[static_cast<std::size_t>(r)];
+      for (const GroupKind& k : kinds[static_cast<std::size_t>(stage)]) {
+        if (k.peer_stage >= 0) {
+          h = mix(h, colour[static_cast<std::size_t>(p.rank_on_stage(r, k.peer_stage))]);
+          continue;
+        }
+        const std::int64_t root = k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
+        const auto [it, fresh] = sums[k].emplace(root, 0);
+        if (fresh) {
+          for (const std::int64_t m : members(p, k, r)) it->second += mix(1, colour[static_cast<std::size_t>(m)]);
+        }
+        h = mix(h, it->second);
+      }
+      next[static_cast<std::size_t>(r)] = h;
+    }
+    colour = std::move(next);
+    const std::size_t finer = dense(result.of_rank);
+    if (finer == count) break;
+    count = finer;
+  }
+  result.classes.resize(count);
+  for (std::int64_t r = n; r-- > 0;) {
+    RankClass& c = result.classes[static_cast<std::size_t>(result.of_rank[static_cast<std::size_t>(r)])];
+    c.stage = p.stage_of(r);
+    c.representative = r;
+    ++c.count;
+  }
+  return result;
+}
+
+namespace {
+
+class Engine {
+ public:
+  Engine(const Program& p, Communication& communication, const SimulateOptions& options)
+      : p_(p), communication_(communication), options_(options) {}
+
+  Timeline run() {
+    if (options_.unfolded) {
+      for (std::int64_t r = 0; r < p_.mesh.ranks(); ++r) {
+        classes_.classes.push_back({p_.stage_of(r), r, 1});
+        classes_.of_rank.push_back(static_cast<int>(r));
+      }
+    } else {
+      classes_ = classify(p_, communication_);
+    }
+    assign_slots();
+    const std::size_t n = classes_.classes.size();
+    timeline_.classes = classes_.classes;
+    timeline_.breakdown.resize(n);
+    timeline_.memory.resize(n);
+    timeline_.flops.resize(n);
+    compiled_.resize(n);
+    spent_.assign(n, std::vector<std::int64_t>(1024, 0));
+    state_.resize(n);
+    for (std::size_t c = 0; c < n; ++c) {
+      compile(static_cast<int>(c));
+      state_[c].free.assign(p_.streams.size(), 0);
+      state_[c].slots.assign(slot_count_ * static_cast<std::size_t>(p_.micro_batches + 1), Slot{});
+    }
+    for (std::size_t c = 0; c < n; ++c) memory(static_cast<int>(c));
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (std::size_t c = 0; c < n; ++c) moved |= advance(static_cast<int>(c));
+    }
+    std::int64_t end = 0;
+    for (std::size_t c = 0; c < n; ++c) {
+      const State& s = state_[c];
+      const auto& calls = p_.stages[static_cast<std::size_t>(classes_.classes[c].stage)];
+      PARTITA_ASSERT(s.call == calls.size(), fmt::format("rank {} waits forever", classes_.classes[c].representative));
+      for (const std::int64_t f : s.free) {
+        if (f > end) end = f, timeline_.last_class = static_cast<int>(c);
+      }
+    }
+    timeline_.step = Ticks{end};
+    for (std::size_t c = 0; c < n; ++c) finish_breakdown(static_cast<int>(c), end);
+    return std::move(timeline_);
+  }
+
+ private:
+  struct Slot {
+    std::int64_t ready = 0;
+    std::int32_t label = -1;   ///< who made it: what a waiter's gap is charged to
+    std::int32_t before = -1;  ///< what the maker itself waited for, until `begin`
+    std::int64_t begin = 0;
+  };
+  struct State {
+    std::size_t call = 0, step = 0;
+    std::vector<std::int64_t> free;  ///< per stream
+    std::vector<Slot> slots;
+    std::int32_t last_label = -1;
+  };
+
+  std::int32_t label(const std::string& name) {
+    const auto [it, fresh] = labels_.emplace(name, static_cast<std::int32_t>(label_names_.size()));
+    if (fresh) label_names_.push_back(name);
+    PARTITA_ASSERT(label_names_.size() < 1024, "too many labels");
+    return it->second;
+  }
+
+  /// Buffers through which two streams meet get a slot for the time they are ready.
+  void assign_slots() {
+    std::vector<std::uint64_t> writers(p_.buffers.size() * 4, 0), users(p_.buffers.size() * 4, 0);
+    const auto set = [](std::vector<std::uint64_t>& v, BufferId b, Stream s) { v[b.index() * 4 + s / 64u] |= 1ull << (s % 64u); };
+    for (const Block& b : p_.blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (i.kind == Kind::allocate || i.kind == Kind::free) continue;
+        for_each_write(i, [&](BufferId id) { set(writers, id, i.stream), set(users, id, i.stream); });
+        for_each_read(i, [&](BufferId id) { set(users, id, i.stream); });
+      }
+    }
+    slot_of_.assign(p_.buffers.size(), -1);
+    for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
+      int streams = 0;
+      bool written = false;
+      for (std::size_t k = 0; k < 4; ++k) {
+        streams += __builtin_popcountll(users[b * 4 + k]);
+        written |= writers[b * 4 + k] != 0;
+      }
+      if (written && streams > 1) slot_of_[b] = static_cast<std::int32_t>(slot_count_++);
+    }
+  }
+
+  std::string axis(const Instruction& i) const {
+    std::string s;
+    if (i.tie >= 0) return "tied";
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      if (!has(i.atoms, static_cast<AtomId>(a))) continue;
+      const std::string& atom = p_.mesh.atoms[a].name;
+      const std::string axis_name = atom.substr(0, atom.find('_'));
+      if (s.find(axis_name) == std::string::npos) s += (s.empty() ? "" : "+") + axis_name;
+    }
+    return s;
+  }
+
+  void compile(int c) {
+    const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
+    const std::int64_t rank = rc.representative;
+    const DeviceProfile& device = communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+    auto& mine = compiled_[static_cast<std::size_t>(c)];
+    mine.resize(p_.blocks.size());
+    std::vector<char> needed(p_.blocks.size(), 0);
+    std::vector<std::int64_t> calls(p_.blocks.size(), 0);
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(rc.stage)]) needed[call.block.index()] = 1, ++calls[call.block.index()];
+    Flops total{0};
+    std::map<std::pair<AtomMask, int>, std::vector<std::int64_t>> groups;
+    std::unordered_map<std::uint64_t, std::int64_t> prices;
+    for (std::size_t b = 0; b < p_.blocks.size(); ++b) {
+      if (!needed[b]) continue;
+      Compiled& out = mine[b];
+      std::int64_t level = 0;
+      for (std::size_t k = 0; k < p_.blocks[b].instructions.size(); ++k) {
+        const Instruction& i = p_.blocks[b].instructions[k];
+        if (i.kind == Kind::allocate || i.kind == Kind::free) {
+          for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
+            level += (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rank).count;
+          }
+          out.rise = std::max(out.rise, level);
+          continue;
+        }
+        Step s;
+        s.kind = i.kind;
+        s.stream = i.stream;
+        s.after_compute = i.after_compute;
+        s.instruction = static_cast<std::int32_t>(k);
+        switch (i.kind) {
+          case Kind::compute:
+          case Kind::slice:
+          case Kind::load: {
+            const Work w = work_of(p_, i, rank);
+            s.ticks = to_ticks(kernel_time(w, device)).count;
+            if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
+              s.label = label("optimizer");
+            } else if (i.kind != Kind::compute || i.op < 0) {
+              s.label = label("other");
+            } else {
+              s.label = label("compute:" + std::string(kind_name(p_.operators[static_cast<std::size_t>(i.op)].operation)));
+            }
+            total += Flops{mathematical_flops(p_, i, rank).count * static_cast<double>(calls[b])};
+            break;
+          }
+          case Kind::collective: {
+            auto& group = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
+            if (group.empty()) group = p_.group(i, rank);
+            // The largest member's payload decides: uneven parts are padded.
+            Bytes bytes{0};
+            std::set<int> seen;
+            for (const std::int64_t m : group) {
+              if (seen.insert(classes_.of_rank[static_cast<std::size_t>(m)]).second) bytes = std::max(bytes, payload(p_, i, m));
+            }
+            s.meets = seen.size() > 1;
+            s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count;
+            s.label = label("exposed:" + axis(i));
+            break;
+          }
+          case Kind::send:
+          case Kind::receive: {
+            const std::int64_t peer = p_.rank_on_stage(rank, i.stage);
+            s.message = i.index;
+            s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
+            const bool sends = i.kind == Kind::send;
+            const BufferId buffer = sends ? i.reads[0] : i.writes[0];
+            s.ticks = to_ticks(communication_.point_to_point(local_bytes(p_, buffer, rank), sends ? rank : peer, sends ? peer : rank)).count;
+            s.label = label("bubble");
+            break;
+          }
+          case Kind::allocate:
+          case Kind::free: break;
+        }
+        s.first_wait = static_cast<std::int32_t>(out.slots.size());
+        const auto slot = [&](BufferId id) {
+          const std::int32_t x = slot_of_[id.index()];
+          if (x < 0) return;
+          // Step-scoped buffers have one instance, others one per micro-batch: encoded in the sign.
+          out.slots.push_back(p_.buffer(id).scope == Scope::step ? -1 - x : x);
+        };
+        for_each_read(i, slot);
+        for_each_write(i, slot);  // never before what was there
+        s.waits = static_cast<std::int32_t>(out.slots.size()) - s.first_wait;
+        s.first_mark = static_cast<std::int32_t>(out.slots.size());
+        for_each_write(i, slot);
+        s.marks = static_cast<std::int32_t>(out.slots.size()) - s.first_mark;
+        out.steps.push_back(s);
+      }
+      out.net = level;
+    }
+    timeline_.flops[static_cast<std::size_t>(c)] = total;
+  }
+
+  Slot& slot(State& s, std::int32_t encoded, std::int32_t micro_batch) {
+    const std::size_t row = encoded < 0 ? 0 : static_cast<std::size_t>(micro_batch + 1);
+    const auto x = static_cast<std::size_t>(encoded < 0 ? -1 - encoded : encoded);
+    return s.slots[row * slot_count_ + x];
+  }
+
+  bool advance(int c) {
+    State& s = state_[static_cast<std::size_t>(c)];
+    const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
+    const auto& calls = p_.stages[static_cast<std::size_t>(rc.stage)];
+    auto& spent = spent_[static_cast<std::size_t>(c)];
+    bool moved = false;
+    while (s.call < calls.size()) {
+      const BlockCall call = calls[s.call];
+      const Compiled& block = compiled_[static_cast<std::size_t>(c)][call.block.index()];
+      for (; s.step < block.steps.size(); ++s.step) {
+        const Step& step = block.steps[s.step];
+        std::int64_t start = s.free[step.stream];
+        const Slot* cause = nullptr;
+        if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
+        for (std::int32_t w = 0; w < step.waits; ++w) {
+          const Slot& ready = slot(s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch);
+          if (ready.ready > start) start = ready.ready, cause = &ready;
+        }
+        std::int64_t end;
+        if (step.kind == Kind::receive) {
+          const auto it = messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
+          if (it == messages_.end()) return moved;
+          start = std::max(start, it->second);
+          end = start + step.ticks;
+        } else if (step.kind == Kind::collective && step.meets) {
+          const Instruction& i = p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
+          Meeting* m = meet(c, s, step, i, start);
+          if (m == nullptr) return moved;
+          start = m->start;
+          end = start + step.ticks;
+        } else {
+          end = start + step.ticks;
+          if (step.kind == Kind::send) {
+            messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] = start;
+          }
+        }
+        if (step.stream == kComputeStream) {
+          if (start > s.free[kComputeStream]) charge(spent, cause, s.free[kComputeStream], start);
+          spent[static_cast<std::size_t>(step.label)] += end - start;
+        }
+        const Slot made{end, step.label, cause != nullptr ? cause->label : step.label, start};
+        s.free[step.stream] = end;
+        for (std::int32_t m = 0; m < step.marks; ++m) {
+          slot(s, block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch) = made;
+        }
+        if (step.stream != kComputeStream && end >= last_end_of(s)) s.last_label = step.label;
+        ++timeline_.instructions;
+        if (options_.record) {
+          timeline_.entries.push_back({c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
+        }
+        moved = true;
+      }
+      s.step = 0;
+      ++s.call;
+    }
+    return moved;
+  }
+
+  static std::int64_t last_end_of(const State& s) { return *std::max_element(s.free.begin(), s.free.end()); }
+
+  /// The compute stream stood still from `from` to `to` for what `cause` made: while the maker worked it is
+  /// the maker's, before that it belongs to what the maker waited for.
+  void charge(std::vector<std::int64_t>& spent, const Slot* cause, std::int64_t from, std::int64_t to) {
+    if (cause == nullptr) {
+      spent[static_cast<std::size_t>(label("other"))] += to - from;
+      return;
+    }
+    const std::int64_t begin = std::clamp(cause->begin, from, to);
+    spent[static_cast<std::size_t>(cause->label)] += to - begin;
+    spent[static_cast<std::size_t>(cause->before)] += begin - from;
+  }
+
+  /// Joins a collective whose members are of several classes; null until all are there.
+  Meeting* meet(int c, const State& s, const Step& step, const Instruction& i, std::int64_t ready) {
+    const std::int64_t rank = classes_.classes[static_cast<std::size_t>(c)].representative;
+    const auto group = p_.group(i, rank);
+    std::set<int> involved;
+    for (const std::int64_t m : group) involved.insert(classes_.of_rank[static_cast<std::size_t>(m)]);
+    // Classes of one group kind meet in program order: the n-th such meeting of each.
+    const auto key = std::tuple{i.tie, i.tie >= 0 ? 0 : static_cast<int>(s.call), i.tie >= 0 ? 0 : step.instruction,
+                                std::vector<int>(involved.begin(), involved.end())};
+    auto& m = meetings_[key];
+    if (arrivals_.insert({c, &m}).second) {
+      ++m.arrived;
+      m.start = std::max(m.start, ready);
+    }
+    return m.arrived == involved.size() ? &m : nullptr;
+  }
+
+  std::uint64_t message_key(std::int32_t message, std::int32_t micro_batch, int from, int to) const {
+    return (static_cast<std::uint64_t>(message) * static_cast<std::uint64_t>(p_.micro_batches + 1) +
+            static_cast<std::uint64_t>(micro_batch + 1)) * classes_.classes.size() * classes_.classes.size() +
+           static_cast<std::uint64_t>(from) * classes_.classes.size() + static_cast<std::uint64_t>(to);
+  }
+
+  void memory(int c) {
+    const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
+    const auto& calls = p_.stages[static_cast<std::size_t>(rc.stage)];
+    MemoryUse& use = timeline_.memory[static_cast<std::size_t>(c)];
+    std::array<std::int64_t, kCategoryCount> now{};
+    // State is there all the time.
+    std::vector<char> counted(p_.buffers.size(), 0);
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : calls) blocks.insert(call.block);
+    for (const BlockId b : blocks) {
+      for (const Instruction& i : p_.blocks[b.index()].instructions) {
+        const auto note = [&](BufferId id) {
+          const Buffer& buffer = p_.buffer(id);
+          if (counted[id.index()] || buffer.alias >= 0 || buffer.scope != Scope::step || buffer.category == Category::workspace) return;
+          counted[id.index()] = 1;
+          now[static_cast<std::size_t>(buffer.category)] += local_bytes(p_, id, rc.representative).count;
+        };
+        for_each_read(i, note);
+        for_each_write(i, note);
+      }
+    }
+    const std::int64_t base = std::accumulate(now.begin(), now.end(), std::int64_t{0});
+    std::int64_t level = base, peak = -1;
+    std::size_t at = 0;
+    for (std::size_t k = 0; k < calls.size(); ++k) {
+      const Compiled& block = compiled_[static_cast<std::size_t>(c)][calls[k].block.index()];
+      if (level + block.rise > peak) peak = level + block.rise, at = k;
+      level += block.net;
+    }
+    // Which buffers are alive at the peak: once more up to it, by category.
+    std::int64_t running = base;
+    bool reached = running == peak;
+    std::array<std::int64_t, kCategoryCount> snapshot = now;
+    std::vector<std::array<std::int64_t, kCategoryCount>> net(p_.blocks.size());
+    std::vector<char> known(p_.blocks.size(), 0);
+    for (std::size_t k = 0; k < calls.size() && !reached; ++k) {
+      const std::size_t b = calls[k].block.index();
+      if (k != at && known[b]) {
+        for (std::size_t x = 0; x < kCategoryCount; ++x) now[x] += net[b][x];
+        running += compiled_[static_cast<std::size_t>(c)][b].net;
+        continue;
+      }
+      const auto before = now;
+      for (const Instruction& i : p_.blocks[b].instructions) {
+        if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
+        for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
+          const std::int64_t bytes = (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rc.representative).count;
+          now[static_cast<std::size_t>(p_.buffer(id).category)] += bytes;
+          running += bytes;
+        }
+        if (k == at && running == peak) {
+          snapshot = now;
+          reached = true;
+          break;
+        }
+      }
+      for (std::size_t x = 0; x < kCategoryCount; ++x) net[b][x] = now[x] - before[x];
+      known[b] = 1;
+    }
+    use.peak = Bytes{peak};
+    use.peak_block = calls[at].block.value;
+    use.peak_micro_batch = calls[at].micro_batch;
+    for (std::size_t x = 0; x < kCategoryCount; ++x) use.at_peak[x] = Bytes{snapshot[x]};
+  }
+
+  void finish_breakdown(int c, std::int64_t end) {
+    const State& s = state_[static_cast<std::size_t>(c)];
+    auto& spent = spent_[static_cast<std::size_t>(c)];
+    // After the last kernel: its own trailing communication, then the wait for others.
+    const std::int64_t own = last_end_of(s);
+    if (own > s.free[kComputeStream]) spent[static_cast<std::size_t>(s.last_label)] += own - s.free[kComputeStream];
+    Breakdown& b = timeline_.breakdown[static_cast<std::size_t>(c)];
+    b.bubble += Ticks{end - own};
+    for (std::size_t x = 0; x < label_names_.size(); ++x) {
+      if (spent[x] == 0) continue;
+      const std::string& n = label_names_[x];
+      const Ticks t{spent[x]};
+      if (n == "optimizer") {
+        b.optimizer += t;
+      } else if (n == "bubble") {
+        b.bubble += t;
+      } else if (n.rfind("compute:", 0) == 0) {
+        b.compute[n.substr(8)] += t;
+      } else if (n.rfind("exposed:", 0) == 0) {
+        b.exposed[n.substr(8)] += t;
+      } else {
+        b.other += t;
+      }
+    }
+  }
+
+  const Program& p_;
+  Communication& communication_;
+  const SimulateOptions& options_;
+  Timeline timeline_;
+  RankClasses classes_;
+  std::vector<std::vector<Compiled>> compiled_;  ///< [class][block]
+  std::vector<State> state_;
+  std::vector<std::vector<std::int64_t>> spent_;  ///< [class][label], picoseconds
+  std::vector<std::int32_t> slot_of_;
+  std::size_t slot_count_ = 0;
+  std::map<std::string, std::int32_t> labels_;
+  std::vector<std::string> label_names_;
+  std::unordered_map<std::uint64_t, std::int64_t> messages_;
+  std::map<std::tuple<int, int, int, std::vector<int>>, Meeting> meetings_;
+  std::set<std::pair<int, const Meeting*>> arrivals_;
+};
+
+}  // namespace
+
+Timeline simulate(const Program& program, Communication& communication, const SimulateOptions& options) {
+  return Engine(program, communication, options).run();
+}
+
+}  // namespace partita
