@@ -97,6 +97,7 @@ class Importer {
       if (is_constant(node)) continue;
       place_ = fmt::format("{}: {} '{}'", path_, node.op_type(), label(node));
       convert(node);
+      check_extents(node);
     }
     return finish();
   }
@@ -194,20 +195,32 @@ class Importer {
     } catch (const std::exception& e) {
       throw InputError(path_, fmt::format("its shapes cannot be inferred: {}", e.what()));
     }
-    const auto remember = [&](const onnx::ValueInfoProto& info) {
-      if (!info.type().has_tensor_type() || !info.type().tensor_type().has_shape()) return;
-      Dims dims;
-      for (const auto& d : info.type().tensor_type().shape().dim()) {
-        if (!d.has_dim_value()) return;
-        if (d.dim_value() < 0 || d.dim_value() > kLargest) return;
-        dims.push_back(d.dim_value());
-      }
-      dims_[info.name()] = dims;
-    };
     for (const auto& v : g.value_info()) remember(v);
     for (const auto& v : g.output()) remember(v);
     for (const auto& v : g.input()) remember(v);
-    for (const auto& t : g.initializer()) dims_[t.name()] = Dims(t.dims().begin(), t.dims().end());
+    for (const auto& t : g.initializer()) {
+      remember(t.name(), Dims(t.dims().begin(), t.dims().end()));
+    }
+  }
+
+  void remember(const onnx::ValueInfoProto& info) {
+    if (!info.type().has_tensor_type() || !info.type().tensor_type().has_shape()) return;
+    Dims dims;
+    for (const auto& d : info.type().tensor_type().shape().dim()) {
+      if (!d.has_dim_value()) return;
+      dims.push_back(d.dim_value());
+    }
+    remember(info.name(), std::move(dims));
+  }
+  /// Extents below zero or beyond any memory are as good as unknown; so products of them cannot
+  /// overflow.
+  void remember(const std::string& name, Dims dims) {
+    double count = 1;
+    for (const std::int64_t d : dims) {
+      if (d < 0) return;
+      count *= static_cast<double>(std::max<std::int64_t>(d, 1));
+    }
+    if (count < static_cast<double>(kLargest)) dims_[name] = std::move(dims);
   }
 
   /// The network's output, a last softmax aside: cross entropy contains it.
@@ -428,7 +441,12 @@ class Importer {
     if (const auto it = parameters_.find(weight); !weight.empty() && it != parameters_.end()) {
       shared = {it->second};
     }
-    const TensorId y = b_.add(unique_name(node), std::move(op), std::move(in), shared);
+    TensorId y;
+    try {
+      y = b_.add(unique_name(node), std::move(op), std::move(in), shared);
+    } catch (const InputError& e) {
+      refuse(e.message());
+    }
     const auto& made = b_.op(b_.last()).parameters;
     if (!weight.empty() && !made.empty()) parameters_.emplace(weight, made[0]);
     return y;
@@ -447,6 +465,15 @@ class Importer {
       if (values_.count(node.input(i)) > 0) return i;
     }
     refuse("none of its inputs is an activation");
+  }
+
+  /// What we infer must be what ONNX infers.
+  void check_extents(const onnx::NodeProto& node) const {
+    const Dims* known = known_output(node);
+    const auto it = values_.find(node.output(0));
+    if (known == nullptr || it == values_.end() || *known == it->second.dims) return;
+    refuse(fmt::format("its output would be {}, but by ONNX's rules it is {}",
+                       text(it->second.dims), text(*known)));
   }
 
   void convert(const onnx::NodeProto& node) {
@@ -783,7 +810,7 @@ class Importer {
     const auto rank = static_cast<std::int64_t>(value(node, 0).dims.size());
     std::int64_t axis = integer(node, "axis", 1);
     if (axis < 0) axis += rank;
-    if (axis < 1 || (axis != 1 && axis != rank - 1)) {
+    if (axis < 1 || axis >= rank || (axis != 1 && axis != rank - 1)) {
       refuse(fmt::format("axis {} is neither the second nor the last dimension", axis));
     }
     emit(node, Concat{axis == rank - 1}, in);
@@ -809,16 +836,23 @@ class Importer {
       y.dims = {y.dims[0], y.dims[1]};
       shape = b_.shape(y.tensor);
     }
-    const bool spread = shape.size() > 2 && without_ones(y.dims, 1).size() < shape.size() - 1;
-    if (shape.size() < 2 || shape.size() > 3 || spread) {
+    Dims ours;
+    for (const auto& d : shape) ours.push_back(d.extent);
+    if (shape.size() < 2 || without_ones(ours, 1) != without_ones(y.dims, 1)) {
       refuse(fmt::format(
-          "{} is not [batch, classes] or [batch, tokens, classes]; cross entropy needs one of "
-          "them",
+          "{} is neither [batch, classes], [batch, tokens, classes] nor an image; a loss needs "
+          "one of them",
           text(y.dims)));
     }
-    shape.pop_back();
-    const TensorId labels = b_.input("labels", shape);
-    Graph g = b_.finish(b_.add("loss", CrossEntropy{}, {y.tensor, labels}), 0, sequence_);
+    // An image that comes out is compared with an image.
+    TensorId loss;
+    if (shape.size() == 4) {
+      loss = b_.add("loss", MeanSquaredError{}, {y.tensor, b_.input("target", shape)});
+    } else {
+      shape.pop_back();
+      loss = b_.add("loss", CrossEntropy{}, {y.tensor, b_.input("labels", shape)});
+    }
+    Graph g = b_.finish(loss, 0, sequence_);
     cut_into_layers(g);
     return g;
   }
@@ -849,7 +883,7 @@ class Importer {
     g.layers = layer;
   }
 
-  static constexpr std::int64_t kLargest = std::int64_t{1} << 40;
+  static constexpr std::int64_t kLargest = std::int64_t{1} << 48;
 
   std::string path_;
   ModelOptions options_;

@@ -41,6 +41,12 @@ struct Maker {
                                           input, text(in[input])));
     }
   }
+  void need_rank_at_least(std::size_t input, std::size_t rank, const char* what) const {
+    if (in[input].size() < rank) {
+      throw InputError(place, fmt::format("{} needs at least {} dimensions in input {}, got {}",
+                                          what, rank, input, text(in[input])));
+    }
+  }
   void need_same(std::size_t a, std::size_t b) const {
     if (in[a].size() != in[b].size() ||
         !std::equal(in[a].begin(), in[a].end(), in[b].begin(),
@@ -137,6 +143,7 @@ void make(Maker& m, const Linear& op) {
 
 void make(Maker& m, const AddBias&) {
   element_wise(m, 1, "bias");
+  m.need_rank_at_least(0, 1, "bias");
   m.parameter({m.in[0].back()}, {m.s.inputs[0].dims.back()});
 }
 
@@ -347,6 +354,7 @@ void make(Maker& m, const BatchedProduct& op) {
 
 void make(Maker& m, const Softmax&) {
   element_wise(m, 1, "softmax");
+  m.need_rank_at_least(0, 1, "softmax");
   if (const int last = m.s.inputs[0].dims.back(); last >= 0) {
     m.s.dims[static_cast<std::size_t>(last)].use = DimUse::whole;
   }
@@ -355,6 +363,7 @@ void make(Maker& m, const Softmax&) {
 
 void make(Maker& m, const CrossEntropy&) {
   m.need_inputs(2, "cross entropy");
+  m.need_rank_at_least(0, 1, "cross entropy");
   const Shape& logits = m.in[0];
   m.need_rank(1, logits.size() - 1, "cross entropy (labels)");
   std::vector<int> d, kept;
@@ -500,6 +509,7 @@ void make(Maker& m, const SelectToken& op) {
 
 void make(Maker& m, const Concat& op) {
   if (m.in.empty()) throw InputError(m.place, "concatenation needs inputs");
+  m.need_rank_at_least(0, 2, "concatenation");
   const std::size_t axis = op.last ? m.in[0].size() - 1 : 1;
   Shape y = m.in[0];
   for (std::size_t i = 1; i < m.in.size(); ++i) {
@@ -548,6 +558,8 @@ void make(Maker& m, const Router& op) {
 
 void make(Maker& m, const Dispatch& op) {
   m.need_inputs(2, "dispatch");
+  m.need_rank(0, 3, "dispatch");
+  m.need_rank(1, 3, "dispatch (gates)");
   const Shape& x = m.in[0];
   const int sample = m.dim(x[0].dim, x[0].extent), seq = m.dim(x[1].dim, x[1].extent);
   const int expert = m.dim(Dim::expert, op.experts);
@@ -580,6 +592,7 @@ void make(Maker& m, const GroupedProduct& op) {
 void make(Maker& m, const Combine& op) {
   m.need_inputs(2, "combine");
   m.need_rank(0, 4, "combine");
+  m.need_rank(1, 3, "combine (gates)");
   const Shape& x = m.in[0];
   const int sample = m.dim(x[0].dim, x[0].extent), seq = m.dim(x[1].dim, x[1].extent);
   const int expert = m.dim(Dim::expert, op.experts, DimUse::sum);

@@ -1,17 +1,258 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <set>
+
+#include "base/error.h"
 #include "models/models.h"
+#include "tests/models/temporary_file.h"
 
 namespace partita {
 namespace {
 
-TEST(Catalogue, EveryNameLoads) {
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
+using ::testing::ThrowsMessage;
+
+/// What every graph promises to those who lower it.
+void expect_well_formed(const Graph& g) {
+  ASSERT_TRUE(g.loss.valid());
+  EXPECT_TRUE(g.tensor(g.loss).shape.empty());
+  std::set<std::string> names;
+  std::vector<char> known(g.tensors.size(), 0);
+  for (const TensorId t : g.inputs) known[t.index()] = 1;
+  int layer = -1;
+  for (std::size_t i = 0; i < g.operators.size(); ++i) {
+    const Operator& op = g.operators[i];
+    EXPECT_TRUE(names.insert(op.name).second) << op.name << " occurs twice";
+    EXPECT_GE(op.layer, layer) << op.name;
+    layer = op.layer;
+    for (const TensorId t : op.inputs)
+      EXPECT_TRUE(known[t.index()]) << op.name << " comes too early";
+    for (const TensorId t : op.outputs) {
+      known[t.index()] = 1;
+      EXPECT_EQ(g.tensor(t).producer, OpId{i}) << op.name;
+    }
+    const Signature s = signature(g, OpId{i}, 1);
+    ASSERT_EQ(s.parameters.size(), op.parameters.size()) << op.name;
+    for (std::size_t p = 0; p < s.parameters.size(); ++p) {
+      EXPECT_EQ(elements(s.parameters[p].shape), elements(g.parameter(op.parameters[p]).shape));
+    }
+  }
+  EXPECT_EQ(layer, g.layers);
+  std::set<std::string> parameters;
+  for (const auto& p : g.parameters) EXPECT_TRUE(parameters.insert(p.name).second) << p.name;
+}
+
+TEST(Catalogue, EveryNetworkIsWellFormed) {
   for (const auto& name : model_catalogue()) {
     SCOPED_TRACE(name);
     const Graph g = load_model(name, {});
-    EXPECT_TRUE(g.loss.valid());
-    std::printf("%s %lld %d\n", name.c_str(), (long long)parameter_count(g), g.layers);
+    EXPECT_EQ(g.name, name);
+    EXPECT_GE(g.layers, 1);
+    expect_well_formed(g);
+  }
+}
+
+TEST(Catalogue, HasTheNetworksOfTheDesign) {
+  EXPECT_THAT(model_catalogue(),
+              IsSupersetOf({"gpt2",           "gpt3-175b",     "megatron-1.7b", "megatron-3.6b",
+                            "megatron-7.5b",  "megatron-18b",  "megatron-22b",  "megatron-39b",
+                            "megatron-76b",   "megatron-145b", "megatron-310b", "megatron-530b",
+                            "megatron-1t",    "llama-2-7b",    "llama-3-8b",    "llama-3-70b",
+                            "llama-3.1-405b", "mixtral-8x7b",  "deepseek-v2",   "deepseek-v3",
+                            "bert-large",     "vit-b-16",      "resnet-50",     "vgg-16",
+                            "alexnet",        "mnist-linear"}));
+}
+
+TEST(Catalogue, OptionsChangeTransformers) {
+  ModelOptions o;
+  o.sequence = 128;
+  o.layers = 2;
+  o.vocabulary = 1000;
+  o.dropout = 0.1;
+  o.flash_attention = false;
+  const Graph g = load_model("llama-3-8b", o);
+  expect_well_formed(g);
+  EXPECT_EQ(g.layers, 2);
+  EXPECT_EQ(g.sequence, 128);
+  int dropouts = 0;
+  for (const auto& op : g.operators) {
+    if (const auto* a = std::get_if<Attention>(&op.operation)) {
+      EXPECT_TRUE(a->materialised);
+    }
+    dropouts += std::holds_alternative<Dropout>(op.operation) ? 1 : 0;
+  }
+  EXPECT_EQ(dropouts, 1 + 2 * 2);  // after the embedding, and twice in each block
+  EXPECT_EQ(g.parameter(g.operators[0].parameters[0]).shape[0].extent, 1000);
+}
+
+TEST(Catalogue, DropoutGoesWhereTorchvisionPutsIt) {
+  ModelOptions o;
+  o.dropout = 0.5;
+  for (const char* name : {"alexnet", "vgg-16"}) {
+    int dropouts = 0;
+    for (const auto& op : load_model(name, o).operators) {
+      dropouts += std::holds_alternative<Dropout>(op.operation) ? 1 : 0;
+    }
+    EXPECT_EQ(dropouts, 2) << name;
+  }
+}
+
+std::vector<std::string> names_of_layer(const Graph& g, int layer) {
+  std::vector<std::string> names;
+  const std::string scope = "layers." + std::to_string(layer) + ".";
+  for (const auto& op : g.operators) {
+    if (op.layer != layer) continue;
+    names.push_back(op.name.rfind(scope, 0) == 0 ? op.name.substr(scope.size()) : "!" + op.name);
+  }
+  return names;
+}
+
+TEST(Catalogue, GptBlocksUseTheNamesThatPlansShardBy) {
+  const Graph g = load_model("gpt2", {});
+  EXPECT_THAT(names_of_layer(g, 3),
+              ElementsAre("attention_norm", "attention.query", "attention.key", "attention.value",
+                          "attention.core", "attention.output", "attention.output_bias",
+                          "attention.residual", "mlp_norm", "mlp.up", "mlp.activation", "mlp.down",
+                          "mlp.down_bias", "mlp.residual"));
+  EXPECT_EQ(g.operators[0].name, "embedding");
+  EXPECT_EQ(g.operators[1].name, "position_embedding");
+  EXPECT_EQ(g.operators[0].layer, -1);
+  const auto& head = g.operators[g.operators.size() - 2];
+  EXPECT_EQ(head.name, "head");
+  EXPECT_EQ(head.layer, 12);
+  EXPECT_EQ(head.parameters[0], g.operators[0].parameters[0]) << "tied";
+}
+
+TEST(Catalogue, LlamaBlocksUseTheNamesThatPlansShardBy) {
+  const Graph g = load_model("llama-3-8b", {});
+  EXPECT_THAT(names_of_layer(g, 31),
+              ElementsAre("attention_norm", "attention.query", "attention.key", "attention.value",
+                          "attention.query_rotary", "attention.key_rotary", "attention.core",
+                          "attention.output", "attention.residual", "mlp_norm", "mlp.gate",
+                          "mlp.up", "mlp.activation", "mlp.down", "mlp.residual"));
+  for (const auto& op : g.operators) {
+    if (op.name != "layers.0.attention.query") continue;
+    const Shape expected{{Dim::head, 8}, {Dim::head_feature, 4 * 128}};
+    EXPECT_EQ(std::get<Linear>(op.operation).out, expected);
+  }
+}
+
+TEST(Catalogue, ExpertBlocksUseTheNamesThatPlansShardBy) {
+  EXPECT_THAT(names_of_layer(load_model("mixtral-8x7b", {}), 0),
+              IsSupersetOf({"moe.router", "moe.gates", "moe.dispatch", "moe.gate", "moe.up",
+                            "moe.activation", "moe.down", "moe.combine", "mlp.residual"}));
+  const Graph g = load_model("deepseek-v3", {});
+  EXPECT_THAT(names_of_layer(g, 2), IsSupersetOf({"mlp.gate", "mlp.up", "mlp.down"}));
+  EXPECT_THAT(
+      names_of_layer(g, 3),
+      ElementsAre("attention_norm", "attention.query_down", "attention.query_norm",
+                  "attention.query_up", "attention.query_rotary", "attention.kv_down",
+                  "attention.kv_norm", "attention.key_rope", "attention.key_rotary",
+                  "attention.key_up", "attention.value_up", "attention.key_join", "attention.core",
+                  "attention.output", "attention.residual", "mlp_norm", "moe.router", "moe.gates",
+                  "moe.dispatch", "moe.gate", "moe.up", "moe.activation", "moe.down", "moe.combine",
+                  "moe.shared.gate", "moe.shared.up", "moe.shared.activation", "moe.shared.down",
+                  "moe.shared.sum", "mlp.residual"));
+}
+
+TEST(Catalogue, LabelsAreThoseThatTensorParallelismCuts) {
+  const Graph g = load_model("gpt2", {});
+  for (std::size_t i = 0; i < g.operators.size(); ++i) {
+    const Signature s = signature(g, OpId{i}, 1);
+    const std::string& name = g.operators[i].name;
+    const auto use = [&](Dim d) { return s.dims[static_cast<std::size_t>(s.find(d))].use; };
+    if (name == "layers.0.mlp.up") {
+      EXPECT_EQ(use(Dim::ffn), DimUse::parallel);
+    }
+    if (name == "layers.0.mlp.down") {
+      EXPECT_EQ(use(Dim::ffn), DimUse::sum);
+    }
+    if (name == "layers.0.attention.query") {
+      EXPECT_EQ(use(Dim::head), DimUse::parallel);
+    }
+    if (name == "layers.0.attention.output") {
+      EXPECT_EQ(use(Dim::head), DimUse::sum);
+    }
+    if (name == "head") {
+      EXPECT_EQ(use(Dim::vocabulary), DimUse::parallel);
+    }
+    if (name == "loss") {
+      EXPECT_EQ(use(Dim::vocabulary), DimUse::statistic);
+    }
+  }
+}
+
+TEST(Catalogue, BadNamesAndOptionsSaySo) {
+  const auto expect = [](const std::string& model, ModelOptions o, const std::string& message) {
+    EXPECT_THAT([&] { load_model(model, o); }, ThrowsMessage<InputError>(HasSubstr(message)));
+  };
+  expect("lama-3-8b", {}, "did you mean 'llama-3-8b'?");
+  expect("", {}, "the catalogue has alexnet");
+  expect("nowhere/model.onnx", {}, "nowhere/model.onnx: cannot be read");
+  expect("nowhere/config.json", {}, "nowhere/config.json: cannot be read");
+  ModelOptions o;
+  o.layers = -1;
+  expect("gpt2", o, "layers: is -1; it must be at least 1 block");
+  o = {};
+  o.sequence = -5;
+  expect("gpt2", o, "sequence: is -5");
+  o.sequence = 2048;
+  expect("gpt2", o,
+         "a sequence of 2048 tokens is longer than the 1024 learned positions; use at most 1024");
+  expect("resnet-50", o, "sequence: resnet-50 has no token sequence");
+  expect("vit-b-16", o, "its 197 tokens follow from their size");
+  o = {};
+  o.layers = 3;
+  expect("vgg-16", o, "layers: vgg-16 has no repeated blocks to count");
+  o = {};
+  o.vocabulary = -2;
+  expect("gpt2", o, "vocabulary: is -2");
+  o = {};
+  o.dropout = 1;
+  expect("gpt2", o, "dropout: is 1; it must be below 1");
+}
+
+TEST(Catalogue, TheBuilderRefusesNumbersThatDoNotFit) {
+  const auto with = [](auto change) {
+    TransformerConfig c;
+    c.name = "mine";
+    c.layers = 2, c.hidden = 24, c.heads = 6, c.ffn = 32, c.vocabulary = 50, c.sequence = 8;
+    change(c);
+    return [c] { build_transformer(c); };
+  };
+  const auto throws = [](const std::string& m) { return ThrowsMessage<InputError>(HasSubstr(m)); };
+  EXPECT_THAT(with([](auto& c) { c.layers = -3; }),
+              throws("mine: layers is -3; it must be at least 1"));
+  EXPECT_THAT(with([](auto& c) { c.heads = 5; }), throws("5 heads do not divide hidden size 24"));
+  EXPECT_THAT(with([](auto& c) { c.kv_heads = 4; }),
+              throws("4 key/value heads do not divide 6 attention heads"));
+  EXPECT_THAT(with([](auto& c) { c.rotary_dim = 3; }), throws("3 rotated values per head of 4"));
+  EXPECT_THAT(with([](auto& c) { c.ffn = 0; }), throws("ffn is 0"));
+  EXPECT_THAT(with([](auto& c) {
+                c.moe.experts = 4;
+                c.moe.ffn = 8;
+                c.moe.top_k = 5;
+              }),
+              throws("moe.top_k is 5 of 4 experts"));
+  EXPECT_THAT(with([](auto& c) {
+                c.image = 30;
+                c.patch = 16;
+              }),
+              throws("patches of 16 do not divide an image of 30"));
+  EXPECT_NO_THROW(with([](auto&) {})());
+}
+
+TEST(Catalogue, AMultiTokenPredictionHeadIsWellFormed) {
+  TransformerConfig c;
+  c.layers = 2, c.hidden = 24, c.heads = 6, c.ffn = 32, c.vocabulary = 50, c.sequence = 8;
+  c.mtp_layers = 2;
+  for (const bool tied : {false, true}) {
+    c.tied = tied;
+    expect_well_formed(build_transformer(c));
   }
 }
 
