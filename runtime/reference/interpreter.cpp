@@ -23,7 +23,8 @@ void for_each_global(const std::vector<std::vector<std::int64_t>>& index, const 
   }
   for (std::size_t k = 0;; ++k) {
     std::int64_t global = 0;
-    for (std::size_t d = 0; d < index.size(); ++d) global = global * shape[d].extent + index[d][at[d]];
+    for (std::size_t d = 0; d < index.size(); ++d)
+      global = global * shape[d].extent + index[d][at[d]];
     f(k, global);
     std::size_t d = index.size();
     while (d > 0 && ++at[d - 1] == index[d - 1].size()) at[--d] = 0;
@@ -33,7 +34,8 @@ void for_each_global(const std::vector<std::vector<std::int64_t>>& index, const 
 
 class Machine {
  public:
-  Machine(const Program& p, const RunOptions& o) : p_(p), o_(o), values_(static_cast<std::size_t>(p.mesh.ranks())) {
+  Machine(const Program& p, const RunOptions& o)
+      : p_(p), o_(o), values_(static_cast<std::size_t>(p.mesh.ranks())) {
     for (std::int64_t r = 0; r < p.mesh.ranks(); ++r) on_stage_.emplace(p.stage_of(r), r);
   }
 
@@ -73,7 +75,8 @@ class Machine {
   std::vector<std::vector<std::int64_t>> indices(const Buffer& b, std::int64_t rank) const {
     std::vector<std::vector<std::int64_t>> all;
     for (std::size_t d = 0; d < b.shape.size(); ++d) {
-      const std::int64_t extent = b.routed && b.shape[d].dim == Dim::expert ? b.experts : b.shape[d].extent;
+      const std::int64_t extent =
+          b.routed && b.shape[d].dim == Dim::expert ? b.experts : b.shape[d].extent;
       all.push_back(local_indices(p_.mesh, b.layout.dims[d], extent, rank));
     }
     return all;
@@ -103,15 +106,22 @@ class Machine {
     return zeros(indices(b, rank));
   }
 
-  Key key(BufferId id) const { return {id.value, p_.buffer(id).scope == Scope::step ? -1 : micro_batch_}; }
-  Piece& store(std::int64_t rank, BufferId id) { return values_[static_cast<std::size_t>(rank)][key(id)]; }
+  Key key(BufferId id) const {
+    return {id.value, p_.buffer(id).scope == Scope::step ? -1 : micro_batch_};
+  }
+  Piece& store(std::int64_t rank, BufferId id) {
+    return values_[static_cast<std::size_t>(rank)][key(id)];
+  }
   const Piece& load(std::int64_t rank, BufferId id) const {
     const auto& mine = values_[static_cast<std::size_t>(rank)];
     const auto it = mine.find(key(id));
-    PARTITA_ASSERT(it != mine.end(), fmt::format("rank {} reads {} before it is written", rank, p_.buffer(id).name));
+    PARTITA_ASSERT(it != mine.end(),
+                   fmt::format("rank {} reads {} before it is written", rank, p_.buffer(id).name));
     return it->second;
   }
-  const Piece* optional(std::int64_t rank, BufferId id) const { return id.valid() ? &load(rank, id) : nullptr; }
+  const Piece* optional(std::int64_t rank, BufferId id) const {
+    return id.valid() ? &load(rank, id) : nullptr;
+  }
 
   // ---- state ---------------------------------------------------------------------------------
   void load_parameters() {
@@ -147,7 +157,8 @@ class Machine {
   }
 
   /// Writes a rank's piece of a whole value; copies on several ranks must agree.
-  void merge(std::vector<double>& whole, std::vector<char>& seen, const Buffer& b, const Piece& piece, std::int64_t rank) {
+  void merge(std::vector<double>& whole, std::vector<char>& seen, const Buffer& b,
+             const Piece& piece, std::int64_t rank) {
     const auto n = static_cast<std::size_t>(elements(b.shape));
     whole.resize(n);
     seen.resize(n, 0);
@@ -161,7 +172,8 @@ class Machine {
       seen[at] = 1;
     };
     if (b.layout.flat.empty()) {
-      for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) { put(g, piece.values[k]); });
+      for_each_global(piece.index, b.shape,
+                      [&](std::size_t k, std::int64_t g) { put(g, piece.values[k]); });
       return;
     }
     const Range r = flat_range(b, rank);
@@ -173,7 +185,8 @@ class Machine {
 
   void collect_parameters(std::size_t replicas) {
     result_.parameters.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
-    std::vector<std::vector<std::vector<char>>> seen(replicas, std::vector<std::vector<char>>(p_.parameters.size()));
+    std::vector<std::vector<std::vector<char>>> seen(
+        replicas, std::vector<std::vector<char>>(p_.parameters.size()));
     for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
       for (const auto& [k, piece] : values_[static_cast<std::size_t>(rank)]) {
         const Buffer& b = p_.buffers[static_cast<std::size_t>(k.first)];
@@ -237,7 +250,8 @@ class Machine {
         return true;
       case Kind::receive:
         for (const std::int64_t r : ranks) {
-          if (mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0) return false;
+          if (mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0)
+            return false;
         }
         for (const std::int64_t r : ranks) {
           const auto it = mail_.find({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r});
@@ -246,7 +260,8 @@ class Machine {
         }
         return true;
       case Kind::slice:
-        for (const std::int64_t r : ranks) redistribute({r}, i.reads[0], i.writes[0], false, Mode::first, r);
+        for (const std::int64_t r : ranks)
+          redistribute({r}, i.reads[0], i.writes[0], false, Mode::first, r);
         return true;
       case Kind::collective:
         return collective(i, stage, ranks);
@@ -264,12 +279,14 @@ class Machine {
     const auto first = static_cast<std::int64_t>(replica(rank)) * p_.micro_batches * p_.samples +
                        static_cast<std::int64_t>(micro_batch_) * p_.samples;
     for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
-      piece.values[k] = o_.input(static_cast<std::size_t>(i.index), step_, first + g / per_sample, g % per_sample);
+      piece.values[k] = o_.input(static_cast<std::size_t>(i.index), step_, first + g / per_sample,
+                                 g % per_sample);
     });
     store(rank, i.writes[0]) = std::move(piece);
   }
 
-  // ---- collectives -------------------------------------------------------------------------------
+  // ---- collectives
+  // -------------------------------------------------------------------------------
   enum class Mode { first, sum, maximum };
 
   static double combine(Mode mode, double a, double b) {
@@ -277,8 +294,8 @@ class Machine {
   }
 
   /// Gives `reader` its part of `to` from what `members` hold of `from`.
-  void redistribute(const std::vector<std::int64_t>& members, BufferId from, BufferId to, bool accumulate, Mode mode,
-                    std::int64_t reader) {
+  void redistribute(const std::vector<std::int64_t>& members, BufferId from, BufferId to,
+                    bool accumulate, Mode mode, std::int64_t reader) {
     const Buffer &a = p_.buffer(from), &b = p_.buffer(to);
     Piece out = blank(b, reader);
     if (a.routed) {
@@ -307,14 +324,18 @@ class Machine {
         out.rows.push_back(row);
       }
       std::sort(out.rows.begin(), out.rows.end(), [](const Row& x, const Row& y) {
-        return std::tuple{x.expert, x.sample, x.sequence} < std::tuple{y.expert, y.sample, y.sequence};
+        return std::tuple{x.expert, x.sample, x.sequence} <
+               std::tuple{y.expert, y.sample, y.sequence};
       });
       for (const Row& row : out.rows) {
         for (const std::int64_t f : lists[3]) out.values.push_back(whole.at(row).at(f));
       }
     } else if (a.layout.flat.empty() && b.layout.flat.empty()) {
       std::vector<double> whole(static_cast<std::size_t>(elements(a.shape)), 0.0);
-      std::vector<char> held(whole.size(), 0);
+      // What no window reads gets no gradient.
+      const bool windows = std::any_of(a.layout.dims.begin(), a.layout.dims.end(),
+                                       [](const DimSplit& d) { return d.kind == SplitKind::window; });
+      std::vector<char> held(whole.size(), windows && mode == Mode::sum ? 1 : 0);
       for (const std::int64_t m : members) {
         const Piece& piece = load(m, from);
         for_each_global(piece.index, a.shape, [&](std::size_t k, std::int64_t g) {
@@ -335,14 +356,17 @@ class Machine {
       for (const std::int64_t m : members) {
         const Piece& piece = load(m, from);
         for (std::size_t k = 0; k < piece.values.size(); ++k) {
-          const std::size_t at = a.layout.flat.empty() ? k : static_cast<std::size_t>(piece.index[0][k]);
+          const std::size_t at =
+              a.layout.flat.empty() ? k : static_cast<std::size_t>(piece.index[0][k]);
           whole[at] = held[at] ? combine(mode, whole[at], piece.values[k]) : piece.values[k];
           held[at] = 1;
         }
       }
       for (std::size_t k = 0; k < out.values.size(); ++k) {
-        const std::size_t at = b.layout.flat.empty() ? k : static_cast<std::size_t>(out.index[0][k]);
-        PARTITA_ASSERT(held[at], fmt::format("element {} of {} is on no member of the group", at, b.name));
+        const std::size_t at =
+            b.layout.flat.empty() ? k : static_cast<std::size_t>(out.index[0][k]);
+        PARTITA_ASSERT(held[at],
+                       fmt::format("element {} of {} is on no member of the group", at, b.name));
         out.values[k] = whole[at];
       }
     }
@@ -376,7 +400,9 @@ class Machine {
       case CollectiveKind::halo_exchange:
         // From windows back to blocks: overlapping contributions meet.
         for (std::size_t d = 0; d < to.layout.dims.size(); ++d) {
-          if (from.layout.dims[d].kind == SplitKind::window && to.layout.dims[d].kind == SplitKind::block) return Mode::sum;
+          if (from.layout.dims[d].kind == SplitKind::window &&
+              to.layout.dims[d].kind == SplitKind::block)
+            return Mode::sum;
         }
         return Mode::first;
       case CollectiveKind::all_gather:
@@ -424,15 +450,17 @@ class Machine {
     return true;
   }
 
-  // ---- kernels -------------------------------------------------------------------------------------
-  Context context(const ProgramOperator& op, std::int64_t rank) const {
+  // ---- kernels
+  // -------------------------------------------------------------------------------------
+  Context context(const ProgramOperator& op, const Instruction& i, std::int64_t rank) const {
     Context c;
     c.operation = &op.operation;
     c.signature = &op.signature;
     for (std::size_t d = 0; d < op.cuts.size(); ++d) {
       const IterationDim& dim = op.signature.dims[d];
       c.indices.push_back(local_indices(p_.mesh, op.cuts[d], dim.extent, rank));
-      if (dim.use == DimUse::sum && p_.mesh.coordinate(rank, op.cuts[d].atoms) != 0) c.adds_bias = false;
+      if (dim.use == DimUse::sum && p_.mesh.coordinate(rank, op.cuts[d].atoms) != 0)
+        c.adds_bias = false;
     }
     double labels = static_cast<double>(p_.micro_batches);
     if (std::holds_alternative<CrossEntropy>(op.operation)) {
@@ -441,7 +469,7 @@ class Machine {
       labels *= static_cast<double>(elements(op.signature.inputs[0].shape));
     }
     c.loss_scale = 1 / labels;
-    c.seed = o_.seed;
+    c.seed = o_.operator_seed ? o_.operator_seed(i.op) : o_.seed;
     c.step = step_;
     c.first_sample = static_cast<std::int64_t>(micro_batch_) * p_.samples;
     return c;
@@ -467,17 +495,19 @@ class Machine {
       const auto atom = static_cast<AtomId>(a);
       if (has(op.root, atom) && p_.mesh.coordinate(rank, atom) != 0) return;
     }
-    const Context c = context(op, rank);
+    const Context c = context(op, i, rank);
     Operands o;
     for (const BufferId id : i.reads) o.inputs.push_back(optional(rank, id));
     for (const BufferId id : i.parameters) o.parameters.push_back(optional(rank, id));
     for (const BufferId id : i.outputs) o.outputs.push_back(optional(rank, id));
     Piece one;
     one.values = {1.0};
-    for (const BufferId id : i.gradients) o.output_gradients.push_back(id.valid() ? &load(rank, id) : &one);
+    for (const BufferId id : i.gradients)
+      o.output_gradients.push_back(id.valid() ? &load(rank, id) : &one);
     const bool forward = i.kernel == Kernel::forward;
     std::vector<Piece> inline_statistics;
-    inline_statistics.reserve(op.signature.forward_statistics.size() + op.signature.backward_statistics.size());
+    inline_statistics.reserve(op.signature.forward_statistics.size() +
+                              op.signature.backward_statistics.size());
     if (forward && i.inline_statistics) {
       for (std::size_t k = 0; k < op.signature.forward_statistics.size(); ++k) {
         inline_statistics.push_back(forward_statistic(c, k, o));
@@ -492,7 +522,8 @@ class Machine {
         o.backward_statistics.push_back(&inline_statistics.back());
       }
     } else {
-      for (const BufferId id : i.backward_statistics) o.backward_statistics.push_back(optional(rank, id));
+      for (const BufferId id : i.backward_statistics)
+        o.backward_statistics.push_back(optional(rank, id));
     }
     std::vector<Piece> results;
     switch (i.kernel) {
@@ -504,7 +535,8 @@ class Machine {
         break;
       case Kernel::forward: {
         results = reference::forward(c, o);
-        for (std::size_t k = 0; k < inline_statistics.size(); ++k) store(rank, i.statistics[k]) = inline_statistics[k];
+        for (std::size_t k = 0; k < inline_statistics.size(); ++k)
+          store(rank, i.statistics[k]) = inline_statistics[k];
         for (const BufferId id : i.extras) store(rank, id) = Piece{};
         if (op.has_loss && !i.recomputed) note_loss(p_.buffer(i.writes[0]), results[0], rank);
         break;
@@ -535,7 +567,8 @@ class Machine {
     // Each summand once: along atoms that are neither owed, nor replicas, only coordinate 0 counts.
     for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
-      const bool counts = has(b.layout.partial, atom) || has(p_.replicas, atom) || has(mask_of(p_.pipeline), atom);
+      const bool counts =
+          has(b.layout.partial, atom) || has(p_.replicas, atom) || has(mask_of(p_.pipeline), atom);
       if (!counts && p_.mesh.coordinate(rank, atom) != 0) return;
     }
     result_.losses.back()[replica(rank)] += piece.values[0];
@@ -544,13 +577,15 @@ class Machine {
   void optimizer(const Instruction& i, std::int64_t rank) {
     const Buffer& b = p_.buffer(i.reads[0]);
     const Piece& gradient = load(rank, i.reads[0]);
-    PARTITA_ASSERT(b.layout.partial == 0, fmt::format("the optimizer reads {}, which is still partial", b.name));
+    PARTITA_ASSERT(b.layout.partial == 0,
+                   fmt::format("the optimizer reads {}, which is still partial", b.name));
     const auto q = static_cast<std::size_t>(p_.buffer(i.writes[0]).parameter);
     const std::size_t r = replica(rank);
     merge(result_.gradients[r][q], seen_[r][q], b, gradient, rank);
     Piece& parameter = store(rank, i.writes[0]);
     PARTITA_ASSERT(parameter.values.size() == gradient.values.size(),
-                   fmt::format("{} gradients for {} parameters of {}", gradient.values.size(), parameter.values.size(), b.name));
+                   fmt::format("{} gradients for {} parameters of {}", gradient.values.size(),
+                               parameter.values.size(), b.name));
     std::vector<std::vector<double>*> states;
     for (const BufferId id : i.outputs) {
       Piece& state = store(rank, id);
@@ -584,7 +619,8 @@ class Machine {
 }  // namespace
 
 void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector<double>& parameter,
-                      const std::vector<double>& gradient, const std::vector<std::vector<double>*>& states) {
+                      const std::vector<double>& gradient,
+                      const std::vector<std::vector<double>*>& states) {
   if (optimizer.kind == OptimizerKind::sgd) {
     auto& velocity = *states[0];
     for (std::size_t k = 0; k < parameter.size(); ++k) {
@@ -594,7 +630,8 @@ void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector
     return;
   }
   const double t = static_cast<double>(step + 1);
-  const double correct1 = 1 - std::pow(optimizer.beta1, t), correct2 = 1 - std::pow(optimizer.beta2, t);
+  const double correct1 = 1 - std::pow(optimizer.beta1, t),
+               correct2 = 1 - std::pow(optimizer.beta2, t);
   auto &first = *states[0], &second = *states[1];
   for (std::size_t k = 0; k < parameter.size(); ++k) {
     parameter[k] *= 1 - optimizer.learning_rate * optimizer.weight_decay;
@@ -605,6 +642,8 @@ void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector
   }
 }
 
-RunResult interpret(const Program& program, const RunOptions& options) { return Machine(program, options).run(); }
+RunResult interpret(const Program& program, const RunOptions& options) {
+  return Machine(program, options).run();
+}
 
 }  // namespace partita::reference

@@ -20,6 +20,8 @@ struct RunOptions {
   int steps = 1;
   std::uint64_t seed = 1;
   InputValue input;
+  /// Key of an operator's random numbers; without it all operators use `seed`.
+  std::function<std::uint64_t(std::int32_t op)> operator_seed;
   /// Whole initial parameters, by replica (one entry unless the program has independent replicas), then parameter.
   std::vector<std::vector<Piece>> parameters;
 };

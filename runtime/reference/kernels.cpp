@@ -761,8 +761,8 @@ Pieces data_of(const Attention& op, const Context& c, const Operands& o) {
   });
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
+/// Of the sinks, the only parameter.
 Pieces weight_of(const Attention& op, const Context& c, const Operands& o) {
-  if (!op.sinks) return {};
   const Piece &k = input(c, o, 1), &v = input(c, o, 2), &dy = gradient(c, o);
   Piece d = parameter_zeros(c);
   std::vector<double> d_weights;
@@ -1474,12 +1474,14 @@ std::vector<Piece> backward_data(const Context& c, const Operands& o) {
 }
 
 std::vector<Piece> backward_weight(const Context& c, const Operands& o) {
+  if (c.signature->parameters.empty()) return {};
   return std::visit(
-      [&](const auto& op) {
-        if constexpr (requires { weight_of(op, c, o); }) return weight_of(op, c, o);
-        PARTITA_ASSERT(c.signature->parameters.empty(),
-                       fmt::format("{} has no gradient by weight", kind_name(*c.operation)));
-        return Pieces{};
+      [&](const auto& op) -> Pieces {
+        if constexpr (requires { weight_of(op, c, o); }) {
+          return weight_of(op, c, o);
+        } else {
+          throw InternalError(fmt::format("{} has no gradient by weight", kind_name(*c.operation)));
+        }
       },
       *c.operation);
 }

@@ -1,0 +1,962 @@
+#include "runtime/reference/kernels.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <tuple>
+#include <utility>
+
+#include "tests/runtime/reference/differences.h"
+
+namespace partita::reference {
+namespace {
+
+using Indices = std::vector<std::int64_t>;
+using Rng = std::mt19937_64;
+
+std::size_t at(int i) { return static_cast<std::size_t>(i); }
+std::int64_t pick(Rng& rng, std::int64_t low, std::int64_t high) {
+  return low + static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(high - low + 1));
+}
+Indices range(std::int64_t n) {
+  Indices list(static_cast<std::size_t>(n));
+  std::iota(list.begin(), list.end(), 0);
+  return list;
+}
+Piece dense(const Shape& shape) {
+  std::vector<Indices> index;
+  for (const auto& d : shape) index.push_back(range(d.extent));
+  return zeros(std::move(index));
+}
+Piece dense(const Shape& shape, std::vector<double> values) {
+  Piece p = dense(shape);
+  EXPECT_EQ(p.values.size(), values.size());
+  p.values = std::move(values);
+  return p;
+}
+
+/// Distinct values apart by more than a difference step and off zero: maxima, choices and kinks
+/// stay where they are when one of them is moved a little.
+void fill(Piece& p, Rng& rng) {
+  std::vector<double> grid(p.values.size());
+  for (std::size_t i = 0; i < grid.size(); ++i) {
+    grid[i] = -1.5 + 3 * (static_cast<double>(i) + 0.3) / static_cast<double>(grid.size());
+  }
+  for (std::size_t i = grid.size(); i > 1; --i) std::swap(grid[i - 1], grid[rng() % i]);
+  p.values = std::move(grid);
+}
+
+/// One operator with whole operands and a gradient of its output.
+struct Problem {
+  std::string label;
+  Operation operation;
+  Signature signature;
+  std::vector<Piece> inputs, parameters;
+  Piece output_gradient;
+  std::uint64_t seed = 1;
+};
+
+std::int64_t experts_of(const Operation& op) {
+  if (const auto* d = std::get_if<Dispatch>(&op)) return d->experts;
+  if (const auto* g = std::get_if<GroupedProduct>(&op)) return g->experts;
+  if (const auto* m = std::get_if<Combine>(&op)) return m->experts;
+  return 5;  // of element-wise operators on rows
+}
+
+/// Random gates [sample, sequence, expert], `top_k` of them not zero for every token.
+Piece random_gates(const Shape& tokens, std::int64_t experts, std::int64_t top_k, Rng& rng) {
+  Piece gates = dense({tokens[0], tokens[1], {Dim::expert, experts}});
+  for (std::size_t t = 0; t < gates.values.size(); t += static_cast<std::size_t>(experts)) {
+    Indices order = range(experts);
+    std::shuffle(order.begin(), order.end(), rng);
+    for (std::int64_t k = 0; k < std::min(top_k, experts); ++k) {
+      gates.values[t + static_cast<std::size_t>(order[static_cast<std::size_t>(k)])] =
+          0.25 + 0.5 * uniform(7, rng(), 0);
+    }
+  }
+  return gates;
+}
+
+/// Rows for the non-zero gates, values at random.
+Piece random_rows(const Shape& shape, const Piece& gates, Rng& rng) {
+  Piece p;
+  p.routed = true;
+  p.index = {range(shape[0].extent), range(shape[1].extent), gates.index[2],
+             range(shape[3].extent)};
+  const std::size_t tokens = gates.index[1].size(), experts = gates.index[2].size();
+  for (std::size_t i = 0; i < gates.values.size(); ++i) {
+    if (gates.values[i] == 0) continue;
+    const std::size_t token = i / experts;
+    p.rows.push_back({static_cast<std::int64_t>(token / tokens),
+                      static_cast<std::int64_t>(token % tokens),
+                      static_cast<std::int64_t>(i % experts)});
+  }
+  std::sort(p.rows.begin(), p.rows.end(), [](const Row& a, const Row& b) {
+    return std::tie(a.expert, a.sample, a.sequence) < std::tie(b.expert, b.sample, b.sequence);
+  });
+  p.values.assign(p.rows.size() * p.index[3].size(), 0);
+  fill(p, rng);
+  return p;
+}
+
+Context whole_context(const Problem& p) {
+  Context c;
+  c.operation = &p.operation;
+  c.signature = &p.signature;
+  for (const auto& d : p.signature.dims) c.indices.push_back(range(d.extent));
+  c.loss_scale = 0.125;
+  c.seed = p.seed;
+  c.step = 3;
+  c.first_sample = 2;
+  return c;
+}
+
+std::vector<const Piece*> pointers(const std::vector<Piece>& pieces) {
+  std::vector<const Piece*> list;
+  for (const Piece& p : pieces) list.push_back(&p);
+  return list;
+}
+
+/// The inputs that the signature lets a backward pass read, null for the others: the saving
+/// contract.
+std::vector<const Piece*> saved(const std::vector<Piece>& pieces,
+                                const std::vector<Operand>& operands, bool weight) {
+  std::vector<const Piece*> list;
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    const bool kept = weight ? operands[i].saved_for_weight : operands[i].saved_for_data;
+    list.push_back(kept ? &pieces[i] : nullptr);
+  }
+  return list;
+}
+
+/// One rank's share of a problem and what it has computed so far.
+struct Part {
+  std::vector<std::size_t> coordinates;  ///< of its part, by iteration dimension
+  Context context;
+  std::vector<Piece> inputs, parameters, output_gradients;
+  std::vector<Piece> statistics, backward_statistics;
+  std::vector<Piece> outputs, input_gradients, parameter_gradients;
+
+  Operands forward_operands() const {
+    Operands o;
+    o.inputs = pointers(inputs);
+    o.parameters = pointers(parameters);
+    o.statistics = pointers(statistics);
+    return o;
+  }
+  Operands backward_operands(bool weight) const {
+    const Signature& s = *context.signature;
+    Operands o;
+    o.inputs = saved(inputs, s.inputs, weight);
+    o.outputs = saved(outputs, s.outputs, weight);
+    o.parameters = pointers(parameters);
+    o.output_gradients = pointers(output_gradients);
+    o.statistics = pointers(statistics);
+    o.backward_statistics = pointers(backward_statistics);
+    return o;
+  }
+};
+
+/// Reduces one statistic over the ranks that differ only in cut statistic dimensions which do not
+/// index it.
+void reduce(std::vector<Part>& parts, const Statistic& statistic, const std::vector<Piece>& local,
+            std::vector<Piece> Part::*into) {
+  const Signature& s = *parts[0].context.signature;
+  const auto together = [&](const Part& a, const Part& b) {
+    for (std::size_t d = 0; d < s.dims.size(); ++d) {
+      const bool indexes = std::find(statistic.dims.begin(), statistic.dims.end(),
+                                     static_cast<int>(d)) != statistic.dims.end();
+      if (s.dims[d].use == DimUse::statistic && !indexes) continue;
+      if (a.coordinates[d] != b.coordinates[d]) return false;
+    }
+    return true;
+  };
+  for (Part& p : parts) {
+    Piece sum;
+    for (std::size_t q = 0; q < parts.size(); ++q) {
+      if (!together(p, parts[q])) continue;
+      if (sum.values.empty()) {
+        sum = local[q];
+        continue;
+      }
+      for (std::size_t i = 0; i < sum.values.size(); ++i) {
+        const double v = local[q].values[i];
+        sum.values[i] =
+            statistic.reduction == Reduction::max ? std::max(sum.values[i], v) : sum.values[i] + v;
+      }
+    }
+    (p.*into).push_back(std::move(sum));
+  }
+}
+
+/// Runs all passes of all parts.
+void run(std::vector<Part>& parts) {
+  const Signature& s = *parts[0].context.signature;
+  for (std::size_t k = 0; k < s.forward_statistics.size(); ++k) {
+    std::vector<Piece> local;
+    for (Part& p : parts) local.push_back(forward_statistic(p.context, k, p.forward_operands()));
+    reduce(parts, s.forward_statistics[k], local, &Part::statistics);
+  }
+  for (Part& p : parts) p.outputs = forward(p.context, p.forward_operands());
+  for (std::size_t k = 0; k < s.backward_statistics.size(); ++k) {
+    std::vector<Piece> local;
+    for (Part& p : parts) {
+      local.push_back(backward_statistic(p.context, k, p.backward_operands(false)));
+    }
+    reduce(parts, s.backward_statistics[k], local, &Part::backward_statistics);
+  }
+  for (Part& p : parts) {
+    p.input_gradients = backward_data(p.context, p.backward_operands(false));
+    p.parameter_gradients = backward_weight(p.context, p.backward_operands(true));
+  }
+}
+
+Part whole_part(const Problem& p) {
+  Part part;
+  part.coordinates.assign(p.signature.dims.size(), 0);
+  part.context = whole_context(p);
+  part.inputs = p.inputs;
+  part.parameters = p.parameters;
+  part.output_gradients = {p.output_gradient};
+  return part;
+}
+Part run_whole(const Problem& p) {
+  std::vector<Part> one{whole_part(p)};
+  run(one);
+  return one[0];
+}
+
+Problem make_problem(std::string label, Operation op, const std::vector<Shape>& shapes, Rng& rng) {
+  Problem p;
+  p.label = std::move(label);
+  p.operation = std::move(op);
+  p.signature = signature(p.operation, shapes, p.label);
+  p.seed = rng();
+  const std::int64_t experts = experts_of(p.operation);
+  Piece gates;
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const Shape& shape = shapes[i];
+    Piece x;
+    if (p.signature.inputs[i].routed) {
+      if (gates.values.empty()) gates = random_gates(shape, experts, shape[2].extent, rng);
+      x = random_rows(shape, gates, rng);
+    } else if (std::holds_alternative<Combine>(p.operation) ||
+               (std::holds_alternative<Dispatch>(p.operation) && i == 1)) {
+      const auto* d = std::get_if<Dispatch>(&p.operation);
+      x = d != nullptr ? random_gates(shape, experts, d->top_k, rng) : gates;
+    } else {
+      x = dense(shape);
+      fill(x, rng);
+      std::int64_t vocabulary = 0;
+      if (const auto* e = std::get_if<Embedding>(&p.operation)) vocabulary = e->vocabulary;
+      if (std::holds_alternative<CrossEntropy>(p.operation) && i == 1) {
+        vocabulary = shapes[0].back().extent;
+      }
+      if (vocabulary > 0) {
+        for (double& v : x.values) v = static_cast<double>(pick(rng, 0, vocabulary - 1));
+      }
+    }
+    p.inputs.push_back(std::move(x));
+  }
+  for (const Operand& o : p.signature.parameters) {
+    p.parameters.push_back(dense(o.shape));
+    fill(p.parameters.back(), rng);
+  }
+  // The output's rows are known only after the forward pass.
+  Part part = whole_part(p);
+  for (std::size_t k = 0; k < p.signature.forward_statistics.size(); ++k) {
+    part.statistics.push_back(forward_statistic(part.context, k, part.forward_operands()));
+  }
+  p.output_gradient = forward(part.context, part.forward_operands())[0];
+  fill(p.output_gradient, rng);
+  return p;
+}
+
+/// Every operator and option on small random shapes; extents of 1 and odd ones are common.
+std::vector<Problem> problems(Rng& rng) {
+  std::vector<Problem> list;
+  const auto n = [&](std::int64_t low, std::int64_t high) { return pick(rng, low, high); };
+  const auto chance = [&] { return rng() % 2 == 0; };
+  const auto add = [&](std::string label, Operation op, std::vector<Shape> shapes) {
+    list.push_back(make_problem(std::move(label), std::move(op), shapes, rng));
+  };
+  const NamedExtent sample{Dim::sample, n(1, 3)}, sequence{Dim::sequence, n(1, 5)};
+  const NamedExtent head{Dim::head, n(1, 3)}, feature{Dim::feature, n(1, 5)};
+  const NamedExtent ffn{Dim::ffn, n(1, 5)}, inner{Dim::head_feature, n(1, 4)};
+  const Shape tokens{sample, sequence, feature}, heads{sample, sequence, head, inner};
+  const Shape image{sample, feature, {Dim::height, n(3, 7)}, {Dim::width, n(3, 7)}};
+  const Shape rows{sample, sequence, {Dim::expert, n(1, 3)}, feature};
+
+  add("linear", Linear{1, {ffn}, chance()}, {tokens});
+  add("linear, square", Linear{1, {feature}, true}, {tokens});
+  add("linear to heads", Linear{1, {head, inner}, true}, {tokens});
+  add("linear from heads", Linear{2, {feature}, true}, {heads});
+  add("linear of samples", Linear{1, {{Dim::vocabulary, n(1, 7)}}, true}, {{sample, feature}});
+  add("add bias", AddBias{}, {tokens});
+  add("embedding", Embedding{n(1, 9), n(1, 4)}, {{sample, sequence}});
+  add("position embedding", PositionEmbedding{sequence.extent + n(0, 2)}, {tokens});
+
+  for (const auto kind : {Normalize::Kind::layer, Normalize::Kind::rms, Normalize::Kind::batch}) {
+    const bool batch = kind == Normalize::Kind::batch;
+    for (const bool synchronised : {false, true}) {
+      Normalize op;
+      op.kind = kind;
+      op.epsilon = 0.01;
+      op.scale = chance();
+      op.bias = kind != Normalize::Kind::rms && chance();
+      op.synchronised = synchronised;
+      const std::string label =
+          fmt::format("normalise {} {}", static_cast<int>(kind), synchronised);
+      add(label, op, {batch ? image : tokens});
+      add(label + " small", op, {batch ? Shape{{Dim::sample, 3}, feature} : heads});
+      if (batch) continue;
+      op.scale = op.bias = true;
+      op.group = inner.extent;
+      add(label + " in groups", op, {{sample, sequence, head, {Dim::head_feature, 3 * op.group}}});
+      add(label + " in groups of features", op, {{sample, sequence, {Dim::feature, 2 * op.group}}});
+    }
+  }
+  Normalize local;
+  local.kind = Normalize::Kind::local;
+  local.scale = local.bias = false;
+  local.window = n(1, 4);
+  local.alpha = 0.5;
+  add("normalise locally", local, {image});
+
+  for (const auto kind : {ActivationKind::relu, ActivationKind::squared_relu, ActivationKind::gelu,
+                          ActivationKind::gelu_tanh, ActivationKind::silu, ActivationKind::sigmoid,
+                          ActivationKind::tanh}) {
+    const std::string label = fmt::format("activation {}", static_cast<int>(kind));
+    add(label, Activation{kind}, {chance() ? tokens : heads});
+    add(label + " of rows", Activation{kind}, {rows});
+    add("gated " + label, GatedActivation{kind}, {tokens, tokens});
+    add("gated " + label + " of rows", GatedActivation{kind}, {rows, rows});
+  }
+  add("addition", Add{}, {heads, heads});
+  add("multiplication", Multiply{}, {tokens, tokens});
+  add("dropout", Dropout{0.4}, {tokens});
+  add("dropout of heads", Dropout{0.4}, {heads});
+  add("dropout of rows", Dropout{0.4}, {rows});
+  for (const std::int64_t skipped : {0, 3}) {
+    const std::int64_t turned = 2 * n(1, 3);
+    const Rotary rotary{turned + skipped, turned, 100};
+    add("rotary", rotary, {{sample, sequence, head, {Dim::head_feature, 2 * rotary.head_dim}}});
+    add("rotary, one head", rotary, {{sample, sequence, {Dim::head_feature, rotary.head_dim}}});
+  }
+
+  for (int variant = 0; variant < 8; ++variant) {
+    Attention op;
+    op.queries_per_head = n(1, 3);
+    op.qk_dim = n(1, 4);
+    op.v_dim = n(1, 4);
+    op.scale = chance() ? 0 : 0.7;
+    op.causal = variant % 2 == 0;
+    op.window = variant % 4 >= 2 ? n(1, 3) : 0;
+    op.sinks = variant >= 4;
+    op.materialised = chance();
+    // Without a causal mask, keys may be others than the queries (cross attention).
+    const std::int64_t keys = op.causal || op.window > 0 ? sequence.extent : n(1, 6);
+    add(fmt::format("attention {}", variant), op,
+        {{sample, sequence, head, {Dim::head_feature, op.queries_per_head * op.qk_dim}},
+         {sample, {Dim::sequence, keys}, head, {Dim::head_feature, op.qk_dim}},
+         {sample, {Dim::sequence, keys}, head, {Dim::head_feature, op.v_dim}}});
+  }
+  add("scores", BatchedProduct{2},
+      {{sample, head, sequence, inner}, {sample, head, inner, sequence}});
+  add("batched product", BatchedProduct{1}, {tokens, {sample, feature, ffn}});
+  add("softmax", Softmax{}, {tokens});
+  const Shape logits{sample, sequence, {Dim::vocabulary, n(1, 6)}};
+  add("cross entropy", CrossEntropy{}, {logits, {sample, sequence}});
+  add("cross entropy of samples", CrossEntropy{}, {{sample, logits[2]}, {sample}});
+  add("mean squared error", MeanSquaredError{}, {tokens, tokens});
+
+  for (int variant = 0; variant < 6; ++variant) {
+    const auto window = [&](std::int64_t kernel) {
+      return Window{kernel, n(1, 3), n(0, kernel - 1), n(0, kernel - 1), kernel > 1 ? n(1, 2) : 1};
+    };
+    const Window h = window(n(1, 3)), w = window(n(1, 3));
+    Shape x = image;
+    x[2].extent += 2, x[3].extent += 2;
+    Convolution op{n(1, 3), h, w, 1, chance()};
+    if (variant >= 4) {
+      op.groups = n(2, 3);
+      op.out = op.groups * n(1, 2);
+      x[1].extent = op.groups * n(1, 2);
+    }
+    add(fmt::format("convolution {}", variant), op, {x});
+    add(fmt::format("pool {}", variant), Pool{variant % 2 == 0, h, w, variant % 3 == 0}, {x});
+  }
+  add("global average pool", GlobalAveragePool{}, {image});
+  add("to sequence", ToSequence{}, {image});
+  add("prepend token", PrependToken{}, {tokens});
+  add("select token", SelectToken{n(0, sequence.extent - 1)}, {tokens});
+  add("concat last", Concat{true},
+      {tokens, {sample, sequence, {Dim::feature, n(1, 3)}}, {sample, sequence, {Dim::feature, 1}}});
+  add("concat second", Concat{false}, {tokens, {sample, {Dim::sequence, n(1, 3)}, feature}});
+  add("concat heads", Concat{true}, {heads, heads});
+  add("append to heads", AppendToHeads{}, {heads, {sample, sequence, {Dim::head_feature, 2}}});
+
+  const std::int64_t experts = n(1, 6), top_k = n(1, std::min<std::int64_t>(3, experts));
+  for (int variant = 0; variant < 4; ++variant) {
+    add(fmt::format("router {}", variant),
+        Router{top_k, variant % 2 == 1, variant >= 2, chance() ? 1 : 2.5},
+        {{sample, sequence, {Dim::expert, experts}}});
+  }
+  const Shape gates{sample, sequence, {Dim::expert, experts}};
+  const Shape routed{sample, sequence, {Dim::expert, top_k}, feature};
+  add("dispatch", Dispatch{experts, top_k}, {tokens, gates});
+  add("grouped product", GroupedProduct{experts, ffn, chance()}, {routed});
+  add("grouped product, square", GroupedProduct{experts, feature, true}, {routed});
+  add("combine", Combine{experts}, {routed, gates});
+  return list;
+}
+
+// ---------------------------------------------------------------------------- the piece law
+
+/// The part of a whole operand that a rank touches.
+Piece slice(const Context& c, const Operand& operand, const Piece& whole) {
+  if (whole.routed) {
+    const auto holds = [&](std::size_t d, std::int64_t index) {
+      const Indices& local = c.indices[at(operand.dims[d])];
+      const std::int64_t extent = c.signature->dims[at(operand.dims[d])].extent;
+      // An element-wise operator's expert dimension counts choices, so it holds no expert's number.
+      if (static_cast<std::int64_t>(local.size()) == extent) return true;
+      return std::binary_search(local.begin(), local.end(), index);
+    };
+    Piece p;
+    p.routed = true;
+    p.index = whole.index;
+    p.index[3] = touched(c, operand, 3);
+    for (std::size_t r = 0; r < whole.rows.size(); ++r) {
+      const Row& row = whole.rows[r];
+      if (!holds(0, row.sample) || !holds(1, row.sequence) || !holds(2, row.expert)) continue;
+      p.rows.push_back(row);
+      for (const std::int64_t f : p.index[3]) {
+        p.values.push_back(whole.values[r * whole.index[3].size() + static_cast<std::size_t>(f)]);
+      }
+    }
+    return p;
+  }
+  std::vector<Indices> index;
+  for (std::size_t d = 0; d < operand.shape.size(); ++d) index.push_back(touched(c, operand, d));
+  Piece p = zeros(std::move(index));
+  for (std::size_t i = 0; i < p.values.size(); ++i) {
+    std::size_t rest = i, from = 0, stride = 1;
+    for (std::size_t d = p.index.size(); d-- > 0;) {
+      from += static_cast<std::size_t>(p.index[d][rest % p.index[d].size()]) * stride;
+      rest /= p.index[d].size();
+      stride *= whole.index[d].size();
+    }
+    p.values[i] = whole.values[from];
+  }
+  return p;
+}
+
+/// Adds a rank's piece where its indices lie in the whole.
+void scatter(const Piece& p, Piece& whole) {
+  if (whole.routed) {
+    for (std::size_t r = 0; r < p.rows.size(); ++r) {
+      const auto found = std::find(whole.rows.begin(), whole.rows.end(), p.rows[r]);
+      ASSERT_NE(found, whole.rows.end());
+      const auto row = static_cast<std::size_t>(found - whole.rows.begin());
+      for (std::size_t f = 0; f < p.index[3].size(); ++f) {
+        whole.values[row * whole.index[3].size() + static_cast<std::size_t>(p.index[3][f])] +=
+            p.values[r * p.index[3].size() + f];
+      }
+    }
+    return;
+  }
+  for (std::size_t i = 0; i < p.values.size(); ++i) {
+    std::size_t rest = i, to = 0, stride = 1;
+    for (std::size_t d = p.index.size(); d-- > 0;) {
+      to += static_cast<std::size_t>(p.index[d][rest % p.index[d].size()]) * stride;
+      rest /= p.index[d].size();
+      stride *= whole.index[d].size();
+    }
+    whole.values[to] += p.values[i];
+  }
+}
+
+void expect_close(const Piece& got, const Piece& want, const std::string& what) {
+  ASSERT_EQ(got.values.size(), want.values.size()) << what;
+  double size = 1;
+  for (const double v : want.values) size = std::max(size, std::abs(v));
+  for (std::size_t i = 0; i < want.values.size(); ++i) {
+    ASSERT_NEAR(got.values[i], want.values[i], 1e-12 * size) << what << ", element " << i;
+  }
+}
+
+/// Every index to one of `parts` parts at random: uneven, not contiguous, sometimes empty.
+std::vector<Indices> random_parts(std::int64_t extent, std::size_t parts, Rng& rng) {
+  std::vector<Indices> list(parts);
+  for (std::int64_t i = 0; i < extent; ++i) list[rng() % parts].push_back(i);
+  return list;
+}
+
+bool has_local_batch(const Problem& p) {
+  const auto* n = std::get_if<Normalize>(&p.operation);
+  return n != nullptr && n->kind == Normalize::Kind::batch && !n->synchronised;
+}
+/// Dimensions whose cut must change nothing.
+std::vector<std::size_t> cuttable(const Problem& p) {
+  std::vector<std::size_t> dims;
+  for (std::size_t d = 0; d < p.signature.dims.size(); ++d) {
+    const IterationDim& dim = p.signature.dims[d];
+    if (dim.use == DimUse::whole) continue;
+    if (dim.dim == Dim::sample && has_local_batch(p)) continue;  // by design another result
+    // Element-wise operators on rows: the dimension counts choices; ranks hold any rows.
+    const bool routed = !p.signature.inputs.empty() && p.signature.inputs[0].routed;
+    if (dim.dim == Dim::expert && routed && p.signature.parameters.empty() &&
+        !std::holds_alternative<Combine>(p.operation)) {
+      continue;
+    }
+    dims.push_back(d);
+  }
+  return dims;
+}
+
+/// The law: pieces by `cuts` (parts of each iteration dimension), run as ranks would run them and
+/// put together as the signature says, give the whole.
+void expect_piece_law(const Problem& p, const std::vector<std::vector<Indices>>& cuts,
+                      const std::string& what) {
+  const Part whole = run_whole(p);
+  const Signature& s = p.signature;
+  std::vector<Part> parts;
+  std::size_t total = 1;
+  for (const auto& cut : cuts) total *= cut.size();
+  for (std::size_t rank = 0; rank < total; ++rank) {
+    Part part;
+    part.context = whole_context(p);
+    std::size_t rest = rank;
+    for (std::size_t d = 0; d < cuts.size(); ++d) {
+      const std::size_t coordinate = rest % cuts[d].size();
+      rest /= cuts[d].size();
+      part.coordinates.push_back(coordinate);
+      part.context.indices[d] = cuts[d][coordinate];
+      if (s.dims[d].use == DimUse::sum && coordinate > 0) part.context.adds_bias = false;
+    }
+    for (std::size_t i = 0; i < s.inputs.size(); ++i) {
+      part.inputs.push_back(slice(part.context, s.inputs[i], p.inputs[i]));
+    }
+    for (std::size_t i = 0; i < s.parameters.size(); ++i) {
+      part.parameters.push_back(slice(part.context, s.parameters[i], p.parameters[i]));
+    }
+    part.output_gradients.push_back(slice(part.context, s.outputs[0], p.output_gradient));
+    parts.push_back(std::move(part));
+  }
+  run(parts);
+
+  const auto zero_like = [](const Piece& piece) {
+    Piece z = piece;
+    std::fill(z.values.begin(), z.values.end(), 0.0);
+    return z;
+  };
+  // A statistic is whole on all its ranks: their results are one result, not a sum.
+  const auto repeats = [&](const Part& part) {
+    for (std::size_t d = 0; d < s.dims.size(); ++d) {
+      const auto& dims = s.outputs[0].dims;
+      const bool indexes = std::find(dims.begin(), dims.end(), static_cast<int>(d)) != dims.end();
+      if (s.dims[d].use == DimUse::statistic && !indexes && part.coordinates[d] > 0) return true;
+    }
+    return false;
+  };
+  Piece output = zero_like(whole.outputs[0]);
+  for (const Part& part : parts) {
+    ASSERT_EQ(part.outputs.size(), 1U);
+    if (!repeats(part)) scatter(part.outputs[0], output);
+  }
+  expect_close(output, whole.outputs[0], what + ": output");
+
+  const auto gather = [&](std::vector<Piece> Part::*list, const std::string& name) {
+    for (std::size_t i = 0; i < (whole.*list).size(); ++i) {
+      Piece sum = zero_like((whole.*list)[i]);
+      for (const Part& part : parts) scatter((part.*list)[i], sum);
+      expect_close(sum, (whole.*list)[i], fmt::format("{}: {} {}", what, name, i));
+    }
+  };
+  gather(&Part::input_gradients, "gradient of input");
+  gather(&Part::parameter_gradients, "gradient of parameter");
+}
+
+TEST(PieceLaw, HoldsForEveryOperatorAndEveryCuttableDimension) {
+  for (std::uint64_t round = 0; round < 12; ++round) {
+    Rng rng{round};
+    for (const Problem& p : problems(rng)) {
+      std::vector<std::vector<Indices>> uncut;
+      for (const auto& d : p.signature.dims) uncut.push_back({range(d.extent)});
+      for (const std::size_t d : cuttable(p)) {
+        for (const std::size_t parts : {2U, 3U}) {
+          auto cuts = uncut;
+          cuts[d] = random_parts(p.signature.dims[d].extent, parts, rng);
+          expect_piece_law(p, cuts,
+                           fmt::format("round {}, {}, {} in {}", round, p.label,
+                                       name(p.signature.dims[d].dim), parts));
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST(PieceLaw, HoldsWhenAllDimensionsAreCutAtOnce) {
+  for (std::uint64_t round = 0; round < 6; ++round) {
+    Rng rng{100 + round};
+    for (const Problem& p : problems(rng)) {
+      std::vector<std::vector<Indices>> cuts;
+      for (const auto& d : p.signature.dims) cuts.push_back({range(d.extent)});
+      for (const std::size_t d : cuttable(p)) {
+        cuts[d] = random_parts(p.signature.dims[d].extent, 2, rng);
+      }
+      expect_piece_law(p, cuts, fmt::format("round {}, {}", round, p.label));
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST(PieceLaw, HoldsForQueriesAndKeysInAnyOrderOfZigzagShares) {
+  // Rank 0 of two holds the first and the last quarter of a causal sequence.
+  Rng rng{5};
+  Attention op;
+  op.qk_dim = op.v_dim = 2;
+  const Shape x{{Dim::sample, 1}, {Dim::sequence, 8}, {Dim::head, 2}, {Dim::head_feature, 2}};
+  const Problem p = make_problem("attention", op, {x, x, x}, rng);
+  std::vector<std::vector<Indices>> cuts;
+  for (const auto& d : p.signature.dims) cuts.push_back({range(d.extent)});
+  cuts[1] = {{0, 1, 6, 7}, {2, 3, 4, 5}};
+  expect_piece_law(p, cuts, "zigzag");
+}
+
+TEST(LocalBatchNorm, OfCutSamplesIsTheNormOfEachShareAlone) {
+  for (std::uint64_t round = 0; round < 10; ++round) {
+    Rng rng{round};
+    Normalize op;
+    op.kind = Normalize::Kind::batch;
+    const NamedExtent feature{Dim::feature, pick(rng, 1, 3)};
+    const Shape image{{Dim::sample, 5}, feature, {Dim::height, 3}, {Dim::width, pick(rng, 1, 3)}};
+    const Problem p = make_problem("batch norm", op, {image}, rng);
+    const std::vector<Indices> shares{{0, 2, 3}, {1, 4}};
+    std::vector<Part> parts;
+    for (std::size_t i = 0; i < 2; ++i) {
+      Part part = whole_part(p);
+      part.coordinates[0] = i;
+      part.context.indices[0] = shares[i];
+      part.inputs = {slice(part.context, p.signature.inputs[0], p.inputs[0])};
+      part.output_gradients = {slice(part.context, p.signature.outputs[0], p.output_gradient)};
+      parts.push_back(std::move(part));
+    }
+    run(parts);
+    for (std::size_t i = 0; i < 2; ++i) {
+      Problem alone = p;
+      Shape shape = image;
+      shape[0].extent = static_cast<std::int64_t>(shares[i].size());
+      alone.signature = signature(p.operation, {shape}, "alone");
+      alone.inputs = parts[i].inputs;
+      alone.output_gradient = parts[i].output_gradients[0];
+      alone.inputs[0].index[0] = alone.output_gradient.index[0] = range(shape[0].extent);
+      const Part want = run_whole(alone);
+      expect_close(parts[i].outputs[0], want.outputs[0], "output");
+      expect_close(parts[i].input_gradients[0], want.input_gradients[0], "gradient");
+      expect_close(parts[i].parameter_gradients[0], want.parameter_gradients[0], "scale");
+      expect_close(parts[i].parameter_gradients[1], want.parameter_gradients[1], "bias");
+    }
+  }
+}
+
+// --------------------------------------------------------------------- finite differences
+
+/// The gradients that backward computes - from saved operands only - are the derivatives of
+/// forward.
+void expect_gradients(Problem p, Rng& rng) {
+  const Part analytic = run_whole(p);
+  double magnitude = 0;
+  for (std::size_t i = 0; i < p.output_gradient.values.size(); ++i) {
+    magnitude += std::abs(p.output_gradient.values[i] * analytic.outputs[0].values[i]);
+  }
+  Part part = whole_part(p);
+  const auto loss = [&] {
+    part.statistics.clear();
+    for (std::size_t k = 0; k < p.signature.forward_statistics.size(); ++k) {
+      part.statistics.push_back(forward_statistic(part.context, k, part.forward_operands()));
+    }
+    const Piece y = forward(part.context, part.forward_operands())[0];
+    double sum = 0;
+    for (std::size_t i = 0; i < y.values.size(); ++i) {
+      sum += y.values[i] * p.output_gradient.values[i];
+    }
+    return sum;
+  };
+  const auto check = [&](Piece& value, const Piece& gradient, const std::string& what) {
+    ASSERT_EQ(gradient.values.size(), value.values.size()) << what;
+    for (int trial = 0; trial < 12 && !value.values.empty(); ++trial) {
+      const std::size_t i = rng() % value.values.size();
+      expect_derivative(gradient.values[i], value.values[i], magnitude, loss,
+                        fmt::format("{}, element {}", what, i));
+    }
+  };
+  for (std::size_t i = 0; i < part.inputs.size(); ++i) {
+    if (!p.signature.inputs[i].differentiable) {
+      EXPECT_TRUE(analytic.input_gradients[i].values.empty()) << p.label;
+      continue;
+    }
+    check(part.inputs[i], analytic.input_gradients[i], fmt::format("{}: input {}", p.label, i));
+  }
+  ASSERT_EQ(analytic.parameter_gradients.size(), part.parameters.size()) << p.label;
+  for (std::size_t i = 0; i < part.parameters.size(); ++i) {
+    check(part.parameters[i], analytic.parameter_gradients[i],
+          fmt::format("{}: parameter {}", p.label, i));
+  }
+}
+
+TEST(Gradients, OfEveryOperatorAreItsDerivatives) {
+  for (std::uint64_t round = 0; round < 8; ++round) {
+    Rng rng{1000 + round};
+    for (Problem& p : problems(rng)) {
+      expect_gradients(std::move(p), rng);
+      if (HasFailure()) return;
+    }
+  }
+}
+
+TEST(Gradients, CoverEveryKindOfOperator) {
+  Rng rng{1};
+  std::vector<char> seen(std::variant_size_v<Operation>, 0);
+  for (const Problem& p : problems(rng)) seen[p.operation.index()] = 1;
+  EXPECT_THAT(seen, testing::Each(1));
+}
+
+// ---------------------------------------------------------------------- hand-derived examples
+
+using testing::DoubleNear;
+using testing::ElementsAre;
+using testing::ElementsAreArray;
+using testing::Pointwise;
+
+/// All passes on given values.
+Part example(const Operation& op, const std::vector<Piece>& inputs,
+             const std::vector<Shape>& shapes,
+             const std::vector<std::vector<double>>& parameters = {},
+             const std::vector<double>& output_gradient = {}, double scale = 1) {
+  Problem p;
+  p.operation = op;
+  p.signature = signature(op, shapes, "example");
+  p.inputs = inputs;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    p.parameters.push_back(dense(p.signature.parameters[i].shape, parameters[i]));
+  }
+  p.output_gradient = dense(p.signature.outputs[0].shape);
+  if (output_gradient.empty()) {
+    std::fill(p.output_gradient.values.begin(), p.output_gradient.values.end(), 1.0);
+  } else {
+    p.output_gradient.values = output_gradient;
+  }
+  std::vector<Part> one{whole_part(p)};
+  one[0].context.loss_scale = scale;
+  run(one);
+  one[0].context.operation = nullptr;  // both die with this function
+  one[0].context.signature = nullptr;
+  return one[0];
+}
+Part example(const Operation& op, const Shape& shape, const std::vector<double>& x,
+             const std::vector<std::vector<double>>& parameters = {},
+             const std::vector<double>& output_gradient = {}) {
+  return example(op, {dense(shape, x)}, {shape}, parameters, output_gradient);
+}
+
+const NamedExtent kOne{Dim::sample, 1};
+
+TEST(Examples, Linear) {
+  // y = x Wᵀ + b; dx = dy W; dW = dyᵀ x; db = dy.
+  const Part p = example(Linear{1, {{Dim::ffn, 2}}, true}, {kOne, {Dim::feature, 3}}, {1, 2, 3},
+                         {{1, 0, -1, 2, 1, 0}, {10, 20}}, {1, 2});
+  EXPECT_THAT(p.outputs[0].values, ElementsAre(8, 24));
+  EXPECT_THAT(p.input_gradients[0].values, ElementsAre(5, 2, -1));
+  EXPECT_THAT(p.parameter_gradients[0].values, ElementsAre(1, 2, 3, 2, 4, 6));
+  EXPECT_THAT(p.parameter_gradients[1].values, ElementsAre(1, 2));
+}
+
+TEST(Examples, LayerNormOfPlusAndMinusOne) {
+  Normalize op;
+  op.epsilon = 3;  // variance 1: divides by sqrt(4)
+  const Part p = example(op, {kOne, {Dim::feature, 2}}, {-1, 1}, {{1, 2}, {0, 5}}, {1, 1});
+  EXPECT_THAT(p.outputs[0].values, ElementsAre(-0.5, 6));
+  // g = (1, 2): mean 1.5; g·x̂ = -0.5 + 1: mean 0.25; dx = (g - 1.5 - 0.25 x̂) / 2.
+  EXPECT_THAT(p.input_gradients[0].values, ElementsAre((-0.5 + 0.125) / 2, (0.5 - 0.125) / 2));
+}
+
+TEST(Examples, CrossEntropyOfEqualLogits) {
+  const Shape logits{kOne, {Dim::sequence, 2}, {Dim::vocabulary, 4}},
+      labels{kOne, {Dim::sequence, 2}};
+  const Part p = example(CrossEntropy{}, {dense(logits), dense(labels, {1, 3})}, {logits, labels},
+                         {}, {2}, 0.5);
+  EXPECT_NEAR(p.outputs[0].values[0], std::log(4), 1e-15);
+  EXPECT_THAT(p.input_gradients[0].values,
+              ElementsAre(0.25, -0.75, 0.25, 0.25, 0.25, 0.25, 0.25, -0.75));
+}
+
+TEST(Examples, CausalAttentionWithEqualScoresAveragesTheValuesSoFar) {
+  Attention op;
+  op.qk_dim = 1;
+  op.v_dim = 1;
+  const Shape x{kOne, {Dim::sequence, 3}, {Dim::head, 1}, {Dim::head_feature, 1}};
+  const Piece zero = dense(x), v = dense(x, {3, 5, 10});
+  EXPECT_THAT(example(op, {zero, zero, v}, {x, x, x}).outputs[0].values,
+              Pointwise(DoubleNear(1e-14), {3.0, 4.0, 6.0}));
+  op.window = 2;
+  EXPECT_THAT(example(op, {zero, zero, v}, {x, x, x}).outputs[0].values,
+              Pointwise(DoubleNear(1e-14), {3.0, 4.0, 7.5}));
+  op.sinks = true;  // a sink of the same logit takes its share of the weight
+  EXPECT_THAT(example(op, {zero, zero, v}, {x, x, x}, {{0}}).outputs[0].values,
+              Pointwise(DoubleNear(1e-14), {1.5, 8.0 / 3, 5.0}));
+}
+
+TEST(Examples, RotaryTurnsPairsByTheirPosition) {
+  // Head of 3 values, the last 2 turn: at position 2 by 2 · base^0 = 2 radians.
+  const Shape x{kOne, {Dim::sequence, 3}, {Dim::head_feature, 3}};
+  const Part p = example(Rotary{3, 2, 100}, x, {7, 1, 0, 7, 1, 0, 7, 1, 0});
+  EXPECT_THAT(p.outputs[0].values,
+              Pointwise(DoubleNear(1e-15), {7.0, 1.0, 0.0, 7.0, std::cos(1), std::sin(1), 7.0,
+                                            std::cos(2), std::sin(2)}));
+}
+
+TEST(Examples, ConvolutionWithPaddingAndStride) {
+  // Kernel (1, 2, 3) over the padded row 0 1 2 3 4 0 in steps of 2: outputs at 0 and 2.
+  Convolution op;
+  op.out = 1;
+  op.width = {3, 2, 1, 1, 1};
+  const Shape x{kOne, {Dim::feature, 1}, {Dim::height, 1}, {Dim::width, 4}};
+  const Part p = example(op, x, {1, 2, 3, 4}, {{1, 2, 3}}, {1, 10});
+  EXPECT_THAT(p.outputs[0].values, ElementsAre(8, 20));
+  EXPECT_THAT(p.input_gradients[0].values, ElementsAre(2, 13, 20, 30));
+  EXPECT_THAT(p.parameter_gradients[0].values, ElementsAre(20, 31, 42));
+}
+
+TEST(Examples, PoolingIgnoresPaddingForMaximaAndCountsItForMeansOnDemand) {
+  const Window w{2, 2, 1, 1, 1};
+  const Shape x{kOne, {Dim::feature, 1}, {Dim::height, 1}, {Dim::width, 2}};
+  EXPECT_THAT(example(Pool{true, {}, w}, x, {-4, -6}).outputs[0].values, ElementsAre(-4, -6));
+  EXPECT_THAT(example(Pool{false, {}, w, true}, x, {-4, -6}).outputs[0].values,
+              ElementsAre(-2, -3));
+  EXPECT_THAT(example(Pool{false, {}, w, false}, x, {-4, -6}).outputs[0].values,
+              ElementsAre(-4, -6));
+}
+
+TEST(Examples, LocalResponseNormalisationDividesByItsNeighbours) {
+  Normalize op;
+  op.kind = Normalize::Kind::local;
+  op.scale = op.bias = false;
+  op.window = 3;
+  op.alpha = 3;
+  op.beta = 1;
+  EXPECT_THAT(example(op, {kOne, {Dim::feature, 3}}, {1, 2, 3}).outputs[0].values,
+              ElementsAre(1.0 / 6, 2.0 / 15, 3.0 / 14));
+}
+
+TEST(Examples, RouterPrefersTheLowerOfEqualExpertsAndNormalises) {
+  const Shape x{kOne, {Dim::sequence, 1}, {Dim::expert, 4}};
+  const std::vector<double> logits{0, std::log(2), std::log(2), std::log(3)};
+  EXPECT_THAT(example(Router{2, false, true, 1}, x, logits).outputs[0].values,
+              Pointwise(DoubleNear(1e-15), {0.0, 0.4, 0.0, 0.6}));
+  EXPECT_THAT(example(Router{2, false, false, 4}, x, logits).outputs[0].values,
+              Pointwise(DoubleNear(1e-15), {0.0, 1.0, 0.0, 1.5}));
+  EXPECT_THAT(example(Router{1, true, false, 1}, x, logits).outputs[0].values,
+              Pointwise(DoubleNear(1e-15), {0.0, 0.0, 0.0, 0.75}));
+}
+
+TEST(Examples, DispatchSortsRowsByExpertSampleAndToken) {
+  const Shape x{{Dim::sample, 2}, {Dim::sequence, 1}, {Dim::feature, 1}};
+  const Shape g{{Dim::sample, 2}, {Dim::sequence, 1}, {Dim::expert, 3}};
+  Problem p;
+  p.operation = Dispatch{3, 2};
+  p.signature = signature(p.operation, {x, g}, "dispatch");
+  p.inputs = {dense(x, {5, 6}), dense(g, {0.5, 0, 0.5, 0, 0.2, 0.8})};
+  const Part part = whole_part(p);
+  const Piece rows = forward(part.context, part.forward_operands())[0];
+  EXPECT_THAT(rows.rows, ElementsAre(Row{0, 0, 0}, Row{1, 0, 1}, Row{0, 0, 2}, Row{1, 0, 2}));
+  EXPECT_THAT(rows.values, ElementsAre(5, 6, 5, 6));
+}
+
+TEST(Examples, GeluAgreesWithItsDefinition) {
+  const Shape x{kOne, {Dim::feature, 2}};
+  // 1 · Φ(1) and -2 · Φ(-2), from a table of the normal distribution.
+  EXPECT_THAT(example(Activation{ActivationKind::gelu}, x, {1, -2}).outputs[0].values,
+              Pointwise(DoubleNear(1e-12), {0.8413447460685429, -2 * 0.02275013194817921}));
+}
+
+TEST(Dropout, KeepsItsShareAndScalesItAndDependsOnStepSampleAndSeed) {
+  const Shape shape{{Dim::sample, 4}, {Dim::feature, 5000}};
+  Problem p;
+  p.operation = Dropout{0.25};
+  p.signature = signature(p.operation, {shape}, "dropout");
+  p.inputs = {dense(shape)};
+  std::fill(p.inputs[0].values.begin(), p.inputs[0].values.end(), 3.0);
+  p.output_gradient = p.inputs[0];
+  const Part part = run_whole(p);
+  const auto& y = part.outputs[0].values;
+  EXPECT_EQ(y, part.input_gradients[0].values);
+  // Binomial(20000, 0.75): standard deviation 61; within 5 of them.
+  const auto kept = std::count(y.begin(), y.end(), 4.0);
+  EXPECT_NEAR(static_cast<double>(kept), 15000, 306);
+  EXPECT_EQ(kept + std::count(y.begin(), y.end(), 0.0), 20000);
+
+  const auto forward_with = [&](auto change) {
+    Part other = whole_part(p);
+    change(other.context);
+    return forward(other.context, other.forward_operands())[0].values;
+  };
+  EXPECT_NE(y, forward_with([](Context& c) { ++c.step; }));
+  EXPECT_NE(y, forward_with([](Context& c) { ++c.seed; }));
+  // Sample 1 of this micro-batch is sample 0 of one that begins a sample later.
+  const auto later = forward_with([](Context& c) { ++c.first_sample; });
+  EXPECT_TRUE(std::equal(later.begin(), later.begin() + 15000, y.begin() + 5000));
+}
+
+TEST(RandomNumbers, HaveTheMomentsOfTheirDistributions) {
+  const int n = 100000;
+  double sum = 0, square = 0, uniform_sum = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto word = static_cast<std::uint64_t>(i);
+    const double z = normal(1, 2, word), u = uniform(1, word, 2);
+    ASSERT_GE(u, 0);
+    ASSERT_LT(u, 1);
+    sum += z, square += z * z, uniform_sum += u;
+  }
+  // Five standard errors.
+  EXPECT_NEAR(sum / n, 0, 5 / std::sqrt(n));
+  EXPECT_NEAR(square / n, 1, 5 * std::sqrt(2.0 / n));
+  EXPECT_NEAR(uniform_sum / n, 0.5, 5 * std::sqrt(1.0 / 12 / n));
+}
+
+TEST(Touched, IsWhatTheWindowsReadInsideTheImage) {
+  Rng rng{1};
+  const Shape x{kOne, {Dim::feature, 1}, {Dim::height, 9}, {Dim::width, 1}};
+  Convolution op;
+  op.out = 1;
+  op.height = {3, 2, 1, 1, 1};  // outputs 0..4 read -1..1, 1..3, 3..5, 5..7, 7..9
+  const Problem p = make_problem("convolution", op, {x}, rng);
+  Context c = whole_context(p);
+  const auto rows = [&](Indices outputs) {
+    c.indices[at(p.signature.find(Dim::height))] = std::move(outputs);
+    return touched(c, p.signature.inputs[0], 2);
+  };
+  EXPECT_THAT(rows({0, 1}), ElementsAre(0, 1, 2, 3));
+  EXPECT_THAT(rows({0, 4}), ElementsAre(0, 1, 7, 8));
+  EXPECT_THAT(rows({0, 1, 2, 3, 4}), ElementsAreArray(range(9)));
+}
+
+TEST(Kernels, RefuseAPieceThatHoldsOtherIndicesThanTheLocalProblem) {
+  Rng rng{1};
+  const Problem p =
+      make_problem("softmax", Softmax{}, {{{Dim::sample, 2}, {Dim::feature, 2}}}, rng);
+  Part part = whole_part(p);
+  part.context.indices[0] = {1};
+  EXPECT_ANY_THROW(forward(part.context, part.forward_operands()));
+}
+
+}  // namespace
+}  // namespace partita::reference
