@@ -8,9 +8,10 @@
 
 namespace partita {
 
-void assertion_failed(const char* file, int line, const char* condition, const std::string& detail) {
-  throw InternalError(fmt::format("{}:{}: internal error: {} does not hold: {}", file, line, condition,
-                                  detail));
+void assertion_failed(const char* file, int line, const char* condition,
+                      const std::string& detail) {
+  throw InternalError(
+      fmt::format("{}:{}: internal error: {} does not hold: {}", file, line, condition, detail));
 }
 
 Ticks to_ticks(Seconds t) {

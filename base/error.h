@@ -44,8 +44,8 @@ struct Infeasible {
 template <class T>
 class Feasible {
  public:
-  Feasible(T value) : state_(std::move(value)) {}                   // NOLINT: implicit by design
-  Feasible(Infeasible why) : state_(std::move(why)) {}              // NOLINT: implicit by design
+  Feasible(T value) : state_(std::move(value)) {}       // NOLINT: implicit by design
+  Feasible(Infeasible why) : state_(std::move(why)) {}  // NOLINT: implicit by design
   explicit operator bool() const { return std::holds_alternative<T>(state_); }
   T& operator*() { return value(); }
   const T& operator*() const { return const_cast<Feasible*>(this)->value(); }
@@ -69,7 +69,7 @@ class Feasible {
 }  // namespace partita
 
 /// Always-on check of our own invariant; `detail` is a std::string with the operands.
-#define PARTITA_ASSERT(condition, detail)                                          \
-  do {                                                                             \
+#define PARTITA_ASSERT(condition, detail)                                                    \
+  do {                                                                                       \
     if (!(condition)) ::partita::assertion_failed(__FILE__, __LINE__, #condition, (detail)); \
   } while (false)

@@ -10,8 +10,9 @@
 
 namespace partita {
 
-/// Calls f(worker, index) for every index in [0, count) on up to `workers` threads (0: one per core).
-/// Rethrows the exception of the lowest index that failed. What f writes must depend on its index only.
+/// Calls f(worker, index) for every index in [0, count) on up to `workers` threads (0: one per
+/// core). Rethrows the exception of the lowest index that failed. What f writes must depend on its
+/// index only.
 template <class F>
 void parallel_for(std::size_t count, std::size_t workers, F f) {
   if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());

@@ -18,20 +18,35 @@ struct UnitName {
 };
 
 constexpr std::array kByteUnits{
-    UnitName{"B", 1},         UnitName{"kB", 1e3},         UnitName{"KB", 1e3},
-    UnitName{"MB", 1e6},      UnitName{"GB", 1e9},         UnitName{"TB", 1e12},
-    UnitName{"PB", 1e15},     UnitName{"KiB", 1024.0},     UnitName{"MiB", 1048576.0},
-    UnitName{"GiB", 1073741824.0}, UnitName{"TiB", 1099511627776.0},
+    UnitName{"B", 1},
+    UnitName{"kB", 1e3},
+    UnitName{"KB", 1e3},
+    UnitName{"MB", 1e6},
+    UnitName{"GB", 1e9},
+    UnitName{"TB", 1e12},
+    UnitName{"PB", 1e15},
+    UnitName{"KiB", 1024.0},
+    UnitName{"MiB", 1048576.0},
+    UnitName{"GiB", 1073741824.0},
+    UnitName{"TiB", 1099511627776.0},
 };
 constexpr std::array kTimeUnits{
-    UnitName{"s", 1},     UnitName{"ms", 1e-3}, UnitName{"us", 1e-6}, UnitName{"µs", 1e-6},
-    UnitName{"ns", 1e-9}, UnitName{"ps", 1e-12}, UnitName{"min", 60}, UnitName{"h", 3600},
+    UnitName{"s", 1},     UnitName{"ms", 1e-3},  UnitName{"us", 1e-6}, UnitName{"µs", 1e-6},
+    UnitName{"ns", 1e-9}, UnitName{"ps", 1e-12}, UnitName{"min", 60},  UnitName{"h", 3600},
 };
 constexpr std::array kByteRateUnits{
-    UnitName{"B/s", 1},      UnitName{"kB/s", 1e3},   UnitName{"MB/s", 1e6},
-    UnitName{"GB/s", 1e9},   UnitName{"TB/s", 1e12},  UnitName{"KiB/s", 1024.0},
-    UnitName{"MiB/s", 1048576.0}, UnitName{"GiB/s", 1073741824.0}, UnitName{"TiB/s", 1099511627776.0},
-    UnitName{"Mb/s", 1e6 / 8}, UnitName{"Gb/s", 1e9 / 8}, UnitName{"Tb/s", 1e12 / 8},
+    UnitName{"B/s", 1},
+    UnitName{"kB/s", 1e3},
+    UnitName{"MB/s", 1e6},
+    UnitName{"GB/s", 1e9},
+    UnitName{"TB/s", 1e12},
+    UnitName{"KiB/s", 1024.0},
+    UnitName{"MiB/s", 1048576.0},
+    UnitName{"GiB/s", 1073741824.0},
+    UnitName{"TiB/s", 1099511627776.0},
+    UnitName{"Mb/s", 1e6 / 8},
+    UnitName{"Gb/s", 1e9 / 8},
+    UnitName{"Tb/s", 1e12 / 8},
 };
 constexpr std::array kFlopRateUnits{
     UnitName{"FLOP/s", 1},     UnitName{"MFLOP/s", 1e6},  UnitName{"GFLOP/s", 1e9},
@@ -56,14 +71,13 @@ double parse(std::string_view whole, std::span<const UnitName> units, const char
   double number = 0;
   const auto [end, error] = std::from_chars(body.data(), body.data() + body.size(), number);
   if (error != std::errc{} || !std::isfinite(number)) {
-    throw InputError(place, fmt::format("'{}' is not {}; write a number and a unit, like \"{}\"", whole,
-                                        what, example));
+    throw InputError(place, fmt::format("'{}' is not {}; write a number and a unit, like \"{}\"",
+                                        whole, what, example));
   }
-  const std::string_view unit =
-      trimmed(body.substr(static_cast<std::size_t>(end - body.data())));
+  const std::string_view unit = trimmed(body.substr(static_cast<std::size_t>(end - body.data())));
   if (unit.empty()) {
-    throw InputError(place, fmt::format("'{}' has no unit; write {} with one of {}, like \"{}\"", whole,
-                                        what, names_of(units), example));
+    throw InputError(place, fmt::format("'{}' has no unit; write {} with one of {}, like \"{}\"",
+                                        whole, what, names_of(units), example));
   }
   for (const auto& candidate : units) {
     if (candidate.name != unit) continue;
@@ -71,7 +85,8 @@ double parse(std::string_view whole, std::span<const UnitName> units, const char
       throw InputError(place, fmt::format("'{}' must be {} 0", whole, zero_allowed ? ">=" : ">"));
     }
     // 1.5 us: dividing by the inverse keeps 1.5e-6 exact where multiplying would not.
-    return candidate.factor < 1 ? number / std::round(1 / candidate.factor) : number * candidate.factor;
+    return candidate.factor < 1 ? number / std::round(1 / candidate.factor)
+                                : number * candidate.factor;
   }
   throw InputError(place, fmt::format("'{}' has unknown unit '{}'; {} takes {}, like \"{}\"", whole,
                                       unit, what, names_of(units), example));
@@ -90,7 +105,8 @@ std::string scaled(double value, std::span<const UnitName> ascending) {
 Bytes parse_bytes(std::string_view t, const std::string& place) {
   const double n = parse(t, kByteUnits, "a size", "80 GiB", true, place);
   if (n > 9e18) throw InputError(place, fmt::format("'{}' is too large; at most 8 EiB", t));
-  if (n != std::floor(n)) throw InputError(place, fmt::format("'{}' is not a whole number of bytes", t));
+  if (n != std::floor(n))
+    throw InputError(place, fmt::format("'{}' is not a whole number of bytes", t));
   return Bytes{static_cast<std::int64_t>(n)};
 }
 Seconds parse_seconds(std::string_view t, const std::string& place) {
@@ -119,13 +135,15 @@ std::string text(BytesPerSecond r) {
   return scaled(r.count, units);
 }
 std::string text(FlopsPerSecond r) {
-  constexpr std::array units{UnitName{"FLOP/s", 1}, UnitName{"MFLOP/s", 1e6}, UnitName{"GFLOP/s", 1e9},
-                             UnitName{"TFLOP/s", 1e12}, UnitName{"PFLOP/s", 1e15}};
+  constexpr std::array units{UnitName{"FLOP/s", 1}, UnitName{"MFLOP/s", 1e6},
+                             UnitName{"GFLOP/s", 1e9}, UnitName{"TFLOP/s", 1e12},
+                             UnitName{"PFLOP/s", 1e15}};
   return scaled(r.count, units);
 }
 std::string text(Flops n) {
-  constexpr std::array units{UnitName{"FLOP", 1}, UnitName{"MFLOP", 1e6}, UnitName{"GFLOP", 1e9},
-                             UnitName{"TFLOP", 1e12}, UnitName{"PFLOP", 1e15}, UnitName{"EFLOP", 1e18}};
+  constexpr std::array units{UnitName{"FLOP", 1},     UnitName{"MFLOP", 1e6},
+                             UnitName{"GFLOP", 1e9},  UnitName{"TFLOP", 1e12},
+                             UnitName{"PFLOP", 1e15}, UnitName{"EFLOP", 1e18}};
   return scaled(n.count, units);
 }
 

@@ -18,17 +18,21 @@ struct Quantity {
   constexpr explicit Quantity(Rep base_units) : count{base_units} {}
 
   friend constexpr auto operator<=>(const Quantity&, const Quantity&) = default;
-  friend constexpr Quantity operator+(Quantity a, Quantity b) { return Quantity{a.count + b.count}; }
-  friend constexpr Quantity operator-(Quantity a, Quantity b) { return Quantity{a.count - b.count}; }
+  friend constexpr Quantity operator+(Quantity a, Quantity b) {
+    return Quantity{a.count + b.count};
+  }
+  friend constexpr Quantity operator-(Quantity a, Quantity b) {
+    return Quantity{a.count - b.count};
+  }
   friend constexpr Quantity operator*(Rep k, Quantity q) { return Quantity{k * q.count}; }
   friend constexpr Quantity& operator+=(Quantity& a, Quantity b) { return a = a + b; }
   friend constexpr Quantity& operator-=(Quantity& a, Quantity b) { return a = a - b; }
 };
 
-using Bytes = Quantity<struct ByteUnit, std::int64_t>;       ///< Exact; 8 EiB is enough for any rank.
-using Flops = Quantity<struct FlopUnit, double>;             ///< Operations; exact up to 2^53.
-using Seconds = Quantity<struct SecondUnit, double>;         ///< Cost formulas.
-using Ticks = Quantity<struct TickUnit, std::int64_t>;       ///< Picoseconds; event time, ±106 days.
+using Bytes = Quantity<struct ByteUnit, std::int64_t>;  ///< Exact; 8 EiB is enough for any rank.
+using Flops = Quantity<struct FlopUnit, double>;        ///< Operations; exact up to 2^53.
+using Seconds = Quantity<struct SecondUnit, double>;    ///< Cost formulas.
+using Ticks = Quantity<struct TickUnit, std::int64_t>;  ///< Picoseconds; event time, ±106 days.
 using BytesPerSecond = Quantity<struct ByteRateUnit, double>;
 using FlopsPerSecond = Quantity<struct FlopRateUnit, double>;
 
@@ -50,15 +54,22 @@ constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t parts) {
 }
 constexpr Bytes ceil_div(Bytes n, std::int64_t parts) { return Bytes{ceil_div(n.count, parts)}; }
 
-/// Whole picoseconds that cover `t`, rounded up once; throws InternalError unless 0 <= t < 106 days.
+/// Whole picoseconds that cover `t`, rounded up once; throws InternalError unless 0 <= t < 106
+/// days.
 Ticks to_ticks(Seconds t);
 constexpr Seconds to_seconds(Ticks t) { return Seconds{static_cast<double>(t.count) * 1e-12}; }
 
 inline namespace literals {
 consteval Bytes operator""_B(unsigned long long n) { return Bytes{static_cast<std::int64_t>(n)}; }
-consteval Bytes operator""_KiB(unsigned long long n) { return Bytes{static_cast<std::int64_t>(n) << 10}; }
-consteval Bytes operator""_MiB(unsigned long long n) { return Bytes{static_cast<std::int64_t>(n) << 20}; }
-consteval Bytes operator""_GiB(unsigned long long n) { return Bytes{static_cast<std::int64_t>(n) << 30}; }
+consteval Bytes operator""_KiB(unsigned long long n) {
+  return Bytes{static_cast<std::int64_t>(n) << 10};
+}
+consteval Bytes operator""_MiB(unsigned long long n) {
+  return Bytes{static_cast<std::int64_t>(n) << 20};
+}
+consteval Bytes operator""_GiB(unsigned long long n) {
+  return Bytes{static_cast<std::int64_t>(n) << 30};
+}
 consteval Bytes operator""_GB(unsigned long long n) {
   return Bytes{static_cast<std::int64_t>(n) * 1'000'000'000};
 }

@@ -25,7 +25,8 @@ struct YamlNode::Impl {
 
 namespace {
 
-std::shared_ptr<const YamlNode::Impl> make(const YAML::Node& node, std::string file, std::string path) {
+std::shared_ptr<const YamlNode::Impl> make(const YAML::Node& node, std::string file,
+                                           std::string path) {
   auto impl = std::make_shared<YamlNode::Impl>();
   impl->node = node;
   impl->file = std::move(file);
@@ -84,7 +85,8 @@ YamlNode YamlNode::load_file(const std::string& file, std::string_view schema) {
   return load_text(read_file(file), file, schema);
 }
 
-YamlNode YamlNode::load_text(const std::string& body, const std::string& file, std::string_view schema) {
+YamlNode YamlNode::load_text(const std::string& body, const std::string& file,
+                             std::string_view schema) {
   YAML::Node root;
   try {
     root = YAML::Load(body);
@@ -185,7 +187,8 @@ std::int64_t YamlNode::as_int(std::int64_t lowest, std::int64_t highest) const {
     throw InputError(place(), fmt::format("'{}' is not a whole number", s));
   }
   if (n < lowest) throw InputError(place(), fmt::format("{} is too small; at least {}", n, lowest));
-  if (n > highest) throw InputError(place(), fmt::format("{} is too large; at most {}", n, highest));
+  if (n > highest)
+    throw InputError(place(), fmt::format("{} is too large; at most {}", n, highest));
   return n;
 }
 

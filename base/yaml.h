@@ -20,7 +20,8 @@ class YamlNode {
   /// Throw InputError: no such file, not YAML, or a `schema` key that is not `schema`
   /// ("partita.plan/1").
   static YamlNode load_file(const std::string& file, std::string_view schema);
-  static YamlNode load_text(const std::string& text, const std::string& file, std::string_view schema);
+  static YamlNode load_text(const std::string& text, const std::string& file,
+                            std::string_view schema);
 
   /// "file.yaml:12: devices[0].memory"
   std::string place() const;
@@ -34,7 +35,7 @@ class YamlNode {
   YamlNode get(std::string_view key) const;
   std::optional<YamlNode> find(std::string_view key) const;
   bool has(std::string_view key) const { return find(key).has_value(); }
-  std::vector<YamlNode> items() const;              ///< Of a list.
+  std::vector<YamlNode> items() const;                            ///< Of a list.
   std::vector<std::pair<std::string, YamlNode>> members() const;  ///< Of a map, in file order.
 
   /// InputError for any key of this map that no get/find/members has asked for.
@@ -42,7 +43,7 @@ class YamlNode {
 
   std::string as_string() const;
   std::int64_t as_int(std::int64_t lowest = INT64_MIN, std::int64_t highest = INT64_MAX) const;
-  double as_double() const;   ///< A pure number: ratio, efficiency.
+  double as_double() const;  ///< A pure number: ratio, efficiency.
   bool as_bool() const;
   Bytes as_bytes() const;
   Seconds as_seconds() const;
@@ -61,8 +62,8 @@ class YamlNode {
 /// "; did you mean 'x'?" when one of `known` is within edit distance 2 of `word`, else "".
 std::string did_you_mean(std::string_view word, const std::vector<std::string>& known);
 
-/// Where the catalogue's data files live: $PARTITA_DATA, else beside the sources the build came from.
-/// `folder` is e.g. "models/catalogue".
+/// Where the catalogue's data files live: $PARTITA_DATA, else beside the sources the build came
+/// from. `folder` is e.g. "models/catalogue".
 std::string data_folder(std::string_view folder);
 
 /// The whole of a file. InputError if it cannot be read.

@@ -52,7 +52,8 @@ void add_topo(CLI::App& app) {
   };
   auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand("topo", "show a cluster: devices, links, routes");
-  c->add_option("TOPOLOGY", o->topology, "catalogue name or file; without it the catalogue is listed");
+  c->add_option("TOPOLOGY", o->topology,
+                "catalogue name or file; without it the catalogue is listed");
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
     if (o->topology.empty()) {
@@ -73,7 +74,8 @@ struct Common {
 
 void add_simulate(CLI::App& app) {
   auto o = std::make_shared<Common>();
-  CLI::App* c = app.add_subcommand("simulate", "predict one plan's step: time, memory, where both go");
+  CLI::App* c =
+      app.add_subcommand("simulate", "predict one plan's step: time, memory, where both go");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c, true);
@@ -88,7 +90,8 @@ void add_simulate(CLI::App& app) {
     Timeline timeline;
     Program program;
     const bool record = !o->trace.empty();
-    auto prediction = predict(g, plan, communication, record ? &timeline : nullptr, record ? &program : nullptr);
+    auto prediction =
+        predict(g, plan, communication, record ? &timeline : nullptr, record ? &program : nullptr);
     if (!prediction) throw InputError("plan", prediction.reason());
     if (record) write_trace(o->trace, program, timeline);
     print(o->json ? prediction_json(g, t, *prediction) : prediction_table(g, t, *prediction));
@@ -114,7 +117,8 @@ void add_plan(CLI::App& app, int& code) {
     const auto ranks = static_cast<std::int64_t>(t.used_devices());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
     const Graph g = load_graph(o->model, o->flags, base);
-    const SearchResult r = search(g, t, ranks, base, full_space(g, t, ranks, base), static_cast<std::size_t>(o->top));
+    const SearchResult r =
+        search(g, t, ranks, base, full_space(g, t, ranks, base), static_cast<std::size_t>(o->top));
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);
       Timeline timeline;

@@ -11,12 +11,15 @@
 
 int main(int argc, char** argv) {
   using namespace partita;
-  CLI::App app{"Plans and predicts distributed training of neural networks, and checks its own answers."};
+  CLI::App app{
+      "Plans and predicts distributed training of neural networks, and checks its own answers."};
   app.require_subcommand(1);
   app.set_version_flag("--version", "partita 0.1.0");
-  app.footer("MODEL: a catalogue name, a Hugging Face config.json, .yaml or .onnx.\n"
-             "TOPOLOGY: a catalogue name with :nodes (dgx-h100:8), .yaml, NCCL .xml or nvidia-smi topo -m output.\n"
-             "Exit codes: 0 done; 1 nothing fits or a bound is missed; 2 your input; 3 a bug of ours.");
+  app.footer(
+      "MODEL: a catalogue name, a Hugging Face config.json, .yaml or .onnx.\n"
+      "TOPOLOGY: a catalogue name with :nodes (dgx-h100:8), .yaml, NCCL .xml or nvidia-smi topo -m "
+      "output.\n"
+      "Exit codes: 0 done; 1 nothing fits or a bound is missed; 2 your input; 3 a bug of ours.");
   int code = 0;
   cli::add_commands(app, code);
   try {
@@ -37,7 +40,9 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "partita: out of memory\n");
     return 3;
   } catch (const std::exception& e) {
-    fmt::print(stderr, "partita: {}\nThis is a bug of Partita; please report it with the command.\n", e.what());
+    fmt::print(stderr,
+               "partita: {}\nThis is a bug of Partita; please report it with the command.\n",
+               e.what());
     return 3;
   }
   return code;

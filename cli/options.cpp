@@ -16,18 +16,23 @@ void PlanFlags::add_to(CLI::App& app, bool fixed_axes) {
   if (fixed_axes) {
     app.add_option("--tp,--tensor-parallel", tp, "tensor parallel size");
     app.add_option("--pp,--pipeline-parallel", pp, "pipeline parallel size");
-    app.add_option("--dp,--data-parallel", dp, "data parallel size (default: what the other sizes leave)");
+    app.add_option("--dp,--data-parallel", dp,
+                   "data parallel size (default: what the other sizes leave)");
     app.add_option("--cp,--context-parallel", cp, "context parallel size");
     app.add_option("--ep,--expert-parallel", ep, "expert parallel size");
     app.add_option("--etp,--expert-tensor-parallel", etp, "tensor parallel size inside experts");
     app.add_option("--virtual-stages", virtual_stages, "chunks per pipeline stage");
-    app.add_option("--micro-batch,--micro-batch-size", micro_batch, "samples per data-parallel rank and micro-batch");
-    app.add_option("--zero", zero, "sharded state: 0 none, 1 optimizer, 2 and gradients, 3 and parameters");
+    app.add_option("--micro-batch,--micro-batch-size", micro_batch,
+                   "samples per data-parallel rank and micro-batch");
+    app.add_option("--zero", zero,
+                   "sharded state: 0 none, 1 optimizer, 2 and gradients, 3 and parameters");
     app.add_option("--zero-group", zero_group, "ranks that share one copy of the state (HSDP)");
-    app.add_flag("--sequence-parallel", sequence_parallel, "cut sequences over tp between the products");
+    app.add_flag("--sequence-parallel", sequence_parallel,
+                 "cut sequences over tp between the products");
     app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
     app.add_option("--schedule", schedule, "naive, gpipe, 1f1b or interleaved");
-    app.add_option("--recompute", recompute, "none, selective, full, first:N, or operator patterns");
+    app.add_option("--recompute", recompute,
+                   "none, selective, full, first:N, or operator patterns");
     app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
     app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
     app.add_option("--context-exchange", context_exchange, "all_gather or all_to_all");
@@ -39,10 +44,12 @@ void PlanFlags::add_to(CLI::App& app, bool fixed_axes) {
   app.add_option("--seq,--sequence-length", sequence, "tokens per sample");
   app.add_option("--layers", layers, "only this many blocks");
   app.add_option("--vocabulary", vocabulary, "size of the vocabulary");
-  app.add_flag("--materialised-attention", materialised_attention, "attention whose probabilities go through memory");
+  app.add_flag("--materialised-attention", materialised_attention,
+               "attention whose probabilities go through memory");
   app.add_option("--dropout", dropout, "dropout probability");
   app.add_option("--freeze", freeze, "parameters (patterns) that are not trained");
-  app.add_option("--lora", lora, "linear operators (patterns) that get adapters; all else is frozen");
+  app.add_option("--lora", lora,
+                 "linear operators (patterns) that get adapters; all else is frozen");
   app.add_option("--lora-rank", lora_rank, "rank of the adapters");
 }
 
@@ -52,9 +59,11 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   set_framework(p, default_framework, "");
   if (!f.file.empty()) p = load_plan(f.file);
   if (!f.framework.empty()) set_framework(p, f.framework, "--framework");
-  const auto number = [](const std::optional<std::int64_t>& from, std::int64_t& to, const char* flag, std::int64_t lowest) {
+  const auto number = [](const std::optional<std::int64_t>& from, std::int64_t& to,
+                         const char* flag, std::int64_t lowest) {
     if (!from) return;
-    if (*from < lowest) throw InputError(flag, fmt::format("{} is too small; at least {}", *from, lowest));
+    if (*from < lowest)
+      throw InputError(flag, fmt::format("{} is too small; at least {}", *from, lowest));
     if (*from > 1'000'000'000) throw InputError(flag, fmt::format("{} is too large", *from));
     to = *from;
   };
@@ -77,22 +86,26 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   }
   if (f.sequence_parallel) p.sequence_parallel = true;
   if (f.no_sequence_parallel) p.sequence_parallel = false;
-  if (!f.schedule.empty()) p.schedule = parse_schedule(f.schedule, "--schedule"), p.schedule_given = true;
+  if (!f.schedule.empty())
+    p.schedule = parse_schedule(f.schedule, "--schedule"), p.schedule_given = true;
   if (!f.recompute.empty()) set_recompute(p, f.recompute, "--recompute");
   if (!f.precision.empty()) set_precision(p, f.precision, "--precision");
   if (!f.strategy.empty()) {
     const auto known = strategies();
     if (std::find(known.begin(), known.end(), f.strategy) == known.end()) {
-      throw InputError("--strategy", fmt::format("'{}' is no strategy{}; there are {}", f.strategy,
-                                                 did_you_mean(f.strategy, known), fmt::join(known, ", ")));
+      throw InputError("--strategy",
+                       fmt::format("'{}' is no strategy{}; there are {}", f.strategy,
+                                   did_you_mean(f.strategy, known), fmt::join(known, ", ")));
     }
     p.strategy = f.strategy;
   }
   if (!f.context_exchange.empty()) {
     if (f.context_exchange != "all_gather" && f.context_exchange != "all_to_all") {
-      throw InputError("--context-exchange", fmt::format("'{}' is not all_gather or all_to_all", f.context_exchange));
+      throw InputError("--context-exchange",
+                       fmt::format("'{}' is not all_gather or all_to_all", f.context_exchange));
     }
-    p.context = f.context_exchange == "all_gather" ? Plan::ContextExchange::all_gather : Plan::ContextExchange::all_to_all;
+    p.context = f.context_exchange == "all_gather" ? Plan::ContextExchange::all_gather
+                                                   : Plan::ContextExchange::all_to_all;
   }
   if (!f.cuts.empty()) {
     p.cuts.clear();
@@ -101,7 +114,8 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
       std::int64_t n = -1;
       const auto [end, error] = std::from_chars(f.cuts.data() + at, f.cuts.data() + comma, n);
       if (error != std::errc{} || end != f.cuts.data() + comma || n < 0) {
-        throw InputError("--cuts", fmt::format("'{}' is not a list of block counts like 10,11,11,10", f.cuts));
+        throw InputError(
+            "--cuts", fmt::format("'{}' is not a list of block counts like 10,11,11,10", f.cuts));
       }
       p.cuts.push_back(n);
       at = comma + 1;
@@ -121,27 +135,33 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
 void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
   const std::int64_t others = p.tp * p.pp * p.cp;
   if (ranks % others != 0) {
-    throw InputError("--tp, --pp, --cp", fmt::format("tp {} x pp {} x cp {} = {} does not divide the {} devices of {}; "
-                                                     "choose sizes whose product divides {}, or another number of nodes",
-                                                     p.tp, p.pp, p.cp, others, ranks, where, ranks));
+    throw InputError(
+        "--tp, --pp, --cp",
+        fmt::format("tp {} x pp {} x cp {} = {} does not divide the {} devices of {}; "
+                    "choose sizes whose product divides {}, or another number of nodes",
+                    p.tp, p.pp, p.cp, others, ranks, where, ranks));
   }
   if (p.dp == 0) p.dp = ranks / others;
   if (p.dp * others != ranks) {
-    throw InputError("--dp", fmt::format("dp {} x tp {} x pp {} x cp {} = {} ranks, but {} has {} devices; leave --dp "
-                                         "out or use {}",
-                                         p.dp, p.tp, p.pp, p.cp, p.dp * others, where, ranks, ranks / others));
+    throw InputError(
+        "--dp",
+        fmt::format("dp {} x tp {} x pp {} x cp {} = {} ranks, but {} has {} devices; leave --dp "
+                    "out or use {}",
+                    p.dp, p.tp, p.pp, p.cp, p.dp * others, where, ranks, ranks / others));
   }
 }
 
 ModelOptions model_options(const PlanFlags& f) {
   ModelOptions o;
   o.sequence = f.sequence;
-  if (f.layers < 0 || f.layers > 1'000'000) throw InputError("--layers", fmt::format("{} is no number of blocks", f.layers));
+  if (f.layers < 0 || f.layers > 1'000'000)
+    throw InputError("--layers", fmt::format("{} is no number of blocks", f.layers));
   o.layers = static_cast<int>(f.layers);
   o.vocabulary = f.vocabulary;
   o.flash_attention = !f.materialised_attention;
   if (f.dropout) {
-    if (*f.dropout < 0 || *f.dropout >= 1) throw InputError("--dropout", fmt::format("{} is not in [0, 1)", *f.dropout));
+    if (*f.dropout < 0 || *f.dropout >= 1)
+      throw InputError("--dropout", fmt::format("{} is not in [0, 1)", *f.dropout));
     o.dropout = *f.dropout;
   }
   return o;

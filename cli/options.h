@@ -15,11 +15,12 @@ class App;
 
 namespace partita::cli {
 
-/// Flags that override a plan file; absent ones leave it alone. Texts are parsed late, so that a message
-/// can name the flag.
+/// Flags that override a plan file; absent ones leave it alone. Texts are parsed late, so that a
+/// message can name the flag.
 struct PlanFlags {
   std::string file;
-  std::optional<std::int64_t> tp, pp, dp, cp, ep, etp, virtual_stages, micro_batch, global_batch, zero, zero_group;
+  std::optional<std::int64_t> tp, pp, dp, cp, ep, etp, virtual_stages, micro_batch, global_batch,
+      zero, zero_group;
   bool sequence_parallel = false, no_sequence_parallel = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "idle";

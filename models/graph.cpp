@@ -41,7 +41,23 @@ Signature signature(const Graph& graph, OpId id, std::int64_t samples) {
   const Operator& op = graph.op(id);
   std::vector<Shape> shapes;
   for (const TensorId t : op.inputs) shapes.push_back(with_samples(graph.tensor(t).shape, samples));
-  return signature(op.operation, shapes, op.name);
+  Signature s = signature(op.operation, shapes, op.name);
+  // Element-wise operators see top_k rows per token; which experts there are, only the dispatch says.
+  const auto routed = std::find_if(op.inputs.begin(), op.inputs.end(),
+                                   [&](TensorId t) { return graph.tensor(t).routed; });
+  if (routed != op.inputs.end()) {
+    s.dims[static_cast<std::size_t>(s.find(Dim::expert))].extent = experts_of(graph, *routed);
+  }
+  return s;
+}
+
+std::int64_t experts_of(const Graph& graph, TensorId routed) {
+  for (TensorId at = routed; graph.tensor(at).producer.valid();) {
+    const Operator& op = graph.op(graph.tensor(at).producer);
+    if (const auto* d = std::get_if<Dispatch>(&op.operation)) return d->experts;
+    at = op.inputs[0];
+  }
+  throw InternalError("routed tensor " + graph.tensor(routed).name + " comes from no dispatch");
 }
 
 std::int64_t parameter_count(const Graph& graph) {

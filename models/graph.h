@@ -61,6 +61,8 @@ struct Graph {
 
 /// The operator's signature with `samples` samples.
 Signature signature(const Graph& graph, OpId op, std::int64_t samples);
+/// Number of experts that the rows of a routed tensor are for.
+std::int64_t experts_of(const Graph& graph, TensorId routed);
 Shape with_samples(Shape shape, std::int64_t samples);
 
 std::int64_t parameter_count(const Graph& graph);

@@ -35,8 +35,9 @@ Json plan_json(const Plan& p) {
   j["recompute"] = p.recompute == Recompute::none        ? "none"
                    : p.recompute == Recompute::selective ? "selective"
                    : p.recompute == Recompute::full      ? "full"
-                   : p.recompute == Recompute::first     ? fmt::format("first:{}", p.recompute_first)
-                                                         : fmt::format("{}", fmt::join(p.recompute_patterns, ","));
+                   : p.recompute == Recompute::first
+                       ? fmt::format("first:{}", p.recompute_first)
+                       : fmt::format("{}", fmt::join(p.recompute_patterns, ","));
   j["precision"] = p.precision_name;
   return j;
 }
@@ -49,11 +50,13 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["plan"] = plan_json(p.plan);
   j["step_time_s"] = p.step_time.count;
   j["interval_s"] = nullptr;
-  j["tokens_per_s_per_device"] = graph.sequence > 0 ? Json(p.tokens_per_second_per_device) : Json(nullptr);
+  j["tokens_per_s_per_device"] =
+      graph.sequence > 0 ? Json(p.tokens_per_second_per_device) : Json(nullptr);
   j["samples_per_s"] = p.samples_per_second;
   j["mfu"] = p.mfu;
   j["hfu"] = p.hfu;
-  j["flop_convention"] = "PaLM: matrix products of forward and backward, attention over the whole square";
+  j["flop_convention"] =
+      "PaLM: matrix products of forward and backward, attention over the whole square";
   j["peak_allocated_bytes"] = p.peak_allocated.count;
   j["peak_reserved_bytes"] = p.peak_reserved.count;
   j["peak_device_bytes"] = p.peak_device.count;
@@ -67,7 +70,8 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
     m["stage"] = s.stage;
     m["total"] = s.total.count;
     for (int c = 0; c < kCategoryCount; ++c) {
-      m[std::string(name(static_cast<Category>(c)))] = s.by_category[static_cast<std::size_t>(c)].count;
+      m[std::string(name(static_cast<Category>(c)))] =
+          s.by_category[static_cast<std::size_t>(c)].count;
     }
     j["memory_bytes_by_stage"].push_back(m);
   }
@@ -81,7 +85,8 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   b["other"] = to_seconds(p.breakdown.other).count;
   j["breakdown_s"] = b;
   j["rests_on"] = Json::array();
-  for (const RestsOn& r : p.rests_on) j["rests_on"].push_back({{"term", r.term}, {"kind", r.kind}, {"share", r.share}});
+  for (const RestsOn& r : p.rests_on)
+    j["rests_on"].push_back({{"term", r.term}, {"kind", r.kind}, {"share", r.share}});
   return j;
 }
 
@@ -100,7 +105,8 @@ std::string align(const std::vector<std::vector<std::string>>& rows) {
   for (const auto& row : rows) {
     std::string line;
     for (std::size_t i = 0; i < row.size(); ++i) {
-      line += i == 0 ? fmt::format("{:<{}}", row[i], width[i]) : fmt::format("  {:>{}}", row[i], width[i]);
+      line += i == 0 ? fmt::format("{:<{}}", row[i], width[i])
+                     : fmt::format("  {:>{}}", row[i], width[i]);
     }
     line.erase(line.find_last_not_of(' ') + 1);
     out += line + "\n";
@@ -131,18 +137,21 @@ std::string prediction_json(const Graph& graph, const Topology& topology, const 
 }
 
 std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p) {
-  std::string out = fmt::format("{} on {} devices of {}, {}, {}\n{}\n\n", graph.name, p.devices, topology.name(),
-                                p.plan.precision_name, p.plan.framework, plan_line(p.plan));
+  std::string out =
+      fmt::format("{} on {} devices of {}, {}, {}\n{}\n\n", graph.name, p.devices, topology.name(),
+                  p.plan.precision_name, p.plan.framework, plan_line(p.plan));
   std::vector<std::vector<std::string>> rows{{"step time", text(p.step_time)}};
   if (graph.sequence > 0) {
-    rows.push_back({"tokens/s per device", grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))});
+    rows.push_back({"tokens/s per device",
+                    grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))});
   }
   rows.push_back({"samples/s", fmt::format("{:.4g}", p.samples_per_second)});
   rows.push_back({"model FLOP utilisation", percent(p.mfu)});
   rows.push_back({"hardware FLOP utilisation", percent(p.hfu)});
   rows.push_back({"peak memory, allocated", text(p.peak_allocated)});
-  rows.push_back({"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device), text(p.usable),
-                                                     p.fits ? "fits" : "DOES NOT FIT")});
+  rows.push_back(
+      {"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device),
+                                          text(p.usable), p.fits ? "fits" : "DOES NOT FIT")});
   out += align(rows);
 
   const double total = static_cast<double>(std::max<std::int64_t>(1, p.breakdown.total().count));
@@ -151,8 +160,10 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
     if (t.count == 0) return;
     where.push_back({label, text(to_seconds(t)), percent(static_cast<double>(t.count) / total)});
   };
-  std::vector<std::pair<std::string, Ticks>> kinds(p.breakdown.compute.begin(), p.breakdown.compute.end());
-  std::stable_sort(kinds.begin(), kinds.end(), [](const auto& a, const auto& b) { return b.second < a.second; });
+  std::vector<std::pair<std::string, Ticks>> kinds(p.breakdown.compute.begin(),
+                                                   p.breakdown.compute.end());
+  std::stable_sort(kinds.begin(), kinds.end(),
+                   [](const auto& a, const auto& b) { return b.second < a.second; });
   for (const auto& [kind, t] : kinds) row("  compute: " + kind, t);
   for (const auto& [axis, t] : p.breakdown.exposed) row("  exposed communication: " + axis, t);
   row("  pipeline bubble", p.breakdown.bubble);
@@ -164,7 +175,8 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   for (int c = 0; c < kCategoryCount; ++c) memory[0].emplace_back(name(static_cast<Category>(c)));
   for (const StageMemory& s : p.memory_by_stage) {
     std::vector<std::string> line{fmt::format("  stage {}", s.stage), gib(s.total)};
-    for (int c = 0; c < kCategoryCount; ++c) line.push_back(gib(s.by_category[static_cast<std::size_t>(c)]));
+    for (int c = 0; c < kCategoryCount; ++c)
+      line.push_back(gib(s.by_category[static_cast<std::size_t>(c)]));
     memory.push_back(line);
   }
   out += "\n" + align(memory) + "  at " + p.peak_at + "\n";
@@ -186,31 +198,38 @@ std::string search_json(const Graph& graph, const Topology& topology, const Sear
                       {"pruned_memory", r.pruned_memory},
                       {"pruned_bound", r.pruned_bound},
                       {"illegal", r.illegal}};
-  if (r.plans.empty() && r.smallest) j["smallest"] = prediction_object(graph, topology, *r.smallest);
+  if (r.plans.empty() && r.smallest)
+    j["smallest"] = prediction_object(graph, topology, *r.smallest);
   return j.dump(2) + "\n";
 }
 
 std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r) {
-  std::string out = fmt::format("{} plans in the space: {} simulated, {} cannot hold their state, {} illegal; {:.1f} s\n",
-                                r.space, r.evaluated, r.pruned_memory, r.illegal, r.search_time.count);
+  std::string out = fmt::format(
+      "{} plans in the space: {} simulated, {} cannot hold their state, {} illegal; {:.1f} s\n",
+      r.space, r.evaluated, r.pruned_memory, r.illegal, r.search_time.count);
   if (r.plans.empty()) {
     out += "nothing fits";
     if (r.smallest) {
-      out += fmt::format("; the smallest needs {} of {} usable:\n  {}\n", text(r.smallest->peak_device),
-                         text(r.smallest->usable), plan_line(r.smallest->plan));
+      out += fmt::format("; the smallest needs {} of {} usable:\n  {}\n",
+                         text(r.smallest->peak_device), text(r.smallest->usable),
+                         plan_line(r.smallest->plan));
     } else {
-      out += r.example_illegal.empty() ? "\n" : fmt::format("; for example: {}\n", r.example_illegal);
+      out +=
+          r.example_illegal.empty() ? "\n" : fmt::format("; for example: {}\n", r.example_illegal);
     }
     return out;
   }
-  std::vector<std::vector<std::string>> rows{{"plan", "step", graph.sequence > 0 ? "tokens/s/device" : "samples/s", "MFU", "memory"}};
+  std::vector<std::vector<std::string>> rows{
+      {"plan", "step", graph.sequence > 0 ? "tokens/s/device" : "samples/s", "MFU", "memory"}};
   for (const Prediction& p : r.plans) {
     rows.push_back({plan_line(p.plan), text(p.step_time),
-                    graph.sequence > 0 ? grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))
-                                       : fmt::format("{:.4g}", p.samples_per_second),
+                    graph.sequence > 0
+                        ? grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))
+                        : fmt::format("{:.4g}", p.samples_per_second),
                     percent(p.mfu), text(p.peak_device)});
   }
-  out += "\n" + align(rows) + "\nThe first one:\n\n" + prediction_table(graph, topology, r.plans[0]);
+  out +=
+      "\n" + align(rows) + "\nThe first one:\n\n" + prediction_table(graph, topology, r.plans[0]);
   return out;
 }
 
@@ -243,7 +262,8 @@ std::string model_table(const Graph& graph, bool operators) {
   rows.push_back({"backward by weight", text(f.backward_weight)});
   std::string out = graph.name + "\n\n" + align(rows);
   if (!operators) return out;
-  std::vector<std::vector<std::string>> list{{"operator", "kind", "parameters", "forward", "output"}};
+  std::vector<std::vector<std::string>> list{
+      {"operator", "kind", "parameters", "forward", "output"}};
   for (std::size_t i = 0; i < graph.operators.size(); ++i) {
     const Operator& op = graph.operators[i];
     const Signature s = signature(graph, OpId{i}, 1);
@@ -252,7 +272,8 @@ std::string model_table(const Graph& graph, bool operators) {
     std::int64_t n = 0;
     for (const ParameterId q : op.parameters) n += elements(graph.parameter(q).shape);
     list.push_back({op.name, std::string(kind_name(op.operation)), n > 0 ? grouped(n) : "",
-                    text(flops(op.operation, s, extents, Pass::forward)), text(graph.tensor(op.outputs[0]).shape)});
+                    text(flops(op.operation, s, extents, Pass::forward)),
+                    text(graph.tensor(op.outputs[0]).shape)});
   }
   return out + "\n" + align(list);
 }
@@ -272,7 +293,8 @@ std::string topology_json(const Topology& t) {
     p["memory_bytes"] = d.memory.count;
     p["usable_memory_bytes"] = d.usable_memory.count;
     p["memory_bandwidth_bytes_per_s"] = d.memory_bandwidth.count;
-    for (const auto& [type, rate] : d.matrix_rates) p["matrix_rate_flop_per_s"][std::string(name(type))] = rate.peak.count;
+    for (const auto& [type, rate] : d.matrix_rates)
+      p["matrix_rate_flop_per_s"][std::string(name(type))] = rate.peak.count;
     j["device_profiles"].push_back(p);
   }
   j["notes"] = t.notes();
@@ -280,11 +302,12 @@ std::string topology_json(const Topology& t) {
 }
 
 std::string topology_table(const Topology& t) {
-  std::string out = fmt::format("{}: {} nodes, {} devices, {} links (one direction each)\n", t.name(), t.node_count(),
-                                t.device_count(), t.link_count());
+  std::string out = fmt::format("{}: {} nodes, {} devices, {} links (one direction each)\n",
+                                t.name(), t.node_count(), t.device_count(), t.link_count());
   for (std::size_t k = 0; k < t.profile_count(); ++k) {
     const DeviceProfile& d = t.profile(k);
-    out += fmt::format("\n{}: {} ({} usable), {}\n", d.name, text(d.memory), text(d.usable_memory), text(d.memory_bandwidth));
+    out += fmt::format("\n{}: {} ({} usable), {}\n", d.name, text(d.memory), text(d.usable_memory),
+                       text(d.memory_bandwidth));
     for (const auto& [type, rate] : d.matrix_rates) {
       out += fmt::format("  {:<6} {:>14}   {}\n", name(type), text(rate.peak), rate.source);
     }
@@ -293,12 +316,14 @@ std::string topology_table(const Topology& t) {
     if (b >= t.device_count()) return;
     const auto route = t.route(DeviceId{a}, DeviceId{b});
     double slowest = 1e300, latency = 0;
-    out += fmt::format("\nroute {} -> {}\n", t.device_name(DeviceId{a}), t.device_name(DeviceId{b}));
+    out +=
+        fmt::format("\nroute {} -> {}\n", t.device_name(DeviceId{a}), t.device_name(DeviceId{b}));
     for (const LinkId l : route) {
       const Link link = t.link(l);
       slowest = std::min(slowest, link.bandwidth.count);
       latency += link.latency.count;
-      out += fmt::format("  {:<44} {:<8} {:>10}  {}\n", t.link_name(l), name(link.kind), text(link.bandwidth), text(link.latency));
+      out += fmt::format("  {:<44} {:<8} {:>10}  {}\n", t.link_name(l), name(link.kind),
+                         text(link.bandwidth), text(link.latency));
     }
     out += fmt::format("  all: {}, {}\n", text(BytesPerSecond{slowest}), text(Seconds{latency}));
   };
@@ -309,13 +334,17 @@ std::string topology_table(const Topology& t) {
 }
 
 void write_trace(const std::string& file, const Program& program, const Timeline& timeline) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"), &std::fclose);
-  if (!out) throw InputError("--trace", fmt::format("cannot write {}; check the folder and its permissions", file));
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"),
+                                                            &std::fclose);
+  if (!out)
+    throw InputError("--trace",
+                     fmt::format("cannot write {}; check the folder and its permissions", file));
   fmt::memory_buffer text;
   const auto flush = [&] {
     const bool good = std::fwrite(text.data(), 1, text.size(), out.get()) == text.size();
     text.clear();
-    if (!good) throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+    if (!good)
+      throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
   };
   const auto append = [&](const std::string& s) {
     text.append(s.data(), s.data() + s.size());
@@ -329,9 +358,20 @@ void write_trace(const std::string& file, const Program& program, const Timeline
   };
   for (std::size_t c = 0; c < timeline.classes.size(); ++c) {
     const RankClass& k = timeline.classes[c];
-    event(Json{{"ph", "M"}, {"name", "process_name"}, {"pid", c}, {"args", {{"name", fmt::format("stage {} ({} ranks like rank {})", k.stage, k.count, k.representative)}}}}.dump());
+    event(Json{{"ph", "M"},
+               {"name", "process_name"},
+               {"pid", c},
+               {"args",
+                {{"name", fmt::format("stage {} ({} ranks like rank {})", k.stage, k.count,
+                                      k.representative)}}}}
+              .dump());
     for (std::size_t s = 0; s < program.streams.size(); ++s) {
-      event(Json{{"ph", "M"}, {"name", "thread_name"}, {"pid", c}, {"tid", s}, {"args", {{"name", program.streams[s]}}}}.dump());
+      event(Json{{"ph", "M"},
+                 {"name", "thread_name"},
+                 {"pid", c},
+                 {"tid", s},
+                 {"args", {{"name", program.streams[s]}}}}
+                .dump());
     }
   }
   for (const Entry& e : timeline.entries) {
@@ -348,15 +388,20 @@ void write_trace(const std::string& file, const Program& program, const Timeline
       label = program.buffer(i.reads.empty() ? i.writes[0] : i.reads[0]).name;
       if (i.kind == Kind::collective) what = std::string(name(i.collective));
     }
-    const Bytes bytes = i.kind == Kind::collective
-                            ? payload(program, i, timeline.classes[static_cast<std::size_t>(e.rank_class)].representative)
-                            : Bytes{0};
+    const Bytes bytes =
+        i.kind == Kind::collective
+            ? payload(program, i,
+                      timeline.classes[static_cast<std::size_t>(e.rank_class)].representative)
+            : Bytes{0};
     Json args{{"block", block.name}, {"micro_batch", e.micro_batch}};
     if (bytes.count > 0) args["bytes"] = bytes.count;
-    const auto micro = [](Ticks t) { return fmt::format("{}.{:06}", t.count / 1000000, t.count % 1000000); };
-    event(fmt::format(R"({{"ph":"X","name":{},"cat":"{}","pid":{},"tid":{},"ts":{},"dur":{},"args":{}}})",
-                      Json(what + " " + label).dump(), what, e.rank_class, i.stream, micro(e.start),
-                      micro(e.end - e.start), args.dump()));
+    const auto micro = [](Ticks t) {
+      return fmt::format("{}.{:06}", t.count / 1000000, t.count % 1000000);
+    };
+    event(fmt::format(
+        R"({{"ph":"X","name":{},"cat":"{}","pid":{},"tid":{},"ts":{},"dur":{},"args":{}}})",
+        Json(what + " " + label).dump(), what, e.rank_class, i.stream, micro(e.start),
+        micro(e.end - e.start), args.dump()));
   }
   append("\n]}\n");
   flush();

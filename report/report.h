@@ -10,8 +10,8 @@
 
 namespace partita {
 
-/// The keys of docs/formats.md, one JSON object with a newline. Bytes and seconds are numbers, fractions not
-/// percent. Equal inputs give equal text.
+/// The keys of docs/formats.md, one JSON object with a newline. Bytes and seconds are numbers,
+/// fractions not percent. Equal inputs give equal text.
 std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p);
 std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p);
 
@@ -23,8 +23,8 @@ std::string model_table(const Graph& graph, bool operators);
 std::string topology_json(const Topology& topology);
 std::string topology_table(const Topology& topology);
 
-/// Chrome trace events (ui.perfetto.dev): one process per rank class, one thread per stream. Times in
-/// microseconds with picosecond digits. Writes the file; InputError if it can't.
+/// Chrome trace events (ui.perfetto.dev): one process per rank class, one thread per stream. Times
+/// in microseconds with picosecond digits. Writes the file; InputError if it can't.
 void write_trace(const std::string& file, const Program& program, const Timeline& timeline);
 
 /// "tp 8 pp 4 dp 2, micro-batch 1, 1f1b, full recompute, ZeRO-1": a plan in one line.

@@ -262,6 +262,7 @@ class Machine {
       case Kind::slice:
         for (const std::int64_t r : ranks)
           redistribute({r}, i.reads[0], i.writes[0], false, Mode::first, r);
+        commit();
         return true;
       case Kind::collective:
         return collective(i, stage, ranks);
@@ -333,8 +334,9 @@ class Machine {
     } else if (a.layout.flat.empty() && b.layout.flat.empty()) {
       std::vector<double> whole(static_cast<std::size_t>(elements(a.shape)), 0.0);
       // What no window reads gets no gradient.
-      const bool windows = std::any_of(a.layout.dims.begin(), a.layout.dims.end(),
-                                       [](const DimSplit& d) { return d.kind == SplitKind::window; });
+      const bool windows =
+          std::any_of(a.layout.dims.begin(), a.layout.dims.end(),
+                      [](const DimSplit& d) { return d.kind == SplitKind::window; });
       std::vector<char> held(whole.size(), windows && mode == Mode::sum ? 1 : 0);
       for (const std::int64_t m : members) {
         const Piece& piece = load(m, from);
@@ -352,7 +354,11 @@ class Machine {
     } else {
       // Flat shards: positions in what the rank would hold whole; equal for all members.
       std::vector<double> whole(static_cast<std::size_t>(dense_size(b, reader)), 0.0);
-      std::vector<char> held(whole.size(), 0);
+      // What no window reads gets no gradient.
+      const bool windows =
+          std::any_of(a.layout.dims.begin(), a.layout.dims.end(),
+                      [](const DimSplit& d) { return d.kind == SplitKind::window; });
+      std::vector<char> held(whole.size(), windows && mode == Mode::sum ? 1 : 0);
       for (const std::int64_t m : members) {
         const Piece& piece = load(m, from);
         for (std::size_t k = 0; k < piece.values.size(); ++k) {

@@ -1,7 +1,9 @@
-// runtime/reference/interpreter.h: executes a Program on all ranks in lock step, one thread, doubles.
+// runtime/reference/interpreter.h: executes a Program on all ranks in lock step, one thread,
+// doubles.
 //
-// This is the mathematics of a plan: no clock, no transport. Collectives are carried out from what their
-// layouts mean - global indices - so a wrong layout, a missing sum or a short halo shows as a wrong number.
+// This is the mathematics of a plan: no clock, no transport. Collectives are carried out from what
+// their layouts mean - global indices - so a wrong layout, a missing sum or a short halo shows as a
+// wrong number.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +15,10 @@
 
 namespace partita::reference {
 
-/// Value of network input `input` of global sample `sample` at `index` (row-major within one sample).
-using InputValue = std::function<double(std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index)>;
+/// Value of network input `input` of global sample `sample` at `index` (row-major within one
+/// sample).
+using InputValue = std::function<double(std::size_t input, std::int64_t step, std::int64_t sample,
+                                        std::int64_t index)>;
 
 struct RunOptions {
   int steps = 1;
@@ -22,7 +26,8 @@ struct RunOptions {
   InputValue input;
   /// Key of an operator's random numbers; without it all operators use `seed`.
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
-  /// Whole initial parameters, by replica (one entry unless the program has independent replicas), then parameter.
+  /// Whole initial parameters, by replica (one entry unless the program has independent replicas),
+  /// then parameter.
   std::vector<std::vector<Piece>> parameters;
 };
 
@@ -37,11 +42,14 @@ struct RunResult {
   double copies_differ = 0;
 };
 
-/// Throws InternalError when the program does what verify() forbids or a value is not where its layout says.
+/// Throws InternalError when the program does what verify() forbids or a value is not where its
+/// layout says.
 RunResult interpret(const Program& program, const RunOptions& options);
 
-/// One update in place; `states`: momentum (sgd), first and second moment (adam), as PyTorch's SGD and AdamW.
+/// One update in place; `states`: momentum (sgd), first and second moment (adam), as PyTorch's SGD
+/// and AdamW.
 void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector<double>& parameter,
-                      const std::vector<double>& gradient, const std::vector<std::vector<double>*>& states);
+                      const std::vector<double>& gradient,
+                      const std::vector<std::vector<double>*>& states);
 
 }  // namespace partita::reference

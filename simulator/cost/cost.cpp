@@ -18,7 +18,8 @@ Bytes bytes_of(const Program& p, const std::vector<BufferId>& list, std::int64_t
   return n;
 }
 
-std::vector<std::int64_t> extents_of(const Program& p, const ProgramOperator& op, std::int64_t rank) {
+std::vector<std::int64_t> extents_of(const Program& p, const ProgramOperator& op,
+                                     std::int64_t rank) {
   std::vector<std::int64_t> all;
   for (std::size_t d = 0; d < op.cuts.size(); ++d) {
     all.push_back(local_extent(p.mesh, op.cuts[d], op.signature.dims[d].extent, rank));
@@ -35,13 +36,16 @@ std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
 Pass pass_of(Kernel k) {
   switch (k) {
     case Kernel::backward_data:
-    case Kernel::backward_statistic: return Pass::backward_data;
-    case Kernel::backward_weight: return Pass::backward_weight;
+    case Kernel::backward_statistic:
+      return Pass::backward_data;
+    case Kernel::backward_weight:
+      return Pass::backward_weight;
     case Kernel::forward:
     case Kernel::forward_statistic:
     case Kernel::zero:
     case Kernel::add:
-    case Kernel::optimizer: return Pass::forward;
+    case Kernel::optimizer:
+      return Pass::forward;
   }
   return Pass::forward;
 }
@@ -53,7 +57,8 @@ double attended_fraction(const Program& p, const ProgramOperator& op, std::int64
   if (a == nullptr || (!a->causal && a->window == 0)) return 1;
   const int query = op.signature.find(Dim::sequence);
   const auto at = static_cast<std::size_t>(query);
-  const std::int64_t keys = op.signature.dims[static_cast<std::size_t>(op.signature.find(Dim::key_sequence))].extent;
+  const std::int64_t keys =
+      op.signature.dims[static_cast<std::size_t>(op.signature.find(Dim::key_sequence))].extent;
   const std::int64_t extent = op.signature.dims[at].extent;
   if (op.cuts[at].atoms.empty() && a->window == 0) {
     return (static_cast<double>(extent) + 1) / (2 * static_cast<double>(keys));
@@ -69,9 +74,12 @@ double attended_fraction(const Program& p, const ProgramOperator& op, std::int64
 
 Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t rank) {
   if (i.kind != Kind::compute || i.op < 0) return Flops{0};
-  if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data && i.kernel != Kernel::backward_weight) return Flops{0};
+  if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data &&
+      i.kernel != Kernel::backward_weight)
+    return Flops{0};
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-  return flops(op.operation, op.signature, extents_of(p, op, rank), pass_of(i.kernel), attended_fraction(p, op, rank));
+  return flops(op.operation, op.signature, extents_of(p, op, rank), pass_of(i.kernel),
+               attended_fraction(p, op, rank));
 }
 
 Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -107,12 +115,14 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (i.kernel == Kernel::forward_statistic || i.kernel == Kernel::backward_statistic) {
     w.flops = Flops{static_cast<double>(local_elements(p, i.reads[0], rank))};
   }
-  if (const auto* a = std::get_if<Attention>(&op.operation); a != nullptr && i.kernel == Kernel::backward_data) {
+  if (const auto* a = std::get_if<Attention>(&op.operation);
+      a != nullptr && i.kernel == Kernel::backward_data) {
     // Flash attention computes q·k again: 5 products instead of 4 (arXiv 2205.14135, algorithm 4).
     const auto d = static_cast<double>(a->qk_dim), v = static_cast<double>(a->v_dim);
     if (!a->materialised) w.flops = Flops{w.flops.count * (3 * d + 2 * v) / (2 * d + 2 * v)};
   }
-  if (std::holds_alternative<Embedding>(op.operation) || std::holds_alternative<PositionEmbedding>(op.operation)) {
+  if (std::holds_alternative<Embedding>(op.operation) ||
+      std::holds_alternative<PositionEmbedding>(op.operation)) {
     // Only the rows looked up move, not the table.
     const bool forward = i.kernel == Kernel::forward;
     w.bytes = Bytes{2 * bytes_of(p, forward ? i.writes : i.gradients, rank).count};
@@ -121,9 +131,11 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
 }
 
 Seconds kernel_time(const Work& w, const DeviceProfile& device) {
-  const double rate = w.matrix ? device.matrix_rate(w.type).count * device.matrix_efficiency : device.vector_rate.count;
+  const double rate = w.matrix ? device.matrix_rate(w.type).count * device.matrix_efficiency
+                               : device.vector_rate.count;
   const double compute = w.flops.count > 0 ? w.flops.count / rate : 0;
-  const double memory = static_cast<double>(w.bytes.count) / (device.memory_bandwidth.count * device.memory_efficiency);
+  const double memory = static_cast<double>(w.bytes.count) /
+                        (device.memory_bandwidth.count * device.memory_efficiency);
   return Seconds{w.kernels * device.kernel_latency.count + std::max(compute, memory)};
 }
 
@@ -131,15 +143,20 @@ WireCount wire_count(CollectiveKind kind, std::int64_t n, Bytes bytes) {
   if (n <= 1 || bytes.count == 0) return {};
   const Bytes chunk = ceil_div(bytes, n);
   switch (kind) {
-    case CollectiveKind::all_reduce: return {2 * (n - 1), Bytes{2 * (n - 1) * chunk.count}};
+    case CollectiveKind::all_reduce:
+      return {2 * (n - 1), Bytes{2 * (n - 1) * chunk.count}};
     case CollectiveKind::all_gather:
     case CollectiveKind::reduce_scatter:
-    case CollectiveKind::all_to_all: return {n - 1, Bytes{(n - 1) * chunk.count}};
-    case CollectiveKind::halo_exchange: return {1, bytes};
+    case CollectiveKind::all_to_all:
+      return {n - 1, Bytes{(n - 1) * chunk.count}};
+    case CollectiveKind::halo_exchange:
+      return {1, bytes};
     case CollectiveKind::broadcast:
-    case CollectiveKind::reduce: return {n - 1, bytes};
+    case CollectiveKind::reduce:
+      return {n - 1, bytes};
     case CollectiveKind::scatter:
-    case CollectiveKind::gather: return {n - 1, Bytes{(n - 1) * chunk.count}};
+    case CollectiveKind::gather:
+      return {n - 1, Bytes{(n - 1) * chunk.count}};
   }
   return {};
 }
@@ -148,17 +165,20 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
   switch (i.collective) {
     case CollectiveKind::all_gather:
     case CollectiveKind::broadcast:
-    case CollectiveKind::gather: return bytes_of(p, i.writes, rank);
+    case CollectiveKind::gather:
+      return bytes_of(p, i.writes, rank);
     case CollectiveKind::halo_exchange: {
       // What crosses: the difference between a part with and without its neighbours' edges.
-      const std::int64_t a = bytes_of(p, i.reads, rank).count, b = bytes_of(p, i.writes, rank).count;
+      const std::int64_t a = bytes_of(p, i.reads, rank).count,
+                         b = bytes_of(p, i.writes, rank).count;
       return Bytes{std::abs(a - b)};
     }
     case CollectiveKind::all_reduce:
     case CollectiveKind::reduce_scatter:
     case CollectiveKind::all_to_all:
     case CollectiveKind::reduce:
-    case CollectiveKind::scatter: return bytes_of(p, i.reads, rank);
+    case CollectiveKind::scatter:
+      return bytes_of(p, i.reads, rank);
   }
   return Bytes{0};
 }
@@ -183,7 +203,8 @@ std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) con
     const std::size_t node = t.node_of(d);
     if (node != last_node) {
       ++node_number;
-      if (const std::size_t domain = t.domain_of(node); domain != last_domain) ++domain_number, last_domain = domain;
+      if (const std::size_t domain = t.domain_of(node); domain != last_domain)
+        ++domain_number, last_domain = domain;
     }
     last_node = node;
     const auto local = static_cast<std::uint64_t>(r) - t.first_device(node).index();
@@ -199,7 +220,8 @@ struct LinkLoads {
   double latency = 0;
   void add(const Topology& t, std::int64_t from, std::int64_t to, double share) {
     double hop = 0;
-    for (const LinkId l : t.route(DeviceId{static_cast<std::size_t>(from)}, DeviceId{static_cast<std::size_t>(to)})) {
+    for (const LinkId l : t.route(DeviceId{static_cast<std::size_t>(from)},
+                                  DeviceId{static_cast<std::size_t>(to)})) {
       load[l.value] += share;
       hop += t.link(l).latency.count;
     }
@@ -221,12 +243,13 @@ const Communication::Ring& Communication::ring(const std::vector<std::int64_t>& 
   const std::uint64_t key = pattern(ranks);
   if (const auto it = state_->rings.find(key); it != state_->rings.end()) return it->second;
   const Topology& t = state_->topology;
-  // Members by node; as many rings as the node with fewest members has, each leaving a node from another
-  // device, so that all network cards are used.
+  // Members by node; as many rings as the node with fewest members has, each leaving a node from
+  // another device, so that all network cards are used.
   std::vector<std::vector<std::int64_t>> nodes;
   for (const std::int64_t r : ranks) {
     const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
-    if (nodes.empty() || t.node_of(DeviceId{static_cast<std::size_t>(nodes.back()[0])}) != node) nodes.emplace_back();
+    if (nodes.empty() || t.node_of(DeviceId{static_cast<std::size_t>(nodes.back()[0])}) != node)
+      nodes.emplace_back();
     nodes.back().push_back(r);
   }
   std::size_t rings = nodes[0].size();
@@ -254,10 +277,13 @@ const Communication::Ring& Communication::exchange(const std::vector<std::int64_
   const std::size_t sources = ranks.size() <= 64 ? ranks.size() : 8;
   for (std::size_t a = 0; a < sources; ++a) {
     for (std::size_t b = 0; b < ranks.size(); ++b) {
-      if (a != b) loads.add(state_->topology, ranks[a], ranks[b], 1.0 / static_cast<double>(ranks.size() - 1));
+      if (a != b)
+        loads.add(state_->topology, ranks[a], ranks[b],
+                  1.0 / static_cast<double>(ranks.size() - 1));
     }
   }
-  return state_->exchanges[key] = Ring{BytesPerSecond{loads.rate(state_->topology)}, Seconds{loads.latency}};
+  return state_->exchanges[key] =
+             Ring{BytesPerSecond{loads.rate(state_->topology)}, Seconds{loads.latency}};
 }
 
 std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks) {
@@ -269,27 +295,33 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks)
   };
   std::uint64_t h = ranks.size();
   const Ring around = ring(ranks), across = exchange(ranks);
-  for (const Ring& r : {around, across}) h = mix(mix(h, bits_of(r.bandwidth.count)), bits_of(r.latency.count));
+  for (const Ring& r : {around, across})
+    h = mix(mix(h, bits_of(r.bandwidth.count)), bits_of(r.latency.count));
   return h;
 }
 
-Seconds Communication::collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks) {
+Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
+                                  const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return Seconds{0};
-  const double launch = state_->topology.device(DeviceId{static_cast<std::size_t>(ranks[0])}).kernel_latency.count;
+  const double launch =
+      state_->topology.device(DeviceId{static_cast<std::size_t>(ranks[0])}).kernel_latency.count;
   const WireCount w = wire_count(kind, n, bytes);
   if (kind == CollectiveKind::all_to_all) {
     const Ring& all = exchange(ranks);
-    return Seconds{launch + all.latency.count + static_cast<double>(w.bytes.count) / all.bandwidth.count};
+    return Seconds{launch + all.latency.count +
+                   static_cast<double>(w.bytes.count) / all.bandwidth.count};
   }
   const Ring& r = ring(ranks);
   const double move = static_cast<double>(w.bytes.count) / r.bandwidth.count;
   const double ring_time = static_cast<double>(w.steps) * r.latency.count + move;
-  if (kind == CollectiveKind::all_reduce || kind == CollectiveKind::broadcast || kind == CollectiveKind::reduce) {
+  if (kind == CollectiveKind::all_reduce || kind == CollectiveKind::broadcast ||
+      kind == CollectiveKind::reduce) {
     // A pipelined tree pays the depth instead of the length: 2 log2 n hops, 2 S on each link.
     const double depth = std::ceil(std::log2(static_cast<double>(n)));
     const double both = kind == CollectiveKind::all_reduce ? 2 : 1;
-    const double tree = both * (depth * r.latency.count + static_cast<double>(bytes.count) / r.bandwidth.count);
+    const double tree =
+        both * (depth * r.latency.count + static_cast<double>(bytes.count) / r.bandwidth.count);
     return Seconds{launch + std::min(ring_time, tree)};
   }
   return Seconds{launch + ring_time};
@@ -299,8 +331,10 @@ Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64
   if (from == to) return Seconds{0};
   LinkLoads loads;
   loads.add(state_->topology, from, to, 1);
-  const double launch = state_->topology.device(DeviceId{static_cast<std::size_t>(from)}).kernel_latency.count;
-  return Seconds{launch + loads.latency + static_cast<double>(bytes.count) / loads.rate(state_->topology)};
+  const double launch =
+      state_->topology.device(DeviceId{static_cast<std::size_t>(from)}).kernel_latency.count;
+  return Seconds{launch + loads.latency +
+                 static_cast<double>(bytes.count) / loads.rate(state_->topology)};
 }
 
 }  // namespace partita

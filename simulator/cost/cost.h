@@ -18,9 +18,9 @@ namespace partita {
 /// Work and traffic of one compute instruction on one rank.
 struct Work {
   Flops flops;
-  bool matrix = false;    ///< on the matrix units, in the operator's compute type
+  bool matrix = false;  ///< on the matrix units, in the operator's compute type
   ElementType type = ElementType::fp32;
-  Bytes bytes;            ///< read and written in device memory
+  Bytes bytes;  ///< read and written in device memory
   int kernels = 1;
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
@@ -28,25 +28,28 @@ Work work_of(const Program& program, const Instruction& instruction, std::int64_
 /// t = kernels · launch + max(flops / (rate · efficiency), bytes / (bandwidth · efficiency)).
 Seconds kernel_time(const Work& work, const DeviceProfile& device);
 
-/// Work that the network's mathematics asks of this instruction: model and recomputed FLOPs, without what
-/// a kernel does twice for its own reasons.
+/// Work that the network's mathematics asks of this instruction: model and recomputed FLOPs,
+/// without what a kernel does twice for its own reasons.
 Flops mathematical_flops(const Program& program, const Instruction& instruction, std::int64_t rank);
 
 /// Fraction of query-key pairs that a causal or windowed attention computes on this rank.
 double attended_fraction(const Program& program, const ProgramOperator& op, std::int64_t rank);
 
-/// Steps and bytes on the wire per rank of a ring (or pairwise) algorithm, for `bytes` as nccl-tests counts
-/// them: all_reduce and reduce_scatter the input, all_gather the output, all_to_all what one rank holds.
+/// Steps and bytes on the wire per rank of a ring (or pairwise) algorithm, for `bytes` as
+/// nccl-tests counts them: all_reduce and reduce_scatter the input, all_gather the output,
+/// all_to_all what one rank holds.
 struct WireCount {
   std::int64_t steps = 0;
   Bytes bytes;
 };
 WireCount wire_count(CollectiveKind kind, std::int64_t ranks, Bytes bytes);
 
-/// Payload of a collective instruction on `rank`, in the convention of wire_count; all buffers of the call.
+/// Payload of a collective instruction on `rank`, in the convention of wire_count; all buffers of
+/// the call.
 Bytes payload(const Program& program, const Instruction& instruction, std::int64_t rank);
 
-/// Prices of communication between ranks placed on devices 0, 1, 2, ... Caches by group; not thread-safe.
+/// Prices of communication between ranks placed on devices 0, 1, 2, ... Caches by group; not
+/// thread-safe.
 class Communication {
  public:
   explicit Communication(Topology topology);
@@ -64,7 +67,8 @@ class Communication {
 
  private:
   struct State;
-  /// Positions of the members on their nodes, not the nodes' numbers: groups that agree route alike.
+  /// Positions of the members on their nodes, not the nodes' numbers: groups that agree route
+  /// alike.
   std::uint64_t pattern(const std::vector<std::int64_t>& ranks) const;
   const Ring& exchange(const std::vector<std::int64_t>& ranks);
   std::unique_ptr<State> state_;

@@ -17,9 +17,7 @@ bool rule_matches(const ShardingRule& rule, const Operator& op) {
 
 /// Dimensions whose parts must be equal: what a rank can't do a fraction of, or what kernels and
 /// collectives of every framework require.
-bool must_divide(Dim d) {
-  return d != Dim::vocabulary && d != Dim::height && d != Dim::width;
-}
+bool must_divide(Dim d) { return d != Dim::vocabulary && d != Dim::height && d != Dim::width; }
 
 std::string axis_title(const std::string& axis) {
   if (axis == "tp") return "tensor parallel";
@@ -34,8 +32,10 @@ bool is_trivial(const Window& w) {
   return w.kernel == 1 && w.stride == 1 && w.pad_before == 0 && w.pad_after == 0;
 }
 
-/// Layout of an operand under the cuts, partial over cuts of dimensions that do not index it if `computed`.
-Layout layout_of(const Signature& s, const std::vector<DimSplit>& cuts, const Operand& operand, bool computed) {
+/// Layout of an operand under the cuts, partial over cuts of dimensions that do not index it if
+/// `computed`.
+Layout layout_of(const Signature& s, const std::vector<DimSplit>& cuts, const Operand& operand,
+                 bool computed) {
   Layout l;
   AtomMask used = 0;
   for (std::size_t i = 0; i < operand.shape.size(); ++i) {
@@ -53,12 +53,15 @@ Layout layout_of(const Signature& s, const std::vector<DimSplit>& cuts, const Op
     l.dims.push_back(std::move(split));
   }
   if (computed) {
-    for (const DimSplit& cut : cuts) l.partial = static_cast<AtomMask>(l.partial | (mask_of(cut.atoms) & ~used));
+    for (const DimSplit& cut : cuts)
+      l.partial = static_cast<AtomMask>(l.partial | (mask_of(cut.atoms) & ~used));
   }
   return l;
 }
 
-bool same_atoms(const DimSplit& a, const DimSplit& b) { return a.atoms == b.atoms && a.zigzag == b.zigzag; }
+bool same_atoms(const DimSplit& a, const DimSplit& b) {
+  return a.atoms == b.atoms && a.zigzag == b.zigzag;
+}
 
 /// The first atoms of `want` are exactly `have`.
 bool is_prefix(const DimSplit& have, const DimSplit& want) {
@@ -120,14 +123,16 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
     const std::int64_t grain = cuts[d].zigzag > 0 ? 2 : 1;
     if (dim.extent < parts * grain || (must_divide(dim.dim) && dim.extent % (parts * grain) != 0)) {
       const std::string what = dim.dim == Dim::head ? "heads" : std::string(name(dim.dim));
-      return Infeasible{fmt::format("{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what,
-                                    op.name, divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))))};
+      return Infeasible{fmt::format(
+          "{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what, op.name,
+          divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))))};
     }
   }
   return cuts;
 }
 
-Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id, std::int64_t samples) {
+Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
+                                 std::int64_t samples) {
   const Operator& op = graph.op(id);
   OperatorLayouts l;
   l.signature = signature(graph, id, samples);
@@ -145,8 +150,9 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id, 
   }
   for (const Operand& o : s.outputs) {
     Layout computed = layout_of(s, l.cuts, o, true);
-    // A statistic is made whole inside the operator, so a cut of it leaves a result only partial where the
-    // dimension is also summed: cross entropy's loss is summed over rows, its vocabulary is not owed.
+    // A statistic is made whole inside the operator, so a cut of it leaves a result only partial
+    // where the dimension is also summed: cross entropy's loss is summed over rows, its vocabulary
+    // is not owed.
     for (std::size_t d = 0; d < s.dims.size(); ++d) {
       if (s.dims[d].use == DimUse::statistic) {
         computed.partial = static_cast<AtomMask>(computed.partial & ~mask_of(l.cuts[d].atoms));
@@ -162,7 +168,8 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id, 
 std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
   PARTITA_ASSERT(from.dims.size() == to.dims.size(),
                  fmt::format("reshard of {} to {} dimensions", from.dims.size(), to.dims.size()));
-  PARTITA_ASSERT(from.flat.empty() && to.flat.empty() && (to.partial & ~from.partial) == 0, "reshard");
+  PARTITA_ASSERT(from.flat.empty() && to.flat.empty() && (to.partial & ~from.partial) == 0,
+                 "reshard");
   std::vector<ReshardStep> steps;
   Layout now = from;
   const auto emit = [&](CollectiveKind kind, AtomMask atoms) {
@@ -186,7 +193,8 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
 
   const auto owed = [&] { return static_cast<AtomMask>(now.partial & ~to.partial); };
   const auto used = [&] { return static_cast<AtomMask>(split_atoms(now) | now.partial); };
-  // Extends the cut of dimension d by the atoms of its goal that satisfy `free`, as many as come next.
+  // Extends the cut of dimension d by the atoms of its goal that satisfy `free`, as many as come
+  // next.
   const auto extension = [&](std::size_t d, AtomMask free) {
     std::vector<AtomId> next;
     if (!is_prefix(now.dims[d], goal.dims[d])) return next;
@@ -226,7 +234,8 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
         const auto next = extension(b, mask_of(now.dims[a].atoms));
         if (next.empty() || next.size() > now.dims[a].atoms.size()) continue;
         const std::size_t keep = now.dims[a].atoms.size() - next.size();
-        if (!std::equal(next.begin(), next.end(), now.dims[a].atoms.begin() + static_cast<std::ptrdiff_t>(keep)) ||
+        if (!std::equal(next.begin(), next.end(),
+                        now.dims[a].atoms.begin() + static_cast<std::ptrdiff_t>(keep)) ||
             (keep < now.dims[a].zigzag && keep > 0)) {
           continue;
         }
@@ -241,7 +250,8 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
     if (changed) continue;
     if (owed() != 0) {
       const AtomMask reduced = owed();
-      // A partial atom that a goal dimension wants, but cannot take yet, waits for the gather below.
+      // A partial atom that a goal dimension wants, but cannot take yet, waits for the gather
+      // below.
       AtomMask wanted = 0;
       bool blocked = false;
       for (std::size_t d = 0; d < rank; ++d) {
@@ -275,7 +285,8 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
   halo = 0;
   for (std::size_t d = 0; d < rank; ++d) {
     PARTITA_ASSERT(same_atoms(now.dims[d], to.dims[d]), "reshard did not reach its goal");
-    if (to.dims[d].kind == SplitKind::window) halo = static_cast<AtomMask>(halo | mask_of(to.dims[d].atoms));
+    if (to.dims[d].kind == SplitKind::window)
+      halo = static_cast<AtomMask>(halo | mask_of(to.dims[d].atoms));
   }
   if (halo != 0 && !(now == to)) {
     now = to;

@@ -1,9 +1,10 @@
-// simulator/derive/derive.h: from shardings of iteration dimensions to layouts, partial sums, reshards.
+// simulator/derive/derive.h: from shardings of iteration dimensions to layouts, partial sums,
+// reshards.
 //
 // One rule gives every case (docs/derivation.md): an operand is split by the cuts of the iteration
-// dimensions that index it, and replicated over the other cuts. A value computed by the operator - an
-// output, or the gradient of an operand - is partial over every cut of an iteration dimension that does not
-// index it.
+// dimensions that index it, and replicated over the other cuts. A value computed by the operator -
+// an output, or the gradient of an operand - is partial over every cut of an iteration dimension
+// that does not index it.
 #pragma once
 
 #include <vector>
@@ -13,11 +14,11 @@
 namespace partita {
 
 struct OperatorLayouts {
-  Signature signature;                 ///< at one global micro-batch
-  std::vector<DimSplit> cuts;          ///< per iteration dimension
-  std::vector<Layout> inputs;          ///< required
-  std::vector<Layout> parameters;      ///< required
-  std::vector<Layout> outputs;         ///< as computed, partial sums included
+  Signature signature;                      ///< at one global micro-batch
+  std::vector<DimSplit> cuts;               ///< per iteration dimension
+  std::vector<Layout> inputs;               ///< required
+  std::vector<Layout> parameters;           ///< required
+  std::vector<Layout> outputs;              ///< as computed, partial sums included
   std::vector<Layout> output_gradients;     ///< required
   std::vector<Layout> input_gradients;      ///< as computed
   std::vector<Layout> parameter_gradients;  ///< as computed
@@ -27,18 +28,20 @@ struct OperatorLayouts {
 /// Which iteration dimensions of one operator are cut, by the plan's rules in order.
 Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s);
 
-Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId op, std::int64_t samples);
+Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId op,
+                                 std::int64_t samples);
 
 struct ReshardStep {
-  bool slice = false;       ///< local; else `collective` over `atoms`
+  bool slice = false;  ///< local; else `collective` over `atoms`
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
   Layout to;
 };
 
-/// Turns what ranks hold as `from` into `to`: undo halos, cut what is replicated, scatter and reduce partial
-/// sums, move cuts between dimensions (all-to-all), gather, add halos - in this order, which never moves
-/// more bytes than reducing and gathering everything would. `to.partial` must be within `from.partial`.
+/// Turns what ranks hold as `from` into `to`: undo halos, cut what is replicated, scatter and
+/// reduce partial sums, move cuts between dimensions (all-to-all), gather, add halos - in this
+/// order, which never moves more bytes than reducing and gathering everything would. `to.partial`
+/// must be within `from.partial`.
 std::vector<ReshardStep> reshard(const Layout& from, const Layout& to);
 
 /// `layout` with nothing owed.

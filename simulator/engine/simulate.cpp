@@ -41,21 +41,23 @@ std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int
   if (k.peer_stage >= 0) return {rank, p.rank_on_stage(rank, k.peer_stage)};
   if (k.tie >= 0) {
     std::vector<std::int64_t> all;
-    for (const int s : p.ties[static_cast<std::size_t>(k.tie)]) all.push_back(p.rank_on_stage(rank, s));
+    for (const int s : p.ties[static_cast<std::size_t>(k.tie)])
+      all.push_back(p.rank_on_stage(rank, s));
     std::sort(all.begin(), all.end());
     return all;
   }
   return p.mesh.group(rank, k.atoms);
 }
 
-/// Coordinates along atoms whose cuts are uneven (or see different work: causal attention) change what a rank
-/// does; only those enter its colour.
+/// Coordinates along atoms whose cuts are uneven (or see different work: causal attention) change
+/// what a rank does; only those enter its colour.
 std::vector<AtomMask> uneven_atoms(const Program& p) {
   std::vector<AtomMask> by_stage(p.stages.size(), 0);
   const auto note = [&](AtomMask& mask, const DimSplit& s, std::int64_t extent) {
     if (s.atoms.empty()) return;
     const std::int64_t grain = p.mesh.size(s.atoms) * (s.zigzag > 0 ? 2 : 1);
-    if (s.kind == SplitKind::window || extent % grain != 0) mask = static_cast<AtomMask>(mask | mask_of(s.atoms));
+    if (s.kind == SplitKind::window || extent % grain != 0)
+      mask = static_cast<AtomMask>(mask | mask_of(s.atoms));
   };
   for (std::size_t s = 0; s < p.stages.size(); ++s) {
     AtomMask& mask = by_stage[s];
@@ -66,24 +68,30 @@ std::vector<AtomMask> uneven_atoms(const Program& p) {
         const auto buffer = [&](BufferId id) {
           const Buffer& buf = p.buffer(id);
           for (std::size_t d = 0; d < buf.shape.size(); ++d) {
-            note(mask, buf.layout.dims[d], buf.routed && buf.shape[d].dim == Dim::expert ? buf.experts : buf.shape[d].extent);
+            note(mask, buf.layout.dims[d],
+                 buf.routed && buf.shape[d].dim == Dim::expert ? buf.experts : buf.shape[d].extent);
           }
           if (!buf.layout.flat.empty()) {
             Layout whole = buf.layout;
             whole.flat.clear();
-            const std::int64_t n = local_elements(p.mesh, whole, buf.shape, buf.routed, buf.experts, 0);
-            if (n % p.mesh.size(buf.layout.flat) != 0) mask = static_cast<AtomMask>(mask | mask_of(buf.layout.flat));
+            const std::int64_t n =
+                local_elements(p.mesh, whole, buf.shape, buf.routed, buf.experts, 0);
+            if (n % p.mesh.size(buf.layout.flat) != 0)
+              mask = static_cast<AtomMask>(mask | mask_of(buf.layout.flat));
           }
         };
         for_each_read(i, buffer);
         for_each_write(i, buffer);
         if (i.kind != Kind::compute || i.op < 0) continue;
         const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-        for (std::size_t d = 0; d < op.cuts.size(); ++d) note(mask, op.cuts[d], op.signature.dims[d].extent);
+        for (std::size_t d = 0; d < op.cuts.size(); ++d)
+          note(mask, op.cuts[d], op.signature.dims[d].extent);
         mask = static_cast<AtomMask>(mask | op.root);
-        if (const auto* a = std::get_if<Attention>(&op.operation); a != nullptr && (a->causal || a->window > 0)) {
+        if (const auto* a = std::get_if<Attention>(&op.operation);
+            a != nullptr && (a->causal || a->window > 0)) {
           const auto& cut = op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))];
-          if (!cut.atoms.empty() && (cut.zigzag == 0 || a->window > 0)) mask = static_cast<AtomMask>(mask | mask_of(cut.atoms));
+          if (!cut.atoms.empty() && (cut.zigzag == 0 || a->window > 0))
+            mask = static_cast<AtomMask>(mask | mask_of(cut.atoms));
         }
       }
     }
@@ -96,12 +104,12 @@ struct Step {
   Kind kind = Kind::compute;
   Stream stream = 0;
   bool after_compute = false;
-  bool meets = false;          ///< members of several classes
+  bool meets = false;  ///< members of several classes
   std::int32_t instruction = 0;
   std::int64_t ticks = 0;
-  std::int32_t first_wait = 0, waits = 0;    ///< into Compiled::slots: buffers made on other streams
-  std::int32_t first_mark = 0, marks = 0;    ///< slots this makes
-  std::int32_t label = 0;                    ///< for the breakdown
+  std::int32_t first_wait = 0, waits = 0;  ///< into Compiled::slots: buffers made on other streams
+  std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
+  std::int32_t label = 0;                  ///< for the breakdown
   std::int32_t message = -1;
   std::int32_t peer_class = -1;
 };
@@ -129,7 +137,8 @@ Ticks Breakdown::total() const {
 RankClasses classify(const Program& p, Communication& communication) {
   const std::int64_t n = p.mesh.ranks();
   const Topology& t = communication.topology();
-  PARTITA_ASSERT(static_cast<std::size_t>(n) <= t.device_count(), fmt::format("{} ranks on {} devices", n, t.device_count()));
+  PARTITA_ASSERT(static_cast<std::size_t>(n) <= t.device_count(),
+                 fmt::format("{} ranks on {} devices", n, t.device_count()));
   std::vector<std::vector<GroupKind>> kinds;
   for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
   const auto uneven = uneven_atoms(p);
@@ -138,7 +147,8 @@ RankClasses classify(const Program& p, Communication& communication) {
   std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> signatures;
   for (std::int64_t r = 0; r < n; ++r) {
     const int stage = p.stage_of(r);
-    std::uint64_t h = mix(static_cast<std::uint64_t>(stage), t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
+    std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
+                          t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
     const AtomMask mask = uneven[static_cast<std::size_t>(stage)];
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
@@ -149,7 +159,8 @@ RankClasses classify(const Program& p, Communication& communication) {
         h = mix(h, communication.price_class(members(p, k, r)));
         continue;
       }
-      const std::int64_t root = k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
+      const std::int64_t root =
+          k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
       const auto [it, fresh] = signatures[k].emplace(root, 0);
       if (fresh) it->second = communication.price_class(members(p, k, r));
       h = mix(h, it->second);
@@ -177,10 +188,12 @@ RankClasses classify(const Program& p, Communication& communication) {
           h = mix(h, colour[static_cast<std::size_t>(p.rank_on_stage(r, k.peer_stage))]);
           continue;
         }
-        const std::int64_t root = k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
+        const std::int64_t root =
+            k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
         const auto [it, fresh] = sums[k].emplace(root, 0);
         if (fresh) {
-          for (const std::int64_t m : members(p, k, r)) it->second += mix(1, colour[static_cast<std::size_t>(m)]);
+          for (const std::int64_t m : members(p, k, r))
+            it->second += mix(1, colour[static_cast<std::size_t>(m)]);
         }
         h = mix(h, it->second);
       }
@@ -193,7 +206,8 @@ RankClasses classify(const Program& p, Communication& communication) {
   }
   result.classes.resize(count);
   for (std::int64_t r = n; r-- > 0;) {
-    RankClass& c = result.classes[static_cast<std::size_t>(result.of_rank[static_cast<std::size_t>(r)])];
+    RankClass& c =
+        result.classes[static_cast<std::size_t>(result.of_rank[static_cast<std::size_t>(r)])];
     c.stage = p.stage_of(r);
     c.representative = r;
     ++c.count;
@@ -240,7 +254,8 @@ class Engine {
     for (std::size_t c = 0; c < n; ++c) {
       const State& s = state_[c];
       const auto& calls = p_.stages[static_cast<std::size_t>(classes_.classes[c].stage)];
-      PARTITA_ASSERT(s.call == calls.size(), fmt::format("rank {} waits forever", classes_.classes[c].representative));
+      PARTITA_ASSERT(s.call == calls.size(),
+                     fmt::format("rank {} waits forever", classes_.classes[c].representative));
       for (const std::int64_t f : s.free) {
         if (f > end) end = f, timeline_.last_class = static_cast<int>(c);
       }
@@ -274,11 +289,14 @@ class Engine {
   /// Buffers through which two streams meet get a slot for the time they are ready.
   void assign_slots() {
     std::vector<std::uint64_t> writers(p_.buffers.size() * 4, 0), users(p_.buffers.size() * 4, 0);
-    const auto set = [](std::vector<std::uint64_t>& v, BufferId b, Stream s) { v[b.index() * 4 + s / 64u] |= 1ull << (s % 64u); };
+    const auto set = [](std::vector<std::uint64_t>& v, BufferId b, Stream s) {
+      v[b.index() * 4 + s / 64u] |= 1ull << (s % 64u);
+    };
     for (const Block& b : p_.blocks) {
       for (const Instruction& i : b.instructions) {
         if (i.kind == Kind::allocate || i.kind == Kind::free) continue;
-        for_each_write(i, [&](BufferId id) { set(writers, id, i.stream), set(users, id, i.stream); });
+        for_each_write(i,
+                       [&](BufferId id) { set(writers, id, i.stream), set(users, id, i.stream); });
         for_each_read(i, [&](BufferId id) { set(users, id, i.stream); });
       }
     }
@@ -309,12 +327,14 @@ class Engine {
   void compile(int c) {
     const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
     const std::int64_t rank = rc.representative;
-    const DeviceProfile& device = communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+    const DeviceProfile& device =
+        communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
     auto& mine = compiled_[static_cast<std::size_t>(c)];
     mine.resize(p_.blocks.size());
     std::vector<char> needed(p_.blocks.size(), 0);
     std::vector<std::int64_t> calls(p_.blocks.size(), 0);
-    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(rc.stage)]) needed[call.block.index()] = 1, ++calls[call.block.index()];
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(rc.stage)])
+      needed[call.block.index()] = 1, ++calls[call.block.index()];
     Flops total{0};
     std::map<std::pair<AtomMask, int>, std::vector<std::int64_t>> groups;
     std::unordered_map<std::uint64_t, std::int64_t> prices;
@@ -347,7 +367,9 @@ class Engine {
             } else if (i.kind != Kind::compute || i.op < 0) {
               s.label = label("other");
             } else {
-              s.label = label("compute:" + std::string(kind_name(p_.operators[static_cast<std::size_t>(i.op)].operation)));
+              s.label = label(
+                  "compute:" +
+                  std::string(kind_name(p_.operators[static_cast<std::size_t>(i.op)].operation)));
             }
             total += Flops{mathematical_flops(p_, i, rank).count * static_cast<double>(calls[b])};
             break;
@@ -359,7 +381,8 @@ class Engine {
             Bytes bytes{0};
             std::set<int> seen;
             for (const std::int64_t m : group) {
-              if (seen.insert(classes_.of_rank[static_cast<std::size_t>(m)]).second) bytes = std::max(bytes, payload(p_, i, m));
+              if (seen.insert(classes_.of_rank[static_cast<std::size_t>(m)]).second)
+                bytes = std::max(bytes, payload(p_, i, m));
             }
             s.meets = seen.size() > 1;
             s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count;
@@ -373,12 +396,16 @@ class Engine {
             s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
             const bool sends = i.kind == Kind::send;
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
-            s.ticks = to_ticks(communication_.point_to_point(local_bytes(p_, buffer, rank), sends ? rank : peer, sends ? peer : rank)).count;
+            s.ticks =
+                to_ticks(communication_.point_to_point(local_bytes(p_, buffer, rank),
+                                                       sends ? rank : peer, sends ? peer : rank))
+                    .count;
             s.label = label("bubble");
             break;
           }
           case Kind::allocate:
-          case Kind::free: break;
+          case Kind::free:
+            break;
         }
         s.first_wait = static_cast<std::int32_t>(out.slots.size());
         const auto slot = [&](BufferId id) {
@@ -421,17 +448,20 @@ class Engine {
         const Slot* cause = nullptr;
         if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
         for (std::int32_t w = 0; w < step.waits; ++w) {
-          const Slot& ready = slot(s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch);
+          const Slot& ready =
+              slot(s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch);
           if (ready.ready > start) start = ready.ready, cause = &ready;
         }
         std::int64_t end;
         if (step.kind == Kind::receive) {
-          const auto it = messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
+          const auto it =
+              messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
           if (it == messages_.end()) return moved;
           start = std::max(start, it->second);
           end = start + step.ticks;
         } else if (step.kind == Kind::collective && step.meets) {
-          const Instruction& i = p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
+          const Instruction& i = p_.blocks[call.block.index()]
+                                     .instructions[static_cast<std::size_t>(step.instruction)];
           Meeting* m = meet(c, s, step, i, start);
           if (m == nullptr) return moved;
           start = m->start;
@@ -449,12 +479,14 @@ class Engine {
         const Slot made{end, step.label, cause != nullptr ? cause->label : step.label, start};
         s.free[step.stream] = end;
         for (std::int32_t m = 0; m < step.marks; ++m) {
-          slot(s, block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch) = made;
+          slot(s, block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch) =
+              made;
         }
         if (step.stream != kComputeStream && end >= last_end_of(s)) s.last_label = step.label;
         ++timeline_.instructions;
         if (options_.record) {
-          timeline_.entries.push_back({c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
+          timeline_.entries.push_back(
+              {c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
         }
         moved = true;
       }
@@ -464,11 +496,14 @@ class Engine {
     return moved;
   }
 
-  static std::int64_t last_end_of(const State& s) { return *std::max_element(s.free.begin(), s.free.end()); }
+  static std::int64_t last_end_of(const State& s) {
+    return *std::max_element(s.free.begin(), s.free.end());
+  }
 
-  /// The compute stream stood still from `from` to `to` for what `cause` made: while the maker worked it is
-  /// the maker's, before that it belongs to what the maker waited for.
-  void charge(std::vector<std::int64_t>& spent, const Slot* cause, std::int64_t from, std::int64_t to) {
+  /// The compute stream stood still from `from` to `to` for what `cause` made: while the maker
+  /// worked it is the maker's, before that it belongs to what the maker waited for.
+  void charge(std::vector<std::int64_t>& spent, const Slot* cause, std::int64_t from,
+              std::int64_t to) {
     if (cause == nullptr) {
       spent[static_cast<std::size_t>(label("other"))] += to - from;
       return;
@@ -483,9 +518,11 @@ class Engine {
     const std::int64_t rank = classes_.classes[static_cast<std::size_t>(c)].representative;
     const auto group = p_.group(i, rank);
     std::set<int> involved;
-    for (const std::int64_t m : group) involved.insert(classes_.of_rank[static_cast<std::size_t>(m)]);
+    for (const std::int64_t m : group)
+      involved.insert(classes_.of_rank[static_cast<std::size_t>(m)]);
     // Classes of one group kind meet in program order: the n-th such meeting of each.
-    const auto key = std::tuple{i.tie, i.tie >= 0 ? 0 : static_cast<int>(s.call), i.tie >= 0 ? 0 : step.instruction,
+    const auto key = std::tuple{i.tie, i.tie >= 0 ? 0 : static_cast<int>(s.call),
+                                i.tie >= 0 ? 0 : step.instruction,
                                 std::vector<int>(involved.begin(), involved.end())};
     auto& m = meetings_[key];
     if (arrivals_.insert({c, &m}).second) {
@@ -495,10 +532,13 @@ class Engine {
     return m.arrived == involved.size() ? &m : nullptr;
   }
 
-  std::uint64_t message_key(std::int32_t message, std::int32_t micro_batch, int from, int to) const {
+  std::uint64_t message_key(std::int32_t message, std::int32_t micro_batch, int from,
+                            int to) const {
     return (static_cast<std::uint64_t>(message) * static_cast<std::uint64_t>(p_.micro_batches + 1) +
-            static_cast<std::uint64_t>(micro_batch + 1)) * classes_.classes.size() * classes_.classes.size() +
-           static_cast<std::uint64_t>(from) * classes_.classes.size() + static_cast<std::uint64_t>(to);
+            static_cast<std::uint64_t>(micro_batch + 1)) *
+               classes_.classes.size() * classes_.classes.size() +
+           static_cast<std::uint64_t>(from) * classes_.classes.size() +
+           static_cast<std::uint64_t>(to);
   }
 
   void memory(int c) {
@@ -514,9 +554,12 @@ class Engine {
       for (const Instruction& i : p_.blocks[b.index()].instructions) {
         const auto note = [&](BufferId id) {
           const Buffer& buffer = p_.buffer(id);
-          if (counted[id.index()] || buffer.alias >= 0 || buffer.scope != Scope::step || buffer.category == Category::workspace) return;
+          if (counted[id.index()] || buffer.alias >= 0 || buffer.scope != Scope::step ||
+              buffer.category == Category::workspace)
+            return;
           counted[id.index()] = 1;
-          now[static_cast<std::size_t>(buffer.category)] += local_bytes(p_, id, rc.representative).count;
+          now[static_cast<std::size_t>(buffer.category)] +=
+              local_bytes(p_, id, rc.representative).count;
         };
         for_each_read(i, note);
         for_each_write(i, note);
@@ -547,7 +590,8 @@ class Engine {
       for (const Instruction& i : p_.blocks[b].instructions) {
         if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
-          const std::int64_t bytes = (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rc.representative).count;
+          const std::int64_t bytes =
+              (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rc.representative).count;
           now[static_cast<std::size_t>(p_.buffer(id).category)] += bytes;
           running += bytes;
         }
@@ -571,7 +615,8 @@ class Engine {
     auto& spent = spent_[static_cast<std::size_t>(c)];
     // After the last kernel: its own trailing communication, then the wait for others.
     const std::int64_t own = last_end_of(s);
-    if (own > s.free[kComputeStream]) spent[static_cast<std::size_t>(s.last_label)] += own - s.free[kComputeStream];
+    if (own > s.free[kComputeStream])
+      spent[static_cast<std::size_t>(s.last_label)] += own - s.free[kComputeStream];
     Breakdown& b = timeline_.breakdown[static_cast<std::size_t>(c)];
     b.bubble += Ticks{end - own};
     for (std::size_t x = 0; x < label_names_.size(); ++x) {
@@ -611,7 +656,8 @@ class Engine {
 
 }  // namespace
 
-Timeline simulate(const Program& program, Communication& communication, const SimulateOptions& options) {
+Timeline simulate(const Program& program, Communication& communication,
+                  const SimulateOptions& options) {
   return Engine(program, communication, options).run();
 }
 

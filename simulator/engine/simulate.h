@@ -26,8 +26,9 @@ struct RankClasses {
   std::vector<int> of_rank;
 };
 
-/// Coarsest stable partition: start from stage, device, local sizes and group prices; split while two ranks
-/// of a class see different classes in a group they share. Renaming ranks renames nothing else.
+/// Coarsest stable partition: start from stage, device, local sizes and group prices; split while
+/// two ranks of a class see different classes in a group they share. Renaming ranks renames nothing
+/// else.
 RankClasses classify(const Program& program, Communication& communication);
 
 struct Entry {
@@ -41,15 +42,15 @@ struct Entry {
 struct MemoryUse {
   std::array<Bytes, kCategoryCount> at_peak;  ///< by Category
   Bytes peak;
-  int peak_block = -1;          ///< block during which the peak occurs
+  int peak_block = -1;  ///< block during which the peak occurs
   std::int32_t peak_micro_batch = -1;
 };
 
 /// Where one class's compute stream spends the step; every instant in exactly one entry.
 struct Breakdown {
-  std::map<std::string, Ticks> compute;   ///< by operator kind
-  std::map<std::string, Ticks> exposed;   ///< waiting for communication, by axis
-  Ticks bubble{0};                        ///< waiting for pipeline neighbours
+  std::map<std::string, Ticks> compute;  ///< by operator kind
+  std::map<std::string, Ticks> exposed;  ///< waiting for communication, by axis
+  Ticks bubble{0};                       ///< waiting for pipeline neighbours
   Ticks optimizer{0};
   Ticks other{0};
   Ticks total() const;
@@ -58,12 +59,12 @@ struct Breakdown {
 struct Timeline {
   Ticks step;
   std::vector<RankClass> classes;
-  std::vector<Breakdown> breakdown;   ///< by class
-  std::vector<MemoryUse> memory;      ///< by class
-  std::vector<Flops> flops;           ///< by class: executed mathematics of one rank
-  int last_class = 0;                 ///< the class that ends last
-  std::int64_t instructions = 0;      ///< executed, folded
-  std::vector<Entry> entries;         ///< if recorded
+  std::vector<Breakdown> breakdown;  ///< by class
+  std::vector<MemoryUse> memory;     ///< by class
+  std::vector<Flops> flops;          ///< by class: executed mathematics of one rank
+  int last_class = 0;                ///< the class that ends last
+  std::int64_t instructions = 0;     ///< executed, folded
+  std::vector<Entry> entries;        ///< if recorded
 };
 
 struct SimulateOptions {
@@ -72,9 +73,10 @@ struct SimulateOptions {
   bool unfolded = false;
 };
 
-/// Plays the program on an idle network: instructions of a stream in order, streams ordered by the buffers
-/// they share, a collective when all its members are there, a transfer when its sender is. Throws
-/// InternalError on a program that cannot finish.
-Timeline simulate(const Program& program, Communication& communication, const SimulateOptions& options = {});
+/// Plays the program on an idle network: instructions of a stream in order, streams ordered by the
+/// buffers they share, a collective when all its members are there, a transfer when its sender is.
+/// Throws InternalError on a program that cannot finish.
+Timeline simulate(const Program& program, Communication& communication,
+                  const SimulateOptions& options = {});
 
 }  // namespace partita

@@ -32,16 +32,16 @@ struct Contribution {
 };
 
 struct ParameterOnStage {
-  BufferId value;               ///< whole local parameter; ZeRO-3: the flat shard
-  Layout layout;                ///< required by its readers
-  Layout gradient_layout;       ///< as computed, with what is owed
-  BufferId gradient;            ///< accumulated over micro-batches, as computed
-  BufferId shard;               ///< ZeRO-2, -3: what every micro-batch's gradients are scattered into
-  BufferId reduced;             ///< gradient as far as it is synchronised; at last what the optimizer reads
-  Layout state_layout;          ///< of optimizer state
-  AtomMask scattered = 0;       ///< atoms that the state is cut over
-  std::int64_t order = 0;       ///< when its gradient is ready, in the backward
-  int unit = 0;                 ///< parameters gathered together (ZeRO-3)
+  BufferId value;          ///< whole local parameter; ZeRO-3: the flat shard
+  Layout layout;           ///< required by its readers
+  Layout gradient_layout;  ///< as computed, with what is owed
+  BufferId gradient;       ///< accumulated over micro-batches, as computed
+  BufferId shard;          ///< ZeRO-2, -3: what every micro-batch's gradients are scattered into
+  BufferId reduced;     ///< gradient as far as it is synchronised; at last what the optimizer reads
+  Layout state_layout;  ///< of optimizer state
+  AtomMask scattered = 0;  ///< atoms that the state is cut over
+  std::int64_t order = 0;  ///< when its gradient is ready, in the backward
+  int unit = 0;            ///< parameters gathered together (ZeRO-3)
 };
 
 class Lowering {
@@ -103,7 +103,8 @@ class Lowering {
       po.signature = l->signature;
       po.cuts = l->cuts;
       po.compute = plan_.precision.compute;
-      po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(), graph_.loss) != op.outputs.end();
+      po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(),
+                                                     graph_.loss) != op.outputs.end();
       p_.operators.push_back(std::move(po));
       layouts_.push_back(std::move(*l));
     }
@@ -148,8 +149,9 @@ class Lowering {
           here.emplace(q, v);
         } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
                    !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
-          return {fmt::format("parameter {} is read with two shardings, the second by {}; cut both readers alike",
-                              graph_.parameter(q).name, op.name)};
+          return {fmt::format(
+              "parameter {} is read with two shardings, the second by {}; cut both readers alike",
+              graph_.parameter(q).name, op.name)};
         }
       }
     }
@@ -171,16 +173,16 @@ class Lowering {
         if (!parameter.trainable) continue;
         const bool scatter_each = plan_.zero >= 2 && v.scattered != 0;
         if (!scatter_each) {
-          v.gradient = buffer(parameter.name + ".grad", Category::gradients, Scope::step, parameter.shape,
-                              v.gradient_layout, plan_.precision.gradients);
+          v.gradient = buffer(parameter.name + ".grad", Category::gradients, Scope::step,
+                              parameter.shape, v.gradient_layout, plan_.precision.gradients);
           v.reduced = v.gradient;
         }
         if (v.scattered != 0 || v.gradient_layout.partial != 0) {
           Layout reduced = v.state_layout;
           reduced.partial = static_cast<AtomMask>(v.gradient_layout.partial & ~v.scattered);
           if (scatter_each) {
-            v.shard = buffer(parameter.name + ".grad_shard", Category::gradients, Scope::step, parameter.shape,
-                             reduced, plan_.precision.gradients);
+            v.shard = buffer(parameter.name + ".grad_shard", Category::gradients, Scope::step,
+                             parameter.shape, reduced, plan_.precision.gradients);
             v.reduced = v.shard;
           }
         }
@@ -199,10 +201,17 @@ class Lowering {
       const Operator& op = graph_.operators[i];
       bool in = op.layer >= 0 && op.layer < graph_.layers;
       switch (plan_.recompute) {
-        case Recompute::none: in = false; break;
-        case Recompute::full: break;
-        case Recompute::first: in = in && op.layer < plan_.recompute_first; break;
-        case Recompute::selective: in = in && std::holds_alternative<Attention>(op.operation); break;
+        case Recompute::none:
+          in = false;
+          break;
+        case Recompute::full:
+          break;
+        case Recompute::first:
+          in = in && op.layer < plan_.recompute_first;
+          break;
+        case Recompute::selective:
+          in = in && std::holds_alternative<Attention>(op.operation);
+          break;
         case Recompute::patterns:
           in = std::any_of(plan_.recompute_patterns.begin(), plan_.recompute_patterns.end(),
                            [&](const auto& pattern) { return matches(pattern, op.name); });
@@ -217,14 +226,16 @@ class Lowering {
     }
     ops_of_segment_.resize(static_cast<std::size_t>(next));
     for (std::size_t i = 0; i < segment_.size(); ++i) {
-      if (segment_[i] >= 0) ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
+      if (segment_[i] >= 0)
+        ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
     }
   }
 
   // ---- small helpers -------------------------------------------------------------------------
   int stage_of_chunk(int chunk) const { return chunk % stages_; }
 
-  BufferId buffer(std::string name, Category category, Scope scope, Shape shape, Layout layout, ElementType type) {
+  BufferId buffer(std::string name, Category category, Scope scope, Shape shape, Layout layout,
+                  ElementType type) {
     Buffer b;
     b.name = std::move(name);
     b.category = category;
@@ -236,30 +247,24 @@ class Lowering {
     return BufferId{p_.buffers.size() - 1};
   }
 
-  BufferId tensor_buffer(TensorId t, const Layout& layout, Category category = Category::activations) {
+  BufferId tensor_buffer(TensorId t, const Layout& layout,
+                         Category category = Category::activations) {
     const Tensor& tensor = graph_.tensor(t);
-    const BufferId id = buffer(tensor.name, category, Scope::micro_batch, with_samples(tensor.shape, p_.samples),
-                               layout, plan_.precision.activations);
+    const BufferId id =
+        buffer(tensor.name, category, Scope::micro_batch, with_samples(tensor.shape, p_.samples),
+               layout, plan_.precision.activations);
     Buffer& b = p_.buffers[id.index()];
     b.tensor = t.value;
     b.routed = tensor.routed;
-    if (b.routed) b.experts = experts_of(t);
+    if (b.routed) b.experts = experts_of(graph_, t);
     if (!tensor.producer.valid()) {
       for (const auto& in : p_.inputs) {
-        if (in.tensor == t.value && in.values > 0) b.element_bytes = 8;  // int64, as PyTorch's token ids
+        if (in.tensor == t.value && in.values > 0)
+          b.element_bytes = 8;  // int64, as PyTorch's token ids
       }
     }
     if (t == graph_.loss) b.type = ElementType::fp32;
     return id;
-  }
-
-  std::int64_t experts_of(TensorId t) const {
-    for (TensorId at = t; graph_.tensor(at).producer.valid();) {
-      const Operator& op = graph_.op(graph_.tensor(at).producer);
-      if (const auto* d = std::get_if<Dispatch>(&op.operation)) return d->experts;
-      at = op.inputs[0];
-    }
-    throw InternalError("routed tensor " + graph_.tensor(t).name + " comes from no dispatch");
   }
 
   Stream stream(const std::string& name) {
@@ -275,15 +280,17 @@ class Lowering {
     if (const auto it = stream_of_.find(key); it != stream_of_.end()) return it->second;
     std::string label;
     for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
-      if (has(atoms, static_cast<AtomId>(i))) label += (label.empty() ? "" : "*") + p_.mesh.atoms[i].name;
+      if (has(atoms, static_cast<AtomId>(i)))
+        label += (label.empty() ? "" : "*") + p_.mesh.atoms[i].name;
     }
     return stream_of_[key] = stream(label + (*purpose != '\0' ? std::string(" ") + purpose : ""));
   }
 
-  /// Emits the steps that turn `from` into layout `to`; returns the last buffer. Every intermediate result is
-  /// reported to `made`.
+  /// Emits the steps that turn `from` into layout `to`; returns the last buffer. Every intermediate
+  /// result is reported to `made`.
   template <class Made>
-  BufferId emit_reshard(Block& block, BufferId source, const Layout& to, const char* purpose, Made made) {
+  BufferId emit_reshard(Block& block, BufferId source, const Layout& to, const char* purpose,
+                        Made made) {
     const Layout from = p_.buffers[source.index()].layout;
     BufferId at = source;
     for (const ReshardStep& step : reshard(from, to)) {
@@ -303,7 +310,8 @@ class Lowering {
         i.collective = step.collective;
         i.atoms = step.atoms;
         i.stream = group_stream(step.atoms, purpose);
-        if (step.collective == CollectiveKind::all_reduce) p_.buffers[next.index()].alias = at.value;
+        if (step.collective == CollectiveKind::all_reduce)
+          p_.buffers[next.index()].alias = at.value;
       }
       block.instructions.push_back(std::move(i));
       made(next, step);
@@ -312,7 +320,8 @@ class Lowering {
     return at;
   }
 
-  /// Elements that the communicating steps from one layout to another touch on rank 0: to choose a source.
+  /// Elements that the communicating steps from one layout to another touch on rank 0: to choose a
+  /// source.
   std::int64_t reshard_volume(BufferId source, const Layout& to) const {
     const Buffer& b = p_.buffers[source.index()];
     std::int64_t volume = 0;
@@ -320,7 +329,8 @@ class Lowering {
     for (const ReshardStep& step : reshard(b.layout, to)) {
       if (!step.slice) {
         volume += std::max(local_elements(p_.mesh, at, b.shape, b.routed, b.experts, 0),
-                           local_elements(p_.mesh, step.to, b.shape, b.routed, b.experts, 0)) + 1;
+                           local_elements(p_.mesh, step.to, b.shape, b.routed, b.experts, 0)) +
+                  1;
       }
       at = step.to;
     }
@@ -356,11 +366,12 @@ class Lowering {
     }
     PARTITA_ASSERT(best < have.size(), "no source for " + graph_.tensor(t).name);
     int at = static_cast<int>(best);
-    return emit_reshard(block, have[best].buffer, layout, "", [&](BufferId made, const ReshardStep& step) {
-      const bool gathered = !step.slice && step.collective == CollectiveKind::all_gather;
-      have.push_back({step.to, made, gathered ? at : -1});
-      at = static_cast<int>(have.size()) - 1;
-    });
+    return emit_reshard(
+        block, have[best].buffer, layout, "", [&](BufferId made, const ReshardStep& step) {
+          const bool gathered = !step.slice && step.collective == CollectiveKind::all_gather;
+          have.push_back({step.to, made, gathered ? at : -1});
+          at = static_cast<int>(have.size()) - 1;
+        });
   }
 
   // ---- ZeRO-3: parameters gathered for use -----------------------------------------------------
@@ -369,8 +380,10 @@ class Lowering {
     std::vector<int> units;  ///< in order of use
   };
 
-  /// The buffer with the whole local parameter in this block; gathers its unit, and the next one ahead.
-  BufferId parameter_for(Block& block, Gathered& gathered, const std::vector<int>& unit_order, ParameterId q) {
+  /// The buffer with the whole local parameter in this block; gathers its unit, and the next one
+  /// ahead.
+  BufferId parameter_for(Block& block, Gathered& gathered, const std::vector<int>& unit_order,
+                         ParameterId q) {
     const ParameterOnStage& v = on_stage(block.stage).at(q);
     if (plan_.zero < 3 || v.scattered == 0) return v.value;
     if (const auto it = gathered.whole.find(q); it != gathered.whole.end()) {
@@ -381,10 +394,12 @@ class Lowering {
     prefetch_after(block, gathered, unit_order, v.unit);
     return gathered.whole.at(q);
   }
-  void prefetch_after(Block& block, Gathered& gathered, const std::vector<int>& unit_order, int unit) {
+  void prefetch_after(Block& block, Gathered& gathered, const std::vector<int>& unit_order,
+                      int unit) {
     const auto at = std::find(unit_order.begin(), unit_order.end(), unit);
     if (at == unit_order.end() || at + 1 == unit_order.end()) return;
-    if (std::find(gathered.units.begin(), gathered.units.end(), *(at + 1)) == gathered.units.end()) {
+    if (std::find(gathered.units.begin(), gathered.units.end(), *(at + 1)) ==
+        gathered.units.end()) {
       gather_unit(block, gathered, *(at + 1), true);
     }
   }
@@ -395,8 +410,9 @@ class Lowering {
       if (v.unit != unit || v.scattered == 0) continue;
       // Only what this chunk reads: a stage of an interleaved schedule holds several chunks.
       if (!used_in_chunk(q, block.chunk)) continue;
-      const BufferId whole = buffer(graph_.parameter(q).name, Category::buffers, Scope::micro_batch,
-                                    graph_.parameter(q).shape, v.layout, plan_.precision.parameters);
+      const BufferId whole =
+          buffer(graph_.parameter(q).name, Category::buffers, Scope::micro_batch,
+                 graph_.parameter(q).shape, v.layout, plan_.precision.parameters);
       p_.buffers[whole.index()].parameter = q.value;
       gathered.whole[q] = whole;
       Instruction& i = calls[v.scattered];
@@ -428,16 +444,19 @@ class Lowering {
     }
     return order;
   }
-  std::map<ParameterId, ParameterOnStage>& on_stage(int s) { return on_stage_[static_cast<std::size_t>(s)]; }
+  std::map<ParameterId, ParameterOnStage>& on_stage(int s) {
+    return on_stage_[static_cast<std::size_t>(s)];
+  }
   const std::map<ParameterId, ParameterOnStage>& on_stage(int s) const {
     return on_stage_[static_cast<std::size_t>(s)];
   }
 
   // ---- forward of one operator (also when recomputed) -----------------------------------------
-  /// Statistic buffers of one pass; when a statistic's dimensions are cut, emits the local part and its
-  /// all-reduce for each and returns the complete ones. `proto` carries the operator's operands.
-  std::vector<BufferId> statistics(Block& block, OpId id, const std::vector<Statistic>& list, Kernel kernel,
-                                   const Instruction& proto, AtomMask cut) {
+  /// Statistic buffers of one pass; when a statistic's dimensions are cut, emits the local part and
+  /// its all-reduce for each and returns the complete ones. `proto` carries the operator's
+  /// operands.
+  std::vector<BufferId> statistics(Block& block, OpId id, const std::vector<Statistic>& list,
+                                   Kernel kernel, const Instruction& proto, AtomMask cut) {
     std::vector<BufferId> complete;
     const OperatorLayouts& l = layouts_[id.index()];
     for (std::size_t k = 0; k < list.size(); ++k) {
@@ -450,13 +469,16 @@ class Lowering {
       }
       shape.push_back({Dim::head_feature, list[k].width});
       layout.dims.emplace_back();
-      const std::string label = fmt::format("{}.{}{}", graph_.op(id).name,
-                                            kernel == Kernel::forward_statistic ? "statistic" : "backward_statistic", k);
-      const BufferId whole = buffer(label, Category::activations, Scope::micro_batch, shape, layout, ElementType::fp32);
+      const std::string label =
+          fmt::format("{}.{}{}", graph_.op(id).name,
+                      kernel == Kernel::forward_statistic ? "statistic" : "backward_statistic", k);
+      const BufferId whole = buffer(label, Category::activations, Scope::micro_batch, shape, layout,
+                                    ElementType::fp32);
       if (cut != 0) {
         layout.partial = cut;
         layout.reduction = list[k].reduction;
-        const BufferId local = buffer(label, Category::workspace, Scope::micro_batch, shape, layout, ElementType::fp32);
+        const BufferId local = buffer(label, Category::workspace, Scope::micro_batch, shape, layout,
+                                      ElementType::fp32);
         Instruction i = proto;
         i.kernel = kernel;
         i.index = static_cast<std::int32_t>(k);
@@ -482,14 +504,15 @@ class Lowering {
     const OperatorLayouts& l = layouts_[id.index()];
     AtomMask cut = 0;
     for (std::size_t d = 0; d < l.cuts.size(); ++d) {
-      if (l.signature.dims[d].use == DimUse::statistic) cut = static_cast<AtomMask>(cut | mask_of(l.cuts[d].atoms));
+      if (l.signature.dims[d].use == DimUse::statistic)
+        cut = static_cast<AtomMask>(cut | mask_of(l.cuts[d].atoms));
     }
     return cut;
   }
 
   template <class Input>
-  Record emit_forward(Block& block, OpId id, Versions& results, Gathered& gathered, const std::vector<int>& units,
-                      bool recomputed, Input input) {
+  Record emit_forward(Block& block, OpId id, Versions& results, Gathered& gathered,
+                      const std::vector<int>& units, bool recomputed, Input input) {
     const Operator& op = graph_.op(id);
     const OperatorLayouts& l = layouts_[id.index()];
     Instruction i;
@@ -497,11 +520,14 @@ class Lowering {
     i.kernel = Kernel::forward;
     i.op = id.value;
     i.recomputed = recomputed;
-    for (std::size_t k = 0; k < op.inputs.size(); ++k) i.reads.push_back(input(op.inputs[k], l.inputs[k]));
-    for (const ParameterId q : op.parameters) i.parameters.push_back(parameter_for(block, gathered, units, q));
+    for (std::size_t k = 0; k < op.inputs.size(); ++k)
+      i.reads.push_back(input(op.inputs[k], l.inputs[k]));
+    for (const ParameterId q : op.parameters)
+      i.parameters.push_back(parameter_for(block, gathered, units, q));
     Record record;
     const AtomMask cut = statistic_cut(id);
-    record.statistics = statistics(block, id, l.signature.forward_statistics, Kernel::forward_statistic, i, cut);
+    record.statistics =
+        statistics(block, id, l.signature.forward_statistics, Kernel::forward_statistic, i, cut);
     i.statistics = record.statistics;
     i.inline_statistics = cut == 0 && !record.statistics.empty();
     for (std::size_t k = 0; k < op.outputs.size(); ++k) {
@@ -512,8 +538,8 @@ class Lowering {
     }
     for (std::size_t k = 0; k < l.signature.extras.size(); ++k) {
       const Extra& e = l.signature.extras[k];
-      const BufferId b = buffer(op.name + ".saved", Category::activations, Scope::micro_batch, e.operand.shape,
-                                l.extras[k], plan_.precision.activations);
+      const BufferId b = buffer(op.name + ".saved", Category::activations, Scope::micro_batch,
+                                e.operand.shape, l.extras[k], plan_.precision.activations);
       p_.buffers[b.index()].element_bytes = e.element_bytes;
       record.extras.push_back(b);
     }
@@ -527,7 +553,8 @@ class Lowering {
   std::vector<int> reader_chunks(TensorId t) const {
     std::set<int> all;
     for (const OpId c : consumers_[t.index()]) all.insert(chunk_of_[c.index()]);
-    if (const OpId from = graph_.tensor(t).producer; from.valid()) all.erase(chunk_of_[from.index()]);
+    if (const OpId from = graph_.tensor(t).producer; from.valid())
+      all.erase(chunk_of_[from.index()]);
     return {all.begin(), all.end()};
   }
 
@@ -556,7 +583,8 @@ class Lowering {
     i.stage = other_stage;
     i.index = id;
     (kind == Kind::send ? i.reads : i.writes) = {b};
-    i.stream = stream(fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));
+    i.stream = stream(
+        fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));
     block.instructions.push_back(std::move(i));
   }
 
@@ -573,7 +601,8 @@ class Lowering {
     for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
       for (const TensorId t : graph_.op(id).inputs) {
         const OpId from = graph_.tensor(t).producer;
-        if (!from.valid() || chunk_of_[from.index()] == chunk || !arrived.insert(t).second) continue;
+        if (!from.valid() || chunk_of_[from.index()] == chunk || !arrived.insert(t).second)
+          continue;
         const int source_chunk = chunk_of_[from.index()];
         const Layout layout = boundary_layout(t, chunk);
         if (stage_of_chunk(source_chunk) == block.stage) {
@@ -583,15 +612,17 @@ class Lowering {
           continue;
         }
         const BufferId b = tensor_buffer(t, layout);
-        transfer(block, Kind::receive, b, stage_of_chunk(source_chunk), message(t, chunk, false), false);
+        transfer(block, Kind::receive, b, stage_of_chunk(source_chunk), message(t, chunk, false),
+                 false);
         versions[t].push_back({layout, b, -1});
       }
     }
     Gathered gathered;
     const auto units = units_of_chunk(chunk);
     for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
-      const Record record = emit_forward(block, id, versions, gathered, units, false,
-                                         [&](TensorId t, const Layout& l) { return get(block, versions, t, l); });
+      const Record record =
+          emit_forward(block, id, versions, gathered, units, false,
+                       [&](TensorId t, const Layout& l) { return get(block, versions, t, l); });
       records_.resize(graph_.operators.size());
       records_[id.index()] = record;
       for (const TensorId t : graph_.op(id).outputs) {
@@ -617,7 +648,7 @@ class Lowering {
     std::vector<int> units;
     std::map<ParameterId, BufferId> micro_batch_gradients;  ///< ZeRO-2, -3
     std::map<ParameterId, std::size_t> writes_left;
-    std::map<ParameterId, std::size_t> ready_at;            ///< instruction after which the gradient is done
+    std::map<ParameterId, std::size_t> ready_at;  ///< instruction after which the gradient is done
   };
 
   /// What the forward left of tensor t in `layout`, gathered again if only a part was kept.
@@ -629,7 +660,8 @@ class Lowering {
       auto& again = b.regathered[t];
       const Version& source = have[static_cast<std::size_t>(v.gathered_from)];
       if (source.layout.partial != 0 && again.empty()) return v.buffer;
-      const bool known = std::any_of(again.begin(), again.end(), [&](const Version& w) { return w.buffer == source.buffer; });
+      const bool known = std::any_of(again.begin(), again.end(),
+                                     [&](const Version& w) { return w.buffer == source.buffer; });
       if (!known) again.push_back({source.layout, source.buffer, -1});
       return get(b.block, b.regathered, t, layout);
     }
@@ -650,8 +682,9 @@ class Lowering {
     if (b.segment_done[segment]) return;
     b.segment_done[segment] = true;
     for (const OpId id : ops_of_segment_[static_cast<std::size_t>(segment)]) {
-      b.records[id] = emit_forward(b.block, id, b.recomputed, b.gathered, b.units, true,
-                                   [&](TensorId t, const Layout& l) { return operand(b, id, t, l); });
+      b.records[id] =
+          emit_forward(b.block, id, b.recomputed, b.gathered, b.units, true,
+                       [&](TensorId t, const Layout& l) { return operand(b, id, t, l); });
     }
   }
 
@@ -666,7 +699,8 @@ class Lowering {
     // Summands of one layout first, so that a sum owed is paid once.
     std::vector<std::pair<Layout, std::vector<BufferId>>> groups;
     for (const Contribution& c : it->second) {
-      auto g = std::find_if(groups.begin(), groups.end(), [&](const auto& x) { return x.first == c.layout; });
+      auto g = std::find_if(groups.begin(), groups.end(),
+                            [&](const auto& x) { return x.first == c.layout; });
       if (g == groups.end()) g = groups.insert(groups.end(), {c.layout, {}});
       g->second.push_back(c.buffer);
     }
@@ -722,7 +756,8 @@ class Lowering {
             continue;
           }
           const BufferId g = gradient_buffer(t, layout);
-          transfer(b.block, Kind::receive, g, stage_of_chunk(reader), message(t, reader, true), true);
+          transfer(b.block, Kind::receive, g, stage_of_chunk(reader), message(t, reader, true),
+                   true);
           contribute(b, t, layout, g, true);
         }
       }
@@ -736,14 +771,16 @@ class Lowering {
     for (const OpId id : ops) {
       for (const TensorId t : graph_.op(id).inputs) {
         const OpId from = graph_.tensor(t).producer;
-        if (!from.valid() || chunk_of_[from.index()] == chunk || !needs_gradient_[t.index()] || !sent.insert(t).second) {
+        if (!from.valid() || chunk_of_[from.index()] == chunk || !needs_gradient_[t.index()] ||
+            !sent.insert(t).second) {
           continue;
         }
         const BufferId g = gradient(b, t, boundary_layout(t, chunk));
         PARTITA_ASSERT(g.valid(), "no gradient for " + graph_.tensor(t).name);
         boundary_gradient_[{t, chunk}] = g;
         const int other = stage_of_chunk(chunk_of_[from.index()]);
-        if (other != b.block.stage) transfer(b.block, Kind::send, g, other, message(t, chunk, true), true);
+        if (other != b.block.stage)
+          transfer(b.block, Kind::send, g, other, message(t, chunk, true), true);
       }
     }
     finish_backward(std::move(b));
@@ -764,14 +801,19 @@ class Lowering {
     proto.kind = Kind::compute;
     proto.op = id.value;
     for (std::size_t k = 0; k < op.outputs.size(); ++k) {
-      proto.gradients.push_back(op.outputs[k] == graph_.loss ? BufferId{} : gradient(b, op.outputs[k], l.output_gradients[k]));
-      if (op.outputs[k] != graph_.loss && !proto.gradients.back().valid()) return;  // nothing depends on it
+      proto.gradients.push_back(op.outputs[k] == graph_.loss
+                                    ? BufferId{}
+                                    : gradient(b, op.outputs[k], l.output_gradients[k]));
+      if (op.outputs[k] != graph_.loss && !proto.gradients.back().valid())
+        return;  // nothing depends on it
     }
     // Sums pass their gradient on unchanged.
-    const bool alias = std::holds_alternative<Add>(op.operation) || std::holds_alternative<AddBias>(op.operation);
+    const bool alias =
+        std::holds_alternative<Add>(op.operation) || std::holds_alternative<AddBias>(op.operation);
     if (alias && data) {
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
-        if (needs_gradient_[op.inputs[k].index()]) contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
+        if (needs_gradient_[op.inputs[k].index()])
+          contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
       }
       data = false;
     }
@@ -787,7 +829,9 @@ class Lowering {
       return all;
     };
     for (std::size_t k = 0; k < op.outputs.size(); ++k) {
-      proto.outputs.push_back(s.outputs[k].saved_for_data || s.outputs[k].saved_for_weight ? record.outputs[k] : BufferId{});
+      proto.outputs.push_back(s.outputs[k].saved_for_data || s.outputs[k].saved_for_weight
+                                  ? record.outputs[k]
+                                  : BufferId{});
     }
     proto.statistics = record.statistics;
     const AtomMask cut = statistic_cut(id);
@@ -796,9 +840,11 @@ class Lowering {
       i.kernel = Kernel::backward_data;
       i.reads = inputs(true);
       i.extras = record.extras;
-      for (const ParameterId q : op.parameters) i.parameters.push_back(parameter_for(b.block, b.gathered, b.units, q));
+      for (const ParameterId q : op.parameters)
+        i.parameters.push_back(parameter_for(b.block, b.gathered, b.units, q));
       if (cut != 0) {
-        i.backward_statistics = statistics(b.block, id, s.backward_statistics, Kernel::backward_statistic, i, cut);
+        i.backward_statistics =
+            statistics(b.block, id, s.backward_statistics, Kernel::backward_statistic, i, cut);
       } else {
         i.inline_statistics = !s.backward_statistics.empty();
       }
@@ -844,7 +890,8 @@ class Lowering {
         auto& g = b.micro_batch_gradients[q];
         if (!g.valid()) {
           g = buffer(graph_.parameter(q).name + ".grad", Category::gradients, Scope::micro_batch,
-                     graph_.parameter(q).shape, v.gradient_layout, plan_.precision.gradient_communication);
+                     graph_.parameter(q).shape, v.gradient_layout,
+                     plan_.precision.gradient_communication);
           Instruction zero;
           zero.kind = Kind::compute;
           zero.kernel = Kernel::zero;
@@ -861,7 +908,8 @@ class Lowering {
     }
   }
 
-  // ---- pass 7: gradients meet --------------------------------------------------------------------
+  // ---- pass 7: gradients meet
+  // --------------------------------------------------------------------
   struct Bucket {
     std::vector<ParameterId> parameters;
     std::size_t ready = 0;  ///< position in the backward's instructions
@@ -882,15 +930,17 @@ class Lowering {
       Bucket& bucket = open[key];
       bucket.parameters.push_back(q);
       bucket.ready = at;
-      bucket.bytes += storage(plan_.precision.gradient_communication,
-                              local_elements(p_.mesh, v.layout, graph_.parameter(q).shape, false, 0, 0));
+      bucket.bytes +=
+          storage(plan_.precision.gradient_communication,
+                  local_elements(p_.mesh, v.layout, graph_.parameter(q).shape, false, 0, 0));
       if (bucket.bytes >= plan_.bucket) {
         done.push_back(bucket);
         open.erase(key);
       }
     }
     for (auto& [key, bucket] : open) done.push_back(bucket);
-    std::stable_sort(done.begin(), done.end(), [](const Bucket& x, const Bucket& y) { return x.ready < y.ready; });
+    std::stable_sort(done.begin(), done.end(),
+                     [](const Bucket& x, const Bucket& y) { return x.ready < y.ready; });
     return done;
   }
 
@@ -930,7 +980,8 @@ class Lowering {
   }
 
   /// A later state of a gradient, in the memory of what it was.
-  BufferId shard_buffer(ParameterId q, const ParameterOnStage& v, const char* suffix, AtomMask partial) {
+  BufferId shard_buffer(ParameterId q, const ParameterOnStage& v, const char* suffix,
+                        AtomMask partial) {
     Layout l = v.state_layout;
     l.partial = partial;
     const BufferId b = buffer(graph_.parameter(q).name + suffix, Category::gradients, Scope::step,
@@ -940,7 +991,8 @@ class Lowering {
   }
 
   /// All-reduce of what scattering left owed (sequence-parallel norms over tp, HSDP replicas).
-  void append_owed(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list, AtomMask owed) {
+  void append_owed(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list,
+                   AtomMask owed) {
     Instruction i;
     i.kind = Kind::collective;
     i.collective = CollectiveKind::all_reduce;
@@ -975,8 +1027,11 @@ class Lowering {
       for (std::size_t k = 0; k <= block.instructions.size(); ++k) {
         for (; next < all.size() && all[next].ready <= k; ++next) {
           for (const Instruction& i : calls[next]) {
-            // Every micro-batch scatters under ZeRO-2 and -3; other sums are paid after the last one.
-            if (scatters_only && !(plan_.zero >= 2 && i.collective == CollectiveKind::reduce_scatter)) continue;
+            // Every micro-batch scatters under ZeRO-2 and -3; other sums are paid after the last
+            // one.
+            if (scatters_only &&
+                !(plan_.zero >= 2 && i.collective == CollectiveKind::reduce_scatter))
+              continue;
             merged.push_back(i);
           }
         }
@@ -1001,7 +1056,8 @@ class Lowering {
     p_.blocks.push_back(std::move(last));
   }
 
-  // ---- pass 8: start and step blocks -------------------------------------------------------------
+  // ---- pass 8: start and step blocks
+  // -------------------------------------------------------------
   void start_and_step(int stage) {
     Block start, step;
     start.name = fmt::format("start {}", stage);
@@ -1054,8 +1110,8 @@ class Lowering {
       const bool shard_in_place = plan_.zero == 3 || v.scattered == 0;
       BufferId target = v.value;
       if (!shard_in_place) {
-        target = buffer(parameter.name + ".shard", Category::parameters, Scope::step, parameter.shape, v.state_layout,
-                        plan_.precision.parameters);
+        target = buffer(parameter.name + ".shard", Category::parameters, Scope::step,
+                        parameter.shape, v.state_layout, plan_.precision.parameters);
         p_.buffers[target.index()].parameter = q.value;
         p_.buffers[target.index()].alias = v.value.value;
         Instruction i;
@@ -1070,12 +1126,13 @@ class Lowering {
       i.reads = {v.reduced};
       const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
       for (int k = 0; k < states; ++k) {
-        i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k), Category::optimizer, Scope::step,
-                                   parameter.shape, v.state_layout, plan_.precision.optimizer));
+        i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k),
+                                   Category::optimizer, Scope::step, parameter.shape,
+                                   v.state_layout, plan_.precision.optimizer));
       }
       if (plan_.precision.master_copy) {
-        i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step, parameter.shape,
-                                  v.state_layout, ElementType::fp32));
+        i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step,
+                                  parameter.shape, v.state_layout, ElementType::fp32));
       }
       i.writes = {target};
       i.accumulate = true;
@@ -1105,9 +1162,11 @@ class Lowering {
     return static_cast<int>(p_.ties.size()) - 1;
   }
 
-  // ---- pass 9: order -------------------------------------------------------------------------------
+  // ---- pass 9: order
+  // -------------------------------------------------------------------------------
   void order_blocks() {
-    const auto order = turns(plan_.schedule, stages_, static_cast<int>(plan_.virtual_stages), p_.micro_batches);
+    const auto order =
+        turns(plan_.schedule, stages_, static_cast<int>(plan_.virtual_stages), p_.micro_batches);
     for (int s = 0; s < stages_; ++s) {
       auto& calls = p_.stages[static_cast<std::size_t>(s)];
       const auto& mine = order[static_cast<std::size_t>(s)];
@@ -1127,22 +1186,28 @@ class Lowering {
     }
   }
 
-  // ---- pass 10: memory -------------------------------------------------------------------------------
-  /// Allocates before the first write and frees after the last use. State (parameters, accumulated gradients,
-  /// optimizer) is there all the time. Within one micro-batch blocks run forward by chunk, then backward by
-  /// chunk from the last; a buffer is freed in the last block that uses it.
+  // ---- pass 10: memory
+  // -------------------------------------------------------------------------------
+  /// Allocates before the first write and frees after the last use. State (parameters, accumulated
+  /// gradients, optimizer) is there all the time. Within one micro-batch blocks run forward by
+  /// chunk, then backward by chunk from the last; a buffer is freed in the last block that uses it.
   void place_memory() {
     const auto rank_of = [&](const Block& b) {
       switch (b.kind) {
-        case BlockKind::start: return -1;
-        case BlockKind::forward: return b.chunk;
+        case BlockKind::start:
+          return -1;
+        case BlockKind::forward:
+          return b.chunk;
         case BlockKind::backward:
-        case BlockKind::backward_weight: return 2 * chunks_ - b.chunk;
-        case BlockKind::step: return 3 * chunks_;
+        case BlockKind::backward_weight:
+          return 2 * chunks_ - b.chunk;
+        case BlockKind::step:
+          return 3 * chunks_;
       }
       return 0;
     };
-    std::vector<int> last(p_.buffers.size(), -2), first(p_.buffers.size(), std::numeric_limits<int>::max());
+    std::vector<int> last(p_.buffers.size(), -2),
+        first(p_.buffers.size(), std::numeric_limits<int>::max());
     const auto persistent = [&](BufferId id) {
       const Buffer& b = p_.buffers[id.index()];
       return b.scope == Scope::step && b.category != Category::workspace;
@@ -1175,7 +1240,8 @@ class Lowering {
         for_each_read(b.instructions[k], note);
         for_each_write(b.instructions[k], note);
       }
-      std::vector<std::vector<BufferId>> before(b.instructions.size()), after(b.instructions.size());
+      std::vector<std::vector<BufferId>> before(b.instructions.size()),
+          after(b.instructions.size());
       for (const auto& [id, k] : first_at) before[k].push_back(id);
       for (const auto& [id, k] : last_at) after[k].push_back(id);
       std::vector<Instruction> merged;
@@ -1223,6 +1289,8 @@ class Lowering {
 
 }  // namespace
 
-Feasible<Program> lower(const Graph& graph, const Plan& plan) { return Lowering(graph, plan).run(); }
+Feasible<Program> lower(const Graph& graph, const Plan& plan) {
+  return Lowering(graph, plan).run();
+}
 
 }  // namespace partita

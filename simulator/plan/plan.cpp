@@ -16,14 +16,15 @@ struct ScheduleName {
   Schedule schedule;
   std::string_view name;
 };
-constexpr std::array kSchedules{
-    ScheduleName{Schedule::naive, "naive"}, ScheduleName{Schedule::gpipe, "gpipe"},
-    ScheduleName{Schedule::one_f_one_b, "1f1b"}, ScheduleName{Schedule::interleaved, "interleaved"}};
+constexpr std::array kSchedules{ScheduleName{Schedule::naive, "naive"},
+                                ScheduleName{Schedule::gpipe, "gpipe"},
+                                ScheduleName{Schedule::one_f_one_b, "1f1b"},
+                                ScheduleName{Schedule::interleaved, "interleaved"}};
 
 Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
 
-/// Cuts one atom list of total size n into (outer, inner) with inner of size `inner`; the list gains at most
-/// one atom. Sizes are those of the mesh being built.
+/// Cuts one atom list of total size n into (outer, inner) with inner of size `inner`; the list
+/// gains at most one atom. Sizes are those of the mesh being built.
 struct AxisBuilder {
   Mesh mesh;
   std::vector<AtomId> add(const std::string& name, std::int64_t size) {
@@ -68,8 +69,8 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
     if (entry.name == word) return entry.schedule;
     known.emplace_back(entry.name);
   }
-  throw InputError(place, fmt::format("'{}' is no schedule{}; there are {}", word, did_you_mean(word, known),
-                                      fmt::join(known, ", ")));
+  throw InputError(place, fmt::format("'{}' is no schedule{}; there are {}", word,
+                                      did_you_mean(word, known), fmt::join(known, ", ")));
 }
 
 std::string divisors_text(std::int64_t n) {
@@ -110,10 +111,10 @@ std::vector<std::int64_t> blocks_per_chunk(std::int64_t layers, std::int64_t chu
 Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& plan) {
   const std::int64_t chunks = plan.chunks();
   if (chunks > std::max(graph.layers, 1)) {
-    return no(fmt::format("{} pipeline chunks (pp {} x virtual stages {}) need as many blocks, {} has {}; use "
-                          "at most {}",
-                          chunks, plan.pp, plan.virtual_stages, graph.name, graph.layers,
-                          std::max(graph.layers, 1)));
+    return no(fmt::format(
+        "{} pipeline chunks (pp {} x virtual stages {}) need as many blocks, {} has {}; use "
+        "at most {}",
+        chunks, plan.pp, plan.virtual_stages, graph.name, graph.layers, std::max(graph.layers, 1)));
   }
   std::vector<std::int64_t> counts = plan.cuts;
   if (counts.empty()) counts = blocks_per_chunk(graph.layers, chunks);
@@ -123,8 +124,8 @@ Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& pl
   }
   if (std::accumulate(counts.begin(), counts.end(), std::int64_t{0}) != graph.layers ||
       *std::min_element(counts.begin(), counts.end()) < 0) {
-    return no(fmt::format("cuts [{}] must be >= 0 and sum to the {} blocks of {}", fmt::join(counts, ", "),
-                          graph.layers, graph.name));
+    return no(fmt::format("cuts [{}] must be >= 0 and sum to the {} blocks of {}",
+                          fmt::join(counts, ", "), graph.layers, graph.name));
   }
   std::vector<int> of_layer;
   for (std::size_t c = 0; c < counts.size(); ++c) {
@@ -132,10 +133,9 @@ Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& pl
   }
   std::vector<int> of_op;
   for (const Operator& op : graph.operators) {
-    of_op.push_back(op.layer < 0 ? 0
-                    : op.layer >= graph.layers
-                        ? static_cast<int>(chunks) - 1
-                        : of_layer[static_cast<std::size_t>(op.layer)]);
+    of_op.push_back(op.layer < 0               ? 0
+                    : op.layer >= graph.layers ? static_cast<int>(chunks) - 1
+                                               : of_layer[static_cast<std::size_t>(op.layer)]);
   }
   return of_op;
 }
@@ -144,18 +144,23 @@ std::vector<std::string> strategies() { return {"megatron", "spatial", "replicas
 
 Feasible<Plan> complete(const Graph& graph, Plan plan) {
   const auto positive = [](std::int64_t v) { return v >= 1; };
-  for (const auto& [axis, size] : {std::pair{"tensor parallel", plan.tp}, {"pipeline parallel", plan.pp},
-                                   {"data parallel", plan.dp}, {"context parallel", plan.cp},
-                                   {"expert parallel", plan.ep}, {"virtual stages", plan.virtual_stages},
+  for (const auto& [axis, size] : {std::pair{"tensor parallel", plan.tp},
+                                   {"pipeline parallel", plan.pp},
+                                   {"data parallel", plan.dp},
+                                   {"context parallel", plan.cp},
+                                   {"expert parallel", plan.ep},
+                                   {"virtual stages", plan.virtual_stages},
                                    {"micro-batch", plan.micro_batch}}) {
     if (!positive(size)) return no(fmt::format("{} must be at least 1, got {}", axis, size));
   }
   if (plan.global_batch == 0) plan.global_batch = plan.micro_batch * plan.dp;
   if (plan.global_batch % (plan.micro_batch * plan.dp) != 0) {
-    return no(fmt::format("global batch {} is not a multiple of micro-batch {} x data parallel {} = {}",
-                          plan.global_batch, plan.micro_batch, plan.dp, plan.micro_batch * plan.dp));
+    return no(
+        fmt::format("global batch {} is not a multiple of micro-batch {} x data parallel {} = {}",
+                    plan.global_batch, plan.micro_batch, plan.dp, plan.micro_batch * plan.dp));
   }
-  if (plan.zero < 0 || plan.zero > 3) return no(fmt::format("ZeRO stage {} is not 0, 1, 2 or 3", plan.zero));
+  if (plan.zero < 0 || plan.zero > 3)
+    return no(fmt::format("ZeRO stage {} is not 0, 1, 2 or 3", plan.zero));
   if (plan.cp > 1 && !has_dim(graph, Dim::sequence)) {
     return no(fmt::format("context parallel {} cuts sequences; {} has none", plan.cp, graph.name));
   }
@@ -166,21 +171,25 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     }
     if (!plan.schedule_given) plan.schedule = Schedule::interleaved;
     if (plan.schedule != Schedule::interleaved) {
-      return no(fmt::format("schedule {} has no virtual stages; use interleaved", name(plan.schedule)));
+      return no(
+          fmt::format("schedule {} has no virtual stages; use interleaved", name(plan.schedule)));
     }
   }
   if (plan.schedule == Schedule::interleaved && plan.micro_batches() % plan.pp != 0) {
-    return no(fmt::format("the interleaved schedule needs micro-batches ({}) divisible by pipeline parallel {}",
-                          plan.micro_batches(), plan.pp));
+    return no(fmt::format(
+        "the interleaved schedule needs micro-batches ({}) divisible by pipeline parallel {}",
+        plan.micro_batches(), plan.pp));
   }
   if (plan.ep > 1 && !has_experts(graph)) {
     return no(fmt::format("expert parallel {} needs experts; {} has none", plan.ep, graph.name));
   }
   if (plan.etp == 0) plan.etp = plan.tp;
   if (plan.etp != plan.tp && plan.etp != 1) {
-    return no(fmt::format("expert tensor parallel {} must be 1 or equal tensor parallel {}", plan.etp, plan.tp));
+    return no(fmt::format("expert tensor parallel {} must be 1 or equal tensor parallel {}",
+                          plan.etp, plan.tp));
   }
-  // Experts live on the ranks (dp x cp) or, with etp 1, (dp x cp x tp) of a stage; ep is the inner part.
+  // Experts live on the ranks (dp x cp) or, with etp 1, (dp x cp x tp) of a stage; ep is the inner
+  // part.
   std::int64_t ep_left = plan.ep;
   std::int64_t ep_tp = 1;
   if (plan.etp == 1 && plan.tp > 1 && plan.sequence_parallel) {
@@ -190,14 +199,15 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   const std::int64_t ep_cp = std::gcd(ep_left, plan.cp);
   ep_left /= ep_cp;
   if (plan.dp % ep_left != 0) {
-    return no(fmt::format("expert parallel {} does not divide the {} ranks that share a stage's experts; "
-                          "data parallel {} must be a multiple of {}",
-                          plan.ep, plan.dp * plan.cp, plan.dp, ep_left));
+    return no(
+        fmt::format("expert parallel {} does not divide the {} ranks that share a stage's experts; "
+                    "data parallel {} must be a multiple of {}",
+                    plan.ep, plan.dp * plan.cp, plan.dp, ep_left));
   }
   const std::int64_t zero_all = plan.dp;
   if (plan.zero_group != 0 && (plan.zero_group < 1 || zero_all % plan.zero_group != 0)) {
-    return no(fmt::format("a sharding group of {} does not divide data parallel {}; use {}", plan.zero_group,
-                          zero_all, divisors_text(zero_all)));
+    return no(fmt::format("a sharding group of {} does not divide data parallel {}; use {}",
+                          plan.zero_group, zero_all, divisors_text(zero_all)));
   }
 
   AxisBuilder b;
@@ -206,12 +216,14 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   plan.rules.clear();
   // Slowest first: pp, dp, cp, tp (Megatron's order tp-cp-ep-dp-pp read backwards).
   axes["pp"] = b.add("pp", plan.pp);
-  // dp = replica groups x sharded (outside ep) x ep; an HSDP group must then hold whole ep groups or vice versa.
+  // dp = replica groups x sharded (outside ep) x ep; an HSDP group must then hold whole ep groups
+  // or vice versa.
   const std::int64_t group = plan.zero_group == 0 ? plan.dp : plan.zero_group;
   std::vector<AtomId> dp;
   if (plan.zero > 0 && group < plan.dp) {
     if (ep_left > 1 && group % ep_left != 0) {
-      return no(fmt::format("a sharding group of {} must hold whole expert groups of {}", group, ep_left));
+      return no(fmt::format("a sharding group of {} must hold whole expert groups of {}", group,
+                            ep_left));
     }
     dp = b.add("dp_replica", plan.dp / group);
     const auto shard = b.add("dp_shard", group / ep_left);
@@ -249,20 +261,25 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   auto& rules = plan.rules;
   for (const ShardingRule& r : plan.user_rules) {
     if (axes.count(r.axis) == 0) {
-      return no(fmt::format("sharding of {} names axis '{}'; the mesh has pp, dp, cp, tp, ep and etp", r.pattern,
-                            r.axis));
+      return no(
+          fmt::format("sharding of {} names axis '{}'; the mesh has pp, dp, cp, tp, ep and etp",
+                      r.pattern, r.axis));
     }
     rules.push_back(r);
   }
-  const bool zigzag = plan.cp > 1 && std::any_of(graph.operators.begin(), graph.operators.end(), [](const auto& op) {
-    const auto* a = std::get_if<Attention>(&op.operation);
-    return a != nullptr && a->causal;
-  });
-  const auto rule = [&](std::string pattern, Dim dim, std::string axis, bool zig = false, bool unused = false) {
+  const bool zigzag =
+      plan.cp > 1 &&
+      std::any_of(graph.operators.begin(), graph.operators.end(), [](const auto& op) {
+        const auto* a = std::get_if<Attention>(&op.operation);
+        return a != nullptr && a->causal;
+      });
+  const auto rule = [&](std::string pattern, Dim dim, std::string axis, bool zig = false,
+                        bool unused = false) {
     rules.push_back({std::move(pattern), dim, std::move(axis), zig, unused});
   };
   if (plan.strategy == "spatial") {
-    // Dryden et al., IPDPS 2019: the image's height is cut; everything after the plane is data parallel.
+    // Dryden et al., IPDPS 2019: the image's height is cut; everything after the plane is data
+    // parallel.
     rule("*", Dim::height, "tp");
     rule("*", Dim::sample, "dp");
     return plan;
@@ -281,7 +298,8 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     rule("*", Dim::ffn, "tp");
     rule("*", Dim::vocabulary, "tp");
     if (!has_dim(graph, Dim::ffn) && !has_dim(graph, Dim::head) && plan.tp > 1) {
-      // A network without heads and feed-forward widths (a CNN): channels. Filters are cut, inputs gathered.
+      // A network without heads and feed-forward widths (a CNN): channels. Filters are cut, inputs
+      // gathered.
       rule("kind:convolution", Dim::feature, "tp");
       rule("kind:linear", Dim::feature, "tp");
     }
@@ -312,12 +330,14 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         // https://arxiv.org/abs/2006.09503 (PipeDream-Flush).
         const int warm = std::min(stages - 1 - s, m);
         for (int i = 0; i < warm; ++i) order.push_back(forward(s, i));
-        for (int i = warm; i < m; ++i) order.push_back(forward(s, i)), order.push_back(backward(s, i - warm));
+        for (int i = warm; i < m; ++i)
+          order.push_back(forward(s, i)), order.push_back(backward(s, i - warm));
         for (int i = m - warm; i < m; ++i) order.push_back(backward(s, i));
         break;
       }
       case Schedule::interleaved: {
-        // https://arxiv.org/abs/2104.04473, section 2.2: groups of `stages` micro-batches walk the v chunks.
+        // https://arxiv.org/abs/2104.04473, section 2.2: groups of `stages` micro-batches walk the
+        // v chunks.
         const int total = m * v;
         const auto step = [&](int k, bool ahead) {
           const int in_group = k % (stages * v);
@@ -326,9 +346,11 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
           const int mb = k / (stages * v) * stages + in_group % stages;
           return ahead ? forward(chunk, mb) : backward(chunk, mb);
         };
-        const int warm = m == stages ? total : std::min((stages - s - 1) * 2 + (v - 1) * stages, total);
+        const int warm =
+            m == stages ? total : std::min((stages - s - 1) * 2 + (v - 1) * stages, total);
         for (int k = 0; k < warm; ++k) order.push_back(step(k, true));
-        for (int k = warm; k < total; ++k) order.push_back(step(k, true)), order.push_back(step(k - warm, false));
+        for (int k = warm; k < total; ++k)
+          order.push_back(step(k, true)), order.push_back(step(k - warm, false));
         for (int k = total - warm; k < total; ++k) order.push_back(step(k, false));
         break;
       }
@@ -344,8 +366,8 @@ void set_precision(Plan& plan, std::string_view word, const std::string& place) 
   switch (type) {
     case ElementType::fp32:
     case ElementType::tf32:
-      p = {ElementType::fp32, ElementType::fp32, type, ElementType::fp32, ElementType::fp32, ElementType::fp32,
-           false};
+      p = {ElementType::fp32, ElementType::fp32, type, ElementType::fp32,
+           ElementType::fp32, ElementType::fp32, false};
       break;
     case ElementType::bf16:
     case ElementType::fp16:
@@ -354,15 +376,18 @@ void set_precision(Plan& plan, std::string_view word, const std::string& place) 
     case ElementType::fp8:
     case ElementType::mxfp8:
     case ElementType::nvfp4:
-      // Products in the narrow type; stored parameters and activations stay bf16 (Transformer Engine).
+      // Products in the narrow type; stored parameters and activations stay bf16 (Transformer
+      // Engine).
       p.compute = type;
       break;
     case ElementType::int8:
-      throw InputError(place, "int8 is no training precision; use fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
+      throw InputError(place,
+                       "int8 is no training precision; use fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
   }
   p.gradients = plan.precision.gradients;
   p.gradient_communication = plan.precision.gradient_communication;
-  if (plan.framework != "megatron-core" && !p.master_copy) p.gradients = p.gradient_communication = ElementType::fp32;
+  if (plan.framework != "megatron-core" && !p.master_copy)
+    p.gradients = p.gradient_communication = ElementType::fp32;
   plan.precision = p;
 }
 
@@ -381,29 +406,36 @@ void set_recompute(Plan& plan, std::string_view word, const std::string& place) 
       n = std::stoll(std::string(word.substr(6)));
     } catch (const std::exception&) {
     }
-    if (n < 0) throw InputError(place, fmt::format("'{}' needs a number of blocks, like first:4", word));
+    if (n < 0)
+      throw InputError(place, fmt::format("'{}' needs a number of blocks, like first:4", word));
     plan.recompute_first = n;
   } else if (word.find('*') != std::string_view::npos || word.find('.') != std::string_view::npos) {
     plan.recompute = Recompute::patterns;
     std::string rest(word);
     for (std::size_t at = 0; at != std::string::npos;) {
       const auto comma = rest.find(',', at);
-      plan.recompute_patterns.push_back(rest.substr(at, comma == std::string::npos ? comma : comma - at));
+      plan.recompute_patterns.push_back(
+          rest.substr(at, comma == std::string::npos ? comma : comma - at));
       at = comma == std::string::npos ? comma : comma + 1;
     }
   } else {
-    throw InputError(place, fmt::format("'{}' is no recompute set; use none, selective, full, first:N or operator "
-                                        "patterns like '*.attention.core,*.mlp.activation'",
-                                        word));
+    throw InputError(
+        place,
+        fmt::format("'{}' is no recompute set; use none, selective, full, first:N or operator "
+                    "patterns like '*.attention.core,*.mlp.activation'",
+                    word));
   }
 }
 
-std::vector<std::string> frameworks() { return {"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita"}; }
+std::vector<std::string> frameworks() {
+  return {"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita"};
+}
 
 void set_framework(Plan& plan, std::string_view word, const std::string& place) {
   plan.framework = std::string(word);
   if (word == "megatron-core") {
-    // Distributed data parallel of Megatron-Core: fp32 main gradients, buckets of 40 M elements at least.
+    // Distributed data parallel of Megatron-Core: fp32 main gradients, buckets of 40 M elements at
+    // least.
     plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;
     plan.bucket = Bytes{160'000'000};
   } else if (word == "pytorch-ddp" || word == "pytorch-fsdp") {
@@ -413,8 +445,9 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
     plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;
     plan.bucket = 25_MiB;
   } else {
-    throw InputError(place, fmt::format("'{}' is no framework profile{}; there are {}", word,
-                                        did_you_mean(word, frameworks()), fmt::join(frameworks(), ", ")));
+    throw InputError(place,
+                     fmt::format("'{}' is no framework profile{}; there are {}", word,
+                                 did_you_mean(word, frameworks()), fmt::join(frameworks(), ", ")));
   }
 }
 
@@ -426,8 +459,9 @@ Plan load_plan(const std::string& file) {
     p.strategy = n->as_string();
     const auto known = strategies();
     if (std::find(known.begin(), known.end(), p.strategy) == known.end()) {
-      throw InputError(n->place(), fmt::format("'{}' is no strategy{}; there are {}", p.strategy,
-                                               did_you_mean(p.strategy, known), fmt::join(known, ", ")));
+      throw InputError(n->place(),
+                       fmt::format("'{}' is no strategy{}; there are {}", p.strategy,
+                                   did_you_mean(p.strategy, known), fmt::join(known, ", ")));
     }
   }
   const auto integer = [&](const char* key, std::int64_t& to, std::int64_t lowest = 1) {
@@ -505,18 +539,29 @@ Plan load_plan(const std::string& file) {
 std::string to_yaml(const Plan& p) {
   std::string recompute = "none";
   switch (p.recompute) {
-    case Recompute::none: break;
-    case Recompute::selective: recompute = "selective"; break;
-    case Recompute::full: recompute = "full"; break;
-    case Recompute::first: recompute = fmt::format("first:{}", p.recompute_first); break;
-    case Recompute::patterns: recompute = fmt::format("'{}'", fmt::join(p.recompute_patterns, ",")); break;
+    case Recompute::none:
+      break;
+    case Recompute::selective:
+      recompute = "selective";
+      break;
+    case Recompute::full:
+      recompute = "full";
+      break;
+    case Recompute::first:
+      recompute = fmt::format("first:{}", p.recompute_first);
+      break;
+    case Recompute::patterns:
+      recompute = fmt::format("'{}'", fmt::join(p.recompute_patterns, ","));
+      break;
   }
   std::string s = fmt::format(
-      "schema: partita.plan/1\nframework: {}\nstrategy: {}\ntp: {}\npp: {}\ndp: {}\ncp: {}\nep: {}\n"
-      "virtual_stages: {}\nmicro_batch: {}\nglobal_batch: {}\nsequence_parallel: {}\nschedule: {}\nzero: {}\n"
+      "schema: partita.plan/1\nframework: {}\nstrategy: {}\ntp: {}\npp: {}\ndp: {}\ncp: {}\nep: "
+      "{}\n"
+      "virtual_stages: {}\nmicro_batch: {}\nglobal_batch: {}\nsequence_parallel: {}\nschedule: "
+      "{}\nzero: {}\n"
       "recompute: {}\nprecision: {}\n",
-      p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch, p.global_batch,
-      p.sequence_parallel, name(p.schedule), p.zero, recompute, p.precision_name);
+      p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch,
+      p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, p.precision_name);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   return s;

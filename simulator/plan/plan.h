@@ -1,4 +1,5 @@
-// simulator/plan/plan.h: how a network is partitioned: mesh, views, shardings, stages, schedule, policies.
+// simulator/plan/plan.h: how a network is partitioned: mesh, views, shardings, stages, schedule,
+// policies.
 #pragma once
 
 #include <cstdint>
@@ -19,15 +20,16 @@ std::string_view name(Schedule s);
 
 enum class Recompute : std::uint8_t { none, selective, full, first, patterns };
 
-/// "Cut iteration dimension `dim` of operators matching `pattern` over `axis`." Rules apply in order; an
-/// atom that an earlier rule has used for this operator is left out, so that a later rule takes what is left.
+/// "Cut iteration dimension `dim` of operators matching `pattern` over `axis`." Rules apply in
+/// order; an atom that an earlier rule has used for this operator is left out, so that a later rule
+/// takes what is left.
 struct ShardingRule {
-  std::string pattern = "*";   ///< operator name, or "kind:grouped_product"
+  std::string pattern = "*";  ///< operator name, or "kind:grouped_product"
   Dim dim = Dim::sample;
   std::string axis;
   bool zigzag = false;
-  /// Applies only to operators that no earlier rule has cut over any atom of this axis (sequence parallel
-  /// regions: "what tensor parallelism leaves alone").
+  /// Applies only to operators that no earlier rule has cut over any atom of this axis (sequence
+  /// parallel regions: "what tensor parallelism leaves alone").
   bool where_unused = false;
 };
 
@@ -35,37 +37,42 @@ struct ShardingRule {
 struct Precision {
   ElementType parameters = ElementType::bf16;
   ElementType activations = ElementType::bf16;
-  ElementType compute = ElementType::bf16;           ///< of the matrix products
-  ElementType gradients = ElementType::fp32;         ///< accumulated
+  ElementType compute = ElementType::bf16;    ///< of the matrix products
+  ElementType gradients = ElementType::fp32;  ///< accumulated
   ElementType gradient_communication = ElementType::fp32;
   ElementType optimizer = ElementType::fp32;
-  bool master_copy = true;                           ///< fp32 parameters beside low-precision ones
+  bool master_copy = true;  ///< fp32 parameters beside low-precision ones
 };
 
 struct Plan {
   std::string strategy = "megatron";
   std::string framework = "megatron-core";
-  std::int64_t tp = 1, pp = 1, dp = 1, cp = 1, ep = 1, etp = 0;  ///< etp 0: as tp where ep > 1, else tp
+  std::int64_t tp = 1, pp = 1, dp = 1, cp = 1, ep = 1,
+               etp = 0;  ///< etp 0: as tp where ep > 1, else tp
   std::int64_t virtual_stages = 1;
-  std::int64_t micro_batch = 1;      ///< samples per data-parallel rank
-  std::int64_t global_batch = 0;     ///< samples per step; 0: one micro-batch per rank
+  std::int64_t micro_batch = 1;   ///< samples per data-parallel rank
+  std::int64_t global_batch = 0;  ///< samples per step; 0: one micro-batch per rank
   bool sequence_parallel = false;
-  enum class ContextExchange : std::uint8_t { all_gather, all_to_all } context = ContextExchange::all_gather;
+  enum class ContextExchange : std::uint8_t {
+    all_gather,
+    all_to_all
+  } context = ContextExchange::all_gather;
   Schedule schedule = Schedule::one_f_one_b;
   bool schedule_given = false;
-  int zero = 0;                      ///< 0..3
-  std::int64_t zero_group = 0;       ///< ranks that share one copy of the state (HSDP); 0: all of dp·cp
+  int zero = 0;                 ///< 0..3
+  std::int64_t zero_group = 0;  ///< ranks that share one copy of the state (HSDP); 0: all of dp·cp
   Recompute recompute = Recompute::none;
   std::int64_t recompute_first = 0;
   std::vector<std::string> recompute_patterns;
-  std::vector<std::int64_t> cuts;    ///< explicit: blocks per chunk, in order; empty: the rule
+  std::vector<std::int64_t> cuts;  ///< explicit: blocks per chunk, in order; empty: the rule
   Precision precision;
   std::string precision_name = "bf16";
   Optimizer optimizer;
-  Bytes bucket = 40_MiB;             ///< of gradients reduced by one call
-  bool overlap_gradients = true;     ///< reduce buckets while the backward goes on
-  bool save_gathered = false;        ///< keep all-gathered inputs for the backward instead of gathering again
-  std::vector<ShardingRule> user_rules;   ///< before the strategy's own: per-operator shardings
+  Bytes bucket = 40_MiB;          ///< of gradients reduced by one call
+  bool overlap_gradients = true;  ///< reduce buckets while the backward goes on
+  bool save_gathered =
+      false;  ///< keep all-gathered inputs for the backward instead of gathering again
+  std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
   std::vector<std::string> freeze;
   std::vector<std::string> lora;
   std::int64_t lora_rank = 0;
@@ -75,7 +82,7 @@ struct Plan {
   std::map<std::string, std::vector<AtomId>> axes;
   std::vector<ShardingRule> rules;
   std::vector<AtomId> pipeline;
-  std::vector<AtomId> zero_atoms;    ///< candidates for sharded state, slowest first
+  std::vector<AtomId> zero_atoms;  ///< candidates for sharded state, slowest first
   AtomMask replicas = 0;
 
   std::int64_t ranks() const { return tp * pp * dp * cp; }
@@ -86,12 +93,12 @@ struct Plan {
 /// Names of strategies: functions that write mesh, axes and rules.
 std::vector<std::string> strategies();
 
-/// Checks the numbers against each other and the network, then fills mesh, axes and rules by the plan's
-/// strategy. Infeasible reasons name what does not hold and the legal choices.
+/// Checks the numbers against each other and the network, then fills mesh, axes and rules by the
+/// plan's strategy. Infeasible reasons name what does not hold and the legal choices.
 Feasible<Plan> complete(const Graph& graph, Plan plan);
 
-/// Blocks per chunk: explicit cuts, else equal counts where the chunks divide the layers, else ⌊L/c⌋ or one
-/// more with the smaller first at the last chunk, then the first, then inward.
+/// Blocks per chunk: explicit cuts, else equal counts where the chunks divide the layers, else
+/// ⌊L/c⌋ or one more with the smaller first at the last chunk, then the first, then inward.
 std::vector<std::int64_t> blocks_per_chunk(std::int64_t layers, std::int64_t chunks);
 /// Chunk of every operator.
 Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& plan);
@@ -103,7 +110,8 @@ struct Turn {
   int micro_batch = 0;
   friend bool operator==(const Turn&, const Turn&) = default;
 };
-std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int virtual_stages, int micro_batches);
+std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int virtual_stages,
+                                     int micro_batches);
 
 /// YAML (schema partita.plan/1).
 Plan load_plan(const std::string& file);
@@ -112,7 +120,8 @@ std::string to_yaml(const Plan& plan);
 Schedule parse_schedule(std::string_view text, const std::string& place);
 void set_precision(Plan& plan, std::string_view text, const std::string& place);
 void set_recompute(Plan& plan, std::string_view text, const std::string& place);
-/// Applies a framework's defaults (bucket size, main gradients' type, ...); InputError when unknown.
+/// Applies a framework's defaults (bucket size, main gradients' type, ...); InputError when
+/// unknown.
 void set_framework(Plan& plan, std::string_view text, const std::string& place);
 std::vector<std::string> frameworks();
 

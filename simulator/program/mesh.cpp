@@ -81,8 +81,8 @@ Range part(std::int64_t extent, std::int64_t parts, std::int64_t c) {
 namespace {
 
 /// Atom by atom, so that a gather over the last atoms yields exactly the split over the first ones.
-Range block(const Mesh& mesh, const std::vector<AtomId>& atoms, std::size_t first, std::int64_t extent,
-            std::int64_t rank) {
+Range block(const Mesh& mesh, const std::vector<AtomId>& atoms, std::size_t first,
+            std::int64_t extent, std::int64_t rank) {
   Range r{0, extent};
   for (std::size_t i = first; i < atoms.size(); ++i) {
     const AtomId a = atoms[i];
@@ -111,8 +111,8 @@ Range window_range(const DimSplit& s, Range out, std::int64_t extent) {
 
 }  // namespace
 
-std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
-                                        std::int64_t rank) {
+std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
+                                        std::int64_t extent, std::int64_t rank) {
   std::vector<std::int64_t> all;
   const auto append = [&](Range r) {
     for (std::int64_t i = r.begin; i < r.end; ++i) all.push_back(i);

@@ -14,8 +14,8 @@ using AtomId = std::uint8_t;
 /// Set of atoms; bit i is atom i. A mesh has at most 16 atoms.
 using AtomMask = std::uint16_t;
 
-/// The finest factorisation of the ranks, outermost (slowest) atom first. A named axis is a list of atoms;
-/// different views of the same ranks (dp 8 = edp 2 x ep 4) share atoms.
+/// The finest factorisation of the ranks, outermost (slowest) atom first. A named axis is a list of
+/// atoms; different views of the same ranks (dp 8 = edp 2 x ep 4) share atoms.
 struct Mesh {
   struct Atom {
     std::string name;
@@ -52,11 +52,11 @@ enum class SplitKind : std::uint8_t {
 struct DimSplit {
   std::vector<AtomId> atoms;  ///< slowest first; empty: held whole
   SplitKind kind = SplitKind::block;
-  /// The first `zigzag` atoms (p ranks) cut 2p chunks and part c holds chunks c and 2p-1-c, which balances
-  /// causal attention; the other atoms cut what that leaves in blocks.
+  /// The first `zigzag` atoms (p ranks) cut 2p chunks and part c holds chunks c and 2p-1-c, which
+  /// balances causal attention; the other atoms cut what that leaves in blocks.
   std::uint8_t zigzag = 0;
-  Window window;              ///< kind window: the reader
-  std::int64_t outputs = 0;   ///< kind window: extent of the reader's output
+  Window window;             ///< kind window: the reader
+  std::int64_t outputs = 0;  ///< kind window: extent of the reader's output
   friend bool operator==(const DimSplit&, const DimSplit&) = default;
 };
 
@@ -82,12 +82,12 @@ struct Range {
 Range part(std::int64_t extent, std::int64_t parts, std::int64_t c);
 
 /// Global indices that `rank` holds along a dimension of `extent`, ascending.
-std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
-                                        std::int64_t rank);
+std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
+                                        std::int64_t extent, std::int64_t rank);
 std::int64_t local_extent(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
                           std::int64_t rank);
-/// Elements that `rank` holds; 0 where `root` excludes it. A routed tensor counts balanced experts and
-/// rounds up to whole rows.
+/// Elements that `rank` holds; 0 where `root` excludes it. A routed tensor counts balanced experts
+/// and rounds up to whole rows.
 std::int64_t local_elements(const Mesh& mesh, const Layout& layout, const Shape& shape, bool routed,
                             std::int64_t experts, std::int64_t rank);
 

@@ -7,8 +7,8 @@
 namespace partita {
 
 std::string_view name(Category c) {
-  constexpr std::array<std::string_view, kCategoryCount> names{"parameters",  "gradients", "optimizer",
-                                                               "activations", "workspace", "buffers"};
+  constexpr std::array<std::string_view, kCategoryCount> names{
+      "parameters", "gradients", "optimizer", "activations", "workspace", "buffers"};
   return names[static_cast<std::size_t>(c)];
 }
 std::string_view name(Kind k) {
@@ -17,9 +17,14 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 8> names{
-      "forward_statistic", "forward", "backward_statistic", "backward_data",
-      "backward_weight",   "zero",    "add",                "optimizer"};
+  constexpr std::array<std::string_view, 8> names{"forward_statistic",
+                                                  "forward",
+                                                  "backward_statistic",
+                                                  "backward_data",
+                                                  "backward_weight",
+                                                  "zero",
+                                                  "add",
+                                                  "optimizer"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CollectiveKind k) {
@@ -48,7 +53,8 @@ std::int64_t Program::rank_on_stage(std::int64_t rank, int stage) const {
 std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank) const {
   if (i.tie < 0) return mesh.group(rank, i.atoms);
   std::vector<std::int64_t> members;
-  for (const int s : ties[static_cast<std::size_t>(i.tie)]) members.push_back(rank_on_stage(rank, s));
+  for (const int s : ties[static_cast<std::size_t>(i.tie)])
+    members.push_back(rank_on_stage(rank, s));
   std::sort(members.begin(), members.end());
   return members;
 }

@@ -1,9 +1,10 @@
 // simulator/program/program.h: the lowered plan as plain data. Simulator, reference interpreter and
 // executor are three interpreters of it.
 //
-// All ranks of a pipeline stage run one instruction list (single program, multiple data): an instruction
-// names layouts and mesh atoms, and a rank's coordinates say what that means for it. Work that repeats
-// per micro-batch is written once, as a Block, and called with the micro-batch's number.
+// All ranks of a pipeline stage run one instruction list (single program, multiple data): an
+// instruction names layouts and mesh atoms, and a rank's coordinates say what that means for it.
+// Work that repeats per micro-batch is written once, as a Block, and called with the micro-batch's
+// number.
 #pragma once
 
 #include <array>
@@ -27,13 +28,20 @@ struct ProgramOperator {
   std::string name;
   Operation operation;
   Signature signature;
-  std::vector<DimSplit> cuts;  ///< per iteration dimension
-  AtomMask root = 0;           ///< executed only where these coordinates are 0
+  std::vector<DimSplit> cuts;               ///< per iteration dimension
+  AtomMask root = 0;                        ///< executed only where these coordinates are 0
   ElementType compute = ElementType::fp32;  ///< of its products
   bool has_loss = false;
 };
 
-enum class Category : std::uint8_t { parameters, gradients, optimizer, activations, workspace, buffers };
+enum class Category : std::uint8_t {
+  parameters,
+  gradients,
+  optimizer,
+  activations,
+  workspace,
+  buffers
+};
 inline constexpr int kCategoryCount = 6;
 std::string_view name(Category c);
 
@@ -47,11 +55,11 @@ struct Buffer {
   Shape shape;
   Layout layout;
   ElementType type = ElementType::fp32;
-  int element_bytes = 0;       ///< > 0: overrides `type` (masks, indices)
+  int element_bytes = 0;  ///< > 0: overrides `type` (masks, indices)
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
-  std::int64_t experts = 0;    ///< of a routed buffer
+  std::int64_t experts = 0;  ///< of a routed buffer
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;
   std::int32_t parameter = -1;
@@ -70,14 +78,14 @@ enum class Kind : std::uint8_t {
 std::string_view name(Kind k);
 
 enum class Kernel : std::uint8_t {
-  forward_statistic,   ///< statistic `index` of operator `op`, local part
-  forward,             ///< with `inline_statistics`: computes all statistics first
+  forward_statistic,  ///< statistic `index` of operator `op`, local part
+  forward,            ///< with `inline_statistics`: computes all statistics first
   backward_statistic,
-  backward_data,       ///< gradients of inputs
-  backward_weight,     ///< gradients of parameters
-  zero,                ///< writes[0] = 0
-  add,                 ///< writes[0] (+)= sum of reads
-  optimizer,           ///< one update of parameter writes[0] from gradient reads[0], state `state`
+  backward_data,    ///< gradients of inputs
+  backward_weight,  ///< gradients of parameters
+  zero,             ///< writes[0] = 0
+  add,              ///< writes[0] (+)= sum of reads
+  optimizer,        ///< one update of parameter writes[0] from gradient reads[0], state `state`
 };
 std::string_view name(Kernel k);
 
@@ -110,22 +118,24 @@ struct Instruction {
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
-  /// A collective that is issued ahead of its need (prefetch): not before the compute stream gets here.
+  /// A collective that is issued ahead of its need (prefetch): not before the compute stream gets
+  /// here.
   bool after_compute = false;
   // collective
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
-  std::int32_t tie = -1;           ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
-  std::int32_t stage = -1;         ///< send, receive: the other stage
+  std::int32_t tie =
+      -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
+  std::int32_t stage = -1;  ///< send, receive: the other stage
   /// compute: operands by role; -1 where an entry is not needed.
   /// collective: reads[i] becomes writes[i], bucketed as one call.
-  std::vector<BufferId> reads;         ///< inputs (forward operands), or sources
+  std::vector<BufferId> reads;  ///< inputs (forward operands), or sources
   std::vector<BufferId> parameters;
-  std::vector<BufferId> outputs;       ///< saved outputs, read by the backward
-  std::vector<BufferId> gradients;     ///< gradients of outputs, read by the backward
-  std::vector<BufferId> statistics;    ///< forward statistics: written inline or read
+  std::vector<BufferId> outputs;     ///< saved outputs, read by the backward
+  std::vector<BufferId> gradients;   ///< gradients of outputs, read by the backward
+  std::vector<BufferId> statistics;  ///< forward statistics: written inline or read
   std::vector<BufferId> backward_statistics;
-  std::vector<BufferId> extras;        ///< masks, log-sum-exps: written by forward, read by backward
+  std::vector<BufferId> extras;  ///< masks, log-sum-exps: written by forward, read by backward
   std::vector<BufferId> writes;
 };
 
@@ -149,7 +159,7 @@ struct BlockCall {
 enum class OptimizerKind : std::uint8_t { sgd, adam };
 struct Optimizer {
   OptimizerKind kind = OptimizerKind::adam;
-  double learning_rate = 0.01, momentum = 0.9;                  // sgd
+  double learning_rate = 0.01, momentum = 0.9;                          // sgd
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0;  // adam(w)
 };
 
@@ -160,26 +170,26 @@ struct ProgramParameter {
 };
 struct ProgramInput {
   std::string name;
-  Shape shape;              ///< one global micro-batch
+  Shape shape;  ///< one global micro-batch
   std::int32_t tensor = -1;
   std::int64_t values = 0;  ///< > 0: whole numbers below it (token ids, labels); 0: real numbers
 };
 
 struct Program {
   Mesh mesh;
-  std::vector<AtomId> pipeline;     ///< atoms of the pp axis; empty: one stage
-  AtomMask replicas = 0;            ///< independent models along these atoms
+  std::vector<AtomId> pipeline;  ///< atoms of the pp axis; empty: one stage
+  AtomMask replicas = 0;         ///< independent models along these atoms
   std::vector<ProgramOperator> operators;
   std::vector<ProgramParameter> parameters;
   std::vector<ProgramInput> inputs;
   std::vector<Buffer> buffers;
   std::vector<Block> blocks;
-  std::vector<std::vector<BlockCall>> stages;   ///< per stage, in order
-  std::vector<std::vector<int>> ties;           ///< groups of stages that share a parameter
-  std::vector<std::string> streams;             ///< names, index = Stream
+  std::vector<std::vector<BlockCall>> stages;  ///< per stage, in order
+  std::vector<std::vector<int>> ties;          ///< groups of stages that share a parameter
+  std::vector<std::string> streams;            ///< names, index = Stream
   Optimizer optimizer;
   int micro_batches = 1;
-  std::int64_t samples = 1;                     ///< per global micro-batch
+  std::int64_t samples = 1;  ///< per global micro-batch
   std::int32_t loss_tensor = -1;
 
   int stage_count() const { return static_cast<int>(stages.size()); }
@@ -192,7 +202,8 @@ struct Program {
   const Buffer& buffer(BufferId id) const { return buffers[id.index()]; }
   /// The buffer whose memory `id` lives in.
   BufferId memory_of(BufferId id) const {
-    while (buffers[id.index()].alias >= 0) id = BufferId{static_cast<std::size_t>(buffers[id.index()].alias)};
+    while (buffers[id.index()].alias >= 0)
+      id = BufferId{static_cast<std::size_t>(buffers[id.index()].alias)};
     return id;
   }
 };
@@ -202,8 +213,8 @@ std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_
 Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 
 /// What is wrong with the program, one line each; empty for a program that can run:
-/// every buffer is written before it is read and freed once or kept, layouts of collectives fit their kind,
-/// every send has its receive and all ranks can finish (no deadlock), ids are in range.
+/// every buffer is written before it is read and freed once or kept, layouts of collectives fit
+/// their kind, every send has its receive and all ranks can finish (no deadlock), ids are in range.
 std::vector<std::string> verify(const Program& program);
 
 /// Calls `f(BufferId)` for everything the instruction reads / writes.

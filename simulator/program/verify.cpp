@@ -11,29 +11,35 @@ namespace partita {
 namespace {
 
 /// Checks one collective's buffers against its kind: what the layouts must differ by.
-std::string layout_error(const Program& p, const Instruction& i, const Buffer& from, const Buffer& to) {
+std::string layout_error(const Program& p, const Instruction& i, const Buffer& from,
+                         const Buffer& to) {
   const Layout &a = from.layout, &b = to.layout;
   const AtomMask atoms = i.atoms;
   const auto say = [&](const std::string& rule) {
-    return fmt::format("{} of {} {}: {} -> {}", name(i.collective), from.name, rule, text(p.mesh, a, from.shape),
-                       text(p.mesh, b, to.shape));
+    return fmt::format("{} of {} {}: {} -> {}", name(i.collective), from.name, rule,
+                       text(p.mesh, a, from.shape), text(p.mesh, b, to.shape));
   };
   if (elements(from.shape) != elements(to.shape)) return say("changes the shape");
   const AtomMask split_a = split_atoms(a), split_b = split_atoms(b);
   switch (i.collective) {
     case CollectiveKind::all_reduce:
       if (i.tie >= 0) return a == b ? "" : say("over tied stages must keep the layout");
-      if ((a.partial & atoms) != atoms || b.partial != (a.partial & ~atoms)) return say("must pay exactly what is owed");
+      if ((a.partial & atoms) != atoms || b.partial != (a.partial & ~atoms))
+        return say("must pay exactly what is owed");
       if (split_a != split_b) return say("must keep the cuts");
       return "";
     case CollectiveKind::all_gather:
-      if ((split_a & atoms) != atoms || split_b != (split_a & ~atoms)) return say("must undo exactly the cuts of its group");
+      if ((split_a & atoms) != atoms || split_b != (split_a & ~atoms))
+        return say("must undo exactly the cuts of its group");
       return a.partial == b.partial ? "" : say("must not touch what is owed");
     case CollectiveKind::reduce_scatter:
-      if ((a.partial & atoms) != atoms || b.partial != (a.partial & ~atoms)) return say("must pay exactly what is owed");
+      if ((a.partial & atoms) != atoms || b.partial != (a.partial & ~atoms))
+        return say("must pay exactly what is owed");
       return split_b == (split_a | atoms) ? "" : say("must add exactly the cuts of its group");
     case CollectiveKind::all_to_all:
-      return split_a == split_b && (split_a & atoms) == atoms && a.partial == b.partial ? "" : say("must move cuts");
+      return split_a == split_b && (split_a & atoms) == atoms && a.partial == b.partial
+                 ? ""
+                 : say("must move cuts");
     case CollectiveKind::halo_exchange:
       return split_a == split_b && a.partial == b.partial ? "" : say("must keep the cuts");
     case CollectiveKind::broadcast:
@@ -50,14 +56,16 @@ struct Walker {
   std::vector<std::string> errors;
 
   void say(const Block& block, std::size_t at, const std::string& what) {
-    if (errors.size() < 20) errors.push_back(fmt::format("{}, instruction {}: {}", block.name, at, what));
+    if (errors.size() < 20)
+      errors.push_back(fmt::format("{}, instruction {}: {}", block.name, at, what));
   }
 
   bool ids_in_range() {
     const auto n = static_cast<std::int32_t>(p.buffers.size());
     for (const Buffer& b : p.buffers) {
       if (b.layout.dims.size() != b.shape.size()) {
-        errors.push_back(fmt::format("buffer {}: {} cuts for {} dimensions", b.name, b.layout.dims.size(), b.shape.size()));
+        errors.push_back(fmt::format("buffer {}: {} cuts for {} dimensions", b.name,
+                                     b.layout.dims.size(), b.shape.size()));
       }
     }
     for (const Block& b : p.blocks) {
@@ -68,10 +76,11 @@ struct Walker {
         const auto check = [&](const std::vector<BufferId>& list) {
           for (const BufferId id : list) good &= id.value >= -1 && id.value < n;
         };
-        check(i.reads), check(i.parameters), check(i.outputs), check(i.gradients), check(i.statistics);
+        check(i.reads), check(i.parameters), check(i.outputs), check(i.gradients),
+            check(i.statistics);
         check(i.backward_statistics), check(i.extras), check(i.writes);
-        if (i.kind == Kind::compute && i.op < 0 && i.kernel != Kernel::zero && i.kernel != Kernel::add &&
-            i.kernel != Kernel::optimizer) {
+        if (i.kind == Kind::compute && i.op < 0 && i.kernel != Kernel::zero &&
+            i.kernel != Kernel::add && i.kernel != Kernel::optimizer) {
           good = false;
         }
         if (!good) say(b, k, "an id is out of range");
@@ -87,13 +96,15 @@ struct Walker {
             if (!e.empty()) say(b, k, e);
           }
         }
-        if ((i.kind == Kind::send || i.kind == Kind::receive) && (i.stage < 0 || i.stage >= p.stage_count())) {
+        if ((i.kind == Kind::send || i.kind == Kind::receive) &&
+            (i.stage < 0 || i.stage >= p.stage_count())) {
           say(b, k, fmt::format("stage {} does not exist", i.stage));
           good = false;
         }
         if (good && i.kind == Kind::slice) {
           const Layout &from = p.buffer(i.reads[0]).layout, &to = p.buffer(i.writes[0]).layout;
-          if ((split_atoms(from) & ~split_atoms(to)) != 0 || from.partial != to.partial) say(b, k, "a slice can only cut");
+          if ((split_atoms(from) & ~split_atoms(to)) != 0 || from.partial != to.partial)
+            say(b, k, "a slice can only cut");
         }
       }
     }
@@ -120,34 +131,41 @@ struct Walker {
         const auto life = [&](BufferId id) -> char& { return state[key(p.memory_of(id))]; };
         if (i.kind == Kind::allocate) {
           for (const BufferId id : i.writes) {
-            if (life(id) != absent) say(block, k, fmt::format("allocates {} twice", p.buffer(id).name));
+            if (life(id) != absent)
+              say(block, k, fmt::format("allocates {} twice", p.buffer(id).name));
             life(id) = allocated;
           }
           continue;
         }
         if (i.kind == Kind::free) {
           for (const BufferId id : i.reads) {
-            if (life(id) == absent) say(block, k, fmt::format("frees {} which is not there", p.buffer(id).name));
+            if (life(id) == absent)
+              say(block, k, fmt::format("frees {} which is not there", p.buffer(id).name));
             life(id) = absent;
           }
           continue;
         }
         for_each_read(i, [&](BufferId id) {
-          if (!persistent(id) && life(id) == absent) say(block, k, fmt::format("reads {} which is not there", p.buffer(id).name));
-          const bool state_value = p.buffer(id).category == Category::parameters || p.buffer(id).category == Category::optimizer;
+          if (!persistent(id) && life(id) == absent)
+            say(block, k, fmt::format("reads {} which is not there", p.buffer(id).name));
+          const bool state_value = p.buffer(id).category == Category::parameters ||
+                                   p.buffer(id).category == Category::optimizer;
           const bool own = p.buffer(id).alias < 0;
           if (!(persistent(id) && state_value && own) && values.count(key(id)) == 0) {
             say(block, k, fmt::format("reads {} before it is written", p.buffer(id).name));
           }
         });
         for_each_write(i, [&](BufferId id) {
-          if (!persistent(id) && life(id) == absent) say(block, k, fmt::format("writes {} which is not there", p.buffer(id).name));
+          if (!persistent(id) && life(id) == absent)
+            say(block, k, fmt::format("writes {} which is not there", p.buffer(id).name));
           values.insert(key(id));
         });
       }
     }
     for (const auto& [key, alive] : state) {
-      if (alive != absent) errors.push_back(fmt::format("stage {}: {} is never freed", stage, p.buffer(key.first).name));
+      if (alive != absent)
+        errors.push_back(
+            fmt::format("stage {}: {} is never freed", stage, p.buffer(key.first).name));
       if (errors.size() > 20) return;
     }
   }
@@ -158,7 +176,8 @@ struct Walker {
       std::size_t call = 0, instruction = 0;
     };
     std::vector<At> at(p.stages.size());
-    std::map<std::tuple<int, int, int, int>, std::deque<BufferId>> mail;  // message, micro-batch, from, to
+    std::map<std::tuple<int, int, int, int>, std::deque<BufferId>>
+        mail;  // message, micro-batch, from, to
     std::map<std::pair<int, std::int64_t>, std::set<int>> ties;
     std::vector<std::map<int, std::int64_t>> tie_count(p.stages.size());
     for (bool moved = true; moved;) {
@@ -183,7 +202,8 @@ struct Walker {
             }
             const Buffer &from = p.buffer(box.front()), &to = p.buffer(i.writes[0]);
             if (!(from.layout == to.layout) || from.shape != to.shape) {
-              say(block, at[s].instruction, fmt::format("receives {} as another layout than it was sent", to.name));
+              say(block, at[s].instruction,
+                  fmt::format("receives {} as another layout than it was sent", to.name));
             }
             box.pop_front();
           } else if (i.kind == Kind::collective && i.tie >= 0) {
@@ -205,11 +225,14 @@ struct Walker {
       if (at[s].call == p.stages[s].size()) continue;
       const Block& block = p.blocks[p.stages[s][at[s].call].block.index()];
       const Instruction& i = block.instructions[at[s].instruction];
-      say(block, at[s].instruction, fmt::format("stage {} waits forever for a {} of {}", s, name(i.kind),
-                                                p.buffer(i.kind == Kind::receive ? i.writes[0] : i.reads[0]).name));
+      say(block, at[s].instruction,
+          fmt::format("stage {} waits forever for a {} of {}", s, name(i.kind),
+                      p.buffer(i.kind == Kind::receive ? i.writes[0] : i.reads[0]).name));
     }
     for (const auto& [key, box] : mail) {
-      if (!box.empty()) errors.push_back(fmt::format("{} is sent from stage {} and never received", p.buffer(box.front()).name, std::get<2>(key)));
+      if (!box.empty())
+        errors.push_back(fmt::format("{} is sent from stage {} and never received",
+                                     p.buffer(box.front()).name, std::get<2>(key)));
       if (errors.size() > 20) return;
     }
   }

@@ -23,8 +23,8 @@ std::vector<std::int64_t> full_extents(const Signature& s) {
   return all;
 }
 
-/// Matrix FLOPs of one sample, forward and backward, attention over the whole square: PaLM's model FLOPs
-/// (arXiv 2204.02311, appendix B), from the graph instead of 6 N.
+/// Matrix FLOPs of one sample, forward and backward, attention over the whole square: PaLM's model
+/// FLOPs (arXiv 2204.02311, appendix B), from the graph instead of 6 N.
 double model_flops(const Graph& graph) {
   const auto needed = needs_gradient(graph);
   double total = 0;
@@ -52,16 +52,21 @@ double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
     for (const auto& [b, n] : calls) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (i.kind != Kind::compute || i.op < 0) continue;
-        if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data && i.kernel != Kernel::backward_weight) continue;
+        if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data &&
+            i.kernel != Kernel::backward_weight)
+          continue;
         const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
         if (!is_product(op.operation)) continue;
         std::vector<std::int64_t> extents;
         for (std::size_t d = 0; d < op.cuts.size(); ++d) {
-          extents.push_back(local_extent(p.mesh, op.cuts[d], op.signature.dims[d].extent, c.representative));
+          extents.push_back(
+              local_extent(p.mesh, op.cuts[d], op.signature.dims[d].extent, c.representative));
         }
-        const Pass pass = i.kernel == Kernel::forward ? Pass::forward
-                          : i.kernel == Kernel::backward_data ? Pass::backward_data : Pass::backward_weight;
-        total += static_cast<double>(c.count * n) * flops(op.operation, op.signature, extents, pass).count;
+        const Pass pass = i.kernel == Kernel::forward         ? Pass::forward
+                          : i.kernel == Kernel::backward_data ? Pass::backward_data
+                                                              : Pass::backward_weight;
+        total += static_cast<double>(c.count * n) *
+                 flops(op.operation, op.signature, extents, pass).count;
       }
     }
   }
@@ -72,8 +77,8 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) 
 
 }  // namespace
 
-Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication, Timeline* recorded,
-                             Program* out_program) {
+Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication,
+                             Timeline* recorded, Program* out_program) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
   auto program = lower(graph, *plan);
@@ -89,11 +94,13 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   const double samples = static_cast<double>(plan->global_batch);
   r.samples_per_second = samples / r.step_time.count;
   if (graph.sequence > 0) {
-    r.tokens_per_second_per_device = r.samples_per_second * static_cast<double>(graph.sequence) / static_cast<double>(r.devices);
+    r.tokens_per_second_per_device =
+        r.samples_per_second * static_cast<double>(graph.sequence) / static_cast<double>(r.devices);
   }
   double peak_rate = 0;
   for (const RankClass& c : t.classes) {
-    const auto& device = communication.topology().device(DeviceId{static_cast<std::size_t>(c.representative)});
+    const auto& device =
+        communication.topology().device(DeviceId{static_cast<std::size_t>(c.representative)});
     peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count;
   }
   r.mfu = model_flops(graph) * samples / r.step_time.count / peak_rate;
@@ -108,13 +115,18 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     if (use.peak > r.peak_allocated) {
       r.peak_allocated = use.peak;
       const Block& b = program->blocks[static_cast<std::size_t>(use.peak_block)];
-      r.peak_at = fmt::format("stage {}, {}{}", t.classes[c].stage, b.name,
-                              use.peak_micro_batch >= 0 ? fmt::format(", micro-batch {}", use.peak_micro_batch) : "");
+      r.peak_at = fmt::format(
+          "stage {}, {}{}", t.classes[c].stage, b.name,
+          use.peak_micro_batch >= 0 ? fmt::format(", micro-batch {}", use.peak_micro_batch) : "");
     }
-    usable = std::min(usable, communication.topology().device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)}).usable_memory);
+    usable = std::min(usable,
+                      communication.topology()
+                          .device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)})
+                          .usable_memory);
   }
   for (const auto& [s, m] : by_stage) r.memory_by_stage.push_back(m);
-  // PyTorch's caching allocator reserves segments of at least 2 MiB; fragmentation is not modelled yet.
+  // PyTorch's caching allocator reserves segments of at least 2 MiB; fragmentation is not modelled
+  // yet.
   r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
   r.peak_device = r.peak_reserved + kContext;
   r.usable = usable + kContext;  // device files give usable memory after the context
@@ -124,38 +136,46 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   r.instructions = t.instructions;
   const double total = static_cast<double>(std::max<std::int64_t>(1, r.breakdown.total().count));
   std::int64_t matrix = 0, memory_bound = 0, exposed = 0;
-  const std::set<std::string> products{"linear", "attention", "batched_product", "convolution", "grouped_product"};
-  for (const auto& [kind, time] : r.breakdown.compute) (products.count(kind) ? matrix : memory_bound) += time.count;
+  const std::set<std::string> products{"linear", "attention", "batched_product", "convolution",
+                                       "grouped_product"};
+  for (const auto& [kind, time] : r.breakdown.compute)
+    (products.count(kind) ? matrix : memory_bound) += time.count;
   for (const auto& [axis, time] : r.breakdown.exposed) exposed += time.count;
   memory_bound += r.breakdown.optimizer.count + r.breakdown.other.count;
   const auto share = [&](std::int64_t n) { return static_cast<double>(n) / total; };
-  r.rests_on = {{"matrix products: peak rate x sustained fraction", "specified", share(matrix)},
-                {"memory-bound kernels: bandwidth x assumed fraction, launch", "assumed", share(memory_bound)},
-                {"exposed communication: link rates, assumed latencies", "specified", share(exposed)},
-                {"pipeline bubble: follows from the above", "derived", share(r.breakdown.bubble.count)}};
+  r.rests_on = {
+      {"matrix products: peak rate x sustained fraction", "specified", share(matrix)},
+      {"memory-bound kernels: bandwidth x assumed fraction, launch", "assumed",
+       share(memory_bound)},
+      {"exposed communication: link rates, assumed latencies", "specified", share(exposed)},
+      {"pipeline bubble: follows from the above", "derived", share(r.breakdown.bubble.count)}};
   if (recorded != nullptr) *recorded = std::move(t);
   if (out_program != nullptr) *out_program = std::move(*program);
   return r;
 }
 
-SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_t ranks, const Plan& base) {
+SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_t ranks,
+                       const Plan& base) {
   SearchSpace s;
   const auto per_node = static_cast<std::int64_t>(topology.device_count(0));
   bool heads = false, experts = false, sequences = graph.sequence > 0;
   std::int64_t expert_count = 1;
   for (const auto& op : graph.operators) {
     heads |= std::holds_alternative<Attention>(op.operation);
-    if (const auto* g = std::get_if<GroupedProduct>(&op.operation)) experts = true, expert_count = g->experts;
+    if (const auto* g = std::get_if<GroupedProduct>(&op.operation))
+      experts = true, expert_count = g->experts;
   }
   for (std::int64_t d = 1; d <= ranks; ++d) {
     if (ranks % d != 0) continue;
-    // Tensor parallelism across nodes is legal, but never fastest while a node's own links are free.
+    // Tensor parallelism across nodes is legal, but never fastest while a node's own links are
+    // free.
     if (d == 1 || (heads && d <= std::max<std::int64_t>(per_node, 1))) s.tp.push_back(d);
     if (d <= std::max(graph.layers, 1)) s.pp.push_back(d);
     if (d == 1 || (sequences && graph.sequence >= 16384 && d <= 16)) s.cp.push_back(d);
     if (d == 1 || (experts && expert_count % d == 0)) s.ep.push_back(d);
   }
-  for (std::int64_t m = 1; m <= 16 && m <= std::max<std::int64_t>(1, base.global_batch); m *= 2) s.micro_batch.push_back(m);
+  for (std::int64_t m = 1; m <= 16 && m <= std::max<std::int64_t>(1, base.global_batch); m *= 2)
+    s.micro_batch.push_back(m);
   s.virtual_stages = {1};
   for (std::int64_t v = 2; v <= 8; ++v) {
     if (graph.layers % v == 0) s.virtual_stages.push_back(v);
@@ -166,8 +186,9 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
   return s;
 }
 
-SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks, const Plan& base,
-                    const SearchSpace& space, std::size_t keep, std::size_t workers) {
+SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
+                    const Plan& base, const SearchSpace& space, std::size_t keep,
+                    std::size_t workers) {
   const auto began = std::chrono::steady_clock::now();
   SearchResult result;
   std::vector<Plan> candidates;
@@ -182,11 +203,13 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
                 for (const auto recompute : space.recompute) {
                   for (const auto schedule : space.schedules) {
                     // One spelling for what would be the same plan.
-                    if ((v > 1) != (schedule == Schedule::interleaved) || (v > 1 && pp == 1)) continue;
+                    if ((v > 1) != (schedule == Schedule::interleaved) || (v > 1 && pp == 1))
+                      continue;
                     Plan p = base;
                     p.tp = tp, p.pp = pp, p.cp = cp, p.ep = ep, p.dp = ranks / (tp * pp * cp);
                     if (zero > 0 && p.dp * p.cp == 1) continue;
-                    p.micro_batch = mb, p.virtual_stages = v, p.zero = zero, p.recompute = recompute;
+                    p.micro_batch = mb, p.virtual_stages = v, p.zero = zero,
+                    p.recompute = recompute;
                     p.schedule = schedule, p.schedule_given = true;
                     p.sequence_parallel = tp > 1 && graph.sequence > 0;
                     candidates.push_back(std::move(p));
@@ -210,9 +233,11 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
   std::vector<Outcome> outcomes(candidates.size());
   if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::unique_ptr<Communication>> communications;
-  for (std::size_t w = 0; w < workers; ++w) communications.push_back(std::make_unique<Communication>(topology));
+  for (std::size_t w = 0; w < workers; ++w)
+    communications.push_back(std::make_unique<Communication>(topology));
   Bytes usable{INT64_MAX};
-  for (std::size_t k = 0; k < topology.profile_count(); ++k) usable = std::min(usable, topology.profile(k).usable_memory);
+  for (std::size_t k = 0; k < topology.profile_count(); ++k)
+    usable = std::min(usable, topology.profile(k).usable_memory);
   const double parameters = static_cast<double>(parameter_count(graph));
   parallel_for(candidates.size(), workers, [&](std::size_t w, std::size_t i) {
     Outcome& o = outcomes[i];
@@ -221,11 +246,12 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       o.reason = plan.reason();
       return;
     }
-    // State of the average rank, counted low: whatever the schedule does, it must be there. Experts may be
-    // cut by ep as well, so only the finest cut counts.
+    // State of the average rank, counted low: whatever the schedule does, it must be there. Experts
+    // may be cut by ep as well, so only the finest cut counts.
     const double ways = static_cast<double>(plan->tp * plan->pp * plan->ep);
     const double shards = plan->zero > 0 ? static_cast<double>(plan->dp * plan->cp) : 1;
-    const double held = static_cast<double>(bits(plan->precision.parameters)) / 8 / (plan->zero == 3 ? shards : 1);
+    const double held =
+        static_cast<double>(bits(plan->precision.parameters)) / 8 / (plan->zero == 3 ? shards : 1);
     const double state = held + (plan->precision.master_copy ? 12.0 : 8.0) / shards;
     if (parameters / ways * state > static_cast<double>(usable.count) &&
         trainable_parameter_count(graph) == parameter_count(graph)) {
@@ -246,20 +272,25 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         ++result.illegal;
         if (result.example_illegal.empty()) result.example_illegal = o.reason;
         break;
-      case too_large: ++result.pruned_memory; break;
+      case too_large:
+        ++result.pruned_memory;
+        break;
       default:
         ++result.evaluated;
         if (!o.prediction->fits) {
-          if (!result.smallest || o.prediction->peak_device < result.smallest->peak_device) result.smallest = std::move(*o.prediction);
+          if (!result.smallest || o.prediction->peak_device < result.smallest->peak_device)
+            result.smallest = std::move(*o.prediction);
           break;
         }
         result.plans.push_back(std::move(*o.prediction));
     }
   }
-  std::stable_sort(result.plans.begin(), result.plans.end(),
-                   [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
+  std::stable_sort(
+      result.plans.begin(), result.plans.end(),
+      [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
   if (result.plans.size() > keep) result.plans.resize(keep);
-  result.search_time = Seconds{std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count()};
+  result.search_time =
+      Seconds{std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count()};
   return result;
 }
 

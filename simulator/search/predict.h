@@ -19,7 +19,8 @@ struct StageMemory {
   std::array<Bytes, kCategoryCount> by_category;
 };
 
-/// What a figure stands on: specified (data sheet), measured, fitted, assumed; and its share of the step.
+/// What a figure stands on: specified (data sheet), measured, fitted, assumed; and its share of the
+/// step.
 struct RestsOn {
   std::string term, kind;
   double share = 0;
@@ -29,14 +30,14 @@ struct Prediction {
   Plan plan;
   std::int64_t devices = 0;
   Seconds step_time;
-  double tokens_per_second_per_device = 0;   ///< 0 for networks without sequences
+  double tokens_per_second_per_device = 0;  ///< 0 for networks without sequences
   double samples_per_second = 0;
   double mfu = 0, hfu = 0;
   Bytes peak_allocated, peak_reserved, peak_device, usable;
   bool fits = false;
   std::vector<StageMemory> memory_by_stage;
-  std::string peak_at;                        ///< stage and block of the peak
-  Breakdown breakdown;                        ///< of the class that ends last
+  std::string peak_at;  ///< stage and block of the peak
+  Breakdown breakdown;  ///< of the class that ends last
   std::vector<RestsOn> rests_on;
   std::size_t classes = 0;
   std::int64_t instructions = 0;
@@ -54,18 +55,20 @@ struct SearchSpace {
 };
 
 /// Every value that could make sense for this network on this cluster.
-SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_t ranks, const Plan& base);
+SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_t ranks,
+                       const Plan& base);
 
 struct SearchResult {
-  std::vector<Prediction> plans;   ///< that fit, fastest first
+  std::vector<Prediction> plans;  ///< that fit, fastest first
   std::int64_t space = 0, evaluated = 0, pruned_memory = 0, pruned_bound = 0, illegal = 0;
-  std::string example_illegal;     ///< one reason, for people
+  std::string example_illegal;  ///< one reason, for people
   Seconds search_time;
   std::optional<Prediction> smallest;  ///< if nothing fits: the plan that needs least memory
 };
 
 /// Simulates every plan of the space that can fit; `keep` best are returned.
-SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks, const Plan& base,
-                    const SearchSpace& space, std::size_t keep, std::size_t workers = 0);
+SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
+                    const Plan& base, const SearchSpace& space, std::size_t keep,
+                    std::size_t workers = 0);
 
 }  // namespace partita
