@@ -1,0 +1,219 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "base/error.h"
+#include "models/models.h"
+#include "tests/models/temporary_file.h"
+
+namespace partita {
+namespace {
+
+using Json = nlohmann::json;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+Json llama() {
+  return {{"model_type", "llama"},    {"vocab_size", 96},       {"hidden_size", 48},
+          {"intermediate_size", 112}, {"num_hidden_layers", 3}, {"num_attention_heads", 6},
+          {"num_key_value_heads", 2}};
+}
+
+Graph load(const std::string& body, const ModelOptions& options = {}) {
+  const TemporaryFile file("config.json", body);
+  return load_model(file.path(), options);
+}
+
+std::string error(const std::string& body, const ModelOptions& options = {}) {
+  try {
+    load(body, options);
+  } catch (const InputError& e) {
+    return e.what();
+  }
+  return "no error";
+}
+std::string error_with(const char* key, const Json& value, const char* type = "llama") {
+  Json config = llama();
+  config["model_type"] = type;
+  config[key] = value;
+  return error(config.dump());
+}
+
+/// The attention operators, block by block.
+std::vector<Attention> attentions(const Graph& g) {
+  std::vector<Attention> all;
+  for (const auto& op : g.operators) {
+    if (const auto* a = std::get_if<Attention>(&op.operation)) all.push_back(*a);
+  }
+  return all;
+}
+std::vector<Rotary> rotaries(const Graph& g) {
+  std::vector<Rotary> all;
+  for (const auto& op : g.operators) {
+    if (const auto* r = std::get_if<Rotary>(&op.operation)) all.push_back(*r);
+  }
+  return all;
+}
+
+TEST(HuggingFace, TakesTheFolderOfAConfigurationToo) {
+  const TemporaryFile file("config.json", llama().dump());
+  EXPECT_EQ(parameter_count(load_model(file.folder(), {})),
+            parameter_count(load_model(file.path(), {})));
+}
+
+TEST(HuggingFace, DefaultsAreTheLibrarys) {
+  const Graph g = load(llama().dump());
+  EXPECT_EQ(g.sequence, 2048);  // max_position_embeddings of LlamaConfig
+  EXPECT_EQ(g.name, "llama");
+  EXPECT_EQ(attentions(g)[0].window, 0);
+  EXPECT_EQ(rotaries(g)[0].rotated, 8);
+  EXPECT_DOUBLE_EQ(rotaries(g)[0].base, 10000);
+}
+
+TEST(HuggingFace, LongReachesAreCutToWhatTrainingUses) {
+  Json c = llama();
+  c["max_position_embeddings"] = 131072;
+  EXPECT_EQ(load(c.dump()).sequence, 8192);
+  ModelOptions o;
+  o.sequence = 131072;
+  EXPECT_EQ(load(c.dump(), o).sequence, 131072);
+}
+
+TEST(HuggingFace, ReadsRotarySettingsOfBothVersions) {
+  Json c = llama();
+  c["rope_theta"] = 500000.0;
+  EXPECT_DOUBLE_EQ(rotaries(load(c.dump()))[0].base, 500000);
+  c.erase("rope_theta");
+  c["rope_parameters"] = {{"rope_theta", 7000.0}, {"rope_type", "default"}};
+  EXPECT_DOUBLE_EQ(rotaries(load(c.dump()))[0].base, 7000);
+  c["model_type"] = "nemotron";
+  EXPECT_EQ(rotaries(load(c.dump()))[0].rotated, 4);  // half of a head of 8
+  c["partial_rotary_factor"] = 0.25;
+  EXPECT_EQ(rotaries(load(c.dump()))[0].rotated, 2);
+}
+
+TEST(HuggingFace, SlidingWindowsFollowTheirModels) {
+  const auto windows = [](const Json& c) {
+    std::vector<std::int64_t> all;
+    for (const auto& a : attentions(load(c.dump()))) all.push_back(a.window);
+    return all;
+  };
+  using List = std::vector<std::int64_t>;
+  Json c = llama();
+  c["model_type"] = "mistral";
+  EXPECT_EQ(windows(c), (List{4096, 4096, 4096}));
+  c["sliding_window"] = nullptr;
+  EXPECT_EQ(windows(c), (List{0, 0, 0}));
+  c["model_type"] = "qwen2";
+  c["sliding_window"] = 64;
+  EXPECT_EQ(windows(c), (List{0, 0, 0}));
+  c["use_sliding_window"] = true;
+  c["max_window_layers"] = 2;
+  EXPECT_EQ(windows(c), (List{0, 0, 64}));
+  c["layer_types"] = {"sliding_attention", "full_attention", "full_attention"};
+  EXPECT_EQ(windows(c), (List{64, 0, 0}));
+  c.erase("layer_types");
+  c["model_type"] = "gpt_oss";
+  EXPECT_EQ(windows(c), (List{64, 0, 64}));
+  for (const auto& a : attentions(load(c.dump()))) EXPECT_TRUE(a.sinks);
+}
+
+TEST(HuggingFace, RoutersFollowTheirModels) {
+  const auto router = [](const Json& c) {
+    for (const auto& op : load(c.dump()).operators) {
+      if (const auto* r = std::get_if<Router>(&op.operation)) return *r;
+    }
+    return Router{0};
+  };
+  Json c = llama();
+  c["model_type"] = "deepseek_v3";
+  c["first_k_dense_replace"] = 1;
+  c["n_routed_experts"] = 16;
+  EXPECT_EQ(router(c), (Router{8, true, true, 2.5}));
+  c["model_type"] = "deepseek_v2";
+  c["num_experts_per_tok"] = 6;
+  EXPECT_EQ(router(c), (Router{6, false, false, 1}));
+  c["model_type"] = "mixtral";
+  c["num_experts_per_tok"] = 3;
+  EXPECT_EQ(router(c), (Router{3, false, true, 1}));
+}
+
+TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
+  EXPECT_THAT(error(""), HasSubstr("config.json: is empty"));
+  EXPECT_THAT(error(" \n"), HasSubstr("config.json: is empty"));
+  const std::string whole = llama().dump();
+  EXPECT_THAT(error(whole.substr(0, whole.size() / 2)), HasSubstr("config.json: is not JSON: "));
+  EXPECT_THAT(error("[1, 2]"), HasSubstr("must be a JSON object"));
+  EXPECT_THAT(error("{}"), HasSubstr("config.json: needs the key 'model_type'"));
+  EXPECT_THAT(
+      error_with("model_type", "llame"),
+      AllOf(HasSubstr("config.json: model_type: 'llame' is not supported; did you mean 'llama'?"),
+            HasSubstr("there are bert, deepseek_v2, deepseek_v3, gpt2, gpt_oss, llama, mistral, "
+                      "mixtral, nemotron, qwen2, qwen3, qwen3_moe, vit")));
+  EXPECT_THAT(error_with("model_type", 3), HasSubstr("model_type: must be a string, found 3"));
+  Json c = llama();
+  c.erase("hidden_size");
+  c["hiden_size"] = 48;
+  EXPECT_THAT(error(c.dump()),
+              HasSubstr("needs the key 'hidden_size'; did you mean 'hiden_size'?"));
+  EXPECT_THAT(error_with("hidden_size", "48"),
+              HasSubstr("config.json: hidden_size: must be a whole number, found \"48\""));
+  EXPECT_THAT(error_with("hidden_size", 48.5),
+              HasSubstr("hidden_size: must be a whole number, found 48.5"));
+  EXPECT_THAT(error_with("num_hidden_layers", -2),
+              HasSubstr("num_hidden_layers: is -2; it must be between 1 and 100000"));
+  EXPECT_THAT(error_with("vocab_size", 18446744073709551615ULL),
+              HasSubstr("vocab_size: is 184467440737"));
+  EXPECT_THAT(error_with("tie_word_embeddings", 1),
+              HasSubstr("tie_word_embeddings: must be true or false, found 1"));
+  EXPECT_THAT(error_with("num_key_value_heads", 4),
+              HasSubstr("4 key/value heads do not divide 6 attention heads"));
+  EXPECT_THAT(error_with("hidden_act", "silo"),
+              HasSubstr("hidden_act: activation 'silo' is not supported; did you mean 'silu'?"));
+  EXPECT_THAT(error_with("partial_rotary_factor", 2), HasSubstr("partial_rotary_factor: is 2"));
+  EXPECT_THAT(error_with("layer_types", {"full_attention"}, "qwen3"),
+              HasSubstr("layer_types: names 1 layers of 3"));
+  EXPECT_THAT(
+      error_with("layer_types", {"full_attention", "linear_attention", "full_attention"}, "qwen3"),
+      HasSubstr("layer_types: 'linear_attention' is not supported"));
+  EXPECT_THAT(error_with("is_decoder", true, "bert"),
+              HasSubstr("BERT as a decoder is not supported"));
+  EXPECT_THAT(error_with("patch_size", 13, "vit"),
+              HasSubstr("patches of 13 do not divide an image of 224"));
+  EXPECT_THAT(error_with("image_size", {224, 112}, "vit"),
+              HasSubstr("image_size: must be one number, or two equal ones"));
+}
+
+TEST(HuggingFace, ASequenceBeyondLearnedPositionsIsRefused) {
+  const Json gpt{{"model_type", "gpt2"}, {"vocab_size", 97}, {"n_positions", 40},
+                 {"n_embd", 24},         {"n_layer", 2},     {"n_head", 3}};
+  ModelOptions o;
+  o.sequence = 41;
+  EXPECT_THAT(
+      error(gpt.dump(), o),
+      HasSubstr("a sequence of 41 tokens is longer than the 40 learned positions; use at most 40"));
+}
+
+TEST(HuggingFace, DamagedConfigurationsNeverCrash) {
+  std::mt19937_64 rng{7};
+  const std::string whole = llama().dump();
+  for (int i = 0; i < 2000; ++i) {
+    std::string body = whole;
+    for (std::uint64_t k = 0; k <= rng() % 3; ++k) {
+      // Keep digits' number small: a longer configuration is a larger network, not a damaged one.
+      const std::size_t at = rng() % body.size();
+      if (rng() % 2 == 0) {
+        body.erase(at, 1 + rng() % 3);
+      } else if (std::isdigit(static_cast<unsigned char>(body[at])) == 0) {
+        body[at] = static_cast<char>(rng());
+      }
+      if (body.empty()) break;
+    }
+    error(body);
+  }
+}
+
+}  // namespace
+}  // namespace partita
