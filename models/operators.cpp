@@ -211,7 +211,9 @@ void make(Maker& m, const Normalize& op) {
     const bool reduced = batch ? i != 1 : i == x.size() - 1;
     // Local batch norm is over a rank's own samples, but over whole images however they are cut.
     const bool own = batch && !op.synchronised && x[i].dim == Dim::sample;
-    const DimUse use = reduced && !own ? DimUse::statistic : DimUse::parallel;
+    const DimUse use = reduced && op.group > 0 ? DimUse::whole
+                       : reduced && !own       ? DimUse::statistic
+                                               : DimUse::parallel;
     d.push_back(x[i].dim == Dim::head_feature ? -1 : m.dim(x[i].dim, x[i].extent, use));
     if (!reduced) kept.push_back(d.back());
   }
