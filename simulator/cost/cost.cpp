@@ -27,6 +27,29 @@ std::vector<std::int64_t> extents_of(const Program& p, const ProgramOperator& op
   return all;
 }
 
+/// What crosses in a halo exchange: the part of the window layout that the block layout does not
+/// hold. (A window with a stride may also leave rows of its own block unread.)
+Bytes crossing_bytes(const Program& p, const Buffer& from, const Buffer& to, std::int64_t rank) {
+  const auto windows = [](const Buffer& b) {
+    return std::any_of(b.layout.dims.begin(), b.layout.dims.end(),
+                       [](const DimSplit& d) { return d.kind == SplitKind::window; });
+  };
+  const Buffer& wide = windows(to) ? to : from;
+  const Buffer& block = windows(to) ? from : to;
+  std::int64_t all = 1, own = 1;
+  for (std::size_t d = 0; d < wide.shape.size(); ++d) {
+    const std::int64_t extent = wide.shape[d].extent;
+    const auto a = local_indices(p.mesh, wide.layout.dims[d], extent, rank);
+    const auto b = local_indices(p.mesh, block.layout.dims[d], extent, rank);
+    all *= static_cast<std::int64_t>(a.size());
+    own *= std::count_if(a.begin(), a.end(), [&](std::int64_t x) {
+      return std::find(b.begin(), b.end(), x) != b.end();
+    });
+  }
+  const std::int64_t n = all - own;
+  return wide.element_bytes > 0 ? Bytes{n * wide.element_bytes} : storage(wide.type, n);
+}
+
 std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
   h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
   h *= 0xff51afd7ed558ccdull;
@@ -168,10 +191,11 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
     case CollectiveKind::gather:
       return bytes_of(p, i.writes, rank);
     case CollectiveKind::halo_exchange: {
-      // What crosses: the difference between a part with and without its neighbours' edges.
-      const std::int64_t a = bytes_of(p, i.reads, rank).count,
-                         b = bytes_of(p, i.writes, rank).count;
-      return Bytes{std::abs(a - b)};
+      Bytes n{0};
+      for (std::size_t k = 0; k < i.reads.size(); ++k) {
+        n += crossing_bytes(p, p.buffer(i.reads[k]), p.buffer(i.writes[k]), rank);
+      }
+      return n;
     }
     case CollectiveKind::all_reduce:
     case CollectiveKind::reduce_scatter:
