@@ -5,100 +5,11 @@
 
 #include <random>
 
-#include "models/models.h"
+#include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
 namespace partita {
 namespace {
-
-Plan base_plan() {
-  Plan p;
-  set_framework(p, "partita", "");
-  p.optimizer.kind = OptimizerKind::sgd;
-  p.bucket = Bytes{256};  // small enough that there are several
-  return p;
-}
-
-TransformerConfig small_config() {
-  TransformerConfig c;
-  c.name = "small";
-  c.layers = 4;
-  c.hidden = 8;
-  c.heads = 4;
-  c.kv_heads = 4;
-  c.ffn = 16;
-  c.vocabulary = 12;
-  c.sequence = 8;
-  c.norm = TransformerConfig::Norm::layer;
-  c.positions = 8;
-  c.activation = ActivationKind::gelu;
-  c.gated = false;
-  c.qkv_bias = c.attention_output_bias = c.mlp_bias = true;
-  c.tied = true;
-  c.initial_deviation = 0.3;
-  return c;
-}
-Graph gpt() { return build_transformer(small_config()); }
-Graph llama() {
-  TransformerConfig c = small_config();
-  c.kv_heads = 2;
-  c.norm = TransformerConfig::Norm::rms;
-  c.positions = 0;
-  c.rotary_dim = 2;
-  c.activation = ActivationKind::silu;
-  c.gated = true;
-  c.qkv_bias = c.attention_output_bias = c.mlp_bias = false;
-  c.tied = false;
-  return build_transformer(c);
-}
-Graph mixtral() {
-  TransformerConfig c = small_config();
-  c.layers = 2;
-  c.kv_heads = 2;
-  c.norm = TransformerConfig::Norm::rms;
-  c.positions = 0;
-  c.rotary_dim = 2;
-  c.gated = true;
-  c.activation = ActivationKind::silu;
-  c.qkv_bias = c.attention_output_bias = c.mlp_bias = false;
-  c.tied = false;
-  c.moe.experts = 4;
-  c.moe.top_k = 2;
-  c.moe.ffn = 8;
-  return build_transformer(c);
-}
-Graph cnn(bool synchronised) {
-  GraphBuilder b("cnn");
-  TensorId x =
-      b.input("image", {{Dim::sample, 1}, {Dim::feature, 3}, {Dim::height, 9}, {Dim::width, 8}});
-  const TensorId labels = b.input("labels", {{Dim::sample, 1}});
-  const auto conv = [&](const char* name, std::int64_t out, Window w) {
-    Convolution c;
-    c.out = out;
-    c.height = c.width = w;
-    return b.add(name, c, {x});
-  };
-  x = conv("conv1", 4, {3, 1, 1, 1, 1});
-  Normalize n;
-  n.kind = Normalize::Kind::batch;
-  n.synchronised = synchronised;
-  x = b.add("norm1", n, {x});
-  x = b.add("relu1", Activation{ActivationKind::relu}, {x});
-  const TensorId skip = x;
-  x = conv("conv2", 4, {3, 1, 1, 1, 1});
-  x = b.add("residual", Add{}, {x, skip});
-  x = conv("conv3", 6, {3, 2, 1, 1, 1});
-  Pool p;
-  p.maximum = true;
-  p.height = p.width = {2, 2, 0, 0, 1};
-  x = b.add("pool", p, {x});
-  x = b.add("average", GlobalAveragePool{}, {x});
-  Linear head;
-  head.out = {{Dim::vocabulary, 5}};
-  x = b.add("head", head, {x});
-  x = b.add("loss", CrossEntropy{}, {x, labels});
-  return b.finish(x, 0, 0);
-}
 
 void expect_good(const Graph& g, const Plan& p, int groups = 1) {
   const auto r = expect_equals_reference(g, p, groups);
@@ -363,31 +274,11 @@ TEST(Execution, MixedPrecisionChangesTypesNotMathematics) {
 /// Random plans over random axes: whatever is feasible equals the reference.
 TEST(Execution, RandomPlans) {
   std::mt19937 rng{20261123};
-  const auto pick = [&](std::vector<int> from) { return from[rng() % from.size()]; };
   const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
   int feasible = 0;
   for (int i = 0; i < 120; ++i) {
     const std::size_t which = rng() % graphs.size();
-    Plan p = base_plan();
-    p.tp = pick({1, 1, 2, 4});
-    p.pp = pick({1, 1, 2, 4});
-    p.cp = pick({1, 1, 2});
-    p.dp = pick({1, 2, 3});
-    p.ep = pick({1, 1, 2, 4});
-    p.etp = pick({0, 1});
-    p.virtual_stages = pick({1, 1, 2});
-    p.micro_batch = pick({1, 2});
-    p.global_batch = p.micro_batch * p.dp * pick({1, 2, 4});
-    p.sequence_parallel = pick({0, 1}) == 1;
-    p.save_gathered = pick({0, 1}) == 1;
-    p.overlap_gradients = pick({0, 1}) == 1;
-    p.zero = pick({0, 1, 2, 3});
-    p.context =
-        pick({0, 1}) == 1 ? Plan::ContextExchange::all_to_all : Plan::ContextExchange::all_gather;
-    p.schedule = static_cast<Schedule>(pick({0, 1, 2}));
-    p.schedule_given = p.virtual_stages == 1;
-    const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};
-    set_recompute(p, sets[rng() % sets.size()], "");
+    const Plan p = random_plan(rng);
     if (p.ranks() > 24) continue;
     SCOPED_TRACE(::testing::Message()
                  << "case " << i << ": " << graphs[which].name << " " << which << "\n"

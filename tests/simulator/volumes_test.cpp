@@ -1,0 +1,409 @@
+// What a program sends per rank and step equals the closed forms of the literature. Activations are
+// 2 bytes (bf16), gradients 4 (fp32); b samples per rank and micro-batch, s tokens, h hidden.
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "simulator/cost/cost.h"
+#include "tests/simulator/networks.h"
+
+namespace partita {
+namespace {
+
+constexpr std::int64_t kActivation = 2, kGradient = 4, kParameter = 2;
+
+struct Traffic {
+  std::int64_t calls = 0;
+  std::int64_t wire = 0;  ///< bytes that a ring puts on the wire
+};
+using Filter = std::function<bool(const Block&, const Instruction&)>;
+
+/// All collectives of one rank in one step that satisfy `filter`.
+Traffic traffic(const Program& p, std::int64_t rank, const Filter& filter) {
+  Traffic t;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(p.stage_of(rank))]) {
+    const Block& block = p.blocks[call.block.index()];
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::collective || !filter(block, i)) continue;
+      const auto n = static_cast<std::int64_t>(p.group(i, rank).size());
+      ++t.calls;
+      t.wire += wire_count(i.collective, n, payload(p, i, rank)).bytes.count;
+    }
+  }
+  return t;
+}
+
+/// Collectives of one kind on tensors of the network and their gradients: no statistics, no
+/// parameters, no parameters' gradients.
+Filter of_tensors(const Program& p, CollectiveKind kind) {
+  return [&p, kind](const Block&, const Instruction& i) {
+    return i.collective == kind && p.buffer(i.writes[0]).tensor >= 0;
+  };
+}
+/// Collectives of one kind on one category of state.
+Filter of_state(const Program& p, Category category, CollectiveKind kind) {
+  return [&p, category, kind](const Block&, const Instruction& i) {
+    return i.collective == kind && i.tie < 0 && p.buffer(i.writes[0]).category == category;
+  };
+}
+bool any(const Block&, const Instruction&) { return true; }
+
+Graph gpt_of(int layers) {
+  TransformerConfig c = small_config();
+  c.layers = layers;
+  return build_transformer(c);
+}
+
+TEST(Volumes, DataParallelReducesEveryGradientOnceAStep) {
+  const Graph g = gpt();
+  const std::int64_t size = parameter_count(g) * kGradient;
+  for (const std::int64_t n : {2, 4}) {
+    for (const std::int64_t micro_batches : {1, 3}) {
+      for (const bool overlap : {true, false}) {
+        Plan plan = base_plan();
+        plan.dp = n;
+        plan.global_batch = n * micro_batches;
+        plan.overlap_gradients = overlap;
+        const Program p = lowered(g, plan);
+        // 2 (n-1)/n S, however many buckets and micro-batches. Every bucket holds a multiple of n
+        // bytes here, so nothing rounds.
+        EXPECT_EQ(traffic(p, 0, any).wire, 2 * (n - 1) * size / n);
+        EXPECT_GT(traffic(p, 0, any).calls, 4);  // buckets of 256 B
+      }
+    }
+  }
+}
+
+TEST(Volumes, UnevenBucketsRoundUpOncePerCall) {
+  const Graph g = gpt();
+  const std::int64_t size = parameter_count(g) * kGradient, n = 3;
+  Plan plan = base_plan();
+  plan.dp = n;
+  const Program p = lowered(g, plan);
+  const Traffic t = traffic(p, 2, any);
+  EXPECT_GE(t.wire * n, 2 * (n - 1) * size);
+  // Each call sends 2 (n-1) chunks that are less than 1 B too large.
+  EXPECT_LT(t.wire * n, 2 * (n - 1) * (size + n * t.calls));
+}
+
+TEST(Volumes, TensorParallelIsFourAllReducesPerLayerAndMicroBatch) {
+  const std::int64_t b = 2, s = 8, h = 8;
+  for (const std::int64_t n : {2, 4}) {
+    for (const int layers : {1, 3}) {
+      for (const std::int64_t m : {1, 2}) {
+        for (const bool full : {false, true}) {
+          Plan plan = base_plan();
+          plan.tp = n;
+          plan.micro_batch = b;
+          plan.global_batch = b * m;
+          if (full) set_recompute(plan, "full", "");
+          const Program p = lowered(gpt_of(layers), plan);
+          const Traffic t = traffic(p, 1, of_tensors(p, CollectiveKind::all_reduce));
+          // Forward: outputs of attention and MLP. Backward: inputs of both. Full recompute does
+          // the forward's two again. Outside the layers: the embedding's output (vocabulary cut)
+          // and the gradient of the head's input.
+          EXPECT_EQ(t.calls, m * ((full ? 6 : 4) * layers + 2));
+          EXPECT_EQ(t.wire, t.calls * 2 * (n - 1) * (b * s * h * kActivation) / n);
+        }
+      }
+    }
+  }
+}
+
+TEST(Volumes, SelectiveRecomputeSendsNothingAgain) {
+  Plan plan = base_plan();
+  plan.tp = 2;
+  const Program none = lowered(gpt(), plan);
+  set_recompute(plan, "selective", "");
+  const Program selective = lowered(gpt(), plan);
+  EXPECT_EQ(traffic(selective, 0, any).wire, traffic(none, 0, any).wire);
+}
+
+TEST(Volumes, VocabularyParallelLossReducesMaximumSumAndLabel) {
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.micro_batch = 2;
+  const Program p = lowered(gpt(), plan);
+  const Traffic t = traffic(p, 0, [&](const Block&, const Instruction& i) {
+    return p.buffer(i.reads[0]).category == Category::workspace;
+  });
+  // Maximum: 1 value per token; sum of exponentials and the label's logit: 2; fp32, b s = 16
+  // tokens: 64 + 128 B, and 2 (n-1)/n = 1.
+  EXPECT_EQ(t.calls, 2);
+  EXPECT_EQ(t.wire, 192);
+}
+
+TEST(Volumes, SequenceParallelSendsTheSameBytesAsPairsAndGathersInputsAgain) {
+  const std::int64_t b = 2, s = 8, h = 8, n = 2;
+  for (const bool save : {false, true}) {
+    for (const int layers : {1, 3}) {
+      Plan plan = base_plan();
+      plan.tp = n;
+      plan.sequence_parallel = true;
+      plan.micro_batch = b;
+      plan.global_batch = 2 * b;  // two micro-batches
+      plan.save_gathered = save;
+      const Program p = lowered(gpt_of(layers), plan);
+      const Traffic gathers = traffic(p, 0, of_tensors(p, CollectiveKind::all_gather));
+      const Traffic scatters = traffic(p, 0, of_tensors(p, CollectiveKind::reduce_scatter));
+      // Each all-reduce of tensor parallelism becomes a reduce-scatter and, where the next product
+      // begins, an all-gather: forward 2 + 2, backward 2 + 2 (the gather is of the output's
+      // gradient). Gathered inputs are not kept: the two weight gradients of a layer (query, key
+      // and value share one input; so do gate and up) gather theirs once more.
+      // Outside the layers: embedding 1 scatter, its gradient 1 gather; head 1 gather (and again),
+      // 1 scatter.
+      const std::int64_t again = save ? 0 : 1;
+      EXPECT_EQ(scatters.calls, 2 * (4 * layers + 2));
+      EXPECT_EQ(gathers.calls, 2 * ((4 + 2 * again) * layers + 2 + again));
+      const std::int64_t half = (n - 1) * (b * s * h * kActivation) / n;
+      EXPECT_EQ(scatters.wire, scatters.calls * half);
+      EXPECT_EQ(gathers.wire, gathers.calls * half);
+      EXPECT_EQ(traffic(p, 0, of_tensors(p, CollectiveKind::all_reduce)).calls, 0);
+    }
+  }
+}
+
+TEST(Volumes, ShardedStateIsScatteredAndGatheredAsOftenAsTheStrategySays) {
+  // Networks whose parameters all divide by n, so that no shard rounds.
+  const std::int64_t m = 3;
+  for (const std::int64_t n : {2, 4}) {
+    for (const int zero : {1, 2, 3}) {
+      for (const Graph& g : {gpt(), llama()}) {
+        SCOPED_TRACE(::testing::Message() << "n " << n << " ZeRO-" << zero << " " << g.name);
+        const std::int64_t count = parameter_count(g);
+        Plan plan = base_plan();
+        plan.dp = n;
+        plan.zero = zero;
+        plan.global_batch = n * m;
+        const Program p = lowered(g, plan);
+        const auto wire = [&](Category c, CollectiveKind k) {
+          return traffic(p, 1, of_state(p, c, k)).wire;
+        };
+        // ZeRO-1 scatters the accumulated gradients, ZeRO-2 and -3 each micro-batch's.
+        EXPECT_EQ(wire(Category::gradients, CollectiveKind::reduce_scatter),
+                  (zero == 1 ? 1 : m) * (n - 1) * count * kGradient / n);
+        // ZeRO-1, -2: updated parameters, once a step. ZeRO-3: into buffers, once in the forward
+        // and once in the backward of every micro-batch.
+        EXPECT_EQ(wire(Category::parameters, CollectiveKind::all_gather),
+                  zero == 3 ? 0 : (n - 1) * count * kParameter / n);
+        EXPECT_EQ(wire(Category::buffers, CollectiveKind::all_gather),
+                  zero == 3 ? 2 * m * (n - 1) * count * kParameter / n : 0);
+        EXPECT_EQ(wire(Category::gradients, CollectiveKind::all_reduce), 0);
+      }
+    }
+  }
+}
+
+TEST(Volumes, HybridShardingReducesShardsOverTheCopiesOnceAStep) {
+  Plan plan = base_plan();
+  plan.dp = 4;
+  plan.zero = 3;
+  plan.zero_group = 2;
+  plan.global_batch = 8;  // two micro-batches
+  const Program p = lowered(llama(), plan);
+  const std::int64_t shard = parameter_count(llama()) * kGradient / 2;
+  // Inside the group of 2 as ZeRO-3; then all-reduce of one shard over 2 copies: 2 · 1/2 of it.
+  EXPECT_EQ(traffic(p, 0, of_state(p, Category::gradients, CollectiveKind::reduce_scatter)).wire,
+            2 * shard);
+  EXPECT_EQ(traffic(p, 0, of_state(p, Category::gradients, CollectiveKind::all_reduce)).wire,
+            shard);
+}
+
+TEST(Volumes, PipelinesSendOneActivationPerBoundaryAndMicroBatchEachWay) {
+  const std::int64_t b = 2, s = 8, h = 8, m = 4;
+  struct Case {
+    std::int64_t pp, v, tp;
+    bool sequence_parallel;
+  };
+  for (const Case& c : {Case{2, 1, 1, false}, Case{4, 1, 1, false}, Case{2, 2, 1, false},
+                        Case{2, 1, 2, false}, Case{2, 2, 2, true}}) {
+    Plan plan = base_plan();
+    plan.pp = c.pp;
+    plan.virtual_stages = c.v;
+    plan.tp = c.tp;
+    plan.sequence_parallel = c.sequence_parallel;
+    plan.micro_batch = b;
+    plan.global_batch = b * m;
+    const Program p = lowered(llama(), plan);
+    std::int64_t sent[2] = {0, 0}, calls[2] = {0, 0};
+    for (int stage = 0; stage < c.pp; ++stage) {
+      const std::int64_t rank = p.rank_on_stage(0, stage);
+      for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) {
+        const Block& block = p.blocks[call.block.index()];
+        for (const Instruction& i : block.instructions) {
+          if (i.kind != Kind::send) continue;
+          const int way = block.kind == BlockKind::forward ? 0 : 1;
+          ++calls[way];
+          sent[way] += local_bytes(p, i.reads[0], rank).count;
+        }
+      }
+    }
+    // v p chunks have v p - 1 boundaries. With sequence parallelism each rank sends its part.
+    const std::int64_t each = m * (c.pp * c.v - 1);
+    const std::int64_t size = b * s * h * kActivation / (c.sequence_parallel ? c.tp : 1);
+    for (const int way : {0, 1}) {
+      EXPECT_EQ(calls[way], each);
+      EXPECT_EQ(sent[way], each * size);
+    }
+  }
+}
+
+TEST(Volumes, ExpertsExchangeRoutedTokensTwiceForwardAndTwiceBackward) {
+  const std::int64_t b = 2, s = 8, h = 8, top_k = 2, layers = 2, m = 2;
+  for (const std::int64_t dp : {2, 4}) {
+    for (const std::int64_t ep : {2, 4}) {
+      if (ep > dp) continue;
+      Plan plan = base_plan();
+      plan.dp = dp;
+      plan.ep = ep;
+      plan.micro_batch = b;
+      plan.global_batch = b * dp * m;
+      const Program p = lowered(mixtral(), plan);
+      const Traffic t = traffic(p, 1, of_tensors(p, CollectiveKind::all_to_all));
+      // Dispatch and combine, forward and backward. A rank's b s tokens make top_k rows each;
+      // balanced, (ep-1)/ep of them belong to other ranks' experts.
+      EXPECT_EQ(t.calls, m * layers * 4);
+      EXPECT_EQ(t.wire, t.calls * (ep - 1) * (b * s * top_k * h * kActivation) / ep);
+    }
+  }
+}
+
+/// Two stride-1 convolutions of kernel K over `rows` x 6, C = 4 channels, F = 4 filters.
+Graph stencil(std::int64_t rows, std::int64_t kernel) {
+  GraphBuilder g("stencil");
+  TensorId x =
+      g.input("image", {{Dim::sample, 1}, {Dim::feature, 4}, {Dim::height, rows}, {Dim::width, 6}});
+  const TensorId target = g.input(
+      "target", {{Dim::sample, 1}, {Dim::feature, 4}, {Dim::height, rows}, {Dim::width, 6}});
+  for (const char* name : {"first", "second"}) {
+    Convolution c;
+    c.out = 4;
+    c.height = c.width = {kernel, 1, kernel / 2, kernel / 2, 1};
+    x = g.add(name, c, {x});
+  }
+  return g.finish(g.add("loss", MeanSquaredError{}, {x, target}), 0, 0);
+}
+
+TEST(Volumes, HalosAreFloorOfHalfTheKernelOnEachSide) {
+  const std::int64_t b = 2, channels = 4, width = 6, n = 3, rows = 12;
+  for (const std::int64_t kernel : {1, 3, 5}) {
+    Plan plan = base_plan();
+    plan.strategy = "spatial";
+    plan.tp = n;
+    plan.micro_batch = b;
+    const Program p = lowered(stencil(rows, kernel), plan);
+    const std::int64_t edge = kernel / 2 * b * channels * width * kActivation;
+    // Dryden et al. 2019, section III-A: O = floor(K/2) rows from each neighbour, for x forward and
+    // for dL/dy backward. Here, of the two convolutions, the first reads the network's input (every
+    // rank loads its rows with their neighbours) and needs no gradient for it. The second exchanges
+    // x's rows forward; backward, each rank computes what its own dL/dy gives to its window of x,
+    // and the overlapping rows of dL/dx are exchanged and added: O rows of C channels instead of O
+    // rows of dL/dy's F filters, equal where C = F.
+    const Filter halo = of_tensors(p, CollectiveKind::halo_exchange);
+    const std::int64_t calls = kernel == 1 ? 0 : 2;
+    EXPECT_EQ(traffic(p, 1, halo).calls, calls);
+    EXPECT_EQ(traffic(p, 1, halo).wire, calls * 2 * edge);  // interior: two neighbours
+    EXPECT_EQ(traffic(p, 0, halo).wire, calls * edge);      // border: one
+    EXPECT_EQ(traffic(p, 2, halo).wire, calls * edge);
+  }
+}
+
+TEST(Volumes, AWindowThatIsNoSupersetOfTheBlockCountsWhatCrosses) {
+  // 5 rows in blocks {0 1 2} {3 4}; a 2x2 pool of stride 2 has outputs 0 and 1, which read rows
+  // {0 1} and {2 3}: rank 1 receives row 2 and drops row 4, rank 0 receives nothing.
+  GraphBuilder g("pooled");
+  TensorId x =
+      g.input("image", {{Dim::sample, 1}, {Dim::feature, 1}, {Dim::height, 5}, {Dim::width, 2}});
+  const TensorId target =
+      g.input("target", {{Dim::sample, 1}, {Dim::feature, 1}, {Dim::height, 2}, {Dim::width, 1}});
+  Convolution same;
+  same.out = 1;
+  x = g.add("same", same, {x});
+  Pool pool;
+  pool.height = pool.width = {2, 2, 0, 0, 1};
+  x = g.add("pool", pool, {x});
+  const Graph graph = g.finish(g.add("loss", MeanSquaredError{}, {x, target}), 0, 0);
+  Plan plan = base_plan();
+  plan.strategy = "spatial";
+  plan.tp = 2;
+  const Program p = lowered(graph, plan);
+  const Filter halo = of_tensors(p, CollectiveKind::halo_exchange);
+  EXPECT_EQ(traffic(p, 0, halo).wire, 0);
+  EXPECT_EQ(traffic(p, 1, halo).wire, 2 * 2 * kActivation);  // a row of 2, forward and backward
+}
+
+TEST(Volumes, UlyssesExchangesQueriesKeysValuesAndOutputs) {
+  const std::int64_t b = 2, s = 8, layers = 4, n = 2;
+  Plan plan = base_plan();
+  plan.cp = n;
+  plan.context = Plan::ContextExchange::all_to_all;
+  plan.micro_batch = b;
+  const Program p = lowered(llama(), plan);
+  const Traffic t = traffic(p, 0, of_tensors(p, CollectiveKind::all_to_all));
+  // Forward q (4 heads of 2), k, v (2 heads of 2), output (4 of 2); backward the same four: per
+  // token 2 · (8 + 4 + 4 + 8) values; a rank holds s/n tokens and keeps 1/n of them.
+  EXPECT_EQ(t.calls, layers * 8);
+  EXPECT_EQ(t.wire, layers * 2 * (8 + 4 + 4 + 8) * b * (s / n) * kActivation * (n - 1) / n);
+}
+
+TEST(Volumes, ContextParallelGathersKeysAndValuesAndScattersTheirGradients) {
+  const std::int64_t b = 2, s = 8, layers = 4, n = 2, kv = 2 * 2;
+  Plan plan = base_plan();
+  plan.cp = n;
+  plan.micro_batch = b;
+  const Program p = lowered(llama(), plan);
+  const Traffic gathers = traffic(p, 0, of_tensors(p, CollectiveKind::all_gather));
+  const Traffic scatters = traffic(p, 0, of_tensors(p, CollectiveKind::reduce_scatter));
+  // Forward k and v; the backward gathers both again (only parts are kept) and scatters the sums of
+  // their gradients.
+  EXPECT_EQ(gathers.calls, layers * 4);
+  EXPECT_EQ(scatters.calls, layers * 2);
+  EXPECT_EQ(gathers.wire, gathers.calls * (n - 1) * b * s * kv * kActivation / n);
+  EXPECT_EQ(scatters.wire, scatters.calls * (n - 1) * b * s * kv * kActivation / n);
+}
+
+TEST(Volumes, TiedEmbeddingsOweExactlyOneAllReduceAStep) {
+  const std::int64_t vocabulary = 12, h = 8;
+  for (const std::int64_t pp : {1, 2, 4}) {
+    for (const int zero : {0, 1, 2, 3}) {
+      Plan plan = base_plan();
+      plan.pp = pp;
+      plan.tp = 2;
+      plan.dp = 2;
+      plan.zero = zero;
+      plan.global_batch = 8;
+      const Program p = lowered(gpt(), plan);
+      for (int stage = 0; stage < pp; ++stage) {
+        const Traffic t = traffic(p, p.rank_on_stage(3, stage),
+                                  [](const Block&, const Instruction& i) { return i.tie >= 0; });
+        // The first stage looks tokens up, the last projects onto the same table: two summands of
+        // one gradient, V h / tp values each (sharded state: / dp), summed over 2 ranks whatever
+        // the number of micro-batches. With one stage the sum is local.
+        const bool reads = pp > 1 && (stage == 0 || stage + 1 == pp);
+        EXPECT_EQ(t.calls, reads ? 1 : 0);
+        EXPECT_EQ(t.wire, reads ? vocabulary * h / 2 / (zero > 0 ? 2 : 1) * kGradient : 0);
+      }
+    }
+  }
+}
+
+TEST(Volumes, IndependentReplicasSendNothing) {
+  Plan plan = base_plan();
+  plan.strategy = "replicas";
+  plan.dp = 4;
+  const Program p = lowered(gpt(), plan);
+  EXPECT_EQ(traffic(p, 0, any).calls, 0);
+}
+
+TEST(Volumes, FrozenLayersSendNoGradients) {
+  Graph g = llama();
+  freeze(g, {"embedding*", "layers.0.*", "layers.1.*"});
+  Plan plan = base_plan();
+  plan.dp = 2;
+  const Program p = lowered(g, plan);
+  // 2 (n-1)/n = 1.
+  EXPECT_EQ(traffic(p, 0, any).wire, trainable_parameter_count(g) * kGradient);
+}
+
+}  // namespace
+}  // namespace partita
