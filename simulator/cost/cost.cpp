@@ -39,6 +39,12 @@ Bytes crossing_bytes(const Program& p, const Buffer& from, const Buffer& to, std
   std::int64_t all = 1, own = 1;
   for (std::size_t d = 0; d < wide.shape.size(); ++d) {
     const std::int64_t extent = wide.shape[d].extent;
+    if (wide.layout.dims[d] == block.layout.dims[d]) {
+      const std::int64_t n = local_extent(p.mesh, wide.layout.dims[d], extent, rank);
+      all *= n;
+      own *= n;
+      continue;
+    }
     const auto a = local_indices(p.mesh, wide.layout.dims[d], extent, rank);
     const auto b = local_indices(p.mesh, block.layout.dims[d], extent, rank);
     all *= static_cast<std::int64_t>(a.size());
@@ -46,8 +52,9 @@ Bytes crossing_bytes(const Program& p, const Buffer& from, const Buffer& to, std
       return std::find(b.begin(), b.end(), x) != b.end();
     });
   }
-  const std::int64_t n = all - own;
-  return wide.element_bytes > 0 ? Bytes{n * wide.element_bytes} : storage(wide.type, n);
+  const std::int64_t crossing = all - own;
+  return wide.element_bytes > 0 ? Bytes{crossing * wide.element_bytes}
+                                : storage(wide.type, crossing);
 }
 
 std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
