@@ -61,9 +61,9 @@ TEST(NetworkFlops, OfLlamaAreSixTimesItsMatricesPlusAttention) {
   const double matrices = static_cast<double>(parameter_count(g)) - v * h - (2 * l + 1) * h;
   EXPECT_DOUBLE_EQ(p.forward + p.backward_data + p.backward_weight,
                    s * (6 * matrices + 12 * l * s * h));
-  // The approximation itself: 6N is 14 % low at 8,192 tokens, where attention is no longer small.
+  // The approximation itself: 6N is 17 % low at 8,192 tokens, where attention is no longer small.
   const double approximate = 6 * static_cast<double>(parameter_count(g)) * s;
-  EXPECT_NEAR(approximate / (p.forward + p.backward_data + p.backward_weight), 0.845, 0.02);
+  EXPECT_NEAR(approximate / (p.forward + p.backward_data + p.backward_weight), 0.832, 0.001);
 }
 
 TEST(NetworkFlops, OfMixtralCountTheChosenExpertsOnly) {

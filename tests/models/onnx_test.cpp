@@ -395,7 +395,7 @@ TEST(OnnxImport, TheNetworksOfTheOnnxPackageHaveTheirPublishedSizes) {
   }
   // torchvision's table gives vgg19 143,667,240 and 19.63 GMAC, densenet121 7,978,856 and 2.83,
   // squeezenet1_1 1,235,496 and 0.35, resnet50 25,557,032 and 4.09; BVLC's AlexNet and GoogLeNet
-  // have 60,965,224 and 6,998,552. Element-wise work adds 1 to 3 % to what torchvision counts.
+  // have 60,965,224 and 6,998,552. Element-wise work adds up to 2 % to what torchvision counts.
   for (const Known& net :
        {Known{"alexnet", 0, 0}, Known{"bvlc_alexnet", 60'965'224, 0},
         Known{"densenet121", 7'978'856, 2.83}, Known{"inception_v1", 6'998'552, 0},
@@ -408,7 +408,7 @@ TEST(OnnxImport, TheNetworksOfTheOnnxPackageHaveTheirPublishedSizes) {
     if (net.gmac > 0) {
       const double ours = network_flops(g).forward.count / 2e9;
       EXPECT_GE(ours, net.gmac - 0.01) << net.file;
-      EXPECT_LE(ours, net.gmac * 1.03) << net.file;
+      EXPECT_LE(ours, net.gmac * 1.025) << net.file;
     }
   }
 }
