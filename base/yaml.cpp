@@ -227,6 +227,81 @@ std::vector<std::string> YamlNode::as_strings() const {
   return all;
 }
 
+namespace {
+
+std::string scaled_text(const std::string& old, const std::string& value, const std::string& path) {
+  if (value.size() < 2 || value[0] != 'x') return value;
+  double factor = 0, number = 0;
+  const auto [end, error] = std::from_chars(value.data() + 1, value.data() + value.size(), factor);
+  if (error != std::errc{} || end != value.data() + value.size()) return value;
+  const auto [rest, bad] = std::from_chars(old.data(), old.data() + old.size(), number);
+  if (bad != std::errc{}) throw InputError(path, fmt::format("'{}' cannot be multiplied by {}", old, factor));
+  return fmt::format("{}{}", number * factor, std::string(rest, old.data() + old.size()));
+}
+
+void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const std::string& file) {
+  const auto here = [&] {
+    std::vector<std::string> keys;
+    if (node.IsMap()) {
+      for (const auto& entry : node) keys.push_back(entry.first.as<std::string>());
+    }
+    return keys;
+  };
+  const auto fail = [&](std::string_view word) {
+    const auto keys = here();
+    throw InputError(edit.path, fmt::format("'{}' is not in {}{}; there: {}", word, file, did_you_mean(word, keys),
+                                            node.IsSequence() ? fmt::format("a list of {}", node.size())
+                                                              : fmt::format("{}", fmt::join(keys, ", "))));
+  };
+  if (rest.empty()) {
+    YAML::Node target = node;
+    if (node.IsMap() && node["value"].IsDefined()) target = node["value"];
+    if (!target.IsScalar()) fail("value");
+    target = scaled_text(target.Scalar(), edit.value, edit.path);
+    return;
+  }
+  if (rest[0] == '.') rest.remove_prefix(1);
+  if (rest[0] == '[') {
+    const auto close = rest.find(']');
+    if (close == std::string_view::npos) throw InputError(edit.path, "a '[' without ']'");
+    const std::string selector(rest.substr(1, close - 1));
+    const std::string_view after = rest.substr(close + 1);
+    if (!node.IsSequence()) fail(rest.substr(0, close + 1));
+    bool any = false;
+    for (std::size_t i = 0; i < node.size(); ++i) {
+      const auto equals = selector.find('=');
+      bool match = selector == "*" || selector == std::to_string(i);
+      if (equals != std::string::npos && node[i].IsMap()) {
+        const YAML::Node member = node[i][selector.substr(0, equals)];
+        match = member.IsDefined() && member.IsScalar() && member.Scalar() == selector.substr(equals + 1);
+      }
+      if (!match) continue;
+      any = true;
+      set_at(node[i], after, edit, file);
+    }
+    if (!any) fail(rest.substr(0, close + 1));
+    return;
+  }
+  const auto stop = rest.find_first_of(".[");
+  const std::string key(rest.substr(0, stop));
+  if (!node.IsMap() || !node[key].IsDefined()) fail(key);
+  set_at(node[key], stop == std::string_view::npos ? std::string_view{} : rest.substr(stop), edit, file);
+}
+
+}  // namespace
+
+std::string yaml_with(const std::string& body, const std::vector<YamlEdit>& edits, const std::string& file) {
+  if (edits.empty()) return body;
+  YAML::Node root;
+  try {
+    root = YAML::Load(body);
+  } catch (const YAML::Exception& e) {
+    throw InputError(fmt::format("{}:{}", file, e.mark.line + 1), "is not YAML: " + e.msg);
+  }
+  for (const YamlEdit& edit : edits) set_at(root, edit.path, edit, file);
+  return YAML::Dump(root);
+}
+
 std::string data_folder(std::string_view folder) {
   const char* chosen = std::getenv("PARTITA_DATA");
   const std::string root = chosen != nullptr && *chosen != '\0' ? chosen : PARTITA_SOURCE_FOLDER;

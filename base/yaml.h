@@ -59,6 +59,16 @@ class YamlNode {
   std::shared_ptr<const Impl> impl_;
 };
 
+/// One change to a YAML text: `path` like "fabric.oversubscription", "nodes[0].count",
+/// "nodes[*].links[kind=nvlink].bandwidth". A selector picks list items by number, all of them, or those
+/// with that member; every match changes. Where a map with a `value` stands, its value changes. "x0.5"
+/// multiplies the number that is there and keeps its unit.
+struct YamlEdit {
+  std::string path, value;
+};
+/// The text with the edits done. InputError{path} when a path leads nowhere, naming what is there.
+std::string yaml_with(const std::string& text, const std::vector<YamlEdit>& edits, const std::string& file);
+
 /// "; did you mean 'x'?" when one of `known` is within edit distance 2 of `word`, else "".
 std::string did_you_mean(std::string_view word, const std::vector<std::string>& known);
 

@@ -145,6 +145,8 @@ void add_commands(CLI::App& app, int& code) {
   add_topo(app);
   add_simulate(app);
   add_plan(app, code);
+  add_whatif(app, code);
+  add_reference(app, code);
 }
 
 }  // namespace partita::cli

@@ -82,7 +82,8 @@ struct ClusterSpec {
 /// Checks (counts, names, connectivity) and lays out the numbering. InputError on a bad cluster.
 Topology build_topology(ClusterSpec spec);
 
-ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file);
+ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file,
+                              const TopologyEdits& edits = {});
 ClusterSpec read_nccl_xml(const std::string& text, const std::string& file,
                           const std::string& device);
 ClusterSpec read_nvidia_smi(const std::string& text, const std::string& file,

@@ -103,8 +103,8 @@ std::vector<std::string> expand(const YamlNode& node) {
 
 class Reader {
  public:
-  Reader(const std::string& text, const std::string& file)
-      : file_(file), root_(YamlNode::load_text(text, file, kSchema)) {}
+  Reader(const std::string& text, const std::string& file, const TopologyEdits& edits)
+      : file_(file), edits_(edits), root_(YamlNode::load_text(text, file, kSchema)) {}
 
   ClusterSpec read() {
     spec_.place = file_;
@@ -145,7 +145,7 @@ class Reader {
     const std::filesystem::path folder = std::filesystem::path(file_).parent_path();
     try {
       // An absolute path replaces the folder.
-      DeviceProfile device = load_device(is_file ? (folder / name).string() : name);
+      DeviceProfile device = load_device(is_file ? (folder / name).string() : name, edits_.device);
       std::size_t index = spec_.profiles.size();
       if (!is_file) index = profile_by_name_.try_emplace(device.name, index).first->second;
       if (index == spec_.profiles.size()) spec_.profiles.push_back(std::move(device));
@@ -315,6 +315,7 @@ class Reader {
   }
 
   std::string file_;
+  const TopologyEdits& edits_;
   YamlNode root_;
   ClusterSpec spec_;
   std::map<std::string, std::size_t> profile_by_name_;
@@ -322,8 +323,9 @@ class Reader {
 
 }  // namespace
 
-ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file) {
-  return Reader(text, file).read();
+ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file,
+                              const TopologyEdits& edits) {
+  return Reader(yaml_with(text, edits.cluster, file), file, edits).read();
 }
 
 }  // namespace partita

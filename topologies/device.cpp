@@ -107,13 +107,14 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
 
 std::vector<std::string> device_catalogue() { return data_names(kFolder); }
 
-DeviceProfile load_device(const std::string& name_or_file) {
-  if (name_or_file.ends_with(".yaml")) return parse_device(read_file(name_or_file), name_or_file);
+DeviceProfile load_device(const std::string& name_or_file, const std::vector<YamlEdit>& edits) {
+  if (name_or_file.ends_with(".yaml"))
+    return parse_device(yaml_with(read_file(name_or_file), edits, name_or_file), name_or_file);
   const std::string folder = data_folder(kFolder);
   const auto known = device_catalogue();
   const auto load = [&](const std::string& name) {
     const std::string file = folder + "/" + name + ".yaml";
-    return parse_device(read_file(file), file);
+    return parse_device(yaml_with(read_file(file), edits, file), file);
   };
   if (std::binary_search(known.begin(), known.end(), name_or_file)) return load(name_or_file);
   for (const auto& name : known) {

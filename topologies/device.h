@@ -7,6 +7,7 @@
 
 #include "base/element_type.h"
 #include "base/units.h"
+#include "base/yaml.h"
 
 namespace partita {
 
@@ -37,7 +38,8 @@ struct DeviceProfile {
 };
 
 /// A catalogue name or alias ("h100-sxm"), or the path of a .yaml file. InputError otherwise.
-DeviceProfile load_device(const std::string& name_or_file);
+DeviceProfile load_device(const std::string& name_or_file,
+                          const std::vector<YamlEdit>& edits = {});
 
 /// From a file's text; `file` is used in messages.
 DeviceProfile parse_device(const std::string& text, const std::string& file);

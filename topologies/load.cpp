@@ -72,7 +72,7 @@ Request parse_request(const std::string& text) {
   return request;
 }
 
-ClusterSpec read(const Request& request, const std::string& whole) {
+ClusterSpec read(const Request& request, const std::string& whole, const TopologyEdits& edits) {
   const auto known = topology_catalogue();
   if (std::binary_search(known.begin(), known.end(), request.name)) {
     if (!request.device.empty())
@@ -80,7 +80,7 @@ ClusterSpec read(const Request& request, const std::string& whole) {
                        "?device= is for files that don't name their GPU; a catalogue entry "
                        "does: leave it out");
     const std::string file = data_folder(kFolder) + "/" + request.name + ".yaml";
-    return read_cluster_yaml(read_file(file), file);
+    return read_cluster_yaml(read_file(file), file, edits);
   }
   const std::string ending = std::filesystem::path(request.name).extension().string();
   if (ending == ".yaml" || ending == ".yml") {
@@ -88,8 +88,11 @@ ClusterSpec read(const Request& request, const std::string& whole) {
       throw InputError(whole,
                        "?device= is for files that don't name their GPU; a cluster file "
                        "does: write device: there");
-    return read_cluster_yaml(read_file(request.name), request.name);
+    return read_cluster_yaml(read_file(request.name), request.name, edits);
   }
+  if (!edits.cluster.empty() || !edits.device.empty())
+    throw InputError(edits.cluster.empty() ? edits.device[0].path : edits.cluster[0].path,
+                     "what-if changes need a YAML topology; this one is imported");
   const bool xml = ending == ".xml";
   if (xml || ending == ".txt" || std::filesystem::is_regular_file(request.name)) {
     ClusterSpec spec = (xml ? read_nccl_xml : read_nvidia_smi)(read_file(request.name),
@@ -153,9 +156,11 @@ Topology parse_topology(const std::string& text, const std::string& file) {
   return build_topology(read_cluster_yaml(text, file));
 }
 
-Topology load_topology(const std::string& text) {
+Topology load_topology(const std::string& text) { return load_topology(text, {}); }
+
+Topology load_topology(const std::string& text, const TopologyEdits& edits) {
   const Request request = parse_request(text);
-  ClusterSpec spec = read(request, text);
+  ClusterSpec spec = read(request, text, edits);
   if (request.amount) set_amount(spec, *request.amount, text);
   return build_topology(std::move(spec));
 }

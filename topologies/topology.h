@@ -99,6 +99,14 @@ class Topology {
 /// Throws InputError: place, value, remedy.
 Topology load_topology(const std::string& text);
 
+/// What-if changes to the files behind a topology: its own and those of its devices (base/yaml.h says how a
+/// path reads: "memory_bandwidth" of a device, "nodes[*].links[kind=nvlink].bandwidth" of a cluster).
+struct TopologyEdits {
+  std::vector<YamlEdit> cluster, device;
+};
+/// The topology with the edits done; files other than YAML take device edits only.
+Topology load_topology(const std::string& text, const TopologyEdits& edits);
+
 /// From the text of a cluster file; `file` is used in messages and to find device files beside it.
 Topology parse_topology(const std::string& text, const std::string& file);
 

@@ -582,6 +582,9 @@ class Lowering {
     i.kind = kind;
     i.stage = other_stage;
     i.index = id;
+    // Frameworks hand a gradient on when the whole backward of the block is done, not while its
+    // last weight gradient is still computed; the schedules' bubbles count on it.
+    i.after_compute = kind == Kind::send;
     (kind == Kind::send ? i.reads : i.writes) = {b};
     i.stream = stream(
         fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));

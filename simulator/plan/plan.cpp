@@ -451,9 +451,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   }
 }
 
-Plan load_plan(const std::string& file) {
-  const YamlNode y = YamlNode::load_file(file, "partita.plan/1");
-  Plan p;
+void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
   if (const auto n = y.find("strategy")) {
     p.strategy = n->as_string();
@@ -469,7 +467,6 @@ Plan load_plan(const std::string& file) {
   };
   integer("tp", p.tp);
   integer("pp", p.pp);
-  p.dp = 0;
   integer("dp", p.dp);
   integer("cp", p.cp);
   integer("ep", p.ep);
@@ -478,9 +475,7 @@ Plan load_plan(const std::string& file) {
   integer("micro_batch", p.micro_batch);
   integer("global_batch", p.global_batch, 0);
   integer("zero_group", p.zero_group, 0);
-  std::int64_t zero = 0;
-  if (const auto n = y.find("zero")) zero = n->as_int(0, 3);
-  p.zero = static_cast<int>(zero);
+  if (const auto n = y.find("zero")) p.zero = static_cast<int>(n->as_int(0, 3));
   if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
@@ -533,8 +528,21 @@ Plan load_plan(const std::string& file) {
     }
   }
   y.reject_unknown_keys();
+}
+
+Plan load_plan(const std::string& file) {
+  Plan p;
+  p.dp = 0;
+  apply(p, YamlNode::load_file(file, "partita.plan/1"));
   return p;
 }
+
+void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place) {
+  // Through the file's own reader, so that keys, types and messages are the same.
+  const std::string body = fmt::format("schema: partita.plan/1\n{}: {}\n", key, value);
+  apply(plan, YamlNode::load_text(body, place, "partita.plan/1"));
+}
+
 
 std::string to_yaml(const Plan& p) {
   std::string recompute = "none";

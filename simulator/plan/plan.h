@@ -115,6 +115,8 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int virtual_
 
 /// YAML (schema partita.plan/1).
 Plan load_plan(const std::string& file);
+/// Sets one key as a plan file would: set(plan, "tp", "4", "--vary").
+void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place);
 std::string to_yaml(const Plan& plan);
 
 Schedule parse_schedule(std::string_view text, const std::string& place);

@@ -118,8 +118,8 @@ struct Instruction {
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
-  /// A collective that is issued ahead of its need (prefetch): not before the compute stream gets
-  /// here.
+  /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
+  /// need, a send at the end of its block).
   bool after_compute = false;
   // collective
   CollectiveKind collective = CollectiveKind::all_reduce;
