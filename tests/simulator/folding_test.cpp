@@ -1,0 +1,293 @@
+// Ranks that behave alike are simulated once. Folded and unfolded runs agree to the picosecond, and
+// neither the names of devices nor a second run change a byte.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "simulator/engine/simulate.h"
+#include "tests/simulator/clusters.h"
+#include "tests/simulator/networks.h"
+
+namespace partita {
+namespace {
+
+/// Nodes of four devices on an internal switch with one card each, and unequal devices last.
+constexpr const char* kMixed = R"(schema: partita.topology/1
+name: mixed
+source: made up
+nodes:
+  - count: 3
+    vertices:
+      gpu[0-3]: {kind: device, device: a100-sxm-40gb}
+      switch0: {kind: nvswitch}
+      nic0: {kind: nic, bandwidth: 200 Gb/s, latency: 1 us}
+    links:
+      - {from: "gpu[0-3]", to: switch0, kind: nvlink, bandwidth: 300 GB/s, latency: 0.5 us}
+      - {from: "gpu[0-3]", to: nic0, kind: pcie, bandwidth: 31.5 GB/s, latency: 0.3 us}
+  - count: 3
+    vertices:
+      gpu[0-3]: {kind: device, device: v100-sxm-16gb}
+      nic0: {kind: nic, bandwidth: 100 Gb/s, latency: 1 us}
+    links:
+      - {between: "gpu[0-3]", kind: nvlink, bandwidth: 50 GB/s, latency: 0.7 us}
+      - {from: "gpu[0-3]", to: nic0, kind: pcie, bandwidth: 15.75 GB/s, latency: 0.3 us}
+fabric: {kind: single switch}
+)";
+
+void expect_equal(const Breakdown& a, const Breakdown& b) {
+  EXPECT_EQ(a.compute, b.compute);
+  EXPECT_EQ(a.exposed, b.exposed);
+  EXPECT_EQ(a.bubble, b.bubble);
+  EXPECT_EQ(a.optimizer, b.optimizer);
+  EXPECT_EQ(a.other, b.other);
+}
+
+using Moment = std::pair<std::int64_t, std::int64_t>;
+/// Start and end of everything one class does: by block, instruction and micro-batch.
+std::vector<std::map<std::tuple<int, int, int>, Moment>> moments(const Timeline& t) {
+  std::vector<std::map<std::tuple<int, int, int>, Moment>> all(t.classes.size());
+  for (const Entry& e : t.entries) {
+    all[static_cast<std::size_t>(e.rank_class)][{e.block, e.instruction, e.micro_batch}] = {
+        e.start.count, e.end.count};
+  }
+  return all;
+}
+
+/// Every rank does in the folded run what it does when simulated by itself.
+void expect_folds(const Program& p, const Topology& topology) {
+  Communication network(topology);
+  const RankClasses classes = classify(p, network);
+  SimulateOptions options;
+  options.record = true;
+  const Timeline folded = simulate(p, network, options);
+  options.unfolded = true;
+  const Timeline unfolded = simulate(p, network, options);
+  EXPECT_EQ(folded.step, unfolded.step);
+  const auto few = moments(folded), all = moments(unfolded);
+  std::int64_t ranks = 0;
+  for (const RankClass& c : folded.classes) ranks += c.count;
+  EXPECT_EQ(ranks, p.mesh.ranks());
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    const auto c = static_cast<std::size_t>(classes.of_rank[r]);
+    EXPECT_EQ(few[c], all[r]) << "rank " << r << " of class " << c;
+    expect_equal(folded.breakdown[c], unfolded.breakdown[r]);
+    EXPECT_EQ(folded.memory[c].peak, unfolded.memory[r].peak);
+    EXPECT_EQ(folded.memory[c].at_peak, unfolded.memory[r].at_peak);
+    EXPECT_EQ(folded.flops[c].count, unfolded.flops[r].count);
+    if (::testing::Test::HasFailure()) return;
+  }
+}
+
+/// Vocabularies that no axis divides.
+Graph uneven(bool grouped) {
+  TransformerConfig c = small_config();
+  c.vocabulary = 13;
+  c.kv_heads = grouped ? 2 : 4;
+  c.tied = !grouped;
+  return build_transformer(c);
+}
+
+TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
+  std::mt19937 rng{20261124};
+  const std::vector<Topology> topologies{
+      load_topology("dgx-h100:3"), parse_topology(kMixed, "mixed.yaml"),
+      load_topology("dgx1-v100:3"), load_topology("a100-pcie-8:3")};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false), uneven(true)};
+  int feasible = 0;
+  for (int i = 0; i < 250; ++i) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    const Topology& t = topologies[rng() % topologies.size()];
+    Plan wanted = random_plan(rng);
+    set_precision(wanted, "fp16", "");  // the type that all these devices multiply in
+    if (wanted.ranks() > 24) continue;
+    const auto plan = complete(g, wanted);
+    if (!plan) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
+                                      << to_yaml(*plan));
+    ++feasible;
+    expect_folds(*program, t);
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(feasible, 60);
+}
+
+TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {
+  const Topology t = load_topology("dgx-h100:2");
+  for (const std::int64_t tp : {2, 4}) {
+    GraphBuilder b("plane");
+    TensorId x =
+        b.input("image", {{Dim::sample, 1}, {Dim::feature, 3}, {Dim::height, 13}, {Dim::width, 8}});
+    const TensorId target =
+        b.input("target", {{Dim::sample, 1}, {Dim::feature, 4}, {Dim::height, 7}, {Dim::width, 4}});
+    Convolution c;
+    c.out = 4;
+    c.height = c.width = {3, 1, 1, 1, 1};
+    x = b.add("conv1", c, {x});
+    c.height.stride = c.width.stride = 2;
+    x = b.add("conv2", c, {x});
+    const Graph g = b.finish(b.add("loss", MeanSquaredError{}, {x, target}), 0, 0);
+    Plan plan = base_plan();
+    plan.strategy = "spatial";
+    plan.tp = tp;
+    plan.dp = 4;
+    expect_folds(lowered(g, plan), t);
+  }
+}
+
+TEST(Folding, CausalSequencesCutWithoutZigzagAgreeLaterRanksAttendMore) {
+  Plan plan = base_plan();
+  plan.cp = 4;
+  plan.dp = 2;
+  // A rule of the user's comes before the strategy's zigzag.
+  plan.user_rules = {{"*", Dim::sequence, "cp", false, false}};
+  const Program p = lowered(gpt(), plan);
+  const Topology t = load_topology("dgx-h100:1");
+  expect_folds(p, t);
+  Communication network(t);
+  EXPECT_EQ(classify(p, network).classes.size(), 4u);  // by place in the sequence
+}
+
+TEST(Folding, HomogeneousPlansHaveOneClassAStage) {
+  struct Case {
+    std::int64_t tp, pp, dp;
+  };
+  for (const Case& c :
+       {Case{1, 1, 8}, Case{2, 1, 4}, Case{1, 4, 4}, Case{2, 2, 4}, Case{4, 4, 2}}) {
+    Plan plan = base_plan();
+    plan.tp = c.tp;
+    plan.pp = c.pp;
+    plan.dp = c.dp;
+    plan.sequence_parallel = c.tp > 1;
+    plan.global_batch = 4 * c.dp;
+    Communication network(load_topology("dgx-h100:4"));
+    const Timeline t = simulate(lowered(gpt(), plan), network);
+    EXPECT_EQ(t.classes.size(), static_cast<std::size_t>(c.pp))
+        << c.tp << " " << c.pp << " " << c.dp;
+  }
+}
+
+TEST(Folding, UnevenVocabulariesSplitTheirStagesOnly) {
+  Plan plan = base_plan();
+  plan.tp = 4;
+  plan.pp = 4;
+  plan.dp = 1;
+  plan.global_batch = 4;
+  // 13 rows on 4 ranks: 4 3 3 3. Which rank is longer is told by its coordinate, so that the first
+  // and last stage have a class a rank; a stage in between has as many as its neighbours have.
+  Communication network(load_topology("dgx-h100:2"));
+  const Program p = lowered(uneven(false), plan);
+  const RankClasses classes = classify(p, network);
+  EXPECT_LE(classes.classes.size(), 16u);
+  EXPECT_GE(classes.classes.size(), 8u);
+}
+
+/// Everything that a timeline says, as text.
+std::string print(const Timeline& t) {
+  std::string s = fmt::format("{} {} {}\n", t.step.count, t.last_class, t.instructions);
+  for (std::size_t c = 0; c < t.classes.size(); ++c) {
+    s += fmt::format("{} {} {} {} {}\n", t.classes[c].stage, t.classes[c].representative,
+                     t.classes[c].count, t.memory[c].peak.count, t.flops[c].count);
+    for (const auto& [kind, time] : t.breakdown[c].compute)
+      s += fmt::format("{} {}\n", kind, time.count);
+    for (const auto& [axis, time] : t.breakdown[c].exposed)
+      s += fmt::format("{} {}\n", axis, time.count);
+    s += fmt::format("{} {} {}\n", t.breakdown[c].bubble.count, t.breakdown[c].optimizer.count,
+                     t.breakdown[c].other.count);
+  }
+  for (const Entry& e : t.entries) {
+    s += fmt::format("{} {} {} {} {} {}\n", e.rank_class, e.block, e.instruction, e.micro_batch,
+                     e.start.count, e.end.count);
+  }
+  return s;
+}
+
+std::string printed_run(const Graph& g, const Plan& plan, const Topology& topology) {
+  Communication network(topology);
+  SimulateOptions options;
+  options.record = true;
+  return print(simulate(lowered(g, plan), network, options));
+}
+
+Plan everything() {
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.pp = 2;
+  plan.dp = 4;
+  plan.zero = 1;
+  plan.sequence_parallel = true;
+  plan.global_batch = 16;
+  return plan;
+}
+
+TEST(Folding, RenamedDevicesAndRegroupedNodesChangeNothing) {
+  const auto text = [](const std::string& nodes) {
+    return "schema: partita.topology/1\nname: same\nsource: made up\nnodes:\n" + nodes +
+           "fabric: {kind: single switch}\n";
+  };
+  const auto node = [](int count, const std::string& gpu, bool card_first) {
+    const std::string card =
+        "      " + gpu + "nic: {kind: nic, bandwidth: 200 Gb/s, latency: 1 us}\n";
+    const std::string devices = "      " + gpu + "[0-3]: {kind: device, device: a100-sxm-40gb}\n";
+    return fmt::format(
+        "  - count: {}\n    vertices:\n{}      {}switch: {{kind: nvswitch}}\n    links:\n"
+        "      - {{from: \"{}[0-3]\", to: {}switch, kind: nvlink, bandwidth: 300 GB/s, latency: "
+        "0.5 us}}\n"
+        "      - {{from: \"{}[0-3]\", to: {}nic, kind: pcie, bandwidth: 31.5 GB/s, latency: 0.3 "
+        "us}}\n",
+        count, card_first ? card + devices : devices + card, gpu, gpu, gpu, gpu, gpu);
+  };
+  const std::string plain =
+      printed_run(llama(), everything(), parse_topology(text(node(4, "gpu", false)), "a.yaml"));
+  const std::string named =
+      printed_run(llama(), everything(), parse_topology(text(node(4, "zeta", true)), "b.yaml"));
+  const std::string grouped = printed_run(
+      llama(), everything(),
+      parse_topology(text(node(1, "x", true) + node(2, "gpu", false) + node(1, "a", false)),
+                     "c.yaml"));
+  EXPECT_EQ(plain, named);
+  EXPECT_EQ(plain, grouped);
+}
+
+TEST(Folding, ASlowNodesPlaceMovesNothingWhenRanksMoveWithIt) {
+  // Data parallel over four nodes, one of them slower: whichever it is, the step is the same.
+  const auto at = [](int slow) {
+    std::string nodes;
+    for (int k = 0; k < 4; ++k) {
+      nodes += fmt::format(
+          "  - vertices:\n      gpu0: {{kind: device, device: {}}}\n"
+          "      nic0: {{kind: nic, bandwidth: 200 Gb/s, latency: 1 us}}\n    links:\n"
+          "      - {{from: gpu0, to: nic0, kind: pcie, bandwidth: 31.5 GB/s, latency: 0.3 us}}\n",
+          k == slow ? "v100-sxm-16gb" : "a100-sxm-40gb");
+    }
+    return parse_topology("schema: partita.topology/1\nname: slow\nsource: made up\nnodes:\n" +
+                              nodes + "fabric: {kind: single switch}\n",
+                          "slow.yaml");
+  };
+  Plan plan = base_plan();
+  set_precision(plan, "fp16", "");
+  plan.dp = 4;
+  const Program p = lowered(gpt(), plan);
+  std::vector<std::int64_t> steps;
+  for (int slow = 0; slow < 4; ++slow) {
+    Communication network(at(slow));
+    const Timeline t = simulate(p, network);
+    EXPECT_EQ(t.classes.size(), 2u);
+    steps.push_back(t.step.count);
+  }
+  EXPECT_EQ(steps, std::vector<std::int64_t>(4, steps[0]));
+}
+
+TEST(Folding, TheSameInputsGiveTheSameBytes) {
+  for (const Graph& g : {gpt(), llama(), mixtral()}) {
+    Plan plan = everything();
+    if (g.layers < 4) plan.ep = 2;
+    const Topology t = load_topology("dgx-h100:2");
+    EXPECT_EQ(printed_run(g, plan, t), printed_run(g, plan, load_topology("dgx-h100:2")));
+  }
+}
+
+}  // namespace
+}  // namespace partita

@@ -1,0 +1,281 @@
+// Orders of forward and backward blocks, and the bubbles that their papers promise.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <random>
+#include <set>
+#include <sstream>
+
+#include "simulator/engine/simulate.h"
+#include "tests/simulator/clusters.h"
+#include "tests/simulator/networks.h"
+
+namespace partita {
+namespace {
+
+constexpr Schedule kAll[] = {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
+                             Schedule::interleaved};
+
+/// "F0 F1 B0": micro-batches of the stage's only chunk; "F2.1": micro-batch 1 of chunk 2.
+std::vector<Turn> order(const std::string& text, int stage) {
+  std::vector<Turn> all;
+  std::istringstream in(text);
+  for (std::string word; in >> word;) {
+    Turn t;
+    t.kind = word[0] == 'F' ? BlockKind::forward : BlockKind::backward;
+    const auto dot = word.find('.');
+    t.chunk = dot == std::string::npos ? stage : std::stoi(word.substr(1));
+    t.micro_batch = std::stoi(word.substr(dot == std::string::npos ? 1 : dot + 1));
+    all.push_back(t);
+  }
+  return all;
+}
+
+std::string text(const std::vector<Turn>& turns) {
+  std::string s;
+  for (const Turn& t : turns) {
+    s += fmt::format("{}{}.{} ", t.kind == BlockKind::forward ? 'F' : 'B', t.chunk, t.micro_batch);
+  }
+  return s;
+}
+
+void expect_order(Schedule schedule, int v, int m, const std::vector<std::string>& stages) {
+  const auto got = turns(schedule, static_cast<int>(stages.size()), v, m);
+  ASSERT_EQ(got.size(), stages.size());
+  for (std::size_t s = 0; s < stages.size(); ++s) {
+    EXPECT_EQ(text(got[s]), text(order(stages[s], static_cast<int>(s))))
+        << name(schedule) << ", stage " << s << " of " << stages.size();
+  }
+}
+
+TEST(Schedules, GPipeRunsAllForwardsThenAllBackwardsInReverse) {
+  // arXiv 1811.06965, figure 2c.
+  expect_order(Schedule::gpipe, 1, 3, {"F0 F1 F2 B2 B1 B0", "F0 F1 F2 B2 B1 B0"});
+  expect_order(Schedule::gpipe, 1, 1, {"F0 B0", "F0 B0", "F0 B0", "F0 B0"});
+}
+
+TEST(Schedules, NaiveFinishesOneMicroBatchBeforeTheNext) {
+  expect_order(Schedule::naive, 1, 2, {"F0 B0 F1 B1", "F0 B0 F1 B1", "F0 B0 F1 B1"});
+}
+
+TEST(Schedules, OneForwardOneBackward) {
+  // arXiv 2006.09503, figure 3 (PipeDream-Flush): p - s - 1 forwards, then pairs, then backwards.
+  expect_order(Schedule::one_f_one_b, 1, 4, {"F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"});
+  expect_order(Schedule::one_f_one_b, 1, 4,
+               {"F0 F1 F2 B0 F3 B1 B2 B3", "F0 F1 B0 F2 B1 F3 B2 B3", "F0 B0 F1 B1 F2 B2 F3 B3"});
+  // Fewer micro-batches than stages: the first stages only fill and drain.
+  expect_order(Schedule::one_f_one_b, 1, 2,
+               {"F0 F1 B0 B1", "F0 F1 B0 B1", "F0 F1 B0 B1", "F0 B0 F1 B1"});
+}
+
+TEST(Schedules, InterleavedWalksGroupsOfMicroBatchesThroughTheChunks) {
+  // arXiv 2104.04473, figure 4. Stage s holds chunks s and s + p; micro-batches go in groups of p;
+  // stage s warms up with 2 (p - s - 1) + (v - 1) p forwards: 4 and 2 here.
+  expect_order(Schedule::interleaved, 2, 4,
+               {"F0.0 F0.1 F2.0 F2.1 F0.2 B2.0 F0.3 B2.1 F2.2 B0.0 F2.3 B0.1 B2.2 B2.3 B0.2 B0.3",
+                "F1.0 F1.1 F3.0 B3.0 F3.1 B3.1 F1.2 B1.0 F1.3 B1.1 F3.2 B3.2 F3.3 B3.3 B1.2 B1.3"});
+  // With one group there is no steady state (Megatron-LM: all forwards, then all backwards).
+  expect_order(
+      Schedule::interleaved, 2, 2,
+      {"F0.0 F0.1 F2.0 F2.1 B2.0 B2.1 B0.0 B0.1", "F1.0 F1.1 F3.0 F3.1 B3.0 B3.1 B1.0 B1.1"});
+}
+
+TEST(Schedules, EveryChunkSeesEveryMicroBatchOnceForwardThenBackward) {
+  for (const Schedule schedule : kAll) {
+    for (int p = 1; p <= 5; ++p) {
+      for (int v = 1; v <= (schedule == Schedule::interleaved ? 3 : 1); ++v) {
+        for (int m = 1; m <= 10; ++m) {
+          if (schedule == Schedule::interleaved && m % p != 0) continue;
+          SCOPED_TRACE(::testing::Message()
+                       << name(schedule) << " p " << p << " v " << v << " m " << m);
+          const auto all = turns(schedule, p, v, m);
+          ASSERT_EQ(all.size(), static_cast<std::size_t>(p));
+          for (int s = 0; s < p; ++s) {
+            std::set<std::pair<int, int>> forward, backward;
+            for (const Turn& t : all[static_cast<std::size_t>(s)]) {
+              EXPECT_EQ(t.chunk % p, s);
+              const std::pair at{t.chunk, t.micro_batch};
+              if (t.kind == BlockKind::forward) {
+                EXPECT_TRUE(forward.insert(at).second);
+              } else {
+                EXPECT_EQ(forward.count(at), 1u) << "backward before forward";
+                EXPECT_TRUE(backward.insert(at).second);
+              }
+            }
+            EXPECT_EQ(forward.size(), static_cast<std::size_t>(v * m));
+            EXPECT_EQ(backward.size(), static_cast<std::size_t>(v * m));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Schedules, ActivationsInFlight) {
+  for (int p = 1; p <= 5; ++p) {
+    for (int m = 1; m <= 8; ++m) {
+      const auto most = [&](Schedule schedule, int s) {
+        int now = 0, peak = 0;
+        const auto all = turns(schedule, p, 1, m);
+        for (const Turn& t : all[static_cast<std::size_t>(s)]) {
+          now += t.kind == BlockKind::forward ? 1 : -1;
+          peak = std::max(peak, now);
+        }
+        return peak;
+      };
+      for (int s = 0; s < p; ++s) {
+        EXPECT_EQ(most(Schedule::one_f_one_b, s), std::min(m, p - s));
+        EXPECT_EQ(most(Schedule::gpipe, s), m);
+        EXPECT_EQ(most(Schedule::naive, s), 1);
+      }
+    }
+  }
+}
+
+/// `layers` equal products and nothing else that takes time on a device where only products do.
+/// The bias in front makes the first block's input need a gradient like all others'.
+Graph equal_blocks(int layers) {
+  const Shape shape{{Dim::sample, 1}, {Dim::feature, 64}};
+  GraphBuilder b("equal");
+  TensorId x = b.input("x", shape);
+  const TensorId target = b.input("target", shape);
+  b.set_layer(-1);
+  x = b.add("start", AddBias{}, {x});
+  for (int i = 0; i < layers; ++i) {
+    b.set_layer(i);
+    x = b.add(fmt::format("layers.{}", i), Linear{1, {{Dim::feature, 64}}, false}, {x});
+  }
+  b.set_layer(layers);
+  return b.finish(b.add("loss", MeanSquaredError{}, {x, target}), layers, 0);
+}
+
+Plan pipeline(Schedule schedule, int p, int v, int m) {
+  Plan plan = base_plan();
+  plan.schedule = schedule;
+  plan.schedule_given = true;
+  plan.pp = p;
+  plan.virtual_stages = v;
+  plan.global_batch = m;
+  return plan;
+}
+
+/// Only matrix products take time: 2 · 64 · 64 FLOP at 1 GFLOP/s is 8.192 us a layer.
+DeviceSpeed only_products() {
+  const std::string most = "1000000000000 EFLOP/s";
+  return {"1 GFLOP/s", most, "1000000000000000 TB/s", "0 ps"};
+}
+constexpr std::int64_t kProduct = 8'192'000;  // ps
+
+TEST(Schedules, BubblesOnAFreeNetworkAreThoseOfThePapers) {
+  for (const Schedule schedule : kAll) {
+    for (const int p : {2, 3, 4}) {
+      for (const int v : {1, 2}) {
+        if ((v > 1) != (schedule == Schedule::interleaved)) continue;
+        for (const int groups : {1, 2, 3}) {
+          const int m = p * groups, layers = 2 * p * v;
+          SCOPED_TRACE(::testing::Message()
+                       << name(schedule) << " p " << p << " v " << v << " m " << m);
+          Communication network(free_network(p, only_products()));
+          const Program program = lowered(equal_blocks(layers), pipeline(schedule, p, v, m));
+          ASSERT_TRUE(verify(program).empty());
+          const Timeline t = simulate(program, network);
+          // A chunk is 2 layers; backward is two products a layer.
+          const std::int64_t chunk = 2 * 3 * kProduct, ideal = m * v * chunk;
+          // Bubble over ideal: GPipe and 1F1B (p-1)/m, interleaved (p-1)/(v m), naive: only one of
+          // p stages works, p-1.
+          const std::int64_t bubble =
+              schedule == Schedule::naive ? (p - 1) * ideal : (p - 1) * chunk;
+          EXPECT_GE(t.step.count, ideal + bubble);
+          // What else happens takes at most a picosecond each, and a product's time may round up.
+          EXPECT_LE(t.step.count, ideal + bubble + 2 * t.instructions);
+        }
+      }
+    }
+  }
+}
+
+TEST(Schedules, NaivePipelinesLetOneStageWorkAtATime) {
+  Communication network(free_network(3, only_products()));
+  const Program program = lowered(equal_blocks(6), pipeline(Schedule::naive, 3, 1, 2));
+  SimulateOptions options;
+  options.record = true;
+  const Timeline t = simulate(program, network, options);
+  std::vector<std::pair<std::int64_t, std::int64_t>> products;
+  for (const Entry& e : t.entries) {
+    if (e.end.count - e.start.count >= kProduct) products.emplace_back(e.start.count, e.end.count);
+  }
+  EXPECT_EQ(products.size(), 6u * 3 * 2);
+  std::sort(products.begin(), products.end());
+  for (std::size_t k = 1; k < products.size(); ++k)
+    EXPECT_GE(products[k].first, products[k - 1].second);
+}
+
+TEST(Schedules, BubblesOnARealNetworkAreNoSmaller) {
+  for (const Schedule schedule : kAll) {
+    const int p = 4, m = 8, v = schedule == Schedule::interleaved ? 2 : 1;
+    Communication network(load_topology("dgx-h100:1"));
+    const Program program = lowered(equal_blocks(2 * p * v), pipeline(schedule, p, v, m));
+    SimulateOptions options;
+    options.record = true;
+    const Timeline t = simulate(program, network, options);
+    // Work of the lightest chunk in one micro-batch, forward and backward.
+    std::map<int, std::int64_t> work;
+    for (const Entry& e : t.entries) {
+      const Block& b = program.blocks[static_cast<std::size_t>(e.block)];
+      const Instruction& i = b.instructions[static_cast<std::size_t>(e.instruction)];
+      if (e.micro_batch == 0 && i.stream == kComputeStream)
+        work[b.chunk] += e.end.count - e.start.count;
+    }
+    ASSERT_EQ(work.size(), static_cast<std::size_t>(p * v));
+    std::int64_t least = work[0];
+    for (const auto& [chunk, time] : work) least = std::min(least, time);
+    const std::int64_t slots = schedule == Schedule::naive ? m * p : m * v + p - 1;
+    EXPECT_GE(t.step.count, slots * least) << name(schedule);
+  }
+}
+
+TEST(Schedules, LoweredPipelinesCannotDeadlock) {
+  for (const Schedule schedule : kAll) {
+    for (const int p : {2, 3, 4}) {
+      const int v = schedule == Schedule::interleaved ? 2 : 1;
+      for (const int m : {1, 2, 3, 4, 6, 8}) {
+        if (v > 1 && m % p != 0) continue;
+        const Program program = lowered(equal_blocks(p * v), pipeline(schedule, p, v, m));
+        EXPECT_TRUE(verify(program).empty()) << name(schedule) << " p " << p << " m " << m;
+      }
+    }
+  }
+}
+
+TEST(Schedules, Llama405BLeavesOneBlockFewerOnTheLastAndTheFirstStage) {
+  // arXiv 2407.21783, section 3.3.2: 126 layers on 16 stages.
+  std::vector<std::int64_t> expected(16, 8);
+  expected.front() = expected.back() = 7;
+  EXPECT_EQ(blocks_per_chunk(126, 16), expected);
+}
+
+TEST(Schedules, BlocksPerChunkAreAsEvenAsPossibleSmallOnesAtTheEnds) {
+  std::mt19937 rng{20261123};
+  for (int k = 0; k < 500; ++k) {
+    const auto chunks = static_cast<std::int64_t>(1 + rng() % 24);
+    const auto layers = static_cast<std::int64_t>(rng() % 200);
+    const auto counts = blocks_per_chunk(layers, chunks);
+    SCOPED_TRACE(::testing::Message() << layers << " on " << chunks);
+    ASSERT_EQ(static_cast<std::int64_t>(counts.size()), chunks);
+    EXPECT_EQ(std::accumulate(counts.begin(), counts.end(), std::int64_t{0}), layers);
+    const std::int64_t low = layers / chunks, high = low + (layers % chunks != 0 ? 1 : 0);
+    std::int64_t small_first = 0, small_last = 0;
+    for (const auto n : counts) EXPECT_TRUE(n == low || n == high);
+    if (low == high) continue;
+    // Small, then large, then small; the last end has as many small ones as the first, or one more.
+    while (counts[static_cast<std::size_t>(small_first)] == low) ++small_first;
+    while (counts[static_cast<std::size_t>(chunks - 1 - small_last)] == low) ++small_last;
+    EXPECT_EQ(small_first + small_last, chunks - layers % chunks);
+    EXPECT_TRUE(small_last == small_first || small_last == small_first + 1);
+  }
+}
+
+}  // namespace
+}  // namespace partita
