@@ -857,6 +857,138 @@ TEST(Examples, LocalResponseNormalisationDividesByItsNeighbours) {
               ElementsAre(1.0 / 6, 2.0 / 15, 3.0 / 14));
 }
 
+TEST(Examples, PoolingTakesTheLargestOfEveryWindow) {
+  const Shape x{kOne, {Dim::feature, 1}, {Dim::height, 2}, {Dim::width, 3}};
+  const Part p = example(Pool{true, {2, 1, 0, 0, 1}, {2, 1, 0, 0, 1}}, x,
+                         {1, 1.5, 1.25, 1.125, 1.375, 1.75}, {}, {1, 10});
+  EXPECT_THAT(p.outputs[0].values, ElementsAre(1.5, 1.75));
+  EXPECT_THAT(p.input_gradients[0].values, ElementsAre(0, 1, 0, 0, 0, 10));
+}
+
+TEST(Examples, GroupsOfARootMeanSquareNormAreNormalisedAlone) {
+  Normalize op;
+  op.kind = Normalize::Kind::rms;
+  op.bias = false;
+  op.epsilon = 0;
+  op.group = 2;
+  const Part p = example(op, {kOne, {Dim::feature, 4}}, {1, 7, -3, 3}, {{1, 10}});
+  EXPECT_THAT(p.outputs[0].values, Pointwise(DoubleNear(1e-14), {0.2, 14.0, -1.0, 10.0}));
+}
+
+TEST(Examples, BatchNormRunsOverSamplesAndPixels) {
+  Normalize op;
+  op.kind = Normalize::Kind::batch;
+  op.epsilon = 0;
+  const Shape x{{Dim::sample, 2}, {Dim::feature, 2}, {Dim::height, 1}, {Dim::width, 2}};
+  // Feature 0: 1, 1, 5, 5: mean 3, deviation 2. Feature 1: 0, 2, 2, 0: mean 1, deviation 1.
+  EXPECT_THAT(example(op, x, {1, 1, 0, 2, 5, 5, 2, 0}, {{1, 3}, {0, 10}}).outputs[0].values,
+              Pointwise(DoubleNear(1e-14), {-1.0, -1.0, 7.0, 13.0, 1.0, 1.0, 13.0, 7.0}));
+}
+
+TEST(Examples, GroupedAndDilatedConvolution) {
+  Convolution op;
+  op.out = 4;
+  op.groups = 2;
+  op.width = {2, 1, 0, 0, 2};
+  op.bias = true;
+  const Shape x{kOne, {Dim::feature, 2}, {Dim::height, 1}, {Dim::width, 3}};
+  // Each output channel sees its group's channel only: w0 · x[0] + w1 · x[2] + b.
+  EXPECT_THAT(example(op, x, {1, 9, 2, 3, 9, 4}, {{1, 1, 1, 0, 1, 1, 0, 1}, {0, 10, 20, 30}})
+                  .outputs[0]
+                  .values,
+              ElementsAre(3, 11, 27, 34));
+}
+
+TEST(Examples, QueriesOfAGroupShareAKeyHead) {
+  // Two queries of one head lie side by side; a large logit picks one key each.
+  Attention op;
+  op.queries_per_head = 2;
+  op.qk_dim = 1;
+  op.v_dim = 2;
+  op.causal = false;
+  const Shape q{kOne, {Dim::sequence, 1}, {Dim::head, 1}, {Dim::head_feature, 2}};
+  const Shape k{kOne, {Dim::sequence, 2}, {Dim::head, 1}, {Dim::head_feature, 1}};
+  const Shape v{kOne, {Dim::sequence, 2}, {Dim::head, 1}, {Dim::head_feature, 2}};
+  const Part p =
+      example(op, {dense(q, {100, -100}), dense(k, {1, -1}), dense(v, {1, 2, 3, 4})}, {q, k, v});
+  EXPECT_THAT(p.outputs[0].values, Pointwise(DoubleNear(1e-12), {1.0, 2.0, 3.0, 4.0}));
+}
+
+TEST(Examples, ProductsSoftmaxGatesAndSquares) {
+  const Shape a{kOne, {Dim::sequence, 2}, {Dim::feature, 2}};
+  const Shape b{kOne, {Dim::feature, 2}, {Dim::ffn, 2}};
+  EXPECT_THAT(
+      example(BatchedProduct{1}, {dense(a, {1, 2, 3, 4}), dense(b, {1, 10, 100, 1000})}, {a, b})
+          .outputs[0]
+          .values,
+      ElementsAre(201, 2010, 403, 4030));
+  const Shape x{kOne, {Dim::feature, 2}};
+  EXPECT_THAT(example(Softmax{}, x, {0, std::log(3)}).outputs[0].values,
+              Pointwise(DoubleNear(1e-15), {0.25, 0.75}));
+  EXPECT_THAT(
+      example(GatedActivation{ActivationKind::relu}, {dense(x, {-1, 2}), dense(x, {5, 7})}, {x, x})
+          .outputs[0]
+          .values,
+      ElementsAre(0, 14));
+  EXPECT_THAT(example(Activation{ActivationKind::silu}, x, {0, std::log(3)}).outputs[0].values,
+              Pointwise(DoubleNear(1e-15), {0.0, 0.75 * std::log(3)}));
+  const Part p =
+      example(MeanSquaredError{}, {dense(x, {1, 5}), dense(x, {2, 2})}, {x, x}, {}, {1}, 0.5);
+  EXPECT_THAT(p.outputs[0].values, ElementsAre(5));
+  EXPECT_THAT(p.input_gradients[0].values, ElementsAre(-1, 3));
+}
+
+TEST(Examples, TablesAndShapes) {
+  const Shape ids{kOne, {Dim::sequence, 2}};
+  EXPECT_THAT(
+      example(Embedding{3, 2}, ids, {2, 0}, {{1, 2, 3, 4, 5, 6}}, {1, 1, 1, 1}).outputs[0].values,
+      ElementsAre(5, 6, 1, 2));
+  const Shape x{kOne, {Dim::sequence, 2}, {Dim::feature, 2}};
+  const std::vector<double> values{1, 2, 3, 4};
+  EXPECT_THAT(
+      example(PositionEmbedding{3}, x, values, {{10, 20, 30, 40, 50, 60}}).outputs[0].values,
+      ElementsAre(11, 22, 33, 44));
+  EXPECT_THAT(example(PrependToken{}, x, values, {{8, 9}}).outputs[0].values,
+              ElementsAre(8, 9, 1, 2, 3, 4));
+  EXPECT_THAT(example(SelectToken{1}, x, values).outputs[0].values, ElementsAre(3, 4));
+  const Piece p = dense(x, values), q = dense(x, {5, 6, 7, 8});
+  EXPECT_THAT(example(Concat{true}, {p, q}, {x, x}).outputs[0].values,
+              ElementsAre(1, 2, 5, 6, 3, 4, 7, 8));
+  EXPECT_THAT(example(Concat{false}, {p, q}, {x, x}).outputs[0].values,
+              ElementsAre(1, 2, 3, 4, 5, 6, 7, 8));
+  const Shape heads{kOne, {Dim::sequence, 2}, {Dim::head, 2}, {Dim::head_feature, 1}};
+  const Shape shared{kOne, {Dim::sequence, 2}, {Dim::head_feature, 1}};
+  EXPECT_THAT(
+      example(AppendToHeads{}, {dense(heads, values), dense(shared, {8, 9})}, {heads, shared})
+          .outputs[0]
+          .values,
+      ElementsAre(1, 8, 2, 8, 3, 9, 4, 9));
+  const Shape image{kOne, {Dim::feature, 2}, {Dim::height, 1}, {Dim::width, 2}};
+  EXPECT_THAT(example(ToSequence{}, image, values).outputs[0].values, ElementsAre(1, 3, 2, 4));
+  EXPECT_THAT(example(GlobalAveragePool{}, image, values).outputs[0].values, ElementsAre(1.5, 3.5));
+}
+
+TEST(Examples, ExpertsWorkOnTheirRowsAndCombineWeighsThem) {
+  const Shape rows{kOne, {Dim::sequence, 2}, {Dim::expert, 1}, {Dim::feature, 1}};
+  const Shape gates{kOne, {Dim::sequence, 2}, {Dim::expert, 2}};
+  const Piece g = dense(gates, {0, 0.5, 0.25, 0});  // token 0 to expert 1, token 1 to expert 0
+  Problem p;
+  p.operation = GroupedProduct{2, {Dim::ffn, 1}, true};
+  p.signature = signature(p.operation, {rows}, "grouped");
+  p.inputs = {{{{0}, {0, 1}, {0, 1}, {0}}, {3, 5}, true, {{0, 1, 0}, {0, 0, 1}}}};
+  p.parameters = {dense(p.signature.parameters[0].shape, {10, 100}),
+                  dense(p.signature.parameters[1].shape, {1, 2})};
+  Part part = whole_part(p);
+  const Piece y = forward(part.context, part.forward_operands())[0];
+  EXPECT_THAT(y.values, ElementsAre(31, 502));
+  p.operation = Combine{2};
+  p.signature = signature(p.operation, {rows, gates}, "combine");
+  p.inputs = {y, g};
+  p.parameters.clear();
+  part = whole_part(p);
+  EXPECT_THAT(forward(part.context, part.forward_operands())[0].values, ElementsAre(251, 7.75));
+}
+
 TEST(Examples, RouterPrefersTheLowerOfEqualExpertsAndNormalises) {
   const Shape x{kOne, {Dim::sequence, 1}, {Dim::expert, 4}};
   const std::vector<double> logits{0, std::log(2), std::log(2), std::log(3)};
