@@ -214,7 +214,8 @@ Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 
 /// What is wrong with the program, one line each; empty for a program that can run:
 /// every buffer is written before it is read and freed once or kept, layouts of collectives fit
-/// their kind, every send has its receive and all ranks can finish (no deadlock), ids are in range.
+/// their kind, operands are cut as their operator is and owe nothing, every send has its receive
+/// and all ranks can finish (no deadlock), ids are in range. See docs/program.md.
 std::vector<std::string> verify(const Program& program);
 
 /// Calls `f(BufferId)` for everything the instruction reads / writes.

@@ -51,6 +51,24 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
   return "";
 }
 
+/// Checks one operand against its operator: cut as the operator's loops are, nothing owed.
+std::string operand_error(const Program& p, const ProgramOperator& op, const Operand& operand,
+                          BufferId id) {
+  if (!id.valid()) return "";
+  const Buffer& b = p.buffer(id);
+  if (b.layout.partial != 0) return fmt::format("reads {}, a sum that is still owed", b.name);
+  for (std::size_t d = 0; d < operand.dims.size() && d < b.layout.dims.size(); ++d) {
+    const DimSplit none;
+    const DimSplit& cut =
+        operand.dims[d] < 0 ? none : op.cuts[static_cast<std::size_t>(operand.dims[d])];
+    if (b.layout.dims[d].atoms != cut.atoms || b.layout.dims[d].zigzag != cut.zigzag) {
+      return fmt::format("takes {} as {}, which is not how {} is cut", b.name,
+                         text(p.mesh, b.layout, b.shape), op.name);
+    }
+  }
+  return "";
+}
+
 struct Walker {
   const Program& p;
   std::vector<std::string> errors;
@@ -62,7 +80,17 @@ struct Walker {
 
   bool ids_in_range() {
     const auto n = static_cast<std::int32_t>(p.buffers.size());
+    for (std::size_t s = 0; s < p.stages.size(); ++s) {
+      for (const BlockCall& call : p.stages[s]) {
+        if (call.block.value < 0 || call.block.index() >= p.blocks.size() ||
+            call.micro_batch < -1 || call.micro_batch >= p.micro_batches) {
+          errors.push_back(fmt::format("stage {} calls block {} for micro-batch {}", s,
+                                       call.block.value, call.micro_batch));
+        }
+      }
+    }
     for (const Buffer& b : p.buffers) {
+      if (b.alias >= n) errors.push_back(fmt::format("buffer {} lives nowhere", b.name));
       if (b.layout.dims.size() != b.shape.size()) {
         errors.push_back(fmt::format("buffer {}: {} cuts for {} dimensions", b.name,
                                      b.layout.dims.size(), b.shape.size()));
@@ -73,6 +101,7 @@ struct Walker {
         const Instruction& i = b.instructions[k];
         bool good = i.op >= -1 && i.op < static_cast<std::int32_t>(p.operators.size());
         good &= i.stream < p.streams.size();
+        good &= i.tie >= -1 && i.tie < static_cast<std::int32_t>(p.ties.size());
         const auto check = [&](const std::vector<BufferId>& list) {
           for (const BufferId id : list) good &= id.value >= -1 && id.value < n;
         };
@@ -84,12 +113,15 @@ struct Walker {
           good = false;
         }
         if (!good) say(b, k, "an id is out of range");
+        if (good && i.kind == Kind::compute) operands(b, k, i);
         if (i.kind == Kind::collective) {
           if (i.reads.size() != i.writes.size() || i.reads.empty()) {
             say(b, k, "a collective needs as many sources as results");
             continue;
           }
           if (i.tie < 0 && p.mesh.size(i.atoms) < 2) say(b, k, "a collective over one rank");
+          if (i.tie < 0 && (i.atoms & mask_of(p.pipeline)) != 0)
+            say(b, k, "a collective across stages, which run different programs");
           if (!good) continue;
           for (std::size_t x = 0; x < i.reads.size(); ++x) {
             const std::string e = layout_error(p, i, p.buffer(i.reads[x]), p.buffer(i.writes[x]));
@@ -109,6 +141,29 @@ struct Walker {
       }
     }
     return errors.empty();
+  }
+
+  void operands(const Block& block, std::size_t at, const Instruction& i) {
+    if (i.kernel == Kernel::optimizer) {
+      const Buffer& g = p.buffer(i.reads[0]);
+      if (g.layout.partial != 0) {
+        say(block, at,
+            fmt::format("updates {} from {}, a sum that is still owed", p.buffer(i.writes[0]).name,
+                        g.name));
+      }
+    }
+    if (i.op < 0) return;
+    const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+    const auto check = [&](const std::vector<BufferId>& list, const std::vector<Operand>& wanted) {
+      for (std::size_t k = 0; k < list.size() && k < wanted.size(); ++k) {
+        const std::string e = operand_error(p, op, wanted[k], list[k]);
+        if (!e.empty()) say(block, at, e);
+      }
+    };
+    check(i.reads, op.signature.inputs);
+    check(i.parameters, op.signature.parameters);
+    check(i.outputs, op.signature.outputs);
+    check(i.gradients, op.signature.outputs);
   }
 
   /// Life of every buffer on one stage, in program order.
@@ -208,6 +263,13 @@ struct Walker {
             box.pop_front();
           } else if (i.kind == Kind::collective && i.tie >= 0) {
             const auto& members = p.ties[static_cast<std::size_t>(i.tie)];
+            if (std::find(members.begin(), members.end(), stage) == members.end()) {
+              say(block, at[s].instruction,
+                  fmt::format("stage {} reduces a tied parameter of other stages", stage));
+              ++at[s].instruction;
+              moved = true;
+              continue;
+            }
             auto& here = ties[{i.tie, tie_count[s][i.tie]}];
             here.insert(stage);
             if (here.size() < members.size()) {

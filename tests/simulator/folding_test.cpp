@@ -95,7 +95,7 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
       load_topology("dgx1-v100:3"), load_topology("a100-pcie-8:3")};
   const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false), uneven(true)};
   int feasible = 0;
-  for (int i = 0; i < 250; ++i) {
+  for (int i = 0; i < 800; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
     Plan wanted = random_plan(rng);
@@ -111,7 +111,7 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
     expect_folds(*program, t);
     if (::testing::Test::HasFailure()) return;
   }
-  EXPECT_GE(feasible, 60);
+  EXPECT_GE(feasible, 200);
 }
 
 TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {
