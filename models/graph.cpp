@@ -103,6 +103,23 @@ NetworkFlops network_flops(const Graph& graph) {
   return total;
 }
 
+Graph with_padded_vocabulary(Graph graph, std::int64_t multiple) {
+  const auto pad = [&](Shape& shape) {
+    for (auto& d : shape) {
+      if (d.dim == Dim::vocabulary) d.extent = ceil_div(d.extent, multiple) * multiple;
+    }
+  };
+  for (auto& t : graph.tensors) pad(t.shape);
+  for (auto& p : graph.parameters) pad(p.shape);
+  for (auto& op : graph.operators) {
+    if (auto* l = std::get_if<Linear>(&op.operation)) pad(l->out);
+    if (auto* e = std::get_if<Embedding>(&op.operation)) {
+      e->vocabulary = ceil_div(e->vocabulary, multiple) * multiple;
+    }
+  }
+  return graph;
+}
+
 bool matches(std::string_view pattern, std::string_view word) {
   std::size_t p = 0, w = 0, star = std::string_view::npos, resume = 0;
   while (w < word.size()) {

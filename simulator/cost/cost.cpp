@@ -317,7 +317,7 @@ const Communication::Ring& Communication::exchange(const std::vector<std::int64_
              Ring{BytesPerSecond{loads.rate(state_->topology)}, Seconds{loads.latency}};
 }
 
-std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks) {
+std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks, bool exchanges) {
   const auto bits_of = [](double x) {
     std::uint64_t b;
     static_assert(sizeof b == sizeof x);
@@ -325,9 +325,11 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks)
     return b;
   };
   std::uint64_t h = ranks.size();
-  const Ring around = ring(ranks), across = exchange(ranks);
-  for (const Ring& r : {around, across})
+  const auto add = [&](const Ring& r) {
     h = mix(mix(h, bits_of(r.bandwidth.count)), bits_of(r.latency.count));
+  };
+  add(ring(ranks));
+  if (exchanges) add(exchange(ranks));
   return h;
 }
 

@@ -56,8 +56,9 @@ class Communication {
   ~Communication();
   Seconds collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
-  /// Equal for groups whose communication costs the same whatever the size.
-  std::uint64_t price_class(const std::vector<std::int64_t>& ranks);
+  /// Equal for groups whose communication costs the same whatever the size; `exchanges`:
+  /// all-to-alls too.
+  std::uint64_t price_class(const std::vector<std::int64_t>& ranks, bool exchanges);
   struct Ring {
     BytesPerSecond bandwidth;  ///< of the whole group, per rank, all rings together
     Seconds latency;           ///< slowest hop

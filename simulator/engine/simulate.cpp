@@ -21,6 +21,7 @@ struct GroupKind {
   AtomMask atoms = 0;
   int tie = -1;
   int peer_stage = -1;  ///< point to point
+  bool exchanges = false;
   friend auto operator<=>(const GroupKind&, const GroupKind&) = default;
 };
 
@@ -30,8 +31,11 @@ std::vector<GroupKind> group_kinds(const Program& p, int stage) {
   for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
   for (const BlockId b : blocks) {
     for (const Instruction& i : p.blocks[b.index()].instructions) {
-      if (i.kind == Kind::collective) all.insert({i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie, -1});
-      if (i.kind == Kind::send || i.kind == Kind::receive) all.insert({0, -1, i.stage});
+      if (i.kind == Kind::collective) {
+        all.insert({i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie, -1,
+                    i.collective == CollectiveKind::all_to_all});
+      }
+      if (i.kind == Kind::send || i.kind == Kind::receive) all.insert({0, -1, i.stage, false});
     }
   }
   return {all.begin(), all.end()};
@@ -49,49 +53,61 @@ std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int
   return p.mesh.group(rank, k.atoms);
 }
 
-/// Coordinates along atoms whose cuts are uneven (or see different work: causal attention) change
-/// what a rank does; only those enter its colour.
-std::vector<AtomMask> uneven_atoms(const Program& p) {
-  std::vector<AtomMask> by_stage(p.stages.size(), 0);
-  const auto note = [&](AtomMask& mask, const DimSplit& s, std::int64_t extent) {
+/// What makes ranks of one stage differ in work: uneven cuts, by what they leave a rank; causal
+/// attention over blocks of the sequence and operators run by one coordinate only, by coordinate.
+struct Unevenness {
+  std::vector<std::pair<DimSplit, std::int64_t>> cuts;             ///< split, extent
+  std::vector<std::pair<std::vector<AtomId>, std::int64_t>> flat;  ///< atoms, elements
+  AtomMask coordinates = 0;
+};
+
+std::vector<Unevenness> unevenness(const Program& p) {
+  std::vector<Unevenness> by_stage(p.stages.size());
+  const auto note = [&](Unevenness& u, const DimSplit& s, std::int64_t extent) {
     if (s.atoms.empty()) return;
     const std::int64_t grain = p.mesh.size(s.atoms) * (s.zigzag > 0 ? 2 : 1);
-    if (s.kind == SplitKind::window || extent % grain != 0)
-      mask = static_cast<AtomMask>(mask | mask_of(s.atoms));
+    if (s.kind != SplitKind::window && extent % grain == 0) return;
+    const std::pair entry{s, extent};
+    if (std::find(u.cuts.begin(), u.cuts.end(), entry) == u.cuts.end()) u.cuts.push_back(entry);
   };
+  std::vector<char> seen(p.buffers.size(), 0);
   for (std::size_t s = 0; s < p.stages.size(); ++s) {
-    AtomMask& mask = by_stage[s];
+    Unevenness& u = by_stage[s];
     std::set<BlockId> blocks;
     for (const BlockCall& call : p.stages[s]) blocks.insert(call.block);
     for (const BlockId b : blocks) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         const auto buffer = [&](BufferId id) {
+          if (seen[id.index()]) return;
+          seen[id.index()] = 1;
           const Buffer& buf = p.buffer(id);
           for (std::size_t d = 0; d < buf.shape.size(); ++d) {
-            note(mask, buf.layout.dims[d],
-                 buf.routed && buf.shape[d].dim == Dim::expert ? buf.experts : buf.shape[d].extent);
+            const bool experts = buf.routed && buf.shape[d].dim == Dim::expert;
+            note(u, buf.layout.dims[d], experts ? buf.experts : buf.shape[d].extent);
           }
-          if (!buf.layout.flat.empty()) {
-            Layout whole = buf.layout;
-            whole.flat.clear();
-            const std::int64_t n =
-                local_elements(p.mesh, whole, buf.shape, buf.routed, buf.experts, 0);
-            if (n % p.mesh.size(buf.layout.flat) != 0)
-              mask = static_cast<AtomMask>(mask | mask_of(buf.layout.flat));
-          }
+          if (buf.layout.flat.empty()) return;
+          Layout whole = buf.layout;
+          whole.flat.clear();
+          const std::int64_t n =
+              local_elements(p.mesh, whole, buf.shape, buf.routed, buf.experts, 0);
+          if (n % p.mesh.size(buf.layout.flat) == 0) return;
+          const std::pair entry{buf.layout.flat, n};
+          if (std::find(u.flat.begin(), u.flat.end(), entry) == u.flat.end())
+            u.flat.push_back(entry);
         };
         for_each_read(i, buffer);
         for_each_write(i, buffer);
         if (i.kind != Kind::compute || i.op < 0) continue;
         const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-        for (std::size_t d = 0; d < op.cuts.size(); ++d)
-          note(mask, op.cuts[d], op.signature.dims[d].extent);
-        mask = static_cast<AtomMask>(mask | op.root);
-        if (const auto* a = std::get_if<Attention>(&op.operation);
-            a != nullptr && (a->causal || a->window > 0)) {
-          const auto& cut = op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))];
-          if (!cut.atoms.empty() && (cut.zigzag == 0 || a->window > 0))
-            mask = static_cast<AtomMask>(mask | mask_of(cut.atoms));
+        for (std::size_t d = 0; d < op.cuts.size(); ++d) {
+          note(u, op.cuts[d], op.signature.dims[d].extent);
+        }
+        u.coordinates = static_cast<AtomMask>(u.coordinates | op.root);
+        const auto* a = std::get_if<Attention>(&op.operation);
+        if (a == nullptr || (!a->causal && a->window == 0)) continue;
+        const auto& cut = op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))];
+        if (!cut.atoms.empty() && (cut.zigzag == 0 || a->window > 0)) {
+          u.coordinates = static_cast<AtomMask>(u.coordinates | mask_of(cut.atoms));
         }
       }
     }
@@ -114,10 +130,40 @@ struct Step {
   std::int32_t peer_class = -1;
 };
 
+struct Mark {
+  std::int32_t slot = 0;  ///< encoded: negative for step-scoped buffers
+  std::int32_t micro_batch = 0;
+  std::int64_t ready = 0;
+};
+
+/// What a block call does when started with the compute stream at time 0 and everything else as its
+/// key says.
+struct Replay {
+  std::vector<std::int64_t> free;  ///< of the block's streams, at its end
+  std::vector<std::int32_t> stream_labels;
+  std::vector<std::pair<std::int32_t, std::int64_t>> spent;  ///< label, ticks
+  struct Made {
+    std::int32_t slot;
+    std::int64_t ready, begin;
+    std::int32_t label, before;
+  };
+  std::vector<Made> marks;
+  std::vector<std::tuple<std::int32_t, std::int32_t, std::int64_t>>
+      messages;  ///< id, to class, start
+};
+
 struct Compiled {
   std::vector<Step> steps;
   std::vector<std::int32_t> slots;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
+  // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
+  // do.
+  bool repeats = false;  ///< every step is ordered after the compute stream's position at the start
+  std::size_t receives = 0;            ///< leading steps, played each time
+  std::vector<Stream> streams;         ///< used after the receives, compute first
+  std::vector<std::int32_t> arrives;   ///< slots that the receives make
+  std::vector<std::int32_t> external;  ///< other slots read before the block makes them, sorted
+  std::map<std::vector<std::int64_t>, Replay> replays;
 };
 
 struct Meeting {
@@ -141,7 +187,7 @@ RankClasses classify(const Program& p, Communication& communication) {
                  fmt::format("{} ranks on {} devices", n, t.device_count()));
   std::vector<std::vector<GroupKind>> kinds;
   for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
-  const auto uneven = uneven_atoms(p);
+  const auto uneven = unevenness(p);
   std::vector<std::uint64_t> colour(static_cast<std::size_t>(n));
   // A group's signature is shared by its members: computed once, at its lowest rank.
   std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> signatures;
@@ -149,20 +195,29 @@ RankClasses classify(const Program& p, Communication& communication) {
     const int stage = p.stage_of(r);
     std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
                           t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
-    const AtomMask mask = uneven[static_cast<std::size_t>(stage)];
+    const Unevenness& u = uneven[static_cast<std::size_t>(stage)];
+    for (const auto& [split, extent] : u.cuts) {
+      h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, r)));
+    }
+    for (const auto& [atoms, held] : u.flat) {
+      const DimSplit split{atoms, SplitKind::block, 0, {}, 0};
+      h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, held, r)));
+    }
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
-      if (has(mask, atom)) h = mix(h, static_cast<std::uint64_t>(p.mesh.coordinate(r, atom)) + 1);
+      if (has(u.coordinates, atom)) {
+        h = mix(h, static_cast<std::uint64_t>(p.mesh.coordinate(r, atom)) + 1);
+      }
     }
     for (const GroupKind& k : kinds[static_cast<std::size_t>(stage)]) {
       if (k.peer_stage >= 0) {
-        h = mix(h, communication.price_class(members(p, k, r)));
+        h = mix(h, communication.price_class(members(p, k, r), k.exchanges));
         continue;
       }
       const std::int64_t root =
           k.tie >= 0 ? p.mesh.group_root(r, mask_of(p.pipeline)) : p.mesh.group_root(r, k.atoms);
       const auto [it, fresh] = signatures[k].emplace(root, 0);
-      if (fresh) it->second = communication.price_class(members(p, k, r));
+      if (fresh) it->second = communication.price_class(members(p, k, r), k.exchanges);
       h = mix(h, it->second);
     }
     colour[static_cast<std::size_t>(r)] = h;
@@ -238,12 +293,16 @@ class Engine {
     timeline_.memory.resize(n);
     timeline_.flops.resize(n);
     compiled_.resize(n);
+    must_mark_.resize(n);
     spent_.assign(n, std::vector<std::int64_t>(1024, 0));
     state_.resize(n);
     for (std::size_t c = 0; c < n; ++c) {
       compile(static_cast<int>(c));
       state_[c].free.assign(p_.streams.size(), 0);
-      state_[c].slots.assign(slot_count_ * static_cast<std::size_t>(p_.micro_batches + 1), Slot{});
+      state_[c].label.assign(p_.streams.size(), -1);
+      state_[c].slots.assign(slots_on_stage_[static_cast<std::size_t>(classes_.classes[c].stage)] *
+                                 static_cast<std::size_t>(p_.micro_batches + 1),
+                             Slot{});
     }
     for (std::size_t c = 0; c < n; ++c) memory(static_cast<int>(c));
     for (bool moved = true; moved;) {
@@ -274,9 +333,10 @@ class Engine {
   };
   struct State {
     std::size_t call = 0, step = 0;
-    std::vector<std::int64_t> free;  ///< per stream
+    std::vector<std::int64_t> free;   ///< per stream
+    std::vector<std::int32_t> label;  ///< per stream: what ran last
     std::vector<Slot> slots;
-    std::int32_t last_label = -1;
+    std::vector<Mark> late;  ///< made by earlier calls, ready after the compute stream's position
   };
 
   std::int32_t label(const std::string& name) {
@@ -292,14 +352,18 @@ class Engine {
     const auto set = [](std::vector<std::uint64_t>& v, BufferId b, Stream s) {
       v[b.index() * 4 + s / 64u] |= 1ull << (s % 64u);
     };
+    std::vector<int> stage_of(p_.buffers.size(), 0);
     for (const Block& b : p_.blocks) {
       for (const Instruction& i : b.instructions) {
         if (i.kind == Kind::allocate || i.kind == Kind::free) continue;
-        for_each_write(i,
-                       [&](BufferId id) { set(writers, id, i.stream), set(users, id, i.stream); });
+        for_each_write(i, [&](BufferId id) {
+          set(writers, id, i.stream), set(users, id, i.stream);
+          stage_of[id.index()] = b.stage;
+        });
         for_each_read(i, [&](BufferId id) { set(users, id, i.stream); });
       }
     }
+    slots_on_stage_.assign(p_.stages.size(), 0);
     slot_of_.assign(p_.buffers.size(), -1);
     for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
       int streams = 0;
@@ -308,7 +372,10 @@ class Engine {
         streams += __builtin_popcountll(users[b * 4 + k]);
         written |= writers[b * 4 + k] != 0;
       }
-      if (written && streams > 1) slot_of_[b] = static_cast<std::int32_t>(slot_count_++);
+      if (written && streams > 1) {
+        slot_of_[b] =
+            static_cast<std::int32_t>(slots_on_stage_[static_cast<std::size_t>(stage_of[b])]++);
+      }
     }
   }
 
@@ -423,77 +490,223 @@ class Engine {
         out.steps.push_back(s);
       }
       out.net = level;
+      find_repetition(out);
     }
     timeline_.flops[static_cast<std::size_t>(c)] = total;
+    // What other streams read without passing the compute stream must be marked in every replay.
+    auto& must = must_mark_[static_cast<std::size_t>(c)];
+    for (const Compiled& block : mine) {
+      std::set<std::int32_t> made;
+      for (const Step& step : block.steps) {
+        for (std::int32_t w = 0; w < step.waits; ++w) {
+          const std::int32_t x = block.slots[static_cast<std::size_t>(step.first_wait + w)];
+          if (step.stream != kComputeStream && made.count(x) == 0) must.insert(x);
+        }
+        for (std::int32_t m = 0; m < step.marks; ++m) {
+          made.insert(block.slots[static_cast<std::size_t>(step.first_mark + m)]);
+        }
+      }
+    }
+  }
+
+  /// A block repeats itself if nothing in it can start before the compute stream's position at its
+  /// start: then only what is later than that position matters, and that is its key.
+  void find_repetition(Compiled& block) const {
+    std::size_t k = 0;
+    std::set<std::int32_t> made;
+    for (; k < block.steps.size() && block.steps[k].kind == Kind::receive; ++k) {
+      const Step& step = block.steps[k];
+      for (std::int32_t m = 0; m < step.marks; ++m) {
+        block.arrives.push_back(block.slots[static_cast<std::size_t>(step.first_mark + m)]);
+      }
+    }
+    block.receives = k;
+    block.repeats = k < block.steps.size();
+    std::set<Stream> ordered{kComputeStream}, used{kComputeStream};
+    std::set<std::int32_t> external;
+    for (; k < block.steps.size(); ++k) {
+      const Step& step = block.steps[k];
+      if (step.meets || step.kind == Kind::receive) block.repeats = false;
+      bool after = step.after_compute || ordered.count(step.stream) > 0;
+      for (std::int32_t w = 0; w < step.waits; ++w) {
+        const std::int32_t x = block.slots[static_cast<std::size_t>(step.first_wait + w)];
+        if (made.count(x) > 0) {
+          after = true;
+        } else if (std::find(block.arrives.begin(), block.arrives.end(), x) ==
+                   block.arrives.end()) {
+          external.insert(x);
+        }
+      }
+      if (!after) block.repeats = false;
+      ordered.insert(step.stream);
+      used.insert(step.stream);
+      for (std::int32_t m = 0; m < step.marks; ++m) {
+        made.insert(block.slots[static_cast<std::size_t>(step.first_mark + m)]);
+      }
+    }
+    block.streams.assign(used.begin(), used.end());
+    block.external.assign(external.begin(), external.end());
   }
 
   Slot& slot(State& s, std::int32_t encoded, std::int32_t micro_batch) {
     const std::size_t row = encoded < 0 ? 0 : static_cast<std::size_t>(micro_batch + 1);
     const auto x = static_cast<std::size_t>(encoded < 0 ? -1 - encoded : encoded);
-    return s.slots[row * slot_count_ + x];
+    return s.slots[row * (s.slots.size() / static_cast<std::size_t>(p_.micro_batches + 1)) + x];
   }
 
   bool advance(int c) {
     State& s = state_[static_cast<std::size_t>(c)];
     const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
     const auto& calls = p_.stages[static_cast<std::size_t>(rc.stage)];
-    auto& spent = spent_[static_cast<std::size_t>(c)];
     bool moved = false;
     while (s.call < calls.size()) {
       const BlockCall call = calls[s.call];
-      const Compiled& block = compiled_[static_cast<std::size_t>(c)][call.block.index()];
-      for (; s.step < block.steps.size(); ++s.step) {
-        const Step& step = block.steps[s.step];
-        std::int64_t start = s.free[step.stream];
-        const Slot* cause = nullptr;
-        if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
-        for (std::int32_t w = 0; w < step.waits; ++w) {
-          const Slot& ready =
-              slot(s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch);
-          if (ready.ready > start) start = ready.ready, cause = &ready;
+      Compiled& block = compiled_[static_cast<std::size_t>(c)][call.block.index()];
+      while (s.step < block.steps.size()) {
+        if (s.step == block.receives && block.repeats && !options_.record && options_.replay) {
+          play(c, s, block, call);
+          moved = true;
+          break;
         }
-        std::int64_t end;
-        if (step.kind == Kind::receive) {
-          const auto it =
-              messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
-          if (it == messages_.end()) return moved;
-          start = std::max(start, it->second);
-          end = start + step.ticks;
-        } else if (step.kind == Kind::collective && step.meets) {
-          const Instruction& i = p_.blocks[call.block.index()]
-                                     .instructions[static_cast<std::size_t>(step.instruction)];
-          Meeting* m = meet(c, s, step, i, start);
-          if (m == nullptr) return moved;
-          start = m->start;
-          end = start + step.ticks;
-        } else {
-          end = start + step.ticks;
-          if (step.kind == Kind::send) {
-            messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] = start;
-          }
-        }
-        if (step.stream == kComputeStream) {
-          if (start > s.free[kComputeStream]) charge(spent, cause, s.free[kComputeStream], start);
-          spent[static_cast<std::size_t>(step.label)] += end - start;
-        }
-        const Slot made{end, step.label, cause != nullptr ? cause->label : step.label, start};
-        s.free[step.stream] = end;
-        for (std::int32_t m = 0; m < step.marks; ++m) {
-          slot(s, block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch) =
-              made;
-        }
-        if (step.stream != kComputeStream && end >= last_end_of(s)) s.last_label = step.label;
-        ++timeline_.instructions;
-        if (options_.record) {
-          timeline_.entries.push_back(
-              {c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
-        }
+        if (!run_step(c, s, block, block.steps[s.step], call, nullptr)) return moved;
+        ++s.step;
         moved = true;
       }
       s.step = 0;
       ++s.call;
     }
     return moved;
+  }
+
+  /// The rest of a block call: from an earlier call that began alike, or step by step.
+  void play(int c, State& s, Compiled& block, const BlockCall& call) {
+    const std::int64_t now = s.free[kComputeStream];
+    s.late.erase(
+        std::remove_if(s.late.begin(), s.late.end(), [&](const Mark& m) { return m.ready <= now; }),
+        s.late.end());
+    bool plain = true;  // nothing late that this call reads, but what its receives brought
+    for (const Mark& m : s.late) {
+      if (m.slot >= 0 && m.micro_batch != call.micro_batch) continue;
+      plain &= !std::binary_search(block.external.begin(), block.external.end(), m.slot);
+    }
+    const auto run_all = [&](std::vector<Replay::Made>* marks) {
+      for (; s.step < block.steps.size(); ++s.step) {
+        const bool done = run_step(c, s, block, block.steps[s.step], call, marks);
+        PARTITA_ASSERT(done, "a step of a repeating block waited");
+      }
+    };
+    if (!plain) {
+      run_all(nullptr);
+      return;
+    }
+    std::vector<std::int64_t> key;
+    for (const Stream x : block.streams) key.push_back(std::max<std::int64_t>(0, s.free[x] - now));
+    for (const std::int32_t x : block.arrives) {
+      key.push_back(std::max<std::int64_t>(0, slot(s, x, call.micro_batch).ready - now));
+    }
+    auto& spent = spent_[static_cast<std::size_t>(c)];
+    const auto known = block.replays.find(key);
+    if (known != block.replays.end()) {
+      const Replay& r = known->second;
+      for (std::size_t k = 0; k < block.streams.size(); ++k) {
+        s.free[block.streams[k]] = now + r.free[k];
+        s.label[block.streams[k]] = r.stream_labels[k];
+      }
+      for (const auto& [x, ticks] : r.spent) spent[static_cast<std::size_t>(x)] += ticks;
+      for (const auto& m : r.marks) {
+        slot(s, m.slot, call.micro_batch) = {now + m.ready, m.label, m.before, now + m.begin};
+        if (m.ready > r.free[0]) s.late.push_back({m.slot, call.micro_batch, now + m.ready});
+      }
+      for (const auto& [id, to, start] : r.messages) {
+        messages_[message_key(id, call.micro_batch, c, to)] = now + start;
+      }
+      timeline_.instructions += static_cast<std::int64_t>(block.steps.size() - block.receives);
+      return;
+    }
+    const std::vector<std::int64_t> before(
+        spent.begin(), spent.begin() + static_cast<std::ptrdiff_t>(label_names_.size()));
+    std::vector<Replay::Made> marks;
+    run_all(&marks);
+    Replay r;
+    for (const Stream x : block.streams) {
+      r.free.push_back(s.free[x] - now);
+      r.stream_labels.push_back(s.label[x]);
+    }
+    for (std::size_t x = 0; x < label_names_.size(); ++x) {
+      const std::int64_t was = x < before.size() ? before[x] : 0;
+      if (spent[x] != was) r.spent.emplace_back(static_cast<std::int32_t>(x), spent[x] - was);
+    }
+    const auto& must = must_mark_[static_cast<std::size_t>(c)];
+    for (Replay::Made& m : marks) {
+      const bool late = m.ready > s.free[kComputeStream];
+      if (late) s.late.push_back({m.slot, call.micro_batch, m.ready});
+      if (!late && m.slot >= 0 && must.count(m.slot) == 0)
+        continue;  // nobody can still wait for it
+      m.ready -= now;
+      m.begin -= now;
+      r.marks.push_back(m);
+    }
+    for (std::size_t k = block.receives; k < block.steps.size(); ++k) {
+      const Step& step = block.steps[k];
+      if (step.kind != Kind::send) continue;
+      r.messages.emplace_back(
+          step.message, step.peer_class,
+          messages_.at(message_key(step.message, call.micro_batch, c, step.peer_class)) - now);
+    }
+    block.replays.emplace(std::move(key), std::move(r));
+  }
+
+  /// Plays one step; false if it must wait for another class.
+  bool run_step(int c, State& s, const Compiled& block, const Step& step, const BlockCall& call,
+                std::vector<Replay::Made>* marks) {
+    auto& spent = spent_[static_cast<std::size_t>(c)];
+    std::int64_t start = s.free[step.stream];
+    const Slot* cause = nullptr;
+    if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
+    for (std::int32_t w = 0; w < step.waits; ++w) {
+      const Slot& ready =
+          slot(s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch);
+      if (ready.ready > start) start = ready.ready, cause = &ready;
+    }
+    if (step.kind == Kind::receive) {
+      const auto it =
+          messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
+      if (it == messages_.end()) return false;
+      start = std::max(start, it->second);
+    } else if (step.kind == Kind::collective && step.meets) {
+      const Instruction& i =
+          p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
+      const Meeting* m = meet(c, s, step, i, start);
+      if (m == nullptr) return false;
+      start = m->start;
+    } else if (step.kind == Kind::send) {
+      messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] = start;
+    }
+    const std::int64_t end = start + step.ticks;
+    if (step.stream == kComputeStream) {
+      if (start > s.free[kComputeStream]) charge(spent, cause, s.free[kComputeStream], start);
+      spent[static_cast<std::size_t>(step.label)] += end - start;
+    }
+    const Slot made{end, step.label, cause != nullptr ? cause->label : step.label, start};
+    s.free[step.stream] = end;
+    s.label[step.stream] = step.label;
+    for (std::int32_t m = 0; m < step.marks; ++m) {
+      const std::int32_t x = block.slots[static_cast<std::size_t>(step.first_mark + m)];
+      slot(s, x, call.micro_batch) = made;
+      if (marks != nullptr) marks->push_back({x, made.ready, made.begin, made.label, made.before});
+    }
+    if (marks == nullptr && step.marks > 0 && step.stream != kComputeStream) {
+      for (std::int32_t m = 0; m < step.marks; ++m) {
+        s.late.push_back(
+            {block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch, end});
+      }
+    }
+    ++timeline_.instructions;
+    if (options_.record) {
+      timeline_.entries.push_back(
+          {c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
+    }
+    return true;
   }
 
   static std::int64_t last_end_of(const State& s) {
@@ -615,8 +828,11 @@ class Engine {
     auto& spent = spent_[static_cast<std::size_t>(c)];
     // After the last kernel: its own trailing communication, then the wait for others.
     const std::int64_t own = last_end_of(s);
-    if (own > s.free[kComputeStream])
-      spent[static_cast<std::size_t>(s.last_label)] += own - s.free[kComputeStream];
+    if (own > s.free[kComputeStream]) {
+      const auto last =
+          static_cast<std::size_t>(std::max_element(s.free.begin(), s.free.end()) - s.free.begin());
+      spent[static_cast<std::size_t>(s.label[last])] += own - s.free[kComputeStream];
+    }
     Breakdown& b = timeline_.breakdown[static_cast<std::size_t>(c)];
     b.bubble += Ticks{end - own};
     for (std::size_t x = 0; x < label_names_.size(); ++x) {
@@ -642,11 +858,12 @@ class Engine {
   const SimulateOptions& options_;
   Timeline timeline_;
   RankClasses classes_;
-  std::vector<std::vector<Compiled>> compiled_;  ///< [class][block]
+  std::vector<std::vector<Compiled>> compiled_;    ///< [class][block]
+  std::vector<std::set<std::int32_t>> must_mark_;  ///< by class, encoded slots
   std::vector<State> state_;
   std::vector<std::vector<std::int64_t>> spent_;  ///< [class][label], picoseconds
   std::vector<std::int32_t> slot_of_;
-  std::size_t slot_count_ = 0;
+  std::vector<std::size_t> slots_on_stage_;
   std::map<std::string, std::int32_t> labels_;
   std::vector<std::string> label_names_;
   std::unordered_map<std::uint64_t, std::int64_t> messages_;

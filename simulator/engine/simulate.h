@@ -69,6 +69,8 @@ struct Timeline {
 
 struct SimulateOptions {
   bool record = false;
+  /// Block calls that begin alike are played once and repeated; off: step by step, for tests.
+  bool replay = true;
   /// Every rank its own class: for tests of folding.
   bool unfolded = false;
 };

@@ -433,7 +433,10 @@ std::vector<std::string> frameworks() {
 
 void set_framework(Plan& plan, std::string_view word, const std::string& place) {
   plan.framework = std::string(word);
+  plan.pad_vocabulary = 0;
   if (word == "megatron-core") {
+    // make_vocab_size_divisible_by of megatron/training/arguments.py.
+    plan.pad_vocabulary = 128;
     // Distributed data parallel of Megatron-Core: fp32 main gradients, buckets of 40 M elements at
     // least.
     plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;

@@ -69,6 +69,7 @@ struct Plan {
   std::string precision_name = "bf16";
   Optimizer optimizer;
   Bytes bucket = 40_MiB;          ///< of gradients reduced by one call
+  std::int64_t pad_vocabulary = 0;   ///< > 0: to a multiple of this x tp (Megatron: 128)
   bool overlap_gradients = true;  ///< reduce buckets while the backward goes on
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again

@@ -81,7 +81,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                              Timeline* recorded, Program* out_program) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
-  auto program = lower(graph, *plan);
+  const bool pads = plan->pad_vocabulary > 0 && graph.sequence > 0;
+  auto program = pads ? lower(with_padded_vocabulary(graph, plan->pad_vocabulary * plan->tp), *plan)
+                      : lower(graph, *plan);
   if (!program) return program.why();
   SimulateOptions options;
   options.record = recorded != nullptr;
