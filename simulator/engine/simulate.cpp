@@ -672,13 +672,14 @@ class Engine {
       const auto it =
           messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
       if (it == messages_.end()) return false;
-      start = std::max(start, it->second);
+      // Waiting for others is this step's own wait, not its last operand's.
+      if (it->second > start) start = it->second, cause = nullptr;
     } else if (step.kind == Kind::collective && step.meets) {
       const Instruction& i =
           p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
       const Meeting* m = meet(c, s, step, i, start);
       if (m == nullptr) return false;
-      start = m->start;
+      if (m->start > start) start = m->start, cause = nullptr;
     } else if (step.kind == Kind::send) {
       messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] = start;
     }
