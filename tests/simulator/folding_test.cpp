@@ -114,6 +114,43 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
   EXPECT_GE(feasible, 200);
 }
 
+TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
+  std::mt19937 rng{20261130};
+  const std::vector<Topology> topologies{load_topology("dgx-h100:3"),
+                                         parse_topology(kMixed, "mixed.yaml")};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false)};
+  int feasible = 0;
+  for (int i = 0; i < 500; ++i) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    const Topology& t = topologies[rng() % topologies.size()];
+    Plan wanted = random_plan(rng);
+    set_precision(wanted, "fp16", "");
+    wanted.global_batch *= static_cast<std::int64_t>(1 + rng() % 4);
+    const auto plan = complete(g, wanted);
+    if (!plan || plan->ranks() > 24) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    ++feasible;
+    SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
+                                      << to_yaml(*plan));
+    Communication network(t);
+    SimulateOptions options;
+    const Timeline replayed = simulate(*program, network, options);
+    options.replay = false;
+    const Timeline played = simulate(*program, network, options);
+    EXPECT_EQ(replayed.step, played.step);
+    EXPECT_EQ(replayed.instructions, played.instructions);
+    EXPECT_EQ(replayed.last_class, played.last_class);
+    ASSERT_EQ(replayed.classes.size(), played.classes.size());
+    for (std::size_t c = 0; c < played.classes.size(); ++c) {
+      expect_equal(replayed.breakdown[c], played.breakdown[c]);
+      EXPECT_EQ(replayed.memory[c].peak, played.memory[c].peak);
+    }
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(feasible, 100);
+}
+
 TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {
   const Topology t = load_topology("dgx-h100:2");
   for (const std::int64_t tp : {2, 4}) {
