@@ -94,6 +94,12 @@ class Machine {
     }
     return r;
   }
+  bool is_first(AtomMask root, std::int64_t rank) const {
+    return p_.mesh.group_root(rank, root) == rank;
+  }
+  bool holds(BufferId id, std::int64_t rank) const {
+    return is_first(p_.buffer(id).layout.root, rank);
+  }
   Piece blank(const Buffer& b, std::int64_t rank) const {
     Piece piece;
     if (!b.layout.flat.empty()) {
@@ -132,6 +138,7 @@ class Machine {
           const auto fill = [&](BufferId id) {
             const Buffer& b = p_.buffer(id);
             if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) return;
+            if (!holds(id, rank)) return;
             auto& slot = values_[static_cast<std::size_t>(rank)][{id.value, -1}];
             if (!slot.index.empty()) return;
             const auto q = static_cast<std::size_t>(b.parameter);
@@ -274,6 +281,7 @@ class Machine {
   }
 
   void load_input(const Instruction& i, std::int64_t rank) {
+    if (!holds(i.writes[0], rank)) return;
     const Buffer& b = p_.buffer(i.writes[0]);
     Piece piece = blank(b, rank);
     const std::int64_t per_sample = elements(b.shape) / b.shape[0].extent;
@@ -297,11 +305,13 @@ class Machine {
   /// Gives `reader` its part of `to` from what `members` hold of `from`.
   void redistribute(const std::vector<std::int64_t>& members, BufferId from, BufferId to,
                     bool accumulate, Mode mode, std::int64_t reader) {
+    if (!holds(to, reader)) return;
     const Buffer &a = p_.buffer(from), &b = p_.buffer(to);
     Piece out = blank(b, reader);
     if (a.routed) {
       std::map<Row, std::map<std::int64_t, double>> whole;
       for (const std::int64_t m : members) {
+        if (!holds(from, m)) continue;
         const Piece& piece = load(m, from);
         const auto& features = piece.index[3];
         for (std::size_t r = 0; r < piece.rows.size(); ++r) {
@@ -339,6 +349,7 @@ class Machine {
                       [](const DimSplit& d) { return d.kind == SplitKind::window; });
       std::vector<char> held(whole.size(), windows && mode == Mode::sum ? 1 : 0);
       for (const std::int64_t m : members) {
+        if (!holds(from, m)) continue;
         const Piece& piece = load(m, from);
         for_each_global(piece.index, a.shape, [&](std::size_t k, std::int64_t g) {
           const auto at = static_cast<std::size_t>(g);
@@ -360,6 +371,7 @@ class Machine {
                       [](const DimSplit& d) { return d.kind == SplitKind::window; });
       std::vector<char> held(whole.size(), windows && mode == Mode::sum ? 1 : 0);
       for (const std::int64_t m : members) {
+        if (!holds(from, m)) continue;
         const Piece& piece = load(m, from);
         for (std::size_t k = 0; k < piece.values.size(); ++k) {
           const std::size_t at =
@@ -483,10 +495,13 @@ class Machine {
 
   void compute(const Instruction& i, std::int64_t rank) {
     if (i.kernel == Kernel::zero) {
-      for (const BufferId id : i.writes) store(rank, id) = blank(p_.buffer(id), rank);
+      for (const BufferId id : i.writes) {
+        if (holds(id, rank)) store(rank, id) = blank(p_.buffer(id), rank);
+      }
       return;
     }
     if (i.kernel == Kernel::add) {
+      if (!holds(i.writes[0], rank)) return;
       Piece sum = load(rank, i.reads[0]);
       for (std::size_t k = 1; k < i.reads.size(); ++k) add_into(sum, load(rank, i.reads[k]));
       store(rank, i.writes[0]) = std::move(sum);
@@ -497,10 +512,7 @@ class Machine {
       return;
     }
     const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
-    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
-      const auto atom = static_cast<AtomId>(a);
-      if (has(op.root, atom) && p_.mesh.coordinate(rank, atom) != 0) return;
-    }
+    if (!is_first(op.root, rank)) return;
     const Context c = context(op, i, rank);
     Operands o;
     for (const BufferId id : i.reads) o.inputs.push_back(optional(rank, id));
@@ -581,6 +593,7 @@ class Machine {
   }
 
   void optimizer(const Instruction& i, std::int64_t rank) {
+    if (!holds(i.writes[0], rank)) return;
     const Buffer& b = p_.buffer(i.reads[0]);
     const Piece& gradient = load(rank, i.reads[0]);
     PARTITA_ASSERT(b.layout.partial == 0,

@@ -104,6 +104,8 @@ double attended_fraction(const Program& p, const ProgramOperator& op, std::int64
 
 Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t rank) {
   if (i.kind != Kind::compute || i.op < 0) return Flops{0};
+  if (p.mesh.group_root(rank, p.operators[static_cast<std::size_t>(i.op)].root) != rank)
+    return Flops{0};
   if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data &&
       i.kernel != Kernel::backward_weight)
     return Flops{0};
@@ -114,6 +116,11 @@ Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t ra
 
 Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   Work w;
+  if (i.op >= 0 &&
+      p.mesh.group_root(rank, p.operators[static_cast<std::size_t>(i.op)].root) != rank) {
+    w.kernels = 0;  // runs on another rank only
+    return w;
+  }
   if (i.kind == Kind::slice) {
     w.bytes = Bytes{2 * local_bytes(p, i.writes[0], rank).count};
     return w;

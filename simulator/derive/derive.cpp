@@ -15,6 +15,14 @@ bool rule_matches(const ShardingRule& rule, const Operator& op) {
   return matches(p, op.name);
 }
 
+/// Atoms along which only the first rank runs this operator.
+AtomMask root_of(const Plan& plan, const Operator& op) {
+  for (const std::string& pattern : plan.root_operators) {
+    if (rule_matches({pattern, Dim::sample, "", false, false}, op)) return plan.root_state;
+  }
+  return 0;
+}
+
 /// Dimensions whose parts must be equal: what a rank can't do a fraction of, or what kernels and
 /// collectives of every framework require.
 bool must_divide(Dim d) { return d != Dim::vocabulary && d != Dim::height && d != Dim::width; }
@@ -93,7 +101,7 @@ Layout without_windows(Layout layout) {
 Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s) {
   std::vector<DimSplit> cuts(s.dims.size());
   std::vector<std::string> axis_of(s.dims.size());
-  AtomMask taken = 0;
+  AtomMask taken = root_of(plan, op);
   for (const ShardingRule& rule : plan.rules) {
     const int d = s.find(rule.dim);
     if (d < 0 || !rule_matches(rule, op)) continue;
@@ -162,6 +170,12 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
     l.output_gradients.push_back(without_partial(computed));
   }
   for (const Extra& e : s.extras) l.extras.push_back(layout_of(s, l.cuts, e.operand, false));
+  l.root = root_of(plan, op);
+  if (l.root != 0) {
+    for (auto* list : {&l.inputs, &l.outputs, &l.output_gradients, &l.input_gradients, &l.extras}) {
+      for (Layout& layout : *list) layout.root = l.root;
+    }
+  }
   return l;
 }
 
@@ -191,8 +205,39 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
     emit(CollectiveKind::halo_exchange, halo);
   }
 
+  // To or from one rank of a group.
+  if (now.root != to.root) {
+    PARTITA_ASSERT(now.root == 0 || to.root == 0, "reshard between two roots");
+    const AtomMask root = static_cast<AtomMask>(now.root | to.root);
+    if (now.root != 0) {
+      now.root = 0;
+      std::size_t d = 0;
+      while (d < rank && !(now.dims[d].atoms.empty() && mask_of(goal.dims[d].atoms) == root)) ++d;
+      if (d < rank)
+        now.dims[d].atoms = goal.dims[d].atoms, now.dims[d].zigzag = goal.dims[d].zigzag;
+      emit(d < rank ? CollectiveKind::scatter : CollectiveKind::broadcast, root);
+    } else {
+      const bool owes = (now.partial & root) == root;
+      bool cut = false;
+      for (DimSplit& d : now.dims) {
+        if (mask_of(d.atoms) != root) continue;
+        d = {};
+        cut = true;
+      }
+      now.root = root;
+      if (owes) now.partial = static_cast<AtomMask>(now.partial & ~root);
+      if (owes || cut) {
+        emit(owes ? CollectiveKind::reduce : CollectiveKind::gather, root);
+      } else {
+        steps.push_back({true, CollectiveKind::all_reduce, 0, now});
+      }
+    }
+  }
+
   const auto owed = [&] { return static_cast<AtomMask>(now.partial & ~to.partial); };
-  const auto used = [&] { return static_cast<AtomMask>(split_atoms(now) | now.partial); };
+  const auto used = [&] {
+    return static_cast<AtomMask>(split_atoms(now) | now.partial | now.root);
+  };
   // Extends the cut of dimension d by the atoms of its goal that satisfy `free`, as many as come
   // next.
   const auto extension = [&](std::size_t d, AtomMask free) {

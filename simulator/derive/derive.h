@@ -15,7 +15,8 @@ namespace partita {
 
 struct OperatorLayouts {
   Signature signature;                      ///< at one global micro-batch
-  std::vector<DimSplit> cuts;               ///< per iteration dimension
+  std::vector<DimSplit> cuts;          ///< per iteration dimension
+  AtomMask root = 0;                   ///< runs only where these coordinates are 0
   std::vector<Layout> inputs;               ///< required
   std::vector<Layout> parameters;           ///< required
   std::vector<Layout> outputs;              ///< as computed, partial sums included

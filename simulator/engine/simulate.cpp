@@ -85,6 +85,7 @@ std::vector<Unevenness> unevenness(const Program& p) {
             const bool experts = buf.routed && buf.shape[d].dim == Dim::expert;
             note(u, buf.layout.dims[d], experts ? buf.experts : buf.shape[d].extent);
           }
+          u.coordinates = static_cast<AtomMask>(u.coordinates | buf.layout.root);
           if (buf.layout.flat.empty()) return;
           Layout whole = buf.layout;
           whole.flat.clear();

@@ -102,6 +102,7 @@ class Lowering {
       po.operation = op.operation;
       po.signature = l->signature;
       po.cuts = l->cuts;
+      po.root = l->root;
       po.compute = plan_.precision.compute;
       po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(),
                                                      graph_.loss) != op.outputs.end();
@@ -159,13 +160,15 @@ class Lowering {
       for (auto& [q, v] : on_stage_[static_cast<std::size_t>(s)]) {
         const Parameter& parameter = graph_.parameter(q);
         v.state_layout = v.layout;
-        if (plan_.zero > 0) {
+        if (plan_.root_state != 0) {
+          v.state_layout.root = plan_.root_state;
+        } else if (plan_.zero > 0) {
           for (const AtomId a : plan_.zero_atoms) {
             // State is cut over the ranks that would hold copies of this parameter.
             if (!has(split_atoms(v.layout), a)) v.state_layout.flat.push_back(a);
           }
         }
-        v.scattered = mask_of(v.state_layout.flat);
+        v.scattered = static_cast<AtomMask>(mask_of(v.state_layout.flat) | v.state_layout.root);
         const bool sharded = plan_.zero == 3 && v.scattered != 0;
         v.value = buffer(parameter.name, Category::parameters, Scope::step, parameter.shape,
                          sharded ? v.state_layout : v.layout, plan_.precision.parameters);
@@ -417,7 +420,7 @@ class Lowering {
       gathered.whole[q] = whole;
       Instruction& i = calls[v.scattered];
       i.kind = Kind::collective;
-      i.collective = CollectiveKind::all_gather;
+      i.collective = plan_.root_state != 0 ? CollectiveKind::broadcast : CollectiveKind::all_gather;
       i.atoms = v.scattered;
       i.stream = group_stream(v.scattered, "parameters");
       i.after_compute = ahead;
@@ -469,6 +472,7 @@ class Lowering {
       }
       shape.push_back({Dim::head_feature, list[k].width});
       layout.dims.emplace_back();
+      layout.root = l.root;
       const std::string label =
           fmt::format("{}.{}{}", graph_.op(id).name,
                       kernel == Kernel::forward_statistic ? "statistic" : "backward_statistic", k);
@@ -636,6 +640,7 @@ class Lowering {
         }
       }
     }
+    gathered_forward_.push_back(std::move(gathered));
     forward_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(block));
   }
@@ -746,6 +751,8 @@ class Lowering {
     b.block.stage = stage_of_chunk(chunk);
     b.units = units_of_chunk(chunk);
     std::reverse(b.units.begin(), b.units.end());
+    if (!plan_.reshard_after_forward)
+      b.gathered = gathered_forward_[static_cast<std::size_t>(chunk)];
     const auto& ops = ops_of_chunk_[static_cast<std::size_t>(chunk)];
     // Gradients from later chunks.
     for (const OpId id : ops) {
@@ -965,7 +972,8 @@ class Lowering {
     if (scattered != 0) {
       Instruction i;
       i.kind = Kind::collective;
-      i.collective = CollectiveKind::reduce_scatter;
+      i.collective =
+          plan_.root_state != 0 ? CollectiveKind::reduce : CollectiveKind::reduce_scatter;
       i.atoms = scattered;
       i.stream = group_stream(scattered, "gradients");
       i.accumulate = plan_.zero >= 2;
@@ -1033,7 +1041,8 @@ class Lowering {
             // Every micro-batch scatters under ZeRO-2 and -3; other sums are paid after the last
             // one.
             if (scatters_only &&
-                !(plan_.zero >= 2 && i.collective == CollectiveKind::reduce_scatter))
+                !(plan_.zero >= 2 && (i.collective == CollectiveKind::reduce_scatter ||
+                                      i.collective == CollectiveKind::reduce)))
               continue;
             merged.push_back(i);
           }
@@ -1281,6 +1290,7 @@ class Lowering {
   std::vector<int> segment_;
   std::vector<std::vector<OpId>> ops_of_segment_;
   std::vector<Versions> forward_versions_;
+  std::vector<Gathered> gathered_forward_;
   std::vector<Record> records_;
   std::map<std::tuple<std::int32_t, int, bool>, int> messages_;
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;

@@ -140,7 +140,9 @@ Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& pl
   return of_op;
 }
 
-std::vector<std::string> strategies() { return {"megatron", "spatial", "replicas"}; }
+std::vector<std::string> strategies() {
+  return {"megatron", "spatial", "replicas", "dataparallel"};
+}
 
 Feasible<Plan> complete(const Graph& graph, Plan plan) {
   const auto positive = [](std::int64_t v) { return v >= 1; };
@@ -256,6 +258,21 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   if (plan.strategy == "replicas") {
     plan.replicas = mask_of(dp);
     plan.zero_atoms.clear();
+    return plan;
+  }
+  plan.root_state = 0;
+  plan.root_operators.clear();
+  if (plan.strategy == "dataparallel") {
+    // torch.nn.DataParallel: in every step one rank scatters the batch, broadcasts its parameters,
+    // gathers the outputs for the loss and collects the gradients.
+    if (plan.tp * plan.pp * plan.cp * plan.ep != 1) {
+      return no("strategy dataparallel knows data parallelism only; use tp, pp, cp and ep 1");
+    }
+    plan.root_state = mask_of(dp);
+    plan.root_operators = {"kind:cross_entropy", "kind:mean_squared_error"};
+    plan.zero = plan.root_state != 0 ? 3 : 0;
+    plan.reshard_after_forward = false;
+    plan.rules.push_back({"*", Dim::sample, "dp", false, false});
     return plan;
   }
   auto& rules = plan.rules;
@@ -480,6 +497,7 @@ void apply(Plan& p, const YamlNode& y) {
   integer("zero_group", p.zero_group, 0);
   if (const auto n = y.find("zero")) p.zero = static_cast<int>(n->as_int(0, 3));
   if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
+  if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
@@ -545,7 +563,6 @@ void set(Plan& plan, const std::string& key, const std::string& value, const std
   const std::string body = fmt::format("schema: partita.plan/1\n{}: {}\n", key, value);
   apply(plan, YamlNode::load_text(body, place, "partita.plan/1"));
 }
-
 
 std::string to_yaml(const Plan& p) {
   std::string recompute = "none";

@@ -71,8 +71,9 @@ struct Plan {
   Bytes bucket = 40_MiB;          ///< of gradients reduced by one call
   std::int64_t pad_vocabulary = 0;   ///< > 0: to a multiple of this x tp (Megatron: 128)
   bool overlap_gradients = true;  ///< reduce buckets while the backward goes on
-  bool save_gathered =
-      false;  ///< keep all-gathered inputs for the backward instead of gathering again
+  /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
+  bool reshard_after_forward = true;
+  bool save_gathered = false;  ///< keep all-gathered inputs for the backward instead of gathering again
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
   std::vector<std::string> freeze;
   std::vector<std::string> lora;
@@ -85,6 +86,8 @@ struct Plan {
   std::vector<AtomId> pipeline;
   std::vector<AtomId> zero_atoms;  ///< candidates for sharded state, slowest first
   AtomMask replicas = 0;
+  AtomMask root_state = 0;           ///< parameters and optimizer live on the first rank along these atoms
+  std::vector<std::string> root_operators;  ///< run there only
 
   std::int64_t ranks() const { return tp * pp * dp * cp; }
   std::int64_t micro_batches() const;

@@ -226,6 +226,27 @@ TEST(Execution, IndependentReplicas) {
   expect_good(gpt(), p);
 }
 
+TEST(Execution, DataParallelFromOneRank) {
+  Plan p = base_plan();
+  p.strategy = "dataparallel";
+  p.dp = 3;
+  expect_good(gpt(), p);
+  p.dp = 2;
+  p.global_batch = 8;
+  p.micro_batch = 2;
+  expect_good(llama(), p);
+  expect_good(cnn(false), p, 2);
+}
+
+TEST(Execution, ParametersKeptFromForwardToBackward) {
+  Plan p = base_plan();
+  p.zero = 3;
+  p.dp = 2;
+  p.global_batch = 4;
+  p.reshard_after_forward = false;
+  expect_good(gpt(), p);
+}
+
 TEST(Execution, FrozenLayersAndAdapters) {
   Plan p = base_plan();
   p.tp = 2;
