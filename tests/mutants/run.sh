@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Applies each mutant of list.txt to a copy of the committed source, builds the test that must catch
+# it and expects that test to fail. Prints one line per mutant; exit code 1 if one survives.
+#
+#   tests/mutants/run.sh [NAME...]      all mutants, or those named
+#
+# The copy and its build folder stay in PARTITA_MUTANTS_DIR (default: a new temporary folder, removed
+# at the end), so that a second run only rebuilds what changed.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+list=$root/tests/mutants/list.txt
+if [[ -n ${PARTITA_MUTANTS_DIR:-} ]]; then
+  work=$PARTITA_MUTANTS_DIR
+  mkdir -p "$work"
+else
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+copy=$work/source
+mkdir -p "$copy"
+# Only files that differ are replaced: a build folder from an earlier run stays up to date.
+fresh=$work/fresh
+rm -rf "$fresh" && mkdir -p "$fresh"
+git -C "$root" archive HEAD | tar -x -C "$fresh"
+(cd "$fresh" && find . -type f -print0 | while IFS= read -r -d '' f; do
+  cmp -s "$f" "$copy/$f" || { mkdir -p "$(dirname "$copy/$f")" && cp "$f" "$copy/$f"; }
+done)
+(cd "$copy" && cmake --preset dev -B "$work/build" >"$work/configure.log")
+
+build() { nice ninja -C "$work/build" -j1 "$1" >"$work/build.log" 2>&1; }
+
+survived=0
+run_one() {
+  local name=$1 file=$2 from=$3 to=$4 test=$5 filter=$6
+  local at=$copy/$file
+  cp "$at" "$work/original"
+  if ! FROM=$from TO=$to perl -0777 -i -pe '
+      my $n = () = /\Q$ENV{FROM}\E/g; die "the original text occurs $n times\n" if $n != 1;
+      s/\Q$ENV{FROM}\E/$ENV{TO}/' "$at"; then
+    echo "$name: STALE, $file has changed; update list.txt"
+    survived=1
+  elif ! build "$test"; then
+    echo "$name: DOES NOT BUILD, see below"
+    grep -m 3 error "$work/build.log" || true
+    survived=1
+  elif binary=$(find "$work/build" -name "$test" -type f -perm -u+x | head -1) &&
+      timeout 120 "$binary" --gtest_filter="$filter" >"$work/run.log" 2>&1; then
+    echo "$name: SURVIVED $test $filter"
+    survived=1
+  else
+    echo "$name: caught by $test, $(grep -c '^\[  FAILED  \].* (' "$work/run.log" || true) failing"
+  fi
+  cp "$work/original" "$at"
+}
+
+name=
+while IFS= read -r line || [[ -n $line ]]; do
+  case $line in
+    '#'* | '') continue ;;
+    'name: '*) name=${line#name: } ;;
+    'file: '*) file=${line#file: } ;;
+    'from: '*) from=${line#from: } ;;
+    'to: '*) to=${line#to: } ;;
+    'test: '*) test=${line#test: } ;;
+    'filter: '*)
+      if [[ $# -eq 0 || " $* " == *" $name "* ]]; then
+        run_one "$name" "$file" "$from" "$to" "$test" "${line#filter: }"
+      fi
+      ;;
+    *) echo "$list: what is '$line'?" && exit 2 ;;
+  esac
+done <"$list"
+exit $survived
