@@ -44,7 +44,7 @@ run_one() {
     echo "$name: DOES NOT BUILD, see below"
     grep -m 3 error "$work/build.log" || true
     survived=1
-  elif binary=$(find "$work/build" -name "$test" -type f -perm -u+x | head -1) &&
+  elif local binary && binary=$(find "$work/build" -name "$test" -type f -perm -u+x | head -1) &&
       timeout 120 "$binary" --gtest_filter="$filter" >"$work/run.log" 2>&1; then
     echo "$name: SURVIVED $test $filter"
     survived=1
@@ -54,21 +54,39 @@ run_one() {
   cp "$work/original" "$at"
 }
 
-name=
-while IFS= read -r line || [[ -n $line ]]; do
-  case $line in
-    '#'* | '') continue ;;
-    'name: '*) name=${line#name: } ;;
-    'file: '*) file=${line#file: } ;;
-    'from: '*) from=${line#from: } ;;
-    'to: '*) to=${line#to: } ;;
-    'test: '*) test=${line#test: } ;;
-    'filter: '*)
-      if [[ $# -eq 0 || " $* " == *" $name "* ]]; then
-        run_one "$name" "$file" "$from" "$to" "$test" "${line#filter: }"
-      fi
-      ;;
-    *) echo "$list: what is '$line'?" && exit 2 ;;
-  esac
-done <"$list"
+# Without a mutant its test must pass, or failing would prove nothing.
+passes_unchanged() {
+  local test=$1 filter=$2 binary
+  build "$test" || { cat "$work/build.log" && exit 3; }
+  binary=$(find "$work/build" -name "$test" -type f -perm -u+x | head -1)
+  "$binary" --gtest_filter="$filter" >"$work/run.log" 2>&1 || {
+    echo "$test $filter fails without any mutant" && exit 3
+  }
+}
+
+for_each_mutant() {
+  local action=$1 line name='' file='' from='' to='' test=''
+  shift
+  while IFS= read -r line || [[ -n $line ]]; do
+    case $line in
+      '#'* | '') continue ;;
+      'name: '*) name=${line#name: } ;;
+      'file: '*) file=${line#file: } ;;
+      'from: '*) from=${line#from: } ;;
+      'to: '*) to=${line#to: } ;;
+      'test: '*) test=${line#test: } ;;
+      'filter: '*)
+        [[ $# -eq 0 || " $* " == *" $name "* ]] || continue
+        if [[ $action == check ]]; then
+          passes_unchanged "$test" "${line#filter: }"
+        else
+          run_one "$name" "$file" "$from" "$to" "$test" "${line#filter: }"
+        fi
+        ;;
+      *) echo "$list: what is '$line'?" && exit 2 ;;
+    esac
+  done <"$list"
+}
+for_each_mutant check "$@"
+for_each_mutant run "$@"
 exit $survived
