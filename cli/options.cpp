@@ -35,7 +35,7 @@ void PlanFlags::add_to(CLI::App& app, bool fixed_axes) {
                    "none, selective, full, first:N, or operator patterns");
     app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
     app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
-    app.add_option("--context-exchange", context_exchange, "all_gather or all_to_all");
+    app.add_option("--context-exchange", context_exchange, "all_gather, all_to_all or ring");
   }
   app.add_option("--global-batch,--global-batch-size", global_batch, "samples per step");
   app.add_option("--precision", precision, "fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
@@ -100,12 +100,7 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
     p.strategy = f.strategy;
   }
   if (!f.context_exchange.empty()) {
-    if (f.context_exchange != "all_gather" && f.context_exchange != "all_to_all") {
-      throw InputError("--context-exchange",
-                       fmt::format("'{}' is not all_gather or all_to_all", f.context_exchange));
-    }
-    p.context = f.context_exchange == "all_gather" ? Plan::ContextExchange::all_gather
-                                                   : Plan::ContextExchange::all_to_all;
+    p.context = parse_context_exchange(f.context_exchange, "--context-exchange");
   }
   if (!f.cuts.empty()) {
     p.cuts.clear();

@@ -24,26 +24,29 @@ double error_of(const std::vector<double>& got, const std::vector<double>& expec
 
 double serial_work(const Graph& graph, const Program& program) {
   const NetworkFlops f = network_flops(graph);
-  return (f.forward + f.backward_data + f.backward_weight).count / 2 * static_cast<double>(program.samples) *
-         program.micro_batches;
+  return (f.forward + f.backward_data + f.backward_weight).count / 2 *
+         static_cast<double>(program.samples) * program.micro_batches;
 }
 
-Comparison compare_with_serial(const Graph& graph, const Program& program, int steps, std::uint64_t seed,
-                               int batch_norm_groups) {
+Comparison compare_with_serial(const Graph& graph, const Program& program, int steps,
+                               std::uint64_t seed, int batch_norm_groups) {
   Comparison c;
-  // Doubles, sums in another order: a few thousand roundings per step, amplified by the steps before.
+  // Doubles, sums in another order: a few thousand roundings per step, amplified by the steps
+  // before.
   c.tolerance = 1e-9 * steps;
   const auto replicas = static_cast<std::size_t>(program.mesh.size(program.replicas));
   RunOptions options;
   options.steps = steps;
   options.seed = seed;
-  options.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
+  options.input = [&](std::size_t input, std::int64_t step, std::int64_t sample,
+                      std::int64_t index) {
     return input_value(graph, input, seed, step, sample, index);
   };
   options.operator_seed = [&](std::int32_t op) {
     return operator_seed(seed, OpId{static_cast<std::size_t>(op)});
   };
-  for (std::size_t r = 0; r < replicas; ++r) options.parameters.push_back(initial_parameters(graph, seed + r));
+  for (std::size_t r = 0; r < replicas; ++r)
+    options.parameters.push_back(initial_parameters(graph, seed + r));
   const RunResult run = interpret(program, options);
 
   const std::int64_t all = program.samples * program.micro_batches;
@@ -51,26 +54,31 @@ Comparison compare_with_serial(const Graph& graph, const Program& program, int s
   std::vector<std::vector<std::vector<double>>> states(graph.parameters.size());
   for (int step = 0; step < steps; ++step) {
     const Inputs inputs = make_inputs(graph, all, seed, step);
-    const SerialResult serial = serial_step(graph, parameters, inputs, program.micro_batches, program.samples, seed,
-                                            step, batch_norm_groups);
+    const SerialResult serial = serial_step(graph, parameters, inputs, program.micro_batches,
+                                            program.samples, seed, step, batch_norm_groups);
     c.steps.push_back({run.losses[static_cast<std::size_t>(step)][0], serial.loss});
     for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
       if (!graph.parameters[q].trainable) continue;
       const auto& g = serial.parameter_gradients[q].values;
       if (step + 1 == steps) {
         const double e = error_of(run.gradients[0][q], g);
-        if (!(e <= c.gradient_error)) c.gradient_error = e, c.worst_gradient = graph.parameters[q].name;
+        if (!(e <= c.gradient_error))
+          c.gradient_error = e, c.worst_gradient = graph.parameters[q].name;
       }
       states[q].resize(2, std::vector<double>(g.size(), 0.0));
-      optimizer_update(program.optimizer, step, parameters[q].values, g, {&states[q][0], &states[q][1]});
+      optimizer_update(program.optimizer, step, parameters[q].values, g,
+                       {&states[q][0], &states[q][1]});
     }
   }
   for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
     const double e = error_of(run.parameters[0][q], parameters[q].values);
-    if (!(e <= c.parameter_error)) c.parameter_error = e, c.worst_parameter = graph.parameters[q].name;
+    if (!(e <= c.parameter_error))
+      c.parameter_error = e, c.worst_parameter = graph.parameters[q].name;
   }
   c.equal = c.gradient_error <= c.tolerance && c.parameter_error <= c.tolerance;
-  for (const auto& s : c.steps) c.equal = c.equal && std::abs(s.plan_loss - s.serial_loss) <= c.tolerance * std::max(1.0, std::abs(s.serial_loss));
+  for (const auto& s : c.steps)
+    c.equal = c.equal && std::abs(s.plan_loss - s.serial_loss) <=
+                             c.tolerance * std::max(1.0, std::abs(s.serial_loss));
   return c;
 }
 

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <optional>
 
 #include "base/error.h"
+#include "runtime/reference/ring_attention.h"
 
 namespace partita::reference {
 namespace {
@@ -424,6 +426,7 @@ class Machine {
         }
         return Mode::first;
       case CollectiveKind::all_gather:
+      case CollectiveKind::shift:
       case CollectiveKind::all_to_all:
       case CollectiveKind::broadcast:
       case CollectiveKind::scatter:
@@ -513,6 +516,10 @@ class Machine {
     }
     const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
     if (!is_first(op.root, rank)) return;
+    if (i.part >= 0) {
+      ring_attention(i, op, rank);
+      return;
+    }
     const Context c = context(op, i, rank);
     Operands o;
     for (const BufferId id : i.reads) o.inputs.push_back(optional(rank, id));
@@ -579,6 +586,29 @@ class Machine {
         slot = std::move(results[k]);
       }
     }
+  }
+
+  /// One part of the keys of a ring: accumulators are the output so far and its log-sum-exp.
+  void ring_attention(const Instruction& i, const ProgramOperator& op, std::int64_t rank) {
+    const auto& a = std::get<Attention>(op.operation);
+    const Piece &q = load(rank, i.reads[0]), &k = load(rank, i.reads[1]),
+                &v = load(rank, i.reads[2]);
+    if (i.kernel == Kernel::forward) {
+      if (!i.accumulate) {
+        store(rank, i.writes[0]) = blank(p_.buffer(i.writes[0]), rank);
+        Piece lse = blank(p_.buffer(i.extras[0]), rank);
+        std::fill(lse.values.begin(), lse.values.end(), -std::numeric_limits<double>::infinity());
+        store(rank, i.extras[0]) = std::move(lse);
+      }
+      attend_part(a, q, k, v, store(rank, i.writes[0]), store(rank, i.extras[0]));
+      return;
+    }
+    for (std::size_t x = 0; x < 3; ++x) {
+      if (!i.accumulate) store(rank, i.writes[x]) = blank(p_.buffer(i.writes[x]), rank);
+    }
+    attend_part_backward(a, q, k, v, load(rank, i.outputs[0]), load(rank, i.extras[0]),
+                         load(rank, i.gradients[0]), store(rank, i.writes[0]),
+                         store(rank, i.writes[1]), store(rank, i.writes[2]));
   }
 
   void note_loss(const Buffer& b, const Piece& piece, std::int64_t rank) {

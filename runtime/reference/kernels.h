@@ -1,8 +1,9 @@
-// runtime/reference/kernels.h: every operator's mathematics on one rank's piece of its tensors, in double.
+// runtime/reference/kernels.h: every operator's mathematics on one rank's piece of its tensors, in
+// double.
 //
-// A Piece says which GLOBAL indices it holds along each dimension, so a kernel needs to know nothing of
-// meshes or plans: causal masks, vocabulary look-ups, dropout masks and padding follow from the indices.
-// Clarity over speed: these kernels are what everything else is checked against.
+// A Piece says which GLOBAL indices it holds along each dimension, so a kernel needs to know
+// nothing of meshes or plans: causal masks, vocabulary look-ups, dropout masks and padding follow
+// from the indices. Clarity over speed: these kernels are what everything else is checked against.
 #pragma once
 
 #include <cstdint>
@@ -39,21 +40,24 @@ struct Context {
   const Operation* operation = nullptr;
   /// At the extents of the whole (global micro-batch) problem.
   const Signature* signature = nullptr;
-  /// Iteration-dimension indices this rank works on, per signature dimension. Tensor dimensions that no
-  /// iteration dimension indexes are held whole.
+  /// Iteration-dimension indices this rank works on, per signature dimension. Tensor dimensions
+  /// that no iteration dimension indexes are held whole.
   std::vector<std::vector<std::int64_t>> indices;
-  /// 1 / (number of labels or elements in the whole batch, over all micro-batches): the loss operators
-  /// return sum · loss_scale.
+  /// 1 / (number of labels or elements in the whole batch, over all micro-batches): the loss
+  /// operators return sum · loss_scale.
   double loss_scale = 1;
-  /// Of the ranks that hold partial sums of one output, exactly one adds the bias (and owns its gradient).
+  /// Of the ranks that hold partial sums of one output, exactly one adds the bias (and owns its
+  /// gradient).
   bool adds_bias = true;
-  /// Key of counter-based random numbers: dropout masks depend on (seed, step, sample, indices) only.
+  /// Key of counter-based random numbers: dropout masks depend on (seed, step, sample, indices)
+  /// only.
   std::uint64_t seed = 0;
   std::int64_t step = 0;
   std::int64_t first_sample = 0;  ///< global number of sample index 0 (earlier micro-batches)
 };
 
-/// What a kernel reads; entries that the signature does not mark as saved may be empty in backward passes.
+/// What a kernel reads; entries that the signature does not mark as saved may be empty in backward
+/// passes.
 struct Operands {
   std::vector<const Piece*> inputs, parameters, outputs, output_gradients;
   std::vector<const Piece*> statistics;           ///< forward ones, complete
@@ -61,9 +65,11 @@ struct Operands {
 };
 
 /// Local part of forward statistic k (index lists: its iteration dimensions' local indices, then
-/// 0..width-1), given complete statistics 0..k-1. With cut dimensions the caller reduces it over ranks.
+/// 0..width-1), given complete statistics 0..k-1. With cut dimensions the caller reduces it over
+/// ranks.
 Piece forward_statistic(const Context& c, std::size_t k, const Operands& o);
-/// Outputs, over the local indices of the outputs' iteration dimensions; partial when a `sum` dimension is cut.
+/// Outputs, over the local indices of the outputs' iteration dimensions; partial when a `sum`
+/// dimension is cut.
 std::vector<Piece> forward(const Context& c, const Operands& o);
 Piece backward_statistic(const Context& c, std::size_t k, const Operands& o);
 /// Gradient of each input that is differentiable (an empty Piece otherwise), over the input's local
@@ -73,13 +79,15 @@ std::vector<Piece> backward_data(const Context& c, const Operands& o);
 /// Gradient of each parameter, likewise.
 std::vector<Piece> backward_weight(const Context& c, const Operands& o);
 
-/// Global indices of tensor dimension `d` of an operand that the local problem touches: the iteration
-/// dimension's indices, all input positions inside [0, extent) that a window reads, or all when uncut.
+/// Global indices of tensor dimension `d` of an operand that the local problem touches: the
+/// iteration dimension's indices, all input positions inside [0, extent) that a window reads, or
+/// all when uncut.
 std::vector<std::int64_t> touched(const Context& c, const Operand& operand, std::size_t d);
 
 /// Well-mixed bits of three words: keys of the numbers below.
 std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
-/// Counter-based uniform number in [0, 1) (splitmix64 of the mixed words): the same on every partition.
+/// Counter-based uniform number in [0, 1) (splitmix64 of the mixed words): the same on every
+/// partition.
 double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
 double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
 

@@ -102,6 +102,37 @@ double attended_fraction(const Program& p, const ProgramOperator& op, std::int64
   return pairs / (static_cast<double>(mine.size()) * static_cast<double>(keys));
 }
 
+namespace {
+
+/// Attention of this rank's queries with the part of the keys that is passing by.
+Flops ring_flops(const Program& p, const Instruction& i, const ProgramOperator& op,
+                 std::int64_t rank) {
+  const auto& a = std::get<Attention>(op.operation);
+  const Buffer& keys = p.buffer(i.reads[1]);
+  const auto mine =
+      local_indices(p.mesh, op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))],
+                    op.signature.dims[1].extent, rank);
+  const auto passing = local_indices(p.mesh, keys.layout.dims[1], keys.shape[1].extent, rank);
+  auto extents = extents_of(p, op, rank);
+  extents[static_cast<std::size_t>(op.signature.find(Dim::key_sequence))] =
+      static_cast<std::int64_t>(passing.size());
+  double attended = 1;
+  if (a.causal || a.window > 0) {
+    double pairs = 0;
+    for (const std::int64_t x : mine) {
+      const auto end =
+          a.causal ? std::upper_bound(passing.begin(), passing.end(), x) : passing.end();
+      const auto begin =
+          a.window > 0 ? std::upper_bound(passing.begin(), end, x - a.window) : passing.begin();
+      pairs += static_cast<double>(end - begin);
+    }
+    attended = pairs / (static_cast<double>(mine.size()) * static_cast<double>(passing.size()));
+  }
+  return flops(op.operation, op.signature, extents, pass_of(i.kernel), attended);
+}
+
+}  // namespace
+
 Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t rank) {
   if (i.kind != Kind::compute || i.op < 0) return Flops{0};
   if (p.mesh.group_root(rank, p.operators[static_cast<std::size_t>(i.op)].root) != rank)
@@ -110,6 +141,7 @@ Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t ra
       i.kernel != Kernel::backward_weight)
     return Flops{0};
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  if (i.part >= 0) return ring_flops(p, i, op, rank);
   return flops(op.operation, op.signature, extents_of(p, op, rank), pass_of(i.kernel),
                attended_fraction(p, op, rank));
 }
@@ -186,6 +218,7 @@ WireCount wire_count(CollectiveKind kind, std::int64_t n, Bytes bytes) {
     case CollectiveKind::reduce_scatter:
     case CollectiveKind::all_to_all:
       return {n - 1, Bytes{(n - 1) * chunk.count}};
+    case CollectiveKind::shift:
     case CollectiveKind::halo_exchange:
       return {1, bytes};
     case CollectiveKind::broadcast:
@@ -214,6 +247,7 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
     case CollectiveKind::all_reduce:
     case CollectiveKind::reduce_scatter:
     case CollectiveKind::all_to_all:
+    case CollectiveKind::shift:
     case CollectiveKind::reduce:
     case CollectiveKind::scatter:
       return bytes_of(p, i.reads, rank);

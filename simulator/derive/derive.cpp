@@ -170,6 +170,24 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
     l.output_gradients.push_back(without_partial(computed));
   }
   for (const Extra& e : s.extras) l.extras.push_back(layout_of(s, l.cuts, e.operand, false));
+  if (const auto* a = std::get_if<Attention>(&op.operation);
+      a != nullptr && plan.context == Plan::ContextExchange::ring) {
+    const DimSplit& cut = l.cuts[static_cast<std::size_t>(s.find(Dim::sequence))];
+    if (!cut.atoms.empty()) {
+      if (a->sinks)
+        return Infeasible{fmt::format(
+            "{} has sinks, which a ring of keys does not know; use all_gather or all_to_all",
+            op.name)};
+      l.ring = true;
+      // Liu et al., https://arxiv.org/abs/2310.01889: each rank keeps its keys and values; their
+      // gradients travel with them and come home complete.
+      for (const std::size_t k : {std::size_t{1}, std::size_t{2}}) {
+        l.inputs[k].dims[1] = l.input_gradients[k].dims[1] = cut;
+        l.input_gradients[k].partial =
+            static_cast<AtomMask>(l.input_gradients[k].partial & ~mask_of(cut.atoms));
+      }
+    }
+  }
   l.root = root_of(plan, op);
   if (l.root != 0) {
     for (auto* list : {&l.inputs, &l.outputs, &l.output_gradients, &l.input_gradients, &l.extras}) {

@@ -14,9 +14,11 @@
 namespace partita {
 
 struct OperatorLayouts {
-  Signature signature;                      ///< at one global micro-batch
-  std::vector<DimSplit> cuts;          ///< per iteration dimension
-  AtomMask root = 0;                   ///< runs only where these coordinates are 0
+  Signature signature;         ///< at one global micro-batch
+  std::vector<DimSplit> cuts;  ///< per iteration dimension
+  /// Attention whose keys and values go round a ring: inputs 1 and 2 stay cut, parts pass by.
+  bool ring = false;
+  AtomMask root = 0;                        ///< runs only where these coordinates are 0
   std::vector<Layout> inputs;               ///< required
   std::vector<Layout> parameters;           ///< required
   std::vector<Layout> outputs;              ///< as computed, partial sums included

@@ -548,8 +548,67 @@ class Lowering {
       record.extras.push_back(b);
     }
     i.extras = record.extras;
-    block.instructions.push_back(std::move(i));
+    if (l.ring) {
+      ring_forward(block, i);
+    } else {
+      block.instructions.push_back(std::move(i));
+    }
     return record;
+  }
+
+  /// Passes buffers on to the next rank of the ring along dimension 1.
+  std::vector<BufferId> pass_on(Block& block, const std::vector<BufferId>& from) {
+    Instruction i;
+    i.kind = Kind::collective;
+    i.collective = CollectiveKind::shift;
+    for (const BufferId id : from) {
+      Buffer b = p_.buffers[id.index()];
+      DimSplit& d = b.layout.dims[1];
+      d.shift = (d.shift + 1) % static_cast<std::int32_t>(p_.mesh.size(d.atoms));
+      i.atoms = mask_of(d.atoms);
+      b.alias = -1;
+      p_.buffers.push_back(std::move(b));
+      i.reads.push_back(id);
+      i.writes.push_back(BufferId{p_.buffers.size() - 1});
+    }
+    i.stream = group_stream(i.atoms, "ring");
+    std::vector<BufferId> made = i.writes;
+    block.instructions.push_back(std::move(i));
+    return made;
+  }
+  int ring_parts(const Instruction& i) const {
+    return static_cast<int>(p_.mesh.size(p_.buffer(i.reads[1]).layout.dims[1].atoms));
+  }
+
+  /// Attention over each part of the keys as it passes by; the next part travels meanwhile.
+  void ring_forward(Block& block, Instruction i) {
+    const int parts = ring_parts(i);
+    for (int t = 0; t < parts; ++t) {
+      std::vector<BufferId> next;
+      if (t + 1 < parts) next = pass_on(block, {i.reads[1], i.reads[2]});
+      i.part = t;
+      i.accumulate = t > 0;
+      block.instructions.push_back(i);
+      if (t + 1 < parts) i.reads[1] = next[0], i.reads[2] = next[1];
+    }
+  }
+
+  /// The same walk backwards in time: gradients of keys and values travel one place behind their
+  /// parts and are home after as many steps as there are ranks. Returns them.
+  std::vector<BufferId> ring_backward(Block& block, Instruction i) {
+    const int parts = ring_parts(i);
+    std::vector<BufferId> travelling{i.writes[1], i.writes[2]};
+    for (int t = 0; t < parts; ++t) {
+      std::vector<BufferId> next;
+      if (t + 1 < parts) next = pass_on(block, {i.reads[1], i.reads[2]});
+      i.part = t;
+      i.accumulate = t > 0;
+      i.writes[1] = travelling[0], i.writes[2] = travelling[1];
+      block.instructions.push_back(i);
+      travelling = pass_on(block, travelling);
+      if (t + 1 < parts) i.reads[1] = next[0], i.reads[2] = next[1];
+    }
+    return travelling;
   }
 
   // ---- pass 5: forward blocks ------------------------------------------------------------------
@@ -866,6 +925,20 @@ class Lowering {
         const BufferId g = gradient_buffer(op.inputs[k], l.input_gradients[k]);
         i.writes.push_back(g);
         contribute(b, op.inputs[k], l.input_gradients[k], g, true);
+      }
+      if (l.ring) {
+        // Frozen keys or values still need a place to put what the kernel computes.
+        for (std::size_t k = 0; k < 3; ++k) {
+          if (!i.writes[k].valid())
+            i.writes[k] = gradient_buffer(op.inputs[k], l.input_gradients[k]);
+        }
+        const auto home = ring_backward(b.block, i);
+        for (std::size_t k = 1; k < 3; ++k) {
+          for (Contribution& c : b.contributions[op.inputs[k]]) {
+            if (c.buffer == i.writes[k]) c.buffer = home[k - 1];
+          }
+        }
+        return;
       }
       // A product adds to the gradient that another product of the same input has begun.
       if (i.writes.size() == 1 && std::holds_alternative<Linear>(op.operation)) {

@@ -63,6 +63,14 @@ std::string_view name(Schedule s) {
   return "?";
 }
 
+Plan::ContextExchange parse_context_exchange(std::string_view word, const std::string& place) {
+  if (word == "all_gather") return Plan::ContextExchange::all_gather;
+  if (word == "all_to_all") return Plan::ContextExchange::all_to_all;
+  if (word == "ring") return Plan::ContextExchange::ring;
+  throw InputError(
+      place, fmt::format("'{}' is no context exchange; use all_gather, all_to_all or ring", word));
+}
+
 Schedule parse_schedule(std::string_view word, const std::string& place) {
   std::vector<std::string> known;
   for (const auto& entry : kSchedules) {
@@ -501,16 +509,8 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
-  if (const auto n = y.find("context_exchange")) {
-    const std::string s = n->as_string();
-    if (s == "all_gather") {
-      p.context = Plan::ContextExchange::all_gather;
-    } else if (s == "all_to_all") {
-      p.context = Plan::ContextExchange::all_to_all;
-    } else {
-      throw InputError(n->place(), fmt::format("'{}' is not all_gather or all_to_all", s));
-    }
-  }
+  if (const auto n = y.find("context_exchange"))
+    p.context = parse_context_exchange(n->as_string(), n->place());
   if (const auto n = y.find("schedule")) {
     p.schedule = parse_schedule(n->as_string(), n->place());
     p.schedule_given = true;

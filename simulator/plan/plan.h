@@ -55,7 +55,8 @@ struct Plan {
   bool sequence_parallel = false;
   enum class ContextExchange : std::uint8_t {
     all_gather,
-    all_to_all
+    all_to_all,
+    ring
   } context = ContextExchange::all_gather;
   Schedule schedule = Schedule::one_f_one_b;
   bool schedule_given = false;
@@ -68,12 +69,13 @@ struct Plan {
   Precision precision;
   std::string precision_name = "bf16";
   Optimizer optimizer;
-  Bytes bucket = 40_MiB;          ///< of gradients reduced by one call
-  std::int64_t pad_vocabulary = 0;   ///< > 0: to a multiple of this x tp (Megatron: 128)
-  bool overlap_gradients = true;  ///< reduce buckets while the backward goes on
+  Bytes bucket = 40_MiB;            ///< of gradients reduced by one call
+  std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp (Megatron: 128)
+  bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
-  bool save_gathered = false;  ///< keep all-gathered inputs for the backward instead of gathering again
+  bool save_gathered =
+      false;  ///< keep all-gathered inputs for the backward instead of gathering again
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
   std::vector<std::string> freeze;
   std::vector<std::string> lora;
@@ -86,7 +88,7 @@ struct Plan {
   std::vector<AtomId> pipeline;
   std::vector<AtomId> zero_atoms;  ///< candidates for sharded state, slowest first
   AtomMask replicas = 0;
-  AtomMask root_state = 0;           ///< parameters and optimizer live on the first rank along these atoms
+  AtomMask root_state = 0;  ///< parameters and optimizer live on the first rank along these atoms
   std::vector<std::string> root_operators;  ///< run there only
 
   std::int64_t ranks() const { return tp * pp * dp * cp; }
@@ -124,6 +126,7 @@ void set(Plan& plan, const std::string& key, const std::string& value, const std
 std::string to_yaml(const Plan& plan);
 
 Schedule parse_schedule(std::string_view text, const std::string& place);
+Plan::ContextExchange parse_context_exchange(std::string_view text, const std::string& place);
 void set_precision(Plan& plan, std::string_view text, const std::string& place);
 void set_recompute(Plan& plan, std::string_view text, const std::string& place);
 /// Applies a framework's defaults (bucket size, main gradients' type, ...); InputError when

@@ -111,8 +111,27 @@ Range window_range(const DimSplit& s, Range out, std::int64_t extent) {
 
 }  // namespace
 
+namespace {
+
+/// The rank whose part `rank` holds: itself unless a ring has shifted the parts.
+std::int64_t origin(const Mesh& mesh, const DimSplit& split, std::int64_t rank) {
+  if (split.shift == 0) return rank;
+  const std::int64_t p = mesh.size(split.atoms);
+  std::int64_t c = ((mesh.coordinate(rank, split.atoms) - split.shift) % p + p) % p;
+  std::int64_t at = mesh.group_root(rank, mask_of(split.atoms));
+  for (std::size_t i = split.atoms.size(); i-- > 0;) {
+    const AtomId a = split.atoms[i];
+    at += c % mesh.atoms[a].size * mesh.stride(a);
+    c /= mesh.atoms[a].size;
+  }
+  return at;
+}
+
+}  // namespace
+
 std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
                                         std::int64_t extent, std::int64_t rank) {
+  rank = origin(mesh, split, rank);
   std::vector<std::int64_t> all;
   const auto append = [&](Range r) {
     for (std::int64_t i = r.begin; i < r.end; ++i) all.push_back(i);
@@ -136,6 +155,7 @@ std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
 
 std::int64_t local_extent(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
                           std::int64_t rank) {
+  rank = origin(mesh, split, rank);
   if (split.atoms.empty()) return extent;
   if (split.kind == SplitKind::window) {
     return window_range(split, block(mesh, split.atoms, 0, split.outputs, rank), extent).size();

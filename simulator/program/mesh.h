@@ -55,6 +55,9 @@ struct DimSplit {
   /// The first `zigzag` atoms (p ranks) cut 2p chunks and part c holds chunks c and 2p-1-c, which
   /// balances causal attention; the other atoms cut what that leaves in blocks.
   std::uint8_t zigzag = 0;
+  /// The part of the rank `shift` places before along the atoms (cyclic): what a ring has passed on
+  /// so far.
+  std::int32_t shift = 0;
   Window window;             ///< kind window: the reader
   std::int64_t outputs = 0;  ///< kind window: extent of the reader's output
   friend bool operator==(const DimSplit&, const DimSplit&) = default;

@@ -30,7 +30,7 @@ std::string_view name(Kernel k) {
 std::string_view name(CollectiveKind k) {
   constexpr std::array<std::string_view, kCollectiveKinds> names{
       "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "halo_exchange",
-      "broadcast",  "reduce",     "scatter",        "gather"};
+      "shift",      "broadcast",  "reduce",         "scatter",    "gather"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(BlockKind k) {

@@ -95,12 +95,13 @@ enum class CollectiveKind : std::uint8_t {
   reduce_scatter,
   all_to_all,
   halo_exchange,
+  shift,  ///< everyone passes its part to the next of the ring
   broadcast,
   reduce,
   scatter,
   gather,
 };
-inline constexpr int kCollectiveKinds = 9;
+inline constexpr int kCollectiveKinds = 10;
 std::string_view name(CollectiveKind k);
 
 /// Per rank: instructions of one stream run in order; streams meet through the buffers they share.
@@ -114,7 +115,8 @@ struct Instruction {
   // compute
   Kernel kernel = Kernel::forward;
   std::int32_t op = -1;
-  std::int32_t index = 0;          ///< statistic, network input
+  std::int32_t index = 0;  ///< statistic, network input
+  std::int32_t part = -1;  ///< >= 0: attention of one part of keys out of a ring, in this order
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them

@@ -42,6 +42,14 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
                  : say("must move cuts");
     case CollectiveKind::halo_exchange:
       return split_a == split_b && a.partial == b.partial ? "" : say("must keep the cuts");
+    case CollectiveKind::shift: {
+      Layout next = a;
+      for (DimSplit& d : next.dims) {
+        if (mask_of(d.atoms) == atoms)
+          d.shift = (d.shift + 1) % static_cast<std::int32_t>(p.mesh.size(atoms));
+      }
+      return !(next == a) && next == b ? "" : say("must pass every part to the next rank");
+    }
     case CollectiveKind::broadcast:
     case CollectiveKind::reduce:
     case CollectiveKind::scatter:
@@ -53,14 +61,20 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
 
 /// Checks one operand against its operator: cut as the operator's loops are, nothing owed.
 std::string operand_error(const Program& p, const ProgramOperator& op, const Operand& operand,
-                          BufferId id) {
+                          BufferId id, bool ring) {
   if (!id.valid()) return "";
   const Buffer& b = p.buffer(id);
   if (b.layout.partial != 0) return fmt::format("reads {}, a sum that is still owed", b.name);
   for (std::size_t d = 0; d < operand.dims.size() && d < b.layout.dims.size(); ++d) {
     const DimSplit none;
-    const DimSplit& cut =
-        operand.dims[d] < 0 ? none : op.cuts[static_cast<std::size_t>(operand.dims[d])];
+    const auto dim = static_cast<std::size_t>(operand.dims[d]);
+    // Keys of a ring are cut as the queries are, and pass by.
+    const bool rings =
+        ring && operand.dims[d] >= 0 && op.signature.dims[dim].dim == Dim::key_sequence;
+    const DimSplit& cut = operand.dims[d] < 0 ? none
+                          : rings
+                              ? op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))]
+                              : op.cuts[dim];
     if (b.layout.dims[d].atoms != cut.atoms || b.layout.dims[d].zigzag != cut.zigzag) {
       return fmt::format("takes {} as {}, which is not how {} is cut", b.name,
                          text(p.mesh, b.layout, b.shape), op.name);
@@ -156,7 +170,7 @@ struct Walker {
     const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
     const auto check = [&](const std::vector<BufferId>& list, const std::vector<Operand>& wanted) {
       for (std::size_t k = 0; k < list.size() && k < wanted.size(); ++k) {
-        const std::string e = operand_error(p, op, wanted[k], list[k]);
+        const std::string e = operand_error(p, op, wanted[k], list[k], i.part >= 0);
         if (!e.empty()) say(block, at, e);
       }
     };

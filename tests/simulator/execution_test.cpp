@@ -81,6 +81,33 @@ TEST(Execution, ContextParallel) {
   expect_good(gpt(), p);
 }
 
+TEST(Execution, RingAttention) {
+  Plan p = base_plan();
+  p.context = Plan::ContextExchange::ring;
+  for (const int cp : {2, 4}) {
+    p.cp = cp;
+    expect_good(gpt(), p);
+    expect_good(llama(), p);
+  }
+  p.cp = 2;
+  p.tp = 2;
+  p.sequence_parallel = true;
+  expect_good(llama(), p);
+  set_recompute(p, "full", "");
+  p.dp = 2;
+  p.zero = 3;
+  expect_good(llama(), p);
+  TransformerConfig c = small_config();
+  c.causal = false;
+  p = base_plan();
+  p.context = Plan::ContextExchange::ring;
+  p.cp = 2;
+  expect_good(build_transformer(c), p);
+  c.causal = true;
+  c.window = 3;
+  expect_good(build_transformer(c), p);
+}
+
 TEST(Execution, ExpertParallel) {
   Plan p = base_plan();
   p.dp = 4;
