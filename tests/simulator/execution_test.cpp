@@ -108,6 +108,54 @@ TEST(Execution, RingAttention) {
   expect_good(build_transformer(c), p);
 }
 
+TEST(Execution, OtherArchitectures) {
+  TransformerConfig latent = small_config();
+  latent.kv_heads = 0;
+  latent.positions = 0;
+  latent.tied = false;
+  latent.norm = TransformerConfig::Norm::rms;
+  latent.qkv_bias = latent.attention_output_bias = latent.mlp_bias = false;
+  latent.latent = {6, 4, 2, 2, 2};
+  latent.rotary_dim = 2;
+  TransformerConfig query_norm = latent;
+  query_norm.latent = {};
+  query_norm.kv_heads = 2;
+  query_norm.qk_norm = true;
+  TransformerConfig bert = small_config();
+  bert.head = TransformerConfig::Head::masked_language_model;
+  bert.norm_after = true;
+  bert.causal = false;
+  bert.token_types = 2;
+  bert.embedding_norm = true;
+  TransformerConfig experts = query_norm;
+  experts.qk_norm = false;
+  experts.layers = 2;
+  experts.moe.experts = 4;
+  experts.moe.ffn = 8;
+  experts.moe.shared_ffn = 8;
+  experts.moe.first_dense = 1;
+  experts.moe.sigmoid = true;
+  for (const TransformerConfig& c : {latent, query_norm, bert, experts}) {
+    SCOPED_TRACE(::testing::Message() << c.latent.key_value_rank << c.qk_norm << c.norm_after << c.moe.experts);
+    const Graph g = build_transformer(c);
+    Plan p = base_plan();
+    p.tp = 2;
+    p.dp = 2;
+    expect_good(g, p);
+    p.sequence_parallel = true;
+    p.pp = 2;
+    p.global_batch = 4;
+    p.zero = 1;
+    expect_good(g, p);
+    p.tp = 1;
+    p.sequence_parallel = false;
+    p.cp = 2;
+    p.zero = 3;
+    set_recompute(p, "full", "");
+    expect_good(g, p);
+  }
+}
+
 TEST(Execution, ExpertParallel) {
   Plan p = base_plan();
   p.dp = 4;
