@@ -259,7 +259,7 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
   // Extends the cut of dimension d by the atoms of its goal that satisfy `free`, as many as come
   // next.
   const auto extension = [&](std::size_t d, AtomMask free) {
-    std::vector<AtomId> next;
+    AtomList next;
     if (!is_prefix(now.dims[d], goal.dims[d])) return next;
     for (std::size_t i = now.dims[d].atoms.size(); i < goal.dims[d].atoms.size(); ++i) {
       if (!has(free, goal.dims[d].atoms[i])) break;
@@ -268,7 +268,7 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
     if (now.dims[d].atoms.empty() && next.size() < goal.dims[d].zigzag) next.clear();
     return next;
   };
-  const auto extend = [&](std::size_t d, const std::vector<AtomId>& atoms) {
+  const auto extend = [&](std::size_t d, const AtomList& atoms) {
     if (now.dims[d].atoms.empty()) now.dims[d].zigzag = goal.dims[d].zigzag;
     now.dims[d].atoms.insert(now.dims[d].atoms.end(), atoms.begin(), atoms.end());
   };
@@ -337,7 +337,7 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
         ++keep;
       }
       if (now.dims[d].zigzag != goal.dims[d].zigzag || keep < now.dims[d].zigzag) keep = 0;
-      const std::vector<AtomId> gone(now.dims[d].atoms.begin() + static_cast<std::ptrdiff_t>(keep),
+      const AtomList gone(now.dims[d].atoms.begin() + static_cast<std::ptrdiff_t>(keep),
                                      now.dims[d].atoms.end());
       now.dims[d].atoms.resize(keep);
       if (keep == 0) now.dims[d].zigzag = 0;

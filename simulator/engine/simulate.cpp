@@ -57,7 +57,7 @@ std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int
 /// attention over blocks of the sequence and operators run by one coordinate only, by coordinate.
 struct Unevenness {
   std::vector<std::pair<DimSplit, std::int64_t>> cuts;             ///< split, extent
-  std::vector<std::pair<std::vector<AtomId>, std::int64_t>> flat;  ///< atoms, elements
+  std::vector<std::pair<AtomList, std::int64_t>> flat;  ///< atoms, elements
   AtomMask coordinates = 0;
 };
 

@@ -27,14 +27,14 @@ Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
 /// gains at most one atom. Sizes are those of the mesh being built.
 struct AxisBuilder {
   Mesh mesh;
-  std::vector<AtomId> add(const std::string& name, std::int64_t size) {
+  AtomList add(const std::string& name, std::int64_t size) {
     if (size <= 1) return {};
     mesh.atoms.push_back({name, size});
     return {static_cast<AtomId>(mesh.atoms.size() - 1)};
   }
 };
 
-std::vector<AtomId> joined(std::vector<AtomId> a, const std::vector<AtomId>& b) {
+AtomList joined(AtomList a, const AtomList& b) {
   a.insert(a.end(), b.begin(), b.end());
   return a;
 }
@@ -229,7 +229,7 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   // dp = replica groups x sharded (outside ep) x ep; an HSDP group must then hold whole ep groups
   // or vice versa.
   const std::int64_t group = plan.zero_group == 0 ? plan.dp : plan.zero_group;
-  std::vector<AtomId> dp;
+  AtomList dp;
   if (plan.zero > 0 && group < plan.dp) {
     if (ep_left > 1 && group % ep_left != 0) {
       return no(fmt::format("a sharding group of {} must hold whole expert groups of {}", group,
@@ -258,7 +258,7 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   plan.zero_atoms = joined(plan.zero_atoms, axes["cp"]);
   axes["tp"] = joined(tp_outer, tp_ep);
   axes["ep"] = joined(axes["ep"], tp_ep);
-  axes["etp"] = plan.etp == 1 ? std::vector<AtomId>{} : axes["tp"];
+  axes["etp"] = plan.etp == 1 ? AtomList{} : axes["tp"];
   plan.mesh = b.mesh;
   plan.pipeline = axes["pp"];
   if (plan.mesh.atoms.size() > 16) return no("the mesh has more than 16 atoms");

@@ -83,10 +83,10 @@ struct Plan {
 
   // Filled by a strategy: what the lowering reads.
   Mesh mesh;
-  std::map<std::string, std::vector<AtomId>> axes;
+  std::map<std::string, AtomList> axes;
   std::vector<ShardingRule> rules;
-  std::vector<AtomId> pipeline;
-  std::vector<AtomId> zero_atoms;  ///< candidates for sharded state, slowest first
+  AtomList pipeline;
+  AtomList zero_atoms;  ///< candidates for sharded state, slowest first
   AtomMask replicas = 0;
   AtomMask root_state = 0;  ///< parameters and optimizer live on the first rank along these atoms
   std::vector<std::string> root_operators;  ///< run there only

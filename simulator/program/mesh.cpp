@@ -21,7 +21,7 @@ std::int64_t Mesh::size(AtomMask mask) const {
   return n;
 }
 
-std::int64_t Mesh::size(const std::vector<AtomId>& list) const {
+std::int64_t Mesh::size(const AtomList& list) const {
   std::int64_t n = 1;
   for (const AtomId a : list) n *= atoms[a].size;
   return n;
@@ -37,7 +37,7 @@ std::int64_t Mesh::coordinate(std::int64_t rank, AtomId atom) const {
   return rank / stride(atom) % atoms[atom].size;
 }
 
-std::int64_t Mesh::coordinate(std::int64_t rank, const std::vector<AtomId>& list) const {
+std::int64_t Mesh::coordinate(std::int64_t rank, const AtomList& list) const {
   std::int64_t c = 0;
   for (const AtomId a : list) c = c * atoms[a].size + coordinate(rank, a);
   return c;
@@ -66,7 +66,7 @@ std::vector<std::int64_t> Mesh::group(std::int64_t rank, AtomMask mask) const {
   return members;
 }
 
-AtomMask mask_of(const std::vector<AtomId>& list) {
+AtomMask mask_of(const AtomList& list) {
   AtomMask mask = 0;
   for (const AtomId a : list) mask = static_cast<AtomMask>(mask | bit(a));
   return mask;
@@ -81,7 +81,7 @@ Range part(std::int64_t extent, std::int64_t parts, std::int64_t c) {
 namespace {
 
 /// Atom by atom, so that a gather over the last atoms yields exactly the split over the first ones.
-Range block(const Mesh& mesh, const std::vector<AtomId>& atoms, std::size_t first,
+Range block(const Mesh& mesh, const AtomList& atoms, std::size_t first,
             std::int64_t extent, std::int64_t rank) {
   Range r{0, extent};
   for (std::size_t i = first; i < atoms.size(); ++i) {
@@ -95,7 +95,7 @@ Range block(const Mesh& mesh, const std::vector<AtomId>& atoms, std::size_t firs
 /// The two chunks of a zigzag over the split's leading atoms.
 std::pair<Range, Range> zigzag_chunks(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
                                       std::int64_t rank) {
-  const std::vector<AtomId> leading(split.atoms.begin(), split.atoms.begin() + split.zigzag);
+  const AtomList leading(split.atoms.begin(), split.atoms.begin() + split.zigzag);
   const std::int64_t p = mesh.size(leading), c = mesh.coordinate(rank, leading);
   return {part(extent, 2 * p, c), part(extent, 2 * p, 2 * p - 1 - c)};
 }
@@ -194,7 +194,7 @@ AtomMask split_atoms(const Layout& layout) {
 }
 
 std::string text(const Mesh& mesh, const Layout& layout, const Shape& shape) {
-  const auto names = [&](const std::vector<AtomId>& list) {
+  const auto names = [&](const AtomList& list) {
     std::string s;
     for (const AtomId a : list) s += (s.empty() ? "" : "*") + mesh.atoms[a].name;
     return s;

@@ -1,7 +1,10 @@
 // simulator/program/mesh.h: the ranks as a product of atoms, and what a rank holds of a tensor.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -13,6 +16,55 @@ namespace partita {
 using AtomId = std::uint8_t;
 /// Set of atoms; bit i is atom i. A mesh has at most 16 atoms.
 using AtomMask = std::uint16_t;
+
+/// A short list of atoms held in place: layouts are copied by the hundred thousand.
+class AtomList {
+ public:
+  using value_type = AtomId;
+  using iterator = AtomId*;
+  using const_iterator = const AtomId*;
+  AtomList() = default;
+  AtomList(std::initializer_list<AtomId> list) { assign(list.begin(), list.end()); }
+  template <class It>
+  AtomList(It first, It last) {
+    assign(first, last);
+  }
+  std::size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  AtomId operator[](std::size_t i) const { return atoms_[i]; }
+  AtomId& operator[](std::size_t i) { return atoms_[i]; }
+  AtomId back() const { return atoms_[size_ - 1u]; }
+  const_iterator begin() const { return atoms_.data(); }
+  const_iterator end() const { return atoms_.data() + size_; }
+  iterator begin() { return atoms_.data(); }
+  iterator end() { return atoms_.data() + size_; }
+  void clear() { size_ = 0; }
+  void push_back(AtomId a) {
+    PARTITA_ASSERT(size_ < atoms_.size(), "more than 15 atoms in one list");
+    atoms_[size_++] = a;
+  }
+  void resize(std::size_t n) {
+    PARTITA_ASSERT(n <= size_, "an atom list only shrinks");
+    size_ = static_cast<std::uint8_t>(n);
+  }
+  template <class It>
+  void assign(It first, It last) {
+    size_ = 0;
+    for (; first != last; ++first) push_back(*first);
+  }
+  template <class It>
+  void insert(const_iterator at, It first, It last) {
+    PARTITA_ASSERT(at == end(), "an atom list grows at its end");
+    for (; first != last; ++first) push_back(*first);
+  }
+  friend bool operator==(const AtomList& a, const AtomList& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end());
+  }
+
+ private:
+  std::array<AtomId, 15> atoms_{};
+  std::uint8_t size_ = 0;
+};
 
 /// The finest factorisation of the ranks, outermost (slowest) atom first. A named axis is a list of
 /// atoms; different views of the same ranks (dp 8 = edp 2 x ep 4) share atoms.
@@ -26,12 +78,12 @@ struct Mesh {
 
   std::int64_t ranks() const;
   std::int64_t size(AtomMask mask) const;
-  std::int64_t size(const std::vector<AtomId>& list) const;
+  std::int64_t size(const AtomList& list) const;
   /// Distance in rank numbers between neighbours along an atom.
   std::int64_t stride(AtomId atom) const;
   std::int64_t coordinate(std::int64_t rank, AtomId atom) const;
   /// Mixed-radix index along `list` (first atom slowest).
-  std::int64_t coordinate(std::int64_t rank, const std::vector<AtomId>& list) const;
+  std::int64_t coordinate(std::int64_t rank, const AtomList& list) const;
   /// All ranks that differ from `rank` in `mask` only, ascending by rank.
   std::vector<std::int64_t> group(std::int64_t rank, AtomMask mask) const;
   /// `rank` with its coordinates along `mask` set to 0: names its group.
@@ -39,7 +91,7 @@ struct Mesh {
   friend bool operator==(const Mesh&, const Mesh&) = default;
 };
 
-AtomMask mask_of(const std::vector<AtomId>& list);
+AtomMask mask_of(const AtomList& list);
 inline bool has(AtomMask mask, AtomId atom) { return (mask >> atom & 1) != 0; }
 inline AtomMask bit(AtomId atom) { return static_cast<AtomMask>(1u << atom); }
 
@@ -50,7 +102,7 @@ enum class SplitKind : std::uint8_t {
 
 /// How one dimension of a tensor is cut.
 struct DimSplit {
-  std::vector<AtomId> atoms;  ///< slowest first; empty: held whole
+  AtomList atoms;  ///< slowest first; empty: held whole
   SplitKind kind = SplitKind::block;
   /// The first `zigzag` atoms (p ranks) cut 2p chunks and part c holds chunks c and 2p-1-c, which
   /// balances causal attention; the other atoms cut what that leaves in blocks.
@@ -70,7 +122,7 @@ struct Layout {
   AtomMask partial = 0;
   Reduction reduction = Reduction::sum;
   /// After `dims`, what is left is flattened and cut over these atoms (ZeRO's shards).
-  std::vector<AtomId> flat;
+  AtomList flat;
   /// Held only where the coordinates along these atoms are 0.
   AtomMask root = 0;
   friend bool operator==(const Layout&, const Layout&) = default;

@@ -179,7 +179,7 @@ struct ProgramInput {
 
 struct Program {
   Mesh mesh;
-  std::vector<AtomId> pipeline;  ///< atoms of the pp axis; empty: one stage
+  AtomList pipeline;  ///< atoms of the pp axis; empty: one stage
   AtomMask replicas = 0;         ///< independent models along these atoms
   std::vector<ProgramOperator> operators;
   std::vector<ProgramParameter> parameters;
