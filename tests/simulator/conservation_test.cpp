@@ -202,6 +202,23 @@ TEST(Conservation, ReplicatedWorkIsExactlyThatOfOperatorsWhichAnAxisDoesNotCut) 
   EXPECT_GE(feasible, 80);
 }
 
+TEST(Conservation, AZigzagGivesEveryRankTheSameShareOfCausalAttention) {
+  Plan plan = base_plan();
+  plan.cp = 4;
+  const Program p = lowered(llama(), plan);
+  Communication network(load_topology("dgx-h100:1"));
+  SimulateOptions options;
+  options.unfolded = true;
+  const Timeline t = simulate(p, network, options);
+  // 8 tokens in 8 chunks: rank c has tokens c and 7 - c, which attend (c + 1) + (8 - c) = 9 pairs.
+  for (std::size_t r = 0; r < 4; ++r) EXPECT_EQ(t.flops[r].count, t.flops[0].count);
+  for (const ProgramOperator& op : p.operators) {
+    if (!std::holds_alternative<Attention>(op.operation)) continue;
+    for (std::int64_t r = 0; r < 4; ++r)
+      EXPECT_DOUBLE_EQ(attended_fraction(p, op, r), 9.0 / (2 * 8));
+  }
+}
+
 TEST(Conservation, FrozenLayersSkipExactlyTheirBackward) {
   Graph g = llama();
   freeze(g, {"embedding*", "layers.0.*", "layers.1.*"});
