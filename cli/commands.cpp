@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "base/unit_text.h"
 #include "cli/options.h"
 #include "report/report.h"
 
@@ -60,7 +61,7 @@ void add_topo(CLI::App& app) {
       for (const auto& t : topology_catalogue()) print(t + "\n");
       return;
     }
-    const Topology t = load_topology(o->topology);
+    const Topology t = load_cluster(o->topology);
     print(o->json ? topology_json(t) : topology_table(t));
   });
 }
@@ -72,6 +73,45 @@ struct Common {
   std::int64_t top = 5;
 };
 
+/// Simulates once more with every event recorded. Longer ones no viewer opens.
+void trace(const std::string& file, const Graph& g, const Prediction& p,
+           Communication& communication) {
+  constexpr std::int64_t kMostEvents = 4'000'000;
+  if (p.instructions > kMostEvents) {
+    throw InputError("--trace", fmt::format("the step has {} instructions; a trace takes up to {}: "
+                                            "use a smaller --global-batch or a larger "
+                                            "--micro-batch",
+                                            grouped(p.instructions), grouped(kMostEvents)));
+  }
+  Timeline timeline;
+  Program program;
+  predict(g, p.plan, communication, &timeline, &program);
+  write_trace(file, program, timeline);
+}
+
+/// The plan that needs least memory where the search has dropped all for their state alone: one of
+/// those that shard and recompute everything.
+std::optional<Prediction> smallest(const Graph& g, const Topology& t, std::int64_t ranks,
+                                   const Plan& base, const SearchSpace& space) {
+  Communication communication(t);
+  std::optional<Prediction> least;
+  for (const std::int64_t tp : space.tp) {
+    for (const std::int64_t pp : space.pp) {
+      for (const std::int64_t ep : space.ep) {
+        if (ranks % (tp * pp) != 0) continue;
+        Plan p = base;
+        p.tp = tp, p.pp = pp, p.ep = ep, p.cp = 1, p.dp = ranks / (tp * pp);
+        p.zero = p.dp > 1 ? 3 : 0, p.recompute = Recompute::full, p.micro_batch = 1;
+        p.sequence_parallel = tp > 1 && g.sequence > 0;
+        auto prediction = predict(g, p, communication);
+        if (prediction && (!least || prediction->peak_device < least->peak_device))
+          least = std::move(*prediction);
+      }
+    }
+  }
+  return least;
+}
+
 void add_simulate(CLI::App& app) {
   auto o = std::make_shared<Common>();
   CLI::App* c =
@@ -82,19 +122,18 @@ void add_simulate(CLI::App& app) {
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
   c->callback([o] {
-    const Topology t = load_topology(o->topology);
+    check_writable("--trace", o->trace);
+    const Topology t = load_cluster(o->topology);
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
     const Graph g = load_graph(o->model, o->flags, plan);
     Communication communication(t);
-    Timeline timeline;
-    Program program;
-    const bool record = !o->trace.empty();
-    auto prediction =
-        predict(g, plan, communication, record ? &timeline : nullptr, record ? &program : nullptr);
+    const auto prediction = predict(g, plan, communication);
     if (!prediction) throw InputError("plan", prediction.reason());
-    if (record) write_trace(o->trace, program, timeline);
-    print(o->json ? prediction_json(g, t, *prediction) : prediction_table(g, t, *prediction));
+    if (!o->trace.empty()) trace(o->trace, g, *prediction, communication);
+    const auto assumed = assumptions(o->flags, prediction->plan, g);
+    print(o->json ? prediction_json(g, t, *prediction, assumed)
+                  : prediction_table(g, t, *prediction, assumed));
   });
 }
 
@@ -111,29 +150,31 @@ void add_plan(CLI::App& app, int& code) {
   c->add_option("--save", *save, "write the best plan to this file");
   c->callback([o, save, &code] {
     if (o->top < 1) throw InputError("--top", fmt::format("{} must be at least 1", o->top));
-    const Topology t = load_topology(o->topology);
+    check_writable("--trace", o->trace);
+    check_writable("--save", *save);
+    const Topology t = load_cluster(o->topology);
     Plan base = plan_from(o->flags, "megatron-core");
     base.dp = 1;
     const auto ranks = static_cast<std::int64_t>(t.used_devices());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
     const Graph g = load_graph(o->model, o->flags, base);
-    const SearchResult r =
-        search(g, t, ranks, base, full_space(g, t, ranks, base), static_cast<std::size_t>(o->top));
+    const SearchSpace space = full_space(g, t, ranks, base);
+    SearchResult r = search(g, t, ranks, base, space, static_cast<std::size_t>(o->top));
+    if (r.plans.empty() && !r.smallest) r.smallest = smallest(g, t, ranks, base, space);
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);
-      Timeline timeline;
-      Program program;
-      predict(g, r.plans[0].plan, communication, &timeline, &program);
-      write_trace(o->trace, program, timeline);
+      trace(o->trace, g, r.plans[0], communication);
     }
     if (!r.plans.empty() && !save->empty()) {
       const std::string yaml = to_yaml(r.plans[0].plan);
       std::FILE* f = std::fopen(save->c_str(), "w");
       const bool good = f != nullptr && std::fwrite(yaml.data(), 1, yaml.size(), f) == yaml.size();
       if (f != nullptr) std::fclose(f);
-      if (!good) throw InputError("--save", fmt::format("cannot write {}", *save));
+      if (!good)
+        throw InputError("--save", fmt::format("cannot write {}; check its permissions", *save));
     }
-    print(o->json ? search_json(g, t, r) : search_table(g, t, r));
+    const auto assumed = assumptions(o->flags, base, g);
+    print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));
     if (r.plans.empty()) code = 1;
   });
 }

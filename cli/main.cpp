@@ -2,12 +2,115 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
+#include "base/yaml.h"
 #include "cli/commands.h"
+
+namespace partita::cli {
+namespace {
+
+std::vector<std::string> command_names(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* c : app.get_subcommands([](const CLI::App*) { return true; }))
+    names.push_back(c->get_name());
+  return names;
+}
+
+std::vector<std::string> flag_names(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::Option* o : command.get_options()) {
+    for (const auto& name : o->get_lnames()) names.push_back("--" + name);
+  }
+  return names;
+}
+
+/// "partita simulate MODEL TOPOLOGY".
+std::string usage(const CLI::App& command) {
+  std::string s = "partita " + command.get_name();
+  for (const CLI::Option* o : command.get_options()) {
+    if (o->get_positional()) s += " " + o->get_name();
+  }
+  return s;
+}
+
+/// An empty value is a shell variable that was not set, never what is meant.
+void refuse_empty_arguments(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i], before = i > 1 ? argv[i - 1] : "";
+    const bool flag =
+        word.size() > 3 && word.compare(0, 2, "--") == 0 && word.find('=') == word.size() - 1;
+    if (!word.empty() && !flag) continue;
+    const std::string place = flag                              ? word.substr(0, word.size() - 1)
+                              : before.compare(0, 2, "--") == 0 ? before
+                                                                : fmt::format("argument {}", i);
+    throw InputError(place, "is empty; give a value or leave it out");
+  }
+}
+
+/// The message of a wrong command line with place, value and remedy.
+[[noreturn]] void refuse(const CLI::App& app, const CLI::ParseError& e, int argc, char** argv) {
+  const auto chosen = app.get_subcommands();
+  const std::vector<std::string> commands = command_names(app);
+  if (chosen.empty()) {
+    const std::string word = argc > 1 ? argv[1] : "";
+    const std::string there = fmt::format("there are {}", fmt::join(commands, ", "));
+    if (word.empty()) throw InputError("command", "is missing; " + there);
+    throw InputError("command",
+                     fmt::format("'{}' is none{}; {}", word, did_you_mean(word, commands), there));
+  }
+  const CLI::App& command = *chosen[0];
+  const std::string text = e.what();
+  if (dynamic_cast<const CLI::ExtrasError*>(&e) != nullptr) {
+    const std::vector<std::string> extra = app.remaining(true);
+    std::string flag;
+    for (const auto& word : extra) {
+      if (flag.empty() && word.size() > 1 && word[0] == '-') flag = word.substr(0, word.find('='));
+    }
+    if (flag.empty()) {
+      throw InputError(extra.empty() ? "arguments" : fmt::format("'{}'", extra[0]),
+                       fmt::format("is one argument too many; write {}", usage(command)));
+    }
+    std::string remedy = did_you_mean(flag, flag_names(command));
+    const std::vector<std::string> known = flag_names(*app.get_subcommand("simulate"));
+    if (command.get_name() == "plan" && std::find(known.begin(), known.end(), flag) != known.end())
+      remedy = "; plan tries all values itself, for a given one use partita simulate";
+    throw InputError(flag, fmt::format("is no flag of partita {}{}; partita {} --help lists them",
+                                       command.get_name(), remedy, command.get_name()));
+  }
+  if (dynamic_cast<const CLI::RequiredError*>(&e) != nullptr) {
+    throw InputError(text.substr(0, text.find(' ')),
+                     fmt::format("is missing; write {}", usage(command)));
+  }
+  const auto type_of = [&](const std::string& flag) -> std::string {
+    const CLI::Option* o = command.get_option_no_throw(flag);
+    const std::string type = o == nullptr ? "" : o->get_type_name();
+    return type == "INT" ? "a whole number" : type == "FLOAT" ? "a number" : "a value";
+  };
+  if (dynamic_cast<const CLI::ConversionError*>(&e) != nullptr) {
+    const std::string start = "Could not convert: ", equals = " = ";
+    if (const auto at = text.find(equals);
+        text.compare(0, start.size(), start) == 0 && at != std::string::npos) {
+      const std::string flag = text.substr(start.size(), at - start.size());
+      throw InputError(
+          flag, fmt::format("'{}' is not {}", text.substr(at + equals.size()), type_of(flag)));
+    }
+  }
+  if (dynamic_cast<const CLI::ArgumentMismatch*>(&e) != nullptr) {
+    const std::string flag = text.substr(0, text.find(':'));
+    const bool many = text.find("received") != std::string::npos;
+    throw InputError(flag, many ? "is given more than once; keep one" : "needs " + type_of(flag));
+  }
+  throw InputError("partita " + command.get_name(), text);
+}
+
+}  // namespace
+}  // namespace partita::cli
 
 int main(int argc, char** argv) {
   using namespace partita;
@@ -23,16 +126,14 @@ int main(int argc, char** argv) {
   int code = 0;
   cli::add_commands(app, code);
   try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp& e) {
-    return app.exit(e);
-  } catch (const CLI::CallForAllHelp& e) {
-    return app.exit(e);
-  } catch (const CLI::CallForVersion& e) {
-    return app.exit(e);
-  } catch (const CLI::ParseError& e) {
-    fmt::print(stderr, "partita: {}\nTry partita --help or partita COMMAND --help.\n", e.what());
-    return 2;
+    cli::refuse_empty_arguments(argc, argv);
+    try {
+      app.parse(argc, argv);
+    } catch (const CLI::Success& e) {  // --help, --version
+      return app.exit(e);
+    } catch (const CLI::ParseError& e) {
+      cli::refuse(app, e, argc, argv);
+    }
   } catch (const InputError& e) {
     fmt::print(stderr, "partita: {}\n", e.what());
     return 2;

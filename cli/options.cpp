@@ -5,8 +5,10 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
+#include <filesystem>
 
 #include "base/error.h"
+#include "base/unit_text.h"
 #include "base/yaml.h"
 
 namespace partita::cli {
@@ -57,14 +59,23 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   Plan p;
   p.dp = 0;
   set_framework(p, default_framework, "");
-  if (!f.file.empty()) p = load_plan(f.file);
+  if (!f.file.empty()) {
+    p = load_plan(f.file);
+    if (!in_plan_file(f, "framework")) {
+      // The profile's defaults, but what the file says stays.
+      const Bytes bucket = p.bucket;
+      set_framework(p, default_framework, "");
+      if (in_plan_file(f, "bucket")) p.bucket = bucket;
+    }
+  }
   if (!f.framework.empty()) set_framework(p, f.framework, "--framework");
   const auto number = [](const std::optional<std::int64_t>& from, std::int64_t& to,
                          const char* flag, std::int64_t lowest) {
     if (!from) return;
     if (*from < lowest)
       throw InputError(flag, fmt::format("{} is too small; at least {}", *from, lowest));
-    if (*from > 1'000'000'000) throw InputError(flag, fmt::format("{} is too large", *from));
+    if (*from > 1'000'000'000)
+      throw InputError(flag, fmt::format("{} is too large; at most 1,000,000,000", *from));
     to = *from;
   };
   number(f.tp, p.tp, "--tp", 1);
@@ -79,7 +90,8 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   number(f.zero_group, p.zero_group, "--zero-group", 1);
   std::int64_t zero = p.zero;
   number(f.zero, zero, "--zero", 0);
-  if (zero > 3) throw InputError("--zero", fmt::format("{} is not 0, 1, 2 or 3", zero));
+  if (zero > 3)
+    throw InputError("--zero", fmt::format("{} is no ZeRO stage; use 0, 1, 2 or 3", zero));
   p.zero = static_cast<int>(zero);
   if (f.sequence_parallel && f.no_sequence_parallel) {
     throw InputError("--no-sequence-parallel", "contradicts --sequence-parallel; give one of them");
@@ -117,17 +129,86 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
     }
   }
   if (f.network != "idle") {
-    throw InputError("--network", fmt::format("'{}' is not known; use idle", f.network));
+    throw InputError(
+        "--network",
+        fmt::format("'{}' is no network model; there is idle: transfers do not disturb "
+                    "each other",
+                    f.network));
   }
   if (!f.freeze.empty()) p.freeze = f.freeze;
   if (!f.lora.empty()) {
     p.lora = f.lora;
+    if (f.lora_rank < 1 || f.lora_rank > 65536)
+      throw InputError("--lora-rank", fmt::format("{} is not in 1 to 65,536", f.lora_rank));
     p.lora_rank = f.lora_rank;
   }
   return p;
 }
 
+void set_key(Plan& plan, const std::string& key, const std::string& value,
+             const std::string& flag) {
+  try {
+    set(plan, key, value, flag);
+  } catch (const InputError& e) {
+    throw InputError(flag, e.message());
+  }
+}
+
+bool in_plan_file(const PlanFlags& f, const std::string& key) {
+  return !f.file.empty() && YamlNode::load_file(f.file, "partita.plan/1").has(key);
+}
+
+std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const Graph& graph,
+                                     const std::vector<std::string>& given) {
+  const auto open = [&](const std::string& key, bool flag) {
+    return !flag && !in_plan_file(f, key) &&
+           std::find(given.begin(), given.end(), key) == given.end();
+  };
+  std::vector<std::string> list;
+  if (open("framework", !f.framework.empty())) list.push_back("framework " + plan.framework);
+  if (open("precision", !f.precision.empty())) list.push_back("precision " + plan.precision_name);
+  if (open("global_batch", f.global_batch.has_value()))
+    list.push_back(fmt::format("global batch {}", plan.global_batch));
+  if (graph.sequence > 0 && open("sequence", f.sequence.has_value()))
+    list.push_back(fmt::format("sequence {}", graph.sequence));
+  return list;
+}
+
+Topology load_cluster(const std::string& text, const TopologyEdits& edits) {
+  const auto models = model_catalogue();
+  if (std::find(models.begin(), models.end(), text) != models.end()) {
+    throw InputError("TOPOLOGY", fmt::format("'{}' is a network; the order is MODEL TOPOLOGY, like "
+                                             "{} dgx-h100:1",
+                                             text, text));
+  }
+  return load_topology(text, edits);
+}
+
+void check_writable(const std::string& flag, const std::string& file) {
+  if (file.empty()) return;
+  namespace fs = std::filesystem;
+  std::error_code error;
+  const fs::path path(file);
+  if (fs::is_directory(path, error))
+    throw InputError(flag, fmt::format("{} is a folder; name a file", file));
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+  if (!fs::is_directory(folder, error)) {
+    throw InputError(flag, fmt::format("cannot write {}: there is no folder {}; create it or name "
+                                       "another",
+                                       file, folder.string()));
+  }
+}
+
 void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
+  for (const auto& [flag, size] : {std::pair{"--tp", p.tp}, {"--pp", p.pp}, {"--cp", p.cp}}) {
+    // Also keeps the product below within its type.
+    if (size > ranks) {
+      throw InputError(flag,
+                       fmt::format("{} is more than the {} devices of {}; use a divisor of {}, or "
+                                   "more nodes",
+                                   size, ranks, where, ranks));
+    }
+  }
   const std::int64_t others = p.tp * p.pp * p.cp;
   if (ranks % others != 0) {
     throw InputError(
@@ -148,14 +229,20 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
 
 ModelOptions model_options(const PlanFlags& f) {
   ModelOptions o;
-  o.sequence = f.sequence;
-  if (f.layers < 0 || f.layers > 1'000'000)
-    throw InputError("--layers", fmt::format("{} is no number of blocks", f.layers));
-  o.layers = static_cast<int>(f.layers);
-  o.vocabulary = f.vocabulary;
+  const auto number = [](const std::optional<std::int64_t>& given, const char* flag,
+                         std::int64_t highest) -> std::int64_t {
+    if (!given) return 0;
+    if (*given < 1 || *given > highest) {
+      throw InputError(flag, fmt::format("{} is not in 1 to {}", *given, grouped(highest)));
+    }
+    return *given;
+  };
+  o.sequence = number(f.sequence, "--seq", 100'000'000);
+  o.layers = static_cast<int>(number(f.layers, "--layers", 100'000));
+  o.vocabulary = number(f.vocabulary, "--vocabulary", 1'000'000'000);
   o.flash_attention = !f.materialised_attention;
   if (f.dropout) {
-    if (*f.dropout < 0 || *f.dropout >= 1)
+    if (!(*f.dropout >= 0 && *f.dropout < 1))  // also refuses nan
       throw InputError("--dropout", fmt::format("{} is not in [0, 1)", *f.dropout));
     o.dropout = *f.dropout;
   }
@@ -166,6 +253,15 @@ Graph load_graph(const std::string& model, const PlanFlags& flags, const Plan& p
   Graph g = load_model(model, model_options(flags));
   if (!plan.lora.empty()) add_lora(g, plan.lora, plan.lora_rank);
   if (!plan.freeze.empty()) freeze(g, plan.freeze);
+  for (const std::string& pattern : plan.recompute_patterns) {
+    if (std::none_of(g.operators.begin(), g.operators.end(),
+                     [&](const Operator& op) { return matches(pattern, op.name); })) {
+      throw InputError("--recompute",
+                       fmt::format("pattern '{}' matches no operator of {}; partita model {} "
+                                   "--operators lists them",
+                                   pattern, g.name, model));
+    }
+  }
   return g;
 }
 

@@ -27,7 +27,7 @@ struct PlanFlags {
   std::vector<std::string> freeze, lora;
   std::int64_t lora_rank = 16;
   // model
-  std::int64_t sequence = 0, layers = 0, vocabulary = 0;
+  std::optional<std::int64_t> sequence, layers, vocabulary;
   bool materialised_attention = false;
   std::optional<double> dropout;
 
@@ -39,6 +39,24 @@ Plan plan_from(const PlanFlags& flags, const std::string& default_framework);
 
 /// dp = ranks / (tp pp cp), or a check that the given one agrees.
 void settle_ranks(Plan& plan, std::int64_t ranks, const std::string& where);
+
+/// set() of simulator/plan with messages that name the flag: a flag has no line and no path.
+void set_key(Plan& plan, const std::string& key, const std::string& value, const std::string& flag);
+
+/// Does the plan file name this key?
+bool in_plan_file(const PlanFlags& flags, const std::string& key);
+
+/// What the user left open of framework, precision, global batch and sequence, and what stands in
+/// for it: "precision bf16". `plan` and `graph` are those of the prediction; `given` adds keys that
+/// are set in another way.
+std::vector<std::string> assumptions(const PlanFlags& flags, const Plan& plan, const Graph& graph,
+                                     const std::vector<std::string>& given = {});
+
+/// load_topology, and a word where model and topology have changed places.
+Topology load_cluster(const std::string& text, const TopologyEdits& edits = {});
+
+/// InputError{flag} if a file could not be written there; before the work, not after it.
+void check_writable(const std::string& flag, const std::string& file);
 
 ModelOptions model_options(const PlanFlags& flags);
 /// Loads the network and applies freezing and adapters.

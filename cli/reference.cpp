@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -28,21 +29,38 @@ struct Options {
 };
 
 void run(const Options& o, int& code) {
-  if (o.steps < 1 || o.steps > 100000) throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
+  if (o.steps < 1 || o.steps > 100000)
+    throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
+  if (o.seed < 0) throw InputError("--seed", fmt::format("{} is negative; at least 0", o.seed));
   Plan plan = plan_from(o.flags, "partita");
-  if (o.flags.precision.empty() && o.flags.file.empty()) set_precision(plan, "fp32", "");
+  if (o.flags.precision.empty() && !in_plan_file(o.flags, "precision"))
+    set_precision(plan, "fp32", "");
   // The founding example trains by SGD with learning rate 0.01 and momentum 0.9.
-  if (o.flags.file.empty()) plan.optimizer.kind = OptimizerKind::sgd;
-  if (!o.optimizer.empty()) set(plan, "optimizer", fmt::format("{{kind: {}}}", o.optimizer), "--optimizer");
-  if (o.learning_rate) plan.optimizer.learning_rate = *o.learning_rate;
+  if (!in_plan_file(o.flags, "optimizer")) plan.optimizer.kind = OptimizerKind::sgd;
+  if (!o.optimizer.empty())
+    set_key(plan, "optimizer", fmt::format("{{kind: {}}}", o.optimizer), "--optimizer");
+  if (o.learning_rate) {
+    if (!(*o.learning_rate >= 0 && *o.learning_rate <= 1e6))  // also refuses nan
+      throw InputError("--learning-rate", fmt::format("{} is not in 0 to 1e6", *o.learning_rate));
+    plan.optimizer.learning_rate = *o.learning_rate;
+  }
   if (!o.topology.empty()) {
-    const Topology t = load_topology(o.topology);
+    const Topology t = load_cluster(o.topology);
     settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
   } else if (plan.dp == 0) {
     plan.dp = 1;
   }
+  // One by one first: the product of huge numbers would not fit its type.
+  constexpr std::int64_t kMostRanks = 256;
+  if (std::max({plan.tp, plan.pp, plan.cp, plan.dp}) > kMostRanks || plan.ranks() > kMostRanks) {
+    throw InputError("--dp, --tp, --pp, --cp",
+                     fmt::format("dp {} x tp {} x pp {} x cp {} is more than the {} ranks that the "
+                                 "reference interpreter takes; use smaller sizes",
+                                 plan.dp, plan.tp, plan.pp, plan.cp, kMostRanks));
+  }
   const Graph g = load_graph(o.model, o.flags, plan);
-  if (plan.global_batch == 0 && g.name == "mnist-linear" && 128 % plan.dp == 0) {
+  if (plan.global_batch == 0 && g.name == "mnist-linear" && 128 % plan.dp == 0 &&
+      !o.flags.micro_batch && !in_plan_file(o.flags, "micro_batch")) {
     plan.micro_batch = 128 / plan.dp;  // its batch is 128
   }
   auto complete_plan = complete(g, plan);
@@ -51,15 +69,18 @@ void run(const Options& o, int& code) {
   if (!program) throw InputError("plan", program.reason());
   const double work = reference::serial_work(g, *program);
   if (work > kMostWork) {
-    throw InputError("MODEL", fmt::format("a step of {} at this batch is {:.2g} multiply-accumulates; the reference "
-                                          "interpreter is for networks up to {:.0g}: use --layers, --seq, "
-                                          "--vocabulary or a smaller batch",
-                                          g.name, work, kMostWork));
+    throw InputError(
+        "MODEL",
+        fmt::format("a step of {} at this batch is {:.2g} multiply-accumulates; the reference "
+                    "interpreter is for networks up to {:.0g}: use --layers, --seq, "
+                    "--vocabulary or a smaller batch",
+                    g.name, work, kMostWork));
   }
-  if (plan.ranks() > 256) throw InputError("plan", fmt::format("{} ranks; the reference interpreter takes up to 256", plan.ranks()));
-  for (const auto& error : verify(*program)) throw InternalError("the lowered program is broken: " + error);
+  for (const auto& error : verify(*program))
+    throw InternalError("the lowered program is broken: " + error);
   const int groups = plan.strategy == "replicas" ? 1 : static_cast<int>(plan.dp);
-  const auto c = reference::compare_with_serial(g, *program, static_cast<int>(o.steps), static_cast<std::uint64_t>(o.seed), groups);
+  const auto c = reference::compare_with_serial(g, *program, static_cast<int>(o.steps),
+                                                static_cast<std::uint64_t>(o.seed), groups);
   if (!c.equal) code = 1;
   if (o.json) {
     nlohmann::ordered_json j;
@@ -69,7 +90,8 @@ void run(const Options& o, int& code) {
     j["equal_to_reference"] = c.equal;
     j["loss"] = nlohmann::ordered_json::array();
     j["serial_loss"] = nlohmann::ordered_json::array();
-    for (const auto& s : c.steps) j["loss"].push_back(s.plan_loss), j["serial_loss"].push_back(s.serial_loss);
+    for (const auto& s : c.steps)
+      j["loss"].push_back(s.plan_loss), j["serial_loss"].push_back(s.serial_loss);
     j["gradient_error"] = c.gradient_error;
     j["parameter_error"] = c.parameter_error;
     j["tolerance"] = c.tolerance;
@@ -80,22 +102,28 @@ void run(const Options& o, int& code) {
   std::vector<std::vector<std::string>> rows{{"step", "loss", "serial loss", "difference"}};
   for (std::size_t k = 0; k < c.steps.size(); ++k) {
     const auto& s = c.steps[k];
-    rows.push_back({std::to_string(k), fmt::format("{:.12g}", s.plan_loss), fmt::format("{:.12g}", s.serial_loss),
+    rows.push_back({std::to_string(k), fmt::format("{:.12g}", s.plan_loss),
+                    fmt::format("{:.12g}", s.serial_loss),
                     fmt::format("{:.1e}", s.plan_loss - s.serial_loss)});
   }
   fmt::print("{}\n", align(rows));
-  fmt::print("largest relative difference of a gradient   {:.1e}  ({})\n", c.gradient_error, c.worst_gradient);
-  fmt::print("largest relative difference of a parameter  {:.1e}  ({})\n", c.parameter_error, c.worst_parameter);
-  fmt::print("{} to the serial network within {:.0e}\n", c.equal ? "equal" : "NOT EQUAL", c.tolerance);
+  fmt::print("largest relative difference of a gradient   {:.1e}  ({})\n", c.gradient_error,
+             c.worst_gradient);
+  fmt::print("largest relative difference of a parameter  {:.1e}  ({})\n", c.parameter_error,
+             c.worst_parameter);
+  fmt::print("{} to the serial network within {:.0e}\n", c.equal ? "equal" : "NOT EQUAL",
+             c.tolerance);
 }
 
 }  // namespace
 
 void add_reference(CLI::App& app, int& code) {
   auto o = std::make_shared<Options>();
-  CLI::App* c = app.add_subcommand("reference", "train a small network under a plan beside the serial network");
+  CLI::App* c = app.add_subcommand("reference",
+                                   "train a small network under a plan beside the serial network");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
-  c->add_option("TOPOLOGY", o->topology, "takes the number of ranks from it; without it the plan says");
+  c->add_option("TOPOLOGY", o->topology,
+                "takes the number of ranks from it; without it the plan says");
   o->flags.add_to(*c, true);
   c->add_option("--steps", o->steps, "training steps");
   c->add_option("--seed", o->seed, "of parameters and data");

@@ -1,9 +1,11 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "base/unit_text.h"
 #include "cli/commands.h"
@@ -36,7 +38,11 @@ Vary parse_vary(const std::string& text) {
     if (text[i] == '=' && depth == 0) equals = i;
   }
   if (equals == std::string::npos || equals == 0 || equals + 1 == text.size()) {
-    throw InputError("--vary", fmt::format("'{}' is not PATH=value,value; like plan.tp=2,4,8 or device.memory_bandwidth=x0.5,x2", text));
+    throw InputError(
+        "--vary",
+        fmt::format(
+            "'{}' is not PATH=value,value; like plan.tp=2,4,8 or device.memory_bandwidth=x0.5,x2",
+            text));
   }
   v.path = text.substr(0, equals);
   std::string item;
@@ -83,7 +89,8 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
     s.topology = value;
   } else if (root == "topology" && key == "nodes") {
     const auto colon = s.topology.rfind(':');
-    s.topology = (colon == std::string::npos ? s.topology : s.topology.substr(0, colon)) + ":" + value;
+    s.topology =
+        (colon == std::string::npos ? s.topology : s.topology.substr(0, colon)) + ":" + value;
   } else if (root == "topology" && !key.empty()) {
     s.edits.cluster.push_back({key, value});
   } else if (root == "device" && !key.empty()) {
@@ -97,29 +104,109 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
   } else if (root == "model" && key == "vocabulary") {
     s.flags.vocabulary = whole(value, path);
   } else {
-    throw InputError("--vary", fmt::format("'{}' is not known; use model, model.sequence, model.layers, model.vocabulary, topology, "
+    throw InputError("--vary", fmt::format("'{}' is not known; use model, model.sequence, "
+                                           "model.layers, model.vocabulary, topology, "
                                            "topology.nodes, topology.PATH, device.PATH or plan.KEY",
                                            path));
   }
+}
+
+/// InputError that names the flag where a value is wrong whatever the others are, before anything
+/// is printed. What is impossible only in combination becomes a note of its row.
+void check_values(const Options& o, const std::vector<Vary>& vary) {
+  for (const Vary& v : vary) {
+    for (const std::string& value : v.values) {
+      Scenario s{o.model, o.topology, o.flags, {}, {}};
+      change(s, v.path, value);
+      if (s.plan_keys.empty()) {
+        try {
+          if (v.path == "model")
+            load_model(value, model_options(s.flags));
+          else
+            load_cluster(s.topology, s.edits);
+        } catch (const InputError& e) {
+          // A message about the sequence or the number of blocks of the base case has its place.
+          if (v.path == "model" && e.place() != "model") continue;
+          throw InputError(fmt::format("--vary {}={}", v.path, value), e.message());
+        }
+      }
+      Plan p;
+      for (const auto& [key, text] : s.plan_keys)
+        set_key(p, key, text, fmt::format("--vary {}={}", v.path, value));
+    }
+  }
+}
+
+/// A field of a CSV line (RFC 4180).
+std::string csv(const std::string& text) {
+  if (text.find_first_of(",\"\n") == std::string::npos) return text;
+  std::string quoted = "\"";
+  for (const char c : text) quoted += c == '"' ? std::string("\"\"") : std::string(1, c);
+  return quoted + "\"";
+}
+
+/// One combination and what came of it: a prediction or the reason why there is none.
+struct Outcome {
+  Graph graph;
+  Topology topology;
+  std::optional<Prediction> prediction;
+  std::string note;
+  std::vector<std::string> assumed;
+};
+
+Outcome outcome(const Scenario& s, const std::vector<std::string>& given) {
+  Outcome r{{}, load_cluster(s.topology, s.edits), {}, {}, {}};
+  try {
+    Plan plan = plan_from(s.flags, "megatron-core");
+    for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
+    settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_devices()), r.topology.name());
+    r.graph = load_graph(s.model, s.flags, plan);
+    Communication communication(r.topology);
+    auto p = predict(r.graph, plan, communication);
+    if (p) {
+      r.assumed = assumptions(s.flags, p->plan, r.graph, given);
+      r.prediction = std::move(*p);
+    } else {
+      r.note = p.reason();
+    }
+  } catch (const InputError& e) {
+    r.note = e.what();  // one impossible combination must not lose the others
+  }
+  return r;
 }
 
 void run(const Options& o) {
   if (o.json && o.csv) throw InputError("--csv", "contradicts --json; give one of them");
   std::vector<Vary> vary;
   for (const auto& v : o.vary) vary.push_back(parse_vary(v));
-  if (vary.empty()) throw InputError("--vary", "nothing varies; give --vary PATH=v1,v2 at least once");
+  if (vary.empty())
+    throw InputError("--vary", "nothing varies; give --vary PATH=v1,v2 at least once");
+  constexpr std::size_t kMost = 100'000;
   std::size_t count = 1;
-  for (const auto& v : vary) count *= v.values.size();
-  if (count > 100000) throw InputError("--vary", fmt::format("{} combinations; at most 100,000", count));
+  std::vector<std::string> given;
+  for (const auto& v : vary) {
+    count *= v.values.size();
+    if (count > kMost)
+      throw InputError("--vary",
+                       fmt::format("more than {} combinations; give fewer values", grouped(kMost)));
+    if (v.path.compare(0, 5, "plan.") == 0) given.push_back(v.path.substr(5));
+    if (v.path == "model.sequence") given.emplace_back("sequence");
+  }
+  plan_from(o.flags, "megatron-core");
+  model_options(o.flags);
+  if (std::none_of(vary.begin(), vary.end(), [](const Vary& v) { return v.path == "model"; }))
+    load_model(o.model);
+  check_values(o, vary);
 
   std::vector<std::vector<std::string>> rows(1);
   for (const auto& v : vary) rows[0].push_back(v.path);
-  for (const char* h : {"step", "tokens/s/device", "samples/s", "MFU", "memory", "fits"}) rows[0].emplace_back(h);
-  if (o.csv) {
-    std::string head;
-    for (const auto& v : vary) head += v.path + ",";
-    fmt::print("{}step_time_s,tokens_per_s_per_device,samples_per_s,mfu,peak_device_bytes,fits,note\n", head);
-  }
+  for (const char* h : {"step", "tokens/s/device", "samples/s", "MFU", "memory", "fits"})
+    rows[0].emplace_back(h);
+  std::string head;  // of CSV; printed once the first row is there
+  for (const auto& v : vary) head += csv(v.path) + ",";
+  head += "step_time_s,tokens_per_s_per_device,samples_per_s,mfu,peak_device_bytes,fits,note\n";
+  std::vector<std::string> notes;
+  std::vector<std::pair<std::string, std::vector<std::string>>> assumed;  // what, values
   for (std::size_t n = 0; n < count; ++n) {
     Scenario s{o.model, o.topology, o.flags, {}, {}};
     std::vector<std::string> chosen(vary.size());
@@ -128,72 +215,79 @@ void run(const Options& o) {
       rest /= vary[k].values.size();
     }
     for (std::size_t k = 0; k < vary.size(); ++k) change(s, vary[k].path, chosen[k]);
-    const Topology t = load_topology(s.topology, s.edits);
-    Plan plan = plan_from(s.flags, "megatron-core");
-    for (const auto& [key, value] : s.plan_keys) set(plan, key, value, "--vary plan." + key);
-    std::string note;
-    std::optional<Prediction> p;
-    Graph g;
-    try {
-      settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
-      g = load_graph(s.model, s.flags, plan);
-      Communication communication(t);
-      auto r = predict(g, plan, communication);
-      if (r) {
-        p = std::move(*r);
-      } else {
-        note = r.reason();
-      }
-    } catch (const InputError& e) {
-      // One impossible combination must not lose the others; if all are, say why.
-      if (count == 1) throw;
-      note = e.what();
-    }
+    const Outcome r = outcome(s, given);
+    const auto& p = r.prediction;
+    if (!p && count == 1) throw InputError("", r.note);
     if (o.json) {
       nlohmann::ordered_json j;
       for (std::size_t k = 0; k < vary.size(); ++k) j["vary"][vary[k].path] = chosen[k];
       if (p) {
-        j.update(nlohmann::ordered_json::parse(prediction_json(g, t, *p)));
+        j.update(
+            nlohmann::ordered_json::parse(prediction_json(r.graph, r.topology, *p, r.assumed)));
       } else {
-        j["infeasible"] = note;
+        j["infeasible"] = r.note;
       }
       fmt::print("{}\n", j.dump());
     } else if (o.csv) {
-      std::string line;
-      for (const auto& c : chosen) line += (c.find(',') == std::string::npos ? c : "\"" + c + "\"") + ",";
+      std::string line = std::exchange(head, "");
+      for (const auto& c : chosen) line += csv(c) + ",";
       if (p) {
-        fmt::print("{}{},{},{},{},{},{},\n", line, p->step_time.count, p->tokens_per_second_per_device, p->samples_per_second,
-                   p->mfu, p->peak_device.count, p->fits ? "true" : "false");
+        const std::string tokens =
+            r.graph.sequence > 0 ? fmt::format("{}", p->tokens_per_second_per_device) : "";
+        fmt::print("{}{},{},{},{},{},{},\n", line, p->step_time.count, tokens,
+                   p->samples_per_second, p->mfu, p->peak_device.count, p->fits ? "true" : "false");
       } else {
-        fmt::print("{},,,,,,\"{}\"\n", line, note);
+        fmt::print("{},,,,,,{}\n", line, csv(r.note));
       }
     } else {
       std::vector<std::string> row = chosen;
       if (p) {
-        row.insert(row.end(), {text(p->step_time),
-                               g.sequence > 0 ? grouped(static_cast<long long>(p->tokens_per_second_per_device + 0.5)) : "",
-                               fmt::format("{:.4g}", p->samples_per_second), fmt::format("{:.1f} %", 100 * p->mfu),
-                               text(p->peak_device), p->fits ? "yes" : "NO"});
+        const auto tokens = static_cast<long long>(p->tokens_per_second_per_device + 0.5);
+        row.insert(row.end(), {text(p->step_time), r.graph.sequence > 0 ? grouped(tokens) : "",
+                               fmt::format("{:.4g}", p->samples_per_second),
+                               fmt::format("{:.1f} %", 100 * p->mfu), text(p->peak_device),
+                               p->fits ? "yes" : "NO"});
+        for (const auto& a : r.assumed) {
+          const std::string what = a.substr(0, a.rfind(' ')), value = a.substr(a.rfind(' '));
+          auto at = std::find_if(assumed.begin(), assumed.end(),
+                                 [&](const auto& entry) { return entry.first == what; });
+          if (at == assumed.end()) at = assumed.insert(at, {what, {}});
+          auto& values = at->second;
+          if (std::find(values.begin(), values.end(), value) == values.end())
+            values.push_back(value);
+        }
       } else {
-        row.push_back("- " + note);
+        // Reasons are long and often shared: below the table, by number.
+        auto at = std::find(notes.begin(), notes.end(), r.note);
+        if (at == notes.end()) at = notes.insert(at, r.note);
+        row.push_back(fmt::format("- ({})", at - notes.begin() + 1));
       }
       rows.push_back(row);
     }
   }
-  if (!o.json && !o.csv) fmt::print("{}", align(rows));
+  if (o.json || o.csv) return;
+  for (std::size_t k = 0; k < assumed.size(); ++k) {
+    fmt::print("{}{}{}{}", k == 0 ? "assumed: " : ", ", assumed[k].first,
+               fmt::join(assumed[k].second, " or"), k + 1 == assumed.size() ? "\n\n" : "");
+  }
+  fmt::print("{}", align(rows));
+  if (!notes.empty()) fmt::print("\n");
+  for (std::size_t k = 0; k < notes.size(); ++k) fmt::print("({}) {}\n", k + 1, notes[k]);
 }
 
 }  // namespace
 
 void add_whatif(CLI::App& app, int& code) {
   auto o = std::make_shared<Options>();
-  CLI::App* c = app.add_subcommand("whatif", "simulate again with quantities of model, topology, device or plan changed");
+  CLI::App* c = app.add_subcommand(
+      "whatif", "simulate again with quantities of model, topology, device or plan changed");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c, true);
   c->add_option("--vary", o->vary,
                 "PATH=v1,v2: plan.tp=2,4; device.memory_bandwidth=x0.5,x1; topology.nodes=8,16; "
-                "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s,50 GB/s'; model.sequence=4096,8192; repeatable, crossed")
+                "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s,50 GB/s'; "
+                "model.sequence=4096,8192; repeatable, crossed")
       ->allow_extra_args(false);
   c->add_flag("--json", o->json, "print JSON lines");
   c->add_flag("--csv", o->csv, "print CSV");

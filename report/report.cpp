@@ -42,12 +42,15 @@ Json plan_json(const Plan& p) {
   return j;
 }
 
-Json prediction_object(const Graph& graph, const Topology& topology, const Prediction& p) {
+Json prediction_object(const Graph& graph, const Topology& topology, const Prediction& p,
+                       const std::vector<std::string>& assumed) {
   Json j;
   j["model"] = graph.name;
   j["topology"] = topology.name();
   j["devices"] = p.devices;
   j["plan"] = plan_json(p.plan);
+  j["sequence"] = graph.sequence > 0 ? Json(graph.sequence) : Json(nullptr);
+  j["assumed"] = assumed;
   j["step_time_s"] = p.step_time.count;
   j["interval_s"] = nullptr;
   j["tokens_per_s_per_device"] =
@@ -129,17 +132,23 @@ std::string plan_line(const Plan& p) {
   return s;
 }
 
-std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p) {
+std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
+                            const std::vector<std::string>& assumed) {
   Json j;
   j["schema"] = "partita.prediction/1";
-  j.update(prediction_object(graph, topology, p));
+  j.update(prediction_object(graph, topology, p, assumed));
   return j.dump(2) + "\n";
 }
 
-std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p) {
+std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p,
+                             const std::vector<std::string>& assumed) {
   std::string out =
-      fmt::format("{} on {} devices of {}, {}, {}\n{}\n\n", graph.name, p.devices, topology.name(),
-                  p.plan.precision_name, p.plan.framework, plan_line(p.plan));
+      fmt::format("{} on {} devices of {}, {}, {}, global batch {}", graph.name, p.devices,
+                  topology.name(), p.plan.precision_name, p.plan.framework, p.plan.global_batch);
+  if (graph.sequence > 0) out += fmt::format(", sequence {}", graph.sequence);
+  out += "\n" + plan_line(p.plan) + "\n";
+  if (!assumed.empty()) out += fmt::format("assumed: {}\n", fmt::join(assumed, ", "));
+  out += "\n";
   std::vector<std::vector<std::string>> rows{{"step time", text(p.step_time)}};
   if (graph.sequence > 0) {
     rows.push_back({"tokens/s per device",
@@ -187,11 +196,13 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   return out;
 }
 
-std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r) {
+std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r,
+                        const std::vector<std::string>& assumed) {
   Json j;
   j["schema"] = "partita.search/1";
   j["plans"] = Json::array();
-  for (const Prediction& p : r.plans) j["plans"].push_back(prediction_object(graph, topology, p));
+  for (const Prediction& p : r.plans)
+    j["plans"].push_back(prediction_object(graph, topology, p, assumed));
   j["search_time_s"] = r.search_time.count;
   j["certificate"] = {{"space", r.space},
                       {"evaluated", r.evaluated},
@@ -199,11 +210,12 @@ std::string search_json(const Graph& graph, const Topology& topology, const Sear
                       {"pruned_bound", r.pruned_bound},
                       {"illegal", r.illegal}};
   if (r.plans.empty() && r.smallest)
-    j["smallest"] = prediction_object(graph, topology, *r.smallest);
+    j["smallest"] = prediction_object(graph, topology, *r.smallest, assumed);
   return j.dump(2) + "\n";
 }
 
-std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r) {
+std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r,
+                         const std::vector<std::string>& assumed) {
   std::string out = fmt::format(
       "{} plans in the space: {} simulated, {} cannot hold their state, {} illegal; {:.1f} s\n",
       r.space, r.evaluated, r.pruned_memory, r.illegal, r.search_time.count);
@@ -228,8 +240,8 @@ std::string search_table(const Graph& graph, const Topology& topology, const Sea
                         : fmt::format("{:.4g}", p.samples_per_second),
                     percent(p.mfu), text(p.peak_device)});
   }
-  out +=
-      "\n" + align(rows) + "\nThe first one:\n\n" + prediction_table(graph, topology, r.plans[0]);
+  out += "\n" + align(rows) + "\nThe first one:\n\n" +
+         prediction_table(graph, topology, r.plans[0], assumed);
   return out;
 }
 

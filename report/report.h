@@ -11,12 +11,17 @@
 namespace partita {
 
 /// The keys of docs/formats.md, one JSON object with a newline. Bytes and seconds are numbers,
-/// fractions not percent. Equal inputs give equal text.
-std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p);
-std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p);
+/// fractions not percent. Equal inputs give equal text. `assumed`: what the user left open and what
+/// stands in for it ("precision bf16").
+std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
+                            const std::vector<std::string>& assumed = {});
+std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p,
+                             const std::vector<std::string>& assumed = {});
 
-std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r);
-std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r);
+std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r,
+                        const std::vector<std::string>& assumed = {});
+std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r,
+                         const std::vector<std::string>& assumed = {});
 
 std::string model_json(const Graph& graph);
 std::string model_table(const Graph& graph, bool operators);
