@@ -66,7 +66,7 @@ class Machine {
     return all;
   }
   std::size_t replica(std::int64_t rank) const {
-    std::vector<AtomId> list;
+    AtomList list;
     for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
       if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
     }

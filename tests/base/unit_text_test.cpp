@@ -27,12 +27,18 @@ TEST(UnitText, RefusesWithPlaceValueAndRemedy) {
               ThrowsMessage<InputError>(HasSubstr("a.yaml:3: '450' has no unit")));
   EXPECT_THAT([] { parse_byte_rate("450 Gbps", ""); },
               ThrowsMessage<InputError>(HasSubstr("unknown unit 'Gbps'")));
-  EXPECT_THAT([] { parse_bytes("much", ""); }, ThrowsMessage<InputError>(HasSubstr("like \"80 GiB\"")));
-  EXPECT_THAT([] { parse_byte_rate("0 GB/s", ""); }, ThrowsMessage<InputError>(HasSubstr("must be > 0")));
-  EXPECT_THAT([] { parse_seconds("-1 s", ""); }, ThrowsMessage<InputError>(HasSubstr("must be >= 0")));
-  EXPECT_THAT([] { parse_bytes("0.5 B", ""); }, ThrowsMessage<InputError>(HasSubstr("whole number")));
-  EXPECT_THAT([] { parse_bytes("nan GiB", ""); }, ThrowsMessage<InputError>(HasSubstr("is not a size")));
-  EXPECT_THAT([] { parse_bytes("20000 PB", ""); }, ThrowsMessage<InputError>(HasSubstr("too large")));
+  EXPECT_THAT([] { parse_bytes("much", ""); },
+              ThrowsMessage<InputError>(HasSubstr("like \"80 GiB\"")));
+  EXPECT_THAT([] { parse_byte_rate("0 GB/s", ""); },
+              ThrowsMessage<InputError>(HasSubstr("must be > 0")));
+  EXPECT_THAT([] { parse_seconds("-1 s", ""); },
+              ThrowsMessage<InputError>(HasSubstr("must be >= 0")));
+  EXPECT_THAT([] { parse_bytes("0.5 B", ""); },
+              ThrowsMessage<InputError>(HasSubstr("whole number")));
+  EXPECT_THAT([] { parse_bytes("nan GiB", ""); },
+              ThrowsMessage<InputError>(HasSubstr("is not a size")));
+  EXPECT_THAT([] { parse_bytes("20000 PB", ""); },
+              ThrowsMessage<InputError>(HasSubstr("too large")));
 }
 
 TEST(UnitText, ExactTextParsesBackToTheSameQuantity) {

@@ -15,12 +15,17 @@ static_assert(64_GB / 4.0_s == 16.0_GBps);
 static_assert(Flops{2e12} / 4.0_TFLOPps == Seconds{0.5});
 static_assert(Flops{2e12} / Seconds{0.5} == 4.0_TFLOPps);
 static_assert(ceil_div(10_B, 4) == 3_B && ceil_div(8_B, 4) == 2_B && ceil_div(0_B, 4) == 0_B);
-static_assert(1_KiB == 1024_B && 1_MiB == 1048576_B && 1_GiB == 1073741824_B && 1_GB == 1000000000_B);
+static_assert(1_KiB == 1024_B && 1_MiB == 1048576_B && 1_GiB == 1073741824_B &&
+              1_GB == 1000000000_B);
 
 template <class A, class B>
-concept Multiplies = requires(A a, B b) { a* b; };
+concept Multiplies = requires(A a, B b) {
+  a* b;
+};
 template <class A, class B>
-concept Adds = requires(A a, B b) { a + b; };
+concept Adds = requires(A a, B b) {
+  a + b;
+};
 static_assert(!Adds<Bytes, Seconds> && !Adds<Seconds, Ticks> && !Multiplies<Bytes, Bytes>);
 static_assert(!std::is_convertible_v<double, Seconds> && !std::is_convertible_v<Seconds, double>);
 

@@ -33,7 +33,8 @@ TEST(Yaml, SuggestsTheKeyThatWasMeant) {
 TEST(Yaml, RefusesDuplicateKeysWrongSchemasAndBrokenText) {
   const auto node = doc("a: 1\na: 2\n");
   node.get("a");
-  EXPECT_THAT([&] { node.reject_unknown_keys(); }, ThrowsMessage<InputError>(HasSubstr("given twice")));
+  EXPECT_THAT([&] { node.reject_unknown_keys(); },
+              ThrowsMessage<InputError>(HasSubstr("given twice")));
   EXPECT_THAT([] { YamlNode::load_text("schema: t/2\n", "f", "t/1"); },
               ThrowsMessage<InputError>(HasSubstr("schema is 't/2'; this reads 't/1'")));
   EXPECT_THAT([] { YamlNode::load_text("a: [", "f", "t/1"); },
