@@ -97,11 +97,13 @@ TEST(Conservation, PlansThatCutEveryOperatorDoTheSerialNetworksWork) {
   struct Case {
     std::int64_t dp, pp, cp, ep;
     int zero;
-    bool all_to_all;
+    Plan::ContextExchange context;
   };
-  for (const Case& c :
-       {Case{4, 1, 1, 1, 0, false}, Case{2, 2, 1, 1, 1, false}, Case{2, 1, 2, 1, 3, false},
-        Case{1, 4, 2, 1, 0, true}, Case{4, 1, 1, 4, 0, false}, Case{4, 1, 1, 2, 2, false}}) {
+  using X = Plan::ContextExchange;
+  for (const Case& c : {Case{4, 1, 1, 1, 0, X::all_gather}, Case{2, 2, 1, 1, 1, X::all_gather},
+                        Case{2, 1, 2, 1, 3, X::all_gather}, Case{1, 4, 2, 1, 0, X::all_to_all},
+                        Case{2, 1, 4, 1, 0, X::ring}, Case{1, 2, 2, 1, 1, X::ring},
+                        Case{4, 1, 1, 4, 0, X::all_gather}, Case{4, 1, 1, 2, 2, X::all_gather}}) {
     const Graph g = c.ep > 1 ? mixtral() : llama();
     Plan plan = base_plan();
     plan.dp = c.dp;
@@ -110,7 +112,7 @@ TEST(Conservation, PlansThatCutEveryOperatorDoTheSerialNetworksWork) {
     plan.ep = c.ep;
     plan.zero = c.zero;
     plan.global_batch = 8;
-    if (c.all_to_all) plan.context = Plan::ContextExchange::all_to_all;
+    plan.context = c.context;
     const double serial = serial_work(g, 8, nothing());
     // Whole numbers, but for the attended fraction.
     EXPECT_NEAR(executed_work(run(lowered(g, plan))), serial, 1e-12 * serial);

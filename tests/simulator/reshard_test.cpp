@@ -263,7 +263,7 @@ TEST(Reshard, NothingIsDoneWhereNothingIsNeeded) {
   }
 }
 
-Layout cut(std::vector<std::vector<AtomId>> dims, AtomMask partial = 0) {
+Layout cut(std::vector<AtomList> dims, AtomMask partial = 0) {
   Layout l;
   for (auto& atoms : dims) l.dims.push_back({std::move(atoms), SplitKind::block, 0, {}, 0});
   l.partial = partial;

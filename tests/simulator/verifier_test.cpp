@@ -291,6 +291,17 @@ TEST(Verifier, AHaloExchangeChangesTheCuts) {
   expect_rejected(p, "must keep the cuts");
 }
 
+TEST(Verifier, ARingSkipsARank) {
+  Plan plan = base_plan();
+  plan.cp = 4;
+  plan.context = Plan::ContextExchange::ring;
+  Program p = lowered(llama(), plan);
+  Block& b = block_of(p, BlockKind::forward, 0);
+  const Instruction& i = b.instructions[find(b, collective_is(CollectiveKind::shift))];
+  p.buffers[i.writes[0].index()].layout.dims[1].shift += 1;
+  expect_rejected(p, "must pass every part to the next rank");
+}
+
 TEST(Verifier, ACollectiveHasOneRank) {
   Program p = good();
   Block& b = block_of(p, BlockKind::forward, 0);

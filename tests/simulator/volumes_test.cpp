@@ -362,6 +362,23 @@ TEST(Volumes, ContextParallelGathersKeysAndValuesAndScattersTheirGradients) {
   EXPECT_EQ(scatters.wire, scatters.calls * (n - 1) * b * s * kv * kActivation / n);
 }
 
+TEST(Volumes, RingsPassKeysAndValuesRoundAndTheirGradientsHome) {
+  const std::int64_t b = 2, s = 8, layers = 4, kv = 2 * 2;
+  for (const std::int64_t n : {2, 4}) {
+    Plan plan = base_plan();
+    plan.cp = n;
+    plan.context = Plan::ContextExchange::ring;
+    plan.micro_batch = b;
+    const Program p = lowered(llama(), plan);
+    const Traffic t = traffic(p, 0, of_tensors(p, CollectiveKind::shift));
+    // Keys and values of s/n tokens travel together: n - 1 steps forward, n - 1 again backward.
+    // Their gradients travel one place behind and are home after n steps. Liu et al. 2023 (arXiv
+    // 2310.01889): 2 b s/n kv values a step.
+    EXPECT_EQ(t.calls, layers * ((n - 1) + (n - 1) + n));
+    EXPECT_EQ(t.wire, t.calls * 2 * b * (s / n) * kv * kActivation);
+  }
+}
+
 TEST(Volumes, TiedEmbeddingsOweExactlyOneAllReduceAStep) {
   const std::int64_t vocabulary = 12, h = 8;
   for (const std::int64_t pp : {1, 2, 4}) {
