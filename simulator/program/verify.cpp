@@ -50,11 +50,27 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
       }
       return !(next == a) && next == b ? "" : say("must pass every part to the next rank");
     }
+    // With a root: one rank of the group has, or gets, what `root` says.
     case CollectiveKind::broadcast:
+      return (a.root & atoms) == atoms && b.root == (a.root & ~atoms) && split_a == split_b &&
+                     a.partial == b.partial
+                 ? ""
+                 : say("must give all what the first has");
     case CollectiveKind::reduce:
+      return (a.partial & atoms) == atoms && b.partial == (a.partial & ~atoms) &&
+                     b.root == (a.root | atoms) && split_a == split_b
+                 ? ""
+                 : say("must pay to the first what is owed");
     case CollectiveKind::scatter:
+      return (a.root & atoms) == atoms && b.root == (a.root & ~atoms) &&
+                     split_b == (split_a | atoms) && a.partial == b.partial
+                 ? ""
+                 : say("must give each its cut of what the first has");
     case CollectiveKind::gather:
-      return "";
+      return (split_a & atoms) == atoms && split_b == (split_a & ~atoms) &&
+                     b.root == (a.root | atoms) && a.partial == b.partial
+                 ? ""
+                 : say("must bring all cuts to the first");
   }
   return "";
 }

@@ -302,6 +302,29 @@ TEST(Verifier, ARingSkipsARank) {
   expect_rejected(p, "must pass every part to the next rank");
 }
 
+TEST(Verifier, ACollectiveWithARootForgetsIt) {
+  Plan plan = base_plan();
+  plan.strategy = "dataparallel";
+  plan.dp = 2;
+  EXPECT_THAT(verify(lowered(llama(), plan)), IsEmpty());
+  const std::pair<CollectiveKind, const char*> cases[] = {
+      {CollectiveKind::broadcast, "must give all what the first has"},
+      {CollectiveKind::reduce, "must pay to the first what is owed"},
+      {CollectiveKind::scatter, "must give each its cut of what the first has"},
+      {CollectiveKind::gather, "must bring all cuts to the first"}};
+  for (const auto& [kind, why] : cases) {
+    Program p = lowered(llama(), plan);
+    for (const Block& b : p.blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (!collective_is(kind)(i)) continue;
+        p.buffers[i.reads[0].index()].layout.root = 0;
+        p.buffers[i.writes[0].index()].layout.root = 0;
+      }
+    }
+    expect_rejected(p, why);
+  }
+}
+
 TEST(Verifier, ACollectiveHasOneRank) {
   Program p = good();
   Block& b = block_of(p, BlockKind::forward, 0);

@@ -404,6 +404,26 @@ TEST(Volumes, TiedEmbeddingsOweExactlyOneAllReduceAStep) {
   }
 }
 
+TEST(Volumes, OneRanksDataParallelScattersAndGathersEveryStep) {
+  const std::int64_t n = 2, b = 2, s = 8, vocabulary = 12, m = 3;
+  Plan plan = base_plan();
+  plan.strategy = "dataparallel";
+  plan.dp = n;
+  plan.micro_batch = b;
+  plan.global_batch = n * b * m;
+  const Program p = lowered(llama(), plan);
+  const auto wire = [&](CollectiveKind k) {
+    return traffic(p, 0, [k](const Block&, const Instruction& i) { return i.collective == k; })
+        .wire;
+  };
+  // torch.nn.DataParallel, every forward: parameters to all, outputs to the first; every backward:
+  // their gradients out, those of the parameters back. n b s rows of logits, of which (n-1)/n move.
+  EXPECT_EQ(wire(CollectiveKind::broadcast), m * parameter_count(llama()) * kParameter);
+  EXPECT_EQ(wire(CollectiveKind::reduce), m * parameter_count(llama()) * kGradient);
+  EXPECT_EQ(wire(CollectiveKind::gather), m * (n - 1) * b * s * vocabulary * kActivation);
+  EXPECT_EQ(wire(CollectiveKind::scatter), m * (n - 1) * b * s * vocabulary * kActivation);
+}
+
 TEST(Volumes, IndependentReplicasSendNothing) {
   Plan plan = base_plan();
   plan.strategy = "replicas";
