@@ -56,7 +56,7 @@ std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int
 /// What makes ranks of one stage differ in work: uneven cuts, by what they leave a rank; causal
 /// attention over blocks of the sequence and operators run by one coordinate only, by coordinate.
 struct Unevenness {
-  std::vector<std::pair<DimSplit, std::int64_t>> cuts;             ///< split, extent
+  std::vector<std::pair<DimSplit, std::int64_t>> cuts;  ///< split, extent
   std::vector<std::pair<AtomList, std::int64_t>> flat;  ///< atoms, elements
   AtomMask coordinates = 0;
 };
@@ -306,6 +306,9 @@ class Engine {
                              Slot{});
     }
     for (std::size_t c = 0; c < n; ++c) memory(static_cast<int>(c));
+    for (const MemoryUse& use : timeline_.memory) {
+      if (use.peak > options_.memory_limit) return std::move(timeline_);
+    }
     for (bool moved = true; moved;) {
       moved = false;
       for (std::size_t c = 0; c < n; ++c) moved |= advance(static_cast<int>(c));
@@ -385,7 +388,12 @@ class Engine {
     if (i.tie >= 0) return "tied";
     for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
       if (!has(i.atoms, static_cast<AtomId>(a))) continue;
-      const std::string& atom = p_.mesh.atoms[a].name;
+      std::string atom = p_.mesh.atoms[a].name;
+      // Ranks of an axis that also hold different experts exchange tokens along it.
+      if (i.collective == CollectiveKind::all_to_all && atom.size() > 3 &&
+          atom.compare(atom.size() - 3, 3, "_ep") == 0) {
+        atom = "ep";
+      }
       const std::string axis_name = atom.substr(0, atom.find('_'));
       if (s.find(axis_name) == std::string::npos) s += (s.empty() ? "" : "+") + axis_name;
     }

@@ -71,6 +71,8 @@ struct SimulateOptions {
   bool record = false;
   /// Block calls that begin alike are played once and repeated; off: step by step, for tests.
   bool replay = true;
+  /// When a class needs more memory than this, the step is not played: its time stays 0.
+  Bytes memory_limit{INT64_MAX};
   /// Every rank its own class: for tests of folding.
   bool unfolded = false;
 };

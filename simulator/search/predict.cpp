@@ -78,7 +78,7 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) 
 }  // namespace
 
 Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication,
-                             Timeline* recorded, Program* out_program) {
+                             Timeline* recorded, Program* out_program, bool only_if_fits) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
   const bool pads = plan->pad_vocabulary > 0 && graph.sequence > 0;
@@ -87,6 +87,12 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   if (!program) return program.why();
   SimulateOptions options;
   options.record = recorded != nullptr;
+  if (only_if_fits) {
+    for (std::size_t k = 0; k < communication.topology().profile_count(); ++k) {
+      options.memory_limit =
+          std::min(options.memory_limit, communication.topology().profile(k).usable_memory);
+    }
+  }
   Timeline t = simulate(*program, communication, options);
 
   Prediction r;
@@ -94,7 +100,8 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   r.devices = plan->ranks();
   r.step_time = to_seconds(t.step);
   const double samples = static_cast<double>(plan->global_batch);
-  r.samples_per_second = samples / r.step_time.count;
+  const bool timed = t.step.count > 0;
+  r.samples_per_second = timed ? samples / r.step_time.count : 0;
   if (graph.sequence > 0) {
     r.tokens_per_second_per_device =
         r.samples_per_second * static_cast<double>(graph.sequence) / static_cast<double>(r.devices);
@@ -105,8 +112,8 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
         communication.topology().device(DeviceId{static_cast<std::size_t>(c.representative)});
     peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count;
   }
-  r.mfu = model_flops(graph) * samples / r.step_time.count / peak_rate;
-  r.hfu = executed_flops(*program, t.classes) / r.step_time.count / peak_rate;
+  r.mfu = timed ? model_flops(graph) * samples / r.step_time.count / peak_rate : 0;
+  r.hfu = timed ? executed_flops(*program, t.classes) / r.step_time.count / peak_rate : 0;
   std::map<int, StageMemory> by_stage;
   Bytes usable{INT64_MAX};
   for (std::size_t c = 0; c < t.classes.size(); ++c) {
@@ -260,7 +267,7 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       o.what = too_large;
       return;
     }
-    auto prediction = predict(graph, *plan, *communications[w]);
+    auto prediction = predict(graph, *plan, *communications[w], nullptr, nullptr, true);
     if (!prediction) {
       o.reason = prediction.reason();
       return;
@@ -291,6 +298,11 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       result.plans.begin(), result.plans.end(),
       [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
   if (result.plans.size() > keep) result.plans.resize(keep);
+  if (result.plans.empty() && result.smallest) {
+    // It was only weighed; people want to know its time as well.
+    if (auto whole = predict(graph, result.smallest->plan, *communications[0]))
+      result.smallest = std::move(*whole);
+  }
   result.search_time =
       Seconds{std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count()};
   return result;

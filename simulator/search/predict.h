@@ -43,9 +43,11 @@ struct Prediction {
   std::int64_t instructions = 0;
 };
 
-/// Completes, lowers and simulates. `recorded`, `program`: filled if given.
+/// Completes, lowers and simulates. `recorded`, `program`: filled if given. `only_if_fits`: a plan
+/// that does not fit gets its memory, but no times.
 Feasible<Prediction> predict(const Graph& graph, const Plan& plan, Communication& communication,
-                             Timeline* recorded = nullptr, Program* program = nullptr);
+                             Timeline* recorded = nullptr, Program* program = nullptr,
+                             bool only_if_fits = false);
 
 struct SearchSpace {
   std::vector<std::int64_t> tp, pp, cp, ep, micro_batch, virtual_stages;
