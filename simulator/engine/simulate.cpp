@@ -201,7 +201,8 @@ RankClasses classify(const Program& p, Communication& communication) {
       h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, r)));
     }
     for (const auto& [atoms, held] : u.flat) {
-      const DimSplit split{atoms, SplitKind::block, 0, {}, 0};
+      DimSplit split;
+      split.atoms = atoms;
       h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, held, r)));
     }
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {

@@ -265,7 +265,7 @@ TEST(Reshard, NothingIsDoneWhereNothingIsNeeded) {
 
 Layout cut(std::vector<AtomList> dims, AtomMask partial = 0) {
   Layout l;
-  for (auto& atoms : dims) l.dims.push_back({std::move(atoms), SplitKind::block, 0, {}, 0});
+  for (const AtomList& atoms : dims) l.dims.emplace_back().atoms = atoms;
   l.partial = partial;
   return l;
 }
