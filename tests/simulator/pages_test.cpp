@@ -1,0 +1,96 @@
+// The worked examples of docs/plan.md, docs/reference.md and docs/simulation.md.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "runtime/reference/interpreter.h"
+#include "runtime/reference/ring_attention.h"
+#include "tests/simulator/networks.h"
+
+namespace partita {
+namespace {
+
+TEST(PlanPage, RankThirteenOfTheMeshExample) {
+  Plan p = base_plan();
+  p.tp = 2;
+  p.pp = 2;
+  p.dp = 4;
+  p.ep = 2;
+  p.global_batch = 4;
+  const auto plan = complete(mixtral(), p);
+  ASSERT_TRUE(static_cast<bool>(plan)) << plan.reason();
+  ASSERT_EQ(plan->mesh.ranks(), 16);
+  EXPECT_EQ(plan->mesh.coordinate(13, plan->axes.at("pp")), 1);
+  EXPECT_EQ(plan->mesh.coordinate(13, plan->axes.at("dp")), 2);
+  EXPECT_EQ(plan->mesh.coordinate(13, plan->axes.at("tp")), 1);
+  EXPECT_EQ(plan->mesh.group(13, mask_of(plan->axes.at("ep"))),
+            (std::vector<std::int64_t>{13, 15}));
+}
+
+TEST(ReferencePage, TwoPartsOfARingAreTheSoftmaxOverBoth) {
+  using reference::Piece;
+  Attention a;
+  a.qk_dim = a.v_dim = 1;
+  a.scale = 1;
+  a.causal = false;
+  const auto piece = [](std::vector<std::vector<std::int64_t>> index, double value) {
+    Piece p = reference::zeros(std::move(index));
+    p.values = {value};
+    return p;
+  };
+  const Piece q = piece({{0}, {0}, {0}, {0}}, 1);
+  Piece y = piece({{0}, {0}, {0}, {0}}, 0);
+  Piece lse = piece({{0}, {0}, {0}, {0}}, -std::numeric_limits<double>::infinity());
+  reference::attend_part(a, q, piece({{0}, {0}, {0}, {0}}, 0), piece({{0}, {0}, {0}, {0}}, 4), y,
+                         lse);
+  EXPECT_DOUBLE_EQ(y.values[0], 4);
+  EXPECT_DOUBLE_EQ(lse.values[0], 0);
+  reference::attend_part(a, q, piece({{0}, {1}, {0}, {0}}, std::log(3)),
+                         piece({{0}, {1}, {0}, {0}}, 8), y, lse);
+  EXPECT_NEAR(y.values[0], 7, 1e-14);
+  EXPECT_NEAR(lse.values[0], std::log(4), 1e-15);
+}
+
+TEST(ReferencePage, OptimizersAreThoseOfPyTorch) {
+  // SGD, lr 0.1, momentum 0.9, gradient 2 twice: v = 2, then 3.8; p = 1 - 0.2 = 0.8, then 0.8 -
+  // 0.38.
+  Optimizer sgd;
+  sgd.kind = OptimizerKind::sgd;
+  sgd.learning_rate = 0.1;
+  std::vector<double> p{1}, v{0};
+  reference::optimizer_update(sgd, 0, p, {2}, {&v});
+  EXPECT_DOUBLE_EQ(p[0], 0.8);
+  reference::optimizer_update(sgd, 1, p, {2}, {&v});
+  EXPECT_DOUBLE_EQ(p[0], 0.42);
+  // AdamW's first step moves by lr whatever the gradient's size (to epsilon), after decay 1 - 0.1 ·
+  // 0.5.
+  Optimizer adam;
+  adam.learning_rate = 0.1;
+  adam.weight_decay = 0.5;
+  adam.epsilon = 0;
+  std::vector<double> w{1}, m{0}, s{0};
+  reference::optimizer_update(adam, 0, w, {7}, {&m, &s});
+  EXPECT_DOUBLE_EQ(w[0], 0.95 - 0.1);
+}
+
+TEST(PlanPage, UnevenBlocks) {
+  const auto counts = blocks_per_chunk(126, 16);
+  EXPECT_EQ(counts.front(), 7);
+  EXPECT_EQ(counts.back(), 7);
+  for (std::size_t i = 1; i + 1 < counts.size(); ++i) EXPECT_EQ(counts[i], 8);
+}
+
+TEST(PlanPage, IllegalPlansNameOperatorAndChoices) {
+  Plan p = base_plan();
+  p.tp = 3;
+  const auto plan = complete(gpt(), p);
+  ASSERT_TRUE(static_cast<bool>(plan));
+  const auto program = lower(gpt(), *plan);
+  ASSERT_FALSE(static_cast<bool>(program));
+  EXPECT_EQ(program.reason(),
+            "tensor parallel 3 does not divide 4 heads of layers.0.attention.query; use 1, 2 or 4");
+}
+
+}  // namespace
+}  // namespace partita
