@@ -94,7 +94,6 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
 }
 
 std::string percent(double fraction) { return fmt::format("{:.1f} %", 100 * fraction); }
-std::string gib(Bytes n) { return fmt::format("{:.2f}", static_cast<double>(n.count) / (1 << 30)); }
 
 }  // namespace
 
@@ -180,12 +179,20 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   row("  other", p.breakdown.other);
   out += "\n" + align(where);
 
-  std::vector<std::vector<std::string>> memory{{"peak memory by stage, GiB", "total"}};
+  // One unit for the whole table, so that stages compare at a glance.
+  const std::int64_t largest = p.peak_allocated.count;
+  const int shift = largest >= 1 << 30 ? 30 : largest >= 1 << 20 ? 20 : 10;
+  const char* unit = shift == 30 ? "GiB" : shift == 20 ? "MiB" : "KiB";
+  const auto amount = [&](Bytes n) {
+    return fmt::format("{:.2f}", static_cast<double>(n.count) / (1 << shift));
+  };
+  std::vector<std::vector<std::string>> memory{
+      {fmt::format("peak memory by stage, {}", unit), "total"}};
   for (int c = 0; c < kCategoryCount; ++c) memory[0].emplace_back(name(static_cast<Category>(c)));
-  for (const StageMemory& s : p.memory_by_stage) {
-    std::vector<std::string> line{fmt::format("  stage {}", s.stage), gib(s.total)};
+  for (const StageMemory& m : p.memory_by_stage) {
+    std::vector<std::string> line{fmt::format("  stage {}", m.stage), amount(m.total)};
     for (int c = 0; c < kCategoryCount; ++c)
-      line.push_back(gib(s.by_category[static_cast<std::size_t>(c)]));
+      line.push_back(amount(m.by_category[static_cast<std::size_t>(c)]));
     memory.push_back(line);
   }
   out += "\n" + align(memory) + "  at " + p.peak_at + "\n";

@@ -1,0 +1,305 @@
+// tests/cli/json_test.cpp: what scripts rely on: keys with their types, sums, exit codes, traces.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/cli/run.h"
+
+namespace partita::test {
+namespace {
+
+using Json = nlohmann::json;
+
+/// stdout as one JSON value; anything else there is a failure.
+Json parsed(const Ran& r) {
+  Json j = Json::parse(r.out, nullptr, false);
+  EXPECT_FALSE(j.is_discarded()) << r.out.substr(0, 200) << r.err;
+  EXPECT_EQ(r.err, "");
+  return j;
+}
+
+void expect_number(const Json& j, const char* key) {
+  ASSERT_TRUE(j.contains(key)) << key;
+  EXPECT_TRUE(j[key].is_number() && j[key] >= 0) << key << " = " << j[key];
+}
+
+/// Bytes and counts are whole.
+void expect_whole(const Json& j, const char* key) {
+  ASSERT_TRUE(j.contains(key)) << key;
+  EXPECT_TRUE(j[key].is_number_integer() && j[key] >= 0) << key << " = " << j[key];
+}
+
+void expect_prediction(const Json& j) {
+  for (const char* key : {"step_time_s", "mfu", "hfu", "samples_per_s"}) expect_number(j, key);
+  ASSERT_TRUE(j.contains("tokens_per_s_per_device"));
+  EXPECT_TRUE(j["tokens_per_s_per_device"].is_number() || j["sequence"].is_null());
+  ASSERT_TRUE(j.contains("interval_s"));
+  EXPECT_TRUE(j["interval_s"].is_null() || j["interval_s"].size() == 2);
+  EXPECT_TRUE(j.at("flop_convention").is_string());
+  EXPECT_TRUE(j.at("fits").is_boolean());
+  for (const char* key : {"peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes",
+                          "peak_memory_bytes", "usable_memory_bytes", "devices"})
+    expect_whole(j, key);
+  EXPECT_EQ(j.at("peak_memory_bytes"), j.at("peak_allocated_bytes"));
+  EXPECT_LE(j.at("peak_allocated_bytes"), j.at("peak_reserved_bytes"));
+  EXPECT_LE(j.at("peak_reserved_bytes"), j.at("peak_device_bytes"));
+  EXPECT_EQ(j.at("fits").get<bool>(), j.at("peak_device_bytes") <= j.at("usable_memory_bytes"));
+  EXPECT_LT(j.at("mfu"), 1);
+
+  ASSERT_TRUE(j.at("memory_bytes_by_stage").is_array());
+  EXPECT_EQ(j["memory_bytes_by_stage"].size(), j.at("plan").at("pp"));
+  std::int64_t largest = 0, number = 0;
+  for (const Json& m : j["memory_bytes_by_stage"]) {
+    EXPECT_EQ(m.at("stage"), number++);
+    std::int64_t sum = 0;
+    for (const char* category :
+         {"parameters", "gradients", "optimizer", "activations", "workspace", "buffers"}) {
+      expect_whole(m, category);
+      sum += m.at(category).get<std::int64_t>();
+    }
+    EXPECT_EQ(m.at("total"), sum);
+    largest = std::max(largest, m.at("total").get<std::int64_t>());
+  }
+  EXPECT_EQ(j.at("peak_allocated_bytes"), largest);
+
+  const Json& b = j.at("breakdown_s");
+  double total = 0;
+  for (const char* group : {"compute", "exposed"}) {
+    ASSERT_TRUE(b.at(group).is_object());
+    for (const auto& [name, t] : b.at(group).items()) {
+      EXPECT_TRUE(t.is_number() && t >= 0) << name;
+      total += t.get<double>();
+    }
+  }
+  for (const char* key : {"bubble", "optimizer", "other"}) {
+    expect_number(b, key);
+    total += b.at(key).get<double>();
+  }
+  const double step = j.at("step_time_s").get<double>();
+  // Whole picoseconds sum exactly; what remains is the rounding of some dozen doubles.
+  EXPECT_NEAR(total, step, 1e-13 * step);
+
+  double share = 0;
+  ASSERT_TRUE(j.at("rests_on").is_array() && !j["rests_on"].empty());
+  for (const Json& r : j["rests_on"]) {
+    EXPECT_TRUE(r.at("term").is_string() && r.at("kind").is_string());
+    share += r.at("share").get<double>();
+  }
+  EXPECT_NEAR(share, 1, 1e-9);
+  ASSERT_TRUE(j.at("assumed").is_array());
+  for (const Json& a : j["assumed"]) EXPECT_TRUE(a.is_string());
+}
+
+TEST(Json, ModelHasItsKeys) {
+  const Json j = parsed(run("model llama-3-8b --json"));
+  EXPECT_EQ(j.at("schema"), "partita.model_summary/1");
+  EXPECT_EQ(j.at("parameters"), 8'030'261'248);
+  for (const char* key : {"trainable_parameters", "layers", "sequence", "operators"})
+    expect_whole(j, key);
+  for (const char* key : {"forward", "backward_data", "backward_weight"})
+    expect_number(j.at("flops_per_sample"), key);
+}
+
+TEST(Json, TopologyHasItsKeys) {
+  const Json j = parsed(run("topo dgx-h100:2 --json"));
+  EXPECT_EQ(j.at("schema"), "partita.topology_summary/1");
+  EXPECT_EQ(j.at("devices"), 16);
+  EXPECT_EQ(j.at("nodes"), 2);
+  for (const char* key : {"memory_bytes", "usable_memory_bytes"})
+    expect_whole(j.at("device_profiles").at(0), key);
+}
+
+/// Plans that use every flag of a size or policy, on small networks.
+const std::vector<std::string> kPlans{
+    "gpt2 dgx-h100:1",
+    "gpt2 dgx-h100:1 --tp 2 --pp 2 --global-batch 8 --sequence-parallel --zero 1",
+    "gpt2 dgx-h100:1 --pp 2 --virtual-stages 3 --global-batch 16 --recompute full",
+    "gpt2 dgx-h100:1 --pp 4 --schedule gpipe --global-batch 8 --recompute selective",
+    "gpt2 dgx-h100:2 --cp 2 --tp 4 --global-batch 2 --micro-batch 1 --zero 3",
+    "gpt2 dgx-h100:1 --zero 2 --framework pytorch-fsdp --precision fp16",
+    "gpt2 dgx-h100:1 --lora '*query' --lora-rank 8 --global-batch 8",
+    "gpt2 dgx-h100:1 --freeze 'layers.*' --pp 2 --global-batch 8 --cuts 8,4",
+    "mixtral-8x7b dgx-h100:1 --layers 2 --ep 8 --zero 1",
+    "resnet-50 dgx-h100:1 --global-batch 64",
+    "mnist-linear cpu-host",
+};
+
+TEST(Json, EveryPredictionHasItsKeysAndSums) {
+  for (const auto& plan : kPlans) {
+    SCOPED_TRACE(plan);
+    const Ran r = run("simulate " + plan + " --json");
+    ASSERT_EQ(r.code, 0) << r.err;
+    const Json j = parsed(r);
+    EXPECT_EQ(j.at("schema"), "partita.prediction/1");
+    expect_prediction(j);
+  }
+}
+
+TEST(Json, WhatWasNotGivenIsListedAsAssumed) {
+  const auto assumed = [](const std::string& flags) {
+    return parsed(run("simulate gpt2 dgx-h100:1 --json " + flags)).at("assumed");
+  };
+  EXPECT_EQ(assumed(""),
+            Json({"framework megatron-core", "precision bf16", "global batch 8", "sequence 1024"}));
+  EXPECT_EQ(assumed("--framework partita --precision fp32"),
+            Json({"global batch 8", "sequence 1024"}));
+  EXPECT_EQ(
+      assumed("--framework megatron-core --precision bf16 --global-batch 8 --sequence-length 64"),
+      Json::array());
+  // A plan file gives too.
+  TemporaryFolder folder;
+  const std::string file = folder.path() + "/plan.yaml";
+  write(file, "schema: partita.plan/1\nglobal_batch: 16\nprecision: fp16\n");
+  EXPECT_EQ(assumed("--plan " + file), Json({"framework megatron-core", "sequence 1024"}));
+  EXPECT_EQ(parsed(run("simulate resnet-50 dgx-h100:1 --json")).at("assumed"),
+            Json({"framework megatron-core", "precision bf16", "global batch 8"}));
+}
+
+TEST(Json, APlanThatDoesNotFitIsDoneAndSaysSo) {
+  const Ran r = run("simulate llama-3.1-405b dgx-h100:1 --tp 8 --json");
+  EXPECT_EQ(r.code, 0);
+  const Json j = parsed(r);
+  EXPECT_EQ(j.at("fits"), false);
+  expect_prediction(j);
+}
+
+TEST(Json, SearchHasItsKeysAndItsCountsAddUp) {
+  const Ran r = run("plan gpt2 dgx-h100:1 --layers 2 --seq 128 --global-batch 8 --top 4 --json");
+  EXPECT_EQ(r.code, 0);
+  const Json j = parsed(r);
+  EXPECT_EQ(j.at("schema"), "partita.search/1");
+  expect_number(j, "search_time_s");
+  const Json& c = j.at("certificate");
+  for (const char* key : {"space", "evaluated", "pruned_memory", "pruned_bound", "illegal"})
+    expect_whole(c, key);
+  EXPECT_EQ(c.at("space").get<int>(),
+            c.at("evaluated").get<int>() + c.at("pruned_memory").get<int>() +
+                c.at("pruned_bound").get<int>() + c.at("illegal").get<int>());
+  ASSERT_EQ(j.at("plans").size(), 4u);
+  EXPECT_FALSE(j.contains("smallest"));
+  double before = 0;
+  for (const Json& p : j["plans"]) {
+    expect_prediction(p);
+    EXPECT_EQ(p.at("fits"), true);
+    EXPECT_GE(p.at("step_time_s"), before);
+    before = p.at("step_time_s");
+  }
+}
+
+TEST(Json, WhereNothingFitsTheSmallestIsShownAndTheCodeIs1) {
+  const Ran r = run("plan llama-3.1-405b dgx-h100:1 --json");
+  EXPECT_EQ(r.code, 1);
+  const Json j = parsed(r);
+  EXPECT_TRUE(j.at("plans").empty());
+  ASSERT_TRUE(j.contains("smallest"));
+  expect_prediction(j["smallest"]);
+  EXPECT_EQ(j["smallest"].at("fits"), false);
+
+  const Ran table = run("plan llama-3.1-405b dgx-h100:1");
+  EXPECT_EQ(table.code, 1);
+  EXPECT_NE(table.out.find("nothing fits; the smallest needs "), std::string::npos) << table.out;
+  EXPECT_EQ(table.err, "");
+}
+
+TEST(Json, WhatifPrintsOneObjectALineAndCsvOneLineACombination) {
+  const std::string vary = "whatif gpt2 dgx-h100:1 --vary plan.tp=1,2,8 --vary plan.zero=0,1";
+  const Ran r = run(vary + " --json");
+  EXPECT_EQ(r.code, 0);
+  int lines = 0, impossible = 0;
+  for (std::size_t at = 0, end; at < r.out.size(); at = end + 1, ++lines) {
+    end = r.out.find('\n', at);
+    const Json j = Json::parse(r.out.substr(at, end - at), nullptr, false);
+    ASSERT_FALSE(j.is_discarded());
+    EXPECT_TRUE(j.at("vary").at("plan.tp").is_string());
+    if (j.contains("infeasible"))
+      EXPECT_TRUE(++impossible && j["infeasible"].is_string());
+    else
+      expect_prediction(j);
+  }
+  EXPECT_EQ(lines, 6);
+  EXPECT_EQ(impossible, 2);
+
+  const Ran csv = run(vary + " --csv");
+  EXPECT_EQ(std::count(csv.out.begin(), csv.out.end(), '\n'), 7);
+  EXPECT_EQ(csv.out.substr(0, csv.out.find('\n')),
+            "plan.tp,plan.zero,step_time_s,tokens_per_s_per_device,samples_per_s,mfu,"
+            "peak_device_bytes,fits,note");
+}
+
+TEST(Json, ReferenceHasItsKeys) {
+  const Ran r = run("reference mnist-linear --dp 4 --steps 2 --json");
+  EXPECT_EQ(r.code, 0);
+  const Json j = parsed(r);
+  EXPECT_EQ(j.at("equal_to_reference"), true);
+  EXPECT_EQ(j.at("ranks"), 4);
+  EXPECT_EQ(j.at("loss").size(), 2u);
+  EXPECT_EQ(j.at("serial_loss").size(), 2u);
+  for (const char* key : {"gradient_error", "parameter_error", "tolerance"}) expect_number(j, key);
+}
+
+/// Microseconds with six digits: whole picoseconds.
+std::int64_t picoseconds(const Json& microseconds) {
+  return std::llround(microseconds.get<double>() * 1e6);
+}
+
+TEST(Trace, EventsOfAThreadDoNotOverlapAndLieWithinTheStep) {
+  for (const auto& plan : kPlans) {
+    SCOPED_TRACE(plan);
+    TemporaryFolder folder;
+    const std::string file = folder.path() + "/trace.json";
+    const Ran r = run("simulate " + plan + " --json --trace " + file);
+    ASSERT_EQ(r.code, 0) << r.err;
+    const double step = parsed(r).at("step_time_s").get<double>();
+    const Json j = Json::parse(read(file), nullptr, false);
+    ASSERT_FALSE(j.is_discarded());
+    std::map<std::pair<int, int>, std::vector<std::pair<std::int64_t, std::int64_t>>> threads;
+    std::int64_t last = 0;
+    for (const Json& e : j.at("traceEvents")) {
+      ASSERT_TRUE(e.at("ph") == "X" || e.at("ph") == "M");
+      if (e["ph"] == "M") continue;
+      const std::int64_t start = picoseconds(e.at("ts")), end = start + picoseconds(e.at("dur"));
+      EXPECT_GE(start, 0);
+      threads[{e.at("pid"), e.at("tid")}].emplace_back(start, end);
+      last = std::max(last, end);
+      EXPECT_TRUE(e.at("name").is_string());
+      EXPECT_TRUE(e.at("args").at("block").is_string());
+    }
+    EXPECT_EQ(last, std::llround(step * 1e12));
+    int overlaps = 0;
+    for (auto& [thread, events] : threads) {
+      std::sort(events.begin(), events.end());
+      for (std::size_t k = 1; k < events.size(); ++k)
+        overlaps += events[k].first < events[k - 1].second;
+    }
+    EXPECT_EQ(overlaps, 0);
+    EXPECT_FALSE(threads.empty());
+  }
+}
+
+TEST(Trace, OfTheBestPlanIsWrittenByTheSearchAndItsPlanSaved) {
+  TemporaryFolder folder;
+  const std::string trace = folder.path() + "/trace.json", plan = folder.path() + "/plan.yaml";
+  const Ran r = run("plan gpt2 dgx-h100:1 --layers 2 --seq 128 --global-batch 8 --json --trace " +
+                    trace + " --save " + plan);
+  ASSERT_EQ(r.code, 0) << r.err;
+  EXPECT_FALSE(Json::parse(read(trace), nullptr, false).is_discarded());
+  // The saved plan predicts what the search said of it.
+  const Json best = parsed(r).at("plans").at(0);
+  const Json again =
+      parsed(run("simulate gpt2 dgx-h100:1 --layers 2 --seq 128 --json --plan " + plan));
+  EXPECT_EQ(again.at("step_time_s"), best.at("step_time_s"));
+  EXPECT_EQ(again.at("peak_device_bytes"), best.at("peak_device_bytes"));
+  EXPECT_EQ(again.at("plan"), best.at("plan"));
+}
+
+}  // namespace
+}  // namespace partita::test
