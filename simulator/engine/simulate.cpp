@@ -53,20 +53,24 @@ std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int
   return p.mesh.group(rank, k.atoms);
 }
 
-/// What makes ranks of one stage differ in work: uneven cuts, by what they leave a rank; causal
-/// attention over blocks of the sequence and operators run by one coordinate only, by coordinate.
+/// What makes ranks of one stage differ in work: uneven cuts, by what they leave a rank; state and
+/// operators of one rank of a group, by being that one; causal attention over blocks of the
+/// sequence, by coordinate.
 struct Unevenness {
   std::vector<std::pair<DimSplit, std::int64_t>> cuts;  ///< split, extent
-  std::vector<std::pair<AtomList, std::int64_t>> flat;  ///< atoms, elements
+  std::vector<BufferId> flat;                           ///< one of each layout and shape
+  std::set<AtomMask> roots;
   AtomMask coordinates = 0;
 };
 
 std::vector<Unevenness> unevenness(const Program& p) {
   std::vector<Unevenness> by_stage(p.stages.size());
-  const auto note = [&](Unevenness& u, const DimSplit& s, std::int64_t extent) {
-    if (s.atoms.empty()) return;
+  const auto even = [&](const DimSplit& s, std::int64_t extent) {
     const std::int64_t grain = p.mesh.size(s.atoms) * (s.zigzag > 0 ? 2 : 1);
-    if (s.kind != SplitKind::window && extent % grain == 0) return;
+    return s.atoms.empty() || (s.kind != SplitKind::window && extent % grain == 0);
+  };
+  const auto note = [&](Unevenness& u, const DimSplit& s, std::int64_t extent) {
+    if (even(s, extent)) return;
     const std::pair entry{s, extent};
     if (std::find(u.cuts.begin(), u.cuts.end(), entry) == u.cuts.end()) u.cuts.push_back(entry);
   };
@@ -85,16 +89,23 @@ std::vector<Unevenness> unevenness(const Program& p) {
             const bool experts = buf.routed && buf.shape[d].dim == Dim::expert;
             note(u, buf.layout.dims[d], experts ? buf.experts : buf.shape[d].extent);
           }
-          u.coordinates = static_cast<AtomMask>(u.coordinates | buf.layout.root);
+          if (buf.layout.root != 0) u.roots.insert(buf.layout.root);
           if (buf.layout.flat.empty()) return;
+          // What is flattened differs between ranks where its dimensions are cut unevenly: then one
+          // rank's remainder says nothing of another's.
           Layout whole = buf.layout;
           whole.flat.clear();
-          const std::int64_t n =
-              local_elements(p.mesh, whole, buf.shape, buf.routed, buf.experts, 0);
-          if (n % p.mesh.size(buf.layout.flat) == 0) return;
-          const std::pair entry{buf.layout.flat, n};
-          if (std::find(u.flat.begin(), u.flat.end(), entry) == u.flat.end())
-            u.flat.push_back(entry);
+          whole.root = 0;
+          bool equal = !buf.routed && local_elements(p.mesh, whole, buf.shape, false, 0, 0) %
+                                              p.mesh.size(buf.layout.flat) ==
+                                          0;
+          for (std::size_t d = 0; d < buf.shape.size(); ++d)
+            equal = equal && even(buf.layout.dims[d], buf.shape[d].extent);
+          if (equal) return;
+          const bool known = std::any_of(u.flat.begin(), u.flat.end(), [&](BufferId other) {
+            return p.buffer(other).layout == buf.layout && p.buffer(other).shape == buf.shape;
+          });
+          if (!known) u.flat.push_back(id);
         };
         for_each_read(i, buffer);
         for_each_write(i, buffer);
@@ -103,7 +114,7 @@ std::vector<Unevenness> unevenness(const Program& p) {
         for (std::size_t d = 0; d < op.cuts.size(); ++d) {
           note(u, op.cuts[d], op.signature.dims[d].extent);
         }
-        u.coordinates = static_cast<AtomMask>(u.coordinates | op.root);
+        if (op.root != 0) u.roots.insert(op.root);
         const auto* a = std::get_if<Attention>(&op.operation);
         if (a == nullptr || (!a->causal && a->window == 0)) continue;
         const auto& cut = op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))];
@@ -200,11 +211,9 @@ RankClasses classify(const Program& p, Communication& communication) {
     for (const auto& [split, extent] : u.cuts) {
       h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, r)));
     }
-    for (const auto& [atoms, held] : u.flat) {
-      DimSplit split;
-      split.atoms = atoms;
-      h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, held, r)));
-    }
+    for (const BufferId id : u.flat)
+      h = mix(h, static_cast<std::uint64_t>(local_elements(p, id, r)));
+    for (const AtomMask root : u.roots) h = mix(h, p.mesh.group_root(r, root) == r ? 1 : 2);
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
       if (has(u.coordinates, atom)) {

@@ -136,7 +136,8 @@ TEST(Execution, OtherArchitectures) {
   experts.moe.first_dense = 1;
   experts.moe.sigmoid = true;
   for (const TransformerConfig& c : {latent, query_norm, bert, experts}) {
-    SCOPED_TRACE(::testing::Message() << c.latent.key_value_rank << c.qk_norm << c.norm_after << c.moe.experts);
+    SCOPED_TRACE(::testing::Message()
+                 << c.latent.key_value_rank << c.qk_norm << c.norm_after << c.moe.experts);
     const Graph g = build_transformer(c);
     Plan p = base_plan();
     p.tp = 2;

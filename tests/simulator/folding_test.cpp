@@ -174,6 +174,48 @@ TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {
   }
 }
 
+TEST(Folding, OneRankWithAllStateIsAClassOfItsOwn) {
+  Plan plan = base_plan();
+  plan.strategy = "dataparallel";
+  plan.dp = 4;
+  plan.global_batch = 8;
+  const Program p = lowered(llama(), plan);
+  const Topology t = load_topology("dgx-h100:1");
+  expect_folds(p, t);
+  Communication network(t);
+  EXPECT_EQ(classify(p, network).classes.size(), 2u);
+}
+
+TEST(Folding, ShardsOfUnevenPartsAgreeWhereTheFirstRanksPartIsEven) {
+  // 5 rows of 8 over tp 2: 24 and 16 values; over dp 3 the first are 8 8 8, the others 6 5 5. All
+  // other tensors have a multiple of 3 values, or 2 more: 3 3 2 tells dp's first two not apart.
+  TransformerConfig c = small_config();
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = c.tied = false;
+  c.ffn = 24;
+  c.positions = 0;
+  c.vocabulary = 5;
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.dp = 3;
+  for (const int zero : {1, 2, 3}) {
+    plan.zero = zero;
+    expect_folds(lowered(build_transformer(c), plan), load_topology("dgx-h100:1"));
+  }
+}
+
+TEST(Folding, HybridShardingAndIndependentReplicasAgree) {
+  const Topology t = load_topology("dgx-h100:2");
+  Plan plan = base_plan();
+  plan.dp = 16;
+  plan.zero = 3;
+  plan.zero_group = 8;
+  expect_folds(lowered(llama(), plan), t);
+  plan = base_plan();
+  plan.strategy = "replicas";
+  plan.dp = 12;
+  expect_folds(lowered(gpt(), plan), t);
+}
+
 TEST(Folding, CausalSequencesCutWithoutZigzagAgreeLaterRanksAttendMore) {
   Plan plan = base_plan();
   plan.cp = 4;

@@ -194,6 +194,18 @@ TEST(Volumes, ShardedStateIsScatteredAndGatheredAsOftenAsTheStrategySays) {
   }
 }
 
+TEST(Volumes, ParametersKeptFromTheForwardAreGatheredOnce) {
+  const std::int64_t n = 2, m = 3;
+  Plan plan = base_plan();
+  plan.dp = n;
+  plan.zero = 3;
+  plan.reshard_after_forward = false;
+  plan.global_batch = n * m;
+  const Program p = lowered(llama(), plan);
+  EXPECT_EQ(traffic(p, 0, of_state(p, Category::buffers, CollectiveKind::all_gather)).wire,
+            m * (n - 1) * parameter_count(llama()) * kParameter / n);
+}
+
 TEST(Volumes, HybridShardingReducesShardsOverTheCopiesOnceAStep) {
   Plan plan = base_plan();
   plan.dp = 4;
