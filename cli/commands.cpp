@@ -27,8 +27,12 @@ void add_model(CLI::App& app) {
   c->add_option("--seq,--sequence-length", o->flags.sequence, "tokens per sample");
   c->add_option("--layers", o->flags.layers, "only this many blocks");
   c->add_option("--vocabulary", o->flags.vocabulary, "size of the vocabulary");
-  c->add_option("--freeze", o->flags.freeze, "parameters (patterns) that are not trained");
-  c->add_option("--lora", o->flags.lora, "linear operators (patterns) that get adapters");
+  c->add_option("--freeze", o->flags.freeze,
+                "parameters (a pattern) that are not trained; repeatable")
+      ->allow_extra_args(false);
+  c->add_option("--lora", o->flags.lora,
+                "linear operators (a pattern) that get adapters; repeatable")
+      ->allow_extra_args(false);
   c->add_option("--lora-rank", o->flags.lora_rank, "rank of the adapters");
   c->add_flag("--operators", o->operators, "list every operator");
   c->add_flag("--json", o->json, "print JSON");

@@ -49,9 +49,11 @@ void PlanFlags::add_to(CLI::App& app, bool fixed_axes) {
   app.add_flag("--materialised-attention", materialised_attention,
                "attention whose probabilities go through memory");
   app.add_option("--dropout", dropout, "dropout probability");
-  app.add_option("--freeze", freeze, "parameters (patterns) that are not trained");
+  app.add_option("--freeze", freeze, "parameters (a pattern) that are not trained; repeatable")
+      ->allow_extra_args(false);
   app.add_option("--lora", lora,
-                 "linear operators (patterns) that get adapters; all else is frozen");
+                 "linear operators (a pattern) that get adapters; all else is frozen; repeatable")
+      ->allow_extra_args(false);
   app.add_option("--lora-rank", lora_rank, "rank of the adapters");
 }
 

@@ -75,5 +75,25 @@ TEST(Cost, OfAnAllToAllIsItsBusiestLink) {
   expect_us(c.collective(CollectiveKind::all_to_all, 64_MiB, first(16)), 676.889);
 }
 
+TEST(Cost, GrowsWithThePayloadAndNeverBeatsItsBytes) {
+  Communication c(load_topology("dgx-h100:2"));
+  for (const auto kind : {CollectiveKind::all_reduce, CollectiveKind::all_gather,
+                          CollectiveKind::reduce_scatter, CollectiveKind::all_to_all}) {
+    for (const std::int64_t n : {2, 3, 8, 16}) {
+      Seconds before{0};
+      for (std::int64_t bytes = 1; bytes < std::int64_t{1} << 33; bytes *= 7) {
+        const Seconds t = c.collective(kind, Bytes{bytes}, first(n));
+        EXPECT_GE(t, before) << n << " ranks, " << bytes << " B";
+        // A GPU's NVLink and network card together.
+        const auto wire = static_cast<double>(wire_count(kind, n, Bytes{bytes}).bytes.count);
+        EXPECT_GE(t.count, wire / 500e9);
+        before = t;
+      }
+      EXPECT_EQ(c.collective(kind, Bytes{0}, first(n)), Seconds{0});
+    }
+    EXPECT_EQ(c.collective(kind, 1_GiB, first(1)), Seconds{0});
+  }
+}
+
 }  // namespace
 }  // namespace partita
