@@ -218,6 +218,7 @@ std::string search_json(const Graph& graph, const Topology& topology, const Sear
                       {"illegal", r.illegal}};
   if (r.plans.empty() && r.smallest)
     j["smallest"] = prediction_object(graph, topology, *r.smallest, assumed);
+  if (r.plans.empty() && !r.smallest) j["example_illegal"] = r.example_illegal;
   return j.dump(2) + "\n";
 }
 

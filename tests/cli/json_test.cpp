@@ -210,6 +210,15 @@ TEST(Json, WhereNothingFitsTheSmallestIsShownAndTheCodeIs1) {
   EXPECT_EQ(table.err, "");
 }
 
+TEST(Json, WhereNoPlanIsLegalOneReasonIsShownAndTheCodeIs1) {
+  const Ran r = run("plan mnist-linear dgx-h100:1 --global-batch 6 --json");
+  EXPECT_EQ(r.code, 1);
+  const Json j = parsed(r);
+  EXPECT_TRUE(j.at("plans").empty());
+  EXPECT_EQ(j.at("certificate").at("illegal"), j.at("certificate").at("space"));
+  EXPECT_NE(j.at("example_illegal").get<std::string>().find("global batch 6"), std::string::npos);
+}
+
 TEST(Json, WhatifPrintsOneObjectALineAndCsvOneLineACombination) {
   const std::string vary = "whatif gpt2 dgx-h100:1 --vary plan.tp=1,2,8 --vary plan.zero=0,1";
   const Ran r = run(vary + " --json");
