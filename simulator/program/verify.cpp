@@ -201,6 +201,7 @@ struct Walker {
     enum : char { absent, allocated, written };
     std::map<std::pair<BufferId, int>, char> state;
     std::set<std::pair<BufferId, int>> values;
+    std::map<std::pair<BufferId, int>, BufferId> holds;  // by memory: whose values are in it
     const auto persistent = [&](BufferId id) {
       const Buffer& b = p.buffer(p.memory_of(id));
       return b.scope == Scope::step && b.category != Category::workspace;
@@ -239,11 +240,18 @@ struct Walker {
           if (!(persistent(id) && state_value && own) && values.count(key(id)) == 0) {
             say(block, k, fmt::format("reads {} before it is written", p.buffer(id).name));
           }
+          const auto holder = holds.find(key(p.memory_of(id)));
+          if (holder != holds.end() && holder->second != id) {
+            say(block, k,
+                fmt::format("reads {}, which {} has overwritten in place", p.buffer(id).name,
+                            p.buffer(holder->second).name));
+          }
         });
         for_each_write(i, [&](BufferId id) {
           if (!persistent(id) && life(id) == absent)
             say(block, k, fmt::format("writes {} which is not there", p.buffer(id).name));
           values.insert(key(id));
+          holds[key(p.memory_of(id))] = id;
         });
       }
     }

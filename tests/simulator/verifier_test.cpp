@@ -219,6 +219,23 @@ TEST(Verifier, AKernelReadsTheSummandInsteadOfTheSum) {
   expect_rejected(p, "reads embedding, a sum that is still owed");
 }
 
+TEST(Verifier, ASummandIsReadAfterItsSumTookItsPlace) {
+  Plan plan = base_plan();
+  plan.tp = 2;
+  Program p = lowered(gpt(), plan);
+  Block& b = block_of(p, BlockKind::forward, 0);
+  const std::size_t at = find(b, collective_is(CollectiveKind::all_reduce));
+  const BufferId summand = b.instructions[at].reads[0];
+  Instruction again;
+  again.kind = Kind::compute;
+  again.kernel = Kernel::add;
+  again.reads = {summand};
+  again.writes = {b.instructions[at].writes[0]};
+  b.instructions.insert(b.instructions.begin() + static_cast<std::ptrdiff_t>(at) + 1, again);
+  expect_rejected(p, "reads " + p.buffer(summand).name + ", which " + p.buffer(summand).name +
+                         " has overwritten in place");
+}
+
 TEST(Verifier, TheOptimizerReadsAGradientThatIsStillOwed) {
   Plan plan = base_plan();
   plan.dp = 2;
