@@ -54,8 +54,7 @@ constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t parts) {
 }
 constexpr Bytes ceil_div(Bytes n, std::int64_t parts) { return Bytes{ceil_div(n.count, parts)}; }
 
-/// Whole picoseconds that cover `t`, rounded up once; throws InternalError unless 0 <= t < 106
-/// days.
+/// Whole picoseconds that cover `t` >= 0, rounded up once; InputError from 106 days on.
 Ticks to_ticks(Seconds t);
 constexpr Seconds to_seconds(Ticks t) { return Seconds{static_cast<double>(t.count) * 1e-12}; }
 

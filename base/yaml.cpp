@@ -235,7 +235,8 @@ std::string scaled_text(const std::string& old, const std::string& value, const 
   const auto [end, error] = std::from_chars(value.data() + 1, value.data() + value.size(), factor);
   if (error != std::errc{} || end != value.data() + value.size()) return value;
   const auto [rest, bad] = std::from_chars(old.data(), old.data() + old.size(), number);
-  if (bad != std::errc{}) throw InputError(path, fmt::format("'{}' cannot be multiplied by {}", old, factor));
+  if (bad != std::errc{})
+    throw InputError(path, fmt::format("'{}' cannot be multiplied by {}", old, factor));
   return fmt::format("{}{}", number * factor, std::string(rest, old.data() + old.size()));
 }
 
@@ -249,9 +250,11 @@ void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const 
   };
   const auto fail = [&](std::string_view word) {
     const auto keys = here();
-    throw InputError(edit.path, fmt::format("'{}' is not in {}{}; there: {}", word, file, did_you_mean(word, keys),
-                                            node.IsSequence() ? fmt::format("a list of {}", node.size())
-                                                              : fmt::format("{}", fmt::join(keys, ", "))));
+    throw InputError(
+        edit.path,
+        fmt::format("'{}' is not in {}{}; there: {}", word, file, did_you_mean(word, keys),
+                    node.IsSequence() ? fmt::format("a list of {}", node.size())
+                                      : fmt::format("{}", fmt::join(keys, ", "))));
   };
   if (rest.empty()) {
     YAML::Node target = node;
@@ -273,7 +276,8 @@ void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const 
       bool match = selector == "*" || selector == std::to_string(i);
       if (equals != std::string::npos && node[i].IsMap()) {
         const YAML::Node member = node[i][selector.substr(0, equals)];
-        match = member.IsDefined() && member.IsScalar() && member.Scalar() == selector.substr(equals + 1);
+        match = member.IsDefined() && member.IsScalar() &&
+                member.Scalar() == selector.substr(equals + 1);
       }
       if (!match) continue;
       any = true;
@@ -285,12 +289,14 @@ void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const 
   const auto stop = rest.find_first_of(".[");
   const std::string key(rest.substr(0, stop));
   if (!node.IsMap() || !node[key].IsDefined()) fail(key);
-  set_at(node[key], stop == std::string_view::npos ? std::string_view{} : rest.substr(stop), edit, file);
+  set_at(node[key], stop == std::string_view::npos ? std::string_view{} : rest.substr(stop), edit,
+         file);
 }
 
 }  // namespace
 
-std::string yaml_with(const std::string& body, const std::vector<YamlEdit>& edits, const std::string& file) {
+std::string yaml_with(const std::string& body, const std::vector<YamlEdit>& edits,
+                      const std::string& file) {
   if (edits.empty()) return body;
   YAML::Node root;
   try {

@@ -130,7 +130,11 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
     }
     const std::int64_t grain = cuts[d].zigzag > 0 ? 2 : 1;
     if (dim.extent < parts * grain || (must_divide(dim.dim) && dim.extent % (parts * grain) != 0)) {
-      const std::string what = dim.dim == Dim::head ? "heads" : std::string(name(dim.dim));
+      const std::string what = dim.dim == Dim::head       ? "heads"
+                               : dim.dim == Dim::expert   ? "experts"
+                               : dim.dim == Dim::sample   ? "samples"
+                               : dim.dim == Dim::sequence ? "tokens"
+                                                          : std::string(name(dim.dim));
       return Infeasible{fmt::format(
           "{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what, op.name,
           divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))))};
@@ -338,7 +342,7 @@ std::vector<ReshardStep> reshard(const Layout& from, const Layout& to) {
       }
       if (now.dims[d].zigzag != goal.dims[d].zigzag || keep < now.dims[d].zigzag) keep = 0;
       const AtomList gone(now.dims[d].atoms.begin() + static_cast<std::ptrdiff_t>(keep),
-                                     now.dims[d].atoms.end());
+                          now.dims[d].atoms.end());
       now.dims[d].atoms.resize(keep);
       if (keep == 0) now.dims[d].zigzag = 0;
       emit(CollectiveKind::all_gather, mask_of(gone));

@@ -16,6 +16,8 @@ std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
   return h ^ (h >> 33);
 }
 
+constexpr std::int64_t kLastTick = 9'200'000'000'000'000'000;
+
 /// One kind of group that ranks of a stage belong to.
 struct GroupKind {
   AtomMask atoms = 0;
@@ -701,6 +703,11 @@ class Engine {
       if (m->start > start) start = m->start, cause = nullptr;
     } else if (step.kind == Kind::send) {
       messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] = start;
+    }
+    if (start > kLastTick - step.ticks) {
+      throw InputError("time",
+                       "the step would take longer than the 106 days of event time; use fewer "
+                       "micro-batches or a faster device");
     }
     const std::int64_t end = start + step.ticks;
     if (step.stream == kComputeStream) {

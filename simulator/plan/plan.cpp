@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <numeric>
 
 #include "base/unit_text.h"
@@ -165,9 +166,11 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   }
   if (plan.global_batch == 0) plan.global_batch = plan.micro_batch * plan.dp;
   if (plan.global_batch % (plan.micro_batch * plan.dp) != 0) {
-    return no(
-        fmt::format("global batch {} is not a multiple of micro-batch {} x data parallel {} = {}",
-                    plan.global_batch, plan.micro_batch, plan.dp, plan.micro_batch * plan.dp));
+    const std::int64_t step = plan.micro_batch * plan.dp, below = plan.global_batch / step * step;
+    return no(fmt::format(
+        "global batch {} is not a multiple of micro-batch {} x data parallel {} = {}; use {}{}",
+        plan.global_batch, plan.micro_batch, plan.dp, step,
+        below > 0 ? fmt::format("{} or ", below) : "", below + step));
   }
   if (plan.zero < 0 || plan.zero > 3)
     return no(fmt::format("ZeRO stage {} is not 0, 1, 2 or 3", plan.zero));
@@ -187,11 +190,14 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   }
   if (plan.schedule == Schedule::interleaved && plan.micro_batches() % plan.pp != 0) {
     return no(fmt::format(
-        "the interleaved schedule needs micro-batches ({}) divisible by pipeline parallel {}",
-        plan.micro_batches(), plan.pp));
+        "the interleaved schedule needs micro-batches ({}) divisible by pipeline parallel {}; use "
+        "a global batch of {}",
+        plan.micro_batches(), plan.pp,
+        ceil_div(plan.micro_batches(), plan.pp) * plan.pp * plan.micro_batch * plan.dp));
   }
   if (plan.ep > 1 && !has_experts(graph)) {
-    return no(fmt::format("expert parallel {} needs experts; {} has none", plan.ep, graph.name));
+    return no(fmt::format("expert parallel {} needs experts; {} has none: use --ep 1", plan.ep,
+                          graph.name));
   }
   if (plan.etp == 0) plan.etp = plan.tp;
   if (plan.etp != plan.tp && plan.etp != 1) {
@@ -303,6 +309,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     rules.push_back({std::move(pattern), dim, std::move(axis), zig, unused});
   };
   if (plan.strategy == "spatial") {
+    if (plan.cp * plan.ep != 1) {
+      return no(fmt::format("strategy spatial cuts images over tp; use cp and ep 1, got {} and {}",
+                            plan.cp, plan.ep));
+    }
     // Dryden et al., IPDPS 2019: the image's height is cut; everything after the plane is data
     // parallel.
     rule("*", Dim::height, "tp");
@@ -427,10 +437,9 @@ void set_recompute(Plan& plan, std::string_view word, const std::string& place) 
   } else if (word.substr(0, 6) == "first:") {
     plan.recompute = Recompute::first;
     std::int64_t n = -1;
-    try {
-      n = std::stoll(std::string(word.substr(6)));
-    } catch (const std::exception&) {
-    }
+    const std::string_view digits = word.substr(6);
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), n);
+    if (error != std::errc{} || end != digits.data() + digits.size()) n = -1;
     if (n < 0)
       throw InputError(place, fmt::format("'{}' needs a number of blocks, like first:4", word));
     plan.recompute_first = n;
@@ -592,6 +601,37 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, p.precision_name);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
+  if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);
+  s += fmt::format(
+      "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
+      exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
+  s += fmt::format("context_exchange: {}\n",
+                   p.context == Plan::ContextExchange::all_gather   ? "all_gather"
+                   : p.context == Plan::ContextExchange::all_to_all ? "all_to_all"
+                                                                    : "ring");
+  const auto quoted = [](const std::vector<std::string>& list) {
+    std::string all;
+    for (const auto& item : list) all += fmt::format("{}'{}'", all.empty() ? "" : ", ", item);
+    return all;
+  };
+  if (!p.freeze.empty()) s += fmt::format("freeze: [{}]\n", quoted(p.freeze));
+  if (!p.lora.empty())
+    s += fmt::format("lora: {{patterns: [{}], rank: {}}}\n", quoted(p.lora), p.lora_rank);
+  const Optimizer& o = p.optimizer;
+  s += o.kind == OptimizerKind::sgd
+           ? fmt::format("optimizer: {{kind: sgd, learning_rate: {}, momentum: {}}}\n",
+                         o.learning_rate, o.momentum)
+           : fmt::format(
+                 "optimizer: {{kind: adam, learning_rate: {}, beta1: {}, beta2: {}, epsilon: {}, "
+                 "weight_decay: {}}}\n",
+                 o.learning_rate, o.beta1, o.beta2, o.epsilon, o.weight_decay);
+  if (!p.user_rules.empty()) {
+    s += "shard:\n";
+    for (const ShardingRule& r : p.user_rules) {
+      s += fmt::format("  - {{operators: '{}', dim: {}, axis: {}}}\n", r.pattern, name(r.dim),
+                       r.axis);
+    }
+  }
   return s;
 }
 
