@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <fstream>
 #include <limits>
 
 #include "runtime/reference/interpreter.h"
@@ -72,6 +73,21 @@ TEST(ReferencePage, OptimizersAreThoseOfPyTorch) {
   std::vector<double> w{1}, m{0}, s{0};
   reference::optimizer_update(adam, 0, w, {7}, {&m, &s});
   EXPECT_DOUBLE_EQ(w[0], 0.95 - 0.1);
+}
+
+TEST(PlanFile, WhatIsSavedIsReadBack) {
+  std::mt19937 rng{20261127};
+  const std::string file = ::testing::TempDir() + "partita_plan.yaml";
+  for (int i = 0; i < 200; ++i) {
+    Plan p = random_plan(rng);
+    if (i % 3 == 0) p.freeze = {"embedding*", "layers.0.*"};
+    if (i % 5 == 0) p.lora = {"*query"}, p.lora_rank = 4;
+    if (i % 7 == 0) p.user_rules = {{"layers.1.*", Dim::sample, "tp", false, false}};
+    if (i % 2 == 0) p.optimizer.kind = OptimizerKind::adam;
+    const std::string text = to_yaml(p);
+    std::ofstream(file) << text;
+    EXPECT_EQ(to_yaml(load_plan(file)), text);
+  }
 }
 
 TEST(PlanPage, UnevenBlocks) {
