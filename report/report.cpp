@@ -66,6 +66,13 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["peak_memory_bytes"] = p.peak_allocated.count;
   j["usable_memory_bytes"] = p.usable.count;
   j["peak_at"] = p.peak_at;
+  j["alive_at_peak"] = Json::array();
+  for (const Alive& a : p.alive) {
+    j["alive_at_peak"].push_back({{"category", std::string(name(a.category))},
+                                  {"owner", a.owner},
+                                  {"bytes", a.bytes.count},
+                                  {"buffers", a.buffers}});
+  }
   j["fits"] = p.fits;
   j["memory_bytes_by_stage"] = Json::array();
   for (const StageMemory& s : p.memory_by_stage) {
@@ -196,6 +203,20 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
     memory.push_back(line);
   }
   out += "\n" + align(memory) + "  at " + p.peak_at + "\n";
+  constexpr std::size_t kShown = 8;
+  std::vector<std::vector<std::string>> alive{
+      {"largest at the peak", "category", "memory", "buffers"}};
+  for (std::size_t k = 0; k < std::min(kShown, p.alive.size()); ++k) {
+    const Alive& a = p.alive[k];
+    alive.push_back(
+        {"  " + a.owner, std::string(name(a.category)), text(a.bytes), grouped(a.buffers)});
+  }
+  if (p.alive.size() > kShown) {
+    Bytes rest{0};
+    for (std::size_t k = kShown; k < p.alive.size(); ++k) rest += p.alive[k].bytes;
+    alive.push_back({fmt::format("  {} more", p.alive.size() - kShown), "", text(rest), ""});
+  }
+  out += "\n" + align(alive);
 
   std::vector<std::vector<std::string>> rests{{"what this rests on", "kind", "share"}};
   for (const RestsOn& r : p.rests_on) rests.push_back({"  " + r.term, r.kind, percent(r.share)});

@@ -900,6 +900,69 @@ class Engine {
 
 }  // namespace
 
+std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
+                                 const MemoryUse& use) {
+  std::map<std::pair<Category, std::string>, Alive> all;
+  const auto add = [&](BufferId id, std::int64_t sign) {
+    const Buffer& b = p.buffer(id);
+    // "layers.3.attention.query" belongs to block 3.
+    std::string owner = b.name;
+    constexpr std::string_view kBlocks = "layers.";
+    if (owner.compare(0, kBlocks.size(), kBlocks) == 0) {
+      owner = owner.substr(0, owner.find('.', kBlocks.size()));
+    }
+    Alive& a = all[{b.category, owner}];
+    a.category = b.category;
+    a.owner = owner;
+    a.bytes += Bytes{sign * local_bytes(p, id, rank_class.representative).count};
+    a.buffers += sign;
+  };
+  const auto& calls = p.stages[static_cast<std::size_t>(rank_class.stage)];
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : calls) blocks.insert(call.block);
+  std::vector<char> counted(p.buffers.size(), 0);
+  Bytes level{0};
+  for (const BlockId b : blocks) {
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      const auto note = [&](BufferId id) {
+        const Buffer& buffer = p.buffer(id);
+        if (counted[id.index()] || buffer.alias >= 0 || buffer.scope != Scope::step ||
+            buffer.category == Category::workspace) {
+          return;
+        }
+        counted[id.index()] = 1;
+        add(id, 1);
+        level += local_bytes(p, id, rank_class.representative);
+      };
+      for_each_read(i, note);
+      for_each_write(i, note);
+    }
+  }
+  const auto reached = [&](const BlockCall& call) {
+    return level == use.peak && call.block.value == use.peak_block &&
+           call.micro_batch == use.peak_micro_batch;
+  };
+  bool done = false;
+  for (std::size_t c = 0; c < calls.size() && !done; ++c) {
+    for (const Instruction& i : p.blocks[calls[c].block.index()].instructions) {
+      if (done = done || reached(calls[c]); done) break;
+      if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
+      const std::int64_t sign = i.kind == Kind::allocate ? 1 : -1;
+      for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
+        add(id, sign);
+        level += Bytes{sign * local_bytes(p, id, rank_class.representative).count};
+      }
+    }
+  }
+  std::vector<Alive> list;
+  for (auto& [key, a] : all) {
+    if (a.bytes.count > 0) list.push_back(std::move(a));
+  }
+  std::stable_sort(list.begin(), list.end(),
+                   [](const Alive& a, const Alive& b) { return b.bytes < a.bytes; });
+  return list;
+}
+
 Timeline simulate(const Program& program, Communication& communication,
                   const SimulateOptions& options) {
   return Engine(program, communication, options).run();

@@ -46,6 +46,18 @@ struct MemoryUse {
   std::int32_t peak_micro_batch = -1;
 };
 
+/// Memory alive at a class's peak, summed over what belongs together.
+struct Alive {
+  Category category = Category::activations;
+  std::string owner;  ///< "layers.3", or the buffer's name where no block owns it
+  Bytes bytes;
+  std::int64_t buffers = 0;
+};
+/// What was there when `use` peaked, largest first: state, and every micro-batch's buffers in
+/// flight.
+std::vector<Alive> alive_at_peak(const Program& program, const RankClass& rank_class,
+                                 const MemoryUse& use);
+
 /// Where one class's compute stream spends the step; every instant in exactly one entry.
 struct Breakdown {
   std::map<std::string, Ticks> compute;  ///< by operator kind

@@ -134,6 +134,13 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                           .usable_memory);
   }
   for (const auto& [s, m] : by_stage) r.memory_by_stage.push_back(m);
+  if (!only_if_fits) {
+    std::size_t most = 0;
+    for (std::size_t c = 1; c < t.classes.size(); ++c) {
+      if (t.memory[c].peak > t.memory[most].peak) most = c;
+    }
+    r.alive = alive_at_peak(*program, t.classes[most], t.memory[most]);
+  }
   // PyTorch's caching allocator reserves segments of at least 2 MiB; fragmentation is not modelled
   // yet.
   r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
@@ -298,6 +305,10 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       result.plans.begin(), result.plans.end(),
       [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
   if (result.plans.size() > keep) result.plans.resize(keep);
+  for (Prediction& p : result.plans) {
+    // What is shown gets the details that the ranking did not need.
+    if (auto whole = predict(graph, p.plan, *communications[0])) p = std::move(*whole);
+  }
   if (result.plans.empty() && result.smallest) {
     // It was only weighed; people want to know its time as well.
     if (auto whole = predict(graph, result.smallest->plan, *communications[0]))

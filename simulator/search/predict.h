@@ -36,8 +36,9 @@ struct Prediction {
   Bytes peak_allocated, peak_reserved, peak_device, usable;
   bool fits = false;
   std::vector<StageMemory> memory_by_stage;
-  std::string peak_at;  ///< stage and block of the peak
-  Breakdown breakdown;  ///< of the class that ends last
+  std::vector<Alive> alive;  ///< at the peak of the stage that needs most
+  std::string peak_at;       ///< stage and block of the peak
+  Breakdown breakdown;       ///< of the class that ends last
   std::vector<RestsOn> rests_on;
   std::size_t classes = 0;
   std::int64_t instructions = 0;

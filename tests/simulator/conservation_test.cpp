@@ -382,5 +382,29 @@ TEST(Conservation, EveryInstantOfTheStepIsInOneClass) {
   }
 }
 
+TEST(Memory, WhatIsAliveAtThePeakSumsToThePeak) {
+  std::mt19937 rng{20261128};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
+  Communication communication(load_topology("dgx-h100:4"));
+  int checked = 0;
+  while (checked < 40) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    const auto plan = complete(g, random_plan(rng));
+    if (!plan || plan->ranks() > 32) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    ++checked;
+    const Timeline t = simulate(*program, communication);
+    for (std::size_t c = 0; c < t.classes.size(); ++c) {
+      std::array<Bytes, kCategoryCount> sum{};
+      for (const Alive& a : alive_at_peak(*program, t.classes[c], t.memory[c])) {
+        sum[static_cast<std::size_t>(a.category)] += a.bytes;
+        EXPECT_GT(a.buffers, 0) << a.owner;
+      }
+      EXPECT_EQ(sum, t.memory[c].at_peak);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace partita
