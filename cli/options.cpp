@@ -242,6 +242,7 @@ ModelOptions model_options(const PlanFlags& f) {
   o.sequence = number(f.sequence, "--seq", 100'000'000);
   o.layers = static_cast<int>(number(f.layers, "--layers", 100'000));
   o.vocabulary = number(f.vocabulary, "--vocabulary", 1'000'000'000);
+  o.edits = f.model_edits;
   o.flash_attention = !f.materialised_attention;
   if (f.dropout) {
     if (!(*f.dropout >= 0 && *f.dropout < 1))  // also refuses nan

@@ -30,6 +30,7 @@ struct PlanFlags {
   std::optional<std::int64_t> sequence, layers, vocabulary;
   bool materialised_attention = false;
   std::optional<double> dropout;
+  std::vector<YamlEdit> model_edits;  ///< whatif only
 
   void add_to(CLI::App& app, bool fixed_axes);
 };

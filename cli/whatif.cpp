@@ -103,9 +103,11 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
     s.flags.layers = whole(value, path);
   } else if (root == "model" && key == "vocabulary") {
     s.flags.vocabulary = whole(value, path);
+  } else if (root == "model") {
+    s.flags.model_edits.push_back({key, value});
   } else {
     throw InputError("--vary", fmt::format("'{}' is not known; use model, model.sequence, "
-                                           "model.layers, model.vocabulary, topology, "
+                                           "model.layers, model.vocabulary, model.PATH, topology, "
                                            "topology.nodes, topology.PATH, device.PATH or plan.KEY",
                                            path));
   }
@@ -287,7 +289,7 @@ void add_whatif(CLI::App& app, int& code) {
   c->add_option("--vary", o->vary,
                 "PATH=v1,v2: plan.tp=2,4; device.memory_bandwidth=x0.5,x1; topology.nodes=8,16; "
                 "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s,50 GB/s'; "
-                "model.sequence=4096,8192; repeatable, crossed")
+                "model.sequence=4096,8192; model.transformer.ffn=x1,x2; repeatable, crossed")
       ->allow_extra_args(false);
   c->add_flag("--json", o->json, "print JSON lines");
   c->add_flag("--csv", o->csv, "print CSV");

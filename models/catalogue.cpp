@@ -92,12 +92,23 @@ Graph load_model(const std::string& text, const ModelOptions& options) {
   std::error_code ignored;
   if (extension == ".json") return import_hugging_face(text, options);
   if (extension == ".yaml" || extension == ".yml") return load_model_file(text, options);
-  if (extension == ".onnx") return import_onnx(text, options);
+  const auto reject_edits = [&] {
+    if (options.edits.empty()) return;
+    throw InputError(options.edits[0].path,
+                     fmt::format("{} has no YAML or config.json to change; use a model "
+                                 "that has one",
+                                 text));
+  };
+  if (extension == ".onnx") {
+    reject_edits();
+    return import_onnx(text, options);
+  }
   if (std::filesystem::is_directory(path, ignored)) {
     return import_hugging_face((path / "config.json").string(), options);
   }
   for (const auto& model : kCodedModels) {
     if (model.name != text) continue;
+    reject_edits();
     reject_transformer_options(text, options);
     return model.build(options);
   }

@@ -28,7 +28,7 @@ constexpr std::int64_t kLongestDefaultSequence = 8192;
 
 class JsonFile {
  public:
-  explicit JsonFile(const std::string& path) : path_(path) {
+  JsonFile(const std::string& path, const std::vector<YamlEdit>& edits) : path_(path) {
     const std::string body = read_file(path);
     if (body.find_first_not_of(" \t\r\n") == std::string::npos) throw InputError(path, "is empty");
     try {
@@ -37,6 +37,17 @@ class JsonFile {
       throw InputError(path, fmt::format("is not JSON: {}", e.what()));
     }
     if (!root_.is_object()) throw InputError(path, "must be a JSON object, as config.json is");
+    for (const YamlEdit& edit : edits) {
+      if (!root_.contains(edit.path)) {
+        std::vector<std::string> keys;
+        for (const auto& [key, value] : root_.items()) keys.push_back(key);
+        throw InputError(
+            edit.path, fmt::format("is not in {}{}; there: {}", path, did_you_mean(edit.path, keys),
+                                   fmt::join(keys, ", ")));
+      }
+      Json value = Json::parse(edit.value, nullptr, false);
+      root_[edit.path] = value.is_discarded() ? Json(edit.value) : value;
+    }
   }
 
   std::int64_t number(const char* key, std::int64_t lowest = 1,
@@ -479,7 +490,7 @@ constexpr std::array<ModelType, 13> kModelTypes{{{"bert", bert},
 
 Graph import_hugging_face(const std::string& path, const ModelOptions& options) {
   check_options(options);
-  const JsonFile file(path);
+  const JsonFile file(path, options.edits);
   const std::string type = file.word("model_type");
   std::vector<std::string> known;
   for (const ModelType& candidate : kModelTypes) {

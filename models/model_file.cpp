@@ -456,7 +456,8 @@ class LayerList {
 
 Graph load_model_file(const std::string& path, const ModelOptions& options) {
   check_options(options);
-  const YamlNode root = YamlNode::load_file(path, "partita.model/1");
+  const YamlNode root =
+      YamlNode::load_text(yaml_with(read_file(path), options.edits, path), path, "partita.model/1");
   std::string name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("name")) name = n->as_string();
   root.find("source");

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/yaml.h"
 #include "models/graph.h"
 
 namespace partita {
@@ -17,6 +18,9 @@ struct ModelOptions {
   std::int64_t vocabulary = 0;  ///< > 0: tokens, or classes of an image network
   bool flash_attention = true;  ///< false: sequence x sequence probabilities go through memory
   double dropout = -1;          ///< < 0: the model's default, which is 0
+  /// What-if changes to the file behind the model: paths of its YAML ("transformer.hidden"),
+  /// top-level keys of a config.json ("hidden_size"). Other models take none.
+  std::vector<YamlEdit> edits;
 };
 
 /// A catalogue name, or the path of a Hugging Face config.json (or the folder it is in), of a YAML

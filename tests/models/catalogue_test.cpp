@@ -256,5 +256,13 @@ TEST(Catalogue, AMultiTokenPredictionHeadIsWellFormed) {
   }
 }
 
+TEST(Models, WhatIfChangesReachTheFile) {
+  // Twice the feed-forward width: 3 matrices of 4096 x 14336 more in each of 32 blocks.
+  ModelOptions options;
+  options.edits = {{"transformer.ffn", "x2"}};
+  EXPECT_EQ(parameter_count(load_model("llama-3-8b", options)),
+            8'030'261'248 + 32LL * 3 * 4096 * 14336);
+}
+
 }  // namespace
 }  // namespace partita
