@@ -77,16 +77,21 @@ struct Common {
   std::int64_t top = 5;
 };
 
-/// Simulates once more with every event recorded. Longer ones no viewer opens.
-void trace(const std::string& file, const Graph& g, const Prediction& p,
-           Communication& communication) {
+/// Longer traces no viewer opens.
+void refuse_long_trace(std::int64_t instructions) {
   constexpr std::int64_t kMostEvents = 4'000'000;
-  if (p.instructions > kMostEvents) {
+  if (instructions > kMostEvents) {
     throw InputError("--trace", fmt::format("the step has {} instructions; a trace takes up to {}: "
                                             "use a smaller --global-batch or a larger "
                                             "--micro-batch",
-                                            grouped(p.instructions), grouped(kMostEvents)));
+                                            grouped(instructions), grouped(kMostEvents)));
   }
+}
+
+/// Simulates once more with every event recorded.
+void trace(const std::string& file, const Graph& g, const Prediction& p,
+           Communication& communication) {
+  refuse_long_trace(p.instructions);
   Timeline timeline;
   Program program;
   predict(g, p.plan, communication, &timeline, &program);
@@ -132,6 +137,13 @@ void add_simulate(CLI::App& app) {
     settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
     const Graph g = load_graph(o->model, o->flags, plan);
     Communication communication(t);
+    if (!o->trace.empty()) {
+      // Before half a billion events are played to find that out.
+      if (const auto complete_plan = complete(g, plan)) {
+        if (const auto program = lower(g, *complete_plan))
+          refuse_long_trace(timed_instructions(*program));
+      }
+    }
     const auto prediction = predict(g, plan, communication);
     if (!prediction) throw InputError("plan", prediction.reason());
     if (!o->trace.empty()) trace(o->trace, g, *prediction, communication);

@@ -70,4 +70,18 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
   return b.element_bytes > 0 ? Bytes{n * b.element_bytes} : storage(b.type, n);
 }
 
+std::int64_t timed_instructions(const Program& program) {
+  std::vector<std::int64_t> in_block;
+  for (const Block& b : program.blocks) {
+    in_block.push_back(std::count_if(
+        b.instructions.begin(), b.instructions.end(),
+        [](const Instruction& i) { return i.kind != Kind::allocate && i.kind != Kind::free; }));
+  }
+  std::int64_t n = 0;
+  for (const auto& calls : program.stages) {
+    for (const BlockCall& call : calls) n += in_block[call.block.index()];
+  }
+  return n;
+}
+
 }  // namespace partita

@@ -214,6 +214,10 @@ struct Program {
 std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 
+/// Instructions that take time, over one rank of every stage: events of a step folded to one class
+/// per stage, at least.
+std::int64_t timed_instructions(const Program& program);
+
 /// What is wrong with the program, one line each; empty for a program that can run:
 /// every buffer is written before it is read and freed once or kept, layouts of collectives fit
 /// their kind, operands are cut as their operator is and owe nothing, every send has its receive
