@@ -2,29 +2,48 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "models/graph.h"
+#include "runtime/reference/interpreter.h"
 #include "simulator/program/program.h"
 
 namespace partita::reference {
+
+/// How a program's run gets its parameters, data and random numbers, so that the serial network has
+/// the same.
+RunOptions options_for(const Graph& graph, const Program& program, int steps, std::uint64_t seed);
+
+/// The reference semantics of a synchronous lossless plan: the whole batch in one process, once per
+/// independent replica, with the program's optimizer. `batch_norm_groups`: data-parallel ranks,
+/// whose local batch norms are imitated.
+RunResult train_serially(const Graph& graph, const Program& program, int steps, std::uint64_t seed,
+                         int batch_norm_groups);
 
 struct Comparison {
   struct Step {
     double plan_loss = 0, serial_loss = 0;
   };
-  std::vector<Step> steps;
+  std::vector<Step> steps;  ///< of the first replica
   /// Largest difference over all gradients of the last step and all final parameters, relative to
   /// the largest value of the tensor concerned; the tensor's name.
-  double gradient_error = 0, parameter_error = 0;
+  double loss_error = 0, gradient_error = 0, parameter_error = 0;
   std::string worst_gradient, worst_parameter;
   double tolerance = 0;
   bool equal = false;
 };
+Comparison compare(const Graph& graph, const RunResult& run, const RunResult& serial,
+                   double tolerance);
 
-/// Trains `steps` steps of synthetic data under the program and serially, with the program's
-/// optimizer. `batch_norm_groups`: data-parallel ranks, whose local batch norms the serial run
-/// imitates.
+/// Doubles, sums in another order: a few thousand roundings per step, amplified by the steps before.
+inline double tolerance_in_double(int steps) { return 1e-9 * steps; }
+
+/// The same in fp32: ε · Σ (K + 8) over the operators of the longest path, per step
+/// (docs/execution.md, "Rounding").
+double tolerance_in_single(const Program& program, int steps);
+
+/// Interprets the program and compares.
 Comparison compare_with_serial(const Graph& graph, const Program& program, int steps,
                                std::uint64_t seed, int batch_norm_groups);
 

@@ -1,0 +1,1044 @@
+#include "runtime/execute/executor.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <optional>
+#include <set>
+
+#include "runtime/cpu/kernels.h"
+#include "runtime/execute/memory.h"
+#include "runtime/execute/pieces.h"
+
+namespace partita::execute {
+namespace {
+
+using cpu::Arguments;
+using cpu::Row;
+using cpu::Tensor;
+using Clock = std::chrono::steady_clock;
+
+constexpr std::int64_t kCollectiveTag = 0, kTieTag = 1, kResultTag = 2, kFirstMessageTag = 3;
+
+/// What one buffer's instance holds.
+struct Instance {
+  std::byte* data = nullptr;
+  std::int64_t bytes = 0;
+  std::vector<Row> rows;  ///< of a routed buffer
+};
+
+/// One pair of a collective: what goes out of `from` and into `to`, by member.
+struct Part {
+  BufferId from, to;
+  std::vector<std::vector<Run>> out, in;
+  bool adds_up = false;  ///< overlapping windows meet: what arrives is added
+};
+
+/// A collective of dense buffers, worked out once.
+struct Prepared {
+  std::vector<int> group;
+  int me = 0;
+  std::vector<Part> parts;
+  std::vector<std::int64_t> offsets, send_offsets;
+  bool routed = false;
+};
+
+void pack(const std::vector<Run>& runs, const float* from, float*& to) {
+  for (const Run& r : runs) {
+    std::memcpy(to, from + r.offset, static_cast<std::size_t>(r.count) * sizeof(float));
+    to += r.count;
+  }
+}
+void unpack(const std::vector<Run>& runs, const float*& from, float* to, bool add) {
+  for (const Run& r : runs) {
+    if (add) {
+      for (std::int64_t i = 0; i < r.count; ++i) to[r.offset + i] += from[i];
+    } else {
+      std::memcpy(to + r.offset, from, static_cast<std::size_t>(r.count) * sizeof(float));
+    }
+    from += r.count;
+  }
+}
+
+class Executor {
+ public:
+  Executor(const Program& p, Transport& transport, const Options& o)
+      : p_(p), transport_(transport), o_(o), rank_(transport.rank()) {
+    PARTITA_ASSERT(p.mesh.ranks() == transport.size(),
+                   fmt::format("{} ranks for {}", transport.size(), p.mesh.ranks()));
+    stage_ = p.stage_of(rank_);
+    slots_.resize(p.buffers.size());
+    boxes_.resize(p.buffers.size());
+    offset_.assign(p.buffers.size(), 0);
+    prepare();
+  }
+  ~Executor() {
+    for (std::size_t b = 0; b < slots_.size(); ++b) {
+      for (Instance& i : slots_[b]) memory_.give_back(p_.buffers[b].category, i.data, i.bytes);
+    }
+  }
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  RankResult run() {
+    losses_.clear();
+    const int all = o_.warm_up + o_.steps;
+    for (step_ = 0; step_ < all; ++step_) {
+      last_step_ = step_ + 1 == all;
+      transport_.doing("the start of a step");
+      transport_.barrier();
+      transport_.reset_traffic();
+      if (step_ == o_.warm_up) memory_.forget_peak();
+      const auto start = Clock::now();
+      step_start_ = start;
+      losses_.push_back(0);
+      if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
+      one_step();
+      const std::chrono::duration<double> took = Clock::now() - start;
+      if (step_ >= o_.warm_up) result_.measured.step_s.push_back(took.count());
+    }
+    result_.measured.rank = rank_;
+    result_.measured.traffic = transport_.traffic();
+    result_.measured.peak = memory_.peak();
+    result_.measured.at_peak = memory_.at_peak();
+    collect();
+    return std::move(result_);
+  }
+
+ private:
+  // ---- what does not change between steps ------------------------------------------------------
+  const Box& box(BufferId id) {
+    auto& b = boxes_[id.index()];
+    if (!b) b = std::make_unique<Box>(box_of(p_, id, rank_));
+    return *b;
+  }
+  std::int64_t width(const Buffer& b) const {
+    return b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
+  }
+
+  void prepare() {
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) blocks.insert(call.block);
+    kernels_.resize(p_.blocks.size());
+    collectives_.resize(p_.blocks.size());
+    std::vector<char> state(p_.buffers.size(), 0);
+    for (const BlockId id : blocks) {
+      const Block& block = p_.blocks[id.index()];
+      kernels_[id.index()].resize(block.instructions.size());
+      collectives_[id.index()].resize(block.instructions.size());
+      for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+        const Instruction& i = block.instructions[k];
+        const auto note = [&](BufferId b) { prepare_buffer(b, state); };
+        for_each_read(i, note);
+        for_each_write(i, note);
+        if (i.kind == Kind::compute && i.op >= 0) {
+          const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+          if (p_.mesh.group_root(rank_, op.root) == rank_)
+            kernels_[id.index()][k].emplace(context(op, i));
+        }
+        if (i.kind == Kind::collective || i.kind == Kind::slice)
+          collectives_[id.index()][k] = prepare_collective(i);
+      }
+    }
+  }
+
+  /// Places the buffer in memory: state now, others when their instruction says so.
+  void prepare_buffer(BufferId id, std::vector<char>& seen) {
+    if (seen[id.index()]) return;
+    seen[id.index()] = 1;
+    const Buffer& b = p_.buffer(id);
+    if (b.element_bytes == 0 && b.type != ElementType::fp32) {
+      throw InputError("precision",
+                       fmt::format("{} is stored as {}; the cpu backend executes fp32: use "
+                                   "--precision fp32",
+                                   b.name, name(b.type)));
+    }
+    if (slots_[id.index()].empty()) {
+      slots_[id.index()].resize(
+          b.scope == Scope::step ? 1 : static_cast<std::size_t>(p_.micro_batches) + 1);
+    }
+    const BufferId root = p_.memory_of(id);
+    if (root != id) {
+      prepare_buffer(root, seen);
+      // A shard lies where it belongs in the whole that it is a part of.
+      if (!b.layout.flat.empty() && p_.buffer(root).layout.flat.empty() && box(id).held)
+        offset_[id.index()] = box(id).range.begin * width(b);
+      return;
+    }
+    if (b.scope == Scope::step && b.category != Category::workspace) {
+      Instance& instance = slots_[id.index()][0];
+      take(id, instance, box(id).elements() * width(b));
+      if (instance.data != nullptr)
+        std::memset(instance.data, 0, static_cast<std::size_t>(instance.bytes));
+      if (b.category == Category::parameters && b.parameter >= 0) initialise(id);
+    }
+  }
+
+  void take(BufferId id, Instance& instance, std::int64_t bytes) {
+    instance.data = memory_.take(p_.buffer(id).category, bytes);
+    instance.bytes = bytes;
+  }
+
+  void initialise(BufferId id) {
+    const Buffer& b = p_.buffer(id);
+    const Box& mine = box(id);
+    if (!mine.held) return;
+    auto* values = reinterpret_cast<float*>(slots_[id.index()][0].data);
+    for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
+      values[k] = static_cast<float>(
+          o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
+    });
+  }
+
+  /// f(position in memory, linear index in the whole tensor).
+  template <class F>
+  static void for_each_global(const Box& box, const Buffer& b, F f) {
+    if (!box.held || box.dense() == 0) return;
+    const std::size_t dims = box.index.size();
+    std::vector<std::size_t> at(dims, 0);
+    for (std::int64_t k = 0;; ++k) {
+      if (k >= box.range.begin && k < box.range.end) {
+        std::int64_t global = 0;
+        for (std::size_t d = 0; d < dims; ++d)
+          global = global * b.shape[d].extent + box.index[d][at[d]];
+        f(k - box.range.begin, global);
+      }
+      std::size_t d = dims;
+      while (d > 0 && ++at[d - 1] == box.index[d - 1].size()) at[--d] = 0;
+      if (d == 0) return;
+    }
+  }
+
+  std::size_t replica() const {
+    AtomList list;
+    for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
+      if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
+    }
+    return static_cast<std::size_t>(p_.mesh.coordinate(rank_, list));
+  }
+
+  reference::Context context(const ProgramOperator& op, const Instruction& i) const {
+    reference::Context c;
+    c.operation = &op.operation;
+    c.signature = &op.signature;
+    for (std::size_t d = 0; d < op.cuts.size(); ++d) {
+      const IterationDim& dim = op.signature.dims[d];
+      c.indices.push_back(local_indices(p_.mesh, op.cuts[d], dim.extent, rank_));
+      if (dim.use == DimUse::sum && p_.mesh.coordinate(rank_, op.cuts[d].atoms) != 0)
+        c.adds_bias = false;
+    }
+    auto labels = static_cast<double>(p_.micro_batches);
+    const auto elements_of = [](const Shape& s) {
+      double n = 1;
+      for (const auto& d : s) n *= static_cast<double>(d.extent);
+      return n;
+    };
+    if (std::holds_alternative<CrossEntropy>(op.operation)) {
+      labels *= elements_of(op.signature.inputs[1].shape);
+    } else if (std::holds_alternative<MeanSquaredError>(op.operation)) {
+      labels *= elements_of(op.signature.inputs[0].shape);
+    }
+    c.loss_scale = 1 / labels;
+    c.seed = o_.operator_seed ? o_.operator_seed(i.op) : o_.seed;
+    return c;
+  }
+
+  Prepared prepare_collective(const Instruction& i) {
+    Prepared c;
+    std::vector<std::int64_t> members{rank_};
+    if (i.kind == Kind::collective) members = p_.group(i, rank_);
+    for (const std::int64_t m : members) {
+      if (m == rank_) c.me = static_cast<int>(c.group.size());
+      c.group.push_back(static_cast<int>(m));
+    }
+    c.routed = p_.buffer(i.reads[0]).routed;
+    const std::size_t n = members.size();
+    c.offsets.assign(n + 1, 0);
+    c.send_offsets.assign(n + 1, 0);
+    const bool tied = i.kind == Kind::collective && i.tie >= 0;
+    for (std::size_t k = 0; k < i.reads.size(); ++k) {
+      Part part;
+      part.from = i.reads[k];
+      part.to = i.writes[k];
+      std::vector<Box> from, to;
+      for (const std::int64_t m : members) {
+        // On another stage the tied parameter is another buffer of equal layout.
+        from.push_back(tied ? box(part.from) : box_of(p_, part.from, m));
+        to.push_back(tied ? box(part.to) : box_of(p_, part.to, m));
+      }
+      const auto me = static_cast<std::size_t>(c.me);
+      part.out.resize(n);
+      part.in.resize(n);
+      if (i.kind == Kind::slice) {
+        part.out[0] = section(from[0], to[0]);
+        part.in[0] = section(to[0], from[0]);
+        add_sizes(c, part);
+        c.parts.push_back(std::move(part));
+        continue;
+      }
+      switch (i.collective) {
+        case CollectiveKind::all_reduce:
+          part.out[me] = section(from[me], to[me]);
+          part.in[me] = section(to[me], from[me]);
+          break;
+        case CollectiveKind::broadcast:
+          if (c.me == 0) part.out[0] = section(from[0], from[0]);
+          part.in[me] = section(to[me], to[me]);
+          break;
+        case CollectiveKind::reduce:
+          part.out[me] = section(from[me], from[me]);
+          if (c.me == 0) part.in[0] = section(to[0], to[0]);
+          break;
+        case CollectiveKind::reduce_scatter:
+          for (std::size_t m = 0; m < n; ++m) part.out[m] = section(from[me], to[m]);
+          part.in[me] = section(to[me], from[me]);
+          break;
+        case CollectiveKind::scatter:
+          for (std::size_t m = 0; m < n; ++m) part.out[m] = section(from[0], to[m]);
+          part.in[me] = section(to[me], to[me]);
+          break;
+        case CollectiveKind::all_gather:
+        case CollectiveKind::gather:
+          part.out[me] = section(from[me], from[me]);
+          for (std::size_t m = 0; m < n; ++m) {
+            part.in[m] = i.collective == CollectiveKind::all_gather ? section(to[me], from[m])
+                                                                    : section(from[m], from[m]);
+            if (i.collective == CollectiveKind::gather && c.me == 0)
+              part.in[m] = section(to[0], from[m]);
+          }
+          break;
+        case CollectiveKind::all_to_all:
+        case CollectiveKind::halo_exchange:
+          for (std::size_t m = 0; m < n; ++m) {
+            part.out[m] = section(from[me], to[m]);
+            part.in[m] = section(to[me], from[m]);
+          }
+          for (std::size_t d = 0; d < p_.buffer(part.to).layout.dims.size(); ++d) {
+            part.adds_up |=
+                i.collective == CollectiveKind::halo_exchange &&
+                p_.buffer(part.from).layout.dims[d].kind == SplitKind::window &&
+                p_.buffer(part.to).layout.dims[d].kind == SplitKind::block;
+          }
+          break;
+        case CollectiveKind::shift:
+          part.out[me] = section(from[me], from[me]);
+          part.in[me] = section(to[me], to[me]);
+          break;
+      }
+      add_sizes(c, part);
+      c.parts.push_back(std::move(part));
+    }
+    return c;
+  }
+
+  static void add_sizes(Prepared& c, const Part& part) {
+    for (std::size_t m = 0, out = 0, in = 0; m < part.out.size(); ++m) {
+      out += static_cast<std::size_t>(count(part.out[m]));
+      in += static_cast<std::size_t>(count(part.in[m]));
+      c.send_offsets[m + 1] += static_cast<std::int64_t>(out);
+      c.offsets[m + 1] += static_cast<std::int64_t>(in);
+    }
+  }
+
+  // ---- instances -------------------------------------------------------------------------------
+  Instance& slot(BufferId id) {
+    auto& all = slots_[id.index()];
+    return all[p_.buffer(id).scope == Scope::step ? 0 : static_cast<std::size_t>(micro_batch_ + 1)];
+  }
+  std::byte* data(BufferId id) {
+    Instance& instance = slot(p_.memory_of(id));
+    return instance.data == nullptr ? nullptr : instance.data + offset_[id.index()];
+  }
+  float* values(BufferId id) { return reinterpret_cast<float*>(data(id)); }
+  Instance& rows_of(BufferId id) { return slot(p_.memory_of(id)); }
+
+  Tensor tensor(BufferId id) {
+    Tensor t;
+    if (!id.valid() || !box(id).held) return t;
+    const Buffer& b = p_.buffer(id);
+    t.index = &box(id).index;
+    if (b.element_bytes == 8) {
+      t.ids = reinterpret_cast<const std::int64_t*>(data(id));
+    } else if (b.element_bytes != 0 && b.element_bytes != 4) {
+      t.bytes = data(id);
+    } else {
+      t.values = values(id);
+    }
+    if (b.routed) t.rows = &rows_of(id).rows;
+    return t;
+  }
+
+  // ---- one step --------------------------------------------------------------------------------
+  void one_step() {
+    std::size_t index = 0;
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
+      const Block& block = p_.blocks[call.block.index()];
+      micro_batch_ = call.micro_batch;
+      for (std::size_t k = 0; k < block.instructions.size(); ++k, ++index) {
+        const Instruction& i = block.instructions[k];
+        if (o_.before) o_.before(rank_, step_, index);
+        const bool timed = o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate &&
+                           i.kind != Kind::free;
+        const auto start = timed ? Clock::now() : Clock::time_point{};
+        execute(block, call.block, k, i);
+        if (timed) {
+          const auto end = Clock::now();
+          result_.measured.samples.back().push_back(
+              {call.block.value, static_cast<std::int32_t>(k), call.micro_batch, (start - step_start_).count(),
+               (end - step_start_).count()});
+        }
+      }
+    }
+  }
+
+  void execute(const Block& block, BlockId id, std::size_t k, const Instruction& i) {
+    switch (i.kind) {
+      case Kind::allocate:
+        for (const BufferId b : i.writes) {
+          // How many rows a routed buffer has is known when it is written.
+          if (!p_.buffer(b).routed) take(b, slot(b), box(b).elements() * width(p_.buffer(b)));
+        }
+        return;
+      case Kind::free:
+        for (const BufferId b : i.reads) {
+          Instance& instance = slot(b);
+          memory_.give_back(p_.buffer(b).category, instance.data, instance.bytes);
+          instance = {};
+        }
+        return;
+      case Kind::load:
+        load(i);
+        return;
+      case Kind::send:
+      case Kind::receive:
+        message(block, i);
+        return;
+      case Kind::slice:
+      case Kind::collective:
+        collective(block, i, *collectives_[id.index()][k]);
+        return;
+      case Kind::compute:
+        compute(i, kernels_[id.index()][k]);
+        return;
+    }
+  }
+
+  std::int64_t message_tag(const Instruction& i) const {
+    return kFirstMessageTag + static_cast<std::int64_t>(i.index) * p_.micro_batches + micro_batch_;
+  }
+
+  void message(const Block& block, const Instruction& i) {
+    const bool sends = i.kind == Kind::send;
+    const BufferId b = sends ? i.reads[0] : i.writes[0];
+    if (!box(b).held) return;
+    const auto peer = static_cast<int>(p_.rank_on_stage(rank_, i.stage));
+    transport_.doing(fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
+    if (p_.buffer(b).routed) {
+      routed_message(b, peer, message_tag(i), sends);
+      return;
+    }
+    const auto bytes = static_cast<std::size_t>(box(b).elements() * width(p_.buffer(b)));
+    if (sends) {
+      transport_.send(peer, message_tag(i), data(b), bytes);
+    } else {
+      transport_.receive(peer, message_tag(i), data(b), bytes);
+    }
+  }
+
+  void routed_message(BufferId b, int peer, std::int64_t tag, bool sends) {
+    Instance& instance = rows_of(b);
+    std::int64_t n = static_cast<std::int64_t>(instance.rows.size());
+    const std::size_t features = box(b).index[3].size();
+    if (sends) {
+      transport_.send(peer, tag, &n, sizeof n);
+      transport_.send(peer, tag, instance.rows.data(), instance.rows.size() * sizeof(Row));
+      transport_.send(peer, tag, values(b), instance.rows.size() * features * sizeof(float));
+      return;
+    }
+    transport_.receive(peer, tag, &n, sizeof n);
+    std::vector<Row> rows(static_cast<std::size_t>(n));
+    transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
+    put_rows(b, std::move(rows));
+    transport_.receive(peer, tag, values(b), static_cast<std::size_t>(n) * features * sizeof(float));
+  }
+
+  /// Memory for the rows that a routed buffer turns out to have.
+  void put_rows(BufferId id, std::vector<Row> rows) {
+    const BufferId root = p_.memory_of(id);
+    Instance& instance = slot(root);
+    const std::int64_t bytes =
+        static_cast<std::int64_t>(rows.size() * box(id).index[3].size() * sizeof(float));
+    if (bytes != instance.bytes) {
+      memory_.give_back(p_.buffer(root).category, instance.data, instance.bytes);
+      take(root, instance, bytes);
+    }
+    instance.rows = std::move(rows);
+  }
+
+  void load(const Instruction& i) {
+    const BufferId id = i.writes[0];
+    const Buffer& b = p_.buffer(id);
+    if (!box(id).held) return;
+    std::int64_t per_sample = 1;
+    for (std::size_t d = 1; d < b.shape.size(); ++d) per_sample *= b.shape[d].extent;
+    const auto first = static_cast<std::int64_t>(replica()) * p_.micro_batches * p_.samples +
+                       static_cast<std::int64_t>(micro_batch_) * p_.samples;
+    const bool ids = b.element_bytes == 8;
+    for_each_global(box(id), b, [&](std::int64_t k, std::int64_t g) {
+      const double v = o_.input(static_cast<std::size_t>(i.index), step_, first + g / per_sample,
+                                g % per_sample);
+      if (ids) {
+        reinterpret_cast<std::int64_t*>(data(id))[k] = std::llround(v);
+      } else {
+        values(id)[k] = static_cast<float>(v);
+      }
+    });
+  }
+
+  // ---- collectives -----------------------------------------------------------------------------
+  void collective(const Block& block, const Instruction& i, const Prepared& c) {
+    if (c.group.size() > 1) {
+      transport_.doing(
+          fmt::format("{} of {} in block {}", name(i.collective), p_.buffer(i.reads[0]).name, block.name));
+    }
+    if (c.routed) {
+      routed_collective(i, c);
+      return;
+    }
+    // One buffer that everyone has alike is reduced where it lies.
+    if (i.kind == Kind::collective && i.collective == CollectiveKind::all_reduce &&
+        c.parts.size() == 1 && data(c.parts[0].from) == data(c.parts[0].to)) {
+      call(i, c, data(c.parts[0].from), nullptr);
+      return;
+    }
+    const bool exchange = i.kind == Kind::slice || i.collective == CollectiveKind::all_to_all ||
+                          i.collective == CollectiveKind::halo_exchange ||
+                          i.collective == CollectiveKind::shift;
+    const auto n = c.group.size();
+    const auto me = static_cast<std::size_t>(c.me);
+    // The payload in chunks; chunk m is the concatenation of all buffers' parts for m.
+    const bool split_in = i.kind == Kind::collective &&
+                          (i.collective == CollectiveKind::reduce_scatter ||
+                           i.collective == CollectiveKind::scatter);
+    const std::vector<std::int64_t>& bounds = split_in ? c.send_offsets : c.offsets;
+    const std::int64_t total = std::max(bounds.back(), exchange ? 0 : c.send_offsets.back());
+    const std::int64_t staged = total + (exchange ? c.send_offsets.back() : 0);
+    std::byte* staging = memory_.take(Category::workspace, staged * 4);
+    auto* payload = reinterpret_cast<float*>(staging);
+    float* outgoing = exchange ? payload + total : payload;
+    for (std::size_t m = 0; m < n; ++m) {
+      const bool own_chunk = !exchange && !split_in;
+      // All-gather: the own chunk lies where it will be; others send what they have from the start.
+      float* to = outgoing;
+      if (exchange || split_in) {
+        to += c.send_offsets[m];
+      } else if (i.collective == CollectiveKind::all_gather ||
+                 i.collective == CollectiveKind::gather) {
+        to += c.offsets[me];
+      }
+      if (own_chunk && m != me) continue;
+      if (i.kind == Kind::collective && i.collective == CollectiveKind::scatter && c.me != 0) continue;
+      for (const Part& part : c.parts) pack(part.out[m], values(part.from), to);
+    }
+    if (i.kind == Kind::collective) {
+      if (exchange && i.collective != CollectiveKind::shift) {
+        std::copy(outgoing + c.send_offsets[me], outgoing + c.send_offsets[me + 1],
+                  payload + c.offsets[me]);
+      }
+      call(i, c, staging, reinterpret_cast<const std::byte*>(outgoing));
+    } else {
+      std::copy(outgoing, outgoing + c.send_offsets[1], payload);
+    }
+    for (const Part& part : c.parts) {
+      if (part.adds_up && !i.accumulate && box(part.to).held)
+        std::fill_n(values(part.to), box(part.to).elements(), 0.0f);
+    }
+    const bool gathers = i.kind == Kind::collective && (i.collective == CollectiveKind::all_gather ||
+                                                        i.collective == CollectiveKind::gather);
+    for (std::size_t m = 0; m < n; ++m) {
+      if (!exchange && !gathers && m != me) continue;
+      if (i.kind == Kind::collective && i.collective == CollectiveKind::gather && c.me != 0) continue;
+      const float* from = payload + (exchange || gathers ? c.offsets[m] : split_in ? c.send_offsets[me] : 0);
+      for (const Part& part : c.parts)
+        unpack(part.in[m], from, values(part.to), i.accumulate || part.adds_up);
+    }
+    memory_.give_back(Category::workspace, staging, staged * 4);
+  }
+
+  void call(const Instruction& i, const Prepared& c, std::byte* payload, const std::byte* outgoing) {
+    if (c.group.size() == 1) return;
+    CollectiveCall call;
+    call.kind = i.collective;
+    call.reduction = p_.buffer(i.reads[0]).layout.reduction;
+    call.group = &c.group;
+    call.me = c.me;
+    call.data = payload;
+    call.send = outgoing;
+    call.tag = i.tie >= 0 ? kTieTag : kCollectiveTag;
+    call.send_offsets = c.send_offsets;
+    switch (i.collective) {
+      case CollectiveKind::all_reduce:
+      case CollectiveKind::broadcast:
+      case CollectiveKind::reduce:
+        call.offsets = {0, std::max(c.offsets.back(), c.send_offsets.back())};
+        break;
+      case CollectiveKind::reduce_scatter:
+      case CollectiveKind::scatter:
+        call.offsets = c.send_offsets;
+        break;
+      case CollectiveKind::all_gather:
+      case CollectiveKind::gather:
+      case CollectiveKind::all_to_all:
+      case CollectiveKind::halo_exchange:
+      case CollectiveKind::shift:
+        call.offsets = c.offsets;
+        break;
+    }
+    transport_.collective(call);
+  }
+
+  // ---- rows routed to experts ------------------------------------------------------------------
+  static bool holds(const std::vector<std::int64_t>& list, std::int64_t x) {
+    return std::binary_search(list.begin(), list.end(), x);
+  }
+  static bool wants(const Box& box, const Row& row) {
+    return holds(box.index[0], row.sample) && holds(box.index[1], row.sequence) &&
+           holds(box.index[2], row.expert);
+  }
+  static bool before(const Row& a, const Row& b) {
+    return std::tie(a.expert, a.sample, a.sequence) < std::tie(b.expert, b.sample, b.sequence);
+  }
+
+  void routed_collective(const Instruction& i, const Prepared& c) {
+    PARTITA_ASSERT(i.reads.size() == 1, "routed buffers travel alone");
+    const BufferId from = i.reads[0], to = i.writes[0];
+    const std::size_t n = c.group.size(), me = static_cast<std::size_t>(c.me);
+    Instance& source = rows_of(from);
+    if (i.kind == Kind::collective && i.collective == CollectiveKind::all_reduce) {
+      if (rows_of(from).data != rows_of(to).data) {
+        put_rows(to, std::vector<Row>(source.rows));
+        std::memcpy(values(to), values(from), static_cast<std::size_t>(rows_of(to).bytes));
+      }
+      Prepared whole;
+      whole.group = c.group;
+      whole.me = c.me;
+      whole.offsets = {0, rows_of(to).bytes / 4};
+      whole.send_offsets = whole.offsets;
+      call(i, whole, data(to), nullptr);
+      return;
+    }
+    // What every member wants of mine: rows by key, and columns.
+    const bool reduces =
+        i.kind == Kind::collective && i.collective == CollectiveKind::reduce_scatter;
+    const auto& mine = box(from).index[3];
+    std::vector<std::int64_t> rows_to(n, 0), values_to(n + 1, 0);
+    std::vector<Row> keys;
+    std::vector<float> outgoing;
+    std::vector<std::size_t> columns;
+    for (std::size_t m = 0; m < n; ++m) {
+      const Box theirs = box_of(p_, to, c.group[m]);
+      columns.clear();
+      for (std::size_t f = 0; f < mine.size(); ++f) {
+        if (holds(theirs.index[3], mine[f])) columns.push_back(f);
+      }
+      for (std::size_t r = 0; r < source.rows.size() && !columns.empty(); ++r) {
+        if (!wants(theirs, source.rows[r])) continue;
+        keys.push_back(source.rows[r]);
+        ++rows_to[m];
+        const float* row = values(from) + r * mine.size();
+        for (const std::size_t f : columns) outgoing.push_back(row[f]);
+      }
+      values_to[m + 1] = static_cast<std::int64_t>(outgoing.size());
+    }
+    if (reduces) {
+      Prepared chunks;
+      chunks.group = c.group;
+      chunks.me = c.me;
+      chunks.send_offsets = values_to;
+      chunks.offsets = values_to;
+      call(i, chunks, reinterpret_cast<std::byte*>(outgoing.data()), nullptr);
+      std::int64_t first = 0;
+      for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
+      put_rows(to, {keys.begin() + first, keys.begin() + first + rows_to[me]});
+      std::copy(outgoing.begin() + values_to[me], outgoing.begin() + values_to[me + 1], values(to));
+      return;
+    }
+    // Counts, keys, values: three exchanges of the same shape.
+    std::vector<std::int64_t> rows_from(n, 0);
+    const auto exchange = [&](const void* out, const std::vector<std::int64_t>& out_bounds, void* in,
+                              const std::vector<std::int64_t>& in_bounds, std::size_t bytes) {
+      const auto* send = static_cast<const std::byte*>(out);
+      auto* receive = static_cast<std::byte*>(in);
+      const auto at = [&](const std::vector<std::int64_t>& b, std::size_t m) {
+        return static_cast<std::size_t>(b[m]) * bytes;
+      };
+      if (at(out_bounds, me + 1) > at(out_bounds, me))
+        std::memcpy(receive + at(in_bounds, me), send + at(out_bounds, me),
+                    at(out_bounds, me + 1) - at(out_bounds, me));
+      if (n == 1) return;
+      CollectiveCall one;
+      one.kind = CollectiveKind::all_to_all;
+      one.group = &c.group;
+      one.me = c.me;
+      one.element_bytes = bytes;
+      one.data = receive;
+      one.send = send;
+      one.offsets = in_bounds;
+      one.send_offsets = out_bounds;
+      one.tag = kCollectiveTag;
+      transport_.collective(one);
+    };
+    std::vector<std::int64_t> each(n + 1);
+    for (std::size_t m = 0; m <= n; ++m) each[m] = static_cast<std::int64_t>(m);
+    exchange(rows_to.data(), each, rows_from.data(), each, sizeof(std::int64_t));
+    std::vector<std::int64_t> key_out(n + 1, 0), key_in(n + 1, 0), value_in(n + 1, 0);
+    for (std::size_t m = 0; m < n; ++m) {
+      key_out[m + 1] = key_out[m] + rows_to[m];
+      key_in[m + 1] = key_in[m] + rows_from[m];
+      std::int64_t shared = 0;
+      const Box theirs = box_of(p_, from, c.group[m]);
+      for (const std::int64_t f : theirs.index[3]) shared += holds(box(to).index[3], f) ? 1 : 0;
+      value_in[m + 1] = value_in[m] + rows_from[m] * shared;
+    }
+    std::vector<Row> keys_in(static_cast<std::size_t>(key_in[n]));
+    std::vector<float> incoming(static_cast<std::size_t>(value_in[n]));
+    exchange(keys.data(), key_out, keys_in.data(), key_in, sizeof(Row));
+    exchange(outgoing.data(), values_to, incoming.data(), value_in, sizeof(float));
+    std::vector<Row> rows = keys_in;
+    std::sort(rows.begin(), rows.end(), before);
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    const std::vector<Row> order = rows;
+    put_rows(to, std::move(rows));
+    const auto& columns_to = box(to).index[3];
+    for (std::size_t m = 0; m < n; ++m) {
+      const Box theirs = box_of(p_, from, c.group[m]);
+      columns.clear();
+      for (const std::int64_t f : theirs.index[3]) {
+        const auto it = std::lower_bound(columns_to.begin(), columns_to.end(), f);
+        if (it != columns_to.end() && *it == f)
+          columns.push_back(static_cast<std::size_t>(it - columns_to.begin()));
+      }
+      const float* in = incoming.data() + value_in[m];
+      for (std::int64_t r = key_in[m]; r < key_in[m + 1]; ++r) {
+        const auto it = std::lower_bound(order.begin(), order.end(),
+                                         keys_in[static_cast<std::size_t>(r)], before);
+        float* row = values(to) + static_cast<std::size_t>(it - order.begin()) * columns_to.size();
+        for (const std::size_t f : columns) row[f] = *in++;
+      }
+    }
+  }
+
+  // ---- kernels ---------------------------------------------------------------------------------
+  void compute(const Instruction& i, std::optional<cpu::Kernel>& kernel) {
+    if (i.kernel == Kernel::zero) {
+      for (const BufferId id : i.writes) {
+        if (box(id).held) std::fill_n(values(id), box(id).elements(), 0.0f);
+      }
+      return;
+    }
+    if (i.kernel == Kernel::add) {
+      add(i);
+      return;
+    }
+    if (i.kernel == Kernel::optimizer) {
+      optimizer(i);
+      return;
+    }
+    if (!kernel) return;
+    kernel->set_step(step_, static_cast<std::int64_t>(micro_batch_) * p_.samples);
+    Arguments a;
+    const auto fill = [&](std::vector<Tensor>& to, const std::vector<BufferId>& from) {
+      for (const BufferId id : from) to.push_back(tensor(id));
+    };
+    fill(a.inputs, i.reads);
+    fill(a.parameters, i.parameters);
+    fill(a.outputs, i.outputs);
+    fill(a.output_gradients, i.gradients);
+    fill(a.extras, i.extras);
+    a.accumulate = i.accumulate;
+    const Signature& s = *kernel->context().signature;
+    if (i.part >= 0) {
+      fill(a.results, i.writes);
+      const bool forward = i.kernel == Kernel::forward;
+      if (!i.accumulate) {
+        for (const Tensor& t : a.results) std::fill_n(t.values, t.size(), 0.0f);
+        if (forward) {
+          std::fill_n(a.extras[0].values, a.extras[0].size(),
+                      -std::numeric_limits<float>::infinity());
+        }
+      }
+      forward ? kernel->attend_part(a) : kernel->attend_part_backward(a);
+      return;
+    }
+    if (i.kernel == Kernel::forward && i.inline_statistics) {
+      for (std::size_t k = 0; k < s.forward_statistics.size(); ++k) {
+        a.results = {tensor(i.statistics[k])};
+        a.accumulate = false;
+        kernel->forward_statistic(k, a);
+        a.statistics.push_back(a.results[0]);
+      }
+      a.accumulate = i.accumulate;
+    } else {
+      fill(a.statistics, i.statistics);
+    }
+    std::vector<std::vector<float>> inline_sums;
+    std::vector<std::vector<cpu::Indices>> inline_index;
+    if (i.kernel == Kernel::backward_data && i.inline_statistics) {
+      inline_sums.reserve(s.backward_statistics.size());
+      inline_index.reserve(s.backward_statistics.size());
+      for (std::size_t k = 0; k < s.backward_statistics.size(); ++k) {
+        const Statistic& statistic = s.backward_statistics[k];
+        std::size_t n = 1;
+        inline_index.emplace_back();
+        for (const int d : statistic.dims) {
+          inline_index.back().push_back(kernel->context().indices[static_cast<std::size_t>(d)]);
+          n *= inline_index.back().back().size();
+        }
+        inline_index.back().emplace_back();
+        for (std::int64_t w = 0; w < statistic.width; ++w) inline_index.back().back().push_back(w);
+        inline_sums.emplace_back(n * static_cast<std::size_t>(statistic.width));
+        Tensor t;
+        t.index = &inline_index.back();
+        t.values = inline_sums.back().data();
+        a.results = {t};
+        kernel->backward_statistic(k, a);
+        a.backward_statistics.push_back(t);
+      }
+    } else {
+      fill(a.backward_statistics, i.backward_statistics);
+    }
+    a.results.clear();
+    fill(a.results, i.writes);
+    kernel->routed.clear();
+    switch (i.kernel) {
+      case Kernel::forward_statistic:
+        kernel->forward_statistic(static_cast<std::size_t>(i.index), a);
+        break;
+      case Kernel::backward_statistic:
+        kernel->backward_statistic(static_cast<std::size_t>(i.index), a);
+        break;
+      case Kernel::forward:
+        kernel->forward(a);
+        break;
+      case Kernel::backward_data:
+        kernel->backward_data(a);
+        break;
+      case Kernel::backward_weight:
+        kernel->backward_weight(a);
+        break;
+      case Kernel::zero:
+      case Kernel::add:
+      case Kernel::optimizer:
+        break;
+    }
+    for (std::size_t k = 0; k < i.writes.size(); ++k) {
+      if (!i.writes[k].valid() || !p_.buffer(i.writes[k]).routed) continue;
+      auto& made = kernel->routed[k];
+      if (i.accumulate) {
+        PARTITA_ASSERT(rows_of(i.writes[k]).rows == made.rows, "rows to add to differ");
+        float* to = values(i.writes[k]);
+        for (std::size_t x = 0; x < made.values.size(); ++x) to[x] += made.values[x];
+        continue;
+      }
+      put_rows(i.writes[k], std::move(made.rows));
+      std::copy(made.values.begin(), made.values.end(), values(i.writes[k]));
+    }
+    const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+    if (i.kernel == Kernel::forward && op.has_loss && !i.recomputed) note_loss(i.writes[0]);
+  }
+
+  void add(const Instruction& i) {
+    const BufferId to = i.writes[0];
+    if (!box(to).held) return;
+    if (p_.buffer(to).routed) put_rows(to, std::vector<Row>(rows_of(i.reads[0]).rows));
+    const std::int64_t n =
+        p_.buffer(to).routed ? rows_of(to).bytes / 4 : box(to).elements();
+    float* sum = values(to);
+    const float *a = values(i.reads[0]), *b = values(i.reads[1]);
+    for (std::int64_t k = 0; k < n; ++k) sum[k] = a[k] + b[k];
+    for (std::size_t r = 2; r < i.reads.size(); ++r) {
+      const float* c = values(i.reads[r]);
+      for (std::int64_t k = 0; k < n; ++k) sum[k] += c[k];
+    }
+  }
+
+  void note_loss(BufferId id) {
+    const Buffer& b = p_.buffer(id);
+    // Each summand once: along atoms that are neither owed, nor replicas, only coordinate 0 counts.
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const auto atom = static_cast<AtomId>(a);
+      const bool counts =
+          has(b.layout.partial, atom) || has(p_.replicas, atom) || has(mask_of(p_.pipeline), atom);
+      if (!counts && p_.mesh.coordinate(rank_, atom) != 0) return;
+    }
+    losses_.back() += static_cast<double>(values(id)[0]);
+  }
+
+  void optimizer(const Instruction& i) {
+    const BufferId to = i.writes[0];
+    if (!box(to).held) return;
+    const auto n = static_cast<std::size_t>(box(to).elements());
+    const float* gradient = values(i.reads[0]);
+    if (last_step_) {
+      // What the optimizer sees is the gradient: kept for comparison.
+      gradients_[i.reads[0]].assign(gradient, gradient + n);
+    }
+    float* w = values(to);
+    const Optimizer& o = p_.optimizer;
+    float* first = values(i.outputs[0]);
+    if (o.kind == OptimizerKind::sgd) {
+      const auto rate = static_cast<float>(o.learning_rate),
+                 momentum = static_cast<float>(o.momentum);
+      for (std::size_t k = 0; k < n; ++k) {
+        first[k] = momentum * first[k] + gradient[k];
+        w[k] -= rate * first[k];
+      }
+      return;
+    }
+    float* second = values(i.outputs[1]);
+    const auto t = static_cast<double>(step_ + 1);
+    const double correct1 = 1 - std::pow(o.beta1, t), correct2 = 1 - std::pow(o.beta2, t);
+    const auto b1 = static_cast<float>(o.beta1), b2 = static_cast<float>(o.beta2);
+    const auto keep = static_cast<float>(1 - o.learning_rate * o.weight_decay);
+    const auto rate = static_cast<float>(o.learning_rate / correct1);
+    const auto scale = static_cast<float>(1 / std::sqrt(correct2));
+    const auto epsilon = static_cast<float>(o.epsilon);
+    for (std::size_t k = 0; k < n; ++k) {
+      const float g = gradient[k];
+      first[k] = b1 * first[k] + (1 - b1) * g;
+      second[k] = b2 * second[k] + (1 - b2) * g * g;
+      w[k] = w[k] * keep - rate * first[k] / (std::sqrt(second[k]) * scale + epsilon);
+    }
+  }
+
+  // ---- results on rank 0 -----------------------------------------------------------------------
+  /// Pieces of gradients and parameters, and losses, of every rank.
+  struct Record {
+    std::int64_t replica, parameter, gradient, count;
+  };
+  void collect() {
+    transport_.doing("the collection of results");
+    std::vector<Record> records;
+    std::vector<std::int64_t> positions;
+    std::vector<float> all;
+    const auto put = [&](BufferId id, const float* from, bool gradient) {
+      const Buffer& b = p_.buffer(id);
+      Record r{static_cast<std::int64_t>(replica()), b.parameter, gradient ? 1 : 0, 0};
+      if (gradient) r.parameter = parameter_of_gradient(id);
+      for_each_global(box(id), b, [&](std::int64_t k, std::int64_t g) {
+        positions.push_back(g);
+        all.push_back(from[k]);
+        ++r.count;
+      });
+      records.push_back(r);
+    };
+    for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
+      const Buffer& buffer = p_.buffers[b];
+      const BufferId id{b};
+      if (buffer.category != Category::parameters || buffer.parameter < 0 || buffer.alias >= 0)
+        continue;
+      if (slots_[b].empty() || !box(id).held) continue;
+      put(id, values(id), false);
+    }
+    for (const auto& [id, kept] : gradients_) put(id, kept.data(), true);
+    if (rank_ != 0) {
+      const std::int64_t sizes[2] = {static_cast<std::int64_t>(records.size()),
+                                     static_cast<std::int64_t>(all.size())};
+      transport_.send(0, kResultTag, sizes, sizeof sizes);
+      transport_.send(0, kResultTag, losses_.data(), losses_.size() * sizeof(double));
+      transport_.send(0, kResultTag, records.data(), records.size() * sizeof(Record));
+      transport_.send(0, kResultTag, positions.data(), positions.size() * sizeof(std::int64_t));
+      transport_.send(0, kResultTag, all.data(), all.size() * sizeof(float));
+      transport_.barrier();
+      return;
+    }
+    auto& values = result_.values;
+    const auto replicas = static_cast<std::size_t>(p_.mesh.size(p_.replicas));
+    values.losses.assign(losses_.size(), std::vector<double>(replicas, 0.0));
+    values.gradients.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
+    values.parameters = values.gradients;
+    std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t>, std::vector<char>> seen;
+    for (int from = 0; from < transport_.size(); ++from) {
+      std::size_t r = replica();
+      if (from != 0) {
+        std::int64_t sizes[2];
+        transport_.receive(from, kResultTag, sizes, sizeof sizes);
+        records.resize(static_cast<std::size_t>(sizes[0]));
+        positions.resize(static_cast<std::size_t>(sizes[1]));
+        all.resize(static_cast<std::size_t>(sizes[1]));
+        transport_.receive(from, kResultTag, losses_.data(), losses_.size() * sizeof(double));
+        transport_.receive(from, kResultTag, records.data(), records.size() * sizeof(Record));
+        transport_.receive(from, kResultTag, positions.data(),
+                           positions.size() * sizeof(std::int64_t));
+        transport_.receive(from, kResultTag, all.data(), all.size() * sizeof(float));
+        if (!records.empty()) r = static_cast<std::size_t>(records[0].replica);
+      }
+      for (std::size_t s = 0; s < losses_.size(); ++s) values.losses[s][r] += losses_[s];
+      std::size_t at = 0;
+      for (const Record& record : records) {
+        const auto q = static_cast<std::size_t>(record.parameter);
+        auto& to = (record.gradient != 0 ? values.gradients
+                                         : values.parameters)[static_cast<std::size_t>(record.replica)][q];
+        auto& have = seen[{record.replica, record.parameter, record.gradient}];
+        if (to.empty()) {
+          std::int64_t n = 1;
+          for (const auto& d : p_.parameters[q].shape) n *= d.extent;
+          to.resize(static_cast<std::size_t>(n));
+          have.resize(to.size(), 0);
+        }
+        for (std::int64_t k = 0; k < record.count; ++k, ++at) {
+          const auto g = static_cast<std::size_t>(positions[at]);
+          const auto v = static_cast<double>(all[at]);
+          if (have[g] && to[g] != v) {
+            const double scale = std::max({std::abs(v), std::abs(to[g]), 1e-12});
+            values.copies_differ = std::max(values.copies_differ, std::abs(v - to[g]) / scale);
+          }
+          to[g] = v;
+          have[g] = 1;
+        }
+      }
+    }
+    transport_.barrier();
+  }
+
+  std::int64_t parameter_of_gradient(BufferId gradient) const {
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
+      for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+        if (i.kind == Kind::compute && i.kernel == Kernel::optimizer && i.reads[0] == gradient)
+          return p_.buffer(i.writes[0]).parameter;
+      }
+    }
+    return -1;
+  }
+
+  const Program& p_;
+  Transport& transport_;
+  const Options& o_;
+  int rank_ = 0, stage_ = 0;
+  Memory memory_;
+  std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
+  std::vector<std::unique_ptr<Box>> boxes_;
+  std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
+  std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;    ///< [block][instruction]
+  std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
+  std::vector<double> losses_;
+  std::map<BufferId, std::vector<float>> gradients_;
+  RankResult result_;
+  std::int64_t step_ = 0;
+  bool last_step_ = false;
+  std::int32_t micro_batch_ = -1;
+  Clock::time_point step_start_;
+};
+
+}  // namespace
+
+RankResult run_rank(const Program& program, Transport& transport, const Options& options) {
+  return Executor(program, transport, options).run();
+}
+
+}  // namespace partita::execute

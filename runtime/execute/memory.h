@@ -1,0 +1,38 @@
+// runtime/execute/memory.h: one rank's memory, counted by category.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "simulator/program/program.h"
+
+namespace partita::execute {
+
+/// Counts what is asked for, and keeps freed blocks for the next request of their size, so that a
+/// step in the steady state maps no page. Not thread-safe: one per rank.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory();
+
+  /// Aligned to 64 bytes; nullptr for 0 bytes. InputError where the machine has no more.
+  std::byte* take(Category category, std::int64_t bytes);
+  void give_back(Category category, std::byte* block, std::int64_t bytes);
+
+  Bytes now() const { return total_; }
+  Bytes peak() const { return peak_; }
+  const std::array<Bytes, kCategoryCount>& at_peak() const { return at_peak_; }
+  void forget_peak();
+
+ private:
+  std::array<Bytes, kCategoryCount> live_{}, at_peak_{};
+  Bytes total_, peak_;
+  std::map<std::size_t, std::vector<std::byte*>> kept_;
+};
+
+}  // namespace partita::execute

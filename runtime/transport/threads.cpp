@@ -1,0 +1,165 @@
+// Ranks as threads of one process: a mailbox per pair of ranks and tag, guarded by one lock per receiver.
+#include <fmt/format.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <set>
+
+#include "base/error.h"
+#include "runtime/transport/transport.h"
+
+namespace partita {
+
+class ThreadHub {
+ public:
+  ThreadHub(int ranks, double timeout_s, std::function<Algorithm(CollectiveKind, int)> algorithm)
+      : boxes(static_cast<std::size_t>(ranks)),
+        timeout(timeout_s),
+        algorithm_(std::move(algorithm)) {}
+
+  using Letter = std::vector<std::byte>;
+  struct Box {
+    std::mutex guard;
+    std::condition_variable arrived;
+    std::map<std::pair<int, std::int64_t>, std::deque<Letter>> letters;  // by sender and tag
+    std::string doing = "starting";
+  };
+
+  const Expansion& expansion(CollectiveKind kind, int n) {
+    const std::lock_guard<std::mutex> lock(guard);
+    const Algorithm a = algorithm_ ? algorithm_(kind, n) : default_algorithm(kind);
+    auto& e = expansions_[{kind, a, n}];
+    if (!e) e = std::make_unique<Expansion>(expand(kind, a, n));
+    return *e;
+  }
+  std::string what_is_doing(int rank) {
+    Box& box = boxes[static_cast<std::size_t>(rank)];
+    const std::lock_guard<std::mutex> lock(box.guard);
+    return box.doing;
+  }
+  void stop(const std::string& reason) {
+    {
+      const std::lock_guard<std::mutex> lock(guard);
+      if (failure.empty()) failure = reason;
+    }
+    for (Box& box : boxes) {
+      const std::lock_guard<std::mutex> lock(box.guard);
+      box.arrived.notify_all();
+    }
+    gathered.notify_all();
+  }
+  std::string failed() {
+    const std::lock_guard<std::mutex> lock(guard);
+    return failure;
+  }
+
+  std::vector<Box> boxes;
+  std::chrono::duration<double> timeout;
+  std::mutex guard;
+  std::condition_variable gathered;
+  std::set<int> at_barrier;
+  std::int64_t barriers = 0;
+  std::string failure;
+
+ private:
+  std::function<Algorithm(CollectiveKind, int)> algorithm_;
+  std::map<std::tuple<CollectiveKind, Algorithm, int>, std::unique_ptr<Expansion>> expansions_;
+};
+
+namespace {
+
+class ThreadTransport final : public Transport {
+ public:
+  ThreadTransport(std::shared_ptr<ThreadHub> hub, int rank) : hub_(std::move(hub)), rank_(rank) {}
+
+  int rank() const override { return rank_; }
+  int size() const override { return static_cast<int>(hub_->boxes.size()); }
+  std::string name() const override { return "threads"; }
+
+  void send(int to, std::int64_t tag, const void* data, std::size_t bytes) override {
+    ThreadHub::Letter letter(bytes);
+    std::memcpy(letter.data(), data, bytes);
+    traffic_.bytes_to[to] += static_cast<std::int64_t>(bytes);
+    ++traffic_.messages;
+    ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(to)];
+    const std::lock_guard<std::mutex> lock(box.guard);
+    box.letters[{rank_, tag}].push_back(std::move(letter));
+    box.arrived.notify_all();
+  }
+
+  void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
+    ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(rank_)];
+    std::unique_lock<std::mutex> lock(box.guard);
+    auto& queue = box.letters[{from, tag}];
+    std::string failure;
+    const bool came = box.arrived.wait_for(lock, hub_->timeout, [&] {
+      return !queue.empty() || !(failure = hub_->failed()).empty();
+    });
+    if (queue.empty()) {
+      const std::string mine = box.doing;
+      lock.unlock();
+      if (came) throw PeerError(failure);
+      throw PeerError(fmt::format("rank {} waits in {} for rank {}, which has been in {} for {:.0f} s",
+                                  rank_, mine, from, hub_->what_is_doing(from),
+                                  hub_->timeout.count()));
+    }
+    const ThreadHub::Letter letter = std::move(queue.front());
+    queue.pop_front();
+    lock.unlock();
+    PARTITA_ASSERT(letter.size() == bytes, fmt::format("rank {} wants {} bytes of rank {}, got {}",
+                                                       rank_, bytes, from, letter.size()));
+    std::memcpy(data, letter.data(), bytes);
+  }
+
+  void collective(const CollectiveCall& call) override {
+    execute_steps(*this, call, hub_->expansion(call.kind, static_cast<int>(call.group->size())));
+  }
+
+  void barrier() override {
+    std::unique_lock<std::mutex> lock(hub_->guard);
+    hub_->at_barrier.insert(rank_);
+    if (hub_->at_barrier.size() == hub_->boxes.size()) {
+      hub_->at_barrier.clear();
+      ++hub_->barriers;
+      hub_->gathered.notify_all();
+      return;
+    }
+    const std::int64_t now = hub_->barriers;
+    const bool done = hub_->gathered.wait_for(
+        lock, hub_->timeout, [&] { return hub_->barriers > now || !hub_->failure.empty(); });
+    if (hub_->barriers > now) return;
+    if (done) throw PeerError(hub_->failure);
+    int missing = 0;
+    while (hub_->at_barrier.count(missing) > 0) ++missing;
+    lock.unlock();
+    throw PeerError(fmt::format("rank {} waits for all ranks, and rank {} has been in {} for {:.0f} s",
+                                rank_, missing, hub_->what_is_doing(missing),
+                                hub_->timeout.count()));
+  }
+
+  void abort(const std::string& reason) override { hub_->stop(reason); }
+  void doing(const std::string& what) override {
+    ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(rank_)];
+    const std::lock_guard<std::mutex> lock(box.guard);
+    box.doing = what;
+  }
+
+ private:
+  std::shared_ptr<ThreadHub> hub_;
+  int rank_;
+};
+
+}  // namespace
+
+std::shared_ptr<ThreadHub> make_thread_hub(int ranks, double timeout_s,
+                                           std::function<Algorithm(CollectiveKind, int)> algorithm) {
+  return std::make_shared<ThreadHub>(ranks, timeout_s, std::move(algorithm));
+}
+std::unique_ptr<Transport> thread_transport(std::shared_ptr<ThreadHub> hub, int rank) {
+  return std::make_unique<ThreadTransport>(std::move(hub), rank);
+}
+
+}  // namespace partita

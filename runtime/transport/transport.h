@@ -1,0 +1,97 @@
+// runtime/transport/transport.h: how the ranks of a run meet. One object per rank.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "simulator/program/expansion.h"
+
+namespace partita {
+
+/// A peer died, hangs or gave up; `what()` names rank, instruction and cause. Not a bug of ours and
+/// not the user's input: exit code 3.
+class PeerError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// One collective as a member sees it. The values lie packed: chunk c of the payload at
+/// [offsets[c], offsets[c + 1]) of `data`, in elements.
+///
+///   all-reduce, broadcast, reduce      in place, offsets {0, size}
+///   reduce-scatter, scatter            in: all chunks of `data`; out: the own chunk of it
+///   all-gather, gather                 in: the own chunk of `data`; out: all (gather: on the root)
+///   shift                              in: `send`; out: `data`
+///   all-to-all, halo exchange          in: `send` in chunks for each member; out: `data` by member
+struct CollectiveCall {
+  CollectiveKind kind = CollectiveKind::all_reduce;
+  Reduction reduction = Reduction::sum;
+  const std::vector<int>* group = nullptr;  ///< ranks, ascending; the root is the first
+  int me = 0;                               ///< position in it
+  /// Elements of 4 bytes are fp32; only these can be reduced.
+  std::size_t element_bytes = 4;
+  std::byte* data = nullptr;
+  std::vector<std::int64_t> offsets;
+  const std::byte* send = nullptr;
+  std::vector<std::int64_t> send_offsets;
+  std::int64_t tag = 0;  ///< the same on all members, different for calls that could be confused
+};
+
+/// What a rank has sent, for comparison with the simulator's counts.
+struct Traffic {
+  std::map<int, std::int64_t> bytes_to;  ///< by receiver; transports that send step by step only
+  std::int64_t messages = 0;
+  /// By kind of collective: calls, and the payload in the convention of docs/cost.md.
+  struct Calls {
+    std::int64_t calls = 0, payload_bytes = 0;
+  };
+  std::map<CollectiveKind, Calls> collectives;
+  std::int64_t sends = 0, send_bytes = 0;
+};
+
+/// The open set of ways to move bytes. All calls throw PeerError when a peer is gone or does not
+/// answer within the time-out.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual std::string name() const = 0;
+  /// Buffered: the data may be reused at once. Messages of one pair and tag arrive in order.
+  virtual void send(int to, std::int64_t tag, const void* data, std::size_t bytes) = 0;
+  /// Waits for exactly `bytes` bytes.
+  virtual void receive(int from, std::int64_t tag, void* data, std::size_t bytes) = 0;
+  virtual void collective(const CollectiveCall& call) = 0;
+  /// All ranks of the run, for start, clocks and ends of steps.
+  virtual void barrier() = 0;
+  /// This rank gives up: the others' waits end with `reason`.
+  virtual void abort(const std::string& reason) = 0;
+  /// What this rank is doing, for a peer's message when it hangs.
+  virtual void doing(const std::string& what) = 0;
+
+  const Traffic& traffic() const { return traffic_; }
+  void reset_traffic() { traffic_ = {}; }
+
+ protected:
+  Traffic traffic_;
+};
+
+/// Ranks as threads of this process. `algorithm`: which expansion a kind is executed by.
+class ThreadHub;
+std::shared_ptr<ThreadHub> make_thread_hub(
+    int ranks, double timeout_s,
+    std::function<Algorithm(CollectiveKind, int members)> algorithm = nullptr);
+std::unique_ptr<Transport> thread_transport(std::shared_ptr<ThreadHub> hub, int rank);
+
+/// Executes `expansion` for one member by sends and receives: what the in-process transport does
+/// with a collective, and any transport without collectives of its own could.
+void execute_steps(Transport& transport, const CollectiveCall& call, const Expansion& expansion);
+
+}  // namespace partita

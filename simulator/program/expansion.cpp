@@ -1,0 +1,181 @@
+#include "simulator/program/expansion.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace partita {
+namespace {
+
+/// Members that hold a power-of-two group's data in recursive halving: with n = p + r the first 2 r
+/// members pair up and the even ones act for both (Thakur, Rabenseifner, Gropp, IJHPCA 19(1), 2005).
+struct Paired {
+  std::int32_t power = 1, extra = 0;
+  explicit Paired(std::int32_t n) {
+    while (power * 2 <= n) power *= 2;
+    extra = n - power;
+  }
+  std::int32_t member(std::int32_t actor) const {
+    return actor < extra ? 2 * actor : actor + extra;
+  }
+};
+
+void ring_reduce_scatter(Expansion& e, std::int32_t n) {
+  for (std::int32_t s = 1; s < n; ++s) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t r = 0; r < n; ++r)
+      step.push_back({r, (r + 1) % n, (r + n - s) % n, 1, true});
+  }
+}
+void ring_all_gather(Expansion& e, std::int32_t n) {
+  for (std::int32_t s = 0; s + 1 < n; ++s) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t r = 0; r < n; ++r)
+      step.push_back({r, (r + 1) % n, (r + n - s) % n, 1, false});
+  }
+}
+
+/// Binomial trees: distances halve from the root outwards, or double towards it.
+void tree_broadcast(Expansion& e, std::int32_t n, std::int32_t chunks) {
+  std::int32_t distance = 1;
+  while (distance < n) distance *= 2;
+  for (distance /= 2; distance >= 1; distance /= 2) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t r = 0; r + distance < n; r += 2 * distance)
+      step.push_back({r, r + distance, 0, chunks, false});
+  }
+}
+void tree_reduce(Expansion& e, std::int32_t n, std::int32_t chunks) {
+  for (std::int32_t distance = 1; distance < n; distance *= 2) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t r = 0; r + distance < n; r += 2 * distance)
+      step.push_back({r + distance, r, 0, chunks, true});
+  }
+}
+
+void halving_all_reduce(Expansion& e, std::int32_t n) {
+  const Paired p(n);
+  e.chunks = p.power;
+  if (p.extra > 0) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t i = 0; i < p.extra; ++i)
+      step.push_back({2 * i + 1, 2 * i, 0, p.power, true});
+  }
+  // Actor a keeps the half of its range that its bit of `distance` names.
+  for (std::int32_t distance = p.power / 2; distance >= 1; distance /= 2) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t a = 0; a < p.power; ++a) {
+      const std::int32_t other = a ^ distance;
+      step.push_back({p.member(a), p.member(other), other / distance * distance, distance, true});
+    }
+  }
+  for (std::int32_t distance = 1; distance < p.power; distance *= 2) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t a = 0; a < p.power; ++a) {
+      const std::int32_t other = a ^ distance;
+      step.push_back({p.member(a), p.member(other), a / distance * distance, distance, false});
+    }
+  }
+  if (p.extra > 0) {
+    auto& step = e.steps.emplace_back();
+    for (std::int32_t i = 0; i < p.extra; ++i)
+      step.push_back({2 * i, 2 * i + 1, 0, p.power, false});
+  }
+}
+
+}  // namespace
+
+std::string_view name(Algorithm a) {
+  constexpr std::array<std::string_view, 5> names{"ring", "tree", "halving", "direct", "pairwise"};
+  return names[static_cast<std::size_t>(a)];
+}
+
+Algorithm default_algorithm(CollectiveKind kind) {
+  for (const AlgorithmRow& row : kAlgorithms) {
+    if (row.kind == kind) return row.algorithm;
+  }
+  throw InternalError(fmt::format("{} has no algorithm", name(kind)));
+}
+
+Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n) {
+  const bool known = std::any_of(kAlgorithms.begin(), kAlgorithms.end(), [&](const auto& row) {
+    return row.kind == kind && row.algorithm == algorithm;
+  });
+  PARTITA_ASSERT(known && n >= 1, fmt::format("{} by {} over {}", name(kind), name(algorithm), n));
+  Expansion e;
+  e.chunks = n;
+  switch (kind) {
+    case CollectiveKind::all_reduce:
+      if (algorithm == Algorithm::ring) {
+        ring_reduce_scatter(e, n);
+        ring_all_gather(e, n);
+      } else if (algorithm == Algorithm::tree) {
+        e.chunks = 1;
+        tree_reduce(e, n, 1);
+        tree_broadcast(e, n, 1);
+      } else {
+        halving_all_reduce(e, n);
+      }
+      break;
+    case CollectiveKind::all_gather:
+      ring_all_gather(e, n);
+      break;
+    case CollectiveKind::reduce_scatter:
+      ring_reduce_scatter(e, n);
+      break;
+    case CollectiveKind::all_to_all:
+      e.chunks = n * n;
+      for (std::int32_t s = 1; s < n; ++s) {
+        auto& step = e.steps.emplace_back();
+        for (std::int32_t r = 0; r < n; ++r) {
+          const std::int32_t to = (r + s) % n;
+          step.push_back({r, to, r * n + to, 1, false});
+        }
+      }
+      break;
+    case CollectiveKind::halo_exchange:
+      e.chunks = n * n;
+      if (n > 1) e.steps.emplace_back();
+      for (std::int32_t r = 0; r < n; ++r) {
+        for (std::int32_t to = 0; to < n; ++to) {
+          if (to != r) e.steps[0].push_back({r, to, r * n + to, 1, false});
+        }
+      }
+      break;
+    case CollectiveKind::shift:
+      if (n > 1) e.steps.emplace_back();
+      for (std::int32_t r = 0; n > 1 && r < n; ++r) e.steps[0].push_back({r, (r + 1) % n, r, 1, false});
+      break;
+    case CollectiveKind::broadcast:
+      e.chunks = 1;
+      if (algorithm == Algorithm::tree) {
+        tree_broadcast(e, n, 1);
+      } else {
+        for (std::int32_t r = 0; r + 1 < n; ++r) e.steps.push_back({{r, r + 1, 0, 1, false}});
+      }
+      break;
+    case CollectiveKind::reduce:
+      e.chunks = 1;
+      if (algorithm == Algorithm::tree) {
+        tree_reduce(e, n, 1);
+      } else {
+        for (std::int32_t r = n; r-- > 1;) e.steps.push_back({{r, r - 1, 0, 1, true}});
+      }
+      break;
+    case CollectiveKind::scatter:
+      for (std::int32_t r = 1; r < n; ++r) e.steps.push_back({{0, r, r, 1, false}});
+      break;
+    case CollectiveKind::gather:
+      for (std::int32_t r = 1; r < n; ++r) e.steps.push_back({{r, 0, r, 1, false}});
+      break;
+  }
+  return e;
+}
+
+std::vector<std::int64_t> even_chunks(std::int64_t total, std::int32_t chunks) {
+  std::vector<std::int64_t> bounds{0};
+  for (std::int32_t c = 0; c < chunks; ++c) bounds.push_back(part(total, chunks, c).end);
+  return bounds;
+}
+
+}  // namespace partita

@@ -1,0 +1,70 @@
+// simulator/program/expansion.h: collectives as steps of messages between the members of a group.
+//
+// One expansion feeds three readers: the in-process transport executes it, the flow network moves
+// it, tests count it. A message names chunks of the payload; what a chunk is follows from the kind
+// (docs/execution.md, "What a collective exchanges").
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "simulator/program/program.h"
+
+namespace partita {
+
+enum class Algorithm : std::uint8_t { ring, tree, halving, direct, pairwise };
+std::string_view name(Algorithm a);
+
+/// Chunks [first, first + count) go from member `from` to member `to`; the receiver adds them to
+/// what it has (or takes the maximum) if `reduces`, else replaces it. Members are positions in the
+/// group.
+struct Message {
+  std::int32_t from = 0, to = 0;
+  std::int32_t first = 0, count = 1;
+  bool reduces = false;
+  friend bool operator==(const Message&, const Message&) = default;
+};
+
+struct Expansion {
+  /// The payload is cut in this many chunks: of all-reduce, broadcast and reduce in even parts, of
+  /// the others by what each member holds or wants; of all-to-all and halo exchange n · n, chunk
+  /// a · n + b goes from a to b.
+  std::int32_t chunks = 1;
+  /// Messages of one step carry what their senders had at its start.
+  std::vector<std::vector<Message>> steps;
+};
+
+struct AlgorithmRow {
+  CollectiveKind kind;
+  Algorithm algorithm;
+};
+/// Every algorithm there is, the default of each kind first. One row, one case in expand(), one
+/// closed form in cost/: nothing else must know a new one.
+inline constexpr std::array kAlgorithms{
+    AlgorithmRow{CollectiveKind::all_reduce, Algorithm::ring},
+    AlgorithmRow{CollectiveKind::all_reduce, Algorithm::tree},
+    AlgorithmRow{CollectiveKind::all_reduce, Algorithm::halving},
+    AlgorithmRow{CollectiveKind::all_gather, Algorithm::ring},
+    AlgorithmRow{CollectiveKind::reduce_scatter, Algorithm::ring},
+    AlgorithmRow{CollectiveKind::all_to_all, Algorithm::pairwise},
+    AlgorithmRow{CollectiveKind::halo_exchange, Algorithm::direct},
+    AlgorithmRow{CollectiveKind::shift, Algorithm::direct},
+    AlgorithmRow{CollectiveKind::broadcast, Algorithm::tree},
+    AlgorithmRow{CollectiveKind::broadcast, Algorithm::ring},
+    AlgorithmRow{CollectiveKind::reduce, Algorithm::tree},
+    AlgorithmRow{CollectiveKind::reduce, Algorithm::ring},
+    AlgorithmRow{CollectiveKind::scatter, Algorithm::direct},
+    AlgorithmRow{CollectiveKind::gather, Algorithm::direct},
+};
+Algorithm default_algorithm(CollectiveKind kind);
+
+/// The steps of `kind` over n >= 1 members; the root of a rooted kind is member 0. One member: no
+/// steps. InternalError for a pair that is no row of kAlgorithms.
+Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n);
+
+/// Chunk boundaries (chunks + 1 of them) of a payload of `total` values in even parts, larger first.
+std::vector<std::int64_t> even_chunks(std::int64_t total, std::int32_t chunks);
+
+}  // namespace partita
