@@ -293,6 +293,7 @@ void make(Maker& m, const Attention& op) {
   if (op.sinks) {
     for (auto& input : m.s.inputs) input.saved_for_weight = true;
     m.parameter({{Dim::head, q[2].extent}, {Dim::head_feature, op.queries_per_head}}, {head, -1});
+    m.s.parameters.back().saved_for_weight = true;  // a sink's gradient depends on its own weight
   }
   auto& y = m.output({q[0], q[1], q[2], {Dim::head_feature, op.queries_per_head * op.v_dim}},
                      {sample, query, head, -1});

@@ -270,7 +270,7 @@ struct Operand {
   std::vector<Window> windows;
   bool differentiable = true;   ///< token ids, labels: false
   bool saved_for_data = false;  ///< inputs and outputs: the backward by data reads it
-  bool saved_for_weight = false;
+  bool saved_for_weight = false;  ///< the backward by weight reads it; of parameters too
   bool routed = false;  ///< rows of (token, expert): see Dispatch
 };
 

@@ -138,20 +138,18 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
   return c;
 }
 
-double tolerance_in_single(const Program& program, int steps) {
-  // The operators of one sample's path, forward and backward; branches count as if they were in
-  // line, so this is no less than the longest path.
-  double terms = 0;
+double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
+                             int steps, std::uint64_t seed) {
+  RunOptions options = options_for(graph, program, steps, seed);
+  options.round = true;
+  const Comparison once = compare(graph, interpret(program, options), serial, 0);
+  double longest = 1;
   for (const ProgramOperator& op : program.operators) {
-    double longest = 1;
-    for (const IterationDim& d : op.signature.dims) {
-      // A weight's gradient sums over samples and positions, a product over its reduction: whichever
-      // is longer.
+    for (const IterationDim& d : op.signature.dims)
       longest = std::max(longest, static_cast<double>(d.extent));
-    }
-    terms += longest + 8;
   }
-  return 0x1p-23 * terms * steps;
+  return (longest + 8) *
+         std::max({once.loss_error, once.gradient_error, once.parameter_error, 0x1p-24});
 }
 
 Comparison compare_with_serial(const Graph& graph, const Program& program, int steps,

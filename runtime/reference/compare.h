@@ -39,9 +39,12 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
 /// Doubles, sums in another order: a few thousand roundings per step, amplified by the steps before.
 inline double tolerance_in_double(int steps) { return 1e-9 * steps; }
 
-/// The same in fp32: ε · Σ (K + 8) over the operators of the longest path, per step
-/// (docs/execution.md, "Rounding").
-double tolerance_in_single(const Program& program, int steps);
+/// What a run in the plan's own types may differ from the serial network in doubles by: the effect of
+/// rounding every stored value once, measured by interpreting the program with rounding, times the
+/// roundings that one stored value can have gone through, (K + 8) for the longest sum K of any
+/// operator (docs/execution.md, "Rounding").
+double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
+                             int steps, std::uint64_t seed);
 
 /// Interprets the program and compares.
 Comparison compare_with_serial(const Graph& graph, const Program& program, int steps,

@@ -131,6 +131,23 @@ class Machine {
     return id.valid() ? &load(rank, id) : nullptr;
   }
 
+  // ---- precision -----------------------------------------------------------------------------
+  void round(BufferId id, Piece& piece) const {
+    const Buffer& b = p_.buffer(id);
+    // Buffers with a width of their own hold whole numbers, masks, or fp32 log-sum-exps.
+    if (!o_.round || (b.element_bytes != 0 && b.element_bytes != 4)) return;
+    round_values(b.element_bytes == 4 ? ElementType::fp32 : b.type, piece.values.data(),
+                 piece.values.size());
+  }
+  /// Do products of this operator take operands in their compute type? The 8- and 4-bit types are
+  /// used for products with weights only, as Transformer Engine does.
+  static bool casts(const ProgramOperator& op) {
+    const bool narrow = bits(op.compute) <= 8;
+    return narrow ? std::holds_alternative<Linear>(op.operation) ||
+                        std::holds_alternative<GroupedProduct>(op.operation)
+                  : is_product(op.operation);
+  }
+
   // ---- state ---------------------------------------------------------------------------------
   void load_parameters() {
     for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
@@ -156,6 +173,7 @@ class Machine {
               }
               piece = std::move(shard);
             }
+            round(id, piece);
             slot = std::move(piece);
           };
           for_each_read(i, fill);
@@ -293,6 +311,7 @@ class Machine {
       piece.values[k] = o_.input(static_cast<std::size_t>(i.index), step_, first + g / per_sample,
                                  g % per_sample);
     });
+    round(i.writes[0], piece);
     store(rank, i.writes[0]) = std::move(piece);
   }
 
@@ -401,6 +420,7 @@ class Machine {
       } else {
         slot = std::move(w.piece);
       }
+      round(w.buffer, slot);
     }
     pending_.clear();
   }
@@ -455,6 +475,7 @@ class Machine {
           const std::int64_t peer = p_.rank_on_stage(r, s);
           Piece piece = load(peer, other->reads[0]);
           piece.values = sum;
+          round(other->writes[0], piece);
           store(peer, other->writes[0]) = std::move(piece);
         }
       }
@@ -507,6 +528,7 @@ class Machine {
       if (!holds(i.writes[0], rank)) return;
       Piece sum = load(rank, i.reads[0]);
       for (std::size_t k = 1; k < i.reads.size(); ++k) add_into(sum, load(rank, i.reads[k]));
+      round(i.writes[0], sum);
       store(rank, i.writes[0]) = std::move(sum);
       return;
     }
@@ -529,6 +551,18 @@ class Machine {
     one.values = {1.0};
     for (const BufferId id : i.gradients)
       o.output_gradients.push_back(id.valid() ? &load(rank, id) : &one);
+    std::vector<Piece> cast;
+    if (o_.round && casts(op)) {
+      cast.reserve(o.inputs.size() + o.parameters.size() + o.output_gradients.size());
+      for (auto* list : {&o.inputs, &o.parameters, &o.output_gradients}) {
+        for (const Piece*& operand : *list) {
+          if (operand == nullptr) continue;
+          cast.push_back(*operand);
+          round_values(op.compute, cast.back().values.data(), cast.back().values.size());
+          operand = &cast.back();
+        }
+      }
+    }
     const bool forward = i.kernel == Kernel::forward;
     std::vector<Piece> inline_statistics;
     inline_statistics.reserve(op.signature.forward_statistics.size() +
@@ -560,8 +594,10 @@ class Machine {
         break;
       case Kernel::forward: {
         results = reference::forward(c, o);
-        for (std::size_t k = 0; k < inline_statistics.size(); ++k)
+        for (std::size_t k = 0; k < inline_statistics.size(); ++k) {
+          round(i.statistics[k], inline_statistics[k]);
           store(rank, i.statistics[k]) = inline_statistics[k];
+        }
         for (const BufferId id : i.extras) store(rank, id) = Piece{};
         if (op.has_loss && !i.recomputed) note_loss(p_.buffer(i.writes[0]), results[0], rank);
         break;
@@ -585,6 +621,7 @@ class Machine {
       } else {
         slot = std::move(results[k]);
       }
+      round(i.writes[k], slot);
     }
   }
 
@@ -601,6 +638,7 @@ class Machine {
         store(rank, i.extras[0]) = std::move(lse);
       }
       attend_part(a, q, k, v, store(rank, i.writes[0]), store(rank, i.extras[0]));
+      round(i.writes[0], store(rank, i.writes[0]));
       return;
     }
     for (std::size_t x = 0; x < 3; ++x) {
@@ -609,6 +647,7 @@ class Machine {
     attend_part_backward(a, q, k, v, load(rank, i.outputs[0]), load(rank, i.extras[0]),
                          load(rank, i.gradients[0]), store(rank, i.writes[0]),
                          store(rank, i.writes[1]), store(rank, i.writes[2]));
+    for (const BufferId id : i.writes) round(id, store(rank, id));
   }
 
   void note_loss(const Buffer& b, const Piece& piece, std::int64_t rank) {
@@ -641,7 +680,20 @@ class Machine {
       if (state.values.empty()) state = blank(p_.buffer(id), rank);
       states.push_back(&state.values);
     }
+    // The update goes to the master copy where there is one; the parameter is its rounded image.
+    Piece* master = nullptr;
+    if (!i.extras.empty()) {
+      master = &store(rank, i.extras[0]);
+      if (master->values.empty()) *master = parameter;
+      parameter.values = master->values;
+    }
     optimizer_update(p_.optimizer, step_, parameter.values, gradient.values, states);
+    for (std::size_t k = 0; k < i.outputs.size(); ++k) round(i.outputs[k], store(rank, i.outputs[k]));
+    if (master != nullptr) {
+      master->values = parameter.values;
+      round(i.extras[0], *master);
+    }
+    round(i.writes[0], parameter);
   }
 
   struct Write {

@@ -178,6 +178,11 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
       a != nullptr && plan.context == Plan::ContextExchange::ring) {
     const DimSplit& cut = l.cuts[static_cast<std::size_t>(s.find(Dim::sequence))];
     if (!cut.atoms.empty()) {
+      if (a->materialised)
+        return Infeasible{fmt::format(
+            "{} is materialised, while a ring of keys never has all its probabilities; use "
+            "all_gather or all_to_all, or attention that is not materialised",
+            op.name)};
       if (a->sinks)
         return Infeasible{fmt::format(
             "{} has sinks, which a ring of keys does not know; use all_gather or all_to_all",

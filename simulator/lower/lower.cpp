@@ -711,6 +711,7 @@ class Lowering {
     std::map<int, bool> segment_done;
     std::map<OpId, Record> records;  ///< of recomputed operators
     std::map<TensorId, std::vector<Contribution>> contributions;
+    std::set<TensorId> ones;  ///< summands of the loss: their gradient is the number 1, no buffer
     Gathered gathered;
     std::vector<int> units;
     std::map<ParameterId, BufferId> micro_batch_gradients;  ///< ZeRO-2, -3
@@ -870,19 +871,25 @@ class Lowering {
     proto.kind = Kind::compute;
     proto.op = id.value;
     for (std::size_t k = 0; k < op.outputs.size(); ++k) {
-      proto.gradients.push_back(op.outputs[k] == graph_.loss
-                                    ? BufferId{}
+      const bool one = op.outputs[k] == graph_.loss || b.ones.count(op.outputs[k]) > 0;
+      proto.gradients.push_back(one ? BufferId{}
                                     : gradient(b, op.outputs[k], l.output_gradients[k]));
-      if (op.outputs[k] != graph_.loss && !proto.gradients.back().valid())
-        return;  // nothing depends on it
+      if (!one && !proto.gradients.back().valid()) return;  // nothing depends on it
     }
     // Sums pass their gradient on unchanged.
     const bool alias =
         std::holds_alternative<Add>(op.operation) || std::holds_alternative<AddBias>(op.operation);
     if (alias && data) {
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
-        if (needs_gradient_[op.inputs[k].index()])
+        if (!needs_gradient_[op.inputs[k].index()]) continue;
+        if (proto.gradients[0].valid()) {
           contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
+        } else {
+          PARTITA_ASSERT(b.contributions.count(op.inputs[k]) == 0,
+                         "a summand of the loss is read elsewhere: " +
+                             graph_.tensor(op.inputs[k]).name);
+          b.ones.insert(op.inputs[k]);
+        }
       }
       data = false;
     }
@@ -959,6 +966,11 @@ class Lowering {
       i.kernel = Kernel::backward_weight;
       i.reads = inputs(false);
       i.accumulate = true;
+      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
+        i.parameters.push_back(s.parameters[k].saved_for_weight
+                                   ? parameter_for(b.block, b.gathered, b.units, op.parameters[k])
+                                   : BufferId{});
+      }
       for (std::size_t k = 0; k < op.parameters.size(); ++k) {
         const ParameterId q = op.parameters[k];
         if (!graph_.parameter(q).trainable) {

@@ -190,6 +190,12 @@ struct Walker {
         if (!e.empty()) say(block, at, e);
       }
     };
+    const bool weight = i.kernel == Kernel::backward_weight;
+    for (std::size_t k = 0; k < op.signature.parameters.size(); ++k) {
+      if (i.part >= 0 || (weight && !op.signature.parameters[k].saved_for_weight)) continue;
+      if (k >= i.parameters.size() || !i.parameters[k].valid())
+        say(block, at, fmt::format("{} of {} lacks parameter {}", name(i.kernel), op.name, k));
+    }
     check(i.reads, op.signature.inputs);
     check(i.parameters, op.signature.parameters);
     check(i.outputs, op.signature.outputs);

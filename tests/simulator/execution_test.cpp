@@ -3,9 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <map>
 #include <random>
 
 #include "tests/simulator/networks.h"
+#include "runtime/reference/serial.h"
 #include "tests/simulator/reference_check.h"
 
 namespace partita {
@@ -153,6 +155,29 @@ TEST(Execution, OtherArchitectures) {
     p.cp = 2;
     p.zero = 3;
     set_recompute(p, "full", "");
+    expect_good(g, p);
+  }
+}
+
+TEST(Execution, FurtherTokensAndSinks) {
+  TransformerConfig further = small_config();
+  further.mtp_layers = 2;
+  TransformerConfig sinks = small_config();
+  sinks.sinks = true;
+  for (const TransformerConfig& c : {further, sinks}) {
+    const Graph g = build_transformer(c);
+    expect_good(g, base_plan());
+    Plan p = base_plan();
+    p.tp = 2;
+    p.cp = 2;
+    p.sequence_parallel = true;
+    expect_good(g, p);
+    set_recompute(p, "full", "");
+    p.cp = 1;
+    p.pp = 2;
+    p.global_batch = 4;
+    p.dp = 2;
+    p.zero = 3;
     expect_good(g, p);
   }
 }
@@ -361,11 +386,87 @@ TEST(Execution, Adam) {
   expect_good(llama(), p);
 }
 
-TEST(Execution, MixedPrecisionChangesTypesNotMathematics) {
+/// Worst error of a plan's run in its own types, against the serial network in doubles.
+double error_in_types(const Graph& g, const Plan& wanted, const std::string& precision) {
+  Plan p = wanted;
+  set_precision(p, precision, "");
+  const Program program = lowered(g, p);
+  auto options = reference::options_for(g, program, 2, 7);
+  options.round = true;
+  const auto c = reference::compare(g, reference::interpret(program, options),
+                                    reference::train_serially(g, program, 2, 7, 1), 0);
+  return std::max({c.loss_error, c.gradient_error, c.parameter_error});
+}
+
+TEST(Execution, MixedPrecisionIsExactInDoubles) {
   Plan p = base_plan();
-  set_precision(p, "bf16", "");
-  p.dp = 2;
-  expect_good(llama(), p);
+  for (const char* precision : {"fp32", "bf16", "fp8", "nvfp4"}) {
+    set_precision(p, precision, "");
+    p.dp = 2;
+    expect_good(llama(), p);
+  }
+}
+
+TEST(Execution, MixedPrecisionRoundsAsItsTypesDo) {
+  // Each stored value is off by at most half a spacing; over the 60 operators of this path, forward
+  // and backward, with three roundings each (two operands and the result).
+  for (const int ranks : {1, 2}) {
+    Plan p = base_plan();
+    p.tp = p.dp = ranks;
+    std::map<std::string, double> error;
+    for (const char* precision : {"fp32", "tf32", "bf16", "fp16", "fp8", "mxfp8"}) {
+      const double e = error[precision] = error_in_types(llama(), p, precision);
+      EXPECT_GT(e, 0) << precision;
+      EXPECT_LT(e, 60 * 3 * spacing(parse_element_type(precision, "")) / 2) << precision;
+    }
+    // Three bits fewer make errors about eight times as large; a type that was ignored would not.
+    EXPECT_GT(error["bf16"], 3 * error["fp16"]);
+    EXPECT_GT(error["fp16"], 100 * error["fp32"]);
+    EXPECT_GT(error["fp8"], error["bf16"]);
+    EXPECT_LT(error["tf32"], error["bf16"]) << "only products' operands are rounded";
+  }
+}
+
+TEST(Execution, AMasterCopyKeepsUpdatesTooSmallForTheParameter) {
+  // Updates of a 1000th of a bf16 spacing: without the fp32 copy nothing would ever change.
+  Plan p = base_plan();
+  p.optimizer.learning_rate = 1e-6;
+  const Graph g = llama();
+  const auto moved = [&](bool master) {
+    Plan q = p;
+    set_precision(q, "bf16", "");
+    q.precision.master_copy = master;
+    const Program program = lowered(g, q);
+    auto options = reference::options_for(g, program, 1, 7);
+    options.round = true;
+    const auto before = reference::interpret(program, options).parameters[0];
+    options.steps = 400;
+    options.input = [&](std::size_t input, std::int64_t, std::int64_t sample, std::int64_t index) {
+      return reference::input_value(g, input, 7, 0, sample, index);
+    };
+    const auto after = reference::interpret(program, options).parameters[0];
+    std::int64_t changed = 0;
+    for (std::size_t k = 0; k < before.size(); ++k) {
+      for (std::size_t x = 0; x < before[k].size(); ++x) changed += before[k][x] != after[k][x];
+    }
+    return changed;
+  };
+  EXPECT_GT(moved(true), moved(false) + 10);
+}
+
+/// Random networks under random plans.
+TEST(Execution, RandomNetworks) {
+  std::mt19937 rng{20261124};
+  int feasible = 0;
+  for (int i = 0; i < 240; ++i) {
+    const Graph g = random_transformer(rng);
+    const Plan p = random_plan(rng);
+    if (p.ranks() > 24) continue;
+    SCOPED_TRACE(::testing::Message() << "case " << i << ": " << g.name << "\n" << to_yaml(p));
+    feasible += expect_equals_reference(g, p).feasible ? 1 : 0;
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(feasible, 40);
 }
 
 /// Random plans over random axes: whatever is feasible equals the reference.

@@ -104,6 +104,45 @@ inline Graph cnn(bool synchronised) {
   return b.finish(x, 0, 0);
 }
 
+/// A transformer drawn from every option: few of them are like any published one.
+inline Graph random_transformer(std::mt19937& rng) {
+  const auto pick = [&](std::vector<int> from) { return from[rng() % from.size()]; };
+  const auto chance = [&] { return rng() % 2 == 0; };
+  TransformerConfig c = small_config();
+  c.layers = pick({2, 3, 4});
+  c.kv_heads = pick({1, 2, 4});
+  c.norm = chance() ? TransformerConfig::Norm::rms : TransformerConfig::Norm::layer;
+  c.gated = chance();
+  c.activation = c.gated ? ActivationKind::silu : ActivationKind::gelu_tanh;
+  c.positions = chance() ? c.sequence : 0;
+  c.rotary_dim = c.positions > 0 ? 0 : 2;
+  c.qkv_bias = chance(), c.attention_output_bias = chance(), c.mlp_bias = chance();
+  c.tied = chance();
+  c.qk_norm = pick({0, 0, 1}) == 1;
+  c.sinks = pick({0, 0, 1}) == 1;
+  c.window = pick({0, 0, 3});
+  c.mtp_layers = pick({0, 0, 1});
+  c.flash_attention = pick({0, 1, 1}) == 1;
+  c.dropout = pick({0, 0, 1}) == 1 ? 0.25 : 0;
+  if (pick({0, 0, 1}) == 1) {
+    c.moe.experts = 4;
+    c.moe.top_k = pick({1, 2});
+    c.moe.ffn = 8;
+    c.moe.shared_ffn = pick({0, 8});
+    c.moe.first_dense = pick({0, 1});
+    c.moe.sigmoid = chance();
+  }
+  Graph g = build_transformer(c);
+  g.name = fmt::format(
+      "layers {} kv {} norm {} gated {} positions {} biases {}{}{} tied {} qk_norm {} sinks {} window "
+      "{} mtp {} flash {} dropout {} experts {} top {} shared {} dense {} sigmoid {}",
+      c.layers, c.kv_heads, static_cast<int>(c.norm), c.gated, c.positions, c.qkv_bias,
+      c.attention_output_bias, c.mlp_bias, c.tied, c.qk_norm, c.sinks, c.window, c.mtp_layers,
+      c.flash_attention, c.dropout, c.moe.experts, c.moe.top_k, c.moe.shared_ffn, c.moe.first_dense,
+      c.moe.sigmoid);
+  return g;
+}
+
 /// A plan drawn from every axis and policy; often infeasible.
 inline Plan random_plan(std::mt19937& rng) {
   const auto pick = [&](std::vector<int> from) { return from[rng() % from.size()]; };

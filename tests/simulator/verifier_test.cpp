@@ -423,6 +423,15 @@ TEST(Verifier, IdsAreOutOfRange) {
   expect_rejected(broken([](Program&, Instruction& i) { i.tie = 7; }), why);
 }
 
+TEST(Verifier, AKernelLacksAParameter) {
+  Program p = good();
+  Block& b = block_of(p, BlockKind::forward, 0);
+  for (Instruction& i : b.instructions) {
+    if (i.kind == Kind::compute && !i.parameters.empty()) i.parameters.pop_back();
+  }
+  expect_rejected(p, "lacks parameter 0");
+}
+
 TEST(Verifier, ABufferHasNotOneCutPerDimensionOrLivesNowhere) {
   Program p = good();
   p.buffers[0].layout.dims.pop_back();
