@@ -127,7 +127,7 @@ void add_simulate(CLI::App& app) {
       app.add_subcommand("simulate", "predict one plan's step: time, memory, where both go");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
-  o->flags.add_to(*c, true);
+  o->flags.add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
   c->callback([o] {
@@ -158,7 +158,7 @@ void add_plan(CLI::App& app, int& code) {
   CLI::App* c = app.add_subcommand("plan", "search all plans; show the fastest that fit");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
-  o->flags.add_to(*c, false);
+  o->flags.add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--top", o->top, "how many plans to show");
   c->add_option("--trace", o->trace, "write a Perfetto trace of the best plan to this file");
@@ -170,12 +170,19 @@ void add_plan(CLI::App& app, int& code) {
     check_writable("--save", *save);
     const Topology t = load_cluster(o->topology);
     Plan base = plan_from(o->flags, "megatron-core");
+    const Plan given = base;
     base.dp = 1;
     const auto ranks = static_cast<std::int64_t>(t.used_devices());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
     const Graph g = load_graph(o->model, o->flags, base);
-    const SearchSpace space = full_space(g, t, ranks, base);
+    SearchSpace space = full_space(g, t, ranks, base);
+    restrict_space(space, o->flags, given);
     SearchResult r = search(g, t, ranks, base, space, static_cast<std::size_t>(o->top));
+    if (r.space == 0) {
+      throw InputError("plan", fmt::format("no plan of {} devices and a global batch of {} has the sizes "
+                                           "given; leave one of them open",
+                                           ranks, base.global_batch));
+    }
     if (r.plans.empty() && !r.smallest) r.smallest = smallest(g, t, ranks, base, space);
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);

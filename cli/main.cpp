@@ -76,10 +76,7 @@ void refuse_empty_arguments(int argc, char** argv) {
       throw InputError(extra.empty() ? "arguments" : fmt::format("'{}'", extra[0]),
                        fmt::format("is one argument too many; write {}", usage(command)));
     }
-    std::string remedy = did_you_mean(flag, flag_names(command));
-    const std::vector<std::string> known = flag_names(*app.get_subcommand("simulate"));
-    if (command.get_name() == "plan" && std::find(known.begin(), known.end(), flag) != known.end())
-      remedy = "; plan tries all values itself, for a given one use partita simulate";
+    const std::string remedy = did_you_mean(flag, flag_names(command));
     throw InputError(flag, fmt::format("is no flag of partita {}{}; partita {} --help lists them",
                                        command.get_name(), remedy, command.get_name()));
   }

@@ -13,32 +13,30 @@
 
 namespace partita::cli {
 
-void PlanFlags::add_to(CLI::App& app, bool fixed_axes) {
+void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--plan", file, "plan file (schema partita.plan/1); flags override it");
-  if (fixed_axes) {
-    app.add_option("--tp,--tensor-parallel", tp, "tensor parallel size");
-    app.add_option("--pp,--pipeline-parallel", pp, "pipeline parallel size");
-    app.add_option("--dp,--data-parallel", dp,
-                   "data parallel size (default: what the other sizes leave)");
-    app.add_option("--cp,--context-parallel", cp, "context parallel size");
-    app.add_option("--ep,--expert-parallel", ep, "expert parallel size");
-    app.add_option("--etp,--expert-tensor-parallel", etp, "tensor parallel size inside experts");
-    app.add_option("--virtual-stages", virtual_stages, "chunks per pipeline stage");
-    app.add_option("--micro-batch,--micro-batch-size", micro_batch,
-                   "samples per data-parallel rank and micro-batch");
-    app.add_option("--zero", zero,
-                   "sharded state: 0 none, 1 optimizer, 2 and gradients, 3 and parameters");
-    app.add_option("--zero-group", zero_group, "ranks that share one copy of the state (HSDP)");
-    app.add_flag("--sequence-parallel", sequence_parallel,
-                 "cut sequences over tp between the products");
-    app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
-    app.add_option("--schedule", schedule, "naive, gpipe, 1f1b or interleaved");
-    app.add_option("--recompute", recompute,
-                   "none, selective, full, first:N, or operator patterns");
-    app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
-    app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
-    app.add_option("--context-exchange", context_exchange, "all_gather, all_to_all or ring");
-  }
+  app.add_option("--tp,--tensor-parallel", tp, "tensor parallel size");
+  app.add_option("--pp,--pipeline-parallel", pp, "pipeline parallel size");
+  app.add_option("--dp,--data-parallel", dp,
+                 "data parallel size (default: what the other sizes leave)");
+  app.add_option("--cp,--context-parallel", cp, "context parallel size");
+  app.add_option("--ep,--expert-parallel", ep, "expert parallel size");
+  app.add_option("--etp,--expert-tensor-parallel", etp, "tensor parallel size inside experts");
+  app.add_option("--virtual-stages", virtual_stages, "chunks per pipeline stage");
+  app.add_option("--micro-batch,--micro-batch-size", micro_batch,
+                 "samples per data-parallel rank and micro-batch");
+  app.add_option("--zero", zero,
+                 "sharded state: 0 none, 1 optimizer, 2 and gradients, 3 and parameters");
+  app.add_option("--zero-group", zero_group, "ranks that share one copy of the state (HSDP)");
+  app.add_flag("--sequence-parallel", sequence_parallel,
+               "cut sequences over tp between the products");
+  app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
+  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b or interleaved");
+  app.add_option("--recompute", recompute,
+                 "none, selective, full, first:N, or operator patterns");
+  app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
+  app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
+  app.add_option("--context-exchange", context_exchange, "all_gather, all_to_all or ring");
   app.add_option("--global-batch,--global-batch-size", global_batch, "samples per step");
   app.add_option("--precision", precision, "fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
   app.add_option("--framework", framework, fmt::format("{}", fmt::join(frameworks(), ", ")));
@@ -158,6 +156,24 @@ void set_key(Plan& plan, const std::string& key, const std::string& value,
 
 bool in_plan_file(const PlanFlags& f, const std::string& key) {
   return !f.file.empty() && YamlNode::load_file(f.file, "partita.plan/1").has(key);
+}
+
+void restrict_space(SearchSpace& s, const PlanFlags& f, const Plan& given) {
+  const auto fix = [&](const char* key, bool flag, auto& values, auto value) {
+    if (flag || in_plan_file(f, key)) values = {value};
+  };
+  fix("tp", f.tp.has_value(), s.tp, given.tp);
+  fix("pp", f.pp.has_value(), s.pp, given.pp);
+  fix("dp", f.dp.has_value(), s.dp, given.dp);
+  fix("cp", f.cp.has_value(), s.cp, given.cp);
+  fix("ep", f.ep.has_value(), s.ep, given.ep);
+  fix("micro_batch", f.micro_batch.has_value(), s.micro_batch, given.micro_batch);
+  fix("virtual_stages", f.virtual_stages.has_value(), s.virtual_stages, given.virtual_stages);
+  fix("zero", f.zero.has_value(), s.zero, given.zero);
+  fix("recompute", !f.recompute.empty(), s.recompute, given.recompute);
+  fix("schedule", !f.schedule.empty(), s.schedules, given.schedule);
+  fix("sequence_parallel", f.sequence_parallel || f.no_sequence_parallel, s.sequence_parallel,
+      static_cast<char>(given.sequence_parallel));
 }
 
 std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const Graph& graph,

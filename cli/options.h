@@ -7,6 +7,7 @@
 
 #include "models/models.h"
 #include "simulator/plan/plan.h"
+#include "simulator/search/predict.h"
 #include "topologies/topology.h"
 
 namespace CLI {
@@ -32,11 +33,14 @@ struct PlanFlags {
   std::optional<double> dropout;
   std::vector<YamlEdit> model_edits;  ///< whatif only
 
-  void add_to(CLI::App& app, bool fixed_axes);
+  void add_to(CLI::App& app);
 };
 
 /// File and flags put together; `dp` 0 where neither says. InputError names flag, value and remedy.
 Plan plan_from(const PlanFlags& flags, const std::string& default_framework);
+
+/// Leaves in the space only what flags or plan file give.
+void restrict_space(SearchSpace& space, const PlanFlags& flags, const Plan& given);
 
 /// dp = ranks / (tp pp cp), or a check that the given one agrees.
 void settle_ranks(Plan& plan, std::int64_t ranks, const std::string& where);

@@ -79,9 +79,16 @@ void run(const Options& o, int& code) {
   for (const auto& error : verify(*program))
     throw InternalError("the lowered program is broken: " + error);
   const int groups = plan.strategy == "replicas" ? 1 : static_cast<int>(plan.dp);
-  const auto c = reference::compare_with_serial(g, *program, static_cast<int>(o.steps),
-                                                static_cast<std::uint64_t>(o.seed), groups);
+  const int steps = static_cast<int>(o.steps);
+  const auto seed = static_cast<std::uint64_t>(o.seed);
+  const auto serial = reference::train_serially(g, *program, steps, seed, groups);
+  auto options = reference::options_for(g, *program, steps, seed);
+  const auto c = reference::compare(g, reference::interpret(*program, options), serial,
+                                    reference::tolerance_in_double(steps));
   if (!c.equal) code = 1;
+  // The same once more with every value rounded to its type: what the plan's precision costs.
+  options.round = true;
+  const auto rounded = reference::compare(g, reference::interpret(*program, options), serial, 0);
   if (o.json) {
     nlohmann::ordered_json j;
     j["schema"] = "partita.reference/1";
@@ -95,6 +102,12 @@ void run(const Options& o, int& code) {
     j["gradient_error"] = c.gradient_error;
     j["parameter_error"] = c.parameter_error;
     j["tolerance"] = c.tolerance;
+    auto& in = j["in_precision"];
+    in["precision"] = plan.precision_name;
+    in["loss"] = nlohmann::ordered_json::array();
+    for (const auto& s : rounded.steps) in["loss"].push_back(s.plan_loss);
+    in["gradient_error"] = rounded.gradient_error;
+    in["parameter_error"] = rounded.parameter_error;
     fmt::print("{}\n", j.dump(2));
     return;
   }
@@ -113,6 +126,9 @@ void run(const Options& o, int& code) {
              c.worst_parameter);
   fmt::print("{} to the serial network within {:.0e}\n", c.equal ? "equal" : "NOT EQUAL",
              c.tolerance);
+  fmt::print("rounded to {}: last loss {:.7g}, gradients within {:.1e}, parameters within {:.1e}\n",
+             plan.precision_name, rounded.steps.back().plan_loss, rounded.gradient_error,
+             rounded.parameter_error);
 }
 
 }  // namespace
@@ -124,7 +140,7 @@ void add_reference(CLI::App& app, int& code) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology,
                 "takes the number of ranks from it; without it the plan says");
-  o->flags.add_to(*c, true);
+  o->flags.add_to(*c);
   c->add_option("--steps", o->steps, "training steps");
   c->add_option("--seed", o->seed, "of parameters and data");
   c->add_option("--optimizer", o->optimizer, "sgd or adam");

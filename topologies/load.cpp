@@ -90,13 +90,16 @@ ClusterSpec read(const Request& request, const std::string& whole, const Topolog
                        "does: write device: there");
     return read_cluster_yaml(read_file(request.name), request.name, edits);
   }
-  if (!edits.cluster.empty() || !edits.device.empty())
-    throw InputError(edits.cluster.empty() ? edits.device[0].path : edits.cluster[0].path,
-                     "what-if changes need a YAML topology; this one is imported");
   const bool xml = ending == ".xml";
   if (xml || ending == ".txt" || std::filesystem::is_regular_file(request.name)) {
     ClusterSpec spec = (xml ? read_nccl_xml : read_nvidia_smi)(read_file(request.name),
                                                                request.name, request.device);
+    if (!edits.cluster.empty() || !edits.device.empty()) {
+      // What-if changes are made to the YAML that says the same.
+      ClusterSpec edited = read_cluster_yaml(to_cluster_yaml(spec), request.name, edits);
+      edited.notes = spec.notes;
+      spec = std::move(edited);
+    }
     spec.imported = true;
     return spec;
   }

@@ -104,7 +104,7 @@ Topology load_topology(const std::string& text);
 struct TopologyEdits {
   std::vector<YamlEdit> cluster, device;
 };
-/// The topology with the edits done; files other than YAML take device edits only.
+/// The topology with the edits done; files other than YAML are turned into YAML for them.
 Topology load_topology(const std::string& text, const TopologyEdits& edits);
 
 /// From the text of a cluster file; `file` is used in messages and to find device files beside it.

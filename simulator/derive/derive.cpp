@@ -7,14 +7,6 @@
 namespace partita {
 namespace {
 
-bool rule_matches(const ShardingRule& rule, const Operator& op) {
-  constexpr std::string_view kKind = "kind:";
-  const std::string_view p = rule.pattern;
-  if (p == "*") return true;
-  if (p.substr(0, kKind.size()) == kKind) return p.substr(kKind.size()) == kind_name(op.operation);
-  return matches(p, op.name);
-}
-
 /// Atoms along which only the first rank runs this operator.
 AtomMask root_of(const Plan& plan, const Operator& op) {
   for (const std::string& pattern : plan.root_operators) {
@@ -98,7 +90,8 @@ Layout without_windows(Layout layout) {
   return layout;
 }
 
-Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s) {
+Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s,
+                                        const std::string& head_word) {
   std::vector<DimSplit> cuts(s.dims.size());
   std::vector<std::string> axis_of(s.dims.size());
   AtomMask taken = root_of(plan, op);
@@ -130,11 +123,15 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
     }
     const std::int64_t grain = cuts[d].zigzag > 0 ? 2 : 1;
     if (dim.extent < parts * grain || (must_divide(dim.dim) && dim.extent % (parts * grain) != 0)) {
-      const std::string what = dim.dim == Dim::head       ? "heads"
+      const std::string what = dim.dim == Dim::head       ? head_word
                                : dim.dim == Dim::expert   ? "experts"
                                : dim.dim == Dim::sample   ? "samples"
                                : dim.dim == Dim::sequence ? "tokens"
                                                           : std::string(name(dim.dim));
+      if (!must_divide(dim.dim)) {
+        return Infeasible{fmt::format("{} {} cuts the {} {} of {} into more parts than it has; use at most {}",
+                                      title, parts, what, dim.extent, op.name, dim.extent / grain)};
+      }
       return Infeasible{fmt::format(
           "{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what, op.name,
           divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))))};
@@ -148,7 +145,12 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
   const Operator& op = graph.op(id);
   OperatorLayouts l;
   l.signature = signature(graph, id, samples);
-  auto cuts = cuts_of(plan, op, l.signature);
+  // Where several query heads share a key, groups of them are what can be cut.
+  const bool grouped = std::any_of(graph.operators.begin(), graph.operators.end(), [](const auto& o) {
+    const auto* a = std::get_if<Attention>(&o.operation);
+    return a != nullptr && a->queries_per_head > 1;
+  });
+  auto cuts = cuts_of(plan, op, l.signature, grouped ? "key/value heads" : "heads");
   if (!cuts) return cuts.why();
   l.cuts = std::move(*cuts);
   const Signature& s = l.signature;

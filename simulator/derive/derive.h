@@ -29,7 +29,9 @@ struct OperatorLayouts {
 };
 
 /// Which iteration dimensions of one operator are cut, by the plan's rules in order.
-Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s);
+/// `head_word`: what messages call attention's heads.
+Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s,
+                                        const std::string& head_word);
 
 Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId op,
                                  std::int64_t samples);

@@ -278,21 +278,22 @@ class Lowering {
     PARTITA_ASSERT(p_.streams.size() < 256, "too many streams");
     return static_cast<Stream>(p_.streams.size() - 1);
   }
-  Stream group_stream(AtomMask atoms, const char* purpose) {
-    const auto key = std::pair{atoms, std::string(purpose)};
-    if (const auto it = stream_of_.find(key); it != stream_of_.end()) return it->second;
+  /// One communicator per group of ranks, whatever it carries: its collectives follow each other, as
+  /// NCCL's do. Two that overlapped would each be priced as if it had the links for itself.
+  Stream group_stream(AtomMask atoms) {
+    if (const auto it = stream_of_.find(atoms); it != stream_of_.end()) return it->second;
     std::string label;
     for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
       if (has(atoms, static_cast<AtomId>(i)))
         label += (label.empty() ? "" : "*") + p_.mesh.atoms[i].name;
     }
-    return stream_of_[key] = stream(label + (*purpose != '\0' ? std::string(" ") + purpose : ""));
+    return stream_of_[atoms] = stream(label);
   }
 
   /// Emits the steps that turn `from` into layout `to`; returns the last buffer. Every intermediate
   /// result is reported to `made`.
   template <class Made>
-  BufferId emit_reshard(Block& block, BufferId source, const Layout& to, const char* purpose,
+  BufferId emit_reshard(Block& block, BufferId source, const Layout& to,
                         Made made) {
     const Layout from = p_.buffers[source.index()].layout;
     BufferId at = source;
@@ -312,7 +313,7 @@ class Lowering {
         i.kind = Kind::collective;
         i.collective = step.collective;
         i.atoms = step.atoms;
-        i.stream = group_stream(step.atoms, purpose);
+        i.stream = group_stream(step.atoms);
         if (step.collective == CollectiveKind::all_reduce)
           p_.buffers[next.index()].alias = at.value;
       }
@@ -370,7 +371,7 @@ class Lowering {
     PARTITA_ASSERT(best < have.size(), "no source for " + graph_.tensor(t).name);
     int at = static_cast<int>(best);
     return emit_reshard(
-        block, have[best].buffer, layout, "", [&](BufferId made, const ReshardStep& step) {
+        block, have[best].buffer, layout, [&](BufferId made, const ReshardStep& step) {
           const bool gathered = !step.slice && step.collective == CollectiveKind::all_gather;
           have.push_back({step.to, made, gathered ? at : -1});
           at = static_cast<int>(have.size()) - 1;
@@ -422,7 +423,7 @@ class Lowering {
       i.kind = Kind::collective;
       i.collective = plan_.root_state != 0 ? CollectiveKind::broadcast : CollectiveKind::all_gather;
       i.atoms = v.scattered;
-      i.stream = group_stream(v.scattered, "parameters");
+      i.stream = group_stream(v.scattered);
       i.after_compute = ahead;
       i.reads.push_back(v.value);
       i.writes.push_back(whole);
@@ -494,7 +495,7 @@ class Lowering {
         reduce.kind = Kind::collective;
         reduce.collective = CollectiveKind::all_reduce;
         reduce.atoms = cut;
-        reduce.stream = group_stream(cut, "");
+        reduce.stream = group_stream(cut);
         reduce.reads = {local};
         reduce.writes = {whole};
         block.instructions.push_back(std::move(reduce));
@@ -571,7 +572,7 @@ class Lowering {
       i.reads.push_back(id);
       i.writes.push_back(BufferId{p_.buffers.size() - 1});
     }
-    i.stream = group_stream(i.atoms, "ring");
+    i.stream = group_stream(i.atoms);
     std::vector<BufferId> made = i.writes;
     block.instructions.push_back(std::move(i));
     return made;
@@ -775,7 +776,7 @@ class Lowering {
     std::vector<BufferId> parts;
     for (const auto& [from, buffers] : groups) {
       const BufferId sum = add(b, buffers);
-      parts.push_back(emit_reshard(b.block, sum, layout, "", [](BufferId, const ReshardStep&) {}));
+      parts.push_back(emit_reshard(b.block, sum, layout, [](BufferId, const ReshardStep&) {}));
     }
     return add(b, parts);
   }
@@ -1060,7 +1061,7 @@ class Lowering {
       i.collective =
           plan_.root_state != 0 ? CollectiveKind::reduce : CollectiveKind::reduce_scatter;
       i.atoms = scattered;
-      i.stream = group_stream(scattered, "gradients");
+      i.stream = group_stream(scattered);
       i.accumulate = plan_.zero >= 2;
       i.reads = at;
       for (std::size_t k = 0; k < at.size(); ++k) {
@@ -1093,7 +1094,7 @@ class Lowering {
     i.kind = Kind::collective;
     i.collective = CollectiveKind::all_reduce;
     i.atoms = owed;
-    i.stream = group_stream(owed, "gradients");
+    i.stream = group_stream(owed);
     for (const ParameterId q : list) {
       ParameterOnStage& v = on_stage(stage).at(q);
       i.reads.push_back(v.reduced);
@@ -1239,7 +1240,7 @@ class Lowering {
         g.kind = Kind::collective;
         g.collective = CollectiveKind::all_gather;
         g.atoms = v.scattered;
-        g.stream = group_stream(v.scattered, "parameters");
+        g.stream = group_stream(v.scattered);
         g.reads.push_back(target);
         g.writes.push_back(v.value);
       }
@@ -1379,7 +1380,7 @@ class Lowering {
   std::vector<Record> records_;
   std::map<std::tuple<std::int32_t, int, bool>, int> messages_;
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;
-  std::map<std::pair<AtomMask, std::string>, Stream> stream_of_;
+  std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
   std::map<int, std::vector<ParameterId>> late_owed_;
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;

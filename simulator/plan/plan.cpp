@@ -57,6 +57,14 @@ bool has_experts(const Graph& graph) {
 
 }  // namespace
 
+bool rule_matches(const ShardingRule& rule, const Operator& op) {
+  constexpr std::string_view kKind = "kind:";
+  const std::string_view p = rule.pattern;
+  if (p == "*") return true;
+  if (p.substr(0, kKind.size()) == kKind) return p.substr(kKind.size()) == kind_name(op.operation);
+  return matches(p, op.name);
+}
+
 std::string_view name(Schedule s) {
   for (const auto& entry : kSchedules) {
     if (entry.schedule == s) return entry.name;
@@ -296,6 +304,12 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
           fmt::format("sharding of {} names axis '{}'; the mesh has pp, dp, cp, tp, ep and etp",
                       r.pattern, r.axis));
     }
+    if (std::none_of(graph.operators.begin(), graph.operators.end(),
+                     [&](const Operator& op) { return rule_matches(r, op); })) {
+      return no(fmt::format("sharding of {} matches no operator of {}; partita model MODEL "
+                            "--operators lists them",
+                            r.pattern, graph.name));
+    }
     rules.push_back(r);
   }
   const bool zigzag =
@@ -398,6 +412,7 @@ void set_precision(Plan& plan, std::string_view word, const std::string& place) 
   Precision p;
   const ElementType type = parse_element_type(word, place);
   plan.precision_name = std::string(name(type));
+  plan.precision_roles = false;
   switch (type) {
     case ElementType::fp32:
     case ElementType::tf32:
@@ -488,6 +503,37 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   }
 }
 
+namespace {
+
+struct Role {
+  const char* key;
+  ElementType Precision::*type;
+};
+constexpr std::array kRoles{Role{"parameters", &Precision::parameters},
+                            Role{"activations", &Precision::activations},
+                            Role{"compute", &Precision::compute},
+                            Role{"gradients", &Precision::gradients},
+                            Role{"gradient_communication", &Precision::gradient_communication},
+                            Role{"optimizer", &Precision::optimizer}};
+
+/// `precision: {base: bf16, compute: fp8, ...}`: a named precision with roles changed.
+void set_precision_roles(Plan& p, const YamlNode& n) {
+  if (const auto base = n.find("base")) set_precision(p, base->as_string(), base->place());
+  for (const Role& r : kRoles) {
+    if (const auto x = n.find(r.key)) {
+      p.precision.*r.type = parse_element_type(x->as_string(), x->place());
+      p.precision_roles = true;
+    }
+  }
+  if (const auto x = n.find("master_copy")) {
+    p.precision.master_copy = x->as_bool();
+    p.precision_roles = true;
+  }
+  n.reject_unknown_keys();
+}
+
+}  // namespace
+
 void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
   if (const auto n = y.find("strategy")) {
@@ -524,7 +570,13 @@ void apply(Plan& p, const YamlNode& y) {
     p.schedule = parse_schedule(n->as_string(), n->place());
     p.schedule_given = true;
   }
-  if (const auto n = y.find("precision")) set_precision(p, n->as_string(), n->place());
+  if (const auto n = y.find("precision")) {
+    if (n->is_map()) {
+      set_precision_roles(p, *n);
+    } else {
+      set_precision(p, n->as_string(), n->place());
+    }
+  }
   if (const auto n = y.find("recompute")) set_recompute(p, n->as_string(), n->place());
   if (const auto n = y.find("cuts")) p.cuts = n->as_ints();
   if (const auto n = y.find("freeze")) p.freeze = n->as_strings();
@@ -534,11 +586,13 @@ void apply(Plan& p, const YamlNode& y) {
     n->reject_unknown_keys();
   }
   if (const auto n = y.find("optimizer")) {
-    const std::string kind = n->get("kind").as_string();
-    if (kind != "sgd" && kind != "adam") {
-      throw InputError(n->place(), fmt::format("'{}' is no optimizer; use sgd or adam", kind));
+    if (const auto x = n->find("kind")) {
+      const std::string kind = x->as_string();
+      if (kind != "sgd" && kind != "adam") {
+        throw InputError(n->place(), fmt::format("'{}' is no optimizer; use sgd or adam", kind));
+      }
+      p.optimizer.kind = kind == "sgd" ? OptimizerKind::sgd : OptimizerKind::adam;
     }
-    p.optimizer.kind = kind == "sgd" ? OptimizerKind::sgd : OptimizerKind::adam;
     if (const auto x = n->find("learning_rate")) p.optimizer.learning_rate = x->as_double();
     if (const auto x = n->find("momentum")) p.optimizer.momentum = x->as_double();
     if (const auto x = n->find("beta1")) p.optimizer.beta1 = x->as_double();
@@ -569,9 +623,27 @@ Plan load_plan(const std::string& file) {
 
 void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place) {
   // Through the file's own reader, so that keys, types and messages are the same.
-  const std::string body = fmt::format("schema: partita.plan/1\n{}: {}\n", key, value);
+  // "optimizer.kind" is a key inside a key.
+  std::string body = "schema: partita.plan/1\n", indent;
+  for (std::size_t at = 0, dot; at != std::string::npos; at = dot == std::string::npos ? dot : dot + 1) {
+    dot = key.find('.', at);
+    const std::string part = key.substr(at, dot == std::string::npos ? dot : dot - at);
+    body += indent + part + ":" + (dot == std::string::npos ? " " + value : "") + "\n";
+    indent += "  ";
+  }
   apply(plan, YamlNode::load_text(body, place, "partita.plan/1"));
 }
+
+namespace {
+
+std::string precision_text(const Plan& p) {
+  if (!p.precision_roles) return p.precision_name;
+  std::string s = "{base: " + p.precision_name;
+  for (const Role& r : kRoles) s += fmt::format(", {}: {}", r.key, name(p.precision.*r.type));
+  return s + fmt::format(", master_copy: {}}}", p.precision.master_copy);
+}
+
+}  // namespace
 
 std::string to_yaml(const Plan& p) {
   std::string recompute = "none";
@@ -598,7 +670,8 @@ std::string to_yaml(const Plan& p) {
       "{}\nzero: {}\n"
       "recompute: {}\nprecision: {}\n",
       p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch,
-      p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, p.precision_name);
+      p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute,
+      precision_text(p));
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);

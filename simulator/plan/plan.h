@@ -33,6 +33,8 @@ struct ShardingRule {
   bool where_unused = false;
 };
 
+bool rule_matches(const ShardingRule& rule, const Operator& op);
+
 /// Element types by role.
 struct Precision {
   ElementType parameters = ElementType::bf16;
@@ -68,6 +70,7 @@ struct Plan {
   std::vector<std::int64_t> cuts;  ///< explicit: blocks per chunk, in order; empty: the rule
   Precision precision;
   std::string precision_name = "bf16";
+  bool precision_roles = false;  ///< some role differs from what the name says
   Optimizer optimizer;
   Bytes bucket = 40_MiB;            ///< of gradients reduced by one call
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp (Megatron: 128)

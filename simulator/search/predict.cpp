@@ -43,7 +43,8 @@ double model_flops(const Graph& graph) {
   return total;
 }
 
-/// Matrix FLOPs that all ranks execute in a step by the same convention, recomputation included.
+/// Matrix FLOPs that all ranks execute in a step: recomputation and flash attention's second q·k
+/// count, masked pairs that no kernel visits do not.
 double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
   double total = 0;
   for (const RankClass& c : classes) {
@@ -52,21 +53,8 @@ double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
     for (const auto& [b, n] : calls) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (i.kind != Kind::compute || i.op < 0) continue;
-        if (i.kernel != Kernel::forward && i.kernel != Kernel::backward_data &&
-            i.kernel != Kernel::backward_weight)
-          continue;
-        const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-        if (!is_product(op.operation)) continue;
-        std::vector<std::int64_t> extents;
-        for (std::size_t d = 0; d < op.cuts.size(); ++d) {
-          extents.push_back(
-              local_extent(p.mesh, op.cuts[d], op.signature.dims[d].extent, c.representative));
-        }
-        const Pass pass = i.kernel == Kernel::forward         ? Pass::forward
-                          : i.kernel == Kernel::backward_data ? Pass::backward_data
-                                                              : Pass::backward_weight;
-        total += static_cast<double>(c.count * n) *
-                 flops(op.operation, op.signature, extents, pass).count;
+        const Work work = work_of(p, i, c.representative);
+        if (work.matrix) total += static_cast<double>(c.count * n) * work.flops.count;
       }
     }
   }
@@ -173,7 +161,11 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
 SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_t ranks,
                        const Plan& base) {
   SearchSpace s;
-  const auto per_node = static_cast<std::int64_t>(topology.device_count(0));
+  std::int64_t domain = 0;  // devices that share an NVLink network, or a node
+  for (std::size_t n = 0; n < topology.node_count(); ++n) {
+    if (topology.domain_of(n) == topology.domain_of(0))
+      domain += static_cast<std::int64_t>(topology.device_count(n));
+  }
   bool heads = false, experts = false, sequences = graph.sequence > 0;
   std::int64_t expert_count = 1;
   for (const auto& op : graph.operators) {
@@ -183,52 +175,78 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
   }
   for (std::int64_t d = 1; d <= ranks; ++d) {
     if (ranks % d != 0) continue;
-    // Tensor parallelism across nodes is legal, but never fastest while a node's own links are
-    // free.
-    if (d == 1 || (heads && d <= std::max<std::int64_t>(per_node, 1))) s.tp.push_back(d);
+    // Tensor parallelism across NVLink domains is legal, but never fastest while a domain's own
+    // links are free.
+    if (d == 1 || (heads && d <= std::max<std::int64_t>(domain, 1))) s.tp.push_back(d);
     if (d <= std::max(graph.layers, 1)) s.pp.push_back(d);
     if (d == 1 || (sequences && graph.sequence >= 16384 && d <= 16)) s.cp.push_back(d);
     if (d == 1 || (experts && expert_count % d == 0)) s.ep.push_back(d);
   }
-  for (std::int64_t m = 1; m <= 16 && m <= std::max<std::int64_t>(1, base.global_batch); m *= 2)
-    s.micro_batch.push_back(m);
+  const std::int64_t batch = std::max<std::int64_t>(1, base.global_batch);
+  for (std::int64_t m = 1; m <= batch; ++m) {
+    if (batch % m == 0) s.micro_batch.push_back(m);
+  }
   s.virtual_stages = {1};
   for (std::int64_t v = 2; v <= 8; ++v) {
     if (graph.layers % v == 0) s.virtual_stages.push_back(v);
   }
-  s.zero = {0, 1, 3};
-  s.recompute = {Recompute::none, Recompute::full};
+  s.zero = {0, 1, 2, 3};
+  s.recompute = {Recompute::none, Recompute::selective, Recompute::full};
   s.schedules = {Schedule::one_f_one_b, Schedule::interleaved};
   return s;
 }
 
-SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
-                    const Plan& base, const SearchSpace& space, std::size_t keep,
-                    std::size_t workers) {
-  const auto began = std::chrono::steady_clock::now();
-  SearchResult result;
-  std::vector<Plan> candidates;
+namespace {
+
+/// Candidates that differ in their micro-batch only, ascending. A larger one needs no less memory
+/// (to 1 %): as many samples are in flight, and buffers within a block grow with it.
+using Chain = std::vector<Plan>;
+
+std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan& base,
+                             const SearchSpace& space) {
+  std::vector<Chain> all;
+  std::vector<char> sequence_parallel = space.sequence_parallel;
+  if (sequence_parallel.empty()) sequence_parallel = {graph.sequence > 0 ? char{1} : char{0}};
+  const auto add = [&](Plan p) {
+    Chain chain;
+    for (const auto mb : space.micro_batch) {
+      // Of micro-batches that do not come out none is a plan.
+      if (p.global_batch > 0 && p.global_batch % (mb * p.dp) != 0) continue;
+      p.micro_batch = mb;
+      // Scattered after the only micro-batch or after the last: one plan.
+      if (p.zero == 2 && p.global_batch == mb * p.dp) continue;
+      chain.push_back(p);
+    }
+    if (chain.empty()) {  // complete() says why
+      p.micro_batch = space.micro_batch.front();
+      chain.push_back(std::move(p));
+    }
+    all.push_back(std::move(chain));
+  };
   for (const auto tp : space.tp) {
     for (const auto pp : space.pp) {
       for (const auto cp : space.cp) {
         if (ranks % (tp * pp * cp) != 0) continue;
+        const std::int64_t dp = ranks / (tp * pp * cp);
+        if (!space.dp.empty() && std::find(space.dp.begin(), space.dp.end(), dp) == space.dp.end())
+          continue;
         for (const auto ep : space.ep) {
-          for (const auto mb : space.micro_batch) {
-            for (const auto v : space.virtual_stages) {
-              for (const auto zero : space.zero) {
-                for (const auto recompute : space.recompute) {
-                  for (const auto schedule : space.schedules) {
-                    // One spelling for what would be the same plan.
-                    if ((v > 1) != (schedule == Schedule::interleaved) || (v > 1 && pp == 1))
-                      continue;
+          for (const auto v : space.virtual_stages) {
+            for (const auto zero : space.zero) {
+              if (zero > 0 && dp * cp == 1 && space.zero.size() > 1) continue;
+              for (const auto recompute : space.recompute) {
+                for (const auto schedule : space.schedules) {
+                  // One spelling for what would be the same plan.
+                  if (space.schedules.size() > 1 &&
+                      ((v > 1) != (schedule == Schedule::interleaved) || (v > 1 && pp == 1)))
+                    continue;
+                  for (const char sp : sequence_parallel) {
                     Plan p = base;
-                    p.tp = tp, p.pp = pp, p.cp = cp, p.ep = ep, p.dp = ranks / (tp * pp * cp);
-                    if (zero > 0 && p.dp * p.cp == 1) continue;
-                    p.micro_batch = mb, p.virtual_stages = v, p.zero = zero,
-                    p.recompute = recompute;
+                    p.tp = tp, p.pp = pp, p.cp = cp, p.ep = ep, p.dp = dp;
+                    p.virtual_stages = v, p.zero = zero, p.recompute = recompute;
                     p.schedule = schedule, p.schedule_given = true;
-                    p.sequence_parallel = tp > 1 && graph.sequence > 0;
-                    candidates.push_back(std::move(p));
+                    p.sequence_parallel = sp != 0 && tp > 1;
+                    add(std::move(p));
                   }
                 }
               }
@@ -238,7 +256,22 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       }
     }
   }
-  result.space = static_cast<std::int64_t>(candidates.size());
+  return all;
+}
+
+}  // namespace
+
+SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
+                    const Plan& base, const SearchSpace& space, std::size_t keep,
+                    std::size_t workers) {
+  const auto began = std::chrono::steady_clock::now();
+  SearchResult result;
+  const std::vector<Chain> chains = chains_of(graph, ranks, base, space);
+  std::vector<std::size_t> first;  // outcome of each chain's first plan
+  for (const Chain& c : chains) {
+    first.push_back(static_cast<std::size_t>(result.space));
+    result.space += static_cast<std::int64_t>(c.size());
+  }
 
   enum : char { illegal, too_large, evaluated };
   struct Outcome {
@@ -246,7 +279,7 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     std::string reason;
     std::optional<Prediction> prediction;
   };
-  std::vector<Outcome> outcomes(candidates.size());
+  std::vector<Outcome> outcomes(static_cast<std::size_t>(result.space));
   if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::unique_ptr<Communication>> communications;
   for (std::size_t w = 0; w < workers; ++w)
@@ -255,32 +288,38 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
   for (std::size_t k = 0; k < topology.profile_count(); ++k)
     usable = std::min(usable, topology.profile(k).usable_memory);
   const double parameters = static_cast<double>(parameter_count(graph));
-  parallel_for(candidates.size(), workers, [&](std::size_t w, std::size_t i) {
-    Outcome& o = outcomes[i];
-    auto plan = complete(graph, candidates[i]);
-    if (!plan) {
-      o.reason = plan.reason();
-      return;
+  const bool all_trained = trainable_parameter_count(graph) == parameter_count(graph);
+  parallel_for(chains.size(), workers, [&](std::size_t w, std::size_t c) {
+    bool full = false;  // a smaller micro-batch did not fit
+    for (std::size_t k = 0; k < chains[c].size(); ++k) {
+      Outcome& o = outcomes[first[c] + k];
+      auto plan = complete(graph, chains[c][k]);
+      if (!plan) {
+        o.reason = plan.reason();
+        continue;
+      }
+      // State of the average rank, counted low: whatever the schedule does, it must be there. Experts
+      // may be cut by ep as well, so only the finest cut counts.
+      const double ways = static_cast<double>(plan->tp * plan->pp * plan->ep);
+      const double shards = plan->zero > 0 ? static_cast<double>(plan->dp * plan->cp) : 1;
+      const double held = static_cast<double>(bits(plan->precision.parameters)) / 8 /
+                          (plan->zero == 3 ? shards : 1);
+      const double state = held + (plan->precision.master_copy ? 12.0 : 8.0) / shards;
+      full |= parameters / ways * state > static_cast<double>(usable.count) && all_trained;
+      if (full) {
+        o.what = too_large;
+        continue;
+      }
+      auto prediction = predict(graph, *plan, *communications[w], nullptr, nullptr, true);
+      if (!prediction) {
+        o.reason = prediction.reason();
+        continue;
+      }
+      o.what = evaluated;
+      // Scalars of every micro-batch (its loss) are all that a larger one saves: far below 1 %.
+      full = prediction->peak_allocated.count > usable.count + usable.count / 100;
+      o.prediction = std::move(*prediction);
     }
-    // State of the average rank, counted low: whatever the schedule does, it must be there. Experts
-    // may be cut by ep as well, so only the finest cut counts.
-    const double ways = static_cast<double>(plan->tp * plan->pp * plan->ep);
-    const double shards = plan->zero > 0 ? static_cast<double>(plan->dp * plan->cp) : 1;
-    const double held =
-        static_cast<double>(bits(plan->precision.parameters)) / 8 / (plan->zero == 3 ? shards : 1);
-    const double state = held + (plan->precision.master_copy ? 12.0 : 8.0) / shards;
-    if (parameters / ways * state > static_cast<double>(usable.count) &&
-        trainable_parameter_count(graph) == parameter_count(graph)) {
-      o.what = too_large;
-      return;
-    }
-    auto prediction = predict(graph, *plan, *communications[w], nullptr, nullptr, true);
-    if (!prediction) {
-      o.reason = prediction.reason();
-      return;
-    }
-    o.what = evaluated;
-    o.prediction = std::move(*prediction);
   });
   for (Outcome& o : outcomes) {
     switch (o.what) {

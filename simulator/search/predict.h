@@ -50,14 +50,17 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& plan, Communication
                              Timeline* recorded = nullptr, Program* program = nullptr,
                              bool only_if_fits = false);
 
+/// Values to try, all combinations. The rest of a candidate is the base plan's.
 struct SearchSpace {
   std::vector<std::int64_t> tp, pp, cp, ep, micro_batch, virtual_stages;
+  std::vector<std::int64_t> dp;  ///< empty: what the other sizes leave
   std::vector<int> zero;
   std::vector<Recompute> recompute;
   std::vector<Schedule> schedules;
+  std::vector<char> sequence_parallel;  ///< empty: wherever tp > 1
 };
 
-/// Every value that could make sense for this network on this cluster.
+/// Every value that could be fastest for this network on this cluster (docs/command.md, "plan").
 SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_t ranks,
                        const Plan& base);
 

@@ -297,7 +297,7 @@ TEST(Execution, SpatialWithHalos) {
   expect_good(cnn(true), p);
   p.tp = 3;
   EXPECT_THAT(expect_equals_reference(cnn(true), p).reason,
-              ::testing::HasSubstr("2 height of pool; use 1 or 2"));
+              ::testing::HasSubstr("cuts the height 2 of pool into more parts than it has; use at most 2"));
 }
 
 TEST(Execution, ChannelsOfAConvolution) {

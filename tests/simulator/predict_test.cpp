@@ -40,21 +40,149 @@ TEST(Predict, UtilisationIsModelFlopsOverTimeAndPeak) {
   const Prediction r = predicted(g, p);
   const double expected = 3 * forward_products(g, false) * 32 / r.step_time.count / (8 * 989.4e12);
   EXPECT_NEAR(r.mfu, expected, 1e-12 * expected);
-  EXPECT_NEAR(r.hfu, r.mfu, 1e-12 * r.mfu) << "nothing is recomputed";
+}
+
+/// Every query sees every key, and the backward reads the probabilities: executed = model FLOPs.
+Graph whole_square() {
+  TransformerConfig c = small_config();
+  c.causal = false;
+  c.flash_attention = false;
+  return build_transformer(c);
+}
+
+TEST(Predict, ExecutedFlopsAreTheModelsWhereNothingIsMaskedOrDoneTwice) {
+  Plan p = base_plan();
+  set_precision(p, "bf16", "");
+  p.dp = 8;
+  const Prediction r = predicted(whole_square(), p);
+  EXPECT_NEAR(r.hfu, r.mfu, 1e-12 * r.mfu);
+}
+
+TEST(Predict, CausalFlashAttentionExecutesHalfTheSquareAndOneProductTwice) {
+  // 8 tokens: (8 + 1) / 16 of the pairs. Backward: 5 products of equal size instead of 4.
+  const Graph g = gpt();
+  Plan p = base_plan();
+  set_precision(p, "bf16", "");
+  const Prediction r = predicted(g, p);
+  double attention = 0;
+  for (std::size_t i = 0; i < g.operators.size(); ++i) {
+    if (!std::holds_alternative<Attention>(g.operators[i].operation)) continue;
+    const Signature s = signature(g, OpId{i}, 1);
+    std::vector<std::int64_t> extents;
+    for (const auto& d : s.dims) extents.push_back(d.extent);
+    attention += flops(g.operators[i].operation, s, extents, Pass::forward).count;
+  }
+  const double all = 3 * forward_products(g, false);
+  const double executed = all - 3 * attention + attention * 9.0 / 16 * (1 + 2 * 5.0 / 4);
+  EXPECT_NEAR(r.hfu / r.mfu, executed / all, 1e-12);
+}
+
+TEST(Predict, NoPlanExecutesFasterThanItsDeviceSustains) {
+  std::mt19937 rng(11);
+  const DeviceProfile h100 = load_device("h100-sxm");
+  for (int k = 0; k < 60; ++k) {
+    const Graph g = random_transformer(rng);
+    Communication communication(load_topology("dgx-h100:12"));
+    const auto r = predict(g, random_plan(rng), communication);
+    if (!r) continue;
+    EXPECT_LE(r->hfu, h100.matrix_efficiency);
+    EXPECT_GT(r->hfu, 0);
+  }
 }
 
 TEST(Predict, FullRecomputationAddsTheBlocksForward) {
-  const Graph g = llama();
+  const Graph g = whole_square();
   Plan p = base_plan();
   set_precision(p, "bf16", "");
   p.tp = 2;
-  p.pp = 2;
-  p.dp = 2;
-  p.global_batch = 4;
+  p.dp = 4;
+  p.global_batch = 8;
   set_recompute(p, "full", "");
   const Prediction r = predicted(g, p);
   const double ratio = 1 + forward_products(g, true) / (3 * forward_products(g, false));
   EXPECT_NEAR(r.hfu / r.mfu, ratio, 1e-12);
+}
+
+/// The best of all plans that fit, each simulated by itself.
+Seconds best_by_hand(const Graph& g, const Topology& t, const Plan& base) {
+  Communication communication(t);
+  const auto ranks = static_cast<std::int64_t>(t.used_devices());
+  Seconds best{1e300};
+  for (std::int64_t tp = 1; tp <= ranks; ++tp) {
+    for (std::int64_t pp = 1; pp * tp <= ranks; ++pp) {
+      if (ranks % (tp * pp) != 0) continue;
+      for (std::int64_t mb = 1; mb <= base.global_batch; ++mb) {
+        for (int zero = 0; zero <= 3; ++zero) {
+          for (const auto recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+            for (const Schedule schedule : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
+                                            Schedule::interleaved}) {
+              for (std::int64_t v = 1; v <= (schedule == Schedule::interleaved ? 4 : 1); ++v) {
+                Plan p = base;
+                p.tp = tp, p.pp = pp, p.dp = ranks / (tp * pp), p.micro_batch = mb;
+                p.zero = zero, p.recompute = recompute, p.virtual_stages = v;
+                p.schedule = schedule, p.schedule_given = true;
+                p.sequence_parallel = tp > 1;
+                const auto r = predict(g, p, communication);
+                if (r && r->fits) best = std::min(best, r->step_time);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  return best;
+}
+
+TEST(Search, FindsWhatTryingEverythingByHandFinds) {
+  // Batches with factors other than two; schedules that the space leaves out are never better.
+  TransformerConfig c = small_config();
+  c.hidden = 256;
+  c.ffn = 1024;
+  c.heads = c.kv_heads = 4;
+  c.sequence = 64;
+  c.positions = 64;
+  for (const std::int64_t batch : {12, 16}) {
+    const Graph g = build_transformer(c);
+    const Topology t = load_topology("dgx-h100:4 gpus");
+    Plan base = base_plan();
+    set_precision(base, "bf16", "");
+    base.global_batch = batch;
+    const SearchResult r = search(g, t, 4, base, full_space(g, t, 4, base), 1, 1);
+    ASSERT_FALSE(r.plans.empty());
+    EXPECT_EQ(r.plans[0].step_time, best_by_hand(g, t, base)) << to_yaml(r.plans[0].plan);
+  }
+}
+
+TEST(Search, TensorParallelismReachesAcrossNodesOfOneNvlinkDomain) {
+  const Graph g = llama();
+  const Topology t = load_topology("gb200-nvl72:2");
+  const SearchSpace s = full_space(g, t, 8, base_plan());
+  EXPECT_EQ(s.tp.back(), 8) << "trays of four GPUs share one NVLink network";
+}
+
+TEST(Search, ALargerMicroBatchNeverNeedsLess) {
+  // Why the search stops at the first micro-batch that does not fit.
+  std::mt19937 rng(3);
+  Communication communication(load_topology("dgx-h100:12"));
+  int compared = 0;
+  for (int k = 0; k < 200; ++k) {
+    const Graph g = random_transformer(rng);
+    Plan p = random_plan(rng);
+    p.global_batch = 12 * p.dp;
+    Bytes before{0};
+    for (const std::int64_t mb : {1, 2, 3, 4, 6, 12}) {
+      p.micro_batch = mb;
+      const auto r = predict(g, p, communication);
+      if (!r) continue;
+      EXPECT_GE(static_cast<double>(r->peak_allocated.count) * 1.01,
+                static_cast<double>(before.count))
+          << to_yaml(p);
+      before = r->peak_allocated;
+      ++compared;
+    }
+  }
+  EXPECT_GT(compared, 100);
 }
 
 TEST(Search, TheBestPlanIsTheFastestOfTheSpace) {
