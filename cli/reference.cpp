@@ -81,8 +81,8 @@ void run(const Options& o, int& code) {
   const int groups = plan.strategy == "replicas" ? 1 : static_cast<int>(plan.dp);
   const int steps = static_cast<int>(o.steps);
   const auto seed = static_cast<std::uint64_t>(o.seed);
-  const auto serial = reference::train_serially(g, *program, steps, seed, groups);
   auto options = reference::options_for(g, *program, steps, seed);
+  const auto serial = reference::train_serially(g, *program, options, groups);
   const auto c = reference::compare(g, reference::interpret(*program, options), serial,
                                     reference::tolerance_in_double(steps));
   if (!c.equal) code = 1;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "runtime/cpu/fast.h"
 #include "runtime/reference/ring_attention.h"
 
 namespace partita::cpu {
@@ -92,7 +93,8 @@ std::int64_t Tensor::size() const {
   return n;
 }
 
-Kernel::Kernel(reference::Context context) : context_(std::move(context)) {}
+Kernel::Kernel(reference::Context context)
+    : context_(std::move(context)), kept_(std::make_unique<Kept>()) {}
 Kernel::~Kernel() = default;
 Kernel::Kernel(Kernel&&) noexcept = default;
 
@@ -102,22 +104,29 @@ void Kernel::set_step(std::int64_t step, std::int64_t first_sample) {
 }
 
 void Kernel::forward_statistic(std::size_t k, const Arguments& a) {
+  if (fast_forward_statistic(context_, k, a)) return;
+  PARTITA_ASSERT(!a.whole_statistics || !std::holds_alternative<Normalize>(*context_.operation),
+                 "a norm whose moments this kernel does not keep");
   by_reference(a, routed, [&](const Operands& o) {
     return std::vector<Piece>{reference::forward_statistic(context_, k, o)};
   });
 }
 void Kernel::forward(const Arguments& a) {
+  if (fast_forward(context_, a, *kept_)) return;
   by_reference(a, routed, [&](const Operands& o) { return reference::forward(context_, o); });
 }
 void Kernel::backward_statistic(std::size_t k, const Arguments& a) {
+  if (fast_backward_statistic(context_, k, a)) return;
   by_reference(a, routed, [&](const Operands& o) {
     return std::vector<Piece>{reference::backward_statistic(context_, k, o)};
   });
 }
 void Kernel::backward_data(const Arguments& a) {
+  if (fast_backward_data(context_, a, *kept_)) return;
   by_reference(a, routed, [&](const Operands& o) { return reference::backward_data(context_, o); });
 }
 void Kernel::backward_weight(const Arguments& a) {
+  if (fast_backward_weight(context_, a, *kept_)) return;
   by_reference(a, routed, [&](const Operands& o) { return reference::backward_weight(context_, o); });
 }
 

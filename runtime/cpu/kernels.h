@@ -40,6 +40,9 @@ struct Arguments {
   /// Results in the order of the instruction's `writes`; absent where not wanted.
   std::vector<Tensor> results;
   bool accumulate = false;  ///< add to the results
+  /// Forward statistics are complete as computed, so norms keep (mean, 1 / deviation) in their place:
+  /// from sums, a small variance beside a large mean would be lost.
+  bool whole_statistics = false;
 };
 
 /// An operator on one rank: what does not change between steps is worked out once.
@@ -67,6 +70,7 @@ class Kernel {
 
  private:
   reference::Context context_;
+  std::unique_ptr<struct Kept> kept_;
 };
 
 }  // namespace partita::cpu

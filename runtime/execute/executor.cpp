@@ -90,6 +90,7 @@ class Executor {
     const int all = o_.warm_up + o_.steps;
     for (step_ = 0; step_ < all; ++step_) {
       last_step_ = step_ + 1 == all;
+      make_inputs();
       transport_.doing("the start of a step");
       transport_.barrier();
       transport_.reset_traffic();
@@ -480,24 +481,36 @@ class Executor {
     instance.rows = std::move(rows);
   }
 
-  void load(const Instruction& i) {
-    const BufferId id = i.writes[0];
-    const Buffer& b = p_.buffer(id);
-    if (!box(id).held) return;
-    std::int64_t per_sample = 1;
-    for (std::size_t d = 1; d < b.shape.size(); ++d) per_sample *= b.shape[d].extent;
-    const auto first = static_cast<std::int64_t>(replica()) * p_.micro_batches * p_.samples +
-                       static_cast<std::int64_t>(micro_batch_) * p_.samples;
-    const bool ids = b.element_bytes == 8;
-    for_each_global(box(id), b, [&](std::int64_t k, std::int64_t g) {
-      const double v = o_.input(static_cast<std::size_t>(i.index), step_, first + g / per_sample,
-                                g % per_sample);
-      if (ids) {
-        reinterpret_cast<std::int64_t*>(data(id))[k] = std::llround(v);
-      } else {
-        values(id)[k] = static_cast<float>(v);
+  /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
+  void make_inputs() {
+    inputs_.clear();
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
+      for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+        if (i.kind != Kind::load || !box(i.writes[0]).held) continue;
+        const Buffer& b = p_.buffer(i.writes[0]);
+        std::int64_t per_sample = 1;
+        for (std::size_t d = 1; d < b.shape.size(); ++d) per_sample *= b.shape[d].extent;
+        const auto first = static_cast<std::int64_t>(replica()) * p_.micro_batches * p_.samples +
+                           static_cast<std::int64_t>(call.micro_batch) * p_.samples;
+        std::vector<std::byte> made(
+            static_cast<std::size_t>(box(i.writes[0]).elements() * width(b)));
+        for_each_global(box(i.writes[0]), b, [&](std::int64_t k, std::int64_t g) {
+          const double v = o_.input(static_cast<std::size_t>(i.index), step_,
+                                    first + g / per_sample, g % per_sample);
+          if (b.element_bytes == 8) {
+            reinterpret_cast<std::int64_t*>(made.data())[k] = std::llround(v);
+          } else {
+            reinterpret_cast<float*>(made.data())[k] = static_cast<float>(v);
+          }
+        });
+        inputs_[{i.writes[0], call.micro_batch}] = std::move(made);
       }
-    });
+    }
+  }
+  void load(const Instruction& i) {
+    if (!box(i.writes[0]).held) return;
+    const auto& made = inputs_.at({i.writes[0], micro_batch_});
+    std::memcpy(data(i.writes[0]), made.data(), made.size());
   }
 
   // ---- collectives -----------------------------------------------------------------------------
@@ -762,6 +775,10 @@ class Executor {
     fill(a.extras, i.extras);
     a.accumulate = i.accumulate;
     const Signature& s = *kernel->context().signature;
+    const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+    a.whole_statistics = true;
+    for (std::size_t d = 0; d < op.cuts.size(); ++d)
+      a.whole_statistics &= s.dims[d].use != DimUse::statistic || op.cuts[d].atoms.empty();
     if (i.part >= 0) {
       fill(a.results, i.writes);
       const bool forward = i.kernel == Kernel::forward;
@@ -848,7 +865,6 @@ class Executor {
       put_rows(i.writes[k], std::move(made.rows));
       std::copy(made.values.begin(), made.values.end(), values(i.writes[k]));
     }
-    const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
     if (i.kernel == Kernel::forward && op.has_loss && !i.recomputed) note_loss(i.writes[0]);
   }
 
@@ -1026,6 +1042,7 @@ class Executor {
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
   std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;    ///< [block][instruction]
   std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
+  std::map<std::pair<BufferId, std::int32_t>, std::vector<std::byte>> inputs_;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;
   RankResult result_;

@@ -72,8 +72,9 @@ RunOptions options_for(const Graph& graph, const Program& program, int steps, st
   return options;
 }
 
-RunResult train_serially(const Graph& graph, const Program& program, int steps, std::uint64_t seed,
+RunResult train_serially(const Graph& graph, const Program& program, const RunOptions& options,
                          int batch_norm_groups) {
+  const int steps = options.steps;
   RunResult result;
   const auto replicas = static_cast<std::size_t>(program.mesh.size(program.replicas));
   const std::int64_t all = program.samples * program.micro_batches;
@@ -81,17 +82,15 @@ RunResult train_serially(const Graph& graph, const Program& program, int steps, 
   result.gradients.resize(replicas);
   result.parameters.resize(replicas);
   for (std::size_t r = 0; r < replicas; ++r) {
-    std::vector<Piece> parameters = initial_parameters(graph, seed + r);
+    std::vector<Piece> parameters = options.parameters[r];
     std::vector<std::vector<std::vector<double>>> states(graph.parameters.size());
     result.gradients[r].resize(graph.parameters.size());
     for (int step = 0; step < steps; ++step) {
       // Replica r trains on the r-th batch.
-      Inputs inputs = make_inputs(graph, static_cast<std::int64_t>(r + 1) * all, seed, step);
-      if (r > 0) {
-        for (auto& in : inputs.by_tensor) in = input_slice(in, static_cast<int>(r), all);
-      }
+      const Inputs inputs =
+          make_inputs(graph, static_cast<std::int64_t>(r) * all, all, step, options.input);
       const SerialResult serial = serial_step(graph, parameters, inputs, program.micro_batches,
-                                              program.samples, seed, step, batch_norm_groups);
+                                              program.samples, options.seed, step, batch_norm_groups);
       result.losses[static_cast<std::size_t>(step)][r] = serial.loss;
       for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
         if (!graph.parameters[q].trainable) continue;
@@ -139,8 +138,8 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
 }
 
 double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
-                             int steps, std::uint64_t seed) {
-  RunOptions options = options_for(graph, program, steps, seed);
+                             const RunOptions& exact) {
+  RunOptions options = exact;
   options.round = true;
   const Comparison once = compare(graph, interpret(program, options), serial, 0);
   double longest = 1;
@@ -150,13 +149,6 @@ double tolerance_of_rounding(const Graph& graph, const Program& program, const R
   }
   return (longest + 8) *
          std::max({once.loss_error, once.gradient_error, once.parameter_error, 0x1p-24});
-}
-
-Comparison compare_with_serial(const Graph& graph, const Program& program, int steps,
-                               std::uint64_t seed, int batch_norm_groups) {
-  return compare(graph, interpret(program, options_for(graph, program, steps, seed)),
-                 train_serially(graph, program, steps, seed, batch_norm_groups),
-                 tolerance_in_double(steps));
 }
 
 }  // namespace partita::reference

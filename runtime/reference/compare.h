@@ -18,7 +18,7 @@ RunOptions options_for(const Graph& graph, const Program& program, int steps, st
 /// The reference semantics of a synchronous lossless plan: the whole batch in one process, once per
 /// independent replica, with the program's optimizer. `batch_norm_groups`: data-parallel ranks,
 /// whose local batch norms are imitated.
-RunResult train_serially(const Graph& graph, const Program& program, int steps, std::uint64_t seed,
+RunResult train_serially(const Graph& graph, const Program& program, const RunOptions& options,
                          int batch_norm_groups);
 
 struct Comparison {
@@ -44,11 +44,7 @@ inline double tolerance_in_double(int steps) { return 1e-9 * steps; }
 /// roundings that one stored value can have gone through, (K + 8) for the longest sum K of any
 /// operator (docs/execution.md, "Rounding").
 double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
-                             int steps, std::uint64_t seed);
-
-/// Interprets the program and compares.
-Comparison compare_with_serial(const Graph& graph, const Program& program, int steps,
-                               std::uint64_t seed, int batch_norm_groups);
+                             const RunOptions& options);
 
 /// Multiply-accumulates of one serial step: the interpreter is for small networks.
 double serial_work(const Graph& graph, const Program& program);

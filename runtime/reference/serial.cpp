@@ -286,8 +286,8 @@ double input_value(const Graph& graph, std::size_t input, std::uint64_t seed, st
   return std::floor(uniform(key, a, b) * static_cast<double>(vocabulary));
 }
 
-Inputs make_inputs(const Graph& graph, std::int64_t samples, std::uint64_t seed,
-                   std::int64_t step) {
+Inputs make_inputs(const Graph& graph, std::int64_t first_sample, std::int64_t samples,
+                   std::int64_t step, const InputValue& value) {
   Inputs inputs;
   for (std::size_t i = 0; i < graph.inputs.size(); ++i) {
     const Shape& shape = graph.tensor(graph.inputs[i]).shape;
@@ -295,12 +295,20 @@ Inputs make_inputs(const Graph& graph, std::int64_t samples, std::uint64_t seed,
                    fmt::format("input {} begins with no sample dimension", text(shape)));
     Piece p = whole(with_samples(shape, samples));
     const std::int64_t each = elements(shape);
-    for (std::int64_t j = 0; j < p.size(); ++j) {
-      p.values[static_cast<std::size_t>(j)] = input_value(graph, i, seed, step, j / each, j % each);
-    }
+    for (std::int64_t j = 0; j < p.size(); ++j)
+      p.values[static_cast<std::size_t>(j)] = value(i, step, first_sample + j / each, j % each);
     inputs.by_tensor.push_back(std::move(p));
   }
   return inputs;
+}
+
+Inputs make_inputs(const Graph& graph, std::int64_t samples, std::uint64_t seed,
+                   std::int64_t step) {
+  return make_inputs(graph, 0, samples, step,
+                     [&](std::size_t input, std::int64_t at, std::int64_t sample,
+                         std::int64_t linear) {
+                       return input_value(graph, input, seed, at, sample, linear);
+                     });
 }
 
 Piece input_slice(const Piece& p, int micro_batch, std::int64_t samples_per_micro_batch) {

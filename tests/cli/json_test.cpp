@@ -219,6 +219,34 @@ TEST(Json, WhereNoPlanIsLegalOneReasonIsShownAndTheCodeIs1) {
   EXPECT_NE(j.at("example_illegal").get<std::string>().find("global batch 6"), std::string::npos);
 }
 
+TEST(Json, PlanSearchesOnlyWhatFlagsAndFileLeaveOpen) {
+  const Ran r = run("plan gpt2 dgx-h100:1 --layers 2 --global-batch 8 --tp 2 --zero 1 --top 99 --json");
+  const Json j = parsed(r);
+  ASSERT_FALSE(j.at("plans").empty());
+  for (const auto& p : j.at("plans")) {
+    EXPECT_EQ(p.at("plan").at("tp"), 2);
+    EXPECT_EQ(p.at("plan").at("zero"), 1);
+  }
+  const auto& c = j.at("certificate");
+  EXPECT_EQ(c.at("space"), c.at("evaluated").get<int>() + c.at("pruned_memory").get<int>() +
+                               c.at("pruned_bound").get<int>() + c.at("illegal").get<int>());
+}
+
+TEST(Json, ImportedClustersAndKeysInsideKeysVary) {
+  const std::string matrix = std::string(PARTITA_TEST_DATA) + "/topologies/nvswitch-matrix.txt";
+  std::vector<double> steps;
+  for (const char* vary : {"device.memory_bandwidth=x1", "device.memory_bandwidth=x2",
+                           "'topology.nodes[*].links[kind=nvlink].bandwidth=x0.5'",
+                           "plan.optimizer.kind=sgd"}) {
+    const Ran r = run("whatif gpt2 '" + matrix + "?device=h100-sxm' --vary " + vary + " --json");
+    EXPECT_EQ(r.code, 0) << r.err;
+    steps.push_back(Json::parse(r.out).at("step_time_s").get<double>());
+  }
+  EXPECT_LT(steps[1], steps[0]);
+  EXPECT_GT(steps[2], steps[0]);
+  EXPECT_LT(steps[3], steps[0]);
+}
+
 TEST(Json, WhatifPrintsOneObjectALineAndCsvOneLineACombination) {
   const std::string vary = "whatif gpt2 dgx-h100:1 --vary plan.tp=1,2,8 --vary plan.zero=0,1";
   const Ran r = run(vary + " --json");

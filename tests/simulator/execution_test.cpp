@@ -394,7 +394,7 @@ double error_in_types(const Graph& g, const Plan& wanted, const std::string& pre
   auto options = reference::options_for(g, program, 2, 7);
   options.round = true;
   const auto c = reference::compare(g, reference::interpret(program, options),
-                                    reference::train_serially(g, program, 2, 7, 1), 0);
+                                    reference::train_serially(g, program, options, 1), 0);
   return std::max({c.loss_error, c.gradient_error, c.parameter_error});
 }
 

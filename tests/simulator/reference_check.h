@@ -35,8 +35,8 @@ inline CheckResult expect_equals_reference(const Graph& graph, const Plan& wante
   if (!program) return {false, program.reason()};
   for (const auto& error : verify(*program)) ADD_FAILURE() << error;
   if (out != nullptr) *out = *program;
-  const auto run =
-      reference::interpret(*program, reference::options_for(graph, *program, kSteps, kSeed));
+  const auto options = reference::options_for(graph, *program, kSteps, kSeed);
+  const auto run = reference::interpret(*program, options);
   EXPECT_LT(run.copies_differ, 1e-7) << "copies of one value differ between ranks";
   for (const auto& of_replica : run.gradients) {
     for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
@@ -44,7 +44,7 @@ inline CheckResult expect_equals_reference(const Graph& graph, const Plan& wante
     }
   }
   expect_equal(reference::compare(
-      graph, run, reference::train_serially(graph, *program, kSteps, kSeed, batch_norm_groups),
+      graph, run, reference::train_serially(graph, *program, options, batch_norm_groups),
       1e-9));
   return {true, ""};
 }

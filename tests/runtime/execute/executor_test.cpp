@@ -42,10 +42,11 @@ void expect_trains(const Graph& graph, const Program& program, int groups,
                    const ThreadOptions& threads = {}) {
   const auto results = run_threads(program, options_for(graph, kSteps), threads);
   EXPECT_EQ(results[0].values.copies_differ, 0) << "copies of one value differ between ranks";
-  const auto serial = reference::train_serially(graph, program, kSteps, kSeed, groups);
+  const auto exact = reference::options_for(graph, program, kSteps, kSeed);
+  const auto serial = reference::train_serially(graph, program, exact, groups);
   expect_equal(reference::compare(
       graph, results[0].values, serial,
-      reference::tolerance_of_rounding(graph, program, serial, kSteps, kSeed)));
+      reference::tolerance_of_rounding(graph, program, serial, exact)));
 }
 
 /// False if the plan is infeasible.

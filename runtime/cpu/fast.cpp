@@ -1,0 +1,926 @@
+#include "runtime/cpu/fast.h"
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace partita::cpu {
+namespace {
+
+using reference::Context;
+using Index = Eigen::Index;
+using RowMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using In = Eigen::Map<const RowMatrix>;
+using Out = Eigen::Map<RowMatrix>;
+using Stride = Eigen::OuterStride<>;
+using StridedIn = Eigen::Map<const RowMatrix, 0, Stride>;
+using StridedOut = Eigen::Map<RowMatrix, 0, Stride>;
+using ArrayIn = Eigen::Map<const Eigen::ArrayXf>;
+using ArrayOut = Eigen::Map<Eigen::ArrayXf>;
+
+Index extent(const Tensor& t, std::size_t first, std::size_t last) {
+  Index n = 1;
+  for (std::size_t d = first; d < last; ++d) n *= static_cast<Index>((*t.index)[d].size());
+  return n;
+}
+Index size(const Tensor& t) { return static_cast<Index>(t.size()); }
+bool wanted(const Arguments& a, std::size_t k) {
+  return k < a.results.size() && static_cast<bool>(a.results[k]);
+}
+
+// ---------------------------------------------------------------------------------------- linear
+
+/// Rows, inputs and outputs of the local product.
+struct Product {
+  Index rows, in, out;
+};
+Product product_of(const Linear& op, const Tensor& x, const Tensor& w) {
+  const std::size_t batch = x.index->size() - static_cast<std::size_t>(op.contracted);
+  const Index in = extent(x, batch, x.index->size());
+  return {extent(x, 0, batch), in, in == 0 ? 0 : size(w) / in};
+}
+
+bool forward(const Linear& op, const Context& c, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &w = a.parameters[0];
+  const Product p = product_of(op, x, w);
+  Out y(a.results[0].values, p.rows, p.out);
+  y.noalias() = In(x.values, p.rows, p.in) * In(w.values, p.out, p.in).transpose();
+  if (op.bias && c.adds_bias)
+    y.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(a.parameters[1].values, p.out);
+  return true;
+}
+bool data(const Linear&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &dy = a.output_gradients[0], &w = a.parameters[0], &dx = a.results[0];
+  // dy [rows, out]: everything by division, since the input itself need not be kept.
+  const Index weights = size(w), all = size(dx), grads = size(dy);
+  if (weights == 0 || all == 0) return false;
+  // rows · in = all, rows · out = grads, in · out = weights.
+  const auto rows = static_cast<Index>(std::llround(
+      std::sqrt(static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
+  const Index in = all / rows, out = grads / rows;
+  Out y(dx.values, rows, in);
+  if (a.accumulate) {
+    y.noalias() += In(dy.values, rows, out) * In(w.values, out, in);
+  } else {
+    y.noalias() = In(dy.values, rows, out) * In(w.values, out, in);
+  }
+  return true;
+}
+void add_columns(const float* y, Index rows, Index columns, const Tensor& to, bool accumulate) {
+  Eigen::Map<Eigen::RowVectorXf> b(to.values, columns);
+  if (!accumulate) b.setZero();
+  b += In(y, rows, columns).colwise().sum();
+}
+bool weight(const Linear& op, const Context& c, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0];
+  const std::size_t batch = x.index->size() - static_cast<std::size_t>(op.contracted);
+  const Index rows = extent(x, 0, batch), in = extent(x, batch, x.index->size());
+  if (rows == 0 || in == 0) return false;
+  const Index out = size(dy) / rows;
+  if (wanted(a, 0)) {
+    Out w(a.results[0].values, out, in);
+    if (a.accumulate) {
+      w.noalias() += In(dy.values, rows, out).transpose() * In(x.values, rows, in);
+    } else {
+      w.noalias() = In(dy.values, rows, out).transpose() * In(x.values, rows, in);
+    }
+  }
+  if (op.bias && wanted(a, 1)) {
+    if (c.adds_bias) {
+      add_columns(dy.values, rows, out, a.results[1], a.accumulate);
+    } else if (!a.accumulate) {
+      std::fill_n(a.results[1].values, out, 0.0f);
+    }
+  }
+  return true;
+}
+
+bool forward(const AddBias&, const Context&, const Arguments& a, Kept&) {
+  const Index n = size(a.parameters[0]), rows = size(a.inputs[0]) / std::max<Index>(n, 1);
+  Out(a.results[0].values, rows, n) =
+      In(a.inputs[0].values, rows, n).rowwise() +
+      Eigen::Map<const Eigen::RowVectorXf>(a.parameters[0].values, n);
+  return true;
+}
+bool weight(const AddBias&, const Context&, const Arguments& a, Kept&) {
+  const Index n = size(a.results[0]);
+  if (n > 0)
+    add_columns(a.output_gradients[0].values, size(a.output_gradients[0]) / n, n, a.results[0],
+                a.accumulate);
+  return true;
+}
+
+// ------------------------------------------------------------------------------------ embeddings
+
+/// Position of a global index in a contiguous list; -1 where it is not held.
+Index held(const Indices& list, std::int64_t global) {
+  if (list.empty() || global < list.front() || global > list.back()) return -1;
+  const auto it = std::lower_bound(list.begin(), list.end(), global);
+  return *it == global ? it - list.begin() : -1;
+}
+
+bool forward(const Embedding&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &ids = a.inputs[0], &table = a.parameters[0];
+  const Index n = extent(table, 1, 2);
+  for (Index i = 0; i < size(ids); ++i) {
+    const Index row = held((*table.index)[0], ids.ids[i]);
+    float* to = a.results[0].values + i * n;
+    if (row < 0) {
+      std::fill_n(to, n, 0.0f);
+    } else {
+      std::copy_n(table.values + row * n, n, to);
+    }
+  }
+  return true;
+}
+bool weight(const Embedding&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &ids = a.inputs[0], &table = a.results[0];
+  const Index n = extent(table, 1, 2);
+  if (!a.accumulate) std::fill_n(table.values, size(table), 0.0f);
+  for (Index i = 0; i < size(ids); ++i) {
+    const Index row = held((*table.index)[0], ids.ids[i]);
+    if (row < 0) continue;
+    ArrayOut(table.values + row * n, n) += ArrayIn(a.output_gradients[0].values + i * n, n);
+  }
+  return true;
+}
+bool forward(const PositionEmbedding&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &table = a.parameters[0];
+  const Index n = extent(x, 2, 3), tokens = extent(x, 1, 2);
+  for (Index i = 0; i < size(x) / std::max<Index>(n, 1); ++i) {
+    const Index row = held((*table.index)[0], (*x.index)[1][static_cast<std::size_t>(i % tokens)]);
+    ArrayOut(a.results[0].values + i * n, n) =
+        ArrayIn(x.values + i * n, n) + ArrayIn(table.values + row * n, n);
+  }
+  return true;
+}
+bool weight(const PositionEmbedding&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &dy = a.output_gradients[0], &table = a.results[0];
+  const Index n = extent(dy, 2, 3), tokens = extent(dy, 1, 2);
+  if (!a.accumulate) std::fill_n(table.values, size(table), 0.0f);
+  for (Index i = 0; i < size(dy) / std::max<Index>(n, 1); ++i) {
+    const Index row = held((*table.index)[0], (*dy.index)[1][static_cast<std::size_t>(i % tokens)]);
+    ArrayOut(table.values + row * n, n) += ArrayIn(dy.values + i * n, n);
+  }
+  return true;
+}
+
+// --------------------------------------------------------------------------------- normalisation
+
+/// Groups of elements that share a statistic, as runs in memory: layer and RMS norm have one run a
+/// group, batch norm one run per sample and channel.
+struct Runs {
+  Index groups = 0, repeats = 0, length = 0;
+  double members = 1;  ///< of a group, over all ranks that reduce it
+  Index width = 1;
+  bool batch = false;
+  /// Offset of repeat r of group g.
+  Index at(Index g, Index r) const { return (batch ? r * groups + g : g) * length; }
+};
+
+/// False for the local kind.
+bool runs_of(const Normalize& op, const Context& c, const Tensor& x, Runs& r) {
+  if (op.kind == Normalize::Kind::local) return false;
+  const std::size_t dims = x.index->size();
+  const Signature& s = *c.signature;
+  r.width = op.kind == Normalize::Kind::rms ? 1 : 2;
+  const auto local_or_whole = [&](std::size_t d) {
+    const int dim = s.inputs[0].dims[d];
+    const bool own = dim >= 0 && s.dims[static_cast<std::size_t>(dim)].use == DimUse::parallel;
+    return own ? static_cast<double>((*x.index)[d].size())
+               : static_cast<double>(s.inputs[0].shape[d].extent);
+  };
+  if (op.kind == Normalize::Kind::batch) {
+    r.batch = true;
+    r.groups = extent(x, 1, 2);
+    r.repeats = extent(x, 0, 1);
+    r.length = extent(x, 2, dims);
+    for (std::size_t d = 0; d < dims; ++d) {
+      if (d != 1) r.members *= local_or_whole(d);
+    }
+    return true;
+  }
+  const Index last = extent(x, dims - 1, dims);
+  r.repeats = 1;
+  r.length = op.group > 0 ? op.group : last;
+  if (op.group > 0 && last % op.group != 0) return false;
+  r.groups = r.length == 0 ? 0 : size(x) / r.length;
+  r.members = op.group > 0 ? static_cast<double>(op.group) : local_or_whole(dims - 1);
+  return true;
+}
+
+/// Sums of x and x² of every group, in double.
+void sums_of(const Runs& r, const float* x, float* sums) {
+  for (Index g = 0; g < r.groups; ++g) {
+    double sum = 0, square = 0;
+    for (Index k = 0; k < r.repeats; ++k) {
+      const ArrayIn v(x + r.at(g, k), r.length);
+      if (r.width == 2) sum += v.sum();
+      square += v.square().sum();
+    }
+    float* to = sums + g * r.width;
+    if (r.width == 2) to[0] = static_cast<float>(sum);
+    to[r.width - 1] = static_cast<float>(square);
+  }
+}
+
+struct Moments {
+  float mean, inverse;
+};
+/// Mean and inverse deviation of every group, the variance from differences to the mean.
+void finished_moments(const Normalize& op, const Runs& r, const float* x, float* to) {
+  for (Index g = 0; g < r.groups; ++g) {
+    double sum = 0, square = 0;
+    if (r.width == 2) {
+      for (Index k = 0; k < r.repeats; ++k) sum += ArrayIn(x + r.at(g, k), r.length).sum();
+    }
+    const auto mean = static_cast<float>(sum / r.members);
+    for (Index k = 0; k < r.repeats; ++k)
+      square += (ArrayIn(x + r.at(g, k), r.length) - mean).square().sum();
+    if (r.width == 2) to[g * 2] = mean;
+    to[g * r.width + r.width - 1] =
+        static_cast<float>(1 / std::sqrt(square / r.members + op.epsilon));
+  }
+}
+Moments moments_of(const Normalize& op, const Runs& r, const Arguments& a, Index g) {
+  const float* sums = a.statistics[0].values;
+  if (a.whole_statistics) return {r.width == 2 ? sums[g * 2] : 0, sums[g * r.width + r.width - 1]};
+  const double mean = r.width == 2 ? static_cast<double>(sums[g * r.width]) / r.members : 0;
+  const double square = static_cast<double>(sums[g * r.width + r.width - 1]) / r.members;
+  return {static_cast<float>(mean),
+          static_cast<float>(1 / std::sqrt(std::max(0.0, square - mean * mean) + op.epsilon))};
+}
+
+bool statistic(const Normalize& op, const Context& c, const Arguments& a) {
+  Runs r;
+  if (!runs_of(op, c, a.inputs[0], r)) return false;
+  if (a.whole_statistics) {
+    finished_moments(op, r, a.inputs[0].values, a.results[0].values);
+  } else {
+    sums_of(r, a.inputs[0].values, a.results[0].values);
+  }
+  return true;
+}
+
+bool forward(const Normalize& op, const Context& c, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  Runs r;
+  if (!runs_of(op, c, x, r)) return false;
+  const float* scale = op.scale ? a.parameters[0].values : nullptr;
+  const float* bias = op.bias ? a.parameters[op.scale ? 1 : 0].values : nullptr;
+  for (Index g = 0; g < r.groups; ++g) {
+    const Moments m = moments_of(op, r, a, g);
+    for (Index k = 0; k < r.repeats; ++k) {
+      const ArrayIn v(x.values + r.at(g, k), r.length);
+      ArrayOut y(a.results[0].values + r.at(g, k), r.length);
+      if (r.batch) {
+        const float s = scale != nullptr ? scale[g] * m.inverse : m.inverse;
+        y = (v - m.mean) * s + (bias != nullptr ? bias[g] : 0.0f);
+        continue;
+      }
+      y = (v - m.mean) * m.inverse;
+      if (scale != nullptr) y *= ArrayIn(scale, r.length);
+      if (bias != nullptr) y += ArrayIn(bias, r.length);
+    }
+  }
+  return true;
+}
+
+bool backward_statistic(const Normalize& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0];
+  Runs r;
+  if (!runs_of(op, c, x, r)) return false;
+  const float* scale = op.scale ? a.parameters[0].values : nullptr;
+  for (Index g = 0; g < r.groups; ++g) {
+    const Moments m = moments_of(op, r, a, g);
+    double sum = 0, along = 0;
+    for (Index k = 0; k < r.repeats; ++k) {
+      const ArrayIn v(x.values + r.at(g, k), r.length), d(dy.values + r.at(g, k), r.length);
+      if (scale != nullptr && !r.batch) {
+        const auto scaled = d * ArrayIn(scale, r.length);
+        if (r.width == 2) sum += scaled.sum();
+        along += (scaled * (v - m.mean)).sum();
+      } else {
+        if (r.width == 2) sum += d.sum();
+        along += (d * (v - m.mean)).sum();
+      }
+    }
+    const double factor = scale != nullptr && r.batch ? static_cast<double>(scale[g]) : 1;
+    float* to = a.results[0].values + g * r.width;
+    if (r.width == 2) to[0] = static_cast<float>(sum * factor);
+    to[r.width - 1] = static_cast<float>(along * static_cast<double>(m.inverse) * factor);
+  }
+  return true;
+}
+
+bool data(const Normalize& op, const Context& c, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0];
+  Runs r;
+  if (!runs_of(op, c, x, r)) return false;
+  const float* scale = op.scale ? a.parameters[0].values : nullptr;
+  const float* sums = a.backward_statistics[0].values;
+  for (Index g = 0; g < r.groups; ++g) {
+    const Moments m = moments_of(op, r, a, g);
+    const auto mean =
+        r.width == 2 ? static_cast<float>(static_cast<double>(sums[g * r.width]) / r.members) : 0.0f;
+    const auto along =
+        static_cast<float>(static_cast<double>(sums[g * r.width + r.width - 1]) / r.members);
+    for (Index k = 0; k < r.repeats; ++k) {
+      const ArrayIn v(x.values + r.at(g, k), r.length), d(dy.values + r.at(g, k), r.length);
+      ArrayOut dx(a.results[0].values + r.at(g, k), r.length);
+      const auto hat = (v - m.mean) * m.inverse;
+      if (scale == nullptr) {
+        dx = m.inverse * (d - mean - hat * along);
+      } else if (r.batch) {
+        dx = m.inverse * (d * scale[g] - mean - hat * along);
+      } else {
+        dx = m.inverse * (d * ArrayIn(scale, r.length) - mean - hat * along);
+      }
+    }
+  }
+  return true;
+}
+
+bool weight(const Normalize& op, const Context& c, const Arguments& a, Kept& kept) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0];
+  Runs r;
+  if (!runs_of(op, c, x, r)) return false;
+  const Index n = r.batch ? r.groups : r.length;
+  kept.space.assign(static_cast<std::size_t>(2 * n), 0.0f);
+  ArrayOut d_scale(kept.space.data(), n), d_bias(kept.space.data() + n, n);
+  for (Index g = 0; g < r.groups; ++g) {
+    const Moments m = moments_of(op, r, a, g);
+    for (Index k = 0; k < r.repeats; ++k) {
+      const ArrayIn v(x.values + r.at(g, k), r.length), d(dy.values + r.at(g, k), r.length);
+      if (r.batch) {
+        d_scale[g] += (d * (v - m.mean)).sum() * m.inverse;
+        d_bias[g] += d.sum();
+      } else {
+        d_scale += d * (v - m.mean) * m.inverse;
+        d_bias += d;
+      }
+    }
+  }
+  const auto put = [&](const ArrayOut& from, std::size_t k) {
+    if (!wanted(a, k)) return;
+    ArrayOut to(a.results[k].values, n);
+    if (a.accumulate) {
+      to += from;
+    } else {
+      to = from;
+    }
+  };
+  if (op.scale) put(d_scale, 0);
+  if (op.bias) put(d_bias, op.scale ? 1 : 0);
+  return true;
+}
+
+// ---------------------------------------------------------------------------------- element-wise
+
+template <class F>
+void each(Index n, F f) {
+  for (Index i = 0; i < n; ++i) f(i);
+}
+
+struct Curve {
+  float value, slope;
+};
+constexpr float kRoot2 = 1.41421356237309505f, kInverseRoot2Pi = 0.39894228040143268f,
+                kRoot2OverPi = 0.79788456080286536f;
+
+template <ActivationKind kind>
+Curve curve(float x) {
+  if constexpr (kind == ActivationKind::relu) {
+    return x > 0 ? Curve{x, 1} : Curve{0, 0};
+  } else if constexpr (kind == ActivationKind::squared_relu) {
+    return x > 0 ? Curve{x * x, 2 * x} : Curve{0, 0};
+  } else if constexpr (kind == ActivationKind::gelu) {
+    const float below = 0.5f * (1 + std::erf(x / kRoot2));
+    return {x * below, below + x * std::exp(-0.5f * x * x) * kInverseRoot2Pi};
+  } else if constexpr (kind == ActivationKind::gelu_tanh) {
+    const float t = std::tanh(kRoot2OverPi * (x + 0.044715f * x * x * x));
+    return {0.5f * x * (1 + t),
+            0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kRoot2OverPi * (1 + 3 * 0.044715f * x * x)};
+  } else if constexpr (kind == ActivationKind::silu) {
+    const float s = 1 / (1 + std::exp(-x));
+    return {x * s, s * (1 + x * (1 - s))};
+  } else if constexpr (kind == ActivationKind::sigmoid) {
+    const float s = 1 / (1 + std::exp(-x));
+    return {s, s * (1 - s)};
+  } else {
+    const float t = std::tanh(x);
+    return {t, 1 - t * t};
+  }
+}
+/// f(std::integral_constant of the kind).
+template <class F>
+void with_kind(ActivationKind kind, F f) {
+  switch (kind) {
+    case ActivationKind::relu:
+      return f(std::integral_constant<ActivationKind, ActivationKind::relu>{});
+    case ActivationKind::squared_relu:
+      return f(std::integral_constant<ActivationKind, ActivationKind::squared_relu>{});
+    case ActivationKind::gelu:
+      return f(std::integral_constant<ActivationKind, ActivationKind::gelu>{});
+    case ActivationKind::gelu_tanh:
+      return f(std::integral_constant<ActivationKind, ActivationKind::gelu_tanh>{});
+    case ActivationKind::silu:
+      return f(std::integral_constant<ActivationKind, ActivationKind::silu>{});
+    case ActivationKind::sigmoid:
+      return f(std::integral_constant<ActivationKind, ActivationKind::sigmoid>{});
+    case ActivationKind::tanh:
+      return f(std::integral_constant<ActivationKind, ActivationKind::tanh>{});
+  }
+}
+
+bool routed(const Arguments& a) { return !a.inputs.empty() && a.inputs[0].rows != nullptr; }
+
+bool forward(const Activation& op, const Context&, const Arguments& a, Kept&) {
+  if (routed(a)) return false;
+  const float* x = a.inputs[0].values;
+  float* y = a.results[0].values;
+  with_kind(op.kind, [&](auto kind) {
+    each(size(a.inputs[0]), [&](Index i) { y[i] = curve<decltype(kind)::value>(x[i]).value; });
+  });
+  return true;
+}
+bool data(const Activation& op, const Context&, const Arguments& a, Kept&) {
+  if (routed(a)) return false;
+  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values;
+  float* dx = a.results[0].values;
+  with_kind(op.kind, [&](auto kind) {
+    each(size(a.inputs[0]),
+         [&](Index i) { dx[i] = dy[i] * curve<decltype(kind)::value>(x[i]).slope; });
+  });
+  return true;
+}
+bool forward(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
+  if (routed(a)) return false;
+  const float *gate = a.inputs[0].values, *up = a.inputs[1].values;
+  float* y = a.results[0].values;
+  with_kind(op.kind, [&](auto kind) {
+    each(size(a.inputs[0]),
+         [&](Index i) { y[i] = curve<decltype(kind)::value>(gate[i]).value * up[i]; });
+  });
+  return true;
+}
+bool data(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
+  if (routed(a) || !wanted(a, 0) || !wanted(a, 1)) return false;
+  const float *gate = a.inputs[0].values, *up = a.inputs[1].values,
+              *dy = a.output_gradients[0].values;
+  float *d_gate = a.results[0].values, *d_up = a.results[1].values;
+  with_kind(op.kind, [&](auto kind) {
+    each(size(a.inputs[0]), [&](Index i) {
+      const Curve one = curve<decltype(kind)::value>(gate[i]);
+      d_gate[i] = dy[i] * up[i] * one.slope;
+      d_up[i] = dy[i] * one.value;
+    });
+  });
+  return true;
+}
+bool forward(const Add&, const Context&, const Arguments& a, Kept&) {
+  if (routed(a)) return false;
+  const Index n = size(a.inputs[0]);
+  ArrayOut(a.results[0].values, n) = ArrayIn(a.inputs[0].values, n) + ArrayIn(a.inputs[1].values, n);
+  return true;
+}
+bool forward(const Multiply&, const Context&, const Arguments& a, Kept&) {
+  if (routed(a)) return false;
+  const Index n = size(a.inputs[0]);
+  ArrayOut(a.results[0].values, n) = ArrayIn(a.inputs[0].values, n) * ArrayIn(a.inputs[1].values, n);
+  return true;
+}
+bool data(const Multiply&, const Context&, const Arguments& a, Kept&) {
+  if (routed(a)) return false;
+  const Index n = size(a.output_gradients[0]);
+  const ArrayIn dy(a.output_gradients[0].values, n);
+  for (std::size_t k = 0; k < 2; ++k) {
+    if (wanted(a, k)) ArrayOut(a.results[k].values, n) = dy * ArrayIn(a.inputs[1 - k].values, n);
+  }
+  return true;
+}
+
+/// Turns each pair by `direction` times its angle; the table holds cosines and sines by position.
+bool rotate(const Rotary& op, const float* from, const Tensor& to, float direction, Kept& kept) {
+  if (to.rows != nullptr) return false;
+  const std::size_t dims = to.index->size();
+  const Index tokens = extent(to, 1, 2), width = extent(to, dims - 1, dims);
+  const Index inner = extent(to, 2, dims), half = op.rotated / 2;
+  if (width % op.head_dim != 0) return false;
+  if (kept.table.empty()) {
+    kept.table.resize(static_cast<std::size_t>(2 * tokens * half));
+    for (Index t = 0; t < tokens; ++t) {
+      for (Index r = 0; r < half; ++r) {
+        const double angle = std::pow(op.base, -2 * static_cast<double>(r) /
+                                                   static_cast<double>(op.rotated)) *
+                             static_cast<double>((*to.index)[1][static_cast<std::size_t>(t)]);
+        kept.table[static_cast<std::size_t>(2 * (t * half + r))] = static_cast<float>(std::cos(angle));
+        kept.table[static_cast<std::size_t>(2 * (t * half + r) + 1)] =
+            static_cast<float>(std::sin(angle));
+      }
+    }
+  }
+  const Index heads = inner / op.head_dim, still = op.head_dim - op.rotated;
+  for (Index token = 0; token < size(to) / std::max<Index>(inner, 1); ++token) {
+    const float* turn = kept.table.data() + 2 * (token % tokens) * half;
+    for (Index h = 0; h < heads; ++h) {
+      const float* x = from + token * inner + h * op.head_dim;
+      float* y = to.values + token * inner + h * op.head_dim;
+      std::copy_n(x, still, y);
+      for (Index r = 0; r < half; ++r) {
+        const float c = turn[2 * r], s = direction * turn[2 * r + 1];
+        const float u = x[still + r], v = x[still + r + half];
+        y[still + r] = u * c - v * s;
+        y[still + r + half] = v * c + u * s;
+      }
+    }
+  }
+  return true;
+}
+bool forward(const Rotary& op, const Context&, const Arguments& a, Kept& kept) {
+  return rotate(op, a.inputs[0].values, a.results[0], 1, kept);
+}
+bool data(const Rotary& op, const Context&, const Arguments& a, Kept& kept) {
+  return rotate(op, a.output_gradients[0].values, a.results[0], -1, kept);
+}
+
+// ------------------------------------------------------------------------------------- attention
+
+/// Queries are worked on in tiles of this many: a tile's scores stay in the cache.
+constexpr Index kTile = 64;
+
+/// Where the vectors of one (sample, head, query of the group) lie, and which keys a tile sees.
+struct Heads {
+  Index samples, queries, keys, heads, group, width, v_width;
+  float scale;
+  const Indices *query_at, *key_at;
+};
+Heads heads_of(const Attention& op, const Tensor& q, const Tensor& k) {
+  Heads h;
+  h.samples = extent(q, 0, 1);
+  h.queries = extent(q, 1, 2);
+  h.keys = extent(k, 1, 2);
+  h.heads = extent(q, 2, 3);
+  h.group = op.queries_per_head;
+  h.width = op.qk_dim;
+  h.v_width = op.v_dim;
+  h.scale = static_cast<float>(op.scale != 0 ? op.scale
+                                             : 1 / std::sqrt(static_cast<double>(op.qk_dim)));
+  h.query_at = &(*q.index)[1];
+  h.key_at = &(*k.index)[1];
+  return h;
+}
+
+/// Keys [first, last) that some query of the tile sees.
+std::pair<Index, Index> seen(const Attention& op, const Heads& h, Index tile, Index rows) {
+  Index first = 0, last = h.keys;
+  const std::int64_t low = (*h.query_at)[static_cast<std::size_t>(tile)],
+                     high = (*h.query_at)[static_cast<std::size_t>(tile + rows - 1)];
+  if (op.causal)
+    last = std::upper_bound(h.key_at->begin(), h.key_at->end(), high) - h.key_at->begin();
+  if (op.window > 0)
+    first = std::upper_bound(h.key_at->begin(), h.key_at->end(), low - op.window) - h.key_at->begin();
+  return {std::min(first, last), last};
+}
+
+/// Scores that a query does not see become -inf.
+void mask(const Attention& op, const Heads& h, Index tile, Index first, RowMatrix& s) {
+  if (!op.causal && op.window == 0) return;
+  for (Index i = 0; i < s.rows(); ++i) {
+    const std::int64_t here = (*h.query_at)[static_cast<std::size_t>(tile + i)];
+    for (Index j = 0; j < s.cols(); ++j) {
+      const std::int64_t there = (*h.key_at)[static_cast<std::size_t>(first + j)];
+      if ((op.causal && there > here) || (op.window > 0 && there <= here - op.window))
+        s(i, j) = -std::numeric_limits<float>::infinity();
+    }
+  }
+}
+
+/// f(sample, head, query of the group, tile's first query, rows).
+template <class F>
+void for_each_tile(const Heads& h, F f) {
+  for (Index b = 0; b < h.samples; ++b) {
+    for (Index k = 0; k < h.heads; ++k) {
+      for (Index g = 0; g < h.group; ++g) {
+        for (Index t = 0; t < h.queries; t += kTile) f(b, k, g, t, std::min(kTile, h.queries - t));
+      }
+    }
+  }
+}
+
+bool forward(const Attention& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  const Heads h = heads_of(op, q, k);
+  const Index q_row = h.heads * h.group * h.width, k_row = h.heads * h.width,
+              v_row = h.heads * h.v_width, y_row = h.heads * h.group * h.v_width;
+  RowMatrix s;
+  for_each_tile(h, [&](Index b, Index head, Index g, Index t, Index rows) {
+    const auto [first, last] = seen(op, h, t, rows);
+    StridedOut y(a.results[0].values + (b * h.queries + t) * y_row + (head * h.group + g) * h.v_width,
+                 rows, h.v_width, Stride(y_row));
+    const StridedIn qs(q.values + (b * h.queries + t) * q_row + (head * h.group + g) * h.width, rows,
+                       h.width, Stride(q_row));
+    const StridedIn ks(k.values + (b * h.keys + first) * k_row + head * h.width, last - first,
+                       h.width, Stride(k_row));
+    s.noalias() = h.scale * (qs * ks.transpose());
+    mask(op, h, t, first, s);
+    for (Index i = 0; i < rows; ++i) {
+      auto line = s.row(i).array();
+      float top = s.cols() > 0 ? line.maxCoeff() : -std::numeric_limits<float>::infinity();
+      const float sink = op.sinks ? a.parameters[0].values[head * h.group + g] : 0;
+      if (op.sinks) top = std::max(top, sink);
+      if (std::isinf(top)) top = 0;
+      line = (line - top).exp();
+      float total = line.sum();
+      if (op.sinks) total += std::exp(sink - top);
+      if (total > 0) line /= total;
+      if (!op.materialised && !a.extras.empty() && a.extras[0].values != nullptr) {
+        // [sample, head, query of the group, query]
+        a.extras[0].values[((b * h.heads + head) * h.group + g) * h.queries + t + i] =
+            total > 0 ? top + std::log(total) : -std::numeric_limits<float>::infinity();
+      }
+    }
+    if (op.materialised && !a.extras.empty() && a.extras[0].values != nullptr) {
+      Out p(a.extras[0].values + (((b * h.heads + head) * h.group + g) * h.queries + t) * h.keys, rows,
+            h.keys);
+      p.setZero();
+      p.middleCols(first, last - first) = s;
+    }
+    const StridedIn vs(v.values + (b * h.keys + first) * v_row + head * h.v_width, last - first,
+                       h.v_width, Stride(v_row));
+    y.noalias() = s * vs;
+  });
+  return true;
+}
+
+bool data(const Attention& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2], &dy = a.output_gradients[0];
+  if (a.extras.empty() || a.extras[0].values == nullptr) return false;
+  const Heads h = heads_of(op, q, k);
+  const Index q_row = h.heads * h.group * h.width, k_row = h.heads * h.width,
+              v_row = h.heads * h.v_width, y_row = h.heads * h.group * h.v_width;
+  std::vector<float> unwanted;
+  const auto result = [&](std::size_t r, const Tensor& like) {
+    if (!wanted(a, r)) {
+      unwanted.resize(std::max(unwanted.size(), static_cast<std::size_t>(like.size())));
+      return unwanted.data();
+    }
+    std::fill_n(a.results[r].values, size(like), 0.0f);
+    return a.results[r].values;
+  };
+  if (!wanted(a, 0) || !wanted(a, 1) || !wanted(a, 2)) return false;
+  float *dq = result(0, q), *dk = result(1, k), *dv = result(2, v);
+  RowMatrix p, dp;
+  for_each_tile(h, [&](Index b, Index head, Index g, Index t, Index rows) {
+    const auto [first, last] = seen(op, h, t, rows);
+    if (first == last) return;
+    const Index q_at = (b * h.queries + t) * q_row + (head * h.group + g) * h.width;
+    const Index y_at = (b * h.queries + t) * y_row + (head * h.group + g) * h.v_width;
+    const Index k_at = (b * h.keys + first) * k_row + head * h.width;
+    const Index v_at = (b * h.keys + first) * v_row + head * h.v_width;
+    const StridedIn qs(q.values + q_at, rows, h.width, Stride(q_row));
+    const StridedIn ks(k.values + k_at, last - first, h.width, Stride(k_row));
+    const StridedIn vs(v.values + v_at, last - first, h.v_width, Stride(v_row));
+    const StridedIn ds(dy.values + y_at, rows, h.v_width, Stride(y_row));
+    const Index line = ((b * h.heads + head) * h.group + g) * h.queries + t;
+    if (op.materialised) {
+      p = In(a.extras[0].values + line * h.keys, rows, h.keys).middleCols(first, last - first);
+    } else {
+      p.noalias() = h.scale * (qs * ks.transpose());
+      mask(op, h, t, first, p);
+      for (Index i = 0; i < rows; ++i) {
+        const float lse = a.extras[0].values[line + i];
+        if (std::isinf(lse)) {
+          p.row(i).setZero();
+        } else {
+          p.row(i).array() = (p.row(i).array() - lse).exp();
+        }
+      }
+    }
+    StridedOut(dv + v_at, last - first, h.v_width, Stride(v_row)).noalias() += p.transpose() * ds;
+    dp.noalias() = ds * vs.transpose();
+    for (Index i = 0; i < rows; ++i) {
+      const float mean = (p.row(i).array() * dp.row(i).array()).sum();
+      p.row(i).array() *= (dp.row(i).array() - mean) * h.scale;
+    }
+    StridedOut(dq + q_at, rows, h.width, Stride(q_row)).noalias() = p * ks;
+    StridedOut(dk + k_at, last - first, h.width, Stride(k_row)).noalias() += p.transpose() * qs;
+  });
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- losses
+
+bool statistic(const CrossEntropy&, std::size_t k, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &labels = a.inputs[1];
+  const Index n = extent(x, x.index->size() - 1, x.index->size());
+  float* s = a.results[0].values;
+  for (Index row = 0; row < size(labels); ++row) {
+    const ArrayIn line(x.values + row * n, n);
+    if (k == 0) {
+      s[row] = n > 0 ? line.maxCoeff() : -std::numeric_limits<float>::infinity();
+      continue;
+    }
+    s[2 * row] = (line - a.statistics[0].values[row]).exp().sum();
+    const Index at = held(x.index->back(), labels.ids[row]);
+    s[2 * row + 1] = at < 0 ? 0 : line[at];
+  }
+  return true;
+}
+bool forward(const CrossEntropy&, const Context& c, const Arguments& a, Kept&) {
+  const float *top = a.statistics[0].values, *sums = a.statistics[1].values;
+  double loss = 0;
+  for (Index row = 0; row < size(a.inputs[1]); ++row)
+    loss += static_cast<double>(std::log(sums[2 * row]) + (top[row] - sums[2 * row + 1]));
+  a.results[0].values[0] = static_cast<float>(loss * c.loss_scale);
+  return true;
+}
+/// Gradient of the loss: 1 where it is the end of the network.
+float above(const Arguments& a) {
+  return a.output_gradients.empty() || !a.output_gradients[0] ? 1 : a.output_gradients[0].values[0];
+}
+bool data(const CrossEntropy&, const Context& c, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &labels = a.inputs[1];
+  const float *top = a.statistics[0].values, *sums = a.statistics[1].values;
+  const auto d = static_cast<float>(static_cast<double>(above(a)) * c.loss_scale);
+  const Index n = extent(x, x.index->size() - 1, x.index->size());
+  for (Index row = 0; row < size(labels); ++row) {
+    ArrayOut dx(a.results[0].values + row * n, n);
+    dx = (ArrayIn(x.values + row * n, n) - top[row]).exp() * (d / sums[2 * row]);
+    const Index at = held(x.index->back(), labels.ids[row]);
+    if (at >= 0) dx[at] -= d;
+  }
+  return true;
+}
+bool forward(const MeanSquaredError&, const Context& c, const Arguments& a, Kept&) {
+  const Index n = size(a.inputs[0]);
+  const float sum = (ArrayIn(a.inputs[0].values, n) - ArrayIn(a.inputs[1].values, n)).square().sum();
+  a.results[0].values[0] = static_cast<float>(static_cast<double>(sum) * c.loss_scale);
+  return true;
+}
+bool data(const MeanSquaredError&, const Context& c, const Arguments& a, Kept&) {
+  const Index n = size(a.inputs[0]);
+  const auto d = static_cast<float>(2 * static_cast<double>(above(a)) * c.loss_scale);
+  ArrayOut(a.results[0].values, n) =
+      d * (ArrayIn(a.inputs[0].values, n) - ArrayIn(a.inputs[1].values, n));
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- images
+
+bool forward(const Convolution&, const Context& c, const Arguments& a, Kept& kept) {
+  return convolve(c, a, kept, ConvolutionPass::forward);
+}
+bool data(const Convolution&, const Context& c, const Arguments& a, Kept& kept) {
+  return convolve(c, a, kept, ConvolutionPass::data);
+}
+bool weight(const Convolution&, const Context& c, const Arguments& a, Kept& kept) {
+  return convolve(c, a, kept, ConvolutionPass::weight);
+}
+
+/// The local window: input positions of output o are first + o · stride + k · dilation, those outside
+/// [0, inputs) are padding.
+struct Local {
+  Index outputs, inputs, first, kernel, stride, dilation;
+};
+Local local_of(const Window& w, const Indices& x, const Indices& y) {
+  return {static_cast<Index>(y.size()),
+          static_cast<Index>(x.size()),
+          y.empty() || x.empty() ? 0 : y.front() * w.stride - w.pad_before - x.front(),
+          w.kernel,
+          w.stride,
+          w.dilation};
+}
+/// f(input position) for the kernel's positions inside the image.
+template <class F>
+void inside(const Local& l, Index out, F f) {
+  for (Index k = 0; k < l.kernel; ++k) {
+    const Index in = l.first + out * l.stride + k * l.dilation;
+    if (in >= 0 && in < l.inputs) f(in);
+  }
+}
+template <class F>
+void for_each_pool(const Pool& op, const Tensor& x, const Tensor& y, F f) {
+  const Local h = local_of(op.height, (*x.index)[2], (*y.index)[2]),
+              w = local_of(op.width, (*x.index)[3], (*y.index)[3]);
+  const Index x_plane = h.inputs * w.inputs, y_plane = h.outputs * w.outputs;
+  for (Index plane = 0; plane < extent(y, 0, 2); ++plane) {
+    for (Index i = 0; i < h.outputs; ++i) {
+      for (Index j = 0; j < w.outputs; ++j)
+        f(h, w, plane * x_plane, i, j, plane * y_plane + i * w.outputs + j);
+    }
+  }
+}
+bool forward(const Pool& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &y = a.results[0];
+  for_each_pool(op, x, y, [&](const Local& h, const Local& w, Index from, Index i, Index j, Index to) {
+    float top = -std::numeric_limits<float>::infinity(), sum = 0;
+    Index n = 0;
+    inside(h, i, [&](Index r) {
+      inside(w, j, [&](Index s) {
+        const float v = x.values[from + r * w.inputs + s];
+        top = std::max(top, v);
+        sum += v;
+        ++n;
+      });
+    });
+    const Index divisor = op.count_padding ? h.kernel * w.kernel : std::max<Index>(n, 1);
+    y.values[to] = op.maximum ? top : sum / static_cast<float>(divisor);
+  });
+  return true;
+}
+bool data(const Pool& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
+  std::fill_n(dx.values, size(dx), 0.0f);
+  for_each_pool(op, dx, dy, [&](const Local& h, const Local& w, Index from, Index i, Index j, Index at) {
+    Index best = -1, n = 0;
+    inside(h, i, [&](Index r) {
+      inside(w, j, [&](Index s) {
+        const Index here = from + r * w.inputs + s;
+        if (op.maximum && (best < 0 || a.inputs[0].values[here] > a.inputs[0].values[best]))
+          best = here;
+        ++n;
+      });
+    });
+    if (op.maximum) {
+      if (best >= 0) dx.values[best] += dy.values[at];
+      return;
+    }
+    const Index divisor = op.count_padding ? h.kernel * w.kernel : std::max<Index>(n, 1);
+    const float part = dy.values[at] / static_cast<float>(divisor);
+    inside(h, i, [&](Index r) {
+      inside(w, j, [&](Index s) { dx.values[from + r * w.inputs + s] += part; });
+    });
+  });
+  return true;
+}
+
+// --------------------------------------------------------------------------------------- experts
+
+/// Rows of one expert follow each other: f(expert's position, first row, rows).
+template <class F>
+void for_each_expert(const Tensor& rows, const Indices& experts, F f) {
+  const auto& list = *rows.rows;
+  for (std::size_t r = 0; r < list.size();) {
+    std::size_t end = r;
+    while (end < list.size() && list[end].expert == list[r].expert) ++end;
+    f(held(experts, list[r].expert), static_cast<Index>(r), static_cast<Index>(end - r));
+    r = end;
+  }
+}
+bool weight(const GroupedProduct& op, const Context& c, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &w = a.results[0];
+  if (!w) return false;
+  const Index out = extent(w, 1, 2), in = extent(w, 2, 3);
+  if (!a.accumulate) std::fill_n(w.values, size(w), 0.0f);
+  if (op.bias && wanted(a, 1) && !a.accumulate) std::fill_n(a.results[1].values, size(a.results[1]), 0.0f);
+  for_each_expert(x, (*w.index)[0], [&](Index e, Index first, Index rows) {
+    const In d(dy.values + first * out, rows, out);
+    Out(w.values + e * out * in, out, in).noalias() +=
+        d.transpose() * In(x.values + first * in, rows, in);
+    if (op.bias && c.adds_bias && wanted(a, 1))
+      Eigen::Map<Eigen::RowVectorXf>(a.results[1].values + e * out, out) += d.colwise().sum();
+  });
+  return true;
+}
+
+// What has no kernel here is the reference's.
+template <class Op>
+bool forward(const Op&, const Context&, const Arguments&, Kept&) {
+  return false;
+}
+template <class Op>
+bool data(const Op&, const Context&, const Arguments&, Kept&) {
+  return false;
+}
+template <class Op>
+bool weight(const Op&, const Context&, const Arguments&, Kept&) {
+  return false;
+}
+
+}  // namespace
+
+bool fast_forward(const Context& c, const Arguments& a, Kept& kept) {
+  if (a.accumulate) return false;
+  return std::visit([&](const auto& op) { return forward(op, c, a, kept); }, *c.operation);
+}
+bool fast_backward_data(const Context& c, const Arguments& a, Kept& kept) {
+  if (a.accumulate && !std::holds_alternative<Linear>(*c.operation)) return false;
+  return std::visit([&](const auto& op) { return data(op, c, a, kept); }, *c.operation);
+}
+bool fast_backward_weight(const Context& c, const Arguments& a, Kept& kept) {
+  return std::visit([&](const auto& op) { return weight(op, c, a, kept); }, *c.operation);
+}
+bool fast_forward_statistic(const Context& c, std::size_t k, const Arguments& a) {
+  if (const auto* n = std::get_if<Normalize>(c.operation)) return statistic(*n, c, a);
+  if (const auto* e = std::get_if<CrossEntropy>(c.operation)) return statistic(*e, k, a);
+  return false;
+}
+bool fast_backward_statistic(const Context& c, std::size_t, const Arguments& a) {
+  if (const auto* n = std::get_if<Normalize>(c.operation)) return backward_statistic(*n, c, a);
+  return false;
+}
+
+}  // namespace partita::cpu
