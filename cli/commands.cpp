@@ -211,6 +211,7 @@ void add_commands(CLI::App& app, int& code) {
   add_plan(app, code);
   add_whatif(app, code);
   add_reference(app, code);
+  add_run(app, code);
 }
 
 }  // namespace partita::cli

@@ -7,10 +7,11 @@ class App;
 
 namespace partita::cli {
 
-/// Adds model, topo, simulate, plan, whatif and reference; their callbacks set `code`.
+/// Adds model, topo, simulate, plan, whatif, reference and run; their callbacks set `code`.
 void add_commands(CLI::App& app, int& code);
 
 void add_reference(CLI::App& app, int& code);
 void add_whatif(CLI::App& app, int& code);
+void add_run(CLI::App& app, int& code);
 
 }  // namespace partita::cli

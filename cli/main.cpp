@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/yaml.h"
 #include "cli/commands.h"
+#include "runtime/transport/transport.h"
 
 namespace partita::cli {
 namespace {
@@ -134,6 +135,9 @@ int main(int argc, char** argv) {
   } catch (const InputError& e) {
     fmt::print(stderr, "partita: {}\n", e.what());
     return 2;
+  } catch (const PeerError& e) {
+    fmt::print(stderr, "partita: {}\n", e.what());
+    return 3;
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "partita: out of memory\n");
     return 3;

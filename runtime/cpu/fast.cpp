@@ -1,6 +1,7 @@
 #include "runtime/cpu/fast.h"
 
 #include <Eigen/Core>
+#include <unsupported/Eigen/SpecialFunctions>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -379,107 +380,109 @@ bool weight(const Normalize& op, const Context& c, const Arguments& a, Kept& kep
 
 // ---------------------------------------------------------------------------------- element-wise
 
-template <class F>
-void each(Index n, F f) {
-  for (Index i = 0; i < n; ++i) f(i);
-}
-
-struct Curve {
-  float value, slope;
-};
 constexpr float kRoot2 = 1.41421356237309505f, kInverseRoot2Pi = 0.39894228040143268f,
                 kRoot2OverPi = 0.79788456080286536f;
 
-template <ActivationKind kind>
-Curve curve(float x) {
-  if constexpr (kind == ActivationKind::relu) {
-    return x > 0 ? Curve{x, 1} : Curve{0, 0};
-  } else if constexpr (kind == ActivationKind::squared_relu) {
-    return x > 0 ? Curve{x * x, 2 * x} : Curve{0, 0};
-  } else if constexpr (kind == ActivationKind::gelu) {
-    const float below = 0.5f * (1 + std::erf(x / kRoot2));
-    return {x * below, below + x * std::exp(-0.5f * x * x) * kInverseRoot2Pi};
-  } else if constexpr (kind == ActivationKind::gelu_tanh) {
-    const float t = std::tanh(kRoot2OverPi * (x + 0.044715f * x * x * x));
-    return {0.5f * x * (1 + t),
-            0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kRoot2OverPi * (1 + 3 * 0.044715f * x * x)};
-  } else if constexpr (kind == ActivationKind::silu) {
-    const float s = 1 / (1 + std::exp(-x));
-    return {x * s, s * (1 + x * (1 - s))};
-  } else if constexpr (kind == ActivationKind::sigmoid) {
-    const float s = 1 / (1 + std::exp(-x));
-    return {s, s * (1 - s)};
-  } else {
-    const float t = std::tanh(x);
-    return {t, 1 - t * t};
-  }
-}
-/// f(std::integral_constant of the kind).
-template <class F>
-void with_kind(ActivationKind kind, F f) {
+/// Value and slope of an activation over a piece of an array that stays in the cache.
+struct Curve {
+  Eigen::ArrayXf value, slope;
+};
+constexpr Index kPiece = 1024;
+
+void curve(ActivationKind kind, const ArrayIn& x, Curve& c) {
+  using Eigen::ArrayXf;
   switch (kind) {
     case ActivationKind::relu:
-      return f(std::integral_constant<ActivationKind, ActivationKind::relu>{});
+      c.value = x.max(0.0f);
+      c.slope = (x > 0).cast<float>();
+      return;
     case ActivationKind::squared_relu:
-      return f(std::integral_constant<ActivationKind, ActivationKind::squared_relu>{});
+      c.value = x.max(0.0f).square();
+      c.slope = 2 * x.max(0.0f);
+      return;
     case ActivationKind::gelu:
-      return f(std::integral_constant<ActivationKind, ActivationKind::gelu>{});
-    case ActivationKind::gelu_tanh:
-      return f(std::integral_constant<ActivationKind, ActivationKind::gelu_tanh>{});
-    case ActivationKind::silu:
-      return f(std::integral_constant<ActivationKind, ActivationKind::silu>{});
+      c.slope = 0.5f * (1 + (x / kRoot2).erf());
+      c.value = x * c.slope;
+      c.slope += x * (-0.5f * x.square()).exp() * kInverseRoot2Pi;
+      return;
+    case ActivationKind::gelu_tanh: {
+      const ArrayXf t = (kRoot2OverPi * (x + 0.044715f * x.cube())).tanh();
+      c.value = 0.5f * x * (1 + t);
+      c.slope = 0.5f * (1 + t) +
+                0.5f * x * (1 - t.square()) * kRoot2OverPi * (1 + 3 * 0.044715f * x.square());
+      return;
+    }
+    case ActivationKind::silu: {
+      const ArrayXf s = (1 + (-x).exp()).inverse();
+      c.value = x * s;
+      c.slope = s * (1 + x * (1 - s));
+      return;
+    }
     case ActivationKind::sigmoid:
-      return f(std::integral_constant<ActivationKind, ActivationKind::sigmoid>{});
+      c.value = (1 + (-x).exp()).inverse();
+      c.slope = c.value * (1 - c.value);
+      return;
     case ActivationKind::tanh:
-      return f(std::integral_constant<ActivationKind, ActivationKind::tanh>{});
+      c.value = x.tanh();
+      c.slope = 1 - c.value.square();
+      return;
+  }
+}
+/// f(offset, length, curve of that piece).
+template <class F>
+void for_each_piece(ActivationKind kind, const float* x, Index n, F f) {
+  Curve c;
+  for (Index at = 0; at < n; at += kPiece) {
+    const Index length = std::min(kPiece, n - at);
+    curve(kind, ArrayIn(x + at, length), c);
+    f(at, length, c);
   }
 }
 
 bool routed(const Arguments& a) { return !a.inputs.empty() && a.inputs[0].rows != nullptr; }
 
+/// Element-wise kernels on rows of experts: the result has its input's rows.
+float* result_of(const Arguments& a, std::size_t k) { return a.results[k].values; }
+
 bool forward(const Activation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
-  const float* x = a.inputs[0].values;
-  float* y = a.results[0].values;
-  with_kind(op.kind, [&](auto kind) {
-    each(size(a.inputs[0]), [&](Index i) { y[i] = curve<decltype(kind)::value>(x[i]).value; });
-  });
+  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]),
+                 [&](Index at, Index n, const Curve& c) { ArrayOut(result_of(a, 0) + at, n) = c.value; });
   return true;
 }
 bool data(const Activation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
-  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values;
-  float* dx = a.results[0].values;
-  with_kind(op.kind, [&](auto kind) {
-    each(size(a.inputs[0]),
-         [&](Index i) { dx[i] = dy[i] * curve<decltype(kind)::value>(x[i]).slope; });
+  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
+    ArrayOut(result_of(a, 0) + at, n) = ArrayIn(a.output_gradients[0].values + at, n) * c.slope;
   });
   return true;
 }
 bool forward(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
-  const float *gate = a.inputs[0].values, *up = a.inputs[1].values;
-  float* y = a.results[0].values;
-  with_kind(op.kind, [&](auto kind) {
-    each(size(a.inputs[0]),
-         [&](Index i) { y[i] = curve<decltype(kind)::value>(gate[i]).value * up[i]; });
+  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
+    ArrayOut(result_of(a, 0) + at, n) = c.value * ArrayIn(a.inputs[1].values + at, n);
   });
   return true;
 }
 bool data(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a) || !wanted(a, 0) || !wanted(a, 1)) return false;
-  const float *gate = a.inputs[0].values, *up = a.inputs[1].values,
-              *dy = a.output_gradients[0].values;
-  float *d_gate = a.results[0].values, *d_up = a.results[1].values;
-  with_kind(op.kind, [&](auto kind) {
-    each(size(a.inputs[0]), [&](Index i) {
-      const Curve one = curve<decltype(kind)::value>(gate[i]);
-      d_gate[i] = dy[i] * up[i] * one.slope;
-      d_up[i] = dy[i] * one.value;
-    });
+  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
+    const ArrayIn dy(a.output_gradients[0].values + at, n);
+    ArrayOut(result_of(a, 0) + at, n) = dy * ArrayIn(a.inputs[1].values + at, n) * c.slope;
+    ArrayOut(result_of(a, 1) + at, n) = dy * c.value;
   });
   return true;
 }
+/// Sums pass their gradient on.
+bool copied(const Arguments& a) {
+  if (a.output_gradients[0].rows != nullptr) return false;
+  for (const Tensor& to : a.results) {
+    if (to) std::copy_n(a.output_gradients[0].values, size(to), to.values);
+  }
+  return true;
+}
+bool data(const AddBias&, const Context&, const Arguments& a, Kept&) { return copied(a); }
+bool data(const PositionEmbedding&, const Context&, const Arguments& a, Kept&) { return copied(a); }
 bool forward(const Add&, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
   const Index n = size(a.inputs[0]);

@@ -108,6 +108,7 @@ class Executor {
     result_.measured.peak = memory_.peak();
     result_.measured.at_peak = memory_.at_peak();
     collect();
+    collect_measurements();
     return std::move(result_);
   }
 
@@ -215,13 +216,7 @@ class Executor {
     }
   }
 
-  std::size_t replica() const {
-    AtomList list;
-    for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
-      if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
-    }
-    return static_cast<std::size_t>(p_.mesh.coordinate(rank_, list));
-  }
+  std::size_t replica() const { return replica_of(rank_); }
 
   reference::Context context(const ProgramOperator& op, const Instruction& i) const {
     reference::Context c;
@@ -900,7 +895,7 @@ class Executor {
     if (!box(to).held) return;
     const auto n = static_cast<std::size_t>(box(to).elements());
     const float* gradient = values(i.reads[0]);
-    if (last_step_) {
+    if (last_step_ && o_.collect) {
       // What the optimizer sees is the gradient: kept for comparison.
       gradients_[i.reads[0]].assign(gradient, gradient + n);
     }
@@ -933,103 +928,181 @@ class Executor {
   }
 
   // ---- results on rank 0 -----------------------------------------------------------------------
-  /// Pieces of gradients and parameters, and losses, of every rank.
-  struct Record {
-    std::int64_t replica, parameter, gradient, count;
+  /// A buffer whose values are asked for at the end: where a stage keeps a parameter, or what its
+  /// optimizer reads as the gradient.
+  struct Wanted {
+    BufferId buffer;
+    std::size_t parameter;
+    bool gradient;
   };
+  std::vector<Wanted> wanted_of(int stage) const {
+    std::vector<Wanted> all;
+    if (!o_.collect) return all;
+    std::set<BufferId> blocks_seen;
+    const auto add = [&](BufferId id, std::int32_t parameter, bool gradient) {
+      if (blocks_seen.insert(id).second)
+        all.push_back({id, static_cast<std::size_t>(parameter), gradient});
+    };
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+    for (const BlockId block : blocks) {
+      for (const Instruction& i : p_.blocks[block.index()].instructions) {
+        const auto note = [&](BufferId id) {
+          const Buffer& b = p_.buffer(id);
+          if (b.category == Category::parameters && b.parameter >= 0 && b.alias < 0 &&
+              b.scope == Scope::step)
+            add(id, b.parameter, false);
+        };
+        for_each_read(i, note);
+        for_each_write(i, note);
+        if (i.kind == Kind::compute && i.kernel == Kernel::optimizer)
+          add(i.reads[0], p_.buffer(i.writes[0]).parameter, true);
+      }
+    }
+    return all;
+  }
+  std::size_t replica_of(int rank) const {
+    AtomList list;
+    for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
+      if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
+    }
+    return static_cast<std::size_t>(p_.mesh.coordinate(rank, list));
+  }
+
   void collect() {
     transport_.doing("the collection of results");
-    std::vector<Record> records;
-    std::vector<std::int64_t> positions;
     std::vector<float> all;
-    const auto put = [&](BufferId id, const float* from, bool gradient) {
-      const Buffer& b = p_.buffer(id);
-      Record r{static_cast<std::int64_t>(replica()), b.parameter, gradient ? 1 : 0, 0};
-      if (gradient) r.parameter = parameter_of_gradient(id);
-      for_each_global(box(id), b, [&](std::int64_t k, std::int64_t g) {
-        positions.push_back(g);
-        all.push_back(from[k]);
-        ++r.count;
-      });
-      records.push_back(r);
-    };
-    for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
-      const Buffer& buffer = p_.buffers[b];
-      const BufferId id{b};
-      if (buffer.category != Category::parameters || buffer.parameter < 0 || buffer.alias >= 0)
-        continue;
-      if (slots_[b].empty() || !box(id).held) continue;
-      put(id, values(id), false);
+    for (const Wanted& w : wanted_of(stage_)) {
+      if (!box(w.buffer).held) continue;
+      const auto n = static_cast<std::size_t>(box(w.buffer).elements());
+      const float* from = w.gradient ? gradients_.at(w.buffer).data() : values(w.buffer);
+      all.insert(all.end(), from, from + n);
     }
-    for (const auto& [id, kept] : gradients_) put(id, kept.data(), true);
     if (rank_ != 0) {
-      const std::int64_t sizes[2] = {static_cast<std::int64_t>(records.size()),
-                                     static_cast<std::int64_t>(all.size())};
-      transport_.send(0, kResultTag, sizes, sizeof sizes);
       transport_.send(0, kResultTag, losses_.data(), losses_.size() * sizeof(double));
-      transport_.send(0, kResultTag, records.data(), records.size() * sizeof(Record));
-      transport_.send(0, kResultTag, positions.data(), positions.size() * sizeof(std::int64_t));
       transport_.send(0, kResultTag, all.data(), all.size() * sizeof(float));
       transport_.barrier();
       return;
     }
-    auto& values = result_.values;
+    auto& result = result_.values;
     const auto replicas = static_cast<std::size_t>(p_.mesh.size(p_.replicas));
-    values.losses.assign(losses_.size(), std::vector<double>(replicas, 0.0));
-    values.gradients.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
-    values.parameters = values.gradients;
-    std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t>, std::vector<char>> seen;
+    result.losses.assign(losses_.size(), std::vector<double>(replicas, 0.0));
+    result.gradients.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
+    result.parameters = result.gradients;
+    std::map<std::tuple<std::size_t, std::size_t, bool>, std::vector<char>> seen;
     for (int from = 0; from < transport_.size(); ++from) {
-      std::size_t r = replica();
-      if (from != 0) {
-        std::int64_t sizes[2];
-        transport_.receive(from, kResultTag, sizes, sizeof sizes);
-        records.resize(static_cast<std::size_t>(sizes[0]));
-        positions.resize(static_cast<std::size_t>(sizes[1]));
-        all.resize(static_cast<std::size_t>(sizes[1]));
-        transport_.receive(from, kResultTag, losses_.data(), losses_.size() * sizeof(double));
-        transport_.receive(from, kResultTag, records.data(), records.size() * sizeof(Record));
-        transport_.receive(from, kResultTag, positions.data(),
-                           positions.size() * sizeof(std::int64_t));
-        transport_.receive(from, kResultTag, all.data(), all.size() * sizeof(float));
-        if (!records.empty()) r = static_cast<std::size_t>(records[0].replica);
+      const std::size_t r = replica_of(from);
+      std::vector<std::pair<Wanted, Box>> pieces;
+      std::size_t count = 0;
+      for (const Wanted& w : wanted_of(p_.stage_of(from))) {
+        Box b = box_of(p_, w.buffer, from);
+        count += static_cast<std::size_t>(b.elements());
+        if (b.held) pieces.emplace_back(w, std::move(b));
       }
-      for (std::size_t s = 0; s < losses_.size(); ++s) values.losses[s][r] += losses_[s];
+      if (from != 0) {
+        all.resize(count);
+        transport_.receive(from, kResultTag, losses_.data(), losses_.size() * sizeof(double));
+        transport_.receive(from, kResultTag, all.data(), all.size() * sizeof(float));
+      }
+      for (std::size_t s = 0; s < losses_.size(); ++s) result.losses[s][r] += losses_[s];
       std::size_t at = 0;
-      for (const Record& record : records) {
-        const auto q = static_cast<std::size_t>(record.parameter);
-        auto& to = (record.gradient != 0 ? values.gradients
-                                         : values.parameters)[static_cast<std::size_t>(record.replica)][q];
-        auto& have = seen[{record.replica, record.parameter, record.gradient}];
-        if (to.empty()) {
-          std::int64_t n = 1;
-          for (const auto& d : p_.parameters[q].shape) n *= d.extent;
-          to.resize(static_cast<std::size_t>(n));
-          have.resize(to.size(), 0);
-        }
-        for (std::int64_t k = 0; k < record.count; ++k, ++at) {
-          const auto g = static_cast<std::size_t>(positions[at]);
-          const auto v = static_cast<double>(all[at]);
-          if (have[g] && to[g] != v) {
-            const double scale = std::max({std::abs(v), std::abs(to[g]), 1e-12});
-            values.copies_differ = std::max(values.copies_differ, std::abs(v - to[g]) / scale);
+      for (const auto& [w, b] : pieces) {
+        auto& to = (w.gradient ? result.gradients : result.parameters)[r][w.parameter];
+        auto& have = seen[{r, w.parameter, w.gradient}];
+        std::int64_t n = 1;
+        for (const auto& d : p_.parameters[w.parameter].shape) n *= d.extent;
+        to.resize(static_cast<std::size_t>(n));
+        have.resize(to.size(), 0);
+        for_each_global(b, p_.buffer(w.buffer), [&](std::int64_t k, std::int64_t g) {
+          const auto v = static_cast<double>(all[at + static_cast<std::size_t>(k)]);
+          auto& old = to[static_cast<std::size_t>(g)];
+          if (have[static_cast<std::size_t>(g)] && old != v) {
+            const double scale = std::max({std::abs(v), std::abs(old), 1e-12});
+            result.copies_differ = std::max(result.copies_differ, std::abs(v - old) / scale);
           }
-          to[g] = v;
-          have[g] = 1;
-        }
+          old = v;
+          have[static_cast<std::size_t>(g)] = 1;
+        });
+        at += static_cast<std::size_t>(b.elements());
       }
     }
     transport_.barrier();
   }
 
-  std::int64_t parameter_of_gradient(BufferId gradient) const {
-    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
-      for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
-        if (i.kind == Kind::compute && i.kernel == Kernel::optimizer && i.reads[0] == gradient)
-          return p_.buffer(i.writes[0]).parameter;
+  /// Every rank's measurement on rank 0, as a list of words.
+  void collect_measurements() {
+    RankMeasurement& m = result_.measured;
+    if (rank_ != 0) {
+      std::vector<std::int64_t> words{m.peak.count};
+      for (const Bytes b : m.at_peak) words.push_back(b.count);
+      const auto real = [](double v) {
+        std::int64_t word;
+        std::memcpy(&word, &v, sizeof word);
+        return word;
+      };
+      words.push_back(static_cast<std::int64_t>(m.step_s.size()));
+      for (const double s : m.step_s) words.push_back(real(s));
+      words.push_back(static_cast<std::int64_t>(m.samples.size()));
+      for (const auto& step : m.samples) {
+        words.push_back(static_cast<std::int64_t>(step.size()));
+        for (const Sample& s : step)
+          words.insert(words.end(), {s.block, s.instruction, s.micro_batch, s.start, s.end});
       }
+      const Traffic& t = m.traffic;
+      words.insert(words.end(), {t.messages, t.sends, t.send_bytes,
+                                 static_cast<std::int64_t>(t.bytes_to.size())});
+      for (const auto& [to, bytes] : t.bytes_to) words.insert(words.end(), {to, bytes});
+      words.push_back(static_cast<std::int64_t>(t.collectives.size()));
+      for (const auto& [kind, c] : t.collectives)
+        words.insert(words.end(), {static_cast<std::int64_t>(kind), c.calls, c.payload_bytes});
+      const auto n = static_cast<std::int64_t>(words.size());
+      transport_.send(0, kResultTag, &n, sizeof n);
+      transport_.send(0, kResultTag, words.data(), words.size() * sizeof(std::int64_t));
+      transport_.barrier();
+      return;
     }
-    return -1;
+    result_.ranks = {m};
+    for (int from = 1; from < transport_.size(); ++from) {
+      std::int64_t n = 0;
+      transport_.receive(from, kResultTag, &n, sizeof n);
+      std::vector<std::int64_t> words(static_cast<std::size_t>(n));
+      transport_.receive(from, kResultTag, words.data(), words.size() * sizeof(std::int64_t));
+      std::size_t at = 0;
+      const auto next = [&] { return words.at(at++); };
+      RankMeasurement r;
+      r.rank = from;
+      r.peak = Bytes{next()};
+      for (Bytes& b : r.at_peak) b = Bytes{next()};
+      r.step_s.resize(static_cast<std::size_t>(next()));
+      for (double& s : r.step_s) {
+        const std::int64_t word = next();
+        std::memcpy(&s, &word, sizeof s);
+      }
+      r.samples.resize(static_cast<std::size_t>(next()));
+      for (auto& step : r.samples) {
+        step.resize(static_cast<std::size_t>(next()));
+        for (Sample& s : step) {
+          s.block = static_cast<std::int32_t>(next());
+          s.instruction = static_cast<std::int32_t>(next());
+          s.micro_batch = static_cast<std::int32_t>(next());
+          s.start = next();
+          s.end = next();
+        }
+      }
+      Traffic& t = r.traffic;
+      t.messages = next(), t.sends = next(), t.send_bytes = next();
+      for (std::int64_t k = next(); k > 0; --k) {
+        const auto to = static_cast<int>(next());
+        t.bytes_to[to] = next();
+      }
+      for (std::int64_t k = next(); k > 0; --k) {
+        auto& c = t.collectives[static_cast<CollectiveKind>(next())];
+        c.calls = next();
+        c.payload_bytes = next();
+      }
+      result_.ranks.push_back(std::move(r));
+    }
+    transport_.barrier();
   }
 
   const Program& p_;

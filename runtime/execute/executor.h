@@ -12,6 +12,7 @@
 
 #include "runtime/reference/interpreter.h"
 #include "runtime/transport/transport.h"
+#include "simulator/program/measurement.h"
 #include "simulator/program/program.h"
 
 namespace partita::execute {
@@ -24,31 +25,17 @@ struct Options {
   /// Element of a parameter before the first step; `linear` row-major over its whole shape.
   std::function<double(std::size_t replica, std::size_t parameter, std::int64_t linear)> initial;
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
+  bool collect = true;  ///< gradients and parameters of all ranks on rank 0
   bool record = false;  ///< start and end of every instruction of every timed step
   /// Called before each instruction; tests stop a rank here.
   std::function<void(int rank, std::int64_t step, std::size_t instruction)> before;
-};
-
-/// One instruction of one timed step; nanoseconds since the step's common start.
-struct Sample {
-  std::int32_t block = 0, instruction = 0, micro_batch = 0;
-  std::int64_t start = 0, end = 0;
-};
-
-/// What one rank measured.
-struct RankMeasurement {
-  int rank = 0;
-  std::vector<double> step_s;                ///< by timed step
-  std::vector<std::vector<Sample>> samples;  ///< by timed step, in program order, if recorded
-  Bytes peak;
-  std::array<Bytes, kCategoryCount> at_peak{};
-  Traffic traffic;  ///< of one step, the last
 };
 
 struct RankResult {
   RankMeasurement measured;
   /// On rank 0, of all ranks: losses by step, gradients of the last step, parameters after it.
   reference::RunResult values;
+  std::vector<RankMeasurement> ranks;  ///< on rank 0, by rank
 };
 
 /// Trains on this rank. Throws PeerError when another rank fails, InputError when the program needs

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "simulator/program/expansion.h"
+#include "simulator/program/measurement.h"
 
 namespace partita {
 
@@ -42,18 +43,6 @@ struct CollectiveCall {
   const std::byte* send = nullptr;
   std::vector<std::int64_t> send_offsets;
   std::int64_t tag = 0;  ///< the same on all members, different for calls that could be confused
-};
-
-/// What a rank has sent, for comparison with the simulator's counts.
-struct Traffic {
-  std::map<int, std::int64_t> bytes_to;  ///< by receiver; transports that send step by step only
-  std::int64_t messages = 0;
-  /// By kind of collective: calls, and the payload in the convention of docs/cost.md.
-  struct Calls {
-    std::int64_t calls = 0, payload_bytes = 0;
-  };
-  std::map<CollectiveKind, Calls> collectives;
-  std::int64_t sends = 0, send_bytes = 0;
 };
 
 /// The open set of ways to move bytes. All calls throw PeerError when a peer is gone or does not

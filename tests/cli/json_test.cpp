@@ -338,5 +338,45 @@ TEST(Trace, OfTheBestPlanIsWrittenByTheSearchAndItsPlanSaved) {
   EXPECT_EQ(again.at("plan"), best.at("plan"));
 }
 
+/// Some machines that build without MPI have threads only.
+std::vector<std::string> transports() {
+  const Ran r = run("run mnist-linear --ranks 1 --transport mpi --steps 1");
+  if (r.err.find("this build has no MPI") != std::string::npos) return {"threads"};
+  return {"threads", "mpi"};
+}
+
+TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
+  for (const std::string& transport : transports()) {
+    const Ran r = run("run mnist-linear --dp 4 --ranks 4 --backend cpu --json --transport " + transport);
+    EXPECT_EQ(r.code, 0) << r.err;
+    const Json j = parsed(r);
+    EXPECT_EQ(j.at("schema"), "partita.run/1");
+    EXPECT_EQ(j.at("ranks"), 4);
+    EXPECT_EQ(j.at("transport"), transport);
+    ASSERT_EQ(j.at("loss").size(), 50u);
+    EXPECT_TRUE(j.at("equal_to_serial").get<bool>());
+    EXPECT_LT(j.at("loss").back().get<double>(), j.at("loss").front().get<double>() / 4) << "it learns";
+    for (std::size_t k = 0; k < 50; ++k) {
+      EXPECT_NEAR(j.at("loss")[k].get<double>(), j.at("serial_loss")[k].get<double>(),
+                  j.at("tolerance").get<double>());
+    }
+    EXPECT_GT(j.at("measured_s").get<double>(), 0);
+    EXPECT_GT(j.at("predicted_s").get<double>(), 0);
+    for (const auto& [category, bytes] : j.at("memory_bytes").items())
+      EXPECT_EQ(bytes.at("measured"), bytes.at("predicted")) << category;
+  }
+}
+
+TEST(Run, PipelinesTensorsAndShardsRunToo) {
+  const std::string small = "--layers 2 --seq 16 --vocabulary 64 --steps 1 --json ";
+  for (const std::string& transport : transports()) {
+    for (const char* plan : {"--tp 2 --pp 2 --global-batch 4", "--cp 2 --zero 3 --tp 2"}) {
+      const Ran r = run("run gpt2 " + small + plan + " --no-check --transport " + transport);
+      EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
+      EXPECT_EQ(parsed(r).at("ranks"), 4) << plan;
+    }
+  }
+}
+
 }  // namespace
-}  // namespace partita::test
+}  // namespace partita

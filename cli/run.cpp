@@ -1,0 +1,357 @@
+// `partita run`: trains under a plan on real ranks, beside its prediction and the serial network.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "base/unit_text.h"
+#include "cli/commands.h"
+#include "cli/launch.h"
+#include "cli/options.h"
+#include "report/report.h"
+#include "runtime/data/digits.h"
+#include "runtime/execute/threads.h"
+#include "runtime/reference/compare.h"
+#include "runtime/reference/serial.h"
+#include "simulator/lower/lower.h"
+#include "validation/compare.h"
+#ifdef PARTITA_MPI
+#include "runtime/transport/mpi.h"
+#endif
+
+namespace partita::cli {
+namespace {
+
+struct Options {
+  std::string model, topology, backend = "cpu", transport, data, trace, optimizer;
+  PlanFlags flags;
+  std::optional<std::int64_t> ranks;
+  std::int64_t steps = 50, warm_up = 0, seed = 1;
+  std::optional<double> learning_rate;
+  double timeout_s = 10;
+  bool json = false, no_check = false;
+};
+
+/// Multiply-accumulates of all steps that the serial network is run for.
+constexpr double kMostSerialWork = 1e9;
+constexpr std::int64_t kMostRanks = 256;
+
+bool launched() {
+#ifdef PARTITA_MPI
+  return under_mpi_launcher();
+#else
+  return false;
+#endif
+}
+
+/// threads or mpi, and why where the user did not say.
+std::string transport_of(const Options& o, std::int64_t ranks, [[maybe_unused]] std::string& why) {
+  if (!o.transport.empty() && o.transport != "threads" && o.transport != "mpi")
+    throw InputError("--transport", fmt::format("'{}' is unknown; use threads or mpi", o.transport));
+#ifdef PARTITA_MPI
+  if (!o.transport.empty()) return o.transport;
+  if (launched()) return "mpi";
+  return ranks > 1 ? "mpi" : "threads";
+#else
+  if (o.transport == "mpi")
+    throw InputError("--transport", "this build has no MPI; install libopenmpi-dev and build again, "
+                                    "or use threads");
+  if (ranks > 1) why = "this build has no MPI: ranks are threads";
+  return "threads";
+#endif
+}
+
+/// What every rank needs to know of the run.
+struct Job {
+  Plan plan;
+  Graph graph;
+  Program program;
+  execute::Options options;
+  reference::RunOptions serial;
+  std::string data;
+  int groups = 1;
+};
+
+Job job_of(const Options& o) {
+  if (o.steps < 1 || o.steps > 1'000'000)
+    throw InputError("--steps", fmt::format("{} is not in 1 to 1,000,000", o.steps));
+  if (o.warm_up < 0 || o.warm_up > 1'000'000)
+    throw InputError("--warm-up", fmt::format("{} is not in 0 to 1,000,000", o.warm_up));
+  if (o.seed < 0) throw InputError("--seed", fmt::format("{} is negative; at least 0", o.seed));
+  if (!(o.timeout_s > 0 && o.timeout_s <= 1e6))
+    throw InputError("--timeout", fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
+  if (o.backend != "cpu")
+    throw InputError("--backend", fmt::format("'{}' is unknown; there is cpu", o.backend));
+  Job job;
+  Plan plan = plan_from(o.flags, "partita");
+  if (o.flags.precision.empty() && !in_plan_file(o.flags, "precision"))
+    set_precision(plan, "fp32", "");
+  if (!in_plan_file(o.flags, "optimizer")) plan.optimizer.kind = OptimizerKind::sgd;
+  if (!o.optimizer.empty())
+    set_key(plan, "optimizer", fmt::format("{{kind: {}}}", o.optimizer), "--optimizer");
+  if (o.learning_rate) {
+    if (!(*o.learning_rate >= 0 && *o.learning_rate <= 1e6))
+      throw InputError("--learning-rate", fmt::format("{} is not in 0 to 1e6", *o.learning_rate));
+    plan.optimizer.learning_rate = *o.learning_rate;
+  }
+  if (o.ranks) {
+    if (*o.ranks < 1 || *o.ranks > kMostRanks)
+      throw InputError("--ranks", fmt::format("{} is not in 1 to {}", *o.ranks, kMostRanks));
+    settle_ranks(plan, *o.ranks, fmt::format("--ranks {}", *o.ranks));
+  } else if (plan.dp == 0) {
+    plan.dp = 1;
+  }
+  if (std::max({plan.tp, plan.pp, plan.cp, plan.dp}) > kMostRanks || plan.ranks() > kMostRanks)
+    throw InputError("--ranks", fmt::format("a run has at most {} ranks on one host; use smaller sizes",
+                                            kMostRanks));
+  job.graph = load_graph(o.model, o.flags, plan);
+  const bool digits = job.graph.name == "mnist-linear";
+  if (plan.global_batch == 0 && digits && 128 % plan.dp == 0 && !o.flags.micro_batch &&
+      !in_plan_file(o.flags, "micro_batch")) {
+    plan.micro_batch = 128 / plan.dp;  // the founding example's batch
+  }
+  if (!o.data.empty() && !digits)
+    throw InputError("--data", fmt::format("is for mnist-linear; {} trains on generated values: leave it "
+                                           "out",
+                                           job.graph.name));
+  auto complete_plan = complete(job.graph, plan);
+  if (!complete_plan) throw InputError("plan", complete_plan.reason());
+  job.plan = *complete_plan;
+  auto program = lower(job.graph, job.plan);
+  if (!program) throw InputError("plan", program.reason());
+  job.program = std::move(*program);
+  for (const auto& error : verify(job.program))
+    throw InternalError("the lowered program is broken: " + error);
+  job.groups = job.plan.strategy == "replicas" ? 1 : static_cast<int>(job.plan.dp);
+  return job;
+}
+
+void fill_options(const Options& o, Job& job) {
+  const auto seed = static_cast<std::uint64_t>(o.seed);
+  const Graph& g = job.graph;
+  reference::InputValue input = [&g, seed](std::size_t i, std::int64_t step, std::int64_t sample,
+                                           std::int64_t index) {
+    return reference::input_value(g, i, seed, step, sample, index);
+  };
+  job.data = "generated values";
+  if (g.name == "mnist-linear") {
+    auto set = std::make_shared<Digits>(o.data.empty() ? generated_digits(4096, seed)
+                                                       : load_mnist(o.data));
+    job.data = set->source;
+    const std::int64_t batch = job.program.samples * job.program.micro_batches;
+    const std::int64_t classes = g.tensor(g.inputs[1]).shape[1].extent;
+    input = [set, batch, classes](std::size_t i, std::int64_t step, std::int64_t sample,
+                                  std::int64_t index) {
+      const std::int64_t at = (step * batch + sample) % set->count();
+      if (i == 0) return set->pixels[static_cast<std::size_t>(at * 784 + index)] / 255.0;
+      return set->labels[static_cast<std::size_t>(at)] % classes == index ? 1.0 : 0.0;
+    };
+  }
+  job.options.steps = static_cast<int>(o.steps);
+  job.options.warm_up = static_cast<int>(o.warm_up);
+  job.options.seed = seed;
+  job.options.input = input;
+  job.options.initial = [&g, seed](std::size_t replica, std::size_t q, std::int64_t linear) {
+    return reference::initial_value(g.parameters[q], seed + replica, linear);
+  };
+  job.options.operator_seed = [seed](std::int32_t op) {
+    return reference::operator_seed(seed, OpId{static_cast<std::size_t>(op)});
+  };
+  job.options.record = true;
+  job.options.collect = !o.no_check;
+  job.serial.steps = static_cast<int>(o.steps + o.warm_up);
+  job.serial.seed = seed;
+  job.serial.input = input;
+  job.serial.operator_seed = job.options.operator_seed;
+}
+
+/// Steps whose loss is shown: few, further and further apart.
+std::vector<std::size_t> shown(std::size_t steps) {
+  std::vector<std::size_t> list;
+  for (std::size_t k : {0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000, 100000}) {
+    if (k + 1 < steps) list.push_back(k);
+  }
+  list.push_back(steps - 1);
+  return list;
+}
+
+using Json = nlohmann::ordered_json;
+
+void report(const Options& o, const Job& job, const execute::RankResult& first,
+            const std::string& transport, const std::string& note, int& code) {
+  // The serial network: what the run's loss must equal.
+  std::optional<reference::Comparison> c;
+  const double work = reference::serial_work(job.graph, job.program) *
+                      static_cast<double>(job.serial.steps) *
+                      static_cast<double>(job.program.mesh.size(job.program.replicas));
+  if (!o.no_check && work <= kMostSerialWork) {
+    reference::RunOptions serial = job.serial;
+    for (std::int64_t r = 0; r < job.program.mesh.size(job.program.replicas); ++r)
+      serial.parameters.push_back(
+          reference::initial_parameters(job.graph, job.options.seed + static_cast<std::uint64_t>(r)));
+    const auto expected = reference::train_serially(job.graph, job.program, serial, job.groups);
+    c = reference::compare(
+        job.graph, first.values, expected,
+        reference::tolerance_of_rounding(job.graph, job.program, expected, serial));
+    if (!c->equal) code = 1;
+  }
+  const auto ranks = static_cast<std::int64_t>(first.ranks.size());
+  const Topology topology =
+      load_cluster(o.topology.empty() ? fmt::format("cpu-host:{} gpus", ranks) : o.topology);
+  if (static_cast<std::int64_t>(topology.device_count()) < ranks)
+    throw InputError("--topology", fmt::format("{} has {} devices for {} ranks; use a larger one",
+                                               topology.name(), topology.device_count(), ranks));
+  Communication communication(topology);
+  SimulateOptions simulation;
+  simulation.record = true;
+  const Timeline predicted = simulate(job.program, communication, simulation);
+  const auto step = validation::compare(job.program, predicted, first.ranks);
+  if (!o.trace.empty())
+    write_trace(o.trace, job.program, validation::measured_timeline(job.program, first.ranks));
+
+  const auto& losses = first.values.losses;
+  if (o.json) {
+    Json j;
+    j["schema"] = "partita.run/1";
+    j["model"] = job.graph.name;
+    j["ranks"] = ranks;
+    j["backend"] = o.backend;
+    j["transport"] = transport;
+    j["data"] = job.data;
+    j["loss"] = Json::array();
+    for (const auto& l : losses) j["loss"].push_back(l[0]);
+    j["serial_loss"] = c ? Json::array() : Json(nullptr);
+    j["equal_to_serial"] = c ? Json(c->equal) : Json(nullptr);
+    if (c) {
+      for (const auto& s : c->steps) j["serial_loss"].push_back(s.serial_loss);
+      j["loss_error"] = c->loss_error;
+      j["gradient_error"] = c->gradient_error;
+      j["parameter_error"] = c->parameter_error;
+      j["tolerance"] = c->tolerance;
+    }
+    j["measured_s"] = step.measured.count;
+    j["measured_quartiles_s"] = {step.low.count, step.high.count};
+    j["noise"] = step.noise;
+    j["predicted_s"] = step.predicted.count;
+    j["kinds"] = Json::array();
+    for (const auto& k : step.kinds)
+      j["kinds"].push_back({{"kind", k.kind},
+                            {"count_per_rank", k.count},
+                            {"measured_s", k.measured.count},
+                            {"predicted_s", k.predicted.count}});
+    for (int m = 0; m < kCategoryCount; ++m) {
+      const auto at = static_cast<std::size_t>(m);
+      j["memory_bytes"][std::string(name(static_cast<Category>(m)))] = {
+          {"measured", step.measured_memory[at].count}, {"predicted", step.predicted_memory[at].count}};
+    }
+    j["memory_bytes"]["total"] = {{"measured", step.measured_peak.count},
+                                  {"predicted", step.predicted_peak.count}};
+    fmt::print("{}\n", j.dump(2));
+    return;
+  }
+  fmt::print("{} on {} ranks ({}, {}): {}\n", job.graph.name, ranks, o.backend, transport,
+             plan_line(job.plan));
+  if (!note.empty()) fmt::print("{}\n", note);
+  fmt::print("data: {}\n\n", job.data);
+  std::vector<std::vector<std::string>> rows{{"step", "loss"}};
+  if (c) rows[0].insert(rows[0].end(), {"serial loss", "difference"});
+  for (const std::size_t k : shown(losses.size())) {
+    rows.push_back({std::to_string(k), fmt::format("{:.7g}", losses[k][0])});
+    if (c) {
+      rows.back().push_back(fmt::format("{:.7g}", c->steps[k].serial_loss));
+      rows.back().push_back(fmt::format("{:.1e}", c->steps[k].plan_loss - c->steps[k].serial_loss));
+    }
+  }
+  fmt::print("{}\n", align(rows));
+  if (c) {
+    fmt::print("{} to the serial network: losses within {:.1e}, gradients {:.1e}, parameters {:.1e}; rounding "
+               "allows {:.1e}\n\n",
+               c->equal ? "equal" : "NOT EQUAL", c->loss_error, c->gradient_error, c->parameter_error,
+               c->tolerance);
+  } else {
+    fmt::print("not compared with the serial network: {}\n\n",
+               o.no_check ? "--no-check" : "its steps would take too long; use fewer or smaller ones");
+  }
+  fmt::print("step time, measured   {} ({} to {}, noise {:.1f} %)\n", text(step.measured), text(step.low),
+             text(step.high), 100 * step.noise);
+  fmt::print("step time, predicted  {} for {} ({:+.0f} %)\n\n", text(step.predicted), topology.name(),
+             100 * step.error());
+  rows = {{"per rank and step", "count", "measured", "predicted"}};
+  for (const auto& k : step.kinds)
+    rows.push_back({k.kind, fmt::format("{:.4g}", k.count), text(k.measured), text(k.predicted)});
+  fmt::print("{}\n", align(rows));
+  rows = {{"peak memory", "measured", "predicted"}};
+  for (int m = 0; m < kCategoryCount; ++m) {
+    const auto at = static_cast<std::size_t>(m);
+    rows.push_back({std::string(name(static_cast<Category>(m))), text(step.measured_memory[at]),
+                    text(step.predicted_memory[at])});
+  }
+  rows.push_back({"total", text(step.measured_peak), text(step.predicted_peak)});
+  fmt::print("{}", align(rows));
+}
+
+void run(const Options& o, int& code) {
+  check_writable("--trace", o.trace);
+  Job job = job_of(o);
+  const std::int64_t ranks = job.plan.ranks();
+  std::string note;
+  const std::string transport = transport_of(o, ranks, note);
+#ifdef PARTITA_MPI
+  if (transport == "mpi") {
+    if (!launched()) {
+      // Mistakes in files are found here once, not by every rank.
+      if (!o.data.empty()) load_mnist(o.data);
+      code = launch_mpi(static_cast<int>(ranks));
+      return;
+    }
+    const auto mpi = mpi_transport(o.timeout_s);
+    if (mpi->size() != ranks)
+      mpi->abort(fmt::format("the launcher started {} ranks and the plan has {}; start as many, or change "
+                             "the plan",
+                             mpi->size(), ranks));
+    fill_options(o, job);
+    execute::RankResult result;
+    try {
+      result = execute::run_rank(job.program, *mpi, job.options);
+      if (mpi->rank() == 0) report(o, job, result, transport, note, code);
+    } catch (const std::exception& e) {
+      mpi->abort(e.what());
+    }
+    return;
+  }
+#endif
+  fill_options(o, job);
+  execute::ThreadOptions threads;
+  threads.timeout_s = o.timeout_s;
+  const auto results = execute::run_threads(job.program, job.options, threads);
+  report(o, job, results[0], transport, note, code);
+}
+
+}  // namespace
+
+void add_run(CLI::App& app, int& code) {
+  auto o = std::make_shared<Options>();
+  CLI::App* c = app.add_subcommand("run", "train under a plan on real ranks, beside its prediction");
+  c->add_option("MODEL", o->model, "catalogue name or file")->required();
+  o->flags.add_to(*c);
+  c->add_option("--ranks", o->ranks, "processes or threads to start (default: what the plan needs)");
+  c->add_option("--backend", o->backend, "cpu");
+  c->add_option("--transport", o->transport, "threads or mpi (default: mpi for several ranks)");
+  c->add_option("--topology", o->topology, "cluster to predict for (default: cpu-host)");
+  c->add_option("--steps", o->steps, "training steps");
+  c->add_option("--warm-up", o->warm_up, "steps before these, trained but not timed");
+  c->add_option("--seed", o->seed, "of parameters and generated data");
+  c->add_option("--data", o->data, "mnist-linear: folder with MNIST's IDX files");
+  c->add_option("--optimizer", o->optimizer, "sgd or adam");
+  c->add_option("--learning-rate", o->learning_rate, "learning rate");
+  c->add_option("--timeout", o->timeout_s, "seconds without an answer after which a rank gives up");
+  c->add_option("--trace", o->trace, "write a Perfetto trace of the median step to this file");
+  c->add_flag("--no-check", o->no_check, "do not train the serial network beside it");
+  c->add_flag("--json", o->json, "print JSON");
+  c->callback([o, &code] { run(*o, code); });
+}
+
+}  // namespace partita::cli

@@ -1,0 +1,271 @@
+#include "runtime/transport/mpi.h"
+
+#include <fmt/format.h>
+#include <mpi.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <limits>
+
+#include "base/error.h"
+
+namespace partita {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+int count_of(std::int64_t n) {
+  if (n > std::numeric_limits<int>::max()) {
+    throw InputError("mpi", fmt::format("a message of {} elements is more than MPI 3 takes; use a "
+                                        "smaller micro-batch or bucket",
+                                        n));
+  }
+  return static_cast<int>(n);
+}
+
+class MpiTransport final : public Transport {
+ public:
+  explicit MpiTransport(double timeout_s) : timeout_(timeout_s) {
+    int provided = 0;
+    MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
+    MPI_Comm_size(MPI_COMM_WORLD, &size_);
+  }
+  ~MpiTransport() override {
+    for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
+    for (auto& [group, communicator] : communicators_) MPI_Comm_free(&communicator);
+    MPI_Finalize();
+  }
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  std::string name() const override { return "mpi"; }
+
+  void send(int to, std::int64_t tag, const void* data, std::size_t bytes) override {
+    sweep();
+    ++traffic_.sends;
+    traffic_.send_bytes += static_cast<std::int64_t>(bytes);
+    Pending p;
+    p.data.resize(bytes);
+    std::memcpy(p.data.data(), data, bytes);
+    pending_.push_back(std::move(p));
+    Pending& kept = pending_.back();
+    check(MPI_Isend(kept.data.data(), count_of(static_cast<std::int64_t>(bytes)), MPI_BYTE, to,
+                    tag_of(tag), MPI_COMM_WORLD, &kept.request),
+          to);
+  }
+
+  void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
+    MPI_Request request;
+    check(MPI_Irecv(data, count_of(static_cast<std::int64_t>(bytes)), MPI_BYTE, from, tag_of(tag),
+                    MPI_COMM_WORLD, &request),
+          from);
+    wait(request, from);
+  }
+
+  void collective(const CollectiveCall& c) override {
+    const MPI_Comm comm = communicator(*c.group);
+    const int n = static_cast<int>(c.group->size());
+    const MPI_Op op = c.reduction == Reduction::max ? MPI_MAX : MPI_SUM;
+    const auto counts = [&](const std::vector<std::int64_t>& bounds) {
+      std::vector<int> all;
+      for (std::size_t k = 0; k + 1 < bounds.size(); ++k) all.push_back(count_of(bounds[k + 1] - bounds[k]));
+      return all;
+    };
+    const auto starts = [&](const std::vector<std::int64_t>& bounds) {
+      std::vector<int> all;
+      for (std::size_t k = 0; k + 1 < bounds.size(); ++k) all.push_back(count_of(bounds[k]));
+      return all;
+    };
+    const MPI_Datatype type = c.element_bytes == 4 ? MPI_FLOAT : MPI_BYTE;
+    const auto width = static_cast<std::int64_t>(c.element_bytes == 4 ? 1 : c.element_bytes);
+    const auto scaled = [&](std::vector<std::int64_t> bounds) {
+      for (auto& b : bounds) b *= width;
+      return bounds;
+    };
+    const std::vector<std::int64_t> in = scaled(c.offsets), out = scaled(c.send_offsets);
+    auto& note = traffic_.collectives[c.kind];
+    ++note.calls;
+    const auto bytes = [&](std::int64_t elements) {
+      return elements * static_cast<std::int64_t>(c.element_bytes);
+    };
+    MPI_Request request = MPI_REQUEST_NULL;
+    std::vector<float> part;
+    std::vector<int> a, b, d, e;  // must live until the call is done
+    int code = MPI_SUCCESS;
+    switch (c.kind) {
+      case CollectiveKind::all_reduce:
+        note.payload_bytes += bytes(c.offsets.back());
+        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), MPI_FLOAT, op, comm, &request);
+        break;
+      case CollectiveKind::broadcast:
+        note.payload_bytes += bytes(c.offsets.back());
+        code = MPI_Ibcast(c.data, count_of(in.back()), type, 0, comm, &request);
+        break;
+      case CollectiveKind::reduce:
+        note.payload_bytes += bytes(c.offsets.back());
+        code = MPI_Ireduce(c.me == 0 ? MPI_IN_PLACE : static_cast<void*>(c.data), c.data,
+                           count_of(in.back()), MPI_FLOAT, op, 0, comm, &request);
+        break;
+      case CollectiveKind::reduce_scatter:
+        note.payload_bytes += bytes(c.offsets.back());
+        a = counts(in);
+        part.resize(static_cast<std::size_t>(a[static_cast<std::size_t>(c.me)]));
+        code = MPI_Ireduce_scatter(c.data, part.data(), a.data(), MPI_FLOAT, op, comm, &request);
+        break;
+      case CollectiveKind::all_gather:
+        note.payload_bytes += bytes(c.offsets.back());
+        a = counts(in), b = starts(in);
+        code = MPI_Iallgatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, comm, &request);
+        break;
+      case CollectiveKind::gather:
+        note.payload_bytes += bytes(c.offsets.back());
+        a = counts(in), b = starts(in);
+        code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0, comm,
+                                        &request)
+                         : MPI_Igatherv(c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]),
+                                        a[static_cast<std::size_t>(c.me)], type, nullptr, nullptr,
+                                        nullptr, type, 0, comm, &request);
+        break;
+      case CollectiveKind::scatter:
+        note.payload_bytes += bytes(c.offsets.back());
+        a = counts(in), b = starts(in);
+        code = c.me == 0 ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0,
+                                         comm, &request)
+                         : MPI_Iscatterv(nullptr, nullptr, nullptr, type,
+                                         c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]),
+                                         a[static_cast<std::size_t>(c.me)], type, 0, comm, &request);
+        break;
+      case CollectiveKind::all_to_all:
+      case CollectiveKind::halo_exchange:
+        note.payload_bytes += bytes(c.send_offsets.back());
+        a = counts(out), b = starts(out), d = counts(in), e = starts(in);
+        code = MPI_Ialltoallv(c.send, a.data(), b.data(), type, c.data, d.data(), e.data(), type, comm,
+                              &request);
+        break;
+      case CollectiveKind::shift: {
+        note.payload_bytes += bytes(c.send_offsets.back());
+        MPI_Request sending;
+        check(MPI_Isend(c.send, count_of(out.back()), type, (c.me + 1) % n, 0, comm, &sending),
+              (*c.group)[static_cast<std::size_t>((c.me + 1) % n)]);
+        check(MPI_Irecv(c.data, count_of(in.back()), type, (c.me + n - 1) % n, 0, comm, &request),
+              (*c.group)[static_cast<std::size_t>((c.me + n - 1) % n)]);
+        wait(request, (*c.group)[static_cast<std::size_t>((c.me + n - 1) % n)]);
+        wait(sending, (*c.group)[static_cast<std::size_t>((c.me + 1) % n)]);
+        return;
+      }
+    }
+    check(code, -1);
+    wait(request, -1);
+    if (c.kind == CollectiveKind::reduce_scatter)
+      std::memcpy(c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]), part.data(),
+                  part.size() * sizeof(float));
+  }
+
+  void barrier() override {
+    MPI_Request request;
+    check(MPI_Ibarrier(MPI_COMM_WORLD, &request), -1);
+    wait(request, -1);
+  }
+
+  void abort(const std::string& reason) override {
+    // mpirun says much when a rank aborts; the one line that matters goes first.
+    std::fprintf(stderr, "partita: %s\n", reason.c_str());
+    std::fflush(nullptr);
+    MPI_Abort(MPI_COMM_WORLD, 3);
+    _exit(3);
+  }
+  void doing(const std::string& what) override { doing_ = what; }
+
+ private:
+  struct Pending {
+    std::vector<std::byte> data;
+    MPI_Request request = MPI_REQUEST_NULL;
+  };
+
+  static int tag_of(std::int64_t tag) { return static_cast<int>(tag % 30000); }
+
+  void sweep() {
+    while (!pending_.empty()) {
+      int done = 0;
+      MPI_Test(&pending_.front().request, &done, MPI_STATUS_IGNORE);
+      if (!done) return;
+      pending_.pop_front();
+    }
+  }
+
+  void check(int code, int peer) const {
+    if (code == MPI_SUCCESS) return;
+    char text[MPI_MAX_ERROR_STRING];
+    int length = 0;
+    MPI_Error_string(code, text, &length);
+    throw PeerError(fmt::format("rank {} in {}{}: {}", rank_, doing_,
+                                peer >= 0 ? fmt::format(" with rank {}", peer) : "",
+                                std::string(text, static_cast<std::size_t>(length))));
+  }
+
+  void wait(MPI_Request& request, int peer) {
+    const auto start = Clock::now();
+    for (int spins = 0;; ++spins) {
+      int done = 0;
+      check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), peer);
+      if (done) return;
+      if (spins % 1024 != 1023) continue;
+      sweep();
+      // More ranks than cores: let the others run.
+      usleep(0);
+      if (std::chrono::duration<double>(Clock::now() - start).count() > timeout_) {
+        throw PeerError(fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s",
+                                    rank_, doing_,
+                                    peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
+      }
+    }
+  }
+
+  MPI_Comm communicator(const std::vector<int>& group) {
+    const auto known = communicators_.find(group);
+    if (known != communicators_.end()) return known->second;
+    MPI_Group world, mine;
+    MPI_Comm_group(MPI_COMM_WORLD, &world);
+    MPI_Group_incl(world, static_cast<int>(group.size()), group.data(), &mine);
+    MPI_Comm made;
+    check(MPI_Comm_create_group(MPI_COMM_WORLD, mine, 31000, &made), -1);
+    MPI_Comm_set_errhandler(made, MPI_ERRORS_RETURN);
+    MPI_Group_free(&world);
+    MPI_Group_free(&mine);
+    return communicators_[group] = made;
+  }
+
+  double timeout_;
+  int rank_ = 0, size_ = 1;
+  std::string doing_ = "the start";
+  std::deque<Pending> pending_;
+  std::map<std::vector<int>, MPI_Comm> communicators_;
+};
+
+}  // namespace
+
+bool under_mpi_launcher() {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "PMI_RANK"}) {
+    if (std::getenv(name) != nullptr) return true;
+  }
+  return false;
+}
+
+std::unique_ptr<Transport> mpi_transport(double timeout_s) {
+  return std::make_unique<MpiTransport>(timeout_s);
+}
+
+std::string mpi_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  const std::string all(text, static_cast<std::size_t>(length));
+  return all.substr(0, all.find(','));
+}
+
+}  // namespace partita

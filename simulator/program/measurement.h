@@ -1,0 +1,41 @@
+// simulator/program/measurement.h: what a run of a Program measured. The runtime fills it in; whoever
+// compares it with a prediction needs to know nothing else of the runtime.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "simulator/program/program.h"
+
+namespace partita {
+
+/// One instruction of one step; nanoseconds since the rank's start of the step.
+struct Sample {
+  std::int32_t block = 0, instruction = 0, micro_batch = 0;
+  std::int64_t start = 0, end = 0;
+};
+
+/// What a rank has sent in one step.
+struct Traffic {
+  std::map<int, std::int64_t> bytes_to;  ///< by receiver; transports that send step by step only
+  std::int64_t messages = 0;
+  struct Calls {
+    std::int64_t calls = 0, payload_bytes = 0;
+  };
+  /// Collectives made as one call, by kind; payload in the convention of docs/cost.md.
+  std::map<CollectiveKind, Calls> collectives;
+  std::int64_t sends = 0, send_bytes = 0;
+};
+
+struct RankMeasurement {
+  int rank = 0;
+  std::vector<double> step_s;                ///< by timed step
+  std::vector<std::vector<Sample>> samples;  ///< by timed step, in program order, if recorded
+  Bytes peak;
+  std::array<Bytes, kCategoryCount> at_peak{};
+  Traffic traffic;  ///< of the last step
+};
+
+}  // namespace partita

@@ -1,0 +1,148 @@
+#include "validation/compare.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+namespace partita::validation {
+namespace {
+
+double quantile(std::vector<double> values, double q) {
+  if (values.empty()) return 0;
+  std::sort(values.begin(), values.end());
+  const double at = q * static_cast<double>(values.size() - 1);
+  const auto low = static_cast<std::size_t>(at);
+  const std::size_t high = std::min(low + 1, values.size() - 1);
+  return values[low] + (at - static_cast<double>(low)) * (values[high] - values[low]);
+}
+
+std::string axis_of(const Program& p, const Instruction& i) {
+  if (i.tie >= 0) return "tied";
+  std::string s;
+  for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
+    if (has(i.atoms, static_cast<AtomId>(a))) s += (s.empty() ? "" : "*") + p.mesh.atoms[a].name;
+  }
+  return s;
+}
+
+}  // namespace
+
+double median(std::vector<double> values) { return quantile(std::move(values), 0.5); }
+
+std::string kind_of(const Program& p, const Instruction& i) {
+  switch (i.kind) {
+    case Kind::collective:
+      return fmt::format("{} {}", name(i.collective), axis_of(p, i));
+    case Kind::compute:
+      break;
+    case Kind::load:
+    case Kind::send:
+    case Kind::receive:
+    case Kind::slice:
+    case Kind::allocate:
+    case Kind::free:
+      return std::string(name(i.kind));
+  }
+  if (i.op < 0) return std::string(name(i.kernel));
+  const auto op = kind_name(p.operators[static_cast<std::size_t>(i.op)].operation);
+  switch (i.kernel) {
+    case Kernel::forward:
+      return fmt::format("{} forward", op);
+    case Kernel::backward_data:
+      return fmt::format("{} data", op);
+    case Kernel::backward_weight:
+      return fmt::format("{} weight", op);
+    case Kernel::forward_statistic:
+    case Kernel::backward_statistic:
+      return fmt::format("{} statistic", op);
+    case Kernel::zero:
+    case Kernel::add:
+    case Kernel::optimizer:
+      break;
+  }
+  return std::string(name(i.kernel));
+}
+
+StepComparison compare(const Program& p, const Timeline& timeline,
+                       const std::vector<RankMeasurement>& ranks) {
+  StepComparison c;
+  std::vector<double> steps;
+  for (std::size_t s = 0; s < ranks[0].step_s.size(); ++s) {
+    double worst = 0;
+    for (const auto& r : ranks) worst = std::max(worst, r.step_s[s]);
+    steps.push_back(worst);
+  }
+  c.measured = Seconds{median(steps)};
+  c.low = Seconds{quantile(steps, 0.25)};
+  c.high = Seconds{quantile(steps, 0.75)};
+  c.noise = (c.high.count - c.low.count) / 2 / c.measured.count;
+  c.predicted = to_seconds(timeline.step);
+
+  std::map<std::string, KindRow> rows;
+  const double n = static_cast<double>(ranks.size());
+  for (const auto& r : ranks) {
+    std::map<std::string, std::vector<double>> by_kind;  // per step
+    for (std::size_t s = 0; s < r.samples.size(); ++s) {
+      std::map<std::string, double> sum;
+      for (const Sample& x : r.samples[s]) {
+        const Instruction& i = p.blocks[static_cast<std::size_t>(x.block)]
+                                   .instructions[static_cast<std::size_t>(x.instruction)];
+        const std::string kind = kind_of(p, i);
+        sum[kind] += static_cast<double>(x.end - x.start) * 1e-9;
+        if (s == 0) rows[kind].count += 1 / n;
+      }
+      for (const auto& [kind, t] : sum) by_kind[kind].push_back(t);
+    }
+    for (auto& [kind, list] : by_kind) rows[kind].measured += Seconds{median(std::move(list)) / n};
+  }
+  if (!rows.empty()) {
+    double total = 0;
+    for (const RankClass& k : timeline.classes) total += static_cast<double>(k.count);
+    for (const Entry& e : timeline.entries) {
+      const Instruction& i = p.blocks[static_cast<std::size_t>(e.block)]
+                                 .instructions[static_cast<std::size_t>(e.instruction)];
+      const double share =
+          static_cast<double>(timeline.classes[static_cast<std::size_t>(e.rank_class)].count) / total;
+      rows[kind_of(p, i)].predicted += share * to_seconds(e.end - e.start);
+    }
+  }
+  for (auto& [kind, row] : rows) {
+    row.kind = kind;
+    c.kinds.push_back(std::move(row));
+  }
+  std::stable_sort(c.kinds.begin(), c.kinds.end(),
+                   [](const KindRow& a, const KindRow& b) { return b.measured < a.measured; });
+  for (const auto& r : ranks) {
+    if (r.peak > c.measured_peak) c.measured_peak = r.peak, c.measured_memory = r.at_peak;
+  }
+  for (const MemoryUse& use : timeline.memory) {
+    if (use.peak > c.predicted_peak) c.predicted_peak = use.peak, c.predicted_memory = use.at_peak;
+  }
+  return c;
+}
+
+Timeline measured_timeline(const Program& p, const std::vector<RankMeasurement>& ranks) {
+  Timeline t;
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    t.classes.push_back({p.stage_of(static_cast<std::int64_t>(r)), static_cast<std::int64_t>(r), 1});
+    const auto& steps = ranks[r].samples;
+    if (steps.empty()) continue;
+    for (std::size_t k = 0; k < steps[0].size(); ++k) {
+      std::vector<double> starts, ends;
+      for (const auto& step : steps) {
+        starts.push_back(static_cast<double>(step[k].start));
+        ends.push_back(static_cast<double>(step[k].end));
+      }
+      const Sample& x = steps[0][k];
+      const auto ticks = [](double ns) { return Ticks{std::llround(ns * 1000)}; };
+      t.entries.push_back({static_cast<std::int32_t>(r), x.block, x.instruction, x.micro_batch,
+                           ticks(median(std::move(starts))), ticks(median(std::move(ends)))});
+      t.step = std::max(t.step, t.entries.back().end);
+    }
+  }
+  return t;
+}
+
+}  // namespace partita::validation

@@ -1,0 +1,43 @@
+// validation/compare.h: a measured run beside its prediction, by kind of instruction and category of
+// memory.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "simulator/engine/simulate.h"
+#include "simulator/program/measurement.h"
+
+namespace partita::validation {
+
+/// All instructions of one kind in a step, averaged over ranks.
+struct KindRow {
+  std::string kind;  ///< "linear weight", "all_reduce dp", "send", "optimizer"
+  double count = 0;
+  Seconds measured, predicted;
+};
+
+struct StepComparison {
+  Seconds measured;   ///< median over the steps of the slowest rank's time
+  Seconds low, high;  ///< quartiles
+  double noise = 0;   ///< half the distance of the quartiles, relative to the median
+  Seconds predicted;
+  double error() const { return (predicted.count - measured.count) / measured.count; }
+  std::vector<KindRow> kinds;  ///< largest measured first; empty if no samples were recorded
+  std::array<Bytes, kCategoryCount> measured_memory{}, predicted_memory{};  ///< of the worst rank
+  Bytes measured_peak, predicted_peak;
+};
+
+/// `timeline`: recorded. `ranks`: one entry per rank, at least one timed step.
+StepComparison compare(const Program& program, const Timeline& timeline,
+                       const std::vector<RankMeasurement>& ranks);
+
+std::string kind_of(const Program& program, const Instruction& instruction);
+
+/// The measured steps as a timeline: every rank a class, each instruction its median start and end.
+Timeline measured_timeline(const Program& program, const std::vector<RankMeasurement>& ranks);
+
+double median(std::vector<double> values);
+
+}  // namespace partita::validation
