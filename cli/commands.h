@@ -13,5 +13,7 @@ void add_commands(CLI::App& app, int& code);
 void add_reference(CLI::App& app, int& code);
 void add_whatif(CLI::App& app, int& code);
 void add_run(CLI::App& app, int& code);
+/// calibrate and validate.
+void add_validate(CLI::App& app, int& code);
 
 }  // namespace partita::cli

@@ -73,6 +73,7 @@ struct ClusterSpec {
   std::vector<DeviceProfile> profiles;
   std::vector<NodeSpec> groups;
   FabricSpec fabric;
+  CollectiveTable collectives;
   std::size_t used_devices = 0;  ///< 0: all.
   bool imported = false;         ///< From a machine's own file, which knows no fabric.
   std::vector<std::string> notes;

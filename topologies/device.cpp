@@ -91,6 +91,30 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   if (root.has("compute_capability"))
     device.compute_capability =
         static_cast<int>(figure(root, "compute_capability").as_int(10, 10'000));
+  if (const auto n = root.find("concurrent_streams")) device.concurrent_streams = n->as_bool();
+  if (root.has("dispatch")) device.dispatch = figure(root, "dispatch").as_seconds();
+  if (const auto kernels = root.find("kernels")) {
+    for (const auto& [name, list] : kernels->members()) {
+      for (const YamlNode& y : list.items()) {
+        KernelPoint p;
+        const auto number = [&](const char* key, double& to) {
+          if (const auto n = y.find(key)) to = n->as_double();
+        };
+        if (const auto n = y.find("ranks")) p.ranks = static_cast<int>(n->as_int(1, 1'000'000));
+        number("m", p.m);
+        number("n", p.n);
+        number("k", p.k);
+        number("count", p.count);
+        if (const auto n = y.find("bytes")) p.bytes = static_cast<double>(n->as_bytes().count);
+        p.time = y.get("time").as_seconds();
+        number("spread", p.spread);
+        y.reject_unknown_keys();
+        if (!(p.time.count > 0) || !((p.m > 0 && p.n > 0 && p.k > 0 && p.count > 0) || p.bytes > 0))
+          throw InputError(y.place(), "a measured kernel has a time above 0 and either m, n and k or bytes");
+        device.kernels[name].push_back(p);
+      }
+    }
+  }
   const YamlNode rates = root.get("matrix_rates");
   for (const auto& [key, node] : rates.members()) {
     const ElementType type = parse_element_type(key, node.place());

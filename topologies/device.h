@@ -8,6 +8,7 @@
 #include "base/element_type.h"
 #include "base/units.h"
 #include "base/yaml.h"
+#include "topologies/measured.h"
 
 namespace partita {
 
@@ -31,6 +32,10 @@ struct DeviceProfile {
   Seconds kernel_latency;  ///< Fixed time per kernel.
   int multiprocessors = 0;
   int compute_capability = 0;  ///< 90 for sm90; 0 where the device has none (a CPU).
+  /// False: communication does not run beside compute, all instructions of a rank follow each other.
+  bool concurrent_streams = true;
+  Seconds dispatch;     ///< Host time between two instructions of a rank.
+  KernelTable kernels;  ///< Measured; empty for a device known by its data sheet only.
   std::map<std::string, std::string> sources;
 
   /// Throws InputError that lists the types the device has.

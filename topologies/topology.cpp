@@ -287,6 +287,7 @@ struct Topology::Impl {
   std::size_t nodes = 0, devices = 0, used_devices = 0;
   std::size_t node_vertices = 0, node_links = 0;  ///< Sums over the nodes.
   std::size_t domain_switches = 0;
+  CollectiveTable collectives;
   std::vector<std::string> notes;
   std::vector<std::pair<std::string, std::string>> sources;
 
@@ -527,6 +528,7 @@ std::size_t Topology::node_of_vertex(std::int32_t vertex) const {
   return group.first_node + (v - group.first_vertex) / group.node.vertex_count();
 }
 
+const CollectiveTable& Topology::collectives() const { return impl_->collectives; }
 const std::vector<std::string>& Topology::notes() const { return impl_->notes; }
 const std::vector<std::pair<std::string, std::string>>& Topology::sources() const {
   return impl_->sources;
@@ -659,6 +661,7 @@ Topology build_topology(ClusterSpec spec) {
   impl->name = spec.name;
   impl->place = spec.place;
   impl->profiles = std::move(spec.profiles);
+  impl->collectives = std::move(spec.collectives);
   impl->notes = std::move(spec.notes);
   impl->sources = std::move(spec.sources);
   std::size_t domains = 0;

@@ -77,6 +77,8 @@ class Topology {
   /// The node a vertex belongs to; node_count() for switches between nodes.
   std::size_t node_of_vertex(std::int32_t vertex) const;
 
+  /// Measured times of collectives; empty where nothing was measured.
+  const CollectiveTable& collectives() const;
   /// What was assumed because the input does not say; empty for the catalogue.
   const std::vector<std::string>& notes() const;
   /// Source of each hardware figure: "nodes[0].links[2].bandwidth" -> "... datasheet".

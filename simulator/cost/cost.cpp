@@ -7,6 +7,8 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "simulator/cost/measured.h"
+
 namespace partita {
 namespace {
 
@@ -378,6 +380,11 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
                                   const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return Seconds{0};
+  const CollectiveTable& measured = state_->topology.collectives();
+  if (!measured.empty()) {
+    if (const auto t = measured_time(measured, std::string(name(kind)), static_cast<int>(n), bytes))
+      return *t;
+  }
   const double launch =
       state_->topology.device(DeviceId{static_cast<std::size_t>(ranks[0])}).kernel_latency.count;
   const WireCount w = wire_count(kind, n, bytes);
@@ -403,6 +410,10 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
 
 Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64_t to) {
   if (from == to) return Seconds{0};
+  const CollectiveTable& measured = state_->topology.collectives();
+  if (!measured.empty()) {
+    if (const auto t = measured_time(measured, "send", 2, bytes)) return *t;
+  }
   LinkLoads loads;
   loads.add(state_->topology, from, to, 1);
   const double launch =

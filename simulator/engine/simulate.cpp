@@ -7,6 +7,8 @@
 #include <set>
 #include <unordered_map>
 
+#include "simulator/cost/measured.h"
+
 namespace partita {
 namespace {
 
@@ -412,6 +414,23 @@ class Engine {
     return s;
   }
 
+  /// A kernel's time, measured where the device has been measured, and the host's time to start it.
+  Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
+    if (!device.kernels.empty()) {
+      const KernelShape shape = shape_of(p_, i, rank);
+      if (shape.kernel.empty()) return Seconds{0};
+      // Ranks of one host share its memory and cores.
+      const auto here = communication_.topology().node_of(DeviceId{static_cast<std::size_t>(rank)});
+      std::int64_t ranks = 0;
+      for (std::int64_t r = 0; r < p_.mesh.ranks(); ++r) {
+        ranks += communication_.topology().node_of(DeviceId{static_cast<std::size_t>(r)}) == here;
+      }
+      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks)))
+        return *t + device.dispatch;
+    }
+    return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
+  }
+
   void compile(int c) {
     const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
     const std::int64_t rank = rc.representative;
@@ -441,15 +460,15 @@ class Engine {
         }
         Step s;
         s.kind = i.kind;
-        s.stream = i.stream;
+        // Without streams beside each other everything follows in program order.
+        s.stream = device.concurrent_streams ? i.stream : kComputeStream;
         s.after_compute = i.after_compute;
         s.instruction = static_cast<std::int32_t>(k);
         switch (i.kind) {
           case Kind::compute:
           case Kind::slice:
           case Kind::load: {
-            const Work w = work_of(p_, i, rank);
-            s.ticks = to_ticks(kernel_time(w, device)).count;
+            s.ticks = to_ticks(price(i, rank, device)).count;
             if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
               s.label = label("optimizer");
             } else if (i.kind != Kind::compute || i.op < 0) {
@@ -473,7 +492,8 @@ class Engine {
                 bytes = std::max(bytes, payload(p_, i, m));
             }
             s.meets = seen.size() > 1;
-            s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count;
+            s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count +
+                      (group.size() > 1 ? to_ticks(device.dispatch).count : 0);
             s.label = label("exposed:" + axis(i));
             break;
           }
@@ -702,7 +722,10 @@ class Engine {
       if (m == nullptr) return false;
       if (m->start > start) start = m->start, cause = nullptr;
     } else if (step.kind == Kind::send) {
-      messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] = start;
+      // Beside compute, a transfer is one interval on both sides; on one stream the sender copies out,
+      // then the receiver copies in.
+      messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] =
+          step.stream == kComputeStream ? start + step.ticks : start;
     }
     if (start > kLastTick - step.ticks) {
       throw InputError("time",

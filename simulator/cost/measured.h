@@ -1,0 +1,32 @@
+// simulator/cost/measured.h: prices from measured points (docs/cost.md, "Measured").
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "simulator/program/program.h"
+#include "topologies/measured.h"
+
+namespace partita {
+
+/// What a kernel's time depends on.
+struct KernelShape {
+  std::string kernel;  ///< "linear forward"; empty for what has no kernel
+  double m = 0, n = 0, k = 0, count = 1;
+  double bytes = 0;
+  bool product() const { return m > 0; }
+};
+/// Of a compute, slice or load instruction on `rank`.
+KernelShape shape_of(const Program& program, const Instruction& instruction, std::int64_t rank);
+
+/// Time of a kernel from the table's points for as many concurrent ranks (else the nearest number).
+/// Products: the rate (FLOP/s) of the nearest six points in log m, log n, log k, weighted by inverse
+/// distance cubed. Others: log-log interpolation in bytes; beyond the largest point its rate, below the
+/// smallest its time. Empty where the table has no such kernel.
+std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks);
+
+/// Log-log interpolation of a collective's points with this number of ranks, else the nearest number.
+std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind, int ranks,
+                                     Bytes bytes);
+
+}  // namespace partita

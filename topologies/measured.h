@@ -1,0 +1,34 @@
+// topologies/measured.h: what calibration measured on a device and between devices; data of profiles.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/units.h"
+
+namespace partita {
+
+/// One kernel at one local shape. Products have m, n, k (2 m n k FLOP each, `count` of them); others
+/// the bytes that they read and write.
+struct KernelPoint {
+  int ranks = 1;  ///< that ran the same at once on the host
+  double m = 0, n = 0, k = 0, count = 1;
+  double bytes = 0;
+  Seconds time;       ///< median
+  double spread = 0;  ///< half the distance of the quartiles over the median
+};
+/// By kernel: "linear forward", "normalize data", "optimizer".
+using KernelTable = std::map<std::string, std::vector<KernelPoint>>;
+
+/// A collective among `ranks` neighbouring devices; bytes as nccl-tests counts them.
+struct CollectivePoint {
+  int ranks = 2;
+  Bytes bytes;
+  Seconds time;
+  double spread = 0;
+};
+/// By kind: "all_reduce"; also "send" and "receive".
+using CollectiveTable = std::map<std::string, std::vector<CollectivePoint>>;
+
+}  // namespace partita

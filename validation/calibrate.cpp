@@ -1,0 +1,399 @@
+#include "validation/calibrate.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "models/models.h"
+#include "simulator/cost/cost.h"
+#include "simulator/cost/measured.h"
+#include "validation/compare.h"
+
+namespace partita::validation {
+namespace {
+
+TransformerConfig decoder(std::int64_t hidden, std::int64_t sequence, std::int64_t ffn,
+                          std::int64_t heads, std::int64_t vocabulary, bool modern) {
+  TransformerConfig c;
+  c.name = fmt::format("{} h{} s{}", modern ? "llama" : "gpt", hidden, sequence);
+  c.layers = 1;
+  c.hidden = hidden;
+  c.heads = heads;
+  c.kv_heads = modern ? std::max<std::int64_t>(1, heads / 2) : heads;
+  c.ffn = ffn;
+  c.vocabulary = vocabulary;
+  c.sequence = sequence;
+  c.norm = modern ? TransformerConfig::Norm::rms : TransformerConfig::Norm::layer;
+  c.positions = modern ? 0 : sequence;
+  c.rotary_dim = modern ? hidden / heads : 0;
+  c.activation = modern ? ActivationKind::silu : ActivationKind::gelu_tanh;
+  c.gated = modern;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = !modern;
+  c.tied = !modern;
+  return c;
+}
+
+TransformerConfig mixture(std::int64_t hidden, std::int64_t sequence, std::int64_t ffn) {
+  TransformerConfig c = decoder(hidden, sequence, ffn, 4, 64, true);
+  c.name = "mixtral " + c.name;
+  c.moe.experts = 4;
+  c.moe.top_k = 2;
+  c.moe.ffn = ffn;
+  return c;
+}
+
+Graph images(const std::string& name, std::int64_t side, std::int64_t channels, bool synchronised = false) {
+  GraphBuilder b(name);
+  TensorId x = b.input("image",
+                       {{Dim::sample, 1}, {Dim::feature, 3}, {Dim::height, side}, {Dim::width, side}});
+  const TensorId labels = b.input("labels", {{Dim::sample, 1}});
+  int layer = 0;
+  const auto block = [&](std::int64_t out, std::int64_t stride) {
+    b.set_layer(layer);
+    b.set_scope(fmt::format("layers.{}.", layer++));
+    Convolution c;
+    c.out = out;
+    c.height = c.width = {3, stride, 1, 1, 1};
+    x = b.add("convolution", c, {x});
+    Normalize n;
+    n.kind = Normalize::Kind::batch;
+    n.synchronised = synchronised;
+    x = b.add("norm", n, {x});
+    x = b.add("relu", Activation{ActivationKind::relu}, {x});
+  };
+  block(channels, 1);
+  block(channels, 1);
+  block(2 * channels, 2);
+  block(2 * channels, 1);
+  b.set_layer(layer);
+  b.set_scope("");
+  Pool pool;
+  pool.height = pool.width = {2, 2, 0, 0, 1};
+  x = b.add("pool", pool, {x});
+  x = b.add("average", GlobalAveragePool{}, {x});
+  Linear head;
+  head.out = {{Dim::vocabulary, 10}};
+  head.bias = true;
+  x = b.add("head", head, {x});
+  x = b.add("loss", CrossEntropy{}, {x, labels});
+  return b.finish(x, layer, 0);
+}
+
+Plan single_precision() {
+  Plan p;
+  set_framework(p, "partita", "");
+  set_precision(p, "fp32", "");
+  p.optimizer.kind = OptimizerKind::adam;
+  return p;
+}
+
+}  // namespace
+
+std::vector<CalibrationRun> calibration_runs(int ranks) {
+  std::vector<CalibrationRun> all;
+  const auto add = [&](const Graph& g, std::int64_t micro_batch, bool sgd = false) {
+    CalibrationRun r;
+    r.name = fmt::format("{}, batch {}", g.name, micro_batch);
+    r.graph = g;
+    r.plan = single_precision();
+    r.plan.strategy = ranks > 1 ? "replicas" : "megatron";
+    r.plan.dp = ranks;
+    r.plan.micro_batch = micro_batch;
+    // Two micro-batches: gradients that add up are kernels of their own kind.
+    r.plan.global_batch = 2 * micro_batch * ranks;
+    if (sgd) r.plan.optimizer.kind = OptimizerKind::sgd;
+    all.push_back(std::move(r));
+  };
+  // Shapes around and between those of the suite, and none of its own.
+  for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
+       {std::tuple{16, 12, 40, 4, 48, 1}, {24, 20, 72, 4, 80, 2}, {40, 24, 112, 4, 120, 3},
+        {56, 40, 152, 4, 200, 1}, {72, 28, 208, 6, 280, 5}, {88, 44, 280, 4, 360, 3},
+        {112, 56, 360, 8, 520, 2}, {144, 36, 480, 6, 700, 6}}) {
+    add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, false)), batch);
+    add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, true)), batch, true);
+  }
+  for (const auto& [hidden, sequence, ffn, batch] :
+       {std::tuple{24, 12, 32, 1}, {40, 24, 56, 2}, {72, 20, 88, 3}, {104, 40, 120, 2}})
+    add(build_transformer(mixture(hidden, sequence, ffn)), batch);
+  for (const auto& [side, channels, batch] :
+       {std::tuple{10, 6, 2}, {14, 12, 1}, {18, 10, 5}, {22, 20, 3}, {28, 14, 6}})
+    add(images(fmt::format("images {} x {}", side, channels), side, channels), batch, true);
+  Graph digits = build_mnist_linear();
+  for (const std::int64_t batch : {24, 48, 96, 160}) add(digits, batch, true);
+  return all;
+}
+
+void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, KernelTable& into) {
+  // Samples are in program order, the same on every step.
+  using Key = std::tuple<std::string, double, double, double, double, double>;
+  std::map<Key, std::vector<double>> times;
+  for (const auto& r : ranks) {
+    if (r.samples.empty()) continue;
+    for (std::size_t k = 0; k < r.samples[0].size(); ++k) {
+      const Sample& x = r.samples[0][k];
+      const Instruction& i = p.blocks[static_cast<std::size_t>(x.block)]
+                                 .instructions[static_cast<std::size_t>(x.instruction)];
+      if (i.kind != Kind::compute && i.kind != Kind::slice && i.kind != Kind::load) continue;
+      const KernelShape s = shape_of(p, i, r.rank);
+      if (s.kernel.empty()) continue;
+      std::vector<double> steps;
+      for (const auto& step : r.samples)
+        steps.push_back(static_cast<double>(step[k].end - step[k].start) * 1e-9);
+      times[{s.kernel, s.m, s.n, s.k, s.count, s.bytes}].push_back(median(std::move(steps)));
+    }
+  }
+  for (auto& [key, list] : times) {
+    const auto& [kernel, m, n, k, count, bytes] = key;
+    KernelPoint point;
+    point.ranks = static_cast<int>(ranks.size());
+    point.m = m, point.n = n, point.k = k, point.count = count, point.bytes = bytes;
+    std::sort(list.begin(), list.end());
+    point.time = Seconds{std::max(1e-9, list[list.size() / 2])};
+    point.spread = (list[list.size() * 3 / 4] - list[list.size() / 4]) / 2 / point.time.count;
+    into[kernel].push_back(point);
+  }
+}
+
+Seconds dispatch_of(const std::vector<RankMeasurement>& ranks) {
+  std::vector<double> each;
+  for (const auto& r : ranks) {
+    for (const auto& step : r.samples) {
+      double busy = 0;
+      for (const Sample& s : step) busy += static_cast<double>(s.end - s.start);
+      if (step.empty()) continue;
+      const double whole = static_cast<double>(step.back().end);
+      each.push_back((whole - busy) * 1e-9 / static_cast<double>(step.size()));
+    }
+  }
+  return Seconds{std::max(0.0, median(std::move(each)))};
+}
+
+std::vector<Program> collective_programs(int ranks) {
+  std::vector<Program> all;
+  if (ranks < 2) return all;
+  const auto begin = [&](Mesh mesh) {
+    Program p;
+    p.mesh = std::move(mesh);
+    p.streams = {"compute"};
+    p.blocks.resize(1);
+    p.blocks[0].name = "collectives";
+    p.blocks[0].kind = BlockKind::step;
+    return p;
+  };
+  const auto buffer = [](Program& p, Shape shape, Layout layout) {
+    Buffer b;
+    b.name = fmt::format("buffer {}", p.buffers.size());
+    b.category = Category::buffers;
+    b.scope = Scope::step;
+    layout.dims.resize(shape.size());
+    b.shape = std::move(shape);
+    b.layout = std::move(layout);
+    p.buffers.push_back(std::move(b));
+    return BufferId{p.buffers.size() - 1};
+  };
+  const std::int64_t n = ranks;
+  Program p = begin(Mesh{{{"r", n}}});
+  const AtomMask r = bit(0);
+  DimSplit cut;
+  cut.atoms = {0};
+  const auto add = [&](CollectiveKind kind, const Shape& shape, Layout from, Layout to, bool in_place) {
+    Instruction i;
+    i.kind = Kind::collective;
+    i.collective = kind;
+    i.atoms = r;
+    i.reads = {buffer(p, shape, std::move(from))};
+    i.writes = {buffer(p, shape, std::move(to))};
+    if (in_place) p.buffers[i.writes[0].index()].alias = i.reads[0].value;
+    p.blocks[0].instructions.push_back(std::move(i));
+  };
+  for (std::int64_t bytes = 64; bytes <= (4 << 20); bytes *= 4) {
+    const std::int64_t wide = std::max<std::int64_t>(1, bytes / 4 / n / n);
+    const Shape shape{{Dim::sample, n}, {Dim::feature, n * wide}};
+    Layout whole, owed, rows, columns, root, shifted;
+    whole.dims.resize(2);
+    owed = rows = columns = root = shifted = whole;
+    owed.partial = r;
+    rows.dims[0] = cut;
+    columns.dims[1] = cut;
+    root.root = r;
+    shifted.dims[0] = cut;
+    shifted.dims[0].shift = 1;
+    add(CollectiveKind::all_reduce, shape, owed, whole, true);
+    add(CollectiveKind::all_gather, shape, rows, whole, false);
+    add(CollectiveKind::reduce_scatter, shape, owed, rows, false);
+    add(CollectiveKind::all_to_all, shape, rows, columns, false);
+    add(CollectiveKind::broadcast, shape, root, whole, false);
+    add(CollectiveKind::reduce, shape, owed, root, false);
+    add(CollectiveKind::shift, shape, rows, shifted, false);
+    Layout block, window;
+    block.dims.resize(2);
+    block.dims[0] = cut;
+    window = block;
+    window.dims[0].kind = SplitKind::window;
+    window.dims[0].window = {3, 1, 1, 1, 1};
+    window.dims[0].outputs = 8 * n;
+    add(CollectiveKind::halo_exchange, {{Dim::height, 8 * n}, {Dim::width, wide}}, block, window, false);
+  }
+  p.stages = {{{BlockId{0}, -1}}};
+  all.push_back(std::move(p));
+  if (n % 2 == 0) {
+    Program t = n == 2 ? begin(Mesh{{{"pp", 2}}}) : begin(Mesh{{{"pp", 2}, {"r", n / 2}}});
+    t.pipeline = {0};
+    t.blocks.resize(2);
+    t.blocks[1] = t.blocks[0];
+    t.blocks[1].stage = 1;
+    for (std::int64_t bytes = 64; bytes <= (4 << 20); bytes *= 4) {
+      Layout l;
+      l.dims.resize(1);
+      Instruction i;
+      i.kind = Kind::send;
+      i.stage = 1;
+      i.index = static_cast<std::int32_t>(t.blocks[0].instructions.size());
+      i.reads = {buffer(t, {{Dim::feature, bytes / 4}}, l)};
+      t.blocks[0].instructions.push_back(i);
+      i.kind = Kind::receive;
+      i.stage = 0;
+      i.reads.clear();
+      i.writes = {buffer(t, {{Dim::feature, bytes / 4}}, l)};
+      t.blocks[1].instructions.push_back(i);
+    }
+    t.stages = {{{BlockId{0}, -1}}, {{BlockId{1}, -1}}};
+    all.push_back(std::move(t));
+  }
+  return all;
+}
+
+void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& ranks,
+                         CollectiveTable& into) {
+  for (std::size_t b = 0; b < p.blocks.size(); ++b) {
+    for (std::size_t k = 0; k < p.blocks[b].instructions.size(); ++k) {
+      const Instruction& i = p.blocks[b].instructions[k];
+      if (i.kind == Kind::receive) continue;
+      std::vector<double> slowest;
+      for (const auto& r : ranks) {
+        if (p.stage_of(r.rank) != p.blocks[b].stage) continue;
+        for (std::size_t s = 0; s < r.samples.size(); ++s) {
+          const Sample& x = r.samples[s][k];
+          const double t = static_cast<double>(x.end - x.start) * 1e-9;
+          // From the last one's arrival on: waiting for it is not the collective's time.
+          if (s >= slowest.size()) slowest.push_back(t);
+          slowest[s] = std::min(slowest[s], t);
+        }
+      }
+      CollectivePoint point;
+      point.ranks = i.kind == Kind::send ? 2 : static_cast<int>(ranks.size());
+      point.bytes = i.kind == Kind::send ? local_bytes(p, i.reads[0], 0) : payload(p, i, 0);
+      std::sort(slowest.begin(), slowest.end());
+      point.time = Seconds{std::max(1e-9, slowest[slowest.size() / 2])};
+      point.spread = (slowest[slowest.size() * 3 / 4] - slowest[slowest.size() / 4]) / 2 / point.time.count;
+      into[i.kind == Kind::send ? "send" : std::string(name(i.collective))].push_back(point);
+    }
+  }
+}
+
+std::string device_yaml(const Profile& p) {
+  std::string s = fmt::format(
+      "schema: partita.device/1\nname: calibrated-cpu\nsource: '{}'\n"
+      "# Of what the tables below do not hold: rough rates.\n"
+      "memory: 4 GiB\nusable_memory: 3584 MiB\nmemory_bandwidth: 10 GB/s\n"
+      "matrix_rates: {{fp32: 80 GFLOP/s, bf16: 80 GFLOP/s, fp16: 80 GFLOP/s}}\nvector_rate: 20 GFLOP/s\n"
+      "matrix_efficiency: 0.6\nmemory_efficiency: 0.8\nkernel_latency: 1 us\nmultiprocessors: {}\n"
+      "concurrent_streams: false\ndispatch: {:.6g} us\nkernels:\n",
+      p.provenance, p.cores, p.dispatch.count * 1e6);
+  for (const auto& [kernel, points] : p.kernels) {
+    s += fmt::format("  '{}':\n", kernel);
+    for (const KernelPoint& x : points) {
+      s += fmt::format("    - {{ranks: {}", x.ranks);
+      if (x.m > 0) s += fmt::format(", m: {:g}, n: {:g}, k: {:g}, count: {:g}", x.m, x.n, x.k, x.count);
+      s += fmt::format(", bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n", static_cast<std::int64_t>(x.bytes),
+                       x.time.count * 1e6, x.spread);
+    }
+  }
+  return s;
+}
+
+std::string cluster_yaml(const Profile& p, const std::string& device_file, int devices) {
+  std::string s = fmt::format(
+      "schema: partita.topology/1\nname: calibrated-host\nsource: '{}'\n"
+      "nodes:\n  - count: 1\n    cpu_vendor: other\n    vertices:\n      'rank[0-{}]': {{kind: device, device: '{}'}}\n"
+      "      memory: {{kind: cpu}}\n    links:\n"
+      "      - {{from: 'rank[0-{}]', to: memory, kind: other, bandwidth: 10 GB/s, latency: 0.2 us}}\n",
+      p.provenance, devices - 1, device_file, devices - 1);
+  if (p.collectives.empty()) return s;
+  s += "collectives:\n";
+  for (const auto& [kind, points] : p.collectives) {
+    s += fmt::format("  {}:\n", kind);
+    for (const CollectivePoint& x : points)
+      s += fmt::format("    - {{ranks: {}, bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n", x.ranks,
+                       x.bytes.count, x.time.count * 1e6, x.spread);
+  }
+  return s;
+}
+
+std::vector<SuiteCase> suite() {
+  TransformerConfig gpt = decoder(64, 32, 256, 4, 160, false);
+  gpt.name = "gpt";
+  gpt.layers = 4;
+  TransformerConfig llama = decoder(96, 32, 256, 4, 240, true);
+  llama.name = "llama";
+  llama.layers = 2;
+  TransformerConfig mixtral = mixture(48, 32, 64);
+  mixtral.name = "mixtral";
+  mixtral.layers = 2;
+  const Graph g = build_transformer(gpt), l = build_transformer(llama), x = build_transformer(mixtral),
+              c = images("cnn", 16, 16), d = build_mnist_linear();
+  std::vector<SuiteCase> all;
+  const auto add = [&](const Graph& graph, const std::string& name, auto change) {
+    SuiteCase one;
+    one.graph = graph;
+    one.plan = single_precision();
+    one.plan.micro_batch = 4;
+    change(one.plan);
+    if (one.plan.global_batch == 0) one.plan.global_batch = one.plan.micro_batch * one.plan.dp;
+    one.ranks = one.plan.ranks();
+    one.name = fmt::format("{} {}", graph.name, name);
+    all.push_back(std::move(one));
+  };
+  for (const Graph* any : {&g, &l, &x, &c}) {
+    add(*any, "1 rank", [](Plan&) {});
+    add(*any, "dp 2", [](Plan& p) { p.dp = 2, p.micro_batch = 2; });
+    add(*any, "dp 4", [](Plan& p) { p.dp = 4, p.micro_batch = 1; });
+  }
+  add(d, "1 rank", [](Plan& p) { p.micro_batch = 128, p.optimizer.kind = OptimizerKind::sgd; });
+  add(d, "dp 4", [](Plan& p) { p.micro_batch = 32, p.dp = 4, p.optimizer.kind = OptimizerKind::sgd; });
+  for (const Graph* any : {&g, &l}) {
+    add(*any, "2 micro-batches", [](Plan& p) { p.micro_batch = 2, p.global_batch = 4; });
+    add(*any, "full recompute", [](Plan& p) { set_recompute(p, "full", ""); });
+    add(*any, "tp 2", [](Plan& p) { p.tp = 2; });
+    add(*any, "tp 2 sequence parallel", [](Plan& p) { p.tp = 2, p.sequence_parallel = true; });
+    add(*any, "pp 2", [](Plan& p) { p.pp = 2, p.micro_batch = 1, p.global_batch = 4; });
+    add(*any, "dp 2 ZeRO-1", [](Plan& p) { p.dp = 2, p.micro_batch = 2, p.zero = 1; });
+    add(*any, "dp 2 ZeRO-3", [](Plan& p) { p.dp = 2, p.micro_batch = 2, p.zero = 3; });
+    add(*any, "cp 2", [](Plan& p) { p.cp = 2; });
+    add(*any, "tp 2 dp 2", [](Plan& p) { p.tp = 2, p.dp = 2, p.micro_batch = 2; });
+    add(*any, "pp 2 dp 2", [](Plan& p) { p.pp = 2, p.dp = 2, p.micro_batch = 1, p.global_batch = 8; });
+  }
+  add(x, "ep 2 dp 2", [](Plan& p) { p.ep = 2, p.dp = 2, p.micro_batch = 2; });
+  add(x, "tp 2", [](Plan& p) { p.tp = 2; });
+  add(images("cnn synchronised", 16, 16, true), "spatial 2", [](Plan& p) { p.strategy = "spatial", p.tp = 2; });
+  return all;
+}
+
+double kendall_tau(const std::vector<double>& predicted, const std::vector<double>& measured,
+                   const std::vector<double>& noise) {
+  std::int64_t sum = 0, pairs = 0;
+  for (std::size_t i = 0; i < measured.size(); ++i) {
+    for (std::size_t j = i + 1; j < measured.size(); ++j) {
+      const double d = measured[i] - measured[j];
+      if (std::abs(d) <= std::max(noise[i] * measured[i], noise[j] * measured[j])) continue;
+      ++pairs;
+      const double e = predicted[i] - predicted[j];
+      sum += e == 0 ? 0 : (d > 0) == (e > 0) ? 1 : -1;
+    }
+  }
+  return pairs == 0 ? 1 : static_cast<double>(sum) / static_cast<double>(pairs);
+}
+
+}  // namespace partita::validation

@@ -1,0 +1,69 @@
+// validation/calibrate.h: measures what a prediction for this machine rests on, and validates it.
+//
+// The runtime is reached through `Measure` only: the command connects the two.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "models/graph.h"
+#include "simulator/plan/plan.h"
+#include "simulator/program/measurement.h"
+#include "topologies/measured.h"
+
+namespace partita::validation {
+
+/// Runs the program on real ranks, `warm_up` steps untimed, then `steps` timed and recorded ones.
+using Measure = std::function<std::vector<RankMeasurement>(const Graph&, const Program&, int warm_up,
+                                                           int steps)>;
+
+/// A network and a plan that is run for its kernels only: shapes of no validation case.
+struct CalibrationRun {
+  std::string name;
+  Graph graph;
+  Plan plan;  ///< independent replicas, as many as ranks work at once
+};
+/// For hosts on which `ranks` work at once.
+std::vector<CalibrationRun> calibration_runs(int ranks);
+
+/// Kernel points of one calibration run: medians over steps and ranks, equal shapes joined.
+void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, KernelTable& into);
+
+/// Host time between two instructions: what a step takes beyond its instructions, per instruction.
+Seconds dispatch_of(const std::vector<RankMeasurement>& ranks);
+
+/// A program of nothing but collectives (and, on an even number of ranks, one of transfers) of many
+/// sizes, 64 B to 4 MiB: executed as any other, so that packing is measured too.
+std::vector<Program> collective_programs(int ranks);
+/// Their points: medians over steps of the slowest rank.
+void harvest_collectives(const Program& program, const std::vector<RankMeasurement>& ranks,
+                         CollectiveTable& into);
+
+struct Profile {
+  std::string provenance;  ///< host, date, versions: the `source` of every figure
+  KernelTable kernels;
+  CollectiveTable collectives;
+  Seconds dispatch;
+  int cores = 1;
+};
+/// Device and cluster files for the profile: partita.device/1 and partita.topology/1.
+std::string device_yaml(const Profile& profile);
+std::string cluster_yaml(const Profile& profile, const std::string& device_file, int devices);
+
+/// One case of the suite.
+struct SuiteCase {
+  std::string name;
+  Graph graph;
+  Plan plan;
+  std::int64_t ranks = 1;
+};
+/// Networks times plans on 1, 2 and 4 ranks, small enough for the reference.
+std::vector<SuiteCase> suite();
+
+/// Share of concordant minus discordant pairs among those whose measured times differ by more than
+/// the larger of their noises (Kendall's tau); 1 if there is none.
+double kendall_tau(const std::vector<double>& predicted, const std::vector<double>& measured,
+                   const std::vector<double>& noise);
+
+}  // namespace partita::validation
