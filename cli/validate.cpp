@@ -289,6 +289,13 @@ void validate(const Options& o, int& code) {
     c.reference = reference::compare(
         c.suite->graph, results[0].values, serial,
         reference::tolerance_of_rounding(c.suite->graph, c.program, serial, exact));
+    if (!c.reference.equal) {
+      const auto& r = c.reference;
+      fmt::print(stderr, "{} differs from its reference: loss by {:.1e}, gradient of {} by {:.1e}, {} by {:.1e}; "
+                         "rounding allows {:.1e}\n",
+                 c.suite->name, r.loss_error, r.worst_gradient, r.gradient_error, r.worst_parameter,
+                 r.parameter_error, r.tolerance);
+    }
   }
   // Calibration and suite take turns, so that a slow minute of the machine meets both.
   Profile p;

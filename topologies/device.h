@@ -34,6 +34,8 @@ struct DeviceProfile {
   int compute_capability = 0;  ///< 90 for sm90; 0 where the device has none (a CPU).
   /// False: communication does not run beside compute, all instructions of a rank follow each other.
   bool concurrent_streams = true;
+  /// > 0: all devices of a node are ranks on this many cores.
+  int host_cores = 0;
   Seconds dispatch;     ///< Host time between two instructions of a rank.
   KernelTable kernels;  ///< Measured; empty for a device known by its data sheet only.
   std::map<std::string, std::string> sources;

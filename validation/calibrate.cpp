@@ -300,8 +300,8 @@ std::string device_yaml(const Profile& p) {
       "memory: 4 GiB\nusable_memory: 3584 MiB\nmemory_bandwidth: 10 GB/s\n"
       "matrix_rates: {{fp32: 80 GFLOP/s, bf16: 80 GFLOP/s, fp16: 80 GFLOP/s}}\nvector_rate: 20 GFLOP/s\n"
       "matrix_efficiency: 0.6\nmemory_efficiency: 0.8\nkernel_latency: 1 us\nmultiprocessors: {}\n"
-      "concurrent_streams: false\ndispatch: {:.6g} us\nkernels:\n",
-      p.provenance, p.cores, p.dispatch.count * 1e6);
+      "concurrent_streams: false\nhost_cores: {}\ndispatch: {:.6g} us\nkernels:\n",
+      p.provenance, p.cores, p.cores, p.dispatch.count * 1e6);
   for (const auto& [kernel, points] : p.kernels) {
     s += fmt::format("  '{}':\n", kernel);
     for (const KernelPoint& x : points) {
@@ -349,6 +349,9 @@ std::vector<SuiteCase> suite() {
     SuiteCase one;
     one.graph = graph;
     one.plan = single_precision();
+    // Adam divides by its own estimate of the gradient: where that is all rounding, so is the update.
+    // One network has it, the others' parameters are compared as they are.
+    if (&graph != &g) one.plan.optimizer.kind = OptimizerKind::sgd;
     one.plan.micro_batch = 4;
     change(one.plan);
     if (one.plan.global_batch == 0) one.plan.global_batch = one.plan.micro_batch * one.plan.dp;
@@ -361,8 +364,8 @@ std::vector<SuiteCase> suite() {
     add(*any, "dp 2", [](Plan& p) { p.dp = 2, p.micro_batch = 2; });
     add(*any, "dp 4", [](Plan& p) { p.dp = 4, p.micro_batch = 1; });
   }
-  add(d, "1 rank", [](Plan& p) { p.micro_batch = 128, p.optimizer.kind = OptimizerKind::sgd; });
-  add(d, "dp 4", [](Plan& p) { p.micro_batch = 32, p.dp = 4, p.optimizer.kind = OptimizerKind::sgd; });
+  add(d, "1 rank", [](Plan& p) { p.micro_batch = 128; });
+  add(d, "dp 4", [](Plan& p) { p.micro_batch = 32, p.dp = 4; });
   for (const Graph* any : {&g, &l}) {
     add(*any, "2 micro-batches", [](Plan& p) { p.micro_batch = 2, p.global_batch = 4; });
     add(*any, "full recompute", [](Plan& p) { set_recompute(p, "full", ""); });

@@ -138,6 +138,11 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
                                                           : "statistic";
   s.kernel = fmt::format("{} {}", kind_name(op.operation), pass);
   if (i.part >= 0) s.kernel += " part";
+  const auto routed = [&](const std::vector<BufferId>& list) {
+    return std::any_of(list.begin(), list.end(),
+                       [&](BufferId id) { return id.valid() && p.buffer(id).routed; });
+  };
+  if (routed(i.reads) || routed(i.gradients)) s.kernel += " of rows";
   if (const auto* n = std::get_if<Normalize>(&op.operation)) {
     constexpr const char* kinds[] = {"layer", "rms", "batch", "local"};
     s.kernel += fmt::format(" {}", kinds[static_cast<std::size_t>(n->kind)]);

@@ -425,8 +425,12 @@ class Engine {
       for (std::int64_t r = 0; r < p_.mesh.ranks(); ++r) {
         ranks += communication_.topology().node_of(DeviceId{static_cast<std::size_t>(r)}) == here;
       }
-      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks)))
-        return *t + device.dispatch;
+      // More ranks than cores take turns: each gets its share of the time, and meets as many others at
+      // once as there are cores.
+      const std::int64_t cores = device.host_cores > 0 ? device.host_cores : ranks;
+      const double turns = std::max(1.0, static_cast<double>(ranks) / static_cast<double>(cores));
+      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(std::min(ranks, cores))))
+        return turns * (*t + device.dispatch);
     }
     return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
   }
@@ -482,6 +486,7 @@ class Engine {
             break;
           }
           case Kind::collective: {
+            out.rise = std::max(out.rise, level + transient_bytes(p_, i, rank).count);
             auto& group = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
             if (group.empty()) group = p_.group(i, rank);
             // The largest member's payload decides: uneven parts are padded.
@@ -851,6 +856,13 @@ class Engine {
       }
       const auto before = now;
       for (const Instruction& i : p_.blocks[b].instructions) {
+        const std::int64_t transient = transient_bytes(p_, i, rc.representative).count;
+        if (k == at && transient > 0 && running + transient == peak) {
+          snapshot = now;
+          snapshot[static_cast<std::size_t>(Category::workspace)] += transient;
+          reached = true;
+          break;
+        }
         if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
           const std::int64_t bytes =
@@ -969,6 +981,17 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
   for (std::size_t c = 0; c < calls.size() && !done; ++c) {
     for (const Instruction& i : p.blocks[calls[c].block.index()].instructions) {
       if (done = done || reached(calls[c]); done) break;
+      if (const Bytes t = transient_bytes(p, i, rank_class.representative);
+          t.count > 0 && calls[c].block.value == use.peak_block &&
+          calls[c].micro_batch == use.peak_micro_batch && level + t == use.peak) {
+        Alive& a = all[{Category::workspace, "packed payload"}];
+        a.category = Category::workspace;
+        a.owner = "packed payload";
+        a.bytes += t;
+        a.buffers += 1;
+        done = true;
+        break;
+      }
       if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
       const std::int64_t sign = i.kind == Kind::allocate ? 1 : -1;
       for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {

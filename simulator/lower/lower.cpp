@@ -86,6 +86,7 @@ class Lowering {
     p_.samples = plan_.strategy == "replicas" ? plan_.micro_batch : plan_.micro_batch * plan_.dp;
     p_.optimizer = plan_.optimizer;
     p_.loss_tensor = graph_.loss.value;
+    p_.packs_collectives = plan_.framework == "partita";
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};
     return {};

@@ -70,6 +70,36 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
   return b.element_bytes > 0 ? Bytes{n * b.element_bytes} : storage(b.type, n);
 }
 
+Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice)) return Bytes{0};
+  Bytes in{0}, out{0};
+  for (const BufferId id : i.reads) {
+    if (p.buffer(id).routed) return Bytes{0};  // packed in lists of its own, counted nowhere yet
+    out += local_bytes(p, id, rank);
+  }
+  for (const BufferId id : i.writes) in += local_bytes(p, id, rank);
+  if (i.kind == Kind::slice) return Bytes{2 * in.count};
+  switch (i.collective) {
+    case CollectiveKind::all_reduce:
+      // One buffer in place is reduced where it lies.
+      return i.reads.size() == 1 && p.memory_of(i.reads[0]) == p.memory_of(i.writes[0]) ? Bytes{0} : out;
+    case CollectiveKind::reduce:
+    case CollectiveKind::reduce_scatter:
+      return out;
+    case CollectiveKind::broadcast:
+    case CollectiveKind::all_gather:
+      return in;
+    case CollectiveKind::scatter:
+    case CollectiveKind::gather:
+      return std::max(in, out);
+    case CollectiveKind::all_to_all:
+    case CollectiveKind::halo_exchange:
+    case CollectiveKind::shift:
+      return in + out;
+  }
+  return Bytes{0};
+}
+
 std::int64_t timed_instructions(const Program& program) {
   std::vector<std::int64_t> in_block;
   for (const Block& b : program.blocks) {

@@ -193,6 +193,8 @@ struct Program {
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
   std::int32_t loss_tensor = -1;
+  /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
+  bool packs_collectives = false;
 
   int stage_count() const { return static_cast<int>(stages.size()); }
   int stage_of(std::int64_t rank) const {
@@ -213,6 +215,9 @@ struct Program {
 /// Elements and bytes of `buffer` that `rank` holds.
 std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// Memory that `rank` needs only while the instruction runs: the packed payload of a collective.
+Bytes transient_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);
 
 /// Instructions that take time, over one rank of every stage: events of a step folded to one class
 /// per stage, at least.
