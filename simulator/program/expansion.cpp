@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace partita {
 namespace {
@@ -170,6 +171,111 @@ Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n) {
       break;
   }
   return e;
+}
+
+namespace {
+
+/// Elements of `buffer` that `a` holds of layout `from` and `b` wants in layout `to`.
+std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to, std::int64_t b) {
+  const Buffer &x = p.buffer(from), &y = p.buffer(to);
+  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b) return 0;
+  std::int64_t n = 1;
+  for (std::size_t d = 0; d < x.shape.size(); ++d) {
+    const auto mine = local_indices(p.mesh, x.layout.dims[d], x.shape[d].extent, a);
+    const auto theirs = local_indices(p.mesh, y.layout.dims[d], y.shape[d].extent, b);
+    std::vector<std::int64_t> both;
+    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
+                          std::back_inserter(both));
+    n *= static_cast<std::int64_t>(both.size());
+  }
+  return n;
+}
+
+}  // namespace
+
+std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const Program& p) {
+  std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> bytes;
+  std::vector<std::int64_t> calls(p.blocks.size(), 0);
+  for (const auto& stage : p.stages) {
+    for (const BlockCall& call : stage) ++calls[call.block.index()];
+  }
+  const auto width = [&](BufferId id) {
+    const Buffer& b = p.buffer(id);
+    return b.element_bytes > 0 ? std::int64_t{b.element_bytes} : storage(b.type, 1).count;
+  };
+  for (std::size_t block = 0; block < p.blocks.size(); ++block) {
+    if (calls[block] == 0) continue;
+    for (const Instruction& i : p.blocks[block].instructions) {
+      const bool sends = i.kind == Kind::send;
+      if (!sends && i.kind != Kind::collective) continue;
+      if (p.buffer(i.reads[0]).routed) continue;
+      for (std::int64_t rank = 0; rank < p.mesh.ranks(); ++rank) {
+        if (p.stage_of(rank) != p.blocks[block].stage) continue;
+        if (sends) {
+          bytes[{rank, p.rank_on_stage(rank, i.stage)}] +=
+              calls[block] * local_bytes(p, i.reads[0], rank).count;
+          continue;
+        }
+        const auto group = p.group(i, rank);
+        const auto n = static_cast<std::int32_t>(group.size());
+        const auto me = static_cast<std::int32_t>(std::find(group.begin(), group.end(), rank) - group.begin());
+        const Expansion e = expand(i.collective, default_algorithm(i.collective), n);
+        // Elements of chunk c, all buffers of the call together.
+        const auto chunk = [&](std::int32_t c) {
+          std::int64_t sum = 0;
+          for (std::size_t k = 0; k < i.reads.size(); ++k) {
+            const BufferId from = i.reads[k], to = i.writes[k];
+            const auto member = [&](std::int32_t m) { return group[static_cast<std::size_t>(m)]; };
+            switch (i.collective) {
+              case CollectiveKind::all_reduce:
+              case CollectiveKind::broadcast:
+              case CollectiveKind::reduce:
+                break;
+              case CollectiveKind::reduce_scatter:
+              case CollectiveKind::scatter:
+                sum += local_elements(p, to, member(c));
+                break;
+              case CollectiveKind::all_gather:
+              case CollectiveKind::gather:
+                sum += local_elements(p, from, member(c));
+                break;
+              case CollectiveKind::shift:
+                sum += local_elements(p, from, member(c));
+                break;
+              case CollectiveKind::all_to_all:
+              case CollectiveKind::halo_exchange:
+                sum += common(p, from, member(c / n), to, member(c % n));
+                break;
+            }
+          }
+          return sum;
+        };
+        std::vector<std::int64_t> even;
+        if (i.collective == CollectiveKind::all_reduce || i.collective == CollectiveKind::broadcast ||
+            i.collective == CollectiveKind::reduce) {
+          std::int64_t total = 0;
+          for (std::size_t k = 0; k < i.reads.size(); ++k) {
+            total += std::max(local_elements(p, i.reads[k], group[0]), local_elements(p, i.writes[k], group[0]));
+          }
+          even = even_chunks(total, e.chunks);
+        }
+        for (const auto& step : e.steps) {
+          for (const Message& m : step) {
+            if (m.from != me) continue;
+            std::int64_t elements = 0;
+            for (std::int32_t c = m.first; c < m.first + m.count; ++c) {
+              elements += even.empty() ? chunk(c)
+                                       : even[static_cast<std::size_t>(c) + 1] - even[static_cast<std::size_t>(c)];
+            }
+            if (elements > 0)
+              bytes[{rank, group[static_cast<std::size_t>(m.to)]}] +=
+                  calls[block] * elements * width(i.reads[0]);
+          }
+        }
+      }
+    }
+  }
+  return bytes;
 }
 
 std::vector<std::int64_t> even_chunks(std::int64_t total, std::int32_t chunks) {

@@ -5,7 +5,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
+#include <map>
 #include <random>
+#include <thread>
+#include <tuple>
 
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
@@ -42,6 +47,18 @@ void expect_trains(const Graph& graph, const Program& program, int groups,
                    const ThreadOptions& threads = {}) {
   const auto results = run_threads(program, options_for(graph, kSteps), threads);
   EXPECT_EQ(results[0].values.copies_differ, 0) << "copies of one value differ between ranks";
+  // Bytes on every link, counted where they are sent, are those of the expansions.
+  const bool routed = std::any_of(program.buffers.begin(), program.buffers.end(),
+                                  [](const Buffer& b) { return b.routed; });
+  if (!routed && !threads.algorithm) {
+    std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> counted;
+    for (const RankMeasurement& r : results[0].ranks) {
+      for (const auto& [to, bytes] : r.traffic.bytes_to) {
+        if (bytes > 0) counted[{r.rank, to}] += bytes;
+      }
+    }
+    EXPECT_EQ(counted, step_traffic(program));
+  }
   const auto exact = reference::options_for(graph, program, kSteps, kSeed);
   const auto serial = reference::train_serially(graph, program, exact, groups);
   expect_equal(reference::compare(
@@ -86,6 +103,119 @@ TEST(Executor, Spatial) {
   EXPECT_TRUE(expect_good(cnn(true), p));
   p.dp = 3;
   EXPECT_TRUE(expect_good(cnn(true), p));
+}
+
+/// y = W x with whole-number weights and inputs, target 0, learning rate 2^-6: every sum and product of
+/// a step fits in 24 bits, so there is no rounding and all plans give equal bits.
+TEST(Executor, WholeNumbersGiveEqualBits) {
+  GraphBuilder b("whole");
+  const TensorId x = b.input("x", {{Dim::sample, 1}, {Dim::feature, 8}});
+  b.set_layer(0);
+  b.set_scope("layers.0.");
+  Linear up;
+  up.out = {{Dim::ffn, 6}};
+  TensorId h = b.add("up", up, {x});
+  b.set_layer(1);
+  b.set_scope("layers.1.");
+  Linear down;
+  down.out = {{Dim::feature, 4}};
+  const TensorId y = b.add("down", down, {h});
+  b.set_layer(2);
+  b.set_scope("");
+  const TensorId target = b.input("target", b.shape(y));
+  const Graph g = b.finish(b.add("loss", MeanSquaredError{}, {y, target}), 2, 0);
+  std::vector<reference::RunResult> all;
+  for (const auto& [tp, pp, dp, zero] :
+       {std::tuple{1, 1, 1, 0}, {1, 1, 4, 0}, {2, 1, 2, 0}, {3, 1, 1, 0}, {1, 2, 2, 0}, {1, 1, 4, 3}, {2, 2, 2, 1}}) {
+    Plan p = single_precision();
+    p.tp = tp, p.pp = pp, p.dp = dp, p.zero = zero;
+    p.global_batch = 8;
+    p.micro_batch = 8 / dp / (pp > 1 ? 2 : 1);
+    p.optimizer.learning_rate = 0x1p-6;
+    p.optimizer.momentum = 0.5;
+    const Program program = lowered(g, p);
+    Options o;
+    o.steps = 2;
+    o.input = [](std::size_t input, std::int64_t, std::int64_t sample, std::int64_t index) {
+      return input == 1 ? 0.0 : static_cast<double>((sample * 5 + index * 3) % 5 - 2);
+    };
+    o.initial = [](std::size_t, std::size_t q, std::int64_t linear) {
+      return static_cast<double>((linear * 7 + static_cast<std::int64_t>(q)) % 3 - 1);
+    };
+    all.push_back(run_threads(program, o)[0].values);
+    EXPECT_EQ(all.back().losses, all[0].losses) << to_yaml(p);
+    EXPECT_EQ(all.back().gradients, all[0].gradients) << to_yaml(p);
+    EXPECT_EQ(all.back().parameters, all[0].parameters) << to_yaml(p);
+  }
+}
+
+TEST(Executor, EveryAlgorithmTrainsAlike) {
+  Plan p = single_precision();
+  p.dp = 3;
+  const Program program = lowered(gpt(), p);
+  for (const AlgorithmRow& row : kAlgorithms) {
+    ThreadOptions threads;
+    threads.algorithm = [&](CollectiveKind kind, int) {
+      return kind == row.kind ? row.algorithm : default_algorithm(kind);
+    };
+    SCOPED_TRACE(std::string(name(row.kind)) + " " + std::string(name(row.algorithm)));
+    expect_trains(gpt(), program, 1, threads);
+  }
+}
+
+/// A rank that dies at a random instruction: all others end, and the message names it.
+TEST(Executor, ARankThatFailsEndsAllWithItsReason) {
+  Plan p = single_precision();
+  p.tp = 2;
+  p.pp = 2;
+  p.global_batch = 4;
+  const Graph g = llama();
+  const Program program = lowered(g, p);
+  std::mt19937 rng(5);
+  for (int k = 0; k < 20; ++k) {
+    Options o = options_for(g, 3);
+    const int victim = static_cast<int>(rng() % 4);
+    const auto at = static_cast<std::size_t>(rng() % 200);
+    o.before = [&](int rank, std::int64_t step, std::size_t instruction) {
+      if (rank == victim && step == 1 && instruction >= at)
+        throw std::runtime_error("its memory chips melted");
+    };
+    try {
+      run_threads(program, o);
+      ADD_FAILURE() << "rank " << victim << " was to fail at " << at;
+    } catch (const std::exception& e) {
+      EXPECT_STREQ(e.what(), "its memory chips melted");
+    }
+  }
+}
+
+TEST(Executor, ARankThatHangsIsNamed) {
+  Plan p = single_precision();
+  p.dp = 3;
+  const Graph g = gpt();
+  const Program program = lowered(g, p);
+  Options o = options_for(g, 2);
+  std::atomic<bool> over{false};
+  o.before = [&](int rank, std::int64_t step, std::size_t instruction) {
+    for (int k = 0; rank == 1 && step == 1 && instruction == 40 && !over && k < 3000; ++k)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  };
+  ThreadOptions threads;
+  threads.timeout_s = 0.3;
+  const auto start = std::chrono::steady_clock::now();
+  std::thread watch([&] {
+    std::this_thread::sleep_for(std::chrono::seconds(2));
+    over = true;
+  });
+  try {
+    run_threads(program, o, threads);
+    ADD_FAILURE() << "nobody noticed";
+  } catch (const PeerError& e) {
+    EXPECT_THAT(e.what(), ::testing::HasSubstr("rank 1"));
+    EXPECT_THAT(e.what(), ::testing::HasSubstr("waits in"));
+  }
+  watch.join();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
 }
 
 TEST(Executor, RandomPlans) {
