@@ -120,6 +120,29 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   for (const auto& [side, channels, batch] :
        {std::tuple{10, 6, 2}, {14, 12, 1}, {18, 10, 5}, {22, 20, 3}, {28, 14, 6}})
     add(images(fmt::format("images {} x {}", side, channels), side, channels), batch, true);
+  if (ranks > 1) {
+    // Statistics that ranks share are kernels of their own: vocabularies and batches cut over ranks.
+    for (const auto& [hidden, sequence, vocabulary, batch] :
+         {std::tuple{32, 20, 56 * ranks, 2}, {64, 36, 120 * ranks, 3}, {96, 28, 200 * ranks, 4}}) {
+      CalibrationRun r;
+      r.graph = build_transformer(decoder(hidden, sequence, 2 * hidden, ranks % 2 == 0 ? 2 * ranks : ranks, vocabulary, false));
+      r.name = fmt::format("{}, vocabulary over {}", r.graph.name, ranks);
+      r.plan = single_precision();
+      r.plan.tp = ranks;
+      r.plan.micro_batch = batch;
+      if (complete(r.graph, r.plan)) all.push_back(std::move(r));
+    }
+    for (const auto& [side, channels, batch] : {std::tuple{12, 10, 2}, {18, 14, 3}, {22, 18, 5}}) {
+      CalibrationRun r;
+      r.graph = images(fmt::format("images {} x {} synchronised", side, channels), side, channels, true);
+      r.name = r.graph.name;
+      r.plan = single_precision();
+      r.plan.optimizer.kind = OptimizerKind::sgd;
+      r.plan.dp = ranks;
+      r.plan.micro_batch = batch;
+      all.push_back(std::move(r));
+    }
+  }
   Graph digits = build_mnist_linear();
   for (const std::int64_t batch : {24, 48, 96, 160}) add(digits, batch, true);
   return all;

@@ -143,6 +143,10 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
                        [&](BufferId id) { return id.valid() && p.buffer(id).routed; });
   };
   if (routed(i.reads) || routed(i.gradients)) s.kernel += " of rows";
+  const bool has_statistics = i.kernel == Kernel::forward         ? !i.statistics.empty()
+                              : i.kernel == Kernel::backward_data ? !op.signature.backward_statistics.empty()
+                                                                  : false;
+  if (has_statistics && !i.inline_statistics) s.kernel += " given statistics";
   if (const auto* n = std::get_if<Normalize>(&op.operation)) {
     constexpr const char* kinds[] = {"layer", "rms", "batch", "local"};
     s.kernel += fmt::format(" {}", kinds[static_cast<std::size_t>(n->kind)]);

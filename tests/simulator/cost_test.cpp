@@ -9,6 +9,8 @@
 
 #include "topologies/topology.h"
 
+#include "simulator/cost/measured.h"
+
 namespace partita {
 namespace {
 
@@ -93,6 +95,36 @@ TEST(Cost, GrowsWithThePayloadAndNeverBeatsItsBytes) {
     }
     EXPECT_EQ(c.collective(kind, 1_GiB, first(1)), Seconds{0});
   }
+}
+
+TEST(MeasuredTime, TheExamplesOfThePage) {
+  const auto us = [](double t) { return Seconds{t * 1e-6}; };
+  KernelTable table;
+  table["normalize forward layer"] = {{1, 0, 0, 0, 1, 4096, us(2), 0}, {1, 0, 0, 0, 1, 16384, us(6), 0}};
+  const auto normalize = [&](double bytes) {
+    return measured_time(table, {"normalize forward layer", 0, 0, 0, 1, bytes}, 1)->count * 1e6;
+  };
+  EXPECT_NEAR(normalize(8192), 3.4641, 1e-4);
+  EXPECT_NEAR(normalize(1024), 2, 1e-12);
+  EXPECT_NEAR(normalize(65536), 24, 1e-9);
+  table["linear forward"] = {{1, 64, 64, 64, 1, 0, us(10), 0}, {1, 256, 256, 256, 1, 0, us(420), 0}};
+  const auto linear = [&](double n) {
+    return measured_time(table, {"linear forward", n, n, n, 1, 0}, 1)->count * 1e6;
+  };
+  EXPECT_NEAR(linear(128), 64.8074, 1e-3);
+  EXPECT_NEAR(linear(64), 10, 1e-4) << "a measured point is its own price";
+  EXPECT_FALSE(measured_time(table, {"rotary forward", 0, 0, 0, 1, 100}, 1));
+}
+
+TEST(MeasuredTime, TheNearestNumberOfRanksCounts) {
+  KernelTable table;
+  table["add"] = {{1, 0, 0, 0, 1, 100, Seconds{1}, 0}, {2, 0, 0, 0, 1, 100, Seconds{3}, 0}};
+  EXPECT_EQ(measured_time(table, {"add", 0, 0, 0, 1, 100}, 1)->count, 1);
+  EXPECT_EQ(measured_time(table, {"add", 0, 0, 0, 1, 100}, 2)->count, 3);
+  EXPECT_EQ(measured_time(table, {"add", 0, 0, 0, 1, 100}, 8)->count, 3);
+  CollectiveTable links;
+  links["all_reduce"] = {{2, Bytes{64}, Seconds{1e-6}, 0}, {2, Bytes{1024}, Seconds{4e-6}, 0}};
+  EXPECT_NEAR(measured_time(links, "all_reduce", 4, Bytes{256})->count, 2e-6, 1e-12);
 }
 
 }  // namespace
