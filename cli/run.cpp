@@ -71,6 +71,7 @@ struct Job {
   Program program;
   execute::Options options;
   reference::RunOptions serial;
+  std::optional<Topology> topology;  ///< that the prediction is for
   std::string data;
   int groups = 1;
 };
@@ -125,6 +126,13 @@ Job job_of(const Options& o) {
   job.program = std::move(*program);
   for (const auto& error : verify(job.program))
     throw InternalError("the lowered program is broken: " + error);
+  // What could be wrong is found before the run, not after it.
+  const std::int64_t ranks = job.plan.ranks();
+  job.topology =
+      load_cluster(o.topology.empty() ? fmt::format("cpu-host:{} gpus", ranks) : o.topology);
+  if (static_cast<std::int64_t>(job.topology->device_count()) < ranks)
+    throw InputError("--topology", fmt::format("{} has {} devices for {} ranks; use a larger one",
+                                               job.topology->name(), job.topology->device_count(), ranks));
   job.groups = job.plan.strategy == "replicas" ? 1 : static_cast<int>(job.plan.dp);
   return job;
 }
@@ -199,11 +207,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     if (!c->equal) code = 1;
   }
   const auto ranks = static_cast<std::int64_t>(first.ranks.size());
-  const Topology topology =
-      load_cluster(o.topology.empty() ? fmt::format("cpu-host:{} gpus", ranks) : o.topology);
-  if (static_cast<std::int64_t>(topology.device_count()) < ranks)
-    throw InputError("--topology", fmt::format("{} has {} devices for {} ranks; use a larger one",
-                                               topology.name(), topology.device_count(), ranks));
+  const Topology& topology = *job.topology;
   Communication communication(topology);
   SimulateOptions simulation;
   simulation.record = true;

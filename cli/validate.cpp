@@ -188,14 +188,20 @@ void write(const std::string& file, const std::string& text) {
   std::ofstream out(file, std::ios::binary);
   out << text;
   if (!out.flush())
-    throw InputError("--out", fmt::format("cannot write {}; is the disk full?", file));
+    throw InputError("--out", fmt::format("cannot write {}; check its permissions and whether the disk is full", file));
+}
+
+/// Before the work, not after it.
+void make_folder(const std::string& folder) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error)
+    throw InputError("--out", fmt::format("cannot make {}: {}; name another folder", folder, error.message()));
+  write(folder + "/device.yaml", "");
 }
 
 /// Device and cluster files; returns the cluster's path.
 std::string save(const Profile& p, const std::string& folder, int devices) {
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  if (error) throw InputError("--out", fmt::format("cannot make {}: {}", folder, error.message()));
   write(folder + "/device.yaml", validation::device_yaml(p));
   write(folder + "/cluster.yaml", validation::cluster_yaml(p, "device.yaml", devices));
   return folder + "/cluster.yaml";
@@ -231,6 +237,7 @@ std::vector<std::string> outliers(const Profile& p) {
 void calibrate(const Options& o) {
   check(o);
   if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
+  make_folder(o.out);
   const auto levels = levels_of(o);
   std::size_t total = 0;
   for (const Level& l : levels) total += l.runs.size() + l.collectives.size();
@@ -268,6 +275,10 @@ void validate(const Options& o, int& code) {
   }
   if (outcomes.empty())
     throw InputError("--only", fmt::format("no case of the suite has '{}' in its name", o.only));
+  const bool temporary = o.out.empty();
+  const std::string folder =
+      temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid())).string() : o.out;
+  make_folder(folder);
   const auto levels = levels_of(o);
   std::size_t total = outcomes.size();
   for (const Level& l : levels) total += l.runs.size() + l.collectives.size();
@@ -314,9 +325,6 @@ void validate(const Options& o, int& code) {
   }
   join_rounds(p);
   p.dispatch = Seconds{validation::median(dispatch)};
-  const bool temporary = o.out.empty();
-  const std::string folder =
-      temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid())).string() : o.out;
   const int devices = *std::max_element(o.ranks.begin(), o.ranks.end());
   const std::string cluster = save(p, folder, devices);
   const Topology topology = load_topology(cluster);

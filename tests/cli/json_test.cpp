@@ -378,5 +378,23 @@ TEST(Run, PipelinesTensorsAndShardsRunToo) {
   }
 }
 
+TEST(Validate, RunsItsSuiteBesideItsPredictions) {
+  // Times are this machine's affair: only mathematics, memory and schema are asserted.
+  const Ran r = run("validate --backend cpu --ranks 1,2 --rounds 1 --steps 2 --only 'mnist-linear 1' --json");
+  EXPECT_TRUE(r.code == 0 || r.code == 1) << r.code << r.err;
+  const Json j = Json::parse(r.out, nullptr, false);
+  ASSERT_FALSE(j.is_discarded()) << r.err;
+  EXPECT_EQ(j.at("schema"), "partita.validation/1");
+  const auto& cases = j.at("suite").at("cases");
+  ASSERT_EQ(cases.size(), 1u);
+  for (const auto& c : cases) {
+    EXPECT_TRUE(c.at("equal_to_reference").get<bool>());
+    EXPECT_GT(c.at("predicted_s").get<double>(), 0);
+    EXPECT_GT(c.at("measured_s").get<double>(), 0);
+    EXPECT_GE(c.at("noise").get<double>(), 0);
+    EXPECT_LE(std::abs(c.at("memory_error").get<double>()), 0.01);
+  }
+}
+
 }  // namespace
 }  // namespace partita
