@@ -31,7 +31,7 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_flag("--sequence-parallel", sequence_parallel,
                "cut sequences over tp between the products");
   app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
-  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b or interleaved");
+  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved or zb-h1");
   app.add_option("--recompute", recompute,
                  "none, selective, full, first:N, or operator patterns");
   app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");

@@ -709,6 +709,7 @@ class Lowering {
   // ---- pass 6: backward blocks -----------------------------------------------------------------
   struct Backward {
     Block block;
+    Block weight;  ///< gradients of weights, where the schedule runs them by themselves
     Versions regathered, recomputed;
     std::map<int, bool> segment_done;
     std::map<OpId, Record> records;  ///< of recomputed operators
@@ -720,6 +721,8 @@ class Lowering {
     std::map<ParameterId, std::size_t> writes_left;
     std::map<ParameterId, std::size_t> ready_at;  ///< instruction after which the gradient is done
   };
+  /// Where gradients of weights are computed.
+  Block& weights(Backward& b) const { return splits_backward(plan_.schedule) ? b.weight : b.block; }
 
   /// What the forward left of tensor t in `layout`, gathered again if only a part was kept.
   BufferId saved(Backward& b, TensorId t, const Layout& layout) {
@@ -811,6 +814,9 @@ class Lowering {
     b.block.kind = BlockKind::backward;
     b.block.chunk = chunk;
     b.block.stage = stage_of_chunk(chunk);
+    b.weight = b.block;
+    b.weight.name = fmt::format("backward weight {}", chunk);
+    b.weight.kind = BlockKind::backward_weight;
     b.units = units_of_chunk(chunk);
     std::reverse(b.units.begin(), b.units.end());
     if (!plan_.reshard_after_forward)
@@ -993,15 +999,15 @@ class Lowering {
           zero.kind = Kind::compute;
           zero.kernel = Kernel::zero;
           zero.writes = {g};
-          b.block.instructions.push_back(std::move(zero));
+          weights(b).instructions.push_back(std::move(zero));
         }
         i.writes.push_back(g);
       }
-      b.block.instructions.push_back(std::move(i));
+      weights(b).instructions.push_back(std::move(i));
     }
     for (const ParameterId q : op.parameters) {
       if (--b.writes_left[q] > 0 || !graph_.parameter(q).trainable) continue;
-      b.ready_at[q] = b.block.instructions.size();
+      b.ready_at[q] = weights(b).instructions.size();
     }
   }
 
@@ -1118,7 +1124,9 @@ class Lowering {
         for (const ParameterId q : bucket.parameters) late_owed_[stage].push_back(q);
       }
     }
-    Block last = b.block;
+    // The block whose end completes the gradients; its last call in a step reduces them.
+    Block& sums = weights(b);
+    Block last = sums;
     const auto insert = [&](Block& block, bool scatters_only) {
       std::vector<Instruction> merged;
       std::size_t next = 0;
@@ -1138,9 +1146,13 @@ class Lowering {
       }
       block.instructions = std::move(merged);
     };
-    insert(b.block, true);
-    backward_of_.insert(backward_of_.begin(), BlockId{p_.blocks.size()});
-    p_.blocks.push_back(std::move(b.block));
+    insert(sums, true);
+    const auto keep = [&](std::vector<BlockId>& list, Block block) {
+      list.insert(list.begin(), BlockId{p_.blocks.size()});
+      p_.blocks.push_back(std::move(block));
+    };
+    if (splits_backward(plan_.schedule)) keep(data_of_, std::move(b.block));
+    keep(backward_of_, std::move(sums));
     if (plan_.overlap_gradients) {
       insert(last, false);
       last.name += " last";
@@ -1151,8 +1163,7 @@ class Lowering {
         for (auto& i : c) late_calls_[stage].push_back(std::move(i));
       }
     }
-    last_backward_of_.insert(last_backward_of_.begin(), BlockId{p_.blocks.size()});
-    p_.blocks.push_back(std::move(last));
+    keep(last_backward_of_, std::move(last));
   }
 
   // ---- pass 8: start and step blocks
@@ -1270,13 +1281,16 @@ class Lowering {
       auto& calls = p_.stages[static_cast<std::size_t>(s)];
       const auto& mine = order[static_cast<std::size_t>(s)];
       std::map<int, std::size_t> last;
+      const BlockKind sums =
+          splits_backward(plan_.schedule) ? BlockKind::backward_weight : BlockKind::backward;
       for (std::size_t k = 0; k < mine.size(); ++k) {
-        if (mine[k].kind == BlockKind::backward) last[mine[k].chunk] = k;
+        if (mine[k].kind == sums) last[mine[k].chunk] = k;
       }
       calls.push_back({start_of_[static_cast<std::size_t>(s)], -1});
       for (std::size_t k = 0; k < mine.size(); ++k) {
         const auto chunk = static_cast<std::size_t>(mine[k].chunk);
         const BlockId block = mine[k].kind == BlockKind::forward ? forward_of_[chunk]
+                              : mine[k].kind != sums             ? data_of_[chunk]
                               : last.at(mine[k].chunk) == k      ? last_backward_of_[chunk]
                                                                  : backward_of_[chunk];
         calls.push_back({block, mine[k].micro_batch});
@@ -1298,10 +1312,11 @@ class Lowering {
         case BlockKind::forward:
           return b.chunk;
         case BlockKind::backward:
-        case BlockKind::backward_weight:
-          return 2 * chunks_ - b.chunk;
+          return chunks_ + 2 * (chunks_ - b.chunk);
+        case BlockKind::backward_weight:  // some time after its backward
+          return chunks_ + 2 * (chunks_ - b.chunk) + 1;
         case BlockKind::step:
-          return 3 * chunks_;
+          return 4 * chunks_;
       }
       return 0;
     };
@@ -1384,6 +1399,7 @@ class Lowering {
   std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
   std::map<int, std::vector<ParameterId>> late_owed_;
+  std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;
 };
 

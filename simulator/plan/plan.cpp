@@ -20,7 +20,8 @@ struct ScheduleName {
 constexpr std::array kSchedules{ScheduleName{Schedule::naive, "naive"},
                                 ScheduleName{Schedule::gpipe, "gpipe"},
                                 ScheduleName{Schedule::one_f_one_b, "1f1b"},
-                                ScheduleName{Schedule::interleaved, "interleaved"}};
+                                ScheduleName{Schedule::interleaved, "interleaved"},
+                                ScheduleName{Schedule::zero_bubble_h1, "zb-h1"}};
 
 Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
 
@@ -382,6 +383,21 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         for (int i = warm; i < m; ++i)
           order.push_back(forward(s, i)), order.push_back(backward(s, i - warm));
         for (int i = m - warm; i < m; ++i) order.push_back(backward(s, i));
+        break;
+      }
+      case Schedule::zero_bubble_h1: {
+        // https://arxiv.org/abs/2401.10241, section 2.2: 1F1B whose gradients of weights wait. Stage s
+        // lets s of them wait, so it holds p - s micro-batches' activations and s micro-batches' inputs:
+        // no more than the first stage of 1F1B.
+        const int warm = std::min(stages - 1 - s, m);
+        const auto weight = [&](int mb) {
+          if (mb >= 0) order.push_back({BlockKind::backward_weight, s, mb});
+        };
+        for (int i = 0; i < warm; ++i) order.push_back(forward(s, i));
+        for (int i = warm; i < m; ++i)
+          order.push_back(forward(s, i)), order.push_back(backward(s, i - warm)), weight(i - warm - s);
+        for (int i = m - warm; i < m; ++i) order.push_back(backward(s, i)), weight(i - s);
+        for (int i = std::max(0, m - s); i < m; ++i) weight(i);
         break;
       }
       case Schedule::interleaved: {

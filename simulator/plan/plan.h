@@ -15,7 +15,9 @@
 
 namespace partita {
 
-enum class Schedule : std::uint8_t { naive, gpipe, one_f_one_b, interleaved };
+enum class Schedule : std::uint8_t { naive, gpipe, one_f_one_b, interleaved, zero_bubble_h1 };
+/// Does it run gradients of weights as blocks of their own, later than those of activations?
+inline bool splits_backward(Schedule s) { return s == Schedule::zero_bubble_h1; }
 std::string_view name(Schedule s);
 
 enum class Recompute : std::uint8_t { none, selective, full, first, patterns };
@@ -112,7 +114,8 @@ std::vector<std::int64_t> blocks_per_chunk(std::int64_t layers, std::int64_t chu
 /// Chunk of every operator.
 Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& plan);
 
-/// Order of block instances on every stage: (forward or backward, chunk, micro-batch).
+/// Order of block instances on every stage: (forward, backward or backward by weight, chunk,
+/// micro-batch).
 struct Turn {
   BlockKind kind = BlockKind::forward;
   int chunk = 0;

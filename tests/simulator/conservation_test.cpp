@@ -329,6 +329,12 @@ TEST(Conservation, MemoryIsStatePlusWhatIsAllocatedAndNotYetFreed) {
       std::int64_t peak = base;
       at_peak = now;
       for_each_call(p, t.classes[c].stage, [&](const BlockCall&, const Instruction& i) {
+        // A collective's packed payload is there while it runs.
+        if (const std::int64_t packed = transient_bytes(p, i, rank).count; sum(now) + packed > peak) {
+          peak = sum(now) + packed;
+          at_peak = now;
+          at_peak[static_cast<std::size_t>(Category::workspace)] += packed;
+        }
         if (i.kind != Kind::allocate && i.kind != Kind::free) return;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
           now[static_cast<std::size_t>(p.buffer(id).category)] +=

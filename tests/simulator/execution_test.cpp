@@ -230,7 +230,8 @@ TEST(Execution, ShardedState) {
 }
 
 TEST(Execution, Pipelines) {
-  for (const Schedule s : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b}) {
+  for (const Schedule s : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
+                           Schedule::zero_bubble_h1}) {
     SCOPED_TRACE(std::string(name(s)));
     Plan p = base_plan();
     p.schedule = s;

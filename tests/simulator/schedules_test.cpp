@@ -16,7 +16,7 @@ namespace partita {
 namespace {
 
 constexpr Schedule kAll[] = {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
-                             Schedule::interleaved};
+                             Schedule::interleaved, Schedule::zero_bubble_h1};
 
 /// "F0 F1 B0": micro-batches of the stage's only chunk; "F2.1": micro-batch 1 of chunk 2.
 std::vector<Turn> order(const std::string& text, int stage) {
@@ -24,7 +24,9 @@ std::vector<Turn> order(const std::string& text, int stage) {
   std::istringstream in(text);
   for (std::string word; in >> word;) {
     Turn t;
-    t.kind = word[0] == 'F' ? BlockKind::forward : BlockKind::backward;
+    t.kind = word[0] == 'F'   ? BlockKind::forward
+             : word[0] == 'W' ? BlockKind::backward_weight
+                              : BlockKind::backward;
     const auto dot = word.find('.');
     t.chunk = dot == std::string::npos ? stage : std::stoi(word.substr(1));
     t.micro_batch = std::stoi(word.substr(dot == std::string::npos ? 1 : dot + 1));
@@ -36,7 +38,8 @@ std::vector<Turn> order(const std::string& text, int stage) {
 std::string text(const std::vector<Turn>& turns) {
   std::string s;
   for (const Turn& t : turns) {
-    s += fmt::format("{}{}.{} ", t.kind == BlockKind::forward ? 'F' : 'B', t.chunk, t.micro_batch);
+    const char kind = t.kind == BlockKind::forward ? 'F' : t.kind == BlockKind::backward ? 'B' : 'W';
+    s += fmt::format("{}{}.{} ", kind, t.chunk, t.micro_batch);
   }
   return s;
 }
@@ -82,6 +85,13 @@ TEST(Schedules, InterleavedWalksGroupsOfMicroBatchesThroughTheChunks) {
       {"F0.0 F0.1 F2.0 F2.1 B2.0 B2.1 B0.0 B0.1", "F1.0 F1.1 F3.0 F3.1 B3.0 B3.1 B1.0 B1.1"});
 }
 
+TEST(Schedules, ZeroBubbleLetsWeightsOfAsManyMicroBatchesWaitAsTheStagesNumber) {
+  // arXiv 2401.10241, section 2.2 (ZB-H1).
+  expect_order(Schedule::zero_bubble_h1, 1, 4,
+               {"F0 F1 B0 W0 F2 B1 W1 F3 B2 W2 B3 W3", "F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3"});
+  expect_order(Schedule::zero_bubble_h1, 1, 1, {"F0 B0 W0", "F0 B0 W0", "F0 B0 W0"});
+}
+
 TEST(Schedules, EveryChunkSeesEveryMicroBatchOnceForwardThenBackward) {
   for (const Schedule schedule : kAll) {
     for (int p = 1; p <= 5; ++p) {
@@ -93,12 +103,15 @@ TEST(Schedules, EveryChunkSeesEveryMicroBatchOnceForwardThenBackward) {
           const auto all = turns(schedule, p, v, m);
           ASSERT_EQ(all.size(), static_cast<std::size_t>(p));
           for (int s = 0; s < p; ++s) {
-            std::set<std::pair<int, int>> forward, backward;
+            std::set<std::pair<int, int>> forward, backward, weight;
             for (const Turn& t : all[static_cast<std::size_t>(s)]) {
               EXPECT_EQ(t.chunk % p, s);
               const std::pair at{t.chunk, t.micro_batch};
               if (t.kind == BlockKind::forward) {
                 EXPECT_TRUE(forward.insert(at).second);
+              } else if (t.kind == BlockKind::backward_weight) {
+                EXPECT_EQ(backward.count(at), 1u) << "weight before data";
+                EXPECT_TRUE(weight.insert(at).second);
               } else {
                 EXPECT_EQ(forward.count(at), 1u) << "backward before forward";
                 EXPECT_TRUE(backward.insert(at).second);
@@ -106,6 +119,7 @@ TEST(Schedules, EveryChunkSeesEveryMicroBatchOnceForwardThenBackward) {
             }
             EXPECT_EQ(forward.size(), static_cast<std::size_t>(v * m));
             EXPECT_EQ(backward.size(), static_cast<std::size_t>(v * m));
+            EXPECT_EQ(weight.size(), splits_backward(schedule) ? static_cast<std::size_t>(v * m) : 0u);
           }
         }
       }
@@ -119,8 +133,11 @@ TEST(Schedules, ActivationsInFlight) {
       const auto most = [&](Schedule schedule, int s) {
         int now = 0, peak = 0;
         const auto all = turns(schedule, p, 1, m);
+        // What a micro-batch leaves is gone when its last block is done.
+        const BlockKind end =
+            splits_backward(schedule) ? BlockKind::backward_weight : BlockKind::backward;
         for (const Turn& t : all[static_cast<std::size_t>(s)]) {
-          now += t.kind == BlockKind::forward ? 1 : -1;
+          now += t.kind == BlockKind::forward ? 1 : t.kind == end ? -1 : 0;
           peak = std::max(peak, now);
         }
         return peak;
@@ -129,6 +146,7 @@ TEST(Schedules, ActivationsInFlight) {
         EXPECT_EQ(most(Schedule::one_f_one_b, s), std::min(m, p - s));
         EXPECT_EQ(most(Schedule::gpipe, s), m);
         EXPECT_EQ(most(Schedule::naive, s), 1);
+        EXPECT_LE(most(Schedule::zero_bubble_h1, s), std::min(m, p)) << "no more than 1F1B's first stage";
       }
     }
   }
@@ -185,8 +203,10 @@ TEST(Schedules, BubblesOnAFreeNetworkAreThoseOfThePapers) {
           const std::int64_t chunk = 2 * 3 * kProduct, ideal = m * v * chunk;
           // Bubble over ideal: GPipe and 1F1B (p-1)/m, interleaved (p-1)/(v m), naive: only one of
           // p stages works, p-1.
-          const std::int64_t bubble =
-              schedule == Schedule::naive ? (p - 1) * ideal : (p - 1) * chunk;
+          // ZB-H1: (p-1)(F + B - W), and F = B = W here.
+          const std::int64_t bubble = schedule == Schedule::naive            ? (p - 1) * ideal
+                                      : schedule == Schedule::zero_bubble_h1 ? (p - 1) * chunk / 3
+                                                                             : (p - 1) * chunk;
           EXPECT_GE(t.step.count, ideal + bubble);
           // What else happens takes at most a picosecond each, and a product's time may round up.
           EXPECT_LE(t.step.count, ideal + bubble + 2 * t.instructions);
@@ -231,8 +251,11 @@ TEST(Schedules, BubblesOnARealNetworkAreNoSmaller) {
     ASSERT_EQ(work.size(), static_cast<std::size_t>(p * v));
     std::int64_t least = work[0];
     for (const auto& [chunk, time] : work) least = std::min(least, time);
-    const std::int64_t slots = schedule == Schedule::naive ? m * p : m * v + p - 1;
-    EXPECT_GE(t.step.count, slots * least) << name(schedule);
+    // Of ZB-H1's last p - 1 slots only a third is left.
+    const std::int64_t slots = schedule == Schedule::naive            ? 3 * m * p
+                               : schedule == Schedule::zero_bubble_h1 ? 3 * m * v + p - 1
+                                                                      : 3 * (m * v + p - 1);
+    EXPECT_GE(3 * t.step.count, slots * least) << name(schedule);
   }
 }
 
