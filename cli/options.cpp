@@ -31,6 +31,8 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_flag("--sequence-parallel", sequence_parallel,
                "cut sequences over tp between the products");
   app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
+  app.add_flag("--loader", loader,
+               "batches come from ranks of their own, one for each data-parallel rank");
   app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved or zb-h1");
   app.add_option("--recompute", recompute,
                  "none, selective, full, first:N, or operator patterns");
@@ -98,6 +100,7 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   }
   if (f.sequence_parallel) p.sequence_parallel = true;
   if (f.no_sequence_parallel) p.sequence_parallel = false;
+  if (f.loader) p.loader = true;
   if (!f.schedule.empty())
     p.schedule = parse_schedule(f.schedule, "--schedule"), p.schedule_given = true;
   if (!f.recompute.empty()) set_recompute(p, f.recompute, "--recompute");
@@ -227,7 +230,15 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
                                    size, ranks, where, ranks));
     }
   }
-  const std::int64_t others = p.tp * p.pp * p.cp;
+  // Each data-parallel rank is tp x pp x cp ranks, and a loader's where there are loaders.
+  const std::int64_t others = p.tp * p.pp * p.cp + (p.loader ? 1 : 0);
+  if (p.loader && ranks % others != 0) {
+    throw InputError(
+        "--loader",
+        fmt::format("tp {} x pp {} x cp {} ranks and their loader are {}, which does not divide the {} "
+                    "devices of {}; choose other sizes or another number of devices",
+                    p.tp, p.pp, p.cp, others, ranks, where));
+  }
   if (ranks % others != 0) {
     throw InputError(
         "--tp, --pp, --cp",
@@ -239,9 +250,10 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
   if (p.dp * others != ranks) {
     throw InputError(
         "--dp",
-        fmt::format("dp {} x tp {} x pp {} x cp {} = {} ranks, but {} has {} devices; leave --dp "
+        fmt::format("dp {} x tp {} x pp {} x cp {}{} = {} ranks, but {} has {} devices; leave --dp "
                     "out or use {}",
-                    p.dp, p.tp, p.pp, p.cp, p.dp * others, where, ranks, ranks / others));
+                    p.dp, p.tp, p.pp, p.cp, p.loader ? fmt::format(" and {} loaders", p.dp) : "",
+                    p.dp * others, where, ranks, ranks / others));
   }
 }
 

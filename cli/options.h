@@ -22,7 +22,7 @@ struct PlanFlags {
   std::string file;
   std::optional<std::int64_t> tp, pp, dp, cp, ep, etp, virtual_stages, micro_batch, global_batch,
       zero, zero_group;
-  bool sequence_parallel = false, no_sequence_parallel = false;
+  bool sequence_parallel = false, no_sequence_parallel = false, loader = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "idle";
   std::vector<std::string> freeze, lora;

@@ -32,6 +32,7 @@ Json plan_json(const Plan& p) {
   j["sequence_parallel"] = p.sequence_parallel;
   j["schedule"] = std::string(name(p.schedule));
   j["zero"] = p.zero;
+  if (p.loader) j["loader"] = true;
   j["recompute"] = p.recompute == Recompute::none        ? "none"
                    : p.recompute == Recompute::selective ? "selective"
                    : p.recompute == Recompute::full      ? "full"
@@ -132,6 +133,7 @@ std::string plan_line(const Plan& p) {
   if (p.virtual_stages > 1) s += fmt::format(" x {}", p.virtual_stages);
   if (p.sequence_parallel) s += ", sequence parallel";
   if (p.zero > 0) s += fmt::format(", ZeRO-{}", p.zero);
+  if (p.loader) s += fmt::format(", {} loader{}", p.dp, p.dp == 1 ? "" : "s");
   if (p.recompute != Recompute::none) {
     s += fmt::format(", {} recompute", plan_json(p)["recompute"].get<std::string>());
   }

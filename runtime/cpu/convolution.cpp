@@ -5,6 +5,10 @@
 #include "base/error.h"
 #include "runtime/cpu/fast.h"
 
+/// oneDNN shares its loops among OpenMP's threads. A rank is one core, so its part is one thread; the
+/// setting is the calling thread's own.
+extern "C" void omp_set_num_threads(int threads);
+
 namespace partita::cpu {
 namespace {
 
@@ -73,6 +77,7 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
       yi[3].front() * op.width.stride - op.width.pad_before > xi[3].front())
     return false;
 
+  omp_set_num_threads(1);
   if (!kept.library) kept.library = std::make_shared<Primitives>();
   auto& p = *static_cast<Primitives*>(kept.library.get());
   const auto f32 = memory::data_type::f32;

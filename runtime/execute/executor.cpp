@@ -69,8 +69,8 @@ class Executor {
  public:
   Executor(const Program& p, Transport& transport, const Options& o)
       : p_(p), transport_(transport), o_(o), rank_(transport.rank()) {
-    PARTITA_ASSERT(p.mesh.ranks() == transport.size(),
-                   fmt::format("{} ranks for {}", transport.size(), p.mesh.ranks()));
+    PARTITA_ASSERT(p.ranks() == transport.size(),
+                   fmt::format("{} ranks for {}", transport.size(), p.ranks()));
     stage_ = p.stage_of(rank_);
     slots_.resize(p.buffers.size());
     boxes_.resize(p.buffers.size());
@@ -273,8 +273,7 @@ class Executor {
       if (i.kind == Kind::slice) {
         part.out[0] = section(from[0], to[0]);
         part.in[0] = section(to[0], from[0]);
-        add_sizes(c, part);
-        c.parts.push_back(std::move(part));
+        finish(c, std::move(part));
         continue;
       }
       switch (i.collective) {
@@ -326,10 +325,22 @@ class Executor {
           part.in[me] = section(to[me], to[me]);
           break;
       }
-      add_sizes(c, part);
-      c.parts.push_back(std::move(part));
+      finish(c, std::move(part));
     }
     return c;
+  }
+
+  /// Runs in words of 4 bytes, whatever the elements: token ids have two.
+  void finish(Prepared& c, Part part) const {
+    const std::int64_t words = width(p_.buffer(part.from)) / 4;
+    PARTITA_ASSERT(words >= 1, p_.buffer(part.from).name + " has elements too narrow to travel");
+    for (auto* lists : {&part.out, &part.in}) {
+      for (auto& runs : *lists) {
+        for (Run& r : runs) r.offset *= words, r.count *= words;
+      }
+    }
+    add_sizes(c, part);
+    c.parts.push_back(std::move(part));
   }
 
   static void add_sizes(Prepared& c, const Part& part) {
@@ -966,7 +977,7 @@ class Executor {
     for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
       if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
     }
-    return static_cast<std::size_t>(p_.mesh.coordinate(rank, list));
+    return static_cast<std::size_t>(p_.mesh.coordinate(p_.place_of(rank), list));
   }
 
   void collect() {

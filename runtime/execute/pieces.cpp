@@ -13,6 +13,7 @@ std::int64_t Box::elements() const { return !held ? 0 : flat ? range.size() : de
 
 Box box_of(const Program& program, BufferId id, std::int64_t rank) {
   const Buffer& b = program.buffer(id);
+  rank = program.place_of(rank);
   Box box;
   for (std::size_t d = 0; d < b.shape.size(); ++d) {
     const std::int64_t extent =

@@ -8,7 +8,7 @@ namespace partita::execute {
 
 std::vector<RankResult> run_threads(const Program& program, const Options& options,
                                     const ThreadOptions& threads) {
-  const auto n = static_cast<int>(program.mesh.ranks());
+  const auto n = static_cast<int>(program.ranks());
   auto hub = make_thread_hub(n, threads.timeout_s, threads.algorithm);
   std::vector<RankResult> results(static_cast<std::size_t>(n));
   std::mutex guard;

@@ -37,8 +37,8 @@ void for_each_global(const std::vector<std::vector<std::int64_t>>& index, const 
 class Machine {
  public:
   Machine(const Program& p, const RunOptions& o)
-      : p_(p), o_(o), values_(static_cast<std::size_t>(p.mesh.ranks())) {
-    for (std::int64_t r = 0; r < p.mesh.ranks(); ++r) on_stage_.emplace(p.stage_of(r), r);
+      : p_(p), o_(o), values_(static_cast<std::size_t>(p.ranks())) {
+    for (std::int64_t r = 0; r < p.ranks(); ++r) on_stage_.emplace(p.stage_of(r), r);
   }
 
   RunResult run() {
@@ -70,7 +70,7 @@ class Machine {
     for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
       if (has(p_.replicas, static_cast<AtomId>(i))) list.push_back(static_cast<AtomId>(i));
     }
-    return static_cast<std::size_t>(p_.mesh.coordinate(rank, list));
+    return static_cast<std::size_t>(p_.mesh.coordinate(p_.place_of(rank), list));
   }
 
   /// Index lists of what `rank` holds of `b`, before flattening.
@@ -79,7 +79,7 @@ class Machine {
     for (std::size_t d = 0; d < b.shape.size(); ++d) {
       const std::int64_t extent =
           b.routed && b.shape[d].dim == Dim::expert ? b.experts : b.shape[d].extent;
-      all.push_back(local_indices(p_.mesh, b.layout.dims[d], extent, rank));
+      all.push_back(local_indices(p_.mesh, b.layout.dims[d], extent, p_.place_of(rank)));
     }
     return all;
   }
@@ -97,7 +97,8 @@ class Machine {
     return r;
   }
   bool is_first(AtomMask root, std::int64_t rank) const {
-    return p_.mesh.group_root(rank, root) == rank;
+    const std::int64_t place = p_.place_of(rank);
+    return p_.mesh.group_root(place, root) == place;
   }
   bool holds(BufferId id, std::int64_t rank) const {
     return is_first(p_.buffer(id).layout.root, rank);
@@ -272,15 +273,18 @@ class Machine {
         return true;
       case Kind::send:
         for (const std::int64_t r : ranks) {
+          if (!holds(i.reads[0], r)) continue;
           mail_[{i.index, micro_batch_, r, p_.rank_on_stage(r, i.stage)}] = load(r, i.reads[0]);
         }
         return true;
       case Kind::receive:
         for (const std::int64_t r : ranks) {
-          if (mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0)
+          if (holds(i.writes[0], r) &&
+              mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0)
             return false;
         }
         for (const std::int64_t r : ranks) {
+          if (!holds(i.writes[0], r)) continue;
           const auto it = mail_.find({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r});
           store(r, i.writes[0]) = std::move(it->second);
           mail_.erase(it);

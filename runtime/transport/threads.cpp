@@ -26,6 +26,7 @@ class ThreadHub {
     std::condition_variable arrived;
     std::map<std::pair<int, std::int64_t>, std::deque<Letter>> letters;  // by sender and tag
     std::string doing = "starting";
+    int waits_for = -1;  ///< the rank whose letter this one waits for
   };
 
   const Expansion& expansion(CollectiveKind kind, int n) {
@@ -39,6 +40,17 @@ class ThreadHub {
     Box& box = boxes[static_cast<std::size_t>(rank)];
     const std::lock_guard<std::mutex> lock(box.guard);
     return box.doing;
+  }
+  /// Who holds up `rank`: those that wait for others are followed to one that does not.
+  int culprit(int rank) {
+    std::set<int> seen;
+    while (seen.insert(rank).second) {
+      Box& box = boxes[static_cast<std::size_t>(rank)];
+      const std::lock_guard<std::mutex> lock(box.guard);
+      if (box.waits_for < 0) return rank;
+      rank = box.waits_for;
+    }
+    return rank;
   }
   void stop(const std::string& reason) {
     {
@@ -95,6 +107,7 @@ class ThreadTransport final : public Transport {
     std::unique_lock<std::mutex> lock(box.guard);
     auto& queue = box.letters[{from, tag}];
     std::string failure;
+    box.waits_for = from;
     const bool came = box.arrived.wait_for(lock, hub_->timeout, [&] {
       return !queue.empty() || !(failure = hub_->failed()).empty();
     });
@@ -102,10 +115,14 @@ class ThreadTransport final : public Transport {
       const std::string mine = box.doing;
       lock.unlock();
       if (came) throw PeerError(failure);
-      throw PeerError(fmt::format("rank {} waits in {} for rank {}, which has been in {} for {:.0f} s",
-                                  rank_, mine, from, hub_->what_is_doing(from),
-                                  hub_->timeout.count()));
+      const int culprit = hub_->culprit(from);
+      throw PeerError(fmt::format("rank {} waits in {} for rank {}, {} has been in {} for {:.0f} s", rank_,
+                                  mine, from,
+                                  culprit == from ? std::string("which")
+                                                  : fmt::format("which waits too; rank {}", culprit),
+                                  hub_->what_is_doing(culprit), hub_->timeout.count()));
     }
+    box.waits_for = -1;
     const ThreadHub::Letter letter = std::move(queue.front());
     queue.pop_front();
     lock.unlock();

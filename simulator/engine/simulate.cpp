@@ -197,7 +197,7 @@ Ticks Breakdown::total() const {
 }
 
 RankClasses classify(const Program& p, Communication& communication) {
-  const std::int64_t n = p.mesh.ranks();
+  const std::int64_t n = p.ranks();
   const Topology& t = communication.topology();
   PARTITA_ASSERT(static_cast<std::size_t>(n) <= t.device_count(),
                  fmt::format("{} ranks on {} devices", n, t.device_count()));
@@ -209,19 +209,20 @@ RankClasses classify(const Program& p, Communication& communication) {
   std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> signatures;
   for (std::int64_t r = 0; r < n; ++r) {
     const int stage = p.stage_of(r);
+    const std::int64_t place = p.place_of(r);
     std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
                           t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
     const Unevenness& u = uneven[static_cast<std::size_t>(stage)];
     for (const auto& [split, extent] : u.cuts) {
-      h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, r)));
+      h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, place)));
     }
     for (const BufferId id : u.flat)
       h = mix(h, static_cast<std::uint64_t>(local_elements(p, id, r)));
-    for (const AtomMask root : u.roots) h = mix(h, p.mesh.group_root(r, root) == r ? 1 : 2);
+    for (const AtomMask root : u.roots) h = mix(h, p.mesh.group_root(place, root) == place ? 1 : 2);
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
       if (has(u.coordinates, atom)) {
-        h = mix(h, static_cast<std::uint64_t>(p.mesh.coordinate(r, atom)) + 1);
+        h = mix(h, static_cast<std::uint64_t>(p.mesh.coordinate(place, atom)) + 1);
       }
     }
     for (const GroupKind& k : kinds[static_cast<std::size_t>(stage)]) {
@@ -294,7 +295,7 @@ class Engine {
 
   Timeline run() {
     if (options_.unfolded) {
-      for (std::int64_t r = 0; r < p_.mesh.ranks(); ++r) {
+      for (std::int64_t r = 0; r < p_.ranks(); ++r) {
         classes_.classes.push_back({p_.stage_of(r), r, 1});
         classes_.of_rank.push_back(static_cast<int>(r));
       }
@@ -422,7 +423,7 @@ class Engine {
       // Ranks of one host share its memory and cores.
       const auto here = communication_.topology().node_of(DeviceId{static_cast<std::size_t>(rank)});
       std::int64_t ranks = 0;
-      for (std::int64_t r = 0; r < p_.mesh.ranks(); ++r) {
+      for (std::int64_t r = 0; r < p_.ranks(); ++r) {
         ranks += communication_.topology().node_of(DeviceId{static_cast<std::size_t>(r)}) == here;
       }
       // More ranks than cores take turns: each gets its share of the time, and meets as many others at
@@ -462,6 +463,10 @@ class Engine {
           out.rise = std::max(out.rise, level);
           continue;
         }
+        // Where one rank of a group has the buffer, only that one sends or receives it.
+        if ((i.kind == Kind::send && !p_.holds(i.reads[0], rank)) ||
+            (i.kind == Kind::receive && !p_.holds(i.writes[0], rank)))
+          continue;
         Step s;
         s.kind = i.kind;
         // Without streams beside each other everything follows in program order.

@@ -58,6 +58,7 @@ class Lowering {
     for (int c = chunks_; c-- > 0;) backward_block(c);
     for (int s = 0; s < stages_; ++s) start_and_step(s);
     order_blocks();
+    loader_blocks();
     place_memory();
     return std::move(p_);
   }
@@ -348,7 +349,12 @@ class Lowering {
     for (const Version& v : have) {
       if (v.layout == layout) return v.buffer;
     }
-    if (!graph_.tensor(t).producer.valid()) {
+    if (!graph_.tensor(t).producer.valid() && plan_.loader) {
+      if (have.empty()) from_loader(block, have, t);
+      for (const Version& v : have) {
+        if (v.layout == layout) return v.buffer;
+      }
+    } else if (!graph_.tensor(t).producer.valid()) {
       const BufferId b = tensor_buffer(t, layout);
       Instruction i;
       i.kind = Kind::load;
@@ -377,6 +383,62 @@ class Lowering {
           have.push_back({step.to, made, gathered ? at : -1});
           at = static_cast<int>(have.size()) - 1;
         });
+  }
+
+  // ---- the loader's role --------------------------------------------------------------------------
+  struct FromLoader {
+    TensorId tensor;
+    Layout layout;
+    int message;
+  };
+  /// A network input arrives from the loader of this data-parallel rank, at one rank of those that
+  /// share its samples; resharding passes it on.
+  void from_loader(Block& block, std::vector<Version>& have, TensorId t) {
+    const AtomList& dp = plan_.axes.at("dp");
+    Layout layout;
+    layout.dims.resize(graph_.tensor(t).shape.size());
+    layout.dims[0].atoms = dp;  // samples come first
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const AtomMask atom = bit(static_cast<AtomId>(a));
+      if ((atom & (mask_of(dp) | mask_of(p_.pipeline))) == 0)
+        layout.root = static_cast<AtomMask>(layout.root | atom);
+    }
+    if (plan_.replicas != 0) layout.dims[0].atoms.clear();  // every replica has all its samples
+    const BufferId b = tensor_buffer(t, layout);
+    const int id = message(t, block.chunk, false);
+    transfer(block, Kind::receive, b, stages_, id, false);
+    from_loader_[block.chunk].push_back({t, layout, id});
+    have.push_back({layout, b, -1});
+  }
+
+  void loader_blocks() {
+    if (!plan_.loader) return;
+    p_.roles.push_back({"loader", plan_.axes.at("dp")});
+    std::vector<BlockId> blocks;
+    for (const auto& [chunk, list] : from_loader_) {
+      Block block;
+      block.name = fmt::format("load {}", chunk);
+      block.kind = BlockKind::forward;
+      block.chunk = chunk;
+      block.stage = stages_;
+      for (const FromLoader& f : list) {
+        Instruction i;
+        i.kind = Kind::load;
+        i.writes = {tensor_buffer(f.tensor, f.layout)};
+        for (std::size_t k = 0; k < p_.inputs.size(); ++k) {
+          if (p_.inputs[k].tensor == f.tensor.value) i.index = static_cast<std::int32_t>(k);
+        }
+        const BufferId made = i.writes[0];
+        block.instructions.push_back(std::move(i));
+        transfer(block, Kind::send, made, stage_of_chunk(chunk), f.message, false);
+      }
+      blocks.push_back(BlockId{p_.blocks.size()});
+      p_.blocks.push_back(std::move(block));
+    }
+    auto& calls = p_.stages.emplace_back();
+    for (int m = 0; m < p_.micro_batches; ++m) {
+      for (const BlockId b : blocks) calls.push_back({b, m});
+    }
   }
 
   // ---- ZeRO-3: parameters gathered for use -----------------------------------------------------
@@ -1399,6 +1461,7 @@ class Lowering {
   std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
   std::map<int, std::vector<ParameterId>> late_owed_;
+  std::map<int, std::vector<FromLoader>> from_loader_;  ///< by chunk
   std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;
 };

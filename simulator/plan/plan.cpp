@@ -579,6 +579,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
+  if (const auto n = y.find("loader")) p.loader = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
   if (const auto n = y.find("context_exchange"))
     p.context = parse_context_exchange(n->as_string(), n->place());
@@ -688,6 +689,7 @@ std::string to_yaml(const Plan& p) {
       p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch,
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute,
       precision_text(p));
+  if (p.loader) s += "loader: true\n";
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);

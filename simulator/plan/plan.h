@@ -81,6 +81,9 @@ struct Plan {
   bool reshard_after_forward = true;
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again
+  /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every rank
+  /// makes what it needs.
+  bool loader = false;
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
   std::vector<std::string> freeze;
   std::vector<std::string> lora;
@@ -96,7 +99,9 @@ struct Plan {
   AtomMask root_state = 0;  ///< parameters and optimizer live on the first rank along these atoms
   std::vector<std::string> root_operators;  ///< run there only
 
-  std::int64_t ranks() const { return tp * pp * dp * cp; }
+  /// Of the mesh, and with the roles'.
+  std::int64_t mesh_ranks() const { return tp * pp * dp * cp; }
+  std::int64_t ranks() const { return mesh_ranks() + (loader ? dp : 0); }
   std::int64_t micro_batches() const;
   std::int64_t chunks() const { return pp * virtual_stages; }
 };

@@ -209,11 +209,11 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const
       const bool sends = i.kind == Kind::send;
       if (!sends && i.kind != Kind::collective) continue;
       if (p.buffer(i.reads[0]).routed) continue;
-      for (std::int64_t rank = 0; rank < p.mesh.ranks(); ++rank) {
+      for (std::int64_t rank = 0; rank < p.ranks(); ++rank) {
         if (p.stage_of(rank) != p.blocks[block].stage) continue;
         if (sends) {
-          bytes[{rank, p.rank_on_stage(rank, i.stage)}] +=
-              calls[block] * local_bytes(p, i.reads[0], rank).count;
+          if (const std::int64_t n = local_bytes(p, i.reads[0], rank).count; n > 0)
+            bytes[{rank, p.rank_on_stage(rank, i.stage)}] += calls[block] * n;
           continue;
         }
         const auto group = p.group(i, rank);

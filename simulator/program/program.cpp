@@ -39,15 +39,56 @@ std::string_view name(BlockKind k) {
   return names[static_cast<std::size_t>(k)];
 }
 
-std::int64_t Program::rank_on_stage(std::int64_t rank, int stage) const {
-  std::int64_t r = mesh.group_root(rank, mask_of(pipeline));
-  std::int64_t rest = stage;
-  for (std::size_t i = pipeline.size(); i-- > 0;) {
-    const AtomId a = pipeline[i];
-    r += rest % mesh.atoms[a].size * mesh.stride(a);
-    rest /= mesh.atoms[a].size;
+std::int64_t Program::ranks() const {
+  std::int64_t n = mesh.ranks();
+  for (const Role& r : roles) n += mesh.size(r.atoms);
+  return n;
+}
+
+namespace {
+
+/// The role of a rank beyond the mesh, and its number in it.
+std::pair<std::size_t, std::int64_t> role_of(const Program& p, std::int64_t rank) {
+  rank -= p.mesh.ranks();
+  for (std::size_t r = 0; r < p.roles.size(); ++r) {
+    const std::int64_t n = p.mesh.size(p.roles[r].atoms);
+    if (rank < n) return {r, rank};
+    rank -= n;
+  }
+  throw InternalError(fmt::format("rank {} is in no role", rank));
+}
+
+/// `rank` with coordinate `index` along `atoms` (the first the slowest).
+std::int64_t moved(const Mesh& mesh, std::int64_t rank, const AtomList& atoms, std::int64_t index) {
+  std::int64_t r = mesh.group_root(rank, mask_of(atoms));
+  for (std::size_t i = atoms.size(); i-- > 0;) {
+    const AtomId a = atoms[i];
+    r += index % mesh.atoms[a].size * mesh.stride(a);
+    index /= mesh.atoms[a].size;
   }
   return r;
+}
+
+}  // namespace
+
+int Program::stage_of(std::int64_t rank) const {
+  if (rank < mesh.ranks()) return static_cast<int>(mesh.coordinate(rank, pipeline));
+  return pipeline_stages() + static_cast<int>(role_of(*this, rank).first);
+}
+
+std::int64_t Program::place_of(std::int64_t rank) const {
+  if (rank < mesh.ranks()) return rank;
+  const auto [role, index] = role_of(*this, rank);
+  return moved(mesh, 0, roles[role].atoms, index);
+}
+
+std::int64_t Program::rank_on_stage(std::int64_t rank, int stage) const {
+  const std::int64_t place = place_of(rank);
+  if (stage < pipeline_stages()) return moved(mesh, place, pipeline, stage);
+  std::int64_t first = mesh.ranks();
+  const auto role = static_cast<std::size_t>(stage - pipeline_stages());
+  for (std::size_t r = 0; r < role; ++r) first += mesh.size(roles[r].atoms);
+  return first + mesh.coordinate(place, roles[role].atoms);
 }
 
 std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank) const {
@@ -61,7 +102,8 @@ std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank
 
 std::int64_t local_elements(const Program& program, BufferId id, std::int64_t rank) {
   const Buffer& b = program.buffer(id);
-  return local_elements(program.mesh, b.layout, b.shape, b.routed, b.experts, rank);
+  return local_elements(program.mesh, b.layout, b.shape, b.routed, b.experts,
+                        program.place_of(rank));
 }
 
 Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {

@@ -177,9 +177,18 @@ struct ProgramInput {
   std::int64_t values = 0;  ///< > 0: whole numbers below it (token ids, labels); 0: real numbers
 };
 
+/// Ranks outside the mesh: data loaders, servers, brokers. One for every combination of coordinates
+/// along `atoms`; it stands where the mesh's rank with these coordinates and zeros elsewhere stands, and
+/// exchanges messages with that rank of each stage. Roles' ranks follow the mesh's, in order.
+struct Role {
+  std::string name;
+  AtomList atoms;
+};
+
 struct Program {
   Mesh mesh;
   AtomList pipeline;  ///< atoms of the pp axis; empty: one stage
+  std::vector<Role> roles;  ///< role r runs stages[pipeline_stages() + r]
   AtomMask replicas = 0;         ///< independent models along these atoms
   std::vector<ProgramOperator> operators;
   std::vector<ProgramParameter> parameters;
@@ -196,11 +205,20 @@ struct Program {
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
 
-  int stage_count() const { return static_cast<int>(stages.size()); }
-  int stage_of(std::int64_t rank) const {
-    return static_cast<int>(mesh.coordinate(rank, pipeline));
-  }
+  int stage_count() const { return static_cast<int>(stages.size()); }  ///< roles included
+  int pipeline_stages() const { return stage_count() - static_cast<int>(roles.size()); }
+  /// Of mesh and roles.
+  std::int64_t ranks() const;
+  int stage_of(std::int64_t rank) const;
+  /// The mesh's rank whose coordinates say what `rank` holds: itself, but for a role's.
+  std::int64_t place_of(std::int64_t rank) const;
+  /// Whom `rank` exchanges messages with on another stage, a role's included.
   std::int64_t rank_on_stage(std::int64_t rank, int stage) const;
+  /// Does the layout's root leave `rank` anything of this buffer?
+  bool holds(BufferId id, std::int64_t rank) const {
+    const std::int64_t place = place_of(rank);
+    return mesh.group_root(place, buffer(id).layout.root) == place;
+  }
   /// Members of an instruction's group that `rank` belongs to.
   std::vector<std::int64_t> group(const Instruction& i, std::int64_t rank) const;
   const Buffer& buffer(BufferId id) const { return buffers[id.index()]; }

@@ -81,6 +81,10 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
           std::min(options.memory_limit, communication.topology().profile(k).usable_memory);
     }
   }
+  if (static_cast<std::size_t>(program->ranks()) > communication.topology().device_count())
+    return Infeasible{fmt::format("the plan has {} ranks with its loaders, the cluster {} devices; use a "
+                                  "larger one or no loader",
+                                  program->ranks(), communication.topology().device_count())};
   Timeline t = simulate(*program, communication, options);
 
   Prediction r;
@@ -96,6 +100,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   }
   double peak_rate = 0;
   for (const RankClass& c : t.classes) {
+    if (c.stage >= program->pipeline_stages()) continue;  // roles compute nothing of the network
     const auto& device =
         communication.topology().device(DeviceId{static_cast<std::size_t>(c.representative)});
     peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count;

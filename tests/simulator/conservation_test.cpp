@@ -72,7 +72,7 @@ double copies(const Program& p, std::size_t op) {
       continue;
     parts *= p.mesh.size(o.cuts[d].atoms);
   }
-  return static_cast<double>(p.mesh.ranks()) / static_cast<double>(p.stage_count() * parts);
+  return static_cast<double>(p.mesh.ranks()) / static_cast<double>(p.pipeline_stages() * parts);
 }
 
 double executed_work(const Timeline& t) {
@@ -256,11 +256,12 @@ TEST(Conservation, BytesSentAreBytesReceived) {
   for (const Program& p : random_programs(20261127, 60)) {
     // Point to point: per message, micro-batch and pair of ranks.
     std::map<std::array<std::int64_t, 4>, std::int64_t> sent, received;
-    for (std::int64_t r = 0; r < p.mesh.ranks(); ++r) {
+    for (std::int64_t r = 0; r < p.ranks(); ++r) {
       for_each_call(p, p.stage_of(r), [&](const BlockCall& call, const Instruction& i) {
         if (i.kind != Kind::send && i.kind != Kind::receive) return;
         const std::int64_t peer = p.rank_on_stage(r, i.stage);
         const bool sends = i.kind == Kind::send;
+        if (!p.holds(sends ? i.reads[0] : i.writes[0], r)) return;
         auto& to = sends ? sent : received;
         to[{i.index, call.micro_batch, sends ? r : peer, sends ? peer : r}] +=
             local_bytes(p, sends ? i.reads[0] : i.writes[0], r).count;

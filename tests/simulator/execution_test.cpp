@@ -159,6 +159,44 @@ TEST(Execution, OtherArchitectures) {
   }
 }
 
+TEST(Execution, BatchesFromALoadersRole) {
+  Plan p = base_plan();
+  p.loader = true;
+  expect_good(gpt(), p);
+  p.dp = 2;
+  p.tp = 2;
+  p.global_batch = 4;
+  expect_good(llama(), p);
+  p.cp = 2;
+  p.pp = 2;
+  p.sequence_parallel = true;
+  expect_good(llama(), p);
+  p.zero = 3;
+  set_recompute(p, "full", "");
+  expect_good(gpt(), p);
+  Plan q = base_plan();
+  q.loader = true;
+  q.strategy = "replicas";
+  q.dp = 3;
+  expect_good(gpt(), q);
+  q.strategy = "dataparallel";
+  expect_good(gpt(), q);
+  q.strategy = "spatial";
+  q.dp = 2;
+  q.tp = 2;
+  expect_good(cnn(true), q);
+  // One loader for each data-parallel rank, after the mesh's ranks; it feeds the first and the last
+  // stage's first rank.
+  const Program program = lowered(gpt(), p);
+  ASSERT_EQ(program.roles.size(), 1u);
+  EXPECT_EQ(program.mesh.ranks(), 16);
+  EXPECT_EQ(program.ranks(), 18);
+  EXPECT_EQ(program.stage_of(17), 2);
+  EXPECT_EQ(program.place_of(17), 4) << "dp 1, all else 0";
+  EXPECT_EQ(program.rank_on_stage(17, 1), 12) << "pp 1, dp 1";
+  EXPECT_EQ(program.rank_on_stage(7, 2), 17);
+}
+
 TEST(Execution, FurtherTokensAndSinks) {
   TransformerConfig further = small_config();
   further.mtp_layers = 2;

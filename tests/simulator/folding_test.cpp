@@ -67,7 +67,7 @@ void expect_folds(const Program& p, const Topology& topology) {
   const auto few = moments(folded), all = moments(unfolded);
   std::int64_t ranks = 0;
   for (const RankClass& c : folded.classes) ranks += c.count;
-  EXPECT_EQ(ranks, p.mesh.ranks());
+  EXPECT_EQ(ranks, p.ranks());
   for (std::size_t r = 0; r < all.size(); ++r) {
     const auto c = static_cast<std::size_t>(classes.of_rank[r]);
     EXPECT_EQ(few[c], all[r]) << "rank " << r << " of class " << c;

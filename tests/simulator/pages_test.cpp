@@ -1,6 +1,8 @@
 // The worked examples of docs/plan.md, docs/reference.md and docs/simulation.md.
 #include <gtest/gtest.h>
 
+#include <map>
+
 #include <cmath>
 #include <fstream>
 #include <limits>
@@ -106,6 +108,31 @@ TEST(PlanPage, IllegalPlansNameOperatorAndChoices) {
   ASSERT_FALSE(static_cast<bool>(program));
   EXPECT_EQ(program.reason(),
             "tensor parallel 3 does not divide 4 heads of layers.0.attention.query; use 1, 2 or 4");
+}
+
+TEST(PlanPage, TheRolesExample) {
+  Plan plan = base_plan();
+  plan.tp = plan.pp = plan.dp = 2;
+  plan.loader = true;
+  const Program p = lowered(gpt(), plan);
+  EXPECT_EQ(p.ranks(), 10);
+  EXPECT_EQ(p.place_of(9), 2);
+  EXPECT_EQ(p.rank_on_stage(9, 1), 6);
+  // Tokens and positions to the first stage, labels to the last, each to one rank, who broadcasts.
+  std::map<int, int> sends;
+  for (const BlockCall& call : p.stages[2]) {
+    for (const Instruction& i : p.blocks[call.block.index()].instructions) {
+      if (i.kind == Kind::send) ++sends[i.stage];
+    }
+  }
+  EXPECT_EQ(sends, (std::map<int, int>{{0, 1}, {1, 1}}));
+  for (const BlockCall& call : p.stages[0]) {
+    for (const Instruction& i : p.blocks[call.block.index()].instructions) {
+      if (i.kind != Kind::receive || i.stage != 2) continue;
+      EXPECT_TRUE(p.holds(i.writes[0], 2));
+      EXPECT_FALSE(p.holds(i.writes[0], 3));
+    }
+  }
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ TEST(Predict, NoPlanExecutesFasterThanItsDeviceSustains) {
   const DeviceProfile h100 = load_device("h100-sxm");
   for (int k = 0; k < 60; ++k) {
     const Graph g = random_transformer(rng);
-    Communication communication(load_topology("dgx-h100:12"));
+    Communication communication(load_topology("dgx-h100:13"));
     const auto r = predict(g, random_plan(rng), communication);
     if (!r) continue;
     EXPECT_LE(r->hfu, h100.matrix_efficiency);
@@ -164,7 +164,7 @@ TEST(Search, TensorParallelismReachesAcrossNodesOfOneNvlinkDomain) {
 TEST(Search, ALargerMicroBatchNeverNeedsLess) {
   // Why the search stops at the first micro-batch that does not fit.
   std::mt19937 rng(3);
-  Communication communication(load_topology("dgx-h100:12"));
+  Communication communication(load_topology("dgx-h100:13"));
   int compared = 0;
   for (int k = 0; k < 200; ++k) {
     const Graph g = random_transformer(rng);
