@@ -104,6 +104,7 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
     // Two micro-batches: gradients that add up are kernels of their own kind.
     r.plan.global_batch = 2 * micro_batch * ranks;
     if (sgd) r.plan.optimizer.kind = OptimizerKind::sgd;
+    if (!sgd) r.plan.optimizer.clip = 1;
     all.push_back(std::move(r));
   };
   // Shapes around and between those of the suite, and none of its own.

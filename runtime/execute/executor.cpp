@@ -768,6 +768,25 @@ class Executor {
       optimizer(i);
       return;
     }
+    if (i.kernel == Kernel::square_sum) {
+      double sum = 0;
+      for (const BufferId id : i.reads) {
+        const float* v = values(id);
+        for (std::int64_t k = 0; k < box(id).elements(); ++k)
+          sum += static_cast<double>(v[k]) * static_cast<double>(v[k]);
+      }
+      values(i.writes[0])[0] = static_cast<float>(sum);
+      return;
+    }
+    if (i.kernel == Kernel::clip) {
+      const auto factor = static_cast<float>(
+          reference::clip_factor(p_.optimizer, static_cast<double>(values(i.reads[0])[0])));
+      for (const BufferId id : i.writes) {
+        float* v = values(id);
+        for (std::int64_t k = 0; k < box(id).elements(); ++k) v[k] *= factor;
+      }
+      return;
+    }
     if (!kernel) return;
     kernel->set_step(step_, static_cast<std::int64_t>(micro_batch_) * p_.samples);
     Arguments a;
@@ -857,6 +876,8 @@ class Executor {
       case Kernel::zero:
       case Kernel::add:
       case Kernel::optimizer:
+      case Kernel::square_sum:
+      case Kernel::clip:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {

@@ -92,9 +92,19 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
       const SerialResult serial = serial_step(graph, parameters, inputs, program.micro_batches,
                                               program.samples, options.seed, step, batch_norm_groups);
       result.losses[static_cast<std::size_t>(step)][r] = serial.loss;
+      double factor = 1;
+      if (program.optimizer.clip > 0) {
+        double squares = 0;
+        for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
+          if (!graph.parameters[q].trainable) continue;
+          for (const double v : serial.parameter_gradients[q].values) squares += v * v;
+        }
+        factor = clip_factor(program.optimizer, squares);
+      }
       for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
         if (!graph.parameters[q].trainable) continue;
-        const auto& g = serial.parameter_gradients[q].values;
+        auto g = serial.parameter_gradients[q].values;
+        for (double& v : g) v *= factor;
         if (step + 1 == steps) result.gradients[r][q] = g;
         states[q].resize(2, std::vector<double>(g.size(), 0.0));
         optimizer_update(program.optimizer, step, parameters[q].values, g,

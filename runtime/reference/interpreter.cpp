@@ -540,6 +540,24 @@ class Machine {
       optimizer(i, rank);
       return;
     }
+    if (i.kernel == Kernel::square_sum) {
+      Piece sum = zeros({});
+      for (const BufferId id : i.reads) {
+        for (const double v : load(rank, id).values) sum.values[0] += v * v;
+      }
+      round(i.writes[0], sum);
+      store(rank, i.writes[0]) = std::move(sum);
+      return;
+    }
+    if (i.kernel == Kernel::clip) {
+      const double factor = clip_factor(p_.optimizer, load(rank, i.reads[0]).values[0]);
+      for (const BufferId id : i.writes) {
+        Piece& g = store(rank, id);
+        for (double& v : g.values) v *= factor;
+        round(id, g);
+      }
+      return;
+    }
     const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
     if (!is_first(op.root, rank)) return;
     if (i.part >= 0) {
@@ -615,6 +633,8 @@ class Machine {
       case Kernel::zero:
       case Kernel::add:
       case Kernel::optimizer:
+      case Kernel::square_sum:
+      case Kernel::clip:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
@@ -745,6 +765,11 @@ void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector
     parameter[k] -= optimizer.learning_rate * (first[k] / correct1) /
                     (std::sqrt(second[k] / correct2) + optimizer.epsilon);
   }
+}
+
+double clip_factor(const Optimizer& optimizer, double square_sum) {
+  // As torch.nn.utils.clip_grad_norm_.
+  return std::min(1.0, optimizer.clip / (std::sqrt(square_sum) + 1e-6));
 }
 
 RunResult interpret(const Program& program, const RunOptions& options) {

@@ -45,6 +45,9 @@ struct RunResult {
   double copies_differ = 0;
 };
 
+/// What gradients are multiplied by, given the sum of all their squares.
+double clip_factor(const Optimizer& optimizer, double square_sum);
+
 /// Throws InternalError when the program does what verify() forbids or a value is not where its
 /// layout says.
 RunResult interpret(const Program& program, const RunOptions& options);

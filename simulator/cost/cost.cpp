@@ -77,6 +77,8 @@ Pass pass_of(Kernel k) {
     case Kernel::zero:
     case Kernel::add:
     case Kernel::optimizer:
+    case Kernel::square_sum:
+    case Kernel::clip:
       return Pass::forward;
   }
   return Pass::forward;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <set>
 
@@ -1275,6 +1276,7 @@ class Lowering {
       i.writes = {v.reduced};
       step.instructions.push_back(std::move(i));
     }
+    if (plan_.optimizer.clip > 0) clip_gradients(step, stage);
     std::map<AtomMask, Instruction> gathers;
     for (auto& [q, v] : on_stage(stage)) {
       const Parameter& parameter = graph_.parameter(q);
@@ -1324,6 +1326,78 @@ class Lowering {
     p_.blocks.push_back(std::move(start));
     step_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(step));
+  }
+
+  /// Scales gradients down to a norm, which is of all parameters: squares are summed over each rank's
+  /// own, then over the ranks that hold other parts of the same parameters, then over stages.
+  void clip_gradients(Block& step, int stage) {
+    const auto scalar = [&](const std::string& name, AtomMask owed) {
+      Layout l;
+      l.partial = owed;
+      return buffer(name, Category::workspace, Scope::step, {}, l, ElementType::fp32);
+    };
+    std::map<AtomMask, std::vector<BufferId>> by_cut;
+    std::vector<BufferId> all;
+    for (const auto& [q, v] : on_stage(stage)) {
+      if (!graph_.parameter(q).trainable) continue;
+      all.push_back(v.reduced);
+      // A tied parameter's gradient is on all its stages and counts on the first.
+      bool earlier = false;
+      for (int s = 0; s < stage; ++s) earlier |= on_stage(s).count(q) > 0;
+      if (!earlier) by_cut[split_atoms(p_.buffer(v.reduced).layout)].push_back(v.reduced);
+    }
+    std::vector<BufferId> sums;
+    for (auto& [cut, list] : by_cut) {
+      Instruction i;
+      i.kind = Kind::compute;
+      i.kernel = Kernel::square_sum;
+      i.reads = std::move(list);
+      i.writes = {scalar("gradient squares", cut)};
+      sums.push_back(i.writes[0]);
+      step.instructions.push_back(std::move(i));
+      if (cut == 0) continue;
+      Instruction reduce;
+      reduce.kind = Kind::collective;
+      reduce.collective = CollectiveKind::all_reduce;
+      reduce.atoms = cut;
+      reduce.stream = group_stream(cut);
+      reduce.reads = {sums.back()};
+      reduce.writes = {scalar("gradient squares", 0)};
+      sums.back() = reduce.writes[0];
+      step.instructions.push_back(std::move(reduce));
+    }
+    BufferId total = sums.empty() ? BufferId{} : sums[0];
+    if (sums.size() != 1) {
+      Instruction i;
+      i.kind = Kind::compute;
+      i.kernel = sums.empty() ? Kernel::zero : Kernel::add;
+      i.reads = sums;
+      total = scalar("gradient squares", 0);
+      i.writes = {total};
+      step.instructions.push_back(std::move(i));
+    }
+    if (stages_ > 1) {
+      std::vector<int> stages(static_cast<std::size_t>(stages_));
+      std::iota(stages.begin(), stages.end(), 0);
+      Instruction i;
+      i.kind = Kind::collective;
+      i.collective = CollectiveKind::all_reduce;
+      i.tie = tie(stages);
+      i.stream = stream("gradient norm");
+      i.reads = {total};
+      total = scalar("gradient norm", 0);
+      p_.buffers[i.reads[0].index()].name = "gradient norm of a stage";
+      i.writes = {total};
+      step.instructions.push_back(std::move(i));
+    }
+    if (all.empty()) return;
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::clip;
+    i.accumulate = true;
+    i.reads = {total};
+    i.writes = std::move(all);
+    step.instructions.push_back(std::move(i));
   }
 
   int tie(const std::vector<int>& stages) {

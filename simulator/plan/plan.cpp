@@ -291,6 +291,8 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     if (plan.tp * plan.pp * plan.cp * plan.ep != 1) {
       return no("strategy dataparallel knows data parallelism only; use tp, pp, cp and ep 1");
     }
+    if (plan.optimizer.clip > 0)
+      return no("strategy dataparallel does not clip gradients; use clip 0, or another strategy");
     plan.root_state = mask_of(dp);
     plan.root_operators = {"kind:cross_entropy", "kind:mean_squared_error"};
     plan.zero = plan.root_state != 0 ? 3 : 0;
@@ -616,6 +618,11 @@ void apply(Plan& p, const YamlNode& y) {
     if (const auto x = n->find("beta2")) p.optimizer.beta2 = x->as_double();
     if (const auto x = n->find("epsilon")) p.optimizer.epsilon = x->as_double();
     if (const auto x = n->find("weight_decay")) p.optimizer.weight_decay = x->as_double();
+    if (const auto x = n->find("clip")) {
+      p.optimizer.clip = x->as_double();
+      if (!(p.optimizer.clip >= 0))
+        throw InputError(x->place(), fmt::format("{} is no norm to clip to; use a number above 0, or 0 for none", p.optimizer.clip));
+    }
     n->reject_unknown_keys();
   }
   if (const auto n = y.find("shard")) {
@@ -716,6 +723,7 @@ std::string to_yaml(const Plan& p) {
                  "optimizer: {{kind: adam, learning_rate: {}, beta1: {}, beta2: {}, epsilon: {}, "
                  "weight_decay: {}}}\n",
                  o.learning_rate, o.beta1, o.beta2, o.epsilon, o.weight_decay);
+  if (o.clip > 0) s.insert(s.size() - 2, fmt::format(", clip: {}", o.clip));
   if (!p.user_rules.empty()) {
     s += "shard:\n";
     for (const ShardingRule& r : p.user_rules) {

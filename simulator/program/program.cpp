@@ -17,14 +17,16 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 8> names{"forward_statistic",
+  constexpr std::array<std::string_view, 10> names{"forward_statistic",
                                                   "forward",
                                                   "backward_statistic",
                                                   "backward_data",
                                                   "backward_weight",
                                                   "zero",
                                                   "add",
-                                                  "optimizer"};
+                                                  "optimizer",
+                                                  "square_sum",
+                                                  "clip"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CollectiveKind k) {

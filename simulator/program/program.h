@@ -86,6 +86,8 @@ enum class Kernel : std::uint8_t {
   zero,             ///< writes[0] = 0
   add,              ///< writes[0] (+)= sum of reads
   optimizer,        ///< one update of parameter writes[0] from gradient reads[0], state `state`
+  square_sum,       ///< writes[0] = sum of the squares of all reads
+  clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is clipped
 };
 std::string_view name(Kernel k);
 
@@ -163,6 +165,7 @@ struct Optimizer {
   OptimizerKind kind = OptimizerKind::adam;
   double learning_rate = 0.01, momentum = 0.9;                          // sgd
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0;  // adam(w)
+  double clip = 0;  ///< > 0: gradients are scaled down to this norm, of all of them together
 };
 
 struct ProgramParameter {

@@ -159,6 +159,30 @@ TEST(Execution, OtherArchitectures) {
   }
 }
 
+TEST(Execution, ClippedGradients) {
+  for (const double norm : {1e-3, 1e6}) {  // always and never
+    Plan p = base_plan();
+    p.optimizer.clip = norm;
+    expect_good(gpt(), p);
+    p.tp = 2;
+    p.dp = 2;
+    expect_good(llama(), p);
+    p.zero = 1;
+    p.pp = 2;  // gpt's tied embedding counts once
+    p.global_batch = 4;
+    expect_good(gpt(), p);
+    p.zero = 3;
+    p.sequence_parallel = true;
+    expect_good(gpt(), p);
+    Plan q = base_plan();
+    q.optimizer.clip = norm;
+    q.ep = 2;
+    q.dp = 4;
+    q.zero = 2;
+    expect_good(mixtral(), q);
+  }
+}
+
 TEST(Execution, BatchesFromALoadersRole) {
   Plan p = base_plan();
   p.loader = true;

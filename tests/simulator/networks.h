@@ -164,6 +164,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.schedule = static_cast<Schedule>(pick({0, 1, 2, 4}));
   p.schedule_given = p.virtual_stages == 1;
   p.loader = pick({0, 0, 1}) == 1;
+  p.optimizer.clip = pick({0, 0, 1}) == 1 ? 0.125 : 0;
   const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};
   set_recompute(p, sets[rng() % sets.size()], "");
   return p;
