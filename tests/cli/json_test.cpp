@@ -367,6 +367,26 @@ TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
   }
 }
 
+/// A dozen plans over processes: what threads prove for hundreds, MPI carries out alike.
+TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
+  if (transports().size() < 2) GTEST_SKIP() << "this build has no MPI";
+  const std::vector<std::string> plans{
+      "tiny.yaml --dp 2 --zero 1", "tiny.yaml --dp 2 --zero 2 --global-batch 4", "tiny.yaml --dp 3 --zero 3",
+      "tiny.yaml --tp 2 --sequence-parallel", "tiny.yaml --pp 2 --global-batch 4",
+      "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1", "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
+      "tiny.yaml --cp 2 --context-exchange ring", "tiny.yaml --cp 2 --context-exchange all_to_all",
+      "tiny.yaml --dp 2 --tp 2 --loader --recompute full", "tiny.yaml --dp 2 --strategy dataparallel",
+      "tiny-moe.yaml --dp 2 --ep 2", "tiny-moe.yaml --tp 2 --dp 2 --ep 4 --etp 1 --sequence-parallel"};
+  for (const std::string& plan : plans) {
+    const Ran r = run("run ../" + plan + " --steps 2 --transport mpi --json");
+    EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
+    const Json j = Json::parse(r.out, nullptr, false);
+    ASSERT_FALSE(j.is_discarded()) << plan << ": " << r.err;
+    EXPECT_TRUE(j.at("equal_to_serial").get<bool>()) << plan;
+    EXPECT_EQ(j.at("transport"), "mpi");
+  }
+}
+
 TEST(Run, PipelinesTensorsAndShardsRunToo) {
   const std::string small = "--layers 2 --seq 16 --vocabulary 64 --steps 1 --json ";
   for (const std::string& transport : transports()) {
