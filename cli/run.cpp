@@ -179,7 +179,7 @@ void fill_options(const Options& o, Job& job) {
 /// Steps whose loss is shown: few, further and further apart.
 std::vector<std::size_t> shown(std::size_t steps) {
   std::vector<std::size_t> list;
-  for (std::size_t k : {0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000, 100000}) {
+  for (const std::size_t k : std::initializer_list<std::size_t>{0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000}) {
     if (k + 1 < steps) list.push_back(k);
   }
   list.push_back(steps - 1);

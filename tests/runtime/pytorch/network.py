@@ -1,0 +1,192 @@
+"""Runs a network that a test has written down, operator by operator, with PyTorch, and compares loss and
+gradients with ours.  usage: network.py FILE.json   prints the largest relative difference."""
+import json
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+
+torch.set_default_dtype(torch.float64)
+
+
+def activation(kind, x):
+    return {
+        "relu": F.relu,
+        "squared_relu": lambda v: F.relu(v) ** 2,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+        "silu": F.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }[kind](x)
+
+
+def normalize(op, x, params):
+    params = list(params)
+    weight = params.pop(0) if op["scale"] else None
+    bias = params.pop(0) if op["bias"] else None
+    if op["kind"] == "batch":
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=op["epsilon"])
+    if op["kind"] == "local":
+        return F.local_response_norm(x, op["window"], op["alpha"], op["beta"], op["offset"])
+    shape = x.shape
+    if op["group"]:
+        x = x.reshape(*shape[:-1], shape[-1] // op["group"], op["group"])
+    if op["kind"] == "layer":
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, op["epsilon"])
+    else:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op["epsilon"])
+        y = y * weight if weight is not None else y
+    return y.reshape(shape)
+
+
+def rotary(op, x):
+    shape = x.shape
+    d, r = op["head_dim"], op["rotated"]
+    x = x.reshape(shape[0], shape[1], -1, d)
+    position = torch.arange(shape[1], dtype=x.dtype)
+    frequency = op["base"] ** (-torch.arange(0, r, 2, dtype=x.dtype) / r)
+    angle = torch.cat([torch.outer(position, frequency)] * 2, -1)[None, :, None, :]
+    still, turned = x[..., : d - r], x[..., d - r :]
+    half = torch.cat([-turned[..., r // 2 :], turned[..., : r // 2]], -1)
+    return torch.cat([still, turned * angle.cos() + half * angle.sin()], -1).reshape(shape)
+
+
+def attention(op, q, k, v, params):
+    b, s, h, _ = q.shape
+    g, d = op["queries_per_head"], op["qk_dim"]
+    q = q.reshape(b, s, h * g, d).transpose(1, 2)
+    k = k.transpose(1, 2).repeat_interleave(g, 1)
+    v = v.transpose(1, 2).repeat_interleave(g, 1)
+    scores = q @ k.transpose(-1, -2) * (op["scale"] or 1 / math.sqrt(d))
+    i, j = torch.arange(s)[:, None], torch.arange(k.shape[2])[None, :]
+    hidden = torch.zeros(s, k.shape[2], dtype=torch.bool)
+    if op["causal"]:
+        hidden |= j > i
+    if op["window"]:
+        hidden |= j <= i - op["window"]
+    scores = scores.masked_fill(hidden, -math.inf)
+    if op["sinks"]:
+        sinks = params[0].reshape(1, h * g, 1, 1).expand(b, -1, s, 1)
+        p = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+    else:
+        p = torch.softmax(scores, -1)
+    return (p @ v).transpose(1, 2).reshape(b, s, h, g * op["v_dim"])
+
+
+def pad(x, op, value):
+    h, w = op["height"], op["width"]
+    return F.pad(x, (w["before"], w["after"], h["before"], h["after"]), value=value)
+
+
+def convolution(op, x, params):
+    h, w = op["height"], op["width"]
+    return F.conv2d(pad(x, op, 0.0), params[0], params[1] if op["bias"] else None, (h["stride"], w["stride"]), 0,
+                    (h["dilation"], w["dilation"]), op["groups"])
+
+
+def pool(op, x):
+    h, w = op["height"], op["width"]
+    kernel, stride = (h["kernel"], w["kernel"]), (h["stride"], w["stride"])
+    if op["maximum"]:
+        return F.max_pool2d(pad(x, op, -math.inf), kernel, stride, 0, (h["dilation"], w["dilation"]))
+    assert op["count_padding"] or h["before"] + h["after"] + w["before"] + w["after"] == 0
+    return F.avg_pool2d(pad(x, op, 0.0), kernel, stride)
+
+
+def router(op, logits):
+    score = torch.sigmoid(logits) if op["sigmoid"] else torch.softmax(logits, -1)
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(op["top_k"], -1).indices, 1.0)
+    gates = score * chosen
+    if op["normalise"]:
+        gates = gates / gates.sum(-1, keepdim=True)
+    return gates * op["scale"]
+
+
+def run(op, x, params):
+    kind = op["op"]
+    if kind == "linear":
+        w = params[0]
+        n = op["contracted"]
+        out = w.shape[: w.dim() - n]
+        y = x[0].flatten(x[0].dim() - n) @ w.reshape(math.prod(out), -1).T
+        y = y.reshape(*x[0].shape[: x[0].dim() - n], *out)
+        return y + params[1] if op["bias"] else y
+    if kind == "add_bias":
+        return x[0] + params[0]
+    if kind == "embedding":
+        return params[0][x[0].long()]
+    if kind == "position_embedding":
+        return x[0] + params[0][: x[0].shape[1]]
+    if kind == "normalize":
+        return normalize(op, x[0], params)
+    if kind == "activation":
+        return activation(op["kind"], x[0])
+    if kind == "gated_activation":
+        return activation(op["kind"], x[0]) * x[1]
+    if kind == "add":
+        return x[0] + x[1]
+    if kind == "multiply":
+        return x[0] * x[1]
+    if kind == "rotary":
+        return rotary(op, x[0])
+    if kind == "attention":
+        return attention(op, *x, params)
+    if kind == "cross_entropy":
+        return F.cross_entropy(x[0].flatten(0, -2), x[1].long().flatten())
+    if kind == "mean_squared_error":
+        return F.mse_loss(x[0], x[1])
+    if kind == "convolution":
+        return convolution(op, x[0], params)
+    if kind == "pool":
+        return pool(op, x[0])
+    if kind == "global_average_pool":
+        return x[0].mean((2, 3))
+    if kind == "to_sequence":
+        return x[0].flatten(2).transpose(1, 2)
+    if kind == "prepend_token":
+        return torch.cat([params[0].reshape(1, 1, -1).expand(x[0].shape[0], -1, -1), x[0]], 1)
+    if kind == "select_token":
+        return x[0][:, op["index"]]
+    if kind == "concat":
+        return torch.cat(x, -1 if op["last"] else 1)
+    if kind == "append_to_heads":
+        return torch.cat([x[0], x[1][:, :, None, :].expand(-1, -1, x[0].shape[2], -1)], -1)
+    if kind == "router":
+        return router(op, x[0])
+    # Rows of experts are kept for all experts: those that were not chosen meet a gate of zero.
+    if kind == "dispatch":
+        return x[0][:, :, None, :].expand(-1, -1, op["experts"], -1)
+    if kind == "grouped_product":
+        y = torch.einsum("bsei,eoi->bseo", x[0], params[0])
+        return y + params[1] if op["bias"] else y
+    if kind == "combine":
+        return (x[0] * x[1][..., None]).sum(2)
+    raise SystemExit(f"operator {kind} is unknown to this script")
+
+
+def main():
+    network = json.load(open(sys.argv[1]))
+    tensors = {}
+    for t in network["inputs"]:
+        tensors[t["tensor"]] = torch.tensor(t["values"]).reshape(t["shape"])
+    parameters = [torch.tensor(p["values"]).reshape(p["shape"]).requires_grad_(True) for p in network["parameters"]]
+    for op in network["operators"]:
+        y = run(op, [tensors[i] for i in op["inputs"]], [parameters[q] for q in op["parameters"]])
+        tensors[op["output"]] = y
+    loss = tensors[network["loss_tensor"]]
+    loss.backward()
+    worst, where = abs(loss.item() - network["loss"]) / max(1.0, abs(network["loss"])), "loss"
+    largest = max(float(torch.tensor(p["gradient"]).abs().max()) for p in network["parameters"] if p["gradient"])
+    for p, ours in zip(parameters, network["parameters"]):
+        if not ours["gradient"]:
+            continue
+        mine = torch.tensor(ours["gradient"]).reshape(p.shape)
+        error = float((p.grad - mine).abs().max()) / max(float(mine.abs().max()), 1e-3 * largest)
+        if error > worst:
+            worst, where = error, ours["name"]
+    print(f"{worst:.3e} {where} torch {torch.__version__}")
+
+
+main()
