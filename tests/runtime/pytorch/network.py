@@ -3,8 +3,12 @@ gradients with ours.  usage: network.py FILE.json   prints the largest relative 
 import json
 import math
 import sys
+import tempfile
+import time
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F
 
 torch.set_default_dtype(torch.float64)
@@ -166,8 +170,68 @@ def run(op, x, params):
     raise SystemExit(f"operator {kind} is unknown to this script")
 
 
+class Network(torch.nn.Module):
+    """The network as a module: what DistributedDataParallel wraps."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.weights = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.tensor(p["values"]).reshape(p["shape"])) for p in network["parameters"]
+        )
+
+    def forward(self, *inputs):
+        tensors = {t["tensor"]: x for t, x in zip(self.network["inputs"], inputs)}
+        for op in self.network["operators"]:
+            y = run(op, [tensors[i] for i in op["inputs"]], [self.weights[q] for q in op["parameters"]])
+            tensors[op["output"]] = y
+        return tensors[self.network["loss_tensor"]]
+
+
+def worker(rank, network, world, store):
+    """Three steps of DDP over gloo on this rank's share of each batch; rank 0 compares and reports."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
+    model = torch.nn.parallel.DistributedDataParallel(Network(network), find_unused_parameters=False)
+    optimizer = torch.optim.SGD(model.parameters(), network["learning_rate"], network["momentum"])
+    times, losses = [], []
+    for step in range(len(network["inputs"][0]["steps"])):
+        inputs = []
+        for t in network["inputs"]:
+            x = torch.tensor(t["steps"][step]).reshape(t["shape"])
+            inputs.append(x.chunk(world)[rank])
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = model(*inputs)
+        loss.backward()
+        optimizer.step()
+        torch.distributed.barrier()
+        times.append(time.perf_counter() - start)
+        torch.distributed.all_reduce(loss)
+        losses.append(loss.item() / world)
+    if rank == 0:
+        worst, where = max(abs(a - b) for a, b in zip(losses, network["losses"])), "loss"
+        for p, ours in zip(model.module.weights, network["parameters"]):
+            mine = torch.tensor(ours["after"]).reshape(p.shape)
+            error = float((p.detach() - mine).abs().max()) / max(float(mine.abs().max()), 1e-3)
+            if error > worst:
+                worst, where = error, ours["name"]
+        print(f"{worst:.3e} {where} torch {torch.__version__}, {world} ranks over gloo, "
+              f"median step {1e3 * sorted(times)[len(times) // 2]:.3f} ms")
+    torch.distributed.destroy_process_group()
+
+
+def ddp(network, world):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, (network, world, folder + "/store"), nprocs=world)
+
+
 def main():
     network = json.load(open(sys.argv[1]))
+    if "world" in network:
+        return ddp(network, network["world"])
     tensors = {}
     for t in network["inputs"]:
         tensors[t["tensor"]] = torch.tensor(t["values"]).reshape(t["shape"])
@@ -189,4 +253,5 @@ def main():
     print(f"{worst:.3e} {where} torch {torch.__version__}")
 
 
-main()
+if __name__ == "__main__":
+    main()

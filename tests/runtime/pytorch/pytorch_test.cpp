@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "tests/simulator/networks.h"
@@ -76,6 +77,32 @@ std::vector<std::int64_t> extents(const Shape& shape) {
   return all;
 }
 
+Json operators_of(const Graph& g) {
+  Json list = Json::array();
+  for (const Operator& op : g.operators) {
+    Json o = std::visit(Describe{}, op.operation);
+    o["op"] = kind_name(op.operation);
+    o["inputs"] = Json::array();
+    o["parameters"] = Json::array();
+    for (const TensorId t : op.inputs) o["inputs"].push_back(t.value);
+    for (const ParameterId q : op.parameters) o["parameters"].push_back(q.value);
+    o["output"] = op.outputs[0].value;
+    list.push_back(std::move(o));
+  }
+  return list;
+}
+
+/// What the script says of a network; its first word is a number.
+double ask(const Json& j, std::string& said) {
+  const auto file =
+      std::filesystem::temp_directory_path() / fmt::format("partita-network-{}.json", ::getpid());
+  std::ofstream(file) << j.dump();
+  int code = 0;
+  said = output_of(fmt::format("{} {}/network.py {}", python(), PARTITA_PYTORCH, file.string()), code);
+  std::filesystem::remove(file);
+  return code == 0 ? std::strtod(said.c_str(), nullptr) : INFINITY;
+}
+
 /// Largest relative difference between our loss and gradients and PyTorch's.
 double difference(const Graph& g, std::string& said) {
   Plan plan = base_plan();
@@ -91,22 +118,8 @@ double difference(const Graph& g, std::string& said) {
     j["inputs"].push_back({{"tensor", g.inputs[i].value}, {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))}, {"values", inputs.by_tensor[i].values}});
   for (std::size_t q = 0; q < g.parameters.size(); ++q)
     j["parameters"].push_back({{"name", g.parameters[q].name}, {"shape", extents(g.parameters[q].shape)}, {"values", options.parameters[0][q].values}, {"gradient", ours.gradients[0][q]}});
-  for (const Operator& op : g.operators) {
-    Json o = std::visit(Describe{}, op.operation);
-    o["op"] = kind_name(op.operation);
-    o["inputs"] = Json::array();
-    o["parameters"] = Json::array();
-    for (const TensorId t : op.inputs) o["inputs"].push_back(t.value);
-    for (const ParameterId q : op.parameters) o["parameters"].push_back(q.value);
-    o["output"] = op.outputs[0].value;
-    j["operators"].push_back(std::move(o));
-  }
-  const auto file = std::filesystem::temp_directory_path() / fmt::format("partita-network-{}.json", ::getpid());
-  std::ofstream(file) << j.dump();
-  int code = 0;
-  said = output_of(fmt::format("{} {}/network.py {}", python(), PARTITA_PYTORCH, file.string()), code);
-  std::filesystem::remove(file);
-  return code == 0 ? std::strtod(said.c_str(), nullptr) : INFINITY;
+  j["operators"] = operators_of(g);
+  return ask(j, said);
 }
 
 void expect_same(const std::string& name, const Graph& g) {
@@ -156,6 +169,65 @@ TEST(PyTorch, RandomTransformersHaveTheSameLossAndGradients) {
       continue;
     ++run;
     expect_same(g.name, g);
+  }
+}
+
+/// Three steps of DistributedDataParallel over gloo give the parameters that our data-parallel ranks
+/// have, and its step stands beside ours.
+TEST(PyTorch, DistributedDataParallelTrainsTheSameParameters) {
+  if (!has_torch())
+    GTEST_SKIP() << python() << " has no torch; install python3-torch or set PARTITA_PYTHON";
+  TransformerConfig c = small_config();
+  c.hidden = 32;
+  c.ffn = 64;
+  c.sequence = 16;
+  c.positions = 16;
+  const Graph larger = build_transformer(c);
+  for (const Graph& g : {gpt(), llama(), larger}) {
+    constexpr int kSteps = 3;
+    Plan plan = base_plan();
+    set_precision(plan, "fp32", "");
+    plan.dp = 2;
+    plan.micro_batch = 2;
+    plan.optimizer.learning_rate = 0.1;
+    const Program program = lowered(g, plan);
+    const auto exact = reference::options_for(g, program, kSteps, 11);
+    execute::Options o;
+    o.steps = kSteps;
+    o.seed = 11;
+    o.input = exact.input;
+    o.operator_seed = exact.operator_seed;
+    o.initial = [&](std::size_t, std::size_t q, std::int64_t linear) {
+      return reference::initial_value(g.parameters[q], 11, linear);
+    };
+    const auto ours = execute::run_threads(program, o);
+    std::vector<double> steps = ours[0].measured.step_s;
+    std::sort(steps.begin(), steps.end());
+    Json j;
+    j["world"] = 2;
+    j["learning_rate"] = plan.optimizer.learning_rate;
+    j["momentum"] = plan.optimizer.momentum;
+    j["loss_tensor"] = g.loss.value;
+    for (const auto& l : ours[0].values.losses) j["losses"].push_back(l[0]);
+    for (std::size_t i = 0; i < g.inputs.size(); ++i) {
+      Json in{{"tensor", g.inputs[i].value},
+              {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))}};
+      for (int step = 0; step < kSteps; ++step)
+        in["steps"].push_back(reference::make_inputs(g, program.samples, 11, step).by_tensor[i].values);
+      j["inputs"].push_back(std::move(in));
+    }
+    for (std::size_t q = 0; q < g.parameters.size(); ++q)
+      j["parameters"].push_back({{"name", g.parameters[q].name},
+                                 {"shape", extents(g.parameters[q].shape)},
+                                 {"values", exact.parameters[0][q].values},
+                                 {"after", ours[0].values.parameters[0][q]}});
+    j["operators"] = operators_of(g);
+    std::string said;
+    const double d = ask(j, said);
+    // Both in fp32: within the measured effect of rounding, on either side.
+    const auto serial = reference::train_serially(g, program, exact, 1);
+    EXPECT_LT(d, 2 * reference::tolerance_of_rounding(g, program, serial, exact)) << said;
+    std::printf("%s: ours %.3f ms; %s", g.name.c_str(), 1e3 * steps[1], said.c_str());
   }
 }
 
