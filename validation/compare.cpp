@@ -60,6 +60,7 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kernel::zero:
     case Kernel::add:
     case Kernel::optimizer:
+    case Kernel::scale:
     case Kernel::square_sum:
     case Kernel::clip:
       break;

@@ -389,10 +389,11 @@ class Executor {
       for (std::size_t k = 0; k < block.instructions.size(); ++k, ++index) {
         const Instruction& i = block.instructions[k];
         if (o_.before) o_.before(rank_, step_, index);
+        const bool rests = (step_ + 1) % i.every != 0;
         const bool timed = o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate &&
                            i.kind != Kind::free;
         const auto start = timed ? Clock::now() : Clock::time_point{};
-        execute(block, call.block, k, i);
+        if (!rests) execute(block, call.block, k, i);
         if (timed) {
           const auto end = Clock::now();
           result_.measured.samples.back().push_back(
@@ -768,6 +769,13 @@ class Executor {
       optimizer(i);
       return;
     }
+    if (i.kernel == Kernel::scale) {
+      const float* from = values(i.reads[0]);
+      float* to = values(i.writes[0]);
+      const auto n = static_cast<float>(p_.mesh.size(i.atoms));
+      for (std::int64_t k = 0; k < box(i.writes[0]).elements(); ++k) to[k] = from[k] / n;
+      return;
+    }
     if (i.kernel == Kernel::square_sum) {
       double sum = 0;
       for (const BufferId id : i.reads) {
@@ -876,6 +884,7 @@ class Executor {
       case Kernel::zero:
       case Kernel::add:
       case Kernel::optimizer:
+      case Kernel::scale:
       case Kernel::square_sum:
       case Kernel::clip:
         break;
@@ -902,9 +911,8 @@ class Executor {
     const std::int64_t n =
         p_.buffer(to).routed ? rows_of(to).bytes / 4 : box(to).elements();
     float* sum = values(to);
-    const float *a = values(i.reads[0]), *b = values(i.reads[1]);
-    for (std::int64_t k = 0; k < n; ++k) sum[k] = a[k] + b[k];
-    for (std::size_t r = 2; r < i.reads.size(); ++r) {
+    std::copy_n(values(i.reads[0]), n, sum);
+    for (std::size_t r = 1; r < i.reads.size(); ++r) {
       const float* c = values(i.reads[r]);
       for (std::int64_t k = 0; k < n; ++k) sum[k] += c[k];
     }

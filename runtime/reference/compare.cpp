@@ -81,15 +81,17 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
   result.losses.assign(static_cast<std::size_t>(steps), std::vector<double>(replicas, 0.0));
   result.gradients.resize(replicas);
   result.parameters.resize(replicas);
-  for (std::size_t r = 0; r < replicas; ++r) {
-    std::vector<Piece> parameters = options.parameters[r];
-    std::vector<std::vector<std::vector<double>>> states(graph.parameters.size());
-    result.gradients[r].resize(graph.parameters.size());
-    for (int step = 0; step < steps; ++step) {
+  std::vector<std::vector<Piece>> parameters(options.parameters.begin(),
+                                             options.parameters.begin() + static_cast<std::ptrdiff_t>(replicas));
+  std::vector<std::vector<std::vector<std::vector<double>>>> states(
+      replicas, std::vector<std::vector<std::vector<double>>>(graph.parameters.size()));
+  for (int step = 0; step < steps; ++step) {
+    for (std::size_t r = 0; r < replicas; ++r) {
+      result.gradients[r].resize(graph.parameters.size());
       // Replica r trains on the r-th batch.
       const Inputs inputs =
           make_inputs(graph, static_cast<std::int64_t>(r) * all, all, step, options.input);
-      const SerialResult serial = serial_step(graph, parameters, inputs, program.micro_batches,
+      const SerialResult serial = serial_step(graph, parameters[r], inputs, program.micro_batches,
                                               program.samples, options.seed, step, batch_norm_groups);
       result.losses[static_cast<std::size_t>(step)][r] = serial.loss;
       double factor = 1;
@@ -106,12 +108,22 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
         auto g = serial.parameter_gradients[q].values;
         for (double& v : g) v *= factor;
         if (step + 1 == steps) result.gradients[r][q] = g;
-        states[q].resize(2, std::vector<double>(g.size(), 0.0));
-        optimizer_update(program.optimizer, step, parameters[q].values, g,
-                         {&states[q][0], &states[q][1]});
+        states[r][q].resize(2, std::vector<double>(g.size(), 0.0));
+        optimizer_update(program.optimizer, step, parameters[r][q].values, g,
+                         {&states[r][q][0], &states[r][q][1]});
       }
     }
-    for (Piece& p : parameters) result.parameters[r].push_back(std::move(p.values));
+    if (program.average_every == 0 || (step + 1) % program.average_every != 0) continue;
+    for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
+      for (std::size_t k = 0; k < parameters[0][q].values.size(); ++k) {
+        double mean = 0;
+        for (const auto& p : parameters) mean += p[q].values[k] / static_cast<double>(replicas);
+        for (auto& p : parameters) p[q].values[k] = mean;
+      }
+    }
+  }
+  for (std::size_t r = 0; r < replicas; ++r) {
+    for (Piece& p : parameters[r]) result.parameters[r].push_back(std::move(p.values));
   }
   return result;
 }

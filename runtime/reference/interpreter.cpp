@@ -260,6 +260,7 @@ class Machine {
 
   /// False: must wait for another stage.
   bool execute(const Instruction& i, int stage, const std::vector<std::int64_t>& ranks) {
+    if ((step_ + 1) % i.every != 0) return true;
     switch (i.kind) {
       case Kind::allocate:
         return true;
@@ -540,6 +541,14 @@ class Machine {
       optimizer(i, rank);
       return;
     }
+    if (i.kernel == Kernel::scale) {
+      if (!holds(i.writes[0], rank)) return;
+      Piece share = load(rank, i.reads[0]);
+      for (double& v : share.values) v /= static_cast<double>(p_.mesh.size(i.atoms));
+      round(i.writes[0], share);
+      store(rank, i.writes[0]) = std::move(share);
+      return;
+    }
     if (i.kernel == Kernel::square_sum) {
       Piece sum = zeros({});
       for (const BufferId id : i.reads) {
@@ -633,6 +642,7 @@ class Machine {
       case Kernel::zero:
       case Kernel::add:
       case Kernel::optimizer:
+      case Kernel::scale:
       case Kernel::square_sum:
       case Kernel::clip:
         break;

@@ -77,6 +77,7 @@ Pass pass_of(Kernel k) {
     case Kernel::zero:
     case Kernel::add:
     case Kernel::optimizer:
+    case Kernel::scale:
     case Kernel::square_sum:
     case Kernel::clip:
       return Pass::forward;

@@ -525,6 +525,8 @@ class Engine {
           case Kind::free:
             break;
         }
+        // What runs in some steps only: its share of each.
+        s.ticks = ceil_div(s.ticks, i.every);
         s.first_wait = static_cast<std::int32_t>(out.slots.size());
         const auto slot = [&](BufferId id) {
           const std::int32_t x = slot_of_[id.index()];

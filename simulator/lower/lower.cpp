@@ -88,6 +88,7 @@ class Lowering {
     p_.samples = plan_.strategy == "replicas" ? plan_.micro_batch : plan_.micro_batch * plan_.dp;
     p_.optimizer = plan_.optimizer;
     p_.loss_tensor = graph_.loss.value;
+    p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};
@@ -1322,10 +1323,54 @@ class Lowering {
       }
     }
     for (auto& [atoms, g] : gathers) step.instructions.push_back(std::move(g));
+    if (plan_.average_every > 0 && plan_.replicas != 0) average_parameters(step, stage);
     start_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(start));
     step_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(step));
+  }
+
+  /// Local SGD: every so many steps each replica's share, its parameters over their number, is summed over
+  /// the replicas and replaces the parameters. Momentum stays each replica's own.
+  void average_parameters(Block& step, int stage) {
+    const AtomMask atoms = plan_.replicas;
+    const auto every = static_cast<std::int32_t>(plan_.average_every);
+    for (const auto& [q, v] : on_stage(stage)) {
+      const Parameter& parameter = graph_.parameter(q);
+      if (!parameter.trainable) continue;
+      Layout owed = p_.buffers[v.value.index()].layout;
+      owed.partial = atoms;
+      Layout whole = owed;
+      whole.partial = 0;
+      const auto working = [&](const char* suffix, const Layout& l) {
+        return buffer(parameter.name + suffix, Category::workspace, Scope::step, parameter.shape, l,
+                      plan_.precision.parameters);
+      };
+      Instruction share;
+      share.kind = Kind::compute;
+      share.kernel = Kernel::scale;
+      share.atoms = atoms;
+      share.every = every;
+      share.reads = {v.value};
+      share.writes = {working(".share", owed)};
+      Instruction sum;
+      sum.kind = Kind::collective;
+      sum.collective = CollectiveKind::all_reduce;
+      sum.atoms = atoms;
+      sum.every = every;
+      sum.stream = group_stream(atoms);
+      sum.reads = share.writes;
+      sum.writes = {working(".average", whole)};
+      Instruction copy;
+      copy.kind = Kind::compute;
+      copy.kernel = Kernel::add;
+      copy.every = every;
+      copy.reads = sum.writes;
+      copy.writes = {v.value};
+      step.instructions.push_back(std::move(share));
+      step.instructions.push_back(std::move(sum));
+      step.instructions.push_back(std::move(copy));
+    }
   }
 
   /// Scales gradients down to a norm, which is of all parameters: squares are summed over each rank's

@@ -278,6 +278,8 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   plan.pipeline = axes["pp"];
   if (plan.mesh.atoms.size() > 16) return no("the mesh has more than 16 atoms");
 
+  if (plan.average_every > 0 && plan.strategy != "replicas")
+    return no("average_every is for strategy replicas; others keep their replicas alike in every step");
   if (plan.strategy == "replicas") {
     plan.replicas = mask_of(dp);
     plan.zero_atoms.clear();
@@ -576,6 +578,7 @@ void apply(Plan& p, const YamlNode& y) {
   integer("micro_batch", p.micro_batch);
   integer("global_batch", p.global_batch, 0);
   integer("zero_group", p.zero_group, 0);
+  integer("average_every", p.average_every, 0);
   if (const auto n = y.find("zero")) p.zero = static_cast<int>(n->as_int(0, 3));
   if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
@@ -697,6 +700,7 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute,
       precision_text(p));
   if (p.loader) s += "loader: true\n";
+  if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);

@@ -193,7 +193,8 @@ std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to
 
 }  // namespace
 
-std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const Program& p) {
+std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const Program& p,
+                                                                        std::int64_t step_number) {
   std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> bytes;
   std::vector<std::int64_t> calls(p.blocks.size(), 0);
   for (const auto& stage : p.stages) {
@@ -208,6 +209,7 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const
     for (const Instruction& i : p.blocks[block].instructions) {
       const bool sends = i.kind == Kind::send;
       if (!sends && i.kind != Kind::collective) continue;
+      if ((step_number + 1) % i.every != 0) continue;
       if (p.buffer(i.reads[0]).routed) continue;
       for (std::int64_t rank = 0; rank < p.ranks(); ++rank) {
         if (p.stage_of(rank) != p.blocks[block].stage) continue;

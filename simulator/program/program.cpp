@@ -17,7 +17,7 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 10> names{"forward_statistic",
+  constexpr std::array<std::string_view, 11> names{"forward_statistic",
                                                   "forward",
                                                   "backward_statistic",
                                                   "backward_data",
@@ -25,6 +25,7 @@ std::string_view name(Kernel k) {
                                                   "zero",
                                                   "add",
                                                   "optimizer",
+                                                  "scale",
                                                   "square_sum",
                                                   "clip"};
   return names[static_cast<std::size_t>(k)];

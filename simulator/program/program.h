@@ -86,6 +86,7 @@ enum class Kernel : std::uint8_t {
   zero,             ///< writes[0] = 0
   add,              ///< writes[0] (+)= sum of reads
   optimizer,        ///< one update of parameter writes[0] from gradient reads[0], state `state`
+  scale,            ///< writes[0] = reads[0] / number of ranks along `atoms`
   square_sum,       ///< writes[0] = sum of the squares of all reads
   clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is clipped
 };
@@ -125,6 +126,7 @@ struct Instruction {
   /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
   /// need, a send at the end of its block).
   bool after_compute = false;
+  std::int32_t every = 1;  ///< runs in every so many-th step only
   // collective
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
@@ -193,6 +195,7 @@ struct Program {
   AtomList pipeline;  ///< atoms of the pp axis; empty: one stage
   std::vector<Role> roles;  ///< role r runs stages[pipeline_stages() + r]
   AtomMask replicas = 0;         ///< independent models along these atoms
+  int average_every = 0;         ///< > 0: the replicas' parameters are averaged every so many steps
   std::vector<ProgramOperator> operators;
   std::vector<ProgramParameter> parameters;
   std::vector<ProgramInput> inputs;

@@ -159,6 +159,25 @@ TEST(Execution, OtherArchitectures) {
   }
 }
 
+TEST(Execution, PeriodicAveraging) {
+  // Two steps: averaged after each, after the second, never.
+  for (const int every : {1, 2, 3}) {
+    Plan p = base_plan();
+    p.strategy = "replicas";
+    p.average_every = every;
+    p.dp = 3;
+    expect_good(gpt(), p);
+    p.pp = 2;
+    p.global_batch = 6;
+    p.optimizer.momentum = 0.5;
+    expect_good(llama(), p);
+  }
+  Plan p = base_plan();
+  p.average_every = 2;
+  p.dp = 2;
+  EXPECT_THAT(expect_equals_reference(gpt(), p).reason, ::testing::HasSubstr("is for strategy replicas"));
+}
+
 TEST(Execution, ClippedGradients) {
   for (const double norm : {1e-3, 1e6}) {  // always and never
     Plan p = base_plan();

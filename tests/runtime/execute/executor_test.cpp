@@ -57,7 +57,7 @@ void expect_trains(const Graph& graph, const Program& program, int groups,
         if (bytes > 0) counted[{r.rank, to}] += bytes;
       }
     }
-    EXPECT_EQ(counted, step_traffic(program));
+    EXPECT_EQ(counted, step_traffic(program, kSteps - 1));
   }
   const auto exact = reference::options_for(graph, program, kSteps, kSeed);
   const auto serial = reference::train_serially(graph, program, exact, groups);
@@ -92,6 +92,8 @@ TEST(Executor, DataParallel) {
   p.strategy = "dataparallel";
   EXPECT_TRUE(expect_good(gpt(), p));
   p.strategy = "replicas";
+  EXPECT_TRUE(expect_good(gpt(), p));
+  p.average_every = 2;  // of three steps
   EXPECT_TRUE(expect_good(gpt(), p));
 }
 
