@@ -33,14 +33,14 @@ int bits(ElementType type);
 /// 0.
 Bytes storage(ElementType type, std::int64_t elements);
 
-/// Distance from 1 to the next number of the format, 2^-23 for fp32: twice the largest relative error
-/// of rounding to nearest.
+/// Distance from 1 to the next number of the format, 2^-23 for fp32: twice the largest relative
+/// error of rounding to nearest.
 double spacing(ElementType type);
 
 /// Rounds values to the format, ties to even. fp32, tf32, bf16, fp16: as they are, overflow to
-/// infinity. fp8 (E4M3) and int8: scaled so that the largest of the `count` values fits. mxfp8: E4M3
-/// with a power-of-two scale per 32 values (OCP Microscaling v1.0, section 6.3); nvfp4: E2M1 with an
-/// E4M3 scale per 16 values and one fp32 scale for all.
+/// infinity. fp8 (E4M3) and int8: scaled so that the largest of the `count` values fits. mxfp8:
+/// E4M3 with a power-of-two scale per 32 values (OCP Microscaling v1.0, section 6.3); nvfp4: E2M1
+/// with an E4M3 scale per 16 values and one fp32 scale for all.
 void round_values(ElementType type, double* values, std::size_t count);
 
 }  // namespace partita

@@ -179,9 +179,10 @@ void add_plan(CLI::App& app, int& code) {
     restrict_space(space, o->flags, given);
     SearchResult r = search(g, t, ranks, base, space, static_cast<std::size_t>(o->top));
     if (r.space == 0) {
-      throw InputError("plan", fmt::format("no plan of {} devices and a global batch of {} has the sizes "
-                                           "given; leave one of them open",
-                                           ranks, base.global_batch));
+      throw InputError("plan",
+                       fmt::format("no plan of {} devices and a global batch of {} has the sizes "
+                                   "given; leave one of them open",
+                                   ranks, base.global_batch));
     }
     if (r.plans.empty() && !r.smallest) r.smallest = smallest(g, t, ranks, base, space);
     if (!r.plans.empty() && !o->trace.empty()) {

@@ -29,8 +29,11 @@ std::vector<std::string> command_line() {
 /// One line for what mpirun says in twenty.
 std::string cause(const std::string& text) {
   std::smatch m;
-  if (std::regex_search(text, m, std::regex(R"(process rank (\d+) with PID \d+ on node \S+ exited on signal (\d+))")))
-    return fmt::format("rank {} was ended by signal {}; the others were stopped", m[1].str(), m[2].str());
+  if (std::regex_search(
+          text, m,
+          std::regex(R"(process rank (\d+) with PID \d+ on node \S+ exited on signal (\d+))")))
+    return fmt::format("rank {} was ended by signal {}; the others were stopped", m[1].str(),
+                       m[2].str());
   if (std::regex_search(text, m, std::regex(R"(not enough slots available)")))
     return "mpirun has too few slots for the ranks; use fewer or a larger machine file";
   const auto end = text.find('\n');
@@ -45,7 +48,8 @@ int launch_mpi(int ranks) {
   if (::pipe(pipe_ends.data()) != 0) throw InternalError("no pipe");
   std::array<char, 4096> self{};
   const ssize_t length = ::readlink("/proc/self/exe", self.data(), self.size() - 1);
-  const std::string program = length > 0 ? std::string(self.data(), static_cast<std::size_t>(length)) : mine[0];
+  const std::string program =
+      length > 0 ? std::string(self.data(), static_cast<std::size_t>(length)) : mine[0];
   const ::pid_t child = ::fork();
   if (child < 0) throw InternalError("cannot fork");
   if (child == 0) {
@@ -77,8 +81,9 @@ int launch_mpi(int ranks) {
   ::waitpid(child, &status, 0);
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   if (code == 127) {
-    throw InputError("--transport", "mpi needs mpirun, which is not on the PATH; install openmpi-bin or "
-                                    "use --transport threads");
+    throw InputError("--transport",
+                     "mpi needs mpirun, which is not on the PATH; install openmpi-bin or "
+                     "use --transport threads");
   }
   if (code == 0) return 0;
   // Our own ranks have said it in one line; else mpirun's essay is cut down to its point.

@@ -34,8 +34,7 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_flag("--loader", loader,
                "batches come from ranks of their own, one for each data-parallel rank");
   app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved or zb-h1");
-  app.add_option("--recompute", recompute,
-                 "none, selective, full, first:N, or operator patterns");
+  app.add_option("--recompute", recompute, "none, selective, full, first:N, or operator patterns");
   app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
   app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
   app.add_option("--context-exchange", context_exchange, "all_gather, all_to_all or ring");
@@ -235,9 +234,10 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
   if (p.loader && ranks % others != 0) {
     throw InputError(
         "--loader",
-        fmt::format("tp {} x pp {} x cp {} ranks and their loader are {}, which does not divide the {} "
-                    "devices of {}; choose other sizes or another number of devices",
-                    p.tp, p.pp, p.cp, others, ranks, where));
+        fmt::format(
+            "tp {} x pp {} x cp {} ranks and their loader are {}, which does not divide the {} "
+            "devices of {}; choose other sizes or another number of devices",
+            p.tp, p.pp, p.cp, others, ranks, where));
   }
   if (ranks % others != 0) {
     throw InputError(

@@ -19,7 +19,7 @@
 #include "simulator/lower/lower.h"
 #include "validation/compare.h"
 #ifdef PARTITA_MPI
-#include "runtime/transport/mpi.h"
+#  include "runtime/transport/mpi.h"
 #endif
 
 namespace partita::cli {
@@ -50,15 +50,17 @@ bool launched() {
 /// threads or mpi, and why where the user did not say.
 std::string transport_of(const Options& o, std::int64_t ranks, [[maybe_unused]] std::string& why) {
   if (!o.transport.empty() && o.transport != "threads" && o.transport != "mpi")
-    throw InputError("--transport", fmt::format("'{}' is unknown; use threads or mpi", o.transport));
+    throw InputError("--transport",
+                     fmt::format("'{}' is unknown; use threads or mpi", o.transport));
 #ifdef PARTITA_MPI
   if (!o.transport.empty()) return o.transport;
   if (launched()) return "mpi";
   return ranks > 1 ? "mpi" : "threads";
 #else
   if (o.transport == "mpi")
-    throw InputError("--transport", "this build has no MPI; install libopenmpi-dev and build again, "
-                                    "or use threads");
+    throw InputError("--transport",
+                     "this build has no MPI; install libopenmpi-dev and build again, "
+                     "or use threads");
   if (ranks > 1) why = "this build has no MPI: ranks are threads";
   return "threads";
 #endif
@@ -83,7 +85,8 @@ Job job_of(const Options& o) {
     throw InputError("--warm-up", fmt::format("{} is not in 0 to 1,000,000", o.warm_up));
   if (o.seed < 0) throw InputError("--seed", fmt::format("{} is negative; at least 0", o.seed));
   if (!(o.timeout_s > 0 && o.timeout_s <= 1e6))
-    throw InputError("--timeout", fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
+    throw InputError("--timeout",
+                     fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
   if (o.backend != "cpu")
     throw InputError("--backend", fmt::format("'{}' is unknown; there is cpu", o.backend));
   Job job;
@@ -106,8 +109,9 @@ Job job_of(const Options& o) {
     plan.dp = 1;
   }
   if (std::max({plan.tp, plan.pp, plan.cp, plan.dp}) > kMostRanks || plan.ranks() > kMostRanks)
-    throw InputError("--ranks", fmt::format("a run has at most {} ranks on one host; use smaller sizes",
-                                            kMostRanks));
+    throw InputError(
+        "--ranks",
+        fmt::format("a run has at most {} ranks on one host; use smaller sizes", kMostRanks));
   job.graph = load_graph(o.model, o.flags, plan);
   const bool digits = job.graph.name == "mnist-linear";
   if (plan.global_batch == 0 && digits && 128 % plan.dp == 0 && !o.flags.micro_batch &&
@@ -115,9 +119,10 @@ Job job_of(const Options& o) {
     plan.micro_batch = 128 / plan.dp;  // the founding example's batch
   }
   if (!o.data.empty() && !digits)
-    throw InputError("--data", fmt::format("is for mnist-linear; {} trains on generated values: leave it "
-                                           "out",
-                                           job.graph.name));
+    throw InputError("--data",
+                     fmt::format("is for mnist-linear; {} trains on generated values: leave it "
+                                 "out",
+                                 job.graph.name));
   auto complete_plan = complete(job.graph, plan);
   if (!complete_plan) throw InputError("plan", complete_plan.reason());
   job.plan = *complete_plan;
@@ -131,8 +136,9 @@ Job job_of(const Options& o) {
   job.topology =
       load_cluster(o.topology.empty() ? fmt::format("cpu-host:{} gpus", ranks) : o.topology);
   if (static_cast<std::int64_t>(job.topology->device_count()) < ranks)
-    throw InputError("--topology", fmt::format("{} has {} devices for {} ranks; use a larger one",
-                                               job.topology->name(), job.topology->device_count(), ranks));
+    throw InputError("--topology",
+                     fmt::format("{} has {} devices for {} ranks; use a larger one",
+                                 job.topology->name(), job.topology->device_count(), ranks));
   job.groups = job.plan.strategy == "replicas" ? 1 : static_cast<int>(job.plan.dp);
   return job;
 }
@@ -179,7 +185,8 @@ void fill_options(const Options& o, Job& job) {
 /// Steps whose loss is shown: few, further and further apart.
 std::vector<std::size_t> shown(std::size_t steps) {
   std::vector<std::size_t> list;
-  for (const std::size_t k : std::initializer_list<std::size_t>{0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000}) {
+  for (const std::size_t k :
+       std::initializer_list<std::size_t>{0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000}) {
     if (k + 1 < steps) list.push_back(k);
   }
   list.push_back(steps - 1);
@@ -198,8 +205,8 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   if (!o.no_check && work <= kMostSerialWork) {
     reference::RunOptions serial = job.serial;
     for (std::int64_t r = 0; r < job.program.mesh.size(job.program.replicas); ++r)
-      serial.parameters.push_back(
-          reference::initial_parameters(job.graph, job.options.seed + static_cast<std::uint64_t>(r)));
+      serial.parameters.push_back(reference::initial_parameters(
+          job.graph, job.options.seed + static_cast<std::uint64_t>(r)));
     const auto expected = reference::train_serially(job.graph, job.program, serial, job.groups);
     c = reference::compare(
         job.graph, first.values, expected,
@@ -249,7 +256,8 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     for (int m = 0; m < kCategoryCount; ++m) {
       const auto at = static_cast<std::size_t>(m);
       j["memory_bytes"][std::string(name(static_cast<Category>(m)))] = {
-          {"measured", step.measured_memory[at].count}, {"predicted", step.predicted_memory[at].count}};
+          {"measured", step.measured_memory[at].count},
+          {"predicted", step.predicted_memory[at].count}};
     }
     j["memory_bytes"]["total"] = {{"measured", step.measured_peak.count},
                                   {"predicted", step.predicted_peak.count}};
@@ -271,18 +279,21 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   }
   fmt::print("{}\n", align(rows));
   if (c) {
-    fmt::print("{} to the serial network: losses within {:.1e}, gradients {:.1e}, parameters {:.1e}; rounding "
-               "allows {:.1e}\n\n",
-               c->equal ? "equal" : "NOT EQUAL", c->loss_error, c->gradient_error, c->parameter_error,
-               c->tolerance);
+    fmt::print(
+        "{} to the serial network: losses within {:.1e}, gradients {:.1e}, parameters {:.1e}; "
+        "rounding "
+        "allows {:.1e}\n\n",
+        c->equal ? "equal" : "NOT EQUAL", c->loss_error, c->gradient_error, c->parameter_error,
+        c->tolerance);
   } else {
-    fmt::print("not compared with the serial network: {}\n\n",
-               o.no_check ? "--no-check" : "its steps would take too long; use fewer or smaller ones");
+    fmt::print(
+        "not compared with the serial network: {}\n\n",
+        o.no_check ? "--no-check" : "its steps would take too long; use fewer or smaller ones");
   }
-  fmt::print("step time, measured   {} ({} to {}, noise {:.1f} %)\n", text(step.measured), text(step.low),
-             text(step.high), 100 * step.noise);
-  fmt::print("step time, predicted  {} for {} ({:+.0f} %)\n\n", text(step.predicted), topology.name(),
-             100 * step.error());
+  fmt::print("step time, measured   {} ({} to {}, noise {:.1f} %)\n", text(step.measured),
+             text(step.low), text(step.high), 100 * step.noise);
+  fmt::print("step time, predicted  {} for {} ({:+.0f} %)\n\n", text(step.predicted),
+             topology.name(), 100 * step.error());
   rows = {{"per rank and step", "count", "measured", "predicted"}};
   for (const auto& k : step.kinds)
     rows.push_back({k.kind, fmt::format("{:.4g}", k.count), text(k.measured), text(k.predicted)});
@@ -313,9 +324,10 @@ void run(const Options& o, int& code) {
     }
     const auto mpi = mpi_transport(o.timeout_s);
     if (mpi->size() != ranks)
-      mpi->abort(fmt::format("the launcher started {} ranks and the plan has {}; start as many, or change "
-                             "the plan",
-                             mpi->size(), ranks));
+      mpi->abort(
+          fmt::format("the launcher started {} ranks and the plan has {}; start as many, or change "
+                      "the plan",
+                      mpi->size(), ranks));
     fill_options(o, job);
     execute::RankResult result;
     try {
@@ -338,10 +350,12 @@ void run(const Options& o, int& code) {
 
 void add_run(CLI::App& app, int& code) {
   auto o = std::make_shared<Options>();
-  CLI::App* c = app.add_subcommand("run", "train under a plan on real ranks, beside its prediction");
+  CLI::App* c =
+      app.add_subcommand("run", "train under a plan on real ranks, beside its prediction");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   o->flags.add_to(*c);
-  c->add_option("--ranks", o->ranks, "processes or threads to start (default: what the plan needs)");
+  c->add_option("--ranks", o->ranks,
+                "processes or threads to start (default: what the plan needs)");
   c->add_option("--backend", o->backend, "cpu");
   c->add_option("--transport", o->transport, "threads or mpi (default: mpi for several ranks)");
   c->add_option("--topology", o->topology, "cluster to predict for (default: cpu-host)");

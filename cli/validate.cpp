@@ -66,7 +66,8 @@ Program program_of(const Graph& graph, const Plan& plan, const std::string& name
 execute::Options options_of(const Graph& graph) {
   execute::Options o;
   o.seed = kSeed;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
+  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
+                     std::int64_t index) {
     return reference::input_value(graph, input, kSeed, step, sample, index);
   };
   o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
@@ -122,10 +123,12 @@ std::string provenance(const Options& o) {
     }
   }
   std::replace(model.begin(), model.end(), '\'', ' ');
-  return fmt::format("measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {} cores of {}, Linux {}, ranks as threads, "
-                     "{} rounds of {} steps, medians",
-                     fmt::localtime(std::time(nullptr)), std::thread::hardware_concurrency(), model,
-                     host.release, o.rounds, o.steps);
+  return fmt::format(
+      "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {} cores of {}, Linux {}, ranks as "
+      "threads, "
+      "{} rounds of {} steps, medians",
+      fmt::localtime(std::time(nullptr)), std::thread::hardware_concurrency(), model, host.release,
+      o.rounds, o.steps);
 }
 
 /// One number of ranks on the host and what is run on it.
@@ -151,19 +154,23 @@ std::vector<Level> levels_of(const Options& o) {
 /// Points of the same shape from several rounds: the median, and how far the rounds are apart.
 void join_rounds(Profile& p) {
   const auto join = [](auto& points, auto key) {
-    std::map<decltype(key(points[0])), std::vector<typename std::decay_t<decltype(points)>::value_type>> by;
+    std::map<decltype(key(points[0])),
+             std::vector<typename std::decay_t<decltype(points)>::value_type>>
+        by;
     for (const auto& x : points) by[key(x)].push_back(x);
     points.clear();
     for (auto& [k, list] : by) {
       std::sort(list.begin(), list.end(),
                 [](const auto& a, const auto& b) { return a.time < b.time; });
       auto one = list[list.size() / 2];
-      one.spread = std::max(one.spread, (list.back().time.count - list.front().time.count) / 2 / one.time.count);
+      one.spread = std::max(
+          one.spread, (list.back().time.count - list.front().time.count) / 2 / one.time.count);
       points.push_back(one);
     }
   };
   for (auto& [kernel, points] : p.kernels)
-    join(points, [](const KernelPoint& x) { return std::tuple{x.ranks, x.m, x.n, x.k, x.count, x.bytes}; });
+    join(points,
+         [](const KernelPoint& x) { return std::tuple{x.ranks, x.m, x.n, x.k, x.count, x.bytes}; });
   for (auto& [kind, points] : p.collectives)
     join(points, [](const CollectivePoint& x) { return std::tuple{x.ranks, x.bytes.count}; });
 }
@@ -188,7 +195,9 @@ void write(const std::string& file, const std::string& text) {
   std::ofstream out(file, std::ios::binary);
   out << text;
   if (!out.flush())
-    throw InputError("--out", fmt::format("cannot write {}; check its permissions and whether the disk is full", file));
+    throw InputError(
+        "--out",
+        fmt::format("cannot write {}; check its permissions and whether the disk is full", file));
 }
 
 /// Before the work, not after it.
@@ -196,7 +205,8 @@ void make_folder(const std::string& folder) {
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error)
-    throw InputError("--out", fmt::format("cannot make {}: {}; name another folder", folder, error.message()));
+    throw InputError(
+        "--out", fmt::format("cannot make {}: {}; name another folder", folder, error.message()));
   write(folder + "/device.yaml", "");
 }
 
@@ -219,12 +229,13 @@ std::vector<std::string> outliers(const Profile& p) {
   std::vector<std::pair<double, std::string>> all;
   for (const auto& [kernel, points] : p.kernels) {
     for (const auto& x : points)
-      all.emplace_back(x.spread, fmt::format("{} on {} ranks, {} ± {:.0f} %", kernel, x.ranks, text(x.time), 100 * x.spread));
+      all.emplace_back(x.spread, fmt::format("{} on {} ranks, {} ± {:.0f} %", kernel, x.ranks,
+                                             text(x.time), 100 * x.spread));
   }
   for (const auto& [kind, points] : p.collectives) {
     for (const auto& x : points)
-      all.emplace_back(x.spread, fmt::format("{} of {} on {} ranks, {} ± {:.0f} %", kind, text(x.bytes), x.ranks,
-                                             text(x.time), 100 * x.spread));
+      all.emplace_back(x.spread, fmt::format("{} of {} on {} ranks, {} ± {:.0f} %", kind,
+                                             text(x.bytes), x.ranks, text(x.time), 100 * x.spread));
   }
   std::sort(all.rbegin(), all.rend());
   std::vector<std::string> worst;
@@ -269,7 +280,8 @@ void validate(const Options& o, int& code) {
   auto cases = validation::suite();
   std::vector<Outcome> outcomes;
   for (SuiteCase& c : cases) {
-    if (std::find(o.ranks.begin(), o.ranks.end(), static_cast<int>(c.ranks)) == o.ranks.end()) continue;
+    if (std::find(o.ranks.begin(), o.ranks.end(), static_cast<int>(c.ranks)) == o.ranks.end())
+      continue;
     if (!o.only.empty() && c.name.find(o.only) == std::string::npos) continue;
     outcomes.push_back({&c, program_of(c.graph, c.plan, c.name), {}, {}, {}});
   }
@@ -277,7 +289,9 @@ void validate(const Options& o, int& code) {
     throw InputError("--only", fmt::format("no case of the suite has '{}' in its name", o.only));
   const bool temporary = o.out.empty();
   const std::string folder =
-      temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid())).string() : o.out;
+      temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid()))
+                      .string()
+                : o.out;
   make_folder(folder);
   const auto levels = levels_of(o);
   std::size_t total = outcomes.size();
@@ -302,10 +316,12 @@ void validate(const Options& o, int& code) {
         reference::tolerance_of_rounding(c.suite->graph, c.program, serial, exact));
     if (!c.reference.equal) {
       const auto& r = c.reference;
-      fmt::print(stderr, "{} differs from its reference: loss by {:.1e}, gradient of {} by {:.1e}, {} by {:.1e}; "
-                         "rounding allows {:.1e}\n",
-                 c.suite->name, r.loss_error, r.worst_gradient, r.gradient_error, r.worst_parameter,
-                 r.parameter_error, r.tolerance);
+      fmt::print(
+          stderr,
+          "{} differs from its reference: loss by {:.1e}, gradient of {} by {:.1e}, {} by {:.1e}; "
+          "rounding allows {:.1e}\n",
+          c.suite->name, r.loss_error, r.worst_gradient, r.gradient_error, r.worst_parameter,
+          r.parameter_error, r.tolerance);
     }
   }
   // Calibration and suite take turns, so that a slow minute of the machine meets both.
@@ -361,10 +377,12 @@ void validate(const Options& o, int& code) {
     }
     const double median = validation::median(medians);
     const auto [low, high] = std::minmax_element(medians.begin(), medians.end());
-    const double memory = static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
-                          static_cast<double>(step.measured_peak.count);
+    const double memory =
+        static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
+        static_cast<double>(step.measured_peak.count);
     rows.push_back({c.suite->name, c.suite->ranks, c.reference.equal, median,
-                    std::max(step.noise, (*high - *low) / 2 / median), step.predicted.count, memory});
+                    std::max(step.noise, (*high - *low) / 2 / median), step.predicted.count,
+                    memory});
   }
   struct Group {
     std::string name;
@@ -372,8 +390,7 @@ void validate(const Options& o, int& code) {
     int cases = 0;
   };
   std::vector<Group> groups;
-  for (const auto& [low, high, base, factor] :
-       {std::tuple{1, 2, 0.10, 2.0}, {3, 64, 0.25, 3.0}}) {
+  for (const auto& [low, high, base, factor] : {std::tuple{1, 2, 0.10, 2.0}, {3, 64, 0.25, 3.0}}) {
     Group g;
     g.name = low == 1 ? "1 and 2 ranks" : "more ranks";
     for (const Row& r : rows) {
@@ -404,13 +421,14 @@ void validate(const Options& o, int& code) {
     j["profile"] = p.provenance;
     j["suite"]["cases"] = Json::array();
     for (const Row& r : rows)
-      j["suite"]["cases"].push_back({{"name", r.name},
-                                     {"ranks", r.ranks},
-                                     {"equal_to_reference", o.no_reference ? Json(nullptr) : Json(r.equal)},
-                                     {"predicted_s", r.predicted},
-                                     {"measured_s", r.measured},
-                                     {"noise", r.noise},
-                                     {"memory_error", r.memory_error}});
+      j["suite"]["cases"].push_back(
+          {{"name", r.name},
+           {"ranks", r.ranks},
+           {"equal_to_reference", o.no_reference ? Json(nullptr) : Json(r.equal)},
+           {"predicted_s", r.predicted},
+           {"measured_s", r.measured},
+           {"noise", r.noise},
+           {"memory_error", r.memory_error}});
     j["suite"]["kendall_tau"] = tau;
     j["suite"]["groups"] = Json::array();
     for (const Group& g : groups)
@@ -431,9 +449,13 @@ void validate(const Options& o, int& code) {
   std::vector<std::vector<std::string>> table{
       {"case", "ranks", "reference", "measured", "predicted", "error", "noise", "memory"}};
   for (const Row& r : rows)
-    table.push_back({r.name, std::to_string(r.ranks), o.no_reference ? "-" : r.equal ? "equal" : "DIFFERS",
+    table.push_back({r.name, std::to_string(r.ranks),
+                     o.no_reference ? "-"
+                     : r.equal      ? "equal"
+                                    : "DIFFERS",
                      text(Seconds{r.measured}), text(Seconds{r.predicted}),
-                     fmt::format("{:+.1f} %", 100 * r.error()), fmt::format("{:.1f} %", 100 * r.noise),
+                     fmt::format("{:+.1f} %", 100 * r.error()),
+                     fmt::format("{:.1f} %", 100 * r.noise),
                      fmt::format("{:+.1f} %", 100 * r.memory_error)});
   fmt::print("{}\n", align(table));
   table = {{"kind, all cases", "measured", "predicted", "error"}};
@@ -442,13 +464,16 @@ void validate(const Options& o, int& code) {
             [](const auto& a, const auto& b) { return b.second.measured < a.second.measured; });
   for (const auto& [kind, k] : sorted)
     table.push_back({kind, text(k.measured), text(k.predicted),
-                     fmt::format("{:+.1f} %", 100 * (k.predicted.count - k.measured.count) / std::max(1e-12, k.measured.count))});
+                     fmt::format("{:+.1f} %", 100 * (k.predicted.count - k.measured.count) /
+                                                  std::max(1e-12, k.measured.count))});
   fmt::print("{}\n", align(table));
   for (const Group& g : groups)
-    fmt::print("{}: {} cases, mean error {:.1f} %, bias {:+.1f} %, noise {:.1f} %, bound {:.1f} %{}\n", g.name, g.cases,
-               100 * g.mean_error, 100 * g.bias, 100 * g.noise, 100 * g.bound,
-               g.mean_error > g.bound ? ": MISSED" : "");
-  fmt::print("order of plans: Kendall's tau {:.3f}{}\n", tau, tau < 0.9 ? ": MISSED, 0.9 is asked for" : "");
+    fmt::print(
+        "{}: {} cases, mean error {:.1f} %, bias {:+.1f} %, noise {:.1f} %, bound {:.1f} %{}\n",
+        g.name, g.cases, 100 * g.mean_error, 100 * g.bias, 100 * g.noise, 100 * g.bound,
+        g.mean_error > g.bound ? ": MISSED" : "");
+  fmt::print("order of plans: Kendall's tau {:.3f}{}\n", tau,
+             tau < 0.9 ? ": MISSED, 0.9 is asked for" : "");
   for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
 }
 
@@ -469,7 +494,8 @@ void add_validate(CLI::App& app, int& code) {
   add_common(*c, *o);
   c->callback([o] { calibrate(*o); });
   auto v = std::make_shared<Options>();
-  c = app.add_subcommand("validate", "run a suite of plans on this machine beside their predictions");
+  c = app.add_subcommand("validate",
+                         "run a suite of plans on this machine beside their predictions");
   add_common(*c, *v);
   c->add_option("--only", v->only, "cases with this text in their name");
   c->add_flag("--no-reference", v->no_reference, "do not check the mathematics");

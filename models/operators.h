@@ -268,10 +268,10 @@ struct Operand {
   std::vector<int> dims;
   /// Per tensor dimension: reads a window of the iteration dimension (kernel > 0 entries only).
   std::vector<Window> windows;
-  bool differentiable = true;   ///< token ids, labels: false
-  bool saved_for_data = false;  ///< inputs and outputs: the backward by data reads it
+  bool differentiable = true;     ///< token ids, labels: false
+  bool saved_for_data = false;    ///< inputs and outputs: the backward by data reads it
   bool saved_for_weight = false;  ///< the backward by weight reads it; of parameters too
-  bool routed = false;  ///< rows of (token, expert): see Dispatch
+  bool routed = false;            ///< rows of (token, expert): see Dispatch
 };
 
 enum class Reduction : std::uint8_t { sum, max };

@@ -85,8 +85,8 @@ Topology build_topology(ClusterSpec spec);
 
 ClusterSpec read_cluster_yaml(const std::string& text, const std::string& file,
                               const TopologyEdits& edits = {});
-/// The same cluster as a file that read_cluster_yaml() takes: what a machine's own file said and what
-/// was assumed, open to changes. One group of nodes, without fabric or domain.
+/// The same cluster as a file that read_cluster_yaml() takes: what a machine's own file said and
+/// what was assumed, open to changes. One group of nodes, without fabric or domain.
 std::string to_cluster_yaml(const ClusterSpec& spec);
 ClusterSpec read_nccl_xml(const std::string& text, const std::string& file,
                           const std::string& device);

@@ -351,23 +351,25 @@ std::string to_cluster_yaml(const ClusterSpec& spec) {
     for (const char c : text) s += c == '\'' ? std::string("''") : std::string(1, c);
     return s + "'";
   };
-  std::string s = fmt::format("schema: {}\nname: {}\nsource: {}\nnodes:\n  - count: {}\n    cpu_vendor: {}\n",
-                              kSchema, quoted(spec.name), quoted("imported from " + spec.place),
-                              group.count, group.cpu_vendor.empty() ? "other" : group.cpu_vendor);
+  std::string s =
+      fmt::format("schema: {}\nname: {}\nsource: {}\nnodes:\n  - count: {}\n    cpu_vendor: {}\n",
+                  kSchema, quoted(spec.name), quoted("imported from " + spec.place), group.count,
+                  group.cpu_vendor.empty() ? "other" : group.cpu_vendor);
   s += "    vertices:\n";
   for (const VertexSpec& v : group.vertices) {
     s += fmt::format("      {}: {{kind: {}", quoted(v.name), name(v.kind));
     if (v.kind == VertexKind::device) s += ", device: " + quoted(spec.profiles[v.profile].name);
     // As many digits as a double has: read back, it is the same number.
     if (v.kind == VertexKind::nic)
-      s += fmt::format(", bandwidth: {} B/s, latency: {} s", v.port_bandwidth.count, v.port_latency.count);
+      s += fmt::format(", bandwidth: {} B/s, latency: {} s", v.port_bandwidth.count,
+                       v.port_latency.count);
     s += "}\n";
   }
   s += "    links:\n";
   for (const EdgeSpec& e : group.edges) {
     s += fmt::format("      - {{from: {}, to: {}, kind: {}, bandwidth: {} B/s, latency: {} s}}\n",
-                     quoted(group.vertices[e.a].name), quoted(group.vertices[e.b].name), name(e.kind),
-                     e.bandwidth.count, e.latency.count);
+                     quoted(group.vertices[e.a].name), quoted(group.vertices[e.b].name),
+                     name(e.kind), e.bandwidth.count, e.latency.count);
   }
   return s;
 }

@@ -92,7 +92,8 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
     device.compute_capability =
         static_cast<int>(figure(root, "compute_capability").as_int(10, 10'000));
   if (const auto n = root.find("concurrent_streams")) device.concurrent_streams = n->as_bool();
-  if (const auto n = root.find("host_cores")) device.host_cores = static_cast<int>(n->as_int(1, 1'000'000));
+  if (const auto n = root.find("host_cores"))
+    device.host_cores = static_cast<int>(n->as_int(1, 1'000'000));
   if (root.has("dispatch")) device.dispatch = figure(root, "dispatch").as_seconds();
   if (const auto kernels = root.find("kernels")) {
     for (const auto& [name, list] : kernels->members()) {
@@ -111,7 +112,8 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
         number("spread", p.spread);
         y.reject_unknown_keys();
         if (!(p.time.count > 0) || !((p.m > 0 && p.n > 0 && p.k > 0 && p.count > 0) || p.bytes > 0))
-          throw InputError(y.place(), "a measured kernel has a time above 0 and either m, n and k or bytes");
+          throw InputError(y.place(),
+                           "a measured kernel has a time above 0 and either m, n and k or bytes");
         device.kernels[name].push_back(p);
       }
     }

@@ -32,7 +32,8 @@ struct DeviceProfile {
   Seconds kernel_latency;  ///< Fixed time per kernel.
   int multiprocessors = 0;
   int compute_capability = 0;  ///< 90 for sm90; 0 where the device has none (a CPU).
-  /// False: communication does not run beside compute, all instructions of a rank follow each other.
+  /// False: communication does not run beside compute, all instructions of a rank follow each
+  /// other.
   bool concurrent_streams = true;
   /// > 0: all devices of a node are ranks on this many cores.
   int host_cores = 0;
@@ -45,8 +46,7 @@ struct DeviceProfile {
 };
 
 /// A catalogue name or alias ("h100-sxm"), or the path of a .yaml file. InputError otherwise.
-DeviceProfile load_device(const std::string& name_or_file,
-                          const std::vector<YamlEdit>& edits = {});
+DeviceProfile load_device(const std::string& name_or_file, const std::vector<YamlEdit>& edits = {});
 
 /// From a file's text; `file` is used in messages.
 DeviceProfile parse_device(const std::string& text, const std::string& file);

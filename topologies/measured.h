@@ -1,4 +1,5 @@
-// topologies/measured.h: what calibration measured on a device and between devices; data of profiles.
+// topologies/measured.h: what calibration measured on a device and between devices; data of
+// profiles.
 #pragma once
 
 #include <map>
@@ -9,8 +10,8 @@
 
 namespace partita {
 
-/// One kernel at one local shape. Products have m, n, k (2 m n k FLOP each, `count` of them); others
-/// the bytes that they read and write.
+/// One kernel at one local shape. Products have m, n, k (2 m n k FLOP each, `count` of them);
+/// others the bytes that they read and write.
 struct KernelPoint {
   int ranks = 1;  ///< that ran the same at once on the host
   double m = 0, n = 0, k = 0, count = 1;

@@ -101,8 +101,9 @@ class Topology {
 /// Throws InputError: place, value, remedy.
 Topology load_topology(const std::string& text);
 
-/// What-if changes to the files behind a topology: its own and those of its devices (base/yaml.h says how a
-/// path reads: "memory_bandwidth" of a device, "nodes[*].links[kind=nvlink].bandwidth" of a cluster).
+/// What-if changes to the files behind a topology: its own and those of its devices (base/yaml.h
+/// says how a path reads: "memory_bandwidth" of a device, "nodes[*].links[kind=nvlink].bandwidth"
+/// of a cluster).
 struct TopologyEdits {
   std::vector<YamlEdit> cluster, device;
 };

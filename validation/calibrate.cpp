@@ -44,10 +44,11 @@ TransformerConfig mixture(std::int64_t hidden, std::int64_t sequence, std::int64
   return c;
 }
 
-Graph images(const std::string& name, std::int64_t side, std::int64_t channels, bool synchronised = false) {
+Graph images(const std::string& name, std::int64_t side, std::int64_t channels,
+             bool synchronised = false) {
   GraphBuilder b(name);
-  TensorId x = b.input("image",
-                       {{Dim::sample, 1}, {Dim::feature, 3}, {Dim::height, side}, {Dim::width, side}});
+  TensorId x = b.input(
+      "image", {{Dim::sample, 1}, {Dim::feature, 3}, {Dim::height, side}, {Dim::width, side}});
   const TensorId labels = b.input("labels", {{Dim::sample, 1}});
   int layer = 0;
   const auto block = [&](std::int64_t out, std::int64_t stride) {
@@ -109,9 +110,14 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   };
   // Shapes around and between those of the suite, and none of its own.
   for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
-       {std::tuple{16, 12, 40, 4, 48, 1}, {24, 20, 72, 4, 80, 2}, {40, 24, 112, 4, 120, 3},
-        {56, 40, 152, 4, 200, 1}, {72, 28, 208, 6, 280, 5}, {88, 44, 280, 4, 360, 3},
-        {112, 56, 360, 8, 520, 2}, {144, 36, 480, 6, 700, 6}}) {
+       {std::tuple{16, 12, 40, 4, 48, 1},
+        {24, 20, 72, 4, 80, 2},
+        {40, 24, 112, 4, 120, 3},
+        {56, 40, 152, 4, 200, 1},
+        {72, 28, 208, 6, 280, 5},
+        {88, 44, 280, 4, 360, 3},
+        {112, 56, 360, 8, 520, 2},
+        {144, 36, 480, 6, 700, 6}}) {
     add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, false)), batch);
     add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, true)), batch, true);
   }
@@ -122,11 +128,13 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
        {std::tuple{10, 6, 2}, {14, 12, 1}, {18, 10, 5}, {22, 20, 3}, {28, 14, 6}})
     add(images(fmt::format("images {} x {}", side, channels), side, channels), batch, true);
   if (ranks > 1) {
-    // Statistics that ranks share are kernels of their own: vocabularies and batches cut over ranks.
+    // Statistics that ranks share are kernels of their own: vocabularies and batches cut over
+    // ranks.
     for (const auto& [hidden, sequence, vocabulary, batch] :
          {std::tuple{32, 20, 56 * ranks, 2}, {64, 36, 120 * ranks, 3}, {96, 28, 200 * ranks, 4}}) {
       CalibrationRun r;
-      r.graph = build_transformer(decoder(hidden, sequence, 2 * hidden, ranks % 2 == 0 ? 2 * ranks : ranks, vocabulary, false));
+      r.graph = build_transformer(decoder(hidden, sequence, 2 * hidden,
+                                          ranks % 2 == 0 ? 2 * ranks : ranks, vocabulary, false));
       r.name = fmt::format("{}, vocabulary over {}", r.graph.name, ranks);
       r.plan = single_precision();
       r.plan.tp = ranks;
@@ -135,7 +143,8 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
     }
     for (const auto& [side, channels, batch] : {std::tuple{12, 10, 2}, {18, 14, 3}, {22, 18, 5}}) {
       CalibrationRun r;
-      r.graph = images(fmt::format("images {} x {} synchronised", side, channels), side, channels, true);
+      r.graph =
+          images(fmt::format("images {} x {} synchronised", side, channels), side, channels, true);
       r.name = r.graph.name;
       r.plan = single_precision();
       r.plan.optimizer.kind = OptimizerKind::sgd;
@@ -222,7 +231,8 @@ std::vector<Program> collective_programs(int ranks) {
   const AtomMask r = bit(0);
   DimSplit cut;
   cut.atoms = {0};
-  const auto add = [&](CollectiveKind kind, const Shape& shape, Layout from, Layout to, bool in_place) {
+  const auto add = [&](CollectiveKind kind, const Shape& shape, Layout from, Layout to,
+                       bool in_place) {
     Instruction i;
     i.kind = Kind::collective;
     i.collective = kind;
@@ -258,7 +268,8 @@ std::vector<Program> collective_programs(int ranks) {
     window.dims[0].kind = SplitKind::window;
     window.dims[0].window = {3, 1, 1, 1, 1};
     window.dims[0].outputs = 8 * n;
-    add(CollectiveKind::halo_exchange, {{Dim::height, 8 * n}, {Dim::width, wide}}, block, window, false);
+    add(CollectiveKind::halo_exchange, {{Dim::height, 8 * n}, {Dim::width, wide}}, block, window,
+        false);
   }
   p.stages = {{{BlockId{0}, -1}}};
   all.push_back(std::move(p));
@@ -311,7 +322,8 @@ void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& r
       point.bytes = i.kind == Kind::send ? local_bytes(p, i.reads[0], 0) : payload(p, i, 0);
       std::sort(slowest.begin(), slowest.end());
       point.time = Seconds{std::max(1e-9, slowest[slowest.size() / 2])};
-      point.spread = (slowest[slowest.size() * 3 / 4] - slowest[slowest.size() / 4]) / 2 / point.time.count;
+      point.spread =
+          (slowest[slowest.size() * 3 / 4] - slowest[slowest.size() / 4]) / 2 / point.time.count;
       into[i.kind == Kind::send ? "send" : std::string(name(i.collective))].push_back(point);
     }
   }
@@ -322,7 +334,8 @@ std::string device_yaml(const Profile& p) {
       "schema: partita.device/1\nname: calibrated-cpu\nsource: '{}'\n"
       "# Of what the tables below do not hold: rough rates.\n"
       "memory: 4 GiB\nusable_memory: 3584 MiB\nmemory_bandwidth: 10 GB/s\n"
-      "matrix_rates: {{fp32: 80 GFLOP/s, bf16: 80 GFLOP/s, fp16: 80 GFLOP/s}}\nvector_rate: 20 GFLOP/s\n"
+      "matrix_rates: {{fp32: 80 GFLOP/s, bf16: 80 GFLOP/s, fp16: 80 GFLOP/s}}\nvector_rate: 20 "
+      "GFLOP/s\n"
       "matrix_efficiency: 0.6\nmemory_efficiency: 0.8\nkernel_latency: 1 us\nmultiprocessors: {}\n"
       "concurrent_streams: false\nhost_cores: {}\ndispatch: {:.6g} us\nkernels:\n",
       p.provenance, p.cores, p.cores, p.dispatch.count * 1e6);
@@ -330,9 +343,10 @@ std::string device_yaml(const Profile& p) {
     s += fmt::format("  '{}':\n", kernel);
     for (const KernelPoint& x : points) {
       s += fmt::format("    - {{ranks: {}", x.ranks);
-      if (x.m > 0) s += fmt::format(", m: {:g}, n: {:g}, k: {:g}, count: {:g}", x.m, x.n, x.k, x.count);
-      s += fmt::format(", bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n", static_cast<std::int64_t>(x.bytes),
-                       x.time.count * 1e6, x.spread);
+      if (x.m > 0)
+        s += fmt::format(", m: {:g}, n: {:g}, k: {:g}, count: {:g}", x.m, x.n, x.k, x.count);
+      s += fmt::format(", bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n",
+                       static_cast<std::int64_t>(x.bytes), x.time.count * 1e6, x.spread);
     }
   }
   return s;
@@ -341,17 +355,19 @@ std::string device_yaml(const Profile& p) {
 std::string cluster_yaml(const Profile& p, const std::string& device_file, int devices) {
   std::string s = fmt::format(
       "schema: partita.topology/1\nname: calibrated-host\nsource: '{}'\n"
-      "nodes:\n  - count: 1\n    cpu_vendor: other\n    vertices:\n      'rank[0-{}]': {{kind: device, device: '{}'}}\n"
+      "nodes:\n  - count: 1\n    cpu_vendor: other\n    vertices:\n      'rank[0-{}]': {{kind: "
+      "device, device: '{}'}}\n"
       "      memory: {{kind: cpu}}\n    links:\n"
-      "      - {{from: 'rank[0-{}]', to: memory, kind: other, bandwidth: 10 GB/s, latency: 0.2 us}}\n",
+      "      - {{from: 'rank[0-{}]', to: memory, kind: other, bandwidth: 10 GB/s, latency: 0.2 "
+      "us}}\n",
       p.provenance, devices - 1, device_file, devices - 1);
   if (p.collectives.empty()) return s;
   s += "collectives:\n";
   for (const auto& [kind, points] : p.collectives) {
     s += fmt::format("  {}:\n", kind);
     for (const CollectivePoint& x : points)
-      s += fmt::format("    - {{ranks: {}, bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n", x.ranks,
-                       x.bytes.count, x.time.count * 1e6, x.spread);
+      s += fmt::format("    - {{ranks: {}, bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n",
+                       x.ranks, x.bytes.count, x.time.count * 1e6, x.spread);
   }
   return s;
 }
@@ -366,15 +382,15 @@ std::vector<SuiteCase> suite() {
   TransformerConfig mixtral = mixture(48, 32, 64);
   mixtral.name = "mixtral";
   mixtral.layers = 2;
-  const Graph g = build_transformer(gpt), l = build_transformer(llama), x = build_transformer(mixtral),
-              c = images("cnn", 16, 16), d = build_mnist_linear();
+  const Graph g = build_transformer(gpt), l = build_transformer(llama),
+              x = build_transformer(mixtral), c = images("cnn", 16, 16), d = build_mnist_linear();
   std::vector<SuiteCase> all;
   const auto add = [&](const Graph& graph, const std::string& name, auto change) {
     SuiteCase one;
     one.graph = graph;
     one.plan = single_precision();
-    // Adam divides by its own estimate of the gradient: where that is all rounding, so is the update.
-    // One network has it, the others' parameters are compared as they are.
+    // Adam divides by its own estimate of the gradient: where that is all rounding, so is the
+    // update. One network has it, the others' parameters are compared as they are.
     if (&graph != &g) one.plan.optimizer.kind = OptimizerKind::sgd;
     one.plan.micro_batch = 4;
     change(one.plan);
@@ -400,11 +416,13 @@ std::vector<SuiteCase> suite() {
     add(*any, "dp 2 ZeRO-3", [](Plan& p) { p.dp = 2, p.micro_batch = 2, p.zero = 3; });
     add(*any, "cp 2", [](Plan& p) { p.cp = 2; });
     add(*any, "tp 2 dp 2", [](Plan& p) { p.tp = 2, p.dp = 2, p.micro_batch = 2; });
-    add(*any, "pp 2 dp 2", [](Plan& p) { p.pp = 2, p.dp = 2, p.micro_batch = 1, p.global_batch = 8; });
+    add(*any, "pp 2 dp 2",
+        [](Plan& p) { p.pp = 2, p.dp = 2, p.micro_batch = 1, p.global_batch = 8; });
   }
   add(x, "ep 2 dp 2", [](Plan& p) { p.ep = 2, p.dp = 2, p.micro_batch = 2; });
   add(x, "tp 2", [](Plan& p) { p.tp = 2; });
-  add(images("cnn synchronised", 16, 16, true), "spatial 2", [](Plan& p) { p.strategy = "spatial", p.tp = 2; });
+  add(images("cnn synchronised", 16, 16, true), "spatial 2",
+      [](Plan& p) { p.strategy = "spatial", p.tp = 2; });
   return all;
 }
 

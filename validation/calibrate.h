@@ -15,8 +15,8 @@
 namespace partita::validation {
 
 /// Runs the program on real ranks, `warm_up` steps untimed, then `steps` timed and recorded ones.
-using Measure = std::function<std::vector<RankMeasurement>(const Graph&, const Program&, int warm_up,
-                                                           int steps)>;
+using Measure = std::function<std::vector<RankMeasurement>(const Graph&, const Program&,
+                                                           int warm_up, int steps)>;
 
 /// A network and a plan that is run for its kernels only: shapes of no validation case.
 struct CalibrationRun {

@@ -107,7 +107,8 @@ StepComparison compare(const Program& p, const Timeline& timeline,
       const Instruction& i = p.blocks[static_cast<std::size_t>(e.block)]
                                  .instructions[static_cast<std::size_t>(e.instruction)];
       const double share =
-          static_cast<double>(timeline.classes[static_cast<std::size_t>(e.rank_class)].count) / total;
+          static_cast<double>(timeline.classes[static_cast<std::size_t>(e.rank_class)].count) /
+          total;
       rows[kind_of(p, i)].predicted += share * to_seconds(e.end - e.start);
     }
   }
@@ -129,7 +130,8 @@ StepComparison compare(const Program& p, const Timeline& timeline,
 Timeline measured_timeline(const Program& p, const std::vector<RankMeasurement>& ranks) {
   Timeline t;
   for (std::size_t r = 0; r < ranks.size(); ++r) {
-    t.classes.push_back({p.stage_of(static_cast<std::int64_t>(r)), static_cast<std::int64_t>(r), 1});
+    t.classes.push_back(
+        {p.stage_of(static_cast<std::int64_t>(r)), static_cast<std::int64_t>(r), 1});
     const auto& steps = ranks[r].samples;
     if (steps.empty()) continue;
     for (std::size_t k = 0; k < steps[0].size(); ++k) {

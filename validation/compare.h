@@ -1,5 +1,5 @@
-// validation/compare.h: a measured run beside its prediction, by kind of instruction and category of
-// memory.
+// validation/compare.h: a measured run beside its prediction, by kind of instruction and category
+// of memory.
 #pragma once
 
 #include <array>

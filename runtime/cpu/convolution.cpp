@@ -5,8 +5,8 @@
 #include "base/error.h"
 #include "runtime/cpu/fast.h"
 
-/// oneDNN shares its loops among OpenMP's threads. A rank is one core, so its part is one thread; the
-/// setting is the calling thread's own.
+/// oneDNN shares its loops among OpenMP's threads. A rank is one core, so its part is one thread;
+/// the setting is the calling thread's own.
 extern "C" void omp_set_num_threads(int threads);
 
 namespace partita::cpu {
@@ -38,8 +38,7 @@ struct Padding {
 };
 Padding padding(const Window& w, const Indices& x, const Indices& y) {
   const std::int64_t first = y.front() * w.stride - w.pad_before;
-  const std::int64_t last =
-      y.back() * w.stride - w.pad_before + w.dilation * (w.kernel - 1);
+  const std::int64_t last = y.back() * w.stride - w.pad_before + w.dilation * (w.kernel - 1);
   return {std::max<std::int64_t>(0, x.front() - first), std::max<std::int64_t>(0, last - x.back())};
 }
 
@@ -55,9 +54,8 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
   // Filters and channels that a rank holds must be whole groups.
   if (op.groups > 1) {
     for (const IterationDim& d : s.dims) {
-      if (d.dim == Dim::feature &&
-          c.indices[static_cast<std::size_t>(&d - s.dims.data())].size() !=
-              static_cast<std::size_t>(d.extent))
+      if (d.dim == Dim::feature && c.indices[static_cast<std::size_t>(&d - s.dims.data())].size() !=
+                                       static_cast<std::size_t>(d.extent))
         return false;
     }
   }
@@ -106,8 +104,9 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
       using namespace dnnl;
       const auto direct = algorithm::convolution_direct;
       const auto hint = [&] {
-        const auto d = convolution_forward::desc(prop_kind::forward_training, direct, any(p.x),
-                                                 any(p.w), any(p.y), strides, dilates, before, after);
+        const auto d =
+            convolution_forward::desc(prop_kind::forward_training, direct, any(p.x), any(p.w),
+                                      any(p.y), strides, dilates, before, after);
         return convolution_forward::primitive_desc(d, p.engine);
       };
       Primitives::One one;
@@ -115,7 +114,8 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
         case ConvolutionPass::forward: {
           const auto d =
               bias ? convolution_forward::desc(prop_kind::forward_training, direct, any(p.x),
-                                               any(p.w), p.b, any(p.y), strides, dilates, before, after)
+                                               any(p.w), p.b, any(p.y), strides, dilates, before,
+                                               after)
                    : convolution_forward::desc(prop_kind::forward_training, direct, any(p.x),
                                                any(p.w), any(p.y), strides, dilates, before, after);
           const convolution_forward::primitive_desc pd(d, p.engine);
@@ -134,8 +134,8 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
           const auto d =
               bias ? convolution_backward_weights::desc(direct, any(p.x), any(p.w), p.b, any(p.y),
                                                         strides, dilates, before, after)
-                   : convolution_backward_weights::desc(direct, any(p.x), any(p.w), any(p.y), strides,
-                                                        dilates, before, after);
+                   : convolution_backward_weights::desc(direct, any(p.x), any(p.w), any(p.y),
+                                                        strides, dilates, before, after);
           const convolution_backward_weights::primitive_desc pd(d, p.engine, hint());
           one = {convolution_backward_weights(pd), pd.src_desc(), pd.diff_weights_desc(),
                  pd.diff_dst_desc()};
@@ -167,7 +167,8 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
       memory x = operand(mutable_of(a.inputs[0]), p.x, one.x),
              w = operand(mutable_of(a.parameters[0]), p.w, one.w),
              y = result(a.results[0].values, p.y, one.y);
-      std::unordered_map<int, memory> args{{DNNL_ARG_SRC, x}, {DNNL_ARG_WEIGHTS, w}, {DNNL_ARG_DST, y}};
+      std::unordered_map<int, memory> args{
+          {DNNL_ARG_SRC, x}, {DNNL_ARG_WEIGHTS, w}, {DNNL_ARG_DST, y}};
       if (bias) args.emplace(DNNL_ARG_BIAS, memory(p.b, p.engine, a.parameters[1].values));
       one.primitive.execute(p.stream, args);
       finish(y, a.results[0].values, p.y);
@@ -175,7 +176,8 @@ bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, Convo
       memory w = operand(mutable_of(a.parameters[0]), p.w, one.w),
              dy = operand(mutable_of(a.output_gradients[0]), p.y, one.y),
              dx = result(a.results[0].values, p.x, one.x);
-      one.primitive.execute(p.stream, {{DNNL_ARG_DIFF_DST, dy}, {DNNL_ARG_WEIGHTS, w}, {DNNL_ARG_DIFF_SRC, dx}});
+      one.primitive.execute(
+          p.stream, {{DNNL_ARG_DIFF_DST, dy}, {DNNL_ARG_WEIGHTS, w}, {DNNL_ARG_DIFF_SRC, dx}});
       finish(dx, a.results[0].values, p.x);
     } else {
       if (a.results.empty() || !a.results[0]) return false;

@@ -1,11 +1,11 @@
 #include "runtime/cpu/fast.h"
 
 #include <Eigen/Core>
-#include <unsupported/Eigen/SpecialFunctions>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <unsupported/Eigen/SpecialFunctions>
 
 namespace partita::cpu {
 namespace {
@@ -58,8 +58,8 @@ bool data(const Linear&, const Context&, const Arguments& a, Kept&) {
   const Index weights = size(w), all = size(dx), grads = size(dy);
   if (weights == 0 || all == 0) return false;
   // rows · in = all, rows · out = grads, in · out = weights.
-  const auto rows = static_cast<Index>(std::llround(
-      std::sqrt(static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
+  const auto rows = static_cast<Index>(std::llround(std::sqrt(
+      static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
   const Index in = all / rows, out = grads / rows;
   Out y(dx.values, rows, in);
   if (a.accumulate) {
@@ -324,8 +324,9 @@ bool data(const Normalize& op, const Context& c, const Arguments& a, Kept&) {
   const float* sums = a.backward_statistics[0].values;
   for (Index g = 0; g < r.groups; ++g) {
     const Moments m = moments_of(op, r, a, g);
-    const auto mean =
-        r.width == 2 ? static_cast<float>(static_cast<double>(sums[g * r.width]) / r.members) : 0.0f;
+    const auto mean = r.width == 2
+                          ? static_cast<float>(static_cast<double>(sums[g * r.width]) / r.members)
+                          : 0.0f;
     const auto along =
         static_cast<float>(static_cast<double>(sums[g * r.width + r.width - 1]) / r.members);
     for (Index k = 0; k < r.repeats; ++k) {
@@ -446,31 +447,35 @@ float* result_of(const Arguments& a, std::size_t k) { return a.results[k].values
 
 bool forward(const Activation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
-  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]),
-                 [&](Index at, Index n, const Curve& c) { ArrayOut(result_of(a, 0) + at, n) = c.value; });
+  for_each_piece(
+      op.kind, a.inputs[0].values, size(a.inputs[0]),
+      [&](Index at, Index n, const Curve& c) { ArrayOut(result_of(a, 0) + at, n) = c.value; });
   return true;
 }
 bool data(const Activation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
-  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
-    ArrayOut(result_of(a, 0) + at, n) = ArrayIn(a.output_gradients[0].values + at, n) * c.slope;
-  });
+  for_each_piece(
+      op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
+        ArrayOut(result_of(a, 0) + at, n) = ArrayIn(a.output_gradients[0].values + at, n) * c.slope;
+      });
   return true;
 }
 bool forward(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
-  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
-    ArrayOut(result_of(a, 0) + at, n) = c.value * ArrayIn(a.inputs[1].values + at, n);
-  });
+  for_each_piece(
+      op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
+        ArrayOut(result_of(a, 0) + at, n) = c.value * ArrayIn(a.inputs[1].values + at, n);
+      });
   return true;
 }
 bool data(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
   if (routed(a) || !wanted(a, 0) || !wanted(a, 1)) return false;
-  for_each_piece(op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
-    const ArrayIn dy(a.output_gradients[0].values + at, n);
-    ArrayOut(result_of(a, 0) + at, n) = dy * ArrayIn(a.inputs[1].values + at, n) * c.slope;
-    ArrayOut(result_of(a, 1) + at, n) = dy * c.value;
-  });
+  for_each_piece(
+      op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
+        const ArrayIn dy(a.output_gradients[0].values + at, n);
+        ArrayOut(result_of(a, 0) + at, n) = dy * ArrayIn(a.inputs[1].values + at, n) * c.slope;
+        ArrayOut(result_of(a, 1) + at, n) = dy * c.value;
+      });
   return true;
 }
 /// Sums pass their gradient on.
@@ -486,13 +491,15 @@ bool data(const PositionEmbedding&, const Context&, const Arguments& a, Kept&) {
 bool forward(const Add&, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
   const Index n = size(a.inputs[0]);
-  ArrayOut(a.results[0].values, n) = ArrayIn(a.inputs[0].values, n) + ArrayIn(a.inputs[1].values, n);
+  ArrayOut(a.results[0].values, n) =
+      ArrayIn(a.inputs[0].values, n) + ArrayIn(a.inputs[1].values, n);
   return true;
 }
 bool forward(const Multiply&, const Context&, const Arguments& a, Kept&) {
   if (routed(a)) return false;
   const Index n = size(a.inputs[0]);
-  ArrayOut(a.results[0].values, n) = ArrayIn(a.inputs[0].values, n) * ArrayIn(a.inputs[1].values, n);
+  ArrayOut(a.results[0].values, n) =
+      ArrayIn(a.inputs[0].values, n) * ArrayIn(a.inputs[1].values, n);
   return true;
 }
 bool data(const Multiply&, const Context&, const Arguments& a, Kept&) {
@@ -516,10 +523,11 @@ bool rotate(const Rotary& op, const float* from, const Tensor& to, float directi
     kept.table.resize(static_cast<std::size_t>(2 * tokens * half));
     for (Index t = 0; t < tokens; ++t) {
       for (Index r = 0; r < half; ++r) {
-        const double angle = std::pow(op.base, -2 * static_cast<double>(r) /
-                                                   static_cast<double>(op.rotated)) *
-                             static_cast<double>((*to.index)[1][static_cast<std::size_t>(t)]);
-        kept.table[static_cast<std::size_t>(2 * (t * half + r))] = static_cast<float>(std::cos(angle));
+        const double angle =
+            std::pow(op.base, -2 * static_cast<double>(r) / static_cast<double>(op.rotated)) *
+            static_cast<double>((*to.index)[1][static_cast<std::size_t>(t)]);
+        kept.table[static_cast<std::size_t>(2 * (t * half + r))] =
+            static_cast<float>(std::cos(angle));
         kept.table[static_cast<std::size_t>(2 * (t * half + r) + 1)] =
             static_cast<float>(std::sin(angle));
       }
@@ -569,8 +577,8 @@ Heads heads_of(const Attention& op, const Tensor& q, const Tensor& k) {
   h.group = op.queries_per_head;
   h.width = op.qk_dim;
   h.v_width = op.v_dim;
-  h.scale = static_cast<float>(op.scale != 0 ? op.scale
-                                             : 1 / std::sqrt(static_cast<double>(op.qk_dim)));
+  h.scale =
+      static_cast<float>(op.scale != 0 ? op.scale : 1 / std::sqrt(static_cast<double>(op.qk_dim)));
   h.query_at = &(*q.index)[1];
   h.key_at = &(*k.index)[1];
   return h;
@@ -584,7 +592,8 @@ std::pair<Index, Index> seen(const Attention& op, const Heads& h, Index tile, In
   if (op.causal)
     last = std::upper_bound(h.key_at->begin(), h.key_at->end(), high) - h.key_at->begin();
   if (op.window > 0)
-    first = std::upper_bound(h.key_at->begin(), h.key_at->end(), low - op.window) - h.key_at->begin();
+    first =
+        std::upper_bound(h.key_at->begin(), h.key_at->end(), low - op.window) - h.key_at->begin();
   return {std::min(first, last), last};
 }
 
@@ -621,10 +630,11 @@ bool forward(const Attention& op, const Context&, const Arguments& a, Kept&) {
   RowMatrix s;
   for_each_tile(h, [&](Index b, Index head, Index g, Index t, Index rows) {
     const auto [first, last] = seen(op, h, t, rows);
-    StridedOut y(a.results[0].values + (b * h.queries + t) * y_row + (head * h.group + g) * h.v_width,
-                 rows, h.v_width, Stride(y_row));
-    const StridedIn qs(q.values + (b * h.queries + t) * q_row + (head * h.group + g) * h.width, rows,
-                       h.width, Stride(q_row));
+    StridedOut y(
+        a.results[0].values + (b * h.queries + t) * y_row + (head * h.group + g) * h.v_width, rows,
+        h.v_width, Stride(y_row));
+    const StridedIn qs(q.values + (b * h.queries + t) * q_row + (head * h.group + g) * h.width,
+                       rows, h.width, Stride(q_row));
     const StridedIn ks(k.values + (b * h.keys + first) * k_row + head * h.width, last - first,
                        h.width, Stride(k_row));
     s.noalias() = h.scale * (qs * ks.transpose());
@@ -646,8 +656,8 @@ bool forward(const Attention& op, const Context&, const Arguments& a, Kept&) {
       }
     }
     if (op.materialised && !a.extras.empty() && a.extras[0].values != nullptr) {
-      Out p(a.extras[0].values + (((b * h.heads + head) * h.group + g) * h.queries + t) * h.keys, rows,
-            h.keys);
+      Out p(a.extras[0].values + (((b * h.heads + head) * h.group + g) * h.queries + t) * h.keys,
+            rows, h.keys);
       p.setZero();
       p.middleCols(first, last - first) = s;
     }
@@ -759,7 +769,8 @@ bool data(const CrossEntropy&, const Context& c, const Arguments& a, Kept&) {
 }
 bool forward(const MeanSquaredError&, const Context& c, const Arguments& a, Kept&) {
   const Index n = size(a.inputs[0]);
-  const float sum = (ArrayIn(a.inputs[0].values, n) - ArrayIn(a.inputs[1].values, n)).square().sum();
+  const float sum =
+      (ArrayIn(a.inputs[0].values, n) - ArrayIn(a.inputs[1].values, n)).square().sum();
   a.results[0].values[0] = static_cast<float>(static_cast<double>(sum) * c.loss_scale);
   return true;
 }
@@ -783,8 +794,8 @@ bool weight(const Convolution&, const Context& c, const Arguments& a, Kept& kept
   return convolve(c, a, kept, ConvolutionPass::weight);
 }
 
-/// The local window: input positions of output o are first + o · stride + k · dilation, those outside
-/// [0, inputs) are padding.
+/// The local window: input positions of output o are first + o · stride + k · dilation, those
+/// outside [0, inputs) are padding.
 struct Local {
   Index outputs, inputs, first, kernel, stride, dilation;
 };
@@ -818,45 +829,47 @@ void for_each_pool(const Pool& op, const Tensor& x, const Tensor& y, F f) {
 }
 bool forward(const Pool& op, const Context&, const Arguments& a, Kept&) {
   const Tensor &x = a.inputs[0], &y = a.results[0];
-  for_each_pool(op, x, y, [&](const Local& h, const Local& w, Index from, Index i, Index j, Index to) {
-    float top = -std::numeric_limits<float>::infinity(), sum = 0;
-    Index n = 0;
-    inside(h, i, [&](Index r) {
-      inside(w, j, [&](Index s) {
-        const float v = x.values[from + r * w.inputs + s];
-        top = std::max(top, v);
-        sum += v;
-        ++n;
+  for_each_pool(
+      op, x, y, [&](const Local& h, const Local& w, Index from, Index i, Index j, Index to) {
+        float top = -std::numeric_limits<float>::infinity(), sum = 0;
+        Index n = 0;
+        inside(h, i, [&](Index r) {
+          inside(w, j, [&](Index s) {
+            const float v = x.values[from + r * w.inputs + s];
+            top = std::max(top, v);
+            sum += v;
+            ++n;
+          });
+        });
+        const Index divisor = op.count_padding ? h.kernel * w.kernel : std::max<Index>(n, 1);
+        y.values[to] = op.maximum ? top : sum / static_cast<float>(divisor);
       });
-    });
-    const Index divisor = op.count_padding ? h.kernel * w.kernel : std::max<Index>(n, 1);
-    y.values[to] = op.maximum ? top : sum / static_cast<float>(divisor);
-  });
   return true;
 }
 bool data(const Pool& op, const Context&, const Arguments& a, Kept&) {
   const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
   std::fill_n(dx.values, size(dx), 0.0f);
-  for_each_pool(op, dx, dy, [&](const Local& h, const Local& w, Index from, Index i, Index j, Index at) {
-    Index best = -1, n = 0;
-    inside(h, i, [&](Index r) {
-      inside(w, j, [&](Index s) {
-        const Index here = from + r * w.inputs + s;
-        if (op.maximum && (best < 0 || a.inputs[0].values[here] > a.inputs[0].values[best]))
-          best = here;
-        ++n;
+  for_each_pool(
+      op, dx, dy, [&](const Local& h, const Local& w, Index from, Index i, Index j, Index at) {
+        Index best = -1, n = 0;
+        inside(h, i, [&](Index r) {
+          inside(w, j, [&](Index s) {
+            const Index here = from + r * w.inputs + s;
+            if (op.maximum && (best < 0 || a.inputs[0].values[here] > a.inputs[0].values[best]))
+              best = here;
+            ++n;
+          });
+        });
+        if (op.maximum) {
+          if (best >= 0) dx.values[best] += dy.values[at];
+          return;
+        }
+        const Index divisor = op.count_padding ? h.kernel * w.kernel : std::max<Index>(n, 1);
+        const float part = dy.values[at] / static_cast<float>(divisor);
+        inside(h, i, [&](Index r) {
+          inside(w, j, [&](Index s) { dx.values[from + r * w.inputs + s] += part; });
+        });
       });
-    });
-    if (op.maximum) {
-      if (best >= 0) dx.values[best] += dy.values[at];
-      return;
-    }
-    const Index divisor = op.count_padding ? h.kernel * w.kernel : std::max<Index>(n, 1);
-    const float part = dy.values[at] / static_cast<float>(divisor);
-    inside(h, i, [&](Index r) {
-      inside(w, j, [&](Index s) { dx.values[from + r * w.inputs + s] += part; });
-    });
-  });
   return true;
 }
 
@@ -878,7 +891,8 @@ bool weight(const GroupedProduct& op, const Context& c, const Arguments& a, Kept
   if (!w) return false;
   const Index out = extent(w, 1, 2), in = extent(w, 2, 3);
   if (!a.accumulate) std::fill_n(w.values, size(w), 0.0f);
-  if (op.bias && wanted(a, 1) && !a.accumulate) std::fill_n(a.results[1].values, size(a.results[1]), 0.0f);
+  if (op.bias && wanted(a, 1) && !a.accumulate)
+    std::fill_n(a.results[1].values, size(a.results[1]), 0.0f);
   for_each_expert(x, (*w.index)[0], [&](Index e, Index first, Index rows) {
     const In d(dy.values + first * out, rows, out);
     Out(w.values + e * out * in, out, in).noalias() +=

@@ -39,11 +39,13 @@ struct Converted {
   explicit Converted(const std::vector<Tensor>& list) {
     pieces.reserve(list.size());
     for (const Tensor& t : list) pieces.push_back(t ? piece_of(t) : Piece{});
-    for (std::size_t i = 0; i < list.size(); ++i) pointers.push_back(list[i] ? &pieces[i] : nullptr);
+    for (std::size_t i = 0; i < list.size(); ++i)
+      pointers.push_back(list[i] ? &pieces[i] : nullptr);
   }
 };
 
-void write(const std::vector<Piece>& results, const Arguments& a, std::vector<RoutedResult>& routed) {
+void write(const std::vector<Piece>& results, const Arguments& a,
+           std::vector<RoutedResult>& routed) {
   routed.assign(a.results.size(), {});
   for (std::size_t k = 0; k < a.results.size(); ++k) {
     const Tensor& to = a.results[k];
@@ -86,8 +88,7 @@ void by_reference(const Arguments& a, std::vector<RoutedResult>& routed, F kerne
 }  // namespace
 
 std::int64_t Tensor::size() const {
-  if (rows != nullptr)
-    return static_cast<std::int64_t>(rows->size() * index->at(3).size());
+  if (rows != nullptr) return static_cast<std::int64_t>(rows->size() * index->at(3).size());
   std::int64_t n = 1;
   for (const auto& list : *index) n *= static_cast<std::int64_t>(list.size());
   return n;
@@ -127,7 +128,8 @@ void Kernel::backward_data(const Arguments& a) {
 }
 void Kernel::backward_weight(const Arguments& a) {
   if (fast_backward_weight(context_, a, *kept_)) return;
-  by_reference(a, routed, [&](const Operands& o) { return reference::backward_weight(context_, o); });
+  by_reference(a, routed,
+               [&](const Operands& o) { return reference::backward_weight(context_, o); });
 }
 
 void Kernel::attend_part(const Arguments& a) {
@@ -144,8 +146,8 @@ void Kernel::attend_part_backward(const Arguments& a) {
   for (std::size_t k = 0; k < 3; ++k) d.push_back(piece_of(a.results[k]));
   reference::attend_part_backward(op, piece_of(a.inputs[0]), piece_of(a.inputs[1]),
                                   piece_of(a.inputs[2]), piece_of(a.outputs[0]),
-                                  piece_of(a.extras[0]), piece_of(a.output_gradients[0]), d[0], d[1],
-                                  d[2]);
+                                  piece_of(a.extras[0]), piece_of(a.output_gradients[0]), d[0],
+                                  d[1], d[2]);
   for (std::size_t k = 0; k < 3; ++k)
     std::copy(d[k].values.begin(), d[k].values.end(), a.results[k].values);
 }

@@ -1,5 +1,5 @@
-// runtime/cpu/kernels.h: every operator's mathematics on one rank's piece of its tensors, in fp32 on
-// one core.
+// runtime/cpu/kernels.h: every operator's mathematics on one rank's piece of its tensors, in fp32
+// on one core.
 //
 // The contract is that of runtime/reference/kernels.h, whose results these must equal up to
 // rounding; only speed and precision differ. Linear algebra is Eigen's, convolutions are oneDNN's.
@@ -40,8 +40,8 @@ struct Arguments {
   /// Results in the order of the instruction's `writes`; absent where not wanted.
   std::vector<Tensor> results;
   bool accumulate = false;  ///< add to the results
-  /// Forward statistics are complete as computed, so norms keep (mean, 1 / deviation) in their place:
-  /// from sums, a small variance beside a large mean would be lost.
+  /// Forward statistics are complete as computed, so norms keep (mean, 1 / deviation) in their
+  /// place: from sums, a small variance beside a large mean would be lost.
   bool whole_statistics = false;
 };
 

@@ -15,7 +15,8 @@ namespace {
 constexpr std::int64_t kSide = 28, kPixels = kSide * kSide;
 
 std::uint32_t big_endian(const std::vector<std::uint8_t>& file, std::size_t at) {
-  return static_cast<std::uint32_t>(file[at]) << 24 | static_cast<std::uint32_t>(file[at + 1]) << 16 |
+  return static_cast<std::uint32_t>(file[at]) << 24 |
+         static_cast<std::uint32_t>(file[at + 1]) << 16 |
          static_cast<std::uint32_t>(file[at + 2]) << 8 | file[at + 3];
 }
 
@@ -45,7 +46,8 @@ std::vector<std::uint8_t> read_idx(const std::string& folder, const std::string&
   std::size_t each = 1;
   for (std::size_t d = 0; d < inner.size(); ++d) {
     if (big_endian(file, 8 + 4 * d) != inner[d])
-      refuse(fmt::format("has dimension {} of {}, not {}", d + 1, big_endian(file, 8 + 4 * d), inner[d]));
+      refuse(fmt::format("has dimension {} of {}, not {}", d + 1, big_endian(file, 8 + 4 * d),
+                         inner[d]));
     each *= inner[d];
   }
   const std::size_t wanted = header + big_endian(file, 4) * each;
@@ -62,13 +64,14 @@ Digits load_mnist(const std::string& folder) {
   d.pixels = read_idx(folder, "train-images-idx3-ubyte", "train-images.idx3-ubyte", {28, 28});
   d.labels = read_idx(folder, "train-labels-idx1-ubyte", "train-labels.idx1-ubyte", {});
   if (d.pixels.size() != d.labels.size() * kPixels) {
-    throw InputError("--data", fmt::format("{} has {} images and {} labels; download both again", folder,
-                                           d.pixels.size() / kPixels, d.labels.size()));
+    throw InputError("--data", fmt::format("{} has {} images and {} labels; download both again",
+                                           folder, d.pixels.size() / kPixels, d.labels.size()));
   }
   if (d.labels.empty()) throw InputError("--data", folder + " has no images; download them again");
   for (const std::uint8_t label : d.labels) {
     if (label > 9)
-      throw InputError("--data", fmt::format("{} has a label {}; MNIST's are 0 to 9", folder, label));
+      throw InputError("--data",
+                       fmt::format("{} has a label {}; MNIST's are 0 to 9", folder, label));
   }
   return d;
 }
@@ -86,7 +89,8 @@ Digits generated_digits(std::int64_t count, std::uint64_t seed) {
       const double prototype = reference::uniform(seed, label, static_cast<std::uint64_t>(cell));
       const double noise = reference::normal(seed, static_cast<std::uint64_t>(i) + 16,
                                              static_cast<std::uint64_t>(p));
-      d.pixels.push_back(static_cast<std::uint8_t>(std::clamp(200 * prototype + 40 * noise, 0.0, 255.0)));
+      d.pixels.push_back(
+          static_cast<std::uint8_t>(std::clamp(200 * prototype + 40 * noise, 0.0, 255.0)));
     }
   }
   return d;

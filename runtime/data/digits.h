@@ -15,7 +15,8 @@ struct Digits {
 };
 
 /// MNIST's training set in IDX files (yann.lecun.com's format): train-images-idx3-ubyte and
-/// train-labels-idx1-ubyte in `folder`, unpacked. InputError names file, what it holds and the remedy.
+/// train-labels-idx1-ubyte in `folder`, unpacked. InputError names file, what it holds and the
+/// remedy.
 Digits load_mnist(const std::string& folder);
 
 /// A set that can be learned: ten blurred prototypes and noise, `count` of them.

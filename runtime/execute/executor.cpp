@@ -125,7 +125,8 @@ class Executor {
 
   void prepare() {
     std::set<BlockId> blocks;
-    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) blocks.insert(call.block);
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)])
+      blocks.insert(call.block);
     kernels_.resize(p_.blocks.size());
     collectives_.resize(p_.blocks.size());
     std::vector<char> state(p_.buffers.size(), 0);
@@ -192,8 +193,8 @@ class Executor {
     if (!mine.held) return;
     auto* values = reinterpret_cast<float*>(slots_[id.index()][0].data);
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
-      values[k] = static_cast<float>(
-          o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
+      values[k] =
+          static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
     });
   }
 
@@ -314,10 +315,9 @@ class Executor {
             part.in[m] = section(to[me], from[m]);
           }
           for (std::size_t d = 0; d < p_.buffer(part.to).layout.dims.size(); ++d) {
-            part.adds_up |=
-                i.collective == CollectiveKind::halo_exchange &&
-                p_.buffer(part.from).layout.dims[d].kind == SplitKind::window &&
-                p_.buffer(part.to).layout.dims[d].kind == SplitKind::block;
+            part.adds_up |= i.collective == CollectiveKind::halo_exchange &&
+                            p_.buffer(part.from).layout.dims[d].kind == SplitKind::window &&
+                            p_.buffer(part.to).layout.dims[d].kind == SplitKind::block;
           }
           break;
         case CollectiveKind::shift:
@@ -390,15 +390,15 @@ class Executor {
         const Instruction& i = block.instructions[k];
         if (o_.before) o_.before(rank_, step_, index);
         const bool rests = (step_ + 1) % i.every != 0;
-        const bool timed = o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate &&
-                           i.kind != Kind::free;
+        const bool timed =
+            o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate && i.kind != Kind::free;
         const auto start = timed ? Clock::now() : Clock::time_point{};
         if (!rests) execute(block, call.block, k, i);
         if (timed) {
           const auto end = Clock::now();
           result_.measured.samples.back().push_back(
-              {call.block.value, static_cast<std::int32_t>(k), call.micro_batch, (start - step_start_).count(),
-               (end - step_start_).count()});
+              {call.block.value, static_cast<std::int32_t>(k), call.micro_batch,
+               (start - step_start_).count(), (end - step_start_).count()});
         }
       }
     }
@@ -445,7 +445,8 @@ class Executor {
     const BufferId b = sends ? i.reads[0] : i.writes[0];
     if (!box(b).held) return;
     const auto peer = static_cast<int>(p_.rank_on_stage(rank_, i.stage));
-    transport_.doing(fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
+    transport_.doing(
+        fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
     if (p_.buffer(b).routed) {
       routed_message(b, peer, message_tag(i), sends);
       return;
@@ -472,7 +473,8 @@ class Executor {
     std::vector<Row> rows(static_cast<std::size_t>(n));
     transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
     put_rows(b, std::move(rows));
-    transport_.receive(peer, tag, values(b), static_cast<std::size_t>(n) * features * sizeof(float));
+    transport_.receive(peer, tag, values(b),
+                       static_cast<std::size_t>(n) * features * sizeof(float));
   }
 
   /// Memory for the rows that a routed buffer turns out to have.
@@ -523,8 +525,8 @@ class Executor {
   // ---- collectives -----------------------------------------------------------------------------
   void collective(const Block& block, const Instruction& i, const Prepared& c) {
     if (c.group.size() > 1) {
-      transport_.doing(
-          fmt::format("{} of {} in block {}", name(i.collective), p_.buffer(i.reads[0]).name, block.name));
+      transport_.doing(fmt::format("{} of {} in block {}", name(i.collective),
+                                   p_.buffer(i.reads[0]).name, block.name));
     }
     if (c.routed) {
       routed_collective(i, c);
@@ -542,9 +544,9 @@ class Executor {
     const auto n = c.group.size();
     const auto me = static_cast<std::size_t>(c.me);
     // The payload in chunks; chunk m is the concatenation of all buffers' parts for m.
-    const bool split_in = i.kind == Kind::collective &&
-                          (i.collective == CollectiveKind::reduce_scatter ||
-                           i.collective == CollectiveKind::scatter);
+    const bool split_in =
+        i.kind == Kind::collective &&
+        (i.collective == CollectiveKind::reduce_scatter || i.collective == CollectiveKind::scatter);
     const std::vector<std::int64_t>& bounds = split_in ? c.send_offsets : c.offsets;
     const std::int64_t total = std::max(bounds.back(), exchange ? 0 : c.send_offsets.back());
     const std::int64_t staged = total + (exchange ? c.send_offsets.back() : 0);
@@ -562,7 +564,8 @@ class Executor {
         to += c.offsets[me];
       }
       if (own_chunk && m != me) continue;
-      if (i.kind == Kind::collective && i.collective == CollectiveKind::scatter && c.me != 0) continue;
+      if (i.kind == Kind::collective && i.collective == CollectiveKind::scatter && c.me != 0)
+        continue;
       for (const Part& part : c.parts) pack(part.out[m], values(part.from), to);
     }
     if (i.kind == Kind::collective) {
@@ -578,19 +581,24 @@ class Executor {
       if (part.adds_up && !i.accumulate && box(part.to).held)
         std::fill_n(values(part.to), box(part.to).elements(), 0.0f);
     }
-    const bool gathers = i.kind == Kind::collective && (i.collective == CollectiveKind::all_gather ||
-                                                        i.collective == CollectiveKind::gather);
+    const bool gathers =
+        i.kind == Kind::collective &&
+        (i.collective == CollectiveKind::all_gather || i.collective == CollectiveKind::gather);
     for (std::size_t m = 0; m < n; ++m) {
       if (!exchange && !gathers && m != me) continue;
-      if (i.kind == Kind::collective && i.collective == CollectiveKind::gather && c.me != 0) continue;
-      const float* from = payload + (exchange || gathers ? c.offsets[m] : split_in ? c.send_offsets[me] : 0);
+      if (i.kind == Kind::collective && i.collective == CollectiveKind::gather && c.me != 0)
+        continue;
+      const float* from = payload + (exchange || gathers ? c.offsets[m]
+                                     : split_in          ? c.send_offsets[me]
+                                                         : 0);
       for (const Part& part : c.parts)
         unpack(part.in[m], from, values(part.to), i.accumulate || part.adds_up);
     }
     memory_.give_back(Category::workspace, staging, staged * 4);
   }
 
-  void call(const Instruction& i, const Prepared& c, std::byte* payload, const std::byte* outgoing) {
+  void call(const Instruction& i, const Prepared& c, std::byte* payload,
+            const std::byte* outgoing) {
     if (c.group.size() == 1) return;
     CollectiveCall call;
     call.kind = i.collective;
@@ -690,8 +698,9 @@ class Executor {
     }
     // Counts, keys, values: three exchanges of the same shape.
     std::vector<std::int64_t> rows_from(n, 0);
-    const auto exchange = [&](const void* out, const std::vector<std::int64_t>& out_bounds, void* in,
-                              const std::vector<std::int64_t>& in_bounds, std::size_t bytes) {
+    const auto exchange = [&](const void* out, const std::vector<std::int64_t>& out_bounds,
+                              void* in, const std::vector<std::int64_t>& in_bounds,
+                              std::size_t bytes) {
       const auto* send = static_cast<const std::byte*>(out);
       auto* receive = static_cast<std::byte*>(in);
       const auto at = [&](const std::vector<std::int64_t>& b, std::size_t m) {
@@ -908,8 +917,7 @@ class Executor {
     const BufferId to = i.writes[0];
     if (!box(to).held) return;
     if (p_.buffer(to).routed) put_rows(to, std::vector<Row>(rows_of(i.reads[0]).rows));
-    const std::int64_t n =
-        p_.buffer(to).routed ? rows_of(to).bytes / 4 : box(to).elements();
+    const std::int64_t n = p_.buffer(to).routed ? rows_of(to).bytes / 4 : box(to).elements();
     float* sum = values(to);
     std::copy_n(values(i.reads[0]), n, sum);
     for (std::size_t r = 1; r < i.reads.size(); ++r) {
@@ -984,7 +992,8 @@ class Executor {
         all.push_back({id, static_cast<std::size_t>(parameter), gradient});
     };
     std::set<BlockId> blocks;
-    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage)])
+      blocks.insert(call.block);
     for (const BlockId block : blocks) {
       for (const Instruction& i : p_.blocks[block.index()].instructions) {
         const auto note = [&](BufferId id) {
@@ -1153,7 +1162,7 @@ class Executor {
   std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
   std::vector<std::unique_ptr<Box>> boxes_;
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
-  std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;    ///< [block][instruction]
+  std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;   ///< [block][instruction]
   std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
   std::map<std::pair<BufferId, std::int32_t>, std::vector<std::byte>> inputs_;
   std::vector<double> losses_;

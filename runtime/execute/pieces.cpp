@@ -23,7 +23,8 @@ Box box_of(const Program& program, BufferId id, std::int64_t rank) {
   box.flat = !b.layout.flat.empty();
   box.range = {0, box.dense()};
   for (const AtomId a : b.layout.flat) {
-    const Range q = part(box.range.size(), program.mesh.atoms[a].size, program.mesh.coordinate(rank, a));
+    const Range q =
+        part(box.range.size(), program.mesh.atoms[a].size, program.mesh.coordinate(rank, a));
     box.range = {box.range.begin + q.begin, box.range.begin + q.end};
   }
   box.held = program.mesh.group_root(rank, b.layout.root) == rank;

@@ -19,7 +19,8 @@ std::vector<RankResult> run_threads(const Program& program, const Options& optio
     const auto note = [&](bool peer, const std::string& why) {
       const std::lock_guard<std::mutex> lock(guard);
       // The cause before those who only heard of it.
-      if (!first || (first_is_peer && !peer)) first = std::current_exception(), first_is_peer = peer;
+      if (!first || (first_is_peer && !peer))
+        first = std::current_exception(), first_is_peer = peer;
       transport->abort(why);
     };
     try {

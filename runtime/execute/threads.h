@@ -9,7 +9,7 @@
 namespace partita::execute {
 
 struct ThreadOptions {
-  double timeout_s = 10;  ///< without progress of a peer
+  double timeout_s = 10;                                            ///< without progress of a peer
   std::function<Algorithm(CollectiveKind, int members)> algorithm;  ///< null: the defaults
 };
 

@@ -15,9 +15,9 @@ double largest_of(const std::vector<double>& values) {
   return largest;
 }
 
-/// What differences of each parameter are relative to: the largest value among the parameters of its
-/// operator, at least a millionth of the largest of all. One operator's gradients are sums of the same
-/// terms; where they cancel (a key's bias has no effect, so its gradient is zero in exact
+/// What differences of each parameter are relative to: the largest value among the parameters of
+/// its operator, at least a millionth of the largest of all. One operator's gradients are sums of
+/// the same terms; where they cancel (a key's bias has no effect, so its gradient is zero in exact
 /// arithmetic), what is left is rounding of terms as large as the weight's.
 std::vector<double> scales_of(const Graph& graph, const std::vector<std::vector<double>>& values) {
   std::map<std::string, double> by_operator;
@@ -81,8 +81,9 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
   result.losses.assign(static_cast<std::size_t>(steps), std::vector<double>(replicas, 0.0));
   result.gradients.resize(replicas);
   result.parameters.resize(replicas);
-  std::vector<std::vector<Piece>> parameters(options.parameters.begin(),
-                                             options.parameters.begin() + static_cast<std::ptrdiff_t>(replicas));
+  std::vector<std::vector<Piece>> parameters(
+      options.parameters.begin(),
+      options.parameters.begin() + static_cast<std::ptrdiff_t>(replicas));
   std::vector<std::vector<std::vector<std::vector<double>>>> states(
       replicas, std::vector<std::vector<std::vector<double>>>(graph.parameters.size()));
   for (int step = 0; step < steps; ++step) {
@@ -91,8 +92,9 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
       // Replica r trains on the r-th batch.
       const Inputs inputs =
           make_inputs(graph, static_cast<std::int64_t>(r) * all, all, step, options.input);
-      const SerialResult serial = serial_step(graph, parameters[r], inputs, program.micro_batches,
-                                              program.samples, options.seed, step, batch_norm_groups);
+      const SerialResult serial =
+          serial_step(graph, parameters[r], inputs, program.micro_batches, program.samples,
+                      options.seed, step, batch_norm_groups);
       result.losses[static_cast<std::size_t>(step)][r] = serial.loss;
       double factor = 1;
       if (program.optimizer.clip > 0) {
@@ -148,14 +150,14 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
     const auto parameter_scale = scales_of(graph, serial.parameters[r]);
     for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
       const std::string& name = graph.parameters[q].name;
-      note(error_of(run.gradients[r][q], serial.gradients[r][q], gradient_scale[q]), c.gradient_error,
-           c.worst_gradient, name);
+      note(error_of(run.gradients[r][q], serial.gradients[r][q], gradient_scale[q]),
+           c.gradient_error, c.worst_gradient, name);
       note(error_of(run.parameters[r][q], serial.parameters[r][q], parameter_scale[q]),
            c.parameter_error, c.worst_parameter, name);
     }
   }
-  c.equal = c.loss_error <= tolerance && c.gradient_error <= tolerance &&
-            c.parameter_error <= tolerance;
+  c.equal =
+      c.loss_error <= tolerance && c.gradient_error <= tolerance && c.parameter_error <= tolerance;
   return c;
 }
 

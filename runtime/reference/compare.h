@@ -36,12 +36,13 @@ struct Comparison {
 Comparison compare(const Graph& graph, const RunResult& run, const RunResult& serial,
                    double tolerance);
 
-/// Doubles, sums in another order: a few thousand roundings per step, amplified by the steps before.
+/// Doubles, sums in another order: a few thousand roundings per step, amplified by the steps
+/// before.
 inline double tolerance_in_double(int steps) { return 1e-9 * steps; }
 
-/// What a run in the plan's own types may differ from the serial network in doubles by: the effect of
-/// rounding every stored value once, measured by interpreting the program with rounding, times the
-/// roundings that one stored value can have gone through, (K + 8) for the longest sum K of any
+/// What a run in the plan's own types may differ from the serial network in doubles by: the effect
+/// of rounding every stored value once, measured by interpreting the program with rounding, times
+/// the roundings that one stored value can have gone through, (K + 8) for the longest sum K of any
 /// operator (docs/execution.md, "Rounding").
 double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
                              const RunOptions& options);

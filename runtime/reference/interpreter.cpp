@@ -722,7 +722,8 @@ class Machine {
       parameter.values = master->values;
     }
     optimizer_update(p_.optimizer, step_, parameter.values, gradient.values, states);
-    for (std::size_t k = 0; k < i.outputs.size(); ++k) round(i.outputs[k], store(rank, i.outputs[k]));
+    for (std::size_t k = 0; k < i.outputs.size(); ++k)
+      round(i.outputs[k], store(rank, i.outputs[k]));
     if (master != nullptr) {
       master->values = parameter.values;
       round(i.extras[0], *master);

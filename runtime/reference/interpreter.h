@@ -24,8 +24,8 @@ struct RunOptions {
   int steps = 1;
   std::uint64_t seed = 1;
   InputValue input;
-  /// Round every stored value to its buffer's type, and the operands of products to the type they are
-  /// computed in: the plan's precision. Otherwise everything is a double.
+  /// Round every stored value to its buffer's type, and the operands of products to the type they
+  /// are computed in: the plan's precision. Otherwise everything is a double.
   bool round = false;
   /// Key of an operator's random numbers; without it all operators use `seed`.
   std::function<std::uint64_t(std::int32_t op)> operator_seed;

@@ -304,11 +304,11 @@ Inputs make_inputs(const Graph& graph, std::int64_t first_sample, std::int64_t s
 
 Inputs make_inputs(const Graph& graph, std::int64_t samples, std::uint64_t seed,
                    std::int64_t step) {
-  return make_inputs(graph, 0, samples, step,
-                     [&](std::size_t input, std::int64_t at, std::int64_t sample,
-                         std::int64_t linear) {
-                       return input_value(graph, input, seed, at, sample, linear);
-                     });
+  return make_inputs(
+      graph, 0, samples, step,
+      [&](std::size_t input, std::int64_t at, std::int64_t sample, std::int64_t linear) {
+        return input_value(graph, input, seed, at, sample, linear);
+      });
 }
 
 Piece input_slice(const Piece& p, int micro_batch, std::int64_t samples_per_micro_batch) {

@@ -42,8 +42,8 @@ std::vector<Piece> initial_parameters(const Graph& graph, std::uint64_t seed);
 double input_value(const Graph& graph, std::size_t input, std::uint64_t seed, std::int64_t step,
                    std::int64_t global_sample, std::int64_t linear);
 Inputs make_inputs(const Graph& graph, std::int64_t samples, std::uint64_t seed, std::int64_t step);
-/// The same from any source of values: element `linear` (row-major over one sample) of input `input`
-/// of sample `first_sample` + j.
+/// The same from any source of values: element `linear` (row-major over one sample) of input
+/// `input` of sample `first_sample` + j.
 using InputValue = std::function<double(std::size_t input, std::int64_t step, std::int64_t sample,
                                         std::int64_t linear)>;
 Inputs make_inputs(const Graph& graph, std::int64_t first_sample, std::int64_t samples,

@@ -73,7 +73,8 @@ class MpiTransport final : public Transport {
     const MPI_Op op = c.reduction == Reduction::max ? MPI_MAX : MPI_SUM;
     const auto counts = [&](const std::vector<std::int64_t>& bounds) {
       std::vector<int> all;
-      for (std::size_t k = 0; k + 1 < bounds.size(); ++k) all.push_back(count_of(bounds[k + 1] - bounds[k]));
+      for (std::size_t k = 0; k + 1 < bounds.size(); ++k)
+        all.push_back(count_of(bounds[k + 1] - bounds[k]));
       return all;
     };
     const auto starts = [&](const std::vector<std::int64_t>& bounds) {
@@ -100,7 +101,8 @@ class MpiTransport final : public Transport {
     switch (c.kind) {
       case CollectiveKind::all_reduce:
         note.payload_bytes += bytes(c.offsets.back());
-        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), MPI_FLOAT, op, comm, &request);
+        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), MPI_FLOAT, op, comm,
+                              &request);
         break;
       case CollectiveKind::broadcast:
         note.payload_bytes += bytes(c.offsets.back());
@@ -120,13 +122,14 @@ class MpiTransport final : public Transport {
       case CollectiveKind::all_gather:
         note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
-        code = MPI_Iallgatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, comm, &request);
+        code = MPI_Iallgatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, comm,
+                               &request);
         break;
       case CollectiveKind::gather:
         note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
-        code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0, comm,
-                                        &request)
+        code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0,
+                                        comm, &request)
                          : MPI_Igatherv(c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]),
                                         a[static_cast<std::size_t>(c.me)], type, nullptr, nullptr,
                                         nullptr, type, 0, comm, &request);
@@ -134,18 +137,19 @@ class MpiTransport final : public Transport {
       case CollectiveKind::scatter:
         note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
-        code = c.me == 0 ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0,
-                                         comm, &request)
-                         : MPI_Iscatterv(nullptr, nullptr, nullptr, type,
-                                         c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]),
-                                         a[static_cast<std::size_t>(c.me)], type, 0, comm, &request);
+        code = c.me == 0
+                   ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0, comm,
+                                   &request)
+                   : MPI_Iscatterv(nullptr, nullptr, nullptr, type,
+                                   c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]),
+                                   a[static_cast<std::size_t>(c.me)], type, 0, comm, &request);
         break;
       case CollectiveKind::all_to_all:
       case CollectiveKind::halo_exchange:
         note.payload_bytes += bytes(c.send_offsets.back());
         a = counts(out), b = starts(out), d = counts(in), e = starts(in);
-        code = MPI_Ialltoallv(c.send, a.data(), b.data(), type, c.data, d.data(), e.data(), type, comm,
-                              &request);
+        code = MPI_Ialltoallv(c.send, a.data(), b.data(), type, c.data, d.data(), e.data(), type,
+                              comm, &request);
         break;
       case CollectiveKind::shift: {
         note.payload_bytes += bytes(c.send_offsets.back());
@@ -219,9 +223,9 @@ class MpiTransport final : public Transport {
       // More ranks than cores: let the others run.
       usleep(0);
       if (std::chrono::duration<double>(Clock::now() - start).count() > timeout_) {
-        throw PeerError(fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s",
-                                    rank_, doing_,
-                                    peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
+        throw PeerError(
+            fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s", rank_,
+                        doing_, peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
       }
     }
   }

@@ -11,8 +11,8 @@ namespace partita {
 /// Was this process started by an MPI launcher (mpirun, srun)? Reads the environment only.
 bool under_mpi_launcher();
 
-/// Starts MPI for this process. `timeout_s`: without an answer of a peer. The transport ends MPI when
-/// it goes; after abort() the process ends with exit code 3.
+/// Starts MPI for this process. `timeout_s`: without an answer of a peer. The transport ends MPI
+/// when it goes; after abort() the process ends with exit code 3.
 std::unique_ptr<Transport> mpi_transport(double timeout_s);
 
 /// "Open MPI v4.1.4".

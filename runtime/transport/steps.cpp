@@ -19,8 +19,8 @@ void combine(Reduction reduction, float* to, const float* from, std::int64_t n) 
 void execute_steps(Transport& transport, const CollectiveCall& call, const Expansion& expansion) {
   const auto n = static_cast<std::int32_t>(call.group->size());
   const std::size_t width = call.element_bytes;
-  const bool exchange = call.kind == CollectiveKind::all_to_all ||
-                        call.kind == CollectiveKind::halo_exchange;
+  const bool exchange =
+      call.kind == CollectiveKind::all_to_all || call.kind == CollectiveKind::halo_exchange;
   const bool shift = call.kind == CollectiveKind::shift;
   // Kinds without chunks of their own are cut as the algorithm wants.
   std::vector<std::int64_t> cut;
@@ -36,10 +36,11 @@ void execute_steps(Transport& transport, const CollectiveCall& call, const Expan
                        call.send_offsets[to + 1] - call.send_offsets[to]};
     }
     if (shift) return std::pair{call.send, call.send_offsets.back()};
-    const auto first = static_cast<std::size_t>(m.first), last = first + static_cast<std::size_t>(m.count);
-    return std::pair{static_cast<const std::byte*>(call.data) +
-                         static_cast<std::size_t>(bounds[first]) * width,
-                     bounds[last] - bounds[first]};
+    const auto first = static_cast<std::size_t>(m.first),
+               last = first + static_cast<std::size_t>(m.count);
+    return std::pair{
+        static_cast<const std::byte*>(call.data) + static_cast<std::size_t>(bounds[first]) * width,
+        bounds[last] - bounds[first]};
   };
   const auto in = [&](const Message& m) {
     if (exchange) {
@@ -48,7 +49,8 @@ void execute_steps(Transport& transport, const CollectiveCall& call, const Expan
                        bounds[from + 1] - bounds[from]};
     }
     if (shift) return std::pair{call.data, bounds.back()};
-    const auto first = static_cast<std::size_t>(m.first), last = first + static_cast<std::size_t>(m.count);
+    const auto first = static_cast<std::size_t>(m.first),
+               last = first + static_cast<std::size_t>(m.count);
     return std::pair{call.data + static_cast<std::size_t>(bounds[first]) * width,
                      bounds[last] - bounds[first]};
   };

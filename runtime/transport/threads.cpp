@@ -1,4 +1,5 @@
-// Ranks as threads of one process: a mailbox per pair of ranks and tag, guarded by one lock per receiver.
+// Ranks as threads of one process: a mailbox per pair of ranks and tag, guarded by one lock per
+// receiver.
 #include <fmt/format.h>
 
 #include <chrono>
@@ -108,19 +109,17 @@ class ThreadTransport final : public Transport {
     auto& queue = box.letters[{from, tag}];
     std::string failure;
     box.waits_for = from;
-    const bool came = box.arrived.wait_for(lock, hub_->timeout, [&] {
-      return !queue.empty() || !(failure = hub_->failed()).empty();
-    });
+    const bool came = box.arrived.wait_for(
+        lock, hub_->timeout, [&] { return !queue.empty() || !(failure = hub_->failed()).empty(); });
     if (queue.empty()) {
       const std::string mine = box.doing;
       lock.unlock();
       if (came) throw PeerError(failure);
       const int culprit = hub_->culprit(from);
-      throw PeerError(fmt::format("rank {} waits in {} for rank {}, {} has been in {} for {:.0f} s", rank_,
-                                  mine, from,
-                                  culprit == from ? std::string("which")
-                                                  : fmt::format("which waits too; rank {}", culprit),
-                                  hub_->what_is_doing(culprit), hub_->timeout.count()));
+      throw PeerError(fmt::format(
+          "rank {} waits in {} for rank {}, {} has been in {} for {:.0f} s", rank_, mine, from,
+          culprit == from ? std::string("which") : fmt::format("which waits too; rank {}", culprit),
+          hub_->what_is_doing(culprit), hub_->timeout.count()));
     }
     box.waits_for = -1;
     const ThreadHub::Letter letter = std::move(queue.front());
@@ -152,9 +151,9 @@ class ThreadTransport final : public Transport {
     int missing = 0;
     while (hub_->at_barrier.count(missing) > 0) ++missing;
     lock.unlock();
-    throw PeerError(fmt::format("rank {} waits for all ranks, and rank {} has been in {} for {:.0f} s",
-                                rank_, missing, hub_->what_is_doing(missing),
-                                hub_->timeout.count()));
+    throw PeerError(
+        fmt::format("rank {} waits for all ranks, and rank {} has been in {} for {:.0f} s", rank_,
+                    missing, hub_->what_is_doing(missing), hub_->timeout.count()));
   }
 
   void abort(const std::string& reason) override { hub_->stop(reason); }
@@ -171,8 +170,8 @@ class ThreadTransport final : public Transport {
 
 }  // namespace
 
-std::shared_ptr<ThreadHub> make_thread_hub(int ranks, double timeout_s,
-                                           std::function<Algorithm(CollectiveKind, int)> algorithm) {
+std::shared_ptr<ThreadHub> make_thread_hub(
+    int ranks, double timeout_s, std::function<Algorithm(CollectiveKind, int)> algorithm) {
   return std::make_shared<ThreadHub>(ranks, timeout_s, std::move(algorithm));
 }
 std::unique_ptr<Transport> thread_transport(std::shared_ptr<ThreadHub> hub, int rank) {

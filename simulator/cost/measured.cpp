@@ -28,9 +28,7 @@ double elements_of(const Program& p, const ProgramOperator& op, const Operand& o
 
 void product_shape(const Program& p, const ProgramOperator& op, std::int64_t rank, KernelShape& s) {
   const Signature& g = op.signature;
-  const auto all = [&](const Operand& o) {
-    return elements_of(p, op, o, 0, o.shape.size(), rank);
-  };
+  const auto all = [&](const Operand& o) { return elements_of(p, op, o, 0, o.shape.size(), rank); };
   const auto dim = [&](Dim d) {
     const int at = g.find(d);
     if (at < 0) return 1.0;
@@ -63,7 +61,8 @@ void product_shape(const Program& p, const ProgramOperator& op, std::int64_t ran
     const Operand& x = g.inputs[0];
     // Rows are (token, choice), shared evenly by the experts.
     const double rows = elements_of(p, op, x, 0, 2, rank) * static_cast<double>(x.shape[2].extent) *
-                        s.count / static_cast<double>(std::get<GroupedProduct>(op.operation).experts);
+                        s.count /
+                        static_cast<double>(std::get<GroupedProduct>(op.operation).experts);
     s.m = std::max(1.0, rows / std::max(1.0, s.count));
   } else if (const auto* b = std::get_if<BatchedProduct>(&op.operation)) {
     const auto at = static_cast<std::size_t>(b->batch);
@@ -79,7 +78,8 @@ double interpolate(const std::vector<std::pair<double, double>>& points, double 
   if (x <= points.front().first) return points.front().second;
   if (x >= points.back().first)
     return points.back().second * x / std::max(points.back().first, 1.0);
-  const auto above = std::upper_bound(points.begin(), points.end(), std::pair<double, double>{x, INFINITY});
+  const auto above =
+      std::upper_bound(points.begin(), points.end(), std::pair<double, double>{x, INFINITY});
   const auto below = above - 1;
   const double share = std::log(x / below->first) / std::log(above->first / below->first);
   return std::exp((1 - share) * std::log(below->second) + share * std::log(above->second));
@@ -143,9 +143,10 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
                        [&](BufferId id) { return id.valid() && p.buffer(id).routed; });
   };
   if (routed(i.reads) || routed(i.gradients)) s.kernel += " of rows";
-  const bool has_statistics = i.kernel == Kernel::forward         ? !i.statistics.empty()
-                              : i.kernel == Kernel::backward_data ? !op.signature.backward_statistics.empty()
-                                                                  : false;
+  const bool has_statistics = i.kernel == Kernel::forward ? !i.statistics.empty()
+                              : i.kernel == Kernel::backward_data
+                                  ? !op.signature.backward_statistics.empty()
+                                  : false;
   if (has_statistics && !i.inline_statistics) s.kernel += " given statistics";
   if (const auto* n = std::get_if<Normalize>(&op.operation)) {
     constexpr const char* kinds[] = {"layer", "rms", "batch", "local"};
@@ -194,16 +195,18 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
   return Seconds{2 * s.m * s.n * s.k * s.count / std::exp(sum / weight)};
 }
 
-std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind, int ranks,
-                                     Bytes bytes) {
+std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
+                                     int ranks, Bytes bytes) {
   const auto found = table.find(kind);
   if (found == table.end()) return {};
   const int at = nearest_ranks(found->second, ranks);
   std::vector<std::pair<double, double>> points;
   for (const CollectivePoint& p : found->second) {
-    if (p.ranks == at) points.emplace_back(std::max<double>(1, static_cast<double>(p.bytes.count)), p.time.count);
+    if (p.ranks == at)
+      points.emplace_back(std::max<double>(1, static_cast<double>(p.bytes.count)), p.time.count);
   }
-  return Seconds{interpolate(curve(std::move(points)), std::max<double>(1, static_cast<double>(bytes.count)))};
+  return Seconds{
+      interpolate(curve(std::move(points)), std::max<double>(1, static_cast<double>(bytes.count)))};
 }
 
 }  // namespace partita

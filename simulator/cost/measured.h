@@ -20,13 +20,14 @@ struct KernelShape {
 KernelShape shape_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 
 /// Time of a kernel from the table's points for as many concurrent ranks (else the nearest number).
-/// Products: the rate (FLOP/s) of the nearest six points in log m, log n, log k, weighted by inverse
-/// distance cubed. Others: log-log interpolation in bytes; beyond the largest point its rate, below the
-/// smallest its time. Empty where the table has no such kernel.
+/// Products: the rate (FLOP/s) of the nearest six points in log m, log n, log k, weighted by
+/// inverse distance cubed. Others: log-log interpolation in bytes; beyond the largest point its
+/// rate, below the smallest its time. Empty where the table has no such kernel.
 std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks);
 
-/// Log-log interpolation of a collective's points with this number of ranks, else the nearest number.
-std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind, int ranks,
-                                     Bytes bytes);
+/// Log-log interpolation of a collective's points with this number of ranks, else the nearest
+/// number.
+std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
+                                     int ranks, Bytes bytes);
 
 }  // namespace partita

@@ -129,8 +129,9 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
                                : dim.dim == Dim::sequence ? "tokens"
                                                           : std::string(name(dim.dim));
       if (!must_divide(dim.dim)) {
-        return Infeasible{fmt::format("{} {} cuts the {} {} of {} into more parts than it has; use at most {}",
-                                      title, parts, what, dim.extent, op.name, dim.extent / grain)};
+        return Infeasible{
+            fmt::format("{} {} cuts the {} {} of {} into more parts than it has; use at most {}",
+                        title, parts, what, dim.extent, op.name, dim.extent / grain)};
       }
       return Infeasible{fmt::format(
           "{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what, op.name,
@@ -146,10 +147,11 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
   OperatorLayouts l;
   l.signature = signature(graph, id, samples);
   // Where several query heads share a key, groups of them are what can be cut.
-  const bool grouped = std::any_of(graph.operators.begin(), graph.operators.end(), [](const auto& o) {
-    const auto* a = std::get_if<Attention>(&o.operation);
-    return a != nullptr && a->queries_per_head > 1;
-  });
+  const bool grouped =
+      std::any_of(graph.operators.begin(), graph.operators.end(), [](const auto& o) {
+        const auto* a = std::get_if<Attention>(&o.operation);
+        return a != nullptr && a->queries_per_head > 1;
+      });
   auto cuts = cuts_of(plan, op, l.signature, grouped ? "key/value heads" : "heads");
   if (!cuts) return cuts.why();
   l.cuts = std::move(*cuts);

@@ -426,11 +426,12 @@ class Engine {
       for (std::int64_t r = 0; r < p_.ranks(); ++r) {
         ranks += communication_.topology().node_of(DeviceId{static_cast<std::size_t>(r)}) == here;
       }
-      // More ranks than cores take turns: each gets its share of the time, and meets as many others at
-      // once as there are cores.
+      // More ranks than cores take turns: each gets its share of the time, and meets as many others
+      // at once as there are cores.
       const std::int64_t cores = device.host_cores > 0 ? device.host_cores : ranks;
       const double turns = std::max(1.0, static_cast<double>(ranks) / static_cast<double>(cores));
-      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(std::min(ranks, cores))))
+      if (const auto t =
+              measured_time(device.kernels, shape, static_cast<int>(std::min(ranks, cores))))
         return turns * (*t + device.dispatch);
     }
     return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
@@ -734,8 +735,8 @@ class Engine {
       if (m == nullptr) return false;
       if (m->start > start) start = m->start, cause = nullptr;
     } else if (step.kind == Kind::send) {
-      // Beside compute, a transfer is one interval on both sides; on one stream the sender copies out,
-      // then the receiver copies in.
+      // Beside compute, a transfer is one interval on both sides; on one stream the sender copies
+      // out, then the receiver copies in.
       messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] =
           step.stream == kComputeStream ? start + step.ticks : start;
     }

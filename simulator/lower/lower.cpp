@@ -282,8 +282,8 @@ class Lowering {
     PARTITA_ASSERT(p_.streams.size() < 256, "too many streams");
     return static_cast<Stream>(p_.streams.size() - 1);
   }
-  /// One communicator per group of ranks, whatever it carries: its collectives follow each other, as
-  /// NCCL's do. Two that overlapped would each be priced as if it had the links for itself.
+  /// One communicator per group of ranks, whatever it carries: its collectives follow each other,
+  /// as NCCL's do. Two that overlapped would each be priced as if it had the links for itself.
   Stream group_stream(AtomMask atoms) {
     if (const auto it = stream_of_.find(atoms); it != stream_of_.end()) return it->second;
     std::string label;
@@ -297,8 +297,7 @@ class Lowering {
   /// Emits the steps that turn `from` into layout `to`; returns the last buffer. Every intermediate
   /// result is reported to `made`.
   template <class Made>
-  BufferId emit_reshard(Block& block, BufferId source, const Layout& to,
-                        Made made) {
+  BufferId emit_reshard(Block& block, BufferId source, const Layout& to, Made made) {
     const Layout from = p_.buffers[source.index()].layout;
     BufferId at = source;
     for (const ReshardStep& step : reshard(from, to)) {
@@ -387,7 +386,8 @@ class Lowering {
         });
   }
 
-  // ---- the loader's role --------------------------------------------------------------------------
+  // ---- the loader's role
+  // --------------------------------------------------------------------------
   struct FromLoader {
     TensorId tensor;
     Layout layout;
@@ -957,9 +957,9 @@ class Lowering {
         if (proto.gradients[0].valid()) {
           contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
         } else {
-          PARTITA_ASSERT(b.contributions.count(op.inputs[k]) == 0,
-                         "a summand of the loss is read elsewhere: " +
-                             graph_.tensor(op.inputs[k]).name);
+          PARTITA_ASSERT(
+              b.contributions.count(op.inputs[k]) == 0,
+              "a summand of the loss is read elsewhere: " + graph_.tensor(op.inputs[k]).name);
           b.ones.insert(op.inputs[k]);
         }
       }
@@ -1330,8 +1330,8 @@ class Lowering {
     p_.blocks.push_back(std::move(step));
   }
 
-  /// Local SGD: every so many steps each replica's share, its parameters over their number, is summed over
-  /// the replicas and replaces the parameters. Momentum stays each replica's own.
+  /// Local SGD: every so many steps each replica's share, its parameters over their number, is
+  /// summed over the replicas and replaces the parameters. Momentum stays each replica's own.
   void average_parameters(Block& step, int stage) {
     const AtomMask atoms = plan_.replicas;
     const auto every = static_cast<std::int32_t>(plan_.average_every);
@@ -1373,8 +1373,9 @@ class Lowering {
     }
   }
 
-  /// Scales gradients down to a norm, which is of all parameters: squares are summed over each rank's
-  /// own, then over the ranks that hold other parts of the same parameters, then over stages.
+  /// Scales gradients down to a norm, which is of all parameters: squares are summed over each
+  /// rank's own, then over the ranks that hold other parts of the same parameters, then over
+  /// stages.
   void clip_gradients(Block& step, int stage) {
     const auto scalar = [&](const std::string& name, AtomMask owed) {
       Layout l;

@@ -17,11 +17,10 @@ struct ScheduleName {
   Schedule schedule;
   std::string_view name;
 };
-constexpr std::array kSchedules{ScheduleName{Schedule::naive, "naive"},
-                                ScheduleName{Schedule::gpipe, "gpipe"},
-                                ScheduleName{Schedule::one_f_one_b, "1f1b"},
-                                ScheduleName{Schedule::interleaved, "interleaved"},
-                                ScheduleName{Schedule::zero_bubble_h1, "zb-h1"}};
+constexpr std::array kSchedules{
+    ScheduleName{Schedule::naive, "naive"}, ScheduleName{Schedule::gpipe, "gpipe"},
+    ScheduleName{Schedule::one_f_one_b, "1f1b"}, ScheduleName{Schedule::interleaved, "interleaved"},
+    ScheduleName{Schedule::zero_bubble_h1, "zb-h1"}};
 
 Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
 
@@ -279,7 +278,8 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   if (plan.mesh.atoms.size() > 16) return no("the mesh has more than 16 atoms");
 
   if (plan.average_every > 0 && plan.strategy != "replicas")
-    return no("average_every is for strategy replicas; others keep their replicas alike in every step");
+    return no(
+        "average_every is for strategy replicas; others keep their replicas alike in every step");
   if (plan.strategy == "replicas") {
     plan.replicas = mask_of(dp);
     plan.zero_atoms.clear();
@@ -311,9 +311,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     }
     if (std::none_of(graph.operators.begin(), graph.operators.end(),
                      [&](const Operator& op) { return rule_matches(r, op); })) {
-      return no(fmt::format("sharding of {} matches no operator of {}; partita model MODEL "
-                            "--operators lists them",
-                            r.pattern, graph.name));
+      return no(
+          fmt::format("sharding of {} matches no operator of {}; partita model MODEL "
+                      "--operators lists them",
+                      r.pattern, graph.name));
     }
     rules.push_back(r);
   }
@@ -390,16 +391,17 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         break;
       }
       case Schedule::zero_bubble_h1: {
-        // https://arxiv.org/abs/2401.10241, section 2.2: 1F1B whose gradients of weights wait. Stage s
-        // lets s of them wait, so it holds p - s micro-batches' activations and s micro-batches' inputs:
-        // no more than the first stage of 1F1B.
+        // https://arxiv.org/abs/2401.10241, section 2.2: 1F1B whose gradients of weights wait.
+        // Stage s lets s of them wait, so it holds p - s micro-batches' activations and s
+        // micro-batches' inputs: no more than the first stage of 1F1B.
         const int warm = std::min(stages - 1 - s, m);
         const auto weight = [&](int mb) {
           if (mb >= 0) order.push_back({BlockKind::backward_weight, s, mb});
         };
         for (int i = 0; i < warm; ++i) order.push_back(forward(s, i));
         for (int i = warm; i < m; ++i)
-          order.push_back(forward(s, i)), order.push_back(backward(s, i - warm)), weight(i - warm - s);
+          order.push_back(forward(s, i)), order.push_back(backward(s, i - warm)),
+              weight(i - warm - s);
         for (int i = m - warm; i < m; ++i) order.push_back(backward(s, i)), weight(i - s);
         for (int i = std::max(0, m - s); i < m; ++i) weight(i);
         break;
@@ -624,7 +626,9 @@ void apply(Plan& p, const YamlNode& y) {
     if (const auto x = n->find("clip")) {
       p.optimizer.clip = x->as_double();
       if (!(p.optimizer.clip >= 0))
-        throw InputError(x->place(), fmt::format("{} is no norm to clip to; use a number above 0, or 0 for none", p.optimizer.clip));
+        throw InputError(
+            x->place(), fmt::format("{} is no norm to clip to; use a number above 0, or 0 for none",
+                                    p.optimizer.clip));
     }
     n->reject_unknown_keys();
   }
@@ -652,7 +656,8 @@ void set(Plan& plan, const std::string& key, const std::string& value, const std
   // Through the file's own reader, so that keys, types and messages are the same.
   // "optimizer.kind" is a key inside a key.
   std::string body = "schema: partita.plan/1\n", indent;
-  for (std::size_t at = 0, dot; at != std::string::npos; at = dot == std::string::npos ? dot : dot + 1) {
+  for (std::size_t at = 0, dot; at != std::string::npos;
+       at = dot == std::string::npos ? dot : dot + 1) {
     dot = key.find('.', at);
     const std::string part = key.substr(at, dot == std::string::npos ? dot : dot - at);
     body += indent + part + ":" + (dot == std::string::npos ? " " + value : "") + "\n";
@@ -697,8 +702,7 @@ std::string to_yaml(const Plan& p) {
       "{}\nzero: {}\n"
       "recompute: {}\nprecision: {}\n",
       p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch,
-      p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute,
-      precision_text(p));
+      p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.loader) s += "loader: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);

@@ -81,8 +81,8 @@ struct Plan {
   bool reshard_after_forward = true;
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again
-  /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every rank
-  /// makes what it needs.
+  /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every
+  /// rank makes what it needs.
   bool loader = false;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;

@@ -9,7 +9,8 @@ namespace partita {
 namespace {
 
 /// Members that hold a power-of-two group's data in recursive halving: with n = p + r the first 2 r
-/// members pair up and the even ones act for both (Thakur, Rabenseifner, Gropp, IJHPCA 19(1), 2005).
+/// members pair up and the even ones act for both (Thakur, Rabenseifner, Gropp, IJHPCA 19(1),
+/// 2005).
 struct Paired {
   std::int32_t power = 1, extra = 0;
   explicit Paired(std::int32_t n) {
@@ -24,8 +25,7 @@ struct Paired {
 void ring_reduce_scatter(Expansion& e, std::int32_t n) {
   for (std::int32_t s = 1; s < n; ++s) {
     auto& step = e.steps.emplace_back();
-    for (std::int32_t r = 0; r < n; ++r)
-      step.push_back({r, (r + 1) % n, (r + n - s) % n, 1, true});
+    for (std::int32_t r = 0; r < n; ++r) step.push_back({r, (r + 1) % n, (r + n - s) % n, 1, true});
   }
 }
 void ring_all_gather(Expansion& e, std::int32_t n) {
@@ -59,8 +59,7 @@ void halving_all_reduce(Expansion& e, std::int32_t n) {
   e.chunks = p.power;
   if (p.extra > 0) {
     auto& step = e.steps.emplace_back();
-    for (std::int32_t i = 0; i < p.extra; ++i)
-      step.push_back({2 * i + 1, 2 * i, 0, p.power, true});
+    for (std::int32_t i = 0; i < p.extra; ++i) step.push_back({2 * i + 1, 2 * i, 0, p.power, true});
   }
   // Actor a keeps the half of its range that its bit of `distance` names.
   for (std::int32_t distance = p.power / 2; distance >= 1; distance /= 2) {
@@ -145,7 +144,8 @@ Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n) {
       break;
     case CollectiveKind::shift:
       if (n > 1) e.steps.emplace_back();
-      for (std::int32_t r = 0; n > 1 && r < n; ++r) e.steps[0].push_back({r, (r + 1) % n, r, 1, false});
+      for (std::int32_t r = 0; n > 1 && r < n; ++r)
+        e.steps[0].push_back({r, (r + 1) % n, r, 1, false});
       break;
     case CollectiveKind::broadcast:
       e.chunks = 1;
@@ -178,7 +178,8 @@ namespace {
 /// Elements of `buffer` that `a` holds of layout `from` and `b` wants in layout `to`.
 std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to, std::int64_t b) {
   const Buffer &x = p.buffer(from), &y = p.buffer(to);
-  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b) return 0;
+  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b)
+    return 0;
   std::int64_t n = 1;
   for (std::size_t d = 0; d < x.shape.size(); ++d) {
     const auto mine = local_indices(p.mesh, x.layout.dims[d], x.shape[d].extent, a);
@@ -193,8 +194,8 @@ std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to
 
 }  // namespace
 
-std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const Program& p,
-                                                                        std::int64_t step_number) {
+std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
+    const Program& p, std::int64_t step_number) {
   std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> bytes;
   std::vector<std::int64_t> calls(p.blocks.size(), 0);
   for (const auto& stage : p.stages) {
@@ -220,7 +221,8 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const
         }
         const auto group = p.group(i, rank);
         const auto n = static_cast<std::int32_t>(group.size());
-        const auto me = static_cast<std::int32_t>(std::find(group.begin(), group.end(), rank) - group.begin());
+        const auto me =
+            static_cast<std::int32_t>(std::find(group.begin(), group.end(), rank) - group.begin());
         const Expansion e = expand(i.collective, default_algorithm(i.collective), n);
         // Elements of chunk c, all buffers of the call together.
         const auto chunk = [&](std::int32_t c) {
@@ -253,11 +255,12 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const
           return sum;
         };
         std::vector<std::int64_t> even;
-        if (i.collective == CollectiveKind::all_reduce || i.collective == CollectiveKind::broadcast ||
-            i.collective == CollectiveKind::reduce) {
+        if (i.collective == CollectiveKind::all_reduce ||
+            i.collective == CollectiveKind::broadcast || i.collective == CollectiveKind::reduce) {
           std::int64_t total = 0;
           for (std::size_t k = 0; k < i.reads.size(); ++k) {
-            total += std::max(local_elements(p, i.reads[k], group[0]), local_elements(p, i.writes[k], group[0]));
+            total += std::max(local_elements(p, i.reads[k], group[0]),
+                              local_elements(p, i.writes[k], group[0]));
           }
           even = even_chunks(total, e.chunks);
         }
@@ -267,7 +270,8 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const
             std::int64_t elements = 0;
             for (std::int32_t c = m.first; c < m.first + m.count; ++c) {
               elements += even.empty() ? chunk(c)
-                                       : even[static_cast<std::size_t>(c) + 1] - even[static_cast<std::size_t>(c)];
+                                       : even[static_cast<std::size_t>(c) + 1] -
+                                             even[static_cast<std::size_t>(c)];
             }
             if (elements > 0)
               bytes[{rank, group[static_cast<std::size_t>(m.to)]}] +=

@@ -66,12 +66,14 @@ Algorithm default_algorithm(CollectiveKind kind);
 /// steps. InternalError for a pair that is no row of kAlgorithms.
 Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n);
 
-/// Bytes that each ordered pair of ranks (from, to) exchanges in step `step`, with the default algorithms:
-/// what the in-process transport counts. Routed buffers are left out: their rows are data.
+/// Bytes that each ordered pair of ranks (from, to) exchanges in step `step`, with the default
+/// algorithms: what the in-process transport counts. Routed buffers are left out: their rows are
+/// data.
 std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const Program& program,
-                                                                        std::int64_t step);
+                                                                           std::int64_t step);
 
-/// Chunk boundaries (chunks + 1 of them) of a payload of `total` values in even parts, larger first.
+/// Chunk boundaries (chunks + 1 of them) of a payload of `total` values in even parts, larger
+/// first.
 std::vector<std::int64_t> even_chunks(std::int64_t total, std::int32_t chunks);
 
 }  // namespace partita

@@ -1,5 +1,5 @@
-// simulator/program/measurement.h: what a run of a Program measured. The runtime fills it in; whoever
-// compares it with a prediction needs to know nothing else of the runtime.
+// simulator/program/measurement.h: what a run of a Program measured. The runtime fills it in;
+// whoever compares it with a prediction needs to know nothing else of the runtime.
 #pragma once
 
 #include <array>

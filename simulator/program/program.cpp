@@ -18,16 +18,16 @@ std::string_view name(Kind k) {
 }
 std::string_view name(Kernel k) {
   constexpr std::array<std::string_view, 11> names{"forward_statistic",
-                                                  "forward",
-                                                  "backward_statistic",
-                                                  "backward_data",
-                                                  "backward_weight",
-                                                  "zero",
-                                                  "add",
-                                                  "optimizer",
-                                                  "scale",
-                                                  "square_sum",
-                                                  "clip"};
+                                                   "forward",
+                                                   "backward_statistic",
+                                                   "backward_data",
+                                                   "backward_weight",
+                                                   "zero",
+                                                   "add",
+                                                   "optimizer",
+                                                   "scale",
+                                                   "square_sum",
+                                                   "clip"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CollectiveKind k) {
@@ -116,7 +116,8 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
 }
 
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
-  if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice)) return Bytes{0};
+  if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
+    return Bytes{0};
   Bytes in{0}, out{0};
   for (const BufferId id : i.reads) {
     if (p.buffer(id).routed) return Bytes{0};  // packed in lists of its own, counted nowhere yet
@@ -127,7 +128,8 @@ Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank)
   switch (i.collective) {
     case CollectiveKind::all_reduce:
       // One buffer in place is reduced where it lies.
-      return i.reads.size() == 1 && p.memory_of(i.reads[0]) == p.memory_of(i.writes[0]) ? Bytes{0} : out;
+      return i.reads.size() == 1 && p.memory_of(i.reads[0]) == p.memory_of(i.writes[0]) ? Bytes{0}
+                                                                                        : out;
     case CollectiveKind::reduce:
     case CollectiveKind::reduce_scatter:
       return out;

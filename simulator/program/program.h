@@ -88,7 +88,8 @@ enum class Kernel : std::uint8_t {
   optimizer,        ///< one update of parameter writes[0] from gradient reads[0], state `state`
   scale,            ///< writes[0] = reads[0] / number of ranks along `atoms`
   square_sum,       ///< writes[0] = sum of the squares of all reads
-  clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is clipped
+  clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is
+         ///< clipped
 };
 std::string_view name(Kernel k);
 
@@ -183,8 +184,9 @@ struct ProgramInput {
 };
 
 /// Ranks outside the mesh: data loaders, servers, brokers. One for every combination of coordinates
-/// along `atoms`; it stands where the mesh's rank with these coordinates and zeros elsewhere stands, and
-/// exchanges messages with that rank of each stage. Roles' ranks follow the mesh's, in order.
+/// along `atoms`; it stands where the mesh's rank with these coordinates and zeros elsewhere
+/// stands, and exchanges messages with that rank of each stage. Roles' ranks follow the mesh's, in
+/// order.
 struct Role {
   std::string name;
   AtomList atoms;
@@ -192,10 +194,10 @@ struct Role {
 
 struct Program {
   Mesh mesh;
-  AtomList pipeline;  ///< atoms of the pp axis; empty: one stage
+  AtomList pipeline;        ///< atoms of the pp axis; empty: one stage
   std::vector<Role> roles;  ///< role r runs stages[pipeline_stages() + r]
-  AtomMask replicas = 0;         ///< independent models along these atoms
-  int average_every = 0;         ///< > 0: the replicas' parameters are averaged every so many steps
+  AtomMask replicas = 0;    ///< independent models along these atoms
+  int average_every = 0;    ///< > 0: the replicas' parameters are averaged every so many steps
   std::vector<ProgramOperator> operators;
   std::vector<ProgramParameter> parameters;
   std::vector<ProgramInput> inputs;

@@ -139,8 +139,8 @@ struct Walker {
             check(i.statistics);
         check(i.backward_statistics), check(i.extras), check(i.writes);
         if (i.kind == Kind::compute && i.op < 0 && i.kernel != Kernel::zero &&
-            i.kernel != Kernel::add && i.kernel != Kernel::optimizer &&
-            i.kernel != Kernel::scale && i.kernel != Kernel::square_sum && i.kernel != Kernel::clip) {
+            i.kernel != Kernel::add && i.kernel != Kernel::optimizer && i.kernel != Kernel::scale &&
+            i.kernel != Kernel::square_sum && i.kernel != Kernel::clip) {
           good = false;
         }
         if (!good) say(b, k, "an id is out of range");

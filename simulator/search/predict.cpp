@@ -82,9 +82,10 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
   }
   if (static_cast<std::size_t>(program->ranks()) > communication.topology().device_count())
-    return Infeasible{fmt::format("the plan has {} ranks with its loaders, the cluster {} devices; use a "
-                                  "larger one or no loader",
-                                  program->ranks(), communication.topology().device_count())};
+    return Infeasible{
+        fmt::format("the plan has {} ranks with its loaders, the cluster {} devices; use a "
+                    "larger one or no loader",
+                    program->ranks(), communication.topology().device_count())};
   Timeline t = simulate(*program, communication, options);
 
   Prediction r;
@@ -303,8 +304,8 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         o.reason = plan.reason();
         continue;
       }
-      // State of the average rank, counted low: whatever the schedule does, it must be there. Experts
-      // may be cut by ep as well, so only the finest cut counts.
+      // State of the average rank, counted low: whatever the schedule does, it must be there.
+      // Experts may be cut by ep as well, so only the finest cut counts.
       const double ways = static_cast<double>(plan->tp * plan->pp * plan->ep);
       const double shards = plan->zero > 0 ? static_cast<double>(plan->dp * plan->cp) : 1;
       const double held = static_cast<double>(bits(plan->precision.parameters)) / 8 /

@@ -220,7 +220,8 @@ TEST(Json, WhereNoPlanIsLegalOneReasonIsShownAndTheCodeIs1) {
 }
 
 TEST(Json, PlanSearchesOnlyWhatFlagsAndFileLeaveOpen) {
-  const Ran r = run("plan gpt2 dgx-h100:1 --layers 2 --global-batch 8 --tp 2 --zero 1 --top 99 --json");
+  const Ran r =
+      run("plan gpt2 dgx-h100:1 --layers 2 --global-batch 8 --tp 2 --zero 1 --top 99 --json");
   const Json j = parsed(r);
   ASSERT_FALSE(j.at("plans").empty());
   for (const auto& p : j.at("plans")) {
@@ -235,9 +236,9 @@ TEST(Json, PlanSearchesOnlyWhatFlagsAndFileLeaveOpen) {
 TEST(Json, ImportedClustersAndKeysInsideKeysVary) {
   const std::string matrix = std::string(PARTITA_TEST_DATA) + "/topologies/nvswitch-matrix.txt";
   std::vector<double> steps;
-  for (const char* vary : {"device.memory_bandwidth=x1", "device.memory_bandwidth=x2",
-                           "'topology.nodes[*].links[kind=nvlink].bandwidth=x0.5'",
-                           "plan.optimizer.kind=sgd"}) {
+  for (const char* vary :
+       {"device.memory_bandwidth=x1", "device.memory_bandwidth=x2",
+        "'topology.nodes[*].links[kind=nvlink].bandwidth=x0.5'", "plan.optimizer.kind=sgd"}) {
     const Ran r = run("whatif gpt2 '" + matrix + "?device=h100-sxm' --vary " + vary + " --json");
     EXPECT_EQ(r.code, 0) << r.err;
     steps.push_back(Json::parse(r.out).at("step_time_s").get<double>());
@@ -347,7 +348,8 @@ std::vector<std::string> transports() {
 
 TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
   for (const std::string& transport : transports()) {
-    const Ran r = run("run mnist-linear --dp 4 --ranks 4 --backend cpu --json --transport " + transport);
+    const Ran r =
+        run("run mnist-linear --dp 4 --ranks 4 --backend cpu --json --transport " + transport);
     EXPECT_EQ(r.code, 0) << r.err;
     const Json j = parsed(r);
     EXPECT_EQ(j.at("schema"), "partita.run/1");
@@ -355,7 +357,8 @@ TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
     EXPECT_EQ(j.at("transport"), transport);
     ASSERT_EQ(j.at("loss").size(), 50u);
     EXPECT_TRUE(j.at("equal_to_serial").get<bool>());
-    EXPECT_LT(j.at("loss").back().get<double>(), j.at("loss").front().get<double>() / 4) << "it learns";
+    EXPECT_LT(j.at("loss").back().get<double>(), j.at("loss").front().get<double>() / 4)
+        << "it learns";
     for (std::size_t k = 0; k < 50; ++k) {
       EXPECT_NEAR(j.at("loss")[k].get<double>(), j.at("serial_loss")[k].get<double>(),
                   j.at("tolerance").get<double>());
@@ -371,12 +374,19 @@ TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
 TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
   if (transports().size() < 2) GTEST_SKIP() << "this build has no MPI";
   const std::vector<std::string> plans{
-      "tiny.yaml --dp 2 --zero 1", "tiny.yaml --dp 2 --zero 2 --global-batch 4", "tiny.yaml --dp 3 --zero 3",
-      "tiny.yaml --tp 2 --sequence-parallel", "tiny.yaml --pp 2 --global-batch 4",
-      "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1", "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
-      "tiny.yaml --cp 2 --context-exchange ring", "tiny.yaml --cp 2 --context-exchange all_to_all",
-      "tiny.yaml --dp 2 --tp 2 --loader --recompute full", "tiny.yaml --dp 2 --strategy dataparallel",
-      "tiny-moe.yaml --dp 2 --ep 2", "tiny-moe.yaml --tp 2 --dp 2 --ep 4 --etp 1 --sequence-parallel"};
+      "tiny.yaml --dp 2 --zero 1",
+      "tiny.yaml --dp 2 --zero 2 --global-batch 4",
+      "tiny.yaml --dp 3 --zero 3",
+      "tiny.yaml --tp 2 --sequence-parallel",
+      "tiny.yaml --pp 2 --global-batch 4",
+      "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1",
+      "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
+      "tiny.yaml --cp 2 --context-exchange ring",
+      "tiny.yaml --cp 2 --context-exchange all_to_all",
+      "tiny.yaml --dp 2 --tp 2 --loader --recompute full",
+      "tiny.yaml --dp 2 --strategy dataparallel",
+      "tiny-moe.yaml --dp 2 --ep 2",
+      "tiny-moe.yaml --tp 2 --dp 2 --ep 4 --etp 1 --sequence-parallel"};
   for (const std::string& plan : plans) {
     const Ran r = run("run ../" + plan + " --steps 2 --transport mpi --json");
     EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
@@ -400,7 +410,8 @@ TEST(Run, PipelinesTensorsAndShardsRunToo) {
 
 TEST(Validate, RunsItsSuiteBesideItsPredictions) {
   // Times are this machine's affair: only mathematics, memory and schema are asserted.
-  const Ran r = run("validate --backend cpu --ranks 1,2 --rounds 1 --steps 2 --only 'mnist-linear 1' --json");
+  const Ran r =
+      run("validate --backend cpu --ranks 1,2 --rounds 1 --steps 2 --only 'mnist-linear 1' --json");
   EXPECT_TRUE(r.code == 0 || r.code == 1) << r.code << r.err;
   const Json j = Json::parse(r.out, nullptr, false);
   ASSERT_FALSE(j.is_discarded()) << r.err;
@@ -417,4 +428,4 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
 }
 
 }  // namespace
-}  // namespace partita
+}  // namespace partita::test

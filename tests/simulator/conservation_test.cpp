@@ -331,7 +331,8 @@ TEST(Conservation, MemoryIsStatePlusWhatIsAllocatedAndNotYetFreed) {
       at_peak = now;
       for_each_call(p, t.classes[c].stage, [&](const BlockCall&, const Instruction& i) {
         // A collective's packed payload is there while it runs.
-        if (const std::int64_t packed = transient_bytes(p, i, rank).count; sum(now) + packed > peak) {
+        if (const std::int64_t packed = transient_bytes(p, i, rank).count;
+            sum(now) + packed > peak) {
           peak = sum(now) + packed;
           at_peak = now;
           at_peak[static_cast<std::size_t>(Category::workspace)] += packed;

@@ -7,9 +7,8 @@
 #include <numeric>
 #include <vector>
 
-#include "topologies/topology.h"
-
 #include "simulator/cost/measured.h"
+#include "topologies/topology.h"
 
 namespace partita {
 namespace {
@@ -100,14 +99,16 @@ TEST(Cost, GrowsWithThePayloadAndNeverBeatsItsBytes) {
 TEST(MeasuredTime, TheExamplesOfThePage) {
   const auto us = [](double t) { return Seconds{t * 1e-6}; };
   KernelTable table;
-  table["normalize forward layer"] = {{1, 0, 0, 0, 1, 4096, us(2), 0}, {1, 0, 0, 0, 1, 16384, us(6), 0}};
+  table["normalize forward layer"] = {{1, 0, 0, 0, 1, 4096, us(2), 0},
+                                      {1, 0, 0, 0, 1, 16384, us(6), 0}};
   const auto normalize = [&](double bytes) {
     return measured_time(table, {"normalize forward layer", 0, 0, 0, 1, bytes}, 1)->count * 1e6;
   };
   EXPECT_NEAR(normalize(8192), 3.4641, 1e-4);
   EXPECT_NEAR(normalize(1024), 2, 1e-12);
   EXPECT_NEAR(normalize(65536), 24, 1e-9);
-  table["linear forward"] = {{1, 64, 64, 64, 1, 0, us(10), 0}, {1, 256, 256, 256, 1, 0, us(420), 0}};
+  table["linear forward"] = {{1, 64, 64, 64, 1, 0, us(10), 0},
+                             {1, 256, 256, 256, 1, 0, us(420), 0}};
   const auto linear = [&](double n) {
     return measured_time(table, {"linear forward", n, n, n, 1, 0}, 1)->count * 1e6;
   };

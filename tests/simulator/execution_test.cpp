@@ -6,8 +6,8 @@
 #include <map>
 #include <random>
 
-#include "tests/simulator/networks.h"
 #include "runtime/reference/serial.h"
+#include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
 namespace partita {
@@ -175,7 +175,8 @@ TEST(Execution, PeriodicAveraging) {
   Plan p = base_plan();
   p.average_every = 2;
   p.dp = 2;
-  EXPECT_THAT(expect_equals_reference(gpt(), p).reason, ::testing::HasSubstr("is for strategy replicas"));
+  EXPECT_THAT(expect_equals_reference(gpt(), p).reason,
+              ::testing::HasSubstr("is for strategy replicas"));
 }
 
 TEST(Execution, ClippedGradients) {
@@ -311,8 +312,8 @@ TEST(Execution, ShardedState) {
 }
 
 TEST(Execution, Pipelines) {
-  for (const Schedule s : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
-                           Schedule::zero_bubble_h1}) {
+  for (const Schedule s :
+       {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b, Schedule::zero_bubble_h1}) {
     SCOPED_TRACE(std::string(name(s)));
     Plan p = base_plan();
     p.schedule = s;
@@ -378,8 +379,9 @@ TEST(Execution, SpatialWithHalos) {
   p.dp = 2;
   expect_good(cnn(true), p);
   p.tp = 3;
-  EXPECT_THAT(expect_equals_reference(cnn(true), p).reason,
-              ::testing::HasSubstr("cuts the height 2 of pool into more parts than it has; use at most 2"));
+  EXPECT_THAT(
+      expect_equals_reference(cnn(true), p).reason,
+      ::testing::HasSubstr("cuts the height 2 of pool into more parts than it has; use at most 2"));
 }
 
 TEST(Execution, ChannelsOfAConvolution) {

@@ -15,7 +15,8 @@ Mesh random_mesh() {
   Mesh m;
   const int atoms = *rc::gen::inRange(1, 4);
   for (int a = 0; a < atoms; ++a)
-    m.atoms.push_back({std::string(1, static_cast<char>('a' + a)), *rc::gen::inRange<std::int64_t>(1, 5)});
+    m.atoms.push_back(
+        {std::string(1, static_cast<char>('a' + a)), *rc::gen::inRange<std::int64_t>(1, 5)});
   return m;
 }
 
@@ -24,7 +25,10 @@ DimSplit random_split(const Mesh& m) {
   DimSplit s;
   std::vector<AtomId> order;
   for (std::size_t a = 0; a < m.atoms.size(); ++a) {
-    if (*rc::gen::arbitrary<bool>()) order.insert(order.begin() + *rc::gen::inRange<std::ptrdiff_t>(0, static_cast<std::ptrdiff_t>(order.size()) + 1), static_cast<AtomId>(a));
+    if (*rc::gen::arbitrary<bool>())
+      order.insert(order.begin() + *rc::gen::inRange<std::ptrdiff_t>(
+                                       0, static_cast<std::ptrdiff_t>(order.size()) + 1),
+                   static_cast<AtomId>(a));
   }
   for (const AtomId a : order) s.atoms.push_back(a);
   s.zigzag = static_cast<std::uint8_t>(*rc::gen::inRange(0, static_cast<int>(order.size()) + 1));

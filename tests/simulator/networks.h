@@ -134,7 +134,8 @@ inline Graph random_transformer(std::mt19937& rng) {
   }
   Graph g = build_transformer(c);
   g.name = fmt::format(
-      "layers {} kv {} norm {} gated {} positions {} biases {}{}{} tied {} qk_norm {} sinks {} window "
+      "layers {} kv {} norm {} gated {} positions {} biases {}{}{} tied {} qk_norm {} sinks {} "
+      "window "
       "{} mtp {} flash {} dropout {} experts {} top {} shared {} dense {} sigmoid {}",
       c.layers, c.kv_heads, static_cast<int>(c.norm), c.gated, c.positions, c.qkv_bias,
       c.attention_output_bias, c.mlp_bias, c.tied, c.qk_norm, c.sinks, c.window, c.mtp_layers,

@@ -1,11 +1,10 @@
 // The worked examples of docs/plan.md, docs/reference.md and docs/simulation.md.
 #include <gtest/gtest.h>
 
-#include <map>
-
 #include <cmath>
 #include <fstream>
 #include <limits>
+#include <map>
 
 #include "runtime/reference/interpreter.h"
 #include "runtime/reference/ring_attention.h"

@@ -114,8 +114,8 @@ Seconds best_by_hand(const Graph& g, const Topology& t, const Plan& base) {
       for (std::int64_t mb = 1; mb <= base.global_batch; ++mb) {
         for (int zero = 0; zero <= 3; ++zero) {
           for (const auto recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
-            for (const Schedule schedule : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
-                                            Schedule::interleaved}) {
+            for (const Schedule schedule :
+                 {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b, Schedule::interleaved}) {
               for (std::int64_t v = 1; v <= (schedule == Schedule::interleaved ? 4 : 1); ++v) {
                 Plan p = base;
                 p.tp = tp, p.pp = pp, p.dp = ranks / (tp * pp), p.micro_batch = mb;

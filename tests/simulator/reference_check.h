@@ -44,8 +44,7 @@ inline CheckResult expect_equals_reference(const Graph& graph, const Plan& wante
     }
   }
   expect_equal(reference::compare(
-      graph, run, reference::train_serially(graph, *program, options, batch_norm_groups),
-      1e-9));
+      graph, run, reference::train_serially(graph, *program, options, batch_norm_groups), 1e-9));
   return {true, ""};
 }
 

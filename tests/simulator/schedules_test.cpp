@@ -38,7 +38,9 @@ std::vector<Turn> order(const std::string& text, int stage) {
 std::string text(const std::vector<Turn>& turns) {
   std::string s;
   for (const Turn& t : turns) {
-    const char kind = t.kind == BlockKind::forward ? 'F' : t.kind == BlockKind::backward ? 'B' : 'W';
+    const char kind = t.kind == BlockKind::forward    ? 'F'
+                      : t.kind == BlockKind::backward ? 'B'
+                                                      : 'W';
     s += fmt::format("{}{}.{} ", kind, t.chunk, t.micro_batch);
   }
   return s;
@@ -119,7 +121,8 @@ TEST(Schedules, EveryChunkSeesEveryMicroBatchOnceForwardThenBackward) {
             }
             EXPECT_EQ(forward.size(), static_cast<std::size_t>(v * m));
             EXPECT_EQ(backward.size(), static_cast<std::size_t>(v * m));
-            EXPECT_EQ(weight.size(), splits_backward(schedule) ? static_cast<std::size_t>(v * m) : 0u);
+            EXPECT_EQ(weight.size(),
+                      splits_backward(schedule) ? static_cast<std::size_t>(v * m) : 0u);
           }
         }
       }
@@ -146,7 +149,8 @@ TEST(Schedules, ActivationsInFlight) {
         EXPECT_EQ(most(Schedule::one_f_one_b, s), std::min(m, p - s));
         EXPECT_EQ(most(Schedule::gpipe, s), m);
         EXPECT_EQ(most(Schedule::naive, s), 1);
-        EXPECT_LE(most(Schedule::zero_bubble_h1, s), std::min(m, p)) << "no more than 1F1B's first stage";
+        EXPECT_LE(most(Schedule::zero_bubble_h1, s), std::min(m, p))
+            << "no more than 1F1B's first stage";
       }
     }
   }

@@ -76,7 +76,8 @@ TEST(Rounding, IsWithinHalfASpacingOfEveryFormat) {
       const double scale = type == ElementType::int8 ? largest
                            : blocks                  ? std::max(std::abs(x[i]), largest / 4)
                                                      : std::abs(x[i]);
-      EXPECT_LE(std::abs(x[i] - y[i]), spacing(type) / 2 * scale * 1.26) << name(type) << " " << x[i];
+      EXPECT_LE(std::abs(x[i] - y[i]), spacing(type) / 2 * scale * 1.26)
+          << name(type) << " " << x[i];
     }
     auto again = y;
     round_values(type, again.data(), again.size());

@@ -52,7 +52,8 @@ TEST(Calibration, KnowsEveryKernelOfTheSuiteAndNoneOfItsProducts) {
       if (kernels.count(k) == 0) lacks.insert(k);
     }
     // The founding example has one layer: only its batch can differ.
-    for (const auto& p : shapes(c.graph, c.plan, true)) EXPECT_EQ(products.count(p), 0u) << c.name << ": " << p;
+    for (const auto& p : shapes(c.graph, c.plan, true))
+      EXPECT_EQ(products.count(p), 0u) << c.name << ": " << p;
   }
   EXPECT_EQ(lacks, std::set<std::string>{});
 }
@@ -69,7 +70,8 @@ TEST(Calibration, ProfilesReadBackAsTheyWereWritten) {
   EXPECT_EQ(d.host_cores, 2);
   EXPECT_NEAR(d.dispatch.count, 3.5e-7, 1e-15);
   const KernelPoint& x = d.kernels.at("linear forward")[0];
-  EXPECT_EQ(std::tuple(x.ranks, x.m, x.n, x.k, x.bytes, x.spread), std::tuple(2, 8., 16., 32., 4096., 0.125));
+  EXPECT_EQ(std::tuple(x.ranks, x.m, x.n, x.k, x.bytes, x.spread),
+            std::tuple(2, 8., 16., 32., 4096., 0.125));
   EXPECT_NEAR(x.time.count, 1.25e-5, 1e-12);
   EXPECT_EQ(d.kernels.at("add")[0].m, 0);
 }

@@ -54,12 +54,14 @@ std::vector<Tensor> tensors(std::vector<Held>& list) {
   return all;
 }
 
-void expect_close(const std::vector<float>& got, const Piece& want, double start, const std::string& what) {
+void expect_close(const std::vector<float>& got, const Piece& want, double start,
+                  const std::string& what) {
   ASSERT_EQ(got.size(), want.values.size()) << what;
   double size = 1;
   for (const double v : want.values) size = std::max(size, std::abs(v));
   for (std::size_t i = 0; i < got.size(); ++i)
-    ASSERT_NEAR(static_cast<double>(got[i]), want.values[i] + start, 2e-4 * size) << what << ", element " << i;
+    ASSERT_NEAR(static_cast<double>(got[i]), want.values[i] + start, 2e-4 * size)
+        << what << ", element " << i;
 }
 
 /// All passes of one rank's problem, by the reference's kernels and by the CPU's.
@@ -105,7 +107,8 @@ void expect_same(const Problem& p, reference::Part part) {
     std::vector<Held> results;
     for (const Piece& e : expected) {
       results.push_back(held(e.index.empty() && e.values.empty() ? nullptr : &e));
-      std::fill(results.back().values.begin(), results.back().values.end(), accumulates ? 0.5f : NAN);
+      std::fill(results.back().values.begin(), results.back().values.end(),
+                accumulates ? 0.5f : NAN);
     }
     a.results = tensors(results);
     a.accumulate = accumulates;
@@ -121,7 +124,8 @@ void expect_same(const Problem& p, reference::Part part) {
       }
     }
   };
-  compare(base, want.outputs, "forward", [&](const Arguments& a) { kernel.forward(a); }, false);
+  compare(
+      base, want.outputs, "forward", [&](const Arguments& a) { kernel.forward(a); }, false);
   base.outputs = tensors(outputs);
   base.output_gradients = tensors(gradients);
   std::vector<Held> backward = held(want.backward_statistics);
@@ -131,11 +135,14 @@ void expect_same(const Problem& p, reference::Part part) {
     kernel.backward_statistic(k, a);
   }
   base.backward_statistics = tensors(backward);
-  compare(base, want.input_gradients, "backward by data", [&](const Arguments& a) { kernel.backward_data(a); }, false);
+  compare(
+      base, want.input_gradients, "backward by data",
+      [&](const Arguments& a) { kernel.backward_data(a); }, false);
   if (s.parameters.empty()) return;
   for (const bool accumulates : {false, true})
-    compare(base, want.parameter_gradients, "backward by weight",
-            [&](const Arguments& a) { kernel.backward_weight(a); }, accumulates);
+    compare(
+        base, want.parameter_gradients, "backward by weight",
+        [&](const Arguments& a) { kernel.backward_weight(a); }, accumulates);
 }
 
 TEST(CpuKernels, EqualTheReferencesOnWholeProblems) {

@@ -1,6 +1,4 @@
 // Every plan that lowers also runs, on real ranks: threads in this process.
-#include "runtime/execute/threads.h"
-
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -12,6 +10,7 @@
 #include <thread>
 #include <tuple>
 
+#include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "tests/simulator/networks.h"
@@ -31,7 +30,8 @@ Plan single_precision(Plan p = base_plan()) {
 Options options_for(const Graph& graph, int steps) {
   Options o;
   o.steps = steps;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
+  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
+                     std::int64_t index) {
     return reference::input_value(graph, input, kSeed, step, sample, index);
   };
   o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
@@ -61,9 +61,8 @@ void expect_trains(const Graph& graph, const Program& program, int groups,
   }
   const auto exact = reference::options_for(graph, program, kSteps, kSeed);
   const auto serial = reference::train_serially(graph, program, exact, groups);
-  expect_equal(reference::compare(
-      graph, results[0].values, serial,
-      reference::tolerance_of_rounding(graph, program, serial, exact)));
+  expect_equal(reference::compare(graph, results[0].values, serial,
+                                  reference::tolerance_of_rounding(graph, program, serial, exact)));
 }
 
 /// False if the plan is infeasible.
@@ -107,8 +106,8 @@ TEST(Executor, Spatial) {
   EXPECT_TRUE(expect_good(cnn(true), p));
 }
 
-/// y = W x with whole-number weights and inputs, target 0, learning rate 2^-6: every sum and product of
-/// a step fits in 24 bits, so there is no rounding and all plans give equal bits.
+/// y = W x with whole-number weights and inputs, target 0, learning rate 2^-6: every sum and
+/// product of a step fits in 24 bits, so there is no rounding and all plans give equal bits.
 TEST(Executor, WholeNumbersGiveEqualBits) {
   GraphBuilder b("whole");
   const TensorId x = b.input("x", {{Dim::sample, 1}, {Dim::feature, 8}});
@@ -127,8 +126,13 @@ TEST(Executor, WholeNumbersGiveEqualBits) {
   const TensorId target = b.input("target", b.shape(y));
   const Graph g = b.finish(b.add("loss", MeanSquaredError{}, {y, target}), 2, 0);
   std::vector<reference::RunResult> all;
-  for (const auto& [tp, pp, dp, zero] :
-       {std::tuple{1, 1, 1, 0}, {1, 1, 4, 0}, {2, 1, 2, 0}, {3, 1, 1, 0}, {1, 2, 2, 0}, {1, 1, 4, 3}, {2, 2, 2, 1}}) {
+  for (const auto& [tp, pp, dp, zero] : {std::tuple{1, 1, 1, 0},
+                                         {1, 1, 4, 0},
+                                         {2, 1, 2, 0},
+                                         {3, 1, 1, 0},
+                                         {1, 2, 2, 0},
+                                         {1, 1, 4, 3},
+                                         {2, 2, 2, 1}}) {
     Plan p = single_precision();
     p.tp = tp, p.pp = pp, p.dp = dp, p.zero = zero;
     p.global_batch = 8;

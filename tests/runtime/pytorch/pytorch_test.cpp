@@ -1,6 +1,6 @@
-// Our mathematics against PyTorch's: loss and every gradient of whole small networks. PyTorch (Debian:
-// python3-torch) is for this test only; without it the test is skipped and says so. PARTITA_PYTHON names
-// another interpreter.
+// Our mathematics against PyTorch's: loss and every gradient of whole small networks. PyTorch
+// (Debian: python3-torch) is for this test only; without it the test is skipped and says so.
+// PARTITA_PYTHON names another interpreter.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
@@ -40,10 +40,15 @@ bool has_torch() {
 }
 
 Json window(const Window& w) {
-  return {{"kernel", w.kernel}, {"stride", w.stride}, {"before", w.pad_before}, {"after", w.pad_after}, {"dilation", w.dilation}};
+  return {{"kernel", w.kernel},
+          {"stride", w.stride},
+          {"before", w.pad_before},
+          {"after", w.pad_after},
+          {"dilation", w.dilation}};
 }
 const char* name_of(ActivationKind k) {
-  constexpr const char* names[] = {"relu", "squared_relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+  constexpr const char* names[] = {"relu", "squared_relu", "gelu", "gelu_tanh",
+                                   "silu", "sigmoid",      "tanh"};
   return names[static_cast<std::size_t>(k)];
 }
 
@@ -52,23 +57,54 @@ struct Describe {
   Json operator()(const Linear& o) { return {{"contracted", o.contracted}, {"bias", o.bias}}; }
   Json operator()(const Normalize& o) {
     constexpr const char* kinds[] = {"layer", "rms", "batch", "local"};
-    return {{"kind", kinds[static_cast<std::size_t>(o.kind)]}, {"epsilon", o.epsilon}, {"scale", o.scale}, {"bias", o.bias}, {"group", o.group}, {"window", o.window}, {"alpha", o.alpha}, {"beta", o.beta}, {"offset", o.offset}};
+    return {{"kind", kinds[static_cast<std::size_t>(o.kind)]},
+            {"epsilon", o.epsilon},
+            {"scale", o.scale},
+            {"bias", o.bias},
+            {"group", o.group},
+            {"window", o.window},
+            {"alpha", o.alpha},
+            {"beta", o.beta},
+            {"offset", o.offset}};
   }
   Json operator()(const Activation& o) { return {{"kind", name_of(o.kind)}}; }
   Json operator()(const GatedActivation& o) { return {{"kind", name_of(o.kind)}}; }
-  Json operator()(const Rotary& o) { return {{"head_dim", o.head_dim}, {"rotated", o.rotated}, {"base", o.base}}; }
-  Json operator()(const Attention& o) {
-    return {{"queries_per_head", o.queries_per_head}, {"qk_dim", o.qk_dim}, {"v_dim", o.v_dim}, {"scale", o.scale}, {"causal", o.causal}, {"window", o.window}, {"sinks", o.sinks}};
+  Json operator()(const Rotary& o) {
+    return {{"head_dim", o.head_dim}, {"rotated", o.rotated}, {"base", o.base}};
   }
-  Json operator()(const Convolution& o) { return {{"height", window(o.height)}, {"width", window(o.width)}, {"groups", o.groups}, {"bias", o.bias}}; }
-  Json operator()(const Pool& o) { return {{"maximum", o.maximum}, {"height", window(o.height)}, {"width", window(o.width)}, {"count_padding", o.count_padding}}; }
+  Json operator()(const Attention& o) {
+    return {{"queries_per_head", o.queries_per_head},
+            {"qk_dim", o.qk_dim},
+            {"v_dim", o.v_dim},
+            {"scale", o.scale},
+            {"causal", o.causal},
+            {"window", o.window},
+            {"sinks", o.sinks}};
+  }
+  Json operator()(const Convolution& o) {
+    return {{"height", window(o.height)},
+            {"width", window(o.width)},
+            {"groups", o.groups},
+            {"bias", o.bias}};
+  }
+  Json operator()(const Pool& o) {
+    return {{"maximum", o.maximum},
+            {"height", window(o.height)},
+            {"width", window(o.width)},
+            {"count_padding", o.count_padding}};
+  }
   Json operator()(const SelectToken& o) { return {{"index", o.index}}; }
   Json operator()(const Concat& o) { return {{"last", o.last}}; }
-  Json operator()(const Router& o) { return {{"top_k", o.top_k}, {"sigmoid", o.sigmoid}, {"normalise", o.normalise}, {"scale", o.scale}}; }
+  Json operator()(const Router& o) {
+    return {
+        {"top_k", o.top_k}, {"sigmoid", o.sigmoid}, {"normalise", o.normalise}, {"scale", o.scale}};
+  }
   Json operator()(const Dispatch& o) { return {{"experts", o.experts}}; }
   Json operator()(const GroupedProduct& o) { return {{"bias", o.bias}}; }
   template <class Other>
-  Json operator()(const Other&) { return Json::object(); }
+  Json operator()(const Other&) {
+    return Json::object();
+  }
 };
 
 std::vector<std::int64_t> extents(const Shape& shape) {
@@ -98,7 +134,8 @@ double ask(const Json& j, std::string& said) {
       std::filesystem::temp_directory_path() / fmt::format("partita-network-{}.json", ::getpid());
   std::ofstream(file) << j.dump();
   int code = 0;
-  said = output_of(fmt::format("{} {}/network.py {}", python(), PARTITA_PYTORCH, file.string()), code);
+  said =
+      output_of(fmt::format("{} {}/network.py {}", python(), PARTITA_PYTORCH, file.string()), code);
   std::filesystem::remove(file);
   return code == 0 ? std::strtod(said.c_str(), nullptr) : INFINITY;
 }
@@ -115,9 +152,15 @@ double difference(const Graph& g, std::string& said) {
   j["loss"] = ours.losses[0][0];
   j["loss_tensor"] = g.loss.value;
   for (std::size_t i = 0; i < g.inputs.size(); ++i)
-    j["inputs"].push_back({{"tensor", g.inputs[i].value}, {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))}, {"values", inputs.by_tensor[i].values}});
+    j["inputs"].push_back(
+        {{"tensor", g.inputs[i].value},
+         {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))},
+         {"values", inputs.by_tensor[i].values}});
   for (std::size_t q = 0; q < g.parameters.size(); ++q)
-    j["parameters"].push_back({{"name", g.parameters[q].name}, {"shape", extents(g.parameters[q].shape)}, {"values", options.parameters[0][q].values}, {"gradient", ours.gradients[0][q]}});
+    j["parameters"].push_back({{"name", g.parameters[q].name},
+                               {"shape", extents(g.parameters[q].shape)},
+                               {"values", options.parameters[0][q].values},
+                               {"gradient", ours.gradients[0][q]}});
   j["operators"] = operators_of(g);
   return ask(j, said);
 }
@@ -172,8 +215,8 @@ TEST(PyTorch, RandomTransformersHaveTheSameLossAndGradients) {
   }
 }
 
-/// Three steps of DistributedDataParallel over gloo give the parameters that our data-parallel ranks
-/// have, and its step stands beside ours.
+/// Three steps of DistributedDataParallel over gloo give the parameters that our data-parallel
+/// ranks have, and its step stands beside ours.
 TEST(PyTorch, DistributedDataParallelTrainsTheSameParameters) {
   if (!has_torch())
     GTEST_SKIP() << python() << " has no torch; install python3-torch or set PARTITA_PYTHON";
@@ -213,7 +256,8 @@ TEST(PyTorch, DistributedDataParallelTrainsTheSameParameters) {
       Json in{{"tensor", g.inputs[i].value},
               {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))}};
       for (int step = 0; step < kSteps; ++step)
-        in["steps"].push_back(reference::make_inputs(g, program.samples, 11, step).by_tensor[i].values);
+        in["steps"].push_back(
+            reference::make_inputs(g, program.samples, 11, step).by_tensor[i].values);
       j["inputs"].push_back(std::move(in));
     }
     for (std::size_t q = 0; q < g.parameters.size(); ++q)

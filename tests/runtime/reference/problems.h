@@ -1,4 +1,5 @@
-// tests/runtime/reference/problems.h: every operator and option on small random shapes, and how its passes are run.
+// tests/runtime/reference/problems.h: every operator and option on small random shapes, and how its
+// passes are run.
 #pragma once
 
 #include <fmt/format.h>
@@ -126,7 +127,7 @@ inline std::vector<const Piece*> pointers(const std::vector<Piece>& pieces) {
 /// The inputs that the signature lets a backward pass read, null for the others: the saving
 /// contract.
 inline std::vector<const Piece*> saved(const std::vector<Piece>& pieces,
-                                const std::vector<Operand>& operands, bool weight) {
+                                       const std::vector<Operand>& operands, bool weight) {
   std::vector<const Piece*> list;
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     const bool kept = weight ? operands[i].saved_for_weight : operands[i].saved_for_data;
@@ -165,8 +166,8 @@ struct Part {
 
 /// Reduces one statistic over the ranks that differ only in cut statistic dimensions which do not
 /// index it.
-inline void reduce(std::vector<Part>& parts, const Statistic& statistic, const std::vector<Piece>& local,
-            std::vector<Piece> Part::*into) {
+inline void reduce(std::vector<Part>& parts, const Statistic& statistic,
+                   const std::vector<Piece>& local, std::vector<Piece> Part::*into) {
   const Signature& s = *parts[0].context.signature;
   const auto together = [&](const Part& a, const Part& b) {
     for (std::size_t d = 0; d < s.dims.size(); ++d) {
@@ -232,7 +233,8 @@ inline Part run_whole(const Problem& p) {
   return one[0];
 }
 
-inline Problem make_problem(std::string label, Operation op, const std::vector<Shape>& shapes, Rng& rng) {
+inline Problem make_problem(std::string label, Operation op, const std::vector<Shape>& shapes,
+                            Rng& rng) {
   Problem p;
   p.label = std::move(label);
   p.operation = std::move(op);
