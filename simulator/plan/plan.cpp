@@ -394,15 +394,15 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         // https://arxiv.org/abs/2401.10241, section 2.2: 1F1B whose gradients of weights wait.
         // Stage s lets s of them wait, so it holds p - s micro-batches' activations and s
         // micro-batches' inputs: no more than the first stage of 1F1B.
-        const int warm = std::min(stages - 1 - s, m);
+        const int ahead = std::min(stages - 1 - s, m);
         const auto weight = [&](int mb) {
           if (mb >= 0) order.push_back({BlockKind::backward_weight, s, mb});
         };
-        for (int i = 0; i < warm; ++i) order.push_back(forward(s, i));
-        for (int i = warm; i < m; ++i)
-          order.push_back(forward(s, i)), order.push_back(backward(s, i - warm)),
-              weight(i - warm - s);
-        for (int i = m - warm; i < m; ++i) order.push_back(backward(s, i)), weight(i - s);
+        for (int i = 0; i < ahead; ++i) order.push_back(forward(s, i));
+        for (int i = ahead; i < m; ++i)
+          order.push_back(forward(s, i)), order.push_back(backward(s, i - ahead)),
+              weight(i - ahead - s);
+        for (int i = m - ahead; i < m; ++i) order.push_back(backward(s, i)), weight(i - s);
         for (int i = std::max(0, m - s); i < m; ++i) weight(i);
         break;
       }
