@@ -142,7 +142,8 @@ class Executor {
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
           if (p_.mesh.group_root(rank_, op.root) == rank_)
-            kernels_[id.index()][k].emplace(context(op, i));
+            kernels_[id.index()][k].emplace(reference::context_of(
+                p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_));
         }
         if (i.kind == Kind::collective || i.kind == Kind::slice)
           collectives_[id.index()][k] = prepare_collective(i);
@@ -218,32 +219,6 @@ class Executor {
   }
 
   std::size_t replica() const { return replica_of(rank_); }
-
-  reference::Context context(const ProgramOperator& op, const Instruction& i) const {
-    reference::Context c;
-    c.operation = &op.operation;
-    c.signature = &op.signature;
-    for (std::size_t d = 0; d < op.cuts.size(); ++d) {
-      const IterationDim& dim = op.signature.dims[d];
-      c.indices.push_back(local_indices(p_.mesh, op.cuts[d], dim.extent, rank_));
-      if (dim.use == DimUse::sum && p_.mesh.coordinate(rank_, op.cuts[d].atoms) != 0)
-        c.adds_bias = false;
-    }
-    auto labels = static_cast<double>(p_.micro_batches);
-    const auto elements_of = [](const Shape& s) {
-      double n = 1;
-      for (const auto& d : s) n *= static_cast<double>(d.extent);
-      return n;
-    };
-    if (std::holds_alternative<CrossEntropy>(op.operation)) {
-      labels *= elements_of(op.signature.inputs[1].shape);
-    } else if (std::holds_alternative<MeanSquaredError>(op.operation)) {
-      labels *= elements_of(op.signature.inputs[0].shape);
-    }
-    c.loss_scale = 1 / labels;
-    c.seed = o_.operator_seed ? o_.operator_seed(i.op) : o_.seed;
-    return c;
-  }
 
   Prepared prepare_collective(const Instruction& i) {
     Prepared c;
@@ -928,13 +903,7 @@ class Executor {
 
   void note_loss(BufferId id) {
     const Buffer& b = p_.buffer(id);
-    // Each summand once: along atoms that are neither owed, nor replicas, only coordinate 0 counts.
-    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
-      const auto atom = static_cast<AtomId>(a);
-      const bool counts =
-          has(b.layout.partial, atom) || has(p_.replicas, atom) || has(mask_of(p_.pipeline), atom);
-      if (!counts && p_.mesh.coordinate(rank_, atom) != 0) return;
-    }
+    if (!reference::counts_loss(p_, b, rank_)) return;
     losses_.back() += static_cast<double>(values(id)[0]);
   }
 

@@ -499,24 +499,8 @@ class Machine {
 
   // ---- kernels
   // -------------------------------------------------------------------------------------
-  Context context(const ProgramOperator& op, const Instruction& i, std::int64_t rank) const {
-    Context c;
-    c.operation = &op.operation;
-    c.signature = &op.signature;
-    for (std::size_t d = 0; d < op.cuts.size(); ++d) {
-      const IterationDim& dim = op.signature.dims[d];
-      c.indices.push_back(local_indices(p_.mesh, op.cuts[d], dim.extent, rank));
-      if (dim.use == DimUse::sum && p_.mesh.coordinate(rank, op.cuts[d].atoms) != 0)
-        c.adds_bias = false;
-    }
-    double labels = static_cast<double>(p_.micro_batches);
-    if (std::holds_alternative<CrossEntropy>(op.operation)) {
-      labels *= static_cast<double>(elements(op.signature.inputs[1].shape));
-    } else if (std::holds_alternative<MeanSquaredError>(op.operation)) {
-      labels *= static_cast<double>(elements(op.signature.inputs[0].shape));
-    }
-    c.loss_scale = 1 / labels;
-    c.seed = o_.operator_seed ? o_.operator_seed(i.op) : o_.seed;
+  Context context(const Instruction& i, std::int64_t rank) const {
+    Context c = context_of(p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank);
     c.step = step_;
     c.first_sample = static_cast<std::int64_t>(micro_batch_) * p_.samples;
     return c;
@@ -573,7 +557,7 @@ class Machine {
       ring_attention(i, op, rank);
       return;
     }
-    const Context c = context(op, i, rank);
+    const Context c = context(i, rank);
     Operands o;
     for (const BufferId id : i.reads) o.inputs.push_back(optional(rank, id));
     for (const BufferId id : i.parameters) o.parameters.push_back(optional(rank, id));
@@ -685,13 +669,7 @@ class Machine {
   }
 
   void note_loss(const Buffer& b, const Piece& piece, std::int64_t rank) {
-    // Each summand once: along atoms that are neither owed, nor replicas, only coordinate 0 counts.
-    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
-      const auto atom = static_cast<AtomId>(a);
-      const bool counts =
-          has(b.layout.partial, atom) || has(p_.replicas, atom) || has(mask_of(p_.pipeline), atom);
-      if (!counts && p_.mesh.coordinate(rank, atom) != 0) return;
-    }
+    if (!counts_loss(p_, b, rank)) return;
     result_.losses.back()[replica(rank)] += piece.values[0];
   }
 
@@ -776,6 +754,38 @@ void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector
     parameter[k] -= optimizer.learning_rate * (first[k] / correct1) /
                     (std::sqrt(second[k] / correct2) + optimizer.epsilon);
   }
+}
+
+Context context_of(const Program& p, std::int32_t id, std::uint64_t seed, std::int64_t rank) {
+  const ProgramOperator& op = p.operators[static_cast<std::size_t>(id)];
+  Context c;
+  c.operation = &op.operation;
+  c.signature = &op.signature;
+  for (std::size_t d = 0; d < op.cuts.size(); ++d) {
+    const IterationDim& dim = op.signature.dims[d];
+    c.indices.push_back(local_indices(p.mesh, op.cuts[d], dim.extent, rank));
+    if (dim.use == DimUse::sum && p.mesh.coordinate(rank, op.cuts[d].atoms) != 0)
+      c.adds_bias = false;
+  }
+  auto labels = static_cast<double>(p.micro_batches);
+  if (std::holds_alternative<CrossEntropy>(op.operation)) {
+    labels *= static_cast<double>(elements(op.signature.inputs[1].shape));
+  } else if (std::holds_alternative<MeanSquaredError>(op.operation)) {
+    labels *= static_cast<double>(elements(op.signature.inputs[0].shape));
+  }
+  c.loss_scale = 1 / labels;
+  c.seed = seed;
+  return c;
+}
+
+bool counts_loss(const Program& p, const Buffer& loss, std::int64_t rank) {
+  for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
+    const auto atom = static_cast<AtomId>(a);
+    const bool counts =
+        has(loss.layout.partial, atom) || has(p.replicas, atom) || has(mask_of(p.pipeline), atom);
+    if (!counts && p.mesh.coordinate(rank, atom) != 0) return false;
+  }
+  return true;
 }
 
 double clip_factor(const Optimizer& optimizer, double square_sum) {

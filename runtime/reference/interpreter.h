@@ -45,6 +45,14 @@ struct RunResult {
   double copies_differ = 0;
 };
 
+/// What `rank` works on of an operator, at the first step and micro-batch; shared by interpreter and
+/// executor.
+Context context_of(const Program& program, std::int32_t op, std::uint64_t seed, std::int64_t rank);
+
+/// Each summand of the loss counts once: along atoms that are neither owed, nor replicas, nor the
+/// pipeline's only coordinate 0.
+bool counts_loss(const Program& program, const Buffer& loss, std::int64_t rank);
+
 /// What gradients are multiplied by, given the sum of all their squares.
 double clip_factor(const Optimizer& optimizer, double square_sum);
 
