@@ -207,13 +207,20 @@ void make_folder(const std::string& folder) {
   if (error)
     throw InputError(
         "--out", fmt::format("cannot make {}: {}; name another folder", folder, error.message()));
-  write(folder + "/device.yaml", "");
+  // Without touching a profile that is there: it stays until the new one is complete.
+  const std::string probe = folder + "/device.yaml.new";
+  write(probe, "");
+  std::filesystem::remove(probe, error);
 }
 
 /// Device and cluster files; returns the cluster's path.
 std::string save(const Profile& p, const std::string& folder, int devices) {
-  write(folder + "/device.yaml", validation::device_yaml(p));
-  write(folder + "/cluster.yaml", validation::cluster_yaml(p, "device.yaml", devices));
+  const auto replace = [&](const std::string& name, const std::string& content) {
+    write(folder + "/" + name + ".new", content);
+    std::filesystem::rename(folder + "/" + name + ".new", folder + "/" + name);
+  };
+  replace("device.yaml", validation::device_yaml(p));
+  replace("cluster.yaml", validation::cluster_yaml(p, "device.yaml", devices));
   return folder + "/cluster.yaml";
 }
 

@@ -19,12 +19,13 @@ double largest_of(const std::vector<double>& values) {
 /// its operator, at least a millionth of the largest of all. One operator's gradients are sums of
 /// the same terms; where they cancel (a key's bias has no effect, so its gradient is zero in exact
 /// arithmetic), what is left is rounding of terms as large as the weight's.
-std::vector<double> scales_of(const Graph& graph, const std::vector<std::vector<double>>& values) {
+std::vector<double> scales_of(const Graph& graph, const std::vector<std::vector<double>>& values,
+                              RelativeTo scale) {
   std::map<std::string, double> by_operator;
   double all = 1e-300;
   const auto owner = [&](std::size_t q) {
     const std::string& name = graph.parameters[q].name;
-    return name.substr(0, name.rfind('.'));
+    return scale == RelativeTo::tensor ? name : name.substr(0, name.rfind('.'));
   };
   for (std::size_t q = 0; q < values.size(); ++q) {
     double& largest = by_operator[owner(q)];
@@ -131,7 +132,7 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
 }
 
 Comparison compare(const Graph& graph, const RunResult& run, const RunResult& serial,
-                   double tolerance) {
+                   double tolerance, RelativeTo scale) {
   Comparison c;
   c.tolerance = tolerance;
   const auto note = [](double e, double& worst, std::string& name, const std::string& candidate) {
@@ -146,8 +147,8 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
     }
   }
   for (std::size_t r = 0; r < serial.parameters.size(); ++r) {
-    const auto gradient_scale = scales_of(graph, serial.gradients[r]);
-    const auto parameter_scale = scales_of(graph, serial.parameters[r]);
+    const auto gradient_scale = scales_of(graph, serial.gradients[r], scale);
+    const auto parameter_scale = scales_of(graph, serial.parameters[r], scale);
     for (std::size_t q = 0; q < graph.parameters.size(); ++q) {
       const std::string& name = graph.parameters[q].name;
       note(error_of(run.gradients[r][q], serial.gradients[r][q], gradient_scale[q]),

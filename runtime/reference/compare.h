@@ -33,8 +33,12 @@ struct Comparison {
   double tolerance = 0;
   bool equal = false;
 };
+/// What differences are relative to: the largest value of the tensor itself, or of all parameters
+/// of its operator. Where terms cancel (a key's bias has no effect) a run in fp32 keeps rounding of
+/// terms as large as the weight's; in doubles that is no excuse.
+enum class RelativeTo { tensor, operators };
 Comparison compare(const Graph& graph, const RunResult& run, const RunResult& serial,
-                   double tolerance);
+                   double tolerance, RelativeTo scale = RelativeTo::operators);
 
 /// Doubles, sums in another order: a few thousand roundings per step, amplified by the steps
 /// before.

@@ -408,6 +408,15 @@ TEST(Run, PipelinesTensorsAndShardsRunToo) {
   }
 }
 
+TEST(Validate, AProfileThatIsThereStaysUntilTheNewOneIsComplete) {
+  const TemporaryFolder folder;
+  write(folder.path() + "/device.yaml", "precious");
+  // Ended in the middle of its measurements.
+  const Ran r = run("calibrate --backend cpu --rounds 1000 --out '" + folder.path() + "'", "timeout 1");
+  EXPECT_EQ(r.code, 124);
+  EXPECT_EQ(read(folder.path() + "/device.yaml"), "precious");
+}
+
 TEST(Validate, RunsItsSuiteBesideItsPredictions) {
   // Times are this machine's affair: only mathematics, memory and schema are asserted.
   const Ran r =
