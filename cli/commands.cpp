@@ -90,11 +90,11 @@ void refuse_long_trace(std::int64_t instructions) {
 
 /// Simulates once more with every event recorded.
 void trace(const std::string& file, const Graph& g, const Prediction& p,
-           Communication& communication) {
+           Communication& communication, const RoutingSource* routing = nullptr) {
   refuse_long_trace(p.instructions);
   Timeline timeline;
   Program program;
-  predict(g, p.plan, communication, &timeline, &program);
+  predict(g, p.plan, communication, &timeline, &program, false, routing);
   write_trace(file, program, timeline);
 }
 
@@ -128,6 +128,7 @@ void add_simulate(CLI::App& app) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_routing(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
   c->callback([o] {
@@ -144,9 +145,11 @@ void add_simulate(CLI::App& app) {
           refuse_long_trace(timed_instructions(*program));
       }
     }
-    const auto prediction = predict(g, plan, communication);
+    const RoutingSource routing =
+        routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
+    const auto prediction = predict(g, plan, communication, nullptr, nullptr, false, &routing);
     if (!prediction) throw InputError("plan", prediction.reason());
-    if (!o->trace.empty()) trace(o->trace, g, *prediction, communication);
+    if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
     const auto assumed = assumptions(o->flags, prediction->plan, g);
     print(o->json ? prediction_json(g, t, *prediction, assumed)
                   : prediction_table(g, t, *prediction, assumed));

@@ -56,6 +56,12 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--lora-rank", lora_rank, "rank of the adapters");
 }
 
+void PlanFlags::add_routing(CLI::App& app) {
+  app.add_option("--routing", routing,
+                 "which experts tokens go to: balanced, zipf:S, or a file of partita run "
+                 "--routing-out");
+}
+
 Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   Plan p;
   p.dp = 0;

@@ -25,6 +25,7 @@ struct PlanFlags {
   bool sequence_parallel = false, no_sequence_parallel = false, loader = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "idle";
+  std::string routing;  ///< balanced, zipf:S or a file; "": the command's default
   std::vector<std::string> freeze, lora;
   std::int64_t lora_rank = 16;
   // model
@@ -34,6 +35,7 @@ struct PlanFlags {
   std::vector<YamlEdit> model_edits;  ///< whatif only
 
   void add_to(CLI::App& app);
+  void add_routing(CLI::App& app);
 };
 
 /// File and flags put together; `dp` 0 where neither says. InputError names flag, value and remedy.

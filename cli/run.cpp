@@ -26,7 +26,7 @@ namespace partita::cli {
 namespace {
 
 struct Options {
-  std::string model, topology, backend = "cpu", transport, data, trace, optimizer;
+  std::string model, topology, backend = "cpu", transport, data, trace, optimizer, routing_out;
   PlanFlags flags;
   std::optional<std::int64_t> ranks;
   std::int64_t steps = 50, warm_up = 0, seed = 1;
@@ -74,6 +74,8 @@ struct Job {
   execute::Options options;
   reference::RunOptions serial;
   std::optional<Topology> topology;  ///< that the prediction is for
+  RoutingSource routing;             ///< that the prediction is for, unless fed back
+  bool feeds_back = false;           ///< the prediction is for the last step's rows
   std::string data;
   int groups = 1;
 };
@@ -139,6 +141,16 @@ Job job_of(const Options& o) {
     throw InputError("--topology",
                      fmt::format("{} has {} devices for {} ranks; use a larger one",
                                  job.topology->name(), job.topology->device_count(), ranks));
+  const bool routed = std::any_of(job.program.buffers.begin(), job.program.buffers.end(),
+                                  [](const Buffer& b) { return b.routed; });
+  if (!routed && !o.routing_out.empty())
+    throw InputError("--routing-out",
+                     fmt::format("{} routes nothing to experts; leave it out", job.graph.name));
+  job.feeds_back = routed && o.flags.routing.empty();
+  if (!o.flags.routing.empty()) {
+    job.routing = routing_source(o.flags.routing, "--routing");
+    with_routing(job.program, job.routing);
+  }
   job.groups = job.plan.strategy == "replicas" ? 1 : static_cast<int>(job.plan.dp);
   return job;
 }
@@ -175,6 +187,7 @@ void fill_options(const Options& o, Job& job) {
     return reference::operator_seed(seed, OpId{static_cast<std::size_t>(op)});
   };
   job.options.record = true;
+  job.options.routing = job.feeds_back || !o.routing_out.empty();
   job.options.collect = !o.no_check;
   job.serial.steps = static_cast<int>(o.steps + o.warm_up);
   job.serial.seed = seed;
@@ -194,6 +207,13 @@ std::vector<std::size_t> shown(std::size_t steps) {
 }
 
 using Json = nlohmann::ordered_json;
+
+void write_text(const std::string& flag, const std::string& file, const std::string& text) {
+  std::FILE* f = std::fopen(file.c_str(), "w");
+  const bool good = f != nullptr && std::fwrite(text.data(), 1, text.size(), f) == text.size();
+  if ((f != nullptr && std::fclose(f) != 0) || !good)
+    throw InputError(flag, fmt::format("cannot write {}; check its permissions", file));
+}
 
 void report(const Options& o, const Job& job, const execute::RankResult& first,
             const std::string& transport, const std::string& note, int& code) {
@@ -218,8 +238,15 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   Communication communication(topology);
   SimulateOptions simulation;
   simulation.record = true;
-  const Timeline predicted = simulate(job.program, communication, simulation);
-  const auto step = validation::compare(job.program, predicted, first.ranks);
+  Routing recorded = first.routing;
+  recorded.model = job.graph.name;
+  RoutingSource routing = job.routing;
+  if (job.feeds_back) routing.recorded = recorded;
+  // The original blocks keep their numbers in it, so measurements are looked up in it as well.
+  const Program program = with_routing(job.program, routing);
+  const Timeline predicted = simulate(program, communication, simulation);
+  const auto step = validation::compare(program, predicted, first.ranks);
+  if (!o.routing_out.empty()) write_text("--routing-out", o.routing_out, to_json(recorded));
   if (!o.trace.empty())
     write_trace(o.trace, job.program, validation::measured_timeline(job.program, first.ranks));
 
@@ -247,6 +274,8 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     j["measured_quartiles_s"] = {step.low.count, step.high.count};
     j["noise"] = step.noise;
     j["predicted_s"] = step.predicted.count;
+    if (!program.routings.empty() || !o.flags.routing.empty())
+      j["routing"] = job.feeds_back ? "last step" : o.flags.routing;
     j["kinds"] = Json::array();
     for (const auto& k : step.kinds)
       j["kinds"].push_back({{"kind", k.kind},
@@ -294,6 +323,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
              text(step.low), text(step.high), 100 * step.noise);
   fmt::print("step time, predicted  {} for {} ({:+.0f} %)\n\n", text(step.predicted),
              topology.name(), 100 * step.error());
+  if (job.feeds_back) fmt::print("predicted with the rows that experts got in the last step\n\n");
   rows = {{"per rank and step", "count", "measured", "predicted"}};
   for (const auto& k : step.kinds)
     rows.push_back({k.kind, fmt::format("{:.4g}", k.count), text(k.measured), text(k.predicted)});
@@ -310,6 +340,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
 
 void run(const Options& o, int& code) {
   check_writable("--trace", o.trace);
+  check_writable("--routing-out", o.routing_out);
   Job job = job_of(o);
   const std::int64_t ranks = job.plan.ranks();
   std::string note;
@@ -367,6 +398,9 @@ void add_run(CLI::App& app, int& code) {
   c->add_option("--learning-rate", o->learning_rate, "learning rate");
   c->add_option("--timeout", o->timeout_s, "seconds without an answer after which a rank gives up");
   c->add_option("--trace", o->trace, "write a Perfetto trace of the median step to this file");
+  o->flags.add_routing(*c);
+  c->add_option("--routing-out", o->routing_out,
+                "write which experts the tokens of each timed step went to");
   c->add_flag("--no-check", o->no_check, "do not train the serial network beside it");
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o, &code] { run(*o, code); });

@@ -118,8 +118,12 @@ StepComparison compare(const Program& p, const Timeline& timeline,
   }
   std::stable_sort(c.kinds.begin(), c.kinds.end(),
                    [](const KindRow& a, const KindRow& b) { return b.measured < a.measured; });
+  // With rows fed back the prediction is the last step's.
+  const bool last = !p.routings.empty();
   for (const auto& r : ranks) {
-    if (r.peak > c.measured_peak) c.measured_peak = r.peak, c.measured_memory = r.at_peak;
+    const Bytes peak = last ? r.last_peak : r.peak;
+    if (peak > c.measured_peak)
+      c.measured_peak = peak, c.measured_memory = last ? r.last_at_peak : r.at_peak;
   }
   for (const MemoryUse& use : timeline.memory) {
     if (use.peak > c.predicted_peak) c.predicted_peak = use.peak, c.predicted_memory = use.at_peak;

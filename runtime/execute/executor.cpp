@@ -94,21 +94,25 @@ class Executor {
       transport_.doing("the start of a step");
       transport_.barrier();
       transport_.reset_traffic();
-      if (step_ == o_.warm_up) memory_.forget_peak();
+      if (step_ >= o_.warm_up) memory_.forget_peak();
       const auto start = Clock::now();
       step_start_ = start;
       losses_.push_back(0);
       if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
       one_step();
       const std::chrono::duration<double> took = Clock::now() - start;
-      if (step_ >= o_.warm_up) result_.measured.step_s.push_back(took.count());
+      if (step_ < o_.warm_up) continue;
+      RankMeasurement& m = result_.measured;
+      m.step_s.push_back(took.count());
+      m.last_peak = memory_.peak();
+      m.last_at_peak = memory_.at_peak();
+      if (m.last_peak > m.peak) m.peak = m.last_peak, m.at_peak = m.last_at_peak;
     }
     result_.measured.rank = rank_;
     result_.measured.traffic = transport_.traffic();
-    result_.measured.peak = memory_.peak();
-    result_.measured.at_peak = memory_.at_peak();
     collect();
     collect_measurements();
+    if (o_.routing) collect_routing();
     return std::move(result_);
   }
 
@@ -665,10 +669,14 @@ class Executor {
       chunks.send_offsets = values_to;
       chunks.offsets = values_to;
       call(i, chunks, reinterpret_cast<std::byte*>(outgoing.data()), nullptr);
+      const auto packed =
+          static_cast<std::int64_t>(keys.size() * sizeof(Row) + outgoing.size() * sizeof(float));
+      memory_.count(Category::workspace, packed);
       std::int64_t first = 0;
       for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
       put_rows(to, {keys.begin() + first, keys.begin() + first + rows_to[me]});
       std::copy(outgoing.begin() + values_to[me], outgoing.begin() + values_to[me + 1], values(to));
+      memory_.count(Category::workspace, -packed);
       return;
     }
     // Counts, keys, values: three exchanges of the same shape.
@@ -717,6 +725,10 @@ class Executor {
     std::sort(rows.begin(), rows.end(), before);
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
     const std::vector<Row> order = rows;
+    const auto packed =
+        static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
+                                  (outgoing.size() + incoming.size()) * sizeof(float));
+    memory_.count(Category::workspace, packed);
     put_rows(to, std::move(rows));
     const auto& columns_to = box(to).index[3];
     for (std::size_t m = 0; m < n; ++m) {
@@ -735,6 +747,7 @@ class Executor {
         for (const std::size_t f : columns) row[f] = *in++;
       }
     }
+    memory_.count(Category::workspace, -packed);
   }
 
   // ---- kernels ---------------------------------------------------------------------------------
@@ -884,6 +897,13 @@ class Executor {
       }
       put_rows(i.writes[k], std::move(made.rows));
       std::copy(made.values.begin(), made.values.end(), values(i.writes[k]));
+    }
+    if (o_.routing && step_ >= o_.warm_up && i.kernel == Kernel::forward && !i.recomputed &&
+        std::holds_alternative<Dispatch>(op.operation)) {
+      const auto& rows = rows_of(i.writes[0]).rows;
+      routed_.insert(routed_.end(),
+                     {step_, i.op, micro_batch_, static_cast<std::int64_t>(rows.size())});
+      for (const Row& r : rows) routed_.insert(routed_.end(), {r.sample, r.sequence, r.expert});
     }
     if (i.kernel == Kernel::forward && op.has_loss && !i.recomputed) note_loss(i.writes[0]);
   }
@@ -1051,8 +1071,9 @@ class Executor {
   void collect_measurements() {
     RankMeasurement& m = result_.measured;
     if (rank_ != 0) {
-      std::vector<std::int64_t> words{m.peak.count};
+      std::vector<std::int64_t> words{m.peak.count, m.last_peak.count};
       for (const Bytes b : m.at_peak) words.push_back(b.count);
+      for (const Bytes b : m.last_at_peak) words.push_back(b.count);
       const auto real = [](double v) {
         std::int64_t word;
         std::memcpy(&word, &v, sizeof word);
@@ -1090,7 +1111,9 @@ class Executor {
       RankMeasurement r;
       r.rank = from;
       r.peak = Bytes{next()};
+      r.last_peak = Bytes{next()};
       for (Bytes& b : r.at_peak) b = Bytes{next()};
+      for (Bytes& b : r.last_at_peak) b = Bytes{next()};
       r.step_s.resize(static_cast<std::size_t>(next()));
       for (double& s : r.step_s) {
         const std::int64_t word = next();
@@ -1123,6 +1146,62 @@ class Executor {
     transport_.barrier();
   }
 
+  /// Rows of all ranks, counted on rank 0: several may have dispatched the same token.
+  void collect_routing() {
+    const auto n = static_cast<std::int64_t>(routed_.size());
+    if (rank_ != 0) {
+      transport_.send(0, kResultTag, &n, sizeof n);
+      transport_.send(0, kResultTag, routed_.data(), routed_.size() * sizeof(std::int64_t));
+      transport_.barrier();
+      return;
+    }
+    Routing& r = result_.routing;
+    const std::int64_t replicas = p_.mesh.size(p_.replicas), batch = p_.samples * p_.micro_batches;
+    r.samples = replicas * batch;
+    r.positions = routed_positions(p_);
+    const auto pieces = static_cast<std::int64_t>(r.positions.size()) - 1;
+    std::map<std::int64_t, std::size_t> layers;
+    for (const std::int32_t op : dispatch_of_buffers(p_)) {
+      if (op < 0 || !layers.emplace(op, r.layers.size()).second) continue;
+      const ProgramOperator& o = p_.operators[static_cast<std::size_t>(op)];
+      r.layers.push_back({o.name, std::get<Dispatch>(o.operation).experts,
+                          o.signature.outputs[0].shape[2].extent});
+    }
+    for (int s = 0; s < o_.steps; ++s) {
+      r.steps.push_back({o_.warm_up + s, {}});
+      for (const Routing::Layer& l : r.layers)
+        r.steps.back().counts.emplace_back(static_cast<std::size_t>(r.samples * pieces * l.experts),
+                                           0);
+    }
+    std::set<std::array<std::int64_t, 5>> seen;  // step, op, sample, position, expert
+    for (int from = 0; from < transport_.size(); ++from) {
+      std::vector<std::int64_t> words = routed_;
+      if (from != 0) {
+        std::int64_t count = 0;
+        transport_.receive(from, kResultTag, &count, sizeof count);
+        words.resize(static_cast<std::size_t>(count));
+        transport_.receive(from, kResultTag, words.data(), words.size() * sizeof(std::int64_t));
+      }
+      const auto first = static_cast<std::int64_t>(replica_of(from)) * batch;
+      for (std::size_t at = 0; at < words.size();) {
+        const std::int64_t step = words[at], op = words[at + 1], m = words[at + 2];
+        const auto end = at + 4 + static_cast<std::size_t>(3 * words[at + 3]);
+        const std::size_t layer = layers.at(op);
+        for (at += 4; at < end; at += 3) {
+          const std::int64_t sample = first + m * p_.samples + words[at];
+          if (!seen.insert({step, op, sample, words[at + 1], words[at + 2]}).second) continue;
+          const auto piece =
+              std::upper_bound(r.positions.begin(), r.positions.end(), words[at + 1]) -
+              r.positions.begin() - 1;
+          ++r.steps[static_cast<std::size_t>(step - o_.warm_up)]
+                .counts[layer][static_cast<std::size_t>(
+                    (sample * pieces + piece) * r.layers[layer].experts + words[at + 2])];
+        }
+      }
+    }
+    transport_.barrier();
+  }
+
   const Program& p_;
   Transport& transport_;
   const Options& o_;
@@ -1136,6 +1215,9 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, std::vector<std::byte>> inputs_;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;
+  /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
+  /// expert.
+  std::vector<std::int64_t> routed_;
   RankResult result_;
   std::int64_t step_ = 0;
   bool last_step_ = false;

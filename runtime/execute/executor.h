@@ -14,6 +14,7 @@
 #include "runtime/transport/transport.h"
 #include "simulator/program/measurement.h"
 #include "simulator/program/program.h"
+#include "simulator/program/routing.h"
 
 namespace partita::execute {
 
@@ -25,8 +26,9 @@ struct Options {
   /// Element of a parameter before the first step; `linear` row-major over its whole shape.
   std::function<double(std::size_t replica, std::size_t parameter, std::int64_t linear)> initial;
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
-  bool collect = true;  ///< gradients and parameters of all ranks on rank 0
-  bool record = false;  ///< start and end of every instruction of every timed step
+  bool collect = true;   ///< gradients and parameters of all ranks on rank 0
+  bool record = false;   ///< start and end of every instruction of every timed step
+  bool routing = false;  ///< rows that went to experts in every timed step, on rank 0
   /// Called before each instruction; tests stop a rank here.
   std::function<void(int rank, std::int64_t step, std::size_t instruction)> before;
 };
@@ -36,6 +38,7 @@ struct RankResult {
   /// On rank 0, of all ranks: losses by step, gradients of the last step, parameters after it.
   reference::RunResult values;
   std::vector<RankMeasurement> ranks;  ///< on rank 0, by rank
+  Routing routing;                     ///< on rank 0, if asked for
 };
 
 /// Trains on this rank. Throws PeerError when another rank fails, InputError when the program needs

@@ -24,12 +24,7 @@ Memory::~Memory() {
 
 std::byte* Memory::take(Category category, std::int64_t bytes) {
   if (bytes == 0) return nullptr;
-  live_[static_cast<std::size_t>(category)] += Bytes{bytes};
-  total_ += Bytes{bytes};
-  if (total_ > peak_) {
-    peak_ = total_;
-    at_peak_ = live_;
-  }
+  count(category, bytes);
   auto& kept = kept_[rounded(bytes)];
   if (!kept.empty()) {
     std::byte* block = kept.back();
@@ -46,10 +41,18 @@ std::byte* Memory::take(Category category, std::int64_t bytes) {
   return static_cast<std::byte*>(block);
 }
 
+void Memory::count(Category category, std::int64_t bytes) {
+  live_[static_cast<std::size_t>(category)] += Bytes{bytes};
+  total_ += Bytes{bytes};
+  if (total_ > peak_) {
+    peak_ = total_;
+    at_peak_ = live_;
+  }
+}
+
 void Memory::give_back(Category category, std::byte* block, std::int64_t bytes) {
   if (block == nullptr) return;
-  live_[static_cast<std::size_t>(category)] -= Bytes{bytes};
-  total_ -= Bytes{bytes};
+  count(category, -bytes);
   kept_[rounded(bytes)].push_back(block);
 }
 

@@ -23,6 +23,8 @@ class Memory {
   /// Aligned to 64 bytes; nullptr for 0 bytes. InputError where the machine has no more.
   std::byte* take(Category category, std::int64_t bytes);
   void give_back(Category category, std::byte* block, std::int64_t bytes);
+  /// Counts memory that the caller has from elsewhere; negative when it is gone.
+  void count(Category category, std::int64_t bytes);
 
   Bytes now() const { return total_; }
   Bytes peak() const { return peak_; }

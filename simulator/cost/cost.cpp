@@ -147,8 +147,25 @@ Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t ra
     return Flops{0};
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
   if (i.part >= 0) return ring_flops(p, i, op, rank);
-  return flops(op.operation, op.signature, extents_of(p, op, rank), pass_of(i.kernel),
-               attended_fraction(p, op, rank));
+  const Flops balanced = flops(op.operation, op.signature, extents_of(p, op, rank),
+                               pass_of(i.kernel), attended_fraction(p, op, rank));
+  return Flops{balanced.count * load_of_experts(p, i, rank)};
+}
+
+double load_of_experts(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (p.routings.empty()) return 1;
+  for (const auto* list : {&i.reads, &i.gradients, &i.outputs, &i.writes}) {
+    for (const BufferId id : *list) {
+      if (!id.valid() || p.buffer(id).routing < 0) continue;
+      const Buffer& b = p.buffer(id);
+      double balanced = static_cast<double>(b.shape[2].extent) / static_cast<double>(b.experts);
+      for (const std::size_t d : {0u, 1u, 2u})
+        balanced *= static_cast<double>(
+            local_extent(p.mesh, b.layout.dims[d], d == 2 ? b.experts : b.shape[d].extent, rank));
+      return balanced > 0 ? static_cast<double>(routed_rows(p, id, rank)) / balanced : 1;
+    }
+  }
+  return 1;
 }
 
 Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {

@@ -32,6 +32,10 @@ Seconds kernel_time(const Work& work, const DeviceProfile& device);
 /// without what a kernel does twice for its own reasons.
 Flops mathematical_flops(const Program& program, const Instruction& instruction, std::int64_t rank);
 
+/// Rows that the routing leaves this rank of the instruction's routed buffers, relative to balanced
+/// experts; 1 where nothing is routed.
+double load_of_experts(const Program& program, const Instruction& instruction, std::int64_t rank);
+
 /// Fraction of query-key pairs that a causal or windowed attention computes on this rank.
 double attended_fraction(const Program& program, const ProgramOperator& op, std::int64_t rank);
 

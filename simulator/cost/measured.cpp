@@ -155,6 +155,8 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   if (const auto* a = std::get_if<Activation>(&op.operation))
     s.kernel += fmt::format(" {}", static_cast<int>(a->kind));
   if (is_product(op.operation)) product_shape(p, op, rank, s);
+  if (std::holds_alternative<GroupedProduct>(op.operation))
+    s.m = std::max(0.5, s.m * load_of_experts(p, i, rank));
   return s;
 }
 

@@ -89,6 +89,15 @@ std::vector<Unevenness> unevenness(const Program& p) {
           if (seen[id.index()]) return;
           seen[id.index()] = 1;
           const Buffer& buf = p.buffer(id);
+          if (buf.routing >= 0) {
+            // Rows differ as the routing says.
+            const bool known = std::any_of(u.flat.begin(), u.flat.end(), [&](BufferId other) {
+              const Buffer& o = p.buffer(other);
+              return o.routing == buf.routing && o.layout == buf.layout && o.shape == buf.shape;
+            });
+            if (!known) u.flat.push_back(id);
+            return;
+          }
           for (std::size_t d = 0; d < buf.shape.size(); ++d) {
             const bool experts = buf.routed && buf.shape[d].dim == Dim::expert;
             note(u, buf.layout.dims[d], experts ? buf.experts : buf.shape[d].extent);

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "simulator/program/routing.h"
+
 namespace partita {
 namespace {
 
@@ -192,6 +194,60 @@ std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to
   return n;
 }
 
+/// Rows travel as counts (8 B), keys (24 B a row) and values: sends, and exchanges of what every
+/// member wants of the others; a reduce-scatter's members know the rows.
+void routed_traffic(const Program& p, const Instruction& i, int stage, std::int64_t calls,
+                    std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t>& bytes) {
+  constexpr std::int64_t kCount = 8, kKey = 24;
+  const auto features = [&](BufferId id, std::int64_t rank) {
+    const Buffer& b = p.buffer(id);
+    return local_indices(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(rank));
+  };
+  const BufferId from = i.reads[0];
+  for (std::int64_t rank = 0; rank < p.ranks(); ++rank) {
+    if (p.stage_of(rank) != stage) continue;
+    if (i.kind == Kind::send) {
+      if (!p.holds(from, rank)) continue;
+      const std::int64_t rows = routed_rows(p, from, rank);
+      bytes[{rank, p.rank_on_stage(rank, i.stage)}] +=
+          calls * (kCount + rows * kKey + local_bytes(p, from, rank).count);
+      continue;
+    }
+    const BufferId to = i.writes[0];
+    const auto mine = features(from, rank);
+    const auto values = [&](std::int64_t member) {
+      std::vector<std::int64_t> shared;
+      const auto theirs = features(to, member);
+      std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
+                            std::back_inserter(shared));
+      const std::int64_t rows = shared.empty() ? 0 : common_rows(p, from, rank, to, member);
+      return std::pair{rows, rows * static_cast<std::int64_t>(shared.size())};
+    };
+    const auto group = p.group(i, rank);
+    const auto n = static_cast<std::int32_t>(group.size());
+    if (i.collective != CollectiveKind::reduce_scatter) {
+      for (const std::int64_t member : group) {
+        if (member == rank) continue;
+        const auto [rows, elements] = values(member);
+        bytes[{rank, member}] += calls * (kCount + rows * kKey + elements * 4);
+      }
+      continue;
+    }
+    const auto me = std::find(group.begin(), group.end(), rank) - group.begin();
+    const Expansion e = expand(i.collective, default_algorithm(i.collective), n);
+    for (const auto& step : e.steps) {
+      for (const Message& m : step) {
+        if (m.from != me) continue;
+        std::int64_t elements = 0;
+        for (std::int32_t c = m.first; c < m.first + m.count; ++c)
+          elements += values(group[static_cast<std::size_t>(c)]).second;
+        if (elements > 0)
+          bytes[{rank, group[static_cast<std::size_t>(m.to)]}] += calls * elements * 4;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
@@ -211,7 +267,12 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
       const bool sends = i.kind == Kind::send;
       if (!sends && i.kind != Kind::collective) continue;
       if ((step_number + 1) % i.every != 0) continue;
-      if (p.buffer(i.reads[0]).routed) continue;
+      const Buffer& first = p.buffer(i.reads[0]);
+      if (first.routed && first.routing < 0) continue;
+      if (first.routed && (sends || i.collective != CollectiveKind::all_reduce)) {
+        routed_traffic(p, i, p.blocks[block].stage, calls[block], bytes);
+        continue;
+      }
       for (std::int64_t rank = 0; rank < p.ranks(); ++rank) {
         if (p.stage_of(rank) != p.blocks[block].stage) continue;
         if (sends) {

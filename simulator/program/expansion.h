@@ -67,8 +67,8 @@ Algorithm default_algorithm(CollectiveKind kind);
 Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n);
 
 /// Bytes that each ordered pair of ranks (from, to) exchanges in step `step`, with the default
-/// algorithms: what the in-process transport counts. Routed buffers are left out: their rows are
-/// data.
+/// algorithms: what the in-process transport counts. Routed buffers without a routing are left out:
+/// their rows are data.
 std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(const Program& program,
                                                                            std::int64_t step);
 

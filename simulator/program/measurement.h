@@ -33,8 +33,10 @@ struct RankMeasurement {
   int rank = 0;
   std::vector<double> step_s;                ///< by timed step
   std::vector<std::vector<Sample>> samples;  ///< by timed step, in program order, if recorded
-  Bytes peak;
+  Bytes peak;                                ///< over all timed steps
   std::array<Bytes, kCategoryCount> at_peak{};
+  Bytes last_peak;  ///< of the last step: rows routed to experts differ between steps
+  std::array<Bytes, kCategoryCount> last_at_peak{};
   Traffic traffic;  ///< of the last step
 };
 

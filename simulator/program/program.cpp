@@ -3,6 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
+
+#include "simulator/program/routing.h"
 
 namespace partita {
 
@@ -105,6 +108,10 @@ std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank
 
 std::int64_t local_elements(const Program& program, BufferId id, std::int64_t rank) {
   const Buffer& b = program.buffer(id);
+  if (b.routing >= 0) {
+    return routed_rows(program, id, rank) *
+           local_extent(program.mesh, b.layout.dims[3], b.shape[3].extent, program.place_of(rank));
+  }
   return local_elements(program.mesh, b.layout, b.shape, b.routed, b.experts,
                         program.place_of(rank));
 }
@@ -115,12 +122,55 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
   return b.element_bytes > 0 ? Bytes{n * b.element_bytes} : storage(b.type, n);
 }
 
+namespace {
+
+/// Rows on their way: each with its key of 24 bytes, what goes out beside what comes in.
+Bytes routed_payload(const Program& p, const Instruction& i, std::int64_t rank) {
+  constexpr std::int64_t kKey = 24;
+  if (i.kind == Kind::collective && i.collective == CollectiveKind::all_reduce) return Bytes{0};
+  const BufferId from = i.reads[0], to = i.writes[0];
+  const auto features = [&](BufferId id, std::int64_t r) {
+    const Buffer& b = p.buffer(id);
+    return local_indices(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(r));
+  };
+  const bool both_ways = i.kind == Kind::slice || i.collective != CollectiveKind::reduce_scatter;
+  if (p.buffer(from).routing < 0) {
+    Bytes all{0};
+    for (const BufferId id : {from, to}) {
+      if (id == to && !both_ways) continue;
+      const auto wide = static_cast<std::int64_t>(features(id, rank).size());
+      all += local_bytes(p, id, rank);
+      if (wide > 0) all += Bytes{local_elements(p, id, rank) / wide * kKey};
+    }
+    return all;
+  }
+  std::vector<std::int64_t> group{rank};
+  if (i.kind == Kind::collective) group = p.group(i, rank);
+  std::int64_t bytes = 0;
+  const auto add = [&](std::int64_t sender, std::int64_t receiver) {
+    std::vector<std::int64_t> shared;
+    const auto mine = features(from, sender), theirs = features(to, receiver);
+    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
+                          std::back_inserter(shared));
+    if (shared.empty()) return;
+    bytes += common_rows(p, from, sender, to, receiver) *
+             (kKey + 4 * static_cast<std::int64_t>(shared.size()));
+  };
+  for (const std::int64_t member : group) {
+    add(rank, member);
+    if (both_ways) add(member, rank);
+  }
+  return Bytes{bytes};
+}
+
+}  // namespace
+
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
   if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
     return Bytes{0};
+  if (p.buffer(i.reads[0]).routed) return routed_payload(p, i, rank);
   Bytes in{0}, out{0};
   for (const BufferId id : i.reads) {
-    if (p.buffer(id).routed) return Bytes{0};  // packed in lists of its own, counted nowhere yet
     out += local_bytes(p, id, rank);
   }
   for (const BufferId id : i.writes) in += local_bytes(p, id, rank);

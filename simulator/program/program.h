@@ -59,7 +59,8 @@ struct Buffer {
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
-  std::int64_t experts = 0;  ///< of a routed buffer
+  std::int64_t experts = 0;   ///< of a routed buffer
+  std::int32_t routing = -1;  ///< of a routed buffer: into Program::routings; -1: balanced
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;
   std::int32_t parameter = -1;
@@ -155,6 +156,7 @@ struct Block {
   int stage = 0;
   int chunk = 0;  ///< virtual stage over the whole pipeline: 0 holds the first layers
   std::vector<Instruction> instructions;
+  std::int32_t copy_of = -1;  ///< >= 0: one micro-batch's copy of that block (with_routing)
 };
 
 struct BlockCall {
@@ -192,6 +194,16 @@ struct Role {
   AtomList atoms;
 };
 
+/// Rows per expert of one layer's tokens (docs/routing.md).
+struct RowCounts {
+  std::int64_t experts = 0;
+  std::vector<std::int64_t> positions;  ///< bounds of the sequence's pieces
+  /// Of replica r's sample s: counts[((first + r * per_replica + s) * pieces + piece) * experts +
+  /// e]. per_replica 0: the same for every sample.
+  std::vector<std::int64_t> counts;
+  std::int64_t first = 0, per_replica = 0;
+};
+
 struct Program {
   Mesh mesh;
   AtomList pipeline;        ///< atoms of the pp axis; empty: one stage
@@ -202,6 +214,7 @@ struct Program {
   std::vector<ProgramParameter> parameters;
   std::vector<ProgramInput> inputs;
   std::vector<Buffer> buffers;
+  std::vector<RowCounts> routings;  ///< of routed buffers; empty: balanced experts
   std::vector<Block> blocks;
   std::vector<std::vector<BlockCall>> stages;  ///< per stage, in order
   std::vector<std::vector<int>> ties;          ///< groups of stages that share a parameter
@@ -238,9 +251,13 @@ struct Program {
   }
 };
 
-/// Elements and bytes of `buffer` that `rank` holds.
+/// Elements and bytes of `buffer` that `rank` holds; a routed buffer's rows are those of its
+/// routing.
 std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// Rows of a routed buffer with a routing that `rank` holds.
+std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);
 
 /// Memory that `rank` needs only while the instruction runs: the packed payload of a collective.
 Bytes transient_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);

@@ -66,13 +66,15 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) 
 }  // namespace
 
 Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication,
-                             Timeline* recorded, Program* out_program, bool only_if_fits) {
+                             Timeline* recorded, Program* out_program, bool only_if_fits,
+                             const RoutingSource* routing) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
   const bool pads = plan->pad_vocabulary > 0 && graph.sequence > 0;
   auto program = pads ? lower(with_padded_vocabulary(graph, plan->pad_vocabulary * plan->tp), *plan)
                       : lower(graph, *plan);
   if (!program) return program.why();
+  if (routing != nullptr) *program = with_routing(*program, *routing);
   SimulateOptions options;
   options.record = recorded != nullptr;
   if (only_if_fits) {

@@ -9,6 +9,7 @@
 #include "simulator/engine/simulate.h"
 #include "simulator/lower/lower.h"
 #include "simulator/plan/plan.h"
+#include "simulator/program/routing.h"
 #include "topologies/topology.h"
 
 namespace partita {
@@ -45,10 +46,11 @@ struct Prediction {
 };
 
 /// Completes, lowers and simulates. `recorded`, `program`: filled if given. `only_if_fits`: a plan
-/// that does not fit gets its memory, but no times.
+/// that does not fit gets its memory, but no times. `routing`: which experts tokens go to; null:
+/// balanced.
 Feasible<Prediction> predict(const Graph& graph, const Plan& plan, Communication& communication,
                              Timeline* recorded = nullptr, Program* program = nullptr,
-                             bool only_if_fits = false);
+                             bool only_if_fits = false, const RoutingSource* routing = nullptr);
 
 /// Values to try, all combinations. The rest of a candidate is the base plan's.
 struct SearchSpace {
