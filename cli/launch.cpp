@@ -1,11 +1,13 @@
 #include "cli/launch.h"
 
 #include <fmt/format.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -60,6 +62,8 @@ int launch_mpi(int ranks) {
     // Sixteen ranks on two cores must not spin at each other.
     ::setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
     ::setenv("OMPI_MCA_btl_base_warn_component_unused", "0", 0);
+    // The ranks end with the command, however it ends.
+    ::prctl(PR_SET_PDEATHSIG, SIGTERM);
     ::dup2(pipe_ends[1], STDERR_FILENO);
     ::close(pipe_ends[0]);
     ::close(pipe_ends[1]);
@@ -74,8 +78,15 @@ int launch_mpi(int ranks) {
   ::close(pipe_ends[1]);
   std::string text;
   std::array<char, 4096> piece{};
-  for (ssize_t n; (n = ::read(pipe_ends[0], piece.data(), piece.size())) > 0;)
+  std::size_t told = 0;
+  for (ssize_t n; (n = ::read(pipe_ends[0], piece.data(), piece.size())) > 0;) {
     text.append(piece.data(), static_cast<std::size_t>(n));
+    // How far a long run is, is told at once; all else once it is over.
+    for (std::size_t end; (end = text.find('\n', told)) != std::string::npos; told = end + 1) {
+      if (text.compare(told, 10, "progress: ") == 0)
+        fmt::print(stderr, "{}\n", text.substr(told, end - told));
+    }
+  }
   ::close(pipe_ends[0]);
   int status = 0;
   ::waitpid(child, &status, 0);
@@ -95,7 +106,7 @@ int launch_mpi(int ranks) {
     if (line.rfind("partita: ", 0) == 0) fmt::print(stderr, "{}\n", line), said = true;
     at = end + 1;
   }
-  if (!said) fmt::print(stderr, "partita: {}\n", cause(text));
+  if (!said && code != 1) fmt::print(stderr, "partita: {}\n", cause(text));
   return code == 2 || code == 1 ? code : 3;
 }
 

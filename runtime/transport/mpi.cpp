@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <numeric>
 
 #include "base/error.h"
 
@@ -28,17 +29,27 @@ int count_of(std::int64_t n) {
 
 class MpiTransport final : public Transport {
  public:
-  explicit MpiTransport(double timeout_s) : timeout_(timeout_s) {
+  explicit MpiTransport(double timeout_s) : timeout_(timeout_s), world_(MPI_COMM_WORLD) {
     int provided = 0;
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
-    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
-    MPI_Comm_size(MPI_COMM_WORLD, &size_);
+    MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(world_, &rank_);
+    MPI_Comm_size(world_, &size_);
+  }
+  /// The first `ranks` of the run.
+  MpiTransport(double timeout_s, int ranks) : timeout_(timeout_s), world_(first(ranks)) {
+    MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(world_, &rank_);
+    MPI_Comm_size(world_, &size_);
   }
   ~MpiTransport() override {
     for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
     for (auto& [group, communicator] : communicators_) MPI_Comm_free(&communicator);
-    MPI_Finalize();
+    if (world_ == MPI_COMM_WORLD) {
+      MPI_Finalize();
+    } else {
+      MPI_Comm_free(&world_);
+    }
   }
 
   int rank() const override { return rank_; }
@@ -55,14 +66,14 @@ class MpiTransport final : public Transport {
     pending_.push_back(std::move(p));
     Pending& kept = pending_.back();
     check(MPI_Isend(kept.data.data(), count_of(static_cast<std::int64_t>(bytes)), MPI_BYTE, to,
-                    tag_of(tag), MPI_COMM_WORLD, &kept.request),
+                    tag_of(tag), world_, &kept.request),
           to);
   }
 
   void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
     MPI_Request request;
     check(MPI_Irecv(data, count_of(static_cast<std::int64_t>(bytes)), MPI_BYTE, from, tag_of(tag),
-                    MPI_COMM_WORLD, &request),
+                    world_, &request),
           from);
     wait(request, from);
   }
@@ -172,7 +183,7 @@ class MpiTransport final : public Transport {
 
   void barrier() override {
     MPI_Request request;
-    check(MPI_Ibarrier(MPI_COMM_WORLD, &request), -1);
+    check(MPI_Ibarrier(world_, &request), -1);
     wait(request, -1);
   }
 
@@ -220,9 +231,10 @@ class MpiTransport final : public Transport {
       if (done) return;
       if (spins % 1024 != 1023) continue;
       sweep();
-      // More ranks than cores: let the others run.
-      usleep(0);
-      if (std::chrono::duration<double>(Clock::now() - start).count() > timeout_) {
+      // More ranks than cores: let the others run; after a long wait, leave the core to them.
+      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+      usleep(waited > 0.1 ? 1000 : 0);
+      if (waited > timeout_) {
         throw PeerError(
             fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s", rank_,
                         doing_, peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
@@ -233,18 +245,32 @@ class MpiTransport final : public Transport {
   MPI_Comm communicator(const std::vector<int>& group) {
     const auto known = communicators_.find(group);
     if (known != communicators_.end()) return known->second;
-    MPI_Group world, mine;
-    MPI_Comm_group(MPI_COMM_WORLD, &world);
-    MPI_Group_incl(world, static_cast<int>(group.size()), group.data(), &mine);
-    MPI_Comm made;
-    check(MPI_Comm_create_group(MPI_COMM_WORLD, mine, 31000, &made), -1);
+    MPI_Comm made = MPI_COMM_NULL;
+    check(create(world_, group, made), -1);
     MPI_Comm_set_errhandler(made, MPI_ERRORS_RETURN);
-    MPI_Group_free(&world);
-    MPI_Group_free(&mine);
     return communicators_[group] = made;
   }
 
+  static int create(MPI_Comm from, const std::vector<int>& group, MPI_Comm& made) {
+    MPI_Group all, mine;
+    MPI_Comm_group(from, &all);
+    MPI_Group_incl(all, static_cast<int>(group.size()), group.data(), &mine);
+    const int code = MPI_Comm_create_group(from, mine, 31000, &made);
+    MPI_Group_free(&all);
+    MPI_Group_free(&mine);
+    return code;
+  }
+  static MPI_Comm first(int ranks) {
+    std::vector<int> group(static_cast<std::size_t>(ranks));
+    std::iota(group.begin(), group.end(), 0);
+    MPI_Comm made = MPI_COMM_NULL;
+    if (create(MPI_COMM_WORLD, group, made) != MPI_SUCCESS)
+      throw PeerError(fmt::format("MPI cannot make a group of {} ranks", ranks));
+    return made;
+  }
+
   double timeout_;
+  MPI_Comm world_;  ///< of this transport: all ranks of the run, or the first so many
   int rank_ = 0, size_ = 1;
   std::string doing_ = "the start";
   std::deque<Pending> pending_;
@@ -262,6 +288,10 @@ bool under_mpi_launcher() {
 
 std::unique_ptr<Transport> mpi_transport(double timeout_s) {
   return std::make_unique<MpiTransport>(timeout_s);
+}
+
+std::unique_ptr<Transport> mpi_part(double timeout_s, int ranks) {
+  return std::make_unique<MpiTransport>(timeout_s, ranks);
 }
 
 std::string mpi_version() {

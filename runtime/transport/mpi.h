@@ -15,6 +15,10 @@ bool under_mpi_launcher();
 /// when it goes; after abort() the process ends with exit code 3.
 std::unique_ptr<Transport> mpi_transport(double timeout_s);
 
+/// The first `ranks` ranks of a run that mpi_transport has started and still holds; for these to
+/// call, all of them.
+std::unique_ptr<Transport> mpi_part(double timeout_s, int ranks);
+
 /// "Open MPI v4.1.4".
 std::string mpi_version();
 

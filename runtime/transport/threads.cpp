@@ -1,13 +1,16 @@
 // Ranks as threads of one process: a mailbox per pair of ranks and tag, guarded by one lock per
 // receiver.
 #include <fmt/format.h>
+#include <sched.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <mutex>
 #include <set>
+#include <thread>
 
 #include "base/error.h"
 #include "runtime/transport/transport.h"
@@ -19,6 +22,7 @@ class ThreadHub {
   ThreadHub(int ranks, double timeout_s, std::function<Algorithm(CollectiveKind, int)> algorithm)
       : boxes(static_cast<std::size_t>(ranks)),
         timeout(timeout_s),
+        crowded(static_cast<unsigned>(ranks) > std::thread::hardware_concurrency()),
         algorithm_(std::move(algorithm)) {}
 
   using Letter = std::vector<std::byte>;
@@ -27,8 +31,24 @@ class ThreadHub {
     std::condition_variable arrived;
     std::map<std::pair<int, std::int64_t>, std::deque<Letter>> letters;  // by sender and tag
     std::string doing = "starting";
-    int waits_for = -1;  ///< the rank whose letter this one waits for
+    bool sleeps = false;                 ///< its rank waits on `arrived`
+    int waits_for = -1;                  ///< the rank whose letter this one waits for
+    std::atomic<std::uint64_t> came{0};  ///< letters so far: read without the lock
   };
+
+  /// Looks for `done` for a moment before the thread sleeps: waking up costs a system call of the
+  /// other and some ten microseconds, longer than most waits. Not where ranks share cores: there
+  /// who looks keeps from working whom it waits for.
+  template <class F>
+  void look(F done) const {
+    constexpr auto kLooking = std::chrono::microseconds(50);
+    if (crowded) return;
+    const auto start = std::chrono::steady_clock::now();
+    for (int k = 1; !done(); ++k) {
+      if (k % 64 == 0) ::sched_yield();  // whoever else uses this machine
+      if (k % 16 == 0 && std::chrono::steady_clock::now() - start > kLooking) return;
+    }
+  }
 
   const Expansion& expansion(CollectiveKind kind, int n) {
     const std::lock_guard<std::mutex> lock(guard);
@@ -71,10 +91,11 @@ class ThreadHub {
 
   std::vector<Box> boxes;
   std::chrono::duration<double> timeout;
+  bool crowded;  ///< more ranks than cores
   std::mutex guard;
   std::condition_variable gathered;
   std::set<int> at_barrier;
-  std::int64_t barriers = 0;
+  std::atomic<std::int64_t> barriers{0};
   std::string failure;
 
  private:
@@ -100,7 +121,8 @@ class ThreadTransport final : public Transport {
     ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(to)];
     const std::lock_guard<std::mutex> lock(box.guard);
     box.letters[{rank_, tag}].push_back(std::move(letter));
-    box.arrived.notify_all();
+    box.came.fetch_add(1, std::memory_order_release);
+    if (box.sleeps) box.arrived.notify_all();
   }
 
   void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
@@ -109,8 +131,17 @@ class ThreadTransport final : public Transport {
     auto& queue = box.letters[{from, tag}];
     std::string failure;
     box.waits_for = from;
+    while (queue.empty()) {
+      const std::uint64_t before = box.came.load(std::memory_order_relaxed);
+      lock.unlock();
+      hub_->look([&] { return box.came.load(std::memory_order_acquire) != before; });
+      lock.lock();
+      if (box.came.load(std::memory_order_relaxed) == before) break;
+    }
+    box.sleeps = queue.empty();
     const bool came = box.arrived.wait_for(
         lock, hub_->timeout, [&] { return !queue.empty() || !(failure = hub_->failed()).empty(); });
+    box.sleeps = false;
     if (queue.empty()) {
       const std::string mine = box.doing;
       lock.unlock();
@@ -144,6 +175,9 @@ class ThreadTransport final : public Transport {
       return;
     }
     const std::int64_t now = hub_->barriers;
+    lock.unlock();
+    hub_->look([&] { return hub_->barriers.load(std::memory_order_acquire) > now; });
+    lock.lock();
     const bool done = hub_->gathered.wait_for(
         lock, hub_->timeout, [&] { return hub_->barriers > now || !hub_->failure.empty(); });
     if (hub_->barriers > now) return;
