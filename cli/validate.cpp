@@ -7,23 +7,36 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
+#include <deque>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
 #include <thread>
 
 #include "base/unit_text.h"
 #include "cli/commands.h"
+#include "cli/crew.h"
+#include "cli/launch.h"
 #include "cli/options.h"
 #include "report/report.h"
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "simulator/lower/lower.h"
+#include "simulator/program/routing.h"
 #include "validation/calibrate.h"
 #include "validation/compare.h"
+#include "validation/journal.h"
+#ifdef PARTITA_MPI
+#  include "runtime/transport/mpi.h"
+#endif
 
 namespace partita::cli {
 namespace {
@@ -35,24 +48,60 @@ using validation::SuiteCase;
 constexpr std::uint64_t kSeed = 1;
 
 struct Options {
-  std::string backend, out, only;
+  std::string backend, out, only, transport, budget, routing;
   std::vector<int> ranks{1, 2, 4};
-  std::int64_t rounds = 3, steps = 9;
-  double timeout_s = 30;
+  std::optional<std::int64_t> rounds;
+  std::int64_t steps = 9;
+  double timeout_s = 30, budget_s = 0;
   bool json = false, no_reference = false;
+  int most_ranks() const { return *std::max_element(ranks.begin(), ranks.end()); }
+  std::int64_t round_count() const { return rounds.value_or(budget_s > 0 ? 1000 : 3); }
 };
 
-void check(const Options& o) {
+bool launched() {
+#ifdef PARTITA_MPI
+  return under_mpi_launcher();
+#else
+  return false;
+#endif
+}
+
+void check(Options& o) {
   if (o.backend.empty()) throw InputError("--backend", "is missing; there is cpu");
   if (o.backend != "cpu")
     throw InputError("--backend", fmt::format("'{}' is unknown; there is cpu", o.backend));
-  if (o.rounds < 1 || o.rounds > 1000)
-    throw InputError("--rounds", fmt::format("{} is not in 1 to 1,000", o.rounds));
+  if (o.round_count() < 1 || o.round_count() > 1000)
+    throw InputError("--rounds", fmt::format("{} is not in 1 to 1,000", o.round_count()));
   if (o.steps < 1 || o.steps > 100000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
+  if (o.ranks.empty()) throw InputError("--ranks", "is empty; write 1,2,4");
   for (const int r : o.ranks) {
     if (r < 1 || r > 64) throw InputError("--ranks", fmt::format("{} is not in 1 to 64", r));
   }
+  std::sort(o.ranks.begin(), o.ranks.end());
+  o.ranks.erase(std::unique(o.ranks.begin(), o.ranks.end()), o.ranks.end());
+  if (!(o.timeout_s > 0 && o.timeout_s <= 1e6))
+    throw InputError("--timeout",
+                     fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
+  if (!o.budget.empty()) {
+    char* end = nullptr;
+    const double n = std::strtod(o.budget.c_str(), &end);
+    const std::string unit = end;
+    const double one = unit == "s" ? 1 : unit == "m" || unit == "min" ? 60 : unit == "h" ? 3600 : 0;
+    if (one == 0 || !(n > 0 && n * one <= 1e6))
+      throw InputError("--budget", fmt::format("'{}' is no time; write 90s, 5m or 1h", o.budget));
+    o.budget_s = n * one;
+  }
+  if (o.transport.empty()) o.transport = launched() ? "mpi" : "threads";
+  if (o.transport != "threads" && o.transport != "mpi")
+    throw InputError("--transport",
+                     fmt::format("'{}' is unknown; use threads or mpi", o.transport));
+#ifndef PARTITA_MPI
+  if (o.transport == "mpi")
+    throw InputError("--transport",
+                     "this build has no MPI; install libopenmpi-dev and build again, "
+                     "or use threads");
+#endif
 }
 
 Program program_of(const Graph& graph, const Plan& plan, const std::string& name) {
@@ -63,57 +112,45 @@ Program program_of(const Graph& graph, const Plan& plan, const std::string& name
   return std::move(*program);
 }
 
-execute::Options options_of(const Graph& graph) {
-  execute::Options o;
-  o.seed = kSeed;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
-                     std::int64_t index) {
-    return reference::input_value(graph, input, kSeed, step, sample, index);
-  };
-  o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(graph.parameters[q], kSeed + replica, linear);
-  };
-  o.operator_seed = [](std::int32_t op) {
-    return reference::operator_seed(kSeed, OpId{static_cast<std::size_t>(op)});
-  };
-  return o;
-}
-
-std::vector<RankMeasurement> measure(const Graph& graph, const Program& program, const Options& o) {
-  execute::Options e = options_of(graph);
+execute::Options timed(const Graph& graph, const Options& o, bool routing = false) {
+  execute::Options e = generated(graph, kSeed);
   e.warm_up = 3;
   e.steps = static_cast<int>(o.steps);
   e.record = true;
   e.collect = false;
-  execute::ThreadOptions threads;
-  threads.timeout_s = o.timeout_s;
-  return execute::run_threads(program, e, threads)[0].ranks;
+  e.routing = routing;
+  return e;
 }
 
 /// Says on stderr what is being done and how long the rest will take.
 class Progress {
  public:
-  explicit Progress(std::size_t total) : total_(total), start_(std::chrono::steady_clock::now()) {}
+  /// `budget_s` > 0: the end is then, whatever is done.
+  Progress(std::size_t total, double budget_s)
+      : total_(total), budget_s_(budget_s), start_(std::chrono::steady_clock::now()) {}
   void next(const std::string& what) {
     const double spent =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
     if (done_ > 0 && spent - said_ > 5) {
       said_ = spent;
-      fmt::print(stderr, "{} of {}, about {:.0f} s left: {}\n", done_, total_,
-                 spent / static_cast<double>(done_) * static_cast<double>(total_ - done_), what);
+      const double rest = spent / static_cast<double>(done_) * static_cast<double>(total_ - done_);
+      fmt::print(stderr, "progress: {}, about {:.0f} s left: {}\n",
+                 budget_s_ > 0 ? fmt::format("{} measured", done_)
+                               : fmt::format("{} of {}", done_, total_),
+                 budget_s_ > 0 ? std::max(0.0, budget_s_ - spent) : rest, what);
     }
     ++done_;
   }
 
  private:
   std::size_t total_, done_ = 0;
-  double said_ = 0;
+  double budget_s_, said_ = 0;
   std::chrono::steady_clock::time_point start_;
 };
 
-std::string provenance(const Options& o) {
-  utsname host{};
-  ::uname(&host);
+std::string host() {
+  utsname name{};
+  ::uname(&name);
   std::string model = "unknown processor";
   std::ifstream in("/proc/cpuinfo");
   for (std::string line; std::getline(in, line);) {
@@ -123,71 +160,104 @@ std::string provenance(const Options& o) {
     }
   }
   std::replace(model.begin(), model.end(), '\'', ' ');
-  return fmt::format(
-      "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {} cores of {}, Linux {}, ranks as "
-      "threads, "
-      "{} rounds of {} steps, medians",
-      fmt::localtime(std::time(nullptr)), std::thread::hardware_concurrency(), model, host.release,
-      o.rounds, o.steps);
+  return fmt::format("{}, {} cores of {}, Linux {}", name.nodename,
+                     std::thread::hardware_concurrency(), model, name.release);
 }
 
-/// One number of ranks on the host and what is run on it.
-struct Level {
-  int ranks;
-  std::vector<CalibrationRun> runs;
-  std::vector<Program> programs, collectives;
+std::string transport_name(const Options& o) {
+#ifdef PARTITA_MPI
+  if (o.transport == "mpi") return "processes under " + mpi_version();
+#endif
+  return o.transport == "mpi" ? "processes" : "threads";
+}
+
+std::string provenance(const Options& o, std::int64_t rounds) {
+  return fmt::format(
+      "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {}, ranks as {}, {} rounds of {} steps, "
+      "medians",
+      fmt::localtime(std::time(nullptr)), host(), transport_name(o), rounds, o.steps);
+}
+
+/// One thing that is measured in every round: its programs, and what their measurements say.
+struct Measured {
+  int ranks = 1;
+  std::string name;
+  std::vector<std::size_t> tasks;
+  std::function<void(const std::vector<std::vector<RankMeasurement>>&, validation::Unit&)> harvest;
 };
 
-std::vector<Level> levels_of(const Options& o) {
-  std::vector<Level> all;
-  for (const int ranks : o.ranks) {
-    Level l;
-    l.ranks = ranks;
-    l.runs = validation::calibration_runs(ranks);
-    for (const auto& r : l.runs) l.programs.push_back(program_of(r.graph, r.plan, r.name));
-    l.collectives = validation::collective_programs(ranks);
-    all.push_back(std::move(l));
-  }
-  return all;
-}
+/// Everything calibration measures, and the programs for it: at addresses that stay.
+struct Calibration {
+  std::deque<CalibrationRun> runs;
+  std::deque<Program> programs;
+  std::vector<Task> tasks;
+  std::vector<Measured> all;
+};
 
-/// Points of the same shape from several rounds: the median, and how far the rounds are apart.
-void join_rounds(Profile& p) {
-  const auto join = [](auto& points, auto key) {
-    std::map<decltype(key(points[0])),
-             std::vector<typename std::decay_t<decltype(points)>::value_type>>
-        by;
-    for (const auto& x : points) by[key(x)].push_back(x);
-    points.clear();
-    for (auto& [k, list] : by) {
-      std::sort(list.begin(), list.end(),
-                [](const auto& a, const auto& b) { return a.time < b.time; });
-      auto one = list[list.size() / 2];
-      one.spread = std::max(
-          one.spread, (list.back().time.count - list.front().time.count) / 2 / one.time.count);
-      points.push_back(one);
-    }
-  };
-  for (auto& [kernel, points] : p.kernels)
-    join(points,
-         [](const KernelPoint& x) { return std::tuple{x.ranks, x.m, x.n, x.k, x.count, x.bytes}; });
-  for (auto& [kind, points] : p.collectives)
-    join(points, [](const CollectivePoint& x) { return std::tuple{x.ranks, x.bytes.count}; });
-}
-
-/// One round of calibration on one level.
-void calibrate_round(const Level& l, const Options& o, Profile& p, std::vector<double>& dispatch,
-                     Progress& progress) {
-  for (std::size_t k = 0; k < l.runs.size(); ++k) {
-    progress.next(l.runs[k].name);
-    const auto m = measure(l.runs[k].graph, l.programs[k], o);
-    validation::harvest(l.programs[k], m, p.kernels);
-    dispatch.push_back(validation::dispatch_of(m).count);
-  }
+const Graph& no_graph() {
   static const Graph nothing;
-  for (const Program& c : l.collectives) {
-    progress.next(fmt::format("collectives of {} ranks", l.ranks));
-    validation::harvest_collectives(c, measure(nothing, c, o), p.collectives);
+  return nothing;
+}
+
+void plan_calibration(const Options& o, Calibration& c) {
+  const auto task = [&](const Graph& graph, Program program) {
+    c.programs.push_back(std::move(program));
+    c.tasks.push_back({&graph, &c.programs.back(), timed(graph, o)});
+    return c.tasks.size() - 1;
+  };
+  for (const int ranks : o.ranks) {
+    for (auto& run : validation::calibration_runs(ranks)) {
+      c.runs.push_back(std::move(run));
+      const CalibrationRun& r = c.runs.back();
+      const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
+      const Program* p = c.tasks[at].program;
+      c.all.push_back({ranks, r.name, {at}, [p](const auto& m, validation::Unit& u) {
+                         validation::harvest(*p, m[0], u.kernels);
+                         u.dispatch.push_back(validation::dispatch_of(m[0]).count);
+                       }});
+    }
+    for (auto& program : validation::collective_programs(ranks)) {
+      const std::size_t at = task(no_graph(), std::move(program));
+      const Program* p = c.tasks[at].program;
+      c.all.push_back({ranks,
+                       p->pipeline.empty() ? "collectives" : "transfers",
+                       {at},
+                       [p](const auto& m, validation::Unit& u) {
+                         validation::harvest_collectives(*p, m[0], u.collectives);
+                       }});
+    }
+    const std::size_t at = task(no_graph(), validation::copy_program(ranks));
+    const Program* p = c.tasks[at].program;
+    c.all.push_back({ranks, "copies", {at}, [p](const auto& m, validation::Unit& u) {
+                       validation::harvest_copies(*p, m[0], u.kernels);
+                     }});
+    if (ranks != 2) continue;
+    std::vector<std::size_t> parts;
+    for (const auto part : {validation::OverlapPart::both, validation::OverlapPart::transfer,
+                            validation::OverlapPart::compute})
+      parts.push_back(task(no_graph(), validation::overlap_program(part)));
+    c.all.push_back({ranks, "overlap", parts, [](const auto& m, validation::Unit& u) {
+                       u.overlap.push_back(validation::overlap_of(m[0], m[1], m[2]));
+                     }});
+  }
+}
+
+/// Measures what the journal does not have of this round on `ranks` ranks.
+void calibrate_round(std::int64_t round, int ranks, const Calibration& c, Crew& crew,
+                     validation::Journal& journal, Progress& progress) {
+  for (const Measured& x : c.all) {
+    if (x.ranks != ranks || journal.has(round, ranks, x.name)) continue;
+    progress.next(fmt::format("{} on {} rank{}", x.name, ranks, ranks == 1 ? "" : "s"));
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::vector<RankMeasurement>> m;
+    for (const std::size_t task : x.tasks) m.push_back(crew.run(task).ranks);
+    validation::Unit u;
+    u.round = round;
+    u.ranks = ranks;
+    u.name = x.name;
+    x.harvest(m, u);
+    u.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    journal.add(std::move(u));
   }
 }
 
@@ -224,6 +294,13 @@ std::string save(const Profile& p, const std::string& folder, int devices) {
   return folder + "/cluster.yaml";
 }
 
+Profile profile_of(const validation::Journal& journal, const Options& o, std::int64_t rounds) {
+  Profile p = validation::joined(journal.units());
+  p.provenance = provenance(o, rounds);
+  p.cores = static_cast<int>(std::thread::hardware_concurrency());
+  return p;
+}
+
 std::size_t points_of(const Profile& p) {
   std::size_t n = 0;
   for (const auto& [kernel, points] : p.kernels) n += points.size();
@@ -252,26 +329,86 @@ std::vector<std::string> outliers(const Profile& p) {
   return worst;
 }
 
-void calibrate(const Options& o) {
+/// Rates of copies by size and ranks, how much of a transfer hides, dispatch.
+void print_machine(const Profile& p) {
+  const auto copies = p.kernels.find("copy");
+  if (copies != p.kernels.end()) {
+    std::map<double, std::map<int, double>> rate;  // bytes, ranks
+    std::set<int> ranks;
+    for (const auto& x : copies->second)
+      rate[x.bytes][x.ranks] = x.bytes / x.time.count, ranks.insert(x.ranks);
+    std::vector<std::vector<std::string>> table{{"copies of"}};
+    for (const int r : ranks)
+      table[0].push_back(r == 1 ? "1 rank" : fmt::format("each of {} ranks", r));
+    for (const auto& [bytes, by_ranks] : rate) {
+      table.push_back({text(Bytes{static_cast<std::int64_t>(bytes) / 2})});
+      for (const int r : ranks)
+        table.back().push_back(by_ranks.count(r) > 0 ? text(BytesPerSecond{by_ranks.at(r)}) : "-");
+    }
+    fmt::print("{}\n", align(table));
+  }
+  fmt::print(
+      "between two instructions {} ± {:.0f} %; of the smaller of a transfer and a "
+      "computation {:.0f} % ± {:.0f} % is hidden\n",
+      text(p.dispatch), 100 * p.dispatch_spread, 100 * p.overlap, 100 * p.overlap_spread);
+}
+
+void calibrate(Options& o, int& code) {
   check(o);
   if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
-  make_folder(o.out);
-  const auto levels = levels_of(o);
-  std::size_t total = 0;
-  for (const Level& l : levels) total += l.runs.size() + l.collectives.size();
-  Progress progress(total * static_cast<std::size_t>(o.rounds));
-  Profile p;
-  p.provenance = provenance(o);
-  p.cores = static_cast<int>(std::thread::hardware_concurrency());
-  std::vector<double> dispatch;
-  for (std::int64_t round = 0; round < o.rounds; ++round) {
-    for (const Level& l : levels) calibrate_round(l, o, p, dispatch, progress);
+  const std::string file = o.out + "/journal.jsonl";
+  const validation::JournalHeader header{
+      host(), fmt::format("partita 0.1.0, ranks {} as {}, {} steps", fmt::join(o.ranks, ","),
+                          o.transport, o.steps)};
+  if (!launched() || o.transport == "threads") {
+    make_folder(o.out);
+    // What is wrong with it is said here once, not by every rank.
+    { const validation::Journal journal(file, header); }
   }
-  join_rounds(p);
-  p.dispatch = Seconds{validation::median(dispatch)};
-  const std::string cluster = save(p, o.out, *std::max_element(o.ranks.begin(), o.ranks.end()));
-  fmt::print("{} points in {} and {}/device.yaml\n", points_of(p), cluster, o.out);
-  for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
+#ifdef PARTITA_MPI
+  if (o.transport == "mpi" && !launched()) {
+    code = launch_mpi(o.most_ranks());
+    return;
+  }
+#endif
+  Calibration c;
+  plan_calibration(o, c);
+  Crew crew(o.transport, o.most_ranks(), o.timeout_s, c.tasks);
+  try {
+    if (!crew.leads()) {
+      crew.serve();
+      return;
+    }
+    validation::Journal journal(file, header);
+    if (!journal.units().empty())
+      fmt::print(stderr, "progress: {} of the last calibration's measurements are kept\n",
+                 journal.units().size());
+    const std::size_t total = c.all.size() * static_cast<std::size_t>(o.round_count());
+    Progress progress(total - std::min(total, journal.units().size()),
+                      o.budget_s > 0 ? std::max(1.0, o.budget_s - journal.seconds()) : 0);
+    std::int64_t round = 0;
+    for (; round < o.round_count(); ++round) {
+      // A round that would not fit is not begun; one that has begun is ended.
+      const bool begun = std::any_of(journal.units().begin(), journal.units().end(),
+                                     [&](const auto& u) { return u.round == round; });
+      const double mean = round > 0 ? journal.seconds() / static_cast<double>(round) : 0;
+      if (round > 0 && !begun && o.budget_s > 0 && journal.seconds() + mean > o.budget_s) break;
+      for (const int ranks : o.ranks) calibrate_round(round, ranks, c, crew, journal, progress);
+    }
+    const Profile p = profile_of(journal, o, round);
+    const std::string cluster = save(p, o.out, o.most_ranks());
+    journal.keep_as(o.out + "/measured.jsonl");
+    fmt::print("{} points of {} rounds in {} and {}/device.yaml\n\n", points_of(p), round, cluster,
+               o.out);
+    print_machine(p);
+    for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
+    if (o.budget_s > 0 && journal.seconds() > 1.5 * o.budget_s)
+      fmt::print("one round takes {:.0f} s, longer than --budget\n",
+                 journal.seconds() / static_cast<double>(round));
+  } catch (const std::exception& e) {
+    crew.abort(e.what());
+    throw;
+  }
 }
 
 struct Outcome {
@@ -280,76 +417,110 @@ struct Outcome {
   reference::Comparison reference;
   std::vector<validation::StepComparison> rounds;  ///< predicted filled in at the end
   std::vector<std::vector<RankMeasurement>> measured;
+  std::size_t mathematics = 0, timing = 0;  ///< tasks
+  Routing routing;                          ///< of the last step measured
+  bool routed = false;
 };
 
-void validate(const Options& o, int& code) {
+void validate(Options& o, int& code) {
   check(o);
   auto cases = validation::suite();
-  std::vector<Outcome> outcomes;
+  std::deque<Outcome> outcomes;
   for (SuiteCase& c : cases) {
     if (std::find(o.ranks.begin(), o.ranks.end(), static_cast<int>(c.ranks)) == o.ranks.end())
       continue;
     if (!o.only.empty() && c.name.find(o.only) == std::string::npos) continue;
-    outcomes.push_back({&c, program_of(c.graph, c.plan, c.name), {}, {}, {}});
+    Outcome one;
+    one.suite = &c;
+    one.program = program_of(c.graph, c.plan, c.name);
+    one.routed = std::any_of(one.program.buffers.begin(), one.program.buffers.end(),
+                             [](const Buffer& b) { return b.routed; });
+    outcomes.push_back(std::move(one));
   }
   if (outcomes.empty())
     throw InputError("--only", fmt::format("no case of the suite has '{}' in its name", o.only));
+  const bool feeds_back = o.routing.empty() || o.routing == "recorded";
+  const RoutingSource given = feeds_back ? RoutingSource{} : routing_source(o.routing, "--routing");
+  if (!o.out.empty()) make_folder(o.out);
+#ifdef PARTITA_MPI
+  if (o.transport == "mpi" && !launched()) {
+    code = launch_mpi(o.most_ranks());
+    return;
+  }
+#endif
+  constexpr int kSteps = 2;
+  Calibration calibration;
+  plan_calibration(o, calibration);
+  auto tasks = calibration.tasks;
+  for (Outcome& c : outcomes) {
+    execute::Options e = generated(c.suite->graph, kSeed);
+    e.steps = kSteps;
+    c.mathematics = tasks.size();
+    tasks.push_back({&c.suite->graph, &c.program, e});
+    c.timing = tasks.size();
+    tasks.push_back({&c.suite->graph, &c.program, timed(c.suite->graph, o, c.routed)});
+  }
+  Crew crew(o.transport, o.most_ranks(), o.timeout_s, tasks);
+  if (!crew.leads()) {
+    try {
+      crew.serve();
+    } catch (const std::exception& e) {
+      crew.abort(e.what());
+      throw;
+    }
+    return;
+  }
+  validation::Journal journal;
+  try {
+    Progress progress(
+        (calibration.all.size() + outcomes.size()) * static_cast<std::size_t>(o.round_count()) +
+            outcomes.size(),
+        0);
+    // Mathematics first: a wrong plan's time is of no interest.
+    for (Outcome& c : outcomes) {
+      progress.next("mathematics of " + c.suite->name);
+      if (o.no_reference) continue;
+      const auto result = crew.run(c.mathematics);
+      const auto exact = reference::options_for(c.suite->graph, c.program, kSteps, kSeed);
+      const int groups = static_cast<int>(c.suite->plan.dp);
+      const auto serial = reference::train_serially(c.suite->graph, c.program, exact, groups);
+      c.reference = reference::compare(
+          c.suite->graph, result.values, serial,
+          reference::tolerance_of_rounding(c.suite->graph, c.program, serial, exact));
+      if (!c.reference.equal) {
+        const auto& r = c.reference;
+        fmt::print(stderr,
+                   "progress: {} differs from its reference: loss by {:.1e}, gradient of {} by "
+                   "{:.1e}, {} by {:.1e}; rounding allows {:.1e}\n",
+                   c.suite->name, r.loss_error, r.worst_gradient, r.gradient_error,
+                   r.worst_parameter, r.parameter_error, r.tolerance);
+      }
+    }
+    // Calibration and suite take turns, so that a slow minute of the machine meets both.
+    for (std::int64_t round = 0; round < o.round_count(); ++round) {
+      for (const int ranks : o.ranks) {
+        calibrate_round(round, ranks, calibration, crew, journal, progress);
+        for (Outcome& c : outcomes) {
+          if (c.suite->ranks != ranks) continue;
+          progress.next(c.suite->name);
+          auto result = crew.run(c.timing);
+          c.measured.push_back(std::move(result.ranks));
+          c.routing = std::move(result.routing);
+        }
+      }
+    }
+  } catch (const std::exception& e) {
+    crew.abort(e.what());
+    throw;
+  }
+  const Profile p = profile_of(journal, o, o.round_count());
   const bool temporary = o.out.empty();
   const std::string folder =
       temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid()))
                       .string()
                 : o.out;
   make_folder(folder);
-  const auto levels = levels_of(o);
-  std::size_t total = outcomes.size();
-  for (const Level& l : levels) total += l.runs.size() + l.collectives.size();
-  Progress progress(total * static_cast<std::size_t>(o.rounds) + outcomes.size());
-
-  // Mathematics first: a wrong plan's time is of no interest.
-  for (Outcome& c : outcomes) {
-    progress.next("mathematics of " + c.suite->name);
-    if (o.no_reference) continue;
-    constexpr int kSteps = 2;
-    execute::Options e = options_of(c.suite->graph);
-    e.steps = kSteps;
-    execute::ThreadOptions threads;
-    threads.timeout_s = o.timeout_s;
-    const auto results = execute::run_threads(c.program, e, threads);
-    const auto exact = reference::options_for(c.suite->graph, c.program, kSteps, kSeed);
-    const int groups = static_cast<int>(c.suite->plan.dp);
-    const auto serial = reference::train_serially(c.suite->graph, c.program, exact, groups);
-    c.reference = reference::compare(
-        c.suite->graph, results[0].values, serial,
-        reference::tolerance_of_rounding(c.suite->graph, c.program, serial, exact));
-    if (!c.reference.equal) {
-      const auto& r = c.reference;
-      fmt::print(
-          stderr,
-          "{} differs from its reference: loss by {:.1e}, gradient of {} by {:.1e}, {} by {:.1e}; "
-          "rounding allows {:.1e}\n",
-          c.suite->name, r.loss_error, r.worst_gradient, r.gradient_error, r.worst_parameter,
-          r.parameter_error, r.tolerance);
-    }
-  }
-  // Calibration and suite take turns, so that a slow minute of the machine meets both.
-  Profile p;
-  p.provenance = provenance(o);
-  p.cores = static_cast<int>(std::thread::hardware_concurrency());
-  std::vector<double> dispatch;
-  for (std::int64_t round = 0; round < o.rounds; ++round) {
-    for (const Level& l : levels) {
-      calibrate_round(l, o, p, dispatch, progress);
-      for (Outcome& c : outcomes) {
-        if (c.suite->ranks != l.ranks) continue;
-        progress.next(c.suite->name);
-        c.measured.push_back(measure(c.suite->graph, c.program, o));
-      }
-    }
-  }
-  join_rounds(p);
-  p.dispatch = Seconds{validation::median(dispatch)};
-  const int devices = *std::max_element(o.ranks.begin(), o.ranks.end());
-  const std::string cluster = save(p, folder, devices);
+  const std::string cluster = save(p, folder, o.most_ranks());
   const Topology topology = load_topology(cluster);
   if (temporary) {
     std::error_code ignored;
@@ -369,11 +540,14 @@ void validate(const Options& o, int& code) {
     Communication communication(topology);
     SimulateOptions simulation;
     simulation.record = true;
-    const Timeline timeline = simulate(c.program, communication, simulation);
+    RoutingSource routing = given;
+    if (feeds_back) routing.recorded = c.routing;
+    const Program program = c.routed ? with_routing(c.program, routing) : c.program;
+    const Timeline timeline = simulate(program, communication, simulation);
     std::vector<double> medians;
     validation::StepComparison step;
     for (const auto& m : c.measured) {
-      step = validation::compare(c.program, timeline, m);
+      step = validation::compare(program, timeline, m);
       medians.push_back(step.measured.count);
       for (const auto& k : step.kinds) {
         auto& sum = kinds[k.kind.substr(0, k.kind.find(' '))];
@@ -425,6 +599,7 @@ void validate(const Options& o, int& code) {
     Json j;
     j["schema"] = "partita.validation/1";
     j["backend"] = o.backend;
+    j["transport"] = o.transport;
     j["profile"] = p.provenance;
     j["suite"]["cases"] = Json::array();
     for (const Row& r : rows)
@@ -486,8 +661,9 @@ void validate(const Options& o, int& code) {
 
 void add_common(CLI::App& c, Options& o) {
   c.add_option("--backend", o.backend, "cpu");
+  c.add_option("--transport", o.transport, "threads (default) or mpi: what ranks are");
   c.add_option("--ranks", o.ranks, "numbers of ranks, like 1,2,4")->delimiter(',');
-  c.add_option("--rounds", o.rounds, "how often everything is measured, in turns");
+  c.add_option("--rounds", o.rounds, "how often everything is measured, in turns (default: 3)");
   c.add_option("--steps", o.steps, "timed steps of each run");
   c.add_option("--out", o.out, "folder for device.yaml and cluster.yaml");
   c.add_option("--timeout", o.timeout_s, "seconds without an answer after which a rank gives up");
@@ -499,12 +675,16 @@ void add_validate(CLI::App& app, int& code) {
   auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand("calibrate", "measure this machine: a device and link profile");
   add_common(*c, *o);
-  c->callback([o] { calibrate(*o); });
+  c->add_option("--budget", o->budget,
+                "as many rounds as fit in this time, like 90s, 5m, 1h; at least one");
+  c->callback([o, &code] { calibrate(*o, code); });
   auto v = std::make_shared<Options>();
   c = app.add_subcommand("validate",
                          "run a suite of plans on this machine beside their predictions");
   add_common(*c, *v);
   c->add_option("--only", v->only, "cases with this text in their name");
+  c->add_option("--routing", v->routing,
+                "experts' rows: recorded (default: of each case's last step), balanced or zipf:S");
   c->add_flag("--no-reference", v->no_reference, "do not check the mathematics");
   c->add_flag("--json", v->json, "print JSON");
   c->callback([v, &code] { validate(*v, code); });

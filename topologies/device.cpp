@@ -95,6 +95,12 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   if (const auto n = root.find("host_cores"))
     device.host_cores = static_cast<int>(n->as_int(1, 1'000'000));
   if (root.has("dispatch")) device.dispatch = figure(root, "dispatch").as_seconds();
+  if (root.has("overlap")) {
+    const YamlNode n = figure(root, "overlap");
+    device.overlap = n.as_double();
+    if (!(device.overlap >= 0 && device.overlap <= 1))
+      throw InputError(n.place(), fmt::format("a share is 0 to 1; {} is given", device.overlap));
+  }
   if (const auto kernels = root.find("kernels")) {
     for (const auto& [name, list] : kernels->members()) {
       for (const YamlNode& y : list.items()) {

@@ -37,6 +37,8 @@ struct DeviceProfile {
   bool concurrent_streams = true;
   /// > 0: all devices of a node are ranks on this many cores.
   int host_cores = 0;
+  /// Share of the smaller of a transfer and a computation that runs beside the other; measured.
+  double overlap = 0;
   Seconds dispatch;     ///< Host time between two instructions of a rank.
   KernelTable kernels;  ///< Measured; empty for a device known by its data sheet only.
   std::map<std::string, std::string> sources;

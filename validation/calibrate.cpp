@@ -300,6 +300,143 @@ std::vector<Program> collective_programs(int ranks) {
   return all;
 }
 
+namespace {
+
+BufferId step_buffer(Program& p, std::int64_t bytes) {
+  Buffer b;
+  b.name = fmt::format("buffer {}", p.buffers.size());
+  b.category = Category::buffers;
+  b.scope = Scope::step;
+  b.shape = {{Dim::feature, bytes / 4}};
+  b.layout.dims.resize(1);
+  p.buffers.push_back(std::move(b));
+  return BufferId{p.buffers.size() - 1};
+}
+
+Instruction copying(BufferId from, BufferId to) {
+  Instruction i;
+  i.kernel = Kernel::add;
+  i.reads = {from};
+  i.writes = {to};
+  return i;
+}
+
+double slowest_step(const std::vector<RankMeasurement>& ranks) {
+  std::vector<double> steps;
+  for (std::size_t s = 0; s < ranks[0].step_s.size(); ++s) {
+    double worst = 0;
+    for (const auto& r : ranks) worst = std::max(worst, r.step_s[s]);
+    steps.push_back(worst);
+  }
+  return median(std::move(steps));
+}
+
+}  // namespace
+
+Program copy_program(int ranks) {
+  Program p;
+  if (ranks > 1) p.mesh.atoms = {{"r", ranks}};
+  p.streams = {"compute"};
+  p.blocks.resize(1);
+  p.blocks[0].name = "copies";
+  p.blocks[0].kind = BlockKind::step;
+  for (std::int64_t bytes = 4 << 10; bytes <= (16 << 20); bytes *= 4) {
+    const BufferId from = step_buffer(p, bytes), to = step_buffer(p, bytes);
+    p.blocks[0].instructions.push_back(copying(from, to));
+  }
+  p.stages = {{{BlockId{0}, -1}}};
+  return p;
+}
+
+void harvest_copies(const Program& p, const std::vector<RankMeasurement>& ranks,
+                    KernelTable& into) {
+  KernelTable all;
+  harvest(p, ranks, all);
+  auto& to = into["copy"];
+  for (const auto& [kernel, points] : all) to.insert(to.end(), points.begin(), points.end());
+}
+
+Program overlap_program(OverlapPart part) {
+  constexpr std::int64_t kTransfer = 1 << 20, kCompute = 1 << 15;
+  constexpr int kCopies = 150;  // in a cache: some hundred microseconds, as the transfer
+  Program p;
+  p.mesh.atoms = {{"pp", 2}};
+  p.pipeline = {0};
+  p.streams = {"compute"};
+  p.blocks.resize(2);
+  for (const int stage : {0, 1}) {
+    Block& b = p.blocks[static_cast<std::size_t>(stage)];
+    b.name = "overlap";
+    b.kind = BlockKind::step;
+    b.stage = stage;
+    const BufferId moved = step_buffer(p, kTransfer), from = step_buffer(p, kCompute),
+                   to = step_buffer(p, kCompute);
+    Instruction message;
+    message.kind = stage == 0 ? Kind::send : Kind::receive;
+    message.stage = 1 - stage;
+    (stage == 0 ? message.reads : message.writes) = {moved};
+    if (part != OverlapPart::compute && stage == 0) b.instructions.push_back(message);
+    for (int k = 0; k < kCopies && part != OverlapPart::transfer; ++k)
+      b.instructions.push_back(copying(from, to));
+    if (part != OverlapPart::compute && stage == 1) b.instructions.push_back(message);
+  }
+  p.stages = {{{BlockId{0}, -1}}, {{BlockId{1}, -1}}};
+  return p;
+}
+
+double overlap_of(const std::vector<RankMeasurement>& both,
+                  const std::vector<RankMeasurement>& transfer,
+                  const std::vector<RankMeasurement>& compute) {
+  const double b = slowest_step(both), t = slowest_step(transfer), c = slowest_step(compute);
+  return std::clamp((c + t - b) / std::min(c, t), 0.0, 1.0);
+}
+
+Profile joined(const std::vector<Unit>& units) {
+  Profile p;
+  std::vector<double> dispatch, overlap;
+  for (const Unit& u : units) {
+    for (const auto& [kernel, points] : u.kernels)
+      p.kernels[kernel].insert(p.kernels[kernel].end(), points.begin(), points.end());
+    for (const auto& [kind, points] : u.collectives)
+      p.collectives[kind].insert(p.collectives[kind].end(), points.begin(), points.end());
+    dispatch.insert(dispatch.end(), u.dispatch.begin(), u.dispatch.end());
+    overlap.insert(overlap.end(), u.overlap.begin(), u.overlap.end());
+  }
+  // Points of the same shape from several rounds: the median, and how far the rounds are apart.
+  const auto join = [](auto& points, auto key) {
+    std::map<decltype(key(points[0])),
+             std::vector<typename std::decay_t<decltype(points)>::value_type>>
+        by;
+    for (const auto& x : points) by[key(x)].push_back(x);
+    points.clear();
+    for (auto& [k, list] : by) {
+      std::sort(list.begin(), list.end(),
+                [](const auto& a, const auto& b) { return a.time < b.time; });
+      auto one = list[list.size() / 2];
+      one.spread = std::max(
+          one.spread, (list.back().time.count - list.front().time.count) / 2 / one.time.count);
+      points.push_back(one);
+    }
+  };
+  for (auto& [kernel, points] : p.kernels)
+    join(points,
+         [](const KernelPoint& x) { return std::tuple{x.ranks, x.m, x.n, x.k, x.count, x.bytes}; });
+  for (auto& [kind, points] : p.collectives)
+    join(points, [](const CollectivePoint& x) { return std::tuple{x.ranks, x.bytes.count}; });
+  const auto settle = [](std::vector<double> list, double& middle, double& spread) {
+    if (list.empty()) return;
+    std::sort(list.begin(), list.end());
+    middle = median(list);
+    spread = (list[list.size() * 3 / 4] - list[list.size() / 4]) / 2;
+  };
+  double each = 0, apart = 0;
+  settle(std::move(dispatch), each, apart);
+  p.dispatch = Seconds{each};
+  p.dispatch_spread = each > 0 ? apart / each : 0;
+  settle(std::move(overlap), p.overlap, p.overlap_spread);
+  return p;
+}
+
 void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& ranks,
                          CollectiveTable& into) {
   for (std::size_t b = 0; b < p.blocks.size(); ++b) {
@@ -330,15 +467,39 @@ void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& r
 }
 
 std::string device_yaml(const Profile& p) {
+  // What the tables do not hold is priced by rates: those of the largest copy and the fastest
+  // product.
+  double bandwidth = 0, largest = 0, product = 0;
+  for (const auto& [kernel, points] : p.kernels) {
+    for (const KernelPoint& x : points) {
+      if (x.ranks == 1 && kernel == "copy" && x.bytes > largest)
+        largest = x.bytes, bandwidth = x.bytes / x.time.count;
+      if (x.m > 0) product = std::max(product, 2 * x.m * x.n * x.k * x.count / x.time.count);
+    }
+  }
+  const auto figure = [&](double measured, double assumed, const std::string& unit,
+                          const std::string& how) {
+    return measured > 0 ? fmt::format("{{value: {:.4g} {}, source: '{}: {}'}}", measured / 1e9,
+                                      unit, p.provenance, how)
+                        : fmt::format("{{value: {:g} {}, source: assumed}}", assumed, unit);
+  };
+  const std::string rate = figure(product, 80, "GFLOP/s", "the fastest product");
   std::string s = fmt::format(
       "schema: partita.device/1\nname: calibrated-cpu\nsource: '{}'\n"
-      "# Of what the tables below do not hold: rough rates.\n"
-      "memory: 4 GiB\nusable_memory: 3584 MiB\nmemory_bandwidth: 10 GB/s\n"
-      "matrix_rates: {{fp32: 80 GFLOP/s, bf16: 80 GFLOP/s, fp16: 80 GFLOP/s}}\nvector_rate: 20 "
-      "GFLOP/s\n"
-      "matrix_efficiency: 0.6\nmemory_efficiency: 0.8\nkernel_latency: 1 us\nmultiprocessors: {}\n"
-      "concurrent_streams: false\nhost_cores: {}\ndispatch: {:.6g} us\nkernels:\n",
-      p.provenance, p.cores, p.cores, p.dispatch.count * 1e6);
+      "memory: {{value: 4 GiB, source: assumed}}\nusable_memory: {{value: 3584 MiB, source: "
+      "assumed}}\n"
+      "memory_bandwidth: {}\nmatrix_rates: {{fp32: {}, bf16: {}, fp16: {}}}\n"
+      "vector_rate: {{value: 20 GFLOP/s, source: assumed}}\n"
+      "matrix_efficiency: {{value: {}, source: assumed}}\n"
+      "memory_efficiency: {{value: {}, source: assumed}}\n"
+      "kernel_latency: {{value: 1 us, source: assumed}}\nmultiprocessors: {}\n"
+      "concurrent_streams: false\nhost_cores: {}\n"
+      "dispatch: {{value: {:.6g} us, source: '{}: spread {:.3f}'}}\n"
+      "overlap: {{value: {:.3f}, source: '{}: spread {:.3f}'}}\nkernels:\n",
+      p.provenance, figure(bandwidth, 10, "GB/s", "the largest copy, one rank"), rate, rate, rate,
+      product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
+      p.dispatch.count * 1e6, p.provenance, p.dispatch_spread, p.overlap, p.provenance,
+      p.overlap_spread);
   for (const auto& [kernel, points] : p.kernels) {
     s += fmt::format("  '{}':\n", kernel);
     for (const KernelPoint& x : points) {

@@ -11,6 +11,7 @@
 #include "simulator/plan/plan.h"
 #include "simulator/program/measurement.h"
 #include "topologies/measured.h"
+#include "validation/journal.h"
 
 namespace partita::validation {
 
@@ -40,13 +41,35 @@ std::vector<Program> collective_programs(int ranks);
 void harvest_collectives(const Program& program, const std::vector<RankMeasurement>& ranks,
                          CollectiveTable& into);
 
+/// Copies of 4 KiB to 16 MiB by `ranks` ranks at once: what memory gives each, in caches and
+/// beyond.
+Program copy_program(int ranks);
+/// Their points, under "copy"; bytes count reading and writing.
+void harvest_copies(const Program& program, const std::vector<RankMeasurement>& ranks,
+                    KernelTable& into);
+
+/// Two ranks: a transfer, then arithmetic on the sender's side and before it on the receiver's; the
+/// transfer alone; the arithmetic alone.
+enum class OverlapPart : std::uint8_t { both, transfer, compute };
+Program overlap_program(OverlapPart part);
+/// (t_compute + t_transfer - t_both) / min(t_compute, t_transfer) of median steps: 0 one after the
+/// other, 1 the smaller one hidden.
+double overlap_of(const std::vector<RankMeasurement>& both,
+                  const std::vector<RankMeasurement>& transfer,
+                  const std::vector<RankMeasurement>& compute);
+
 struct Profile {
   std::string provenance;  ///< host, date, versions: the `source` of every figure
   KernelTable kernels;
   CollectiveTable collectives;
   Seconds dispatch;
+  double dispatch_spread = 0;
+  double overlap = 0, overlap_spread = 0;
   int cores = 1;
 };
+/// All rounds' units joined: medians, and how far the rounds are apart.
+Profile joined(const std::vector<Unit>& units);
+
 /// Device and cluster files for the profile: partita.device/1 and partita.topology/1.
 std::string device_yaml(const Profile& profile);
 std::string cluster_yaml(const Profile& profile, const std::string& device_file, int devices);

@@ -1,0 +1,153 @@
+#include "validation/journal.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "base/yaml.h"
+
+namespace partita::validation {
+namespace {
+
+using Json = nlohmann::json;
+constexpr const char* kSchema = "partita.calibration-journal/1";
+
+Json json_of(const Unit& u) {
+  Json j{{"round", u.round}, {"ranks", u.ranks}, {"unit", u.name}, {"seconds", u.seconds}};
+  for (const auto& [kernel, points] : u.kernels) {
+    for (const KernelPoint& p : points)
+      j["kernels"][kernel].push_back(
+          {p.ranks, p.m, p.n, p.k, p.count, p.bytes, p.time.count, p.spread});
+  }
+  for (const auto& [kind, points] : u.collectives) {
+    for (const CollectivePoint& p : points)
+      j["collectives"][kind].push_back({p.ranks, p.bytes.count, p.time.count, p.spread});
+  }
+  if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
+  if (!u.overlap.empty()) j["overlap"] = u.overlap;
+  return j;
+}
+
+Unit unit_of(const Json& j) {
+  Unit u;
+  u.round = j.at("round").get<std::int64_t>();
+  u.ranks = j.at("ranks").get<int>();
+  u.name = j.at("unit").get<std::string>();
+  u.seconds = j.at("seconds").get<double>();
+  for (const auto& [kernel, points] : j.value("kernels", Json::object()).items()) {
+    for (const Json& p : points) {
+      KernelPoint k;
+      k.ranks = p.at(0).get<int>();
+      k.m = p.at(1).get<double>(), k.n = p.at(2).get<double>(), k.k = p.at(3).get<double>();
+      k.count = p.at(4).get<double>(), k.bytes = p.at(5).get<double>();
+      k.time = Seconds{p.at(6).get<double>()};
+      k.spread = p.at(7).get<double>();
+      u.kernels[kernel].push_back(k);
+    }
+  }
+  for (const auto& [kind, points] : j.value("collectives", Json::object()).items()) {
+    for (const Json& p : points)
+      u.collectives[kind].push_back({p.at(0).get<int>(), Bytes{p.at(1).get<std::int64_t>()},
+                                     Seconds{p.at(2).get<double>()}, p.at(3).get<double>()});
+  }
+  u.dispatch = j.value("dispatch", std::vector<double>{});
+  u.overlap = j.value("overlap", std::vector<double>{});
+  return u;
+}
+
+}  // namespace
+
+Journal::Journal(const std::string& file, const JournalHeader& header) : file_(file) {
+  descriptor_ = ::open(file.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  if (descriptor_ < 0)
+    throw InputError("--out", fmt::format("cannot write {}: {}; name another folder", file,
+                                          std::strerror(errno)));
+  const auto refuse = [&](const std::string& why) {
+    ::close(descriptor_);
+    descriptor_ = -1;
+    throw InputError("--out", why);
+  };
+  if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0)
+    refuse(
+        fmt::format("{} is being written by another calibration; wait for it or name another "
+                    "folder",
+                    file));
+  const std::string text = read_file(file);
+  const std::size_t whole = text.rfind('\n');
+  // A torn last line is one that was being written when the end came.
+  const std::size_t length = whole == std::string::npos ? 0 : whole + 1;
+  const Json head{{"schema", kSchema}, {"host", header.host}, {"settings", header.settings}};
+  if (length == 0) {
+    const std::string line = head.dump() + "\n";
+    if (::ftruncate(descriptor_, 0) != 0 ||
+        ::write(descriptor_, line.data(), line.size()) != static_cast<ssize_t>(line.size()))
+      refuse(fmt::format("cannot write {}; check whether the disk is full", file));
+    return;
+  }
+  if (length < text.size() && ::ftruncate(descriptor_, static_cast<off_t>(length)) != 0)
+    refuse(fmt::format("cannot write {}; check its permissions", file));
+  const std::string remedy = fmt::format("remove {} to begin anew, or name another folder", file);
+  std::int64_t line = 0;
+  for (std::size_t at = 0; at < length;) {
+    const std::size_t end = text.find('\n', at);
+    ++line;
+    try {
+      const Json j = Json::parse(text.begin() + static_cast<std::ptrdiff_t>(at),
+                                 text.begin() + static_cast<std::ptrdiff_t>(end));
+      if (line > 1) {
+        Unit u = unit_of(j);
+        known_.insert({u.round, u.ranks, u.name});
+        units_.push_back(std::move(u));
+      } else if (j.value("schema", "") != kSchema) {
+        refuse(fmt::format("{} is no journal of this version; {}", file, remedy));
+      } else if (j.value("host", "") != header.host) {
+        refuse(fmt::format("{} was measured on {}, this is {}; {}", file, j.value("host", ""),
+                           header.host, remedy));
+      } else if (j.value("settings", "") != header.settings) {
+        refuse(
+            fmt::format("{} was measured with {}, now it is {}; use the same settings to go "
+                        "on, {}",
+                        file, j.value("settings", ""), header.settings, remedy));
+      }
+    } catch (const Json::exception&) {
+      refuse(fmt::format("{}:{} is damaged; {}", file, line, remedy));
+    }
+    at = end + 1;
+  }
+}
+
+Journal::~Journal() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+bool Journal::has(std::int64_t round, int ranks, const std::string& name) const {
+  return known_.count({round, ranks, name}) > 0;
+}
+
+void Journal::add(Unit unit) {
+  if (descriptor_ >= 0) {
+    const std::string line = json_of(unit).dump() + "\n";
+    if (::write(descriptor_, line.data(), line.size()) != static_cast<ssize_t>(line.size()))
+      throw InputError("--out",
+                       fmt::format("cannot write {}; check whether the disk is full", file_));
+  }
+  known_.insert({unit.round, unit.ranks, unit.name});
+  units_.push_back(std::move(unit));
+}
+
+double Journal::seconds() const {
+  double sum = 0;
+  for (const Unit& u : units_) sum += u.seconds;
+  return sum;
+}
+
+void Journal::keep_as(const std::string& name) { std::rename(file_.c_str(), name.c_str()); }
+
+}  // namespace partita::validation

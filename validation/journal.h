@@ -1,0 +1,63 @@
+// validation/journal.h: what calibration has measured so far, one line of JSON per unit, so that
+// it can be interrupted at any time and go on (docs/calibration.md, "Interrupted").
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "topologies/measured.h"
+
+namespace partita::validation {
+
+/// One thing measured in one round: a calibration run, the collectives, copies or overlap of one
+/// number of ranks.
+struct Unit {
+  std::int64_t round = 0;
+  int ranks = 1;
+  std::string name;
+  double seconds = 0;  ///< that it took
+  KernelTable kernels;
+  CollectiveTable collectives;
+  std::vector<double> dispatch;  ///< seconds between two instructions
+  std::vector<double> overlap;   ///< share of the smaller of transfer and compute
+};
+
+/// What may be joined: the same machine, the same way of measuring.
+struct JournalHeader {
+  std::string host;      ///< name, processor, kernel
+  std::string settings;  ///< transport, ranks, steps, version
+  friend bool operator==(const JournalHeader&, const JournalHeader&) = default;
+};
+
+/// Appends to `file`; each unit is one write, complete or, as its last line, torn and ignored.
+class Journal {
+ public:
+  /// Without a file: in memory only.
+  Journal() = default;
+  /// Reads what is there. InputError{--out} where it is another machine's, other settings' or
+  /// being written by someone else, with the remedy.
+  Journal(const std::string& file, const JournalHeader& header);
+  ~Journal();
+  Journal(const Journal&) = delete;
+  Journal& operator=(const Journal&) = delete;
+
+  bool has(std::int64_t round, int ranks, const std::string& name) const;
+  void add(Unit unit);
+  const std::vector<Unit>& units() const { return units_; }
+  /// Seconds spent measuring, before an interruption too.
+  double seconds() const;
+  /// The profile is complete: the journal becomes `name` beside it.
+  void keep_as(const std::string& name);
+
+ private:
+  std::string file_;
+  int descriptor_ = -1;
+  std::vector<Unit> units_;
+  std::set<std::tuple<std::int64_t, int, std::string>> known_;
+};
+
+}  // namespace partita::validation
