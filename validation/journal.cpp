@@ -6,9 +6,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "base/error.h"
 #include "base/yaml.h"
@@ -41,7 +43,8 @@ Unit unit_of(const Json& j) {
   u.ranks = j.at("ranks").get<int>();
   u.name = j.at("unit").get<std::string>();
   u.seconds = j.at("seconds").get<double>();
-  for (const auto& [kernel, points] : j.value("kernels", Json::object()).items()) {
+  const Json kernels = j.value("kernels", Json::object());
+  for (const auto& [kernel, points] : kernels.items()) {
     for (const Json& p : points) {
       KernelPoint k;
       k.ranks = p.at(0).get<int>();
@@ -52,7 +55,8 @@ Unit unit_of(const Json& j) {
       u.kernels[kernel].push_back(k);
     }
   }
-  for (const auto& [kind, points] : j.value("collectives", Json::object()).items()) {
+  const Json collectives = j.value("collectives", Json::object());
+  for (const auto& [kind, points] : collectives.items()) {
     for (const Json& p : points)
       u.collectives[kind].push_back({p.at(0).get<int>(), Bytes{p.at(1).get<std::int64_t>()},
                                      Seconds{p.at(2).get<double>()}, p.at(3).get<double>()});
@@ -74,7 +78,11 @@ Journal::Journal(const std::string& file, const JournalHeader& header) : file_(f
     descriptor_ = -1;
     throw InputError("--out", why);
   };
-  if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0)
+  // The ranks of one that was killed take some seconds to end.
+  int tries = 100;
+  while (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && --tries > 0)
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  if (tries == 0)
     refuse(
         fmt::format("{} is being written by another calibration; wait for it or name another "
                     "folder",

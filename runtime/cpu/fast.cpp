@@ -440,74 +440,84 @@ void for_each_piece(ActivationKind kind, const float* x, Index n, F f) {
   }
 }
 
-bool routed(const Arguments& a) { return !a.inputs.empty() && a.inputs[0].rows != nullptr; }
+/// Where result k goes: the caller's memory, or, beside an operand of rows, rows like its own.
+float* result_of(const Arguments& a, std::size_t k, const Tensor& like, Kept& kept) {
+  if (like.rows == nullptr) return a.results[k].values;
+  if (kept.routed.size() < a.results.size()) kept.routed.resize(a.results.size());
+  RoutedResult& r = kept.routed[k];
+  r.rows = *like.rows;
+  r.values.resize(static_cast<std::size_t>(like.size()));
+  return r.values.data();
+}
 
-/// Element-wise kernels on rows of experts: the result has its input's rows.
-float* result_of(const Arguments& a, std::size_t k) { return a.results[k].values; }
-
-bool forward(const Activation& op, const Context&, const Arguments& a, Kept&) {
-  if (routed(a)) return false;
-  for_each_piece(
-      op.kind, a.inputs[0].values, size(a.inputs[0]),
-      [&](Index at, Index n, const Curve& c) { ArrayOut(result_of(a, 0) + at, n) = c.value; });
+bool forward(const Activation& op, const Context&, const Arguments& a, Kept& kept) {
+  const Tensor& x = a.inputs[0];
+  float* y = result_of(a, 0, x, kept);
+  for_each_piece(op.kind, x.values, size(x),
+                 [&](Index at, Index n, const Curve& c) { ArrayOut(y + at, n) = c.value; });
   return true;
 }
-bool data(const Activation& op, const Context&, const Arguments& a, Kept&) {
-  if (routed(a)) return false;
-  for_each_piece(
-      op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
-        ArrayOut(result_of(a, 0) + at, n) = ArrayIn(a.output_gradients[0].values + at, n) * c.slope;
-      });
+bool data(const Activation& op, const Context&, const Arguments& a, Kept& kept) {
+  const Tensor& x = a.inputs[0];
+  float* dx = result_of(a, 0, x, kept);
+  for_each_piece(op.kind, x.values, size(x), [&](Index at, Index n, const Curve& c) {
+    ArrayOut(dx + at, n) = ArrayIn(a.output_gradients[0].values + at, n) * c.slope;
+  });
   return true;
 }
-bool forward(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
-  if (routed(a)) return false;
-  for_each_piece(
-      op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
-        ArrayOut(result_of(a, 0) + at, n) = c.value * ArrayIn(a.inputs[1].values + at, n);
-      });
+bool forward(const GatedActivation& op, const Context&, const Arguments& a, Kept& kept) {
+  const Tensor& x = a.inputs[0];
+  float* y = result_of(a, 0, x, kept);
+  for_each_piece(op.kind, x.values, size(x), [&](Index at, Index n, const Curve& c) {
+    ArrayOut(y + at, n) = c.value * ArrayIn(a.inputs[1].values + at, n);
+  });
   return true;
 }
-bool data(const GatedActivation& op, const Context&, const Arguments& a, Kept&) {
-  if (routed(a) || !wanted(a, 0) || !wanted(a, 1)) return false;
-  for_each_piece(
-      op.kind, a.inputs[0].values, size(a.inputs[0]), [&](Index at, Index n, const Curve& c) {
-        const ArrayIn dy(a.output_gradients[0].values + at, n);
-        ArrayOut(result_of(a, 0) + at, n) = dy * ArrayIn(a.inputs[1].values + at, n) * c.slope;
-        ArrayOut(result_of(a, 1) + at, n) = dy * c.value;
-      });
+bool data(const GatedActivation& op, const Context&, const Arguments& a, Kept& kept) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const Tensor& x = a.inputs[0];
+  float *d0 = result_of(a, 0, x, kept), *d1 = result_of(a, 1, x, kept);
+  for_each_piece(op.kind, x.values, size(x), [&](Index at, Index n, const Curve& c) {
+    const ArrayIn dy(a.output_gradients[0].values + at, n);
+    ArrayOut(d0 + at, n) = dy * ArrayIn(a.inputs[1].values + at, n) * c.slope;
+    ArrayOut(d1 + at, n) = dy * c.value;
+  });
   return true;
 }
 /// Sums pass their gradient on.
-bool copied(const Arguments& a) {
-  if (a.output_gradients[0].rows != nullptr) return false;
-  for (const Tensor& to : a.results) {
-    if (to) std::copy_n(a.output_gradients[0].values, size(to), to.values);
+bool copied(const Arguments& a, Kept& kept) {
+  const Tensor& dy = a.output_gradients[0];
+  for (std::size_t k = 0; k < a.results.size(); ++k) {
+    if (a.results[k]) std::copy_n(dy.values, size(dy), result_of(a, k, dy, kept));
   }
   return true;
 }
-bool data(const AddBias&, const Context&, const Arguments& a, Kept&) { return copied(a); }
-bool data(const PositionEmbedding&, const Context&, const Arguments& a, Kept&) { return copied(a); }
-bool forward(const Add&, const Context&, const Arguments& a, Kept&) {
-  if (routed(a)) return false;
+bool data(const AddBias&, const Context&, const Arguments& a, Kept& kept) {
+  return copied(a, kept);
+}
+bool data(const PositionEmbedding&, const Context&, const Arguments& a, Kept& kept) {
+  return copied(a, kept);
+}
+bool data(const Add&, const Context&, const Arguments& a, Kept& kept) { return copied(a, kept); }
+bool forward(const Add&, const Context&, const Arguments& a, Kept& kept) {
   const Index n = size(a.inputs[0]);
-  ArrayOut(a.results[0].values, n) =
+  ArrayOut(result_of(a, 0, a.inputs[0], kept), n) =
       ArrayIn(a.inputs[0].values, n) + ArrayIn(a.inputs[1].values, n);
   return true;
 }
-bool forward(const Multiply&, const Context&, const Arguments& a, Kept&) {
-  if (routed(a)) return false;
+bool forward(const Multiply&, const Context&, const Arguments& a, Kept& kept) {
   const Index n = size(a.inputs[0]);
-  ArrayOut(a.results[0].values, n) =
+  ArrayOut(result_of(a, 0, a.inputs[0], kept), n) =
       ArrayIn(a.inputs[0].values, n) * ArrayIn(a.inputs[1].values, n);
   return true;
 }
-bool data(const Multiply&, const Context&, const Arguments& a, Kept&) {
-  if (routed(a)) return false;
-  const Index n = size(a.output_gradients[0]);
-  const ArrayIn dy(a.output_gradients[0].values, n);
+bool data(const Multiply&, const Context&, const Arguments& a, Kept& kept) {
+  const Tensor& g = a.output_gradients[0];
+  const Index n = size(g);
+  const ArrayIn dy(g.values, n);
   for (std::size_t k = 0; k < 2; ++k) {
-    if (wanted(a, k)) ArrayOut(a.results[k].values, n) = dy * ArrayIn(a.inputs[1 - k].values, n);
+    if (wanted(a, k))
+      ArrayOut(result_of(a, k, g, kept), n) = dy * ArrayIn(a.inputs[1 - k].values, n);
   }
   return true;
 }
@@ -885,6 +895,175 @@ void for_each_expert(const Tensor& rows, const Indices& experts, F f) {
     f(held(experts, list[r].expert), static_cast<Index>(r), static_cast<Index>(end - r));
     r = end;
   }
+}
+/// Rows like those of `x`, with other features.
+float* rows_of(const Arguments& a, const Tensor& x, Index features, Kept& kept) {
+  kept.routed.assign(a.results.size(), {});
+  kept.routed[0].rows = *x.rows;
+  kept.routed[0].values.resize(x.rows->size() * static_cast<std::size_t>(features));
+  return kept.routed[0].values.data();
+}
+
+/// Scores of one token's experts and the best `top_k` of them; of equal logits the lower expert.
+struct Choice {
+  std::vector<double> score;
+  std::vector<Index> chosen;
+  double total = 0;
+};
+void choose(const Router& op, const float* logits, Index experts, Choice& c) {
+  c.score.resize(static_cast<std::size_t>(experts));
+  c.chosen.resize(static_cast<std::size_t>(experts));
+  double top = logits[0], sum = 0;
+  for (Index e = 0; e < experts; ++e) top = std::max(top, static_cast<double>(logits[e]));
+  for (Index e = 0; e < experts; ++e) {
+    double& s = c.score[static_cast<std::size_t>(e)];
+    const double x = logits[e];
+    s = op.sigmoid ? 1 / (1 + std::exp(-x)) : std::exp(x - top);
+    sum += s;
+    c.chosen[static_cast<std::size_t>(e)] = e;
+  }
+  if (!op.sigmoid) {
+    for (double& s : c.score) s /= sum;
+  }
+  std::partial_sort(
+      c.chosen.begin(), c.chosen.begin() + op.top_k, c.chosen.end(),
+      [&](Index p, Index q) { return logits[p] != logits[q] ? logits[p] > logits[q] : p < q; });
+  c.chosen.resize(static_cast<std::size_t>(op.top_k));
+  c.total = 0;
+  for (const Index e : c.chosen) c.total += c.score[static_cast<std::size_t>(e)];
+}
+bool forward(const Router& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &y = a.results[0];
+  const Index experts = extent(x, 2, 3), tokens = extent(x, 0, 2);
+  std::fill_n(y.values, size(y), 0.0f);
+  Choice c;
+  for (Index t = 0; t < tokens; ++t) {
+    choose(op, x.values + t * experts, experts, c);
+    const double factor = op.scale / (op.normalise ? c.total : 1);
+    for (const Index e : c.chosen)
+      y.values[t * experts + e] = static_cast<float>(factor * c.score[static_cast<std::size_t>(e)]);
+  }
+  return true;
+}
+bool data(const Router& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &dx = a.results[0];
+  const Index experts = extent(x, 2, 3), tokens = extent(x, 0, 2);
+  Choice c;
+  std::vector<double> d(static_cast<std::size_t>(experts));
+  for (Index t = 0; t < tokens; ++t) {
+    choose(op, x.values + t * experts, experts, c);
+    const float* dy = a.output_gradients[0].values + t * experts;
+    const auto score = [&](Index e) { return c.score[static_cast<std::size_t>(e)]; };
+    std::fill(d.begin(), d.end(), 0.0);
+    double mean = 0, along = 0;
+    for (const Index e : c.chosen) mean += static_cast<double>(dy[e]) * score(e) / c.total;
+    for (const Index e : c.chosen) {
+      const auto g = static_cast<double>(dy[e]);
+      double& to = d[static_cast<std::size_t>(e)];
+      to = op.scale * (op.normalise ? (g - mean) / c.total : g);
+      along += score(e) * to;
+    }
+    for (Index e = 0; e < experts; ++e) {
+      const double s = score(e), g = d[static_cast<std::size_t>(e)];
+      dx.values[t * experts + e] =
+          static_cast<float>(op.sigmoid ? g * s * (1 - s) : s * (g - along));
+    }
+  }
+  return true;
+}
+
+/// f(row, its token's position in [sample, sequence]).
+template <class F>
+void for_each_token(const Tensor& rows, const Tensor& dense, F f) {
+  const Indices &samples = (*dense.index)[0], &sequence = (*dense.index)[1];
+  const auto wide = static_cast<Index>(sequence.size());
+  for (std::size_t r = 0; r < rows.rows->size(); ++r) {
+    const Row& row = (*rows.rows)[r];
+    f(static_cast<Index>(r), held(samples, row.sample) * wide + held(sequence, row.sequence));
+  }
+}
+
+bool forward(const Dispatch&, const Context& c, const Arguments& a, Kept& kept) {
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1];
+  const Index n = extent(x, 2, 3), columns = extent(gates, 2, 3);
+  kept.routed.assign(a.results.size(), {});
+  RoutedResult& y = kept.routed[0];
+  // In the order of rows: by expert, sample, position.
+  for (const std::int64_t e : c.indices[static_cast<std::size_t>(c.signature->find(Dim::expert))]) {
+    const Index column = held((*gates.index)[2], e);
+    Index token = 0;
+    for (const std::int64_t sample : (*x.index)[0]) {
+      for (const std::int64_t position : (*x.index)[1]) {
+        if (gates.values[token * columns + column] != 0) {
+          y.rows.push_back({sample, position, e});
+          y.values.insert(y.values.end(), x.values + token * n, x.values + (token + 1) * n);
+        }
+        ++token;
+      }
+    }
+  }
+  return true;
+}
+bool data(const Dispatch&, const Context&, const Arguments& a, Kept&) {
+  if (!wanted(a, 0)) return false;
+  const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
+  const Index n = extent(dx, 2, 3);
+  std::fill_n(dx.values, size(dx), 0.0f);
+  for_each_token(dy, dx, [&](Index r, Index token) {
+    ArrayOut(dx.values + token * n, n) += ArrayIn(dy.values + r * n, n);
+  });
+  return true;
+}
+
+bool forward(const GroupedProduct& op, const Context& c, const Arguments& a, Kept& kept) {
+  const Tensor &x = a.inputs[0], &w = a.parameters[0];
+  const Index out = extent(w, 1, 2), in = extent(w, 2, 3);
+  float* y = rows_of(a, x, out, kept);
+  for_each_expert(x, (*w.index)[0], [&](Index e, Index first, Index rows) {
+    Out to(y + first * out, rows, out);
+    to.noalias() =
+        In(x.values + first * in, rows, in) * In(w.values + e * out * in, out, in).transpose();
+    if (op.bias && c.adds_bias)
+      to.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(a.parameters[1].values + e * out, out);
+  });
+  return true;
+}
+bool data(const GroupedProduct&, const Context&, const Arguments& a, Kept& kept) {
+  const Tensor &dy = a.output_gradients[0], &w = a.parameters[0];
+  const Index out = extent(w, 1, 2), in = extent(w, 2, 3);
+  float* dx = rows_of(a, dy, in, kept);
+  for_each_expert(dy, (*w.index)[0], [&](Index e, Index first, Index rows) {
+    Out(dx + first * in, rows, in).noalias() =
+        In(dy.values + first * out, rows, out) * In(w.values + e * out * in, out, in);
+  });
+  return true;
+}
+
+bool forward(const Combine&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1], &y = a.results[0];
+  const Index n = extent(x, 3, 4), columns = extent(gates, 2, 3);
+  std::fill_n(y.values, size(y), 0.0f);
+  for_each_token(x, gates, [&](Index r, Index token) {
+    const Index e = held((*gates.index)[2], (*x.rows)[static_cast<std::size_t>(r)].expert);
+    ArrayOut(y.values + token * n, n) +=
+        gates.values[token * columns + e] * ArrayIn(x.values + r * n, n);
+  });
+  return true;
+}
+bool data(const Combine&, const Context&, const Arguments& a, Kept& kept) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1], &dy = a.output_gradients[0];
+  const Index n = extent(x, 3, 4), columns = extent(gates, 2, 3);
+  float* dx = rows_of(a, x, n, kept);
+  float* d_gates = a.results[1].values;
+  std::fill_n(d_gates, size(a.results[1]), 0.0f);
+  for_each_token(x, gates, [&](Index r, Index token) {
+    const Index e = held((*gates.index)[2], (*x.rows)[static_cast<std::size_t>(r)].expert);
+    const ArrayIn d(dy.values + token * n, n);
+    ArrayOut(dx + r * n, n) = gates.values[token * columns + e] * d;
+    d_gates[token * columns + e] += (d * ArrayIn(x.values + r * n, n)).sum();
+  });
+  return true;
 }
 bool weight(const GroupedProduct& op, const Context& c, const Arguments& a, Kept&) {
   const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &w = a.results[0];

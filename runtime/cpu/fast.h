@@ -12,7 +12,8 @@ namespace partita::cpu {
 /// What a kernel keeps between calls: tables, descriptors of a library, space to work in.
 struct Kept {
   std::vector<float> space, table;
-  std::shared_ptr<void> library;  ///< oneDNN primitives of this convolution
+  std::shared_ptr<void> library;     ///< oneDNN primitives of this convolution
+  std::vector<RoutedResult> routed;  ///< results whose rows the kernel has found
 };
 
 bool fast_forward(const reference::Context& c, const Arguments& a, Kept& kept);

@@ -99,6 +99,11 @@ Kernel::Kernel(reference::Context context)
 Kernel::~Kernel() = default;
 Kernel::Kernel(Kernel&&) noexcept = default;
 
+void Kernel::take_routed() {
+  routed = std::move(kept_->routed);
+  kept_->routed.clear();
+}
+
 void Kernel::set_step(std::int64_t step, std::int64_t first_sample) {
   context_.step = step;
   context_.first_sample = first_sample;
@@ -113,7 +118,7 @@ void Kernel::forward_statistic(std::size_t k, const Arguments& a) {
   });
 }
 void Kernel::forward(const Arguments& a) {
-  if (fast_forward(context_, a, *kept_)) return;
+  if (fast_forward(context_, a, *kept_)) return take_routed();
   by_reference(a, routed, [&](const Operands& o) { return reference::forward(context_, o); });
 }
 void Kernel::backward_statistic(std::size_t k, const Arguments& a) {
@@ -123,7 +128,7 @@ void Kernel::backward_statistic(std::size_t k, const Arguments& a) {
   });
 }
 void Kernel::backward_data(const Arguments& a) {
-  if (fast_backward_data(context_, a, *kept_)) return;
+  if (fast_backward_data(context_, a, *kept_)) return take_routed();
   by_reference(a, routed, [&](const Operands& o) { return reference::backward_data(context_, o); });
 }
 void Kernel::backward_weight(const Arguments& a) {

@@ -69,6 +69,7 @@ class Kernel {
   std::vector<RoutedResult> routed;
 
  private:
+  void take_routed();
   reference::Context context_;
   std::unique_ptr<struct Kept> kept_;
 };
