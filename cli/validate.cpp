@@ -356,10 +356,19 @@ void print_machine(const Profile& p) {
 void calibrate(Options& o, int& code) {
   check(o);
   if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
+  Calibration c;
+  plan_calibration(o, c);
+  c.all.erase(
+      std::remove_if(c.all.begin(), c.all.end(),
+                     [&](const Measured& x) { return x.name.find(o.only) == std::string::npos; }),
+      c.all.end());
+  if (c.all.empty())
+    throw InputError("--only",
+                     fmt::format("nothing that is measured has '{}' in its name", o.only));
   const std::string file = o.out + "/journal.jsonl";
   const validation::JournalHeader header{
-      host(), fmt::format("partita 0.1.0, ranks {} as {}, {} steps", fmt::join(o.ranks, ","),
-                          o.transport, o.steps)};
+      host(), fmt::format("partita 0.1.0, ranks {} as {}, {} steps{}", fmt::join(o.ranks, ","),
+                          o.transport, o.steps, o.only.empty() ? "" : ", only " + o.only)};
   if (!launched() || o.transport == "threads") {
     make_folder(o.out);
     // What is wrong with it is said here once, not by every rank.
@@ -371,8 +380,6 @@ void calibrate(Options& o, int& code) {
     return;
   }
 #endif
-  Calibration c;
-  plan_calibration(o, c);
   Crew crew(o.transport, o.most_ranks(), o.timeout_s, c.tasks);
   try {
     if (!crew.leads()) {
@@ -675,6 +682,7 @@ void add_validate(CLI::App& app, int& code) {
   auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand("calibrate", "measure this machine: a device and link profile");
   add_common(*c, *o);
+  c->add_option("--only", o->only, "only what has this text in its name: a profile of a part");
   c->add_option("--budget", o->budget,
                 "as many rounds as fit in this time, like 90s, 5m, 1h; at least one");
   c->callback([o, &code] { calibrate(*o, code); });
