@@ -220,7 +220,9 @@ void plan_calibration(const Options& o, Calibration& c) {
       const std::size_t at = task(no_graph(), std::move(program));
       const Program* p = c.tasks[at].program;
       c.all.push_back({ranks,
-                       p->pipeline.empty() ? "collectives" : "transfers",
+                       !p->pipeline.empty()        ? "transfers"
+                       : p->mesh.atoms.size() == 1 ? "collectives"
+                                                   : "collectives of two",
                        {at},
                        [p](const auto& m, validation::Unit& u) {
                          validation::harvest_collectives(*p, m[0], u.collectives);

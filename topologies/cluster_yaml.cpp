@@ -117,6 +117,8 @@ class Reader {
       for (const auto& [kind, list] : table->members()) {
         for (const YamlNode& y : list.items()) {
           CollectivePoint p;
+          if (const auto n = y.find("at_work"))
+            p.at_work = static_cast<int>(n->as_int(1, 1'000'000));
           p.ranks = static_cast<int>(y.get("ranks").as_int(1, 1'000'000));
           p.bytes = y.get("bytes").as_bytes();
           p.time = y.get("time").as_seconds();

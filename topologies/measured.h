@@ -28,6 +28,10 @@ struct CollectivePoint {
   Bytes bytes;
   Seconds time;
   double spread = 0;
+  /// On the host at once, in groups like this one: where they are more than cores, who is waited
+  /// for may wait for a core. 0: `ranks`, one group.
+  int at_work = 0;
+  int working() const { return at_work > 0 ? at_work : ranks; }
 };
 /// By kind: "all_reduce"; also "send" and "receive".
 using CollectiveTable = std::map<std::string, std::vector<CollectivePoint>>;

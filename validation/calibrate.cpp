@@ -226,53 +226,59 @@ std::vector<Program> collective_programs(int ranks) {
     p.buffers.push_back(std::move(b));
     return BufferId{p.buffers.size() - 1};
   };
-  const std::int64_t n = ranks;
-  Program p = begin(Mesh{{{"r", n}}});
-  const AtomMask r = bit(0);
-  DimSplit cut;
-  cut.atoms = {0};
-  const auto add = [&](CollectiveKind kind, const Shape& shape, Layout from, Layout to,
-                       bool in_place) {
-    Instruction i;
-    i.kind = Kind::collective;
-    i.collective = kind;
-    i.atoms = r;
-    i.reads = {buffer(p, shape, std::move(from))};
-    i.writes = {buffer(p, shape, std::move(to))};
-    if (in_place) p.buffers[i.writes[0].index()].alias = i.reads[0].value;
-    p.blocks[0].instructions.push_back(std::move(i));
-  };
-  for (std::int64_t bytes = 64; bytes <= (4 << 20); bytes *= 4) {
-    const std::int64_t wide = std::max<std::int64_t>(1, bytes / 4 / n / n);
-    const Shape shape{{Dim::sample, n}, {Dim::feature, n * wide}};
-    Layout whole, owed, rows, columns, root, shifted;
-    whole.dims.resize(2);
-    owed = rows = columns = root = shifted = whole;
-    owed.partial = r;
-    rows.dims[0] = cut;
-    columns.dims[1] = cut;
-    root.root = r;
-    shifted.dims[0] = cut;
-    shifted.dims[0].shift = 1;
-    add(CollectiveKind::all_reduce, shape, owed, whole, true);
-    add(CollectiveKind::all_gather, shape, rows, whole, false);
-    add(CollectiveKind::reduce_scatter, shape, owed, rows, false);
-    add(CollectiveKind::all_to_all, shape, rows, columns, false);
-    add(CollectiveKind::broadcast, shape, root, whole, false);
-    add(CollectiveKind::reduce, shape, owed, root, false);
-    add(CollectiveKind::shift, shape, rows, shifted, false);
-    Layout block, window;
-    block.dims.resize(2);
-    block.dims[0] = cut;
-    window = block;
-    window.dims[0].kind = SplitKind::window;
-    window.dims[0].window = {3, 1, 1, 1, 1};
-    window.dims[0].outputs = 8 * n;
-    add(CollectiveKind::halo_exchange, {{Dim::height, 8 * n}, {Dim::width, wide}}, block, window,
-        false);
+  // All ranks in one group, and in groups of two at once.
+  for (const std::int64_t n : {std::int64_t{ranks}, std::int64_t{2}}) {
+    if (n != ranks && ranks % n != 0) continue;
+    if (n == 2 && n == ranks && !all.empty()) continue;
+    Program p = begin(n == ranks ? Mesh{{{"r", n}}} : Mesh{{{"g", ranks / n}, {"r", n}}});
+    const AtomId last = static_cast<AtomId>(p.mesh.atoms.size() - 1);
+    const AtomMask r = bit(last);
+    DimSplit cut;
+    cut.atoms = {last};
+    const auto add = [&](CollectiveKind kind, const Shape& shape, Layout from, Layout to,
+                         bool in_place) {
+      Instruction i;
+      i.kind = Kind::collective;
+      i.collective = kind;
+      i.atoms = r;
+      i.reads = {buffer(p, shape, std::move(from))};
+      i.writes = {buffer(p, shape, std::move(to))};
+      if (in_place) p.buffers[i.writes[0].index()].alias = i.reads[0].value;
+      p.blocks[0].instructions.push_back(std::move(i));
+    };
+    for (std::int64_t bytes = 64; bytes <= (4 << 20); bytes *= 4) {
+      const std::int64_t wide = std::max<std::int64_t>(1, bytes / 4 / n / n);
+      const Shape shape{{Dim::sample, n}, {Dim::feature, n * wide}};
+      Layout whole, owed, rows, columns, root, shifted;
+      whole.dims.resize(2);
+      owed = rows = columns = root = shifted = whole;
+      owed.partial = r;
+      rows.dims[0] = cut;
+      columns.dims[1] = cut;
+      root.root = r;
+      shifted.dims[0] = cut;
+      shifted.dims[0].shift = 1;
+      add(CollectiveKind::all_reduce, shape, owed, whole, true);
+      add(CollectiveKind::all_gather, shape, rows, whole, false);
+      add(CollectiveKind::reduce_scatter, shape, owed, rows, false);
+      add(CollectiveKind::all_to_all, shape, rows, columns, false);
+      add(CollectiveKind::broadcast, shape, root, whole, false);
+      add(CollectiveKind::reduce, shape, owed, root, false);
+      add(CollectiveKind::shift, shape, rows, shifted, false);
+      Layout block, window;
+      block.dims.resize(2);
+      block.dims[0] = cut;
+      window = block;
+      window.dims[0].kind = SplitKind::window;
+      window.dims[0].window = {3, 1, 1, 1, 1};
+      window.dims[0].outputs = 8 * n;
+      add(CollectiveKind::halo_exchange, {{Dim::height, 8 * n}, {Dim::width, wide}}, block, window,
+          false);
+    }
+    p.stages = {{{BlockId{0}, -1}}};
+    all.push_back(std::move(p));
   }
-  p.stages = {{{BlockId{0}, -1}}};
-  all.push_back(std::move(p));
+  const std::int64_t n = ranks;
   if (n % 2 == 0) {
     Program t = n == 2 ? begin(Mesh{{{"pp", 2}}}) : begin(Mesh{{{"pp", 2}, {"r", n / 2}}});
     t.pipeline = {0};
@@ -422,7 +428,9 @@ Profile joined(const std::vector<Unit>& units) {
     join(points,
          [](const KernelPoint& x) { return std::tuple{x.ranks, x.m, x.n, x.k, x.count, x.bytes}; });
   for (auto& [kind, points] : p.collectives)
-    join(points, [](const CollectivePoint& x) { return std::tuple{x.ranks, x.bytes.count}; });
+    join(points, [](const CollectivePoint& x) {
+      return std::tuple{x.ranks, x.at_work, x.bytes.count};
+    });
   const auto settle = [](std::vector<double> list, double& middle, double& spread) {
     if (list.empty()) return;
     std::sort(list.begin(), list.end());
@@ -443,19 +451,24 @@ void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& r
     for (std::size_t k = 0; k < p.blocks[b].instructions.size(); ++k) {
       const Instruction& i = p.blocks[b].instructions[k];
       if (i.kind == Kind::receive) continue;
-      std::vector<double> slowest;
+      std::map<std::pair<std::int64_t, std::size_t>, double> shortest;  // by group and step
       for (const auto& r : ranks) {
         if (p.stage_of(r.rank) != p.blocks[b].stage) continue;
+        const std::int64_t group =
+            i.kind == Kind::send ? r.rank : p.mesh.group_root(r.rank, i.atoms);
         for (std::size_t s = 0; s < r.samples.size(); ++s) {
           const Sample& x = r.samples[s][k];
           const double t = static_cast<double>(x.end - x.start) * 1e-9;
           // From the last one's arrival on: waiting for it is not the collective's time.
-          if (s >= slowest.size()) slowest.push_back(t);
-          slowest[s] = std::min(slowest[s], t);
+          const auto [it, fresh] = shortest.emplace(std::pair{group, s}, t);
+          it->second = std::min(it->second, t);
         }
       }
+      std::vector<double> slowest;
+      for (const auto& [key, t] : shortest) slowest.push_back(t);
       CollectivePoint point;
-      point.ranks = i.kind == Kind::send ? 2 : static_cast<int>(ranks.size());
+      point.ranks = i.kind == Kind::send ? 2 : static_cast<int>(p.mesh.size(i.atoms));
+      point.at_work = static_cast<int>(ranks.size());
       point.bytes = i.kind == Kind::send ? local_bytes(p, i.reads[0], 0) : payload(p, i, 0);
       std::sort(slowest.begin(), slowest.end());
       point.time = Seconds{std::max(1e-9, slowest[slowest.size() / 2])};
@@ -527,8 +540,9 @@ std::string cluster_yaml(const Profile& p, const std::string& device_file, int d
   for (const auto& [kind, points] : p.collectives) {
     s += fmt::format("  {}:\n", kind);
     for (const CollectivePoint& x : points)
-      s += fmt::format("    - {{ranks: {}, bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n",
-                       x.ranks, x.bytes.count, x.time.count * 1e6, x.spread);
+      s += fmt::format(
+          "    - {{ranks: {}, at_work: {}, bytes: {} B, time: {:.6g} us, spread: {:.3f}}}\n",
+          x.ranks, x.working(), x.bytes.count, x.time.count * 1e6, x.spread);
   }
   return s;
 }

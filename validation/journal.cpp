@@ -30,7 +30,7 @@ Json json_of(const Unit& u) {
   }
   for (const auto& [kind, points] : u.collectives) {
     for (const CollectivePoint& p : points)
-      j["collectives"][kind].push_back({p.ranks, p.bytes.count, p.time.count, p.spread});
+      j["collectives"][kind].push_back({p.ranks, p.bytes.count, p.time.count, p.spread, p.at_work});
   }
   if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
   if (!u.overlap.empty()) j["overlap"] = u.overlap;
@@ -59,7 +59,8 @@ Unit unit_of(const Json& j) {
   for (const auto& [kind, points] : collectives.items()) {
     for (const Json& p : points)
       u.collectives[kind].push_back({p.at(0).get<int>(), Bytes{p.at(1).get<std::int64_t>()},
-                                     Seconds{p.at(2).get<double>()}, p.at(3).get<double>()});
+                                     Seconds{p.at(2).get<double>()}, p.at(3).get<double>(),
+                                     p.at(4).get<int>()});
   }
   u.dispatch = j.value("dispatch", std::vector<double>{});
   u.overlap = j.value("overlap", std::vector<double>{});

@@ -277,15 +277,29 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
   return Bytes{0};
 }
 
+Bytes key_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
+  constexpr std::int64_t kKey = 24;
+  const Buffer& b = p.buffer(i.reads[0]);
+  if (!p.packs_collectives || !b.routed || i.collective == CollectiveKind::all_reduce ||
+      i.collective == CollectiveKind::reduce_scatter)
+    return Bytes{0};
+  const std::int64_t features =
+      local_extent(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(rank));
+  return Bytes{features > 0 ? local_elements(p, i.reads[0], rank) / features * kKey : 0};
+}
+
 struct Communication::State {
   Topology topology;
   std::unordered_map<std::uint64_t, Ring> rings;
   std::unordered_map<std::uint64_t, Ring> exchanges;
+  int at_work = 0;
 };
 
-Communication::Communication(Topology topology) : state_(new State{std::move(topology), {}, {}}) {}
+Communication::Communication(Topology topology)
+    : state_(new State{std::move(topology), {}, {}, 0}) {}
 Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
+void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_cast<int>(ranks); }
 
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
@@ -402,7 +416,8 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
   if (n <= 1 || bytes.count == 0) return Seconds{0};
   const CollectiveTable& measured = state_->topology.collectives();
   if (!measured.empty()) {
-    if (const auto t = measured_time(measured, std::string(name(kind)), static_cast<int>(n), bytes))
+    if (const auto t = measured_time(measured, std::string(name(kind)), static_cast<int>(n), bytes,
+                                     state_->at_work))
       return *t;
   }
   const double launch =
@@ -432,7 +447,7 @@ Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64
   if (from == to) return Seconds{0};
   const CollectiveTable& measured = state_->topology.collectives();
   if (!measured.empty()) {
-    if (const auto t = measured_time(measured, "send", 2, bytes)) return *t;
+    if (const auto t = measured_time(measured, "send", 2, bytes, state_->at_work)) return *t;
   }
   LinkLoads loads;
   loads.add(state_->topology, from, to, 1);

@@ -52,6 +52,10 @@ WireCount wire_count(CollectiveKind kind, std::int64_t ranks, Bytes bytes);
 /// the call.
 Bytes payload(const Program& program, const Instruction& instruction, std::int64_t rank);
 
+/// Keys of the rows that our runtime sends ahead of a routed exchange's values, after their counts;
+/// 0 for other collectives.
+Bytes key_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);
+
 /// Prices of communication between ranks placed on devices 0, 1, 2, ... Caches by group; not
 /// thread-safe.
 class Communication {
@@ -60,6 +64,8 @@ class Communication {
   ~Communication();
   Seconds collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
+  /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
+  void set_at_work(std::int64_t ranks);
   /// Equal for groups whose communication costs the same whatever the size; `exchanges`:
   /// all-to-alls too.
   std::uint64_t price_class(const std::vector<std::int64_t>& ranks, bool exchanges);

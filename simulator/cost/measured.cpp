@@ -198,13 +198,20 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
 }
 
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
-                                     int ranks, Bytes bytes) {
+                                     int ranks, Bytes bytes, int at_work) {
   const auto found = table.find(kind);
   if (found == table.end()) return {};
   const int at = nearest_ranks(found->second, ranks);
+  int working = 0;
+  const int wanted = at_work > 0 ? at_work : ranks;
+  for (const CollectivePoint& p : found->second) {
+    if (p.ranks == at &&
+        (working == 0 || std::abs(p.working() - wanted) < std::abs(working - wanted)))
+      working = p.working();
+  }
   std::vector<std::pair<double, double>> points;
   for (const CollectivePoint& p : found->second) {
-    if (p.ranks == at)
+    if (p.ranks == at && p.working() == working)
       points.emplace_back(std::max<double>(1, static_cast<double>(p.bytes.count)), p.time.count);
   }
   return Seconds{

@@ -26,8 +26,9 @@ KernelShape shape_of(const Program& program, const Instruction& instruction, std
 std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks);
 
 /// Log-log interpolation of a collective's points with this number of ranks, else the nearest
-/// number.
+/// number; of those, the ones measured with `at_work` ranks working on the host, else the nearest
+/// number. 0: one group alone.
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
-                                     int ranks, Bytes bytes);
+                                     int ranks, Bytes bytes, int at_work = 0);
 
 }  // namespace partita

@@ -303,6 +303,11 @@ class Engine {
       : p_(p), communication_(communication), options_(options) {}
 
   Timeline run() {
+    const Topology& t = communication_.topology();
+    std::int64_t at_work = 0;
+    for (std::int64_t r = 0; r < p_.ranks(); ++r)
+      at_work += t.node_of(DeviceId{static_cast<std::size_t>(r)}) == 0 ? 1 : 0;
+    communication_.set_at_work(at_work);
     if (options_.unfolded) {
       for (std::int64_t r = 0; r < p_.ranks(); ++r) {
         classes_.classes.push_back({p_.stage_of(r), r, 1});
@@ -505,15 +510,25 @@ class Engine {
             auto& group = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
             if (group.empty()) group = p_.group(i, rank);
             // The largest member's payload decides: uneven parts are padded.
-            Bytes bytes{0};
+            Bytes bytes{0}, keys{0};
             std::set<int> seen;
             for (const std::int64_t m : group) {
-              if (seen.insert(classes_.of_rank[static_cast<std::size_t>(m)]).second)
+              if (seen.insert(classes_.of_rank[static_cast<std::size_t>(m)]).second) {
                 bytes = std::max(bytes, payload(p_, i, m));
+                keys = std::max(keys, key_bytes(p_, i, m));
+              }
             }
             s.meets = seen.size() > 1;
             s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count +
                       (group.size() > 1 ? to_ticks(device.dispatch).count : 0);
+            if (keys.count > 0) {
+              // Counts of 8 bytes for each member and keys go ahead of the values.
+              const Bytes counts{8 * static_cast<std::int64_t>(group.size())};
+              for (const Bytes ahead : {counts, keys})
+                s.ticks +=
+                    to_ticks(communication_.collective(CollectiveKind::all_to_all, ahead, group))
+                        .count;
+            }
             s.label = label("exposed:" + axis(i));
             break;
           }

@@ -2,7 +2,9 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <cstdio>
 #include <set>
 #include <string>
 #include <tuple>
@@ -74,6 +76,76 @@ TEST(Calibration, ProfilesReadBackAsTheyWereWritten) {
             std::tuple(2, 8., 16., 32., 4096., 0.125));
   EXPECT_NEAR(x.time.count, 1.25e-5, 1e-12);
   EXPECT_EQ(d.kernels.at("add")[0].m, 0);
+}
+
+std::vector<RankMeasurement> steps(double seconds) {
+  std::vector<RankMeasurement> ranks(2);
+  ranks[0].step_s = {seconds / 2};
+  ranks[1].step_s = {seconds};  // the slower one counts
+  return ranks;
+}
+
+TEST(Overlap, TheExampleOfThePage) {
+  EXPECT_NEAR(overlap_of(steps(4e-3), steps(2e-3), steps(3e-3)), 0.5, 1e-12);
+  EXPECT_NEAR(overlap_of(steps(5e-3), steps(2e-3), steps(3e-3)), 0, 1e-12);
+  EXPECT_NEAR(overlap_of(steps(3e-3), steps(2e-3), steps(3e-3)), 1, 1e-12);
+  EXPECT_EQ(overlap_of(steps(6e-3), steps(2e-3), steps(3e-3)), 0);
+}
+
+TEST(Collectives, PricesAreOfAsManyRanksAtWork) {
+  CollectiveTable t;
+  t["all_reduce"] = {{2, Bytes{1024}, Seconds{1e-5}, 0, 2},
+                     {2, Bytes{1024}, Seconds{8e-5}, 0, 4},
+                     {4, Bytes{1024}, Seconds{9e-5}, 0, 4}};
+  const auto time = [&](int ranks, int at_work) {
+    return measured_time(t, "all_reduce", ranks, Bytes{1024}, at_work)->count;
+  };
+  EXPECT_DOUBLE_EQ(time(2, 0), 1e-5);
+  EXPECT_DOUBLE_EQ(time(2, 2), 1e-5);
+  EXPECT_DOUBLE_EQ(time(2, 4), 8e-5);
+  EXPECT_DOUBLE_EQ(time(2, 16), 8e-5);
+  EXPECT_DOUBLE_EQ(time(4, 4), 9e-5);
+}
+
+TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
+  const std::string file = ::testing::TempDir() + fmt::format("journal-{}.jsonl", ::getpid());
+  std::remove(file.c_str());
+  const JournalHeader header{"here", "threads"};
+  Unit u;
+  u.round = 1;
+  u.ranks = 2;
+  u.name = "copies";
+  u.seconds = 0.25;
+  u.kernels["copy"] = {{2, 0, 0, 0, 1, 8192, Seconds{3.5e-6}, 0.125}};
+  u.collectives["send"] = {{2, Bytes{64}, Seconds{2e-6}, 0.5, 4}};
+  u.dispatch = {4e-7};
+  u.overlap = {0.5};
+  {
+    Journal j(file, header);
+    EXPECT_TRUE(j.units().empty());
+    j.add(u);
+  }
+  {
+    std::FILE* f = std::fopen(file.c_str(), "a");
+    std::fputs("{\"round\": 2, \"ranks\"", f);
+    std::fclose(f);
+  }
+  for (int k = 0; k < 2; ++k) {
+    const Journal j(file, header);
+    ASSERT_EQ(j.units().size(), 1u);
+    EXPECT_TRUE(j.has(1, 2, "copies"));
+    EXPECT_FALSE(j.has(2, 2, "copies"));
+    EXPECT_EQ(j.seconds(), 0.25);
+    const Unit& read = j.units()[0];
+    EXPECT_EQ(read.kernels.at("copy")[0].time, u.kernels.at("copy")[0].time);
+    EXPECT_EQ(read.kernels.at("copy")[0].bytes, 8192);
+    EXPECT_EQ(read.collectives.at("send")[0].at_work, 4);
+    EXPECT_EQ(read.dispatch, u.dispatch);
+    EXPECT_EQ(read.overlap, u.overlap);
+  }
+  EXPECT_THROW(Journal(file, {"there", "threads"}), InputError);
+  EXPECT_THROW(Journal(file, {"here", "mpi"}), InputError);
+  std::remove(file.c_str());
 }
 
 TEST(Compare, MeasuredStandsBesidePredictedByKind) {
