@@ -33,7 +33,7 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
   app.add_flag("--loader", loader,
                "batches come from ranks of their own, one for each data-parallel rank");
-  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved or zb-h1");
+  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved, zb-h1 or dualpipe");
   app.add_option("--recompute", recompute, "none, selective, full, first:N, or operator patterns");
   app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
   app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));

@@ -55,8 +55,11 @@ class Lowering {
     declare_inputs_and_parameters();
     if (auto why = place_parameters(); !why.reason.empty()) return why;
     find_segments();
-    for (int c = 0; c < chunks_; ++c) forward_block(c);
-    for (int c = chunks_; c-- > 0;) backward_block(c);
+    for (direction_ = 0; direction_ < directions(plan_.schedule); ++direction_) {
+      const int first = direction_ * network_chunks_;
+      for (int c = first; c < first + network_chunks_; ++c) forward_block(c);
+      for (int c = first + network_chunks_; c-- > first;) backward_block(c);
+    }
     for (int s = 0; s < stages_; ++s) start_and_step(s);
     order_blocks();
     loader_blocks();
@@ -70,12 +73,16 @@ class Lowering {
     auto chunk = chunk_of_operators(graph_, plan_);
     if (!chunk) return chunk.why();
     chunk_of_ = std::move(*chunk);
-    chunks_ = static_cast<int>(plan_.chunks());
+    network_chunks_ = static_cast<int>(plan_.chunks());
+    chunks_ = network_chunks_ * directions(plan_.schedule);
     stages_ = static_cast<int>(plan_.pp);
     ops_of_chunk_.resize(static_cast<std::size_t>(chunks_));
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
-      ops_of_chunk_[static_cast<std::size_t>(chunk_of_[i])].push_back(OpId{i});
+      for (int c = chunk_of_[i]; c < chunks_; c += network_chunks_)
+        ops_of_chunk_[static_cast<std::size_t>(c)].push_back(OpId{i});
     }
+    for (auto* list : {&data_of_, &backward_of_, &last_backward_of_})
+      list->resize(static_cast<std::size_t>(chunks_));
     consumers_.resize(graph_.tensors.size());
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
       for (const TensorId t : graph_.operators[i].inputs) consumers_[t.index()].push_back(OpId{i});
@@ -139,26 +146,8 @@ class Lowering {
   // ---- pass 3: parameters on stages ----------------------------------------------------------
   Infeasible place_parameters() {
     on_stage_.resize(static_cast<std::size_t>(stages_));
-    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
-      const Operator& op = graph_.operators[i];
-      const int stage = stage_of_chunk(chunk_of_[i]);
-      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
-        const ParameterId q = op.parameters[k];
-        auto& here = on_stage_[static_cast<std::size_t>(stage)];
-        const auto it = here.find(q);
-        if (it == here.end()) {
-          ParameterOnStage v;
-          v.layout = layouts_[i].parameters[k];
-          v.gradient_layout = layouts_[i].parameter_gradients[k];
-          v.unit = op.layer;
-          here.emplace(q, v);
-        } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
-                   !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
-          return {fmt::format(
-              "parameter {} is read with two shardings, the second by {}; cut both readers alike",
-              graph_.parameter(q).name, op.name)};
-        }
-      }
+    for (int c = 0; c < chunks_; ++c) {
+      if (auto why = place_parameters(c); !why.reason.empty()) return why;
     }
     for (int s = 0; s < stages_; ++s) {
       for (auto& [q, v] : on_stage_[static_cast<std::size_t>(s)]) {
@@ -192,6 +181,31 @@ class Lowering {
                              parameter.shape, reduced, plan_.precision.gradients);
             v.reduced = v.shard;
           }
+        }
+      }
+    }
+    return {};
+  }
+
+  Infeasible place_parameters(int chunk) {
+    for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+      const std::size_t i = id.index();
+      const Operator& op = graph_.operators[i];
+      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
+        const ParameterId q = op.parameters[k];
+        auto& here = on_stage_[static_cast<std::size_t>(stage_of_chunk(chunk))];
+        const auto it = here.find(q);
+        if (it == here.end()) {
+          ParameterOnStage v;
+          v.layout = layouts_[i].parameters[k];
+          v.gradient_layout = layouts_[i].parameter_gradients[k];
+          v.unit = op.layer;
+          here.emplace(q, v);
+        } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
+                   !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
+          return {fmt::format(
+              "parameter {} is read with two shardings, the second by {}; cut both readers alike",
+              graph_.parameter(q).name, op.name)};
         }
       }
     }
@@ -239,7 +253,11 @@ class Lowering {
   }
 
   // ---- small helpers -------------------------------------------------------------------------
-  int stage_of_chunk(int chunk) const { return chunk % stages_; }
+  int stage_of_chunk(int chunk) const {
+    return partita::stage_of_chunk(plan_.schedule, chunk, stages_);
+  }
+  /// The chunk of an operator in the copy that is being lowered.
+  int chunk_of(OpId id) const { return chunk_of_[id.index()] + direction_ * network_chunks_; }
 
   BufferId buffer(std::string name, Category category, Scope scope, Shape shape, Layout layout,
                   ElementType type) {
@@ -438,8 +456,12 @@ class Lowering {
       p_.blocks.push_back(std::move(block));
     }
     auto& calls = p_.stages.emplace_back();
-    for (int m = 0; m < p_.micro_batches; ++m) {
-      for (const BlockId b : blocks) calls.push_back({b, m});
+    const int copies = directions(plan_.schedule), each = p_.micro_batches / copies;
+    for (int m = 0; m < each; ++m) {
+      for (const BlockId b : blocks) {
+        const int copy = p_.blocks[b.index()].chunk / network_chunks_;
+        calls.push_back({b, copy * each + m});
+      }
     }
   }
 
@@ -681,16 +703,15 @@ class Lowering {
   /// Chunks (other than its producer's) that read tensor t, ascending.
   std::vector<int> reader_chunks(TensorId t) const {
     std::set<int> all;
-    for (const OpId c : consumers_[t.index()]) all.insert(chunk_of_[c.index()]);
-    if (const OpId from = graph_.tensor(t).producer; from.valid())
-      all.erase(chunk_of_[from.index()]);
+    for (const OpId c : consumers_[t.index()]) all.insert(chunk_of(c));
+    if (const OpId from = graph_.tensor(t).producer; from.valid()) all.erase(chunk_of(from));
     return {all.begin(), all.end()};
   }
 
   /// The layout in which a tensor travels to another chunk: what its first reader there needs.
   Layout boundary_layout(TensorId t, int chunk) const {
     for (const OpId c : consumers_[t.index()]) {
-      if (chunk_of_[c.index()] != chunk) continue;
+      if (chunk_of(c) != chunk) continue;
       const Operator& op = graph_.op(c);
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
         if (op.inputs[k] == t) return without_windows(layouts_[c.index()].inputs[k]);
@@ -733,9 +754,8 @@ class Lowering {
     for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
       for (const TensorId t : graph_.op(id).inputs) {
         const OpId from = graph_.tensor(t).producer;
-        if (!from.valid() || chunk_of_[from.index()] == chunk || !arrived.insert(t).second)
-          continue;
-        const int source_chunk = chunk_of_[from.index()];
+        if (!from.valid() || chunk_of(from) == chunk || !arrived.insert(t).second) continue;
+        const int source_chunk = chunk_of(from);
         const Layout layout = boundary_layout(t, chunk);
         if (stage_of_chunk(source_chunk) == block.stage) {
           for (const Version& v : forward_versions_[static_cast<std::size_t>(source_chunk)].at(t)) {
@@ -913,14 +933,14 @@ class Lowering {
     for (const OpId id : ops) {
       for (const TensorId t : graph_.op(id).inputs) {
         const OpId from = graph_.tensor(t).producer;
-        if (!from.valid() || chunk_of_[from.index()] == chunk || !needs_gradient_[t.index()] ||
+        if (!from.valid() || chunk_of(from) == chunk || !needs_gradient_[t.index()] ||
             !sent.insert(t).second) {
           continue;
         }
         const BufferId g = gradient(b, t, boundary_layout(t, chunk));
         PARTITA_ASSERT(g.valid(), "no gradient for " + graph_.tensor(t).name);
         boundary_gradient_[{t, chunk}] = g;
-        const int other = stage_of_chunk(chunk_of_[from.index()]);
+        const int other = stage_of_chunk(chunk_of(from));
         if (other != b.block.stage)
           transfer(b.block, Kind::send, g, other, message(t, chunk, true), true);
       }
@@ -1093,6 +1113,7 @@ class Lowering {
     for (const auto& [at, q] : order) {
       const ParameterOnStage& v = on_stage(b.block.stage).at(q);
       if (v.scattered == 0 && v.gradient_layout.partial == 0) continue;
+      if (reduced_late(b.block.stage, q)) continue;
       const auto key = std::tuple{v.scattered, v.gradient_layout.partial, has_ties(q)};
       Bucket& bucket = open[key];
       bucket.parameters.push_back(q);
@@ -1109,6 +1130,14 @@ class Lowering {
     std::stable_sort(done.begin(), done.end(),
                      [](const Bucket& x, const Bucket& y) { return x.ready < y.ready; });
     return done;
+  }
+
+  /// Several chunks of the stage add to its gradient: complete only when all have.
+  bool reduced_late(int stage, ParameterId q) const {
+    int readers = 0;
+    for (int c = 0; c < chunks_; ++c)
+      readers += stage_of_chunk(c) == stage && used_in_chunk(q, c) ? 1 : 0;
+    return readers > 1 && plan_.zero < 2;
   }
 
   bool has_ties(ParameterId q) const {
@@ -1185,7 +1214,7 @@ class Lowering {
         return it != b.micro_batch_gradients.end() ? it->second : on_stage(stage).at(q).gradient;
       }));
       if (plan_.zero >= 2) {
-        for (const ParameterId q : bucket.parameters) late_owed_[stage].push_back(q);
+        late_owed_[stage].insert(bucket.parameters.begin(), bucket.parameters.end());
       }
     }
     // The block whose end completes the gradients; its last call in a step reduces them.
@@ -1211,8 +1240,9 @@ class Lowering {
       block.instructions = std::move(merged);
     };
     insert(sums, true);
+    const auto chunk = static_cast<std::size_t>(sums.chunk);
     const auto keep = [&](std::vector<BlockId>& list, Block block) {
-      list.insert(list.begin(), BlockId{p_.blocks.size()});
+      list[chunk] = BlockId{p_.blocks.size()};
       p_.blocks.push_back(std::move(block));
     };
     if (splits_backward(plan_.schedule)) keep(data_of_, std::move(b.block));
@@ -1250,6 +1280,13 @@ class Lowering {
     }
     if (!zero.writes.empty()) start.instructions.push_back(std::move(zero));
     for (auto& i : late_calls_[stage]) step.instructions.push_back(std::move(i));
+    for (const auto& [q, v] : on_stage(stage)) {
+      if (!graph_.parameter(q).trainable || !reduced_late(stage, q)) continue;
+      Bucket one;
+      one.parameters = {q};
+      for (auto& i : synchronise(stage, one, [&](ParameterId) { return v.gradient; }))
+        step.instructions.push_back(std::move(i));
+    }
     if (!late_owed_[stage].empty()) {
       std::map<AtomMask, std::vector<ParameterId>> by_owed;
       for (const ParameterId q : late_owed_[stage]) {
@@ -1564,8 +1601,9 @@ class Lowering {
   const Graph& graph_;
   const Plan& plan_;
   Program p_;
-  int chunks_ = 1, stages_ = 1;
-  std::vector<int> chunk_of_;
+  int network_chunks_ = 1;  ///< of one copy of the network
+  int chunks_ = 1, stages_ = 1, direction_ = 0;
+  std::vector<int> chunk_of_;  ///< of the first copy
   std::vector<std::vector<OpId>> ops_of_chunk_;
   std::vector<std::vector<OpId>> consumers_;
   std::vector<char> needs_gradient_;
@@ -1580,7 +1618,7 @@ class Lowering {
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;
   std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
-  std::map<int, std::vector<ParameterId>> late_owed_;
+  std::map<int, std::set<ParameterId>> late_owed_;
   std::map<int, std::vector<FromLoader>> from_loader_;  ///< by chunk
   std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;

@@ -17,10 +17,12 @@ struct ScheduleName {
   Schedule schedule;
   std::string_view name;
 };
-constexpr std::array kSchedules{
-    ScheduleName{Schedule::naive, "naive"}, ScheduleName{Schedule::gpipe, "gpipe"},
-    ScheduleName{Schedule::one_f_one_b, "1f1b"}, ScheduleName{Schedule::interleaved, "interleaved"},
-    ScheduleName{Schedule::zero_bubble_h1, "zb-h1"}};
+constexpr std::array kSchedules{ScheduleName{Schedule::naive, "naive"},
+                                ScheduleName{Schedule::gpipe, "gpipe"},
+                                ScheduleName{Schedule::one_f_one_b, "1f1b"},
+                                ScheduleName{Schedule::interleaved, "interleaved"},
+                                ScheduleName{Schedule::zero_bubble_h1, "zb-h1"},
+                                ScheduleName{Schedule::dualpipe, "dualpipe"}};
 
 Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
 
@@ -203,6 +205,23 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
         plan.micro_batches(), plan.pp,
         ceil_div(plan.micro_batches(), plan.pp) * plan.pp * plan.micro_batch * plan.dp));
   }
+  if (plan.schedule == Schedule::dualpipe) {
+    if (plan.pp % 2 != 0) {
+      return no(fmt::format(
+          "schedule dualpipe feeds the pipeline from both ends and needs an even number of stages, "
+          "got pipeline parallel {}; use {} or {}",
+          plan.pp, plan.pp > 1 ? plan.pp - 1 : 2, plan.pp > 1 ? plan.pp + 1 : 4));
+    }
+    if (plan.micro_batches() % 2 != 0 || plan.micro_batches() < 2 * plan.pp) {
+      return no(
+          fmt::format("schedule dualpipe needs an even number of micro-batches, at least two for "
+                      "each of the {} "
+                      "stages, got {}; use a global batch of {}",
+                      plan.pp, plan.micro_batches(),
+                      std::max(2 * plan.pp, ceil_div(plan.micro_batches(), std::int64_t{2}) * 2) *
+                          plan.micro_batch * plan.dp));
+    }
+  }
   if (plan.ep > 1 && !has_experts(graph)) {
     return no(fmt::format("expert parallel {} needs experts; {} has none: use --ep 1", plan.ep,
                           graph.name));
@@ -365,6 +384,56 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   return plan;
 }
 
+namespace {
+
+/// One stage's turns of DualPipe, in the eight steps of https://arxiv.org/abs/2412.19437, section
+/// 3.2.1, and the schedule published with it. Stage s of p has chunk s of the copy fed from the
+/// first stage and chunk p + (p - 1 - s) of the copy fed from the last. `near` is the copy whose
+/// start is nearer; micro-batches [0, m / 2) are the first copy's.
+std::vector<Turn> dualpipe_turns(int s, int p, int m) {
+  std::vector<Turn> order;
+  const bool second_half = s >= p / 2;
+  const int depth = second_half ? p - 1 - s : s;  // from the nearer end
+  const int half = p / 2;
+  enum Side { near = 0, far = 1 };
+  const auto chunk = [&](Side side) {
+    const bool second = (side == far) != second_half;
+    return second ? 2 * p - 1 - s : s;
+  };
+  const auto first = [&](Side side) { return (side == far) != second_half ? m / 2 : 0; };
+  int forwards[2] = {0, 0}, backwards[2] = {0, 0};
+  std::vector<Turn> waiting;
+  std::size_t next = 0;
+  const auto forward = [&](Side side) {
+    order.push_back({BlockKind::forward, chunk(side), first(side) + forwards[side]++});
+  };
+  const auto backward = [&](Side side, bool weight_waits) {
+    const int mb = first(side) + backwards[side]++;
+    order.push_back({BlockKind::backward, chunk(side), mb});
+    const Turn weight{BlockKind::backward_weight, chunk(side), mb};
+    (weight_waits ? waiting : order).push_back(weight);
+  };
+  const auto weight = [&] { order.push_back(waiting.at(next++)); };
+  const auto both = [&](Side f, Side b) { forward(f), backward(b, false); };
+  for (int i = 0; i < 2 * (half - depth - 1); ++i) forward(near);
+  for (int i = 0; i < depth + 1; ++i) forward(near), forward(far);
+  for (int i = 0; i < half - depth - 1; ++i) backward(far, true), weight(), forward(far);
+  for (int i = 0; i < m / 2 - p + depth + 1; ++i) both(near, far), both(far, near);
+  for (int i = 0; i < half - depth - 1; ++i) backward(far, false), both(far, near);
+  bool waits = false;
+  for (int i = 0; i < depth + 1; ++i) {
+    waits |= i == (depth + 1) / 2 && depth % 2 == 1;
+    backward(far, waits);
+    waits |= i == (depth + 1) / 2 && depth % 2 == 0;
+    backward(near, waits);
+  }
+  for (int i = 0; i < half - depth - 1; ++i) weight(), backward(near, true);
+  while (next < waiting.size()) weight();
+  return order;
+}
+
+}  // namespace
+
 std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m) {
   std::vector<std::vector<Turn>> all(static_cast<std::size_t>(stages));
   const auto forward = [](int chunk, int mb) { return Turn{BlockKind::forward, chunk, mb}; };
@@ -406,6 +475,9 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         for (int i = std::max(0, m - s); i < m; ++i) weight(i);
         break;
       }
+      case Schedule::dualpipe:
+        order = dualpipe_turns(s, stages, m);
+        break;
       case Schedule::interleaved: {
         // https://arxiv.org/abs/2104.04473, section 2.2: groups of `stages` micro-batches walk the
         // v chunks.

@@ -15,9 +15,25 @@
 
 namespace partita {
 
-enum class Schedule : std::uint8_t { naive, gpipe, one_f_one_b, interleaved, zero_bubble_h1 };
+enum class Schedule : std::uint8_t {
+  naive,
+  gpipe,
+  one_f_one_b,
+  interleaved,
+  zero_bubble_h1,
+  dualpipe
+};
 /// Does it run gradients of weights as blocks of their own, later than those of activations?
-inline bool splits_backward(Schedule s) { return s == Schedule::zero_bubble_h1; }
+inline bool splits_backward(Schedule s) {
+  return s == Schedule::zero_bubble_h1 || s == Schedule::dualpipe;
+}
+/// Copies of the network in the pipeline, each with its own micro-batches: DualPipe feeds one from
+/// either end. Chunks of copy d are numbered from d times the chunks of one.
+inline int directions(Schedule s) { return s == Schedule::dualpipe ? 2 : 1; }
+/// Where a chunk, of any copy, lives.
+inline int stage_of_chunk(Schedule s, int chunk, int stages) {
+  return s == Schedule::dualpipe && chunk >= stages ? 2 * stages - 1 - chunk : chunk % stages;
+}
 std::string_view name(Schedule s);
 
 enum class Recompute : std::uint8_t { none, selective, full, first, patterns };

@@ -380,6 +380,7 @@ TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
       "tiny.yaml --tp 2 --sequence-parallel",
       "tiny.yaml --pp 2 --global-batch 4",
       "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1",
+      "tiny.yaml --pp 2 --global-batch 4 --schedule dualpipe",
       "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
       "tiny.yaml --cp 2 --context-exchange ring",
       "tiny.yaml --cp 2 --context-exchange all_to_all",

@@ -327,6 +327,42 @@ TEST(Execution, Pipelines) {
   }
 }
 
+TEST(Execution, DualPipe) {
+  Plan p = base_plan();
+  p.schedule = Schedule::dualpipe;
+  p.schedule_given = true;
+  p.pp = 2;
+  p.global_batch = 4;
+  expect_good(llama(), p);
+  expect_good(gpt(), p);  // its tied embedding is read by both chunks of either stage
+  p.pp = 4;
+  p.global_batch = 8;
+  expect_good(gpt(), p);
+  p.pp = 2;
+  p.dp = 2;
+  p.tp = 2;
+  p.sequence_parallel = true;
+  p.optimizer.clip = 0.125;
+  for (const int zero : {0, 1, 2, 3}) {
+    SCOPED_TRACE(zero);
+    p.zero = zero;
+    expect_good(gpt(), p);
+  }
+  p.zero = 2;
+  p.zero_group = 2;
+  p.dp = 4;
+  p.global_batch = 16;
+  expect_good(gpt(), p);
+  p = base_plan();
+  p.schedule = Schedule::dualpipe;
+  p.schedule_given = true;
+  p.pp = 2;
+  p.dp = p.ep = 2;
+  p.global_batch = 8;
+  p.loader = true;
+  expect_good(mixtral(), p);
+}
+
 TEST(Execution, InterleavedPipeline) {
   Plan p = base_plan();
   p.pp = 2;

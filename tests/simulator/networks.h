@@ -162,7 +162,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.overlap_gradients = pick({0, 1}) == 1;
   p.zero = pick({0, 1, 2, 3});
   p.context = static_cast<Plan::ContextExchange>(pick({0, 1, 2}));
-  p.schedule = static_cast<Schedule>(pick({0, 1, 2, 4}));
+  p.schedule = static_cast<Schedule>(pick({0, 1, 2, 4, 5}));
   p.schedule_given = p.virtual_stages == 1;
   p.loader = pick({0, 0, 1}) == 1;
   p.optimizer.clip = pick({0, 0, 1}) == 1 ? 0.125 : 0;
