@@ -41,6 +41,9 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--global-batch,--global-batch-size", global_batch, "samples per step");
   app.add_option("--precision", precision, "fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
   app.add_option("--framework", framework, fmt::format("{}", fmt::join(frameworks(), ", ")));
+  app.add_option("--set", set,
+                 "a key of plan files, like compression.kind=top_k; repeatable (docs/formats.md)")
+      ->allow_extra_args(false);
   app.add_option("--network", network, "idle: transfers do not disturb each other");
   app.add_option("--seq,--sequence-length", sequence, "tokens per sample");
   app.add_option("--layers", layers, "only this many blocks");
@@ -136,6 +139,13 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
         fmt::format("'{}' is no network model; there is idle: transfers do not disturb "
                     "each other",
                     f.network));
+  }
+  for (const std::string& item : f.set) {
+    const auto at = item.find('=');
+    if (at == std::string::npos || at == 0)
+      throw InputError("--set",
+                       fmt::format("'{}' is no KEY=VALUE, like compression.kind=top_k", item));
+    set_key(p, item.substr(0, at), item.substr(at + 1), "--set");
   }
   if (!f.freeze.empty()) p.freeze = f.freeze;
   if (!f.lora.empty()) {

@@ -25,7 +25,7 @@ struct PlanFlags {
   bool sequence_parallel = false, no_sequence_parallel = false, loader = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "idle";
-  std::vector<std::string> freeze, lora;
+  std::vector<std::string> set, freeze, lora;
   std::int64_t lora_rank = 16;
   // model
   std::optional<std::int64_t> sequence, layers, vocabulary;

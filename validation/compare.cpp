@@ -63,6 +63,11 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kernel::scale:
     case Kernel::square_sum:
     case Kernel::clip:
+    case Kernel::loss_scale:
+    case Kernel::unscale:
+    case Kernel::not_finite:
+    case Kernel::compress:
+    case Kernel::decompress:
       break;
   }
   return std::string(name(i.kernel));

@@ -14,6 +14,8 @@
 #include "runtime/cpu/kernels.h"
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
+#include "runtime/reference/compression.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita::execute {
 namespace {
@@ -44,24 +46,27 @@ struct Prepared {
   std::vector<int> group;
   int me = 0;
   std::vector<Part> parts;
-  std::vector<std::int64_t> offsets, send_offsets;
+  std::vector<std::int64_t> offsets, send_offsets;  ///< in words
+  std::int64_t word = 4;                            ///< bytes of what runs and offsets count
+  ElementType type = ElementType::fp32;
   bool routed = false;
 };
 
-void pack(const std::vector<Run>& runs, const float* from, float*& to) {
+void pack(const std::vector<Run>& runs, std::int64_t word, const std::byte* from, std::byte*& to) {
   for (const Run& r : runs) {
-    std::memcpy(to, from + r.offset, static_cast<std::size_t>(r.count) * sizeof(float));
-    to += r.count;
+    std::memcpy(to, from + r.offset * word, static_cast<std::size_t>(r.count * word));
+    to += r.count * word;
   }
 }
-void unpack(const std::vector<Run>& runs, const float*& from, float* to, bool add) {
+void unpack(const std::vector<Run>& runs, const Prepared& c, const std::byte*& from, std::byte* to,
+            bool add) {
   for (const Run& r : runs) {
     if (add) {
-      for (std::int64_t i = 0; i < r.count; ++i) to[r.offset + i] += from[i];
+      add_numbers(c.type, to + r.offset * c.word, from, r.count);
     } else {
-      std::memcpy(to + r.offset, from, static_cast<std::size_t>(r.count) * sizeof(float));
+      std::memcpy(to + r.offset * c.word, from, static_cast<std::size_t>(r.count * c.word));
     }
-    from += r.count;
+    from += r.count * c.word;
   }
 }
 
@@ -156,7 +161,10 @@ class Executor {
     if (seen[id.index()]) return;
     seen[id.index()] = 1;
     const Buffer& b = p_.buffer(id);
-    if (b.element_bytes == 0 && b.type != ElementType::fp32) {
+    // Working buffers in 16 bits are what compressed gradients travel as.
+    const bool narrow =
+        b.category == Category::workspace && storage(b.type, 1).count == 2 && b.parameter < 0;
+    if (b.element_bytes == 0 && b.type != ElementType::fp32 && !narrow) {
       throw InputError("precision",
                        fmt::format("{} is stored as {}; the cpu backend executes fp32: use "
                                    "--precision fp32",
@@ -305,10 +313,13 @@ class Executor {
     return c;
   }
 
-  /// Runs in words of 4 bytes, whatever the elements: token ids have two.
+  /// Runs in words of 4 bytes, whatever the elements (token ids have two), or of 16-bit numbers.
   void finish(Prepared& c, Part part) const {
-    const std::int64_t words = width(p_.buffer(part.from)) / 4;
-    PARTITA_ASSERT(words >= 1, p_.buffer(part.from).name + " has elements too narrow to travel");
+    const Buffer& from = p_.buffer(part.from);
+    if (width(from) == 2) c.word = 2, c.type = from.type;
+    const std::int64_t words = width(from) / c.word;
+    PARTITA_ASSERT(words >= 1 && words * c.word == width(from),
+                   from.name + " has elements that cannot travel in this call");
     for (auto* lists : {&part.out, &part.in}) {
       for (auto& runs : *lists) {
         for (Run& r : runs) r.offset *= words, r.count *= words;
@@ -524,33 +535,32 @@ class Executor {
         (i.collective == CollectiveKind::reduce_scatter || i.collective == CollectiveKind::scatter);
     const std::vector<std::int64_t>& bounds = split_in ? c.send_offsets : c.offsets;
     const std::int64_t total = std::max(bounds.back(), exchange ? 0 : c.send_offsets.back());
-    const std::int64_t staged = total + (exchange ? c.send_offsets.back() : 0);
-    std::byte* staging = memory_.take(Category::workspace, staged * 4);
-    auto* payload = reinterpret_cast<float*>(staging);
-    float* outgoing = exchange ? payload + total : payload;
+    const std::int64_t staged = (total + (exchange ? c.send_offsets.back() : 0)) * c.word;
+    std::byte* payload = memory_.take(Category::workspace, staged);
+    std::byte* outgoing = exchange ? payload + total * c.word : payload;
     for (std::size_t m = 0; m < n; ++m) {
       const bool own_chunk = !exchange && !split_in;
       // All-gather: the own chunk lies where it will be; others send what they have from the start.
-      float* to = outgoing;
+      std::byte* to = outgoing;
       if (exchange || split_in) {
-        to += c.send_offsets[m];
+        to += c.send_offsets[m] * c.word;
       } else if (i.collective == CollectiveKind::all_gather ||
                  i.collective == CollectiveKind::gather) {
-        to += c.offsets[me];
+        to += c.offsets[me] * c.word;
       }
       if (own_chunk && m != me) continue;
       if (i.kind == Kind::collective && i.collective == CollectiveKind::scatter && c.me != 0)
         continue;
-      for (const Part& part : c.parts) pack(part.out[m], values(part.from), to);
+      for (const Part& part : c.parts) pack(part.out[m], c.word, data(part.from), to);
     }
     if (i.kind == Kind::collective) {
       if (exchange && i.collective != CollectiveKind::shift) {
-        std::copy(outgoing + c.send_offsets[me], outgoing + c.send_offsets[me + 1],
-                  payload + c.offsets[me]);
+        std::copy(outgoing + c.send_offsets[me] * c.word,
+                  outgoing + c.send_offsets[me + 1] * c.word, payload + c.offsets[me] * c.word);
       }
-      call(i, c, staging, reinterpret_cast<const std::byte*>(outgoing));
+      call(i, c, payload, outgoing);
     } else {
-      std::copy(outgoing, outgoing + c.send_offsets[1], payload);
+      std::copy(outgoing, outgoing + c.send_offsets[1] * c.word, payload);
     }
     for (const Part& part : c.parts) {
       if (part.adds_up && !i.accumulate && box(part.to).held)
@@ -563,13 +573,14 @@ class Executor {
       if (!exchange && !gathers && m != me) continue;
       if (i.kind == Kind::collective && i.collective == CollectiveKind::gather && c.me != 0)
         continue;
-      const float* from = payload + (exchange || gathers ? c.offsets[m]
-                                     : split_in          ? c.send_offsets[me]
-                                                         : 0);
+      const std::byte* from = payload + (exchange || gathers ? c.offsets[m]
+                                         : split_in          ? c.send_offsets[me]
+                                                             : 0) *
+                                            c.word;
       for (const Part& part : c.parts)
-        unpack(part.in[m], from, values(part.to), i.accumulate || part.adds_up);
+        unpack(part.in[m], c, from, data(part.to), i.accumulate || part.adds_up);
     }
-    memory_.give_back(Category::workspace, staging, staged * 4);
+    memory_.give_back(Category::workspace, payload, staged);
   }
 
   void call(const Instruction& i, const Prepared& c, std::byte* payload,
@@ -580,6 +591,8 @@ class Executor {
     call.reduction = p_.buffer(i.reads[0]).layout.reduction;
     call.group = &c.group;
     call.me = c.me;
+    call.element_bytes = static_cast<std::size_t>(c.word);
+    call.type = c.type;
     call.data = payload;
     call.send = outgoing;
     call.tag = i.tie >= 0 ? kTieTag : kCollectiveTag;
@@ -770,6 +783,42 @@ class Executor {
       values(i.writes[0])[0] = static_cast<float>(sum);
       return;
     }
+    if (i.kernel == Kernel::loss_scale) {
+      float* state = values(i.outputs[0]);
+      if (i.index == 0) {
+        if (state[0] == 0) state[0] = static_cast<float>(p_.loss_scale.initial);
+        values(i.writes[0])[0] = state[0];
+      } else {
+        reference::adapt_loss_scale(p_.loss_scale, values(i.reads[0])[0] != 0, state);
+      }
+      return;
+    }
+    if (i.kernel == Kernel::unscale) {
+      const float factor = 1 / values(i.reads[0])[0];
+      for (const BufferId id : i.writes) {
+        float* v = values(id);
+        for (std::int64_t k = 0; k < box(id).elements(); ++k) v[k] *= factor;
+      }
+      return;
+    }
+    if (i.kernel == Kernel::not_finite) {
+      float flag = 0;
+      for (const BufferId id : i.reads) {
+        const float* v = values(id);
+        for (std::int64_t k = 0; k < box(id).elements(); ++k)
+          if (!std::isfinite(v[k])) flag = 1;
+      }
+      values(i.writes[0])[0] = flag;
+      return;
+    }
+    if (i.kernel == Kernel::compress) {
+      compress(i);
+      return;
+    }
+    if (i.kernel == Kernel::decompress) {
+      decompress(i);
+      return;
+    }
     if (i.kernel == Kernel::clip) {
       const auto factor = static_cast<float>(
           reference::clip_factor(p_.optimizer, static_cast<double>(values(i.reads[0])[0])));
@@ -871,6 +920,11 @@ class Executor {
       case Kernel::scale:
       case Kernel::square_sum:
       case Kernel::clip:
+      case Kernel::loss_scale:
+      case Kernel::unscale:
+      case Kernel::not_finite:
+      case Kernel::compress:
+      case Kernel::decompress:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
@@ -901,6 +955,123 @@ class Executor {
     }
   }
 
+  // ---- compressed gradients
+  // ----------------------------------------------------------------------
+  reference::PowerShape power_shape(BufferId kept) {
+    const Box& b = box(kept);
+    reference::PowerShape s{static_cast<std::int64_t>(b.index[0].size()), 1, p_.compression.rank};
+    for (std::size_t d = 1; d < b.index.size(); ++d)
+      s.cols *= static_cast<std::int64_t>(b.index[d].size());
+    return s;
+  }
+
+  void compress(const Instruction& i) {
+    const Compression& c = p_.compression;
+    if (i.index == 1) {
+      const reference::PowerShape s = power_shape(i.outputs[0]);
+      const float* sums = values(i.reads[0]);
+      std::vector<float> left(sums, sums + s.rows * s.rank);
+      reference::orthonormalise(s, left.data());
+      reference::power_right(s, values(i.outputs[0]), left.data(), values(i.writes[0]));
+      return;
+    }
+    const std::int64_t n = box(i.reads[0]).elements();
+    const float* gradient = values(i.reads[0]);
+    float* kept = i.outputs.empty() ? nullptr : values(i.outputs[0]);
+    std::vector<float> alone, sent;
+    if (kept == nullptr) alone.assign(gradient, gradient + n);
+    float* p = kept == nullptr ? alone.data() : kept;
+    if (kept != nullptr) {
+      // What was kept and the gradient, where the rest of both will be kept.
+      for (std::int64_t k = 0; k < n; ++k) p[k] = (c.error_feedback ? p[k] : 0) + gradient[k];
+    }
+    switch (c.kind) {
+      case CompressionKind::none:
+        return;
+      case CompressionKind::cast:
+        narrow(c.type, p, data(i.writes[0]), n);
+        sent.resize(static_cast<std::size_t>(n));
+        widen(c.type, data(i.writes[0]), sent.data(), n);
+        for (std::int64_t k = 0; k < n; ++k) p[k] -= sent[static_cast<std::size_t>(k)];
+        return;
+      case CompressionKind::top_k: {
+        const auto at = reference::top_positions(p, n, box(i.writes[0]).elements());
+        float* top = values(i.writes[0]);
+        auto* where = reinterpret_cast<std::uint32_t*>(data(i.writes[1]));
+        for (std::size_t k = 0; k < at.size(); ++k) {
+          top[k] = p[at[k]];
+          where[k] = at[k];
+          p[at[k]] = 0;
+        }
+        return;
+      }
+      case CompressionKind::one_bit: {
+        const float scale = reference::mean_magnitude(p, n);
+        values(i.writes[1])[0] = scale;
+        auto* words = reinterpret_cast<std::uint32_t*>(data(i.writes[0]));
+        for (std::int64_t w = 0; w < box(i.writes[0]).elements(); ++w)
+          words[w] = reference::sign_word(p, n, w);
+        for (std::int64_t k = 0; k < n; ++k) p[k] -= p[k] < 0 ? -scale : scale;
+        return;
+      }
+      case CompressionKind::power_sgd: {
+        const reference::PowerShape s = power_shape(i.outputs[0]);
+        float* start = values(i.outputs[1]);
+        if (step_ == 0) {
+          const std::int32_t parameter = p_.buffer(i.outputs[1]).parameter;
+          for (std::int64_t k = 0; k < s.cols * s.rank; ++k)
+            start[k] = static_cast<float>(reference::power_start(parameter, k));
+        }
+        reference::power_left(s, p, start, values(i.writes[0]));
+        return;
+      }
+    }
+  }
+
+  void decompress(const Instruction& i) {
+    const Compression& c = p_.compression;
+    const std::int64_t n = box(i.writes[0]).elements();
+    const std::int64_t members = p_.mesh.size(i.atoms);
+    float* sum = values(i.writes[0]);
+    switch (c.kind) {
+      case CompressionKind::none:
+        return;
+      case CompressionKind::cast:
+        widen(c.type, data(i.reads[0]), sum, n);
+        return;
+      case CompressionKind::top_k: {
+        std::fill_n(sum, n, 0.0f);
+        const float* top = values(i.reads[0]);
+        const auto* where = reinterpret_cast<const std::uint32_t*>(data(i.reads[1]));
+        for (std::int64_t k = 0; k < box(i.reads[0]).elements(); ++k) sum[where[k]] += top[k];
+        return;
+      }
+      case CompressionKind::one_bit: {
+        std::fill_n(sum, n, 0.0f);
+        const auto* words = reinterpret_cast<const std::uint32_t*>(data(i.reads[0]));
+        const float* scales = values(i.reads[1]);
+        const std::int64_t each = box(i.reads[0]).elements() / members;
+        for (std::int64_t m = 0; m < members; ++m) {
+          for (std::int64_t k = 0; k < n; ++k)
+            sum[k] += (words[m * each + k / 32] >> (k % 32) & 1u) != 0 ? -scales[m] : scales[m];
+        }
+        return;
+      }
+      case CompressionKind::power_sgd: {
+        const reference::PowerShape s = power_shape(i.outputs[0]);
+        const float *sums = values(i.reads[0]), *right = values(i.reads[1]);
+        std::vector<float> left(sums, sums + s.rows * s.rank);
+        reference::orthonormalise(s, left.data());
+        reference::power_product(s, left.data(), right, sum);
+        float* kept = values(i.outputs[0]);
+        for (std::int64_t k = 0; k < n; ++k)
+          kept[k] = c.error_feedback ? kept[k] - sum[k] / static_cast<float>(members) : 0;
+        std::copy_n(right, s.cols * s.rank, values(i.outputs[1]));
+        return;
+      }
+    }
+  }
+
   void note_loss(BufferId id) {
     const Buffer& b = p_.buffer(id);
     if (!reference::counts_loss(p_, b, rank_)) return;
@@ -916,6 +1087,12 @@ class Executor {
       // What the optimizer sees is the gradient: kept for comparison.
       gradients_[i.reads[0]].assign(gradient, gradient + n);
     }
+    std::int64_t updates = step_;
+    if (!i.statistics.empty()) {
+      // Gradients that overflowed are not used.
+      if (p_.loss_scale.dynamic && values(i.statistics[0])[0] != 0) return;
+      updates = std::llround(static_cast<double>(values(i.statistics[1])[2]));
+    }
     float* w = values(to);
     const Optimizer& o = p_.optimizer;
     float* first = values(i.outputs[0]);
@@ -929,7 +1106,7 @@ class Executor {
       return;
     }
     float* second = values(i.outputs[1]);
-    const auto t = static_cast<double>(step_ + 1);
+    const auto t = static_cast<double>(updates + 1);
     const double correct1 = 1 - std::pow(o.beta1, t), correct2 = 1 - std::pow(o.beta2, t);
     const auto b1 = static_cast<float>(o.beta1), b2 = static_cast<float>(o.beta2);
     const auto keep = static_cast<float>(1 - o.learning_rate * o.weight_decay);

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita {
 namespace {
@@ -26,6 +27,11 @@ int count_of(std::int64_t n) {
   return static_cast<int>(n);
 }
 
+template <ElementType type>
+void add_narrow(void* from, void* to, int* count, MPI_Datatype*) {
+  add_numbers(type, static_cast<std::byte*>(to), static_cast<const std::byte*>(from), *count);
+}
+
 class MpiTransport final : public Transport {
  public:
   explicit MpiTransport(double timeout_s) : timeout_(timeout_s) {
@@ -34,10 +40,14 @@ class MpiTransport final : public Transport {
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &size_);
+    MPI_Op_create(add_narrow<ElementType::bf16>, 1, &bf16_sum_);
+    MPI_Op_create(add_narrow<ElementType::fp16>, 1, &fp16_sum_);
   }
   ~MpiTransport() override {
     for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
     for (auto& [group, communicator] : communicators_) MPI_Comm_free(&communicator);
+    MPI_Op_free(&bf16_sum_);
+    MPI_Op_free(&fp16_sum_);
     MPI_Finalize();
   }
 
@@ -70,7 +80,10 @@ class MpiTransport final : public Transport {
   void collective(const CollectiveCall& c) override {
     const MPI_Comm comm = communicator(*c.group);
     const int n = static_cast<int>(c.group->size());
-    const MPI_Op op = c.reduction == Reduction::max ? MPI_MAX : MPI_SUM;
+    const bool narrow = c.element_bytes == 2;
+    const MPI_Op op = narrow ? (c.type == ElementType::bf16 ? bf16_sum_ : fp16_sum_)
+                      : c.reduction == Reduction::max ? MPI_MAX
+                                                      : MPI_SUM;
     const auto counts = [&](const std::vector<std::int64_t>& bounds) {
       std::vector<int> all;
       for (std::size_t k = 0; k + 1 < bounds.size(); ++k)
@@ -82,8 +95,10 @@ class MpiTransport final : public Transport {
       for (std::size_t k = 0; k + 1 < bounds.size(); ++k) all.push_back(count_of(bounds[k]));
       return all;
     };
-    const MPI_Datatype type = c.element_bytes == 4 ? MPI_FLOAT : MPI_BYTE;
-    const auto width = static_cast<std::int64_t>(c.element_bytes == 4 ? 1 : c.element_bytes);
+    // 16-bit numbers travel as words of their width, so that counts are of elements.
+    const MPI_Datatype type = narrow ? MPI_UINT16_T : c.element_bytes == 4 ? MPI_FLOAT : MPI_BYTE;
+    const auto width =
+        static_cast<std::int64_t>(narrow || c.element_bytes == 4 ? 1 : c.element_bytes);
     const auto scaled = [&](std::vector<std::int64_t> bounds) {
       for (auto& b : bounds) b *= width;
       return bounds;
@@ -95,14 +110,13 @@ class MpiTransport final : public Transport {
       return elements * static_cast<std::int64_t>(c.element_bytes);
     };
     MPI_Request request = MPI_REQUEST_NULL;
-    std::vector<float> part;
+    std::vector<std::byte> part;
     std::vector<int> a, b, d, e;  // must live until the call is done
     int code = MPI_SUCCESS;
     switch (c.kind) {
       case CollectiveKind::all_reduce:
         note.payload_bytes += bytes(c.offsets.back());
-        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), MPI_FLOAT, op, comm,
-                              &request);
+        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), type, op, comm, &request);
         break;
       case CollectiveKind::broadcast:
         note.payload_bytes += bytes(c.offsets.back());
@@ -111,13 +125,13 @@ class MpiTransport final : public Transport {
       case CollectiveKind::reduce:
         note.payload_bytes += bytes(c.offsets.back());
         code = MPI_Ireduce(c.me == 0 ? MPI_IN_PLACE : static_cast<void*>(c.data), c.data,
-                           count_of(in.back()), MPI_FLOAT, op, 0, comm, &request);
+                           count_of(in.back()), type, op, 0, comm, &request);
         break;
       case CollectiveKind::reduce_scatter:
         note.payload_bytes += bytes(c.offsets.back());
         a = counts(in);
-        part.resize(static_cast<std::size_t>(a[static_cast<std::size_t>(c.me)]));
-        code = MPI_Ireduce_scatter(c.data, part.data(), a.data(), MPI_FLOAT, op, comm, &request);
+        part.resize(static_cast<std::size_t>(a[static_cast<std::size_t>(c.me)]) * c.element_bytes);
+        code = MPI_Ireduce_scatter(c.data, part.data(), a.data(), type, op, comm, &request);
         break;
       case CollectiveKind::all_gather:
         note.payload_bytes += bytes(c.offsets.back());
@@ -167,7 +181,7 @@ class MpiTransport final : public Transport {
     wait(request, -1);
     if (c.kind == CollectiveKind::reduce_scatter)
       std::memcpy(c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]), part.data(),
-                  part.size() * sizeof(float));
+                  part.size());
   }
 
   void barrier() override {
@@ -246,6 +260,7 @@ class MpiTransport final : public Transport {
 
   double timeout_;
   int rank_ = 0, size_ = 1;
+  MPI_Op bf16_sum_ = MPI_OP_NULL, fp16_sum_ = MPI_OP_NULL;
   std::string doing_ = "the start";
   std::deque<Pending> pending_;
   std::map<std::vector<int>, MPI_Comm> communicators_;

@@ -36,8 +36,8 @@ struct CollectiveCall {
   Reduction reduction = Reduction::sum;
   const std::vector<int>* group = nullptr;  ///< ranks, ascending; the root is the first
   int me = 0;                               ///< position in it
-  /// Elements of 4 bytes are fp32; only these can be reduced.
   std::size_t element_bytes = 4;
+  ElementType type = ElementType::fp32;  ///< of what is reduced: fp32, bf16 or fp16
   std::byte* data = nullptr;
   std::vector<std::int64_t> offsets;
   const std::byte* send = nullptr;

@@ -80,6 +80,11 @@ Pass pass_of(Kernel k) {
     case Kernel::scale:
     case Kernel::square_sum:
     case Kernel::clip:
+    case Kernel::loss_scale:
+    case Kernel::unscale:
+    case Kernel::not_finite:
+    case Kernel::compress:
+    case Kernel::decompress:
       return Pass::forward;
   }
   return Pass::forward;

@@ -474,6 +474,7 @@ class Engine {
         s.stream = device.concurrent_streams ? i.stream : kComputeStream;
         s.after_compute = i.after_compute;
         s.instruction = static_cast<std::int32_t>(k);
+        out.rise = std::max(out.rise, level + transient_bytes(p_, i, rank).count);
         switch (i.kind) {
           case Kind::compute:
           case Kind::slice:
@@ -492,7 +493,6 @@ class Engine {
             break;
           }
           case Kind::collective: {
-            out.rise = std::max(out.rise, level + transient_bytes(p_, i, rank).count);
             auto& group = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
             if (group.empty()) group = p_.group(i, rank);
             // The largest member's payload decides: uneven parts are padded.

@@ -94,6 +94,9 @@ class Lowering {
     p_.micro_batches = static_cast<int>(plan_.micro_batches());
     p_.samples = plan_.strategy == "replicas" ? plan_.micro_batch : plan_.micro_batch * plan_.dp;
     p_.optimizer = plan_.optimizer;
+    p_.loss_scale = plan_.loss_scale;
+    p_.compression = plan_.compression;
+    if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
@@ -171,6 +174,7 @@ class Lowering {
         if (!scatter_each) {
           v.gradient = buffer(parameter.name + ".grad", Category::gradients, Scope::step,
                               parameter.shape, v.gradient_layout, plan_.precision.gradients);
+          p_.buffers[v.gradient.index()].parameter = q.value;
           v.reduced = v.gradient;
         }
         if (v.scattered != 0 || v.gradient_layout.partial != 0) {
@@ -962,11 +966,13 @@ class Lowering {
     Instruction proto;
     proto.kind = Kind::compute;
     proto.op = id.value;
+    bool of_loss = false;  // its gradient is a number
     for (std::size_t k = 0; k < op.outputs.size(); ++k) {
       const bool one = op.outputs[k] == graph_.loss || b.ones.count(op.outputs[k]) > 0;
-      proto.gradients.push_back(one ? BufferId{}
+      proto.gradients.push_back(one ? loss_scale(b.block.stage)
                                     : gradient(b, op.outputs[k], l.output_gradients[k]));
       if (!one && !proto.gradients.back().valid()) return;  // nothing depends on it
+      of_loss |= one;
     }
     // Sums pass their gradient on unchanged.
     const bool alias =
@@ -974,7 +980,7 @@ class Lowering {
     if (alias && data) {
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
         if (!needs_gradient_[op.inputs[k].index()]) continue;
-        if (proto.gradients[0].valid()) {
+        if (!of_loss) {
           contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
         } else {
           PARTITA_ASSERT(
@@ -1172,8 +1178,189 @@ class Lowering {
       }
       all.push_back(std::move(i));
     }
-    if (owed != 0 && plan_.zero < 2) append_owed(all, stage, bucket.parameters, owed);
+    if (owed != 0 && plan_.zero < 2) {
+      std::vector<ParameterId> plain, shortened;
+      for (const ParameterId q : bucket.parameters)
+        (compresses(q, owed) ? shortened : plain).push_back(q);
+      if (!plain.empty()) append_owed(all, stage, plain, owed);
+      if (!shortened.empty()) append_compressed(all, stage, shortened, owed);
+    }
     return all;
+  }
+
+  // ---- gradients that are compressed (docs/compression.md) -------------------------------------
+  AtomMask data_parallel() const { return mask_of(plan_.axes.at("dp")); }
+
+  /// Rows and columns of a parameter's local matrix, on rank 0.
+  std::pair<std::int64_t, std::int64_t> matrix_of(ParameterId q, const Layout& l) const {
+    const Shape& shape = graph_.parameter(q).shape;
+    if (shape.size() < 2) return {0, 0};
+    const std::int64_t rows = local_extent(p_.mesh, l.dims[0], shape[0].extent, 0);
+    return {rows, local_elements(p_.mesh, l, shape, false, 0, 0) / std::max<std::int64_t>(1, rows)};
+  }
+
+  /// Is this parameter's all-reduce over data-parallel ranks a compressed one? Not where several
+  /// stages have it, and not where nothing would be saved.
+  bool compresses(ParameterId q, AtomMask owed) const {
+    if (plan_.compression.kind == CompressionKind::none || (owed & data_parallel()) == 0 ||
+        has_ties(q))
+      return false;
+    if (plan_.compression.kind != CompressionKind::power_sgd) return true;
+    const auto [rows, columns] = matrix_of(q, layout_anywhere(q));
+    return (rows + columns) * plan_.compression.rank < rows * columns;
+  }
+  const Layout& layout_anywhere(ParameterId q) const {
+    for (const auto& here : on_stage_) {
+      if (const auto it = here.find(q); it != here.end()) return it->second.layout;
+    }
+    throw InternalError("parameter " + graph_.parameter(q).name + " is on no stage");
+  }
+
+  Instruction reduction(AtomMask atoms, CollectiveKind kind) {
+    Instruction i;
+    i.kind = Kind::collective;
+    i.collective = kind;
+    i.atoms = atoms;
+    i.stream = group_stream(atoms);
+    return i;
+  }
+
+  /// Each rank shortens its gradient and what it kept, the short forms meet, and every rank works
+  /// out their sum. That last part waits in `decoding_` for the end of the backward.
+  void append_compressed(std::vector<Instruction>& all, int stage,
+                         const std::vector<ParameterId>& list, AtomMask owed) {
+    const AtomMask atoms = owed & data_parallel();
+    if (owed != atoms) append_owed(all, stage, list, static_cast<AtomMask>(owed & ~atoms));
+    AtomList members;
+    for (const AtomId a : plan_.axes.at("dp")) {
+      if (has(atoms, a)) members.push_back(a);
+    }
+    const std::int64_t replicas = p_.mesh.size(members);
+    const Compression& c = plan_.compression;
+    const bool power = c.kind == CompressionKind::power_sgd;
+    const bool narrow = c.kind == CompressionKind::cast;
+    // Calls of the whole bucket: short forms (PowerSGD: left factors), further ones.
+    std::vector<Instruction> calls{reduction(
+        atoms, power || narrow ? CollectiveKind::all_reduce : CollectiveKind::all_gather)};
+    std::vector<Instruction> late{};
+    Instruction right = reduction(atoms, CollectiveKind::all_reduce);
+    for (const ParameterId q : list) {
+      ParameterOnStage& v = on_stage(stage).at(q);
+      const Parameter& parameter = graph_.parameter(q);
+      Layout own = v.layout;
+      own.partial = atoms;
+      const auto working = [&](const char* what, Shape shape, Layout layout, ElementType type) {
+        return buffer(parameter.name + what, Category::workspace, Scope::step, std::move(shape),
+                      std::move(layout), type);
+      };
+      /// One entry for each member, together on all of them afterwards.
+      const auto gathered = [&](std::size_t call, const char* what, std::int64_t width,
+                                bool whole) {
+        Layout each;
+        each.dims.resize(2);
+        each.dims[0].atoms = members;
+        const Shape shape{{Dim::sample, replicas}, {Dim::feature, width}};
+        while (calls.size() <= call) calls.push_back(reduction(atoms, CollectiveKind::all_gather));
+        Layout together;
+        together.dims.resize(2);
+        calls[call].reads.push_back(working(what, shape, each, ElementType::fp32));
+        calls[call].writes.push_back(working(what, shape, together, ElementType::fp32));
+        for (const BufferId id : {calls[call].reads.back(), calls[call].writes.back()})
+          p_.buffers[id.index()].whole_numbers = whole;
+        return std::pair{calls[call].reads.back(), calls[call].writes.back()};
+      };
+      Instruction compress;
+      compress.kind = Kind::compute;
+      compress.kernel = Kernel::compress;
+      compress.atoms = atoms;
+      compress.reads = {v.reduced};
+      if (c.error_feedback || power) {
+        compress.outputs = {buffer(parameter.name + ".kept", Category::optimizer, Scope::step,
+                                   parameter.shape, own, ElementType::fp32)};
+      }
+      Instruction decompress = compress;
+      decompress.kernel = Kernel::decompress;
+      decompress.reads.clear();
+      const std::int64_t n = local_elements(p_.mesh, v.layout, parameter.shape, false, 0, 0);
+      switch (c.kind) {
+        case CompressionKind::none:
+          break;
+        case CompressionKind::cast: {
+          Layout summed = own;
+          summed.partial = 0;
+          calls[0].reads.push_back(working(".cast", parameter.shape, own, c.type));
+          calls[0].writes.push_back(working(".cast", parameter.shape, summed, c.type));
+          p_.buffers[calls[0].writes.back().index()].alias = calls[0].reads.back().value;
+          compress.writes = {calls[0].reads.back()};
+          decompress.reads = {calls[0].writes.back()};
+          break;
+        }
+        case CompressionKind::top_k: {
+          const std::int64_t k = kept_values(c, n);
+          const auto values = gathered(0, ".top_values", k, false);
+          const auto positions = gathered(1, ".top_positions", k, true);
+          compress.writes = {values.first, positions.first};
+          decompress.reads = {values.second, positions.second};
+          break;
+        }
+        case CompressionKind::one_bit: {
+          const auto signs = gathered(0, ".signs", ceil_div(n, std::int64_t{32}), true);
+          const auto scale = gathered(1, ".scale", 1, false);
+          compress.writes = {signs.first, scale.first};
+          decompress.reads = {signs.second, scale.second};
+          break;
+        }
+        case CompressionKind::power_sgd: {
+          const auto factor = [&](const char* what, std::size_t first, std::size_t last) {
+            Shape shape(parameter.shape.begin() + static_cast<std::ptrdiff_t>(first),
+                        parameter.shape.begin() + static_cast<std::ptrdiff_t>(last));
+            Layout l;
+            l.dims.assign(v.layout.dims.begin() + static_cast<std::ptrdiff_t>(first),
+                          v.layout.dims.begin() + static_cast<std::ptrdiff_t>(last));
+            shape.push_back({Dim::head_feature, c.rank});
+            l.dims.emplace_back();
+            l.partial = atoms;
+            Layout summed = l;
+            summed.partial = 0;
+            const auto a = working(what, shape, l, ElementType::fp32);
+            const auto b = working(what, shape, summed, ElementType::fp32);
+            p_.buffers[b.index()].alias = a.value;
+            return std::pair{a, b};
+          };
+          const auto left_factor = factor(".left", 0, 1);
+          const auto right_factor = factor(".right", 1, parameter.shape.size());
+          calls[0].reads.push_back(left_factor.first);
+          calls[0].writes.push_back(left_factor.second);
+          right.reads.push_back(right_factor.first);
+          right.writes.push_back(right_factor.second);
+          const BufferId start = buffer(parameter.name + ".right_before", Category::optimizer,
+                                        Scope::step, p_.buffer(right_factor.second).shape,
+                                        p_.buffer(right_factor.second).layout, ElementType::fp32);
+          p_.buffers[start.index()].parameter = q.value;
+          compress.outputs.push_back(start);
+          decompress.outputs.push_back(start);
+          compress.writes = {left_factor.first};
+          Instruction second = compress;
+          second.index = 1;
+          second.reads = {left_factor.second};
+          second.writes = {right_factor.first};
+          late.push_back(std::move(second));
+          decompress.reads = {left_factor.second, right_factor.second};
+          break;
+        }
+      }
+      v.reduced = shard_buffer(q, v, ".grad_sum", 0);
+      decompress.writes = {v.reduced};
+      all.push_back(std::move(compress));
+      decoding_[stage].push_back(std::move(decompress));
+    }
+    for (Instruction& i : calls) all.push_back(std::move(i));
+    if (!power) return;
+    auto& decoding = decoding_[stage];
+    const auto first = decoding.end() - static_cast<std::ptrdiff_t>(list.size());
+    late.push_back(std::move(right));
+    decoding.insert(first, std::make_move_iterator(late.begin()),
+                    std::make_move_iterator(late.end()));
   }
 
   /// A later state of a gradient, in the memory of what it was.
@@ -1184,6 +1371,7 @@ class Lowering {
     const BufferId b = buffer(graph_.parameter(q).name + suffix, Category::gradients, Scope::step,
                               graph_.parameter(q).shape, l, plan_.precision.gradients);
     p_.buffers[b.index()].alias = v.reduced.value;
+    p_.buffers[b.index()].parameter = q.value;
     return b;
   }
 
@@ -1198,7 +1386,8 @@ class Lowering {
     for (const ParameterId q : list) {
       ParameterOnStage& v = on_stage(stage).at(q);
       i.reads.push_back(v.reduced);
-      v.reduced = shard_buffer(q, v, ".grad_sum", 0);
+      const AtomMask before = p_.buffer(v.reduced).layout.partial;
+      v.reduced = shard_buffer(q, v, ".grad_sum", static_cast<AtomMask>(before & ~owed));
       i.writes.push_back(v.reduced);
     }
     all.push_back(std::move(i));
@@ -1279,6 +1468,14 @@ class Lowering {
       if (v.shard.valid()) zero.writes.push_back(v.shard);
     }
     if (!zero.writes.empty()) start.instructions.push_back(std::move(zero));
+    if (plan_.loss_scale.initial > 0) {
+      Instruction begin;
+      begin.kind = Kind::compute;
+      begin.kernel = Kernel::loss_scale;
+      begin.outputs = {loss_scale_state(stage)};
+      begin.writes = {loss_scale(stage)};
+      start.instructions.push_back(std::move(begin));
+    }
     for (auto& i : late_calls_[stage]) step.instructions.push_back(std::move(i));
     for (const auto& [q, v] : on_stage(stage)) {
       if (!graph_.parameter(q).trainable || !reduced_late(stage, q)) continue;
@@ -1296,6 +1493,7 @@ class Lowering {
       }
       for (const auto& [owed, list] : by_owed) append_owed(step.instructions, stage, list, owed);
     }
+    for (auto& i : decoding_[stage]) step.instructions.push_back(std::move(i));
     // Tied parameters: the readers' gradients are summands of one.
     for (const auto& [q, here] : on_stage(stage)) {
       if (!has_ties(q) || !graph_.parameter(q).trainable) continue;
@@ -1314,6 +1512,8 @@ class Lowering {
       i.writes = {v.reduced};
       step.instructions.push_back(std::move(i));
     }
+    const BufferId skip =
+        plan_.loss_scale.initial > 0 ? unscale_gradients(step, stage) : BufferId{};
     if (plan_.optimizer.clip > 0) clip_gradients(step, stage);
     std::map<AtomMask, Instruction> gathers;
     for (auto& [q, v] : on_stage(stage)) {
@@ -1348,6 +1548,7 @@ class Lowering {
       }
       i.writes = {target};
       i.accumulate = true;
+      if (skip.valid()) i.statistics = {skip, loss_scale_state(stage)};
       step.instructions.push_back(std::move(i));
       if (!shard_in_place) {
         Instruction& g = gathers[v.scattered];
@@ -1360,6 +1561,15 @@ class Lowering {
       }
     }
     for (auto& [atoms, g] : gathers) step.instructions.push_back(std::move(g));
+    if (skip.valid()) {
+      Instruction adapt;
+      adapt.kind = Kind::compute;
+      adapt.kernel = Kernel::loss_scale;
+      adapt.index = 1;
+      adapt.reads = {skip};
+      adapt.outputs = {loss_scale_state(stage)};
+      step.instructions.push_back(std::move(adapt));
+    }
     if (plan_.average_every > 0 && plan_.replicas != 0) average_parameters(step, stage);
     start_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(start));
@@ -1410,20 +1620,70 @@ class Lowering {
     }
   }
 
-  /// Scales gradients down to a norm, which is of all parameters: squares are summed over each
-  /// rank's own, then over the ranks that hold other parts of the same parameters, then over
-  /// stages.
-  void clip_gradients(Block& step, int stage) {
-    const auto scalar = [&](const std::string& name, AtomMask owed) {
-      Layout l;
-      l.partial = owed;
-      return buffer(name, Category::workspace, Scope::step, {}, l, ElementType::fp32);
-    };
-    std::map<AtomMask, std::vector<BufferId>> by_cut;
+  BufferId scalar(const std::string& name, AtomMask owed, Category category, std::int64_t n = 0) {
+    Layout l;
+    l.partial = owed;
+    Shape shape;
+    if (n > 0) shape.push_back({Dim::feature, n}), l.dims.resize(1);
+    return buffer(name, category, Scope::step, shape, l, ElementType::fp32);
+  }
+
+  // ---- loss scaling --------------------------------------------------------------------------
+  /// Scale, good steps in a row, updates so far: kept from step to step.
+  BufferId loss_scale_state(int stage) {
+    auto& id = loss_scale_state_[stage];
+    if (!id.valid()) id = scalar("loss scale state", 0, Category::optimizer, 3);
+    return id;
+  }
+  /// This step's scale: the gradient of the loss. Invalid: 1.
+  BufferId loss_scale(int stage) {
+    if (plan_.loss_scale.initial == 0) return BufferId{};
+    auto& id = loss_scale_[stage];
+    if (!id.valid()) id = scalar("loss scale", 0, Category::gradients);
+    return id;
+  }
+
+  /// Divides by the scale and finds out whether any rank has a gradient that is not finite.
+  BufferId unscale_gradients(Block& step, int stage) {
     std::vector<BufferId> all;
     for (const auto& [q, v] : on_stage(stage)) {
+      if (graph_.parameter(q).trainable) all.push_back(v.reduced);
+    }
+    if (!all.empty()) {
+      Instruction i;
+      i.kind = Kind::compute;
+      i.kernel = Kernel::unscale;
+      i.accumulate = true;
+      i.reads = {loss_scale(stage)};
+      i.writes = std::move(all);
+      step.instructions.push_back(std::move(i));
+    }
+    return over_gradients(step, stage, Kernel::not_finite, "overflow");
+  }
+
+  /// Scales gradients down to a norm, which is of all parameters.
+  void clip_gradients(Block& step, int stage) {
+    std::vector<BufferId> all;
+    for (const auto& [q, v] : on_stage(stage)) {
+      if (graph_.parameter(q).trainable) all.push_back(v.reduced);
+    }
+    const BufferId total = over_gradients(step, stage, Kernel::square_sum, "gradient norm");
+    if (all.empty()) return;
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::clip;
+    i.accumulate = true;
+    i.reads = {total};
+    i.writes = std::move(all);
+    step.instructions.push_back(std::move(i));
+  }
+
+  /// A sum over all gradients of what `kernel` makes of some: over each rank's own, then over the
+  /// ranks that hold other parts of the same parameters, then over stages.
+  BufferId over_gradients(Block& step, int stage, Kernel kernel, const std::string& what) {
+    std::map<AtomMask, std::vector<BufferId>> by_cut;
+    for (const auto& [q, v] : on_stage(stage)) {
       if (!graph_.parameter(q).trainable) continue;
-      all.push_back(v.reduced);
       // A tied parameter's gradient is on all its stages and counts on the first.
       bool earlier = false;
       for (int s = 0; s < stage; ++s) earlier |= on_stage(s).count(q) > 0;
@@ -1433,19 +1693,15 @@ class Lowering {
     for (auto& [cut, list] : by_cut) {
       Instruction i;
       i.kind = Kind::compute;
-      i.kernel = Kernel::square_sum;
+      i.kernel = kernel;
       i.reads = std::move(list);
-      i.writes = {scalar("gradient squares", cut)};
+      i.writes = {scalar(what, cut, Category::workspace)};
       sums.push_back(i.writes[0]);
       step.instructions.push_back(std::move(i));
       if (cut == 0) continue;
-      Instruction reduce;
-      reduce.kind = Kind::collective;
-      reduce.collective = CollectiveKind::all_reduce;
-      reduce.atoms = cut;
-      reduce.stream = group_stream(cut);
+      Instruction reduce = reduction(cut, CollectiveKind::all_reduce);
       reduce.reads = {sums.back()};
-      reduce.writes = {scalar("gradient squares", 0)};
+      reduce.writes = {scalar(what, 0, Category::workspace)};
       sums.back() = reduce.writes[0];
       step.instructions.push_back(std::move(reduce));
     }
@@ -1455,7 +1711,7 @@ class Lowering {
       i.kind = Kind::compute;
       i.kernel = sums.empty() ? Kernel::zero : Kernel::add;
       i.reads = sums;
-      total = scalar("gradient squares", 0);
+      total = scalar(what, 0, Category::workspace);
       i.writes = {total};
       step.instructions.push_back(std::move(i));
     }
@@ -1468,19 +1724,12 @@ class Lowering {
       i.tie = tie(stages);
       i.stream = stream("gradient norm");
       i.reads = {total};
-      total = scalar("gradient norm", 0);
-      p_.buffers[i.reads[0].index()].name = "gradient norm of a stage";
+      total = scalar(what, 0, Category::workspace);
+      p_.buffers[i.reads[0].index()].name = what + " of a stage";
       i.writes = {total};
       step.instructions.push_back(std::move(i));
     }
-    if (all.empty()) return;
-    Instruction i;
-    i.kind = Kind::compute;
-    i.kernel = Kernel::clip;
-    i.accumulate = true;
-    i.reads = {total};
-    i.writes = std::move(all);
-    step.instructions.push_back(std::move(i));
+    return total;
   }
 
   int tie(const std::vector<int>& stages) {
@@ -1535,7 +1784,7 @@ class Lowering {
         case BlockKind::backward_weight:  // some time after its backward
           return chunks_ + 2 * (chunks_ - b.chunk) + 1;
         case BlockKind::step:
-          return 4 * chunks_;
+          return 4 * chunks_ + 2;
       }
       return 0;
     };
@@ -1618,6 +1867,8 @@ class Lowering {
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;
   std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
+  std::map<int, std::vector<Instruction>> decoding_;  ///< by stage: compressed gradients' last part
+  std::map<int, BufferId> loss_scale_, loss_scale_state_;  ///< by stage
   std::map<int, std::set<ParameterId>> late_owed_;
   std::map<int, std::vector<FromLoader>> from_loader_;  ///< by chunk
   std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves

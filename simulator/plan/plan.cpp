@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <numeric>
 
 #include "base/unit_text.h"
@@ -252,6 +253,34 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("a sharding group of {} does not divide data parallel {}; use {}",
                           plan.zero_group, zero_all, divisors_text(zero_all)));
   }
+
+  if (plan.compression.kind != CompressionKind::none) {
+    const std::string what(name(plan.compression.kind));
+    if (plan.zero > 0)
+      return no(
+          fmt::format("compression {} is of gradients that every rank has whole; use zero 0, "
+                      "got {}",
+                      what, plan.zero));
+    if (plan.strategy == "replicas" || plan.strategy == "dataparallel")
+      return no(fmt::format("compression {} is of all-reduced gradients, which strategy {} has not",
+                            what, plan.strategy));
+    if (plan.loss_scale.dynamic)
+      return no(
+          fmt::format("compression {} keeps what it does not send in the scale of its step, "
+                      "which a dynamic loss scale changes; use a fixed loss_scale",
+                      what));
+    if (std::any_of(graph.operators.begin(), graph.operators.end(), [](const Operator& op) {
+          const auto* n = std::get_if<Normalize>(&op.operation);
+          return n != nullptr && n->kind == Normalize::Kind::batch && n->synchronised;
+        })) {
+      return no(fmt::format(
+          "compression {} treats each rank's gradient by itself; {} has synchronised batch norm, "
+          "whose gradients are not any one rank's: use local batch norm",
+          what, graph.name));
+    }
+  }
+  if (plan.loss_scale.initial > 0 && plan.strategy == "dataparallel")
+    return no("strategy dataparallel does not scale losses; use loss_scale 0, or another strategy");
 
   AxisBuilder b;
   auto& axes = plan.axes;
@@ -628,6 +657,44 @@ void set_precision_roles(Plan& p, const YamlNode& n) {
 
 }  // namespace
 
+namespace {
+
+void set_compression(Compression& c, const YamlNode& n) {
+  const auto kind = [&](const YamlNode& x) {
+    const std::string word = x.as_string();
+    std::vector<std::string> known;
+    for (const auto k : {CompressionKind::none, CompressionKind::cast, CompressionKind::top_k,
+                         CompressionKind::power_sgd, CompressionKind::one_bit}) {
+      known.emplace_back(name(k));
+      if (word == known.back()) c.kind = k;
+    }
+    if (std::find(known.begin(), known.end(), word) == known.end())
+      throw InputError(x.place(), fmt::format("'{}' is no compression{}; there are {}", word,
+                                              did_you_mean(word, known), fmt::join(known, ", ")));
+  };
+  if (!n.is_map()) {
+    kind(n);
+    return;
+  }
+  if (const auto x = n.find("kind")) kind(*x);
+  if (const auto x = n.find("type")) {
+    c.type = parse_element_type(x->as_string(), x->place());
+    if (c.type != ElementType::bf16 && c.type != ElementType::fp16)
+      throw InputError(x->place(),
+                       fmt::format("gradients are cast to bf16 or fp16, not {}", name(c.type)));
+  }
+  if (const auto x = n.find("ratio")) {
+    c.ratio = x->as_double();
+    if (!(c.ratio > 0 && c.ratio <= 1))
+      throw InputError(x->place(), fmt::format("{} is not in (0, 1]", c.ratio));
+  }
+  if (const auto x = n.find("rank")) c.rank = x->as_int(1, 65536);
+  if (const auto x = n.find("error_feedback")) c.error_feedback = x->as_bool();
+  n.reject_unknown_keys();
+}
+
+}  // namespace
+
 void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
   if (const auto n = y.find("strategy")) {
@@ -704,6 +771,27 @@ void apply(Plan& p, const YamlNode& y) {
     }
     n->reject_unknown_keys();
   }
+  if (const auto n = y.find("loss_scale")) {
+    LossScale& l = p.loss_scale;
+    if (n->is_map()) {
+      if (const auto x = n->find("initial")) l.initial = x->as_double();
+      if (const auto x = n->find("dynamic")) l.dynamic = x->as_bool();
+      if (const auto x = n->find("growth_interval"))
+        l.growth_interval = static_cast<int>(x->as_int(1, 1'000'000'000));
+      if (l.dynamic && l.initial == 0) l.initial = 65536;
+      n->reject_unknown_keys();
+    } else {
+      l = LossScale{n->as_double(), false, l.growth_interval};
+    }
+    int exponent = 0;
+    if (!(l.initial >= 0) || (l.initial > 0 && std::frexp(l.initial, &exponent) != 0.5)) {
+      throw InputError(n->place(),
+                       fmt::format("{} is no loss scale; use a power of two, which keeps "
+                                   "every bit, or 0 for none",
+                                   l.initial));
+    }
+  }
+  if (const auto n = y.find("compression")) set_compression(p.compression, *n);
   if (const auto n = y.find("shard")) {
     for (const YamlNode& item : n->items()) {
       ShardingRule r;
@@ -777,6 +865,13 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.loader) s += "loader: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
+  if (p.loss_scale.initial > 0)
+    s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
+                     p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
+  if (const Compression& c = p.compression; c.kind != CompressionKind::none)
+    s += fmt::format(
+        "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",
+        name(c.kind), name(c.type), c.ratio, c.rank, c.error_feedback);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);

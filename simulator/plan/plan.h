@@ -100,6 +100,8 @@ struct Plan {
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every
   /// rank makes what it needs.
   bool loader = false;
+  LossScale loss_scale;
+  Compression compression;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings

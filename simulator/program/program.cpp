@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace partita {
 
@@ -17,7 +18,7 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 11> names{"forward_statistic",
+  constexpr std::array<std::string_view, 16> names{"forward_statistic",
                                                    "forward",
                                                    "backward_statistic",
                                                    "backward_data",
@@ -27,7 +28,16 @@ std::string_view name(Kernel k) {
                                                    "optimizer",
                                                    "scale",
                                                    "square_sum",
-                                                   "clip"};
+                                                   "clip",
+                                                   "loss_scale",
+                                                   "unscale",
+                                                   "not_finite",
+                                                   "compress",
+                                                   "decompress"};
+  return names[static_cast<std::size_t>(k)];
+}
+std::string_view name(CompressionKind k) {
+  constexpr std::array<std::string_view, 5> names{"none", "cast", "top_k", "power_sgd", "one_bit"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CollectiveKind k) {
@@ -40,6 +50,11 @@ std::string_view name(BlockKind k) {
   constexpr std::array<std::string_view, 5> names{"start", "forward", "backward", "backward_weight",
                                                   "step"};
   return names[static_cast<std::size_t>(k)];
+}
+
+std::int64_t kept_values(const Compression& c, std::int64_t elements) {
+  const auto wanted = static_cast<std::int64_t>(std::ceil(c.ratio * static_cast<double>(elements)));
+  return std::min(elements, std::max<std::int64_t>(1, wanted));
 }
 
 std::int64_t Program::ranks() const {

@@ -59,7 +59,8 @@ struct Buffer {
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
-  std::int64_t experts = 0;  ///< of a routed buffer
+  bool whole_numbers = false;  ///< 4-byte words that are no fp32: indices, packed signs
+  std::int64_t experts = 0;    ///< of a routed buffer
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;
   std::int32_t parameter = -1;
@@ -90,7 +91,15 @@ enum class Kernel : std::uint8_t {
   square_sum,       ///< writes[0] = sum of the squares of all reads
   clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is
          ///< clipped
+  loss_scale,  ///< LossScale: `index` 0 begins a step (writes[0] = outputs[0]'s scale), 1 adapts
+               ///< outputs[0] to the flag reads[0]
+  unscale,     ///< writes /= reads[0]
+  not_finite,  ///< writes[0] = 1 if any value of reads is infinite or no number, else 0
+  compress,    ///< Compression: reads[0] and what outputs[0] keeps of earlier steps as writes
+  decompress,  ///< writes[0] = sum of what reads[0...] stand for
 };
+/// Of an operator (`op`), or of plain buffers?
+inline bool of_operator(Kernel k) { return k <= Kernel::backward_weight; }
 std::string_view name(Kernel k);
 
 enum class CollectiveKind : std::uint8_t {
@@ -171,6 +180,32 @@ struct Optimizer {
   double clip = 0;  ///< > 0: gradients are scaled down to this norm, of all of them together
 };
 
+/// Losses are multiplied by `initial` (a power of two keeps every bit) and gradients divided by it
+/// before they are used, so that small ones are not lost in fp16. `dynamic`: a step whose gradients
+/// are not all finite is skipped and the scale halved; after `growth_interval` good ones in a row
+/// it doubles (torch.cuda.amp.GradScaler).
+struct LossScale {
+  double initial = 0;  ///< 0: none
+  bool dynamic = false;
+  int growth_interval = 2000;
+  friend bool operator==(const LossScale&, const LossScale&) = default;
+};
+
+/// How data-parallel ranks shorten what they send of a gradient, and what they do about the rest.
+enum class CompressionKind : std::uint8_t { none, cast, top_k, power_sgd, one_bit };
+std::string_view name(CompressionKind k);
+struct Compression {
+  CompressionKind kind = CompressionKind::none;
+  ElementType type = ElementType::bf16;  ///< cast
+  double ratio = 0.01;                   ///< top_k: of the elements, those of largest magnitude
+  std::int64_t rank = 2;                 ///< power_sgd
+  bool error_feedback = true;            ///< what was not sent is added to the next step's gradient
+  friend bool operator==(const Compression&, const Compression&) = default;
+};
+
+/// Values that top_k sends of `elements`.
+std::int64_t kept_values(const Compression& compression, std::int64_t elements);
+
 struct ProgramParameter {
   std::string name;
   Shape shape;
@@ -207,6 +242,9 @@ struct Program {
   std::vector<std::vector<int>> ties;          ///< groups of stages that share a parameter
   std::vector<std::string> streams;            ///< names, index = Stream
   Optimizer optimizer;
+  LossScale loss_scale;
+  Compression compression;
+  AtomList data_parallel;  ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
   std::int32_t loss_tensor = -1;

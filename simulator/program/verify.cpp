@@ -138,11 +138,7 @@ struct Walker {
         check(i.reads), check(i.parameters), check(i.outputs), check(i.gradients),
             check(i.statistics);
         check(i.backward_statistics), check(i.extras), check(i.writes);
-        if (i.kind == Kind::compute && i.op < 0 && i.kernel != Kernel::zero &&
-            i.kernel != Kernel::add && i.kernel != Kernel::optimizer && i.kernel != Kernel::scale &&
-            i.kernel != Kernel::square_sum && i.kernel != Kernel::clip) {
-          good = false;
-        }
+        good &= i.kind != Kind::compute || i.op >= 0 || !of_operator(i.kernel);
         if (!good) say(b, k, "an id is out of range");
         if (good && i.kind == Kind::compute) operands(b, k, i);
         if (i.kind == Kind::collective) {

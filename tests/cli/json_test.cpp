@@ -382,6 +382,10 @@ TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
       "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1",
       "tiny.yaml --pp 2 --global-batch 4 --schedule dualpipe",
       "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
+      "tiny.yaml --dp 3 --set compression=cast --global-batch 6",
+      "tiny.yaml --dp 2 --set compression.kind=top_k --set compression.ratio=0.1",
+      "tiny.yaml --dp 2 --set compression=power_sgd --set loss_scale=1024",
+      "tiny.yaml --dp 2 --set compression=one_bit",
       "tiny.yaml --cp 2 --context-exchange ring",
       "tiny.yaml --cp 2 --context-exchange all_to_all",
       "tiny.yaml --dp 2 --tp 2 --loader --recompute full",
@@ -413,7 +417,8 @@ TEST(Validate, AProfileThatIsThereStaysUntilTheNewOneIsComplete) {
   const TemporaryFolder folder;
   write(folder.path() + "/device.yaml", "precious");
   // Ended in the middle of its measurements.
-  const Ran r = run("calibrate --backend cpu --rounds 1000 --out '" + folder.path() + "'", "timeout 1");
+  const Ran r =
+      run("calibrate --backend cpu --rounds 1000 --out '" + folder.path() + "'", "timeout 1");
   EXPECT_EQ(r.code, 124);
   EXPECT_EQ(read(folder.path() + "/device.yaml"), "precious");
 }

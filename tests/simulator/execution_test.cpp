@@ -327,6 +327,107 @@ TEST(Execution, Pipelines) {
   }
 }
 
+TEST(Execution, CompressedGradients) {
+  for (const CompressionKind kind : {CompressionKind::cast, CompressionKind::top_k,
+                                     CompressionKind::one_bit, CompressionKind::power_sgd}) {
+    for (const bool feedback : {true, false}) {
+      SCOPED_TRACE(std::string(name(kind)) + (feedback ? "" : " without feedback"));
+      Plan p = base_plan();
+      p.compression.kind = kind;
+      p.compression.error_feedback = feedback;
+      p.compression.ratio = 0.1;
+      p.dp = 2;
+      p.global_batch = 4;
+      expect_good(gpt(), p);
+      p.dp = 3;
+      p.global_batch = 6;
+      p.overlap_gradients = false;
+      p.optimizer.clip = 0.125;
+      expect_good(llama(), p);
+      p.dp = 2;
+      p.tp = 2;
+      p.sequence_parallel = true;
+      p.cp = 2;
+      p.global_batch = 4;
+      expect_good(llama(), p);
+      p.cp = 1;
+      p.pp = 2;
+      p.optimizer.kind = OptimizerKind::adam;
+      expect_good(llama(), p);
+      p.pp = p.tp = 1;
+      p.dp = 4;
+      p.ep = 2;
+      p.optimizer.kind = OptimizerKind::sgd;
+      expect_good(mixtral(), p);
+      p.ep = 1;
+      p.dp = 2;
+      expect_good(cnn(false), p, 2);
+    }
+  }
+}
+
+TEST(Execution, LossScaling) {
+  Plan p = base_plan();
+  p.loss_scale = {1024, false, 2000};
+  p.dp = 2;
+  p.global_batch = 4;
+  expect_good(gpt(), p);
+  p.loss_scale = {65536, true, 1};  // doubles after every step
+  for (const int zero : {0, 1, 2, 3}) {
+    SCOPED_TRACE(zero);
+    p.zero = zero;
+    p.optimizer.kind = zero % 2 == 0 ? OptimizerKind::adam : OptimizerKind::sgd;
+    p.optimizer.clip = 0.125;
+    expect_good(llama(), p);
+  }
+  p.zero = 0;
+  p.pp = 2;
+  p.tp = 2;
+  p.sequence_parallel = true;
+  expect_good(gpt(), p);
+  expect_good(llama(), p);
+}
+
+TEST(Execution, ADynamicLossScaleSkipsStepsWhoseGradientsOverflow) {
+  // Gradients of activations in fp16 overflow beyond 65504. A scale of 2^30 is too much; it halves
+  // from step to step until the gradients are finite, and until then nothing changes.
+  const Graph g = llama();
+  Plan p = base_plan();
+  set_precision(p, "fp16", "");
+  p.dp = 2;
+  p.optimizer.kind = OptimizerKind::adam;
+  p.loss_scale = {0x1p30, true, 2000};
+  const Program program = lowered(g, p);
+  int skipped = 0;
+  std::vector<std::vector<double>> before;
+  for (int steps = 0; steps <= 24; ++steps) {
+    auto options = reference::options_for(g, program, steps, 7);
+    options.round = true;
+    const auto run = reference::interpret(program, options);
+    if (steps > 0 && run.parameters[0] == before) ++skipped;
+    if (steps > 0 && run.parameters[0] != before) {
+      for (const auto& values : run.parameters[0]) {
+        for (const double v : values) ASSERT_TRUE(std::isfinite(v));
+      }
+      break;
+    }
+    before = run.parameters[0];
+  }
+  EXPECT_GE(skipped, 3);
+  EXPECT_LT(skipped, 24);
+  // Without the flag the first step ruins the parameters.
+  p.loss_scale.dynamic = false;
+  const Program fixed = lowered(g, p);
+  auto options = reference::options_for(g, fixed, 1, 7);
+  options.round = true;
+  const auto ruined = reference::interpret(fixed, options);
+  bool finite = true;
+  for (const auto& values : ruined.parameters[0]) {
+    for (const double v : values) finite &= std::isfinite(v);
+  }
+  EXPECT_FALSE(finite);
+}
+
 TEST(Execution, DualPipe) {
   Plan p = base_plan();
   p.schedule = Schedule::dualpipe;

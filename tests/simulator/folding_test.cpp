@@ -106,7 +106,7 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
   const std::vector<Graph> graphs{gpt(),         llama(),      mixtral(),
                                   uneven(false), uneven(true), five_rows()};
   int feasible = 0;
-  for (int i = 0; i < 800; ++i) {
+  for (int i = 0; i < 1100; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
     Plan wanted = random_plan(rng);
