@@ -239,31 +239,43 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
                                    size, ranks, where, ranks));
     }
   }
-  // Each data-parallel rank is tp x pp x cp ranks, and a loader's where there are loaders.
-  const std::int64_t others = p.tp * p.pp * p.cp + (p.loader ? 1 : 0);
-  if (p.loader && ranks % others != 0) {
+  // Each data-parallel rank is tp x pp x cp ranks, and a loader's where there are loaders; servers
+  // are beside them.
+  const std::int64_t servers = p.servers * p.tp;
+  if (servers >= ranks) {
+    throw InputError(
+        "servers",
+        fmt::format("{} servers x tp {} leave none of the {} devices of {} for training; "
+                    "use fewer, or more devices",
+                    p.servers, p.tp, ranks, where));
+  }
+  const std::int64_t others = p.tp * p.pp * p.cp + (p.loader ? 1 : 0), left = ranks - servers;
+  const std::string beside = servers > 0 ? fmt::format(" less {} servers", servers) : "";
+  if (p.loader && left % others != 0) {
     throw InputError(
         "--loader",
         fmt::format(
             "tp {} x pp {} x cp {} ranks and their loader are {}, which does not divide the {} "
-            "devices of {}; choose other sizes or another number of devices",
-            p.tp, p.pp, p.cp, others, ranks, where));
+            "devices of {}{}; choose other sizes or another number of devices",
+            p.tp, p.pp, p.cp, others, ranks, where, beside));
   }
-  if (ranks % others != 0) {
+  if (left % others != 0) {
     throw InputError(
         "--tp, --pp, --cp",
-        fmt::format("tp {} x pp {} x cp {} = {} does not divide the {} devices of {}; "
+        fmt::format("tp {} x pp {} x cp {} = {} does not divide the {} devices of {}{}; "
                     "choose sizes whose product divides {}, or another number of nodes",
-                    p.tp, p.pp, p.cp, others, ranks, where, ranks));
+                    p.tp, p.pp, p.cp, others, ranks, where, beside, left));
   }
-  if (p.dp == 0) p.dp = ranks / others;
-  if (p.dp * others != ranks) {
+  if (p.dp == 0) p.dp = left / others;
+  if (p.dp * others != left) {
     throw InputError(
         "--dp",
-        fmt::format("dp {} x tp {} x pp {} x cp {}{} = {} ranks, but {} has {} devices; leave --dp "
-                    "out or use {}",
-                    p.dp, p.tp, p.pp, p.cp, p.loader ? fmt::format(" and {} loaders", p.dp) : "",
-                    p.dp * others, where, ranks, ranks / others));
+        fmt::format(
+            "dp {} x tp {} x pp {} x cp {}{}{} = {} ranks, but {} has {} devices; leave --dp "
+            "out or use {}",
+            p.dp, p.tp, p.pp, p.cp, p.loader ? fmt::format(" and {} loaders", p.dp) : "",
+            servers > 0 ? fmt::format(" and {} servers", servers) : "", p.dp * others + servers,
+            where, ranks, left / others));
   }
 }
 

@@ -68,6 +68,8 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kernel::not_finite:
     case Kernel::compress:
     case Kernel::decompress:
+    case Kernel::dequeue:
+    case Kernel::enqueue:
       break;
   }
   return std::string(name(i.kernel));

@@ -423,14 +423,15 @@ class Executor {
   }
 
   std::int64_t message_tag(const Instruction& i) const {
-    return kFirstMessageTag + static_cast<std::int64_t>(i.index) * p_.micro_batches + micro_batch_;
+    return kFirstMessageTag + static_cast<std::int64_t>(i.index) * (p_.micro_batches + 1) +
+           p_.instance_of(i, micro_batch_) + 1;
   }
 
   void message(const Block& block, const Instruction& i) {
     const bool sends = i.kind == Kind::send;
     const BufferId b = sends ? i.reads[0] : i.writes[0];
     if (!box(b).held) return;
-    const auto peer = static_cast<int>(p_.rank_on_stage(rank_, i.stage));
+    const auto peer = static_cast<int>(p_.peer_of(i, rank_));
     transport_.doing(
         fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
     if (p_.buffer(b).routed) {
@@ -819,6 +820,17 @@ class Executor {
       decompress(i);
       return;
     }
+    if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
+      const auto length = static_cast<std::int64_t>(box(i.outputs[0]).index[0].size());
+      const std::int64_t n = box(i.outputs[0]).elements() / length;
+      float* at = values(i.outputs[0]) + n * (step_ % length);
+      if (i.kernel == Kernel::enqueue) {
+        std::copy_n(values(i.reads[0]), n, at);
+      } else {
+        std::copy_n(at, n, values(i.writes[0]));
+      }
+      return;
+    }
     if (i.kernel == Kernel::clip) {
       const auto factor = static_cast<float>(
           reference::clip_factor(p_.optimizer, static_cast<double>(values(i.reads[0])[0])));
@@ -925,6 +937,8 @@ class Executor {
       case Kernel::not_finite:
       case Kernel::compress:
       case Kernel::decompress:
+      case Kernel::dequeue:
+      case Kernel::enqueue:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {

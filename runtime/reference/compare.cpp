@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <map>
 #include <set>
 
@@ -196,6 +197,8 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
   std::vector<std::vector<std::vector<std::vector<double>>>> states(
       replicas, std::vector<std::vector<std::vector<double>>>(graph.parameters.size()));
   CompressedGradients compressed(program);
+  std::vector<std::vector<std::deque<std::vector<double>>>> waiting(
+      replicas, std::vector<std::deque<std::vector<double>>>(graph.parameters.size()));
   const bool compresses = program.compression.kind != CompressionKind::none;
   for (int step = 0; step < steps; ++step) {
     for (std::size_t r = 0; r < replicas; ++r) {
@@ -223,6 +226,16 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
         if (!graph.parameters[q].trainable) continue;
         auto g = serial.parameter_gradients[q].values;
         for (double& v : g) v *= factor;
+        if (program.staleness > 0) {
+          // The gradient of so many steps ago; none before the first.
+          auto& queue = waiting[r][q];
+          queue.push_back(g);
+          std::fill(g.begin(), g.end(), 0.0);
+          if (queue.size() > static_cast<std::size_t>(program.staleness)) {
+            g = std::move(queue.front());
+            queue.pop_front();
+          }
+        }
         if (step + 1 == steps) result.gradients[r][q] = g;
         states[r][q].resize(2, std::vector<double>(g.size(), 0.0));
         optimizer_update(program.optimizer, step, parameters[r][q].values, g,

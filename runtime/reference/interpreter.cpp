@@ -152,7 +152,7 @@ class Machine {
 
   // ---- state ---------------------------------------------------------------------------------
   void load_parameters() {
-    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+    for (std::int64_t rank = 0; rank < p_.ranks(); ++rank) {
       const int stage = p_.stage_of(rank);
       for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage)]) {
         for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
@@ -216,7 +216,7 @@ class Machine {
     result_.parameters.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
     std::vector<std::vector<std::vector<char>>> seen(
         replicas, std::vector<std::vector<char>>(p_.parameters.size()));
-    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+    for (std::int64_t rank = 0; rank < p_.ranks(); ++rank) {
       for (const auto& [k, piece] : values_[static_cast<std::size_t>(rank)]) {
         const Buffer& b = p_.buffers[static_cast<std::size_t>(k.first)];
         if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) continue;
@@ -276,18 +276,20 @@ class Machine {
       case Kind::send:
         for (const std::int64_t r : ranks) {
           if (!holds(i.reads[0], r)) continue;
-          mail_[{i.index, micro_batch_, r, p_.rank_on_stage(r, i.stage)}] = load(r, i.reads[0]);
+          mail_[{i.index, p_.instance_of(i, micro_batch_), r, p_.peer_of(i, r)}] =
+              load(r, i.reads[0]);
         }
         return true;
       case Kind::receive:
         for (const std::int64_t r : ranks) {
           if (holds(i.writes[0], r) &&
-              mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0)
+              mail_.count({i.index, p_.instance_of(i, micro_batch_), p_.peer_of(i, r), r}) == 0)
             return false;
         }
         for (const std::int64_t r : ranks) {
           if (!holds(i.writes[0], r)) continue;
-          const auto it = mail_.find({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r});
+          const auto it =
+              mail_.find({i.index, p_.instance_of(i, micro_batch_), p_.peer_of(i, r), r});
           store(r, i.writes[0]) = std::move(it->second);
           mail_.erase(it);
         }
@@ -575,6 +577,22 @@ class Machine {
       decompress(i, rank);
       return;
     }
+    if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
+      // Entry t mod s of a queue of s steps.
+      Piece& queue = kept(rank, i.outputs[0]);
+      const auto length = static_cast<std::int64_t>(queue.index[0].size());
+      const std::size_t n = queue.values.size() / static_cast<std::size_t>(length);
+      const auto at = queue.values.begin() + static_cast<std::ptrdiff_t>(n) * (step_ % length);
+      if (i.kernel == Kernel::enqueue) {
+        const Piece& in = load(rank, i.reads[0]);
+        std::copy(in.values.begin(), in.values.end(), at);
+        return;
+      }
+      Piece out = blank(p_.buffer(i.writes[0]), rank);
+      std::copy_n(at, n, out.values.begin());
+      store(rank, i.writes[0]) = std::move(out);
+      return;
+    }
     if (i.kernel == Kernel::clip) {
       const double factor = clip_factor(p_.optimizer, load(rank, i.reads[0]).values[0]);
       for (const BufferId id : i.writes) {
@@ -667,6 +685,8 @@ class Machine {
       case Kernel::not_finite:
       case Kernel::compress:
       case Kernel::decompress:
+      case Kernel::dequeue:
+      case Kernel::enqueue:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {

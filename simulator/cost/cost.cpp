@@ -85,6 +85,8 @@ Pass pass_of(Kernel k) {
     case Kernel::not_finite:
     case Kernel::compress:
     case Kernel::decompress:
+    case Kernel::dequeue:
+    case Kernel::enqueue:
       return Pass::forward;
   }
   return Pass::forward;

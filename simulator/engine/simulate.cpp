@@ -26,6 +26,7 @@ struct GroupKind {
   int tie = -1;
   int peer_stage = -1;  ///< point to point
   bool exchanges = false;
+  int peer = 0;  ///< coordinate along `atoms` of a role's partner
   friend auto operator<=>(const GroupKind&, const GroupKind&) = default;
 };
 
@@ -39,14 +40,23 @@ std::vector<GroupKind> group_kinds(const Program& p, int stage) {
         all.insert({i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie, -1,
                     i.collective == CollectiveKind::all_to_all});
       }
-      if (i.kind == Kind::send || i.kind == Kind::receive) all.insert({0, -1, i.stage, false});
+      if (i.kind == Kind::send || i.kind == Kind::receive)
+        all.insert({i.atoms, -1, i.stage, false, i.peer});
     }
   }
   return {all.begin(), all.end()};
 }
 
+std::int64_t partner(const Program& p, const GroupKind& k, std::int64_t rank) {
+  Instruction i;
+  i.stage = k.peer_stage;
+  i.atoms = k.atoms;
+  i.peer = k.peer;
+  return p.peer_of(i, rank);
+}
+
 std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int64_t rank) {
-  if (k.peer_stage >= 0) return {rank, p.rank_on_stage(rank, k.peer_stage)};
+  if (k.peer_stage >= 0) return {rank, partner(p, k, rank)};
   if (k.tie >= 0) {
     std::vector<std::int64_t> all;
     for (const int s : p.ties[static_cast<std::size_t>(k.tie)])
@@ -113,6 +123,11 @@ std::vector<Unevenness> unevenness(const Program& p) {
         };
         for_each_read(i, buffer);
         for_each_write(i, buffer);
+        // A role serves its partners one after the other.
+        if ((i.kind == Kind::send || i.kind == Kind::receive) && i.atoms != 0) {
+          AtomMask& all = by_stage[static_cast<std::size_t>(i.stage)].coordinates;
+          all = static_cast<AtomMask>(all | i.atoms);
+        }
         if (i.kind != Kind::compute || i.op < 0) continue;
         const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
         for (std::size_t d = 0; d < op.cuts.size(); ++d) {
@@ -143,6 +158,7 @@ struct Step {
   std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
   std::int32_t label = 0;                  ///< for the breakdown
   std::int32_t message = -1;
+  bool of_step = false;  ///< the message goes once a step, not once a micro-batch
   std::int32_t peer_class = -1;
 };
 
@@ -164,8 +180,8 @@ struct Replay {
     std::int32_t label, before;
   };
   std::vector<Made> marks;
-  std::vector<std::tuple<std::int32_t, std::int32_t, std::int64_t>>
-      messages;  ///< id, to class, start
+  std::vector<std::tuple<std::int32_t, std::int32_t, bool, std::int64_t>>
+      messages;  ///< id, to class, once a step?, start
 };
 
 struct Compiled {
@@ -256,7 +272,7 @@ RankClasses classify(const Program& p, Communication& communication) {
       std::uint64_t h = colour[static_cast<std::size_t>(r)];
       for (const GroupKind& k : kinds[static_cast<std::size_t>(stage)]) {
         if (k.peer_stage >= 0) {
-          h = mix(h, colour[static_cast<std::size_t>(p.rank_on_stage(r, k.peer_stage))]);
+          h = mix(h, colour[static_cast<std::size_t>(partner(p, k, r))]);
           continue;
         }
         const std::int64_t root =
@@ -510,8 +526,9 @@ class Engine {
           }
           case Kind::send:
           case Kind::receive: {
-            const std::int64_t peer = p_.rank_on_stage(rank, i.stage);
+            const std::int64_t peer = p_.peer_of(i, rank);
             s.message = i.index;
+            s.of_step = p_.instance_of(i, 0) < 0;
             s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
             const bool sends = i.kind == Kind::send;
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
@@ -671,8 +688,8 @@ class Engine {
         slot(s, m.slot, call.micro_batch) = {now + m.ready, m.label, m.before, now + m.begin};
         if (m.ready > r.free[0]) s.late.push_back({m.slot, call.micro_batch, now + m.ready});
       }
-      for (const auto& [id, to, start] : r.messages) {
-        messages_[message_key(id, call.micro_batch, c, to)] = now + start;
+      for (const auto& [id, to, of_step, start] : r.messages) {
+        messages_[message_key(id, of_step ? -1 : call.micro_batch, c, to)] = now + start;
       }
       timeline_.instructions += static_cast<std::int64_t>(block.steps.size() - block.receives);
       return;
@@ -704,8 +721,10 @@ class Engine {
       const Step& step = block.steps[k];
       if (step.kind != Kind::send) continue;
       r.messages.emplace_back(
-          step.message, step.peer_class,
-          messages_.at(message_key(step.message, call.micro_batch, c, step.peer_class)) - now);
+          step.message, step.peer_class, step.of_step,
+          messages_.at(
+              message_key(step.message, step.of_step ? -1 : call.micro_batch, c, step.peer_class)) -
+              now);
     }
     block.replays.emplace(std::move(key), std::move(r));
   }
@@ -723,8 +742,8 @@ class Engine {
       if (ready.ready > start) start = ready.ready, cause = &ready;
     }
     if (step.kind == Kind::receive) {
-      const auto it =
-          messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
+      const auto it = messages_.find(
+          message_key(step.message, step.of_step ? -1 : call.micro_batch, step.peer_class, c));
       if (it == messages_.end()) return false;
       // Waiting for others is this step's own wait, not its last operand's.
       if (it->second > start) start = it->second, cause = nullptr;
@@ -737,7 +756,8 @@ class Engine {
     } else if (step.kind == Kind::send) {
       // Beside compute, a transfer is one interval on both sides; on one stream the sender copies
       // out, then the receiver copies in.
-      messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] =
+      messages_[message_key(step.message, step.of_step ? -1 : call.micro_batch, c,
+                            step.peer_class)] =
           step.stream == kComputeStream ? start + step.ticks : start;
     }
     if (start > kLastTick - step.ticks) {

@@ -63,6 +63,7 @@ class Lowering {
     for (int s = 0; s < stages_; ++s) start_and_step(s);
     order_blocks();
     loader_blocks();
+    server_blocks();
     place_memory();
     return std::move(p_);
   }
@@ -94,6 +95,7 @@ class Lowering {
     p_.micro_batches = static_cast<int>(plan_.micro_batches());
     p_.samples = plan_.strategy == "replicas" ? plan_.micro_batch : plan_.micro_batch * plan_.dp;
     p_.optimizer = plan_.optimizer;
+    p_.staleness = static_cast<int>(plan_.staleness);
     p_.loss_scale = plan_.loss_scale;
     p_.compression = plan_.compression;
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
@@ -724,6 +726,11 @@ class Lowering {
     throw InternalError("no reader of " + graph_.tensor(t).name);
   }
 
+  int new_message() {
+    const int id = static_cast<int>(messages_.size());
+    messages_.emplace(std::tuple{-1 - id, 0, false}, id);
+    return id;
+  }
   int message(TensorId t, int chunk, bool backward) {
     const auto key = std::tuple{t.value, chunk, backward};
     const auto [it, fresh] = messages_.emplace(key, static_cast<int>(messages_.size()));
@@ -1179,6 +1186,10 @@ class Lowering {
       all.push_back(std::move(i));
     }
     if (owed != 0 && plan_.zero < 2) {
+      if (plan_.servers > 0) {
+        push(all, stage, bucket.parameters, owed);
+        return all;
+      }
       std::vector<ParameterId> plain, shortened;
       for (const ParameterId q : bucket.parameters)
         (compresses(q, owed) ? shortened : plain).push_back(q);
@@ -1186,6 +1197,149 @@ class Lowering {
       if (!shortened.empty()) append_compressed(all, stage, shortened, owed);
     }
     return all;
+  }
+
+  // ---- parameter servers -----------------------------------------------------------------------
+  struct Served {
+    int stage, push, pull;  ///< who has the parameter, and the messages
+  };
+  /// Servers share the parameters, each next one going to the one with fewest elements.
+  int server_of(ParameterId q) {
+    if (server_of_.empty()) {
+      std::vector<std::int64_t> load(static_cast<std::size_t>(plan_.servers), 0);
+      for (const Parameter& parameter : graph_.parameters) {
+        const auto least = std::min_element(load.begin(), load.end());
+        *least += elements(parameter.shape);
+        server_of_.push_back(static_cast<int>(least - load.begin()));
+      }
+    }
+    return server_of_[q.index()];
+  }
+  int server_stage(int server) const { return stages_ + (plan_.loader ? 1 : 0) + server; }
+
+  Instruction message(Kind kind, BufferId b, int stage, int id, const char* stream_name) {
+    Instruction i;
+    i.kind = kind;
+    i.stage = stage;
+    i.index = id;
+    i.after_compute = true;
+    i.stream = stream(stream_name);
+    (kind == Kind::send ? i.reads : i.writes) = {b};
+    return i;
+  }
+
+  /// A worker's gradients go to their servers; what is owed beyond the workers is paid before.
+  void push(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list,
+            AtomMask owed) {
+    const AtomMask rest = owed & static_cast<AtomMask>(~data_parallel());
+    if (rest != 0) append_owed(all, stage, list, rest);
+    for (const ParameterId q : list) {
+      const ParameterOnStage& v = on_stage(stage).at(q);
+      const int server = server_of(q), sent = new_message();
+      served_[server][q].push_back({stage, sent, new_message()});
+      all.push_back(message(Kind::send, v.reduced, server_stage(server), sent, "push"));
+    }
+  }
+
+  /// In step t a server updates with the gradients of step t - s and hands the parameters out,
+  /// before it takes this step's gradients if s > 0, after them if not.
+  void server_blocks() {
+    if (plan_.servers == 0) return;
+    AtomList others;
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const AtomMask atom = bit(static_cast<AtomId>(a));
+      if ((atom & (data_parallel() | mask_of(p_.pipeline))) == 0)
+        others.push_back(static_cast<AtomId>(a));
+    }
+    for (int server = 0; server < static_cast<int>(plan_.servers); ++server) {
+      p_.roles.push_back({fmt::format("server {}", server), others});
+      Block block;
+      block.name = fmt::format("serve {}", server);
+      block.kind = BlockKind::step;
+      block.stage = server_stage(server);
+      block.chunk = -1;
+      std::vector<Instruction> update, collect;
+      for (const auto& [q, list] : served_[server]) serve(update, collect, q, list);
+      auto& first = plan_.staleness > 0 ? update : collect;
+      auto& second = plan_.staleness > 0 ? collect : update;
+      for (auto* part : {&first, &second}) {
+        for (Instruction& i : *part) block.instructions.push_back(std::move(i));
+      }
+      p_.stages.push_back({{BlockId{p_.blocks.size()}, -1}});
+      p_.blocks.push_back(std::move(block));
+    }
+  }
+
+  void serve(std::vector<Instruction>& update, std::vector<Instruction>& collect, ParameterId q,
+             const std::vector<Served>& list) {
+    const Parameter& parameter = graph_.parameter(q);
+    const ParameterOnStage& worker = on_stage(list[0].stage).at(q);
+    const Buffer pushed = p_.buffer(worker.reduced);
+    const auto workers = static_cast<int>(plan_.dp);
+    const auto like = [&](const char* suffix, Category category, Layout l) {
+      return buffer(parameter.name + suffix, category, Scope::step, parameter.shape, std::move(l),
+                    pushed.type);
+    };
+    Layout summed = pushed.layout;
+    summed.partial = 0;
+    Instruction sum;
+    sum.kind = Kind::compute;
+    sum.kernel = Kernel::add;
+    for (const Served& from : list) {
+      for (int w = 0; w < workers; ++w) {
+        sum.reads.push_back(like(".grad_of_worker", Category::workspace, pushed.layout));
+        collect.push_back(
+            message(Kind::receive, sum.reads.back(), from.stage, from.push, "receive gradient"));
+        collect.back().atoms = data_parallel();
+        collect.back().peer = w;
+      }
+    }
+    BufferId gradient = like(".grad", Category::workspace, summed);
+    sum.writes = {gradient};
+    collect.push_back(std::move(sum));
+    if (plan_.staleness > 0) {
+      Shape shape{{Dim::sample, plan_.staleness}};
+      shape.insert(shape.end(), parameter.shape.begin(), parameter.shape.end());
+      Layout l = summed;
+      l.dims.insert(l.dims.begin(), 1, DimSplit{});
+      const BufferId queue = buffer(parameter.name + ".queue", Category::optimizer, Scope::step,
+                                    shape, l, pushed.type);
+      Instruction i;
+      i.kind = Kind::compute;
+      i.outputs = {queue};
+      i.kernel = Kernel::enqueue;
+      i.reads = {gradient};
+      collect.push_back(i);
+      gradient = like(".old_grad", Category::workspace, summed);
+      i.kernel = Kernel::dequeue;
+      i.reads.clear();
+      i.writes = {gradient};
+      update.push_back(std::move(i));
+    }
+    const BufferId value = buffer(parameter.name, Category::parameters, Scope::step,
+                                  parameter.shape, worker.layout, plan_.precision.parameters);
+    p_.buffers[value.index()].parameter = q.value;
+    update.push_back(update_of(q, gradient, value, worker.layout));
+    for (const Served& to : list) {
+      for (int w = 0; w < workers; ++w) {
+        update.push_back(message(Kind::send, value, to.stage, to.pull, "send parameters"));
+        update.back().atoms = data_parallel();
+        update.back().peer = w;
+      }
+    }
+  }
+
+  /// Workers get their parameters when nothing reads the old ones any more.
+  void pull(Block& step, int stage) {
+    for (const auto& [server, of_server] : served_) {
+      for (const auto& [q, list] : of_server) {
+        for (const Served& x : list) {
+          if (x.stage == stage)
+            step.instructions.push_back(message(Kind::receive, on_stage(stage).at(q).value,
+                                                server_stage(server), x.pull, "pull"));
+        }
+      }
+    }
   }
 
   // ---- gradients that are compressed (docs/compression.md) -------------------------------------
@@ -1496,7 +1650,7 @@ class Lowering {
     for (auto& i : decoding_[stage]) step.instructions.push_back(std::move(i));
     // Tied parameters: the readers' gradients are summands of one.
     for (const auto& [q, here] : on_stage(stage)) {
-      if (!has_ties(q) || !graph_.parameter(q).trainable) continue;
+      if (!has_ties(q) || !graph_.parameter(q).trainable || plan_.servers > 0) continue;
       std::vector<int> stages;
       for (int s = 0; s < stages_; ++s) {
         if (on_stage(s).count(q)) stages.push_back(s);
@@ -1518,7 +1672,7 @@ class Lowering {
     std::map<AtomMask, Instruction> gathers;
     for (auto& [q, v] : on_stage(stage)) {
       const Parameter& parameter = graph_.parameter(q);
-      if (!parameter.trainable) continue;
+      if (!parameter.trainable || plan_.servers > 0) continue;
       const bool shard_in_place = plan_.zero == 3 || v.scattered == 0;
       BufferId target = v.value;
       if (!shard_in_place) {
@@ -1532,22 +1686,7 @@ class Lowering {
         i.writes = {target};
         step.instructions.push_back(std::move(i));
       }
-      Instruction i;
-      i.kind = Kind::compute;
-      i.kernel = Kernel::optimizer;
-      i.reads = {v.reduced};
-      const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
-      for (int k = 0; k < states; ++k) {
-        i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k),
-                                   Category::optimizer, Scope::step, parameter.shape,
-                                   v.state_layout, plan_.precision.optimizer));
-      }
-      if (plan_.precision.master_copy) {
-        i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step,
-                                  parameter.shape, v.state_layout, ElementType::fp32));
-      }
-      i.writes = {target};
-      i.accumulate = true;
+      Instruction i = update_of(q, v.reduced, target, v.state_layout);
       if (skip.valid()) i.statistics = {skip, loss_scale_state(stage)};
       step.instructions.push_back(std::move(i));
       if (!shard_in_place) {
@@ -1570,11 +1709,33 @@ class Lowering {
       adapt.outputs = {loss_scale_state(stage)};
       step.instructions.push_back(std::move(adapt));
     }
+    if (plan_.servers > 0) pull(step, stage);
     if (plan_.average_every > 0 && plan_.replicas != 0) average_parameters(step, stage);
     start_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(start));
     step_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(step));
+  }
+
+  /// The optimizer's step of one parameter, with its state.
+  Instruction update_of(ParameterId q, BufferId gradient, BufferId target, const Layout& state) {
+    const Parameter& parameter = graph_.parameter(q);
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::optimizer;
+    i.reads = {gradient};
+    const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
+    for (int k = 0; k < states; ++k) {
+      i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k), Category::optimizer,
+                                 Scope::step, parameter.shape, state, plan_.precision.optimizer));
+    }
+    if (plan_.precision.master_copy) {
+      i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step,
+                                parameter.shape, state, ElementType::fp32));
+    }
+    i.writes = {target};
+    i.accumulate = true;
+    return i;
   }
 
   /// Local SGD: every so many steps each replica's share, its parameters over their number, is
@@ -1870,7 +2031,9 @@ class Lowering {
   std::map<int, std::vector<Instruction>> decoding_;  ///< by stage: compressed gradients' last part
   std::map<int, BufferId> loss_scale_, loss_scale_state_;  ///< by stage
   std::map<int, std::set<ParameterId>> late_owed_;
-  std::map<int, std::vector<FromLoader>> from_loader_;  ///< by chunk
+  std::map<int, std::vector<FromLoader>> from_loader_;                ///< by chunk
+  std::vector<int> server_of_;                                        ///< by parameter
+  std::map<int, std::map<ParameterId, std::vector<Served>>> served_;  ///< by server
   std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;
 };

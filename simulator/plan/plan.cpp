@@ -279,6 +279,31 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
           what, graph.name));
     }
   }
+  if (plan.staleness > 0 && plan.servers == 0)
+    return no(fmt::format("staleness {} is of a parameter server; give servers, or use staleness 0",
+                          plan.staleness));
+  if (plan.servers > 0) {
+    if (plan.strategy == "replicas" || plan.strategy == "dataparallel")
+      return no(fmt::format("strategy {} has no use for parameter servers; use servers 0",
+                            plan.strategy));
+    if (plan.dp < 2)
+      return no(fmt::format("parameter servers serve data-parallel ranks; use dp 2 or more, got {}",
+                            plan.dp));
+    if (plan.cp * plan.ep != 1)
+      return no(
+          fmt::format("parameter servers know data, tensor and pipeline parallel ranks; use cp "
+                      "and ep 1, got {} and {}",
+                      plan.cp, plan.ep));
+    if (plan.zero > 0)
+      return no(fmt::format("parameter servers hold the state that zero {} would shard; use zero 0",
+                            plan.zero));
+    if (plan.compression.kind != CompressionKind::none || plan.loss_scale.initial > 0 ||
+        plan.optimizer.clip > 0)
+      return no(
+          "parameter servers get gradients as they are; use compression none, loss_scale 0 and "
+          "clip "
+          "0");
+  }
   if (plan.loss_scale.initial > 0 && plan.strategy == "dataparallel")
     return no("strategy dataparallel does not scale losses; use loss_scale 0, or another strategy");
 
@@ -720,6 +745,8 @@ void apply(Plan& p, const YamlNode& y) {
   integer("global_batch", p.global_batch, 0);
   integer("zero_group", p.zero_group, 0);
   integer("average_every", p.average_every, 0);
+  integer("servers", p.servers, 0);
+  integer("staleness", p.staleness, 0);
   if (const auto n = y.find("zero")) p.zero = static_cast<int>(n->as_int(0, 3));
   if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
@@ -865,6 +892,7 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.loader) s += "loader: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
+  if (p.servers > 0) s += fmt::format("servers: {}\nstaleness: {}\n", p.servers, p.staleness);
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
                      p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);

@@ -100,6 +100,10 @@ struct Plan {
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every
   /// rank makes what it needs.
   bool loader = false;
+  /// > 0: parameters live on so many servers (times tp), ranks of their own; data-parallel ranks
+  /// push gradients and pull parameters in every step. An update uses the gradient of `staleness`
+  /// steps ago, so that workers need not wait for it.
+  std::int64_t servers = 0, staleness = 0;
   LossScale loss_scale;
   Compression compression;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
@@ -121,7 +125,7 @@ struct Plan {
 
   /// Of the mesh, and with the roles'.
   std::int64_t mesh_ranks() const { return tp * pp * dp * cp; }
-  std::int64_t ranks() const { return mesh_ranks() + (loader ? dp : 0); }
+  std::int64_t ranks() const { return mesh_ranks() + (loader ? dp : 0) + servers * tp; }
   std::int64_t micro_batches() const;
   std::int64_t chunks() const { return pp * virtual_stages; }
 };

@@ -216,7 +216,7 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
         if (p.stage_of(rank) != p.blocks[block].stage) continue;
         if (sends) {
           if (const std::int64_t n = local_bytes(p, i.reads[0], rank).count; n > 0)
-            bytes[{rank, p.rank_on_stage(rank, i.stage)}] += calls[block] * n;
+            bytes[{rank, p.peer_of(i, rank)}] += calls[block] * n;
           continue;
         }
         const auto group = p.group(i, rank);

@@ -18,7 +18,7 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 16> names{"forward_statistic",
+  constexpr std::array<std::string_view, 18> names{"forward_statistic",
                                                    "forward",
                                                    "backward_statistic",
                                                    "backward_data",
@@ -33,7 +33,9 @@ std::string_view name(Kernel k) {
                                                    "unscale",
                                                    "not_finite",
                                                    "compress",
-                                                   "decompress"};
+                                                   "decompress",
+                                                   "dequeue",
+                                                   "enqueue"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CompressionKind k) {
@@ -107,6 +109,16 @@ std::int64_t Program::rank_on_stage(std::int64_t rank, int stage) const {
   const auto role = static_cast<std::size_t>(stage - pipeline_stages());
   for (std::size_t r = 0; r < role; ++r) first += mesh.size(roles[r].atoms);
   return first + mesh.coordinate(place, roles[role].atoms);
+}
+
+std::int64_t Program::peer_of(const Instruction& i, std::int64_t rank) const {
+  const std::int64_t peer = rank_on_stage(rank, i.stage);
+  if (i.atoms == 0) return peer;
+  AtomList list;
+  for (std::size_t a = 0; a < mesh.atoms.size(); ++a) {
+    if (has(i.atoms, static_cast<AtomId>(a))) list.push_back(static_cast<AtomId>(a));
+  }
+  return moved(mesh, peer, list, i.peer);
 }
 
 std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank) const {

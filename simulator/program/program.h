@@ -97,6 +97,8 @@ enum class Kernel : std::uint8_t {
   not_finite,  ///< writes[0] = 1 if any value of reads is infinite or no number, else 0
   compress,    ///< Compression: reads[0] and what outputs[0] keeps of earlier steps as writes
   decompress,  ///< writes[0] = sum of what reads[0...] stand for
+  dequeue,     ///< writes[0] = what outputs[0], a queue of steps, got longest ago; zeros at first
+  enqueue,     ///< reads[0] takes that place
 };
 /// Of an operator (`op`), or of plain buffers?
 inline bool of_operator(Kernel k) { return k <= Kernel::backward_weight; }
@@ -143,6 +145,9 @@ struct Instruction {
   std::int32_t tie =
       -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
   std::int32_t stage = -1;  ///< send, receive: the other stage
+  /// send, receive of a role that meets several ranks of a stage: the one with this coordinate
+  /// along `atoms`.
+  std::int32_t peer = 0;
   /// compute: operands by role; -1 where an entry is not needed.
   /// collective: reads[i] becomes writes[i], bucketed as one call.
   std::vector<BufferId> reads;  ///< inputs (forward operands), or sources
@@ -242,6 +247,7 @@ struct Program {
   std::vector<std::vector<int>> ties;          ///< groups of stages that share a parameter
   std::vector<std::string> streams;            ///< names, index = Stream
   Optimizer optimizer;
+  int staleness = 0;  ///< steps that a gradient waits in its server's queue
   LossScale loss_scale;
   Compression compression;
   AtomList data_parallel;  ///< cut a micro-batch's samples, in order
@@ -260,6 +266,13 @@ struct Program {
   std::int64_t place_of(std::int64_t rank) const;
   /// Whom `rank` exchanges messages with on another stage, a role's included.
   std::int64_t rank_on_stage(std::int64_t rank, int stage) const;
+  /// Whom a send of `rank` goes to, a receive comes from.
+  std::int64_t peer_of(const Instruction& i, std::int64_t rank) const;
+  /// Which instance of a message a call's send or receive is: what a step has once goes once.
+  std::int32_t instance_of(const Instruction& i, std::int32_t micro_batch) const {
+    const BufferId id = i.kind == Kind::send ? i.reads[0] : i.writes[0];
+    return buffer(id).scope == Scope::step ? -1 : micro_batch;
+  }
   /// Does the layout's root leave `rank` anything of this buffer?
   bool holds(BufferId id, std::int64_t rank) const {
     const std::int64_t place = place_of(rank);

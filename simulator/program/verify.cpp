@@ -288,10 +288,14 @@ struct Walker {
             continue;
           }
           const Instruction& i = block.instructions[at[s].instruction];
-          if (i.kind == Kind::send) {
-            mail[{i.index, call.micro_batch, stage, i.stage}].push_back(i.reads[0]);
+          // A role's messages with the other ranks of a stage are like those with the first.
+          const bool again = (i.kind == Kind::send || i.kind == Kind::receive) && i.peer > 0;
+          if (again) {
+          } else if (i.kind == Kind::send) {
+            mail[{i.index, p.instance_of(i, call.micro_batch), stage, i.stage}].push_back(
+                i.reads[0]);
           } else if (i.kind == Kind::receive) {
-            auto& box = mail[{i.index, call.micro_batch, i.stage, stage}];
+            auto& box = mail[{i.index, p.instance_of(i, call.micro_batch), i.stage, stage}];
             if (box.empty()) {
               blocked = true;
               continue;

@@ -259,11 +259,11 @@ TEST(Conservation, BytesSentAreBytesReceived) {
     for (std::int64_t r = 0; r < p.ranks(); ++r) {
       for_each_call(p, p.stage_of(r), [&](const BlockCall& call, const Instruction& i) {
         if (i.kind != Kind::send && i.kind != Kind::receive) return;
-        const std::int64_t peer = p.rank_on_stage(r, i.stage);
+        const std::int64_t peer = p.peer_of(i, r);
         const bool sends = i.kind == Kind::send;
         if (!p.holds(sends ? i.reads[0] : i.writes[0], r)) return;
         auto& to = sends ? sent : received;
-        to[{i.index, call.micro_batch, sends ? r : peer, sends ? peer : r}] +=
+        to[{i.index, p.instance_of(i, call.micro_batch), sends ? r : peer, sends ? peer : r}] +=
             local_bytes(p, sends ? i.reads[0] : i.writes[0], r).count;
       });
     }

@@ -366,6 +366,34 @@ TEST(Execution, CompressedGradients) {
   }
 }
 
+TEST(Execution, ParameterServers) {
+  for (const int staleness : {0, 1, 3}) {
+    for (const int servers : {1, 2}) {
+      SCOPED_TRACE(::testing::Message() << servers << " servers, staleness " << staleness);
+      Plan p = base_plan();
+      p.dp = 2;
+      p.servers = servers;
+      p.staleness = staleness;
+      p.global_batch = 4;
+      expect_good(gpt(), p);
+      p.tp = 2;
+      p.sequence_parallel = true;
+      p.overlap_gradients = false;
+      expect_good(llama(), p);
+      p.pp = 2;
+      p.loader = true;
+      expect_good(gpt(), p);  // its tied embedding is on two stages: the server sums them
+      p.optimizer.kind = OptimizerKind::adam;
+      p.dp = 3;
+      p.tp = 1;
+      p.global_batch = 12;
+      p.schedule = Schedule::dualpipe;
+      p.schedule_given = true;
+      expect_good(llama(), p);
+    }
+  }
+}
+
 TEST(Execution, LossScaling) {
   Plan p = base_plan();
   p.loss_scale = {1024, false, 2000};

@@ -174,6 +174,15 @@ inline Plan random_plan(std::mt19937& rng) {
   }
   if (pick({0, 0, 1}) == 1)
     p.loss_scale = {256, p.compression.kind == CompressionKind::none && pick({0, 1}) == 1, 1};
+  if (pick({0, 0, 0, 0, 0, 1}) == 1) {
+    p.servers = pick({1, 2});
+    p.staleness = pick({0, 1, 2});
+    p.zero = 0;
+    p.cp = p.ep = 1;
+    p.optimizer.clip = 0;
+    p.loss_scale = {};
+    p.compression = {};
+  }
   const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};
   set_recompute(p, sets[rng() % sets.size()], "");
   return p;
