@@ -249,9 +249,9 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
                     "use fewer, or more devices",
                     p.servers, p.tp, ranks, where));
   }
-  const std::int64_t others = p.tp * p.pp * p.cp + (p.loader ? 1 : 0), left = ranks - servers;
+  const std::int64_t others = p.ranks_of_replica(), left = ranks - servers;
   const std::string beside = servers > 0 ? fmt::format(" less {} servers", servers) : "";
-  if (p.loader && left % others != 0) {
+  if (p.loader && !p.message_queue && left % others != 0) {
     throw InputError(
         "--loader",
         fmt::format(
@@ -262,9 +262,10 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
   if (left % others != 0) {
     throw InputError(
         "--tp, --pp, --cp",
-        fmt::format("tp {} x pp {} x cp {} = {} does not divide the {} devices of {}{}; "
+        fmt::format("tp {} x pp {} x cp {}{} = {} does not divide the {} devices of {}{}; "
                     "choose sizes whose product divides {}, or another number of nodes",
-                    p.tp, p.pp, p.cp, others, ranks, where, beside, left));
+                    p.tp, p.pp, p.cp, p.message_queue ? " and their brokers" : "", others, ranks,
+                    where, beside, left));
   }
   if (p.dp == 0) p.dp = left / others;
   if (p.dp * others != left) {
@@ -273,7 +274,9 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
         fmt::format(
             "dp {} x tp {} x pp {} x cp {}{}{} = {} ranks, but {} has {} devices; leave --dp "
             "out or use {}",
-            p.dp, p.tp, p.pp, p.cp, p.loader ? fmt::format(" and {} loaders", p.dp) : "",
+            p.dp, p.tp, p.pp, p.cp,
+            (p.loader ? fmt::format(" and {} loaders", p.dp) : "") +
+                (p.message_queue ? fmt::format(" and {} brokers", p.dp * p.tp * p.cp) : ""),
             servers > 0 ? fmt::format(" and {} servers", servers) : "", p.dp * others + servers,
             where, ranks, left / others));
   }

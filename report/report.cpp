@@ -65,6 +65,7 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["peak_reserved_bytes"] = p.peak_reserved.count;
   j["peak_device_bytes"] = p.peak_device.count;
   j["peak_memory_bytes"] = p.peak_allocated.count;
+  j["peak_host_bytes"] = p.peak_host.count;
   j["usable_memory_bytes"] = p.usable.count;
   j["peak_at"] = p.peak_at;
   j["alive_at_peak"] = Json::array();
@@ -169,6 +170,7 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   rows.push_back(
       {"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device),
                                           text(p.usable), p.fits ? "fits" : "DOES NOT FIT")});
+  if (p.peak_host.count > 0) rows.push_back({"peak memory, host", text(p.peak_host) + " a rank"});
   out += align(rows);
 
   const double total = static_cast<double>(std::max<std::int64_t>(1, p.breakdown.total().count));

@@ -41,6 +41,7 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kind::send:
     case Kind::receive:
     case Kind::slice:
+    case Kind::copy:
     case Kind::allocate:
     case Kind::free:
       return std::string(name(i.kind));

@@ -84,7 +84,8 @@ class Executor {
   }
   ~Executor() {
     for (std::size_t b = 0; b < slots_.size(); ++b) {
-      for (Instance& i : slots_[b]) memory_.give_back(p_.buffers[b].category, i.data, i.bytes);
+      for (Instance& i : slots_[b])
+        memory_of(BufferId{b}).give_back(p_.buffers[b].category, i.data, i.bytes);
     }
   }
   Executor(const Executor&) = delete;
@@ -99,7 +100,7 @@ class Executor {
       transport_.doing("the start of a step");
       transport_.barrier();
       transport_.reset_traffic();
-      if (step_ == o_.warm_up) memory_.forget_peak();
+      if (step_ == o_.warm_up) memory_.forget_peak(), host_memory_.forget_peak();
       const auto start = Clock::now();
       step_start_ = start;
       losses_.push_back(0);
@@ -112,6 +113,7 @@ class Executor {
     result_.measured.traffic = transport_.traffic();
     result_.measured.peak = memory_.peak();
     result_.measured.at_peak = memory_.at_peak();
+    result_.measured.host_peak = host_memory_.peak();
     collect();
     collect_measurements();
     return std::move(result_);
@@ -192,7 +194,7 @@ class Executor {
   }
 
   void take(BufferId id, Instance& instance, std::int64_t bytes) {
-    instance.data = memory_.take(p_.buffer(id).category, bytes);
+    instance.data = memory_of(id).take(p_.buffer(id).category, bytes);
     instance.bytes = bytes;
   }
 
@@ -338,6 +340,9 @@ class Executor {
     }
   }
 
+  /// On this backend both are the host's; they are counted apart, as on a device.
+  Memory& memory_of(BufferId id) { return p_.buffer(id).host ? host_memory_ : memory_; }
+
   // ---- instances -------------------------------------------------------------------------------
   Instance& slot(BufferId id) {
     auto& all = slots_[id.index()];
@@ -401,7 +406,7 @@ class Executor {
       case Kind::free:
         for (const BufferId b : i.reads) {
           Instance& instance = slot(b);
-          memory_.give_back(p_.buffer(b).category, instance.data, instance.bytes);
+          memory_of(b).give_back(p_.buffer(b).category, instance.data, instance.bytes);
           instance = {};
         }
         return;
@@ -411,6 +416,12 @@ class Executor {
       case Kind::send:
       case Kind::receive:
         message(block, i);
+        return;
+      case Kind::copy:
+        if (box(i.reads[0]).held)
+          std::memcpy(
+              data(i.writes[0]), data(i.reads[0]),
+              static_cast<std::size_t>(box(i.reads[0]).elements() * width(p_.buffer(i.reads[0]))));
         return;
       case Kind::slice:
       case Kind::collective:
@@ -471,7 +482,7 @@ class Executor {
     const std::int64_t bytes =
         static_cast<std::int64_t>(rows.size() * box(id).index[3].size() * sizeof(float));
     if (bytes != instance.bytes) {
-      memory_.give_back(p_.buffer(root).category, instance.data, instance.bytes);
+      memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
       take(root, instance, bytes);
     }
     instance.rows = std::move(rows);
@@ -1242,7 +1253,7 @@ class Executor {
   void collect_measurements() {
     RankMeasurement& m = result_.measured;
     if (rank_ != 0) {
-      std::vector<std::int64_t> words{m.peak.count};
+      std::vector<std::int64_t> words{m.peak.count, m.host_peak.count};
       for (const Bytes b : m.at_peak) words.push_back(b.count);
       const auto real = [](double v) {
         std::int64_t word;
@@ -1281,6 +1292,7 @@ class Executor {
       RankMeasurement r;
       r.rank = from;
       r.peak = Bytes{next()};
+      r.host_peak = Bytes{next()};
       for (Bytes& b : r.at_peak) b = Bytes{next()};
       r.step_s.resize(static_cast<std::size_t>(next()));
       for (double& s : r.step_s) {
@@ -1318,7 +1330,7 @@ class Executor {
   Transport& transport_;
   const Options& o_;
   int rank_ = 0, stage_ = 0;
-  Memory memory_;
+  Memory memory_, host_memory_;
   std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
   std::vector<std::unique_ptr<Box>> boxes_;
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in

@@ -299,6 +299,11 @@ class Machine {
           redistribute({r}, i.reads[0], i.writes[0], false, Mode::first, r);
         commit();
         return true;
+      case Kind::copy:
+        for (const std::int64_t r : ranks) {
+          if (holds(i.reads[0], r)) store(r, i.writes[0]) = load(r, i.reads[0]);
+        }
+        return true;
       case Kind::collective:
         return collective(i, stage, ranks);
       case Kind::compute:

@@ -74,6 +74,7 @@ struct Unevenness {
   std::vector<std::pair<DimSplit, std::int64_t>> cuts;  ///< split, extent
   std::vector<BufferId> flat;                           ///< one of each layout and shape
   std::set<AtomMask> roots;
+  std::vector<const Instruction*> halos;  ///< packed for as many neighbours as want them
   AtomMask coordinates = 0;
 };
 
@@ -123,6 +124,9 @@ std::vector<Unevenness> unevenness(const Program& p) {
         };
         for_each_read(i, buffer);
         for_each_write(i, buffer);
+        if (i.kind == Kind::collective && i.collective == CollectiveKind::halo_exchange &&
+            p.packs_collectives)
+          u.halos.push_back(&i);
         // A role serves its partners one after the other.
         if ((i.kind == Kind::send || i.kind == Kind::receive) && i.atoms != 0) {
           AtomMask& all = by_stage[static_cast<std::size_t>(i.stage)].coordinates;
@@ -187,6 +191,7 @@ struct Replay {
 struct Compiled {
   std::vector<Step> steps;
   std::vector<std::int32_t> slots;
+  std::int64_t host_net = 0, host_rise = 0;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
   // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
   // do.
@@ -220,6 +225,8 @@ RankClasses classify(const Program& p, Communication& communication) {
   std::vector<std::vector<GroupKind>> kinds;
   for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
   const auto uneven = unevenness(p);
+  const bool hosts =
+      std::any_of(p.buffers.begin(), p.buffers.end(), [](const Buffer& b) { return b.host; });
   std::vector<std::uint64_t> colour(static_cast<std::size_t>(n));
   // A group's signature is shared by its members: computed once, at its lowest rank.
   std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> signatures;
@@ -228,12 +235,19 @@ RankClasses classify(const Program& p, Communication& communication) {
     const std::int64_t place = p.place_of(r);
     std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
                           t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
+    if (hosts) {
+      const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
+      h = mix(h, static_cast<std::uint64_t>(t.host_memory_bandwidth(node).count /
+                                            static_cast<double>(t.device_count(node))));
+    }
     const Unevenness& u = uneven[static_cast<std::size_t>(stage)];
     for (const auto& [split, extent] : u.cuts) {
       h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, place)));
     }
     for (const BufferId id : u.flat)
       h = mix(h, static_cast<std::uint64_t>(local_elements(p, id, r)));
+    for (const Instruction* i : u.halos)
+      h = mix(h, static_cast<std::uint64_t>(transient_bytes(p, *i, r).count));
     for (const AtomMask root : u.roots) h = mix(h, p.mesh.group_root(place, root) == place ? 1 : 2);
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
@@ -431,6 +445,9 @@ class Engine {
     return s;
   }
 
+  /// "server 3" is a server.
+  static std::string word(const std::string& name) { return name.substr(0, name.find(' ')); }
+
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
   Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
     if (!device.kernels.empty()) {
@@ -450,6 +467,9 @@ class Engine {
               measured_time(device.kernels, shape, static_cast<int>(std::min(ranks, cores))))
         return turns * (*t + device.dispatch);
     }
+    // A processor that is its own host copies in its own memory.
+    if (on_host(p_, i) && device.compute_capability > 0)
+      return communication_.host_time(p_, i, rank);
     return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
   }
 
@@ -475,9 +495,12 @@ class Engine {
         const Instruction& i = p_.blocks[b].instructions[k];
         if (i.kind == Kind::allocate || i.kind == Kind::free) {
           for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
-            level += (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rank).count;
+            const int sign = i.kind == Kind::allocate ? 1 : -1;
+            level += sign * device_bytes(p_, id, rank).count;
+            out.host_net += sign * host_bytes(p_, id, rank).count;
           }
           out.rise = std::max(out.rise, level);
+          out.host_rise = std::max(out.host_rise, out.host_net);
           continue;
         }
         // Where one rank of a group has the buffer, only that one sends or receives it.
@@ -494,10 +517,13 @@ class Engine {
         switch (i.kind) {
           case Kind::compute:
           case Kind::slice:
+          case Kind::copy:
           case Kind::load: {
             s.ticks = to_ticks(price(i, rank, device)).count;
             if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
               s.label = label("optimizer");
+            } else if (i.kind == Kind::copy) {
+              s.label = label("exposed:host");
             } else if (i.kind != Kind::compute || i.op < 0) {
               s.label = label("other");
             } else {
@@ -536,7 +562,11 @@ class Engine {
                 to_ticks(communication_.point_to_point(local_bytes(p_, buffer, rank),
                                                        sends ? rank : peer, sends ? peer : rank))
                     .count;
-            s.label = label("bubble");
+            // Waiting for a role is waiting for its service, not for a neighbour of the pipeline.
+            const int role = std::max(i.stage, rc.stage) - p_.pipeline_stages();
+            s.label = role < 0
+                          ? label("bubble")
+                          : label("exposed:" + word(p_.roles[static_cast<std::size_t>(role)].name));
             break;
           }
           case Kind::allocate:
@@ -842,6 +872,7 @@ class Engine {
     const auto& calls = p_.stages[static_cast<std::size_t>(rc.stage)];
     MemoryUse& use = timeline_.memory[static_cast<std::size_t>(c)];
     std::array<std::int64_t, kCategoryCount> now{};
+    std::int64_t host = 0;
     // State is there all the time.
     std::vector<char> counted(p_.buffers.size(), 0);
     std::set<BlockId> blocks;
@@ -855,7 +886,8 @@ class Engine {
             return;
           counted[id.index()] = 1;
           now[static_cast<std::size_t>(buffer.category)] +=
-              local_bytes(p_, id, rc.representative).count;
+              device_bytes(p_, id, rc.representative).count;
+          host += host_bytes(p_, id, rc.representative).count;
         };
         for_each_read(i, note);
         for_each_write(i, note);
@@ -868,6 +900,8 @@ class Engine {
       const Compiled& block = compiled_[static_cast<std::size_t>(c)][calls[k].block.index()];
       if (level + block.rise > peak) peak = level + block.rise, at = k;
       level += block.net;
+      use.host_peak = std::max(use.host_peak, Bytes{host + block.host_rise});
+      host += block.host_net;
     }
     // Which buffers are alive at the peak: once more up to it, by category.
     std::int64_t running = base;
@@ -894,7 +928,7 @@ class Engine {
         if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
           const std::int64_t bytes =
-              (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rc.representative).count;
+              (i.kind == Kind::allocate ? 1 : -1) * device_bytes(p_, id, rc.representative).count;
           now[static_cast<std::size_t>(p_.buffer(id).category)] += bytes;
           running += bytes;
         }
@@ -977,7 +1011,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
     Alive& a = all[{b.category, owner}];
     a.category = b.category;
     a.owner = owner;
-    a.bytes += Bytes{sign * local_bytes(p, id, rank_class.representative).count};
+    a.bytes += Bytes{sign * device_bytes(p, id, rank_class.representative).count};
     a.buffers += sign;
   };
   const auto& calls = p.stages[static_cast<std::size_t>(rank_class.stage)];
@@ -995,7 +1029,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
         }
         counted[id.index()] = 1;
         add(id, 1);
-        level += local_bytes(p, id, rank_class.representative);
+        level += device_bytes(p, id, rank_class.representative);
       };
       for_each_read(i, note);
       for_each_write(i, note);
@@ -1024,7 +1058,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
       const std::int64_t sign = i.kind == Kind::allocate ? 1 : -1;
       for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
         add(id, sign);
-        level += Bytes{sign * local_bytes(p, id, rank_class.representative).count};
+        level += Bytes{sign * device_bytes(p, id, rank_class.representative).count};
       }
     }
   }

@@ -64,6 +64,8 @@ class Lowering {
     order_blocks();
     loader_blocks();
     server_blocks();
+    if (plan_.message_queue) broker_blocks();
+    if (plan_.offload_activations) offload_activations();
     place_memory();
     return std::move(p_);
   }
@@ -749,7 +751,134 @@ class Lowering {
     (kind == Kind::send ? i.reads : i.writes) = {b};
     i.stream = stream(
         fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));
+    if (plan_.message_queue && other_stage < stages_ && block.stage < stages_) {
+      through_queue(block, std::move(i));
+      return;
+    }
     block.instructions.push_back(std::move(i));
+  }
+
+  // ---- messages through a broker ---------------------------------------------------------------
+  BufferId on_host(BufferId id, const char* suffix, Category category) {
+    Buffer b = p_.buffer(id);
+    b.name += suffix;
+    b.category = category;
+    b.host = true;
+    b.alias = -1;
+    b.parameter = -1;
+    p_.buffers.push_back(std::move(b));
+    return BufferId{p_.buffers.size() - 1};
+  }
+  Instruction copy(BufferId from, BufferId to) {
+    Instruction i;
+    i.kind = Kind::copy;
+    i.reads = {from};
+    i.writes = {to};
+    const bool a = p_.buffer(from).host, b = p_.buffer(to).host;
+    i.stream = stream(a && b ? "host" : b ? "device to host" : "host to device");
+    return i;
+  }
+
+  /// A message from stage to stage: the device's buffer, its copy on the host, the serialised
+  /// message, the broker's, and back.
+  void through_queue(Block& block, Instruction i) {
+    const bool sends = i.kind == Kind::send;
+    const BufferId device = sends ? i.reads[0] : i.writes[0];
+    const BufferId host = on_host(device, ".host", Category::buffers);
+    const BufferId packed = on_host(device, ".message", Category::buffers);
+    const int broker = stages_ + (plan_.loader ? 1 : 0) + static_cast<int>(plan_.servers);
+    Relay& relay = relays_[i.index];
+    (sends ? relay.from : relay.to) = block.stage;
+    relay.message = packed;
+    if (relay.out < 0) relay.out = new_message();
+    if (sends) {
+      block.instructions.push_back(copy(device, host));
+      block.instructions.back().after_compute = true;
+      block.instructions.push_back(copy(host, packed));
+      i.reads = {packed};
+      i.stage = broker;
+      i.after_compute = false;
+      block.instructions.push_back(std::move(i));
+      return;
+    }
+    i.index = relay.out;
+    i.stage = broker;
+    i.writes = {packed};
+    block.instructions.push_back(std::move(i));
+    block.instructions.push_back(copy(packed, host));
+    block.instructions.push_back(copy(host, device));
+  }
+
+  struct Relay {
+    int from = -1, to = -1, out = -1;  ///< stages, and the message behind the broker
+    BufferId message;
+  };
+
+  /// Brokers hand messages on in an order in which they can come: that of a run in which the stages
+  /// take turns.
+  void broker_blocks() {
+    AtomList lanes;
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const auto atom = static_cast<AtomId>(a);
+      if (!has(mask_of(p_.pipeline), atom)) lanes.push_back(atom);
+    }
+    const int stage = stages_ + static_cast<int>(p_.roles.size());
+    p_.roles.push_back({"broker", lanes});
+    std::map<int, BlockId> block_of;
+    std::map<int, int> in_of;  // message behind the broker -> before it
+    for (const auto& [in, relay] : relays_) {
+      Block block;
+      block.name = fmt::format("relay {}", p_.buffer(relay.message).name);
+      block.kind = BlockKind::forward;
+      block.stage = stage;
+      block.chunk = -1;
+      Instruction i;
+      i.kind = Kind::receive;
+      i.stage = relay.from;
+      i.index = in;
+      i.stream = stream("receive");
+      i.writes = {on_host(relay.message, "", Category::buffers)};
+      Instruction o = i;
+      o.kind = Kind::send;
+      o.stage = relay.to;
+      o.index = relay.out;
+      o.stream = stream("send");
+      std::swap(o.reads, o.writes);
+      block.instructions.push_back(std::move(i));
+      block.instructions.push_back(std::move(o));
+      block_of[in] = BlockId{p_.blocks.size()};
+      in_of[relay.out] = in;
+      p_.blocks.push_back(std::move(block));
+    }
+    std::vector<BlockCall> calls;
+    std::set<std::pair<int, int>> relayed;
+    std::vector<std::pair<std::size_t, std::size_t>> at(static_cast<std::size_t>(stages_));
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (std::size_t s = 0; s < at.size(); ++s) {
+        auto& [call, k] = at[s];
+        for (bool waits = false; !waits && call < p_.stages[s].size();) {
+          const BlockCall& c = p_.stages[s][call];
+          const auto& list = p_.blocks[c.block.index()].instructions;
+          if (k == list.size()) {
+            ++call, k = 0;
+            continue;
+          }
+          const Instruction& i = list[k];
+          if (i.kind == Kind::send && i.stage == stage) {
+            calls.push_back({block_of.at(i.index), c.micro_batch});
+            relayed.insert({i.index, c.micro_batch});
+          } else if (i.kind == Kind::receive && i.stage == stage &&
+                     relayed.count({in_of.at(i.index), c.micro_batch}) == 0) {
+            waits = true;
+            continue;
+          }
+          ++k;
+          moved = true;
+        }
+      }
+    }
+    p_.stages.push_back(std::move(calls));
   }
 
   void forward_block(int chunk) {
@@ -1688,7 +1817,11 @@ class Lowering {
       }
       Instruction i = update_of(q, v.reduced, target, v.state_layout);
       if (skip.valid()) i.statistics = {skip, loss_scale_state(stage)};
-      step.instructions.push_back(std::move(i));
+      if (plan_.offload_optimizer) {
+        update_on_host(step, q, std::move(i));
+      } else {
+        step.instructions.push_back(std::move(i));
+      }
       if (!shard_in_place) {
         Instruction& g = gathers[v.scattered];
         g.kind = Kind::collective;
@@ -1736,6 +1869,144 @@ class Lowering {
     i.writes = {target};
     i.accumulate = true;
     return i;
+  }
+
+  /// The host has state and a copy of the parameter: the gradient goes there, the result comes back
+  /// (arXiv 2101.06840).
+  void update_on_host(Block& step, ParameterId q, Instruction i) {
+    const BufferId target = i.writes[0];
+    for (auto* list : {&i.outputs, &i.extras}) {
+      for (const BufferId id : *list) p_.buffers[id.index()].host = true;
+    }
+    const BufferId gradient = on_host(i.reads[0], ".host", Category::gradients);
+    const BufferId value = on_host(target, ".host", Category::parameters);
+    p_.buffers[value.index()].parameter = q.value;
+    step.instructions.push_back(copy(i.reads[0], gradient));
+    step.instructions.back().after_compute = true;
+    i.reads[0] = gradient;
+    i.writes[0] = value;
+    i.stream = stream("host");
+    step.instructions.push_back(std::move(i));
+    step.instructions.push_back(copy(value, target));
+  }
+
+  /// What a forward leaves for its backward waits on the host: copied out after its last use in the
+  /// forward, back into another buffer one layer ahead of its first use in the backward.
+  void offload_activations() {
+    struct Uses {
+      std::set<std::size_t> forward, backward;  ///< blocks
+      bool elsewhere = false;
+    };
+    std::vector<Uses> uses(p_.buffers.size());
+    std::vector<char> shares(p_.buffers.size(), 0);
+    for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
+      if (p_.buffers[b].alias < 0) continue;
+      shares[b] = shares[static_cast<std::size_t>(p_.buffers[b].alias)] = 1;
+    }
+    for (std::size_t at = 0; at < p_.blocks.size(); ++at) {
+      const Block& block = p_.blocks[at];
+      for (const Instruction& i : block.instructions) {
+        const auto note = [&](BufferId id) {
+          Uses& u = uses[id.index()];
+          const bool back =
+              block.kind == BlockKind::backward || block.kind == BlockKind::backward_weight;
+          if (block.kind == BlockKind::forward) u.forward.insert(at);
+          if (back) u.backward.insert(at);
+          u.elsewhere |= !back && block.kind != BlockKind::forward;
+        };
+        for_each_read(i, note);
+        for_each_write(i, note);
+      }
+    }
+    std::map<std::size_t, std::map<BufferId, BufferId>> out;   // by block: buffer -> host
+    std::map<std::size_t, std::map<BufferId, BufferId>> back;  // by block: buffer -> its return
+    std::map<BufferId, BufferId> host_of;                      // return -> host
+    for (std::size_t b = 0; b < uses.size(); ++b) {
+      const Buffer& buffer = p_.buffers[b];
+      if (buffer.scope != Scope::micro_batch || buffer.category != Category::activations ||
+          buffer.routed || buffer.host || shares[b] || uses[b].elsewhere ||
+          uses[b].forward.size() != 1 || uses[b].backward.empty())
+        continue;
+      const BufferId id{b};
+      const BufferId host = on_host(id, ".host", Category::activations);
+      Buffer again = p_.buffer(id);
+      again.name += ".back";
+      p_.buffers.push_back(std::move(again));
+      const BufferId returned{p_.buffers.size() - 1};
+      out[*uses[b].forward.begin()][id] = host;
+      for (const std::size_t block : uses[b].backward) back[block][id] = returned;
+      host_of[returned] = host;
+    }
+    for (const auto& [at, list] : out) copy_out(p_.blocks[at], list);
+    for (const auto& [at, list] : back) copy_back(p_.blocks[at], list, host_of);
+  }
+
+  void copy_out(Block& block, const std::map<BufferId, BufferId>& list) {
+    std::map<std::size_t, std::vector<BufferId>> after;
+    std::map<BufferId, std::size_t> last;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const auto note = [&](BufferId id) {
+        if (list.count(id)) last[id] = k;
+      };
+      for_each_read(block.instructions[k], note);
+      for_each_write(block.instructions[k], note);
+    }
+    for (const auto& [id, k] : last) after[k].push_back(id);
+    std::vector<Instruction> merged;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      merged.push_back(std::move(block.instructions[k]));
+      for (const BufferId id : after[k]) {
+        merged.push_back(copy(id, list.at(id)));
+        merged.back().after_compute = true;
+      }
+    }
+    block.instructions = std::move(merged);
+  }
+
+  void copy_back(Block& block, const std::map<BufferId, BufferId>& list,
+                 std::map<BufferId, BufferId>& host_of) {
+    // Where each layer's work begins, and the layer before it in this block.
+    std::vector<std::size_t> starts;
+    int layer = std::numeric_limits<int>::min();
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const Instruction& i = block.instructions[k];
+      if (i.op < 0) continue;
+      const int here = graph_.operators[static_cast<std::size_t>(i.op)].layer;
+      if (here != layer) starts.push_back(k);
+      layer = here;
+    }
+    std::map<std::size_t, std::vector<BufferId>> before;
+    std::set<BufferId> seen;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const auto change = [&](std::vector<BufferId>& ids) {
+        for (BufferId& id : ids) {
+          const auto it = list.find(id);
+          if (it == list.end()) continue;
+          id = it->second;
+          // Blocks of one backward share what came back first.
+          if (host_of.count(id) == 0 || !seen.insert(id).second) continue;
+          const auto next = std::upper_bound(starts.begin(), starts.end(), k);
+          const auto n = next - starts.begin();
+          before[n >= 2 ? starts[static_cast<std::size_t>(n) - 2] : 0].push_back(id);
+        }
+      };
+      Instruction& i = block.instructions[k];
+      for (auto* ids : {&i.reads, &i.parameters, &i.outputs, &i.gradients, &i.statistics,
+                        &i.backward_statistics, &i.extras, &i.writes})
+        change(*ids);
+    }
+    std::vector<Instruction> merged;
+    for (std::size_t k = 0; k <= block.instructions.size(); ++k) {
+      for (const BufferId id : before[k]) {
+        merged.push_back(copy(host_of.at(id), id));
+        merged.back().after_compute = true;
+      }
+      if (k < block.instructions.size()) merged.push_back(std::move(block.instructions[k]));
+    }
+    block.instructions = std::move(merged);
+    if (block.kind == BlockKind::backward && splits_backward(plan_.schedule)) {
+      for (const BufferId id : seen) host_of.erase(id);
+    }
   }
 
   /// Local SGD: every so many steps each replica's share, its parameters over their number, is
@@ -2031,8 +2302,9 @@ class Lowering {
   std::map<int, std::vector<Instruction>> decoding_;  ///< by stage: compressed gradients' last part
   std::map<int, BufferId> loss_scale_, loss_scale_state_;  ///< by stage
   std::map<int, std::set<ParameterId>> late_owed_;
-  std::map<int, std::vector<FromLoader>> from_loader_;                ///< by chunk
-  std::vector<int> server_of_;                                        ///< by parameter
+  std::map<int, std::vector<FromLoader>> from_loader_;  ///< by chunk
+  std::map<int, Relay> relays_;                         ///< by message before the broker
+  std::vector<int> server_of_;                          ///< by parameter
   std::map<int, std::map<ParameterId, std::vector<Served>>> served_;  ///< by server
   std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;

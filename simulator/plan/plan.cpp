@@ -304,6 +304,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
           "clip "
           "0");
   }
+  if (plan.message_queue && plan.pp == 1)
+    return no("message_queue is between pipeline stages; use pp 2 or more, or message_queue false");
+  if (plan.offload_optimizer && plan.servers > 0)
+    return no("parameter servers hold the optimizer state; use offload.optimizer false");
   if (plan.loss_scale.initial > 0 && plan.strategy == "dataparallel")
     return no("strategy dataparallel does not scale losses; use loss_scale 0, or another strategy");
 
@@ -818,6 +822,12 @@ void apply(Plan& p, const YamlNode& y) {
                                    l.initial));
     }
   }
+  if (const auto n = y.find("message_queue")) p.message_queue = n->as_bool();
+  if (const auto n = y.find("offload")) {
+    if (const auto x = n->find("optimizer")) p.offload_optimizer = x->as_bool();
+    if (const auto x = n->find("activations")) p.offload_activations = x->as_bool();
+    n->reject_unknown_keys();
+  }
   if (const auto n = y.find("compression")) set_compression(p.compression, *n);
   if (const auto n = y.find("shard")) {
     for (const YamlNode& item : n->items()) {
@@ -892,6 +902,10 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.loader) s += "loader: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
+  if (p.message_queue) s += "message_queue: true\n";
+  if (p.offload_optimizer || p.offload_activations)
+    s += fmt::format("offload: {{optimizer: {}, activations: {}}}\n", p.offload_optimizer,
+                     p.offload_activations);
   if (p.servers > 0) s += fmt::format("servers: {}\nstaleness: {}\n", p.servers, p.staleness);
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",

@@ -104,6 +104,12 @@ struct Plan {
   /// push gradients and pull parameters in every step. An update uses the gradient of `staleness`
   /// steps ago, so that workers need not wait for it.
   std::int64_t servers = 0, staleness = 0;
+  /// What lies in the host's memory: optimizer state, which the host then updates; activations
+  /// between forward and backward.
+  bool offload_optimizer = false, offload_activations = false;
+  /// Stages meet through a queue: device to host, serialise, a broker (a rank of its own for each
+  /// rank of a stage), host to device.
+  bool message_queue = false;
   LossScale loss_scale;
   Compression compression;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
@@ -125,7 +131,11 @@ struct Plan {
 
   /// Of the mesh, and with the roles'.
   std::int64_t mesh_ranks() const { return tp * pp * dp * cp; }
-  std::int64_t ranks() const { return mesh_ranks() + (loader ? dp : 0) + servers * tp; }
+  std::int64_t ranks() const { return dp * ranks_of_replica() + servers * tp; }
+  /// Of one data-parallel rank: its mesh ranks, loader and brokers.
+  std::int64_t ranks_of_replica() const {
+    return tp * pp * cp + (loader ? 1 : 0) + (message_queue ? tp * cp : 0);
+  }
   std::int64_t micro_batches() const;
   std::int64_t chunks() const { return pp * virtual_stages; }
 };

@@ -173,26 +173,7 @@ Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n) {
   return e;
 }
 
-namespace {
-
-/// Elements of `buffer` that `a` holds of layout `from` and `b` wants in layout `to`.
-std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to, std::int64_t b) {
-  const Buffer &x = p.buffer(from), &y = p.buffer(to);
-  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b)
-    return 0;
-  std::int64_t n = 1;
-  for (std::size_t d = 0; d < x.shape.size(); ++d) {
-    const auto mine = local_indices(p.mesh, x.layout.dims[d], x.shape[d].extent, a);
-    const auto theirs = local_indices(p.mesh, y.layout.dims[d], y.shape[d].extent, b);
-    std::vector<std::int64_t> both;
-    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
-                          std::back_inserter(both));
-    n *= static_cast<std::int64_t>(both.size());
-  }
-  return n;
-}
-
-}  // namespace
+namespace {}  // namespace
 
 std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
     const Program& p, std::int64_t step_number) {
@@ -248,7 +229,7 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
                 break;
               case CollectiveKind::all_to_all:
               case CollectiveKind::halo_exchange:
-                sum += common(p, from, member(c / n), to, member(c % n));
+                sum += common_elements(p, from, member(c / n), to, member(c % n));
                 break;
             }
           }

@@ -35,7 +35,8 @@ struct RankMeasurement {
   std::vector<std::vector<Sample>> samples;  ///< by timed step, in program order, if recorded
   Bytes peak;
   std::array<Bytes, kCategoryCount> at_peak{};
-  Traffic traffic;  ///< of the last step
+  Bytes host_peak{};  ///< of what a device would keep in its host's memory
+  Traffic traffic;    ///< of the last step
 };
 
 }  // namespace partita

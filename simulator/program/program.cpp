@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 namespace partita {
 
@@ -13,8 +14,8 @@ std::string_view name(Category c) {
   return names[static_cast<std::size_t>(c)];
 }
 std::string_view name(Kind k) {
-  constexpr std::array<std::string_view, 8> names{"load",    "compute", "collective", "send",
-                                                  "receive", "slice",   "allocate",   "free"};
+  constexpr std::array<std::string_view, 9> names{
+      "load", "compute", "collective", "send", "receive", "slice", "copy", "allocate", "free"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
@@ -142,6 +143,30 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
   return b.element_bytes > 0 ? Bytes{n * b.element_bytes} : storage(b.type, n);
 }
 
+Bytes device_bytes(const Program& p, BufferId id, std::int64_t rank) {
+  return p.buffer(id).host ? Bytes{0} : local_bytes(p, id, rank);
+}
+Bytes host_bytes(const Program& p, BufferId id, std::int64_t rank) {
+  return p.buffer(id).host ? local_bytes(p, id, rank) : Bytes{0};
+}
+
+std::int64_t common_elements(const Program& p, BufferId from, std::int64_t a, BufferId to,
+                             std::int64_t b) {
+  const Buffer &x = p.buffer(from), &y = p.buffer(to);
+  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b)
+    return 0;
+  std::int64_t n = 1;
+  for (std::size_t d = 0; d < x.shape.size(); ++d) {
+    const auto mine = local_indices(p.mesh, x.layout.dims[d], x.shape[d].extent, a);
+    const auto theirs = local_indices(p.mesh, y.layout.dims[d], y.shape[d].extent, b);
+    std::vector<std::int64_t> both;
+    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
+                          std::back_inserter(both));
+    n *= static_cast<std::int64_t>(both.size());
+  }
+  return n;
+}
+
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
   if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
     return Bytes{0};
@@ -164,10 +189,27 @@ Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank)
     case CollectiveKind::all_gather:
       return in;
     case CollectiveKind::scatter:
-    case CollectiveKind::gather:
-      return std::max(in, out);
+    case CollectiveKind::gather: {
+      // Every member's payload has the place of each chunk, as the root's.
+      const std::int64_t root = p.mesh.group_root(p.place_of(rank), i.atoms);
+      const bool gathers = i.collective == CollectiveKind::gather;
+      Bytes all{0};
+      for (const BufferId id : gathers ? i.writes : i.reads) all += local_bytes(p, id, root);
+      return all;
+    }
+    case CollectiveKind::halo_exchange: {
+      // A row that two neighbours want is packed for each.
+      std::int64_t n = 0;
+      for (std::size_t k = 0; k < i.reads.size(); ++k) {
+        const Buffer& b = p.buffer(i.reads[k]);
+        const std::int64_t width = b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
+        for (const std::int64_t m : p.group(i, rank))
+          n += width * (common_elements(p, i.reads[k], rank, i.writes[k], m) +
+                        common_elements(p, i.reads[k], m, i.writes[k], rank));
+      }
+      return Bytes{n};
+    }
     case CollectiveKind::all_to_all:
-    case CollectiveKind::halo_exchange:
     case CollectiveKind::shift:
       return in + out;
   }

@@ -59,6 +59,7 @@ struct Buffer {
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
+  bool host = false;           ///< in the host's memory, not the device's
   bool whole_numbers = false;  ///< 4-byte words that are no fp32: indices, packed signs
   std::int64_t experts = 0;    ///< of a routed buffer
   /// What the values are, for interpreters; -1: nothing that the graph names.
@@ -73,6 +74,7 @@ enum class Kind : std::uint8_t {
   send,        ///< buffer reads[0] to the same coordinates on `stage`
   receive,     ///< buffer writes[0] from the same coordinates on `stage`
   slice,       ///< keep this rank's part of reads[0] as writes[0]; no communication
+  copy,        ///< reads[0] to writes[0], one of them or both on the host
   allocate,    ///< memory of writes
   free,        ///< memory of reads
 };
@@ -292,6 +294,14 @@ struct Program {
 /// Elements and bytes of `buffer` that `rank` holds.
 std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+/// The same in the device's memory (0 for what lies on the host), and on the host.
+Bytes device_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+Bytes host_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// Elements that rank `a` holds of `from` and rank `b` wants of `to`, of dense buffers of one
+/// shape.
+std::int64_t common_elements(const Program& program, BufferId from, std::int64_t a, BufferId to,
+                             std::int64_t b);
 
 /// Memory that `rank` needs only while the instruction runs: the packed payload of a collective.
 Bytes transient_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);

@@ -160,6 +160,13 @@ struct Walker {
           say(b, k, fmt::format("stage {} does not exist", i.stage));
           good = false;
         }
+        if (good && i.kind == Kind::copy) {
+          const Buffer &from = p.buffer(i.reads[0]), &to = p.buffer(i.writes[0]);
+          if (!(from.layout == to.layout) || from.shape != to.shape)
+            say(b, k, fmt::format("copies {} as another layout", from.name));
+          if (!from.host && !to.host)
+            say(b, k, fmt::format("copies {} from device to device", from.name));
+        }
         if (good && i.kind == Kind::slice) {
           const Layout &from = p.buffer(i.reads[0]).layout, &to = p.buffer(i.writes[0]).layout;
           if ((split_atoms(from) & ~split_atoms(to)) != 0 || from.partial != to.partial)

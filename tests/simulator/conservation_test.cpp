@@ -316,7 +316,7 @@ TEST(Conservation, MemoryIsStatePlusWhatIsAllocatedAndNotYetFreed) {
           if (b.scope != Scope::step || b.category == Category::workspace) return;
           if (state.insert(p.memory_of(id)).second)
             now[static_cast<std::size_t>(b.category)] +=
-                local_bytes(p, p.memory_of(id), rank).count;
+                device_bytes(p, p.memory_of(id), rank).count;
         };
         for_each_read(i, note);
         for_each_write(i, note);
@@ -340,7 +340,7 @@ TEST(Conservation, MemoryIsStatePlusWhatIsAllocatedAndNotYetFreed) {
         if (i.kind != Kind::allocate && i.kind != Kind::free) return;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
           now[static_cast<std::size_t>(p.buffer(id).category)] +=
-              (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p, id, rank).count;
+              (i.kind == Kind::allocate ? 1 : -1) * device_bytes(p, id, rank).count;
           if (sum(now) > peak) peak = sum(now), at_peak = now;
         }
       });

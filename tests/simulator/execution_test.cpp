@@ -394,6 +394,82 @@ TEST(Execution, ParameterServers) {
   }
 }
 
+TEST(Execution, OffloadedStateAndActivations) {
+  for (const auto& [optimizer, activations] :
+       {std::pair{true, false}, {false, true}, {true, true}}) {
+    SCOPED_TRACE(::testing::Message()
+                 << "optimizer " << optimizer << " activations " << activations);
+    Plan p = base_plan();
+    p.offload_optimizer = optimizer;
+    p.offload_activations = activations;
+    expect_good(gpt(), p);
+    expect_good(mixtral(), p);
+    expect_good(cnn(false), p);
+    p.dp = 2;
+    p.global_batch = 8;
+    for (const int zero : {0, 1, 2, 3}) {
+      SCOPED_TRACE(zero);
+      p.zero = zero;
+      p.optimizer.kind = zero % 2 == 0 ? OptimizerKind::sgd : OptimizerKind::adam;
+      expect_good(llama(), p);
+    }
+    p.zero = 0;
+    p.tp = 2;
+    p.sequence_parallel = true;
+    p.optimizer.kind = OptimizerKind::sgd;
+    set_recompute(p, "selective", "");
+    expect_good(gpt(), p);
+    set_recompute(p, "none", "");
+    p.pp = 2;
+    for (const Schedule s :
+         {Schedule::gpipe, Schedule::one_f_one_b, Schedule::zero_bubble_h1, Schedule::dualpipe}) {
+      SCOPED_TRACE(std::string(name(s)));
+      p.schedule = s;
+      p.schedule_given = true;
+      expect_good(gpt(), p);
+    }
+    p.schedule = Schedule::interleaved;
+    p.virtual_stages = 2;
+    expect_good(llama(), p);
+    p = base_plan();
+    p.offload_optimizer = optimizer;
+    p.offload_activations = activations;
+    p.cp = 2;
+    p.context = Plan::ContextExchange::ring;
+    expect_good(llama(), p);
+  }
+}
+
+TEST(Execution, StagesThatMeetThroughAMessageQueue) {
+  for (const Schedule s : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
+                           Schedule::zero_bubble_h1, Schedule::dualpipe}) {
+    SCOPED_TRACE(std::string(name(s)));
+    Plan p = base_plan();
+    p.message_queue = true;
+    p.schedule = s;
+    p.schedule_given = true;
+    p.pp = 2;
+    p.global_batch = 8;
+    expect_good(gpt(), p);
+    p.pp = 4;
+    expect_good(llama(), p);
+    p.pp = 2;
+    p.dp = p.tp = 2;
+    p.loader = true;
+    p.global_batch = 16;
+    expect_good(llama(), p);
+    p.loader = false;
+    p.servers = 1;
+    expect_good(gpt(), p);
+  }
+  Plan p = base_plan();
+  p.message_queue = true;
+  p.pp = 2;
+  p.virtual_stages = 2;
+  p.global_batch = 4;
+  expect_good(llama(), p);
+}
+
 TEST(Execution, LossScaling) {
   Plan p = base_plan();
   p.loss_scale = {1024, false, 2000};

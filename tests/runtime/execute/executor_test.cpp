@@ -13,6 +13,7 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "simulator/engine/simulate.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
@@ -43,6 +44,19 @@ Options options_for(const Graph& graph, int steps) {
   return o;
 }
 
+/// The allocator's peak is the simulated one, to the byte and by category.
+void expect_memory(const Program& program, const std::vector<RankMeasurement>& ranks) {
+  Communication network(load_topology("cpu-host:4"));
+  SimulateOptions unfolded;
+  unfolded.unfolded = true;
+  const Timeline t = simulate(program, network, unfolded);
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    EXPECT_EQ(ranks[r].peak, t.memory[r].peak) << "rank " << r;
+    EXPECT_EQ(ranks[r].at_peak, t.memory[r].at_peak) << "rank " << r;
+    EXPECT_EQ(ranks[r].host_peak, t.memory[r].host_peak) << "rank " << r;
+  }
+}
+
 void expect_trains(const Graph& graph, const Program& program, int groups,
                    const ThreadOptions& threads = {}) {
   const auto results = run_threads(program, options_for(graph, kSteps), threads);
@@ -59,6 +73,7 @@ void expect_trains(const Graph& graph, const Program& program, int groups,
     }
     EXPECT_EQ(counted, step_traffic(program, kSteps - 1));
   }
+  if (!routed) expect_memory(program, results[0].ranks);
   const auto exact = reference::options_for(graph, program, kSteps, kSeed);
   const auto serial = reference::train_serially(graph, program, exact, groups);
   expect_equal(reference::compare(graph, results[0].values, serial,
