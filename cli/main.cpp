@@ -135,6 +135,8 @@ int main(int argc, char** argv) {
   } catch (const InputError& e) {
     fmt::print(stderr, "partita: {}\n", e.what());
     return 2;
+  } catch (const ToldElsewhere& e) {
+    return e.code;
   } catch (const PeerError& e) {
     fmt::print(stderr, "partita: {}\n", e.what());
     return 3;

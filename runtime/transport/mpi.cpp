@@ -28,12 +28,15 @@ int count_of(std::int64_t n) {
 
 class MpiTransport final : public Transport {
  public:
-  explicit MpiTransport(double timeout_s) : timeout_(timeout_s) {
+  explicit MpiTransport(const MpiOptions& o) : timeout_(o.timeout_s), describe_(o.describe) {
     int provided = 0;
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &size_);
+    if (o.board && o.board->ranks() == size_) board_ = o.board;
+    if (board_) state_ = &board_->rank(rank_);
+    state_->process = ::getpid();
   }
   ~MpiTransport() override {
     for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
@@ -176,12 +179,12 @@ class MpiTransport final : public Transport {
     wait(request, -1);
   }
 
-  void abort(const std::string& reason) override {
+  void abort(const std::string& reason, int code) override {
     // mpirun says much when a rank aborts; the one line that matters goes first.
     std::fprintf(stderr, "partita: %s\n", reason.c_str());
     std::fflush(nullptr);
-    MPI_Abort(MPI_COMM_WORLD, 3);
-    _exit(3);
+    MPI_Abort(MPI_COMM_WORLD, code);
+    _exit(code);
   }
   void doing(const std::string& what) override { doing_ = what; }
 
@@ -213,6 +216,11 @@ class MpiTransport final : public Transport {
   }
 
   void wait(MPI_Request& request, int peer) {
+    state_->waits_for.store(peer >= 0 ? peer : RankState::kGroup, std::memory_order_relaxed);
+    wait_until(request, peer);
+    state_->waits_for.store(RankState::kNobody, std::memory_order_relaxed);
+  }
+  void wait_until(MPI_Request& request, int peer) {
     const auto start = Clock::now();
     for (int spins = 0;; ++spins) {
       int done = 0;
@@ -223,11 +231,28 @@ class MpiTransport final : public Transport {
       // More ranks than cores: let the others run.
       usleep(0);
       if (std::chrono::duration<double>(Clock::now() - start).count() > timeout_) {
-        throw PeerError(
-            fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s", rank_,
-                        doing_, peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
+        throw PeerError(late(peer));
       }
     }
+  }
+
+  /// Why a wait took too long. The board tells who holds up all; without it, who is waited for.
+  std::string late(int peer) const {
+    const std::string whom = peer >= 0 ? fmt::format("rank {}", peer) : "its group";
+    const int culprit = board_ ? board_->culprit(rank_) : -1;
+    if (culprit < 0 || !describe_)
+      return fmt::format("rank {} waits in {} for {}, which has not answered for {:.3g} s", rank_,
+                         doing_, whom, timeout_);
+    const RankState& mine = board_->rank(rank_);
+    const RankState& its = board_->rank(culprit);
+    const char state = process_state(its.process);
+    return fmt::format("rank {} waits in {} for {}; rank {} {} {} for {:.3g} s", rank_,
+                       describe_(rank_, mine.step, mine.instruction), whom, culprit,
+                       state == 'T'                          ? "was stopped in"
+                       : state == 0 || state == 'Z'          ? "died in"
+                       : its.waits_for == RankState::kNobody ? "has been in"
+                                                             : "is furthest behind, in",
+                       describe_(culprit, its.step, its.instruction), timeout_);
   }
 
   MPI_Comm communicator(const std::vector<int>& group) {
@@ -245,6 +270,8 @@ class MpiTransport final : public Transport {
   }
 
   double timeout_;
+  Describe describe_;
+  std::shared_ptr<Board> board_;
   int rank_ = 0, size_ = 1;
   std::string doing_ = "the start";
   std::deque<Pending> pending_;
@@ -253,15 +280,8 @@ class MpiTransport final : public Transport {
 
 }  // namespace
 
-bool under_mpi_launcher() {
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "PMI_RANK"}) {
-    if (std::getenv(name) != nullptr) return true;
-  }
-  return false;
-}
-
-std::unique_ptr<Transport> mpi_transport(double timeout_s) {
-  return std::make_unique<MpiTransport>(timeout_s);
+std::unique_ptr<Transport> mpi_transport(const MpiOptions& options) {
+  return std::make_unique<MpiTransport>(options);
 }
 
 std::string mpi_version() {
