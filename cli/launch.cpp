@@ -54,8 +54,10 @@ struct Child {
 class Nursery {
  public:
   Nursery() {
-    if (::pipe2(errors_.data(), O_CLOEXEC) != 0) throw InternalError("no pipe");
-    ::fcntl(errors_[0], F_SETFL, O_NONBLOCK);
+    for (Pipe* p : {&errors_, &output_}) {
+      if (::pipe2(p->ends.data(), O_CLOEXEC) != 0) throw InternalError("no pipe");
+      ::fcntl(p->ends[0], F_SETFL, O_NONBLOCK);
+    }
     sigset_t watched;
     sigemptyset(&watched);
     for (const int s : {SIGCHLD, SIGINT, SIGTERM, SIGHUP}) sigaddset(&watched, s);
@@ -65,7 +67,8 @@ class Nursery {
     if (signals_ < 0) throw InternalError("no descriptor for signals");
   }
   ~Nursery() {
-    for (const int fd : {errors_[0], errors_[1], signals_}) {
+    for (const int fd :
+         {errors_.ends[0], errors_.ends[1], output_.ends[0], output_.ends[1], signals_}) {
       if (fd >= 0) ::close(fd);
     }
     ::sigprocmask(SIG_SETMASK, &before_, nullptr);
@@ -84,7 +87,8 @@ class Nursery {
       ::prctl(PR_SET_PDEATHSIG, end_signal);
       if (::getppid() != parent) ::_exit(3);
       ::sigprocmask(SIG_SETMASK, &before_, nullptr);
-      ::dup2(errors_[1], STDERR_FILENO);
+      ::dup2(errors_.ends[1], STDERR_FILENO);
+      ::dup2(output_.ends[1], STDOUT_FILENO);
       setup();
       std::vector<char*> arguments;
       for (std::string& w : words) arguments.push_back(w.data());
@@ -98,15 +102,17 @@ class Nursery {
   /// Until all have ended. After the first failure the others have `grace` to end by themselves;
   /// then, and on a signal to us, they get `end_signal`, and five seconds later SIGKILL.
   void watch(std::chrono::milliseconds grace, int end_signal) {
-    if (errors_[1] >= 0) ::close(std::exchange(errors_[1], -1));
+    for (Pipe* p : {&errors_, &output_}) ::close(std::exchange(p->ends[1], -1));
     constexpr auto kNever = Clock::time_point::max();
     auto end_at = kNever, kill_at = kNever;
     while (!all_over()) {
-      std::array<pollfd, 2> polls{{{errors_[0], POLLIN, 0}, {signals_, POLLIN, 0}}};
       // A closed pipe would wake us for ever.
-      if (closed_) polls[0].fd = -1;
+      std::array<pollfd, 3> polls{{{errors_.closed ? -1 : errors_.ends[0], POLLIN, 0},
+                                   {output_.closed ? -1 : output_.ends[0], POLLIN, 0},
+                                   {signals_, POLLIN, 0}}};
       ::poll(polls.data(), polls.size(), std::min(end_at, kill_at) < kNever ? 50 : 1000);
-      read_errors();
+      errors_.read();
+      output_.read();
       signalfd_siginfo info;
       while (::read(signals_, &info, sizeof info) == sizeof info) {
         if (info.ssi_signo == SIGCHLD || interrupted != 0) continue;
@@ -116,6 +122,8 @@ class Nursery {
       reap();
       const bool failed = first_failed >= 0;
       if (failed && std::min(end_at, kill_at) == kNever) end_at = Clock::now() + grace;
+      // A stopped process ends by nothing else.
+      if (failed && end_at < kNever && only_stopped()) end_at = Clock::now();
       if (Clock::now() >= end_at) {
         end(end_signal);
         end_at = kNever;
@@ -123,18 +131,38 @@ class Nursery {
       }
       if (Clock::now() >= kill_at) end(SIGKILL);
     }
-    read_errors();
+    errors_.read();
+    output_.read();
   }
+  const std::string& errors() const { return errors_.text; }
+  const std::string& output() const { return output_.text; }
 
   std::vector<Child> children;
   int first_failed = -1;
   int interrupted = 0;
-  std::string text;  ///< what they said on stderr
 
  private:
+  struct Pipe {
+    std::array<int, 2> ends{-1, -1};
+    std::string text;
+    bool closed = false;
+    void read() {
+      std::array<char, 4096> piece;
+      ssize_t n;
+      while ((n = ::read(ends[0], piece.data(), piece.size())) > 0)
+        text.append(piece.data(), static_cast<std::size_t>(n));
+      closed = closed || n == 0;
+    }
+  };
   bool all_over() const {
     for (const Child& c : children) {
       if (!c.over) return false;
+    }
+    return true;
+  }
+  bool only_stopped() const {
+    for (const Child& c : children) {
+      if (!c.over && process_state(c.process) != 'T') return false;
     }
     return true;
   }
@@ -163,17 +191,9 @@ class Nursery {
       }
     }
   }
-  void read_errors() {
-    std::array<char, 4096> piece;
-    ssize_t n;
-    while ((n = ::read(errors_[0], piece.data(), piece.size())) > 0)
-      text.append(piece.data(), static_cast<std::size_t>(n));
-    closed_ = closed_ || n == 0;
-  }
 
-  std::array<int, 2> errors_{-1, -1};
+  Pipe errors_, output_;
   int signals_ = -1;
-  bool closed_ = false;
   sigset_t before_{};
 };
 
@@ -257,12 +277,18 @@ Launched launch_mpi(const Board& board, const Describe& describe) {
                      "mpi needs mpirun, which is not on the PATH; install openmpi-bin or "
                      "use --transport tcp or threads");
   }
-  if (code == 0) return {};
+  if (code == 0) {
+    fmt::print("{}", nursery.output());
+    return {};
+  }
   // Our own ranks have said it in one line; else mpirun's essay is cut down to its point.
-  const std::string own = said(nursery.text);
+  const std::string own = said(nursery.errors());
   if (!own.empty()) return {code == 2 ? 2 : 3, own};
-  if (code == 1) return {1, ""};  // rank 0: not the serial network's loss
-  return {3, cause(nursery.text, board, describe)};
+  if (code == 1) {  // rank 0: not the serial network's loss
+    fmt::print("{}", nursery.output());
+    return {1, ""};
+  }
+  return {3, cause(nursery.errors(), board, describe)};
 }
 
 Launched launch_tcp(const Board& board, const Describe& describe) {
@@ -293,7 +319,8 @@ Launched launch_tcp(const Board& board, const Describe& describe) {
   nursery.watch(std::chrono::seconds(3), SIGKILL);
   if (nursery.interrupted != 0) return interrupted(nursery.interrupted);
   if (nursery.first_failed < 0) {
-    fmt::print(stderr, "{}", nursery.text);
+    std::fputs(nursery.errors().c_str(), stderr);
+    fmt::print("{}", nursery.output());
     return {};
   }
   // A rank that died by itself knows least; what its launcher saw is the cause.
@@ -312,8 +339,11 @@ Launched launch_tcp(const Board& board, const Describe& describe) {
   }
   const int code =
       WEXITSTATUS(nursery.children[static_cast<std::size_t>(nursery.first_failed)].status);
-  const std::string own = said(nursery.text);
-  if (code == 1 && own.empty()) return {1, ""};
+  const std::string own = said(nursery.errors());
+  if (code == 1 && own.empty()) {
+    fmt::print("{}", nursery.output());
+    return {1, ""};
+  }
   return {code == 2 ? 2 : 3, own.empty() ? "the ranks ended without a word" : own};
 }
 

@@ -469,7 +469,7 @@ void launch(const Options& o, const Job& job, const Mode& mode, const Describe& 
     kept.slowest_s.push_back(board->seconds(s));
   }
   report_incomplete(o, job, kept, mode.transport, l.reason);
-  throw ToldElsewhere(code, (fmt::print(stderr, "partita: {}\n", l.reason), l.reason));
+  std::fputs(("partita: " + l.reason + "\n").c_str(), stderr);
 }
 
 void run(const Options& o, int& code) {

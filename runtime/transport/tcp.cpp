@@ -560,13 +560,15 @@ struct Header {
 };
 
 struct Abort {
-  std::int32_t code = 3, culprit = 0, gave_up = 0;
+  std::int32_t code = 3, culprit = 0, gave_up = 0, died = 0;
+  std::int64_t step = -1, instruction = -1;  ///< where the culprit was last seen
 };
 
 struct Failure {
   std::string reason;
   int code = 3, culprit = 0;
   bool gave_up = false;  ///< the culprit itself says so, so it can speak
+  bool died = false;     ///< the reason is worded when it is told: others may know more
 };
 
 struct Peer {
@@ -819,9 +821,14 @@ class TcpTransport final : public Transport {
         Abort a;
         PARTITA_ASSERT(p.body.size() >= sizeof a, "a short frame");
         std::memcpy(&a, p.body.data(), sizeof a);
+        if (a.culprit != o_.rank && a.culprit >= 0 && a.culprit < o_.size) {
+          Peer& c = peer(a.culprit);
+          if (std::pair(a.step, a.instruction) > std::pair(c.step.load(), c.instruction.load()))
+            c.step = a.step, c.instruction = a.instruction;
+        }
         note({std::string(reinterpret_cast<const char*>(p.body.data()) + sizeof a,
                           p.body.size() - sizeof a),
-              a.code, a.culprit, a.gave_up != 0});
+              a.code, a.culprit, a.gave_up != 0, a.died != 0});
         return;
       }
       case Frame::bye:
@@ -832,8 +839,7 @@ class TcpTransport final : public Transport {
   }
   void closed(int r, Peer& p) {
     p.open = false;
-    if (!p.bye)
-      note({fmt::format("rank {} died in {}: its connection closed", r, place_of(r)), 3, r, false});
+    if (!p.bye) note({died(r), 3, r, false, true});
     came_.notify_all();
   }
   void note(const Failure& f) {
@@ -872,8 +878,8 @@ class TcpTransport final : public Transport {
                            3, from, false};
       // Closed, and the reader is about to say so.
       came_.wait_for(lock, std::chrono::seconds(1), [&] { return failure_.has_value(); });
-      const Failure f = failure_.value_or(
-          Failure{fmt::format("rank {} died in {}", from, place_of(from)), 3, from, false});
+      Failure f = failure_.value_or(Failure{died(from), 3, from, false, true});
+      if (f.died && f.culprit != o_.rank) f.reason = died(f.culprit);
       failure_ = f;
       thrown_ = true;
       const bool speaks = speaks_locked();
@@ -938,7 +944,9 @@ class TcpTransport final : public Transport {
   }
 
   void tell(const Failure& f) {
-    const Abort a{f.code, f.culprit, f.gave_up ? 1 : 0};
+    Abort a{f.code, f.culprit, f.gave_up, f.died};
+    if (f.culprit != o_.rank)
+      a.step = peer(f.culprit).step, a.instruction = peer(f.culprit).instruction;
     const std::string body = std::string(reinterpret_cast<const char*>(&a), sizeof a) + f.reason;
     for (int r = 0; r < o_.size; ++r) {
       if (r != o_.rank) frame(r, Frame::abort, 0, body.data(), body.size());
@@ -961,6 +969,10 @@ class TcpTransport final : public Transport {
   }
   std::string place() const {
     return o_.describe ? in_words(o_.rank, state_->step, state_->instruction) : doing_;
+  }
+  std::string died(int r) {
+    return fmt::format("rank {} died{} in {}: its connection closed", r,
+                       o_.board ? "" : ", last heard of", place_of(r));
   }
   std::string place_of(int r) {
     if (o_.board) return in_words(r, o_.board->rank(r).step, o_.board->rank(r).instruction);
