@@ -339,6 +339,7 @@ class Rendezvous {
         if (const std::string wrong = objection(h, g); !wrong.empty()) {
           complain(wrong, 2);
           refused_.push_back(std::move(g.file));
+          --missing;  // as many as can be expected are here then
           continue;
         }
         addresses[static_cast<std::size_t>(h.rank)] = fmt::format("{} {}", g.ip, h.port);
@@ -569,6 +570,7 @@ struct Failure {
   int code = 3, culprit = 0;
   bool gave_up = false;  ///< the culprit itself says so, so it can speak
   bool died = false;     ///< the reason is worded when it is told: others may know more
+  bool speaks = false;   ///< it is this rank that tells it
 };
 
 struct Peer {
@@ -643,7 +645,7 @@ class TcpTransport final : public Transport {
     {
       const std::lock_guard<std::mutex> lock(guard_);
       if (failure_) return;  // the others know
-      failure_ = f;
+      fail_locked(f);
       thrown_ = true;
     }
     f.reason = fmt::format("rank {}: {}", o_.rank, reason);
@@ -652,7 +654,7 @@ class TcpTransport final : public Transport {
   void doing(const std::string& what) override { doing_ = what; }
   bool speaks() override {
     const std::lock_guard<std::mutex> lock(guard_);
-    return speaks_locked();
+    return !failure_ || failure_->speaks;
   }
   void leave() override {
     if (left_.exchange(true)) return;
@@ -846,8 +848,7 @@ class TcpTransport final : public Transport {
     {
       const std::lock_guard<std::mutex> lock(guard_);
       if (left_ || failure_) return;
-      failure_ = f;
-      failed_at_ = Clock::now();
+      fail_locked(f);
     }
     came_.notify_all();
   }
@@ -856,7 +857,7 @@ class TcpTransport final : public Transport {
     if (!o_.own_process || left_) return;
     const std::lock_guard<std::mutex> lock(guard_);
     if (!failure_ || thrown_ || Clock::now() < failed_at_ + std::chrono::seconds(5)) return;
-    if (speaks_locked()) std::fprintf(stderr, "partita: %s\n", failure_->reason.c_str());
+    if (failure_->speaks) std::fprintf(stderr, "partita: %s\n", failure_->reason.c_str());
     ::_exit(failure_->code);
   }
 
@@ -873,19 +874,19 @@ class TcpTransport final : public Transport {
     }
     if (queue.empty()) {
       if (!failure_ && !peer(from).open && peer(from).bye)
-        failure_ = Failure{fmt::format("rank {} ended its run while rank {} waits for it in {}",
-                                       from, o_.rank, place()),
-                           3, from, false};
+        fail_locked({fmt::format("rank {} ended its run while rank {} waits for it in {}", from,
+                                 o_.rank, place()),
+                     3, from});
       // Closed, and the reader is about to say so.
       came_.wait_for(lock, std::chrono::seconds(1), [&] { return failure_.has_value(); });
-      Failure f = failure_.value_or(Failure{died(from), 3, from, false, true});
-      if (f.died && f.culprit != o_.rank) f.reason = died(f.culprit);
-      failure_ = f;
+      if (!failure_) fail_locked({died(from), 3, from, false, true});
+      if (failure_->died && failure_->culprit != o_.rank)
+        failure_->reason = died(failure_->culprit);
+      const Failure f = *failure_;
       thrown_ = true;
-      const bool speaks = speaks_locked();
       lock.unlock();
       tell(f);
-      if (speaks) throw PeerError(f.reason);
+      if (f.speaks) throw PeerError(f.reason);
       throw ToldElsewhere(f.code, f.reason);
     }
     state_->waits_for.store(RankState::kNobody, std::memory_order_relaxed);
@@ -938,9 +939,8 @@ class TcpTransport final : public Transport {
                   "does not answer for {:.3g} s and was last in {}: it is stopped, or its "
                   "machine cannot be reached",
                   o_.timeout_s, place_of(culprit));
-    failure_ = Failure{fmt::format("rank {} waits in {} for {} {}", o_.rank, place(), link, what),
-                       3, culprit, false};
-    failed_at_ = Clock::now();
+    fail_locked(
+        {fmt::format("rank {} waits in {} for {} {}", o_.rank, place(), link, what), 3, culprit});
   }
 
   void tell(const Failure& f) {
@@ -952,14 +952,17 @@ class TcpTransport final : public Transport {
       if (r != o_.rank) frame(r, Frame::abort, 0, body.data(), body.size());
     }
   }
-  /// The lowest rank that can.
-  bool speaks_locked() {
+  /// The lowest rank that can tells a failure. Settled when it is noted: later others are gone, and
+  /// have said it.
+  void fail_locked(Failure f) {
+    f.speaks = f.culprit != o_.rank || f.gave_up;
     for (int r = 0; r < o_.rank; ++r) {
-      const bool culprit = failure_ && failure_->culprit == r && !failure_->gave_up;
+      const bool culprit = f.culprit == r && !f.gave_up;
       const bool gone = !peer(r).open && !peer(r).bye;
-      if (!culprit && !gone) return false;
+      if (!culprit && !gone) f.speaks = false;
     }
-    return true;
+    failure_ = std::move(f);
+    failed_at_ = Clock::now();
   }
 
   std::string in_words(int r, std::int64_t step, std::int64_t instruction) const {
