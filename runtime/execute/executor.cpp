@@ -109,6 +109,7 @@ class Executor {
       if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
       one_step();
       const std::chrono::duration<double> took = now() - start;
+      result_.measured.traffic = transport_.traffic();
       if (step_ >= o_.warm_up) {
         result_.measured.step_s.push_back(took.count());
         starts.push_back(start.time_since_epoch().count());
@@ -116,7 +117,6 @@ class Executor {
       if (o_.progress) tell_progress(took.count());
     }
     result_.measured.rank = rank_;
-    result_.measured.traffic = transport_.traffic();
     result_.measured.peak = memory_.peak();
     result_.measured.at_peak = memory_.at_peak();
     if (o_.record) {

@@ -8,6 +8,7 @@
 
 #include <fstream>
 #include <new>
+#include <random>
 #include <tuple>
 
 #include "base/error.h"
@@ -19,6 +20,7 @@ static_assert(std::atomic<std::int64_t>::is_always_lock_free, "atomics are share
 struct Board::Header {
   static constexpr std::int64_t kMagic = 0x31647261'6f425450;
   std::int64_t magic, ranks, steps, replicas;
+  std::uint64_t identity;
   std::atomic<std::int64_t> done;
 };
 
@@ -41,7 +43,9 @@ std::shared_ptr<Board> Board::create(int ranks, std::int64_t steps, int replicas
   std::shared_ptr<Board> board(new Board(file, memory, bytes));
   for (int r = 0; r < ranks; ++r)
     new (static_cast<std::byte*>(memory) + kHeader + kSlot * static_cast<std::size_t>(r)) RankState;
-  new (memory) Header{Header::kMagic, ranks, steps, replicas, {0}};
+  std::random_device random;
+  const std::uint64_t identity = (std::uint64_t{random()} << 32) | random();
+  new (memory) Header{Header::kMagic, ranks, steps, replicas, identity, {0}};
   return board;
 }
 
@@ -72,6 +76,7 @@ Board::~Board() {
 
 std::string Board::path() const { return fmt::format("/proc/{}/fd/{}", ::getpid(), file_); }
 Board::Header& Board::header() const { return *static_cast<Header*>(memory_); }
+std::uint64_t Board::identity() const { return header().identity; }
 int Board::ranks() const { return static_cast<int>(header().ranks); }
 RankState& Board::rank(int r) const {
   return *reinterpret_cast<RankState*>(static_cast<std::byte*>(memory_) + kHeader +

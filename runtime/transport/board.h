@@ -22,6 +22,8 @@ class Board {
   Board& operator=(const Board&) = delete;
 
   std::string path() const;
+  /// Another board at the same path, of another time or machine, has another.
+  std::uint64_t identity() const;
   int ranks() const;
   RankState& rank(int r) const;
   /// The loss by replica and the slowest rank's time of the next step, all ranks having done it.

@@ -129,7 +129,7 @@ class MpiTransport final : public Transport {
                                &request);
         break;
       case CollectiveKind::gather:
-        note.payload_bytes += bytes(c.offsets.back());
+        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0,
                                         comm, &request)
@@ -138,7 +138,7 @@ class MpiTransport final : public Transport {
                                         nullptr, type, 0, comm, &request);
         break;
       case CollectiveKind::scatter:
-        note.payload_bytes += bytes(c.offsets.back());
+        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0
                    ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0, comm,

@@ -243,7 +243,7 @@ struct Problem {
 
 class Rendezvous {
  public:
-  explicit Rendezvous(const TcpOptions& o) : o_(o), end_(after(o.rendezvous_s)) {}
+  explicit Rendezvous(const TcpOptions& o) : o_(o), end_(after(o.rendezvous_s)), board_(o.board) {}
 
   /// Sockets by rank; none for the own one.
   std::vector<File> meet() {
@@ -261,6 +261,8 @@ class Rendezvous {
     }
     return std::move(files_);
   }
+  /// The launch's, else rank 0's, where this rank is on its host.
+  std::shared_ptr<Board> board() const { return board_; }
 
  private:
   std::string place() const { return fmt::format("{}:{}", o_.host, o_.port); }
@@ -357,6 +359,8 @@ class Rendezvous {
       w.code = problem->code;
       text = problem->text;
     } else {
+      if (!board_) board_ = Board::create(o_.size, 0, 0);
+      addresses[0] = fmt::format("{} {}", board_->path(), board_->identity());
       for (const std::string& a : addresses) text += a + "\n";
     }
     w.text_bytes = static_cast<std::uint32_t>(text.size());
@@ -502,6 +506,11 @@ class Rendezvous {
     std::istringstream lines(text);
     for (std::string line; std::getline(lines, line);) table_.push_back(line);
     PARTITA_ASSERT(table_.size() == files_.size(), "a wrong table of addresses");
+    if (board_) return;
+    // Found only on rank 0's host; elsewhere ranks know of each other what messages say.
+    const auto space = table_[0].find(' ');
+    const auto board = Board::open(table_[0].substr(0, space), o_.size);
+    if (board && std::to_string(board->identity()) == table_[0].substr(space + 1)) board_ = board;
   }
 
   void mesh() {
@@ -544,6 +553,7 @@ class Rendezvous {
   Time end_;
   std::vector<File> files_, refused_;
   File door_;
+  std::shared_ptr<Board> board_;
   std::uint64_t session_ = 0;
   std::vector<std::string> table_;
 };
@@ -973,12 +983,13 @@ class TcpTransport final : public Transport {
   std::string place() const {
     return o_.describe ? in_words(o_.rank, state_->step, state_->instruction) : doing_;
   }
+  bool on_board(int r) const { return o_.board && o_.board->rank(r).process != 0; }
   std::string died(int r) {
     return fmt::format("rank {} died{} in {}: its connection closed", r,
-                       o_.board ? "" : ", last heard of", place_of(r));
+                       on_board(r) ? "" : ", last heard of", place_of(r));
   }
   std::string place_of(int r) {
-    if (o_.board) return in_words(r, o_.board->rank(r).step, o_.board->rank(r).instruction);
+    if (on_board(r)) return in_words(r, o_.board->rank(r).step, o_.board->rank(r).instruction);
     return in_words(r, peer(r).step, peer(r).instruction);
   }
 
@@ -1003,7 +1014,11 @@ std::unique_ptr<Transport> tcp_transport(const TcpOptions& options) {
   PARTITA_ASSERT(options.rank >= 0 && options.rank < options.size,
                  fmt::format("rank {} of {}", options.rank, options.size));
   PARTITA_ASSERT(!options.key.empty() && options.key.size() < kLongestText, "a key of the run");
-  return std::make_unique<TcpTransport>(options, Rendezvous(options).meet());
+  Rendezvous rendezvous(options);
+  std::vector<File> files = rendezvous.meet();
+  TcpOptions all = options;
+  all.board = rendezvous.board();
+  return std::make_unique<TcpTransport>(all, std::move(files));
 }
 
 Listening listen_on_loopback(int backlog) {
