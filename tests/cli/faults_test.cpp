@@ -173,10 +173,12 @@ void expect_kept(const std::string& out, std::size_t steps, const Json& whole) {
 
 const std::string kPipeline = "run ../tiny.yaml --pp 2 --tp 2 --global-batch 4 --steps 4 --json ";
 
-std::string cause_of(const std::string& what, const std::string& transport) {
-  if (what == "kill") return "signal 9 (Killed)";
-  if (what == "exit") return "exit code 7";
-  return transport == "mpi" ? "was stopped in" : "it is stopped";
+unsigned draw(std::mt19937& rng, unsigned below) { return static_cast<unsigned>(rng()) % below; }
+
+/// Rank, cause and instruction, in the one message.
+void expect_names(const std::string& err, unsigned rank, unsigned step, const std::string& cause) {
+  EXPECT_THAT(err, ::testing::ContainsRegex(fmt::format(
+                       "rank {}(, which)? ({}).* step {}, .* in block ", rank, cause, step)));
 }
 
 TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
@@ -188,7 +190,7 @@ TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
     EXPECT_EQ(whole.at("complete"), true);
     for (int k = 0; k < 9; ++k) {
       const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3u];
-      const auto rank = rng() % 4, step = rng() % 4, instruction = rng() % 60;
+      const unsigned rank = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
       const std::string fault = fmt::format("{}:{}:{}:{}", rank, step, instruction, what);
       SCOPED_TRACE(transport + " " + fault);
       const std::string mark = fmt::format("--seed 1 --timeout 1.{}{}", ::getpid(), k);
@@ -197,10 +199,10 @@ TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
               .wait();
       EXPECT_EQ(r.code, 3) << r.err;
       expect_one_message(r.err);
-      EXPECT_THAT(r.err,
-                  AllOf(HasSubstr(fmt::format("rank {} ", rank)),
-                        ::testing::ContainsRegex(fmt::format("in step {}, .* in block ", step)),
-                        HasSubstr(cause_of(what, transport))));
+      expect_names(r.err, rank, step,
+                   what == "kill"   ? "was ended by signal 9 .Killed. in"
+                   : what == "exit" ? "ended with exit code 7 in"
+                                    : "does not answer for|was stopped in");
       expect_kept(r.out, step, whole);
       expect_nobody_left(fmt::format("1.{}{}", ::getpid(), k));
     }
@@ -228,7 +230,7 @@ TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
   ASSERT_FALSE(whole.is_discarded());
   for (int k = 0; k < 9; ++k) {
     const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3u];
-    const auto victim = rng() % 4, step = rng() % 4, instruction = rng() % 60;
+    const unsigned victim = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
     const std::string fault = fmt::format("{}:{}:{}:{}", victim, step, instruction, what);
     SCOPED_TRACE(fault);
     const int port = free_port();
@@ -251,8 +253,7 @@ TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
       }
     }
     expect_one_message(said);
-    EXPECT_THAT(said, AllOf(HasSubstr(fmt::format("rank {} ", victim)), HasSubstr("step "),
-                            HasSubstr(what == "stop" ? "it is stopped" : "died")));
+    expect_names(said, victim, step, what == "stop" ? "does not answer for" : "died in");
   }
 }
 
