@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "base/unit_text.h"
 #include "cli/commands.h"
@@ -110,6 +111,21 @@ struct Job {
   int groups = 1;
 };
 
+/// A profile that another machine was measured for says nothing of what is measured here.
+void refuse_foreign(const Topology& t, const std::string& file) {
+  static const std::regex kMachine("partita calibrate [^,]*, [^,]*, ([0-9]+ cores of .*), Linux ");
+  for (std::size_t d = 0; d < t.device_count(); ++d) {
+    for (const auto& [figure, source] : t.device(DeviceId{d}).sources) {
+      std::smatch m;
+      if (!std::regex_search(source, m, kMachine) || m[1].str() == this_machine()) continue;
+      throw InputError("--topology",
+                       fmt::format("{} was measured on another machine ({}) than this ({}); "
+                                   "calibrate here, or leave it out",
+                                   file, m[1].str(), this_machine()));
+    }
+  }
+}
+
 Job job_of(const Options& o) {
   if (o.steps < 1 || o.steps > 1'000'000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 1,000,000", o.steps));
@@ -174,6 +190,7 @@ Job job_of(const Options& o) {
     throw InputError("--topology",
                      fmt::format("{} has {} devices for {} ranks; use a larger one",
                                  job.topology->name(), job.topology->device_count(), ranks));
+  if (!o.topology.empty()) refuse_foreign(*job.topology, o.topology);
   job.groups = job.plan.strategy == "replicas" ? 1 : static_cast<int>(job.plan.dp);
   return job;
 }

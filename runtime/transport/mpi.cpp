@@ -34,7 +34,7 @@ class MpiTransport final : public Transport {
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &size_);
-    if (o.board && o.board->ranks() == size_) board_ = o.board;
+    board_ = board_of_rank_0(o.board);
     if (board_) state_ = &board_->rank(rank_);
     state_->process = ::getpid();
   }
@@ -193,6 +193,22 @@ class MpiTransport final : public Transport {
     std::vector<std::byte> data;
     MPI_Request request = MPI_REQUEST_NULL;
   };
+
+  /// The launch's or one that rank 0 makes; null on other hosts than rank 0's.
+  std::shared_ptr<Board> board_of_rank_0(std::shared_ptr<Board> board) const {
+    struct {
+      char path[64] = "";
+      std::uint64_t identity = 0;
+    } where;
+    if (rank_ == 0) {
+      if (!board || board->ranks() != size_) board = Board::create(size_, 0, 0);
+      where.identity = board->identity();
+      board->path().copy(where.path, sizeof where.path - 1);
+    }
+    MPI_Bcast(&where, sizeof where, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (rank_ > 0) board = Board::open(where.path, size_);
+    return board && board->identity() == where.identity ? board : nullptr;
+  }
 
   static int tag_of(std::int64_t tag) { return static_cast<int>(tag % 30000); }
 

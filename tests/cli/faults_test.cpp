@@ -428,6 +428,32 @@ TEST(Files, TooFewRanksAndForeignProfiles) {
     EXPECT_THAT(r.err, HasSubstr("partita.topology/99"));
     expect_one_message(r.err);
   }
+  // A profile that was measured elsewhere.
+  write(folder.path() + "/cluster.yaml",
+        "schema: partita.topology/1\nname: elsewhere\nsource: s\nnodes:\n  - count: 1\n"
+        "    cpu_vendor: other\n    vertices:\n      'rank[0-1]': {kind: device, device: "
+        "device.yaml}\n      memory: {kind: cpu}\n    links:\n      - {from: 'rank[0-1]', to: "
+        "memory, kind: other, bandwidth: 10 GB/s, latency: 1 us}\n");
+  const auto profile = [&](const std::string& machine) {
+    write(folder.path() + "/device.yaml",
+          "schema: partita.device/1\nname: cpu\nsource: 'measured by partita calibrate 0.1.0, "
+          "2026-11-24, " +
+              machine +
+              ", Linux 6.1, ranks as threads'\nmemory: 4 GiB\n"
+              "usable_memory: 3 GiB\nmemory_bandwidth: 10 GB/s\nmatrix_rates: {fp32: 80 GFLOP/s, "
+              "bf16: "
+              "80 GFLOP/s, fp16: 80 GFLOP/s}\nvector_rate: 20 GFLOP/s\nmatrix_efficiency: 0.6\n"
+              "memory_efficiency: 0.8\nkernel_latency: 1 us\nmultiprocessors: 2\n");
+    return run("run mnist-linear --ranks 2 --dp 2 --steps 1 --transport threads --topology '" +
+               folder.path() + "/cluster.yaml'");
+  };
+  const Ran foreign = profile("3 cores of Zilog Z80 CPU @ 4 MHz");
+  EXPECT_EQ(foreign.code, 2) << foreign.err;
+  EXPECT_THAT(foreign.err, HasSubstr("was measured on another machine (3 cores of Zilog Z80 CPU @ "
+                                     "4 MHz) than this ("));
+  const auto here = foreign.err.find("than this (") + 11;
+  const Ran own = profile(foreign.err.substr(here, foreign.err.rfind(");") - here));
+  EXPECT_EQ(own.code, 0) << own.err;
   if (!has_mpi()) return;
   // By mpirun itself, two ranks for a plan of four.
   const Ran r = run("run mnist-linear --dp 4 --ranks 4 --steps 1",
