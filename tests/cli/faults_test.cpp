@@ -188,8 +188,8 @@ TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
         Json::parse(Process(kPipeline + "--transport " + transport, {}).wait().out, nullptr, false);
     ASSERT_FALSE(whole.is_discarded());
     EXPECT_EQ(whole.at("complete"), true);
-    for (int k = 0; k < 9; ++k) {
-      const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3u];
+    for (unsigned k = 0; k < 9; ++k) {
+      const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
       const unsigned rank = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
       const std::string fault = fmt::format("{}:{}:{}:{}", rank, step, instruction, what);
       SCOPED_TRACE(transport + " " + fault);
@@ -228,8 +228,8 @@ TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
   const Json whole =
       Json::parse(Process(kPipeline + "--transport tcp", {}).wait().out, nullptr, false);
   ASSERT_FALSE(whole.is_discarded());
-  for (int k = 0; k < 9; ++k) {
-    const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3u];
+  for (unsigned k = 0; k < 9; ++k) {
+    const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
     const unsigned victim = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
     const std::string fault = fmt::format("{}:{}:{}:{}", victim, step, instruction, what);
     SCOPED_TRACE(fault);

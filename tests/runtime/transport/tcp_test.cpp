@@ -19,6 +19,7 @@
 #include <thread>
 
 #include "base/error.h"
+#include "runtime/transport/socket.h"
 
 namespace partita {
 namespace {
@@ -141,7 +142,8 @@ TEST(TcpTransport, CollectivesAreThoseOfThreadsToTheByte) {
     const auto n = static_cast<std::size_t>(size);
     std::mt19937 rng(7);
     std::vector<std::int64_t> bounds{0};
-    for (std::size_t k = 0; k < n; ++k) bounds.push_back(bounds.back() + 1 + rng() % 20);
+    for (std::size_t k = 0; k < n; ++k)
+      bounds.push_back(bounds.back() + 1 + static_cast<std::int64_t>(rng() % 20));
     const auto play = [&](Transport& t) {
       std::map<std::string, std::vector<float>> results;
       for (const AlgorithmRow& row : kAlgorithms) {
@@ -286,6 +288,20 @@ TEST(Rendezvous, StrangersAreShownOut) {
       [](Transport& t) { t.barrier(); });
   expect_good(ends);
   for (const int s : strangers) ::close(s);
+}
+
+/// A socket that asks for a port where nobody listens gets, one time in some ten thousands, that
+/// very port as its own, and answers itself.
+TEST(Rendezvous, NobodyMeetsHimself) {
+  const Listening l = listen_on_loopback(1);
+  ::close(l.socket);
+  Address a = loopback_address();
+  set_port(a, l.port + l.port % 2);  // Linux connects from even ones
+  for (int k = 0; k < 60'000; ++k) {
+    int error = 0;
+    ASSERT_FALSE(connect_to(a, after(5), error).good()) << "attempt " << k;
+    ASSERT_EQ(error, ECONNREFUSED);
+  }
 }
 
 TEST(Rendezvous, AddressesThatCannotBeAreTheUsersMistake) {
