@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
+#include <fstream>
+#include <thread>
 
 #include "base/error.h"
 #include "base/unit_text.h"
@@ -212,6 +214,20 @@ Topology load_cluster(const std::string& text, const TopologyEdits& edits) {
                                              text, text));
   }
   return load_topology(text, edits);
+}
+
+std::string this_machine() {
+  std::string model = "unknown processor";
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("model name", 0) == 0) {
+      model = line.substr(line.find(':') + 2);
+      break;
+    }
+  }
+  // It is written into quoted texts.
+  std::replace(model.begin(), model.end(), '\'', ' ');
+  return fmt::format("{} cores of {}", std::thread::hardware_concurrency(), model);
 }
 
 void check_writable(const std::string& flag, const std::string& file) {

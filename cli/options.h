@@ -63,6 +63,9 @@ Topology load_cluster(const std::string& text, const TopologyEdits& edits = {});
 /// InputError{flag} if a file could not be written there; before the work, not after it.
 void check_writable(const std::string& flag, const std::string& file);
 
+/// "2 cores of AMD EPYC 9354": what profiles measured here are recognised by.
+std::string this_machine();
+
 ModelOptions model_options(const PlanFlags& flags);
 /// Loads the network and applies freezing and adapters.
 Graph load_graph(const std::string& model, const PlanFlags& flags, const Plan& plan);

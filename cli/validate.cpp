@@ -114,21 +114,11 @@ class Progress {
 std::string provenance(const Options& o) {
   utsname host{};
   ::uname(&host);
-  std::string model = "unknown processor";
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);) {
-    if (line.rfind("model name", 0) == 0) {
-      model = line.substr(line.find(':') + 2);
-      break;
-    }
-  }
-  std::replace(model.begin(), model.end(), '\'', ' ');
   return fmt::format(
-      "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {} cores of {}, Linux {}, ranks as "
+      "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {}, Linux {}, ranks as "
       "threads, "
       "{} rounds of {} steps, medians",
-      fmt::localtime(std::time(nullptr)), std::thread::hardware_concurrency(), model, host.release,
-      o.rounds, o.steps);
+      fmt::localtime(std::time(nullptr)), this_machine(), host.release, o.rounds, o.steps);
 }
 
 /// One number of ranks on the host and what is run on it.

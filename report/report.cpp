@@ -379,17 +379,19 @@ std::string topology_table(const Topology& t) {
 }
 
 void write_trace(const std::string& file, const Program& program, const Timeline& timeline) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"),
-                                                            &std::fclose);
+  std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"), &std::fclose);
   if (!out)
     throw InputError("--trace",
                      fmt::format("cannot write {}; check the folder and its permissions", file));
   fmt::memory_buffer text;
+  const auto check = [&](bool good) {
+    if (!good)
+      throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+  };
   const auto flush = [&] {
     const bool good = std::fwrite(text.data(), 1, text.size(), out.get()) == text.size();
     text.clear();
-    if (!good)
-      throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+    check(good);
   };
   const auto append = [&](const std::string& s) {
     text.append(s.data(), s.data() + s.size());
@@ -450,6 +452,8 @@ void write_trace(const std::string& file, const Program& program, const Timeline
   }
   append("\n]}\n");
   flush();
+  // The last bytes reach the disk only now.
+  check(std::fclose(out.release()) == 0);
 }
 
 }  // namespace partita

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "runtime/cpu/kernels.h"
+#include "runtime/execute/clocks.h"
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/reference/compression.h"
@@ -25,7 +26,8 @@ using cpu::Row;
 using cpu::Tensor;
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kCollectiveTag = 0, kTieTag = 1, kResultTag = 2, kFirstMessageTag = 3;
+constexpr std::int64_t kCollectiveTag = 0, kTieTag = 1, kResultTag = 2, kProgressTag = 3,
+                       kClockTag = 4, kFirstMessageTag = 5;
 
 /// What one buffer's instance holds.
 struct Instance {
@@ -94,26 +96,42 @@ class Executor {
   RankResult run() {
     losses_.clear();
     const int all = o_.warm_up + o_.steps;
+    const auto clock = [this] { return now().time_since_epoch().count(); };
+    ClockReading clock_before;
+    std::vector<std::int64_t> starts;
     for (step_ = 0; step_ < all; ++step_) {
       last_step_ = step_ + 1 == all;
       make_inputs();
       transport_.doing("the start of a step");
+      transport_.at(step_, -1);
+      if (o_.record && step_ == o_.warm_up)
+        clock_before = read_clocks(transport_, kClockTag, clock);
       transport_.barrier();
       transport_.reset_traffic();
       if (step_ == o_.warm_up) memory_.forget_peak(), host_memory_.forget_peak();
-      const auto start = Clock::now();
+      const auto start = now();
       step_start_ = start;
       losses_.push_back(0);
       if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
       one_step();
-      const std::chrono::duration<double> took = Clock::now() - start;
-      if (step_ >= o_.warm_up) result_.measured.step_s.push_back(took.count());
+      const std::chrono::duration<double> took = now() - start;
+      result_.measured.traffic = transport_.traffic();
+      if (step_ >= o_.warm_up) {
+        result_.measured.step_s.push_back(took.count());
+        starts.push_back(start.time_since_epoch().count());
+      }
+      if (o_.progress) tell_progress(took.count());
     }
     result_.measured.rank = rank_;
-    result_.measured.traffic = transport_.traffic();
     result_.measured.peak = memory_.peak();
     result_.measured.at_peak = memory_.at_peak();
     result_.measured.host_peak = host_memory_.peak();
+    if (o_.record) {
+      transport_.doing("the reading of clocks");
+      const ClockReading clock_after = read_clocks(transport_, kClockTag, clock);
+      put_on_one_clock(transport_, kClockTag, {clock_before, clock_after}, starts,
+                       result_.measured);
+    }
     collect();
     collect_measurements();
     return std::move(result_);
@@ -371,6 +389,29 @@ class Executor {
     return t;
   }
 
+  Clock::time_point now() const {
+    return o_.clock ? Clock::time_point(std::chrono::nanoseconds(o_.clock(rank_))) : Clock::now();
+  }
+
+  /// Between steps: what rank 0 will still have if another rank fails.
+  void tell_progress(double took) {
+    const double mine[] = {losses_.back(), took};
+    if (rank_ != 0) {
+      transport_.send(0, kProgressTag, mine, sizeof mine);
+      return;
+    }
+    std::vector<double> losses(static_cast<std::size_t>(p_.mesh.size(p_.replicas)), 0.0);
+    double slowest = took;
+    losses[replica_of(0)] += mine[0];
+    for (int from = 1; from < transport_.size(); ++from) {
+      double its[2];
+      transport_.receive(from, kProgressTag, its, sizeof its);
+      losses[replica_of(from)] += its[0];
+      slowest = std::max(slowest, its[1]);
+    }
+    o_.progress(losses, slowest);
+  }
+
   // ---- one step --------------------------------------------------------------------------------
   void one_step() {
     std::size_t index = 0;
@@ -379,14 +420,15 @@ class Executor {
       micro_batch_ = call.micro_batch;
       for (std::size_t k = 0; k < block.instructions.size(); ++k, ++index) {
         const Instruction& i = block.instructions[k];
+        transport_.at(step_, static_cast<std::int64_t>(index));
         if (o_.before) o_.before(rank_, step_, index);
         const bool rests = (step_ + 1) % i.every != 0;
         const bool timed =
             o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate && i.kind != Kind::free;
-        const auto start = timed ? Clock::now() : Clock::time_point{};
+        const auto start = timed ? now() : Clock::time_point{};
         if (!rests) execute(block, call.block, k, i);
         if (timed) {
-          const auto end = Clock::now();
+          const auto end = now();
           result_.measured.samples.back().push_back(
               {call.block.value, static_cast<std::int32_t>(k), call.micro_batch,
                (start - step_start_).count(), (end - step_start_).count()});
@@ -1260,6 +1302,7 @@ class Executor {
         std::memcpy(&word, &v, sizeof word);
         return word;
       };
+      words.push_back(real(m.clock_uncertainty_s));
       words.push_back(static_cast<std::int64_t>(m.step_s.size()));
       for (const double s : m.step_s) words.push_back(real(s));
       words.push_back(static_cast<std::int64_t>(m.samples.size()));
@@ -1294,6 +1337,8 @@ class Executor {
       r.peak = Bytes{next()};
       r.host_peak = Bytes{next()};
       for (Bytes& b : r.at_peak) b = Bytes{next()};
+      const std::int64_t uncertainty = next();
+      std::memcpy(&r.clock_uncertainty_s, &uncertainty, sizeof uncertainty);
       r.step_s.resize(static_cast<std::size_t>(next()));
       for (double& s : r.step_s) {
         const std::int64_t word = next();

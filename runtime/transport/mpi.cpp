@@ -34,7 +34,7 @@ void add_narrow(void* from, void* to, int* count, MPI_Datatype*) {
 
 class MpiTransport final : public Transport {
  public:
-  explicit MpiTransport(double timeout_s) : timeout_(timeout_s) {
+  explicit MpiTransport(const MpiOptions& o) : timeout_(o.timeout_s), describe_(o.describe) {
     int provided = 0;
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
@@ -42,6 +42,9 @@ class MpiTransport final : public Transport {
     MPI_Comm_size(MPI_COMM_WORLD, &size_);
     MPI_Op_create(add_narrow<ElementType::bf16>, 1, &bf16_sum_);
     MPI_Op_create(add_narrow<ElementType::fp16>, 1, &fp16_sum_);
+    board_ = board_of_rank_0(o.board);
+    if (board_) state_ = &board_->rank(rank_);
+    state_->process = ::getpid();
   }
   ~MpiTransport() override {
     for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
@@ -140,7 +143,7 @@ class MpiTransport final : public Transport {
                                &request);
         break;
       case CollectiveKind::gather:
-        note.payload_bytes += bytes(c.offsets.back());
+        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0,
                                         comm, &request)
@@ -149,7 +152,7 @@ class MpiTransport final : public Transport {
                                         nullptr, type, 0, comm, &request);
         break;
       case CollectiveKind::scatter:
-        note.payload_bytes += bytes(c.offsets.back());
+        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0
                    ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0, comm,
@@ -190,12 +193,12 @@ class MpiTransport final : public Transport {
     wait(request, -1);
   }
 
-  void abort(const std::string& reason) override {
+  void abort(const std::string& reason, int code) override {
     // mpirun says much when a rank aborts; the one line that matters goes first.
     std::fprintf(stderr, "partita: %s\n", reason.c_str());
     std::fflush(nullptr);
-    MPI_Abort(MPI_COMM_WORLD, 3);
-    _exit(3);
+    MPI_Abort(MPI_COMM_WORLD, code);
+    _exit(code);
   }
   void doing(const std::string& what) override { doing_ = what; }
 
@@ -204,6 +207,22 @@ class MpiTransport final : public Transport {
     std::vector<std::byte> data;
     MPI_Request request = MPI_REQUEST_NULL;
   };
+
+  /// The launch's or one that rank 0 makes; null on other hosts than rank 0's.
+  std::shared_ptr<Board> board_of_rank_0(std::shared_ptr<Board> board) const {
+    struct {
+      char path[64] = "";
+      std::uint64_t identity = 0;
+    } where;
+    if (rank_ == 0) {
+      if (!board || board->ranks() != size_) board = Board::create(size_, 0, 0);
+      where.identity = board->identity();
+      board->path().copy(where.path, sizeof where.path - 1);
+    }
+    MPI_Bcast(&where, sizeof where, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (rank_ > 0) board = Board::open(where.path, size_);
+    return board && board->identity() == where.identity ? board : nullptr;
+  }
 
   static int tag_of(std::int64_t tag) { return static_cast<int>(tag % 30000); }
 
@@ -227,6 +246,11 @@ class MpiTransport final : public Transport {
   }
 
   void wait(MPI_Request& request, int peer) {
+    state_->waits_for.store(peer >= 0 ? peer : RankState::kGroup, std::memory_order_relaxed);
+    wait_until(request, peer);
+    state_->waits_for.store(RankState::kNobody, std::memory_order_relaxed);
+  }
+  void wait_until(MPI_Request& request, int peer) {
     const auto start = Clock::now();
     for (int spins = 0;; ++spins) {
       int done = 0;
@@ -237,11 +261,28 @@ class MpiTransport final : public Transport {
       // More ranks than cores: let the others run.
       usleep(0);
       if (std::chrono::duration<double>(Clock::now() - start).count() > timeout_) {
-        throw PeerError(
-            fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s", rank_,
-                        doing_, peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
+        throw PeerError(late(peer));
       }
     }
+  }
+
+  /// Why a wait took too long. The board tells who holds up all; without it, who is waited for.
+  std::string late(int peer) const {
+    const std::string whom = peer >= 0 ? fmt::format("rank {}", peer) : "its group";
+    const int culprit = board_ ? board_->culprit(rank_) : -1;
+    if (culprit < 0 || !describe_)
+      return fmt::format("rank {} waits in {} for {}, which has not answered for {:.3g} s", rank_,
+                         doing_, whom, timeout_);
+    const RankState& mine = board_->rank(rank_);
+    const RankState& its = board_->rank(culprit);
+    const char state = process_state(its.process);
+    return fmt::format("rank {} waits in {} for {}; rank {} {} {} for {:.3g} s", rank_,
+                       describe_(rank_, mine.step, mine.instruction), whom, culprit,
+                       state == 'T'                          ? "was stopped in"
+                       : state == 0 || state == 'Z'          ? "died in"
+                       : its.waits_for == RankState::kNobody ? "has been in"
+                                                             : "is furthest behind, in",
+                       describe_(culprit, its.step, its.instruction), timeout_);
   }
 
   MPI_Comm communicator(const std::vector<int>& group) {
@@ -259,6 +300,8 @@ class MpiTransport final : public Transport {
   }
 
   double timeout_;
+  Describe describe_;
+  std::shared_ptr<Board> board_;
   int rank_ = 0, size_ = 1;
   MPI_Op bf16_sum_ = MPI_OP_NULL, fp16_sum_ = MPI_OP_NULL;
   std::string doing_ = "the start";
@@ -268,15 +311,8 @@ class MpiTransport final : public Transport {
 
 }  // namespace
 
-bool under_mpi_launcher() {
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "PMI_RANK"}) {
-    if (std::getenv(name) != nullptr) return true;
-  }
-  return false;
-}
-
-std::unique_ptr<Transport> mpi_transport(double timeout_s) {
-  return std::make_unique<MpiTransport>(timeout_s);
+std::unique_ptr<Transport> mpi_transport(const MpiOptions& options) {
+  return std::make_unique<MpiTransport>(options);
 }
 
 std::string mpi_version() {

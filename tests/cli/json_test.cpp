@@ -342,8 +342,8 @@ TEST(Trace, OfTheBestPlanIsWrittenByTheSearchAndItsPlanSaved) {
 /// Some machines that build without MPI have threads only.
 std::vector<std::string> transports() {
   const Ran r = run("run mnist-linear --ranks 1 --transport mpi --steps 1");
-  if (r.err.find("this build has no MPI") != std::string::npos) return {"threads"};
-  return {"threads", "mpi"};
+  if (r.err.find("this build has no MPI") != std::string::npos) return {"threads", "tcp"};
+  return {"threads", "tcp", "mpi"};
 }
 
 TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
@@ -370,9 +370,8 @@ TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
   }
 }
 
-/// A dozen plans over processes: what threads prove for hundreds, MPI carries out alike.
-TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
-  if (transports().size() < 2) GTEST_SKIP() << "this build has no MPI";
+/// A dozen plans over processes: what threads prove for hundreds, MPI and sockets carry out alike.
+TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
   const std::vector<std::string> plans{
       "tiny.yaml --dp 2 --zero 1",
       "tiny.yaml --dp 2 --zero 2 --global-batch 4",
@@ -392,13 +391,16 @@ TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
       "tiny.yaml --dp 2 --strategy dataparallel",
       "tiny-moe.yaml --dp 2 --ep 2",
       "tiny-moe.yaml --tp 2 --dp 2 --ep 4 --etp 1 --sequence-parallel"};
-  for (const std::string& plan : plans) {
-    const Ran r = run("run ../" + plan + " --steps 2 --transport mpi --json");
-    EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
-    const Json j = Json::parse(r.out, nullptr, false);
-    ASSERT_FALSE(j.is_discarded()) << plan << ": " << r.err;
-    EXPECT_TRUE(j.at("equal_to_serial").get<bool>()) << plan;
-    EXPECT_EQ(j.at("transport"), "mpi");
+  for (const std::string& transport : transports()) {
+    if (transport == "threads") continue;
+    for (const std::string& plan : plans) {
+      const Ran r = run("run ../" + plan + " --steps 2 --json --transport " + transport);
+      EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
+      const Json j = Json::parse(r.out, nullptr, false);
+      ASSERT_FALSE(j.is_discarded()) << plan << ": " << r.err;
+      EXPECT_TRUE(j.at("equal_to_serial").get<bool>()) << plan;
+      EXPECT_EQ(j.at("transport"), transport);
+    }
   }
 }
 
