@@ -195,10 +195,13 @@ void add_plan(CLI::App& app, int& code) {
     if (!r.plans.empty() && !save->empty()) {
       const std::string yaml = to_yaml(r.plans[0].plan);
       std::FILE* f = std::fopen(save->c_str(), "w");
-      const bool good = f != nullptr && std::fwrite(yaml.data(), 1, yaml.size(), f) == yaml.size();
-      if (f != nullptr) std::fclose(f);
+      bool good = f != nullptr && std::fwrite(yaml.data(), 1, yaml.size(), f) == yaml.size();
+      // The last bytes reach the disk only here.
+      if (f != nullptr) good = std::fclose(f) == 0 && good;
       if (!good)
-        throw InputError("--save", fmt::format("cannot write {}; check its permissions", *save));
+        throw InputError("--save", fmt::format("cannot write {}; check its permissions and whether "
+                                               "the disk is full",
+                                               *save));
     }
     const auto assumed = assumptions(o->flags, base, g);
     print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));

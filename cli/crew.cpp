@@ -3,6 +3,7 @@
 #include <chrono>
 #include <thread>
 
+#include "base/error.h"
 #include "runtime/reference/serial.h"
 #ifdef PARTITA_MPI
 #  include "runtime/transport/mpi.h"
@@ -38,9 +39,9 @@ Crew::Crew([[maybe_unused]] const std::string& transport, [[maybe_unused]] int r
     : timeout_s_(timeout_s), tasks_(std::move(tasks)) {
 #ifdef PARTITA_MPI
   if (transport != "mpi") return;
-  world_ = mpi_transport(kPatience);
+  world_ = mpi_transport({kPatience, nullptr, nullptr});
   if (world_->size() < ranks)
-    world_->abort("the launcher started fewer ranks than the largest of --ranks; start as many");
+    world_->abort("the launcher started fewer ranks than the largest of --ranks; start as many", 2);
 #endif
 }
 
@@ -80,8 +81,8 @@ execute::RankResult Crew::run(std::size_t task) {
   return execute::run_rank(*t.program, part(ranks), t.options);
 }
 
-void Crew::abort(const std::string& why) {
-  if (world_) world_->abort(why);
+void Crew::abort(const std::exception& why) {
+  if (world_) world_->abort(why.what(), dynamic_cast<const InputError*>(&why) != nullptr ? 2 : 3);
 }
 
 Transport& Crew::part([[maybe_unused]] int ranks) {

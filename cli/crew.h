@@ -2,6 +2,7 @@
 // the ranks of one MPI run.
 #pragma once
 
+#include <exception>
 #include <map>
 #include <memory>
 #include <string>
@@ -36,8 +37,9 @@ class Crew {
   void serve();
   /// Results of all ranks, on the leader.
   execute::RankResult run(std::size_t task);
-  /// This rank gives up: all end with `why`. Returns for threads only.
-  void abort(const std::string& why);
+  /// This rank gives up: all end with `why`, code 2 for the user's mistakes, else 3. Returns for
+  /// threads only.
+  void abort(const std::exception& why);
 
  private:
   Transport& part(int ranks);

@@ -1,23 +1,33 @@
 #include "cli/launch.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <poll.h>
 #include <sys/prctl.h>
+#include <sys/signalfd.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
+#include <functional>
 #include <regex>
 #include <vector>
 
 #include "base/error.h"
+#include "runtime/transport/tcp.h"
 
 namespace partita::cli {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 /// What this process was started with.
 std::vector<std::string> command_line() {
@@ -25,89 +35,342 @@ std::vector<std::string> command_line() {
   std::vector<std::string> words;
   for (std::string word; std::getline(in, word, '\0');) words.push_back(word);
   PARTITA_ASSERT(!words.empty(), "/proc/self/cmdline is empty");
+  std::array<char, 4096> self{};
+  const ssize_t length = ::readlink("/proc/self/exe", self.data(), self.size() - 1);
+  if (length > 0) words[0] = std::string(self.data(), static_cast<std::size_t>(length));
   return words;
 }
 
+/// Calls `use` with each whole line from `at` on; returns where they end.
+std::size_t each_line(const std::string& text, std::size_t at,
+                      const std::function<void(const std::string&)>& use) {
+  for (std::size_t end; (end = text.find('\n', at)) != std::string::npos; at = end + 1)
+    use(text.substr(at, end - at));
+  return at;
+}
+
+struct Child {
+  ::pid_t process = 0;
+  bool over = false, ended_by_us = false;
+  int status = 0;
+  bool failed() const {
+    return over && !ended_by_us && !(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  }
+};
+
+/// Starts and watches processes; ends with them, they with it.
+class Nursery {
+ public:
+  Nursery() {
+    for (Pipe* p : {&errors_, &output_}) {
+      if (::pipe2(p->ends.data(), O_CLOEXEC) != 0) throw InternalError("no pipe");
+      ::fcntl(p->ends[0], F_SETFL, O_NONBLOCK);
+    }
+    sigset_t watched;
+    sigemptyset(&watched);
+    for (const int s : {SIGCHLD, SIGINT, SIGTERM, SIGHUP}) sigaddset(&watched, s);
+    // Signals are read from a descriptor: no handlers, no state of the whole process.
+    ::sigprocmask(SIG_BLOCK, &watched, &before_);
+    signals_ = ::signalfd(-1, &watched, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signals_ < 0) throw InternalError("no descriptor for signals");
+  }
+  ~Nursery() {
+    for (const int fd :
+         {errors_.ends[0], errors_.ends[1], output_.ends[0], output_.ends[1], signals_}) {
+      if (fd >= 0) ::close(fd);
+    }
+    ::sigprocmask(SIG_SETMASK, &before_, nullptr);
+  }
+  Nursery(const Nursery&) = delete;
+  Nursery& operator=(const Nursery&) = delete;
+
+  /// `setup` runs in the child; then the words are executed.
+  void start(std::vector<std::string> words, const std::function<void()>& setup, int end_signal) {
+    const ::pid_t parent = ::getpid(), child = ::fork();
+    if (child < 0) {
+      end(SIGKILL);
+      throw InternalError(fmt::format("cannot fork: {}", std::strerror(errno)));
+    }
+    if (child == 0) {
+      ::prctl(PR_SET_PDEATHSIG, end_signal);
+      if (::getppid() != parent) ::_exit(3);
+      ::sigprocmask(SIG_SETMASK, &before_, nullptr);
+      ::dup2(errors_.ends[1], STDERR_FILENO);
+      ::dup2(output_.ends[1], STDOUT_FILENO);
+      setup();
+      std::vector<char*> arguments;
+      for (std::string& w : words) arguments.push_back(w.data());
+      arguments.push_back(nullptr);
+      ::execvp(arguments[0], arguments.data());
+      ::_exit(errno == ENOENT ? 127 : 126);
+    }
+    children.push_back({child, false, false, 0});
+  }
+
+  /// Until all have ended. After the first failure the others have `grace` to end by themselves;
+  /// then, and on a signal to us, they get `end_signal`, and five seconds later SIGKILL.
+  void watch(std::chrono::milliseconds grace, int end_signal) {
+    for (Pipe* p : {&errors_, &output_}) ::close(std::exchange(p->ends[1], -1));
+    constexpr auto kNever = Clock::time_point::max();
+    auto end_at = kNever, kill_at = kNever;
+    while (!all_over()) {
+      // A closed pipe would wake us for ever.
+      std::array<pollfd, 3> polls{{{errors_.closed ? -1 : errors_.ends[0], POLLIN, 0},
+                                   {output_.closed ? -1 : output_.ends[0], POLLIN, 0},
+                                   {signals_, POLLIN, 0}}};
+      ::poll(polls.data(), polls.size(), std::min(end_at, kill_at) < kNever ? 50 : 1000);
+      errors_.read();
+      output_.read();
+      tell_progress();
+      signalfd_siginfo info;
+      while (::read(signals_, &info, sizeof info) == sizeof info) {
+        if (info.ssi_signo == SIGCHLD || interrupted != 0) continue;
+        interrupted = static_cast<int>(info.ssi_signo);
+        end_at = Clock::now();
+      }
+      reap();
+      const bool failed = first_failed >= 0;
+      if (failed && std::min(end_at, kill_at) == kNever) end_at = Clock::now() + grace;
+      // A stopped process ends by nothing else.
+      if (failed && end_at < kNever && only_stopped()) end_at = Clock::now();
+      if (Clock::now() >= end_at) {
+        end(end_signal);
+        end_at = kNever;
+        kill_at = Clock::now() + std::chrono::seconds(5);
+      }
+      if (Clock::now() >= kill_at) end(SIGKILL);
+    }
+    errors_.read();
+    output_.read();
+    tell_progress();
+  }
+  /// Without the lines of progress, which have been told.
+  std::string errors_left() const {
+    std::string left;
+    const std::size_t end = each_line(errors_.text, 0, [&](const std::string& line) {
+      if (!is_progress(line)) left += line + "\n";
+    });
+    return left + errors_.text.substr(end);
+  }
+  const std::string& errors() const { return errors_.text; }
+  const std::string& output() const { return output_.text; }
+
+  std::vector<Child> children;
+  int first_failed = -1;
+  int interrupted = 0;
+
+ private:
+  struct Pipe {
+    std::array<int, 2> ends{-1, -1};
+    std::string text;
+    bool closed = false;
+    void read() {
+      std::array<char, 4096> piece;
+      ssize_t n;
+      while ((n = ::read(ends[0], piece.data(), piece.size())) > 0)
+        text.append(piece.data(), static_cast<std::size_t>(n));
+      closed = closed || n == 0;
+    }
+  };
+  static bool is_progress(const std::string& line) { return line.rfind("progress: ", 0) == 0; }
+  /// How far a long run is, is told at once; all else once it is over.
+  void tell_progress() {
+    told_ = each_line(errors_.text, told_, [](const std::string& line) {
+      if (is_progress(line)) std::fputs((line + "\n").c_str(), stderr);
+    });
+  }
+  bool all_over() const {
+    for (const Child& c : children) {
+      if (!c.over) return false;
+    }
+    return true;
+  }
+  bool only_stopped() const {
+    for (const Child& c : children) {
+      if (!c.over && process_state(c.process) != 'T') return false;
+    }
+    return true;
+  }
+  void end(int signal) {
+    for (Child& c : children) {
+      if (c.over) continue;
+      c.ended_by_us = true;
+      ::kill(c.process, signal);
+    }
+  }
+  void reap() {
+    // In the order in which they died, as far as the kernel tells: the signalled before those who
+    // heard of it.
+    std::vector<std::size_t> now;
+    for (std::size_t k = 0; k < children.size(); ++k) {
+      Child& c = children[k];
+      if (c.over || ::waitpid(c.process, &c.status, WNOHANG) != c.process) continue;
+      c.over = true;
+      now.push_back(k);
+    }
+    for (const bool by_signal : {true, false}) {
+      for (const std::size_t k : now) {
+        if (first_failed < 0 && children[k].failed() &&
+            WIFSIGNALED(children[k].status) == by_signal)
+          first_failed = static_cast<int>(k);
+      }
+    }
+  }
+
+  Pipe errors_, output_;
+  std::size_t told_ = 0;  ///< of the errors
+  int signals_ = -1;
+  sigset_t before_{};
+};
+
+std::string signal_name(int signal) {
+  const char* name = ::sigdescr_np(signal);
+  return name == nullptr ? fmt::format("signal {}", signal)
+                         : fmt::format("signal {} ({})", signal, name);
+}
+
+std::string where(const Board& board, const Describe& describe, int rank) {
+  const RankState& s = board.rank(rank);
+  return describe(rank, s.step, s.instruction);
+}
+
+/// The first line of our own among what the ranks said, without "partita: ".
+std::string said(const std::string& text) {
+  static const std::string kPrefix = "partita: ";
+  for (std::size_t at = 0; at < text.size();) {
+    std::size_t end = text.find('\n', at);
+    if (end == std::string::npos) end = text.size();
+    if (text.compare(at, kPrefix.size(), kPrefix) == 0)
+      return text.substr(at + kPrefix.size(), end - at - kPrefix.size());
+    at = end + 1;
+  }
+  return "";
+}
+
 /// One line for what mpirun says in twenty.
-std::string cause(const std::string& text) {
+std::string cause(const std::string& text, const Board& board, const Describe& describe) {
   std::smatch m;
+  const auto at = [&](const std::string& rank) {
+    const int r = std::stoi(rank);
+    return r < board.ranks() ? " in " + where(board, describe, r) : std::string();
+  };
   if (std::regex_search(
           text, m,
           std::regex(R"(process rank (\d+) with PID \d+ on node \S+ exited on signal (\d+))")))
-    return fmt::format("rank {} was ended by signal {}; the others were stopped", m[1].str(),
-                       m[2].str());
+    return fmt::format("rank {} was ended by {}{}; the others were stopped", m[1].str(),
+                       signal_name(std::stoi(m[2].str())), at(m[1].str()));
+  if (std::regex_search(text, m,
+                        std::regex(R"(Process name: \[\[\d+,\d+\],(\d+)\]\s+Exit code:\s+(\d+))")))
+    return fmt::format("rank {} ended with exit code {}{}; the others were stopped", m[1].str(),
+                       m[2].str(), at(m[1].str()));
   if (std::regex_search(text, m, std::regex(R"(not enough slots available)")))
     return "mpirun has too few slots for the ranks; use fewer or a larger machine file";
-  const auto end = text.find('\n');
-  return "mpirun: " + text.substr(0, end);
+  std::size_t from = text.find_first_not_of("-\n ");
+  if (from == std::string::npos) return "mpirun failed without a word";
+  return "mpirun: " + text.substr(from, text.find('\n', from) - from);
+}
+
+Launched interrupted(int signal) {
+  return {128 + signal, fmt::format("ended by {}; all ranks were stopped", signal_name(signal))};
 }
 
 }  // namespace
 
-int launch_mpi(int ranks) {
-  const std::vector<std::string> mine = command_line();
-  std::array<int, 2> pipe_ends{};
-  if (::pipe(pipe_ends.data()) != 0) throw InternalError("no pipe");
-  std::array<char, 4096> self{};
-  const ssize_t length = ::readlink("/proc/self/exe", self.data(), self.size() - 1);
-  const std::string program =
-      length > 0 ? std::string(self.data(), static_cast<std::size_t>(length)) : mine[0];
-  const ::pid_t child = ::fork();
-  if (child < 0) throw InternalError("cannot fork");
-  if (child == 0) {
-    // Root and more ranks than cores are this tool's ordinary use; mpirun asks to be told.
-    ::setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 0);
-    ::setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
-    ::setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 0);
-    // Sixteen ranks on two cores must not spin at each other.
-    ::setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
-    ::setenv("OMPI_MCA_btl_base_warn_component_unused", "0", 0);
-    // The ranks end with the command, however it ends.
-    ::prctl(PR_SET_PDEATHSIG, SIGTERM);
-    ::dup2(pipe_ends[1], STDERR_FILENO);
-    ::close(pipe_ends[0]);
-    ::close(pipe_ends[1]);
-    std::vector<std::string> words{"mpirun", "-n", std::to_string(ranks), program};
-    words.insert(words.end(), mine.begin() + 1, mine.end());
-    std::vector<char*> arguments;
-    for (std::string& w : words) arguments.push_back(w.data());
-    arguments.push_back(nullptr);
-    ::execvp("mpirun", arguments.data());
-    ::_exit(errno == ENOENT ? 127 : 126);
-  }
-  ::close(pipe_ends[1]);
-  std::string text;
-  std::array<char, 4096> piece{};
-  std::size_t told = 0;
-  for (ssize_t n; (n = ::read(pipe_ends[0], piece.data(), piece.size())) > 0;) {
-    text.append(piece.data(), static_cast<std::size_t>(n));
-    // How far a long run is, is told at once; all else once it is over.
-    for (std::size_t end; (end = text.find('\n', told)) != std::string::npos; told = end + 1) {
-      if (text.compare(told, 10, "progress: ") == 0)
-        fmt::print(stderr, "{}\n", text.substr(told, end - told));
-    }
-  }
-  ::close(pipe_ends[0]);
-  int status = 0;
-  ::waitpid(child, &status, 0);
+Launched launch_mpi(const Board& board, const Describe& describe) {
+  std::vector<std::string> words{"mpirun", "-n", std::to_string(board.ranks())};
+  for (const std::string& w : command_line()) words.push_back(w);
+  const std::string path = board.path();
+  Nursery nursery;
+  nursery.start(
+      words,
+      [&] {
+        // Root and more ranks than cores are this tool's ordinary use; mpirun asks to be told.
+        ::setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 0);
+        ::setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
+        ::setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 0);
+        // Sixteen ranks on two cores must not spin at each other.
+        ::setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
+        ::setenv("OMPI_MCA_btl_base_warn_component_unused", "0", 0);
+        ::setenv(kBoardVariable, path.c_str(), 1);
+      },
+      SIGTERM);
+  nursery.watch(std::chrono::milliseconds(0), SIGTERM);
+  if (nursery.interrupted != 0) return interrupted(nursery.interrupted);
+  const int status = nursery.children[0].status;
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   if (code == 127) {
     throw InputError("--transport",
                      "mpi needs mpirun, which is not on the PATH; install openmpi-bin or "
-                     "use --transport threads");
+                     "use --transport tcp or threads");
   }
-  if (code == 0) return 0;
+  if (code == 0) {
+    fmt::print("{}", nursery.output());
+    return {};
+  }
   // Our own ranks have said it in one line; else mpirun's essay is cut down to its point.
-  bool said = false;
-  for (std::size_t at = 0; at < text.size() && !said;) {
-    std::size_t end = text.find('\n', at);
-    if (end == std::string::npos) end = text.size();
-    const std::string line = text.substr(at, end - at);
-    if (line.rfind("partita: ", 0) == 0) fmt::print(stderr, "{}\n", line), said = true;
-    at = end + 1;
+  const std::string own = said(nursery.errors());
+  if (!own.empty()) return {code == 2 ? 2 : 3, own};
+  if (code == 1) {  // rank 0: not the serial network's loss
+    fmt::print("{}", nursery.output());
+    return {1, ""};
   }
-  if (!said && code != 1) fmt::print(stderr, "partita: {}\n", cause(text));
-  return code == 2 || code == 1 ? code : 3;
+  return {3, cause(nursery.errors(), board, describe)};
+}
+
+Launched launch_tcp(const Board& board, const Describe& describe) {
+  const std::vector<std::string> words = command_line();
+  const int ranks = board.ranks();
+  const Listening listening = listen_on_loopback(ranks);
+  const std::string path = board.path();
+  Nursery nursery;
+  for (int r = 0; r < ranks; ++r) {
+    nursery.start(
+        words,
+        [&] {
+          ::setenv("RANK", std::to_string(r).c_str(), 1);
+          ::setenv("WORLD_SIZE", std::to_string(ranks).c_str(), 1);
+          ::setenv("MASTER_ADDR", "127.0.0.1", 1);
+          ::setenv("MASTER_PORT", std::to_string(listening.port).c_str(), 1);
+          ::unsetenv("TORCHELASTIC_USE_AGENT_STORE");
+          ::setenv(kBoardVariable, path.c_str(), 1);
+          if (r == 0) {
+            ::setenv(kListenerVariable, std::to_string(listening.socket).c_str(), 1);
+          } else {
+            ::close(listening.socket);
+          }
+        },
+        SIGKILL);
+  }
+  ::close(listening.socket);
+  nursery.watch(std::chrono::seconds(3), SIGKILL);
+  if (nursery.interrupted != 0) return interrupted(nursery.interrupted);
+  if (nursery.first_failed < 0) {
+    std::fputs(nursery.errors_left().c_str(), stderr);
+    fmt::print("{}", nursery.output());
+    return {};
+  }
+  // A rank that died by itself knows least; what its launcher saw is the cause.
+  for (std::size_t k = 0; k < nursery.children.size(); ++k) {
+    const Child& c = nursery.children[k];
+    if (!c.failed()) continue;
+    const int r = static_cast<int>(k);
+    if (WIFSIGNALED(c.status))
+      return {3, fmt::format("rank {} was ended by {} in {}; the others were stopped", r,
+                             signal_name(WTERMSIG(c.status)), where(board, describe, r))};
+    const int code = WEXITSTATUS(c.status);
+    // 2 and 3 are a rank's own ways to give up, and 1 rank 0's.
+    if (code > 3 || (code == 1 && r != 0))
+      return {3, fmt::format("rank {} ended with exit code {} in {}; the others were stopped", r,
+                             code, where(board, describe, r))};
+  }
+  const int code =
+      WEXITSTATUS(nursery.children[static_cast<std::size_t>(nursery.first_failed)].status);
+  const std::string own = said(nursery.errors());
+  if (code == 1 && own.empty()) {
+    fmt::print("{}", nursery.output());
+    return {1, ""};
+  }
+  return {code == 2 ? 2 : 3, own.empty() ? "the ranks ended without a word" : own};
 }
 
 }  // namespace partita::cli

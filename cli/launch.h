@@ -1,12 +1,27 @@
 // cli/launch.h: the command starts its own ranks.
 #pragma once
 
+#include <memory>
 #include <string>
+
+#include "runtime/transport/board.h"
 
 namespace partita::cli {
 
-/// Runs this command line again as `ranks` processes under mpirun; returns the exit code. What
-/// mpirun says about a failed rank becomes one message on stderr. InputError without mpirun.
-int launch_mpi(int ranks);
+/// How the ranks ended.
+struct Launched {
+  int code = 0;
+  std::string reason;  ///< one sentence; empty where nothing went wrong
+};
+
+/// Runs this command line again as so many processes as the board has ranks, under mpirun or on
+/// loopback, until all have ended: no process is left behind. On ^C they are ended too (code 130).
+/// `describe` puts what a dead rank was doing in words. InputError without mpirun.
+Launched launch_mpi(const Board& board, const Describe& describe);
+Launched launch_tcp(const Board& board, const Describe& describe);
+
+/// What the ranks of an own launch find in their environment.
+inline constexpr const char* kBoardVariable = "PARTITA_BOARD";
+inline constexpr const char* kListenerVariable = "PARTITA_LISTENER";
 
 }  // namespace partita::cli

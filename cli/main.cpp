@@ -16,6 +16,16 @@
 namespace partita::cli {
 namespace {
 
+/// Also where stderr cannot be written.
+void complain(const std::string& text) { std::fputs(("partita: " + text + "\n").c_str(), stderr); }
+
+/// Has all that was printed arrived? What is written late fails late.
+int finished(int code) {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return code;
+  complain("the output cannot be written; is the disk full, or the reader gone?");
+  return 3;
+}
+
 std::vector<std::string> command_names(const CLI::App& app) {
   std::vector<std::string> names;
   for (const CLI::App* c : app.get_subcommands([](const CLI::App*) { return true; }))
@@ -128,24 +138,26 @@ int main(int argc, char** argv) {
     try {
       app.parse(argc, argv);
     } catch (const CLI::Success& e) {  // --help, --version
-      return app.exit(e);
+      return cli::finished(app.exit(e));
     } catch (const CLI::ParseError& e) {
       cli::refuse(app, e, argc, argv);
     }
   } catch (const InputError& e) {
-    fmt::print(stderr, "partita: {}\n", e.what());
+    cli::complain(e.what());
     return 2;
+  } catch (const ToldElsewhere& e) {
+    return e.code;
   } catch (const PeerError& e) {
-    fmt::print(stderr, "partita: {}\n", e.what());
+    cli::complain(e.what());
     return 3;
   } catch (const std::bad_alloc&) {
-    fmt::print(stderr, "partita: out of memory\n");
+    cli::complain("out of memory");
     return 3;
   } catch (const std::exception& e) {
-    fmt::print(stderr,
-               "partita: {}\nThis is a bug of Partita; please report it with the command.\n",
-               e.what());
+    if (std::ferror(stdout) != 0) return cli::finished(3);
+    cli::complain(
+        fmt::format("{}\nThis is a bug of Partita; please report it with the command.", e.what()));
     return 3;
   }
-  return code;
+  return cli::finished(code);
 }

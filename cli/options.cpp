@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
+#include <fstream>
+#include <thread>
 
 #include "base/error.h"
 #include "base/unit_text.h"
@@ -33,7 +35,7 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_flag("--no-sequence-parallel", no_sequence_parallel, "the opposite");
   app.add_flag("--loader", loader,
                "batches come from ranks of their own, one for each data-parallel rank");
-  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved or zb-h1");
+  app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved, zb-h1 or dualpipe");
   app.add_option("--recompute", recompute, "none, selective, full, first:N, or operator patterns");
   app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
   app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
@@ -41,6 +43,9 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--global-batch,--global-batch-size", global_batch, "samples per step");
   app.add_option("--precision", precision, "fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
   app.add_option("--framework", framework, fmt::format("{}", fmt::join(frameworks(), ", ")));
+  app.add_option("--set", set,
+                 "a key of plan files, like compression.kind=top_k; repeatable (docs/formats.md)")
+      ->allow_extra_args(false);
   app.add_option("--network", network, "idle: transfers do not disturb each other");
   app.add_option("--seq,--sequence-length", sequence, "tokens per sample");
   app.add_option("--layers", layers, "only this many blocks");
@@ -143,6 +148,13 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
                     "each other",
                     f.network));
   }
+  for (const std::string& item : f.set) {
+    const auto at = item.find('=');
+    if (at == std::string::npos || at == 0)
+      throw InputError("--set",
+                       fmt::format("'{}' is no KEY=VALUE, like compression.kind=top_k", item));
+    set_key(p, item.substr(0, at), item.substr(at + 1), "--set");
+  }
   if (!f.freeze.empty()) p.freeze = f.freeze;
   if (!f.lora.empty()) {
     p.lora = f.lora;
@@ -210,6 +222,20 @@ Topology load_cluster(const std::string& text, const TopologyEdits& edits) {
   return load_topology(text, edits);
 }
 
+std::string this_machine() {
+  std::string model = "unknown processor";
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("model name", 0) == 0) {
+      model = line.substr(line.find(':') + 2);
+      break;
+    }
+  }
+  // It is written into quoted texts.
+  std::replace(model.begin(), model.end(), '\'', ' ');
+  return fmt::format("{} cores of {}", std::thread::hardware_concurrency(), model);
+}
+
 void check_writable(const std::string& flag, const std::string& file) {
   if (file.empty()) return;
   namespace fs = std::filesystem;
@@ -235,31 +261,46 @@ void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
                                    size, ranks, where, ranks));
     }
   }
-  // Each data-parallel rank is tp x pp x cp ranks, and a loader's where there are loaders.
-  const std::int64_t others = p.tp * p.pp * p.cp + (p.loader ? 1 : 0);
-  if (p.loader && ranks % others != 0) {
+  // Each data-parallel rank is tp x pp x cp ranks, and a loader's where there are loaders; servers
+  // are beside them.
+  const std::int64_t servers = p.servers * p.tp;
+  if (servers >= ranks) {
+    throw InputError(
+        "servers",
+        fmt::format("{} servers x tp {} leave none of the {} devices of {} for training; "
+                    "use fewer, or more devices",
+                    p.servers, p.tp, ranks, where));
+  }
+  const std::int64_t others = p.ranks_of_replica(), left = ranks - servers;
+  const std::string beside = servers > 0 ? fmt::format(" less {} servers", servers) : "";
+  if (p.loader && !p.message_queue && left % others != 0) {
     throw InputError(
         "--loader",
         fmt::format(
             "tp {} x pp {} x cp {} ranks and their loader are {}, which does not divide the {} "
-            "devices of {}; choose other sizes or another number of devices",
-            p.tp, p.pp, p.cp, others, ranks, where));
+            "devices of {}{}; choose other sizes or another number of devices",
+            p.tp, p.pp, p.cp, others, ranks, where, beside));
   }
-  if (ranks % others != 0) {
+  if (left % others != 0) {
     throw InputError(
         "--tp, --pp, --cp",
-        fmt::format("tp {} x pp {} x cp {} = {} does not divide the {} devices of {}; "
+        fmt::format("tp {} x pp {} x cp {}{} = {} does not divide the {} devices of {}{}; "
                     "choose sizes whose product divides {}, or another number of nodes",
-                    p.tp, p.pp, p.cp, others, ranks, where, ranks));
+                    p.tp, p.pp, p.cp, p.message_queue ? " and their brokers" : "", others, ranks,
+                    where, beside, left));
   }
-  if (p.dp == 0) p.dp = ranks / others;
-  if (p.dp * others != ranks) {
+  if (p.dp == 0) p.dp = left / others;
+  if (p.dp * others != left) {
     throw InputError(
         "--dp",
-        fmt::format("dp {} x tp {} x pp {} x cp {}{} = {} ranks, but {} has {} devices; leave --dp "
-                    "out or use {}",
-                    p.dp, p.tp, p.pp, p.cp, p.loader ? fmt::format(" and {} loaders", p.dp) : "",
-                    p.dp * others, where, ranks, ranks / others));
+        fmt::format(
+            "dp {} x tp {} x pp {} x cp {}{}{} = {} ranks, but {} has {} devices; leave --dp "
+            "out or use {}",
+            p.dp, p.tp, p.pp, p.cp,
+            (p.loader ? fmt::format(" and {} loaders", p.dp) : "") +
+                (p.message_queue ? fmt::format(" and {} brokers", p.dp * p.tp * p.cp) : ""),
+            servers > 0 ? fmt::format(" and {} servers", servers) : "", p.dp * others + servers,
+            where, ranks, left / others));
   }
 }
 

@@ -26,7 +26,7 @@ struct PlanFlags {
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "idle";
   std::string routing;  ///< balanced, zipf:S or a file; "": the command's default
-  std::vector<std::string> freeze, lora;
+  std::vector<std::string> set, freeze, lora;
   std::int64_t lora_rank = 16;
   // model
   std::optional<std::int64_t> sequence, layers, vocabulary;
@@ -64,6 +64,9 @@ Topology load_cluster(const std::string& text, const TopologyEdits& edits = {});
 
 /// InputError{flag} if a file could not be written there; before the work, not after it.
 void check_writable(const std::string& flag, const std::string& file);
+
+/// "2 cores of AMD EPYC 9354": what profiles measured here are recognised by.
+std::string this_machine();
 
 ModelOptions model_options(const PlanFlags& flags);
 /// Loads the network and applies freezing and adapters.

@@ -3,9 +3,14 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
+#include <charconv>
+#include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "base/unit_text.h"
 #include "cli/commands.h"
@@ -16,8 +21,11 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "runtime/transport/environment.h"
+#include "runtime/transport/tcp.h"
 #include "simulator/lower/lower.h"
 #include "validation/compare.h"
+#include "validation/traffic.h"
 #ifdef PARTITA_MPI
 #  include "runtime/transport/mpi.h"
 #endif
@@ -31,7 +39,7 @@ struct Options {
   std::optional<std::int64_t> ranks;
   std::int64_t steps = 50, warm_up = 0, seed = 1;
   std::optional<double> learning_rate;
-  double timeout_s = 10;
+  double timeout_s = 10, rendezvous_s = 30;
   bool json = false, no_check = false;
 };
 
@@ -39,31 +47,56 @@ struct Options {
 constexpr double kMostSerialWork = 1e9;
 constexpr std::int64_t kMostRanks = 256;
 
-bool launched() {
 #ifdef PARTITA_MPI
-  return under_mpi_launcher();
+constexpr bool kMpi = true;
 #else
-  return false;
+constexpr bool kMpi = false;
 #endif
-}
 
-/// threads or mpi, and why where the user did not say.
-std::string transport_of(const Options& o, std::int64_t ranks, [[maybe_unused]] std::string& why) {
-  if (!o.transport.empty() && o.transport != "threads" && o.transport != "mpi")
-    throw InputError("--transport",
-                     fmt::format("'{}' is unknown; use threads or mpi", o.transport));
-#ifdef PARTITA_MPI
-  if (!o.transport.empty()) return o.transport;
-  if (launched()) return "mpi";
-  return ranks > 1 ? "mpi" : "threads";
-#else
-  if (o.transport == "mpi")
+const char* variable(const char* name) { return std::getenv(name); }
+
+/// How this process takes part.
+struct Mode {
+  std::string transport;
+  bool launches = false;  ///< it is no rank itself
+  Launcher launcher;      ///< whose rank it is
+  std::string note;       ///< where the user did not choose
+};
+
+Mode mode_of(const Options& o, std::int64_t ranks) {
+  const std::string& wish = o.transport;
+  if (!wish.empty() && wish != "threads" && wish != "mpi" && wish != "tcp")
+    throw InputError("--transport", fmt::format("'{}' is unknown; use threads, mpi or tcp", wish));
+  if (wish == "mpi" && !kMpi)
     throw InputError("--transport",
                      "this build has no MPI; install libopenmpi-dev and build again, "
-                     "or use threads");
-  if (ranks > 1) why = "this build has no MPI: ranks are threads";
-  return "threads";
-#endif
+                     "or use tcp or threads");
+  if (wish == "threads") return {"threads", false, {}, ""};
+  const Launcher l = launcher_of(variable, kMpi);
+  if (l.kind == Launcher::Kind::mpi) {
+    if (wish == "tcp")
+      throw InputError("--transport",
+                       fmt::format("is tcp, but {} is set, so an MPI launcher started this "
+                                   "process; use mpi, or unset it",
+                                   l.what));
+    return {"mpi", false, l, ""};
+  }
+  if (l.kind == Launcher::Kind::tcp) {
+    if (wish == "mpi")
+      throw InputError("--transport",
+                       fmt::format("is mpi, but by {} another launcher started this process; use "
+                                   "tcp, or unset them",
+                                   l.what));
+    if (l.size != ranks)
+      throw InputError("--ranks",
+                       fmt::format("the plan has {}, but by {} {} were started; start as many, or "
+                                   "change the plan",
+                                   ranks, l.what, l.size));
+    return {"tcp", false, l, ""};
+  }
+  if (wish == "tcp") return {"tcp", ranks > 1, {}, ""};
+  if (kMpi && (wish == "mpi" || ranks > 1)) return {"mpi", true, {}, ""};
+  return {"threads", false, {}, ranks > 1 ? "this build has no MPI: ranks are threads" : ""};
 }
 
 /// What every rank needs to know of the run.
@@ -80,6 +113,22 @@ struct Job {
   int groups = 1;
 };
 
+/// A profile that another machine was measured for says nothing of what is measured here.
+void refuse_foreign(const Topology& t, const std::string& file) {
+  static const std::regex kMachine(
+      "partita calibrate [^,]*, [^,]*, (?:[^,]*, )?([0-9]+ cores of .*), Linux ");
+  for (std::size_t d = 0; d < t.device_count(); ++d) {
+    for (const auto& [figure, source] : t.device(DeviceId{d}).sources) {
+      std::smatch m;
+      if (!std::regex_search(source, m, kMachine) || m[1].str() == this_machine()) continue;
+      throw InputError("--topology",
+                       fmt::format("{} was measured on another machine ({}) than this ({}); "
+                                   "calibrate here, or leave it out",
+                                   file, m[1].str(), this_machine()));
+    }
+  }
+}
+
 Job job_of(const Options& o) {
   if (o.steps < 1 || o.steps > 1'000'000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 1,000,000", o.steps));
@@ -89,6 +138,9 @@ Job job_of(const Options& o) {
   if (!(o.timeout_s > 0 && o.timeout_s <= 1e6))
     throw InputError("--timeout",
                      fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
+  if (!(o.rendezvous_s > 0 && o.rendezvous_s <= 1e6))
+    throw InputError("--rendezvous-timeout",
+                     fmt::format("{} is not a number of seconds in 0 to 1e6", o.rendezvous_s));
   if (o.backend != "cpu")
     throw InputError("--backend", fmt::format("'{}' is unknown; there is cpu", o.backend));
   Job job;
@@ -141,6 +193,7 @@ Job job_of(const Options& o) {
     throw InputError("--topology",
                      fmt::format("{} has {} devices for {} ranks; use a larger one",
                                  job.topology->name(), job.topology->device_count(), ranks));
+  if (!o.topology.empty()) refuse_foreign(*job.topology, o.topology);
   const bool routed = std::any_of(job.program.buffers.begin(), job.program.buffers.end(),
                                   [](const Buffer& b) { return b.routed; });
   if (!routed && !o.routing_out.empty())
@@ -195,6 +248,42 @@ void fill_options(const Options& o, Job& job) {
   job.serial.operator_seed = job.options.operator_seed;
 }
 
+/// Tests only: PARTITA_TEST_FAULT=RANK:STEP:INSTRUCTION:WHAT makes a rank fail
+/// (docs/transports.md).
+std::function<void(int, std::int64_t, std::size_t)> test_fault() {
+  const char* text = variable("PARTITA_TEST_FAULT");
+  if (text == nullptr) return nullptr;
+  std::vector<std::string> words{""};
+  for (const char* c = text; *c != '\0'; ++c) {
+    if (*c == ':') {
+      words.emplace_back();
+    } else {
+      words.back() += *c;
+    }
+  }
+  std::array<std::int64_t, 3> at{};
+  bool good = words.size() == 4 && (words[3] == "kill" || words[3] == "stop" || words[3] == "exit");
+  for (std::size_t k = 0; good && k < at.size(); ++k) {
+    const auto [end, error] =
+        std::from_chars(words[k].data(), words[k].data() + words[k].size(), at[k]);
+    good = error == std::errc{} && end == words[k].data() + words[k].size() && at[k] >= 0;
+  }
+  if (!good)
+    throw InputError("PARTITA_TEST_FAULT",
+                     fmt::format("'{}' is not RANK:STEP:INSTRUCTION:kill, stop or exit", text));
+  return [at, what = words[3]](int rank, std::int64_t step, std::size_t instruction) {
+    if (rank != at[0] || step != at[1] || static_cast<std::int64_t>(instruction) < at[2]) return;
+    if (what == "exit") std::_Exit(7);
+    std::raise(what == "kill" ? SIGKILL : SIGSTOP);
+  };
+}
+
+/// What is left of a run that did not end well.
+struct Kept {
+  std::vector<std::vector<double>> losses;  ///< by step and replica
+  std::vector<double> slowest_s;
+};
+
 /// Steps whose loss is shown: few, further and further apart.
 std::vector<std::size_t> shown(std::size_t steps) {
   std::vector<std::size_t> list;
@@ -207,6 +296,53 @@ std::vector<std::size_t> shown(std::size_t steps) {
 }
 
 using Json = nlohmann::ordered_json;
+
+Json traffic_json(const Traffic& t) {
+  Json j;
+  j["bytes_to"] = Json::object();
+  for (const auto& [to, bytes] : t.bytes_to) {
+    if (bytes > 0) j["bytes_to"][std::to_string(to)] = bytes;
+  }
+  j["sends"] = t.sends;
+  j["send_bytes"] = t.send_bytes;
+  j["collectives"] = Json::object();
+  for (const auto& [kind, c] : t.collectives)
+    j["collectives"][std::string(name(kind))] = {{"calls", c.calls},
+                                                 {"payload_bytes", c.payload_bytes}};
+  return j;
+}
+
+/// The steps that were completed before a rank failed.
+void report_incomplete(const Options& o, const Job& job, const Kept& kept,
+                       const std::string& transport, const std::string& reason) {
+  const std::int64_t all = o.steps + o.warm_up;
+  if (o.json) {
+    Json j;
+    j["schema"] = "partita.run/1";
+    j["complete"] = false;
+    j["reason"] = reason;
+    j["model"] = job.graph.name;
+    j["ranks"] = job.plan.ranks();
+    j["backend"] = o.backend;
+    j["transport"] = transport;
+    j["data"] = job.data;
+    j["steps"] = all;
+    j["loss"] = Json::array();
+    for (const auto& l : kept.losses) j["loss"].push_back(l[0]);
+    j["step_s"] = kept.slowest_s;
+    fmt::print("{}\n", j.dump(2));
+    return;
+  }
+  if (kept.losses.empty()) return;
+  fmt::print("{} on {} ranks ({}, {}): {}\n", job.graph.name, job.plan.ranks(), o.backend,
+             transport, plan_line(job.plan));
+  fmt::print("INCOMPLETE: {} of {} steps\n\n", kept.losses.size(), all);
+  std::vector<std::vector<std::string>> rows{{"step", "loss", "time"}};
+  for (const std::size_t k : shown(kept.losses.size()))
+    rows.push_back({std::to_string(k), fmt::format("{:.7g}", kept.losses[k][0]),
+                    text(Seconds{kept.slowest_s[k]})});
+  fmt::print("{}", align(rows));
+}
 
 void write_text(const std::string& flag, const std::string& file, const std::string& text) {
   std::FILE* f = std::fopen(file.c_str(), "w");
@@ -254,6 +390,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   if (o.json) {
     Json j;
     j["schema"] = "partita.run/1";
+    j["complete"] = true;
     j["model"] = job.graph.name;
     j["ranks"] = ranks;
     j["backend"] = o.backend;
@@ -274,6 +411,9 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     j["measured_quartiles_s"] = {step.low.count, step.high.count};
     j["noise"] = step.noise;
     j["predicted_s"] = step.predicted.count;
+    double uncertainty = 0;
+    for (const auto& r : first.ranks) uncertainty = std::max(uncertainty, r.clock_uncertainty_s);
+    j["clock_uncertainty_s"] = uncertainty;
     if (!program.routings.empty() || !o.flags.routing.empty())
       j["routing"] = job.feeds_back ? "last step" : o.flags.routing;
     j["kinds"] = Json::array();
@@ -290,6 +430,14 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     }
     j["memory_bytes"]["total"] = {{"measured", step.measured_peak.count},
                                   {"predicted", step.predicted_peak.count}};
+    const auto counted =
+        validation::predicted_traffic(job.program, o.steps + o.warm_up - 1, transport != "mpi");
+    j["traffic"] = Json::array();
+    for (std::size_t r = 0; r < first.ranks.size(); ++r)
+      j["traffic"].push_back(
+          {{"rank", r},
+           {"measured", traffic_json(first.ranks[r].traffic)},
+           {"predicted", counted ? traffic_json((*counted)[r]) : Json(nullptr)}});
     fmt::print("{}\n", j.dump(2));
     return;
   }
@@ -338,43 +486,132 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   fmt::print("{}", align(rows));
 }
 
+/// In words, what all ranks must agree on: a list of "name value;".
+std::string key_of(const Options& o, const Job& job) {
+  std::string key = fmt::format(
+      "network {}; {} parameters; steps {}; warm-up {}; seed {}; data '{}'; check {}; {}; ",
+      job.graph.name, job.graph.parameters.size(), o.steps, o.warm_up, o.seed, o.data, !o.no_check,
+      plan_line(job.plan));
+  for (const char c : to_yaml(job.plan)) key += c == '\n' ? std::string("; ") : std::string(1, c);
+  std::size_t instructions = 0;
+  for (const Block& b : job.program.blocks) instructions += b.instructions.size();
+  return key + fmt::format("routing {}; instructions {};", job.options.routing, instructions);
+}
+
+/// Starts the ranks and waits for them.
+void launch(const Options& o, const Job& job, const Mode& mode, const Describe& describe,
+            int& code) {
+  // Mistakes in files are found here once, not by every rank.
+  if (!o.data.empty()) load_mnist(o.data);
+  const auto replicas = static_cast<int>(job.program.mesh.size(job.program.replicas));
+  const auto board =
+      Board::create(static_cast<int>(job.plan.ranks()), o.steps + o.warm_up, replicas);
+  const Launched l =
+      mode.transport == "mpi" ? launch_mpi(*board, describe) : launch_tcp(*board, describe);
+  code = l.code;
+  if (code == 0 || l.reason.empty()) return;
+  if (code == 2) throw InputError("", l.reason);
+  Kept kept;
+  for (std::int64_t s = 0; s < board->steps_done(); ++s) {
+    kept.losses.push_back(board->losses(s));
+    kept.slowest_s.push_back(board->seconds(s));
+  }
+  report_incomplete(o, job, kept, mode.transport, l.reason);
+  std::fputs(("partita: " + l.reason + "\n").c_str(), stderr);
+}
+
 void run(const Options& o, int& code) {
   check_writable("--trace", o.trace);
   check_writable("--routing-out", o.routing_out);
   Job job = job_of(o);
   const std::int64_t ranks = job.plan.ranks();
-  std::string note;
-  const std::string transport = transport_of(o, ranks, note);
-#ifdef PARTITA_MPI
-  if (transport == "mpi") {
-    if (!launched()) {
-      // Mistakes in files are found here once, not by every rank.
-      if (!o.data.empty()) load_mnist(o.data);
-      code = launch_mpi(static_cast<int>(ranks));
-      return;
-    }
-    const auto mpi = mpi_transport(o.timeout_s);
-    if (mpi->size() != ranks)
-      mpi->abort(
-          fmt::format("the launcher started {} ranks and the plan has {}; start as many, or change "
-                      "the plan",
-                      mpi->size(), ranks));
-    fill_options(o, job);
-    execute::RankResult result;
-    try {
-      result = execute::run_rank(job.program, *mpi, job.options);
-      if (mpi->rank() == 0) report(o, job, result, transport, note, code);
-    } catch (const std::exception& e) {
-      mpi->abort(e.what());
-    }
+  const Mode mode = mode_of(o, ranks);
+  const Describe describe = [&job](int rank, std::int64_t step, std::int64_t instruction) {
+    return execute::place(job.program, rank, step, instruction);
+  };
+  job.options.before = test_fault();
+  if (mode.launches) {
+    launch(o, job, mode, describe, code);
     return;
   }
-#endif
   fill_options(o, job);
-  execute::ThreadOptions threads;
-  threads.timeout_s = o.timeout_s;
-  const auto results = execute::run_threads(job.program, job.options, threads);
-  report(o, job, results[0], transport, note, code);
+  const char* board_path = variable(kBoardVariable);
+  std::shared_ptr<Board> board;
+  if (board_path != nullptr && mode.transport != "threads")
+    board = Board::open(board_path, static_cast<int>(ranks));
+  Kept kept;
+  job.options.progress = [&](const std::vector<double>& losses, double slowest_s) {
+    // The launcher of the board tells what is left.
+    if (board) {
+      board->note_step(losses, slowest_s);
+      return;
+    }
+    kept.losses.push_back(losses);
+    kept.slowest_s.push_back(slowest_s);
+  };
+  const auto keep = [&](int rank, const std::string& reason) {
+    if (rank == 0 && !board) report_incomplete(o, job, kept, mode.transport, reason);
+  };
+  if (mode.transport == "threads") {
+    execute::ThreadOptions threads;
+    threads.timeout_s = o.timeout_s;
+    std::vector<execute::RankResult> results;
+    try {
+      results = execute::run_threads(job.program, job.options, threads);
+    } catch (const PeerError& e) {
+      keep(0, e.what());
+      throw;
+    }
+    report(o, job, results[0], mode.transport, mode.note, code);
+    return;
+  }
+  std::unique_ptr<Transport> transport;
+#ifdef PARTITA_MPI
+  if (mode.transport == "mpi") {
+    transport = mpi_transport({o.timeout_s, board, describe});
+    if (transport->size() != ranks)
+      transport->abort(
+          fmt::format("--ranks: the launcher started {} ranks and the plan has {}; start as many, "
+                      "or change the plan",
+                      transport->size(), ranks),
+          2);
+  }
+#endif
+  if (mode.transport == "tcp") {
+    TcpOptions t;
+    t.rank = mode.launcher.rank;
+    t.size = mode.launcher.size;
+    t.host = mode.launcher.host;
+    t.port = mode.launcher.port;
+    if (const char* socket = variable(kListenerVariable)) t.listener = std::atoi(socket);
+    t.key = key_of(o, job);
+    t.timeout_s = o.timeout_s;
+    t.rendezvous_s = o.rendezvous_s;
+    t.board = board;
+    t.describe = describe;
+    t.own_process = true;
+    transport = tcp_transport(t);
+  }
+  execute::RankResult result;
+  const auto give_up = [&](const std::string& reason, int exit_code) {
+    keep(transport->rank(), reason);
+    transport->abort(reason, exit_code);
+    if (!transport->speaks()) throw ToldElsewhere(exit_code, reason);
+  };
+  try {
+    result = execute::run_rank(job.program, *transport, job.options);
+    transport->leave();
+    if (transport->rank() == 0) report(o, job, result, mode.transport, mode.note, code);
+  } catch (const ToldElsewhere& e) {
+    keep(transport->rank(), e.what());
+    throw;
+  } catch (const InputError& e) {
+    give_up(e.what(), 2);
+    throw;
+  } catch (const std::exception& e) {
+    give_up(e.what(), 3);
+    throw;
+  }
 }
 
 }  // namespace
@@ -388,7 +625,8 @@ void add_run(CLI::App& app, int& code) {
   c->add_option("--ranks", o->ranks,
                 "processes or threads to start (default: what the plan needs)");
   c->add_option("--backend", o->backend, "cpu");
-  c->add_option("--transport", o->transport, "threads or mpi (default: mpi for several ranks)");
+  c->add_option("--transport", o->transport,
+                "threads, mpi or tcp (default: mpi for several ranks)");
   c->add_option("--topology", o->topology, "cluster to predict for (default: cpu-host)");
   c->add_option("--steps", o->steps, "training steps");
   c->add_option("--warm-up", o->warm_up, "steps before these, trained but not timed");
@@ -397,6 +635,8 @@ void add_run(CLI::App& app, int& code) {
   c->add_option("--optimizer", o->optimizer, "sgd or adam");
   c->add_option("--learning-rate", o->learning_rate, "learning rate");
   c->add_option("--timeout", o->timeout_s, "seconds without an answer after which a rank gives up");
+  c->add_option("--rendezvous-timeout", o->rendezvous_s,
+                "tcp: seconds within which all ranks must have come");
   c->add_option("--trace", o->trace, "write a Perfetto trace of the median step to this file");
   o->flags.add_routing(*c);
   c->add_option("--routing-out", o->routing_out,

@@ -29,6 +29,7 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "runtime/transport/environment.h"
 #include "simulator/lower/lower.h"
 #include "simulator/program/routing.h"
 #include "validation/calibrate.h"
@@ -54,17 +55,16 @@ struct Options {
   std::int64_t steps = 9;
   double timeout_s = 30, budget_s = 0;
   bool json = false, no_reference = false;
+  bool launched = false;  ///< this process is a rank under an MPI launcher
   int most_ranks() const { return *std::max_element(ranks.begin(), ranks.end()); }
   std::int64_t round_count() const { return rounds.value_or(budget_s > 0 ? 1000 : 3); }
 };
 
-bool launched() {
 #ifdef PARTITA_MPI
-  return under_mpi_launcher();
+constexpr bool kMpi = true;
 #else
-  return false;
+constexpr bool kMpi = false;
 #endif
-}
 
 void check(Options& o) {
   if (o.backend.empty()) throw InputError("--backend", "is missing; there is cpu");
@@ -92,16 +92,22 @@ void check(Options& o) {
       throw InputError("--budget", fmt::format("'{}' is no time; write 90s, 5m or 1h", o.budget));
     o.budget_s = n * one;
   }
-  if (o.transport.empty()) o.transport = launched() ? "mpi" : "threads";
-  if (o.transport != "threads" && o.transport != "mpi")
+  if (!o.transport.empty() && o.transport != "threads" && o.transport != "mpi")
     throw InputError("--transport",
                      fmt::format("'{}' is unknown; use threads or mpi", o.transport));
-#ifndef PARTITA_MPI
-  if (o.transport == "mpi")
+  if (o.transport == "mpi" && !kMpi)
     throw InputError("--transport",
                      "this build has no MPI; install libopenmpi-dev and build again, "
                      "or use threads");
-#endif
+  if (o.transport == "threads") return;
+  const Launcher l = launcher_of([](const char* name) { return std::getenv(name); }, kMpi);
+  if (l.kind == Launcher::Kind::tcp)
+    throw InputError("--transport",
+                     fmt::format("by {} another launcher started this process, and ranks are "
+                                 "threads or under MPI here; use threads, or unset them",
+                                 l.what));
+  o.launched = l.kind == Launcher::Kind::mpi;
+  if (o.transport.empty()) o.transport = o.launched ? "mpi" : "threads";
 }
 
 Program program_of(const Graph& graph, const Plan& plan, const std::string& name) {
@@ -151,17 +157,7 @@ class Progress {
 std::string host() {
   utsname name{};
   ::uname(&name);
-  std::string model = "unknown processor";
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);) {
-    if (line.rfind("model name", 0) == 0) {
-      model = line.substr(line.find(':') + 2);
-      break;
-    }
-  }
-  std::replace(model.begin(), model.end(), '\'', ' ');
-  return fmt::format("{}, {} cores of {}, Linux {}", name.nodename,
-                     std::thread::hardware_concurrency(), model, name.release);
+  return fmt::format("{}, {}, Linux {}", name.nodename, this_machine(), name.release);
 }
 
 std::string transport_name(const Options& o) {
@@ -176,6 +172,16 @@ std::string provenance(const Options& o, std::int64_t rounds) {
       "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {}, ranks as {}, {} rounds of {} steps, "
       "medians",
       fmt::localtime(std::time(nullptr)), host(), transport_name(o), rounds, o.steps);
+}
+
+/// Runs this command again as its ranks, under mpirun.
+void launch(const Options& o, const std::string& what, int& code) {
+  const auto board = Board::create(o.most_ranks(), 0, 0);
+  const Launched l = launch_mpi(*board, [&what](int, std::int64_t, std::int64_t) { return what; });
+  code = l.code;
+  if (code == 0 || l.reason.empty()) return;
+  if (code == 2) throw InputError("", l.reason);
+  std::fputs(("partita: " + l.reason + "\n").c_str(), stderr);
 }
 
 /// One thing that is measured in every round: its programs, and what their measurements say.
@@ -371,17 +377,15 @@ void calibrate(Options& o, int& code) {
   const validation::JournalHeader header{
       host(), fmt::format("partita 0.1.0, ranks {} as {}, {} steps{}", fmt::join(o.ranks, ","),
                           o.transport, o.steps, o.only.empty() ? "" : ", only " + o.only)};
-  if (!launched() || o.transport == "threads") {
+  if (!o.launched) {
     make_folder(o.out);
     // What is wrong with it is said here once, not by every rank.
     { const validation::Journal journal(file, header); }
   }
-#ifdef PARTITA_MPI
-  if (o.transport == "mpi" && !launched()) {
-    code = launch_mpi(o.most_ranks());
+  if (o.transport == "mpi" && !o.launched) {
+    launch(o, "calibration", code);
     return;
   }
-#endif
   Crew crew(o.transport, o.most_ranks(), o.timeout_s, c.tasks);
   try {
     if (!crew.leads()) {
@@ -415,7 +419,7 @@ void calibrate(Options& o, int& code) {
       fmt::print("one round takes {:.0f} s, longer than --budget\n",
                  journal.seconds() / static_cast<double>(round));
   } catch (const std::exception& e) {
-    crew.abort(e.what());
+    crew.abort(e);
     throw;
   }
 }
@@ -451,12 +455,10 @@ void validate(Options& o, int& code) {
   const bool feeds_back = o.routing.empty() || o.routing == "recorded";
   const RoutingSource given = feeds_back ? RoutingSource{} : routing_source(o.routing, "--routing");
   if (!o.out.empty()) make_folder(o.out);
-#ifdef PARTITA_MPI
-  if (o.transport == "mpi" && !launched()) {
-    code = launch_mpi(o.most_ranks());
+  if (o.transport == "mpi" && !o.launched) {
+    launch(o, "the suite", code);
     return;
   }
-#endif
   constexpr int kSteps = 2;
   Calibration calibration;
   plan_calibration(o, calibration);
@@ -474,7 +476,7 @@ void validate(Options& o, int& code) {
     try {
       crew.serve();
     } catch (const std::exception& e) {
-      crew.abort(e.what());
+      crew.abort(e);
       throw;
     }
     return;
@@ -519,7 +521,7 @@ void validate(Options& o, int& code) {
       }
     }
   } catch (const std::exception& e) {
-    crew.abort(e.what());
+    crew.abort(e);
     throw;
   }
   const Profile p = profile_of(journal, o, o.round_count());

@@ -65,6 +65,7 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["peak_reserved_bytes"] = p.peak_reserved.count;
   j["peak_device_bytes"] = p.peak_device.count;
   j["peak_memory_bytes"] = p.peak_allocated.count;
+  j["peak_host_bytes"] = p.peak_host.count;
   j["usable_memory_bytes"] = p.usable.count;
   j["peak_at"] = p.peak_at;
   j["alive_at_peak"] = Json::array();
@@ -169,6 +170,7 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   rows.push_back(
       {"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device),
                                           text(p.usable), p.fits ? "fits" : "DOES NOT FIT")});
+  if (p.peak_host.count > 0) rows.push_back({"peak memory, host", text(p.peak_host) + " a rank"});
   out += align(rows);
 
   const double total = static_cast<double>(std::max<std::int64_t>(1, p.breakdown.total().count));
@@ -377,17 +379,19 @@ std::string topology_table(const Topology& t) {
 }
 
 void write_trace(const std::string& file, const Program& program, const Timeline& timeline) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"),
-                                                            &std::fclose);
+  std::unique_ptr<std::FILE, int (*)(std::FILE*)> out(std::fopen(file.c_str(), "w"), &std::fclose);
   if (!out)
     throw InputError("--trace",
                      fmt::format("cannot write {}; check the folder and its permissions", file));
   fmt::memory_buffer text;
+  const auto check = [&](bool good) {
+    if (!good)
+      throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+  };
   const auto flush = [&] {
     const bool good = std::fwrite(text.data(), 1, text.size(), out.get()) == text.size();
     text.clear();
-    if (!good)
-      throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+    check(good);
   };
   const auto append = [&](const std::string& s) {
     text.append(s.data(), s.data() + s.size());
@@ -448,6 +452,8 @@ void write_trace(const std::string& file, const Program& program, const Timeline
   }
   append("\n]}\n");
   flush();
+  // The last bytes reach the disk only now.
+  check(std::fclose(out.release()) == 0);
 }
 
 }  // namespace partita

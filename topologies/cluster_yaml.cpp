@@ -182,6 +182,11 @@ class Reader {
     if (const auto vendor = node.find("cpu_vendor"))
       group.cpu_vendor = one_of<std::string>(
           *vendor, {{"intel", "intel"}, {"amd", "amd"}, {"arm", "arm"}, {"other", ""}});
+    if (const auto bandwidth = node.find("host_memory_bandwidth")) {
+      group.host_memory_bandwidth = bandwidth->as_byte_rate();
+      const auto own = node.find("host_source");
+      cite(*bandwidth, own ? own->as_string() : source);
+    }
     for (const auto& [names, vertex] : node.get("vertices").members())
       read_vertices(names, vertex, own_source(vertex, source), group);
     std::map<std::string, std::size_t> by_name;

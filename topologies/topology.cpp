@@ -426,6 +426,9 @@ std::size_t Topology::device_count(std::size_t node) const {
 const std::string& Topology::cpu_vendor(std::size_t node) const {
   return impl_->node_at(node).node().spec().cpu_vendor;
 }
+BytesPerSecond Topology::host_memory_bandwidth(std::size_t node) const {
+  return impl_->node_at(node).node().spec().host_memory_bandwidth;
+}
 std::size_t Topology::nic_count(std::size_t node) const {
   return impl_->node_at(node).node().nics().size();
 }

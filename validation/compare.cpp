@@ -41,6 +41,7 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kind::send:
     case Kind::receive:
     case Kind::slice:
+    case Kind::copy:
     case Kind::allocate:
     case Kind::free:
       return std::string(name(i.kind));
@@ -63,6 +64,13 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kernel::scale:
     case Kernel::square_sum:
     case Kernel::clip:
+    case Kernel::loss_scale:
+    case Kernel::unscale:
+    case Kernel::not_finite:
+    case Kernel::compress:
+    case Kernel::decompress:
+    case Kernel::dequeue:
+    case Kernel::enqueue:
       break;
   }
   return std::string(name(i.kernel));
@@ -148,8 +156,15 @@ Timeline measured_timeline(const Program& p, const std::vector<RankMeasurement>&
       const auto ticks = [](double ns) { return Ticks{std::llround(ns * 1000)}; };
       t.entries.push_back({static_cast<std::int32_t>(r), x.block, x.instruction, x.micro_batch,
                            ticks(median(std::move(starts))), ticks(median(std::move(ends)))});
-      t.step = std::max(t.step, t.entries.back().end);
     }
+  }
+  // A rank may begin before rank 0, whose clock it is: time is counted from the first of all.
+  Ticks first = t.entries.empty() ? Ticks{} : t.entries[0].start;
+  for (const Entry& e : t.entries) first = std::min(first, e.start);
+  for (Entry& e : t.entries) {
+    e.start = e.start - first;
+    e.end = e.end - first;
+    t.step = std::max(t.step, e.end);
   }
   return t;
 }

@@ -35,7 +35,8 @@ StepComparison compare(const Program& program, const Timeline& timeline,
 
 std::string kind_of(const Program& program, const Instruction& instruction);
 
-/// The measured steps as a timeline: every rank a class, each instruction its median start and end.
+/// The measured steps as a timeline: every rank a class, each instruction its median start and end,
+/// all on one clock.
 Timeline measured_timeline(const Program& program, const std::vector<RankMeasurement>& ranks);
 
 double median(std::vector<double> values);

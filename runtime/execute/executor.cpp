@@ -12,8 +12,11 @@
 #include <set>
 
 #include "runtime/cpu/kernels.h"
+#include "runtime/execute/clocks.h"
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
+#include "runtime/reference/compression.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita::execute {
 namespace {
@@ -23,7 +26,8 @@ using cpu::Row;
 using cpu::Tensor;
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kCollectiveTag = 0, kTieTag = 1, kResultTag = 2, kFirstMessageTag = 3;
+constexpr std::int64_t kCollectiveTag = 0, kTieTag = 1, kResultTag = 2, kProgressTag = 3,
+                       kClockTag = 4, kFirstMessageTag = 5;
 
 /// What one buffer's instance holds.
 struct Instance {
@@ -44,24 +48,27 @@ struct Prepared {
   std::vector<int> group;
   int me = 0;
   std::vector<Part> parts;
-  std::vector<std::int64_t> offsets, send_offsets;
+  std::vector<std::int64_t> offsets, send_offsets;  ///< in words
+  std::int64_t word = 4;                            ///< bytes of what runs and offsets count
+  ElementType type = ElementType::fp32;
   bool routed = false;
 };
 
-void pack(const std::vector<Run>& runs, const float* from, float*& to) {
+void pack(const std::vector<Run>& runs, std::int64_t word, const std::byte* from, std::byte*& to) {
   for (const Run& r : runs) {
-    std::memcpy(to, from + r.offset, static_cast<std::size_t>(r.count) * sizeof(float));
-    to += r.count;
+    std::memcpy(to, from + r.offset * word, static_cast<std::size_t>(r.count * word));
+    to += r.count * word;
   }
 }
-void unpack(const std::vector<Run>& runs, const float*& from, float* to, bool add) {
+void unpack(const std::vector<Run>& runs, const Prepared& c, const std::byte*& from, std::byte* to,
+            bool add) {
   for (const Run& r : runs) {
     if (add) {
-      for (std::int64_t i = 0; i < r.count; ++i) to[r.offset + i] += from[i];
+      add_numbers(c.type, to + r.offset * c.word, from, r.count);
     } else {
-      std::memcpy(to + r.offset, from, static_cast<std::size_t>(r.count) * sizeof(float));
+      std::memcpy(to + r.offset * c.word, from, static_cast<std::size_t>(r.count * c.word));
     }
-    from += r.count;
+    from += r.count * c.word;
   }
 }
 
@@ -79,7 +86,8 @@ class Executor {
   }
   ~Executor() {
     for (std::size_t b = 0; b < slots_.size(); ++b) {
-      for (Instance& i : slots_[b]) memory_.give_back(p_.buffers[b].category, i.data, i.bytes);
+      for (Instance& i : slots_[b])
+        memory_of(BufferId{b}).give_back(p_.buffers[b].category, i.data, i.bytes);
     }
   }
   Executor(const Executor&) = delete;
@@ -88,28 +96,46 @@ class Executor {
   RankResult run() {
     losses_.clear();
     const int all = o_.warm_up + o_.steps;
+    const auto clock = [this] { return now().time_since_epoch().count(); };
+    ClockReading clock_before;
+    std::vector<std::int64_t> starts;
     for (step_ = 0; step_ < all; ++step_) {
       last_step_ = step_ + 1 == all;
       make_inputs();
       transport_.doing("the start of a step");
+      transport_.at(step_, -1);
+      if (o_.record && step_ == o_.warm_up)
+        clock_before = read_clocks(transport_, kClockTag, clock);
       transport_.barrier();
       transport_.reset_traffic();
+      // Steps differ in the rows that experts get: each has its own peak.
       if (step_ >= o_.warm_up) memory_.forget_peak();
-      const auto start = Clock::now();
+      if (step_ == o_.warm_up) host_memory_.forget_peak();
+      const auto start = now();
       step_start_ = start;
       losses_.push_back(0);
       if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
       one_step();
-      const std::chrono::duration<double> took = Clock::now() - start;
-      if (step_ < o_.warm_up) continue;
+      const std::chrono::duration<double> took = now() - start;
       RankMeasurement& m = result_.measured;
-      m.step_s.push_back(took.count());
-      m.last_peak = memory_.peak();
-      m.last_at_peak = memory_.at_peak();
-      if (m.last_peak > m.peak) m.peak = m.last_peak, m.at_peak = m.last_at_peak;
+      m.traffic = transport_.traffic();
+      if (step_ >= o_.warm_up) {
+        m.step_s.push_back(took.count());
+        starts.push_back(start.time_since_epoch().count());
+        m.last_peak = memory_.peak();
+        m.last_at_peak = memory_.at_peak();
+        if (m.last_peak > m.peak) m.peak = m.last_peak, m.at_peak = m.last_at_peak;
+      }
+      if (o_.progress) tell_progress(took.count());
     }
     result_.measured.rank = rank_;
-    result_.measured.traffic = transport_.traffic();
+    result_.measured.host_peak = host_memory_.peak();
+    if (o_.record) {
+      transport_.doing("the reading of clocks");
+      const ClockReading clock_after = read_clocks(transport_, kClockTag, clock);
+      put_on_one_clock(transport_, kClockTag, {clock_before, clock_after}, starts,
+                       result_.measured);
+    }
     collect();
     collect_measurements();
     if (o_.routing) collect_routing();
@@ -160,7 +186,10 @@ class Executor {
     if (seen[id.index()]) return;
     seen[id.index()] = 1;
     const Buffer& b = p_.buffer(id);
-    if (b.element_bytes == 0 && b.type != ElementType::fp32) {
+    // Working buffers in 16 bits are what compressed gradients travel as.
+    const bool narrow =
+        b.category == Category::workspace && storage(b.type, 1).count == 2 && b.parameter < 0;
+    if (b.element_bytes == 0 && b.type != ElementType::fp32 && !narrow) {
       throw InputError("precision",
                        fmt::format("{} is stored as {}; the cpu backend executes fp32: use "
                                    "--precision fp32",
@@ -188,7 +217,7 @@ class Executor {
   }
 
   void take(BufferId id, Instance& instance, std::int64_t bytes) {
-    instance.data = memory_.take(p_.buffer(id).category, bytes);
+    instance.data = memory_of(id).take(p_.buffer(id).category, bytes);
     instance.bytes = bytes;
   }
 
@@ -309,10 +338,13 @@ class Executor {
     return c;
   }
 
-  /// Runs in words of 4 bytes, whatever the elements: token ids have two.
+  /// Runs in words of 4 bytes, whatever the elements (token ids have two), or of 16-bit numbers.
   void finish(Prepared& c, Part part) const {
-    const std::int64_t words = width(p_.buffer(part.from)) / 4;
-    PARTITA_ASSERT(words >= 1, p_.buffer(part.from).name + " has elements too narrow to travel");
+    const Buffer& from = p_.buffer(part.from);
+    if (width(from) == 2) c.word = 2, c.type = from.type;
+    const std::int64_t words = width(from) / c.word;
+    PARTITA_ASSERT(words >= 1 && words * c.word == width(from),
+                   from.name + " has elements that cannot travel in this call");
     for (auto* lists : {&part.out, &part.in}) {
       for (auto& runs : *lists) {
         for (Run& r : runs) r.offset *= words, r.count *= words;
@@ -330,6 +362,9 @@ class Executor {
       c.offsets[m + 1] += static_cast<std::int64_t>(in);
     }
   }
+
+  /// On this backend both are the host's; they are counted apart, as on a device.
+  Memory& memory_of(BufferId id) { return p_.buffer(id).host ? host_memory_ : memory_; }
 
   // ---- instances -------------------------------------------------------------------------------
   Instance& slot(BufferId id) {
@@ -359,6 +394,29 @@ class Executor {
     return t;
   }
 
+  Clock::time_point now() const {
+    return o_.clock ? Clock::time_point(std::chrono::nanoseconds(o_.clock(rank_))) : Clock::now();
+  }
+
+  /// Between steps: what rank 0 will still have if another rank fails.
+  void tell_progress(double took) {
+    const double mine[] = {losses_.back(), took};
+    if (rank_ != 0) {
+      transport_.send(0, kProgressTag, mine, sizeof mine);
+      return;
+    }
+    std::vector<double> losses(static_cast<std::size_t>(p_.mesh.size(p_.replicas)), 0.0);
+    double slowest = took;
+    losses[replica_of(0)] += mine[0];
+    for (int from = 1; from < transport_.size(); ++from) {
+      double its[2];
+      transport_.receive(from, kProgressTag, its, sizeof its);
+      losses[replica_of(from)] += its[0];
+      slowest = std::max(slowest, its[1]);
+    }
+    o_.progress(losses, slowest);
+  }
+
   // ---- one step --------------------------------------------------------------------------------
   void one_step() {
     std::size_t index = 0;
@@ -367,14 +425,15 @@ class Executor {
       micro_batch_ = call.micro_batch;
       for (std::size_t k = 0; k < block.instructions.size(); ++k, ++index) {
         const Instruction& i = block.instructions[k];
+        transport_.at(step_, static_cast<std::int64_t>(index));
         if (o_.before) o_.before(rank_, step_, index);
         const bool rests = (step_ + 1) % i.every != 0;
         const bool timed =
             o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate && i.kind != Kind::free;
-        const auto start = timed ? Clock::now() : Clock::time_point{};
+        const auto start = timed ? now() : Clock::time_point{};
         if (!rests) execute(block, call.block, k, i);
         if (timed) {
-          const auto end = Clock::now();
+          const auto end = now();
           result_.measured.samples.back().push_back(
               {call.block.value, static_cast<std::int32_t>(k), call.micro_batch,
                (start - step_start_).count(), (end - step_start_).count()});
@@ -394,7 +453,7 @@ class Executor {
       case Kind::free:
         for (const BufferId b : i.reads) {
           Instance& instance = slot(b);
-          memory_.give_back(p_.buffer(b).category, instance.data, instance.bytes);
+          memory_of(b).give_back(p_.buffer(b).category, instance.data, instance.bytes);
           instance = {};
         }
         return;
@@ -404,6 +463,12 @@ class Executor {
       case Kind::send:
       case Kind::receive:
         message(block, i);
+        return;
+      case Kind::copy:
+        if (box(i.reads[0]).held)
+          std::memcpy(
+              data(i.writes[0]), data(i.reads[0]),
+              static_cast<std::size_t>(box(i.reads[0]).elements() * width(p_.buffer(i.reads[0]))));
         return;
       case Kind::slice:
       case Kind::collective:
@@ -416,14 +481,15 @@ class Executor {
   }
 
   std::int64_t message_tag(const Instruction& i) const {
-    return kFirstMessageTag + static_cast<std::int64_t>(i.index) * p_.micro_batches + micro_batch_;
+    return kFirstMessageTag + static_cast<std::int64_t>(i.index) * (p_.micro_batches + 1) +
+           p_.instance_of(i, micro_batch_) + 1;
   }
 
   void message(const Block& block, const Instruction& i) {
     const bool sends = i.kind == Kind::send;
     const BufferId b = sends ? i.reads[0] : i.writes[0];
     if (!box(b).held) return;
-    const auto peer = static_cast<int>(p_.rank_on_stage(rank_, i.stage));
+    const auto peer = static_cast<int>(p_.peer_of(i, rank_));
     transport_.doing(
         fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
     if (p_.buffer(b).routed) {
@@ -463,7 +529,7 @@ class Executor {
     const std::int64_t bytes =
         static_cast<std::int64_t>(rows.size() * box(id).index[3].size() * sizeof(float));
     if (bytes != instance.bytes) {
-      memory_.give_back(p_.buffer(root).category, instance.data, instance.bytes);
+      memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
       take(root, instance, bytes);
     }
     instance.rows = std::move(rows);
@@ -528,33 +594,32 @@ class Executor {
         (i.collective == CollectiveKind::reduce_scatter || i.collective == CollectiveKind::scatter);
     const std::vector<std::int64_t>& bounds = split_in ? c.send_offsets : c.offsets;
     const std::int64_t total = std::max(bounds.back(), exchange ? 0 : c.send_offsets.back());
-    const std::int64_t staged = total + (exchange ? c.send_offsets.back() : 0);
-    std::byte* staging = memory_.take(Category::workspace, staged * 4);
-    auto* payload = reinterpret_cast<float*>(staging);
-    float* outgoing = exchange ? payload + total : payload;
+    const std::int64_t staged = (total + (exchange ? c.send_offsets.back() : 0)) * c.word;
+    std::byte* payload = memory_.take(Category::workspace, staged);
+    std::byte* outgoing = exchange ? payload + total * c.word : payload;
     for (std::size_t m = 0; m < n; ++m) {
       const bool own_chunk = !exchange && !split_in;
       // All-gather: the own chunk lies where it will be; others send what they have from the start.
-      float* to = outgoing;
+      std::byte* to = outgoing;
       if (exchange || split_in) {
-        to += c.send_offsets[m];
+        to += c.send_offsets[m] * c.word;
       } else if (i.collective == CollectiveKind::all_gather ||
                  i.collective == CollectiveKind::gather) {
-        to += c.offsets[me];
+        to += c.offsets[me] * c.word;
       }
       if (own_chunk && m != me) continue;
       if (i.kind == Kind::collective && i.collective == CollectiveKind::scatter && c.me != 0)
         continue;
-      for (const Part& part : c.parts) pack(part.out[m], values(part.from), to);
+      for (const Part& part : c.parts) pack(part.out[m], c.word, data(part.from), to);
     }
     if (i.kind == Kind::collective) {
       if (exchange && i.collective != CollectiveKind::shift) {
-        std::copy(outgoing + c.send_offsets[me], outgoing + c.send_offsets[me + 1],
-                  payload + c.offsets[me]);
+        std::copy(outgoing + c.send_offsets[me] * c.word,
+                  outgoing + c.send_offsets[me + 1] * c.word, payload + c.offsets[me] * c.word);
       }
-      call(i, c, staging, reinterpret_cast<const std::byte*>(outgoing));
+      call(i, c, payload, outgoing);
     } else {
-      std::copy(outgoing, outgoing + c.send_offsets[1], payload);
+      std::copy(outgoing, outgoing + c.send_offsets[1] * c.word, payload);
     }
     for (const Part& part : c.parts) {
       if (part.adds_up && !i.accumulate && box(part.to).held)
@@ -567,13 +632,14 @@ class Executor {
       if (!exchange && !gathers && m != me) continue;
       if (i.kind == Kind::collective && i.collective == CollectiveKind::gather && c.me != 0)
         continue;
-      const float* from = payload + (exchange || gathers ? c.offsets[m]
-                                     : split_in          ? c.send_offsets[me]
-                                                         : 0);
+      const std::byte* from = payload + (exchange || gathers ? c.offsets[m]
+                                         : split_in          ? c.send_offsets[me]
+                                                             : 0) *
+                                            c.word;
       for (const Part& part : c.parts)
-        unpack(part.in[m], from, values(part.to), i.accumulate || part.adds_up);
+        unpack(part.in[m], c, from, data(part.to), i.accumulate || part.adds_up);
     }
-    memory_.give_back(Category::workspace, staging, staged * 4);
+    memory_.give_back(Category::workspace, payload, staged);
   }
 
   void call(const Instruction& i, const Prepared& c, std::byte* payload,
@@ -584,6 +650,8 @@ class Executor {
     call.reduction = p_.buffer(i.reads[0]).layout.reduction;
     call.group = &c.group;
     call.me = c.me;
+    call.element_bytes = static_cast<std::size_t>(c.word);
+    call.type = c.type;
     call.data = payload;
     call.send = outgoing;
     call.tag = i.tie >= 0 ? kTieTag : kCollectiveTag;
@@ -783,6 +851,53 @@ class Executor {
       values(i.writes[0])[0] = static_cast<float>(sum);
       return;
     }
+    if (i.kernel == Kernel::loss_scale) {
+      float* state = values(i.outputs[0]);
+      if (i.index == 0) {
+        if (state[0] == 0) state[0] = static_cast<float>(p_.loss_scale.initial);
+        values(i.writes[0])[0] = state[0];
+      } else {
+        reference::adapt_loss_scale(p_.loss_scale, values(i.reads[0])[0] != 0, state);
+      }
+      return;
+    }
+    if (i.kernel == Kernel::unscale) {
+      const float factor = 1 / values(i.reads[0])[0];
+      for (const BufferId id : i.writes) {
+        float* v = values(id);
+        for (std::int64_t k = 0; k < box(id).elements(); ++k) v[k] *= factor;
+      }
+      return;
+    }
+    if (i.kernel == Kernel::not_finite) {
+      float flag = 0;
+      for (const BufferId id : i.reads) {
+        const float* v = values(id);
+        for (std::int64_t k = 0; k < box(id).elements(); ++k)
+          if (!std::isfinite(v[k])) flag = 1;
+      }
+      values(i.writes[0])[0] = flag;
+      return;
+    }
+    if (i.kernel == Kernel::compress) {
+      compress(i);
+      return;
+    }
+    if (i.kernel == Kernel::decompress) {
+      decompress(i);
+      return;
+    }
+    if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
+      const auto length = static_cast<std::int64_t>(box(i.outputs[0]).index[0].size());
+      const std::int64_t n = box(i.outputs[0]).elements() / length;
+      float* at = values(i.outputs[0]) + n * (step_ % length);
+      if (i.kernel == Kernel::enqueue) {
+        std::copy_n(values(i.reads[0]), n, at);
+      } else {
+        std::copy_n(at, n, values(i.writes[0]));
+      }
+      return;
+    }
     if (i.kernel == Kernel::clip) {
       const auto factor = static_cast<float>(
           reference::clip_factor(p_.optimizer, static_cast<double>(values(i.reads[0])[0])));
@@ -884,6 +999,13 @@ class Executor {
       case Kernel::scale:
       case Kernel::square_sum:
       case Kernel::clip:
+      case Kernel::loss_scale:
+      case Kernel::unscale:
+      case Kernel::not_finite:
+      case Kernel::compress:
+      case Kernel::decompress:
+      case Kernel::dequeue:
+      case Kernel::enqueue:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
@@ -921,6 +1043,123 @@ class Executor {
     }
   }
 
+  // ---- compressed gradients
+  // ----------------------------------------------------------------------
+  reference::PowerShape power_shape(BufferId kept) {
+    const Box& b = box(kept);
+    reference::PowerShape s{static_cast<std::int64_t>(b.index[0].size()), 1, p_.compression.rank};
+    for (std::size_t d = 1; d < b.index.size(); ++d)
+      s.cols *= static_cast<std::int64_t>(b.index[d].size());
+    return s;
+  }
+
+  void compress(const Instruction& i) {
+    const Compression& c = p_.compression;
+    if (i.index == 1) {
+      const reference::PowerShape s = power_shape(i.outputs[0]);
+      const float* sums = values(i.reads[0]);
+      std::vector<float> left(sums, sums + s.rows * s.rank);
+      reference::orthonormalise(s, left.data());
+      reference::power_right(s, values(i.outputs[0]), left.data(), values(i.writes[0]));
+      return;
+    }
+    const std::int64_t n = box(i.reads[0]).elements();
+    const float* gradient = values(i.reads[0]);
+    float* kept = i.outputs.empty() ? nullptr : values(i.outputs[0]);
+    std::vector<float> alone, sent;
+    if (kept == nullptr) alone.assign(gradient, gradient + n);
+    float* p = kept == nullptr ? alone.data() : kept;
+    if (kept != nullptr) {
+      // What was kept and the gradient, where the rest of both will be kept.
+      for (std::int64_t k = 0; k < n; ++k) p[k] = (c.error_feedback ? p[k] : 0) + gradient[k];
+    }
+    switch (c.kind) {
+      case CompressionKind::none:
+        return;
+      case CompressionKind::cast:
+        narrow(c.type, p, data(i.writes[0]), n);
+        sent.resize(static_cast<std::size_t>(n));
+        widen(c.type, data(i.writes[0]), sent.data(), n);
+        for (std::int64_t k = 0; k < n; ++k) p[k] -= sent[static_cast<std::size_t>(k)];
+        return;
+      case CompressionKind::top_k: {
+        const auto at = reference::top_positions(p, n, box(i.writes[0]).elements());
+        float* top = values(i.writes[0]);
+        auto* where = reinterpret_cast<std::uint32_t*>(data(i.writes[1]));
+        for (std::size_t k = 0; k < at.size(); ++k) {
+          top[k] = p[at[k]];
+          where[k] = at[k];
+          p[at[k]] = 0;
+        }
+        return;
+      }
+      case CompressionKind::one_bit: {
+        const float scale = reference::mean_magnitude(p, n);
+        values(i.writes[1])[0] = scale;
+        auto* words = reinterpret_cast<std::uint32_t*>(data(i.writes[0]));
+        for (std::int64_t w = 0; w < box(i.writes[0]).elements(); ++w)
+          words[w] = reference::sign_word(p, n, w);
+        for (std::int64_t k = 0; k < n; ++k) p[k] -= p[k] < 0 ? -scale : scale;
+        return;
+      }
+      case CompressionKind::power_sgd: {
+        const reference::PowerShape s = power_shape(i.outputs[0]);
+        float* start = values(i.outputs[1]);
+        if (step_ == 0) {
+          const std::int32_t parameter = p_.buffer(i.outputs[1]).parameter;
+          for (std::int64_t k = 0; k < s.cols * s.rank; ++k)
+            start[k] = static_cast<float>(reference::power_start(parameter, k));
+        }
+        reference::power_left(s, p, start, values(i.writes[0]));
+        return;
+      }
+    }
+  }
+
+  void decompress(const Instruction& i) {
+    const Compression& c = p_.compression;
+    const std::int64_t n = box(i.writes[0]).elements();
+    const std::int64_t members = p_.mesh.size(i.atoms);
+    float* sum = values(i.writes[0]);
+    switch (c.kind) {
+      case CompressionKind::none:
+        return;
+      case CompressionKind::cast:
+        widen(c.type, data(i.reads[0]), sum, n);
+        return;
+      case CompressionKind::top_k: {
+        std::fill_n(sum, n, 0.0f);
+        const float* top = values(i.reads[0]);
+        const auto* where = reinterpret_cast<const std::uint32_t*>(data(i.reads[1]));
+        for (std::int64_t k = 0; k < box(i.reads[0]).elements(); ++k) sum[where[k]] += top[k];
+        return;
+      }
+      case CompressionKind::one_bit: {
+        std::fill_n(sum, n, 0.0f);
+        const auto* words = reinterpret_cast<const std::uint32_t*>(data(i.reads[0]));
+        const float* scales = values(i.reads[1]);
+        const std::int64_t each = box(i.reads[0]).elements() / members;
+        for (std::int64_t m = 0; m < members; ++m) {
+          for (std::int64_t k = 0; k < n; ++k)
+            sum[k] += (words[m * each + k / 32] >> (k % 32) & 1u) != 0 ? -scales[m] : scales[m];
+        }
+        return;
+      }
+      case CompressionKind::power_sgd: {
+        const reference::PowerShape s = power_shape(i.outputs[0]);
+        const float *sums = values(i.reads[0]), *right = values(i.reads[1]);
+        std::vector<float> left(sums, sums + s.rows * s.rank);
+        reference::orthonormalise(s, left.data());
+        reference::power_product(s, left.data(), right, sum);
+        float* kept = values(i.outputs[0]);
+        for (std::int64_t k = 0; k < n; ++k)
+          kept[k] = c.error_feedback ? kept[k] - sum[k] / static_cast<float>(members) : 0;
+        std::copy_n(right, s.cols * s.rank, values(i.outputs[1]));
+        return;
+      }
+    }
+  }
+
   void note_loss(BufferId id) {
     const Buffer& b = p_.buffer(id);
     if (!reference::counts_loss(p_, b, rank_)) return;
@@ -936,6 +1175,12 @@ class Executor {
       // What the optimizer sees is the gradient: kept for comparison.
       gradients_[i.reads[0]].assign(gradient, gradient + n);
     }
+    std::int64_t updates = step_;
+    if (!i.statistics.empty()) {
+      // Gradients that overflowed are not used.
+      if (p_.loss_scale.dynamic && values(i.statistics[0])[0] != 0) return;
+      updates = std::llround(static_cast<double>(values(i.statistics[1])[2]));
+    }
     float* w = values(to);
     const Optimizer& o = p_.optimizer;
     float* first = values(i.outputs[0]);
@@ -949,7 +1194,7 @@ class Executor {
       return;
     }
     float* second = values(i.outputs[1]);
-    const auto t = static_cast<double>(step_ + 1);
+    const auto t = static_cast<double>(updates + 1);
     const double correct1 = 1 - std::pow(o.beta1, t), correct2 = 1 - std::pow(o.beta2, t);
     const auto b1 = static_cast<float>(o.beta1), b2 = static_cast<float>(o.beta2);
     const auto keep = static_cast<float>(1 - o.learning_rate * o.weight_decay);
@@ -1071,7 +1316,7 @@ class Executor {
   void collect_measurements() {
     RankMeasurement& m = result_.measured;
     if (rank_ != 0) {
-      std::vector<std::int64_t> words{m.peak.count, m.last_peak.count};
+      std::vector<std::int64_t> words{m.peak.count, m.last_peak.count, m.host_peak.count};
       for (const Bytes b : m.at_peak) words.push_back(b.count);
       for (const Bytes b : m.last_at_peak) words.push_back(b.count);
       const auto real = [](double v) {
@@ -1079,6 +1324,7 @@ class Executor {
         std::memcpy(&word, &v, sizeof word);
         return word;
       };
+      words.push_back(real(m.clock_uncertainty_s));
       words.push_back(static_cast<std::int64_t>(m.step_s.size()));
       for (const double s : m.step_s) words.push_back(real(s));
       words.push_back(static_cast<std::int64_t>(m.samples.size()));
@@ -1112,8 +1358,11 @@ class Executor {
       r.rank = from;
       r.peak = Bytes{next()};
       r.last_peak = Bytes{next()};
+      r.host_peak = Bytes{next()};
       for (Bytes& b : r.at_peak) b = Bytes{next()};
       for (Bytes& b : r.last_at_peak) b = Bytes{next()};
+      const std::int64_t uncertainty = next();
+      std::memcpy(&r.clock_uncertainty_s, &uncertainty, sizeof uncertainty);
       r.step_s.resize(static_cast<std::size_t>(next()));
       for (double& s : r.step_s) {
         const std::int64_t word = next();
@@ -1206,7 +1455,7 @@ class Executor {
   Transport& transport_;
   const Options& o_;
   int rank_ = 0, stage_ = 0;
-  Memory memory_;
+  Memory memory_, host_memory_;
   std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
   std::vector<std::unique_ptr<Box>> boxes_;
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in

@@ -29,6 +29,11 @@ struct Options {
   bool collect = true;   ///< gradients and parameters of all ranks on rank 0
   bool record = false;   ///< start and end of every instruction of every timed step
   bool routing = false;  ///< rows that went to experts in every timed step, on rank 0
+  /// On rank 0 after each step: losses by replica, as in `values`, and the slowest rank's time. Set
+  /// on all ranks or none: they tell rank 0 between the steps.
+  std::function<void(const std::vector<double>& losses, double slowest_s)> progress;
+  /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
+  std::function<std::int64_t(int rank)> clock;
   /// Called before each instruction; tests stop a rank here.
   std::function<void(int rank, std::int64_t step, std::size_t instruction)> before;
 };
@@ -40,6 +45,10 @@ struct RankResult {
   std::vector<RankMeasurement> ranks;  ///< on rank 0, by rank
   Routing routing;                     ///< on rank 0, if asked for
 };
+
+/// Where a rank is, in words: "step 3, linear forward of mlp.up in block forward 0, micro-batch 1".
+/// Instructions are counted from 0 in program order; -1 is the start of a step.
+std::string place(const Program& program, int rank, std::int64_t step, std::int64_t instruction);
 
 /// Trains on this rank. Throws PeerError when another rank fails, InputError when the program needs
 /// what this backend has not.

@@ -21,7 +21,7 @@ std::vector<RankResult> run_threads(const Program& program, const Options& optio
       // The cause before those who only heard of it.
       if (!first || (first_is_peer && !peer))
         first = std::current_exception(), first_is_peer = peer;
-      transport->abort(why);
+      transport->abort(why, 3);
     };
     try {
       results[static_cast<std::size_t>(rank)] = run_rank(program, *transport, options);

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <map>
+#include <set>
 
+#include "runtime/reference/compression.h"
 #include "runtime/reference/serial.h"
 
 namespace partita::reference {
@@ -50,6 +53,112 @@ double error_of(const std::vector<double>& got, const std::vector<double>& expec
 
 }  // namespace
 
+namespace {
+
+/// The serial algorithm of plans whose data-parallel ranks compress gradients
+/// (docs/compression.md): each replica of a parameter, or of a shard of it, has its own samples'
+/// gradient and its own rest.
+class CompressedGradients {
+ public:
+  explicit CompressedGradients(const Program& p) : p_(p) {
+    for (std::size_t s = 0; s < p.stages.size(); ++s) {
+      std::set<BlockId> blocks;
+      for (const BlockCall& call : p.stages[s]) blocks.insert(call.block);
+      for (const BlockId b : blocks) {
+        for (const Instruction& i : p.blocks[b.index()].instructions) {
+          if (i.kind == Kind::compute && i.kernel == Kernel::compress && i.index == 0)
+            add(i, static_cast<int>(s));
+        }
+      }
+    }
+  }
+
+  int groups() const { return static_cast<int>(p_.mesh.size(mask_of(p_.data_parallel))); }
+
+  /// What the optimizer gets of every group's gradients; losses add.
+  SerialResult meet(const std::vector<SerialResult>& groups) {
+    SerialResult sum = groups[0];
+    for (std::size_t g = 1; g < groups.size(); ++g) {
+      sum.loss += groups[g].loss;
+      for (std::size_t q = 0; q < sum.parameter_gradients.size(); ++q) {
+        auto& to = sum.parameter_gradients[q].values;
+        for (std::size_t k = 0; k < to.size(); ++k)
+          to[k] += groups[g].parameter_gradients[q].values[k];
+      }
+    }
+    for (auto& [key, shard] : shards_) {
+      const auto q = static_cast<std::size_t>(shard.parameter);
+      std::vector<std::vector<double>> by_replica(
+          static_cast<std::size_t>(p_.mesh.size(shard.members)),
+          std::vector<double>(shard.at.size(), 0.0));
+      for (std::size_t g = 0; g < groups.size(); ++g) {
+        auto& to = by_replica[replica_of(shard, static_cast<std::int64_t>(g))];
+        const auto& from = groups[g].parameter_gradients[q].values;
+        for (std::size_t k = 0; k < to.size(); ++k)
+          to[k] += from[static_cast<std::size_t>(shard.at[k])];
+      }
+      const auto together =
+          exchange(p_.compression, shard.shape, shard.parameter, by_replica, shard.state);
+      auto& to = sum.parameter_gradients[q].values;
+      for (std::size_t k = 0; k < together.size(); ++k)
+        to[static_cast<std::size_t>(shard.at[k])] = together[k];
+    }
+    return sum;
+  }
+
+ private:
+  struct Shard {
+    std::int32_t parameter = -1;
+    std::vector<std::int64_t> at;  ///< linear indices in the whole parameter
+    AtomMask members = 0;
+    PowerShape shape;
+    Exchange state;
+  };
+
+  /// Which of the ranks along `shard.members` has this group of samples: its data-parallel
+  /// coordinate, as far as these atoms make it.
+  std::size_t replica_of(const Shard& shard, std::int64_t group) const {
+    std::int64_t replica = 0, outer = groups();
+    for (const AtomId a : p_.data_parallel) {
+      const std::int64_t size = p_.mesh.atoms[a].size;
+      outer /= size;
+      if (has(shard.members, a)) replica = replica * size + group / outer % size;
+    }
+    return static_cast<std::size_t>(replica);
+  }
+
+  void add(const Instruction& i, int stage) {
+    const Buffer& b = p_.buffer(i.reads[0]);
+    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+      if (p_.stage_of(rank) != stage) continue;
+      std::vector<std::vector<std::int64_t>> lists;
+      for (std::size_t d = 0; d < b.shape.size(); ++d)
+        lists.push_back(local_indices(p_.mesh, b.layout.dims[d], b.shape[d].extent, rank));
+      Shard shard;
+      shard.members = i.atoms;
+      shard.parameter = b.parameter;
+      shard.at = {0};
+      for (std::size_t d = 0; d < lists.size(); ++d) {
+        std::vector<std::int64_t> next;
+        for (const std::int64_t outer : shard.at) {
+          for (const std::int64_t x : lists[d]) next.push_back(outer * b.shape[d].extent + x);
+        }
+        shard.at = std::move(next);
+      }
+      shard.shape = {lists.empty() ? 1 : static_cast<std::int64_t>(lists[0].size()), 1,
+                     p_.compression.rank};
+      for (std::size_t d = 1; d < lists.size(); ++d)
+        shard.shape.cols *= static_cast<std::int64_t>(lists[d].size());
+      shards_.emplace(std::pair{shard.parameter, shard.at}, std::move(shard));
+    }
+  }
+
+  const Program& p_;
+  std::map<std::pair<std::int32_t, std::vector<std::int64_t>>, Shard> shards_;
+};
+
+}  // namespace
+
 double serial_work(const Graph& graph, const Program& program) {
   const NetworkFlops f = network_flops(graph);
   return (f.forward + f.backward_data + f.backward_weight).count / 2 *
@@ -87,6 +196,10 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
       options.parameters.begin() + static_cast<std::ptrdiff_t>(replicas));
   std::vector<std::vector<std::vector<std::vector<double>>>> states(
       replicas, std::vector<std::vector<std::vector<double>>>(graph.parameters.size()));
+  CompressedGradients compressed(program);
+  std::vector<std::vector<std::deque<std::vector<double>>>> waiting(
+      replicas, std::vector<std::deque<std::vector<double>>>(graph.parameters.size()));
+  const bool compresses = program.compression.kind != CompressionKind::none;
   for (int step = 0; step < steps; ++step) {
     for (std::size_t r = 0; r < replicas; ++r) {
       result.gradients[r].resize(graph.parameters.size());
@@ -94,8 +207,11 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
       const Inputs inputs =
           make_inputs(graph, static_cast<std::int64_t>(r) * all, all, step, options.input);
       const SerialResult serial =
-          serial_step(graph, parameters[r], inputs, program.micro_batches, program.samples,
-                      options.seed, step, batch_norm_groups);
+          compresses ? compressed.meet(serial_step_by_group(
+                           graph, parameters[r], inputs, program.micro_batches, program.samples,
+                           options.seed, step, compressed.groups()))
+                     : serial_step(graph, parameters[r], inputs, program.micro_batches,
+                                   program.samples, options.seed, step, batch_norm_groups);
       result.losses[static_cast<std::size_t>(step)][r] = serial.loss;
       double factor = 1;
       if (program.optimizer.clip > 0) {
@@ -110,6 +226,16 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
         if (!graph.parameters[q].trainable) continue;
         auto g = serial.parameter_gradients[q].values;
         for (double& v : g) v *= factor;
+        if (program.staleness > 0) {
+          // The gradient of so many steps ago; none before the first.
+          auto& queue = waiting[r][q];
+          queue.push_back(g);
+          std::fill(g.begin(), g.end(), 0.0);
+          if (queue.size() > static_cast<std::size_t>(program.staleness)) {
+            g = std::move(queue.front());
+            queue.pop_front();
+          }
+        }
         if (step + 1 == steps) result.gradients[r][q] = g;
         states[r][q].resize(2, std::vector<double>(g.size(), 0.0));
         optimizer_update(program.optimizer, step, parameters[r][q].values, g,

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "base/error.h"
+#include "runtime/reference/compression.h"
 #include "runtime/reference/ring_attention.h"
 
 namespace partita::reference {
@@ -136,7 +137,7 @@ class Machine {
   void round(BufferId id, Piece& piece) const {
     const Buffer& b = p_.buffer(id);
     // Buffers with a width of their own hold whole numbers, masks, or fp32 log-sum-exps.
-    if (!o_.round || (b.element_bytes != 0 && b.element_bytes != 4)) return;
+    if (!o_.round || b.whole_numbers || (b.element_bytes != 0 && b.element_bytes != 4)) return;
     round_values(b.element_bytes == 4 ? ElementType::fp32 : b.type, piece.values.data(),
                  piece.values.size());
   }
@@ -151,7 +152,7 @@ class Machine {
 
   // ---- state ---------------------------------------------------------------------------------
   void load_parameters() {
-    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+    for (std::int64_t rank = 0; rank < p_.ranks(); ++rank) {
       const int stage = p_.stage_of(rank);
       for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage)]) {
         for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
@@ -215,7 +216,7 @@ class Machine {
     result_.parameters.assign(replicas, std::vector<std::vector<double>>(p_.parameters.size()));
     std::vector<std::vector<std::vector<char>>> seen(
         replicas, std::vector<std::vector<char>>(p_.parameters.size()));
-    for (std::int64_t rank = 0; rank < p_.mesh.ranks(); ++rank) {
+    for (std::int64_t rank = 0; rank < p_.ranks(); ++rank) {
       for (const auto& [k, piece] : values_[static_cast<std::size_t>(rank)]) {
         const Buffer& b = p_.buffers[static_cast<std::size_t>(k.first)];
         if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) continue;
@@ -275,18 +276,20 @@ class Machine {
       case Kind::send:
         for (const std::int64_t r : ranks) {
           if (!holds(i.reads[0], r)) continue;
-          mail_[{i.index, micro_batch_, r, p_.rank_on_stage(r, i.stage)}] = load(r, i.reads[0]);
+          mail_[{i.index, p_.instance_of(i, micro_batch_), r, p_.peer_of(i, r)}] =
+              load(r, i.reads[0]);
         }
         return true;
       case Kind::receive:
         for (const std::int64_t r : ranks) {
           if (holds(i.writes[0], r) &&
-              mail_.count({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r}) == 0)
+              mail_.count({i.index, p_.instance_of(i, micro_batch_), p_.peer_of(i, r), r}) == 0)
             return false;
         }
         for (const std::int64_t r : ranks) {
           if (!holds(i.writes[0], r)) continue;
-          const auto it = mail_.find({i.index, micro_batch_, p_.rank_on_stage(r, i.stage), r});
+          const auto it =
+              mail_.find({i.index, p_.instance_of(i, micro_batch_), p_.peer_of(i, r), r});
           store(r, i.writes[0]) = std::move(it->second);
           mail_.erase(it);
         }
@@ -295,6 +298,11 @@ class Machine {
         for (const std::int64_t r : ranks)
           redistribute({r}, i.reads[0], i.writes[0], false, Mode::first, r);
         commit();
+        return true;
+      case Kind::copy:
+        for (const std::int64_t r : ranks) {
+          if (holds(i.reads[0], r)) store(r, i.writes[0]) = load(r, i.reads[0]);
+        }
         return true;
       case Kind::collective:
         return collective(i, stage, ranks);
@@ -542,6 +550,54 @@ class Machine {
       store(rank, i.writes[0]) = std::move(sum);
       return;
     }
+    if (i.kernel == Kernel::loss_scale) {
+      loss_scale(i, rank);
+      return;
+    }
+    if (i.kernel == Kernel::unscale) {
+      const double scale = load(rank, i.reads[0]).values[0];
+      for (const BufferId id : i.writes) {
+        if (!holds(id, rank)) continue;
+        Piece& g = store(rank, id);
+        for (double& v : g.values) v /= scale;
+        round(id, g);
+      }
+      return;
+    }
+    if (i.kernel == Kernel::not_finite) {
+      Piece flag = zeros({});
+      for (const BufferId id : i.reads) {
+        for (const double v : load(rank, id).values) {
+          if (!std::isfinite(v)) flag.values[0] = 1;
+        }
+      }
+      store(rank, i.writes[0]) = std::move(flag);
+      return;
+    }
+    if (i.kernel == Kernel::compress) {
+      compress(i, rank);
+      return;
+    }
+    if (i.kernel == Kernel::decompress) {
+      decompress(i, rank);
+      return;
+    }
+    if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
+      // Entry t mod s of a queue of s steps.
+      Piece& queue = kept(rank, i.outputs[0]);
+      const auto length = static_cast<std::int64_t>(queue.index[0].size());
+      const std::size_t n = queue.values.size() / static_cast<std::size_t>(length);
+      const auto at = queue.values.begin() + static_cast<std::ptrdiff_t>(n) * (step_ % length);
+      if (i.kernel == Kernel::enqueue) {
+        const Piece& in = load(rank, i.reads[0]);
+        std::copy(in.values.begin(), in.values.end(), at);
+        return;
+      }
+      Piece out = blank(p_.buffer(i.writes[0]), rank);
+      std::copy_n(at, n, out.values.begin());
+      store(rank, i.writes[0]) = std::move(out);
+      return;
+    }
     if (i.kernel == Kernel::clip) {
       const double factor = clip_factor(p_.optimizer, load(rank, i.reads[0]).values[0]);
       for (const BufferId id : i.writes) {
@@ -629,6 +685,13 @@ class Machine {
       case Kernel::scale:
       case Kernel::square_sum:
       case Kernel::clip:
+      case Kernel::loss_scale:
+      case Kernel::unscale:
+      case Kernel::not_finite:
+      case Kernel::compress:
+      case Kernel::decompress:
+      case Kernel::dequeue:
+      case Kernel::enqueue:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
@@ -668,6 +731,150 @@ class Machine {
     for (const BufferId id : i.writes) round(id, store(rank, id));
   }
 
+  /// State that lasts from step to step: zeros before the first.
+  Piece& kept(std::int64_t rank, BufferId id) {
+    Piece& piece = store(rank, id);
+    if (piece.values.empty()) piece = blank(p_.buffer(id), rank);
+    return piece;
+  }
+
+  void loss_scale(const Instruction& i, std::int64_t rank) {
+    Piece& state = kept(rank, i.outputs[0]);
+    if (i.index == 0) {
+      if (state.values[0] == 0) state.values[0] = p_.loss_scale.initial;
+      Piece scale = blank(p_.buffer(i.writes[0]), rank);
+      scale.values[0] = state.values[0];
+      store(rank, i.writes[0]) = std::move(scale);
+      return;
+    }
+    adapt_loss_scale(p_.loss_scale, load(rank, i.reads[0]).values[0] != 0, state.values.data());
+  }
+
+  PowerShape power_shape(BufferId kept, std::int64_t rank) const {
+    const auto lists = indices(p_.buffer(kept), rank);
+    PowerShape s{static_cast<std::int64_t>(lists[0].size()), 1, p_.compression.rank};
+    for (std::size_t d = 1; d < lists.size(); ++d)
+      s.cols *= static_cast<std::int64_t>(lists[d].size());
+    return s;
+  }
+
+  void compress(const Instruction& i, std::int64_t rank) {
+    const Compression& c = p_.compression;
+    if (i.index == 1) {
+      const PowerShape s = power_shape(i.outputs[0], rank);
+      std::vector<double> left = load(rank, i.reads[0]).values;
+      orthonormalise(s, left.data());
+      Piece right = blank(p_.buffer(i.writes[0]), rank);
+      power_right(s, load(rank, i.outputs[0]).values.data(), left.data(), right.values.data());
+      round(i.writes[0], right);
+      store(rank, i.writes[0]) = std::move(right);
+      return;
+    }
+    std::vector<double> p = load(rank, i.reads[0]).values;
+    const auto n = static_cast<std::int64_t>(p.size());
+    if (c.error_feedback && !i.outputs.empty()) {
+      const Piece& error = kept(rank, i.outputs[0]);
+      for (std::size_t k = 0; k < p.size(); ++k) p[k] += error.values[k];
+    }
+    std::vector<Piece> out;
+    for (const BufferId id : i.writes) out.push_back(blank(p_.buffer(id), rank));
+    std::vector<double> left = p;  // what is not sent
+    switch (c.kind) {
+      case CompressionKind::none:
+        break;
+      case CompressionKind::cast:
+        out[0].values = p;
+        round_values(c.type, out[0].values.data(), out[0].values.size());
+        for (std::size_t k = 0; k < p.size(); ++k) left[k] -= out[0].values[k];
+        break;
+      case CompressionKind::top_k: {
+        const auto at = top_positions(p.data(), n, static_cast<std::int64_t>(out[0].values.size()));
+        for (std::size_t k = 0; k < at.size(); ++k) {
+          out[0].values[k] = p[at[k]];
+          out[1].values[k] = at[k];
+          left[at[k]] = 0;
+        }
+        break;
+      }
+      case CompressionKind::one_bit: {
+        const double scale = mean_magnitude(p.data(), n);
+        out[1].values[0] = scale;
+        for (std::size_t w = 0; w < out[0].values.size(); ++w)
+          out[0].values[w] = sign_word(p.data(), n, static_cast<std::int64_t>(w));
+        for (double& v : left) v -= v < 0 ? -scale : scale;
+        break;
+      }
+      case CompressionKind::power_sgd: {
+        const PowerShape s = power_shape(i.outputs[0], rank);
+        Piece& start = store(rank, i.outputs[1]);
+        if (start.values.empty()) {
+          start = blank(p_.buffer(i.outputs[1]), rank);
+          const std::int32_t parameter = p_.buffer(i.outputs[1]).parameter;
+          for (std::size_t k = 0; k < start.values.size(); ++k)
+            start.values[k] = power_start(parameter, static_cast<std::int64_t>(k));
+          round(i.outputs[1], start);
+        }
+        power_left(s, p.data(), start.values.data(), out[0].values.data());
+        break;
+      }
+    }
+    if (!i.outputs.empty()) {
+      kept(rank, i.outputs[0]).values = std::move(left);
+      round(i.outputs[0], store(rank, i.outputs[0]));
+    }
+    for (std::size_t k = 0; k < out.size(); ++k) {
+      round(i.writes[k], out[k]);
+      store(rank, i.writes[k]) = std::move(out[k]);
+    }
+  }
+
+  void decompress(const Instruction& i, std::int64_t rank) {
+    const Compression& c = p_.compression;
+    Piece sum = blank(p_.buffer(i.writes[0]), rank);
+    const auto members = static_cast<std::size_t>(p_.mesh.size(i.atoms));
+    const std::vector<double>& first = load(rank, i.reads[0]).values;
+    switch (c.kind) {
+      case CompressionKind::none:
+        break;
+      case CompressionKind::cast:
+        sum.values = first;
+        break;
+      case CompressionKind::top_k: {
+        const std::vector<double>& at = load(rank, i.reads[1]).values;
+        for (std::size_t k = 0; k < first.size(); ++k)
+          sum.values[static_cast<std::size_t>(at[k])] += first[k];
+        break;
+      }
+      case CompressionKind::one_bit: {
+        const std::vector<double>& scales = load(rank, i.reads[1]).values;
+        const std::size_t words = first.size() / members;
+        for (std::size_t m = 0; m < members; ++m) {
+          for (std::size_t k = 0; k < sum.values.size(); ++k) {
+            const auto word = static_cast<std::uint32_t>(first[m * words + k / 32]);
+            sum.values[k] += (word >> (k % 32) & 1u) != 0 ? -scales[m] : scales[m];
+          }
+        }
+        break;
+      }
+      case CompressionKind::power_sgd: {
+        Piece& error = store(rank, i.outputs[0]);
+        const PowerShape s = power_shape(i.outputs[0], rank);
+        std::vector<double> left = first;
+        orthonormalise(s, left.data());
+        const Piece& right = load(rank, i.reads[1]);
+        power_product(s, left.data(), right.values.data(), sum.values.data());
+        for (std::size_t k = 0; k < error.values.size(); ++k)
+          error.values[k] =
+              c.error_feedback ? error.values[k] - sum.values[k] / static_cast<double>(members) : 0;
+        round(i.outputs[0], error);
+        store(rank, i.outputs[1]).values = right.values;
+        break;
+      }
+    }
+    round(i.writes[0], sum);
+    store(rank, i.writes[0]) = std::move(sum);
+  }
+
   void note_loss(const Buffer& b, const Piece& piece, std::int64_t rank) {
     if (!counts_loss(p_, b, rank)) return;
     result_.losses.back()[replica(rank)] += piece.values[0];
@@ -686,12 +893,14 @@ class Machine {
     PARTITA_ASSERT(parameter.values.size() == gradient.values.size(),
                    fmt::format("{} gradients for {} parameters of {}", gradient.values.size(),
                                parameter.values.size(), b.name));
-    std::vector<std::vector<double>*> states;
-    for (const BufferId id : i.outputs) {
-      Piece& state = store(rank, id);
-      if (state.values.empty()) state = blank(p_.buffer(id), rank);
-      states.push_back(&state.values);
+    std::int64_t updates = step_;
+    if (!i.statistics.empty()) {
+      // Gradients that overflowed are not used.
+      if (p_.loss_scale.dynamic && load(rank, i.statistics[0]).values[0] != 0) return;
+      updates = std::llround(load(rank, i.statistics[1]).values[2]);
     }
+    std::vector<std::vector<double>*> states;
+    for (const BufferId id : i.outputs) states.push_back(&kept(rank, id).values);
     // The update goes to the master copy where there is one; the parameter is its rounded image.
     Piece* master = nullptr;
     if (!i.extras.empty()) {
@@ -699,7 +908,7 @@ class Machine {
       if (master->values.empty()) *master = parameter;
       parameter.values = master->values;
     }
-    optimizer_update(p_.optimizer, step_, parameter.values, gradient.values, states);
+    optimizer_update(p_.optimizer, updates, parameter.values, gradient.values, states);
     for (std::size_t k = 0; k < i.outputs.size(); ++k)
       round(i.outputs[k], store(rank, i.outputs[k]));
     if (master != nullptr) {

@@ -45,8 +45,8 @@ struct RunResult {
   double copies_differ = 0;
 };
 
-/// What `rank` works on of an operator, at the first step and micro-batch; shared by interpreter and
-/// executor.
+/// What `rank` works on of an operator, at the first step and micro-batch; shared by interpreter
+/// and executor.
 Context context_of(const Program& program, std::int32_t op, std::uint64_t seed, std::int64_t rank);
 
 /// Each summand of the loss counts once: along atoms that are neither owed, nor replicas, nor the
@@ -55,6 +55,24 @@ bool counts_loss(const Program& program, const Buffer& loss, std::int64_t rank);
 
 /// What gradients are multiplied by, given the sum of all their squares.
 double clip_factor(const Optimizer& optimizer, double square_sum);
+
+/// `state`: scale, good steps in a row, updates so far. After a step whose gradients overflowed (a
+/// dynamic scale skips it) or did not.
+template <class T>
+void adapt_loss_scale(const LossScale& l, bool overflow, T* state) {
+  if (!l.dynamic) {
+    state[2] += 1;
+    return;
+  }
+  if (overflow) {
+    state[0] /= 2;
+    state[1] = 0;
+    return;
+  }
+  state[1] += 1;
+  state[2] += 1;
+  if (state[1] >= static_cast<T>(l.growth_interval)) state[0] *= 2, state[1] = 0;
+}
 
 /// Throws InternalError when the program does what verify() forbids or a value is not where its
 /// layout says.

@@ -258,6 +258,30 @@ SerialResult serial_step(const Graph& graph, const std::vector<Piece>& parameter
   return result;
 }
 
+std::vector<SerialResult> serial_step_by_group(const Graph& graph,
+                                               const std::vector<Piece>& parameters,
+                                               const Inputs& inputs, int micro_batches,
+                                               std::int64_t samples_per_micro_batch,
+                                               std::uint64_t seed, std::int64_t step, int groups) {
+  std::vector<SerialResult> results(static_cast<std::size_t>(groups));
+  const std::int64_t each = samples_per_micro_batch / groups;
+  for (int g = 0; g < groups; ++g) {
+    SerialResult& result = results[static_cast<std::size_t>(g)];
+    for (const Parameter& p : graph.parameters)
+      result.parameter_gradients.push_back(p.trainable ? whole(p.shape) : Piece{});
+    for (int m = 0; m < micro_batches; ++m) {
+      Inputs slices;
+      for (const Piece& p : inputs.by_tensor)
+        slices.by_tensor.push_back(input_slice(p, m * groups + g, each));
+      MicroBatch batch(graph, parameters, each, 1);
+      result.loss += batch.forward(slices, seed, step, m * samples_per_micro_batch + g * each,
+                                   micro_batches * samples_per_micro_batch);
+      if (graph.loss.valid()) batch.backward(result.parameter_gradients);
+    }
+  }
+  return results;
+}
+
 double initial_value(const Parameter& p, std::uint64_t seed, std::int64_t linear) {
   if (p.initial_deviation == 0) return p.initial_value;
   return normal(random_bits(seed, kInitial, 0), hash(p.name), static_cast<std::uint64_t>(linear)) *

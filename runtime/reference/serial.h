@@ -33,6 +33,14 @@ SerialResult serial_step(const Graph& graph, const std::vector<Piece>& parameter
                          std::int64_t samples_per_micro_batch, std::uint64_t seed,
                          std::int64_t step, int batch_norm_groups = 1);
 
+/// Gradients of each of `groups` contiguous groups of every micro-batch's samples by themselves, in
+/// the scale of the whole batch: they sum to serial_step's. result[group]; the loss is their sum.
+std::vector<SerialResult> serial_step_by_group(const Graph& graph,
+                                               const std::vector<Piece>& parameters,
+                                               const Inputs& inputs, int micro_batches,
+                                               std::int64_t samples_per_micro_batch,
+                                               std::uint64_t seed, std::int64_t step, int groups);
+
 /// normal(seed, name, index) · deviation + value; `linear` is row-major over the parameter's shape.
 double initial_value(const Parameter& parameter, std::uint64_t seed, std::int64_t linear);
 std::vector<Piece> initial_parameters(const Graph& graph, std::uint64_t seed);

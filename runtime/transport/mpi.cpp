@@ -12,6 +12,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita {
 namespace {
@@ -27,24 +28,29 @@ int count_of(std::int64_t n) {
   return static_cast<int>(n);
 }
 
+template <ElementType type>
+void add_narrow(void* from, void* to, int* count, MPI_Datatype*) {
+  add_numbers(type, static_cast<std::byte*>(to), static_cast<const std::byte*>(from), *count);
+}
+
 class MpiTransport final : public Transport {
  public:
-  explicit MpiTransport(double timeout_s) : timeout_(timeout_s), world_(MPI_COMM_WORLD) {
+  explicit MpiTransport(const MpiOptions& o)
+      : timeout_(o.timeout_s), describe_(o.describe), world_(MPI_COMM_WORLD) {
     int provided = 0;
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
-    MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
-    MPI_Comm_rank(world_, &rank_);
-    MPI_Comm_size(world_, &size_);
+    begin();
+    board_ = board_of_rank_0(o.board);
+    if (board_) state_ = &board_->rank(rank_);
+    state_->process = ::getpid();
   }
   /// The first `ranks` of the run.
-  MpiTransport(double timeout_s, int ranks) : timeout_(timeout_s), world_(first(ranks)) {
-    MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
-    MPI_Comm_rank(world_, &rank_);
-    MPI_Comm_size(world_, &size_);
-  }
+  MpiTransport(double timeout_s, int ranks) : timeout_(timeout_s), world_(first(ranks)) { begin(); }
   ~MpiTransport() override {
     for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
     for (auto& [group, communicator] : communicators_) MPI_Comm_free(&communicator);
+    MPI_Op_free(&bf16_sum_);
+    MPI_Op_free(&fp16_sum_);
     if (world_ == MPI_COMM_WORLD) {
       MPI_Finalize();
     } else {
@@ -81,7 +87,10 @@ class MpiTransport final : public Transport {
   void collective(const CollectiveCall& c) override {
     const MPI_Comm comm = communicator(*c.group);
     const int n = static_cast<int>(c.group->size());
-    const MPI_Op op = c.reduction == Reduction::max ? MPI_MAX : MPI_SUM;
+    const bool narrow = c.element_bytes == 2;
+    const MPI_Op op = narrow ? (c.type == ElementType::bf16 ? bf16_sum_ : fp16_sum_)
+                      : c.reduction == Reduction::max ? MPI_MAX
+                                                      : MPI_SUM;
     const auto counts = [&](const std::vector<std::int64_t>& bounds) {
       std::vector<int> all;
       for (std::size_t k = 0; k + 1 < bounds.size(); ++k)
@@ -93,8 +102,10 @@ class MpiTransport final : public Transport {
       for (std::size_t k = 0; k + 1 < bounds.size(); ++k) all.push_back(count_of(bounds[k]));
       return all;
     };
-    const MPI_Datatype type = c.element_bytes == 4 ? MPI_FLOAT : MPI_BYTE;
-    const auto width = static_cast<std::int64_t>(c.element_bytes == 4 ? 1 : c.element_bytes);
+    // 16-bit numbers travel as words of their width, so that counts are of elements.
+    const MPI_Datatype type = narrow ? MPI_UINT16_T : c.element_bytes == 4 ? MPI_FLOAT : MPI_BYTE;
+    const auto width =
+        static_cast<std::int64_t>(narrow || c.element_bytes == 4 ? 1 : c.element_bytes);
     const auto scaled = [&](std::vector<std::int64_t> bounds) {
       for (auto& b : bounds) b *= width;
       return bounds;
@@ -106,14 +117,13 @@ class MpiTransport final : public Transport {
       return elements * static_cast<std::int64_t>(c.element_bytes);
     };
     MPI_Request request = MPI_REQUEST_NULL;
-    std::vector<float> part;
+    std::vector<std::byte> part;
     std::vector<int> a, b, d, e;  // must live until the call is done
     int code = MPI_SUCCESS;
     switch (c.kind) {
       case CollectiveKind::all_reduce:
         note.payload_bytes += bytes(c.offsets.back());
-        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), MPI_FLOAT, op, comm,
-                              &request);
+        code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), type, op, comm, &request);
         break;
       case CollectiveKind::broadcast:
         note.payload_bytes += bytes(c.offsets.back());
@@ -122,13 +132,13 @@ class MpiTransport final : public Transport {
       case CollectiveKind::reduce:
         note.payload_bytes += bytes(c.offsets.back());
         code = MPI_Ireduce(c.me == 0 ? MPI_IN_PLACE : static_cast<void*>(c.data), c.data,
-                           count_of(in.back()), MPI_FLOAT, op, 0, comm, &request);
+                           count_of(in.back()), type, op, 0, comm, &request);
         break;
       case CollectiveKind::reduce_scatter:
         note.payload_bytes += bytes(c.offsets.back());
         a = counts(in);
-        part.resize(static_cast<std::size_t>(a[static_cast<std::size_t>(c.me)]));
-        code = MPI_Ireduce_scatter(c.data, part.data(), a.data(), MPI_FLOAT, op, comm, &request);
+        part.resize(static_cast<std::size_t>(a[static_cast<std::size_t>(c.me)]) * c.element_bytes);
+        code = MPI_Ireduce_scatter(c.data, part.data(), a.data(), type, op, comm, &request);
         break;
       case CollectiveKind::all_gather:
         note.payload_bytes += bytes(c.offsets.back());
@@ -137,7 +147,7 @@ class MpiTransport final : public Transport {
                                &request);
         break;
       case CollectiveKind::gather:
-        note.payload_bytes += bytes(c.offsets.back());
+        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0,
                                         comm, &request)
@@ -146,7 +156,7 @@ class MpiTransport final : public Transport {
                                         nullptr, type, 0, comm, &request);
         break;
       case CollectiveKind::scatter:
-        note.payload_bytes += bytes(c.offsets.back());
+        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0
                    ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0, comm,
@@ -178,7 +188,7 @@ class MpiTransport final : public Transport {
     wait(request, -1);
     if (c.kind == CollectiveKind::reduce_scatter)
       std::memcpy(c.data + bytes(c.offsets[static_cast<std::size_t>(c.me)]), part.data(),
-                  part.size() * sizeof(float));
+                  part.size());
   }
 
   void barrier() override {
@@ -187,12 +197,12 @@ class MpiTransport final : public Transport {
     wait(request, -1);
   }
 
-  void abort(const std::string& reason) override {
+  void abort(const std::string& reason, int code) override {
     // mpirun says much when a rank aborts; the one line that matters goes first.
     std::fprintf(stderr, "partita: %s\n", reason.c_str());
     std::fflush(nullptr);
-    MPI_Abort(MPI_COMM_WORLD, 3);
-    _exit(3);
+    MPI_Abort(MPI_COMM_WORLD, code);
+    _exit(code);
   }
   void doing(const std::string& what) override { doing_ = what; }
 
@@ -201,6 +211,30 @@ class MpiTransport final : public Transport {
     std::vector<std::byte> data;
     MPI_Request request = MPI_REQUEST_NULL;
   };
+
+  void begin() {
+    MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(world_, &rank_);
+    MPI_Comm_size(world_, &size_);
+    MPI_Op_create(add_narrow<ElementType::bf16>, 1, &bf16_sum_);
+    MPI_Op_create(add_narrow<ElementType::fp16>, 1, &fp16_sum_);
+  }
+
+  /// The launch's or one that rank 0 makes; null on other hosts than rank 0's.
+  std::shared_ptr<Board> board_of_rank_0(std::shared_ptr<Board> board) const {
+    struct {
+      char path[64] = "";
+      std::uint64_t identity = 0;
+    } where;
+    if (rank_ == 0) {
+      if (!board || board->ranks() != size_) board = Board::create(size_, 0, 0);
+      where.identity = board->identity();
+      board->path().copy(where.path, sizeof where.path - 1);
+    }
+    MPI_Bcast(&where, sizeof where, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (rank_ > 0) board = Board::open(where.path, size_);
+    return board && board->identity() == where.identity ? board : nullptr;
+  }
 
   static int tag_of(std::int64_t tag) { return static_cast<int>(tag % 30000); }
 
@@ -224,6 +258,11 @@ class MpiTransport final : public Transport {
   }
 
   void wait(MPI_Request& request, int peer) {
+    state_->waits_for.store(peer >= 0 ? peer : RankState::kGroup, std::memory_order_relaxed);
+    wait_until(request, peer);
+    state_->waits_for.store(RankState::kNobody, std::memory_order_relaxed);
+  }
+  void wait_until(MPI_Request& request, int peer) {
     const auto start = Clock::now();
     for (int spins = 0;; ++spins) {
       int done = 0;
@@ -235,11 +274,28 @@ class MpiTransport final : public Transport {
       const double waited = std::chrono::duration<double>(Clock::now() - start).count();
       usleep(waited > 0.1 ? 1000 : 0);
       if (waited > timeout_) {
-        throw PeerError(
-            fmt::format("rank {} waits in {} for {}, which has not answered for {:.0f} s", rank_,
-                        doing_, peer >= 0 ? fmt::format("rank {}", peer) : "its group", timeout_));
+        throw PeerError(late(peer));
       }
     }
+  }
+
+  /// Why a wait took too long. The board tells who holds up all; without it, who is waited for.
+  std::string late(int peer) const {
+    const std::string whom = peer >= 0 ? fmt::format("rank {}", peer) : "its group";
+    const int culprit = board_ ? board_->culprit(rank_) : -1;
+    if (culprit < 0 || !describe_)
+      return fmt::format("rank {} waits in {} for {}, which has not answered for {:.3g} s", rank_,
+                         doing_, whom, timeout_);
+    const RankState& mine = board_->rank(rank_);
+    const RankState& its = board_->rank(culprit);
+    const char state = process_state(its.process);
+    return fmt::format("rank {} waits in {} for {}; rank {} {} {} for {:.3g} s", rank_,
+                       describe_(rank_, mine.step, mine.instruction), whom, culprit,
+                       state == 'T'                          ? "was stopped in"
+                       : state == 0 || state == 'Z'          ? "died in"
+                       : its.waits_for == RankState::kNobody ? "has been in"
+                                                             : "is furthest behind, in",
+                       describe_(culprit, its.step, its.instruction), timeout_);
   }
 
   MPI_Comm communicator(const std::vector<int>& group) {
@@ -270,8 +326,11 @@ class MpiTransport final : public Transport {
   }
 
   double timeout_;
+  Describe describe_;
+  std::shared_ptr<Board> board_;
   MPI_Comm world_;  ///< of this transport: all ranks of the run, or the first so many
   int rank_ = 0, size_ = 1;
+  MPI_Op bf16_sum_ = MPI_OP_NULL, fp16_sum_ = MPI_OP_NULL;
   std::string doing_ = "the start";
   std::deque<Pending> pending_;
   std::map<std::vector<int>, MPI_Comm> communicators_;
@@ -279,15 +338,8 @@ class MpiTransport final : public Transport {
 
 }  // namespace
 
-bool under_mpi_launcher() {
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "PMI_RANK"}) {
-    if (std::getenv(name) != nullptr) return true;
-  }
-  return false;
-}
-
-std::unique_ptr<Transport> mpi_transport(double timeout_s) {
-  return std::make_unique<MpiTransport>(timeout_s);
+std::unique_ptr<Transport> mpi_transport(const MpiOptions& options) {
+  return std::make_unique<MpiTransport>(options);
 }
 
 std::unique_ptr<Transport> mpi_part(double timeout_s, int ranks) {

@@ -4,16 +4,19 @@
 #include <memory>
 #include <string>
 
-#include "runtime/transport/transport.h"
+#include "runtime/transport/board.h"
 
 namespace partita {
 
-/// Was this process started by an MPI launcher (mpirun, srun)? Reads the environment only.
-bool under_mpi_launcher();
+struct MpiOptions {
+  double timeout_s = 10;         ///< without an answer of a peer
+  std::shared_ptr<Board> board;  ///< of the launch on this host; null: none
+  Describe describe;             ///< instructions in words
+};
 
-/// Starts MPI for this process. `timeout_s`: without an answer of a peer. The transport ends MPI
-/// when it goes; after abort() the process ends with exit code 3.
-std::unique_ptr<Transport> mpi_transport(double timeout_s);
+/// Starts MPI for this process. The transport ends MPI when it goes; after abort() the process ends
+/// with that exit code.
+std::unique_ptr<Transport> mpi_transport(const MpiOptions& options);
 
 /// The first `ranks` ranks of a run that mpi_transport has started and still holds; for these to
 /// call, all of them.

@@ -1,17 +1,20 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/transport/narrow.h"
 #include "runtime/transport/transport.h"
 
 namespace partita {
 namespace {
 
-void combine(Reduction reduction, float* to, const float* from, std::int64_t n) {
-  if (reduction == Reduction::max) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] = std::max(to[i], from[i]);
-  } else {
-    for (std::int64_t i = 0; i < n; ++i) to[i] += from[i];
+void combine(const CollectiveCall& call, std::byte* to, const std::byte* from, std::int64_t n) {
+  if (call.reduction == Reduction::sum) {
+    add_numbers(call.type, to, from, n);
+    return;
   }
+  auto* a = reinterpret_cast<float*>(to);
+  const auto* b = reinterpret_cast<const float*>(from);
+  for (std::int64_t i = 0; i < n; ++i) a[i] = std::max(a[i], b[i]);
 }
 
 }  // namespace
@@ -55,7 +58,7 @@ void execute_steps(Transport& transport, const CollectiveCall& call, const Expan
                      bounds[last] - bounds[first]};
   };
 
-  std::vector<float> arrived;
+  std::vector<std::byte> arrived;
   for (const auto& step : expansion.steps) {
     for (const Message& m : step) {
       if (m.from != call.me) continue;
@@ -73,9 +76,9 @@ void execute_steps(Transport& transport, const CollectiveCall& call, const Expan
         transport.receive(from, call.tag, data, static_cast<std::size_t>(count) * width);
         continue;
       }
-      arrived.resize(static_cast<std::size_t>(count));
-      transport.receive(from, call.tag, arrived.data(), arrived.size() * sizeof(float));
-      combine(call.reduction, reinterpret_cast<float*>(data), arrived.data(), count);
+      arrived.resize(static_cast<std::size_t>(count) * width);
+      transport.receive(from, call.tag, arrived.data(), arrived.size());
+      combine(call, data, arrived.data(), count);
     }
   }
 }

@@ -112,6 +112,7 @@ class ThreadTransport final : public Transport {
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(hub_->boxes.size()); }
   std::string name() const override { return "threads"; }
+  bool one_clock() const override { return true; }
 
   void send(int to, std::int64_t tag, const void* data, std::size_t bytes) override {
     ThreadHub::Letter letter(bytes);
@@ -190,7 +191,7 @@ class ThreadTransport final : public Transport {
                     missing, hub_->what_is_doing(missing), hub_->timeout.count()));
   }
 
-  void abort(const std::string& reason) override { hub_->stop(reason); }
+  void abort(const std::string& reason, int) override { hub_->stop(reason); }
   void doing(const std::string& what) override {
     ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(rank_)];
     const std::lock_guard<std::mutex> lock(box.guard);

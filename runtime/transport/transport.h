@@ -1,6 +1,7 @@
 // runtime/transport/transport.h: how the ranks of a run meet. One object per rank.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -23,6 +24,24 @@ class PeerError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// The same where another rank tells the user: this one ends with `code` and says nothing.
+class ToldElsewhere : public PeerError {
+ public:
+  ToldElsewhere(int exit_code, const std::string& what) : PeerError(what), code(exit_code) {}
+  int code;
+};
+
+/// Where a rank is; others may read it while it runs (board.h: other processes, too).
+struct RankState {
+  static constexpr std::int64_t kNobody = -1, kGroup = -2;
+  std::atomic<std::int64_t> process{0};  ///< its id
+  std::atomic<std::int64_t> step{-1}, instruction{-1};
+  std::atomic<std::int64_t> waits_for{kNobody};  ///< a rank, kNobody, or kGroup: a collective's
+};
+
+/// Puts a rank's instruction in words: "step 3, all_reduce of layers.0.w in block forward 0".
+using Describe = std::function<std::string(int rank, std::int64_t step, std::int64_t instruction)>;
+
 /// One collective as a member sees it. The values lie packed: chunk c of the payload at
 /// [offsets[c], offsets[c + 1]) of `data`, in elements.
 ///
@@ -36,8 +55,8 @@ struct CollectiveCall {
   Reduction reduction = Reduction::sum;
   const std::vector<int>* group = nullptr;  ///< ranks, ascending; the root is the first
   int me = 0;                               ///< position in it
-  /// Elements of 4 bytes are fp32; only these can be reduced.
   std::size_t element_bytes = 4;
+  ElementType type = ElementType::fp32;  ///< of what is reduced: fp32, bf16 or fp16
   std::byte* data = nullptr;
   std::vector<std::int64_t> offsets;
   const std::byte* send = nullptr;
@@ -60,16 +79,29 @@ class Transport {
   virtual void collective(const CollectiveCall& call) = 0;
   /// All ranks of the run, for start, clocks and ends of steps.
   virtual void barrier() = 0;
-  /// This rank gives up: the others' waits end with `reason`.
-  virtual void abort(const std::string& reason) = 0;
+  /// This rank gives up: the others' waits end with `reason`, processes with exit code `code`.
+  virtual void abort(const std::string& reason, int code) = 0;
+  /// After a failure: is it this rank that tells the user?
+  virtual bool speaks() { return true; }
   /// What this rank is doing, for a peer's message when it hangs.
   virtual void doing(const std::string& what) = 0;
+  /// This rank comes to that instruction of its step, in program order.
+  void at(std::int64_t step, std::int64_t instruction) {
+    state_->step.store(step, std::memory_order_relaxed);
+    state_->instruction.store(instruction, std::memory_order_relaxed);
+  }
+  /// Do all ranks read one clock?
+  virtual bool one_clock() const { return false; }
+  /// The run is over on this rank: the others may end from now on.
+  virtual void leave() {}
 
   const Traffic& traffic() const { return traffic_; }
   void reset_traffic() { traffic_ = {}; }
 
  protected:
   Traffic traffic_;
+  RankState own_state_;
+  RankState* state_ = &own_state_;  ///< or a board's
 };
 
 /// Ranks as threads of this process. `algorithm`: which expansion a kind is executed by.

@@ -80,6 +80,13 @@ Pass pass_of(Kernel k) {
     case Kernel::scale:
     case Kernel::square_sum:
     case Kernel::clip:
+    case Kernel::loss_scale:
+    case Kernel::unscale:
+    case Kernel::not_finite:
+    case Kernel::compress:
+    case Kernel::decompress:
+    case Kernel::dequeue:
+    case Kernel::enqueue:
       return Pass::forward;
   }
   return Pass::forward;
@@ -175,7 +182,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     w.kernels = 0;  // runs on another rank only
     return w;
   }
-  if (i.kind == Kind::slice) {
+  if (i.kind == Kind::slice || i.kind == Kind::copy) {
     w.bytes = Bytes{2 * local_bytes(p, i.writes[0], rank).count};
     return w;
   }
@@ -292,11 +299,12 @@ struct Communication::State {
   Topology topology;
   std::unordered_map<std::uint64_t, Ring> rings;
   std::unordered_map<std::uint64_t, Ring> exchanges;
+  std::unordered_map<std::size_t, Ring> host_links;  ///< by profile
   int at_work = 0;
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), {}, {}, 0}) {}
+    : state_(new State{std::move(topology), {}, {}, {}, 0}) {}
 Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
 void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_cast<int>(ranks); }
@@ -441,6 +449,50 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
     return Seconds{launch + std::min(ring_time, tree)};
   }
   return Seconds{launch + ring_time};
+}
+
+bool on_host(const Program& p, const Instruction& i) {
+  if (i.kind == Kind::copy) return true;
+  return i.kind == Kind::compute && i.kernel == Kernel::optimizer && !i.outputs.empty() &&
+         p.buffer(i.outputs[0]).host;
+}
+
+Seconds Communication::host_time(const Program& p, const Instruction& i, std::int64_t rank) {
+  const Topology& t = state_->topology;
+  const DeviceId d{static_cast<std::size_t>(rank)};
+  const bool crosses =
+      i.kind == Kind::copy && p.buffer(i.reads[0]).host != p.buffer(i.writes[0]).host;
+  if (!crosses) {
+    // Ranks of one host share its memory.
+    const std::size_t node = t.node_of(d);
+    const BytesPerSecond all = t.host_memory_bandwidth(node);
+    if (!(all.count > 0)) {
+      throw InputError("offload", fmt::format("{} does not say how fast its hosts' memory is; add "
+                                              "host_memory_bandwidth to its nodes",
+                                              t.name()));
+    }
+    const Work w = work_of(p, i, rank);
+    return Seconds{static_cast<double>(w.bytes.count) * static_cast<double>(t.device_count(node)) /
+                   all.count};
+  }
+  auto& link = state_->host_links[t.profile_index(d)];
+  if (!(link.bandwidth.count > 0)) {
+    for (std::size_t l = 0; l < t.link_count(); ++l) {
+      const Link one = t.link(LinkId{l});
+      if (one.from == t.vertex_of(d) && (one.kind == LinkKind::pcie || one.kind == LinkKind::c2c) &&
+          one.bandwidth > link.bandwidth)
+        link = {one.bandwidth, one.latency};
+    }
+    if (!(link.bandwidth.count > 0)) {
+      throw InputError("offload",
+                       fmt::format("{} has no PCIe or C2C link between its devices and their host; "
+                                   "add one to its nodes",
+                                   t.name()));
+    }
+  }
+  return Seconds{t.device(d).kernel_latency.count + link.latency.count +
+                 static_cast<double>(local_bytes(p, i.writes[0], rank).count) /
+                     link.bandwidth.count};
 }
 
 Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64_t to) {

@@ -56,6 +56,9 @@ Bytes payload(const Program& program, const Instruction& instruction, std::int64
 /// 0 for other collectives.
 Bytes key_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);
 
+/// Is this a copy to, from or on the host, or a kernel that the host runs?
+bool on_host(const Program& program, const Instruction& instruction);
+
 /// Prices of communication between ranks placed on devices 0, 1, 2, ... Caches by group; not
 /// thread-safe.
 class Communication {
@@ -63,6 +66,9 @@ class Communication {
   explicit Communication(Topology topology);
   ~Communication();
   Seconds collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
+  /// Of a copy between device and host, over the device's link, or of work in the host's memory, of
+  /// which every device has its share. InputError where the topology does not say.
+  Seconds host_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
   void set_at_work(std::int64_t ranks);

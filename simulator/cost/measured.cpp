@@ -121,7 +121,7 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   }
   if (w.kernels == 0) return s;
   s.bytes = static_cast<double>(w.bytes.count);
-  if (i.kind == Kind::slice) {
+  if (i.kind == Kind::slice || i.kind == Kind::copy) {
     s.kernel = "slice";
     return s;
   }

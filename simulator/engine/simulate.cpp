@@ -26,6 +26,7 @@ struct GroupKind {
   int tie = -1;
   int peer_stage = -1;  ///< point to point
   bool exchanges = false;
+  int peer = 0;  ///< coordinate along `atoms` of a role's partner
   friend auto operator<=>(const GroupKind&, const GroupKind&) = default;
 };
 
@@ -39,14 +40,23 @@ std::vector<GroupKind> group_kinds(const Program& p, int stage) {
         all.insert({i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie, -1,
                     i.collective == CollectiveKind::all_to_all});
       }
-      if (i.kind == Kind::send || i.kind == Kind::receive) all.insert({0, -1, i.stage, false});
+      if (i.kind == Kind::send || i.kind == Kind::receive)
+        all.insert({i.atoms, -1, i.stage, false, i.peer});
     }
   }
   return {all.begin(), all.end()};
 }
 
+std::int64_t partner(const Program& p, const GroupKind& k, std::int64_t rank) {
+  Instruction i;
+  i.stage = k.peer_stage;
+  i.atoms = k.atoms;
+  i.peer = k.peer;
+  return p.peer_of(i, rank);
+}
+
 std::vector<std::int64_t> members(const Program& p, const GroupKind& k, std::int64_t rank) {
-  if (k.peer_stage >= 0) return {rank, p.rank_on_stage(rank, k.peer_stage)};
+  if (k.peer_stage >= 0) return {rank, partner(p, k, rank)};
   if (k.tie >= 0) {
     std::vector<std::int64_t> all;
     for (const int s : p.ties[static_cast<std::size_t>(k.tie)])
@@ -64,6 +74,7 @@ struct Unevenness {
   std::vector<std::pair<DimSplit, std::int64_t>> cuts;  ///< split, extent
   std::vector<BufferId> flat;                           ///< one of each layout and shape
   std::set<AtomMask> roots;
+  std::vector<const Instruction*> halos;  ///< packed for as many neighbours as want them
   AtomMask coordinates = 0;
 };
 
@@ -122,6 +133,14 @@ std::vector<Unevenness> unevenness(const Program& p) {
         };
         for_each_read(i, buffer);
         for_each_write(i, buffer);
+        if (i.kind == Kind::collective && i.collective == CollectiveKind::halo_exchange &&
+            p.packs_collectives)
+          u.halos.push_back(&i);
+        // A role serves its partners one after the other.
+        if ((i.kind == Kind::send || i.kind == Kind::receive) && i.atoms != 0) {
+          AtomMask& all = by_stage[static_cast<std::size_t>(i.stage)].coordinates;
+          all = static_cast<AtomMask>(all | i.atoms);
+        }
         if (i.kind != Kind::compute || i.op < 0) continue;
         const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
         for (std::size_t d = 0; d < op.cuts.size(); ++d) {
@@ -152,6 +171,7 @@ struct Step {
   std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
   std::int32_t label = 0;                  ///< for the breakdown
   std::int32_t message = -1;
+  bool of_step = false;  ///< the message goes once a step, not once a micro-batch
   std::int32_t peer_class = -1;
 };
 
@@ -173,13 +193,14 @@ struct Replay {
     std::int32_t label, before;
   };
   std::vector<Made> marks;
-  std::vector<std::tuple<std::int32_t, std::int32_t, std::int64_t>>
-      messages;  ///< id, to class, start
+  std::vector<std::tuple<std::int32_t, std::int32_t, bool, std::int64_t>>
+      messages;  ///< id, to class, once a step?, start
 };
 
 struct Compiled {
   std::vector<Step> steps;
   std::vector<std::int32_t> slots;
+  std::int64_t host_net = 0, host_rise = 0;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
   // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
   // do.
@@ -213,6 +234,8 @@ RankClasses classify(const Program& p, Communication& communication) {
   std::vector<std::vector<GroupKind>> kinds;
   for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
   const auto uneven = unevenness(p);
+  const bool hosts =
+      std::any_of(p.buffers.begin(), p.buffers.end(), [](const Buffer& b) { return b.host; });
   std::vector<std::uint64_t> colour(static_cast<std::size_t>(n));
   // A group's signature is shared by its members: computed once, at its lowest rank.
   std::map<GroupKind, std::unordered_map<std::int64_t, std::uint64_t>> signatures;
@@ -221,12 +244,19 @@ RankClasses classify(const Program& p, Communication& communication) {
     const std::int64_t place = p.place_of(r);
     std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
                           t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
+    if (hosts) {
+      const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
+      h = mix(h, static_cast<std::uint64_t>(t.host_memory_bandwidth(node).count /
+                                            static_cast<double>(t.device_count(node))));
+    }
     const Unevenness& u = uneven[static_cast<std::size_t>(stage)];
     for (const auto& [split, extent] : u.cuts) {
       h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, place)));
     }
     for (const BufferId id : u.flat)
       h = mix(h, static_cast<std::uint64_t>(local_elements(p, id, r)));
+    for (const Instruction* i : u.halos)
+      h = mix(h, static_cast<std::uint64_t>(transient_bytes(p, *i, r).count));
     for (const AtomMask root : u.roots) h = mix(h, p.mesh.group_root(place, root) == place ? 1 : 2);
     for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
       const auto atom = static_cast<AtomId>(a);
@@ -265,7 +295,7 @@ RankClasses classify(const Program& p, Communication& communication) {
       std::uint64_t h = colour[static_cast<std::size_t>(r)];
       for (const GroupKind& k : kinds[static_cast<std::size_t>(stage)]) {
         if (k.peer_stage >= 0) {
-          h = mix(h, colour[static_cast<std::size_t>(p.rank_on_stage(r, k.peer_stage))]);
+          h = mix(h, colour[static_cast<std::size_t>(partner(p, k, r))]);
           continue;
         }
         const std::int64_t root =
@@ -429,6 +459,9 @@ class Engine {
     return s;
   }
 
+  /// "server 3" is a server.
+  static std::string word(const std::string& name) { return name.substr(0, name.find(' ')); }
+
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
   Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
     if (!device.kernels.empty()) {
@@ -448,6 +481,9 @@ class Engine {
               measured_time(device.kernels, shape, static_cast<int>(std::min(ranks, cores))))
         return turns * (*t + device.dispatch);
     }
+    // A processor that is its own host copies in its own memory.
+    if (on_host(p_, i) && device.compute_capability > 0)
+      return communication_.host_time(p_, i, rank);
     return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
   }
 
@@ -473,9 +509,12 @@ class Engine {
         const Instruction& i = p_.blocks[b].instructions[k];
         if (i.kind == Kind::allocate || i.kind == Kind::free) {
           for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
-            level += (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rank).count;
+            const int sign = i.kind == Kind::allocate ? 1 : -1;
+            level += sign * device_bytes(p_, id, rank).count;
+            out.host_net += sign * host_bytes(p_, id, rank).count;
           }
           out.rise = std::max(out.rise, level);
+          out.host_rise = std::max(out.host_rise, out.host_net);
           continue;
         }
         // Where one rank of a group has the buffer, only that one sends or receives it.
@@ -488,13 +527,17 @@ class Engine {
         s.stream = device.concurrent_streams ? i.stream : kComputeStream;
         s.after_compute = i.after_compute;
         s.instruction = static_cast<std::int32_t>(k);
+        out.rise = std::max(out.rise, level + transient_bytes(p_, i, rank).count);
         switch (i.kind) {
           case Kind::compute:
           case Kind::slice:
+          case Kind::copy:
           case Kind::load: {
             s.ticks = to_ticks(price(i, rank, device)).count;
             if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
               s.label = label("optimizer");
+            } else if (i.kind == Kind::copy) {
+              s.label = label("exposed:host");
             } else if (i.kind != Kind::compute || i.op < 0) {
               s.label = label("other");
             } else {
@@ -506,7 +549,6 @@ class Engine {
             break;
           }
           case Kind::collective: {
-            out.rise = std::max(out.rise, level + transient_bytes(p_, i, rank).count);
             auto& group = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
             if (group.empty()) group = p_.group(i, rank);
             // The largest member's payload decides: uneven parts are padded.
@@ -534,8 +576,9 @@ class Engine {
           }
           case Kind::send:
           case Kind::receive: {
-            const std::int64_t peer = p_.rank_on_stage(rank, i.stage);
+            const std::int64_t peer = p_.peer_of(i, rank);
             s.message = i.index;
+            s.of_step = p_.instance_of(i, 0) < 0;
             s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
             const bool sends = i.kind == Kind::send;
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
@@ -543,7 +586,11 @@ class Engine {
                 to_ticks(communication_.point_to_point(local_bytes(p_, buffer, rank),
                                                        sends ? rank : peer, sends ? peer : rank))
                     .count;
-            s.label = label("bubble");
+            // Waiting for a role is waiting for its service, not for a neighbour of the pipeline.
+            const int role = std::max(i.stage, rc.stage) - p_.pipeline_stages();
+            s.label = role < 0
+                          ? label("bubble")
+                          : label("exposed:" + word(p_.roles[static_cast<std::size_t>(role)].name));
             break;
           }
           case Kind::allocate:
@@ -695,8 +742,8 @@ class Engine {
         slot(s, m.slot, call.micro_batch) = {now + m.ready, m.label, m.before, now + m.begin};
         if (m.ready > r.free[0]) s.late.push_back({m.slot, call.micro_batch, now + m.ready});
       }
-      for (const auto& [id, to, start] : r.messages) {
-        messages_[message_key(id, call.micro_batch, c, to)] = now + start;
+      for (const auto& [id, to, of_step, start] : r.messages) {
+        messages_[message_key(id, of_step ? -1 : call.micro_batch, c, to)] = now + start;
       }
       timeline_.instructions += static_cast<std::int64_t>(block.steps.size() - block.receives);
       return;
@@ -728,8 +775,10 @@ class Engine {
       const Step& step = block.steps[k];
       if (step.kind != Kind::send) continue;
       r.messages.emplace_back(
-          step.message, step.peer_class,
-          messages_.at(message_key(step.message, call.micro_batch, c, step.peer_class)) - now);
+          step.message, step.peer_class, step.of_step,
+          messages_.at(
+              message_key(step.message, step.of_step ? -1 : call.micro_batch, c, step.peer_class)) -
+              now);
     }
     block.replays.emplace(std::move(key), std::move(r));
   }
@@ -747,8 +796,8 @@ class Engine {
       if (ready.ready > start) start = ready.ready, cause = &ready;
     }
     if (step.kind == Kind::receive) {
-      const auto it =
-          messages_.find(message_key(step.message, call.micro_batch, step.peer_class, c));
+      const auto it = messages_.find(
+          message_key(step.message, step.of_step ? -1 : call.micro_batch, step.peer_class, c));
       if (it == messages_.end()) return false;
       // Waiting for others is this step's own wait, not its last operand's.
       if (it->second > start) start = it->second, cause = nullptr;
@@ -761,7 +810,8 @@ class Engine {
     } else if (step.kind == Kind::send) {
       // Beside compute, a transfer is one interval on both sides; on one stream the sender copies
       // out, then the receiver copies in.
-      messages_[message_key(step.message, call.micro_batch, c, step.peer_class)] =
+      messages_[message_key(step.message, step.of_step ? -1 : call.micro_batch, c,
+                            step.peer_class)] =
           step.stream == kComputeStream ? start + step.ticks : start;
     }
     if (start > kLastTick - step.ticks) {
@@ -846,6 +896,7 @@ class Engine {
     const auto& calls = p_.stages[static_cast<std::size_t>(rc.stage)];
     MemoryUse& use = timeline_.memory[static_cast<std::size_t>(c)];
     std::array<std::int64_t, kCategoryCount> now{};
+    std::int64_t host = 0;
     // State is there all the time.
     std::vector<char> counted(p_.buffers.size(), 0);
     std::set<BlockId> blocks;
@@ -859,7 +910,8 @@ class Engine {
             return;
           counted[id.index()] = 1;
           now[static_cast<std::size_t>(buffer.category)] +=
-              local_bytes(p_, id, rc.representative).count;
+              device_bytes(p_, id, rc.representative).count;
+          host += host_bytes(p_, id, rc.representative).count;
         };
         for_each_read(i, note);
         for_each_write(i, note);
@@ -872,6 +924,8 @@ class Engine {
       const Compiled& block = compiled_[static_cast<std::size_t>(c)][calls[k].block.index()];
       if (level + block.rise > peak) peak = level + block.rise, at = k;
       level += block.net;
+      use.host_peak = std::max(use.host_peak, Bytes{host + block.host_rise});
+      host += block.host_net;
     }
     // Which buffers are alive at the peak: once more up to it, by category.
     std::int64_t running = base;
@@ -898,7 +952,7 @@ class Engine {
         if (i.kind != Kind::allocate && i.kind != Kind::free) continue;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
           const std::int64_t bytes =
-              (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p_, id, rc.representative).count;
+              (i.kind == Kind::allocate ? 1 : -1) * device_bytes(p_, id, rc.representative).count;
           now[static_cast<std::size_t>(p_.buffer(id).category)] += bytes;
           running += bytes;
         }
@@ -981,7 +1035,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
     Alive& a = all[{b.category, owner}];
     a.category = b.category;
     a.owner = owner;
-    a.bytes += Bytes{sign * local_bytes(p, id, rank_class.representative).count};
+    a.bytes += Bytes{sign * device_bytes(p, id, rank_class.representative).count};
     a.buffers += sign;
   };
   const auto& calls = p.stages[static_cast<std::size_t>(rank_class.stage)];
@@ -999,7 +1053,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
         }
         counted[id.index()] = 1;
         add(id, 1);
-        level += local_bytes(p, id, rank_class.representative);
+        level += device_bytes(p, id, rank_class.representative);
       };
       for_each_read(i, note);
       for_each_write(i, note);
@@ -1028,7 +1082,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
       const std::int64_t sign = i.kind == Kind::allocate ? 1 : -1;
       for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
         add(id, sign);
-        level += Bytes{sign * local_bytes(p, id, rank_class.representative).count};
+        level += Bytes{sign * device_bytes(p, id, rank_class.representative).count};
       }
     }
   }

@@ -55,11 +55,17 @@ class Lowering {
     declare_inputs_and_parameters();
     if (auto why = place_parameters(); !why.reason.empty()) return why;
     find_segments();
-    for (int c = 0; c < chunks_; ++c) forward_block(c);
-    for (int c = chunks_; c-- > 0;) backward_block(c);
+    for (direction_ = 0; direction_ < directions(plan_.schedule); ++direction_) {
+      const int first = direction_ * network_chunks_;
+      for (int c = first; c < first + network_chunks_; ++c) forward_block(c);
+      for (int c = first + network_chunks_; c-- > first;) backward_block(c);
+    }
     for (int s = 0; s < stages_; ++s) start_and_step(s);
     order_blocks();
     loader_blocks();
+    server_blocks();
+    if (plan_.message_queue) broker_blocks();
+    if (plan_.offload_activations) offload_activations();
     place_memory();
     return std::move(p_);
   }
@@ -70,12 +76,16 @@ class Lowering {
     auto chunk = chunk_of_operators(graph_, plan_);
     if (!chunk) return chunk.why();
     chunk_of_ = std::move(*chunk);
-    chunks_ = static_cast<int>(plan_.chunks());
+    network_chunks_ = static_cast<int>(plan_.chunks());
+    chunks_ = network_chunks_ * directions(plan_.schedule);
     stages_ = static_cast<int>(plan_.pp);
     ops_of_chunk_.resize(static_cast<std::size_t>(chunks_));
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
-      ops_of_chunk_[static_cast<std::size_t>(chunk_of_[i])].push_back(OpId{i});
+      for (int c = chunk_of_[i]; c < chunks_; c += network_chunks_)
+        ops_of_chunk_[static_cast<std::size_t>(c)].push_back(OpId{i});
     }
+    for (auto* list : {&data_of_, &backward_of_, &last_backward_of_})
+      list->resize(static_cast<std::size_t>(chunks_));
     consumers_.resize(graph_.tensors.size());
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
       for (const TensorId t : graph_.operators[i].inputs) consumers_[t.index()].push_back(OpId{i});
@@ -87,6 +97,10 @@ class Lowering {
     p_.micro_batches = static_cast<int>(plan_.micro_batches());
     p_.samples = plan_.strategy == "replicas" ? plan_.micro_batch : plan_.micro_batch * plan_.dp;
     p_.optimizer = plan_.optimizer;
+    p_.staleness = static_cast<int>(plan_.staleness);
+    p_.loss_scale = plan_.loss_scale;
+    p_.compression = plan_.compression;
+    if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
@@ -139,26 +153,8 @@ class Lowering {
   // ---- pass 3: parameters on stages ----------------------------------------------------------
   Infeasible place_parameters() {
     on_stage_.resize(static_cast<std::size_t>(stages_));
-    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
-      const Operator& op = graph_.operators[i];
-      const int stage = stage_of_chunk(chunk_of_[i]);
-      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
-        const ParameterId q = op.parameters[k];
-        auto& here = on_stage_[static_cast<std::size_t>(stage)];
-        const auto it = here.find(q);
-        if (it == here.end()) {
-          ParameterOnStage v;
-          v.layout = layouts_[i].parameters[k];
-          v.gradient_layout = layouts_[i].parameter_gradients[k];
-          v.unit = op.layer;
-          here.emplace(q, v);
-        } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
-                   !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
-          return {fmt::format(
-              "parameter {} is read with two shardings, the second by {}; cut both readers alike",
-              graph_.parameter(q).name, op.name)};
-        }
-      }
+    for (int c = 0; c < chunks_; ++c) {
+      if (auto why = place_parameters(c); !why.reason.empty()) return why;
     }
     for (int s = 0; s < stages_; ++s) {
       for (auto& [q, v] : on_stage_[static_cast<std::size_t>(s)]) {
@@ -182,6 +178,7 @@ class Lowering {
         if (!scatter_each) {
           v.gradient = buffer(parameter.name + ".grad", Category::gradients, Scope::step,
                               parameter.shape, v.gradient_layout, plan_.precision.gradients);
+          p_.buffers[v.gradient.index()].parameter = q.value;
           v.reduced = v.gradient;
         }
         if (v.scattered != 0 || v.gradient_layout.partial != 0) {
@@ -192,6 +189,31 @@ class Lowering {
                              parameter.shape, reduced, plan_.precision.gradients);
             v.reduced = v.shard;
           }
+        }
+      }
+    }
+    return {};
+  }
+
+  Infeasible place_parameters(int chunk) {
+    for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+      const std::size_t i = id.index();
+      const Operator& op = graph_.operators[i];
+      for (std::size_t k = 0; k < op.parameters.size(); ++k) {
+        const ParameterId q = op.parameters[k];
+        auto& here = on_stage_[static_cast<std::size_t>(stage_of_chunk(chunk))];
+        const auto it = here.find(q);
+        if (it == here.end()) {
+          ParameterOnStage v;
+          v.layout = layouts_[i].parameters[k];
+          v.gradient_layout = layouts_[i].parameter_gradients[k];
+          v.unit = op.layer;
+          here.emplace(q, v);
+        } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
+                   !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
+          return {fmt::format(
+              "parameter {} is read with two shardings, the second by {}; cut both readers alike",
+              graph_.parameter(q).name, op.name)};
         }
       }
     }
@@ -239,7 +261,11 @@ class Lowering {
   }
 
   // ---- small helpers -------------------------------------------------------------------------
-  int stage_of_chunk(int chunk) const { return chunk % stages_; }
+  int stage_of_chunk(int chunk) const {
+    return partita::stage_of_chunk(plan_.schedule, chunk, stages_);
+  }
+  /// The chunk of an operator in the copy that is being lowered.
+  int chunk_of(OpId id) const { return chunk_of_[id.index()] + direction_ * network_chunks_; }
 
   BufferId buffer(std::string name, Category category, Scope scope, Shape shape, Layout layout,
                   ElementType type) {
@@ -438,8 +464,12 @@ class Lowering {
       p_.blocks.push_back(std::move(block));
     }
     auto& calls = p_.stages.emplace_back();
-    for (int m = 0; m < p_.micro_batches; ++m) {
-      for (const BlockId b : blocks) calls.push_back({b, m});
+    const int copies = directions(plan_.schedule), each = p_.micro_batches / copies;
+    for (int m = 0; m < each; ++m) {
+      for (const BlockId b : blocks) {
+        const int copy = p_.blocks[b.index()].chunk / network_chunks_;
+        calls.push_back({b, copy * each + m});
+      }
     }
   }
 
@@ -681,16 +711,15 @@ class Lowering {
   /// Chunks (other than its producer's) that read tensor t, ascending.
   std::vector<int> reader_chunks(TensorId t) const {
     std::set<int> all;
-    for (const OpId c : consumers_[t.index()]) all.insert(chunk_of_[c.index()]);
-    if (const OpId from = graph_.tensor(t).producer; from.valid())
-      all.erase(chunk_of_[from.index()]);
+    for (const OpId c : consumers_[t.index()]) all.insert(chunk_of(c));
+    if (const OpId from = graph_.tensor(t).producer; from.valid()) all.erase(chunk_of(from));
     return {all.begin(), all.end()};
   }
 
   /// The layout in which a tensor travels to another chunk: what its first reader there needs.
   Layout boundary_layout(TensorId t, int chunk) const {
     for (const OpId c : consumers_[t.index()]) {
-      if (chunk_of_[c.index()] != chunk) continue;
+      if (chunk_of(c) != chunk) continue;
       const Operator& op = graph_.op(c);
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
         if (op.inputs[k] == t) return without_windows(layouts_[c.index()].inputs[k]);
@@ -699,6 +728,11 @@ class Lowering {
     throw InternalError("no reader of " + graph_.tensor(t).name);
   }
 
+  int new_message() {
+    const int id = static_cast<int>(messages_.size());
+    messages_.emplace(std::tuple{-1 - id, 0, false}, id);
+    return id;
+  }
   int message(TensorId t, int chunk, bool backward) {
     const auto key = std::tuple{t.value, chunk, backward};
     const auto [it, fresh] = messages_.emplace(key, static_cast<int>(messages_.size()));
@@ -717,7 +751,134 @@ class Lowering {
     (kind == Kind::send ? i.reads : i.writes) = {b};
     i.stream = stream(
         fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));
+    if (plan_.message_queue && other_stage < stages_ && block.stage < stages_) {
+      through_queue(block, std::move(i));
+      return;
+    }
     block.instructions.push_back(std::move(i));
+  }
+
+  // ---- messages through a broker ---------------------------------------------------------------
+  BufferId on_host(BufferId id, const char* suffix, Category category) {
+    Buffer b = p_.buffer(id);
+    b.name += suffix;
+    b.category = category;
+    b.host = true;
+    b.alias = -1;
+    b.parameter = -1;
+    p_.buffers.push_back(std::move(b));
+    return BufferId{p_.buffers.size() - 1};
+  }
+  Instruction copy(BufferId from, BufferId to) {
+    Instruction i;
+    i.kind = Kind::copy;
+    i.reads = {from};
+    i.writes = {to};
+    const bool a = p_.buffer(from).host, b = p_.buffer(to).host;
+    i.stream = stream(a && b ? "host" : b ? "device to host" : "host to device");
+    return i;
+  }
+
+  /// A message from stage to stage: the device's buffer, its copy on the host, the serialised
+  /// message, the broker's, and back.
+  void through_queue(Block& block, Instruction i) {
+    const bool sends = i.kind == Kind::send;
+    const BufferId device = sends ? i.reads[0] : i.writes[0];
+    const BufferId host = on_host(device, ".host", Category::buffers);
+    const BufferId packed = on_host(device, ".message", Category::buffers);
+    const int broker = stages_ + (plan_.loader ? 1 : 0) + static_cast<int>(plan_.servers);
+    Relay& relay = relays_[i.index];
+    (sends ? relay.from : relay.to) = block.stage;
+    relay.message = packed;
+    if (relay.out < 0) relay.out = new_message();
+    if (sends) {
+      block.instructions.push_back(copy(device, host));
+      block.instructions.back().after_compute = true;
+      block.instructions.push_back(copy(host, packed));
+      i.reads = {packed};
+      i.stage = broker;
+      i.after_compute = false;
+      block.instructions.push_back(std::move(i));
+      return;
+    }
+    i.index = relay.out;
+    i.stage = broker;
+    i.writes = {packed};
+    block.instructions.push_back(std::move(i));
+    block.instructions.push_back(copy(packed, host));
+    block.instructions.push_back(copy(host, device));
+  }
+
+  struct Relay {
+    int from = -1, to = -1, out = -1;  ///< stages, and the message behind the broker
+    BufferId message;
+  };
+
+  /// Brokers hand messages on in an order in which they can come: that of a run in which the stages
+  /// take turns.
+  void broker_blocks() {
+    AtomList lanes;
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const auto atom = static_cast<AtomId>(a);
+      if (!has(mask_of(p_.pipeline), atom)) lanes.push_back(atom);
+    }
+    const int stage = stages_ + static_cast<int>(p_.roles.size());
+    p_.roles.push_back({"broker", lanes});
+    std::map<int, BlockId> block_of;
+    std::map<int, int> in_of;  // message behind the broker -> before it
+    for (const auto& [in, relay] : relays_) {
+      Block block;
+      block.name = fmt::format("relay {}", p_.buffer(relay.message).name);
+      block.kind = BlockKind::forward;
+      block.stage = stage;
+      block.chunk = -1;
+      Instruction i;
+      i.kind = Kind::receive;
+      i.stage = relay.from;
+      i.index = in;
+      i.stream = stream("receive");
+      i.writes = {on_host(relay.message, "", Category::buffers)};
+      Instruction o = i;
+      o.kind = Kind::send;
+      o.stage = relay.to;
+      o.index = relay.out;
+      o.stream = stream("send");
+      std::swap(o.reads, o.writes);
+      block.instructions.push_back(std::move(i));
+      block.instructions.push_back(std::move(o));
+      block_of[in] = BlockId{p_.blocks.size()};
+      in_of[relay.out] = in;
+      p_.blocks.push_back(std::move(block));
+    }
+    std::vector<BlockCall> calls;
+    std::set<std::pair<int, int>> relayed;
+    std::vector<std::pair<std::size_t, std::size_t>> at(static_cast<std::size_t>(stages_));
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (std::size_t s = 0; s < at.size(); ++s) {
+        auto& [call, k] = at[s];
+        for (bool waits = false; !waits && call < p_.stages[s].size();) {
+          const BlockCall& c = p_.stages[s][call];
+          const auto& list = p_.blocks[c.block.index()].instructions;
+          if (k == list.size()) {
+            ++call, k = 0;
+            continue;
+          }
+          const Instruction& i = list[k];
+          if (i.kind == Kind::send && i.stage == stage) {
+            calls.push_back({block_of.at(i.index), c.micro_batch});
+            relayed.insert({i.index, c.micro_batch});
+          } else if (i.kind == Kind::receive && i.stage == stage &&
+                     relayed.count({in_of.at(i.index), c.micro_batch}) == 0) {
+            waits = true;
+            continue;
+          }
+          ++k;
+          moved = true;
+        }
+      }
+    }
+    p_.stages.push_back(std::move(calls));
   }
 
   void forward_block(int chunk) {
@@ -733,9 +894,8 @@ class Lowering {
     for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
       for (const TensorId t : graph_.op(id).inputs) {
         const OpId from = graph_.tensor(t).producer;
-        if (!from.valid() || chunk_of_[from.index()] == chunk || !arrived.insert(t).second)
-          continue;
-        const int source_chunk = chunk_of_[from.index()];
+        if (!from.valid() || chunk_of(from) == chunk || !arrived.insert(t).second) continue;
+        const int source_chunk = chunk_of(from);
         const Layout layout = boundary_layout(t, chunk);
         if (stage_of_chunk(source_chunk) == block.stage) {
           for (const Version& v : forward_versions_[static_cast<std::size_t>(source_chunk)].at(t)) {
@@ -913,14 +1073,14 @@ class Lowering {
     for (const OpId id : ops) {
       for (const TensorId t : graph_.op(id).inputs) {
         const OpId from = graph_.tensor(t).producer;
-        if (!from.valid() || chunk_of_[from.index()] == chunk || !needs_gradient_[t.index()] ||
+        if (!from.valid() || chunk_of(from) == chunk || !needs_gradient_[t.index()] ||
             !sent.insert(t).second) {
           continue;
         }
         const BufferId g = gradient(b, t, boundary_layout(t, chunk));
         PARTITA_ASSERT(g.valid(), "no gradient for " + graph_.tensor(t).name);
         boundary_gradient_[{t, chunk}] = g;
-        const int other = stage_of_chunk(chunk_of_[from.index()]);
+        const int other = stage_of_chunk(chunk_of(from));
         if (other != b.block.stage)
           transfer(b.block, Kind::send, g, other, message(t, chunk, true), true);
       }
@@ -942,11 +1102,13 @@ class Lowering {
     Instruction proto;
     proto.kind = Kind::compute;
     proto.op = id.value;
+    bool of_loss = false;  // its gradient is a number
     for (std::size_t k = 0; k < op.outputs.size(); ++k) {
       const bool one = op.outputs[k] == graph_.loss || b.ones.count(op.outputs[k]) > 0;
-      proto.gradients.push_back(one ? BufferId{}
+      proto.gradients.push_back(one ? loss_scale(b.block.stage)
                                     : gradient(b, op.outputs[k], l.output_gradients[k]));
       if (!one && !proto.gradients.back().valid()) return;  // nothing depends on it
+      of_loss |= one;
     }
     // Sums pass their gradient on unchanged.
     const bool alias =
@@ -954,7 +1116,7 @@ class Lowering {
     if (alias && data) {
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
         if (!needs_gradient_[op.inputs[k].index()]) continue;
-        if (proto.gradients[0].valid()) {
+        if (!of_loss) {
           contribute(b, op.inputs[k], l.input_gradients[k], proto.gradients[0], false);
         } else {
           PARTITA_ASSERT(
@@ -1093,6 +1255,7 @@ class Lowering {
     for (const auto& [at, q] : order) {
       const ParameterOnStage& v = on_stage(b.block.stage).at(q);
       if (v.scattered == 0 && v.gradient_layout.partial == 0) continue;
+      if (reduced_late(b.block.stage, q)) continue;
       const auto key = std::tuple{v.scattered, v.gradient_layout.partial, has_ties(q)};
       Bucket& bucket = open[key];
       bucket.parameters.push_back(q);
@@ -1109,6 +1272,14 @@ class Lowering {
     std::stable_sort(done.begin(), done.end(),
                      [](const Bucket& x, const Bucket& y) { return x.ready < y.ready; });
     return done;
+  }
+
+  /// Several chunks of the stage add to its gradient: complete only when all have.
+  bool reduced_late(int stage, ParameterId q) const {
+    int readers = 0;
+    for (int c = 0; c < chunks_; ++c)
+      readers += stage_of_chunk(c) == stage && used_in_chunk(q, c) ? 1 : 0;
+    return readers > 1 && plan_.zero < 2;
   }
 
   bool has_ties(ParameterId q) const {
@@ -1143,8 +1314,336 @@ class Lowering {
       }
       all.push_back(std::move(i));
     }
-    if (owed != 0 && plan_.zero < 2) append_owed(all, stage, bucket.parameters, owed);
+    if (owed != 0 && plan_.zero < 2) {
+      if (plan_.servers > 0) {
+        push(all, stage, bucket.parameters, owed);
+        return all;
+      }
+      std::vector<ParameterId> plain, shortened;
+      for (const ParameterId q : bucket.parameters)
+        (compresses(q, owed) ? shortened : plain).push_back(q);
+      if (!plain.empty()) append_owed(all, stage, plain, owed);
+      if (!shortened.empty()) append_compressed(all, stage, shortened, owed);
+    }
     return all;
+  }
+
+  // ---- parameter servers -----------------------------------------------------------------------
+  struct Served {
+    int stage, push, pull;  ///< who has the parameter, and the messages
+  };
+  /// Servers share the parameters, each next one going to the one with fewest elements.
+  int server_of(ParameterId q) {
+    if (server_of_.empty()) {
+      std::vector<std::int64_t> load(static_cast<std::size_t>(plan_.servers), 0);
+      for (const Parameter& parameter : graph_.parameters) {
+        const auto least = std::min_element(load.begin(), load.end());
+        *least += elements(parameter.shape);
+        server_of_.push_back(static_cast<int>(least - load.begin()));
+      }
+    }
+    return server_of_[q.index()];
+  }
+  int server_stage(int server) const { return stages_ + (plan_.loader ? 1 : 0) + server; }
+
+  Instruction message(Kind kind, BufferId b, int stage, int id, const char* stream_name) {
+    Instruction i;
+    i.kind = kind;
+    i.stage = stage;
+    i.index = id;
+    i.after_compute = true;
+    i.stream = stream(stream_name);
+    (kind == Kind::send ? i.reads : i.writes) = {b};
+    return i;
+  }
+
+  /// A worker's gradients go to their servers; what is owed beyond the workers is paid before.
+  void push(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list,
+            AtomMask owed) {
+    const AtomMask rest = owed & static_cast<AtomMask>(~data_parallel());
+    if (rest != 0) append_owed(all, stage, list, rest);
+    for (const ParameterId q : list) {
+      const ParameterOnStage& v = on_stage(stage).at(q);
+      const int server = server_of(q), sent = new_message();
+      served_[server][q].push_back({stage, sent, new_message()});
+      all.push_back(message(Kind::send, v.reduced, server_stage(server), sent, "push"));
+    }
+  }
+
+  /// In step t a server updates with the gradients of step t - s and hands the parameters out,
+  /// before it takes this step's gradients if s > 0, after them if not.
+  void server_blocks() {
+    if (plan_.servers == 0) return;
+    AtomList others;
+    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
+      const AtomMask atom = bit(static_cast<AtomId>(a));
+      if ((atom & (data_parallel() | mask_of(p_.pipeline))) == 0)
+        others.push_back(static_cast<AtomId>(a));
+    }
+    for (int server = 0; server < static_cast<int>(plan_.servers); ++server) {
+      p_.roles.push_back({fmt::format("server {}", server), others});
+      Block block;
+      block.name = fmt::format("serve {}", server);
+      block.kind = BlockKind::step;
+      block.stage = server_stage(server);
+      block.chunk = -1;
+      std::vector<Instruction> update, collect;
+      for (const auto& [q, list] : served_[server]) serve(update, collect, q, list);
+      auto& first = plan_.staleness > 0 ? update : collect;
+      auto& second = plan_.staleness > 0 ? collect : update;
+      for (auto* part : {&first, &second}) {
+        for (Instruction& i : *part) block.instructions.push_back(std::move(i));
+      }
+      p_.stages.push_back({{BlockId{p_.blocks.size()}, -1}});
+      p_.blocks.push_back(std::move(block));
+    }
+  }
+
+  void serve(std::vector<Instruction>& update, std::vector<Instruction>& collect, ParameterId q,
+             const std::vector<Served>& list) {
+    const Parameter& parameter = graph_.parameter(q);
+    const ParameterOnStage& worker = on_stage(list[0].stage).at(q);
+    const Buffer pushed = p_.buffer(worker.reduced);
+    const auto workers = static_cast<int>(plan_.dp);
+    const auto like = [&](const char* suffix, Category category, Layout l) {
+      return buffer(parameter.name + suffix, category, Scope::step, parameter.shape, std::move(l),
+                    pushed.type);
+    };
+    Layout summed = pushed.layout;
+    summed.partial = 0;
+    Instruction sum;
+    sum.kind = Kind::compute;
+    sum.kernel = Kernel::add;
+    for (const Served& from : list) {
+      for (int w = 0; w < workers; ++w) {
+        sum.reads.push_back(like(".grad_of_worker", Category::workspace, pushed.layout));
+        collect.push_back(
+            message(Kind::receive, sum.reads.back(), from.stage, from.push, "receive gradient"));
+        collect.back().atoms = data_parallel();
+        collect.back().peer = w;
+      }
+    }
+    BufferId gradient = like(".grad", Category::workspace, summed);
+    sum.writes = {gradient};
+    collect.push_back(std::move(sum));
+    if (plan_.staleness > 0) {
+      Shape shape{{Dim::sample, plan_.staleness}};
+      shape.insert(shape.end(), parameter.shape.begin(), parameter.shape.end());
+      Layout l = summed;
+      l.dims.insert(l.dims.begin(), 1, DimSplit{});
+      const BufferId queue = buffer(parameter.name + ".queue", Category::optimizer, Scope::step,
+                                    shape, l, pushed.type);
+      Instruction i;
+      i.kind = Kind::compute;
+      i.outputs = {queue};
+      i.kernel = Kernel::enqueue;
+      i.reads = {gradient};
+      collect.push_back(i);
+      gradient = like(".old_grad", Category::workspace, summed);
+      i.kernel = Kernel::dequeue;
+      i.reads.clear();
+      i.writes = {gradient};
+      update.push_back(std::move(i));
+    }
+    const BufferId value = buffer(parameter.name, Category::parameters, Scope::step,
+                                  parameter.shape, worker.layout, plan_.precision.parameters);
+    p_.buffers[value.index()].parameter = q.value;
+    update.push_back(update_of(q, gradient, value, worker.layout));
+    for (const Served& to : list) {
+      for (int w = 0; w < workers; ++w) {
+        update.push_back(message(Kind::send, value, to.stage, to.pull, "send parameters"));
+        update.back().atoms = data_parallel();
+        update.back().peer = w;
+      }
+    }
+  }
+
+  /// Workers get their parameters when nothing reads the old ones any more.
+  void pull(Block& step, int stage) {
+    for (const auto& [server, of_server] : served_) {
+      for (const auto& [q, list] : of_server) {
+        for (const Served& x : list) {
+          if (x.stage == stage)
+            step.instructions.push_back(message(Kind::receive, on_stage(stage).at(q).value,
+                                                server_stage(server), x.pull, "pull"));
+        }
+      }
+    }
+  }
+
+  // ---- gradients that are compressed (docs/compression.md) -------------------------------------
+  AtomMask data_parallel() const { return mask_of(plan_.axes.at("dp")); }
+
+  /// Rows and columns of a parameter's local matrix, on rank 0.
+  std::pair<std::int64_t, std::int64_t> matrix_of(ParameterId q, const Layout& l) const {
+    const Shape& shape = graph_.parameter(q).shape;
+    if (shape.size() < 2) return {0, 0};
+    const std::int64_t rows = local_extent(p_.mesh, l.dims[0], shape[0].extent, 0);
+    return {rows, local_elements(p_.mesh, l, shape, false, 0, 0) / std::max<std::int64_t>(1, rows)};
+  }
+
+  /// Is this parameter's all-reduce over data-parallel ranks a compressed one? Not where several
+  /// stages have it, and not where nothing would be saved.
+  bool compresses(ParameterId q, AtomMask owed) const {
+    if (plan_.compression.kind == CompressionKind::none || (owed & data_parallel()) == 0 ||
+        has_ties(q))
+      return false;
+    if (plan_.compression.kind != CompressionKind::power_sgd) return true;
+    const auto [rows, columns] = matrix_of(q, layout_anywhere(q));
+    return (rows + columns) * plan_.compression.rank < rows * columns;
+  }
+  const Layout& layout_anywhere(ParameterId q) const {
+    for (const auto& here : on_stage_) {
+      if (const auto it = here.find(q); it != here.end()) return it->second.layout;
+    }
+    throw InternalError("parameter " + graph_.parameter(q).name + " is on no stage");
+  }
+
+  Instruction reduction(AtomMask atoms, CollectiveKind kind) {
+    Instruction i;
+    i.kind = Kind::collective;
+    i.collective = kind;
+    i.atoms = atoms;
+    i.stream = group_stream(atoms);
+    return i;
+  }
+
+  /// Each rank shortens its gradient and what it kept, the short forms meet, and every rank works
+  /// out their sum. That last part waits in `decoding_` for the end of the backward.
+  void append_compressed(std::vector<Instruction>& all, int stage,
+                         const std::vector<ParameterId>& list, AtomMask owed) {
+    const AtomMask atoms = owed & data_parallel();
+    if (owed != atoms) append_owed(all, stage, list, static_cast<AtomMask>(owed & ~atoms));
+    AtomList members;
+    for (const AtomId a : plan_.axes.at("dp")) {
+      if (has(atoms, a)) members.push_back(a);
+    }
+    const std::int64_t replicas = p_.mesh.size(members);
+    const Compression& c = plan_.compression;
+    const bool power = c.kind == CompressionKind::power_sgd;
+    const bool narrow = c.kind == CompressionKind::cast;
+    // Calls of the whole bucket: short forms (PowerSGD: left factors), further ones.
+    std::vector<Instruction> calls{reduction(
+        atoms, power || narrow ? CollectiveKind::all_reduce : CollectiveKind::all_gather)};
+    std::vector<Instruction> late{};
+    Instruction right = reduction(atoms, CollectiveKind::all_reduce);
+    for (const ParameterId q : list) {
+      ParameterOnStage& v = on_stage(stage).at(q);
+      const Parameter& parameter = graph_.parameter(q);
+      Layout own = v.layout;
+      own.partial = atoms;
+      const auto working = [&](const char* what, Shape shape, Layout layout, ElementType type) {
+        return buffer(parameter.name + what, Category::workspace, Scope::step, std::move(shape),
+                      std::move(layout), type);
+      };
+      /// One entry for each member, together on all of them afterwards.
+      const auto gathered = [&](std::size_t call, const char* what, std::int64_t width,
+                                bool whole) {
+        Layout each;
+        each.dims.resize(2);
+        each.dims[0].atoms = members;
+        const Shape shape{{Dim::sample, replicas}, {Dim::feature, width}};
+        while (calls.size() <= call) calls.push_back(reduction(atoms, CollectiveKind::all_gather));
+        Layout together;
+        together.dims.resize(2);
+        calls[call].reads.push_back(working(what, shape, each, ElementType::fp32));
+        calls[call].writes.push_back(working(what, shape, together, ElementType::fp32));
+        for (const BufferId id : {calls[call].reads.back(), calls[call].writes.back()})
+          p_.buffers[id.index()].whole_numbers = whole;
+        return std::pair{calls[call].reads.back(), calls[call].writes.back()};
+      };
+      Instruction compress;
+      compress.kind = Kind::compute;
+      compress.kernel = Kernel::compress;
+      compress.atoms = atoms;
+      compress.reads = {v.reduced};
+      if (c.error_feedback || power) {
+        compress.outputs = {buffer(parameter.name + ".kept", Category::optimizer, Scope::step,
+                                   parameter.shape, own, ElementType::fp32)};
+      }
+      Instruction decompress = compress;
+      decompress.kernel = Kernel::decompress;
+      decompress.reads.clear();
+      const std::int64_t n = local_elements(p_.mesh, v.layout, parameter.shape, false, 0, 0);
+      switch (c.kind) {
+        case CompressionKind::none:
+          break;
+        case CompressionKind::cast: {
+          Layout summed = own;
+          summed.partial = 0;
+          calls[0].reads.push_back(working(".cast", parameter.shape, own, c.type));
+          calls[0].writes.push_back(working(".cast", parameter.shape, summed, c.type));
+          p_.buffers[calls[0].writes.back().index()].alias = calls[0].reads.back().value;
+          compress.writes = {calls[0].reads.back()};
+          decompress.reads = {calls[0].writes.back()};
+          break;
+        }
+        case CompressionKind::top_k: {
+          const std::int64_t k = kept_values(c, n);
+          const auto values = gathered(0, ".top_values", k, false);
+          const auto positions = gathered(1, ".top_positions", k, true);
+          compress.writes = {values.first, positions.first};
+          decompress.reads = {values.second, positions.second};
+          break;
+        }
+        case CompressionKind::one_bit: {
+          const auto signs = gathered(0, ".signs", ceil_div(n, std::int64_t{32}), true);
+          const auto scale = gathered(1, ".scale", 1, false);
+          compress.writes = {signs.first, scale.first};
+          decompress.reads = {signs.second, scale.second};
+          break;
+        }
+        case CompressionKind::power_sgd: {
+          const auto factor = [&](const char* what, std::size_t first, std::size_t last) {
+            Shape shape(parameter.shape.begin() + static_cast<std::ptrdiff_t>(first),
+                        parameter.shape.begin() + static_cast<std::ptrdiff_t>(last));
+            Layout l;
+            l.dims.assign(v.layout.dims.begin() + static_cast<std::ptrdiff_t>(first),
+                          v.layout.dims.begin() + static_cast<std::ptrdiff_t>(last));
+            shape.push_back({Dim::head_feature, c.rank});
+            l.dims.emplace_back();
+            l.partial = atoms;
+            Layout summed = l;
+            summed.partial = 0;
+            const auto a = working(what, shape, l, ElementType::fp32);
+            const auto b = working(what, shape, summed, ElementType::fp32);
+            p_.buffers[b.index()].alias = a.value;
+            return std::pair{a, b};
+          };
+          const auto left_factor = factor(".left", 0, 1);
+          const auto right_factor = factor(".right", 1, parameter.shape.size());
+          calls[0].reads.push_back(left_factor.first);
+          calls[0].writes.push_back(left_factor.second);
+          right.reads.push_back(right_factor.first);
+          right.writes.push_back(right_factor.second);
+          const BufferId start = buffer(parameter.name + ".right_before", Category::optimizer,
+                                        Scope::step, p_.buffer(right_factor.second).shape,
+                                        p_.buffer(right_factor.second).layout, ElementType::fp32);
+          p_.buffers[start.index()].parameter = q.value;
+          compress.outputs.push_back(start);
+          decompress.outputs.push_back(start);
+          compress.writes = {left_factor.first};
+          Instruction second = compress;
+          second.index = 1;
+          second.reads = {left_factor.second};
+          second.writes = {right_factor.first};
+          late.push_back(std::move(second));
+          decompress.reads = {left_factor.second, right_factor.second};
+          break;
+        }
+      }
+      v.reduced = shard_buffer(q, v, ".grad_sum", 0);
+      decompress.writes = {v.reduced};
+      all.push_back(std::move(compress));
+      decoding_[stage].push_back(std::move(decompress));
+    }
+    for (Instruction& i : calls) all.push_back(std::move(i));
+    if (!power) return;
+    auto& decoding = decoding_[stage];
+    const auto first = decoding.end() - static_cast<std::ptrdiff_t>(list.size());
+    late.push_back(std::move(right));
+    decoding.insert(first, std::make_move_iterator(late.begin()),
+                    std::make_move_iterator(late.end()));
   }
 
   /// A later state of a gradient, in the memory of what it was.
@@ -1155,6 +1654,7 @@ class Lowering {
     const BufferId b = buffer(graph_.parameter(q).name + suffix, Category::gradients, Scope::step,
                               graph_.parameter(q).shape, l, plan_.precision.gradients);
     p_.buffers[b.index()].alias = v.reduced.value;
+    p_.buffers[b.index()].parameter = q.value;
     return b;
   }
 
@@ -1169,7 +1669,8 @@ class Lowering {
     for (const ParameterId q : list) {
       ParameterOnStage& v = on_stage(stage).at(q);
       i.reads.push_back(v.reduced);
-      v.reduced = shard_buffer(q, v, ".grad_sum", 0);
+      const AtomMask before = p_.buffer(v.reduced).layout.partial;
+      v.reduced = shard_buffer(q, v, ".grad_sum", static_cast<AtomMask>(before & ~owed));
       i.writes.push_back(v.reduced);
     }
     all.push_back(std::move(i));
@@ -1185,7 +1686,7 @@ class Lowering {
         return it != b.micro_batch_gradients.end() ? it->second : on_stage(stage).at(q).gradient;
       }));
       if (plan_.zero >= 2) {
-        for (const ParameterId q : bucket.parameters) late_owed_[stage].push_back(q);
+        late_owed_[stage].insert(bucket.parameters.begin(), bucket.parameters.end());
       }
     }
     // The block whose end completes the gradients; its last call in a step reduces them.
@@ -1211,8 +1712,9 @@ class Lowering {
       block.instructions = std::move(merged);
     };
     insert(sums, true);
+    const auto chunk = static_cast<std::size_t>(sums.chunk);
     const auto keep = [&](std::vector<BlockId>& list, Block block) {
-      list.insert(list.begin(), BlockId{p_.blocks.size()});
+      list[chunk] = BlockId{p_.blocks.size()};
       p_.blocks.push_back(std::move(block));
     };
     if (splits_backward(plan_.schedule)) keep(data_of_, std::move(b.block));
@@ -1249,7 +1751,22 @@ class Lowering {
       if (v.shard.valid()) zero.writes.push_back(v.shard);
     }
     if (!zero.writes.empty()) start.instructions.push_back(std::move(zero));
+    if (plan_.loss_scale.initial > 0) {
+      Instruction begin;
+      begin.kind = Kind::compute;
+      begin.kernel = Kernel::loss_scale;
+      begin.outputs = {loss_scale_state(stage)};
+      begin.writes = {loss_scale(stage)};
+      start.instructions.push_back(std::move(begin));
+    }
     for (auto& i : late_calls_[stage]) step.instructions.push_back(std::move(i));
+    for (const auto& [q, v] : on_stage(stage)) {
+      if (!graph_.parameter(q).trainable || !reduced_late(stage, q)) continue;
+      Bucket one;
+      one.parameters = {q};
+      for (auto& i : synchronise(stage, one, [&](ParameterId) { return v.gradient; }))
+        step.instructions.push_back(std::move(i));
+    }
     if (!late_owed_[stage].empty()) {
       std::map<AtomMask, std::vector<ParameterId>> by_owed;
       for (const ParameterId q : late_owed_[stage]) {
@@ -1259,9 +1776,10 @@ class Lowering {
       }
       for (const auto& [owed, list] : by_owed) append_owed(step.instructions, stage, list, owed);
     }
+    for (auto& i : decoding_[stage]) step.instructions.push_back(std::move(i));
     // Tied parameters: the readers' gradients are summands of one.
     for (const auto& [q, here] : on_stage(stage)) {
-      if (!has_ties(q) || !graph_.parameter(q).trainable) continue;
+      if (!has_ties(q) || !graph_.parameter(q).trainable || plan_.servers > 0) continue;
       std::vector<int> stages;
       for (int s = 0; s < stages_; ++s) {
         if (on_stage(s).count(q)) stages.push_back(s);
@@ -1277,11 +1795,13 @@ class Lowering {
       i.writes = {v.reduced};
       step.instructions.push_back(std::move(i));
     }
+    const BufferId skip =
+        plan_.loss_scale.initial > 0 ? unscale_gradients(step, stage) : BufferId{};
     if (plan_.optimizer.clip > 0) clip_gradients(step, stage);
     std::map<AtomMask, Instruction> gathers;
     for (auto& [q, v] : on_stage(stage)) {
       const Parameter& parameter = graph_.parameter(q);
-      if (!parameter.trainable) continue;
+      if (!parameter.trainable || plan_.servers > 0) continue;
       const bool shard_in_place = plan_.zero == 3 || v.scattered == 0;
       BufferId target = v.value;
       if (!shard_in_place) {
@@ -1295,23 +1815,13 @@ class Lowering {
         i.writes = {target};
         step.instructions.push_back(std::move(i));
       }
-      Instruction i;
-      i.kind = Kind::compute;
-      i.kernel = Kernel::optimizer;
-      i.reads = {v.reduced};
-      const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
-      for (int k = 0; k < states; ++k) {
-        i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k),
-                                   Category::optimizer, Scope::step, parameter.shape,
-                                   v.state_layout, plan_.precision.optimizer));
+      Instruction i = update_of(q, v.reduced, target, v.state_layout);
+      if (skip.valid()) i.statistics = {skip, loss_scale_state(stage)};
+      if (plan_.offload_optimizer) {
+        update_on_host(step, q, std::move(i));
+      } else {
+        step.instructions.push_back(std::move(i));
       }
-      if (plan_.precision.master_copy) {
-        i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step,
-                                  parameter.shape, v.state_layout, ElementType::fp32));
-      }
-      i.writes = {target};
-      i.accumulate = true;
-      step.instructions.push_back(std::move(i));
       if (!shard_in_place) {
         Instruction& g = gathers[v.scattered];
         g.kind = Kind::collective;
@@ -1323,11 +1833,180 @@ class Lowering {
       }
     }
     for (auto& [atoms, g] : gathers) step.instructions.push_back(std::move(g));
+    if (skip.valid()) {
+      Instruction adapt;
+      adapt.kind = Kind::compute;
+      adapt.kernel = Kernel::loss_scale;
+      adapt.index = 1;
+      adapt.reads = {skip};
+      adapt.outputs = {loss_scale_state(stage)};
+      step.instructions.push_back(std::move(adapt));
+    }
+    if (plan_.servers > 0) pull(step, stage);
     if (plan_.average_every > 0 && plan_.replicas != 0) average_parameters(step, stage);
     start_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(start));
     step_of_.push_back(BlockId{p_.blocks.size()});
     p_.blocks.push_back(std::move(step));
+  }
+
+  /// The optimizer's step of one parameter, with its state.
+  Instruction update_of(ParameterId q, BufferId gradient, BufferId target, const Layout& state) {
+    const Parameter& parameter = graph_.parameter(q);
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::optimizer;
+    i.reads = {gradient};
+    const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
+    for (int k = 0; k < states; ++k) {
+      i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k), Category::optimizer,
+                                 Scope::step, parameter.shape, state, plan_.precision.optimizer));
+    }
+    if (plan_.precision.master_copy) {
+      i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step,
+                                parameter.shape, state, ElementType::fp32));
+    }
+    i.writes = {target};
+    i.accumulate = true;
+    return i;
+  }
+
+  /// The host has state and a copy of the parameter: the gradient goes there, the result comes back
+  /// (arXiv 2101.06840).
+  void update_on_host(Block& step, ParameterId q, Instruction i) {
+    const BufferId target = i.writes[0];
+    for (auto* list : {&i.outputs, &i.extras}) {
+      for (const BufferId id : *list) p_.buffers[id.index()].host = true;
+    }
+    const BufferId gradient = on_host(i.reads[0], ".host", Category::gradients);
+    const BufferId value = on_host(target, ".host", Category::parameters);
+    p_.buffers[value.index()].parameter = q.value;
+    step.instructions.push_back(copy(i.reads[0], gradient));
+    step.instructions.back().after_compute = true;
+    i.reads[0] = gradient;
+    i.writes[0] = value;
+    i.stream = stream("host");
+    step.instructions.push_back(std::move(i));
+    step.instructions.push_back(copy(value, target));
+  }
+
+  /// What a forward leaves for its backward waits on the host: copied out after its last use in the
+  /// forward, back into another buffer one layer ahead of its first use in the backward.
+  void offload_activations() {
+    struct Uses {
+      std::set<std::size_t> forward, backward;  ///< blocks
+      bool elsewhere = false;
+    };
+    std::vector<Uses> uses(p_.buffers.size());
+    std::vector<char> shares(p_.buffers.size(), 0);
+    for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
+      if (p_.buffers[b].alias < 0) continue;
+      shares[b] = shares[static_cast<std::size_t>(p_.buffers[b].alias)] = 1;
+    }
+    for (std::size_t at = 0; at < p_.blocks.size(); ++at) {
+      const Block& block = p_.blocks[at];
+      for (const Instruction& i : block.instructions) {
+        const auto note = [&](BufferId id) {
+          Uses& u = uses[id.index()];
+          const bool back =
+              block.kind == BlockKind::backward || block.kind == BlockKind::backward_weight;
+          if (block.kind == BlockKind::forward) u.forward.insert(at);
+          if (back) u.backward.insert(at);
+          u.elsewhere |= !back && block.kind != BlockKind::forward;
+        };
+        for_each_read(i, note);
+        for_each_write(i, note);
+      }
+    }
+    std::map<std::size_t, std::map<BufferId, BufferId>> out;   // by block: buffer -> host
+    std::map<std::size_t, std::map<BufferId, BufferId>> back;  // by block: buffer -> its return
+    std::map<BufferId, BufferId> host_of;                      // return -> host
+    for (std::size_t b = 0; b < uses.size(); ++b) {
+      const Buffer& buffer = p_.buffers[b];
+      if (buffer.scope != Scope::micro_batch || buffer.category != Category::activations ||
+          buffer.routed || buffer.host || shares[b] || uses[b].elsewhere ||
+          uses[b].forward.size() != 1 || uses[b].backward.empty())
+        continue;
+      const BufferId id{b};
+      const BufferId host = on_host(id, ".host", Category::activations);
+      Buffer again = p_.buffer(id);
+      again.name += ".back";
+      p_.buffers.push_back(std::move(again));
+      const BufferId returned{p_.buffers.size() - 1};
+      out[*uses[b].forward.begin()][id] = host;
+      for (const std::size_t block : uses[b].backward) back[block][id] = returned;
+      host_of[returned] = host;
+    }
+    for (const auto& [at, list] : out) copy_out(p_.blocks[at], list);
+    for (const auto& [at, list] : back) copy_back(p_.blocks[at], list, host_of);
+  }
+
+  void copy_out(Block& block, const std::map<BufferId, BufferId>& list) {
+    std::map<std::size_t, std::vector<BufferId>> after;
+    std::map<BufferId, std::size_t> last;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const auto note = [&](BufferId id) {
+        if (list.count(id)) last[id] = k;
+      };
+      for_each_read(block.instructions[k], note);
+      for_each_write(block.instructions[k], note);
+    }
+    for (const auto& [id, k] : last) after[k].push_back(id);
+    std::vector<Instruction> merged;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      merged.push_back(std::move(block.instructions[k]));
+      for (const BufferId id : after[k]) {
+        merged.push_back(copy(id, list.at(id)));
+        merged.back().after_compute = true;
+      }
+    }
+    block.instructions = std::move(merged);
+  }
+
+  void copy_back(Block& block, const std::map<BufferId, BufferId>& list,
+                 std::map<BufferId, BufferId>& host_of) {
+    // Where each layer's work begins, and the layer before it in this block.
+    std::vector<std::size_t> starts;
+    int layer = std::numeric_limits<int>::min();
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const Instruction& i = block.instructions[k];
+      if (i.op < 0) continue;
+      const int here = graph_.operators[static_cast<std::size_t>(i.op)].layer;
+      if (here != layer) starts.push_back(k);
+      layer = here;
+    }
+    std::map<std::size_t, std::vector<BufferId>> before;
+    std::set<BufferId> seen;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const auto change = [&](std::vector<BufferId>& ids) {
+        for (BufferId& id : ids) {
+          const auto it = list.find(id);
+          if (it == list.end()) continue;
+          id = it->second;
+          // Blocks of one backward share what came back first.
+          if (host_of.count(id) == 0 || !seen.insert(id).second) continue;
+          const auto next = std::upper_bound(starts.begin(), starts.end(), k);
+          const auto n = next - starts.begin();
+          before[n >= 2 ? starts[static_cast<std::size_t>(n) - 2] : 0].push_back(id);
+        }
+      };
+      Instruction& i = block.instructions[k];
+      for (auto* ids : {&i.reads, &i.parameters, &i.outputs, &i.gradients, &i.statistics,
+                        &i.backward_statistics, &i.extras, &i.writes})
+        change(*ids);
+    }
+    std::vector<Instruction> merged;
+    for (std::size_t k = 0; k <= block.instructions.size(); ++k) {
+      for (const BufferId id : before[k]) {
+        merged.push_back(copy(host_of.at(id), id));
+        merged.back().after_compute = true;
+      }
+      if (k < block.instructions.size()) merged.push_back(std::move(block.instructions[k]));
+    }
+    block.instructions = std::move(merged);
+    if (block.kind == BlockKind::backward && splits_backward(plan_.schedule)) {
+      for (const BufferId id : seen) host_of.erase(id);
+    }
   }
 
   /// Local SGD: every so many steps each replica's share, its parameters over their number, is
@@ -1373,20 +2052,70 @@ class Lowering {
     }
   }
 
-  /// Scales gradients down to a norm, which is of all parameters: squares are summed over each
-  /// rank's own, then over the ranks that hold other parts of the same parameters, then over
-  /// stages.
-  void clip_gradients(Block& step, int stage) {
-    const auto scalar = [&](const std::string& name, AtomMask owed) {
-      Layout l;
-      l.partial = owed;
-      return buffer(name, Category::workspace, Scope::step, {}, l, ElementType::fp32);
-    };
-    std::map<AtomMask, std::vector<BufferId>> by_cut;
+  BufferId scalar(const std::string& name, AtomMask owed, Category category, std::int64_t n = 0) {
+    Layout l;
+    l.partial = owed;
+    Shape shape;
+    if (n > 0) shape.push_back({Dim::feature, n}), l.dims.resize(1);
+    return buffer(name, category, Scope::step, shape, l, ElementType::fp32);
+  }
+
+  // ---- loss scaling --------------------------------------------------------------------------
+  /// Scale, good steps in a row, updates so far: kept from step to step.
+  BufferId loss_scale_state(int stage) {
+    auto& id = loss_scale_state_[stage];
+    if (!id.valid()) id = scalar("loss scale state", 0, Category::optimizer, 3);
+    return id;
+  }
+  /// This step's scale: the gradient of the loss. Invalid: 1.
+  BufferId loss_scale(int stage) {
+    if (plan_.loss_scale.initial == 0) return BufferId{};
+    auto& id = loss_scale_[stage];
+    if (!id.valid()) id = scalar("loss scale", 0, Category::gradients);
+    return id;
+  }
+
+  /// Divides by the scale and finds out whether any rank has a gradient that is not finite.
+  BufferId unscale_gradients(Block& step, int stage) {
     std::vector<BufferId> all;
     for (const auto& [q, v] : on_stage(stage)) {
+      if (graph_.parameter(q).trainable) all.push_back(v.reduced);
+    }
+    if (!all.empty()) {
+      Instruction i;
+      i.kind = Kind::compute;
+      i.kernel = Kernel::unscale;
+      i.accumulate = true;
+      i.reads = {loss_scale(stage)};
+      i.writes = std::move(all);
+      step.instructions.push_back(std::move(i));
+    }
+    return over_gradients(step, stage, Kernel::not_finite, "overflow");
+  }
+
+  /// Scales gradients down to a norm, which is of all parameters.
+  void clip_gradients(Block& step, int stage) {
+    std::vector<BufferId> all;
+    for (const auto& [q, v] : on_stage(stage)) {
+      if (graph_.parameter(q).trainable) all.push_back(v.reduced);
+    }
+    const BufferId total = over_gradients(step, stage, Kernel::square_sum, "gradient norm");
+    if (all.empty()) return;
+    Instruction i;
+    i.kind = Kind::compute;
+    i.kernel = Kernel::clip;
+    i.accumulate = true;
+    i.reads = {total};
+    i.writes = std::move(all);
+    step.instructions.push_back(std::move(i));
+  }
+
+  /// A sum over all gradients of what `kernel` makes of some: over each rank's own, then over the
+  /// ranks that hold other parts of the same parameters, then over stages.
+  BufferId over_gradients(Block& step, int stage, Kernel kernel, const std::string& what) {
+    std::map<AtomMask, std::vector<BufferId>> by_cut;
+    for (const auto& [q, v] : on_stage(stage)) {
       if (!graph_.parameter(q).trainable) continue;
-      all.push_back(v.reduced);
       // A tied parameter's gradient is on all its stages and counts on the first.
       bool earlier = false;
       for (int s = 0; s < stage; ++s) earlier |= on_stage(s).count(q) > 0;
@@ -1396,19 +2125,15 @@ class Lowering {
     for (auto& [cut, list] : by_cut) {
       Instruction i;
       i.kind = Kind::compute;
-      i.kernel = Kernel::square_sum;
+      i.kernel = kernel;
       i.reads = std::move(list);
-      i.writes = {scalar("gradient squares", cut)};
+      i.writes = {scalar(what, cut, Category::workspace)};
       sums.push_back(i.writes[0]);
       step.instructions.push_back(std::move(i));
       if (cut == 0) continue;
-      Instruction reduce;
-      reduce.kind = Kind::collective;
-      reduce.collective = CollectiveKind::all_reduce;
-      reduce.atoms = cut;
-      reduce.stream = group_stream(cut);
+      Instruction reduce = reduction(cut, CollectiveKind::all_reduce);
       reduce.reads = {sums.back()};
-      reduce.writes = {scalar("gradient squares", 0)};
+      reduce.writes = {scalar(what, 0, Category::workspace)};
       sums.back() = reduce.writes[0];
       step.instructions.push_back(std::move(reduce));
     }
@@ -1418,7 +2143,7 @@ class Lowering {
       i.kind = Kind::compute;
       i.kernel = sums.empty() ? Kernel::zero : Kernel::add;
       i.reads = sums;
-      total = scalar("gradient squares", 0);
+      total = scalar(what, 0, Category::workspace);
       i.writes = {total};
       step.instructions.push_back(std::move(i));
     }
@@ -1431,19 +2156,12 @@ class Lowering {
       i.tie = tie(stages);
       i.stream = stream("gradient norm");
       i.reads = {total};
-      total = scalar("gradient norm", 0);
-      p_.buffers[i.reads[0].index()].name = "gradient norm of a stage";
+      total = scalar(what, 0, Category::workspace);
+      p_.buffers[i.reads[0].index()].name = what + " of a stage";
       i.writes = {total};
       step.instructions.push_back(std::move(i));
     }
-    if (all.empty()) return;
-    Instruction i;
-    i.kind = Kind::compute;
-    i.kernel = Kernel::clip;
-    i.accumulate = true;
-    i.reads = {total};
-    i.writes = std::move(all);
-    step.instructions.push_back(std::move(i));
+    return total;
   }
 
   int tie(const std::vector<int>& stages) {
@@ -1498,7 +2216,7 @@ class Lowering {
         case BlockKind::backward_weight:  // some time after its backward
           return chunks_ + 2 * (chunks_ - b.chunk) + 1;
         case BlockKind::step:
-          return 4 * chunks_;
+          return 4 * chunks_ + 2;
       }
       return 0;
     };
@@ -1564,8 +2282,9 @@ class Lowering {
   const Graph& graph_;
   const Plan& plan_;
   Program p_;
-  int chunks_ = 1, stages_ = 1;
-  std::vector<int> chunk_of_;
+  int network_chunks_ = 1;  ///< of one copy of the network
+  int chunks_ = 1, stages_ = 1, direction_ = 0;
+  std::vector<int> chunk_of_;  ///< of the first copy
   std::vector<std::vector<OpId>> ops_of_chunk_;
   std::vector<std::vector<OpId>> consumers_;
   std::vector<char> needs_gradient_;
@@ -1580,8 +2299,13 @@ class Lowering {
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;
   std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
-  std::map<int, std::vector<ParameterId>> late_owed_;
+  std::map<int, std::vector<Instruction>> decoding_;  ///< by stage: compressed gradients' last part
+  std::map<int, BufferId> loss_scale_, loss_scale_state_;  ///< by stage
+  std::map<int, std::set<ParameterId>> late_owed_;
   std::map<int, std::vector<FromLoader>> from_loader_;  ///< by chunk
+  std::map<int, Relay> relays_;                         ///< by message before the broker
+  std::vector<int> server_of_;                          ///< by parameter
+  std::map<int, std::map<ParameterId, std::vector<Served>>> served_;  ///< by server
   std::vector<BlockId> data_of_;  ///< backward without weights, where those are by themselves
   std::vector<BlockId> forward_of_, backward_of_, last_backward_of_, start_of_, step_of_;
 };

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <numeric>
 
 #include "base/unit_text.h"
@@ -17,10 +18,12 @@ struct ScheduleName {
   Schedule schedule;
   std::string_view name;
 };
-constexpr std::array kSchedules{
-    ScheduleName{Schedule::naive, "naive"}, ScheduleName{Schedule::gpipe, "gpipe"},
-    ScheduleName{Schedule::one_f_one_b, "1f1b"}, ScheduleName{Schedule::interleaved, "interleaved"},
-    ScheduleName{Schedule::zero_bubble_h1, "zb-h1"}};
+constexpr std::array kSchedules{ScheduleName{Schedule::naive, "naive"},
+                                ScheduleName{Schedule::gpipe, "gpipe"},
+                                ScheduleName{Schedule::one_f_one_b, "1f1b"},
+                                ScheduleName{Schedule::interleaved, "interleaved"},
+                                ScheduleName{Schedule::zero_bubble_h1, "zb-h1"},
+                                ScheduleName{Schedule::dualpipe, "dualpipe"}};
 
 Infeasible no(std::string reason) { return Infeasible{std::move(reason)}; }
 
@@ -203,6 +206,23 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
         plan.micro_batches(), plan.pp,
         ceil_div(plan.micro_batches(), plan.pp) * plan.pp * plan.micro_batch * plan.dp));
   }
+  if (plan.schedule == Schedule::dualpipe) {
+    if (plan.pp % 2 != 0) {
+      return no(fmt::format(
+          "schedule dualpipe feeds the pipeline from both ends and needs an even number of stages, "
+          "got pipeline parallel {}; use {} or {}",
+          plan.pp, plan.pp > 1 ? plan.pp - 1 : 2, plan.pp > 1 ? plan.pp + 1 : 4));
+    }
+    if (plan.micro_batches() % 2 != 0 || plan.micro_batches() < 2 * plan.pp) {
+      return no(
+          fmt::format("schedule dualpipe needs an even number of micro-batches, at least two for "
+                      "each of the {} "
+                      "stages, got {}; use a global batch of {}",
+                      plan.pp, plan.micro_batches(),
+                      std::max(2 * plan.pp, ceil_div(plan.micro_batches(), std::int64_t{2}) * 2) *
+                          plan.micro_batch * plan.dp));
+    }
+  }
   if (plan.ep > 1 && !has_experts(graph)) {
     return no(fmt::format("expert parallel {} needs experts; {} has none: use --ep 1", plan.ep,
                           graph.name));
@@ -233,6 +253,63 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("a sharding group of {} does not divide data parallel {}; use {}",
                           plan.zero_group, zero_all, divisors_text(zero_all)));
   }
+
+  if (plan.compression.kind != CompressionKind::none) {
+    const std::string what(name(plan.compression.kind));
+    if (plan.zero > 0)
+      return no(
+          fmt::format("compression {} is of gradients that every rank has whole; use zero 0, "
+                      "got {}",
+                      what, plan.zero));
+    if (plan.strategy == "replicas" || plan.strategy == "dataparallel")
+      return no(fmt::format("compression {} is of all-reduced gradients, which strategy {} has not",
+                            what, plan.strategy));
+    if (plan.loss_scale.dynamic)
+      return no(
+          fmt::format("compression {} keeps what it does not send in the scale of its step, "
+                      "which a dynamic loss scale changes; use a fixed loss_scale",
+                      what));
+    if (std::any_of(graph.operators.begin(), graph.operators.end(), [](const Operator& op) {
+          const auto* n = std::get_if<Normalize>(&op.operation);
+          return n != nullptr && n->kind == Normalize::Kind::batch && n->synchronised;
+        })) {
+      return no(fmt::format(
+          "compression {} treats each rank's gradient by itself; {} has synchronised batch norm, "
+          "whose gradients are not any one rank's: use local batch norm",
+          what, graph.name));
+    }
+  }
+  if (plan.staleness > 0 && plan.servers == 0)
+    return no(fmt::format("staleness {} is of a parameter server; give servers, or use staleness 0",
+                          plan.staleness));
+  if (plan.servers > 0) {
+    if (plan.strategy == "replicas" || plan.strategy == "dataparallel")
+      return no(fmt::format("strategy {} has no use for parameter servers; use servers 0",
+                            plan.strategy));
+    if (plan.dp < 2)
+      return no(fmt::format("parameter servers serve data-parallel ranks; use dp 2 or more, got {}",
+                            plan.dp));
+    if (plan.cp * plan.ep != 1)
+      return no(
+          fmt::format("parameter servers know data, tensor and pipeline parallel ranks; use cp "
+                      "and ep 1, got {} and {}",
+                      plan.cp, plan.ep));
+    if (plan.zero > 0)
+      return no(fmt::format("parameter servers hold the state that zero {} would shard; use zero 0",
+                            plan.zero));
+    if (plan.compression.kind != CompressionKind::none || plan.loss_scale.initial > 0 ||
+        plan.optimizer.clip > 0)
+      return no(
+          "parameter servers get gradients as they are; use compression none, loss_scale 0 and "
+          "clip "
+          "0");
+  }
+  if (plan.message_queue && plan.pp == 1)
+    return no("message_queue is between pipeline stages; use pp 2 or more, or message_queue false");
+  if (plan.offload_optimizer && plan.servers > 0)
+    return no("parameter servers hold the optimizer state; use offload.optimizer false");
+  if (plan.loss_scale.initial > 0 && plan.strategy == "dataparallel")
+    return no("strategy dataparallel does not scale losses; use loss_scale 0, or another strategy");
 
   AxisBuilder b;
   auto& axes = plan.axes;
@@ -365,6 +442,56 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   return plan;
 }
 
+namespace {
+
+/// One stage's turns of DualPipe, in the eight steps of https://arxiv.org/abs/2412.19437, section
+/// 3.2.1, and the schedule published with it. Stage s of p has chunk s of the copy fed from the
+/// first stage and chunk p + (p - 1 - s) of the copy fed from the last. `near` is the copy whose
+/// start is nearer; micro-batches [0, m / 2) are the first copy's.
+std::vector<Turn> dualpipe_turns(int s, int p, int m) {
+  std::vector<Turn> order;
+  const bool second_half = s >= p / 2;
+  const int depth = second_half ? p - 1 - s : s;  // from the nearer end
+  const int half = p / 2;
+  enum Side { near = 0, far = 1 };
+  const auto chunk = [&](Side side) {
+    const bool second = (side == far) != second_half;
+    return second ? 2 * p - 1 - s : s;
+  };
+  const auto first = [&](Side side) { return (side == far) != second_half ? m / 2 : 0; };
+  int forwards[2] = {0, 0}, backwards[2] = {0, 0};
+  std::vector<Turn> waiting;
+  std::size_t next = 0;
+  const auto forward = [&](Side side) {
+    order.push_back({BlockKind::forward, chunk(side), first(side) + forwards[side]++});
+  };
+  const auto backward = [&](Side side, bool weight_waits) {
+    const int mb = first(side) + backwards[side]++;
+    order.push_back({BlockKind::backward, chunk(side), mb});
+    const Turn weight{BlockKind::backward_weight, chunk(side), mb};
+    (weight_waits ? waiting : order).push_back(weight);
+  };
+  const auto weight = [&] { order.push_back(waiting.at(next++)); };
+  const auto both = [&](Side f, Side b) { forward(f), backward(b, false); };
+  for (int i = 0; i < 2 * (half - depth - 1); ++i) forward(near);
+  for (int i = 0; i < depth + 1; ++i) forward(near), forward(far);
+  for (int i = 0; i < half - depth - 1; ++i) backward(far, true), weight(), forward(far);
+  for (int i = 0; i < m / 2 - p + depth + 1; ++i) both(near, far), both(far, near);
+  for (int i = 0; i < half - depth - 1; ++i) backward(far, false), both(far, near);
+  bool waits = false;
+  for (int i = 0; i < depth + 1; ++i) {
+    waits |= i == (depth + 1) / 2 && depth % 2 == 1;
+    backward(far, waits);
+    waits |= i == (depth + 1) / 2 && depth % 2 == 0;
+    backward(near, waits);
+  }
+  for (int i = 0; i < half - depth - 1; ++i) weight(), backward(near, true);
+  while (next < waiting.size()) weight();
+  return order;
+}
+
+}  // namespace
+
 std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m) {
   std::vector<std::vector<Turn>> all(static_cast<std::size_t>(stages));
   const auto forward = [](int chunk, int mb) { return Turn{BlockKind::forward, chunk, mb}; };
@@ -406,6 +533,9 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         for (int i = std::max(0, m - s); i < m; ++i) weight(i);
         break;
       }
+      case Schedule::dualpipe:
+        order = dualpipe_turns(s, stages, m);
+        break;
       case Schedule::interleaved: {
         // https://arxiv.org/abs/2104.04473, section 2.2: groups of `stages` micro-batches walk the
         // v chunks.
@@ -556,6 +686,44 @@ void set_precision_roles(Plan& p, const YamlNode& n) {
 
 }  // namespace
 
+namespace {
+
+void set_compression(Compression& c, const YamlNode& n) {
+  const auto kind = [&](const YamlNode& x) {
+    const std::string word = x.as_string();
+    std::vector<std::string> known;
+    for (const auto k : {CompressionKind::none, CompressionKind::cast, CompressionKind::top_k,
+                         CompressionKind::power_sgd, CompressionKind::one_bit}) {
+      known.emplace_back(name(k));
+      if (word == known.back()) c.kind = k;
+    }
+    if (std::find(known.begin(), known.end(), word) == known.end())
+      throw InputError(x.place(), fmt::format("'{}' is no compression{}; there are {}", word,
+                                              did_you_mean(word, known), fmt::join(known, ", ")));
+  };
+  if (!n.is_map()) {
+    kind(n);
+    return;
+  }
+  if (const auto x = n.find("kind")) kind(*x);
+  if (const auto x = n.find("type")) {
+    c.type = parse_element_type(x->as_string(), x->place());
+    if (c.type != ElementType::bf16 && c.type != ElementType::fp16)
+      throw InputError(x->place(),
+                       fmt::format("gradients are cast to bf16 or fp16, not {}", name(c.type)));
+  }
+  if (const auto x = n.find("ratio")) {
+    c.ratio = x->as_double();
+    if (!(c.ratio > 0 && c.ratio <= 1))
+      throw InputError(x->place(), fmt::format("{} is not in (0, 1]", c.ratio));
+  }
+  if (const auto x = n.find("rank")) c.rank = x->as_int(1, 65536);
+  if (const auto x = n.find("error_feedback")) c.error_feedback = x->as_bool();
+  n.reject_unknown_keys();
+}
+
+}  // namespace
+
 void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
   if (const auto n = y.find("strategy")) {
@@ -581,6 +749,8 @@ void apply(Plan& p, const YamlNode& y) {
   integer("global_batch", p.global_batch, 0);
   integer("zero_group", p.zero_group, 0);
   integer("average_every", p.average_every, 0);
+  integer("servers", p.servers, 0);
+  integer("staleness", p.staleness, 0);
   if (const auto n = y.find("zero")) p.zero = static_cast<int>(n->as_int(0, 3));
   if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
@@ -632,6 +802,33 @@ void apply(Plan& p, const YamlNode& y) {
     }
     n->reject_unknown_keys();
   }
+  if (const auto n = y.find("loss_scale")) {
+    LossScale& l = p.loss_scale;
+    if (n->is_map()) {
+      if (const auto x = n->find("initial")) l.initial = x->as_double();
+      if (const auto x = n->find("dynamic")) l.dynamic = x->as_bool();
+      if (const auto x = n->find("growth_interval"))
+        l.growth_interval = static_cast<int>(x->as_int(1, 1'000'000'000));
+      if (l.dynamic && l.initial == 0) l.initial = 65536;
+      n->reject_unknown_keys();
+    } else {
+      l = LossScale{n->as_double(), false, l.growth_interval};
+    }
+    int exponent = 0;
+    if (!(l.initial >= 0) || (l.initial > 0 && std::frexp(l.initial, &exponent) != 0.5)) {
+      throw InputError(n->place(),
+                       fmt::format("{} is no loss scale; use a power of two, which keeps "
+                                   "every bit, or 0 for none",
+                                   l.initial));
+    }
+  }
+  if (const auto n = y.find("message_queue")) p.message_queue = n->as_bool();
+  if (const auto n = y.find("offload")) {
+    if (const auto x = n->find("optimizer")) p.offload_optimizer = x->as_bool();
+    if (const auto x = n->find("activations")) p.offload_activations = x->as_bool();
+    n->reject_unknown_keys();
+  }
+  if (const auto n = y.find("compression")) set_compression(p.compression, *n);
   if (const auto n = y.find("shard")) {
     for (const YamlNode& item : n->items()) {
       ShardingRule r;
@@ -705,6 +902,18 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.loader) s += "loader: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
+  if (p.message_queue) s += "message_queue: true\n";
+  if (p.offload_optimizer || p.offload_activations)
+    s += fmt::format("offload: {{optimizer: {}, activations: {}}}\n", p.offload_optimizer,
+                     p.offload_activations);
+  if (p.servers > 0) s += fmt::format("servers: {}\nstaleness: {}\n", p.servers, p.staleness);
+  if (p.loss_scale.initial > 0)
+    s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
+                     p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
+  if (const Compression& c = p.compression; c.kind != CompressionKind::none)
+    s += fmt::format(
+        "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",
+        name(c.kind), name(c.type), c.ratio, c.rank, c.error_feedback);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);

@@ -15,9 +15,25 @@
 
 namespace partita {
 
-enum class Schedule : std::uint8_t { naive, gpipe, one_f_one_b, interleaved, zero_bubble_h1 };
+enum class Schedule : std::uint8_t {
+  naive,
+  gpipe,
+  one_f_one_b,
+  interleaved,
+  zero_bubble_h1,
+  dualpipe
+};
 /// Does it run gradients of weights as blocks of their own, later than those of activations?
-inline bool splits_backward(Schedule s) { return s == Schedule::zero_bubble_h1; }
+inline bool splits_backward(Schedule s) {
+  return s == Schedule::zero_bubble_h1 || s == Schedule::dualpipe;
+}
+/// Copies of the network in the pipeline, each with its own micro-batches: DualPipe feeds one from
+/// either end. Chunks of copy d are numbered from d times the chunks of one.
+inline int directions(Schedule s) { return s == Schedule::dualpipe ? 2 : 1; }
+/// Where a chunk, of any copy, lives.
+inline int stage_of_chunk(Schedule s, int chunk, int stages) {
+  return s == Schedule::dualpipe && chunk >= stages ? 2 * stages - 1 - chunk : chunk % stages;
+}
 std::string_view name(Schedule s);
 
 enum class Recompute : std::uint8_t { none, selective, full, first, patterns };
@@ -84,6 +100,18 @@ struct Plan {
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every
   /// rank makes what it needs.
   bool loader = false;
+  /// > 0: parameters live on so many servers (times tp), ranks of their own; data-parallel ranks
+  /// push gradients and pull parameters in every step. An update uses the gradient of `staleness`
+  /// steps ago, so that workers need not wait for it.
+  std::int64_t servers = 0, staleness = 0;
+  /// What lies in the host's memory: optimizer state, which the host then updates; activations
+  /// between forward and backward.
+  bool offload_optimizer = false, offload_activations = false;
+  /// Stages meet through a queue: device to host, serialise, a broker (a rank of its own for each
+  /// rank of a stage), host to device.
+  bool message_queue = false;
+  LossScale loss_scale;
+  Compression compression;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
@@ -103,7 +131,11 @@ struct Plan {
 
   /// Of the mesh, and with the roles'.
   std::int64_t mesh_ranks() const { return tp * pp * dp * cp; }
-  std::int64_t ranks() const { return mesh_ranks() + (loader ? dp : 0); }
+  std::int64_t ranks() const { return dp * ranks_of_replica() + servers * tp; }
+  /// Of one data-parallel rank: its mesh ranks, loader and brokers.
+  std::int64_t ranks_of_replica() const {
+    return tp * pp * cp + (loader ? 1 : 0) + (message_queue ? tp * cp : 0);
+  }
   std::int64_t micro_batches() const;
   std::int64_t chunks() const { return pp * virtual_stages; }
 };

@@ -177,23 +177,6 @@ Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n) {
 
 namespace {
 
-/// Elements of `buffer` that `a` holds of layout `from` and `b` wants in layout `to`.
-std::int64_t common(const Program& p, BufferId from, std::int64_t a, BufferId to, std::int64_t b) {
-  const Buffer &x = p.buffer(from), &y = p.buffer(to);
-  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b)
-    return 0;
-  std::int64_t n = 1;
-  for (std::size_t d = 0; d < x.shape.size(); ++d) {
-    const auto mine = local_indices(p.mesh, x.layout.dims[d], x.shape[d].extent, a);
-    const auto theirs = local_indices(p.mesh, y.layout.dims[d], y.shape[d].extent, b);
-    std::vector<std::int64_t> both;
-    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
-                          std::back_inserter(both));
-    n *= static_cast<std::int64_t>(both.size());
-  }
-  return n;
-}
-
 /// Rows travel as counts (8 B), keys (24 B a row) and values: sends, and exchanges of what every
 /// member wants of the others; a reduce-scatter's members know the rows.
 void routed_traffic(const Program& p, const Instruction& i, int stage, std::int64_t calls,
@@ -209,7 +192,7 @@ void routed_traffic(const Program& p, const Instruction& i, int stage, std::int6
     if (i.kind == Kind::send) {
       if (!p.holds(from, rank)) continue;
       const std::int64_t rows = routed_rows(p, from, rank);
-      bytes[{rank, p.rank_on_stage(rank, i.stage)}] +=
+      bytes[{rank, p.peer_of(i, rank)}] +=
           calls * (kCount + rows * kKey + local_bytes(p, from, rank).count);
       continue;
     }
@@ -277,7 +260,7 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
         if (p.stage_of(rank) != p.blocks[block].stage) continue;
         if (sends) {
           if (const std::int64_t n = local_bytes(p, i.reads[0], rank).count; n > 0)
-            bytes[{rank, p.rank_on_stage(rank, i.stage)}] += calls[block] * n;
+            bytes[{rank, p.peer_of(i, rank)}] += calls[block] * n;
           continue;
         }
         const auto group = p.group(i, rank);
@@ -309,7 +292,7 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
                 break;
               case CollectiveKind::all_to_all:
               case CollectiveKind::halo_exchange:
-                sum += common(p, from, member(c / n), to, member(c % n));
+                sum += common_elements(p, from, member(c / n), to, member(c % n));
                 break;
             }
           }

@@ -11,7 +11,7 @@
 
 namespace partita {
 
-/// One instruction of one step; nanoseconds since the rank's start of the step.
+/// One instruction of one step; nanoseconds since rank 0's start of the step, on rank 0's clock.
 struct Sample {
   std::int32_t block = 0, instruction = 0, micro_batch = 0;
   std::int64_t start = 0, end = 0;
@@ -33,11 +33,13 @@ struct RankMeasurement {
   int rank = 0;
   std::vector<double> step_s;                ///< by timed step
   std::vector<std::vector<Sample>> samples;  ///< by timed step, in program order, if recorded
+  double clock_uncertainty_s = 0;            ///< how far the samples may be off rank 0's clock
   Bytes peak;                                ///< over all timed steps
   std::array<Bytes, kCategoryCount> at_peak{};
   Bytes last_peak;  ///< of the last step: rows routed to experts differ between steps
   std::array<Bytes, kCategoryCount> last_at_peak{};
-  Traffic traffic;  ///< of the last step
+  Bytes host_peak{};  ///< of what a device would keep in its host's memory
+  Traffic traffic;    ///< of the last step
 };
 
 }  // namespace partita

@@ -81,8 +81,8 @@ Range part(std::int64_t extent, std::int64_t parts, std::int64_t c) {
 namespace {
 
 /// Atom by atom, so that a gather over the last atoms yields exactly the split over the first ones.
-Range block(const Mesh& mesh, const AtomList& atoms, std::size_t first,
-            std::int64_t extent, std::int64_t rank) {
+Range block(const Mesh& mesh, const AtomList& atoms, std::size_t first, std::int64_t extent,
+            std::int64_t rank) {
   Range r{0, extent};
   for (std::size_t i = first; i < atoms.size(); ++i) {
     const AtomId a = atoms[i];

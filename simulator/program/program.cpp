@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "simulator/program/routing.h"
@@ -15,12 +16,12 @@ std::string_view name(Category c) {
   return names[static_cast<std::size_t>(c)];
 }
 std::string_view name(Kind k) {
-  constexpr std::array<std::string_view, 8> names{"load",    "compute", "collective", "send",
-                                                  "receive", "slice",   "allocate",   "free"};
+  constexpr std::array<std::string_view, 9> names{
+      "load", "compute", "collective", "send", "receive", "slice", "copy", "allocate", "free"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 11> names{"forward_statistic",
+  constexpr std::array<std::string_view, 18> names{"forward_statistic",
                                                    "forward",
                                                    "backward_statistic",
                                                    "backward_data",
@@ -30,7 +31,18 @@ std::string_view name(Kernel k) {
                                                    "optimizer",
                                                    "scale",
                                                    "square_sum",
-                                                   "clip"};
+                                                   "clip",
+                                                   "loss_scale",
+                                                   "unscale",
+                                                   "not_finite",
+                                                   "compress",
+                                                   "decompress",
+                                                   "dequeue",
+                                                   "enqueue"};
+  return names[static_cast<std::size_t>(k)];
+}
+std::string_view name(CompressionKind k) {
+  constexpr std::array<std::string_view, 5> names{"none", "cast", "top_k", "power_sgd", "one_bit"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CollectiveKind k) {
@@ -43,6 +55,11 @@ std::string_view name(BlockKind k) {
   constexpr std::array<std::string_view, 5> names{"start", "forward", "backward", "backward_weight",
                                                   "step"};
   return names[static_cast<std::size_t>(k)];
+}
+
+std::int64_t kept_values(const Compression& c, std::int64_t elements) {
+  const auto wanted = static_cast<std::int64_t>(std::ceil(c.ratio * static_cast<double>(elements)));
+  return std::min(elements, std::max<std::int64_t>(1, wanted));
 }
 
 std::int64_t Program::ranks() const {
@@ -97,6 +114,16 @@ std::int64_t Program::rank_on_stage(std::int64_t rank, int stage) const {
   return first + mesh.coordinate(place, roles[role].atoms);
 }
 
+std::int64_t Program::peer_of(const Instruction& i, std::int64_t rank) const {
+  const std::int64_t peer = rank_on_stage(rank, i.stage);
+  if (i.atoms == 0) return peer;
+  AtomList list;
+  for (std::size_t a = 0; a < mesh.atoms.size(); ++a) {
+    if (has(i.atoms, static_cast<AtomId>(a))) list.push_back(static_cast<AtomId>(a));
+  }
+  return moved(mesh, peer, list, i.peer);
+}
+
 std::vector<std::int64_t> Program::group(const Instruction& i, std::int64_t rank) const {
   if (i.tie < 0) return mesh.group(rank, i.atoms);
   std::vector<std::int64_t> members;
@@ -120,6 +147,30 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
   const Buffer& b = program.buffer(id);
   const std::int64_t n = local_elements(program, id, rank);
   return b.element_bytes > 0 ? Bytes{n * b.element_bytes} : storage(b.type, n);
+}
+
+Bytes device_bytes(const Program& p, BufferId id, std::int64_t rank) {
+  return p.buffer(id).host ? Bytes{0} : local_bytes(p, id, rank);
+}
+Bytes host_bytes(const Program& p, BufferId id, std::int64_t rank) {
+  return p.buffer(id).host ? local_bytes(p, id, rank) : Bytes{0};
+}
+
+std::int64_t common_elements(const Program& p, BufferId from, std::int64_t a, BufferId to,
+                             std::int64_t b) {
+  const Buffer &x = p.buffer(from), &y = p.buffer(to);
+  if (p.mesh.group_root(a, x.layout.root) != a || p.mesh.group_root(b, y.layout.root) != b)
+    return 0;
+  std::int64_t n = 1;
+  for (std::size_t d = 0; d < x.shape.size(); ++d) {
+    const auto mine = local_indices(p.mesh, x.layout.dims[d], x.shape[d].extent, a);
+    const auto theirs = local_indices(p.mesh, y.layout.dims[d], y.shape[d].extent, b);
+    std::vector<std::int64_t> both;
+    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
+                          std::back_inserter(both));
+    n *= static_cast<std::int64_t>(both.size());
+  }
+  return n;
 }
 
 namespace {
@@ -187,10 +238,27 @@ Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank)
     case CollectiveKind::all_gather:
       return in;
     case CollectiveKind::scatter:
-    case CollectiveKind::gather:
-      return std::max(in, out);
+    case CollectiveKind::gather: {
+      // Every member's payload has the place of each chunk, as the root's.
+      const std::int64_t root = p.mesh.group_root(p.place_of(rank), i.atoms);
+      const bool gathers = i.collective == CollectiveKind::gather;
+      Bytes all{0};
+      for (const BufferId id : gathers ? i.writes : i.reads) all += local_bytes(p, id, root);
+      return all;
+    }
+    case CollectiveKind::halo_exchange: {
+      // A row that two neighbours want is packed for each.
+      std::int64_t n = 0;
+      for (std::size_t k = 0; k < i.reads.size(); ++k) {
+        const Buffer& b = p.buffer(i.reads[k]);
+        const std::int64_t width = b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
+        for (const std::int64_t m : p.group(i, rank))
+          n += width * (common_elements(p, i.reads[k], rank, i.writes[k], m) +
+                        common_elements(p, i.reads[k], m, i.writes[k], rank));
+      }
+      return Bytes{n};
+    }
     case CollectiveKind::all_to_all:
-    case CollectiveKind::halo_exchange:
     case CollectiveKind::shift:
       return in + out;
   }

@@ -59,8 +59,10 @@ struct Buffer {
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
-  std::int64_t experts = 0;   ///< of a routed buffer
-  std::int32_t routing = -1;  ///< of a routed buffer: into Program::routings; -1: balanced
+  bool host = false;           ///< in the host's memory, not the device's
+  bool whole_numbers = false;  ///< 4-byte words that are no fp32: indices, packed signs
+  std::int64_t experts = 0;    ///< of a routed buffer
+  std::int32_t routing = -1;   ///< of a routed buffer: into Program::routings; -1: balanced
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;
   std::int32_t parameter = -1;
@@ -73,6 +75,7 @@ enum class Kind : std::uint8_t {
   send,        ///< buffer reads[0] to the same coordinates on `stage`
   receive,     ///< buffer writes[0] from the same coordinates on `stage`
   slice,       ///< keep this rank's part of reads[0] as writes[0]; no communication
+  copy,        ///< reads[0] to writes[0], one of them or both on the host
   allocate,    ///< memory of writes
   free,        ///< memory of reads
 };
@@ -91,7 +94,17 @@ enum class Kernel : std::uint8_t {
   square_sum,       ///< writes[0] = sum of the squares of all reads
   clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is
          ///< clipped
+  loss_scale,  ///< LossScale: `index` 0 begins a step (writes[0] = outputs[0]'s scale), 1 adapts
+               ///< outputs[0] to the flag reads[0]
+  unscale,     ///< writes /= reads[0]
+  not_finite,  ///< writes[0] = 1 if any value of reads is infinite or no number, else 0
+  compress,    ///< Compression: reads[0] and what outputs[0] keeps of earlier steps as writes
+  decompress,  ///< writes[0] = sum of what reads[0...] stand for
+  dequeue,     ///< writes[0] = what outputs[0], a queue of steps, got longest ago; zeros at first
+  enqueue,     ///< reads[0] takes that place
 };
+/// Of an operator (`op`), or of plain buffers?
+inline bool of_operator(Kernel k) { return k <= Kernel::backward_weight; }
 std::string_view name(Kernel k);
 
 enum class CollectiveKind : std::uint8_t {
@@ -135,6 +148,9 @@ struct Instruction {
   std::int32_t tie =
       -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
   std::int32_t stage = -1;  ///< send, receive: the other stage
+  /// send, receive of a role that meets several ranks of a stage: the one with this coordinate
+  /// along `atoms`.
+  std::int32_t peer = 0;
   /// compute: operands by role; -1 where an entry is not needed.
   /// collective: reads[i] becomes writes[i], bucketed as one call.
   std::vector<BufferId> reads;  ///< inputs (forward operands), or sources
@@ -172,6 +188,32 @@ struct Optimizer {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0;  // adam(w)
   double clip = 0;  ///< > 0: gradients are scaled down to this norm, of all of them together
 };
+
+/// Losses are multiplied by `initial` (a power of two keeps every bit) and gradients divided by it
+/// before they are used, so that small ones are not lost in fp16. `dynamic`: a step whose gradients
+/// are not all finite is skipped and the scale halved; after `growth_interval` good ones in a row
+/// it doubles (torch.cuda.amp.GradScaler).
+struct LossScale {
+  double initial = 0;  ///< 0: none
+  bool dynamic = false;
+  int growth_interval = 2000;
+  friend bool operator==(const LossScale&, const LossScale&) = default;
+};
+
+/// How data-parallel ranks shorten what they send of a gradient, and what they do about the rest.
+enum class CompressionKind : std::uint8_t { none, cast, top_k, power_sgd, one_bit };
+std::string_view name(CompressionKind k);
+struct Compression {
+  CompressionKind kind = CompressionKind::none;
+  ElementType type = ElementType::bf16;  ///< cast
+  double ratio = 0.01;                   ///< top_k: of the elements, those of largest magnitude
+  std::int64_t rank = 2;                 ///< power_sgd
+  bool error_feedback = true;            ///< what was not sent is added to the next step's gradient
+  friend bool operator==(const Compression&, const Compression&) = default;
+};
+
+/// Values that top_k sends of `elements`.
+std::int64_t kept_values(const Compression& compression, std::int64_t elements);
 
 struct ProgramParameter {
   std::string name;
@@ -220,6 +262,10 @@ struct Program {
   std::vector<std::vector<int>> ties;          ///< groups of stages that share a parameter
   std::vector<std::string> streams;            ///< names, index = Stream
   Optimizer optimizer;
+  int staleness = 0;  ///< steps that a gradient waits in its server's queue
+  LossScale loss_scale;
+  Compression compression;
+  AtomList data_parallel;  ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
   std::int32_t loss_tensor = -1;
@@ -235,6 +281,13 @@ struct Program {
   std::int64_t place_of(std::int64_t rank) const;
   /// Whom `rank` exchanges messages with on another stage, a role's included.
   std::int64_t rank_on_stage(std::int64_t rank, int stage) const;
+  /// Whom a send of `rank` goes to, a receive comes from.
+  std::int64_t peer_of(const Instruction& i, std::int64_t rank) const;
+  /// Which instance of a message a call's send or receive is: what a step has once goes once.
+  std::int32_t instance_of(const Instruction& i, std::int32_t micro_batch) const {
+    const BufferId id = i.kind == Kind::send ? i.reads[0] : i.writes[0];
+    return buffer(id).scope == Scope::step ? -1 : micro_batch;
+  }
   /// Does the layout's root leave `rank` anything of this buffer?
   bool holds(BufferId id, std::int64_t rank) const {
     const std::int64_t place = place_of(rank);
@@ -255,6 +308,14 @@ struct Program {
 /// routing.
 std::int64_t local_elements(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+/// The same in the device's memory (0 for what lies on the host), and on the host.
+Bytes device_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+Bytes host_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// Elements that rank `a` holds of `from` and rank `b` wants of `to`, of dense buffers of one
+/// shape.
+std::int64_t common_elements(const Program& program, BufferId from, std::int64_t a, BufferId to,
+                             std::int64_t b);
 
 /// Rows of a routed buffer with a routing that `rank` holds.
 std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);

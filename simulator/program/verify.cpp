@@ -138,11 +138,7 @@ struct Walker {
         check(i.reads), check(i.parameters), check(i.outputs), check(i.gradients),
             check(i.statistics);
         check(i.backward_statistics), check(i.extras), check(i.writes);
-        if (i.kind == Kind::compute && i.op < 0 && i.kernel != Kernel::zero &&
-            i.kernel != Kernel::add && i.kernel != Kernel::optimizer && i.kernel != Kernel::scale &&
-            i.kernel != Kernel::square_sum && i.kernel != Kernel::clip) {
-          good = false;
-        }
+        good &= i.kind != Kind::compute || i.op >= 0 || !of_operator(i.kernel);
         if (!good) say(b, k, "an id is out of range");
         if (good && i.kind == Kind::compute) operands(b, k, i);
         if (i.kind == Kind::collective) {
@@ -163,6 +159,13 @@ struct Walker {
             (i.stage < 0 || i.stage >= p.stage_count())) {
           say(b, k, fmt::format("stage {} does not exist", i.stage));
           good = false;
+        }
+        if (good && i.kind == Kind::copy) {
+          const Buffer &from = p.buffer(i.reads[0]), &to = p.buffer(i.writes[0]);
+          if (!(from.layout == to.layout) || from.shape != to.shape)
+            say(b, k, fmt::format("copies {} as another layout", from.name));
+          if (!from.host && !to.host)
+            say(b, k, fmt::format("copies {} from device to device", from.name));
         }
         if (good && i.kind == Kind::slice) {
           const Layout &from = p.buffer(i.reads[0]).layout, &to = p.buffer(i.writes[0]).layout;
@@ -292,10 +295,14 @@ struct Walker {
             continue;
           }
           const Instruction& i = block.instructions[at[s].instruction];
-          if (i.kind == Kind::send) {
-            mail[{i.index, call.micro_batch, stage, i.stage}].push_back(i.reads[0]);
+          // A role's messages with the other ranks of a stage are like those with the first.
+          const bool again = (i.kind == Kind::send || i.kind == Kind::receive) && i.peer > 0;
+          if (again) {
+          } else if (i.kind == Kind::send) {
+            mail[{i.index, p.instance_of(i, call.micro_batch), stage, i.stage}].push_back(
+                i.reads[0]);
           } else if (i.kind == Kind::receive) {
-            auto& box = mail[{i.index, call.micro_batch, i.stage, stage}];
+            auto& box = mail[{i.index, p.instance_of(i, call.micro_batch), i.stage, stage}];
             if (box.empty()) {
               blocked = true;
               continue;

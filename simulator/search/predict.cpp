@@ -116,6 +116,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     const MemoryUse& use = t.memory[c];
     StageMemory& stage = by_stage[t.classes[c].stage];
     stage.stage = t.classes[c].stage;
+    r.peak_host = std::max(r.peak_host, use.host_peak);
     if (use.peak > stage.total) stage.total = use.peak, stage.by_category = use.at_peak;
     if (use.peak > r.peak_allocated) {
       r.peak_allocated = use.peak;

@@ -35,6 +35,7 @@ struct Prediction {
   double samples_per_second = 0;
   double mfu = 0, hfu = 0;
   Bytes peak_allocated, peak_reserved, peak_device, usable;
+  Bytes peak_host;  ///< of what is offloaded, by the rank with most
   bool fits = false;
   std::vector<StageMemory> memory_by_stage;
   std::vector<Alive> alive;  ///< at the peak of the stage that needs most

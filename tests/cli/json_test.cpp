@@ -346,8 +346,15 @@ TEST(Trace, OfTheBestPlanIsWrittenByTheSearchAndItsPlanSaved) {
 /// Some machines that build without MPI have threads only.
 std::vector<std::string> transports() {
   const Ran r = run("run mnist-linear --ranks 1 --transport mpi --steps 1");
-  if (r.err.find("this build has no MPI") != std::string::npos) return {"threads"};
-  return {"threads", "mpi"};
+  if (r.err.find("this build has no MPI") != std::string::npos) return {"threads", "tcp"};
+  return {"threads", "tcp", "mpi"};
+}
+
+/// What validate and calibrate know.
+std::vector<std::string> suite_transports() {
+  auto all = transports();
+  all.erase(std::find(all.begin(), all.end(), "tcp"));
+  return all;
 }
 
 TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
@@ -374,9 +381,8 @@ TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
   }
 }
 
-/// A dozen plans over processes: what threads prove for hundreds, MPI carries out alike.
-TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
-  if (transports().size() < 2) GTEST_SKIP() << "this build has no MPI";
+/// A dozen plans over processes: what threads prove for hundreds, MPI and sockets carry out alike.
+TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
   const std::vector<std::string> plans{
       "tiny.yaml --dp 2 --zero 1",
       "tiny.yaml --dp 2 --zero 2 --global-batch 4",
@@ -384,20 +390,28 @@ TEST(Run, PlansOverMpiTrainLikeTheSerialNetwork) {
       "tiny.yaml --tp 2 --sequence-parallel",
       "tiny.yaml --pp 2 --global-batch 4",
       "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1",
+      "tiny.yaml --pp 2 --global-batch 4 --schedule dualpipe",
       "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
+      "tiny.yaml --dp 3 --set compression=cast --global-batch 6",
+      "tiny.yaml --dp 2 --set compression.kind=top_k --set compression.ratio=0.1",
+      "tiny.yaml --dp 2 --set compression=power_sgd --set loss_scale=1024",
+      "tiny.yaml --dp 2 --set compression=one_bit",
       "tiny.yaml --cp 2 --context-exchange ring",
       "tiny.yaml --cp 2 --context-exchange all_to_all",
       "tiny.yaml --dp 2 --tp 2 --loader --recompute full",
       "tiny.yaml --dp 2 --strategy dataparallel",
       "tiny-moe.yaml --dp 2 --ep 2",
       "tiny-moe.yaml --tp 2 --dp 2 --ep 4 --etp 1 --sequence-parallel"};
-  for (const std::string& plan : plans) {
-    const Ran r = run("run ../" + plan + " --steps 2 --transport mpi --json");
-    EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
-    const Json j = Json::parse(r.out, nullptr, false);
-    ASSERT_FALSE(j.is_discarded()) << plan << ": " << r.err;
-    EXPECT_TRUE(j.at("equal_to_serial").get<bool>()) << plan;
-    EXPECT_EQ(j.at("transport"), "mpi");
+  for (const std::string& transport : transports()) {
+    if (transport == "threads") continue;
+    for (const std::string& plan : plans) {
+      const Ran r = run("run ../" + plan + " --steps 2 --json --transport " + transport);
+      EXPECT_EQ(r.code, 0) << plan << ": " << r.err;
+      const Json j = Json::parse(r.out, nullptr, false);
+      ASSERT_FALSE(j.is_discarded()) << plan << ": " << r.err;
+      EXPECT_TRUE(j.at("equal_to_serial").get<bool>()) << plan;
+      EXPECT_EQ(j.at("transport"), transport);
+    }
   }
 }
 
@@ -447,7 +461,7 @@ std::vector<std::string> units_of(const std::string& file) {
 /// one, each measured once a round.
 TEST(Validate, CalibrationGoesOnWhereItWasKilled) {
   std::mt19937 rng(20261124);
-  for (const std::string& transport : transports()) {
+  for (const std::string& transport : suite_transports()) {
     const TemporaryFolder whole, pieces;
     const std::string command =
         "calibrate --backend cpu --ranks 2 --rounds 2 --steps 1 --only gpt --transport " +
@@ -509,7 +523,7 @@ TEST(Validate, AnotherCalibrationsJournalIsRefused) {
 }
 
 TEST(Validate, RunsItsSuiteBesideItsPredictions) {
-  for (const std::string& transport : transports()) {
+  for (const std::string& transport : suite_transports()) {
     // Times are this machine's affair: only mathematics, memory and schema are asserted.
     const Ran r =
         run("validate --backend cpu --ranks 1,2 --rounds 1 --steps 1 --only 'ep 2' --json "

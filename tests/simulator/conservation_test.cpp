@@ -259,11 +259,11 @@ TEST(Conservation, BytesSentAreBytesReceived) {
     for (std::int64_t r = 0; r < p.ranks(); ++r) {
       for_each_call(p, p.stage_of(r), [&](const BlockCall& call, const Instruction& i) {
         if (i.kind != Kind::send && i.kind != Kind::receive) return;
-        const std::int64_t peer = p.rank_on_stage(r, i.stage);
+        const std::int64_t peer = p.peer_of(i, r);
         const bool sends = i.kind == Kind::send;
         if (!p.holds(sends ? i.reads[0] : i.writes[0], r)) return;
         auto& to = sends ? sent : received;
-        to[{i.index, call.micro_batch, sends ? r : peer, sends ? peer : r}] +=
+        to[{i.index, p.instance_of(i, call.micro_batch), sends ? r : peer, sends ? peer : r}] +=
             local_bytes(p, sends ? i.reads[0] : i.writes[0], r).count;
       });
     }
@@ -316,7 +316,7 @@ TEST(Conservation, MemoryIsStatePlusWhatIsAllocatedAndNotYetFreed) {
           if (b.scope != Scope::step || b.category == Category::workspace) return;
           if (state.insert(p.memory_of(id)).second)
             now[static_cast<std::size_t>(b.category)] +=
-                local_bytes(p, p.memory_of(id), rank).count;
+                device_bytes(p, p.memory_of(id), rank).count;
         };
         for_each_read(i, note);
         for_each_write(i, note);
@@ -340,7 +340,7 @@ TEST(Conservation, MemoryIsStatePlusWhatIsAllocatedAndNotYetFreed) {
         if (i.kind != Kind::allocate && i.kind != Kind::free) return;
         for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
           now[static_cast<std::size_t>(p.buffer(id).category)] +=
-              (i.kind == Kind::allocate ? 1 : -1) * local_bytes(p, id, rank).count;
+              (i.kind == Kind::allocate ? 1 : -1) * device_bytes(p, id, rank).count;
           if (sum(now) > peak) peak = sum(now), at_peak = now;
         }
       });

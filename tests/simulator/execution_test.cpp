@@ -327,6 +327,247 @@ TEST(Execution, Pipelines) {
   }
 }
 
+TEST(Execution, CompressedGradients) {
+  for (const CompressionKind kind : {CompressionKind::cast, CompressionKind::top_k,
+                                     CompressionKind::one_bit, CompressionKind::power_sgd}) {
+    for (const bool feedback : {true, false}) {
+      SCOPED_TRACE(std::string(name(kind)) + (feedback ? "" : " without feedback"));
+      Plan p = base_plan();
+      p.compression.kind = kind;
+      p.compression.error_feedback = feedback;
+      p.compression.ratio = 0.1;
+      p.dp = 2;
+      p.global_batch = 4;
+      expect_good(gpt(), p);
+      p.dp = 3;
+      p.global_batch = 6;
+      p.overlap_gradients = false;
+      p.optimizer.clip = 0.125;
+      expect_good(llama(), p);
+      p.dp = 2;
+      p.tp = 2;
+      p.sequence_parallel = true;
+      p.cp = 2;
+      p.global_batch = 4;
+      expect_good(llama(), p);
+      p.cp = 1;
+      p.pp = 2;
+      p.optimizer.kind = OptimizerKind::adam;
+      expect_good(llama(), p);
+      p.pp = p.tp = 1;
+      p.dp = 4;
+      p.ep = 2;
+      p.optimizer.kind = OptimizerKind::sgd;
+      expect_good(mixtral(), p);
+      p.ep = 1;
+      p.dp = 2;
+      expect_good(cnn(false), p, 2);
+    }
+  }
+}
+
+TEST(Execution, ParameterServers) {
+  for (const int staleness : {0, 1, 3}) {
+    for (const int servers : {1, 2}) {
+      SCOPED_TRACE(::testing::Message() << servers << " servers, staleness " << staleness);
+      Plan p = base_plan();
+      p.dp = 2;
+      p.servers = servers;
+      p.staleness = staleness;
+      p.global_batch = 4;
+      expect_good(gpt(), p);
+      p.tp = 2;
+      p.sequence_parallel = true;
+      p.overlap_gradients = false;
+      expect_good(llama(), p);
+      p.pp = 2;
+      p.loader = true;
+      expect_good(gpt(), p);  // its tied embedding is on two stages: the server sums them
+      p.optimizer.kind = OptimizerKind::adam;
+      p.dp = 3;
+      p.tp = 1;
+      p.global_batch = 12;
+      p.schedule = Schedule::dualpipe;
+      p.schedule_given = true;
+      expect_good(llama(), p);
+    }
+  }
+}
+
+TEST(Execution, OffloadedStateAndActivations) {
+  for (const auto& [optimizer, activations] :
+       {std::pair{true, false}, {false, true}, {true, true}}) {
+    SCOPED_TRACE(::testing::Message()
+                 << "optimizer " << optimizer << " activations " << activations);
+    Plan p = base_plan();
+    p.offload_optimizer = optimizer;
+    p.offload_activations = activations;
+    expect_good(gpt(), p);
+    expect_good(mixtral(), p);
+    expect_good(cnn(false), p);
+    p.dp = 2;
+    p.global_batch = 8;
+    for (const int zero : {0, 1, 2, 3}) {
+      SCOPED_TRACE(zero);
+      p.zero = zero;
+      p.optimizer.kind = zero % 2 == 0 ? OptimizerKind::sgd : OptimizerKind::adam;
+      expect_good(llama(), p);
+    }
+    p.zero = 0;
+    p.tp = 2;
+    p.sequence_parallel = true;
+    p.optimizer.kind = OptimizerKind::sgd;
+    set_recompute(p, "selective", "");
+    expect_good(gpt(), p);
+    set_recompute(p, "none", "");
+    p.pp = 2;
+    for (const Schedule s :
+         {Schedule::gpipe, Schedule::one_f_one_b, Schedule::zero_bubble_h1, Schedule::dualpipe}) {
+      SCOPED_TRACE(std::string(name(s)));
+      p.schedule = s;
+      p.schedule_given = true;
+      expect_good(gpt(), p);
+    }
+    p.schedule = Schedule::interleaved;
+    p.virtual_stages = 2;
+    expect_good(llama(), p);
+    p = base_plan();
+    p.offload_optimizer = optimizer;
+    p.offload_activations = activations;
+    p.cp = 2;
+    p.context = Plan::ContextExchange::ring;
+    expect_good(llama(), p);
+  }
+}
+
+TEST(Execution, StagesThatMeetThroughAMessageQueue) {
+  for (const Schedule s : {Schedule::naive, Schedule::gpipe, Schedule::one_f_one_b,
+                           Schedule::zero_bubble_h1, Schedule::dualpipe}) {
+    SCOPED_TRACE(std::string(name(s)));
+    Plan p = base_plan();
+    p.message_queue = true;
+    p.schedule = s;
+    p.schedule_given = true;
+    p.pp = 2;
+    p.global_batch = 8;
+    expect_good(gpt(), p);
+    p.pp = 4;
+    expect_good(llama(), p);
+    p.pp = 2;
+    p.dp = p.tp = 2;
+    p.loader = true;
+    p.global_batch = 16;
+    expect_good(llama(), p);
+    p.loader = false;
+    p.servers = 1;
+    expect_good(gpt(), p);
+  }
+  Plan p = base_plan();
+  p.message_queue = true;
+  p.pp = 2;
+  p.virtual_stages = 2;
+  p.global_batch = 4;
+  expect_good(llama(), p);
+}
+
+TEST(Execution, LossScaling) {
+  Plan p = base_plan();
+  p.loss_scale = {1024, false, 2000};
+  p.dp = 2;
+  p.global_batch = 4;
+  expect_good(gpt(), p);
+  p.loss_scale = {65536, true, 1};  // doubles after every step
+  for (const int zero : {0, 1, 2, 3}) {
+    SCOPED_TRACE(zero);
+    p.zero = zero;
+    p.optimizer.kind = zero % 2 == 0 ? OptimizerKind::adam : OptimizerKind::sgd;
+    p.optimizer.clip = 0.125;
+    expect_good(llama(), p);
+  }
+  p.zero = 0;
+  p.pp = 2;
+  p.tp = 2;
+  p.sequence_parallel = true;
+  expect_good(gpt(), p);
+  expect_good(llama(), p);
+}
+
+TEST(Execution, ADynamicLossScaleSkipsStepsWhoseGradientsOverflow) {
+  // Gradients of activations in fp16 overflow beyond 65504. A scale of 2^30 is too much; it halves
+  // from step to step until the gradients are finite, and until then nothing changes.
+  const Graph g = llama();
+  Plan p = base_plan();
+  set_precision(p, "fp16", "");
+  p.dp = 2;
+  p.optimizer.kind = OptimizerKind::adam;
+  p.loss_scale = {0x1p30, true, 2000};
+  const Program program = lowered(g, p);
+  int skipped = 0;
+  std::vector<std::vector<double>> before;
+  for (int steps = 0; steps <= 24; ++steps) {
+    auto options = reference::options_for(g, program, steps, 7);
+    options.round = true;
+    const auto run = reference::interpret(program, options);
+    if (steps > 0 && run.parameters[0] == before) ++skipped;
+    if (steps > 0 && run.parameters[0] != before) {
+      for (const auto& values : run.parameters[0]) {
+        for (const double v : values) ASSERT_TRUE(std::isfinite(v));
+      }
+      break;
+    }
+    before = run.parameters[0];
+  }
+  EXPECT_GE(skipped, 3);
+  EXPECT_LT(skipped, 24);
+  // Without the flag the first step ruins the parameters.
+  p.loss_scale.dynamic = false;
+  const Program fixed = lowered(g, p);
+  auto options = reference::options_for(g, fixed, 1, 7);
+  options.round = true;
+  const auto ruined = reference::interpret(fixed, options);
+  bool finite = true;
+  for (const auto& values : ruined.parameters[0]) {
+    for (const double v : values) finite &= std::isfinite(v);
+  }
+  EXPECT_FALSE(finite);
+}
+
+TEST(Execution, DualPipe) {
+  Plan p = base_plan();
+  p.schedule = Schedule::dualpipe;
+  p.schedule_given = true;
+  p.pp = 2;
+  p.global_batch = 4;
+  expect_good(llama(), p);
+  expect_good(gpt(), p);  // its tied embedding is read by both chunks of either stage
+  p.pp = 4;
+  p.global_batch = 8;
+  expect_good(gpt(), p);
+  p.pp = 2;
+  p.dp = 2;
+  p.tp = 2;
+  p.sequence_parallel = true;
+  p.optimizer.clip = 0.125;
+  for (const int zero : {0, 1, 2, 3}) {
+    SCOPED_TRACE(zero);
+    p.zero = zero;
+    expect_good(gpt(), p);
+  }
+  p.zero = 2;
+  p.zero_group = 2;
+  p.dp = 4;
+  p.global_batch = 16;
+  expect_good(gpt(), p);
+  p = base_plan();
+  p.schedule = Schedule::dualpipe;
+  p.schedule_given = true;
+  p.pp = 2;
+  p.dp = p.ep = 2;
+  p.global_batch = 8;
+  p.loader = true;
+  expect_good(mixtral(), p);
+}
+
 TEST(Execution, InterleavedPipeline) {
   Plan p = base_plan();
   p.pp = 2;

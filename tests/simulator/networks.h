@@ -162,10 +162,30 @@ inline Plan random_plan(std::mt19937& rng) {
   p.overlap_gradients = pick({0, 1}) == 1;
   p.zero = pick({0, 1, 2, 3});
   p.context = static_cast<Plan::ContextExchange>(pick({0, 1, 2}));
-  p.schedule = static_cast<Schedule>(pick({0, 1, 2, 4}));
+  p.schedule = static_cast<Schedule>(pick({0, 1, 2, 4, 0, 1, 2, 4, 5}));
   p.schedule_given = p.virtual_stages == 1;
   p.loader = pick({0, 0, 1}) == 1;
   p.optimizer.clip = pick({0, 0, 1}) == 1 ? 0.125 : 0;
+  if (pick({0, 0, 1}) == 1) {
+    p.compression.kind = static_cast<CompressionKind>(pick({1, 2, 3, 4}));
+    p.compression.ratio = 0.1;
+    p.compression.error_feedback = pick({0, 1}) == 1;
+    p.zero = 0;
+  }
+  if (pick({0, 0, 1}) == 1)
+    p.loss_scale = {256, p.compression.kind == CompressionKind::none && pick({0, 1}) == 1, 1};
+  if (pick({0, 0, 0, 0, 0, 1}) == 1) {
+    p.servers = pick({1, 2});
+    p.staleness = pick({0, 1, 2});
+    p.zero = 0;
+    p.cp = p.ep = 1;
+    p.optimizer.clip = 0;
+    p.loss_scale = {};
+    p.compression = {};
+  }
+  p.offload_optimizer = pick({0, 0, 0, 0, 1}) == 1 && p.servers == 0;
+  p.offload_activations = pick({0, 0, 0, 0, 1}) == 1;
+  p.message_queue = pick({0, 0, 0, 0, 1}) == 1 && p.pp > 1;
   const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};
   set_recompute(p, sets[rng() % sets.size()], "");
   return p;

@@ -130,6 +130,44 @@ TEST(Schedules, EveryChunkSeesEveryMicroBatchOnceForwardThenBackward) {
   }
 }
 
+TEST(Schedules, DualPipeFeedsThePipelineFromBothEnds) {
+  // docs/schedules.md: p = 2, m = 4. Micro-batches 0 and 1 go from stage 0 (chunks 0, 1), 2 and 3
+  // from stage 1 (chunks 2, 3, which hold the same layers as 0 and 1).
+  expect_order(Schedule::dualpipe, 1, 4,
+               {"F0.0 F3.2 F0.1 B3.2 W3.2 F3.3 B0.0 W0.0 B3.3 W3.3 B0.1 W0.1",
+                "F2.2 F1.0 F2.3 B1.0 W1.0 F1.1 B2.2 W2.2 B1.1 W1.1 B2.3 W2.3"});
+  for (const int p : {2, 4, 6, 8}) {
+    for (const int m : {2 * p, 2 * p + 2, 3 * p, 5 * p}) {
+      SCOPED_TRACE(::testing::Message() << "p " << p << " m " << m);
+      const auto all = turns(Schedule::dualpipe, p, 1, m);
+      for (int s = 0; s < p; ++s) {
+        std::set<std::pair<int, int>> forward, backward, weight;
+        int now = 0, peak = 0;
+        for (const Turn& t : all[static_cast<std::size_t>(s)]) {
+          EXPECT_EQ(stage_of_chunk(Schedule::dualpipe, t.chunk, p), s);
+          EXPECT_EQ(t.chunk / p, t.micro_batch / (m / 2)) << "another copy's micro-batch";
+          const std::pair at{t.chunk, t.micro_batch};
+          if (t.kind == BlockKind::forward) {
+            EXPECT_TRUE(forward.insert(at).second);
+            peak = std::max(peak, ++now);
+          } else if (t.kind == BlockKind::backward) {
+            EXPECT_EQ(forward.count(at), 1u);
+            EXPECT_TRUE(backward.insert(at).second);
+          } else {
+            EXPECT_EQ(backward.count(at), 1u);
+            EXPECT_TRUE(weight.insert(at).second);
+            --now;
+          }
+        }
+        EXPECT_EQ(weight.size(), static_cast<std::size_t>(m));
+        EXPECT_EQ(forward.size(), static_cast<std::size_t>(m));
+        // arXiv 2412.19437, table 2: activations of p + 1 micro-batches.
+        EXPECT_LE(peak, p + 1);
+      }
+    }
+  }
+}
+
 TEST(Schedules, ActivationsInFlight) {
   for (int p = 1; p <= 5; ++p) {
     for (int m = 1; m <= 8; ++m) {
@@ -216,6 +254,25 @@ TEST(Schedules, BubblesOnAFreeNetworkAreThoseOfThePapers) {
           EXPECT_LE(t.step.count, ideal + bubble + 2 * t.instructions);
         }
       }
+    }
+  }
+}
+
+TEST(Schedules, DualPipesBubbleIsAtMostItsPapers) {
+  // arXiv 2412.19437, table 2: (p/2 - 1)(F&B + B - 3 W), B the whole backward. The pair F&B runs
+  // here one after the other, so F hands on before B ends: with F = B' = W the bubble is
+  // (p/2 - 1) W, the paper's 2 (p/2 - 1) W.
+  for (const int p : {2, 4, 6, 8}) {
+    for (const int m : {2 * p, 3 * p, 4 * p}) {
+      SCOPED_TRACE(::testing::Message() << "p " << p << " m " << m);
+      Communication network(free_network(p, only_products()));
+      const Program program = lowered(equal_blocks(2 * p), pipeline(Schedule::dualpipe, p, 1, m));
+      ASSERT_TRUE(verify(program).empty());
+      const Timeline t = simulate(program, network);
+      const std::int64_t weight = 2 * kProduct, ideal = 3 * m * weight;
+      const std::int64_t bubble = (p / 2 - 1) * weight;
+      EXPECT_GE(t.step.count, ideal + bubble);
+      EXPECT_LE(t.step.count, ideal + bubble + 2 * t.instructions);
     }
   }
 }

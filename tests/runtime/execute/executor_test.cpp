@@ -13,6 +13,7 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "simulator/engine/simulate.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
@@ -43,21 +44,44 @@ Options options_for(const Graph& graph, int steps) {
   return o;
 }
 
+/// The allocator's peak in the last step is the simulated one, to the byte and by category.
+void expect_memory(const Program& program, const std::vector<RankMeasurement>& ranks) {
+  Communication network(load_topology("cpu-host:4"));
+  SimulateOptions unfolded;
+  unfolded.unfolded = true;
+  const Timeline t = simulate(program, network, unfolded);
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    EXPECT_EQ(ranks[r].last_peak, t.memory[r].peak) << "rank " << r;
+    EXPECT_EQ(ranks[r].last_at_peak, t.memory[r].at_peak) << "rank " << r;
+    EXPECT_EQ(ranks[r].host_peak, t.memory[r].host_peak) << "rank " << r;
+  }
+}
+
 void expect_trains(const Graph& graph, const Program& program, int groups,
                    const ThreadOptions& threads = {}) {
-  const auto results = run_threads(program, options_for(graph, kSteps), threads);
-  EXPECT_EQ(results[0].values.copies_differ, 0) << "copies of one value differ between ranks";
-  // Bytes on every link, counted where they are sent, are those of the expansions.
   const bool routed = std::any_of(program.buffers.begin(), program.buffers.end(),
                                   [](const Buffer& b) { return b.routed; });
-  if (!routed && !threads.algorithm) {
+  Options options = options_for(graph, kSteps);
+  options.routing = routed;
+  const auto results = run_threads(program, options, threads);
+  EXPECT_EQ(results[0].values.copies_differ, 0) << "copies of one value differ between ranks";
+  // The rows of the last step fed back.
+  RoutingSource routing;
+  if (routed) routing.recorded = results[0].routing;
+  const Program known = with_routing(program, routing);
+  // Bytes on every link, counted where they are sent, are those of the expansions.
+  if (!threads.algorithm) {
     std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> counted;
     for (const RankMeasurement& r : results[0].ranks) {
       for (const auto& [to, bytes] : r.traffic.bytes_to) {
         if (bytes > 0) counted[{r.rank, to}] += bytes;
       }
     }
-    EXPECT_EQ(counted, step_traffic(program, kSteps - 1));
+    EXPECT_EQ(counted, step_traffic(known, kSteps - 1));
+  }
+  expect_memory(known, results[0].ranks);
+  if (!routed) {
+    for (const RankMeasurement& r : results[0].ranks) EXPECT_EQ(r.peak, r.last_peak);
   }
   const auto exact = reference::options_for(graph, program, kSteps, kSeed);
   const auto serial = reference::train_serially(graph, program, exact, groups);

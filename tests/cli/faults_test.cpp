@@ -1,0 +1,508 @@
+// tests/cli/faults_test.cpp: ranks as real processes: started by the command or by hand as torchrun
+// and srun do; killed, stopped, missing, interrupted; full disks.
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <sstream>
+#include <thread>
+
+#include "tests/cli/run.h"
+
+namespace partita::test {
+namespace {
+
+using Json = nlohmann::json;
+using Clock = std::chrono::steady_clock;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using Environment = std::map<std::string, std::string>;
+
+/// Sanitizers slow everything down.
+constexpr int kPatience = PARTITA_SECONDS > 10 ? 4 : 1;
+
+/// The command in the background, in an environment of its own: no launcher's variables leak in.
+class Process {
+ public:
+  Process(const std::string& arguments, const Environment& environment) {
+    std::vector<std::string> words{PARTITA_COMMAND}, variables;
+    std::istringstream in(arguments);
+    for (std::string w; in >> w;) words.push_back(w);
+    for (const char* name : {"PATH", "HOME", "TMPDIR", "ASAN_OPTIONS", "LD_LIBRARY_PATH"}) {
+      if (const char* v = std::getenv(name)) variables.push_back(fmt::format("{}={}", name, v));
+    }
+    for (const auto& [name, v] : environment) variables.push_back(name + "=" + v);
+    const std::string out = folder_.path() + "/out", err = folder_.path() + "/err";
+    process_ = ::fork();
+    if (process_ == 0) {
+      ::setpgid(0, 0);
+      if (::chdir(PARTITA_TEST_DATA "/cli/bad") != 0) ::_exit(99);
+      ::dup2(::open("/dev/null", O_RDONLY), 0);
+      ::dup2(::open(out.c_str(), O_WRONLY | O_CREAT, 0600), 1);
+      ::dup2(::open(err.c_str(), O_WRONLY | O_CREAT, 0600), 2);
+      std::vector<char*> argv, env;
+      for (auto& w : words) argv.push_back(w.data());
+      for (auto& v : variables) env.push_back(v.data());
+      argv.push_back(nullptr);
+      env.push_back(nullptr);
+      ::execve(argv[0], argv.data(), env.data());
+      ::_exit(98);
+    }
+  }
+  ~Process() {
+    if (process_ > 0) {
+      ::kill(process_, SIGKILL);
+      ::waitpid(process_, nullptr, 0);
+    }
+  }
+  Process(const Process&) = delete;
+  Process& operator=(const Process&) = delete;
+
+  ::pid_t id() const { return process_; }
+  /// Code 124 where it does not end within the seconds; then it is killed.
+  Ran wait(int seconds = 30) {
+    Ran r;
+    int status = 0;
+    const auto end = Clock::now() + std::chrono::seconds(seconds * kPatience);
+    while (::waitpid(process_, &status, WNOHANG) == 0) {
+      if (Clock::now() > end) {
+        ::kill(process_, SIGKILL);
+        ::waitpid(process_, nullptr, 0);
+        process_ = 0;
+        r.code = 124;
+        return r;
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    process_ = 0;
+    r.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    r.out = read(folder_.path() + "/out");
+    r.err = read(folder_.path() + "/err");
+    return r;
+  }
+
+ private:
+  TemporaryFolder folder_;
+  ::pid_t process_ = 0;
+};
+
+bool has_mpi() {
+  static const bool has = Process("run mnist-linear --ranks 1 --transport mpi --steps 1", {})
+                              .wait()
+                              .err.find("this build has no MPI") == std::string::npos;
+  return has;
+}
+std::vector<std::string> launches() {
+  return has_mpi() ? std::vector<std::string>{"tcp", "mpi"} : std::vector<std::string>{"tcp"};
+}
+
+/// Processes, but this one, whose command line has `text`.
+std::vector<int> processes_with(const std::string& text) {
+  std::vector<int> list;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const int id = std::atoi(entry.path().filename().c_str());
+    if (id <= 0 || id == ::getpid()) continue;
+    try {
+      if (read(entry.path().string() + "/cmdline").find(text) != std::string::npos &&
+          read(entry.path().string() + "/stat").find(") Z") == std::string::npos)
+        list.push_back(id);
+    } catch (const std::exception&) {  // it has ended meanwhile
+    }
+  }
+  return list;
+}
+void expect_nobody_left(const std::string& text) {
+  for (int k = 0; k < 100 * kPatience && !processes_with(text).empty(); ++k)
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  const auto left = processes_with(text);
+  EXPECT_TRUE(left.empty()) << left.size() << " processes outlive their launch";
+  for (const int id : left) ::kill(id, SIGKILL);
+}
+
+int free_port() {
+  const int s = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in a{};
+  a.sin_family = AF_INET;
+  a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof a;
+  ::bind(s, reinterpret_cast<const sockaddr*>(&a), sizeof a);
+  ::getsockname(s, reinterpret_cast<sockaddr*>(&a), &size);
+  ::close(s);
+  return ntohs(a.sin_port);
+}
+
+Environment torchrun(int rank, int size, int port) {
+  return {{"RANK", std::to_string(rank)},
+          {"WORLD_SIZE", std::to_string(size)},
+          {"MASTER_ADDR", "127.0.0.1"},
+          {"MASTER_PORT", std::to_string(port)}};
+}
+
+/// One line, and it is ours.
+void expect_one_message(const std::string& err) {
+  EXPECT_EQ(err.rfind("partita: ", 0), 0u) << err;
+  EXPECT_EQ(std::count(err.begin(), err.end(), '\n'), 1) << err;
+}
+
+/// Steps that were completed are there, with the losses of a run that nothing happens to.
+void expect_kept(const std::string& out, std::size_t steps, const Json& whole) {
+  const Json j = Json::parse(out, nullptr, false);
+  ASSERT_FALSE(j.is_discarded()) << out;
+  EXPECT_EQ(j.at("complete"), false);
+  EXPECT_THAT(j.at("reason").get<std::string>(), HasSubstr("rank "));
+  ASSERT_EQ(j.at("loss").size(), steps);
+  EXPECT_EQ(j.at("step_s").size(), steps);
+  for (std::size_t k = 0; k < steps; ++k)
+    EXPECT_NEAR(j.at("loss")[k].get<double>(), whole.at("loss")[k].get<double>(), 1e-6);
+}
+
+const std::string kPipeline = "run ../tiny.yaml --pp 2 --tp 2 --global-batch 4 --steps 4 --json ";
+
+unsigned draw(std::mt19937& rng, unsigned below) { return static_cast<unsigned>(rng()) % below; }
+
+/// Rank, cause and instruction, in the one message.
+void expect_names(const std::string& err, unsigned rank, unsigned step, const std::string& cause) {
+  EXPECT_THAT(err, ::testing::ContainsRegex(fmt::format(
+                       "rank {}(, which)? ({}).* step {}, .* in block ", rank, cause, step)));
+}
+
+TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
+  std::mt19937 rng(20261126);
+  for (const std::string& transport : launches()) {
+    const Json whole =
+        Json::parse(Process(kPipeline + "--transport " + transport, {}).wait().out, nullptr, false);
+    ASSERT_FALSE(whole.is_discarded());
+    EXPECT_EQ(whole.at("complete"), true);
+    for (unsigned k = 0; k < 9; ++k) {
+      const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
+      const unsigned rank = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
+      const std::string fault = fmt::format("{}:{}:{}:{}", rank, step, instruction, what);
+      SCOPED_TRACE(transport + " " + fault);
+      const std::string mark = fmt::format("--seed 1 --timeout 1.{}{}", ::getpid(), k);
+      const Ran r =
+          Process(kPipeline + mark + " --transport " + transport, {{"PARTITA_TEST_FAULT", fault}})
+              .wait();
+      EXPECT_EQ(r.code, 3) << r.err;
+      expect_one_message(r.err);
+      expect_names(r.err, rank, step,
+                   what == "kill"   ? "was ended by signal 9 .Killed. in"
+                   : what == "exit" ? "ended with exit code 7 in"
+                                    : "does not answer for|was stopped in");
+      expect_kept(r.out, step, whole);
+      expect_nobody_left(fmt::format("1.{}{}", ::getpid(), k));
+    }
+  }
+}
+
+TEST(Faults, TheInstructionIsTheVeryOne) {
+  for (const std::string& transport : launches()) {
+    const Ran r = Process("run mnist-linear --dp 4 --ranks 4 --steps 5 --transport " + transport,
+                          {{"PARTITA_TEST_FAULT", "2:3:4:kill"}})
+                      .wait();
+    EXPECT_EQ(r.code, 3);
+    EXPECT_EQ(r.err,
+              "partita: rank 2 was ended by signal 9 (Killed) in step 3, forward of "
+              "layers.0.linear in block forward 0, micro-batch 0; the others were stopped\n");
+    EXPECT_THAT(r.out, HasSubstr("INCOMPLETE: 3 of 5 steps"));
+  }
+}
+
+/// As torchrun and srun start them: nobody watches but the ranks themselves.
+TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
+  std::mt19937 rng(20261127);
+  const Json whole =
+      Json::parse(Process(kPipeline + "--transport tcp", {}).wait().out, nullptr, false);
+  ASSERT_FALSE(whole.is_discarded());
+  for (unsigned k = 0; k < 9; ++k) {
+    const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
+    const unsigned victim = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
+    const std::string fault = fmt::format("{}:{}:{}:{}", victim, step, instruction, what);
+    SCOPED_TRACE(fault);
+    const int port = free_port();
+    std::vector<std::unique_ptr<Process>> ranks;
+    for (int r = 0; r < 4; ++r) {
+      Environment e = torchrun(r, 4, port);
+      e["PARTITA_TEST_FAULT"] = fault;
+      ranks.push_back(std::make_unique<Process>(kPipeline + "--timeout 1", e));
+    }
+    std::string said;
+    for (unsigned r = 0; r < 4; ++r) {
+      if (r == victim) continue;
+      const Ran ran = ranks[r]->wait();
+      EXPECT_EQ(ran.code, 3) << "rank " << r << ": " << ran.err;
+      said += ran.err;
+      if (r == 0) {
+        expect_kept(ran.out, step, whole);
+      } else {
+        EXPECT_EQ(ran.out, "") << "only rank 0 prints";
+      }
+    }
+    expect_one_message(said);
+    expect_names(said, victim, step, what == "stop" ? "does not answer for" : "died in");
+  }
+}
+
+TEST(Launch, RanksOfTorchrunAndSrunMeetAndOnlyRankZeroPrints) {
+  const std::string line = "run mnist-linear --dp 3 --ranks 3 --steps 5 --json";
+  for (const bool slurm : {false, true}) {
+    const int port = free_port();
+    std::vector<std::unique_ptr<Process>> ranks;
+    for (int r = 2; r >= 0; --r) {
+      Environment e = torchrun(r, 3, port);
+      if (slurm) {
+        e = {{"SLURM_PROCID", std::to_string(r)},
+             {"SLURM_NTASKS", "3"},
+             {"SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"},
+             {"SLURM_JOB_ID", std::to_string(port)}};
+      }
+      ranks.push_back(std::make_unique<Process>(line, e));
+      // Rank 0 comes last: the others wait for it.
+      if (r == 1) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    }
+    for (int r = 2; r >= 0; --r) {
+      const Ran ran = ranks[static_cast<std::size_t>(2 - r)]->wait();
+      EXPECT_EQ(ran.code, 0) << ran.err;
+      EXPECT_EQ(ran.err, "");
+      if (r > 0) {
+        EXPECT_EQ(ran.out, "");
+        continue;
+      }
+      const Json j = Json::parse(ran.out, nullptr, false);
+      ASSERT_FALSE(j.is_discarded());
+      EXPECT_EQ(j.at("transport"), "tcp");
+      EXPECT_TRUE(j.at("equal_to_serial").get<bool>());
+      EXPECT_GT(j.at("clock_uncertainty_s").get<double>(), 0);
+    }
+  }
+}
+
+TEST(Launch, MissingAndForeignRanks) {
+  int port = free_port();
+  const std::string line = "run mnist-linear --dp 4 --ranks 4 --steps 2 --rendezvous-timeout 1";
+  {
+    Process zero(line, torchrun(0, 4, port)), one(line, torchrun(1, 4, port)),
+        two(line, torchrun(2, 4, port));
+    const Ran r = zero.wait(), q = one.wait(), p = two.wait();
+    EXPECT_EQ(r.code, 3);
+    EXPECT_EQ(r.err, fmt::format("partita: rank 3 of 4 did not come to the rendezvous at "
+                                 "127.0.0.1:{} within 1 s; start it with the same MASTER_ADDR and "
+                                 "MASTER_PORT\n",
+                                 port));
+    EXPECT_EQ(q.code, 3);
+    EXPECT_EQ(p.code, 3);
+    EXPECT_EQ(q.err + p.err + r.out + q.out + p.out, "");
+  }
+  port = free_port();
+  const std::string two = "run mnist-linear --ranks 2 --rendezvous-timeout 20 --dp 2 --steps ";
+  Process zero(two + "2", torchrun(0, 2, port)), one(two + "3", torchrun(1, 2, port));
+  const Ran r = zero.wait(), q = one.wait();
+  EXPECT_EQ(r.code, 2);
+  EXPECT_EQ(r.err,
+            "partita: rendezvous: rank 1 is to run steps 3, and rank 0 steps 2; start all with the "
+            "same arguments\n");
+  EXPECT_EQ(q.code, 2);
+  EXPECT_EQ(q.err, "");
+}
+
+TEST(Launch, EnvironmentsThatCannotBeAreTheUsersMistake) {
+  const auto refused = [](const std::string& arguments, const Environment& e) {
+    const Ran r = Process("run mnist-linear " + arguments, e).wait();
+    EXPECT_EQ(r.code, 2) << r.err;
+    EXPECT_EQ(r.out, "");
+    expect_one_message(r.err);
+    return r.err;
+  };
+  Environment e = torchrun(5, 4, 29500);
+  EXPECT_EQ(refused("--ranks 4", e),
+            "partita: RANK: 5 is no rank of WORLD_SIZE = 4; ranks are 0 to 3\n");
+  e["RANK"] = "first";
+  EXPECT_THAT(refused("--ranks 4", e), HasSubstr("partita: RANK: 'first' is not a whole number"));
+  e["RANK"] = "1";
+  e.erase("MASTER_PORT");
+  EXPECT_THAT(refused("--ranks 4", e), HasSubstr("partita: MASTER_PORT: is not set, but RANK is"));
+  EXPECT_EQ(refused("--ranks 2", torchrun(1, 4, 29500)),
+            "partita: --ranks: the plan has 2, but by RANK and WORLD_SIZE 4 were started; start as "
+            "many, or change the plan\n");
+  EXPECT_THAT(refused("--ranks 2 --transport udp", {}),
+              HasSubstr("'udp' is unknown; use threads, mpi or tcp"));
+  EXPECT_THAT(refused("--ranks 2", {{"PARTITA_TEST_FAULT", "1:2:kill"}}),
+              HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop or exit"));
+  Environment nowhere = torchrun(0, 2, 29500);
+  nowhere["MASTER_ADDR"] = "no-such-host.invalid";
+  EXPECT_THAT(refused("--ranks 2", nowhere), HasSubstr("MASTER_ADDR: 'no-such-host.invalid'"));
+  if (!has_mpi()) return;
+  EXPECT_THAT(refused("--ranks 2 --transport mpi", torchrun(1, 2, 29500)),
+              HasSubstr("--transport: is mpi, but by RANK and WORLD_SIZE another launcher"));
+  EXPECT_THAT(refused("--ranks 2 --transport tcp", {{"OMPI_COMM_WORLD_SIZE", "2"}}),
+              HasSubstr("--transport: is tcp, but OMPI_COMM_WORLD_SIZE is set"));
+}
+
+TEST(Launch, InterruptedOrKilledItLeavesNobody) {
+  for (const std::string& transport : launches()) {
+    for (const int signal : {SIGINT, SIGTERM, SIGKILL}) {
+      SCOPED_TRACE(fmt::format("{} signal {}", transport, signal));
+      const std::string mark = fmt::format("1{}{}", ::getpid(), signal);
+      Process p("run mnist-linear --dp 3 --ranks 3 --steps 1000000 --no-check --seed " + mark +
+                    " --transport " + transport,
+                {});
+      // The command and its ranks.
+      for (int k = 0; k < 100 && processes_with(mark).size() < 4; ++k)
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      EXPECT_GE(processes_with(mark).size(), 4u);
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));
+      ::kill(p.id(), signal);
+      const Ran r = p.wait();
+      EXPECT_EQ(r.code, 128 + signal) << r.err;
+      if (signal != SIGKILL) expect_one_message(r.err);
+      expect_nobody_left(mark);
+    }
+  }
+}
+
+TEST(Files, AFullDiskIsSaidNeverSilence) {
+  std::vector<std::string> lines{"model gpt2",
+                                 "topo dgx-h100:1 --json",
+                                 "simulate gpt2 dgx-h100:1 --json",
+                                 "run mnist-linear --ranks 1 --steps 1 --transport threads --json",
+                                 "whatif gpt2 dgx-h100:1 --vary plan.tp=1,2 --csv",
+                                 "--help"};
+  for (const std::string& t : launches())
+    lines.push_back("run mnist-linear --dp 2 --ranks 2 --steps 1 --json --transport " + t);
+  for (const std::string& line : lines) {
+    const Ran r = run(line + " >/dev/full");
+    EXPECT_EQ(r.code, 3) << line;
+    EXPECT_EQ(r.err,
+              "partita: the output cannot be written; is the disk full, or the reader gone?\n")
+        << line;
+  }
+  lines = {"simulate gpt2 dgx-h100:1 --trace /dev/full",
+           "run mnist-linear --ranks 2 --dp 2 --steps 1 --transport threads --trace /dev/full"};
+  for (const std::string& t : launches())
+    lines.push_back("run mnist-linear --dp 2 --ranks 2 --steps 1 --trace /dev/full --transport " +
+                    t);
+  for (const std::string& line : lines) {
+    const Ran r = run(line);
+    EXPECT_EQ(r.code, 2) << line;
+    EXPECT_EQ(r.err, "partita: --trace: writing /dev/full failed; is the disk full?\n") << line;
+    EXPECT_EQ(r.out, "") << line;
+  }
+  const Ran save =
+      run("plan gpt2 dgx-h100:1 --layers 2 --seq 128 --global-batch 8 --save /dev/full");
+  EXPECT_EQ(save.code, 2);
+  EXPECT_THAT(save.err, HasSubstr("--save: cannot write /dev/full"));
+  // A profile is larger than the file may become.
+  const TemporaryFolder folder;
+  const Ran profile =
+      run("calibrate --backend cpu --ranks 1 --rounds 1 --steps 1 --out '" + folder.path() + "'",
+          "sh -c 'trap \"\" XFSZ; ulimit -f 8; exec \"$@\"' sh");
+  EXPECT_EQ(profile.code, 2) << profile.err;
+  EXPECT_THAT(profile.err, HasSubstr("--out: cannot write "));
+  EXPECT_FALSE(std::filesystem::exists(folder.path() + "/device.yaml")) << "no half a profile";
+}
+
+TEST(Files, TooFewRanksAndForeignProfiles) {
+  const Ran few = run("run mnist-linear --ranks 4 --dp 2 --tp 4");
+  EXPECT_EQ(few.code, 2);
+  expect_one_message(few.err);
+  const TemporaryFolder folder;
+  write(folder.path() + "/old.yaml", "schema: partita.topology/99\nname: x\n");
+  for (const std::string& t : {std::string("threads"), std::string("tcp")}) {
+    const Ran r = run("run mnist-linear --ranks 2 --dp 2 --steps 1 --transport " + t +
+                      " --topology '" + folder.path() + "/old.yaml'");
+    EXPECT_EQ(r.code, 2);
+    EXPECT_THAT(r.err, HasSubstr("partita.topology/99"));
+    expect_one_message(r.err);
+  }
+  // A profile that was measured elsewhere.
+  write(folder.path() + "/cluster.yaml",
+        "schema: partita.topology/1\nname: elsewhere\nsource: s\nnodes:\n  - count: 1\n"
+        "    cpu_vendor: other\n    vertices:\n      'rank[0-1]': {kind: device, device: "
+        "device.yaml}\n      memory: {kind: cpu}\n    links:\n      - {from: 'rank[0-1]', to: "
+        "memory, kind: other, bandwidth: 10 GB/s, latency: 1 us}\n");
+  const auto profile = [&](const std::string& machine) {
+    write(folder.path() + "/device.yaml",
+          "schema: partita.device/1\nname: cpu\nsource: 'measured by partita calibrate 0.1.0, "
+          "2026-11-24, " +
+              machine +
+              ", Linux 6.1, ranks as threads'\nmemory: 4 GiB\n"
+              "usable_memory: 3 GiB\nmemory_bandwidth: 10 GB/s\nmatrix_rates: {fp32: 80 GFLOP/s, "
+              "bf16: "
+              "80 GFLOP/s, fp16: 80 GFLOP/s}\nvector_rate: 20 GFLOP/s\nmatrix_efficiency: 0.6\n"
+              "memory_efficiency: 0.8\nkernel_latency: 1 us\nmultiprocessors: 2\n");
+    return run("run mnist-linear --ranks 2 --dp 2 --steps 1 --transport threads --topology '" +
+               folder.path() + "/cluster.yaml'");
+  };
+  const Ran foreign = profile("3 cores of Zilog Z80 CPU @ 4 MHz");
+  EXPECT_EQ(foreign.code, 2) << foreign.err;
+  EXPECT_THAT(foreign.err, HasSubstr("was measured on another machine (3 cores of Zilog Z80 CPU @ "
+                                     "4 MHz) than this ("));
+  const auto here = foreign.err.find("than this (") + 11;
+  const Ran own = profile(foreign.err.substr(here, foreign.err.rfind(");") - here));
+  EXPECT_EQ(own.code, 0) << own.err;
+  if (!has_mpi()) return;
+  // By mpirun itself, two ranks for a plan of four.
+  const Ran r = run("run mnist-linear --dp 4 --ranks 4 --steps 1",
+                    "env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
+                    "OMPI_MCA_rmaps_base_oversubscribe=1 mpirun -n 2");
+  EXPECT_EQ(r.code, 2) << r.err;
+  EXPECT_THAT(r.err,
+              HasSubstr("partita: --ranks: the launcher started 2 ranks and the plan has 4"));
+}
+
+/// What is sent is what the program says: every byte on every link over sockets, every call and its
+/// payload over MPI.
+TEST(Traffic, IsThatOfTheProgram) {
+  const std::vector<std::string> plans{"tiny.yaml --dp 2 --zero 1",
+                                       "tiny.yaml --dp 2 --zero 2 --global-batch 4",
+                                       "tiny.yaml --dp 3 --zero 3",
+                                       "tiny.yaml --tp 2",
+                                       "tiny.yaml --tp 2 --sequence-parallel",
+                                       "tiny.yaml --tp 2 --dp 2 --sequence-parallel --zero 1",
+                                       "tiny.yaml --pp 2 --global-batch 4",
+                                       "tiny.yaml --pp 2 --tp 2 --global-batch 4",
+                                       "tiny.yaml --pp 2 --global-batch 4 --schedule zb-h1",
+                                       "tiny.yaml --pp 2 --virtual-stages 2 --global-batch 4",
+                                       "tiny.yaml --cp 2 --context-exchange ring",
+                                       "tiny.yaml --cp 2 --context-exchange all_to_all",
+                                       "tiny.yaml --cp 2 --context-exchange all_gather",
+                                       "tiny.yaml --dp 2 --tp 2 --loader --recompute full",
+                                       "tiny.yaml --dp 2 --strategy dataparallel"};
+  if (!has_mpi()) std::fprintf(stderr, "over tcp only: this build has no MPI\n");
+  for (const std::string& transport : launches()) {
+    std::int64_t counted = 0;
+    for (const std::string& plan : plans) {
+      SCOPED_TRACE(transport + " " + plan);
+      const Ran r = run("run ../" + plan + " --steps 2 --no-check --json --transport " + transport);
+      ASSERT_EQ(r.code, 0) << r.err;
+      const Json j = Json::parse(r.out, nullptr, false);
+      ASSERT_FALSE(j.is_discarded());
+      for (const auto& rank : j.at("traffic")) {
+        EXPECT_EQ(rank.at("measured"), rank.at("predicted")) << "rank " << rank.at("rank");
+        for (const auto& [to, bytes] : rank.at("measured").at("bytes_to").items())
+          counted += bytes.get<std::int64_t>();
+        counted += rank.at("measured").at("send_bytes").get<std::int64_t>();
+        for (const auto& [kind, c] : rank.at("measured").at("collectives").items())
+          counted += c.at("payload_bytes").get<std::int64_t>();
+      }
+    }
+    EXPECT_GT(counted, 100'000) << "something was sent";
+  }
+}
+
+}  // namespace
+}  // namespace partita::test
