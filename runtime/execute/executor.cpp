@@ -166,9 +166,14 @@ class Executor {
         for_each_write(i, note);
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
-          if (p_.mesh.group_root(rank_, op.root) == rank_)
-            kernels_[id.index()][k].emplace(reference::context_of(
-                p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_));
+          if (p_.mesh.group_root(rank_, op.root) == rank_) {
+            auto context = reference::context_of(
+                p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_);
+            if (of_sequence_part(i))
+              context.indices[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
+                  part_positions(p_, i, rank_);
+            kernels_[id.index()][k].emplace(std::move(context));
+          }
         }
         if (i.kind == Kind::collective || i.kind == Kind::slice)
           collectives_[id.index()][k] = prepare_collective(i);
@@ -910,6 +915,10 @@ class Executor {
     a.whole_statistics = true;
     for (std::size_t d = 0; d < op.cuts.size(); ++d)
       a.whole_statistics &= s.dims[d].use != DimUse::statistic || op.cuts[d].atoms.empty();
+    if (of_sequence_part(i)) {
+      product_part(i, *kernel, a);
+      return;
+    }
     if (i.part >= 0) {
       fill(a.results, i.writes);
       const bool forward = i.kernel == Kernel::forward;
@@ -1007,6 +1016,76 @@ class Executor {
       std::copy(made.values.begin(), made.values.end(), values(i.writes[k]));
     }
     if (i.kernel == Kernel::forward && op.has_loss && !i.recomputed) note_loss(i.writes[0]);
+  }
+
+  // ---- products with one part of the sequence
+  // ----------------------------------------------------
+  bool of_sequence_part(const Instruction& i) const {
+    return i.part >= 0 && !std::holds_alternative<Attention>(
+                              p_.operators[static_cast<std::size_t>(i.op)].operation);
+  }
+  /// What a part of the sequence is of a buffer: where it lies, and room for it by itself.
+  struct Slice {
+    Box box;
+    std::vector<Run> runs;  ///< empty: the buffer is the part
+    std::vector<float> values;
+  };
+  Slice slice_of(const Instruction& i, BufferId id) {
+    Slice s;
+    s.box = box(id);
+    const int d = sequence_dim(p_.buffer(id));
+    if (d < 0) return s;
+    auto positions = part_positions(p_, i, rank_);
+    if (s.box.index[static_cast<std::size_t>(d)] == positions) return s;
+    s.box.index[static_cast<std::size_t>(d)] = std::move(positions);
+    s.runs = section(box(id), s.box);
+    s.values.resize(static_cast<std::size_t>(s.box.dense()));
+    return s;
+  }
+
+  void product_part(const Instruction& i, cpu::Kernel& kernel, Arguments& a) {
+    auto& slices = slices_[&i];
+    if (slices.empty()) {
+      for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
+        for (const BufferId id : *list) slices.push_back(id.valid() ? slice_of(i, id) : Slice{});
+      }
+    }
+    std::size_t at = 0;
+    const auto take = [&](Tensor& t) {
+      Slice& s = slices[at++];
+      if (!t || s.runs.empty()) return;
+      auto* to = reinterpret_cast<std::byte*>(s.values.data());
+      pack(s.runs, 4, reinterpret_cast<const std::byte*>(t.values), to);
+      t.index = &s.box.index;
+      t.values = s.values.data();
+    };
+    for (Tensor& t : a.inputs) take(t);
+    for (Tensor& t : a.output_gradients) take(t);
+    const std::size_t first = at;
+    for (const BufferId id : i.writes) {
+      Tensor t = tensor(id);
+      Slice& s = slices[at++];
+      if (t && !s.runs.empty()) {
+        t.index = &s.box.index;
+        t.values = s.values.data();
+        if (i.accumulate) std::fill(s.values.begin(), s.values.end(), 0.0f);
+      }
+      a.results.push_back(t);
+    }
+    if (i.kernel == Kernel::forward) {
+      kernel.forward(a);
+    } else if (i.kernel == Kernel::backward_data) {
+      kernel.backward_data(a);
+    } else {
+      kernel.backward_weight(a);
+    }
+    Prepared words;
+    for (std::size_t k = 0; k < i.writes.size(); ++k) {
+      Slice& s = slices[first + k];
+      if (s.runs.empty() || !i.writes[k].valid()) continue;
+      const auto* from = reinterpret_cast<const std::byte*>(s.values.data());
+      unpack(s.runs, words, from, data(i.writes[k]), i.accumulate);
+    }
   }
 
   void add(const Instruction& i) {
@@ -1382,6 +1461,7 @@ class Executor {
   std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;   ///< [block][instruction]
   std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
   std::map<std::pair<BufferId, std::int32_t>, std::vector<std::byte>> inputs_;
+  std::map<const Instruction*, std::vector<Slice>> slices_;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;
   RankResult result_;

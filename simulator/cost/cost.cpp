@@ -29,6 +29,16 @@ std::vector<std::int64_t> extents_of(const Program& p, const ProgramOperator& op
   return all;
 }
 
+/// The same for an instruction, which may do one part of the sequence only.
+std::vector<std::int64_t> extents_of(const Program& p, const Instruction& i,
+                                     const ProgramOperator& op, std::int64_t rank) {
+  auto all = extents_of(p, op, rank);
+  if (i.part < 0 || std::holds_alternative<Attention>(op.operation)) return all;
+  all[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
+      static_cast<std::int64_t>(part_positions(p, i, rank).size());
+  return all;
+}
+
 /// What crosses in a halo exchange: the part of the window layout that the block layout does not
 /// hold. (A window with a stride may also leave rows of its own block unread.)
 Bytes crossing_bytes(const Program& p, const Buffer& from, const Buffer& to, std::int64_t rank) {
@@ -153,8 +163,9 @@ Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t ra
       i.kernel != Kernel::backward_weight)
     return Flops{0};
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-  if (i.part >= 0) return ring_flops(p, i, op, rank);
-  return flops(op.operation, op.signature, extents_of(p, op, rank), pass_of(i.kernel),
+  if (i.part >= 0 && std::holds_alternative<Attention>(op.operation))
+    return ring_flops(p, i, op, rank);
+  return flops(op.operation, op.signature, extents_of(p, i, op, rank), pass_of(i.kernel),
                attended_fraction(p, op, rank));
 }
 
@@ -186,8 +197,24 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     w.bytes = bytes_of(p, i.writes, rank);
     return w;
   }
-  for_each_read(i, [&](BufferId id) { w.bytes += local_bytes(p, id, rank); });
-  for_each_write(i, [&](BufferId id) { w.bytes += local_bytes(p, id, rank); });
+  const bool part =
+      i.part >= 0 && i.op >= 0 &&
+      !std::holds_alternative<Attention>(p.operators[static_cast<std::size_t>(i.op)].operation);
+  const auto positions =
+      part ? static_cast<std::int64_t>(part_positions(p, i, rank).size()) : std::int64_t{0};
+  const auto touch = [&](BufferId id) {
+    Bytes bytes = local_bytes(p, id, rank);
+    const Buffer& b = p.buffer(id);
+    if (const int d = part ? sequence_dim(b) : -1; d >= 0) {
+      // Of the whole sequence only the part's rows move.
+      const auto at = static_cast<std::size_t>(d);
+      const std::int64_t all = local_extent(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
+      bytes = Bytes{bytes.count / std::max<std::int64_t>(1, all) * positions};
+    }
+    w.bytes += bytes;
+  };
+  for_each_read(i, touch);
+  for_each_write(i, touch);
   if (i.op < 0) return w;
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
   w.matrix = is_product(op.operation);

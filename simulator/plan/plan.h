@@ -95,6 +95,9 @@ struct Plan {
   bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
+  /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of
+  /// tp, while the next part travels.
+  bool overlap_tensor_parallel = false;
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every

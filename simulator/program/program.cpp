@@ -150,6 +150,32 @@ Bytes host_bytes(const Program& p, BufferId id, std::int64_t rank) {
   return p.buffer(id).host ? local_bytes(p, id, rank) : Bytes{0};
 }
 
+int sequence_dim(const Buffer& b) {
+  for (std::size_t d = 0; d < b.shape.size(); ++d) {
+    if (b.shape[d].dim == Dim::sequence) return static_cast<int>(d);
+  }
+  return -1;
+}
+
+std::vector<std::int64_t> part_positions(const Program& p, const Instruction& i,
+                                         std::int64_t rank) {
+  std::vector<std::int64_t> least;
+  bool any = false;
+  for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
+    for (const BufferId id : *list) {
+      if (!id.valid()) continue;
+      const Buffer& b = p.buffer(id);
+      const int d = sequence_dim(b);
+      if (d < 0) continue;
+      const auto at = static_cast<std::size_t>(d);
+      auto mine = local_indices(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
+      if (!any || mine.size() < least.size()) least = std::move(mine);
+      any = true;
+    }
+  }
+  return least;
+}
+
 std::int64_t common_elements(const Program& p, BufferId from, std::int64_t a, BufferId to,
                              std::int64_t b) {
   const Buffer &x = p.buffer(from), &y = p.buffer(to);

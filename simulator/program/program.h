@@ -133,7 +133,9 @@ struct Instruction {
   Kernel kernel = Kernel::forward;
   std::int32_t op = -1;
   std::int32_t index = 0;  ///< statistic, network input
-  std::int32_t part = -1;  ///< >= 0: attention of one part of keys out of a ring, in this order
+  /// >= 0: attention of one part of keys out of a ring, in this order; a product with one part of
+  /// the sequence, the smallest that an operand or the result holds.
+  std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
@@ -297,6 +299,12 @@ Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 /// The same in the device's memory (0 for what lies on the host), and on the host.
 Bytes device_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes host_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// Of a product with one part of the sequence (Instruction::part): which positions.
+std::vector<std::int64_t> part_positions(const Program& program, const Instruction& instruction,
+                                         std::int64_t rank);
+/// Dimension of the buffer that is the sequence; -1: none.
+int sequence_dim(const Buffer& buffer);
 
 /// Elements that rank `a` holds of `from` and rank `b` wants of `to`, of dense buffers of one
 /// shape.

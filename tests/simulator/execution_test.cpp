@@ -470,6 +470,49 @@ TEST(Execution, StagesThatMeetThroughAMessageQueue) {
   expect_good(llama(), p);
 }
 
+TEST(Execution, OverlappedTensorParallel) {
+  for (const int tp : {2, 4}) {
+    Plan p = base_plan();
+    p.tp = tp;
+    p.sequence_parallel = true;
+    p.overlap_tensor_parallel = true;
+    Program program;
+    const auto r = expect_equals_reference(gpt(), p, 1, &program);
+    EXPECT_TRUE(r.feasible) << r.reason;
+    // Of every block's four products: two gathered inputs and two scattered outputs forward, and
+    // the same backward; only what others read too is gathered whole.
+    std::map<CollectiveKind, int> calls;
+    for (const Block& b : program.blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (i.kind == Kind::collective && i.atoms != 0) ++calls[i.collective];
+      }
+    }
+    EXPECT_GT(calls[CollectiveKind::shift], calls[CollectiveKind::all_gather]);
+    p.micro_batch = 2;
+    const Graph other = tp == 2 ? llama() : gpt();
+    expect_good(other, p);
+    p.save_gathered = true;
+    expect_good(other, p);
+    p.save_gathered = false;
+    p.dp = 2;
+    p.pp = 2;
+    p.global_batch = 8;
+    for (const Schedule s : {Schedule::one_f_one_b, Schedule::zero_bubble_h1}) {
+      p.schedule = s;
+      p.schedule_given = true;
+      expect_good(other, p);
+    }
+    p.pp = 1;
+    p.zero = 3;
+    set_recompute(p, "full", "");
+    expect_good(gpt(), p);
+    set_recompute(p, "none", "");
+    p.zero = 0;
+    p.cp = 2;  // the sequence is cut by cp too: gathers stay whole
+    if (tp == 2) expect_good(llama(), p);
+  }
+}
+
 TEST(Execution, LossScaling) {
   Plan p = base_plan();
   p.loss_scale = {1024, false, 2000};
