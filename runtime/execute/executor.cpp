@@ -15,6 +15,7 @@
 #include "runtime/execute/clocks.h"
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
+#include "runtime/execute/shard.h"
 #include "runtime/reference/compression.h"
 #include "runtime/transport/narrow.h"
 
@@ -212,7 +213,7 @@ class Executor {
       take(id, instance, box(id).elements() * width(b));
       if (instance.data != nullptr)
         std::memset(instance.data, 0, static_cast<std::size_t>(instance.bytes));
-      if (b.category == Category::parameters && b.parameter >= 0) initialise(id);
+      if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) initialise(id);
     }
   }
 
@@ -226,10 +227,36 @@ class Executor {
     const Box& mine = box(id);
     if (!mine.held) return;
     auto* values = reinterpret_cast<float*>(slots_[id.index()][0].data);
+    if (values == nullptr) return;
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
     });
+  }
+
+  /// The same from storage, in as few reads as the piece has runs in the whole parameter.
+  void read(BufferId id) {
+    if (!o_.read) {
+      initialise(id);
+      return;
+    }
+    const Buffer& b = p_.buffer(id);
+    if (!box(id).held) return;
+    auto* to = values(id);
+    std::int64_t at = 0, first = 0, count = 0;
+    const auto flush = [&] {
+      if (count > 0)
+        o_.read(replica(), static_cast<std::size_t>(b.parameter), first, count, to + at);
+    };
+    for_each_global(box(id), b, [&](std::int64_t k, std::int64_t global) {
+      if (count > 0 && global == first + count) {
+        ++count;
+        return;
+      }
+      flush();
+      at = k, first = global, count = 1;
+    });
+    flush();
   }
 
   /// f(position in memory, linear index in the whole tensor).
@@ -538,6 +565,7 @@ class Executor {
   /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
   void make_inputs() {
     inputs_.clear();
+    shard_.rewind();
     for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
       for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
         if (i.kind != Kind::load || !box(i.writes[0]).held) continue;
@@ -557,14 +585,24 @@ class Executor {
             reinterpret_cast<float*>(made.data())[k] = static_cast<float>(v);
           }
         });
-        inputs_[{i.writes[0], call.micro_batch}] = std::move(made);
+        auto& input = inputs_[{i.writes[0], call.micro_batch}];
+        if (p_.sharded_storage) {
+          input.at = shard_.append(o_.storage, rank_, made.data(), made.size());
+          input.bytes = made.size();
+        } else {
+          input.values = std::move(made);
+        }
       }
     }
   }
   void load(const Instruction& i) {
     if (!box(i.writes[0]).held) return;
     const auto& made = inputs_.at({i.writes[0], micro_batch_});
-    std::memcpy(data(i.writes[0]), made.data(), made.size());
+    if (p_.sharded_storage) {
+      shard_.read(made.at, data(i.writes[0]), made.bytes);
+    } else {
+      std::memcpy(data(i.writes[0]), made.values.data(), made.values.size());
+    }
   }
 
   // ---- collectives -----------------------------------------------------------------------------
@@ -878,6 +916,14 @@ class Executor {
       decompress(i);
       return;
     }
+    if (i.kernel == Kernel::initialise) {
+      initialise(i.writes[0]);
+      return;
+    }
+    if (i.kernel == Kernel::read) {
+      read(i.writes[0]);
+      return;
+    }
     if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
       const auto length = static_cast<std::int64_t>(box(i.outputs[0]).index[0].size());
       const std::int64_t n = box(i.outputs[0]).elements() / length;
@@ -1001,6 +1047,8 @@ class Executor {
       case Kernel::decompress:
       case Kernel::dequeue:
       case Kernel::enqueue:
+      case Kernel::initialise:
+      case Kernel::read:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
@@ -1460,7 +1508,13 @@ class Executor {
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
   std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;   ///< [block][instruction]
   std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
-  std::map<std::pair<BufferId, std::int32_t>, std::vector<std::byte>> inputs_;
+  struct Input {
+    std::vector<std::byte> values;
+    std::int64_t at = 0;  ///< or where they lie in this rank's shard
+    std::size_t bytes = 0;
+  };
+  std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
+  Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;

@@ -44,7 +44,7 @@ class Machine {
 
   RunResult run() {
     const auto replicas = static_cast<std::size_t>(p_.mesh.size(p_.replicas));
-    load_parameters();
+    if (!p_.startup) load_parameters();
     for (step_ = 0; step_ < o_.steps; ++step_) {
       result_.losses.emplace_back(replicas, 0.0);
       result_.gradients.assign(replicas, {});
@@ -161,28 +161,31 @@ class Machine {
             if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) return;
             if (!holds(id, rank)) return;
             auto& slot = values_[static_cast<std::size_t>(rank)][{id.value, -1}];
-            if (!slot.index.empty()) return;
-            const auto q = static_cast<std::size_t>(b.parameter);
-            const Piece& whole = o_.parameters.at(replica(rank)).at(q);
-            Piece piece = zeros(indices(b, rank));
-            for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
-              piece.values[k] = whole.values[static_cast<std::size_t>(g)];
-            });
-            if (!b.layout.flat.empty()) {
-              Piece shard = blank(b, rank);
-              for (std::size_t k = 0; k < shard.values.size(); ++k) {
-                shard.values[k] = piece.values[static_cast<std::size_t>(shard.index[0][k])];
-              }
-              piece = std::move(shard);
-            }
-            round(id, piece);
-            slot = std::move(piece);
+            if (slot.index.empty()) slot = initial(id, rank);
           };
           for_each_read(i, fill);
           for_each_write(i, fill);
         }
       }
     }
+  }
+
+  /// A rank's piece of a parameter's initial values.
+  Piece initial(BufferId id, std::int64_t rank) const {
+    const Buffer& b = p_.buffer(id);
+    const Piece& whole = o_.parameters.at(replica(rank)).at(static_cast<std::size_t>(b.parameter));
+    Piece piece = zeros(indices(b, rank));
+    for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
+      piece.values[k] = whole.values[static_cast<std::size_t>(g)];
+    });
+    if (!b.layout.flat.empty()) {
+      Piece shard = blank(b, rank);
+      for (std::size_t k = 0; k < shard.values.size(); ++k)
+        shard.values[k] = piece.values[static_cast<std::size_t>(shard.index[0][k])];
+      piece = std::move(shard);
+    }
+    round(id, piece);
+    return piece;
   }
 
   /// Writes a rank's piece of a whole value; copies on several ranks must agree.
@@ -582,6 +585,10 @@ class Machine {
       decompress(i, rank);
       return;
     }
+    if (i.kernel == Kernel::initialise || i.kernel == Kernel::read) {
+      if (holds(i.writes[0], rank)) store(rank, i.writes[0]) = initial(i.writes[0], rank);
+      return;
+    }
     if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
       // Entry t mod s of a queue of s steps.
       Piece& queue = kept(rank, i.outputs[0]);
@@ -710,6 +717,8 @@ class Machine {
       case Kernel::decompress:
       case Kernel::dequeue:
       case Kernel::enqueue:
+      case Kernel::initialise:
+      case Kernel::read:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {

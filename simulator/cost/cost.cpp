@@ -97,6 +97,8 @@ Pass pass_of(Kernel k) {
     case Kernel::decompress:
     case Kernel::dequeue:
     case Kernel::enqueue:
+    case Kernel::initialise:
+    case Kernel::read:
       return Pass::forward;
   }
   return Pass::forward;
@@ -193,7 +195,14 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     w.flops = Flops{(p.optimizer.kind == OptimizerKind::adam ? 12 : 4) * n};
     return w;
   }
-  if (i.kernel == Kernel::zero) {
+  if (i.kernel == Kernel::initialise) {
+    // Philox4x32-10 (Salmon et al., SC 2011): ten rounds of two products and four exclusive ors
+    // give two normal numbers, their logarithms and cosines included about 60 operations each.
+    w.flops = Flops{60 * static_cast<double>(local_elements(p, i.writes[0], rank))};
+    w.bytes = bytes_of(p, i.writes, rank);
+    return w;
+  }
+  if (i.kernel == Kernel::zero || i.kernel == Kernel::read) {
     w.bytes = bytes_of(p, i.writes, rank);
     return w;
   }
@@ -451,6 +460,24 @@ bool on_host(const Program& p, const Instruction& i) {
   if (i.kind == Kind::copy) return true;
   return i.kind == Kind::compute && i.kernel == Kernel::optimizer && !i.outputs.empty() &&
          p.buffer(i.outputs[0]).host;
+}
+
+bool from_storage(const Program& p, const Instruction& i) {
+  return (i.kind == Kind::load && p.sharded_storage) ||
+         (i.kind == Kind::compute && i.kernel == Kernel::read);
+}
+
+Seconds Communication::storage_time(const Program& p, const Instruction& i, std::int64_t rank) {
+  const Topology& t = state_->topology;
+  const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(rank)});
+  const BytesPerSecond all = t.storage_bandwidth(node);
+  if (!(all.count > 0)) {
+    throw InputError("storage", fmt::format("{} does not say how fast its nodes read from storage; "
+                                            "add storage_bandwidth to its nodes",
+                                            t.name()));
+  }
+  return Seconds{static_cast<double>(local_bytes(p, i.writes[0], rank).count) *
+                 static_cast<double>(t.device_count(node)) / all.count};
 }
 
 Seconds Communication::host_time(const Program& p, const Instruction& i, std::int64_t rank) {

@@ -105,6 +105,7 @@ class Lowering {
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
+    p_.sharded_storage = plan_.sharded_storage;
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};
     return {};
@@ -386,6 +387,7 @@ class Lowering {
       const BufferId b = tensor_buffer(t, layout);
       Instruction i;
       i.kind = Kind::load;
+      if (plan_.sharded_storage) i.stream = stream("storage");
       i.writes = {b};
       for (std::size_t k = 0; k < p_.inputs.size(); ++k) {
         if (p_.inputs[k].tensor == t.value) i.index = static_cast<std::int32_t>(k);
@@ -453,6 +455,7 @@ class Lowering {
       for (const FromLoader& f : list) {
         Instruction i;
         i.kind = Kind::load;
+        if (plan_.sharded_storage) i.stream = stream("storage");
         i.writes = {tensor_buffer(f.tensor, f.layout)};
         for (std::size_t k = 0; k < p_.inputs.size(); ++k) {
           if (p_.inputs[k].tensor == f.tensor.value) i.index = static_cast<std::int32_t>(k);

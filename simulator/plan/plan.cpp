@@ -761,6 +761,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
+  if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
   if (const auto n = y.find("context_exchange"))
@@ -907,6 +908,7 @@ std::string to_yaml(const Plan& p) {
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.overlap_tensor_parallel) s += "overlap_tensor_parallel: true\n";
   if (p.loader) s += "loader: true\n";
+  if (p.sharded_storage) s += "sharded_storage: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
   if (p.message_queue) s += "message_queue: true\n";
   if (p.offload_optimizer || p.offload_activations)

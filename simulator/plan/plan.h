@@ -115,6 +115,9 @@ struct Plan {
   bool message_queue = false;
   LossScale loss_scale;
   Compression compression;
+  /// Batches are read from storage, each rank's samples from a shard of its own; else they are
+  /// there.
+  bool sharded_storage = false;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings

@@ -19,7 +19,7 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 18> names{"forward_statistic",
+  constexpr std::array<std::string_view, 20> names{"forward_statistic",
                                                    "forward",
                                                    "backward_statistic",
                                                    "backward_data",
@@ -36,7 +36,9 @@ std::string_view name(Kernel k) {
                                                    "compress",
                                                    "decompress",
                                                    "dequeue",
-                                                   "enqueue"};
+                                                   "enqueue",
+                                                   "initialise",
+                                                   "read"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CompressionKind k) {

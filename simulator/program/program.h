@@ -101,6 +101,8 @@ enum class Kernel : std::uint8_t {
   decompress,  ///< writes[0] = sum of what reads[0...] stand for
   dequeue,     ///< writes[0] = what outputs[0], a queue of steps, got longest ago; zeros at first
   enqueue,     ///< reads[0] takes that place
+  initialise,  ///< writes[0] = initial values of its parameter, drawn by this rank
+  read,        ///< the same from storage
 };
 /// Of an operator (`op`), or of plain buffers?
 inline bool of_operator(Kernel k) { return k <= Kernel::backward_weight; }
@@ -260,6 +262,9 @@ struct Program {
   std::int32_t loss_tensor = -1;
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
+  bool startup = false;  ///< fills the parameters, which otherwise are there from the start
+  /// Batches are read from storage, each rank's samples from a shard of its own.
+  bool sharded_storage = false;
 
   int stage_count() const { return static_cast<int>(stages.size()); }  ///< roles included
   int pipeline_stages() const { return stage_count() - static_cast<int>(roles.size()); }

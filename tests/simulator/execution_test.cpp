@@ -7,6 +7,7 @@
 #include <random>
 
 #include "runtime/reference/serial.h"
+#include "simulator/lower/startup.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
@@ -513,6 +514,37 @@ TEST(Execution, OverlappedTensorParallel) {
   }
 }
 
+TEST(Execution, StartUpFillsEveryParameterInAllItsForms) {
+  std::mt19937 rng{20261201};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
+  int done = 0;
+  while (done < 60) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    Plan wanted = random_plan(rng);
+    if (done % 6 == 0) wanted = base_plan(), wanted.dp = 3, wanted.strategy = "dataparallel";
+    if (done % 6 == 1) wanted = base_plan(), wanted.dp = 2, wanted.strategy = "replicas";
+    const auto plan = complete(g, wanted);
+    if (!plan || plan->ranks() > 24) continue;
+    const auto training = lower(g, *plan);
+    if (!training) continue;
+    ++done;
+    SCOPED_TRACE(g.name + "\n" + to_yaml(*plan));
+    for (const Startup form : {Startup::each, Startup::broadcast, Startup::sharded_read}) {
+      SCOPED_TRACE(std::string(name(form)));
+      const Program p = startup_program(*training, form);
+      for (const auto& error : verify(p)) ADD_FAILURE() << error;
+      const auto options = reference::options_for(g, p, 1, 7);
+      const auto run = reference::interpret(p, options);
+      EXPECT_EQ(run.copies_differ, 0);
+      for (std::size_t r = 0; r < run.parameters.size(); ++r) {
+        for (std::size_t q = 0; q < g.parameters.size(); ++q)
+          EXPECT_EQ(run.parameters[r][q], options.parameters[r][q].values) << g.parameters[q].name;
+      }
+    }
+    if (::testing::Test::HasFailure()) return;
+  }
+}
+
 TEST(Execution, LossScaling) {
   Plan p = base_plan();
   p.loss_scale = {1024, false, 2000};
@@ -826,7 +858,7 @@ TEST(Execution, AMasterCopyKeepsUpdatesTooSmallForTheParameter) {
 TEST(Execution, RandomNetworks) {
   std::mt19937 rng{20261124};
   int feasible = 0;
-  for (int i = 0; i < 240; ++i) {
+  for (int i = 0; i < 320; ++i) {
     const Graph g = random_transformer(rng);
     const Plan p = random_plan(rng);
     if (p.ranks() > 24) continue;
