@@ -218,6 +218,7 @@ void add_commands(CLI::App& app, int& code) {
   add_plan(app, code);
   add_whatif(app, code);
   add_reference(app, code);
+  add_startup(app, code);
   add_run(app, code);
   add_validate(app, code);
 }

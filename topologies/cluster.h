@@ -43,6 +43,7 @@ struct NodeSpec {
   std::string place;
   std::int64_t count = 1;
   std::string cpu_vendor;
+  BytesPerSecond storage_bandwidth;      ///< at which one node reads; 0: not said
   BytesPerSecond host_memory_bandwidth;  ///< of all its processors together; 0: not said
   std::vector<VertexSpec> vertices;
   std::vector<EdgeSpec> edges;

@@ -182,11 +182,15 @@ class Reader {
     if (const auto vendor = node.find("cpu_vendor"))
       group.cpu_vendor = one_of<std::string>(
           *vendor, {{"intel", "intel"}, {"amd", "amd"}, {"arm", "arm"}, {"other", ""}});
-    if (const auto bandwidth = node.find("host_memory_bandwidth")) {
-      group.host_memory_bandwidth = bandwidth->as_byte_rate();
-      const auto own = node.find("host_source");
+    const auto rate = [&](const char* key, const char* source_key, BytesPerSecond& to) {
+      const auto bandwidth = node.find(key);
+      const auto own = node.find(source_key);
+      if (!bandwidth) return;
+      to = bandwidth->as_byte_rate();
       cite(*bandwidth, own ? own->as_string() : source);
-    }
+    };
+    rate("host_memory_bandwidth", "host_source", group.host_memory_bandwidth);
+    rate("storage_bandwidth", "storage_source", group.storage_bandwidth);
     for (const auto& [names, vertex] : node.get("vertices").members())
       read_vertices(names, vertex, own_source(vertex, source), group);
     std::map<std::string, std::size_t> by_name;

@@ -429,6 +429,9 @@ const std::string& Topology::cpu_vendor(std::size_t node) const {
 BytesPerSecond Topology::host_memory_bandwidth(std::size_t node) const {
   return impl_->node_at(node).node().spec().host_memory_bandwidth;
 }
+BytesPerSecond Topology::storage_bandwidth(std::size_t node) const {
+  return impl_->node_at(node).node().spec().storage_bandwidth;
+}
 std::size_t Topology::nic_count(std::size_t node) const {
   return impl_->node_at(node).node().nics().size();
 }

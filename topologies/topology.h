@@ -59,6 +59,8 @@ class Topology {
   const std::string& cpu_vendor(std::size_t node) const;
   /// Of a node's processors together; 0 where the file does not say.
   BytesPerSecond host_memory_bandwidth(std::size_t node) const;
+  /// At which one node reads from storage; 0 where the file does not say.
+  BytesPerSecond storage_bandwidth(std::size_t node) const;
   std::size_t nic_count(std::size_t node) const;
   /// Nodes of one domain share a switched NVLink network; a node without one is its own domain.
   std::size_t domain_of(std::size_t node) const;

@@ -71,6 +71,8 @@ std::string kind_of(const Program& p, const Instruction& i) {
     case Kernel::decompress:
     case Kernel::dequeue:
     case Kernel::enqueue:
+    case Kernel::initialise:
+    case Kernel::read:
       break;
   }
   return std::string(name(i.kernel));

@@ -15,6 +15,7 @@
 #include "runtime/execute/clocks.h"
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
+#include "runtime/execute/shard.h"
 #include "runtime/reference/compression.h"
 #include "runtime/transport/narrow.h"
 
@@ -171,9 +172,14 @@ class Executor {
         for_each_write(i, note);
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
-          if (p_.mesh.group_root(rank_, op.root) == rank_)
-            kernels_[id.index()][k].emplace(reference::context_of(
-                p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_));
+          if (p_.mesh.group_root(rank_, op.root) == rank_) {
+            auto context = reference::context_of(
+                p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_);
+            if (of_sequence_part(i))
+              context.indices[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
+                  part_positions(p_, i, rank_);
+            kernels_[id.index()][k].emplace(std::move(context));
+          }
         }
         if (i.kind == Kind::collective || i.kind == Kind::slice)
           collectives_[id.index()][k] = prepare_collective(i);
@@ -212,7 +218,7 @@ class Executor {
       take(id, instance, box(id).elements() * width(b));
       if (instance.data != nullptr)
         std::memset(instance.data, 0, static_cast<std::size_t>(instance.bytes));
-      if (b.category == Category::parameters && b.parameter >= 0) initialise(id);
+      if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) initialise(id);
     }
   }
 
@@ -226,10 +232,36 @@ class Executor {
     const Box& mine = box(id);
     if (!mine.held) return;
     auto* values = reinterpret_cast<float*>(slots_[id.index()][0].data);
+    if (values == nullptr) return;
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
     });
+  }
+
+  /// The same from storage, in as few reads as the piece has runs in the whole parameter.
+  void read(BufferId id) {
+    if (!o_.read) {
+      initialise(id);
+      return;
+    }
+    const Buffer& b = p_.buffer(id);
+    if (!box(id).held) return;
+    auto* to = values(id);
+    std::int64_t at = 0, first = 0, count = 0;
+    const auto flush = [&] {
+      if (count > 0)
+        o_.read(replica(), static_cast<std::size_t>(b.parameter), first, count, to + at);
+    };
+    for_each_global(box(id), b, [&](std::int64_t k, std::int64_t global) {
+      if (count > 0 && global == first + count) {
+        ++count;
+        return;
+      }
+      flush();
+      at = k, first = global, count = 1;
+    });
+    flush();
   }
 
   /// f(position in memory, linear index in the whole tensor).
@@ -538,6 +570,7 @@ class Executor {
   /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
   void make_inputs() {
     inputs_.clear();
+    shard_.rewind();
     for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
       for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
         if (i.kind != Kind::load || !box(i.writes[0]).held) continue;
@@ -557,14 +590,24 @@ class Executor {
             reinterpret_cast<float*>(made.data())[k] = static_cast<float>(v);
           }
         });
-        inputs_[{i.writes[0], call.micro_batch}] = std::move(made);
+        auto& input = inputs_[{i.writes[0], call.micro_batch}];
+        if (p_.sharded_storage) {
+          input.at = shard_.append(o_.storage, rank_, made.data(), made.size());
+          input.bytes = made.size();
+        } else {
+          input.values = std::move(made);
+        }
       }
     }
   }
   void load(const Instruction& i) {
     if (!box(i.writes[0]).held) return;
     const auto& made = inputs_.at({i.writes[0], micro_batch_});
-    std::memcpy(data(i.writes[0]), made.data(), made.size());
+    if (p_.sharded_storage) {
+      shard_.read(made.at, data(i.writes[0]), made.bytes);
+    } else {
+      std::memcpy(data(i.writes[0]), made.values.data(), made.values.size());
+    }
   }
 
   // ---- collectives -----------------------------------------------------------------------------
@@ -887,6 +930,14 @@ class Executor {
       decompress(i);
       return;
     }
+    if (i.kernel == Kernel::initialise) {
+      initialise(i.writes[0]);
+      return;
+    }
+    if (i.kernel == Kernel::read) {
+      read(i.writes[0]);
+      return;
+    }
     if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
       const auto length = static_cast<std::int64_t>(box(i.outputs[0]).index[0].size());
       const std::int64_t n = box(i.outputs[0]).elements() / length;
@@ -924,6 +975,10 @@ class Executor {
     a.whole_statistics = true;
     for (std::size_t d = 0; d < op.cuts.size(); ++d)
       a.whole_statistics &= s.dims[d].use != DimUse::statistic || op.cuts[d].atoms.empty();
+    if (of_sequence_part(i)) {
+      product_part(i, *kernel, a);
+      return;
+    }
     if (i.part >= 0) {
       fill(a.results, i.writes);
       const bool forward = i.kernel == Kernel::forward;
@@ -1006,6 +1061,8 @@ class Executor {
       case Kernel::decompress:
       case Kernel::dequeue:
       case Kernel::enqueue:
+      case Kernel::initialise:
+      case Kernel::read:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
@@ -1028,6 +1085,76 @@ class Executor {
       for (const Row& r : rows) routed_.insert(routed_.end(), {r.sample, r.sequence, r.expert});
     }
     if (i.kernel == Kernel::forward && op.has_loss && !i.recomputed) note_loss(i.writes[0]);
+  }
+
+  // ---- products with one part of the sequence
+  // ----------------------------------------------------
+  bool of_sequence_part(const Instruction& i) const {
+    return i.part >= 0 && !std::holds_alternative<Attention>(
+                              p_.operators[static_cast<std::size_t>(i.op)].operation);
+  }
+  /// What a part of the sequence is of a buffer: where it lies, and room for it by itself.
+  struct Slice {
+    Box box;
+    std::vector<Run> runs;  ///< empty: the buffer is the part
+    std::vector<float> values;
+  };
+  Slice slice_of(const Instruction& i, BufferId id) {
+    Slice s;
+    s.box = box(id);
+    const int d = sequence_dim(p_.buffer(id));
+    if (d < 0) return s;
+    auto positions = part_positions(p_, i, rank_);
+    if (s.box.index[static_cast<std::size_t>(d)] == positions) return s;
+    s.box.index[static_cast<std::size_t>(d)] = std::move(positions);
+    s.runs = section(box(id), s.box);
+    s.values.resize(static_cast<std::size_t>(s.box.dense()));
+    return s;
+  }
+
+  void product_part(const Instruction& i, cpu::Kernel& kernel, Arguments& a) {
+    auto& slices = slices_[&i];
+    if (slices.empty()) {
+      for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
+        for (const BufferId id : *list) slices.push_back(id.valid() ? slice_of(i, id) : Slice{});
+      }
+    }
+    std::size_t at = 0;
+    const auto take = [&](Tensor& t) {
+      Slice& s = slices[at++];
+      if (!t || s.runs.empty()) return;
+      auto* to = reinterpret_cast<std::byte*>(s.values.data());
+      pack(s.runs, 4, reinterpret_cast<const std::byte*>(t.values), to);
+      t.index = &s.box.index;
+      t.values = s.values.data();
+    };
+    for (Tensor& t : a.inputs) take(t);
+    for (Tensor& t : a.output_gradients) take(t);
+    const std::size_t first = at;
+    for (const BufferId id : i.writes) {
+      Tensor t = tensor(id);
+      Slice& s = slices[at++];
+      if (t && !s.runs.empty()) {
+        t.index = &s.box.index;
+        t.values = s.values.data();
+        if (i.accumulate) std::fill(s.values.begin(), s.values.end(), 0.0f);
+      }
+      a.results.push_back(t);
+    }
+    if (i.kernel == Kernel::forward) {
+      kernel.forward(a);
+    } else if (i.kernel == Kernel::backward_data) {
+      kernel.backward_data(a);
+    } else {
+      kernel.backward_weight(a);
+    }
+    Prepared words;
+    for (std::size_t k = 0; k < i.writes.size(); ++k) {
+      Slice& s = slices[first + k];
+      if (s.runs.empty() || !i.writes[k].valid()) continue;
+      const auto* from = reinterpret_cast<const std::byte*>(s.values.data());
+      unpack(s.runs, words, from, data(i.writes[k]), i.accumulate);
+    }
   }
 
   void add(const Instruction& i) {
@@ -1461,7 +1588,14 @@ class Executor {
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
   std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;   ///< [block][instruction]
   std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
-  std::map<std::pair<BufferId, std::int32_t>, std::vector<std::byte>> inputs_;
+  struct Input {
+    std::vector<std::byte> values;
+    std::int64_t at = 0;  ///< or where they lie in this rank's shard
+    std::size_t bytes = 0;
+  };
+  std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
+  Shard shard_;
+  std::map<const Instruction*, std::vector<Slice>> slices_;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,

@@ -25,6 +25,14 @@ struct Options {
   reference::InputValue input;
   /// Element of a parameter before the first step; `linear` row-major over its whole shape.
   std::function<double(std::size_t replica, std::size_t parameter, std::int64_t linear)> initial;
+  /// `count` elements of a parameter from `first` on, from storage: what Kernel::read does. Null:
+  /// drawn as `initial`.
+  std::function<void(std::size_t replica, std::size_t parameter, std::int64_t first,
+                     std::int64_t count, float* to)>
+      read;
+  /// Folder for the shards that Program::sharded_storage reads batches from: each rank writes its
+  /// own before a step's clock starts.
+  std::string storage;
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
   bool collect = true;   ///< gradients and parameters of all ranks on rank 0
   bool record = false;   ///< start and end of every instruction of every timed step

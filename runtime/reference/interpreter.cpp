@@ -44,7 +44,7 @@ class Machine {
 
   RunResult run() {
     const auto replicas = static_cast<std::size_t>(p_.mesh.size(p_.replicas));
-    load_parameters();
+    if (!p_.startup) load_parameters();
     for (step_ = 0; step_ < o_.steps; ++step_) {
       result_.losses.emplace_back(replicas, 0.0);
       result_.gradients.assign(replicas, {});
@@ -161,28 +161,31 @@ class Machine {
             if (b.category != Category::parameters || b.parameter < 0 || b.alias >= 0) return;
             if (!holds(id, rank)) return;
             auto& slot = values_[static_cast<std::size_t>(rank)][{id.value, -1}];
-            if (!slot.index.empty()) return;
-            const auto q = static_cast<std::size_t>(b.parameter);
-            const Piece& whole = o_.parameters.at(replica(rank)).at(q);
-            Piece piece = zeros(indices(b, rank));
-            for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
-              piece.values[k] = whole.values[static_cast<std::size_t>(g)];
-            });
-            if (!b.layout.flat.empty()) {
-              Piece shard = blank(b, rank);
-              for (std::size_t k = 0; k < shard.values.size(); ++k) {
-                shard.values[k] = piece.values[static_cast<std::size_t>(shard.index[0][k])];
-              }
-              piece = std::move(shard);
-            }
-            round(id, piece);
-            slot = std::move(piece);
+            if (slot.index.empty()) slot = initial(id, rank);
           };
           for_each_read(i, fill);
           for_each_write(i, fill);
         }
       }
     }
+  }
+
+  /// A rank's piece of a parameter's initial values.
+  Piece initial(BufferId id, std::int64_t rank) const {
+    const Buffer& b = p_.buffer(id);
+    const Piece& whole = o_.parameters.at(replica(rank)).at(static_cast<std::size_t>(b.parameter));
+    Piece piece = zeros(indices(b, rank));
+    for_each_global(piece.index, b.shape, [&](std::size_t k, std::int64_t g) {
+      piece.values[k] = whole.values[static_cast<std::size_t>(g)];
+    });
+    if (!b.layout.flat.empty()) {
+      Piece shard = blank(b, rank);
+      for (std::size_t k = 0; k < shard.values.size(); ++k)
+        shard.values[k] = piece.values[static_cast<std::size_t>(shard.index[0][k])];
+      piece = std::move(shard);
+    }
+    round(id, piece);
+    return piece;
   }
 
   /// Writes a rank's piece of a whole value; copies on several ranks must agree.
@@ -582,6 +585,10 @@ class Machine {
       decompress(i, rank);
       return;
     }
+    if (i.kernel == Kernel::initialise || i.kernel == Kernel::read) {
+      if (holds(i.writes[0], rank)) store(rank, i.writes[0]) = initial(i.writes[0], rank);
+      return;
+    }
     if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
       // Entry t mod s of a queue of s steps.
       Piece& queue = kept(rank, i.outputs[0]);
@@ -609,11 +616,11 @@ class Machine {
     }
     const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
     if (!is_first(op.root, rank)) return;
-    if (i.part >= 0) {
+    if (i.part >= 0 && std::holds_alternative<Attention>(op.operation)) {
       ring_attention(i, op, rank);
       return;
     }
-    const Context c = context(i, rank);
+    Context c = context(i, rank);
     Operands o;
     for (const BufferId id : i.reads) o.inputs.push_back(optional(rank, id));
     for (const BufferId id : i.parameters) o.parameters.push_back(optional(rank, id));
@@ -622,6 +629,24 @@ class Machine {
     one.values = {1.0};
     for (const BufferId id : i.gradients)
       o.output_gradients.push_back(id.valid() ? &load(rank, id) : &one);
+    // A product with one part of the sequence: that part of every operand.
+    std::vector<Piece> parts;
+    std::vector<std::int64_t> positions;
+    if (i.part >= 0) {
+      positions = part_positions(p_, i, rank);
+      c.indices[static_cast<std::size_t>(op.signature.find(Dim::sequence))] = positions;
+      parts.reserve(i.reads.size() + i.gradients.size());
+      const auto cut = [&](std::vector<const Piece*>& list, const std::vector<BufferId>& ids) {
+        for (std::size_t k = 0; k < ids.size(); ++k) {
+          const int d = ids[k].valid() ? sequence_dim(p_.buffer(ids[k])) : -1;
+          if (d < 0) continue;
+          parts.push_back(positions_of(*list[k], static_cast<std::size_t>(d), positions));
+          list[k] = &parts.back();
+        }
+      };
+      cut(o.inputs, i.reads);
+      cut(o.output_gradients, i.gradients);
+    }
     std::vector<Piece> cast;
     if (o_.round && casts(op)) {
       cast.reserve(o.inputs.size() + o.parameters.size() + o.output_gradients.size());
@@ -692,17 +717,58 @@ class Machine {
       case Kernel::decompress:
       case Kernel::dequeue:
       case Kernel::enqueue:
+      case Kernel::initialise:
+      case Kernel::read:
         break;
     }
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
       if (!i.writes[k].valid()) continue;
       Piece& slot = store(rank, i.writes[k]);
-      if (i.accumulate) {
+      const int d = i.part >= 0 ? sequence_dim(p_.buffer(i.writes[k])) : -1;
+      if (d >= 0 &&
+          indices(p_.buffer(i.writes[k]), rank)[static_cast<std::size_t>(d)] != positions) {
+        if (i.part == 0 && !i.accumulate) slot = blank(p_.buffer(i.writes[k]), rank);
+        put_positions(slot, results[k], static_cast<std::size_t>(d), i.accumulate);
+      } else if (i.accumulate) {
         add_into(slot, results[k]);
       } else {
         slot = std::move(results[k]);
       }
       round(i.writes[k], slot);
+    }
+  }
+
+  /// The rows of a dense piece at these positions of dimension d, all of which it holds.
+  static Piece positions_of(const Piece& whole, std::size_t d,
+                            const std::vector<std::int64_t>& positions) {
+    auto index = whole.index;
+    index[d] = positions;
+    Piece part = zeros(std::move(index));
+    walk_positions(whole, part, d,
+                   [&](std::size_t w, std::size_t p) { part.values[p] = whole.values[w]; });
+    return part;
+  }
+  static void put_positions(Piece& whole, const Piece& part, std::size_t d, bool add) {
+    walk_positions(whole, part, d, [&](std::size_t w, std::size_t p) {
+      whole.values[w] = add ? whole.values[w] + part.values[p] : part.values[p];
+    });
+  }
+  /// f(place in whole, place in part) for every element of the part.
+  template <class F>
+  static void walk_positions(const Piece& whole, const Piece& part, std::size_t d, F f) {
+    std::size_t outer = 1, inner = 1;
+    for (std::size_t x = 0; x < whole.index.size(); ++x)
+      (x < d ? outer : inner) *= x == d ? 1 : whole.index[x].size();
+    const auto& all = whole.index[d];
+    const auto& some = part.index[d];
+    for (std::size_t a = 0; a < outer; ++a) {
+      for (std::size_t s = 0; s < some.size(); ++s) {
+        const auto it = std::lower_bound(all.begin(), all.end(), some[s]);
+        PARTITA_ASSERT(it != all.end() && *it == some[s], "a part lies outside its whole");
+        const auto w = static_cast<std::size_t>(it - all.begin());
+        for (std::size_t b = 0; b < inner; ++b)
+          f((a * all.size() + w) * inner + b, (a * some.size() + s) * inner + b);
+      }
     }
   }
 

@@ -29,6 +29,16 @@ std::vector<std::int64_t> extents_of(const Program& p, const ProgramOperator& op
   return all;
 }
 
+/// The same for an instruction, which may do one part of the sequence only.
+std::vector<std::int64_t> extents_of(const Program& p, const Instruction& i,
+                                     const ProgramOperator& op, std::int64_t rank) {
+  auto all = extents_of(p, op, rank);
+  if (i.part < 0 || std::holds_alternative<Attention>(op.operation)) return all;
+  all[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
+      static_cast<std::int64_t>(part_positions(p, i, rank).size());
+  return all;
+}
+
 /// What crosses in a halo exchange: the part of the window layout that the block layout does not
 /// hold. (A window with a stride may also leave rows of its own block unread.)
 Bytes crossing_bytes(const Program& p, const Buffer& from, const Buffer& to, std::int64_t rank) {
@@ -87,6 +97,8 @@ Pass pass_of(Kernel k) {
     case Kernel::decompress:
     case Kernel::dequeue:
     case Kernel::enqueue:
+    case Kernel::initialise:
+    case Kernel::read:
       return Pass::forward;
   }
   return Pass::forward;
@@ -153,8 +165,9 @@ Flops mathematical_flops(const Program& p, const Instruction& i, std::int64_t ra
       i.kernel != Kernel::backward_weight)
     return Flops{0};
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-  if (i.part >= 0) return ring_flops(p, i, op, rank);
-  const Flops balanced = flops(op.operation, op.signature, extents_of(p, op, rank),
+  if (i.part >= 0 && std::holds_alternative<Attention>(op.operation))
+    return ring_flops(p, i, op, rank);
+  const Flops balanced = flops(op.operation, op.signature, extents_of(p, i, op, rank),
                                pass_of(i.kernel), attended_fraction(p, op, rank));
   return Flops{balanced.count * load_of_experts(p, i, rank)};
 }
@@ -199,12 +212,35 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     w.flops = Flops{(p.optimizer.kind == OptimizerKind::adam ? 12 : 4) * n};
     return w;
   }
-  if (i.kernel == Kernel::zero) {
+  if (i.kernel == Kernel::initialise) {
+    // Philox4x32-10 (Salmon et al., SC 2011): ten rounds of two products and four exclusive ors
+    // give two normal numbers, their logarithms and cosines included about 60 operations each.
+    w.flops = Flops{60 * static_cast<double>(local_elements(p, i.writes[0], rank))};
     w.bytes = bytes_of(p, i.writes, rank);
     return w;
   }
-  for_each_read(i, [&](BufferId id) { w.bytes += local_bytes(p, id, rank); });
-  for_each_write(i, [&](BufferId id) { w.bytes += local_bytes(p, id, rank); });
+  if (i.kernel == Kernel::zero || i.kernel == Kernel::read) {
+    w.bytes = bytes_of(p, i.writes, rank);
+    return w;
+  }
+  const bool part =
+      i.part >= 0 && i.op >= 0 &&
+      !std::holds_alternative<Attention>(p.operators[static_cast<std::size_t>(i.op)].operation);
+  const auto positions =
+      part ? static_cast<std::int64_t>(part_positions(p, i, rank).size()) : std::int64_t{0};
+  const auto touch = [&](BufferId id) {
+    Bytes bytes = local_bytes(p, id, rank);
+    const Buffer& b = p.buffer(id);
+    if (const int d = part ? sequence_dim(b) : -1; d >= 0) {
+      // Of the whole sequence only the part's rows move.
+      const auto at = static_cast<std::size_t>(d);
+      const std::int64_t all = local_extent(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
+      bytes = Bytes{bytes.count / std::max<std::int64_t>(1, all) * positions};
+    }
+    w.bytes += bytes;
+  };
+  for_each_read(i, touch);
+  for_each_write(i, touch);
   if (i.op < 0) return w;
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
   w.matrix = is_product(op.operation);
@@ -455,6 +491,24 @@ bool on_host(const Program& p, const Instruction& i) {
   if (i.kind == Kind::copy) return true;
   return i.kind == Kind::compute && i.kernel == Kernel::optimizer && !i.outputs.empty() &&
          p.buffer(i.outputs[0]).host;
+}
+
+bool from_storage(const Program& p, const Instruction& i) {
+  return (i.kind == Kind::load && p.sharded_storage) ||
+         (i.kind == Kind::compute && i.kernel == Kernel::read);
+}
+
+Seconds Communication::storage_time(const Program& p, const Instruction& i, std::int64_t rank) {
+  const Topology& t = state_->topology;
+  const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(rank)});
+  const BytesPerSecond all = t.storage_bandwidth(node);
+  if (!(all.count > 0)) {
+    throw InputError("storage", fmt::format("{} does not say how fast its nodes read from storage; "
+                                            "add storage_bandwidth to its nodes",
+                                            t.name()));
+  }
+  return Seconds{static_cast<double>(local_bytes(p, i.writes[0], rank).count) *
+                 static_cast<double>(t.device_count(node)) / all.count};
 }
 
 Seconds Communication::host_time(const Program& p, const Instruction& i, std::int64_t rank) {

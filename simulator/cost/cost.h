@@ -59,6 +59,9 @@ Bytes key_bytes(const Program& program, const Instruction& instruction, std::int
 /// Is this a copy to, from or on the host, or a kernel that the host runs?
 bool on_host(const Program& program, const Instruction& instruction);
 
+/// Does it read from storage?
+bool from_storage(const Program& program, const Instruction& instruction);
+
 /// Prices of communication between ranks placed on devices 0, 1, 2, ... Caches by group; not
 /// thread-safe.
 class Communication {
@@ -69,6 +72,9 @@ class Communication {
   /// Of a copy between device and host, over the device's link, or of work in the host's memory, of
   /// which every device has its share. InputError where the topology does not say.
   Seconds host_time(const Program& program, const Instruction& instruction, std::int64_t rank);
+  /// Of a read from storage, of which every device of a node has its share. InputError where the
+  /// topology does not say.
+  Seconds storage_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
   void set_at_work(std::int64_t ranks);

@@ -137,7 +137,7 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
                     : i.kernel == Kernel::backward_weight ? "weight"
                                                           : "statistic";
   s.kernel = fmt::format("{} {}", kind_name(op.operation), pass);
-  if (i.part >= 0) s.kernel += " part";
+  if (i.part >= 0 && std::holds_alternative<Attention>(op.operation)) s.kernel += " part";
   const auto routed = [&](const std::vector<BufferId>& list) {
     return std::any_of(list.begin(), list.end(),
                        [&](BufferId id) { return id.valid() && p.buffer(id).routed; });

@@ -234,6 +234,7 @@ RankClasses classify(const Program& p, Communication& communication) {
   std::vector<std::vector<GroupKind>> kinds;
   for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
   const auto uneven = unevenness(p);
+  const bool stores = p.startup || p.sharded_storage;
   const bool hosts =
       std::any_of(p.buffers.begin(), p.buffers.end(), [](const Buffer& b) { return b.host; });
   std::vector<std::uint64_t> colour(static_cast<std::size_t>(n));
@@ -244,6 +245,11 @@ RankClasses classify(const Program& p, Communication& communication) {
     const std::int64_t place = p.place_of(r);
     std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
                           t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
+    if (stores) {
+      const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
+      h = mix(h, static_cast<std::uint64_t>(t.storage_bandwidth(node).count /
+                                            static_cast<double>(t.device_count(node))));
+    }
     if (hosts) {
       const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
       h = mix(h, static_cast<std::uint64_t>(t.host_memory_bandwidth(node).count /
@@ -464,6 +470,7 @@ class Engine {
 
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
   Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
+    if (from_storage(p_, i)) return communication_.storage_time(p_, i, rank);
     if (!device.kernels.empty()) {
       const KernelShape shape = shape_of(p_, i, rank);
       if (shape.kernel.empty()) return Seconds{0};

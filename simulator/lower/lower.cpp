@@ -64,6 +64,7 @@ class Lowering {
     order_blocks();
     loader_blocks();
     server_blocks();
+    if (plan_.overlap_tensor_parallel) split_products();
     if (plan_.message_queue) broker_blocks();
     if (plan_.offload_activations) offload_activations();
     place_memory();
@@ -104,6 +105,7 @@ class Lowering {
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
+    p_.sharded_storage = plan_.sharded_storage;
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};
     return {};
@@ -385,6 +387,7 @@ class Lowering {
       const BufferId b = tensor_buffer(t, layout);
       Instruction i;
       i.kind = Kind::load;
+      if (plan_.sharded_storage) i.stream = stream("storage");
       i.writes = {b};
       for (std::size_t k = 0; k < p_.inputs.size(); ++k) {
         if (p_.inputs[k].tensor == t.value) i.index = static_cast<std::int32_t>(k);
@@ -452,6 +455,7 @@ class Lowering {
       for (const FromLoader& f : list) {
         Instruction i;
         i.kind = Kind::load;
+        if (plan_.sharded_storage) i.stream = stream("storage");
         i.writes = {tensor_buffer(f.tensor, f.layout)};
         for (std::size_t k = 0; k < p_.inputs.size(); ++k) {
           if (p_.inputs[k].tensor == f.tensor.value) i.index = static_cast<std::int32_t>(k);
@@ -756,6 +760,163 @@ class Lowering {
       return;
     }
     block.instructions.push_back(std::move(i));
+  }
+
+  // ---- products in parts, beside the sequence's way (docs/plan.md, "Overlapped tensor parallel")
+  // -
+  void split_products() {
+    // Buffers that every block which uses them makes itself. (A chunk's backward is there twice:
+    // for the last micro-batch and the others.)
+    std::vector<std::set<std::size_t>> used(p_.buffers.size()), made(p_.buffers.size());
+    for (std::size_t at = 0; at < p_.blocks.size(); ++at) {
+      for (const Instruction& i : p_.blocks[at].instructions) {
+        for_each_read(i, [&](BufferId id) { used[id.index()].insert(at); });
+        for_each_write(i, [&](BufferId id) { made[id.index()].insert(at); });
+      }
+    }
+    const auto local = [&](BufferId id) {
+      return std::includes(made[id.index()].begin(), made[id.index()].end(),
+                           used[id.index()].begin(), used[id.index()].end());
+    };
+    for (Block& block : p_.blocks) {
+      if (block.kind == BlockKind::start || block.kind == BlockKind::step) continue;
+      std::map<std::size_t, std::vector<Instruction>> instead;
+      for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+        const Instruction& i = block.instructions[k];
+        if (i.kind != Kind::collective || i.reads.size() != 1 || i.tie >= 0) continue;
+        if (i.collective == CollectiveKind::all_gather && crosses_sequence(i, i.reads[0]) &&
+            local(i.writes[0])) {
+          gather_in_parts(block, k, instead);
+        } else if (i.collective == CollectiveKind::reduce_scatter &&
+                   crosses_sequence(i, i.writes[0]) && local(i.reads[0])) {
+          scatter_in_parts(block, k, instead);
+        }
+      }
+      std::vector<Instruction> merged;
+      for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+        const auto it = instead.find(k);
+        if (it == instead.end()) {
+          merged.push_back(std::move(block.instructions[k]));
+          continue;
+        }
+        for (Instruction& i : it->second) merged.push_back(std::move(i));
+      }
+      block.instructions = std::move(merged);
+    }
+  }
+
+  /// Is the sequence, cut in `cut` by the collective's group alone, what it gathers or scatters?
+  bool crosses_sequence(const Instruction& i, BufferId cut) const {
+    const Buffer& b = p_.buffer(cut);
+    const int d = sequence_dim(b);
+    if (d < 0 || b.routed || i.atoms != mask_of(plan_.axes.at("tp"))) return false;
+    const DimSplit& s = b.layout.dims[static_cast<std::size_t>(d)];
+    return mask_of(s.atoms) == i.atoms && s.zigzag == 0 && s.shift == 0 &&
+           s.kind == SplitKind::block;
+  }
+  bool is_product(const Instruction& i) const {
+    return i.kind == Kind::compute && i.op >= 0 && i.part < 0 &&
+           (i.kernel == Kernel::forward || i.kernel == Kernel::backward_data ||
+            i.kernel == Kernel::backward_weight) &&
+           std::holds_alternative<Linear>(p_.operators[static_cast<std::size_t>(i.op)].operation);
+  }
+  /// The buffer as the ring passes it: `shift` places on.
+  BufferId shifted(BufferId id, std::int32_t shift) {
+    Buffer b = p_.buffer(id);
+    DimSplit& s = b.layout.dims[static_cast<std::size_t>(sequence_dim(b))];
+    s.shift = shift % static_cast<std::int32_t>(p_.mesh.size(s.atoms));
+    b.alias = -1;
+    p_.buffers.push_back(std::move(b));
+    return BufferId{p_.buffers.size() - 1};
+  }
+  Instruction pass(BufferId from, BufferId to, AtomMask atoms) {
+    Instruction i = reduction(atoms, CollectiveKind::shift);
+    i.reads = {from};
+    i.writes = {to};
+    return i;
+  }
+
+  /// All readers of what is gathered are products: each takes the parts as they come round.
+  void gather_in_parts(const Block& block, std::size_t at,
+                       std::map<std::size_t, std::vector<Instruction>>& instead) {
+    const Instruction& gather = block.instructions[at];
+    const BufferId whole = gather.writes[0];
+    std::vector<std::size_t> readers;
+    for (std::size_t k = at + 1; k < block.instructions.size(); ++k) {
+      const Instruction& i = block.instructions[k];
+      bool reads = false;
+      for_each_read(i, [&](BufferId id) { reads |= id == whole; });
+      if (!reads) continue;
+      if (!is_product(i) || instead.count(k)) return;
+      readers.push_back(k);
+    }
+    if (readers.empty()) return;
+    const auto n = static_cast<std::int32_t>(p_.mesh.size(gather.atoms));
+    std::vector<BufferId> parts{gather.reads[0]};
+    for (std::int32_t t = 1; t < n; ++t) parts.push_back(shifted(gather.reads[0], t));
+    instead[at] = {};
+    for (const std::size_t k : readers) {
+      auto& list = instead[k];
+      for (std::int32_t t = 0; t < n; ++t) {
+        const auto x = static_cast<std::size_t>(t);
+        if (k == readers[0] && t + 1 < n)
+          list.push_back(pass(parts[x], parts[x + 1], gather.atoms));
+        Instruction i = block.instructions[k];
+        i.part = t;
+        for (auto* ids : {&i.reads, &i.gradients}) {
+          for (BufferId& id : *ids) {
+            if (id == whole) id = parts[x];
+          }
+        }
+        list.push_back(std::move(i));
+      }
+    }
+  }
+
+  /// The product whose sum is scattered makes each rank's part in turn, the own one last; sums
+  /// travel on while the next part is computed.
+  void scatter_in_parts(const Block& block, std::size_t at,
+                        std::map<std::size_t, std::vector<Instruction>>& instead) {
+    const Instruction& scatter = block.instructions[at];
+    const BufferId whole = scatter.reads[0];
+    std::size_t writer = at, touched = 0;
+    for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+      const Instruction& i = block.instructions[k];
+      bool uses = false;
+      for_each_read(i, [&](BufferId id) { uses |= id == whole; });
+      for_each_write(i, [&](BufferId id) { uses |= id == whole; });
+      if (!uses || k == at) continue;
+      ++touched;
+      if (is_product(i) && !i.accumulate && i.writes.size() == 1 && i.writes[0] == whole)
+        writer = k;
+    }
+    if (writer == at || touched != 1 || instead.count(writer)) return;
+    const auto n = static_cast<std::int32_t>(p_.mesh.size(scatter.atoms));
+    std::vector<Instruction> list;
+    BufferId sum;
+    for (std::int32_t t = 0; t < n; ++t) {
+      Instruction i = block.instructions[writer];
+      i.part = t;
+      const BufferId made = shifted(scatter.writes[0], t + 1);
+      i.writes = {made};
+      list.push_back(std::move(i));
+      if (t > 0) {
+        const BufferId arrived = shifted(scatter.writes[0], t + 1);
+        // It went off before this part was computed.
+        list.insert(list.end() - 1, pass(sum, arrived, scatter.atoms));
+        Instruction add;
+        add.kind = Kind::compute;
+        add.kernel = Kernel::add;
+        add.reads = {arrived, made};
+        add.writes = {t + 1 == n ? scatter.writes[0] : shifted(scatter.writes[0], t + 1)};
+        sum = add.writes[0];
+        list.push_back(std::move(add));
+      } else {
+        sum = made;
+      }
+    }
+    instead[writer] = std::move(list);
+    instead[at] = {};
   }
 
   // ---- messages through a broker ---------------------------------------------------------------

@@ -189,6 +189,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("context parallel {} cuts sequences; {} has none", plan.cp, graph.name));
   }
   if (plan.sequence_parallel && plan.tp == 1) plan.sequence_parallel = false;
+  if (plan.overlap_tensor_parallel && !plan.sequence_parallel)
+    return no(
+        "overlap_tensor_parallel hides the gathers and scatters of sequence parallelism; use "
+        "tp 2 or more and sequence_parallel true");
   if (plan.virtual_stages > 1) {
     if (plan.pp == 1) {
       return no(fmt::format("virtual stages {} need pipeline parallel > 1", plan.virtual_stages));
@@ -756,6 +760,8 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
+  if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
+  if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
   if (const auto n = y.find("context_exchange"))
@@ -900,7 +906,9 @@ std::string to_yaml(const Plan& p) {
       "recompute: {}\nprecision: {}\n",
       p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch,
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
+  if (p.overlap_tensor_parallel) s += "overlap_tensor_parallel: true\n";
   if (p.loader) s += "loader: true\n";
+  if (p.sharded_storage) s += "sharded_storage: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
   if (p.message_queue) s += "message_queue: true\n";
   if (p.offload_optimizer || p.offload_activations)

@@ -95,6 +95,9 @@ struct Plan {
   bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
+  /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of
+  /// tp, while the next part travels.
+  bool overlap_tensor_parallel = false;
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every
@@ -112,6 +115,9 @@ struct Plan {
   bool message_queue = false;
   LossScale loss_scale;
   Compression compression;
+  /// Batches are read from storage, each rank's samples from a shard of its own; else they are
+  /// there.
+  bool sharded_storage = false;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings

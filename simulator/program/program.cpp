@@ -21,7 +21,7 @@ std::string_view name(Kind k) {
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(Kernel k) {
-  constexpr std::array<std::string_view, 18> names{"forward_statistic",
+  constexpr std::array<std::string_view, 20> names{"forward_statistic",
                                                    "forward",
                                                    "backward_statistic",
                                                    "backward_data",
@@ -38,7 +38,9 @@ std::string_view name(Kernel k) {
                                                    "compress",
                                                    "decompress",
                                                    "dequeue",
-                                                   "enqueue"};
+                                                   "enqueue",
+                                                   "initialise",
+                                                   "read"};
   return names[static_cast<std::size_t>(k)];
 }
 std::string_view name(CompressionKind k) {
@@ -154,6 +156,32 @@ Bytes device_bytes(const Program& p, BufferId id, std::int64_t rank) {
 }
 Bytes host_bytes(const Program& p, BufferId id, std::int64_t rank) {
   return p.buffer(id).host ? local_bytes(p, id, rank) : Bytes{0};
+}
+
+int sequence_dim(const Buffer& b) {
+  for (std::size_t d = 0; d < b.shape.size(); ++d) {
+    if (b.shape[d].dim == Dim::sequence) return static_cast<int>(d);
+  }
+  return -1;
+}
+
+std::vector<std::int64_t> part_positions(const Program& p, const Instruction& i,
+                                         std::int64_t rank) {
+  std::vector<std::int64_t> least;
+  bool any = false;
+  for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
+    for (const BufferId id : *list) {
+      if (!id.valid()) continue;
+      const Buffer& b = p.buffer(id);
+      const int d = sequence_dim(b);
+      if (d < 0) continue;
+      const auto at = static_cast<std::size_t>(d);
+      auto mine = local_indices(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
+      if (!any || mine.size() < least.size()) least = std::move(mine);
+      any = true;
+    }
+  }
+  return least;
 }
 
 std::int64_t common_elements(const Program& p, BufferId from, std::int64_t a, BufferId to,

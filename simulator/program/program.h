@@ -102,6 +102,8 @@ enum class Kernel : std::uint8_t {
   decompress,  ///< writes[0] = sum of what reads[0...] stand for
   dequeue,     ///< writes[0] = what outputs[0], a queue of steps, got longest ago; zeros at first
   enqueue,     ///< reads[0] takes that place
+  initialise,  ///< writes[0] = initial values of its parameter, drawn by this rank
+  read,        ///< the same from storage
 };
 /// Of an operator (`op`), or of plain buffers?
 inline bool of_operator(Kernel k) { return k <= Kernel::backward_weight; }
@@ -134,7 +136,9 @@ struct Instruction {
   Kernel kernel = Kernel::forward;
   std::int32_t op = -1;
   std::int32_t index = 0;  ///< statistic, network input
-  std::int32_t part = -1;  ///< >= 0: attention of one part of keys out of a ring, in this order
+  /// >= 0: attention of one part of keys out of a ring, in this order; a product with one part of
+  /// the sequence, the smallest that an operand or the result holds.
+  std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
@@ -271,6 +275,9 @@ struct Program {
   std::int32_t loss_tensor = -1;
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
+  bool startup = false;  ///< fills the parameters, which otherwise are there from the start
+  /// Batches are read from storage, each rank's samples from a shard of its own.
+  bool sharded_storage = false;
 
   int stage_count() const { return static_cast<int>(stages.size()); }  ///< roles included
   int pipeline_stages() const { return stage_count() - static_cast<int>(roles.size()); }
@@ -311,6 +318,12 @@ Bytes local_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 /// The same in the device's memory (0 for what lies on the host), and on the host.
 Bytes device_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 Bytes host_bytes(const Program& program, BufferId buffer, std::int64_t rank);
+
+/// Of a product with one part of the sequence (Instruction::part): which positions.
+std::vector<std::int64_t> part_positions(const Program& program, const Instruction& instruction,
+                                         std::int64_t rank);
+/// Dimension of the buffer that is the sequence; -1: none.
+int sequence_dim(const Buffer& buffer);
 
 /// Elements that rank `a` holds of `from` and rank `b` wants of `to`, of dense buffers of one
 /// shape.

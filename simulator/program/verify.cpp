@@ -77,7 +77,8 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
 
 /// Checks one operand against its operator: cut as the operator's loops are, nothing owed.
 std::string operand_error(const Program& p, const ProgramOperator& op, const Operand& operand,
-                          BufferId id, bool ring) {
+                          BufferId id, bool part) {
+  const bool ring = part && std::holds_alternative<Attention>(op.operation);
   if (!id.valid()) return "";
   const Buffer& b = p.buffer(id);
   if (b.layout.partial != 0) return fmt::format("reads {}, a sum that is still owed", b.name);
@@ -91,6 +92,8 @@ std::string operand_error(const Program& p, const ProgramOperator& op, const Ope
                           : rings
                               ? op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))]
                               : op.cuts[dim];
+    // A product with parts of the sequence gets them one by one.
+    if (part && !ring && b.shape[d].dim == Dim::sequence) continue;
     if (b.layout.dims[d].atoms != cut.atoms || b.layout.dims[d].zigzag != cut.zigzag) {
       return fmt::format("takes {} as {}, which is not how {} is cut", b.name,
                          text(p.mesh, b.layout, b.shape), op.name);
@@ -196,7 +199,9 @@ struct Walker {
     };
     const bool weight = i.kernel == Kernel::backward_weight;
     for (std::size_t k = 0; k < op.signature.parameters.size(); ++k) {
-      if (i.part >= 0 || (weight && !op.signature.parameters[k].saved_for_weight)) continue;
+      if ((i.part >= 0 && std::holds_alternative<Attention>(op.operation)) ||
+          (weight && !op.signature.parameters[k].saved_for_weight))
+        continue;
       if (k >= i.parameters.size() || !i.parameters[k].valid())
         say(block, at, fmt::format("{} of {} lacks parameter {}", name(i.kernel), op.name, k));
     }

@@ -396,6 +396,11 @@ TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
       "tiny.yaml --dp 2 --set compression.kind=top_k --set compression.ratio=0.1",
       "tiny.yaml --dp 2 --set compression=power_sgd --set loss_scale=1024",
       "tiny.yaml --dp 2 --set compression=one_bit",
+      "tiny.yaml --dp 2 --set servers=1 --set staleness=1",
+      "tiny.yaml --pp 2 --set message_queue=true --global-batch 4",
+      "tiny.yaml --dp 2 --set offload.optimizer=true --set offload.activations=true",
+      "tiny.yaml --tp 2 --sequence-parallel --set overlap_tensor_parallel=true",
+      "tiny.yaml --dp 2 --loader --set sharded_storage=true",
       "tiny.yaml --cp 2 --context-exchange ring",
       "tiny.yaml --cp 2 --context-exchange all_to_all",
       "tiny.yaml --dp 2 --tp 2 --loader --recompute full",
@@ -411,6 +416,22 @@ TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
       ASSERT_FALSE(j.is_discarded()) << plan << ": " << r.err;
       EXPECT_TRUE(j.at("equal_to_serial").get<bool>()) << plan;
       EXPECT_EQ(j.at("transport"), transport);
+    }
+  }
+}
+
+TEST(Run, StartUpOfDataAndModelParallelismSideBySide) {
+  const Ran r = run("startup ../tiny.yaml 'cpu-host:2 devices' --measure --repeats 2 --json");
+  EXPECT_EQ(r.code, 0) << r.err;
+  const Json j = parsed(r);
+  EXPECT_EQ(j.at("schema"), "partita.startup/1");
+  EXPECT_EQ(j.at("rows").size(), 12u) << "four plans in three forms";
+  for (const Json& row : j.at("rows")) {
+    EXPECT_TRUE(row.at("equal").get<bool>()) << row.at("plan");
+    EXPECT_GT(row.at("measured_s").get<double>(), 0);
+    EXPECT_GT(row.at("predicted_s").get<double>(), 0);
+    if (row.at("form") == "each") {
+      EXPECT_EQ(row.at("sent_bytes"), 0);
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <random>
 
 #include "runtime/reference/serial.h"
+#include "simulator/lower/startup.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
@@ -470,6 +471,80 @@ TEST(Execution, StagesThatMeetThroughAMessageQueue) {
   expect_good(llama(), p);
 }
 
+TEST(Execution, OverlappedTensorParallel) {
+  for (const int tp : {2, 4}) {
+    Plan p = base_plan();
+    p.tp = tp;
+    p.sequence_parallel = true;
+    p.overlap_tensor_parallel = true;
+    Program program;
+    const auto r = expect_equals_reference(gpt(), p, 1, &program);
+    EXPECT_TRUE(r.feasible) << r.reason;
+    // Of every block's four products: two gathered inputs and two scattered outputs forward, and
+    // the same backward; only what others read too is gathered whole.
+    std::map<CollectiveKind, int> calls;
+    for (const Block& b : program.blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (i.kind == Kind::collective && i.atoms != 0) ++calls[i.collective];
+      }
+    }
+    EXPECT_GT(calls[CollectiveKind::shift], calls[CollectiveKind::all_gather]);
+    p.micro_batch = 2;
+    const Graph other = tp == 2 ? llama() : gpt();
+    expect_good(other, p);
+    p.save_gathered = true;
+    expect_good(other, p);
+    p.save_gathered = false;
+    p.dp = 2;
+    p.pp = 2;
+    p.global_batch = 8;
+    for (const Schedule s : {Schedule::one_f_one_b, Schedule::zero_bubble_h1}) {
+      p.schedule = s;
+      p.schedule_given = true;
+      expect_good(other, p);
+    }
+    p.pp = 1;
+    p.zero = 3;
+    set_recompute(p, "full", "");
+    expect_good(gpt(), p);
+    set_recompute(p, "none", "");
+    p.zero = 0;
+    p.cp = 2;  // the sequence is cut by cp too: gathers stay whole
+    if (tp == 2) expect_good(llama(), p);
+  }
+}
+
+TEST(Execution, StartUpFillsEveryParameterInAllItsForms) {
+  std::mt19937 rng{20261201};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
+  int done = 0;
+  while (done < 60) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    Plan wanted = random_plan(rng);
+    if (done % 6 == 0) wanted = base_plan(), wanted.dp = 3, wanted.strategy = "dataparallel";
+    if (done % 6 == 1) wanted = base_plan(), wanted.dp = 2, wanted.strategy = "replicas";
+    const auto plan = complete(g, wanted);
+    if (!plan || plan->ranks() > 24) continue;
+    const auto training = lower(g, *plan);
+    if (!training) continue;
+    ++done;
+    SCOPED_TRACE(g.name + "\n" + to_yaml(*plan));
+    for (const Startup form : {Startup::each, Startup::broadcast, Startup::sharded_read}) {
+      SCOPED_TRACE(std::string(name(form)));
+      const Program p = startup_program(*training, form);
+      for (const auto& error : verify(p)) ADD_FAILURE() << error;
+      const auto options = reference::options_for(g, p, 1, 7);
+      const auto run = reference::interpret(p, options);
+      EXPECT_EQ(run.copies_differ, 0);
+      for (std::size_t r = 0; r < run.parameters.size(); ++r) {
+        for (std::size_t q = 0; q < g.parameters.size(); ++q)
+          EXPECT_EQ(run.parameters[r][q], options.parameters[r][q].values) << g.parameters[q].name;
+      }
+    }
+    if (::testing::Test::HasFailure()) return;
+  }
+}
+
 TEST(Execution, LossScaling) {
   Plan p = base_plan();
   p.loss_scale = {1024, false, 2000};
@@ -783,7 +858,7 @@ TEST(Execution, AMasterCopyKeepsUpdatesTooSmallForTheParameter) {
 TEST(Execution, RandomNetworks) {
   std::mt19937 rng{20261124};
   int feasible = 0;
-  for (int i = 0; i < 240; ++i) {
+  for (int i = 0; i < 320; ++i) {
     const Graph g = random_transformer(rng);
     const Plan p = random_plan(rng);
     if (p.ranks() > 24) continue;

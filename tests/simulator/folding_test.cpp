@@ -19,6 +19,7 @@ source: made up
 nodes:
   - count: 3
     host_memory_bandwidth: 200 GB/s
+    storage_bandwidth: 4 GB/s
     vertices:
       gpu[0-3]: {kind: device, device: a100-sxm-40gb}
       switch0: {kind: nvswitch}
@@ -28,6 +29,7 @@ nodes:
       - {from: "gpu[0-3]", to: nic0, kind: pcie, bandwidth: 31.5 GB/s, latency: 0.3 us}
   - count: 3
     host_memory_bandwidth: 100 GB/s
+    storage_bandwidth: 2 GB/s
     vertices:
       gpu[0-3]: {kind: device, device: v100-sxm-16gb}
       nic0: {kind: nic, bandwidth: 100 Gb/s, latency: 1 us}

@@ -1,4 +1,4 @@
-// The worked examples of docs/plan.md, docs/reference.md and docs/simulation.md.
+// The worked examples of docs/plan.md, docs/policies.md, docs/reference.md and docs/simulation.md.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,6 +8,9 @@
 
 #include "runtime/reference/interpreter.h"
 #include "runtime/reference/ring_attention.h"
+#include "simulator/cost/cost.h"
+#include "simulator/lower/startup.h"
+#include "simulator/program/expansion.h"
 #include "tests/simulator/networks.h"
 
 namespace partita {
@@ -132,6 +135,112 @@ TEST(PlanPage, TheRolesExample) {
       EXPECT_FALSE(p.holds(i.writes[0], 3));
     }
   }
+}
+
+TEST(PoliciesPage, AServerUpdatesWithTheGradientOfTheStepBefore) {
+  GraphBuilder b("one weight");
+  const TensorId x = b.input("x", {{Dim::sample, 1}, {Dim::feature, 1}});
+  Linear line;
+  line.out = {{Dim::ffn, 1}};
+  line.bias = false;
+  const TensorId y = b.add("line", line, {x});
+  const TensorId target = b.input("target", b.shape(y));
+  const Graph g = b.finish(b.add("loss", MeanSquaredError{}, {y, target}), 0, 0);
+  Plan plan = base_plan();
+  plan.dp = 2;
+  plan.servers = 1;
+  plan.staleness = 1;
+  plan.optimizer.learning_rate = 0.25;
+  plan.optimizer.momentum = 0;
+  const Program p = lowered(g, plan);
+  std::vector<double> weights;
+  for (int steps = 1; steps <= 4; ++steps) {
+    reference::RunOptions o;
+    o.steps = steps;
+    o.input = [](std::size_t input, std::int64_t, std::int64_t, std::int64_t) {
+      return input == 0 ? 1.0 : 0.0;
+    };
+    reference::Piece one = reference::zeros({{0}, {0}});
+    one.values = {1};
+    o.parameters = {{one}};
+    weights.push_back(reference::interpret(p, o).parameters[0][0][0]);
+  }
+  EXPECT_EQ(weights, (std::vector<double>{1, 0.5, 0, -0.25}));
+}
+
+std::int64_t traffic_of(const Program& p) {
+  std::int64_t all = 0;
+  for (const auto& [pair, bytes] : step_traffic(p, 0)) all += bytes;
+  return all;
+}
+
+TEST(PoliciesPage, BytesOfServersAndStartUp) {
+  const Graph g = load_model("mnist-linear");
+  Plan plan = base_plan();
+  set_precision(plan, "fp32", "");
+  plan.dp = 3;
+  EXPECT_EQ(traffic_of(lowered(g, plan)), 125'600);
+  plan.servers = 1;
+  EXPECT_EQ(traffic_of(lowered(g, plan)), 188'400);
+  plan.servers = 2;
+  EXPECT_EQ(traffic_of(lowered(g, plan)), 188'400);
+  plan = base_plan();
+  set_precision(plan, "fp32", "");
+  plan.dp = 4;
+  const auto startup = [&](Startup form) {
+    return traffic_of(startup_program(lowered(g, plan), form));
+  };
+  EXPECT_EQ(startup(Startup::each), 0);
+  EXPECT_EQ(startup(Startup::broadcast), 94'200);
+  EXPECT_EQ(startup(Startup::sharded_read), 94'200);
+  plan.zero = 3;
+  EXPECT_EQ(startup(Startup::broadcast), 94'200);
+  EXPECT_EQ(startup(Startup::sharded_read), 0);
+  plan.zero = 0;
+  plan.dp = 1;
+  plan.tp = 2;
+  EXPECT_EQ(startup(Startup::broadcast), 31'400);
+  EXPECT_EQ(startup(Startup::sharded_read), 0);
+}
+
+TEST(PoliciesPage, AnUpdateOnTheHost) {
+  Communication network(load_topology("dgx-h100:1"));
+  const Graph g = load_model("mnist-linear");
+  Plan plan = base_plan();
+  set_precision(plan, "bf16", "");
+  plan.optimizer.kind = OptimizerKind::adam;
+  plan.offload_optimizer = true;
+  const Program p = lowered(g, plan);
+  int updates = 0;
+  for (const Block& b : p.blocks) {
+    for (const Instruction& i : b.instructions) {
+      if (i.kind != Kind::compute || i.kernel != Kernel::optimizer) continue;
+      ++updates;
+      const auto n = static_cast<double>(local_elements(p, i.writes[0], 0));
+      EXPECT_DOUBLE_EQ(network.host_time(p, i, 0).count, 30 * n / (614.4e9 / 8));
+    }
+  }
+  EXPECT_EQ(updates, 2);
+}
+
+TEST(PoliciesPage, PartsOfAProductInTurn) {
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.sequence_parallel = plan.overlap_tensor_parallel = true;
+  const Program p = lowered(llama(), plan);
+  // Eight tokens on two ranks: 0 to 3 and 4 to 7. Rank 0 multiplies its own part first, and makes
+  // its own part of a sum last.
+  std::map<std::string, std::vector<std::int64_t>> first_token;
+  for (const Block& b : p.blocks) {
+    if (b.kind != BlockKind::forward) continue;
+    for (const Instruction& i : b.instructions) {
+      if (i.part < 0) continue;
+      first_token[p.operators[static_cast<std::size_t>(i.op)].name].push_back(
+          part_positions(p, i, 0).front());
+    }
+  }
+  EXPECT_EQ(first_token.at("layers.0.mlp.up"), (std::vector<std::int64_t>{0, 4}));
+  EXPECT_EQ(first_token.at("layers.0.mlp.down"), (std::vector<std::int64_t>{4, 0}));
 }
 
 }  // namespace
