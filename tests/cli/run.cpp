@@ -24,12 +24,12 @@ std::string without_place(std::string text) {
 
 }  // namespace
 
-Ran run(const std::string& arguments, const std::string& before) {
+Ran run(const std::string& arguments, const std::string& before, int patience) {
   const TemporaryFolder folder;
   const std::string errors = folder.path() + "/stderr";
-  const std::string line =
-      fmt::format("cd '{}/cli/bad' && exec timeout {} {} '{}' {} 2>'{}' </dev/null",
-                  PARTITA_TEST_DATA, PARTITA_SECONDS, before, PARTITA_COMMAND, arguments, errors);
+  const std::string line = fmt::format(
+      "cd '{}/cli/bad' && exec timeout {} {} '{}' {} 2>'{}' </dev/null", PARTITA_TEST_DATA,
+      patience * PARTITA_SECONDS, before, PARTITA_COMMAND, arguments, errors);
   std::FILE* pipe = ::popen(line.c_str(), "r");
   if (pipe == nullptr) throw std::runtime_error("cannot run " + line);
   Ran r;

@@ -12,8 +12,8 @@ struct Ran {
 
 /// `arguments` as typed in a shell, in tests/data/cli/bad. The path of the sources reads $SOURCE in
 /// what comes back, so that texts do not depend on where the checkout lies. `before`: "taskset -c
-/// 0".
-Ran run(const std::string& arguments, const std::string& before = "");
+/// 0". `patience`: how many times the usual time-out.
+Ran run(const std::string& arguments, const std::string& before = "", int patience = 1);
 
 /// A file of the test data, and its replacement when PARTITA_UPDATE_GOLDENS=1.
 bool updating();
