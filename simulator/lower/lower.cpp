@@ -43,6 +43,8 @@ struct ParameterOnStage {
   AtomMask scattered = 0;  ///< atoms that the state is cut over
   std::int64_t order = 0;  ///< when its gradient is ready, in the backward
   int unit = 0;            ///< parameters gathered together (ZeRO-3)
+  int chunks = 0;          ///< of this stage that read it
+  int last_chunk = -1;     ///< of those, while they are counted
 };
 
 class Lowering {
@@ -204,19 +206,21 @@ class Lowering {
       for (std::size_t k = 0; k < op.parameters.size(); ++k) {
         const ParameterId q = op.parameters[k];
         auto& here = on_stage_[static_cast<std::size_t>(stage_of_chunk(chunk))];
-        const auto it = here.find(q);
+        auto it = here.find(q);
         if (it == here.end()) {
           ParameterOnStage v;
           v.layout = layouts_[i].parameters[k];
           v.gradient_layout = layouts_[i].parameter_gradients[k];
           v.unit = op.layer;
-          here.emplace(q, v);
+          it = here.emplace(q, v).first;
         } else if (!(it->second.layout == layouts_[i].parameters[k]) ||
                    !(it->second.gradient_layout == layouts_[i].parameter_gradients[k])) {
           return {fmt::format(
               "parameter {} is read with two shardings, the second by {}; cut both readers alike",
               graph_.parameter(q).name, op.name)};
         }
+        if (it->second.last_chunk != chunk) ++it->second.chunks;
+        it->second.last_chunk = chunk;
       }
     }
     return {};
@@ -1437,10 +1441,7 @@ class Lowering {
 
   /// Several chunks of the stage add to its gradient: complete only when all have.
   bool reduced_late(int stage, ParameterId q) const {
-    int readers = 0;
-    for (int c = 0; c < chunks_; ++c)
-      readers += stage_of_chunk(c) == stage && used_in_chunk(q, c) ? 1 : 0;
-    return readers > 1 && plan_.zero < 2;
+    return plan_.zero < 2 && on_stage(stage).at(q).chunks > 1;
   }
 
   bool has_ties(ParameterId q) const {

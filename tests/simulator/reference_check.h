@@ -24,19 +24,19 @@ inline void expect_equal(const reference::Comparison& c) {
                        << c.parameter_error << "; tolerance " << c.tolerance;
 }
 
-/// Lowers, verifies, interprets two steps and compares loss, every gradient and every parameter
+/// Lowers, verifies, interprets a few steps and compares loss, every gradient and every parameter
 /// with the serial network's.
 inline CheckResult expect_equals_reference(const Graph& graph, const Plan& wanted,
-                                           int batch_norm_groups = 1, Program* out = nullptr) {
+                                           int batch_norm_groups = 1, Program* out = nullptr,
+                                           int steps = 2) {
   constexpr std::uint64_t kSeed = 7;
-  constexpr int kSteps = 2;
   auto plan = complete(graph, wanted);
   if (!plan) return {false, plan.reason()};
   auto program = lower(graph, *plan);
   if (!program) return {false, program.reason()};
   for (const auto& error : verify(*program)) ADD_FAILURE() << error;
   if (out != nullptr) *out = *program;
-  const auto options = reference::options_for(graph, *program, kSteps, kSeed);
+  const auto options = reference::options_for(graph, *program, steps, kSeed);
   const auto run = reference::interpret(*program, options);
   EXPECT_LT(run.copies_differ, 1e-7) << "copies of one value differ between ranks";
   for (const auto& of_replica : run.gradients) {
