@@ -1926,7 +1926,8 @@ class Lowering {
       if (!graph_.parameter(q).trainable || !reduced_late(stage, q)) continue;
       Bucket one;
       one.parameters = {q};
-      for (auto& i : synchronise(stage, one, [&](ParameterId) { return v.gradient; }))
+      const BufferId gradient = v.gradient;
+      for (auto& i : synchronise(stage, one, [gradient](ParameterId) { return gradient; }))
         step.instructions.push_back(std::move(i));
     }
     if (!late_owed_[stage].empty()) {
