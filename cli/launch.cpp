@@ -310,7 +310,8 @@ Launched launch_mpi(const Board& board, const Describe& describe) {
   // Our own ranks have said it in one line; else mpirun's essay is cut down to its point.
   const std::string own = said(nursery.errors());
   if (!own.empty()) return {code == 2 ? 2 : 3, own};
-  if (code == 1) {  // rank 0: not the serial network's loss
+  // Rank 0: not the serial network's loss, which it has printed. mpirun's own failures are 1 too.
+  if (code == 1 && !nursery.output().empty()) {
     fmt::print("{}", nursery.output());
     return {1, ""};
   }

@@ -283,6 +283,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
           what, graph.name));
     }
   }
+  if (plan.optimizer.kind == OptimizerKind::sgd && plan.optimizer.weight_decay != 0)
+    return no(
+        fmt::format("weight_decay {} is adam's (AdamW); sgd here has none: use 0, or kind adam",
+                    plan.optimizer.weight_decay));
   if (plan.staleness > 0 && plan.servers == 0)
     return no(fmt::format("staleness {} is of a parameter server; give servers, or use staleness 0",
                           plan.staleness));

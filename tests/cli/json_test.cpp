@@ -420,6 +420,15 @@ TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
   }
 }
 
+TEST(Run, WhatMpirunItselfCannotDoIsSaidAndIsNoWrongLoss) {
+  if (transports().size() < 3) GTEST_SKIP() << "this build has no MPI";
+  const Ran r = run("run ../tiny.yaml --dp 2 --steps 1 --transport mpi",
+                    "env OMPI_MCA_plm=nonsense timeout 60");
+  EXPECT_EQ(r.code, 3);
+  EXPECT_EQ(r.out, "");
+  EXPECT_EQ(r.err.rfind("partita: mpirun: ", 0), 0u) << r.err;
+}
+
 TEST(Run, StartUpOfDataAndModelParallelismSideBySide) {
   const Ran r = run("startup ../tiny.yaml 'cpu-host:2 devices' --measure --repeats 2 --json");
   EXPECT_EQ(r.code, 0) << r.err;
