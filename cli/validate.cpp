@@ -450,6 +450,9 @@ void validate(Options& o, int& code) {
                              [](const Buffer& b) { return b.routed; });
     outcomes.push_back(std::move(one));
   }
+  if (outcomes.empty() && o.only.empty())
+    throw InputError("--ranks", fmt::format("no case of the suite runs on {} ranks; use 1, 2 or 4",
+                                            fmt::join(o.ranks, ", ")));
   if (outcomes.empty())
     throw InputError("--only", fmt::format("no case of the suite has '{}' in its name", o.only));
   const bool feeds_back = o.routing.empty() || o.routing == "recorded";

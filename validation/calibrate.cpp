@@ -133,8 +133,10 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
     for (const auto& [hidden, sequence, vocabulary, batch] :
          {std::tuple{32, 20, 56 * ranks, 2}, {64, 36, 120 * ranks, 3}, {96, 28, 200 * ranks, 4}}) {
       CalibrationRun r;
-      r.graph = build_transformer(decoder(hidden, sequence, 2 * hidden,
-                                          ranks % 2 == 0 ? 2 * ranks : ranks, vocabulary, false));
+      // Heads that the ranks divide, and a hidden size that the heads divide.
+      const std::int64_t heads = ranks % 2 == 0 ? 2 * ranks : ranks;
+      const std::int64_t wide = ceil_div(std::int64_t{hidden}, 4 * heads) * 4 * heads;
+      r.graph = build_transformer(decoder(wide, sequence, 2 * wide, heads, vocabulary, false));
       r.name = fmt::format("{}, vocabulary over {}", r.graph.name, ranks);
       r.plan = single_precision();
       r.plan.tp = ranks;
