@@ -766,8 +766,7 @@ class Lowering {
     block.instructions.push_back(std::move(i));
   }
 
-  // ---- products in parts, beside the sequence's way (docs/plan.md, "Overlapped tensor parallel")
-  // -
+  // ---- products in parts, beside the sequence's way (docs/policies.md) -------------------------
   void split_products() {
     // Buffers that every block which uses them makes itself. (A chunk's backward is there twice:
     // for the last micro-batch and the others.)

@@ -223,6 +223,50 @@ TEST(PoliciesPage, AnUpdateOnTheHost) {
   EXPECT_EQ(updates, 2);
 }
 
+TEST(PoliciesPage, CopiesToTheHostAndReadsFromStorage) {
+  const Topology t = load_topology("dgx-h100:1");
+  Communication network(t);
+  const Graph g = load_model("mnist-linear");
+  Plan plan = base_plan();
+  set_precision(plan, "fp32", "");
+  plan.offload_optimizer = true;
+  const Program p = lowered(g, plan);
+  int copies = 0;
+  for (const Block& b : p.blocks) {
+    for (const Instruction& i : b.instructions) {
+      if (i.kind != Kind::copy) continue;
+      ++copies;
+      // PCIe 5.0 x16, 0.25 us to the first switch.
+      const auto bytes = static_cast<double>(local_bytes(p, i.reads[0], 0).count);
+      EXPECT_DOUBLE_EQ(network.host_time(p, i, 0).count,
+                       t.device(DeviceId{0}).kernel_latency.count + 0.25e-6 + bytes / 63e9);
+    }
+  }
+  EXPECT_EQ(copies, 4) << "two gradients out, two parameters back";
+  // 8 GB/s a node, a GPU's share 1 GB/s.
+  const Program read = startup_program(p, Startup::sharded_read);
+  int reads = 0;
+  for (const Block& b : read.blocks) {
+    for (const Instruction& i : b.instructions) {
+      if (i.kernel != Kernel::read || i.kind != Kind::compute) continue;
+      ++reads;
+      const auto bytes = static_cast<double>(local_bytes(read, i.writes[0], 0).count);
+      EXPECT_DOUBLE_EQ(network.storage_time(read, i, 0).count, bytes / 1e9);
+    }
+  }
+  EXPECT_EQ(reads, 4) << "weight and bias, and the host's copies";
+}
+
+TEST(PoliciesPage, WhatStagesSendCrossesTheNetworkTwiceThroughAQueue) {
+  Plan plan = base_plan();
+  plan.pp = 2;
+  plan.global_batch = 4;
+  const std::int64_t direct = traffic_of(lowered(llama(), plan));
+  EXPECT_GT(direct, 0);
+  plan.message_queue = true;
+  EXPECT_EQ(traffic_of(lowered(llama(), plan)), 2 * direct);
+}
+
 TEST(PoliciesPage, PartsOfAProductInTurn) {
   Plan plan = base_plan();
   plan.tp = 2;
