@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <regex>
@@ -498,6 +499,29 @@ std::string key_of(const Options& o, const Job& job) {
   return key + fmt::format("routing {}; instructions {};", job.options.routing, instructions);
 }
 
+/// All ranks are on this machine: what they will hold at once must fit, which is known before
+/// anything is drawn or read.
+void check_memory(const Job& job) {
+  Communication communication(*job.topology);
+  SimulateOptions memory_only;
+  memory_only.memory_limit = Bytes{0};
+  const Timeline t = simulate(job.program, communication, memory_only);
+  Bytes needed{0};
+  for (std::size_t c = 0; c < t.classes.size(); ++c)
+    needed += Bytes{t.classes[c].count * (t.memory[c].peak + t.memory[c].host_peak).count};
+  std::ifstream in("/proc/meminfo");
+  std::int64_t kib = -1;
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("MemAvailable:", 0) == 0) kib = std::atoll(line.c_str() + 13);
+  }
+  if (kib < 0 || needed.count <= kib * 1024) return;
+  throw InputError(
+      "MODEL",
+      fmt::format("{} under this plan needs {} on its {} ranks together; this machine "
+                  "has {} left: use --layers, --seq, --vocabulary or a smaller batch",
+                  job.graph.name, text(needed), job.plan.ranks(), text(Bytes{kib * 1024})));
+}
+
 /// Starts the ranks and waits for them.
 void launch(const Options& o, const Job& job, const Mode& mode, const Describe& describe,
             int& code) {
@@ -529,6 +553,7 @@ void run(const Options& o, int& code) {
   const Describe describe = [&job](int rank, std::int64_t step, std::int64_t instruction) {
     return execute::place(job.program, rank, step, instruction);
   };
+  if (mode.launches || mode.transport == "threads") check_memory(job);
   job.options.before = test_fault();
   if (mode.launches) {
     launch(o, job, mode, describe, code);
