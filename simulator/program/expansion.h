@@ -16,7 +16,15 @@
 
 namespace partita {
 
-enum class Algorithm : std::uint8_t { ring, tree, halving, direct, pairwise };
+enum class Algorithm : std::uint8_t {
+  ring,
+  tree,
+  halving,
+  direct,
+  pairwise,
+  double_tree,
+  hierarchical
+};
 std::string_view name(Algorithm a);
 
 /// Chunks [first, first + count) go from member `from` to member `to`; the receiver adds them to
@@ -38,6 +46,21 @@ struct Expansion {
   std::vector<std::vector<Message>> steps;
 };
 
+/// Steps that follow each other with the same messages but for their chunks: in repetition k a
+/// message's `count` chunks are those k * turn places further in a cycle of `cycle` such places.
+struct Beat {
+  std::vector<Message> messages;
+  std::int32_t repeat = 1, turn = 0, cycle = 1;
+  Message at(const Message& m, std::int32_t repetition) const;
+};
+
+/// An expansion before it is written out: a ring over 1,024 members is two beats.
+struct Rhythm {
+  std::int32_t chunks = 1;
+  std::vector<Beat> beats;
+  std::int64_t steps() const;
+};
+
 struct AlgorithmRow {
   CollectiveKind kind;
   Algorithm algorithm;
@@ -48,6 +71,8 @@ inline constexpr std::array kAlgorithms{
     AlgorithmRow{CollectiveKind::all_reduce, Algorithm::ring},
     AlgorithmRow{CollectiveKind::all_reduce, Algorithm::tree},
     AlgorithmRow{CollectiveKind::all_reduce, Algorithm::halving},
+    AlgorithmRow{CollectiveKind::all_reduce, Algorithm::double_tree},
+    AlgorithmRow{CollectiveKind::all_reduce, Algorithm::hierarchical},
     AlgorithmRow{CollectiveKind::all_gather, Algorithm::ring},
     AlgorithmRow{CollectiveKind::reduce_scatter, Algorithm::ring},
     AlgorithmRow{CollectiveKind::all_to_all, Algorithm::pairwise},
@@ -63,8 +88,13 @@ inline constexpr std::array kAlgorithms{
 Algorithm default_algorithm(CollectiveKind kind);
 
 /// The steps of `kind` over n >= 1 members; the root of a rooted kind is member 0. One member: no
-/// steps. InternalError for a pair that is no row of kAlgorithms.
-Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n);
+/// steps. `levels`, for hierarchical algorithms: members of a unit, units of the next one, ...,
+/// innermost first; their product is n. Empty: the prime factors of n. InternalError for a pair
+/// that is no row of kAlgorithms.
+Rhythm rhythm(CollectiveKind kind, Algorithm algorithm, std::int32_t n,
+              const std::vector<std::int32_t>& levels = {});
+Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n,
+                 const std::vector<std::int32_t>& levels = {});
 
 /// Bytes that each ordered pair of ranks (from, to) exchanges in step `step`, with the default
 /// algorithms: what the in-process transport counts. Routed buffers without a routing are left out:

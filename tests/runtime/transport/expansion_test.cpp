@@ -135,6 +135,9 @@ TEST(Expansion, StepsAndValuesAreThoseOfThePage) {
     EXPECT_EQ(tree.steps.size(), at(2 * static_cast<std::int32_t>(std::ceil(std::log2(n)))));
     EXPECT_EQ(sent(tree, 1003), 2 * (n - 1) * 1003);
     const auto halving = expand(CollectiveKind::all_reduce, Algorithm::halving, n);
+    const auto twin = expand(CollectiveKind::all_reduce, Algorithm::double_tree, n);
+    EXPECT_LE(twin.steps.size(), at(2 * static_cast<std::int32_t>(std::ceil(std::log2(n))) + 2));
+    EXPECT_EQ(sent(twin, 1004), 2 * (n - 1) * 1004);
     const bool power = (n & (n - 1)) == 0;
     EXPECT_EQ(halving.steps.size(),
               at(2 * static_cast<std::int32_t>(std::log2(n)) + (power ? 0 : 2)));
@@ -142,6 +145,44 @@ TEST(Expansion, StepsAndValuesAreThoseOfThePage) {
       EXPECT_EQ(sent(halving, 1024), 2 * (n - 1) * 1024);
     }
   }
+}
+
+TEST(Expansion, HierarchiesSumOverAnyLevels) {
+  const std::vector<std::vector<std::int32_t>> shapes{{4, 2}, {2, 4},    {3, 5},    {8, 3},
+                                                      {1, 6}, {2, 3, 4}, {4, 3, 2}, {2, 2, 2, 3}};
+  for (const auto& levels : shapes) {
+    std::int32_t n = 1, steps = 0;
+    for (const std::int32_t l : levels) n *= l, steps += 2 * (l - 1);
+    const auto e = expand(CollectiveKind::all_reduce, Algorithm::hierarchical, n, levels);
+    EXPECT_EQ(e.steps.size(), at(steps));
+    std::vector<std::vector<Values>> start(at(n), std::vector<Values>(at(e.chunks)));
+    for (std::int32_t r = 0; r < n; ++r) {
+      for (std::int32_t c = 0; c < e.chunks; ++c) start[at(r)][at(c)] = {1000.0 * r + c};
+    }
+    for (const auto& member : play(e, start)) {
+      for (std::int32_t c = 0; c < e.chunks; ++c)
+        EXPECT_EQ(member[at(c)][0], 1000.0 * n * (n - 1) / 2 + n * c);
+    }
+    // The page's count; and what leaves the units of the first level is 1 / n_1 of it.
+    const std::int64_t payload = 24 * n;
+    std::int64_t want = 0, left = payload;
+    for (const std::int32_t l : levels) {
+      want += 2 * (l - 1) * (n / l) * left;
+      left /= l;
+    }
+    EXPECT_EQ(sent(e, payload), want);
+  }
+}
+
+TEST(Expansion, ARhythmIsItsExpansionInShort) {
+  for (const AlgorithmRow& row : kAlgorithms) {
+    for (const std::int32_t n : {2, 6, 8, 13}) {
+      const Rhythm r = rhythm(row.kind, row.algorithm, n);
+      EXPECT_EQ(r.steps(),
+                static_cast<std::int64_t>(expand(row.kind, row.algorithm, n).steps.size()));
+    }
+  }
+  EXPECT_EQ(rhythm(CollectiveKind::all_reduce, Algorithm::ring, 1024).beats.size(), 2u);
 }
 
 TEST(Expansion, TheRingOfThePage) {
