@@ -1,0 +1,463 @@
+#include "simulator/engine/flows.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <numeric>
+#include <queue>
+#include <unordered_map>
+
+#include "base/error.h"
+
+namespace partita {
+namespace {
+
+/// What happens when, all of one instant together: times in a heap, and a list for each.
+template <class What>
+class Agenda {
+ public:
+  void add(std::int64_t time, What what) {
+    const auto [it, fresh] = at_.try_emplace(time, 0);
+    if (fresh) {
+      if (unused_.empty()) {
+        unused_.push_back(lists_.size());
+        lists_.emplace_back();
+      }
+      it->second = unused_.back();
+      unused_.pop_back();
+      times_.push(time);
+    }
+    lists_[it->second].push_back(what);
+  }
+  bool empty() const { return times_.empty(); }
+  std::int64_t next() const { return times_.top(); }
+  /// Everything of the next instant.
+  void take(std::vector<What>& into) {
+    const auto it = at_.find(times_.top());
+    into.clear();
+    into.swap(lists_[it->second]);
+    unused_.push_back(it->second);
+    at_.erase(it);
+    times_.pop();
+  }
+
+ private:
+  std::priority_queue<std::int64_t, std::vector<std::int64_t>, std::greater<>> times_;
+  std::unordered_map<std::int64_t, std::size_t> at_;
+  std::vector<std::vector<What>> lists_;
+  std::vector<std::size_t> unused_;
+};
+
+/// Messages under way. The owner begins them and is told of each one's end.
+class Moves {
+ public:
+  explicit Moves(const std::vector<double>& capacity) {
+    for (const double c : capacity) sharing_.add(c);
+  }
+
+  struct Message {
+    const std::vector<Demand>* demands = nullptr;
+    double weight = 1;
+    std::int64_t bytes = 0;
+    std::int64_t tag = 0;
+  };
+
+  /// At `start` >= now; its bytes move after `latency`.
+  void begin(std::int64_t start, std::int64_t latency, const Message& message) {
+    if (unused_.empty()) {
+      unused_.push_back(static_cast<std::int32_t>(moving_.size()));
+      moving_.emplace_back();
+    }
+    const std::int32_t id = unused_.back();
+    unused_.pop_back();
+    Moving& m = moving_[static_cast<std::size_t>(id)];
+    m.message = message;
+    m.left = static_cast<double>(message.bytes);
+    m.rate = 0;
+    m.activity = {};
+    ++m.stamp;
+    ++under_way_;
+    agenda_.add(start + latency, {id, m.stamp});
+  }
+  /// Tells the owner of `tag` at `time`.
+  void remind(std::int64_t time, std::int64_t tag) {
+    agenda_.add(time, {-1 - static_cast<std::int32_t>(reminders_.size()), 0}),
+        reminders_.push_back(tag);
+  }
+
+  /// Plays until nothing moves. `ended(tag, time)` may begin more, at that time or later;
+  /// `reminded(tag, time)` likewise.
+  template <class Ended, class Reminded>
+  void run(Ended ended, Reminded reminded) {
+    std::vector<Event> events;
+    while (!agenda_.empty()) {
+      now_ = agenda_.next();
+      // What ends may begin what arrives at once: one instant, and one solution for it.
+      while (!agenda_.empty() && agenda_.next() == now_) {
+        agenda_.take(events);
+        for (const Event& e : events) {
+          if (e.id < 0) {
+            reminded(reminders_[static_cast<std::size_t>(-1 - e.id)], now_);
+            continue;
+          }
+          Moving& m = moving_[static_cast<std::size_t>(e.id)];
+          if (m.stamp != e.stamp) continue;  // its end has moved
+          if (!m.activity.valid() && m.message.bytes > 0 && !m.message.demands->empty()) {
+            m.activity = sharing_.start(*m.message.demands, m.message.weight);
+            if (owner_.size() <= m.activity.index()) owner_.resize(m.activity.index() + 1);
+            owner_[m.activity.index()] = e.id;
+            m.since = now_;
+            continue;
+          }
+          if (m.activity.valid()) sharing_.stop(m.activity);
+          ++m.stamp;
+          --under_way_;
+          unused_.push_back(e.id);
+          ended(m.message.tag, now_);
+        }
+      }
+      for (const ActivityId a : sharing_.solve()) {
+        Moving& m = moving_[static_cast<std::size_t>(owner_[a.index()])];
+        m.left = std::max(0.0, m.left - m.rate * (static_cast<double>(now_ - m.since) * 1e-12));
+        m.since = now_;
+        m.rate = sharing_.rate(a);
+        ++m.stamp;
+        if (m.rate > 0)
+          agenda_.add(now_ + to_ticks(Seconds{m.left / m.rate}).count,
+                      {owner_[a.index()], m.stamp});
+      }
+    }
+    if (under_way_ > 0) {
+      throw InputError("network", fmt::format("{} messages need a failed link (capacity 0) and "
+                                              "never end; give it a capacity or route around it",
+                                              under_way_));
+    }
+  }
+
+ private:
+  struct Moving {
+    Message message;
+    ActivityId activity;
+    double left = 0, rate = 0;
+    std::int64_t since = 0;
+    std::int32_t stamp = 0;
+  };
+  struct Event {
+    std::int32_t id = 0, stamp = 0;
+  };
+
+  Sharing sharing_;
+  Agenda<Event> agenda_;
+  std::vector<Moving> moving_;
+  std::vector<std::int32_t> unused_, owner_;
+  std::vector<std::int64_t> reminders_;
+  std::int64_t now_ = 0, under_way_ = 0;
+};
+
+struct Hash {
+  std::uint64_t a = 0, b = 0;
+  friend bool operator==(const Hash&, const Hash&) = default;
+  friend auto operator<=>(const Hash&, const Hash&) = default;
+};
+std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
+  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
+  h *= 0xff51afd7ed558ccdull;
+  return h ^ (h >> 33);
+}
+void add(Hash& h, std::uint64_t x) {
+  h.a = mix(h.a, x);
+  h.b = mix(h.b ^ 0x2545f4914f6cdd1dull, x);
+}
+/// Order does not matter: for multisets.
+void join(Hash& h, const Hash& x) {
+  h.a += mix(x.a, 1);
+  h.b += mix(x.b, 2);
+}
+
+/// Colours of members and links: equal ones behave alike.
+struct Colours {
+  std::vector<std::int32_t> member, link;
+  std::int32_t members = 0, links = 0;
+};
+
+std::int32_t number(const std::vector<Hash>& hashes, std::vector<std::int32_t>& colours) {
+  std::vector<Hash> all = hashes;
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  for (std::size_t k = 0; k < hashes.size(); ++k)
+    colours[k] = static_cast<std::int32_t>(std::lower_bound(all.begin(), all.end(), hashes[k]) -
+                                           all.begin());
+  return static_cast<std::int32_t>(all.size());
+}
+
+Hash signature(const Traffic& t, const Colours& c, std::size_t beat, const TrafficMessage& m) {
+  Hash h;
+  const NetworkRoute& route = t.routes[static_cast<std::size_t>(m.route)];
+  add(h, beat);
+  add(h, static_cast<std::uint64_t>(c.member[static_cast<std::size_t>(m.from)]));
+  add(h, static_cast<std::uint64_t>(c.member[static_cast<std::size_t>(m.to)]));
+  add(h, static_cast<std::uint64_t>(m.bytes.count));
+  add(h, m.reduces ? 1 : 0);
+  add(h, static_cast<std::uint64_t>(route.latency.count));
+  add(h, std::bit_cast<std::uint64_t>(route.weight));
+  for (const std::int32_t l : route.links)
+    add(h, static_cast<std::uint64_t>(c.link[static_cast<std::size_t>(l)]));
+  return h;
+}
+
+/// Coarsest stable partition of members and links together (colour refinement).
+Colours colours_of(const Traffic& t) {
+  Colours c;
+  c.member.assign(static_cast<std::size_t>(t.members), 0);
+  c.link.assign(t.capacity.size(), 0);
+  std::vector<Hash> members(c.member.size()), links(c.link.size());
+  for (std::size_t l = 0; l < links.size(); ++l)
+    add(links[l], std::bit_cast<std::uint64_t>(t.capacity[l]));
+  c.members = t.members > 0 ? 1 : 0;
+  c.links = number(links, c.link);
+  for (;;) {
+    for (std::size_t m = 0; m < members.size(); ++m)
+      members[m] = {static_cast<std::uint64_t>(c.member[m]), 0};
+    for (std::size_t l = 0; l < links.size(); ++l)
+      links[l] = {static_cast<std::uint64_t>(c.link[l]), 0};
+    for (std::size_t b = 0; b < t.beats.size(); ++b) {
+      for (const TrafficMessage& m : t.beats[b].messages) {
+        Hash h = signature(t, c, b, m);
+        add(h, 1);
+        join(members[static_cast<std::size_t>(m.from)], h);
+        add(h, 2);
+        join(members[static_cast<std::size_t>(m.to)], h);
+        for (const std::int32_t l : t.routes[static_cast<std::size_t>(m.route)].links)
+          add(h, 3), join(links[static_cast<std::size_t>(l)], h);
+      }
+    }
+    // Old colours stay apart: they lead the sums only by chance, so they are mixed in last.
+    for (std::size_t m = 0; m < members.size(); ++m)
+      add(members[m], static_cast<std::uint64_t>(c.member[m]));
+    for (std::size_t l = 0; l < links.size(); ++l)
+      add(links[l], static_cast<std::uint64_t>(c.link[l]));
+    const std::int32_t before = c.members + c.links;
+    c.members = number(members, c.member);
+    c.links = number(links, c.link);
+    if (c.members + c.links == before) return c;
+  }
+}
+
+/// Messages of one beat that behave alike.
+struct MessageClass {
+  std::int32_t from = 0, to = 0;        ///< classes of members
+  std::int64_t sent = 0, received = 0;  ///< by one member of `from`, of `to`
+  std::int64_t count = 0;
+  std::int64_t latency = 0, bytes = 0, reduce = 0;
+  double weight = 1;
+  std::vector<Demand> demands;
+};
+
+}  // namespace
+
+Played play(const Traffic& t, const PlayOptions& options) {
+  Colours c;
+  if (options.folded) {
+    c = colours_of(t);
+  } else {
+    c.member.resize(static_cast<std::size_t>(t.members));
+    c.link.resize(t.capacity.size());
+    std::iota(c.member.begin(), c.member.end(), 0);
+    std::iota(c.link.begin(), c.link.end(), 0);
+    c.members = t.members;
+    c.links = static_cast<std::int32_t>(c.link.size());
+  }
+  const auto classes = static_cast<std::size_t>(c.members);
+  std::vector<std::int64_t> size(classes, 0), links(static_cast<std::size_t>(c.links), 0);
+  for (const std::int32_t m : c.member) ++size[static_cast<std::size_t>(m)];
+  std::vector<double> capacity(static_cast<std::size_t>(c.links), 0);
+  for (std::size_t l = 0; l < c.link.size(); ++l) {
+    ++links[static_cast<std::size_t>(c.link[l])];
+    capacity[static_cast<std::size_t>(c.link[l])] = t.capacity[l];
+  }
+
+  // Beat by beat: the messages that each class sends, and how many of a step concern one member.
+  std::vector<std::vector<MessageClass>> beats(t.beats.size());
+  std::vector<std::vector<std::vector<std::int32_t>>> outgoing(t.beats.size());
+  std::vector<std::vector<std::int64_t>> expected(t.beats.size());
+  for (std::size_t b = 0; b < t.beats.size(); ++b) {
+    std::map<Hash, std::size_t> known;
+    for (const TrafficMessage& m : t.beats[b].messages) {
+      const NetworkRoute& route = t.routes[static_cast<std::size_t>(m.route)];
+      std::size_t at = beats[b].size();
+      if (options.folded) at = known.try_emplace(signature(t, c, b, m), at).first->second;
+      if (at == beats[b].size()) {
+        MessageClass one;
+        one.from = c.member[static_cast<std::size_t>(m.from)];
+        one.to = c.member[static_cast<std::size_t>(m.to)];
+        one.latency = route.latency.count;
+        one.bytes = m.bytes.count;
+        one.weight = route.weight;
+        if (m.reduces && (t.reduce_latency > 0 || t.reduce_per_byte > 0))
+          one.reduce = to_ticks(Seconds{t.reduce_latency +
+                                        static_cast<double>(m.bytes.count) * t.reduce_per_byte})
+                           .count;
+        for (const std::int32_t l : route.links) {
+          const ResourceId r{static_cast<std::size_t>(c.link[static_cast<std::size_t>(l)])};
+          const auto same = std::find_if(one.demands.begin(), one.demands.end(),
+                                         [&](const Demand& d) { return d.resource == r; });
+          if (same != one.demands.end())
+            ++same->count;
+          else
+            one.demands.push_back({r});
+        }
+        beats[b].push_back(std::move(one));
+      }
+      ++beats[b][at].count;
+    }
+    outgoing[b].resize(classes);
+    expected[b].assign(classes, 0);
+    for (std::size_t k = 0; k < beats[b].size(); ++k) {
+      MessageClass& m = beats[b][k];
+      m.sent = m.count / size[static_cast<std::size_t>(m.from)];
+      m.received = m.count / size[static_cast<std::size_t>(m.to)];
+      for (Demand& d : m.demands) {
+        d.count = d.count * m.count / links[d.resource.index()];
+        PARTITA_ASSERT(d.count > 0, "messages of a class load some of its links only");
+      }
+      outgoing[b][static_cast<std::size_t>(m.from)].push_back(static_cast<std::int32_t>(k));
+      expected[b][static_cast<std::size_t>(m.from)] += m.sent;
+      expected[b][static_cast<std::size_t>(m.to)] += m.received;
+    }
+  }
+  std::vector<std::int64_t> first_step{0};  // by beat
+  for (const TrafficBeat& b : t.beats) first_step.push_back(first_step.back() + b.repeat);
+  const std::int64_t steps = first_step.back();
+
+  Played result;
+  result.classes = c.members;
+  std::vector<std::int64_t> step(classes, 0), end(classes, 0);
+  std::vector<std::size_t> beat(classes, 0);
+  std::vector<std::int32_t> done(classes * static_cast<std::size_t>(steps), 0);
+  Moves moves(capacity);
+  // A message's tag: its beat, its number there, the step.
+  std::vector<std::int64_t> first_message{0};
+  for (const auto& b : beats)
+    first_message.push_back(first_message.back() + static_cast<std::int64_t>(b.size()));
+  const std::int64_t kinds = std::max<std::int64_t>(1, first_message.back());
+  std::vector<const MessageClass*> message_of;
+  for (const auto& b : beats) {
+    for (const MessageClass& m : b) message_of.push_back(&m);
+  }
+
+  const auto enter = [&](std::size_t k, std::int64_t now) {
+    for (; step[k] < steps; ++step[k]) {
+      while (step[k] >= first_step[beat[k] + 1]) ++beat[k];
+      const std::size_t b = beat[k];
+      for (const std::int32_t m : outgoing[b][k]) {
+        const MessageClass& one = beats[b][static_cast<std::size_t>(m)];
+        ++result.messages;
+        moves.begin(now, one.latency,
+                    {&one.demands, one.weight, one.bytes, step[k] * kinds + first_message[b] + m});
+      }
+      if (done[k * static_cast<std::size_t>(steps) + static_cast<std::size_t>(step[k])] <
+          expected[b][k])
+        return;
+    }
+    end[k] = std::max(end[k], now);
+  };
+  const auto count = [&](std::int32_t k, std::int64_t s, std::int64_t n, std::int64_t now) {
+    const auto at = static_cast<std::size_t>(k);
+    auto& d = done[at * static_cast<std::size_t>(steps) + static_cast<std::size_t>(s)];
+    d += static_cast<std::int32_t>(n);
+    if (step[at] != s || d < expected[beat[at]][at]) return;
+    ++step[at];
+    enter(at, now);
+  };
+  for (std::size_t k = 0; k < classes; ++k) enter(k, 0);
+  moves.run(
+      [&](std::int64_t tag, std::int64_t now) {
+        const MessageClass& m = *message_of[static_cast<std::size_t>(tag % kinds)];
+        count(m.from, tag / kinds, m.sent, now);
+        if (m.reduce > 0)
+          moves.remind(now + m.reduce, tag);
+        else
+          count(m.to, tag / kinds, m.received, now);
+      },
+      [&](std::int64_t tag, std::int64_t now) {
+        const MessageClass& m = *message_of[static_cast<std::size_t>(tag % kinds)];
+        count(m.to, tag / kinds, m.received, now);
+      });
+  for (std::size_t k = 0; k < classes; ++k) {
+    PARTITA_ASSERT(step[k] == steps, fmt::format("class {} stands in step {}", k, step[k]));
+    result.end = std::max(result.end, Ticks{end[k]});
+  }
+  for (const std::int32_t m : c.member)
+    result.member_end.emplace_back(end[static_cast<std::size_t>(m)]);
+  result.link_bytes.assign(t.capacity.size(), 0);
+  for (const TrafficBeat& b : t.beats) {
+    for (const TrafficMessage& m : b.messages) {
+      for (const std::int32_t l : t.routes[static_cast<std::size_t>(m.route)].links)
+        result.link_bytes[static_cast<std::size_t>(l)] +=
+            static_cast<double>(m.bytes.count) * static_cast<double>(b.repeat);
+    }
+  }
+  return result;
+}
+
+Traffic traffic_of(const Rhythm& rhythm, Bytes chunk, const std::vector<std::int64_t>& ranks,
+                   const Topology& topology) {
+  Traffic t;
+  t.members = static_cast<std::int32_t>(ranks.size());
+  std::unordered_map<std::int32_t, std::int32_t> links;   // the topology's -> ours
+  std::unordered_map<std::int64_t, std::int32_t> routes;  // by pair of members
+  const auto route = [&](std::int32_t from, std::int32_t to) {
+    const auto [it, fresh] = routes.try_emplace(std::int64_t{from} * t.members + to,
+                                                static_cast<std::int32_t>(t.routes.size()));
+    if (!fresh) return it->second;
+    NetworkRoute r;
+    for (const LinkId l :
+         topology.route(DeviceId{static_cast<std::size_t>(ranks[static_cast<std::size_t>(from)])},
+                        DeviceId{static_cast<std::size_t>(ranks[static_cast<std::size_t>(to)])})) {
+      const Link link = topology.link(l);
+      const auto [at, new_link] =
+          links.try_emplace(l.value, static_cast<std::int32_t>(t.capacity.size()));
+      if (new_link) t.capacity.push_back(link.bandwidth.count);
+      r.links.push_back(at->second);
+      r.latency += to_ticks(link.latency);
+    }
+    t.routes.push_back(std::move(r));
+    return it->second;
+  };
+  for (const Beat& b : rhythm.beats) {
+    TrafficBeat beat;
+    beat.repeat = b.repeat;
+    beat.messages.reserve(b.messages.size());
+    for (const Message& m : b.messages)
+      beat.messages.push_back(
+          {m.from, m.to, route(m.from, m.to), Bytes{m.count * chunk.count}, m.reduces});
+    t.beats.push_back(std::move(beat));
+  }
+  return t;
+}
+
+std::vector<Ticks> ends_of(const std::vector<double>& capacity,
+                           const std::vector<NetworkRoute>& routes,
+                           const std::vector<TimedMessage>& messages) {
+  Moves moves(capacity);
+  std::vector<std::vector<Demand>> demands(routes.size());
+  for (std::size_t r = 0; r < routes.size(); ++r) {
+    for (const std::int32_t l : routes[r].links)
+      demands[r].push_back({ResourceId{static_cast<std::size_t>(l)}});
+  }
+  for (std::size_t k = 0; k < messages.size(); ++k) {
+    const auto r = static_cast<std::size_t>(messages[k].route);
+    moves.begin(
+        messages[k].start.count, routes[r].latency.count,
+        {&demands[r], routes[r].weight, messages[k].bytes.count, static_cast<std::int64_t>(k)});
+  }
+  std::vector<Ticks> ends(messages.size());
+  moves.run(
+      [&](std::int64_t tag, std::int64_t now) { ends[static_cast<std::size_t>(tag)] = Ticks{now}; },
+      [](std::int64_t, std::int64_t) {});
+  return ends;
+}
+
+}  // namespace partita

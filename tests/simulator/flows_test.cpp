@@ -1,0 +1,187 @@
+// Messages on networks: hand-made examples, closed forms, folded against unfolded, cuts.
+#include "simulator/engine/flows.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "base/error.h"
+
+namespace partita {
+namespace {
+
+constexpr std::int64_t kMicro = 1'000'000;  // picoseconds
+
+// docs/sharing.md, "Messages".
+TEST(Flows, ThePagesExample) {
+  // One link of 10 GB/s, 1 us. 20 kB alone take 2 us; the second starts its bytes at 1.5 us + 1 us.
+  const std::vector<NetworkRoute> routes{{{0}, Ticks{kMicro}}};
+  const auto ends =
+      ends_of({10e9}, routes, {{Ticks{0}, 0, Bytes{20'000}}, {Ticks{1'500'000}, 0, Bytes{20'000}}});
+  EXPECT_EQ(ends[0].count, 3'500'000);
+  EXPECT_EQ(ends[1].count, 5'000'000);
+}
+
+TEST(Flows, AFailedLinkIsSaid) {
+  const std::vector<NetworkRoute> routes{{{0}, Ticks{0}}};
+  try {
+    ends_of({0}, routes, {{Ticks{0}, 0, Bytes{1}}});
+    ADD_FAILURE();
+  } catch (const InputError& e) {
+    EXPECT_NE(std::string(e.what()).find("1 messages need a failed link"), std::string::npos)
+        << e.what();
+  }
+}
+
+/// n devices in a ring or star of links, by hand.
+Traffic on_ring(const Rhythm& rhythm, std::int32_t n, Bytes chunk, double rate, Ticks latency) {
+  Traffic t;
+  t.members = n;
+  for (std::int32_t i = 0; i < 2 * n; ++i) t.capacity.push_back(rate);  // clockwise, then back
+  const auto route = [&](std::int32_t from, std::int32_t to) {
+    NetworkRoute r;
+    const std::int32_t there = (to - from + n) % n;
+    for (std::int32_t h = 0; h < std::min(there, n - there); ++h) {
+      r.links.push_back(there <= n - there ? (from + h) % n : n + (from - h - 1 + n) % n);
+      r.latency += latency;
+    }
+    t.routes.push_back(r);
+    return static_cast<std::int32_t>(t.routes.size()) - 1;
+  };
+  for (const Beat& b : rhythm.beats) {
+    TrafficBeat beat;
+    beat.repeat = b.repeat;
+    for (const Message& m : b.messages)
+      beat.messages.push_back(
+          {m.from, m.to, route(m.from, m.to), Bytes{m.count * chunk.count}, m.reduces});
+    t.beats.push_back(std::move(beat));
+  }
+  return t;
+}
+
+TEST(Flows, ARingTakesItsClosedForm) {
+  for (const std::int32_t n : {2, 3, 8, 31}) {
+    const Bytes chunk{1'000'001};
+    const Traffic t = on_ring(rhythm(CollectiveKind::all_reduce, Algorithm::ring, n), n, chunk,
+                              25e9, Ticks{700'000});
+    const std::int64_t step = 700'000 + to_ticks(chunk / BytesPerSecond{25e9}).count;
+    for (const bool folded : {false, true}) {
+      const Played p = play(t, {folded});
+      EXPECT_EQ(p.end.count, 2 * (n - 1) * step);
+      EXPECT_EQ(p.classes, folded ? 1 : n);
+      EXPECT_EQ(p.messages, 2 * (n - 1) * (folded ? 1 : n));
+    }
+  }
+}
+
+TEST(Flows, HalvingSharesTheRingsLinks) {
+  // Distance 4, then 2, then 1 of 8 members on a ring: 4, 2, 1 messages on each link of each
+  // direction that they cross; half, a quarter, an eighth of the payload. By hand: to distance 4
+  // all go clockwise and each link has 4; to 2 and 1 half go each way.
+  const Bytes chunk{1'000'000};
+  const Traffic t =
+      on_ring(rhythm(CollectiveKind::all_reduce, Algorithm::halving, 8), 8, chunk, 1e9, Ticks{0});
+  // Distance 4: 4 MB each, 4 share a link: 16 ms. Distance 2: 2 MB, 2 share: 4 ms. Distance 1: 1
+  // ms.
+  EXPECT_EQ(play(t, {false}).end.count, 2 * (16 + 4 + 1) * 1'000'000'000ll);
+}
+
+Traffic random_traffic(std::mt19937_64& rng, bool symmetric) {
+  const auto pick = [&](int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(rng); };
+  const char* names[] = {"dgx-h100:2", "dgx-a100-80gb:3", "a100-pcie-8:2", "dgx1-v100:2",
+                         "gb200-nvl72:6"};
+  const Topology topology = load_topology(names[pick(0, 4)]);
+  std::vector<std::int64_t> ranks(topology.device_count());
+  std::iota(ranks.begin(), ranks.end(), 0);
+  if (!symmetric) std::shuffle(ranks.begin(), ranks.end(), rng);
+  ranks.resize(static_cast<std::size_t>(symmetric ? pick(1, 2) * static_cast<int>(ranks.size()) / 2
+                                                  : pick(2, static_cast<int>(ranks.size()))));
+  const auto n = static_cast<std::int32_t>(ranks.size());
+  const AlgorithmRow row =
+      kAlgorithms[static_cast<std::size_t>(pick(0, static_cast<int>(kAlgorithms.size()) - 1))];
+  Traffic t =
+      traffic_of(rhythm(row.kind, row.algorithm, n), Bytes{pick(1, 3'000'000)}, ranks, topology);
+  if (pick(0, 2) == 0) {
+    // A few slow links.
+    for (int k = pick(1, 3); k > 0; --k) t.capacity[rng() % t.capacity.size()] *= 0.25 * pick(1, 3);
+  }
+  if (pick(0, 3) == 0) t.reduce_latency = 1e-6, t.reduce_per_byte = 1e-12;
+  return t;
+}
+
+TEST(Flows, FoldedIsUnfoldedToThePicosecond) {
+  std::mt19937_64 rng{11};
+  int folds = 0;
+  for (int k = 0; k < 300; ++k) {
+    SCOPED_TRACE(k);
+    const Traffic t = random_traffic(rng, k % 3 != 0);
+    const Played one = play(t, {true}), all = play(t, {false});
+    EXPECT_EQ(one.end, all.end);
+    EXPECT_EQ(one.member_end, all.member_end);
+    folds += 2 * one.classes <= t.members;
+  }
+  EXPECT_GT(folds, 60);
+}
+
+TEST(Flows, NoCutIsBeatenAndNothingIdlesLonger) {
+  std::mt19937_64 rng{12};
+  for (int k = 0; k < 200; ++k) {
+    SCOPED_TRACE(k);
+    const Traffic t = random_traffic(rng, k % 2 == 0);
+    const Played p = play(t);
+    for (std::size_t l = 0; l < t.capacity.size(); ++l)
+      EXPECT_GE(static_cast<double>(p.end.count) * 1e-12 * (1 + 1e-9),
+                p.link_bytes[l] / t.capacity[l]);
+    // Not slower than one message after the other.
+    double serial = 0;
+    for (const TrafficBeat& b : t.beats) {
+      for (const TrafficMessage& m : b.messages) {
+        const NetworkRoute& r = t.routes[static_cast<std::size_t>(m.route)];
+        double slowest = Sharing::kUnbound;
+        for (const std::int32_t l : r.links)
+          slowest = std::min(slowest, t.capacity[static_cast<std::size_t>(l)]);
+        serial += static_cast<double>(b.repeat) *
+                  (static_cast<double>(r.latency.count + 2) * 1e-12 + t.reduce_latency +
+                   static_cast<double>(m.bytes.count) * (1 / slowest + t.reduce_per_byte));
+      }
+    }
+    EXPECT_LE(static_cast<double>(p.end.count) * 1e-12, serial * (1 + 1e-9));
+  }
+}
+
+TEST(Flows, RenamingMembersAndLinksChangesNothing) {
+  std::mt19937_64 rng{13};
+  for (int k = 0; k < 100; ++k) {
+    SCOPED_TRACE(k);
+    const Traffic t = random_traffic(rng, k % 2 == 0);
+    std::vector<std::int32_t> m(static_cast<std::size_t>(t.members)), l(t.capacity.size());
+    std::iota(m.begin(), m.end(), 0);
+    std::iota(l.begin(), l.end(), 0);
+    std::shuffle(m.begin(), m.end(), rng);
+    std::shuffle(l.begin(), l.end(), rng);
+    Traffic other = t;
+    for (std::size_t i = 0; i < l.size(); ++i)
+      other.capacity[static_cast<std::size_t>(l[i])] = t.capacity[i];
+    for (NetworkRoute& r : other.routes) {
+      for (std::int32_t& x : r.links) x = l[static_cast<std::size_t>(x)];
+    }
+    for (TrafficBeat& b : other.beats) {
+      for (TrafficMessage& x : b.messages) {
+        x.from = m[static_cast<std::size_t>(x.from)];
+        x.to = m[static_cast<std::size_t>(x.to)];
+      }
+      std::shuffle(b.messages.begin(), b.messages.end(), rng);
+    }
+    for (const bool folded : {true, false}) {
+      const Played a = play(t, {folded}), b = play(other, {folded});
+      EXPECT_EQ(a.end, b.end);
+      for (std::size_t i = 0; i < m.size(); ++i)
+        EXPECT_EQ(a.member_end[i], b.member_end[static_cast<std::size_t>(m[i])]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace partita
