@@ -88,6 +88,10 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   device.memory_efficiency = fraction(figure(root, "memory_efficiency"));
   device.kernel_latency = figure(root, "kernel_latency").as_seconds();
   device.multiprocessors = static_cast<int>(figure(root, "multiprocessors").as_int(1, 1'000'000));
+  if (root.has("communication_multiprocessors"))
+    device.communication_multiprocessors =
+        static_cast<int>(figure(root, "communication_multiprocessors")
+                             .as_int(0, std::max(1, device.multiprocessors) - 1));
   if (root.has("compute_capability"))
     device.compute_capability =
         static_cast<int>(figure(root, "compute_capability").as_int(10, 10'000));

@@ -31,6 +31,8 @@ struct DeviceProfile {
   double memory_efficiency = 1;
   Seconds kernel_latency;  ///< Fixed time per kernel.
   int multiprocessors = 0;
+  /// Of these, what a running collective or transfer keeps for itself; 0: none.
+  int communication_multiprocessors = 0;
   int compute_capability = 0;  ///< 90 for sm90; 0 where the device has none (a CPU).
   /// False: communication does not run beside compute, all instructions of a rank follow each
   /// other.

@@ -436,6 +436,9 @@ std::size_t Topology::nic_count(std::size_t node) const {
   return impl_->node_at(node).node().nics().size();
 }
 std::size_t Topology::domain_of(std::size_t node) const { return impl_->node_at(node).domain(); }
+std::size_t Topology::unit_of(std::size_t node) const {
+  return impl_->fabric.leaf_count == 0 ? 0 : node / impl_->fabric.nodes_per_leaf;
+}
 
 std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
   std::vector<LinkId> out;
@@ -472,6 +475,17 @@ std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
 }
 
 std::size_t Topology::link_count() const { return impl_->node_links + impl_->fabric.link_count(); }
+
+std::vector<LinkId> Topology::links_of(DeviceId device) const {
+  const auto place = impl_->place_of(device);
+  const auto& links = place.node.node().links();
+  std::vector<LinkId> all;
+  for (std::size_t l = 0; l < links.size(); ++l) {
+    if (links[l].from == place.vertex || links[l].to == place.vertex)
+      all.emplace_back(place.node.first_link() + l);
+  }
+  return all;
+}
 
 Link Topology::link(LinkId link) const {
   PARTITA_ASSERT(link.valid() && link.index() < link_count(),

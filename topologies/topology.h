@@ -64,6 +64,8 @@ class Topology {
   std::size_t nic_count(std::size_t node) const;
   /// Nodes of one domain share a switched NVLink network; a node without one is its own domain.
   std::size_t domain_of(std::size_t node) const;
+  /// Nodes of one unit hang on the same leaf switches; 0 where there is one unit only.
+  std::size_t unit_of(std::size_t node) const;
 
   /// Links of the best path, in order; empty if a == b. Best: fewest links, then the larger
   /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between
@@ -71,6 +73,8 @@ class Topology {
   std::vector<LinkId> route(DeviceId a, DeviceId b) const;
   Link link(LinkId link) const;
   std::size_t link_count() const;
+  /// Links of `device`'s node that start or end at it.
+  std::vector<LinkId> links_of(DeviceId device) const;
   std::string link_name(LinkId link) const;  ///< "node3.gpu1->node3.nvswitch0"
 
   std::size_t vertex_count() const;

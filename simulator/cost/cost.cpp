@@ -264,13 +264,18 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   return w;
 }
 
-Seconds kernel_time(const Work& w, const DeviceProfile& device) {
+KernelParts kernel_parts(const Work& w, const DeviceProfile& device) {
   const double rate = w.matrix ? device.matrix_rate(w.type).count * device.matrix_efficiency
                                : device.vector_rate.count;
-  const double compute = w.flops.count > 0 ? w.flops.count / rate : 0;
-  const double memory = static_cast<double>(w.bytes.count) /
-                        (device.memory_bandwidth.count * device.memory_efficiency);
-  return Seconds{w.kernels * device.kernel_latency.count + std::max(compute, memory)};
+  return {Seconds{w.flops.count > 0 ? w.flops.count / rate : 0},
+          Seconds{static_cast<double>(w.bytes.count) /
+                  (device.memory_bandwidth.count * device.memory_efficiency)}};
+}
+
+Seconds kernel_time(const Work& w, const DeviceProfile& device) {
+  const KernelParts parts = kernel_parts(w, device);
+  return Seconds{w.kernels * device.kernel_latency.count +
+                 std::max(parts.units.count, parts.memory.count)};
 }
 
 WireCount wire_count(CollectiveKind kind, std::int64_t n, Bytes bytes) {
@@ -348,8 +353,8 @@ void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_c
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
   std::uint64_t h = ranks.size();
-  std::size_t last_node = t.node_count(), last_domain = t.node_count();
-  std::uint64_t node_number = 0, domain_number = 0;
+  std::size_t last_node = t.node_count(), last_domain = t.node_count(), last_unit = t.node_count();
+  std::uint64_t node_number = 0, domain_number = 0, unit_number = 0;
   for (const std::int64_t r : ranks) {
     const DeviceId d{static_cast<std::size_t>(r)};
     const std::size_t node = t.node_of(d);
@@ -357,44 +362,66 @@ std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) con
       ++node_number;
       if (const std::size_t domain = t.domain_of(node); domain != last_domain)
         ++domain_number, last_domain = domain;
+      if (const std::size_t unit = t.unit_of(node); unit != last_unit)
+        ++unit_number, last_unit = unit;
     }
     last_node = node;
     const auto local = static_cast<std::uint64_t>(r) - t.first_device(node).index();
-    h = mix(h, node_number << 40 | domain_number << 20 | local << 4 | t.profile_index(d));
+    h = mix(mix(h, unit_number),
+            node_number << 40 | domain_number << 20 | local << 4 | t.profile_index(d));
   }
   return h;
 }
 
 namespace {
 
-struct LinkLoads {
-  std::unordered_map<std::int32_t, double> load;
+/// Counts the flows of a transfer link by link.
+struct Flows {
+  const Topology& topology;
+  std::unordered_map<std::int32_t, std::int64_t> count;
   double latency = 0;
-  void add(const Topology& t, std::int64_t from, std::int64_t to, double share) {
-    double hop = 0;
-    for (const LinkId l : t.route(DeviceId{static_cast<std::size_t>(from)},
-                                  DeviceId{static_cast<std::size_t>(to)})) {
-      load[l.value] += share;
-      hop += t.link(l).latency.count;
+
+  explicit Flows(const Topology& t) : topology(t) {}
+  void add(std::int64_t from, std::int64_t to) {
+    double hops = 0;
+    for (const LinkId l : topology.route(DeviceId{static_cast<std::size_t>(from)},
+                                         DeviceId{static_cast<std::size_t>(to)})) {
+      ++count[l.value];
+      hops += topology.link(l).latency.count;
     }
-    latency = std::max(latency, hop);
+    latency = std::max(latency, hops);
   }
-  /// Rate at which one unit of share can flow everywhere.
-  double rate(const Topology& t) const {
-    double least = INFINITY;
-    for (const auto& [id, share] : load) {
-      least = std::min(least, t.link(LinkId{static_cast<std::size_t>(id)}).bandwidth.count / share);
-    }
-    return least;
+  Communication::LinkFlows sorted(double share) const {
+    Communication::LinkFlows all{share, {}, Seconds{latency}};
+    for (const auto& [id, n] : count) all.flows.emplace_back(static_cast<std::size_t>(id), n);
+    std::sort(all.flows.begin(), all.flows.end());
+    return all;
   }
 };
 
+/// At which a rank's bytes move where all links of the transfer are its own.
+Communication::Ring alone(const Topology& t, const Communication::LinkFlows& all) {
+  double least = INFINITY;
+  for (const auto& [link, n] : all.flows)
+    least = std::min(least, t.link(link).bandwidth.count / (static_cast<double>(n) * all.share));
+  return {BytesPerSecond{least}, all.latency};
+}
+
 }  // namespace
 
-const Communication::Ring& Communication::ring(const std::vector<std::int64_t>& ranks) {
-  const std::uint64_t key = pattern(ranks);
-  if (const auto it = state_->rings.find(key); it != state_->rings.end()) return it->second;
+Communication::LinkFlows Communication::collective_links(
+    bool exchanges, const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
+  Flows flows(t);
+  if (exchanges) {
+    // Every pair at once: the busiest link decides.
+    for (const std::int64_t a : ranks) {
+      for (const std::int64_t b : ranks) {
+        if (a != b) flows.add(a, b);
+      }
+    }
+    return flows.sorted(1.0 / static_cast<double>(std::max<std::size_t>(1, ranks.size() - 1)));
+  }
   // Members by node; as many rings as the node with fewest members has, each leaving a node from
   // another device, so that all network cards are used.
   std::vector<std::vector<std::int64_t>> nodes;
@@ -407,35 +434,34 @@ const Communication::Ring& Communication::ring(const std::vector<std::int64_t>& 
   std::size_t rings = nodes[0].size();
   for (const auto& n : nodes) rings = std::min(rings, n.size());
   if (nodes.size() == 1) rings = 1;
-  LinkLoads loads;
+  std::vector<std::int64_t> order(ranks.size());
   for (std::size_t j = 0; j < rings; ++j) {
-    std::vector<std::int64_t> order;
+    order.clear();
     for (const auto& n : nodes) {
       for (std::size_t k = 0; k < n.size(); ++k) order.push_back(n[(j + k) % n.size()]);
     }
-    for (std::size_t k = 0; k < order.size(); ++k) {
-      loads.add(t, order[k], order[(k + 1) % order.size()], 1.0 / static_cast<double>(rings));
-    }
+    for (std::size_t k = 0; k < order.size(); ++k)
+      flows.add(order[k], order[(k + 1) % order.size()]);
   }
-  Ring r{BytesPerSecond{loads.rate(t)}, Seconds{loads.latency}};
-  return state_->rings[key] = r;
+  return flows.sorted(1.0 / static_cast<double>(rings));
 }
 
-/// Every pair exchanges at once: the busiest link decides.
+Communication::LinkFlows Communication::message_links(std::int64_t from, std::int64_t to) const {
+  Flows flows(state_->topology);
+  flows.add(from, to);
+  return flows.sorted(1);
+}
+
+const Communication::Ring& Communication::ring(const std::vector<std::int64_t>& ranks) {
+  const std::uint64_t key = pattern(ranks);
+  if (const auto it = state_->rings.find(key); it != state_->rings.end()) return it->second;
+  return state_->rings[key] = alone(state_->topology, collective_links(false, ranks));
+}
+
 const Communication::Ring& Communication::exchange(const std::vector<std::int64_t>& ranks) {
   const std::uint64_t key = pattern(ranks);
   if (const auto it = state_->exchanges.find(key); it != state_->exchanges.end()) return it->second;
-  LinkLoads loads;
-  const std::size_t sources = ranks.size() <= 64 ? ranks.size() : 8;
-  for (std::size_t a = 0; a < sources; ++a) {
-    for (std::size_t b = 0; b < ranks.size(); ++b) {
-      if (a != b)
-        loads.add(state_->topology, ranks[a], ranks[b],
-                  1.0 / static_cast<double>(ranks.size() - 1));
-    }
-  }
-  return state_->exchanges[key] =
-             Ring{BytesPerSecond{loads.rate(state_->topology)}, Seconds{loads.latency}};
+  return state_->exchanges[key] = alone(state_->topology, collective_links(true, ranks));
 }
 
 std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks, bool exchanges) {
@@ -531,12 +557,8 @@ Seconds Communication::host_time(const Program& p, const Instruction& i, std::in
   }
   auto& link = state_->host_links[t.profile_index(d)];
   if (!(link.bandwidth.count > 0)) {
-    for (std::size_t l = 0; l < t.link_count(); ++l) {
-      const Link one = t.link(LinkId{l});
-      if (one.from == t.vertex_of(d) && (one.kind == LinkKind::pcie || one.kind == LinkKind::c2c) &&
-          one.bandwidth > link.bandwidth)
-        link = {one.bandwidth, one.latency};
-    }
+    if (const LinkId best = host_link(rank, true); best.valid())
+      link = {t.link(best).bandwidth, t.link(best).latency};
     if (!(link.bandwidth.count > 0)) {
       throw InputError("offload",
                        fmt::format("{} has no PCIe or C2C link between its devices and their host; "
@@ -555,12 +577,52 @@ Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64
   if (!measured.empty()) {
     if (const auto t = measured_time(measured, "send", 2, bytes, state_->at_work)) return *t;
   }
-  LinkLoads loads;
-  loads.add(state_->topology, from, to, 1);
+  const Ring way = alone(state_->topology, message_links(from, to));
   const double launch =
       state_->topology.device(DeviceId{static_cast<std::size_t>(from)}).kernel_latency.count;
-  return Seconds{launch + loads.latency +
-                 static_cast<double>(bytes.count) / loads.rate(state_->topology)};
+  return Seconds{launch + way.latency.count +
+                 static_cast<double>(bytes.count) / way.bandwidth.count};
+}
+
+Communication::Moving Communication::moving(CollectiveKind kind, Bytes bytes,
+                                            const std::vector<std::int64_t>& ranks) {
+  const auto n = static_cast<std::int64_t>(ranks.size());
+  if (n <= 1 || bytes.count == 0) return {};
+  const Ring& way = kind == CollectiveKind::all_to_all ? exchange(ranks) : ring(ranks);
+  const double all = collective(kind, bytes, ranks).count;
+  // What is not latency moves bytes; a measured time's latency is what its smallest payload takes.
+  const CollectiveTable& measured = state_->topology.collectives();
+  double fixed = measured.empty() ? 0 : collective(kind, Bytes{1}, ranks).count;
+  const double wire = static_cast<double>(wire_count(kind, n, bytes).bytes.count);
+  if (measured.empty()) fixed = all - std::min(all, wire / way.bandwidth.count);
+  const double time = std::max(0.0, all - fixed);
+  return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count, wire / time) : 0}};
+}
+
+Communication::Moving Communication::moving(Bytes bytes, std::int64_t from, std::int64_t to) {
+  if (from == to || bytes.count == 0) return {};
+  const Ring way = alone(state_->topology, message_links(from, to));
+  const double all = point_to_point(bytes, from, to).count;
+  double time = static_cast<double>(bytes.count) / way.bandwidth.count;
+  if (!state_->topology.collectives().empty())
+    time = all - std::min(all, point_to_point(Bytes{1}, from, to).count);
+  time = std::min(time, all);
+  return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count,
+                                                            static_cast<double>(bytes.count) / time)
+                                                 : 0}};
+}
+
+LinkId Communication::host_link(std::int64_t rank, bool towards_host) const {
+  const Topology& t = state_->topology;
+  const DeviceId d{static_cast<std::size_t>(rank)};
+  LinkId best;
+  for (const LinkId l : t.links_of(d)) {
+    const Link one = t.link(l);
+    if (one.kind != LinkKind::pcie && one.kind != LinkKind::c2c) continue;
+    if ((one.from == t.vertex_of(d)) != towards_host) continue;
+    if (!best.valid() || one.bandwidth > t.link(best).bandwidth) best = l;
+  }
+  return best;
 }
 
 }  // namespace partita

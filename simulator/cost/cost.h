@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/units.h"
@@ -27,6 +28,12 @@ Work work_of(const Program& program, const Instruction& instruction, std::int64_
 
 /// t = kernels · launch + max(flops / (rate · efficiency), bytes / (bandwidth · efficiency)).
 Seconds kernel_time(const Work& work, const DeviceProfile& device);
+
+/// The two of them, without launches: what the units and what the memory take.
+struct KernelParts {
+  Seconds units, memory;
+};
+KernelParts kernel_parts(const Work& work, const DeviceProfile& device);
 
 /// Work that the network's mathematics asks of this instruction: model and recomputed FLOPs,
 /// without what a kernel does twice for its own reasons.
@@ -76,6 +83,28 @@ class Communication {
   /// topology does not say.
   Seconds storage_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
+  /// Links that a transfer uses. It is made of equal flows: `share` of the bytes that one rank
+  /// sends is what one flow carries; by link, how many cross it. Sorted by link.
+  struct LinkFlows {
+    double share = 1;
+    std::vector<std::pair<LinkId, std::int64_t>> flows;
+    Seconds latency;  ///< of the slowest flow's route
+  };
+  /// Of a collective among `ranks`: rings, as many as use all network cards, or for an all-to-all
+  /// all pairs.
+  LinkFlows collective_links(bool exchanges, const std::vector<std::int64_t>& ranks) const;
+  LinkFlows message_links(std::int64_t from, std::int64_t to) const;
+  /// The link that host_time() uses, towards the host or from it; invalid where a copy crosses
+  /// none.
+  LinkId host_link(std::int64_t rank, bool towards_host) const;
+  /// Of the time of collective() or point_to_point() what moves bytes, the part that sharing
+  /// stretches, and at which rate it moves a rank's bytes.
+  struct Moving {
+    Seconds time;
+    BytesPerSecond rate;
+  };
+  Moving moving(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
+  Moving moving(Bytes bytes, std::int64_t from, std::int64_t to);
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
   void set_at_work(std::int64_t ranks);
   /// Equal for groups whose communication costs the same whatever the size; `exchanges`:

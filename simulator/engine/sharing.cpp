@@ -9,9 +9,9 @@
 namespace partita {
 namespace {
 
-/// Fixed point with 60 bits behind the point.
+/// Fixed point with 80 bits behind the point, 46 before it.
 __extension__ typedef __int128 Exact;
-constexpr double kExact = 0x1p60;
+constexpr double kExact = 0x1p80;
 
 }  // namespace
 
@@ -40,6 +40,7 @@ ActivityId Sharing::start(std::span<const Demand> demands, double weight, double
   unused_.pop_back();
   Activity& a = activities_[static_cast<std::size_t>(id)];
   a.weight = weight;
+  a.cap = cap;
   a.limit = cap / weight;
   a.before = -1;
   a.live = true;
@@ -84,6 +85,7 @@ void Sharing::stop(ActivityId activity) {
 void Sharing::set_cap(ActivityId activity, double cap) {
   Activity& a = activities_[activity.index()];
   PARTITA_ASSERT(a.live && cap > 0, fmt::format("activity {}, cap {}", activity.value, cap));
+  a.cap = cap;
   a.limit = cap / a.weight;
   refresh(activity.value, -1);
   for (const Use& u : a.uses) mark(u.resource);
@@ -264,11 +266,12 @@ void Sharing::solve_component() {
 
 double Sharing::rate(ActivityId id) const {
   const Activity& a = activities_[id.index()];
-  return a.weight * a.level;
+  return a.level == a.limit ? a.cap : a.weight * a.level;  // a cap is reached, not nearly
 }
 
 ResourceId Sharing::bottleneck(ActivityId id) const {
   const Activity& a = activities_[id.index()];
+  if (a.level == a.limit) return {};
   for (const Use& u : a.uses) {
     if (resources_[static_cast<std::size_t>(u.resource)].level == a.level)
       return ResourceId{static_cast<std::size_t>(u.resource)};

@@ -73,7 +73,7 @@ class Sharing {
     std::int64_t count = 1;
   };
   struct Activity {
-    double weight = 1, limit = kUnbound, before = -1;
+    double weight = 1, cap = kUnbound, limit = kUnbound, before = -1;
     double level = 0, second = 0;  ///< lowest limit; lowest but for what resource `lowest` says
     std::int32_t lowest = -1;
     std::vector<Use> uses;

@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "simulator/cost/measured.h"
+#include "simulator/engine/step_graph.h"
 
 namespace partita {
 namespace {
@@ -349,8 +350,12 @@ class Engine {
         classes_.classes.push_back({p_.stage_of(r), r, 1});
         classes_.of_rank.push_back(static_cast<int>(r));
       }
-    } else {
+    } else if (options_.network == Network::idle) {
       classes_ = classify(p_, communication_);
+    }
+    if (options_.network == Network::flows) {
+      links_ = share_links(p_, communication_, options_.unfolded);
+      classes_ = links_.ranks;
     }
     assign_slots();
     const std::size_t n = classes_.classes.size();
@@ -374,6 +379,7 @@ class Engine {
     for (const MemoryUse& use : timeline_.memory) {
       if (use.peak > options_.memory_limit) return std::move(timeline_);
     }
+    if (options_.network == Network::flows) contend();
     for (bool moved = true; moved;) {
       moved = false;
       for (std::size_t c = 0; c < n; ++c) moved |= advance(static_cast<int>(c));
@@ -402,6 +408,7 @@ class Engine {
   };
   struct State {
     std::size_t call = 0, step = 0;
+    std::size_t instance = 0;         ///< instructions played so far
     std::vector<std::int64_t> free;   ///< per stream
     std::vector<std::int32_t> label;  ///< per stream: what ran last
     std::vector<Slot> slots;
@@ -680,10 +687,13 @@ class Engine {
     block.external.assign(external.begin(), external.end());
   }
 
-  Slot& slot(State& s, std::int32_t encoded, std::int32_t micro_batch) {
+  std::size_t slot_index(const State& s, std::int32_t encoded, std::int32_t micro_batch) const {
     const std::size_t row = encoded < 0 ? 0 : static_cast<std::size_t>(micro_batch + 1);
     const auto x = static_cast<std::size_t>(encoded < 0 ? -1 - encoded : encoded);
-    return s.slots[row * (s.slots.size() / static_cast<std::size_t>(p_.micro_batches + 1)) + x];
+    return row * (s.slots.size() / static_cast<std::size_t>(p_.micro_batches + 1)) + x;
+  }
+  Slot& slot(State& s, std::int32_t encoded, std::int32_t micro_batch) {
+    return s.slots[slot_index(s, encoded, micro_batch)];
   }
 
   bool advance(int c) {
@@ -695,7 +705,8 @@ class Engine {
       const BlockCall call = calls[s.call];
       Compiled& block = compiled_[static_cast<std::size_t>(c)][call.block.index()];
       while (s.step < block.steps.size()) {
-        if (s.step == block.receives && block.repeats && !options_.record && options_.replay) {
+        if (s.step == block.receives && block.repeats && !options_.record && options_.replay &&
+            ticks_.empty()) {
           play(c, s, block, call);
           moved = true;
           break;
@@ -794,6 +805,8 @@ class Engine {
   bool run_step(int c, State& s, const Compiled& block, const Step& step, const BlockCall& call,
                 std::vector<Replay::Made>* marks) {
     auto& spent = spent_[static_cast<std::size_t>(c)];
+    const std::int64_t ticks =
+        ticks_.empty() ? step.ticks : ticks_[static_cast<std::size_t>(c)][s.instance];
     std::int64_t start = s.free[step.stream];
     const Slot* cause = nullptr;
     if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
@@ -819,14 +832,14 @@ class Engine {
       // out, then the receiver copies in.
       messages_[message_key(step.message, step.of_step ? -1 : call.micro_batch, c,
                             step.peer_class)] =
-          step.stream == kComputeStream ? start + step.ticks : start;
+          step.stream == kComputeStream ? start + ticks : start;
     }
-    if (start > kLastTick - step.ticks) {
+    if (start > kLastTick - ticks) {
       throw InputError("time",
                        "the step would take longer than the 106 days of event time; use fewer "
                        "micro-batches or a faster device");
     }
-    const std::int64_t end = start + step.ticks;
+    const std::int64_t end = start + ticks;
     if (step.stream == kComputeStream) {
       if (start > s.free[kComputeStream]) charge(spent, cause, s.free[kComputeStream], start);
       spent[static_cast<std::size_t>(step.label)] += end - start;
@@ -845,12 +858,148 @@ class Engine {
             {block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch, end});
       }
     }
+    ++s.instance;
     ++timeline_.instructions;
     if (options_.record) {
       timeline_.entries.push_back(
           {c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
     }
     return true;
+  }
+
+  /// How long each instruction takes with all that runs beside it.
+  void contend() {
+    Usages usages(p_, communication_, links_);
+    const std::size_t n = classes_.classes.size();
+    std::vector<std::size_t> slots;
+    for (const State& s : state_) slots.push_back(s.slots.size());
+    StepGraph graph(n, p_.streams.size(), slots);
+    std::vector<std::vector<std::int32_t>> label_of(n);
+    for (std::size_t c = 0; c < n; ++c) {
+      auto& blocks = compiled_[c];
+      std::vector<std::vector<Task>> tasks(blocks.size());
+      for (std::size_t b = 0; b < blocks.size(); ++b)
+        tasks[b] = tasks_of(static_cast<int>(c), b, usages);
+      State& s = state_[c];
+      std::vector<std::size_t> waits, marks;
+      for (const BlockCall& call : p_.stages[static_cast<std::size_t>(classes_.classes[c].stage)]) {
+        const Compiled& block = blocks[call.block.index()];
+        for (std::size_t k = 0; k < block.steps.size(); ++k) {
+          const Step& step = block.steps[k];
+          waits.clear(), marks.clear();
+          for (std::int32_t w = 0; w < step.waits; ++w)
+            waits.push_back(slot_index(
+                s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch));
+          for (std::int32_t m = 0; m < step.marks; ++m)
+            marks.push_back(slot_index(
+                s, block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch));
+          const StepGraph::Instance x{tasks[call.block.index()][k], step.stream, step.after_compute,
+                                      waits, marks};
+          label_of[c].push_back(step.label);
+          const auto message = [&](int from, int to) {
+            return message_key(step.message, step.of_step ? -1 : call.micro_batch, from, to);
+          };
+          const int me = static_cast<int>(c);
+          if (step.kind == Kind::send) {
+            graph.send(me, x, message(me, step.peer_class));
+          } else if (step.kind == Kind::receive) {
+            graph.receive(me, x, message(step.peer_class, me), step.stream != kComputeStream);
+          } else if (step.kind == Kind::collective && step.meets) {
+            const Instruction& i = p_.blocks[call.block.index()]
+                                       .instructions[static_cast<std::size_t>(step.instruction)];
+            const auto at = static_cast<std::size_t>(
+                &call - p_.stages[static_cast<std::size_t>(classes_.classes[c].stage)].data());
+            std::vector<std::int64_t> key{i.tie, i.tie >= 0 ? 0 : static_cast<std::int64_t>(at),
+                                          i.tie >= 0 ? 0 : step.instruction};
+            const auto involved = classes_in(p_.group(i, classes_.classes[c].representative));
+            key.insert(key.end(), involved.begin(), involved.end());
+            graph.meet(me, x, key);
+          } else {
+            graph.step(me, x);
+          }
+        }
+      }
+    }
+    auto played = graph.play(usages.sharing(), usages.all());
+    ticks_ = std::move(played.ticks);
+    std::map<std::tuple<int, std::int32_t, std::int32_t>, std::int64_t> lost;
+    for (std::size_t c = 0; c < n; ++c) {
+      for (const Loss& l : played.losses[c])
+        lost[{static_cast<int>(c), label_of[c][static_cast<std::size_t>(l.task)],
+              l.resource.value}] += l.ticks;
+    }
+    for (const auto& [key, ticks] : lost) {
+      const auto& [c, x, resource] = key;
+      timeline_.contended.push_back(
+          {c, label_names_[static_cast<std::size_t>(x)],
+           usages.resource_name(ResourceId{static_cast<std::size_t>(resource)}), Ticks{ticks}});
+    }
+    std::stable_sort(timeline_.contended.begin(), timeline_.contended.end(),
+                     [](const Contended& a, const Contended& b) { return b.lost < a.lost; });
+  }
+
+  /// A block's instructions as tasks: what of their time is fixed, what sharing stretches, what
+  /// they use.
+  std::vector<Task> tasks_of(int c, std::size_t b, Usages& usages) {
+    const Compiled& block = compiled_[static_cast<std::size_t>(c)][b];
+    const std::int64_t rank = classes_.classes[static_cast<std::size_t>(c)].representative;
+    // Where nothing runs beside the compute stream, its kernels have the device to themselves.
+    bool beside = false;
+    for (const Compiled& any : compiled_[static_cast<std::size_t>(c)]) {
+      for (const Step& s : any.steps) beside = beside || s.stream != kComputeStream;
+    }
+    std::vector<Task> tasks;
+    for (const Step& s : block.steps) {
+      const Instruction& i = p_.blocks[b].instructions[static_cast<std::size_t>(s.instruction)];
+      Task t;
+      Seconds work{0};
+      switch (s.kind) {
+        case Kind::compute:
+        case Kind::slice:
+          if (!beside || from_storage(p_, i) || on_host(p_, i)) break;
+          t.usage = usages.kernel(i, c);
+          if (t.usage >= 0) work = usages.work_of_kernel(i, rank);
+          break;
+        case Kind::copy:
+          work = to_seconds(Ticks{s.ticks});
+          t.usage = usages.copy(i, rank, local_bytes(p_, i.writes[0], rank), work);
+          break;
+        case Kind::collective: {
+          const auto group = p_.group(i, rank);
+          Bytes bytes{0};
+          const auto involved = classes_in(group);
+          for (const int m : involved)
+            bytes = std::max(
+                bytes,
+                payload(p_, i, classes_.classes[static_cast<std::size_t>(m)].representative));
+          t.usage = usages.collective(i, group, involved, bytes, work);
+          break;
+        }
+        case Kind::send:
+          t.usage =
+              usages.send(i, rank, p_.peer_of(i, rank), local_bytes(p_, i.reads[0], rank), work);
+          break;
+        default:
+          break;
+      }
+      if (t.usage >= 0) {
+        // Compared as numbers first: all of a time may be far more than ticks can count.
+        const double all = static_cast<double>(s.ticks),
+                     share = work.count * 1e12 / static_cast<double>(i.every);
+        t.work = share >= all ? s.ticks
+                              : to_ticks(Seconds{work.count / static_cast<double>(i.every)}).count;
+        t.work = std::min(t.work, s.ticks);
+      }
+      t.fixed = s.ticks - t.work;
+      tasks.push_back(t);
+    }
+    return tasks;
+  }
+
+  std::vector<int> classes_in(const std::vector<std::int64_t>& group) const {
+    std::set<int> all;
+    for (const std::int64_t m : group) all.insert(classes_.of_rank[static_cast<std::size_t>(m)]);
+    return {all.begin(), all.end()};
   }
 
   static std::int64_t last_end_of(const State& s) {
@@ -1013,6 +1162,8 @@ class Engine {
   const SimulateOptions& options_;
   Timeline timeline_;
   RankClasses classes_;
+  SharedLinks links_;
+  std::vector<std::vector<std::int64_t>> ticks_;   ///< by class and instance, where they contend
   std::vector<std::vector<Compiled>> compiled_;    ///< [class][block]
   std::vector<std::set<std::int32_t>> must_mark_;  ///< by class, encoded slots
   std::vector<State> state_;

@@ -69,6 +69,15 @@ struct Breakdown {
   Ticks total() const;
 };
 
+/// What instructions of a class lost to others that used the same at the same time: work they could
+/// have done, summed over the step.
+struct Contended {
+  int rank_class = 0;
+  std::string what;      ///< "exposed:dp", "compute:linear", ...
+  std::string resource;  ///< "node0.nic0->rail0 and 63 like it", "multiprocessors", "memory"
+  Ticks lost;
+};
+
 struct Timeline {
   Ticks step;
   std::vector<RankClass> classes;
@@ -78,9 +87,15 @@ struct Timeline {
   int last_class = 0;                ///< the class that ends last
   std::int64_t instructions = 0;     ///< executed, folded
   std::vector<Entry> entries;        ///< if recorded
+  std::vector<Contended> contended;  ///< with Network::flows, most lost first
 };
 
+/// idle: every transfer has its links to itself. flows: what runs at once shares links, memory and
+/// multiprocessors (docs/sharing.md).
+enum class Network { idle, flows };
+
 struct SimulateOptions {
+  Network network = Network::idle;
   bool record = false;
   /// Block calls that begin alike are played once and repeated; off: step by step, for tests.
   bool replay = true;
@@ -90,7 +105,7 @@ struct SimulateOptions {
   bool unfolded = false;
 };
 
-/// Plays the program on an idle network: instructions of a stream in order, streams ordered by the
+/// Plays the program: instructions of a stream in order, streams ordered by the
 /// buffers they share, a collective when all its members are there, a transfer when its sender is.
 /// Throws InternalError on a program that cannot finish.
 Timeline simulate(const Program& program, Communication& communication,

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "base/error.h"
+#include "tests/simulator/traffic.h"
 
 namespace partita {
 namespace {
@@ -35,32 +36,6 @@ TEST(Flows, AFailedLinkIsSaid) {
   }
 }
 
-/// n devices in a ring or star of links, by hand.
-Traffic on_ring(const Rhythm& rhythm, std::int32_t n, Bytes chunk, double rate, Ticks latency) {
-  Traffic t;
-  t.members = n;
-  for (std::int32_t i = 0; i < 2 * n; ++i) t.capacity.push_back(rate);  // clockwise, then back
-  const auto route = [&](std::int32_t from, std::int32_t to) {
-    NetworkRoute r;
-    const std::int32_t there = (to - from + n) % n;
-    for (std::int32_t h = 0; h < std::min(there, n - there); ++h) {
-      r.links.push_back(there <= n - there ? (from + h) % n : n + (from - h - 1 + n) % n);
-      r.latency += latency;
-    }
-    t.routes.push_back(r);
-    return static_cast<std::int32_t>(t.routes.size()) - 1;
-  };
-  for (const Beat& b : rhythm.beats) {
-    TrafficBeat beat;
-    beat.repeat = b.repeat;
-    for (const Message& m : b.messages)
-      beat.messages.push_back(
-          {m.from, m.to, route(m.from, m.to), Bytes{m.count * chunk.count}, m.reduces});
-    t.beats.push_back(std::move(beat));
-  }
-  return t;
-}
-
 TEST(Flows, ARingTakesItsClosedForm) {
   for (const std::int32_t n : {2, 3, 8, 31}) {
     const Bytes chunk{1'000'001};
@@ -86,6 +61,43 @@ TEST(Flows, HalvingSharesTheRingsLinks) {
   // Distance 4: 4 MB each, 4 share a link: 16 ms. Distance 2: 2 MB, 2 share: 4 ms. Distance 1: 1
   // ms.
   EXPECT_EQ(play(t, {false}).end.count, 2 * (16 + 4 + 1) * 1'000'000'000ll);
+}
+
+constexpr double kGiBps = 1073741824;  // ASTRA-sim's GB is 2^30
+
+// docs/sharing.md, "Beside ASTRA-sim": simulated times of ASTRA-sim 2.0 for an all-reduce of 1 GiB
+// in four chunks, one after the other.
+TEST(Flows, RingsTakeAstraSimsTime) {
+  const std::vector<std::pair<std::int32_t, double>> rows{
+      {8, 36.790},   {64, 41.614},   {128, 42.202}, {256, 42.888},
+      {512, 44.009}, {1024, 46.129}, {2048, 50.315}};
+  for (const auto& [n, theirs] : rows) {
+    SCOPED_TRACE(n);
+    const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::ring, n);
+    Traffic t = on_ring(r, n, Bytes{(1 << 28) / n}, 50 * kGiBps, Ticks{500'000});
+    const double links = 4e-9 * static_cast<double>(play(t).end.count);
+    // A reducing receiver reads two operands and writes one: 10 ns + bytes / (1600 GB/s), thrice.
+    t.reduce_latency = 30e-9;
+    t.reduce_per_byte = 3 / 1600e9;
+    const double with_memory = 4e-9 * static_cast<double>(play(t).end.count);
+    EXPECT_NEAR(with_memory, theirs, 0.0025 * theirs);
+    EXPECT_LT(links, theirs);
+    EXPECT_GT(links, 0.94 * theirs);
+  }
+}
+
+TEST(Flows, HalvingOnASwitchTakesAstraSimsTime) {
+  const std::vector<std::pair<std::int32_t, double>> rows{
+      {64, 40.399}, {512, 40.997}, {1024, 41.046}, {4096, 41.093}};
+  for (const auto& [n, theirs] : rows) {
+    SCOPED_TRACE(n);
+    const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::halving, n);
+    Traffic t = on_switches(r, {n}, {50 * kGiBps}, Bytes{(1 << 28) / n}, Ticks{500'000});
+    EXPECT_NEAR(4e-9 * static_cast<double>(play(t).end.count), theirs, 0.025 * theirs);
+    // Half the memory passes of a ring make up the difference.
+    t.reduce_per_byte = 1.5 / 1600e9;
+    EXPECT_NEAR(4e-9 * static_cast<double>(play(t).end.count), theirs, 0.0005 * theirs);
+  }
 }
 
 Traffic random_traffic(std::mt19937_64& rng, bool symmetric) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <random>
 
+#include "simulator/engine/links.h"
 #include "simulator/engine/simulate.h"
 #include "tests/simulator/clusters.h"
 #include "tests/simulator/networks.h"
@@ -59,10 +60,12 @@ std::vector<std::map<std::tuple<int, int, int>, Moment>> moments(const Timeline&
 }
 
 /// Every rank does in the folded run what it does when simulated by itself.
-void expect_folds(const Program& p, const Topology& topology) {
+Timeline expect_folds(const Program& p, const Topology& topology, Network sharing = Network::idle) {
   Communication network(topology);
-  const RankClasses classes = classify(p, network);
+  const RankClasses classes =
+      sharing == Network::idle ? classify(p, network) : share_links(p, network).ranks;
   SimulateOptions options;
+  options.network = sharing;
   options.record = true;
   const Timeline folded = simulate(p, network, options);
   options.unfolded = true;
@@ -79,8 +82,9 @@ void expect_folds(const Program& p, const Topology& topology) {
     EXPECT_EQ(folded.memory[c].peak, unfolded.memory[r].peak);
     EXPECT_EQ(folded.memory[c].at_peak, unfolded.memory[r].at_peak);
     EXPECT_EQ(folded.flops[c].count, unfolded.flops[r].count);
-    if (::testing::Test::HasFailure()) return;
+    if (::testing::Test::HasFailure()) break;
   }
+  return folded;
 }
 
 /// Vocabularies that no axis divides.
@@ -109,7 +113,7 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
       load_topology("dgx1-v100:3"), load_topology("a100-pcie-8:3")};
   const std::vector<Graph> graphs{gpt(),         llama(),      mixtral(),
                                   uneven(false), uneven(true), five_rows()};
-  int feasible = 0;
+  int feasible = 0, contended = 0;
   for (int i = 0; i < 1100; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
@@ -123,10 +127,15 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
     SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
                                       << to_yaml(*plan));
     ++feasible;
-    expect_folds(*program, t);
+    const Timeline idle = expect_folds(*program, t);
+    // What runs at once shares: never faster, and folded all the same.
+    const Timeline shared = expect_folds(*program, t, Network::flows);
+    EXPECT_GE(shared.step, idle.step);
+    contended += shared.step > idle.step;
     if (::testing::Test::HasFailure()) return;
   }
   EXPECT_GE(feasible, 200);
+  EXPECT_GE(contended, 60);
 }
 
 TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {

@@ -1,0 +1,255 @@
+#include "simulator/engine/links.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <set>
+#include <unordered_map>
+
+#include "base/error.h"
+
+namespace partita {
+namespace {
+
+std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
+  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
+  h *= 0xff51afd7ed558ccdull;
+  return h ^ (h >> 33);
+}
+
+/// One group, one pair or one copy.
+struct Transfer {
+  std::int32_t kind = 0;
+  double share = 1;
+  std::size_t first_rank = 0, ranks = 0;  ///< into Incidence::ranks
+  std::size_t first_link = 0, links = 0;  ///< into Incidence::links
+};
+
+struct Incidence {
+  std::vector<TransferKind> kinds;
+  std::vector<std::vector<std::int32_t>> transfer_of_rank;  ///< [kind][rank], -1: none
+  std::vector<Transfer> transfers;
+  std::vector<std::int64_t> ranks;
+  std::vector<std::pair<std::int32_t, std::int64_t>> links;  ///< dense link, flows
+  std::vector<LinkId> link;                                  ///< dense -> the topology's
+};
+
+bool uses_links(const Instruction& i) {
+  return i.kind == Kind::collective || i.kind == Kind::send || i.kind == Kind::copy;
+}
+
+Incidence incidence_of(const Program& p, const Communication& communication) {
+  Incidence all;
+  std::unordered_map<std::int32_t, std::int32_t> dense;
+  // An instruction of each kind speaks for it.
+  std::map<TransferKind, const Instruction*> kinds;
+  for (int s = 0; s < p.stage_count(); ++s) {
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : p.stages[static_cast<std::size_t>(s)]) blocks.insert(call.block);
+    for (const BlockId b : blocks) {
+      for (const Instruction& i : p.blocks[b.index()].instructions) {
+        if (!uses_links(i)) continue;
+        const TransferKind k = transfer_kind(p, i, s);
+        if (i.kind != Kind::copy || k.host != 0) kinds.emplace(k, &i);
+      }
+    }
+  }
+  for (const auto& [kind, instruction] : kinds) {
+    const Instruction& i = *instruction;
+    auto& of_rank = all.transfer_of_rank.emplace_back(static_cast<std::size_t>(p.ranks()), -1);
+    for (std::int64_t r = 0; r < p.ranks(); ++r) {
+      if (p.stage_of(r) != kind.stage || of_rank[static_cast<std::size_t>(r)] >= 0) continue;
+      Communication::LinkFlows flows;
+      std::vector<std::int64_t> members;
+      if (i.kind == Kind::collective) {
+        members = p.group(i, r);
+        if (members.size() > 1) flows = communication.collective_links(kind.exchanges, members);
+      } else if (i.kind == Kind::send) {
+        if (!p.holds(i.reads[0], r)) continue;
+        members = {r, p.peer_of(i, r)};
+        if (members[0] != members[1]) flows = communication.message_links(r, members[1]);
+      } else {
+        members = {r};
+        if (const LinkId l = communication.host_link(r, kind.host == 1); l.valid())
+          flows.flows = {{l, 1}};
+      }
+      Transfer t{static_cast<std::int32_t>(all.kinds.size()),
+                 flows.share,
+                 all.ranks.size(),
+                 members.size(),
+                 all.links.size(),
+                 flows.flows.size()};
+      for (const auto& [link, n] : flows.flows) {
+        const auto [it, fresh] =
+            dense.try_emplace(link.value, static_cast<std::int32_t>(all.link.size()));
+        if (fresh) all.link.push_back(link);
+        all.links.emplace_back(it->second, n);
+      }
+      for (const std::int64_t m : members) {
+        // A pair belongs to its sender; members of a tied group lie on several stages.
+        if (i.kind != Kind::send || m == r)
+          of_rank[static_cast<std::size_t>(m)] = static_cast<std::int32_t>(all.transfers.size());
+        all.ranks.push_back(m);
+      }
+      all.transfers.push_back(t);
+    }
+    all.kinds.push_back(kind);
+  }
+  return all;
+}
+
+/// Numbers hashes densely, in the order of first appearance; returns how many there are.
+std::size_t number(const std::vector<std::uint64_t>& hashes, std::vector<std::int32_t>& into) {
+  std::unordered_map<std::uint64_t, std::int32_t> known;
+  into.resize(hashes.size());
+  for (std::size_t k = 0; k < hashes.size(); ++k)
+    into[k] = known.try_emplace(hashes[k], static_cast<std::int32_t>(known.size())).first->second;
+  return known.size();
+}
+
+}  // namespace
+
+TransferKind transfer_kind(const Program& p, const Instruction& i, int stage) {
+  TransferKind k;
+  k.stage = stage;
+  switch (i.kind) {
+    case Kind::collective:
+      k.atoms = i.tie >= 0 ? AtomMask{0} : i.atoms;
+      k.tie = i.tie;
+      k.exchanges = i.collective == CollectiveKind::all_to_all;
+      break;
+    case Kind::send:
+      k.atoms = i.atoms;
+      k.peer_stage = i.stage;
+      k.peer = i.peer;
+      k.root = p.buffer(i.reads[0]).layout.root;
+      break;
+    case Kind::copy: {
+      const bool from = p.buffer(i.reads[0]).host, to = p.buffer(i.writes[0]).host;
+      k.host = from == to ? 0 : to ? 1 : 2;
+      break;
+    }
+    default:
+      PARTITA_ASSERT(false, fmt::format("{} uses no links", name(i.kind)));
+  }
+  return k;
+}
+
+SharedLinks share_links(const Program& p, Communication& communication, bool unfolded) {
+  const Topology& topology = communication.topology();
+  const Incidence all = incidence_of(p, communication);
+  SharedLinks result;
+  const auto n = static_cast<std::size_t>(p.ranks());
+  std::vector<std::int32_t> rank(n), link(all.link.size()), transfer(all.transfers.size());
+  std::size_t ranks = 0, links = 0;
+  if (unfolded) {
+    for (std::size_t r = 0; r < n; ++r) rank[r] = static_cast<std::int32_t>(r);
+    for (std::size_t l = 0; l < link.size(); ++l) link[l] = static_cast<std::int32_t>(l);
+    for (std::size_t t = 0; t < transfer.size(); ++t) transfer[t] = static_cast<std::int32_t>(t);
+    ranks = n, links = link.size();
+  } else {
+    const RankClasses plain = classify(p, communication);
+    for (std::size_t r = 0; r < n; ++r) rank[r] = plain.of_rank[r];
+    ranks = plain.classes.size();
+    std::vector<std::uint64_t> of_rank(n), of_link(link.size()), of_transfer(transfer.size());
+    for (std::size_t l = 0; l < link.size(); ++l)
+      of_link[l] = mix(1, std::bit_cast<std::uint64_t>(topology.link(all.link[l]).bandwidth.count));
+    links = number(of_link, link);
+    for (;;) {
+      for (std::size_t t = 0; t < transfer.size(); ++t) {
+        const Transfer& x = all.transfers[t];
+        std::uint64_t h = mix(static_cast<std::uint64_t>(x.kind), x.ranks), sum = 0;
+        for (std::size_t k = 0; k < x.ranks; ++k) {
+          const auto c = static_cast<std::uint64_t>(
+              rank[static_cast<std::size_t>(all.ranks[x.first_rank + k])]);
+          // Of a pair it matters who sends.
+          if (all.kinds[static_cast<std::size_t>(x.kind)].peer_stage >= 0)
+            h = mix(h, c);
+          else
+            sum += mix(3, c);
+        }
+        for (std::size_t k = 0; k < x.links; ++k) {
+          const auto& [l, flows] = all.links[x.first_link + k];
+          sum += mix(mix(4, static_cast<std::uint64_t>(link[static_cast<std::size_t>(l)])),
+                     static_cast<std::uint64_t>(flows));
+        }
+        of_transfer[t] = mix(h, sum);
+      }
+      for (std::size_t r = 0; r < n; ++r) of_rank[r] = mix(5, static_cast<std::uint64_t>(rank[r]));
+      std::vector<std::uint64_t> sums(std::max(n, link.size()), 0);
+      for (std::size_t t = 0; t < transfer.size(); ++t) {
+        const Transfer& x = all.transfers[t];
+        for (std::size_t k = 0; k < x.ranks; ++k)
+          sums[static_cast<std::size_t>(all.ranks[x.first_rank + k])] += mix(
+              of_transfer[t], all.kinds[static_cast<std::size_t>(x.kind)].peer_stage >= 0 ? k : 0);
+      }
+      for (std::size_t r = 0; r < n; ++r) of_rank[r] = mix(of_rank[r], sums[r]);
+      std::fill(sums.begin(), sums.end(), 0);
+      for (std::size_t t = 0; t < transfer.size(); ++t) {
+        const Transfer& x = all.transfers[t];
+        for (std::size_t k = 0; k < x.links; ++k) {
+          const auto& [l, flows] = all.links[x.first_link + k];
+          sums[static_cast<std::size_t>(l)] +=
+              mix(of_transfer[t], static_cast<std::uint64_t>(flows));
+        }
+      }
+      for (std::size_t l = 0; l < link.size(); ++l)
+        of_link[l] = mix(mix(6, static_cast<std::uint64_t>(link[l])), sums[l]);
+      const std::size_t before = ranks + links;
+      ranks = number(of_rank, rank);
+      links = number(of_link, link);
+      if (ranks + links == before) break;
+    }
+    number(of_transfer, transfer);
+  }
+
+  result.ranks.of_rank.assign(rank.begin(), rank.end());
+  result.ranks.classes.resize(ranks);
+  for (std::size_t r = n; r-- > 0;) {
+    RankClass& c = result.ranks.classes[static_cast<std::size_t>(rank[r])];
+    c.stage = p.stage_of(static_cast<std::int64_t>(r));
+    c.representative = static_cast<std::int64_t>(r);
+    ++c.count;
+  }
+  result.links.resize(links);
+  std::vector<char> speaks(link.size(), 0);  // for its class
+  for (std::size_t l = link.size(); l-- > 0;) {
+    auto& c = result.links[static_cast<std::size_t>(link[l])];
+    ++c.count;
+    c.representative = all.link[l];
+    c.capacity = topology.link(all.link[l]).bandwidth.count;
+  }
+  for (std::size_t l = 0; l < link.size(); ++l)
+    speaks[l] = result.links[static_cast<std::size_t>(link[l])].representative == all.link[l];
+  std::size_t classes = 0;
+  for (const std::int32_t t : transfer)
+    classes = std::max(classes, static_cast<std::size_t>(t) + 1);
+  result.transfers.resize(classes);
+  std::vector<std::map<std::int32_t, std::int64_t>> crossings(classes);
+  for (std::size_t t = 0; t < transfer.size(); ++t) {
+    const Transfer& x = all.transfers[t];
+    const auto c = static_cast<std::size_t>(transfer[t]);
+    result.transfers[c].share = x.share;
+    for (std::size_t k = 0; k < x.links; ++k) {
+      const auto& [l, flows] = all.links[x.first_link + k];
+      if (speaks[static_cast<std::size_t>(l)])
+        crossings[c][link[static_cast<std::size_t>(l)]] += flows;
+    }
+  }
+  for (std::size_t c = 0; c < classes; ++c) {
+    for (const auto& [l, flows] : crossings[c]) result.transfers[c].crossings.push_back({l, flows});
+  }
+  for (std::size_t k = 0; k < all.kinds.size(); ++k) {
+    auto& of_class = result.of_class[all.kinds[k]];
+    of_class.assign(ranks, -1);
+    for (std::size_t r = 0; r < n; ++r) {
+      const std::int32_t t = all.transfer_of_rank[k][r];
+      if (t >= 0 && all.transfers[static_cast<std::size_t>(t)].links > 0)
+        of_class[static_cast<std::size_t>(rank[r])] = transfer[static_cast<std::size_t>(t)];
+    }
+  }
+  return result;
+}
+
+}  // namespace partita

@@ -1,0 +1,60 @@
+// simulator/engine/links.h: which links a program's transfers share, folded.
+//
+// Ranks, transfers and links that behave alike form classes: the coarsest partition, not coarser
+// than classify()'s, in which all links of a class are crossed by as many flows of each class of
+// transfers (docs/sharing.md, "A training step").
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "simulator/cost/cost.h"
+#include "simulator/engine/simulate.h"
+#include "simulator/program/program.h"
+
+namespace partita {
+
+/// Transfers of ranks of one stage that use links alike: groups of a collective, partners of a
+/// send, copies between devices and hosts.
+struct TransferKind {
+  int stage = 0;
+  AtomMask atoms = 0;
+  int tie = -1;
+  int peer_stage = -1, peer = 0;  ///< of a send
+  AtomMask root = 0;              ///< of a send: only one rank of these has the buffer
+  bool exchanges = false;         ///< all pairs, not rings
+  int host = 0;                   ///< a copy: 1 to the host, 2 from it
+  friend auto operator<=>(const TransferKind&, const TransferKind&) = default;
+};
+/// Of a collective, a send or a copy of a stage; a receive's is its send's.
+TransferKind transfer_kind(const Program& program, const Instruction& instruction, int stage);
+
+struct SharedLinks {
+  RankClasses ranks;
+  struct LinkClass {
+    LinkId representative;
+    std::int64_t count = 0;
+    double capacity = 0;  ///< bytes per second, of each
+  };
+  std::vector<LinkClass> links;
+  struct Crossing {
+    std::int32_t link_class = 0;
+    std::int64_t flows = 0;  ///< of all transfers of the class over one link of the class
+  };
+  /// Transfers of one class: those that start and end together because their ranks behave alike.
+  struct TransferClass {
+    double share = 1;  ///< of the bytes that a rank sends, what one flow carries
+    std::vector<Crossing> crossings;
+  };
+  std::vector<TransferClass> transfers;
+  /// By kind, by class of ranks: index into transfers; -1: uses no link.
+  std::map<TransferKind, std::vector<std::int32_t>> of_class;
+};
+
+/// `unfolded`: every rank and link its own class.
+SharedLinks share_links(const Program& program, Communication& communication,
+                        bool unfolded = false);
+
+}  // namespace partita

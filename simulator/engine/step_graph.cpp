@@ -1,0 +1,240 @@
+#include "simulator/engine/step_graph.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/error.h"
+
+namespace partita {
+namespace {
+
+/// Rounding must not make a transfer wait for a link that it has to itself: demands are a part in
+/// 2^30 less than they are.
+constexpr double kAlone = 1 - 0x1p-30;
+
+/// Kernels take what transfers leave: a collective's blocks are there to stay and its requests are
+/// few, a kernel's fill the rest. Any weight far below that of flows (seconds per byte) will do.
+constexpr double kKernelWeight = 0x1p-46;
+
+/// Bytes that pass through a member's memory for each byte that it sends: read, and written where
+/// they arrive; a sum reads its own operand too.
+double memory_passes(CollectiveKind kind) {
+  switch (kind) {
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::reduce:
+      return 3;
+    case CollectiveKind::all_reduce:
+      return 2.5;
+    default:
+      return 2;
+  }
+}
+
+}  // namespace
+
+Usages::Usages(const Program& program, Communication& communication, const SharedLinks& links)
+    : program_(program), communication_(communication), links_(links) {
+  for (const auto& l : links.links) sharing_.add(l.capacity);
+  first_units_ = ResourceId{sharing_.resource_count()};
+  for (std::size_t c = 0; c < links.ranks.classes.size(); ++c) sharing_.add(1);
+  first_memory_ = ResourceId{sharing_.resource_count()};
+  for (std::size_t c = 0; c < links.ranks.classes.size(); ++c) sharing_.add(1);
+}
+
+std::int32_t Usages::keep(Usage usage) {
+  usages_.push_back(std::move(usage));
+  return static_cast<std::int32_t>(usages_.size()) - 1;
+}
+
+std::int32_t Usages::kernel(const Instruction& i, std::int32_t c) {
+  const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
+  const DeviceProfile& device =
+      communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+  KernelParts parts{Seconds{1}, Seconds{0}};  // measured: as if its units were what it takes
+  if (device.kernels.empty()) parts = kernel_parts(work_of(program_, i, rank), device);
+  const double longest = std::max(parts.units.count, parts.memory.count);
+  if (!(longest > 0)) return -1;
+  Usage u;
+  u.weight = kKernelWeight;
+  const auto at = static_cast<std::size_t>(c);
+  if (parts.units.count > 0)
+    u.demands.push_back(
+        {ResourceId{first_units_.index() + at}, kAlone * parts.units.count / longest});
+  if (parts.memory.count > 0)
+    u.demands.push_back(
+        {ResourceId{first_memory_.index() + at}, kAlone * parts.memory.count / longest});
+  return keep(std::move(u));
+}
+
+Seconds Usages::work_of_kernel(const Instruction& i, std::int64_t rank) const {
+  const DeviceProfile& device =
+      communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+  if (!device.kernels.empty()) return Seconds{1e9};  // all of it
+  const KernelParts parts = kernel_parts(work_of(program_, i, rank), device);
+  return std::max(parts.units, parts.memory);
+}
+
+/// Links of the class's transfer, each flow at `rate` times its share.
+void Usages::cross(Usage& u, const TransferKind& kind, std::int32_t c, double rate) {
+  const auto it = links_.of_class.find(kind);
+  if (it == links_.of_class.end()) return;
+  const std::int32_t t = it->second[static_cast<std::size_t>(c)];
+  if (t < 0) return;
+  const auto& transfer = links_.transfers[static_cast<std::size_t>(t)];
+  const double flow = rate * transfer.share;
+  if (!(flow > 0)) return;
+  // Max-min over flows: a level is a flow's bytes per second.
+  u.weight = 1 / flow;
+  for (const auto& x : transfer.crossings)
+    u.demands.push_back(
+        {ResourceId{static_cast<std::size_t>(x.link_class)}, flow * kAlone, x.flows});
+}
+
+void Usages::occupy(Usage& u, std::int32_t c, double memory_rate) {
+  const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
+  const DeviceProfile& device =
+      communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+  const double memory = device.memory_bandwidth.count * device.memory_efficiency;
+  if (memory_rate > 0)
+    u.demands.push_back({ResourceId{first_memory_.index() + static_cast<std::size_t>(c)},
+                         std::min(1.0, memory_rate / memory) * kAlone});
+  if (device.communication_multiprocessors > 0)
+    u.held.emplace_back(
+        ResourceId{first_units_.index() + static_cast<std::size_t>(c)},
+        static_cast<double>(device.communication_multiprocessors) / device.multiprocessors);
+}
+
+std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int64_t>& group,
+                                const std::vector<int>& members, Bytes bytes, Seconds& work) {
+  work = Seconds{0};
+  // Measured with as many ranks at work: what they share is in the figure.
+  if (!communication_.topology().collectives().empty()) return -1;
+  const auto moving = communication_.moving(i.collective, bytes, group);
+  work = moving.time;
+  if (!(moving.time.count > 0)) return -1;
+  Usage u;
+  const auto c = static_cast<std::int32_t>(members[0]);
+  cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage), c,
+        moving.rate.count);
+  for (const int m : members) occupy(u, m, moving.rate.count * memory_passes(i.collective));
+  return keep(std::move(u));
+}
+
+std::int32_t Usages::send(const Instruction& i, std::int64_t rank, std::int64_t peer, Bytes bytes,
+                          Seconds& work) {
+  work = Seconds{0};
+  if (!communication_.topology().collectives().empty()) return -1;
+  const auto moving = communication_.moving(bytes, rank, peer);
+  work = moving.time;
+  if (!(moving.time.count > 0)) return -1;
+  Usage u;
+  const int from = links_.ranks.of_rank[static_cast<std::size_t>(rank)],
+            to = links_.ranks.of_rank[static_cast<std::size_t>(peer)];
+  cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(from)].stage),
+        from, moving.rate.count);
+  occupy(u, from, moving.rate.count);
+  if (to != from) occupy(u, to, moving.rate.count);
+  return keep(std::move(u));
+}
+
+std::int32_t Usages::copy(const Instruction& i, std::int64_t rank, Bytes bytes, Seconds time) {
+  if (!(time.count > 0)) return -1;
+  const int c = links_.ranks.of_rank[static_cast<std::size_t>(rank)];
+  Usage u;
+  cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage), c,
+        static_cast<double>(bytes.count) / time.count);
+  return u.demands.empty() ? -1 : keep(std::move(u));
+}
+
+std::string Usages::resource_name(ResourceId r) const {
+  if (r >= first_memory_) return "memory";
+  if (r >= first_units_) return "multiprocessors";
+  const auto& l = links_.links[r.index()];
+  const std::string one = communication_.topology().link_name(l.representative);
+  return l.count == 1 ? one : fmt::format("{} and {} like it", one, l.count - 1);
+}
+
+StepGraph::StepGraph(std::size_t classes, std::size_t streams,
+                     const std::vector<std::size_t>& slots)
+    : task_of_(classes), last_on_(classes, std::vector<std::int32_t>(streams, -1)) {
+  for (const std::size_t n : slots) made_by_.emplace_back(n, -1);
+}
+
+/// What the task waits for on its own class, and what it makes.
+void StepGraph::follow(int rank_class, const Instance& x, std::int32_t task) {
+  const auto c = static_cast<std::size_t>(rank_class);
+  task_of_[c].push_back(task);
+  std::int32_t before[16];
+  std::size_t n = 0;
+  const auto after = [&](std::int32_t other) {
+    if (other < 0 || other == task) return;
+    for (std::size_t k = 0; k < n; ++k) {
+      if (before[k] == other) return;
+    }
+    if (n < std::size(before)) before[n++] = other;
+    tasks_.order(other, task, Precedence::end_to_start);
+  };
+  after(last_on_[c][x.stream]);
+  if (x.after_compute) after(last_on_[c][kComputeStream]);
+  for (const std::size_t s : x.waits) after(made_by_[c][s]);
+  last_on_[c][x.stream] = task;
+  for (const std::size_t s : x.marks) made_by_[c][s] = task;
+}
+
+void StepGraph::step(int c, const Instance& x) { follow(c, x, tasks_.add(x.task)); }
+
+void StepGraph::meet(int c, const Instance& x, const std::vector<std::int64_t>& key) {
+  auto& tasks = meetings_[key];
+  const std::size_t nth = met_[{c, key}]++;
+  if (nth == tasks.size()) tasks.push_back(tasks_.add(x.task));
+  follow(c, x, tasks[nth]);
+}
+
+void StepGraph::send(int c, const Instance& x, std::uint64_t message) {
+  const std::int32_t task = tasks_.add(x.task);
+  sends_[message] = task;
+  follow(c, x, task);
+}
+
+void StepGraph::receive(int c, const Instance& x, std::uint64_t message, bool beside) {
+  const std::int32_t task = tasks_.add(x.task);
+  receives_.push_back({task, message, beside});
+  follow(c, x, task);
+}
+
+StepGraph::Played StepGraph::play(Sharing& sharing, const std::vector<Usage>& usages) {
+  for (const Receive& r : receives_) {
+    const auto it = sends_.find(r.message);
+    PARTITA_ASSERT(it != sends_.end(), "a receive without its send");
+    if (r.beside) {
+      tasks_.order(it->second, r.task, Precedence::start_to_start);
+      tasks_.order(it->second, r.task, Precedence::end_to_end);
+    } else {
+      tasks_.order(it->second, r.task, Precedence::end_to_start);
+    }
+  }
+  receives_.clear();
+  const Contention::Result result = tasks_.play(sharing, usages);
+  Played played;
+  played.events = result.events;
+  std::vector<std::size_t> first_loss(tasks_.size() + 1, result.losses.size());
+  for (std::size_t k = result.losses.size(); k-- > 0;)
+    first_loss[static_cast<std::size_t>(result.losses[k].task)] = k;
+  for (const auto& tasks : task_of_) {
+    auto& ticks = played.ticks.emplace_back();
+    auto& losses = played.losses.emplace_back();
+    ticks.reserve(tasks.size());
+    for (std::size_t k = 0; k < tasks.size(); ++k) {
+      const auto t = static_cast<std::size_t>(tasks[k]);
+      ticks.push_back(result.end[t] - result.start[t]);
+      for (std::size_t l = first_loss[t];
+           l < result.losses.size() && result.losses[l].task == tasks[k]; ++l)
+        losses.push_back(
+            {static_cast<std::int32_t>(k), result.losses[l].resource, result.losses[l].ticks});
+    }
+  }
+  return played;
+}
+
+}  // namespace partita

@@ -1,0 +1,101 @@
+// simulator/engine/step_graph.h: the instructions of every class of ranks as tasks that contend.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "simulator/cost/cost.h"
+#include "simulator/engine/contend.h"
+#include "simulator/engine/links.h"
+#include "simulator/program/program.h"
+
+namespace partita {
+
+/// Resources of a folded cluster, and what an instruction uses of them (docs/sharing.md, "A
+/// training step"): links by class of links; multiprocessors and memory bandwidth by class of
+/// ranks, as fractions of a device.
+class Usages {
+ public:
+  Usages(const Program& program, Communication& communication, const SharedLinks& links);
+
+  /// A kernel beside which transfers may run; -1 for one whose time says nothing of what it uses.
+  std::int32_t kernel(const Instruction& instruction, std::int32_t rank_class);
+  /// A collective of ranks of the classes `members`, or a send to class `members[1]`; `work`: of
+  /// the time that it takes alone, what sharing stretches.
+  std::int32_t collective(const Instruction& instruction, const std::vector<std::int64_t>& group,
+                          const std::vector<int>& members, Bytes bytes, Seconds& work);
+  std::int32_t send(const Instruction& instruction, std::int64_t rank, std::int64_t peer,
+                    Bytes bytes, Seconds& work);
+  std::int32_t copy(const Instruction& instruction, std::int64_t rank, Bytes bytes, Seconds time);
+  /// Of a kernel's time, what sharing stretches.
+  Seconds work_of_kernel(const Instruction& instruction, std::int64_t rank) const;
+
+  Sharing& sharing() { return sharing_; }
+  const std::vector<Usage>& all() const { return usages_; }
+  /// "node0.nic0->rail0 and 63 like it", "multiprocessors", "memory".
+  std::string resource_name(ResourceId r) const;
+
+ private:
+  void cross(Usage& usage, const TransferKind& kind, std::int32_t rank_class, double rate);
+  void occupy(Usage& usage, std::int32_t rank_class, double memory_rate);
+  std::int32_t keep(Usage usage);
+
+  const Program& program_;
+  Communication& communication_;
+  const SharedLinks& links_;
+  Sharing sharing_;
+  ResourceId first_units_, first_memory_;
+  std::vector<Usage> usages_;
+};
+
+/// Built by walking every class's instructions in program order; then played. What starts when is
+/// as in docs/simulation.md; how long it takes depends on what else runs.
+class StepGraph {
+ public:
+  StepGraph(std::size_t classes, std::size_t streams, const std::vector<std::size_t>& slots);
+
+  struct Instance {
+    Task task;
+    Stream stream = 0;
+    bool after_compute = false;
+    std::span<const std::size_t> waits, marks;  ///< slots of the class
+  };
+  void step(int rank_class, const Instance& instance);
+  /// One task for all classes that name the same key the same number of times.
+  void meet(int rank_class, const Instance& instance, const std::vector<std::int64_t>& key);
+  /// `beside`: a transfer is one interval on both sides; else the receiver begins when the sender
+  /// has ended.
+  void send(int rank_class, const Instance& instance, std::uint64_t message);
+  void receive(int rank_class, const Instance& instance, std::uint64_t message, bool beside);
+
+  struct Played {
+    std::vector<std::vector<std::int64_t>> ticks;  ///< by class and instance: how long each took
+    std::vector<std::vector<Loss>> losses;         ///< by class; `task` is the instance
+    std::int64_t events = 0;
+  };
+  Played play(Sharing& sharing, const std::vector<Usage>& usages);
+
+ private:
+  void follow(int rank_class, const Instance& instance, std::int32_t task);
+
+  Contention tasks_;
+  std::vector<std::vector<std::int32_t>> task_of_;  ///< [class][instance]
+  std::vector<std::vector<std::int32_t>> last_on_;  ///< [class][stream]
+  std::vector<std::vector<std::int32_t>> made_by_;  ///< [class][slot]
+  std::map<std::vector<std::int64_t>, std::vector<std::int32_t>> meetings_;
+  std::map<std::pair<int, std::vector<std::int64_t>>, std::size_t> met_;
+  std::unordered_map<std::uint64_t, std::int32_t> sends_;
+  struct Receive {
+    std::int32_t task = 0;
+    std::uint64_t message = 0;
+    bool beside = true;
+  };
+  std::vector<Receive> receives_;
+};
+
+}  // namespace partita

@@ -1,0 +1,193 @@
+// A training step in which transfers share links and compute shares the device with them: the
+// page's examples by hand, and laws.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "simulator/engine/contend.h"
+#include "simulator/engine/links.h"
+#include "simulator/engine/simulate.h"
+#include "tests/simulator/networks.h"
+
+namespace partita {
+namespace {
+
+constexpr const char* kShared = R"(schema: partita.topology/1
+name: shared
+source: made up
+nodes:
+  - count: 2
+    vertices:
+      gpu[0-1]: {kind: device, device: h100-sxm}
+      switch0: {kind: nvswitch}
+      nic0: {kind: nic, bandwidth: 10 GB/s, latency: 1 us}
+    links:
+      - {from: "gpu[0-1]", to: switch0, kind: nvlink, bandwidth: 450 GB/s, latency: 0.5 us}
+      - {from: "gpu[0-1]", to: nic0, kind: pcie, bandwidth: 63 GB/s, latency: 0.25 us}
+fabric: {kind: single switch}
+)";
+
+BufferId buffer(Program& p, std::int64_t elements, ElementType type, Layout layout = {}) {
+  Buffer b;
+  b.name = "buffer";
+  b.category = Category::buffers;
+  b.scope = Scope::step;
+  b.type = type;
+  b.shape = {{Dim::feature, elements}};
+  layout.dims.resize(1);
+  b.layout = layout;
+  p.buffers.push_back(b);
+  return BufferId{p.buffers.size() - 1};
+}
+
+Program program(Mesh mesh) {
+  Program p;
+  p.mesh = std::move(mesh);
+  p.streams = {"compute", "communication"};
+  p.blocks.resize(1);
+  p.blocks[0].name = "step";
+  p.blocks[0].kind = BlockKind::step;
+  p.stages = {{{BlockId{0}, -1}}};
+  return p;
+}
+
+void all_reduce(Program& p, AtomMask atoms, std::int64_t elements) {
+  Layout owed;
+  owed.partial = atoms;
+  Instruction i;
+  i.kind = Kind::collective;
+  i.collective = CollectiveKind::all_reduce;
+  i.atoms = atoms;
+  i.stream = 1;
+  i.reads = {buffer(p, elements, ElementType::fp32, owed)};
+  i.writes = {buffer(p, elements, ElementType::fp32)};
+  p.blocks[0].instructions.push_back(i);
+}
+
+void kernel(Program& p, Kernel kernel, std::int64_t elements, ElementType type) {
+  Instruction i;
+  i.kernel = kernel;
+  if (kernel == Kernel::add) i.reads = {buffer(p, elements, type)};
+  i.writes = {buffer(p, elements, type)};
+  p.blocks[0].instructions.push_back(i);
+}
+
+Timeline run(const Program& p, const Topology& t, Network network) {
+  Communication communication(t);
+  SimulateOptions options;
+  options.network = network;
+  options.record = true;
+  return simulate(p, communication, options);
+}
+
+// docs/sharing.md, "A training step".
+TEST(Contention, TwoGroupsShareANetworkCard) {
+  const Topology t = parse_topology(kShared, "shared.yaml");
+  Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});  // {0, 2} and {1, 3}: both over the one card
+  all_reduce(p, bit(0), 25'000'000);                  // 100 MB
+  const Timeline idle = run(p, t, Network::idle), flows = run(p, t, Network::flows);
+  // Alone: 3 us + 2 steps of 2.5 us + 100 MB at 10 GB/s. Two share: twice the bytes' time.
+  EXPECT_EQ(idle.step.count, (3'000'000 + 2 * 2'500'000) + 10'000'000'000);
+  EXPECT_NEAR(static_cast<double>(flows.step.count),
+              (3'000'000 + 2 * 2'500'000) + 2 * 10'000'000'000.0, 100);
+  ASSERT_FALSE(flows.contended.empty());
+  EXPECT_EQ(flows.contended[0].what, "exposed:dp");
+  EXPECT_NE(flows.contended[0].resource.find("nic0->switch"), std::string::npos)
+      << flows.contended[0].resource;
+  EXPECT_NEAR(static_cast<double>(flows.contended[0].lost.count), 10'000'000'000.0, 100);
+}
+
+TEST(Contention, OneGroupHasTheNetworkToItself) {
+  const Topology t = parse_topology(kShared, "shared.yaml");
+  Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+  all_reduce(p, bit(1), 25'000'000);  // {0, 1} and {2, 3}: each in its node
+  EXPECT_EQ(run(p, t, Network::flows).step, run(p, t, Network::idle).step);
+}
+
+TEST(Contention, KernelsGiveWayToTransfers) {
+  const Topology t = parse_topology(kShared, "shared.yaml");
+  const auto first_end = [&](const Timeline& timeline) {
+    std::int64_t end = 0;
+    for (const Entry& e : timeline.entries) {
+      if (e.instruction == 1) end = std::max(end, (e.end - e.start).count);
+    }
+    return static_cast<double>(end);
+  };
+  {
+    // A copy of 1 GB: 2 GB over 3.015 TB/s = 663.350 us. The all-reduce of 1 GB in a node moves 1
+    // GB at 450 GB/s, 2.22 ms, and takes 2.5 bytes of memory for each: 1.125 TB/s of 3.015, so that
+    // the copy gets 0.62687.
+    Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+    all_reduce(p, bit(1), 250'000'000);
+    kernel(p, Kernel::add, 250'000'000, ElementType::fp32);
+    const double alone = 2e9 / 3.015e12 * 1e12;
+    EXPECT_NEAR(first_end(run(p, t, Network::idle)), 3e6 + alone, 2);
+    const double shared = first_end(run(p, t, Network::flows));
+    // The all-reduce begins to move after 5 us, the copy after 3: for 2 it has the memory to itself.
+    const double head = 2e6;
+    EXPECT_NEAR(shared, 3e6 + head + (alone - head) / (1 - 1.125 / 3.015), 20);
+  }
+  {
+    // Random numbers in bf16: 60 operations each, 66.9 TFLOP/s; memory is not what limits. The
+    // all-reduce keeps 24 of 132 multiprocessors.
+    Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+    all_reduce(p, bit(1), 250'000'000);
+    kernel(p, Kernel::initialise, 500'000'000, ElementType::bf16);
+    const double alone = 60 * 5e8 / 66.9e12 * 1e12;
+    EXPECT_NEAR(first_end(run(p, t, Network::idle)), 3e6 + alone, 2);
+    EXPECT_NEAR(first_end(run(p, t, Network::flows)), 3e6 + alone * 132 / 108, 20);
+  }
+}
+
+TEST(Contention, WhatIsAloneTakesItsTime) {
+  const Topology t = load_topology("dgx-h100:2");
+  std::mt19937 rng{3};
+  const Graph graphs[] = {gpt(), llama(), mixtral()};
+  int equal = 0;
+  for (int k = 0; k < 200; ++k) {
+    Plan wanted = base_plan();
+    // One axis over one node, nothing beside compute.
+    const int axis = static_cast<int>(rng() % 3);
+    (axis == 0 ? wanted.tp : axis == 1 ? wanted.cp : wanted.dp) = 2;
+    const Graph& g = graphs[rng() % 3];
+    set_framework(wanted, "partita", "");
+    const auto plan = complete(g, wanted);
+    if (!plan) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    SCOPED_TRACE(to_yaml(*plan));
+    const Timeline idle = run(*program, t, Network::idle), flows = run(*program, t, Network::flows);
+    // Where it differs, something says what was shared.
+    EXPECT_EQ(idle.step != flows.step, idle.step < flows.step);
+    if (idle.step == flows.step)
+      ++equal;
+    else
+      EXPECT_FALSE(flows.contended.empty());
+  }
+  EXPECT_GT(equal, 20);
+}
+
+TEST(Contention, TasksFollowTheirPrecedences) {
+  Sharing sharing;
+  const ResourceId link = sharing.add(10);
+  Usage u;
+  u.demands = {{link, 10}};
+  Contention c;
+  const auto a = c.add({5, 100, 0}), b = c.add({0, 100, 0}), after = c.add({7, 0, -1}),
+             with = c.add({1, 0, -1});
+  c.order(a, after, Precedence::end_to_start);
+  c.order(b, with, Precedence::start_to_start);
+  c.order(b, with, Precedence::end_to_end);
+  const auto r = c.play(sharing, {u});
+  // b alone from 0 to 5; then both at half speed: a has 100, b 95 to go. b ends at 5 + 190 = 195, a
+  // has 5 left: 200.
+  EXPECT_EQ(r.end[static_cast<std::size_t>(b)], 195);
+  EXPECT_EQ(r.end[static_cast<std::size_t>(a)], 200);
+  EXPECT_EQ(r.start[static_cast<std::size_t>(after)], 200);
+  EXPECT_EQ(r.end[static_cast<std::size_t>(after)], 207);
+  EXPECT_EQ(r.start[static_cast<std::size_t>(with)], 0);
+  EXPECT_EQ(r.end[static_cast<std::size_t>(with)], 195);
+}
+
+}  // namespace
+}  // namespace partita
