@@ -94,7 +94,7 @@ void trace(const std::string& file, const Graph& g, const Prediction& p,
   refuse_long_trace(p.instructions);
   Timeline timeline;
   Program program;
-  predict(g, p.plan, communication, &timeline, &program, false, routing);
+  predict(g, p.plan, communication, &timeline, &program, false, routing, p.network);
   write_trace(file, program, timeline);
 }
 
@@ -147,7 +147,8 @@ void add_simulate(CLI::App& app) {
     }
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
-    const auto prediction = predict(g, plan, communication, nullptr, nullptr, false, &routing);
+    const auto prediction =
+        predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
     if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
     const auto assumed = assumptions(o->flags, prediction->plan, g);
@@ -180,7 +181,8 @@ void add_plan(CLI::App& app, int& code) {
     const Graph g = load_graph(o->model, o->flags, base);
     SearchSpace space = full_space(g, t, ranks, base);
     restrict_space(space, o->flags, given);
-    SearchResult r = search(g, t, ranks, base, space, static_cast<std::size_t>(o->top));
+    SearchResult r =
+        search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0, o->flags.sharing());
     if (r.space == 0) {
       throw InputError("plan",
                        fmt::format("no plan of {} devices and a global batch of {} has the sizes "

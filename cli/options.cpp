@@ -46,7 +46,10 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--set", set,
                  "a key of plan files, like compression.kind=top_k; repeatable (docs/formats.md)")
       ->allow_extra_args(false);
-  app.add_option("--network", network, "idle: transfers do not disturb each other");
+  app.add_option(
+      "--network", network,
+      "flows: what runs at once shares links, memory and multiprocessors; idle: each transfer "
+      "alone");
   app.add_option("--seq,--sequence-length", sequence, "tokens per sample");
   app.add_option("--layers", layers, "only this many blocks");
   app.add_option("--vocabulary", vocabulary, "size of the vocabulary");
@@ -141,11 +144,11 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
       at = comma + 1;
     }
   }
-  if (f.network != "idle") {
+  if (f.network != "idle" && f.network != "flows") {
     throw InputError(
         "--network",
-        fmt::format("'{}' is no network model; there is idle: transfers do not disturb "
-                    "each other",
+        fmt::format("'{}' is no network model; there are flows: what runs at once shares, "
+                    "and idle: each transfer alone",
                     f.network));
   }
   for (const std::string& item : f.set) {

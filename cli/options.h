@@ -24,7 +24,7 @@ struct PlanFlags {
       zero, zero_group;
   bool sequence_parallel = false, no_sequence_parallel = false, loader = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
-  std::string network = "idle";
+  std::string network = "flows";
   std::string routing;  ///< balanced, zipf:S or a file; "": the command's default
   std::vector<std::string> set, freeze, lora;
   std::int64_t lora_rank = 16;
@@ -34,6 +34,7 @@ struct PlanFlags {
   std::optional<double> dropout;
   std::vector<YamlEdit> model_edits;  ///< whatif only
 
+  Network sharing() const { return network == "idle" ? Network::idle : Network::flows; }
   void add_to(CLI::App& app);
   void add_routing(CLI::App& app);
 };

@@ -164,7 +164,8 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given) {
     settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_devices()), r.topology.name());
     r.graph = load_graph(s.model, s.flags, plan);
     Communication communication(r.topology);
-    auto p = predict(r.graph, plan, communication);
+    auto p =
+        predict(r.graph, plan, communication, nullptr, nullptr, false, nullptr, s.flags.sharing());
     if (p) {
       r.assumed = assumptions(s.flags, p->plan, r.graph, given);
       r.prediction = std::move(*p);

@@ -96,6 +96,11 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   b["optimizer"] = to_seconds(p.breakdown.optimizer).count;
   b["other"] = to_seconds(p.breakdown.other).count;
   j["breakdown_s"] = b;
+  j["network"] = p.network == Network::flows ? "flows" : "idle";
+  j["contended"] = Json::array();
+  for (const Contended& c : p.contended)
+    j["contended"].push_back(
+        {{"what", c.what}, {"resource", c.resource}, {"lost_s", to_seconds(c.lost).count}});
   j["rests_on"] = Json::array();
   for (const RestsOn& r : p.rests_on)
     j["rests_on"].push_back({{"term", r.term}, {"kind", r.kind}, {"share", r.share}});
@@ -189,6 +194,22 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   row("  optimizer", p.breakdown.optimizer);
   row("  other", p.breakdown.other);
   out += "\n" + align(where);
+  if (!p.contended.empty()) {
+    constexpr std::size_t kLosers = 6;
+    std::vector<std::vector<std::string>> lost{{"slowed down by others", "work lost", "over"}};
+    for (std::size_t k = 0; k < std::min(kLosers, p.contended.size()); ++k) {
+      const Contended& c = p.contended[k];
+      std::string what = c.what;
+      if (const auto colon = what.find(':'); colon != std::string::npos)
+        what = (what.compare(0, colon, "exposed") == 0 ? "communication" : what.substr(0, colon)) +
+               ": " + what.substr(colon + 1);
+      if (what == "bubble") what = "communication: pipeline";
+      lost.push_back({"  " + what, text(to_seconds(c.lost)), c.resource});
+    }
+    if (p.contended.size() > kLosers)
+      lost.push_back({fmt::format("  {} more", p.contended.size() - kLosers), "", ""});
+    out += "\n" + align(lost);
+  }
 
   // One unit for the whole table, so that stages compare at a glance.
   const std::int64_t largest = p.peak_allocated.count;

@@ -67,7 +67,7 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) 
 
 Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication,
                              Timeline* recorded, Program* out_program, bool only_if_fits,
-                             const RoutingSource* routing) {
+                             const RoutingSource* routing, Network network) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
   const bool pads = plan->pad_vocabulary > 0 && graph.sequence > 0;
@@ -77,6 +77,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   if (routing != nullptr) *program = with_routing(*program, *routing);
   SimulateOptions options;
   options.record = recorded != nullptr;
+  options.network = network;
   if (only_if_fits) {
     for (std::size_t k = 0; k < communication.topology().profile_count(); ++k) {
       options.memory_limit =
@@ -92,6 +93,10 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
 
   Prediction r;
   r.plan = *plan;
+  r.network = network;
+  for (const Contended& c : t.contended) {
+    if (c.rank_class == t.last_class) r.contended.push_back(c);
+  }
   r.devices = plan->ranks();
   r.step_time = to_seconds(t.step);
   const double samples = static_cast<double>(plan->global_batch);
@@ -272,7 +277,7 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
 
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,
-                    std::size_t workers) {
+                    std::size_t workers, Network network) {
   const auto began = std::chrono::steady_clock::now();
   SearchResult result;
   const std::vector<Chain> chains = chains_of(graph, ranks, base, space);
@@ -349,17 +354,24 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         result.plans.push_back(std::move(*o.prediction));
     }
   }
-  std::stable_sort(
-      result.plans.begin(), result.plans.end(),
-      [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
+  const auto fastest_first = [&] {
+    std::stable_sort(
+        result.plans.begin(), result.plans.end(),
+        [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
+  };
+  fastest_first();
   if (result.plans.size() > keep) result.plans.resize(keep);
   for (Prediction& p : result.plans) {
     // What is shown gets the details that the ranking did not need.
-    if (auto whole = predict(graph, p.plan, *communications[0])) p = std::move(*whole);
+    if (auto whole =
+            predict(graph, p.plan, *communications[0], nullptr, nullptr, false, nullptr, network))
+      p = std::move(*whole);
   }
+  fastest_first();
   if (result.plans.empty() && result.smallest) {
     // It was only weighed; people want to know its time as well.
-    if (auto whole = predict(graph, result.smallest->plan, *communications[0]))
+    if (auto whole = predict(graph, result.smallest->plan, *communications[0], nullptr, nullptr,
+                             false, nullptr, network))
       result.smallest = std::move(*whole);
   }
   result.search_time =

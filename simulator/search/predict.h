@@ -42,16 +42,19 @@ struct Prediction {
   std::string peak_at;       ///< stage and block of the peak
   Breakdown breakdown;       ///< of the class that ends last
   std::vector<RestsOn> rests_on;
+  Network network = Network::idle;
+  std::vector<Contended> contended;  ///< of the class that ends last, most lost first
   std::size_t classes = 0;
   std::int64_t instructions = 0;
 };
 
 /// Completes, lowers and simulates. `recorded`, `program`: filled if given. `only_if_fits`: a plan
 /// that does not fit gets its memory, but no times. `routing`: which experts tokens go to; null:
-/// balanced.
+/// balanced. The classes that `recorded` counts in are those of `network`.
 Feasible<Prediction> predict(const Graph& graph, const Plan& plan, Communication& communication,
                              Timeline* recorded = nullptr, Program* program = nullptr,
-                             bool only_if_fits = false, const RoutingSource* routing = nullptr);
+                             bool only_if_fits = false, const RoutingSource* routing = nullptr,
+                             Network network = Network::idle);
 
 /// Values to try, all combinations. The rest of a candidate is the base plan's.
 struct SearchSpace {
@@ -75,9 +78,10 @@ struct SearchResult {
   std::optional<Prediction> smallest;  ///< if nothing fits: the plan that needs least memory
 };
 
-/// Simulates every plan of the space that can fit; `keep` best are returned.
+/// Simulates every plan of the space that can fit, each transfer alone on the network; the `keep`
+/// fastest are simulated again with `network` and returned, fastest first.
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,
-                    std::size_t workers = 0);
+                    std::size_t workers = 0, Network network = Network::idle);
 
 }  // namespace partita
