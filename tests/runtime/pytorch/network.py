@@ -42,19 +42,37 @@ def normalize(op, x, params):
     else:
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op["epsilon"])
         y = y * weight if weight is not None else y
+        y = y + bias if bias is not None else y
     return y.reshape(shape)
+
+
+def turns(op, positions):
+    """Cosines and sines [position, rotated / 2], in double: angles are no part of the arithmetic compared."""
+    position = torch.arange(positions, dtype=torch.float64)
+    frequency = op["base"] ** (-torch.arange(0, op["rotated"], 2, dtype=torch.float64) / op["rotated"])
+    angle = torch.outer(position, frequency)
+    return angle.cos(), angle.sin()
 
 
 def rotary(op, x):
     shape = x.shape
     d, r = op["head_dim"], op["rotated"]
     x = x.reshape(shape[0], shape[1], -1, d)
-    position = torch.arange(shape[1], dtype=x.dtype)
-    frequency = op["base"] ** (-torch.arange(0, r, 2, dtype=x.dtype) / r)
-    angle = torch.cat([torch.outer(position, frequency)] * 2, -1)[None, :, None, :]
+    cosine, sine = (torch.cat([t, t], -1)[None, :, None, :].to(x.dtype) for t in turns(op, shape[1]))
     still, turned = x[..., : d - r], x[..., d - r :]
     half = torch.cat([-turned[..., r // 2 :], turned[..., : r // 2]], -1)
-    return torch.cat([still, turned * angle.cos() + half * angle.sin()], -1).reshape(shape)
+    return torch.cat([still, turned * cosine + half * sine], -1).reshape(shape)
+
+
+def hidden_keys(op, queries, keys):
+    """[query, key]: what a query does not see."""
+    i, j = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
+    hidden = torch.zeros(queries, keys, dtype=torch.bool)
+    if op["causal"]:
+        hidden |= j > i
+    if op["window"]:
+        hidden |= j <= i - op["window"]
+    return hidden
 
 
 def attention(op, q, k, v, params):
@@ -64,13 +82,7 @@ def attention(op, q, k, v, params):
     k = k.transpose(1, 2).repeat_interleave(g, 1)
     v = v.transpose(1, 2).repeat_interleave(g, 1)
     scores = q @ k.transpose(-1, -2) * (op["scale"] or 1 / math.sqrt(d))
-    i, j = torch.arange(s)[:, None], torch.arange(k.shape[2])[None, :]
-    hidden = torch.zeros(s, k.shape[2], dtype=torch.bool)
-    if op["causal"]:
-        hidden |= j > i
-    if op["window"]:
-        hidden |= j <= i - op["window"]
-    scores = scores.masked_fill(hidden, -math.inf)
+    scores = scores.masked_fill(hidden_keys(op, s, k.shape[2]), -math.inf)
     if op["sinks"]:
         sinks = params[0].reshape(1, h * g, 1, 1).expand(b, -1, s, 1)
         p = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
@@ -96,6 +108,10 @@ def pool(op, x):
     if op["maximum"]:
         return F.max_pool2d(pad(x, op, -math.inf), kernel, stride, 0, (h["dilation"], w["dilation"]))
     assert op["count_padding"] or h["before"] + h["after"] + w["before"] + w["after"] == 0
+    if h["dilation"] * w["dilation"] > 1:
+        # avg_pool2d knows no dilation.
+        mean = torch.full((x.shape[1], 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=x.dtype)
+        return F.conv2d(pad(x, op, 0.0), mean, None, stride, 0, (h["dilation"], w["dilation"]), x.shape[1])
     return F.avg_pool2d(pad(x, op, 0.0), kernel, stride)
 
 

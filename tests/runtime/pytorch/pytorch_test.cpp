@@ -1,143 +1,28 @@
 // Our mathematics against PyTorch's: loss and every gradient of whole small networks. PyTorch
 // (Debian: python3-torch) is for this test only; without it the test is skipped and says so.
-// PARTITA_PYTHON names another interpreter.
+// PARTITA_PYTORCH names another interpreter.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cstdio>
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
 #include <random>
 
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "tests/runtime/pytorch/script.h"
 #include "tests/simulator/networks.h"
 
 namespace partita {
 namespace {
 
-using Json = nlohmann::json;
-
-std::string python() {
-  const char* wish = std::getenv("PARTITA_PYTHON");
-  return wish != nullptr ? wish : "/usr/bin/python3";
-}
-std::string output_of(const std::string& command, int& code) {
-  std::FILE* pipe = ::popen((command + " 2>&1").c_str(), "r");
-  std::string all;
-  char piece[4096];
-  while (const std::size_t n = std::fread(piece, 1, sizeof piece, pipe)) all.append(piece, n);
-  code = ::pclose(pipe);
-  return all;
-}
-bool has_torch() {
-  int code = 0;
-  output_of(python() + " -c 'import torch'", code);
-  return code == 0;
-}
-
-Json window(const Window& w) {
-  return {{"kernel", w.kernel},
-          {"stride", w.stride},
-          {"before", w.pad_before},
-          {"after", w.pad_after},
-          {"dilation", w.dilation}};
-}
-const char* name_of(ActivationKind k) {
-  constexpr const char* names[] = {"relu", "squared_relu", "gelu", "gelu_tanh",
-                                   "silu", "sigmoid",      "tanh"};
-  return names[static_cast<std::size_t>(k)];
-}
-
-/// An operator's options, as network.py reads them.
-struct Describe {
-  Json operator()(const Linear& o) { return {{"contracted", o.contracted}, {"bias", o.bias}}; }
-  Json operator()(const Normalize& o) {
-    constexpr const char* kinds[] = {"layer", "rms", "batch", "local"};
-    return {{"kind", kinds[static_cast<std::size_t>(o.kind)]},
-            {"epsilon", o.epsilon},
-            {"scale", o.scale},
-            {"bias", o.bias},
-            {"group", o.group},
-            {"window", o.window},
-            {"alpha", o.alpha},
-            {"beta", o.beta},
-            {"offset", o.offset}};
-  }
-  Json operator()(const Activation& o) { return {{"kind", name_of(o.kind)}}; }
-  Json operator()(const GatedActivation& o) { return {{"kind", name_of(o.kind)}}; }
-  Json operator()(const Rotary& o) {
-    return {{"head_dim", o.head_dim}, {"rotated", o.rotated}, {"base", o.base}};
-  }
-  Json operator()(const Attention& o) {
-    return {{"queries_per_head", o.queries_per_head},
-            {"qk_dim", o.qk_dim},
-            {"v_dim", o.v_dim},
-            {"scale", o.scale},
-            {"causal", o.causal},
-            {"window", o.window},
-            {"sinks", o.sinks}};
-  }
-  Json operator()(const Convolution& o) {
-    return {{"height", window(o.height)},
-            {"width", window(o.width)},
-            {"groups", o.groups},
-            {"bias", o.bias}};
-  }
-  Json operator()(const Pool& o) {
-    return {{"maximum", o.maximum},
-            {"height", window(o.height)},
-            {"width", window(o.width)},
-            {"count_padding", o.count_padding}};
-  }
-  Json operator()(const SelectToken& o) { return {{"index", o.index}}; }
-  Json operator()(const Concat& o) { return {{"last", o.last}}; }
-  Json operator()(const Router& o) {
-    return {
-        {"top_k", o.top_k}, {"sigmoid", o.sigmoid}, {"normalise", o.normalise}, {"scale", o.scale}};
-  }
-  Json operator()(const Dispatch& o) { return {{"experts", o.experts}}; }
-  Json operator()(const GroupedProduct& o) { return {{"bias", o.bias}}; }
-  template <class Other>
-  Json operator()(const Other&) {
-    return Json::object();
-  }
-};
-
-std::vector<std::int64_t> extents(const Shape& shape) {
-  std::vector<std::int64_t> all;
-  for (const auto& d : shape) all.push_back(d.extent);
-  return all;
-}
-
-Json operators_of(const Graph& g) {
-  Json list = Json::array();
-  for (const Operator& op : g.operators) {
-    Json o = std::visit(Describe{}, op.operation);
-    o["op"] = kind_name(op.operation);
-    o["inputs"] = Json::array();
-    o["parameters"] = Json::array();
-    for (const TensorId t : op.inputs) o["inputs"].push_back(t.value);
-    for (const ParameterId q : op.parameters) o["parameters"].push_back(q.value);
-    o["output"] = op.outputs[0].value;
-    list.push_back(std::move(o));
-  }
-  return list;
-}
+using pytorch::Json;
 
 /// What the script says of a network; its first word is a number.
 double ask(const Json& j, std::string& said) {
-  const auto file =
-      std::filesystem::temp_directory_path() / fmt::format("partita-network-{}.json", ::getpid());
-  std::ofstream(file) << j.dump();
-  int code = 0;
-  said =
-      output_of(fmt::format("{} {}/network.py {}", python(), PARTITA_PYTORCH, file.string()), code);
-  std::filesystem::remove(file);
-  return code == 0 ? std::strtod(said.c_str(), nullptr) : INFINITY;
+  said = pytorch::ask("network.py", j);
+  return std::strtod(said.c_str(), nullptr);
 }
 
 /// Largest relative difference between our loss and gradients and PyTorch's.
@@ -154,14 +39,14 @@ double difference(const Graph& g, std::string& said) {
   for (std::size_t i = 0; i < g.inputs.size(); ++i)
     j["inputs"].push_back(
         {{"tensor", g.inputs[i].value},
-         {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))},
+         {"shape", pytorch::extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))},
          {"values", inputs.by_tensor[i].values}});
   for (std::size_t q = 0; q < g.parameters.size(); ++q)
     j["parameters"].push_back({{"name", g.parameters[q].name},
-                               {"shape", extents(g.parameters[q].shape)},
+                               {"shape", pytorch::extents(g.parameters[q].shape)},
                                {"values", options.parameters[0][q].values},
                                {"gradient", ours.gradients[0][q]}});
-  j["operators"] = operators_of(g);
+  j["operators"] = pytorch::operators_of(g);
   return ask(j, said);
 }
 
@@ -174,8 +59,7 @@ void expect_same(const std::string& name, const Graph& g) {
 }
 
 TEST(PyTorch, WholeNetworksHaveTheSameLossAndGradients) {
-  if (!has_torch())
-    GTEST_SKIP() << python() << " has no torch; install python3-torch or set PARTITA_PYTHON";
+  if (!pytorch::interpreter()) GTEST_SKIP() << pytorch::interpreter().missing;
   expect_same("gpt", gpt());
   expect_same("llama", llama());
   expect_same("mixtral", mixtral());
@@ -201,8 +85,7 @@ TEST(PyTorch, WholeNetworksHaveTheSameLossAndGradients) {
 }
 
 TEST(PyTorch, RandomTransformersHaveTheSameLossAndGradients) {
-  if (!has_torch())
-    GTEST_SKIP() << python() << " has no torch; install python3-torch or set PARTITA_PYTHON";
+  if (!pytorch::interpreter()) GTEST_SKIP() << pytorch::interpreter().missing;
   std::mt19937 rng(20261124);
   for (int k = 0, run = 0; k < 40 && run < 6; ++k) {
     const Graph g = random_transformer(rng);
@@ -245,8 +128,9 @@ void expect_trains_alike(const Graph& g, int ranks, std::int64_t micro_batch, in
   j["loss_tensor"] = g.loss.value;
   for (const auto& l : ours[0].values.losses) j["losses"].push_back(l[0]);
   for (std::size_t i = 0; i < g.inputs.size(); ++i) {
-    Json in{{"tensor", g.inputs[i].value},
-            {"shape", extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))}};
+    Json in{
+        {"tensor", g.inputs[i].value},
+        {"shape", pytorch::extents(with_samples(g.tensor(g.inputs[i]).shape, program.samples))}};
     for (int step = 0; step < kSteps; ++step)
       in["steps"].push_back(
           reference::make_inputs(g, program.samples, 11, step).by_tensor[i].values);
@@ -254,10 +138,10 @@ void expect_trains_alike(const Graph& g, int ranks, std::int64_t micro_batch, in
   }
   for (std::size_t q = 0; q < g.parameters.size(); ++q)
     j["parameters"].push_back({{"name", g.parameters[q].name},
-                               {"shape", extents(g.parameters[q].shape)},
+                               {"shape", pytorch::extents(g.parameters[q].shape)},
                                {"values", exact.parameters[0][q].values},
                                {"after", ours[0].values.parameters[0][q]}});
-  j["operators"] = operators_of(g);
+  j["operators"] = pytorch::operators_of(g);
   std::string said;
   const double d = ask(j, said);
   // Both in fp32: within the measured effect of rounding, on either side.
@@ -274,8 +158,7 @@ void expect_trains_alike(const Graph& g, int ranks, std::int64_t micro_batch, in
 }
 
 TEST(PyTorch, DistributedDataParallelTrainsTheSameParameters) {
-  if (!has_torch())
-    GTEST_SKIP() << python() << " has no torch; install python3-torch or set PARTITA_PYTHON";
+  if (!pytorch::interpreter()) GTEST_SKIP() << pytorch::interpreter().missing;
   TransformerConfig c = small_config();
   c.hidden = 32;
   c.ffn = 64;
@@ -286,8 +169,7 @@ TEST(PyTorch, DistributedDataParallelTrainsTheSameParameters) {
 
 /// Our measured step beside PyTorch's in one run, on one rank and on two.
 TEST(PyTorch, StepsStandSideBySide) {
-  if (!has_torch())
-    GTEST_SKIP() << python() << " has no torch; install python3-torch or set PARTITA_PYTHON";
+  if (!pytorch::interpreter()) GTEST_SKIP() << pytorch::interpreter().missing;
   TransformerConfig c = small_config();
   c.name = "gpt h64 s32";
   c.initial_deviation = 0.02;
