@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <iterator>
 #include <map>
 #include <set>
@@ -208,7 +209,7 @@ TEST(PyTorchOperators, EveryKindHasItsForwardAndBothBackwards) {
     double ratio = -1, difference = 0, bound = 0;
     int results = 0;
   };
-  std::map<std::string, Worst> by_item;
+  std::map<std::array<std::string, 3>, Worst> by_item;
   std::map<std::string, std::set<std::string>> passes_of_kind;
   for (std::string line; std::getline(said, line);) {
     const Json j = Json::parse(line);
@@ -217,7 +218,7 @@ TEST(PyTorchOperators, EveryKindHasItsForwardAndBothBackwards) {
     const double ratio = j["ratio"].is_number() ? j["ratio"].get<double>() : INFINITY;
     EXPECT_LE(ratio, 1) << c["label"] << ", " << pass << ", " << precision << ": " << line;
     passes_of_kind[kind].insert(pass);
-    Worst& w = by_item[kind + " " + pass + " " + precision];
+    Worst& w = by_item[{kind, pass, precision}];
     ++w.results;
     if (ratio > w.ratio) w.ratio = ratio, w.difference = j["difference"], w.bound = j["bound"];
   }
@@ -233,9 +234,11 @@ TEST(PyTorchOperators, EveryKindHasItsForwardAndBothBackwards) {
     EXPECT_EQ(passes_of_kind[std::string(e.kind)], expected) << e.kind;
   }
   for (const auto& [item, w] : by_item) {
-    std::printf("%-50s %5d results, worst %.2g of its bound (%.2g of %.2g)\n", item.c_str(),
-                w.results, w.ratio, w.difference, w.bound);
-    pytorch::record("operators", item, w.difference, w.bound, "absolute, where nearest its bound");
+    const auto& [kind, pass, precision] = item;
+    std::printf("%-20s %-18s %-6s %4d results, worst %.2g of its bound (%.2g of %.2g)\n",
+                kind.c_str(), pass.c_str(), precision.c_str(), w.results, w.ratio, w.difference,
+                w.bound);
+    pytorch::record_operator(kind, pass, precision, w.results, w.difference, w.bound);
   }
 }
 

@@ -37,6 +37,7 @@ Interpreter find_interpreter() {
     if (code != 0 || std::sscanf(version.c_str(), "%d.%d", &found.major, &found.minor) != 2)
       continue;
     found.python = python;
+    found.version = version.substr(0, version.find_first_of(" \n"));
     return found;
   }
   found.missing = fmt::format(
@@ -113,6 +114,20 @@ struct Describe {
   }
 };
 
+/// `line` and what it was measured with, below `header` if the file is new.
+void append(const std::string& name, const std::string& header, const std::string& line) {
+  const char* folder = std::getenv("PARTITA_PYTORCH_RESULTS");
+  if (folder == nullptr) return;
+  const auto file = std::filesystem::path(folder) / name;
+  const bool fresh = !std::filesystem::exists(file);
+  std::ofstream out(file, std::ios::app);
+  if (fresh) out << header << ",torch,date\n";
+  const std::time_t now = std::time(nullptr);
+  std::array<char, 16> date{};
+  std::strftime(date.data(), date.size(), "%Y-%m-%d", std::gmtime(&now));
+  out << line << ',' << interpreter().version << ',' << date.data() << '\n';
+}
+
 }  // namespace
 
 const Interpreter& interpreter() {
@@ -160,18 +175,22 @@ std::string ask(const std::string& script, const Json& request) {
   return said;
 }
 
-void record(const std::string& test, const std::string& item, double difference, double bound,
-            const std::string& unit) {
-  const char* name = std::getenv("PARTITA_PYTORCH_RESULTS");
-  if (name == nullptr) return;
-  const std::time_t now = std::time(nullptr);
-  std::array<char, 16> date{};
-  std::strftime(date.data(), date.size(), "%Y-%m-%d", std::gmtime(&now));
-  std::string quoted = item;
-  std::replace(quoted.begin(), quoted.end(), ',', ';');
-  std::ofstream(name, std::ios::app)
-      << fmt::format("{},{},{:.3g},{:.3g},{},{}.{},{}\n", test, quoted, difference, bound, unit,
-                     interpreter().major, interpreter().minor, date.data());
+void record_operator(const std::string& kind, const std::string& pass, const std::string& precision,
+                     int results, double difference, double bound) {
+  append(
+      "operators.csv", "operator,pass,precision,results,difference,bound",
+      fmt::format("{},{},{},{},{:.3g},{:.3g}", kind, pass, precision, results, difference, bound));
+}
+void record_network(const std::string& test, const std::string& item, double difference,
+                    double bound) {
+  append("networks.csv", "test,network,difference,bound",
+         fmt::format("\"{}\",\"{}\",{:.3g},{:.3g}", test, item, difference, bound));
+}
+void record_times(const std::string& network, int ranks, const std::string& whose,
+                  std::size_t steps, double median_s, double low_s, double high_s) {
+  append("steps.csv", "network,ranks,whose,steps,median_ms,quartile_1_ms,quartile_3_ms",
+         fmt::format("{},{},{},{},{:.3f},{:.3f},{:.3f}", network, ranks, whose, steps,
+                     1e3 * median_s, 1e3 * low_s, 1e3 * high_s));
 }
 
 }  // namespace partita::pytorch
