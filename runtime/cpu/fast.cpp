@@ -522,6 +522,62 @@ bool data(const Multiply&, const Context&, const Arguments& a, Kept& kept) {
   return true;
 }
 
+/// Keeps what the reference keeps: the number of an element depends on its place in its sample.
+bool dropped(const Dropout& op, const Context& c, const Tensor& x, const float* from, float* to) {
+  constexpr std::uint64_t kDropout = 0x64726f70;
+  const std::uint64_t key =
+      reference::random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
+  const auto kept = static_cast<float>(1 - op.probability);
+  const auto apply = [&](Index i, std::int64_t sample, std::uint64_t place) {
+    const double u =
+        reference::uniform(key, static_cast<std::uint64_t>(c.first_sample + sample), place);
+    to[i] = u < op.probability ? 0.0f : from[i] / kept;
+  };
+  const Indices& last = x.index->back();
+  const auto n = static_cast<Index>(last.size());
+  if (x.rows != nullptr) {
+    for (Index i = 0; i < size(x); ++i) {
+      const Row& row = (*x.rows)[static_cast<std::size_t>(i / n)];
+      const std::uint64_t token = reference::random_bits(
+          0, static_cast<std::uint64_t>(row.sequence), static_cast<std::uint64_t>(row.expert));
+      apply(i, row.sample,
+            token + static_cast<std::uint64_t>(last[static_cast<std::size_t>(i % n)]));
+    }
+    return true;
+  }
+  const Shape& shape = c.signature->outputs[0].shape;
+  if (shape.back().dim == Dim::sample) return false;
+  const std::size_t dims = shape.size();
+  for (Index line = 0; line < (n == 0 ? 0 : size(x) / n); ++line) {
+    std::int64_t sample = 0, place = 0;
+    Index inner = size(x) / n, rest = line;
+    for (std::size_t d = 0; d + 1 < dims; ++d) {
+      const Indices& list = (*x.index)[d];
+      inner /= static_cast<Index>(list.size());
+      const std::int64_t global = list[static_cast<std::size_t>(rest / inner)];
+      rest %= inner;
+      if (shape[d].dim == Dim::sample) {
+        sample = global;
+      } else {
+        place = place * shape[d].extent + global;
+      }
+    }
+    place *= shape.back().extent;
+    for (Index j = 0; j < n; ++j)
+      apply(line * n + j, sample,
+            static_cast<std::uint64_t>(place + last[static_cast<std::size_t>(j)]));
+  }
+  return true;
+}
+bool forward(const Dropout& op, const Context& c, const Arguments& a, Kept& kept) {
+  const Tensor& x = a.inputs[0];
+  return dropped(op, c, x, x.values, result_of(a, 0, x, kept));
+}
+bool data(const Dropout& op, const Context& c, const Arguments& a, Kept& kept) {
+  const Tensor& dy = a.output_gradients[0];
+  return dropped(op, c, dy, dy.values, result_of(a, 0, dy, kept));
+}
+
 /// Turns each pair by `direction` times its angle; the table holds cosines and sines by position.
 bool rotate(const Rotary& op, const float* from, const Tensor& to, float direction, Kept& kept) {
   if (to.rows != nullptr) return false;
@@ -734,6 +790,136 @@ bool data(const Attention& op, const Context&, const Arguments& a, Kept&) {
   return true;
 }
 
+/// Adds one part of keys and values to y and its log-sum-exp: runtime/reference/ring_attention.h.
+void attend(const Attention& op, const Arguments& a) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  const Heads h = heads_of(op, q, k);
+  const Index q_row = h.heads * h.group * h.width, k_row = h.heads * h.width,
+              v_row = h.heads * h.v_width, y_row = h.heads * h.group * h.v_width;
+  RowMatrix s;
+  for_each_tile(h, [&](Index b, Index head, Index g, Index t, Index rows) {
+    const auto [first, last] = seen(op, h, t, rows);
+    if (first == last) return;
+    StridedOut y(
+        a.results[0].values + (b * h.queries + t) * y_row + (head * h.group + g) * h.v_width, rows,
+        h.v_width, Stride(y_row));
+    const StridedIn qs(q.values + (b * h.queries + t) * q_row + (head * h.group + g) * h.width,
+                       rows, h.width, Stride(q_row));
+    const StridedIn ks(k.values + (b * h.keys + first) * k_row + head * h.width, last - first,
+                       h.width, Stride(k_row));
+    const StridedIn vs(v.values + (b * h.keys + first) * v_row + head * h.v_width, last - first,
+                       h.v_width, Stride(v_row));
+    s.noalias() = h.scale * (qs * ks.transpose());
+    mask(op, h, t, first, s);
+    float* lse = a.extras[0].values + ((b * h.heads + head) * h.group + g) * h.queries + t;
+    for (Index i = 0; i < rows; ++i) {
+      auto line = s.row(i).array();
+      const float top = line.maxCoeff();
+      if (std::isinf(top)) {  // sees nothing of this part
+        line.setZero();
+        continue;
+      }
+      line = (line - top).exp();
+      const float sum = line.sum(), here = top + std::log(sum), before = lse[i];
+      const float high = std::max(here, before);
+      const float total = high + std::log(std::exp(here - high) + std::exp(before - high));
+      line *= std::exp(here - total) / sum;
+      y.row(i) *= std::exp(before - total);
+      lse[i] = total;
+    }
+    y.noalias() += s * vs;
+  });
+}
+/// Adds one part's gradients.
+void attend_backward(const Attention& op, const Arguments& a) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2], &dy = a.output_gradients[0];
+  const Heads h = heads_of(op, q, k);
+  const Index q_row = h.heads * h.group * h.width, k_row = h.heads * h.width,
+              v_row = h.heads * h.v_width, y_row = h.heads * h.group * h.v_width;
+  RowMatrix p, dp;
+  for_each_tile(h, [&](Index b, Index head, Index g, Index t, Index rows) {
+    const auto [first, last] = seen(op, h, t, rows);
+    if (first == last) return;
+    const Index q_at = (b * h.queries + t) * q_row + (head * h.group + g) * h.width;
+    const Index y_at = (b * h.queries + t) * y_row + (head * h.group + g) * h.v_width;
+    const Index k_at = (b * h.keys + first) * k_row + head * h.width;
+    const Index v_at = (b * h.keys + first) * v_row + head * h.v_width;
+    const StridedIn qs(q.values + q_at, rows, h.width, Stride(q_row));
+    const StridedIn ks(k.values + k_at, last - first, h.width, Stride(k_row));
+    const StridedIn vs(v.values + v_at, last - first, h.v_width, Stride(v_row));
+    const StridedIn ds(dy.values + y_at, rows, h.v_width, Stride(y_row));
+    const StridedIn y(a.outputs[0].values + y_at, rows, h.v_width, Stride(y_row));
+    const float* lse = a.extras[0].values + ((b * h.heads + head) * h.group + g) * h.queries + t;
+    p.noalias() = h.scale * (qs * ks.transpose());
+    mask(op, h, t, first, p);
+    for (Index i = 0; i < rows; ++i) {
+      if (std::isinf(lse[i])) {
+        p.row(i).setZero();
+      } else {
+        p.row(i).array() = (p.row(i).array() - lse[i]).exp();
+      }
+    }
+    StridedOut(a.results[2].values + v_at, last - first, h.v_width, Stride(v_row)).noalias() +=
+        p.transpose() * ds;
+    dp.noalias() = ds * vs.transpose();
+    for (Index i = 0; i < rows; ++i) {
+      const float along = (ds.row(i).array() * y.row(i).array()).sum();
+      p.row(i).array() *= (dp.row(i).array() - along) * h.scale;
+    }
+    StridedOut(a.results[0].values + q_at, rows, h.width, Stride(q_row)).noalias() += p * ks;
+    StridedOut(a.results[1].values + k_at, last - first, h.width, Stride(k_row)).noalias() +=
+        p.transpose() * qs;
+  });
+}
+
+bool forward(const BatchedProduct&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &w = a.inputs[1];
+  const std::size_t dims = x.index->size();
+  const Index m = extent(x, dims - 2, dims - 1), k = extent(x, dims - 1, dims),
+              n = extent(w, dims - 1, dims);
+  for (Index i = 0; i < extent(x, 0, dims - 2); ++i)
+    Out(a.results[0].values + i * m * n, m, n).noalias() =
+        In(x.values + i * m * k, m, k) * In(w.values + i * k * n, k, n);
+  return true;
+}
+bool data(const BatchedProduct&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &w = a.inputs[1];
+  const std::size_t dims = x.index->size();
+  const Index m = extent(x, dims - 2, dims - 1), k = extent(x, dims - 1, dims),
+              n = extent(w, dims - 1, dims);
+  for (Index i = 0; i < extent(x, 0, dims - 2); ++i) {
+    const In dy(a.output_gradients[0].values + i * m * n, m, n);
+    if (wanted(a, 0))
+      Out(a.results[0].values + i * m * k, m, k).noalias() =
+          dy * In(w.values + i * k * n, k, n).transpose();
+    if (wanted(a, 1))
+      Out(a.results[1].values + i * k * n, k, n).noalias() =
+          In(x.values + i * m * k, m, k).transpose() * dy;
+  }
+  return true;
+}
+
+bool forward(const Softmax&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  const Index n = extent(x, x.index->size() - 1, x.index->size());
+  for (Index i = 0; n > 0 && i < size(x); i += n) {
+    const ArrayIn line(x.values + i, n);
+    ArrayOut y(a.results[0].values + i, n);
+    y = (line - line.maxCoeff()).exp();
+    y /= y.sum();
+  }
+  return true;
+}
+bool data(const Softmax&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& y = a.outputs[0];
+  const Index n = extent(y, y.index->size() - 1, y.index->size());
+  for (Index i = 0; n > 0 && i < size(y); i += n) {
+    const ArrayIn p(y.values + i, n), dy(a.output_gradients[0].values + i, n);
+    ArrayOut(a.results[0].values + i, n) = p * (dy - (p * dy).sum());
+  }
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------- losses
 
 bool statistic(const CrossEntropy&, std::size_t k, const Arguments& a) {
@@ -880,6 +1066,142 @@ bool data(const Pool& op, const Context&, const Arguments& a, Kept&) {
           inside(w, j, [&](Index s) { dx.values[from + r * w.inputs + s] += part; });
         });
       });
+  return true;
+}
+
+bool forward(const GlobalAveragePool&, const Context& c, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  const Shape& whole = c.signature->inputs[0].shape;
+  const auto all = static_cast<float>(whole[2].extent * whole[3].extent);
+  const Index plane = extent(x, 2, 4);
+  for (Index i = 0; i < extent(x, 0, 2); ++i)
+    a.results[0].values[i] = ArrayIn(x.values + i * plane, plane).sum() / all;
+  return true;
+}
+bool data(const GlobalAveragePool&, const Context& c, const Arguments& a, Kept&) {
+  const Tensor& dx = a.results[0];
+  const Shape& whole = c.signature->inputs[0].shape;
+  const auto all = static_cast<float>(whole[2].extent * whole[3].extent);
+  const Index plane = extent(dx, 2, 4);
+  for (Index i = 0; i < extent(dx, 0, 2); ++i)
+    std::fill_n(dx.values + i * plane, plane, a.output_gradients[0].values[i] / all);
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- shapes
+
+bool forward(const ToSequence&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  const Index features = extent(x, 1, 2), plane = extent(x, 2, 4), image = features * plane;
+  for (Index i = 0; i < extent(x, 0, 1); ++i)
+    Out(a.results[0].values + i * image, plane, features) =
+        In(x.values + i * image, features, plane).transpose();
+  return true;
+}
+bool data(const ToSequence&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& dx = a.results[0];
+  const Index features = extent(dx, 1, 2), plane = extent(dx, 2, 4), image = features * plane;
+  for (Index i = 0; i < extent(dx, 0, 1); ++i)
+    Out(dx.values + i * image, features, plane) =
+        In(a.output_gradients[0].values + i * image, plane, features).transpose();
+  return true;
+}
+
+bool forward(const PrependToken&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  const Index n = size(a.parameters[0]), tokens = extent(x, 1, 2) * n;
+  for (Index i = 0; i < extent(x, 0, 1); ++i) {
+    float* y = a.results[0].values + i * (n + tokens);
+    std::copy_n(a.parameters[0].values, n, y);
+    std::copy_n(x.values + i * tokens, tokens, y + n);
+  }
+  return true;
+}
+bool data(const PrependToken&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& dx = a.results[0];
+  const Index n = extent(dx, 2, 3), tokens = extent(dx, 1, 2) * n;
+  for (Index i = 0; i < extent(dx, 0, 1); ++i)
+    std::copy_n(a.output_gradients[0].values + i * (n + tokens) + n, tokens,
+                dx.values + i * tokens);
+  return true;
+}
+bool weight(const PrependToken&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &dy = a.output_gradients[0], &d = a.results[0];
+  const Index n = size(d), sample = extent(dy, 1, 3);
+  ArrayOut sum(d.values, n);
+  if (!a.accumulate) sum.setZero();
+  for (Index i = 0; i < extent(dy, 0, 1); ++i) sum += ArrayIn(dy.values + i * sample, n);
+  return true;
+}
+
+bool forward(const SelectToken& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &y = a.results[0];
+  const Index token = held((*x.index)[1], op.index), n = extent(x, 2, 3), tokens = extent(x, 1, 2);
+  if (token < 0) std::fill_n(y.values, size(y), 0.0f);
+  for (Index i = 0; token >= 0 && i < extent(x, 0, 1); ++i)
+    std::copy_n(x.values + (i * tokens + token) * n, n, y.values + i * n);
+  return true;
+}
+bool data(const SelectToken& op, const Context&, const Arguments& a, Kept&) {
+  const Tensor& dx = a.results[0];
+  const Index token = held((*dx.index)[1], op.index), n = extent(dx, 2, 3),
+              tokens = extent(dx, 1, 2);
+  std::fill_n(dx.values, size(dx), 0.0f);
+  for (Index i = 0; token >= 0 && i < extent(dx, 0, 1); ++i)
+    std::copy_n(a.output_gradients[0].values + i * n, n, dx.values + (i * tokens + token) * n);
+  return true;
+}
+
+/// f(part, its first element, length) for every run of a concatenation, in order.
+template <class F>
+void for_each_run(const Concat& op, const std::vector<Tensor>& parts, F f) {
+  const std::size_t dims = parts[0].index->size(), axis = op.last ? dims - 1 : 1;
+  for (Index i = 0; i < extent(parts[0], 0, axis); ++i) {
+    for (std::size_t k = 0; k < parts.size(); ++k) {
+      const Index length = extent(parts[k], axis, dims);
+      f(k, i * length, length);
+    }
+  }
+}
+bool forward(const Concat& op, const Context&, const Arguments& a, Kept&) {
+  float* y = a.results[0].values;
+  for_each_run(op, a.inputs, [&](std::size_t k, Index first, Index length) {
+    y = std::copy_n(a.inputs[k].values + first, length, y);
+  });
+  return true;
+}
+bool data(const Concat& op, const Context& c, const Arguments& a, Kept&) {
+  for (std::size_t k = 0; k < c.signature->inputs.size(); ++k) {
+    if (!wanted(a, k)) return false;
+  }
+  const float* dy = a.output_gradients[0].values;
+  for_each_run(op, a.results, [&](std::size_t k, Index first, Index length) {
+    std::copy_n(dy, length, a.results[k].values + first);
+    dy += length;
+  });
+  return true;
+}
+
+bool forward(const AppendToHeads&, const Context&, const Arguments& a, Kept&) {
+  const Tensor &x = a.inputs[0], &tail = a.inputs[1];
+  const Index heads = extent(x, 2, 3), n = extent(x, 3, 4), r = extent(tail, 2, 3);
+  float* y = a.results[0].values;
+  for (Index i = 0; i < extent(x, 0, 3); ++i) {
+    y = std::copy_n(x.values + i * n, n, y);
+    y = std::copy_n(tail.values + i / heads * r, r, y);
+  }
+  return true;
+}
+bool data(const AppendToHeads&, const Context&, const Arguments& a, Kept&) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const Tensor &dx = a.results[0], &tail = a.results[1];
+  const Index heads = extent(dx, 2, 3), n = extent(dx, 3, 4), r = extent(tail, 2, 3);
+  std::fill_n(tail.values, size(tail), 0.0f);
+  const float* dy = a.output_gradients[0].values;
+  for (Index i = 0; i < extent(dx, 0, 3); ++i, dy += n + r) {
+    std::copy_n(dy, n, dx.values + i * n);
+    ArrayOut(tail.values + i / heads * r, r) += ArrayIn(dy + n, r);
+  }
   return true;
 }
 
@@ -1108,6 +1430,12 @@ bool fast_backward_data(const Context& c, const Arguments& a, Kept& kept) {
 }
 bool fast_backward_weight(const Context& c, const Arguments& a, Kept& kept) {
   return std::visit([&](const auto& op) { return weight(op, c, a, kept); }, *c.operation);
+}
+void attend_part(const Context& c, const Arguments& a) {
+  attend(std::get<Attention>(*c.operation), a);
+}
+void attend_part_backward(const Context& c, const Arguments& a) {
+  attend_backward(std::get<Attention>(*c.operation), a);
 }
 bool fast_forward_statistic(const Context& c, std::size_t k, const Arguments& a) {
   if (const auto* n = std::get_if<Normalize>(c.operation)) return statistic(*n, c, a);

@@ -22,6 +22,10 @@ bool fast_backward_weight(const reference::Context& c, const Arguments& a, Kept&
 bool fast_forward_statistic(const reference::Context& c, std::size_t k, const Arguments& a);
 bool fast_backward_statistic(const reference::Context& c, std::size_t k, const Arguments& a);
 
+/// Attention of one part of the keys of a ring.
+void attend_part(const reference::Context& c, const Arguments& a);
+void attend_part_backward(const reference::Context& c, const Arguments& a);
+
 /// Convolutions by oneDNN.
 enum class ConvolutionPass { forward, data, weight };
 bool convolve(const reference::Context& c, const Arguments& a, Kept& kept, ConvolutionPass pass);

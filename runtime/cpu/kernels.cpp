@@ -6,7 +6,6 @@
 
 #include "base/error.h"
 #include "runtime/cpu/fast.h"
-#include "runtime/reference/ring_attention.h"
 
 namespace partita::cpu {
 namespace {
@@ -137,24 +136,7 @@ void Kernel::backward_weight(const Arguments& a) {
                [&](const Operands& o) { return reference::backward_weight(context_, o); });
 }
 
-void Kernel::attend_part(const Arguments& a) {
-  const auto& op = std::get<Attention>(*context_.operation);
-  Piece y = piece_of(a.results[0]), lse = piece_of(a.extras[0]);
-  reference::attend_part(op, piece_of(a.inputs[0]), piece_of(a.inputs[1]), piece_of(a.inputs[2]), y,
-                         lse);
-  std::copy(y.values.begin(), y.values.end(), a.results[0].values);
-  std::copy(lse.values.begin(), lse.values.end(), a.extras[0].values);
-}
-void Kernel::attend_part_backward(const Arguments& a) {
-  const auto& op = std::get<Attention>(*context_.operation);
-  std::vector<Piece> d;
-  for (std::size_t k = 0; k < 3; ++k) d.push_back(piece_of(a.results[k]));
-  reference::attend_part_backward(op, piece_of(a.inputs[0]), piece_of(a.inputs[1]),
-                                  piece_of(a.inputs[2]), piece_of(a.outputs[0]),
-                                  piece_of(a.extras[0]), piece_of(a.output_gradients[0]), d[0],
-                                  d[1], d[2]);
-  for (std::size_t k = 0; k < 3; ++k)
-    std::copy(d[k].values.begin(), d[k].values.end(), a.results[k].values);
-}
+void Kernel::attend_part(const Arguments& a) { cpu::attend_part(context_, a); }
+void Kernel::attend_part_backward(const Arguments& a) { cpu::attend_part_backward(context_, a); }
 
 }  // namespace partita::cpu

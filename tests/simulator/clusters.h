@@ -17,6 +17,8 @@ struct DeviceSpeed {
   std::string vector = "1 TFLOP/s";
   std::string memory = "1 TB/s";
   std::string kernel_latency = "0 ps";
+  /// 0: a processor that is its own host.
+  int compute_capability = 0;
 };
 
 /// Cluster file `yaml`, in which devices are named "here" and are as fast as `speed`.
@@ -27,8 +29,11 @@ inline Topology cluster(const std::string& yaml, const DeviceSpeed& speed) {
       "schema: partita.device/1\nname: here\nsource: made up\nmemory: 80 GiB\n"
       "usable_memory: 80 GiB\nmemory_bandwidth: {}\n"
       "matrix_rates: {{bf16: {}, fp32: {}}}\nvector_rate: {}\nmatrix_efficiency: 1\n"
-      "memory_efficiency: 1\nkernel_latency: {}\nmultiprocessors: 1\n",
-      speed.memory, speed.matrix, speed.matrix, speed.vector, speed.kernel_latency);
+      "memory_efficiency: 1\nkernel_latency: {}\nmultiprocessors: 1\n{}",
+      speed.memory, speed.matrix, speed.matrix, speed.vector, speed.kernel_latency,
+      speed.compute_capability > 0
+          ? fmt::format("compute_capability: {}\n", speed.compute_capability)
+          : "");
   Topology t = parse_topology(yaml, folder + "/cluster.yaml");
   std::error_code ignored;
   std::filesystem::remove_all(folder, ignored);

@@ -1,58 +1,14 @@
 // The CPU's kernels against the reference's: every operator and option, whole and in blocks.
-#include "runtime/cpu/kernels.h"
-
 #include <gtest/gtest.h>
 
-#include "tests/runtime/reference/problems.h"
+#include "runtime/reference/ring_attention.h"
+#include "tests/runtime/cpu/passes.h"
 
 namespace partita::cpu {
 namespace {
 
-using reference::Context;
-using reference::Operands;
 using reference::Piece;
 using reference::Problem;
-
-/// A piece in fp32 memory, as the executor holds it.
-struct Held {
-  std::vector<Indices> index;
-  std::vector<float> values;
-  std::vector<std::int64_t> ids;
-  std::vector<Row> rows;
-  bool routed = false, present = false;
-  Tensor tensor() {
-    Tensor t;
-    if (!present) return t;
-    t.index = &index;
-    t.values = ids.empty() ? values.data() : nullptr;
-    t.ids = ids.empty() ? nullptr : ids.data();
-    if (routed) t.rows = &rows;
-    return t;
-  }
-};
-Held held(const Piece* p, bool ids = false) {
-  Held h;
-  if (p == nullptr) return h;
-  h.present = true;
-  h.index = p->index;
-  h.rows = p->rows;
-  h.routed = p->routed;
-  h.values.assign(p->values.begin(), p->values.end());
-  if (ids) {
-    for (const double v : p->values) h.ids.push_back(std::llround(v));
-  }
-  return h;
-}
-std::vector<Held> held(const std::vector<Piece>& pieces) {
-  std::vector<Held> all;
-  for (const Piece& p : pieces) all.push_back(held(&p));
-  return all;
-}
-std::vector<Tensor> tensors(std::vector<Held>& list) {
-  std::vector<Tensor> all;
-  for (Held& h : list) all.push_back(h.tensor());
-  return all;
-}
 
 void expect_close(const std::vector<float>& got, const Piece& want, double start,
                   const std::string& what) {
@@ -66,83 +22,23 @@ void expect_close(const std::vector<float>& got, const Piece& want, double start
 
 /// All passes of one rank's problem, by the reference's kernels and by the CPU's.
 void expect_same(const Problem& p, reference::Part part) {
-  std::vector<reference::Part> one{part};
+  std::vector<reference::Part> one{std::move(part)};
   reference::run(one);
   const reference::Part& want = one[0];
-  const Signature& s = p.signature;
-  Kernel kernel(want.context);
-  kernel.set_step(want.context.step, want.context.first_sample);
-  const bool ids = std::holds_alternative<Embedding>(p.operation);
-  const bool labels = std::holds_alternative<CrossEntropy>(p.operation);
-  std::vector<Held> inputs, parameters = held(want.parameters), outputs = held(want.outputs),
-                            gradients = held(want.output_gradients);
-  for (std::size_t i = 0; i < want.inputs.size(); ++i)
-    inputs.push_back(held(&want.inputs[i], (ids && i == 0) || (labels && i == 1)));
-  // Extras: masks and log-sum-exps, written by the forward.
-  std::vector<Held> extras;
-  for (const Extra& e : s.extras) {
-    Piece z;
-    for (std::size_t d = 0; d < e.operand.shape.size(); ++d)
-      z.index.push_back(reference::touched(want.context, e.operand, d));
-    extras.push_back(held(&z));
-    std::size_t n = 1;
-    for (const auto& list : z.index) n *= list.size();
-    extras.back().values.resize(n);
-  }
-  Arguments base;
-  base.inputs = tensors(inputs);
-  base.parameters = tensors(parameters);
-  base.extras = tensors(extras);
-  base.whole_statistics = true;
-  std::vector<Held> statistics = held(want.statistics);
-  for (std::size_t k = 0; k < statistics.size(); ++k) {
-    Arguments a = base;
-    for (std::size_t j = 0; j < k; ++j) a.statistics.push_back(statistics[j].tensor());
-    a.results = {statistics[k].tensor()};
-    kernel.forward_statistic(k, a);
-  }
-  base.statistics = tensors(statistics);
-  const auto compare = [&](Arguments a, const std::vector<Piece>& expected, const std::string& what,
-                           auto pass, bool accumulates) {
-    std::vector<Held> results;
-    for (const Piece& e : expected) {
-      results.push_back(held(e.index.empty() && e.values.empty() ? nullptr : &e));
-      std::fill(results.back().values.begin(), results.back().values.end(),
-                accumulates ? 0.5f : NAN);
-    }
-    a.results = tensors(results);
-    a.accumulate = accumulates;
-    kernel.routed.clear();
-    pass(a);
-    for (std::size_t k = 0; k < expected.size(); ++k) {
-      if (!results[k].present) continue;
-      if (expected[k].routed) {
-        ASSERT_EQ(kernel.routed.at(k).rows, expected[k].rows) << what;
-        expect_close(kernel.routed[k].values, expected[k], 0, what);
-      } else {
-        expect_close(results[k].values, expected[k], accumulates ? 0.5 : 0, what);
-      }
-    }
+  PassesOnCpu passes(p, want);
+  const auto compare = [&](const std::vector<std::vector<float>>& got,
+                           const std::vector<Piece>& expected, double start,
+                           const std::string& what) {
+    for (std::size_t k = 0; k < expected.size(); ++k)
+      expect_close(got[k], expected[k], start, what);
   };
-  compare(
-      base, want.outputs, "forward", [&](const Arguments& a) { kernel.forward(a); }, false);
-  base.outputs = tensors(outputs);
-  base.output_gradients = tensors(gradients);
-  std::vector<Held> backward = held(want.backward_statistics);
-  for (std::size_t k = 0; k < backward.size(); ++k) {
-    Arguments a = base;
-    a.results = {backward[k].tensor()};
-    kernel.backward_statistic(k, a);
-  }
-  base.backward_statistics = tensors(backward);
-  compare(
-      base, want.input_gradients, "backward by data",
-      [&](const Arguments& a) { kernel.backward_data(a); }, false);
-  if (s.parameters.empty()) return;
+  compare(passes.forward(), want.outputs, 0, "forward");
+  passes.prepare_backward();
+  compare(passes.backward_data(), want.input_gradients, 0, "backward by data");
+  if (p.signature.parameters.empty()) return;
   for (const bool accumulates : {false, true})
-    compare(
-        base, want.parameter_gradients, "backward by weight",
-        [&](const Arguments& a) { kernel.backward_weight(a); }, accumulates);
+    compare(passes.backward_weight(accumulates), want.parameter_gradients, accumulates ? 0.5 : 0,
+            "backward by weight");
 }
 
 TEST(CpuKernels, EqualTheReferencesOnWholeProblems) {
@@ -153,6 +49,99 @@ TEST(CpuKernels, EqualTheReferencesOnWholeProblems) {
       expect_same(p, reference::whole_part(p));
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+/// A piece's positions along its second dimension, and their values.
+Piece positions_of(const Piece& whole, const std::vector<std::int64_t>& at) {
+  Piece part = whole;
+  part.index[1] = at;
+  part.values.clear();
+  const std::size_t inner = whole.index[2].size() * whole.index[3].size();
+  for (std::size_t b = 0; b < whole.index[0].size(); ++b) {
+    for (const std::int64_t p : at) {
+      const auto* from =
+          &whole.values[(b * whole.index[1].size() + static_cast<std::size_t>(p)) * inner];
+      part.values.insert(part.values.end(), from, from + inner);
+    }
+  }
+  return part;
+}
+
+TEST(CpuKernels, PartsOfARingEqualTheReferences) {
+  std::mt19937_64 rng(20261127);
+  const auto n = [&](std::int64_t low, std::int64_t high) {
+    return reference::pick(rng, low, high);
+  };
+  for (int round = 0; round < 40; ++round) {
+    Attention op;
+    op.queries_per_head = n(1, 3);
+    op.qk_dim = n(1, 4);
+    op.v_dim = n(1, 4);
+    op.causal = round % 2 == 0;
+    op.window = round % 3 == 0 ? n(1, 5) : 0;
+    // More queries than one tile has, sometimes.
+    const NamedExtent sample{Dim::sample, n(1, 2)}, head{Dim::head, n(1, 2)},
+        sequence{Dim::sequence, round % 10 == 0 ? 70 : n(2, 9)};
+    const Problem p = reference::make_problem(
+        "ring", op,
+        {{sample, sequence, head, {Dim::head_feature, op.queries_per_head * op.qk_dim}},
+         {sample, sequence, head, {Dim::head_feature, op.qk_dim}},
+         {sample, sequence, head, {Dim::head_feature, op.v_dim}}},
+        rng);
+    SCOPED_TRACE(round);
+    // Two parts of the keys, contiguous or by turns, met one after the other by queries that are a
+    // part themselves.
+    std::vector<std::vector<std::int64_t>> parts(2);
+    for (std::int64_t i = 0; i < sequence.extent; ++i)
+      parts[static_cast<std::size_t>(round % 4 < 2 ? i * 2 / sequence.extent : i % 2)].push_back(i);
+    const auto& mine = parts[static_cast<std::size_t>(round % 2)];
+    const Piece q = positions_of(p.inputs[0], mine), dy = positions_of(p.output_gradient, mine);
+    Piece y = reference::zeros(dy.index), dq = reference::zeros(q.index);
+    Piece lse = reference::zeros(
+        {q.index[0], q.index[2], reference::range(op.queries_per_head), q.index[1]});
+    std::fill(lse.values.begin(), lse.values.end(), -INFINITY);
+    Held fast_q = held(&q), fast_dy = held(&dy), fast_y = held(&y), fast_lse = held(&lse),
+         fast_dq = held(&dq);
+    Kernel kernel(reference::whole_context(p));
+    std::vector<Piece> keys, values;
+    for (const auto& part : parts) {
+      keys.push_back(positions_of(p.inputs[1], part));
+      values.push_back(positions_of(p.inputs[2], part));
+      reference::attend_part(op, q, keys.back(), values.back(), y, lse);
+      Held k = held(&keys.back()), v = held(&values.back());
+      Arguments a;
+      a.inputs = {fast_q.tensor(), k.tensor(), v.tensor()};
+      a.extras = {fast_lse.tensor()};
+      a.results = {fast_y.tensor()};
+      kernel.attend_part(a);
+    }
+    expect_close(fast_y.values, y, 0, "output");
+    for (std::size_t i = 0; i < lse.values.size(); ++i) {
+      if (std::isinf(lse.values[i])) {
+        EXPECT_EQ(fast_lse.values[i], -INFINITY);
+      } else {
+        EXPECT_NEAR(static_cast<double>(fast_lse.values[i]), lse.values[i], 2e-5);
+      }
+    }
+    for (std::size_t s = 0; s < parts.size(); ++s) {
+      Piece dk = reference::zeros(keys[s].index), dv = reference::zeros(values[s].index);
+      // On top of what is there.
+      std::fill(dk.values.begin(), dk.values.end(), 0.5);
+      Held k = held(&keys[s]), v = held(&values[s]), fast_dk = held(&dk), fast_dv = held(&dv);
+      reference::attend_part_backward(op, q, keys[s], values[s], y, lse, dy, dq, dk, dv);
+      Arguments a;
+      a.inputs = {fast_q.tensor(), k.tensor(), v.tensor()};
+      a.outputs = {fast_y.tensor()};
+      a.output_gradients = {fast_dy.tensor()};
+      a.extras = {fast_lse.tensor()};
+      a.results = {fast_dq.tensor(), fast_dk.tensor(), fast_dv.tensor()};
+      kernel.attend_part_backward(a);
+      expect_close(fast_dk.values, dk, 0, "keys");
+      expect_close(fast_dv.values, dv, 0, "values");
+    }
+    expect_close(fast_dq.values, dq, 0, "queries");
+    if (HasFatalFailure()) return;
   }
 }
 

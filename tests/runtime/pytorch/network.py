@@ -1,5 +1,5 @@
-"""Runs a network that a test has written down, operator by operator, with PyTorch, and compares loss and
-gradients with ours.  usage: network.py FILE.json   prints the largest relative difference."""
+"""Trains networks that a test has written down, operator by operator, with PyTorch.
+usage: network.py FILE.json   prints losses, gradients, parameters and step times of each as JSON."""
 import json
 import math
 import sys
@@ -42,19 +42,37 @@ def normalize(op, x, params):
     else:
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op["epsilon"])
         y = y * weight if weight is not None else y
+        y = y + bias if bias is not None else y
     return y.reshape(shape)
+
+
+def turns(op, positions):
+    """Cosines and sines [position, rotated / 2], in double: angles are no part of the arithmetic compared."""
+    position = torch.arange(positions, dtype=torch.float64)
+    frequency = op["base"] ** (-torch.arange(0, op["rotated"], 2, dtype=torch.float64) / op["rotated"])
+    angle = torch.outer(position, frequency)
+    return angle.cos(), angle.sin()
 
 
 def rotary(op, x):
     shape = x.shape
     d, r = op["head_dim"], op["rotated"]
     x = x.reshape(shape[0], shape[1], -1, d)
-    position = torch.arange(shape[1], dtype=x.dtype)
-    frequency = op["base"] ** (-torch.arange(0, r, 2, dtype=x.dtype) / r)
-    angle = torch.cat([torch.outer(position, frequency)] * 2, -1)[None, :, None, :]
+    cosine, sine = (torch.cat([t, t], -1)[None, :, None, :].to(x.dtype) for t in turns(op, shape[1]))
     still, turned = x[..., : d - r], x[..., d - r :]
     half = torch.cat([-turned[..., r // 2 :], turned[..., : r // 2]], -1)
-    return torch.cat([still, turned * angle.cos() + half * angle.sin()], -1).reshape(shape)
+    return torch.cat([still, turned * cosine + half * sine], -1).reshape(shape)
+
+
+def hidden_keys(op, queries, keys):
+    """[query, key]: what a query does not see."""
+    i, j = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
+    hidden = torch.zeros(queries, keys, dtype=torch.bool)
+    if op["causal"]:
+        hidden |= j > i
+    if op["window"]:
+        hidden |= j <= i - op["window"]
+    return hidden
 
 
 def attention(op, q, k, v, params):
@@ -64,13 +82,7 @@ def attention(op, q, k, v, params):
     k = k.transpose(1, 2).repeat_interleave(g, 1)
     v = v.transpose(1, 2).repeat_interleave(g, 1)
     scores = q @ k.transpose(-1, -2) * (op["scale"] or 1 / math.sqrt(d))
-    i, j = torch.arange(s)[:, None], torch.arange(k.shape[2])[None, :]
-    hidden = torch.zeros(s, k.shape[2], dtype=torch.bool)
-    if op["causal"]:
-        hidden |= j > i
-    if op["window"]:
-        hidden |= j <= i - op["window"]
-    scores = scores.masked_fill(hidden, -math.inf)
+    scores = scores.masked_fill(hidden_keys(op, s, k.shape[2]), -math.inf)
     if op["sinks"]:
         sinks = params[0].reshape(1, h * g, 1, 1).expand(b, -1, s, 1)
         p = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
@@ -96,6 +108,10 @@ def pool(op, x):
     if op["maximum"]:
         return F.max_pool2d(pad(x, op, -math.inf), kernel, stride, 0, (h["dilation"], w["dilation"]))
     assert op["count_padding"] or h["before"] + h["after"] + w["before"] + w["after"] == 0
+    if h["dilation"] * w["dilation"] > 1:
+        # avg_pool2d knows no dilation.
+        mean = torch.full((x.shape[1], 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=x.dtype)
+        return F.conv2d(pad(x, op, 0.0), mean, None, stride, 0, (h["dilation"], w["dilation"]), x.shape[1])
     return F.avg_pool2d(pad(x, op, 0.0), kernel, stride)
 
 
@@ -188,76 +204,95 @@ class Network(torch.nn.Module):
         return tensors[self.network["loss_tensor"]]
 
 
-def worker(rank, network, world, store):
-    """Steps of DDP over gloo on this rank's share of each batch (of the plain module on one rank); rank 0 compares
-    the parameters after them and reports the median of more, timed ones."""
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
+def build_optimizer(o, parameters):
+    if o["kind"] == "sgd":
+        return torch.optim.SGD(parameters, o["learning_rate"], o["momentum"])
+    return torch.optim.AdamW(parameters, o["learning_rate"], (o["beta1"], o["beta2"]), o["epsilon"], o["weight_decay"])
+
+
+def build_optimizer(o, parameters):
+    if o["kind"] == "sgd":
+        return torch.optim.SGD(parameters, o["learning_rate"], o["momentum"])
+    return torch.optim.AdamW(parameters, o["learning_rate"], (o["beta1"], o["beta2"]), o["epsilon"], o["weight_decay"])
+
+
+def train(rank, world, network):
+    """Steps on this rank's share of each batch: losses, the last step's gradients (as the optimizer got them), the
+    parameters after it and the times of more, timed steps. On one rank the plain module trains; on several PyTorch's
+    own data parallelism over gloo, with whole or with sharded parameters."""
+    torch.set_default_dtype(torch.float32 if network["precision"] == "single" else torch.float64)
+    wrapper, o = network["wrapper"], network["optimizer"]
     model = Network(network)
-    if world > 1:
+    if wrapper == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-    optimizer = torch.optim.SGD(model.parameters(), network["learning_rate"], network["momentum"])
+    if wrapper == "fsdp":
+        from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"),
+                                         sharding_strategy=ShardingStrategy.FULL_SHARD)
+    optimizer = build_optimizer(o, model.parameters())
     losses, inputs = [], []
 
+    def meet():
+        if world > 1:
+            torch.distributed.barrier()
+
     def step():
-        torch.distributed.barrier()
+        meet()
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = model(*inputs)
         loss.backward()
+        if o["clip"] > 0:
+            if wrapper == "fsdp":
+                model.clip_grad_norm_(o["clip"])
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), o["clip"])
         optimizer.step()
-        torch.distributed.barrier()
+        meet()
         return time.perf_counter() - start, loss.detach()
 
     for k in range(len(network["inputs"][0]["steps"])):
         inputs = [torch.tensor(t["steps"][k]).reshape(t["shape"]).chunk(world)[rank] for t in network["inputs"]]
         _, loss = step()
-        torch.distributed.all_reduce(loss)
+        if world > 1:
+            torch.distributed.all_reduce(loss)
         losses.append(loss.item() / world)
-    parameters = [p.detach().clone() for p in model.parameters()]
+
+    def values():
+        flat = lambda v: [] if v is None else v.flatten().tolist()
+        return [flat(p.grad) for p in model.parameters()], [flat(p.detach()) for p in model.parameters()]
+
+    if wrapper == "fsdp":
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            gradients, parameters = values()
+    else:
+        gradients, parameters = values()
     # On the last batch again and again: the first steps made their buffers.
     times = [step()[0] for _ in range(network["timed"])]
+    return {"losses": losses, "gradients": gradients, "parameters": parameters, "step_s": times}
+
+
+def worker(rank, request, folder):
+    torch.set_num_threads(1)
+    world = request["world"]
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results = [train(rank, world, network) for network in request["networks"]]
     if rank == 0:
-        worst, where = max(abs(a - b) for a, b in zip(losses, network["losses"])), "loss"
-        for p, ours in zip(parameters, network["parameters"]):
-            mine = torch.tensor(ours["after"]).reshape(p.shape)
-            error = float((p - mine).abs().max()) / max(float(mine.abs().max()), 1e-3)
-            if error > worst:
-                worst, where = error, ours["name"]
-        print(f"{worst:.3e} {where} torch {torch.__version__}, {world} ranks over gloo, "
-              f"median step {1e3 * sorted(times)[len(times) // 2]:.3f} ms")
-    torch.distributed.destroy_process_group()
-
-
-def ddp(network, world):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (network, world, folder + "/store"), nprocs=world)
+        json.dump(results, open(folder + "/results", "w"))
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 def main():
-    network = json.load(open(sys.argv[1]))
-    if "world" in network:
-        return ddp(network, network["world"])
-    tensors = {}
-    for t in network["inputs"]:
-        tensors[t["tensor"]] = torch.tensor(t["values"]).reshape(t["shape"])
-    parameters = [torch.tensor(p["values"]).reshape(p["shape"]).requires_grad_(True) for p in network["parameters"]]
-    for op in network["operators"]:
-        y = run(op, [tensors[i] for i in op["inputs"]], [parameters[q] for q in op["parameters"]])
-        tensors[op["output"]] = y
-    loss = tensors[network["loss_tensor"]]
-    loss.backward()
-    worst, where = abs(loss.item() - network["loss"]) / max(1.0, abs(network["loss"])), "loss"
-    largest = max(float(torch.tensor(p["gradient"]).abs().max()) for p in network["parameters"] if p["gradient"])
-    for p, ours in zip(parameters, network["parameters"]):
-        if not ours["gradient"]:
-            continue
-        mine = torch.tensor(ours["gradient"]).reshape(p.shape)
-        error = float((p.grad - mine).abs().max()) / max(float(mine.abs().max()), 1e-3 * largest)
-        if error > worst:
-            worst, where = error, ours["name"]
-    print(f"{worst:.3e} {where} torch {torch.__version__}")
+    request = json.load(open(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        if request["world"] == 1:
+            worker(0, request, folder)
+        else:
+            torch.multiprocessing.spawn(worker, (request, folder), nprocs=request["world"])
+        print(open(folder + "/results").read())
 
 
 if __name__ == "__main__":
