@@ -20,6 +20,7 @@
 #include <set>
 #include <thread>
 
+#include "base/temporary.h"
 #include "base/unit_text.h"
 #include "cli/commands.h"
 #include "cli/crew.h"
@@ -177,7 +178,7 @@ std::string provenance(const Options& o, std::int64_t rounds) {
 /// Runs this command again as its ranks, under mpirun.
 void launch(const Options& o, const std::string& what, int& code) {
   const auto board = Board::create(o.most_ranks(), 0, 0);
-  const Launched l = launch_mpi(*board, [&what](int, std::int64_t, std::int64_t) { return what; });
+  const Launched l = launch_mpi(*board, [&what](int, std::int64_t, std::int64_t) { return what; }, {});
   code = l.code;
   if (code == 0 || l.reason.empty()) return;
   if (code == 2) throw InputError("", l.reason);
@@ -530,8 +531,7 @@ void validate(Options& o, int& code) {
   const Profile p = profile_of(journal, o, o.round_count());
   const bool temporary = o.out.empty();
   const std::string folder =
-      temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid()))
-                      .string()
+      temporary ? temporary_folder() + fmt::format("/partita-{}", ::getpid())
                 : o.out;
   make_folder(folder);
   const std::string cluster = save(p, folder, o.most_ranks());

@@ -37,9 +37,9 @@ struct Options {
   bool collect = true;   ///< gradients and parameters of all ranks on rank 0
   bool record = false;   ///< start and end of every instruction of every timed step
   bool routing = false;  ///< rows that went to experts in every timed step, on rank 0
-  /// On rank 0 after each step: losses by replica, as in `values`, and the slowest rank's time. Set
-  /// on all ranks or none: they tell rank 0 between the steps.
-  std::function<void(const std::vector<double>& losses, double slowest_s)> progress;
+  /// On every rank after each step that all have done: losses by replica, as in `values`, and the
+  /// slowest rank's time. Set on all ranks or none: they tell each other between the steps.
+  std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
   std::function<std::int64_t(int rank)> clock;
   /// Called before each instruction; tests stop a rank here.
@@ -59,7 +59,8 @@ struct RankResult {
 std::string place(const Program& program, int rank, std::int64_t step, std::int64_t instruction);
 
 /// Trains on this rank. Throws PeerError when another rank fails, InputError when the program needs
-/// what this backend has not.
+/// what this backend has not, MachineError, with rank and instruction, when disk or memory are
+/// full.
 RankResult run_rank(const Program& program, Transport& transport, const Options& options);
 
 }  // namespace partita::execute

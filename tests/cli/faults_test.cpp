@@ -44,6 +44,7 @@ class Process {
     std::istringstream in(arguments);
     for (std::string w; in >> w;) words.push_back(w);
     for (const char* name : {"PATH", "HOME", "TMPDIR", "ASAN_OPTIONS", "LD_LIBRARY_PATH"}) {
+      if (environment.count(name) > 0) continue;
       if (const char* v = std::getenv(name)) variables.push_back(fmt::format("{}={}", name, v));
     }
     for (const auto& [name, v] : environment) variables.push_back(name + "=" + v);
@@ -175,6 +176,33 @@ const std::string kPipeline = "run ../tiny.yaml --pp 2 --tp 2 --global-batch 4 -
 
 unsigned draw(std::mt19937& rng, unsigned below) { return static_cast<unsigned>(rng()) % below; }
 
+/// The command with TMPDIR a file system of its own, so large and so mounted; nothing of it is
+/// left.
+class Mounted {
+ public:
+  /// Needs the right to mount.
+  static bool possible() {
+    const TemporaryFolder folder;
+    const std::string line = fmt::format("{} sh -c 'mount -t tmpfs tmpfs {}' >/dev/null 2>&1",
+                                         kNamespace, folder.path());
+    static const bool can = std::system(line.c_str()) == 0;
+    return can;
+  }
+  Ran run(const std::string& options, const std::string& arguments, int patience = 3) const {
+    return test::run(arguments,
+                     fmt::format("{0} sh -c 'mount -t tmpfs -o {1} tmpfs {2} && TMPDIR={2} exec "
+                                 "\"$@\"' sh",
+                                 kNamespace, options, folder_.path()),
+                     patience);
+  }
+  const std::string& path() const { return folder_.path(); }
+
+ private:
+  static inline const std::string kNamespace = ::geteuid() == 0 ? "unshare -m" : "unshare -rm";
+  TemporaryFolder folder_;
+};
+const char* const kNoMount = "file systems cannot be mounted here: not root, and no namespaces";
+
 /// Rank, cause and instruction, in the one message.
 void expect_names(const std::string& err, unsigned rank, unsigned step, const std::string& cause) {
   EXPECT_THAT(err, ::testing::ContainsRegex(fmt::format(
@@ -183,13 +211,17 @@ void expect_names(const std::string& err, unsigned rank, unsigned step, const st
 
 TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
   std::mt19937 rng(20261126);
-  for (const std::string& transport : launches()) {
+  auto transports = launches();
+  transports.push_back("threads");
+  for (const std::string& transport : transports) {
     const Json whole =
         Json::parse(Process(kPipeline + "--transport " + transport, {}).wait().out, nullptr, false);
     ASSERT_FALSE(whole.is_discarded());
     EXPECT_EQ(whole.at("complete"), true);
-    for (unsigned k = 0; k < 9; ++k) {
-      const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
+    for (unsigned k = 0; k < 12; ++k) {
+      const std::string what = std::vector<std::string>{"kill", "exit", "stop", "full"}[k % 4];
+      // The others would end the process that all threads share.
+      if (transport == "threads" && what != "full") continue;
       const unsigned rank = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
       const std::string fault = fmt::format("{}:{}:{}:{}", rank, step, instruction, what);
       SCOPED_TRACE(transport + " " + fault);
@@ -202,7 +234,11 @@ TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
       expect_names(r.err, rank, step,
                    what == "kill"   ? "was ended by signal 9 .Killed. in"
                    : what == "exit" ? "ended with exit code 7 in"
+                   : what == "full" ? "in"
                                     : "does not answer for|was stopped in");
+      if (what == "full") {
+        EXPECT_THAT(r.err, HasSubstr(": cannot write a file: the disk is full"));
+      }
       expect_kept(r.out, step, whole);
       expect_nobody_left(fmt::format("1.{}{}", ::getpid(), k));
     }
@@ -228,9 +264,10 @@ TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
   const Json whole =
       Json::parse(Process(kPipeline + "--transport tcp", {}).wait().out, nullptr, false);
   ASSERT_FALSE(whole.is_discarded());
-  for (unsigned k = 0; k < 9; ++k) {
-    const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
-    const unsigned victim = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
+  for (unsigned k = 0; k < 12; ++k) {
+    const std::string what = std::vector<std::string>{"kill", "exit", "stop", "full"}[k % 4];
+    const unsigned victim = k < 4 ? 0 : draw(rng, 4);
+    const unsigned step = draw(rng, 4), instruction = draw(rng, 150);
     const std::string fault = fmt::format("{}:{}:{}:{}", victim, step, instruction, what);
     SCOPED_TRACE(fault);
     const int port = free_port();
@@ -241,19 +278,24 @@ TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
       ranks.push_back(std::make_unique<Process>(kPipeline + "--timeout 1", e));
     }
     std::string said;
+    // With rank 0 gone the next shows what was done.
+    const unsigned shows = victim == 0 && what != "full" ? 1 : 0;
     for (unsigned r = 0; r < 4; ++r) {
-      if (r == victim) continue;
+      if (r == victim && what != "full") continue;
       const Ran ran = ranks[r]->wait();
       EXPECT_EQ(ran.code, 3) << "rank " << r << ": " << ran.err;
       said += ran.err;
-      if (r == 0) {
+      if (r == shows) {
         expect_kept(ran.out, step, whole);
       } else {
-        EXPECT_EQ(ran.out, "") << "only rank 0 prints";
+        EXPECT_EQ(ran.out, "") << "only one prints";
       }
     }
     expect_one_message(said);
-    expect_names(said, victim, step, what == "stop" ? "does not answer for" : "died in");
+    expect_names(said, victim, step,
+                 what == "stop"   ? "does not answer for"
+                 : what == "full" ? "in"
+                                  : "died in");
   }
 }
 
@@ -341,7 +383,7 @@ TEST(Launch, EnvironmentsThatCannotBeAreTheUsersMistake) {
   EXPECT_THAT(refused("--ranks 2 --transport udp", {}),
               HasSubstr("'udp' is unknown; use threads, mpi or tcp"));
   EXPECT_THAT(refused("--ranks 2", {{"PARTITA_TEST_FAULT", "1:2:kill"}}),
-              HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop or exit"));
+              HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop, exit or full, and "));
   Environment nowhere = torchrun(0, 2, 29500);
   nowhere["MASTER_ADDR"] = "no-such-host.invalid";
   EXPECT_THAT(refused("--ranks 2", nowhere), HasSubstr("MASTER_ADDR: 'no-such-host.invalid'"));
@@ -413,6 +455,125 @@ TEST(Files, AFullDiskIsSaidNeverSilence) {
   EXPECT_EQ(profile.code, 2) << profile.err;
   EXPECT_THAT(profile.err, HasSubstr("--out: cannot write "));
   EXPECT_FALSE(std::filesystem::exists(folder.path() + "/device.yaml")) << "no half a profile";
+}
+
+const std::string kShards =
+    "run mnist-linear --dp 2 --loader --set sharded_storage=true --steps 2 ";
+
+TEST(Files, ADiskThatShardsFillNamesRankAndInstruction) {
+  if (!Mounted::possible()) GTEST_SKIP() << kNoMount;
+  auto transports = launches();
+  transports.push_back("threads");
+  for (const std::string& transport : transports) {
+    SCOPED_TRACE(transport);
+    const Mounted disk;
+    // mpirun needs 9 MiB of it first, and keeps 8.1; two shards of 1.5 MiB do not fit in the rest.
+    const std::string size = transport == "mpi" ? "size=9400k" : "size=1m";
+    const std::string line = kShards + "--micro-batch 512 --json --transport " + transport;
+    const Ran fits = disk.run("size=30m", line);
+    EXPECT_EQ(fits.code, 0) << fits.err;
+    const Ran r = disk.run(size, line);
+    EXPECT_EQ(r.code, 3) << r.err;
+    expect_one_message(r.err);
+    EXPECT_THAT(r.err, ::testing::MatchesRegex(
+                           "partita: rank [0-3] in step 0, load of [^:]* in block [^:]*: "
+                           "cannot write a shard of [0-9]+ more bytes in TMPDIR: " +
+                           disk.path() +
+                           ": the disk is full; make room, or set TMPDIR to a folder "
+                           "with room\n"));
+    expect_kept(r.out, 0, {});
+  }
+  const Mounted disk;
+  const Ran startup =
+      disk.run("size=64k", "startup gpt2 'cpu-host:2 devices' --measure --repeats 1");
+  EXPECT_EQ(startup.code, 3);
+  EXPECT_EQ(startup.err, "partita: TMPDIR: " + disk.path() +
+                             ": cannot write the parameters' file: the disk is full; make room, or "
+                             "set TMPDIR to a folder with room for it\n");
+}
+
+TEST(Files, AFolderForTemporaryFilesThatIsNone) {
+  std::vector<std::string> lines{kShards + "--transport threads", kShards + "--transport tcp",
+                                 "startup ../tiny.yaml cpu-host:2 --measure --repeats 1"};
+  if (has_mpi()) lines.push_back("run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
+  const TemporaryFolder folder;
+  write(folder.path() + "/file", "");
+  for (const std::string& line : lines) {
+    for (const auto& [place, why] : std::vector<std::pair<std::string, std::string>>{
+             {folder.path() + "/none", "No such file or directory"},
+             {folder.path() + "/file", "Not a directory"}}) {
+      SCOPED_TRACE(line + " in " + place);
+      const Ran r = Process(line, {{"TMPDIR", place}}).wait();
+      EXPECT_EQ(r.code, 2);
+      expect_one_message(r.err);
+      EXPECT_THAT(r.err, HasSubstr("TMPDIR: " + place +
+                                   ": temporary files cannot be written there: " + why +
+                                   "; set TMPDIR to a folder that can be written\n"));
+    }
+    const Ran r = Process(line, {{"TMPDIR", ""}}).wait();
+    EXPECT_EQ(r.code, 2);
+    EXPECT_THAT(r.err, HasSubstr("TMPDIR: is set, but empty; set it to a folder, or unset it\n"));
+  }
+  if (!Mounted::possible()) GTEST_SKIP() << kNoMount;
+  for (const std::string& line : lines) {
+    const Mounted disk;
+    const Ran r = disk.run("ro", line);
+    EXPECT_EQ(r.code, 2) << line;
+    expect_one_message(r.err);
+    EXPECT_THAT(r.err, HasSubstr(disk.path() + ": temporary files cannot be written there: "
+                                               "Read-only file system; set TMPDIR to"));
+  }
+}
+
+TEST(Launch, MpirunWithoutRoomForItsFilesIsNotStarted) {
+  if (!has_mpi()) GTEST_SKIP() << "this build has no MPI";
+  if (!Mounted::possible()) GTEST_SKIP() << kNoMount;
+  for (const auto& [options, has] : std::vector<std::pair<std::string, std::string>>{
+           {"size=64k", "64 KiB"},
+           {"size=5m", "5 MiB"},
+           {"size=20m,nr_inodes=20", "no room for more files"}}) {
+    const Mounted disk;
+    const Ran r = disk.run(options, "run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
+    EXPECT_EQ(r.code, 3);
+    EXPECT_EQ(r.out, "");
+    EXPECT_EQ(r.err,
+              fmt::format("partita: TMPDIR: {}: the disk is full: it has {}, and mpirun needs "
+                          "9.016 MiB for 2 ranks; make room, set TMPDIR to another folder, or "
+                          "use --transport tcp or threads\n",
+                          disk.path(), has));
+  }
+  // What is asked for is enough.
+  const Mounted disk;
+  const Ran r =
+      disk.run("size=9248k", "run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
+  EXPECT_EQ(r.code, 0) << r.err;
+}
+
+TEST(Launch, AnMpirunThatHangsIsEnded) {
+  if (!has_mpi()) GTEST_SKIP() << "this build has no MPI";
+  const std::string mark = fmt::format("1000.{}", ::getpid());
+  const std::string path = std::getenv("PATH");
+  const auto with = [&](const std::string& script, const std::string& arguments) {
+    const TemporaryFolder folder;
+    write(folder.path() + "/mpirun", "#!/bin/sh\n" + script);
+    std::filesystem::permissions(folder.path() + "/mpirun", std::filesystem::perms::owner_all);
+    const Ran r =
+        Process("run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi " + arguments,
+                {{"PATH", folder.path() + ":" + path}})
+            .wait();
+    expect_nobody_left(mark);
+    return r;
+  };
+  const std::string wait = "--rendezvous-timeout 0.5 ";
+  // It brings nobody forth and does not even end when it is asked to.
+  const Ran r = with("echo it has lost its way >&2\ntrap '' TERM\nexec sleep " + mark, wait);
+  EXPECT_EQ(r.code, 3);
+  EXPECT_THAT(r.err,
+              ::testing::MatchesRegex(
+                  "partita: mpirun has started no rank within [0-9.]+ s; it says 'it has lost "
+                  "its way'; wait longer by --rendezvous-timeout, or use --transport tcp or "
+                  "threads\n"));
+  EXPECT_EQ(with("exec sleep " + mark, wait).code, 3);
 }
 
 TEST(Files, TooFewRanksAndForeignProfiles) {

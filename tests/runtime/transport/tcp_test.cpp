@@ -359,7 +359,7 @@ TEST(TcpTransport, ARankThatGivesUpTellsItsReason) {
     float x;
     t.receive(1, 5, &x, sizeof x);
   });
-  EXPECT_EQ(ends[0], "peer rank 1: its memory chips melted");
+  EXPECT_EQ(ends[0], "input rank 1: its memory chips melted") << "of code 2";
   EXPECT_EQ(ends[2], "elsewhere 2 rank 1: its memory chips melted");
 }
 
