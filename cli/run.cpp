@@ -17,6 +17,7 @@
 #include "cli/fault.h"
 #include "cli/launch.h"
 #include "cli/options.h"
+#include "cli/progress.h"
 #include "report/report.h"
 #include "runtime/data/digits.h"
 #include "runtime/execute/threads.h"
@@ -241,6 +242,10 @@ void fill_options(const Options& o, Job& job) {
     return reference::operator_seed(seed, OpId{static_cast<std::size_t>(op)});
   };
   job.options.record = true;
+  job.options.drawing = [progress = std::make_shared<SetupProgress>("rank 0 draws its parameters")](
+                            int rank, std::int64_t drawn, std::int64_t all) {
+    if (rank == 0) std::fputs(progress->at(drawn, all).c_str(), stderr);
+  };
   job.options.routing = job.feeds_back || !o.routing_out.empty();
   job.options.collect = !o.no_check;
   job.serial.steps = static_cast<int>(o.steps + o.warm_up);

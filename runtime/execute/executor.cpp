@@ -206,6 +206,7 @@ class Executor {
           collectives_[id.index()][k] = prepare_collective(i);
       }
     }
+    for (const BufferId id : to_draw_) initialise(id);
   }
 
   /// Places the buffer in memory: state now, others when their instruction says so.
@@ -239,7 +240,10 @@ class Executor {
       take(id, instance, box(id).elements() * width(b));
       if (instance.data != nullptr)
         std::memset(instance.data, 0, static_cast<std::size_t>(instance.bytes));
-      if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) initialise(id);
+      if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) {
+        to_draw_.push_back(id);
+        if (box(id).held) elements_to_draw_ += box(id).elements();
+      }
     }
   }
 
@@ -257,6 +261,7 @@ class Executor {
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
+      if (o_.drawing && ++drawn_ % 65536 == 0) o_.drawing(rank_, drawn_, elements_to_draw_);
     });
   }
 
@@ -1629,6 +1634,8 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
   Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
+  std::vector<BufferId> to_draw_;
+  std::int64_t drawn_ = 0, elements_to_draw_ = 0;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,

@@ -40,6 +40,8 @@ struct Options {
   /// On every rank after each step that all have done: losses by replica, as in `values`, and the
   /// slowest rank's time. Set on all ranks or none: they tell each other between the steps.
   std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
+  /// While a rank draws its parameters: how many elements it has, of how many.
+  std::function<void(int rank, std::int64_t drawn, std::int64_t all)> drawing;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
   std::function<std::int64_t(int rank)> clock;
   /// Called before each instruction; tests stop a rank here.
