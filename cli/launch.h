@@ -32,5 +32,6 @@ Launched launch_tcp(const Board& board, const Describe& describe, const Patience
 /// What the ranks of an own launch find in their environment.
 inline constexpr const char* kBoardVariable = "PARTITA_BOARD";
 inline constexpr const char* kListenerVariable = "PARTITA_LISTENER";
+inline constexpr const char* kJournalVariable = "PARTITA_JOURNAL";
 
 }  // namespace partita::cli

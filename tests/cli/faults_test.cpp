@@ -258,6 +258,127 @@ TEST(Faults, TheInstructionIsTheVeryOne) {
   }
 }
 
+/// Without the lines that tell how far a suite is.
+std::string without_progress(const std::string& err) {
+  std::istringstream in(err);
+  std::string left;
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("progress: ", 0) != 0) left += line + "\n";
+  }
+  return left;
+}
+std::vector<std::string> lines_of(const std::string& file) {
+  std::istringstream in(read(file));
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(in, line);) lines.push_back(line);
+  return lines;
+}
+
+/// A small suite, killed at random, shows what it had, and goes on from there.
+TEST(Faults, ASuiteNamesRankInstructionAndCaseAndGoesOn) {
+  std::mt19937 rng(20261128);
+  auto transports = launches();
+  transports.push_back("threads");
+  for (const std::string& transport : transports) {
+    const TemporaryFolder whole_folder;
+    const std::string line =
+        "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --json "
+        "--timeout 2 --transport " +
+        transport + " --out ";
+    const Ran whole = Process(line + whole_folder.path(), {}).wait(120);
+    ASSERT_TRUE(whole.code == 0 || whole.code == 1) << whole.err;
+    const auto all = lines_of(whole_folder.path() + "/suite.jsonl").size() - 1;
+    ASSERT_GT(all, 5u);
+    const std::vector<std::string> faults{"kill", "exit", "stop", "full", "kill", "stop"};
+    for (std::size_t k = 0; k < faults.size(); ++k) {
+      const std::string& what = faults[k];
+      if (transport == "threads" && what != "full") continue;
+      // The first in the first program, the second in one of the last, which are cases of the
+      // suite.
+      const unsigned program = k == 0   ? 0
+                               : k == 1 ? static_cast<unsigned>(all) + 1
+                                        : draw(rng, static_cast<unsigned>(all));
+      const unsigned rank = draw(rng, 2), step = draw(rng, 2);
+      const std::string fault =
+          fmt::format("{}:{}:{}:{}:{}", rank, step, draw(rng, 3), what, program);
+      SCOPED_TRACE(transport + " " + fault);
+      const TemporaryFolder folder;
+      const Ran r = Process(line + folder.path(), {{"PARTITA_TEST_FAULT", fault}}).wait(60);
+      EXPECT_EQ(r.code, 3) << r.err;
+      const std::string said = without_progress(r.err);
+      expect_one_message(said);
+      EXPECT_THAT(said, ::testing::ContainsRegex(
+                            fmt::format("rank {}(, which)? ({}).* step {}, .* in block ", rank,
+                                        what == "kill"   ? "was ended by signal 9 .Killed. in"
+                                        : what == "exit" ? "ended with exit code 7 in"
+                                        : what == "full" ? "in"
+                                                         : "does not answer for|was stopped in",
+                                        step)));
+      EXPECT_THAT(said, ::testing::ContainsRegex("case '|on 2 ranks"));
+      expect_nobody_left(folder.path());
+      const Json j = Json::parse(r.out, nullptr, false);
+      ASSERT_FALSE(j.is_discarded()) << r.out;
+      EXPECT_EQ(j.at("complete"), false);
+      EXPECT_EQ(j.at("reason").get<std::string>() + "\n", said.substr(9));
+      // A unit may be several programs.
+      const auto before = lines_of(folder.path() + "/suite-journal.jsonl");
+      EXPECT_EQ(j.at("measurements").get<std::size_t>(), before.size() - 1);
+      EXPECT_LE(before.size() - 1, program);
+      EXPECT_GE(before.size() + 3, std::min<std::size_t>(program, all));
+      std::size_t of_cases = 0;
+      for (const Json& c : j.at("suite").at("cases")) {
+        of_cases +=
+            (c.at("equal_to_reference").is_null() ? 0 : 1) + c.at("rounds").get<std::size_t>();
+        EXPECT_EQ(c.at("measured_s").is_null(), c.at("rounds") == 0);
+      }
+      EXPECT_LE(of_cases, before.size() - 1);
+      if (k > 1) continue;
+      const Ran again = Process(line + folder.path(), {}).wait(120);
+      EXPECT_TRUE(again.code == 0 || again.code == 1) << again.err;
+      EXPECT_EQ(without_progress(again.err), "");
+      if (before.size() > 1) {
+        EXPECT_THAT(again.err, HasSubstr(fmt::format("progress: {} of the last validation's "
+                                                     "measurements are kept\n",
+                                                     before.size() - 1)));
+      }
+      const auto after = lines_of(folder.path() + "/suite.jsonl");
+      EXPECT_EQ(after.size() - 1, all);
+      for (std::size_t l = 0; l < before.size(); ++l) EXPECT_EQ(after[l], before[l]);
+      const Json w = Json::parse(whole.out), a = Json::parse(again.out);
+      EXPECT_EQ(a.at("suite").at("cases").size(), w.at("suite").at("cases").size());
+      for (std::size_t n = 0; n < a.at("suite").at("cases").size(); ++n) {
+        const Json& x = j.at("suite").at("cases").at(n);
+        const Json& y = a.at("suite").at("cases").at(n);
+        if (x.at("rounds") == 1) {
+          EXPECT_DOUBLE_EQ(x.at("measured_s").get<double>(), y.at("measured_s").get<double>());
+        }
+        EXPECT_EQ(y.at("memory_error"), w.at("suite").at("cases").at(n).at("memory_error"));
+      }
+      if (k == 1) {
+        EXPECT_EQ(of_cases + 1, 2 * j.at("suite").at("cases").size()) << "all but the last";
+      }
+      for (const Json& c : a.at("suite").at("cases"))
+        EXPECT_TRUE(c.at("equal_to_reference").get<bool>());
+    }
+  }
+}
+
+/// Without a folder too: the ranks' journal is memory that the command shares with them.
+TEST(Faults, ASuiteWithoutAFolderShowsWhatItHad) {
+  for (const std::string& transport : launches()) {
+    const Ran r = Process(
+                      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 "
+                      "--transport " +
+                          transport,
+                      {{"PARTITA_TEST_FAULT", "1:1:0:kill:3"}})
+                      .wait(60);
+    EXPECT_EQ(r.code, 3) << r.err;
+    expect_one_message(without_progress(r.err));
+    EXPECT_THAT(r.out, AllOf(HasSubstr("INCOMPLETE: 3 measurements\n"), HasSubstr("ZeRO-1"),
+                             HasSubstr("equal")));
+  }
+}
+
 /// As torchrun and srun start them: nobody watches but the ranks themselves.
 TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
   std::mt19937 rng(20261127);
@@ -452,8 +573,10 @@ TEST(Files, AFullDiskIsSaidNeverSilence) {
   const Ran profile =
       run("calibrate --backend cpu --ranks 1 --rounds 1 --steps 1 --out '" + folder.path() + "'",
           "sh -c 'trap \"\" XFSZ; ulimit -f 8; exec \"$@\"' sh");
-  EXPECT_EQ(profile.code, 2) << profile.err;
-  EXPECT_THAT(profile.err, HasSubstr("--out: cannot write "));
+  EXPECT_EQ(profile.code, 3) << profile.err;
+  EXPECT_THAT(profile.err,
+              AllOf(HasSubstr("--out: cannot write "),
+                    HasSubstr("File too large; make room and start again: what is in it is kept")));
   EXPECT_FALSE(std::filesystem::exists(folder.path() + "/device.yaml")) << "no half a profile";
 }
 
