@@ -102,6 +102,7 @@ bool Crew::leads() const { return !world_ || world_->rank() == 0; }
 execute::RankResult Crew::work(std::int64_t task, std::int64_t turn) {
   const Task& t = tasks_.at(static_cast<std::size_t>(task));
   execute::Options options = t.options;
+  options.name = t.name;
   options.before = test_fault(turn);
   if (!world_) {
     execute::ThreadOptions threads;
@@ -110,21 +111,14 @@ execute::RankResult Crew::work(std::int64_t task, std::int64_t turn) {
       return std::move(execute::run_threads(*t.program, options, threads)[0]);
     } catch (const PeerError& e) {
       throw PeerError(fmt::format("{} of {}", e.what(), t.name));
-    } catch (const MachineError& e) {
-      throw MachineError(fmt::format("{}: {}", t.name, e.what()));
     }
   }
   at_work_ = task;
   world_->work_on(task);
-  try {
-    auto result =
-        execute::run_rank(*t.program, part(static_cast<int>(t.program->ranks())), options);
-    world_->work_on(-1);
-    at_work_ = -1;
-    return result;
-  } catch (const MachineError& e) {
-    throw MachineError(fmt::format("{}: {}", t.name, e.what()));
-  }
+  auto result = execute::run_rank(*t.program, part(static_cast<int>(t.program->ranks())), options);
+  world_->work_on(-1);
+  at_work_ = -1;
+  return result;
 }
 
 void Crew::serve() {

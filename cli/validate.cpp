@@ -575,7 +575,12 @@ void validate(Options& o, int& code) {
     throw InputError("--only", fmt::format("no case of the suite has '{}' in its name", o.only));
   const bool feeds_back = o.routing.empty() || o.routing == "recorded";
   const RoutingSource given = feeds_back ? RoutingSource{} : routing_source(o.routing, "--routing");
-  if (!o.out.empty()) make_folder(o.out);
+  // Before the work, not after it.
+  if (o.out.empty()) {
+    temporary_place();
+  } else {
+    make_folder(o.out);
+  }
   constexpr int kSteps = 2;
   Calibration calibration;
   plan_calibration(o, calibration);

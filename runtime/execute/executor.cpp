@@ -109,7 +109,8 @@ class Executor {
     const std::string where = step_ == o_.warm_up + o_.steps
                                   ? std::string("the end of the run")
                                   : place(p_, rank_, step_, instruction_);
-    return fmt::format("rank {} in {}: {}", rank_, where, why);
+    return fmt::format("rank {} in {}{}: {}", rank_, where, o_.name.empty() ? "" : " of " + o_.name,
+                       why);
   }
   RankResult run_steps() {
     losses_.clear();

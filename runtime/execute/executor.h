@@ -22,6 +22,7 @@ struct Options {
   int steps = 1;
   int warm_up = 0;  ///< steps before these, trained but not timed
   std::uint64_t seed = 1;
+  std::string name;  ///< of the program, for messages; empty: it is the only one
   reference::InputValue input;
   /// Element of a parameter before the first step; `linear` row-major over its whole shape.
   std::function<double(std::size_t replica, std::size_t parameter, std::int64_t linear)> initial;

@@ -314,7 +314,7 @@ TEST(Faults, ASuiteNamesRankInstructionAndCaseAndGoesOn) {
                                         : what == "full" ? "in"
                                                          : "does not answer for|was stopped in",
                                         step)));
-      EXPECT_THAT(said, ::testing::ContainsRegex("case '|on 2 ranks"));
+      EXPECT_THAT(said, ::testing::ContainsRegex(" of case '|on 2 ranks"));
       expect_nobody_left(folder.path());
       const Json j = Json::parse(r.out, nullptr, false);
       ASSERT_FALSE(j.is_discarded()) << r.out;
@@ -454,6 +454,40 @@ TEST(Launch, RanksOfTorchrunAndSrunMeetAndOnlyRankZeroPrints) {
   }
 }
 
+/// A suite too can be started by torchrun; with a folder its ranks' death loses nothing.
+TEST(Launch, RanksOfTorchrunMeasureASuite) {
+  const TemporaryFolder folder;
+  const std::string line =
+      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --json --timeout 2 "
+      "--out " +
+      folder.path();
+  for (const std::string& fault : {std::string("0:1:0:kill:5"), std::string("1:1:0:kill:9"),
+                                   std::string("1:1:0:full:0"), std::string("9:0:0:kill:0")}) {
+    SCOPED_TRACE(fault);
+    const int port = free_port();
+    Environment e0 = torchrun(0, 2, port), e1 = torchrun(1, 2, port);
+    e0["PARTITA_TEST_FAULT"] = e1["PARTITA_TEST_FAULT"] = fault;
+    Process one(line, e1), zero(line, e0);
+    const Ran r = zero.wait(60), q = one.wait(60);
+    EXPECT_EQ(q.out, "");
+    if (fault[0] == '9') {
+      EXPECT_TRUE(r.code == 0 || r.code == 1) << r.err;
+      EXPECT_EQ(q.code, 0) << q.err;
+      EXPECT_EQ(Json::parse(r.out).at("transport"), "tcp");
+      continue;
+    }
+    const bool zero_lives = fault[0] == '1';
+    const std::string said = without_progress(zero_lives ? r.err : q.err);
+    EXPECT_EQ(zero_lives ? r.code : q.code, 3) << r.err << q.err;
+    expect_one_message(said);
+    EXPECT_THAT(said, ::testing::ContainsRegex(
+                          fmt::format("rank {} .*step 1, .*(on 2 ranks|of case)", fault[0])));
+    EXPECT_EQ(without_progress(zero_lives ? q.err : r.err), "");
+    if (zero_lives) EXPECT_EQ(Json::parse(r.out).at("complete"), false);
+    EXPECT_GE(lines_of(folder.path() + "/suite-journal.jsonl").size(), 5u) << "nothing is lost";
+  }
+}
+
 TEST(Launch, MissingAndForeignRanks) {
   int port = free_port();
   const std::string line = "run mnist-linear --dp 4 --ranks 4 --steps 2 --rendezvous-timeout 1";
@@ -537,6 +571,42 @@ TEST(Launch, InterruptedOrKilledItLeavesNobody) {
   }
 }
 
+/// Nobody is left to notice but who has started them.
+TEST(Launch, RanksThatAreAllStoppedAreEnded) {
+  for (const std::string& transport : launches()) {
+    SCOPED_TRACE(transport);
+    const std::string mark = fmt::format("2{}", ::getpid());
+    Process p(
+        "run mnist-linear --dp 2 --ranks 2 --steps 1000000 --no-check --timeout 1 --json --seed " +
+            mark + " --transport " + transport,
+        {});
+    const auto ranks = [&] {
+      std::vector<int> list;
+      for (const int id : processes_with(mark)) {
+        if (id != p.id() && read(fmt::format("/proc/{}/cmdline", id)).rfind("mpirun", 0) != 0)
+          list.push_back(id);
+      }
+      return list;
+    };
+    for (int k = 0; k < 100 && ranks().size() < 2; ++k)
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    std::this_thread::sleep_for(std::chrono::seconds(1));
+    const auto them = ranks();
+    ASSERT_EQ(them.size(), 2u);
+    for (const int id : them) ::kill(id, SIGSTOP);
+    const Ran r = p.wait();
+    EXPECT_EQ(r.code, 3);
+    expect_one_message(r.err);
+    EXPECT_THAT(r.err,
+                ::testing::MatchesRegex("partita: rank 0 was stopped in .*step [0-9]+.* for 5 s; "
+                                        "the others were ended\n"));
+    const Json j = Json::parse(r.out, nullptr, false);
+    ASSERT_FALSE(j.is_discarded());
+    EXPECT_GT(j.at("loss").size(), 0u);
+    expect_nobody_left(mark);
+  }
+}
+
 TEST(Files, AFullDiskIsSaidNeverSilence) {
   std::vector<std::string> lines{"model gpt2",
                                  "topo dgx-h100:1 --json",
@@ -617,7 +687,8 @@ TEST(Files, ADiskThatShardsFillNamesRankAndInstruction) {
 
 TEST(Files, AFolderForTemporaryFilesThatIsNone) {
   std::vector<std::string> lines{kShards + "--transport threads", kShards + "--transport tcp",
-                                 "startup ../tiny.yaml cpu-host:2 --measure --repeats 1"};
+                                 "startup ../tiny.yaml cpu-host:2 --measure --repeats 1",
+                                 "validate --backend cpu"};
   if (has_mpi()) lines.push_back("run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
   const TemporaryFolder folder;
   write(folder.path() + "/file", "");
