@@ -57,8 +57,9 @@ std::size_t each_line(const std::string& text, std::size_t at,
 /// A process as /proc shows it: its id may become another's, with another start.
 struct Seen {
   ::pid_t process = 0, parent = 0;
+  std::string state;
   unsigned long long start = 0;
-  friend bool operator==(const Seen&, const Seen&) = default;
+  bool same(const Seen& other) const { return process == other.process && start == other.start; }
 };
 
 std::vector<Seen> all_processes() {
@@ -73,7 +74,7 @@ std::vector<Seen> all_processes() {
     // "ID (NAME) STATE PARENT ...", the start 18 fields after the parent, and NAME anything.
     std::istringstream fields(text.substr(std::min(text.size(), text.rfind(')') + 1)));
     std::string skipped;
-    fields >> skipped >> p.parent;
+    fields >> p.state >> p.parent;
     for (int k = 0; k < 17; ++k) fields >> skipped;
     if (fields >> p.start) all.push_back(p);
   }
@@ -247,7 +248,8 @@ class Nursery {
       if (c.over) continue;
       c.ended_by_us = true;
       for (const Seen& p : descendants(c.process)) {
-        if (std::find(theirs_.begin(), theirs_.end(), p) == theirs_.end()) theirs_.push_back(p);
+        if (std::none_of(theirs_.begin(), theirs_.end(), [&](const Seen& x) { return x.same(p); }))
+          theirs_.push_back(p);
       }
       ::kill(c.process, signal);
     }
@@ -257,7 +259,7 @@ class Nursery {
     if (theirs_.empty()) return;
     for (const Seen& now : all_processes()) {
       for (const Seen& p : theirs_) {
-        if (p.process == now.process && p.start == now.start) ::kill(p.process, SIGKILL);
+        if (p.same(now)) ::kill(p.process, SIGKILL);
       }
     }
   }
@@ -364,8 +366,22 @@ class Lookout {
     return "";
   }
 
-  /// Why an mpirun that brings no ranks forth is given up.
-  std::string not_started(::pid_t mpirun, const std::string& errors) {
+  /// Why an mpirun that brings no ranks forth, or outlives them, is given up.
+  std::string hangs(::pid_t mpirun, const std::string& errors) {
+    if (seconds_since(looked_) < 1) return "";
+    looked_ = Clock::now();
+    const auto theirs = descendants(mpirun);
+    const bool alive =
+        std::any_of(theirs.begin(), theirs.end(), [](const Seen& p) { return p.state != "Z"; });
+    had_ranks_ = had_ranks_ || !theirs.empty();
+    if (alive || !had_ranks_) {
+      gone_since_ = looked_;
+    } else if (seconds_since(gone_since_) > patience_.stopped_s) {
+      return fmt::format(
+          "mpirun has not ended for {:.3g} s after its ranks have; {}use --transport "
+          "tcp or threads",
+          patience_.stopped_s, says(errors));
+    }
     if (started_ || seconds_since(begin_) < patience_.start_s) return "";
     int missing = -1, came = 0;
     for (int r = 0; r < board_.ranks(); ++r) {
@@ -378,22 +394,18 @@ class Lookout {
     // Ranks on other hosts, which it starts by ssh and the like, cannot reach this one's board.
     std::error_code error;
     const auto own = std::filesystem::read_symlink("/proc/self/exe", error);
-    for (const Seen& p : descendants(mpirun)) {
+    for (const Seen& p : theirs) {
       const auto file =
           std::filesystem::read_symlink(fmt::format("/proc/{}/exe", p.process), error);
       if (!error && file != own) started_ = true;
     }
     started_ = started_ || missing < 0;
     if (started_) return "";
-    const std::size_t from = errors.find_first_not_of("-\n ");
     return fmt::format(
         "mpirun has {} within {:.3g} s; {}{}use --transport tcp or threads",
         came == 0 ? std::string("started no rank")
                   : fmt::format("not brought rank {} to MPI's start", missing),
-        patience_.start_s,
-        from == std::string::npos
-            ? ""
-            : fmt::format("it says '{}'; ", errors.substr(from, errors.find('\n', from) - from)),
+        patience_.start_s, says(errors),
         patience_.longer.empty() ? "" : fmt::format("wait longer by {}, or ", patience_.longer));
   }
 
@@ -401,12 +413,18 @@ class Lookout {
   static double seconds_since(Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   }
+  /// Its first line, quoted.
+  static std::string says(const std::string& errors) {
+    const std::size_t from = errors.find_first_not_of("-\n ");
+    if (from == std::string::npos) return "";
+    return fmt::format("it says '{}'; ", errors.substr(from, errors.find('\n', from) - from));
+  }
   const Board& board_;
   const Describe& describe_;
   const Patience patience_;
   std::vector<Clock::time_point> since_;
-  Clock::time_point begin_ = Clock::now();
-  bool started_ = false;
+  Clock::time_point begin_ = Clock::now(), looked_ = begin_, gone_since_ = begin_;
+  bool started_ = false, had_ranks_ = false;
 };
 
 /// Without room for the files of its session mpirun 4.1 hangs once its ranks have failed. They are
@@ -453,8 +471,7 @@ Launched launch_mpi(const Board& board, const Describe& describe, const Patience
   Lookout lookout(board, describe, patience);
   nursery.watch(std::chrono::milliseconds(0), SIGTERM, [&] {
     const std::string reason = lookout.stopped();
-    return reason.empty() ? lookout.not_started(nursery.children[0].process, nursery.errors())
-                          : reason;
+    return reason.empty() ? lookout.hangs(nursery.children[0].process, nursery.errors()) : reason;
   });
   if (nursery.interrupted != 0) return interrupted(nursery.interrupted);
   if (!nursery.reason.empty()) return {3, nursery.reason};

@@ -768,6 +768,12 @@ TEST(Launch, AnMpirunThatHangsIsEnded) {
                   "its way'; wait longer by --rendezvous-timeout, or use --transport tcp or "
                   "threads\n"));
   EXPECT_EQ(with("exec sleep " + mark, wait).code, 3);
+  // Its ranks end, and it does not: what 4.1 does when it has no room.
+  const Ran left = with("sleep 2 &\necho no room >&2\nexec sleep " + mark, "--timeout 1 ");
+  EXPECT_EQ(left.code, 3);
+  EXPECT_EQ(left.err,
+            "partita: mpirun has not ended for 5 s after its ranks have; it says 'no room'; use "
+            "--transport tcp or threads\n");
 }
 
 TEST(Files, TooFewRanksAndForeignProfiles) {
