@@ -483,7 +483,9 @@ TEST(Launch, RanksOfTorchrunMeasureASuite) {
     EXPECT_THAT(said, ::testing::ContainsRegex(
                           fmt::format("rank {} .*step 1, .*(on 2 ranks|of case)", fault[0])));
     EXPECT_EQ(without_progress(zero_lives ? q.err : r.err), "");
-    if (zero_lives) EXPECT_EQ(Json::parse(r.out).at("complete"), false);
+    if (zero_lives) {
+      EXPECT_EQ(Json::parse(r.out).at("complete"), false);
+    }
     EXPECT_GE(lines_of(folder.path() + "/suite-journal.jsonl").size(), 5u) << "nothing is lost";
   }
 }
