@@ -1,7 +1,8 @@
-// base/error.h: three failures, three mechanisms.
+// base/error.h: four failures, four mechanisms.
 //
 //   the user's input     throw InputError: place, value, remedy      exit code 2
 //   a plan that can't run    return Infeasible: a value, normal in search
+//   the machine          throw MachineError: a full disk, no memory   exit code 3
 //   our own bug          PARTITA_ASSERT, on in every build            exit code 3
 #pragma once
 
@@ -27,6 +28,13 @@ class InputError : public std::runtime_error {
  private:
   std::string place_;
   std::string message_;
+};
+
+/// The machine gives out: its disk is full, its memory used up. `what()` says where, and what to
+/// do.
+class MachineError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
 };
 
 /// A broken invariant of ours. Never caught except to print it and end with exit code 3.

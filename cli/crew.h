@@ -1,7 +1,8 @@
 // cli/crew.h: who carries a list of programs out, one after the other: threads of this process, or
-// the ranks of one MPI run.
+// the ranks of one run over MPI or sockets.
 #pragma once
 
+#include <atomic>
 #include <exception>
 #include <map>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include "models/graph.h"
 #include "runtime/execute/threads.h"
+#include "runtime/transport/board.h"
 
 namespace partita::cli {
 
@@ -21,13 +23,23 @@ struct Task {
   const Graph* graph = nullptr;
   const Program* program = nullptr;
   execute::Options options;
+  std::string name;  ///< for messages
 };
+
+struct CrewOptions {
+  std::string transport = "threads";  ///< threads, mpi or tcp; of the last two every rank makes one
+  int ranks = 1;                      ///< of the largest task
+  double timeout_s = 30;
+  std::string key;  ///< tcp: in words, what all ranks must agree on
+};
+
+/// What a rank does on its board, in words: "step 3, all_reduce of w in block forward 0 of gpt dp
+/// 2".
+std::string place_of_task(const RankState& rank, int r, const std::vector<Task>& tasks);
 
 class Crew {
  public:
-  /// `transport`: "threads" or "mpi"; under MPI every rank of the run makes one. `ranks`: of the
-  /// largest task.
-  Crew(const std::string& transport, int ranks, double timeout_s, std::vector<Task> tasks);
+  Crew(const CrewOptions& options, std::vector<Task> tasks);
   ~Crew();
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
@@ -37,17 +49,22 @@ class Crew {
   void serve();
   /// Results of all ranks, on the leader.
   execute::RankResult run(std::size_t task);
-  /// This rank gives up: all end with `why`, code 2 for the user's mistakes, else 3. Returns for
-  /// threads only.
+  /// This rank gives up: all end with `why`, code 2 for the user's mistakes, else 3. Under MPI it
+  /// does not return; over sockets it throws ToldElsewhere where another rank tells the user.
   void abort(const std::exception& why);
+  /// May this rank, having failed, still show what was measured?
+  bool speaks() const { return !world_ || world_->speaks(); }
 
  private:
   Transport& part(int ranks);
-  double timeout_s_;
+  execute::RankResult work(std::int64_t task, std::int64_t turn);
+  CrewOptions o_;
   std::vector<Task> tasks_;
-  std::unique_ptr<Transport> world_;                 ///< MPI only
+  std::atomic<std::int64_t> at_work_{-1};            ///< a task
+  std::shared_ptr<Board> board_;                     ///< of an own launch
+  std::unique_ptr<Transport> world_;                 ///< none for threads
   std::map<int, std::unique_ptr<Transport>> parts_;  ///< its first so many ranks
-  std::int64_t last_ranks_ = 0;
+  std::int64_t last_ranks_ = 0, turn_ = 0;
 };
 
 }  // namespace partita::cli

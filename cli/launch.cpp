@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,12 +17,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <regex>
+#include <sstream>
 #include <vector>
 
 #include "base/error.h"
+#include "base/temporary.h"
+#include "base/unit_text.h"
 #include "runtime/transport/tcp.h"
 
 namespace partita::cli {
@@ -47,6 +52,46 @@ std::size_t each_line(const std::string& text, std::size_t at,
   for (std::size_t end; (end = text.find('\n', at)) != std::string::npos; at = end + 1)
     use(text.substr(at, end - at));
   return at;
+}
+
+/// A process as /proc shows it: its id may become another's, with another start.
+struct Seen {
+  ::pid_t process = 0, parent = 0;
+  std::string state;
+  unsigned long long start = 0;
+  bool same(const Seen& other) const { return process == other.process && start == other.start; }
+};
+
+std::vector<Seen> all_processes() {
+  std::vector<Seen> all;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc", error)) {
+    Seen p;
+    p.process = std::atoi(entry.path().filename().c_str());
+    std::ifstream in(entry.path() / "stat");
+    std::string text;
+    if (p.process <= 0 || !std::getline(in, text)) continue;
+    // "ID (NAME) STATE PARENT ...", the start 18 fields after the parent, and NAME anything.
+    std::istringstream fields(text.substr(std::min(text.size(), text.rfind(')') + 1)));
+    std::string skipped;
+    fields >> p.state >> p.parent;
+    for (int k = 0; k < 17; ++k) fields >> skipped;
+    if (fields >> p.start) all.push_back(p);
+  }
+  return all;
+}
+
+/// Children, their children and so on.
+std::vector<Seen> descendants(::pid_t of) {
+  const auto all = all_processes();
+  std::vector<Seen> found;
+  std::vector<::pid_t> parents{of};
+  for (std::size_t k = 0; k < parents.size(); ++k) {
+    for (const Seen& p : all) {
+      if (p.parent == parents[k]) found.push_back(p), parents.push_back(p.process);
+    }
+  }
+  return found;
 }
 
 struct Child {
@@ -108,8 +153,10 @@ class Nursery {
   }
 
   /// Until all have ended. After the first failure the others have `grace` to end by themselves;
-  /// then, and on a signal to us, they get `end_signal`, and five seconds later SIGKILL.
-  void watch(std::chrono::milliseconds grace, int end_signal) {
+  /// then, on a signal to us, and once `given_up` says why, they get `end_signal`, and five seconds
+  /// later SIGKILL.
+  void watch(std::chrono::milliseconds grace, int end_signal,
+             const std::function<std::string()>& given_up) {
     for (Pipe* p : {&errors_, &output_}) ::close(std::exchange(p->ends[1], -1));
     constexpr auto kNever = Clock::time_point::max();
     auto end_at = kNever, kill_at = kNever;
@@ -130,6 +177,9 @@ class Nursery {
       }
       reap();
       const bool failed = first_failed >= 0;
+      if (reason.empty() && !failed && interrupted == 0 && !all_over() &&
+          !(reason = given_up()).empty())
+        end_at = Clock::now();
       if (failed && std::min(end_at, kill_at) == kNever) end_at = Clock::now() + grace;
       // A stopped process ends by nothing else.
       if (failed && end_at < kNever && only_stopped()) end_at = Clock::now();
@@ -140,6 +190,7 @@ class Nursery {
       }
       if (Clock::now() >= kill_at) end(SIGKILL);
     }
+    end_orphans();
     errors_.read();
     output_.read();
     tell_progress();
@@ -158,6 +209,7 @@ class Nursery {
   std::vector<Child> children;
   int first_failed = -1;
   int interrupted = 0;
+  std::string reason;  ///< why they were given up
 
  private:
   struct Pipe {
@@ -195,7 +247,20 @@ class Nursery {
     for (Child& c : children) {
       if (c.over) continue;
       c.ended_by_us = true;
+      for (const Seen& p : descendants(c.process)) {
+        if (std::none_of(theirs_.begin(), theirs_.end(), [&](const Seen& x) { return x.same(p); }))
+          theirs_.push_back(p);
+      }
       ::kill(c.process, signal);
+    }
+  }
+  /// What an mpirun that had to be killed has left behind.
+  void end_orphans() const {
+    if (theirs_.empty()) return;
+    for (const Seen& now : all_processes()) {
+      for (const Seen& p : theirs_) {
+        if (p.same(now)) ::kill(p.process, SIGKILL);
+      }
     }
   }
   void reap() {
@@ -217,6 +282,7 @@ class Nursery {
     }
   }
 
+  std::vector<Seen> theirs_;  ///< children of those that we have ended
   Pipe errors_, output_;
   std::size_t told_ = 0;  ///< of the errors
   int signals_ = -1;
@@ -274,9 +340,117 @@ Launched interrupted(int signal) {
   return {128 + signal, fmt::format("ended by {}; all ranks were stopped", signal_name(signal))};
 }
 
+/// Looks at the ranks from outside: those that did not come, or can't say that they were stopped.
+class Lookout {
+ public:
+  Lookout(const Board& board, const Describe& describe, const Patience& patience)
+      : board_(board),
+        describe_(describe),
+        patience_(patience),
+        since_(static_cast<std::size_t>(board.ranks()), Clock::time_point::max()) {}
+
+  /// Why a stopped rank's run is over; empty: it is not.
+  std::string stopped() {
+    for (int r = 0; r < board_.ranks(); ++r) {
+      auto& since = since_[static_cast<std::size_t>(r)];
+      const std::int64_t process = board_.rank(r).process;
+      if (process == 0 || process_state(process) != 'T') {
+        since = Clock::time_point::max();
+      } else if (since == Clock::time_point::max()) {
+        since = Clock::now();
+      } else if (seconds_since(since) > patience_.stopped_s) {
+        return fmt::format("rank {} was stopped in {} for {:.3g} s; the others were ended", r,
+                           where(board_, describe_, r), patience_.stopped_s);
+      }
+    }
+    return "";
+  }
+
+  /// Why an mpirun that brings no ranks forth, or outlives them, is given up.
+  std::string hangs(::pid_t mpirun, const std::string& errors) {
+    if (seconds_since(looked_) < 1) return "";
+    looked_ = Clock::now();
+    const auto theirs = descendants(mpirun);
+    const bool alive =
+        std::any_of(theirs.begin(), theirs.end(), [](const Seen& p) { return p.state != "Z"; });
+    had_ranks_ = had_ranks_ || !theirs.empty();
+    if (alive || !had_ranks_) {
+      gone_since_ = looked_;
+    } else if (seconds_since(gone_since_) > patience_.stopped_s) {
+      return fmt::format(
+          "mpirun has not ended for {:.3g} s after its ranks have; {}use --transport "
+          "tcp or threads",
+          patience_.stopped_s, says(errors));
+    }
+    if (started_ || seconds_since(begin_) < patience_.start_s) return "";
+    int missing = -1, came = 0;
+    for (int r = 0; r < board_.ranks(); ++r) {
+      if (board_.rank(r).process != 0) {
+        ++came;
+      } else if (missing < 0) {
+        missing = r;
+      }
+    }
+    // Ranks on other hosts, which it starts by ssh and the like, cannot reach this one's board.
+    std::error_code error;
+    const auto own = std::filesystem::read_symlink("/proc/self/exe", error);
+    for (const Seen& p : theirs) {
+      const auto file =
+          std::filesystem::read_symlink(fmt::format("/proc/{}/exe", p.process), error);
+      if (!error && file != own) started_ = true;
+    }
+    started_ = started_ || missing < 0;
+    if (started_) return "";
+    return fmt::format(
+        "mpirun has {} within {:.3g} s; {}{}use --transport tcp or threads",
+        came == 0 ? std::string("started no rank")
+                  : fmt::format("not brought rank {} to MPI's start", missing),
+        patience_.start_s, says(errors),
+        patience_.longer.empty() ? "" : fmt::format("wait longer by {}, or ", patience_.longer));
+  }
+
+ private:
+  static double seconds_since(Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+  }
+  /// Its first line, quoted.
+  static std::string says(const std::string& errors) {
+    const std::size_t from = errors.find_first_not_of("-\n ");
+    if (from == std::string::npos) return "";
+    return fmt::format("it says '{}'; ", errors.substr(from, errors.find('\n', from) - from));
+  }
+  const Board& board_;
+  const Describe& describe_;
+  const Patience patience_;
+  std::vector<Clock::time_point> since_;
+  Clock::time_point begin_ = Clock::now(), looked_ = begin_, gone_since_ = begin_;
+  bool started_ = false, had_ranks_ = false;
+};
+
+/// Without room for the files of its session mpirun 4.1 hangs once its ranks have failed. They are
+/// 8.1 MiB and 4 KiB for each rank.
+void check_session_room(int ranks) {
+  const char* own = std::getenv("OMPI_MCA_orte_tmpdir_base");
+  const TemporaryPlace place =
+      own == nullptr ? temporary_place() : TemporaryPlace{own, "OMPI_MCA_orte_tmpdir_base"};
+  const std::int64_t needed = (std::int64_t{9} << 20) + ranks * (std::int64_t{8} << 10);
+  struct statvfs disk {};
+  if (::statvfs(place.folder.c_str(), &disk) != 0) return;  // what is wrong mpirun will say
+  const auto free =
+      static_cast<std::int64_t>(disk.f_bavail) * static_cast<std::int64_t>(disk.f_frsize);
+  const bool files = disk.f_files == 0 || disk.f_favail >= 100;
+  if (free >= needed && files) return;
+  throw MachineError(fmt::format(
+      "{}: the disk is full: it has {}, and mpirun needs {} for {} ranks; make room, set {} to "
+      "another folder, or use --transport tcp or threads",
+      place.name(), files ? text(Bytes{free}) : "no room for more files", text(Bytes{needed}),
+      ranks, own == nullptr ? "TMPDIR" : place.variable));
+}
+
 }  // namespace
 
-Launched launch_mpi(const Board& board, const Describe& describe) {
+Launched launch_mpi(const Board& board, const Describe& describe, const Patience& patience) {
+  check_session_room(board.ranks());
   std::vector<std::string> words{"mpirun", "-n", std::to_string(board.ranks())};
   for (const std::string& w : command_line()) words.push_back(w);
   const std::string path = board.path();
@@ -294,8 +468,13 @@ Launched launch_mpi(const Board& board, const Describe& describe) {
         ::setenv(kBoardVariable, path.c_str(), 1);
       },
       SIGTERM);
-  nursery.watch(std::chrono::milliseconds(0), SIGTERM);
+  Lookout lookout(board, describe, patience);
+  nursery.watch(std::chrono::milliseconds(0), SIGTERM, [&] {
+    const std::string reason = lookout.stopped();
+    return reason.empty() ? lookout.hangs(nursery.children[0].process, nursery.errors()) : reason;
+  });
   if (nursery.interrupted != 0) return interrupted(nursery.interrupted);
+  if (!nursery.reason.empty()) return {3, nursery.reason};
   const int status = nursery.children[0].status;
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   if (code == 127) {
@@ -318,7 +497,7 @@ Launched launch_mpi(const Board& board, const Describe& describe) {
   return {3, cause(nursery.errors(), board, describe)};
 }
 
-Launched launch_tcp(const Board& board, const Describe& describe) {
+Launched launch_tcp(const Board& board, const Describe& describe, const Patience& patience) {
   const std::vector<std::string> words = command_line();
   const int ranks = board.ranks();
   const Listening listening = listen_on_loopback(ranks);
@@ -343,8 +522,10 @@ Launched launch_tcp(const Board& board, const Describe& describe) {
         SIGKILL);
   }
   ::close(listening.socket);
-  nursery.watch(std::chrono::seconds(3), SIGKILL);
+  Lookout lookout(board, describe, patience);
+  nursery.watch(std::chrono::seconds(3), SIGKILL, [&] { return lookout.stopped(); });
   if (nursery.interrupted != 0) return interrupted(nursery.interrupted);
+  if (!nursery.reason.empty()) return {3, nursery.reason};
   if (nursery.first_failed < 0) {
     std::fputs(nursery.errors_left().c_str(), stderr);
     fmt::print("{}", nursery.output());

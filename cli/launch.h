@@ -14,14 +14,24 @@ struct Launched {
   std::string reason;  ///< one sentence; empty where nothing went wrong
 };
 
+struct Patience {
+  /// mpirun: within which all ranks must have come. Ranks over sockets see to that themselves.
+  double start_s = 30;
+  std::string longer;  ///< the flag for that, if there is one
+  /// A rank that is stopped for as long is given up.
+  double stopped_s = 8;
+};
+
 /// Runs this command line again as so many processes as the board has ranks, under mpirun or on
 /// loopback, until all have ended: no process is left behind. On ^C they are ended too (code 130).
-/// `describe` puts what a dead rank was doing in words. InputError without mpirun.
-Launched launch_mpi(const Board& board, const Describe& describe);
-Launched launch_tcp(const Board& board, const Describe& describe);
+/// `describe` puts what a dead rank was doing in words. Without mpirun InputError, without room for
+/// its files MachineError.
+Launched launch_mpi(const Board& board, const Describe& describe, const Patience& patience);
+Launched launch_tcp(const Board& board, const Describe& describe, const Patience& patience);
 
 /// What the ranks of an own launch find in their environment.
 inline constexpr const char* kBoardVariable = "PARTITA_BOARD";
 inline constexpr const char* kListenerVariable = "PARTITA_LISTENER";
+inline constexpr const char* kJournalVariable = "PARTITA_JOURNAL";
 
 }  // namespace partita::cli

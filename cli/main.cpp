@@ -150,6 +150,9 @@ int main(int argc, char** argv) {
   } catch (const PeerError& e) {
     cli::complain(e.what());
     return 3;
+  } catch (const MachineError& e) {
+    cli::complain(e.what());
+    return 3;
   } catch (const std::bad_alloc&) {
     cli::complain("out of memory");
     return 3;

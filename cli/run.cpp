@@ -3,9 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
-#include <charconv>
-#include <csignal>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -13,10 +11,13 @@
 #include <nlohmann/json.hpp>
 #include <regex>
 
+#include "base/temporary.h"
 #include "base/unit_text.h"
 #include "cli/commands.h"
+#include "cli/fault.h"
 #include "cli/launch.h"
 #include "cli/options.h"
+#include "cli/progress.h"
 #include "report/report.h"
 #include "runtime/data/digits.h"
 #include "runtime/execute/threads.h"
@@ -241,42 +242,16 @@ void fill_options(const Options& o, Job& job) {
     return reference::operator_seed(seed, OpId{static_cast<std::size_t>(op)});
   };
   job.options.record = true;
+  job.options.drawing = [progress = std::make_shared<SetupProgress>("rank 0 draws its parameters")](
+                            int rank, std::int64_t drawn, std::int64_t all) {
+    if (rank == 0) std::fputs(progress->at(drawn, all).c_str(), stderr);
+  };
   job.options.routing = job.feeds_back || !o.routing_out.empty();
   job.options.collect = !o.no_check;
   job.serial.steps = static_cast<int>(o.steps + o.warm_up);
   job.serial.seed = seed;
   job.serial.input = input;
   job.serial.operator_seed = job.options.operator_seed;
-}
-
-/// Tests only: PARTITA_TEST_FAULT=RANK:STEP:INSTRUCTION:WHAT makes a rank fail
-/// (docs/transports.md).
-std::function<void(int, std::int64_t, std::size_t)> test_fault() {
-  const char* text = variable("PARTITA_TEST_FAULT");
-  if (text == nullptr) return nullptr;
-  std::vector<std::string> words{""};
-  for (const char* c = text; *c != '\0'; ++c) {
-    if (*c == ':') {
-      words.emplace_back();
-    } else {
-      words.back() += *c;
-    }
-  }
-  std::array<std::int64_t, 3> at{};
-  bool good = words.size() == 4 && (words[3] == "kill" || words[3] == "stop" || words[3] == "exit");
-  for (std::size_t k = 0; good && k < at.size(); ++k) {
-    const auto [end, error] =
-        std::from_chars(words[k].data(), words[k].data() + words[k].size(), at[k]);
-    good = error == std::errc{} && end == words[k].data() + words[k].size() && at[k] >= 0;
-  }
-  if (!good)
-    throw InputError("PARTITA_TEST_FAULT",
-                     fmt::format("'{}' is not RANK:STEP:INSTRUCTION:kill, stop or exit", text));
-  return [at, what = words[3]](int rank, std::int64_t step, std::size_t instruction) {
-    if (rank != at[0] || step != at[1] || static_cast<std::int64_t>(instruction) < at[2]) return;
-    if (what == "exit") std::_Exit(7);
-    std::raise(what == "kill" ? SIGKILL : SIGSTOP);
-  };
 }
 
 /// What is left of a run that did not end well.
@@ -522,16 +497,21 @@ void check_memory(const Job& job) {
                   job.graph.name, text(needed), job.plan.ranks(), text(Bytes{kib * 1024})));
 }
 
-/// Starts the ranks and waits for them.
+/// Starts the ranks and waits for them. Each does for itself what took `prepared_s` here.
 void launch(const Options& o, const Job& job, const Mode& mode, const Describe& describe,
-            int& code) {
+            double prepared_s, int& code) {
   // Mistakes in files are found here once, not by every rank.
   if (!o.data.empty()) load_mnist(o.data);
   const auto replicas = static_cast<int>(job.program.mesh.size(job.program.replicas));
   const auto board =
       Board::create(static_cast<int>(job.plan.ranks()), o.steps + o.warm_up, replicas);
-  const Launched l =
-      mode.transport == "mpi" ? launch_mpi(*board, describe) : launch_tcp(*board, describe);
+  Patience patience;
+  patience.longer = "--rendezvous-timeout";
+  // All at once, on however few cores.
+  patience.start_s = o.rendezvous_s + 4 * prepared_s * static_cast<double>(job.plan.ranks());
+  patience.stopped_s = std::min(patience.stopped_s, o.timeout_s + 4);
+  const Launched l = mode.transport == "mpi" ? launch_mpi(*board, describe, patience)
+                                             : launch_tcp(*board, describe, patience);
   code = l.code;
   if (code == 0 || l.reason.empty()) return;
   if (code == 2) throw InputError("", l.reason);
@@ -545,6 +525,7 @@ void launch(const Options& o, const Job& job, const Mode& mode, const Describe& 
 }
 
 void run(const Options& o, int& code) {
+  const auto begin = std::chrono::steady_clock::now();
   check_writable("--trace", o.trace);
   check_writable("--routing-out", o.routing_out);
   Job job = job_of(o);
@@ -554,9 +535,12 @@ void run(const Options& o, int& code) {
     return execute::place(job.program, rank, step, instruction);
   };
   if (mode.launches || mode.transport == "threads") check_memory(job);
-  job.options.before = test_fault();
+  // Of its own mistakes no rank needs to tell.
+  if (job.program.sharded_storage) temporary_place();
+  job.options.before = test_fault(0);
   if (mode.launches) {
-    launch(o, job, mode, describe, code);
+    const std::chrono::duration<double> prepared = std::chrono::steady_clock::now() - begin;
+    launch(o, job, mode, describe, prepared.count(), code);
     return;
   }
   fill_options(o, job);
@@ -565,17 +549,15 @@ void run(const Options& o, int& code) {
   if (board_path != nullptr && mode.transport != "threads")
     board = Board::open(board_path, static_cast<int>(ranks));
   Kept kept;
-  job.options.progress = [&](const std::vector<double>& losses, double slowest_s) {
+  job.options.progress = [&](int rank, const std::vector<double>& losses, double slowest_s) {
     // The launcher of the board tells what is left.
-    if (board) {
-      board->note_step(losses, slowest_s);
-      return;
-    }
+    if (board && rank == 0) board->note_step(losses, slowest_s);
+    if (board || (mode.transport == "threads" && rank > 0)) return;
     kept.losses.push_back(losses);
     kept.slowest_s.push_back(slowest_s);
   };
-  const auto keep = [&](int rank, const std::string& reason) {
-    if (rank == 0 && !board) report_incomplete(o, job, kept, mode.transport, reason);
+  const auto keep = [&](bool mine, const std::string& reason) {
+    if (mine && !board) report_incomplete(o, job, kept, mode.transport, reason);
   };
   if (mode.transport == "threads") {
     execute::ThreadOptions threads;
@@ -584,7 +566,10 @@ void run(const Options& o, int& code) {
     try {
       results = execute::run_threads(job.program, job.options, threads);
     } catch (const PeerError& e) {
-      keep(0, e.what());
+      keep(true, e.what());
+      throw;
+    } catch (const MachineError& e) {
+      keep(true, e.what());
       throw;
     }
     report(o, job, results[0], mode.transport, mode.note, code);
@@ -618,17 +603,22 @@ void run(const Options& o, int& code) {
     transport = tcp_transport(t);
   }
   execute::RankResult result;
+  // Whoever tells the user also shows the steps: with rank 0 gone, the next. Under another's mpirun
+  // all would.
+  const auto shows = [&] {
+    return mode.transport == "mpi" ? transport->rank() == 0 : transport->speaks();
+  };
   const auto give_up = [&](const std::string& reason, int exit_code) {
-    keep(transport->rank(), reason);
+    if (mode.transport == "mpi") keep(shows(), reason);
     transport->abort(reason, exit_code);
+    keep(shows(), reason);
     if (!transport->speaks()) throw ToldElsewhere(exit_code, reason);
   };
   try {
     result = execute::run_rank(job.program, *transport, job.options);
     transport->leave();
     if (transport->rank() == 0) report(o, job, result, mode.transport, mode.note, code);
-  } catch (const ToldElsewhere& e) {
-    keep(transport->rank(), e.what());
+  } catch (const ToldElsewhere&) {
     throw;
   } catch (const InputError& e) {
     give_up(e.what(), 2);
@@ -661,7 +651,7 @@ void add_run(CLI::App& app, int& code) {
   c->add_option("--learning-rate", o->learning_rate, "learning rate");
   c->add_option("--timeout", o->timeout_s, "seconds without an answer after which a rank gives up");
   c->add_option("--rendezvous-timeout", o->rendezvous_s,
-                "tcp: seconds within which all ranks must have come");
+                "mpi, tcp: seconds within which all ranks must have come");
   c->add_option("--trace", o->trace, "write a Perfetto trace of the median step to this file");
   o->flags.add_routing(*c);
   c->add_option("--routing-out", o->routing_out,

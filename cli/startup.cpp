@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "base/temporary.h"
 #include "base/unit_text.h"
 #include "cli/commands.h"
 #include "cli/options.h"
@@ -42,13 +42,17 @@ struct Options {
 class Checkpoint {
  public:
   explicit Checkpoint(const Graph& graph) {
-    std::error_code error;
-    std::string name =
-        std::filesystem::temp_directory_path(error).string() + "/partita-parameters-XXXXXX";
+    const TemporaryPlace place = temporary_place();
+    place_ = place.name();
+    std::string name = place.folder + "/partita-parameters-XXXXXX";
     file_ = ::mkstemp(name.data());
-    if (file_ < 0)
-      throw InputError("--measure", fmt::format("cannot write {}: {}; set TMPDIR to another folder",
-                                                name, std::strerror(errno)));
+    if (file_ < 0) {
+      const int why = errno;
+      if (why == ENOSPC || why == EDQUOT) throw full(why);
+      throw InputError(place_, fmt::format("cannot write the parameters' file there: {}; set "
+                                           "TMPDIR to another folder",
+                                           std::strerror(why)));
+    }
     ::unlink(name.c_str());
     std::int64_t at = 0;
     for (const Parameter& q : graph.parameters) {
@@ -69,7 +73,7 @@ class Checkpoint {
     const auto bytes = static_cast<std::size_t>(count) * sizeof(float);
     const std::int64_t at = begin_[parameter] + first * static_cast<std::int64_t>(sizeof(float));
     if (::pread(file_, to, bytes, at) != static_cast<ssize_t>(bytes))
-      throw InternalError("cannot read the parameters' file");
+      throw MachineError(fmt::format("cannot read the parameters' file in {}", place_));
   }
 
  private:
@@ -78,14 +82,17 @@ class Checkpoint {
     const std::size_t bytes = values.size() * sizeof(float);
     for (std::size_t done = 0; done < bytes;) {
       const ssize_t n = ::pwrite(file_, data + done, bytes - done, at + static_cast<off_t>(done));
-      if (n <= 0)
-        throw InputError("--measure",
-                         fmt::format("cannot write the parameters' file: {}; set TMPDIR to a "
-                                     "folder with room for it",
-                                     n == 0 ? "the disk is full" : std::strerror(errno)));
+      if (n <= 0) throw full(n == 0 ? ENOSPC : errno);
       done += static_cast<std::size_t>(n);
     }
   }
+  MachineError full(int error) const {
+    return MachineError(fmt::format(
+        "{}: cannot write the parameters' file: {}; make room, or set TMPDIR to a folder with room "
+        "for it",
+        place_, error == ENOSPC ? "the disk is full" : std::strerror(error)));
+  }
+  std::string place_;
   int file_ = -1;
   std::vector<std::int64_t> begin_;
 };

@@ -1,7 +1,9 @@
 // `partita calibrate` and `partita validate`: this machine measured, and predictions beside it.
 #include <fmt/chrono.h>
 #include <fmt/format.h>
+#include <sys/mman.h>
 #include <sys/utsname.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -20,11 +22,14 @@
 #include <set>
 #include <thread>
 
+#include "base/temporary.h"
 #include "base/unit_text.h"
 #include "cli/commands.h"
 #include "cli/crew.h"
+#include "cli/incomplete.h"
 #include "cli/launch.h"
 #include "cli/options.h"
+#include "cli/records.h"
 #include "report/report.h"
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
@@ -55,7 +60,7 @@ struct Options {
   std::int64_t steps = 9;
   double timeout_s = 30, budget_s = 0;
   bool json = false, no_reference = false;
-  bool launched = false;  ///< this process is a rank under an MPI launcher
+  bool launched = false;  ///< this process is a rank that a launcher has started
   int most_ranks() const { return *std::max_element(ranks.begin(), ranks.end()); }
   std::int64_t round_count() const { return rounds.value_or(budget_s > 0 ? 1000 : 3); }
 };
@@ -92,23 +97,33 @@ void check(Options& o) {
       throw InputError("--budget", fmt::format("'{}' is no time; write 90s, 5m or 1h", o.budget));
     o.budget_s = n * one;
   }
-  if (!o.transport.empty() && o.transport != "threads" && o.transport != "mpi")
+  if (!o.transport.empty() && o.transport != "threads" && o.transport != "mpi" &&
+      o.transport != "tcp")
     throw InputError("--transport",
-                     fmt::format("'{}' is unknown; use threads or mpi", o.transport));
+                     fmt::format("'{}' is unknown; use threads, mpi or tcp", o.transport));
   if (o.transport == "mpi" && !kMpi)
     throw InputError("--transport",
                      "this build has no MPI; install libopenmpi-dev and build again, "
-                     "or use threads");
+                     "or use tcp or threads");
   if (o.transport == "threads") return;
   const Launcher l = launcher_of([](const char* name) { return std::getenv(name); }, kMpi);
-  if (l.kind == Launcher::Kind::tcp)
+  o.launched = l.kind != Launcher::Kind::nobody;
+  const std::string its = l.kind == Launcher::Kind::tcp ? "tcp" : "mpi";
+  if (o.launched && !o.transport.empty() && o.transport != its)
     throw InputError("--transport",
-                     fmt::format("by {} another launcher started this process, and ranks are "
-                                 "threads or under MPI here; use threads, or unset them",
-                                 l.what));
-  o.launched = l.kind == Launcher::Kind::mpi;
-  if (o.transport.empty()) o.transport = o.launched ? "mpi" : "threads";
+                     fmt::format("is {}, but by {} another launcher started this process; use {} "
+                                 "or threads, or unset {}",
+                                 o.transport, l.what, its, its == "tcp" ? "them" : "it"));
+  if (its == "tcp" && l.size < o.most_ranks())
+    throw InputError("--ranks",
+                     fmt::format("has {}, but by {} {} were started; start as many, or leave the "
+                                 "larger numbers out",
+                                 o.most_ranks(), l.what, l.size));
+  if (o.transport.empty()) o.transport = o.launched ? its : "threads";
 }
+
+/// Does this process start the ranks, and is none itself?
+bool launches(const Options& o) { return o.transport != "threads" && !o.launched; }
 
 Program program_of(const Graph& graph, const Plan& plan, const std::string& name) {
   auto complete_plan = complete(graph, plan);
@@ -164,7 +179,7 @@ std::string transport_name(const Options& o) {
 #ifdef PARTITA_MPI
   if (o.transport == "mpi") return "processes under " + mpi_version();
 #endif
-  return o.transport == "mpi" ? "processes" : "threads";
+  return o.transport == "threads" ? "threads" : "processes over sockets";
 }
 
 std::string provenance(const Options& o, std::int64_t rounds) {
@@ -174,14 +189,29 @@ std::string provenance(const Options& o, std::int64_t rounds) {
       fmt::localtime(std::time(nullptr)), host(), transport_name(o), rounds, o.steps);
 }
 
-/// Runs this command again as its ranks, under mpirun.
-void launch(const Options& o, const std::string& what, int& code) {
+/// Runs this command again as its ranks. Returns why they failed, if they did.
+std::string launch(const Options& o, const std::vector<Task>& tasks, int& code) {
   const auto board = Board::create(o.most_ranks(), 0, 0);
-  const Launched l = launch_mpi(*board, [&what](int, std::int64_t, std::int64_t) { return what; });
+  const Describe describe = [&](int rank, std::int64_t, std::int64_t) {
+    return place_of_task(board->rank(rank), rank, tasks);
+  };
+  Patience patience;
+  // The ranks prepare the same programs, all at once.
+  patience.start_s = 60;
+  patience.stopped_s = std::min(patience.stopped_s, o.timeout_s + 4);
+  const Launched l = o.transport == "mpi" ? launch_mpi(*board, describe, patience)
+                                          : launch_tcp(*board, describe, patience);
   code = l.code;
-  if (code == 0 || l.reason.empty()) return;
   if (code == 2) throw InputError("", l.reason);
-  std::fputs(("partita: " + l.reason + "\n").c_str(), stderr);
+  return code == 0 ? "" : l.reason;
+}
+
+CrewOptions crew_options(const Options& o, const std::string& command, std::size_t tasks) {
+  return {o.transport, o.most_ranks(), o.timeout_s,
+          fmt::format("{}; ranks {}; rounds {}; steps {}; only '{}'; routing '{}'; reference {}; "
+                      "{} programs;",
+                      command, fmt::join(o.ranks, ","), o.round_count(), o.steps, o.only, o.routing,
+                      !o.no_reference, tasks)};
 }
 
 /// One thing that is measured in every round: its programs, and what their measurements say.
@@ -208,7 +238,7 @@ const Graph& no_graph() {
 void plan_calibration(const Options& o, Calibration& c) {
   const auto task = [&](const Graph& graph, Program program) {
     c.programs.push_back(std::move(program));
-    c.tasks.push_back({&graph, &c.programs.back(), timed(graph, o)});
+    c.tasks.push_back({&graph, &c.programs.back(), timed(graph, o), ""});
     return c.tasks.size() - 1;
   };
   for (const int ranks : o.ranks) {
@@ -247,6 +277,13 @@ void plan_calibration(const Options& o, Calibration& c) {
     c.all.push_back({ranks, "overlap", parts, [](const auto& m, validation::Unit& u) {
                        u.overlap.push_back(validation::overlap_of(m[0], m[1], m[2]));
                      }});
+  }
+}
+
+void name_tasks(Calibration& c) {
+  for (const Measured& x : c.all) {
+    for (const std::size_t task : x.tasks)
+      c.tasks[task].name = fmt::format("{} on {} rank{}", x.name, x.ranks, x.ranks == 1 ? "" : "s");
   }
 }
 
@@ -373,6 +410,7 @@ void calibrate(Options& o, int& code) {
   if (c.all.empty())
     throw InputError("--only",
                      fmt::format("nothing that is measured has '{}' in its name", o.only));
+  name_tasks(c);
   const std::string file = o.out + "/journal.jsonl";
   const validation::JournalHeader header{
       host(), fmt::format("partita 0.1.0, ranks {} as {}, {} steps{}", fmt::join(o.ranks, ","),
@@ -382,11 +420,12 @@ void calibrate(Options& o, int& code) {
     // What is wrong with it is said here once, not by every rank.
     { const validation::Journal journal(file, header); }
   }
-  if (o.transport == "mpi" && !o.launched) {
-    launch(o, "calibration", code);
+  if (launches(o)) {
+    const std::string failure = launch(o, c.tasks, code);
+    if (!failure.empty()) std::fputs(("partita: " + failure + "\n").c_str(), stderr);
     return;
   }
-  Crew crew(o.transport, o.most_ranks(), o.timeout_s, c.tasks);
+  Crew crew(crew_options(o, "calibrate", c.tasks.size()), c.tasks);
   try {
     if (!crew.leads()) {
       crew.serve();
@@ -418,6 +457,8 @@ void calibrate(Options& o, int& code) {
     if (o.budget_s > 0 && journal.seconds() > 1.5 * o.budget_s)
       fmt::print("one round takes {:.0f} s, longer than --budget\n",
                  journal.seconds() / static_cast<double>(round));
+  } catch (const ToldElsewhere&) {
+    throw;
   } catch (const std::exception& e) {
     crew.abort(e);
     throw;
@@ -431,9 +472,86 @@ struct Outcome {
   std::vector<validation::StepComparison> rounds;  ///< predicted filled in at the end
   std::vector<std::vector<RankMeasurement>> measured;
   std::size_t mathematics = 0, timing = 0;  ///< tasks
+  bool checked = false;                     ///< its reference is known
   Routing routing;                          ///< of the last step measured
   bool routed = false;
 };
+
+/// Where a suite's measurements are kept: in the folder; else, of ranks that this command starts,
+/// in memory that it shares with them.
+class SuiteJournal {
+ public:
+  explicit SuiteJournal(const Options& o) {
+    if (!o.out.empty()) {
+      file_ = o.out + "/suite-journal.jsonl";
+    } else if (const char* shared = std::getenv(kJournalVariable); shared && o.launched) {
+      file_ = shared;
+    } else if (launches(o)) {
+      memory_ = ::memfd_create("partita-journal", MFD_CLOEXEC);
+      if (memory_ < 0) throw MachineError("no memory for the journal of the suite");
+      file_ = fmt::format("/proc/{}/fd/{}", ::getpid(), memory_);
+      ::setenv(kJournalVariable, file_.c_str(), 1);
+    }
+  }
+  ~SuiteJournal() {
+    if (memory_ >= 0) ::close(memory_);
+  }
+  SuiteJournal(const SuiteJournal&) = delete;
+  SuiteJournal& operator=(const SuiteJournal&) = delete;
+
+  std::unique_ptr<validation::Journal> open(const Options& o) const {
+    if (file_.empty()) return std::make_unique<validation::Journal>();
+    return std::make_unique<validation::Journal>(
+        file_, validation::JournalHeader{
+                   host(), fmt::format("partita 0.1.0 validate, ranks {} as {}, {} steps{}{}",
+                                       fmt::join(o.ranks, ","), o.transport, o.steps,
+                                       o.only.empty() ? "" : ", only " + o.only,
+                                       o.no_reference ? ", no reference" : "")});
+  }
+
+ private:
+  std::string file_;
+  int memory_ = -1;
+};
+
+/// In a journal the mathematics of a case come before all rounds.
+constexpr std::int64_t kMathematics = -1;
+
+void note(validation::Journal& journal, std::int64_t round, const Outcome& c, std::string record) {
+  validation::Unit u;
+  u.round = round;
+  u.ranks = static_cast<int>(c.suite->ranks);
+  u.name = c.suite->name;
+  u.record = std::move(record);
+  journal.add(std::move(u));
+}
+
+/// What the journal has of the cases; returns how many measurements it has in all.
+std::size_t recall(const validation::Journal& journal, std::deque<Outcome>& outcomes) {
+  for (const validation::Unit& u : journal.units()) {
+    for (Outcome& c : outcomes) {
+      if (u.record.empty() || c.suite->name != u.name || c.suite->ranks != u.ranks) continue;
+      if (u.round == kMathematics) {
+        c.reference = comparison_record(u.record);
+        c.checked = true;
+      } else {
+        CaseRecord r = case_record(u.record);
+        c.measured.push_back(std::move(r.ranks));
+        c.routing = std::move(r.routing);
+      }
+    }
+  }
+  return journal.units().size();
+}
+
+/// Of a suite whose ranks have failed.
+void show_incomplete(const Options& o, const std::deque<Outcome>& outcomes, std::size_t units,
+                     const std::string& reason) {
+  IncompleteSuite s{o.backend, o.transport, reason, o.round_count(), units, !o.out.empty(), {}};
+  for (const Outcome& c : outcomes)
+    s.cases.push_back({c.suite->name, c.suite->ranks, c.checked, c.reference.equal, &c.measured});
+  fmt::print("{}", o.json ? to_json(s) : to_text(s));
+}
 
 void validate(Options& o, int& code) {
   check(o);
@@ -457,41 +575,63 @@ void validate(Options& o, int& code) {
     throw InputError("--only", fmt::format("no case of the suite has '{}' in its name", o.only));
   const bool feeds_back = o.routing.empty() || o.routing == "recorded";
   const RoutingSource given = feeds_back ? RoutingSource{} : routing_source(o.routing, "--routing");
-  if (!o.out.empty()) make_folder(o.out);
-  if (o.transport == "mpi" && !o.launched) {
-    launch(o, "the suite", code);
-    return;
+  // Before the work, not after it.
+  if (o.out.empty()) {
+    temporary_place();
+  } else {
+    make_folder(o.out);
   }
   constexpr int kSteps = 2;
   Calibration calibration;
   plan_calibration(o, calibration);
+  name_tasks(calibration);
   auto tasks = calibration.tasks;
   for (Outcome& c : outcomes) {
     execute::Options e = generated(c.suite->graph, kSeed);
     e.steps = kSteps;
     c.mathematics = tasks.size();
-    tasks.push_back({&c.suite->graph, &c.program, e});
+    tasks.push_back({&c.suite->graph, &c.program, e, "case '" + c.suite->name + "'"});
     c.timing = tasks.size();
-    tasks.push_back({&c.suite->graph, &c.program, timed(c.suite->graph, o, c.routed)});
+    tasks.push_back({&c.suite->graph, &c.program, timed(c.suite->graph, o, c.routed),
+                     "case '" + c.suite->name + "'"});
   }
-  Crew crew(o.transport, o.most_ranks(), o.timeout_s, tasks);
+  const SuiteJournal place(o);
+  if (launches(o)) {
+    { const auto journal = place.open(o); }  // what is wrong with it is said here once
+    const std::string failure = launch(o, tasks, code);
+    if (failure.empty()) return;
+    const auto journal = place.open(o);
+    recall(*journal, outcomes);
+    show_incomplete(o, outcomes, journal->units().size(), failure);
+    std::fputs(("partita: " + failure + "\n").c_str(), stderr);
+    return;
+  }
+  Crew crew(crew_options(o, "validate", tasks.size()), tasks);
   if (!crew.leads()) {
     try {
       crew.serve();
+    } catch (const ToldElsewhere&) {
+      throw;
     } catch (const std::exception& e) {
       crew.abort(e);
       throw;
     }
     return;
   }
-  validation::Journal journal;
+  std::unique_ptr<validation::Journal> kept;
   try {
-    Progress progress(
+    kept = place.open(o);
+    validation::Journal& journal = *kept;
+    const std::size_t before = recall(journal, outcomes);
+    if (before > 0)
+      fmt::print(stderr, "progress: {} of the last validation's measurements are kept\n", before);
+    const std::size_t total =
         (calibration.all.size() + outcomes.size()) * static_cast<std::size_t>(o.round_count()) +
-            outcomes.size(),
-        0);
+        outcomes.size();
+    Progress progress(total - std::min(total, before), 0);
     // Mathematics first: a wrong plan's time is of no interest.
     for (Outcome& c : outcomes) {
+      if (c.checked) continue;
       progress.next("mathematics of " + c.suite->name);
       if (o.no_reference) continue;
       const auto result = crew.run(c.mathematics);
@@ -501,6 +641,8 @@ void validate(Options& o, int& code) {
       c.reference = reference::compare(
           c.suite->graph, result.values, serial,
           reference::tolerance_of_rounding(c.suite->graph, c.program, serial, exact));
+      c.checked = true;
+      note(journal, kMathematics, c, to_record(c.reference));
       if (!c.reference.equal) {
         const auto& r = c.reference;
         fmt::print(stderr,
@@ -515,24 +657,33 @@ void validate(Options& o, int& code) {
       for (const int ranks : o.ranks) {
         calibrate_round(round, ranks, calibration, crew, journal, progress);
         for (Outcome& c : outcomes) {
-          if (c.suite->ranks != ranks) continue;
+          if (c.suite->ranks != ranks || journal.has(round, ranks, c.suite->name)) continue;
           progress.next(c.suite->name);
           auto result = crew.run(c.timing);
+          note(journal, round, c, to_record(CaseRecord{result.ranks, result.routing}));
           c.measured.push_back(std::move(result.ranks));
           c.routing = std::move(result.routing);
         }
       }
     }
+  } catch (const ToldElsewhere&) {
+    throw;
+  } catch (const InputError& e) {
+    crew.abort(e);
+    throw;
   } catch (const std::exception& e) {
+    // Where this command has started the ranks, it tells what is left.
+    if (std::getenv(kBoardVariable) == nullptr && crew.speaks())
+      show_incomplete(o, outcomes, kept ? kept->units().size() : 0, e.what());
     crew.abort(e);
     throw;
   }
+  validation::Journal& journal = *kept;
+  if (!o.out.empty()) journal.keep_as(o.out + "/suite.jsonl");
   const Profile p = profile_of(journal, o, o.round_count());
   const bool temporary = o.out.empty();
   const std::string folder =
-      temporary ? (std::filesystem::temp_directory_path() / fmt::format("partita-{}", ::getpid()))
-                      .string()
-                : o.out;
+      temporary ? temporary_folder() + fmt::format("/partita-{}", ::getpid()) : o.out;
   make_folder(folder);
   const std::string cluster = save(p, folder, o.most_ranks());
   const Topology topology = load_topology(cluster);
@@ -675,7 +826,7 @@ void validate(Options& o, int& code) {
 
 void add_common(CLI::App& c, Options& o) {
   c.add_option("--backend", o.backend, "cpu");
-  c.add_option("--transport", o.transport, "threads (default) or mpi: what ranks are");
+  c.add_option("--transport", o.transport, "threads (default), mpi or tcp: what ranks are");
   c.add_option("--ranks", o.ranks, "numbers of ranks, like 1,2,4")->delimiter(',');
   c.add_option("--rounds", o.rounds, "how often everything is measured, in turns (default: 3)");
   c.add_option("--steps", o.steps, "timed steps of each run");

@@ -34,6 +34,7 @@ Json json_of(const Unit& u) {
   }
   if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
   if (!u.overlap.empty()) j["overlap"] = u.overlap;
+  if (!u.record.empty()) j["record"] = Json::parse(u.record);
   return j;
 }
 
@@ -64,6 +65,7 @@ Unit unit_of(const Json& j) {
   }
   u.dispatch = j.value("dispatch", std::vector<double>{});
   u.overlap = j.value("overlap", std::vector<double>{});
+  if (j.contains("record")) u.record = j.at("record").dump();
   return u;
 }
 
@@ -140,12 +142,25 @@ bool Journal::has(std::int64_t round, int ranks, const std::string& name) const 
   return known_.count({round, ranks, name}) > 0;
 }
 
+const Unit* Journal::find(std::int64_t round, int ranks, const std::string& name) const {
+  for (const Unit& u : units_) {
+    if (u.round == round && u.ranks == ranks && u.name == name) return &u;
+  }
+  return nullptr;
+}
+
 void Journal::add(Unit unit) {
   if (descriptor_ >= 0) {
     const std::string line = json_of(unit).dump() + "\n";
-    if (::write(descriptor_, line.data(), line.size()) != static_cast<ssize_t>(line.size()))
-      throw InputError("--out",
-                       fmt::format("cannot write {}; check whether the disk is full", file_));
+    for (std::size_t done = 0; done < line.size();) {
+      const ssize_t n = ::write(descriptor_, line.data() + done, line.size() - done);
+      if (n <= 0)
+        throw MachineError(
+            fmt::format("--out: cannot write {}: {}; make room and start again: "
+                        "what is in it is kept",
+                        file_, std::strerror(n == 0 ? ENOSPC : errno)));
+      done += static_cast<std::size_t>(n);
+    }
   }
   known_.insert({unit.round, unit.ranks, unit.name});
   units_.push_back(std::move(unit));

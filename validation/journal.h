@@ -24,6 +24,7 @@ struct Unit {
   CollectiveTable collectives;
   std::vector<double> dispatch;  ///< seconds between two instructions
   std::vector<double> overlap;   ///< share of the smaller of transfer and compute
+  std::string record;            ///< JSON of who measures something else
 };
 
 /// What may be joined: the same machine, the same way of measuring.
@@ -46,6 +47,7 @@ class Journal {
   Journal& operator=(const Journal&) = delete;
 
   bool has(std::int64_t round, int ranks, const std::string& name) const;
+  const Unit* find(std::int64_t round, int ranks, const std::string& name) const;
   void add(Unit unit);
   const std::vector<Unit>& units() const { return units_; }
   /// Seconds spent measuring, before an interruption too.

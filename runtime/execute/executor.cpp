@@ -95,6 +95,24 @@ class Executor {
   Executor& operator=(const Executor&) = delete;
 
   RankResult run() {
+    try {
+      return run_steps();
+    } catch (const MachineError& e) {
+      throw MachineError(at_instruction(e.what()));
+    } catch (const std::bad_alloc&) {
+      throw MachineError(at_instruction("out of memory; use a smaller network, batch or plan"));
+    }
+  }
+
+ private:
+  std::string at_instruction(const std::string& why) const {
+    const std::string where = step_ == o_.warm_up + o_.steps
+                                  ? std::string("the end of the run")
+                                  : place(p_, rank_, step_, instruction_);
+    return fmt::format("rank {} in {}{}: {}", rank_, where, o_.name.empty() ? "" : " of " + o_.name,
+                       why);
+  }
+  RankResult run_steps() {
     losses_.clear();
     const int all = o_.warm_up + o_.steps;
     const auto clock = [this] { return now().time_since_epoch().count(); };
@@ -102,9 +120,10 @@ class Executor {
     std::vector<std::int64_t> starts;
     for (step_ = 0; step_ < all; ++step_) {
       last_step_ = step_ + 1 == all;
-      make_inputs();
       transport_.doing("the start of a step");
-      transport_.at(step_, -1);
+      come_to(-1);
+      make_inputs();
+      come_to(-1);
       if (o_.record && step_ == o_.warm_up)
         clock_before = read_clocks(transport_, kClockTag, clock);
       transport_.barrier();
@@ -142,8 +161,11 @@ class Executor {
     if (o_.routing) collect_routing();
     return std::move(result_);
   }
+  void come_to(std::int64_t instruction) {
+    instruction_ = instruction;
+    transport_.at(step_, instruction);
+  }
 
- private:
   // ---- what does not change between steps ------------------------------------------------------
   const Box& box(BufferId id) {
     auto& b = boxes_[id.index()];
@@ -185,6 +207,7 @@ class Executor {
           collectives_[id.index()][k] = prepare_collective(i);
       }
     }
+    for (const BufferId id : to_draw_) initialise(id);
   }
 
   /// Places the buffer in memory: state now, others when their instruction says so.
@@ -218,7 +241,10 @@ class Executor {
       take(id, instance, box(id).elements() * width(b));
       if (instance.data != nullptr)
         std::memset(instance.data, 0, static_cast<std::size_t>(instance.bytes));
-      if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) initialise(id);
+      if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) {
+        to_draw_.push_back(id);
+        if (box(id).held) elements_to_draw_ += box(id).elements();
+      }
     }
   }
 
@@ -236,6 +262,7 @@ class Executor {
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
+      if (o_.drawing && ++drawn_ % 65536 == 0) o_.drawing(rank_, drawn_, elements_to_draw_);
     });
   }
 
@@ -430,15 +457,20 @@ class Executor {
     return o_.clock ? Clock::time_point(std::chrono::nanoseconds(o_.clock(rank_))) : Clock::now();
   }
 
-  /// Between steps: what rank 0 will still have if another rank fails.
+  /// Between steps: what every rank will still have if another fails.
   void tell_progress(double took) {
     const double mine[] = {losses_.back(), took};
-    if (rank_ != 0) {
-      transport_.send(0, kProgressTag, mine, sizeof mine);
-      return;
-    }
     std::vector<double> losses(static_cast<std::size_t>(p_.mesh.size(p_.replicas)), 0.0);
     double slowest = took;
+    if (rank_ != 0) {
+      transport_.send(0, kProgressTag, mine, sizeof mine);
+      losses.push_back(0);
+      transport_.receive(0, kProgressTag, losses.data(), losses.size() * sizeof(double));
+      slowest = losses.back();
+      losses.pop_back();
+      o_.progress(rank_, losses, slowest);
+      return;
+    }
     losses[replica_of(0)] += mine[0];
     for (int from = 1; from < transport_.size(); ++from) {
       double its[2];
@@ -446,7 +478,11 @@ class Executor {
       losses[replica_of(from)] += its[0];
       slowest = std::max(slowest, its[1]);
     }
-    o_.progress(losses, slowest);
+    losses.push_back(slowest);
+    for (int to = 1; to < transport_.size(); ++to)
+      transport_.send(to, kProgressTag, losses.data(), losses.size() * sizeof(double));
+    losses.pop_back();
+    o_.progress(rank_, losses, slowest);
   }
 
   // ---- one step --------------------------------------------------------------------------------
@@ -457,7 +493,7 @@ class Executor {
       micro_batch_ = call.micro_batch;
       for (std::size_t k = 0; k < block.instructions.size(); ++k, ++index) {
         const Instruction& i = block.instructions[k];
-        transport_.at(step_, static_cast<std::int64_t>(index));
+        come_to(static_cast<std::int64_t>(index));
         if (o_.before) o_.before(rank_, step_, index);
         const bool rests = (step_ + 1) % i.every != 0;
         const bool timed =
@@ -571,8 +607,10 @@ class Executor {
   void make_inputs() {
     inputs_.clear();
     shard_.rewind();
+    std::int64_t index = -1;
     for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
       for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+        ++index;
         if (i.kind != Kind::load || !box(i.writes[0]).held) continue;
         const Buffer& b = p_.buffer(i.writes[0]);
         std::int64_t per_sample = 1;
@@ -592,6 +630,7 @@ class Executor {
         });
         auto& input = inputs_[{i.writes[0], call.micro_batch}];
         if (p_.sharded_storage) {
+          come_to(index);
           input.at = shard_.append(o_.storage, rank_, made.data(), made.size());
           input.bytes = made.size();
         } else {
@@ -1596,13 +1635,15 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
   Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
+  std::vector<BufferId> to_draw_;
+  std::int64_t drawn_ = 0, elements_to_draw_ = 0;
   std::vector<double> losses_;
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.
   std::vector<std::int64_t> routed_;
   RankResult result_;
-  std::int64_t step_ = 0;
+  std::int64_t step_ = 0, instruction_ = -1;
   bool last_step_ = false;
   std::int32_t micro_batch_ = -1;
   Clock::time_point step_start_;

@@ -22,6 +22,7 @@ struct Options {
   int steps = 1;
   int warm_up = 0;  ///< steps before these, trained but not timed
   std::uint64_t seed = 1;
+  std::string name;  ///< of the program, for messages; empty: it is the only one
   reference::InputValue input;
   /// Element of a parameter before the first step; `linear` row-major over its whole shape.
   std::function<double(std::size_t replica, std::size_t parameter, std::int64_t linear)> initial;
@@ -37,9 +38,11 @@ struct Options {
   bool collect = true;   ///< gradients and parameters of all ranks on rank 0
   bool record = false;   ///< start and end of every instruction of every timed step
   bool routing = false;  ///< rows that went to experts in every timed step, on rank 0
-  /// On rank 0 after each step: losses by replica, as in `values`, and the slowest rank's time. Set
-  /// on all ranks or none: they tell rank 0 between the steps.
-  std::function<void(const std::vector<double>& losses, double slowest_s)> progress;
+  /// On every rank after each step that all have done: losses by replica, as in `values`, and the
+  /// slowest rank's time. Set on all ranks or none: they tell each other between the steps.
+  std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
+  /// While a rank draws its parameters: how many elements it has, of how many.
+  std::function<void(int rank, std::int64_t drawn, std::int64_t all)> drawing;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
   std::function<std::int64_t(int rank)> clock;
   /// Called before each instruction; tests stop a rank here.
@@ -59,7 +62,8 @@ struct RankResult {
 std::string place(const Program& program, int rank, std::int64_t step, std::int64_t instruction);
 
 /// Trains on this rank. Throws PeerError when another rank fails, InputError when the program needs
-/// what this backend has not.
+/// what this backend has not, MachineError, with rank and instruction, when disk or memory are
+/// full.
 RankResult run_rank(const Program& program, Transport& transport, const Options& options);
 
 }  // namespace partita::execute

@@ -4,6 +4,8 @@
 #include <mutex>
 #include <thread>
 
+#include "base/error.h"
+
 namespace partita::execute {
 
 std::vector<RankResult> run_threads(const Program& program, const Options& options,
@@ -27,6 +29,8 @@ std::vector<RankResult> run_threads(const Program& program, const Options& optio
       results[static_cast<std::size_t>(rank)] = run_rank(program, *transport, options);
     } catch (const PeerError& e) {
       note(true, e.what());
+    } catch (const MachineError& e) {
+      note(false, e.what());
     } catch (const std::exception& e) {
       note(false, "rank " + std::to_string(rank) + ": " + e.what());
     }

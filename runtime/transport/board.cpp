@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 #include <new>
 #include <random>
@@ -104,12 +105,12 @@ std::vector<double> Board::losses(std::int64_t step) const {
 }
 double Board::seconds(std::int64_t step) const { return *record(step); }
 
-int Board::culprit(int me) const {
+int Board::culprit(int me, int among) const {
   // Stopped or gone before at work before furthest behind.
   using Rating = std::tuple<int, std::int64_t, std::int64_t>;
   int worst = -1;
   Rating best;
-  for (int r = 0; r < ranks(); ++r) {
+  for (int r = 0; r < std::min(among, ranks()); ++r) {
     if (r == me) continue;
     const RankState& s = rank(r);
     const char state = s.process == 0 ? 'R' : process_state(s.process);

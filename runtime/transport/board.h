@@ -32,8 +32,8 @@ class Board {
   std::vector<double> losses(std::int64_t step) const;
   double seconds(std::int64_t step) const;
   /// Who holds up the others, `me` having waited too long: a rank whose process is stopped or gone,
-  /// else one that waits for nobody, else the one furthest behind.
-  int culprit(int me) const;
+  /// else one that waits for nobody, else the one furthest behind. Of the first `among` ranks.
+  int culprit(int me, int among) const;
 
  private:
   struct Header;

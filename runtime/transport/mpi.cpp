@@ -45,7 +45,11 @@ class MpiTransport final : public Transport {
     state_->process = ::getpid();
   }
   /// The first `ranks` of the run.
-  MpiTransport(double timeout_s, int ranks) : timeout_(timeout_s), world_(first(ranks)) { begin(); }
+  MpiTransport(const MpiTransport& all, double timeout_s, int ranks)
+      : timeout_(timeout_s), describe_(all.describe_), board_(all.board_), world_(first(ranks)) {
+    begin();
+    state_ = all.state_;
+  }
   ~MpiTransport() override {
     for (Pending& p : pending_) MPI_Wait(&p.request, MPI_STATUS_IGNORE);
     for (auto& [group, communicator] : communicators_) MPI_Comm_free(&communicator);
@@ -282,7 +286,7 @@ class MpiTransport final : public Transport {
   /// Why a wait took too long. The board tells who holds up all; without it, who is waited for.
   std::string late(int peer) const {
     const std::string whom = peer >= 0 ? fmt::format("rank {}", peer) : "its group";
-    const int culprit = board_ ? board_->culprit(rank_) : -1;
+    const int culprit = board_ ? board_->culprit(rank_, size_) : -1;
     if (culprit < 0 || !describe_)
       return fmt::format("rank {} waits in {} for {}, which has not answered for {:.3g} s", rank_,
                          doing_, whom, timeout_);
@@ -342,8 +346,8 @@ std::unique_ptr<Transport> mpi_transport(const MpiOptions& options) {
   return std::make_unique<MpiTransport>(options);
 }
 
-std::unique_ptr<Transport> mpi_part(double timeout_s, int ranks) {
-  return std::make_unique<MpiTransport>(timeout_s, ranks);
+std::unique_ptr<Transport> mpi_part(Transport& world, double timeout_s, int ranks) {
+  return std::make_unique<MpiTransport>(dynamic_cast<MpiTransport&>(world), timeout_s, ranks);
 }
 
 std::string mpi_version() {

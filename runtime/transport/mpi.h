@@ -18,9 +18,9 @@ struct MpiOptions {
 /// with that exit code.
 std::unique_ptr<Transport> mpi_transport(const MpiOptions& options);
 
-/// The first `ranks` ranks of a run that mpi_transport has started and still holds; for these to
-/// call, all of them.
-std::unique_ptr<Transport> mpi_part(double timeout_s, int ranks);
+/// The first `ranks` ranks of a run that mpi_transport has made, which must outlive it; for these
+/// to call, all of them.
+std::unique_ptr<Transport> mpi_part(Transport& world, double timeout_s, int ranks);
 
 /// "Open MPI v4.1.4".
 std::string mpi_version();

@@ -97,26 +97,38 @@ class TcpTransport final : public Transport {
     put(to, tag, data, bytes);
   }
   void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
-    const Letter letter = take(from, tag);
+    receive_within(o_.timeout_s, from, tag, data, bytes);
+  }
+  void receive_within(double timeout_s, int from, std::int64_t tag, void* data, std::size_t bytes) {
+    const Letter letter = take(timeout_s, from, tag);
     PARTITA_ASSERT(letter.size() == bytes, fmt::format("rank {} wants {} bytes of rank {}, got {}",
                                                        o_.rank, bytes, from, letter.size()));
     if (bytes > 0) std::memcpy(data, letter.data(), bytes);
   }
   void collective(const CollectiveCall& call) override {
-    const int n = static_cast<int>(call.group->size());
-    const Algorithm a = o_.algorithm ? o_.algorithm(call.kind, n) : default_algorithm(call.kind);
-    auto& e = expansions_[{call.kind, a, n}];
-    if (!e) e = std::make_unique<Expansion>(expand(call.kind, a, n));
-    execute_steps(*this, call, *e);
+    execute_steps(*this, call, expansion(call.kind, static_cast<int>(call.group->size())));
   }
-  void barrier() override {
+  const Expansion& expansion(CollectiveKind kind, int members) {
+    const Algorithm a = o_.algorithm ? o_.algorithm(kind, members) : default_algorithm(kind);
+    auto& e = expansions_[{kind, a, members}];
+    if (!e) e = std::make_unique<Expansion>(expand(kind, a, members));
+    return *e;
+  }
+  void barrier() override { barrier_within(o_.timeout_s, o_.size); }
+  void barrier_within(double timeout_s, int ranks) {
     if (o_.rank != 0) {
       put(0, kBarrier, nullptr, 0);
-      take(0, kBarrier);
+      take(timeout_s, 0, kBarrier);
       return;
     }
-    for (int r = 1; r < o_.size; ++r) take(r, kBarrier);
-    for (int r = 1; r < o_.size; ++r) put(r, kBarrier, nullptr, 0);
+    for (int r = 1; r < ranks; ++r) take(timeout_s, r, kBarrier);
+    for (int r = 1; r < ranks; ++r) put(r, kBarrier, nullptr, 0);
+  }
+  RankState* state() { return state_; }
+  /// Does not count, nor wait.
+  void put(int to, std::int64_t tag, const void* data, std::size_t bytes) {
+    PARTITA_ASSERT(to != o_.rank && to >= 0 && to < o_.size, fmt::format("a message to {}", to));
+    frame(to, Frame::data, tag, data, bytes);
   }
   void abort(const std::string& reason, int code) override {
     Failure f{reason, code, o_.rank, true};
@@ -126,7 +138,9 @@ class TcpTransport final : public Transport {
       fail_locked(f);
       thrown_ = true;
     }
-    f.reason = fmt::format("rank {}: {}", o_.rank, reason);
+    // What a rank says of itself may name it.
+    if (reason.rfind(fmt::format("rank {} ", o_.rank), 0) != 0)
+      f.reason = fmt::format("rank {}: {}", o_.rank, reason);
     tell(f);
   }
   void doing(const std::string& what) override { doing_ = what; }
@@ -187,10 +201,6 @@ class TcpTransport final : public Transport {
     }
     p.out.push_back(std::move(rest));
     wake();
-  }
-  void put(int to, std::int64_t tag, const void* data, std::size_t bytes) {
-    PARTITA_ASSERT(to != o_.rank && to >= 0 && to < o_.size, fmt::format("a message to {}", to));
-    frame(to, Frame::data, tag, data, bytes);
   }
   /// Sends what waits; false when the socket is gone.
   static bool flush(Peer& p) {
@@ -340,14 +350,14 @@ class TcpTransport final : public Transport {
   }
 
   // ---- waiting -----
-  Letter take(int from, std::int64_t tag) {
+  Letter take(double timeout_s, int from, std::int64_t tag) {
     std::unique_lock<std::mutex> lock(guard_);
     auto& queue = letters_[{from, tag}];
     state_->waits_for.store(from, std::memory_order_relaxed);
     const auto ready = [&] { return !queue.empty() || failure_ || !peer(from).open; };
-    if (!came_.wait_for(lock, std::chrono::duration<double>(o_.timeout_s), ready)) {
+    if (!came_.wait_for(lock, std::chrono::duration<double>(timeout_s), ready)) {
       lock.unlock();
-      ask_all(from, tag);
+      ask_all(timeout_s, from, tag);
       lock.lock();
     }
     if (queue.empty()) {
@@ -364,6 +374,8 @@ class TcpTransport final : public Transport {
       thrown_ = true;
       lock.unlock();
       tell(f);
+      // The user's mistake that another has found stays one.
+      if (f.speaks && f.code == 2) throw InputError("", f.reason);
       if (f.speaks) throw PeerError(f.reason);
       throw ToldElsewhere(f.code, f.reason);
     }
@@ -374,7 +386,7 @@ class TcpTransport final : public Transport {
   }
 
   /// After a time-out: everyone says whom it waits for, and the failure names who holds up all.
-  void ask_all(int from, std::int64_t tag) {
+  void ask_all(double timeout_s, int from, std::int64_t tag) {
     std::vector<std::int64_t> before;
     for (const auto& p : peers_) before.push_back(p->answers);
     for (int r = 0; r < o_.size; ++r) {
@@ -412,11 +424,11 @@ class TcpTransport final : public Transport {
                                  : fmt::format("rank {}, which waits too; rank {}", from, culprit);
     const std::string what =
         answered(culprit)
-            ? fmt::format("has been in {} for {:.3g} s", place_of(culprit), o_.timeout_s)
+            ? fmt::format("has been in {} for {:.3g} s", place_of(culprit), timeout_s)
             : fmt::format(
                   "does not answer for {:.3g} s and was last in {}: it is stopped, or its "
                   "machine cannot be reached",
-                  o_.timeout_s, place_of(culprit));
+                  timeout_s, place_of(culprit));
     fail_locked(
         {fmt::format("rank {} waits in {} for {} {}", o_.rank, place(), link, what), 3, culprit});
   }
@@ -476,7 +488,43 @@ class TcpTransport final : public Transport {
   std::thread reader_;
 };
 
+/// Some of the ranks of another transport, over its sockets.
+class TcpPart final : public Transport {
+ public:
+  TcpPart(TcpTransport& world, double timeout_s, int ranks)
+      : world_(world), timeout_s_(timeout_s), ranks_(ranks) {
+    state_ = world.state();
+  }
+  int rank() const override { return world_.rank(); }
+  int size() const override { return ranks_; }
+  std::string name() const override { return world_.name(); }
+  void send(int to, std::int64_t tag, const void* data, std::size_t bytes) override {
+    traffic_.bytes_to[to] += static_cast<std::int64_t>(bytes);
+    ++traffic_.messages;
+    world_.put(to, tag, data, bytes);
+  }
+  void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
+    world_.receive_within(timeout_s_, from, tag, data, bytes);
+  }
+  void collective(const CollectiveCall& c) override {
+    execute_steps(*this, c, world_.expansion(c.kind, static_cast<int>(c.group->size())));
+  }
+  void barrier() override { world_.barrier_within(timeout_s_, ranks_); }
+  void abort(const std::string& reason, int code) override { world_.abort(reason, code); }
+  bool speaks() override { return world_.speaks(); }
+  void doing(const std::string& what) override { world_.doing(what); }
+
+ private:
+  TcpTransport& world_;
+  double timeout_s_;
+  int ranks_;
+};
+
 }  // namespace
+
+std::unique_ptr<Transport> tcp_part(Transport& world, double timeout_s, int ranks) {
+  return std::make_unique<TcpPart>(dynamic_cast<TcpTransport&>(world), timeout_s, ranks);
+}
 
 std::unique_ptr<Transport> tcp_transport(const TcpOptions& options) {
   Met met = meet(options);

@@ -31,6 +31,9 @@ struct TcpOptions {
 /// says it.
 std::unique_ptr<Transport> tcp_transport(const TcpOptions& options);
 
+/// The first `ranks` ranks of a run that tcp_transport has made, which must outlive it.
+std::unique_ptr<Transport> tcp_part(Transport& world, double timeout_s, int ranks);
+
 /// A socket that listens on loopback, at a port that was free. For own launches.
 struct Listening {
   int socket = -1;

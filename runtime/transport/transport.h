@@ -35,6 +35,7 @@ class ToldElsewhere : public PeerError {
 struct RankState {
   static constexpr std::int64_t kNobody = -1, kGroup = -2;
   std::atomic<std::int64_t> process{0};  ///< its id
+  std::atomic<std::int64_t> task{-1};    ///< of a list of programs; -1: none
   std::atomic<std::int64_t> step{-1}, instruction{-1};
   std::atomic<std::int64_t> waits_for{kNobody};  ///< a rank, kNobody, or kGroup: a collective's
 };
@@ -89,6 +90,11 @@ class Transport {
   void at(std::int64_t step, std::int64_t instruction) {
     state_->step.store(step, std::memory_order_relaxed);
     state_->instruction.store(instruction, std::memory_order_relaxed);
+  }
+  /// This rank begins that program of a list that all ranks have; -1: it waits for the next.
+  void work_on(std::int64_t task) {
+    state_->task.store(task, std::memory_order_relaxed);
+    at(-1, -1);
   }
   /// Do all ranks read one clock?
   virtual bool one_clock() const { return false; }

@@ -44,6 +44,7 @@ class Process {
     std::istringstream in(arguments);
     for (std::string w; in >> w;) words.push_back(w);
     for (const char* name : {"PATH", "HOME", "TMPDIR", "ASAN_OPTIONS", "LD_LIBRARY_PATH"}) {
+      if (environment.count(name) > 0) continue;
       if (const char* v = std::getenv(name)) variables.push_back(fmt::format("{}={}", name, v));
     }
     for (const auto& [name, v] : environment) variables.push_back(name + "=" + v);
@@ -175,6 +176,33 @@ const std::string kPipeline = "run ../tiny.yaml --pp 2 --tp 2 --global-batch 4 -
 
 unsigned draw(std::mt19937& rng, unsigned below) { return static_cast<unsigned>(rng()) % below; }
 
+/// The command with TMPDIR a file system of its own, so large and so mounted; nothing of it is
+/// left.
+class Mounted {
+ public:
+  /// Needs the right to mount.
+  static bool possible() {
+    const TemporaryFolder folder;
+    const std::string line = fmt::format("{} sh -c 'mount -t tmpfs tmpfs {}' >/dev/null 2>&1",
+                                         kNamespace, folder.path());
+    static const bool can = std::system(line.c_str()) == 0;
+    return can;
+  }
+  Ran run(const std::string& options, const std::string& arguments, int patience = 3) const {
+    return test::run(arguments,
+                     fmt::format("{0} sh -c 'mount -t tmpfs -o {1} tmpfs {2} && TMPDIR={2} exec "
+                                 "\"$@\"' sh",
+                                 kNamespace, options, folder_.path()),
+                     patience);
+  }
+  const std::string& path() const { return folder_.path(); }
+
+ private:
+  static inline const std::string kNamespace = ::geteuid() == 0 ? "unshare -m" : "unshare -rm";
+  TemporaryFolder folder_;
+};
+const char* const kNoMount = "file systems cannot be mounted here: not root, and no namespaces";
+
 /// Rank, cause and instruction, in the one message.
 void expect_names(const std::string& err, unsigned rank, unsigned step, const std::string& cause) {
   EXPECT_THAT(err, ::testing::ContainsRegex(fmt::format(
@@ -183,13 +211,17 @@ void expect_names(const std::string& err, unsigned rank, unsigned step, const st
 
 TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
   std::mt19937 rng(20261126);
-  for (const std::string& transport : launches()) {
+  auto transports = launches();
+  transports.push_back("threads");
+  for (const std::string& transport : transports) {
     const Json whole =
         Json::parse(Process(kPipeline + "--transport " + transport, {}).wait().out, nullptr, false);
     ASSERT_FALSE(whole.is_discarded());
     EXPECT_EQ(whole.at("complete"), true);
-    for (unsigned k = 0; k < 9; ++k) {
-      const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
+    for (unsigned k = 0; k < 12; ++k) {
+      const std::string what = std::vector<std::string>{"kill", "exit", "stop", "full"}[k % 4];
+      // The others would end the process that all threads share.
+      if (transport == "threads" && what != "full") continue;
       const unsigned rank = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
       const std::string fault = fmt::format("{}:{}:{}:{}", rank, step, instruction, what);
       SCOPED_TRACE(transport + " " + fault);
@@ -202,7 +234,11 @@ TEST(Faults, ARankThatDiesOrStopsAtARandomInstructionIsNamedAndNothingIsLeft) {
       expect_names(r.err, rank, step,
                    what == "kill"   ? "was ended by signal 9 .Killed. in"
                    : what == "exit" ? "ended with exit code 7 in"
+                   : what == "full" ? "in"
                                     : "does not answer for|was stopped in");
+      if (what == "full") {
+        EXPECT_THAT(r.err, HasSubstr(": cannot write a file: the disk is full"));
+      }
       expect_kept(r.out, step, whole);
       expect_nobody_left(fmt::format("1.{}{}", ::getpid(), k));
     }
@@ -222,15 +258,137 @@ TEST(Faults, TheInstructionIsTheVeryOne) {
   }
 }
 
+/// Without the lines that tell how far a suite is.
+std::string without_progress(const std::string& err) {
+  std::istringstream in(err);
+  std::string left;
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("progress: ", 0) != 0) left += line + "\n";
+  }
+  return left;
+}
+std::vector<std::string> lines_of(const std::string& file) {
+  std::istringstream in(read(file));
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(in, line);) lines.push_back(line);
+  return lines;
+}
+
+/// A small suite, killed at random, shows what it had, and goes on from there.
+TEST(Faults, ASuiteNamesRankInstructionAndCaseAndGoesOn) {
+  std::mt19937 rng(20261128);
+  auto transports = launches();
+  transports.push_back("threads");
+  for (const std::string& transport : transports) {
+    const TemporaryFolder whole_folder;
+    const std::string line =
+        "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --json "
+        "--timeout 2 --transport " +
+        transport + " --out ";
+    const Ran whole = Process(line + whole_folder.path(), {}).wait(120);
+    ASSERT_TRUE(whole.code == 0 || whole.code == 1) << whole.err;
+    const auto all = lines_of(whole_folder.path() + "/suite.jsonl").size() - 1;
+    ASSERT_GT(all, 5u);
+    const std::vector<std::string> faults{"kill", "exit", "stop", "full", "kill", "stop"};
+    for (std::size_t k = 0; k < faults.size(); ++k) {
+      const std::string& what = faults[k];
+      if (transport == "threads" && what != "full") continue;
+      // The first in the first program, the second in one of the last, which are cases of the
+      // suite.
+      const unsigned program = k == 0   ? 0
+                               : k == 1 ? static_cast<unsigned>(all) + 1
+                                        : draw(rng, static_cast<unsigned>(all));
+      const unsigned rank = draw(rng, 2), step = draw(rng, 2);
+      const std::string fault =
+          fmt::format("{}:{}:{}:{}:{}", rank, step, draw(rng, 3), what, program);
+      SCOPED_TRACE(transport + " " + fault);
+      const TemporaryFolder folder;
+      const Ran r = Process(line + folder.path(), {{"PARTITA_TEST_FAULT", fault}}).wait(60);
+      EXPECT_EQ(r.code, 3) << r.err;
+      const std::string said = without_progress(r.err);
+      expect_one_message(said);
+      EXPECT_THAT(said, ::testing::ContainsRegex(
+                            fmt::format("rank {}(, which)? ({}).* step {}, .* in block ", rank,
+                                        what == "kill"   ? "was ended by signal 9 .Killed. in"
+                                        : what == "exit" ? "ended with exit code 7 in"
+                                        : what == "full" ? "in"
+                                                         : "does not answer for|was stopped in",
+                                        step)));
+      EXPECT_THAT(said, ::testing::ContainsRegex(" of case '|on 2 ranks"));
+      expect_nobody_left(folder.path());
+      const Json j = Json::parse(r.out, nullptr, false);
+      ASSERT_FALSE(j.is_discarded()) << r.out;
+      EXPECT_EQ(j.at("complete"), false);
+      EXPECT_EQ(j.at("reason").get<std::string>() + "\n", said.substr(9));
+      // A unit may be several programs.
+      const auto before = lines_of(folder.path() + "/suite-journal.jsonl");
+      EXPECT_EQ(j.at("measurements").get<std::size_t>(), before.size() - 1);
+      EXPECT_LE(before.size() - 1, program);
+      EXPECT_GE(before.size() + 3, std::min<std::size_t>(program, all));
+      std::size_t of_cases = 0;
+      for (const Json& c : j.at("suite").at("cases")) {
+        of_cases +=
+            (c.at("equal_to_reference").is_null() ? 0 : 1) + c.at("rounds").get<std::size_t>();
+        EXPECT_EQ(c.at("measured_s").is_null(), c.at("rounds") == 0);
+      }
+      EXPECT_LE(of_cases, before.size() - 1);
+      if (k > 1) continue;
+      const Ran again = Process(line + folder.path(), {}).wait(120);
+      EXPECT_TRUE(again.code == 0 || again.code == 1) << again.err;
+      EXPECT_EQ(without_progress(again.err), "");
+      if (before.size() > 1) {
+        EXPECT_THAT(again.err, HasSubstr(fmt::format("progress: {} of the last validation's "
+                                                     "measurements are kept\n",
+                                                     before.size() - 1)));
+      }
+      const auto after = lines_of(folder.path() + "/suite.jsonl");
+      EXPECT_EQ(after.size() - 1, all);
+      for (std::size_t l = 0; l < before.size(); ++l) EXPECT_EQ(after[l], before[l]);
+      const Json w = Json::parse(whole.out), a = Json::parse(again.out);
+      EXPECT_EQ(a.at("suite").at("cases").size(), w.at("suite").at("cases").size());
+      for (std::size_t n = 0; n < a.at("suite").at("cases").size(); ++n) {
+        const Json& x = j.at("suite").at("cases").at(n);
+        const Json& y = a.at("suite").at("cases").at(n);
+        if (x.at("rounds") == 1) {
+          EXPECT_DOUBLE_EQ(x.at("measured_s").get<double>(), y.at("measured_s").get<double>());
+        }
+        EXPECT_EQ(y.at("memory_error"), w.at("suite").at("cases").at(n).at("memory_error"));
+      }
+      if (k == 1) {
+        EXPECT_EQ(of_cases + 1, 2 * j.at("suite").at("cases").size()) << "all but the last";
+      }
+      for (const Json& c : a.at("suite").at("cases"))
+        EXPECT_TRUE(c.at("equal_to_reference").get<bool>());
+    }
+  }
+}
+
+/// Without a folder too: the ranks' journal is memory that the command shares with them.
+TEST(Faults, ASuiteWithoutAFolderShowsWhatItHad) {
+  for (const std::string& transport : launches()) {
+    const Ran r = Process(
+                      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 "
+                      "--transport " +
+                          transport,
+                      {{"PARTITA_TEST_FAULT", "1:1:0:kill:3"}})
+                      .wait(60);
+    EXPECT_EQ(r.code, 3) << r.err;
+    expect_one_message(without_progress(r.err));
+    EXPECT_THAT(r.out, AllOf(HasSubstr("INCOMPLETE: 3 measurements\n"), HasSubstr("ZeRO-1"),
+                             HasSubstr("equal")));
+  }
+}
+
 /// As torchrun and srun start them: nobody watches but the ranks themselves.
 TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
   std::mt19937 rng(20261127);
   const Json whole =
       Json::parse(Process(kPipeline + "--transport tcp", {}).wait().out, nullptr, false);
   ASSERT_FALSE(whole.is_discarded());
-  for (unsigned k = 0; k < 9; ++k) {
-    const std::string what = std::vector<std::string>{"kill", "exit", "stop"}[k % 3];
-    const unsigned victim = draw(rng, 4), step = draw(rng, 4), instruction = draw(rng, 150);
+  for (unsigned k = 0; k < 12; ++k) {
+    const std::string what = std::vector<std::string>{"kill", "exit", "stop", "full"}[k % 4];
+    const unsigned victim = k < 4 ? 0 : draw(rng, 4);
+    const unsigned step = draw(rng, 4), instruction = draw(rng, 150);
     const std::string fault = fmt::format("{}:{}:{}:{}", victim, step, instruction, what);
     SCOPED_TRACE(fault);
     const int port = free_port();
@@ -241,19 +399,24 @@ TEST(Faults, SurvivorsOnTheirOwnEndWithOneMessage) {
       ranks.push_back(std::make_unique<Process>(kPipeline + "--timeout 1", e));
     }
     std::string said;
+    // With rank 0 gone the next shows what was done.
+    const unsigned shows = victim == 0 && what != "full" ? 1 : 0;
     for (unsigned r = 0; r < 4; ++r) {
-      if (r == victim) continue;
+      if (r == victim && what != "full") continue;
       const Ran ran = ranks[r]->wait();
       EXPECT_EQ(ran.code, 3) << "rank " << r << ": " << ran.err;
       said += ran.err;
-      if (r == 0) {
+      if (r == shows) {
         expect_kept(ran.out, step, whole);
       } else {
-        EXPECT_EQ(ran.out, "") << "only rank 0 prints";
+        EXPECT_EQ(ran.out, "") << "only one prints";
       }
     }
     expect_one_message(said);
-    expect_names(said, victim, step, what == "stop" ? "does not answer for" : "died in");
+    expect_names(said, victim, step,
+                 what == "stop"   ? "does not answer for"
+                 : what == "full" ? "in"
+                                  : "died in");
   }
 }
 
@@ -288,6 +451,42 @@ TEST(Launch, RanksOfTorchrunAndSrunMeetAndOnlyRankZeroPrints) {
       EXPECT_TRUE(j.at("equal_to_serial").get<bool>());
       EXPECT_GT(j.at("clock_uncertainty_s").get<double>(), 0);
     }
+  }
+}
+
+/// A suite too can be started by torchrun; with a folder its ranks' death loses nothing.
+TEST(Launch, RanksOfTorchrunMeasureASuite) {
+  const TemporaryFolder folder;
+  const std::string line =
+      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --json --timeout 2 "
+      "--out " +
+      folder.path();
+  for (const std::string& fault : {std::string("0:1:0:kill:5"), std::string("1:1:0:kill:9"),
+                                   std::string("1:1:0:full:0"), std::string("9:0:0:kill:0")}) {
+    SCOPED_TRACE(fault);
+    const int port = free_port();
+    Environment e0 = torchrun(0, 2, port), e1 = torchrun(1, 2, port);
+    e0["PARTITA_TEST_FAULT"] = e1["PARTITA_TEST_FAULT"] = fault;
+    Process one(line, e1), zero(line, e0);
+    const Ran r = zero.wait(60), q = one.wait(60);
+    EXPECT_EQ(q.out, "");
+    if (fault[0] == '9') {
+      EXPECT_TRUE(r.code == 0 || r.code == 1) << r.err;
+      EXPECT_EQ(q.code, 0) << q.err;
+      EXPECT_EQ(Json::parse(r.out).at("transport"), "tcp");
+      continue;
+    }
+    const bool zero_lives = fault[0] == '1';
+    const std::string said = without_progress(zero_lives ? r.err : q.err);
+    EXPECT_EQ(zero_lives ? r.code : q.code, 3) << r.err << q.err;
+    expect_one_message(said);
+    EXPECT_THAT(said, ::testing::ContainsRegex(
+                          fmt::format("rank {} .*step 1, .*(on 2 ranks|of case)", fault[0])));
+    EXPECT_EQ(without_progress(zero_lives ? q.err : r.err), "");
+    if (zero_lives) {
+      EXPECT_EQ(Json::parse(r.out).at("complete"), false);
+    }
+    EXPECT_GE(lines_of(folder.path() + "/suite-journal.jsonl").size(), 5u) << "nothing is lost";
   }
 }
 
@@ -341,7 +540,7 @@ TEST(Launch, EnvironmentsThatCannotBeAreTheUsersMistake) {
   EXPECT_THAT(refused("--ranks 2 --transport udp", {}),
               HasSubstr("'udp' is unknown; use threads, mpi or tcp"));
   EXPECT_THAT(refused("--ranks 2", {{"PARTITA_TEST_FAULT", "1:2:kill"}}),
-              HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop or exit"));
+              HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop, exit or full, and "));
   Environment nowhere = torchrun(0, 2, 29500);
   nowhere["MASTER_ADDR"] = "no-such-host.invalid";
   EXPECT_THAT(refused("--ranks 2", nowhere), HasSubstr("MASTER_ADDR: 'no-such-host.invalid'"));
@@ -371,6 +570,42 @@ TEST(Launch, InterruptedOrKilledItLeavesNobody) {
       if (signal != SIGKILL) expect_one_message(r.err);
       expect_nobody_left(mark);
     }
+  }
+}
+
+/// Nobody is left to notice but who has started them.
+TEST(Launch, RanksThatAreAllStoppedAreEnded) {
+  for (const std::string& transport : launches()) {
+    SCOPED_TRACE(transport);
+    const std::string mark = fmt::format("2{}", ::getpid());
+    Process p(
+        "run mnist-linear --dp 2 --ranks 2 --steps 1000000 --no-check --timeout 1 --json --seed " +
+            mark + " --transport " + transport,
+        {});
+    const auto ranks = [&] {
+      std::vector<int> list;
+      for (const int id : processes_with(mark)) {
+        if (id != p.id() && read(fmt::format("/proc/{}/cmdline", id)).rfind("mpirun", 0) != 0)
+          list.push_back(id);
+      }
+      return list;
+    };
+    for (int k = 0; k < 100 && ranks().size() < 2; ++k)
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    std::this_thread::sleep_for(std::chrono::seconds(1));
+    const auto them = ranks();
+    ASSERT_EQ(them.size(), 2u);
+    for (const int id : them) ::kill(id, SIGSTOP);
+    const Ran r = p.wait();
+    EXPECT_EQ(r.code, 3);
+    expect_one_message(r.err);
+    EXPECT_THAT(r.err,
+                ::testing::MatchesRegex("partita: rank 0 was stopped in .*step [0-9]+.* for 5 s; "
+                                        "the others were ended\n"));
+    const Json j = Json::parse(r.out, nullptr, false);
+    ASSERT_FALSE(j.is_discarded());
+    EXPECT_GT(j.at("loss").size(), 0u);
+    expect_nobody_left(mark);
   }
 }
 
@@ -410,9 +645,137 @@ TEST(Files, AFullDiskIsSaidNeverSilence) {
   const Ran profile =
       run("calibrate --backend cpu --ranks 1 --rounds 1 --steps 1 --out '" + folder.path() + "'",
           "sh -c 'trap \"\" XFSZ; ulimit -f 8; exec \"$@\"' sh");
-  EXPECT_EQ(profile.code, 2) << profile.err;
-  EXPECT_THAT(profile.err, HasSubstr("--out: cannot write "));
+  EXPECT_EQ(profile.code, 3) << profile.err;
+  EXPECT_THAT(profile.err,
+              AllOf(HasSubstr("--out: cannot write "),
+                    HasSubstr("File too large; make room and start again: what is in it is kept")));
   EXPECT_FALSE(std::filesystem::exists(folder.path() + "/device.yaml")) << "no half a profile";
+}
+
+const std::string kShards =
+    "run mnist-linear --dp 2 --loader --set sharded_storage=true --steps 2 ";
+
+TEST(Files, ADiskThatShardsFillNamesRankAndInstruction) {
+  if (!Mounted::possible()) GTEST_SKIP() << kNoMount;
+  auto transports = launches();
+  transports.push_back("threads");
+  for (const std::string& transport : transports) {
+    SCOPED_TRACE(transport);
+    const Mounted disk;
+    // mpirun needs 9 MiB of it first, and keeps 8.1; two shards of 1.5 MiB do not fit in the rest.
+    const std::string size = transport == "mpi" ? "size=9400k" : "size=1m";
+    const std::string line = kShards + "--micro-batch 512 --json --transport " + transport;
+    const Ran fits = disk.run("size=30m", line);
+    EXPECT_EQ(fits.code, 0) << fits.err;
+    const Ran r = disk.run(size, line);
+    EXPECT_EQ(r.code, 3) << r.err;
+    expect_one_message(r.err);
+    EXPECT_THAT(r.err, ::testing::MatchesRegex(
+                           "partita: rank [0-3] in step 0, load of [^:]* in block [^:]*: "
+                           "cannot write a shard of [0-9]+ more bytes in TMPDIR: " +
+                           disk.path() +
+                           ": the disk is full; make room, or set TMPDIR to a folder "
+                           "with room\n"));
+    expect_kept(r.out, 0, {});
+  }
+  const Mounted disk;
+  const Ran startup =
+      disk.run("size=64k", "startup gpt2 'cpu-host:2 devices' --measure --repeats 1");
+  EXPECT_EQ(startup.code, 3);
+  EXPECT_EQ(startup.err, "partita: TMPDIR: " + disk.path() +
+                             ": cannot write the parameters' file: the disk is full; make room, or "
+                             "set TMPDIR to a folder with room for it\n");
+}
+
+TEST(Files, AFolderForTemporaryFilesThatIsNone) {
+  std::vector<std::string> lines{kShards + "--transport threads", kShards + "--transport tcp",
+                                 "startup ../tiny.yaml cpu-host:2 --measure --repeats 1",
+                                 "validate --backend cpu"};
+  if (has_mpi()) lines.push_back("run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
+  const TemporaryFolder folder;
+  write(folder.path() + "/file", "");
+  for (const std::string& line : lines) {
+    for (const auto& [place, why] : std::vector<std::pair<std::string, std::string>>{
+             {folder.path() + "/none", "No such file or directory"},
+             {folder.path() + "/file", "Not a directory"}}) {
+      SCOPED_TRACE(line + " in " + place);
+      const Ran r = Process(line, {{"TMPDIR", place}}).wait();
+      EXPECT_EQ(r.code, 2);
+      expect_one_message(r.err);
+      EXPECT_THAT(r.err, HasSubstr("TMPDIR: " + place +
+                                   ": temporary files cannot be written there: " + why +
+                                   "; set TMPDIR to a folder that can be written\n"));
+    }
+    const Ran r = Process(line, {{"TMPDIR", ""}}).wait();
+    EXPECT_EQ(r.code, 2);
+    EXPECT_THAT(r.err, HasSubstr("TMPDIR: is set, but empty; set it to a folder, or unset it\n"));
+  }
+  if (!Mounted::possible()) GTEST_SKIP() << kNoMount;
+  for (const std::string& line : lines) {
+    const Mounted disk;
+    const Ran r = disk.run("ro", line);
+    EXPECT_EQ(r.code, 2) << line;
+    expect_one_message(r.err);
+    EXPECT_THAT(r.err, HasSubstr(disk.path() + ": temporary files cannot be written there: "
+                                               "Read-only file system; set TMPDIR to"));
+  }
+}
+
+TEST(Launch, MpirunWithoutRoomForItsFilesIsNotStarted) {
+  if (!has_mpi()) GTEST_SKIP() << "this build has no MPI";
+  if (!Mounted::possible()) GTEST_SKIP() << kNoMount;
+  for (const auto& [options, has] : std::vector<std::pair<std::string, std::string>>{
+           {"size=64k", "64 KiB"},
+           {"size=5m", "5 MiB"},
+           {"size=20m,nr_inodes=20", "no room for more files"}}) {
+    const Mounted disk;
+    const Ran r = disk.run(options, "run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
+    EXPECT_EQ(r.code, 3);
+    EXPECT_EQ(r.out, "");
+    EXPECT_EQ(r.err,
+              fmt::format("partita: TMPDIR: {}: the disk is full: it has {}, and mpirun needs "
+                          "9.016 MiB for 2 ranks; make room, set TMPDIR to another folder, or "
+                          "use --transport tcp or threads\n",
+                          disk.path(), has));
+  }
+  // What is asked for is enough.
+  const Mounted disk;
+  const Ran r =
+      disk.run("size=9248k", "run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi");
+  EXPECT_EQ(r.code, 0) << r.err;
+}
+
+TEST(Launch, AnMpirunThatHangsIsEnded) {
+  if (!has_mpi()) GTEST_SKIP() << "this build has no MPI";
+  const std::string mark = fmt::format("1000.{}", ::getpid());
+  const std::string path = std::getenv("PATH");
+  const auto with = [&](const std::string& script, const std::string& arguments) {
+    const TemporaryFolder folder;
+    write(folder.path() + "/mpirun", "#!/bin/sh\n" + script);
+    std::filesystem::permissions(folder.path() + "/mpirun", std::filesystem::perms::owner_all);
+    const Ran r =
+        Process("run mnist-linear --dp 2 --ranks 2 --steps 1 --transport mpi " + arguments,
+                {{"PATH", folder.path() + ":" + path}})
+            .wait();
+    expect_nobody_left(mark);
+    return r;
+  };
+  const std::string wait = "--rendezvous-timeout 0.5 ";
+  // It brings nobody forth and does not even end when it is asked to.
+  const Ran r = with("echo it has lost its way >&2\ntrap '' TERM\nexec sleep " + mark, wait);
+  EXPECT_EQ(r.code, 3);
+  EXPECT_THAT(r.err,
+              ::testing::MatchesRegex(
+                  "partita: mpirun has started no rank within [0-9.]+ s; it says 'it has lost "
+                  "its way'; wait longer by --rendezvous-timeout, or use --transport tcp or "
+                  "threads\n"));
+  EXPECT_EQ(with("exec sleep " + mark, wait).code, 3);
+  // Its ranks end, and it does not: what 4.1 does when it has no room.
+  const Ran left = with("sleep 2 &\necho no room >&2\nexec sleep " + mark, "--timeout 1 ");
+  EXPECT_EQ(left.code, 3);
+  EXPECT_EQ(left.err,
+            "partita: mpirun has not ended for 5 s after its ranks have; it says 'no room'; use "
+            "--transport tcp or threads\n");
 }
 
 TEST(Files, TooFewRanksAndForeignProfiles) {

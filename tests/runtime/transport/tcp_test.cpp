@@ -359,7 +359,7 @@ TEST(TcpTransport, ARankThatGivesUpTellsItsReason) {
     float x;
     t.receive(1, 5, &x, sizeof x);
   });
-  EXPECT_EQ(ends[0], "peer rank 1: its memory chips melted");
+  EXPECT_EQ(ends[0], "input rank 1: its memory chips melted") << "of code 2";
   EXPECT_EQ(ends[2], "elsewhere 2 rank 1: its memory chips melted");
 }
 
@@ -421,12 +421,12 @@ TEST(Board, KnowsWhoHoldsUpTheOthers) {
     board->rank(r).instruction = 10 + r;
     board->rank(r).waits_for = RankState::kGroup;
   }
-  EXPECT_EQ(other->culprit(0), 1) << "furthest behind of those that wait";
-  EXPECT_EQ(other->culprit(1), 0);
+  EXPECT_EQ(other->culprit(0, 3), 1) << "furthest behind of those that wait";
+  EXPECT_EQ(other->culprit(1, 3), 0);
   board->rank(2).waits_for = RankState::kNobody;
-  EXPECT_EQ(other->culprit(0), 2) << "at work";
+  EXPECT_EQ(other->culprit(0, 3), 2) << "at work";
   board->rank(1).process = 0x7ffffff0;
-  EXPECT_EQ(other->culprit(0), 1) << "gone";
+  EXPECT_EQ(other->culprit(0, 3), 1) << "gone";
   board->note_step({1.5, 2.5}, 0.25);
   board->note_step({3.5, 4.5}, 0.5);
   EXPECT_EQ(other->steps_done(), 2);

@@ -1,0 +1,30 @@
+#include "cli/progress.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+
+namespace partita::cli {
+
+SetupProgress::SetupProgress(std::string what, std::function<double()> seconds)
+    : what_(std::move(what)), seconds_(std::move(seconds)) {
+  if (!seconds_) {
+    seconds_ = [] {
+      const auto now = std::chrono::steady_clock::now().time_since_epoch();
+      return std::chrono::duration<double>(now).count();
+    };
+  }
+  start_ = seconds_();
+  next_ = start_ + 2;
+}
+
+std::string SetupProgress::at(std::int64_t done, std::int64_t all) {
+  const double now = seconds_();
+  if (now < next_ || done <= 0 || done > all) return "";
+  next_ = now + 5;
+  const double share = static_cast<double>(done) / static_cast<double>(all);
+  return fmt::format("progress: {}: {:.0f} %, about {:.0f} s left\n", what_, 100 * share,
+                     (now - start_) * (1 - share) / share);
+}
+
+}  // namespace partita::cli
