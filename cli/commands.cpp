@@ -1,14 +1,18 @@
 #include "cli/commands.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <memory>
+#include <sstream>
 
 #include "base/unit_text.h"
+#include "cli/cluster_flags.h"
 #include "cli/options.h"
 #include "report/report.h"
+#include "simulator/search/placement.h"
 
 namespace partita::cli {
 namespace {
@@ -50,23 +54,59 @@ void add_model(CLI::App& app) {
   });
 }
 
+/// "tp=8,dp=4": axes, innermost first.
+Mesh parse_mesh(const std::string& words, const std::string& place) {
+  Mesh mesh;
+  std::istringstream all(words);
+  double ranks = 1;
+  for (std::string word; std::getline(all, word, ',');) {
+    const auto at = word.find('=');
+    char* end = nullptr;
+    const long long size =
+        at == std::string::npos ? 0 : std::strtoll(word.c_str() + at + 1, &end, 10);
+    if (at == std::string::npos || at == 0 || end == word.c_str() + at + 1 || *end != 0 || size < 1)
+      throw InputError(place,
+                       fmt::format("'{}' is no axis; write NAME=SIZE, like tp=8,dp=4", word));
+    ranks *= static_cast<double>(size);
+    mesh.atoms.insert(mesh.atoms.begin(), {word.substr(0, at), size});
+  }
+  if (mesh.atoms.empty() || mesh.atoms.size() > 16 || ranks > 1e6)
+    throw InputError(
+        place, fmt::format("a mesh has 1 to 16 axes and up to 1,000,000 ranks; '{}' has {} axes",
+                           words, mesh.atoms.size()));
+  return mesh;
+}
+
 void add_topo(CLI::App& app) {
   struct Options {
-    std::string topology;
+    std::string topology, mesh;
+    std::vector<std::string> route;
+    ClusterFlags cluster;
     bool json = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand("topo", "show a cluster: devices, links, routes");
   c->add_option("TOPOLOGY", o->topology,
                 "catalogue name or file; without it the catalogue is listed");
+  c->add_option("--mesh", o->mesh,
+                "axes and their sizes, innermost first, like tp=8,dp=4: what each crosses");
+  c->add_option("--route", o->route,
+                "two devices, like node0.gpu0 node3.gpu1: the links between them")
+      ->expected(2);
+  o->cluster.add_state_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
     if (o->topology.empty()) {
       for (const auto& t : topology_catalogue()) print(t + "\n");
       return;
     }
-    const Topology t = load_cluster(o->topology);
-    print(o->json ? topology_json(t) : topology_table(t));
+    const Topology t = o->cluster.in_state(load_cluster(o->topology));
+    std::vector<AxisCrossing> axes;
+    if (!o->mesh.empty()) axes = axis_crossings(parse_mesh(o->mesh, "--mesh"), Communication(t));
+    std::vector<std::pair<DeviceId, DeviceId>> routes;
+    if (!o->route.empty())
+      routes = {{t.find_device(o->route[0], "--route"), t.find_device(o->route[1], "--route")}};
+    print(o->json ? topology_json(t, axes) : topology_table(t, axes, routes));
   });
 }
 
@@ -121,6 +161,34 @@ std::optional<Prediction> smallest(const Graph& g, const Topology& t, std::int64
   return least;
 }
 
+/// The cluster with the plan's ranks where --placement says; a table of what was tried.
+Topology placed(const ClusterFlags& flags, const Topology& t, const Graph& g, const Plan& wanted,
+                const RoutingSource& routing, std::string& table) {
+  const auto plan = complete(g, wanted);
+  if (!plan) throw InputError("plan", plan.reason());
+  ClusterState state = t.state();
+  if (flags.placement != "search") {
+    std::vector<std::string> order;
+    std::istringstream words(flags.placement);
+    for (std::string word; std::getline(words, word, ',');) order.push_back(word);
+    if (plan->ranks() != plan->mesh_ranks())
+      throw InputError(
+          "--placement",
+          "the plan has roles, whose ranks lie behind the mesh's; leave out the loader, the "
+          "servers and the message queue");
+    state.placement = placement(plan->mesh, order, "--placement");
+    return t.in_state(std::move(state));
+  }
+  const auto all = place(g, *plan, t, &routing);
+  if (!all) throw InputError("--placement", all.reason());
+  table = "\nplacements, axes innermost first     step time\n";
+  for (const Placed& p : *all)
+    table += fmt::format("  {:<32} {:>12}\n", fmt::format("{}", fmt::join(p.order, ",")),
+                         text(p.prediction.step_time));
+  state.placement = placement(plan->mesh, all->front().order, "--placement");
+  return t.in_state(std::move(state));
+}
+
 void add_simulate(CLI::App& app) {
   auto o = std::make_shared<Common>();
   CLI::App* c =
@@ -129,14 +197,20 @@ void add_simulate(CLI::App& app) {
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
   o->flags.add_routing(*c);
+  auto cluster = std::make_shared<ClusterFlags>();
+  cluster->add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
-  c->callback([o] {
+  c->callback([o, cluster] {
     check_writable("--trace", o->trace);
-    const Topology t = load_cluster(o->topology);
+    Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
     const Graph g = load_graph(o->model, o->flags, plan);
+    const RoutingSource routing =
+        routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
+    std::string placements;
+    if (!cluster->placement.empty()) t = placed(*cluster, t, g, plan, routing, placements);
     Communication communication(t);
     if (!o->trace.empty()) {
       // Before half a billion events are played to find that out.
@@ -145,15 +219,13 @@ void add_simulate(CLI::App& app) {
           refuse_long_trace(timed_instructions(*program));
       }
     }
-    const RoutingSource routing =
-        routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
     const auto prediction =
         predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
     if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
     const auto assumed = assumptions(o->flags, prediction->plan, g);
     print(o->json ? prediction_json(g, t, *prediction, assumed)
-                  : prediction_table(g, t, *prediction, assumed));
+                  : prediction_table(g, t, *prediction, assumed) + placements);
   });
 }
 

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/unit_text.h"
+#include "topologies/bisection.h"
 
 namespace partita {
 namespace {
@@ -344,13 +345,22 @@ std::string model_table(const Graph& graph, bool operators) {
   return out + "\n" + align(list);
 }
 
-std::string topology_json(const Topology& t) {
+std::string topology_json(const Topology& t, const std::vector<AxisCrossing>& axes) {
   Json j;
   j["schema"] = "partita.topology_summary/1";
   j["topology"] = t.name();
   j["nodes"] = t.node_count();
   j["devices"] = t.device_count();
   j["links"] = t.link_count();
+  j["bisection_bytes_per_s"] = bisection(t).count;
+  for (const AxisCrossing& a : axes)
+    j["axes"].push_back({{"axis", a.name},
+                         {"size", a.size},
+                         {"nodes", a.nodes},
+                         {"alone_bytes_per_s", a.alone.count},
+                         {"together_bytes_per_s", a.together.count},
+                         {"binds", t.link_name(a.binds)},
+                         {"latency_s", a.latency.count}});
   j["device_profiles"] = Json::array();
   for (std::size_t k = 0; k < t.profile_count(); ++k) {
     const DeviceProfile& d = t.profile(k);
@@ -367,9 +377,12 @@ std::string topology_json(const Topology& t) {
   return j.dump(2) + "\n";
 }
 
-std::string topology_table(const Topology& t) {
+std::string topology_table(const Topology& t, const std::vector<AxisCrossing>& axes,
+                           const std::vector<std::pair<DeviceId, DeviceId>>& routes) {
   std::string out = fmt::format("{}: {} nodes, {} devices, {} links (one direction each)\n",
                                 t.name(), t.node_count(), t.device_count(), t.link_count());
+  if (t.device_count() > 1)
+    out += fmt::format("between its halves: {} each way (maximum flow)\n", text(bisection(t)));
   for (std::size_t k = 0; k < t.profile_count(); ++k) {
     const DeviceProfile& d = t.profile(k);
     out += fmt::format("\n{}: {} ({} usable), {}\n", d.name, text(d.memory), text(d.usable_memory),
@@ -393,8 +406,19 @@ std::string topology_table(const Topology& t) {
     }
     out += fmt::format("  all: {}, {}\n", text(BytesPerSecond{slowest}), text(Seconds{latency}));
   };
-  show(0, 1);
-  if (t.node_count() > 1) show(0, t.first_device(1).index());
+  if (routes.empty()) {
+    show(0, 1);
+    if (t.node_count() > 1) show(0, t.first_device(1).index());
+  }
+  for (const auto& [a, b] : routes) show(a.index(), b.index());
+  if (!axes.empty()) {
+    std::vector<std::vector<std::string>> rows{
+        {"axis", "size", "nodes", "a rank alone", "all groups at once", "then binds"}};
+    for (const AxisCrossing& a : axes)
+      rows.push_back({"  " + a.name, grouped(a.size), grouped(static_cast<std::int64_t>(a.nodes)),
+                      text(a.alone), text(a.together), t.link_name(a.binds)});
+    out += "\n" + align(rows);
+  }
   for (const auto& note : t.notes()) out += "note: " + note + "\n";
   return out;
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "models/graph.h"
+#include "simulator/cost/axes.h"
 #include "simulator/search/predict.h"
 #include "topologies/topology.h"
 
@@ -25,8 +26,10 @@ std::string search_table(const Graph& graph, const Topology& topology, const Sea
 
 std::string model_json(const Graph& graph);
 std::string model_table(const Graph& graph, bool operators);
-std::string topology_json(const Topology& topology);
-std::string topology_table(const Topology& topology);
+/// `axes`: what the axes of a mesh cross; `routes`: pairs of devices to show, or the first ones.
+std::string topology_json(const Topology& topology, const std::vector<AxisCrossing>& axes = {});
+std::string topology_table(const Topology& topology, const std::vector<AxisCrossing>& axes = {},
+                           const std::vector<std::pair<DeviceId, DeviceId>>& routes = {});
 
 /// Chrome trace events (ui.perfetto.dev): one process per rank class, one thread per stream. Times
 /// in microseconds with picosecond digits. Writes the file; InputError if it can't.

@@ -6,6 +6,7 @@
 #include <boost/graph/adjacency_list.hpp>
 #include <boost/graph/dijkstra_shortest_paths.hpp>
 #include <boost/property_map/function_property_map.hpp>
+#include <cstdio>
 #include <limits>
 #include <map>
 #include <set>
@@ -345,7 +346,13 @@ struct Topology::Impl {
   /// from the template's paths, which know the domain's switch; the fabric joins the NICs of at
   /// most two nodes.
   /// With `any`, the first way found.
-  Choice choose(const Place& a, const Place& b, bool any = false) const {
+  Choice choose(const Place& a, const Place& b, bool any = false,
+                const ClusterState* state = nullptr) const {
+    const auto failed = [&](const Node& node, std::size_t link) {
+      if (state == nullptr || state->link_speed.empty()) return false;
+      const auto it = state->link_speed.find(LinkId{node.first_link() + link});
+      return it != state->link_speed.end() && it->second == 0;
+    };
     const NodeTemplate& from = a.node.node();
     const NodeTemplate& to = b.node.node();
     Choice best;
@@ -365,14 +372,14 @@ struct Topology::Impl {
     const std::size_t first_q = to.own_nic(b.vertex);
     for (std::size_t i = 0; i < from.nics().size(); ++i) {
       const std::size_t p = (first_p + i) % from.nics().size();
-      if (!from.reaches(a.vertex, from.nics()[p])) continue;
+      if (!from.reaches(a.vertex, from.nics()[p]) || failed(a.node, from.link_out(p))) continue;
       const PathCost out =
           from.cost(a.vertex, from.nics()[p]) + from.links()[from.link_out(p)].cost();
       if (best.cost < out) continue;
       const std::size_t leaf_a = fabric.leaf_of(a.node.index, p);
       for (std::size_t j = 0; j < to.nics().size(); ++j) {
         const std::size_t q = (first_q + j) % to.nics().size();
-        if (!to.reaches(to.nics()[q], b.vertex)) continue;
+        if (!to.reaches(to.nics()[q], b.vertex) || failed(b.node, to.link_in(q))) continue;
         const PathCost between = fabric.path_cost(leaf_a, fabric.leaf_of(b.node.index, q));
         if (between.links == kNoPath) continue;
         best.offer(
@@ -398,14 +405,124 @@ struct Topology::Impl {
 
 Topology::Topology(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
+const ClusterState& Topology::state() const {
+  static const ClusterState as_filed;
+  return state_ == nullptr ? as_filed : *state_;
+}
+
+DeviceId Topology::physical(DeviceId device) const {
+  if (state_ == nullptr || state_->placement.empty()) return device;
+  PARTITA_ASSERT(device.valid(), "no device");
+  if (device.index() >= state_->placement.size()) return device;
+  return DeviceId{static_cast<std::size_t>(state_->placement[device.index()])};
+}
+
+Topology Topology::in_state(ClusterState state) const {
+  std::vector<char> taken(state.placement.size(), 0);
+  for (std::size_t r = 0; r < state.placement.size(); ++r) {
+    const std::int32_t d = state.placement[r];
+    if (d < 0 || static_cast<std::size_t>(d) >= taken.size() || taken[static_cast<std::size_t>(d)])
+      throw InputError("placement",
+                       fmt::format("rank {} is placed on device {}; a placement of {} ranks names "
+                                   "each of the first {} devices once",
+                                   r, d, taken.size(), taken.size()));
+    taken[static_cast<std::size_t>(d)] = 1;
+  }
+  if (state.placement.size() > device_count())
+    throw InputError("placement", fmt::format("{} ranks are placed on {} devices",
+                                              state.placement.size(), device_count()));
+  Topology changed(impl_);
+  changed.state_ = std::make_shared<const ClusterState>(std::move(state));
+  // A card that has failed must leave its node another way out.
+  for (const auto& [link, speed] : changed.state_->link_speed) {
+    if (speed > 0 || impl_->nodes < 2) continue;
+    const std::size_t node = node_of_vertex(as_built(link).from) < node_count()
+                                 ? node_of_vertex(as_built(link).from)
+                                 : node_of_vertex(as_built(link).to);
+    if (node >= node_count()) continue;
+    const DeviceId here = first_device(node), there = first_device(node == 0 ? 1 : 0);
+    for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
+      if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, changed.state_.get()).way ==
+          Impl::Way::none)
+        throw InputError("link " + link_name(link),
+                         fmt::format("without it {} and {} cannot reach each other",
+                                     vertex_name(vertex_of(here)), vertex_name(vertex_of(there))));
+    }
+  }
+  return changed;
+}
+
+std::size_t Topology::local_index(DeviceId device) const {
+  const DeviceId d = physical(device);
+  return d.index() - first_device(impl_->place_of(d).node.index).index();
+}
+
+double Topology::speed(DeviceId device) const {
+  if (state_ == nullptr) return 1;
+  const auto it = state_->device_speed.find(physical(device));
+  return it == state_->device_speed.end() ? 1 : it->second;
+}
+
+DeviceId Topology::find_device(const std::string& name, const std::string& place) const {
+  std::size_t node = 0;
+  char dot = 0;
+  if (std::sscanf(name.c_str(), "node%zu%c", &node, &dot) == 2 && dot == '.' &&
+      node < node_count()) {
+    const std::size_t first = first_device(node).index();
+    for (std::size_t d = first; d < first + device_count(node); ++d) {
+      const auto built = impl_->place_of(DeviceId{d});
+      if (impl_->vertex_name(built.node.first_vertex() + built.vertex) == name) return DeviceId{d};
+    }
+  }
+  const auto last = impl_->place_of(DeviceId{device_count() - 1});
+  throw InputError(
+      place,
+      fmt::format("'{}' is no device of {}; they are {} to {}", name, this->name(),
+                  impl_->vertex_name(impl_->place_of(DeviceId{std::size_t{0}}).node.first_vertex() +
+                                     impl_->place_of(DeviceId{std::size_t{0}}).vertex),
+                  impl_->vertex_name(last.node.first_vertex() + last.vertex)));
+}
+
+LinkId Topology::find_link(const std::string& name, const std::string& place) const {
+  // Links of a node lie together; the others are the fabric's.
+  std::size_t begin = impl_->node_links, end = link_count(), node = 0;
+  char dot = 0;
+  const auto arrow = name.find("->");
+  for (const std::string& part :
+       {name, arrow == std::string::npos ? std::string{} : name.substr(arrow + 2)}) {
+    if (std::sscanf(part.c_str(), "node%zu%c", &node, &dot) != 2 || dot != '.' ||
+        node >= node_count())
+      continue;
+    const auto n = impl_->node_at(node);
+    begin = n.first_link(), end = begin + n.node().links().size();
+    break;
+  }
+  std::string some;
+  for (std::size_t l = begin; l < end; ++l) {
+    const std::string one = link_name(LinkId{l});
+    if (one == name) return LinkId{l};
+    // Those that share an end with the name are what was meant, perhaps.
+    const bool shares = arrow != std::string::npos && one.compare(0, arrow, name, 0, arrow) == 0;
+    if (shares && some.size() < 120) some += (some.empty() ? "" : ", ") + one;
+  }
+  throw InputError(
+      place,
+      fmt::format("'{}' is no link of {}; {}", name, this->name(),
+                  some.empty() ? "links are named like " + link_name(LinkId{std::size_t{0}}) +
+                                     " (partita topo --route A B lists a route's)"
+                               : "from there: " + some));
+}
+
 const std::string& Topology::name() const { return impl_->name; }
 std::size_t Topology::device_count() const { return impl_->devices; }
 std::size_t Topology::used_devices() const { return impl_->used_devices; }
 std::size_t Topology::node_count() const { return impl_->nodes; }
-std::size_t Topology::node_of(DeviceId device) const { return impl_->place_of(device).node.index; }
+std::size_t Topology::node_of(DeviceId device) const {
+  return impl_->place_of(physical(device)).node.index;
+}
 
 std::size_t Topology::profile_index(DeviceId device) const {
-  const auto place = impl_->place_of(device);
+  const auto place = impl_->place_of(physical(device));
   return place.node.node().spec().vertices[place.vertex].profile;
 }
 const DeviceProfile& Topology::device(DeviceId device) const {
@@ -442,10 +559,10 @@ std::size_t Topology::unit_of(std::size_t node) const {
 
 std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
   std::vector<LinkId> out;
-  const auto from = impl_->place_of(a);
-  const auto to = impl_->place_of(b);
+  const auto from = impl_->place_of(physical(a));
+  const auto to = impl_->place_of(physical(b));
   if (a == b) return out;
-  const auto choice = impl_->choose(from, to);
+  const auto choice = impl_->choose(from, to, false, state_.get());
   PARTITA_ASSERT(choice.way != Impl::Way::none, "no route: connectivity was checked on loading");
   out.reserve(static_cast<std::size_t>(choice.cost.links));
   const NodeTemplate& here = from.node.node();
@@ -477,7 +594,7 @@ std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
 std::size_t Topology::link_count() const { return impl_->node_links + impl_->fabric.link_count(); }
 
 std::vector<LinkId> Topology::links_of(DeviceId device) const {
-  const auto place = impl_->place_of(device);
+  const auto place = impl_->place_of(physical(device));
   const auto& links = place.node.node().links();
   std::vector<LinkId> all;
   for (std::size_t l = 0; l < links.size(); ++l) {
@@ -487,7 +604,16 @@ std::vector<LinkId> Topology::links_of(DeviceId device) const {
   return all;
 }
 
-Link Topology::link(LinkId link) const {
+Link Topology::link(LinkId id) const {
+  Link found = as_built(id);
+  if (state_ != nullptr) {
+    if (const auto it = state_->link_speed.find(id); it != state_->link_speed.end())
+      found.bandwidth.count *= it->second;
+  }
+  return found;
+}
+
+Link Topology::as_built(LinkId link) const {
   PARTITA_ASSERT(link.valid() && link.index() < link_count(),
                  fmt::format("link {} of {}", link.value, link_count()));
   if (link.index() >= impl_->node_links) {
@@ -536,7 +662,7 @@ std::string Topology::vertex_name(std::int32_t vertex) const {
 }
 
 std::int32_t Topology::vertex_of(DeviceId device) const {
-  const auto place = impl_->place_of(device);
+  const auto place = impl_->place_of(physical(device));
   return static_cast<std::int32_t>(place.node.first_vertex() + place.vertex);
 }
 std::string Topology::device_name(DeviceId device) const { return vertex_name(vertex_of(device)); }

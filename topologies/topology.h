@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -35,6 +36,15 @@ struct Link {
   LinkKind kind = LinkKind::other;
   BytesPerSecond bandwidth;
   Seconds latency;
+};
+
+/// What differs from the files: parts that are slow, failed or busy, and which device each rank
+/// has. Links and devices by their own numbers, whatever the placement.
+struct ClusterState {
+  std::map<LinkId, double> link_speed;          ///< fraction of its bandwidth; 0: failed
+  std::map<LinkId, BytesPerSecond> background;  ///< what others send over it
+  std::map<DeviceId, double> device_speed;      ///< fraction of its kernels' speed
+  std::vector<std::int32_t> placement;          ///< device of rank r; empty: r
 };
 
 /// Immutable; copies share their storage; safe to read from any number of threads.
@@ -97,8 +107,23 @@ class Topology {
   struct Impl;
   explicit Topology(std::shared_ptr<const Impl> impl);
 
+  /// The same cluster in another state. Routes avoid network cards whose link to the fabric has
+  /// failed. InputError where the placement is no permutation of the first devices, or a device
+  /// is left without a way to the others.
+  Topology in_state(ClusterState state) const;
+  const ClusterState& state() const;
+  /// Devices as ranks see them: place of a device on its node; its speed.
+  std::size_t local_index(DeviceId device) const;
+  double speed(DeviceId device) const;
+  /// By name: "node3.gpu1", "node3.nic0->rail0". InputError{place} with names like it.
+  DeviceId find_device(const std::string& name, const std::string& place) const;
+  LinkId find_link(const std::string& name, const std::string& place) const;
+
  private:
+  DeviceId physical(DeviceId device) const;
+  Link as_built(LinkId link) const;
   std::shared_ptr<const Impl> impl_;
+  std::shared_ptr<const ClusterState> state_;
 };
 
 /// One of

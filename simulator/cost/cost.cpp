@@ -353,6 +353,11 @@ void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_c
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
   std::uint64_t h = ranks.size();
+  if (!t.state().link_speed.empty()) {
+    // No two groups need have equal links.
+    for (const std::int64_t r : ranks) h = mix(h, static_cast<std::uint64_t>(r));
+    return h;
+  }
   std::size_t last_node = t.node_count(), last_domain = t.node_count(), last_unit = t.node_count();
   std::uint64_t node_number = 0, domain_number = 0, unit_number = 0;
   for (const std::int64_t r : ranks) {
@@ -366,7 +371,7 @@ std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) con
         ++unit_number, last_unit = unit;
     }
     last_node = node;
-    const auto local = static_cast<std::uint64_t>(r) - t.first_device(node).index();
+    const auto local = static_cast<std::uint64_t>(t.local_index(d));
     h = mix(mix(h, unit_number),
             node_number << 40 | domain_number << 20 | local << 4 | t.profile_index(d));
   }
@@ -425,11 +430,12 @@ Communication::LinkFlows Communication::collective_links(
   // Members by node; as many rings as the node with fewest members has, each leaving a node from
   // another device, so that all network cards are used.
   std::vector<std::vector<std::int64_t>> nodes;
+  std::unordered_map<std::size_t, std::size_t> known;
   for (const std::int64_t r : ranks) {
     const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
-    if (nodes.empty() || t.node_of(DeviceId{static_cast<std::size_t>(nodes.back()[0])}) != node)
-      nodes.emplace_back();
-    nodes.back().push_back(r);
+    const std::size_t at = known.try_emplace(node, nodes.size()).first->second;
+    if (at == nodes.size()) nodes.emplace_back();
+    nodes[at].push_back(r);
   }
   std::size_t rings = nodes[0].size();
   for (const auto& n : nodes) rings = std::min(rings, n.size());

@@ -82,7 +82,7 @@ class Player {
     if (r.phase == Phase::fixed) {
       const Usage& u = usages_[static_cast<std::size_t>(t.usage)];
       r.activity = sharing_.start(u.demands, u.weight, 1);
-      if (owner_.size() <= r.activity.index()) owner_.resize(r.activity.index() + 1);
+      if (owner_.size() <= r.activity.index()) owner_.resize(r.activity.index() + 1, -1);
       owner_[r.activity.index()] = e.task;
       r.left = static_cast<double>(t.work);
       r.since = now;
@@ -102,6 +102,7 @@ class Player {
 
   void settle(std::int64_t now) {
     for (const ActivityId a : sharing_.solve()) {
+      if (a.index() >= owner_.size() || owner_[a.index()] < 0) continue;  // others' traffic
       const std::int32_t id = owner_[a.index()];
       Running& r = running_[static_cast<std::size_t>(id)];
       lose(id, now);

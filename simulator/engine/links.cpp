@@ -153,8 +153,12 @@ SharedLinks share_links(const Program& p, Communication& communication, bool unf
     for (std::size_t r = 0; r < n; ++r) rank[r] = plain.of_rank[r];
     ranks = plain.classes.size();
     std::vector<std::uint64_t> of_rank(n), of_link(link.size()), of_transfer(transfer.size());
-    for (std::size_t l = 0; l < link.size(); ++l)
+    const auto& busy = topology.state().background;
+    for (std::size_t l = 0; l < link.size(); ++l) {
       of_link[l] = mix(1, std::bit_cast<std::uint64_t>(topology.link(all.link[l]).bandwidth.count));
+      if (const auto it = busy.find(all.link[l]); it != busy.end())
+        of_link[l] = mix(of_link[l], std::bit_cast<std::uint64_t>(it->second.count));
+    }
     links = number(of_link, link);
     for (;;) {
       for (std::size_t t = 0; t < transfer.size(); ++t) {

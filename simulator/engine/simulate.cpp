@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 #include <set>
 #include <unordered_map>
@@ -246,6 +247,8 @@ RankClasses classify(const Program& p, Communication& communication) {
     const std::int64_t place = p.place_of(r);
     std::uint64_t h = mix(static_cast<std::uint64_t>(stage),
                           t.profile_index(DeviceId{static_cast<std::size_t>(r)}));
+    if (!t.state().device_speed.empty())
+      h = mix(h, std::bit_cast<std::uint64_t>(t.speed(DeviceId{static_cast<std::size_t>(r)})));
     if (stores) {
       const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
       h = mix(h, static_cast<std::uint64_t>(t.storage_bandwidth(node).count /
@@ -547,7 +550,10 @@ class Engine {
           case Kind::slice:
           case Kind::copy:
           case Kind::load: {
-            s.ticks = to_ticks(price(i, rank, device)).count;
+            s.ticks = to_ticks(Seconds{price(i, rank, device).count /
+                                       communication_.topology().speed(
+                                           DeviceId{static_cast<std::size_t>(rank)})})
+                          .count;
             if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
               s.label = label("optimizer");
             } else if (i.kind == Kind::copy) {

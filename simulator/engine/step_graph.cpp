@@ -36,6 +36,15 @@ double memory_passes(CollectiveKind kind) {
 Usages::Usages(const Program& program, Communication& communication, const SharedLinks& links)
     : program_(program), communication_(communication), links_(links) {
   for (const auto& l : links.links) sharing_.add(l.capacity);
+  for (std::size_t l = 0; l < links.links.size(); ++l) {
+    // Others' traffic is one flow more, that wants no more than it sends.
+    const auto& busy = communication.topology().state().background;
+    if (const auto it = busy.find(links.links[l].representative);
+        it != busy.end() && it->second.count > 0) {
+      const Demand on{ResourceId{l}};
+      sharing_.start({&on, 1}, 1, it->second.count);
+    }
+  }
   first_units_ = ResourceId{sharing_.resource_count()};
   for (std::size_t c = 0; c < links.ranks.classes.size(); ++c) sharing_.add(1);
   first_memory_ = ResourceId{sharing_.resource_count()};
@@ -72,7 +81,8 @@ Seconds Usages::work_of_kernel(const Instruction& i, std::int64_t rank) const {
       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
   if (!device.kernels.empty()) return Seconds{1e9};  // all of it
   const KernelParts parts = kernel_parts(work_of(program_, i, rank), device);
-  return std::max(parts.units, parts.memory);
+  return Seconds{std::max(parts.units, parts.memory).count /
+                 communication_.topology().speed(DeviceId{static_cast<std::size_t>(rank)})};
 }
 
 /// Links of the class's transfer, each flow at `rate` times its share.

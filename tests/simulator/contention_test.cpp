@@ -123,7 +123,8 @@ TEST(Contention, KernelsGiveWayToTransfers) {
     const double alone = 2e9 / 3.015e12 * 1e12;
     EXPECT_NEAR(first_end(run(p, t, Network::idle)), 3e6 + alone, 2);
     const double shared = first_end(run(p, t, Network::flows));
-    // The all-reduce begins to move after 5 us, the copy after 3: for 2 it has the memory to itself.
+    // The all-reduce begins to move after 5 us, the copy after 3: for 2 it has the memory to
+    // itself.
     const double head = 2e6;
     EXPECT_NEAR(shared, 3e6 + head + (alone - head) / (1 - 1.125 / 3.015), 20);
   }
@@ -165,6 +166,57 @@ TEST(Contention, WhatIsAloneTakesItsTime) {
       EXPECT_FALSE(flows.contended.empty());
   }
   EXPECT_GT(equal, 20);
+}
+
+TEST(Contention, BackgroundTrafficTakesItsShare) {
+  const Topology plain = parse_topology(kShared, "shared.yaml");
+  ClusterState busy;
+  busy.background[plain.find_link("node0.nic0->switch", "--background")] = BytesPerSecond{3e9};
+  Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+  all_reduce(p, bit(0), 25'000'000);
+  // 10 GB/s less 3: two all-reduces of 100 MB at 3.5 GB/s each; 3 GB/s is below an equal share.
+  EXPECT_NEAR(static_cast<double>(run(p, plain.in_state(busy), Network::flows).step.count),
+              8'000'000 + 1e8 / 3.5e9 * 1e12, 200);
+  // 6 are not: three flows share alike.
+  busy.background.begin()->second = BytesPerSecond{6e9};
+  EXPECT_NEAR(static_cast<double>(run(p, plain.in_state(busy), Network::flows).step.count),
+              8'000'000 + 3e10, 200);
+}
+
+TEST(Contention, SlowDevicesAndLinksSplitOnlyWhatTheyTouch) {
+  const Topology plain = load_topology("dgx-h100:4");
+  Plan wanted = base_plan();
+  wanted.tp = 4, wanted.dp = 4, wanted.pp = 2;
+  const auto plan = complete(gpt(), wanted);
+  ASSERT_TRUE(plan);
+  const auto program = lower(gpt(), *plan);
+  ASSERT_TRUE(program);
+  const auto classes = [&](const Topology& t) {
+    Communication c(t);
+    return share_links(*program, c).ranks.classes.size();
+  };
+  const std::size_t before = classes(plain);
+  ClusterState slow;
+  slow.device_speed[plain.find_device("node1.gpu3", "")] = 0.5;
+  const Topology with_slow = plain.in_state(slow);
+  const std::size_t after = classes(with_slow);
+  EXPECT_GT(after, before);
+  EXPECT_LT(after, static_cast<std::size_t>(program->ranks()));
+  const Timeline fast = run(*program, plain, Network::flows),
+                 slower = run(*program, with_slow, Network::flows);
+  EXPECT_LT(fast.step, slower.step);
+  ClusterState worn;
+  worn.link_speed[plain.find_link("node1.nic0->rail0", "")] = 0.25;
+  EXPECT_LT(fast.step, run(*program, plain.in_state(worn), Network::flows).step);
+  // Unfolded all the same.
+  for (const ClusterState& state : {slow, worn}) {
+    Communication c(plain.in_state(state));
+    SimulateOptions options;
+    options.network = Network::flows;
+    const Ticks folded = simulate(*program, c, options).step;
+    options.unfolded = true;
+    EXPECT_EQ(simulate(*program, c, options).step, folded);
+  }
 }
 
 TEST(Contention, TasksFollowTheirPrecedences) {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include "simulator/cost/axes.h"
+#include "simulator/search/placement.h"
 #include "tests/simulator/networks.h"
 
 namespace partita {
@@ -198,6 +200,56 @@ TEST(Search, TheBestPlanIsTheFastestOfTheSpace) {
   for (std::size_t k = 1; k < all.plans.size(); ++k) {
     EXPECT_LE(all.plans[k - 1].step_time, all.plans[k].step_time);
   }
+}
+
+// docs/topologies.md, "What an axis crosses".
+TEST(Placement, AxesOfTwoDgxH100) {
+  const Topology t = load_topology("dgx-h100:2");
+  const auto inner = axis_crossings(Mesh{{{"dp", 2}, {"tp", 8}}}, Communication(t));
+  ASSERT_EQ(inner.size(), 2u);
+  EXPECT_EQ(inner[0].name, "tp");
+  EXPECT_EQ(inner[0].nodes, 1u);
+  EXPECT_EQ(inner[0].alone.count, 450e9);
+  EXPECT_EQ(inner[0].together.count, 450e9);
+  EXPECT_EQ(inner[1].nodes, 2u);
+  EXPECT_EQ(inner[1].alone.count, 50e9);
+  EXPECT_EQ(inner[1].together.count, 50e9);  // each pair has a rail of its own
+  // Two cards for eight GPUs: the groups of dp share them, four to a card.
+  const auto shared =
+      axis_crossings(Mesh{{{"dp", 2}, {"tp", 8}}}, Communication(load_topology("a100-pcie-8:2")));
+  EXPECT_EQ(shared[1].alone.count, 25e9);
+  EXPECT_EQ(shared[1].together.count, 25e9 / 4);
+  EXPECT_THROW(axis_crossings(Mesh{{{"dp", 32}}}, Communication(t)), InputError);
+}
+
+TEST(Placement, NestsAxesAsNamed) {
+  const Mesh mesh{{{"pp", 2}, {"dp", 3}, {"tp", 4}}};
+  EXPECT_EQ(axis_order(mesh), (std::vector<std::string>{"tp", "dp", "pp"}));
+  const auto same = placement(mesh, {"tp", "dp", "pp"}, "--placement");
+  for (std::size_t r = 0; r < same.size(); ++r) EXPECT_EQ(same[r], static_cast<std::int32_t>(r));
+  // dp innermost: rank (pp, dp, tp) lies at dp + 3 (tp + 4 pp).
+  const auto other = placement(mesh, {"dp", "tp", "pp"}, "--placement");
+  for (std::int32_t r = 0; r < 24; ++r)
+    EXPECT_EQ(other[static_cast<std::size_t>(r)], r / 4 % 3 + 3 * (r % 4 + 4 * (r / 12)));
+  EXPECT_THROW(placement(mesh, {"tp", "dp"}, "--placement"), InputError);
+}
+
+TEST(Placement, TheSearchPutsTensorParallelInsideNodes) {
+  const Graph g = gpt();
+  const Topology t = load_topology("dgx-h100:2");
+  Plan wanted = base_plan();
+  wanted.tp = 4, wanted.dp = 4;
+  const auto all = place(g, wanted, t);
+  ASSERT_TRUE(all);
+  ASSERT_EQ(all->size(), 2u);
+  EXPECT_EQ(all->front().order.front(), "tp");
+  EXPECT_LT(all->front().prediction.step_time, all->back().prediction.step_time);
+  // The first is what predict() says of ranks in order.
+  Communication communication(t);
+  const auto plain =
+      predict(g, wanted, communication, nullptr, nullptr, false, nullptr, Network::flows);
+  ASSERT_TRUE(plain);
+  EXPECT_EQ(plain->step_time, all->front().prediction.step_time);
 }
 
 }  // namespace

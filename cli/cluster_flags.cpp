@@ -1,0 +1,75 @@
+#include "cli/cluster_flags.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+
+namespace partita::cli {
+namespace {
+
+/// "NAME=VALUE".
+std::pair<std::string, std::string> halves(const std::string& text, const std::string& flag,
+                                           const std::string& example) {
+  const auto at = text.rfind('=');
+  if (at == std::string::npos || at == 0 || at + 1 == text.size())
+    throw InputError(flag, fmt::format("'{}' is not NAME=VALUE, like {}", text, example));
+  return {text.substr(0, at), text.substr(at + 1)};
+}
+
+double fraction(const std::string& text, const std::string& flag) {
+  char* end = nullptr;
+  const double x = std::strtod(text.c_str(), &end);
+  if (end == text.c_str() || *end != 0 || !(x > 0) || !(x <= 1))
+    throw InputError(flag,
+                     fmt::format("'{}' is no speed; give a fraction above 0 and up to 1", text));
+  return x;
+}
+
+}  // namespace
+
+void ClusterFlags::add_state_to(CLI::App& app) {
+  app.add_option("--slow", slow,
+                 "a device at a fraction of its speed, like node3.gpu1=0.8; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--degrade", degrade,
+                 "a link at a fraction of its bandwidth, like 'node3.nic0->rail0=0.5'; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--fail", fail, "a link that has failed, like 'node3.nic0->rail0'; repeatable")
+      ->allow_extra_args(false);
+  app.add_option("--background", background,
+                 "what others send over a link, like 'node3.nic0->rail0=10 GB/s'; repeatable")
+      ->allow_extra_args(false);
+}
+
+void ClusterFlags::add_to(CLI::App& app) {
+  add_state_to(app);
+  app.add_option(
+      "--placement", placement,
+      "axes of the mesh as they lie on the devices, innermost first, like tp,dp,pp; search: "
+      "the order that is fastest");
+}
+
+Topology ClusterFlags::in_state(const Topology& t) const {
+  if (slow.empty() && degrade.empty() && fail.empty() && background.empty()) return t;
+  ClusterState state;
+  for (const std::string& text : slow) {
+    const auto [name, value] = halves(text, "--slow", "node0.gpu1=0.8");
+    state.device_speed[t.find_device(name, "--slow")] = fraction(value, "--slow");
+  }
+  for (const std::string& text : degrade) {
+    const auto [name, value] = halves(text, "--degrade", "'node0.nic0->rail0=0.5'");
+    state.link_speed[t.find_link(name, "--degrade")] = fraction(value, "--degrade");
+  }
+  for (const std::string& name : fail) state.link_speed[t.find_link(name, "--fail")] = 0;
+  for (const std::string& text : background) {
+    const auto [name, value] = halves(text, "--background", "'node0.nic0->rail0=10 GB/s'");
+    state.background[t.find_link(name, "--background")] = parse_byte_rate(value, "--background");
+  }
+  return t.in_state(std::move(state));
+}
+
+}  // namespace partita::cli

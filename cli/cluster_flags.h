@@ -1,0 +1,26 @@
+// cli/cluster_flags.h: flags that say in which state a cluster is.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "topologies/topology.h"
+
+namespace CLI {
+class App;
+}
+
+namespace partita::cli {
+
+struct ClusterFlags {
+  std::vector<std::string> slow, degrade, fail, background;
+  std::string placement;  ///< axes, innermost first, "search", or "": rank order
+
+  void add_to(CLI::App& app);        ///< all
+  void add_state_to(CLI::App& app);  ///< all but --placement
+  /// The cluster with slow devices, slow or failed links and others' traffic; not yet placed.
+  /// InputError names flag, value and remedy.
+  Topology in_state(const Topology& topology) const;
+};
+
+}  // namespace partita::cli

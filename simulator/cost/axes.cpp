@@ -1,0 +1,55 @@
+#include "simulator/cost/axes.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <unordered_map>
+
+#include "base/error.h"
+
+namespace partita {
+
+std::vector<AxisCrossing> axis_crossings(const Mesh& mesh, const Communication& communication) {
+  const Topology& t = communication.topology();
+  if (static_cast<std::size_t>(mesh.ranks()) > t.device_count())
+    throw InputError("mesh", fmt::format("it has {} ranks, {} has {} devices", mesh.ranks(),
+                                         t.name(), t.device_count()));
+  std::vector<AxisCrossing> all;
+  for (std::size_t a = mesh.atoms.size(); a-- > 0;) {
+    AxisCrossing x;
+    x.name = mesh.atoms[a].name;
+    x.size = mesh.atoms[a].size;
+    const AtomMask mask = bit(static_cast<AtomId>(a));
+    double alone = INFINITY;
+    std::unordered_map<std::int32_t, double> load;  // of all groups, per byte of a rank
+    for (std::int64_t r = 0; r < mesh.ranks(); ++r) {
+      if (mesh.group_root(r, mask) != r) continue;
+      const auto group = mesh.group(r, mask);
+      std::set<std::size_t> nodes;
+      for (const std::int64_t m : group)
+        nodes.insert(t.node_of(DeviceId{static_cast<std::size_t>(m)}));
+      x.nodes = std::max(x.nodes, nodes.size());
+      const auto links = communication.collective_links(false, group);
+      x.latency = std::max(x.latency, links.latency);
+      for (const auto& [link, flows] : links.flows) {
+        const double share = static_cast<double>(flows) * links.share;
+        alone = std::min(alone, t.link(link).bandwidth.count / share);
+        load[link.value] += share;
+      }
+    }
+    x.alone = BytesPerSecond{alone};
+    double together = INFINITY;
+    for (const auto& [id, share] : load) {
+      const LinkId link{static_cast<std::size_t>(id)};
+      const double rate = t.link(link).bandwidth.count / share;
+      if (rate < together || (rate == together && link < x.binds)) together = rate, x.binds = link;
+    }
+    x.together = BytesPerSecond{together};
+    all.push_back(x);
+  }
+  return all;
+}
+
+}  // namespace partita
