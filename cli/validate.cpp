@@ -17,25 +17,27 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <thread>
 
 #include "base/temporary.h"
 #include "base/unit_text.h"
+#include "cli/checkpoint.h"
 #include "cli/commands.h"
 #include "cli/crew.h"
 #include "cli/incomplete.h"
 #include "cli/launch.h"
 #include "cli/options.h"
 #include "cli/records.h"
+#include "cli/suite_report.h"
 #include "report/report.h"
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "runtime/transport/environment.h"
 #include "simulator/lower/lower.h"
+#include "simulator/lower/startup.h"
 #include "simulator/program/routing.h"
 #include "validation/calibrate.h"
 #include "validation/compare.h"
@@ -47,17 +49,18 @@
 namespace partita::cli {
 namespace {
 
-using Json = nlohmann::ordered_json;
 using validation::CalibrationRun;
 using validation::Profile;
 using validation::SuiteCase;
 constexpr std::uint64_t kSeed = 1;
+/// Ranks that have just started run as the system likes for some milliseconds, many small steps.
+constexpr int kWarmUp = 20;
 
 struct Options {
-  std::string backend, out, only, transport, budget, routing;
+  std::string backend, out, only, calibrate_only, transport, budget, routing;
   std::vector<int> ranks{1, 2, 4};
   std::optional<std::int64_t> rounds;
-  std::int64_t steps = 9;
+  std::int64_t steps = 15;
   double timeout_s = 30, budget_s = 0;
   bool json = false, no_reference = false;
   bool launched = false;  ///< this process is a rank that a launcher has started
@@ -135,7 +138,7 @@ Program program_of(const Graph& graph, const Plan& plan, const std::string& name
 
 execute::Options timed(const Graph& graph, const Options& o, bool routing = false) {
   execute::Options e = generated(graph, kSeed);
-  e.warm_up = 3;
+  e.warm_up = kWarmUp;
   e.steps = static_cast<int>(o.steps);
   e.record = true;
   e.collect = false;
@@ -175,6 +178,8 @@ std::string host() {
   return fmt::format("{}, {}, Linux {}", name.nodename, this_machine(), name.release);
 }
 
+int host_cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
+
 std::string transport_name(const Options& o) {
 #ifdef PARTITA_MPI
   if (o.transport == "mpi") return "processes under " + mpi_version();
@@ -208,10 +213,11 @@ std::string launch(const Options& o, const std::vector<Task>& tasks, int& code) 
 
 CrewOptions crew_options(const Options& o, const std::string& command, std::size_t tasks) {
   return {o.transport, o.most_ranks(), o.timeout_s,
-          fmt::format("{}; ranks {}; rounds {}; steps {}; only '{}'; routing '{}'; reference {}; "
-                      "{} programs;",
-                      command, fmt::join(o.ranks, ","), o.round_count(), o.steps, o.only, o.routing,
-                      !o.no_reference, tasks)};
+          fmt::format(
+              "{}; ranks {}; rounds {}; steps {}; only '{}' and '{}'; routing '{}'; reference {}; "
+              "{} programs;",
+              command, fmt::join(o.ranks, ","), o.round_count(), o.steps, o.only, o.calibrate_only,
+              o.routing, !o.no_reference, tasks)};
 }
 
 /// One thing that is measured in every round: its programs, and what their measurements say.
@@ -225,6 +231,7 @@ struct Measured {
 /// Everything calibration measures, and the programs for it: at addresses that stay.
 struct Calibration {
   std::deque<CalibrationRun> runs;
+  std::deque<Checkpoint> files;
   std::deque<Program> programs;
   std::vector<Task> tasks;
   std::vector<Measured> all;
@@ -235,7 +242,19 @@ const Graph& no_graph() {
   return nothing;
 }
 
-void plan_calibration(const Options& o, Calibration& c) {
+/// What has this text in its name.
+void keep_only(Calibration& c, const std::string& text, const std::string& flag) {
+  c.all.erase(
+      std::remove_if(c.all.begin(), c.all.end(),
+                     [&](const Measured& x) { return x.name.find(text) == std::string::npos; }),
+      c.all.end());
+  if (c.all.empty())
+    throw InputError(flag, fmt::format("nothing that is measured has '{}' in its name", text));
+}
+
+/// Whatever has `only` in its name.
+void plan_calibration(const Options& o, const std::string& only, const std::string& flag,
+                      Calibration& c) {
   const auto task = [&](const Graph& graph, Program program) {
     c.programs.push_back(std::move(program));
     c.tasks.push_back({&graph, &c.programs.back(), timed(graph, o), ""});
@@ -245,6 +264,29 @@ void plan_calibration(const Options& o, Calibration& c) {
     for (auto& run : validation::calibration_runs(ranks)) {
       c.runs.push_back(std::move(run));
       const CalibrationRun& r = c.runs.back();
+      if (r.startup) {
+        const auto wanted = [&](Startup form) {
+          return fmt::format("{} {}", r.name, name(form)).find(only) != std::string::npos;
+        };
+        if (!wanted(Startup::each) && !wanted(Startup::sharded_read)) continue;  // nor its file
+        c.files.emplace_back(r.graph, kSeed);
+        const Checkpoint* file = &c.files.back();
+        for (const Startup form : {Startup::each, Startup::sharded_read}) {
+          const std::size_t at =
+              task(r.graph, startup_program(program_of(r.graph, r.plan, r.name), form));
+          c.tasks[at].options.read = [file](std::size_t, std::size_t q, std::int64_t first,
+                                            std::int64_t count,
+                                            float* to) { file->read(q, first, count, to); };
+          const Program* p = c.tasks[at].program;
+          c.all.push_back({ranks,
+                           fmt::format("{} {}", r.name, name(form)),
+                           {at},
+                           [p](const auto& m, validation::Unit& u) {
+                             validation::harvest(*p, m[0], u.kernels);
+                           }});
+        }
+        continue;
+      }
       const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
       const Program* p = c.tasks[at].program;
       c.all.push_back({ranks, r.name, {at}, [p](const auto& m, validation::Unit& u) {
@@ -261,7 +303,7 @@ void plan_calibration(const Options& o, Calibration& c) {
                                                    : "collectives of two",
                        {at},
                        [p](const auto& m, validation::Unit& u) {
-                         validation::harvest_collectives(*p, m[0], u.collectives);
+                         validation::harvest_collectives(*p, m[0], host_cores(), u.collectives);
                        }});
     }
     const std::size_t at = task(no_graph(), validation::copy_program(ranks));
@@ -278,6 +320,7 @@ void plan_calibration(const Options& o, Calibration& c) {
                        u.overlap.push_back(validation::overlap_of(m[0], m[1], m[2]));
                      }});
   }
+  keep_only(c, only, flag);
 }
 
 void name_tasks(Calibration& c) {
@@ -342,7 +385,7 @@ std::string save(const Profile& p, const std::string& folder, int devices) {
 Profile profile_of(const validation::Journal& journal, const Options& o, std::int64_t rounds) {
   Profile p = validation::joined(journal.units());
   p.provenance = provenance(o, rounds);
-  p.cores = static_cast<int>(std::thread::hardware_concurrency());
+  p.cores = host_cores();
   return p;
 }
 
@@ -402,14 +445,7 @@ void calibrate(Options& o, int& code) {
   check(o);
   if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
   Calibration c;
-  plan_calibration(o, c);
-  c.all.erase(
-      std::remove_if(c.all.begin(), c.all.end(),
-                     [&](const Measured& x) { return x.name.find(o.only) == std::string::npos; }),
-      c.all.end());
-  if (c.all.empty())
-    throw InputError("--only",
-                     fmt::format("nothing that is measured has '{}' in its name", o.only));
+  plan_calibration(o, o.only, "--only", c);
   name_tasks(c);
   const std::string file = o.out + "/journal.jsonl";
   const validation::JournalHeader header{
@@ -469,7 +505,6 @@ struct Outcome {
   SuiteCase* suite;
   Program program;
   reference::Comparison reference;
-  std::vector<validation::StepComparison> rounds;  ///< predicted filled in at the end
   std::vector<std::vector<RankMeasurement>> measured;
   std::size_t mathematics = 0, timing = 0;  ///< tasks
   bool checked = false;                     ///< its reference is known
@@ -505,7 +540,10 @@ class SuiteJournal {
         file_, validation::JournalHeader{
                    host(), fmt::format("partita 0.1.0 validate, ranks {} as {}, {} steps{}{}",
                                        fmt::join(o.ranks, ","), o.transport, o.steps,
-                                       o.only.empty() ? "" : ", only " + o.only,
+                                       (o.only.empty() ? "" : ", only " + o.only) +
+                                           (o.calibrate_only.empty()
+                                                ? ""
+                                                : ", calibrated with " + o.calibrate_only),
                                        o.no_reference ? ", no reference" : "")});
   }
 
@@ -553,6 +591,56 @@ void show_incomplete(const Options& o, const std::deque<Outcome>& outcomes, std:
   fmt::print("{}", o.json ? to_json(s) : to_text(s));
 }
 
+/// A case's measurements beside its prediction; adds to the sums by kind of instruction.
+SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource& routing,
+                bool feeds_back, const Options& o,
+                std::map<std::string, validation::KindRow>& kinds) {
+  Communication communication(topology);
+  SimulateOptions simulation;
+  simulation.record = true;
+  simulation.unfolded = true;  // each rank's counts are compared
+  const Program program = c.routed ? with_routing(c.program, routing) : c.program;
+  const Timeline timeline = simulate(program, communication, simulation);
+  SuiteRow row;
+  validation::CaseFigures& f = row.figures;
+  f.name = c.suite->name;
+  f.network = c.suite->graph.name;
+  f.ranks = c.suite->ranks;
+  for (const Flops& n : timeline.flops) f.flops = std::max(f.flops, n.count);
+  std::vector<double> medians, compute;
+  validation::StepComparison step;
+  for (const auto& m : c.measured) {
+    step = validation::compare(program, timeline, m);
+    medians.push_back(step.measured.count);
+    compute.push_back(step.compute_measured.count);
+    for (const auto& k : step.kinds) {
+      auto& sum = kinds[k.kind.substr(0, k.kind.find(' '))];
+      sum.count += k.count;
+      sum.measured += k.measured;
+      sum.predicted += k.predicted;
+    }
+  }
+  const auto settle = [](const std::vector<double>& rounds, double within, double& median,
+                         double& noise) {
+    const auto [low, high] = std::minmax_element(rounds.begin(), rounds.end());
+    median = validation::median(rounds);
+    noise = std::max(within, (*high - *low) / 2 / std::max(1e-12, median));
+  };
+  settle(medians, step.noise, f.measured, f.noise);
+  settle(compute, step.compute_noise, f.compute_measured, f.compute_noise);
+  f.predicted = step.predicted.count;
+  f.compute_predicted = step.compute_predicted.count;
+  row.checked = !o.no_reference;
+  row.equal = c.reference.equal;
+  row.memory_error = static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
+                     static_cast<double>(step.measured_peak.count);
+  // The rows that are fed back are those of the last step; other rows are other counts.
+  if (!c.routed || feeds_back)
+    row.program = validation::check_program(program, timeline, c.measured.back(),
+                                            kWarmUp + o.steps - 1, o.transport != "mpi");
+  return row;
+}
+
 void validate(Options& o, int& code) {
   check(o);
   auto cases = validation::suite();
@@ -583,7 +671,7 @@ void validate(Options& o, int& code) {
   }
   constexpr int kSteps = 2;
   Calibration calibration;
-  plan_calibration(o, calibration);
+  plan_calibration(o, o.calibrate_only, "--calibrate-only", calibration);
   name_tasks(calibration);
   auto tasks = calibration.tasks;
   for (Outcome& c : outcomes) {
@@ -692,136 +780,23 @@ void validate(Options& o, int& code) {
     std::filesystem::remove_all(folder, ignored);
   }
 
-  struct Row {
-    std::string name;
-    std::int64_t ranks;
-    bool equal;
-    double measured, noise, predicted, memory_error;
-    double error() const { return (predicted - measured) / measured; }
-  };
-  std::vector<Row> rows;
+  SuiteReport report;
+  report.backend = o.backend;
+  report.transport = o.transport;
+  report.provenance = p.provenance;
+  report.outliers = outliers(p);
   std::map<std::string, validation::KindRow> kinds;
   for (Outcome& c : outcomes) {
-    Communication communication(topology);
-    SimulateOptions simulation;
-    simulation.record = true;
     RoutingSource routing = given;
     if (feeds_back) routing.recorded = c.routing;
-    const Program program = c.routed ? with_routing(c.program, routing) : c.program;
-    const Timeline timeline = simulate(program, communication, simulation);
-    std::vector<double> medians;
-    validation::StepComparison step;
-    for (const auto& m : c.measured) {
-      step = validation::compare(program, timeline, m);
-      medians.push_back(step.measured.count);
-      for (const auto& k : step.kinds) {
-        auto& sum = kinds[k.kind.substr(0, k.kind.find(' '))];
-        sum.count += k.count;
-        sum.measured += k.measured;
-        sum.predicted += k.predicted;
-      }
-    }
-    const double median = validation::median(medians);
-    const auto [low, high] = std::minmax_element(medians.begin(), medians.end());
-    const double memory =
-        static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
-        static_cast<double>(step.measured_peak.count);
-    rows.push_back({c.suite->name, c.suite->ranks, c.reference.equal, median,
-                    std::max(step.noise, (*high - *low) / 2 / median), step.predicted.count,
-                    memory});
+    report.rows.push_back(row_of(c, topology, routing, feeds_back, o, kinds));
   }
-  struct Group {
-    std::string name;
-    double mean_error = 0, bias = 0, noise = 0, bound = 0;
-    int cases = 0;
-  };
-  std::vector<Group> groups;
-  for (const auto& [low, high, base, factor] : {std::tuple{1, 2, 0.10, 2.0}, {3, 64, 0.25, 3.0}}) {
-    Group g;
-    g.name = low == 1 ? "1 and 2 ranks" : "more ranks";
-    for (const Row& r : rows) {
-      if (r.ranks < low || r.ranks > high) continue;
-      ++g.cases;
-      g.mean_error += std::abs(r.error());
-      g.bias += r.error();
-      g.noise += r.noise;
-    }
-    if (g.cases == 0) continue;
-    g.mean_error /= g.cases, g.bias /= g.cases, g.noise /= g.cases;
-    g.bound = std::max(base, factor * g.noise);
-    if (g.mean_error > g.bound) code = 1;
-    groups.push_back(g);
+  for (auto& [kind, row] : kinds) {
+    row.kind = kind;
+    report.kinds.push_back(row);
   }
-  std::vector<double> predicted, measured, noise;
-  for (const Row& r : rows) {
-    predicted.push_back(r.predicted), measured.push_back(r.measured), noise.push_back(r.noise);
-    if ((!r.equal && !o.no_reference) || std::abs(r.memory_error) > 0.01) code = 1;
-  }
-  const double tau = validation::kendall_tau(predicted, measured, noise);
-  if (tau < 0.9) code = 1;
-
-  if (o.json) {
-    Json j;
-    j["schema"] = "partita.validation/1";
-    j["backend"] = o.backend;
-    j["transport"] = o.transport;
-    j["profile"] = p.provenance;
-    j["suite"]["cases"] = Json::array();
-    for (const Row& r : rows)
-      j["suite"]["cases"].push_back(
-          {{"name", r.name},
-           {"ranks", r.ranks},
-           {"equal_to_reference", o.no_reference ? Json(nullptr) : Json(r.equal)},
-           {"predicted_s", r.predicted},
-           {"measured_s", r.measured},
-           {"noise", r.noise},
-           {"memory_error", r.memory_error}});
-    j["suite"]["kendall_tau"] = tau;
-    j["suite"]["groups"] = Json::array();
-    for (const Group& g : groups)
-      j["suite"]["groups"].push_back({{"name", g.name},
-                                      {"cases", g.cases},
-                                      {"mean_error", g.mean_error},
-                                      {"bias", g.bias},
-                                      {"noise", g.noise},
-                                      {"bound", g.bound}});
-    j["suite"]["kinds"] = Json::array();
-    for (const auto& [kind, k] : kinds)
-      j["suite"]["kinds"].push_back(
-          {{"kind", kind}, {"measured_s", k.measured.count}, {"predicted_s", k.predicted.count}});
-    fmt::print("{}\n", j.dump(2));
-    return;
-  }
-  fmt::print("{}\n\n", p.provenance);
-  std::vector<std::vector<std::string>> table{
-      {"case", "ranks", "reference", "measured", "predicted", "error", "noise", "memory"}};
-  for (const Row& r : rows)
-    table.push_back({r.name, std::to_string(r.ranks),
-                     o.no_reference ? "-"
-                     : r.equal      ? "equal"
-                                    : "DIFFERS",
-                     text(Seconds{r.measured}), text(Seconds{r.predicted}),
-                     fmt::format("{:+.1f} %", 100 * r.error()),
-                     fmt::format("{:.1f} %", 100 * r.noise),
-                     fmt::format("{:+.1f} %", 100 * r.memory_error)});
-  fmt::print("{}\n", align(table));
-  table = {{"kind, all cases", "measured", "predicted", "error"}};
-  std::vector<std::pair<std::string, validation::KindRow>> sorted(kinds.begin(), kinds.end());
-  std::sort(sorted.begin(), sorted.end(),
-            [](const auto& a, const auto& b) { return b.second.measured < a.second.measured; });
-  for (const auto& [kind, k] : sorted)
-    table.push_back({kind, text(k.measured), text(k.predicted),
-                     fmt::format("{:+.1f} %", 100 * (k.predicted.count - k.measured.count) /
-                                                  std::max(1e-12, k.measured.count))});
-  fmt::print("{}\n", align(table));
-  for (const Group& g : groups)
-    fmt::print(
-        "{}: {} cases, mean error {:.1f} %, bias {:+.1f} %, noise {:.1f} %, bound {:.1f} %{}\n",
-        g.name, g.cases, 100 * g.mean_error, 100 * g.bias, 100 * g.noise, 100 * g.bound,
-        g.mean_error > g.bound ? ": MISSED" : "");
-  fmt::print("order of plans: Kendall's tau {:.3f}{}\n", tau,
-             tau < 0.9 ? ": MISSED, 0.9 is asked for" : "");
-  for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
+  code = exit_code(report);
+  o.json ? print_json(report) : print(report);
 }
 
 void add_common(CLI::App& c, Options& o) {
@@ -849,6 +824,8 @@ void add_validate(CLI::App& app, int& code) {
                          "run a suite of plans on this machine beside their predictions");
   add_common(*c, *v);
   c->add_option("--only", v->only, "cases with this text in their name");
+  c->add_option("--calibrate-only", v->calibrate_only,
+                "calibrate with programs with this text in their name: quicker and coarser");
   c->add_option("--routing", v->routing,
                 "experts' rows: recorded (default: of each case's last step), balanced or zipf:S");
   c->add_flag("--no-reference", v->no_reference, "do not check the mathematics");

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 
@@ -90,6 +91,68 @@ Plan single_precision() {
   return p;
 }
 
+/// What only some policies run: a small and a larger network for each.
+void add_policies(int ranks, std::vector<CalibrationRun>& all) {
+  const auto add = [&](const std::string& what, const Graph& g, auto change) {
+    CalibrationRun r;
+    r.graph = g;
+    r.plan = single_precision();
+    r.plan.dp = ranks;
+    r.plan.micro_batch = 2;
+    change(r.plan);
+    r.name = fmt::format("{}, {}", g.name, what);
+    r.startup = what == "start-up";
+    if (r.plan.ranks() == ranks && complete(r.graph, r.plan)) all.push_back(std::move(r));
+  };
+  for (const auto& [hidden, sequence, ffn] : {std::tuple{40, 24, 112}, {112, 20, 300}}) {
+    const std::int64_t wide = ceil_div(std::int64_t{hidden}, 4 * ranks) * 4 * ranks;
+    const std::int64_t heads = ranks % 2 == 0 ? 2 * ranks : ranks;
+    const std::int64_t positions = std::int64_t{sequence} * ranks;
+    const Graph g =
+        build_transformer(decoder(wide, positions, ffn * ranks / 4 * 4, heads,
+                                  std::int64_t{32} * ranks + hidden / 8 * 8 * ranks, false));
+    const Graph d = build_transformer(decoder(hidden, sequence, ffn, 4, hidden * 2, true));
+    const auto alone = [&](Plan& p) {
+      if (ranks > 1) p.strategy = "replicas";
+    };
+    add("offload", d, [&](Plan& p) {
+      alone(p);
+      p.offload_optimizer = p.offload_activations = true;
+    });
+    add("loss scale", d, [&](Plan& p) {
+      alone(p);
+      p.loss_scale = {256, true, 1};
+    });
+    add("start-up", d, [&](Plan&) {});
+    add("sharded storage", d, [&](Plan& p) {
+      alone(p);
+      p.sharded_storage = true;
+      p.micro_batch = hidden;
+    });
+    if (ranks == 1) continue;
+    add("averaged", d, [&](Plan& p) {
+      alone(p);
+      p.average_every = 1;
+    });
+    for (const auto kind : {CompressionKind::cast, CompressionKind::top_k, CompressionKind::one_bit,
+                            CompressionKind::power_sgd})
+      add(fmt::format("{}", name(kind)), d, [&](Plan& p) { p.compression.kind = kind; });
+    add("server", d, [&](Plan& p) {
+      p.dp = ranks - 1, p.servers = 1, p.staleness = 1;
+      p.optimizer.kind = OptimizerKind::sgd;
+    });
+    add("overlapped tensor parallel", g, [&](Plan& p) {
+      p.dp = 1, p.tp = ranks;
+      p.sequence_parallel = p.overlap_tensor_parallel = true;
+    });
+    add("context parallel", g, [&](Plan& p) { p.dp = 1, p.cp = ranks; });
+    add("ring attention", g, [&](Plan& p) {
+      p.dp = 1, p.cp = ranks;
+      p.context = Plan::ContextExchange::ring;
+    });
+  }
+}
+
 }  // namespace
 
 std::vector<CalibrationRun> calibration_runs(int ranks) {
@@ -117,15 +180,30 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
         {72, 28, 208, 6, 280, 5},
         {88, 44, 280, 4, 360, 3},
         {112, 56, 360, 8, 520, 2},
-        {144, 36, 480, 6, 700, 6}}) {
+        {144, 36, 480, 6, 700, 6},
+        // Multiples of what a vector holds are faster: as in networks that people train.
+        {32, 16, 96, 4, 96, 3},
+        {48, 48, 192, 2, 144, 2},
+        {80, 16, 320, 10, 224, 6},
+        {128, 24, 384, 4, 320, 2},
+        {128, 80, 512, 8, 512, 1}}) {
     add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, false)), batch);
     add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, true)), batch, true);
   }
   for (const auto& [hidden, sequence, ffn, batch] :
        {std::tuple{24, 12, 32, 1}, {40, 24, 56, 2}, {72, 20, 88, 3}, {104, 40, 120, 2}})
     add(build_transformer(mixture(hidden, sequence, ffn)), batch);
-  for (const auto& [side, channels, batch] :
-       {std::tuple{10, 6, 2}, {14, 12, 1}, {18, 10, 5}, {22, 20, 3}, {28, 14, 6}})
+  for (const auto& [side, channels, batch] : {std::tuple{10, 6, 2},
+                                              {14, 12, 1},
+                                              {18, 10, 5},
+                                              {22, 20, 3},
+                                              {28, 14, 6},
+                                              {12, 8, 3},
+                                              {12, 32, 2},
+                                              {20, 24, 2},
+                                              {24, 32, 1},
+                                              {8, 48, 4},
+                                              {20, 8, 6}})
     add(images(fmt::format("images {} x {}", side, channels), side, channels), batch, true);
   if (ranks > 1) {
     // Statistics that ranks share are kernels of their own: vocabularies and batches cut over
@@ -157,6 +235,7 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   }
   Graph digits = build_mnist_linear();
   for (const std::int64_t batch : {24, 48, 96, 160}) add(digits, batch, true);
+  add_policies(ranks, all);
   return all;
 }
 
@@ -170,7 +249,9 @@ void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, Kernel
       const Sample& x = r.samples[0][k];
       const Instruction& i = p.blocks[static_cast<std::size_t>(x.block)]
                                  .instructions[static_cast<std::size_t>(x.instruction)];
-      if (i.kind != Kind::compute && i.kind != Kind::slice && i.kind != Kind::load) continue;
+      if (i.kind != Kind::compute && i.kind != Kind::slice && i.kind != Kind::load &&
+          i.kind != Kind::copy)
+        continue;
       const KernelShape s = shape_of(p, i, r.rank);
       if (s.kernel.empty()) continue;
       std::vector<double> steps;
@@ -204,6 +285,17 @@ Seconds dispatch_of(const std::vector<RankMeasurement>& ranks) {
   }
   return Seconds{std::max(0.0, median(std::move(each)))};
 }
+
+namespace {
+
+constexpr std::int64_t kSmallest = 64, kLargest = 4 << 20;  // bytes of a collective or message
+std::size_t size_index(std::int64_t bytes) {
+  std::size_t k = 0;
+  for (std::int64_t b = kSmallest; b < bytes; b *= 4) ++k;
+  return k;
+}
+
+}  // namespace
 
 std::vector<Program> collective_programs(int ranks) {
   std::vector<Program> all;
@@ -246,9 +338,14 @@ std::vector<Program> collective_programs(int ranks) {
       i.reads = {buffer(p, shape, std::move(from))};
       i.writes = {buffer(p, shape, std::move(to))};
       if (in_place) p.buffers[i.writes[0].index()].alias = i.reads[0].value;
+      // What is exchanged has just been computed: it lies in the caches.
+      Instruction fresh;
+      fresh.kernel = Kernel::zero;
+      fresh.writes = i.reads;
+      p.blocks[0].instructions.push_back(std::move(fresh));
       p.blocks[0].instructions.push_back(std::move(i));
     };
-    for (std::int64_t bytes = 64; bytes <= (4 << 20); bytes *= 4) {
+    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4) {
       const std::int64_t wide = std::max<std::int64_t>(1, bytes / 4 / n / n);
       const Shape shape{{Dim::sample, n}, {Dim::feature, n * wide}};
       Layout whole, owed, rows, columns, root, shifted;
@@ -287,21 +384,47 @@ std::vector<Program> collective_programs(int ranks) {
     t.blocks.resize(2);
     t.blocks[1] = t.blocks[0];
     t.blocks[1].stage = 1;
-    for (std::int64_t bytes = 64; bytes <= (4 << 20); bytes *= 4) {
+    const auto make = [&](std::int64_t bytes) {
       Layout l;
       l.dims.resize(1);
+      return buffer(t, {{Dim::feature, bytes / 4}}, l);
+    };
+    const auto fresh = [&](int stage, BufferId id) {
       Instruction i;
-      i.kind = Kind::send;
-      i.stage = 1;
-      i.index = static_cast<std::int32_t>(t.blocks[0].instructions.size());
-      i.reads = {buffer(t, {{Dim::feature, bytes / 4}}, l)};
-      t.blocks[0].instructions.push_back(i);
-      i.kind = Kind::receive;
-      i.stage = 0;
-      i.reads.clear();
-      i.writes = {buffer(t, {{Dim::feature, bytes / 4}}, l)};
-      t.blocks[1].instructions.push_back(i);
+      i.kernel = Kernel::zero;
+      i.writes = {id};
+      t.blocks[static_cast<std::size_t>(stage)].instructions.push_back(std::move(i));
+    };
+    const auto half = [&](Kind kind, int stage, std::int32_t message, BufferId id) {
+      Instruction i;
+      i.kind = kind;
+      i.stage = 1 - stage;
+      i.index = message;
+      (kind == Kind::send ? i.reads : i.writes) = {id};
+      t.blocks[static_cast<std::size_t>(stage)].instructions.push_back(std::move(i));
+    };
+    std::int32_t messages = 0;
+    const auto whole = [&](int from, BufferId id) {
+      half(Kind::send, from, messages, id);
+      half(Kind::receive, 1 - from, messages++, make(elements(t.buffer(id).shape) * 4));
+    };
+    // There and back: the one that waits is there when the message comes.
+    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4) {
+      const std::array<BufferId, 2> sent{make(bytes), make(bytes)};
+      for (const int stage : {0, 1}) fresh(stage, sent[static_cast<std::size_t>(stage)]);
+      for (const int stage : {0, 1}) whole(stage, sent[static_cast<std::size_t>(stage)]);
     }
+    // What each side does of it: all messages have come when the first is taken.
+    const std::int32_t first = messages;
+    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4) {
+      const BufferId sent = make(bytes);
+      fresh(0, sent);
+      half(Kind::send, 0, messages++, sent);
+    }
+    whole(0, make(kSmallest));
+    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4)
+      half(Kind::receive, 1, first + static_cast<std::int32_t>(size_index(bytes)), make(bytes));
+    whole(1, make(kSmallest));
     t.stages = {{{BlockId{0}, -1}}, {{BlockId{1}, -1}}};
     all.push_back(std::move(t));
   }
@@ -323,7 +446,7 @@ BufferId step_buffer(Program& p, std::int64_t bytes) {
 
 Instruction copying(BufferId from, BufferId to) {
   Instruction i;
-  i.kernel = Kernel::add;
+  i.kind = Kind::copy;
   i.reads = {from};
   i.writes = {to};
   return i;
@@ -447,37 +570,77 @@ Profile joined(const std::vector<Unit>& units) {
   return p;
 }
 
-void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& ranks,
+void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& ranks, int cores,
                          CollectiveTable& into) {
-  for (std::size_t b = 0; b < p.blocks.size(); ++b) {
-    for (std::size_t k = 0; k < p.blocks[b].instructions.size(); ++k) {
-      const Instruction& i = p.blocks[b].instructions[k];
-      if (i.kind == Kind::receive) continue;
-      std::map<std::pair<std::int64_t, std::size_t>, double> shortest;  // by group and step
+  const auto seconds = [](std::int64_t from, std::int64_t to) {
+    return static_cast<double>(to - from) * 1e-9;
+  };
+  const auto add = [&](const std::string& kind, int members, Bytes bytes,
+                       std::vector<double> times) {
+    std::sort(times.begin(), times.end());
+    CollectivePoint point;
+    point.ranks = members;
+    point.at_work = static_cast<int>(ranks.size());
+    point.bytes = bytes;
+    point.time = Seconds{std::max(1e-9, times[times.size() / 2])};
+    point.spread = (times[times.size() * 3 / 4] - times[times.size() / 4]) / 2 / point.time.count;
+    into[kind].push_back(point);
+  };
+  const auto& list = p.blocks[0].instructions;
+  if (!p.pipeline.empty()) {
+    const std::size_t sizes = size_index(kLargest) + 1;
+    std::int64_t bytes = kSmallest;
+    for (std::size_t k = 0; k < sizes; ++k, bytes *= 4) {
+      std::vector<double> whole, sending, receiving;
       for (const auto& r : ranks) {
-        if (p.stage_of(r.rank) != p.blocks[b].stage) continue;
-        const std::int64_t group =
-            i.kind == Kind::send ? r.rank : p.mesh.group_root(r.rank, i.atoms);
-        for (std::size_t s = 0; s < r.samples.size(); ++s) {
-          const Sample& x = r.samples[s][k];
-          const double t = static_cast<double>(x.end - x.start) * 1e-9;
-          // From the last one's arrival on: waiting for it is not the collective's time.
-          const auto [it, fresh] = shortest.emplace(std::pair{group, s}, t);
-          it->second = std::min(it->second, t);
+        for (const auto& step : r.samples) {
+          const auto took = [&](std::size_t from, std::size_t to) {
+            return seconds(step[from].start, step[to].end);
+          };
+          if (p.stage_of(r.rank) == 0) {
+            whole.push_back(took(3 * k + 1, 3 * k + 2) / 2);
+            sending.push_back(took(3 * sizes + 2 * k + 1, 3 * sizes + 2 * k + 1));
+          } else {
+            receiving.push_back(took(3 * sizes + 1 + k, 3 * sizes + 1 + k));
+          }
         }
       }
-      std::vector<double> slowest;
-      for (const auto& [key, t] : shortest) slowest.push_back(t);
-      CollectivePoint point;
-      point.ranks = i.kind == Kind::send ? 2 : static_cast<int>(p.mesh.size(i.atoms));
-      point.at_work = static_cast<int>(ranks.size());
-      point.bytes = i.kind == Kind::send ? local_bytes(p, i.reads[0], 0) : payload(p, i, 0);
-      std::sort(slowest.begin(), slowest.end());
-      point.time = Seconds{std::max(1e-9, slowest[slowest.size() / 2])};
-      point.spread =
-          (slowest[slowest.size() * 3 / 4] - slowest[slowest.size() / 4]) / 2 / point.time.count;
-      into[i.kind == Kind::send ? "send" : std::string(name(i.collective))].push_back(point);
+      add("send", 2, Bytes{bytes}, std::move(whole));
+      add("send_held", 2, Bytes{bytes}, std::move(sending));
+      add("receive_held", 2, Bytes{bytes}, std::move(receiving));
     }
+    return;
+  }
+  for (std::size_t k = 0; k < list.size(); ++k) {
+    const Instruction& i = list[k];
+    if (i.kind != Kind::collective) continue;
+    std::vector<double> times;
+    for (std::size_t s = 0; s < ranks[0].samples.size(); ++s) {
+      if (static_cast<int>(ranks.size()) > cores) {
+        // Some are done before others have had a core: it lies between the last ends, with what all
+        // did on the cores in between.
+        std::int64_t before = 0, end = 0;
+        double others = 0;
+        for (const auto& r : ranks) {
+          const auto& samples = r.samples[s];
+          before = std::max(before, k > 1 ? samples[k - 2].end : samples[k - 1].start);
+          end = std::max(end, samples[k].end);
+          others += seconds(samples[k - 1].start, samples[k - 1].end) / cores;
+        }
+        times.push_back(seconds(before, end) - others);
+        continue;
+      }
+      // From the last one's arrival on: waiting for it is not the collective's time.
+      std::map<std::int64_t, double> shortest;  // by group
+      for (const auto& r : ranks) {
+        const double t = seconds(r.samples[s][k].start, r.samples[s][k].end);
+        const auto [it, fresh] = shortest.emplace(p.mesh.group_root(r.rank, i.atoms), t);
+        it->second = std::min(it->second, t);
+      }
+      for (const auto& [group, t] : shortest) times.push_back(t);
+    }
+    add(std::string(name(i.collective)), static_cast<int>(p.mesh.size(i.atoms)), payload(p, i, 0),
+        std::move(times));
   }
 }
 
@@ -596,26 +759,52 @@ std::vector<SuiteCase> suite() {
     add(*any, "pp 2 dp 2",
         [](Plan& p) { p.pp = 2, p.dp = 2, p.micro_batch = 1, p.global_batch = 8; });
   }
+  // Every other row of the plans that there are.
+  add(g, "pp 2 zero bubble", [](Plan& p) {
+    p.pp = 2, p.micro_batch = 1, p.global_batch = 4;
+    p.schedule = Schedule::zero_bubble_h1, p.schedule_given = true;
+  });
+  add(g, "pp 2 DualPipe", [](Plan& p) {
+    p.pp = 2, p.micro_batch = 1, p.global_batch = 4;
+    p.schedule = Schedule::dualpipe, p.schedule_given = true;
+  });
+  add(g, "pp 2 interleaved", [](Plan& p) {
+    p.pp = 2, p.virtual_stages = 2, p.micro_batch = 1, p.global_batch = 4;
+    p.schedule = Schedule::interleaved, p.schedule_given = true;
+  });
+  add(g, "pp 3 message queue",
+      [](Plan& p) { p.pp = 3, p.message_queue = true, p.micro_batch = 1, p.global_batch = 4; });
+  add(g, "offloaded optimizer", [](Plan& p) { p.offload_optimizer = true; });
+  add(g, "offloaded activations", [](Plan& p) { p.offload_activations = true; });
+  add(g, "clipped, loss scaled", [](Plan& p) {
+    p.optimizer.clip = 0.5;
+    p.loss_scale = {256, true, 1};
+  });
+  for (const auto kind : {CompressionKind::cast, CompressionKind::top_k, CompressionKind::one_bit,
+                          CompressionKind::power_sgd}) {
+    add(l, fmt::format("dp 2 {}", name(kind)), [&](Plan& p) {
+      p.dp = 2, p.micro_batch = 2;
+      p.compression.kind = kind;
+    });
+  }
+  add(l, "dp 3, 1 server", [](Plan& p) { p.dp = 3, p.micro_batch = 1, p.servers = 1; });
+  add(l, "dp 3, 1 server, stale",
+      [](Plan& p) { p.dp = 3, p.micro_batch = 1, p.servers = p.staleness = 1; });
+  add(l, "tp 2 overlapped",
+      [](Plan& p) { p.tp = 2, p.sequence_parallel = p.overlap_tensor_parallel = true; });
+  add(l, "cp 2 ring", [](Plan& p) { p.cp = 2, p.context = Plan::ContextExchange::ring; });
+  add(l, "2 replicas, local SGD", [](Plan& p) {
+    p.strategy = "replicas";
+    p.dp = 2, p.micro_batch = 2, p.average_every = 1;
+  });
+  add(c, "dp 2 loaders", [](Plan& p) { p.dp = 2, p.micro_batch = 2, p.loader = true; });
+  add(c, "dp 2 sharded storage",
+      [](Plan& p) { p.dp = 2, p.micro_batch = 2, p.sharded_storage = true; });
   add(x, "ep 2 dp 2", [](Plan& p) { p.ep = 2, p.dp = 2, p.micro_batch = 2; });
   add(x, "tp 2", [](Plan& p) { p.tp = 2; });
   add(images("cnn synchronised", 16, 16, true), "spatial 2",
       [](Plan& p) { p.strategy = "spatial", p.tp = 2; });
   return all;
-}
-
-double kendall_tau(const std::vector<double>& predicted, const std::vector<double>& measured,
-                   const std::vector<double>& noise) {
-  std::int64_t sum = 0, pairs = 0;
-  for (std::size_t i = 0; i < measured.size(); ++i) {
-    for (std::size_t j = i + 1; j < measured.size(); ++j) {
-      const double d = measured[i] - measured[j];
-      if (std::abs(d) <= std::max(noise[i] * measured[i], noise[j] * measured[j])) continue;
-      ++pairs;
-      const double e = predicted[i] - predicted[j];
-      sum += e == 0 ? 0 : (d > 0) == (e > 0) ? 1 : -1;
-    }
-  }
-  return pairs == 0 ? 1 : static_cast<double>(sum) / static_cast<double>(pairs);
 }
 
 }  // namespace partita::validation

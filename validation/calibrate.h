@@ -23,7 +23,8 @@ using Measure = std::function<std::vector<RankMeasurement>(const Graph&, const P
 struct CalibrationRun {
   std::string name;
   Graph graph;
-  Plan plan;  ///< independent replicas, as many as ranks work at once
+  Plan plan;             ///< for as many ranks as work at once
+  bool startup = false;  ///< its start-up programs are run, not its training
 };
 /// For hosts on which `ranks` work at once.
 std::vector<CalibrationRun> calibration_runs(int ranks);
@@ -37,9 +38,11 @@ Seconds dispatch_of(const std::vector<RankMeasurement>& ranks);
 /// A program of nothing but collectives (and, on an even number of ranks, one of transfers) of many
 /// sizes, 64 B to 4 MiB: executed as any other, so that packing is measured too.
 std::vector<Program> collective_programs(int ranks);
-/// Their points: medians over steps of the slowest rank.
+/// Their points, medians over steps: of a collective from its last member's arrival to its end,
+/// with more ranks than `cores` from the last end of the one before to its own last end; of a
+/// transfer half the way there and back.
 void harvest_collectives(const Program& program, const std::vector<RankMeasurement>& ranks,
-                         CollectiveTable& into);
+                         int cores, CollectiveTable& into);
 
 /// Copies of 4 KiB to 16 MiB by `ranks` ranks at once: what memory gives each, in caches and
 /// beyond.
@@ -83,10 +86,5 @@ struct SuiteCase {
 };
 /// Networks times plans on 1, 2 and 4 ranks, small enough for the reference.
 std::vector<SuiteCase> suite();
-
-/// Share of concordant minus discordant pairs among those whose measured times differ by more than
-/// the larger of their noises (Kendall's tau); 1 if there is none.
-double kendall_tau(const std::vector<double>& predicted, const std::vector<double>& measured,
-                   const std::vector<double>& noise);
 
 }  // namespace partita::validation

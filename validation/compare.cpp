@@ -27,6 +27,22 @@ std::string axis_of(const Program& p, const Instruction& i) {
   return s;
 }
 
+const Instruction& instruction_of(const Program& p, std::int32_t block, std::int32_t instruction) {
+  return p.blocks[static_cast<std::size_t>(block)]
+      .instructions[static_cast<std::size_t>(instruction)];
+}
+
+/// Does every class do one thing at a time?
+bool one_after_the_other(const Timeline& timeline) {
+  std::vector<Ticks> end(timeline.classes.size());
+  for (const Entry& e : timeline.entries) {
+    Ticks& last = end[static_cast<std::size_t>(e.rank_class)];
+    if (e.start < last) return false;
+    last = e.end;
+  }
+  return true;
+}
+
 }  // namespace
 
 double median(std::vector<double> values) { return quantile(std::move(values), 0.5); }
@@ -95,16 +111,20 @@ StepComparison compare(const Program& p, const Timeline& timeline,
 
   std::map<std::string, KindRow> rows;
   const double n = static_cast<double>(ranks.size());
+  std::vector<double> compute(ranks.size() == 1 ? ranks[0].samples.size() : 0);
   for (const auto& r : ranks) {
     std::map<std::string, std::vector<double>> by_kind;  // per step
     for (std::size_t s = 0; s < r.samples.size(); ++s) {
       std::map<std::string, double> sum;
+      std::int64_t before = r.samples[s].empty() ? 0 : r.samples[s][0].start;
       for (const Sample& x : r.samples[s]) {
-        const Instruction& i = p.blocks[static_cast<std::size_t>(x.block)]
-                                   .instructions[static_cast<std::size_t>(x.instruction)];
+        const Instruction& i = instruction_of(p, x.block, x.instruction);
         const std::string kind = kind_of(p, i);
-        sum[kind] += static_cast<double>(x.end - x.start) * 1e-9;
+        const double t = static_cast<double>(x.end - before) * 1e-9;
+        sum[kind] += t;
+        if (i.kind == Kind::compute && !compute.empty()) compute[s] += t;
         if (s == 0) rows[kind].count += 1 / n;
+        before = x.end;
       }
       for (const auto& [kind, t] : sum) by_kind[kind].push_back(t);
     }
@@ -113,14 +133,24 @@ StepComparison compare(const Program& p, const Timeline& timeline,
   if (!rows.empty()) {
     double total = 0;
     for (const RankClass& k : timeline.classes) total += static_cast<double>(k.count);
+    // A rank's step begins when it first has a core.
+    std::vector<Ticks> before(timeline.classes.size(), Ticks{-1});
+    const bool serial = one_after_the_other(timeline);
     for (const Entry& e : timeline.entries) {
-      const Instruction& i = p.blocks[static_cast<std::size_t>(e.block)]
-                                 .instructions[static_cast<std::size_t>(e.instruction)];
-      const double share =
-          static_cast<double>(timeline.classes[static_cast<std::size_t>(e.rank_class)].count) /
-          total;
-      rows[kind_of(p, i)].predicted += share * to_seconds(e.end - e.start);
+      const auto at = static_cast<std::size_t>(e.rank_class);
+      const Instruction& i = instruction_of(p, e.block, e.instruction);
+      const double share = static_cast<double>(timeline.classes[at].count) / total;
+      const bool follows = serial && before[at] >= Ticks{0};
+      const Seconds t = to_seconds(e.end - (follows ? before[at] : e.start));
+      rows[kind_of(p, i)].predicted += share * t;
+      if (i.kind == Kind::compute && !compute.empty()) c.compute_predicted += t;
+      before[at] = e.end;
     }
+  }
+  if (!compute.empty()) {
+    c.compute_measured = Seconds{median(compute)};
+    c.compute_noise =
+        (quantile(compute, 0.75) - quantile(compute, 0.25)) / 2 / c.compute_measured.count;
   }
   for (auto& [kind, row] : rows) {
     row.kind = kind;

@@ -11,7 +11,9 @@
 
 namespace partita::validation {
 
-/// All instructions of one kind in a step, averaged over ranks.
+/// All instructions of one kind in a step, averaged over ranks. An instruction's time begins where
+/// the rank's one before ended, measured and predicted (there where nothing runs beside): waiting
+/// for others is in it.
 struct KindRow {
   std::string kind;  ///< "linear weight", "all_reduce dp", "send", "optimizer"
   double count = 0;
@@ -23,6 +25,9 @@ struct StepComparison {
   Seconds low, high;  ///< quartiles
   double noise = 0;   ///< half the distance of the quartiles, relative to the median
   Seconds predicted;
+  /// Of compute instructions alone, of one rank; 0 with several.
+  Seconds compute_measured, compute_predicted;
+  double compute_noise = 0;
   double error() const { return (predicted.count - measured.count) / measured.count; }
   std::vector<KindRow> kinds;  ///< largest measured first; empty if no samples were recorded
   std::array<Bytes, kCategoryCount> measured_memory{}, predicted_memory{};  ///< of the worst rank

@@ -1,15 +1,55 @@
 #include "validation/traffic.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "simulator/cost/cost.h"
 #include "simulator/program/expansion.h"
+#include "simulator/program/routing.h"
 
 namespace partita::validation {
+namespace {
+
+constexpr std::int64_t kCount = 8, kKey = 24;  // bytes
+
+/// Rows are exchanged by three calls, of counts, keys and values; a reduce-scatter's members know
+/// the rows. The own part counts as payload, as in any all-to-all.
+void routed_calls(const Program& p, const Instruction& i, std::int64_t rank, Traffic& t) {
+  const BufferId from = i.reads[0], to = i.writes[0];
+  const auto features = [&](BufferId id, std::int64_t r) {
+    const Buffer& b = p.buffer(id);
+    return local_indices(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(r));
+  };
+  const auto mine = features(from, rank);
+  std::int64_t rows = 0, values = 0;
+  const auto group = p.group(i, rank);
+  for (const std::int64_t member : group) {
+    const auto theirs = features(to, member);
+    std::vector<std::int64_t> shared;
+    std::set_intersection(mine.begin(), mine.end(), theirs.begin(), theirs.end(),
+                          std::back_inserter(shared));
+    if (shared.empty()) continue;
+    const std::int64_t n = common_rows(p, from, rank, to, member);
+    rows += n;
+    values += n * static_cast<std::int64_t>(shared.size());
+  }
+  if (i.collective == CollectiveKind::reduce_scatter) {
+    auto& c = t.collectives[i.collective];
+    ++c.calls;
+    c.payload_bytes += 4 * values;
+    return;
+  }
+  auto& c = t.collectives[CollectiveKind::all_to_all];
+  c.calls += 3;
+  c.payload_bytes += kCount * static_cast<std::int64_t>(group.size()) + kKey * rows + 4 * values;
+}
+
+}  // namespace
 
 std::optional<std::vector<Traffic>> predicted_traffic(const Program& p, std::int64_t step,
                                                       bool by_steps) {
-  if (std::any_of(p.buffers.begin(), p.buffers.end(), [](const Buffer& b) { return b.routed; }))
+  if (p.routings.empty() &&
+      std::any_of(p.buffers.begin(), p.buffers.end(), [](const Buffer& b) { return b.routed; }))
     return std::nullopt;
   std::vector<Traffic> all(static_cast<std::size_t>(p.ranks()));
   if (by_steps) {
@@ -26,10 +66,19 @@ std::optional<std::vector<Traffic>> predicted_traffic(const Program& p, std::int
         if ((step + 1) % i.every != 0) continue;
         if (i.kind == Kind::send) {
           const Bytes n = local_bytes(p, i.reads[0], rank);
+          if (p.buffer(i.reads[0]).routed && p.holds(i.reads[0], rank)) {
+            t.sends += 3;  // how many rows, their keys, their values
+            t.send_bytes += kCount + routed_rows(p, i.reads[0], rank) * kKey + n.count;
+            continue;
+          }
           if (n.count == 0) continue;
           ++t.sends;
           t.send_bytes += n.count;
         } else if (i.kind == Kind::collective && p.group(i, rank).size() > 1) {
+          if (p.buffer(i.reads[0]).routed && i.collective != CollectiveKind::all_reduce) {
+            routed_calls(p, i, rank, t);
+            continue;
+          }
           auto& c = t.collectives[i.collective];
           ++c.calls;
           c.payload_bytes += payload(p, i, rank).count;

@@ -11,7 +11,7 @@ namespace partita::validation {
 
 /// By rank. `by_steps`: of a transport that carries collectives out step by step, bytes on each
 /// link; else calls and payload by kind of collective, and sends. Messages are not counted. Nothing
-/// for a program with routed buffers: how many rows they have is data.
+/// for a program with routed buffers whose rows it does not know.
 std::optional<std::vector<Traffic>> predicted_traffic(const Program& program, std::int64_t step,
                                                       bool by_steps);
 

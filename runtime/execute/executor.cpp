@@ -147,6 +147,9 @@ class Executor {
         if (m.last_peak > m.peak) m.peak = m.last_peak, m.at_peak = m.last_at_peak;
       }
       if (o_.progress) tell_progress(took.count());
+      // Making the next inputs is nobody's step: not that of a rank whose core it would take
+      // either.
+      if (o_.record) transport_.barrier();
     }
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();

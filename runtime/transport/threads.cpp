@@ -1,11 +1,10 @@
 // Ranks as threads of one process: a mailbox per pair of ranks and tag, guarded by one lock per
-// receiver.
+// receiver. Where they are more than cores, they take turns (turns.h).
 #include <fmt/format.h>
 #include <sched.h>
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -14,6 +13,7 @@
 
 #include "base/error.h"
 #include "runtime/transport/transport.h"
+#include "runtime/transport/turns.h"
 
 namespace partita {
 
@@ -22,29 +22,28 @@ class ThreadHub {
   ThreadHub(int ranks, double timeout_s, std::function<Algorithm(CollectiveKind, int)> algorithm)
       : boxes(static_cast<std::size_t>(ranks)),
         timeout(timeout_s),
-        crowded(static_cast<unsigned>(ranks) > std::thread::hardware_concurrency()),
+        turns(ranks),
         algorithm_(std::move(algorithm)) {}
 
   using Letter = std::vector<std::byte>;
   struct Box {
     std::mutex guard;
-    std::condition_variable arrived;
     std::map<std::pair<int, std::int64_t>, std::deque<Letter>> letters;  // by sender and tag
     std::string doing = "starting";
-    bool sleeps = false;                 ///< its rank waits on `arrived`
+    bool sleeps = false;                 ///< until the letter that `waits_for` and `tag` name
     int waits_for = -1;                  ///< the rank whose letter this one waits for
+    std::int64_t tag = 0;                ///< of that letter
     std::atomic<std::uint64_t> came{0};  ///< letters so far: read without the lock
   };
 
   /// Looks for `done` for a moment before the thread sleeps: waking up costs a system call of the
-  /// other and some ten microseconds, longer than most waits. Not where ranks share cores: there
-  /// who looks keeps from working whom it waits for.
+  /// other and some ten microseconds, longer than most waits. Not when somebody else could use the
+  /// core: it might be the one that is waited for.
   template <class F>
   void look(F done) const {
     constexpr auto kLooking = std::chrono::microseconds(50);
-    if (crowded) return;
     const auto start = std::chrono::steady_clock::now();
-    for (int k = 1; !done(); ++k) {
+    for (int k = 1; !done() && !turns.wanted(); ++k) {
       if (k % 64 == 0) ::sched_yield();  // whoever else uses this machine
       if (k % 16 == 0 && std::chrono::steady_clock::now() - start > kLooking) return;
     }
@@ -78,11 +77,7 @@ class ThreadHub {
       const std::lock_guard<std::mutex> lock(guard);
       if (failure.empty()) failure = reason;
     }
-    for (Box& box : boxes) {
-      const std::lock_guard<std::mutex> lock(box.guard);
-      box.arrived.notify_all();
-    }
-    gathered.notify_all();
+    turns.stop();
   }
   std::string failed() {
     const std::lock_guard<std::mutex> lock(guard);
@@ -91,10 +86,9 @@ class ThreadHub {
 
   std::vector<Box> boxes;
   std::chrono::duration<double> timeout;
-  bool crowded;  ///< more ranks than cores
+  Turns turns;
   std::mutex guard;
-  std::condition_variable gathered;
-  std::set<int> at_barrier;
+  std::set<int> at_barrier, asleep;  ///< there
   std::atomic<std::int64_t> barriers{0};
   std::string failure;
 
@@ -108,6 +102,7 @@ namespace {
 class ThreadTransport final : public Transport {
  public:
   ThreadTransport(std::shared_ptr<ThreadHub> hub, int rank) : hub_(std::move(hub)), rank_(rank) {}
+  ~ThreadTransport() override { hub_->turns.leave(rank_); }
 
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(hub_->boxes.size()); }
@@ -123,15 +118,17 @@ class ThreadTransport final : public Transport {
     const std::lock_guard<std::mutex> lock(box.guard);
     box.letters[{rank_, tag}].push_back(std::move(letter));
     box.came.fetch_add(1, std::memory_order_release);
-    if (box.sleeps) box.arrived.notify_all();
+    if (!box.sleeps || box.waits_for != rank_ || box.tag != tag) return;
+    box.sleeps = false;
+    hub_->turns.ready(to);
   }
 
   void receive(int from, std::int64_t tag, void* data, std::size_t bytes) override {
     ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(rank_)];
     std::unique_lock<std::mutex> lock(box.guard);
     auto& queue = box.letters[{from, tag}];
-    std::string failure;
     box.waits_for = from;
+    box.tag = tag;
     while (queue.empty()) {
       const std::uint64_t before = box.came.load(std::memory_order_relaxed);
       lock.unlock();
@@ -139,14 +136,17 @@ class ThreadTransport final : public Transport {
       lock.lock();
       if (box.came.load(std::memory_order_relaxed) == before) break;
     }
-    box.sleeps = queue.empty();
-    const bool came = box.arrived.wait_for(
-        lock, hub_->timeout, [&] { return !queue.empty() || !(failure = hub_->failed()).empty(); });
-    box.sleeps = false;
-    if (queue.empty()) {
+    while (queue.empty()) {
+      box.sleeps = true;
+      lock.unlock();
+      const bool came = hub_->turns.wait(rank_, hub_->timeout);
+      lock.lock();
+      box.sleeps = false;
+      if (came) continue;
+      if (!queue.empty()) break;
       const std::string mine = box.doing;
       lock.unlock();
-      if (came) throw PeerError(failure);
+      if (const std::string failure = hub_->failed(); !failure.empty()) throw PeerError(failure);
       const int culprit = hub_->culprit(from);
       throw PeerError(fmt::format(
           "rank {} waits in {} for rank {}, {} has been in {} for {:.0f} s", rank_, mine, from,
@@ -172,17 +172,25 @@ class ThreadTransport final : public Transport {
     if (hub_->at_barrier.size() == hub_->boxes.size()) {
       hub_->at_barrier.clear();
       ++hub_->barriers;
-      hub_->gathered.notify_all();
+      hub_->turns.enter(rank_);
+      for (const int r : hub_->asleep) hub_->turns.ready(r);
+      hub_->asleep.clear();
       return;
     }
     const std::int64_t now = hub_->barriers;
     lock.unlock();
     hub_->look([&] { return hub_->barriers.load(std::memory_order_acquire) > now; });
     lock.lock();
-    const bool done = hub_->gathered.wait_for(
-        lock, hub_->timeout, [&] { return hub_->barriers > now || !hub_->failure.empty(); });
+    if (hub_->barriers > now) {
+      hub_->turns.enter(rank_);
+      return;
+    }
+    hub_->asleep.insert(rank_);
+    lock.unlock();
+    hub_->turns.wait(rank_, hub_->timeout);
+    lock.lock();
     if (hub_->barriers > now) return;
-    if (done) throw PeerError(hub_->failure);
+    if (!hub_->failure.empty()) throw PeerError(hub_->failure);
     int missing = 0;
     while (hub_->at_barrier.count(missing) > 0) ++missing;
     lock.unlock();

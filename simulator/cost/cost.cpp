@@ -350,6 +350,15 @@ Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
 void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_cast<int>(ranks); }
 
+std::optional<Seconds> Communication::held(Bytes bytes, bool sender) const {
+  return measured_time(state_->topology.collectives(), sender ? "send_held" : "receive_held", 2,
+                       bytes, state_->at_work);
+}
+
+int Communication::measured_at_work(const std::string& kind, int ranks) const {
+  return partita::measured_at_work(state_->topology.collectives(), kind, ranks, state_->at_work);
+}
+
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
   std::uint64_t h = ranks.size();

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -105,8 +107,14 @@ class Communication {
   };
   Moving moving(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   Moving moving(Bytes bytes, std::int64_t from, std::int64_t to);
+  /// What of a transfer holds its sender, or its receiver once the message has come; empty where
+  /// that was not measured.
+  std::optional<Seconds> held(Bytes bytes, bool sender) const;
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
   void set_at_work(std::int64_t ranks);
+  /// How many were at work when what prices this kind among so many ranks was measured; 0 where it
+  /// was not.
+  int measured_at_work(const std::string& kind, int ranks) const;
   /// Equal for groups whose communication costs the same whatever the size; `exchanges`:
   /// all-to-alls too.
   std::uint64_t price_class(const std::vector<std::int64_t>& ranks, bool exchanges);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <vector>
@@ -109,26 +110,86 @@ std::vector<std::pair<double, double>> curve(std::vector<std::pair<double, doubl
   return out;
 }
 
+/// Each way to compress is a kernel of its own, PowerSGD's second factor too. Its bytes are the
+/// passes that it makes over the gradient: one for each column of a factor, each member's signs.
+void compression_shape(const Program& p, const Instruction& i, std::int64_t rank, KernelShape& s) {
+  const Compression& c = p.compression;
+  s.kernel += fmt::format(" {}", name(c.kind));
+  if (i.kernel == Kernel::compress && i.index == 1) s.kernel += " right";
+  const BufferId gradient = i.kernel == Kernel::decompress ? i.writes[0]
+                            : i.index == 1                 ? i.outputs[0]
+                                                           : i.reads[0];
+  double passes = 1;
+  if (c.kind == CompressionKind::power_sgd) passes = static_cast<double>(c.rank);
+  if (c.kind == CompressionKind::one_bit && i.kernel == Kernel::decompress)
+    passes = static_cast<double>(p.mesh.size(i.atoms));
+  s.bytes = passes * static_cast<double>(local_bytes(p, gradient, rank).count);
+}
+
+constexpr double kVector =
+    16;  // fp32 numbers of the widest vectors: rows that fill them are faster
+
+/// A measured point as seen from the shape that is priced: log2 of m, n, k, count; do rows of n and
+/// of k fill vectors?
+struct Near {
+  double squared = 0;  ///< distance
+  std::array<double, 6> at{};
+  double value = 0;
+};
+
+/// Weighted least squares; within the values of the points.
+double plane_at_origin(const std::vector<Near>& near) {
+  constexpr std::size_t kUnknowns = 7;
+  constexpr double kPrior = 0.3, kNearest = 1e-6;
+  std::array<std::array<double, kUnknowns + 1>, kUnknowns> e{};  // normal equations
+  double low = near[0].value, high = low, weights = 0;
+  for (const Near& x : near) {
+    const double w = 1 / (x.squared + kNearest);
+    std::array<double, kUnknowns> row{1};
+    std::copy(x.at.begin(), x.at.end(), row.begin() + 1);
+    for (std::size_t i = 0; i < kUnknowns; ++i) {
+      for (std::size_t j = 0; j < kUnknowns; ++j) e[i][j] += w * row[i] * row[j];
+      e[i][kUnknowns] += w * row[i] * x.value;
+    }
+    weights += w;
+    low = std::min(low, x.value);
+    high = std::max(high, x.value);
+  }
+  // Slopes of 0 (time as FLOPs) weigh kPrior times a mean point at distance 1.
+  for (std::size_t i = 1; i < kUnknowns; ++i)
+    e[i][i] += kPrior * weights / static_cast<double>(near.size());
+  // Elimination from the last unknown on: positive definite, so the diagonal is never 0.
+  for (std::size_t c = kUnknowns; c-- > 0;) {
+    for (std::size_t r = 0; r < c; ++r) {
+      const double f = e[r][c] / e[c][c];
+      for (std::size_t k = 0; k <= kUnknowns; ++k) e[r][k] -= f * e[c][k];
+    }
+  }
+  return std::clamp(e[0][kUnknowns] / e[0][0], low, high);
+}
+
 }  // namespace
 
 KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) {
   KernelShape s;
   const Work w = work_of(p, i, rank);
   if (i.kind == Kind::load) {
-    s.kernel = "load";
+    s.kernel = p.sharded_storage ? "load shard" : "load";
     s.bytes = 2 * static_cast<double>(local_bytes(p, i.writes[0], rank).count);
     return s;
   }
   if (w.kernels == 0) return s;
   s.bytes = static_cast<double>(w.bytes.count);
   if (i.kind == Kind::slice || i.kind == Kind::copy) {
-    s.kernel = "slice";
+    s.kernel = std::string(name(i.kind));
     return s;
   }
   if (i.op < 0) {
     s.kernel = std::string(name(i.kernel));
     if (i.kernel == Kernel::optimizer)
       s.kernel += p.optimizer.kind == OptimizerKind::adam ? " adam" : " sgd";
+    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress)
+      compression_shape(p, i, rank, s);
     return s;
   }
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
@@ -155,6 +216,15 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   if (const auto* a = std::get_if<Activation>(&op.operation))
     s.kernel += fmt::format(" {}", static_cast<int>(a->kind));
   if (is_product(op.operation)) product_shape(p, op, rank, s);
+  if (const int d = op.signature.find(Dim::sequence);
+      i.part >= 0 && d >= 0 && !std::holds_alternative<Attention>(op.operation)) {
+    // One part of the sequence; the rest is another instruction's.
+    const auto at = static_cast<std::size_t>(d);
+    s.m *= static_cast<double>(part_positions(p, i, rank).size()) /
+           std::max<double>(1, static_cast<double>(local_extent(
+                                   p.mesh, op.cuts[at], op.signature.dims[at].extent, rank)));
+    s.kernel += " part";
+  }
   if (std::holds_alternative<GroupedProduct>(op.operation))
     s.m = std::max(0.5, s.m * load_of_experts(p, i, rank));
   return s;
@@ -173,28 +243,40 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
     if (points.empty()) return {};
     return Seconds{interpolate(curve(std::move(points)), std::max(1.0, s.bytes))};
   }
-  struct Near {
-    double distance, log_rate;
-  };
+  // log2(time / FLOP) of the points around, as a plane through them.
   std::vector<Near> near;
+  const auto fills = [](double x) { return std::fmod(x, kVector) == 0 ? 1.0 : 0.0; };
   for (const KernelPoint& p : all) {
     if (p.ranks != at || p.m <= 0) continue;
-    const double dm = std::log2(s.m / p.m), dn = std::log2(s.n / p.n), dk = std::log2(s.k / p.k),
-                 dc = 0.5 * std::log2(s.count / p.count);
-    near.push_back({std::sqrt(dm * dm + dn * dn + dk * dk + dc * dc),
-                    std::log(2 * p.m * p.n * p.k * p.count / p.time.count)});
+    Near x;
+    x.at = {std::log2(p.m / s.m),         std::log2(p.n / s.n),    std::log2(p.k / s.k),
+            std::log2(p.count / s.count), fills(p.n) - fills(s.n), fills(p.k) - fills(s.k)};
+    const auto& d = x.at;
+    x.squared =
+        d[0] * d[0] + d[1] * d[1] + d[2] * d[2] + d[3] * d[3] / 4 + (d[4] * d[4] + d[5] * d[5]) / 2;
+    x.value = std::log2(p.time.count / (2 * p.m * p.n * p.k * p.count));
+    near.push_back(x);
   }
   if (near.empty()) return {};
   std::sort(near.begin(), near.end(),
-            [](const Near& a, const Near& b) { return a.distance < b.distance; });
-  if (near.size() > 6) near.resize(6);
-  double weight = 0, sum = 0;
-  for (const Near& x : near) {
-    const double w = 1 / (std::pow(x.distance, 3) + 1e-6);
-    weight += w;
-    sum += w * x.log_rate;
+            [](const Near& a, const Near& b) { return a.squared < b.squared; });
+  constexpr std::size_t kPoints = 12;
+  if (near.size() > kPoints) near.resize(kPoints);
+  return Seconds{2 * s.m * s.n * s.k * s.count * std::exp2(plane_at_origin(near))};
+}
+
+int measured_at_work(const CollectiveTable& table, const std::string& kind, int ranks,
+                     int at_work) {
+  const auto found = table.find(kind);
+  if (found == table.end()) return 0;
+  const int at = nearest_ranks(found->second, ranks), wanted = at_work > 0 ? at_work : ranks;
+  int working = 0;
+  for (const CollectivePoint& p : found->second) {
+    if (p.ranks == at &&
+        (working == 0 || std::abs(p.working() - wanted) < std::abs(working - wanted)))
+      working = p.working();
   }
-  return Seconds{2 * s.m * s.n * s.k * s.count / std::exp(sum / weight)};
+  return working;
 }
 
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
@@ -202,13 +284,7 @@ std::optional<Seconds> measured_time(const CollectiveTable& table, const std::st
   const auto found = table.find(kind);
   if (found == table.end()) return {};
   const int at = nearest_ranks(found->second, ranks);
-  int working = 0;
-  const int wanted = at_work > 0 ? at_work : ranks;
-  for (const CollectivePoint& p : found->second) {
-    if (p.ranks == at &&
-        (working == 0 || std::abs(p.working() - wanted) < std::abs(working - wanted)))
-      working = p.working();
-  }
+  const int working = measured_at_work(table, kind, ranks, at_work);
   std::vector<std::pair<double, double>> points;
   for (const CollectivePoint& p : found->second) {
     if (p.ranks == at && p.working() == working)

@@ -20,9 +20,10 @@ struct KernelShape {
 KernelShape shape_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 
 /// Time of a kernel from the table's points for as many concurrent ranks (else the nearest number).
-/// Products: the rate (FLOP/s) of the nearest six points in log m, log n, log k, weighted by
-/// inverse distance cubed. Others: log-log interpolation in bytes; beyond the largest point its
-/// rate, below the smallest its time. Empty where the table has no such kernel.
+/// Products: log(time / FLOP) is a plane in log m, log n, log k, log count through the nearest
+/// twelve points, weighted by inverse squared distance (docs/cost.md, "Measured"). Others: log-log
+/// interpolation in bytes; beyond the largest point its rate, below the smallest its time. Empty
+/// where the table has no such kernel.
 std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks);
 
 /// Log-log interpolation of a collective's points with this number of ranks, else the nearest
@@ -30,5 +31,7 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
 /// number. 0: one group alone.
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
                                      int ranks, Bytes bytes, int at_work = 0);
+/// The number of ranks at work whose points that takes; 0 where there are none.
+int measured_at_work(const CollectiveTable& table, const std::string& kind, int ranks, int at_work);
 
 }  // namespace partita

@@ -4,8 +4,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <deque>
 #include <numeric>
+#include <queue>
 #include <set>
+#include <tuple>
 #include <unordered_map>
 
 #include "simulator/cost/measured.h"
@@ -175,6 +179,8 @@ struct Step {
   std::int32_t message = -1;
   bool of_step = false;  ///< the message goes once a step, not once a micro-batch
   std::int32_t peer_class = -1;
+  std::int64_t beside = 0;   ///< from a send's start until its receiver may take the message
+  double share_of_core = 1;  ///< of `ticks`, where ranks share cores
 };
 
 struct Mark {
@@ -348,7 +354,8 @@ class Engine {
     for (std::int64_t r = 0; r < p_.ranks(); ++r)
       at_work += t.node_of(DeviceId{static_cast<std::size_t>(r)}) == 0 ? 1 : 0;
     communication_.set_at_work(at_work);
-    if (options_.unfolded) {
+    // Whose turn it is depends on every rank of a host.
+    if (options_.unfolded || share_cores()) {
       for (std::int64_t r = 0; r < p_.ranks(); ++r) {
         classes_.classes.push_back({p_.stage_of(r), r, 1});
         classes_.of_rank.push_back(static_cast<int>(r));
@@ -382,10 +389,14 @@ class Engine {
     for (const MemoryUse& use : timeline_.memory) {
       if (use.peak > options_.memory_limit) return std::move(timeline_);
     }
-    if (options_.network == Network::flows) contend();
-    for (bool moved = true; moved;) {
-      moved = false;
-      for (std::size_t c = 0; c < n; ++c) moved |= advance(static_cast<int>(c));
+    if (options_.network == Network::flows && all_beside()) contend();
+    if (share_cores()) {
+      take_turns();
+    } else {
+      for (bool moved = true; moved;) {
+        moved = false;
+        for (std::size_t c = 0; c < n; ++c) moved |= advance(static_cast<int>(c));
+      }
     }
     std::int64_t end = 0;
     for (std::size_t c = 0; c < n; ++c) {
@@ -478,25 +489,51 @@ class Engine {
   /// "server 3" is a server.
   static std::string word(const std::string& name) { return name.substr(0, name.find(' ')); }
 
+  /// Ranks of this one's host, itself included.
+  std::int64_t ranks_beside(std::int64_t rank) const {
+    const Topology& t = communication_.topology();
+    const auto here = t.node_of(DeviceId{static_cast<std::size_t>(rank)});
+    std::int64_t ranks = 0;
+    for (std::int64_t r = 0; r < p_.ranks(); ++r)
+      ranks += t.node_of(DeviceId{static_cast<std::size_t>(r)}) == here ? 1 : 0;
+    return ranks;
+  }
+  const DeviceProfile& device_of(std::int64_t rank) const {
+    return communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+  }
+  /// Communication that was measured with more ranks at work than cores took as much longer as they
+  /// shared these: of that time a rank's work is only its share.
+  double share_of_core(const std::string& kind, std::size_t ranks, std::int64_t rank,
+                       int one_of) const {
+    const int cores = device_of(rank).host_cores;
+    if (cores == 0) return 1;
+    const int working = communication_.measured_at_work(kind, static_cast<int>(ranks));
+    return working == 0 ? 1 : std::min(1.0, static_cast<double>(cores * one_of) / working);
+  }
+  /// Has a host more ranks than cores?
+  bool share_cores() const {
+    std::map<std::size_t, std::int64_t> ranks;
+    bool crowded = false;
+    for (std::int64_t r = 0; r < p_.ranks(); ++r) {
+      const DeviceProfile& d = device_of(r);
+      if (d.concurrent_streams) return false;
+      const auto node = communication_.topology().node_of(DeviceId{static_cast<std::size_t>(r)});
+      crowded |= ++ranks[node] > d.host_cores && d.host_cores > 0;
+    }
+    return crowded;
+  }
+
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
   Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
-    if (from_storage(p_, i)) return communication_.storage_time(p_, i, rank);
+    if (from_storage(p_, i) && device.kernels.empty())
+      return communication_.storage_time(p_, i, rank);
     if (!device.kernels.empty()) {
       const KernelShape shape = shape_of(p_, i, rank);
       if (shape.kernel.empty()) return Seconds{0};
-      // Ranks of one host share its memory and cores.
-      const auto here = communication_.topology().node_of(DeviceId{static_cast<std::size_t>(rank)});
-      std::int64_t ranks = 0;
-      for (std::int64_t r = 0; r < p_.ranks(); ++r) {
-        ranks += communication_.topology().node_of(DeviceId{static_cast<std::size_t>(r)}) == here;
-      }
-      // More ranks than cores take turns: each gets its share of the time, and meets as many others
-      // at once as there are cores.
-      const std::int64_t cores = device.host_cores > 0 ? device.host_cores : ranks;
-      const double turns = std::max(1.0, static_cast<double>(ranks) / static_cast<double>(cores));
-      if (const auto t =
-              measured_time(device.kernels, shape, static_cast<int>(std::min(ranks, cores))))
-        return turns * (*t + device.dispatch);
+      // Ranks of one host share its memory, and those of one core its caches.
+      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank))))
+        return *t + device.dispatch;
+      if (from_storage(p_, i)) return communication_.storage_time(p_, i, rank);
     }
     // A processor that is its own host copies in its own memory.
     if (on_host(p_, i) && device.compute_capability > 0)
@@ -592,6 +629,7 @@ class Engine {
                         .count;
             }
             s.label = label("exposed:" + axis(i));
+            s.share_of_core = share_of_core(std::string(name(i.collective)), group.size(), rank, 1);
             break;
           }
           case Kind::send:
@@ -602,10 +640,24 @@ class Engine {
             s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
             const bool sends = i.kind == Kind::send;
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
-            s.ticks =
-                to_ticks(communication_.point_to_point(local_bytes(p_, buffer, rank),
-                                                       sends ? rank : peer, sends ? peer : rank))
-                    .count;
+            const Seconds whole = communication_.point_to_point(
+                local_bytes(p_, buffer, rank), sends ? rank : peer, sends ? peer : rank);
+            s.ticks = to_ticks(whole).count;
+            // On one stream each side is held for its part; without a figure for that, for what
+            // does not hide behind work.
+            if (!device.concurrent_streams) {
+              const Seconds part = (1 - device.overlap) * whole;
+              const Bytes bytes = local_bytes(p_, buffer, rank);
+              const auto sender = communication_.held(bytes, true),
+                         receiver = communication_.held(bytes, false);
+              const bool known = sender && receiver;
+              const Seconds taking = known ? *receiver : part;
+              s.ticks = to_ticks(!known ? part : sends ? *sender : *receiver).count;
+              s.beside =
+                  std::max<std::int64_t>(known ? s.ticks : 0, to_ticks(whole - taking).count);
+              // Of two that exchange messages one is at work at a time.
+              if (!known) s.share_of_core = share_of_core("send", 2, rank, 2);
+            }
             // Waiting for a role is waiting for its service, not for a neighbour of the pipeline.
             const int role = std::max(i.stage, rc.stage) - p_.pipeline_stages();
             s.label = role < 0
@@ -834,11 +886,8 @@ class Engine {
       if (m == nullptr) return false;
       if (m->start > start) start = m->start, cause = nullptr;
     } else if (step.kind == Kind::send) {
-      // Beside compute, a transfer is one interval on both sides; on one stream the sender copies
-      // out, then the receiver copies in.
       messages_[message_key(step.message, step.of_step ? -1 : call.micro_batch, c,
-                            step.peer_class)] =
-          step.stream == kComputeStream ? start + ticks : start;
+                            step.peer_class)] = start + step.beside;
     }
     if (start > kLastTick - ticks) {
       throw InputError("time",
@@ -871,6 +920,13 @@ class Engine {
           {c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
     }
     return true;
+  }
+
+  /// Does every device run transfers beside its kernels? Of others what contends was measured.
+  bool all_beside() const {
+    return std::all_of(classes_.classes.begin(), classes_.classes.end(), [&](const RankClass& c) {
+      return device_of(c.representative).concurrent_streams;
+    });
   }
 
   /// How long each instruction takes with all that runs beside it.
@@ -909,7 +965,7 @@ class Engine {
           if (step.kind == Kind::send) {
             graph.send(me, x, message(me, step.peer_class));
           } else if (step.kind == Kind::receive) {
-            graph.receive(me, x, message(step.peer_class, me), step.stream != kComputeStream);
+            graph.receive(me, x, message(step.peer_class, me));
           } else if (step.kind == Kind::collective && step.meets) {
             const Instruction& i = p_.blocks[call.block.index()]
                                        .instructions[static_cast<std::size_t>(step.instruction)];
@@ -1006,6 +1062,202 @@ class Engine {
     std::set<int> all;
     for (const std::int64_t m : group) all.insert(classes_.of_rank[static_cast<std::size_t>(m)]);
     return {all.begin(), all.end()};
+  }
+
+  // ---- more ranks than cores ----------------------------------------------------------------
+  struct Waiter {
+    bool came = false, works = false;
+    std::int64_t start = 0;  ///< when it first had a core for its step
+    std::size_t meeting = 0;
+  };
+  struct Gathering {
+    std::vector<int> members;  ///< there
+    std::size_t wanted = 0, done = 0;
+  };
+
+  /// Ranks of a host run in the order in which they could, as many as it has cores; who waits for
+  /// another, or has reached its end, gives its core to the next (docs/simulation.md).
+  void take_turns() {
+    const std::size_t n = classes_.classes.size();
+    const Topology& t = communication_.topology();
+    turn_.assign(n, {});
+    node_of_.resize(n);
+    for (std::size_t c = 0; c < n; ++c) {
+      const std::int64_t rank = classes_.classes[c].representative;
+      node_of_[c] = t.node_of(DeviceId{static_cast<std::size_t>(rank)});
+      const int cores = device_of(rank).host_cores;
+      hosts_.try_emplace(node_of_[c], Host{cores > 0 ? cores : static_cast<int>(n), {}});
+    }
+    for (std::size_t c = 0; c < n; ++c) ready(static_cast<int>(c), 0);
+    while (!events_.empty()) {
+      const Event e = events_.top();
+      events_.pop();
+      if (e.becomes_ready) {
+        ready(e.rank, e.time);
+      } else {
+        end_of_work(e.rank, e.time);
+      }
+    }
+  }
+
+  struct Event {
+    std::int64_t time = 0, order = 0;
+    int rank = 0;
+    bool becomes_ready = false;
+    bool operator<(const Event& o) const {
+      return std::tie(o.time, o.order) < std::tie(time, order);
+    }
+  };
+  struct Host {
+    int idle = 0;
+    std::deque<int> queue;
+  };
+
+  void ready(int c, std::int64_t now) {
+    Host& h = hosts_.at(node_of_[static_cast<std::size_t>(c)]);
+    if (h.idle == 0) {
+      h.queue.push_back(c);
+      return;
+    }
+    --h.idle;
+    go_on(c, now);
+  }
+  void give_up_core(int c, std::int64_t now) {
+    Host& h = hosts_.at(node_of_[static_cast<std::size_t>(c)]);
+    if (h.queue.empty()) {
+      ++h.idle;
+      return;
+    }
+    const int next = h.queue.front();
+    h.queue.pop_front();
+    go_on(next, now);
+  }
+  void event(int c, std::int64_t time, bool becomes_ready) {
+    events_.push({time, static_cast<std::int64_t>(event_count_++), c, becomes_ready});
+  }
+
+  /// The step that a rank is at; null at its end.
+  const Step* current(int c, BlockCall& call) {
+    State& s = state_[static_cast<std::size_t>(c)];
+    const auto& calls =
+        p_.stages[static_cast<std::size_t>(classes_.classes[static_cast<std::size_t>(c)].stage)];
+    for (; s.call < calls.size(); ++s.call, s.step = 0) {
+      call = calls[s.call];
+      const Compiled& block = compiled_[static_cast<std::size_t>(c)][call.block.index()];
+      if (s.step < block.steps.size()) return &block.steps[s.step];
+    }
+    return nullptr;
+  }
+
+  /// A rank that has a core: begins its next step, or goes on with the one it waited in.
+  void go_on(int c, std::int64_t now) {
+    BlockCall call;
+    const Step* step = current(c, call);
+    if (step == nullptr) {
+      give_up_core(c, now);
+      return;
+    }
+    Waiter& w = turn_[static_cast<std::size_t>(c)];
+    State& s = state_[static_cast<std::size_t>(c)];
+    if (!w.came) w.start = now, w.came = true;
+    if (!w.works) {
+      if (step->kind == Kind::receive) {
+        const auto key =
+            message_key(step->message, step->of_step ? -1 : call.micro_batch, step->peer_class, c);
+        const auto it = messages_.find(key);
+        if (it == messages_.end()) {
+          waits_for_[key] = c;
+          give_up_core(c, now);
+          return;
+        }
+        if (it->second > now) {
+          event(c, it->second, true);
+          give_up_core(c, now);
+          return;
+        }
+      } else if (step->kind == Kind::collective && step->meets) {
+        if (!gathered(c, s, call, *step)) {
+          give_up_core(c, now);
+          return;
+        }
+        for (const int m : gatherings_[w.meeting].members) {
+          turn_[static_cast<std::size_t>(m)].works = true;
+          if (m != c) event(m, now, true);
+        }
+      }
+      w.works = true;
+    } else if (step->kind == Kind::collective && step->meets &&
+               gatherings_[w.meeting].done == gatherings_[w.meeting].wanted) {
+      end_step(c, s, call, *step, now);
+      return;
+    }
+    if (step->kind == Kind::send) {
+      const auto key =
+          message_key(step->message, step->of_step ? -1 : call.micro_batch, c, step->peer_class);
+      messages_[key] = now + step->beside;
+      if (const auto it = waits_for_.find(key); it != waits_for_.end()) {
+        event(it->second, now + step->beside, true);
+        waits_for_.erase(it);
+      }
+    }
+    const auto work = static_cast<std::int64_t>(
+        std::ceil(static_cast<double>(step->ticks) * step->share_of_core));
+    if (now > kLastTick - work) {
+      throw InputError("time",
+                       "the step would take longer than the 106 days of event time; use fewer "
+                       "micro-batches or a faster device");
+    }
+    event(c, now + work, false);
+  }
+
+  /// Notes that rank `c` is at a collective; true for the last one.
+  bool gathered(int c, const State& s, const BlockCall& call, const Step& step) {
+    const Instruction& i =
+        p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
+    const auto group = p_.group(i, classes_.classes[static_cast<std::size_t>(c)].representative);
+    const auto key = std::tuple{i.tie, i.tie >= 0 ? std::size_t{0} : s.call,
+                                i.tie >= 0 ? 0 : step.instruction, group};
+    const auto [it, fresh] = gathering_of_.emplace(key, gatherings_.size());
+    if (fresh) gatherings_.push_back({{}, group.size(), 0});
+    Gathering& g = gatherings_[it->second];
+    turn_[static_cast<std::size_t>(c)].meeting = it->second;
+    g.members.push_back(c);
+    return g.members.size() == g.wanted;
+  }
+
+  void end_of_work(int c, std::int64_t now) {
+    BlockCall call;
+    const Step* step = current(c, call);
+    State& s = state_[static_cast<std::size_t>(c)];
+    if (step->kind == Kind::collective && step->meets) {
+      // It ends for all at once.
+      Gathering& g = gatherings_[turn_[static_cast<std::size_t>(c)].meeting];
+      if (++g.done < g.wanted) {
+        give_up_core(c, now);
+        return;
+      }
+      for (const int m : g.members) {
+        if (m != c) event(m, now, true);
+      }
+    }
+    end_step(c, s, call, *step, now);
+  }
+
+  void end_step(int c, State& s, const BlockCall& call, const Step& step, std::int64_t now) {
+    Waiter& w = turn_[static_cast<std::size_t>(c)];
+    auto& spent = spent_[static_cast<std::size_t>(c)];
+    // Until it had a core it was neither at work nor waiting for another rank.
+    spent[static_cast<std::size_t>(label("other"))] += w.start - s.free[kComputeStream];
+    spent[static_cast<std::size_t>(step.label)] += now - w.start;
+    s.free[kComputeStream] = now;
+    s.label[kComputeStream] = step.label;
+    ++timeline_.instructions;
+    if (options_.record)
+      timeline_.entries.push_back(
+          {c, call.block.value, step.instruction, call.micro_batch, Ticks{w.start}, Ticks{now}});
+    w = {};
+    ++s.step;
+    go_on(c, now);
   }
 
   static std::int64_t last_end_of(const State& s) {
@@ -1181,6 +1433,16 @@ class Engine {
   std::unordered_map<std::uint64_t, std::int64_t> messages_;
   std::map<std::tuple<int, int, int, std::vector<int>>, Meeting> meetings_;
   std::set<std::pair<int, const Meeting*>> arrivals_;
+  // Where ranks share cores:
+  std::vector<Waiter> turn_;
+  std::vector<std::size_t> node_of_;
+  std::map<std::size_t, Host> hosts_;
+  std::priority_queue<Event> events_;
+  std::size_t event_count_ = 0;
+  std::vector<Gathering> gatherings_;
+  std::map<std::tuple<int, std::size_t, std::int32_t, std::vector<std::int64_t>>, std::size_t>
+      gathering_of_;
+  std::unordered_map<std::uint64_t, int> waits_for_;
 };
 
 }  // namespace

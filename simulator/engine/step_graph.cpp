@@ -207,9 +207,9 @@ void StepGraph::send(int c, const Instance& x, std::uint64_t message) {
   follow(c, x, task);
 }
 
-void StepGraph::receive(int c, const Instance& x, std::uint64_t message, bool beside) {
+void StepGraph::receive(int c, const Instance& x, std::uint64_t message) {
   const std::int32_t task = tasks_.add(x.task);
-  receives_.push_back({task, message, beside});
+  receives_.push_back({task, message});
   follow(c, x, task);
 }
 
@@ -217,12 +217,8 @@ StepGraph::Played StepGraph::play(Sharing& sharing, const std::vector<Usage>& us
   for (const Receive& r : receives_) {
     const auto it = sends_.find(r.message);
     PARTITA_ASSERT(it != sends_.end(), "a receive without its send");
-    if (r.beside) {
-      tasks_.order(it->second, r.task, Precedence::start_to_start);
-      tasks_.order(it->second, r.task, Precedence::end_to_end);
-    } else {
-      tasks_.order(it->second, r.task, Precedence::end_to_start);
-    }
+    tasks_.order(it->second, r.task, Precedence::start_to_start);
+    tasks_.order(it->second, r.task, Precedence::end_to_end);
   }
   receives_.clear();
   const Contention::Result result = tasks_.play(sharing, usages);

@@ -68,10 +68,9 @@ class StepGraph {
   void step(int rank_class, const Instance& instance);
   /// One task for all classes that name the same key the same number of times.
   void meet(int rank_class, const Instance& instance, const std::vector<std::int64_t>& key);
-  /// `beside`: a transfer is one interval on both sides; else the receiver begins when the sender
-  /// has ended.
+  /// A transfer is one interval on both sides.
   void send(int rank_class, const Instance& instance, std::uint64_t message);
-  void receive(int rank_class, const Instance& instance, std::uint64_t message, bool beside);
+  void receive(int rank_class, const Instance& instance, std::uint64_t message);
 
   struct Played {
     std::vector<std::vector<std::int64_t>> ticks;  ///< by class and instance: how long each took
@@ -93,7 +92,6 @@ class StepGraph {
   struct Receive {
     std::int32_t task = 0;
     std::uint64_t message = 0;
-    bool beside = true;
   };
   std::vector<Receive> receives_;
 };

@@ -282,7 +282,8 @@ TEST(Faults, ASuiteNamesRankInstructionAndCaseAndGoesOn) {
   for (const std::string& transport : transports) {
     const TemporaryFolder whole_folder;
     const std::string line =
-        "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --json "
+        "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --calibrate-only gpt "
+        "--json "
         "--timeout 2 --transport " +
         transport + " --out ";
     const Ran whole = Process(line + whole_folder.path(), {}).wait(120);
@@ -296,7 +297,7 @@ TEST(Faults, ASuiteNamesRankInstructionAndCaseAndGoesOn) {
       // The first in the first program, the second in one of the last, which are cases of the
       // suite.
       const unsigned program = k == 0   ? 0
-                               : k == 1 ? static_cast<unsigned>(all) + 1
+                               : k == 1 ? static_cast<unsigned>(all) - 1
                                         : draw(rng, static_cast<unsigned>(all));
       const unsigned rank = draw(rng, 2), step = draw(rng, 2);
       const std::string fault =
@@ -368,6 +369,7 @@ TEST(Faults, ASuiteWithoutAFolderShowsWhatItHad) {
   for (const std::string& transport : launches()) {
     const Ran r = Process(
                       "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 "
+                      "--calibrate-only gpt "
                       "--transport " +
                           transport,
                       {{"PARTITA_TEST_FAULT", "1:1:0:kill:3"}})
@@ -458,7 +460,8 @@ TEST(Launch, RanksOfTorchrunAndSrunMeetAndOnlyRankZeroPrints) {
 TEST(Launch, RanksOfTorchrunMeasureASuite) {
   const TemporaryFolder folder;
   const std::string line =
-      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --json --timeout 2 "
+      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only ZeRO-1 --calibrate-only gpt "
+      "--json --timeout 2 "
       "--out " +
       folder.path();
   for (const std::string& fault : {std::string("0:1:0:kill:5"), std::string("1:1:0:kill:9"),
@@ -643,7 +646,8 @@ TEST(Files, AFullDiskIsSaidNeverSilence) {
   // A profile is larger than the file may become.
   const TemporaryFolder folder;
   const Ran profile =
-      run("calibrate --backend cpu --ranks 1 --rounds 1 --steps 1 --out '" + folder.path() + "'",
+      run("calibrate --backend cpu --ranks 1 --rounds 1 --steps 1 --only gpt --out '" +
+              folder.path() + "'",
           "sh -c 'trap \"\" XFSZ; ulimit -f 8; exec \"$@\"' sh");
   EXPECT_EQ(profile.code, 3) << profile.err;
   EXPECT_THAT(profile.err,

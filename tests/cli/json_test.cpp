@@ -496,7 +496,7 @@ TEST(Validate, CalibrationGoesOnWhereItWasKilled) {
     const std::string command =
         "calibrate --backend cpu --ranks 2 --rounds 2 --steps 1 --only gpt --transport " +
         transport;
-    const Ran once = run(command + " --out '" + whole.path() + "'");
+    const Ran once = run(command + " --out '" + whole.path() + "'", "", 6);
     ASSERT_EQ(once.code, 0) << once.err;
     int kills = 0;
     Ran r;
@@ -573,7 +573,15 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
       EXPECT_GT(c.at("measured_s").get<double>(), 0);
       EXPECT_GE(c.at("noise").get<double>(), 0);
       EXPECT_EQ(c.at("memory_error").get<double>(), 0);
+      // Rows of experts are fed back: all counts are known, and equal.
+      for (const char* what : {"instructions", "traffic", "memory"})
+        EXPECT_EQ(c.at("same_program").at(what), true) << what << ", " << transport;
     }
+    EXPECT_EQ(j.at("suite").at("kendall_tau"), 1) << "of one case";
+    EXPECT_TRUE(j.at("suite").at("orders").empty());
+    ASSERT_EQ(j.at("suite").at("groups").size(), 1u);
+    EXPECT_EQ(j.at("suite").at("groups")[0].at("name"), "1 and 2 ranks");
+    EXPECT_GE(j.at("suite").at("groups")[0].at("baseline").get<double>(), 0);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "simulator/cost/measured.h"
 #include "simulator/lower/lower.h"
 #include "validation/compare.h"
+#include "validation/figures.h"
 
 namespace partita::validation {
 namespace {

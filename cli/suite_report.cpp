@@ -1,0 +1,152 @@
+#include "cli/suite_report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "base/unit_text.h"
+#include "report/report.h"
+
+namespace partita::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+constexpr double kTau = 0.9, kMemory = 0.01;
+constexpr std::size_t kWorst = 8;  // pairs that are listed
+
+std::vector<validation::CaseFigures> figures_of(const SuiteReport& r) {
+  std::vector<validation::CaseFigures> all;
+  for (const SuiteRow& row : r.rows) all.push_back(row.figures);
+  return all;
+}
+
+std::string percent(double x) { return fmt::format("{:.1f} %", 100 * x); }
+std::string signed_percent(double x) { return fmt::format("{:+.1f} %", 100 * x); }
+
+}  // namespace
+
+int exit_code(const SuiteReport& r) {
+  for (const SuiteRow& row : r.rows) {
+    if ((row.checked && !row.equal) || !row.program.equal() || std::abs(row.memory_error) > kMemory)
+      return 1;
+  }
+  const auto figures = figures_of(r);
+  for (const auto& g : validation::groups_of(figures)) {
+    if (g.missed()) return 1;
+  }
+  return validation::orders_of(figures).back().tau < kTau ? 1 : 0;
+}
+
+void print_json(const SuiteReport& r) {
+  Json j;
+  j["schema"] = "partita.validation/1";
+  j["backend"] = r.backend;
+  j["transport"] = r.transport;
+  j["profile"] = r.provenance;
+  j["suite"]["cases"] = Json::array();
+  const auto figures = figures_of(r);
+  for (const SuiteRow& row : r.rows) {
+    const auto& f = row.figures;
+    Json c{{"name", f.name},
+           {"ranks", f.ranks},
+           {"equal_to_reference", row.checked ? Json(row.equal) : Json(nullptr)},
+           {"predicted_s", f.predicted},
+           {"measured_s", f.measured},
+           {"noise", f.noise},
+           {"memory_error", row.memory_error}};
+    c["same_program"] = {
+        {"instructions", row.program.instructions},
+        {"traffic", row.program.traffic ? Json(*row.program.traffic) : Json(nullptr)},
+        {"memory", row.program.memory}};
+    if (f.compute_measured > 0)
+      c["compute"] = {{"predicted_s", f.compute_predicted},
+                      {"measured_s", f.compute_measured},
+                      {"noise", f.compute_noise}};
+    j["suite"]["cases"].push_back(std::move(c));
+  }
+  const auto orders = validation::orders_of(figures);
+  j["suite"]["kendall_tau"] = orders.back().tau;
+  j["suite"]["orders"] = Json::array();
+  for (const auto& o : orders) {
+    if (o.network.empty()) continue;
+    j["suite"]["orders"].push_back(
+        {{"network", o.network}, {"cases", o.cases}, {"pairs", o.pairs}, {"kendall_tau", o.tau}});
+  }
+  j["suite"]["discordant"] = Json::array();
+  for (const auto& [fast, slow] : validation::discordant(figures))
+    j["suite"]["discordant"].push_back({figures[fast].name, figures[slow].name});
+  j["suite"]["groups"] = Json::array();
+  for (const auto& g : validation::groups_of(figures))
+    j["suite"]["groups"].push_back({{"name", g.name},
+                                    {"cases", g.cases},
+                                    {"mean_error", g.mean_error},
+                                    {"bias", g.bias},
+                                    {"noise", g.noise},
+                                    {"bound", g.bound},
+                                    {"baseline", g.baseline}});
+  j["suite"]["kinds"] = Json::array();
+  for (const auto& k : r.kinds)
+    j["suite"]["kinds"].push_back(
+        {{"kind", k.kind}, {"measured_s", k.measured.count}, {"predicted_s", k.predicted.count}});
+  fmt::print("{}\n", j.dump(2));
+}
+
+void print(const SuiteReport& r) {
+  fmt::print("{}\n\n", r.provenance);
+  std::vector<std::vector<std::string>> table{{"case", "ranks", "reference", "program", "measured",
+                                               "predicted", "error", "noise", "memory"}};
+  for (const SuiteRow& row : r.rows) {
+    const auto& f = row.figures;
+    table.push_back({f.name, std::to_string(f.ranks),
+                     !row.checked ? "-"
+                     : row.equal  ? "equal"
+                                  : "DIFFERS",
+                     row.program.equal() ? "same" : "DIFFERS", text(Seconds{f.measured}),
+                     text(Seconds{f.predicted}), signed_percent(f.error()), percent(f.noise),
+                     signed_percent(row.memory_error)});
+  }
+  fmt::print("{}\n", align(table));
+  for (const SuiteRow& row : r.rows) {
+    if (!row.program.equal())
+      fmt::print("{}: another program than the simulated one: {}\n", row.figures.name,
+                 row.program.difference);
+  }
+  table = {{"kind, all cases", "measured", "predicted", "error"}};
+  auto sorted = r.kinds;
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const auto& a, const auto& b) { return b.measured < a.measured; });
+  for (const auto& k : sorted)
+    table.push_back({k.kind, text(k.measured), text(k.predicted),
+                     signed_percent((k.predicted.count - k.measured.count) /
+                                    std::max(1e-12, k.measured.count))});
+  fmt::print("{}\n", align(table));
+
+  const auto figures = figures_of(r);
+  table = {{"", "cases", "mean error", "bias", "noise", "bound", "FLOPs at one rate", ""}};
+  for (const auto& g : validation::groups_of(figures))
+    table.push_back({g.name, std::to_string(g.cases), percent(g.mean_error), signed_percent(g.bias),
+                     percent(g.noise), percent(g.bound), percent(g.baseline),
+                     g.missed() ? "MISSED" : ""});
+  fmt::print("{}\n", align(table));
+  table = {{"order of plans", "cases", "pairs", "Kendall's tau", ""}};
+  for (const auto& o : validation::orders_of(figures)) {
+    const bool all = o.network.empty();
+    table.push_back({all ? "all" : o.network, std::to_string(o.cases), std::to_string(o.pairs),
+                     fmt::format("{:.3f}", o.tau),
+                     all && o.tau < kTau ? "MISSED, 0.9 is asked for" : ""});
+  }
+  fmt::print("{}\n", align(table));
+  const auto wrong = validation::discordant(figures);
+  for (std::size_t k = 0; k < std::min(kWorst, wrong.size()); ++k) {
+    const auto &fast = figures[wrong[k].first], &slow = figures[wrong[k].second];
+    fmt::print("wrong order: {} {} before {} {}, predicted {} and {}\n", fast.name,
+               text(Seconds{fast.measured}), slow.name, text(Seconds{slow.measured}),
+               text(Seconds{fast.predicted}), text(Seconds{slow.predicted}));
+  }
+  if (wrong.size() > kWorst) fmt::print("wrong order: {} more pairs\n", wrong.size() - kWorst);
+  for (const auto& line : r.outliers) fmt::print("rounds far apart: {}\n", line);
+}
+
+}  // namespace partita::cli

@@ -1,0 +1,34 @@
+// cli/suite_report.h: what `partita validate` says, as a table and as JSON.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "validation/compare.h"
+#include "validation/figures.h"
+#include "validation/program_check.h"
+
+namespace partita::cli {
+
+struct SuiteRow {
+  validation::CaseFigures figures;
+  bool checked = true;  ///< against the reference
+  bool equal = true;    ///< to it
+  validation::ProgramCheck program;
+  double memory_error = 0;
+};
+
+struct SuiteReport {
+  std::string backend, transport, provenance;
+  std::vector<SuiteRow> rows;
+  std::vector<validation::KindRow> kinds;  ///< over all cases
+  std::vector<std::string> outliers;
+};
+
+/// 1 where a case differs from its reference, executes another program than the simulator plays or
+/// a bound is missed, else 0.
+int exit_code(const SuiteReport& report);
+void print(const SuiteReport& report);
+void print_json(const SuiteReport& report);
+
+}  // namespace partita::cli
