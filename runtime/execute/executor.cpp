@@ -536,7 +536,7 @@ class Executor {
         message(block, i);
         return;
       case Kind::copy:
-        if (box(i.reads[0]).held)
+        if (box(i.reads[0]).held && box(i.reads[0]).elements() > 0)
           std::memcpy(
               data(i.writes[0]), data(i.reads[0]),
               static_cast<std::size_t>(box(i.reads[0]).elements() * width(p_.buffer(i.reads[0]))));
@@ -680,7 +680,11 @@ class Executor {
     const std::vector<std::int64_t>& bounds = split_in ? c.send_offsets : c.offsets;
     const std::int64_t total = std::max(bounds.back(), exchange ? 0 : c.send_offsets.back());
     const std::int64_t staged = (total + (exchange ? c.send_offsets.back() : 0)) * c.word;
-    std::byte* payload = memory_.take(Category::workspace, staged);
+    // Given back too where a peer's failure ends the call.
+    const auto give_back = [&](std::byte* p) { memory_.give_back(Category::workspace, p, staged); };
+    const std::unique_ptr<std::byte, decltype(give_back)> held(
+        memory_.take(Category::workspace, staged), give_back);
+    std::byte* payload = held.get();
     std::byte* outgoing = exchange ? payload + total * c.word : payload;
     for (std::size_t m = 0; m < n; ++m) {
       const bool own_chunk = !exchange && !split_in;
@@ -724,7 +728,6 @@ class Executor {
       for (const Part& part : c.parts)
         unpack(part.in[m], c, from, data(part.to), i.accumulate || part.adds_up);
     }
-    memory_.give_back(Category::workspace, payload, staged);
   }
 
   void call(const Instruction& i, const Prepared& c, std::byte* payload,

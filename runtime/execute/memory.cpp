@@ -33,10 +33,10 @@ std::byte* Memory::take(Category category, std::int64_t bytes) {
   }
   void* block = std::aligned_alloc(kGrain, rounded(bytes));
   if (block == nullptr) {
-    throw InputError("memory",
-                     fmt::format("this machine has no {} bytes left; use fewer ranks on it, "
-                                 "a smaller micro-batch or more sharding",
-                                 bytes));
+    throw MachineError(
+        fmt::format("this machine has no {} bytes left; use fewer ranks on it, a "
+                    "smaller micro-batch or more sharding",
+                    bytes));
   }
   return static_cast<std::byte*>(block);
 }

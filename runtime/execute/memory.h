@@ -20,7 +20,7 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
   ~Memory();
 
-  /// Aligned to 64 bytes; nullptr for 0 bytes. InputError where the machine has no more.
+  /// Aligned to 64 bytes; nullptr for 0 bytes. MachineError where the machine has no more.
   std::byte* take(Category category, std::int64_t bytes);
   void give_back(Category category, std::byte* block, std::int64_t bytes);
   /// Counts memory that the caller has from elsewhere; negative when it is gone.

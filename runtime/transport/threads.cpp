@@ -111,7 +111,7 @@ class ThreadTransport final : public Transport {
 
   void send(int to, std::int64_t tag, const void* data, std::size_t bytes) override {
     ThreadHub::Letter letter(bytes);
-    std::memcpy(letter.data(), data, bytes);
+    if (bytes > 0) std::memcpy(letter.data(), data, bytes);
     traffic_.bytes_to[to] += static_cast<std::int64_t>(bytes);
     ++traffic_.messages;
     ThreadHub::Box& box = hub_->boxes[static_cast<std::size_t>(to)];
@@ -159,7 +159,7 @@ class ThreadTransport final : public Transport {
     lock.unlock();
     PARTITA_ASSERT(letter.size() == bytes, fmt::format("rank {} wants {} bytes of rank {}, got {}",
                                                        rank_, bytes, from, letter.size()));
-    std::memcpy(data, letter.data(), bytes);
+    if (bytes > 0) std::memcpy(data, letter.data(), bytes);
   }
 
   void collective(const CollectiveCall& call) override {
