@@ -44,6 +44,20 @@ void routed_calls(const Program& p, const Instruction& i, std::int64_t rank, Tra
   c.payload_bytes += kCount * static_cast<std::int64_t>(group.size()) + kKey * rows + 4 * values;
 }
 
+/// Rows that this rank sends to others; how many it gets may differ at the edges.
+std::int64_t halo_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
+  std::int64_t bytes = 0;
+  for (std::size_t k = 0; k < i.reads.size(); ++k) {
+    const Buffer& b = p.buffer(i.reads[k]);
+    const std::int64_t width = b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
+    for (const std::int64_t member : p.group(i, rank)) {
+      if (member != rank)
+        bytes += width * common_elements(p, i.reads[k], rank, i.writes[k], member);
+    }
+  }
+  return bytes;
+}
+
 }  // namespace
 
 std::optional<std::vector<Traffic>> predicted_traffic(const Program& p, std::int64_t step,
@@ -81,7 +95,9 @@ std::optional<std::vector<Traffic>> predicted_traffic(const Program& p, std::int
           }
           auto& c = t.collectives[i.collective];
           ++c.calls;
-          c.payload_bytes += payload(p, i, rank).count;
+          c.payload_bytes += i.collective == CollectiveKind::halo_exchange
+                                 ? halo_bytes(p, i, rank)
+                                 : payload(p, i, rank).count;
         }
       }
     }

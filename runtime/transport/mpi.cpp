@@ -172,6 +172,11 @@ class MpiTransport final : public Transport {
       case CollectiveKind::all_to_all:
       case CollectiveKind::halo_exchange:
         note.payload_bytes += bytes(c.send_offsets.back());
+        if (c.kind == CollectiveKind::halo_exchange) {
+          // The rows that cross, not those that stay.
+          const auto own = static_cast<std::size_t>(c.me);
+          note.payload_bytes -= bytes(c.send_offsets[own + 1] - c.send_offsets[own]);
+        }
         a = counts(out), b = starts(out), d = counts(in), e = starts(in);
         code = MPI_Ialltoallv(c.send, a.data(), b.data(), type, c.data, d.data(), e.data(), type,
                               comm, &request);

@@ -552,6 +552,19 @@ TEST(Validate, AnotherCalibrationsJournalIsRefused) {
   EXPECT_EQ(read(file), "not ours\n");
 }
 
+TEST(Validate, RowsThatCrossAreCountedAlikeOnEveryTransport) {
+  for (const std::string& transport : suite_transports()) {
+    const Ran r = run(
+        "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only spatial --json --transport " +
+            transport,
+        "", 6);
+    const Json j = Json::parse(r.out, nullptr, false);
+    ASSERT_FALSE(j.is_discarded()) << r.err;
+    ASSERT_EQ(j.at("suite").at("cases").size(), 1u);
+    EXPECT_EQ(j.at("suite").at("cases")[0].at("same_program").at("traffic"), true) << transport;
+  }
+}
+
 TEST(Validate, RunsItsSuiteBesideItsPredictions) {
   for (const std::string& transport : suite_transports()) {
     // Times are this machine's affair: only mathematics, memory and schema are asserted.
