@@ -465,6 +465,15 @@ void write_trace(const std::string& file, const Program& program, const Timeline
                  {"args", {{"name", program.streams[s]}}}}
                 .dump());
     }
+    // What the instructions of a stream wait for while they run.
+    for (std::size_t s = 0; s < program.streams.size() && !timeline.resources.empty(); ++s) {
+      event(Json{{"ph", "M"},
+                 {"name", "thread_name"},
+                 {"pid", c},
+                 {"tid", program.streams.size() + s},
+                 {"args", {{"name", "slowed down: " + program.streams[s]}}}}
+                .dump());
+    }
   }
   for (const Entry& e : timeline.entries) {
     const Block& block = program.blocks[static_cast<std::size_t>(e.block)];
@@ -494,6 +503,14 @@ void write_trace(const std::string& file, const Program& program, const Timeline
         R"({{"ph":"X","name":{},"cat":"{}","pid":{},"tid":{},"ts":{},"dur":{},"args":{}}})",
         Json(what + " " + label).dump(), what, e.rank_class, i.stream, micro(e.start),
         micro(e.end - e.start), args.dump()));
+    if (e.over >= 0) {
+      event(fmt::format(
+          R"({{"ph":"X","name":{},"cat":"contention","pid":{},"tid":{},"ts":{},"dur":{},"args":{}}})",
+          Json(timeline.resources[static_cast<std::size_t>(e.over)]).dump(), e.rank_class,
+          program.streams.size() + i.stream, micro(e.start), micro(e.end - e.start),
+          Json{{"what", what + " " + label}, {"lost_us", static_cast<double>(e.lost.count) * 1e-6}}
+              .dump()));
+    }
   }
   append("\n]}\n");
   flush();

@@ -916,8 +916,9 @@ class Engine {
     ++s.instance;
     ++timeline_.instructions;
     if (options_.record) {
-      timeline_.entries.push_back(
-          {c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}});
+      Entry e{c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}};
+      if (!losses_.empty()) note_loss(c, static_cast<std::int32_t>(s.instance) - 1, e);
+      timeline_.entries.push_back(e);
     }
     return true;
   }
@@ -984,6 +985,14 @@ class Engine {
     }
     auto played = graph.play(usages.sharing(), usages.all());
     ticks_ = std::move(played.ticks);
+    if (options_.record) {
+      for (const auto& list : played.losses) {
+        for (const Loss& l : list)
+          resource_names_.try_emplace(l.resource.value, usages.resource_name(l.resource));
+      }
+      losses_ = played.losses;
+      next_loss_.assign(n, 0);
+    }
     std::map<std::tuple<int, std::int32_t, std::int32_t>, std::int64_t> lost;
     for (std::size_t c = 0; c < n; ++c) {
       for (const Loss& l : played.losses[c])
@@ -998,6 +1007,24 @@ class Engine {
     }
     std::stable_sort(timeline_.contended.begin(), timeline_.contended.end(),
                      [](const Contended& a, const Contended& b) { return b.lost < a.lost; });
+  }
+
+  /// What an instance lost, and over what most of it.
+  void note_loss(int c, std::int32_t instance, Entry& e) {
+    auto& list = losses_[static_cast<std::size_t>(c)];
+    auto& at = next_loss_[static_cast<std::size_t>(c)];
+    std::int64_t most = 0;
+    for (; at < list.size() && list[at].task <= instance; ++at) {
+      if (list[at].task < instance) continue;
+      e.lost += Ticks{list[at].ticks};
+      if (list[at].ticks <= most) continue;
+      most = list[at].ticks;
+      const auto [it, fresh] =
+          resource_of_.try_emplace(resource_names_.at(list[at].resource.value),
+                                   static_cast<std::int32_t>(timeline_.resources.size()));
+      if (fresh) timeline_.resources.push_back(it->first);
+      e.over = it->second;
+    }
   }
 
   /// A block's instructions as tasks: what of their time is fixed, what sharing stretches, what
@@ -1421,6 +1448,10 @@ class Engine {
   Timeline timeline_;
   RankClasses classes_;
   SharedLinks links_;
+  std::vector<std::vector<Loss>> losses_;  ///< by class, if recorded
+  std::vector<std::size_t> next_loss_;
+  std::map<std::int32_t, std::string> resource_names_;
+  std::map<std::string, std::int32_t> resource_of_;
   std::vector<std::vector<std::int64_t>> ticks_;   ///< by class and instance, where they contend
   std::vector<std::vector<Compiled>> compiled_;    ///< [class][block]
   std::vector<std::set<std::int32_t>> must_mark_;  ///< by class, encoded slots

@@ -37,6 +37,8 @@ struct Entry {
   std::int32_t instruction = 0;
   std::int32_t micro_batch = 0;
   Ticks start, end;
+  Ticks lost{0};           ///< of its work, to what it shared with others
+  std::int32_t over = -1;  ///< where it lost most: index into Timeline::resources
 };
 
 struct MemoryUse {
@@ -81,13 +83,14 @@ struct Contended {
 struct Timeline {
   Ticks step;
   std::vector<RankClass> classes;
-  std::vector<Breakdown> breakdown;  ///< by class
-  std::vector<MemoryUse> memory;     ///< by class
-  std::vector<Flops> flops;          ///< by class: executed mathematics of one rank
-  int last_class = 0;                ///< the class that ends last
-  std::int64_t instructions = 0;     ///< executed, folded
-  std::vector<Entry> entries;        ///< if recorded
-  std::vector<Contended> contended;  ///< with Network::flows, most lost first
+  std::vector<Breakdown> breakdown;    ///< by class
+  std::vector<MemoryUse> memory;       ///< by class
+  std::vector<Flops> flops;            ///< by class: executed mathematics of one rank
+  int last_class = 0;                  ///< the class that ends last
+  std::int64_t instructions = 0;       ///< executed, folded
+  std::vector<Entry> entries;          ///< if recorded
+  std::vector<Contended> contended;    ///< with Network::flows, most lost first
+  std::vector<std::string> resources;  ///< that entries lost work over
 };
 
 /// idle: every transfer has its links to itself. flows: what runs at once shares links, memory and

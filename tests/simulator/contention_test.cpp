@@ -95,6 +95,12 @@ TEST(Contention, TwoGroupsShareANetworkCard) {
   EXPECT_NE(flows.contended[0].resource.find("nic0->switch"), std::string::npos)
       << flows.contended[0].resource;
   EXPECT_NEAR(static_cast<double>(flows.contended[0].lost.count), 10'000'000'000.0, 100);
+  // The same for a trace: every entry says over what.
+  ASSERT_EQ(flows.entries.size(), 1u);
+  EXPECT_NEAR(static_cast<double>(flows.entries[0].lost.count), 10'000'000'000.0, 100);
+  ASSERT_EQ(flows.resources.size(), 1u);
+  EXPECT_EQ(flows.resources[0], flows.contended[0].resource);
+  EXPECT_EQ(idle.entries[0].over, -1);
 }
 
 TEST(Contention, OneGroupHasTheNetworkToItself) {
