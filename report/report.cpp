@@ -508,7 +508,9 @@ void write_trace(const std::string& file, const Program& program, const Timeline
           R"({{"ph":"X","name":{},"cat":"contention","pid":{},"tid":{},"ts":{},"dur":{},"args":{}}})",
           Json(timeline.resources[static_cast<std::size_t>(e.over)]).dump(), e.rank_class,
           program.streams.size() + i.stream, micro(e.start), micro(e.end - e.start),
-          Json{{"what", what + " " + label}, {"lost_us", static_cast<double>(e.lost.count) * 1e-6}}
+          Json{{"block", block.name},
+               {"what", what + " " + label},
+               {"lost_us", static_cast<double>(e.lost.count) * 1e-6}}
               .dump()));
     }
   }

@@ -314,6 +314,11 @@ TEST(Trace, EventsOfAThreadDoNotOverlapAndLieWithinTheStep) {
       last = std::max(last, end);
       EXPECT_TRUE(e.at("name").is_string());
       EXPECT_TRUE(e.at("args").at("block").is_string());
+      if (e.at("cat") == "contention") {
+        // No more than the instruction took.
+        EXPECT_GT(e.at("args").at("lost_us").get<double>(), 0);
+        EXPECT_LE(e.at("args").at("lost_us").get<double>(), e.at("dur").get<double>() + 1e-6);
+      }
     }
     EXPECT_EQ(last, std::llround(step * 1e12));
     int overlaps = 0;
