@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <map>
 
 namespace partita::validation {
@@ -30,6 +31,20 @@ std::string axis_of(const Program& p, const Instruction& i) {
 const Instruction& instruction_of(const Program& p, std::int32_t block, std::int32_t instruction) {
   return p.blocks[static_cast<std::size_t>(block)]
       .instructions[static_cast<std::size_t>(instruction)];
+}
+
+/// From the first rank's start to the last one's end. Where they share cores one may begin late and
+/// take less by its own count than the step did.
+double step_time(const std::vector<RankMeasurement>& ranks, std::size_t s) {
+  double slowest = 0;
+  std::int64_t first = INT64_MAX, last = INT64_MIN;  // of what was recorded, on one clock
+  for (const auto& r : ranks) {
+    slowest = std::max(slowest, r.step_s[s]);
+    if (s >= r.samples.size() || r.samples[s].empty()) continue;
+    first = std::min(first, r.samples[s].front().start);
+    last = std::max(last, r.samples[s].back().end);
+  }
+  return first < last ? std::max(slowest, static_cast<double>(last - first) * 1e-9) : slowest;
 }
 
 /// Does every class do one thing at a time?
@@ -98,11 +113,7 @@ StepComparison compare(const Program& p, const Timeline& timeline,
                        const std::vector<RankMeasurement>& ranks) {
   StepComparison c;
   std::vector<double> steps;
-  for (std::size_t s = 0; s < ranks[0].step_s.size(); ++s) {
-    double worst = 0;
-    for (const auto& r : ranks) worst = std::max(worst, r.step_s[s]);
-    steps.push_back(worst);
-  }
+  for (std::size_t s = 0; s < ranks[0].step_s.size(); ++s) steps.push_back(step_time(ranks, s));
   c.measured = Seconds{median(steps)};
   c.low = Seconds{quantile(steps, 0.25)};
   c.high = Seconds{quantile(steps, 0.75)};

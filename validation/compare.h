@@ -21,7 +21,7 @@ struct KindRow {
 };
 
 struct StepComparison {
-  Seconds measured;   ///< median over the steps of the slowest rank's time
+  Seconds measured;   ///< median over the steps, each from the first start to the last end
   Seconds low, high;  ///< quartiles
   double noise = 0;   ///< half the distance of the quartiles, relative to the median
   Seconds predicted;

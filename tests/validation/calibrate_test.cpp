@@ -175,6 +175,9 @@ TEST(Compare, MeasuredStandsBesidePredictedByKind) {
   EXPECT_EQ(c.kinds[0].kind, "zero");
   EXPECT_DOUBLE_EQ(c.kinds[0].measured.count, 0.8e-6);
   EXPECT_DOUBLE_EQ(c.kinds[0].predicted.count, 1e-6);
+  // A rank that got a core late began at 4 us: the step ended 5 us after it began.
+  ranks[1].samples = {{{0, 0, -1, 4000, 5000}}};
+  EXPECT_DOUBLE_EQ(compare(p, t, ranks).measured.count, 5e-6);
 }
 
 }  // namespace
