@@ -124,10 +124,10 @@ void add_policies(int ranks, std::vector<CalibrationRun>& all) {
       p.loss_scale = {256, true, 1};
     });
     add("start-up", d, [&](Plan&) {});
-    add("sharded storage", d, [&](Plan& p) {
+    add("sharded storage", d, [&, batch = hidden](Plan& p) {
       alone(p);
       p.sharded_storage = true;
-      p.micro_batch = hidden;
+      p.micro_batch = batch;
     });
     if (ranks == 1) continue;
     add("averaged", d, [&](Plan& p) {
