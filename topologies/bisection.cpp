@@ -5,25 +5,10 @@
 #include <boost/graph/push_relabel_max_flow.hpp>
 #include <cmath>
 #include <map>
-#include <unordered_map>
+
+#include "base/hash.h"
 
 namespace partita {
-namespace {
-
-std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
-  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
-  h *= 0xff51afd7ed558ccdull;
-  return h ^ (h >> 33);
-}
-
-std::size_t number(const std::vector<std::uint64_t>& hashes, std::vector<std::int32_t>& into) {
-  std::unordered_map<std::uint64_t, std::int32_t> known;
-  for (std::size_t k = 0; k < hashes.size(); ++k)
-    into[k] = known.try_emplace(hashes[k], static_cast<std::int32_t>(known.size())).first->second;
-  return known.size();
-}
-
-}  // namespace
 
 BytesPerSecond bisection(const Topology& t) {
   if (t.device_count() < 2) return BytesPerSecond{0};
@@ -35,7 +20,7 @@ BytesPerSecond bisection(const Topology& t) {
   for (std::size_t d = 0; d < t.device_count(); ++d)
     colour[static_cast<std::size_t>(t.vertex_of(DeviceId{d}))] = d < half ? 2 : 3;
   std::vector<std::int32_t> of(n, 0);
-  std::size_t classes = number(colour, of);
+  std::size_t classes = number_densely(colour, of);
   for (;;) {
     for (std::size_t v = 0; v < n; ++v) colour[v] = mix(4, static_cast<std::uint64_t>(of[v]));
     std::vector<std::uint64_t> sum(n, 0);
@@ -47,7 +32,7 @@ BytesPerSecond bisection(const Topology& t) {
       sum[to] += mix(mix(6, static_cast<std::uint64_t>(of[from])), rate);
     }
     for (std::size_t v = 0; v < n; ++v) colour[v] = mix(colour[v], sum[v]);
-    const std::size_t finer = number(colour, of);
+    const std::size_t finer = number_densely(colour, of);
     if (finer == classes) break;
     classes = finer;
   }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "base/hash.h"
 #include "simulator/cost/measured.h"
 
 namespace partita {
@@ -67,12 +68,6 @@ Bytes crossing_bytes(const Program& p, const Buffer& from, const Buffer& to, std
   const std::int64_t crossing = all - own;
   return wide.element_bytes > 0 ? Bytes{crossing * wide.element_bytes}
                                 : storage(wide.type, crossing);
-}
-
-std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
-  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
-  h *= 0xff51afd7ed558ccdull;
-  return h ^ (h >> 33);
 }
 
 Pass pass_of(Kernel k) {

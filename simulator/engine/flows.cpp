@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "simulator/engine/agenda.h"
 
 namespace partita {
@@ -125,11 +126,6 @@ struct Hash {
   friend bool operator==(const Hash&, const Hash&) = default;
   friend auto operator<=>(const Hash&, const Hash&) = default;
 };
-std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
-  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
-  h *= 0xff51afd7ed558ccdull;
-  return h ^ (h >> 33);
-}
 void add(Hash& h, std::uint64_t x) {
   h.a = mix(h.a, x);
   h.b = mix(h.b ^ 0x2545f4914f6cdd1dull, x);

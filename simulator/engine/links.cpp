@@ -8,15 +8,10 @@
 #include <unordered_map>
 
 #include "base/error.h"
+#include "base/hash.h"
 
 namespace partita {
 namespace {
-
-std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
-  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
-  h *= 0xff51afd7ed558ccdull;
-  return h ^ (h >> 33);
-}
 
 /// One group, one pair or one copy.
 struct Transfer {
@@ -99,15 +94,6 @@ Incidence incidence_of(const Program& p, const Communication& communication) {
   return all;
 }
 
-/// Numbers hashes densely, in the order of first appearance; returns how many there are.
-std::size_t number(const std::vector<std::uint64_t>& hashes, std::vector<std::int32_t>& into) {
-  std::unordered_map<std::uint64_t, std::int32_t> known;
-  into.resize(hashes.size());
-  for (std::size_t k = 0; k < hashes.size(); ++k)
-    into[k] = known.try_emplace(hashes[k], static_cast<std::int32_t>(known.size())).first->second;
-  return known.size();
-}
-
 }  // namespace
 
 TransferKind transfer_kind(const Program& p, const Instruction& i, int stage) {
@@ -159,7 +145,7 @@ SharedLinks share_links(const Program& p, Communication& communication, bool unf
       if (const auto it = busy.find(all.link[l]); it != busy.end())
         of_link[l] = mix(of_link[l], std::bit_cast<std::uint64_t>(it->second.count));
     }
-    links = number(of_link, link);
+    links = number_densely(of_link, link);
     for (;;) {
       for (std::size_t t = 0; t < transfer.size(); ++t) {
         const Transfer& x = all.transfers[t];
@@ -201,11 +187,11 @@ SharedLinks share_links(const Program& p, Communication& communication, bool unf
       for (std::size_t l = 0; l < link.size(); ++l)
         of_link[l] = mix(mix(6, static_cast<std::uint64_t>(link[l])), sums[l]);
       const std::size_t before = ranks + links;
-      ranks = number(of_rank, rank);
-      links = number(of_link, link);
+      ranks = number_densely(of_rank, rank);
+      links = number_densely(of_link, link);
       if (ranks + links == before) break;
     }
-    number(of_transfer, transfer);
+    number_densely(of_transfer, transfer);
   }
 
   result.ranks.of_rank.assign(rank.begin(), rank.end());

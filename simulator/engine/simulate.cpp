@@ -12,17 +12,12 @@
 #include <tuple>
 #include <unordered_map>
 
+#include "base/hash.h"
 #include "simulator/cost/measured.h"
 #include "simulator/engine/step_graph.h"
 
 namespace partita {
 namespace {
-
-std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
-  h ^= x + 0x9e3779b97f4a7c15ull + (h << 6) + (h >> 2);
-  h *= 0xff51afd7ed558ccdull;
-  return h ^ (h >> 33);
-}
 
 constexpr std::int64_t kLastTick = 9'200'000'000'000'000'000;
 
