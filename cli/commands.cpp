@@ -196,6 +196,7 @@ void add_simulate(CLI::App& app) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_network(*c);
   o->flags.add_routing(*c);
   auto cluster = std::make_shared<ClusterFlags>();
   cluster->add_to(*c);
@@ -222,10 +223,11 @@ void add_simulate(CLI::App& app) {
     const auto prediction =
         predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
-    if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
     const auto assumed = assumptions(o->flags, prediction->plan, g);
     print(o->json ? prediction_json(g, t, *prediction, assumed)
                   : prediction_table(g, t, *prediction, assumed) + placements);
+    std::fflush(stdout);
+    if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
   });
 }
 
@@ -235,6 +237,7 @@ void add_plan(CLI::App& app, int& code) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_network(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--top", o->top, "how many plans to show");
   c->add_option("--trace", o->trace, "write a Perfetto trace of the best plan to this file");

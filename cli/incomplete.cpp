@@ -14,15 +14,11 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-/// Median over steps of the slowest rank, median over rounds.
+/// Median over steps, then over rounds: what the whole suite will show.
 double seconds(const IncompleteSuite::Case& c) {
   std::vector<double> rounds;
   for (const auto& ranks : *c.measured) {
-    std::vector<double> steps(ranks.at(0).step_s.size(), 0.0);
-    for (const RankMeasurement& m : ranks) {
-      for (std::size_t s = 0; s < steps.size(); ++s) steps[s] = std::max(steps[s], m.step_s.at(s));
-    }
-    rounds.push_back(validation::median(steps));
+    rounds.push_back(validation::median(validation::step_times(ranks)));
   }
   return validation::median(rounds);
 }

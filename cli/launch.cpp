@@ -22,6 +22,7 @@
 #include <functional>
 #include <regex>
 #include <sstream>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -488,7 +489,7 @@ Launched launch_mpi(const Board& board, const Describe& describe, const Patience
   }
   // Our own ranks have said it in one line; else mpirun's essay is cut down to its point.
   const std::string own = said(nursery.errors());
-  if (!own.empty()) return {code == 2 ? 2 : 3, own};
+  if (!own.empty()) return {code == 2 ? 2 : 3, own, nursery.output()};
   // Rank 0: not the serial network's loss, which it has printed. mpirun's own failures are 1 too.
   if (code == 1 && !nursery.output().empty()) {
     fmt::print("{}", nursery.output());
@@ -552,7 +553,18 @@ Launched launch_tcp(const Board& board, const Describe& describe, const Patience
     fmt::print("{}", nursery.output());
     return {1, ""};
   }
-  return {code == 2 ? 2 : 3, own.empty() ? "the ranks ended without a word" : own};
+  return {code == 2 ? 2 : 3, own.empty() ? "the ranks ended without a word" : own,
+          nursery.output()};
+}
+
+void end_with_starter() {
+  if (std::getenv(kBoardVariable) == nullptr) return;
+  const ::pid_t starter = ::getppid();
+  if (starter == 1) ::_exit(3);  // gone before we looked
+  std::thread([starter] {
+    while (::getppid() == starter) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    ::_exit(3);
+  }).detach();
 }
 
 }  // namespace partita::cli

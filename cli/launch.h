@@ -11,7 +11,8 @@ namespace partita::cli {
 /// How the ranks ended.
 struct Launched {
   int code = 0;
-  std::string reason;  ///< one sentence; empty where nothing went wrong
+  std::string reason;    ///< one sentence; empty where nothing went wrong
+  std::string output{};  ///< of ranks that failed after they had shown their figures
 };
 
 struct Patience {
@@ -33,5 +34,9 @@ Launched launch_tcp(const Board& board, const Describe& describe, const Patience
 inline constexpr const char* kBoardVariable = "PARTITA_BOARD";
 inline constexpr const char* kListenerVariable = "PARTITA_LISTENER";
 inline constexpr const char* kJournalVariable = "PARTITA_JOURNAL";
+
+/// In a rank of an own launch: ends the process with whoever started it. Under mpirun that is not
+/// this command, and an mpirun that is killed while its ranks start tells them nothing.
+void end_with_starter();
 
 }  // namespace partita::cli

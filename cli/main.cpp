@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/yaml.h"
 #include "cli/commands.h"
+#include "cli/launch.h"
 #include "runtime/transport/transport.h"
 
 namespace partita::cli {
@@ -122,6 +123,7 @@ void refuse_empty_arguments(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   using namespace partita;
+  cli::end_with_starter();
   CLI::App app{
       "Plans and predicts distributed training of neural networks, and checks its own answers."};
   app.require_subcommand(1);

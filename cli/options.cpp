@@ -5,8 +5,10 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <regex>
 #include <thread>
 
 #include "base/error.h"
@@ -46,10 +48,6 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--set", set,
                  "a key of plan files, like compression.kind=top_k; repeatable (docs/formats.md)")
       ->allow_extra_args(false);
-  app.add_option(
-      "--network", network,
-      "flows: what runs at once shares links, memory and multiprocessors; idle: each transfer "
-      "alone");
   app.add_option("--seq,--sequence-length", sequence, "tokens per sample");
   app.add_option("--layers", layers, "only this many blocks");
   app.add_option("--vocabulary", vocabulary, "size of the vocabulary");
@@ -62,6 +60,13 @@ void PlanFlags::add_to(CLI::App& app) {
                  "linear operators (a pattern) that get adapters; all else is frozen; repeatable")
       ->allow_extra_args(false);
   app.add_option("--lora-rank", lora_rank, "rank of the adapters");
+}
+
+void PlanFlags::add_network(CLI::App& app) {
+  app.add_option(
+      "--network", network,
+      "flows: what runs at once shares links, memory and multiprocessors; idle: each transfer "
+      "alone");
 }
 
 void PlanFlags::add_routing(CLI::App& app) {
@@ -252,6 +257,15 @@ void check_writable(const std::string& flag, const std::string& file) {
                                        "another",
                                        file, folder.string()));
   }
+  // What is there stays as it is; what was not is taken away again.
+  const bool there = fs::exists(path, error);
+  if (std::FILE* f = std::fopen(file.c_str(), "a"); f != nullptr) {
+    std::fclose(f);
+    if (!there) fs::remove(path, error);
+  } else {
+    throw InputError(flag,
+                     fmt::format("cannot write {}; check the folder and its permissions", file));
+  }
 }
 
 void settle_ranks(Plan& p, std::int64_t ranks, const std::string& where) {
@@ -344,6 +358,20 @@ Graph load_graph(const std::string& model, const PlanFlags& flags, const Plan& p
     }
   }
   return g;
+}
+
+void refuse_foreign(const Topology& t, const std::string& file, const std::string& flag) {
+  static const std::regex kMachine(
+      "partita calibrate [^,]*, [^,]*, (?:[^,]*, )?([0-9]+ cores of .*), Linux ");
+  for (std::size_t d = 0; d < t.device_count(); ++d) {
+    for (const auto& [figure, source] : t.device(DeviceId{d}).sources) {
+      std::smatch m;
+      if (!std::regex_search(source, m, kMachine) || m[1].str() == this_machine()) continue;
+      throw InputError(flag, fmt::format("{} was measured on another machine ({}) than this ({}); "
+                                         "calibrate here, or leave it out",
+                                         file, m[1].str(), this_machine()));
+    }
+  }
 }
 
 }  // namespace partita::cli

@@ -36,6 +36,7 @@ struct PlanFlags {
 
   Network sharing() const { return network == "idle" ? Network::idle : Network::flows; }
   void add_to(CLI::App& app);
+  void add_network(CLI::App& app);
   void add_routing(CLI::App& app);
 };
 
@@ -68,6 +69,10 @@ void check_writable(const std::string& flag, const std::string& file);
 
 /// "2 cores of AMD EPYC 9354": what profiles measured here are recognised by.
 std::string this_machine();
+
+/// InputError{flag} for a profile that another machine was measured for: it says nothing of what is
+/// measured here.
+void refuse_foreign(const Topology& topology, const std::string& file, const std::string& flag);
 
 ModelOptions model_options(const PlanFlags& flags);
 /// Loads the network and applies freezing and adapters.

@@ -9,7 +9,6 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <regex>
 
 #include "base/temporary.h"
 #include "base/unit_text.h"
@@ -115,22 +114,6 @@ struct Job {
   int groups = 1;
 };
 
-/// A profile that another machine was measured for says nothing of what is measured here.
-void refuse_foreign(const Topology& t, const std::string& file) {
-  static const std::regex kMachine(
-      "partita calibrate [^,]*, [^,]*, (?:[^,]*, )?([0-9]+ cores of .*), Linux ");
-  for (std::size_t d = 0; d < t.device_count(); ++d) {
-    for (const auto& [figure, source] : t.device(DeviceId{d}).sources) {
-      std::smatch m;
-      if (!std::regex_search(source, m, kMachine) || m[1].str() == this_machine()) continue;
-      throw InputError("--topology",
-                       fmt::format("{} was measured on another machine ({}) than this ({}); "
-                                   "calibrate here, or leave it out",
-                                   file, m[1].str(), this_machine()));
-    }
-  }
-}
-
 Job job_of(const Options& o) {
   if (o.steps < 1 || o.steps > 1'000'000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 1,000,000", o.steps));
@@ -195,7 +178,7 @@ Job job_of(const Options& o) {
     throw InputError("--topology",
                      fmt::format("{} has {} devices for {} ranks; use a larger one",
                                  job.topology->name(), job.topology->device_count(), ranks));
-  if (!o.topology.empty()) refuse_foreign(*job.topology, o.topology);
+  if (!o.topology.empty()) refuse_foreign(*job.topology, o.topology, "--topology");
   const bool routed = std::any_of(job.program.buffers.begin(), job.program.buffers.end(),
                                   [](const Buffer& b) { return b.routed; });
   if (!routed && !o.routing_out.empty())
@@ -350,6 +333,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   Communication communication(topology);
   SimulateOptions simulation;
   simulation.record = true;
+  simulation.network = o.flags.sharing();
   Routing recorded = first.routing;
   recorded.model = job.graph.name;
   RoutingSource routing = job.routing;
@@ -359,8 +343,12 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   const Timeline predicted = simulate(program, communication, simulation);
   const auto step = validation::compare(program, predicted, first.ranks);
   if (!o.routing_out.empty()) write_text("--routing-out", o.routing_out, to_json(recorded));
-  if (!o.trace.empty())
-    write_trace(o.trace, job.program, validation::measured_timeline(job.program, first.ranks));
+  // After the figures: a disk that it fills must not cost them.
+  const auto trace = [&] {
+    std::fflush(stdout);
+    if (!o.trace.empty())
+      write_trace(o.trace, job.program, validation::measured_timeline(job.program, first.ranks));
+  };
 
   const auto& losses = first.values.losses;
   if (o.json) {
@@ -415,6 +403,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
            {"measured", traffic_json(first.ranks[r].traffic)},
            {"predicted", counted ? traffic_json((*counted)[r]) : Json(nullptr)}});
     fmt::print("{}\n", j.dump(2));
+    trace();
     return;
   }
   fmt::print("{} on {} ranks ({}, {}): {}\n", job.graph.name, ranks, o.backend, transport,
@@ -460,6 +449,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   }
   rows.push_back({"total", text(step.measured_peak), text(step.predicted_peak)});
   fmt::print("{}", align(rows));
+  trace();
 }
 
 /// In words, what all ranks must agree on: a list of "name value;".
@@ -515,6 +505,12 @@ void launch(const Options& o, const Job& job, const Mode& mode, const Describe& 
   code = l.code;
   if (code == 0 || l.reason.empty()) return;
   if (code == 2) throw InputError("", l.reason);
+  if (!l.output.empty()) {
+    fmt::print("{}", l.output);
+    std::fflush(stdout);
+    std::fputs(("partita: " + l.reason + "\n").c_str(), stderr);
+    return;
+  }
   Kept kept;
   for (std::int64_t s = 0; s < board->steps_done(); ++s) {
     kept.losses.push_back(board->losses(s));
@@ -637,6 +633,7 @@ void add_run(CLI::App& app, int& code) {
       app.add_subcommand("run", "train under a plan on real ranks, beside its prediction");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_network(*c);
   c->add_option("--ranks", o->ranks,
                 "processes or threads to start (default: what the plan needs)");
   c->add_option("--backend", o->backend, "cpu");

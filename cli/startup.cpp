@@ -96,12 +96,7 @@ void measure(const Options& o, const Graph& g, const Program& program, const Che
       }
     }
   }
-  std::vector<double> steps;
-  for (std::size_t s = 0; s < results[0].ranks[0].step_s.size(); ++s) {
-    double slowest = 0;
-    for (const RankMeasurement& r : results[0].ranks) slowest = std::max(slowest, r.step_s[s]);
-    steps.push_back(slowest);
-  }
+  std::vector<double> steps = validation::step_times(results[0].ranks);
   std::sort(steps.begin(), steps.end());
   row.measured = true;
   row.median_s = validation::median(steps);
@@ -125,6 +120,18 @@ void run(const Options& o, int& code) {
                                              "threads: use fewer, like cpu-host:4 devices",
                                              t.name(), t.used_devices(), kMostThreads));
   }
+  if (o.measure) {
+    refuse_foreign(t, o.topology, "TOPOLOGY");
+    for (std::size_t k = 0; k < t.profile_count(); ++k) {
+      if (t.profile(k).compute_capability > 0)
+        throw InputError(
+            "TOPOLOGY",
+            fmt::format("{} has {} devices, --measure runs ranks as threads of this "
+                        "machine: predict for what is measured, like cpu-host:4 devices "
+                        "or a profile calibrated here",
+                        t.name(), t.profile(k).name));
+    }
+  }
   const Graph g = load_graph(o.model, o.flags, base);
   std::unique_ptr<Checkpoint> file;
   if (o.measure) file = std::make_unique<Checkpoint>(g, kSeed);
@@ -144,7 +151,9 @@ void run(const Options& o, int& code) {
       const Program program = startup_program(*training, form);
       for (const auto& error : verify(program))
         throw InternalError("the start-up program is broken: " + error);
-      const Timeline timeline = simulate(program, network);
+      SimulateOptions options;
+      options.network = o.flags.sharing();
+      const Timeline timeline = simulate(program, network, options);
       Row row;
       row.plan = shape(*plan);
       row.ranks = plan->ranks();
@@ -207,6 +216,7 @@ void add_startup(CLI::App& app, int& code) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_network(*c);
   c->add_flag("--measure", o->measure, "run it too, ranks as threads of this machine, in fp32");
   c->add_option("--repeats", o->repeats, "measured runs; the median counts");
   c->add_flag("--json", o->json, "print JSON");

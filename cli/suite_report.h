@@ -1,6 +1,7 @@
 // cli/suite_report.h: what `partita validate` says, as a table and as JSON.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,9 +13,9 @@ namespace partita::cli {
 
 struct SuiteRow {
   validation::CaseFigures figures;
-  bool checked = true;  ///< against the reference
-  bool equal = true;    ///< to it
-  validation::ProgramCheck program;
+  bool checked = true;                              ///< against the reference
+  bool equal = true;                                ///< to it
+  std::optional<validation::ProgramCheck> program;  ///< empty: nothing was compared
   double memory_error = 0;
 };
 

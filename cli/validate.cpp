@@ -20,6 +20,7 @@
 #include <optional>
 #include <set>
 #include <thread>
+#include <tuple>
 
 #include "base/temporary.h"
 #include "base/unit_text.h"
@@ -187,7 +188,7 @@ std::string transport_name(const Options& o) {
   return o.transport == "threads" ? "threads" : "processes over sockets";
 }
 
-std::string provenance(const Options& o, std::int64_t rounds) {
+std::string provenance(const Options& o, std::size_t rounds) {
   return fmt::format(
       "measured by partita calibrate 0.1.0, {:%Y-%m-%d}, {}, ranks as {}, {} rounds of {} steps, "
       "medians",
@@ -382,8 +383,14 @@ std::string save(const Profile& p, const std::string& folder, int devices) {
   return folder + "/cluster.yaml";
 }
 
-Profile profile_of(const validation::Journal& journal, const Options& o, std::int64_t rounds) {
+Profile profile_of(const validation::Journal& journal, const Options& o) {
   Profile p = validation::joined(journal.units());
+  // Those that are joined: a journal that goes on may have more than are asked for now.
+  std::set<std::int64_t> of_calibration;
+  for (const validation::Unit& u : journal.units()) {
+    if (u.record.empty()) of_calibration.insert(u.round);
+  }
+  const std::size_t rounds = of_calibration.size();
   p.provenance = provenance(o, rounds);
   p.cores = host_cores();
   return p;
@@ -435,10 +442,12 @@ void print_machine(const Profile& p) {
     }
     fmt::print("{}\n", align(table));
   }
-  fmt::print(
-      "between two instructions {} ± {:.0f} %; of the smaller of a transfer and a "
-      "computation {:.0f} % ± {:.0f} % is hidden\n",
-      text(p.dispatch), 100 * p.dispatch_spread, 100 * p.overlap, 100 * p.overlap_spread);
+  if (p.dispatch_measured)
+    fmt::print("between two instructions {} ± {:.0f} %\n", text(p.dispatch),
+               100 * p.dispatch_spread);
+  if (p.overlap_measured)
+    fmt::print("of the smaller of a transfer and a computation {:.0f} % ± {:.0f} % is hidden\n",
+               100 * p.overlap, 100 * p.overlap_spread);
 }
 
 void calibrate(Options& o, int& code) {
@@ -483,7 +492,7 @@ void calibrate(Options& o, int& code) {
       if (round > 0 && !begun && o.budget_s > 0 && journal.seconds() + mean > o.budget_s) break;
       for (const int ranks : o.ranks) calibrate_round(round, ranks, c, crew, journal, progress);
     }
-    const Profile p = profile_of(journal, o, round);
+    const Profile p = profile_of(journal, o);
     const std::string cluster = save(p, o.out, o.most_ranks());
     journal.keep_as(o.out + "/measured.jsonl");
     fmt::print("{} points of {} rounds in {} and {}/device.yaml\n\n", points_of(p), round, cluster,
@@ -607,12 +616,14 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
   f.network = c.suite->graph.name;
   f.ranks = c.suite->ranks;
   for (const Flops& n : timeline.flops) f.flops = std::max(f.flops, n.count);
-  std::vector<double> medians, compute;
+  std::vector<double> medians, compute, within, compute_within;
   validation::StepComparison step;
   for (const auto& m : c.measured) {
     step = validation::compare(program, timeline, m);
     medians.push_back(step.measured.count);
     compute.push_back(step.compute_measured.count);
+    within.push_back(step.noise);
+    compute_within.push_back(step.compute_noise);
     for (const auto& k : step.kinds) {
       auto& sum = kinds[k.kind.substr(0, k.kind.find(' '))];
       sum.count += k.count;
@@ -620,24 +631,22 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
       sum.predicted += k.predicted;
     }
   }
-  const auto settle = [](const std::vector<double>& rounds, double within, double& median,
-                         double& noise) {
-    const auto [low, high] = std::minmax_element(rounds.begin(), rounds.end());
-    median = validation::median(rounds);
-    noise = std::max(within, (*high - *low) / 2 / std::max(1e-12, median));
-  };
-  settle(medians, step.noise, f.measured, f.noise);
-  settle(compute, step.compute_noise, f.compute_measured, f.compute_noise);
+  std::tie(f.measured, f.noise) = validation::over_rounds(medians, within);
+  std::tie(f.compute_measured, f.compute_noise) = validation::over_rounds(compute, compute_within);
   f.predicted = step.predicted.count;
   f.compute_predicted = step.compute_predicted.count;
   row.checked = !o.no_reference;
   row.equal = c.reference.equal;
   row.memory_error = static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
                      static_cast<double>(step.measured_peak.count);
-  // The rows that are fed back are those of the last step; other rows are other counts.
-  if (!c.routed || feeds_back)
-    row.program = validation::check_program(program, timeline, c.measured.back(),
-                                            kWarmUp + o.steps - 1, o.transport != "mpi");
+  // The rows that are fed back are those of the last round's last step; other rows, given or of
+  // earlier rounds, are other counts.
+  for (std::size_t k = c.routed ? c.measured.size() - 1 : 0; k < c.measured.size(); ++k) {
+    if (c.routed && !feeds_back) break;
+    if (!row.program || row.program->equal())
+      row.program = validation::check_program(program, timeline, c.measured[k],
+                                              kWarmUp + o.steps - 1, o.transport != "mpi");
+  }
   return row;
 }
 
@@ -768,7 +777,7 @@ void validate(Options& o, int& code) {
   }
   validation::Journal& journal = *kept;
   if (!o.out.empty()) journal.keep_as(o.out + "/suite.jsonl");
-  const Profile p = profile_of(journal, o, o.round_count());
+  const Profile p = profile_of(journal, o);
   const bool temporary = o.out.empty();
   const std::string folder =
       temporary ? temporary_folder() + fmt::format("/partita-{}", ::getpid()) : o.out;

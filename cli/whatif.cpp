@@ -287,6 +287,7 @@ void add_whatif(CLI::App& app, int& code) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_network(*c);
   c->add_option("--vary", o->vary,
                 "PATH=v1,v2: plan.tp=2,4; device.memory_bandwidth=x0.5,x1; topology.nodes=8,16; "
                 "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s,50 GB/s'; "

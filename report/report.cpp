@@ -431,7 +431,7 @@ void write_trace(const std::string& file, const Program& program, const Timeline
   fmt::memory_buffer text;
   const auto check = [&](bool good) {
     if (!good)
-      throw InputError("--trace", fmt::format("writing {} failed; is the disk full?", file));
+      throw MachineError(fmt::format("--trace: writing {} failed; is the disk full?", file));
   };
   const auto flush = [&] {
     const bool good = std::fwrite(text.data(), 1, text.size(), out.get()) == text.size();

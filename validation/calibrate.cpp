@@ -452,15 +452,7 @@ Instruction copying(BufferId from, BufferId to) {
   return i;
 }
 
-double slowest_step(const std::vector<RankMeasurement>& ranks) {
-  std::vector<double> steps;
-  for (std::size_t s = 0; s < ranks[0].step_s.size(); ++s) {
-    double worst = 0;
-    for (const auto& r : ranks) worst = std::max(worst, r.step_s[s]);
-    steps.push_back(worst);
-  }
-  return median(std::move(steps));
-}
+double slowest_step(const std::vector<RankMeasurement>& ranks) { return median(step_times(ranks)); }
 
 }  // namespace
 
@@ -562,6 +554,8 @@ Profile joined(const std::vector<Unit>& units) {
     middle = median(list);
     spread = (list[list.size() * 3 / 4] - list[list.size() / 4]) / 2;
   };
+  p.dispatch_measured = !dispatch.empty();
+  p.overlap_measured = !overlap.empty();
   double each = 0, apart = 0;
   settle(std::move(dispatch), each, apart);
   p.dispatch = Seconds{each};
@@ -672,12 +666,16 @@ std::string device_yaml(const Profile& p) {
       "memory_efficiency: {{value: {}, source: assumed}}\n"
       "kernel_latency: {{value: 1 us, source: assumed}}\nmultiprocessors: {}\n"
       "concurrent_streams: false\nhost_cores: {}\n"
-      "dispatch: {{value: {:.6g} us, source: '{}: spread {:.3f}'}}\n"
-      "overlap: {{value: {:.3f}, source: '{}: spread {:.3f}'}}\nkernels:\n",
+      "{}{}kernels:\n",
       p.provenance, figure(bandwidth, 10, "GB/s", "the largest copy, one rank"), rate, rate, rate,
       product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
-      p.dispatch.count * 1e6, p.provenance, p.dispatch_spread, p.overlap, p.provenance,
-      p.overlap_spread);
+      !p.dispatch_measured
+          ? ""
+          : fmt::format("dispatch: {{value: {:.6g} us, source: '{}: spread {:.3f}'}}\n",
+                        p.dispatch.count * 1e6, p.provenance, p.dispatch_spread),
+      !p.overlap_measured ? ""
+                          : fmt::format("overlap: {{value: {:.3f}, source: '{}: spread {:.3f}'}}\n",
+                                        p.overlap, p.provenance, p.overlap_spread));
   for (const auto& [kernel, points] : p.kernels) {
     s += fmt::format("  '{}':\n", kernel);
     for (const KernelPoint& x : points) {

@@ -68,6 +68,7 @@ struct Profile {
   Seconds dispatch;
   double dispatch_spread = 0;
   double overlap = 0, overlap_spread = 0;
+  bool dispatch_measured = false, overlap_measured = false;
   int cores = 1;
 };
 /// All rounds' units joined: medians, and how far the rounds are apart.

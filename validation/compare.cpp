@@ -109,11 +109,16 @@ std::string kind_of(const Program& p, const Instruction& i) {
   return std::string(name(i.kernel));
 }
 
+std::vector<double> step_times(const std::vector<RankMeasurement>& ranks) {
+  std::vector<double> steps;
+  for (std::size_t s = 0; s < ranks.at(0).step_s.size(); ++s) steps.push_back(step_time(ranks, s));
+  return steps;
+}
+
 StepComparison compare(const Program& p, const Timeline& timeline,
                        const std::vector<RankMeasurement>& ranks) {
   StepComparison c;
-  std::vector<double> steps;
-  for (std::size_t s = 0; s < ranks[0].step_s.size(); ++s) steps.push_back(step_time(ranks, s));
+  const std::vector<double> steps = step_times(ranks);
   c.measured = Seconds{median(steps)};
   c.low = Seconds{quantile(steps, 0.25)};
   c.high = Seconds{quantile(steps, 0.75)};

@@ -46,4 +46,7 @@ Timeline measured_timeline(const Program& program, const std::vector<RankMeasure
 
 double median(std::vector<double> values);
 
+/// Seconds of every step, each from the first rank's start to the last one's end.
+std::vector<double> step_times(const std::vector<RankMeasurement>& ranks);
+
 }  // namespace partita::validation

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <optional>
 
+#include "validation/compare.h"
+
 namespace partita::validation {
 namespace {
 
@@ -68,6 +70,13 @@ std::vector<GroupFigures> groups_of(const std::vector<CaseFigures>& cases) {
     if (g) all.push_back(std::move(*g));
   }
   return all;
+}
+
+std::pair<double, double> over_rounds(const std::vector<double>& rounds,
+                                      const std::vector<double>& within) {
+  const auto [low, high] = std::minmax_element(rounds.begin(), rounds.end());
+  const double middle = median(rounds);
+  return {middle, std::max(median(within), (*high - *low) / 2 / std::max(1e-12, middle))};
 }
 
 double kendall_tau(const std::vector<double>& predicted, const std::vector<double>& measured,

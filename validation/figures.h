@@ -48,6 +48,11 @@ struct OrderFigures {
 /// One for each network with two cases or more, in the order of the cases; all cases together last.
 std::vector<OrderFigures> orders_of(const std::vector<CaseFigures>& cases);
 
+/// Of a quantity that was measured in several rounds, each with its noise within: the median round,
+/// and as noise the median within, or half of how far the rounds are apart where that is more.
+std::pair<double, double> over_rounds(const std::vector<double>& rounds,
+                                      const std::vector<double>& within);
+
 /// Share of concordant minus discordant pairs among those whose measured times differ by more than
 /// the larger of their noises (Kendall's tau); 1 if there is none.
 double kendall_tau(const std::vector<double>& predicted, const std::vector<double>& measured,

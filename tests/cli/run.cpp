@@ -1,16 +1,21 @@
 #include "tests/cli/run.h"
 
 #include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
+#include <thread>
 
 namespace partita::test {
 namespace {
@@ -71,6 +76,29 @@ TemporaryFolder::TemporaryFolder() {
 TemporaryFolder::~TemporaryFolder() {
   std::error_code ignored;
   std::filesystem::remove_all(path_, ignored);
+}
+
+/// Processes, but this one, whose command line has `text`.
+std::vector<int> processes_with(const std::string& text) {
+  std::vector<int> list;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const int id = std::atoi(entry.path().filename().c_str());
+    if (id <= 0 || id == ::getpid()) continue;
+    try {
+      if (read(entry.path().string() + "/cmdline").find(text) != std::string::npos &&
+          read(entry.path().string() + "/stat").find(") Z") == std::string::npos)
+        list.push_back(id);
+    } catch (const std::exception&) {  // it has ended meanwhile
+    }
+  }
+  return list;
+}
+void expect_nobody_left(const std::string& text) {
+  for (int k = 0; k < 10 * PARTITA_SECONDS && !processes_with(text).empty(); ++k)
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  const auto left = processes_with(text);
+  EXPECT_TRUE(left.empty()) << left.size() << " processes outlive their launch";
+  for (const int id : left) ::kill(id, SIGKILL);
 }
 
 }  // namespace partita::test

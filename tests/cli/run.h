@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 namespace partita::test {
 
@@ -14,6 +15,11 @@ struct Ran {
 /// what comes back, so that texts do not depend on where the checkout lies. `before`: "taskset -c
 /// 0". `patience`: how many times the usual time-out.
 Ran run(const std::string& arguments, const std::string& before = "", int patience = 1);
+
+/// Processes, but this one, whose command line has `text`; the second ends them and fails if some
+/// are left after a while.
+std::vector<int> processes_with(const std::string& text);
+void expect_nobody_left(const std::string& text);
 
 /// A file of the test data, and its replacement when PARTITA_UPDATE_GOLDENS=1.
 bool updating();

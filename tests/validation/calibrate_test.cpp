@@ -66,12 +66,15 @@ TEST(Calibration, ProfilesReadBackAsTheyWereWritten) {
   p.provenance = "a test";
   p.cores = 2;
   p.dispatch = Seconds{3.5e-7};
+  p.dispatch_measured = true;
   p.kernels["linear forward"] = {{2, 8, 16, 32, 1, 4096, Seconds{1.25e-5}, 0.125}};
   p.kernels["add"] = {{1, 0, 0, 0, 1, 512, Seconds{2e-6}, 0.5}};
   const DeviceProfile d = parse_device(device_yaml(p), "device.yaml");
   EXPECT_FALSE(d.concurrent_streams);
   EXPECT_EQ(d.host_cores, 2);
   EXPECT_NEAR(d.dispatch.count, 3.5e-7, 1e-15);
+  // What was not measured is not written as if it had been.
+  EXPECT_EQ(d.sources.count("overlap"), 0u);
   const KernelPoint& x = d.kernels.at("linear forward")[0];
   EXPECT_EQ(std::tuple(x.ranks, x.m, x.n, x.k, x.bytes, x.spread),
             std::tuple(2, 8., 16., 32., 4096., 0.125));

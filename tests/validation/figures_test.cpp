@@ -65,6 +65,15 @@ TEST(Figures, OrdersByNetworkAndTogether) {
   EXPECT_EQ(discordant(cases), wrong);
 }
 
+TEST(Figures, NoiseIsThatOfAllRounds) {
+  // The last round's own noise is 0.5; the median's 0.02. Rounds 2, 3, 4 lie 2 apart: half of it is
+  // a third.
+  const auto [middle, noise] = over_rounds({3, 2, 4}, {0.02, 0.01, 0.5});
+  EXPECT_DOUBLE_EQ(middle, 3);
+  EXPECT_DOUBLE_EQ(noise, 1.0 / 3);
+  EXPECT_DOUBLE_EQ(over_rounds({3, 3, 3}, {0.02, 0.01, 0.5}).second, 0.02);
+}
+
 TEST(ProgramCheck, AnotherProgramIsFoundOut) {
   for (const SuiteCase& c : suite()) {
     if (c.name != "gpt pp 2 dp 2") continue;

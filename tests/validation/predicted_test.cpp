@@ -124,6 +124,7 @@ TEST(Overlap, WhatHidesOfATransferIsPredicted) {
   for (const auto& [overlap, both] : {std::pair{0.0, 5.0}, {0.5, 4.0}, {1.0, 3.0}}) {
     Profile profile = profile_of(2, 2, 3);
     profile.overlap = overlap;
+    profile.overlap_measured = true;
     profile.collectives["send"] = {{2, Bytes{1024}, Seconds{2 * kMs}, 0, 2}};
     Program p = blocks(2);
     p.blocks[0].instructions = {half(p, Kind::send, 1)};
