@@ -93,6 +93,10 @@ TEST(ClusterState, FailedCardsAreGoneAround) {
   EXPECT_TRUE(uses);
   for (const LinkId l : failed.route(DeviceId{std::size_t{0}}, DeviceId{std::size_t{8}}))
     EXPECT_GT(failed.link(l).bandwidth.count, 0) << failed.link_name(l);
+  // So is one that receives no more.
+  state.link_speed = {{t.find_link("rail0->node1.nic0", "--fail"), 0}};
+  for (const LinkId l : t.in_state(state).route(DeviceId{std::size_t{0}}, DeviceId{std::size_t{8}}))
+    EXPECT_NE(t.link_name(l), "rail0->node1.nic0");
   // The way back still has it.
   EXPECT_EQ(bisection(failed).count, 350e9);
 }
