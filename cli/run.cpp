@@ -120,9 +120,9 @@ Job job_of(const Options& o) {
   if (o.warm_up < 0 || o.warm_up > 1'000'000)
     throw InputError("--warm-up", fmt::format("{} is not in 0 to 1,000,000", o.warm_up));
   if (o.seed < 0) throw InputError("--seed", fmt::format("{} is negative; at least 0", o.seed));
-  if (!(o.timeout_s > 0 && o.timeout_s <= 1e6))
+  if (!(o.timeout_s >= 0.1 && o.timeout_s <= 1e6))
     throw InputError("--timeout",
-                     fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
+                     fmt::format("{} is not a number of seconds in 0.1 to 1e6", o.timeout_s));
   if (!(o.rendezvous_s > 0 && o.rendezvous_s <= 1e6))
     throw InputError("--rendezvous-timeout",
                      fmt::format("{} is not a number of seconds in 0 to 1e6", o.rendezvous_s));

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "base/temporary.h"
 #include "base/unit_text.h"
@@ -19,6 +20,7 @@
 #include "simulator/engine/simulate.h"
 #include "simulator/lower/lower.h"
 #include "validation/compare.h"
+#include "validation/program_check.h"
 
 namespace partita::cli {
 namespace {
@@ -31,7 +33,7 @@ constexpr std::int64_t kMostThreads = 64;
 struct Options {
   PlanFlags flags;
   std::string model, topology;
-  std::int64_t repeats = 5;
+  std::optional<std::int64_t> repeats;  ///< 5
   bool measure = false, json = false;
 };
 
@@ -43,6 +45,7 @@ struct Row {
   std::int64_t sent = 0;  ///< bytes on all links
   Bytes peak;
   bool measured = false, equal = false;
+  std::string difference;  ///< of what ran from what was simulated
   double median_s = 0, low_s = 0, high_s = 0;
 };
 
@@ -73,10 +76,10 @@ std::string shape(const Plan& p) {
 }
 
 void measure(const Options& o, const Graph& g, const Program& program, const Checkpoint& file,
-             Row& row) {
+             Communication& network, Row& row) {
   execute::Options run;
   run.warm_up = 1;
-  run.steps = static_cast<int>(o.repeats);
+  run.steps = static_cast<int>(o.repeats.value_or(5));
   run.seed = kSeed;
   run.input = [](std::size_t, std::int64_t, std::int64_t, std::int64_t) { return 0.0; };
   run.initial = [&g](std::size_t, std::size_t q, std::int64_t linear) {
@@ -96,6 +99,12 @@ void measure(const Options& o, const Graph& g, const Program& program, const Che
       }
     }
   }
+  SimulateOptions counts;
+  counts.record = true;
+  counts.unfolded = true;
+  row.difference = validation::check_program(program, simulate(program, network, counts),
+                                             results[0].ranks, run.warm_up + run.steps - 1, true)
+                       .difference;
   std::vector<double> steps = validation::step_times(results[0].ranks);
   std::sort(steps.begin(), steps.end());
   row.measured = true;
@@ -104,9 +113,60 @@ void measure(const Options& o, const Graph& g, const Program& program, const Che
   row.high_s = steps.back();
 }
 
+void show(const Options& o, const Graph& g, const Topology& t, const std::vector<Row>& rows,
+          const std::vector<std::string>& left_out) {
+  if (o.json) {
+    Json j;
+    j["schema"] = "partita.startup/1";
+    j["model"] = g.name;
+    j["topology"] = t.name();
+    j["rows"] = Json::array();
+    for (const Row& r : rows) {
+      Json x{{"plan", r.plan},
+             {"ranks", r.ranks},
+             {"form", std::string(name(r.form))},
+             {"predicted_s", to_seconds(r.predicted).count},
+             {"sent_bytes", r.sent},
+             {"peak_memory_bytes", r.peak.count}};
+      if (r.measured) {
+        x["measured_s"] = r.median_s;
+        x["measured_interval_s"] = {r.low_s, r.high_s};
+        x["equal"] = r.equal;
+        x["same_program"] = r.difference.empty();
+      }
+      j["rows"].push_back(std::move(x));
+    }
+    j["left_out"] = left_out;
+    fmt::print("{}\n", j.dump(2));
+    return;
+  }
+  fmt::print("start-up of {} on {}\n\n", g.name, t.name());
+  std::vector<std::vector<std::string>> table{{"plan", "form", "predicted", "sent", "peak memory"}};
+  if (o.measure)
+    table[0].insert(table[0].end(), {"measured", "fastest", "slowest", "parameters", "program"});
+  for (const Row& r : rows) {
+    table.push_back({r.plan, std::string(name(r.form)), text(to_seconds(r.predicted)),
+                     text(Bytes{r.sent}), text(r.peak)});
+    if (o.measure)
+      table.back().insert(
+          table.back().end(),
+          {text(Seconds{r.median_s}), text(Seconds{r.low_s}), text(Seconds{r.high_s}),
+           r.equal ? "equal" : "DIFFER", r.difference.empty() ? "same" : "DIFFERS"});
+  }
+  fmt::print("{}\n", align(table));
+  for (const Row& r : rows) {
+    if (!r.difference.empty())
+      fmt::print("{}, {}: another program than the simulated one: {}\n", r.plan, name(r.form),
+                 r.difference);
+  }
+  for (const auto& why : left_out) fmt::print("left out: {}\n", why);
+}
+
 void run(const Options& o, int& code) {
-  if (o.repeats < 1 || o.repeats > 1000)
-    throw InputError("--repeats", fmt::format("{} is not in 1 to 1,000", o.repeats));
+  if (o.repeats && !o.measure)
+    throw InputError("--repeats", "counts measured runs: give --measure too");
+  if (o.repeats && (*o.repeats < 1 || *o.repeats > 1000))
+    throw InputError("--repeats", fmt::format("{} is not in 1 to 1,000", *o.repeats));
   Plan base = plan_from(o.flags, o.measure ? "partita" : "megatron-core");
   if (o.measure) {
     if (!o.flags.precision.empty() && o.flags.precision != "fp32")
@@ -162,49 +222,18 @@ void run(const Options& o, int& code) {
       for (const auto& [pair, bytes] : step_traffic(program, 0)) row.sent += bytes;
       for (const MemoryUse& use : timeline.memory) row.peak = std::max(row.peak, use.peak);
       if (o.measure) {
-        measure(o, g, program, *file, row);
-        if (!row.equal) code = 1;
+        try {
+          measure(o, g, program, *file, network, row);
+        } catch (...) {  // what was measured is shown all the same
+          if (!rows.empty()) show(o, g, t, rows, left_out);
+          throw;
+        }
+        if (!row.equal || !row.difference.empty()) code = 1;
       }
       rows.push_back(std::move(row));
     }
   }
-  if (o.json) {
-    Json j;
-    j["schema"] = "partita.startup/1";
-    j["model"] = g.name;
-    j["topology"] = t.name();
-    j["rows"] = Json::array();
-    for (const Row& r : rows) {
-      Json x{{"plan", r.plan},
-             {"ranks", r.ranks},
-             {"form", std::string(name(r.form))},
-             {"predicted_s", to_seconds(r.predicted).count},
-             {"sent_bytes", r.sent},
-             {"peak_memory_bytes", r.peak.count}};
-      if (r.measured) {
-        x["measured_s"] = r.median_s;
-        x["measured_interval_s"] = {r.low_s, r.high_s};
-        x["equal"] = r.equal;
-      }
-      j["rows"].push_back(std::move(x));
-    }
-    j["left_out"] = left_out;
-    fmt::print("{}\n", j.dump(2));
-    return;
-  }
-  fmt::print("start-up of {} on {}\n\n", g.name, t.name());
-  std::vector<std::vector<std::string>> table{{"plan", "form", "predicted", "sent", "peak memory"}};
-  if (o.measure) table[0].insert(table[0].end(), {"measured", "fastest", "slowest", "parameters"});
-  for (const Row& r : rows) {
-    table.push_back({r.plan, std::string(name(r.form)), text(to_seconds(r.predicted)),
-                     text(Bytes{r.sent}), text(r.peak)});
-    if (o.measure)
-      table.back().insert(table.back().end(),
-                          {text(Seconds{r.median_s}), text(Seconds{r.low_s}),
-                           text(Seconds{r.high_s}), r.equal ? "equal" : "DIFFER"});
-  }
-  fmt::print("{}\n", align(table));
-  for (const auto& why : left_out) fmt::print("left out: {}\n", why);
+  show(o, g, t, rows, left_out);
 }
 
 }  // namespace
@@ -218,7 +247,7 @@ void add_startup(CLI::App& app, int& code) {
   o->flags.add_to(*c);
   o->flags.add_network(*c);
   c->add_flag("--measure", o->measure, "run it too, ranks as threads of this machine, in fp32");
-  c->add_option("--repeats", o->repeats, "measured runs; the median counts");
+  c->add_option("--repeats", o->repeats, "measured runs (default: 5); the median counts");
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o, &code] { run(*o, code); });
 }

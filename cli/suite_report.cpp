@@ -44,6 +44,7 @@ int exit_code(const SuiteReport& r) {
 void print_json(const SuiteReport& r) {
   Json j;
   j["schema"] = "partita.validation/1";
+  j["complete"] = true;
   j["backend"] = r.backend;
   j["transport"] = r.transport;
   j["profile"] = r.provenance;
@@ -95,8 +96,10 @@ void print_json(const SuiteReport& r) {
                                     {"baseline", g.baseline}});
   j["suite"]["kinds"] = Json::array();
   for (const auto& k : r.kinds)
-    j["suite"]["kinds"].push_back(
-        {{"kind", k.kind}, {"measured_s", k.measured.count}, {"predicted_s", k.predicted.count}});
+    j["suite"]["kinds"].push_back({{"kind", k.sum.kind},
+                                   {"measured_s", k.sum.measured.count},
+                                   {"predicted_s", k.sum.predicted.count},
+                                   {"noise", k.noise()}});
   fmt::print("{}\n", j.dump(2));
 }
 
@@ -123,14 +126,15 @@ void print(const SuiteReport& r) {
       fmt::print("{}: another program than the simulated one: {}\n", row.figures.name,
                  row.program->difference);
   }
-  table = {{"kind, all cases", "measured", "predicted", "error"}};
+  table = {{"kind, all cases", "measured", "predicted", "error", "noise"}};
   auto sorted = r.kinds;
   std::stable_sort(sorted.begin(), sorted.end(),
-                   [](const auto& a, const auto& b) { return b.measured < a.measured; });
+                   [](const auto& a, const auto& b) { return b.sum.measured < a.sum.measured; });
   for (const auto& k : sorted)
-    table.push_back({k.kind, text(k.measured), text(k.predicted),
-                     signed_percent((k.predicted.count - k.measured.count) /
-                                    std::max(1e-12, k.measured.count))});
+    table.push_back({k.sum.kind, text(k.sum.measured), text(k.sum.predicted),
+                     signed_percent((k.sum.predicted.count - k.sum.measured.count) /
+                                    std::max(1e-12, k.sum.measured.count)),
+                     percent(k.noise())});
   fmt::print("{}\n", align(table));
 
   const auto figures = figures_of(r);

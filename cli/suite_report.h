@@ -19,10 +19,17 @@ struct SuiteRow {
   double memory_error = 0;
 };
 
+/// One kind of instruction over all cases.
+struct SuiteKind {
+  validation::KindRow sum;       ///< over cases and rounds
+  std::vector<double> by_round;  ///< measured seconds, all cases together
+  double noise() const { return validation::over_rounds(by_round, {0}).second; }
+};
+
 struct SuiteReport {
   std::string backend, transport, provenance;
   std::vector<SuiteRow> rows;
-  std::vector<validation::KindRow> kinds;  ///< over all cases
+  std::vector<SuiteKind> kinds;
   std::vector<std::string> outliers;
 };
 

@@ -7,6 +7,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,7 @@
 #include <thread>
 #include <tuple>
 
+#include "base/hash.h"
 #include "base/temporary.h"
 #include "base/unit_text.h"
 #include "cli/checkpoint.h"
@@ -59,6 +61,7 @@ constexpr int kWarmUp = 20;
 
 struct Options {
   std::string backend, out, only, calibrate_only, transport, budget, routing;
+  std::optional<std::string> ranks_text;
   std::vector<int> ranks{1, 2, 4};
   std::optional<std::int64_t> rounds;
   std::int64_t steps = 15;
@@ -83,15 +86,22 @@ void check(Options& o) {
     throw InputError("--rounds", fmt::format("{} is not in 1 to 1,000", o.round_count()));
   if (o.steps < 1 || o.steps > 100000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
-  if (o.ranks.empty()) throw InputError("--ranks", "is empty; write 1,2,4");
-  for (const int r : o.ranks) {
-    if (r < 1 || r > 64) throw InputError("--ranks", fmt::format("{} is not in 1 to 64", r));
+  if (o.ranks_text) {
+    o.ranks.clear();
+    for (const std::string& one : CLI::detail::split(*o.ranks_text + " ", ',')) {
+      const std::string text = CLI::detail::trim_copy(one);
+      int ranks = 0;
+      const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), ranks);
+      if (error != std::errc() || end != text.data() + text.size() || ranks < 1 || ranks > 64)
+        throw InputError("--ranks", fmt::format("'{}' is not in 1 to 64; write 1,2,4", text));
+      o.ranks.push_back(ranks);
+    }
   }
   std::sort(o.ranks.begin(), o.ranks.end());
   o.ranks.erase(std::unique(o.ranks.begin(), o.ranks.end()), o.ranks.end());
-  if (!(o.timeout_s > 0 && o.timeout_s <= 1e6))
+  if (!(o.timeout_s >= 0.1 && o.timeout_s <= 1e6))
     throw InputError("--timeout",
-                     fmt::format("{} is not a number of seconds in 0 to 1e6", o.timeout_s));
+                     fmt::format("{} is not a number of seconds in 0.1 to 1e6", o.timeout_s));
   if (!o.budget.empty()) {
     char* end = nullptr;
     const double n = std::strtod(o.budget.c_str(), &end);
@@ -177,6 +187,20 @@ std::string host() {
   utsname name{};
   ::uname(&name);
   return fmt::format("{}, {}, Linux {}", name.nodename, this_machine(), name.release);
+}
+
+/// A hash of this very program: what another build measured is not joined.
+std::string build() {
+  std::ifstream self("/proc/self/exe", std::ios::binary);
+  std::uint64_t hash = 0;
+  std::vector<std::uint64_t> words(1 << 15);
+  while (self) {
+    self.read(reinterpret_cast<char*>(words.data()),
+              static_cast<std::streamsize>(words.size() * sizeof words[0]));
+    for (std::size_t k = 0; k < static_cast<std::size_t>(self.gcount()) / sizeof words[0]; ++k)
+      hash = mix(hash, words[k]);
+  }
+  return fmt::format("{:08x}", hash >> 32);
 }
 
 int host_cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
@@ -458,8 +482,9 @@ void calibrate(Options& o, int& code) {
   name_tasks(c);
   const std::string file = o.out + "/journal.jsonl";
   const validation::JournalHeader header{
-      host(), fmt::format("partita 0.1.0, ranks {} as {}, {} steps{}", fmt::join(o.ranks, ","),
-                          o.transport, o.steps, o.only.empty() ? "" : ", only " + o.only)};
+      host(), fmt::format("partita 0.1.0 (build {}), ranks {} as {}, {} steps{}", build(),
+                          fmt::join(o.ranks, ","), o.transport, o.steps,
+                          o.only.empty() ? "" : ", only " + o.only)};
   if (!o.launched) {
     make_folder(o.out);
     // What is wrong with it is said here once, not by every rank.
@@ -546,14 +571,15 @@ class SuiteJournal {
   std::unique_ptr<validation::Journal> open(const Options& o) const {
     if (file_.empty()) return std::make_unique<validation::Journal>();
     return std::make_unique<validation::Journal>(
-        file_, validation::JournalHeader{
-                   host(), fmt::format("partita 0.1.0 validate, ranks {} as {}, {} steps{}{}",
-                                       fmt::join(o.ranks, ","), o.transport, o.steps,
-                                       (o.only.empty() ? "" : ", only " + o.only) +
-                                           (o.calibrate_only.empty()
-                                                ? ""
-                                                : ", calibrated with " + o.calibrate_only),
-                                       o.no_reference ? ", no reference" : "")});
+        file_,
+        validation::JournalHeader{
+            host(),
+            fmt::format(
+                "partita 0.1.0 (build {}) validate, ranks {} as {}, {} steps{}{}", build(),
+                fmt::join(o.ranks, ","), o.transport, o.steps,
+                (o.only.empty() ? "" : ", only " + o.only) +
+                    (o.calibrate_only.empty() ? "" : ", calibrated with " + o.calibrate_only),
+                o.no_reference ? ", no reference" : "")});
   }
 
  private:
@@ -602,8 +628,7 @@ void show_incomplete(const Options& o, const std::deque<Outcome>& outcomes, std:
 
 /// A case's measurements beside its prediction; adds to the sums by kind of instruction.
 SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource& routing,
-                bool feeds_back, const Options& o,
-                std::map<std::string, validation::KindRow>& kinds) {
+                bool feeds_back, const Options& o, std::map<std::string, SuiteKind>& kinds) {
   Communication communication(topology);
   SimulateOptions simulation;
   simulation.record = true;
@@ -625,10 +650,12 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
     within.push_back(step.noise);
     compute_within.push_back(step.compute_noise);
     for (const auto& k : step.kinds) {
-      auto& sum = kinds[k.kind.substr(0, k.kind.find(' '))];
-      sum.count += k.count;
-      sum.measured += k.measured;
-      sum.predicted += k.predicted;
+      SuiteKind& kind = kinds[k.kind.substr(0, k.kind.find(' '))];
+      kind.sum.count += k.count;
+      kind.sum.measured += k.measured;
+      kind.sum.predicted += k.predicted;
+      kind.by_round.resize(c.measured.size());
+      kind.by_round[medians.size() - 1] += k.measured.count;
     }
   }
   std::tie(f.measured, f.noise) = validation::over_rounds(medians, within);
@@ -794,15 +821,15 @@ void validate(Options& o, int& code) {
   report.transport = o.transport;
   report.provenance = p.provenance;
   report.outliers = outliers(p);
-  std::map<std::string, validation::KindRow> kinds;
+  std::map<std::string, SuiteKind> kinds;
   for (Outcome& c : outcomes) {
     RoutingSource routing = given;
     if (feeds_back) routing.recorded = c.routing;
     report.rows.push_back(row_of(c, topology, routing, feeds_back, o, kinds));
   }
-  for (auto& [kind, row] : kinds) {
-    row.kind = kind;
-    report.kinds.push_back(row);
+  for (auto& [kind, all] : kinds) {
+    all.sum.kind = kind;
+    report.kinds.push_back(all);
   }
   code = exit_code(report);
   o.json ? print_json(report) : print(report);
@@ -811,7 +838,7 @@ void validate(Options& o, int& code) {
 void add_common(CLI::App& c, Options& o) {
   c.add_option("--backend", o.backend, "cpu");
   c.add_option("--transport", o.transport, "threads (default), mpi or tcp: what ranks are");
-  c.add_option("--ranks", o.ranks, "numbers of ranks, like 1,2,4")->delimiter(',');
+  c.add_option("--ranks", o.ranks_text, "numbers of ranks, like 1,2,4");
   c.add_option("--rounds", o.rounds, "how often everything is measured, in turns (default: 3)");
   c.add_option("--steps", o.steps, "timed steps of each run");
   c.add_option("--out", o.out, "folder for device.yaml and cluster.yaml");

@@ -131,6 +131,12 @@ void Turns::leave(int rank) {
   if (p.known && ::pthread_equal(p.thread, ::pthread_self()) != 0) bind(p, kNone);
 }
 
+int Turns::waiting() {
+  const std::lock_guard<std::mutex> lock(guard_);
+  return static_cast<int>(
+      std::count_if(places_.begin(), places_.end(), [](const Place& p) { return p.waits; }));
+}
+
 void Turns::stop() {
   const std::lock_guard<std::mutex> lock(guard_);
   stopped_ = true;

@@ -39,7 +39,11 @@ class Turns {
   /// Nobody waits any more.
   void stop();
   /// Does somebody wait for a core only?
-  bool wanted() const { return queued_.load(std::memory_order_relaxed) > 0; }
+  bool wanted() const { return queued() > 0; }
+  /// How many do.
+  int queued() const { return queued_.load(std::memory_order_relaxed); }
+  /// How many wait, for others or for a core.
+  int waiting();
 
  private:
   using Clock = std::chrono::steady_clock;

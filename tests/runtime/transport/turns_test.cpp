@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -43,6 +44,46 @@ TEST(Turns, AtMostAsManyRunAsThereAreCores) {
   if (patient) {
     EXPECT_LE(most, kCores);
   }
+}
+
+/// One core, three ranks that wait: each runs when the one before has left, in the order in which
+/// they could.
+TEST(Turns, WhoCouldRunFirstRunsFirstAndAlone) {
+  for (int attempt = 0; attempt < 20; ++attempt) {
+    Turns turns(3, {0});
+    std::array<std::atomic<bool>, 3> runs{}, may_leave{};
+    std::vector<std::thread> all;
+    for (int r = 0; r < 3; ++r) {
+      all.emplace_back([&, r] {
+        const auto k = static_cast<std::size_t>(r);
+        ASSERT_TRUE(turns.wait(r, kLong));
+        runs[k] = true;
+        while (!may_leave[k]) std::this_thread::yield();
+        turns.leave(r);
+      });
+    }
+    while (turns.waiting() < 3) std::this_thread::yield();
+    const auto start = std::chrono::steady_clock::now();
+    for (const int r : {1, 2, 0}) turns.ready(r);
+    EXPECT_LE(turns.queued(), 2);
+    bool orderly = true;
+    std::vector<std::size_t> later{1, 2, 0};
+    while (!later.empty()) {
+      const std::size_t now = later.front();
+      later.erase(later.begin());
+      while (!runs[now]) std::this_thread::yield();
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      for (const std::size_t k : later) orderly = orderly && !runs[k];
+      may_leave[now] = true;
+    }
+    // On a busy machine somebody may have lost patience.
+    const bool patient = std::chrono::steady_clock::now() - start < Turns::kPatience;
+    for (auto& t : all) t.join();
+    if (!patient) continue;
+    EXPECT_TRUE(orderly);
+    return;
+  }
+  GTEST_SKIP() << "the machine is too busy: 20 attempts took longer than anybody waits for a core";
 }
 
 TEST(Turns, ReadyBeforeWaitingIsNotLost) {
