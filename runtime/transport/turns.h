@@ -39,9 +39,7 @@ class Turns {
   /// Nobody waits any more.
   void stop();
   /// Does somebody wait for a core only?
-  bool wanted() const { return queued() > 0; }
-  /// How many do.
-  int queued() const { return queued_.load(std::memory_order_relaxed); }
+  bool wanted() const { return queued_.load(std::memory_order_relaxed) > 0; }
   /// How many wait, for others or for a core.
   int waiting();
 

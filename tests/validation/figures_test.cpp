@@ -65,6 +65,13 @@ TEST(Figures, OrdersByNetworkAndTogether) {
   EXPECT_EQ(discordant(cases), wrong);
 }
 
+TEST(Figures, WhatLiesNoFurtherApartThanNoiseHasNoOrder) {
+  // 4 and 2 s, noise 0.5 of the slower: exactly as far apart. Equal times have no order at all.
+  EXPECT_EQ(orders_of({one("a", 1, 1, 4, 0.5), one("a", 1, 2, 2, 0)}).back().pairs, 0);
+  EXPECT_EQ(orders_of({one("a", 1, 1, 4, 0.4), one("a", 1, 2, 2, 0)}).back().pairs, 1);
+  EXPECT_EQ(orders_of({one("a", 1, 1, 2, 0), one("a", 1, 2, 2, 0)}).back().pairs, 0);
+}
+
 TEST(Figures, NoiseIsThatOfAllRounds) {
   // The last round's own noise is 0.5; the median's 0.02. Rounds 2, 3, 4 lie 2 apart: half of it is
   // a third.
