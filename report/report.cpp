@@ -190,7 +190,9 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   std::stable_sort(kinds.begin(), kinds.end(),
                    [](const auto& a, const auto& b) { return b.second < a.second; });
   for (const auto& [kind, t] : kinds) row("  compute: " + kind, t);
-  for (const auto& [axis, t] : p.breakdown.exposed) row("  exposed communication: " + axis, t);
+  for (const auto& [axis, t] : p.breakdown.exposed)
+    row(axis == "launch" ? "  waiting for the host's launches" : "  exposed communication: " + axis,
+        t);
   row("  pipeline bubble", p.breakdown.bubble);
   row("  optimizer", p.breakdown.optimizer);
   row("  other", p.breakdown.other);

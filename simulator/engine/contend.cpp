@@ -20,6 +20,11 @@ std::int32_t Contention::add(const Task& task) {
   return static_cast<std::int32_t>(tasks_.size()) - 1;
 }
 
+void Contention::not_before(std::int32_t task, std::int64_t time) {
+  std::int64_t& earliest = tasks_[static_cast<std::size_t>(task)].earliest;
+  earliest = std::max(earliest, time);
+}
+
 void Contention::order(std::int32_t first, std::int32_t then, Precedence precedence) {
   Edge e{first_edge_[static_cast<std::size_t>(first)], then, precedence};
   first_edge_[static_cast<std::size_t>(first)] = static_cast<std::int32_t>(edges_.size());
@@ -49,7 +54,7 @@ class Player {
   struct Event {
     std::int32_t task = 0, stamp = 0;
   };
-  enum class Phase : std::uint8_t { waiting, fixed, working, done };
+  enum class Phase : std::uint8_t { waiting, early, fixed, working, done };
   struct Running {
     ActivityId activity;
     double left = 0, rate = 1, lost = 0;
@@ -72,6 +77,12 @@ class Player {
     }
     r.phase = shares ? Phase::fixed : Phase::working;
     agenda_.add(now + t.fixed + (shares ? 0 : t.work), {id, r.stamp});
+  }
+
+  /// It could begin, but for its earliest time.
+  void postpone(std::int32_t id) {
+    running_[static_cast<std::size_t>(id)].phase = Phase::early;
+    agenda_.add(tasks_[static_cast<std::size_t>(id)].earliest, {id, 0});
   }
 
   /// True when the event is the end of the task's own work.
@@ -179,6 +190,10 @@ Contention::Result Contention::play(Sharing& sharing, const std::vector<Usage>& 
       if (!ready.empty()) {
         const std::int32_t id = ready.back();
         ready.pop_back();
+        if (now < tasks_[static_cast<std::size_t>(id)].earliest) {
+          player.postpone(id);
+          continue;
+        }
         result.start[static_cast<std::size_t>(id)] = now;
         player.begin(id, now);
         for (std::int32_t e = first_edge_[static_cast<std::size_t>(id)]; e >= 0;
@@ -218,7 +233,9 @@ Contention::Result Contention::play(Sharing& sharing, const std::vector<Usage>& 
       player.agenda().take(events);
       for (const Player::Event& e : events) {
         ++result.events;
-        if (player.happens(e, now) && ends[static_cast<std::size_t>(e.task)] == 0)
+        if (player.phase(e.task) == Player::Phase::early) {
+          ready.push_back(e.task);
+        } else if (player.happens(e, now) && ends[static_cast<std::size_t>(e.task)] == 0)
           over.push_back(e.task);
       }
       advance(now);

@@ -17,10 +17,11 @@ struct Usage {
   std::vector<std::pair<ResourceId, double>> held;
 };
 
-/// `fixed` picoseconds, then `work` picoseconds of work at the rate it gets.
+/// `fixed` picoseconds, then `work` picoseconds of work at the rate it gets; not before `earliest`.
 struct Task {
   std::int64_t fixed = 0, work = 0;
   std::int32_t usage = -1;  ///< -1: nothing that is shared
+  std::int64_t earliest = 0;
 };
 
 enum class Precedence : std::uint8_t {
@@ -40,6 +41,7 @@ struct Loss {
 class Contention {
  public:
   std::int32_t add(const Task& task);
+  void not_before(std::int32_t task, std::int64_t time);
   void order(std::int32_t first, std::int32_t then, Precedence precedence);
   std::size_t size() const { return tasks_.size(); }
 

@@ -165,9 +165,11 @@ struct Step {
   Kind kind = Kind::compute;
   Stream stream = 0;
   bool after_compute = false;
-  bool meets = false;  ///< members of several classes
+  bool meets = false;       ///< members of several classes
+  bool host_waits = false;  ///< for the compute stream, before it launches this
   std::int32_t instruction = 0;
   std::int64_t ticks = 0;
+  std::int64_t launch = 0;                 ///< of the host's time
   std::int32_t first_wait = 0, waits = 0;  ///< into Compiled::slots: buffers made on other streams
   std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
   std::int32_t label = 0;                  ///< for the breakdown
@@ -188,6 +190,7 @@ struct Mark {
 /// key says.
 struct Replay {
   std::vector<std::int64_t> free;  ///< of the block's streams, at its end
+  std::int64_t host = 0;  ///< at its end; where it is ahead, how much later than at the start
   std::vector<std::int32_t> stream_labels;
   std::vector<std::pair<std::int32_t, std::int64_t>> spent;  ///< label, ticks
   struct Made {
@@ -209,6 +212,8 @@ struct Compiled {
   // do.
   bool repeats = false;  ///< every step is ordered after the compute stream's position at the start
   std::size_t receives = 0;            ///< leading steps, played each time
+  std::int64_t launch = 0;             ///< of all steps after the receives
+  bool host_waits = false;             ///< in one of them
   std::vector<Stream> streams;         ///< used after the receives, compute first
   std::vector<std::int32_t> arrives;   ///< slots that the receives make
   std::vector<std::int32_t> external;  ///< other slots read before the block makes them, sorted
@@ -419,6 +424,7 @@ class Engine {
     std::size_t call = 0, step = 0;
     std::size_t instance = 0;         ///< instructions played so far
     std::vector<std::int64_t> free;   ///< per stream
+    std::int64_t host = 0;            ///< when it has launched what was played so far
     std::vector<std::int32_t> label;  ///< per stream: what ran last
     std::vector<Slot> slots;
     std::vector<Mark> late;  ///< made by earlier calls, ready after the compute stream's position
@@ -536,6 +542,40 @@ class Engine {
     return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
   }
 
+  /// What the host does before the device may begin a step. `captured`: an earlier one has started
+  /// the block's graph.
+  void launch(Step& s, const Instruction& i, std::int64_t rank, const DeviceProfile& device,
+              bool& captured) const {
+    const Launches& l = p_.launches;
+    if (!l.any() || !device.concurrent_streams) return;
+    s.host_waits = l.waits_for_counts && brings_rows(p_, i);
+    if (s.host_waits) captured = false;
+    Seconds time{0};
+    switch (i.kind) {
+      case Kind::compute:
+        time = work_of(p_, i, rank).kernels * l.kernel;
+        break;
+      case Kind::slice:
+      case Kind::copy:
+        time = l.kernel;
+        break;
+      case Kind::collective:
+        if (p_.group(i, rank).size() > 1) time = l.transfer;
+        break;
+      case Kind::send:
+      case Kind::receive:
+        time = l.transfer;
+        break;
+      case Kind::load:
+      case Kind::allocate:
+      case Kind::free:
+        break;
+    }
+    if (l.graphs && time.count > 0) time = captured ? Seconds{0} : l.kernel;
+    captured = captured || time.count > 0;
+    s.launch = ceil_div(to_ticks(time).count, i.every);
+  }
+
   void compile(int c) {
     const RankClass& rc = classes_.classes[static_cast<std::size_t>(c)];
     const std::int64_t rank = rc.representative;
@@ -554,6 +594,7 @@ class Engine {
       if (!needed[b]) continue;
       Compiled& out = mine[b];
       std::int64_t level = 0;
+      bool captured = false;
       for (std::size_t k = 0; k < p_.blocks[b].instructions.size(); ++k) {
         const Instruction& i = p_.blocks[b].instructions[k];
         if (i.kind == Kind::allocate || i.kind == Kind::free) {
@@ -666,6 +707,7 @@ class Engine {
         }
         // What runs in some steps only: its share of each.
         s.ticks = ceil_div(s.ticks, i.every);
+        launch(s, i, rank, device, captured);
         s.first_wait = static_cast<std::int32_t>(out.slots.size());
         const auto slot = [&](BufferId id) {
           const std::int32_t x = slot_of_[id.index()];
@@ -736,6 +778,10 @@ class Engine {
         made.insert(block.slots[static_cast<std::size_t>(step.first_mark + m)]);
       }
     }
+    for (std::size_t x = block.receives; x < block.steps.size(); ++x) {
+      block.launch += block.steps[x].launch;
+      block.host_waits = block.host_waits || block.steps[x].host_waits;
+    }
     block.streams.assign(used.begin(), used.end());
     block.external.assign(external.begin(), external.end());
   }
@@ -800,10 +846,15 @@ class Engine {
     for (const std::int32_t x : block.arrives) {
       key.push_back(std::max<std::int64_t>(0, slot(s, x, call.micro_batch).ready - now));
     }
+    // A host that is further ahead than the whole block takes to launch is in nobody's way.
+    const bool ahead = s.host - now <= -block.launch;
+    key.push_back(std::max(s.host - now, -block.launch));
+    const std::int64_t host_from = ahead && !block.host_waits ? s.host : now;
     auto& spent = spent_[static_cast<std::size_t>(c)];
     const auto known = block.replays.find(key);
     if (known != block.replays.end()) {
       const Replay& r = known->second;
+      s.host = host_from + r.host;
       for (std::size_t k = 0; k < block.streams.size(); ++k) {
         s.free[block.streams[k]] = now + r.free[k];
         s.label[block.streams[k]] = r.stream_labels[k];
@@ -824,6 +875,7 @@ class Engine {
     std::vector<Replay::Made> marks;
     run_all(&marks);
     Replay r;
+    r.host = s.host - host_from;
     for (const Stream x : block.streams) {
       r.free.push_back(s.free[x] - now);
       r.stream_labels.push_back(s.label[x]);
@@ -863,6 +915,14 @@ class Engine {
     std::int64_t start = s.free[step.stream];
     const Slot* cause = nullptr;
     if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
+    const std::int64_t launched =
+        (step.host_waits ? std::max(s.host, s.free[kComputeStream]) : s.host) + step.launch;
+    Slot host;
+    if (launched > start) {
+      const std::int32_t x = label("exposed:launch");
+      host = {launched, x, x, 0};
+      start = launched, cause = &host;
+    }
     for (std::int32_t w = 0; w < step.waits; ++w) {
       const Slot& ready =
           slot(s, block.slots[static_cast<std::size_t>(step.first_wait + w)], call.micro_batch);
@@ -889,6 +949,7 @@ class Engine {
                        "the step would take longer than the 106 days of event time; use fewer "
                        "micro-batches or a faster device");
     }
+    s.host = launched;
     const std::int64_t end = start + ticks;
     if (step.stream == kComputeStream) {
       if (start > s.free[kComputeStream]) charge(spent, cause, s.free[kComputeStream], start);
@@ -951,8 +1012,13 @@ class Engine {
           for (std::int32_t m = 0; m < step.marks; ++m)
             marks.push_back(slot_index(
                 s, block.slots[static_cast<std::size_t>(step.first_mark + m)], call.micro_batch));
-          const StepGraph::Instance x{tasks[call.block.index()][k], step.stream, step.after_compute,
-                                      waits, marks};
+          const StepGraph::Instance x{tasks[call.block.index()][k],
+                                      step.stream,
+                                      step.after_compute,
+                                      waits,
+                                      marks,
+                                      step.launch,
+                                      step.host_waits};
           label_of[c].push_back(step.label);
           const auto message = [&](int from, int to) {
             return message_key(step.message, step.of_step ? -1 : call.micro_batch, from, to);

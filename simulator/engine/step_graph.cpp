@@ -167,14 +167,34 @@ std::string Usages::resource_name(ResourceId r) const {
 
 StepGraph::StepGraph(std::size_t classes, std::size_t streams,
                      const std::vector<std::size_t>& slots)
-    : task_of_(classes), last_on_(classes, std::vector<std::int32_t>(streams, -1)) {
+    : task_of_(classes),
+      last_on_(classes, std::vector<std::int32_t>(streams, -1)),
+      hosts_(classes) {
   for (const std::size_t n : slots) made_by_.emplace_back(n, -1);
+}
+
+void StepGraph::launch(int rank_class, const Instance& x, std::int32_t task) {
+  Host& h = hosts_[static_cast<std::size_t>(rank_class)];
+  if (h.task < 0 && !x.host_waits) {
+    h.at += x.launch;
+    tasks_.not_before(task, h.at);
+    return;
+  }
+  if (x.host_waits || x.launch > 0) {
+    const std::int32_t next = tasks_.add({x.launch, 0, -1, h.task < 0 ? h.at : 0});
+    if (h.task >= 0) tasks_.order(h.task, next, Precedence::end_to_start);
+    const std::int32_t kernel = last_on_[static_cast<std::size_t>(rank_class)][kComputeStream];
+    if (x.host_waits && kernel >= 0) tasks_.order(kernel, next, Precedence::end_to_start);
+    h.task = next;
+  }
+  tasks_.order(h.task, task, Precedence::end_to_start);
 }
 
 /// What the task waits for on its own class, and what it makes.
 void StepGraph::follow(int rank_class, const Instance& x, std::int32_t task) {
   const auto c = static_cast<std::size_t>(rank_class);
   task_of_[c].push_back(task);
+  launch(rank_class, x, task);
   std::int32_t before[16];
   std::size_t n = 0;
   const auto after = [&](std::int32_t other) {

@@ -64,6 +64,8 @@ class StepGraph {
     Stream stream = 0;
     bool after_compute = false;
     std::span<const std::size_t> waits, marks;  ///< slots of the class
+    std::int64_t launch = 0;                    ///< of the host's time, before it may start
+    bool host_waits = false;                    ///< for the compute stream, before it launches
   };
   void step(int rank_class, const Instance& instance);
   /// One task for all classes that name the same key the same number of times.
@@ -81,6 +83,7 @@ class StepGraph {
 
  private:
   void follow(int rank_class, const Instance& instance, std::int32_t task);
+  void launch(int rank_class, const Instance& instance, std::int32_t task);
 
   Contention tasks_;
   std::vector<std::vector<std::int32_t>> task_of_;  ///< [class][instance]
@@ -89,6 +92,12 @@ class StepGraph {
   std::map<std::vector<std::int64_t>, std::vector<std::int32_t>> meetings_;
   std::map<std::pair<int, std::vector<std::int64_t>>, std::size_t> met_;
   std::unordered_map<std::uint64_t, std::int32_t> sends_;
+  /// Until it first waits for its device, a host's launches end at times that nothing changes.
+  struct Host {
+    std::int64_t at = 0;
+    std::int32_t task = -1;  ///< its last launch, since it has waited
+  };
+  std::vector<Host> hosts_;  ///< by class
   struct Receive {
     std::int32_t task = 0;
     std::uint64_t message = 0;

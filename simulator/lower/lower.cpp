@@ -103,6 +103,7 @@ class Lowering {
     p_.staleness = static_cast<int>(plan_.staleness);
     p_.loss_scale = plan_.loss_scale;
     p_.compression = plan_.compression;
+    p_.launches = plan_.launches;
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;

@@ -730,6 +730,19 @@ void set_compression(Compression& c, const YamlNode& n) {
   n.reject_unknown_keys();
 }
 
+void set_launches(Launches& l, const YamlNode& n) {
+  const auto time = [](const YamlNode& x, Seconds& t) {
+    t = x.as_seconds();
+    if (!(t.count >= 0 && t.count <= 1))
+      throw InputError(x.place(), fmt::format("{} is no time of a launch; 0 s to 1 s", text(t)));
+  };
+  if (const auto x = n.find("kernel")) time(*x, l.kernel);
+  if (const auto x = n.find("transfer")) time(*x, l.transfer);
+  if (const auto x = n.find("graphs")) l.graphs = x->as_bool();
+  if (const auto x = n.find("waits_for_counts")) l.waits_for_counts = x->as_bool();
+  n.reject_unknown_keys();
+}
+
 }  // namespace
 
 void apply(Plan& p, const YamlNode& y) {
@@ -839,6 +852,7 @@ void apply(Plan& p, const YamlNode& y) {
     n->reject_unknown_keys();
   }
   if (const auto n = y.find("compression")) set_compression(p.compression, *n);
+  if (const auto n = y.find("launch")) set_launches(p.launches, *n);
   if (const auto n = y.find("shard")) {
     for (const YamlNode& item : n->items()) {
       ShardingRule r;
@@ -922,6 +936,10 @@ std::string to_yaml(const Plan& p) {
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
                      p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
+  if (p.launches != Launches{})
+    s += fmt::format("launch: {{kernel: {} s, transfer: {} s, graphs: {}, waits_for_counts: {}}}\n",
+                     p.launches.kernel.count, p.launches.transfer.count, p.launches.graphs,
+                     p.launches.waits_for_counts);
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",

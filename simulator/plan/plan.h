@@ -114,6 +114,7 @@ struct Plan {
   /// rank of a stage), host to device.
   bool message_queue = false;
   LossScale loss_scale;
+  Launches launches;  ///< what the framework's host thread takes to start work on its device
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are
   /// there.

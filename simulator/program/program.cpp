@@ -244,6 +244,18 @@ Bytes routed_payload(const Program& p, const Instruction& i, std::int64_t rank) 
 
 }  // namespace
 
+bool brings_rows(const Program& p, const Instruction& i) {
+  if (i.kind != Kind::collective || i.collective != CollectiveKind::all_to_all) return false;
+  const auto cut_by_expert = [&](BufferId id) {
+    const Buffer& b = p.buffer(id);
+    for (std::size_t d = 0; d < b.shape.size(); ++d) {
+      if (b.shape[d].dim == Dim::expert) return !b.layout.dims[d].atoms.empty();
+    }
+    return false;
+  };
+  return p.buffer(i.reads[0]).routed && !cut_by_expert(i.reads[0]) && cut_by_expert(i.writes[0]);
+}
+
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
   if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
     return Bytes{0};

@@ -219,6 +219,19 @@ struct Compression {
 /// Values that top_k sends of `elements`.
 std::int64_t kept_values(const Compression& compression, std::int64_t elements);
 
+/// What starting instructions keeps a rank's host thread busy for, where it launches kernels on a
+/// device that works beside it (docs/simulation.md, "Host").
+struct Launches {
+  Seconds kernel{0};    ///< one kernel
+  Seconds transfer{0};  ///< a collective, a send or a receive
+  bool graphs = false;  ///< every block was captured (a CUDA graph): one launch starts all of it
+  /// The host learns how many rows each expert gets before it goes on: it waits for the kernels
+  /// before the rows' exchange.
+  bool waits_for_counts = false;
+  bool any() const { return kernel.count > 0 || transfer.count > 0; }
+  friend bool operator==(const Launches&, const Launches&) = default;
+};
+
 struct ProgramParameter {
   std::string name;
   Shape shape;
@@ -269,6 +282,7 @@ struct Program {
   int staleness = 0;  ///< steps that a gradient waits in its server's queue
   LossScale loss_scale;
   Compression compression;
+  Launches launches;
   AtomList data_parallel;  ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
@@ -329,6 +343,9 @@ int sequence_dim(const Buffer& buffer);
 /// shape.
 std::int64_t common_elements(const Program& program, BufferId from, std::int64_t a, BufferId to,
                              std::int64_t b);
+
+/// Is this the exchange that brings rows to their experts?
+bool brings_rows(const Program& program, const Instruction& instruction);
 
 /// Rows of a routed buffer with a routing that `rank` holds.
 std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);

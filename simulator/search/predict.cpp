@@ -158,7 +158,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                                        "grouped_product"};
   for (const auto& [kind, time] : r.breakdown.compute)
     (products.count(kind) ? matrix : memory_bound) += time.count;
-  for (const auto& [axis, time] : r.breakdown.exposed) exposed += time.count;
+  std::int64_t launches = 0;
+  for (const auto& [axis, time] : r.breakdown.exposed)
+    (axis == "launch" ? launches : exposed) += time.count;
   memory_bound += r.breakdown.optimizer.count + r.breakdown.other.count;
   const auto share = [&](std::int64_t n) { return static_cast<double>(n) / total; };
   r.rests_on = {
@@ -167,6 +169,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
        share(memory_bound)},
       {"exposed communication: link rates, assumed latencies", "specified", share(exposed)},
       {"pipeline bubble: follows from the above", "derived", share(r.breakdown.bubble.count)}};
+  if (program->launches.any())
+    r.rests_on.push_back(
+        {"waiting for the host's launches: times of the plan", "assumed", share(launches)});
   if (recorded != nullptr) *recorded = std::move(t);
   if (out_program != nullptr) *out_program = std::move(*program);
   return r;

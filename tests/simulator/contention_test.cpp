@@ -247,5 +247,51 @@ TEST(Contention, TasksFollowTheirPrecedences) {
   EXPECT_EQ(r.end[static_cast<std::size_t>(with)], 195);
 }
 
+// docs/simulation.md, "Host".
+TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
+  const Topology t = parse_topology(kShared, "shared.yaml");
+  Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+  for (int k = 0; k < 3; ++k) kernel(p, Kernel::zero, 1000, ElementType::fp32);
+  const std::int64_t one = run(p, t, Network::idle).step.count / 3;
+  EXPECT_GT(one, 3'000'000);
+  const auto step = [&](double kernel_s, bool graphs) {
+    p.launches.kernel = Seconds{kernel_s};
+    p.launches.graphs = graphs;
+    const Timeline idle = run(p, t, Network::idle), flows = run(p, t, Network::flows);
+    EXPECT_EQ(idle.step, flows.step);
+    EXPECT_EQ(idle.breakdown[0].total(), idle.step);
+    if (kernel_s > 0) {
+      EXPECT_EQ(idle.breakdown[0].exposed.at("launch") + Ticks{3 * one}, idle.step);
+    }
+    return idle.step.count;
+  };
+  EXPECT_EQ(step(6e-6, false), 3 * 6'000'000 + one);
+  EXPECT_EQ(step(1e-6, false), 1'000'000 + 3 * one);
+  EXPECT_EQ(step(6e-6, true), 6'000'000 + 3 * one);
+  EXPECT_EQ(step(0, false), 3 * one);
+}
+
+TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {
+  const Topology t = load_topology("dgx-h100:1");
+  Plan wanted = base_plan();
+  wanted.dp = wanted.ep = 2;
+  const auto step = [&](double launch, bool waits) {
+    wanted.launches = {Seconds{launch}, Seconds{launch}, false, waits};
+    const Program p = lowered(mixtral(), wanted);
+    EXPECT_TRUE(std::any_of(p.blocks.begin(), p.blocks.end(), [&](const Block& b) {
+      return std::any_of(b.instructions.begin(), b.instructions.end(),
+                         [&](const Instruction& i) { return brings_rows(p, i); });
+    }));
+    const Timeline idle = run(p, t, Network::idle);
+    EXPECT_LE(idle.step, run(p, t, Network::flows).step);
+    return idle.step.count;
+  };
+  const std::int64_t free = step(0, true);
+  // A fast host loses at most its launches after each wait; one that waits is never faster.
+  EXPECT_GT(step(1e-9, true), free);
+  EXPECT_LT(step(1e-9, true), free + 1'000'000);
+  EXPECT_GT(step(2e-6, true), step(2e-6, false));
+}
+
 }  // namespace
 }  // namespace partita

@@ -117,7 +117,7 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
   for (int i = 0; i < 1100; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
-    Plan wanted = random_plan(rng);
+    Plan wanted = with_launches(random_plan(rng), rng);
     set_precision(wanted, "fp16", "");  // the type that all these devices multiply in
     if (wanted.ranks() > 24) continue;
     const auto plan = complete(g, wanted);
@@ -147,7 +147,7 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
   for (int i = 0; i < 500; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
-    Plan wanted = random_plan(rng);
+    Plan wanted = with_launches(random_plan(rng), rng);
     set_precision(wanted, "fp16", "");
     wanted.global_batch *= static_cast<std::int64_t>(1 + rng() % 4);
     const auto plan = complete(g, wanted);

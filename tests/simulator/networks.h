@@ -193,6 +193,17 @@ inline Plan random_plan(std::mt19937& rng) {
   return p;
 }
 
+/// Of a third of all plans a host that takes its time.
+inline Plan with_launches(Plan p, std::mt19937& rng) {
+  const auto pick = [&](std::vector<double> from) { return from[rng() % from.size()]; };
+  if (rng() % 3 > 0) return p;
+  p.launches.kernel = Seconds{pick({1e-6, 5e-6, 20e-6})};
+  p.launches.transfer = Seconds{pick({0, 3e-6, 30e-6})};
+  p.launches.graphs = rng() % 3 == 0;
+  p.launches.waits_for_counts = rng() % 2 == 0;
+  return p;
+}
+
 /// The program of a plan that must be feasible.
 inline Program lowered(const Graph& graph, const Plan& wanted) {
   auto plan = complete(graph, wanted);
