@@ -158,6 +158,7 @@ TEST(Contention, WhatIsAloneTakesItsTime) {
     (axis == 0 ? wanted.tp : axis == 1 ? wanted.cp : wanted.dp) = 2;
     const Graph& g = graphs[rng() % 3];
     set_framework(wanted, "partita", "");
+    wanted = with_launches(wanted, rng);
     const auto plan = complete(g, wanted);
     if (!plan) continue;
     const auto program = lower(g, *plan);
