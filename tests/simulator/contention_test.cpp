@@ -7,6 +7,7 @@
 #include "simulator/engine/contend.h"
 #include "simulator/engine/links.h"
 #include "simulator/engine/simulate.h"
+#include "simulator/engine/step_graph.h"
 #include "tests/simulator/networks.h"
 
 namespace partita {
@@ -270,6 +271,26 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   EXPECT_EQ(step(1e-6, false), 1'000'000 + 3 * one);
   EXPECT_EQ(step(6e-6, true), 6'000'000 + 3 * one);
   EXPECT_EQ(step(0, false), 3 * one);
+}
+
+/// One rank computes for 10, its host waits for that and launches for 2: its transfer begins at 12
+/// on a link that another rank's transfer of 20 has had so far. From then on both have half of it:
+/// 8 are left of the other, until 28; the last 2 of 10 take until 30. The next launch ends at 15.
+TEST(Host, LaunchesAfterAWaitFollowTheDevice) {
+  Sharing sharing;
+  const ResourceId link = sharing.add(1);
+  const std::vector<Usage> usages{Usage{{{link, 1}}, 1, {}}};
+  StepGraph graph(2, 2, {0, 0});
+  graph.step(0, {Task{10, 0, -1}, kComputeStream, false, {}, {}, 0, false});
+  graph.step(0, {Task{0, 10, 0}, 1, false, {}, {}, 2, true});
+  graph.step(0, {Task{1, 0, -1}, kComputeStream, false, {}, {}, 3, false});
+  graph.step(1, {Task{0, 20, 0}, 1, false, {}, {}, 0, false});
+  // Begins with the third of rank 0.
+  graph.meet(0, {Task{7, 0, -1}, kComputeStream, false, {}, {}, 0, false}, {1});
+  graph.meet(1, {Task{7, 0, -1}, kComputeStream, false, {}, {}, 40, false}, {1});
+  const auto played = graph.play(sharing, usages);
+  EXPECT_EQ(played.ticks[0], (std::vector<std::int64_t>{10, 18, 1, 7}));
+  EXPECT_EQ(played.ticks[1], (std::vector<std::int64_t>{28, 7}));
 }
 
 TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {
