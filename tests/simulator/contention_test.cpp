@@ -273,6 +273,34 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   EXPECT_EQ(step(0, false), 3 * one);
 }
 
+/// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead
+/// that 40 slow launches after them bind nothing: after two they do.
+TEST(Host, GetsAheadCallByCall) {
+  const Topology t = parse_topology(kShared, "shared.yaml");
+  const auto step = [&](int calls, double transfer) {
+    Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+    p.launches.kernel = Seconds{1e-6};
+    p.launches.transfer = Seconds{transfer};
+    for (int k = 0; k < 3; ++k) kernel(p, Kernel::zero, 1000, ElementType::fp32);
+    p.blocks.push_back(p.blocks[0]);
+    p.blocks[1].instructions.clear();
+    std::swap(p.blocks[0].instructions, p.blocks[1].instructions);
+    for (int k = 0; k < 40; ++k) all_reduce(p, bit(1), 1);
+    std::swap(p.blocks[0], p.blocks[1]);
+    p.stages[0].clear();
+    for (int k = 0; k < calls; ++k) p.stages[0].push_back({BlockId{0}, -1});
+    p.stages[0].push_back({BlockId{1}, -1});
+    Communication communication(t);
+    SimulateOptions options;
+    const Timeline replayed = simulate(p, communication, options);
+    options.replay = false;
+    EXPECT_EQ(replayed.step, simulate(p, communication, options).step);
+    return replayed.step;
+  };
+  EXPECT_EQ(step(50, 7e-6), step(50, 0));
+  EXPECT_GT(step(2, 7e-6), step(2, 0));
+}
+
 /// One rank computes for 10, its host waits for that and launches for 2: its transfer begins at 12
 /// on a link that another rank's transfer of 20 has had so far. From then on both have half of it:
 /// 8 are left of the other, until 28; the last 2 of 10 take until 30. The next launch ends at 15.
