@@ -31,7 +31,7 @@ double fraction(const std::string& text, const std::string& flag) {
 
 }  // namespace
 
-void ClusterFlags::add_state_to(CLI::App& app) {
+void ClusterFlags::add_to(CLI::App& app) {
   app.add_option("--slow", slow,
                  "a device at a fraction of its speed, like node3.gpu1=0.8; repeatable")
       ->allow_extra_args(false);
@@ -43,14 +43,6 @@ void ClusterFlags::add_state_to(CLI::App& app) {
   app.add_option("--background", background,
                  "what others send over a link, like 'node3.nic0->rail0=10 GB/s'; repeatable")
       ->allow_extra_args(false);
-}
-
-void ClusterFlags::add_to(CLI::App& app) {
-  add_state_to(app);
-  app.add_option(
-      "--placement", placement,
-      "axes of the mesh as they lie on the devices, innermost first, like tp,dp,pp; search: "
-      "the order that is fastest");
 }
 
 Topology ClusterFlags::in_state(const Topology& t) const {

@@ -14,11 +14,9 @@ namespace partita::cli {
 
 struct ClusterFlags {
   std::vector<std::string> slow, degrade, fail, background;
-  std::string placement;  ///< axes, innermost first, "search", or "": rank order
 
-  void add_to(CLI::App& app);        ///< all
-  void add_state_to(CLI::App& app);  ///< all but --placement
-  /// The cluster with slow devices, slow or failed links and others' traffic; not yet placed.
+  void add_to(CLI::App& app);
+  /// The cluster with slow devices, slow or failed links and others' traffic.
   /// InputError names flag, value and remedy.
   Topology in_state(const Topology& topology) const;
 };

@@ -93,7 +93,7 @@ void add_topo(CLI::App& app) {
   c->add_option("--route", o->route,
                 "two devices, like node0.gpu0 node3.gpu1: the links between them")
       ->expected(2);
-  o->cluster.add_state_to(*c);
+  o->cluster.add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
     if (o->topology.empty()) {
@@ -161,34 +161,6 @@ std::optional<Prediction> smallest(const Graph& g, const Topology& t, std::int64
   return least;
 }
 
-/// The cluster with the plan's ranks where --placement says; a table of what was tried.
-Topology placed(const ClusterFlags& flags, const Topology& t, const Graph& g, const Plan& wanted,
-                const RoutingSource& routing, std::string& table) {
-  const auto plan = complete(g, wanted);
-  if (!plan) throw InputError("plan", plan.reason());
-  ClusterState state = t.state();
-  if (flags.placement != "search") {
-    std::vector<std::string> order;
-    std::istringstream words(flags.placement);
-    for (std::string word; std::getline(words, word, ',');) order.push_back(word);
-    if (plan->ranks() != plan->mesh_ranks())
-      throw InputError(
-          "--placement",
-          "the plan has roles, whose ranks lie behind the mesh's; leave out the loader, the "
-          "servers and the message queue");
-    state.placement = placement(plan->mesh, order, "--placement");
-    return t.in_state(std::move(state));
-  }
-  const auto all = place(g, *plan, t, &routing);
-  if (!all) throw InputError("--placement", all.reason());
-  table = "\nplacements, axes innermost first     step time\n";
-  for (const Placed& p : *all)
-    table += fmt::format("  {:<32} {:>12}\n", fmt::format("{}", fmt::join(p.order, ",")),
-                         text(p.prediction.step_time));
-  state.placement = placement(plan->mesh, all->front().order, "--placement");
-  return t.in_state(std::move(state));
-}
-
 void add_simulate(CLI::App& app) {
   auto o = std::make_shared<Common>();
   CLI::App* c =
@@ -199,19 +171,26 @@ void add_simulate(CLI::App& app) {
   o->flags.add_network(*c);
   o->flags.add_routing(*c);
   auto cluster = std::make_shared<ClusterFlags>();
+  o->flags.add_placement(*c);
   cluster->add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
   c->callback([o, cluster] {
     check_writable("--trace", o->trace);
-    Topology t = cluster->in_state(load_cluster(o->topology));
+    const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
     const Graph g = load_graph(o->model, o->flags, plan);
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
-    std::string placements;
-    if (!cluster->placement.empty()) t = placed(*cluster, t, g, plan, routing, placements);
+    const bool search_placement = o->flags.placement == "search";
+    std::vector<Prediction> placed;
+    if (search_placement) {
+      auto all = place(g, plan, t, &routing);
+      if (!all) throw InputError("--placement", all.reason());
+      placed = std::move(*all);
+      plan.placement = placed.front().plan.placement;
+    }
     Communication communication(t);
     if (!o->trace.empty()) {
       // Before half a billion events are played to find that out.
@@ -224,8 +203,8 @@ void add_simulate(CLI::App& app) {
         predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
     const auto assumed = assumptions(o->flags, prediction->plan, g);
-    print(o->json ? prediction_json(g, t, *prediction, assumed)
-                  : prediction_table(g, t, *prediction, assumed) + placements);
+    print(o->json ? prediction_json(g, t, *prediction, assumed, placed)
+                  : prediction_table(g, t, *prediction, assumed, placed));
     std::fflush(stdout);
     if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
   });
@@ -238,17 +217,24 @@ void add_plan(CLI::App& app, int& code) {
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
   o->flags.add_network(*c);
+  o->flags.add_placement(*c);
+  auto cluster = std::make_shared<ClusterFlags>();
+  cluster->add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--top", o->top, "how many plans to show");
   c->add_option("--trace", o->trace, "write a Perfetto trace of the best plan to this file");
   auto save = std::make_shared<std::string>();
   c->add_option("--save", *save, "write the best plan to this file");
-  c->callback([o, save, &code] {
+  c->callback([o, save, cluster, &code] {
     if (o->top < 1) throw InputError("--top", fmt::format("{} must be at least 1", o->top));
     check_writable("--trace", o->trace);
     check_writable("--save", *save);
-    const Topology t = load_cluster(o->topology);
+    const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan base = plan_from(o->flags, "megatron-core");
+    if (!base.placement.empty())
+      throw InputError("--placement",
+                       "plan searches meshes, whose axes differ; use search, which finds the "
+                       "fastest order for the plans shown");
     const Plan given = base;
     base.dp = 1;
     const auto ranks = static_cast<std::int64_t>(t.used_devices());
@@ -265,6 +251,7 @@ void add_plan(CLI::App& app, int& code) {
                                    ranks, base.global_batch));
     }
     if (r.plans.empty() && !r.smallest) r.smallest = smallest(g, t, ranks, base, space);
+    if (o->flags.placement == "search") place_all(r, g, t);
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);
       trace(o->trace, g, r.plans[0], communication);

@@ -69,6 +69,13 @@ void PlanFlags::add_network(CLI::App& app) {
       "alone");
 }
 
+void PlanFlags::add_placement(CLI::App& app) {
+  app.add_option(
+      "--placement", placement,
+      "axes of the mesh as they lie on the devices, innermost first, like tp,dp,pp; search: "
+      "the order that is fastest");
+}
+
 void PlanFlags::add_routing(CLI::App& app) {
   app.add_option("--routing", routing,
                  "which experts tokens go to: balanced, zipf:S, or a file of partita run "
@@ -98,6 +105,8 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
       throw InputError(flag, fmt::format("{} is too large; at most 1,000,000,000", *from));
     to = *from;
   };
+  if (!f.placement.empty() && f.placement != "search")
+    set_key(p, "placement", f.placement, "--placement");
   number(f.tp, p.tp, "--tp", 1);
   number(f.pp, p.pp, "--pp", 1);
   number(f.dp, p.dp, "--dp", 1);

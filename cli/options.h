@@ -25,7 +25,8 @@ struct PlanFlags {
   bool sequence_parallel = false, no_sequence_parallel = false, loader = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "flows";
-  std::string routing;  ///< balanced, zipf:S or a file; "": the command's default
+  std::string placement;  ///< axes, innermost first, or "search"; "": the plan's
+  std::string routing;    ///< balanced, zipf:S or a file; "": the command's default
   std::vector<std::string> set, freeze, lora;
   std::int64_t lora_rank = 16;
   // model
@@ -37,6 +38,7 @@ struct PlanFlags {
   Network sharing() const { return network == "idle" ? Network::idle : Network::flows; }
   void add_to(CLI::App& app);
   void add_network(CLI::App& app);
+  void add_placement(CLI::App& app);
   void add_routing(CLI::App& app);
 };
 

@@ -25,6 +25,7 @@
 #include "runtime/transport/environment.h"
 #include "runtime/transport/tcp.h"
 #include "simulator/lower/lower.h"
+#include "simulator/search/placement.h"
 #include "validation/compare.h"
 #include "validation/traffic.h"
 #ifdef PARTITA_MPI
@@ -174,6 +175,8 @@ Job job_of(const Options& o) {
   const std::int64_t ranks = job.plan.ranks();
   job.topology =
       load_cluster(o.topology.empty() ? fmt::format("cpu-host:{} gpus", ranks) : o.topology);
+  if (static_cast<std::int64_t>(job.topology->device_count()) >= ranks)
+    job.topology = on_devices(*job.topology, job.plan);
   if (static_cast<std::int64_t>(job.topology->device_count()) < ranks)
     throw InputError("--topology",
                      fmt::format("{} has {} devices for {} ranks; use a larger one",

@@ -41,6 +41,7 @@ Json plan_json(const Plan& p) {
                        ? fmt::format("first:{}", p.recompute_first)
                        : fmt::format("{}", fmt::join(p.recompute_patterns, ","));
   j["precision"] = p.precision_name;
+  if (!p.placement.empty()) j["placement"] = p.placement;
   return j;
 }
 
@@ -144,19 +145,25 @@ std::string plan_line(const Plan& p) {
   if (p.recompute != Recompute::none) {
     s += fmt::format(", {} recompute", plan_json(p)["recompute"].get<std::string>());
   }
+  if (p.placement.size() > 1) s += fmt::format(", innermost first {}", fmt::join(p.placement, ","));
   return s;
 }
 
 std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
-                            const std::vector<std::string>& assumed) {
+                            const std::vector<std::string>& assumed,
+                            const std::vector<Prediction>& placed) {
   Json j;
   j["schema"] = "partita.prediction/1";
   j.update(prediction_object(graph, topology, p, assumed));
+  for (const Prediction& other : placed)
+    j["placements"].push_back(
+        {{"placement", other.plan.placement}, {"step_time_s", other.step_time.count}});
   return j.dump(2) + "\n";
 }
 
 std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p,
-                             const std::vector<std::string>& assumed) {
+                             const std::vector<std::string>& assumed,
+                             const std::vector<Prediction>& placed) {
   std::string out =
       fmt::format("{} on {} devices of {}, {}, {}, global batch {}", graph.name, p.devices,
                   topology.name(), p.plan.precision_name, p.plan.framework, p.plan.global_batch);
@@ -249,6 +256,13 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   std::vector<std::vector<std::string>> rests{{"what this rests on", "kind", "share"}};
   for (const RestsOn& r : p.rests_on) rests.push_back({"  " + r.term, r.kind, percent(r.share)});
   out += "\n" + align(rests);
+  if (!placed.empty()) {
+    std::vector<std::vector<std::string>> orders{{"placements, axes innermost first", "step time"}};
+    for (const Prediction& other : placed)
+      orders.push_back(
+          {fmt::format("  {}", fmt::join(other.plan.placement, ",")), text(other.step_time)});
+    out += "\n" + align(orders);
+  }
   return out;
 }
 

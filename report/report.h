@@ -13,11 +13,13 @@ namespace partita {
 
 /// The keys of docs/formats.md, one JSON object with a newline. Bytes and seconds are numbers,
 /// fractions not percent. Equal inputs give equal text. `assumed`: what the user left open and what
-/// stands in for it ("precision bf16").
+/// stands in for it ("precision bf16"). `placed`: the same under every order of its axes.
 std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
-                            const std::vector<std::string>& assumed = {});
+                            const std::vector<std::string>& assumed = {},
+                            const std::vector<Prediction>& placed = {});
 std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p,
-                             const std::vector<std::string>& assumed = {});
+                             const std::vector<std::string>& assumed = {},
+                             const std::vector<Prediction>& placed = {});
 
 std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r,
                         const std::vector<std::string>& assumed = {});

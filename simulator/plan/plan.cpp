@@ -7,9 +7,11 @@
 #include <charconv>
 #include <cmath>
 #include <numeric>
+#include <sstream>
 
 #include "base/unit_text.h"
 #include "base/yaml.h"
+#include "simulator/plan/placement.h"
 
 namespace partita {
 namespace {
@@ -361,6 +363,21 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   plan.mesh = b.mesh;
   plan.pipeline = axes["pp"];
   if (plan.mesh.atoms.size() > 16) return no("the mesh has more than 16 atoms");
+  if (!plan.placement.empty()) {
+    if (plan.ranks() != plan.mesh_ranks())
+      return no(
+          "placement nests the axes of the mesh, and the ranks of roles lie behind it; leave out "
+          "the loader, the servers and the message queue, or placement");
+    auto given = plan.placement, axis_names = axis_order(plan.mesh);
+    std::sort(given.begin(), given.end());
+    std::sort(axis_names.begin(), axis_names.end());
+    if (given != axis_names)
+      return no(fmt::format(
+          "placement '{}' does not name each axis of the mesh once; name, "
+          "innermost first, {} in the order you want",
+          fmt::join(plan.placement, ","),
+          axis_names.empty() ? "none" : fmt::format("{}", fmt::join(axis_order(plan.mesh), ","))));
+  }
 
   if (plan.average_every > 0 && plan.strategy != "replicas")
     return no(
@@ -853,6 +870,15 @@ void apply(Plan& p, const YamlNode& y) {
   }
   if (const auto n = y.find("compression")) set_compression(p.compression, *n);
   if (const auto n = y.find("launch")) set_launches(p.launches, *n);
+  if (const auto n = y.find("placement")) {
+    p.placement.clear();
+    if (n->is_map() || n->is_list()) {
+      for (const YamlNode& axis : n->items()) p.placement.push_back(axis.as_string());
+    } else {
+      std::istringstream words(n->as_string());
+      for (std::string word; std::getline(words, word, ',');) p.placement.push_back(word);
+    }
+  }
   if (const auto n = y.find("shard")) {
     for (const YamlNode& item : n->items()) {
       ShardingRule r;
@@ -936,6 +962,7 @@ std::string to_yaml(const Plan& p) {
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
                      p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
+  if (!p.placement.empty()) s += fmt::format("placement: [{}]\n", fmt::join(p.placement, ", "));
   if (p.launches != Launches{})
     s += fmt::format("launch: {{kernel: {} s, transfer: {} s, graphs: {}, waits_for_counts: {}}}\n",
                      p.launches.kernel.count, p.launches.transfer.count, p.launches.graphs,

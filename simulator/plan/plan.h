@@ -121,6 +121,9 @@ struct Plan {
   bool sharded_storage = false;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;
+  /// Axes of the mesh as they lie on the devices, innermost first, like {"dp", "tp", "pp"}; empty:
+  /// ranks in order.
+  std::vector<std::string> placement;
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
   std::vector<std::string> freeze;
   std::vector<std::string> lora;

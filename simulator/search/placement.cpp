@@ -1,85 +1,44 @@
 #include "simulator/search/placement.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <algorithm>
 
-#include "base/error.h"
-
 namespace partita {
-namespace {
 
-std::string axis_of(const Mesh::Atom& atom) { return atom.name.substr(0, atom.name.find('_')); }
-
-}  // namespace
-
-std::vector<std::string> axis_order(const Mesh& mesh) {
-  std::vector<std::string> order;
-  for (std::size_t a = mesh.atoms.size(); a-- > 0;) {
-    const std::string axis = axis_of(mesh.atoms[a]);
-    if (std::find(order.begin(), order.end(), axis) == order.end()) order.push_back(axis);
-  }
-  return order;
+Topology on_devices(const Topology& topology, const Plan& plan) {
+  if (plan.placement.empty()) return topology;
+  ClusterState state = topology.state();
+  state.placement = placement(plan.mesh, plan.placement, "placement");
+  return topology.in_state(std::move(state));
 }
 
-std::vector<std::int32_t> placement(const Mesh& mesh, const std::vector<std::string>& order,
-                                    const std::string& place) {
-  std::vector<std::string> wanted = axis_order(mesh), given = order;
-  const std::string legal = fmt::format("{}", fmt::join(wanted, ","));
-  std::sort(wanted.begin(), wanted.end());
-  std::sort(given.begin(), given.end());
-  if (wanted != given) {
-    throw InputError(place,
-                     fmt::format("'{}' does not name each axis of the mesh once; name, innermost "
-                                 "first, {} in the order you want",
-                                 fmt::join(order, ","), legal.empty() ? "none" : legal));
-  }
-  // Atoms of one axis keep their order among themselves.
-  std::vector<std::int64_t> stride(mesh.atoms.size(), 0);
-  std::int64_t next = 1;
-  for (const std::string& axis : order) {
-    for (std::size_t a = mesh.atoms.size(); a-- > 0;) {
-      if (axis_of(mesh.atoms[a]) != axis) continue;
-      stride[a] = next;
-      next *= mesh.atoms[a].size;
-    }
-  }
-  std::vector<std::int32_t> device(static_cast<std::size_t>(mesh.ranks()));
-  for (std::int64_t r = 0; r < mesh.ranks(); ++r) {
-    std::int64_t d = 0;
-    for (std::size_t a = 0; a < stride.size(); ++a)
-      d += mesh.coordinate(r, static_cast<AtomId>(a)) * stride[a];
-    device[static_cast<std::size_t>(r)] = static_cast<std::int32_t>(d);
-  }
-  return device;
-}
-
-Feasible<std::vector<Placed>> place(const Graph& graph, const Plan& wanted,
-                                    const Topology& topology, const RoutingSource* routing) {
-  const auto plan = complete(graph, wanted);
+Feasible<std::vector<Prediction>> place(const Graph& graph, const Plan& wanted,
+                                        const Topology& topology, const RoutingSource* routing) {
+  auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
-  if (plan->ranks() != plan->mesh_ranks()) {
-    return Infeasible{
-        "placements are searched for plans without roles; leave out the loader, the "
-        "servers and the message queue"};
-  }
   std::vector<std::string> order = axis_order(plan->mesh);
   std::sort(order.begin(), order.end());
-  std::vector<Placed> all;
+  std::vector<Prediction> all;
+  Communication communication(topology);
   do {
-    ClusterState state = topology.state();
-    state.placement = placement(plan->mesh, order, "placement");
-    Communication communication(topology.in_state(std::move(state)));
+    plan->placement = order;
     auto prediction =
         predict(graph, *plan, communication, nullptr, nullptr, false, routing, Network::flows);
     if (!prediction) return prediction.why();
-    all.push_back({order, std::move(*prediction)});
+    all.push_back(std::move(*prediction));
   } while (std::next_permutation(order.begin(), order.end()));
-  std::stable_sort(all.begin(), all.end(), [](const Placed& a, const Placed& b) {
-    return a.prediction.step_time < b.prediction.step_time;
+  std::stable_sort(all.begin(), all.end(), [](const Prediction& a, const Prediction& b) {
+    return a.step_time < b.step_time;
   });
   return all;
+}
+
+void place_all(SearchResult& result, const Graph& graph, const Topology& topology) {
+  for (Prediction& p : result.plans) {
+    if (auto all = place(graph, p.plan, topology)) p = std::move(all->front());
+  }
+  std::stable_sort(
+      result.plans.begin(), result.plans.end(),
+      [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
 }
 
 }  // namespace partita

@@ -6,10 +6,12 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 
 #include "base/parallel.h"
 #include "base/unit_text.h"
+#include "simulator/search/placement.h"
 
 namespace partita {
 namespace {
@@ -89,7 +91,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
         fmt::format("the plan has {} ranks with its loaders, the cluster {} devices; use a "
                     "larger one or no loader",
                     program->ranks(), communication.topology().device_count())};
-  Timeline t = simulate(*program, communication, options);
+  std::optional<Communication> elsewhere;
+  if (!plan->placement.empty()) elsewhere.emplace(on_devices(communication.topology(), *plan));
+  Timeline t = simulate(*program, elsewhere ? *elsewhere : communication, options);
 
   Prediction r;
   r.plan = *plan;

@@ -1,5 +1,6 @@
 #include "simulator/search/predict.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "simulator/cost/axes.h"
@@ -242,14 +243,31 @@ TEST(Placement, TheSearchPutsTensorParallelInsideNodes) {
   const auto all = place(g, wanted, t);
   ASSERT_TRUE(all);
   ASSERT_EQ(all->size(), 2u);
-  EXPECT_EQ(all->front().order.front(), "tp");
-  EXPECT_LT(all->front().prediction.step_time, all->back().prediction.step_time);
+  EXPECT_EQ(all->front().plan.placement.front(), "tp");
+  EXPECT_LT(all->front().step_time, all->back().step_time);
   // The first is what predict() says of ranks in order.
   Communication communication(t);
   const auto plain =
       predict(g, wanted, communication, nullptr, nullptr, false, nullptr, Network::flows);
   ASSERT_TRUE(plain);
-  EXPECT_EQ(plain->step_time, all->front().prediction.step_time);
+  EXPECT_EQ(plain->step_time, all->front().step_time);
+  // A plan file that says it is read back, and simulated so.
+  wanted.placement = {"dp", "tp"};
+  Plan read = base_plan();
+  set(read, "placement", "dp,tp", "");
+  EXPECT_EQ(read.placement, wanted.placement);
+  set(read, "placement", "[tp, dp]", "");
+  EXPECT_EQ(read.placement.front(), "tp");
+  EXPECT_THAT(to_yaml(wanted), ::testing::HasSubstr("placement: [dp, tp]"));
+  const auto other =
+      predict(g, wanted, communication, nullptr, nullptr, false, nullptr, Network::flows);
+  ASSERT_TRUE(other);
+  EXPECT_EQ(other->step_time, all->back().step_time);
+  wanted.placement = {"dp", "pp"};
+  EXPECT_THAT(complete(g, wanted).reason(), ::testing::HasSubstr("tp,dp in the order you want"));
+  wanted.placement = {"dp", "tp"};
+  wanted.loader = true;
+  EXPECT_THAT(complete(g, wanted).reason(), ::testing::HasSubstr("leave out the loader"));
 }
 
 }  // namespace
