@@ -1,0 +1,183 @@
+// A few parameters from a few times: the page's example, laws over synthetic rows.
+#include "validation/fit.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "base/error.h"
+
+namespace partita::validation {
+namespace {
+
+FitParameter factor(double believed, const std::string& name = "rate") {
+  return {name, "", 1, 0.1, 10, believed, true};
+}
+
+/// t = a_i / θ_0 + b_i / θ_1 + ..., rows of different mixes.
+struct Synthetic {
+  std::vector<std::vector<double>> work;  ///< [row][parameter]
+  std::vector<double> truth;
+  double time(std::size_t row, const std::vector<double>& values) const {
+    double t = 0;
+    for (std::size_t k = 0; k < values.size(); ++k) t += work[row][k] / values[k];
+    return t;
+  }
+  FitProblem problem(double believed) const {
+    FitProblem p;
+    for (std::size_t k = 0; k < truth.size(); ++k) p.parameters.push_back(factor(believed));
+    for (std::size_t i = 0; i < work.size(); ++i) {
+      p.measured.push_back(time(i, truth));
+      p.group.push_back(i);
+    }
+    p.predict = [this](const std::vector<double>& values, const std::vector<std::size_t>& rows) {
+      std::vector<double> all;
+      for (const std::size_t i : rows) all.push_back(time(i, values));
+      return all;
+    };
+    return p;
+  }
+};
+
+Synthetic synthetic(std::mt19937& rng, std::size_t rows, std::vector<double> truth) {
+  std::uniform_real_distribution<double> log_work(std::log(0.1), std::log(10));
+  Synthetic s;
+  s.truth = std::move(truth);
+  for (std::size_t i = 0; i < rows; ++i) {
+    s.work.emplace_back();
+    for (std::size_t k = 0; k < s.truth.size(); ++k) s.work[i].push_back(std::exp(log_work(rng)));
+  }
+  return s;
+}
+
+// docs/fit.md, "By hand".
+TEST(Fit, TheExampleOfThePage) {
+  Synthetic s;
+  s.truth = {1 / 1.1};
+  s.work.assign(4, {1});
+  FitProblem p = s.problem(0.1);
+  p.fixed_noise = 0.05;
+  p.group.clear();
+  Fit f = fit(p);
+  EXPECT_NEAR(std::log(f.parameters[0].value), -std::log(1.1) * 1600 / 1700, 2e-5);
+  EXPECT_NEAR(f.parameters[0].value, 0.9142, 1e-4);
+  EXPECT_NEAR(f.parameters[0].standard_error, 1 / std::sqrt(1700), 1e-6);
+  EXPECT_TRUE(f.parameters[0].determined);
+  EXPECT_TRUE(f.held_out.empty());
+  EXPECT_NEAR(f.unfitted[0], 1, 1e-12);
+  EXPECT_NEAR(f.fitted[0], 1 / f.parameters[0].value, 1e-12);
+
+  s.work.assign(1, {1});
+  p = s.problem(0.1);
+  p.fixed_noise = 0.05;
+  EXPECT_NEAR(fit(p).parameters[0].standard_error, 0.0447, 1e-4);
+  EXPECT_TRUE(fit(p).parameters[0].determined);
+  p = s.problem(0.05);
+  p.fixed_noise = 0.05;
+  EXPECT_NEAR(fit(p).parameters[0].standard_error, 0.0354, 1e-4);
+  EXPECT_FALSE(fit(p).parameters[0].determined);
+}
+
+TEST(Fit, FindsWhatSyntheticRowsWereMadeWith) {
+  std::mt19937 rng(1);
+  for (int k = 0; k < 40; ++k) {
+    std::uniform_real_distribution<double> log_value(std::log(0.5), std::log(2));
+    const Synthetic s = synthetic(
+        rng, 12, {std::exp(log_value(rng)), std::exp(log_value(rng)), std::exp(log_value(rng))});
+    FitProblem p = s.problem(1);
+    p.smallest_noise = 1e-4;
+    const Fit f = fit(p);
+    for (std::size_t x = 0; x < 3; ++x) {
+      EXPECT_NEAR(f.parameters[x].value / s.truth[x], 1, 2e-3);
+      EXPECT_TRUE(f.parameters[x].determined);
+    }
+    for (std::size_t i = 0; i < p.measured.size(); ++i) {
+      EXPECT_NEAR(f.held_out[i] / p.measured[i], 1, 1e-2);
+    }
+  }
+}
+
+TEST(Fit, WhatNoRowDependsOnKeepsItsPriorAndIsNotDetermined) {
+  std::mt19937 rng(2);
+  Synthetic s = synthetic(rng, 8, {0.7, 3});
+  for (auto& w : s.work) w[1] = 0;
+  const Fit f = fit(s.problem(0.5));
+  EXPECT_NEAR(f.parameters[1].value, 1, 1e-9);
+  EXPECT_NEAR(f.parameters[1].standard_error, 0.5, 1e-9);
+  EXPECT_FALSE(f.parameters[1].determined);
+  EXPECT_TRUE(f.parameters[0].determined);
+}
+
+TEST(Fit, StaysWithinBounds) {
+  Synthetic s;
+  s.truth = {0.2};
+  s.work.assign(6, {1});
+  FitProblem p = s.problem(2);
+  p.parameters[0].lowest = 0.8;
+  const Fit f = fit(p);
+  EXPECT_NEAR(f.parameters[0].value, 0.8, 1e-12);
+  EXPECT_TRUE(f.parameters[0].at_bound);
+  for (const double t : f.held_out) EXPECT_NEAR(t, 1 / 0.8, 1e-9);
+}
+
+/// The held-out prediction of a row knows nothing of its measured time.
+TEST(Fit, HeldOutRowsAreNotSeen) {
+  std::mt19937 rng(3);
+  const Synthetic s = synthetic(rng, 10, {0.8, 1.3});
+  FitProblem p = s.problem(0.3);
+  p.fixed_noise = 0.02;
+  const Fit before = fit(p);
+  p.measured[4] *= 1.02;
+  const Fit after = fit(p);
+  // The whole solution, about which rows are linear, has moved a little.
+  EXPECT_NEAR(after.held_out[4] / before.held_out[4], 1, 1e-4);
+  EXPECT_GT(std::abs(after.held_out[5] / before.held_out[5] - 1), 1e-4);
+}
+
+TEST(Fit, OneErraticRowDoesNotSteer) {
+  std::mt19937 rng(4);
+  Synthetic s = synthetic(rng, 15, {0.8});
+  FitProblem p = s.problem(0.5);
+  p.measured[3] *= 3;
+  EXPECT_NEAR(fit(p).parameters[0].value, 0.8, 0.02);
+}
+
+/// Rows with noise: 90 % intervals hold about that many of rows that were not fitted.
+TEST(Fit, IntervalsHoldWhatTheySay) {
+  std::mt19937 rng(5);
+  std::normal_distribution<double> noise(0, 0.04);
+  int inside = 0, all = 0;
+  for (int k = 0; k < 60; ++k) {
+    const Synthetic s = synthetic(rng, 24, {0.8, 1.3});
+    FitProblem p = s.problem(0.3);
+    for (double& t : p.measured) t *= std::exp(noise(rng));
+    const auto whole = p;
+    // The last four are new to the fit.
+    p.measured.resize(20), p.group.resize(20);
+    const Fit f = fit(p);
+    EXPECT_NEAR(f.noise, 0.04, 0.025);
+    std::vector<double> values;
+    for (const auto& x : f.parameters) values.push_back(x.value);
+    for (std::size_t i = 20; i < 24; ++i, ++all) {
+      std::vector<double> row;
+      for (std::size_t x = 0; x < 2; ++x)
+        row.push_back(-s.work[i][x] / values[x] / s.time(i, values));
+      const double off = std::abs(std::log(s.time(i, values) / whole.measured[i]));
+      inside += off <= f.half_width(row) ? 1 : 0;
+    }
+  }
+  EXPECT_GE(inside, all * 85 / 100);
+  EXPECT_LE(inside, all * 97 / 100);
+}
+
+TEST(Fit, RowsWithoutATimeAreRefused) {
+  FitProblem p;
+  p.parameters = {factor(0.1)};
+  EXPECT_THROW(fit(p), InputError);
+  p.measured = {1, 0};
+  EXPECT_THROW(fit(p), InputError);
+}
+
+}  // namespace
+}  // namespace partita::validation

@@ -1,0 +1,58 @@
+// validation/fit.h: a few physical parameters from a few measured times (docs/fit.md).
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace partita::validation {
+
+struct FitParameter {
+  std::string name, unit;
+  double prior = 1;
+  double lowest = 0, highest = 0;  ///< bounds
+  /// How far the prior is believed, of the logarithm where `positive`, else in the parameter's
+  /// unit.
+  double believed = 0.1;
+  bool positive = true;  ///< fitted as its logarithm
+};
+
+struct FitProblem {
+  std::vector<FitParameter> parameters;
+  std::vector<double> measured;    ///< s, by row
+  std::vector<std::size_t> group;  ///< rows held out together; by row
+  /// Times of the rows named, with these values of the parameters. Finite and positive.
+  std::function<std::vector<double>(const std::vector<double>& values,
+                                    const std::vector<std::size_t>& rows)>
+      predict;
+  double smallest_noise = 0.01;  ///< below which σ is never estimated
+  double fixed_noise = 0;        ///< > 0: σ, not estimated
+};
+
+struct FittedParameter {
+  double value = 0;
+  double standard_error = 0;  ///< as `believed`
+  bool determined = false;
+  bool at_bound = false;
+};
+
+struct Fit {
+  std::vector<FittedParameter> parameters;
+  std::vector<double> unfitted, fitted;  ///< s, by row
+  /// By row: fitted to the rows of other groups. Empty with fewer than two groups.
+  std::vector<double> held_out;
+  std::vector<double> sensitivity;  ///< rows x parameters: of the logarithm of the time
+  double noise = 0;                 ///< σ
+  double quantile = 0;              ///< of held-out residuals over what the linear model says; 90 %
+  std::size_t predictions = 0;      ///< rows predicted in all
+  /// Half-width of a row's 90 % interval in logarithms, from its sensitivities.
+  double half_width(const std::vector<double>& row_sensitivity) const;
+
+  std::vector<double> covariance;  ///< parameters x parameters, H⁻¹
+};
+
+/// InputError for a problem without rows or with times that are not positive.
+Fit fit(const FitProblem& problem);
+
+}  // namespace partita::validation
