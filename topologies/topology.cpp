@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/unit_text.h"
 #include "topologies/cluster.h"
+#include "topologies/fabric.h"
 
 namespace partita {
 
@@ -55,26 +56,6 @@ std::string_view name(LinkKind kind) {
 }
 
 namespace {
-
-/// What routes are compared by: fewest links, then the larger bottleneck, then the lower latency.
-/// Joining two paths never makes a worse part win on links or bottleneck, so best paths are made of
-/// best parts in these two; latency only decides between parts that are equal in both.
-struct PathCost {
-  std::int32_t links = 0;
-  double bottleneck = std::numeric_limits<double>::infinity();
-  std::int64_t latency = 0;  ///< Picoseconds: sums must not depend on their order.
-
-  friend bool operator<(const PathCost& a, const PathCost& b) {
-    return std::tuple(a.links, -a.bottleneck, a.latency) <
-           std::tuple(b.links, -b.bottleneck, b.latency);
-  }
-  friend PathCost operator+(const PathCost& a, const PathCost& b) {
-    return {a.links + b.links, std::min(a.bottleneck, b.bottleneck), a.latency + b.latency};
-  }
-};
-
-constexpr std::int32_t kNoPath = std::numeric_limits<std::int32_t>::max();
-constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
 
 /// A directed link inside a node, or between it and a switch outside.
 struct LocalLink {
@@ -123,6 +104,20 @@ class NodeTemplate {
     const auto at = std::lower_bound(devices_.begin(), devices_.end(), device);
     return static_cast<std::size_t>(at - devices_.begin()) * nics_.size() / devices_.size();
   }
+  /// The device over which NCCL's PXN reaches a card from another device: the first of those whose
+  /// own card it is, else of those that reach it without a processor; kNone if no device does that
+  /// and is reached over NVLink alone, or if `device` itself needs no help.
+  std::size_t relay(std::size_t device, std::size_t nic) const {
+    const auto helped = [&](std::size_t d) { return near(d, nics_[nic]); };
+    if (helped(device)) return kNone;
+    std::size_t found = kNone;
+    for (const std::size_t d : devices_) {
+      if (d == device || !helped(d) || !joined_by_nvlink(device, d)) continue;
+      if (own_nic(d) == nic) return d;
+      if (found == kNone) found = d;
+    }
+    return found;
+  }
   std::size_t link_out(std::size_t nic) const { return first_nic_link_ + 2 * nic; }
   std::size_t link_in(std::size_t nic) const { return first_nic_link_ + 2 * nic + 1; }
   std::size_t path_count() const { return paths_.size(); }
@@ -144,6 +139,28 @@ class NodeTemplate {
     PathCost cost;
     std::size_t last_link = kNone;
   };
+
+  /// Is there a path on which no processor and no other device forwards?
+  bool near(std::size_t device, std::size_t nic) const {
+    if (!reaches(device, nic)) return false;
+    for (std::size_t v = links_[step(device, nic).last_link].from; v != device;
+         v = links_[step(device, v).last_link].from) {
+      const VertexKind kind = vertex_kind(v);
+      if (kind == VertexKind::cpu || kind == VertexKind::device) return false;
+    }
+    return true;
+  }
+  bool joined_by_nvlink(std::size_t from, std::size_t to) const {
+    if (!reaches(from, to)) return false;
+    for (std::size_t v = to; v != from; v = links_[step(from, v).last_link].from) {
+      if (links_[step(from, v).last_link].kind != LinkKind::nvlink) return false;
+      if (v != to && vertex_kind(v) == VertexKind::device) return false;
+    }
+    return true;
+  }
+  VertexKind vertex_kind(std::size_t v) const {
+    return v == domain_switch_ ? VertexKind::nvswitch : spec_.vertices[v].kind;
+  }
 
   void add_cable(std::size_t a, std::size_t b, std::size_t nic, LinkKind kind,
                  BytesPerSecond bandwidth, Seconds latency) {
@@ -209,52 +226,6 @@ class NodeTemplate {
   std::vector<Step> paths_;              ///< By source row, then target.
 };
 
-/// Every fabric so far: leaves with nodes below and one core above, which stands for all spines
-/// with traffic spread evenly over them. A leaf's uplink is one link of their summed bandwidth.
-class SwitchTree {
- public:
-  std::size_t nodes_per_leaf = 1;
-  std::size_t leaves_per_unit = 1;  ///< More than one: NIC i is on leaf i of its unit.
-  std::size_t leaf_count = 0;
-  bool core = false;
-  std::vector<BytesPerSecond> uplink;  ///< By leaf of a unit.
-  Seconds uplink_latency;
-
-  std::size_t leaf_of(std::size_t node, std::size_t nic) const {
-    return node / nodes_per_leaf * leaves_per_unit + (leaves_per_unit == 1 ? 0 : nic);
-  }
-  std::size_t switch_count() const { return leaf_count + (core ? 1 : 0); }
-  std::size_t link_count() const { return core ? 2 * leaf_count : 0; }
-  PathCost link_cost(std::size_t leaf) const {
-    return {1, uplink[leaf % leaves_per_unit].count, to_ticks(uplink_latency).count};
-  }
-  PathCost path_cost(std::size_t leaf_a, std::size_t leaf_b) const {
-    if (leaf_a == leaf_b) return {};
-    if (!core) return {kNoPath, 0, 0};
-    return link_cost(leaf_a) + link_cost(leaf_b);
-  }
-  void append_path(std::size_t leaf_a, std::size_t leaf_b, std::size_t first_link,
-                   std::vector<LinkId>& out) const {
-    if (leaf_a == leaf_b) return;
-    out.emplace_back(first_link + 2 * leaf_a);
-    out.emplace_back(first_link + 2 * leaf_b + 1);
-  }
-  /// Even links go up. Vertices of the result count from the fabric's first switch.
-  Link link(std::size_t index) const {
-    const auto leaf = static_cast<std::int32_t>(index / 2);
-    const auto top = static_cast<std::int32_t>(leaf_count);
-    const BytesPerSecond rate = uplink[index / 2 % leaves_per_unit];
-    return index % 2 == 0 ? Link{leaf, top, LinkKind::network, rate, uplink_latency}
-                          : Link{top, leaf, LinkKind::network, rate, uplink_latency};
-  }
-  std::string switch_name(std::size_t index) const {
-    if (index == leaf_count) return "spine";
-    if (leaves_per_unit == 1) return leaf_count == 1 ? "switch" : fmt::format("leaf{}", index);
-    if (leaf_count == leaves_per_unit) return fmt::format("rail{}", index);
-    return fmt::format("unit{}.rail{}", index / leaves_per_unit, index % leaves_per_unit);
-  }
-};
-
 /// A run of equal nodes: the first number of everything it contains.
 struct Group {
   std::size_t first_node = 0, count = 0;
@@ -284,7 +255,8 @@ struct Topology::Impl {
   std::string name, place;
   std::vector<DeviceProfile> profiles;
   std::vector<Group> groups;
-  SwitchTree fabric;
+  Fabric fabric;
+  bool pxn = false;  ///< docs/topologies.md, "The rule for the route"
   std::size_t nodes = 0, devices = 0, used_devices = 0;
   std::size_t node_vertices = 0, node_links = 0;  ///< Sums over the nodes.
   std::size_t domain_switches = 0;
@@ -335,6 +307,7 @@ struct Topology::Impl {
     PathCost cost{kNoPath, 0, 0};
     Way way = Way::none;
     std::size_t out_nic = 0, in_nic = 0;
+    std::size_t relay = kNone;  ///< PXN: the sender's device that passes it on
 
     void offer(const Choice& other) {
       if (other.cost < cost) *this = other;
@@ -357,15 +330,15 @@ struct Topology::Impl {
     const NodeTemplate& to = b.node.node();
     Choice best;
     if (a.node.index == b.node.index) {
-      if (from.reaches(a.vertex, b.vertex))
-        return {from.cost(a.vertex, b.vertex), Way::inside, 0, 0};
+      if (from.reaches(a.vertex, b.vertex)) return {from.cost(a.vertex, b.vertex), Way::inside};
     } else if (a.node.group == b.node.group && from.domain_switch() != kNone &&
                a.node.domain() == b.node.domain()) {
       const std::size_t hub = from.domain_switch();
       if (from.reaches(a.vertex, hub) && to.reaches(hub, b.vertex))
-        best.offer({from.cost(a.vertex, hub) + to.cost(hub, b.vertex), Way::domain, 0, 0});
+        best.offer({from.cost(a.vertex, hub) + to.cost(hub, b.vertex), Way::domain});
     }
-    if (fabric.leaf_count == 0 || (any && best.way != Way::none)) return best;
+    if (!fabric.joins() || (any && best.way != Way::none)) return best;
+    Crossing crossing = crossing_of(a, b, state);
     // Of equally good NICs, each device takes the one of its own number, so that the devices of a
     // node spread over its NICs: the first offer wins a tie, and the search starts there.
     const std::size_t first_p = from.own_nic(a.vertex);
@@ -376,11 +349,11 @@ struct Topology::Impl {
       const PathCost out =
           from.cost(a.vertex, from.nics()[p]) + from.links()[from.link_out(p)].cost();
       if (best.cost < out) continue;
-      const std::size_t leaf_a = fabric.leaf_of(a.node.index, p);
       for (std::size_t j = 0; j < to.nics().size(); ++j) {
         const std::size_t q = (first_q + j) % to.nics().size();
         if (!to.reaches(to.nics()[q], b.vertex) || failed(b.node, to.link_in(q))) continue;
-        const PathCost between = fabric.path_cost(leaf_a, fabric.leaf_of(b.node.index, q));
+        crossing.out = p, crossing.in = q;
+        const PathCost between = fabric.path_cost(crossing);
         if (between.links == kNoPath) continue;
         best.offer(
             {out + between + to.links()[to.link_in(q)].cost() + to.cost(to.nics()[q], b.vertex),
@@ -388,7 +361,55 @@ struct Topology::Impl {
         if (any) return best;
       }
     }
+    if (pxn && best.way == Way::fabric) relay(a, b, state, failed, best);
     return best;
+  }
+
+  /// PXN: what another rail's device is to have leaves by that rail, over the device of the
+  /// sender's node that lives on it.
+  template <class Failed>
+  void relay(const Place& a, const Place& b, const ClusterState* state, const Failed& failed,
+             Choice& best) const {
+    const NodeTemplate& from = a.node.node();
+    const NodeTemplate& to = b.node.node();
+    const std::size_t rail = to.own_nic(b.vertex);
+    if (rail >= from.nics().size() || failed(a.node, from.link_out(rail)) ||
+        failed(b.node, to.link_in(rail)) || !to.reaches(to.nics()[rail], b.vertex))
+      return;
+    const std::size_t over = from.relay(a.vertex, rail);
+    if (over == kNone) return;
+    Crossing crossing = crossing_of(a, b, state);
+    crossing.out = crossing.in = rail;
+    const PathCost between = fabric.path_cost(crossing);
+    if (between.links == kNoPath) return;
+    best = {from.cost(a.vertex, over) + from.cost(over, from.nics()[rail]) +
+                from.links()[from.link_out(rail)].cost() + between +
+                to.links()[to.link_in(rail)].cost() + to.cost(to.nics()[rail], b.vertex),
+            Way::fabric, rail, rail, over};
+  }
+
+  /// Between two devices; its cards are still to be chosen.
+  Crossing crossing_of(const Place& a, const Place& b, const ClusterState* state) const {
+    Crossing c;
+    c.from = a.node.index, c.to = b.node.index;
+    c.first = number_of(a), c.last = number_of(b);
+    c.state = state, c.first_link = node_links;
+    return c;
+  }
+  /// The device's number in the cluster.
+  std::size_t number_of(const Place& p) const {
+    const auto& local = p.node.node().devices();
+    const auto at = std::lower_bound(local.begin(), local.end(), p.vertex) - local.begin();
+    return p.node.group->first_device + p.node.offset * local.size() + static_cast<std::size_t>(at);
+  }
+
+  void check_numbers() const {
+    constexpr auto most = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
+    const std::size_t links = node_links + fabric.link_count();
+    if (links > most || vertex_count() > most)
+      throw InputError(place, fmt::format("{} links in {} nodes are more than {} can number; "
+                                          "describe fewer nodes",
+                                          links, nodes, most));
   }
 
   std::string vertex_name(std::size_t vertex) const {
@@ -439,7 +460,10 @@ Topology Topology::in_state(ClusterState state) const {
     const std::size_t node = node_of_vertex(as_built(link).from) < node_count()
                                  ? node_of_vertex(as_built(link).from)
                                  : node_of_vertex(as_built(link).to);
-    if (node >= node_count()) continue;
+    if (node >= node_count()) {
+      changed.check_around(link);
+      continue;
+    }
     const DeviceId here = first_device(node), there = first_device(node == 0 ? 1 : 0);
     for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
       if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, changed.state_.get()).way ==
@@ -450,6 +474,38 @@ Topology Topology::in_state(ClusterState state) const {
     }
   }
   return changed;
+}
+
+/// A link between switches has failed: is there another way for every pair that may have used it?
+void Topology::check_around(LinkId link) const {
+  const SwitchTree* tree = impl_->fabric.tree();
+  if (tree == nullptr)
+    throw InputError("link " + link_name(link),
+                     "routes of a torus or a dragonfly don't go around a failed link; --degrade "
+                     "makes it slow");
+  const std::size_t leaf = (link.index() - impl_->node_links) / 2 / tree->tops();
+  const std::size_t unit = leaf / tree->leaves_per_unit, per_leaf = tree->nodes_per_leaf;
+  std::vector<std::size_t> others;
+  for (std::size_t node = 0; node < node_count(); node += per_leaf) {
+    others.push_back(node == unit * per_leaf ? node + 1 : node);
+    if (others.back() >= node_count()) others.pop_back();
+  }
+  for (std::size_t d = 0; d < device_count(unit * per_leaf); ++d) {
+    const DeviceId here{first_device(unit * per_leaf).index() + d};
+    for (const std::size_t node : others) {
+      for (std::size_t e = 0; e < device_count(node); ++e) {
+        const DeviceId there{first_device(node).index() + e};
+        for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
+          if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, state_.get()).way !=
+              Impl::Way::none)
+            continue;
+          throw InputError("link " + link_name(link),
+                           fmt::format("without it {} cannot reach {}", vertex_name(vertex_of(a)),
+                                       vertex_name(vertex_of(b))));
+        }
+      }
+    }
+  }
 }
 
 std::size_t Topology::local_index(DeviceId device) const {
@@ -554,7 +610,32 @@ std::size_t Topology::nic_count(std::size_t node) const {
 }
 std::size_t Topology::domain_of(std::size_t node) const { return impl_->node_at(node).domain(); }
 std::size_t Topology::unit_of(std::size_t node) const {
-  return impl_->fabric.leaf_count == 0 ? 0 : node / impl_->fabric.nodes_per_leaf;
+  const SwitchTree* tree = impl_->fabric.tree();
+  return tree == nullptr || !impl_->fabric.joins() ? 0 : node / tree->nodes_per_leaf;
+}
+std::uint64_t Topology::offset_of(std::size_t node, std::size_t origin) const {
+  return impl_->fabric.offset_of(node, origin);
+}
+std::size_t Topology::spines() const {
+  const SwitchTree* tree = impl_->fabric.tree();
+  return tree == nullptr || !tree->core ? 0 : tree->spines;
+}
+SpineRouting Topology::routing() const {
+  const SwitchTree* tree = impl_->fabric.tree();
+  return tree == nullptr ? SpineRouting{} : tree->routing;
+}
+
+Topology Topology::with_routing(SpineRouting routing, const std::string& place) const {
+  PARTITA_ASSERT(state_ == nullptr, "links have other numbers afterwards: routing comes first");
+  auto impl = std::make_shared<Impl>(*impl_);
+  auto* tree = std::get_if<SwitchTree>(&impl->fabric.kind);
+  if (routing.ecmp && (tree == nullptr || tree->spines < 2))
+    throw InputError(place, fmt::format("the fabric of {} has no spines to choose from; ecmp needs "
+                                        "kind: rails or fat tree with spines: 2 or more",
+                                        name()));
+  if (tree != nullptr) tree->routing = routing;
+  impl->check_numbers();
+  return Topology(std::move(impl));
 }
 
 std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
@@ -579,10 +660,16 @@ std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
     case Impl::Way::fabric: {
       const std::size_t p = choice.out_nic;
       const std::size_t q = choice.in_nic;
-      here.append_path(from.vertex, here.nics()[p], from.node.first_link(), out);
+      std::size_t sender = from.vertex;
+      if (choice.relay != kNone) {
+        here.append_path(sender, choice.relay, from.node.first_link(), out);
+        sender = choice.relay;
+      }
+      here.append_path(sender, here.nics()[p], from.node.first_link(), out);
       out.emplace_back(from.node.first_link() + here.link_out(p));
-      impl_->fabric.append_path(impl_->fabric.leaf_of(from.node.index, p),
-                                impl_->fabric.leaf_of(to.node.index, q), impl_->node_links, out);
+      Crossing crossing = impl_->crossing_of(from, to, state_.get());
+      crossing.out = p, crossing.in = q;
+      impl_->fabric.append_path(crossing, out);
       out.emplace_back(to.node.first_link() + there.link_in(q));
       there.append_path(there.nics()[q], to.vertex, to.node.first_link(), out);
       break;
@@ -631,7 +718,7 @@ Link Topology::as_built(LinkId link) const {
   const auto global = [&](std::size_t vertex) {
     std::size_t found = node.first_vertex() + vertex;
     if (vertex == kNone)
-      found = impl_->first_fabric_vertex() + impl_->fabric.leaf_of(node.index, local.nic);
+      found = impl_->first_fabric_vertex() + impl_->fabric.switch_of(node.index, local.nic);
     else if (vertex == group.node.domain_switch())
       found = impl_->domain_vertex(node);
     return static_cast<std::int32_t>(found);
@@ -681,7 +768,8 @@ const std::vector<std::pair<std::string, std::string>>& Topology::sources() cons
 }
 
 std::size_t Topology::stored_vertices() const {
-  std::size_t total = impl_->fabric.uplink.size();
+  const SwitchTree* tree = impl_->fabric.tree();
+  std::size_t total = tree == nullptr ? 0 : tree->uplink.size();
   for (const auto& group : impl_->groups)
     total += group.node.vertex_count() + group.node.links().size() + group.node.path_count();
   return total;
@@ -728,44 +816,88 @@ BytesPerSecond ports_below(const std::vector<Group>& groups, const SwitchTree& t
   return static_cast<double>(tree.nodes_per_leaf) * widest;
 }
 
-SwitchTree build_fabric(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
-                        const std::string& place) {
+SwitchTree tree_of(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
+                   std::size_t most_nics) {
+  SwitchTree tree;
+  const auto above = [&](const Uplinks& up) {
+    tree.uplink_latency = up.latency;
+    tree.spines = static_cast<std::size_t>(up.spines);
+    tree.routing = up.routing;
+    for (std::size_t leaf = 0; leaf < tree.leaves_per_unit; ++leaf)
+      tree.uplink.push_back(up.rate ? *up.rate
+                                    : (1 / up.oversubscription) * ports_below(groups, tree, leaf));
+  };
+  if (const auto* fat = std::get_if<FatTree>(&spec)) {
+    tree.nodes_per_leaf = static_cast<std::size_t>(fat->nodes_per_leaf);
+    tree.core = true;
+    above(fat->uplinks);
+  } else if (const auto* rails = std::get_if<Rails>(&spec)) {
+    tree.nodes_per_leaf =
+        rails->nodes_per_leaf == 0 ? nodes : static_cast<std::size_t>(rails->nodes_per_leaf);
+    tree.leaves_per_unit = most_nics;
+    tree.core = rails->spine;
+    if (tree.core) above(rails->uplinks);
+  } else {
+    tree.nodes_per_leaf = nodes;
+  }
+  tree.leaf_count = (nodes + tree.nodes_per_leaf - 1) / tree.nodes_per_leaf * tree.leaves_per_unit;
+  tree.core = tree.core && tree.leaf_count > 1;
+  return tree;
+}
+
+Torus torus_of(const TorusSpec& spec, const std::vector<Group>& groups, std::size_t nodes) {
+  Torus torus;
+  for (const std::int64_t side : spec.size) torus.sides.push_back(static_cast<std::size_t>(side));
+  torus.bandwidth = spec.bandwidth;
+  torus.latency = spec.latency;
+  torus.by_direction = spec.by_direction;
+  if (torus.nodes() != nodes)
+    throw InputError(spec.place,
+                     fmt::format("a torus of {} has {} nodes, {} are described; every place needs "
+                                 "one: change size, or the nodes' count",
+                                 fmt::join(spec.size, " x "), torus.nodes(), nodes));
+  for (const Group& group : groups) {
+    if (!spec.by_direction || group.node.nics().size() == 2 * spec.size.size()) continue;
+    throw InputError(group.node.spec().place,
+                     fmt::format("nics: direction needs {} NICs on a node, two for each dimension "
+                                 "of the torus; this one has {}",
+                                 2 * spec.size.size(), group.node.nics().size()));
+  }
+  return torus;
+}
+
+Dragonfly dragonfly_of(const DragonflySpec& spec, std::size_t nodes) {
+  Dragonfly fly;
+  fly.groups = static_cast<std::size_t>(spec.groups);
+  fly.routers = static_cast<std::size_t>(spec.routers);
+  fly.nodes_per_router = static_cast<std::size_t>(spec.nodes_per_router);
+  fly.global_links = static_cast<std::size_t>(spec.global_links);
+  fly.local_bandwidth = spec.local_bandwidth;
+  fly.global_bandwidth = spec.global_bandwidth;
+  fly.local_latency = spec.local_latency;
+  fly.global_latency = spec.global_latency;
+  if (const std::size_t places = fly.switch_count() * fly.nodes_per_router; nodes > places)
+    throw InputError(
+        spec.place,
+        fmt::format("{} groups of {} routers with {} nodes each have room for {} nodes; {} are "
+                    "described: change groups, or the nodes' count",
+                    spec.groups, spec.routers, spec.nodes_per_router, places, nodes));
+  return fly;
+}
+
+Fabric build_fabric(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
+                    const std::string& place) {
   std::size_t most_nics = 0;
   for (const auto& group : groups) most_nics = std::max(most_nics, group.node.nics().size());
-  SwitchTree tree;
-  if (std::holds_alternative<NoFabric>(spec)) return tree;
+  if (std::holds_alternative<NoFabric>(spec)) return {};
   if (most_nics == 0) {
-    if (nodes == 1) return tree;
+    if (nodes == 1) return {};
     throw InputError(place,
                      "a fabric joins NICs, and no node has one; add vertices with kind: nic");
   }
-  double oversubscription = 1;
-  std::optional<BytesPerSecond> uplink;
-  bool core = true;
-  if (std::holds_alternative<SingleSwitch>(spec)) {
-    tree.nodes_per_leaf = nodes;
-  } else if (const auto* fat = std::get_if<FatTree>(&spec)) {
-    tree.nodes_per_leaf = static_cast<std::size_t>(fat->nodes_per_leaf);
-    oversubscription = fat->oversubscription;
-    uplink = fat->uplink;
-    tree.uplink_latency = fat->uplink_latency;
-  } else {
-    const auto& rails = std::get<Rails>(spec);
-    tree.nodes_per_leaf =
-        rails.nodes_per_leaf == 0 ? nodes : static_cast<std::size_t>(rails.nodes_per_leaf);
-    tree.leaves_per_unit = most_nics;
-    oversubscription = rails.oversubscription;
-    uplink = rails.uplink;
-    tree.uplink_latency = rails.uplink_latency;
-    core = rails.spine;
-  }
-  tree.leaf_count = (nodes + tree.nodes_per_leaf - 1) / tree.nodes_per_leaf * tree.leaves_per_unit;
-  tree.core = core && tree.leaf_count > 1;
-  if (!tree.core) return tree;
-  for (std::size_t leaf = 0; leaf < tree.leaves_per_unit; ++leaf)
-    tree.uplink.push_back(uplink ? *uplink
-                                 : (1 / oversubscription) * ports_below(groups, tree, leaf));
-  return tree;
+  if (const auto* torus = std::get_if<TorusSpec>(&spec)) return {torus_of(*torus, groups, nodes)};
+  if (const auto* fly = std::get_if<DragonflySpec>(&spec)) return {dragonfly_of(*fly, nodes)};
+  return {tree_of(spec, groups, nodes, most_nics)};
 }
 
 /// Devices of the first, second and last nodes of the groups, one of each part of a node that is
@@ -829,12 +961,8 @@ Topology build_topology(ClusterSpec spec) {
     impl->groups.push_back(std::move(group));
   }
   impl->fabric = build_fabric(spec.fabric, impl->groups, impl->nodes, spec.place);
-  constexpr auto most = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
-  const std::size_t links = impl->node_links + impl->fabric.link_count();
-  if (links > most || impl->vertex_count() > most)
-    throw InputError(spec.place, fmt::format("{} links in {} nodes are more than {} can number; "
-                                             "describe fewer nodes",
-                                             links, impl->nodes, most));
+  if (const auto* rails = std::get_if<Rails>(&spec.fabric)) impl->pxn = rails->pxn;
+  impl->check_numbers();
   impl->used_devices = spec.used_devices == 0 ? impl->devices : spec.used_devices;
   Topology topology(impl);
   check_connected(topology, *impl);

@@ -47,6 +47,14 @@ struct ClusterState {
   std::vector<std::int32_t> placement;          ///< device of rank r; empty: r
 };
 
+/// How traffic spreads over the spines of a switch tree: evenly, byte by byte, or each pair of
+/// devices on one, spine mix(mix(seed, from), to) modulo their number (base/hash.h; devices by
+/// their numbers in the cluster). Of spines that a failed link cuts off the others are the number.
+struct SpineRouting {
+  bool ecmp = false;
+  std::uint64_t seed = 0;
+};
+
 /// Immutable; copies share their storage; safe to read from any number of threads.
 class Topology {
  public:
@@ -76,6 +84,15 @@ class Topology {
   std::size_t domain_of(std::size_t node) const;
   /// Nodes of one unit hang on the same leaf switches; 0 where there is one unit only.
   std::size_t unit_of(std::size_t node) const;
+  /// Where `node` lies as seen from `origin`: groups of nodes that agree in this for all members,
+  /// and in domains and units, route alike.
+  std::uint64_t offset_of(std::size_t node, std::size_t origin) const;
+  /// Spines above the leaves, whether sprayed over or chosen by hash; 0 where there are none.
+  std::size_t spines() const;
+  SpineRouting routing() const;
+  /// The same cluster as built, with this routing. InputError{place} where there are no spines to
+  /// choose from.
+  Topology with_routing(SpineRouting routing, const std::string& place) const;
 
   /// Links of the best path, in order; empty if a == b. Best: fewest links, then the larger
   /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between
@@ -122,6 +139,7 @@ class Topology {
  private:
   DeviceId physical(DeviceId device) const;
   Link as_built(LinkId link) const;
+  void check_around(LinkId link) const;
   std::shared_ptr<const Impl> impl_;
   std::shared_ptr<const ClusterState> state_;
 };
