@@ -98,6 +98,14 @@ class Topology {
   /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between
   /// devices of one node stays inside it if it can; no route passes through a third node.
   std::vector<LinkId> route(DeviceId a, DeviceId b) const;
+  /// How many of the routes between all ordered pairs of `devices`, each named once, cross each
+  /// link; the latency of the longest. What enumerating route() gives; where one vertex stands for
+  /// the spines, equal nodes are counted together, not pair by pair.
+  struct PairLoads {
+    std::vector<std::pair<LinkId, std::int64_t>> links;  ///< ascending
+    Seconds latency;
+  };
+  PairLoads all_pairs(const std::vector<DeviceId>& devices) const;
   Link link(LinkId link) const;
   std::size_t link_count() const;
   /// Links of `device`'s node that start or end at it.
