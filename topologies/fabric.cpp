@@ -29,7 +29,9 @@ std::size_t SwitchTree::spine_of(const Crossing& c) const {
   const auto whole = [&](std::size_t s) {
     return !failed(c, 2 * (up + s)) && !failed(c, 2 * (down + s) + 1);
   };
-  const std::uint64_t hash = routing.ecmp ? mix(mix(routing.seed, c.first), c.last) : 0;
+  // Once more than the pair needs: of two rounds neighbours' low bits differ more often than not.
+  const std::uint64_t hash =
+      routing.ecmp ? mix(mix(mix(routing.seed, c.first), c.last), 0) : std::uint64_t{0};
   if (c.state == nullptr || c.state->link_speed.empty()) return hash % tops();
   std::size_t left = 0;
   for (std::size_t s = 0; s < tops(); ++s) left += whole(s);

@@ -48,8 +48,8 @@ struct ClusterState {
 };
 
 /// How traffic spreads over the spines of a switch tree: evenly, byte by byte, or each pair of
-/// devices on one, spine mix(mix(seed, from), to) modulo their number (base/hash.h; devices by
-/// their numbers in the cluster). Of spines that a failed link cuts off the others are the number.
+/// devices on one: number mix(mix(mix(seed, from), to), 0) modulo their number (base/hash.h;
+/// devices by their numbers in the cluster), of those alone that no failed link cuts off.
 struct SpineRouting {
   bool ecmp = false;
   std::uint64_t seed = 0;
