@@ -400,7 +400,8 @@ TEST(Fabric, RoutesOfATorusOrDragonflyDoNotGoAround) {
 }
 
 /// Nodes of four GPUs on an NVSwitch, each with its card on a PCIe switch of its own.
-Topology railed(const std::string& more, std::size_t nodes = 4) {
+Topology railed(const std::string& more, std::size_t nodes = 4,
+                const std::string& inside = "nvlink") {
   return parse_topology(fmt::format(R"(schema: partita.topology/1
 name: railed
 source: test
@@ -413,17 +414,17 @@ nodes:
       cpu0: {{kind: cpu}}
       nic[0-3]: {{kind: nic, bandwidth: 50 GB/s, latency: 1 us}}
     links:
-      - {{from: "gpu[0-3]", to: nvswitch0, kind: nvlink, bandwidth: 450 GB/s, latency: 1 us}}
+      - {{from: "gpu[0-3]", to: nvswitch0, kind: {}, bandwidth: 450 GB/s, latency: 1 us}}
       - {{from: "gpu[0-3]", to: "pcie[0-3]", kind: pcie, bandwidth: 60 GB/s, latency: 1 us}}
       - {{from: "nic[0-3]", to: "pcie[0-3]", kind: pcie, bandwidth: 60 GB/s, latency: 1 us}}
       - {{from: "pcie[0-3]", to: cpu0, kind: pcie, bandwidth: 60 GB/s, latency: 1 us}}
 fabric: {{kind: rails, nodes_per_leaf: 2{}}}
 )",
-                                    nodes, more),
+                                    nodes, inside, more),
                         "railed.yaml");
 }
 
-// docs/topologies.md, "PXN by hand".
+// docs/topologies.md, "The rule for the route".
 TEST(Pxn, GoesOverNvlinkToTheGpuOnTheOtherRail) {
   const Topology with = railed(", uplink_latency: 1 us, pxn: true"),
                  without = railed(", uplink_latency: 1 us");
@@ -467,6 +468,9 @@ TEST(Pxn, NeedsNvlinkAndACardWithoutAProcessorBetween) {
   // A card that both reach over one PCIe switch needs no help.
   const Topology a100 = load_topology("dgx-a100-80gb:2");
   EXPECT_THAT(route_text(a100, 0, 9), ::testing::Not(HasSubstr("nvswitch")));
+  // Joined by something else, nobody helps.
+  EXPECT_EQ(route_text(railed(", uplink_latency: 1 us, pxn: true", 4, "other"), 0, 5),
+            route_text(railed(", uplink_latency: 1 us"), 0, 5));
   // A failed card of the relay: back to the spine.
   const Topology with = railed(", uplink_latency: 1 us, pxn: true");
   ClusterState state;
