@@ -497,6 +497,11 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   };
   add(ring(ranks));
   if (exchanges) add(exchange(ranks));
+  // A ring of two is as slow as its slower direction; a message has one of them.
+  if (ranks.size() == 2 && !state_->topology.state().link_speed.empty()) {
+    add(alone(state_->topology, message_links(ranks[0], ranks[1])));
+    add(alone(state_->topology, message_links(ranks[1], ranks[0])));
+  }
   return h;
 }
 

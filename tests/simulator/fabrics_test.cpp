@@ -74,7 +74,8 @@ TEST(Fabrics, StepsFoldToThePicosecond) {
       // One direction of a few links.
       ClusterState state;
       for (int k = 0; k < 3; ++k)
-        state.link_speed[LinkId{rng() % t.link_count()}] = 0.25 * static_cast<double>(1 + rng() % 3);
+        state.link_speed[LinkId{rng() % t.link_count()}] =
+            0.25 * static_cast<double>(1 + rng() % 3);
       t = t.in_state(std::move(state));
     }
     const Plan wanted = random_plan(rng);
@@ -101,6 +102,27 @@ TEST(Fabrics, StepsFoldToThePicosecond) {
   }
   for (const int n : feasible) EXPECT_GE(n, 15);
   EXPECT_GT(folds, 100);
+}
+
+// A pair is slow one way, another the other way: not two of one class.
+TEST(Fabrics, LinksThatAreSlowInOppositeDirectionsAreTwoKinds) {
+  const Topology built = with_fabric(4, 1, 1, "{kind: single switch}");
+  ClusterState state;
+  state.link_speed[built.find_link("node0.nic0->switch", "")] = 0.25;
+  state.link_speed[built.find_link("switch->node1.nic0", "")] = 0.25;
+  const Topology t = built.in_state(state);
+  Communication communication(t);
+  EXPECT_NE(communication.price_class({0, 2}, false), communication.price_class({1, 3}, false));
+  EXPECT_EQ(communication.price_class({2, 3}, false), communication.price_class({3, 2}, false));
+  Plan wanted = base_plan();
+  wanted.pp = 2;
+  wanted.dp = 2;
+  wanted.global_batch = 8;
+  const Program program = lowered(gpt(), wanted);
+  SimulateOptions options;
+  const Timeline folded = simulate(program, communication, options);
+  options.unfolded = true;
+  EXPECT_EQ(folded.step, simulate(program, communication, options).step);
 }
 
 /// Every group priced by itself, without what was cached for others.
