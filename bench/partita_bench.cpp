@@ -166,6 +166,32 @@ BENCHMARK_CAPTURE(hierarchical, one_percent_slow, true)
 
 /// 1,000 live flows between random hosts of a full-bisection tree, 16 to a leaf: one ends, another
 /// begins, rates are solved after each. The fewer hosts, the more flows share a NIC.
+/// What an all-to-all among so many H100 loads, node by node of a kind or pair by pair.
+void exchange(benchmark::State& state, bool counted) {
+  const auto ranks = static_cast<std::size_t>(state.range(0));
+  const Topology t = load_topology("dgx-h100:" + std::to_string(ranks / 8));
+  std::vector<DeviceId> devices;
+  for (std::size_t d = 0; d < ranks; ++d) devices.emplace_back(d);
+  for (auto _ : state) {
+    if (counted) {
+      benchmark::DoNotOptimize(t.all_pairs(devices));
+      continue;
+    }
+    std::vector<std::int64_t> load(t.link_count());
+    for (const DeviceId a : devices) {
+      for (const DeviceId b : devices) {
+        for (const LinkId l : t.route(a, b)) ++load[l.index()];
+      }
+    }
+    benchmark::DoNotOptimize(load);
+  }
+  state.counters["peak_MiB"] = peak_mebibytes();
+}
+void exchange_counted(benchmark::State& state) { exchange(state, true); }
+void exchange_enumerated(benchmark::State& state) { exchange(state, false); }
+BENCHMARK(exchange_counted)->Arg(64)->Arg(4096)->Arg(16384)->Unit(benchmark::kMillisecond);
+BENCHMARK(exchange_enumerated)->Arg(64)->Arg(4096)->Arg(16384)->Unit(benchmark::kMillisecond);
+
 void arrivals_and_departures(benchmark::State& state) {
   const auto hosts = static_cast<std::size_t>(state.range(0));
   Sharing s;

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
 #include <cstdlib>
 
 #include "base/error.h"
@@ -29,9 +31,25 @@ double fraction(const std::string& text, const std::string& flag) {
   return x;
 }
 
+SpineRouting routing_of(const std::string& text) {
+  if (text == "spray") return {};
+  SpineRouting routing{true, 0};
+  if (text == "ecmp") return routing;
+  const std::string seed = text.substr(std::min(text.size(), std::size_t{5}));
+  const auto [end, error] = std::from_chars(seed.data(), seed.data() + seed.size(), routing.seed);
+  if (text.rfind("ecmp:", 0) != 0 || error != std::errc{} || end != seed.data() + seed.size())
+    throw InputError("--spines", fmt::format("'{}' is not spray, ecmp or ecmp:SEED with a whole "
+                                             "number for seed, like ecmp:7",
+                                             text));
+  return routing;
+}
+
 }  // namespace
 
 void ClusterFlags::add_to(CLI::App& app) {
+  app.add_option("--spines", spines,
+                 "how traffic spreads over the spines: spray (evenly, ideal), or ecmp[:SEED], each "
+                 "pair of devices on one by hash");
   app.add_option("--slow", slow,
                  "a device at a fraction of its speed, like node3.gpu1=0.8; repeatable")
       ->allow_extra_args(false);
@@ -45,7 +63,8 @@ void ClusterFlags::add_to(CLI::App& app) {
       ->allow_extra_args(false);
 }
 
-Topology ClusterFlags::in_state(const Topology& t) const {
+Topology ClusterFlags::in_state(const Topology& built) const {
+  const Topology t = spines.empty() ? built : built.with_routing(routing_of(spines), "--spines");
   if (slow.empty() && degrade.empty() && fail.empty() && background.empty()) return t;
   ClusterState state;
   for (const std::string& text : slow) {

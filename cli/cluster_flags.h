@@ -1,4 +1,4 @@
-// cli/cluster_flags.h: flags that say in which state a cluster is.
+// cli/cluster_flags.h: flags that say in which state a cluster is, and how its spines are used.
 #pragma once
 
 #include <string>
@@ -14,9 +14,11 @@ namespace partita::cli {
 
 struct ClusterFlags {
   std::vector<std::string> slow, degrade, fail, background;
+  std::string spines;  ///< "spray", "ecmp", "ecmp:SEED", or "": as the file says
 
   void add_to(CLI::App& app);
-  /// The cluster with slow devices, slow or failed links and others' traffic.
+  /// The cluster with its spines used as asked, with slow devices, slow or failed links and others'
+  /// traffic.
   /// InputError names flag, value and remedy.
   Topology in_state(const Topology& topology) const;
 };

@@ -202,7 +202,9 @@ void add_simulate(CLI::App& app) {
     const auto prediction =
         predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
-    const auto assumed = assumptions(o->flags, prediction->plan, g);
+    auto assumed = assumptions(o->flags, prediction->plan, g);
+    if (t.node_count() > 1 && t.spines() > 1 && !t.routing().ecmp)
+      assumed.push_back(fmt::format("traffic sprayed evenly over {} spines", t.spines()));
     print(o->json ? prediction_json(g, t, *prediction, assumed, placed)
                   : prediction_table(g, t, *prediction, assumed, placed));
     std::fflush(stdout);

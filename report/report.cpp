@@ -369,6 +369,11 @@ std::string topology_json(const Topology& t, const std::vector<AxisCrossing>& ax
   j["devices"] = t.device_count();
   j["links"] = t.link_count();
   j["bisection_bytes_per_s"] = bisection(t).count;
+  if (t.spines() > 1) {
+    j["spines"] = t.spines();
+    j["routing"] = t.routing().ecmp ? "ecmp" : "spray";
+    if (t.routing().ecmp) j["seed"] = t.routing().seed;
+  }
   for (const AxisCrossing& a : axes)
     j["axes"].push_back({{"axis", a.name},
                          {"size", a.size},
@@ -397,6 +402,12 @@ std::string topology_table(const Topology& t, const std::vector<AxisCrossing>& a
                            const std::vector<std::pair<DeviceId, DeviceId>>& routes) {
   std::string out = fmt::format("{}: {} nodes, {} devices, {} links (one direction each)\n",
                                 t.name(), t.node_count(), t.device_count(), t.link_count());
+  if (t.spines() > 1)
+    out += fmt::format(
+        "{} spines: {}\n", t.spines(),
+        t.routing().ecmp
+            ? fmt::format("each pair of devices on one, by hash (ecmp, seed {})", t.routing().seed)
+            : "traffic spreads evenly (spray, ideal)");
   if (t.device_count() > 1)
     out += fmt::format("between its halves: {} each way (maximum flow)\n", text(bisection(t)));
   for (std::size_t k = 0; k < t.profile_count(); ++k) {

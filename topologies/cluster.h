@@ -50,24 +50,44 @@ struct NodeSpec {
   std::optional<DomainSpec> domain;
 };
 
-/// The fabrics. A new one (torus, dragonfly) is one alternative here, one case in the YAML reader
-/// and one class beside SwitchTree in topology.cpp.
+/// From a leaf to the spines.
+struct Uplinks {
+  double oversubscription = 1;
+  std::optional<BytesPerSecond> rate;  ///< Per leaf, to all spines; else ports / oversubscription.
+  Seconds latency;
+  std::int64_t spines = 1;
+  SpineRouting routing;
+};
+
+/// The fabrics. A new one is one alternative here, one case in the YAML reader and one class in
+/// fabric.h.
 struct NoFabric {};
 struct SingleSwitch {};
 struct Rails {
   std::int64_t nodes_per_leaf = 0;  ///< 0: all of them.
   bool spine = true;
-  double oversubscription = 1;
-  std::optional<BytesPerSecond> uplink;  ///< Per leaf; else ports / oversubscription.
-  Seconds uplink_latency;
+  bool pxn = false;
+  Uplinks uplinks;
 };
 struct FatTree {
   std::int64_t nodes_per_leaf = 1;
-  double oversubscription = 1;
-  std::optional<BytesPerSecond> uplink;
-  Seconds uplink_latency;
+  Uplinks uplinks;
 };
-using FabricSpec = std::variant<NoFabric, SingleSwitch, Rails, FatTree>;
+struct TorusSpec {
+  std::string place;  ///< of its size
+  std::vector<std::int64_t> size;
+  BytesPerSecond bandwidth;
+  Seconds latency;
+  bool by_direction = false;  ///< a NIC for each direction, not all on one router
+};
+struct DragonflySpec {
+  std::string place;
+  std::int64_t groups = 1, routers = 1, nodes_per_router = 1;
+  std::int64_t global_links = 0;  ///< of a router
+  BytesPerSecond local_bandwidth, global_bandwidth;
+  Seconds local_latency, global_latency;
+};
+using FabricSpec = std::variant<NoFabric, SingleSwitch, Rails, FatTree, TorusSpec, DragonflySpec>;
 
 struct ClusterSpec {
   std::string name;

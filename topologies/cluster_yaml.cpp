@@ -7,6 +7,7 @@
 #include <map>
 
 #include "base/error.h"
+#include "base/unit_text.h"
 #include "base/yaml.h"
 #include "topologies/cluster.h"
 
@@ -308,33 +309,113 @@ class Reader {
     return value;
   }
 
-  template <class Tree>
-  void read_tree(const YamlNode& node, Tree& tree) const {
-    tree.oversubscription = oversubscription(node);
-    if (const auto uplink = node.find("uplink")) tree.uplink = uplink->as_byte_rate();
-    tree.uplink_latency = latency(node, "uplink_latency");
+  Uplinks uplinks(const YamlNode& node) const {
+    Uplinks up;
+    up.oversubscription = oversubscription(node);
+    if (const auto uplink = node.find("uplink")) up.rate = uplink->as_byte_rate();
+    up.latency = latency(node, "uplink_latency");
+    if (const auto spines = node.find("spines")) up.spines = spines->as_int(1, 4096);
+    const auto seed = node.find("seed");
+    if (seed) up.routing.seed = static_cast<std::uint64_t>(seed->as_int(0));
+    if (const auto routing = node.find("routing")) {
+      up.routing.ecmp = one_of<bool>(*routing, {{"spray", false}, {"ecmp", true}});
+      if (up.routing.ecmp && up.spines < 2)
+        throw InputError(routing->place(), fmt::format("ecmp chooses between spines and there is "
+                                                       "{}; add spines: 2 or more, or spray",
+                                                       up.spines));
+    }
+    if (seed && !up.routing.ecmp)
+      throw InputError(seed->place(), "a seed is of routing: ecmp; leave it out or add that");
+    return up;
+  }
+
+  void read_torus(const YamlNode& node) {
+    TorusSpec torus;
+    const YamlNode size = node.get("size");
+    torus.place = size.place();
+    std::int64_t nodes = 1;
+    for (const YamlNode& side : size.items()) {
+      torus.size.push_back(side.as_int(1, kMostNodes));
+      nodes = std::min(nodes * torus.size.back(), kMostNodes + 1);
+    }
+    if (torus.size.empty() || torus.size.size() > 8)
+      throw InputError(size.place(), fmt::format("a torus has 1 to 8 dimensions, like [4, 4, 4]; "
+                                                 "{} are given",
+                                                 torus.size.size()));
+    if (nodes > kMostNodes)
+      throw InputError(size.place(),
+                       fmt::format("a cluster has at most {} nodes; a torus of {} has "
+                                   "more",
+                                   grouped(kMostNodes), fmt::join(torus.size, " x ")));
+    torus.bandwidth = node.get("bandwidth").as_byte_rate();
+    torus.latency = latency(node, "latency");
+    if (const auto nics = node.find("nics"))
+      torus.by_direction = one_of<bool>(*nics, {{"router", false}, {"direction", true}});
+    spec_.fabric = std::move(torus);
+  }
+
+  void read_dragonfly(const YamlNode& node) {
+    DragonflySpec fly;
+    fly.place = node.place();
+    fly.groups = node.get("groups").as_int(1, kMostNodes);
+    fly.routers = node.get("routers_per_group").as_int(1, 4096);
+    fly.nodes_per_router = node.get("nodes_per_router").as_int(1, kMostNodes);
+    if (fly.routers > 1 || node.find("local_bandwidth")) {
+      fly.local_bandwidth = node.get("local_bandwidth").as_byte_rate();
+      fly.local_latency = latency(node, "local_latency");
+    }
+    if (fly.groups > 1) {
+      const YamlNode links = node.get("global_links_per_router");
+      fly.global_links = links.as_int(1, 4096);
+      const std::int64_t ports = fly.routers * fly.global_links, others = fly.groups - 1;
+      if (ports % others != 0)
+        throw InputError(links.place(),
+                         fmt::format("{} routers with {} global links have {} for {} other groups; "
+                                     "give each group as many: a multiple of {}",
+                                     fly.routers, fly.global_links, ports, others, others));
+      fly.global_bandwidth = node.get("global_bandwidth").as_byte_rate();
+      fly.global_latency = latency(node, "global_latency");
+    }
+    spec_.fabric = std::move(fly);
   }
 
   void read_fabric(const YamlNode& node, const std::string& source) {
-    enum class Kind { none, single_switch, rails, fat_tree };
+    enum class Kind { none, single_switch, rails, fat_tree, torus, dragonfly };
     const auto kind = one_of<Kind>(node.get("kind"), {{"none", Kind::none},
                                                       {"single switch", Kind::single_switch},
                                                       {"rails", Kind::rails},
-                                                      {"fat tree", Kind::fat_tree}});
-    if (kind == Kind::single_switch) spec_.fabric = SingleSwitch{};
-    if (kind == Kind::rails) {
-      Rails rails;
-      if (const auto below = node.find("nodes_per_leaf"))
-        rails.nodes_per_leaf = below->as_int(1, kMostNodes);
-      if (const auto spine = node.find("spine")) rails.spine = spine->as_bool();
-      if (rails.spine) read_tree(node, rails);
-      spec_.fabric = rails;
-    }
-    if (kind == Kind::fat_tree) {
-      FatTree tree;
-      tree.nodes_per_leaf = node.get("nodes_per_leaf").as_int(1, kMostNodes);
-      read_tree(node, tree);
-      spec_.fabric = tree;
+                                                      {"fat tree", Kind::fat_tree},
+                                                      {"torus", Kind::torus},
+                                                      {"dragonfly", Kind::dragonfly}});
+    switch (kind) {
+      case Kind::none:
+        break;
+      case Kind::single_switch:
+        spec_.fabric = SingleSwitch{};
+        break;
+      case Kind::rails: {
+        Rails rails;
+        if (const auto below = node.find("nodes_per_leaf"))
+          rails.nodes_per_leaf = below->as_int(1, kMostNodes);
+        if (const auto spine = node.find("spine")) rails.spine = spine->as_bool();
+        if (const auto pxn = node.find("pxn")) rails.pxn = pxn->as_bool();
+        if (rails.spine) rails.uplinks = uplinks(node);
+        spec_.fabric = rails;
+        break;
+      }
+      case Kind::fat_tree: {
+        FatTree tree;
+        tree.nodes_per_leaf = node.get("nodes_per_leaf").as_int(1, kMostNodes);
+        tree.uplinks = uplinks(node);
+        spec_.fabric = tree;
+        break;
+      }
+      case Kind::torus:
+        read_torus(node);
+        break;
+      case Kind::dragonfly:
+        read_dragonfly(node);
+        break;
     }
     if (kind != Kind::none) cite(node, source);
     node.reject_unknown_keys();

@@ -13,8 +13,10 @@
 #include <tuple>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/unit_text.h"
 #include "topologies/cluster.h"
+#include "topologies/impl.h"
 
 namespace partita {
 
@@ -54,354 +56,45 @@ std::string_view name(LinkKind kind) {
   PARTITA_ASSERT(false, fmt::format("link kind {}", static_cast<int>(kind)));
 }
 
-namespace {
+void NodeTemplate::find_paths() {
+  using Graph = boost::adjacency_list<boost::vecS, boost::vecS, boost::directedS,
+                                      boost::no_property, std::size_t>;
+  Graph graph(graph_size());
+  for (std::size_t l = 0; l < first_nic_link_; ++l)
+    boost::add_edge(links_[l].from, links_[l].to, l, graph);
 
-/// What routes are compared by: fewest links, then the larger bottleneck, then the lower latency.
-/// Joining two paths never makes a worse part win on links or bottleneck, so best paths are made of
-/// best parts in these two; latency only decides between parts that are equal in both.
-struct PathCost {
-  std::int32_t links = 0;
-  double bottleneck = std::numeric_limits<double>::infinity();
-  std::int64_t latency = 0;  ///< Picoseconds: sums must not depend on their order.
-
-  friend bool operator<(const PathCost& a, const PathCost& b) {
-    return std::tuple(a.links, -a.bottleneck, a.latency) <
-           std::tuple(b.links, -b.bottleneck, b.latency);
-  }
-  friend PathCost operator+(const PathCost& a, const PathCost& b) {
-    return {a.links + b.links, std::min(a.bottleneck, b.bottleneck), a.latency + b.latency};
-  }
-};
-
-constexpr std::int32_t kNoPath = std::numeric_limits<std::int32_t>::max();
-constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
-
-/// A directed link inside a node, or between it and a switch outside.
-struct LocalLink {
-  std::size_t from = 0, to = 0;  ///< Local vertices; kNone: the fabric's switch.
-  std::size_t nic = kNone;       ///< Which NIC's port, for links with an end in the fabric.
-  LinkKind kind = LinkKind::other;
-  BytesPerSecond bandwidth;
-  Seconds latency;
-
-  PathCost cost() const { return {1, bandwidth.count, to_ticks(latency).count}; }
-};
-
-/// One distinct node, stored once. Local vertices are the spec's, in order, and then the switch of
-/// the domain if there is one. Local links: both directions of each cable; then of each domain
-/// port; then of each NIC's port (out to the fabric, and back).
-class NodeTemplate {
- public:
-  explicit NodeTemplate(const NodeSpec& spec) : spec_(spec) {
-    for (std::size_t v = 0; v < spec_.vertices.size(); ++v) {
-      if (spec_.vertices[v].kind == VertexKind::device) devices_.push_back(v);
-      if (spec_.vertices[v].kind == VertexKind::nic) nics_.push_back(v);
+  struct Recorder : boost::default_dijkstra_visitor {
+    explicit Recorder(std::vector<std::size_t>* last) : last_link(last) {}
+    void edge_relaxed(const Graph::edge_descriptor& e, const Graph& g) {
+      (*last_link)[boost::target(e, g)] = g[e];
     }
-    for (const auto& e : spec_.edges) add_cable(e.a, e.b, kNone, e.kind, e.bandwidth, e.latency);
-    if (spec_.domain) {
-      const auto& d = *spec_.domain;
-      domain_switch_ = spec_.vertices.size();
-      for (const std::size_t port : d.ports)
-        add_cable(port, domain_switch_, kNone, d.kind, d.bandwidth, d.latency);
-    }
-    first_nic_link_ = links_.size();
-    for (std::size_t n = 0; n < nics_.size(); ++n) {
-      const auto& nic = spec_.vertices[nics_[n]];
-      add_cable(nics_[n], kNone, n, LinkKind::network, nic.port_bandwidth, nic.port_latency);
-    }
-    find_paths();
-  }
-
-  const NodeSpec& spec() const { return spec_; }
-  const std::vector<std::size_t>& devices() const { return devices_; }
-  const std::vector<std::size_t>& nics() const { return nics_; }
-  const std::vector<LocalLink>& links() const { return links_; }
-  std::size_t vertex_count() const { return spec_.vertices.size(); }
-  std::size_t domain_switch() const { return domain_switch_; }
-  /// Devices dealt out evenly over the NICs, in order.
-  std::size_t own_nic(std::size_t device) const {
-    const auto at = std::lower_bound(devices_.begin(), devices_.end(), device);
-    return static_cast<std::size_t>(at - devices_.begin()) * nics_.size() / devices_.size();
-  }
-  std::size_t link_out(std::size_t nic) const { return first_nic_link_ + 2 * nic; }
-  std::size_t link_in(std::size_t nic) const { return first_nic_link_ + 2 * nic + 1; }
-  std::size_t path_count() const { return paths_.size(); }
-
-  /// From a device, a NIC or the domain's switch to any local vertex; links == kNoPath if none.
-  const PathCost& cost(std::size_t from, std::size_t to) const { return step(from, to).cost; }
-  bool reaches(std::size_t from, std::size_t to) const { return cost(from, to).links != kNoPath; }
-
-  void append_path(std::size_t from, std::size_t to, std::size_t first_link,
-                   std::vector<LinkId>& out) const {
-    const std::size_t begin = out.size();
-    for (std::size_t v = to; v != from; v = links_[step(from, v).last_link].from)
-      out.emplace_back(first_link + step(from, v).last_link);
-    std::reverse(out.begin() + static_cast<std::ptrdiff_t>(begin), out.end());
-  }
-
- private:
-  struct Step {
-    PathCost cost;
-    std::size_t last_link = kNone;
+    std::vector<std::size_t>* last_link;
   };
 
-  void add_cable(std::size_t a, std::size_t b, std::size_t nic, LinkKind kind,
-                 BytesPerSecond bandwidth, Seconds latency) {
-    links_.push_back({a, b, nic, kind, bandwidth, latency});
-    links_.push_back({b, a, nic, kind, bandwidth, latency});
+  std::vector<std::size_t> sources = devices_;
+  sources.insert(sources.end(), nics_.begin(), nics_.end());
+  if (domain_switch_ != kNone) sources.push_back(domain_switch_);
+  source_row_.assign(graph_size(), kNone);
+  paths_.reserve(sources.size() * graph_size());
+  for (std::size_t row = 0; row < sources.size(); ++row) {
+    source_row_[sources[row]] = row;
+    std::vector<PathCost> cost(graph_size());
+    std::vector<std::size_t> last_link(graph_size(), kNone);
+    const auto weight = boost::make_function_property_map<Graph::edge_descriptor>(
+        [&](const Graph::edge_descriptor& e) { return links_[graph[e]].cost(); });
+    boost::dijkstra_shortest_paths(
+        graph, sources[row],
+        boost::distance_map(
+            boost::make_iterator_property_map(cost.begin(), get(boost::vertex_index, graph)))
+            .weight_map(weight)
+            .distance_compare(std::less<PathCost>{})
+            .distance_combine(std::plus<PathCost>{})
+            .distance_inf(PathCost{kNoPath, 0, 0})
+            .distance_zero(PathCost{})
+            .visitor(Recorder(&last_link)));
+    for (std::size_t v = 0; v < graph_size(); ++v) paths_.push_back({cost[v], last_link[v]});
   }
-
-  std::size_t graph_size() const {
-    return spec_.vertices.size() + (domain_switch_ == kNone ? 0 : 1);
-  }
-
-  const Step& step(std::size_t from, std::size_t to) const {
-    PARTITA_ASSERT(source_row_.at(from) != kNone, fmt::format("no paths from vertex {}", from));
-    return paths_[source_row_[from] * graph_size() + to];
-  }
-
-  void find_paths() {
-    using Graph = boost::adjacency_list<boost::vecS, boost::vecS, boost::directedS,
-                                        boost::no_property, std::size_t>;
-    Graph graph(graph_size());
-    for (std::size_t l = 0; l < first_nic_link_; ++l)
-      boost::add_edge(links_[l].from, links_[l].to, l, graph);
-
-    struct Recorder : boost::default_dijkstra_visitor {
-      explicit Recorder(std::vector<std::size_t>* last) : last_link(last) {}
-      void edge_relaxed(const Graph::edge_descriptor& e, const Graph& g) {
-        (*last_link)[boost::target(e, g)] = g[e];
-      }
-      std::vector<std::size_t>* last_link;
-    };
-
-    std::vector<std::size_t> sources = devices_;
-    sources.insert(sources.end(), nics_.begin(), nics_.end());
-    if (domain_switch_ != kNone) sources.push_back(domain_switch_);
-    source_row_.assign(graph_size(), kNone);
-    paths_.reserve(sources.size() * graph_size());
-    for (std::size_t row = 0; row < sources.size(); ++row) {
-      source_row_[sources[row]] = row;
-      std::vector<PathCost> cost(graph_size());
-      std::vector<std::size_t> last_link(graph_size(), kNone);
-      const auto weight = boost::make_function_property_map<Graph::edge_descriptor>(
-          [&](const Graph::edge_descriptor& e) { return links_[graph[e]].cost(); });
-      boost::dijkstra_shortest_paths(
-          graph, sources[row],
-          boost::distance_map(
-              boost::make_iterator_property_map(cost.begin(), get(boost::vertex_index, graph)))
-              .weight_map(weight)
-              .distance_compare(std::less<PathCost>{})
-              .distance_combine(std::plus<PathCost>{})
-              .distance_inf(PathCost{kNoPath, 0, 0})
-              .distance_zero(PathCost{})
-              .visitor(Recorder(&last_link)));
-      for (std::size_t v = 0; v < graph_size(); ++v) paths_.push_back({cost[v], last_link[v]});
-    }
-  }
-
-  NodeSpec spec_;
-  std::vector<std::size_t> devices_, nics_;
-  std::vector<LocalLink> links_;
-  std::size_t domain_switch_ = kNone;
-  std::size_t first_nic_link_ = 0;
-  std::vector<std::size_t> source_row_;  ///< By vertex: its row in paths_, or kNone.
-  std::vector<Step> paths_;              ///< By source row, then target.
-};
-
-/// Every fabric so far: leaves with nodes below and one core above, which stands for all spines
-/// with traffic spread evenly over them. A leaf's uplink is one link of their summed bandwidth.
-class SwitchTree {
- public:
-  std::size_t nodes_per_leaf = 1;
-  std::size_t leaves_per_unit = 1;  ///< More than one: NIC i is on leaf i of its unit.
-  std::size_t leaf_count = 0;
-  bool core = false;
-  std::vector<BytesPerSecond> uplink;  ///< By leaf of a unit.
-  Seconds uplink_latency;
-
-  std::size_t leaf_of(std::size_t node, std::size_t nic) const {
-    return node / nodes_per_leaf * leaves_per_unit + (leaves_per_unit == 1 ? 0 : nic);
-  }
-  std::size_t switch_count() const { return leaf_count + (core ? 1 : 0); }
-  std::size_t link_count() const { return core ? 2 * leaf_count : 0; }
-  PathCost link_cost(std::size_t leaf) const {
-    return {1, uplink[leaf % leaves_per_unit].count, to_ticks(uplink_latency).count};
-  }
-  PathCost path_cost(std::size_t leaf_a, std::size_t leaf_b) const {
-    if (leaf_a == leaf_b) return {};
-    if (!core) return {kNoPath, 0, 0};
-    return link_cost(leaf_a) + link_cost(leaf_b);
-  }
-  void append_path(std::size_t leaf_a, std::size_t leaf_b, std::size_t first_link,
-                   std::vector<LinkId>& out) const {
-    if (leaf_a == leaf_b) return;
-    out.emplace_back(first_link + 2 * leaf_a);
-    out.emplace_back(first_link + 2 * leaf_b + 1);
-  }
-  /// Even links go up. Vertices of the result count from the fabric's first switch.
-  Link link(std::size_t index) const {
-    const auto leaf = static_cast<std::int32_t>(index / 2);
-    const auto top = static_cast<std::int32_t>(leaf_count);
-    const BytesPerSecond rate = uplink[index / 2 % leaves_per_unit];
-    return index % 2 == 0 ? Link{leaf, top, LinkKind::network, rate, uplink_latency}
-                          : Link{top, leaf, LinkKind::network, rate, uplink_latency};
-  }
-  std::string switch_name(std::size_t index) const {
-    if (index == leaf_count) return "spine";
-    if (leaves_per_unit == 1) return leaf_count == 1 ? "switch" : fmt::format("leaf{}", index);
-    if (leaf_count == leaves_per_unit) return fmt::format("rail{}", index);
-    return fmt::format("unit{}.rail{}", index / leaves_per_unit, index % leaves_per_unit);
-  }
-};
-
-/// A run of equal nodes: the first number of everything it contains.
-struct Group {
-  std::size_t first_node = 0, count = 0;
-  std::size_t first_device = 0, first_vertex = 0, first_link = 0;
-  std::size_t first_domain = 0;         ///< Number of its first domain.
-  std::size_t first_domain_switch = 0;  ///< Counted from the first switch outside the nodes.
-  NodeTemplate node;
-
-  std::size_t nodes_per_domain() const {
-    return node.spec().domain ? static_cast<std::size_t>(node.spec().domain->nodes) : 1;
-  }
-  std::size_t domain_count() const { return (count + nodes_per_domain() - 1) / nodes_per_domain(); }
-};
-
-/// The group that holds number `index` of what `first` counts.
-std::size_t group_at(const std::vector<Group>& groups, std::size_t Group::*first,
-                     std::size_t index) {
-  const auto after =
-      std::upper_bound(groups.begin(), groups.end(), index,
-                       [&](std::size_t i, const Group& group) { return i < group.*first; });
-  return static_cast<std::size_t>(after - groups.begin()) - 1;
 }
-
-}  // namespace
-
-struct Topology::Impl {
-  std::string name, place;
-  std::vector<DeviceProfile> profiles;
-  std::vector<Group> groups;
-  SwitchTree fabric;
-  std::size_t nodes = 0, devices = 0, used_devices = 0;
-  std::size_t node_vertices = 0, node_links = 0;  ///< Sums over the nodes.
-  std::size_t domain_switches = 0;
-  CollectiveTable collectives;
-  std::vector<std::string> notes;
-  std::vector<std::pair<std::string, std::string>> sources;
-
-  /// A node: its group, and its number in it.
-  struct Node {
-    const Group* group;
-    std::size_t index;   ///< In the cluster.
-    std::size_t offset;  ///< In its group.
-    const NodeTemplate& node() const { return group->node; }
-    std::size_t first_link() const { return group->first_link + offset * node().links().size(); }
-    std::size_t first_vertex() const {
-      return group->first_vertex + offset * node().vertex_count();
-    }
-    std::size_t domain() const { return group->first_domain + offset / group->nodes_per_domain(); }
-  };
-  /// A device: its node, and its local vertex.
-  struct Place {
-    Node node;
-    std::size_t vertex;
-  };
-
-  Node node_at(std::size_t index) const {
-    PARTITA_ASSERT(index < nodes, fmt::format("node {} of {}", index, nodes));
-    const Group& group = groups[group_at(groups, &Group::first_node, index)];
-    return {&group, index, index - group.first_node};
-  }
-  Place place_of(DeviceId device) const {
-    PARTITA_ASSERT(device.valid() && device.index() < devices,
-                   fmt::format("device {} of {}", device.value, devices));
-    const Group& group = groups[group_at(groups, &Group::first_device, device.index())];
-    const std::size_t per_node = group.node.devices().size();
-    const std::size_t rest = device.index() - group.first_device;
-    const std::size_t offset = rest / per_node;
-    return {{&group, group.first_node + offset, offset}, group.node.devices()[rest % per_node]};
-  }
-  std::size_t first_fabric_vertex() const { return node_vertices + domain_switches; }
-  std::size_t vertex_count() const { return first_fabric_vertex() + fabric.switch_count(); }
-  std::size_t domain_vertex(const Node& n) const {
-    return node_vertices + n.group->first_domain_switch + n.offset / n.group->nodes_per_domain();
-  }
-
-  enum class Way { none, inside, domain, fabric };
-  struct Choice {
-    PathCost cost{kNoPath, 0, 0};
-    Way way = Way::none;
-    std::size_t out_nic = 0, in_nic = 0;
-
-    void offer(const Choice& other) {
-      if (other.cost < cost) *this = other;
-    }
-  };
-
-  /// The best way from a to b. Traffic inside a node leaves it only where nothing inside joins the
-  /// two, as a PCIe path may have more links than one over the fabric. Parts inside a node come
-  /// from the template's paths, which know the domain's switch; the fabric joins the NICs of at
-  /// most two nodes.
-  /// With `any`, the first way found.
-  Choice choose(const Place& a, const Place& b, bool any = false,
-                const ClusterState* state = nullptr) const {
-    const auto failed = [&](const Node& node, std::size_t link) {
-      if (state == nullptr || state->link_speed.empty()) return false;
-      const auto it = state->link_speed.find(LinkId{node.first_link() + link});
-      return it != state->link_speed.end() && it->second == 0;
-    };
-    const NodeTemplate& from = a.node.node();
-    const NodeTemplate& to = b.node.node();
-    Choice best;
-    if (a.node.index == b.node.index) {
-      if (from.reaches(a.vertex, b.vertex))
-        return {from.cost(a.vertex, b.vertex), Way::inside, 0, 0};
-    } else if (a.node.group == b.node.group && from.domain_switch() != kNone &&
-               a.node.domain() == b.node.domain()) {
-      const std::size_t hub = from.domain_switch();
-      if (from.reaches(a.vertex, hub) && to.reaches(hub, b.vertex))
-        best.offer({from.cost(a.vertex, hub) + to.cost(hub, b.vertex), Way::domain, 0, 0});
-    }
-    if (fabric.leaf_count == 0 || (any && best.way != Way::none)) return best;
-    // Of equally good NICs, each device takes the one of its own number, so that the devices of a
-    // node spread over its NICs: the first offer wins a tie, and the search starts there.
-    const std::size_t first_p = from.own_nic(a.vertex);
-    const std::size_t first_q = to.own_nic(b.vertex);
-    for (std::size_t i = 0; i < from.nics().size(); ++i) {
-      const std::size_t p = (first_p + i) % from.nics().size();
-      if (!from.reaches(a.vertex, from.nics()[p]) || failed(a.node, from.link_out(p))) continue;
-      const PathCost out =
-          from.cost(a.vertex, from.nics()[p]) + from.links()[from.link_out(p)].cost();
-      if (best.cost < out) continue;
-      const std::size_t leaf_a = fabric.leaf_of(a.node.index, p);
-      for (std::size_t j = 0; j < to.nics().size(); ++j) {
-        const std::size_t q = (first_q + j) % to.nics().size();
-        if (!to.reaches(to.nics()[q], b.vertex) || failed(b.node, to.link_in(q))) continue;
-        const PathCost between = fabric.path_cost(leaf_a, fabric.leaf_of(b.node.index, q));
-        if (between.links == kNoPath) continue;
-        best.offer(
-            {out + between + to.links()[to.link_in(q)].cost() + to.cost(to.nics()[q], b.vertex),
-             Way::fabric, p, q});
-        if (any) return best;
-      }
-    }
-    return best;
-  }
-
-  std::string vertex_name(std::size_t vertex) const {
-    if (vertex < node_vertices) {
-      const Group& group = groups[group_at(groups, &Group::first_vertex, vertex)];
-      const std::size_t rest = vertex - group.first_vertex;
-      return fmt::format("node{}.{}", group.first_node + rest / group.node.vertex_count(),
-                         group.node.spec().vertices[rest % group.node.vertex_count()].name);
-    }
-    if (vertex < first_fabric_vertex()) return fmt::format("domain{}", vertex - node_vertices);
-    return fabric.switch_name(vertex - first_fabric_vertex());
-  }
-};
 
 Topology::Topology(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
@@ -439,7 +132,10 @@ Topology Topology::in_state(ClusterState state) const {
     const std::size_t node = node_of_vertex(as_built(link).from) < node_count()
                                  ? node_of_vertex(as_built(link).from)
                                  : node_of_vertex(as_built(link).to);
-    if (node >= node_count()) continue;
+    if (node >= node_count()) {
+      changed.check_around(link);
+      continue;
+    }
     const DeviceId here = first_device(node), there = first_device(node == 0 ? 1 : 0);
     for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
       if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, changed.state_.get()).way ==
@@ -450,6 +146,38 @@ Topology Topology::in_state(ClusterState state) const {
     }
   }
   return changed;
+}
+
+/// A link between switches has failed: is there another way for every pair that may have used it?
+void Topology::check_around(LinkId link) const {
+  const SwitchTree* tree = impl_->fabric.tree();
+  if (tree == nullptr)
+    throw InputError("link " + link_name(link),
+                     "routes of a torus or a dragonfly don't go around a failed link; --degrade "
+                     "makes it slow");
+  const std::size_t leaf = (link.index() - impl_->node_links) / 2 / tree->tops();
+  const std::size_t unit = leaf / tree->leaves_per_unit, per_leaf = tree->nodes_per_leaf;
+  std::vector<std::size_t> others;
+  for (std::size_t node = 0; node < node_count(); node += per_leaf) {
+    others.push_back(node == unit * per_leaf ? node + 1 : node);
+    if (others.back() >= node_count()) others.pop_back();
+  }
+  for (std::size_t d = 0; d < device_count(unit * per_leaf); ++d) {
+    const DeviceId here{first_device(unit * per_leaf).index() + d};
+    for (const std::size_t node : others) {
+      for (std::size_t e = 0; e < device_count(node); ++e) {
+        const DeviceId there{first_device(node).index() + e};
+        for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
+          if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, state_.get()).way !=
+              Impl::Way::none)
+            continue;
+          throw InputError("link " + link_name(link),
+                           fmt::format("without it {} cannot reach {}", vertex_name(vertex_of(a)),
+                                       vertex_name(vertex_of(b))));
+        }
+      }
+    }
+  }
 }
 
 std::size_t Topology::local_index(DeviceId device) const {
@@ -554,7 +282,33 @@ std::size_t Topology::nic_count(std::size_t node) const {
 }
 std::size_t Topology::domain_of(std::size_t node) const { return impl_->node_at(node).domain(); }
 std::size_t Topology::unit_of(std::size_t node) const {
-  return impl_->fabric.leaf_count == 0 ? 0 : node / impl_->fabric.nodes_per_leaf;
+  const SwitchTree* tree = impl_->fabric.tree();
+  return tree == nullptr || !impl_->fabric.joins() ? 0 : node / tree->nodes_per_leaf;
+}
+std::uint64_t Topology::offset_of(std::size_t node, std::size_t origin) const {
+  return mix(static_cast<std::uint64_t>(impl_->node_at(node).group - impl_->groups.data()),
+             impl_->fabric.offset_of(node, origin));
+}
+std::size_t Topology::spines() const {
+  const SwitchTree* tree = impl_->fabric.tree();
+  return tree == nullptr || !tree->core ? 0 : tree->spines;
+}
+SpineRouting Topology::routing() const {
+  const SwitchTree* tree = impl_->fabric.tree();
+  return tree == nullptr ? SpineRouting{} : tree->routing;
+}
+
+Topology Topology::with_routing(SpineRouting routing, const std::string& place) const {
+  PARTITA_ASSERT(state_ == nullptr, "links have other numbers afterwards: routing comes first");
+  auto impl = std::make_shared<Impl>(*impl_);
+  auto* tree = std::get_if<SwitchTree>(&impl->fabric.kind);
+  if (routing.ecmp && (tree == nullptr || tree->spines < 2))
+    throw InputError(place, fmt::format("the fabric of {} has no spines to choose from; ecmp needs "
+                                        "kind: rails or fat tree with spines: 2 or more",
+                                        name()));
+  if (tree != nullptr) tree->routing = routing;
+  impl->check_numbers();
+  return Topology(std::move(impl));
 }
 
 std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
@@ -579,10 +333,16 @@ std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
     case Impl::Way::fabric: {
       const std::size_t p = choice.out_nic;
       const std::size_t q = choice.in_nic;
-      here.append_path(from.vertex, here.nics()[p], from.node.first_link(), out);
+      std::size_t sender = from.vertex;
+      if (choice.relay != kNone) {
+        here.append_path(sender, choice.relay, from.node.first_link(), out);
+        sender = choice.relay;
+      }
+      here.append_path(sender, here.nics()[p], from.node.first_link(), out);
       out.emplace_back(from.node.first_link() + here.link_out(p));
-      impl_->fabric.append_path(impl_->fabric.leaf_of(from.node.index, p),
-                                impl_->fabric.leaf_of(to.node.index, q), impl_->node_links, out);
+      Crossing crossing = impl_->crossing_of(from, to, state_.get());
+      crossing.out = p, crossing.in = q;
+      impl_->fabric.append_path(crossing, out);
       out.emplace_back(to.node.first_link() + there.link_in(q));
       there.append_path(there.nics()[q], to.vertex, to.node.first_link(), out);
       break;
@@ -631,7 +391,7 @@ Link Topology::as_built(LinkId link) const {
   const auto global = [&](std::size_t vertex) {
     std::size_t found = node.first_vertex() + vertex;
     if (vertex == kNone)
-      found = impl_->first_fabric_vertex() + impl_->fabric.leaf_of(node.index, local.nic);
+      found = impl_->first_fabric_vertex() + impl_->fabric.switch_of(node.index, local.nic);
     else if (vertex == group.node.domain_switch())
       found = impl_->domain_vertex(node);
     return static_cast<std::int32_t>(found);
@@ -681,7 +441,8 @@ const std::vector<std::pair<std::string, std::string>>& Topology::sources() cons
 }
 
 std::size_t Topology::stored_vertices() const {
-  std::size_t total = impl_->fabric.uplink.size();
+  const SwitchTree* tree = impl_->fabric.tree();
+  std::size_t total = tree == nullptr ? 0 : tree->uplink.size();
   for (const auto& group : impl_->groups)
     total += group.node.vertex_count() + group.node.links().size() + group.node.path_count();
   return total;
@@ -728,44 +489,88 @@ BytesPerSecond ports_below(const std::vector<Group>& groups, const SwitchTree& t
   return static_cast<double>(tree.nodes_per_leaf) * widest;
 }
 
-SwitchTree build_fabric(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
-                        const std::string& place) {
+SwitchTree tree_of(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
+                   std::size_t most_nics) {
+  SwitchTree tree;
+  const auto above = [&](const Uplinks& up) {
+    tree.uplink_latency = up.latency;
+    tree.spines = static_cast<std::size_t>(up.spines);
+    tree.routing = up.routing;
+    for (std::size_t leaf = 0; leaf < tree.leaves_per_unit; ++leaf)
+      tree.uplink.push_back(up.rate ? *up.rate
+                                    : (1 / up.oversubscription) * ports_below(groups, tree, leaf));
+  };
+  if (const auto* fat = std::get_if<FatTree>(&spec)) {
+    tree.nodes_per_leaf = static_cast<std::size_t>(fat->nodes_per_leaf);
+    tree.core = true;
+    above(fat->uplinks);
+  } else if (const auto* rails = std::get_if<Rails>(&spec)) {
+    tree.nodes_per_leaf =
+        rails->nodes_per_leaf == 0 ? nodes : static_cast<std::size_t>(rails->nodes_per_leaf);
+    tree.leaves_per_unit = most_nics;
+    tree.core = rails->spine;
+    if (tree.core) above(rails->uplinks);
+  } else {
+    tree.nodes_per_leaf = nodes;
+  }
+  tree.leaf_count = (nodes + tree.nodes_per_leaf - 1) / tree.nodes_per_leaf * tree.leaves_per_unit;
+  tree.core = tree.core && tree.leaf_count > 1;
+  return tree;
+}
+
+Torus torus_of(const TorusSpec& spec, const std::vector<Group>& groups, std::size_t nodes) {
+  Torus torus;
+  for (const std::int64_t side : spec.size) torus.sides.push_back(static_cast<std::size_t>(side));
+  torus.bandwidth = spec.bandwidth;
+  torus.latency = spec.latency;
+  torus.by_direction = spec.by_direction;
+  if (torus.nodes() != nodes)
+    throw InputError(spec.place,
+                     fmt::format("a torus of {} has {} nodes, {} are described; every place needs "
+                                 "one: change size, or the nodes' count",
+                                 fmt::join(spec.size, " x "), torus.nodes(), nodes));
+  for (const Group& group : groups) {
+    if (!spec.by_direction || group.node.nics().size() == 2 * spec.size.size()) continue;
+    throw InputError(group.node.spec().place,
+                     fmt::format("nics: direction needs {} NICs on a node, two for each dimension "
+                                 "of the torus; this one has {}",
+                                 2 * spec.size.size(), group.node.nics().size()));
+  }
+  return torus;
+}
+
+Dragonfly dragonfly_of(const DragonflySpec& spec, std::size_t nodes) {
+  Dragonfly fly;
+  fly.groups = static_cast<std::size_t>(spec.groups);
+  fly.routers = static_cast<std::size_t>(spec.routers);
+  fly.nodes_per_router = static_cast<std::size_t>(spec.nodes_per_router);
+  fly.global_links = static_cast<std::size_t>(spec.global_links);
+  fly.local_bandwidth = spec.local_bandwidth;
+  fly.global_bandwidth = spec.global_bandwidth;
+  fly.local_latency = spec.local_latency;
+  fly.global_latency = spec.global_latency;
+  if (const std::size_t places = fly.switch_count() * fly.nodes_per_router; nodes > places)
+    throw InputError(
+        spec.place,
+        fmt::format("{} groups of {} routers with {} nodes each have room for {} nodes; {} are "
+                    "described: change groups, or the nodes' count",
+                    spec.groups, spec.routers, spec.nodes_per_router, places, nodes));
+  return fly;
+}
+
+Fabric build_fabric(const FabricSpec& spec, const std::vector<Group>& groups, std::size_t nodes,
+                    const std::string& place) {
   std::size_t most_nics = 0;
   for (const auto& group : groups) most_nics = std::max(most_nics, group.node.nics().size());
-  SwitchTree tree;
-  if (std::holds_alternative<NoFabric>(spec)) return tree;
+  if (std::holds_alternative<NoFabric>(spec)) return {};
   if (most_nics == 0) {
-    if (nodes == 1) return tree;
+    if (nodes == 1) return {};
     throw InputError(place,
                      "a fabric joins NICs, and no node has one; add vertices with kind: nic");
   }
-  double oversubscription = 1;
-  std::optional<BytesPerSecond> uplink;
-  bool core = true;
-  if (std::holds_alternative<SingleSwitch>(spec)) {
-    tree.nodes_per_leaf = nodes;
-  } else if (const auto* fat = std::get_if<FatTree>(&spec)) {
-    tree.nodes_per_leaf = static_cast<std::size_t>(fat->nodes_per_leaf);
-    oversubscription = fat->oversubscription;
-    uplink = fat->uplink;
-    tree.uplink_latency = fat->uplink_latency;
-  } else {
-    const auto& rails = std::get<Rails>(spec);
-    tree.nodes_per_leaf =
-        rails.nodes_per_leaf == 0 ? nodes : static_cast<std::size_t>(rails.nodes_per_leaf);
-    tree.leaves_per_unit = most_nics;
-    oversubscription = rails.oversubscription;
-    uplink = rails.uplink;
-    tree.uplink_latency = rails.uplink_latency;
-    core = rails.spine;
-  }
-  tree.leaf_count = (nodes + tree.nodes_per_leaf - 1) / tree.nodes_per_leaf * tree.leaves_per_unit;
-  tree.core = core && tree.leaf_count > 1;
-  if (!tree.core) return tree;
-  for (std::size_t leaf = 0; leaf < tree.leaves_per_unit; ++leaf)
-    tree.uplink.push_back(uplink ? *uplink
-                                 : (1 / oversubscription) * ports_below(groups, tree, leaf));
-  return tree;
+  if (const auto* torus = std::get_if<TorusSpec>(&spec)) return {torus_of(*torus, groups, nodes)};
+  if (const auto* fly = std::get_if<DragonflySpec>(&spec)) return {dragonfly_of(*fly, nodes)};
+  return {tree_of(spec, groups, nodes, most_nics)};
 }
 
 /// Devices of the first, second and last nodes of the groups, one of each part of a node that is
@@ -829,12 +634,8 @@ Topology build_topology(ClusterSpec spec) {
     impl->groups.push_back(std::move(group));
   }
   impl->fabric = build_fabric(spec.fabric, impl->groups, impl->nodes, spec.place);
-  constexpr auto most = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
-  const std::size_t links = impl->node_links + impl->fabric.link_count();
-  if (links > most || impl->vertex_count() > most)
-    throw InputError(spec.place, fmt::format("{} links in {} nodes are more than {} can number; "
-                                             "describe fewer nodes",
-                                             links, impl->nodes, most));
+  if (const auto* rails = std::get_if<Rails>(&spec.fabric)) impl->pxn = rails->pxn;
+  impl->check_numbers();
   impl->used_devices = spec.used_devices == 0 ? impl->devices : spec.used_devices;
   Topology topology(impl);
   check_connected(topology, *impl);

@@ -47,6 +47,14 @@ struct ClusterState {
   std::vector<std::int32_t> placement;          ///< device of rank r; empty: r
 };
 
+/// How traffic spreads over the spines of a switch tree: evenly, byte by byte, or each pair of
+/// devices on one: number mix(mix(mix(seed, from), to), 0) modulo their number (base/hash.h;
+/// devices by their numbers in the cluster), of those alone that no failed link cuts off.
+struct SpineRouting {
+  bool ecmp = false;
+  std::uint64_t seed = 0;
+};
+
 /// Immutable; copies share their storage; safe to read from any number of threads.
 class Topology {
  public:
@@ -76,11 +84,28 @@ class Topology {
   std::size_t domain_of(std::size_t node) const;
   /// Nodes of one unit hang on the same leaf switches; 0 where there is one unit only.
   std::size_t unit_of(std::size_t node) const;
+  /// Where `node` lies as seen from `origin`: groups of nodes that agree in this for all members,
+  /// and in domains and units, route alike.
+  std::uint64_t offset_of(std::size_t node, std::size_t origin) const;
+  /// Spines above the leaves, whether sprayed over or chosen by hash; 0 where there are none.
+  std::size_t spines() const;
+  SpineRouting routing() const;
+  /// The same cluster as built, with this routing. InputError{place} where there are no spines to
+  /// choose from.
+  Topology with_routing(SpineRouting routing, const std::string& place) const;
 
   /// Links of the best path, in order; empty if a == b. Best: fewest links, then the larger
   /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between
   /// devices of one node stays inside it if it can; no route passes through a third node.
   std::vector<LinkId> route(DeviceId a, DeviceId b) const;
+  /// How many of the routes between all ordered pairs of `devices`, each named once, cross each
+  /// link; the latency of the longest. What enumerating route() gives; where one vertex stands for
+  /// the spines, equal nodes are counted together, not pair by pair.
+  struct PairLoads {
+    std::vector<std::pair<LinkId, std::int64_t>> links;  ///< ascending
+    Seconds latency;
+  };
+  PairLoads all_pairs(const std::vector<DeviceId>& devices) const;
   Link link(LinkId link) const;
   std::size_t link_count() const;
   /// Links of `device`'s node that start or end at it.
@@ -122,6 +147,7 @@ class Topology {
  private:
   DeviceId physical(DeviceId device) const;
   Link as_built(LinkId link) const;
+  void check_around(LinkId link) const;
   std::shared_ptr<const Impl> impl_;
   std::shared_ptr<const ClusterState> state_;
 };

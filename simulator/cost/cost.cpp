@@ -357,27 +357,38 @@ int Communication::measured_at_work(const std::string& kind, int ranks) const {
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
   std::uint64_t h = ranks.size();
+  if (ranks.empty()) return h;
   if (!t.state().link_speed.empty()) {
     // No two groups need have equal links.
     for (const std::int64_t r : ranks) h = mix(h, static_cast<std::uint64_t>(r));
     return h;
   }
-  std::size_t last_node = t.node_count(), last_domain = t.node_count(), last_unit = t.node_count();
-  std::uint64_t node_number = 0, domain_number = 0, unit_number = 0;
+  // Numbers in the order of first appearance: nodes by themselves, domains, units.
+  struct Numbers {
+    std::size_t last = SIZE_MAX;
+    std::uint64_t count = 0, now = 0;
+    std::unordered_map<std::size_t, std::uint64_t> known;
+    void see(std::size_t x) {
+      if (x == last) return;
+      last = x;
+      const auto [it, fresh] = known.try_emplace(x, count + 1);
+      count += fresh;
+      now = it->second;
+    }
+  } nodes, domains, units;
+  const std::size_t origin = t.node_of(DeviceId{static_cast<std::size_t>(ranks[0])});
   for (const std::int64_t r : ranks) {
     const DeviceId d{static_cast<std::size_t>(r)};
     const std::size_t node = t.node_of(d);
-    if (node != last_node) {
-      ++node_number;
-      if (const std::size_t domain = t.domain_of(node); domain != last_domain)
-        ++domain_number, last_domain = domain;
-      if (const std::size_t unit = t.unit_of(node); unit != last_unit)
-        ++unit_number, last_unit = unit;
+    if (node != nodes.last) {
+      nodes.see(node);
+      domains.see(t.domain_of(node));
+      units.see(t.unit_of(node));
+      h = mix(h, t.offset_of(node, origin));
     }
-    last_node = node;
     const auto local = static_cast<std::uint64_t>(t.local_index(d));
-    h = mix(mix(h, unit_number),
-            node_number << 40 | domain_number << 20 | local << 4 | t.profile_index(d));
+    h = mix(mix(h, units.now),
+            nodes.now << 40 | domains.now << 20 | local << 4 | t.profile_index(d));
   }
   return h;
 }
@@ -421,16 +432,15 @@ Communication::Ring alone(const Topology& t, const Communication::LinkFlows& all
 Communication::LinkFlows Communication::collective_links(
     bool exchanges, const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
-  Flows flows(t);
   if (exchanges) {
     // Every pair at once: the busiest link decides.
-    for (const std::int64_t a : ranks) {
-      for (const std::int64_t b : ranks) {
-        if (a != b) flows.add(a, b);
-      }
-    }
-    return flows.sorted(1.0 / static_cast<double>(std::max<std::size_t>(1, ranks.size() - 1)));
+    std::vector<DeviceId> devices;
+    for (const std::int64_t r : ranks) devices.emplace_back(static_cast<std::size_t>(r));
+    auto loads = t.all_pairs(devices);
+    return {1.0 / static_cast<double>(std::max<std::size_t>(1, ranks.size() - 1)),
+            std::move(loads.links), loads.latency};
   }
+  Flows flows(t);
   // Members by node; as many rings as the node with fewest members has, each leaving a node from
   // another device, so that all network cards are used.
   std::vector<std::vector<std::int64_t>> nodes;
@@ -487,6 +497,11 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   };
   add(ring(ranks));
   if (exchanges) add(exchange(ranks));
+  // A ring of two is as slow as its slower direction; a message has one of them.
+  if (ranks.size() == 2 && !state_->topology.state().link_speed.empty()) {
+    add(alone(state_->topology, message_links(ranks[0], ranks[1])));
+    add(alone(state_->topology, message_links(ranks[1], ranks[0])));
+  }
   return h;
 }
 

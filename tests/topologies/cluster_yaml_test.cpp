@@ -132,9 +132,9 @@ TEST(ClusterYaml, BadClustersSayWhatIsWrong) {
                                               HasSubstr("did you mean 'a100-pcie-40gb'?"))));
   EXPECT_THAT(parsing(with("fabric: {kind: single switch}", "")),
               ThrowsMessage<InputError>(HasSubstr("no route joins node0.gpu0 and node1.gpu0")));
-  EXPECT_THAT(
-      parsing(with("single switch", "dragonfly")),
-      ThrowsMessage<InputError>(HasSubstr("use one of none, single switch, rails, fat tree")));
+  EXPECT_THAT(parsing(with("single switch", "hypercube")),
+              ThrowsMessage<InputError>(
+                  HasSubstr("use one of none, single switch, rails, fat tree, torus, dragonfly")));
   EXPECT_THAT(parsing(with("source: measured\n", "")),
               ThrowsMessage<InputError>(HasSubstr("every hardware figure needs a source")));
   EXPECT_THAT(parsing(with("bandwidth: 100 Gb/s", "bandwidth: 100")),

@@ -2,6 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <numeric>
 #include <random>
 
 #include "base/error.h"
@@ -121,6 +125,79 @@ TEST(Route, OfEqualNodesEqualsTheSearchWithEveryNodeAllowed) {
       return flat.best(a, b, [](std::int32_t) { return true; });
     });
     if (HasFatalFailure()) return;
+  }
+}
+
+std::string with_pxn(std::string text) {
+  const auto at = text.find("{kind: rails,");
+  return at == std::string::npos ? text : text.insert(at + 13, " pxn: true,");
+}
+
+// Counting equal nodes together is counting pair by pair.
+TEST(Route, AllPairsAreWhatEnumerationGives) {
+  Random random(20261127);
+  int large = 0;
+  for (int i = 0; i < 300; ++i) {
+    std::string text = random_cluster(random, 1 + random.below(3), true);
+    if (random.chance(50)) text = with_pxn(text);
+    SCOPED_TRACE(text);
+    Topology topology = parse_topology(text, "random.yaml");
+    ClusterState state;
+    if (random.chance(30)) {
+      state.link_speed[LinkId{random.below(topology.link_count())}] = 0.5;
+      state.link_speed[LinkId{random.below(topology.link_count())}] = random.chance(70) ? 0 : 0.25;
+      if (random.chance(50)) {
+        for (std::size_t d = topology.device_count(); d-- > 0;)
+          state.placement.push_back(static_cast<std::int32_t>(d));
+      }
+      try {
+        topology = topology.in_state(state);
+      } catch (const InputError&) {
+        continue;  // cut off
+      }
+    }
+    std::vector<DeviceId> devices;
+    const std::size_t keep = 20 + random.below(90);
+    for (std::size_t d = 0; d < topology.device_count(); ++d) {
+      if (random.chance(keep)) devices.emplace_back(d);
+    }
+    for (std::size_t d = devices.size(); d-- > 1;) std::swap(devices[d], devices[random.below(d)]);
+    std::map<LinkId, std::int64_t> count;
+    double latency = 0;
+    for (const DeviceId a : devices) {
+      for (const DeviceId b : devices) {
+        double sum = 0;
+        for (const LinkId l : topology.route(a, b)) {
+          ++count[l];
+          sum += topology.link(l).latency.count;
+        }
+        latency = std::max(latency, sum);
+      }
+    }
+    const auto got = topology.all_pairs(devices);
+    ASSERT_EQ(got.links,
+              (std::vector<std::pair<LinkId, std::int64_t>>(count.begin(), count.end())));
+    ASSERT_EQ(got.latency.count, latency);
+    large += devices.size() > 20;
+  }
+  EXPECT_GT(large, 60);
+}
+
+TEST(Route, AllPairsOfCatalogueClustersAreWhatEnumerationGives) {
+  for (const char* name : {"dgx-h100:40", "dgx-a100-80gb:23", "gb200-nvl72:40", "a100-pcie-8:5",
+                           "dgx1-v100:3", "dgx-h100:12 gpus"}) {
+    SCOPED_TRACE(name);
+    const Topology topology = load_topology(name);
+    std::vector<DeviceId> devices;
+    for (std::size_t d = 0; d < topology.used_devices(); d += 1 + d % 3) devices.emplace_back(d);
+    std::map<LinkId, std::int64_t> count;
+    for (const DeviceId a : devices) {
+      for (const DeviceId b : devices) {
+        for (const LinkId l : topology.route(a, b)) ++count[l];
+      }
+    }
+    EXPECT_EQ(topology.all_pairs(devices).links,
+              (std::vector<std::pair<LinkId, std::int64_t>>(count.begin(), count.end())));
   }
 }
 

@@ -1,0 +1,262 @@
+// Steps and collectives on tori, dragonflies and spines: folded as unfolded, spraying against
+// hashing, the pages' examples.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <numeric>
+#include <random>
+
+#include "base/hash.h"
+#include "simulator/engine/flows.h"
+#include "simulator/engine/links.h"
+#include "simulator/engine/simulate.h"
+#include "tests/simulator/networks.h"
+
+namespace partita {
+namespace {
+
+/// `nodes` nodes of `devices` devices on a switch, with `nics` cards of 10 GB/s.
+Topology with_fabric(int nodes, int devices, int nics, const std::string& fabric) {
+  return parse_topology(
+      fmt::format(R"(schema: partita.topology/1
+name: small
+source: test
+nodes:
+  - count: {}
+    host_memory_bandwidth: 200 GB/s
+    storage_bandwidth: 4 GB/s
+    vertices:
+      gpu[0-{}]: {{kind: device, device: h100-sxm}}
+      switch0: {{kind: nvswitch}}
+      nic[0-{}]: {{kind: nic, bandwidth: 10 GB/s, latency: 1 us}}
+    links:
+      - {{from: "gpu[0-{}]", to: switch0, kind: nvlink, bandwidth: 450 GB/s, latency: 0.5 us}}
+      - {{from: "gpu[0-{}]", to: "nic[0-{}]", kind: pcie, bandwidth: 63 GB/s, latency: 0.25 us}}
+fabric: {}
+)",
+                  nodes, devices - 1, nics - 1, devices - 1, devices - 1, nics - 1, fabric),
+      "small.yaml");
+}
+
+constexpr const char* kFly =
+    "{kind: dragonfly, groups: 3, routers_per_group: 2, nodes_per_router: 1, "
+    "global_links_per_router: 2, local_bandwidth: 8 GB/s, local_latency: 0.3 us, "
+    "global_bandwidth: 6 GB/s, global_latency: 1 us}";
+
+std::vector<Topology> fabrics() {
+  return {
+      with_fabric(6, 2, 1, "{kind: torus, size: [3, 2], bandwidth: 7 GB/s, latency: 0.5 us}"),
+      with_fabric(8, 2, 2, "{kind: torus, size: [2, 2, 2], bandwidth: 7 GB/s, latency: 0.5 us}"),
+      with_fabric(6, 2, 1, kFly),
+      with_fabric(6, 4, 2,
+                  "{kind: fat tree, nodes_per_leaf: 2, spines: 2, routing: ecmp, seed: 5, "
+                  "uplink_latency: 1 us}"),
+      with_fabric(6, 4, 4,
+                  "{kind: rails, nodes_per_leaf: 2, spines: 3, routing: ecmp, "
+                  "uplink_latency: 1 us, pxn: true}"),
+      with_fabric(6, 4, 4,
+                  "{kind: rails, nodes_per_leaf: 2, spines: 3, uplink_latency: 1 us, "
+                  "pxn: true}")};
+}
+
+TEST(Fabrics, StepsFoldToThePicosecond) {
+  std::mt19937 rng{20261127};
+  const std::vector<Topology> topologies = fabrics();
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
+  std::vector<int> feasible(topologies.size());
+  int folds = 0;
+  for (int i = 0; i < 1500; ++i) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    const std::size_t which = rng() % topologies.size();
+    Topology t = topologies[which];
+    if (rng() % 3 == 0) {
+      // One direction of a few links.
+      ClusterState state;
+      for (int k = 0; k < 3; ++k)
+        state.link_speed[LinkId{rng() % t.link_count()}] =
+            0.25 * static_cast<double>(1 + rng() % 3);
+      t = t.in_state(std::move(state));
+    }
+    const Plan wanted = random_plan(rng);
+    if (wanted.ranks() > static_cast<std::int64_t>(t.device_count())) continue;
+    const auto plan = complete(g, wanted);
+    if (!plan) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    SCOPED_TRACE(::testing::Message() << "case " << i << " on fabric " << which << "\n"
+                                      << to_yaml(*plan));
+    ++feasible[which];
+    for (const Network network : {Network::idle, Network::flows}) {
+      Communication communication(t);
+      SimulateOptions options;
+      options.network = network;
+      const Timeline folded = simulate(*program, communication, options);
+      options.unfolded = true;
+      // Prices of a group are not those that another group of its pattern left behind.
+      Communication fresh(t);
+      const Timeline unfolded = simulate(*program, fresh, options);
+      ASSERT_EQ(folded.step, unfolded.step);
+      folds += folded.classes.size() < unfolded.classes.size();
+    }
+  }
+  for (const int n : feasible) EXPECT_GE(n, 15);
+  EXPECT_GT(folds, 100);
+}
+
+// A pair is slow one way, another the other way: not two of one class.
+TEST(Fabrics, LinksThatAreSlowInOppositeDirectionsAreTwoKinds) {
+  const Topology built = with_fabric(4, 1, 1, "{kind: single switch}");
+  ClusterState state;
+  state.link_speed[built.find_link("node0.nic0->switch", "")] = 0.25;
+  state.link_speed[built.find_link("switch->node1.nic0", "")] = 0.25;
+  const Topology t = built.in_state(state);
+  Communication communication(t);
+  EXPECT_NE(communication.price_class({0, 2}, false), communication.price_class({1, 3}, false));
+  EXPECT_EQ(communication.price_class({2, 3}, false), communication.price_class({3, 2}, false));
+  Plan wanted = base_plan();
+  wanted.pp = 2;
+  wanted.dp = 2;
+  wanted.global_batch = 8;
+  const Program program = lowered(gpt(), wanted);
+  SimulateOptions options;
+  const Timeline folded = simulate(program, communication, options);
+  options.unfolded = true;
+  EXPECT_EQ(folded.step, simulate(program, communication, options).step);
+}
+
+/// Every group priced by itself, without what was cached for others.
+TEST(Fabrics, GroupsOfOnePatternCostTheSame) {
+  std::mt19937 rng{3};
+  auto topologies = fabrics();
+  for (const char* name : {"dgx-h100:34", "gb200-nvl72:20", "dgx-a100-80gb:22"})
+    topologies.push_back(load_topology(name));
+  // Equal devices behind unequal cards.
+  topologies.push_back(parse_topology(R"(schema: partita.topology/1
+name: two-kinds
+source: test
+nodes:
+  - count: 3
+    vertices:
+      gpu[0-1]: {kind: device, device: h100-sxm}
+      nic0: {kind: nic, bandwidth: 10 GB/s, latency: 1 us}
+    links: [{from: "gpu[0-1]", to: nic0, kind: pcie, bandwidth: 63 GB/s, latency: 1 us}]
+  - count: 3
+    vertices:
+      gpu[0-1]: {kind: device, device: h100-sxm}
+      nic0: {kind: nic, bandwidth: 20 GB/s, latency: 1 us}
+    links: [{from: "gpu[0-1]", to: nic0, kind: pcie, bandwidth: 63 GB/s, latency: 1 us}]
+fabric: {kind: single switch}
+)",
+                                      "two-kinds.yaml"));
+  for (const Topology& t : topologies) {
+    SCOPED_TRACE(t.name());
+    Communication shared(t);
+    const auto n = static_cast<std::int64_t>(t.device_count());
+    for (int k = 0; k < 150; ++k) {
+      const std::int64_t size = 2 + static_cast<std::int64_t>(rng() % 7);
+      const std::int64_t stride = 1 + static_cast<std::int64_t>(rng() % 5);
+      std::vector<std::int64_t> group;
+      const std::int64_t first = static_cast<std::int64_t>(rng()) % n;
+      for (std::int64_t m = 0; m < size && m * stride < n; ++m)
+        group.push_back((first + m * stride) % n);
+      if (rng() % 3 == 0) std::shuffle(group.begin(), group.end(), rng);
+      Communication own(t);
+      for (const CollectiveKind kind : {CollectiveKind::all_reduce, CollectiveKind::all_to_all})
+        ASSERT_EQ(shared.collective(kind, Bytes{1 << 20}, group).count,
+                  own.collective(kind, Bytes{1 << 20}, group).count)
+            << fmt::format("{}", fmt::join(group, " "));
+    }
+  }
+}
+
+// docs/sharing.md, "Spines".
+TEST(Fabrics, TwoFlowsOfOneHashShareASpine) {
+  const auto tree = [](const std::string& routing) {
+    return with_fabric(
+        4, 1, 1,
+        "{kind: fat tree, nodes_per_leaf: 2, spines: 2, uplink_latency: 1 us" + routing + "}");
+  };
+  const auto ends = [&](const Topology& t) {
+    Traffic traffic;
+    traffic.members = 4;
+    Rhythm shift;
+    shift.beats.emplace_back();
+    shift.beats[0].messages = {{0, 2, 0, 1, false}, {1, 3, 0, 1, false}};
+    return play(traffic_of(shift, Bytes{100'000'000}, {0, 1, 2, 3}, t)).end.count;
+  };
+  // 0.25 + 1 + 1 + 1 + 1 + 0.25 us of latency; 100 MB at 10 GB/s, or at 5.
+  EXPECT_EQ(ends(tree("")), 4'500'000 + 10'000'000'000);
+  std::map<std::int64_t, int> times;
+  for (std::uint64_t seed = 0; seed < 64; ++seed) {
+    const bool collide = mix(mix(mix(seed, 0), 2), 0) % 2 == mix(mix(mix(seed, 1), 3), 0) % 2;
+    const std::int64_t end = ends(tree(fmt::format(", routing: ecmp, seed: {}", seed)));
+    EXPECT_EQ(end, 4'500'000 + (collide ? 20'000'000'000 : 10'000'000'000)) << seed;
+    ++times[end];
+  }
+  EXPECT_EQ(times.size(), 2u);
+  EXPECT_EQ(ends(tree(", routing: ecmp, seed: 0")), 4'500'000 + 10'000'000'000);
+  EXPECT_EQ(ends(tree(", routing: ecmp, seed: 1")), 4'500'000 + 20'000'000'000);
+}
+
+/// All send at once, everyone as much and as far: a shift by `by` nodes, or to all others.
+TEST(Fabrics, SprayingIsNeverSlowerThanHashingSymmetricTraffic) {
+  std::mt19937 rng{4};
+  int slower = 0;
+  for (int k = 0; k < 120; ++k) {
+    const int leaves = 2 + static_cast<int>(rng() % 3), below = 1 + static_cast<int>(rng() % 4);
+    const int devices = 1 + static_cast<int>(rng() % 3), nodes = leaves * below;
+    const std::string text = fmt::format(
+        "{{kind: fat tree, nodes_per_leaf: {}, spines: {}, oversubscription: {}, "
+        "uplink_latency: 1 us}}",
+        below, 2 + rng() % 3, 1 + rng() % 2);
+    SCOPED_TRACE(text);
+    const Topology spray = with_fabric(nodes, devices, devices, text);
+    const Topology ecmp = spray.with_routing({true, rng()}, "");
+    const std::int32_t n = nodes * devices;
+    Rhythm rhythm;
+    rhythm.beats.emplace_back();
+    const bool all = rng() % 2 == 0;
+    // By whole leaves, so that every message climbs, or everyone to everyone.
+    const std::int32_t by = below * devices * (1 + static_cast<std::int32_t>(rng() % (leaves - 1)));
+    for (std::int32_t m = 0; m < n; ++m) {
+      for (std::int32_t to = 0; to < n; ++to) {
+        if (to != m && (all || to == (m + by) % n))
+          rhythm.beats[0].messages.push_back({m, to, 0, 1, false});
+      }
+    }
+    std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    const auto end = [&](const Topology& t) {
+      const Traffic traffic = traffic_of(rhythm, Bytes{10'000'000}, ranks, t);
+      const Played folded = play(traffic, {true}), unfolded = play(traffic, {false});
+      EXPECT_EQ(folded.end, unfolded.end);
+      return folded.end;
+    };
+    const Ticks even = end(spray), hashed = end(ecmp);
+    EXPECT_LE(even, hashed);
+    slower += even < hashed;
+  }
+  EXPECT_GT(slower, 40);
+}
+
+TEST(Fabrics, TheContendedResourceNamesItsSpine) {
+  const Topology t = with_fabric(
+      4, 1, 1,
+      "{kind: fat tree, nodes_per_leaf: 2, spines: 2, routing: ecmp, uplink_latency: 1 us}");
+  Communication communication(t);
+  const auto flows = communication.collective_links(true, {0, 1, 2, 3});
+  std::map<std::string, std::int64_t> count;
+  for (const auto& [link, n] : flows.flows) count[t.link_name(link)] = n;
+  std::map<std::string, std::int64_t> want;
+  for (std::uint64_t a = 0; a < 4; ++a) {
+    for (std::uint64_t b = 0; b < 4; ++b) {
+      if (a / 2 != b / 2)
+        ++want[fmt::format("leaf{}->spine{}", a / 2, mix(mix(mix(0, a), b), 0) % 2)];
+    }
+  }
+  for (const auto& [name, n] : want) EXPECT_EQ(count[name], n) << name;
+}
+
+}  // namespace
+}  // namespace partita
