@@ -87,8 +87,8 @@ Choice choose(const Communicator& c, Collective what, double bytes,
 /// Channels that a call of this size uses.
 int channels(const Communicator& c, Algorithm a, Protocol p, double bytes);
 
-/// Is this a group of NVIDIA GPUs, whose collectives are NCCL's?
-bool serves(const Topology& topology, const std::vector<std::int64_t>& ranks);
+/// Is this an NVIDIA GPU, whose collectives are NCCL's?
+bool serves(const DeviceProfile& device);
 /// Channels and their speeds as NCCL's search finds them for a group (docs/nccl.md says how far it
 /// is followed).
 Communicator communicator(const Topology& topology, const std::vector<std::int64_t>& ranks,

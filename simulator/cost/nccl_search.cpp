@@ -246,10 +246,9 @@ const std::vector<double>& speeds(int capability, bool between, Version version)
   return between ? kBetween : kInside;
 }
 
-bool serves(const Topology& t, const std::vector<std::int64_t>& ranks) {
-  return std::all_of(ranks.begin(), ranks.end(), [&](std::int64_t r) {
-    return t.device(DeviceId{static_cast<std::size_t>(r)}).compute_capability >= 60;
-  });
+bool serves(const DeviceProfile& device) {
+  constexpr int kPascal = 60;  // the oldest that NCCL's NVLink figures know
+  return device.compute_capability >= kPascal;
 }
 
 Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ranks,
