@@ -535,9 +535,12 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   if (state_->nccl && ranks.size() > 1) {
     const nccl::Communicator& c = group(ranks);
     h = mix(h, static_cast<std::uint64_t>(c.nodes));
-    for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us}) h = mix(h, bits_of(x));
+    for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us})
+      h = mix(h, bits_of(x));
     for (const auto& g : c.graphs) {
-      if (g) h = mix(mix(mix(h, static_cast<std::uint64_t>(g->channels)), bits_of(g->intra_GBps)), bits_of(g->inter_GBps));
+      if (g)
+        h = mix(mix(mix(h, static_cast<std::uint64_t>(g->channels)), bits_of(g->intra_GBps)),
+                bits_of(g->inter_GBps));
     }
   }
   return h;
@@ -697,10 +700,10 @@ Communication::Moving Communication::moving(CollectiveKind kind, Bytes bytes,
   const Ring& way = kind == CollectiveKind::all_to_all ? exchange(ranks) : ring(ranks);
   const double all = collective(kind, bytes, ranks).count;
   // What is not latency moves bytes; a measured time's latency is what its smallest payload takes.
-  const bool together = measured_together();
-  double fixed = together ? collective(kind, Bytes{1}, ranks).count : 0;
+  const bool measured = state_->nccl || measured_together();
+  double fixed = measured ? collective(kind, Bytes{1}, ranks).count : 0;
   const double wire = static_cast<double>(wire_count(kind, n, bytes).bytes.count);
-  if (!together) fixed = all - std::min(all, wire / way.bandwidth.count);
+  if (!measured) fixed = all - std::min(all, wire / way.bandwidth.count);
   const double time = std::max(0.0, all - fixed);
   return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count, wire / time) : 0}};
 }
@@ -710,7 +713,7 @@ Communication::Moving Communication::moving(Bytes bytes, std::int64_t from, std:
   const Ring way = alone(state_->topology, message_links(from, to));
   const double all = point_to_point(bytes, from, to).count;
   double time = static_cast<double>(bytes.count) / way.bandwidth.count;
-  if (measured_together())
+  if (state_->nccl || measured_together())
     time = all - std::min(all, point_to_point(Bytes{1}, from, to).count);
   time = std::min(time, all);
   return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count,

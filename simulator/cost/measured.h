@@ -32,9 +32,9 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
 /// number. 0: one group alone.
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
                                      int ranks, Bytes bytes, int at_work = 0);
-/// The same between GPUs, of the points of a group of just this many ranks on so many nodes (as NCCL
-/// counts them); they never fall as bytes grow: where points do, their mean logarithm counts. Beyond
-/// them `model`, in seconds, by what it is off at the end. Empty without such points.
+/// The same between GPUs, of the points of a group of just this many ranks on so many nodes (as
+/// NCCL counts them); they never fall as bytes grow: where points do, their mean logarithm counts.
+/// Beyond them `model`, in seconds, by what it is off at the end. Empty without such points.
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
                                      int ranks, int nodes, double bytes,
                                      const std::function<double(double)>& model);

@@ -68,7 +68,7 @@ double inside_us(const Communicator& c, Collective w, const Choice& x, const Pri
   if (x.algorithm == Algorithm::nvls) {
     const double move =
         w == Collective::all_reduce ? bytes / (1000 * nvls_bandwidth(c, k)) : at_plan;
-    return plan.latency_us + move + ramp_us(k.nvls_ramp, kFullNvls, bytes);
+    return plan.latency_us + move / k.efficiency + ramp_us(k.nvls_ramp, kFullNvls, bytes);
   }
   if (x.algorithm != Algorithm::ring)
     return plan.latency_us + at_plan + ramp_us(k.ring_ramp, kFullRing, wire);
@@ -80,7 +80,7 @@ double inside_us(const Communicator& c, Collective w, const Choice& x, const Pri
     bus *= k.pcie;
   const double latency = std::min(
       plan.latency_us, k.simple_latency_us * std::max(1.0, static_cast<double>(c.ranks) / 8));
-  return latency + wire / (1000 * bus) + ramp_us(k.ring_ramp, kFullRing, wire);
+  return latency + wire / (1000 * bus * k.efficiency) + ramp_us(k.ring_ramp, kFullRing, wire);
 }
 
 double between_us(const Communicator& c, Collective w, const Choice& x, const Price& plan,

@@ -24,7 +24,8 @@ struct Constants {
   double network_ramp = 25, network_ring_ramp = 5;
   double exchange = .925;  ///< of NVLink, all-to-all and send
   double exchange_ramp = 6;
-  double peer_us = 3;  ///< of an all-to-all, for each peer
+  double peer_us = 3;     ///< of an all-to-all, for each peer
+  double efficiency = 1;  ///< of the bandwidths inside a node, in Simple
 };
 
 /// Time of a pair that was chosen. Grows with the bytes.
