@@ -384,6 +384,8 @@ Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
 void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_cast<int>(ranks); }
 
+bool Communication::uses_nccl() const { return state_->nccl; }
+
 bool Communication::measured_together() const {
   return !state_->nccl && !state_->topology.collectives().empty();
 }
