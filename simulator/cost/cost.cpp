@@ -334,12 +334,6 @@ Bytes key_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
 
 namespace {
 
-/// A group of GPUs as NCCL sees it, and the collectives that were priced on it.
-struct NcclGroup {
-  nccl::Communicator communicator;
-  std::map<nccl::Collective, nccl::Times> times;
-};
-
 std::optional<nccl::Collective> nccl_collective(CollectiveKind kind) {
   switch (kind) {
     case CollectiveKind::all_reduce:
@@ -364,10 +358,15 @@ std::optional<nccl::Collective> nccl_collective(CollectiveKind kind) {
 
 }  // namespace
 
+struct Communication::Group {
+  nccl::Communicator communicator;
+  std::map<nccl::Collective, nccl::Times> times;
+};
+
 struct Communication::State {
   Topology topology;
   bool nccl = false;  ///< all devices are GPUs
-  std::unordered_map<std::uint64_t, NcclGroup> groups;
+  std::unordered_map<std::uint64_t, Group> groups;
   std::unordered_map<std::uint64_t, Ring> rings;
   std::unordered_map<std::uint64_t, Ring> exchanges;
   std::unordered_map<std::size_t, Ring> host_links;  ///< by profile
@@ -535,7 +534,7 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   add(ring(ranks));
   if (exchanges) add(exchange(ranks));
   if (state_->nccl && ranks.size() > 1) {
-    const nccl::Communicator& c = group(ranks);
+    const nccl::Communicator& c = group(ranks).communicator;
     h = mix(h, static_cast<std::uint64_t>(c.nodes));
     for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us})
       h = mix(h, bits_of(x));
@@ -548,15 +547,16 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   return h;
 }
 
-const nccl::Communicator& Communication::group(const std::vector<std::int64_t>& ranks) {
+Communication::Group& Communication::group(const std::vector<std::int64_t>& ranks) {
   const auto [it, is_new] = state_->groups.try_emplace(pattern(ranks));
   if (is_new) it->second.communicator = nccl::communicator(state_->topology, ranks);
-  return it->second.communicator;
+  return it->second;
 }
 
 Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
                                  const std::vector<std::int64_t>& ranks) {
-  const nccl::Communicator& c = group(ranks);
+  Group& g = group(ranks);
+  const nccl::Communicator& c = g.communicator;
   const auto what = nccl_collective(kind);
   const auto size = static_cast<double>(bytes.count);
   if (!what) {
@@ -565,7 +565,6 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
     return Seconds{1e-6 * nccl::exchange_us(c, w.steps, static_cast<double>(w.bytes.count),
                                             way.bandwidth.count * 1e-9)};
   }
-  NcclGroup& g = state_->groups.at(pattern(ranks));
   const auto times = g.times.try_emplace(*what, c, *what).first;
   const auto model = [&](double b) { return 1e-6 * times->second.time_us(b); };
   const Topology& t = state_->topology;
@@ -584,7 +583,7 @@ int Communication::channels(CollectiveKind kind, Bytes bytes,
                             const std::vector<std::int64_t>& ranks) {
   const auto what = nccl_collective(kind);
   if (!state_->nccl || !what || ranks.size() < 2) return 0;
-  return nccl::choose(group(ranks), *what, static_cast<double>(bytes.count)).channels;
+  return nccl::choose(group(ranks).communicator, *what, static_cast<double>(bytes.count)).channels;
 }
 
 Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
@@ -687,7 +686,8 @@ Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64
   }
   const Ring way = alone(state_->topology, message_links(from, to));
   if (state_->nccl)
-    return Seconds{1e-6 * nccl::exchange_us(group({from, to}), 0, static_cast<double>(bytes.count),
+    return Seconds{1e-6 * nccl::exchange_us(group({from, to}).communicator, 0,
+                                            static_cast<double>(bytes.count),
                                             way.bandwidth.count * 1e-9)};
   const double launch =
       state_->topology.device(DeviceId{static_cast<std::size_t>(from)}).kernel_latency.count;

@@ -18,10 +18,6 @@
 
 namespace partita {
 
-namespace nccl {
-struct Communicator;
-}
-
 /// Work and traffic of one compute instruction on one rank.
 struct Work {
   Flops flops;
@@ -141,7 +137,9 @@ class Communication {
   /// alike.
   std::uint64_t pattern(const std::vector<std::int64_t>& ranks) const;
   const Ring& exchange(const std::vector<std::int64_t>& ranks);
-  const nccl::Communicator& group(const std::vector<std::int64_t>& ranks);
+  /// Ranks as NCCL sees them, and their collectives that were priced.
+  struct Group;
+  Group& group(const std::vector<std::int64_t>& ranks);
   Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   std::unique_ptr<State> state_;
 };

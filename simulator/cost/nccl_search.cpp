@@ -206,7 +206,7 @@ Node look(const Topology& t, const std::vector<std::int64_t>& ranks, std::int64_
     double way = 0;
     for (const std::int64_t r : ranks) {
       double least = INFINITY, latency = 0;
-      bool over_cpu = false;
+      bool over_cpu = false, c2c = false;
       for (const LinkId id : t.route(device(r), device(elsewhere))) {
         const Link l = t.link(id);
         if (l.kind == LinkKind::network) {
@@ -217,8 +217,10 @@ Node look(const Topology& t, const std::vector<std::int64_t>& ranks, std::int64_
             way = std::max(way, card);
           }
         } else if (latency == 0) {
-          if (t.vertex_kind(l.from) == VertexKind::cpu && l.kind == LinkKind::pcie &&
-              !(t.vertex_kind(l.to) == VertexKind::nic && capability >= 90 && least > 100))
+          // PHB or SYS; over C2C it is P2C, which Hopper's and later rules allow.
+          c2c = c2c || l.kind == LinkKind::c2c;
+          if (l.kind == LinkKind::cpu_interconnect ||
+              (t.vertex_kind(l.from) == VertexKind::cpu && !(c2c && capability >= 90)))
             over_cpu = true;
           least = std::min(least, rate(id));
         }
