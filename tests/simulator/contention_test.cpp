@@ -277,7 +277,7 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
 /// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead
 /// that 40 slow launches after them bind nothing: after two they do.
 TEST(Host, GetsAheadCallByCall) {
-  const Topology t = parse_topology(kShared, "shared.yaml");
+  const Topology t = without_nccl(kShared);
   const auto step = [&](int calls, double transfer) {
     Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
     p.launches.kernel = Seconds{1e-6};
