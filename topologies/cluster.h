@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -12,6 +13,8 @@
 #include "topologies/topology.h"
 
 namespace partita {
+
+class YamlNode;
 
 struct VertexSpec {
   std::string name;
@@ -114,6 +117,12 @@ ClusterSpec read_nccl_xml(const std::string& text, const std::string& file,
                           const std::string& device);
 ClusterSpec read_nvidia_smi(const std::string& text, const std::string& file,
                             const std::string& device);
+
+/// The `collectives` of a cluster or device file: points {ranks, bytes, time} or curves {ranks,
+/// times: {64 KiB: 19 us, ...}}, each with `nodes`, `at_work`, `spread` and `source` where it has
+/// them. A source of its own goes into `sources` by its place.
+CollectiveTable read_collectives(const YamlNode& table, const std::string& source,
+                                 std::map<std::string, std::string>& sources);
 
 /// Names of the .yaml files of a data folder, sorted, without the ending.
 std::vector<std::string> data_names(const std::string& folder);

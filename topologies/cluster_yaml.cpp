@@ -115,21 +115,9 @@ class Reader {
     const YamlNode groups = root_.get("nodes");
     for (const auto& node : groups.items()) read_group(node, own_source(node, source));
     if (const auto table = root_.find("collectives")) {
-      for (const auto& [kind, list] : table->members()) {
-        for (const YamlNode& y : list.items()) {
-          CollectivePoint p;
-          if (const auto n = y.find("at_work"))
-            p.at_work = static_cast<int>(n->as_int(1, 1'000'000));
-          p.ranks = static_cast<int>(y.get("ranks").as_int(1, 1'000'000));
-          p.bytes = y.get("bytes").as_bytes();
-          p.time = y.get("time").as_seconds();
-          if (const auto n = y.find("spread")) p.spread = n->as_double();
-          y.reject_unknown_keys();
-          if (!(p.time.count > 0))
-            throw InputError(y.place(), "a measured collective has a time above 0");
-          spec_.collectives[kind].push_back(p);
-        }
-      }
+      std::map<std::string, std::string> cited;
+      spec_.collectives = read_collectives(*table, source, cited);
+      for (auto& entry : cited) spec_.sources.push_back(std::move(entry));
     }
     if (const auto fabric = root_.find("fabric")) read_fabric(*fabric, own_source(*fabric, source));
     root_.reject_unknown_keys();

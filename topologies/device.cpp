@@ -42,6 +42,8 @@ class FigureReader {
     return value;
   }
 
+  const std::string& file_source() const { return file_source_; }
+
  private:
   std::map<std::string, std::string>& sources_;
   std::string file_source_;
@@ -128,6 +130,8 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
       }
     }
   }
+  if (const auto table = root.find("collectives"))
+    device.collectives = read_collectives(*table, figure.file_source(), device.sources);
   const YamlNode rates = root.get("matrix_rates");
   for (const auto& [key, node] : rates.members()) {
     const ElementType type = parse_element_type(key, node.place());

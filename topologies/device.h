@@ -43,6 +43,7 @@ struct DeviceProfile {
   double overlap = 0;
   Seconds dispatch;     ///< Host time between two instructions of a rank.
   KernelTable kernels;  ///< Measured; empty for a device known by its data sheet only.
+  CollectiveTable collectives;  ///< Measured by neighbouring devices of one node.
   std::map<std::string, std::string> sources;
 
   /// Throws InputError that lists the types the device has.

@@ -31,9 +31,11 @@ struct CollectivePoint {
   /// On the host at once, in groups like this one: where they are more than cores, who is waited
   /// for may wait for a core. 0: `ranks`, one group.
   int at_work = 0;
+  /// Between GPUs: hosts, or NVLink domains, that they are on; 0: whatever it is.
+  int nodes = 0;
   int working() const { return at_work > 0 ? at_work : ranks; }
 };
-/// By kind: "all_reduce"; also "send" and "receive".
+/// By kind: "all_reduce"; of hosts also "send" and "receive".
 using CollectiveTable = std::map<std::string, std::vector<CollectivePoint>>;
 
 }  // namespace partita

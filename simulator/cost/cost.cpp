@@ -9,6 +9,7 @@
 
 #include "base/hash.h"
 #include "simulator/cost/measured.h"
+#include "simulator/cost/nccl_time.h"
 
 namespace partita {
 namespace {
@@ -331,8 +332,41 @@ Bytes key_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
   return Bytes{features > 0 ? local_elements(p, i.reads[0], rank) / features * kKey : 0};
 }
 
+namespace {
+
+std::optional<nccl::Collective> nccl_collective(CollectiveKind kind) {
+  switch (kind) {
+    case CollectiveKind::all_reduce:
+      return nccl::Collective::all_reduce;
+    case CollectiveKind::all_gather:
+      return nccl::Collective::all_gather;
+    case CollectiveKind::reduce_scatter:
+      return nccl::Collective::reduce_scatter;
+    case CollectiveKind::broadcast:
+      return nccl::Collective::broadcast;
+    case CollectiveKind::reduce:
+      return nccl::Collective::reduce;
+    case CollectiveKind::all_to_all:
+    case CollectiveKind::shift:
+    case CollectiveKind::halo_exchange:
+    case CollectiveKind::scatter:
+    case CollectiveKind::gather:
+      return {};  // sends and receives
+  }
+  return {};
+}
+
+}  // namespace
+
+struct Communication::Group {
+  nccl::Communicator communicator;
+  std::map<nccl::Collective, nccl::Times> times;
+};
+
 struct Communication::State {
   Topology topology;
+  bool nccl = false;  ///< all devices are GPUs
+  std::unordered_map<std::uint64_t, Group> groups;
   std::unordered_map<std::uint64_t, Ring> rings;
   std::unordered_map<std::uint64_t, Ring> exchanges;
   std::unordered_map<std::size_t, Ring> host_links;  ///< by profile
@@ -340,17 +374,29 @@ struct Communication::State {
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), {}, {}, {}, 0}) {}
+    : state_(new State{std::move(topology), false, {}, {}, {}, {}, 0}) {
+  state_->nccl = true;
+  for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
+    state_->nccl = state_->nccl && nccl::serves(state_->topology.profile(i));
+}
 Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
 void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_cast<int>(ranks); }
 
+bool Communication::uses_nccl() const { return state_->nccl; }
+
+bool Communication::measured_together() const {
+  return !state_->nccl && !state_->topology.collectives().empty();
+}
+
 std::optional<Seconds> Communication::held(Bytes bytes, bool sender) const {
+  if (!measured_together()) return {};
   return measured_time(state_->topology.collectives(), sender ? "send_held" : "receive_held", 2,
                        bytes, state_->at_work);
 }
 
 int Communication::measured_at_work(const std::string& kind, int ranks) const {
+  if (!measured_together()) return 0;
   return partita::measured_at_work(state_->topology.collectives(), kind, ranks, state_->at_work);
 }
 
@@ -502,13 +548,64 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
     add(alone(state_->topology, message_links(ranks[0], ranks[1])));
     add(alone(state_->topology, message_links(ranks[1], ranks[0])));
   }
+  if (state_->nccl && ranks.size() > 1) {
+    const nccl::Communicator& c = group(ranks).communicator;
+    h = mix(h, static_cast<std::uint64_t>(c.nodes));
+    for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us})
+      h = mix(h, bits_of(x));
+    for (const auto& g : c.graphs) {
+      if (g)
+        h = mix(mix(mix(h, static_cast<std::uint64_t>(g->channels)), bits_of(g->intra_GBps)),
+                bits_of(g->inter_GBps));
+    }
+  }
   return h;
+}
+
+Communication::Group& Communication::group(const std::vector<std::int64_t>& ranks) {
+  const auto [it, is_new] = state_->groups.try_emplace(pattern(ranks));
+  if (is_new) it->second.communicator = nccl::communicator(state_->topology, ranks);
+  return it->second;
+}
+
+Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
+                                 const std::vector<std::int64_t>& ranks) {
+  Group& g = group(ranks);
+  const nccl::Communicator& c = g.communicator;
+  const auto what = nccl_collective(kind);
+  const auto size = static_cast<double>(bytes.count);
+  if (!what) {
+    const auto w = wire_count(kind, c.ranks, bytes);
+    const Ring& way = kind == CollectiveKind::all_to_all ? exchange(ranks) : ring(ranks);
+    return Seconds{1e-6 * nccl::exchange_us(c, w.steps, static_cast<double>(w.bytes.count),
+                                            way.bandwidth.count * 1e-9)};
+  }
+  const auto times = g.times.try_emplace(*what, c, *what).first;
+  const auto model = [&](double b) { return 1e-6 * times->second.time_us(b); };
+  const Topology& t = state_->topology;
+  const std::string key(name(kind));
+  const auto n = static_cast<int>(c.ranks), nodes = static_cast<int>(c.nodes);
+  if (const auto x = measured_time(t.collectives(), key, n, nodes, size, model)) return *x;
+  const DeviceId first{static_cast<std::size_t>(ranks[0])};
+  if (nodes == 1) {
+    if (const auto x = measured_time(t.device(first).collectives, key, n, 1, size, model))
+      return *x;
+  }
+  return Seconds{model(size)};
+}
+
+int Communication::channels(CollectiveKind kind, Bytes bytes,
+                            const std::vector<std::int64_t>& ranks) {
+  const auto what = nccl_collective(kind);
+  if (!state_->nccl || !what || ranks.size() < 2) return 0;
+  return nccl::choose(group(ranks).communicator, *what, static_cast<double>(bytes.count)).channels;
 }
 
 Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
                                   const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return Seconds{0};
+  if (state_->nccl) return nccl_time(kind, bytes, ranks);
   const CollectiveTable& measured = state_->topology.collectives();
   if (!measured.empty()) {
     if (const auto t = measured_time(measured, std::string(name(kind)), static_cast<int>(n), bytes,
@@ -599,10 +696,14 @@ Seconds Communication::host_time(const Program& p, const Instruction& i, std::in
 Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64_t to) {
   if (from == to) return Seconds{0};
   const CollectiveTable& measured = state_->topology.collectives();
-  if (!measured.empty()) {
+  if (measured_together()) {
     if (const auto t = measured_time(measured, "send", 2, bytes, state_->at_work)) return *t;
   }
   const Ring way = alone(state_->topology, message_links(from, to));
+  if (state_->nccl)
+    return Seconds{1e-6 * nccl::exchange_us(group({from, to}).communicator, 0,
+                                            static_cast<double>(bytes.count),
+                                            way.bandwidth.count * 1e-9)};
   const double launch =
       state_->topology.device(DeviceId{static_cast<std::size_t>(from)}).kernel_latency.count;
   return Seconds{launch + way.latency.count +
@@ -616,10 +717,10 @@ Communication::Moving Communication::moving(CollectiveKind kind, Bytes bytes,
   const Ring& way = kind == CollectiveKind::all_to_all ? exchange(ranks) : ring(ranks);
   const double all = collective(kind, bytes, ranks).count;
   // What is not latency moves bytes; a measured time's latency is what its smallest payload takes.
-  const CollectiveTable& measured = state_->topology.collectives();
-  double fixed = measured.empty() ? 0 : collective(kind, Bytes{1}, ranks).count;
+  const bool measured = state_->nccl || measured_together();
+  double fixed = measured ? collective(kind, Bytes{1}, ranks).count : 0;
   const double wire = static_cast<double>(wire_count(kind, n, bytes).bytes.count);
-  if (measured.empty()) fixed = all - std::min(all, wire / way.bandwidth.count);
+  if (!measured) fixed = all - std::min(all, wire / way.bandwidth.count);
   const double time = std::max(0.0, all - fixed);
   return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count, wire / time) : 0}};
 }
@@ -629,7 +730,7 @@ Communication::Moving Communication::moving(Bytes bytes, std::int64_t from, std:
   const Ring way = alone(state_->topology, message_links(from, to));
   const double all = point_to_point(bytes, from, to).count;
   double time = static_cast<double>(bytes.count) / way.bandwidth.count;
-  if (!state_->topology.collectives().empty())
+  if (state_->nccl || measured_together())
     time = all - std::min(all, point_to_point(Bytes{1}, from, to).count);
   time = std::min(time, all);
   return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count,

@@ -1,7 +1,7 @@
 // simulator/cost/cost.h: what one instruction takes on idle hardware.
 //
-// First model (docs/cost.md): a roofline with the device's sustained efficiencies for kernels, and
-// latency + bytes / bandwidth on the real route for communication.
+// First model (docs/cost.md): a roofline with the device's sustained efficiencies for kernels;
+// between GPUs NCCL's times (docs/nccl.md), else latency + bytes / bandwidth on the real route.
 #pragma once
 
 #include <cstdint>
@@ -107,6 +107,12 @@ class Communication {
   };
   Moving moving(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   Moving moving(Bytes bytes, std::int64_t from, std::int64_t to);
+  /// Multiprocessors that a collective keeps: NCCL's channels; 0 where NCCL is not what runs it.
+  int channels(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
+  /// Are all devices GPUs, whose collectives are NCCL's?
+  bool uses_nccl() const;
+  /// Were prices measured by ranks that share what they use, so that sharing is in them?
+  bool measured_together() const;
   /// What of a transfer holds its sender, or its receiver once the message has come; empty where
   /// that was not measured.
   std::optional<Seconds> held(Bytes bytes, bool sender) const;
@@ -131,6 +137,10 @@ class Communication {
   /// alike.
   std::uint64_t pattern(const std::vector<std::int64_t>& ranks) const;
   const Ring& exchange(const std::vector<std::int64_t>& ranks);
+  /// Ranks as NCCL sees them, and their collectives that were priced.
+  struct Group;
+  Group& group(const std::vector<std::int64_t>& ranks);
+  Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   std::unique_ptr<State> state_;
 };
 

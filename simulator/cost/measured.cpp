@@ -110,6 +110,29 @@ std::vector<std::pair<double, double>> curve(std::vector<std::pair<double, doubl
   return out;
 }
 
+/// The nearest curve in the logarithm that never falls: neighbours that do are pooled.
+std::vector<std::pair<double, double>> rising(std::vector<std::pair<double, double>> points) {
+  struct Pool {
+    double sum = 0;
+    std::size_t count = 0;
+    double mean() const { return sum / static_cast<double>(count); }
+  };
+  std::vector<Pool> pools;
+  for (const auto& [x, y] : points) {
+    pools.push_back({std::log(y), 1});
+    while (pools.size() > 1 && pools[pools.size() - 2].mean() > pools.back().mean()) {
+      pools[pools.size() - 2].sum += pools.back().sum;
+      pools[pools.size() - 2].count += pools.back().count;
+      pools.pop_back();
+    }
+  }
+  std::size_t i = 0;
+  for (const Pool& pool : pools) {
+    for (std::size_t k = 0; k < pool.count; ++k) points[i++].second = std::exp(pool.mean());
+  }
+  return points;
+}
+
 /// Each way to compress is a kernel of its own, PowerSGD's second factor too. Its bytes are the
 /// passes that it makes over the gradient: one for each column of a factor, each member's signs.
 void compression_shape(const Program& p, const Instruction& i, std::int64_t rank, KernelShape& s) {
@@ -292,6 +315,25 @@ std::optional<Seconds> measured_time(const CollectiveTable& table, const std::st
   }
   return Seconds{
       interpolate(curve(std::move(points)), std::max<double>(1, static_cast<double>(bytes.count)))};
+}
+
+std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
+                                     int ranks, int nodes, double bytes,
+                                     const std::function<double(double)>& model) {
+  const auto found = table.find(kind);
+  if (found == table.end()) return {};
+  std::vector<std::pair<double, double>> points;
+  for (const CollectivePoint& p : found->second) {
+    if (p.ranks == ranks && (p.nodes == 0 || p.nodes == nodes) && p.bytes.count > 0)
+      points.emplace_back(static_cast<double>(p.bytes.count), p.time.count);
+  }
+  if (points.empty()) return {};
+  points = rising(curve(std::move(points)));
+  const auto& [small, first] = points.front();
+  const auto& [large, last] = points.back();
+  if (bytes < small) return Seconds{model(bytes) * first / model(small)};
+  if (bytes > large) return Seconds{model(bytes) * last / model(large)};
+  return Seconds{interpolate(points, bytes)};
 }
 
 }  // namespace partita

@@ -1,6 +1,7 @@
 // simulator/cost/measured.h: prices from measured points (docs/cost.md, "Measured").
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -31,6 +32,12 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
 /// number. 0: one group alone.
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
                                      int ranks, Bytes bytes, int at_work = 0);
+/// The same between GPUs, of the points of a group of just this many ranks on so many nodes (as
+/// NCCL counts them); they never fall as bytes grow: where points do, their mean logarithm counts.
+/// Beyond them `model`, in seconds, by what it is off at the end. Empty without such points.
+std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
+                                     int ranks, int nodes, double bytes,
+                                     const std::function<double(double)>& model);
 /// The number of ranks at work whose points that takes; 0 where there are none.
 int measured_at_work(const CollectiveTable& table, const std::string& kind, int ranks, int at_work);
 

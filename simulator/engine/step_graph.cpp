@@ -101,7 +101,7 @@ void Usages::cross(Usage& u, const TransferKind& kind, std::int32_t c, double ra
         {ResourceId{static_cast<std::size_t>(x.link_class)}, flow * kAlone, x.flows});
 }
 
-void Usages::occupy(Usage& u, std::int32_t c, double memory_rate) {
+void Usages::occupy(Usage& u, std::int32_t c, double memory_rate, int multiprocessors) {
   const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
   const DeviceProfile& device =
       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
@@ -109,17 +109,18 @@ void Usages::occupy(Usage& u, std::int32_t c, double memory_rate) {
   if (memory_rate > 0)
     u.demands.push_back({ResourceId{first_memory_.index() + static_cast<std::size_t>(c)},
                          std::min(1.0, memory_rate / memory) * kAlone});
-  if (device.communication_multiprocessors > 0)
-    u.held.emplace_back(
-        ResourceId{first_units_.index() + static_cast<std::size_t>(c)},
-        static_cast<double>(device.communication_multiprocessors) / device.multiprocessors);
+  if (multiprocessors == 0) multiprocessors = device.communication_multiprocessors;
+  multiprocessors = std::min(multiprocessors, device.multiprocessors - 1);
+  if (multiprocessors > 0)
+    u.held.emplace_back(ResourceId{first_units_.index() + static_cast<std::size_t>(c)},
+                        static_cast<double>(multiprocessors) / device.multiprocessors);
 }
 
 std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int64_t>& group,
                                 const std::vector<int>& members, Bytes bytes, Seconds& work) {
   work = Seconds{0};
   // Measured with as many ranks at work: what they share is in the figure.
-  if (!communication_.topology().collectives().empty()) return -1;
+  if (communication_.measured_together()) return -1;
   const auto moving = communication_.moving(i.collective, bytes, group);
   work = moving.time;
   if (!(moving.time.count > 0)) return -1;
@@ -127,14 +128,16 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
   const auto c = static_cast<std::int32_t>(members[0]);
   cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage), c,
         moving.rate.count);
-  for (const int m : members) occupy(u, m, moving.rate.count * memory_passes(i.collective));
+  const int channels = communication_.channels(i.collective, bytes, group);
+  for (const int m : members)
+    occupy(u, m, moving.rate.count * memory_passes(i.collective), channels);
   return keep(std::move(u));
 }
 
 std::int32_t Usages::send(const Instruction& i, std::int64_t rank, std::int64_t peer, Bytes bytes,
                           Seconds& work) {
   work = Seconds{0};
-  if (!communication_.topology().collectives().empty()) return -1;
+  if (communication_.measured_together()) return -1;
   const auto moving = communication_.moving(bytes, rank, peer);
   work = moving.time;
   if (!(moving.time.count > 0)) return -1;

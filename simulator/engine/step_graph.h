@@ -42,7 +42,8 @@ class Usages {
 
  private:
   void cross(Usage& usage, const TransferKind& kind, std::int32_t rank_class, double rate);
-  void occupy(Usage& usage, std::int32_t rank_class, double memory_rate);
+  /// `multiprocessors` that a transfer keeps; 0: as many as its device says.
+  void occupy(Usage& usage, std::int32_t rank_class, double memory_rate, int multiprocessors = 0);
   std::int32_t keep(Usage usage);
 
   const Program& program_;

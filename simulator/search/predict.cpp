@@ -167,11 +167,14 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     (axis == "launch" ? launches : exposed) += time.count;
   memory_bound += r.breakdown.optimizer.count + r.breakdown.other.count;
   const auto share = [&](std::int64_t n) { return static_cast<double>(n) / total; };
+  const bool nccl = communication.uses_nccl();
   r.rests_on = {
       {"matrix products: peak rate x sustained fraction", "specified", share(matrix)},
       {"memory-bound kernels: bandwidth x assumed fraction, launch", "assumed",
        share(memory_bound)},
-      {"exposed communication: link rates, assumed latencies", "specified", share(exposed)},
+      {nccl ? "exposed communication: NCCL's choice, times of published curves"
+            : "exposed communication: link rates, assumed latencies",
+       nccl ? "fitted" : "specified", share(exposed)},
       {"pipeline bubble: follows from the above", "derived", share(r.breakdown.bubble.count)}};
   if (program->launches.any())
     r.rests_on.push_back(

@@ -40,6 +40,18 @@ inline Topology cluster(const std::string& yaml, const DeviceSpeed& speed) {
   return t;
 }
 
+/// The cluster with devices that NCCL does not serve: its collectives take the closed forms.
+inline TopologyEdits without_nccl() { return {{}, {{"compute_capability", "10"}}}; }
+inline Topology without_nccl(const std::string& yaml) {
+  std::string pattern = (std::filesystem::temp_directory_path() / "partita-test-XXXXXX").string();
+  const std::string folder = mkdtemp(pattern.data());
+  std::ofstream(folder + "/cluster.yaml") << yaml;
+  Topology t = load_topology(folder + "/cluster.yaml", without_nccl());
+  std::error_code ignored;
+  std::filesystem::remove_all(folder, ignored);
+  return t;
+}
+
 /// One node of `devices` behind a switch without latency whose links move 10²⁷ B/s.
 inline Topology free_network(int devices, const DeviceSpeed& speed) {
   return cluster(fmt::format(R"(schema: partita.topology/1

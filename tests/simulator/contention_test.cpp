@@ -8,6 +8,7 @@
 #include "simulator/engine/links.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/engine/step_graph.h"
+#include "tests/simulator/clusters.h"
 #include "tests/simulator/networks.h"
 
 namespace partita {
@@ -83,7 +84,7 @@ Timeline run(const Program& p, const Topology& t, Network network) {
 
 // docs/sharing.md, "A training step".
 TEST(Contention, TwoGroupsShareANetworkCard) {
-  const Topology t = parse_topology(kShared, "shared.yaml");
+  const Topology t = without_nccl(kShared);
   Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});  // {0, 2} and {1, 3}: both over the one card
   all_reduce(p, bit(0), 25'000'000);                  // 100 MB
   const Timeline idle = run(p, t, Network::idle), flows = run(p, t, Network::flows);
@@ -105,14 +106,14 @@ TEST(Contention, TwoGroupsShareANetworkCard) {
 }
 
 TEST(Contention, OneGroupHasTheNetworkToItself) {
-  const Topology t = parse_topology(kShared, "shared.yaml");
+  const Topology t = without_nccl(kShared);
   Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
   all_reduce(p, bit(1), 25'000'000);  // {0, 1} and {2, 3}: each in its node
   EXPECT_EQ(run(p, t, Network::flows).step, run(p, t, Network::idle).step);
 }
 
 TEST(Contention, KernelsGiveWayToTransfers) {
-  const Topology t = parse_topology(kShared, "shared.yaml");
+  const Topology t = without_nccl(kShared);
   const auto first_end = [&](const Timeline& timeline) {
     std::int64_t end = 0;
     for (const Entry& e : timeline.entries) {
@@ -177,7 +178,7 @@ TEST(Contention, WhatIsAloneTakesItsTime) {
 }
 
 TEST(Contention, BackgroundTrafficTakesItsShare) {
-  const Topology plain = parse_topology(kShared, "shared.yaml");
+  const Topology plain = without_nccl(kShared);
   ClusterState busy;
   busy.background[plain.find_link("node0.nic0->switch", "--background")] = BytesPerSecond{3e9};
   Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
@@ -276,7 +277,7 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
 /// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead
 /// that 40 slow launches after them bind nothing: after two they do.
 TEST(Host, GetsAheadCallByCall) {
-  const Topology t = parse_topology(kShared, "shared.yaml");
+  const Topology t = without_nccl(kShared);
   const auto step = [&](int calls, double transfer) {
     Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
     p.launches.kernel = Seconds{1e-6};

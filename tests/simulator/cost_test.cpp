@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "simulator/cost/measured.h"
+#include "tests/simulator/clusters.h"
 #include "topologies/topology.h"
 
 namespace partita {
@@ -46,7 +47,7 @@ TEST(Cost, OfAMemoryBoundKernelIsItsBytesOverTheSustainedBandwidth) {
 }
 
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
-  const Topology t = load_topology("dgx-h100:1");
+  const Topology t = load_topology("dgx-h100:1", without_nccl());
   Communication c(t);
   const WireCount w = wire_count(CollectiveKind::all_reduce, 8, 1_GiB);
   EXPECT_EQ(w.steps, 14);
@@ -58,41 +59,43 @@ TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
 }
 
 TEST(Cost, OfAnAllReduceAcrossNodesUsesAllNetworkCards) {
-  const Topology t = load_topology("dgx-h100:2");
+  const Topology t = load_topology("dgx-h100:2", without_nccl());
   Communication c(t);
   EXPECT_NEAR(c.ring(first(16)).bandwidth.count, 400e9, 1);
   expect_us(c.collective(CollectiveKind::all_reduce, 1_GiB, first(16)), 5132.16);
 }
 
 TEST(Cost, OfAPointToPointIsItsRoute) {
-  Communication c(load_topology("dgx-h100:2"));
+  Communication c(load_topology("dgx-h100:2", without_nccl()));
   expect_us(c.point_to_point(64_MiB, 0, 1), 153.131);
   expect_us(c.point_to_point(64_MiB, 0, 8), 1347.38);
 }
 
 TEST(Cost, OfAnAllToAllIsItsBusiestLink) {
-  Communication c(load_topology("dgx-h100:2"));
+  Communication c(load_topology("dgx-h100:2", without_nccl()));
   expect_us(c.collective(CollectiveKind::all_to_all, 64_MiB, first(8)), 134.489);
   expect_us(c.collective(CollectiveKind::all_to_all, 64_MiB, first(16)), 677.289);
 }
 
 TEST(Cost, GrowsWithThePayloadAndNeverBeatsItsBytes) {
-  Communication c(load_topology("dgx-h100:2"));
-  for (const auto kind : {CollectiveKind::all_reduce, CollectiveKind::all_gather,
-                          CollectiveKind::reduce_scatter, CollectiveKind::all_to_all}) {
-    for (const std::int64_t n : {2, 3, 8, 16}) {
-      Seconds before{0};
-      for (std::int64_t bytes = 1; bytes < std::int64_t{1} << 33; bytes *= 7) {
-        const Seconds t = c.collective(kind, Bytes{bytes}, first(n));
-        EXPECT_GE(t, before) << n << " ranks, " << bytes << " B";
-        // A GPU's NVLink and network card together.
-        const auto wire = static_cast<double>(wire_count(kind, n, Bytes{bytes}).bytes.count);
-        EXPECT_GE(t.count, wire / 500e9);
-        before = t;
+  for (const bool nccl : {false, true}) {
+    Communication c(load_topology("dgx-h100:2", nccl ? TopologyEdits{} : without_nccl()));
+    for (const auto kind : {CollectiveKind::all_reduce, CollectiveKind::all_gather,
+                            CollectiveKind::reduce_scatter, CollectiveKind::all_to_all}) {
+      for (const std::int64_t n : {2, 3, 8, 16}) {
+        Seconds before{0};
+        for (std::int64_t bytes = 1; bytes < std::int64_t{1} << 33; bytes *= 7) {
+          const Seconds t = c.collective(kind, Bytes{bytes}, first(n));
+          EXPECT_GE(t, before) << n << " ranks, " << bytes << " B";
+          // A GPU's NVLink and network card together.
+          const auto wire = static_cast<double>(wire_count(kind, n, Bytes{bytes}).bytes.count);
+          EXPECT_GE(t.count, wire / 500e9);
+          before = t;
+        }
+        EXPECT_EQ(c.collective(kind, Bytes{0}, first(n)), Seconds{0});
       }
-      EXPECT_EQ(c.collective(kind, Bytes{0}, first(n)), Seconds{0});
+      EXPECT_EQ(c.collective(kind, 1_GiB, first(1)), Seconds{0});
     }
-    EXPECT_EQ(c.collective(kind, 1_GiB, first(1)), Seconds{0});
   }
 }
 

@@ -114,7 +114,7 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
   const std::vector<Graph> graphs{gpt(),         llama(),      mixtral(),
                                   uneven(false), uneven(true), five_rows()};
   int feasible = 0, contended = 0;
-  for (int i = 0; i < 1100; ++i) {
+  for (int i = 0; i < 1500; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
     Plan wanted = with_launches(random_plan(rng), rng);

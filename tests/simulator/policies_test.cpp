@@ -17,7 +17,7 @@
 namespace partita {
 namespace {
 
-/// Devices that multiply at 1 GFLOP/s, do everything else at once and meet over links of
+/// GPUs older than NCCL that multiply at 1 GFLOP/s, do everything else at once and meet over links of
 /// `bandwidth` and no latency; so fast is the link to the host too.
 Topology linked(int devices, const std::string& bandwidth) {
   const std::string most = "1000000000000 EFLOP/s", memory = "1000000000000000 TB/s";
@@ -36,7 +36,7 @@ nodes:
       - {{from: "gpu[0-{0}]", to: cpu0, kind: pcie, bandwidth: {1}, latency: 0 ps}}
 )",
                              devices - 1, bandwidth, memory),
-                 {"1 GFLOP/s", most, memory, "0 ps", 90});
+                 {"1 GFLOP/s", most, memory, "0 ps", 10});
 }
 struct Rate {
   std::string text;

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 
@@ -170,6 +171,37 @@ TEST(ClusterYaml, ANumberNeedsOneGroup) {
   std::ofstream(file) << kGood;
   EXPECT_THAT([&] { load_topology(file + ":4"); },
               ThrowsMessage<InputError>(HasSubstr("this one has 2: change count:")));
+}
+
+TEST(ClusterYaml, CollectivesArePointsOrCurves) {
+  const std::string table = R"(collectives:
+  all_reduce:
+    - {ranks: 4, at_work: 8, bytes: 64 B, time: 20 us, spread: 0.1}
+    - {ranks: 8, nodes: 2, source: a log, times: {64 KiB: 30 us, 1 MiB: 90 us}}
+)";
+  const Topology t = parse_topology(kGood + table, "lab.yaml");
+  const auto& points = t.collectives().at("all_reduce");
+  ASSERT_EQ(points.size(), 3u);
+  EXPECT_EQ(points[0].working(), 8);
+  EXPECT_EQ(points[0].nodes, 0);
+  EXPECT_EQ(points[2].ranks, 8);
+  EXPECT_EQ(points[2].nodes, 2);
+  EXPECT_EQ(points[2].bytes, Bytes{1048576});
+  EXPECT_NEAR(points[2].time.count, 90e-6, 1e-15);
+  const auto cited = std::find_if(t.sources().begin(), t.sources().end(),
+                                  [](const auto& s) { return s.second == "a log"; });
+  ASSERT_NE(cited, t.sources().end());
+  EXPECT_EQ(cited->first, "collectives.all_reduce[1]");
+  const auto bad = [&](const std::string& item) {
+    return parsing(std::string(kGood) + "collectives:\n  all_reduce:\n    - " + item + "\n");
+  };
+  EXPECT_THAT(bad("{ranks: 8, bytes: 1 B, times: {1 B: 1 us}}"),
+              ThrowsMessage<InputError>(HasSubstr("either bytes and time")));
+  EXPECT_THAT(bad("{ranks: 8, times: {1 B: 0 us}}"),
+              ThrowsMessage<InputError>(HasSubstr("above 0")));
+  EXPECT_THAT(bad("{ranks: 8, times: {fast: 1 us}}"), ThrowsMessage<InputError>(HasSubstr("fast")));
+  EXPECT_THAT(bad("{ranks: 8, nods: 1, times: {1 B: 1 us}}"),
+              ThrowsMessage<InputError>(HasSubstr("nods")));
 }
 
 }  // namespace
