@@ -167,8 +167,14 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     (axis == "launch" ? launches : exposed) += time.count;
   memory_bound += r.breakdown.optimizer.count + r.breakdown.other.count;
   const auto share = [&](std::int64_t n) { return static_cast<double>(n) / total; };
+  // Points of products stand for all of them; elsewhere their model takes the data sheet's rates.
+  const auto& first = communication.topology().device(DeviceId{0});
+  const bool measured = !first.products.empty() || first.like != nullptr;
   r.rests_on = {
-      {"matrix products: peak rate x sustained fraction", "specified", share(matrix)},
+      measured ? RestsOn{"products and attention by shape, near measured points", "measured",
+                         share(matrix)}
+               : RestsOn{"products and attention by shape: peak rate x sustained fraction",
+                         "specified", share(matrix)},
       {"memory-bound kernels: bandwidth x assumed fraction, launch", "assumed",
        share(memory_bound)},
       {"exposed communication: link rates, assumed latencies", "specified", share(exposed)},
