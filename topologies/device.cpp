@@ -3,7 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
+#include <iterator>
+#include <sstream>
 
 #include "base/error.h"
 #include "base/yaml.h"
@@ -16,6 +21,15 @@ namespace {
 constexpr const char* kFolder = "topologies/devices";
 constexpr const char* kSchema = "partita.device/1";
 
+double fraction(const YamlNode& node) {
+  const double value = node.as_double();
+  if (!(value > 0 && value <= 1))
+    throw InputError(node.place(), fmt::format("an efficiency is a fraction of the peak, above 0 "
+                                               "and at most 1; {} is given",
+                                               value));
+  return value;
+}
+
 /// Reads figures and remembers where each comes from. A figure is `{value: ..., source: ...}`, or a
 /// plain value that takes the file's own `source`.
 class FigureReader {
@@ -25,12 +39,16 @@ class FigureReader {
     if (const auto source = file.find("source")) file_source_ = source->as_string();
   }
 
-  YamlNode operator()(const YamlNode& parent, const std::string& key) {
+  /// `efficiency`: where a figure may have one of its own.
+  YamlNode operator()(const YamlNode& parent, const std::string& key,
+                      double* efficiency = nullptr) {
     const YamlNode node = parent.get(key);
     std::string source = file_source_;
     YamlNode value = node;
     if (node.is_map()) {
       value = node.get("value");
+      if (efficiency != nullptr)
+        if (const auto own = node.find("efficiency")) *efficiency = fraction(*own);
       if (const auto own = node.find("source")) source = own->as_string();
       node.reject_unknown_keys();
     }
@@ -49,16 +67,117 @@ class FigureReader {
   std::string file_source_;
 };
 
-double fraction(const YamlNode& node) {
-  const double value = node.as_double();
-  if (!(value > 0 && value <= 1))
-    throw InputError(node.place(), fmt::format("an efficiency is a fraction of the peak, above 0 "
-                                               "and at most 1; {} is given",
-                                               value));
-  return value;
+/// A text of rows of numbers under a line that names them; the last is a time: "m n k time[us]".
+std::vector<std::vector<double>> rows_of(const YamlNode& node,
+                                         const std::vector<std::string_view>& columns) {
+  const std::string text = node.as_string();
+  std::istringstream lines(text);
+  std::string line;
+  std::getline(lines, line);
+  std::istringstream head(line);
+  std::vector<std::string> names{std::istream_iterator<std::string>(head), {}};
+  const std::string wanted = fmt::format("{} time[us]", fmt::join(columns, " "));
+  double unit = 0;
+  if (!names.empty()) {
+    for (const auto& [suffix, seconds] :
+         {std::pair{"time[us]", 1e-6}, std::pair{"time[ms]", 1e-3}, std::pair{"time[s]", 1.0}})
+      if (names.back() == suffix) unit = seconds;
+    names.pop_back();
+  }
+  if (unit == 0 || !std::equal(names.begin(), names.end(), columns.begin(), columns.end()))
+    throw InputError(node.place(), fmt::format("the first line of points names their columns, "
+                                               "'{}' (or ms, s); it is '{}'",
+                                               wanted, line));
+  std::vector<std::vector<double>> rows;
+  for (int number = 2; std::getline(lines, line); ++number) {
+    const char* at = line.c_str();
+    std::vector<double> row;
+    for (char* end = nullptr;; at = end) {
+      const double x = std::strtod(at, &end);
+      if (end == at) break;
+      row.push_back(x);
+    }
+    const bool good =
+        row.size() == columns.size() + 1 && at[std::strspn(at, " \t\r")] == 0 &&
+        std::all_of(row.begin(), row.end(), [](double x) { return x > 0 && std::isfinite(x); });
+    if (!good)
+      throw InputError(node.place(), fmt::format("line {} of points is '{}'; it needs {} numbers "
+                                                 "above 0: {}",
+                                                 number, line, columns.size() + 1, wanted));
+    row.back() *= unit;
+    rows.push_back(std::move(row));
+  }
+  return rows;
+}
+
+ElementType type_of(const YamlNode& map, const char* key, ElementType otherwise) {
+  const auto node = map.find(key);
+  return node ? parse_element_type(node->as_string(), node->place()) : otherwise;
+}
+bool flag(const YamlNode& map, const char* key) {
+  const auto node = map.find(key);
+  return node && node->as_bool();
+}
+double spread_of(const YamlNode& map) {
+  const auto node = map.find("spread");
+  const double spread = node ? node->as_double() : 0;
+  if (!(spread >= 0 && spread < 1))
+    throw InputError(node->place(),
+                     fmt::format("a spread is a fraction from 0 to below 1; {} is given", spread));
+  return spread;
+}
+
+ProductTable products_of(const YamlNode& y) {
+  ProductTable t;
+  t.type = type_of(y, "type", t.type);
+  t.out = type_of(y, "out", t.type);
+  t.accumulate = flag(y, "accumulate");
+  t.grouped = flag(y, "grouped");
+  t.spread = spread_of(y);
+  t.source = y.get("source").as_string();
+  if (const auto node = y.find("layout")) {
+    const std::string wanted = node->as_string();
+    for (const auto layout : {ProductLayout::nn, ProductLayout::nt, ProductLayout::tn})
+      if (name(layout) == wanted) t.layout = layout;
+    if (t.layout == ProductLayout::any)
+      throw InputError(node->place(), fmt::format("a layout is NN, NT or TN; '{}' is given; leave "
+                                                  "it out where it is not known",
+                                                  wanted));
+  }
+  for (const auto& r : rows_of(y.get("points"), {"m", "n", "k", "count"}))
+    t.points.push_back({r[0], r[1], r[2], r[3], Seconds{r[4]}});
+  y.reject_unknown_keys();
+  return t;
+}
+
+AttentionTable attention_of(const YamlNode& y) {
+  AttentionTable t;
+  t.type = type_of(y, "type", t.type);
+  t.backward = flag(y, "backward");
+  t.causal = flag(y, "causal");
+  t.spread = spread_of(y);
+  t.source = y.get("source").as_string();
+  for (const auto& r : rows_of(y.get("points"), {"batch", "queries", "keys", "heads", "qk", "v"}))
+    t.points.push_back({r[0], r[1], r[2], r[3], r[4], r[5], Seconds{r[6]}});
+  y.reject_unknown_keys();
+  return t;
 }
 
 }  // namespace
+
+std::string_view name(ProductLayout layout) {
+  switch (layout) {
+    case ProductLayout::any:
+      return "any";
+    case ProductLayout::nn:
+      return "NN";
+    case ProductLayout::nt:
+      return "NT";
+    case ProductLayout::tn:
+      return "TN";
+  }
+  return "";
+}
 
 FlopsPerSecond DeviceProfile::matrix_rate(ElementType type) const {
   const auto found = matrix_rates.find(type);
@@ -67,6 +186,12 @@ FlopsPerSecond DeviceProfile::matrix_rate(ElementType type) const {
   for (const auto& [other, rate] : matrix_rates) known.push_back(partita::name(other));
   throw InputError("device " + name, fmt::format("no matrix rate for {}; it has {}",
                                                  partita::name(type), fmt::join(known, ", ")));
+}
+
+FlopsPerSecond DeviceProfile::sustained_rate(ElementType type) const {
+  const double peak = matrix_rate(type).count;
+  const double own = matrix_rates.at(type).efficiency;
+  return FlopsPerSecond{peak * (own > 0 ? own : matrix_efficiency)};
 }
 
 DeviceProfile parse_device(const std::string& text, const std::string& file) {
@@ -132,13 +257,33 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   }
   if (const auto table = root.find("collectives"))
     device.collectives = read_collectives(*table, figure.file_source(), device.sources);
+  for (const auto& [key, to] :
+       {std::pair{"attention_forward_efficiency", &device.attention_forward_efficiency},
+        std::pair{"attention_backward_efficiency", &device.attention_backward_efficiency}})
+    if (root.has(key)) *to = fraction(figure(root, key));
+  if (const auto list = root.find("products"))
+    for (const YamlNode& y : list->items()) device.products.push_back(products_of(y));
+  if (const auto list = root.find("attention"))
+    for (const YamlNode& y : list->items()) device.attention.push_back(attention_of(y));
+  if (root.has("like")) {
+    const YamlNode n = figure(root, "like");
+    if (!device.products.empty() || !device.attention.empty())
+      throw InputError(n.place(),
+                       "a device has points of its own, or those of the one it is like, "
+                       "not both; take out one");
+    device.like = std::make_shared<DeviceProfile>(load_device(n.as_string()));
+    if (device.like->like != nullptr)
+      throw InputError(n.place(), fmt::format("{} has no points of its own but those of {}; name "
+                                              "that one",
+                                              device.like->name, device.like->like->name));
+  }
   const YamlNode rates = root.get("matrix_rates");
   for (const auto& [key, node] : rates.members()) {
     const ElementType type = parse_element_type(key, node.place());
-    std::map<std::string, std::string>& sources = device.sources;
-    const FlopsPerSecond peak = figure(rates, key).as_flop_rate();
-    const auto entry = sources.extract(key);
-    device.matrix_rates[type] = {peak, entry.mapped()};
+    double efficiency = 0;
+    const FlopsPerSecond peak = figure(rates, key, &efficiency).as_flop_rate();
+    const auto entry = device.sources.extract(key);
+    device.matrix_rates[type] = {peak, entry.mapped(), efficiency};
   }
   if (device.matrix_rates.empty())
     throw InputError(rates.place(), "a device needs at least one matrix rate; add e.g. bf16: ...");
@@ -148,14 +293,29 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
 
 std::vector<std::string> device_catalogue() { return data_names(kFolder); }
 
+namespace {
+
+/// With `edits` done. What the points say of the file's figures holds for the edited ones too: a
+/// device of twice the rate misses its model as the measured one does.
+DeviceProfile edited(const std::string& file, const std::vector<YamlEdit>& edits) {
+  const std::string text = read_file(file);
+  DeviceProfile device = parse_device(yaml_with(text, edits, file), file);
+  if (!edits.empty() && (!device.products.empty() || !device.attention.empty())) {
+    device.like = std::make_shared<DeviceProfile>(parse_device(text, file));
+    device.products.clear();
+    device.attention.clear();
+  }
+  return device;
+}
+
+}  // namespace
+
 DeviceProfile load_device(const std::string& name_or_file, const std::vector<YamlEdit>& edits) {
-  if (name_or_file.ends_with(".yaml"))
-    return parse_device(yaml_with(read_file(name_or_file), edits, name_or_file), name_or_file);
+  if (name_or_file.ends_with(".yaml")) return edited(name_or_file, edits);
   const std::string folder = data_folder(kFolder);
   const auto known = device_catalogue();
   const auto load = [&](const std::string& name) {
-    const std::string file = folder + "/" + name + ".yaml";
-    return parse_device(yaml_with(read_file(file), edits, file), file);
+    return edited(folder + "/" + name + ".yaml", edits);
   };
   if (std::binary_search(known.begin(), known.end(), name_or_file)) return load(name_or_file);
   for (const auto& name : known) {

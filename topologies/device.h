@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@ namespace partita {
 struct Rate {
   FlopsPerSecond peak;
   std::string source;
+  double efficiency = 0;  ///< sustained fraction of peak; 0: the device's matrix_efficiency
 };
 
 /// A device file (schema partita.device/1). Every figure has an entry in `sources` under its YAML
@@ -42,12 +44,23 @@ struct DeviceProfile {
   /// Share of the smaller of a transfer and a computation that runs beside the other; measured.
   double overlap = 0;
   Seconds dispatch;     ///< Host time between two instructions of a rank.
-  KernelTable kernels;  ///< Measured; empty for a device known by its data sheet only.
   CollectiveTable collectives;  ///< Measured by neighbouring devices of one node.
+  KernelTable kernels;  ///< Measured by our runtime, all of them; empty for a GPU.
+  /// Fractions of peak that the inner loops of flash attention reach, the products counted that it
+  /// does: 2 forward, 5 backward.
+  double attention_forward_efficiency = 0.6, attention_backward_efficiency = 0.5;
+  /// Measured products and attentions: what a price differs by from its model is taken from those
+  /// nearby (docs/cost.md, "Products").
+  std::vector<ProductTable> products;
+  std::vector<AttentionTable> attention;
+  /// Not null: this device has no points of its own and differs from its model as that one does.
+  std::shared_ptr<const DeviceProfile> like;
   std::map<std::string, std::string> sources;
 
   /// Throws InputError that lists the types the device has.
   FlopsPerSecond matrix_rate(ElementType type) const;
+  /// Of large products: peak times the type's efficiency, else the device's. Throws likewise.
+  FlopsPerSecond sustained_rate(ElementType type) const;
 };
 
 /// A catalogue name or alias ("h100-sxm"), or the path of a .yaml file. InputError otherwise.

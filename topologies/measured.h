@@ -2,10 +2,13 @@
 // profiles.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "base/element_type.h"
 #include "base/units.h"
 
 namespace partita {
@@ -21,6 +24,41 @@ struct KernelPoint {
 };
 /// By kernel: "linear forward", "normalize data", "optimizer".
 using KernelTable = std::map<std::string, std::vector<KernelPoint>>;
+
+/// How the operands of a product [m, n] = [m, k] · [k, n] lie, as BLAS names it: TN a layer's
+/// forward (rows of inputs, rows of weights), NN its backward by data, NT its backward by weight.
+enum class ProductLayout : std::uint8_t { any, nn, nt, tn };
+std::string_view name(ProductLayout layout);
+
+/// Products of one kind on a GPU, one after the other: 2 m n k FLOP each, `count` of them at once.
+struct ProductTable {
+  ElementType type = ElementType::bf16;  ///< of the operands
+  ElementType out = ElementType::bf16;
+  ProductLayout layout = ProductLayout::any;
+  bool accumulate = false;  ///< adds to what is there
+  bool grouped = false;     ///< `count` groups, launched one by one
+  double spread = 0;        ///< equal work measured again differs by so much, relative
+  std::string source;
+  struct Point {
+    double m = 0, n = 0, k = 0, count = 1;
+    Seconds time;
+  };
+  std::vector<Point> points;
+};
+
+/// Flash attention of one kind on a GPU.
+struct AttentionTable {
+  ElementType type = ElementType::bf16;
+  bool backward = false;
+  bool causal = false;
+  double spread = 0;
+  std::string source;
+  struct Point {
+    double batch = 1, queries = 0, keys = 0, heads = 0, qk = 0, v = 0;
+    Seconds time;
+  };
+  std::vector<Point> points;
+};
 
 /// A collective among `ranks` neighbouring devices; bytes as nccl-tests counts them.
 struct CollectivePoint {

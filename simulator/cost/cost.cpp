@@ -184,6 +184,107 @@ double load_of_experts(const Program& p, const Instruction& i, std::int64_t rank
   return 1;
 }
 
+namespace {
+
+Product product(double m, double n, double k, double count, ElementType type,
+                ProductLayout layout) {
+  Product one;
+  one.m = m, one.n = n, one.k = k, one.count = count;
+  one.type = one.out = type;
+  one.layout = layout;
+  one.bytes = one.operand_bytes();
+  return one;
+}
+
+/// Products q·k and probabilities · v with the scores going through memory, as frameworks without
+/// flash attention run them: the whole square, whatever the mask.
+void materialise(const FlashAttention& a, Work& w) {
+  const double count = a.batch * a.heads, m = a.queries, n = a.keys;
+  const auto add = [&](double rows, double columns, double depth, ProductLayout layout) {
+    w.products.push_back(product(rows, columns, depth, count, a.type, layout));
+  };
+  if (!a.backward) {
+    add(m, n, a.qk, ProductLayout::tn);  // scores
+    add(m, a.v, n, ProductLayout::nn);   // output
+  } else {
+    add(n, a.v, m, ProductLayout::nt);   // gradient of v
+    add(m, n, a.v, ProductLayout::tn);   // of probabilities
+    add(m, a.qk, n, ProductLayout::nn);  // of q
+    add(n, a.qk, m, ProductLayout::nt);  // of k
+  }
+  const auto scores = static_cast<std::int64_t>(count * m * n);
+  // Softmax reads scores and writes probabilities; backward reads both and writes one.
+  w.streamed = Bytes{(a.backward ? 3 : 2) * storage(a.type, scores).count};
+  w.kernels = static_cast<int>(w.products.size()) + 1;
+}
+
+/// What an instruction of a product or an attention computes, by shape.
+void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& op,
+                std::int64_t rank, Work& w) {
+  const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
+  if (!forward && !data && i.kernel != Kernel::backward_weight) return;
+  const ProductShape s = product_shape(p, i, rank);
+  if (!(s.m > 0 && s.n > 0 && s.k > 0 && s.count > 0)) return;
+  if (const auto* attention = std::get_if<Attention>(&op.operation)) {
+    FlashAttention a;
+    const double per_head = static_cast<double>(attention->queries_per_head);
+    a.queries = s.m, a.keys = s.n;
+    a.heads = s.heads * per_head;
+    a.batch = s.count / a.heads;
+    a.qk = static_cast<double>(attention->qk_dim), a.v = static_cast<double>(attention->v_dim);
+    a.backward = data;
+    a.type = op.compute;
+    a.bytes = w.bytes;
+    const double all = a.flops().count;  // attended is 1
+    a.attended = all > 0 ? std::clamp(w.flops.count / all, 1 / (a.queries * a.keys), 1.0) : 1;
+    if (attention->materialised) {
+      materialise(a, w);
+    } else {
+      w.attention = a;
+    }
+    return;
+  }
+  const auto out_of = [&](const std::vector<BufferId>& list) {
+    for (const BufferId id : list) {
+      if (id.valid() && p.buffer(id).element_bytes == 0) return p.buffer(id).type;
+    }
+    return op.compute;
+  };
+  Product one = product(s.m, s.n, s.k, s.count, op.compute, ProductLayout::any);
+  one.grouped = std::holds_alternative<GroupedProduct>(op.operation);
+  const bool plain = std::holds_alternative<Linear>(op.operation) || one.grouped;
+  if (data) {
+    // dx [m, k] = dy [m, n] · w [n, k]; a convolution's window goes over dy.
+    one.n = s.k / s.window, one.k = s.n * s.window;
+    if (plain) one.layout = ProductLayout::nn;
+  } else if (!forward) {
+    one.m = s.n, one.n = s.k, one.k = s.m;
+    if (plain) one.layout = ProductLayout::nt;
+    one.accumulate = i.accumulate;
+  } else if (plain) {
+    one.layout = ProductLayout::tn;
+  }
+  one.out = out_of(i.writes);
+  one.bytes = w.bytes;
+  if (data && std::holds_alternative<BatchedProduct>(op.operation)) {
+    // Of both operands: da [m, k] = dy · bᵀ, db [k, n] = aᵀ · dy.
+    Product other = one;
+    other.m = s.k, other.n = s.n, other.k = s.m;
+    one.bytes = one.operand_bytes(), other.bytes = other.operand_bytes();
+    w.products = {one, other};
+    w.kernels = 2;
+    return;
+  }
+  w.products = {one};
+}
+
+Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
+  return Seconds{static_cast<double>(bytes.count) /
+                 (device.memory_bandwidth.count * device.memory_efficiency)};
+}
+
+}  // namespace
+
 Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   Work w;
   if (i.op >= 0 &&
@@ -251,6 +352,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     const auto d = static_cast<double>(a->qk_dim), v = static_cast<double>(a->v_dim);
     if (!a->materialised) w.flops = Flops{w.flops.count * (3 * d + 2 * v) / (2 * d + 2 * v)};
   }
+  if (w.matrix) add_shapes(p, i, op, rank, w);
   if (std::holds_alternative<Embedding>(op.operation) ||
       std::holds_alternative<PositionEmbedding>(op.operation)) {
     // Only the rows looked up move, not the table.
@@ -260,18 +362,37 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   return w;
 }
 
-KernelParts kernel_parts(const Work& w, const DeviceProfile& device) {
-  const double rate = w.matrix ? device.matrix_rate(w.type).count * device.matrix_efficiency
-                               : device.vector_rate.count;
-  return {Seconds{w.flops.count > 0 ? w.flops.count / rate : 0},
-          Seconds{static_cast<double>(w.bytes.count) /
-                  (device.memory_bandwidth.count * device.memory_efficiency)}};
+KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices& prices) {
+  KernelParts all;
+  if ((w.products.empty() && !w.attention) || device.compute_capability == 0) {
+    const double rate = w.matrix ? device.sustained_rate(w.type).count : device.vector_rate.count;
+    all.units = Seconds{w.flops.count > 0 ? w.flops.count / rate : 0};
+    all.memory = streaming_time(w.bytes, device);
+    all.work = std::max(all.units, all.memory);
+    all.beside_transfers = static_cast<double>(device.multiprocessors) /
+                           (device.multiprocessors - device.communication_multiprocessors);
+    return all;
+  }
+  double beside = 0;
+  const auto add = [&](const KernelParts& one) {
+    all.units += one.units;
+    all.memory += one.memory;
+    all.work += one.work;
+    beside += one.work.count * one.beside_transfers;
+  };
+  if (w.attention) add(prices.of(*w.attention));
+  for (const Product& p : w.products) add(prices.of(p));
+  if (w.streamed.count > 0) {
+    const Seconds t = streaming_time(w.streamed, device);
+    add({Seconds{0}, t, t});
+  }
+  if (all.work.count > 0) all.beside_transfers = beside / all.work.count;
+  return all;
 }
 
-Seconds kernel_time(const Work& w, const DeviceProfile& device) {
-  const KernelParts parts = kernel_parts(w, device);
+Seconds kernel_time(const Work& w, const DeviceProfile& device, ShapePrices& prices) {
   return Seconds{w.kernels * device.kernel_latency.count +
-                 std::max(parts.units.count, parts.memory.count)};
+                 kernel_parts(w, device, prices).work.count};
 }
 
 WireCount wire_count(CollectiveKind kind, std::int64_t n, Bytes bytes) {
@@ -370,17 +491,25 @@ struct Communication::State {
   std::unordered_map<std::uint64_t, Ring> rings;
   std::unordered_map<std::uint64_t, Ring> exchanges;
   std::unordered_map<std::size_t, Ring> host_links;  ///< by profile
+  std::vector<std::unique_ptr<ShapePrices>> shapes;  ///< by profile
   int at_work = 0;
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, {}, {}, {}, {}, 0}) {
+    : state_(new State{std::move(topology), false, {}, {}, {}, {}, {}, 0}) {
   state_->nccl = true;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
     state_->nccl = state_->nccl && nccl::serves(state_->topology.profile(i));
 }
 Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
+ShapePrices& Communication::shapes(std::int64_t rank) {
+  const std::size_t k = state_->topology.profile_index(DeviceId{static_cast<std::size_t>(rank)});
+  if (state_->shapes.size() <= k) state_->shapes.resize(k + 1);
+  if (state_->shapes[k] == nullptr)
+    state_->shapes[k] = std::make_unique<ShapePrices>(state_->topology.profile(k));
+  return *state_->shapes[k];
+}
 void Communication::set_at_work(std::int64_t ranks) { state_->at_work = static_cast<int>(ranks); }
 
 bool Communication::uses_nccl() const { return state_->nccl; }

@@ -1,7 +1,7 @@
 // simulator/cost/cost.h: what one instruction takes on idle hardware.
 //
-// First model (docs/cost.md): a roofline with the device's sustained efficiencies for kernels;
-// between GPUs NCCL's times (docs/nccl.md), else latency + bytes / bandwidth on the real route.
+// docs/cost.md: products and attention by shape, other kernels by bytes over bandwidth; between GPUs
+// NCCL's times (docs/nccl.md), else latency + bytes / bandwidth on the real route.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "simulator/cost/kernels.h"
 #include "simulator/program/program.h"
 #include "topologies/topology.h"
 
@@ -25,17 +26,19 @@ struct Work {
   ElementType type = ElementType::fp32;
   Bytes bytes;  ///< read and written in device memory
   int kernels = 1;
+  /// By shape, where it is products or flash attention. What products of a materialised attention
+  /// leave to its softmax is `streamed`.
+  std::vector<Product> products;
+  std::optional<FlashAttention> attention;
+  Bytes streamed;
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 
-/// t = kernels · launch + max(flops / (rate · efficiency), bytes / (bandwidth · efficiency)).
-Seconds kernel_time(const Work& work, const DeviceProfile& device);
-
-/// The two of them, without launches: what the units and what the memory take.
-struct KernelParts {
-  Seconds units, memory;
-};
-KernelParts kernel_parts(const Work& work, const DeviceProfile& device);
+/// t = kernels · launch + work. By shape, one kernel after the other, where `work` has shapes and
+/// the device is a GPU (kernels.h); else max(flops / (rate · efficiency), bytes / (bandwidth ·
+/// efficiency)). `prices` are those of the device.
+Seconds kernel_time(const Work& work, const DeviceProfile& device, ShapePrices& prices);
+KernelParts kernel_parts(const Work& work, const DeviceProfile& device, ShapePrices& prices);
 
 /// Work that the network's mathematics asks of this instruction: model and recomputed FLOPs,
 /// without what a kernel does twice for its own reasons.
@@ -71,8 +74,8 @@ bool on_host(const Program& program, const Instruction& instruction);
 /// Does it read from storage?
 bool from_storage(const Program& program, const Instruction& instruction);
 
-/// Prices of communication between ranks placed on devices 0, 1, 2, ... Caches by group; not
-/// thread-safe.
+/// Prices of communication between ranks placed on devices 0, 1, 2, ..., and the caches of kernels'
+/// prices on these devices. Caches by group; not thread-safe.
 class Communication {
  public:
   explicit Communication(Topology topology);
@@ -116,6 +119,8 @@ class Communication {
   /// What of a transfer holds its sender, or its receiver once the message has come; empty where
   /// that was not measured.
   std::optional<Seconds> held(Bytes bytes, bool sender) const;
+  /// Kernels' prices of the rank's device.
+  ShapePrices& shapes(std::int64_t rank);
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
   void set_at_work(std::int64_t ranks);
   /// How many were at work when what prices this kind among so many ranks was measured; 0 where it

@@ -27,7 +27,8 @@ double elements_of(const Program& p, const ProgramOperator& op, const Operand& o
   return n;
 }
 
-void product_shape(const Program& p, const ProgramOperator& op, std::int64_t rank, KernelShape& s) {
+ProductShape shape_of(const Program& p, const ProgramOperator& op, std::int64_t rank) {
+  ProductShape s;
   const Signature& g = op.signature;
   const auto all = [&](const Operand& o) { return elements_of(p, op, o, 0, o.shape.size(), rank); };
   const auto dim = [&](Dim d) {
@@ -46,13 +47,15 @@ void product_shape(const Program& p, const ProgramOperator& op, std::int64_t ran
     s.m = dim(Dim::sequence);
     s.n = dim(Dim::key_sequence);
     s.k = static_cast<double>(a->qk_dim);
-    s.count = dim(Dim::sample) * dim(Dim::head) * static_cast<double>(a->queries_per_head);
+    s.heads = dim(Dim::head);
+    s.count = dim(Dim::sample) * s.heads * static_cast<double>(a->queries_per_head);
   } else if (const auto* c = std::get_if<Convolution>(&op.operation)) {
     const Operand& y = g.outputs[0];
     const Operand& w = g.parameters[0];
     s.m = extent_of(p, op, y, 0, rank) * elements_of(p, op, y, 2, 4, rank);
     s.n = extent_of(p, op, y, 1, rank) / static_cast<double>(c->groups);
     s.k = elements_of(p, op, w, 1, 4, rank);
+    s.window = elements_of(p, op, w, 2, 4, rank);
     s.count = static_cast<double>(c->groups);
   } else if (std::holds_alternative<GroupedProduct>(op.operation)) {
     const Operand& w = g.parameters[0];
@@ -72,6 +75,7 @@ void product_shape(const Program& p, const ProgramOperator& op, std::int64_t ran
     s.k = extent_of(p, op, g.inputs[0], at + 1, rank);
     s.n = extent_of(p, op, g.inputs[1], at + 1, rank);
   }
+  return s;
 }
 
 /// y at x of points sorted by x, linear in the logarithms.
@@ -193,6 +197,22 @@ double plane_at_origin(const std::vector<Near>& near) {
 
 }  // namespace
 
+ProductShape product_shape(const Program& p, const Instruction& i, std::int64_t rank) {
+  const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  ProductShape s = shape_of(p, op, rank);
+  if (const int d = op.signature.find(Dim::sequence);
+      i.part >= 0 && d >= 0 && !std::holds_alternative<Attention>(op.operation)) {
+    // One part of the sequence; the rest is another instruction's.
+    const auto at = static_cast<std::size_t>(d);
+    s.m *= static_cast<double>(part_positions(p, i, rank).size()) /
+           std::max<double>(1, static_cast<double>(local_extent(
+                                   p.mesh, op.cuts[at], op.signature.dims[at].extent, rank)));
+  }
+  if (std::holds_alternative<GroupedProduct>(op.operation))
+    s.m = std::max(0.5, s.m * load_of_experts(p, i, rank));
+  return s;
+}
+
 KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) {
   KernelShape s;
   const Work w = work_of(p, i, rank);
@@ -238,18 +258,13 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   }
   if (const auto* a = std::get_if<Activation>(&op.operation))
     s.kernel += fmt::format(" {}", static_cast<int>(a->kind));
-  if (is_product(op.operation)) product_shape(p, op, rank, s);
-  if (const int d = op.signature.find(Dim::sequence);
-      i.part >= 0 && d >= 0 && !std::holds_alternative<Attention>(op.operation)) {
-    // One part of the sequence; the rest is another instruction's.
-    const auto at = static_cast<std::size_t>(d);
-    s.m *= static_cast<double>(part_positions(p, i, rank).size()) /
-           std::max<double>(1, static_cast<double>(local_extent(
-                                   p.mesh, op.cuts[at], op.signature.dims[at].extent, rank)));
-    s.kernel += " part";
+  if (is_product(op.operation)) {
+    const ProductShape shape = product_shape(p, i, rank);
+    s.m = shape.m, s.n = shape.n, s.k = shape.k, s.count = shape.count;
   }
-  if (std::holds_alternative<GroupedProduct>(op.operation))
-    s.m = std::max(0.5, s.m * load_of_experts(p, i, rank));
+  if (i.part >= 0 && op.signature.find(Dim::sequence) >= 0 &&
+      !std::holds_alternative<Attention>(op.operation))
+    s.kernel += " part";
   return s;
 }
 

@@ -17,6 +17,16 @@ struct KernelShape {
   double bytes = 0;
   bool product() const { return m > 0; }
 };
+/// A product's local shape in its forward pass, [m, n] = [m, k] · [k, n], `count` of them;
+/// attention's scores, m queries by n keys.
+struct ProductShape {
+  double m = 0, n = 0, k = 0, count = 1;
+  double window = 1;  ///< positions of a convolution's kernel, a factor of k
+  double heads = 1;   ///< attention: key heads in count
+};
+ProductShape product_shape(const Program& program, const Instruction& instruction,
+                           std::int64_t rank);
+
 /// Of a compute, slice or load instruction on `rank`.
 KernelShape shape_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 

@@ -539,7 +539,7 @@ class Engine {
     // A processor that is its own host copies in its own memory.
     if (on_host(p_, i) && device.compute_capability > 0)
       return communication_.host_time(p_, i, rank);
-    return kernel_time(work_of(p_, i, rank), device) + device.dispatch;
+    return kernel_time(work_of(p_, i, rank), device, communication_.shapes(rank)) + device.dispatch;
   }
 
   /// What the host does before the device may begin a step. `captured`: an earlier one has started

@@ -60,16 +60,24 @@ std::int32_t Usages::kernel(const Instruction& i, std::int32_t c) {
   const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
   const DeviceProfile& device =
       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
-  KernelParts parts{Seconds{1}, Seconds{0}};  // measured: as if its units were what it takes
-  if (device.kernels.empty()) parts = kernel_parts(work_of(program_, i, rank), device);
-  const double longest = std::max(parts.units.count, parts.memory.count);
+  // Measured: as if its units were what it takes.
+  KernelParts parts{Seconds{1}, Seconds{0}, Seconds{1}};
+  if (device.kernels.empty())
+    parts = kernel_parts(work_of(program_, i, rank), device, communication_.shapes(rank));
+  const double longest = parts.work.count;
   if (!(longest > 0)) return -1;
+  // With the multiprocessors that a transfer leaves it takes `beside_transfers` times as long, in
+  // whole waves; alone no longer than alone.
+  double units = parts.units.count / longest;
+  if (device.communication_multiprocessors > 0)
+    units *= std::min(1.0, parts.beside_transfers *
+                               (1 - static_cast<double>(device.communication_multiprocessors) /
+                                        device.multiprocessors));
   Usage u;
   u.weight = kKernelWeight;
   const auto at = static_cast<std::size_t>(c);
   if (parts.units.count > 0)
-    u.demands.push_back(
-        {ResourceId{first_units_.index() + at}, kAlone * parts.units.count / longest});
+    u.demands.push_back({ResourceId{first_units_.index() + at}, kAlone * units});
   if (parts.memory.count > 0)
     u.demands.push_back(
         {ResourceId{first_memory_.index() + at}, kAlone * parts.memory.count / longest});
@@ -80,8 +88,9 @@ Seconds Usages::work_of_kernel(const Instruction& i, std::int64_t rank) const {
   const DeviceProfile& device =
       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
   if (!device.kernels.empty()) return Seconds{1e9};  // all of it
-  const KernelParts parts = kernel_parts(work_of(program_, i, rank), device);
-  return Seconds{std::max(parts.units, parts.memory).count /
+  const KernelParts parts =
+      kernel_parts(work_of(program_, i, rank), device, communication_.shapes(rank));
+  return Seconds{parts.work.count /
                  communication_.topology().speed(DeviceId{static_cast<std::size_t>(rank)})};
 }
 

@@ -168,8 +168,14 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   memory_bound += r.breakdown.optimizer.count + r.breakdown.other.count;
   const auto share = [&](std::int64_t n) { return static_cast<double>(n) / total; };
   const bool nccl = communication.uses_nccl();
+  // Points of products stand for all of them; elsewhere their model takes the data sheet's rates.
+  const auto& first = communication.topology().device(DeviceId{0});
+  const bool measured = !first.products.empty() || first.like != nullptr;
   r.rests_on = {
-      {"matrix products: peak rate x sustained fraction", "specified", share(matrix)},
+      measured ? RestsOn{"products and attention by shape, near measured points", "measured",
+                         share(matrix)}
+               : RestsOn{"products and attention by shape: peak rate x sustained fraction",
+                         "specified", share(matrix)},
       {"memory-bound kernels: bandwidth x assumed fraction, launch", "assumed",
        share(memory_bound)},
       {nccl ? "exposed communication: NCCL's choice, times of published curves"

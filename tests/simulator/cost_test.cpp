@@ -30,20 +30,12 @@ void expect_us(Seconds t, double microseconds) {
   EXPECT_NEAR(t.count * 1e6, microseconds, 5e-6 * microseconds);
 }
 
-TEST(Cost, OfAProductIsItsFlopsOverTheSustainedRate) {
-  Work w;
-  w.matrix = true;
-  w.type = ElementType::bf16;
-  w.flops = Flops{2.0 * 8192 * 8192 * 8192};
-  w.bytes = Bytes{std::int64_t{3} * 8192 * 8192 * 2};
-  expect_us(kernel_time(w, h100()), 1386.92);
-}
-
 TEST(Cost, OfAMemoryBoundKernelIsItsBytesOverTheSustainedBandwidth) {
   Work w;
   w.bytes = 128_MiB;
   w.flops = Flops{33'554'432};
-  expect_us(kernel_time(w, h100()), 47.5167);
+  ShapePrices prices(h100());
+  expect_us(kernel_time(w, h100(), prices), 47.5167);
 }
 
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {

@@ -113,5 +113,80 @@ TEST(Device, BadFilesSayWhatIsWrong) {
               ThrowsMessage<InputError>(HasSubstr("colour")));
 }
 
+TEST(Device, PointsAreRowsUnderAHeader) {
+  const std::string points = R"(products:
+  - type: bf16
+    out: fp32
+    layout: NT
+    accumulate: true
+    spread: 0.05
+    source: mine
+    points: |
+      m n k count time[ms]
+      64 128 256 1 0.5
+      1 2 3 4 1e3
+attention:
+  - {type: fp16, backward: true, causal: true, source: mine, points: "batch queries keys heads qk v time[us]\n1 2 3 4 5 6 7"}
+)";
+  const DeviceProfile d = parse_device(kGood + points, "d.yaml");
+  ASSERT_EQ(d.products.size(), 1u);
+  const ProductTable& t = d.products[0];
+  EXPECT_EQ(t.out, ElementType::fp32);
+  EXPECT_EQ(t.layout, ProductLayout::nt);
+  EXPECT_TRUE(t.accumulate && !t.grouped);
+  EXPECT_EQ(t.spread, 0.05);
+  ASSERT_EQ(t.points.size(), 2u);
+  EXPECT_EQ(t.points[0].k, 256);
+  EXPECT_NEAR(t.points[0].time.count, 0.5e-3, 1e-15);
+  EXPECT_EQ(t.points[1].count, 4);
+  EXPECT_NEAR(t.points[1].time.count, 1, 1e-12);
+  ASSERT_EQ(d.attention.size(), 1u);
+  EXPECT_TRUE(d.attention[0].backward && d.attention[0].causal);
+  EXPECT_EQ(d.attention[0].points[0].v, 6);
+  const auto refused = [&](const std::string& from, const std::string& to, const std::string& why) {
+    std::string text = kGood + points;
+    text.replace(text.find(from), from.size(), to);
+    EXPECT_THAT([&] { parse_device(text, "d.yaml"); }, ThrowsMessage<InputError>(HasSubstr(why)));
+  };
+  refused("count time[ms]", "count time",
+          "'m n k count time[us]' (or ms, s); it is 'm n k count time'");
+  refused("m n k", "m k n", "names their columns");
+  refused("256 1 0.5", "256 1", "line 2 of points is '64 128 256 1'; it needs 5 numbers above 0");
+  refused("256 1 0.5", "256 1 0.5 9", "needs 5 numbers");
+  refused("256 1 0.5", "256 0 0.5", "above 0");
+  refused("256 1 0.5", "256 1 us", "needs 5 numbers");
+  refused("NT", "TT", "a layout is NN, NT or TN; 'TT' is given");
+  refused("0.05", "1", "a spread is a fraction from 0 to below 1");
+  refused("spread", "sprd", "unknown key");
+}
+
+TEST(Device, IsLikeAnotherOrHasItsOwnPoints) {
+  EXPECT_EQ(parse_device(kGood + std::string("like: h100-sxm\n"), "d.yaml").like->name, "h100-sxm");
+  EXPECT_THAT(
+      [] { parse_device(kGood + std::string("like: h200-sxm\n"), "d.yaml"); },
+      ThrowsMessage<InputError>(HasSubstr("has no points of its own but those of h100-sxm")));
+  EXPECT_THAT(
+      [] {
+        parse_device(kGood + std::string("like: h100-sxm\nattention:\n  - {source: mine, points: "
+                                         "\"batch queries keys heads qk v time[us]\"}\n"),
+                     "d.yaml");
+      },
+      ThrowsMessage<InputError>(HasSubstr("not both")));
+}
+
+TEST(Device, ATypeMayHaveAnEfficiencyOfItsOwn) {
+  const DeviceProfile h100 = load_device("h100-sxm");
+  EXPECT_NEAR(h100.sustained_rate(ElementType::fp8).count, 0.709 * 1978.9e12, 1e6);
+  EXPECT_NEAR(h100.sustained_rate(ElementType::bf16).count, 0.803 * 989.4e12, 1e6);
+}
+
+TEST(Device, EditedItMissesItsModelAsBefore) {
+  const DeviceProfile fast = load_device("h100-sxm", {{"matrix_rates.bf16", "x2"}});
+  ASSERT_NE(fast.like, nullptr);
+  EXPECT_TRUE(fast.products.empty());
+  EXPECT_EQ(fast.like->matrix_rate(ElementType::bf16), 989.4_TFLOPps);
+  EXPECT_FALSE(fast.like->products.empty());
+}
+
 }  // namespace
 }  // namespace partita

@@ -1,0 +1,366 @@
+#include "simulator/cost/kernels.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/hash.h"
+
+namespace partita {
+namespace {
+
+// ---- Model -------------------------------------------------------------------------------------
+
+/// Rows and columns of the result that one block computes, and parts into which the sum is split.
+/// cuBLAS and CUTLASS have these and shapes between them; the fastest is taken.
+struct Tiling {
+  double rows, columns;
+};
+constexpr std::array<Tiling, 6> kTilings = {
+    {{128, 256}, {256, 128}, {128, 128}, {64, 128}, {128, 64}, {64, 64}}};
+constexpr std::array<int, 4> kSplits = {1, 2, 4, 8};
+
+/// Filling the pipeline before a block's loop and storing its result behind it; of each wave, and
+/// of the first, whose operands no cache holds, once more.
+constexpr double kWaveLatency = 1.5e-6, kFirstWave = 1.2e-6;
+/// A block of r × c loads r + c numbers for r · c sums: its loop takes 1 + kLoads · (1/r + 1/c) of
+/// what arithmetic alone would. Both are a fit to 234 bf16 products on an H100 (docs/cost.md).
+constexpr double kLoads = 8;
+/// Rows that do not start at multiples of 16 bytes are read number by number (assumed).
+constexpr double kUnaligned = 0.5;
+/// The host starts one product of a group after the other (a fit to grouped products on a B200).
+constexpr double kGroupLaunch = 9e-6;
+/// A device is not full while its last blocks of attention end: of the longest, this share (a fit
+/// to an A100 and a B200).
+constexpr double kForwardTail = 0.8, kBackwardTail = 0.3;
+
+double bytes_each(ElementType type) { return bits(type) / 8.0; }
+
+/// Loop steps are 128 bytes deep.
+double padded_depth(double k, ElementType type) {
+  const double step = 128 / bytes_each(type);
+  return std::ceil(k / step) * step;
+}
+
+bool aligned(double extent, ElementType type) {
+  return std::fmod(extent * bytes_each(type), 16) == 0;
+}
+
+/// Does every operand and the result start each row at a multiple of 16 bytes?
+bool aligned(const Product& p) {
+  const bool m = aligned(p.m, p.type), n = aligned(p.n, p.type), k = aligned(p.k, p.type);
+  if (!aligned(p.n, p.out)) return false;
+  switch (p.layout) {
+    case ProductLayout::tn:
+      return k;
+    case ProductLayout::nn:
+      return k && n;
+    case ProductLayout::nt:
+      return m && n;
+    case ProductLayout::any:
+      return true;
+  }
+  return true;
+}
+
+/// What the units take for `count` products at once.
+double units_of(const Product& p, const DeviceProfile& device, double count, int multiprocessors) {
+  const double rate =
+      device.sustained_rate(p.type).count / device.multiprocessors * (aligned(p) ? 1 : kUnaligned);
+  constexpr double kBest = 1 + kLoads * (1 / kTilings[0].rows + 1 / kTilings[0].columns);
+  double best = INFINITY;
+  for (const Tiling& t : kTilings) {
+    const double tiles = std::ceil(p.m / t.rows) * std::ceil(p.n / t.columns) * count;
+    const double loads = (1 + kLoads * (1 / t.rows + 1 / t.columns)) / kBest;
+    for (const int split : kSplits) {
+      const double waves = std::ceil(tiles * split / multiprocessors);
+      const double depth = padded_depth(p.k / split, p.type);
+      double time = waves * (2 * t.rows * t.columns * depth / rate * loads + kWaveLatency);
+      // Partial sums are written and read once more, through a cache at twice memory's bandwidth.
+      if (split > 1)
+        time += kWaveLatency + split * p.m * p.n * count * 8 / (2 * device.memory_bandwidth.count);
+      best = std::min(best, time);
+    }
+  }
+  return best + kFirstWave;
+}
+
+/// A processor without multiprocessors of a GPU's kind: FLOPs at the sustained rate.
+bool has_tiles(const DeviceProfile& device) { return device.compute_capability > 0; }
+
+double memory_time(Bytes bytes, const DeviceProfile& device) {
+  return static_cast<double>(bytes.count) /
+         (device.memory_bandwidth.count * device.memory_efficiency);
+}
+
+// ---- Points ------------------------------------------------------------------------------------
+
+/// Where a shape lies: log2 of its sizes, and what kind of kernel it is.
+struct Place {
+  static constexpr std::size_t kSizes = 6, kKinds = 4;
+  std::array<double, kSizes> size{};
+  std::array<int, kKinds> kind{};
+};
+
+/// 16-bit types run alike.
+int class_of(ElementType type) {
+  return static_cast<int>(type == ElementType::fp16 ? ElementType::bf16 : type);
+}
+
+Place place_of(const Product& p) {
+  Place at;
+  at.size = {std::log2(p.m * p.n * p.count),
+             std::log2(p.k),
+             std::log2(p.m),
+             std::log2(p.n),
+             std::log2(p.count),
+             p.count > 1 ? 1.0 : 0.0};
+  at.kind = {static_cast<int>(p.layout), p.grouped ? 1 : 0, p.accumulate ? 1 + class_of(p.out) : 0,
+             class_of(p.type)};
+  return at;
+}
+Place place_of(const FlashAttention& a) {
+  Place at;
+  const double rows = a.batch * a.heads * a.queries;
+  at.size = {
+      std::log2(rows),       std::log2(a.keys * a.attended), std::log2(rows * a.keys * a.attended),
+      std::log2(a.qk + a.v), std::log2(a.qk / a.v),          0};
+  at.kind = {a.qk == a.v ? 1 : 2, a.backward ? 1 : 0, 0, class_of(a.type)};
+  return at;
+}
+
+/// Matérn's correlation of order 3/2: 1 at distance 0, 0.48 at 1, 0.14 at 2.
+double matern(double squared) {
+  const double r = std::sqrt(3 * squared);
+  return (1 + r) * std::exp(-r);
+}
+
+double square(double x) { return x * x; }
+
+// Prior of log(measured / model): the device's own level, a smooth part over work and depth, and a
+// finer one over the whole shape; standard deviations and, in octaves, lengths (docs/cost.md).
+constexpr double kLevel = 0.3, kCoarse = 0.1, kFine = 0.06, kNoise = 0.03;
+/// Distances of two layouts, of grouped and plain, of what is accumulated, of two types.
+constexpr std::array<double, Place::kKinds> kKindApart = {1, 2.0 / 3, 2.0 / 3, 2};
+
+double covariance(const Place& a, const Place& b) {
+  double apart = 0;
+  for (std::size_t i = 0; i < Place::kKinds; ++i) {
+    // A layout that is not known is as near to one as to the other.
+    const bool known = i > 0 || (a.kind[i] != 0 && b.kind[i] != 0);
+    if (a.kind[i] != b.kind[i] && known) apart += square(kKindApart[i]);
+  }
+  const auto d = [&](std::size_t i, double length) {
+    return square((a.size[i] - b.size[i]) / length);
+  };
+  apart += d(5, 1.1);
+  return square(kLevel) + square(kCoarse) * matern(apart + d(0, 1.5) + d(1, 2.2)) +
+         square(kFine) * matern(apart + d(2, 1.1) + d(3, 1.1) + d(1, 2.5) + d(4, 1));
+}
+
+/// log(measured / model) of points, and what follows for a place between or beyond them.
+class Residuals {
+ public:
+  void add(const Place& at, double value, double spread) {
+    points_.push_back({at, value, square(kNoise) + square(spread)});
+  }
+
+  /// The mean of a Gaussian process with this prior given the nearest points (kriging; Rasmussen
+  /// and Williams, Gaussian Processes for Machine Learning, equation 2.23); 0 without points.
+  double at(const Place& x) const {
+    if (points_.empty()) return 0;
+    std::vector<std::pair<double, std::size_t>> near;
+    near.reserve(points_.size());
+    for (std::size_t i = 0; i < points_.size(); ++i)
+      near.emplace_back(-covariance(x, points_[i].place), i);
+    constexpr std::size_t kNearest = 24;
+    const std::size_t n = std::min(kNearest, near.size());
+    std::partial_sort(near.begin(), near.begin() + static_cast<std::ptrdiff_t>(n), near.end());
+    // Cholesky's K = L Lᵀ, row by row; then mean = kᵀ K⁻¹ y = (L⁻¹ k) · (L⁻¹ y).
+    std::vector<double> l(n * n), u(n), w(n);
+    double mean = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const Point& p = points_[near[i].second];
+      u[i] = -near[i].first;
+      w[i] = p.value;
+      for (std::size_t j = 0; j <= i; ++j) {
+        double sum = covariance(p.place, points_[near[j].second].place) + (i == j ? p.noise : 0);
+        for (std::size_t k = 0; k < j; ++k) sum -= l[i * n + k] * l[j * n + k];
+        l[i * n + j] = i == j ? std::sqrt(sum) : sum / l[j * n + j];
+      }
+      for (std::size_t k = 0; k < i; ++k) {
+        u[i] -= l[i * n + k] * u[k];
+        w[i] -= l[i * n + k] * w[k];
+      }
+      u[i] /= l[i * n + i];
+      w[i] /= l[i * n + i];
+      mean += u[i] * w[i];
+    }
+    return mean;
+  }
+
+ private:
+  struct Point {
+    Place place;
+    double value, noise;
+  };
+  std::vector<Point> points_;
+};
+
+struct ShapeHash {
+  static std::uint64_t bits_of(double x) {
+    std::uint64_t b;
+    static_assert(sizeof b == sizeof x);
+    std::memcpy(&b, &x, sizeof b);
+    return b;
+  }
+  std::size_t operator()(const Product& p) const {
+    std::uint64_t h = static_cast<std::uint64_t>(p.layout) << 32 |
+                      static_cast<std::uint64_t>(p.type) << 16 | static_cast<std::uint64_t>(p.out);
+    h = h << 2 | (p.accumulate ? 2u : 0u) | (p.grouped ? 1u : 0u);
+    for (const double x : {p.m, p.n, p.k, p.count}) h = mix(h, bits_of(x));
+    return mix(h, static_cast<std::uint64_t>(p.bytes.count));
+  }
+  std::size_t operator()(const FlashAttention& a) const {
+    std::uint64_t h = static_cast<std::uint64_t>(a.type) << 1 | (a.backward ? 1u : 0u);
+    for (const double x : {a.batch, a.queries, a.keys, a.heads, a.qk, a.v, a.attended})
+      h = mix(h, bits_of(x));
+    return mix(h, static_cast<std::uint64_t>(a.bytes.count));
+  }
+};
+
+}  // namespace
+
+Bytes Product::operand_bytes() const {
+  const double in = count * (m * k + k * n) * bytes_each(type);
+  return Bytes{
+      static_cast<std::int64_t>(in + count * m * n * bytes_each(out) * (accumulate ? 2 : 1))};
+}
+
+Flops FlashAttention::flops() const {
+  const double pairs = batch * heads * queries * keys * attended;
+  return Flops{2 * pairs * (backward ? 3 * qk + 2 * v : qk + v)};
+}
+
+KernelParts product_model(const Product& p, const DeviceProfile& device, int multiprocessors) {
+  KernelParts parts;
+  parts.memory = Seconds{memory_time(p.bytes, device)};
+  if (!has_tiles(device)) {
+    parts.units = Seconds{p.flops().count / device.sustained_rate(p.type).count};
+    parts.work = std::max(parts.units, parts.memory);
+    return parts;
+  }
+  if (p.grouped) {
+    // Each group starts cold: its operands come before its arithmetic, and half of the shorter of
+    // the two hides behind other groups.
+    const double groups = std::max(1.0, p.count);
+    parts.units = Seconds{groups * units_of(p, device, 1, multiprocessors)};
+    parts.work = Seconds{
+        std::max(groups * kGroupLaunch, std::max(parts.units, parts.memory).count +
+                                            0.5 * std::min(parts.units, parts.memory).count)};
+    return parts;
+  }
+  parts.units = Seconds{units_of(p, device, p.count, multiprocessors)};
+  parts.work = std::max(parts.units, parts.memory);
+  return parts;
+}
+
+KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device,
+                            int multiprocessors) {
+  KernelParts parts;
+  parts.memory = Seconds{memory_time(a.bytes, device)};
+  if (!has_tiles(device)) {
+    parts.units = Seconds{a.flops().count / device.sustained_rate(a.type).count};
+    parts.work = std::max(parts.units, parts.memory);
+    return parts;
+  }
+  const double rate =
+      device.matrix_rate(a.type).count / device.multiprocessors *
+      (a.backward ? device.attention_backward_efficiency : device.attention_forward_efficiency);
+  // Queries of a block, of which Blackwell's take two tiles at once; backward, keys of a block.
+  const double rows = device.compute_capability >= 100 && !a.backward ? 256 : 128;
+  // Blocks that a mask cuts are computed whole: half a block more on a row's end.
+  const double seen = a.keys * a.attended;
+  const double computed = std::min(1 + (a.attended < 1 ? rows / 2 / seen : 0), 1 / a.attended);
+  const double flops = a.flops().count * computed;
+  const double blocks = a.batch * a.heads * std::ceil((a.backward ? a.keys : a.queries) / rows);
+  // The longest block sees all keys; under a causal mask that is twice the mean.
+  const double longest = std::min(2 * flops, a.flops().count / a.attended) / blocks;
+  parts.units = Seconds{(flops / std::min<double>(blocks, multiprocessors) +
+                         (a.backward ? kBackwardTail : kForwardTail) * longest) /
+                        rate};
+  parts.work = std::max(parts.units, parts.memory);
+  return parts;
+}
+
+struct ShapePrices::State {
+  DeviceProfile device;
+  Residuals residuals;
+  Residuals attention_residuals;
+  std::unordered_map<Product, KernelParts, ShapeHash> products;
+  std::unordered_map<FlashAttention, KernelParts, ShapeHash> attentions;
+
+  explicit State(const DeviceProfile& d) : device(d) {
+    // Points are compared with the model of the device that they were measured on.
+    const DeviceProfile& measured = d.like != nullptr ? *d.like : d;
+    const double launch = measured.kernel_latency.count;
+    for (const ProductTable& t : measured.products) {
+      for (const ProductTable::Point& x : t.points) {
+        Product p{x.m, x.n, x.k, x.count, t.type, t.out, t.layout, t.accumulate, t.grouped, {}};
+        p.bytes = p.operand_bytes();
+        const double model =
+            launch + product_model(p, measured, measured.multiprocessors).work.count;
+        residuals.add(place_of(p), std::log(x.time.count / model), t.spread);
+      }
+    }
+    for (const AttentionTable& t : measured.attention) {
+      for (const AttentionTable::Point& x : t.points) {
+        FlashAttention a{x.batch, x.queries, x.keys, x.heads, x.qk, x.v, 1, t.backward, t.type, {}};
+        if (t.causal) a.attended = (x.queries + 1) / (2 * x.keys);
+        const double model =
+            launch + attention_model(a, measured, measured.multiprocessors).work.count;
+        attention_residuals.add(place_of(a), std::log(x.time.count / model), t.spread);
+      }
+    }
+  }
+
+  /// The model's parts stretched to what the residual makes of the whole; never faster than peak.
+  template <class Shape, class Model>
+  KernelParts price(const Shape& shape, const Residuals& nearby, Model model) const {
+    KernelParts parts = model(shape, device, device.multiprocessors);
+    if (!has_tiles(device)) return parts;
+    const int free = device.multiprocessors - device.communication_multiprocessors;
+    if (parts.work.count > 0)
+      parts.beside_transfers = model(shape, device, free).work.count / parts.work.count;
+    const double launch = device.kernel_latency.count;
+    const double least = shape.flops().count / device.matrix_rate(shape.type).count;
+    const double all = (launch + parts.work.count) * std::exp(nearby.at(place_of(shape)));
+    const double work = std::max(all - launch, least);
+    if (!(parts.work.count > 0)) return parts;
+    const double stretch = work / parts.work.count;
+    parts.units = std::min(Seconds{parts.units.count * stretch}, Seconds{work});
+    parts.memory = std::min(parts.memory, Seconds{work});
+    parts.work = Seconds{work};
+    return parts;
+  }
+};
+
+ShapePrices::ShapePrices(const DeviceProfile& device) : state_(new State(device)) {}
+ShapePrices::~ShapePrices() = default;
+ShapePrices::ShapePrices(ShapePrices&&) noexcept = default;
+
+const KernelParts& ShapePrices::of(const Product& p) {
+  const auto [it, fresh] = state_->products.try_emplace(p);
+  if (fresh) it->second = state_->price(p, state_->residuals, product_model);
+  return it->second;
+}
+
+const KernelParts& ShapePrices::of(const FlashAttention& a) {
+  const auto [it, fresh] = state_->attentions.try_emplace(a);
+  if (fresh) it->second = state_->price(a, state_->attention_residuals, attention_model);
+  return it->second;
+}
+
+}  // namespace partita

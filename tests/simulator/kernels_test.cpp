@@ -1,0 +1,228 @@
+// tests/simulator/kernels_test.cpp: prices of products and attention by shape: docs/cost.md by
+// hand, and laws over random shapes.
+
+#include "simulator/cost/kernels.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "base/error.h"
+#include "simulator/cost/cost.h"
+
+namespace partita {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+Product square_of(double n, ElementType type = ElementType::bf16) {
+  Product p;
+  p.m = p.n = p.k = n;
+  p.type = p.out = type;
+  p.bytes = p.operand_bytes();
+  return p;
+}
+
+const DeviceProfile& h100() {
+  static const DeviceProfile d = load_device("h100-sxm");
+  return d;
+}
+DeviceProfile without_points(const char* name) {
+  DeviceProfile d = load_device(name);
+  d.products.clear();
+  d.attention.clear();
+  d.like = nullptr;
+  return d;
+}
+
+double model_us(const Product& p, const DeviceProfile& d) {
+  return product_model(p, d, d.multiprocessors).work.count * 1e6;
+}
+
+TEST(ProductModel, TheExampleOfThePage) {
+  EXPECT_NEAR(model_us(square_of(8192), h100()), 1452.37, 0.01);
+  // A transfer holds 24 of 132 multiprocessors: 19 waves instead of 16.
+  EXPECT_NEAR(product_model(square_of(8192), h100(), 108).work.count * 1e6, 1724.47, 0.01);
+}
+
+TEST(AttentionModel, TheExampleOfThePage) {
+  FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
+  EXPECT_NEAR(a.flops().count, 137'472'507'904, 1);
+  EXPECT_NEAR(attention_model(a, h100(), 132).work.count * 1e6, 286.56, 0.01);
+}
+
+/// Log-uniform; now and then a multiple of a tile, one less and one more.
+double size(std::mt19937_64& random, double from, double to) {
+  const double x =
+      std::floor(std::exp(std::uniform_real_distribution{std::log(from), std::log(to)}(random)));
+  switch (random() % 4) {
+    case 0:
+      return std::ceil(x / 128) * 128;
+    case 1:
+      return std::ceil(x / 128) * 128 + 1;
+    case 2:
+      return std::max(1.0, std::ceil(x / 128) * 128 - 1);
+    default:
+      return x;
+  }
+}
+
+Product random_product(std::mt19937_64& random) {
+  constexpr ProductLayout kLayouts[] = {ProductLayout::any, ProductLayout::nn, ProductLayout::nt,
+                                        ProductLayout::tn};
+  Product p;
+  p.m = size(random, 1, 1e5), p.n = size(random, 1, 1e5), p.k = size(random, 1, 1e5);
+  p.count = random() % 3 == 0 ? size(random, 1, 300) : 1;
+  p.type = ElementType::bf16;
+  p.out = random() % 2 == 0 ? ElementType::bf16 : ElementType::fp32;
+  p.layout = kLayouts[random() % 4];
+  p.accumulate = random() % 2 == 0;
+  p.grouped = random() % 4 == 0;
+  p.bytes = p.operand_bytes();
+  return p;
+}
+
+TEST(ProductModel, NeverBeatsPeakOrMemoryAndGrowsWithEveryDimension) {
+  std::mt19937_64 random(20261127);
+  for (const char* name : {"h100-sxm", "a100-sxm-80gb", "b200", "v100-sxm-16gb"}) {
+    const DeviceProfile d = without_points(name);
+    for (int i = 0; i < 2000; ++i) {
+      Product p = random_product(random);
+      if (d.matrix_rates.count(p.type) == 0) p.type = ElementType::fp16;
+      SCOPED_TRACE(::testing::Message()
+                   << name << ": " << p.count << " x " << p.m << " x " << p.n << " x " << p.k);
+      const double t = product_model(p, d, d.multiprocessors).work.count;
+      EXPECT_GE(t, p.flops().count / d.matrix_rate(p.type).count);
+      EXPECT_GE(t, static_cast<double>(p.bytes.count) / d.memory_bandwidth.count);
+      EXPECT_LE(t, product_model(p, d, d.multiprocessors / 2).work.count);
+      // Whole vectors more, so that alignment stays as it is.
+      for (double Product::*dim : {&Product::m, &Product::n, &Product::k, &Product::count}) {
+        Product larger = p;
+        larger.*dim += dim == &Product::count ? 1 : 128;
+        larger.bytes = larger.operand_bytes();
+        EXPECT_GE(product_model(larger, d, d.multiprocessors).work.count, t);
+      }
+    }
+  }
+}
+
+TEST(ShapePrices, NeverBeatPeakNorTheirParts) {
+  std::mt19937_64 random(7);
+  for (const char* name : {"h100-sxm", "a100-pcie-80gb", "b200", "h200-sxm"}) {
+    const DeviceProfile d = load_device(name);
+    ShapePrices prices(d);
+    for (int i = 0; i < 300; ++i) {
+      Product p = random_product(random);
+      SCOPED_TRACE(::testing::Message()
+                   << name << ": " << p.count << " x " << p.m << " x " << p.n << " x " << p.k);
+      const KernelParts t = prices.of(p);
+      EXPECT_GE(t.work.count, p.flops().count / d.matrix_rate(p.type).count);
+      EXPECT_GE(t.work, t.memory);
+      EXPECT_GE(t.work, t.units);
+      EXPECT_GE(t.beside_transfers, 1);
+    }
+  }
+}
+
+TEST(AttentionModel, GrowsWithWhatIsSeenAndNeverBeatsPeak) {
+  std::mt19937_64 random(3);
+  for (const char* name : {"h100-sxm", "a100-sxm-80gb", "b200"}) {
+    const DeviceProfile d = without_points(name);
+    for (int i = 0; i < 1000; ++i) {
+      FlashAttention a;
+      a.batch = size(random, 1, 16), a.heads = size(random, 1, 128);
+      a.queries = a.keys = size(random, 128, 1e5);
+      a.qk = a.v = random() % 2 == 0 ? 64 : 128;
+      a.backward = random() % 2 == 0;
+      a.attended = random() % 2 == 0 ? 1 : (a.queries + 1) / (2 * a.keys);
+      const double t = attention_model(a, d, d.multiprocessors).work.count;
+      EXPECT_GE(t, a.flops().count / d.matrix_rate(a.type).count);
+      EXPECT_LE(t, attention_model(a, d, d.multiprocessors - 20).work.count);
+      FlashAttention whole = a;
+      whole.attended = 1;
+      EXPECT_GE(attention_model(whole, d, d.multiprocessors).work.count, t);
+      FlashAttention more = a;
+      more.heads += 1;
+      EXPECT_GE(attention_model(more, d, d.multiprocessors).work.count, t * (1 - 1e-12));
+    }
+  }
+}
+
+TEST(ProductModel, AWaveTooManyCostsAWave) {
+  const DeviceProfile d = without_points("h100-sxm");
+  // 132 tiles of 128 x 256 with a deep sum fill the device once; a 133rd block needs a second wave
+  // or smaller tiles.
+  Product p = square_of(16384);
+  p.m = 128 * 12, p.n = 256 * 11;
+  p.bytes = Bytes{0};
+  const double full = model_us(p, d);
+  p.n += 256;
+  EXPECT_GT(model_us(p, d), 1.2 * full);
+  p.n -= 512;
+  EXPECT_GE(model_us(p, d), 0.95 * full) << "the wave is not full";
+}
+
+TEST(ProductModel, RowsOffTheirVectorsAreSlow) {
+  const DeviceProfile d = without_points("a100-sxm-80gb");
+  Product p = square_of(4096);
+  p.layout = ProductLayout::nn;
+  p.k = 50304;
+  const double padded = model_us(p, d);
+  p.k = 50257;
+  EXPECT_GT(model_us(p, d), 1.9 * padded);
+  p.layout = ProductLayout::nt;  // k is not a row of anything
+  EXPECT_LE(model_us(p, d), padded);
+}
+
+TEST(ProductModel, ATypeTheDeviceLacksIsNamed) {
+  EXPECT_THAT([] { model_us(square_of(4096, ElementType::nvfp4), h100()); },
+              ThrowsMessage<InputError>(HasSubstr("no matrix rate for nvfp4; it has")));
+}
+
+TEST(ProductModel, AProcessorWithoutMultiprocessorsTakesItsFlops) {
+  const DeviceProfile cpu = load_device("cpu");
+  const Product p = square_of(512, ElementType::fp32);
+  EXPECT_NEAR(product_model(p, cpu, cpu.multiprocessors).work.count,
+              p.flops().count / cpu.sustained_rate(ElementType::fp32).count, 1e-12);
+}
+
+TEST(ShapePrices, AreThePointsWhereTheyLieAndTheModelFarFromThem) {
+  DeviceProfile d = without_points("h100-sxm");
+  ProductTable t;
+  t.source = "test";
+  const Product at = square_of(4096);
+  const double launch = d.kernel_latency.count;
+  const double model = launch + product_model(at, d, 132).work.count;
+  for (int i = 0; i < 30; ++i) t.points.push_back({4096, 4096, 4096, 1, Seconds{1.5 * model}});
+  d.products = {t};
+  ShapePrices prices(d);
+  EXPECT_NEAR(launch + prices.of(at).work.count, 1.5 * model, 0.01 * model);
+  // Far away only the device's own level is left: a part 0.3² / (0.3² + 0.1² + 0.06²) of it.
+  Product far = square_of(128);
+  far.k = 16384 * 128;
+  far.bytes = far.operand_bytes();
+  const double ratio =
+      (launch + prices.of(far).work.count) / (launch + product_model(far, d, 132).work.count);
+  EXPECT_NEAR(std::log(ratio) / std::log(1.5), 0.09 / (0.09 + 0.01 + 0.0036), 0.01);
+}
+
+TEST(ShapePrices, OfADeviceThatIsLikeAnotherFollowItsOwnModel) {
+  const DeviceProfile h200 = load_device("h200-sxm");
+  ASSERT_NE(h200.like, nullptr);
+  ShapePrices mine(h200), theirs(h100());
+  const Product p = square_of(4096);
+  // The same chip: units alike, so prices of what they bound.
+  EXPECT_NEAR(mine.of(p).work / theirs.of(p).work, 1, 0.01);
+}
+
+TEST(ShapePrices, OfAnEditedDeviceMoveWithTheEdit) {
+  const DeviceProfile twice = load_device("h100-sxm", {{"matrix_rates.bf16", "x2"}});
+  ShapePrices before(h100()), after(twice);
+  EXPECT_NEAR(before.of(square_of(8192)).work / after.of(square_of(8192)).work, 2, 0.1);
+}
+
+}  // namespace
+}  // namespace partita
