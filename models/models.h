@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -126,6 +127,17 @@ Graph build_mnist_linear(std::int64_t classes = 0);
 Graph build_resnet50(std::int64_t classes = 0);
 Graph build_vgg16(std::int64_t classes = 0, double dropout = 0);
 Graph build_alexnet(std::int64_t classes = 0, double dropout = 0);
+
+/// An entry of the catalogue as tables of measurements meet it.
+struct KnownModel {
+  std::string name;
+  std::vector<std::string> aliases;              ///< what else it is called
+  std::optional<TransformerConfig> transformer;  ///< of a stack of blocks: open to other sizes
+};
+/// All of the catalogue, by name.
+std::vector<KnownModel> known_models();
+/// Of one YAML file.
+KnownModel known_model(const std::string& path);
 
 /// The importers that load_model chooses by a file's name.
 Graph import_hugging_face(const std::string& path, const ModelOptions& options = {});
