@@ -76,7 +76,11 @@ void refuse_empty_arguments(int argc, char** argv) {
     throw InputError("command",
                      fmt::format("'{}' is none{}; {}", word, did_you_mean(word, commands), there));
   }
-  const CLI::App& command = *chosen[0];
+  // "validate rows" is a command of its own.
+  const auto inner = chosen[0]->get_subcommands();
+  const CLI::App& command = inner.empty() ? *chosen[0] : *inner[0];
+  const std::string name = inner.empty() ? command.get_name()
+                                         : chosen[0]->get_name() + " " + command.get_name();
   const std::string text = e.what();
   if (dynamic_cast<const CLI::ExtrasError*>(&e) != nullptr) {
     const std::vector<std::string> extra = app.remaining(true);

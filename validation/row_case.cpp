@@ -128,13 +128,10 @@ RowSchema recognise(const CsvTable& table) {
                                   [&](std::string_view c) { return there.count(c) > 0; });
     if (!fits) continue;
     for (const std::string_view needed : {"id", "gpu"}) {
-      if (s.schema != RowSchema::collectives && there.count(needed) == 0)
+      if (there.count(needed) == 0)
         throw InputError(table.file, fmt::format("looks like {} but has no column '{}'; add it",
                                                  s.name, needed));
     }
-    if (there.count("id") == 0)
-      throw InputError(table.file,
-                       fmt::format("looks like {} but has no column 'id'; add it", s.name));
     return s.schema;
   }
   std::vector<std::string> known;
@@ -408,7 +405,7 @@ class CaseBuilder {
     for (const FrameworkProfile& f : catalogue_.frameworks) {
       if (f.name == fallback) framework_ = &f;
     }
-    PARTITA_ASSERT(framework_ != nullptr);
+    PARTITA_ASSERT(framework_ != nullptr, fallback);
     assume("framework {}", fallback);
   }
 

@@ -1,0 +1,188 @@
+#include "validation/row_kernels.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <numeric>
+#include <optional>
+
+#include "base/error.h"
+#include "simulator/cost/cost.h"
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+std::optional<CollectiveKind> collective_kind(const std::string& text) {
+  const std::string s = squeezed(text);
+  if (s == "allreduce") return CollectiveKind::all_reduce;
+  if (s == "allgather") return CollectiveKind::all_gather;
+  if (s == "reducescatter") return CollectiveKind::reduce_scatter;
+  if (s == "alltoall" || s == "all2all") return CollectiveKind::all_to_all;
+  if (s == "broadcast") return CollectiveKind::broadcast;
+  if (s == "reduce") return CollectiveKind::reduce;
+  return std::nullopt;
+}
+
+bool is_transfer(const std::string& text) {
+  const std::string s = squeezed(text);
+  return s == "p2p" || s == "sendrecv";
+}
+
+/// Bus bandwidth over algorithm bandwidth (nccl-tests, doc/PERFORMANCE.md).
+double bus_factor(const std::string& collective, double n) {
+  const auto kind = collective_kind(collective);
+  if (!kind) return 1;
+  switch (*kind) {
+    case CollectiveKind::all_reduce:
+      return 2 * (n - 1) / n;
+    case CollectiveKind::all_gather:
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::all_to_all:
+      return (n - 1) / n;
+    default:
+      return 1;
+  }
+}
+
+/// "head_num=128" in `extra`.
+std::optional<double> named(const std::string& extra, const std::string& key) {
+  for (auto at = extra.find(key + "="); at != std::string::npos; at = extra.find(key + "=", at + 1)) {
+    const char before = at == 0 ? ' ' : extra[at - 1];
+    if (before != ' ' && before != ',') continue;
+    const auto start = at + key.size() + 1;
+    return number(extra.substr(start, extra.find_first_of(", ", start) - start));
+  }
+  return std::nullopt;
+}
+
+struct AttentionShape {
+  double batch = 0, sequence = 0, heads = 0, kv_heads = 0, qk = 0, v = 0;
+  bool backward = false;
+};
+
+/// `cell(column)` of a row or of its configuration.
+template <class Cells>
+std::optional<AttentionShape> attention_shape(const Cells& row) {
+  const std::string kernel = plain_text(row["kernel"]);
+  if (kernel.find("attention") == std::string::npos || kernel.find("flash") == std::string::npos)
+    return std::nullopt;
+  const std::string& extra = row["extra"];
+  AttentionShape a;
+  a.batch = named(extra, "batch").value_or(0);
+  a.sequence = named(extra, "seq_len").value_or(0);
+  a.heads = named(extra, "head_num").value_or(0);
+  a.kv_heads = named(extra, "kv_head_num").value_or(a.heads);
+  a.qk = named(extra, "qk_head_dim").value_or(0);
+  a.v = named(extra, "v_head_dim").value_or(a.qk);
+  a.backward = kernel.find("backward") != std::string::npos;
+  if (!(a.batch > 0 && a.sequence > 0 && a.heads > 0 && a.qk > 0)) return std::nullopt;
+  return a;
+}
+
+double whole_square(const AttentionShape& a) {
+  return 2 * a.batch * a.heads * a.sequence * a.sequence * (a.qk + a.v) * (a.backward ? 2.5 : 1);
+}
+
+struct ProductShape {
+  double batch = 1, m = 0, n = 0, k = 0;
+};
+
+template <class Cells>
+ProductShape product_shape(const Cells& row) {
+  ProductShape p;
+  p.m = number(row["m"]).value_or(0);
+  p.n = number(row["n"]).value_or(0);
+  p.k = number(row["k"]).value_or(0);
+  p.batch = number(row["batch_or_groups"]).value_or(1);
+  return p;
+}
+
+}  // namespace
+
+double measured_collective(const Row& row) {
+  if (const auto us = number(row["time_us"]); us && *us > 0) return *us * 1e-6;
+  const double size = number(row["size_bytes"]).value_or(0);
+  const double bus = number(row["busbw_gb_per_s"]).value_or(0);
+  double n = number(row["num_gpus"]).value_or(0);
+  if (n == 0)
+    n = number(row["num_nodes"]).value_or(1) * number(row["gpus_per_node"]).value_or(0);
+  if (!(size > 0 && bus > 0 && n > 1)) return 0;
+  return size * bus_factor(row["collective"], n) / (bus * 1e9);
+}
+
+double measured_product(const Row& row) {
+  if (const auto s = number(row["time_s"]); s && *s > 0) return *s;
+  const double rate = number(row["tflops"]).value_or(0) * 1e12;
+  if (!(rate > 0)) return 0;
+  if (const auto a = attention_shape(row)) return whole_square(*a) / rate;
+  const ProductShape p = product_shape(row);
+  return 2 * p.batch * p.m * p.n * p.k / rate;
+}
+
+KernelFigure collective_figure(const Configuration& row, const Catalogue& catalogue) {
+  KernelFigure f;
+  const auto kind = collective_kind(row["collective"]);
+  if (!kind && !is_transfer(row["collective"]))
+    throw InputError("collective", fmt::format("'{}' is unknown", row["collective"]));
+  const auto size = row.whole("size_bytes");
+  if (!size || *size < 1) throw InputError("size_bytes", "is not printed");
+  const auto nodes = row.whole("num_nodes"), per_node = row.whole("gpus_per_node");
+  std::int64_t n = row.whole("num_gpus").value_or(0);
+  if (n == 0) {
+    if (!per_node) throw InputError("num_gpus", "is not printed");
+    n = nodes.value_or(1) * *per_node;
+    f.assumed.push_back(fmt::format("{} GPUs", n));
+  }
+  if (n < 2) throw InputError("num_gpus", "a collective has at least 2");
+  std::string inter = row["inter_node_interconnect"];
+  if (inter == "none") inter.clear();
+  const ClusterChoice cluster =
+      cluster_of(catalogue, row["gpu"], "", n, per_node, row["intra_node_interconnect"], inter,
+                 f.assumed);
+  const Topology topology = load_topology(cluster.topology, cluster.edits);
+  Communication communication(topology);
+  std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  const Seconds t = kind ? communication.collective(*kind, Bytes{*size}, ranks)
+                         : communication.point_to_point(Bytes{*size}, 0, n - 1);
+  f.seconds = t.count;
+  return f;
+}
+
+KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue) {
+  KernelFigure f;
+  const DeviceProfile& device = device_of(catalogue, row["gpu"], "", "");
+  const auto type = precision_of(row["precision"]);
+  if (!type)
+    throw InputError("precision", fmt::format("'{}' is not understood", row["precision"]));
+  ElementType compute = parse_element_type(type->name, "precision");
+  // Tables of tensor cores call tf32 products f32.
+  Work w;
+  w.matrix = true;
+  w.type = compute;
+  const double stored = bits(compute) / 8.0;
+  if (const auto a = attention_shape(row)) {
+    // Causal: half of the square is computed, whatever the row's FLOP/s count.
+    w.flops = Flops{whole_square(*a) / 2};
+    f.assumed.emplace_back("causal attention");
+    const double q = a->batch * a->sequence * a->heads * (a->qk + a->v),
+                 kv = a->batch * a->sequence * a->kv_heads * (a->qk + a->v);
+    w.bytes = Bytes{std::llround((a->backward ? 2.5 : 1) * stored * (q + kv))};
+  } else {
+    const ProductShape p = product_shape(row);
+    if (!(p.m > 0 && p.n > 0 && p.k > 0))
+      throw InputError("m", fmt::format("the shape of '{}' is not printed", row["kernel"]));
+    w.flops = Flops{2 * p.batch * p.m * p.n * p.k};
+    const std::string& extra = row["extra"];
+    const bool wide = extra.find("out_dtype=fp32") != std::string::npos;
+    const bool adds = extra.find("accumulate=True") != std::string::npos;
+    const double out = p.m * p.n * (wide ? 4 : stored) * (adds ? 2 : 1);
+    w.bytes = Bytes{std::llround(p.batch * (stored * (p.m * p.k + p.k * p.n) + out))};
+  }
+  f.seconds = kernel_time(w, device).count;
+  f.ideal = w.flops.count / device.matrix_rate(compute).count;
+  return f;
+}
+
+}  // namespace partita::validation
