@@ -461,7 +461,7 @@ Graph load_model_file(const std::string& path, const ModelOptions& options) {
   std::string name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("name")) name = n->as_string();
   root.find("source");
-  root.find("aliases");
+  for (const char* of_tables : {"aliases", "stands_in_for", "counts"}) root.find(of_tables);
   const auto transformer = root.find("transformer");
   const auto network = root.find("network");
   root.reject_unknown_keys();
@@ -485,6 +485,11 @@ KnownModel known_model(const std::string& path) {
   KnownModel m;
   m.name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("aliases")) m.aliases = n->as_strings();
+  if (const auto n = root.find("stands_in_for")) {
+    for (const auto& [name, besides] : n->members()) m.stands_in_for[name] = besides.as_string();
+  }
+  if (const auto n = root.find("counts"))
+    m.counts_tokens = one_of(*n, Words<bool, 2>{{{"samples", false}, {"tokens", true}}});
   if (const auto n = root.find("transformer")) {
     m.transformer = read_transformer(*n);
     m.transformer->name = m.name;

@@ -115,6 +115,12 @@ std::string device_word(const std::string& gpu) {
   return s;
 }
 
+/// Without what says only that it is the card on a board: "gb200-sxm" -> "gb200".
+std::string without_form(std::string word) {
+  if (const auto at = word.find("-sxm"); at != std::string::npos) word.resize(at);
+  return word;
+}
+
 bool is_pcie(std::string_view name) { return has(name, "pcie"); }
 
 }  // namespace
@@ -234,6 +240,8 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
     for (const std::string& n : names(d)) {
       if (n == word)
         score = std::max(score, 4);
+      else if (n == without_form(word))
+        score = std::max(score, 3);
       else if (n.rfind(word + "-", 0) == 0 && (is_pcie(d.name) == pcie || word.size() > 5))
         score = std::max(score, 2);
     }
@@ -312,32 +320,37 @@ const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::stri
   return best;
 }
 
-const KnownModel* model_of(const Catalogue& catalogue, const std::string& text) {
+const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
+                           std::string* besides) {
   // Folders before the name: "Classification/ConvNets/resnet50v1.5 (...)".
-  const auto bracket = text.find('(');
-  const auto slash = text.rfind('/', bracket);
-  const std::string last =
-      slash == std::string::npos || (bracket != std::string::npos && slash > bracket)
-          ? text
-          : text.substr(slash + 1);
+  const auto slash = text.rfind('/', text.find('('));
+  const std::string last = slash == std::string::npos ? text : text.substr(slash + 1);
   std::string with_brackets;
   for (const char c : last) with_brackets += c == '(' || c == ')' ? ' ' : c;
   const KnownModel* best = nullptr;
   std::size_t longest = 0;
-  for (const std::string& word : {squeezed(last), squeezed(with_brackets)}) {
+  for (const std::string& form : {plain_text(last), plain_text(with_brackets)}) {
+    // Prefixes of the text that end where a word may end: "llama-3-8b" is no beginning of
+    // "llama-3-80b", "qwen-3" none of "qwen-3.8", but "deepseek-v2" one of "deepseek_v2 4 layers".
+    std::set<std::string> beginnings;
+    for (std::size_t i = 1; i <= form.size(); ++i) {
+      const auto digit = [&](std::size_t at) {
+        return at < form.size() && form[at] >= '0' && form[at] <= '9';
+      };
+      const bool point = i + 1 < form.size() && form[i] == '.' && digit(i + 1);
+      if (digit(i - 1) && (digit(i) || point || (i < form.size() && form[i] == 'b'))) continue;
+      beginnings.insert(squeezed(form.substr(0, i)));
+    }
     for (const KnownModel& m : catalogue.models) {
-      auto all = m.aliases;
-      all.push_back(m.name);
-      for (const std::string& alias : all) {
+      std::map<std::string, std::string> all = m.stands_in_for;
+      all.emplace(m.name, "");
+      for (const std::string& alias : m.aliases) all.emplace(alias, "");
+      for (const auto& [alias, note] : all) {
         const std::string a = squeezed(alias);
-        if (a.empty() || a.size() <= longest || word.rfind(a, 0) != 0) continue;
-        // "llama-3-8b" is no beginning of "llama-3-80b", "qwen-3" none of "qwen-3.8".
-        const char next = a.size() < word.size() ? word[a.size()] : ' ';
-        const bool number_goes_on = a.back() >= '0' && a.back() <= '9' &&
-                                    ((next >= '0' && next <= '9') || next == '.' || next == 'b');
-        if (number_goes_on) continue;
+        if (a.size() <= longest || beginnings.count(a) == 0) continue;
         longest = a.size();
         best = &m;
+        if (besides != nullptr) *besides = note;
       }
     }
   }
@@ -419,19 +432,22 @@ class CaseBuilder {
 
   void find_network() {
     const std::string& text = row_["model"];
-    const KnownModel* known = model_of(catalogue_, text);
+    std::string besides;
+    const KnownModel* known = model_of(catalogue_, text, &besides);
+    if (!besides.empty()) assume("{}: {}", known->name, besides);
+    if (known != nullptr) c_.counts_tokens = known->counts_tokens;
     if (known != nullptr && !known->transformer) {
       c_.model = known->name;
       return;
     }
     const auto layers = row_.whole("num_layers"), hidden = row_.whole("hidden_size"),
-               heads = row_.whole("num_heads"), experts = row_.whole("num_experts");
+               heads = row_.whole("num_heads"), experts = printed_experts();
     TransformerConfig t;
     bool architecture = false;  // the named entry has these sizes
     if (known != nullptr) {
       t = *known->transformer;
       c_.model = known->name;
-      architecture = !hidden || *hidden == t.hidden;
+      architecture = hidden ? *hidden == t.hidden : has_parameters(t, layers);
       if (!architecture) assume("kind of block of {}", known->name);
     } else {
       if (schema_ == RowSchema::convolution)
@@ -456,7 +472,7 @@ class CaseBuilder {
       if (architecture && *heads != t.heads && t.head_dim == 0) t.kv_heads = 0;
       t.heads = *heads;
     } else if (!architecture) {
-      t.heads = t.hidden % 128 == 0 ? t.hidden / 128 : std::max<std::int64_t>(1, t.hidden / 64);
+      t.heads = heads_of(t.hidden, row_.whole("tp").value_or(1));
       assume("{} heads", t.heads);
     }
     if (const auto kv = row_.whole("num_kv_heads"))
@@ -485,8 +501,9 @@ class CaseBuilder {
     } else {
       if (schema_ == RowSchema::convolution) {
         // The pre-training's first phase; NVIDIA's SQuAD scripts use 384.
-        t.sequence = std::min<std::int64_t>(
-            t.sequence, has(lower(text), "squad") ? 384 : 128);
+        if (!c_.counts_tokens)
+          t.sequence =
+              std::min<std::int64_t>(t.sequence, has(lower(text), "squad") ? 384 : 128);
       }
       assume("sequence {}", t.sequence);
     }
@@ -514,6 +531,31 @@ class CaseBuilder {
     }
     t.name = c_.model;
     c_.transformer = t;
+  }
+
+  /// As many that each has nearest to 128 values, all alike, and tp divides them.
+  static std::int64_t heads_of(std::int64_t hidden, std::int64_t tp) {
+    std::int64_t best = std::max<std::int64_t>(1, tp);
+    const auto off = [&](std::int64_t heads) { return std::abs(hidden / heads - 128); };
+    for (std::int64_t n = best; n <= hidden; n += std::max<std::int64_t>(1, tp)) {
+      if (hidden % n == 0 && hidden / n % 2 == 0 && (hidden % best != 0 || off(n) < off(best)))
+        best = n;
+    }
+    return best;
+  }
+
+  /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
+  /// names of many sizes ("GPT-2-like 52B").
+  bool has_parameters(const TransformerConfig& t, std::optional<std::int64_t> layers) const {
+    const auto billions = number(row_["params_billion"]);
+    if (!billions || layers || t.moe.experts > 0 || t.latent.key_value_rank > 0) return true;
+    const auto h = static_cast<double>(t.hidden), heads = static_cast<double>(t.heads),
+               kv = static_cast<double>(t.kv_heads > 0 ? t.kv_heads : t.heads),
+               d = t.head_dim > 0 ? static_cast<double>(t.head_dim) : h / heads;
+    const double block = 2 * h * d * (heads + kv) +
+                         (t.gated ? 3 : 2) * h * static_cast<double>(t.ffn);
+    const double all = t.layers * block + (t.tied ? 1 : 2) * h * static_cast<double>(t.vocabulary);
+    return std::abs(all - *billions * 1e9) < 0.15 * all;
   }
 
   /// Layers and hidden size where only a number of parameters is printed: P = 12 l h² with h = 128 l
@@ -587,6 +629,19 @@ class CaseBuilder {
       assume("{} experts ({})", t.moe.experts, c_.model);
   }
 
+  /// The column's, else of a name like "..._8experts_etp1_ep4".
+  std::optional<std::int64_t> printed_experts() const {
+    if (const auto n = row_.whole("num_experts")) return n;
+    const std::string s = lower(row_["model"]);
+    const auto end = s.find("experts");
+    if (end == std::string::npos) return std::nullopt;
+    std::size_t start = end;
+    while (start > 0 && s[start - 1] >= '0' && s[start - 1] <= '9') --start;
+    const auto n = number(std::string_view(s).substr(start, end - start));
+    if (!n || *n < 1 || *n > 1e5) return std::nullopt;
+    return static_cast<std::int64_t>(*n);
+  }
+
   /// "seq 128" in a name -> 128.
   static std::optional<std::int64_t> words_number(const std::string& text,
                                                   std::initializer_list<std::string_view> words) {
@@ -640,13 +695,19 @@ class CaseBuilder {
       p.dp = *dp;
       ranks = p.dp * model;
     } else {
-      // Nothing but the shape of a node is known.
+      // Nothing but the shape of a node is known: the fewest whole nodes with whole expert groups.
       const std::int64_t node = per_node.value_or(8);
       p.dp = std::max<std::int64_t>(1, node / model);
-      if (model * p.dp % std::max<std::int64_t>(1, node) != 0 && model < node)
-        throw InputError("num_gpus", "is not printed, nor is dp");
+      while (p.dp < 4096 && (p.dp * model % std::min(node, p.dp * model) != 0 ||
+                             p.dp * p.cp * p.tp % p.ep != 0))
+        ++p.dp;
       ranks = p.dp * model;
       assume("{} GPUs", ranks);
+    }
+    if (p.ep > 1 && p.etp == 0 && p.tp > 1 && p.dp * p.cp % p.ep != 0 &&
+        p.dp * p.cp * p.tp % p.ep == 0) {
+      p.etp = 1;  // there is no other place for so many groups
+      assume("expert tensor parallel 1");
     }
     const std::string& interconnect = row_["interconnect"];
     c_.cluster = cluster_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"], ranks, per_node,
@@ -718,7 +779,8 @@ class CaseBuilder {
     } else if (!sp.empty()) {
       throw InputError("sequence_parallel", fmt::format("'{}' is not understood", sp));
     } else {
-      p.sequence_parallel = f.sequence_parallel && p.tp > 1;
+      // Megatron trains experts beside tensor parallelism with sequence parallelism only.
+      p.sequence_parallel = (f.sequence_parallel || p.ep > 1) && p.tp > 1;
       if (p.tp > 1) assume("sequence parallel {}", p.sequence_parallel ? "on" : "off");
     }
     const std::string& recompute = row_["recompute"];
@@ -746,6 +808,15 @@ class CaseBuilder {
       p.optimizer.kind = OptimizerKind::sgd;
       p.optimizer.momentum = 0.9;
       assume("SGD with momentum");
+    }
+    if (c_.transformer && p.pp > 1) {
+      const std::int64_t layers = c_.transformer->layers, chunks = p.chunks();
+      if (layers % chunks != 0 && (layers + 2) % chunks == 0) {
+        // account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split.
+        p.cuts.assign(static_cast<std::size_t>(chunks), (layers + 2) / chunks);
+        --p.cuts.front(), --p.cuts.back();
+        assume("embedding and loss count as a block each");
+      }
     }
     p.lora_rank = c_.lora.empty() ? 0 : 16;
     p.lora = c_.lora;

@@ -84,6 +84,7 @@ struct RowCase {
   std::optional<TransformerConfig> transformer;  ///< else `model` names a catalogue entry
   std::string model;
   std::vector<std::string> lora;
+  bool counts_tokens = false;  ///< its printed speed is in tokens
   ClusterChoice cluster;
   Plan plan;
   std::vector<std::string> assumed;  ///< "vocabulary 50257 (framework megatron-core)"
@@ -107,7 +108,9 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text);
 
 /// The catalogue entry that a text names; null: none. `text` may lead with folders and end with
-/// remarks: the longest name or alias that it begins with.
-const KnownModel* model_of(const Catalogue& catalogue, const std::string& text);
+/// remarks: the longest name or alias that it begins with. `besides`: what the text's network has
+/// that the entry, standing in for it, has not.
+const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
+                           std::string* besides = nullptr);
 
 }  // namespace partita::validation

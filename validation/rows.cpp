@@ -125,12 +125,10 @@ void read_training(const Row& row, PendingRow& p) {
       const double value = positive(row, column);
       if (!(value > 0)) continue;
       const std::string name = column;
-      const auto formula = flop_formula(row["flop_formula"]);
-      if (name == "tflops_per_gpu" && !formula) continue;
       Wanted w = wanted(row, Kind::time, name);
       w.column = name;
       w.value = value;
-      w.formula = formula;
+      w.formula = flop_formula(row["flop_formula"]);
       p.wanted.push_back(std::move(w));
       break;
     }
@@ -209,16 +207,19 @@ std::optional<double> measured_seconds(const Wanted& w, const RowCase& c, const 
   const double samples = o.samples, tokens = samples * o.sequence;
   if (w.column == "iteration_time_s" || w.column == "step_time_s") return w.value;
   if (w.column == "tokens_per_s_per_gpu") return tokens / (w.value * o.ranks);
-  if (w.column == "samples_per_s_total" || w.column == "images_or_samples_per_s_total")
-    return samples / w.value;
-  if (w.column == "images_or_samples_per_s_per_gpu") return samples / (w.value * o.ranks);
+  const double counted = c.counts_tokens ? tokens : samples;
+  if (w.column == "samples_per_s_total") return samples / w.value;
+  if (w.column == "images_or_samples_per_s_total") return counted / w.value;
+  if (w.column == "images_or_samples_per_s_per_gpu") return counted / (w.value * o.ranks);
   if (w.column == "mfu_pct") return o.ideal / (w.value / 100);
-  if (w.column != "tflops_per_gpu" || !w.formula || !c.transformer) return std::nullopt;
+  if (w.column != "tflops_per_gpu" || !c.transformer) return std::nullopt;
   const TransformerConfig& t = *c.transformer;
   const double l = t.layers, h = static_cast<double>(t.hidden), s = o.sequence,
                v = static_cast<double>(t.vocabulary);
   double flops = 0;
-  switch (*w.formula) {
+  // Without a formula: what is computed, recomputation included, as Megatron printed it first.
+  const bool full = c.plan.recompute == Recompute::full;
+  switch (w.formula.value_or(full ? FlopFormula::hardware_4x : FlopFormula::model_3x)) {
     case FlopFormula::hardware_4x:
       flops = 96 * samples * s * l * h * h * (1 + s / (6 * h) + v / (16 * l * h));
       break;

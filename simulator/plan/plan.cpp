@@ -132,7 +132,7 @@ std::vector<std::int64_t> blocks_per_chunk(std::int64_t layers, std::int64_t chu
 
 Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& plan) {
   const std::int64_t chunks = plan.chunks();
-  if (chunks > std::max(graph.layers, 1)) {
+  if (plan.cuts.empty() && chunks > std::max(graph.layers, 1)) {
     return no(fmt::format(
         "{} pipeline chunks (pp {} x virtual stages {}) need as many blocks, {} has {}; use "
         "at most {}",
