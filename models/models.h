@@ -143,6 +143,7 @@ struct KnownModel {
   /// Networks that it is near enough to, and what they have besides.
   std::map<std::string, std::string> stands_in_for;
   bool counts_tokens = false;  ///< tables print tokens a second for it, not samples
+  std::string framework;       ///< that it was published with; "": not said
   std::optional<TransformerConfig> transformer;  ///< of a stack of blocks: open to other sizes
 };
 /// All of the catalogue, by name.

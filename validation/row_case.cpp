@@ -411,10 +411,13 @@ class CaseBuilder {
     const std::string& text = row_["framework"];
     framework_ = framework_of(catalogue_, text);
     if (framework_ != nullptr && !text.empty()) return;
-    // Without one: what the sharding says, else the schema's usual one.
-    const std::string fallback = schema_ == RowSchema::convolution           ? "pytorch-ddp"
+    // Without one: what the sharding says, what the model was published with, the usual one.
+    const KnownModel* known = model_of(catalogue_, row_["model"]);
+    const std::string fallback = schema_ == RowSchema::convolution          ? "pytorch-ddp"
                                  : has(lower(row_["zero_or_fsdp"]), "fsdp") ? "pytorch-fsdp"
-                                                                             : "megatron-core";
+                                 : known != nullptr && text.empty() && !known->framework.empty()
+                                     ? known->framework
+                                     : "megatron-core";
     for (const FrameworkProfile& f : catalogue_.frameworks) {
       if (f.name == fallback) framework_ = &f;
     }
@@ -492,19 +495,18 @@ class CaseBuilder {
     else
       assume("vocabulary {}", t.vocabulary);
     find_experts(t, experts);
-    if (t.moe.experts > 0 && t.layers < known_layers && t.moe.first_dense >= t.layers)
-      t.moe.first_dense = t.layers - 1;
+    if (t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
+      // A part of a network keeps its share of each kind of block, the fewer kind rounded up.
+      t.moe.first_dense = static_cast<int>(ceil_div(
+          std::int64_t{t.moe.first_dense} * t.layers, std::int64_t{known_layers}));
+      assume("{} dense blocks of {}", t.moe.first_dense, t.layers);
+    }
     if (const auto s = row_.whole("seq_len_tokens")) {
       t.sequence = *s;
     } else if (const auto in_name = words_number(text, {"seq ", "sequence length "})) {
       t.sequence = *in_name;
     } else {
-      if (schema_ == RowSchema::convolution) {
-        // The pre-training's first phase; NVIDIA's SQuAD scripts use 384.
-        if (!c_.counts_tokens)
-          t.sequence =
-              std::min<std::int64_t>(t.sequence, has(lower(text), "squad") ? 384 : 128);
-      }
+      if (schema_ == RowSchema::convolution && !c_.counts_tokens) t.sequence = unsaid_sequence(t);
       assume("sequence {}", t.sequence);
     }
     if (t.positions > 0) t.positions = std::max(t.positions, t.sequence);
@@ -627,6 +629,23 @@ class CaseBuilder {
     }
     if (t.moe.experts > 0 && !experts && schema_ == RowSchema::training)
       assume("{} experts ({})", t.moe.experts, c_.model);
+  }
+
+  /// BERT's tasks: SQuAD at 384 tokens, other fine-tuning at 128, pre-training at 128 and then 512.
+  /// Benchmarks fill the memory, and 512 tokens of BERT-large take about 2 GiB a sample: a batch of
+  /// at most half a sample a GiB is of the longer phase.
+  std::int64_t unsaid_sequence(const TransformerConfig& t) const {
+    const std::string s = lower(row_["model"]);
+    std::int64_t sequence = 128;
+    if (has(s, "squad")) {
+      sequence = 384;
+    } else if (has(s, "pre-training") || has(s, "pretraining")) {
+      const auto batch = row_.whole("batch_per_gpu");
+      const DeviceProfile& d = device_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"],
+                                         row_["interconnect"]);
+      if (batch && 2 * *batch <= d.memory.count >> 30) sequence = 512;
+    }
+    return std::min(t.sequence, sequence);
   }
 
   /// The column's, else of a name like "..._8experts_etp1_ep4".

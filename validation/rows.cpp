@@ -160,7 +160,8 @@ void read_memory(const Row& row, PendingRow& p) {
   if (!value || !(*value > 0)) return;
   Wanted w = wanted(row, q ? Kind::memory : Kind::time, row["quantity"]);
   if (!q) {
-    p.why = fmt::format("quantity: '{}' is no memory of a rank", row["quantity"]);
+    p.why = fmt::format("quantity: '{}' is neither a step's time nor a rank's memory",
+                        row["quantity"]);
   } else {
     w.memory = *q;
     const bool ratio = q->what == MemoryQuantity::What::activations_ratio;
