@@ -108,8 +108,8 @@ Json to_json(const FamilyFigures& f) {
 }
 
 Json to_json(const Verdict& v) {
-  Json j{{"statistic", v.statistic}, {"value", optional(v.value)}, {"bound", v.bound},
-         {"met", v.met}};
+  Json j{
+      {"statistic", v.statistic}, {"value", optional(v.value)}, {"bound", v.bound}, {"met", v.met}};
   if (!v.note.empty()) j["note"] = v.note;
   return j;
 }
@@ -193,9 +193,9 @@ std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Op
   return predict_rows(tables, validation::load_catalogue(), r);
 }
 
+/// The time goes to the reader, never into the results.
 class Clock {
  public:
-  /// Figures before the clock: the time goes to the reader, never into the results.
   void say(std::size_t families) const {
     const double s =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count();
@@ -207,19 +207,17 @@ class Clock {
 };
 
 void rows(const Options& o) {
-  const Clock clock;
   const auto families = predict({load_table(o.file)}, o);
-  if (o.json) {
-    Json j;
-    j["schema"] = "partita.rows/1";
-    j["file"] = o.file;
-    j["families"] = Json::array();
-    for (const auto& f : families) j["families"].push_back(to_json(f));
-    print(j.dump(2) + "\n");
-  } else {
+  if (!o.json) {
     print_families(families, o.uncovered);
+    return;
   }
-  clock.say(families.size());
+  Json j;
+  j["schema"] = "partita.rows/1";
+  j["file"] = o.file;
+  j["families"] = Json::array();
+  for (const auto& f : families) j["families"].push_back(to_json(f));
+  print(j.dump(2) + "\n");
 }
 
 std::string data_of(const Options& o) {
@@ -231,8 +229,7 @@ std::string data_of(const Options& o) {
     if (!folder(o.data)) throw InputError("--data", fmt::format("'{}' is no folder", o.data));
     return o.data;
   }
-  if (const char* chosen = std::getenv("PARTITA_REFERENCE");
-      chosen != nullptr && *chosen != '\0') {
+  if (const char* chosen = std::getenv("PARTITA_REFERENCE"); chosen != nullptr && *chosen != '\0') {
     if (!folder(chosen))
       throw InputError("PARTITA_REFERENCE", fmt::format("'{}' is no folder", chosen));
     return chosen;
@@ -247,7 +244,8 @@ std::string data_of(const Options& o) {
 
 void published(const Options& o, int& code) {
   if (o.against != "target" && o.against != "achieved")
-    throw InputError("--against", fmt::format("'{}' is unknown; use target or achieved", o.against));
+    throw InputError("--against",
+                     fmt::format("'{}' is unknown; use target or achieved", o.against));
   const Clock clock;
   const std::string folder = data_of(o);
   std::vector<CsvTable> tables;
@@ -256,19 +254,19 @@ void published(const Options& o, int& code) {
     if (std::filesystem::exists(file)) tables.push_back(load_table(file));
   }
   if (tables.empty())
-    throw InputError("--data", fmt::format("'{}' has none of {}", folder,
-                                           fmt::join(std::begin(kTables), std::end(kTables), ", ")));
+    throw InputError("--data",
+                     fmt::format("'{}' has none of {}", folder,
+                                 fmt::join(std::begin(kTables), std::end(kTables), ", ")));
   const auto families = predict(tables, o);
-  const auto groups =
-      validation::load_published(data_folder("validation/published.yaml"));
+  const auto groups = validation::load_published(data_folder("validation/published.yaml"));
   bool missed = false;
   Json j_groups = Json::array();
   std::vector<std::pair<GroupResult, std::vector<Verdict>>> results;
   for (const PublishedGroup& g : groups) {
     GroupResult r = validation::result_of(g, families);
     if (r.rows == 0) continue;  // its family was not asked for, or is not in the data
-    auto verdicts = o.against == "achieved" ? validation::against_achieved(r)
-                                            : validation::against_targets(r);
+    auto verdicts =
+        o.against == "achieved" ? validation::against_achieved(r) : validation::against_targets(r);
     for (const Verdict& v : verdicts) missed |= !v.met;
     results.emplace_back(std::move(r), std::move(verdicts));
   }
@@ -334,8 +332,10 @@ void add_common(CLI::App& c, Options& o) {
 
 void add_rows(CLI::App& validate, int& code) {
   auto r = std::make_shared<Options>();
-  CLI::App* c = validate.add_subcommand("rows", "a table of published measurements beside predictions");
-  c->add_option("FILE", r->file, "CSV: training, memory, CNN, collective or product rows")->required();
+  CLI::App* c =
+      validate.add_subcommand("rows", "a table of published measurements beside predictions");
+  c->add_option("FILE", r->file, "CSV: training, memory, CNN, collective or product rows")
+      ->required();
   add_common(*c, *r);
   c->callback([r] { rows(*r); });
   auto p = std::make_shared<Options>();

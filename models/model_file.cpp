@@ -461,7 +461,8 @@ Graph load_model_file(const std::string& path, const ModelOptions& options) {
   std::string name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("name")) name = n->as_string();
   root.find("source");
-  for (const char* of_tables : {"aliases", "stands_in_for", "counts", "framework"}) root.find(of_tables);
+  for (const char* of_tables : {"aliases", "stands_in_for", "counts", "framework"})
+    root.find(of_tables);
   const auto transformer = root.find("transformer");
   const auto network = root.find("network");
   root.reject_unknown_keys();

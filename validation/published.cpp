@@ -16,17 +16,9 @@ namespace {
 
 constexpr double kRatchet = 1.02;
 
-std::string lower(std::string s) {
-  for (char& c : s) {
-    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-  }
-  return s;
-}
-
 bool any_matches(const std::vector<std::string>& patterns, const std::string& text) {
-  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& p) {
-    return matches(lower(p), lower(text));
-  });
+  return std::any_of(patterns.begin(), patterns.end(),
+                     [&](const std::string& p) { return matches(lower(p), lower(text)); });
 }
 
 bool belongs(const PublishedGroup& group, const Configuration& row) {
@@ -147,10 +139,11 @@ std::optional<double> statistic(const GroupResult& r, const std::string& name,
       if (name.substr(kind.size() + 1) == key) return s->*member;
     }
   }
-  throw InputError(place, fmt::format("'{}' is no statistic; there are coverage, fits.false_fits "
-                                      "and time., memory. or scaling. with mape, bias, max, median, "
-                                      "percentile95, kendall_tau, kendall_tau_apart, regret",
-                                      name));
+  throw InputError(place,
+                   fmt::format("'{}' is no statistic; there are coverage, fits.false_fits "
+                               "and time., memory. or scaling. with mape, bias, max, median, "
+                               "percentile95, kendall_tau, kendall_tau_apart, regret",
+                               name));
 }
 
 std::vector<Verdict> against_targets(const GroupResult& result) {

@@ -28,8 +28,8 @@ struct PublishedGroup {
   /// that is not empty.
   std::map<std::string, std::vector<std::string>> where;
   std::map<std::string, double> least;  ///< only rows with at least this number in that column
-  std::string peers;                 ///< what others reach, with the source
-  std::string target;                ///< the issue's words
+  std::string peers;                    ///< what others reach, with the source
+  std::string target;                   ///< the issue's words
   std::vector<Bound> bounds;
   std::map<std::string, double> achieved;  ///< by statistic
 };

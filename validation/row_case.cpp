@@ -64,8 +64,8 @@ const std::vector<SchemaColumns>& schemas() {
       {RowSchema::memory,
        "memory",
        {"quantity", "value", "unit", "seq_len_tokens"},
-       {"model", "num_layers", "hidden_size", "num_heads", "seq_len_tokens", "gpu", "num_gpus", "tp",
-        "sequence_parallel", "pp", "virtual_stages_per_gpu", "cp", "ep", "dp", "zero_or_fsdp",
+       {"model", "num_layers", "hidden_size", "num_heads", "seq_len_tokens", "gpu", "num_gpus",
+        "tp", "sequence_parallel", "pp", "virtual_stages_per_gpu", "cp", "ep", "dp", "zero_or_fsdp",
         "micro_batch_per_dp_rank", "global_batch_seqs", "recompute", "precision"}},
       {RowSchema::convolution,
        "cnn_training",
@@ -89,14 +89,6 @@ const SchemaColumns& columns_of(RowSchema schema) {
     if (s.schema == schema) return s;
   }
   throw InternalError("a schema without columns");
-}
-
-std::string lower(std::string_view text) {
-  std::string s(text);
-  for (char& c : s) {
-    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-  }
-  return s;
 }
 
 bool has(std::string_view text, std::string_view word) {
@@ -143,9 +135,9 @@ RowSchema recognise(const CsvTable& table) {
   std::vector<std::string> known;
   for (const auto& s : schemas())
     known.push_back(fmt::format("{} ({})", s.name, fmt::join(s.mark, ", ")));
-  throw InputError(fmt::format("{}:1", table.file),
-                   fmt::format("the columns are those of no known table; there are {}",
-                               fmt::join(known, "; ")));
+  throw InputError(
+      fmt::format("{}:1", table.file),
+      fmt::format("the columns are those of no known table; there are {}", fmt::join(known, "; ")));
 }
 
 Row::Row(const CsvTable& table, std::size_t record)
@@ -176,12 +168,16 @@ const std::string& Configuration::operator[](std::string_view column) const {
   return found == cells_.end() ? nothing : found->second;
 }
 
-std::optional<std::int64_t> Configuration::whole(std::string_view column) const {
+std::optional<std::int64_t> Configuration::whole(std::string_view column, std::int64_t least,
+                                                 std::int64_t most) const {
   const std::string& cell = (*this)[column];
   if (cell.empty()) return std::nullopt;
   const auto n = number(cell);
-  if (!n || *n != std::floor(*n) || *n > 1e15)
+  if (!n || *n != std::floor(*n))
     throw InputError(std::string(column), fmt::format("'{}' is no whole number", cell));
+  if (*n < static_cast<double>(least) || *n > static_cast<double>(most))
+    throw InputError(std::string(column),
+                     fmt::format("{} is not in {} to {}", cell, least, grouped(most)));
   return static_cast<std::int64_t>(*n);
 }
 
@@ -252,8 +248,7 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
     if (pcie == is_pcie(d.name)) score += 3;
     if (score > best_score) best_score = score, best = &d;
   }
-  if (best == nullptr)
-    throw InputError("gpu", fmt::format("'{}' has no device profile", gpu));
+  if (best == nullptr) throw InputError("gpu", fmt::format("'{}' has no device profile", gpu));
   return *best;
 }
 
@@ -283,7 +278,8 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   if (!per_node && gpus > 1)
     assumed.push_back(fmt::format("{} GPUs per node ({})", best->devices_per_node, best->name));
   if (per_node && *per_node != best->devices_per_node && gpus > *per_node)
-    assumed.push_back(fmt::format("nodes of {} for {} of {} GPUs", best->name, device.name, *per_node));
+    assumed.push_back(
+        fmt::format("nodes of {} for {} of {} GPUs", best->name, device.name, *per_node));
   if (best->device != device.name)
     choice.edits.cluster.push_back(
         {fmt::format("nodes[0].vertices.{}.device", best->device_key), device.name});
@@ -389,8 +385,10 @@ namespace {
 class CaseBuilder {
  public:
   CaseBuilder(RowSchema schema, const Configuration& row, const Catalogue& catalogue)
-      : schema_(schema), row_(row), catalogue_(catalogue), flags_(megatron_flags(
-                                                               row["overlap_and_other_settings"])) {}
+      : schema_(schema),
+        row_(row),
+        catalogue_(catalogue),
+        flags_(megatron_flags(row["overlap_and_other_settings"])) {}
 
   RowCase build() {
     find_framework();
@@ -398,6 +396,7 @@ class CaseBuilder {
     find_ranks();
     find_batch();
     find_settings();
+    check_size();
     return std::move(c_);
   }
 
@@ -497,8 +496,8 @@ class CaseBuilder {
     find_experts(t, experts);
     if (t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
       // A part of a network keeps its share of each kind of block, the fewer kind rounded up.
-      t.moe.first_dense = static_cast<int>(ceil_div(
-          std::int64_t{t.moe.first_dense} * t.layers, std::int64_t{known_layers}));
+      t.moe.first_dense = static_cast<int>(
+          ceil_div(std::int64_t{t.moe.first_dense} * t.layers, std::int64_t{known_layers}));
       assume("{} dense blocks of {}", t.moe.first_dense, t.layers);
     }
     if (const auto s = row_.whole("seq_len_tokens")) {
@@ -512,9 +511,8 @@ class CaseBuilder {
     if (t.positions > 0) t.positions = std::max(t.positions, t.sequence);
     if (t.rotary_dim > 0 && !architecture) t.rotary_dim = t.hidden / t.heads / 2 * 2;
     if (has(lower(text), "w/ mtp")) t.mtp_layers = 1;
-    const std::string kernel = plain_text(row_["attention_kernel"].empty()
-                                              ? flags_.attention
-                                              : row_["attention_kernel"]);
+    const std::string kernel =
+        plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
     if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local") {
       t.flash_attention = false;
     } else if (has(kernel, "flash") || has(kernel, "fused") || has(kernel, "sdpa") ||
@@ -526,8 +524,8 @@ class CaseBuilder {
     }
     const std::string plain = lower(text);
     if (has(plain, "lora") || has(plain, "peft")) {
-      for (const char* pattern : {"*.attention.query", "*.attention.key", "*.attention.value",
-                                  "*.attention.output"})
+      for (const char* pattern :
+           {"*.attention.query", "*.attention.key", "*.attention.value", "*.attention.output"})
         c_.lora.emplace_back(pattern);
       assume("adapters of rank 16 on attention's projections");
     }
@@ -554,14 +552,14 @@ class CaseBuilder {
     const auto h = static_cast<double>(t.hidden), heads = static_cast<double>(t.heads),
                kv = static_cast<double>(t.kv_heads > 0 ? t.kv_heads : t.heads),
                d = t.head_dim > 0 ? static_cast<double>(t.head_dim) : h / heads;
-    const double block = 2 * h * d * (heads + kv) +
-                         (t.gated ? 3 : 2) * h * static_cast<double>(t.ffn);
+    const double block =
+        2 * h * d * (heads + kv) + (t.gated ? 3 : 2) * h * static_cast<double>(t.ffn);
     const double all = t.layers * block + (t.tied ? 1 : 2) * h * static_cast<double>(t.vocabulary);
     return std::abs(all - *billions * 1e9) < 0.15 * all;
   }
 
-  /// Layers and hidden size where only a number of parameters is printed: P = 12 l h² with h = 128 l
-  /// (the aspect of the GPTs of arXiv 2104.04473), h a multiple of 128.
+  /// Layers and hidden size where only a number of parameters is printed: P = 12 l h² with h = 128
+  /// l (the aspect of the GPTs of arXiv 2104.04473), h a multiple of 128.
   void sizes_from_parameters(TransformerConfig& t, std::optional<std::int64_t> layers,
                              std::optional<std::int64_t> hidden) {
     if (layers && hidden) return;
@@ -641,8 +639,8 @@ class CaseBuilder {
       sequence = 384;
     } else if (has(s, "pre-training") || has(s, "pretraining")) {
       const auto batch = row_.whole("batch_per_gpu");
-      const DeviceProfile& d = device_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"],
-                                         row_["interconnect"]);
+      const DeviceProfile& d =
+          device_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"], row_["interconnect"]);
       if (batch && 2 * *batch <= d.memory.count >> 30) sequence = 512;
     }
     return std::min(t.sequence, sequence);
@@ -650,7 +648,7 @@ class CaseBuilder {
 
   /// The column's, else of a name like "..._8experts_etp1_ep4".
   std::optional<std::int64_t> printed_experts() const {
-    if (const auto n = row_.whole("num_experts")) return n;
+    if (const auto n = row_.whole("num_experts", 0)) return n;
     const std::string s = lower(row_["model"]);
     const auto end = s.find("experts");
     if (end == std::string::npos) return std::nullopt;
@@ -678,10 +676,7 @@ class CaseBuilder {
 
   // ---- ranks and batch -------------------------------------------------------------------------
   std::int64_t degree(std::string_view column, const char* what, bool say = true) {
-    if (const auto n = row_.whole(column)) {
-      if (*n < 1) throw InputError(std::string(column), fmt::format("is {}; at least 1", *n));
-      return *n;
-    }
+    if (const auto n = row_.whole(column, 1, 100'000)) return *n;
     if (say && schema_ != RowSchema::convolution) assume("{} 1", what);
     return 1;
   }
@@ -694,14 +689,13 @@ class CaseBuilder {
     p.ep = degree("ep", "expert parallel", false);
     p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
     if (p.pp == 1) p.virtual_stages = 1;
-    if (const auto n = row_.whole("etp"); n && p.ep > 1) p.etp = *n;
+    if (const auto n = row_.whole("etp", 1, 100'000); n && p.ep > 1) p.etp = *n;
     const std::int64_t model = p.tp * p.pp * p.cp;
-    const auto dp = row_.whole("dp"), gpus = row_.whole("num_gpus");
-    const auto per_node = row_.whole("gpus_per_node");
+    const auto dp = row_.whole("dp", 1, 100'000), gpus = row_.whole("num_gpus", 1, 1'000'000);
+    const auto per_node = row_.whole("gpus_per_node", 1, 1000);
     std::int64_t ranks = 0;
     if (gpus) {
       ranks = *gpus;
-      if (ranks < 1) throw InputError("num_gpus", fmt::format("is {}; at least 1", ranks));
       if (ranks % model != 0)
         throw InputError("num_gpus", fmt::format("{} GPUs are no multiple of tp {} x pp {} x cp {}",
                                                  ranks, p.tp, p.pp, p.cp));
@@ -717,8 +711,8 @@ class CaseBuilder {
       // Nothing but the shape of a node is known: the fewest whole nodes with whole expert groups.
       const std::int64_t node = per_node.value_or(8);
       p.dp = std::max<std::int64_t>(1, node / model);
-      while (p.dp < 4096 && (p.dp * model % std::min(node, p.dp * model) != 0 ||
-                             p.dp * p.cp * p.tp % p.ep != 0))
+      while (p.dp < 4096 &&
+             (p.dp * model % std::min(node, p.dp * model) != 0 || p.dp * p.cp * p.tp % p.ep != 0))
         ++p.dp;
       ranks = p.dp * model;
       assume("{} GPUs", ranks);
@@ -839,6 +833,29 @@ class CaseBuilder {
     }
     p.lora_rank = c_.lora.empty() ? 0 : 16;
     p.lora = c_.lora;
+  }
+
+  /// A slip of the row's author must not keep everybody waiting.
+  void check_size() const {
+    const auto most = [](const char* column, std::int64_t n, std::int64_t limit) {
+      if (n > limit)
+        throw InputError(column, fmt::format("{} is more than any run had ({})", n, limit));
+    };
+    const Plan& p = c_.plan;
+    if (c_.transformer) {
+      const TransformerConfig& t = *c_.transformer;
+      most("num_layers", t.layers, 1000);
+      most("hidden_size", t.hidden, 1'000'000);
+      most("num_heads", t.heads, 100'000);
+      most("ffn_hidden_size", t.ffn, 10'000'000);
+      most("vocab_size", t.vocabulary, 100'000'000);
+      most("seq_len_tokens", t.sequence, 100'000'000);
+      most("num_experts", t.moe.experts, 100'000);
+    }
+    most("num_gpus", p.tp * p.pp * p.cp * p.dp, 200'000);
+    most("virtual_stages_per_gpu", p.virtual_stages, 1000);
+    most("micro_batch_per_dp_rank", p.micro_batch, 10'000'000);
+    most("global_batch_seqs", p.global_batch / p.micro_batch / p.dp, 100'000);
   }
 
   void set_sharding() {

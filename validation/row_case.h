@@ -44,8 +44,9 @@ class Configuration {
  public:
   Configuration(RowSchema schema, const Row& row);
   const std::string& operator[](std::string_view column) const;
-  /// Whole numbers; empty cell: nothing. InputError{column} for other text.
-  std::optional<std::int64_t> whole(std::string_view column) const;
+  /// Whole numbers; empty cell: nothing. InputError{column} for other text, or out of range.
+  std::optional<std::int64_t> whole(std::string_view column, std::int64_t least = 1,
+                                    std::int64_t most = 1'000'000'000) const;
   /// All cells, for equality.
   std::string key() const;
   /// The columns that a schema's predictions may see.

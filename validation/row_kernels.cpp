@@ -47,7 +47,8 @@ double bus_factor(const std::string& collective, double n) {
 
 /// "head_num=128" in `extra`.
 std::optional<double> named(const std::string& extra, const std::string& key) {
-  for (auto at = extra.find(key + "="); at != std::string::npos; at = extra.find(key + "=", at + 1)) {
+  for (auto at = extra.find(key + "="); at != std::string::npos;
+       at = extra.find(key + "=", at + 1)) {
     const char before = at == 0 ? ' ' : extra[at - 1];
     if (before != ' ' && before != ',') continue;
     const auto start = at + key.size() + 1;
@@ -64,7 +65,7 @@ struct AttentionShape {
 /// `cell(column)` of a row or of its configuration.
 template <class Cells>
 std::optional<AttentionShape> attention_shape(const Cells& row) {
-  const std::string kernel = plain_text(row["kernel"]);
+  const std::string kernel = lower(row["kernel"]);
   if (kernel.find("attention") == std::string::npos || kernel.find("flash") == std::string::npos)
     return std::nullopt;
   const std::string& extra = row["extra"];
@@ -105,8 +106,7 @@ double measured_collective(const Row& row) {
   const double size = number(row["size_bytes"]).value_or(0);
   const double bus = number(row["busbw_gb_per_s"]).value_or(0);
   double n = number(row["num_gpus"]).value_or(0);
-  if (n == 0)
-    n = number(row["num_nodes"]).value_or(1) * number(row["gpus_per_node"]).value_or(0);
+  if (n == 0) n = number(row["num_nodes"]).value_or(1) * number(row["gpus_per_node"]).value_or(0);
   if (!(size > 0 && bus > 0 && n > 1)) return 0;
   return size * bus_factor(row["collective"], n) / (bus * 1e9);
 }
@@ -125,10 +125,11 @@ KernelFigure collective_figure(const Configuration& row, const Catalogue& catalo
   const auto kind = collective_kind(row["collective"]);
   if (!kind && !is_transfer(row["collective"]))
     throw InputError("collective", fmt::format("'{}' is unknown", row["collective"]));
-  const auto size = row.whole("size_bytes");
-  if (!size || *size < 1) throw InputError("size_bytes", "is not printed");
-  const auto nodes = row.whole("num_nodes"), per_node = row.whole("gpus_per_node");
-  std::int64_t n = row.whole("num_gpus").value_or(0);
+  const auto size = row.whole("size_bytes", 1, 1'000'000'000'000);
+  if (!size) throw InputError("size_bytes", "is not printed");
+  const auto nodes = row.whole("num_nodes", 1, 100'000),
+             per_node = row.whole("gpus_per_node", 1, 1000);
+  std::int64_t n = row.whole("num_gpus", 0, 100'000).value_or(0);
   if (n == 0) {
     if (!per_node) throw InputError("num_gpus", "is not printed");
     n = nodes.value_or(1) * *per_node;
@@ -137,9 +138,8 @@ KernelFigure collective_figure(const Configuration& row, const Catalogue& catalo
   if (n < 2) throw InputError("num_gpus", "a collective has at least 2");
   std::string inter = row["inter_node_interconnect"];
   if (inter == "none") inter.clear();
-  const ClusterChoice cluster =
-      cluster_of(catalogue, row["gpu"], "", n, per_node, row["intra_node_interconnect"], inter,
-                 f.assumed);
+  const ClusterChoice cluster = cluster_of(catalogue, row["gpu"], "", n, per_node,
+                                           row["intra_node_interconnect"], inter, f.assumed);
   const Topology topology = load_topology(cluster.topology, cluster.edits);
   Communication communication(topology);
   std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
@@ -154,10 +154,8 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
   KernelFigure f;
   const DeviceProfile& device = device_of(catalogue, row["gpu"], "", "");
   const auto type = precision_of(row["precision"]);
-  if (!type)
-    throw InputError("precision", fmt::format("'{}' is not understood", row["precision"]));
-  ElementType compute = parse_element_type(type->name, "precision");
-  // Tables of tensor cores call tf32 products f32.
+  if (!type) throw InputError("precision", fmt::format("'{}' is not understood", row["precision"]));
+  const ElementType compute = parse_element_type(type->name, "precision");
   Work w;
   w.matrix = true;
   w.type = compute;

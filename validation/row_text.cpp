@@ -14,24 +14,16 @@ namespace {
 bool digit(char c) { return c >= '0' && c <= '9'; }
 bool letter(char c) { return c >= 'a' && c <= 'z'; }
 
-std::string lower(std::string_view text) {
-  std::string s(text);
-  for (char& c : s) {
-    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-  }
-  return s;
-}
-
 bool has(std::string_view text, std::string_view word) {
   return text.find(word) != std::string_view::npos;
 }
 
-/// `word` with no letter or digit on either side.
+/// `word` with no letter, digit or underscore on either side.
 bool has_word(std::string_view text, std::string_view word) {
   for (std::size_t at = text.find(word); at != std::string_view::npos;
        at = text.find(word, at + 1)) {
     const auto part = [&](std::size_t i) {
-      return i < text.size() && (letter(text[i]) || digit(text[i]));
+      return i < text.size() && (letter(text[i]) || digit(text[i]) || text[i] == '_');
     };
     if ((at == 0 || !part(at - 1)) && !part(at + word.size())) return true;
   }
@@ -57,12 +49,11 @@ std::vector<Rate> rates_of(std::string_view s) {
     double bytes;
   };
   // Case decides between bits and bytes.
-  constexpr std::array kUnits{Unit{"Gb/s", 1e9 / 8},   Unit{"Gbps", 1e9 / 8},
-                              Unit{"Gbit/s", 1e9 / 8}, Unit{"Gb/sec", 1e9 / 8},
-                              Unit{"GB/s", 1e9},       Unit{"GBps", 1e9},
-                              Unit{"Tb/s", 1e12 / 8},  Unit{"Tbps", 1e12 / 8},
-                              Unit{"TB/s", 1e12},      Unit{"MB/s", 1e6},
-                              Unit{"Mb/s", 1e6 / 8},   Unit{"Gbit", 1e9 / 8}};
+  constexpr std::array kUnits{
+      Unit{"Gb/s", 1e9 / 8},   Unit{"Gbps", 1e9 / 8},  Unit{"Gbit/s", 1e9 / 8},
+      Unit{"Gb/sec", 1e9 / 8}, Unit{"GB/s", 1e9},      Unit{"GBps", 1e9},
+      Unit{"Tb/s", 1e12 / 8},  Unit{"Tbps", 1e12 / 8}, Unit{"TB/s", 1e12},
+      Unit{"MB/s", 1e6},       Unit{"Mb/s", 1e6 / 8},  Unit{"Gbit", 1e9 / 8}};
   std::vector<Rate> all;
   std::size_t after = 0;  // behind the last rate
   for (std::size_t i = 0; i < s.size(); ++i) {
@@ -98,6 +89,14 @@ std::vector<Rate> rates_of(std::string_view s) {
 
 }  // namespace
 
+std::string lower(std::string_view text) {
+  std::string s(text);
+  for (char& c : s) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  return s;
+}
+
 std::string plain_text(std::string_view text) {
   std::string s;
   int depth = 0;
@@ -121,9 +120,8 @@ std::string squeezed(std::string_view text) {
   std::string s;
   for (std::size_t i = 0; i < plain.size(); ++i) {
     const char c = plain[i];
-    const bool point =
-        c == '.' && !s.empty() && digit(s.back()) && i + 1 < plain.size() &&
-        (digit(plain[i + 1]) || plain[i + 1] == 'x');
+    const bool point = c == '.' && !s.empty() && digit(s.back()) && i + 1 < plain.size() &&
+                       (digit(plain[i + 1]) || plain[i + 1] == 'x');
     if (letter(c) || digit(c) || point) s += c;
   }
   return s;
@@ -377,8 +375,7 @@ std::optional<std::int64_t> accumulation_of(std::string_view text) {
 
 std::optional<FlopFormula> flop_formula(std::string_view text) {
   std::string s = lower(text);
-  s.erase(std::remove_if(s.begin(), s.end(), [](char c) { return c == ' ' || c == '*'; }),
-          s.end());
+  s.erase(std::remove_if(s.begin(), s.end(), [](char c) { return c == ' ' || c == '*'; }), s.end());
   if (has(s, "96bsl") || has(s, "96blsh") || has(s, "4xforward")) return FlopFormula::hardware_4x;
   if (has(s, "72blsh") || has(s, "72bsl") || has(s, "megatron") || has(s, "modelflops"))
     return FlopFormula::model_3x;

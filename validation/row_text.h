@@ -12,6 +12,8 @@
 
 namespace partita::validation {
 
+/// ASCII letters small.
+std::string lower(std::string_view text);
 /// Letters small, what stands in round or square brackets gone, runs of space one space, trimmed.
 std::string plain_text(std::string_view text);
 /// plain_text with letters, digits and dots only: "LLAMA3.1_405B (SFT)" -> "llama3.1405b". A dot
@@ -60,11 +62,11 @@ std::optional<bool> switch_of(std::string_view text);
 /// Which bytes a measurement of memory counts, and whose.
 struct MemoryQuantity {
   enum class What : std::uint8_t {
-    allocated,    ///< peak of the framework's allocations
-    reserved,     ///< peak of what its allocator holds
-    device,       ///< reserved, context and communicators: nvidia-smi, and "printed"
-    state,        ///< parameters, gradients and optimizer
-    activations,  ///< alive at the peak
+    allocated,          ///< peak of the framework's allocations
+    reserved,           ///< peak of what its allocator holds
+    device,             ///< reserved, context and communicators: nvidia-smi, and "printed"
+    state,              ///< parameters, gradients and optimizer
+    activations,        ///< alive at the peak
     activations_ratio,  ///< against the same plan without recompute and sequence parallelism
     fits,               ///< an out-of-memory fact
   } what = What::device;

@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/parallel.h"
+#include "base/yaml.h"
 #include "simulator/cost/cost.h"
 #include "simulator/search/predict.h"
 #include "validation/row_kernels.h"
@@ -79,28 +80,27 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, Network network) 
 /// A measured value that waits for its prediction.
 struct Wanted {
   Figure figure;
-  std::string column;         ///< of a time: which one
-  double value = 0;           ///< as printed, in the column's unit
-  MemoryQuantity memory;      ///< of a memory figure
+  std::string column;     ///< of a time: which one
+  double value = 0;       ///< as printed, in the column's unit
+  MemoryQuantity memory;  ///< of a memory figure
   std::optional<FlopFormula> formula;
 };
 
 struct PendingRow {
+  RowSchema schema = RowSchema::training;
   std::size_t family = 0;
   std::string id, why;
   std::shared_ptr<const Configuration> configuration;
   std::vector<Wanted> wanted;
   std::optional<RowCase> row_case;
-  std::size_t outcome = 0;                      ///< of row_case
-  std::optional<std::size_t> other;             ///< what a ratio is against
-  std::optional<KernelFigure> kernel;           ///< collectives and products: predicted at once
-  std::string repeat_key;                       ///< configuration and value of a memory figure
-  bool repeats = false;
+  std::size_t outcome = 0;             ///< of row_case
+  std::optional<std::size_t> other;    ///< what a ratio is against
+  std::optional<KernelFigure> kernel;  ///< collectives and products: predicted at once
+  std::string repeat_key;              ///< configuration and value of a memory figure
+  bool repeats = false;                ///< at first: may repeat
 };
 
-double positive(const Row& row, std::string_view column) {
-  return number(row[column]).value_or(0);
-}
+double positive(const Row& row, std::string_view column) { return number(row[column]).value_or(0); }
 
 Wanted wanted(const Row& row, Kind kind, const std::string& quantity) {
   Wanted w;
@@ -109,9 +109,9 @@ Wanted wanted(const Row& row, Kind kind, const std::string& quantity) {
   w.figure.quantity = quantity;
   w.figure.model = row["model"];
   w.figure.from_memory = row["from_memory"] == "yes";
-  w.figure.group = fmt::format("{}|{}|{}|{}|{}|{}|{}", row["model"], row["num_layers"],
-                               row["hidden_size"], row["seq_len_tokens"], row["gpu"],
-                               row["gpu_memory_gb"], row["num_gpus"]);
+  w.figure.group =
+      fmt::format("{}|{}|{}|{}|{}|{}|{}", row["model"], row["num_layers"], row["hidden_size"],
+                  row["seq_len_tokens"], row["gpu"], row["gpu_memory_gb"], row["num_gpus"]);
   return w;
 }
 
@@ -160,8 +160,8 @@ void read_memory(const Row& row, PendingRow& p) {
   if (!value || !(*value > 0)) return;
   Wanted w = wanted(row, q ? Kind::memory : Kind::time, row["quantity"]);
   if (!q) {
-    p.why = fmt::format("quantity: '{}' is neither a step's time nor a rank's memory",
-                        row["quantity"]);
+    p.why =
+        fmt::format("quantity: '{}' is neither a step's time nor a rank's memory", row["quantity"]);
   } else {
     w.memory = *q;
     const bool ratio = q->what == MemoryQuantity::What::activations_ratio;
@@ -185,8 +185,8 @@ void read_memory(const Row& row, PendingRow& p) {
 }
 
 void read_convolution(const Row& row, PendingRow& p) {
-  for (const char* column : {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu",
-                             "step_time_s"}) {
+  for (const char* column :
+       {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu", "step_time_s"}) {
     const double value = positive(row, column);
     if (!(value > 0)) continue;
     Wanted w = wanted(row, Kind::time, column);
@@ -297,15 +297,21 @@ std::string repeat_key(const Row& row, double bytes) {
 class RowsPrediction {
  public:
   RowsPrediction(const std::vector<CsvTable>& tables, const Catalogue& catalogue,
-              const RowsOptions& options)
+                 const RowsOptions& options)
       : tables_(tables), catalogue_(catalogue), options_(options) {}
 
   std::vector<FamilyFigures> run() {
     for (const CsvTable& table : tables_) read(table);
-    if (!options_.family.empty() && families_.empty())
-      throw InputError("--family", fmt::format("no row is of family '{}'{}", options_.family,
-                                               did_you_mean(options_.family, others_)));
-    find_repeats();
+    if (!options_.family.empty() && families_.empty()) {
+      const std::vector<std::string> known(others_.begin(), others_.end());
+      throw InputError("--family",
+                       fmt::format("no row is of family '{}'{}; there are {}", options_.family,
+                                   did_you_mean(options_.family, known), fmt::join(known, ", ")));
+    }
+    for (PendingRow& p : rows_) {
+      p.repeats = p.repeats && !p.repeat_key.empty() && trained_.count(p.repeat_key) > 0;
+      if (p.why.empty() && !p.kernel && !p.repeats) find_case(p);
+    }
     predict_all();
     for (PendingRow& p : rows_) deliver(p);
     return std::move(families_);
@@ -335,10 +341,11 @@ class RowsPrediction {
                                                          : std::string(name(schema));
       }
       if (!options_.family.empty() && family_name != options_.family) {
-        others_.push_back(family_name);
+        others_.insert(family_name);
         continue;
       }
       PendingRow p;
+      p.schema = schema;
       p.id = row["id"];
       p.configuration = std::make_shared<const Configuration>(schema, row);
       p.family = family(family_name, schema);
@@ -360,36 +367,35 @@ class RowsPrediction {
       if (p.wanted.empty()) continue;  // nothing was measured, or nothing that can be read
       for (const Wanted& w : p.wanted) {
         if (w.figure.kind == Kind::memory) p.repeat_key = repeat_key(row, w.figure.measured);
-        if (w.figure.kind == Kind::fits && w.figure.measured < 0.5) p.repeat_key = repeat_key(row, 0);
+        if (w.figure.kind == Kind::fits && w.figure.measured < 0.5)
+          p.repeat_key = repeat_key(row, 0);
       }
       if (schema == RowSchema::training && !p.repeat_key.empty()) trained_.insert(p.repeat_key);
       p.repeats = schema == RowSchema::memory;
-      if (p.why.empty() && !p.kernel) find_case(schema, p);
       rows_.push_back(std::move(p));
     }
   }
 
   void read_kernel(RowSchema schema, const Row& row, PendingRow& p) {
-    const double seconds = schema == RowSchema::collectives ? measured_collective(row)
-                                                            : measured_product(row);
+    const double seconds =
+        schema == RowSchema::collectives ? measured_collective(row) : measured_product(row);
     if (!(seconds > 0)) return;
-    Wanted w = wanted(row, Kind::time, schema == RowSchema::collectives ? row["collective"]
-                                                                        : row["kernel"]);
+    Wanted w = wanted(row, Kind::time,
+                      schema == RowSchema::collectives ? row["collective"] : row["kernel"]);
     w.figure.group.clear();
     w.figure.measured = seconds;
     try {
-      p.kernel = schema == RowSchema::collectives
-                     ? collective_figure(*p.configuration, catalogue_)
-                     : product_figure(*p.configuration, catalogue_);
+      p.kernel = schema == RowSchema::collectives ? collective_figure(*p.configuration, catalogue_)
+                                                  : product_figure(*p.configuration, catalogue_);
     } catch (const InputError& e) {
       p.why = e.what();
     }
     p.wanted.push_back(std::move(w));
   }
 
-  void find_case(RowSchema schema, PendingRow& p) {
+  void find_case(PendingRow& p) {
     try {
-      p.row_case = case_of(schema, *p.configuration, catalogue_);
+      p.row_case = case_of(p.schema, *p.configuration, catalogue_);
       p.outcome = slot(*p.row_case);
       for (const Wanted& w : p.wanted) {
         if (w.figure.kind == Kind::memory &&
@@ -421,11 +427,6 @@ class RowsPrediction {
     return at->second;
   }
 
-  void find_repeats() {
-    for (PendingRow& p : rows_)
-      p.repeats = p.repeats && !p.repeat_key.empty() && trained_.count(p.repeat_key) > 0;
-  }
-
   void predict_all() {
     std::vector<std::string> keys;
     std::vector<ClusterChoice> choices;
@@ -443,14 +444,17 @@ class RowsPrediction {
     parallel_for(cases_.size(), options_.workers, [&](std::size_t, std::size_t i) {
       const auto at = static_cast<std::size_t>(
           std::lower_bound(keys.begin(), keys.end(), cases_[i].cluster.key()) - keys.begin());
+      if (!topologies[at]) {
+        outcomes_[i].why = failures[at];
+        return;
+      }
       try {
-        if (!topologies[at]) {
-          outcomes_[i].why = failures[at];
-          return;
-        }
         outcomes_[i] = outcome_of(cases_[i], *topologies[at], options_.network);
       } catch (const InputError& e) {
         outcomes_[i].why = e.what();
+      } catch (const InternalError& e) {
+        // One row's accident does not take the others' predictions along.
+        outcomes_[i].why = fmt::format("a bug of Partita: {}", e.what());
       }
     });
   }
@@ -528,7 +532,7 @@ class RowsPrediction {
   const Catalogue& catalogue_;
   const RowsOptions& options_;
   std::vector<FamilyFigures> families_;
-  std::vector<std::string> others_;
+  std::set<std::string> others_;
   std::vector<PendingRow> rows_;
   std::set<std::string> trained_;
   std::map<std::string, std::size_t> slots_;

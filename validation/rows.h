@@ -19,7 +19,7 @@ struct Figure {
   enum class Kind : std::uint8_t { time, memory, fits, scaling };
   std::string id;
   Kind kind = Kind::time;
-  std::string quantity;  ///< the column, or what the row calls it
+  std::string quantity;                ///< the column, or what the row calls it
   double predicted = 0, measured = 0;  ///< s, byte, 1 fits / 0 does not, times one GPU's speed
   std::optional<double> lo, hi;        ///< 90 % interval; none is given yet
   std::vector<std::string> assumed;

@@ -150,8 +150,9 @@ FamilyStatistics statistics_of(const std::vector<Figure>& figures) {
   s.scaling = errors_of(of_kind(figures, Kind::scaling), false);
   for (const Figure* f : of_kind(figures, Kind::fits)) {
     const bool fits = f->predicted > 0.5, did = f->measured > 0.5;
-    ++(did ? fits ? s.fits.true_fits : s.fits.false_oom
-           : fits ? s.fits.false_fits : s.fits.true_oom);
+    ++(did    ? fits ? s.fits.true_fits : s.fits.false_oom
+       : fits ? s.fits.false_fits
+              : s.fits.true_oom);
   }
   s.residual = residual_of(time);
   return s;

@@ -21,8 +21,8 @@ struct ErrorStatistics {
   /// How much slower than its group's fastest the one is that is predicted fastest: the mean over
   /// groups of at least two.
   std::optional<double> regret;
-  /// Mean absolute error of model FLOPs / (devices' peak x one efficiency), the efficiency being the
-  /// geometric mean of all other models of the family: the dullest prediction there is.
+  /// Mean absolute error of model FLOPs / (devices' peak x one efficiency), the efficiency being
+  /// the geometric mean of all other models of the family: the dullest prediction there is.
   std::optional<double> baseline_mape;
 };
 

@@ -64,7 +64,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   plan.reject_unknown_keys();
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);
-    setting(*defaults, "zero", [&](const YamlNode& n) { f.zero = static_cast<int>(n.as_int(0, 3)); });
+    setting(*defaults, "zero",
+            [&](const YamlNode& n) { f.zero = static_cast<int>(n.as_int(0, 3)); });
     boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
