@@ -42,8 +42,7 @@ Signature signature(const Graph& graph, OpId id, std::int64_t samples) {
   std::vector<Shape> shapes;
   for (const TensorId t : op.inputs) shapes.push_back(with_samples(graph.tensor(t).shape, samples));
   Signature s = signature(op.operation, shapes, op.name);
-  // Element-wise operators see top_k rows per token; which experts there are, only the dispatch
-  // says.
+  // Element-wise operators see top_k rows per token; which experts there are, only the dispatch says.
   const auto routed = std::find_if(op.inputs.begin(), op.inputs.end(),
                                    [&](TensorId t) { return graph.tensor(t).routed; });
   if (routed != op.inputs.end()) {

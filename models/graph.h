@@ -79,8 +79,8 @@ NetworkFlops network_flops(const Graph& graph);
 /// TensorId.
 std::vector<char> needs_gradient(const Graph& graph);
 
-/// The network with its vocabulary (tables, heads, losses) rounded up to a multiple: what Megatron
-/// trains, its padded logits taking part in the softmax. Labels stay below the real size.
+/// The network with its vocabulary (tables, heads, losses) rounded up to a multiple: what Megatron trains, its
+/// padded logits taking part in the softmax. Labels stay below the real size.
 Graph with_padded_vocabulary(Graph graph, std::int64_t multiple);
 
 /// '*' matches any run of characters, '?' one. Whole-name match.
