@@ -200,7 +200,7 @@ TEST(RowCase, DevicesByNameMemoryAndSlot) {
                         {"H200 (printed; README says B200)", "", "", "h200-sxm"},
                         {"Tesla V100", "32", "", "v100-sxm-32gb"}})
     EXPECT_EQ(device_of(catalogue(), c.gpu, c.memory, c.intra).name, c.device) << c.gpu;
-  for (const char* unknown : {"TPU v4", "H800", "Intel Gaudi 2", "L40S", "10", "A1"})
+  for (const char* unknown : {"TPU v4", "H900", "Intel Gaudi 2", "L40S", "10", "A1"})
     EXPECT_THROW(device_of(catalogue(), unknown, "", ""), InputError) << unknown;
 }
 
