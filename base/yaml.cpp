@@ -286,7 +286,11 @@ void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const 
     if (!any) fail(rest.substr(0, close + 1));
     return;
   }
-  const auto stop = rest.find_first_of(".[");
+  auto stop = rest.find_first_of(".[");
+  // A range names vertices: "gpu[0-7]" is one key of its map.
+  if (const auto dot = rest.find('.');
+      node.IsMap() && stop != dot && node[std::string(rest.substr(0, dot))].IsDefined())
+    stop = dot;
   const std::string key(rest.substr(0, stop));
   if (!node.IsMap() || !node[key].IsDefined()) fail(key);
   set_at(node[key], stop == std::string_view::npos ? std::string_view{} : rest.substr(stop), edit,

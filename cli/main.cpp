@@ -42,9 +42,9 @@ std::vector<std::string> flag_names(const CLI::App& command) {
   return names;
 }
 
-/// "partita simulate MODEL TOPOLOGY".
-std::string usage(const CLI::App& command) {
-  std::string s = "partita " + command.get_name();
+/// "partita simulate MODEL TOPOLOGY"; `name`: with the command it is part of, if any.
+std::string usage(const CLI::App& command, const std::string& name) {
+  std::string s = "partita " + name;
   for (const CLI::Option* o : command.get_options()) {
     if (o->get_positional()) s += " " + o->get_name();
   }
@@ -76,7 +76,11 @@ void refuse_empty_arguments(int argc, char** argv) {
     throw InputError("command",
                      fmt::format("'{}' is none{}; {}", word, did_you_mean(word, commands), there));
   }
-  const CLI::App& command = *chosen[0];
+  // "validate rows" is a command of its own.
+  const auto inner = chosen[0]->get_subcommands();
+  const CLI::App& command = inner.empty() ? *chosen[0] : *inner[0];
+  const std::string name =
+      inner.empty() ? command.get_name() : chosen[0]->get_name() + " " + command.get_name();
   const std::string text = e.what();
   if (dynamic_cast<const CLI::ExtrasError*>(&e) != nullptr) {
     const std::vector<std::string> extra = app.remaining(true);
@@ -86,15 +90,15 @@ void refuse_empty_arguments(int argc, char** argv) {
     }
     if (flag.empty()) {
       throw InputError(extra.empty() ? "arguments" : fmt::format("'{}'", extra[0]),
-                       fmt::format("is one argument too many; write {}", usage(command)));
+                       fmt::format("is one argument too many; write {}", usage(command, name)));
     }
     const std::string remedy = did_you_mean(flag, flag_names(command));
     throw InputError(flag, fmt::format("is no flag of partita {}{}; partita {} --help lists them",
-                                       command.get_name(), remedy, command.get_name()));
+                                       name, remedy, name));
   }
   if (dynamic_cast<const CLI::RequiredError*>(&e) != nullptr) {
     throw InputError(text.substr(0, text.find(' ')),
-                     fmt::format("is missing; write {}", usage(command)));
+                     fmt::format("is missing; write {}", usage(command, name)));
   }
   const auto type_of = [&](const std::string& flag) -> std::string {
     const CLI::Option* o = command.get_option_no_throw(flag);
@@ -115,7 +119,7 @@ void refuse_empty_arguments(int argc, char** argv) {
     const bool many = text.find("received") != std::string::npos;
     throw InputError(flag, many ? "is given more than once; keep one" : "needs " + type_of(flag));
   }
-  throw InputError("partita " + command.get_name(), text);
+  throw InputError("partita " + name, text);
 }
 
 }  // namespace

@@ -33,6 +33,7 @@
 #include "cli/launch.h"
 #include "cli/options.h"
 #include "cli/records.h"
+#include "cli/rows.h"
 #include "cli/suite_report.h"
 #include "report/report.h"
 #include "runtime/execute/threads.h"
@@ -866,7 +867,10 @@ void add_validate(CLI::App& app, int& code) {
                 "experts' rows: recorded (default: of each case's last step), balanced or zipf:S");
   c->add_flag("--no-reference", v->no_reference, "do not check the mathematics");
   c->add_flag("--json", v->json, "print JSON");
-  c->callback([v, &code] { validate(*v, code); });
+  c->callback([v, c, &code] {
+    if (c->get_subcommands().empty()) validate(*v, code);
+  });
+  add_rows(*c, code);
 }
 
 }  // namespace partita::cli

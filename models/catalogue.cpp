@@ -16,14 +16,30 @@ namespace {
 struct CodedModel {
   std::string_view name;
   Graph (*build)(const ModelOptions& options);
+  std::array<std::string_view, 4> aliases{};
+  std::string_view near{}, near_note{};  ///< KnownModel::stands_in_for
 };
 
 double dropout_of(const ModelOptions& o) { return o.dropout > 0 ? o.dropout : 0; }
 
-constexpr std::array<CodedModel, 4> kCodedModels{{
+constexpr std::array<CodedModel, 6> kCodedModels{{
     {"alexnet", [](const ModelOptions& o) { return build_alexnet(o.vocabulary, dropout_of(o)); }},
     {"mnist-linear", [](const ModelOptions& o) { return build_mnist_linear(o.vocabulary); }},
-    {"resnet-50", [](const ModelOptions& o) { return build_resnet50(o.vocabulary); }},
+    {"resnet-101",
+     [](const ModelOptions& o) {
+       return build_resnet({"resnet-101", {3, 4, 23, 3}}, o.vocabulary);
+     },
+     {"resnet101", "rn101"}},
+    {"resnet-50",
+     [](const ModelOptions& o) { return build_resnet({}, o.vocabulary); },
+     {"resnet50", "rn50", "resnet-50v1.5", "rn50v1.5"}},
+    {"resnext-101-32x4d",
+     [](const ModelOptions& o) {
+       return build_resnet({"resnext-101-32x4d", {3, 4, 23, 3}, 32, 4}, o.vocabulary);
+     },
+     {"resnext101-32x4d"},
+     "se-resnext101-32x4d",
+     "squeeze and excitation are left out"},
     {"vgg-16", [](const ModelOptions& o) { return build_vgg16(o.vocabulary, dropout_of(o)); }},
 }};
 
@@ -83,6 +99,26 @@ std::vector<std::string> model_catalogue() {
   }
   std::sort(names.begin(), names.end());
   return names;
+}
+
+std::vector<KnownModel> known_models() {
+  std::vector<KnownModel> all;
+  for (const std::string& name : model_catalogue()) {
+    const auto coded = std::find_if(kCodedModels.begin(), kCodedModels.end(),
+                                    [&](const CodedModel& m) { return m.name == name; });
+    if (coded == kCodedModels.end()) {
+      all.push_back(known_model(catalogue_file(name)));
+      continue;
+    }
+    KnownModel m;
+    m.name = name;
+    for (const std::string_view alias : coded->aliases) {
+      if (!alias.empty()) m.aliases.emplace_back(alias);
+    }
+    if (!coded->near.empty()) m.stands_in_for.emplace(coded->near, coded->near_note);
+    all.push_back(std::move(m));
+  }
+  return all;
 }
 
 Graph load_model(const std::string& text, const ModelOptions& options) {

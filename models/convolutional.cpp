@@ -77,14 +77,14 @@ Graph build_mnist_linear(std::int64_t classes) {
   return b.finish(b.add("loss", MeanSquaredError{}, {y, target}), 1, 0);
 }
 
-Graph build_resnet50(std::int64_t classes) {
-  GraphBuilder b("resnet-50");
+Graph build_resnet(const ResnetConfig& config, std::int64_t classes) {
+  GraphBuilder b(config.name);
   TensorId x = b.input("image", image(3, 224));
   const auto normed = [&](const std::string& suffix, const Convolution& c, TensorId in) {
     const TensorId y = b.add("convolution" + suffix, c, {in});
-    Normalize n;
-    n.kind = Normalize::Kind::batch;
-    return b.add("norm" + suffix, n, {y});
+    Normalize norm;
+    norm.kind = Normalize::Kind::batch;
+    return b.add("norm" + suffix, norm, {y});
   };
   b.set_scope("stem.");
   x = normed("", convolution(64, 7, 2, 3, false), x);
@@ -97,15 +97,21 @@ Graph build_resnet50(std::int64_t classes) {
   };
   // https://arxiv.org/abs/1512.03385, table 1; the stride stands on the 3 x 3 convolution as in
   // torchvision ("ResNet v1.5"), not on the first 1 x 1.
-  constexpr std::array<Stage, 4> kStages{{{3, 64, 1}, {4, 128, 2}, {6, 256, 2}, {3, 512, 2}}};
+  const auto& n = config.blocks;
+  const std::array<Stage, 4> stages{
+      {{n[0], 64, 1}, {n[1], 128, 2}, {n[2], 256, 2}, {n[3], 512, 2}}};
   int layer = 0;
-  for (const Stage& stage : kStages) {
+  for (const Stage& stage : stages) {
+    // https://arxiv.org/abs/1611.05431, table 1: the inner width of 32 groups of 4 is 128 of 64.
+    const std::int64_t inner = stage.width * config.groups * config.group_width / 64;
     for (int i = 0; i < stage.blocks; ++i, ++layer) {
       begin(b, layer);
       const std::int64_t stride = i == 0 ? stage.stride : 1;
-      TensorId y = normed("_1", convolution(stage.width, 1, 1, 0, false), x);
+      TensorId y = normed("_1", convolution(inner, 1, 1, 0, false), x);
       y = b.add("activation_1", kRelu, {y});
-      y = normed("_2", convolution(stage.width, 3, stride, 1, false), y);
+      Convolution middle = convolution(inner, 3, stride, 1, false);
+      middle.groups = config.groups;
+      y = normed("_2", middle, y);
       y = b.add("activation_2", kRelu, {y});
       y = normed("_3", convolution(4 * stage.width, 1, 1, 0, false), y);
       TensorId shortcut = x;

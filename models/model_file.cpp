@@ -461,6 +461,8 @@ Graph load_model_file(const std::string& path, const ModelOptions& options) {
   std::string name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("name")) name = n->as_string();
   root.find("source");
+  for (const char* of_tables : {"aliases", "stands_in_for", "counts", "framework"})
+    root.find(of_tables);
   const auto transformer = root.find("transformer");
   const auto network = root.find("network");
   root.reject_unknown_keys();
@@ -477,6 +479,24 @@ Graph load_model_file(const std::string& path, const ModelOptions& options) {
     throw InputError("layers", fmt::format("{} lists its layers; edit the list instead", path));
   }
   return LayerList(name, *network, options).build();
+}
+
+KnownModel known_model(const std::string& path) {
+  const YamlNode root = YamlNode::load_file(path, "partita.model/1");
+  KnownModel m;
+  m.name = std::filesystem::path(path).stem().string();
+  if (const auto n = root.find("aliases")) m.aliases = n->as_strings();
+  if (const auto n = root.find("stands_in_for")) {
+    for (const auto& [name, besides] : n->members()) m.stands_in_for[name] = besides.as_string();
+  }
+  if (const auto n = root.find("counts"))
+    m.counts_tokens = one_of(*n, Words<bool, 2>{{{"samples", false}, {"tokens", true}}});
+  if (const auto n = root.find("framework")) m.framework = n->as_string();
+  if (const auto n = root.find("transformer")) {
+    m.transformer = read_transformer(*n);
+    m.transformer->name = m.name;
+  }
+  return m;
 }
 
 }  // namespace partita

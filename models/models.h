@@ -1,7 +1,10 @@
 // models/models.h: networks by name or file, and the builders behind them. See docs/models.md.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -123,9 +126,30 @@ Graph build_transformer(const TransformerConfig& config);
 /// Convolutional networks of the literature, as torchvision builds them; `classes` <= 0: the
 /// default.
 Graph build_mnist_linear(std::int64_t classes = 0);
-Graph build_resnet50(std::int64_t classes = 0);
+/// Residual networks of bottleneck blocks; by default ResNet-50.
+struct ResnetConfig {
+  std::string name = "resnet-50";
+  std::array<int, 4> blocks{3, 4, 6, 3};
+  std::int64_t groups = 1, group_width = 64;  ///< of the middle convolution, at the first stage
+};
+Graph build_resnet(const ResnetConfig& config = {}, std::int64_t classes = 0);
 Graph build_vgg16(std::int64_t classes = 0, double dropout = 0);
 Graph build_alexnet(std::int64_t classes = 0, double dropout = 0);
+
+/// An entry of the catalogue as tables of measurements meet it.
+struct KnownModel {
+  std::string name;
+  std::vector<std::string> aliases;  ///< what else it is called
+  /// Networks that it is near enough to, and what they have besides.
+  std::map<std::string, std::string> stands_in_for;
+  bool counts_tokens = false;  ///< tables print tokens a second for it, not samples
+  std::string framework;       ///< that it was published with; "": not said
+  std::optional<TransformerConfig> transformer;  ///< of a stack of blocks: open to other sizes
+};
+/// All of the catalogue, by name.
+std::vector<KnownModel> known_models();
+/// Of one YAML file.
+KnownModel known_model(const std::string& path);
 
 /// The importers that load_model chooses by a file's name.
 Graph import_hugging_face(const std::string& path, const ModelOptions& options = {});

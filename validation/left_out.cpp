@@ -118,7 +118,7 @@ double median_of(std::vector<double> x) {
   return x[x.size() / 2];
 }
 
-ErrorFigures figures_of(std::vector<double> errors) {
+ShapeErrors figures_of(std::vector<double> errors) {
   if (errors.empty()) return {};
   std::sort(errors.begin(), errors.end());
   double sum = 0;

@@ -23,7 +23,7 @@ inline constexpr LeftOut kLeftOuts[] = {LeftOut::half, LeftOut::pairs, LeftOut::
 std::string_view name(LeftOut rule);
 
 /// Of |predicted − measured| / measured.
-struct ErrorFigures {
+struct ShapeErrors {
   double median = 0, mean = 0, p95 = 0;
 };
 
@@ -32,13 +32,13 @@ struct ErrorFigures {
 struct LeftOutFigures {
   std::string kernel;
   std::size_t points = 0;  ///< distinct
-  ErrorFigures price;
-  ErrorFigures model;  ///< without points, but for the level of those kept
+  ShapeErrors price;
+  ShapeErrors model;  ///< without points, but for the level of those kept
   /// Calculon's steps for an A100 (systems/a100_80g.json of calculon-ai/calculon, the rates the
   /// device's own): FLOPs at 0.95, 0.9, 0.6 or 0.1 of peak by size and bytes at 0.9, 0.75, 0.6 or
   /// 0.3, one after the other.
-  ErrorFigures steps;
-  ErrorFigures one_rate;  ///< FLOPs at one rate, the median of the points kept of the same kernel
+  ShapeErrors steps;
+  ShapeErrors one_rate;  ///< FLOPs at one rate, the median of the points kept of the same kernel
 };
 /// By kernel in the order of the file; all products, then all attentions, last. Empty for a device
 /// without points.

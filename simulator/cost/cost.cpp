@@ -487,6 +487,7 @@ struct Communication::Group {
 struct Communication::State {
   Topology topology;
   bool nccl = false;  ///< all devices are GPUs
+  bool curves = true;
   std::unordered_map<std::uint64_t, Group> groups;
   std::unordered_map<std::uint64_t, Ring> rings;
   std::unordered_map<std::uint64_t, Ring> exchanges;
@@ -496,13 +497,14 @@ struct Communication::State {
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, {}, {}, {}, {}, {}, 0}) {
+    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0}) {
   state_->nccl = true;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
     state_->nccl = state_->nccl && nccl::serves(state_->topology.profile(i));
 }
 Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
+void Communication::leave_out_curves() { state_->curves = false; }
 ShapePrices& Communication::shapes(std::int64_t rank) {
   const std::size_t k = state_->topology.profile_index(DeviceId{static_cast<std::size_t>(rank)});
   if (state_->shapes.size() <= k) state_->shapes.resize(k + 1);
@@ -714,7 +716,9 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
   const Topology& t = state_->topology;
   const std::string key(name(kind));
   const auto n = static_cast<int>(c.ranks), nodes = static_cast<int>(c.nodes);
-  if (const auto x = measured_time(t.collectives(), key, n, nodes, size, model)) return *x;
+  if (state_->curves) {
+    if (const auto x = measured_time(t.collectives(), key, n, nodes, size, model)) return *x;
+  }
   const DeviceId first{static_cast<std::size_t>(ranks[0])};
   if (nodes == 1) {
     if (const auto x = measured_time(t.device(first).collectives, key, n, 1, size, model))

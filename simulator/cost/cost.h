@@ -121,6 +121,8 @@ class Communication {
   std::optional<Seconds> held(Bytes bytes, bool sender) const;
   /// Kernels' prices of the rank's device.
   ShapePrices& shapes(std::int64_t rank);
+  /// Of collectives between GPUs only the model counts, no measured curve: for checks of it.
+  void leave_out_curves();
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.
   void set_at_work(std::int64_t ranks);
   /// How many were at work when what prices this kind among so many ranks was measured; 0 where it

@@ -132,7 +132,7 @@ std::vector<std::int64_t> blocks_per_chunk(std::int64_t layers, std::int64_t chu
 
 Feasible<std::vector<int>> chunk_of_operators(const Graph& graph, const Plan& plan) {
   const std::int64_t chunks = plan.chunks();
-  if (chunks > std::max(graph.layers, 1)) {
+  if (plan.cuts.empty() && chunks > std::max(graph.layers, 1)) {
     return no(fmt::format(
         "{} pipeline chunks (pp {} x virtual stages {}) need as many blocks, {} has {}; use "
         "at most {}",
@@ -613,8 +613,7 @@ void set_precision(Plan& plan, std::string_view word, const std::string& place) 
   }
   p.gradients = plan.precision.gradients;
   p.gradient_communication = plan.precision.gradient_communication;
-  if (plan.framework != "megatron-core" && !p.master_copy)
-    p.gradients = p.gradient_communication = ElementType::fp32;
+  if (!p.master_copy) p.gradients = p.gradient_communication = ElementType::fp32;
   plan.precision = p;
 }
 
@@ -653,31 +652,14 @@ void set_recompute(Plan& plan, std::string_view word, const std::string& place) 
   }
 }
 
-std::vector<std::string> frameworks() {
-  return {"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita"};
-}
-
 void set_framework(Plan& plan, std::string_view word, const std::string& place) {
-  plan.framework = std::string(word);
-  plan.pad_vocabulary = 0;
-  if (word == "megatron-core") {
-    // make_vocab_size_divisible_by of megatron/training/arguments.py.
-    plan.pad_vocabulary = 128;
-    // Distributed data parallel of Megatron-Core: fp32 main gradients, buckets of 40 M elements at
-    // least.
-    plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;
-    plan.bucket = Bytes{160'000'000};
-  } else if (word == "pytorch-ddp" || word == "pytorch-fsdp") {
-    plan.precision.gradients = plan.precision.gradient_communication = plan.precision.parameters;
-    plan.bucket = 25_MiB;
-  } else if (word == "partita") {
-    plan.precision.gradients = plan.precision.gradient_communication = ElementType::fp32;
-    plan.bucket = 25_MiB;
-  } else {
-    throw InputError(place,
-                     fmt::format("'{}' is no framework profile{}; there are {}", word,
-                                 did_you_mean(word, frameworks()), fmt::join(frameworks(), ", ")));
-  }
+  const FrameworkProfile f = load_framework(word, place);
+  plan.framework = f.name;
+  plan.pad_vocabulary = f.pad_vocabulary;
+  plan.precision.gradients = plan.precision.gradient_communication =
+      f.fp32_gradients ? ElementType::fp32 : plan.precision.parameters;
+  plan.bucket = f.bucket;
+  plan.overlap_gradients = f.overlap_gradients;
 }
 
 namespace {

@@ -10,6 +10,7 @@
 #include "base/element_type.h"
 #include "base/error.h"
 #include "models/graph.h"
+#include "simulator/plan/framework.h"
 #include "simulator/program/mesh.h"
 #include "simulator/program/program.h"
 
@@ -187,7 +188,6 @@ void set_recompute(Plan& plan, std::string_view text, const std::string& place);
 /// Applies a framework's defaults (bucket size, main gradients' type, ...); InputError when
 /// unknown.
 void set_framework(Plan& plan, std::string_view text, const std::string& place);
-std::vector<std::string> frameworks();
 
 /// "1, 2, 3, 4, 6 or 12".
 std::string divisors_text(std::int64_t n);

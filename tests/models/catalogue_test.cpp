@@ -264,5 +264,42 @@ TEST(Models, WhatIfChangesReachTheFile) {
             8'030'261'248 + 32LL * 3 * 4096 * 14336);
 }
 
+/// Counted by Hugging Face from the checkpoints' tensors, and by timm for the convolutional ones.
+TEST(Catalogue, SizesAreThoseOfThePublishedCheckpoints) {
+  const std::pair<const char*, std::int64_t> published[] = {
+      {"bert-base", 109'514'298},           {"bloom-176b", 176'247'271'424},
+      {"deepseek-v2-lite", 15'706'484'224}, {"gpt-neox-20b", 20'554'567'680},
+      {"gpt-oss-120b", 116'829'156'672},    {"gpt-oss-20b", 20'914'757'184},
+      {"llama-13b", 13'015'864'320},        {"llama-2-13b", 13'015'864'320},
+      {"llama-2-70b", 68'976'648'192},      {"llama-3.2-1b", 1'235'814'400},
+      {"llama-3.2-3b", 3'212'749'824},      {"llama-33b", 32'528'943'616},
+      {"llama-65b", 65'285'660'672},        {"llama-7b", 6'738'415'616},
+      {"mistral-7b", 7'241'732'096},        {"mixtral-8x22b", 140'630'071'296},
+      {"qwen2.5-14b", 14'770'033'664},      {"qwen2.5-32b", 32'763'876'352},
+      {"qwen2.5-72b", 72'706'203'648},      {"qwen2.5-7b", 7'615'616'512},
+      {"qwen3-14b", 14'768'307'200},        {"qwen3-235b-a22b", 235'093'634'560},
+      {"qwen3-30b-a3b", 30'532'122'624},    {"qwen3-32b", 32'762'123'264},
+      {"qwen3-4b", 4'022'468'096},          {"qwen3-8b", 8'190'735'360},
+      {"resnet-101", 44'549'160},           {"resnext-101-32x4d", 44'177'704}};
+  for (const auto& [name, parameters] : published)
+    EXPECT_EQ(parameter_count(load_model(name)), parameters) << name;
+}
+
+TEST(Catalogue, KnownModelsAreAllOfItWithTheirOtherNames) {
+  std::set<std::string> names, aliases;
+  for (const KnownModel& m : known_models()) {
+    names.insert(m.name);
+    for (const auto& alias : m.aliases) EXPECT_TRUE(aliases.insert(alias).second) << alias;
+    if (m.transformer) {
+      EXPECT_EQ(parameter_count(build_transformer(*m.transformer)),
+                parameter_count(load_model(m.name)))
+          << m.name;
+    }
+  }
+  const auto all = model_catalogue();
+  EXPECT_EQ(names, std::set<std::string>(all.begin(), all.end()));
+  for (const auto& alias : aliases) EXPECT_EQ(names.count(alias), 0u) << alias;
+}
+
 }  // namespace
 }  // namespace partita

@@ -1,0 +1,350 @@
+#include "cli/rows.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "base/yaml.h"
+#include "validation/published.h"
+#include "validation/rows.h"
+#include "validation/statistics.h"
+
+namespace partita::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using validation::CsvTable;
+using validation::ErrorStatistics;
+using validation::FamilyFigures;
+using validation::FamilyStatistics;
+using validation::Figure;
+using validation::GroupResult;
+using validation::PublishedGroup;
+using validation::Verdict;
+
+struct Options {
+  std::string file, data, family, against = "target", network = "idle";
+  std::size_t workers = 0;
+  bool json = false, uncovered = false;
+};
+
+constexpr const char* kTables[] = {"llm_training.csv", "memory.csv", "cnn_training.csv",
+                                   "collectives.csv", "gemm.csv"};
+
+Json optional(const std::optional<double>& x) { return x ? Json(*x) : Json(nullptr); }
+
+Json to_json(const ErrorStatistics& s) {
+  return {{"count", s.count},
+          {"mape", optional(s.mape)},
+          {"bias", optional(s.bias)},
+          {"max", optional(s.max)},
+          {"median", optional(s.median)},
+          {"percentile95", optional(s.percentile95)},
+          {"kendall_tau", optional(s.kendall_tau)},
+          {"kendall_tau_apart", optional(s.kendall_tau_apart)},
+          {"regret", optional(s.regret)},
+          {"baseline_mape", optional(s.baseline_mape)}};
+}
+
+const char* kind_name(Figure::Kind k) {
+  switch (k) {
+    case Figure::Kind::time:
+      return "time";
+    case Figure::Kind::memory:
+      return "memory";
+    case Figure::Kind::fits:
+      return "fits";
+    case Figure::Kind::scaling:
+      return "scaling";
+  }
+  return "";
+}
+
+Json to_json(const FamilyFigures& f) {
+  const FamilyStatistics s = validation::statistics_of(f.figures);
+  Json j;
+  j["family"] = f.family;
+  j["schema"] = f.schema;
+  j["rows"] = f.rows;
+  j["covered"] = f.covered;
+  j["repeats"] = f.repeats;
+  j["time"] = to_json(s.time);
+  j["memory"] = to_json(s.memory);
+  j["scaling"] = to_json(s.scaling);
+  j["fits"] = {{"true_fits", s.fits.true_fits},
+               {"false_fits", s.fits.false_fits},
+               {"true_oom", s.fits.true_oom},
+               {"false_oom", s.fits.false_oom}};
+  j["residual"] = Json::array();
+  for (const auto& r : s.residual)
+    j["residual"].push_back({{"term", r.term}, {"share", r.share}, {"correlation", r.correlation}});
+  j["uncovered"] = Json::array();
+  for (const auto& u : f.uncovered) j["uncovered"].push_back({{"id", u.id}, {"why", u.why}});
+  j["predictions"] = Json::array();
+  for (const Figure& x : f.figures) {
+    Json p{{"id", x.id},
+           {"kind", kind_name(x.kind)},
+           {"quantity", x.quantity},
+           {"predicted", x.predicted},
+           {"measured", x.measured},
+           {"lo", optional(x.lo)},
+           {"hi", optional(x.hi)},
+           {"assumed", x.assumed}};
+    if (x.from_memory) p["from_memory"] = true;
+    j["predictions"].push_back(std::move(p));
+  }
+  return j;
+}
+
+Json to_json(const Verdict& v) {
+  Json j{
+      {"statistic", v.statistic}, {"value", optional(v.value)}, {"bound", v.bound}, {"met", v.met}};
+  if (!v.note.empty()) j["note"] = v.note;
+  return j;
+}
+
+void print(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
+
+std::string percent(const std::optional<double>& x, bool sign = false) {
+  if (!x) return "-";
+  return sign ? fmt::format("{:+.1f}", 100 * *x) : fmt::format("{:.1f}", 100 * *x);
+}
+std::string ratio(const std::optional<double>& x) { return x ? fmt::format("{:.2f}", *x) : "-"; }
+
+constexpr const char* kHead =
+    "{:<44} {:>5} {:>7}  {:>6} {:>7} {:>7} {:>6} {:>6}  {:>8}  {:>7} {:>7}\n";
+
+void print_head() {
+  print(fmt::format(fmt::runtime(kHead), "", "rows", "covered", "time %", "bias %", "max %", "tau",
+                    "regret", "dullest", "mem %", "bias %"));
+}
+
+void print_line(const std::string& name, std::int64_t rows, std::int64_t covered,
+                const FamilyStatistics& s) {
+  print(fmt::format(fmt::runtime(kHead), name.substr(0, 44), rows, covered, percent(s.time.mape),
+                    percent(s.time.bias, true), percent(s.time.max), ratio(s.time.kendall_tau),
+                    percent(s.time.regret), percent(s.time.baseline_mape), percent(s.memory.mape),
+                    percent(s.memory.bias, true)));
+}
+
+void print_families(const std::vector<FamilyFigures>& families, bool uncovered) {
+  print_head();
+  for (const FamilyFigures& f : families) {
+    const FamilyStatistics s = validation::statistics_of(f.figures);
+    print_line(f.family, f.rows, f.covered, s);
+    std::string more;
+    if (s.scaling.mape)
+      more += fmt::format("  scaling: {} % off, bias {} %\n", percent(s.scaling.mape),
+                          percent(s.scaling.bias, true));
+    if (s.fits.false_fits + s.fits.true_oom + s.fits.false_oom > 0)
+      more += fmt::format("  fits: {} right, {} wrong; out of memory: {} right, {} missed\n",
+                          s.fits.true_fits, s.fits.false_oom, s.fits.true_oom, s.fits.false_fits);
+    if (f.repeats > 0)
+      more += fmt::format("  {} rows repeat a training row and count there\n", f.repeats);
+    print(more);
+  }
+  // The commonest reasons first: rows of a kind fail alike.
+  for (const FamilyFigures& f : families) {
+    if (f.uncovered.empty()) continue;
+    print(fmt::format("\nnot covered of {}:\n", f.family));
+    if (uncovered) {
+      for (const auto& u : f.uncovered) print(fmt::format("  {}: {}\n", u.id, u.why));
+      continue;
+    }
+    std::vector<std::pair<std::string, int>> reasons;
+    for (const auto& u : f.uncovered) {
+      const auto same = std::find_if(reasons.begin(), reasons.end(),
+                                     [&](const auto& r) { return r.first == u.why; });
+      same == reasons.end() ? reasons.emplace_back(u.why, 1) : (++same->second, *same);
+    }
+    std::stable_sort(reasons.begin(), reasons.end(),
+                     [](const auto& a, const auto& b) { return a.second > b.second; });
+    constexpr std::size_t kShown = 5;
+    for (std::size_t i = 0; i < std::min(reasons.size(), kShown); ++i)
+      print(fmt::format("  {:>4}  {}\n", reasons[i].second, reasons[i].first));
+    if (reasons.size() > kShown)
+      print(fmt::format("        and {} other reasons; --uncovered lists every row\n",
+                        reasons.size() - kShown));
+  }
+}
+
+CsvTable load_table(const std::string& file) {
+  return validation::parse_csv(read_file(file), file);
+}
+
+std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Options& o) {
+  validation::RowsOptions r;
+  if (o.network != "idle" && o.network != "flows")
+    throw InputError("--network", fmt::format("'{}' is unknown; use idle or flows", o.network));
+  r.network = o.network == "idle" ? Network::idle : Network::flows;
+  r.workers = o.workers;
+  r.family = o.family;
+  return predict_rows(tables, validation::load_catalogue(), r);
+}
+
+/// The time goes to the reader, never into the results.
+class Clock {
+ public:
+  void say(std::size_t families) const {
+    const double s =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count();
+    fmt::print(stderr, "progress: {} families predicted in {:.1f} s\n", families, s);
+  }
+
+ private:
+  std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
+};
+
+void rows(const Options& o) {
+  const auto families = predict({load_table(o.file)}, o);
+  if (!o.json) {
+    print_families(families, o.uncovered);
+    return;
+  }
+  Json j;
+  j["schema"] = "partita.rows/1";
+  j["file"] = o.file;
+  j["families"] = Json::array();
+  for (const auto& f : families) j["families"].push_back(to_json(f));
+  print(j.dump(2) + "\n");
+}
+
+std::string data_of(const Options& o) {
+  const auto folder = [](const std::string& text) {
+    std::error_code ignored;
+    return std::filesystem::is_directory(text, ignored);
+  };
+  if (!o.data.empty()) {
+    if (!folder(o.data)) throw InputError("--data", fmt::format("'{}' is no folder", o.data));
+    return o.data;
+  }
+  if (const char* chosen = std::getenv("PARTITA_REFERENCE"); chosen != nullptr && *chosen != '\0') {
+    if (!folder(chosen))
+      throw InputError("PARTITA_REFERENCE", fmt::format("'{}' is no folder", chosen));
+    return chosen;
+  }
+  const std::string beside = data_folder("../shared/reference");
+  if (!folder(beside))
+    throw InputError("--data",
+                     "is missing: no folder of published tables; give --data DIR or set "
+                     "PARTITA_REFERENCE");
+  return beside;
+}
+
+void published(const Options& o, int& code) {
+  if (o.against != "target" && o.against != "achieved")
+    throw InputError("--against",
+                     fmt::format("'{}' is unknown; use target or achieved", o.against));
+  const Clock clock;
+  const std::string folder = data_of(o);
+  std::vector<CsvTable> tables;
+  for (const char* name : kTables) {
+    const std::string file = folder + "/" + name;
+    if (std::filesystem::exists(file)) tables.push_back(load_table(file));
+  }
+  if (tables.empty())
+    throw InputError("--data",
+                     fmt::format("'{}' has none of {}", folder,
+                                 fmt::join(std::begin(kTables), std::end(kTables), ", ")));
+  const auto families = predict(tables, o);
+  const auto groups = validation::load_published(data_folder("validation/published.yaml"));
+  bool missed = false;
+  Json j_groups = Json::array();
+  std::vector<std::pair<GroupResult, std::vector<Verdict>>> results;
+  for (const PublishedGroup& g : groups) {
+    GroupResult r = validation::result_of(g, families);
+    if (r.rows == 0) continue;  // its family was not asked for, or is not in the data
+    auto verdicts =
+        o.against == "achieved" ? validation::against_achieved(r) : validation::against_targets(r);
+    for (const Verdict& v : verdicts) missed |= !v.met;
+    results.emplace_back(std::move(r), std::move(verdicts));
+  }
+  if (o.json) {
+    Json j;
+    j["schema"] = "partita.published/1";
+    j["against"] = o.against;
+    j["met"] = !missed;
+    for (const auto& [r, verdicts] : results) {
+      Json g{{"group", r.group->name},
+             {"peers", r.group->peers},
+             {"target", r.group->target},
+             {"rows", r.rows},
+             {"covered", r.covered},
+             {"time", to_json(r.statistics.time)},
+             {"memory", to_json(r.statistics.memory)},
+             {"scaling", to_json(r.statistics.scaling)}};
+      g["verdicts"] = Json::array();
+      for (const Verdict& v : verdicts) g["verdicts"].push_back(to_json(v));
+      j_groups.push_back(std::move(g));
+    }
+    j["groups"] = std::move(j_groups);
+    j["families"] = Json::array();
+    for (const auto& f : families) j["families"].push_back(to_json(f));
+    print(j.dump(2) + "\n");
+  } else {
+    print_families(families, o.uncovered);
+    print("\n");
+    print_head();
+    for (const auto& [r, verdicts] : results) {
+      print_line(r.group->name, r.rows, r.covered, r.statistics);
+      if (!r.group->peers.empty()) print(fmt::format("  peers: {}\n", r.group->peers));
+      print(fmt::format("  target: {}\n", r.group->target));
+      for (const Verdict& v : verdicts)
+        print(fmt::format("    {:<28} {:>9}  {} {:.4g}: {}\n", v.statistic,
+                          v.value ? fmt::format("{:.4g}", *v.value) : v.note,
+                          o.against == "achieved" ? "achieved" : "bound", v.bound,
+                          v.met ? "met" : "missed"));
+      std::string terms;
+      for (std::size_t i = 0; i < std::min<std::size_t>(6, r.statistics.residual.size()); ++i) {
+        const auto& t = r.statistics.residual[i];
+        terms += fmt::format("{}{} {:.0f} % ({:+.2f})", terms.empty() ? "" : ", ", t.term,
+                             100 * t.share, t.correlation);
+      }
+      if (!terms.empty())
+        print(fmt::format("  share of the step (correlation with the error): {}\n", terms));
+    }
+  }
+  clock.say(families.size());
+  code = missed ? 1 : 0;
+}
+
+void add_common(CLI::App& c, Options& o) {
+  c.add_option("--family", o.family, "only rows of this family");
+  c.add_option("--network", o.network,
+               "idle (default): every transfer alone on its links; flows: they share");
+  c.add_option("--workers", o.workers, "threads (default: one per core)");
+  c.add_flag("--uncovered", o.uncovered, "list every row without a prediction, and why");
+  c.add_flag("--json", o.json, "print JSON");
+}
+
+}  // namespace
+
+void add_rows(CLI::App& validate, int& code) {
+  auto r = std::make_shared<Options>();
+  CLI::App* c =
+      validate.add_subcommand("rows", "a table of published measurements beside predictions");
+  c->add_option("FILE", r->file, "CSV: training, memory, CNN, collective or product rows")
+      ->required();
+  add_common(*c, *r);
+  c->callback([r] { rows(*r); });
+  auto p = std::make_shared<Options>();
+  c = validate.add_subcommand("published", "all published tables beside predictions and targets");
+  c->add_option("--data", p->data,
+                "folder of the tables (default: PARTITA_REFERENCE, else ../shared/reference)");
+  c->add_option("--against", p->against, "target (default) or achieved: what exit code 1 is about");
+  add_common(*c, *p);
+  c->callback([p, &code] { published(*p, code); });
+}
+
+}  // namespace partita::cli

@@ -1,0 +1,105 @@
+#include "simulator/plan/framework.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "base/error.h"
+#include "base/yaml.h"
+
+namespace partita {
+namespace {
+
+constexpr const char* kFolder = "simulator/plan/frameworks";
+
+}  // namespace
+
+FrameworkProfile parse_framework(const std::string& text, const std::string& file) {
+  const YamlNode root = YamlNode::load_text(text, file, "partita.framework/1");
+  FrameworkProfile f;
+  f.name = root.get("name").as_string();
+  if (const auto aliases = root.find("aliases")) f.aliases = aliases->as_strings();
+  std::string file_source;
+  if (const auto source = root.find("source")) file_source = source->as_string();
+  // `{value: ..., source: ...}`, or a plain value that takes the file's own `source`.
+  const auto setting = [&](const YamlNode& parent, const char* key, const auto& read) {
+    const auto node = parent.find(key);
+    if (!node) return;
+    std::string source = file_source;
+    if (node->is_map()) {
+      if (const auto own = node->find("source")) source = own->as_string();
+      read(node->get("value"));
+      node->reject_unknown_keys();
+    } else {
+      read(*node);
+    }
+    if (source.empty())
+      throw InputError(node->place(),
+                       "every setting needs a source; write {value: ..., source: 'document, line "
+                       "of code, or assumed'}, or one source: for the whole file");
+    f.sources[key] = source;
+  };
+  const auto boolean = [&](const YamlNode& parent, const char* key, bool& to) {
+    setting(parent, key, [&](const YamlNode& n) { to = n.as_bool(); });
+  };
+  const auto word = [&](const YamlNode& parent, const char* key, std::string& to) {
+    setting(parent, key, [&](const YamlNode& n) { to = n.as_string(); });
+  };
+  const YamlNode plan = root.get("plan");
+  setting(plan, "pad_vocabulary",
+          [&](const YamlNode& n) { f.pad_vocabulary = n.as_int(0, 1'000'000); });
+  setting(plan, "gradients", [&](const YamlNode& n) {
+    const std::string type = n.as_string();
+    if (type != "fp32" && type != "parameters")
+      throw InputError(n.place(),
+                       fmt::format("'{}' is no type of gradients; use fp32, or parameters for "
+                                   "the parameters' type",
+                                   type));
+    f.fp32_gradients = type == "fp32";
+  });
+  plan.get("bucket");
+  setting(plan, "bucket", [&](const YamlNode& n) { f.bucket = n.as_bytes(); });
+  boolean(plan, "overlap_gradients", f.overlap_gradients);
+  plan.reject_unknown_keys();
+  if (const auto defaults = root.find("defaults")) {
+    word(*defaults, "precision", f.precision);
+    setting(*defaults, "zero",
+            [&](const YamlNode& n) { f.zero = static_cast<int>(n.as_int(0, 3)); });
+    boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);
+    boolean(*defaults, "sequence_parallel", f.sequence_parallel);
+    boolean(*defaults, "flash_attention", f.flash_attention);
+    word(*defaults, "recompute", f.recompute);
+    word(*defaults, "model", f.model);
+    setting(*defaults, "vocabulary",
+            [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
+    defaults->reject_unknown_keys();
+  }
+  root.reject_unknown_keys();
+  return f;
+}
+
+std::vector<std::string> frameworks() {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(data_folder(kFolder), error)) {
+    if (entry.path().extension() == ".yaml") names.push_back(entry.path().stem().string());
+  }
+  if (error)
+    throw InputError(
+        data_folder(kFolder),
+        fmt::format("cannot be read; set PARTITA_DATA to the folder that holds {}", kFolder));
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+FrameworkProfile load_framework(std::string_view name, const std::string& place) {
+  const auto known = frameworks();
+  if (!std::binary_search(known.begin(), known.end(), name))
+    throw InputError(place, fmt::format("'{}' is no framework profile{}; there are {}", name,
+                                        did_you_mean(name, known), fmt::join(known, ", ")));
+  const std::string file = fmt::format("{}/{}.yaml", data_folder(kFolder), name);
+  return parse_framework(read_file(file), file);
+}
+
+}  // namespace partita

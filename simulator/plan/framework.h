@@ -1,0 +1,49 @@
+// simulator/plan/framework.h: what a framework does unless it is told otherwise.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/units.h"
+
+namespace partita {
+
+/// A framework file (schema partita.framework/1). Every setting has an entry in `sources` under its
+/// YAML key: a document, a line of code, or "assumed".
+struct FrameworkProfile {
+  std::string name;  ///< "megatron-core"
+  /// What tables of measurements call it: patterns, letters of any case.
+  std::vector<std::string> aliases;
+
+  // Of every plan.
+  std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp
+  bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
+  Bytes bucket;                     ///< of gradients reduced by one call
+  bool overlap_gradients = true;
+
+  // Where a table does not say.
+  std::string precision = "bf16";
+  int zero = 0;
+  bool reshard_after_forward = true;
+  bool sequence_parallel = false;  ///< where tp > 1
+  bool flash_attention = true;
+  std::string recompute = "none";
+  std::string model;            ///< catalogue entry whose kind of block an unnamed network has
+  std::int64_t vocabulary = 0;  ///< of an unnamed network
+
+  std::map<std::string, std::string> sources;
+};
+
+/// A name of framework_catalogue(). InputError{place} otherwise.
+FrameworkProfile load_framework(std::string_view name, const std::string& place);
+
+/// Names of the framework files, sorted.
+std::vector<std::string> frameworks();
+
+/// From a file's text; `file` is used in messages.
+FrameworkProfile parse_framework(const std::string& text, const std::string& file);
+
+}  // namespace partita

@@ -1,0 +1,59 @@
+// Framework profiles as data.
+#include "simulator/plan/framework.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "models/models.h"
+#include "simulator/plan/plan.h"
+
+namespace partita {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
+using ::testing::ThrowsMessage;
+
+TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
+  EXPECT_THAT(frameworks(), IsSupersetOf({"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita",
+                                          "nemo", "torchtitan", "llm-foundry", "megatron-lm-2021",
+                                          "megatron-deepspeed", "deeplearningexamples", "mlperf"}));
+  const auto models = model_catalogue();
+  for (const auto& name : frameworks()) {
+    const FrameworkProfile f = load_framework(name, "");
+    EXPECT_EQ(f.name, name);
+    EXPECT_GT(f.bucket.count, 0) << name;
+    EXPECT_GE(f.sources.size(), 3u) << name;
+    for (const auto& [key, source] : f.sources) EXPECT_FALSE(source.empty()) << name << " " << key;
+    EXPECT_TRUE(std::binary_search(models.begin(), models.end(), f.model)) << name;
+    EXPECT_GT(f.vocabulary, 0) << name;
+    Plan p;
+    set_precision(p, f.precision, name);
+    set_recompute(p, f.recompute, name);
+    set_framework(p, name, "");
+    EXPECT_EQ(p.framework, name);
+    EXPECT_EQ(p.pad_vocabulary, f.pad_vocabulary);
+    EXPECT_EQ(p.overlap_gradients, f.overlap_gradients);
+    EXPECT_EQ(p.precision.gradients, f.fp32_gradients ? ElementType::fp32 : p.precision.parameters);
+  }
+}
+
+TEST(Framework, MistakesNameTheirPlace) {
+  const auto expect = [](const std::string& body, const char* message) {
+    EXPECT_THAT([&] { parse_framework("schema: partita.framework/1\n" + body, "f.yaml"); },
+                ThrowsMessage<InputError>(HasSubstr(message)))
+        << body;
+  };
+  expect("name: x\nplan: {bucket: 1 MB}\n", "every setting needs a source");
+  expect("name: x\nsource: s\nplan: {}\n", "bucket");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB, gradients: fp64}\n",
+         "'fp64' is no type of gradients");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB, bukket: 2}\n", "bukket");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {zero: 4}\n", "4 is too large");
+  EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
+              ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));
+}
+
+}  // namespace
+}  // namespace partita

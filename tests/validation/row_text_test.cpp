@@ -1,0 +1,208 @@
+// Each rule over texts as tables print them.
+#include "validation/row_text.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+namespace partita::validation {
+namespace {
+
+constexpr double kGb = 1e9 / 8;
+
+TEST(RowText, NetworkRates) {
+  struct Case {
+    const char* text;
+    double rate;
+    bool per_gpu;
+  };
+  for (const Case& c : {
+           Case{"NDR InfiniBand 400 Gb/s per GPU (DGX H100 reference architecture)", 400 * kGb,
+                true},
+           {"4x Omni-Path 100 Gb/s per node (from memory of a README; not in this file)", 400 * kGb,
+            false},
+           {"1600 Gbps node-node RoCE", 1600 * kGb, false},
+           {"800 Gb/s per node (the repository's default setting)", 800 * kGb, false},
+           {"8x200 Gb/s RoCE per node", 1600 * kGb, false},
+           {"8x200Gb/s HDR InfiniBand (Selene; from memory)", 1600 * kGb, false},
+           {"EFA 3200 Gb/s per node (AWS p5; from memory)", 3200 * kGb, false},
+           {"EFA 32x100 Gb/s = 3200 Gb/s per node", 3200 * kGb, false},
+           {"8x EFA v4 50 GB/s per node", 400e9, false},
+           {"400 Gbps", 400 * kGb, false},
+           {"RoCE 25 Gbit/s between 128 servers", 25 * kGb, false},
+           {"2 x 100 Gb/s", 200 * kGb, false},
+           {"intra: NVLINK Gen4 900 GB/s + NVSWITCH Gen3; inter: Storage: 2x ConnectX-7 IB NDR "
+            "400Gb/s, Compute: 8x ConnectX-7 IB NDR 400Gb/s, Management: 100Gb/s Ethernet NIC",
+            3200 * kGb, false},
+           {"intra: PCIe Gen4; inter: BF3 200Gbps for NS and 2xBF3 400Gbps for EW", 200 * kGb,
+            false},
+           {"25 Gb/s/GPU", 25 * kGb, true},
+       }) {
+    const auto r = network_rate(c.text);
+    ASSERT_TRUE(r.has_value()) << c.text;
+    EXPECT_DOUBLE_EQ(r->rate.count, c.rate) << c.text;
+    EXPECT_EQ(r->per_gpu, c.per_gpu) << c.text;
+  }
+  for (const char* nothing : {"", "none", "InfiniBand (2 racks)",
+                              "intra: ; inter: ", "NVLink3/NVSwitch (8x A100 SXM4 80GB node)",
+                              "ConnectX-7", "(400 Gb/s, said elsewhere)", "Storage: 400 Gb/s"})
+    EXPECT_FALSE(network_rate(nothing).has_value()) << nothing;
+}
+
+TEST(RowText, Precisions) {
+  struct Case {
+    const char *text, *name;
+    bool fp32_gradients = false;
+  };
+  for (const Case& c :
+       {Case{"bf16", "bf16"},
+        {"BF16", "bf16"},
+        {"fp16 mixed", "fp16"},
+        {"amp_bf16", "bf16"},
+        {"amp_fp8", "fp8"},
+        {"FP8-CS", "fp8"},
+        {"FP8-MX", "mxfp8"},
+        {"fp8_mx", "mxfp8"},
+        {"MXFP8", "mxfp8"},
+        {"NVFP4", "nvfp4"},
+        {"FP8 (hybrid)", "fp8"},
+        {"FP8 (E4M3, fine-grained)", "fp8"},
+        {"bf16 + FP8 hybrid tensorwise", "fp8"},
+        {"fp32 + FP8 e4m3 tensorwise", "fp8"},
+        {"FP8 current scaling", "fp8"},
+        {"bf16 (fp32 grad accumulation)", "bf16", true},
+        {"bf16 (BF16 optimizer, fp32 grad accumulation)", "bf16", true},
+        {"mixed precision (AMP FP16)", "fp16"},
+        {"FP32", "fp32"},
+        {"TF32", "tf32"},
+        {"mixed FP16 (MLPerf NVIDIA submission; FP8 for BERT on H100 where config says)", "fp16"},
+        {"F32xF32->F32 (F32 runs as TF32 tensor-core)", "tf32"},
+        {"BF16xBF16->BF16", "bf16"},
+        {"fp8 e4m3", "fp8"}})
+    EXPECT_EQ(precision_of(c.text), (PrecisionText{c.name, c.fp32_gradients})) << c.text;
+  for (const char* nothing : {"", "int4", "mixed"}) EXPECT_FALSE(precision_of(nothing)) << nothing;
+}
+
+TEST(RowText, Recomputation) {
+  struct Case {
+    const char *text, *plan;
+  };
+  for (const Case& c :
+       {Case{"none", "none"},
+        {"none set in recipe", "none"},
+        {"none (no recompute suffix in case name)", "none"},
+        {"baseline no recompute", "none"},
+        {"sequence parallelism", "none"},
+        {"full", "full"},
+        {"full uniform 1 ", "full"},
+        {"full (activation checkpointing per block)", "full"},
+        {"baseline with (full) recompute", "full"},
+        {"selective", "selective"},
+        {"selective (attention core)", "selective"},
+        {"selective: core_attn", "selective"},
+        {"selective + sequence parallel", "selective"},
+        {"selective: mlp", "*.mlp.*"},
+        {"selective: mlp+core_attn", "*.mlp.*,*attention.core"},
+        {"recompute_granularity=\"selective\" recompute_modules=[\"layernorm\", \"moe_act\"]",
+         "*attention_norm,*mlp_norm,*moe.activation"},
+        {"recompute_modules=[\"mla_up_proj\"]",
+         "*attention.query_up,*attention.key_up,*attention.value_up"},
+        {"RMSNorm + MLA up-projection",
+         "*attention_norm,*mlp_norm,*attention.query_up,*attention.key_up,*attention.value_up"}})
+    EXPECT_EQ(recompute_of(c.text), std::optional<std::string>(c.plan)) << c.text;
+  for (const char* nothing : {"", "partial (rematerialisation)", "some"})
+    EXPECT_FALSE(recompute_of(nothing)) << nothing;
+}
+
+TEST(RowText, Sharding) {
+  const auto zero = [](int stage) { return ShardingText{stage}; };
+  struct Case {
+    const char* text;
+    ShardingText is;
+  };
+  for (const Case& c : {Case{"ZeRO-1", zero(1)},
+                        {"ZeRO-0", zero(0)},
+                        {"zero2", zero(2)},
+                        {"distributed optimizer (ZeRO-1)", zero(1)},
+                        {"FSDP FULL_SHARD", zero(3)},
+                        {"FSDP", zero(3)},
+                        {"Megatron-FSDP optim_grads_params", zero(3)},
+                        {"FSDP SHARD_GRAD_OP", {3, 0, false}},
+                        {"FSDP (ZeRO-2-like, no reshard after forward)", {3, 0, false}},
+                        {"FSDP=128 x DP", {3, 128}},
+                        {"FSDP=? x DP", zero(3)},
+                        {"FSDP group=64", {3, 64}},
+                        {"DDP (FSDP=0)", {std::nullopt}},
+                        {"ZeRO-3 opt offload", {3, 0, true, true}},
+                        {"ZeRO-3 full offload", {3, 0, true, true, true}},
+                        {"ZeRO (stage per slurm script, old branch)", {std::nullopt}},
+                        {"none", zero(0)}})
+    EXPECT_EQ(sharding_of(c.text), c.is) << c.text;
+  for (const char* nothing : {"", "2D finalized: 12-way model", "sharded"})
+    EXPECT_FALSE(sharding_of(nothing)) << nothing;
+}
+
+TEST(RowText, MemoryQuantities) {
+  using Q = MemoryQuantity;
+  struct Case {
+    const char* text;
+    Q is;
+  };
+  for (const Case& c :
+       {Case{"mem-allocated-bytes (weights+grads+optimizer resident after step, logging rank)",
+             {Q::What::state, Q::Who::last_stage}},
+        {"mem-max-allocated-bytes (peak, logging rank)", {Q::What::allocated, Q::Who::last_stage}},
+        {"max_memory_allocated on rank 7", {Q::What::allocated, Q::Who::rank, 7}},
+        {"peak memory per GPU as reported with the throughput row", {Q::What::device}},
+        {"peak allocated memory as printed", {Q::What::allocated}},
+        {"torch max_memory_allocated of the logging rank, bytes/2^30; steady allocated 0.4 GiB",
+         {Q::What::allocated, Q::Who::last_stage}},
+        {"torch max_memory_allocated, max over ranks (GiB); max reserved 62.4 GiB",
+         {Q::What::allocated}},
+        {"max reserved memory", {Q::What::reserved}},
+        {"nvidia-smi max of first/last (embedding) nodes, printed as \"47GB\"", {Q::What::device}},
+        {"printed GB, per-GPU usage", {Q::What::device}},
+        {"GPU memory rounded up, GB", {Q::What::device}},
+        {"parameters+gradients+optimizer state per GPU", {Q::What::state}},
+        {"activations per GPU (tensor parallel only)", {Q::What::activations}},
+        {"activation memory as % of tensor-parallel baseline", {Q::What::activations_ratio}},
+        {"OOM (does not fit in 80 GB)", {Q::What::fits}}})
+    EXPECT_EQ(memory_quantity(c.text), c.is) << c.text;
+  for (const char* nothing : {"forward time per layer", "single MoE layer forward_ms", "loss"})
+    EXPECT_FALSE(memory_quantity(nothing)) << nothing;
+}
+
+TEST(RowText, MegatronsFlags) {
+  const MegatronFlags f = megatron_flags(
+      "--swiglu --untie-embeddings-and-output-weights --attention-backend=unfused "
+      "--position-embedding-type=rope --overlap-grad-reduce");
+  EXPECT_TRUE(f.any && f.gated && f.untied && f.rope && f.overlap_gradients);
+  EXPECT_FALSE(f.no_bias || f.latent || f.overlap_tensor_parallel);
+  EXPECT_EQ(f.attention, "unfused");
+  // A longer flag that begins alike is another one.
+  EXPECT_FALSE(megatron_flags("--overlap-grad-reduce-later").overlap_gradients);
+  EXPECT_FALSE(megatron_flags("recipe x").any);
+}
+
+TEST(RowText, SmallOnes) {
+  EXPECT_EQ(squeezed("LLAMA3.1_405B (tokendrop)"), "llama3.1405b");
+  EXPECT_EQ(squeezed("Llama 3.x 70B"), "llama3.x70b");
+  EXPECT_EQ(squeezed("v1. 5"), "v15");
+  EXPECT_EQ(plain_text("  A100\t(Ampere [x])  b "), "a100 b");
+  EXPECT_EQ(number("8.5"), std::optional<double>(8.5));
+  for (const char* no : {"", "8 ", "~8", "-1", "nan", "inf", "1e400", "0x8"})
+    EXPECT_FALSE(number(no)) << no;
+  EXPECT_EQ(switch_of("on (tp_mode REDUCE_SCATTER)"), std::optional<bool>(true));
+  EXPECT_EQ(switch_of("off"), std::optional<bool>(false));
+  EXPECT_FALSE(switch_of("partly"));
+  EXPECT_EQ(accumulation_of("FSDP x; grad accumulation=21"), std::optional<std::int64_t>(21));
+  EXPECT_FALSE(accumulation_of("grad accumulation=0"));
+  EXPECT_EQ(flop_formula("96*B*s*l*h^2*(1+s/(6h)+V/(16lh))"), FlopFormula::hardware_4x);
+  EXPECT_EQ(flop_formula("72Blsh^2(1+s/6h+V/12hl)"), FlopFormula::model_3x);
+  EXPECT_EQ(flop_formula("MFU=(6N+12LHQT) tokens/s / peak"), FlopFormula::six_n);
+  EXPECT_EQ(flop_formula("estimated 8*N*tokens (under-reports ~3%)"), FlopFormula::eight_n);
+  EXPECT_EQ(flop_formula("model_size_B*4*2*seq*GBS/(t*GPUs*1e3)"), FlopFormula::eight_n);
+  EXPECT_FALSE(flop_formula("as printed"));
+}
+
+}  // namespace
+}  // namespace partita::validation

@@ -1,0 +1,781 @@
+// Rows of published tables: how one becomes a network, a cluster and a plan, and what always holds
+// of their predictions.
+#include "validation/rows.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <random>
+
+#include "base/error.h"
+#include "base/yaml.h"
+#include "simulator/search/predict.h"
+#include "validation/published.h"
+#include "validation/row_case.h"
+#include "validation/row_kernels.h"
+
+namespace partita::validation {
+namespace {
+
+using ::testing::Contains;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+using ::testing::ThrowsMessage;
+
+const Catalogue& catalogue() {
+  static const Catalogue c = load_catalogue();
+  return c;
+}
+
+using Cells = std::map<std::string, std::string>;
+
+const std::vector<std::string> kTraining{"id",
+                                         "family",
+                                         "model",
+                                         "params_billion",
+                                         "num_layers",
+                                         "hidden_size",
+                                         "num_heads",
+                                         "num_kv_heads",
+                                         "ffn_hidden_size",
+                                         "vocab_size",
+                                         "num_experts",
+                                         "moe_topk",
+                                         "moe_ffn_hidden_size",
+                                         "seq_len_tokens",
+                                         "gpu",
+                                         "gpu_memory_gb",
+                                         "num_gpus",
+                                         "gpus_per_node",
+                                         "intra_node_interconnect",
+                                         "inter_node_interconnect",
+                                         "framework",
+                                         "tp",
+                                         "sequence_parallel",
+                                         "pp",
+                                         "virtual_stages_per_gpu",
+                                         "cp",
+                                         "ep",
+                                         "etp",
+                                         "dp",
+                                         "zero_or_fsdp",
+                                         "micro_batch_per_dp_rank",
+                                         "global_batch_seqs",
+                                         "recompute",
+                                         "precision",
+                                         "attention_kernel",
+                                         "overlap_and_other_settings",
+                                         "iteration_time_s",
+                                         "tokens_per_s_per_gpu",
+                                         "samples_per_s_total",
+                                         "tflops_per_gpu",
+                                         "mfu_pct",
+                                         "hfu_pct",
+                                         "flop_formula",
+                                         "peak_mem_per_gpu_gib",
+                                         "peak_mem_definition",
+                                         "status",
+                                         "from_memory",
+                                         "source",
+                                         "notes"};
+
+CsvTable table(const std::vector<std::string>& header, const std::vector<Cells>& rows) {
+  CsvTable t;
+  t.file = "f.csv";
+  t.header = header;
+  for (const Cells& cells : rows) {
+    CsvTable::Record r;
+    r.line = static_cast<int>(t.records.size()) + 2;
+    for (const auto& column : header) {
+      const auto found = cells.find(column);
+      r.fields.push_back(found == cells.end() ? "" : found->second);
+    }
+    t.records.push_back(r);
+  }
+  return t;
+}
+
+/// An invented row, every setting printed.
+Cells whole_row() {
+  return {{"id", "x"},
+          {"family", "invented"},
+          {"model", "Llama 3 8B"},
+          {"num_layers", "4"},
+          {"vocab_size", "128256"},
+          {"seq_len_tokens", "4096"},
+          {"gpu", "H100"},
+          {"gpu_memory_gb", "80"},
+          {"num_gpus", "16"},
+          {"gpus_per_node", "8"},
+          {"inter_node_interconnect", "400 Gb/s per GPU"},
+          {"framework", "Megatron-Core"},
+          {"tp", "2"},
+          {"sequence_parallel", "on"},
+          {"pp", "2"},
+          {"virtual_stages_per_gpu", "1"},
+          {"cp", "1"},
+          {"dp", "4"},
+          {"zero_or_fsdp", "ZeRO-1"},
+          {"micro_batch_per_dp_rank", "1"},
+          {"global_batch_seqs", "16"},
+          {"recompute", "none"},
+          {"precision", "bf16"},
+          {"attention_kernel", "flash"},
+          {"iteration_time_s", "0.5"},
+          {"status", "ok"},
+          {"from_memory", "no"}};
+}
+
+Cells with(Cells cells, const Cells& changes) {
+  for (const auto& [column, value] : changes) cells[column] = value;
+  return cells;
+}
+
+RowCase case_with(const Cells& changes) {
+  const CsvTable t = table(kTraining, {with(whole_row(), changes)});
+  return case_of(RowSchema::training, Configuration(RowSchema::training, Row(t, 0)), catalogue());
+}
+
+TEST(RowCase, WhatIsPrintedIsTaken) {
+  const RowCase c = case_with({});
+  EXPECT_EQ(c.model, "llama-3-8b");
+  ASSERT_TRUE(c.transformer.has_value());
+  EXPECT_EQ(c.transformer->layers, 4);
+  EXPECT_EQ(c.transformer->hidden, 4096);  // of the entry, whose architecture the name says
+  EXPECT_EQ(c.transformer->kv_heads, 8);
+  EXPECT_EQ(c.transformer->sequence, 4096);
+  EXPECT_TRUE(c.transformer->flash_attention);
+  EXPECT_EQ(c.cluster.topology, "dgx-h100:16 gpus");
+  EXPECT_EQ(c.plan.tp, 2);
+  EXPECT_EQ(c.plan.pp, 2);
+  EXPECT_EQ(c.plan.dp, 4);
+  EXPECT_EQ(c.plan.zero, 1);
+  EXPECT_EQ(c.plan.micro_batches(), 4);
+  EXPECT_TRUE(c.plan.sequence_parallel);
+  EXPECT_EQ(c.plan.framework, "megatron-core");
+  // The one thing that no column has.
+  EXPECT_THAT(c.assumed, ::testing::ElementsAre("gradient overlap on"));
+}
+
+TEST(RowCase, TheNetworkOfTheTextIsPutOnTheClustersCards) {
+  const auto node = [](const char* text) {
+    const RowCase c = case_with({{"inter_node_interconnect", text}});
+    const Topology t = load_topology(c.cluster.topology, c.cluster.edits);
+    double sum = 0;
+    for (std::size_t v = 0; v < t.link_count(); ++v) {
+      const Link l = t.link(LinkId{v});
+      if (l.kind == LinkKind::network && t.vertex_kind(l.from) == VertexKind::nic &&
+          t.node_of_vertex(l.from) == 0)
+        sum += l.bandwidth.count;
+    }
+    return sum;
+  };
+  EXPECT_DOUBLE_EQ(node("400 Gb/s per GPU"), 400e9);
+  EXPECT_DOUBLE_EQ(node("4x Omni-Path 100 Gb/s per node"), 50e9);
+  EXPECT_DOUBLE_EQ(node("8x200 Gb/s HDR"), 200e9);
+  EXPECT_DOUBLE_EQ(node("a network of its own"), 400e9);  // the cluster's
+}
+
+TEST(RowCase, DevicesByNameMemoryAndSlot) {
+  struct Case {
+    const char *gpu, *memory, *intra, *device;
+  };
+  for (const Case& c : {Case{"A100", "80", "", "a100-sxm-80gb"},
+                        {"A100", "40", "", "a100-sxm-40gb"},
+                        {"A100 (Ampere)", "", "", "a100-sxm-80gb"},
+                        {"A100 PCIe 80GB", "", "", "a100-pcie-80gb"},
+                        {"A100", "40", "PCIe Gen4", "a100-pcie-40gb"},
+                        {"H100 (sm_90)", "", "", "h100-sxm"},
+                        {"NVIDIA H100 SXM", "", "", "h100-sxm"},
+                        {"H100", "81559", "", "h100-sxm"},
+                        {"NVIDIA GB200 SXM", "", "", "gb200"},
+                        {"V100", "32", "", "v100-sxm-32gb"},
+                        {"V100", "16", "", "v100-sxm-16gb"},
+                        {"B200 SXM", "", "", "b200"},
+                        {"GB300", "", "", "gb300"},
+                        {"H200 (printed; README says B200)", "", "", "h200-sxm"},
+                        {"Tesla V100", "32", "", "v100-sxm-32gb"}})
+    EXPECT_EQ(device_of(catalogue(), c.gpu, c.memory, c.intra).name, c.device) << c.gpu;
+  for (const char* unknown : {"TPU v4", "H900", "Intel Gaudi 2", "L40S", "10", "A1"})
+    EXPECT_THROW(device_of(catalogue(), unknown, "", ""), InputError) << unknown;
+}
+
+TEST(RowCase, ClustersByDeviceAndNode) {
+  const auto name = [](const char* gpu, const char* memory, std::int64_t gpus,
+                       std::optional<std::int64_t> per_node) {
+    std::vector<std::string> assumed;
+    return cluster_of(catalogue(), gpu, memory, gpus, per_node, "", "", assumed).topology;
+  };
+  EXPECT_EQ(name("A100", "80", 64, 8), "dgx-a100-80gb:64 gpus");
+  EXPECT_EQ(name("V100", "32", 16, 16), "dgx2-v100:16 gpus");
+  EXPECT_EQ(name("V100", "16", 8, 8), "dgx1-v100:8 gpus");
+  EXPECT_EQ(name("V100", "16", 8, 4), "v100-sxm-4:8 gpus");
+  EXPECT_EQ(name("GB200", "", 72, 4), "gb200-nvl72:72 gpus");
+  EXPECT_EQ(name("GB300", "", 8, std::nullopt), "gb300-nvl72:8 gpus");
+  EXPECT_EQ(name("H100", "80", 8, 4), "h100-sxm-4:8 gpus");
+  EXPECT_EQ(name("B300", "", 8, 8), "dgx-b300:8 gpus");
+  // The card of the text stands in the node, also where the file has another of its kind.
+  std::vector<std::string> assumed;
+  const auto c = cluster_of(catalogue(), "V100", "16", 8, 8, "", "", assumed);
+  EXPECT_EQ(load_topology(c.topology, c.edits).device(DeviceId{0}).name, "v100-sxm-16gb");
+}
+
+TEST(RowCase, FrameworksByTheirLongestAlias) {
+  const auto name = [](const char* text) {
+    const FrameworkProfile* f = framework_of(catalogue(), text);
+    return f == nullptr ? std::string("none") : f->name;
+  };
+  EXPECT_EQ(name("Megatron-LM CI (dev container)"), "megatron-ci");
+  EXPECT_EQ(name("Megatron-LM"), "megatron-lm-2021");
+  EXPECT_EQ(name("Megatron-LM (Sept 2020)"), "megatron-lm-2021");
+  EXPECT_EQ(name("Megatron-LM 23e00ed0 + TransformerEngine 2.11"), "megatron-core");
+  EXPECT_EQ(name("Megatron-Core r0.8.0"), "megatron-core");
+  EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 26.04"), "nemo");
+  EXPECT_EQ(name("NeMo (Megatron-Core)"), "nemo");
+  EXPECT_EQ(name("Megatron-DeepSpeed"), "megatron-deepspeed");
+  EXPECT_EQ(name("MosaicML Composer / llm-foundry (PyTorch FSDP)"), "llm-foundry");
+  EXPECT_EQ(name("fms-fsdp (PyTorch FSDP1 + torch.compile)"), "pytorch-fsdp");
+  EXPECT_EQ(name("torchtitan (FSDP2)"), "torchtitan");
+  EXPECT_EQ(name("MXNet NVIDIA Release 23.04"), "mlperf");
+  EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples");
+  EXPECT_EQ(name("PyTorch"), "pytorch-ddp");
+  EXPECT_EQ(name("MaxText (JAX)"), "jax");
+  EXPECT_EQ(name("somebody's own"), "none");
+}
+
+TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
+  const auto name = [](const char* text) {
+    const KnownModel* m = model_of(catalogue(), text);
+    return m == nullptr ? std::string("none") : m->name;
+  };
+  EXPECT_EQ(name("LLAMA3.1_405B"), "llama-3.1-405b");
+  EXPECT_EQ(name("llama3_405b truncated to 4 layers"), "llama-3.1-405b");
+  EXPECT_EQ(name("Llama 3.x 70B LoRA fine-tuning"), "llama-3-70b");
+  EXPECT_EQ(name("Llama2 13b"), "llama-2-13b");
+  EXPECT_EQ(name("DeepSeekV3 (w/o MTP)"), "deepseek-v3");
+  EXPECT_EQ(name("deepseek_v2 4 layers"), "deepseek-v2");
+  EXPECT_EQ(name("Qwen3_30B_a3B (tokendrop)"), "qwen3-30b-a3b");
+  EXPECT_EQ(name("GPT OSS 120B"), "gpt-oss-120b");
+  EXPECT_EQ(name("Nemotron-4 15B"), "nemotron-4-15b");
+  EXPECT_EQ(name("GPT-3 175B"), "gpt3-175b");
+  EXPECT_EQ(name("MPT-3b"), "mpt-7b");  // the family's block; sizes are printed
+  EXPECT_EQ(name("Classification/ConvNets/resnet50v1.5 (DGX-1 (8x V100))"), "resnet-50");
+  EXPECT_EQ(name("ResNet-50 v1.5 (ImageNet 224)"), "resnet-50");
+  EXPECT_EQ(name("LanguageModeling/BERT (Pre-training)"), "bert-large");
+  EXPECT_EQ(name("LanguageModeling/Transformer-XL (Large model)"), "transformer-xl-large");
+  // Digits that go on are another number.
+  for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_3_Nano",
+                           "3D U-Net (KiTS19)", ""})
+    EXPECT_EQ(name(none), "none") << none;
+  std::string besides;
+  model_of(catalogue(), "se-resnext101-32x4d", &besides);
+  EXPECT_EQ(besides, "squeeze and excitation are left out");
+}
+
+TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
+  const RowCase c = case_with({{"model", "GPT"},
+                               {"num_layers", "12"},
+                               {"hidden_size", "768"},
+                               {"vocab_size", ""},
+                               {"framework", "Megatron-LM CI (dev container)"},
+                               {"overlap_and_other_settings",
+                                "--swiglu --untie-embeddings-and-output-weights "
+                                "--position-embedding-type=rope --disable-bias-linear"}});
+  const TransformerConfig& t = *c.transformer;
+  EXPECT_EQ(t.heads, 6);  // 128 values each
+  EXPECT_EQ(t.ffn, 2048);
+  EXPECT_EQ(t.vocabulary, 50257);
+  EXPECT_TRUE(t.gated && !t.tied && !t.mlp_bias && t.positions == 0 && t.rotary_dim == 128);
+  EXPECT_THAT(c.assumed, Contains("feed-forward width 2048"));
+  // Flags that are off are off.
+  const RowCase plain = case_with({{"model", "GPT"},
+                                   {"num_layers", "12"},
+                                   {"hidden_size", "768"},
+                                   {"overlap_and_other_settings", "--transformer-impl=local"}});
+  EXPECT_TRUE(plain.transformer->tied && !plain.transformer->gated);
+  EXPECT_EQ(plain.transformer->ffn, 3072);
+  EXPECT_FALSE(plain.plan.overlap_gradients);
+  // tp cuts heads: of 14,400 as 120 of 120.
+  EXPECT_EQ(case_with({{"model", "GPT-like 200B"},
+                       {"num_layers", "80"},
+                       {"hidden_size", "14400"},
+                       {"tp", "8"},
+                       {"pp", "1"},
+                       {"dp", "2"}})
+                .transformer->heads,
+            120);
+  // From parameters alone: 12 l h² with h = 128 l. A known name's block, not its sizes.
+  const RowCase sized =
+      case_with({{"model", "GPT-2-like 52B"}, {"num_layers", ""}, {"params_billion", "52"}});
+  EXPECT_EQ(sized.transformer->hidden, 8192);
+  EXPECT_EQ(sized.transformer->layers, 65);
+}
+
+TEST(RowCase, TruncatedNetworksKeepBothKindsOfBlock) {
+  EXPECT_EQ(
+      case_with({{"model", "deepseek_v3 truncated to 4 layers"}}).transformer->moe.first_dense, 1);
+  EXPECT_EQ(case_with({{"model", "DeepSeekV3"}, {"num_layers", "61"}}).transformer->moe.first_dense,
+            3);
+}
+
+TEST(RowCase, WhatIsNotSaidIsFilledAndListed) {
+  const RowCase c = case_with({{"dp", ""},
+                               {"micro_batch_per_dp_rank", ""},
+                               {"precision", ""},
+                               {"recompute", ""},
+                               {"sequence_parallel", ""},
+                               {"zero_or_fsdp", ""},
+                               {"attention_kernel", ""},
+                               {"vocab_size", ""},
+                               {"num_layers", ""},
+                               {"inter_node_interconnect", ""},
+                               {"virtual_stages_per_gpu", ""}});
+  EXPECT_EQ(c.plan.dp, 4);
+  for (const char* listed :
+       {"32 layers", "vocabulary 128256", "flash attention", "network of dgx-h100", "micro-batch 1",
+        "precision bf16", "ZeRO 1", "sequence parallel on", "recompute none", "virtual stages 1"})
+    EXPECT_THAT(c.assumed, Contains(StartsWith(listed)));
+  EXPECT_THAT(case_with({{"num_gpus", ""}, {"dp", ""}}).assumed, Contains("8 GPUs"));
+  EXPECT_THAT(case_with({{"framework", "unheard of"}}).assumed,
+              Contains("framework megatron-core"));
+}
+
+TEST(RowCase, EmbeddingAndLossCountWhereBlocksComeOutSo) {
+  const RowCase c =
+      case_with({{"num_layers", "6"}, {"pp", "4"}, {"virtual_stages_per_gpu", "2"}, {"dp", "2"}});
+  EXPECT_EQ(c.plan.cuts, (std::vector<std::int64_t>{0, 1, 1, 1, 1, 1, 1, 0}));
+}
+
+TEST(RowCase, WhatIsNotUnderstoodNamesItsColumn) {
+  const auto why = [](const Cells& changes) -> std::string {
+    try {
+      case_with(changes);
+    } catch (const InputError& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(why({{"num_layers", "four"}}), "num_layers: 'four' is no whole number");
+  EXPECT_EQ(why({{"tp", "0"}}), "tp: 0 is not in 1 to 100,000");
+  EXPECT_EQ(why({{"gpu", "TPU v4"}}), "gpu: 'TPU v4' has no device profile");
+  EXPECT_EQ(why({{"gpu", ""}}), "gpu: is not printed");
+  EXPECT_EQ(why({{"model", "Unheard-of"}, {"num_layers", ""}}),
+            "num_layers: is not printed, and 'Unheard-of' is in no catalogue");
+  EXPECT_EQ(why({{"precision", "int4"}}), "precision: 'int4' is not understood");
+  EXPECT_EQ(why({{"recompute", "partial"}}), "recompute: 'partial' is not understood");
+  EXPECT_EQ(why({{"sequence_parallel", "partly"}}),
+            "sequence_parallel: 'partly' is not understood");
+  EXPECT_EQ(why({{"zero_or_fsdp", "2D"}}), "zero_or_fsdp: '2D' is not understood");
+  EXPECT_EQ(why({{"tp", "3"}}), "num_gpus: 16 GPUs are no multiple of tp 3 x pp 2 x cp 1");
+  EXPECT_EQ(why({{"dp", "3"}}), "dp: 3 x tp 2 x pp 2 x cp 1 is not 16 GPUs");
+  EXPECT_EQ(why({{"num_layers", "5000"}}), "num_layers: 5000 is more than any run had (1000)");
+}
+
+std::vector<FamilyFigures> predicted(const std::vector<Cells>& rows, std::size_t workers = 1) {
+  RowsOptions o;
+  o.workers = workers;
+  return predict_rows({table(kTraining, rows)}, catalogue(), o);
+}
+
+/// Prediction = that of the same network, cluster and plan given by hand.
+TEST(Rows, ARowIsPredictedAsItsPlanIs) {
+  const auto families = predicted({whole_row()});
+  ASSERT_EQ(families.size(), 1u);
+  ASSERT_EQ(families[0].figures.size(), 2u);
+  EXPECT_DOUBLE_EQ(families[0].figures[0].measured, 0.5);
+  ModelOptions m;
+  m.layers = 4;
+  m.sequence = 4096;
+  const Graph graph = load_model("llama-3-8b", m);
+  Plan plan;
+  plan.tp = 2, plan.pp = 2, plan.dp = 4, plan.zero = 1, plan.sequence_parallel = true;
+  plan.global_batch = 16;
+  set_framework(plan, "megatron-core", "");
+  Communication c(load_topology("dgx-h100:16 gpus"));
+  const auto p = predict(graph, plan, c);
+  ASSERT_TRUE(p) << p.reason();
+  EXPECT_DOUBLE_EQ(families[0].figures[0].predicted, p->step_time.count);
+}
+
+TEST(Rows, EveryPrintedSpeedIsTheSameTime) {
+  // 16 sequences of 4,096 tokens in 0.5 s on 16 devices.
+  const auto time = [](const Cells& changes) {
+    auto cells = with(whole_row(), {{"iteration_time_s", ""}});
+    const auto f = predicted({with(cells, changes)});
+    return f.at(0).figures.at(0);
+  };
+  EXPECT_DOUBLE_EQ(time({{"tokens_per_s_per_gpu", "8192"}}).measured, 0.5);
+  EXPECT_DOUBLE_EQ(time({{"samples_per_s_total", "32"}}).measured, 0.5);
+  const Figure mfu = time({{"mfu_pct", "40"}});
+  EXPECT_DOUBLE_EQ(mfu.measured, mfu.ideal / 0.4);
+  const Figure rate = time({{"tflops_per_gpu", "400"}, {"flop_formula", "6N+12LHQT"}});
+  EXPECT_NEAR(rate.measured, mfu.ideal * 989.4 / 400, 1e-9);
+  // Megatron's formula with recomputation: 96 B s l h² (1 + s/6h + V/16lh).
+  const Figure four = time({{"tflops_per_gpu", "400"}, {"flop_formula", "96*B*s*l*h^2*(...)"}});
+  EXPECT_NEAR(
+      four.measured,
+      96. * 16 * 4096 * 4 * 4096 * 4096 * (1 + 1. / 6 + 128256. / 16 / 4 / 4096) / 400e12 / 16,
+      1e-12);
+  // What is measured and what is derived: the first of them.
+  EXPECT_EQ(time({{"iteration_time_s", "0.7"}, {"tokens_per_s_per_gpu", "1"}}).quantity,
+            "iteration_time_s");
+}
+
+TEST(Rows, PredictionsSeeTheConfigurationOnly) {
+  const auto base = predicted(
+      {with(whole_row(), {{"peak_mem_per_gpu_gib", "60"}, {"peak_mem_definition", "nvidia-smi"}})});
+  const auto other = predicted({with(whole_row(), {{"id", "y"},
+                                                   {"source", "elsewhere"},
+                                                   {"notes", "interleaved, 8 virtual stages"},
+                                                   {"iteration_time_s", "99"},
+                                                   {"tokens_per_s_per_gpu", "1"},
+                                                   {"tflops_per_gpu", "3"},
+                                                   {"mfu_pct", "2"},
+                                                   {"hfu_pct", "77"},
+                                                   {"flop_formula", "x"},
+                                                   {"peak_mem_per_gpu_gib", "1"},
+                                                   {"peak_mem_definition", "nvidia-smi"},
+                                                   {"from_memory", "partly"}})});
+  ASSERT_EQ(base[0].figures.size(), 3u);
+  ASSERT_EQ(other[0].figures.size(), 3u);
+  for (std::size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(base[0].figures[i].predicted, other[0].figures[i].predicted);
+    EXPECT_EQ(base[0].figures[i].assumed, other[0].figures[i].assumed);
+  }
+}
+
+TEST(Rows, RowsAreCoveredOrNot) {
+  const auto f =
+      predicted({whole_row(), with(whole_row(), {{"id", "gpu"}, {"gpu", "none such"}}),
+                 with(whole_row(), {{"id", "no value"}, {"iteration_time_s", ""}}),
+                 with(whole_row(), {{"id", "oom"}, {"iteration_time_s", ""}, {"status", "oom"}})});
+  ASSERT_EQ(f.size(), 1u);
+  EXPECT_EQ(f[0].rows, 3);
+  EXPECT_EQ(f[0].covered, 2);
+  ASSERT_EQ(f[0].uncovered.size(), 1u);
+  EXPECT_EQ(f[0].uncovered[0].id, "gpu");
+  // The out-of-memory fact counts among facts only.
+  EXPECT_EQ(f[0].figures.back().id, "oom");
+  EXPECT_EQ(f[0].figures.back().kind, Figure::Kind::fits);
+}
+
+TEST(Rows, AMemoryRowThatRepeatsATrainingRowCountsOnce) {
+  const std::vector<std::string> memory{"id",
+                                        "family",
+                                        "model",
+                                        "num_layers",
+                                        "hidden_size",
+                                        "num_heads",
+                                        "seq_len_tokens",
+                                        "gpu",
+                                        "num_gpus",
+                                        "tp",
+                                        "sequence_parallel",
+                                        "pp",
+                                        "virtual_stages_per_gpu",
+                                        "cp",
+                                        "ep",
+                                        "dp",
+                                        "zero_or_fsdp",
+                                        "micro_batch_per_dp_rank",
+                                        "global_batch_seqs",
+                                        "recompute",
+                                        "precision",
+                                        "quantity",
+                                        "value",
+                                        "unit",
+                                        "from_memory",
+                                        "source",
+                                        "notes"};
+  const Cells printed{{"peak_mem_per_gpu_gib", "60"}, {"peak_mem_definition", "as printed"}};
+  const Cells row =
+      with(whole_row(),
+           {{"quantity", "max_memory_allocated on rank 15"}, {"value", "60"}, {"unit", "GiB"}});
+  const CsvTable training = table(kTraining, {with(whole_row(), printed)});
+  const CsvTable same = table(memory, {row, with(row, {{"value", "61"}})});
+  RowsOptions o;
+  o.workers = 1;
+  EXPECT_EQ(predict_rows({same}, catalogue(), o).at(0).rows, 2);
+  // Also where the memory row stands first.
+  for (const auto& both : {std::vector<CsvTable>{training, same}, {same, training}}) {
+    const auto f = predict_rows(both, catalogue(), o);
+    ASSERT_EQ(f.size(), 1u);  // one family name
+    EXPECT_EQ(f[0].rows, 2);
+    EXPECT_EQ(f[0].repeats, 1);
+  }
+}
+
+TEST(Rows, ThreadsChangeNothing) {
+  std::vector<Cells> rows;
+  for (int i = 0; i < 12; ++i)
+    rows.push_back(with(whole_row(), {{"id", fmt::format("r{}", i)},
+                                      {"num_layers", fmt::format("{}", 2 + i % 5)},
+                                      {"global_batch_seqs", fmt::format("{}", 8 + 4 * (i % 3))}}));
+  const auto one = predicted(rows, 1), four = predicted(rows, 4);
+  ASSERT_EQ(one.size(), four.size());
+  ASSERT_EQ(one[0].figures.size(), four[0].figures.size());
+  for (std::size_t i = 0; i < one[0].figures.size(); ++i) {
+    EXPECT_EQ(one[0].figures[i].id, four[0].figures[i].id);
+    EXPECT_EQ(one[0].figures[i].predicted, four[0].figures[i].predicted);
+  }
+}
+
+/// Whatever a cell says, its row is covered or has a reason, and other rows don't mind.
+TEST(Rows, AnyTextInAnyCellIsAtWorstNotCovered) {
+  std::mt19937_64 random(20260101);
+  const std::vector<std::string> texts{"",
+                                       "0",
+                                       "1",
+                                       "2",
+                                       "3",
+                                       "7",
+                                       "8",
+                                       "64",
+                                       "1e3",
+                                       "1e18",
+                                       "99999999999999999999",
+                                       "-1",
+                                       "nan",
+                                       "inf",
+                                       "0.5",
+                                       "on",
+                                       "off",
+                                       "full",
+                                       "none",
+                                       "x",
+                                       ",",
+                                       "\"",
+                                       "FSDP=0",
+                                       "ZeRO-3",
+                                       "zero9",
+                                       "A100",
+                                       "H100 PCIe",
+                                       "V100",
+                                       "MXFP8",
+                                       "NVFP4",
+                                       "tf32",
+                                       "DeepSeekV3",
+                                       "Mixtral 8x7B",
+                                       "resnet50",
+                                       "400 Gb/s",
+                                       "0 Gb/s per GPU",
+                                       "9999999999x1e9 Tb/s",
+                                       "per node",
+                                       "((((",
+                                       "))))",
+                                       "on rank 99",
+                                       "% of",
+                                       "\xff\xfe",
+                                       std::string(3000, 'a')};
+  std::vector<Cells> rows{whole_row()};
+  for (int i = 0; i < 250; ++i) {
+    Cells cells = whole_row();
+    for (int k = 0; k < 3; ++k) {
+      const auto& column = kTraining[2 + random() % (kTraining.size() - 4)];
+      if (column == "family" || column == "from_memory") continue;
+      cells[column] = texts[random() % texts.size()];
+    }
+    cells["id"] = fmt::format("r{}", i);
+    rows.push_back(cells);
+  }
+  const auto f = predicted(rows, 2);
+  std::int64_t all = 0;
+  for (const auto& family : f) {
+    all += family.rows;
+    EXPECT_EQ(family.rows, family.covered + static_cast<std::int64_t>(family.uncovered.size()));
+    for (const auto& u : family.uncovered) {
+      EXPECT_NE(u.why, "") << u.id;
+      EXPECT_THAT(u.why, ::testing::Not(HasSubstr("bug of Partita"))) << u.id;
+    }
+  }
+  EXPECT_GE(all, 150);
+  EXPECT_EQ(f[0].figures.at(0).id, "x");
+}
+
+TEST(Rows, SchemasByTheirColumns) {
+  const auto schema = [](std::vector<std::string> header) { return recognise(table(header, {})); };
+  EXPECT_EQ(schema(kTraining), RowSchema::training);
+  EXPECT_EQ(schema({"id", "gpu", "collective", "size_bytes", "time_us"}), RowSchema::collectives);
+  EXPECT_EQ(schema({"id", "gpu", "kernel", "m", "n", "k", "tflops"}), RowSchema::products);
+  EXPECT_EQ(schema({"id", "gpu", "batch_per_gpu", "parallelism", "images_or_samples_per_s_total"}),
+            RowSchema::convolution);
+  EXPECT_EQ(schema({"id", "gpu", "quantity", "value", "unit", "seq_len_tokens"}),
+            RowSchema::memory);
+  EXPECT_THAT(
+      [&] {
+        schema({"id", "gpu"});
+      },
+      ThrowsMessage<InputError>(HasSubstr("the columns are those of no known table")));
+  EXPECT_THAT(
+      [&] {
+        schema({"gpu", "collective", "size_bytes", "time_us"});
+      },
+      ThrowsMessage<InputError>(HasSubstr("looks like collectives but has no column 'id'")));
+}
+
+TEST(Rows, CollectivesAndProductsByHand) {
+  const CsvTable c = table({"id", "collective", "gpu", "num_gpus", "gpus_per_node", "size_bytes",
+                            "time_us", "busbw_gb_per_s"},
+                           {{{"id", "a"},
+                             {"collective", "all_reduce"},
+                             {"gpu", "H100"},
+                             {"num_gpus", "8"},
+                             {"gpus_per_node", "8"},
+                             {"size_bytes", "1048576"},
+                             {"busbw_gb_per_s", "35"}},
+                            {{"id", "b"},
+                             {"collective", "all_to_all"},
+                             {"gpu", "H100"},
+                             {"num_gpus", "8"},
+                             {"gpus_per_node", "8"},
+                             {"size_bytes", "1048576"},
+                             {"time_us", "50"}}});
+  // 1 MiB x 14/8 at 35 GB/s.
+  EXPECT_DOUBLE_EQ(measured_collective(Row(c, 0)), 1048576 * 1.75 / 35e9);
+  EXPECT_DOUBLE_EQ(measured_collective(Row(c, 1)), 50e-6);
+  const auto f = collective_figure(Configuration(RowSchema::collectives, Row(c, 0)), catalogue());
+  Communication communication(load_topology("dgx-h100:8 gpus"));
+  EXPECT_DOUBLE_EQ(
+      f.seconds,
+      communication.collective(CollectiveKind::all_reduce, 1_MiB, {0, 1, 2, 3, 4, 5, 6, 7}).count);
+  const CsvTable p = table({"id", "kernel", "gpu", "precision", "m", "n", "k", "batch_or_groups",
+                            "extra", "tflops", "time_s"},
+                           {{{"id", "a"},
+                             {"kernel", "matmul"},
+                             {"gpu", "H100"},
+                             {"precision", "bf16"},
+                             {"m", "4096"},
+                             {"n", "4096"},
+                             {"k", "4096"},
+                             {"tflops", "600"}},
+                            {{"id", "b"},
+                             {"kernel", "fused attention (flash SDPA) backward"},
+                             {"gpu", "H100"},
+                             {"precision", "bf16"},
+                             {"m", "4096"},
+                             {"extra",
+                              "batch=1, seq_len=4096, head_num=32, kv_head_num=8, "
+                              "qk_head_dim=128, v_head_dim=128"},
+                             {"tflops", "300"}}});
+  EXPECT_DOUBLE_EQ(measured_product(Row(p, 0)), 2. * 4096 * 4096 * 4096 / 600e12);
+  EXPECT_DOUBLE_EQ(measured_product(Row(p, 1)), 2.5 * 4. * 32 * 4096 * 4096 * 128 / 300e12);
+  const auto product = product_figure(Configuration(RowSchema::products, Row(p, 0)), catalogue());
+  EXPECT_NEAR(product.ideal, 2. * 4096 * 4096 * 4096 / 989.4e12, 1e-12);
+  EXPECT_GT(product.seconds, product.ideal);
+}
+
+// ---- the reference ---------------------------------------------------------------------------
+
+std::string reference() {
+  const char* chosen = std::getenv("PARTITA_REFERENCE");
+  const std::string folder =
+      chosen != nullptr && *chosen != '\0' ? chosen : data_folder("../shared/reference");
+  return std::filesystem::is_directory(folder) ? folder : "";
+}
+
+TEST(Reference, EveryRowIsCoveredOrSaysWhy) {
+  const std::string folder = reference();
+  if (folder.empty()) GTEST_SKIP() << "no ../shared/reference; set PARTITA_REFERENCE";
+  std::vector<CsvTable> tables;
+  for (const char* name : {"cnn_training", "collectives", "gemm"}) {
+    const std::string file = fmt::format("{}/{}.csv", folder, name);
+    tables.push_back(parse_csv(read_file(file), file));
+  }
+  RowsOptions o;
+  const auto f = predict_rows(tables, catalogue(), o);
+  ASSERT_EQ(f.size(), 3u);
+  for (const auto& family : f) {
+    EXPECT_EQ(family.rows, family.covered + static_cast<std::int64_t>(family.uncovered.size()));
+    EXPECT_GT(family.covered, 0) << family.family;
+    for (const auto& u : family.uncovered)
+      EXPECT_THAT(u.why, ::testing::Not(HasSubstr("bug of Partita"))) << u.id;
+  }
+}
+
+TEST(Reference, AllTrainingRowsAreReadable) {
+  const std::string folder = reference();
+  if (folder.empty()) GTEST_SKIP() << "no ../shared/reference; set PARTITA_REFERENCE";
+  // Reading alone: predicting them all takes half a minute and is `partita validate published`.
+  for (const auto& [name, least] : {std::pair{"llm_training", 0.9}, {"memory", 0.9}}) {
+    const std::string file = fmt::format("{}/{}.csv", folder, name);
+    const CsvTable t = parse_csv(read_file(file), file);
+    const RowSchema schema = recognise(t);
+    std::size_t read = 0;
+    for (std::size_t i = 0; i < t.records.size(); ++i) {
+      try {
+        case_of(schema, Configuration(schema, Row(t, i)), catalogue());
+        ++read;
+      } catch (const InputError& e) {
+        EXPECT_THAT(std::string(e.what()), HasSubstr(": "));
+      }
+    }
+    EXPECT_GE(static_cast<double>(read), least * static_cast<double>(t.records.size())) << name;
+  }
+}
+
+// ---- groups of the goal ------------------------------------------------------------------------
+
+TEST(Published, GroupsSelectTheirRows) {
+  PublishedGroup g;
+  g.name = "g";
+  g.families = {"inv*"};
+  g.where = {{"precision", {"BF16"}}, {"num_gpus", {"?*"}}};
+  g.least = {{"seq_len_tokens", 2048}};
+  g.bounds = {{"time.mape", 10, false, false},
+              {"coverage", 0.9, true, false},
+              {"time.mape", 1, false, true},
+              {"memory.mape", 1, false, false}};
+  const auto f = predicted({whole_row(), with(whole_row(), {{"id", "fp8"}, {"precision", "fp8"}}),
+                            with(whole_row(), {{"id", "short"}, {"seq_len_tokens", "1024"}}),
+                            with(whole_row(), {{"id", "gpu"}, {"gpu", "none such"}}),
+                            with(whole_row(), {{"id", "other"}, {"family", "else"}})});
+  const GroupResult r = result_of(g, f);
+  EXPECT_EQ(r.rows, 2);
+  EXPECT_EQ(r.covered, 1);
+  EXPECT_EQ(r.statistics.time.count, 1);
+  const auto verdicts = against_targets(r);
+  ASSERT_EQ(verdicts.size(), 4u);
+  EXPECT_TRUE(verdicts[0].met);
+  EXPECT_FALSE(verdicts[1].met);  // half is covered
+  EXPECT_EQ(verdicts[2].note, "no fit yet");
+  EXPECT_FALSE(verdicts[2].met);
+  EXPECT_EQ(verdicts[3].note, "no figures");
+  EXPECT_FALSE(verdicts[3].met);
+}
+
+TEST(Published, TheRatchetAllowsTwoPercent) {
+  PublishedGroup g;
+  GroupResult r;
+  r.group = &g;
+  r.statistics.time.mape = 0.102;
+  r.statistics.time.bias = -0.0102;
+  r.statistics.time.kendall_tau = 0.5;
+  const auto met = [&](const char* statistic, double achieved) {
+    g.achieved = {{statistic, achieved}};
+    return against_achieved(r).at(0).met;
+  };
+  EXPECT_TRUE(met("time.mape", 0.1000001));
+  EXPECT_FALSE(met("time.mape", 0.0999));
+  EXPECT_TRUE(met("time.bias", 0.0100001));
+  EXPECT_FALSE(met("time.bias", -0.0099));
+  EXPECT_TRUE(met("time.kendall_tau", 0.5099));
+  EXPECT_FALSE(met("time.kendall_tau", 0.5101));
+}
+
+TEST(Published, TheFileIsReadAndEveryStatisticIsOne) {
+  const auto groups = load_published(data_folder("validation/published.yaml"));
+  EXPECT_EQ(groups.size(), 13u);
+  for (const auto& g : groups) {
+    EXPECT_FALSE(g.target.empty()) << g.name;
+    EXPECT_TRUE(!g.bounds.empty() || g.name == "vtrain-single-node") << g.name;
+  }
+  EXPECT_THAT([] { statistic({}, "time.mean", "f.yaml:3"); },
+              ThrowsMessage<InputError>(HasSubstr("f.yaml:3: 'time.mean' is no statistic")));
+}
+
+}  // namespace
+}  // namespace partita::validation

@@ -1,0 +1,190 @@
+#include "validation/published.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "base/error.h"
+#include "base/yaml.h"
+#include "models/graph.h"
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+constexpr double kRatchet = 1.02;
+
+bool any_matches(const std::vector<std::string>& patterns, const std::string& text) {
+  return std::any_of(patterns.begin(), patterns.end(),
+                     [&](const std::string& p) { return matches(lower(p), lower(text)); });
+}
+
+bool belongs(const PublishedGroup& group, const Configuration& row) {
+  for (const auto& [column, patterns] : group.where) {
+    if (!any_matches(patterns, row[column])) return false;
+  }
+  for (const auto& [column, least] : group.least) {
+    if (number(row[column]).value_or(-1) < least) return false;
+  }
+  return true;
+}
+
+using Member = std::optional<double> ErrorStatistics::*;
+constexpr std::array<std::pair<std::string_view, Member>, 9> kMembers{
+    {{"mape", &ErrorStatistics::mape},
+     {"bias", &ErrorStatistics::bias},
+     {"max", &ErrorStatistics::max},
+     {"median", &ErrorStatistics::median},
+     {"percentile95", &ErrorStatistics::percentile95},
+     {"kendall_tau", &ErrorStatistics::kendall_tau},
+     {"kendall_tau_apart", &ErrorStatistics::kendall_tau_apart},
+     {"regret", &ErrorStatistics::regret},
+     {"baseline_mape", &ErrorStatistics::baseline_mape}}};
+
+/// Does more of it mean better?
+bool grows(const std::string& statistic) {
+  return statistic == "coverage" || statistic.find("kendall") != std::string::npos;
+}
+
+double size_of(const std::string& statistic, double value) {
+  return statistic.ends_with(".bias") ? std::abs(value) : value;
+}
+
+}  // namespace
+
+std::vector<PublishedGroup> load_published(const std::string& file) {
+  const YamlNode root = YamlNode::load_file(file, "partita.published/1");
+  std::vector<PublishedGroup> all;
+  for (const YamlNode& n : root.get("groups").items()) {
+    PublishedGroup g;
+    g.name = n.get("name").as_string();
+    g.families = n.get("families").as_strings();
+    if (const auto where = n.find("where")) {
+      for (const auto& [column, patterns] : where->members())
+        g.where[column] = patterns.as_strings();
+    }
+    if (const auto least = n.find("least")) {
+      for (const auto& [column, value] : least->members()) g.least[column] = value.as_double();
+    }
+    if (const auto x = n.find("peers")) g.peers = x->as_string();
+    g.target = n.get("target").as_string();
+    if (const auto bounds = n.find("bounds")) {
+      for (const YamlNode& b : bounds->items()) {
+        Bound bound;
+        const YamlNode which = b.get("statistic");
+        bound.statistic = which.as_string();
+        statistic({}, bound.statistic, which.place());
+        const auto least = b.find("least"), most = b.find("most");
+        if (least.has_value() == most.has_value())
+          throw InputError(b.place(), "a bound has either most: or least:");
+        bound.least = least.has_value();
+        bound.value = (least ? least : most)->as_double();
+        if (const auto x = b.find("fitted")) bound.fitted = x->as_bool();
+        b.reject_unknown_keys();
+        g.bounds.push_back(bound);
+      }
+    }
+    if (const auto achieved = n.find("achieved")) {
+      for (const auto& [key, value] : achieved->members()) {
+        statistic({}, key, value.place());
+        g.achieved[key] = value.as_double();
+      }
+    }
+    n.reject_unknown_keys();
+    all.push_back(std::move(g));
+  }
+  root.reject_unknown_keys();
+  return all;
+}
+
+GroupResult result_of(const PublishedGroup& group, const std::vector<FamilyFigures>& families) {
+  GroupResult r;
+  r.group = &group;
+  std::vector<Figure> figures;
+  for (const FamilyFigures& f : families) {
+    if (!any_matches(group.families, f.family)) continue;
+    const Figure* last = nullptr;  // figures of one row follow each other
+    for (const Figure& figure : f.figures) {
+      if (!belongs(group, *figure.configuration)) continue;
+      if (last == nullptr || figure.configuration != last->configuration) ++r.rows, ++r.covered;
+      last = &figure;
+      figures.push_back(figure);
+    }
+    for (const UncoveredRow& u : f.uncovered) r.rows += belongs(group, *u.configuration) ? 1 : 0;
+  }
+  r.statistics = statistics_of(figures);
+  return r;
+}
+
+std::optional<double> statistic(const GroupResult& r, const std::string& name,
+                                const std::string& place) {
+  if (name == "coverage") {
+    if (r.rows == 0) return std::nullopt;
+    return static_cast<double>(r.covered) / static_cast<double>(r.rows);
+  }
+  if (name == "fits.false_fits") {
+    const FitsCounts& f = r.statistics.fits;
+    if (f.false_fits + f.true_oom == 0) return std::nullopt;
+    return static_cast<double>(f.false_fits) / static_cast<double>(f.false_fits + f.true_oom);
+  }
+  const std::string kind = name.substr(0, name.find('.'));
+  const ErrorStatistics* s = kind == "time"      ? &r.statistics.time
+                             : kind == "memory"  ? &r.statistics.memory
+                             : kind == "scaling" ? &r.statistics.scaling
+                                                 : nullptr;
+  if (s != nullptr && name.size() > kind.size()) {
+    for (const auto& [key, member] : kMembers) {
+      if (name.substr(kind.size() + 1) == key) return s->*member;
+    }
+  }
+  throw InputError(place,
+                   fmt::format("'{}' is no statistic; there are coverage, fits.false_fits "
+                               "and time., memory. or scaling. with mape, bias, max, median, "
+                               "percentile95, kendall_tau, kendall_tau_apart, regret",
+                               name));
+}
+
+std::vector<Verdict> against_targets(const GroupResult& result) {
+  std::vector<Verdict> all;
+  for (const Bound& b : result.group->bounds) {
+    Verdict v;
+    v.group = result.group;
+    v.statistic = b.statistic + (b.fitted ? " (fitted)" : "");
+    v.bound = b.value;
+    if (b.fitted) {
+      v.note = "no fit yet";
+    } else {
+      v.value = statistic(result, b.statistic, b.statistic);
+      if (!v.value) v.note = "no figures";
+    }
+    if (v.value) {
+      const double x = size_of(b.statistic, *v.value);
+      v.met = b.least ? x >= b.value : x <= b.value;
+    }
+    all.push_back(std::move(v));
+  }
+  return all;
+}
+
+std::vector<Verdict> against_achieved(const GroupResult& result) {
+  std::vector<Verdict> all;
+  for (const auto& [key, achieved] : result.group->achieved) {
+    Verdict v;
+    v.group = result.group;
+    v.statistic = key;
+    v.bound = achieved;
+    v.value = statistic(result, key, key);
+    if (!v.value) {
+      v.note = "no figures";
+    } else {
+      const double x = size_of(key, *v.value), a = size_of(key, achieved);
+      v.met = grows(key) ? x >= a / kRatchet : x <= a * kRatchet;
+    }
+    all.push_back(std::move(v));
+  }
+  return all;
+}
+
+}  // namespace partita::validation

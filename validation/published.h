@@ -1,0 +1,68 @@
+// validation/published.h: groups of families with their targets, and what was achieved.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "validation/rows.h"
+#include "validation/statistics.h"
+
+namespace partita::validation {
+
+/// "time.mape": kind and name of a statistic, and the value that it may have at most or must have
+/// at least.
+struct Bound {
+  std::string statistic;
+  double value = 0;
+  bool least = false;   ///< at least; else at most (of "bias": its absolute value)
+  bool fitted = false;  ///< of predictions after `fit` on other rows of the family
+};
+
+/// Families that one row of the table speaks of.
+struct PublishedGroup {
+  std::string name;                   ///< "simumax-b200"
+  std::vector<std::string> families;  ///< patterns
+  /// Only rows whose cell of that column fits one of the patterns, letters of any case; "?*": one
+  /// that is not empty.
+  std::map<std::string, std::vector<std::string>> where;
+  std::map<std::string, double> least;  ///< only rows with at least this number in that column
+  std::string peers;                    ///< what others reach, with the source
+  std::string target;                   ///< the issue's words
+  std::vector<Bound> bounds;
+  std::map<std::string, double> achieved;  ///< by statistic
+};
+
+/// validation/published.yaml, schema partita.published/1.
+std::vector<PublishedGroup> load_published(const std::string& file);
+
+/// A group's figures and what they come to.
+struct GroupResult {
+  const PublishedGroup* group = nullptr;
+  std::int64_t rows = 0, covered = 0;
+  FamilyStatistics statistics;
+};
+GroupResult result_of(const PublishedGroup& group, const std::vector<FamilyFigures>& families);
+
+/// "time.mape", "time.bias", "time.max", "time.median", "time.percentile95", "time.kendall_tau",
+/// "time.kendall_tau_apart", "time.regret", "time.baseline_mape", the same of memory and scaling,
+/// "fits.false_fits" (share of out-of-memory facts), "coverage". Empty: too few figures. Throws
+/// InputError{place} for another name.
+std::optional<double> statistic(const GroupResult& result, const std::string& name,
+                                const std::string& place);
+
+struct Verdict {
+  const PublishedGroup* group = nullptr;
+  std::string statistic;
+  std::optional<double> value;
+  double bound = 0;
+  bool met = false;
+  std::string note;  ///< why there is no value
+};
+/// Against targets.
+std::vector<Verdict> against_targets(const GroupResult& result);
+/// Against 1.02 x achieved (of what grows with skill: over 1.02).
+std::vector<Verdict> against_achieved(const GroupResult& result);
+
+}  // namespace partita::validation

@@ -1,0 +1,899 @@
+#include "validation/row_case.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <set>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+#include "base/yaml.h"
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+struct SchemaColumns {
+  RowSchema schema;
+  std::string_view name;
+  std::vector<std::string_view> mark;  ///< columns that only this schema has
+  std::vector<std::string_view> configuration;
+};
+
+const std::vector<SchemaColumns>& schemas() {
+  static const std::vector<SchemaColumns> all{
+      {RowSchema::training,
+       "llm_training",
+       {"seq_len_tokens", "iteration_time_s", "tokens_per_s_per_gpu", "status"},
+       {"model",
+        "params_billion",
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_hidden_size",
+        "vocab_size",
+        "num_experts",
+        "moe_topk",
+        "moe_ffn_hidden_size",
+        "seq_len_tokens",
+        "gpu",
+        "gpu_memory_gb",
+        "num_gpus",
+        "gpus_per_node",
+        "intra_node_interconnect",
+        "inter_node_interconnect",
+        "framework",
+        "tp",
+        "sequence_parallel",
+        "pp",
+        "virtual_stages_per_gpu",
+        "cp",
+        "ep",
+        "etp",
+        "dp",
+        "zero_or_fsdp",
+        "micro_batch_per_dp_rank",
+        "global_batch_seqs",
+        "recompute",
+        "precision",
+        "attention_kernel",
+        "overlap_and_other_settings"}},
+      {RowSchema::memory,
+       "memory",
+       {"quantity", "value", "unit", "seq_len_tokens"},
+       {"model", "num_layers", "hidden_size", "num_heads", "seq_len_tokens", "gpu", "num_gpus",
+        "tp", "sequence_parallel", "pp", "virtual_stages_per_gpu", "cp", "ep", "dp", "zero_or_fsdp",
+        "micro_batch_per_dp_rank", "global_batch_seqs", "recompute", "precision"}},
+      {RowSchema::convolution,
+       "cnn_training",
+       {"images_or_samples_per_s_total", "batch_per_gpu", "parallelism"},
+       {"model", "framework", "gpu", "gpu_memory_gb", "num_gpus", "gpus_per_node", "interconnect",
+        "precision", "batch_per_gpu", "global_batch", "parallelism"}},
+      {RowSchema::collectives,
+       "collectives",
+       {"collective", "size_bytes", "time_us"},
+       {"collective", "gpu", "num_gpus", "num_nodes", "gpus_per_node", "intra_node_interconnect",
+        "inter_node_interconnect", "library", "size_bytes", "count_elements", "dtype", "redop"}},
+      {RowSchema::products,
+       "gemm",
+       {"kernel", "m", "n", "k", "tflops"},
+       {"kernel", "gpu", "precision", "m", "n", "k", "batch_or_groups", "layout", "extra"}}};
+  return all;
+}
+
+const SchemaColumns& columns_of(RowSchema schema) {
+  for (const auto& s : schemas()) {
+    if (s.schema == schema) return s;
+  }
+  throw InternalError("a schema without columns");
+}
+
+bool has(std::string_view text, std::string_view word) {
+  return text.find(word) != std::string_view::npos;
+}
+
+/// "NVIDIA A100 PCIe 80GB (x)" -> "a100-pcie-80gb".
+std::string device_word(const std::string& gpu) {
+  std::string s = plain_text(gpu);
+  for (const char* word : {"nvidia ", "tesla ", "tensor core ", "gpu"}) {
+    for (auto at = s.find(word); at != std::string::npos; at = s.find(word))
+      s.erase(at, std::string_view(word).size());
+  }
+  std::replace(s.begin(), s.end(), ' ', '-');
+  while (!s.empty() && s.back() == '-') s.pop_back();
+  return s;
+}
+
+/// Without what says only that it is the card on a board: "gb200-sxm" -> "gb200".
+std::string without_form(std::string word) {
+  if (const auto at = word.find("-sxm"); at != std::string::npos) word.resize(at);
+  return word;
+}
+
+bool is_pcie(std::string_view name) { return has(name, "pcie"); }
+
+}  // namespace
+
+std::string_view name(RowSchema schema) { return columns_of(schema).name; }
+
+RowSchema recognise(const CsvTable& table) {
+  const std::set<std::string_view> there(table.header.begin(), table.header.end());
+  for (const auto& s : schemas()) {
+    const bool fits = std::all_of(s.mark.begin(), s.mark.end(),
+                                  [&](std::string_view c) { return there.count(c) > 0; });
+    if (!fits) continue;
+    for (const std::string_view needed : {"id", "gpu"}) {
+      if (there.count(needed) == 0)
+        throw InputError(table.file, fmt::format("looks like {} but has no column '{}'; add it",
+                                                 s.name, needed));
+    }
+    return s.schema;
+  }
+  std::vector<std::string> known;
+  for (const auto& s : schemas())
+    known.push_back(fmt::format("{} ({})", s.name, fmt::join(s.mark, ", ")));
+  throw InputError(
+      fmt::format("{}:1", table.file),
+      fmt::format("the columns are those of no known table; there are {}", fmt::join(known, "; ")));
+}
+
+Row::Row(const CsvTable& table, std::size_t record)
+    : table_(&table), record_(&table.records[record]) {}
+
+const std::string& Row::operator[](std::string_view column) const {
+  static const std::string nothing;
+  for (std::size_t i = 0; i < table_->header.size(); ++i) {
+    if (table_->header[i] == column) return record_->fields[i];
+  }
+  return nothing;
+}
+
+const std::vector<std::string_view>& Configuration::columns(RowSchema schema) {
+  return columns_of(schema).configuration;
+}
+
+Configuration::Configuration(RowSchema schema, const Row& row) {
+  for (const std::string_view column : columns(schema)) {
+    if (const std::string& cell = row[column]; !cell.empty())
+      cells_.emplace(std::string(column), cell);
+  }
+}
+
+const std::string& Configuration::operator[](std::string_view column) const {
+  static const std::string nothing;
+  const auto found = cells_.find(column);
+  return found == cells_.end() ? nothing : found->second;
+}
+
+std::optional<std::int64_t> Configuration::whole(std::string_view column, std::int64_t least,
+                                                 std::int64_t most) const {
+  const std::string& cell = (*this)[column];
+  if (cell.empty()) return std::nullopt;
+  const auto n = number(cell);
+  if (!n || *n != std::floor(*n))
+    throw InputError(std::string(column), fmt::format("'{}' is no whole number", cell));
+  if (*n < static_cast<double>(least) || *n > static_cast<double>(most))
+    throw InputError(std::string(column),
+                     fmt::format("{} is not in {} to {}", cell, least, grouped(most)));
+  return static_cast<std::int64_t>(*n);
+}
+
+std::string Configuration::key() const {
+  std::string s;
+  for (const auto& [column, cell] : cells_) s += fmt::format("{}={}\n", column, cell);
+  return s;
+}
+
+Catalogue load_catalogue() {
+  Catalogue c;
+  c.models = known_models();
+  for (const auto& n : device_catalogue()) c.devices.push_back(load_device(n));
+  for (const auto& n : frameworks()) c.frameworks.push_back(load_framework(n, "framework"));
+  for (const auto& n : topology_catalogue()) {
+    const Topology t = load_topology(n + ":1");
+    ClusterShape s;
+    s.name = n;
+    s.device = t.device(DeviceId{0}).name;
+    s.devices_per_node = static_cast<std::int64_t>(t.device_count(0));
+    s.nics_per_node = static_cast<std::int64_t>(t.nic_count(0));
+    const YamlNode file = YamlNode::load_file(
+        fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), n), "partita.topology/1");
+    for (const auto& [key, vertex] : file.get("nodes").items().at(0).get("vertices").members()) {
+      const std::string kind = vertex.get("kind").as_string();
+      if (kind == "device") s.device_key = key;
+      if (kind == "nic") s.nic_key = key;
+    }
+    c.clusters.push_back(std::move(s));
+  }
+  return c;
+}
+
+std::string ClusterChoice::key() const {
+  std::string s = topology;
+  for (const auto& e : edits.cluster) s += fmt::format("|{}={}", e.path, e.value);
+  return s;
+}
+
+const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gpu,
+                               const std::string& memory, const std::string& intra) {
+  const std::string word = device_word(gpu);
+  if (word.empty()) throw InputError("gpu", "is not printed");
+  const bool pcie = is_pcie(word) || is_pcie(lower(intra));
+  auto printed = number(memory);
+  if (printed && *printed > 4096) printed = *printed / 1024;  // MiB, as nvidia-smi says it
+  const auto names = [](const DeviceProfile& d) {
+    auto all = d.aliases;
+    all.push_back(d.name);
+    return all;
+  };
+  const DeviceProfile* best = nullptr;
+  int best_score = 0;
+  for (const DeviceProfile& d : catalogue.devices) {
+    int score = 0;
+    for (const std::string& n : names(d)) {
+      if (n == word)
+        score = std::max(score, 4);
+      else if (n == without_form(word))
+        score = std::max(score, 3);
+      else if (n.rfind(word + "-", 0) == 0 && (is_pcie(d.name) == pcie || word.size() > 5))
+        score = std::max(score, 2);
+    }
+    if (score == 0) continue;
+    // The memory decides between cards of one name; the slot where its text does.
+    const double gib = static_cast<double>(d.memory.count) / (1 << 30);
+    if (printed && std::abs(gib - *printed) <= 0.06 * gib) score += 8;
+    if (pcie == is_pcie(d.name)) score += 3;
+    if (score > best_score) best_score = score, best = &d;
+  }
+  if (best == nullptr) throw InputError("gpu", fmt::format("'{}' has no device profile", gpu));
+  return *best;
+}
+
+ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
+                         const std::string& memory, std::int64_t gpus,
+                         std::optional<std::int64_t> per_node, const std::string& intra,
+                         const std::string& inter, std::vector<std::string>& assumed) {
+  const DeviceProfile& device = device_of(catalogue, gpu, memory, intra);
+  const std::string generation = device.name.substr(0, device.name.find('-'));
+  const ClusterShape* best = nullptr;
+  int best_score = -1;
+  for (const ClusterShape& c : catalogue.clusters) {
+    const bool same = c.device == device.name;
+    const bool kin = c.device.substr(0, c.device.find('-')) == generation &&
+                     is_pcie(c.device) == is_pcie(device.name);
+    if (!same && !kin) continue;
+    // Nodes of 72 are trays of one domain.
+    const bool fits = per_node && c.devices_per_node == *per_node;
+    const int score = (fits ? 4 : 0) + (same ? 2 : 0) + (c.devices_per_node == 8 ? 1 : 0);
+    if (score > best_score) best_score = score, best = &c;
+  }
+  if (best == nullptr)
+    throw InputError("gpu", fmt::format("no cluster of the catalogue has {}", device.name));
+  ClusterChoice choice;
+  choice.topology = fmt::format("{}:{} gpus", best->name, gpus);
+  choice.devices_per_node = best->devices_per_node;
+  if (!per_node && gpus > 1)
+    assumed.push_back(fmt::format("{} GPUs per node ({})", best->devices_per_node, best->name));
+  if (per_node && *per_node != best->devices_per_node && gpus > *per_node)
+    assumed.push_back(
+        fmt::format("nodes of {} for {} of {} GPUs", best->name, device.name, *per_node));
+  if (best->device != device.name)
+    choice.edits.cluster.push_back(
+        {fmt::format("nodes[0].vertices.{}.device", best->device_key), device.name});
+  if (gpus > best->devices_per_node && best->nics_per_node > 0) {
+    if (const auto rate = network_rate(inter)) {
+      const double node =
+          rate->rate.count * (rate->per_gpu ? static_cast<double>(best->devices_per_node) : 1);
+      choice.edits.cluster.push_back(
+          {fmt::format("nodes[0].vertices.{}.bandwidth", best->nic_key),
+           exact_text(BytesPerSecond{node / static_cast<double>(best->nics_per_node)})});
+    } else {
+      assumed.push_back(fmt::format("network of {}", best->name));
+    }
+  }
+  return choice;
+}
+
+const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text) {
+  const std::string word = lower(text);
+  const FrameworkProfile* best = nullptr;
+  std::size_t best_score = 0;
+  for (const FrameworkProfile& f : catalogue.frameworks) {
+    auto all = f.aliases;
+    all.push_back(f.name);
+    for (const std::string& alias : all) {
+      if (!matches(lower(alias), word)) continue;
+      // Whole names before patterns, long patterns before short ones.
+      const bool pattern = has(alias, "*") || has(alias, "?");
+      const auto stars = static_cast<std::size_t>(std::count(alias.begin(), alias.end(), '*'));
+      const std::size_t score = 2 * (alias.size() - stars) + (pattern ? 0 : 1) + 1;
+      if (score > best_score) best_score = score, best = &f;
+    }
+  }
+  return best;
+}
+
+const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
+                           std::string* besides) {
+  // Folders before the name: "Classification/ConvNets/resnet50v1.5 (...)".
+  const auto slash = text.rfind('/', text.find('('));
+  const std::string last = slash == std::string::npos ? text : text.substr(slash + 1);
+  std::string with_brackets;
+  for (const char c : last) with_brackets += c == '(' || c == ')' ? ' ' : c;
+  const KnownModel* best = nullptr;
+  std::size_t longest = 0;
+  for (const std::string& form : {plain_text(last), plain_text(with_brackets)}) {
+    // Prefixes of the text that end where a word may end: "llama-3-8b" is no beginning of
+    // "llama-3-80b", "qwen-3" none of "qwen-3.8", but "deepseek-v2" one of "deepseek_v2 4 layers".
+    std::set<std::string> beginnings;
+    for (std::size_t i = 1; i <= form.size(); ++i) {
+      const auto digit = [&](std::size_t at) {
+        return at < form.size() && form[at] >= '0' && form[at] <= '9';
+      };
+      const bool point = i + 1 < form.size() && form[i] == '.' && digit(i + 1);
+      if (digit(i - 1) && (digit(i) || point || (i < form.size() && form[i] == 'b'))) continue;
+      beginnings.insert(squeezed(form.substr(0, i)));
+    }
+    for (const KnownModel& m : catalogue.models) {
+      std::map<std::string, std::string> all = m.stands_in_for;
+      all.emplace(m.name, "");
+      for (const std::string& alias : m.aliases) all.emplace(alias, "");
+      for (const auto& [alias, note] : all) {
+        const std::string a = squeezed(alias);
+        if (a.size() <= longest || beginnings.count(a) == 0) continue;
+        longest = a.size();
+        best = &m;
+        if (besides != nullptr) *besides = note;
+      }
+    }
+  }
+  return best;
+}
+
+std::string RowCase::key() const {
+  std::string s = model + "|";
+  if (transformer) {
+    const TransformerConfig& c = *transformer;
+    std::string windowed;
+    for (const char w : c.windowed_layers) windowed += w != 0 ? '1' : '0';
+    s += fmt::format("{} {} {} {} {} {} {} {} ", c.layers, c.hidden, c.heads, c.kv_heads,
+                     c.head_dim, c.ffn, c.vocabulary, c.sequence);
+    s += fmt::format("{} {} {} {} {} {} {} {} {} {} ", static_cast<int>(c.norm), c.norm_after,
+                     c.qk_norm, c.positions, c.rotary_dim, static_cast<int>(c.activation), c.gated,
+                     c.qkv_bias, c.attention_output_bias, c.mlp_bias);
+    s += fmt::format("{} {} {} {} {} {} {} ", c.causal, c.window, windowed, c.sinks, c.tied,
+                     static_cast<int>(c.head), c.mtp_layers);
+    s += fmt::format("{} {} {} {} {} ", c.latent.query_rank, c.latent.key_value_rank,
+                     c.latent.nope_dim, c.latent.rope_dim, c.latent.value_dim);
+    s += fmt::format("{} {} {} {} {} {} {} {} {} {} {} ", c.moe.experts, c.moe.top_k, c.moe.ffn,
+                     c.moe.shared_ffn, c.moe.first_dense, c.moe.every,
+                     fmt::join(c.moe.dense_layers, ","), c.moe.sigmoid, c.moe.normalise,
+                     c.moe.router_bias, c.moe.expert_bias);
+    s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
+                     c.dropout, c.flash_attention);
+  }
+  s += fmt::format("|{}|{}|{}", fmt::join(lora, ","), cluster.key(), to_yaml(plan));
+  return s;
+}
+
+namespace {
+
+/// Builds a RowCase from one row, step by step; each step may add to `assumed`.
+class CaseBuilder {
+ public:
+  CaseBuilder(RowSchema schema, const Configuration& row, const Catalogue& catalogue)
+      : schema_(schema),
+        row_(row),
+        catalogue_(catalogue),
+        flags_(megatron_flags(row["overlap_and_other_settings"])) {}
+
+  RowCase build() {
+    find_framework();
+    find_network();
+    find_ranks();
+    find_batch();
+    find_settings();
+    check_size();
+    return std::move(c_);
+  }
+
+ private:
+  template <class... Args>
+  void assume(fmt::format_string<Args...> form, Args&&... args) {
+    c_.assumed.push_back(fmt::format(form, std::forward<Args>(args)...));
+  }
+
+  void find_framework() {
+    const std::string& text = row_["framework"];
+    framework_ = framework_of(catalogue_, text);
+    if (framework_ != nullptr && !text.empty()) return;
+    // Without one: what the sharding says, what the model was published with, the usual one.
+    const KnownModel* known = model_of(catalogue_, row_["model"]);
+    const std::string fallback = schema_ == RowSchema::convolution          ? "pytorch-ddp"
+                                 : has(lower(row_["zero_or_fsdp"]), "fsdp") ? "pytorch-fsdp"
+                                 : known != nullptr && text.empty() && !known->framework.empty()
+                                     ? known->framework
+                                     : "megatron-core";
+    for (const FrameworkProfile& f : catalogue_.frameworks) {
+      if (f.name == fallback) framework_ = &f;
+    }
+    PARTITA_ASSERT(framework_ != nullptr, fallback);
+    assume("framework {}", fallback);
+  }
+
+  // ---- the network -----------------------------------------------------------------------------
+  const KnownModel& named(const std::string& name) const {
+    for (const KnownModel& m : catalogue_.models) {
+      if (m.name == name) return m;
+    }
+    throw InternalError("no model " + name);
+  }
+
+  void find_network() {
+    const std::string& text = row_["model"];
+    std::string besides;
+    const KnownModel* known = model_of(catalogue_, text, &besides);
+    if (!besides.empty()) assume("{}: {}", known->name, besides);
+    if (known != nullptr) c_.counts_tokens = known->counts_tokens;
+    if (known != nullptr && !known->transformer) {
+      c_.model = known->name;
+      return;
+    }
+    const auto layers = row_.whole("num_layers"), hidden = row_.whole("hidden_size"),
+               heads = row_.whole("num_heads"), experts = printed_experts();
+    TransformerConfig t;
+    bool architecture = false;  // the named entry has these sizes
+    if (known != nullptr) {
+      t = *known->transformer;
+      c_.model = known->name;
+      architecture = hidden ? *hidden == t.hidden : has_parameters(t, layers);
+      if (!architecture) assume("kind of block of {}", known->name);
+    } else {
+      if (schema_ == RowSchema::convolution)
+        throw InputError("model", fmt::format("'{}' is in no catalogue", text));
+      t = *named(framework_->model).transformer;
+      c_.model = fmt::format("as {}", framework_->model);
+      assume("kind of block of {} (framework {})", framework_->model, framework_->name);
+    }
+    const int known_layers = t.layers;
+    if (!architecture) {
+      // Sizes follow from those that are printed, not from the entry's.
+      t.moe = {};
+      t.windowed_layers.clear();
+      t.kv_heads = t.head_dim = t.ffn = 0;
+      if (known == nullptr) t.vocabulary = framework_->vocabulary;
+      sizes_from_parameters(t, layers, hidden);
+    }
+    if (layers) t.layers = static_cast<int>(*layers);
+    if (hidden) t.hidden = *hidden;
+    if (architecture && !layers) assume("{} layers ({})", t.layers, c_.model);
+    if (heads) {
+      if (architecture && *heads != t.heads && t.head_dim == 0) t.kv_heads = 0;
+      t.heads = *heads;
+    } else if (!architecture) {
+      t.heads = heads_of(t.hidden, row_.whole("tp").value_or(1));
+      assume("{} heads", t.heads);
+    }
+    if (const auto kv = row_.whole("num_kv_heads"))
+      t.kv_heads = *kv;
+    else if (!architecture && schema_ == RowSchema::training)
+      assume("as many key/value heads as heads");
+    if (t.kv_heads > 0 && t.heads % t.kv_heads != 0) t.kv_heads = 0;
+    apply_flags(t);
+    if (const auto ffn = row_.whole("ffn_hidden_size")) {
+      t.ffn = *ffn;
+    } else if (t.ffn == 0 && t.moe.experts == 0) {
+      t.ffn = t.gated ? (8 * t.hidden / 3 + 63) / 64 * 64 : 4 * t.hidden;
+      assume("feed-forward width {}", t.ffn);
+    }
+    if (const auto v = row_.whole("vocab_size"))
+      t.vocabulary = *v;
+    else
+      assume("vocabulary {}", t.vocabulary);
+    find_experts(t, experts);
+    if (t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
+      // A part of a network keeps its share of each kind of block, the fewer kind rounded up.
+      t.moe.first_dense = static_cast<int>(
+          ceil_div(std::int64_t{t.moe.first_dense} * t.layers, std::int64_t{known_layers}));
+      assume("{} dense blocks of {}", t.moe.first_dense, t.layers);
+    }
+    if (const auto s = row_.whole("seq_len_tokens")) {
+      t.sequence = *s;
+    } else if (const auto in_name = words_number(text, {"seq ", "sequence length "})) {
+      t.sequence = *in_name;
+    } else {
+      if (schema_ == RowSchema::convolution && !c_.counts_tokens) t.sequence = unsaid_sequence(t);
+      assume("sequence {}", t.sequence);
+    }
+    if (t.positions > 0) t.positions = std::max(t.positions, t.sequence);
+    if (t.rotary_dim > 0 && !architecture) t.rotary_dim = t.hidden / t.heads / 2 * 2;
+    if (has(lower(text), "w/ mtp")) t.mtp_layers = 1;
+    const std::string kernel =
+        plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
+    if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local") {
+      t.flash_attention = false;
+    } else if (has(kernel, "flash") || has(kernel, "fused") || has(kernel, "sdpa") ||
+               has(kernel, "triton")) {
+      t.flash_attention = true;
+    } else {
+      t.flash_attention = framework_->flash_attention;
+      assume("{} attention", t.flash_attention ? "flash" : "materialised");
+    }
+    const std::string plain = lower(text);
+    if (has(plain, "lora") || has(plain, "peft")) {
+      for (const char* pattern :
+           {"*.attention.query", "*.attention.key", "*.attention.value", "*.attention.output"})
+        c_.lora.emplace_back(pattern);
+      assume("adapters of rank 16 on attention's projections");
+    }
+    t.name = c_.model;
+    c_.transformer = t;
+  }
+
+  /// As many that each has nearest to 128 values, all alike, and tp divides them.
+  static std::int64_t heads_of(std::int64_t hidden, std::int64_t tp) {
+    std::int64_t best = std::max<std::int64_t>(1, tp);
+    const auto off = [&](std::int64_t heads) { return std::abs(hidden / heads - 128); };
+    for (std::int64_t n = best; n <= hidden; n += std::max<std::int64_t>(1, tp)) {
+      if (hidden % n == 0 && hidden / n % 2 == 0 && (hidden % best != 0 || off(n) < off(best)))
+        best = n;
+    }
+    return best;
+  }
+
+  /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
+  /// names of many sizes ("GPT-2-like 52B").
+  bool has_parameters(const TransformerConfig& t, std::optional<std::int64_t> layers) const {
+    const auto billions = number(row_["params_billion"]);
+    if (!billions || layers || t.moe.experts > 0 || t.latent.key_value_rank > 0) return true;
+    const auto h = static_cast<double>(t.hidden), heads = static_cast<double>(t.heads),
+               kv = static_cast<double>(t.kv_heads > 0 ? t.kv_heads : t.heads),
+               d = t.head_dim > 0 ? static_cast<double>(t.head_dim) : h / heads;
+    const double block =
+        2 * h * d * (heads + kv) + (t.gated ? 3 : 2) * h * static_cast<double>(t.ffn);
+    const double all = t.layers * block + (t.tied ? 1 : 2) * h * static_cast<double>(t.vocabulary);
+    return std::abs(all - *billions * 1e9) < 0.15 * all;
+  }
+
+  /// Layers and hidden size where only a number of parameters is printed: P = 12 l h² with h = 128
+  /// l (the aspect of the GPTs of arXiv 2104.04473), h a multiple of 128.
+  void sizes_from_parameters(TransformerConfig& t, std::optional<std::int64_t> layers,
+                             std::optional<std::int64_t> hidden) {
+    if (layers && hidden) return;
+    const auto billions = number(row_["params_billion"]);
+    const std::string& text = row_["model"];
+    if (!billions || *billions <= 0)
+      throw InputError(layers ? "hidden_size" : "num_layers",
+                       fmt::format("is not printed, and '{}' is in no catalogue", text));
+    const double parameters = *billions * 1e9;
+    if (hidden) {
+      t.hidden = *hidden;
+    } else {
+      const double h = layers ? std::sqrt(parameters / 12 / static_cast<double>(*layers))
+                              : std::cbrt(parameters * 128 / 12);
+      t.hidden = std::max<std::int64_t>(128, std::llround(h / 128) * 128);
+      assume("hidden size {}", t.hidden);
+    }
+    if (!layers) {
+      const double h = static_cast<double>(t.hidden);
+      t.layers = static_cast<int>(std::max(1.0, std::round(parameters / 12 / h / h)));
+      assume("{} layers", t.layers);
+    }
+  }
+
+  void apply_flags(TransformerConfig& t) {
+    if (!flags_.any) return;
+    if (t.moe.experts > 0 && c_.model.rfind("as ", 0) != 0) return;  // a named architecture
+    if (c_.model.rfind("as ", 0) != 0) return;
+    t.gated = flags_.gated;
+    if (flags_.gated) t.activation = ActivationKind::silu;
+    t.tied = !flags_.untied;
+    if (flags_.no_bias) t.qkv_bias = t.attention_output_bias = t.mlp_bias = false;
+    if (flags_.rope) {
+      t.positions = 0;
+      t.rotary_dim = t.hidden / t.heads / 2 * 2;
+    }
+    if (flags_.latent) {
+      // Defaults of Megatron's MLATransformerConfig.
+      t.latent = {512, 512, 128, 64, 128};
+      t.kv_heads = 0;
+      t.positions = 0;
+      t.rotary_dim = 0;
+      t.qkv_bias = false;
+      assume("latent ranks 512 and 512, heads of 128 + 64");
+    }
+  }
+
+  void find_experts(TransformerConfig& t, std::optional<std::int64_t> experts) {
+    if (experts && *experts <= 1) t.moe = {};
+    if (experts && *experts > 1) {
+      const bool fresh = t.moe.experts == 0;
+      t.moe.experts = *experts;
+      if (const auto k = row_.whole("moe_topk")) {
+        t.moe.top_k = *k;
+      } else if (fresh) {
+        assume("top {} of the experts", t.moe.top_k);
+      }
+      if (const auto f = row_.whole("moe_ffn_hidden_size")) {
+        t.moe.ffn = *f;
+      } else if (fresh) {
+        t.moe.ffn = t.ffn > 0 ? t.ffn : 4 * t.hidden;
+        assume("experts of width {}", t.moe.ffn);
+      }
+      if (t.moe.top_k > t.moe.experts) t.moe.top_k = t.moe.experts;
+    }
+    if (t.moe.experts > 0 && !experts && schema_ == RowSchema::training)
+      assume("{} experts ({})", t.moe.experts, c_.model);
+  }
+
+  /// BERT's tasks: SQuAD at 384 tokens, other fine-tuning at 128, pre-training at 128 and then 512.
+  /// Benchmarks fill the memory, and 512 tokens of BERT-large take about 2 GiB a sample: a batch of
+  /// at most half a sample a GiB is of the longer phase.
+  std::int64_t unsaid_sequence(const TransformerConfig& t) const {
+    const std::string s = lower(row_["model"]);
+    std::int64_t sequence = 128;
+    if (has(s, "squad")) {
+      sequence = 384;
+    } else if (has(s, "pre-training") || has(s, "pretraining")) {
+      const auto batch = row_.whole("batch_per_gpu");
+      const DeviceProfile& d =
+          device_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"], row_["interconnect"]);
+      if (batch && 2 * *batch <= d.memory.count >> 30) sequence = 512;
+    }
+    return std::min(t.sequence, sequence);
+  }
+
+  /// The column's, else of a name like "..._8experts_etp1_ep4".
+  std::optional<std::int64_t> printed_experts() const {
+    if (const auto n = row_.whole("num_experts", 0)) return n;
+    const std::string s = lower(row_["model"]);
+    const auto end = s.find("experts");
+    if (end == std::string::npos) return std::nullopt;
+    std::size_t start = end;
+    while (start > 0 && s[start - 1] >= '0' && s[start - 1] <= '9') --start;
+    const auto n = number(std::string_view(s).substr(start, end - start));
+    if (!n || *n < 1 || *n > 1e5) return std::nullopt;
+    return static_cast<std::int64_t>(*n);
+  }
+
+  /// "seq 128" in a name -> 128.
+  static std::optional<std::int64_t> words_number(const std::string& text,
+                                                  std::initializer_list<std::string_view> words) {
+    const std::string s = lower(text);
+    for (const std::string_view word : words) {
+      const auto at = s.find(word);
+      if (at == std::string::npos) continue;
+      std::size_t end = at + word.size();
+      while (end < s.size() && s[end] >= '0' && s[end] <= '9') ++end;
+      const auto n = number(std::string_view(s).substr(at + word.size(), end - at - word.size()));
+      if (n && *n >= 1 && *n < 1e7) return static_cast<std::int64_t>(*n);
+    }
+    return std::nullopt;
+  }
+
+  // ---- ranks and batch -------------------------------------------------------------------------
+  std::int64_t degree(std::string_view column, const char* what, bool say = true) {
+    if (const auto n = row_.whole(column, 1, 100'000)) return *n;
+    if (say && schema_ != RowSchema::convolution) assume("{} 1", what);
+    return 1;
+  }
+
+  void find_ranks() {
+    Plan& p = c_.plan;
+    p.tp = degree("tp", "tensor parallel");
+    p.pp = degree("pp", "pipeline parallel");
+    p.cp = degree("cp", "context parallel", false);
+    p.ep = degree("ep", "expert parallel", false);
+    p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
+    if (p.pp == 1) p.virtual_stages = 1;
+    if (const auto n = row_.whole("etp", 1, 100'000); n && p.ep > 1) p.etp = *n;
+    const std::int64_t model = p.tp * p.pp * p.cp;
+    const auto dp = row_.whole("dp", 1, 100'000), gpus = row_.whole("num_gpus", 1, 1'000'000);
+    const auto per_node = row_.whole("gpus_per_node", 1, 1000);
+    std::int64_t ranks = 0;
+    if (gpus) {
+      ranks = *gpus;
+      if (ranks % model != 0)
+        throw InputError("num_gpus", fmt::format("{} GPUs are no multiple of tp {} x pp {} x cp {}",
+                                                 ranks, p.tp, p.pp, p.cp));
+      p.dp = ranks / model;
+      // A printed dp that counts context parallel ranks as well is the same plan.
+      if (dp && *dp != p.dp && *dp != p.dp * p.cp)
+        throw InputError("dp", fmt::format("{} x tp {} x pp {} x cp {} is not {} GPUs", *dp, p.tp,
+                                           p.pp, p.cp, ranks));
+    } else if (dp) {
+      p.dp = *dp;
+      ranks = p.dp * model;
+    } else {
+      // Nothing but the shape of a node is known: the fewest whole nodes with whole expert groups.
+      const std::int64_t node = per_node.value_or(8);
+      p.dp = std::max<std::int64_t>(1, node / model);
+      while (p.dp < 4096 &&
+             (p.dp * model % std::min(node, p.dp * model) != 0 || p.dp * p.cp * p.tp % p.ep != 0))
+        ++p.dp;
+      ranks = p.dp * model;
+      assume("{} GPUs", ranks);
+    }
+    if (p.ep > 1 && p.etp == 0 && p.tp > 1 && p.dp * p.cp % p.ep != 0 &&
+        p.dp * p.cp * p.tp % p.ep == 0) {
+      p.etp = 1;  // there is no other place for so many groups
+      assume("expert tensor parallel 1");
+    }
+    const std::string& interconnect = row_["interconnect"];
+    c_.cluster = cluster_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"], ranks, per_node,
+                            interconnect.empty() ? row_["intra_node_interconnect"] : interconnect,
+                            interconnect.empty() ? row_["inter_node_interconnect"] : interconnect,
+                            c_.assumed);
+  }
+
+  void find_batch() {
+    Plan& p = c_.plan;
+    if (schema_ == RowSchema::convolution) {
+      const auto each = row_.whole("batch_per_gpu"), all = row_.whole("global_batch");
+      if (!each && !all) throw InputError("batch_per_gpu", "is not printed");
+      const std::string& how = row_["parallelism"];
+      if (!how.empty() && plain_text(how) != "data parallel")
+        throw InputError("parallelism", fmt::format("'{}' is not read", how));
+      if (has(how, "spatial") || has(how, "model split"))
+        throw InputError("parallelism", fmt::format("'{}' is not read", how));
+      if (!each && *all % p.dp != 0)
+        throw InputError("global_batch", fmt::format("{} is no multiple of {} GPUs", *all, p.dp));
+      p.micro_batch = each ? *each : *all / p.dp;
+      p.global_batch = all ? *all : p.micro_batch * p.dp;
+      if (p.micro_batch < 1 || p.global_batch < 1)
+        throw InputError("batch_per_gpu", "is less than one sample");
+      return;
+    }
+    const auto micro = row_.whole("micro_batch_per_dp_rank"), all = row_.whole("global_batch_seqs");
+    const auto accumulation = accumulation_of(row_["overlap_and_other_settings"]);
+    if (micro) {
+      p.micro_batch = *micro;
+    } else if (all && accumulation && *all % (p.dp * *accumulation) == 0) {
+      p.micro_batch = *all / p.dp / *accumulation;
+    } else {
+      p.micro_batch = 1;
+      assume("micro-batch 1");
+    }
+    if (all) {
+      p.global_batch = *all;
+    } else {
+      const std::int64_t turns = accumulation.value_or(p.pp);
+      p.global_batch = p.micro_batch * p.dp * turns;
+      assume("global batch {}", p.global_batch);
+    }
+    if (p.micro_batch < 1 || p.global_batch < 1)
+      throw InputError("global_batch_seqs", "is less than one sample");
+  }
+
+  // ---- settings --------------------------------------------------------------------------------
+  void find_settings() {
+    Plan& p = c_.plan;
+    const FrameworkProfile& f = *framework_;
+    const std::string& precision = row_["precision"];
+    std::optional<PrecisionText> type;
+    if (precision.empty()) {
+      type = PrecisionText{f.precision, false};
+      assume("precision {}", f.precision);
+    } else {
+      type = precision_of(precision);
+      if (!type) throw InputError("precision", fmt::format("'{}' is not understood", precision));
+    }
+    set_precision(p, type->name, "precision");
+    set_framework(p, f.name, "framework");
+    if (type->fp32_gradients || !p.precision.master_copy)
+      p.precision.gradients = p.precision.gradient_communication = ElementType::fp32;
+    set_sharding();
+    const std::string& sp = row_["sequence_parallel"];
+    if (const auto on = switch_of(sp)) {
+      p.sequence_parallel = *on && p.tp > 1;
+    } else if (!sp.empty()) {
+      throw InputError("sequence_parallel", fmt::format("'{}' is not understood", sp));
+    } else {
+      // Megatron trains experts beside tensor parallelism with sequence parallelism only.
+      p.sequence_parallel = (f.sequence_parallel || p.ep > 1) && p.tp > 1;
+      if (p.tp > 1) assume("sequence parallel {}", p.sequence_parallel ? "on" : "off");
+    }
+    const std::string& recompute = row_["recompute"];
+    if (recompute.empty()) {
+      set_recompute(p, f.recompute, "recompute");
+      if (c_.transformer) assume("recompute {}", f.recompute);
+    } else if (const auto how = recompute_of(recompute)) {
+      set_recompute(p, *how, "recompute");
+    } else {
+      throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
+    }
+    const std::string settings = lower(row_["overlap_and_other_settings"]);
+    if (flags_.any) {
+      p.overlap_gradients = flags_.overlap_gradients;
+      p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;
+    } else if (has(settings, "bucketing off") || has(settings, "overlap paths off")) {
+      p.overlap_gradients = false;
+    } else if (p.dp > 1) {
+      assume("gradient overlap {}", f.overlap_gradients ? "on" : "off");
+    }
+    if (has(settings, "mixed_precision=pure"))
+      p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+    if (has(settings, "cp type a2a")) p.context = Plan::ContextExchange::all_to_all;
+    if (!c_.transformer) {
+      p.optimizer.kind = OptimizerKind::sgd;
+      p.optimizer.momentum = 0.9;
+      assume("SGD with momentum");
+    }
+    if (c_.transformer && p.pp > 1) {
+      const std::int64_t layers = c_.transformer->layers, chunks = p.chunks();
+      if (layers % chunks != 0 && (layers + 2) % chunks == 0) {
+        // account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split.
+        p.cuts.assign(static_cast<std::size_t>(chunks), (layers + 2) / chunks);
+        --p.cuts.front(), --p.cuts.back();
+        assume("embedding and loss count as a block each");
+      }
+    }
+    p.lora_rank = c_.lora.empty() ? 0 : 16;
+    p.lora = c_.lora;
+  }
+
+  /// A slip of the row's author must not keep everybody waiting.
+  void check_size() const {
+    const auto most = [](const char* column, std::int64_t n, std::int64_t limit) {
+      if (n > limit)
+        throw InputError(column, fmt::format("{} is more than any run had ({})", n, limit));
+    };
+    const Plan& p = c_.plan;
+    if (c_.transformer) {
+      const TransformerConfig& t = *c_.transformer;
+      most("num_layers", t.layers, 1000);
+      most("hidden_size", t.hidden, 1'000'000);
+      most("num_heads", t.heads, 100'000);
+      most("ffn_hidden_size", t.ffn, 10'000'000);
+      most("vocab_size", t.vocabulary, 100'000'000);
+      most("seq_len_tokens", t.sequence, 100'000'000);
+      most("num_experts", t.moe.experts, 100'000);
+    }
+    most("num_gpus", p.tp * p.pp * p.cp * p.dp, 200'000);
+    most("virtual_stages_per_gpu", p.virtual_stages, 1000);
+    most("micro_batch_per_dp_rank", p.micro_batch, 10'000'000);
+    most("global_batch_seqs", p.global_batch / p.micro_batch / p.dp, 100'000);
+  }
+
+  void set_sharding() {
+    Plan& p = c_.plan;
+    const std::string& text = row_["zero_or_fsdp"];
+    std::optional<ShardingText> z;
+    if (!text.empty()) {
+      z = sharding_of(text);
+      if (!z) throw InputError("zero_or_fsdp", fmt::format("'{}' is not understood", text));
+    }
+    if (z && z->zero) {
+      p.zero = *z->zero;
+      p.reshard_after_forward = z->reshard;
+    } else {
+      p.zero = framework_->zero;
+      p.reshard_after_forward = framework_->reshard_after_forward;
+      if (p.dp * p.cp > 1 && c_.transformer) assume("ZeRO {}", p.zero);
+    }
+    if (z && z->group > 1 && p.zero > 0 && z->group < p.dp) p.zero_group = z->group;
+    if (z) {
+      p.offload_optimizer = z->offload_optimizer;
+      if (z->offload_parameters) assume("parameters stay on the device");
+    }
+    if (p.zero > 0 && p.dp * p.cp == 1) p.zero = 0;
+  }
+
+  const RowSchema schema_;
+  const Configuration& row_;
+  const Catalogue& catalogue_;
+  const MegatronFlags flags_;
+  const FrameworkProfile* framework_ = nullptr;
+  RowCase c_;
+};
+
+}  // namespace
+
+RowCase case_of(RowSchema schema, const Configuration& row, const Catalogue& catalogue) {
+  return CaseBuilder(schema, row, catalogue).build();
+}
+
+}  // namespace partita::validation

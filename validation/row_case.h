@@ -1,0 +1,117 @@
+// validation/row_case.h: a row of a published table as what can be predicted: a network, a cluster
+// and a plan. docs/published.md states the rules.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "models/models.h"
+#include "simulator/plan/framework.h"
+#include "simulator/plan/plan.h"
+#include "topologies/topology.h"
+#include "validation/csv.h"
+
+namespace partita::validation {
+
+enum class RowSchema : std::uint8_t { training, memory, convolution, collectives, products };
+std::string_view name(RowSchema schema);
+
+/// By its column names: each schema has some that no other has. InputError{file} that lists them
+/// when none fits, or when a column that the schema rests on is missing.
+RowSchema recognise(const CsvTable& table);
+
+/// A row's cells by column name.
+class Row {
+ public:
+  Row(const CsvTable& table, std::size_t record);
+  /// "" where the cell is empty or the table has no such column.
+  const std::string& operator[](std::string_view column) const;
+  int line() const { return record_->line; }
+  const std::string& file() const { return table_->file; }
+
+ private:
+  const CsvTable* table_;
+  const CsvTable::Record* record_;
+};
+
+/// A row with its configuration columns only: what a prediction may see.
+class Configuration {
+ public:
+  Configuration(RowSchema schema, const Row& row);
+  const std::string& operator[](std::string_view column) const;
+  /// Whole numbers; empty cell: nothing. InputError{column} for other text, or out of range.
+  std::optional<std::int64_t> whole(std::string_view column, std::int64_t least = 1,
+                                    std::int64_t most = 1'000'000'000) const;
+  /// All cells, for equality.
+  std::string key() const;
+  /// The columns that a schema's predictions may see.
+  static const std::vector<std::string_view>& columns(RowSchema schema);
+
+ private:
+  std::map<std::string, std::string, std::less<>> cells_;
+};
+
+/// A cluster of the topology catalogue, as far as choosing one needs it.
+struct ClusterShape {
+  std::string name, device;
+  std::int64_t devices_per_node = 0, nics_per_node = 0;
+  std::string device_key, nic_key;  ///< of the file's vertices: "gpu[0-7]"
+};
+
+/// All that names are looked up in. Immutable.
+struct Catalogue {
+  std::vector<KnownModel> models;
+  std::vector<DeviceProfile> devices;
+  std::vector<ClusterShape> clusters;
+  std::vector<FrameworkProfile> frameworks;
+};
+Catalogue load_catalogue();
+
+/// Where the row's devices stand.
+struct ClusterChoice {
+  std::string topology;  ///< "dgx-h100:64 gpus"
+  TopologyEdits edits;
+  std::int64_t devices_per_node = 0;
+  std::string key() const;
+};
+
+/// What one row asks to be predicted, as far as a step is concerned.
+struct RowCase {
+  std::optional<TransformerConfig> transformer;  ///< else `model` names a catalogue entry
+  std::string model;
+  std::vector<std::string> lora;
+  bool counts_tokens = false;  ///< its printed speed is in tokens
+  ClusterChoice cluster;
+  Plan plan;
+  std::vector<std::string> assumed;  ///< "vocabulary 50257 (framework megatron-core)"
+  std::string key() const;           ///< equal: the same prediction
+};
+
+/// InputError{column, why} where the row does not say enough or what it says is unknown.
+RowCase case_of(RowSchema schema, const Configuration& row, const Catalogue& catalogue);
+
+/// The cluster of `gpu` text and interconnects. `assumed` is added to.
+ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
+                         const std::string& memory, std::int64_t gpus,
+                         std::optional<std::int64_t> per_node, const std::string& intra,
+                         const std::string& inter, std::vector<std::string>& assumed);
+
+/// The device a `gpu` text means: memory in GB where it is printed.
+const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gpu,
+                               const std::string& memory, const std::string& intra);
+
+/// The profile with the longest matching alias; null: none.
+const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text);
+
+/// The catalogue entry that a text names; null: none. `text` may lead with folders and end with
+/// remarks: the longest name or alias that it begins with. `besides`: what the text's network has
+/// that the entry, standing in for it, has not.
+const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
+                           std::string* besides = nullptr);
+
+}  // namespace partita::validation

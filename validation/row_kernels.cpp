@@ -1,0 +1,265 @@
+#include "validation/row_kernels.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <optional>
+
+#include "base/error.h"
+#include "simulator/cost/cost.h"
+#include "simulator/cost/kernels.h"
+#include "validation/collectives.h"
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+std::optional<CollectiveKind> collective_kind(const std::string& text) {
+  const std::string s = squeezed(text);
+  if (s == "allreduce") return CollectiveKind::all_reduce;
+  if (s == "allgather") return CollectiveKind::all_gather;
+  if (s == "reducescatter") return CollectiveKind::reduce_scatter;
+  if (s == "alltoall" || s == "all2all") return CollectiveKind::all_to_all;
+  if (s == "broadcast") return CollectiveKind::broadcast;
+  if (s == "reduce") return CollectiveKind::reduce;
+  return std::nullopt;
+}
+
+bool is_transfer(const std::string& text) {
+  const std::string s = squeezed(text);
+  return s == "p2p" || s == "sendrecv";
+}
+
+/// Bus bandwidth over algorithm bandwidth (nccl-tests, doc/PERFORMANCE.md).
+double bus_factor(const std::string& collective, double n) {
+  const auto kind = collective_kind(collective);
+  if (!kind) return 1;
+  switch (*kind) {
+    case CollectiveKind::all_reduce:
+      return 2 * (n - 1) / n;
+    case CollectiveKind::all_gather:
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::all_to_all:
+      return (n - 1) / n;
+    default:
+      return 1;
+  }
+}
+
+/// "head_num=128" in `extra`.
+std::optional<double> named(const std::string& extra, const std::string& key) {
+  for (auto at = extra.find(key + "="); at != std::string::npos;
+       at = extra.find(key + "=", at + 1)) {
+    const char before = at == 0 ? ' ' : extra[at - 1];
+    if (before != ' ' && before != ',') continue;
+    const auto start = at + key.size() + 1;
+    return number(extra.substr(start, extra.find_first_of(", ", start) - start));
+  }
+  return std::nullopt;
+}
+
+struct AttentionShape {
+  double batch = 0, sequence = 0, heads = 0, kv_heads = 0, qk = 0, v = 0;
+  bool backward = false;
+};
+
+/// `cell(column)` of a row or of its configuration.
+template <class Cells>
+std::optional<AttentionShape> attention_shape(const Cells& row) {
+  const std::string kernel = lower(row["kernel"]);
+  if (kernel.find("attention") == std::string::npos || kernel.find("flash") == std::string::npos)
+    return std::nullopt;
+  const std::string& extra = row["extra"];
+  AttentionShape a;
+  a.batch = named(extra, "batch").value_or(0);
+  a.sequence = named(extra, "seq_len").value_or(0);
+  a.heads = named(extra, "head_num").value_or(0);
+  a.kv_heads = named(extra, "kv_head_num").value_or(a.heads);
+  a.qk = named(extra, "qk_head_dim").value_or(0);
+  a.v = named(extra, "v_head_dim").value_or(a.qk);
+  a.backward = kernel.find("backward") != std::string::npos;
+  if (!(a.batch > 0 && a.sequence > 0 && a.heads > 0 && a.qk > 0)) return std::nullopt;
+  return a;
+}
+
+double whole_square(const AttentionShape& a) {
+  return 2 * a.batch * a.heads * a.sequence * a.sequence * (a.qk + a.v) * (a.backward ? 2.5 : 1);
+}
+
+struct ProductShape {
+  double batch = 1, m = 0, n = 0, k = 0;
+};
+
+template <class Cells>
+ProductShape product_shape(const Cells& row) {
+  ProductShape p;
+  p.m = number(row["m"]).value_or(0);
+  p.n = number(row["n"]).value_or(0);
+  p.k = number(row["k"]).value_or(0);
+  p.batch = number(row["batch_or_groups"]).value_or(1);
+  return p;
+}
+
+ProductLayout layout_of(const std::string& text) {
+  const std::string word = lower(text);
+  return word == "nn"   ? ProductLayout::nn
+         : word == "nt" ? ProductLayout::nt
+         : word == "tn" ? ProductLayout::tn
+                        : ProductLayout::any;
+}
+
+/// The device without the points of this problem, in every layout and type: a price of them would
+/// say nothing of the method.
+template <class Same>
+DeviceProfile without_points(const DeviceProfile& device, std::vector<std::string>& assumed,
+                             Same&& erase) {
+  DeviceProfile rest = device;
+  std::size_t gone = erase(rest);
+  if (rest.like != nullptr) {
+    auto like = std::make_shared<DeviceProfile>(*rest.like);
+    gone += erase(*like);
+    rest.like = std::move(like);
+  }
+  if (gone > 0) assumed.push_back(fmt::format("{} measured points of this problem left out", gone));
+  return rest;
+}
+DeviceProfile without(const DeviceProfile& device, const Product& p,
+                      std::vector<std::string>& assumed) {
+  const auto sorted = [](double m, double n, double k) {
+    std::array<double, 3> all{m, n, k};
+    std::sort(all.begin(), all.end());
+    return all;
+  };
+  const auto problem = sorted(p.m, p.n, p.k);
+  return without_points(device, assumed, [&](DeviceProfile& d) {
+    std::size_t gone = 0;
+    for (ProductTable& t : d.products)
+      gone +=
+          std::erase_if(t.points, [&](const auto& x) { return sorted(x.m, x.n, x.k) == problem; });
+    std::erase_if(d.products, [](const ProductTable& t) { return t.points.empty(); });
+    return gone;
+  });
+}
+DeviceProfile without(const DeviceProfile& device, const FlashAttention& a,
+                      std::vector<std::string>& assumed) {
+  return without_points(device, assumed, [&](DeviceProfile& d) {
+    std::size_t gone = 0;
+    for (AttentionTable& t : d.attention)
+      gone += std::erase_if(t.points, [&](const auto& x) {
+        return x.batch == a.batch && x.queries == a.queries && x.keys == a.keys &&
+               x.heads == a.heads && x.qk == a.qk && x.v == a.v;
+      });
+    std::erase_if(d.attention, [](const AttentionTable& t) { return t.points.empty(); });
+    return gone;
+  });
+}
+
+}  // namespace
+
+double measured_collective(const Row& row) {
+  if (const auto us = number(row["time_us"]); us && *us > 0) return *us * 1e-6;
+  const double size = number(row["size_bytes"]).value_or(0);
+  const double bus = number(row["busbw_gb_per_s"]).value_or(0);
+  double n = number(row["num_gpus"]).value_or(0);
+  if (n == 0) n = number(row["num_nodes"]).value_or(1) * number(row["gpus_per_node"]).value_or(0);
+  if (!(size > 0 && bus > 0 && n > 1)) return 0;
+  return size * bus_factor(row["collective"], n) / (bus * 1e9);
+}
+
+double measured_product(const Row& row) {
+  if (const auto s = number(row["time_s"]); s && *s > 0) return *s;
+  const double rate = number(row["tflops"]).value_or(0) * 1e12;
+  if (!(rate > 0)) return 0;
+  if (const auto a = attention_shape(row)) return whole_square(*a) / rate;
+  const ProductShape p = product_shape(row);
+  return 2 * p.batch * p.m * p.n * p.k / rate;
+}
+
+KernelFigure collective_figure(const Configuration& row, const Catalogue& catalogue) {
+  KernelFigure f;
+  const auto kind = collective_kind(row["collective"]);
+  if (!kind && !is_transfer(row["collective"]))
+    throw InputError("collective", fmt::format("'{}' is unknown", row["collective"]));
+  const auto size = row.whole("size_bytes", 1, 1'000'000'000'000);
+  if (!size) throw InputError("size_bytes", "is not printed");
+  const auto nodes = row.whole("num_nodes", 1, 100'000),
+             per_node = row.whole("gpus_per_node", 1, 1000);
+  std::int64_t n = row.whole("num_gpus", 0, 100'000).value_or(0);
+  if (n == 0) {
+    if (!per_node) throw InputError("num_gpus", "is not printed");
+    n = nodes.value_or(1) * *per_node;
+    f.assumed.push_back(fmt::format("{} GPUs", n));
+  }
+  if (n < 2) throw InputError("num_gpus", "a collective has at least 2");
+  std::string inter = row["inter_node_interconnect"];
+  if (inter == "none") inter.clear();
+  const ClusterChoice cluster = cluster_of(catalogue, row["gpu"], "", n, per_node,
+                                           row["intra_node_interconnect"], inter, f.assumed);
+  const Topology topology = load_topology(cluster.topology, cluster.edits);
+  Communication communication(topology);
+  std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  // The clusters' curves may be these very rows.
+  communication.leave_out_curves();
+  const Seconds t = kind ? communication.collective(*kind, Bytes{*size}, ranks)
+                         : communication.point_to_point(Bytes{*size}, 0, n - 1);
+  f.seconds = t.count;
+  // Harnesses whose own time shows (docs/nccl.md, "Beside measurements").
+  const HarnessConstants harness;
+  const std::string library = lower(row["library"]);
+  if (library.find("xla") != std::string::npos)
+    f.seconds += 1e-6 * harness.xla_per_rank_us * static_cast<double>(n);
+  if (library.find("bench.py") != std::string::npos) f.seconds += 1e-6 * harness.torch_us;
+  return f;
+}
+
+KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue) {
+  KernelFigure f;
+  const DeviceProfile& device = device_of(catalogue, row["gpu"], "", "");
+  const auto type = precision_of(row["precision"]);
+  if (!type) throw InputError("precision", fmt::format("'{}' is not understood", row["precision"]));
+  const ElementType compute = parse_element_type(type->name, "precision");
+  Flops flops{0};
+  if (const auto a = attention_shape(row)) {
+    // Causal: half of the square is computed, whatever the row's FLOP/s count.
+    f.assumed.emplace_back("causal attention");
+    FlashAttention x{a->batch,
+                     a->sequence,
+                     a->sequence,
+                     a->heads,
+                     a->qk,
+                     a->v,
+                     (a->sequence + 1) / (2 * a->sequence),
+                     a->backward,
+                     compute,
+                     {}};
+    const double stored = bits(compute) / 8.0,
+                 q = a->batch * a->sequence * a->heads * (a->qk + a->v),
+                 kv = a->batch * a->sequence * a->kv_heads * (a->qk + a->v);
+    x.bytes = Bytes{std::llround((a->backward ? 2.5 : 1) * stored * (q + kv))};
+    const DeviceProfile rest = without(device, x, f.assumed);
+    f.seconds = (device.kernel_latency + ShapePrices(rest).of(x).work).count;
+    flops = Flops{whole_square(*a) / 2};
+  } else {
+    const ProductShape p = product_shape(row);
+    if (!(p.m > 0 && p.n > 0 && p.k > 0))
+      throw InputError("m", fmt::format("the shape of '{}' is not printed", row["kernel"]));
+    const std::string& extra = row["extra"];
+    Product x{p.m, p.n, p.k, p.batch, compute, compute, layout_of(row["layout"]), false, false, {}};
+    if (extra.find("out_dtype=fp32") != std::string::npos) x.out = ElementType::fp32;
+    x.accumulate = extra.find("accumulate=True") != std::string::npos;
+    x.grouped = lower(row["kernel"]).find("grouped") != std::string::npos;
+    x.bytes = x.operand_bytes();
+    const DeviceProfile rest = without(device, x, f.assumed);
+    f.seconds = (device.kernel_latency + ShapePrices(rest).of(x).work).count;
+    flops = x.flops();
+  }
+  f.ideal = flops.count / device.matrix_rate(compute).count;
+  return f;
+}
+
+}  // namespace partita::validation

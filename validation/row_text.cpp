@@ -1,0 +1,387 @@
+#include "validation/row_text.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <utility>
+
+namespace partita::validation {
+namespace {
+
+bool digit(char c) { return c >= '0' && c <= '9'; }
+bool letter(char c) { return c >= 'a' && c <= 'z'; }
+
+bool has(std::string_view text, std::string_view word) {
+  return text.find(word) != std::string_view::npos;
+}
+
+/// `word` with no letter, digit or underscore on either side.
+bool has_word(std::string_view text, std::string_view word) {
+  for (std::size_t at = text.find(word); at != std::string_view::npos;
+       at = text.find(word, at + 1)) {
+    const auto part = [&](std::size_t i) {
+      return i < text.size() && (letter(text[i]) || digit(text[i]) || text[i] == '_');
+    };
+    if ((at == 0 || !part(at - 1)) && !part(at + word.size())) return true;
+  }
+  return false;
+}
+
+/// The number whose last digit is text[end - 1]; empty without one. `start` becomes its first.
+std::optional<double> number_before(std::string_view text, std::size_t end, std::size_t& start) {
+  start = end;
+  while (start > 0 && (digit(text[start - 1]) || text[start - 1] == '.')) --start;
+  return number(text.substr(start, end - start));
+}
+
+struct Rate {
+  double bytes = 0;
+  std::size_t start = 0, end = 0;
+};
+
+/// Every rate of the text with its factor "N x" in front, which other words may follow.
+std::vector<Rate> rates_of(std::string_view s) {
+  struct Unit {
+    std::string_view text;
+    double bytes;
+  };
+  // Case decides between bits and bytes.
+  constexpr std::array kUnits{
+      Unit{"Gb/s", 1e9 / 8},   Unit{"Gbps", 1e9 / 8},  Unit{"Gbit/s", 1e9 / 8},
+      Unit{"Gb/sec", 1e9 / 8}, Unit{"GB/s", 1e9},      Unit{"GBps", 1e9},
+      Unit{"Tb/s", 1e12 / 8},  Unit{"Tbps", 1e12 / 8}, Unit{"TB/s", 1e12},
+      Unit{"MB/s", 1e6},       Unit{"Mb/s", 1e6 / 8},  Unit{"Gbit", 1e9 / 8}};
+  std::vector<Rate> all;
+  std::size_t after = 0;  // behind the last rate
+  for (std::size_t i = 0; i < s.size(); ++i) {
+    if (!digit(s[i]) || (i > 0 && (digit(s[i - 1]) || s[i - 1] == '.'))) continue;
+    std::size_t end = i;
+    while (end < s.size() && (digit(s[end]) || s[end] == '.')) ++end;
+    const auto value = number(s.substr(i, end - i));
+    std::size_t unit = end;
+    while (unit < s.size() && s[unit] == ' ') ++unit;
+    const Unit* found = nullptr;
+    for (const Unit& u : kUnits) {
+      if (s.substr(unit, u.text.size()) != u.text) continue;
+      if (found == nullptr || u.text.size() > found->text.size()) found = &u;
+    }
+    if (!value || found == nullptr) continue;
+    Rate r{*value * found->bytes, i, unit + found->text.size()};
+    // "8x200", "4x Omni-Path 100", "32 x 100": the last count since the rate before.
+    for (std::size_t x = i; x-- > after;) {
+      if (s[x] != 'x') continue;
+      std::size_t n = x, start = 0;
+      while (n > after && s[n - 1] == ' ') --n;
+      const auto count = number_before(s, n, start);
+      if (!count || *count < 1 || (x + 1 < s.size() && letter(s[x + 1]))) continue;
+      r.bytes *= *count;
+      break;
+    }
+    after = r.end;
+    all.push_back(r);
+    i = r.end - 1;
+  }
+  return all;
+}
+
+}  // namespace
+
+std::string lower(std::string_view text) {
+  std::string s(text);
+  for (char& c : s) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  return s;
+}
+
+std::string plain_text(std::string_view text) {
+  std::string s;
+  int depth = 0;
+  for (const char c : lower(text)) {
+    if (c == '(' || c == '[') ++depth;
+    if (depth == 0) {
+      const bool space = c == ' ' || c == '\t' || c == '\n' || c == '\r';
+      if (!space)
+        s += c;
+      else if (!s.empty() && s.back() != ' ')
+        s += ' ';
+    }
+    if ((c == ')' || c == ']') && depth > 0) --depth;
+  }
+  while (!s.empty() && s.back() == ' ') s.pop_back();
+  return s;
+}
+
+std::string squeezed(std::string_view text) {
+  const std::string plain = plain_text(text);
+  std::string s;
+  for (std::size_t i = 0; i < plain.size(); ++i) {
+    const char c = plain[i];
+    const bool point = c == '.' && !s.empty() && digit(s.back()) && i + 1 < plain.size() &&
+                       (digit(plain[i + 1]) || plain[i + 1] == 'x');
+    if (letter(c) || digit(c) || point) s += c;
+  }
+  return s;
+}
+
+std::optional<double> number(std::string_view text) {
+  double n = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
+  if (text.empty() || error != std::errc{} || end != text.data() + text.size() ||
+      !std::isfinite(n) || n < 0)
+    return std::nullopt;
+  return n;
+}
+
+std::optional<NetworkRate> network_rate(std::string_view text) {
+  if (const auto at = lower(text).rfind("inter:"); at != std::string::npos)
+    text.remove_prefix(at + 6);
+  // What stands in brackets says where the row's author knows it from.
+  std::string s;
+  int depth = 0;
+  for (const char c : text) {
+    depth += c == '(' || c == '[' ? 1 : 0;
+    if (depth == 0) s += c;
+    if ((c == ')' || c == ']') && depth > 0) --depth;
+  }
+  std::vector<std::string> clauses;
+  for (std::size_t at = 0; at <= s.size();) {
+    const std::size_t end = std::min(s.find_first_of(",;", at), s.size());
+    clauses.push_back(s.substr(at, end - at));
+    at = end + 1;
+  }
+  const auto chosen = [&](const std::string& c) -> std::optional<NetworkRate> {
+    const auto rates = rates_of(c);
+    if (rates.empty()) return std::nullopt;
+    const std::string l = lower(c);
+    const auto gpu = std::min(l.find("per gpu"), l.find("/gpu"));
+    const auto node = std::min(l.find("per node"), l.find("/node"));
+    const std::size_t said = std::min(gpu, node);
+    const Rate* r = &rates.front();
+    for (const Rate& other : rates) {
+      if (said != std::string::npos && other.end <= said) r = &other;
+    }
+    return NetworkRate{BytesPerSecond{r->bytes}, gpu < node};
+  };
+  std::optional<NetworkRate> first;
+  for (const std::string& c : clauses) {
+    const std::string l = lower(c);
+    if (has(l, "storage") || has(l, "management")) continue;
+    const auto r = chosen(c);
+    if (r && has(l, "compute")) return r;
+    if (!first) first = r;
+  }
+  return first;
+}
+
+std::optional<PrecisionText> precision_of(std::string_view text) {
+  const std::string whole = lower(text);
+  PrecisionText p;
+  p.fp32_gradients = has(whole, "fp32 grad");
+  // Brackets add to what stands before them; they speak where that says nothing.
+  for (const std::string& s : {plain_text(text), whole}) {
+    if (has(s, "fp4"))
+      p.name = "nvfp4";
+    else if (has(s, "fp8"))
+      p.name = has(s, "mx") ? "mxfp8" : "fp8";
+    else if (has(s, "bf16") || has(s, "bfloat16"))
+      p.name = "bf16";
+    else if (has(s, "fp16") || has(s, "half") || has_word(s, "amp"))
+      p.name = "fp16";
+    else if (has(s, "tf32"))
+      p.name = "tf32";
+    else if (has(s, "fp32") || has(s, "float32"))
+      p.name = "fp32";
+    else
+      continue;
+    return p;
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> recompute_of(std::string_view text) {
+  const std::string s = lower(text);
+  const std::string plain = plain_text(text);
+  const auto begins = [&](std::string_view word) { return plain.rfind(word, 0) == 0; };
+  if (begins("none") || begins("off") || begins("no ") || plain == "no" ||
+      has(plain, "no recompute") || plain == "sequence parallelism")
+    return "none";
+  if (has(s, "full") || plain == "on" || plain == "yes" || has(s, "activation checkpointing"))
+    return "full";
+  std::string patterns;
+  const auto add = [&](std::string_view p) {
+    if (!has(patterns, p)) patterns += fmt::format("{}{}", patterns.empty() ? "" : ",", p);
+  };
+  const bool attention =
+      has(s, "core_attn") || has(s, "attention core") || has(s, "core attention");
+  if (has(s, "layernorm") || has(s, "rmsnorm")) add("*attention_norm"), add("*mlp_norm");
+  if (has(s, "moe_act")) add("*moe.activation");
+  if (has_word(s, "mlp")) add("*.mlp.*");
+  if (has_word(s, "moe")) add("*.moe.*");
+  if (has(s, "mla_up_proj") || has(s, "mla up"))
+    add("*attention.query_up"), add("*attention.key_up"), add("*attention.value_up");
+  if (!patterns.empty()) {
+    if (attention) add("*attention.core");
+    return patterns;
+  }
+  if (attention || begins("selective")) return "selective";
+  return std::nullopt;
+}
+
+std::optional<ShardingText> sharding_of(std::string_view text) {
+  const std::string s = lower(text);
+  ShardingText z;
+  z.offload_parameters = has(s, "param offload") || has(s, "full offload");
+  z.offload_optimizer =
+      has(s, "opt offload") || has(s, "optimizer offload") || has(s, "full offload");
+  const auto number_after = [&](std::string_view word) -> std::optional<double> {
+    const auto at = s.find(word);
+    if (at == std::string::npos) return std::nullopt;
+    std::size_t end = at + word.size();
+    while (end < s.size() && digit(s[end])) ++end;
+    return number(std::string_view(s).substr(at + word.size(), end - at - word.size()));
+  };
+  const auto group = number_after("group=");
+  const auto ways = number_after("fsdp=");
+  if (group) z.group = static_cast<std::int64_t>(*group);
+  if (ways && *ways > 0 && !has(s, "ddp (")) z.group = static_cast<std::int64_t>(*ways);
+  if (s.rfind("ddp", 0) == 0 || s == "data parallel") {
+    z.group = 0;
+    return z;
+  }
+  if (has(s, "shard_grad_op") || has(s, "no reshard")) {
+    z.zero = 3;
+    z.reshard = false;
+    return z;
+  }
+  for (int stage = 0; stage <= 3; ++stage) {
+    for (const char* form : {"zero-{}", "zero{}", "zero {}", "zero stage {}", "stage {}"}) {
+      if (!has(s, fmt::format(fmt::runtime(form), stage))) continue;
+      z.zero = stage;
+      return z;
+    }
+  }
+  if (has(s, "fsdp") || has(s, "full_shard") || has(s, "optim_grads_params")) {
+    z.zero = 3;
+    return z;
+  }
+  if (has(s, "distributed optimizer")) {
+    z.zero = 1;
+    return z;
+  }
+  if (has(s, "zero")) return z;  // some stage
+  if (s == "none" || s == "off") {
+    z.zero = 0;
+    return z;
+  }
+  return std::nullopt;
+}
+
+std::optional<bool> switch_of(std::string_view text) {
+  const std::string s = plain_text(text);
+  const std::string word = s.substr(0, s.find(' '));
+  if (word == "on" || word == "true" || word == "yes") return true;
+  if (word == "off" || word == "false" || word == "no") return false;
+  return std::nullopt;
+}
+
+std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
+  using What = MemoryQuantity::What;
+  using Who = MemoryQuantity::Who;
+  const std::string s = lower(text);
+  MemoryQuantity q;
+  if (s.rfind("oom", 0) == 0 || has(s, "does not fit")) {
+    q.what = What::fits;
+    return q;
+  }
+  if (has(s, "_ms") || has_word(s, "time") || has_word(s, "moe layer")) return std::nullopt;
+  if (has(s, "logging rank")) q.who = Who::last_stage;
+  if (const auto at = s.find("on rank "); at != std::string::npos) {
+    std::size_t end = at + 8;
+    while (end < s.size() && digit(s[end])) ++end;
+    if (const auto n = number(std::string_view(s).substr(at + 8, end - at - 8))) {
+      q.who = Who::rank;
+      q.rank = static_cast<int>(*n);
+    }
+  }
+  if (has(s, "activation")) {
+    q.what = has(s, "% of") ? What::activations_ratio : What::activations;
+    return q;
+  }
+  if (has(s, "optimizer")) {
+    q.what = What::state;
+    return q;
+  }
+  // The first of the words counts: others compare with it.
+  struct Word {
+    std::string_view word;
+    What what;
+  };
+  std::size_t best = std::string::npos;
+  for (const auto& [word, what] :
+       {Word{"allocated", What::allocated}, Word{"reserved", What::reserved},
+        Word{"nvidia-smi", What::device}, Word{"printed", What::device},
+        Word{"peak mem", What::device}, Word{"memory", What::device}}) {
+    if (const auto at = s.find(word); at < best) best = at, q.what = what;
+  }
+  // "memory" of "nvidia-smi memory" or of "peak memory, allocated" is no kind of its own.
+  if (q.what == What::device && has(s, "allocated") && !has(s, "nvidia-smi"))
+    q.what = What::allocated;
+  if (best == std::string::npos && !has(s, "gb") && !has(s, "gib")) return std::nullopt;
+  return q;
+}
+
+MegatronFlags megatron_flags(std::string_view text) {
+  MegatronFlags f;
+  f.any = text.rfind("--", 0) == 0;
+  const auto flag = [&](std::string_view name) {
+    for (auto at = text.find(name); at != std::string_view::npos; at = text.find(name, at + 1)) {
+      const std::size_t end = at + name.size();
+      if (end == text.size() || text[end] == ' ' || text[end] == '=' || text[end] == ',')
+        return true;
+    }
+    return false;
+  };
+  f.gated = flag("--swiglu");
+  f.untied = flag("--untie-embeddings-and-output-weights");
+  f.no_bias = flag("--disable-bias-linear");
+  f.rope = flag("--position-embedding-type") && has(text, "--position-embedding-type=rope");
+  f.latent = flag("--multi-latent-attention");
+  f.overlap_gradients = flag("--overlap-grad-reduce");
+  f.overlap_tensor_parallel = flag("--tp-comm-overlap");
+  constexpr std::string_view kBackend = "--attention-backend=";
+  if (const auto at = text.find(kBackend); at != std::string_view::npos) {
+    const auto start = at + kBackend.size();
+    f.attention = std::string(text.substr(start, text.find_first_of(" ,", start) - start));
+  }
+  if (flag("--use-flash-attn")) f.attention = "flash";
+  return f;
+}
+
+std::optional<std::int64_t> accumulation_of(std::string_view text) {
+  const std::string s = lower(text);
+  constexpr std::string_view kWord = "accumulation=";
+  const auto at = s.find(kWord);
+  if (at == std::string::npos) return std::nullopt;
+  std::size_t end = at + kWord.size();
+  while (end < s.size() && digit(s[end])) ++end;
+  const auto n = number(std::string_view(s).substr(at + kWord.size(), end - at - kWord.size()));
+  if (!n || *n < 1 || *n > 1e9) return std::nullopt;
+  return static_cast<std::int64_t>(*n);
+}
+
+std::optional<FlopFormula> flop_formula(std::string_view text) {
+  std::string s = lower(text);
+  s.erase(std::remove_if(s.begin(), s.end(), [](char c) { return c == ' ' || c == '*'; }), s.end());
+  if (has(s, "96bsl") || has(s, "96blsh") || has(s, "4xforward")) return FlopFormula::hardware_4x;
+  if (has(s, "72blsh") || has(s, "72bsl") || has(s, "megatron") || has(s, "modelflops"))
+    return FlopFormula::model_3x;
+  if (has(s, "6n+12l") || has(s, "6n") || has(s, "palm")) return FlopFormula::six_n;
+  if (has(s, "8n") || has(s, "size_b42")) return FlopFormula::eight_n;
+  return std::nullopt;
+}
+
+}  // namespace partita::validation

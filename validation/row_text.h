@@ -1,0 +1,101 @@
+// validation/row_text.h: what the free text of a table's cells means. Each rule is stated in
+// docs/published.md; text that none of them knows gives an empty result, never a guess.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/units.h"
+
+namespace partita::validation {
+
+/// ASCII letters small.
+std::string lower(std::string_view text);
+/// Letters small, what stands in round or square brackets gone, runs of space one space, trimmed.
+std::string plain_text(std::string_view text);
+/// plain_text with letters, digits and dots only: "LLAMA3.1_405B (SFT)" -> "llama3.1405b". A dot
+/// stays between digits.
+std::string squeezed(std::string_view text);
+/// A whole cell that is a number, finite and not negative; empty otherwise.
+std::optional<double> number(std::string_view text);
+
+/// "[N x] RATE [per node|per GPU]" anywhere in the text.
+struct NetworkRate {
+  BytesPerSecond rate;   ///< of all N together, one direction
+  bool per_gpu = false;  ///< else per node
+  friend bool operator==(const NetworkRate&, const NetworkRate&) = default;
+};
+/// Bits ("400 Gb/s", "400Gbps", "25 Gbit/s") and bytes ("50 GB/s"). Of several clauses the one that
+/// says compute counts, those that say storage or management do not; of several rates the last
+/// before "per node" or "per GPU", else the first. After "inter:" if there is one.
+std::optional<NetworkRate> network_rate(std::string_view text);
+
+/// Name of the plan's precision, and whether gradients are accumulated in fp32 whatever the
+/// framework does.
+struct PrecisionText {
+  std::string name;
+  bool fp32_gradients = false;
+  friend bool operator==(const PrecisionText&, const PrecisionText&) = default;
+};
+std::optional<PrecisionText> precision_of(std::string_view text);
+
+/// The plan's recompute text: "none", "full", "selective" or operator patterns.
+std::optional<std::string> recompute_of(std::string_view text);
+
+/// How state is sharded.
+struct ShardingText {
+  std::optional<int> zero;  ///< empty: as the framework does ("DDP" of one that shards anyway)
+  std::int64_t group = 0;   ///< ranks that share one copy; 0: all
+  bool reshard = true;
+  bool offload_optimizer = false;
+  bool offload_parameters = false;  ///< which plans do not know
+  friend bool operator==(const ShardingText&, const ShardingText&) = default;
+};
+std::optional<ShardingText> sharding_of(std::string_view text);
+
+/// "on", "off" and texts that begin so.
+std::optional<bool> switch_of(std::string_view text);
+
+/// Which bytes a measurement of memory counts, and whose.
+struct MemoryQuantity {
+  enum class What : std::uint8_t {
+    allocated,          ///< peak of the framework's allocations
+    reserved,           ///< peak of what its allocator holds
+    device,             ///< reserved, context and communicators: nvidia-smi, and "printed"
+    state,              ///< parameters, gradients and optimizer
+    activations,        ///< alive at the peak
+    activations_ratio,  ///< against the same plan without recompute and sequence parallelism
+    fits,               ///< an out-of-memory fact
+  } what = What::device;
+  enum class Who : std::uint8_t { most, rank, last_stage } who = Who::most;
+  int rank = 0;  ///< of Who::rank
+  friend bool operator==(const MemoryQuantity&, const MemoryQuantity&) = default;
+};
+/// Empty for what is no memory of a rank (a layer's time).
+std::optional<MemoryQuantity> memory_quantity(std::string_view text);
+
+/// Settings among command line flags of Megatron: "--swiglu --untie-embeddings-and-output-weights".
+struct MegatronFlags {
+  bool any = false;  ///< the text is a list of flags: what it does not say is off
+  bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
+  bool overlap_gradients = false, overlap_tensor_parallel = false;
+  std::string attention;  ///< of --attention-backend
+};
+MegatronFlags megatron_flags(std::string_view text);
+
+/// "grad accumulation=4" -> 4.
+std::optional<std::int64_t> accumulation_of(std::string_view text);
+
+/// What a printed rate of floating-point operations counts (docs/published.md).
+enum class FlopFormula : std::uint8_t {
+  hardware_4x,  ///< 96 B s l h² (1 + s/6h + V/16lh): Megatron with full recompute
+  model_3x,     ///< 72 B s l h² (1 + s/6h + V/12lh): without
+  six_n,        ///< 6 N + 12 l h s per token (PaLM)
+  eight_n,      ///< 8 N per token
+};
+std::optional<FlopFormula> flop_formula(std::string_view text);
+
+}  // namespace partita::validation

@@ -1,0 +1,551 @@
+#include "validation/rows.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <set>
+#include <utility>
+
+#include "base/error.h"
+#include "base/parallel.h"
+#include "base/yaml.h"
+#include "simulator/cost/cost.h"
+#include "simulator/search/predict.h"
+#include "validation/row_kernels.h"
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+using Kind = Figure::Kind;
+
+/// What a step's prediction leaves for its figures.
+struct Outcome {
+  std::string why;  ///< not empty: no prediction
+  double step = 0;
+  double ideal = 0;  ///< s: model FLOPs of the step at all devices' peak
+  double peak = 0;   ///< FLOP/s of one device in the plan's type
+  double sequence = 0, samples = 0, ranks = 0, parameters = 0;
+  Bytes allocated, reserved, device;
+  bool fits = false;
+  std::vector<StageMemory> stages;
+  std::map<std::string, double> shares;
+  std::int64_t ranks_of_stage = 1;
+};
+
+Graph graph_of(const RowCase& c) {
+  Graph g = c.transformer ? build_transformer(*c.transformer) : load_model(c.model);
+  if (!c.lora.empty()) add_lora(g, c.lora, c.plan.lora_rank);
+  return g;
+}
+
+Outcome outcome_of(const RowCase& c, const Topology& topology, Network network) {
+  Outcome o;
+  const Graph graph = graph_of(c);
+  Communication communication(topology);
+  const auto p = predict(graph, c.plan, communication, nullptr, nullptr, false, nullptr, network);
+  if (!p) {
+    o.why = p.reason();
+    return o;
+  }
+  o.step = p->step_time.count;
+  o.ideal = p->mfu * o.step;
+  o.peak = topology.device(DeviceId{0}).matrix_rate(p->plan.precision.compute).count;
+  o.sequence = static_cast<double>(graph.sequence);
+  o.samples = static_cast<double>(p->plan.global_batch);
+  o.ranks = static_cast<double>(p->devices);
+  o.parameters = static_cast<double>(parameter_count(graph));
+  o.allocated = p->peak_allocated;
+  o.reserved = p->peak_reserved;
+  o.device = p->peak_device;
+  o.fits = p->fits;
+  o.stages = p->memory_by_stage;
+  o.ranks_of_stage = std::max<std::int64_t>(1, p->devices / p->plan.pp);
+  const double total = static_cast<double>(std::max<std::int64_t>(1, p->breakdown.total().count));
+  const auto share = [&](const std::string& term, Ticks t) {
+    if (t.count > 0) o.shares[term] += static_cast<double>(t.count) / total;
+  };
+  for (const auto& [kind, t] : p->breakdown.compute) share(kind, t);
+  for (const auto& [axis, t] : p->breakdown.exposed) share("exposed " + axis, t);
+  share("bubble", p->breakdown.bubble);
+  share("optimizer", p->breakdown.optimizer);
+  share("other", p->breakdown.other);
+  if (!std::isfinite(o.step) || !(o.step > 0)) o.why = "the prediction is no finite time";
+  return o;
+}
+
+/// A measured value that waits for its prediction.
+struct Wanted {
+  Figure figure;
+  std::string column;     ///< of a time: which one
+  double value = 0;       ///< as printed, in the column's unit
+  MemoryQuantity memory;  ///< of a memory figure
+  std::optional<FlopFormula> formula;
+};
+
+struct PendingRow {
+  RowSchema schema = RowSchema::training;
+  std::size_t family = 0;
+  std::string id, why;
+  std::shared_ptr<const Configuration> configuration;
+  std::vector<Wanted> wanted;
+  std::optional<RowCase> row_case;
+  std::size_t outcome = 0;             ///< of row_case
+  std::optional<std::size_t> other;    ///< what a ratio is against
+  std::optional<KernelFigure> kernel;  ///< collectives and products: predicted at once
+  std::string repeat_key;              ///< configuration and value of a memory figure
+  bool repeats = false;                ///< at first: may repeat
+};
+
+double positive(const Row& row, std::string_view column) { return number(row[column]).value_or(0); }
+
+Wanted wanted(const Row& row, Kind kind, const std::string& quantity) {
+  Wanted w;
+  w.figure.id = row["id"];
+  w.figure.kind = kind;
+  w.figure.quantity = quantity;
+  w.figure.model = row["model"];
+  w.figure.from_memory = row["from_memory"] == "yes";
+  w.figure.group =
+      fmt::format("{}|{}|{}|{}|{}|{}|{}", row["model"], row["num_layers"], row["hidden_size"],
+                  row["seq_len_tokens"], row["gpu"], row["gpu_memory_gb"], row["num_gpus"]);
+  return w;
+}
+
+/// Values that a training row prints. One time: of the columns that are there the first in this
+/// order, since the later ones are derived from it.
+void read_training(const Row& row, PendingRow& p) {
+  const bool oom = row["status"] == "oom";
+  if (!oom) {
+    for (const char* column : {"iteration_time_s", "tokens_per_s_per_gpu", "samples_per_s_total",
+                               "tflops_per_gpu", "mfu_pct"}) {
+      const double value = positive(row, column);
+      if (!(value > 0)) continue;
+      const std::string name = column;
+      Wanted w = wanted(row, Kind::time, name);
+      w.column = name;
+      w.value = value;
+      w.formula = flop_formula(row["flop_formula"]);
+      p.wanted.push_back(std::move(w));
+      break;
+    }
+  }
+  if (const double gib = positive(row, "peak_mem_per_gpu_gib"); gib > 0 && !oom) {
+    Wanted w = wanted(row, Kind::memory, row["peak_mem_definition"]);
+    if (const auto q = memory_quantity(row["peak_mem_definition"])) w.memory = *q;
+    w.figure.measured = gib * (1 << 30);
+    p.wanted.push_back(std::move(w));
+  }
+  if (oom || !p.wanted.empty()) {
+    Wanted w = wanted(row, Kind::fits, oom ? "out of memory" : "runs");
+    w.figure.measured = oom ? 0 : 1;
+    p.wanted.push_back(std::move(w));
+  }
+}
+
+void read_memory(const Row& row, PendingRow& p) {
+  const std::string& unit = row["unit"];
+  const auto q = memory_quantity(row["quantity"]);
+  const bool oom = row["value"] == "OOM" || (q && q->what == MemoryQuantity::What::fits);
+  if (oom) {
+    Wanted w = wanted(row, Kind::fits, row["quantity"]);
+    w.figure.measured = 0;
+    p.wanted.push_back(std::move(w));
+    return;
+  }
+  const auto value = number(row["value"]);
+  if (!value || !(*value > 0)) return;
+  Wanted w = wanted(row, q ? Kind::memory : Kind::time, row["quantity"]);
+  if (!q) {
+    p.why =
+        fmt::format("quantity: '{}' is neither a step's time nor a rank's memory", row["quantity"]);
+  } else {
+    w.memory = *q;
+    const bool ratio = q->what == MemoryQuantity::What::activations_ratio;
+    double scale = 0;
+    if (ratio && unit == "%")
+      scale = 0.01;
+    else if (unit.rfind("GiB", 0) == 0)
+      scale = 1 << 30;
+    else if (unit.rfind("GB", 0) == 0)
+      scale = 1e9;
+    else if (unit.rfind("MiB", 0) == 0)
+      scale = 1 << 20;
+    else if (unit.rfind("MB", 0) == 0)
+      scale = 1e6;
+    else if (unit == "B" || unit.rfind("byte", 0) == 0)
+      scale = 1;
+    if (scale == 0) p.why = fmt::format("unit: '{}' is no unit of memory", unit);
+    w.figure.measured = *value * scale;
+  }
+  p.wanted.push_back(std::move(w));
+}
+
+void read_convolution(const Row& row, PendingRow& p) {
+  for (const char* column :
+       {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu", "step_time_s"}) {
+    const double value = positive(row, column);
+    if (!(value > 0)) continue;
+    Wanted w = wanted(row, Kind::time, column);
+    w.column = column;
+    w.value = value;
+    p.wanted.push_back(std::move(w));
+    break;
+  }
+  const double scaling = positive(row, "scaling_factor_vs_1gpu");
+  if (scaling > 0 && positive(row, "num_gpus") > 1) {
+    Wanted w = wanted(row, Kind::scaling, "scaling_factor_vs_1gpu");
+    w.figure.measured = scaling;
+    p.wanted.push_back(std::move(w));
+  }
+}
+
+/// Seconds of a step that printed speed means, from what the plan and the network make of it.
+std::optional<double> measured_seconds(const Wanted& w, const RowCase& c, const Outcome& o) {
+  const double samples = o.samples, tokens = samples * o.sequence;
+  if (w.column == "iteration_time_s" || w.column == "step_time_s") return w.value;
+  if (w.column == "tokens_per_s_per_gpu") return tokens / (w.value * o.ranks);
+  const double counted = c.counts_tokens ? tokens : samples;
+  if (w.column == "samples_per_s_total") return samples / w.value;
+  if (w.column == "images_or_samples_per_s_total") return counted / w.value;
+  if (w.column == "images_or_samples_per_s_per_gpu") return counted / (w.value * o.ranks);
+  if (w.column == "mfu_pct") return o.ideal / (w.value / 100);
+  if (w.column != "tflops_per_gpu" || !c.transformer) return std::nullopt;
+  const TransformerConfig& t = *c.transformer;
+  const double l = t.layers, h = static_cast<double>(t.hidden), s = o.sequence,
+               v = static_cast<double>(t.vocabulary);
+  double flops = 0;
+  // Without a formula: what is computed, recomputation included, as Megatron printed it first.
+  const bool full = c.plan.recompute == Recompute::full;
+  switch (w.formula.value_or(full ? FlopFormula::hardware_4x : FlopFormula::model_3x)) {
+    case FlopFormula::hardware_4x:
+      flops = 96 * samples * s * l * h * h * (1 + s / (6 * h) + v / (16 * l * h));
+      break;
+    case FlopFormula::model_3x:
+    case FlopFormula::six_n:
+      flops = o.ideal * o.peak * o.ranks;
+      break;
+    case FlopFormula::eight_n:
+      flops = 8 * o.parameters * tokens;
+      break;
+  }
+  return flops / (w.value * 1e12 * o.ranks);
+}
+
+Bytes state_of(const StageMemory& s) {
+  return s.by_category[static_cast<std::size_t>(Category::parameters)] +
+         s.by_category[static_cast<std::size_t>(Category::gradients)] +
+         s.by_category[static_cast<std::size_t>(Category::optimizer)];
+}
+Bytes activations_of(const StageMemory& s) {
+  return s.by_category[static_cast<std::size_t>(Category::activations)];
+}
+
+/// The memory that a quantity names; `base`: of the plan that a ratio is against.
+double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base) {
+  using What = MemoryQuantity::What;
+  using Who = MemoryQuantity::Who;
+  const auto stage = [&](const Outcome& of) -> const StageMemory& {
+    std::size_t at = 0;
+    if (q.who == Who::last_stage) {
+      at = of.stages.size() - 1;
+    } else if (q.who == Who::rank) {
+      at = std::min(static_cast<std::size_t>(q.rank / of.ranks_of_stage), of.stages.size() - 1);
+    } else {
+      for (std::size_t i = 1; i < of.stages.size(); ++i) {
+        if (of.stages[i].total > of.stages[at].total) at = i;
+      }
+    }
+    return of.stages[at];
+  };
+  const double context = static_cast<double>(o.device.count - o.reserved.count);
+  const double total = static_cast<double>(stage(o).total.count);
+  constexpr double kSegment = 2 << 20;
+  switch (q.what) {
+    case What::allocated:
+      return total;
+    case What::reserved:
+      return std::ceil(total / kSegment) * kSegment;
+    case What::device:
+    case What::fits:
+      return std::ceil(total / kSegment) * kSegment + context;
+    case What::state:
+      return static_cast<double>(state_of(stage(o)).count);
+    case What::activations:
+      return static_cast<double>(activations_of(stage(o)).count);
+    case What::activations_ratio:
+      return base == nullptr ? 0
+                             : static_cast<double>(activations_of(stage(o)).count) /
+                                   static_cast<double>(activations_of(stage(*base)).count);
+  }
+  return 0;
+}
+
+/// Configuration and value, by which a memory row repeats a training row.
+std::string repeat_key(const Row& row, double bytes) {
+  std::string s;
+  for (const char* column :
+       {"num_layers", "hidden_size", "seq_len_tokens", "gpu", "num_gpus", "tp", "pp",
+        "virtual_stages_per_gpu", "cp", "ep", "dp", "micro_batch_per_dp_rank", "global_batch_seqs"})
+    s += row[column] + "|";
+  return s + fmt::format("{:.3e}", bytes);
+}
+
+class RowsPrediction {
+ public:
+  RowsPrediction(const std::vector<CsvTable>& tables, const Catalogue& catalogue,
+                 const RowsOptions& options)
+      : tables_(tables), catalogue_(catalogue), options_(options) {}
+
+  std::vector<FamilyFigures> run() {
+    for (const CsvTable& table : tables_) read(table);
+    if (!options_.family.empty() && families_.empty()) {
+      const std::vector<std::string> known(others_.begin(), others_.end());
+      throw InputError("--family",
+                       fmt::format("no row is of family '{}'{}; there are {}", options_.family,
+                                   did_you_mean(options_.family, known), fmt::join(known, ", ")));
+    }
+    for (PendingRow& p : rows_) {
+      p.repeats = p.repeats && !p.repeat_key.empty() && trained_.count(p.repeat_key) > 0;
+      if (p.why.empty() && !p.kernel && !p.repeats) find_case(p);
+    }
+    predict_all();
+    for (PendingRow& p : rows_) deliver(p);
+    return std::move(families_);
+  }
+
+ private:
+  std::size_t family(const std::string& name, RowSchema schema) {
+    for (std::size_t i = 0; i < families_.size(); ++i) {
+      if (families_[i].family == name) return i;
+    }
+    FamilyFigures f;
+    f.family = name;
+    f.schema = std::string(partita::validation::name(schema));
+    families_.push_back(std::move(f));
+    return families_.size() - 1;
+  }
+
+  void read(const CsvTable& table) {
+    const RowSchema schema = recognise(table);
+    for (std::size_t i = 0; i < table.records.size(); ++i) {
+      const Row row(table, i);
+      std::string family_name = row["family"];
+      if (family_name.empty()) {
+        family_name = schema == RowSchema::collectives   ? "collectives"
+                      : schema == RowSchema::products    ? "gemm"
+                      : schema == RowSchema::convolution ? "cnn"
+                                                         : std::string(name(schema));
+      }
+      if (!options_.family.empty() && family_name != options_.family) {
+        others_.insert(family_name);
+        continue;
+      }
+      PendingRow p;
+      p.schema = schema;
+      p.id = row["id"];
+      p.configuration = std::make_shared<const Configuration>(schema, row);
+      p.family = family(family_name, schema);
+      switch (schema) {
+        case RowSchema::training:
+          read_training(row, p);
+          break;
+        case RowSchema::memory:
+          read_memory(row, p);
+          break;
+        case RowSchema::convolution:
+          read_convolution(row, p);
+          break;
+        case RowSchema::collectives:
+        case RowSchema::products:
+          read_kernel(schema, row, p);
+          break;
+      }
+      if (p.wanted.empty()) continue;  // nothing was measured, or nothing that can be read
+      for (const Wanted& w : p.wanted) {
+        if (w.figure.kind == Kind::memory) p.repeat_key = repeat_key(row, w.figure.measured);
+        if (w.figure.kind == Kind::fits && w.figure.measured < 0.5)
+          p.repeat_key = repeat_key(row, 0);
+      }
+      if (schema == RowSchema::training && !p.repeat_key.empty()) trained_.insert(p.repeat_key);
+      p.repeats = schema == RowSchema::memory;
+      rows_.push_back(std::move(p));
+    }
+  }
+
+  void read_kernel(RowSchema schema, const Row& row, PendingRow& p) {
+    const double seconds =
+        schema == RowSchema::collectives ? measured_collective(row) : measured_product(row);
+    if (!(seconds > 0)) return;
+    Wanted w = wanted(row, Kind::time,
+                      schema == RowSchema::collectives ? row["collective"] : row["kernel"]);
+    w.figure.group.clear();
+    w.figure.measured = seconds;
+    try {
+      p.kernel = schema == RowSchema::collectives ? collective_figure(*p.configuration, catalogue_)
+                                                  : product_figure(*p.configuration, catalogue_);
+    } catch (const InputError& e) {
+      p.why = e.what();
+    }
+    p.wanted.push_back(std::move(w));
+  }
+
+  void find_case(PendingRow& p) {
+    try {
+      p.row_case = case_of(p.schema, *p.configuration, catalogue_);
+      p.outcome = slot(*p.row_case);
+      for (const Wanted& w : p.wanted) {
+        if (w.figure.kind == Kind::memory &&
+            w.memory.what == MemoryQuantity::What::activations_ratio) {
+          RowCase base = *p.row_case;
+          base.plan.recompute = Recompute::none;
+          base.plan.sequence_parallel = false;
+          p.other = slot(base);
+        }
+        if (w.figure.kind == Kind::scaling) {
+          RowCase one = *p.row_case;
+          one.plan.dp = 1;
+          one.plan.zero = 0;
+          one.plan.global_batch = one.plan.micro_batch;
+          p.other = slot(one);
+        }
+      }
+    } catch (const InputError& e) {
+      p.why = e.what();
+    }
+  }
+
+  std::size_t slot(const RowCase& c) {
+    const auto [at, fresh] = slots_.emplace(c.key(), cases_.size());
+    if (fresh) {
+      cases_.push_back(c);
+      topologies_.emplace(c.cluster.key(), c.cluster);
+    }
+    return at->second;
+  }
+
+  void predict_all() {
+    std::vector<std::string> keys;
+    std::vector<ClusterChoice> choices;
+    for (const auto& [key, choice] : topologies_) keys.push_back(key), choices.push_back(choice);
+    std::vector<std::optional<Topology>> topologies(choices.size());
+    std::vector<std::string> failures(choices.size());
+    parallel_for(choices.size(), options_.workers, [&](std::size_t, std::size_t i) {
+      try {
+        topologies[i] = load_topology(choices[i].topology, choices[i].edits);
+      } catch (const InputError& e) {
+        failures[i] = e.what();
+      }
+    });
+    outcomes_.resize(cases_.size());
+    parallel_for(cases_.size(), options_.workers, [&](std::size_t, std::size_t i) {
+      const auto at = static_cast<std::size_t>(
+          std::lower_bound(keys.begin(), keys.end(), cases_[i].cluster.key()) - keys.begin());
+      if (!topologies[at]) {
+        outcomes_[i].why = failures[at];
+        return;
+      }
+      try {
+        outcomes_[i] = outcome_of(cases_[i], *topologies[at], options_.network);
+      } catch (const InputError& e) {
+        outcomes_[i].why = e.what();
+      } catch (const InternalError& e) {
+        // One row's accident does not take the others' predictions along.
+        outcomes_[i].why = fmt::format("a bug of Partita: {}", e.what());
+      }
+    });
+  }
+
+  void deliver(PendingRow& p) {
+    FamilyFigures& f = families_[p.family];
+    if (p.repeats) {
+      ++f.repeats;
+      return;
+    }
+    ++f.rows;
+    std::size_t given = 0;
+    for (Wanted& w : p.wanted) {
+      if (!p.why.empty()) break;
+      Figure& figure = w.figure;
+      figure.configuration = p.configuration;
+      if (p.kernel) {
+        figure.predicted = p.kernel->seconds;
+        figure.assumed = p.kernel->assumed;
+        figure.ideal = p.kernel->ideal;
+        figure.model = figure.quantity;
+      } else {
+        const Outcome& o = outcomes_[p.outcome];
+        const Outcome* other = p.other ? &outcomes_[*p.other] : nullptr;
+        p.why = o.why;
+        if (p.why.empty() && other != nullptr &&
+            (figure.kind == Kind::scaling || figure.kind == Kind::memory))
+          p.why = other->why;
+        if (!p.why.empty()) break;
+        figure.assumed = p.row_case->assumed;
+        if (!fill(w, *p.row_case, o, other)) continue;
+      }
+      if (!std::isfinite(figure.predicted) ||
+          (figure.kind != Kind::fits && !(figure.predicted > 0 && figure.measured > 0)))
+        continue;
+      ++given;
+      f.figures.push_back(std::move(figure));
+    }
+    if (given > 0) {
+      ++f.covered;
+      return;
+    }
+    if (p.why.empty()) p.why = "what was measured follows from no prediction";
+    f.uncovered.push_back({p.id, p.why, p.configuration});
+  }
+
+  static bool fill(Wanted& w, const RowCase& c, const Outcome& o, const Outcome* other) {
+    Figure& figure = w.figure;
+    switch (figure.kind) {
+      case Kind::time: {
+        const auto seconds = measured_seconds(w, c, o);
+        if (!seconds) return false;
+        figure.measured = *seconds;
+        figure.predicted = o.step;
+        figure.samples = o.samples;
+        figure.ideal = o.ideal;
+        figure.shares = o.shares;
+        return true;
+      }
+      case Kind::memory:
+        figure.predicted = memory_of(w.memory, o, other);
+        return true;
+      case Kind::fits:
+        figure.predicted = o.fits ? 1 : 0;
+        return true;
+      case Kind::scaling:
+        if (other == nullptr) return false;
+        figure.predicted = (o.samples / o.step) / (other->samples / other->step);
+        return true;
+    }
+    return false;
+  }
+
+  const std::vector<CsvTable>& tables_;
+  const Catalogue& catalogue_;
+  const RowsOptions& options_;
+  std::vector<FamilyFigures> families_;
+  std::set<std::string> others_;
+  std::vector<PendingRow> rows_;
+  std::set<std::string> trained_;
+  std::map<std::string, std::size_t> slots_;
+  std::vector<RowCase> cases_;
+  std::map<std::string, ClusterChoice> topologies_;
+  std::vector<Outcome> outcomes_;
+};
+
+}  // namespace
+
+std::vector<FamilyFigures> predict_rows(const std::vector<CsvTable>& tables,
+                                        const Catalogue& catalogue, const RowsOptions& options) {
+  return RowsPrediction(tables, catalogue, options).run();
+}
+
+}  // namespace partita::validation

@@ -1,0 +1,65 @@
+// validation/rows.h: published measurements beside predictions (docs/published.md).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "simulator/engine/simulate.h"
+#include "validation/csv.h"
+#include "validation/row_case.h"
+
+namespace partita::validation {
+
+/// One measured value of a row and its prediction, in SI units.
+struct Figure {
+  enum class Kind : std::uint8_t { time, memory, fits, scaling };
+  std::string id;
+  Kind kind = Kind::time;
+  std::string quantity;                ///< the column, or what the row calls it
+  double predicted = 0, measured = 0;  ///< s, byte, 1 fits / 0 does not, times one GPU's speed
+  std::optional<double> lo, hi;        ///< 90 % interval; none is given yet
+  std::vector<std::string> assumed;
+  bool from_memory = false;  ///< in no statistic
+  std::shared_ptr<const Configuration> configuration;
+
+  /// Configurations of one model on one cluster, comparable in time per sample.
+  std::string group;
+  double samples = 1;  ///< that the time is for
+  std::string model;   ///< held out together by the baseline
+  double ideal = 0;    ///< model FLOPs at the devices' peak; 0: none
+  /// Of the predicted time, by term: "linear", "attention", "exposed tp", "bubble", ...
+  std::map<std::string, double> shares;
+  double error() const { return (predicted - measured) / measured; }
+};
+
+struct UncoveredRow {
+  std::string id, why;
+  std::shared_ptr<const Configuration> configuration;
+};
+
+struct FamilyFigures {
+  std::string family;
+  std::string schema;
+  std::int64_t rows = 0;     ///< with a usable measurement
+  std::int64_t covered = 0;  ///< with a finite prediction; the rest is in `uncovered`
+  std::int64_t repeats = 0;  ///< memory rows that repeat a training row: counted there
+  std::vector<Figure> figures;
+  std::vector<UncoveredRow> uncovered;
+};
+
+struct RowsOptions {
+  Network network = Network::idle;
+  std::size_t workers = 0;  ///< 0: one per core
+  std::string family;       ///< only this one; "": all
+};
+
+/// Every row of the tables, by family in order of appearance. The same for any number of workers.
+/// InputError for a table of unknown columns or a family that none has.
+std::vector<FamilyFigures> predict_rows(const std::vector<CsvTable>& tables,
+                                        const Catalogue& catalogue, const RowsOptions& options);
+
+}  // namespace partita::validation
