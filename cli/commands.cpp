@@ -280,6 +280,7 @@ void add_plan(CLI::App& app, int& code) {
 void add_commands(CLI::App& app, int& code) {
   add_model(app);
   add_topo(app);
+  add_collective(app);
   add_simulate(app);
   add_plan(app, code);
   add_whatif(app, code);
