@@ -124,7 +124,7 @@ void add_collective(CLI::App& app) {
   c->add_option("--levels", o->levels,
                 "members of a unit, units, ... of hierarchical algorithms, innermost first, like "
                 "8,2; NVLink networks without it");
-  o->cluster.add_state_to(*c);
+  o->cluster.add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
     const CollectiveKind kind = parse_kind(o->kind);
