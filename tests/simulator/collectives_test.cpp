@@ -325,8 +325,8 @@ TEST(Collectives, TheLevelsOfThePage) {
   EXPECT_NEAR(t.bus_bandwidth.count, 292.69e9, 0.01e9);
   EXPECT_EQ(two.link_name(t.busiest), "node0.gpu0->node0.nvswitch0");
   EXPECT_NEAR(t.busy, 14 * 298.2616 / 6878.42, 1e-4);
-  // The first ring of 16: a message of 30 steps on another rail and over a spine.
-  EXPECT_EQ(all.algorithms[0].time.count, 30 * (2'800'000 + 1'342'177'280ll));
+  // One ring of 16: from one node to the other over the NVSwitch to the card on the other's rail.
+  EXPECT_EQ(all.algorithms[0].time.count, 30 * (3'200'000 + 1'342'177'280ll));
   EXPECT_FALSE(all.algorithms[0].form.exact());
 }
 
