@@ -3,6 +3,8 @@
 #include <benchmark/benchmark.h>
 #include <sys/resource.h>
 
+#include <numeric>
+
 #include "models/models.h"
 #include "simulator/engine/flows.h"
 #include "simulator/search/predict.h"
@@ -118,7 +120,8 @@ void ring(benchmark::State& state, bool folded) {
   Played p;
   for (auto _ : state) {
     const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::ring, n);
-    p = play(on_ring(r, n, Bytes{(1 << 30) / n}, 50e9, Ticks{500'000}), {folded});
+    const EvenCut cut(CollectiveKind::all_reduce, r, Bytes{1 << 30});
+    p = play(on_ring(r, cut, 50e9, Ticks{500'000}), {folded});
   }
   state.counters["classes"] = static_cast<double>(p.classes);
   state.counters["messages"] = static_cast<double>(p.messages);
@@ -139,20 +142,26 @@ BENCHMARK_CAPTURE(ring, unfolded, false)
     ->Arg(1024)
     ->Unit(benchmark::kMillisecond);
 
-/// Three levels of 8, 8 and n / 64 members at 300, 50 and 25 GB/s. ASTRA-sim: 4,096 devices 13.1 s.
-void hierarchical(benchmark::State& state, bool slow) {
+/// 1 GiB over three levels of 8, 8 and n / 64 members at 300, 50 and 25 GB/s. ASTRA-sim's
+/// all-reduce, 4,096 devices: 13.1 s.
+void levels(benchmark::State& state, CollectiveKind kind, Algorithm algorithm, bool slow) {
   const auto n = static_cast<std::int32_t>(state.range(0));
   Played p;
   for (auto _ : state) {
-    const std::vector<std::int32_t> levels{8, 8, n / 64};
-    const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::hierarchical, n, levels);
-    Traffic t = on_switches(r, levels, {300e9, 50e9, 25e9}, Bytes{(1 << 30) / n}, Ticks{500'000});
+    const std::vector<std::int32_t> members{8, 8, n / 64};
+    const Rhythm r = rhythm(kind, algorithm, n, members);
+    const Ticks hop{500'000};
+    NetworkTraffic t = on_switches(r, EvenCut(kind, r, Bytes{1 << 30}), members,
+                                   {300e9, 50e9, 25e9}, {hop, hop, hop});
     if (slow) slow_some(t);
     p = play(t);
   }
   state.counters["classes"] = static_cast<double>(p.classes);
   state.counters["end_ms"] = static_cast<double>(p.end.count) * 1e-9;
   state.counters["peak_MiB"] = peak_mebibytes();
+}
+void hierarchical(benchmark::State& state, bool slow) {
+  levels(state, CollectiveKind::all_reduce, Algorithm::hierarchical, slow);
 }
 BENCHMARK_CAPTURE(hierarchical, equal, false)
     ->Arg(512)
@@ -163,6 +172,29 @@ BENCHMARK_CAPTURE(hierarchical, one_percent_slow, true)
     ->Arg(512)
     ->Arg(4096)
     ->Unit(benchmark::kMillisecond);
+void hierarchical_all_to_all(benchmark::State& state) {
+  levels(state, CollectiveKind::all_to_all, Algorithm::hierarchical, false);
+}
+BENCHMARK(hierarchical_all_to_all)->Arg(512)->Arg(4096)->Unit(benchmark::kMillisecond);
+void nvls(benchmark::State& state) {
+  levels(state, CollectiveKind::all_reduce, Algorithm::nvls, false);
+}
+BENCHMARK(nvls)->Arg(512)->Arg(4096)->Unit(benchmark::kMillisecond);
+/// In one domain of 72 GPUs, unfolded: 72 meetings of 72 messages.
+void nvls_reduce_scatter(benchmark::State& state) {
+  const Topology topology = load_topology("gb200-nvl72:18");
+  std::vector<std::int64_t> ranks(72);
+  std::iota(ranks.begin(), ranks.end(), 0);
+  Played p;
+  for (auto _ : state) {
+    const Rhythm r = rhythm(CollectiveKind::reduce_scatter, Algorithm::nvls, 72);
+    const EvenCut cut(CollectiveKind::reduce_scatter, r, Bytes{72 << 20});
+    p = play(traffic_of(r, cut, ranks, topology), {state.range(0) == 1});
+  }
+  state.counters["classes"] = static_cast<double>(p.classes);
+  state.counters["end_ms"] = static_cast<double>(p.end.count) * 1e-9;
+}
+BENCHMARK(nvls_reduce_scatter)->Arg(0)->Arg(1)->Unit(benchmark::kMillisecond);
 
 /// 1,000 live flows between random hosts of a full-bisection tree, 16 to a leaf: one ends, another
 /// begins, rates are solved after each. The fewer hosts, the more flows share a NIC.

@@ -11,6 +11,7 @@
 #include "base/unit_text.h"
 #include "cli/cluster_flags.h"
 #include "cli/options.h"
+#include "cli/rows.h"
 #include "report/report.h"
 #include "simulator/search/placement.h"
 
@@ -280,6 +281,7 @@ void add_plan(CLI::App& app, int& code) {
 void add_commands(CLI::App& app, int& code) {
   add_model(app);
   add_topo(app);
+  add_collective(app);
   add_simulate(app);
   add_plan(app, code);
   add_whatif(app, code);
@@ -287,6 +289,7 @@ void add_commands(CLI::App& app, int& code) {
   add_startup(app, code);
   add_run(app, code);
   add_validate(app, code);
+  add_fit(app);
 }
 
 }  // namespace partita::cli

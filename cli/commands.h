@@ -7,9 +7,10 @@ class App;
 
 namespace partita::cli {
 
-/// Adds model, topo, simulate, plan, whatif, reference and run; their callbacks set `code`.
+/// Adds model, topo, collective, simulate, plan, whatif, reference and run; their callbacks set `code`.
 void add_commands(CLI::App& app, int& code);
 
+void add_collective(CLI::App& app);
 void add_reference(CLI::App& app, int& code);
 void add_startup(CLI::App& app, int& code);
 void add_whatif(CLI::App& app, int& code);

@@ -253,6 +253,13 @@ std::string this_machine() {
   return fmt::format("{} cores of {}", std::thread::hardware_concurrency(), model);
 }
 
+void write_text(const std::string& flag, const std::string& file, const std::string& text) {
+  std::FILE* f = std::fopen(file.c_str(), "w");
+  const bool good = f != nullptr && std::fwrite(text.data(), 1, text.size(), f) == text.size();
+  if ((f != nullptr && std::fclose(f) != 0) || !good)
+    throw InputError(flag, fmt::format("cannot write {}; check its permissions", file));
+}
+
 void check_writable(const std::string& flag, const std::string& file) {
   if (file.empty()) return;
   namespace fs = std::filesystem;

@@ -68,6 +68,8 @@ Topology load_cluster(const std::string& text, const TopologyEdits& edits = {});
 
 /// InputError{flag} if a file could not be written there; before the work, not after it.
 void check_writable(const std::string& flag, const std::string& file);
+/// MachineError{flag} where the text cannot be written.
+void write_text(const std::string& flag, const std::string& file, const std::string& text);
 
 /// "2 cores of AMD EPYC 9354": what profiles measured here are recognised by.
 std::string this_machine();

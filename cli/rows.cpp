@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -16,6 +17,9 @@
 
 #include "base/error.h"
 #include "base/yaml.h"
+#include "cli/options.h"
+#include "report/report.h"
+#include "validation/fit_rows.h"
 #include "validation/published.h"
 #include "validation/rows.h"
 #include "validation/statistics.h"
@@ -34,7 +38,7 @@ using validation::PublishedGroup;
 using validation::Verdict;
 
 struct Options {
-  std::string file, data, family, against = "target", network = "idle";
+  std::string file, data, family, against = "target", network = "idle", profile, out, by = "model";
   std::size_t workers = 0;
   bool json = false, uncovered = false;
 };
@@ -190,6 +194,21 @@ std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Op
   r.network = o.network == "idle" ? Network::idle : Network::flows;
   r.workers = o.workers;
   r.family = o.family;
+  std::optional<validation::FitProfile> profile;
+  if (!o.profile.empty()) {
+    profile.emplace(o.profile);
+    r.adjust = [&profile](const validation::RowKey& key) {
+      const validation::FittedEntry* e = profile->find(key);
+      if (e == nullptr) return Adjustment{};
+      std::vector<double> values;
+      for (const auto& p : e->parameters) values.push_back(p.value);
+      return validation::adjustment_of(values);
+    };
+    r.half_width = [&profile](const validation::RowKey& key) -> std::optional<double> {
+      const validation::FittedEntry* e = profile->find(key);
+      return e == nullptr ? std::nullopt : std::optional(e->half_width);
+    };
+  }
   return predict_rows(tables, validation::load_catalogue(), r);
 }
 
@@ -218,6 +237,52 @@ void rows(const Options& o) {
   j["families"] = Json::array();
   for (const auto& f : families) j["families"].push_back(to_json(f));
   print(j.dump(2) + "\n");
+}
+
+void fit(const Options& o) {
+  validation::HeldOut by = validation::HeldOut::model;
+  if (o.by == "cluster")
+    by = validation::HeldOut::cluster;
+  else if (o.by == "hidden-size")
+    by = validation::HeldOut::hidden_size;
+  else if (o.by != "model")
+    throw InputError("--by",
+                     fmt::format("'{}' is unknown; use model, cluster or hidden-size", o.by));
+  if (o.out.empty()) throw InputError("--out", "is missing; name a file for the fitted profile");
+  check_writable("--out", o.out);
+  validation::RowsOptions r;
+  r.workers = o.workers;
+  r.family = o.family;
+  const auto entries =
+      validation::fit_rows(load_table(o.file), validation::load_catalogue(), by, r);
+  for (const validation::FittedEntry& e : entries) {
+    print(fmt::format("{} rows of {} with {} on {}, {} groups by {}\n", e.rows, e.key.device,
+                      e.key.framework, e.key.cluster, e.groups, o.by));
+    std::vector<std::vector<std::string>> table{
+        {"parameter", "prior", "fitted", "standard error", ""}};
+    for (std::size_t k = 0; k < e.parameters.size(); ++k) {
+      const auto& p = validation::adjustment_parameters()[k].parameter;
+      const auto& x = e.parameters[k];
+      table.push_back({p.name + (p.unit.empty() ? "" : ", " + p.unit),
+                       fmt::format("{:.4g}", p.prior), fmt::format("{:.4g}", x.value),
+                       fmt::format("{:.3g}", x.standard_error),
+                       !x.determined ? "not determined by these rows"
+                       : x.at_bound  ? "at its bound"
+                                     : ""});
+    }
+    print(align(table));
+    table = {{"error", "mean", "median", "bias"}};
+    const auto line = [&](const char* what, const validation::FittedEntry::Error& x) {
+      table.push_back({what, fmt::format("{:.1f} %", 100 * x.mean),
+                       fmt::format("{:.1f} %", 100 * x.median),
+                       fmt::format("{:+.1f} %", 100 * x.bias)});
+    };
+    line("unfitted", e.unfitted);
+    line("fitted to these rows", e.fitted);
+    if (e.held_out) line("one group left out", *e.held_out);
+    print(align(table) + fmt::format("90 % interval: x / {:.3f}\n\n", std::exp(e.half_width)));
+  }
+  write_text("--out", o.out, validation::to_yaml(entries));
 }
 
 std::string data_of(const Options& o) {
@@ -337,6 +402,7 @@ void add_rows(CLI::App& validate, int& code) {
   c->add_option("FILE", r->file, "CSV: training, memory, CNN, collective or product rows")
       ->required();
   add_common(*c, *r);
+  c->add_option("--profile", r->profile, "a fit of partita fit");
   c->callback([r] { rows(*r); });
   auto p = std::make_shared<Options>();
   c = validate.add_subcommand("published", "all published tables beside predictions and targets");
@@ -345,6 +411,18 @@ void add_rows(CLI::App& validate, int& code) {
   c->add_option("--against", p->against, "target (default) or achieved: what exit code 1 is about");
   add_common(*c, *p);
   c->callback([p, &code] { published(*p, code); });
+}
+
+void add_fit(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* c = app.add_subcommand(
+      "fit", "a few physical parameters from measured steps, by device, framework and cluster");
+  c->add_option("FILE", o->file, "CSV of measured steps (docs/published.md)")->required();
+  c->add_option("--out", o->out, "file for the fitted profile (partita.fit/1)");
+  c->add_option("--by", o->by, "held out together: model (default), cluster or hidden-size");
+  c->add_option("--family", o->family, "only rows of this family");
+  c->add_option("--workers", o->workers, "threads (default: one per core)");
+  c->callback([o] { fit(*o); });
 }
 
 }  // namespace partita::cli

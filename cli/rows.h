@@ -1,4 +1,4 @@
-// cli/rows.h: `partita validate rows` and `partita validate published`.
+// cli/rows.h: `partita validate rows`, `partita validate published` and `partita fit`.
 #pragma once
 
 namespace CLI {
@@ -9,5 +9,6 @@ namespace partita::cli {
 
 /// Adds both to `validate`; their callbacks set `code`.
 void add_rows(CLI::App& validate, int& code);
+void add_fit(CLI::App& app);
 
 }  // namespace partita::cli

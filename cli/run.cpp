@@ -306,13 +306,6 @@ void report_incomplete(const Options& o, const Job& job, const Kept& kept,
   fmt::print("{}", align(rows));
 }
 
-void write_text(const std::string& flag, const std::string& file, const std::string& text) {
-  std::FILE* f = std::fopen(file.c_str(), "w");
-  const bool good = f != nullptr && std::fwrite(text.data(), 1, text.size(), f) == text.size();
-  if ((f != nullptr && std::fclose(f) != 0) || !good)
-    throw InputError(flag, fmt::format("cannot write {}; check its permissions", file));
-}
-
 void report(const Options& o, const Job& job, const execute::RankResult& first,
             const std::string& transport, const std::string& note, int& code) {
   // The serial network: what the run's loss must equal.

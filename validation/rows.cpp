@@ -25,6 +25,7 @@ using Kind = Figure::Kind;
 /// What a step's prediction leaves for its figures.
 struct Outcome {
   std::string why;  ///< not empty: no prediction
+  RowKey key;
   double step = 0;
   double ideal = 0;  ///< s: model FLOPs of the step at all devices' peak
   double peak = 0;   ///< FLOP/s of one device in the plan's type
@@ -42,11 +43,15 @@ Graph graph_of(const RowCase& c) {
   return g;
 }
 
-Outcome outcome_of(const RowCase& c, const Topology& topology, Network network) {
+Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions& options) {
   Outcome o;
+  o.key = {topology.device(DeviceId{0}).name, c.plan.framework,
+           c.cluster.topology.substr(0, c.cluster.topology.find(':'))};
   const Graph graph = graph_of(c);
   Communication communication(topology);
-  const auto p = predict(graph, c.plan, communication, nullptr, nullptr, false, nullptr, network);
+  if (options.adjust) communication.set_adjustment(options.adjust(o.key));
+  const auto p =
+      predict(graph, c.plan, communication, nullptr, nullptr, false, nullptr, options.network);
   if (!p) {
     o.why = p.reason();
     return o;
@@ -449,7 +454,7 @@ class RowsPrediction {
         return;
       }
       try {
-        outcomes_[i] = outcome_of(cases_[i], *topologies[at], options_.network);
+        outcomes_[i] = outcome_of(cases_[i], *topologies[at], options_);
       } catch (const InputError& e) {
         outcomes_[i].why = e.what();
       } catch (const InternalError& e) {
@@ -501,7 +506,7 @@ class RowsPrediction {
     f.uncovered.push_back({p.id, p.why, p.configuration});
   }
 
-  static bool fill(Wanted& w, const RowCase& c, const Outcome& o, const Outcome* other) {
+  bool fill(Wanted& w, const RowCase& c, const Outcome& o, const Outcome* other) const {
     Figure& figure = w.figure;
     switch (figure.kind) {
       case Kind::time: {
@@ -509,6 +514,13 @@ class RowsPrediction {
         if (!seconds) return false;
         figure.measured = *seconds;
         figure.predicted = o.step;
+        figure.key = o.key;
+        if (options_.half_width) {
+          if (const auto half = options_.half_width(o.key)) {
+            figure.lo = o.step * std::exp(-*half);
+            figure.hi = o.step * std::exp(*half);
+          }
+        }
         figure.samples = o.samples;
         figure.ideal = o.ideal;
         figure.shares = o.shares;

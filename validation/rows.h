@@ -1,7 +1,9 @@
 // validation/rows.h: published measurements beside predictions (docs/published.md).
 #pragma once
 
+#include <compare>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -14,6 +16,12 @@
 
 namespace partita::validation {
 
+/// What a fit holds for: names of the device's, framework's and cluster's files.
+struct RowKey {
+  std::string device, framework, cluster;
+  friend auto operator<=>(const RowKey&, const RowKey&) = default;
+};
+
 /// One measured value of a row and its prediction, in SI units.
 struct Figure {
   enum class Kind : std::uint8_t { time, memory, fits, scaling };
@@ -21,13 +29,14 @@ struct Figure {
   Kind kind = Kind::time;
   std::string quantity;                ///< the column, or what the row calls it
   double predicted = 0, measured = 0;  ///< s, byte, 1 fits / 0 does not, times one GPU's speed
-  std::optional<double> lo, hi;        ///< 90 % interval; none is given yet
+  std::optional<double> lo, hi;        ///< 90 % interval; of times with a fitted profile
   std::vector<std::string> assumed;
   bool from_memory = false;  ///< in no statistic
   std::shared_ptr<const Configuration> configuration;
 
   /// Configurations of one model on one cluster, comparable in time per sample.
   std::string group;
+  RowKey key;
   double samples = 1;  ///< that the time is for
   std::string model;   ///< held out together by the baseline
   double ideal = 0;    ///< model FLOPs at the devices' peak; 0: none
@@ -55,6 +64,10 @@ struct RowsOptions {
   Network network = Network::idle;
   std::size_t workers = 0;  ///< 0: one per core
   std::string family;       ///< only this one; "": all
+  /// What measured steps say of prices, by device, framework and cluster; null: nothing.
+  std::function<Adjustment(const RowKey&)> adjust;
+  /// Of the 90 % interval of a step's time, in logarithms; nothing where there is none.
+  std::function<std::optional<double>(const RowKey&)> half_width;
 };
 
 /// Every row of the tables, by family in order of appearance. The same for any number of workers.

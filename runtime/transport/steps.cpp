@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cstring>
+#include <map>
 
+#include "base/error.h"
 #include "runtime/transport/narrow.h"
 #include "runtime/transport/transport.h"
 
@@ -21,6 +23,7 @@ void combine(const CollectiveCall& call, std::byte* to, const std::byte* from, s
 
 void execute_steps(Transport& transport, const CollectiveCall& call, const Expansion& expansion) {
   const auto n = static_cast<std::int32_t>(call.group->size());
+  PARTITA_ASSERT(expansion.switches == 0, "no switch of a transport adds");
   const std::size_t width = call.element_bytes;
   const bool exchange =
       call.kind == CollectiveKind::all_to_all || call.kind == CollectiveKind::halo_exchange;
@@ -32,53 +35,85 @@ void execute_steps(Transport& transport, const CollectiveCall& call, const Expan
   if (whole) cut = even_chunks(call.offsets.back(), expansion.chunks);
   const std::vector<std::int64_t>& bounds = whole ? cut : call.offsets;
 
-  const auto out = [&](const Message& m) {
-    if (exchange) {
-      const auto to = static_cast<std::size_t>(m.first % n);
-      return std::pair{call.send + static_cast<std::size_t>(call.send_offsets[to]) * width,
-                       call.send_offsets[to + 1] - call.send_offsets[to]};
-    }
-    if (shift) return std::pair{call.send, call.send_offsets.back()};
-    const auto first = static_cast<std::size_t>(m.first),
-               last = first + static_cast<std::size_t>(m.count);
-    return std::pair{
-        static_cast<const std::byte*>(call.data) + static_cast<std::size_t>(bounds[first]) * width,
-        bounds[last] - bounds[first]};
+  // Where a chunk of one member for another lies with a third, which passes it on.
+  std::map<std::int32_t, std::vector<std::byte>> passing;
+  struct Piece {
+    std::byte* data;
+    std::size_t bytes;
   };
-  const auto in = [&](const Message& m) {
-    if (exchange) {
-      const auto from = static_cast<std::size_t>(m.first / n);
-      return std::pair{call.data + static_cast<std::size_t>(bounds[from]) * width,
-                       bounds[from + 1] - bounds[from]};
+  const auto piece = [&](std::byte* base, const std::vector<std::int64_t>& offsets,
+                         std::int32_t chunk) {
+    const auto c = static_cast<std::size_t>(chunk);
+    return Piece{base + static_cast<std::size_t>(offsets[c]) * width,
+                 static_cast<std::size_t>(offsets[c + 1] - offsets[c]) * width};
+  };
+  // What is sent is never written to.
+  auto* const send = const_cast<std::byte*>(call.send);
+  const auto find = [&](std::int32_t chunk, bool sends) {
+    if (shift) {
+      return Piece{
+          sends ? send : call.data,
+          static_cast<std::size_t>(sends ? call.send_offsets.back() : bounds.back()) * width};
     }
-    if (shift) return std::pair{call.data, bounds.back()};
-    const auto first = static_cast<std::size_t>(m.first),
-               last = first + static_cast<std::size_t>(m.count);
-    return std::pair{call.data + static_cast<std::size_t>(bounds[first]) * width,
-                     bounds[last] - bounds[first]};
+    if (!exchange) return piece(call.data, bounds, chunk);
+    if (sends && chunk / n == call.me) return piece(send, call.send_offsets, chunk % n);
+    if (!sends && chunk % n == call.me) return piece(call.data, bounds, chunk / n);
+    PARTITA_ASSERT(!call.sizes.empty(), "members pass on chunks whose sizes nobody told them");
+    auto& there = passing[chunk];
+    there.resize(static_cast<std::size_t>(call.sizes[static_cast<std::size_t>(chunk)]) * width);
+    return Piece{there.data(), there.size()};
+  };
+  std::vector<Piece> pieces;
+  // A message's pieces of memory, in order, neighbours joined; how many bytes they are.
+  const auto gather = [&](const Message& m, bool sends) {
+    pieces.clear();
+    std::size_t bytes = 0;
+    for (std::int32_t k = 0; k < m.chunks(); ++k) {
+      const Piece one = find(m.chunk(k), sends);
+      if (one.bytes == 0) continue;
+      bytes += one.bytes;
+      if (!pieces.empty() && pieces.back().data + pieces.back().bytes == one.data)
+        pieces.back().bytes += one.bytes;
+      else
+        pieces.push_back(one);
+    }
+    return bytes;
   };
 
-  std::vector<std::byte> arrived;
+  std::vector<std::byte> packed;
   for (const auto& step : expansion.steps) {
     for (const Message& m : step) {
       if (m.from != call.me) continue;
-      const auto [data, count] = out(m);
-      if (count == 0) continue;
-      transport.send((*call.group)[static_cast<std::size_t>(m.to)], call.tag, data,
-                     static_cast<std::size_t>(count) * width);
+      const std::size_t bytes = gather(m, true);
+      if (bytes == 0) continue;
+      const int to = (*call.group)[static_cast<std::size_t>(m.to)];
+      if (pieces.size() == 1) {
+        transport.send(to, call.tag, pieces[0].data, bytes);
+        continue;
+      }
+      packed.clear();
+      for (const Piece& p : pieces) packed.insert(packed.end(), p.data, p.data + p.bytes);
+      transport.send(to, call.tag, packed.data(), bytes);
     }
     for (const Message& m : step) {
       if (m.to != call.me) continue;
-      const auto [data, count] = in(m);
-      if (count == 0) continue;
+      const std::size_t bytes = gather(m, false);
+      if (bytes == 0) continue;
       const int from = (*call.group)[static_cast<std::size_t>(m.from)];
-      if (!m.reduces) {
-        transport.receive(from, call.tag, data, static_cast<std::size_t>(count) * width);
+      if (!m.reduces && pieces.size() == 1) {
+        transport.receive(from, call.tag, pieces[0].data, bytes);
         continue;
       }
-      arrived.resize(static_cast<std::size_t>(count) * width);
-      transport.receive(from, call.tag, arrived.data(), arrived.size());
-      combine(call, data, arrived.data(), count);
+      packed.resize(bytes);
+      transport.receive(from, call.tag, packed.data(), bytes);
+      const std::byte* next = packed.data();
+      for (const Piece& p : pieces) {
+        if (m.reduces)
+          combine(call, p.data, next, static_cast<std::int64_t>(p.bytes / width));
+        else
+          std::memcpy(p.data, next, p.bytes);
+        next += p.bytes;
+      }
     }
   }
 }

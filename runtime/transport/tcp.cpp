@@ -111,7 +111,7 @@ class TcpTransport final : public Transport {
   const Expansion& expansion(CollectiveKind kind, int members) {
     const Algorithm a = o_.algorithm ? o_.algorithm(kind, members) : default_algorithm(kind);
     auto& e = expansions_[{kind, a, members}];
-    if (!e) e = std::make_unique<Expansion>(expand(kind, a, members));
+    if (!e) e = std::make_unique<Expansion>(on_members(expand(kind, a, members)));
     return *e;
   }
   void barrier() override { barrier_within(o_.timeout_s, o_.size); }

@@ -53,7 +53,7 @@ class ThreadHub {
     const std::lock_guard<std::mutex> lock(guard);
     const Algorithm a = algorithm_ ? algorithm_(kind, n) : default_algorithm(kind);
     auto& e = expansions_[{kind, a, n}];
-    if (!e) e = std::make_unique<Expansion>(expand(kind, a, n));
+    if (!e) e = std::make_unique<Expansion>(on_members(expand(kind, a, n)));
     return *e;
   }
   std::string what_is_doing(int rank) {

@@ -62,6 +62,9 @@ struct CollectiveCall {
   std::vector<std::int64_t> offsets;
   const std::byte* send = nullptr;
   std::vector<std::int64_t> send_offsets;
+  /// Of an all-to-all's chunk a * n + b, in elements: for algorithms in which others pass it on
+  /// than who knows its size.
+  std::vector<std::int64_t> sizes;
   std::int64_t tag = 0;  ///< the same on all members, different for calls that could be confused
 };
 
@@ -117,8 +120,9 @@ std::shared_ptr<ThreadHub> make_thread_hub(
     std::function<Algorithm(CollectiveKind, int members)> algorithm = nullptr);
 std::unique_ptr<Transport> thread_transport(std::shared_ptr<ThreadHub> hub, int rank);
 
-/// Executes `expansion` for one member by sends and receives: what the in-process transport does
-/// with a collective, and any transport without collectives of its own could.
+/// Executes `expansion`, on members alone (on_members), for one of them by sends and receives: what
+/// the in-process transport does with a collective, and any transport without collectives of its
+/// own could.
 void execute_steps(Transport& transport, const CollectiveCall& call, const Expansion& expansion);
 
 }  // namespace partita

@@ -494,16 +494,19 @@ struct Communication::State {
   std::unordered_map<std::size_t, Ring> host_links;  ///< by profile
   std::vector<std::unique_ptr<ShapePrices>> shapes;  ///< by profile
   int at_work = 0;
+  Adjustment adjustment{};
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0}) {
+    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}}) {
   state_->nccl = true;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
     state_->nccl = state_->nccl && nccl::serves(state_->topology.profile(i));
 }
 Communication::~Communication() = default;
 const Topology& Communication::topology() const { return state_->topology; }
+void Communication::set_adjustment(const Adjustment& a) { state_->adjustment = a; }
+const Adjustment& Communication::adjustment() const { return state_->adjustment; }
 void Communication::leave_out_curves() { state_->curves = false; }
 ShapePrices& Communication::shapes(std::int64_t rank) {
   const std::size_t k = state_->topology.profile_index(DeviceId{static_cast<std::size_t>(rank)});

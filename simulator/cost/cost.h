@@ -1,7 +1,7 @@
 // simulator/cost/cost.h: what one instruction takes on idle hardware.
 //
-// docs/cost.md: products and attention by shape, other kernels by bytes over bandwidth; between GPUs
-// NCCL's times (docs/nccl.md), else latency + bytes / bandwidth on the real route.
+// docs/cost.md: products and attention by shape, other kernels by bytes over bandwidth; between
+// GPUs NCCL's times (docs/nccl.md), else latency + bytes / bandwidth on the real route.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "simulator/cost/adjustment.h"
 #include "simulator/cost/kernels.h"
 #include "simulator/program/program.h"
 #include "topologies/topology.h"
@@ -121,6 +122,9 @@ class Communication {
   std::optional<Seconds> held(Bytes bytes, bool sender) const;
   /// Kernels' prices of the rank's device.
   ShapePrices& shapes(std::int64_t rank);
+  /// Of whoever simulates with these prices: what measured steps say of them.
+  void set_adjustment(const Adjustment& adjustment);
+  const Adjustment& adjustment() const;
   /// Of collectives between GPUs only the model counts, no measured curve: for checks of it.
   void leave_out_curves();
   /// Ranks of a host that work at once: measured prices are of so many, or the nearest number.

@@ -87,8 +87,9 @@ double units_of(const Product& p, const DeviceProfile& device, double count, int
   return best + kFirstWave;
 }
 
-/// A processor without multiprocessors of a GPU's kind: FLOPs at the sustained rate.
-bool has_tiles(const DeviceProfile& device) { return device.compute_capability > 0; }
+/// Volta's and later kernels for matrix units are tiled so; a processor or an older GPU takes FLOPs
+/// at the sustained rate.
+bool has_tiles(const DeviceProfile& device) { return device.compute_capability >= 70; }
 
 double memory_time(Bytes bytes, const DeviceProfile& device) {
   return static_cast<double>(bytes.count) /

@@ -152,7 +152,8 @@ std::int32_t number(const std::vector<Hash>& hashes, std::vector<std::int32_t>& 
   return static_cast<std::int32_t>(all.size());
 }
 
-Hash signature(const Traffic& t, const Colours& c, std::size_t beat, const TrafficMessage& m) {
+Hash signature(const NetworkTraffic& t, const Colours& c, std::size_t beat,
+               const TrafficMessage& m) {
   Hash h;
   const NetworkRoute& route = t.routes[static_cast<std::size_t>(m.route)];
   add(h, beat);
@@ -167,8 +168,27 @@ Hash signature(const Traffic& t, const Colours& c, std::size_t beat, const Traff
   return h;
 }
 
+Hash signature(const Colours& c, std::size_t beat, const TrafficMeeting& m) {
+  Hash h;
+  add(h, beat);
+  add(h, static_cast<std::uint64_t>(m.bytes.count));
+  add(h, static_cast<std::uint64_t>(m.latency.count));
+  const auto several = [&](const std::vector<std::int32_t>& who,
+                           const std::vector<std::int32_t>& colour) {
+    Hash sum;
+    for (const std::int32_t x : who)
+      join(sum, {static_cast<std::uint64_t>(colour[static_cast<std::size_t>(x)]), 4});
+    add(h, sum.a);
+    add(h, sum.b);
+  };
+  several(m.from, c.member);
+  several(m.to, c.member);
+  several(m.links, c.link);
+  return h;
+}
+
 /// Coarsest stable partition of members and links together (colour refinement).
-Colours colours_of(const Traffic& t) {
+Colours colours_of(const NetworkTraffic& t) {
   Colours c;
   c.member.assign(static_cast<std::size_t>(t.members), 0);
   c.link.assign(t.capacity.size(), 0);
@@ -192,6 +212,15 @@ Colours colours_of(const Traffic& t) {
         for (const std::int32_t l : t.routes[static_cast<std::size_t>(m.route)].links)
           add(h, 3), join(links[static_cast<std::size_t>(l)], h);
       }
+      for (const TrafficMeeting& m : t.beats[b].meetings) {
+        Hash h = signature(c, b, m);
+        add(h, 1);
+        for (const std::int32_t x : m.from) join(members[static_cast<std::size_t>(x)], h);
+        add(h, 2);
+        for (const std::int32_t x : m.to) join(members[static_cast<std::size_t>(x)], h);
+        add(h, 3);
+        for (const std::int32_t l : m.links) join(links[static_cast<std::size_t>(l)], h);
+      }
     }
     // Old colours stay apart: they lead the sums only by chance, so they are mixed in last.
     for (std::size_t m = 0; m < members.size(); ++m)
@@ -205,10 +234,13 @@ Colours colours_of(const Traffic& t) {
   }
 }
 
-/// Messages of one beat that behave alike.
+/// Messages, or meetings of messages, of one beat that behave alike.
 struct MessageClass {
-  std::int32_t from = 0, to = 0;        ///< classes of members
-  std::int64_t sent = 0, received = 0;  ///< by one member of `from`, of `to`
+  struct End {
+    std::int32_t members = 0;  ///< a class
+    std::int64_t of_one = 0;   ///< messages that one of its members sends, or receives
+  };
+  std::vector<End> from, to;
   std::int64_t count = 0;
   std::int64_t latency = 0, bytes = 0, reduce = 0;
   double weight = 1;
@@ -217,7 +249,7 @@ struct MessageClass {
 
 }  // namespace
 
-Played play(const Traffic& t, const PlayOptions& options) {
+Played play(const NetworkTraffic& t, const PlayOptions& options) {
   Colours c;
   if (options.folded) {
     c = colours_of(t);
@@ -242,6 +274,22 @@ Played play(const Traffic& t, const PlayOptions& options) {
   std::vector<std::vector<MessageClass>> beats(t.beats.size());
   std::vector<std::vector<std::vector<std::int32_t>>> outgoing(t.beats.size());
   std::vector<std::vector<std::int64_t>> expected(t.beats.size());
+  const auto ends = [&](const std::vector<std::int32_t>& members) {
+    std::map<std::int32_t, std::int64_t> by_class;
+    for (const std::int32_t m : members) ++by_class[c.member[static_cast<std::size_t>(m)]];
+    std::vector<MessageClass::End> all;
+    for (const auto& [k, n] : by_class) all.push_back({k, n});
+    return all;
+  };
+  const auto demand = [&](MessageClass& m, std::int32_t link) {
+    const ResourceId r{static_cast<std::size_t>(c.link[static_cast<std::size_t>(link)])};
+    const auto same = std::find_if(m.demands.begin(), m.demands.end(),
+                                   [&](const Demand& d) { return d.resource == r; });
+    if (same != m.demands.end())
+      ++same->count;
+    else
+      m.demands.push_back({r});
+  };
   for (std::size_t b = 0; b < t.beats.size(); ++b) {
     std::map<Hash, std::size_t> known;
     for (const TrafficMessage& m : t.beats[b].messages) {
@@ -250,8 +298,8 @@ Played play(const Traffic& t, const PlayOptions& options) {
       if (options.folded) at = known.try_emplace(signature(t, c, b, m), at).first->second;
       if (at == beats[b].size()) {
         MessageClass one;
-        one.from = c.member[static_cast<std::size_t>(m.from)];
-        one.to = c.member[static_cast<std::size_t>(m.to)];
+        one.from = {{c.member[static_cast<std::size_t>(m.from)], 1}};
+        one.to = {{c.member[static_cast<std::size_t>(m.to)], 1}};
         one.latency = route.latency.count;
         one.bytes = m.bytes.count;
         one.weight = route.weight;
@@ -259,15 +307,22 @@ Played play(const Traffic& t, const PlayOptions& options) {
           one.reduce = to_ticks(Seconds{t.reduce_latency +
                                         static_cast<double>(m.bytes.count) * t.reduce_per_byte})
                            .count;
-        for (const std::int32_t l : route.links) {
-          const ResourceId r{static_cast<std::size_t>(c.link[static_cast<std::size_t>(l)])};
-          const auto same = std::find_if(one.demands.begin(), one.demands.end(),
-                                         [&](const Demand& d) { return d.resource == r; });
-          if (same != one.demands.end())
-            ++same->count;
-          else
-            one.demands.push_back({r});
-        }
+        for (const std::int32_t l : route.links) demand(one, l);
+        beats[b].push_back(std::move(one));
+      }
+      ++beats[b][at].count;
+    }
+    known.clear();
+    for (const TrafficMeeting& m : t.beats[b].meetings) {
+      std::size_t at = beats[b].size();
+      if (options.folded) at = known.try_emplace(signature(c, b, m), at).first->second;
+      if (at == beats[b].size()) {
+        MessageClass one;
+        one.from = ends(m.from);
+        one.to = ends(m.to);
+        one.latency = m.latency.count;
+        one.bytes = m.bytes.count;
+        for (const std::int32_t l : m.links) demand(one, l);
         beats[b].push_back(std::move(one));
       }
       ++beats[b][at].count;
@@ -276,15 +331,18 @@ Played play(const Traffic& t, const PlayOptions& options) {
     expected[b].assign(classes, 0);
     for (std::size_t k = 0; k < beats[b].size(); ++k) {
       MessageClass& m = beats[b][k];
-      m.sent = m.count / size[static_cast<std::size_t>(m.from)];
-      m.received = m.count / size[static_cast<std::size_t>(m.to)];
+      for (auto* side : {&m.from, &m.to}) {
+        for (MessageClass::End& e : *side) {
+          const auto at = static_cast<std::size_t>(e.members);
+          e.of_one = e.of_one * m.count / size[at];
+          expected[b][at] += e.of_one;
+          if (side == &m.from) outgoing[b][at].push_back(static_cast<std::int32_t>(k));
+        }
+      }
       for (Demand& d : m.demands) {
         d.count = d.count * m.count / links[d.resource.index()];
         PARTITA_ASSERT(d.count > 0, "messages of a class load some of its links only");
       }
-      outgoing[b][static_cast<std::size_t>(m.from)].push_back(static_cast<std::int32_t>(k));
-      expected[b][static_cast<std::size_t>(m.from)] += m.sent;
-      expected[b][static_cast<std::size_t>(m.to)] += m.received;
     }
   }
   std::vector<std::int64_t> first_step{0};  // by beat
@@ -306,6 +364,11 @@ Played play(const Traffic& t, const PlayOptions& options) {
   for (const auto& b : beats) {
     for (const MessageClass& m : b) message_of.push_back(&m);
   }
+  // Of a meeting: classes that send and have not yet come to its step. None comes to the next
+  // before all have: the meeting ends in between.
+  std::vector<std::int32_t> missing(message_of.size());
+  for (std::size_t k = 0; k < message_of.size(); ++k)
+    missing[k] = static_cast<std::int32_t>(message_of[k]->from.size());
 
   const auto enter = [&](std::size_t k, std::int64_t now) {
     for (; step[k] < steps; ++step[k]) {
@@ -313,6 +376,11 @@ Played play(const Traffic& t, const PlayOptions& options) {
       const std::size_t b = beat[k];
       for (const std::int32_t m : outgoing[b][k]) {
         const MessageClass& one = beats[b][static_cast<std::size_t>(m)];
+        if (one.from.size() > 1) {
+          auto& others = missing[static_cast<std::size_t>(first_message[b] + m)];
+          if (--others > 0) continue;
+          others = static_cast<std::int32_t>(one.from.size());
+        }
         ++result.messages;
         moves.begin(now, one.latency,
                     {&one.demands, one.weight, one.bytes, step[k] * kinds + first_message[b] + m});
@@ -323,27 +391,29 @@ Played play(const Traffic& t, const PlayOptions& options) {
     }
     end[k] = std::max(end[k], now);
   };
-  const auto count = [&](std::int32_t k, std::int64_t s, std::int64_t n, std::int64_t now) {
-    const auto at = static_cast<std::size_t>(k);
-    auto& d = done[at * static_cast<std::size_t>(steps) + static_cast<std::size_t>(s)];
-    d += static_cast<std::int32_t>(n);
-    if (step[at] != s || d < expected[beat[at]][at]) return;
-    ++step[at];
-    enter(at, now);
+  const auto count = [&](const std::vector<MessageClass::End>& ends_there, std::int64_t s,
+                         std::int64_t now) {
+    for (const MessageClass::End& e : ends_there) {
+      const auto at = static_cast<std::size_t>(e.members);
+      auto& d = done[at * static_cast<std::size_t>(steps) + static_cast<std::size_t>(s)];
+      d += static_cast<std::int32_t>(e.of_one);
+      if (step[at] != s || d < expected[beat[at]][at]) continue;
+      ++step[at];
+      enter(at, now);
+    }
   };
   for (std::size_t k = 0; k < classes; ++k) enter(k, 0);
   moves.run(
       [&](std::int64_t tag, std::int64_t now) {
         const MessageClass& m = *message_of[static_cast<std::size_t>(tag % kinds)];
-        count(m.from, tag / kinds, m.sent, now);
+        count(m.from, tag / kinds, now);
         if (m.reduce > 0)
           moves.remind(now + m.reduce, tag);
         else
-          count(m.to, tag / kinds, m.received, now);
+          count(m.to, tag / kinds, now);
       },
       [&](std::int64_t tag, std::int64_t now) {
-        const MessageClass& m = *message_of[static_cast<std::size_t>(tag % kinds)];
-        count(m.to, tag / kinds, m.received, now);
+        count(message_of[static_cast<std::size_t>(tag % kinds)]->to, tag / kinds, now);
       });
   for (std::size_t k = 0; k < classes; ++k) {
     PARTITA_ASSERT(step[k] == steps, fmt::format("class {} stands in step {}", k, step[k]));
@@ -358,43 +428,145 @@ Played play(const Traffic& t, const PlayOptions& options) {
         result.link_bytes[static_cast<std::size_t>(l)] +=
             static_cast<double>(m.bytes.count) * static_cast<double>(b.repeat);
     }
+    for (const TrafficMeeting& m : b.meetings) {
+      for (const std::int32_t l : m.links)
+        result.link_bytes[static_cast<std::size_t>(l)] +=
+            static_cast<double>(m.bytes.count) * static_cast<double>(b.repeat);
+    }
   }
   return result;
 }
 
-Traffic traffic_of(const Rhythm& rhythm, Bytes chunk, const std::vector<std::int64_t>& ranks,
-                   const Topology& topology) {
-  Traffic t;
-  t.members = static_cast<std::int32_t>(ranks.size());
-  std::unordered_map<std::int32_t, std::int32_t> links;   // the topology's -> ours
-  std::unordered_map<std::int64_t, std::int32_t> routes;  // by pair of members
-  const auto route = [&](std::int32_t from, std::int32_t to) {
-    const auto [it, fresh] = routes.try_emplace(std::int64_t{from} * t.members + to,
-                                                static_cast<std::int32_t>(t.routes.size()));
-    if (!fresh) return it->second;
-    NetworkRoute r;
-    for (const LinkId l :
-         topology.route(DeviceId{static_cast<std::size_t>(ranks[static_cast<std::size_t>(from)])},
-                        DeviceId{static_cast<std::size_t>(ranks[static_cast<std::size_t>(to)])})) {
-      const Link link = topology.link(l);
-      const auto [at, new_link] =
-          links.try_emplace(l.value, static_cast<std::int32_t>(t.capacity.size()));
-      if (new_link) t.capacity.push_back(link.bandwidth.count);
-      r.links.push_back(at->second);
-      r.latency += to_ticks(link.latency);
-    }
-    t.routes.push_back(std::move(r));
+NetworkTraffic lay(const Rhythm& rhythm, const EvenCut& cut, TrafficNetwork network) {
+  NetworkTraffic t;
+  t.members = rhythm.members;
+  std::unordered_map<std::int64_t, std::int32_t> routes;  // by pair of ends
+  const auto route = [&](const Message& m) {
+    const auto [it, fresh] =
+        routes.try_emplace(std::int64_t{m.from} * (t.members + rhythm.switches) + m.to,
+                           static_cast<std::int32_t>(t.routes.size()));
+    if (fresh) t.routes.push_back(network.route(m.from, m.to));
     return it->second;
   };
-  for (const Beat& b : rhythm.beats) {
+  if (!rhythm.beats.empty()) routes.reserve(2 * rhythm.beats[0].messages.size());
+  const auto add = [&](const std::vector<Message>& messages, std::int64_t repeat) {
     TrafficBeat beat;
-    beat.repeat = b.repeat;
-    beat.messages.reserve(b.messages.size());
-    for (const Message& m : b.messages)
-      beat.messages.push_back(
-          {m.from, m.to, route(m.from, m.to), Bytes{m.count * chunk.count}, m.reduces});
-    t.beats.push_back(std::move(beat));
+    beat.repeat = repeat;
+    beat.messages.reserve(messages.size());
+    bool switches = false;
+    for (const Message& m : messages) {
+      const Bytes bytes = cut.of(m);
+      if (bytes.count == 0) continue;
+      if (m.from < t.members && m.to < t.members)
+        beat.messages.push_back({m.from, m.to, route(m), bytes, m.reduces});
+      else
+        switches = true;
+    }
+    if (switches) {
+      for (const Meeting& meeting : meetings(messages, t.members)) {
+        TrafficMeeting one;
+        one.bytes = cut.of(meeting.in[0]);
+        if (one.bytes.count == 0) continue;
+        for (const auto* way : {&meeting.in, &meeting.out}) {
+          Ticks slowest{0};
+          for (const Message& m : *way) {
+            const NetworkRoute& r = t.routes[static_cast<std::size_t>(route(m))];
+            one.links.insert(one.links.end(), r.links.begin(), r.links.end());
+            slowest = std::max(slowest, r.latency);
+            (way == &meeting.in ? one.from : one.to).push_back(way == &meeting.in ? m.from : m.to);
+          }
+          one.latency += slowest;
+        }
+        beat.meetings.push_back(std::move(one));
+      }
+    }
+    if (!beat.messages.empty() || !beat.meetings.empty()) t.beats.push_back(std::move(beat));
+  };
+  for (const Beat& b : rhythm.beats) {
+    if (b.repeat == 1 || cut.equal()) {
+      add(b.messages, b.repeat);
+      continue;
+    }
+    std::vector<Message> moved(b.messages.size());
+    for (std::int32_t k = 0; k < b.repeat; ++k) {
+      for (std::size_t m = 0; m < moved.size(); ++m) moved[m] = b.at(b.messages[m], k);
+      add(moved, 1);
+    }
   }
+  t.capacity = std::move(network.capacity);
+  return t;
+}
+
+NetworkTraffic traffic_of(const Rhythm& rhythm, const EvenCut& cut,
+                          const std::vector<std::int64_t>& ranks, const Topology& topology) {
+  const std::int32_t n = rhythm.members;
+  PARTITA_ASSERT(static_cast<std::size_t>(n) == ranks.size(),
+                 fmt::format("{} ranks for {} members", ranks.size(), n));
+  TrafficNetwork network;
+  std::vector<LinkId> ids;
+  std::unordered_map<std::int32_t, std::int32_t> links;  // the topology's -> ours
+  const auto device = [&](std::int32_t member) {
+    return DeviceId{static_cast<std::size_t>(ranks[static_cast<std::size_t>(member)])};
+  };
+  const auto take = [&](NetworkRoute& r, LinkId l) {
+    const Link link = topology.link(l);
+    const auto [at, fresh] = links.try_emplace(l.value, static_cast<std::int32_t>(ids.size()));
+    if (fresh) ids.push_back(l), network.capacity.push_back(link.bandwidth.count);
+    r.links.push_back(at->second);
+    r.latency += to_ticks(link.latency);
+  };
+  // A unit's switch: where the way from its first member to its second first meets an NVSwitch.
+  const auto switch_of = [&](std::int32_t s) {
+    const std::int32_t unit = n / rhythm.switches, first = s * unit;
+    for (const LinkId l : topology.route(device(first), device(first + 1))) {
+      const std::int32_t v = topology.link(l).to;
+      if (topology.vertex_kind(v) == VertexKind::nvswitch) return v;
+    }
+    throw InputError("algorithm", fmt::format("nvls needs an NVSwitch between {} and {}, there is "
+                                              "none; use another algorithm",
+                                              topology.device_name(device(first)),
+                                              topology.device_name(device(first + 1))));
+  };
+  std::vector<std::int32_t> switches;
+  for (std::int32_t s = 0; s < rhythm.switches; ++s) switches.push_back(switch_of(s));
+  const auto to_switch = [&](std::int32_t member, std::int32_t s, bool up) {
+    constexpr int kHopper = 90;
+    const DeviceId d = device(member);
+    if (topology.device(d).compute_capability < kHopper) {
+      throw InputError("algorithm",
+                       fmt::format("nvls needs switches that add, which came with compute "
+                                   "capability 90; {} is {} of {}: use another algorithm",
+                                   topology.device_name(d), topology.device(d).name,
+                                   topology.device(d).compute_capability));
+    }
+    // The part of the way to or from another member of the unit that lies on this side of it.
+    const std::int32_t at = switches[static_cast<std::size_t>(s)], unit = n / rhythm.switches;
+    const DeviceId peer = device(member == s * unit ? member + 1 : s * unit);
+    NetworkRoute r;
+    bool here = up, met = false;
+    for (const LinkId l : up ? topology.route(d, peer) : topology.route(peer, d)) {
+      if (here) take(r, l);
+      if (topology.link(l).to == at) here = !up, met = true;
+      if (met && up) return r;
+    }
+    if (met) return r;
+    throw InputError(
+        "algorithm",
+        fmt::format("nvls needs {} between {} and {}, which do not meet there; give "
+                    "levels whose units share a switch, or use another algorithm",
+                    topology.vertex_name(at), topology.device_name(d), topology.device_name(peer)));
+  };
+  network.route = [&](std::int32_t from, std::int32_t to) {
+    if (to >= n) return to_switch(from, to - n, true);
+    if (from >= n) return to_switch(to, from - n, false);
+    NetworkRoute r;
+    for (const LinkId l : topology.route(device(from), device(to))) take(r, l);
+    return r;
+  };
+  // Routes are asked for while the traffic is laid; links are known afterwards.
+  NetworkTraffic t = lay(rhythm, cut, {{}, network.route});
+  t.capacity = std::move(network.capacity);
+  t.link_ids = std::move(ids);
   return t;
 }
 

@@ -354,6 +354,8 @@ class Engine {
     for (std::int64_t r = 0; r < p_.ranks(); ++r)
       at_work += t.node_of(DeviceId{static_cast<std::size_t>(r)}) == 0 ? 1 : 0;
     communication_.set_at_work(at_work);
+    if (communication_.adjustment().spread > 0)
+      slowest_ = 1 + communication_.adjustment().spread * expected_maximum(p_.ranks());
     // Whose turn it is depends on every rank of a host.
     if (options_.unfolded || share_cores()) {
       for (std::int64_t r = 0; r < p_.ranks(); ++r) {
@@ -408,8 +410,12 @@ class Engine {
         if (f > end) end = f, timeline_.last_class = static_cast<int>(c);
       }
     }
-    timeline_.step = Ticks{end};
-    for (std::size_t c = 0; c < n; ++c) finish_breakdown(static_cast<int>(c), end);
+    const std::int64_t beside = to_ticks(communication_.adjustment().step).count;
+    timeline_.step = Ticks{end + beside};
+    for (std::size_t c = 0; c < n; ++c) {
+      finish_breakdown(static_cast<int>(c), end);
+      timeline_.breakdown[c].other += Ticks{beside};
+    }
     return std::move(timeline_);
   }
 
@@ -524,6 +530,20 @@ class Engine {
     return crowded;
   }
 
+  /// What measured steps say of a transfer among these ranks.
+  double transfer_factor(const std::vector<std::int64_t>& ranks) const {
+    const Adjustment& a = communication_.adjustment();
+    if (a.inside_time == a.between_time) return a.inside_time;
+    const Topology& t = communication_.topology();
+    const auto domain = [&](std::int64_t r) {
+      return t.domain_of(t.node_of(DeviceId{static_cast<std::size_t>(r)}));
+    };
+    for (const std::int64_t r : ranks) {
+      if (domain(r) != domain(ranks[0])) return a.between_time;
+    }
+    return a.inside_time;
+  }
+
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
   Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
     if (from_storage(p_, i) && device.kernels.empty())
@@ -539,7 +559,14 @@ class Engine {
     // A processor that is its own host copies in its own memory.
     if (on_host(p_, i) && device.compute_capability > 0)
       return communication_.host_time(p_, i, rank);
-    return kernel_time(work_of(p_, i, rank), device, communication_.shapes(rank)) + device.dispatch;
+    const Work w = work_of(p_, i, rank);
+    const Adjustment& a = communication_.adjustment();
+    const double factor = w.matrix ? a.product_time
+                          : i.kind == Kind::compute && i.kernel == Kernel::optimizer
+                              ? a.optimizer_time
+                              : a.memory_time;
+    return factor * slowest_ * kernel_time(w, device, communication_.shapes(rank)) +
+           device.dispatch;
   }
 
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
@@ -573,7 +600,7 @@ class Engine {
     }
     if (l.graphs && time.count > 0) time = captured ? Seconds{0} : l.kernel;
     captured = captured || time.count > 0;
-    s.launch = ceil_div(to_ticks(time).count, i.every);
+    s.launch = ceil_div(to_ticks(communication_.adjustment().launch_time * time).count, i.every);
   }
 
   void compile(int c) {
@@ -654,7 +681,9 @@ class Engine {
               }
             }
             s.meets = seen.size() > 1;
-            s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count +
+            s.ticks = to_ticks(transfer_factor(group) *
+                               communication_.collective(i.collective, bytes, group))
+                          .count +
                       (group.size() > 1 ? to_ticks(device.dispatch).count : 0);
             if (keys.count > 0) {
               // Counts of 8 bytes for each member and keys go ahead of the values.
@@ -678,7 +707,7 @@ class Engine {
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
             const Seconds whole = communication_.point_to_point(
                 local_bytes(p_, buffer, rank), sends ? rank : peer, sends ? peer : rank);
-            s.ticks = to_ticks(whole).count;
+            s.ticks = to_ticks(transfer_factor({rank, peer}) * whole).count;
             // On one stream each side is held for its part; without a figure for that, for what
             // does not hide behind work.
             if (!device.concurrent_streams) {
@@ -1507,6 +1536,7 @@ class Engine {
   Communication& communication_;
   const SimulateOptions& options_;
   Timeline timeline_;
+  double slowest_ = 1;  ///< time of the slowest rank over the mean
   RankClasses classes_;
   SharedLinks links_;
   std::vector<std::vector<Loss>> losses_;  ///< by class, if recorded

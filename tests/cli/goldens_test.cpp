@@ -61,7 +61,8 @@ TEST(Goldens, TheNumberOfThreadsChangesNothing) {
 }
 
 TEST(Goldens, HelpAndVersionGoToStdout) {
-  for (const char* arguments : {"--help", "--version", "simulate --help", "plan --help"}) {
+  for (const char* arguments :
+       {"--help", "--version", "simulate --help", "plan --help", "collective --help"}) {
     const Ran r = run(arguments);
     EXPECT_EQ(r.code, 0) << arguments;
     EXPECT_EQ(r.err, "") << arguments;

@@ -128,6 +128,35 @@ TEST(Json, TopologyHasItsKeys) {
     expect_whole(j.at("device_profiles").at(0), key);
 }
 
+TEST(Json, CollectiveHasItsKeys) {
+  const Json j = parsed(run("collective all-reduce dgx-a100-80gb --size 1MiB --json"));
+  EXPECT_EQ(j.at("schema"), "partita.collective/1");
+  EXPECT_EQ(j.at("collective"), "all_reduce");
+  EXPECT_EQ(j.at("ranks").size(), 8u);
+  EXPECT_EQ(j.at("payload_bytes"), 1 << 20);
+  EXPECT_EQ(j.at("levels").size(), 1u);
+  EXPECT_EQ(j.at("algorithms").size(), 5u);
+  for (const Json& a : j.at("algorithms")) {
+    for (const char* key : {"steps", "sent_bytes"}) expect_whole(a, key);
+    for (const char* key : {"time_s", "bus_bandwidth_bytes_per_s", "busy"}) expect_number(a, key);
+    EXPECT_TRUE(a.at("algorithm").is_string());
+    EXPECT_TRUE(a.at("busiest_link").is_string());
+    const Json& form = a.at("closed_form_s");
+    ASSERT_EQ(form.size(), 2u);
+    EXPECT_LE(form[0].get<double>(), a.at("time_s").get<double>());
+    if (!form[1].is_null()) {
+      EXPECT_GE(form[1].get<double>(), a.at("time_s").get<double>());
+    }
+  }
+  EXPECT_EQ(j.at("left_out").size(), 2u);  // no switch that adds
+  // One rank has nothing to do.
+  const Json alone = parsed(run("collective all-reduce dgx-h100:1 --ranks 3 --json"));
+  for (const Json& a : alone.at("algorithms")) {
+    EXPECT_EQ(a.at("time_s"), 0);
+    EXPECT_EQ(a.at("busiest_link"), nullptr);
+  }
+}
+
 /// Plans that use every flag of a size or policy, on small networks.
 const std::vector<std::string> kPlans{
     "gpt2 dgx-h100:1",

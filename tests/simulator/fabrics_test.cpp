@@ -178,12 +178,12 @@ TEST(Fabrics, TwoFlowsOfOneHashShareASpine) {
         "{kind: fat tree, nodes_per_leaf: 2, spines: 2, uplink_latency: 1 us" + routing + "}");
   };
   const auto ends = [&](const Topology& t) {
-    Traffic traffic;
-    traffic.members = 4;
     Rhythm shift;
+    shift.members = 4;
     shift.beats.emplace_back();
     shift.beats[0].messages = {{0, 2, 0, 1, false}, {1, 3, 0, 1, false}};
-    return play(traffic_of(shift, Bytes{100'000'000}, {0, 1, 2, 3}, t)).end.count;
+    const EvenCut cut(CollectiveKind::shift, shift, Bytes{100'000'000});
+    return play(traffic_of(shift, cut, {0, 1, 2, 3}, t)).end.count;
   };
   // 0.25 + 1 + 1 + 1 + 1 + 0.25 us of latency; 100 MB at 10 GB/s, or at 5.
   EXPECT_EQ(ends(tree("")), 4'500'000 + 10'000'000'000);
@@ -215,6 +215,7 @@ TEST(Fabrics, SprayingIsNeverSlowerThanHashingSymmetricTraffic) {
     const Topology ecmp = spray.with_routing({true, rng()}, "");
     const std::int32_t n = nodes * devices;
     Rhythm rhythm;
+    rhythm.members = n;
     rhythm.beats.emplace_back();
     const bool all = rng() % 2 == 0;
     // By whole leaves, so that every message climbs, or everyone to everyone.
@@ -228,7 +229,8 @@ TEST(Fabrics, SprayingIsNeverSlowerThanHashingSymmetricTraffic) {
     std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
     std::iota(ranks.begin(), ranks.end(), 0);
     const auto end = [&](const Topology& t) {
-      const Traffic traffic = traffic_of(rhythm, Bytes{10'000'000}, ranks, t);
+      const EvenCut cut(CollectiveKind::shift, rhythm, Bytes{10'000'000});
+      const NetworkTraffic traffic = traffic_of(rhythm, cut, ranks, t);
       const Played folded = play(traffic, {true}), unfolded = play(traffic, {false});
       EXPECT_EQ(folded.end, unfolded.end);
       return folded.end;

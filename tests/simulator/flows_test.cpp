@@ -8,6 +8,7 @@
 #include <random>
 
 #include "base/error.h"
+#include "tests/simulator/random_collective.h"
 #include "tests/simulator/traffic.h"
 
 namespace partita {
@@ -39,8 +40,9 @@ TEST(Flows, AFailedLinkIsSaid) {
 TEST(Flows, ARingTakesItsClosedForm) {
   for (const std::int32_t n : {2, 3, 8, 31}) {
     const Bytes chunk{1'000'001};
-    const Traffic t = on_ring(rhythm(CollectiveKind::all_reduce, Algorithm::ring, n), n, chunk,
-                              25e9, Ticks{700'000});
+    const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::ring, n);
+    const NetworkTraffic t =
+        on_ring(r, EvenCut(CollectiveKind::all_reduce, r, n * chunk), 25e9, Ticks{700'000});
     const std::int64_t step = 700'000 + to_ticks(chunk / BytesPerSecond{25e9}).count;
     for (const bool folded : {false, true}) {
       const Played p = play(t, {folded});
@@ -55,9 +57,9 @@ TEST(Flows, HalvingSharesTheRingsLinks) {
   // Distance 4, then 2, then 1 of 8 members on a ring: 4, 2, 1 messages on each link of each
   // direction that they cross; half, a quarter, an eighth of the payload. By hand: to distance 4
   // all go clockwise and each link has 4; to 2 and 1 half go each way.
-  const Bytes chunk{1'000'000};
-  const Traffic t =
-      on_ring(rhythm(CollectiveKind::all_reduce, Algorithm::halving, 8), 8, chunk, 1e9, Ticks{0});
+  const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::halving, 8);
+  const NetworkTraffic t =
+      on_ring(r, EvenCut(CollectiveKind::all_reduce, r, Bytes{8'000'000}), 1e9, Ticks{0});
   // Distance 4: 4 MB each, 4 share a link: 16 ms. Distance 2: 2 MB, 2 share: 4 ms. Distance 1: 1
   // ms.
   EXPECT_EQ(play(t, {false}).end.count, 2 * (16 + 4 + 1) * 1'000'000'000ll);
@@ -74,7 +76,8 @@ TEST(Flows, RingsTakeAstraSimsTime) {
   for (const auto& [n, theirs] : rows) {
     SCOPED_TRACE(n);
     const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::ring, n);
-    Traffic t = on_ring(r, n, Bytes{(1 << 28) / n}, 50 * kGiBps, Ticks{500'000});
+    NetworkTraffic t = on_ring(r, EvenCut(CollectiveKind::all_reduce, r, Bytes{1 << 28}),
+                               50 * kGiBps, Ticks{500'000});
     const double links = 4e-9 * static_cast<double>(play(t).end.count);
     // A reducing receiver reads two operands and writes one: 10 ns + bytes / (1600 GB/s), thrice.
     t.reduce_latency = 30e-9;
@@ -92,7 +95,8 @@ TEST(Flows, HalvingOnASwitchTakesAstraSimsTime) {
   for (const auto& [n, theirs] : rows) {
     SCOPED_TRACE(n);
     const Rhythm r = rhythm(CollectiveKind::all_reduce, Algorithm::halving, n);
-    Traffic t = on_switches(r, {n}, {50 * kGiBps}, Bytes{(1 << 28) / n}, Ticks{500'000});
+    NetworkTraffic t = on_switches(r, EvenCut(CollectiveKind::all_reduce, r, Bytes{1 << 28}), {n},
+                                   {50 * kGiBps}, {Ticks{500'000}});
     EXPECT_NEAR(4e-9 * static_cast<double>(play(t).end.count), theirs, 0.025 * theirs);
     // Half the memory passes of a ring make up the difference.
     t.reduce_per_byte = 1.5 / 1600e9;
@@ -100,22 +104,10 @@ TEST(Flows, HalvingOnASwitchTakesAstraSimsTime) {
   }
 }
 
-Traffic random_traffic(std::mt19937_64& rng, bool symmetric) {
+NetworkTraffic random_traffic(std::mt19937_64& rng, bool symmetric) {
   const auto pick = [&](int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(rng); };
-  const char* names[] = {"dgx-h100:2", "dgx-a100-80gb:3", "a100-pcie-8:2", "dgx1-v100:2",
-                         "gb200-nvl72:6"};
-  const Topology topology = load_topology(names[pick(0, 4)]);
-  std::vector<std::int64_t> ranks(topology.device_count());
-  std::iota(ranks.begin(), ranks.end(), 0);
-  if (!symmetric) std::shuffle(ranks.begin(), ranks.end(), rng);
-  ranks.resize(static_cast<std::size_t>(symmetric ? pick(1, 2) * static_cast<int>(ranks.size()) / 2
-                                                  : pick(2, static_cast<int>(ranks.size()))));
-  const auto n = static_cast<std::int32_t>(ranks.size());
-  const AlgorithmRow row =
-      kAlgorithms[static_cast<std::size_t>(pick(0, static_cast<int>(kAlgorithms.size()) - 1))];
-  Traffic t =
-      traffic_of(rhythm(row.kind, row.algorithm, n), Bytes{pick(1, 3'000'000)}, ranks, topology);
-  if (pick(0, 2) == 0) {
+  NetworkTraffic t = random_collective(rng, symmetric).traffic();
+  if (pick(0, 2) == 0 && !t.capacity.empty()) {
     // A few slow links.
     for (int k = pick(1, 3); k > 0; --k) t.capacity[rng() % t.capacity.size()] *= 0.25 * pick(1, 3);
   }
@@ -128,7 +120,7 @@ TEST(Flows, FoldedIsUnfoldedToThePicosecond) {
   int folds = 0;
   for (int k = 0; k < 300; ++k) {
     SCOPED_TRACE(k);
-    const Traffic t = random_traffic(rng, k % 3 != 0);
+    const NetworkTraffic t = random_traffic(rng, k % 3 != 0);
     const Played one = play(t, {true}), all = play(t, {false});
     EXPECT_EQ(one.end, all.end);
     EXPECT_EQ(one.member_end, all.member_end);
@@ -141,7 +133,7 @@ TEST(Flows, NoCutIsBeatenAndNothingIdlesLonger) {
   std::mt19937_64 rng{12};
   for (int k = 0; k < 200; ++k) {
     SCOPED_TRACE(k);
-    const Traffic t = random_traffic(rng, k % 2 == 0);
+    const NetworkTraffic t = random_traffic(rng, k % 2 == 0);
     const Played p = play(t);
     for (std::size_t l = 0; l < t.capacity.size(); ++l)
       EXPECT_GE(static_cast<double>(p.end.count) * 1e-12 * (1 + 1e-9),
@@ -158,6 +150,13 @@ TEST(Flows, NoCutIsBeatenAndNothingIdlesLonger) {
                   (static_cast<double>(r.latency.count + 2) * 1e-12 + t.reduce_latency +
                    static_cast<double>(m.bytes.count) * (1 / slowest + t.reduce_per_byte));
       }
+      for (const TrafficMeeting& m : b.meetings) {
+        double slowest = Sharing::kUnbound;
+        for (const std::int32_t l : m.links)
+          slowest = std::min(slowest, t.capacity[static_cast<std::size_t>(l)]);
+        serial += static_cast<double>(m.latency.count + 2) * 1e-12 +
+                  static_cast<double>(m.bytes.count) / slowest;
+      }
     }
     EXPECT_LE(static_cast<double>(p.end.count) * 1e-12, serial * (1 + 1e-9));
   }
@@ -167,13 +166,13 @@ TEST(Flows, RenamingMembersAndLinksChangesNothing) {
   std::mt19937_64 rng{13};
   for (int k = 0; k < 100; ++k) {
     SCOPED_TRACE(k);
-    const Traffic t = random_traffic(rng, k % 2 == 0);
+    const NetworkTraffic t = random_traffic(rng, k % 2 == 0);
     std::vector<std::int32_t> m(static_cast<std::size_t>(t.members)), l(t.capacity.size());
     std::iota(m.begin(), m.end(), 0);
     std::iota(l.begin(), l.end(), 0);
     std::shuffle(m.begin(), m.end(), rng);
     std::shuffle(l.begin(), l.end(), rng);
-    Traffic other = t;
+    NetworkTraffic other = t;
     for (std::size_t i = 0; i < l.size(); ++i)
       other.capacity[static_cast<std::size_t>(l[i])] = t.capacity[i];
     for (NetworkRoute& r : other.routes) {
@@ -185,6 +184,15 @@ TEST(Flows, RenamingMembersAndLinksChangesNothing) {
         x.to = m[static_cast<std::size_t>(x.to)];
       }
       std::shuffle(b.messages.begin(), b.messages.end(), rng);
+      for (TrafficMeeting& x : b.meetings) {
+        for (auto* ends : {&x.from, &x.to}) {
+          for (std::int32_t& r : *ends) r = m[static_cast<std::size_t>(r)];
+          std::shuffle(ends->begin(), ends->end(), rng);
+        }
+        for (std::int32_t& x_link : x.links) x_link = l[static_cast<std::size_t>(x_link)];
+        std::shuffle(x.links.begin(), x.links.end(), rng);
+      }
+      std::shuffle(b.meetings.begin(), b.meetings.end(), rng);
     }
     for (const bool folded : {true, false}) {
       const Played a = play(t, {folded}), b = play(other, {folded});

@@ -11,61 +11,46 @@ namespace partita {
 
 /// n members on a ring of links, one each way between neighbours; messages go the shorter way
 /// round.
-inline Traffic on_ring(const Rhythm& rhythm, std::int32_t n, Bytes chunk, double rate,
-                       Ticks latency) {
-  Traffic t;
-  t.members = n;
-  t.capacity.assign(static_cast<std::size_t>(2 * n), rate);  // clockwise, then back
-  for (const Beat& b : rhythm.beats) {
-    TrafficBeat beat;
-    beat.repeat = b.repeat;
-    for (const Message& m : b.messages) {
-      NetworkRoute r;
-      const std::int32_t there = (m.to - m.from + n) % n;
-      for (std::int32_t h = 0; h < std::min(there, n - there); ++h) {
-        r.links.push_back(there <= n - there ? (m.from + h) % n : n + (m.from - h - 1 + n) % n);
-        r.latency += latency;
-      }
-      beat.messages.push_back({m.from, m.to, static_cast<std::int32_t>(t.routes.size()),
-                               Bytes{m.count * chunk.count}, m.reduces});
-      t.routes.push_back(std::move(r));
+inline NetworkTraffic on_ring(const Rhythm& rhythm, const EvenCut& cut, double rate,
+                              Ticks latency) {
+  const std::int32_t n = rhythm.members;
+  TrafficNetwork network;
+  network.capacity.assign(static_cast<std::size_t>(2 * n), rate);  // clockwise, then back
+  network.route = [=](std::int32_t from, std::int32_t to) {
+    NetworkRoute r;
+    const std::int32_t there = (to - from + n) % n;
+    for (std::int32_t h = 0; h < std::min(there, n - there); ++h) {
+      r.links.push_back(there <= n - there ? (from + h) % n : n + (from - h - 1 + n) % n);
+      r.latency += latency;
     }
-    t.beats.push_back(std::move(beat));
-  }
-  return t;
+    return r;
+  };
+  return lay(rhythm, cut, std::move(network));
 }
 
 /// Members in units of levels[0], those in units of levels[1], ...: each member has a link to and
 /// one from a switch of each level, of rate[level]; a message uses the first level whose unit holds
-/// both ends. Two hops of `hop`.
-inline Traffic on_switches(const Rhythm& rhythm, const std::vector<std::int32_t>& levels,
-                           const std::vector<double>& rate, Bytes chunk, Ticks hop) {
-  Traffic t;
-  t.members = 1;
-  for (const std::int32_t l : levels) t.members *= l;
+/// both ends. Two hops of hop[level] each, in-switch sums one each way.
+inline NetworkTraffic on_switches(const Rhythm& rhythm, const EvenCut& cut,
+                                  const std::vector<std::int32_t>& levels,
+                                  const std::vector<double>& rate, const std::vector<Ticks>& hop) {
+  const std::int32_t n = rhythm.members;
+  TrafficNetwork network;
   for (const double r : rate)
-    t.capacity.insert(t.capacity.end(), static_cast<std::size_t>(2 * t.members), r);
-  for (const Beat& b : rhythm.beats) {
-    TrafficBeat beat;
-    beat.repeat = b.repeat;
-    beat.messages.reserve(b.messages.size());
-    for (const Message& m : b.messages) {
-      std::int32_t level = 0, unit = levels[0];
-      while (m.from / unit != m.to / unit) unit *= levels[static_cast<std::size_t>(++level)];
-      NetworkRoute r;
-      r.latency = Ticks{2 * hop.count};
-      r.links = {2 * t.members * level + m.from, t.members * (2 * level + 1) + m.to};
-      beat.messages.push_back({m.from, m.to, static_cast<std::int32_t>(t.routes.size()),
-                               Bytes{m.count * chunk.count}, m.reduces});
-      t.routes.push_back(std::move(r));
-    }
-    t.beats.push_back(std::move(beat));
-  }
-  return t;
+    network.capacity.insert(network.capacity.end(), static_cast<std::size_t>(2 * n), r);
+  network.route = [&](std::int32_t from, std::int32_t to) {
+    if (to >= n) return NetworkRoute{{from}, hop[0]};
+    if (from >= n) return NetworkRoute{{n + to}, hop[0]};
+    std::size_t level = 0;
+    for (std::int32_t unit = levels[0]; from / unit != to / unit;) unit *= levels[++level];
+    const auto at = static_cast<std::int32_t>(level);
+    return NetworkRoute{{2 * n * at + from, n * (2 * at + 1) + to}, Ticks{2 * hop[level].count}};
+  };
+  return lay(rhythm, cut, std::move(network));
 }
 
 /// Halves every hundredth link, spread evenly by a multiplier.
-inline void slow_some(Traffic& t, std::size_t one_in = 100) {
+inline void slow_some(NetworkTraffic& t, std::size_t one_in = 100) {
   for (std::size_t k = 0; k < t.capacity.size() / one_in; ++k)
     t.capacity[k * 2'654'435'761u % t.capacity.size()] *= 0.5;
 }

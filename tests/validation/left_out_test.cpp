@@ -93,7 +93,7 @@ TEST(LeftOut, TheCataloguesPointsArePredictedFromEachOther) {
                  "Calculon's steps", "one rate");
       for (const LeftOutFigures& f : left_out(d, rule)) {
         fmt::print("  {:<24}{:>6}", f.kernel, f.points);
-        for (const ErrorFigures& e : {f.price, f.model, f.steps, f.one_rate})
+        for (const ShapeErrors& e : {f.price, f.model, f.steps, f.one_rate})
           fmt::print("  {:>5.1f} {:>5.1f} {:>5.1f}", 100 * e.median, 100 * e.mean, 100 * e.p95);
         fmt::print("\n");
         for (const Bound& b : kBounds) {

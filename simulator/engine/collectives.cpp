@@ -1,0 +1,163 @@
+#include "simulator/engine/collectives.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+#include "simulator/engine/flows.h"
+
+namespace partita {
+namespace {
+
+/// What an expansion may have before it is played: some seconds and 500 MB.
+constexpr std::int64_t kMostMessages = 4'000'000;
+/// Of all members together, 4 bytes each where no two are alike.
+constexpr std::int64_t kMostSteps = 1'000'000'000;
+
+/// Messages that are written out, at most: before a rhythm of n² of them is.
+std::int64_t message_bound(const AlgorithmRow& row, std::int64_t n,
+                           const std::vector<std::int32_t>& levels) {
+  if (row.kind == CollectiveKind::all_to_all || row.kind == CollectiveKind::halo_exchange) {
+    if (row.algorithm != Algorithm::hierarchical) return n * (n - 1);
+    std::int64_t others = 0;
+    for (const std::int32_t l : levels) others += l - 1;
+    return n * others;
+  }
+  const bool in_switch = row.algorithm == Algorithm::nvls || row.algorithm == Algorithm::nvls_tree;
+  return in_switch ? 2 * n * (levels[0] + 1) : n;
+}
+
+void refuse_many(std::int64_t messages) {
+  if (messages <= kMostMessages) return;
+  throw InputError("algorithm", fmt::format("it has {} messages, more than the {} that are played; "
+                                            "use fewer ranks, or a size that they divide",
+                                            grouped(messages), grouped(kMostMessages)));
+}
+
+CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
+                        const std::vector<std::int64_t>& ranks, const Topology& topology,
+                        const CollectiveTimes& all) {
+  const auto n = static_cast<std::int32_t>(ranks.size());
+  refuse_many(message_bound(row, n, all.levels));
+  const Rhythm r =
+      rhythm(row.kind, row.algorithm, n, levelled(row.algorithm) ? all.levels : std::vector{n});
+  const EvenCut cut(row.kind, r, payload);
+  CollectiveTime t;
+  t.algorithm = row.algorithm;
+  t.steps = r.steps();
+  if (t.steps > kMostSteps / n) {
+    throw InputError("algorithm", fmt::format("{} ranks pass through {} steps, too many to play; "
+                                              "use fewer ranks or another algorithm",
+                                              grouped(n), grouped(t.steps)));
+  }
+  std::int64_t messages = 0;
+  for (const Beat& b : r.beats)
+    messages += static_cast<std::int64_t>(b.messages.size()) * (cut.equal() ? 1 : b.repeat);
+  refuse_many(messages);
+  std::vector<std::int64_t> sent(ranks.size(), 0);
+  for (const Beat& b : r.beats) {
+    for (const Message& m : b.messages) {
+      if (m.from >= n) continue;
+      auto& bytes = sent[static_cast<std::size_t>(m.from)];
+      if (cut.equal()) {
+        bytes += b.repeat * cut.of(m).count;
+      } else {
+        for (std::int32_t k = 0; k < b.repeat; ++k) bytes += cut.of(b.at(m, k)).count;
+      }
+    }
+  }
+  t.sent = Bytes{*std::max_element(sent.begin(), sent.end())};
+  const NetworkTraffic traffic = traffic_of(r, cut, ranks, topology);
+  const Played p = play(traffic);
+  t.form = closed_form(row.kind, row.algorithm, payload, all.ports);
+  t.time = p.end;
+  if (p.end.count == 0) return t;
+  const Seconds time = to_seconds(p.end);
+  t.bus_bandwidth = BytesPerSecond{bus_factor(row.kind, n) * (payload / time).count};
+  for (std::size_t l = 0; l < p.link_bytes.size(); ++l) {
+    const double busy = p.link_bytes[l] / traffic.capacity[l] / time.count;
+    if (busy > t.busy) t.busy = busy, t.busiest = traffic.link_ids[l];
+  }
+  return t;
+}
+
+}  // namespace
+
+std::vector<std::int32_t> levels_of(const std::vector<std::int64_t>& ranks,
+                                    const Topology& topology) {
+  const auto n = static_cast<std::int32_t>(ranks.size());
+  std::vector<std::int32_t> sizes;
+  std::size_t last = topology.node_count();
+  for (const std::int64_t r : ranks) {
+    const std::size_t domain =
+        topology.domain_of(topology.node_of(DeviceId{static_cast<std::size_t>(r)}));
+    if (sizes.empty() || domain != last) sizes.push_back(0);
+    last = domain;
+    ++sizes.back();
+  }
+  const bool equal =
+      std::all_of(sizes.begin(), sizes.end(), [&](std::int32_t size) { return size == sizes[0]; });
+  if (!equal || sizes.size() == 1) return {n};
+  return {sizes[0], static_cast<std::int32_t>(sizes.size())};
+}
+
+double bus_factor(CollectiveKind kind, std::int64_t ranks) {
+  if (ranks <= 1) return 0;
+  const auto n = static_cast<double>(ranks);
+  switch (kind) {
+    case CollectiveKind::all_reduce:
+      return 2 * (n - 1) / n;
+    case CollectiveKind::all_gather:
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::all_to_all:
+    case CollectiveKind::halo_exchange:
+    case CollectiveKind::scatter:
+    case CollectiveKind::gather:
+      return (n - 1) / n;
+    case CollectiveKind::shift:
+    case CollectiveKind::broadcast:
+    case CollectiveKind::reduce:
+      return 1;
+  }
+  return 1;
+}
+
+CollectiveTimes time_collective(CollectiveKind kind, Bytes payload,
+                                const std::vector<std::int64_t>& ranks, const Topology& topology,
+                                std::optional<Algorithm> algorithm,
+                                std::vector<std::int32_t> levels) {
+  CollectiveTimes all;
+  all.levels = levels.empty() ? levels_of(ranks, topology) : std::move(levels);
+  std::size_t below = 1;
+  for (const std::int32_t l : all.levels) {
+    PortLevel port{l, Ticks{0}, BytesPerSecond{std::numeric_limits<double>::infinity()}};
+    if (l > 1) {
+      for (const LinkId id : topology.route(DeviceId{static_cast<std::size_t>(ranks[0])},
+                                            DeviceId{static_cast<std::size_t>(ranks[below])})) {
+        const Link link = topology.link(id);
+        port.latency += to_ticks(link.latency);
+        port.rate = std::min(port.rate, link.bandwidth);
+      }
+    }
+    all.ports.push_back(port);
+    below *= static_cast<std::size_t>(l);
+  }
+  PARTITA_ASSERT(below == ranks.size(), fmt::format("levels of {}", below));
+  for (const AlgorithmRow& row : kAlgorithms) {
+    if (row.kind != kind || (algorithm && row.algorithm != *algorithm)) continue;
+    try {
+      all.algorithms.push_back(time_row(row, payload, ranks, topology, all));
+    } catch (const InputError& e) {
+      if (algorithm) throw;
+      CollectiveTime& none = all.algorithms.emplace_back();
+      none.algorithm = row.algorithm;
+      none.why_not = e.message();
+    }
+  }
+  return all;
+}
+
+}  // namespace partita
