@@ -91,8 +91,10 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
     if (!in_plan_file(f, "framework")) {
       // The profile's defaults, but what the file says stays.
       const Bytes bucket = p.bucket;
+      const Launches launches = p.launches;
       set_framework(p, default_framework, "");
       if (in_plan_file(f, "bucket")) p.bucket = bucket;
+      if (in_plan_file(f, "launch")) p.launches = launches;
     }
   }
   if (!f.framework.empty()) set_framework(p, f.framework, "--framework");

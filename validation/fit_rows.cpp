@@ -33,7 +33,8 @@ FittedEntry::Error error_of(const std::vector<double>& predicted,
 std::string group_name(const Figure& f, HeldOut by) {
   switch (by) {
     case HeldOut::model:
-      return f.model;
+      return f.model + " " + (*f.configuration)["num_layers"] + " " +
+             (*f.configuration)["hidden_size"];
     case HeldOut::cluster:
       return f.key.cluster + " " + (*f.configuration)["num_gpus"];
     case HeldOut::hidden_size:

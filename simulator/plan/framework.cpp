@@ -61,6 +61,16 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   plan.get("bucket");
   setting(plan, "bucket", [&](const YamlNode& n) { f.bucket = n.as_bytes(); });
   boolean(plan, "overlap_gradients", f.overlap_gradients);
+  if (const auto launch = plan.find("launch")) {
+    const auto time = [&](const char* key, Seconds& to) {
+      setting(*launch, key, [&](const YamlNode& n) { to = n.as_seconds(); });
+    };
+    time("kernel", f.launches.kernel);
+    time("transfer", f.launches.transfer);
+    boolean(*launch, "graphs", f.launches.graphs);
+    boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
+    launch->reject_unknown_keys();
+  }
   plan.reject_unknown_keys();
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "simulator/program/program.h"
 
 namespace partita {
 
@@ -23,6 +24,7 @@ struct FrameworkProfile {
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
+  Launches launches;  ///< of a host that launches beside its device; zero: it is its device
 
   // Where a table does not say.
   std::string precision = "bf16";
