@@ -8,8 +8,12 @@
 #include <vector>
 
 #include "base/units.h"
+#include "simulator/program/program.h"
 
 namespace partita {
+
+/// When a stage's compute stream waits until what it sends to the next has left.
+enum class SendWait : std::uint8_t { never, not_interleaved, always };
 
 /// A framework file (schema partita.framework/1). Every setting has an entry in `sources` under its
 /// YAML key: a document, a line of code, or "assumed".
@@ -23,6 +27,9 @@ struct FrameworkProfile {
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
+  FrameworkKernels kernels;
+  SendWait send_wait = SendWait::never;
+  bool scatter_messages = false;  ///< between stages, over tp
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -31,6 +38,7 @@ struct FrameworkProfile {
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
   std::string recompute = "none";
+  std::string selective = "selective";  ///< what it recomputes where told "selective" alone
   std::string model;            ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network
 

@@ -660,6 +660,9 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
       f.fp32_gradients ? ElementType::fp32 : plan.precision.parameters;
   plan.bucket = f.bucket;
   plan.overlap_gradients = f.overlap_gradients;
+  plan.kernels = f.kernels;
+  plan.send_wait = f.send_wait;
+  plan.scatter_messages = f.scatter_messages;
 }
 
 namespace {
