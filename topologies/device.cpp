@@ -259,7 +259,9 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
     device.collectives = read_collectives(*table, figure.file_source(), device.sources);
   for (const auto& [key, to] :
        {std::pair{"attention_forward_efficiency", &device.attention_forward_efficiency},
-        std::pair{"attention_backward_efficiency", &device.attention_backward_efficiency}})
+        std::pair{"attention_backward_efficiency", &device.attention_backward_efficiency},
+        std::pair{"flash2_forward_efficiency", &device.flash2_forward_efficiency},
+        std::pair{"flash2_backward_efficiency", &device.flash2_backward_efficiency}})
     if (root.has(key)) *to = fraction(figure(root, key));
   if (const auto list = root.find("products"))
     for (const YamlNode& y : list->items()) device.products.push_back(products_of(y));

@@ -49,6 +49,9 @@ struct DeviceProfile {
   /// Fractions of peak that the inner loops of flash attention reach, the products counted that it
   /// does: 2 forward, 5 backward.
   double attention_forward_efficiency = 0.6, attention_backward_efficiency = 0.5;
+  /// The same of FlashAttention-2, written for Ampere, where a newer device has kernels of its own;
+  /// 0: the figures above are FlashAttention-2's.
+  double flash2_forward_efficiency = 0, flash2_backward_efficiency = 0;
   /// Measured products and attentions: what a price differs by from its model is taken from those
   /// nearby (docs/cost.md, "Products").
   std::vector<ProductTable> products;

@@ -801,7 +801,9 @@ class CaseBuilder {
       set_recompute(p, f.recompute, "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
     } else if (const auto how = recompute_of(recompute)) {
-      set_recompute(p, *how, "recompute");
+      const bool bare = plain_text(recompute) == "selective";
+      set_recompute(p, bare ? f.selective : *how, "recompute");
+      if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }

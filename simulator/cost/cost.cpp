@@ -198,7 +198,7 @@ Product product(double m, double n, double k, double count, ElementType type,
 
 /// Products q·k and probabilities · v with the scores going through memory, as frameworks without
 /// flash attention run them: the whole square, whatever the mask.
-void materialise(const FlashAttention& a, Work& w) {
+void materialise(const FlashAttention& a, const FrameworkKernels& kernels, Work& w) {
   const double count = a.batch * a.heads, m = a.queries, n = a.keys;
   const auto add = [&](double rows, double columns, double depth, ProductLayout layout) {
     w.products.push_back(product(rows, columns, depth, count, a.type, layout));
@@ -215,6 +215,8 @@ void materialise(const FlashAttention& a, Work& w) {
   const auto scores = static_cast<std::int64_t>(count * m * n);
   // Softmax reads scores and writes probabilities; backward reads both and writes one.
   w.streamed = Bytes{(a.backward ? 3 : 2) * storage(a.type, scores).count};
+  if (const double each = a.backward ? kernels.score_backward : kernels.score_forward; each > 0)
+    w.streamed = Bytes{std::llround(each * static_cast<double>(scores))};
   w.kernels = static_cast<int>(w.products.size()) + 1;
 }
 
@@ -233,12 +235,13 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     a.batch = s.count / a.heads;
     a.qk = static_cast<double>(attention->qk_dim), a.v = static_cast<double>(attention->v_dim);
     a.backward = data;
+    a.flash2 = p.kernels.flash2;
     a.type = op.compute;
     a.bytes = w.bytes;
     const double all = a.flops().count;  // attended is 1
     a.attended = all > 0 ? std::clamp(w.flops.count / all, 1 / (a.queries * a.keys), 1.0) : 1;
     if (attention->materialised) {
-      materialise(a, w);
+      materialise(a, p.kernels, w);
     } else {
       w.attention = a;
     }
@@ -276,6 +279,13 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     return;
   }
   w.products = {one};
+  // A gradient is cast once, by rows and by columns, for both products of the backward.
+  if (const ElementType held = out_of(i.gradients);
+      data && std::holds_alternative<Linear>(op.operation) && bits(op.compute) < bits(held)) {
+    const auto elements = static_cast<std::int64_t>(s.m * s.n * s.count);
+    w.streamed = storage(held, elements) + Bytes{2 * storage(op.compute, elements).count};
+    w.kernels = 2;
+  }
 }
 
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
@@ -358,6 +368,14 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     // Only the rows looked up move, not the table.
     const bool forward = i.kernel == Kernel::forward;
     w.bytes = Bytes{2 * bytes_of(p, forward ? i.writes : i.gradients, rank).count};
+  }
+  if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {
+    // Maximum and sum, kernels of their own where the vocabulary is cut, are among the passes.
+    const bool statistic = i.kernel == Kernel::forward_statistic;
+    const double each =
+        i.kernel == Kernel::forward ? p.kernels.logit_forward : p.kernels.logit_backward;
+    const auto logits = static_cast<double>(local_elements(p, i.reads[0], rank));
+    w.bytes = Bytes{statistic ? 0 : std::llround(each * logits)};
   }
   return w;
 }

@@ -27,8 +27,8 @@ struct Work {
   ElementType type = ElementType::fp32;
   Bytes bytes;  ///< read and written in device memory
   int kernels = 1;
-  /// By shape, where it is products or flash attention. What products of a materialised attention
-  /// leave to its softmax is `streamed`.
+  /// By shape, where it is products or flash attention. `streamed` is what kernels beside them
+  /// move: the softmax of a materialised attention, the cast of a gradient.
   std::vector<Product> products;
   std::optional<FlashAttention> attention;
   Bytes streamed;

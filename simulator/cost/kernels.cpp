@@ -225,7 +225,8 @@ struct ShapeHash {
     return mix(h, static_cast<std::uint64_t>(p.bytes.count));
   }
   std::size_t operator()(const FlashAttention& a) const {
-    std::uint64_t h = static_cast<std::uint64_t>(a.type) << 1 | (a.backward ? 1u : 0u);
+    std::uint64_t h =
+        static_cast<std::uint64_t>(a.type) << 2 | (a.flash2 ? 2u : 0u) | (a.backward ? 1u : 0u);
     for (const double x : {a.batch, a.queries, a.keys, a.heads, a.qk, a.v, a.attended})
       h = mix(h, bits_of(x));
     return mix(h, static_cast<std::uint64_t>(a.bytes.count));
@@ -277,9 +278,13 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
     parts.work = std::max(parts.units, parts.memory);
     return parts;
   }
-  const double rate =
-      device.matrix_rate(a.type).count / device.multiprocessors *
-      (a.backward ? device.attention_backward_efficiency : device.attention_forward_efficiency);
+  double efficiency =
+      a.backward ? device.attention_backward_efficiency : device.attention_forward_efficiency;
+  if (const double older =
+          a.backward ? device.flash2_backward_efficiency : device.flash2_forward_efficiency;
+      a.flash2 && older > 0)
+    efficiency = older;
+  const double rate = device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
   // Queries of a block, of which Blackwell's take two tiles at once; backward, keys of a block.
   const double rows = device.compute_capability >= 100 && !a.backward ? 256 : 128;
   // Blocks that a mask cuts are computed whole: half a block more on a row's end.

@@ -37,6 +37,7 @@ struct FlashAttention {
   bool backward = false;
   ElementType type = ElementType::bf16;
   Bytes bytes;
+  bool flash2 = false;  ///< FlashAttention-2's kernel, not the device's best
 
   /// 2 products forward; 5 backward, q·k again among them (arXiv 2205.14135, algorithm 4).
   Flops flops() const;

@@ -569,6 +569,16 @@ class Engine {
            device.dispatch;
   }
 
+  /// What one rank sends of a message whose copies it shares with others; all of a message that the
+  /// ranks cut or that goes alone.
+  Bytes message_part(BufferId buffer, Bytes all) const {
+    const Layout& layout = p_.buffer(buffer).layout;
+    if (p_.scattered_messages == 0 || (split_atoms(layout) & p_.scattered_messages) != 0 ||
+        layout.partial != 0)
+      return all;
+    return ceil_div(all, p_.mesh.size(p_.scattered_messages));
+  }
+
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
   /// the block's graph.
   void launch(Step& s, const Instruction& i, std::int64_t rank, const DeviceProfile& device,
@@ -705,9 +715,16 @@ class Engine {
             s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
             const bool sends = i.kind == Kind::send;
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
-            const Seconds whole = communication_.point_to_point(
-                local_bytes(p_, buffer, rank), sends ? rank : peer, sends ? peer : rank);
-            s.ticks = to_ticks(transfer_factor({rank, peer}) * whole).count;
+            const Bytes all = local_bytes(p_, buffer, rank), sent = message_part(buffer, all);
+            const Seconds whole =
+                communication_.point_to_point(sent, sends ? rank : peer, sends ? peer : rank);
+            Seconds taken = transfer_factor({rank, peer}) * whole;
+            if (sent != all && !sends) {
+              const auto holders = p_.mesh.group(rank, p_.scattered_messages);
+              taken += transfer_factor(holders) *
+                       communication_.collective(CollectiveKind::all_gather, all, holders);
+            }
+            s.ticks = to_ticks(taken).count;
             // On one stream each side is held for its part; without a figure for that, for what
             // does not hide behind work.
             if (!device.concurrent_streams) {

@@ -104,6 +104,11 @@ class Lowering {
     p_.loss_scale = plan_.loss_scale;
     p_.compression = plan_.compression;
     p_.launches = plan_.launches;
+    p_.kernels = plan_.kernels;
+    if (plan_.scatter_messages && plan_.replicas == 0) {
+      for (const int atom : plan_.axes.at("tp"))
+        p_.scattered_messages |= static_cast<AtomMask>(AtomMask{1} << atom);
+    }
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
@@ -127,6 +132,13 @@ class Lowering {
       po.cuts = l->cuts;
       po.root = l->root;
       po.compute = plan_.precision.compute;
+      const bool head =
+          std::holds_alternative<Linear>(op.operation) && l->signature.find(Dim::vocabulary) >= 0;
+      const bool wide =
+          (plan_.kernels.wide_head && head) ||
+          (plan_.kernels.wide_attention && std::holds_alternative<Attention>(op.operation));
+      if (wide && bits(po.compute) < bits(plan_.precision.activations))
+        po.compute = plan_.precision.activations;
       po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(),
                                                      graph_.loss) != op.outputs.end();
       p_.operators.push_back(std::move(po));
@@ -749,6 +761,11 @@ class Lowering {
     return it->second;
   }
 
+  bool waits_for_sends() const {
+    return plan_.send_wait == SendWait::always ||
+           (plan_.send_wait == SendWait::not_interleaved && plan_.virtual_stages == 1);
+  }
+
   void transfer(Block& block, Kind kind, BufferId b, int other_stage, int id, bool backward) {
     Instruction i;
     i.kind = kind;
@@ -760,6 +777,8 @@ class Lowering {
     (kind == Kind::send ? i.reads : i.writes) = {b};
     i.stream = stream(
         fmt::format("{}{}", kind == Kind::send ? "send" : "receive", backward ? " gradient" : ""));
+    if (kind == Kind::send && waits_for_sends() && other_stage < stages_ && block.stage < stages_)
+      i.stream = kComputeStream;
     if (plan_.message_queue && other_stage < stages_ && block.stage < stages_) {
       through_queue(block, std::move(i));
       return;

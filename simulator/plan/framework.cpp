@@ -71,7 +71,37 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
     launch->reject_unknown_keys();
   }
+  setting(plan, "wait_for_sends", [&](const YamlNode& n) {
+    const std::string when = n.as_string();
+    if (when == "never") {
+      f.send_wait = SendWait::never;
+    } else if (when == "not-interleaved") {
+      f.send_wait = SendWait::not_interleaved;
+    } else if (when == "always") {
+      f.send_wait = SendWait::always;
+    } else {
+      throw InputError(n.place(),
+                       fmt::format("'{}' does not say when a stage waits for its sends; use "
+                                   "never, not-interleaved or always",
+                                   when));
+    }
+  });
+  boolean(plan, "scatter_messages", f.scatter_messages);
   plan.reject_unknown_keys();
+  if (const auto kernels = root.find("kernels")) {
+    boolean(*kernels, "flash2", f.kernels.flash2);
+    const auto traffic = [&](const char* key, double& to) {
+      setting(*kernels, key,
+              [&](const YamlNode& n) { to = static_cast<double>(n.as_bytes().count); });
+    };
+    boolean(*kernels, "wide_head", f.kernels.wide_head);
+    boolean(*kernels, "wide_attention", f.kernels.wide_attention);
+    traffic("score_forward", f.kernels.score_forward);
+    traffic("score_backward", f.kernels.score_backward);
+    traffic("logit_forward", f.kernels.logit_forward);
+    traffic("logit_backward", f.kernels.logit_backward);
+    kernels->reject_unknown_keys();
+  }
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);
     setting(*defaults, "zero",
@@ -80,6 +110,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
     word(*defaults, "recompute", f.recompute);
+    word(*defaults, "selective", f.selective);
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });

@@ -12,6 +12,9 @@
 
 namespace partita {
 
+/// When a stage's compute stream waits until what it sends to the next has left.
+enum class SendWait : std::uint8_t { never, not_interleaved, always };
+
 /// A framework file (schema partita.framework/1). Every setting has an entry in `sources` under its
 /// YAML key: a document, a line of code, or "assumed".
 struct FrameworkProfile {
@@ -25,6 +28,9 @@ struct FrameworkProfile {
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
   Launches launches;  ///< of a host that launches beside its device; zero: it is its device
+  FrameworkKernels kernels;
+  SendWait send_wait = SendWait::never;
+  bool scatter_messages = false;  ///< between stages, over tp
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -33,6 +39,7 @@ struct FrameworkProfile {
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
   std::string recompute = "none";
+  std::string selective = "selective";  ///< what it recomputes where told "selective" alone
   std::string model;            ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network
 

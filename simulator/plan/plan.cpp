@@ -661,6 +661,9 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.bucket = f.bucket;
   plan.overlap_gradients = f.overlap_gradients;
   plan.launches = f.launches;
+  plan.kernels = f.kernels;
+  plan.send_wait = f.send_wait;
+  plan.scatter_messages = f.scatter_messages;
 }
 
 namespace {

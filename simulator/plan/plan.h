@@ -115,7 +115,10 @@ struct Plan {
   /// rank of a stage), host to device.
   bool message_queue = false;
   LossScale loss_scale;
-  Launches launches;  ///< what the framework's host thread takes to start work on its device
+  Launches launches;         ///< what the framework's host thread takes to start work on its device
+  FrameworkKernels kernels;  ///< the framework's
+  SendWait send_wait = SendWait::never;
+  bool scatter_messages = false;
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are
   /// there.

@@ -232,6 +232,21 @@ struct Launches {
   friend bool operator==(const Launches&, const Launches&) = default;
 };
 
+/// What a framework's own kernels and messages take beyond one pass over each tensor: priced, not
+/// executed (docs/plan.md, "Kernels").
+struct FrameworkKernels {
+  bool flash2 = false;  ///< attention by FlashAttention-2 on every device
+  /// Bytes for each score that mask, softmax and dropout of materialised attention move; 0: one
+  /// pass over each tensor.
+  double score_forward = 0, score_backward = 0;
+  /// Bytes for each logit that a cross entropy moves; 0: likewise.
+  double logit_forward = 0, logit_backward = 0;
+  /// Products with the vocabulary are in the activations' type where others are in a narrower one.
+  bool wide_head = false;
+  bool wide_attention = false;  ///< so is attention
+  friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
+};
+
 struct ProgramParameter {
   std::string name;
   Shape shape;
@@ -283,6 +298,9 @@ struct Program {
   LossScale loss_scale;
   Compression compression;
   Launches launches;
+  FrameworkKernels kernels;
+  /// Copies of a message along these atoms go in parts, one from each, and are gathered on arrival.
+  AtomMask scattered_messages = 0;
   AtomList data_parallel;  ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch

@@ -9,6 +9,7 @@
 
 #include "simulator/cost/measured.h"
 #include "tests/simulator/clusters.h"
+#include "tests/simulator/networks.h"
 #include "topologies/topology.h"
 
 namespace partita {
@@ -36,6 +37,80 @@ TEST(Cost, OfAMemoryBoundKernelIsItsBytesOverTheSustainedBandwidth) {
   w.flops = Flops{33'554'432};
   ShapePrices prices(h100());
   expect_us(kernel_time(w, h100(), prices), 47.5167);
+}
+
+TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
+  // docs/plan.md, "Kernels and messages": 9 and 11 B a score; 38 and 14 B a logit. Per rank 2
+  // samples of 8 tokens, 2 of 4 heads, 6 of 12 logits.
+  TransformerConfig c = small_config();
+  c.flash_attention = false;
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.micro_batch = plan.global_batch = 2;
+  plan.kernels = {false, 9, 11, 38, 14, false, false};
+  const Program p = lowered(build_transformer(c), plan);
+  constexpr std::int64_t kScores = 2 * 2 * 8 * 8, kLogits = 2 * 8 * 6;
+  int cores = 0, losses = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::compute || i.op < 0) continue;
+      const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+      const Work w = work_of(p, i, 0);
+      if (std::holds_alternative<Attention>(op.operation)) {
+        EXPECT_EQ(w.streamed.count, (i.kernel == Kernel::forward ? 9 : 11) * kScores);
+        ++cores;
+      } else if (std::holds_alternative<CrossEntropy>(op.operation)) {
+        EXPECT_EQ(w.bytes.count, i.kernel == Kernel::forward         ? 38 * kLogits
+                                 : i.kernel == Kernel::backward_data ? 14 * kLogits
+                                                                     : 0);
+        ++losses;
+      }
+    }
+  }
+  EXPECT_GE(cores, 2 * c.layers);
+  EXPECT_GE(losses, 4);  // maximum and sum, loss, gradient
+}
+
+TEST(Cost, OfALinearOperatorInFp8HasTheCastOfItsGradient) {
+  // docs/cost.md, "Casts": 2 + 1 + 1 B an element.
+  for (const bool low : {false, true}) {
+    Plan plan = base_plan();
+    plan.micro_batch = plan.global_batch = 2;
+    plan.precision.activations = ElementType::bf16;
+    plan.precision.compute = low ? ElementType::fp8 : ElementType::bf16;
+    const Program p = lowered(gpt(), plan);
+    int casts = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::compute || i.op < 0) continue;
+        if (!std::holds_alternative<Linear>(p.operators[static_cast<std::size_t>(i.op)].operation))
+          continue;
+        const Work w = work_of(p, i, 0);
+        const bool cast = low && i.kernel == Kernel::backward_data;
+        EXPECT_EQ(w.streamed.count, cast ? 4 * local_elements(p, i.gradients[0], 0) : 0);
+        EXPECT_EQ(w.kernels, cast ? 2 : 1);
+        casts += cast;
+      }
+    }
+    EXPECT_EQ(casts > 0, low);
+  }
+}
+
+TEST(Cost, OfAWideHeadAndAttentionIsInTheActivationsType) {
+  Plan plan = base_plan();
+  plan.precision.activations = ElementType::bf16;
+  plan.precision.compute = ElementType::fp8;
+  for (const bool head : {false, true}) {
+    for (const bool attention : {false, true}) {
+      plan.kernels.wide_head = head;
+      plan.kernels.wide_attention = attention;
+      for (const ProgramOperator& op : lowered(gpt(), plan).operators) {
+        const bool wide = (head && op.name == "head") ||
+                          (attention && std::holds_alternative<Attention>(op.operation));
+        EXPECT_EQ(op.compute, wide ? ElementType::bf16 : ElementType::fp8) << op.name;
+      }
+    }
+  }
 }
 
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {

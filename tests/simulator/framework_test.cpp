@@ -31,10 +31,20 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     Plan p;
     set_precision(p, f.precision, name);
     set_recompute(p, f.recompute, name);
+    set_recompute(p, f.selective, name);
     set_framework(p, name, "");
     EXPECT_EQ(p.framework, name);
     EXPECT_EQ(p.pad_vocabulary, f.pad_vocabulary);
     EXPECT_EQ(p.overlap_gradients, f.overlap_gradients);
+    EXPECT_EQ(p.kernels, f.kernels);
+    EXPECT_EQ(p.send_wait, f.send_wait);
+    EXPECT_EQ(p.scatter_messages, f.scatter_messages);
+    // What runs is what is priced.
+    if (name == "partita") {
+      EXPECT_EQ(p.kernels, FrameworkKernels{});
+      EXPECT_EQ(p.send_wait, SendWait::never);
+      EXPECT_FALSE(p.scatter_messages);
+    }
     EXPECT_EQ(p.precision.gradients, f.fp32_gradients ? ElementType::fp32 : p.precision.parameters);
   }
 }
@@ -50,6 +60,11 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, gradients: fp64}\n",
          "'fp64' is no type of gradients");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, bukket: 2}\n", "bukket");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB, wait_for_sends: often}\n",
+         "use never, not-interleaved or always");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {score: 9 B}\n", "score");
+  expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nkernels: {score_forward: 9 B}\n",
+         "every setting needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {zero: 4}\n", "4 is too large");
   EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));

@@ -54,6 +54,19 @@ TEST(AttentionModel, TheExampleOfThePage) {
   EXPECT_NEAR(attention_model(a, h100(), 132).work.count * 1e6, 286.56, 0.01);
 }
 
+TEST(AttentionModel, OfFlashAttention2OnANewerDevice) {
+  FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
+  a.flash2 = true;
+  DeviceProfile d = h100();
+  d.flash2_forward_efficiency = 0.37;
+  EXPECT_NEAR(attention_model(a, d, 132).work.count * 1e6, 464.69, 0.01);
+  a.backward = true;  // no figure of its own: the device's
+  FlashAttention best = a;
+  best.flash2 = false;
+  d.flash2_backward_efficiency = 0;
+  EXPECT_EQ(attention_model(a, d, 132).work, attention_model(best, d, 132).work);
+}
+
 /// Log-uniform; now and then a multiple of a tile, one less and one more.
 double size(std::mt19937_64& random, double from, double to) {
   const double x =

@@ -320,6 +320,39 @@ TEST(Schedules, BubblesOnARealNetworkAreNoSmaller) {
   }
 }
 
+TEST(Schedules, AStageThatWaitsForItsSendsComputesLater) {
+  // docs/plan.md, "Kernels and messages".
+  Communication network(load_topology("dgx-h100:1"));
+  const auto step = [&](SendWait wait, Schedule schedule, int v, int* sends) {
+    Plan plan = pipeline(schedule, 2, v, 8);
+    plan.send_wait = wait;
+    const Program program = lowered(equal_blocks(4 * v), plan);
+    EXPECT_TRUE(verify(program).empty());
+    SimulateOptions options;
+    options.record = true;
+    const Timeline t = simulate(program, network, options);
+    *sends = 0;
+    for (const Entry& e : t.entries) {
+      const Instruction& i = program.blocks[static_cast<std::size_t>(e.block)]
+                                 .instructions[static_cast<std::size_t>(e.instruction)];
+      *sends += i.kind == Kind::send && i.stream == kComputeStream;
+    }
+    return t.step.count;
+  };
+  int sends = 0;
+  const auto never = step(SendWait::never, Schedule::one_f_one_b, 1, &sends);
+  EXPECT_EQ(sends, 0);
+  const auto always = step(SendWait::always, Schedule::one_f_one_b, 1, &sends);
+  EXPECT_EQ(sends, 16);  // 8 activations from one stage, 8 gradients from the other
+  EXPECT_GT(always, never);
+  EXPECT_EQ(step(SendWait::not_interleaved, Schedule::one_f_one_b, 1, &sends), always);
+  const auto beside = step(SendWait::never, Schedule::interleaved, 2, &sends);
+  EXPECT_EQ(step(SendWait::not_interleaved, Schedule::interleaved, 2, &sends), beside);
+  EXPECT_EQ(sends, 0);
+  EXPECT_GT(step(SendWait::always, Schedule::interleaved, 2, &sends), beside);
+  EXPECT_EQ(sends, 48);  // three boundaries of chunks, both ways
+}
+
 TEST(Schedules, LoweredPipelinesCannotDeadlock) {
   for (const Schedule schedule : kAll) {
     for (const int p : {2, 3, 4}) {
