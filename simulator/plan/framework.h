@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "simulator/program/program.h"
 
 namespace partita {
 
@@ -23,6 +24,8 @@ struct FrameworkProfile {
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
+  Allocations allocations;
+  bool save_gathered = false;  ///< all-gathered inputs are kept for the backward
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -30,6 +33,7 @@ struct FrameworkProfile {
   bool reshard_after_forward = true;
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
+  double dropout = 0;  ///< of a network that says nothing of it
   std::string recompute = "none";
   std::string model;            ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network

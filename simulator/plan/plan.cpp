@@ -660,6 +660,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
       f.fp32_gradients ? ElementType::fp32 : plan.precision.parameters;
   plan.bucket = f.bucket;
   plan.overlap_gradients = f.overlap_gradients;
+  plan.allocations = f.allocations;
+  plan.save_gathered = f.save_gathered;
 }
 
 namespace {

@@ -116,6 +116,7 @@ struct Plan {
   bool message_queue = false;
   LossScale loss_scale;
   Launches launches;  ///< what the framework's host thread takes to start work on its device
+  Allocations allocations;  ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are
   /// there.
