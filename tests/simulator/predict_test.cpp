@@ -343,5 +343,25 @@ TEST(Predict, CommunicatorsAreDeviceMemory) {
   EXPECT_EQ(one % kConnection, 0);
 }
 
+TEST(Predict, ALayerOf2021KeepsWhatKorthikantiCounts) {
+  // arXiv 2205.05198, equation 2: s b h (10 + 24 / t + 5 a s / (h t)) bytes a layer, dropout's
+  // masks and copies among them. s 2048, b 4, h 6144, a 64, t 8: 26 1/3 s b h.
+  const auto activations = [](int layers) {
+    ModelOptions options;
+    options.layers = layers;
+    options.flash_attention = false;
+    options.dropout = 0.1;
+    Plan p = under("megatron-lm-2021");
+    p.tp = 8;
+    p.micro_batch = 4;
+    const Prediction r = predicted(load_model("megatron-22b", options), p);
+    return static_cast<double>(
+        r.memory_by_stage[0].by_category[static_cast<std::size_t>(Category::activations)].count);
+  };
+  const double layer = 2048.0 * 4 * 6144 * (10 + 3 + 40.0 / 3);
+  EXPECT_DOUBLE_EQ(layer, 1'325'400'064);
+  EXPECT_NEAR(activations(3) - activations(2), layer, 0.01 * layer);
+}
+
 }  // namespace
 }  // namespace partita
