@@ -318,7 +318,8 @@ TEST(Predict, AGradientApartTakesTheParametersType) {
     }
     return most.count;
   };
-  constexpr std::int64_t kTable = 50257 * 768 * 2, kProduct = 4 * 768 * 768 * 2;
+  constexpr std::int64_t kTable = 50257 * 768 * 2,
+                         kProduct = 4 * 768 * (768 + 1) * 2;  // and its bias
   EXPECT_EQ(kTable, 77'194'752);
   EXPECT_EQ(of("megatron-core", "embedding", 1), kTable);
   EXPECT_EQ(of("megatron-core", "layers.0.mlp.up", 1), 0);
