@@ -64,9 +64,26 @@ const std::vector<SchemaColumns>& schemas() {
       {RowSchema::memory,
        "memory",
        {"quantity", "value", "unit", "seq_len_tokens"},
-       {"model", "num_layers", "hidden_size", "num_heads", "seq_len_tokens", "gpu", "num_gpus",
-        "tp", "sequence_parallel", "pp", "virtual_stages_per_gpu", "cp", "ep", "dp", "zero_or_fsdp",
-        "micro_batch_per_dp_rank", "global_batch_seqs", "recompute", "precision"}},
+       {"model",
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "seq_len_tokens",
+        "gpu",
+        "num_gpus",
+        "tp",
+        "sequence_parallel",
+        "pp",
+        "virtual_stages_per_gpu",
+        "cp",
+        "ep",
+        "dp",
+        "zero_or_fsdp",
+        "micro_batch_per_dp_rank",
+        "global_batch_seqs",
+        "recompute",
+        "precision",
+        "quantity"}},
       {RowSchema::convolution,
        "cnn_training",
        {"images_or_samples_per_s_total", "batch_per_gpu", "parallelism"},
@@ -375,7 +392,8 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
   }
-  s += fmt::format("|{}|{}|{}", fmt::join(lora, ","), cluster.key(), to_yaml(plan));
+  s += fmt::format("|{}|{}|{}|{}", fmt::join(lora, ","), cluster.key(), to_yaml(plan),
+                   plan.allocations.fp32_loss);
   return s;
 }
 
@@ -409,6 +427,14 @@ class CaseBuilder {
   void find_framework() {
     const std::string& text = row_["framework"];
     framework_ = framework_of(catalogue_, text);
+    // A quantity may have the name that one framework logs it under.
+    if (text.empty() && schema_ == RowSchema::memory) {
+      framework_ = framework_of(catalogue_, row_["quantity"]);
+      if (framework_ != nullptr) {
+        assume("framework {}, by its name of the quantity", framework_->name);
+        return;
+      }
+    }
     if (framework_ != nullptr && !text.empty()) return;
     // Without one: what the sharding says, what the model was published with, the usual one.
     const KnownModel* known = model_of(catalogue_, row_["model"]);
@@ -521,6 +547,10 @@ class CaseBuilder {
     } else {
       t.flash_attention = framework_->flash_attention;
       assume("{} attention", t.flash_attention ? "flash" : "materialised");
+    }
+    if (t.dropout == 0 && framework_->dropout > 0) {
+      t.dropout = framework_->dropout;
+      assume("dropout {}", t.dropout);
     }
     const std::string plain = lower(text);
     if (has(plain, "lora") || has(plain, "peft")) {
@@ -808,6 +838,8 @@ class CaseBuilder {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }
     const std::string settings = lower(row_["overlap_and_other_settings"]);
+    if (flags_.fused_loss || has(row_["overlap_and_other_settings"], "CE fusion"))
+      p.allocations.fp32_loss = false;
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;
       p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;

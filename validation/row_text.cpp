@@ -312,7 +312,7 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
     return q;
   }
   if (has(s, "optimizer")) {
-    q.what = What::state;
+    q.what = has(s, "allocated") ? What::after_step : What::state;
     return q;
   }
   // The first of the words counts: others compare with it.
@@ -351,6 +351,7 @@ MegatronFlags megatron_flags(std::string_view text) {
   f.rope = flag("--position-embedding-type") && has(text, "--position-embedding-type=rope");
   f.latent = flag("--multi-latent-attention");
   f.overlap_gradients = flag("--overlap-grad-reduce");
+  f.fused_loss = flag("--cross-entropy-loss-fusion");
   f.overlap_tensor_parallel = flag("--tp-comm-overlap");
   constexpr std::string_view kBackend = "--attention-backend=";
   if (const auto at = text.find(kBackend); at != std::string_view::npos) {

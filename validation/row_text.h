@@ -66,6 +66,7 @@ struct MemoryQuantity {
     reserved,           ///< peak of what its allocator holds
     device,             ///< reserved, context and communicators: nvidia-smi, and "printed"
     state,              ///< parameters, gradients and optimizer
+    after_step,         ///< and what the framework keeps allocated between steps
     activations,        ///< alive at the peak
     activations_ratio,  ///< against the same plan without recompute and sequence parallelism
     fits,               ///< an out-of-memory fact
@@ -82,6 +83,7 @@ struct MegatronFlags {
   bool any = false;  ///< the text is a list of flags: what it does not say is off
   bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
   bool overlap_gradients = false, overlap_tensor_parallel = false;
+  bool fused_loss = false;
   std::string attention;  ///< of --attention-backend
 };
 MegatronFlags megatron_flags(std::string_view text);

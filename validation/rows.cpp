@@ -279,6 +279,8 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
       return std::ceil(total / kSegment) * kSegment + context;
     case What::state:
       return static_cast<double>(state_of(stage(o)).count);
+    case What::after_step:
+      return static_cast<double>((state_of(stage(o)) + stage(o).resident).count);
     case What::activations:
       return static_cast<double>(activations_of(stage(o)).count);
     case What::activations_ratio:

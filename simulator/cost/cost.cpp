@@ -755,6 +755,21 @@ int Communication::channels(CollectiveKind kind, Bytes bytes,
   return nccl::choose(group(ranks).communicator, *what, static_cast<double>(bytes.count)).channels;
 }
 
+Bytes Communication::communicator_memory(const std::vector<std::int64_t>& ranks) {
+  if (!state_->nccl || ranks.size() < 2) return Bytes{0};
+  // src/init.cc computeBuffSizes: one buffer of each protocol for every connection that receives.
+  constexpr std::int64_t kSimple = 4 << 20, kLl128 = 120 * 640 * 8 * 8, kLl = 8 * 512 * 8 * 16;
+  const nccl::Communicator& c = group(ranks).communicator;
+  const auto channels = [&](nccl::Algorithm a) {
+    const auto& graph = c.graph(a);
+    return graph ? graph->channels : 0;
+  };
+  // In a ring a rank has one neighbour that sends to it; in a tree a parent and a child.
+  const std::int64_t connections =
+      channels(nccl::Algorithm::ring) + 2 * channels(nccl::Algorithm::tree);
+  return Bytes{connections * (kSimple + kLl128 + kLl)};
+}
+
 Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
                                   const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());

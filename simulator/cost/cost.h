@@ -113,6 +113,8 @@ class Communication {
   Moving moving(Bytes bytes, std::int64_t from, std::int64_t to);
   /// Multiprocessors that a collective keeps: NCCL's channels; 0 where NCCL is not what runs it.
   int channels(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
+  /// Of a member's memory: NCCL's buffers of its connections; 0 where NCCL is not what connects.
+  Bytes communicator_memory(const std::vector<std::int64_t>& ranks);
   /// Are all devices GPUs, whose collectives are NCCL's?
   bool uses_nccl() const;
   /// Were prices measured by ranks that share what they use, so that sharing is in them?

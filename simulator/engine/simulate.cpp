@@ -1465,6 +1465,11 @@ class Engine {
         for_each_write(i, note);
       }
     }
+    use.resident = resident_bytes(p_, rc.stage, rc.representative,
+                                  communication_.topology()
+                                      .device(DeviceId{static_cast<std::size_t>(rc.representative)})
+                                      .compute_capability);
+    now[static_cast<std::size_t>(Category::workspace)] += use.resident.count;
     const std::int64_t base = std::accumulate(now.begin(), now.end(), std::int64_t{0});
     std::int64_t level = base, peak = -1;
     std::size_t at = 0;
@@ -1607,7 +1612,11 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
   std::set<BlockId> blocks;
   for (const BlockCall& call : calls) blocks.insert(call.block);
   std::vector<char> counted(p.buffers.size(), 0);
-  Bytes level{0};
+  Bytes level = use.resident;
+  if (level.count > 0) {
+    Alive& a = all[{Category::workspace, "framework"}];
+    a = {Category::workspace, "framework", level, 1};
+  }
   for (const BlockId b : blocks) {
     for (const Instruction& i : p.blocks[b.index()].instructions) {
       const auto note = [&](BufferId id) {
@@ -1635,9 +1644,10 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
       if (const Bytes t = transient_bytes(p, i, rank_class.representative);
           t.count > 0 && calls[c].block.value == use.peak_block &&
           calls[c].micro_batch == use.peak_micro_batch && level + t == use.peak) {
-        Alive& a = all[{Category::workspace, "packed payload"}];
+        const char* what = i.kind == Kind::compute ? "gradient of a weight" : "packed payload";
+        Alive& a = all[{Category::workspace, what}];
         a.category = Category::workspace;
-        a.owner = "packed payload";
+        a.owner = what;
         a.bytes += t;
         a.buffers += 1;
         done = true;

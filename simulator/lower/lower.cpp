@@ -109,6 +109,8 @@ class Lowering {
       for (const int atom : plan_.axes.at("tp"))
         p_.scattered_messages |= static_cast<AtomMask>(AtomMask{1} << atom);
     }
+    p_.allocations = plan_.allocations;
+    p_.allocations.parameters = plan_.precision.parameters;
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
@@ -663,6 +665,26 @@ class Lowering {
                                 e.operand.shape, l.extras[k], plan_.precision.activations);
       p_.buffers[b.index()].element_bytes = e.element_bytes;
       record.extras.push_back(b);
+    }
+    if (std::holds_alternative<CrossEntropy>(op.operation) && plan_.allocations.fp32_loss &&
+        bits(plan_.precision.activations) < 32) {
+      // What a softmax in fp32 takes beyond the logits, which our kernel reads again instead.
+      Buffer softmax = p_.buffer(i.reads.at(0));
+      softmax.name = op.name + ".softmax";
+      softmax.category = Category::activations;
+      softmax.tensor = softmax.alias = -1;
+      softmax.element_bytes = 4 - static_cast<int>(bits(plan_.precision.activations) / 8);
+      p_.buffers.push_back(std::move(softmax));
+      record.extras.push_back(BufferId{p_.buffers.size() - 1});
+    }
+    if (const auto* core = std::get_if<Attention>(&op.operation);
+        core != nullptr && core->materialised && !l.ring && plan_.allocations.attention_dropout) {
+      // Beside the probabilities, first of the extras: one byte of mask and a dropped copy each.
+      Buffer copy = p_.buffer(record.extras.at(0));
+      copy.name = op.name + ".dropped";
+      copy.element_bytes = 1 + static_cast<int>(bits(plan_.precision.activations) / 8);
+      p_.buffers.push_back(std::move(copy));
+      record.extras.push_back(BufferId{p_.buffers.size() - 1});
     }
     i.extras = record.extras;
     if (l.ring) {

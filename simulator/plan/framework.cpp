@@ -87,6 +87,29 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     }
   });
   boolean(plan, "scatter_messages", f.scatter_messages);
+  boolean(plan, "save_gathered", f.save_gathered);
+  boolean(plan, "fp32_loss", f.allocations.fp32_loss);
+  boolean(plan, "attention_dropout", f.allocations.attention_dropout);
+  setting(plan, "weight_gradients", [&](const YamlNode& n) {
+    using WeightGradients = Allocations::WeightGradients;
+    const std::string where = n.as_string();
+    if (where == "in_place") {
+      f.allocations.weight_gradients = WeightGradients::in_place;
+    } else if (where == "apart") {
+      f.allocations.weight_gradients = WeightGradients::apart;
+    } else if (where == "placeholders") {
+      f.allocations.weight_gradients = WeightGradients::placeholders;
+    } else {
+      throw InputError(n.place(), fmt::format("'{}' is no place of weights' gradients; use "
+                                              "in_place, apart or placeholders",
+                                              where));
+    }
+  });
+  setting(plan, "workspace", [&](const YamlNode& n) {
+    f.allocations.workspace = f.allocations.workspace_hopper = n.as_bytes();
+  });
+  setting(plan, "workspace_hopper",
+          [&](const YamlNode& n) { f.allocations.workspace_hopper = n.as_bytes(); });
   plan.reject_unknown_keys();
   if (const auto kernels = root.find("kernels")) {
     boolean(*kernels, "flash2", f.kernels.flash2);
@@ -109,6 +132,12 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
+    setting(*defaults, "dropout", [&](const YamlNode& n) {
+      f.dropout = n.as_double();
+      if (f.dropout < 0 || f.dropout >= 1)
+        throw InputError(
+            n.place(), fmt::format("dropout is {}; it must be at least 0 and below 1", f.dropout));
+    });
     word(*defaults, "recompute", f.recompute);
     word(*defaults, "selective", f.selective);
     word(*defaults, "model", f.model);

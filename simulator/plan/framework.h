@@ -31,6 +31,8 @@ struct FrameworkProfile {
   FrameworkKernels kernels;
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;  ///< between stages, over tp
+  Allocations allocations;
+  bool save_gathered = false;  ///< all-gathered inputs are kept for the backward
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -38,6 +40,7 @@ struct FrameworkProfile {
   bool reshard_after_forward = true;
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
+  double dropout = 0;  ///< of a network that says nothing of it
   std::string recompute = "none";
   std::string selective = "selective";  ///< what it recomputes where told "selective" alone
   std::string model;            ///< catalogue entry whose kind of block an unnamed network has

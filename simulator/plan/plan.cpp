@@ -572,8 +572,7 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
           const int mb = k / (stages * v) * stages + in_group % stages;
           return ahead ? forward(chunk, mb) : backward(chunk, mb);
         };
-        const int warm =
-            m == stages ? total : std::min((stages - s - 1) * 2 + (v - 1) * stages, total);
+        const int warm = std::min((stages - s - 1) * 2 + (v - 1) * stages, total);
         for (int k = 0; k < warm; ++k) order.push_back(step(k, true));
         for (int k = warm; k < total; ++k)
           order.push_back(step(k, true)), order.push_back(step(k - warm, false));
@@ -664,6 +663,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.kernels = f.kernels;
   plan.send_wait = f.send_wait;
   plan.scatter_messages = f.scatter_messages;
+  plan.allocations = f.allocations;
+  plan.save_gathered = f.save_gathered;
 }
 
 namespace {

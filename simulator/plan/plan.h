@@ -119,6 +119,7 @@ struct Plan {
   FrameworkKernels kernels;  ///< the framework's
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;
+  Allocations allocations;  ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are
   /// there.

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <map>
+#include <set>
 
 #include "simulator/program/routing.h"
 
@@ -256,7 +258,82 @@ bool brings_rows(const Program& p, const Instruction& i) {
   return p.buffer(i.reads[0]).routed && !cut_by_expert(i.reads[0]) && cut_by_expert(i.writes[0]);
 }
 
+namespace {
+
+/// Is it a product of a layer, whose gradient is added in place where placeholders stand for it?
+bool layer_product(const Program& p, const Instruction& i) {
+  const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  return op.name.rfind("layers.", 0) == 0 && (std::holds_alternative<Linear>(op.operation) ||
+                                              std::holds_alternative<GroupedProduct>(op.operation));
+}
+
+/// A gradient in the parameters' type instead of its own.
+Bytes as_parameters(const Program& p, BufferId gradient, std::int64_t rank) {
+  return Bytes{ceil_div(local_elements(p, gradient, rank) * bits(p.allocations.parameters), 8)};
+}
+
+/// Gradients apart of one call: of parameters that are accumulated over the step.
+Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (i.kernel != Kernel::backward_weight || i.op < 0 ||
+      p.allocations.weight_gradients == Allocations::WeightGradients::in_place)
+    return Bytes{0};
+  Bytes sum{0};
+  for (const BufferId g : i.writes) {
+    if (!g.valid() || p.buffer(g).scope != Scope::step) continue;
+    // Without anything to add to, the first gradient of the right type stays.
+    if (p.allocations.weight_gradients == Allocations::WeightGradients::apart &&
+        p.micro_batches == 1 && p.buffer(g).type == p.allocations.parameters)
+      continue;
+    if (p.allocations.weight_gradients == Allocations::WeightGradients::placeholders &&
+        layer_product(p, i))
+      continue;
+    sum += as_parameters(p, g, rank);
+  }
+  return sum;
+}
+
+}  // namespace
+
+Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute_capability) {
+  const Allocations& a = p.allocations;
+  if (stage >= p.pipeline_stages()) return Bytes{0};
+  Bytes sum = compute_capability >= 90 ? a.workspace_hopper : a.workspace;
+  if (a.weight_gradients != Allocations::WeightGradients::placeholders) return sum;
+  // Products of one input are one product there (query, key and value; gate and up); experts' are
+  // of one shape.
+  using Weight = std::pair<std::vector<std::int64_t>, std::int64_t>;  // shape, local bytes
+  std::set<std::vector<Weight>> shapes;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    std::map<BufferId, std::vector<Weight>> by_input;
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind != Kind::compute || i.kernel != Kernel::backward_weight || i.op < 0 ||
+          i.writes.empty() || !i.writes[0].valid() || !layer_product(p, i))
+        continue;
+      const Buffer& gradient = p.buffer(i.writes[0]);
+      Weight w{{}, as_parameters(p, i.writes[0], rank).count};
+      for (std::size_t d = 0; d < gradient.shape.size(); ++d) {
+        if (gradient.shape[d].dim == Dim::expert) {
+          w.second /=
+              std::max<std::int64_t>(1, local_extent(p.mesh, gradient.layout.dims[d],
+                                                     gradient.shape[d].extent, p.place_of(rank)));
+        } else {
+          w.first.push_back(gradient.shape[d].extent);
+        }
+      }
+      by_input[i.reads[0]].push_back(std::move(w));
+    }
+    for (auto& [input, weights] : by_input) shapes.insert(std::move(weights));
+  }
+  for (const auto& weights : shapes) {
+    for (const Weight& w : weights) sum += Bytes{w.second};
+  }
+  return sum;
+}
+
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (i.kind == Kind::compute) return gradients_apart(p, i, rank);
   if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
     return Bytes{0};
   if (p.buffer(i.reads[0]).routed) return routed_payload(p, i, rank);

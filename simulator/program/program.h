@@ -247,6 +247,25 @@ struct FrameworkKernels {
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
 };
 
+/// What a foreign framework allocates beside a program's buffers (docs/simulation.md, "Memory"):
+/// priced, never executed.
+struct Allocations {
+  enum class WeightGradients : std::uint8_t {
+    in_place,     ///< kernels add to the accumulated gradient
+    apart,        ///< each is a tensor of its own, of the parameters' type, then added
+    placeholders  ///< as `apart`, but a layer's products add in place and leave a tensor of each
+                  ///< shape of weight, of the parameters' type, for good (Transformer Engine)
+  } weight_gradients = WeightGradients::in_place;
+  /// The loss keeps a softmax of the logits in fp32 for its backward, not the logits.
+  bool fp32_loss = false;
+  /// Dropout of materialised attention's probabilities: the mask and what it left are kept too.
+  bool attention_dropout = false;
+  Bytes workspace;         ///< of its libraries, for good
+  Bytes workspace_hopper;  ///< the same, on devices of compute capability 9.0 and later
+  ElementType parameters = ElementType::fp32;
+  friend bool operator==(const Allocations&, const Allocations&) = default;
+};
+
 struct ProgramParameter {
   std::string name;
   Shape shape;
@@ -301,6 +320,7 @@ struct Program {
   FrameworkKernels kernels;
   /// Copies of a message along these atoms go in parts, one from each, and are gathered on arrival.
   AtomMask scattered_messages = 0;
+  Allocations allocations;
   AtomList data_parallel;  ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
@@ -368,8 +388,13 @@ bool brings_rows(const Program& program, const Instruction& instruction);
 /// Rows of a routed buffer with a routing that `rank` holds.
 std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);
 
-/// Memory that `rank` needs only while the instruction runs: the packed payload of a collective.
+/// Memory that `rank` needs only while the instruction runs: the packed payload of a collective, a
+/// weight's gradient apart.
 Bytes transient_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);
+
+/// What the framework holds for good on `rank` of `stage`, on a device of this compute capability:
+/// workspaces, and placeholders of gradients.
+Bytes resident_bytes(const Program& program, int stage, std::int64_t rank, int compute_capability);
 
 /// Instructions that take time, over one rank of every stage: events of a step folded to one class
 /// per stage, at least.

@@ -63,6 +63,24 @@ double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
   return total;
 }
 
+/// Buffers of the communicators of one rank: one for each group that its collectives run in.
+Bytes communicators(const Program& p, const RankClass& c, Communication& communication) {
+  std::set<std::vector<std::int64_t>> groups;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(c.stage)])
+    blocks.insert(call.block);
+  std::set<std::pair<std::int32_t, AtomMask>> seen;  // ties and atoms
+  for (const BlockId b : blocks) {
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind == Kind::collective && seen.insert({i.tie, i.atoms}).second)
+        groups.insert(p.group(i, c.representative));
+    }
+  }
+  Bytes sum{0};
+  for (const auto& g : groups) sum += communication.communicator_memory(g);
+  return sum;
+}
+
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) * to; }
 
 }  // namespace
@@ -126,7 +144,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     StageMemory& stage = by_stage[t.classes[c].stage];
     stage.stage = t.classes[c].stage;
     r.peak_host = std::max(r.peak_host, use.host_peak);
-    if (use.peak > stage.total) stage.total = use.peak, stage.by_category = use.at_peak;
+    if (use.peak > stage.total) {
+      stage.total = use.peak, stage.resident = use.resident, stage.by_category = use.at_peak;
+    }
     if (use.peak > r.peak_allocated) {
       r.peak_allocated = use.peak;
       const Block& b = program->blocks[static_cast<std::size_t>(use.peak_block)];
@@ -150,7 +170,13 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   // PyTorch's caching allocator reserves segments of at least 2 MiB; fragmentation is not modelled
   // yet.
   r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
-  r.peak_device = r.peak_reserved + kContext;
+  Bytes most_communicators{0};
+  for (const RankClass& c : t.classes) {
+    if (c.stage < program->pipeline_stages())
+      most_communicators = std::max(
+          most_communicators, communicators(*program, c, elsewhere ? *elsewhere : communication));
+  }
+  r.peak_device = r.peak_reserved + kContext + most_communicators;
   r.usable = usable + kContext;  // device files give usable memory after the context
   r.fits = r.peak_device <= r.usable;
   r.breakdown = t.breakdown[static_cast<std::size_t>(t.last_class)];

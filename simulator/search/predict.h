@@ -17,6 +17,7 @@ namespace partita {
 struct StageMemory {
   int stage = 0;
   Bytes total;
+  Bytes resident;  ///< of it: what the framework holds beside the program's buffers
   std::array<Bytes, kCategoryCount> by_category;
 };
 

@@ -270,5 +270,99 @@ TEST(Placement, TheSearchPutsTensorParallelInsideNodes) {
   EXPECT_THAT(complete(g, wanted).reason(), ::testing::HasSubstr("leave out the loader"));
 }
 
+/// Two blocks of gpt2 on an H100: docs/simulation.md, "Memory".
+Graph two_blocks() {
+  ModelOptions options;
+  options.layers = 2;
+  return load_model("gpt2", options);
+}
+Plan under(const char* framework) {
+  Plan p = base_plan();
+  set_precision(p, "bf16", "");
+  set_framework(p, framework, "");
+  return p;
+}
+
+TEST(Predict, AFrameworkHoldsWorkspacesAndPlaceholders) {
+  Plan p = under("megatron-core");
+  EXPECT_EQ(predicted(two_blocks(), p).memory_by_stage[0].resident.count, 114'819'072);
+  p.tp = 2;
+  EXPECT_EQ(predicted(two_blocks(), p).memory_by_stage[0].resident.count,
+            100'663'296 + 14'155'776 / 2);
+  EXPECT_EQ(predicted(two_blocks(), under("pytorch-ddp")).memory_by_stage[0].resident, 64_MiB);
+  EXPECT_EQ(predicted(two_blocks(), under("partita")).memory_by_stage[0].resident, 0_B);
+}
+
+TEST(Predict, WhatAFrameworkHoldsIsInThePeakAndInItsParts) {
+  const Prediction r = predicted(two_blocks(), under("megatron-core"));
+  Bytes parts{0}, alive{0};
+  for (const Bytes b : r.memory_by_stage[0].by_category) parts += b;
+  for (const Alive& a : r.alive) alive += a.bytes;
+  EXPECT_EQ(parts, r.peak_allocated);
+  EXPECT_EQ(alive, r.peak_allocated);
+}
+
+TEST(Predict, AGradientApartTakesTheParametersType) {
+  const auto of = [](const char* framework, const char* op, std::int64_t micro_batches) {
+    Plan p = under(framework);
+    p.global_batch = micro_batches;
+    const auto plan = complete(two_blocks(), p);
+    const auto program = lower(two_blocks(), *plan);
+    Bytes most{0};
+    for (const Block& b : program->blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (i.kind == Kind::compute && i.kernel == Kernel::backward_weight &&
+            program->operators[static_cast<std::size_t>(i.op)].name == op)
+          most = std::max(most, transient_bytes(*program, i, 0));
+      }
+    }
+    return most.count;
+  };
+  constexpr std::int64_t kTable = 50257 * 768 * 2,
+                         kProduct = 4 * 768 * (768 + 1) * 2;  // and its bias
+  EXPECT_EQ(kTable, 77'194'752);
+  EXPECT_EQ(of("megatron-core", "embedding", 1), kTable);
+  EXPECT_EQ(of("megatron-core", "layers.0.mlp.up", 1), 0);
+  EXPECT_EQ(of("megatron-lm-2021", "layers.0.mlp.up", 1), kProduct);
+  // In the parameters' type the first one stays where it is.
+  EXPECT_EQ(of("pytorch-ddp", "layers.0.mlp.up", 1), 0);
+  EXPECT_EQ(of("pytorch-ddp", "layers.0.mlp.up", 2), kProduct);
+  EXPECT_EQ(of("partita", "embedding", 2), 0);
+}
+
+TEST(Predict, CommunicatorsAreDeviceMemory) {
+  constexpr std::int64_t kConnection = 4'194'304 + 4'915'200 + 524'288;
+  Plan p = under("megatron-core");
+  const auto beside = [&] {
+    const Prediction r = predicted(two_blocks(), p);
+    return r.peak_device.count - r.peak_reserved.count - (512LL << 20);
+  };
+  EXPECT_EQ(beside(), 0);  // one rank
+  p.dp = 8;
+  const std::int64_t one = beside();
+  EXPECT_GT(one, 0);
+  EXPECT_EQ(one % kConnection, 0);
+}
+
+TEST(Predict, ALayerOf2021KeepsWhatKorthikantiCounts) {
+  // arXiv 2205.05198, equation 2: s b h (10 + 24 / t + 5 a s / (h t)) bytes a layer, dropout's
+  // masks and copies among them. s 2048, b 4, h 6144, a 64, t 8: 26 1/3 s b h.
+  const auto activations = [](int layers) {
+    ModelOptions options;
+    options.layers = layers;
+    options.flash_attention = false;
+    options.dropout = 0.1;
+    Plan p = under("megatron-lm-2021");
+    p.tp = 8;
+    p.micro_batch = 4;
+    const Prediction r = predicted(load_model("megatron-22b", options), p);
+    return static_cast<double>(
+        r.memory_by_stage[0].by_category[static_cast<std::size_t>(Category::activations)].count);
+  };
+  const double layer = 2048.0 * 4 * 6144 * (10 + 3 + 40.0 / 3);
+  EXPECT_DOUBLE_EQ(layer, 1'325'400'064);
+  EXPECT_NEAR(activations(3) - activations(2), layer, 0.01 * layer);
+}
+
 }  // namespace
 }  // namespace partita

@@ -149,7 +149,7 @@ TEST(RowText, MemoryQuantities) {
   };
   for (const Case& c :
        {Case{"mem-allocated-bytes (weights+grads+optimizer resident after step, logging rank)",
-             {Q::What::state, Q::Who::last_stage}},
+             {Q::What::after_step, Q::Who::last_stage}},
         {"mem-max-allocated-bytes (peak, logging rank)", {Q::What::allocated, Q::Who::last_stage}},
         {"max_memory_allocated on rank 7", {Q::What::allocated, Q::Who::rank, 7}},
         {"peak memory per GPU as reported with the throughput row", {Q::What::device}},

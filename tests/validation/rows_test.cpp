@@ -463,40 +463,41 @@ TEST(Rows, RowsAreCoveredOrNot) {
   EXPECT_EQ(f[0].figures.back().kind, Figure::Kind::fits);
 }
 
+const std::vector<std::string> kMemory{"id",
+                                       "family",
+                                       "model",
+                                       "num_layers",
+                                       "hidden_size",
+                                       "num_heads",
+                                       "seq_len_tokens",
+                                       "gpu",
+                                       "num_gpus",
+                                       "tp",
+                                       "sequence_parallel",
+                                       "pp",
+                                       "virtual_stages_per_gpu",
+                                       "cp",
+                                       "ep",
+                                       "dp",
+                                       "zero_or_fsdp",
+                                       "micro_batch_per_dp_rank",
+                                       "global_batch_seqs",
+                                       "recompute",
+                                       "precision",
+                                       "quantity",
+                                       "value",
+                                       "unit",
+                                       "from_memory",
+                                       "source",
+                                       "notes"};
+
 TEST(Rows, AMemoryRowThatRepeatsATrainingRowCountsOnce) {
-  const std::vector<std::string> memory{"id",
-                                        "family",
-                                        "model",
-                                        "num_layers",
-                                        "hidden_size",
-                                        "num_heads",
-                                        "seq_len_tokens",
-                                        "gpu",
-                                        "num_gpus",
-                                        "tp",
-                                        "sequence_parallel",
-                                        "pp",
-                                        "virtual_stages_per_gpu",
-                                        "cp",
-                                        "ep",
-                                        "dp",
-                                        "zero_or_fsdp",
-                                        "micro_batch_per_dp_rank",
-                                        "global_batch_seqs",
-                                        "recompute",
-                                        "precision",
-                                        "quantity",
-                                        "value",
-                                        "unit",
-                                        "from_memory",
-                                        "source",
-                                        "notes"};
   const Cells printed{{"peak_mem_per_gpu_gib", "60"}, {"peak_mem_definition", "as printed"}};
   const Cells row =
       with(whole_row(),
            {{"quantity", "max_memory_allocated on rank 15"}, {"value", "60"}, {"unit", "GiB"}});
   const CsvTable training = table(kTraining, {with(whole_row(), printed)});
-  const CsvTable same = table(memory, {row, with(row, {{"value", "61"}})});
+  const CsvTable same = table(kMemory, {row, with(row, {{"value", "61"}})});
   RowsOptions o;
   o.workers = 1;
   EXPECT_EQ(predict_rows({same}, catalogue(), o).at(0).rows, 2);
@@ -507,6 +508,18 @@ TEST(Rows, AMemoryRowThatRepeatsATrainingRowCountsOnce) {
     EXPECT_EQ(f[0].rows, 2);
     EXPECT_EQ(f[0].repeats, 1);
   }
+}
+
+TEST(Rows, AQuantitysNameMayTellTheFramework) {
+  const auto assumed = [](const char* quantity) {
+    RowsOptions o;
+    o.workers = 1;
+    const Cells row = with(whole_row(), {{"quantity", quantity}, {"value", "6"}, {"unit", "GiB"}});
+    return predict_rows({table(kMemory, {row})}, catalogue(), o).at(0).figures.at(0).assumed;
+  };
+  const char* log = "framework megatron-ci, by its name of the quantity";
+  EXPECT_THAT(assumed("mem-max-allocated-bytes (peak, logging rank)"), ::testing::Contains(log));
+  EXPECT_THAT(assumed("max_memory_allocated on rank 0"), ::testing::Not(::testing::Contains(log)));
 }
 
 TEST(Rows, ThreadsChangeNothing) {
