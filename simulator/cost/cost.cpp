@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <set>
 #include <unordered_map>
 
 #include "base/hash.h"
@@ -265,7 +266,16 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     one.layout = ProductLayout::tn;
   }
   one.out = out_of(i.writes);
-  one.bytes = w.bytes;
+  const bool narrow = bits(op.compute) <= 8;
+  one.bytes = narrow ? one.operand_bytes() : w.bytes;
+  if (i.casts) {
+    // Read once, written once for this product and once turned, for the other pass.
+    const auto& operands = forward ? i.reads : i.gradients;
+    const std::int64_t elements = local_elements(p, operands[0], rank);
+    const double each = bits(p.buffer(operands[0]).type) / 8.0 + 2 * bits(op.compute) / 8.0;
+    w.streamed = Bytes{std::llround(each * static_cast<double>(elements))};
+    w.kernels = 2;
+  }
   if (data && std::holds_alternative<BatchedProduct>(op.operation)) {
     // Of both operands: da [m, k] = dy · bᵀ, db [k, n] = aᵀ · dy.
     Product other = one;
@@ -440,6 +450,16 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
       return bytes_of(p, i.reads, rank);
   }
   return Bytes{0};
+}
+
+double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts) {
+  PARTITA_ASSERT(experts >= top_k && top_k >= 1 && parts >= 1,
+                 fmt::format("top {} of {} experts in {} parts", top_k, experts, parts));
+  const double others = static_cast<double>(experts) * (1 - 1 / static_cast<double>(parts));
+  double none = 1;  // of a part's experts is wanted
+  for (std::int64_t k = 0; k < top_k; ++k)
+    none *= std::max(0.0, others - static_cast<double>(k)) / static_cast<double>(experts - k);
+  return std::min(1.0, static_cast<double>(parts) * (1 - none) / static_cast<double>(top_k));
 }
 
 Bytes key_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -732,6 +752,22 @@ int Communication::channels(CollectiveKind kind, Bytes bytes,
   const auto what = nccl_collective(kind);
   if (!state_->nccl || !what || ranks.size() < 2) return 0;
   return nccl::choose(group(ranks).communicator, *what, static_cast<double>(bytes.count)).channels;
+}
+
+Bytes Communication::travelling(const Program& p, const Instruction& i, Bytes payload,
+                                const std::vector<std::int64_t>& ranks) const {
+  if (!p.rows_once || i.collective != CollectiveKind::all_to_all) return payload;
+  const Buffer& b = p.buffer(i.reads[0]);
+  if (!b.routed) return payload;
+  std::set<std::size_t> domains;
+  for (const std::int64_t r : ranks) {
+    const DeviceId d{static_cast<std::size_t>(r)};
+    domains.insert(state_->topology.domain_of(state_->topology.node_of(d)));
+  }
+  const std::size_t parts = domains.size() > 1 ? domains.size() : ranks.size();
+  const auto top_k = b.shape[2].extent;
+  const double fraction = rows_once_fraction(b.experts, top_k, static_cast<std::int64_t>(parts));
+  return Bytes{std::llround(fraction * static_cast<double>(payload.count))};
 }
 
 Seconds Communication::collective(CollectiveKind kind, Bytes bytes,

@@ -653,6 +653,7 @@ class Engine {
                 keys = std::max(keys, key_bytes(p_, i, m));
               }
             }
+            bytes = communication_.travelling(p_, i, bytes, group);
             s.meets = seen.size() > 1;
             s.ticks = to_ticks(communication_.collective(i.collective, bytes, group)).count +
                       (group.size() > 1 ? to_ticks(device.dispatch).count : 0);

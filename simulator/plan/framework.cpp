@@ -61,6 +61,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   plan.get("bucket");
   setting(plan, "bucket", [&](const YamlNode& n) { f.bucket = n.as_bytes(); });
   boolean(plan, "overlap_gradients", f.overlap_gradients);
+  boolean(plan, "rows_once", f.rows_once);
   plan.reject_unknown_keys();
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);
@@ -70,10 +71,24 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
     word(*defaults, "recompute", f.recompute);
+    boolean(*defaults, "mtp", f.mtp);
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
     defaults->reject_unknown_keys();
+  }
+  if (const auto recipes = root.find("recipes")) {
+    for (const auto& [name, recipe] : recipes->members()) {
+      const auto source = recipe.find("source");
+      if (!source && file_source.empty())
+        throw InputError(recipe.place(), "every recipe needs a source");
+      f.sources[name] = source ? source->as_string() : file_source;
+      for (const char* key : {"tp", "pp", "virtual_stages_per_gpu", "cp", "ep", "etp",
+                              "micro_batch_per_dp_rank", "precision", "sequence_parallel"}) {
+        if (const auto cell = recipe.find(key)) f.recipes[name][key] = cell->as_string();
+      }
+      recipe.reject_unknown_keys();
+    }
   }
   root.reject_unknown_keys();
   return f;

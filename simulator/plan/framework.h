@@ -23,6 +23,7 @@ struct FrameworkProfile {
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
+  bool rows_once = false;  ///< a token's row goes once to a domain that has experts of it
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -31,8 +32,13 @@ struct FrameworkProfile {
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
   std::string recompute = "none";
-  std::string model;            ///< catalogue entry whose kind of block an unnamed network has
+  bool mtp = false;   ///< trains the multi-token prediction modules of a network that has them
+  std::string model;  ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network
+
+  /// A named configuration of the framework: what it sets, under the names of a table's columns
+  /// ("ep", "micro_batch_per_dp_rank", "precision").
+  std::map<std::string, std::map<std::string, std::string>> recipes;
 
   std::map<std::string, std::string> sources;
 };

@@ -140,6 +140,7 @@ struct Instruction {
   /// the sequence, the smallest that an operand or the result holds.
   std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
+  bool casts = false;              ///< a product's activation or gradient to its narrow type
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
   /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
@@ -283,6 +284,7 @@ struct Program {
   LossScale loss_scale;
   Compression compression;
   Launches launches;
+  bool rows_once = false;  ///< Plan::rows_once
   AtomList data_parallel;  ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
