@@ -276,6 +276,16 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     w.streamed = Bytes{std::llround(each * static_cast<double>(elements))};
     w.kernels = 2;
   }
+  if (const auto* g = std::get_if<GroupedProduct>(&op.operation);
+      g != nullptr && g->bias && g->out.dim == Dim::feature && p.expert_bias_apart &&
+      (forward || data)) {
+    // Expert by expert a bias times its row's probability, added, in fp32; then joined and cast:
+    // 4 + 10 + 8 + 6 B an element. Backward cast 6, cast of each part 6, joined 4, gradients of
+    // bias and probability 12 each (Megatron-Core, moe/experts.py, TEGroupedMLP._apply_bias).
+    const std::int64_t elements = local_elements(p, forward ? i.writes[0] : i.gradients[0], rank);
+    w.streamed += Bytes{(forward ? 28 : 40) * elements};
+    w.kernels += (forward ? 2 : 5) * static_cast<int>(s.count) + 2;
+  }
   if (data && std::holds_alternative<BatchedProduct>(op.operation)) {
     // Of both operands: da [m, k] = dy · bᵀ, db [k, n] = aᵀ · dy.
     Product other = one;

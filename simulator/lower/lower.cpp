@@ -106,6 +106,7 @@ class Lowering {
     p_.compression = plan_.compression;
     p_.launches = plan_.launches;
     p_.rows_once = plan_.rows_once;
+    p_.expert_bias_apart = plan_.expert_bias_apart;
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;

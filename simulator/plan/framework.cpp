@@ -62,6 +62,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   setting(plan, "bucket", [&](const YamlNode& n) { f.bucket = n.as_bytes(); });
   boolean(plan, "overlap_gradients", f.overlap_gradients);
   boolean(plan, "rows_once", f.rows_once);
+  boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   plan.reject_unknown_keys();
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);

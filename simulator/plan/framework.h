@@ -23,7 +23,8 @@ struct FrameworkProfile {
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
-  bool rows_once = false;  ///< a token's row goes once to a domain that has experts of it
+  bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
+  bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
 
   // Where a table does not say.
   std::string precision = "bf16";

@@ -661,6 +661,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.bucket = f.bucket;
   plan.overlap_gradients = f.overlap_gradients;
   plan.rows_once = f.rows_once;
+  plan.expert_bias_apart = f.expert_bias_apart;
 }
 
 namespace {

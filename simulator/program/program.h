@@ -284,8 +284,9 @@ struct Program {
   LossScale loss_scale;
   Compression compression;
   Launches launches;
-  bool rows_once = false;  ///< Plan::rows_once
-  AtomList data_parallel;  ///< cut a micro-batch's samples, in order
+  bool rows_once = false;          ///< Plan::rows_once
+  bool expert_bias_apart = false;  ///< Plan::expert_bias_apart
+  AtomList data_parallel;          ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
   std::int32_t loss_tensor = -1;

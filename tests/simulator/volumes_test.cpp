@@ -290,7 +290,7 @@ TEST(Volumes, RowsThatGoOnceToADomainShareTheirCopies) {
                        experts = parts * (1 + static_cast<std::int64_t>(rng() % 8)),
                        top_k = 1 + static_cast<std::int64_t>(rng()) % experts;
     const double f = rows_once_fraction(experts, top_k, parts);
-    EXPECT_DOUBLE_EQ(rows_once_fraction(experts, 1, parts), 1);
+    EXPECT_NEAR(rows_once_fraction(experts, 1, parts), 1, 1e-12);
     EXPECT_NEAR(rows_once_fraction(experts, top_k, experts), 1, 1e-12);
     EXPECT_LE(f, 1);
     // At least one copy of each row, at most one a part.
@@ -321,7 +321,43 @@ TEST(Volumes, RowsThatGoOnceToADomainShareTheirCopies) {
       EXPECT_EQ(two_nodes.travelling(p, i, all, {0, 1, 2, 3}), all);
     }
   }
-  EXPECT_EQ(exchanges, 2 * 4);
+  // Two layers, two exchanges forward and two backward; a backward is there twice, for the last
+  // micro-batch and the others.
+  EXPECT_EQ(exchanges, 2 * (2 + 2 * 2));
+}
+
+TEST(Volumes, ExpertsBiasesApartAreStreamed) {
+  TransformerConfig config = small_config();
+  config.layers = 1;
+  config.moe = {};
+  config.moe.experts = 4;
+  config.moe.top_k = 2;
+  config.moe.ffn = 8;
+  config.moe.expert_bias = true;
+  Program p = lowered(build_transformer(config), base_plan());
+  const std::int64_t elements = 8 * 2 * 8;  // tokens, experts of each, features
+  int seen = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.op < 0 || !std::holds_alternative<GroupedProduct>(
+                          p.operators[static_cast<std::size_t>(i.op)].operation))
+        continue;
+      const std::string& name = p.operators[static_cast<std::size_t>(i.op)].name;
+      p.expert_bias_apart = false;
+      const Work plain = work_of(p, i, 0);
+      p.expert_bias_apart = true;
+      const Work apart = work_of(p, i, 0);
+      const bool down = name.find("down") != std::string::npos,
+                 forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
+      const bool adds = down && (forward || data);
+      EXPECT_EQ(apart.streamed.count - plain.streamed.count,
+                adds ? (forward ? 28 : 40) * elements : 0)
+          << name;
+      EXPECT_EQ(apart.kernels - plain.kernels, adds ? (forward ? 10 : 22) : 0) << name;
+      seen += adds ? 1 : 0;
+    }
+  }
+  EXPECT_EQ(seen, 1 + 2);  // a backward is there twice
 }
 
 TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
@@ -350,8 +386,9 @@ TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
   }
   EXPECT_EQ(casts[0], layers * 4);
   EXPECT_EQ(elements[0], layers * s * (3 * h + ffn));
-  EXPECT_EQ(casts[1], layers * 7);
-  EXPECT_EQ(elements[1], layers * s * (h + 2 * h / 2 + h + 2 * ffn + h));
+  // A backward is there twice.
+  EXPECT_EQ(casts[1], 2 * layers * 7);
+  EXPECT_EQ(elements[1], 2 * layers * s * (h + 2 * h / 2 + h + 2 * ffn + h));
 }
 
 /// Two stride-1 convolutions of kernel K over `rows` x 6, C = 4 channels, F = 4 filters.
