@@ -461,7 +461,7 @@ Graph load_model_file(const std::string& path, const ModelOptions& options) {
   std::string name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("name")) name = n->as_string();
   root.find("source");
-  for (const char* of_tables : {"aliases", "stands_in_for", "counts", "framework"})
+  for (const char* of_tables : {"aliases", "stands_in_for", "counts", "framework", "mtp_trained"})
     root.find(of_tables);
   const auto transformer = root.find("transformer");
   const auto network = root.find("network");
@@ -492,6 +492,7 @@ KnownModel known_model(const std::string& path) {
   if (const auto n = root.find("counts"))
     m.counts_tokens = one_of(*n, Words<bool, 2>{{{"samples", false}, {"tokens", true}}});
   if (const auto n = root.find("framework")) m.framework = n->as_string();
+  if (const auto n = root.find("mtp_trained")) m.mtp_trained = static_cast<int>(n->as_int(0, 16));
   if (const auto n = root.find("transformer")) {
     m.transformer = read_transformer(*n);
     m.transformer->name = m.name;

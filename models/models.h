@@ -144,6 +144,7 @@ struct KnownModel {
   std::map<std::string, std::string> stands_in_for;
   bool counts_tokens = false;  ///< tables print tokens a second for it, not samples
   std::string framework;       ///< that it was published with; "": not said
+  int mtp_trained = 0;         ///< multi-token prediction modules that it was trained with
   std::optional<TransformerConfig> transformer;  ///< of a stack of blocks: open to other sizes
 };
 /// All of the catalogue, by name.

@@ -185,6 +185,10 @@ const std::string& Configuration::operator[](std::string_view column) const {
   return found == cells_.end() ? nothing : found->second;
 }
 
+bool Configuration::fill(const std::string& column, const std::string& cell) {
+  return cells_.emplace(column, cell).second;
+}
+
 std::optional<std::int64_t> Configuration::whole(std::string_view column, std::int64_t least,
                                                  std::int64_t most) const {
   const std::string& cell = (*this)[column];
@@ -218,7 +222,10 @@ Catalogue load_catalogue() {
     s.nics_per_node = static_cast<std::int64_t>(t.nic_count(0));
     const YamlNode file = YamlNode::load_file(
         fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), n), "partita.topology/1");
-    for (const auto& [key, vertex] : file.get("nodes").items().at(0).get("vertices").members()) {
+    const YamlNode nodes = file.get("nodes").items().at(0);
+    if (const auto domain = nodes.find("domain"))
+      s.nodes_per_domain = domain->get("nodes").as_int(1, 1'000'000);
+    for (const auto& [key, vertex] : nodes.get("vertices").members()) {
       const std::string kind = vertex.get("kind").as_string();
       if (kind == "device") s.device_key = key;
       if (kind == "nic") s.nic_key = key;
@@ -300,6 +307,18 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   if (best->device != device.name)
     choice.edits.cluster.push_back(
         {fmt::format("nodes[0].vertices.{}.device", best->device_key), device.name});
+  // A scheduler gives a job equal parts of NVLink domains (Slurm's --segment), the largest that
+  // divide its nodes, so that groups of ranks lie in one domain where they can: what launchers of
+  // NVL72 ask for (Megatron-Bridge, scripts/performance/utils/executors.py).
+  const std::int64_t nodes = ceil_div(gpus, best->devices_per_node);
+  if (best->nodes_per_domain > 1 && nodes > best->nodes_per_domain) {
+    std::int64_t segment = best->nodes_per_domain;
+    while (nodes % segment != 0) --segment;
+    if (segment < best->nodes_per_domain) {
+      choice.edits.cluster.push_back({"nodes[0].domain.nodes", fmt::format("{}", segment)});
+      assumed.push_back(fmt::format("{} nodes of each NVLink domain", segment));
+    }
+  }
   if (gpus > best->devices_per_node && best->nics_per_node > 0) {
     if (const auto rate = network_rate(inter)) {
       const double node =
@@ -410,6 +429,7 @@ class CaseBuilder {
 
   RowCase build() {
     find_framework();
+    read_recipe();
     find_network();
     find_ranks();
     find_batch();
@@ -448,6 +468,19 @@ class CaseBuilder {
     }
     PARTITA_ASSERT(framework_ != nullptr, fallback);
     assume("framework {}", fallback);
+  }
+
+  /// "recipe NAME": a configuration of the framework fills the cells that the row leaves empty.
+  void read_recipe() {
+    const std::string& text = row_["overlap_and_other_settings"];
+    constexpr std::string_view kWord = "recipe ";
+    if (text.rfind(kWord, 0) != 0) return;
+    const std::string name = text.substr(kWord.size(), text.find(' ', kWord.size()) - kWord.size());
+    const auto recipe = framework_->recipes.find(name);
+    if (recipe == framework_->recipes.end()) return;
+    for (const auto& [column, cell] : recipe->second) {
+      if (row_.fill(column, cell)) assume("{} {} (recipe)", column, cell);
+    }
   }
 
   // ---- the network -----------------------------------------------------------------------------
@@ -536,7 +569,13 @@ class CaseBuilder {
     }
     if (t.positions > 0) t.positions = std::max(t.positions, t.sequence);
     if (t.rotary_dim > 0 && !architecture) t.rotary_dim = t.hidden / t.heads / 2 * 2;
-    if (has(lower(text), "w/ mtp")) t.mtp_layers = 1;
+    if (has(lower(text), "w/ mtp")) {
+      t.mtp_layers = 1;
+    } else if (framework_->mtp && architecture && t.layers == known_layers &&
+               !has(lower(text), "w/o mtp")) {
+      t.mtp_layers = known->mtp_trained;
+      if (t.mtp_layers > 0) assume("{} multi-token prediction", t.mtp_layers);
+    }
     const std::string kernel =
         plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
     if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local") {
@@ -843,6 +882,7 @@ class CaseBuilder {
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;
       p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;
+      p.rows_once = flags_.flex_dispatcher;
     } else if (has(settings, "bucketing off") || has(settings, "overlap paths off")) {
       p.overlap_gradients = false;
     } else if (p.dp > 1) {
@@ -863,6 +903,13 @@ class CaseBuilder {
         p.cuts.assign(static_cast<std::size_t>(chunks), (layers + 2) / chunks);
         --p.cuts.front(), --p.cuts.back();
         assume("embedding and loss count as a block each");
+      } else if (layers % chunks != 0 && c_.transformer->mtp_layers > 0) {
+        // Megatron's layouts of DeepSeek-V3: equal chunks until none are left; what predicts
+        // further and the loss stand beside the last's rest.
+        const std::int64_t most = ceil_div(layers, chunks);
+        for (std::int64_t k = 0; k < chunks; ++k)
+          p.cuts.push_back(std::clamp(layers - k * most, std::int64_t{0}, most));
+        assume("equal chunks of {} blocks, the last with what is left", most);
       }
     }
     p.lora_rank = c_.lora.empty() ? 0 : 16;
@@ -917,7 +964,7 @@ class CaseBuilder {
   }
 
   const RowSchema schema_;
-  const Configuration& row_;
+  Configuration row_;  ///< with what a recipe adds
   const Catalogue& catalogue_;
   const MegatronFlags flags_;
   const FrameworkProfile* framework_ = nullptr;

@@ -47,6 +47,8 @@ class Configuration {
   /// Whole numbers; empty cell: nothing. InputError{column} for other text, or out of range.
   std::optional<std::int64_t> whole(std::string_view column, std::int64_t least = 1,
                                     std::int64_t most = 1'000'000'000) const;
+  /// Writes an empty cell; true if it was empty.
+  bool fill(const std::string& column, const std::string& cell);
   /// All cells, for equality.
   std::string key() const;
   /// The columns that a schema's predictions may see.
@@ -60,7 +62,8 @@ class Configuration {
 struct ClusterShape {
   std::string name, device;
   std::int64_t devices_per_node = 0, nics_per_node = 0;
-  std::string device_key, nic_key;  ///< of the file's vertices: "gpu[0-7]"
+  std::int64_t nodes_per_domain = 1;  ///< of one NVLink domain
+  std::string device_key, nic_key;    ///< of the file's vertices: "gpu[0-7]"
 };
 
 /// All that names are looked up in. Immutable.

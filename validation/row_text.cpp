@@ -353,6 +353,7 @@ MegatronFlags megatron_flags(std::string_view text) {
   f.overlap_gradients = flag("--overlap-grad-reduce");
   f.fused_loss = flag("--cross-entropy-loss-fusion");
   f.overlap_tensor_parallel = flag("--tp-comm-overlap");
+  f.flex_dispatcher = has(text, "--moe-token-dispatcher-type=flex");
   constexpr std::string_view kBackend = "--attention-backend=";
   if (const auto at = text.find(kBackend); at != std::string_view::npos) {
     const auto start = at + kBackend.size();

@@ -84,6 +84,7 @@ struct MegatronFlags {
   bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
   bool overlap_gradients = false, overlap_tensor_parallel = false;
   bool fused_loss = false;
+  bool flex_dispatcher = false;  ///< DeepEP or HybridEP
   std::string attention;  ///< of --attention-backend
 };
 MegatronFlags megatron_flags(std::string_view text);

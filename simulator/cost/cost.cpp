@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <set>
 #include <unordered_map>
 
 #include "base/hash.h"
@@ -268,7 +269,26 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     one.layout = ProductLayout::tn;
   }
   one.out = out_of(i.writes);
-  one.bytes = w.bytes;
+  const bool narrow = bits(op.compute) <= 8;
+  one.bytes = narrow ? one.operand_bytes() : w.bytes;
+  if (i.casts) {
+    // Read once, written once for this product and once turned, for the other pass.
+    const auto& operands = forward ? i.reads : i.gradients;
+    const std::int64_t elements = local_elements(p, operands[0], rank);
+    const double each = bits(p.buffer(operands[0]).type) / 8.0 + 2 * bits(op.compute) / 8.0;
+    w.streamed = Bytes{std::llround(each * static_cast<double>(elements))};
+    w.kernels = 2;
+  }
+  if (const auto* g = std::get_if<GroupedProduct>(&op.operation);
+      g != nullptr && g->bias && g->out.dim == Dim::feature && p.expert_bias_apart &&
+      (forward || data)) {
+    // Expert by expert a bias times its row's probability, added, in fp32; then joined and cast:
+    // 4 + 10 + 8 + 6 B an element. Backward cast 6, cast of each part 6, joined 4, gradients of
+    // bias and probability 12 each (Megatron-Core, moe/experts.py, TEGroupedMLP._apply_bias).
+    const std::int64_t elements = local_elements(p, forward ? i.writes[0] : i.gradients[0], rank);
+    w.streamed += Bytes{(forward ? 28 : 40) * elements};
+    w.kernels += (forward ? 2 : 5) * static_cast<int>(s.count) + 2;
+  }
   if (data && std::holds_alternative<BatchedProduct>(op.operation)) {
     // Of both operands: da [m, k] = dy · bᵀ, db [k, n] = aᵀ · dy.
     Product other = one;
@@ -279,13 +299,6 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     return;
   }
   w.products = {one};
-  // A gradient is cast once, by rows and by columns, for both products of the backward.
-  if (const ElementType held = out_of(i.gradients);
-      data && std::holds_alternative<Linear>(op.operation) && bits(op.compute) < bits(held)) {
-    const auto elements = static_cast<std::int64_t>(s.m * s.n * s.count);
-    w.streamed = storage(held, elements) + Bytes{2 * storage(op.compute, elements).count};
-    w.kernels = 2;
-  }
 }
 
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
@@ -458,6 +471,16 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
       return bytes_of(p, i.reads, rank);
   }
   return Bytes{0};
+}
+
+double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts) {
+  PARTITA_ASSERT(experts >= top_k && top_k >= 1 && parts >= 1,
+                 fmt::format("top {} of {} experts in {} parts", top_k, experts, parts));
+  const double others = static_cast<double>(experts) * (1 - 1 / static_cast<double>(parts));
+  double none = 1;  // of a part's experts is wanted
+  for (std::int64_t k = 0; k < top_k; ++k)
+    none *= std::max(0.0, others - static_cast<double>(k)) / static_cast<double>(experts - k);
+  return std::min(1.0, static_cast<double>(parts) * (1 - none) / static_cast<double>(top_k));
 }
 
 Bytes key_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -768,6 +791,22 @@ Bytes Communication::communicator_memory(const std::vector<std::int64_t>& ranks)
   const std::int64_t connections =
       channels(nccl::Algorithm::ring) + 2 * channels(nccl::Algorithm::tree);
   return Bytes{connections * (kSimple + kLl128 + kLl)};
+}
+
+Bytes Communication::travelling(const Program& p, const Instruction& i, Bytes payload,
+                                const std::vector<std::int64_t>& ranks) const {
+  if (!p.rows_once || i.collective != CollectiveKind::all_to_all) return payload;
+  const Buffer& b = p.buffer(i.reads[0]);
+  if (!b.routed) return payload;
+  std::set<std::size_t> domains;
+  for (const std::int64_t r : ranks) {
+    const DeviceId d{static_cast<std::size_t>(r)};
+    domains.insert(state_->topology.domain_of(state_->topology.node_of(d)));
+  }
+  const std::size_t parts = domains.size() > 1 ? domains.size() : ranks.size();
+  const auto top_k = b.shape[2].extent;
+  const double fraction = rows_once_fraction(b.experts, top_k, static_cast<std::int64_t>(parts));
+  return Bytes{std::llround(fraction * static_cast<double>(payload.count))};
 }
 
 Seconds Communication::collective(CollectiveKind kind, Bytes bytes,

@@ -69,6 +69,14 @@ Bytes payload(const Program& program, const Instruction& instruction, std::int64
 /// 0 for other collectives.
 Bytes key_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);
 
+/// Copies of a row that leave for `parts` parts, of the top_k that go to experts, where a part gets
+/// one whatever number of its experts want it:
+///
+///     parts · (1 − C(experts − experts / parts, top_k) / C(experts, top_k)) / top_k
+///
+/// Balanced experts, drawn evenly. 1 for top_k = 1 or as many parts as experts.
+double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts);
+
 /// Is this a copy to, from or on the host, or a kernel that the host runs?
 bool on_host(const Program& program, const Instruction& instruction);
 
@@ -82,6 +90,9 @@ class Communication {
   explicit Communication(Topology topology);
   ~Communication();
   Seconds collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
+  /// Of a collective's payload, what travels: less where rows go once to a domain (`rows_once`).
+  Bytes travelling(const Program& program, const Instruction& instruction, Bytes payload,
+                   const std::vector<std::int64_t>& ranks) const;
   /// Of a copy between device and host, over the device's link, or of work in the host's memory, of
   /// which every device has its share. InputError where the topology does not say.
   Seconds host_time(const Program& program, const Instruction& instruction, std::int64_t rank);

@@ -690,6 +690,7 @@ class Engine {
                 keys = std::max(keys, key_bytes(p_, i, m));
               }
             }
+            bytes = communication_.travelling(p_, i, bytes, group);
             s.meets = seen.size() > 1;
             s.ticks = to_ticks(transfer_factor(group) *
                                communication_.collective(i.collective, bytes, group))

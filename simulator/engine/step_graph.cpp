@@ -130,6 +130,7 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
   work = Seconds{0};
   // Measured with as many ranks at work: what they share is in the figure.
   if (communication_.measured_together()) return -1;
+  bytes = communication_.travelling(program_, i, bytes, group);
   const auto moving = communication_.moving(i.collective, bytes, group);
   work = moving.time;
   if (!(moving.time.count > 0)) return -1;

@@ -69,6 +69,7 @@ class Lowering {
     if (plan_.overlap_tensor_parallel) split_products();
     if (plan_.message_queue) broker_blocks();
     if (plan_.offload_activations) offload_activations();
+    mark_casts();
     place_memory();
     return std::move(p_);
   }
@@ -111,6 +112,8 @@ class Lowering {
     }
     p_.allocations = plan_.allocations;
     p_.allocations.parameters = plan_.precision.parameters;
+    p_.rows_once = plan_.rows_once;
+    p_.expert_bias_apart = plan_.expert_bias_apart;
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
@@ -119,6 +122,17 @@ class Lowering {
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};
     return {};
+  }
+
+  /// 8- and 4-bit types multiply by weights inside the blocks only, as Transformer Engine does:
+  /// attention, the head and a router stay in the parameters' type.
+  ElementType compute_type(const Operation& op) const {
+    const Precision& p = plan_.precision;
+    if (bits(p.compute) > 8 || std::holds_alternative<GroupedProduct>(op)) return p.compute;
+    const auto* linear = std::get_if<Linear>(&op);
+    const bool block = linear != nullptr && linear->out.back().dim != Dim::vocabulary &&
+                       linear->out.back().dim != Dim::expert;
+    return block ? p.compute : p.parameters;
   }
 
   // ---- pass 2: layouts -----------------------------------------------------------------------
@@ -133,14 +147,7 @@ class Lowering {
       po.signature = l->signature;
       po.cuts = l->cuts;
       po.root = l->root;
-      po.compute = plan_.precision.compute;
-      const bool head =
-          std::holds_alternative<Linear>(op.operation) && l->signature.find(Dim::vocabulary) >= 0;
-      const bool wide =
-          (plan_.kernels.wide_head && head) ||
-          (plan_.kernels.wide_attention && std::holds_alternative<Attention>(op.operation));
-      if (wide && bits(po.compute) < bits(plan_.precision.activations))
-        po.compute = plan_.precision.activations;
+      po.compute = compute_type(op.operation);
       po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(),
                                                      graph_.loss) != op.outputs.end();
       p_.operators.push_back(std::move(po));
@@ -806,6 +813,25 @@ class Lowering {
       return;
     }
     block.instructions.push_back(std::move(i));
+  }
+
+  // ---- operands that become narrow -------------------------------------------------------------
+  /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
+  /// of one block that read the same share the copies.
+  void mark_casts() {
+    for (Block& block : p_.blocks) {
+      std::set<BufferId> narrow;
+      for (Instruction& i : block.instructions) {
+        if (i.kind != Kind::compute || i.op < 0) continue;
+        const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+        if (bits(op.compute) > 8) continue;
+        const bool forward = i.kernel == Kernel::forward;
+        if (!forward && i.kernel != Kernel::backward_data && i.kernel != Kernel::backward_weight)
+          continue;
+        const auto& operands = forward ? i.reads : i.gradients;
+        i.casts = !operands.empty() && operands[0].valid() && narrow.insert(operands[0]).second;
+      }
+    }
   }
 
   // ---- products in parts, beside the sequence's way (docs/policies.md) -------------------------

@@ -110,6 +110,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   });
   setting(plan, "workspace_hopper",
           [&](const YamlNode& n) { f.allocations.workspace_hopper = n.as_bytes(); });
+  boolean(plan, "rows_once", f.rows_once);
+  boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   plan.reject_unknown_keys();
   if (const auto kernels = root.find("kernels")) {
     boolean(*kernels, "flash2", f.kernels.flash2);
@@ -117,8 +119,6 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       setting(*kernels, key,
               [&](const YamlNode& n) { to = static_cast<double>(n.as_bytes().count); });
     };
-    boolean(*kernels, "wide_head", f.kernels.wide_head);
-    boolean(*kernels, "wide_attention", f.kernels.wide_attention);
     traffic("score_forward", f.kernels.score_forward);
     traffic("score_backward", f.kernels.score_backward);
     traffic("logit_forward", f.kernels.logit_forward);
@@ -140,10 +140,24 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     });
     word(*defaults, "recompute", f.recompute);
     word(*defaults, "selective", f.selective);
+    boolean(*defaults, "mtp", f.mtp);
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
     defaults->reject_unknown_keys();
+  }
+  if (const auto recipes = root.find("recipes")) {
+    for (const auto& [name, recipe] : recipes->members()) {
+      const auto source = recipe.find("source");
+      if (!source && file_source.empty())
+        throw InputError(recipe.place(), "every recipe needs a source");
+      f.sources[name] = source ? source->as_string() : file_source;
+      for (const char* key : {"tp", "pp", "virtual_stages_per_gpu", "cp", "ep", "etp",
+                              "micro_batch_per_dp_rank", "precision", "sequence_parallel"}) {
+        if (const auto cell = recipe.find(key)) f.recipes[name][key] = cell->as_string();
+      }
+      recipe.reject_unknown_keys();
+    }
   }
   root.reject_unknown_keys();
   return f;

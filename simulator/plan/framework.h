@@ -33,6 +33,8 @@ struct FrameworkProfile {
   bool scatter_messages = false;  ///< between stages, over tp
   Allocations allocations;
   bool save_gathered = false;  ///< all-gathered inputs are kept for the backward
+  bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
+  bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -43,8 +45,13 @@ struct FrameworkProfile {
   double dropout = 0;  ///< of a network that says nothing of it
   std::string recompute = "none";
   std::string selective = "selective";  ///< what it recomputes where told "selective" alone
-  std::string model;            ///< catalogue entry whose kind of block an unnamed network has
+  bool mtp = false;   ///< trains the multi-token prediction modules of a network that has them
+  std::string model;  ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network
+
+  /// A named configuration of the framework: what it sets, under the names of a table's columns
+  /// ("ep", "micro_batch_per_dp_rank", "precision").
+  std::map<std::string, std::map<std::string, std::string>> recipes;
 
   std::map<std::string, std::string> sources;
 };

@@ -665,6 +665,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.scatter_messages = f.scatter_messages;
   plan.allocations = f.allocations;
   plan.save_gathered = f.save_gathered;
+  plan.rows_once = f.rows_once;
+  plan.expert_bias_apart = f.expert_bias_apart;
 }
 
 namespace {
@@ -781,6 +783,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
+  if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
   if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
   if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
@@ -964,6 +967,7 @@ std::string to_yaml(const Plan& p) {
   s += fmt::format(
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
+  s += fmt::format("rows_once: {}\n", p.rows_once);
   s += fmt::format("context_exchange: {}\n",
                    p.context == Plan::ContextExchange::all_gather   ? "all_gather"
                    : p.context == Plan::ContextExchange::all_to_all ? "all_to_all"

@@ -94,6 +94,10 @@ struct Plan {
   Bytes bucket = 40_MiB;            ///< of gradients reduced by one call
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp (Megatron: 128)
   bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
+  /// A token's row goes once to each NVLink domain (inside one: to each rank) that has experts of
+  /// it, which hands it on: DeepEP, HybridEP. A price; what is executed sends a row an expert.
+  bool rows_once = false;
+  bool expert_bias_apart = false;  ///< of the framework (docs/cost.md): a price
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
   /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of

@@ -140,6 +140,7 @@ struct Instruction {
   /// the sequence, the smallest that an operand or the result holds.
   std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
+  bool casts = false;              ///< a product's activation or gradient to its narrow type
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
   /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
@@ -241,9 +242,6 @@ struct FrameworkKernels {
   double score_forward = 0, score_backward = 0;
   /// Bytes for each logit that a cross entropy moves; 0: likewise.
   double logit_forward = 0, logit_backward = 0;
-  /// Products with the vocabulary are in the activations' type where others are in a narrower one.
-  bool wide_head = false;
-  bool wide_attention = false;  ///< so is attention
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
 };
 
@@ -321,7 +319,9 @@ struct Program {
   /// Copies of a message along these atoms go in parts, one from each, and are gathered on arrival.
   AtomMask scattered_messages = 0;
   Allocations allocations;
-  AtomList data_parallel;  ///< cut a micro-batch's samples, in order
+  bool rows_once = false;          ///< Plan::rows_once
+  bool expert_bias_apart = false;  ///< Plan::expert_bias_apart
+  AtomList data_parallel;          ///< cut a micro-batch's samples, in order
   int micro_batches = 1;
   std::int64_t samples = 1;  ///< per global micro-batch
   std::int32_t loss_tensor = -1;

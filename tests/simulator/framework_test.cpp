@@ -69,6 +69,9 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nkernels: {score_forward: 9 B}\n",
          "every setting needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {zero: 4}\n", "4 is too large");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nrecipes: {a: {ep: 8, epp: 2}}\n", "epp");
+  expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nrecipes: {a: {ep: 8}}\n",
+         "every recipe needs a source");
   EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));
 }

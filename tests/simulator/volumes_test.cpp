@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <random>
 
 #include "simulator/cost/cost.h"
 #include "tests/simulator/networks.h"
@@ -278,6 +279,116 @@ TEST(Volumes, ExpertsExchangeRoutedTokensTwiceForwardAndTwiceBackward) {
       EXPECT_EQ(t.wire, t.calls * (ep - 1) * (b * s * top_k * h * kActivation) / ep);
     }
   }
+}
+
+TEST(Volumes, RowsThatGoOnceToADomainShareTheirCopies) {
+  // The example of docs/cost.md: of the six pairs of 4 experts one misses a given half.
+  EXPECT_DOUBLE_EQ(rows_once_fraction(4, 2, 2), 5.0 / 6);
+  std::mt19937 rng(11);
+  for (int i = 0; i < 500; ++i) {
+    const std::int64_t parts = 1 + static_cast<std::int64_t>(rng() % 16),
+                       experts = parts * (1 + static_cast<std::int64_t>(rng() % 8)),
+                       top_k = 1 + static_cast<std::int64_t>(rng()) % experts;
+    const double f = rows_once_fraction(experts, top_k, parts);
+    EXPECT_NEAR(rows_once_fraction(experts, 1, parts), 1, 1e-12);
+    EXPECT_NEAR(rows_once_fraction(experts, top_k, experts), 1, 1e-12);
+    EXPECT_LE(f, 1);
+    // At least one copy of each row, at most one a part.
+    EXPECT_GE(f * static_cast<double>(top_k), 1 - 1e-12);
+    EXPECT_LE(f * static_cast<double>(top_k), static_cast<double>(parts) + 1e-12);
+  }
+  Plan plan = base_plan();
+  plan.dp = plan.ep = 2;
+  plan.micro_batch = 3;
+  plan.global_batch = 6;
+  Program p = lowered(mixtral(), plan);
+  const Communication one_node(load_topology("dgx-h100:1")),
+      two_nodes(load_topology("h100-sxm-4:2"));
+  int exchanges = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::collective) continue;
+      const Bytes all = payload(p, i, 0);
+      p.rows_once = false;
+      EXPECT_EQ(one_node.travelling(p, i, all, {0, 1}), all);
+      p.rows_once = true;
+      const bool rows = i.collective == CollectiveKind::all_to_all && p.buffer(i.reads[0]).routed;
+      exchanges += rows ? 1 : 0;
+      const Bytes less = rows ? Bytes{all.count * 5 / 6} : all;
+      EXPECT_EQ(one_node.travelling(p, i, all, {0, 1}), less);
+      // Two nodes are two parts, whatever the number of ranks; one node of four is four.
+      EXPECT_EQ(two_nodes.travelling(p, i, all, {0, 1, 4, 5}), less);
+      EXPECT_EQ(two_nodes.travelling(p, i, all, {0, 1, 2, 3}), all);
+    }
+  }
+  // Two layers, two exchanges forward and two backward; a backward is there twice, for the last
+  // micro-batch and the others.
+  EXPECT_EQ(exchanges, 2 * (2 + 2 * 2));
+}
+
+TEST(Volumes, ExpertsBiasesApartAreStreamed) {
+  TransformerConfig config = small_config();
+  config.layers = 1;
+  config.moe = {};
+  config.moe.experts = 4;
+  config.moe.top_k = 2;
+  config.moe.ffn = 8;
+  config.moe.expert_bias = true;
+  Program p = lowered(build_transformer(config), base_plan());
+  const std::int64_t elements = 8 * 2 * 8;  // tokens, experts of each, features
+  int seen = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.op < 0 || !std::holds_alternative<GroupedProduct>(
+                          p.operators[static_cast<std::size_t>(i.op)].operation))
+        continue;
+      const std::string& name = p.operators[static_cast<std::size_t>(i.op)].name;
+      p.expert_bias_apart = false;
+      const Work plain = work_of(p, i, 0);
+      p.expert_bias_apart = true;
+      const Work apart = work_of(p, i, 0);
+      const bool down = name.find("down") != std::string::npos,
+                 forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
+      const bool adds = down && (forward || data);
+      EXPECT_EQ(apart.streamed.count - plain.streamed.count,
+                adds ? (forward ? 28 : 40) * elements : 0)
+          << name;
+      EXPECT_EQ(apart.kernels - plain.kernels, adds ? (forward ? 10 : 22) : 0) << name;
+      seen += adds ? 1 : 0;
+    }
+  }
+  EXPECT_EQ(seen, 1 + 2);  // a backward is there twice
+}
+
+TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
+  // The example of docs/cost.md.
+  const std::int64_t layers = 4, s = 8, h = 8, ffn = 16;
+  Plan plan = base_plan();
+  set_precision(plan, "fp8", "");
+  const Program p = lowered(llama(), plan);
+  std::int64_t casts[2] = {0, 0}, elements[2] = {0, 0};
+  for (const Block& block : p.blocks) {
+    const bool backward = block.kind == BlockKind::backward;
+    if (block.kind != BlockKind::forward && !backward) continue;
+    for (const Instruction& i : block.instructions) {
+      if (i.op < 0) continue;
+      const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+      const bool narrow = std::holds_alternative<Linear>(op.operation) && op.name != "head";
+      EXPECT_EQ(op.compute, narrow ? ElementType::fp8 : ElementType::bf16) << op.name;
+      if (!i.casts) continue;
+      EXPECT_TRUE(narrow) << op.name;
+      ++casts[backward];
+      const Work w = work_of(p, i, 0);
+      EXPECT_EQ(w.kernels, 2);
+      EXPECT_EQ(w.streamed.count % 4, 0);  // bf16 read, two copies of a byte written
+      elements[backward] += w.streamed.count / 4;
+    }
+  }
+  EXPECT_EQ(casts[0], layers * 4);
+  EXPECT_EQ(elements[0], layers * s * (3 * h + ffn));
+  // A backward is there twice.
+  EXPECT_EQ(casts[1], 2 * layers * 7);
+  EXPECT_EQ(elements[1], 2 * layers * s * (h + 2 * h / 2 + h + 2 * ffn + h));
 }
 
 /// Two stride-1 convolutions of kernel K over `rows` x 6, C = 4 channels, F = 4 filters.

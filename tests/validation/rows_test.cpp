@@ -224,6 +224,75 @@ TEST(RowCase, ClustersByDeviceAndNode) {
   EXPECT_EQ(load_topology(c.topology, c.edits).device(DeviceId{0}).name, "v100-sxm-16gb");
 }
 
+TEST(RowCase, JobsGetEqualPartsOfDomains) {
+  const auto first_of = [](std::int64_t gpus) {
+    std::vector<std::string> assumed;
+    const auto c = cluster_of(catalogue(), "GB200", "", gpus, 4, "", "", assumed);
+    const Topology t = load_topology(c.topology, c.edits);
+    std::size_t nodes = 0;
+    while (nodes * 4 < t.device_count() && t.domain_of(nodes) == t.domain_of(0)) ++nodes;
+    EXPECT_EQ(assumed.size() > 1, nodes != 18 && gpus > 72) << gpus;  // the network's rate is one
+    return nodes;
+  };
+  EXPECT_EQ(first_of(64), 16u);  // one domain
+  EXPECT_EQ(first_of(72), 18u);
+  EXPECT_EQ(first_of(256), 16u);  // 64 nodes: four times 16
+  EXPECT_EQ(first_of(144), 18u);
+  EXPECT_EQ(first_of(76), 1u);  // 19 nodes
+}
+
+TEST(RowCase, RecipesFillWhatTheRowLeavesEmpty) {
+  const Cells row = {
+      {"model", "qwen3-30b-a3b (pretrain_weak_scaling)"},
+      {"num_layers", "48"},
+      {"gpu", "GB300"},
+      {"num_gpus", "32"},
+      {"gpus_per_node", "4"},
+      {"global_batch_seqs", "2048"},
+      {"framework", "Megatron-Bridge (NeMo container)"},
+      {"tp", ""},
+      {"dp", ""},
+      {"sequence_parallel", ""},
+      {"precision", ""},
+      {"micro_batch_per_dp_rank", ""},
+      {"overlap_and_other_settings", "recipe qwen3_30b_a3b_pretrain_8gpu_gb300_fp8mx_config"}};
+  const RowCase c = case_with(row);
+  EXPECT_EQ(c.plan.ep, 8);
+  EXPECT_EQ(c.plan.micro_batch, 8);
+  EXPECT_EQ(c.plan.precision.compute, ElementType::mxfp8);
+  EXPECT_THAT(c.assumed, Contains("ep 8 (recipe)"));
+  Cells printed = row;
+  printed["micro_batch_per_dp_rank"] = "4";
+  printed["overlap_and_other_settings"] += " features={}";
+  EXPECT_EQ(case_with(printed).plan.micro_batch, 4);
+  printed["overlap_and_other_settings"] = "recipe of nobody";
+  EXPECT_EQ(case_with(printed).plan.ep, 1);
+}
+
+TEST(RowCase, MultiTokenPredictionIsTrainedWhereTheFrameworkDoes) {
+  const auto of = [](const char* model, const char* framework) {
+    return case_with({{"model", model},
+                      {"num_layers", "61"},
+                      {"framework", framework},
+                      {"gpu", "B200"},
+                      {"num_gpus", "64"},
+                      {"tp", "1"},
+                      {"pp", "16"},
+                      {"ep", "4"},
+                      {"dp", "4"}});
+  };
+  const char* bridge = "Megatron-Bridge/Megatron-Core, NeMo container 26.04";
+  const RowCase c = of("DeepSeekV3", bridge);
+  EXPECT_EQ(c.transformer->mtp_layers, 1);
+  std::vector<std::int64_t> cuts(16, 4);
+  cuts.back() = 1;
+  EXPECT_EQ(c.plan.cuts, cuts);
+  EXPECT_EQ(of("DeepSeekV3 (w/o MTP)", bridge).transformer->mtp_layers, 0);
+  EXPECT_EQ(of("DeepSeekV3 (w/ MTP)", "NeMo").transformer->mtp_layers, 1);
+  EXPECT_EQ(of("DeepSeekV3", "NeMo").transformer->mtp_layers, 0);
+  EXPECT_TRUE(of("DeepSeekV3", "NeMo").plan.cuts.empty());
+}
+
 TEST(RowCase, FrameworksByTheirLongestAlias) {
   const auto name = [](const char* text) {
     const FrameworkProfile* f = framework_of(catalogue(), text);
@@ -234,7 +303,11 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("Megatron-LM (Sept 2020)"), "megatron-lm-2021");
   EXPECT_EQ(name("Megatron-LM 23e00ed0 + TransformerEngine 2.11"), "megatron-core");
   EXPECT_EQ(name("Megatron-Core r0.8.0"), "megatron-core");
-  EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 26.04"), "nemo");
+  EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 26.04"), "megatron-bridge");
+  EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 25.11"), "megatron-bridge-25");
+  EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 25.09"), "megatron-bridge-25.09");
+  EXPECT_EQ(name("Megatron-Bridge (NeMo container)"), "megatron-bridge");
+  EXPECT_EQ(name("Megatron-Bridge"), "nemo");
   EXPECT_EQ(name("NeMo (Megatron-Core)"), "nemo");
   EXPECT_EQ(name("Megatron-DeepSpeed"), "megatron-deepspeed");
   EXPECT_EQ(name("MosaicML Composer / llm-foundry (PyTorch FSDP)"), "llm-foundry");
