@@ -61,6 +61,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   plan.get("bucket");
   setting(plan, "bucket", [&](const YamlNode& n) { f.bucket = n.as_bytes(); });
   boolean(plan, "overlap_gradients", f.overlap_gradients);
+  boolean(plan, "channels_first", f.channels_first);
+  boolean(plan, "fuses_normalise", f.fuses_normalise);
   plan.reject_unknown_keys();
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);
@@ -73,6 +75,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
+    setting(*defaults, "mean_of_512",
+            [&](const YamlNode& n) { f.mean_of_512 = n.as_int(1, 512); });
     defaults->reject_unknown_keys();
   }
   root.reject_unknown_keys();

@@ -23,6 +23,10 @@ struct FrameworkProfile {
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type
   Bytes bucket;                     ///< of gradients reduced by one call
   bool overlap_gradients = true;
+  /// 32-bit images lie channels first (NCHW), and so are turned for every product of tensor cores.
+  bool channels_first = false;
+  /// A batch norm's kernel adds the residual and applies the activation that follow it.
+  bool fuses_normalise = false;
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -33,6 +37,9 @@ struct FrameworkProfile {
   std::string recompute = "none";
   std::string model;            ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network
+  /// Mean tokens that a sample of BERT's pre-training has in its batch, of at most 512; 0: padded
+  /// to 512.
+  std::int64_t mean_of_512 = 0;
 
   std::map<std::string, std::string> sources;
 };

@@ -660,6 +660,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
       f.fp32_gradients ? ElementType::fp32 : plan.precision.parameters;
   plan.bucket = f.bucket;
   plan.overlap_gradients = f.overlap_gradients;
+  plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
+  plan.fuses_normalise = f.fuses_normalise;
 }
 
 namespace {
@@ -776,6 +778,8 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
+  if (const auto n = y.find("channels_first")) p.channels_first = n->as_bool();
+  if (const auto n = y.find("fuses_normalise")) p.fuses_normalise = n->as_bool();
   if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
   if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
@@ -959,6 +963,8 @@ std::string to_yaml(const Plan& p) {
   s += fmt::format(
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
+  if (p.channels_first) s += "channels_first: true\n";
+  if (p.fuses_normalise) s += "fuses_normalise: true\n";
   s += fmt::format("context_exchange: {}\n",
                    p.context == Plan::ContextExchange::all_gather   ? "all_gather"
                    : p.context == Plan::ContextExchange::all_to_all ? "all_to_all"

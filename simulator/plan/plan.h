@@ -94,6 +94,8 @@ struct Plan {
   Bytes bucket = 40_MiB;            ///< of gradients reduced by one call
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp (Megatron: 128)
   bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
+  bool channels_first = false;      ///< FrameworkProfile's, where activations have 32 bits
+  bool fuses_normalise = false;     ///< FrameworkProfile's
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
   /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of
