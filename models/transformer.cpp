@@ -112,8 +112,8 @@ class Transformer {
       labels = b_.input("labels", {{Dim::sample, 1}});
     } else {
       labels = b_.input("labels", {{Dim::sample, 1},
-                                  c_.predicted > 0 ? NamedExtent{Dim::key_sequence, c_.predicted}
-                                                   : NamedExtent{Dim::sequence, s}});
+                                   c_.predicted > 0 ? NamedExtent{Dim::key_sequence, c_.predicted}
+                                                    : NamedExtent{Dim::sequence, s}});
     }
     for (int i = 0; i < c_.layers; ++i) {
       b_.set_layer(i);
@@ -228,7 +228,8 @@ class Transformer {
         (at < c_.windowed_layers.size() && c_.windowed_layers[at] != 0)) {
       core.window = c_.window;
     }
-    const TensorId y = c_.latent.key_value_rank > 0 ? latent(x, core) : grouped_query(x, core, layer);
+    const TensorId y =
+        c_.latent.key_value_rank > 0 ? latent(x, core) : grouped_query(x, core, layer);
     TensorId out = linear("attention.output", y, {{Dim::feature, c_.hidden}}, false, 2);
     out = biased("attention.output_bias", out, c_.attention_output_bias);
     return dropped("attention.dropout", out);
@@ -242,9 +243,9 @@ class Transformer {
     TensorId q = linear("attention.query", x, heads(group * d), c_.qkv_bias);
     TensorId seen = x;
     if (c_.memory > 0) {
-      const TensorId before = b_.input(
-          fmt::format("layers.{}.memory", layer),
-          {{Dim::sample, 1}, {Dim::sequence, c_.memory}, {Dim::feature, c_.hidden}});
+      const TensorId before =
+          b_.input(fmt::format("layers.{}.memory", layer),
+                   {{Dim::sample, 1}, {Dim::sequence, c_.memory}, {Dim::feature, c_.hidden}});
       seen = add("attention.seen", Concat{false}, {before, x});
     }
     TensorId k = linear("attention.key", seen, heads(d), c_.qkv_bias);
@@ -342,9 +343,9 @@ class Transformer {
       case Config::Head::masked_language_model:
         if (c_.predicted > 0) {
           // Rows of ones pick the masked positions, so that where they are is data.
-          const TensorId picks = b_.input("masked_positions", {{Dim::sample, 1},
-                                                               {Dim::key_sequence, c_.predicted},
-                                                               {Dim::sequence, c_.sequence}});
+          const TensorId picks = b_.input(
+              "masked_positions",
+              {{Dim::sample, 1}, {Dim::key_sequence, c_.predicted}, {Dim::sequence, c_.sequence}});
           x = add("head_positions", BatchedProduct{1}, {picks, x});
         }
         x = linear("head_transform", x, {{Dim::feature, c_.hidden}}, true);

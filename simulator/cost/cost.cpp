@@ -198,7 +198,7 @@ Product product(double m, double n, double k, double count, ElementType type,
 
 /// Products q·k and probabilities · v with the scores going through memory, as frameworks without
 /// flash attention run them: the whole square, whatever the mask.
-void materialise(const FlashAttention& a, Work& w) {
+void materialise(const Program& p, const FlashAttention& a, Work& w) {
   const double count = a.batch * a.heads, m = a.queries, n = a.keys;
   const auto add = [&](double rows, double columns, double depth, ProductLayout layout) {
     w.products.push_back(product(rows, columns, depth, count, a.type, layout));
@@ -213,8 +213,10 @@ void materialise(const FlashAttention& a, Work& w) {
     add(n, a.qk, m, ProductLayout::nt);  // of k
   }
   const auto scores = static_cast<std::int64_t>(count * m * n);
-  // Softmax reads scores and writes probabilities; backward reads both and writes one.
-  w.streamed = Bytes{(a.backward ? 3 : 2) * storage(a.type, scores).count};
+  // At least the softmax's: it reads scores and writes probabilities; backward reads both and
+  // writes one.
+  const int passes = a.backward ? p.score_passes_backward : p.score_passes_forward;
+  w.streamed = Bytes{passes * storage(a.type, scores).count};
   w.kernels = static_cast<int>(w.products.size()) + 1;
 }
 
@@ -257,7 +259,7 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const double all = a.flops().count;  // attended is 1
     a.attended = all > 0 ? std::clamp(w.flops.count / all, 1 / (a.queries * a.keys), 1.0) : 1;
     if (attention->materialised) {
-      materialise(a, w);
+      materialise(p, a, w);
     } else {
       w.attention = a;
     }

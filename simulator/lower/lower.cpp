@@ -109,6 +109,8 @@ class Lowering {
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
     p_.channels_first = plan_.channels_first;
+    p_.score_passes_forward = plan_.score_passes_forward;
+    p_.score_passes_backward = plan_.score_passes_backward;
     p_.sharded_storage = plan_.sharded_storage;
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};

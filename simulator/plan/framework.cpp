@@ -63,6 +63,11 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   boolean(plan, "overlap_gradients", f.overlap_gradients);
   boolean(plan, "channels_first", f.channels_first);
   boolean(plan, "fuses_normalise", f.fuses_normalise);
+  const auto passes = [&](const char* key, int& to) {
+    setting(plan, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 100)); });
+  };
+  passes("score_passes_forward", f.score_passes_forward);
+  passes("score_passes_backward", f.score_passes_backward);
   plan.reject_unknown_keys();
   if (const auto defaults = root.find("defaults")) {
     word(*defaults, "precision", f.precision);
@@ -75,8 +80,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
-    setting(*defaults, "mean_of_512",
-            [&](const YamlNode& n) { f.mean_of_512 = n.as_int(1, 512); });
+    setting(*defaults, "mean_of_512", [&](const YamlNode& n) { f.mean_of_512 = n.as_int(1, 512); });
     defaults->reject_unknown_keys();
   }
   root.reject_unknown_keys();

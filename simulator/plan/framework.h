@@ -27,6 +27,8 @@ struct FrameworkProfile {
   bool channels_first = false;
   /// A batch norm's kernel adds the residual and applies the activation that follow it.
   bool fuses_normalise = false;
+  /// How often the scores of a materialised attention pass through memory between its products.
+  int score_passes_forward = 2, score_passes_backward = 3;
 
   // Where a table does not say.
   std::string precision = "bf16";

@@ -662,6 +662,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.overlap_gradients = f.overlap_gradients;
   plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
   plan.fuses_normalise = f.fuses_normalise;
+  plan.score_passes_forward = f.score_passes_forward;
+  plan.score_passes_backward = f.score_passes_backward;
 }
 
 namespace {
@@ -780,6 +782,10 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("channels_first")) p.channels_first = n->as_bool();
   if (const auto n = y.find("fuses_normalise")) p.fuses_normalise = n->as_bool();
+  if (const auto n = y.find("score_passes_forward"))
+    p.score_passes_forward = static_cast<int>(n->as_int(1, 100));
+  if (const auto n = y.find("score_passes_backward"))
+    p.score_passes_backward = static_cast<int>(n->as_int(1, 100));
   if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
   if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
@@ -965,6 +971,10 @@ std::string to_yaml(const Plan& p) {
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
   if (p.channels_first) s += "channels_first: true\n";
   if (p.fuses_normalise) s += "fuses_normalise: true\n";
+  if (p.score_passes_forward != Plan{}.score_passes_forward ||
+      p.score_passes_backward != Plan{}.score_passes_backward)
+    s += fmt::format("score_passes_forward: {}\nscore_passes_backward: {}\n",
+                     p.score_passes_forward, p.score_passes_backward);
   s += fmt::format("context_exchange: {}\n",
                    p.context == Plan::ContextExchange::all_gather   ? "all_gather"
                    : p.context == Plan::ContextExchange::all_to_all ? "all_to_all"

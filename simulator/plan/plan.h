@@ -96,6 +96,7 @@ struct Plan {
   bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
   bool channels_first = false;      ///< FrameworkProfile's, where activations have 32 bits
   bool fuses_normalise = false;     ///< FrameworkProfile's
+  int score_passes_forward = 2, score_passes_backward = 3;  ///< FrameworkProfile's
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
   /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of

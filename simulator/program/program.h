@@ -291,7 +291,9 @@ struct Program {
   std::int32_t loss_tensor = -1;
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
-  bool channels_first = false;  ///< Plan's: what its convolutions turn, priced only
+  // Plan's, priced only.
+  bool channels_first = false;
+  int score_passes_forward = 2, score_passes_backward = 3;
   bool startup = false;  ///< fills the parameters, which otherwise are there from the start
   /// Batches are read from storage, each rank's samples from a shard of its own.
   bool sharded_storage = false;

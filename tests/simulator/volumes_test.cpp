@@ -368,6 +368,28 @@ TEST(Work, OfConvolutionsIsTheExampleOfThePage) {
     EXPECT_EQ(work_of_resnet(other, Kernel::forward, images("fp32")).products[0].count, 1);
 }
 
+TEST(Work, OfAMaterialisedAttentionPassesOverItsScoresAsTheFrameworkDoes) {
+  TransformerConfig c = small_config();
+  c.flash_attention = false;
+  Plan plan = base_plan();
+  plan.score_passes_forward = 8, plan.score_passes_backward = 7;
+  const Program p = lowered(build_transformer(c), plan);
+  const std::int64_t scores = plan.micro_batch * c.heads * c.sequence * c.sequence * kActivation;
+  int forward = 0, backward = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::compute || i.op < 0 ||
+          !std::holds_alternative<Attention>(p.operators[static_cast<std::size_t>(i.op)].operation))
+        continue;
+      const bool first = i.kernel == Kernel::forward;
+      EXPECT_EQ(work_of(p, i, 0).streamed, Bytes{(first ? 8 : 7) * scores});
+      ++(first ? forward : backward);
+    }
+  }
+  EXPECT_GT(forward, 0);
+  EXPECT_GT(backward, 0);
+}
+
 TEST(Work, OfABatchNormReadsTwiceAndTakesWhatIsFused) {
   constexpr std::int64_t kImages = 256 * 56 * 56 * 64 * 4;
   Plan plan = images("tf32");
@@ -378,7 +400,8 @@ TEST(Work, OfABatchNormReadsTwiceAndTakesWhatIsFused) {
   plan.fuses_normalise = true;
   EXPECT_EQ(work_of_resnet("layers.0.norm_2", Kernel::forward, plan).again, Bytes{kImages});
   for (const Kernel k : {Kernel::forward, Kernel::backward_data}) {
-    for (const char* fused : {"layers.0.activation_2", "layers.0.activation_3", "stem.activation"}) {
+    for (const char* fused :
+         {"layers.0.activation_2", "layers.0.activation_3", "stem.activation"}) {
       const Work w = work_of_resnet(fused, k, plan);
       EXPECT_EQ(w.kernels, 0) << fused;
       EXPECT_EQ(w.bytes, Bytes{0}) << fused;

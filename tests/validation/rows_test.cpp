@@ -602,9 +602,17 @@ TEST(Rows, AnyTextInAnyCellIsAtWorstNotCovered) {
 
 /// A row of the table of images and BERT.
 RowCase sample_case(const Cells& changes) {
-  const std::vector<std::string> header{"id", "model", "framework", "gpu", "gpu_memory_gb",
-                                        "num_gpus", "gpus_per_node", "precision", "batch_per_gpu",
-                                        "parallelism", "images_or_samples_per_s_total"};
+  const std::vector<std::string> header{"id",
+                                        "model",
+                                        "framework",
+                                        "gpu",
+                                        "gpu_memory_gb",
+                                        "num_gpus",
+                                        "gpus_per_node",
+                                        "precision",
+                                        "batch_per_gpu",
+                                        "parallelism",
+                                        "images_or_samples_per_s_total"};
   const CsvTable t = table(header, {with({{"id", "x"},
                                           {"model", "BERT (Pre-training)"},
                                           {"framework", "PyTorch"},
@@ -635,13 +643,23 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
            {{{"framework", "TensorFlow"}}, 512, 80, masked},
            {{{"framework", "PyTorch NVIDIA Release 22.04"},
              {"model", "BERT-large (MLPerf phase-2, seq 512)"}},
-            256, 40, masked},
+            256,
+            40,
+            masked},
            {{{"model", "BERT large pre-training seq 128"}}, 128, 20, masked},
            // Accumulated batches; at most 72 samples a GiB are of the second phase.
            {{{"batch_per_gpu", "5760"}}, 288, 45, masked},
            {{{"batch_per_gpu", "5761"}}, 128, 20, masked},
            {{{"batch_per_gpu", "641"}}, 288, 45, masked},
            {{{"batch_per_gpu", "640"}}, 128, 20, masked},
+           // 32 GB stand in the name: 2,048 samples are of the second phase.
+           {{{"gpu", "V100"},
+             {"gpu_memory_gb", ""},
+             {"model", "BERT (Pre-training NVIDIA DGX-1 With 32G)"},
+             {"batch_per_gpu", "2048"}},
+            288,
+            45,
+            masked},
            {{{"model", "BERT (Fine-tuning)"}}, 384, 0, classes},
            {{{"model", "BERT (Fine-tuning performance for SQuAD v1.1)"}}, 384, 0, classes},
            {{{"model", "BERT/biobert (Fine-tuning performance for NER)"}}, 128, 0, classes},
@@ -654,6 +672,7 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
     EXPECT_EQ(c.transformer->predicted, predicted);
     EXPECT_EQ(c.transformer->head, head);
     EXPECT_EQ(c.transformer->tied, head == masked);
+    EXPECT_EQ(c.transformer->dropout, 0.1);
   }
 }
 
