@@ -150,10 +150,15 @@ TransformerConfig read_transformer(const YamlNode& node) {
   f.read("sinks", c.sinks);
   f.read("tied", c.tied);
   f.read("head", c.head,
-         Words<TransformerConfig::Head, 3>{
+         Words<TransformerConfig::Head, 4>{
              {{"language_model", TransformerConfig::Head::language_model},
               {"masked_language_model", TransformerConfig::Head::masked_language_model},
-              {"classifier", TransformerConfig::Head::classifier}}});
+              {"classifier", TransformerConfig::Head::classifier},
+              {"token_classifier", TransformerConfig::Head::token_classifier}}});
+  f.read("classes", c.classes, 1);
+  f.read("predicted", c.predicted, 1);
+  f.read("embedding_rows", c.embedding_rows, 1);
+  f.read("memory", c.memory, 1);
   if (const auto latent = node.find("latent")) read_latent(*latent, c.latent);
   if (const auto moe = node.find("moe")) read_moe(*moe, c.moe);
   f.read("mtp_layers", c.mtp_layers);

@@ -67,6 +67,7 @@ struct TransformerConfig {
     language_model,         ///< final norm, projection to the vocabulary
     masked_language_model,  ///< BERT: dense, activation, norm, projection with bias
     classifier,             ///< ViT: final norm, first token, projection with bias
+    token_classifier,       ///< every token's projection to `classes`, with bias
   };
 
   std::string name = "transformer";
@@ -101,6 +102,14 @@ struct TransformerConfig {
 
   bool tied = false;  ///< head and embedding share their table
   Head head = Head::language_model;
+  std::int64_t classes = 2;    ///< of a token_classifier
+  std::int64_t predicted = 0;  ///< masked positions that the head of BERT sees; 0: all
+  /// > 0: rows of the embedding, of which the head, not tied then, has the `vocabulary` (an
+  /// adaptive softmax's most frequent words: https://arxiv.org/abs/1609.04309).
+  std::int64_t embedding_rows = 0;
+  /// States of so many earlier tokens stand before each block's keys and values, without gradient
+  /// (https://arxiv.org/abs/1901.02860, section 3.2).
+  std::int64_t memory = 0;
 
   LatentAttention latent;
   MixtureOfExperts moe;

@@ -74,6 +74,20 @@ Config completed(Config c) {
     require(c, c.moe.shared_ffn >= 0 && c.moe.first_dense >= 0,
             "moe.shared_ffn and moe.first_dense must be at least 0");
   }
+  require(c, c.predicted >= 0 && c.predicted <= c.sequence,
+          fmt::format("predicted is {} of {} tokens; 0 means all", c.predicted, c.sequence));
+  require(c, c.predicted == 0 || c.head == Config::Head::masked_language_model,
+          "predicted needs the head masked_language_model");
+  require(c, c.classes >= 1, fmt::format("classes is {}; it must be at least 1", c.classes));
+  require(c, c.embedding_rows == 0 || c.embedding_rows >= c.vocabulary,
+          fmt::format("embedding_rows {} are fewer than the vocabulary of {}; 0 means as many",
+                      c.embedding_rows, c.vocabulary));
+  require(c, c.embedding_rows == 0 || (!c.tied && c.mtp_layers == 0),
+          "embedding_rows needs tied: false, and goes without mtp_layers");
+  require(c, c.memory >= 0, fmt::format("memory is {}; 0 means none", c.memory));
+  require(c, c.memory == 0 || (!c.causal && c.rotary_dim == 0 && c.latent.key_value_rank == 0),
+          "memory needs causal: false (its mask is not modelled), and neither rotary nor latent "
+          "attention");
   require(c, c.mtp_layers >= 0, fmt::format("mtp_layers is {}; 0 means none", c.mtp_layers));
   require(c, c.mtp_layers == 0 || (c.head == Config::Head::language_model && c.image == 0),
           "multi-token prediction needs a language-model head");
@@ -97,7 +111,9 @@ class Transformer {
     if (c_.head == Config::Head::classifier) {
       labels = b_.input("labels", {{Dim::sample, 1}});
     } else {
-      labels = b_.input("labels", {{Dim::sample, 1}, {Dim::sequence, s}});
+      labels = b_.input("labels", {{Dim::sample, 1},
+                                   c_.predicted > 0 ? NamedExtent{Dim::key_sequence, c_.predicted}
+                                                    : NamedExtent{Dim::sequence, s}});
     }
     for (int i = 0; i < c_.layers; ++i) {
       b_.set_layer(i);
@@ -146,7 +162,8 @@ class Transformer {
   TensorId tokens() {
     const Shape ids{{Dim::sample, 1}, {Dim::sequence, c_.sequence}};
     const TensorId token_ids = b_.input("tokens", ids);
-    TensorId x = add("embedding", Embedding{c_.vocabulary, c_.hidden}, {token_ids});
+    const std::int64_t rows = c_.embedding_rows > 0 ? c_.embedding_rows : c_.vocabulary;
+    TensorId x = add("embedding", Embedding{rows, c_.hidden}, {token_ids});
     table_ = b_.op(b_.last()).parameters[0];
     if (c_.token_types > 0) {
       const TensorId types = b_.input("token_types", ids);
@@ -211,20 +228,28 @@ class Transformer {
         (at < c_.windowed_layers.size() && c_.windowed_layers[at] != 0)) {
       core.window = c_.window;
     }
-    const TensorId y = c_.latent.key_value_rank > 0 ? latent(x, core) : grouped_query(x, core);
+    const TensorId y =
+        c_.latent.key_value_rank > 0 ? latent(x, core) : grouped_query(x, core, layer);
     TensorId out = linear("attention.output", y, {{Dim::feature, c_.hidden}}, false, 2);
     out = biased("attention.output_bias", out, c_.attention_output_bias);
     return dropped("attention.dropout", out);
   }
 
-  TensorId grouped_query(TensorId x, Attention core) {
+  TensorId grouped_query(TensorId x, Attention core, int layer) {
     const std::int64_t group = c_.heads / c_.kv_heads, d = c_.head_dim;
     const auto heads = [&](std::int64_t per_head) {
       return Shape{{Dim::head, c_.kv_heads}, {Dim::head_feature, per_head}};
     };
     TensorId q = linear("attention.query", x, heads(group * d), c_.qkv_bias);
-    TensorId k = linear("attention.key", x, heads(d), c_.qkv_bias);
-    const TensorId v = linear("attention.value", x, heads(d), c_.qkv_bias);
+    TensorId seen = x;
+    if (c_.memory > 0) {
+      const TensorId before =
+          b_.input(fmt::format("layers.{}.memory", layer),
+                   {{Dim::sample, 1}, {Dim::sequence, c_.memory}, {Dim::feature, c_.hidden}});
+      seen = add("attention.seen", Concat{false}, {before, x});
+    }
+    TensorId k = linear("attention.key", seen, heads(d), c_.qkv_bias);
+    const TensorId v = linear("attention.value", seen, heads(d), c_.qkv_bias);
     q = head_normed("attention.query_norm", q);
     k = head_normed("attention.key_norm", k);
     q = rotated("attention.query_rotary", q, d, c_.rotary_dim);
@@ -316,6 +341,13 @@ class Transformer {
         x = projected("head", x, false);
         break;
       case Config::Head::masked_language_model:
+        if (c_.predicted > 0) {
+          // Rows of ones pick the masked positions, so that where they are is data.
+          const TensorId picks = b_.input(
+              "masked_positions",
+              {{Dim::sample, 1}, {Dim::key_sequence, c_.predicted}, {Dim::sequence, c_.sequence}});
+          x = add("head_positions", BatchedProduct{1}, {picks, x});
+        }
         x = linear("head_transform", x, {{Dim::feature, c_.hidden}}, true);
         x = add("head_activation", Activation{c_.activation}, {x});
         x = normed("head_norm", x);
@@ -325,6 +357,10 @@ class Transformer {
         x = normed("final_norm", x);
         x = add("select_token", SelectToken{0}, {x});
         x = linear("head", x, {{Dim::vocabulary, c_.vocabulary}}, true);
+        break;
+      case Config::Head::token_classifier:
+        if (!c_.norm_after) x = normed("final_norm", x);
+        x = linear("head", x, {{Dim::vocabulary, c_.classes}}, true);
         break;
     }
     return add("loss", CrossEntropy{}, {x, labels});

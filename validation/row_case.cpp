@@ -408,6 +408,7 @@ std::string RowCase::key() const {
                      c.moe.shared_ffn, c.moe.first_dense, c.moe.every,
                      fmt::join(c.moe.dense_layers, ","), c.moe.sigmoid, c.moe.normalise,
                      c.moe.router_bias, c.moe.expert_bias);
+    s += fmt::format("{} {} {} {} ", c.classes, c.predicted, c.embedding_rows, c.memory);
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
   }
@@ -567,6 +568,7 @@ class CaseBuilder {
       if (schema_ == RowSchema::convolution && !c_.counts_tokens) t.sequence = unsaid_sequence(t);
       assume("sequence {}", t.sequence);
     }
+    if (schema_ == RowSchema::convolution) find_task(t);
     if (t.positions > 0) t.positions = std::max(t.positions, t.sequence);
     if (t.rotary_dim > 0 && !architecture) t.rotary_dim = t.hidden / t.heads / 2 * 2;
     if (has(lower(text), "w/ mtp")) {
@@ -698,21 +700,67 @@ class CaseBuilder {
       assume("{} experts ({})", t.moe.experts, c_.model);
   }
 
-  /// BERT's tasks: SQuAD at 384 tokens, other fine-tuning at 128, pre-training at 128 and then 512.
-  /// Benchmarks fill the memory, and 512 tokens of BERT-large take about 2 GiB a sample: a batch of
-  /// at most half a sample a GiB is of the longer phase.
+  /// BERT's tasks: SQuAD at 384 tokens, which fine-tuning without another task is, other
+  /// fine-tuning at 128, pre-training at 128 and then 512. Benchmarks fill the memory, and 512
+  /// tokens of BERT-large, 24 blocks of 1,024, take about 2 GiB a sample, of others in proportion:
+  /// a batch that fits is of the longer phase. A batch that could not even fit at 128 tokens is of
+  /// several passes; the second phase's is half of the first's, 8,192 samples at 80 GB and 4,096 at
+  /// 32 (DeepLearningExamples, pretrain_config.sh).
   std::int64_t unsaid_sequence(const TransformerConfig& t) const {
     const std::string s = lower(row_["model"]);
     std::int64_t sequence = 128;
-    if (has(s, "squad")) {
+    if (has(s, "squad") || (has(s, "fine-tuning") && !has(s, " for "))) {
       sequence = 384;
-    } else if (has(s, "pre-training") || has(s, "pretraining")) {
+    } else if (pretraining(s)) {
       const auto batch = row_.whole("batch_per_gpu");
       const DeviceProfile& d =
-          device_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"], row_["interconnect"]);
-      if (batch && 2 * *batch <= d.memory.count >> 30) sequence = 512;
+          device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]);
+      const std::int64_t gib = d.memory.count >> 30;
+      const std::int64_t large = 24 * 1024, size = t.layers * t.hidden;
+      if (batch && 2 * *batch * size <= gib * large) sequence = 512;
+      if (batch && *batch * size > 8 * gib * large && *batch <= 72 * gib) sequence = 512;
     }
     return std::min(t.sequence, sequence);
+  }
+  /// The column, else "32G" or "32GB" in the name of a table of the samples' schema.
+  std::string memory_text() const {
+    const std::string& cell = row_["gpu_memory_gb"];
+    if (!cell.empty() || schema_ != RowSchema::convolution) return cell;
+    const std::string& s = row_["model"];
+    const auto digit = [&](std::size_t at) { return s[at] >= '0' && s[at] <= '9'; };
+    for (std::size_t end = 1; end < s.size(); ++end) {
+      if (s[end] != 'G' || !digit(end - 1)) continue;
+      std::size_t start = end - 1;
+      while (start > 0 && digit(start - 1)) --start;
+      return s.substr(start, end - start);
+    }
+    return cell;
+  }
+  static bool pretraining(const std::string& model) {
+    return has(model, "pre-training") || has(model, "pretraining") || has(model, "mlperf phase");
+  }
+
+  /// What BERT's head computes: in pre-training the masked positions, at most 20 of 128 and 80 of
+  /// 512 (google-research/bert: max_predictions_per_seq), in fine-tuning a few classes a token.
+  void find_task(TransformerConfig& t) {
+    const std::string s = lower(row_["model"]);
+    if (t.dropout == 0) {
+      t.dropout = 0.1;  // arXiv 1810.04805, appendix A.2; 1901.02860's code
+      assume("dropout {}", t.dropout);
+    }
+    if (t.head != TransformerConfig::Head::masked_language_model) return;
+    if (has(s, "fine-tuning")) {
+      t.head = TransformerConfig::Head::token_classifier;
+      t.tied = false;
+      assume("{} classes a token", t.classes);
+    } else if (pretraining(s)) {
+      if (t.sequence == 512 && framework_->mean_of_512 > 0) {
+        t.sequence = framework_->mean_of_512;
+        assume("{} tokens of 512 in the mean", t.sequence);
+      }
+      t.predicted = (t.sequence * 5 + 31) / 32;
+      assume("{} predicted tokens", t.predicted);
+    }
   }
 
   /// The column's, else of a name like "..._8experts_etp1_ep4".
@@ -792,7 +840,7 @@ class CaseBuilder {
       assume("expert tensor parallel 1");
     }
     const std::string& interconnect = row_["interconnect"];
-    c_.cluster = cluster_of(catalogue_, row_["gpu"], row_["gpu_memory_gb"], ranks, per_node,
+    c_.cluster = cluster_of(catalogue_, row_["gpu"], memory_text(), ranks, per_node,
                             interconnect.empty() ? row_["intra_node_interconnect"] : interconnect,
                             interconnect.empty() ? row_["inter_node_interconnect"] : interconnect,
                             c_.assumed);

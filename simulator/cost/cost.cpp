@@ -199,7 +199,7 @@ Product product(double m, double n, double k, double count, ElementType type,
 
 /// Products q·k and probabilities · v with the scores going through memory, as frameworks without
 /// flash attention run them: the whole square, whatever the mask.
-void materialise(const FlashAttention& a, const FrameworkKernels& kernels, Work& w) {
+void materialise(const Program& p, const FlashAttention& a, Work& w) {
   const double count = a.batch * a.heads, m = a.queries, n = a.keys;
   const auto add = [&](double rows, double columns, double depth, ProductLayout layout) {
     w.products.push_back(product(rows, columns, depth, count, a.type, layout));
@@ -214,11 +214,33 @@ void materialise(const FlashAttention& a, const FrameworkKernels& kernels, Work&
     add(n, a.qk, m, ProductLayout::nt);  // of k
   }
   const auto scores = static_cast<std::int64_t>(count * m * n);
-  // Softmax reads scores and writes probabilities; backward reads both and writes one.
-  w.streamed = Bytes{(a.backward ? 3 : 2) * storage(a.type, scores).count};
+  // At least the softmax's: it reads scores and writes probabilities; backward reads both and
+  // writes one.
+  const int passes = a.backward ? p.score_passes_backward : p.score_passes_forward;
+  w.streamed = Bytes{passes * storage(a.type, scores).count};
+  const FrameworkKernels& kernels = p.kernels;
   if (const double each = a.backward ? kernels.score_backward : kernels.score_forward; each > 0)
     w.streamed = Bytes{std::llround(each * static_cast<double>(scores))};
   w.kernels = static_cast<int>(w.products.size()) + 1;
+}
+
+/// Does cuDNN compute it from 4 × 4 tiles of its input? (CUDNN_CONVOLUTION_*_ALGO_WINOGRAD: 3 × 3,
+/// stride and dilation 1; not on tensor cores.)
+bool winograd(const Convolution& c, const ProgramOperator& op) {
+  const auto suits = [](const Window& w) {
+    return w.kernel == 3 && w.stride == 1 && w.dilation == 1;
+  };
+  return op.compute == ElementType::fp32 && c.groups == 1 && suits(c.height) && suits(c.width);
+}
+
+/// F(2 × 2, 3 × 3): of each 2 × 2 results 16 products over the channels instead of 36
+/// (https://arxiv.org/abs/1509.09308, section 4.1); transforms are part of the kernel.
+Product winograd_products(Product direct, Kernel kernel) {
+  const bool weight = kernel == Kernel::backward_weight;
+  (weight ? direct.k : direct.m) /= 4;
+  (weight ? direct.n : direct.k) /= 9;
+  direct.count *= 16;
+  return direct;
 }
 
 /// What an instruction of a product or an attention computes, by shape.
@@ -242,7 +264,7 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const double all = a.flops().count;  // attended is 1
     a.attended = all > 0 ? std::clamp(w.flops.count / all, 1 / (a.queries * a.keys), 1.0) : 1;
     if (attention->materialised) {
-      materialise(a, p.kernels, w);
+      materialise(p, a, w);
     } else {
       w.attention = a;
     }
@@ -298,6 +320,8 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     w.kernels = 2;
     return;
   }
+  if (const auto* c = std::get_if<Convolution>(&op.operation); c != nullptr && winograd(*c, op))
+    one = winograd_products(one, i.kernel);
   w.products = {one};
 }
 
@@ -375,7 +399,34 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     const auto d = static_cast<double>(a->qk_dim), v = static_cast<double>(a->v_dim);
     if (!a->materialised) w.flops = Flops{w.flops.count * (3 * d + 2 * v) / (2 * d + 2 * v)};
   }
+  if (op.in_normalise) {
+    // What the batch norm's kernel moves more: a residual's other operand. Its own backward reads
+    // the gradient that the activation lets through; what passed is kept as bits.
+    w.kernels = 0;
+    w.flops = Flops{0};
+    w.bytes = Bytes{0};
+    if (std::holds_alternative<Add>(op.operation) && i.kernel == Kernel::forward)
+      w.bytes = local_bytes(p, i.reads[0], rank);
+    return w;
+  }
   if (w.matrix) add_shapes(p, i, op, rank, w);
+  if (p.channels_first && op.compute == ElementType::tf32 &&
+      std::holds_alternative<Convolution>(op.operation)) {
+    // cuDNN turns the images that a kernel of tensor cores reads and writes, a pass each.
+    const auto turned = [&](BufferId id) {
+      if (id.valid() && p.buffer(id).shape.size() == 4 && p.buffer(id).parameter < 0)
+        w.streamed += Bytes{2 * local_bytes(p, id, rank).count}, ++w.kernels;
+    };
+    for_each_read(i, turned);
+    for_each_write(i, turned);
+  }
+  if (const auto* n = std::get_if<Normalize>(&op.operation);
+      n != nullptr && n->kind == Normalize::Kind::batch && i.kernel == Kernel::forward &&
+      i.inline_statistics) {
+    // Statistics are over all images, so what is normalised is read once more. (Backward the sums
+    // are the gradients of scale and bias, an instruction of their own.)
+    w.again = local_bytes(p, i.reads[0], rank);
+  }
   if (std::holds_alternative<Embedding>(op.operation) ||
       std::holds_alternative<PositionEmbedding>(op.operation)) {
     // Only the rows looked up move, not the table.
@@ -398,7 +449,7 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
   if ((w.products.empty() && !w.attention) || device.compute_capability == 0) {
     const double rate = w.matrix ? device.sustained_rate(w.type).count : device.vector_rate.count;
     all.units = Seconds{w.flops.count > 0 ? w.flops.count / rate : 0};
-    all.memory = streaming_time(w.bytes, device);
+    all.memory = streaming_time(w.bytes + w.again, device);
     all.work = std::max(all.units, all.memory);
     all.beside_transfers = static_cast<double>(device.multiprocessors) /
                            (device.multiprocessors - device.communication_multiprocessors);

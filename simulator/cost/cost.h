@@ -32,6 +32,7 @@ struct Work {
   std::vector<Product> products;
   std::optional<FlashAttention> attention;
   Bytes streamed;
+  Bytes again;  ///< read a second time, besides `bytes`
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 

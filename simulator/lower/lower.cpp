@@ -118,6 +118,9 @@ class Lowering {
     p_.loss_tensor = graph_.loss.value;
     p_.average_every = plan_.replicas != 0 ? static_cast<int>(plan_.average_every) : 0;
     p_.packs_collectives = plan_.framework == "partita";
+    p_.channels_first = plan_.channels_first;
+    p_.score_passes_forward = plan_.score_passes_forward;
+    p_.score_passes_backward = plan_.score_passes_backward;
     p_.sharded_storage = plan_.sharded_storage;
     p_.stages.resize(static_cast<std::size_t>(stages_));
     p_.streams = {"compute"};
@@ -135,6 +138,23 @@ class Lowering {
     return block ? p.compute : p.parameters;
   }
 
+  /// Is it the residual's sum or the activation behind a batch norm?
+  bool follows_normalise(const Operator& op) const {
+    const auto* norm = std::get_if<Normalize>(&op.operation);
+    if (norm != nullptr) return false;
+    const bool sum = std::holds_alternative<Add>(op.operation);
+    if (!sum && !std::holds_alternative<Activation>(op.operation)) return false;
+    return std::any_of(graph_.operators.begin(), graph_.operators.end(), [&](const Operator& o) {
+      if (std::none_of(o.outputs.begin(), o.outputs.end(), [&](TensorId t) {
+            return std::find(op.inputs.begin(), op.inputs.end(), t) != op.inputs.end();
+          }))
+        return false;
+      const auto* n = std::get_if<Normalize>(&o.operation);
+      if (n != nullptr) return n->kind == Normalize::Kind::batch;
+      return !sum && std::holds_alternative<Add>(o.operation) && follows_normalise(o);
+    });
+  }
+
   // ---- pass 2: layouts -----------------------------------------------------------------------
   Infeasible derive_layouts() {
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
@@ -150,6 +170,7 @@ class Lowering {
       po.compute = compute_type(op.operation);
       po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(),
                                                      graph_.loss) != op.outputs.end();
+      po.in_normalise = plan_.fuses_normalise && follows_normalise(op);
       p_.operators.push_back(std::move(po));
       layouts_.push_back(std::move(*l));
     }

@@ -112,6 +112,13 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
           [&](const YamlNode& n) { f.allocations.workspace_hopper = n.as_bytes(); });
   boolean(plan, "rows_once", f.rows_once);
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
+  boolean(plan, "channels_first", f.channels_first);
+  boolean(plan, "fuses_normalise", f.fuses_normalise);
+  const auto passes = [&](const char* key, int& to) {
+    setting(plan, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 100)); });
+  };
+  passes("score_passes_forward", f.score_passes_forward);
+  passes("score_passes_backward", f.score_passes_backward);
   plan.reject_unknown_keys();
   if (const auto kernels = root.find("kernels")) {
     boolean(*kernels, "flash2", f.kernels.flash2);
@@ -144,6 +151,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
+    setting(*defaults, "mean_of_512", [&](const YamlNode& n) { f.mean_of_512 = n.as_int(1, 512); });
     defaults->reject_unknown_keys();
   }
   if (const auto recipes = root.find("recipes")) {

@@ -32,9 +32,15 @@ struct FrameworkProfile {
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;  ///< between stages, over tp
   Allocations allocations;
-  bool save_gathered = false;  ///< all-gathered inputs are kept for the backward
+  bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
+  /// 32-bit images lie channels first (NCHW), and so are turned for every product of tensor cores.
+  bool channels_first = false;
+  /// A batch norm's kernel adds the residual and applies the activation that follow it.
+  bool fuses_normalise = false;
+  /// How often the scores of a materialised attention pass through memory between its products.
+  int score_passes_forward = 2, score_passes_backward = 3;
 
   // Where a table does not say.
   std::string precision = "bf16";
@@ -48,6 +54,9 @@ struct FrameworkProfile {
   bool mtp = false;   ///< trains the multi-token prediction modules of a network that has them
   std::string model;  ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;  ///< of an unnamed network
+  /// Mean tokens that a sample of BERT's pre-training has in its batch, of at most 512; 0: padded
+  /// to 512.
+  std::int64_t mean_of_512 = 0;
 
   /// A named configuration of the framework: what it sets, under the names of a table's columns
   /// ("ep", "micro_batch_per_dp_rank", "precision").

@@ -667,6 +667,10 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.save_gathered = f.save_gathered;
   plan.rows_once = f.rows_once;
   plan.expert_bias_apart = f.expert_bias_apart;
+  plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
+  plan.fuses_normalise = f.fuses_normalise;
+  plan.score_passes_forward = f.score_passes_forward;
+  plan.score_passes_backward = f.score_passes_backward;
 }
 
 namespace {
@@ -784,6 +788,12 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
+  if (const auto n = y.find("channels_first")) p.channels_first = n->as_bool();
+  if (const auto n = y.find("fuses_normalise")) p.fuses_normalise = n->as_bool();
+  if (const auto n = y.find("score_passes_forward"))
+    p.score_passes_forward = static_cast<int>(n->as_int(1, 100));
+  if (const auto n = y.find("score_passes_backward"))
+    p.score_passes_backward = static_cast<int>(n->as_int(1, 100));
   if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
   if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
@@ -968,6 +978,12 @@ std::string to_yaml(const Plan& p) {
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
   s += fmt::format("rows_once: {}\n", p.rows_once);
+  if (p.channels_first) s += "channels_first: true\n";
+  if (p.fuses_normalise) s += "fuses_normalise: true\n";
+  if (p.score_passes_forward != Plan{}.score_passes_forward ||
+      p.score_passes_backward != Plan{}.score_passes_backward)
+    s += fmt::format("score_passes_forward: {}\nscore_passes_backward: {}\n",
+                     p.score_passes_forward, p.score_passes_backward);
   s += fmt::format("context_exchange: {}\n",
                    p.context == Plan::ContextExchange::all_gather   ? "all_gather"
                    : p.context == Plan::ContextExchange::all_to_all ? "all_to_all"

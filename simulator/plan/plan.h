@@ -98,6 +98,9 @@ struct Plan {
   /// it, which hands it on: DeepEP, HybridEP. A price; what is executed sends a row an expert.
   bool rows_once = false;
   bool expert_bias_apart = false;  ///< of the framework (docs/cost.md): a price
+  bool channels_first = false;     ///< FrameworkProfile's, where activations have 32 bits
+  bool fuses_normalise = false;    ///< FrameworkProfile's
+  int score_passes_forward = 2, score_passes_backward = 3;  ///< FrameworkProfile's
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
   /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of

@@ -32,6 +32,8 @@ struct ProgramOperator {
   AtomMask root = 0;                        ///< executed only where these coordinates are 0
   ElementType compute = ElementType::fp32;  ///< of its products
   bool has_loss = false;
+  /// Its framework's kernel for the batch norm before it does its work too; ours runs it alone.
+  bool in_normalise = false;
 };
 
 enum class Category : std::uint8_t {
@@ -327,6 +329,9 @@ struct Program {
   std::int32_t loss_tensor = -1;
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
+  // Plan's, priced only.
+  bool channels_first = false;
+  int score_passes_forward = 2, score_passes_backward = 3;
   bool startup = false;  ///< fills the parameters, which otherwise are there from the start
   /// Batches are read from storage, each rank's samples from a shard of its own.
   bool sharded_storage = false;

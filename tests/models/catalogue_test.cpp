@@ -243,6 +243,26 @@ TEST(Catalogue, TheBuilderRefusesNumbersThatDoNotFit) {
                 c.patch = 16;
               }),
               throws("patches of 16 do not divide an image of 30"));
+  EXPECT_THAT(with([](auto& c) {
+                c.head = TransformerConfig::Head::masked_language_model;
+                c.predicted = 9;
+              }),
+              throws("predicted is 9 of 8 tokens"));
+  EXPECT_THAT(with([](auto& c) { c.predicted = 3; }), throws("predicted needs the head masked"));
+  EXPECT_THAT(with([](auto& c) { c.classes = 0; }), throws("classes is 0"));
+  EXPECT_THAT(with([](auto& c) { c.embedding_rows = 49; }),
+              throws("embedding_rows 49 are fewer than the vocabulary of 50"));
+  EXPECT_THAT(with([](auto& c) {
+                c.embedding_rows = 51;
+                c.tied = true;
+              }),
+              throws("embedding_rows needs tied: false"));
+  EXPECT_THAT(with([](auto& c) { c.memory = 4; }), throws("memory needs causal: false"));
+  EXPECT_NO_THROW(with([](auto& c) {
+    c.embedding_rows = 50;
+    c.memory = 4;
+    c.causal = false;
+  })());
   EXPECT_NO_THROW(with([](auto&) {})());
 }
 

@@ -71,48 +71,6 @@ TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   EXPECT_GE(losses, 4);  // maximum and sum, loss, gradient
 }
 
-TEST(Cost, OfALinearOperatorInFp8HasTheCastOfItsGradient) {
-  // docs/cost.md, "Casts": 2 + 1 + 1 B an element.
-  for (const bool low : {false, true}) {
-    Plan plan = base_plan();
-    plan.micro_batch = plan.global_batch = 2;
-    plan.precision.activations = ElementType::bf16;
-    plan.precision.compute = low ? ElementType::fp8 : ElementType::bf16;
-    const Program p = lowered(gpt(), plan);
-    int casts = 0;
-    for (const Block& block : p.blocks) {
-      for (const Instruction& i : block.instructions) {
-        if (i.kind != Kind::compute || i.op < 0) continue;
-        if (!std::holds_alternative<Linear>(p.operators[static_cast<std::size_t>(i.op)].operation))
-          continue;
-        const Work w = work_of(p, i, 0);
-        const bool cast = low && i.kernel == Kernel::backward_data;
-        EXPECT_EQ(w.streamed.count, cast ? 4 * local_elements(p, i.gradients[0], 0) : 0);
-        EXPECT_EQ(w.kernels, cast ? 2 : 1);
-        casts += cast;
-      }
-    }
-    EXPECT_EQ(casts > 0, low);
-  }
-}
-
-TEST(Cost, OfAWideHeadAndAttentionIsInTheActivationsType) {
-  Plan plan = base_plan();
-  plan.precision.activations = ElementType::bf16;
-  plan.precision.compute = ElementType::fp8;
-  for (const bool head : {false, true}) {
-    for (const bool attention : {false, true}) {
-      plan.kernels.wide_head = head;
-      plan.kernels.wide_attention = attention;
-      for (const ProgramOperator& op : lowered(gpt(), plan).operators) {
-        const bool wide = (head && op.name == "head") ||
-                          (attention && std::holds_alternative<Attention>(op.operation));
-        EXPECT_EQ(op.compute, wide ? ElementType::bf16 : ElementType::fp8) << op.name;
-      }
-    }
-  }
-}
-
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
   const Topology t = load_topology("dgx-h100:1", without_nccl());
   Communication c(t);

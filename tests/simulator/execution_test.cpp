@@ -138,7 +138,17 @@ TEST(Execution, OtherArchitectures) {
   experts.moe.shared_ffn = 8;
   experts.moe.first_dense = 1;
   experts.moe.sigmoid = true;
-  for (const TransformerConfig& c : {latent, query_norm, bert, experts}) {
+  TransformerConfig masked = bert;
+  masked.predicted = 3;
+  TransformerConfig classes = bert;
+  classes.head = TransformerConfig::Head::token_classifier;
+  classes.tied = false;
+  TransformerConfig recurrent = small_config();
+  recurrent.causal = recurrent.tied = false;
+  recurrent.embedding_rows = recurrent.vocabulary + 5;
+  recurrent.memory = 4;
+  for (const TransformerConfig& c :
+       {latent, query_norm, bert, experts, masked, classes, recurrent}) {
     SCOPED_TRACE(::testing::Message()
                  << c.latent.key_value_rank << c.qk_norm << c.norm_after << c.moe.experts);
     const Graph g = build_transformer(c);

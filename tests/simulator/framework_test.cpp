@@ -16,9 +16,11 @@ using ::testing::IsSupersetOf;
 using ::testing::ThrowsMessage;
 
 TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
-  EXPECT_THAT(frameworks(), IsSupersetOf({"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita",
-                                          "nemo", "torchtitan", "llm-foundry", "megatron-lm-2021",
-                                          "megatron-deepspeed", "deeplearningexamples", "mlperf"}));
+  EXPECT_THAT(
+      frameworks(),
+      IsSupersetOf({"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita", "nemo", "torchtitan",
+                    "llm-foundry", "megatron-lm-2021", "megatron-deepspeed", "deeplearningexamples",
+                    "mlperf", "deeplearningexamples-pytorch", "deeplearningexamples-tensorflow"}));
   const auto models = model_catalogue();
   for (const auto& name : frameworks()) {
     const FrameworkProfile f = load_framework(name, "");
@@ -45,6 +47,10 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
       EXPECT_EQ(p.send_wait, SendWait::never);
       EXPECT_FALSE(p.scatter_messages);
     }
+    EXPECT_EQ(p.fuses_normalise, f.fuses_normalise);
+    EXPECT_EQ(p.score_passes_forward, f.score_passes_forward);
+    EXPECT_EQ(p.score_passes_backward, f.score_passes_backward);
+    EXPECT_EQ(p.channels_first, f.channels_first && p.precision.activations == ElementType::fp32);
     EXPECT_EQ(p.precision.gradients, f.fp32_gradients ? ElementType::fp32 : p.precision.parameters);
   }
 }

@@ -431,6 +431,99 @@ TEST(Volumes, HalosAreFloorOfHalfTheKernelOnEachSide) {
   }
 }
 
+/// What ResNet-50's operator of that name asks of a kernel, 256 images on one GPU.
+Work work_of_resnet(const std::string& op, Kernel kernel, const Plan& plan) {
+  const Program p = lowered(load_model("resnet-50"), plan);
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind == Kind::compute && i.op >= 0 && i.kernel == kernel &&
+          p.operators[static_cast<std::size_t>(i.op)].name == op)
+        return work_of(p, i, 0);
+    }
+  }
+  throw InternalError("no " + op);
+}
+
+Plan images(std::string_view precision) {
+  Plan p = base_plan();
+  p.micro_batch = p.global_batch = 256;
+  set_precision(p, precision, "");
+  return p;
+}
+
+TEST(Work, OfConvolutionsIsTheExampleOfThePage) {
+  // docs/cost.md, "Convolutions": 256 images of 56 x 56 x 64 in fp32 are 205.52 MB.
+  constexpr std::int64_t kImages = 256 * 56 * 56 * 64 * 4, kFilter = 64 * 64 * 9 * 4;
+  Plan tf32 = images("tf32");
+  const Work direct = work_of_resnet("layers.0.convolution_2", Kernel::forward, tf32);
+  ASSERT_EQ(direct.products.size(), 1u);
+  EXPECT_EQ(direct.products[0].m, 802'816);
+  EXPECT_EQ(direct.products[0].n, 64);
+  EXPECT_EQ(direct.products[0].k, 576);
+  EXPECT_EQ(direct.bytes, Bytes{2 * kImages + kFilter});
+  EXPECT_EQ(direct.streamed, Bytes{0});
+  tf32.channels_first = true;
+  for (const Kernel k : {Kernel::forward, Kernel::backward_data, Kernel::backward_weight}) {
+    const Work turned = work_of_resnet("layers.0.convolution_2", k, tf32);
+    EXPECT_EQ(turned.streamed, Bytes{4 * kImages});
+    EXPECT_EQ(turned.kernels, 3);
+  }
+  for (const Kernel k : {Kernel::forward, Kernel::backward_data, Kernel::backward_weight}) {
+    const Work winograd = work_of_resnet("layers.0.convolution_2", k, images("fp32"));
+    EXPECT_EQ(winograd.products[0].count, 16);
+    EXPECT_NEAR(winograd.products[0].flops().count, direct.flops.count / 2.25, 1);
+    EXPECT_EQ(winograd.flops, direct.flops) << "the mathematics stay";
+  }
+  // A stride of 2, and a kernel of 1 x 1, are none of Winograd's.
+  for (const char* other : {"layers.3.convolution_2", "layers.0.convolution_1"})
+    EXPECT_EQ(work_of_resnet(other, Kernel::forward, images("fp32")).products[0].count, 1);
+}
+
+TEST(Work, OfAMaterialisedAttentionPassesOverItsScoresAsTheFrameworkDoes) {
+  TransformerConfig c = small_config();
+  c.flash_attention = false;
+  Plan plan = base_plan();
+  plan.score_passes_forward = 8, plan.score_passes_backward = 7;
+  const Program p = lowered(build_transformer(c), plan);
+  const std::int64_t scores = plan.micro_batch * c.heads * c.sequence * c.sequence * kActivation;
+  int forward = 0, backward = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::compute || i.op < 0 ||
+          !std::holds_alternative<Attention>(p.operators[static_cast<std::size_t>(i.op)].operation))
+        continue;
+      const bool first = i.kernel == Kernel::forward;
+      EXPECT_EQ(work_of(p, i, 0).streamed, Bytes{(first ? 8 : 7) * scores});
+      ++(first ? forward : backward);
+    }
+  }
+  EXPECT_GT(forward, 0);
+  EXPECT_GT(backward, 0);
+}
+
+TEST(Work, OfABatchNormReadsTwiceAndTakesWhatIsFused) {
+  constexpr std::int64_t kImages = 256 * 56 * 56 * 64 * 4;
+  Plan plan = images("tf32");
+  const Work norm = work_of_resnet("layers.0.norm_2", Kernel::forward, plan);
+  EXPECT_EQ(norm.again, Bytes{kImages});
+  EXPECT_EQ(work_of_resnet("layers.0.norm_2", Kernel::backward_data, plan).again, Bytes{0});
+  EXPECT_EQ(work_of_resnet("layers.0.activation_2", Kernel::forward, plan).kernels, 1);
+  plan.fuses_normalise = true;
+  EXPECT_EQ(work_of_resnet("layers.0.norm_2", Kernel::forward, plan).again, Bytes{kImages});
+  for (const Kernel k : {Kernel::forward, Kernel::backward_data}) {
+    for (const char* fused :
+         {"layers.0.activation_2", "layers.0.activation_3", "stem.activation"}) {
+      const Work w = work_of_resnet(fused, k, plan);
+      EXPECT_EQ(w.kernels, 0) << fused;
+      EXPECT_EQ(w.bytes, Bytes{0}) << fused;
+    }
+  }
+  // The residual has four times the channels.
+  EXPECT_EQ(work_of_resnet("layers.0.residual", Kernel::forward, plan).bytes, Bytes{4 * kImages});
+  EXPECT_EQ(work_of_resnet("layers.0.residual", Kernel::forward, plan).kernels, 0);
+  EXPECT_EQ(work_of_resnet("stem.max_pool", Kernel::forward, plan).kernels, 1);
+}
+
 TEST(Volumes, AWindowThatIsNoSupersetOfTheBlockCountsWhatCrosses) {
   // 5 rows in blocks {0 1 2} {3 4}; a 2x2 pool of stride 2 has outputs 0 and 1, which read rows
   // {0 1} and {2 3}: rank 1 receives row 2 and drops row 4, rank 0 receives nothing.

@@ -314,8 +314,10 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("fms-fsdp (PyTorch FSDP1 + torch.compile)"), "pytorch-fsdp");
   EXPECT_EQ(name("torchtitan (FSDP2)"), "torchtitan");
   EXPECT_EQ(name("MXNet NVIDIA Release 23.04"), "mlperf");
-  EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples");
-  EXPECT_EQ(name("PyTorch"), "pytorch-ddp");
+  EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples-tensorflow");
+  EXPECT_EQ(name("MxNet"), "deeplearningexamples");
+  EXPECT_EQ(name("PyTorch"), "deeplearningexamples-pytorch");
+  EXPECT_EQ(name("PyTorch DDP"), "pytorch-ddp");
   EXPECT_EQ(name("MaxText (JAX)"), "jax");
   EXPECT_EQ(name("somebody's own"), "none");
 }
@@ -339,6 +341,8 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
   EXPECT_EQ(name("Classification/ConvNets/resnet50v1.5 (DGX-1 (8x V100))"), "resnet-50");
   EXPECT_EQ(name("ResNet-50 v1.5 (ImageNet 224)"), "resnet-50");
   EXPECT_EQ(name("LanguageModeling/BERT (Pre-training)"), "bert-large");
+  EXPECT_EQ(name("LanguageModeling/BERT/biobert (Fine-tuning for NER)"), "bert-base");
+  EXPECT_EQ(name("LanguageModeling/ELECTRA (Pre-training)"), "bert-base");
   EXPECT_EQ(name("LanguageModeling/Transformer-XL (Large model)"), "transformer-xl-large");
   // Digits that go on are another number.
   for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_3_Nano",
@@ -680,6 +684,82 @@ TEST(Rows, AnyTextInAnyCellIsAtWorstNotCovered) {
   }
   EXPECT_GE(all, 150);
   EXPECT_EQ(f[0].figures.at(0).id, "x");
+}
+
+/// A row of the table of images and BERT.
+RowCase sample_case(const Cells& changes) {
+  const std::vector<std::string> header{"id",
+                                        "model",
+                                        "framework",
+                                        "gpu",
+                                        "gpu_memory_gb",
+                                        "num_gpus",
+                                        "gpus_per_node",
+                                        "precision",
+                                        "batch_per_gpu",
+                                        "parallelism",
+                                        "images_or_samples_per_s_total"};
+  const CsvTable t = table(header, {with({{"id", "x"},
+                                          {"model", "BERT (Pre-training)"},
+                                          {"framework", "PyTorch"},
+                                          {"gpu", "A100"},
+                                          {"gpu_memory_gb", "80"},
+                                          {"num_gpus", "1"},
+                                          {"gpus_per_node", "8"},
+                                          {"precision", "TF32"},
+                                          {"batch_per_gpu", "32"},
+                                          {"parallelism", "data parallel"}},
+                                         changes)});
+  return case_of(RowSchema::convolution, Configuration(RowSchema::convolution, Row(t, 0)),
+                 catalogue());
+}
+
+TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
+  using Head = TransformerConfig::Head;
+  struct Expected {
+    Cells cells;
+    std::int64_t sequence, predicted;
+    Head head;
+  };
+  const Head masked = Head::masked_language_model, classes = Head::token_classifier;
+  for (const auto& [cells, sequence, predicted, head] : std::vector<Expected>{
+           // Half a sample a GiB of 80, and one more; padded to bins, without padding, to 512.
+           {{{"batch_per_gpu", "40"}}, 288, 45, masked},
+           {{{"batch_per_gpu", "41"}}, 128, 20, masked},
+           {{{"framework", "TensorFlow"}}, 512, 80, masked},
+           {{{"framework", "PyTorch NVIDIA Release 22.04"},
+             {"model", "BERT-large (MLPerf phase-2, seq 512)"}},
+            256,
+            40,
+            masked},
+           {{{"model", "BERT large pre-training seq 128"}}, 128, 20, masked},
+           // Accumulated batches; at most 72 samples a GiB are of the second phase.
+           {{{"batch_per_gpu", "5760"}}, 288, 45, masked},
+           {{{"batch_per_gpu", "5761"}}, 128, 20, masked},
+           {{{"batch_per_gpu", "641"}}, 288, 45, masked},
+           {{{"batch_per_gpu", "640"}}, 128, 20, masked},
+           // 32 GB stand in the name: 2,048 samples are of the second phase.
+           {{{"gpu", "V100"},
+             {"gpu_memory_gb", ""},
+             {"model", "BERT (Pre-training NVIDIA DGX-1 With 32G)"},
+             {"batch_per_gpu", "2048"}},
+            288,
+            45,
+            masked},
+           {{{"model", "BERT (Fine-tuning)"}}, 384, 0, classes},
+           {{{"model", "BERT (Fine-tuning performance for SQuAD v1.1)"}}, 384, 0, classes},
+           {{{"model", "BERT/biobert (Fine-tuning performance for NER)"}}, 128, 0, classes},
+           // A base model's sample takes 3/8 of the memory: 106 fit in 80 GiB.
+           {{{"model", "ELECTRA (Pre-training)"}, {"batch_per_gpu", "106"}}, 288, 45, masked},
+           {{{"model", "ELECTRA (Pre-training)"}, {"batch_per_gpu", "107"}}, 128, 20, masked}}) {
+    const RowCase c = sample_case(cells);
+    SCOPED_TRACE(::testing::PrintToString(cells));
+    EXPECT_EQ(c.transformer->sequence, sequence);
+    EXPECT_EQ(c.transformer->predicted, predicted);
+    EXPECT_EQ(c.transformer->head, head);
+    EXPECT_EQ(c.transformer->tied, head == masked);
+    EXPECT_EQ(c.transformer->dropout, 0.1);
+  }
 }
 
 TEST(Rows, SchemasByTheirColumns) {
