@@ -5,15 +5,18 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <random>
 
 #include "base/error.h"
 #include "base/yaml.h"
 #include "simulator/search/predict.h"
+#include "validation/fit_rows.h"
 #include "validation/published.h"
 #include "validation/row_case.h"
 #include "validation/row_kernels.h"
@@ -307,7 +310,7 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 25.11"), "megatron-bridge-25");
   EXPECT_EQ(name("Megatron-Bridge/Megatron-Core, NeMo container 25.09"), "megatron-bridge-25.09");
   EXPECT_EQ(name("Megatron-Bridge (NeMo container)"), "megatron-bridge");
-  EXPECT_EQ(name("Megatron-Bridge"), "nemo");
+  EXPECT_EQ(name("Megatron-Bridge"), "megatron-bridge");
   EXPECT_EQ(name("NeMo (Megatron-Core)"), "nemo");
   EXPECT_EQ(name("Megatron-DeepSpeed"), "megatron-deepspeed");
   EXPECT_EQ(name("MosaicML Composer / llm-foundry (PyTorch FSDP)"), "llm-foundry");
@@ -941,6 +944,75 @@ TEST(Published, TheFileIsReadAndEveryStatisticIsOne) {
   }
   EXPECT_THAT([] { statistic({}, "time.mean", "f.yaml:3"); },
               ThrowsMessage<InputError>(HasSubstr("f.yaml:3: 'time.mean' is no statistic")));
+}
+
+// docs/fit.md, "Rows": steps made with known factors give them back, and held-out rows their times.
+TEST(FitRows, FindTheFactorsThatStepsWereMadeWith) {
+  std::vector<Cells> cells;
+  int id = 0;
+  for (const char* layers : {"2", "4"}) {
+    for (const char* batch : {"16", "32"}) {
+      for (const char* tp : {"1", "2", "4"})
+        cells.push_back(with(whole_row(), {{"id", std::to_string(id++)},
+                                           {"num_layers", layers},
+                                           {"pp", "1"},
+                                           {"tp", tp},
+                                           {"dp", ""},
+                                           {"num_gpus", "8"},
+                                           {"global_batch_seqs", batch}}));
+    }
+  }
+  Adjustment truth;
+  truth.product_time = 1.25;
+  truth.inside_time = 1.6;
+  RowsOptions options;
+  options.adjust = [&](const RowKey& key) {
+    EXPECT_EQ(key.device, "h100-sxm");
+    EXPECT_EQ(key.framework, "megatron-core");
+    EXPECT_EQ(key.cluster, "dgx-h100");
+    return truth;
+  };
+  CsvTable t = table(kTraining, cells);
+  const auto made = predict_rows({t}, catalogue(), options);
+  ASSERT_EQ(made.size(), 1u);
+  std::size_t k = 0;
+  for (const Figure& f : made[0].figures) {
+    if (f.kind == Figure::Kind::time)
+      cells[k++]["iteration_time_s"] = fmt::format("{}", f.predicted);
+  }
+  ASSERT_EQ(k, cells.size());
+  t = table(kTraining, cells);
+  const auto entries = fit_rows(t, catalogue(), HeldOut::model, {});
+  ASSERT_EQ(entries.size(), 1u);
+  const FittedEntry& e = entries[0];
+  EXPECT_EQ(e.rows, cells.size());
+  EXPECT_EQ(e.groups, 2u);
+  EXPECT_NEAR(e.parameters[0].value, 1.25, 0.1);
+  EXPECT_TRUE(e.parameters[0].determined);
+  EXPECT_LT(e.fitted.mean, 0.01);
+  ASSERT_TRUE(e.held_out.has_value());
+  EXPECT_LT(e.held_out->mean, 0.02);
+  EXPECT_GT(e.unfitted.mean, 0.1);
+
+  // Written and read back, and found by device and framework on another cluster.
+  const std::string file = ::testing::TempDir() + fmt::format("partita-{}.fit", ::getpid());
+  std::ofstream(file) << to_yaml(entries);
+  const FitProfile profile(file);
+  const FittedEntry* same = profile.find(e.key);
+  ASSERT_NE(same, nullptr);
+  EXPECT_NEAR(same->parameters[0].value, e.parameters[0].value, 1e-5);
+  EXPECT_EQ(profile.find({"h100-sxm", "megatron-core", "elsewhere"}), same);
+  EXPECT_EQ(profile.find({"h100-sxm", "nemo", "dgx-h100"}), nullptr);
+  std::filesystem::remove(file);
+  EXPECT_THROW(fit_rows(table(kTraining, {cells[0]}), catalogue(), HeldOut::model, {}), InputError);
+}
+
+TEST(FitRows, TheExpectedMaximumOfDraws) {
+  EXPECT_EQ(expected_maximum(1), 0);
+  EXPECT_NEAR(expected_maximum(2), 0.56419, 1e-5);
+  EXPECT_NEAR(expected_maximum(4), 1.02938, 1e-5);
+  EXPECT_NEAR(expected_maximum(100), 2.50759, 1e-5);
+  EXPECT_GT(expected_maximum(100'000), 4);
 }
 
 }  // namespace
