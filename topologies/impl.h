@@ -64,17 +64,17 @@ class NodeTemplate {
   }
   /// The device over which NCCL's PXN reaches a card from another device: the first of those whose
   /// own card it is, else of those that reach it without a processor; kNone if no device does that
-  /// and is reached over NVLink alone, or if `device` itself needs no help.
+  /// and is reached over NVLink alone, if `device` itself needs no help, or without find_relays().
   std::size_t relay(std::size_t device, std::size_t nic) const {
-    const auto helped = [&](std::size_t d) { return near(d, nics_[nic]); };
-    if (helped(device)) return kNone;
-    std::size_t found = kNone;
-    for (const std::size_t d : devices_) {
-      if (d == device || !helped(d) || !joined_by_nvlink(device, d)) continue;
-      if (own_nic(d) == nic) return d;
-      if (found == kNone) found = d;
+    if (relays_.empty()) return kNone;
+    const auto at = std::lower_bound(devices_.begin(), devices_.end(), device) - devices_.begin();
+    return relays_[static_cast<std::size_t>(at) * nics_.size() + nic];
+  }
+  void find_relays() {
+    for (const std::size_t device : devices_) {
+      for (std::size_t nic = 0; nic < nics_.size(); ++nic)
+        relays_.push_back(found_relay(device, nic));
     }
-    return found;
   }
   std::size_t link_out(std::size_t nic) const { return first_nic_link_ + 2 * nic; }
   std::size_t link_in(std::size_t nic) const { return first_nic_link_ + 2 * nic + 1; }
@@ -98,6 +98,17 @@ class NodeTemplate {
     std::size_t last_link = kNone;
   };
 
+  std::size_t found_relay(std::size_t device, std::size_t nic) const {
+    const auto helped = [&](std::size_t d) { return near(d, nics_[nic]); };
+    if (helped(device)) return kNone;
+    std::size_t found = kNone;
+    for (const std::size_t d : devices_) {
+      if (d == device || !helped(d) || !joined_by_nvlink(device, d)) continue;
+      if (own_nic(d) == nic) return d;
+      if (found == kNone) found = d;
+    }
+    return found;
+  }
   /// Is there a path on which no processor and no other device forwards?
   bool near(std::size_t device, std::size_t nic) const {
     if (!reaches(device, nic)) return false;
@@ -144,6 +155,7 @@ class NodeTemplate {
   std::size_t first_nic_link_ = 0;
   std::vector<std::size_t> source_row_;  ///< By vertex: its row in paths_, or kNone.
   std::vector<Step> paths_;              ///< By source row, then target.
+  std::vector<std::size_t> relays_;      ///< By device, then NIC; empty without PXN.
 };
 
 /// A run of equal nodes: the first number of everything it contains.
@@ -174,7 +186,6 @@ struct Topology::Impl {
   std::vector<DeviceProfile> profiles;
   std::vector<Group> groups;
   Fabric fabric;
-  bool pxn = false;  ///< docs/topologies.md, "The rule for the route"
   std::size_t nodes = 0, devices = 0, used_devices = 0;
   std::size_t node_vertices = 0, node_links = 0;  ///< Sums over the nodes.
   std::size_t domain_switches = 0;
@@ -270,16 +281,17 @@ struct Topology::Impl {
       for (std::size_t j = 0; j < to.nics().size(); ++j) {
         const std::size_t q = (first_q + j) % to.nics().size();
         if (!to.reaches(to.nics()[q], b.vertex) || failed(b.node, to.link_in(q))) continue;
+        const PathCost in = to.links()[to.link_in(q)].cost() + to.cost(to.nics()[q], b.vertex);
+        // What lies between makes it no better.
+        if (!(out + in < best.cost)) continue;
         crossing.out = p, crossing.in = q;
         const PathCost between = fabric.path_cost(crossing);
         if (between.links == kNoPath) continue;
-        best.offer(
-            {out + between + to.links()[to.link_in(q)].cost() + to.cost(to.nics()[q], b.vertex),
-             Way::fabric, p, q});
+        best.offer({out + between + in, Way::fabric, p, q});
         if (any) return best;
       }
     }
-    if (pxn && best.way == Way::fabric) relay(a, b, state, failed, best);
+    if (best.way == Way::fabric) relay(a, b, state, failed, best);
     return best;
   }
 
@@ -291,11 +303,11 @@ struct Topology::Impl {
     const NodeTemplate& from = a.node.node();
     const NodeTemplate& to = b.node.node();
     const std::size_t rail = to.own_nic(b.vertex);
-    if (rail >= from.nics().size() || failed(a.node, from.link_out(rail)) ||
-        failed(b.node, to.link_in(rail)) || !to.reaches(to.nics()[rail], b.vertex))
+    if (rail >= from.nics().size() || from.relay(a.vertex, rail) == kNone ||
+        failed(a.node, from.link_out(rail)) || failed(b.node, to.link_in(rail)) ||
+        !to.reaches(to.nics()[rail], b.vertex))
       return;
     const std::size_t over = from.relay(a.vertex, rail);
-    if (over == kNone) return;
     Crossing crossing = crossing_of(a, b, state);
     crossing.out = crossing.in = rail;
     const PathCost between = fabric.path_cost(crossing);

@@ -634,7 +634,9 @@ Topology build_topology(ClusterSpec spec) {
     impl->groups.push_back(std::move(group));
   }
   impl->fabric = build_fabric(spec.fabric, impl->groups, impl->nodes, spec.place);
-  if (const auto* rails = std::get_if<Rails>(&spec.fabric)) impl->pxn = rails->pxn;
+  if (const auto* rails = std::get_if<Rails>(&spec.fabric); rails != nullptr && rails->pxn) {
+    for (Group& group : impl->groups) group.node.find_relays();
+  }
   impl->check_numbers();
   impl->used_devices = spec.used_devices == 0 ? impl->devices : spec.used_devices;
   Topology topology(impl);
