@@ -254,10 +254,7 @@ class Fitter {
         scaled.push_back(std::abs(times[i] - log_measured_[i]) / v);
       }
     }
-    std::sort(scaled.begin(), scaled.end());
-    const auto rank = static_cast<std::size_t>(
-        std::ceil(kConfidence * static_cast<double>(scaled.size() + 1) - 1e-9));
-    out.quantile = scaled[std::min(rank, scaled.size()) - 1];
+    out.quantile = quantile_of_sizes(std::move(scaled));
   }
 
   const FitProblem& problem_;
@@ -267,6 +264,13 @@ class Fitter {
 };
 
 }  // namespace
+
+double quantile_of_sizes(std::vector<double> sizes) {
+  std::sort(sizes.begin(), sizes.end());
+  const auto rank = static_cast<std::size_t>(
+      std::ceil(kConfidence * static_cast<double>(sizes.size() + 1) - 1e-9));
+  return sizes[std::min(rank, sizes.size()) - 1];
+}
 
 double Fit::half_width(const std::vector<double>& row) const {
   const std::size_t n = parameters.size();

@@ -52,6 +52,10 @@ struct Fit {
   std::vector<double> covariance;  ///< parameters x parameters, H⁻¹
 };
 
+/// The smallest that 90 % of what comes is expected to stay below, from what came: the
+/// ⌈0.9 (n + 1)⌉-th of n sizes, or the largest.
+double quantile_of_sizes(std::vector<double> sizes);
+
 /// InputError for a problem without rows or with times that are not positive.
 Fit fit(const FitProblem& problem);
 

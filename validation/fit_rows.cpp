@@ -62,7 +62,7 @@ const std::vector<AdjustmentParameter>& adjustment_parameters() {
       {{"between_time", "", 1, 0.3, 10, 0.5, true},
        [](Adjustment& a, double x) { a.between_time = x; }},
       {{"step", "s", 0, 0, 0.5, 0.02, false}, [](Adjustment& a, double x) { a.step = Seconds{x}; }},
-      {{"spread", "", 0.005, 1e-4, 0.05, 0.7, true}, [](Adjustment& a, double x) { a.spread = x; }},
+      {{"spread", "", 0, 0, 0.05, 0.01, false}, [](Adjustment& a, double x) { a.spread = x; }},
   };
   return all;
 }
@@ -141,10 +141,7 @@ std::vector<FittedEntry> fit_rows(const CsvTable& table, const Catalogue& catalo
       std::vector<double> sizes;
       for (std::size_t i = 0; i < r.measured.size(); ++i)
         sizes.push_back(std::abs(std::log(f.held_out[i] / r.measured[i])));
-      std::sort(sizes.begin(), sizes.end());
-      const auto rank =
-          static_cast<std::size_t>(std::ceil(0.9 * static_cast<double>(sizes.size() + 1) - 1e-9));
-      e.half_width = sizes[std::min(rank, sizes.size()) - 1];
+      e.half_width = quantile_of_sizes(std::move(sizes));
       e.held_out = error_of(f.held_out, r.measured);
     }
     e.unfitted = error_of(f.unfitted, r.measured);

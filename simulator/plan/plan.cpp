@@ -60,6 +60,16 @@ bool has_experts(const Graph& graph) {
   });
 }
 
+/// Does the loss see positions picked from the sequence (BERT's masked ones)?
+bool picks_positions(const Graph& graph) {
+  return std::any_of(graph.operators.begin(), graph.operators.end(), [&](const Operator& op) {
+    if (!std::holds_alternative<CrossEntropy>(op.operation)) return false;
+    const Shape& logits = graph.tensor(op.inputs[0]).shape;
+    return std::any_of(logits.begin(), logits.end(),
+                       [](const auto& d) { return d.dim == Dim::key_sequence; });
+  });
+}
+
 }  // namespace
 
 bool rule_matches(const ShardingRule& rule, const Operator& op) {
@@ -233,6 +243,11 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("expert parallel {} needs experts; {} has none: use --ep 1", plan.ep,
                           graph.name));
   }
+  if (plan.cp > 1 && plan.zero > 0 && picks_positions(graph))
+    return no(
+        fmt::format("the head of {} sees the same picked positions on all {} context parallel "
+                    "ranks, over which ZeRO would share its state; use cp 1 or zero 0",
+                    graph.name, plan.cp));
   if (plan.etp == 0) plan.etp = plan.tp;
   if (plan.etp != plan.tp && plan.etp != 1) {
     return no(fmt::format("expert tensor parallel {} must be 1 or equal tensor parallel {}",

@@ -147,6 +147,13 @@ TEST(Execution, OtherArchitectures) {
     p.zero = zero;
     expect_good(build_transformer(masked), p);
   }
+  Plan shared = base_plan();
+  shared.cp = shared.dp = 2;
+  masked.tied = false;
+  expect_good(build_transformer(masked), shared);
+  shared.zero = 1;
+  EXPECT_NE(complete(build_transformer(masked), shared).reason().find("use cp 1 or zero 0"),
+            std::string::npos);
   TransformerConfig classes = bert;
   classes.head = TransformerConfig::Head::token_classifier;
   classes.tied = false;

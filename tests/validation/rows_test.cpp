@@ -20,6 +20,7 @@
 #include "validation/published.h"
 #include "validation/row_case.h"
 #include "validation/row_kernels.h"
+#include "validation/statistics.h"
 
 namespace partita::validation {
 namespace {
@@ -993,6 +994,9 @@ TEST(FitRows, FindTheFactorsThatStepsWereMadeWith) {
   ASSERT_TRUE(e.held_out.has_value());
   EXPECT_LT(e.held_out->mean, 0.02);
   EXPECT_GT(e.unfitted.mean, 0.1);
+  // Unfitted is what rows are predicted without a profile.
+  const auto plain = predict_rows({t}, catalogue(), {});
+  EXPECT_NEAR(e.unfitted.bias, *statistics_of(plain[0].figures).time.bias, 1e-9);
 
   // Written and read back, and found by device and framework on another cluster.
   const std::string file = ::testing::TempDir() + fmt::format("partita-{}.fit", ::getpid());
