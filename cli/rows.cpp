@@ -106,6 +106,10 @@ Json to_json(const FamilyFigures& f) {
            {"hi", optional(x.hi)},
            {"assumed", x.assumed}};
     if (x.from_memory) p["from_memory"] = true;
+    if (!x.shares.empty()) {
+      p["share"] = Json::object();
+      for (const auto& [term, share] : x.shares) p["share"][term] = share;
+    }
     j["predictions"].push_back(std::move(p));
   }
   return j;

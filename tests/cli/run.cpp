@@ -29,6 +29,15 @@ std::string without_place(std::string text) {
 
 }  // namespace
 
+std::string without_progress(const std::string& err) {
+  std::istringstream in(err);
+  std::string left;
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("progress: ", 0) != 0) left += line + "\n";
+  }
+  return left;
+}
+
 Ran run(const std::string& arguments, const std::string& before, int patience) {
   const TemporaryFolder folder;
   const std::string errors = folder.path() + "/stderr";

@@ -16,6 +16,9 @@ struct Ran {
 /// 0". `patience`: how many times the usual time-out.
 Ran run(const std::string& arguments, const std::string& before = "", int patience = 1);
 
+/// `err` without the lines that say how far something long is: a busy machine has more of them.
+std::string without_progress(const std::string& err);
+
 /// Processes, but this one, whose command line has `text`; the second ends them and fails if some
 /// are left after a while.
 std::vector<int> processes_with(const std::string& text);
