@@ -133,6 +133,7 @@ ProductTable products_of(const YamlNode& y) {
   t.out = type_of(y, "out", t.type);
   t.accumulate = flag(y, "accumulate");
   t.grouped = flag(y, "grouped");
+  t.mixed_clocks = flag(y, "mixed_clocks");
   t.spread = spread_of(y);
   t.source = y.get("source").as_string();
   if (const auto node = y.find("layout")) {
@@ -155,6 +156,7 @@ AttentionTable attention_of(const YamlNode& y) {
   t.type = type_of(y, "type", t.type);
   t.backward = flag(y, "backward");
   t.causal = flag(y, "causal");
+  t.mixed_clocks = flag(y, "mixed_clocks");
   t.spread = spread_of(y);
   t.source = y.get("source").as_string();
   for (const auto& r : rows_of(y.get("points"), {"batch", "queries", "keys", "heads", "qk", "v"}))
@@ -213,6 +215,8 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   device.vector_rate = figure(root, "vector_rate").as_flop_rate();
   device.matrix_efficiency = fraction(figure(root, "matrix_efficiency"));
   device.memory_efficiency = fraction(figure(root, "memory_efficiency"));
+  if (root.has("sustained_clock"))
+    device.sustained_clock = fraction(figure(root, "sustained_clock"));
   device.kernel_latency = figure(root, "kernel_latency").as_seconds();
   device.multiprocessors = static_cast<int>(figure(root, "multiprocessors").as_int(1, 1'000'000));
   if (root.has("communication_multiprocessors"))

@@ -31,6 +31,9 @@ struct DeviceProfile {
   FlopsPerSecond vector_rate;                ///< fp32, outside the matrix units.
   double matrix_efficiency = 1;              ///< Sustained fraction of peak of large problems.
   double memory_efficiency = 1;
+  /// Clock that long work of the matrix units keeps under the power limit, over the clock of short
+  /// kernels, at which measured points were taken (docs/cost.md, "Clocks").
+  double sustained_clock = 1;
   Seconds kernel_latency;  ///< Fixed time per kernel.
   int multiprocessors = 0;
   /// Of these, what a running collective or transfer keeps for itself; 0: none.

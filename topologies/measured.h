@@ -37,6 +37,7 @@ struct ProductTable {
   ProductLayout layout = ProductLayout::any;
   bool accumulate = false;  ///< adds to what is there
   bool grouped = false;     ///< `count` groups, launched one by one
+  bool mixed_clocks = false;  ///< some points ran at the sustained clock, others were too short
   double spread = 0;        ///< equal work measured again differs by so much, relative
   std::string source;
   struct Point {
@@ -51,6 +52,7 @@ struct AttentionTable {
   ElementType type = ElementType::bf16;
   bool backward = false;
   bool causal = false;
+  bool mixed_clocks = false;
   double spread = 0;
   std::string source;
   struct Point {

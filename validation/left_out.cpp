@@ -208,7 +208,7 @@ std::vector<LeftOutFigures> left_out(const DeviceProfile& device, LeftOut rule) 
         kept.products[s.table].points.push_back(device.products[s.table].points[s.point]);
       }
     }
-    ShapePrices prices(kept);
+    ShapePrices prices(kept, Clock::brief);
     for (std::size_t i = 0; i < all.size(); ++i) {
       if (!draw[i]) continue;
       const Sample& s = all[i];

@@ -242,7 +242,7 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
                  kv = a->batch * a->sequence * a->kv_heads * (a->qk + a->v);
     x.bytes = Bytes{std::llround((a->backward ? 2.5 : 1) * stored * (q + kv))};
     const DeviceProfile rest = without(device, x, f.assumed);
-    f.seconds = (device.kernel_latency + ShapePrices(rest).of(x).work).count;
+    f.seconds = (device.kernel_latency + ShapePrices(rest, Clock::brief).of(x).work).count;
     flops = Flops{whole_square(*a) / 2};
   } else {
     const ProductShape p = product_shape(row);
@@ -255,7 +255,7 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
     x.grouped = lower(row["kernel"]).find("grouped") != std::string::npos;
     x.bytes = x.operand_bytes();
     const DeviceProfile rest = without(device, x, f.assumed);
-    f.seconds = (device.kernel_latency + ShapePrices(rest).of(x).work).count;
+    f.seconds = (device.kernel_latency + ShapePrices(rest, Clock::brief).of(x).work).count;
     flops = x.flops();
   }
   f.ideal = flops.count / device.matrix_rate(compute).count;

@@ -66,9 +66,10 @@ bool aligned(const Product& p) {
 }
 
 /// What the units take for `count` products at once.
-double units_of(const Product& p, const DeviceProfile& device, double count, int multiprocessors) {
-  const double rate =
-      device.sustained_rate(p.type).count / device.multiprocessors * (aligned(p) ? 1 : kUnaligned);
+double units_of(const Product& p, const DeviceProfile& device, double count, int multiprocessors,
+                double clock) {
+  const double rate = clock * device.sustained_rate(p.type).count / device.multiprocessors *
+                      (aligned(p) ? 1 : kUnaligned);
   constexpr double kBest = 1 + kLoads * (1 / kTilings[0].rows + 1 / kTilings[0].columns);
   double best = INFINITY;
   for (const Tiling& t : kTilings) {
@@ -246,7 +247,8 @@ Flops FlashAttention::flops() const {
   return Flops{2 * pairs * (backward ? 3 * qk + 2 * v : qk + v)};
 }
 
-KernelParts product_model(const Product& p, const DeviceProfile& device, int multiprocessors) {
+KernelParts product_model(const Product& p, const DeviceProfile& device, int multiprocessors,
+                          double clock) {
   KernelParts parts;
   parts.memory = Seconds{memory_time(p.bytes, device)};
   if (!has_tiles(device)) {
@@ -258,19 +260,19 @@ KernelParts product_model(const Product& p, const DeviceProfile& device, int mul
     // Each group starts cold: its operands come before its arithmetic, and half of the shorter of
     // the two hides behind other groups.
     const double groups = std::max(1.0, p.count);
-    parts.units = Seconds{groups * units_of(p, device, 1, multiprocessors)};
+    parts.units = Seconds{groups * units_of(p, device, 1, multiprocessors, clock)};
     parts.work = Seconds{
         std::max(groups * kGroupLaunch, std::max(parts.units, parts.memory).count +
                                             0.5 * std::min(parts.units, parts.memory).count)};
     return parts;
   }
-  parts.units = Seconds{units_of(p, device, p.count, multiprocessors)};
+  parts.units = Seconds{units_of(p, device, p.count, multiprocessors, clock)};
   parts.work = std::max(parts.units, parts.memory);
   return parts;
 }
 
 KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device,
-                            int multiprocessors) {
+                            int multiprocessors, double clock) {
   KernelParts parts;
   parts.memory = Seconds{memory_time(a.bytes, device)};
   if (!has_tiles(device)) {
@@ -284,7 +286,8 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
           a.backward ? device.flash2_backward_efficiency : device.flash2_forward_efficiency;
       a.flash2 && older > 0)
     efficiency = older;
-  const double rate = device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
+  const double rate =
+      clock * device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
   // Queries of a block, of which Blackwell's take two tiles at once; backward, keys of a block.
   const double rows = device.compute_capability >= 100 && !a.backward ? 256 : 128;
   // Blocks that a mask cuts are computed whole: half a block more on a row's end.
@@ -301,45 +304,97 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
   return parts;
 }
 
+/// Of points some of which ran at the sustained clock: what their logarithms are above the level at
+/// the other clock, 0 where they ran at that one. `slower`: what the sustained clock costs each by
+/// the model. The level is the one (to 1 %) that leaves least to explain.
+std::vector<double> slowed(const std::vector<double>& logs, const std::vector<double>& slower) {
+  double best = INFINITY, level = 0;
+  for (int step = -80; step <= 80; ++step) {
+    double sum = 0;
+    for (std::size_t i = 0; i < logs.size(); ++i) {
+      const double e = logs[i] - 0.01 * step;
+      sum += std::min(e * e, square(e - slower[i]));
+    }
+    if (sum < best) best = sum, level = 0.01 * step;
+  }
+  std::vector<double> result(logs.size(), 0);
+  for (std::size_t i = 0; i < logs.size(); ++i)
+    if (logs[i] - level > slower[i] / 2) result[i] = slower[i];
+  return result;
+}
+
 struct ShapePrices::State {
   DeviceProfile device;
+  double clock = 1;
   Residuals residuals;
   Residuals attention_residuals;
   std::unordered_map<Product, KernelParts, ShapeHash> products;
   std::unordered_map<FlashAttention, KernelParts, ShapeHash> attentions;
 
-  explicit State(const DeviceProfile& d) : device(d) {
+  State(const DeviceProfile& d, Clock which)
+      : device(d), clock(which == Clock::sustained ? d.sustained_clock : 1) {
     // Points are compared with the model of the device that they were measured on.
     const DeviceProfile& measured = d.like != nullptr ? *d.like : d;
-    const double launch = measured.kernel_latency.count;
+    std::vector<Point> points;
     for (const ProductTable& t : measured.products) {
       for (const ProductTable::Point& x : t.points) {
         Product p{x.m, x.n, x.k, x.count, t.type, t.out, t.layout, t.accumulate, t.grouped, {}};
         p.bytes = p.operand_bytes();
-        const double model =
-            launch + product_model(p, measured, measured.multiprocessors).work.count;
-        residuals.add(place_of(p), std::log(x.time.count / model), t.spread);
+        points.push_back(point(p, product_model, measured, x.time, t));
       }
     }
+    add(points, which, residuals);
+    points.clear();
     for (const AttentionTable& t : measured.attention) {
       for (const AttentionTable::Point& x : t.points) {
         FlashAttention a{x.batch, x.queries, x.keys, x.heads, x.qk, x.v, 1, t.backward, t.type, {}};
         if (t.causal) a.attended = (x.queries + 1) / (2 * x.keys);
-        const double model =
-            launch + attention_model(a, measured, measured.multiprocessors).work.count;
-        attention_residuals.add(place_of(a), std::log(x.time.count / model), t.spread);
+        points.push_back(point(a, attention_model, measured, x.time, t));
       }
     }
+    add(points, which, attention_residuals);
+  }
+
+  /// log(measured / model at the clock of short kernels), and what the sustained clock adds to it.
+  struct Point {
+    Place place;
+    double log = 0, slower = 0, spread = 0;
+    bool mixed = false;
+  };
+  template <class Shape, class Model, class Table>
+  static Point point(const Shape& shape, Model model, const DeviceProfile& measured, Seconds time,
+                     const Table& table) {
+    const auto log_of = [&](double at) {
+      return std::log(measured.kernel_latency.count +
+                      model(shape, measured, measured.multiprocessors, at).work.count);
+    };
+    const double brief = log_of(1);
+    return {place_of(shape), std::log(time.count) - brief,
+            table.mixed_clocks ? log_of(measured.sustained_clock) - brief : 0, table.spread,
+            table.mixed_clocks};
+  }
+  /// For the sustained clock, points that ran at it are taken to the clock of the others.
+  static void add(const std::vector<Point>& points, Clock which, Residuals& to) {
+    std::vector<double> logs, slower;
+    for (const Point& p : points) {
+      if (!p.mixed) continue;
+      logs.push_back(p.log);
+      slower.push_back(p.slower);
+    }
+    std::vector<double> above(logs.size(), 0);
+    if (which == Clock::sustained) above = slowed(logs, slower);
+    std::size_t i = 0;
+    for (const Point& p : points) to.add(p.place, p.log - (p.mixed ? above[i++] : 0), p.spread);
   }
 
   /// The model's parts stretched to what the residual makes of the whole; never faster than peak.
   template <class Shape, class Model>
   KernelParts price(const Shape& shape, const Residuals& nearby, Model model) const {
-    KernelParts parts = model(shape, device, device.multiprocessors);
+    KernelParts parts = model(shape, device, device.multiprocessors, clock);
     if (!has_tiles(device)) return parts;
     const int free = device.multiprocessors - device.communication_multiprocessors;
     if (parts.work.count > 0)
-      parts.beside_transfers = model(shape, device, free).work.count / parts.work.count;
+      parts.beside_transfers = model(shape, device, free, clock).work.count / parts.work.count;
     const double launch = device.kernel_latency.count;
     const double least = shape.flops().count / device.matrix_rate(shape.type).count;
     const double all = (launch + parts.work.count) * std::exp(nearby.at(place_of(shape)));
@@ -353,7 +408,8 @@ struct ShapePrices::State {
   }
 };
 
-ShapePrices::ShapePrices(const DeviceProfile& device) : state_(new State(device)) {}
+ShapePrices::ShapePrices(const DeviceProfile& device, Clock clock)
+    : state_(new State(device, clock)) {}
 ShapePrices::~ShapePrices() = default;
 ShapePrices::ShapePrices(ShapePrices&&) noexcept = default;
 

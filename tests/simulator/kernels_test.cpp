@@ -48,6 +48,46 @@ TEST(ProductModel, TheExampleOfThePage) {
   EXPECT_NEAR(product_model(square_of(8192), h100(), 108).work.count * 1e6, 1724.47, 0.01);
 }
 
+TEST(ProductModel, TheExampleOfThePageForLongWork) {
+  EXPECT_EQ(h100().sustained_clock, 0.758);
+  EXPECT_NEAR(product_model(square_of(8192), h100(), 132, h100().sustained_clock).work.count * 1e6,
+              1908.01, 0.01);
+}
+
+/// Points of a device whose products ran now at one clock, now at the other.
+TEST(ShapePrices, TellPointsOfTheTwoClocksApart) {
+  DeviceProfile d = without_points("b200");
+  const double level = 1.15;
+  ProductTable table;
+  table.mixed_clocks = true;
+  std::mt19937_64 random(7);
+  for (int i = 0; i < 60; ++i) {
+    Product p = square_of(512.0 * static_cast<double>(2 + random() % 14));
+    p.n = 1024.0 * static_cast<double>(1 + random() % 16);
+    p.bytes = p.operand_bytes();
+    const double clock = random() % 2 == 0 ? 1 : d.sustained_clock;
+    const Seconds work = product_model(p, d, d.multiprocessors, clock).work;
+    table.points.push_back(
+        {p.m, p.n, p.k, 1, Seconds{level * (d.kernel_latency + work).count}});
+  }
+  d.products = {table};
+  const double launch = d.kernel_latency.count;
+  for (const double n : {2048.0, 4096.0, 6144.0}) {
+    const Product p = square_of(n);
+    const double step = launch + ShapePrices(d).of(p).work.count;
+    const double model = launch + product_model(p, d, 148, d.sustained_clock).work.count;
+    EXPECT_NEAR(step / model, level, 0.01) << n;
+    // Of one kernel nothing is known but that it lies between.
+    const double one = launch + ShapePrices(d, Clock::brief).of(p).work.count;
+    EXPECT_LT(one, step);
+    EXPECT_GT(one, step * d.sustained_clock);
+    // Points that are all of short kernels say the same of one kernel and of a step.
+    d.products[0].mixed_clocks = false;
+    EXPECT_EQ(ShapePrices(d, Clock::brief).of(p).work.count + launch, one);
+    d.products[0].mixed_clocks = true;
+  }
+}
+
 TEST(AttentionModel, TheExampleOfThePage) {
   FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
   EXPECT_NEAR(a.flops().count, 137'472'507'904, 1);
@@ -211,7 +251,7 @@ TEST(ShapePrices, AreThePointsWhereTheyLieAndTheModelFarFromThem) {
   const double model = launch + product_model(at, d, 132).work.count;
   for (int i = 0; i < 30; ++i) t.points.push_back({4096, 4096, 4096, 1, Seconds{1.5 * model}});
   d.products = {t};
-  ShapePrices prices(d);
+  ShapePrices prices(d, Clock::brief);
   EXPECT_NEAR(launch + prices.of(at).work.count, 1.5 * model, 0.01 * model);
   // Far away only the device's own level is left: a part 0.3² / (0.3² + 0.1² + 0.06²) of it.
   Product far = square_of(128);
