@@ -156,7 +156,6 @@ AttentionTable attention_of(const YamlNode& y) {
   t.type = type_of(y, "type", t.type);
   t.backward = flag(y, "backward");
   t.causal = flag(y, "causal");
-  t.mixed_clocks = flag(y, "mixed_clocks");
   t.spread = spread_of(y);
   t.source = y.get("source").as_string();
   for (const auto& r : rows_of(y.get("points"), {"batch", "queries", "keys", "heads", "qk", "v"}))

@@ -52,7 +52,6 @@ struct AttentionTable {
   ElementType type = ElementType::bf16;
   bool backward = false;
   bool causal = false;
-  bool mixed_clocks = false;
   double spread = 0;
   std::string source;
   struct Point {

@@ -936,6 +936,11 @@ class CaseBuilder {
     } else if (p.dp > 1) {
       assume("gradient overlap {}", f.overlap_gradients ? "on" : "off");
     }
+    if (f.overlap_tensor_parallel && !flags_.any && p.sequence_parallel &&
+        !has(settings, "overlap paths off") && c_.transformer && c_.transformer->moe.experts == 0) {
+      p.overlap_tensor_parallel = true;
+      assume("tensor-parallel overlap on");
+    }
     if (has(settings, "mixed_precision=pure"))
       p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
     if (has(settings, "cp type a2a")) p.context = Plan::ContextExchange::all_to_all;

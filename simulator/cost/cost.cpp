@@ -248,8 +248,14 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
                 std::int64_t rank, Work& w) {
   const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
   if (!forward && !data && i.kernel != Kernel::backward_weight) return;
-  const ProductShape s = product_shape(p, i, rank);
+  ProductShape s = product_shape(p, i, rank);
   if (!(s.m > 0 && s.n > 0 && s.k > 0 && s.count > 0)) return;
+  if (i.part >= 0 && std::holds_alternative<Linear>(op.operation)) {
+    const auto d = static_cast<std::size_t>(op.signature.find(Dim::sequence));
+    w.parts = static_cast<double>(extents_of(p, op, rank)[d]) /
+              static_cast<double>(extents_of(p, i, op, rank)[d]);
+    s.m *= w.parts;
+  }
   if (const auto* attention = std::get_if<Attention>(&op.operation)) {
     FlashAttention a;
     const double per_head = static_cast<double>(attention->queries_per_head);
@@ -258,7 +264,7 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     a.batch = s.count / a.heads;
     a.qk = static_cast<double>(attention->qk_dim), a.v = static_cast<double>(attention->v_dim);
     a.backward = data;
-    a.flash2 = p.kernels.flash2;
+    a.flash = p.kernels.flash;
     a.type = op.compute;
     a.bytes = w.bytes;
     const double all = a.flops().count;  // attended is 1
@@ -267,6 +273,8 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
       materialise(p, a, w);
     } else {
       w.attention = a;
+      const double each = forward ? p.kernels.padding_forward : p.kernels.padding_backward;
+      w.streamed = Bytes{std::llround(each * a.batch * a.queries * a.heads * a.qk)};
     }
     return;
   }
@@ -292,7 +300,7 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
   }
   one.out = out_of(i.writes);
   const bool narrow = bits(op.compute) <= 8;
-  one.bytes = narrow ? one.operand_bytes() : w.bytes;
+  one.bytes = narrow || w.parts > 1 ? one.operand_bytes() : w.bytes;
   if (i.casts) {
     // Read once, written once for this product and once turned, for the other pass.
     const auto& operands = forward ? i.reads : i.gradients;
@@ -463,7 +471,11 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
     beside += one.work.count * one.beside_transfers;
   };
   if (w.attention) add(prices.of(*w.attention));
-  for (const Product& p : w.products) add(prices.of(p));
+  for (const Product& p : w.products) {
+    KernelParts one = prices.of(p);
+    for (Seconds* t : {&one.units, &one.memory, &one.work}) t->count /= w.parts;
+    add(one);
+  }
   if (w.streamed.count > 0) {
     const Seconds t = streaming_time(w.streamed, device);
     add({Seconds{0}, t, t});

@@ -33,6 +33,9 @@ struct Work {
   std::optional<FlashAttention> attention;
   Bytes streamed;
   Bytes again;  ///< read a second time, besides `bytes`
+  /// `products` are of the whole sequence, of which this is one of so many equal parts that run on
+  /// streams beside each other: their waves fill up.
+  double parts = 1;
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 

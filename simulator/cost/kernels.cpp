@@ -35,6 +35,8 @@ constexpr double kGroupLaunch = 9e-6;
 /// A device is not full while its last blocks of attention end: of the longest, this share (a fit
 /// to an A100 and a B200).
 constexpr double kForwardTail = 0.8, kBackwardTail = 0.3;
+/// FlashAttention-2 is around twice as fast as FlashAttention (arXiv 2307.08691, section 4.1).
+constexpr double kFlash1 = 2;
 
 double bytes_each(ElementType type) { return bits(type) / 8.0; }
 
@@ -227,7 +229,8 @@ struct ShapeHash {
   }
   std::size_t operator()(const FlashAttention& a) const {
     std::uint64_t h =
-        static_cast<std::uint64_t>(a.type) << 2 | (a.flash2 ? 2u : 0u) | (a.backward ? 1u : 0u);
+        static_cast<std::uint64_t>(a.type) << 3 | static_cast<std::uint64_t>(a.flash) << 1 |
+        (a.backward ? 1u : 0u);
     for (const double x : {a.batch, a.queries, a.keys, a.heads, a.qk, a.v, a.attended})
       h = mix(h, bits_of(x));
     return mix(h, static_cast<std::uint64_t>(a.bytes.count));
@@ -272,7 +275,7 @@ KernelParts product_model(const Product& p, const DeviceProfile& device, int mul
 }
 
 KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device,
-                            int multiprocessors, double clock) {
+                            int multiprocessors) {
   KernelParts parts;
   parts.memory = Seconds{memory_time(a.bytes, device)};
   if (!has_tiles(device)) {
@@ -284,10 +287,10 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
       a.backward ? device.attention_backward_efficiency : device.attention_forward_efficiency;
   if (const double older =
           a.backward ? device.flash2_backward_efficiency : device.flash2_forward_efficiency;
-      a.flash2 && older > 0)
+      a.flash > 0 && older > 0)
     efficiency = older;
-  const double rate =
-      clock * device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
+  if (a.flash == 1) efficiency /= kFlash1;
+  const double rate = device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
   // Queries of a block, of which Blackwell's take two tiles at once; backward, keys of a block.
   const double rows = device.compute_capability >= 100 && !a.backward ? 256 : 128;
   // Blocks that a mask cuts are computed whole: half a block more on a row's end.
@@ -323,6 +326,16 @@ std::vector<double> slowed(const std::vector<double>& logs, const std::vector<do
   return result;
 }
 
+/// The models by one name.
+KernelParts model_of(const Product& p, const DeviceProfile& device, int multiprocessors,
+                     double clock) {
+  return product_model(p, device, multiprocessors, clock);
+}
+KernelParts model_of(const FlashAttention& a, const DeviceProfile& device, int multiprocessors,
+                     double) {
+  return attention_model(a, device, multiprocessors);
+}
+
 struct ShapePrices::State {
   DeviceProfile device;
   double clock = 1;
@@ -340,7 +353,7 @@ struct ShapePrices::State {
       for (const ProductTable::Point& x : t.points) {
         Product p{x.m, x.n, x.k, x.count, t.type, t.out, t.layout, t.accumulate, t.grouped, {}};
         p.bytes = p.operand_bytes();
-        points.push_back(point(p, product_model, measured, x.time, t));
+        points.push_back(point(p, measured, x.time, t.spread, t.mixed_clocks));
       }
     }
     add(points, which, residuals);
@@ -349,7 +362,7 @@ struct ShapePrices::State {
       for (const AttentionTable::Point& x : t.points) {
         FlashAttention a{x.batch, x.queries, x.keys, x.heads, x.qk, x.v, 1, t.backward, t.type, {}};
         if (t.causal) a.attended = (x.queries + 1) / (2 * x.keys);
-        points.push_back(point(a, attention_model, measured, x.time, t));
+        points.push_back(point(a, measured, x.time, t.spread, false));
       }
     }
     add(points, which, attention_residuals);
@@ -361,17 +374,16 @@ struct ShapePrices::State {
     double log = 0, slower = 0, spread = 0;
     bool mixed = false;
   };
-  template <class Shape, class Model, class Table>
-  static Point point(const Shape& shape, Model model, const DeviceProfile& measured, Seconds time,
-                     const Table& table) {
+  template <class Shape>
+  static Point point(const Shape& shape, const DeviceProfile& measured, Seconds time, double spread,
+                     bool mixed) {
     const auto log_of = [&](double at) {
       return std::log(measured.kernel_latency.count +
-                      model(shape, measured, measured.multiprocessors, at).work.count);
+                      model_of(shape, measured, measured.multiprocessors, at).work.count);
     };
     const double brief = log_of(1);
-    return {place_of(shape), std::log(time.count) - brief,
-            table.mixed_clocks ? log_of(measured.sustained_clock) - brief : 0, table.spread,
-            table.mixed_clocks};
+    const double slower = mixed ? log_of(measured.sustained_clock) - brief : 0;
+    return {place_of(shape), std::log(time.count) - brief, slower, spread, mixed};
   }
   /// For the sustained clock, points that ran at it are taken to the clock of the others.
   static void add(const std::vector<Point>& points, Clock which, Residuals& to) {
@@ -388,13 +400,13 @@ struct ShapePrices::State {
   }
 
   /// The model's parts stretched to what the residual makes of the whole; never faster than peak.
-  template <class Shape, class Model>
-  KernelParts price(const Shape& shape, const Residuals& nearby, Model model) const {
-    KernelParts parts = model(shape, device, device.multiprocessors, clock);
+  template <class Shape>
+  KernelParts price(const Shape& shape, const Residuals& nearby) const {
+    KernelParts parts = model_of(shape, device, device.multiprocessors, clock);
     if (!has_tiles(device)) return parts;
     const int free = device.multiprocessors - device.communication_multiprocessors;
     if (parts.work.count > 0)
-      parts.beside_transfers = model(shape, device, free, clock).work.count / parts.work.count;
+      parts.beside_transfers = model_of(shape, device, free, clock).work.count / parts.work.count;
     const double launch = device.kernel_latency.count;
     const double least = shape.flops().count / device.matrix_rate(shape.type).count;
     const double all = (launch + parts.work.count) * std::exp(nearby.at(place_of(shape)));
@@ -415,13 +427,13 @@ ShapePrices::ShapePrices(ShapePrices&&) noexcept = default;
 
 const KernelParts& ShapePrices::of(const Product& p) {
   const auto [it, fresh] = state_->products.try_emplace(p);
-  if (fresh) it->second = state_->price(p, state_->residuals, product_model);
+  if (fresh) it->second = state_->price(p, state_->residuals);
   return it->second;
 }
 
 const KernelParts& ShapePrices::of(const FlashAttention& a) {
   const auto [it, fresh] = state_->attentions.try_emplace(a);
-  if (fresh) it->second = state_->price(a, state_->attention_residuals, attention_model);
+  if (fresh) it->second = state_->price(a, state_->attention_residuals);
   return it->second;
 }
 

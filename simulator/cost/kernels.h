@@ -37,7 +37,7 @@ struct FlashAttention {
   bool backward = false;
   ElementType type = ElementType::bf16;
   Bytes bytes;
-  bool flash2 = false;  ///< FlashAttention-2's kernel, not the device's best
+  int flash = 0;  ///< FlashAttention's kernel of this version, 1 or 2; 0: the device's best
 
   /// 2 products forward; 5 backward, q·k again among them (arXiv 2205.14135, algorithm 4).
   Flops flops() const;
@@ -55,11 +55,11 @@ struct KernelParts {
 
 /// The model: physics and the device's figures, no measured point. InputError where the device has
 /// no rate for the type. `multiprocessors`: of the device's, how many are free. `clock`: over that of
-/// short kernels.
+/// short kernels; attention's efficiencies are of long ones.
 KernelParts product_model(const Product& product, const DeviceProfile& device, int multiprocessors,
                           double clock = 1);
 KernelParts attention_model(const FlashAttention& attention, const DeviceProfile& device,
-                            int multiprocessors, double clock = 1);
+                            int multiprocessors);
 
 /// Which clock a price is for: of one kernel on a rested device, or of work that goes on.
 enum class Clock { brief, sustained };

@@ -838,12 +838,19 @@ class Lowering {
 
   // ---- operands that become narrow -------------------------------------------------------------
   /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
-  /// of one block that read the same share the copies.
+  /// of one block that read the same share the copies; what a norm makes comes converted (Transformer
+  /// Engine, pytorch/module/layernorm_linear.py).
   void mark_casts() {
     for (Block& block : p_.blocks) {
       std::set<BufferId> narrow;
       for (Instruction& i : block.instructions) {
+        if (i.kind == Kind::collective && i.reads.size() == 1 && i.writes.size() == 1 &&
+            i.collective != CollectiveKind::reduce_scatter && narrow.count(i.reads[0]) > 0)
+          narrow.insert(i.writes[0]);
         if (i.kind != Kind::compute || i.op < 0) continue;
+        if (i.kernel == Kernel::forward && std::holds_alternative<Normalize>(
+                p_.operators[static_cast<std::size_t>(i.op)].operation))
+          narrow.insert(i.writes[0]);
         const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
         if (bits(op.compute) > 8) continue;
         const bool forward = i.kernel == Kernel::forward;
@@ -897,14 +904,14 @@ class Lowering {
     }
   }
 
-  /// Is the sequence, cut in `cut` by the collective's group alone, what it gathers or scatters?
+  /// Is the sequence, cut in `cut` by the collective's group last, what it gathers or scatters?
   bool crosses_sequence(const Instruction& i, BufferId cut) const {
     const Buffer& b = p_.buffer(cut);
     const int d = sequence_dim(b);
     if (d < 0 || b.routed || i.atoms != mask_of(plan_.axes.at("tp"))) return false;
     const DimSplit& s = b.layout.dims[static_cast<std::size_t>(d)];
-    return mask_of(s.atoms) == i.atoms && s.zigzag == 0 && s.shift == 0 &&
-           s.kind == SplitKind::block;
+    const auto before = atoms_before(s.atoms, i.atoms);
+    return before && s.zigzag <= *before && s.shift == 0 && s.kind == SplitKind::block;
   }
   bool is_product(const Instruction& i) const {
     return i.kind == Kind::compute && i.op >= 0 && i.part < 0 &&
@@ -913,10 +920,11 @@ class Lowering {
            std::holds_alternative<Linear>(p_.operators[static_cast<std::size_t>(i.op)].operation);
   }
   /// The buffer as the ring passes it: `shift` places on.
-  BufferId shifted(BufferId id, std::int32_t shift) {
+  BufferId shifted(BufferId id, std::int32_t shift, AtomMask ring) {
     Buffer b = p_.buffer(id);
     DimSplit& s = b.layout.dims[static_cast<std::size_t>(sequence_dim(b))];
-    s.shift = shift % static_cast<std::int32_t>(p_.mesh.size(s.atoms));
+    s.shift = shift % static_cast<std::int32_t>(p_.mesh.size(ring));
+    s.fixed = s.shift == 0 ? std::uint8_t{0} : *atoms_before(s.atoms, ring);
     b.alias = -1;
     p_.buffers.push_back(std::move(b));
     return BufferId{p_.buffers.size() - 1};
@@ -945,7 +953,7 @@ class Lowering {
     if (readers.empty()) return;
     const auto n = static_cast<std::int32_t>(p_.mesh.size(gather.atoms));
     std::vector<BufferId> parts{gather.reads[0]};
-    for (std::int32_t t = 1; t < n; ++t) parts.push_back(shifted(gather.reads[0], t));
+    for (std::int32_t t = 1; t < n; ++t) parts.push_back(shifted(gather.reads[0], t, gather.atoms));
     instead[at] = {};
     for (const std::size_t k : readers) {
       auto& list = instead[k];
@@ -989,18 +997,19 @@ class Lowering {
     for (std::int32_t t = 0; t < n; ++t) {
       Instruction i = block.instructions[writer];
       i.part = t;
-      const BufferId made = shifted(scatter.writes[0], t + 1);
+      const BufferId made = shifted(scatter.writes[0], t + 1, scatter.atoms);
       i.writes = {made};
       list.push_back(std::move(i));
       if (t > 0) {
-        const BufferId arrived = shifted(scatter.writes[0], t + 1);
+        const BufferId arrived = shifted(scatter.writes[0], t + 1, scatter.atoms);
         // It went off before this part was computed.
         list.insert(list.end() - 1, pass(sum, arrived, scatter.atoms));
         Instruction add;
         add.kind = Kind::compute;
         add.kernel = Kernel::add;
         add.reads = {arrived, made};
-        add.writes = {t + 1 == n ? scatter.writes[0] : shifted(scatter.writes[0], t + 1)};
+        add.writes = {t + 1 == n ? scatter.writes[0]
+                                 : shifted(scatter.writes[0], t + 1, scatter.atoms)};
         sum = add.writes[0];
         list.push_back(std::move(add));
       } else {

@@ -121,13 +121,16 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   passes("score_passes_backward", f.score_passes_backward);
   plan.reject_unknown_keys();
   if (const auto kernels = root.find("kernels")) {
-    boolean(*kernels, "flash2", f.kernels.flash2);
+    setting(*kernels, "flash",
+            [&](const YamlNode& n) { f.kernels.flash = static_cast<int>(n.as_int(1, 2)); });
     const auto traffic = [&](const char* key, double& to) {
       setting(*kernels, key,
               [&](const YamlNode& n) { to = static_cast<double>(n.as_bytes().count); });
     };
     traffic("score_forward", f.kernels.score_forward);
     traffic("score_backward", f.kernels.score_backward);
+    traffic("padding_forward", f.kernels.padding_forward);
+    traffic("padding_backward", f.kernels.padding_backward);
     traffic("logit_forward", f.kernels.logit_forward);
     traffic("logit_backward", f.kernels.logit_backward);
     kernels->reject_unknown_keys();
@@ -138,6 +141,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
             [&](const YamlNode& n) { f.zero = static_cast<int>(n.as_int(0, 3)); });
     boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
+    boolean(*defaults, "overlap_tensor_parallel", f.overlap_tensor_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
     setting(*defaults, "dropout", [&](const YamlNode& n) {
       f.dropout = n.as_double();

@@ -116,11 +116,12 @@ namespace {
 /// The rank whose part `rank` holds: itself unless a ring has shifted the parts.
 std::int64_t origin(const Mesh& mesh, const DimSplit& split, std::int64_t rank) {
   if (split.shift == 0) return rank;
-  const std::int64_t p = mesh.size(split.atoms);
-  std::int64_t c = ((mesh.coordinate(rank, split.atoms) - split.shift) % p + p) % p;
-  std::int64_t at = mesh.group_root(rank, mask_of(split.atoms));
-  for (std::size_t i = split.atoms.size(); i-- > 0;) {
-    const AtomId a = split.atoms[i];
+  const AtomList ring(split.atoms.begin() + split.fixed, split.atoms.end());
+  const std::int64_t p = mesh.size(ring);
+  std::int64_t c = ((mesh.coordinate(rank, ring) - split.shift) % p + p) % p;
+  std::int64_t at = mesh.group_root(rank, mask_of(ring));
+  for (std::size_t i = ring.size(); i-- > 0;) {
+    const AtomId a = ring[i];
     at += c % mesh.atoms[a].size * mesh.stride(a);
     c /= mesh.atoms[a].size;
   }
@@ -128,6 +129,13 @@ std::int64_t origin(const Mesh& mesh, const DimSplit& split, std::int64_t rank) 
 }
 
 }  // namespace
+
+std::optional<std::uint8_t> atoms_before(const AtomList& list, AtomMask mask) {
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    if (mask_of(AtomList(list.begin() + i, list.end())) == mask) return static_cast<std::uint8_t>(i);
+  }
+  return std::nullopt;
+}
 
 std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
                                         std::int64_t extent, std::int64_t rank) {

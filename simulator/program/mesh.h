@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -110,10 +111,15 @@ struct DimSplit {
   /// The part of the rank `shift` places before along the atoms (cyclic): what a ring has passed on
   /// so far.
   std::int32_t shift = 0;
+  /// Of the atoms, the leading ones that the shift leaves where they are; 0 where shift is 0.
+  std::uint8_t fixed = 0;
   Window window;             ///< kind window: the reader
   std::int64_t outputs = 0;  ///< kind window: extent of the reader's output
   friend bool operator==(const DimSplit&, const DimSplit&) = default;
 };
+
+/// Leading atoms of `list` before those that are just `mask`; empty where it does not end in them.
+std::optional<std::uint8_t> atoms_before(const AtomList& list, AtomMask mask);
 
 /// What each rank holds of one tensor. Atoms that appear nowhere replicate it.
 struct Layout {

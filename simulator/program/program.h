@@ -238,7 +238,10 @@ struct Launches {
 /// What a framework's own kernels and messages take beyond one pass over each tensor: priced, not
 /// executed (docs/plan.md, "Kernels").
 struct FrameworkKernels {
-  bool flash2 = false;  ///< attention by FlashAttention-2 on every device
+  int flash = 0;  ///< attention by FlashAttention of this version, 1 or 2; 0: the device's best
+  /// Bytes for each element of the queries that copies around a flash attention move: taking padding
+  /// out of queries, keys and values and putting it back.
+  double padding_forward = 0, padding_backward = 0;
   /// Bytes for each score that mask, softmax and dropout of materialised attention move; 0: one
   /// pass over each tensor.
   double score_forward = 0, score_backward = 0;

@@ -45,8 +45,10 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
     case CollectiveKind::shift: {
       Layout next = a;
       for (DimSplit& d : next.dims) {
-        if (mask_of(d.atoms) == atoms)
+        if (const auto before = atoms_before(d.atoms, atoms)) {
           d.shift = (d.shift + 1) % static_cast<std::int32_t>(p.mesh.size(atoms));
+          d.fixed = d.shift == 0 ? 0 : *before;
+        }
       }
       return !(next == a) && next == b ? "" : say("must pass every part to the next rank");
     }

@@ -96,13 +96,16 @@ TEST(AttentionModel, TheExampleOfThePage) {
 
 TEST(AttentionModel, OfFlashAttention2OnANewerDevice) {
   FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
-  a.flash2 = true;
+  a.flash = 2;
   DeviceProfile d = h100();
   d.flash2_forward_efficiency = 0.37;
   EXPECT_NEAR(attention_model(a, d, 132).work.count * 1e6, 464.69, 0.01);
+  a.flash = 1;
+  EXPECT_NEAR(attention_model(a, d, 132).work.count * 1e6, 929.38, 0.02);
+  a.flash = 2;
   a.backward = true;  // no figure of its own: the device's
   FlashAttention best = a;
-  best.flash2 = false;
+  best.flash = 0;
   d.flash2_backward_efficiency = 0;
   EXPECT_EQ(attention_model(a, d, 132).work, attention_model(best, d, 132).work);
 }

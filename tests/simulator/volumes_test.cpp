@@ -384,8 +384,8 @@ TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
       elements[backward] += w.streamed.count / 4;
     }
   }
-  EXPECT_EQ(casts[0], layers * 4);
-  EXPECT_EQ(elements[0], layers * s * (3 * h + ffn));
+  EXPECT_EQ(casts[0], layers * 2);
+  EXPECT_EQ(elements[0], layers * s * (h + ffn));
   // A backward is there twice.
   EXPECT_EQ(casts[1], 2 * layers * 7);
   EXPECT_EQ(elements[1], 2 * layers * s * (h + 2 * h / 2 + h + 2 * ffn + h));
