@@ -132,6 +132,14 @@ Topology Topology::in_state(ClusterState state) const {
 
 /// InputError where failed links leave a device without a way to others.
 void Topology::check_joined() const {
+  for (const auto& [link, speed] : state_->link_speed) {
+    if (speed > 0 || link.index() >= impl_->node_links) continue;
+    const Link built = as_built(link);
+    if (std::max(built.from, built.to) < static_cast<std::int32_t>(impl_->first_fabric_vertex()))
+      throw InputError("link " + link_name(link),
+                       "routes inside a node or a domain don't go around a failed link; --degrade "
+                       "makes it slow");
+  }
   if (impl_->nodes < 2) return;
   const Fabric& fabric = impl_->fabric;
   std::vector<LinkId> between;  // switches
