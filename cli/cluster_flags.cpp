@@ -63,6 +63,14 @@ void ClusterFlags::add_to(CLI::App& app) {
       ->allow_extra_args(false);
 }
 
+std::vector<std::string> state_assumptions(const Topology& t) {
+  std::vector<std::string> assumed;
+  if (t.node_count() > 1 && t.spines() > 1 && !t.routing().ecmp)
+    assumed.push_back(fmt::format("traffic sprayed evenly over {} spines", t.spines()));
+  if (t.goes_around()) assumed.emplace_back("shortest routes around failed links");
+  return assumed;
+}
+
 Topology ClusterFlags::in_state(const Topology& built) const {
   const Topology t = spines.empty() ? built : built.with_routing(routing_of(spines), "--spines");
   if (slow.empty() && degrade.empty() && fail.empty() && background.empty()) return t;

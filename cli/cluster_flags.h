@@ -23,4 +23,7 @@ struct ClusterFlags {
   Topology in_state(const Topology& topology) const;
 };
 
+/// How routes are taken where the user left it open: over several spines, around failed links.
+std::vector<std::string> state_assumptions(const Topology& topology);
+
 }  // namespace partita::cli

@@ -204,8 +204,7 @@ void add_simulate(CLI::App& app) {
         predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
     auto assumed = assumptions(o->flags, prediction->plan, g);
-    if (t.node_count() > 1 && t.spines() > 1 && !t.routing().ecmp)
-      assumed.push_back(fmt::format("traffic sprayed evenly over {} spines", t.spines()));
+    for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));
     print(o->json ? prediction_json(g, t, *prediction, assumed, placed)
                   : prediction_table(g, t, *prediction, assumed, placed));
     std::fflush(stdout);
@@ -270,7 +269,8 @@ void add_plan(CLI::App& app, int& code) {
                                                "the disk is full",
                                                *save));
     }
-    const auto assumed = assumptions(o->flags, base, g);
+    auto assumed = assumptions(o->flags, base, g);
+    for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));
     print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));
     if (r.plans.empty()) code = 1;
   });

@@ -8,9 +8,11 @@
 #include <utility>
 
 #include "base/unit_text.h"
+#include "cli/cluster_flags.h"
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "report/report.h"
+#include "simulator/search/placement.h"
 
 namespace partita::cli {
 namespace {
@@ -23,6 +25,7 @@ struct Vary {
 struct Options {
   std::string model, topology;
   PlanFlags flags;
+  ClusterFlags cluster;
   std::vector<std::string> vary;
   bool json = false, csv = false;
 };
@@ -75,9 +78,29 @@ std::int64_t whole(const std::string& value, const std::string& path) {
 struct Scenario {
   std::string model, topology;
   PlanFlags flags;
+  ClusterFlags cluster;
   TopologyEdits edits;
   std::vector<std::pair<std::string, std::string>> plan_keys;
 };
+
+/// One more slow device, failed link, ...; `none` adds nothing.
+void change_cluster(ClusterFlags& cluster, const std::string& key, const std::string& value) {
+  if (key == "spines") {
+    cluster.spines = value;
+    return;
+  }
+  std::vector<std::string>* list = key == "slow"         ? &cluster.slow
+                                   : key == "degrade"    ? &cluster.degrade
+                                   : key == "fail"       ? &cluster.fail
+                                   : key == "background" ? &cluster.background
+                                                         : nullptr;
+  if (list == nullptr)
+    throw InputError("--vary", fmt::format("'cluster.{}' is not known; use cluster.slow, "
+                                           "cluster.degrade, cluster.fail, cluster.background or "
+                                           "cluster.spines",
+                                           key));
+  if (value != "none") list->push_back(value);
+}
 
 void change(Scenario& s, const std::string& path, const std::string& value) {
   const auto dot = path.find('.');
@@ -93,6 +116,8 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
         (colon == std::string::npos ? s.topology : s.topology.substr(0, colon)) + ":" + value;
   } else if (root == "topology" && !key.empty()) {
     s.edits.cluster.push_back({key, value});
+  } else if (root == "cluster" && !key.empty()) {
+    change_cluster(s.cluster, key, value);
   } else if (root == "device" && !key.empty()) {
     s.edits.device.push_back({key, value});
   } else if (root == "plan" && !key.empty()) {
@@ -108,7 +133,8 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
   } else {
     throw InputError("--vary", fmt::format("'{}' is not known; use model, model.sequence, "
                                            "model.layers, model.vocabulary, model.PATH, topology, "
-                                           "topology.nodes, topology.PATH, device.PATH or plan.KEY",
+                                           "topology.nodes, topology.PATH, device.PATH, "
+                                           "cluster.KEY or plan.KEY",
                                            path));
   }
 }
@@ -118,14 +144,14 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
 void check_values(const Options& o, const std::vector<Vary>& vary) {
   for (const Vary& v : vary) {
     for (const std::string& value : v.values) {
-      Scenario s{o.model, o.topology, o.flags, {}, {}};
+      Scenario s{o.model, o.topology, o.flags, {}, {}, {}};
       change(s, v.path, value);
       if (s.plan_keys.empty()) {
         try {
           if (v.path == "model")
             load_model(value, model_options(s.flags));
           else
-            load_cluster(s.topology, s.edits);
+            s.cluster.in_state(load_cluster(s.topology, s.edits));
         } catch (const InputError& e) {
           // A message about the sequence or the number of blocks of the base case has its place.
           if (v.path == "model" && e.place() != "model") continue;
@@ -160,14 +186,21 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given) {
   Outcome r{{}, load_cluster(s.topology, s.edits), {}, {}, {}};
   try {
     Plan plan = plan_from(s.flags, "megatron-core");
+    r.topology = s.cluster.in_state(r.topology);
     for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
     settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_devices()), r.topology.name());
     r.graph = load_graph(s.model, s.flags, plan);
+    if (s.flags.placement == "search") {
+      const auto placed = place(r.graph, plan, r.topology);
+      if (!placed) throw InputError("--placement", placed.reason());
+      plan.placement = placed->front().plan.placement;
+    }
     Communication communication(r.topology);
     auto p =
         predict(r.graph, plan, communication, nullptr, nullptr, false, nullptr, s.flags.sharing());
     if (p) {
       r.assumed = assumptions(s.flags, p->plan, r.graph, given);
+      for (std::string& a : state_assumptions(r.topology)) r.assumed.push_back(std::move(a));
       r.prediction = std::move(*p);
     } else {
       r.note = p.reason();
@@ -199,6 +232,10 @@ void run(const Options& o) {
   model_options(o.flags);
   if (std::none_of(vary.begin(), vary.end(), [](const Vary& v) { return v.path == "model"; }))
     load_model(o.model);
+  // On other clusters these may name nothing: a note of the row.
+  if (std::none_of(vary.begin(), vary.end(),
+                   [](const Vary& v) { return v.path.compare(0, 8, "topology") == 0; }))
+    o.cluster.in_state(load_cluster(o.topology));
   check_values(o, vary);
 
   std::vector<std::vector<std::string>> rows(1);
@@ -211,7 +248,7 @@ void run(const Options& o) {
   std::vector<std::string> notes;
   std::vector<std::pair<std::string, std::vector<std::string>>> assumed;  // what, values
   for (std::size_t n = 0; n < count; ++n) {
-    Scenario s{o.model, o.topology, o.flags, {}, {}};
+    Scenario s{o.model, o.topology, o.flags, o.cluster, {}, {}};
     std::vector<std::string> chosen(vary.size());
     for (std::size_t k = vary.size(), rest = n; k-- > 0;) {
       chosen[k] = vary[k].values[rest % vary[k].values.size()];
@@ -288,10 +325,14 @@ void add_whatif(CLI::App& app, int& code) {
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
   o->flags.add_network(*c);
+  o->flags.add_placement(*c);
+  o->cluster.add_to(*c);
   c->add_option("--vary", o->vary,
                 "PATH=v1,v2: plan.tp=2,4; device.memory_bandwidth=x0.5,x1; topology.nodes=8,16; "
                 "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s,50 GB/s'; "
-                "model.sequence=4096,8192; model.transformer.ffn=x1,x2; repeatable, crossed")
+                "model.sequence=4096,8192; model.transformer.ffn=x1,x2; "
+                "'cluster.fail=none,node0.nic0->rail0'; cluster.spines=spray,ecmp:1; repeatable, "
+                "crossed")
       ->allow_extra_args(false);
   c->add_flag("--json", o->json, "print JSON lines");
   c->add_flag("--csv", o->csv, "print CSV");

@@ -408,6 +408,7 @@ std::string topology_table(const Topology& t, const std::vector<AxisCrossing>& a
         t.routing().ecmp
             ? fmt::format("each pair of devices on one, by hash (ecmp, seed {})", t.routing().seed)
             : "traffic spreads evenly (spray, ideal)");
+  if (t.goes_around()) out += "routes go around failed links, the shortest way left\n";
   if (t.device_count() > 1)
     out += fmt::format("between its halves: {} each way (maximum flow)\n", text(bisection(t)));
   for (std::size_t k = 0; k < t.profile_count(); ++k) {

@@ -17,7 +17,89 @@ bool failed(const Crossing& c, std::size_t link) {
   return it != c.state->link_speed.end() && it->second == 0;
 }
 
+bool whole(const Crossing& c, const std::vector<std::size_t>& links) {
+  return std::none_of(links.begin(), links.end(), [&](std::size_t l) { return failed(c, l); });
+}
+
+PathCost cost_of(const std::vector<std::size_t>& links, const auto& fabric) {
+  PathCost cost;
+  for (const std::size_t l : links) cost = cost + fabric.hop(l);
+  return cost;
+}
+
+/// The links of the best way (PathCost) from router to router that has no failed link: level by
+/// level, first ports first. Empty if there is none.
+std::vector<std::size_t> way_around(const auto& fabric, const Crossing& c) {
+  struct Step {
+    PathCost cost{kNoPath, 0, 0};
+    std::size_t link = kNone, from = kNone;
+  };
+  const std::size_t start = fabric.switch_of(c.from, c.out), goal = fabric.switch_of(c.to, c.in);
+  std::vector<Step> best(fabric.switch_count());
+  best[start].cost = {};
+  std::vector<std::size_t> level, next;
+  const auto leave = [&](std::size_t router, const PathCost& cost, bool first) {
+    for (const Port& p : fabric.ports(router, c)) {
+      if (failed(c, p.link) || (first && !p.sends) || (p.to == goal && !p.delivers)) continue;
+      const Step step{cost + fabric.hop(p.link), p.link, router};
+      Step& known = best[p.to];
+      if (known.cost.links == kNoPath) next.push_back(p.to);
+      if (step.cost < known.cost) known = step;
+    }
+  };
+  leave(start, {}, true);
+  while (best[goal].link == kNone && !next.empty()) {
+    level.swap(next);
+    next.clear();
+    for (const std::size_t router : level) leave(router, best[router].cost, false);
+  }
+  std::vector<std::size_t> links;
+  if (best[goal].link == kNone) return links;
+  for (std::size_t at = goal; at != start; at = best[at].from) links.push_back(best[at].link);
+  std::reverse(links.begin(), links.end());
+  return links;
+}
+
+PathCost around_cost(const auto& fabric, const Crossing& c) {
+  if (fabric.switch_of(c.from, c.out) == fabric.switch_of(c.to, c.in)) return {};
+  const auto links = way_around(fabric, c);
+  return links.empty() ? PathCost{kNoPath, 0, 0} : cost_of(links, fabric);
+}
+
+/// Routers reached from `start`, or that reach it, over whole links.
+std::vector<char> reached(const auto& fabric, std::size_t start, bool backward, const Crossing& c) {
+  std::vector<char> seen(fabric.switch_count(), 0);
+  std::vector<std::size_t> left{start};
+  seen[start] = 1;
+  while (!left.empty()) {
+    const std::size_t router = left.back();
+    left.pop_back();
+    for (const Port& p : fabric.ports(router, c)) {
+      if (seen[p.to] || failed(c, backward ? p.link ^ 1 : p.link)) continue;
+      seen[p.to] = 1;
+      left.push_back(p.to);
+    }
+  }
+  return seen;
+}
+
 }  // namespace
+
+std::optional<CutOff> Fabric::cut_off(std::size_t nodes, const Crossing& c) const {
+  const auto find = [&](const auto& fabric) -> std::optional<CutOff> {
+    const std::size_t first = fabric.switch_of(0, 0);
+    const auto there = reached(fabric, first, false, c), back = reached(fabric, first, true, c);
+    for (std::size_t node = 1; node < nodes; ++node) {
+      const std::size_t router = fabric.switch_of(node, 0);
+      if (!there[router]) return CutOff{0, node};
+      if (!back[router]) return CutOff{node, 0};
+    }
+    return {};
+  };
+  if (const auto* torus = std::get_if<Torus>(&kind)) return find(*torus);
+  if (const auto* fly = std::get_if<Dragonfly>(&kind)) return find(*fly);
+  return {};
+}
 
 PathCost SwitchTree::link_cost(std::size_t leaf) const {
   return {1, uplink[leaf % leaves_per_unit].count / static_cast<double>(tops()),
@@ -123,7 +205,21 @@ std::size_t Torus::card(std::size_t dimension, bool up) const {
   return 2 * dimension + (up || sides[dimension] == 2 ? 0 : 1);
 }
 
+std::vector<Port> Torus::ports(std::size_t router, const Crossing& c) const {
+  std::vector<Port> all;
+  for (std::size_t d = 0; d < sides.size(); ++d) {
+    for (const bool up : {true, false}) {
+      // A side of 2 has one cable.
+      if (sides[d] == 1 || (sides[d] == 2 && !up)) continue;
+      all.push_back({next(router, d, up), link_from(router, d, up),
+                     !by_direction || card(d, up) == c.out, !by_direction || card(d, !up) == c.in});
+    }
+  }
+  return all;
+}
+
 PathCost Torus::path_cost(const Crossing& c) const {
+  if (c.around) return around_cost(*this, c);
   std::int64_t hops = 0;
   std::size_t first = kNone, last = kNone;
   for (std::size_t d = 0; d < sides.size(); ++d) {
@@ -134,10 +230,21 @@ PathCost Torus::path_cost(const Crossing& c) const {
     last = card(d, n < 0);
   }
   if (by_direction && (c.out != first || c.in != last)) return {kNoPath, 0, 0};
+  if (c.state != nullptr && !c.state->link_speed.empty()) {
+    std::vector<LinkId> links;
+    append_path(c, links);
+    for (const LinkId l : links) {
+      if (failed(c, l.index() - c.first_link)) return {kNoPath, 0, 0};
+    }
+  }
   return {static_cast<std::int32_t>(hops), bandwidth.count, hops * to_ticks(latency).count};
 }
 
 void Torus::append_path(const Crossing& c, std::vector<LinkId>& out) const {
+  if (c.around) {
+    for (const std::size_t l : way_around(*this, c)) out.emplace_back(c.first_link + l);
+    return;
+  }
   std::size_t at = c.from;
   for (std::size_t d = 0; d < sides.size(); ++d) {
     const std::int64_t n = steps(c.from, c.to, d);
@@ -194,57 +301,81 @@ std::size_t Dragonfly::gateway(std::size_t group, std::size_t other, std::size_t
   return (j * (groups - 1) + (other + groups - group) % groups - 1) / global_links;
 }
 
-std::size_t Dragonfly::cable_of(std::size_t from, std::size_t to) const {
-  const std::size_t g = from / routers, h = to / routers, a = from % routers, b = to % routers;
-  const auto hops = [&](std::size_t j) {
-    return (gateway(g, h, j) == a ? 0 : 1) + (gateway(h, g, j) == b ? 0 : 1);
-  };
-  int fewest = 3;
-  std::size_t ties = 0;
-  for (std::size_t j = 0; j < cables_between_groups(); ++j) {
-    if (hops(j) < fewest) fewest = hops(j), ties = 0;
-    ties += hops(j) == fewest;
-  }
-  std::size_t nth = (a + b) % ties;
-  for (std::size_t j = 0;; ++j) {
-    if (hops(j) == fewest && nth-- == 0) return j;
-  }
-}
-
 std::size_t Dragonfly::local_link(std::size_t from, std::size_t to) const {
   const auto [pair, listed] = Pairs{routers}.number(from % routers, to % routers);
   return 2 * (from / routers * Pairs{routers}.count() + pair) + (listed ? 0 : 1);
 }
 
-PathCost Dragonfly::path_cost(const Crossing& c) const {
+std::size_t Dragonfly::global_link(std::size_t group, std::size_t other, std::size_t j) const {
+  const auto [pair, listed] = Pairs{groups}.number(group, other);
+  return 2 * (groups * Pairs{routers}.count() + pair * cables_between_groups() + j) +
+         (listed ? 0 : 1);
+}
+
+PathCost Dragonfly::hop(std::size_t link) const {
+  return link < 2 * groups * Pairs{routers}.count()
+             ? PathCost{1, local_bandwidth.count, to_ticks(local_latency).count}
+             : PathCost{1, global_bandwidth.count, to_ticks(global_latency).count};
+}
+
+std::vector<Port> Dragonfly::ports(std::size_t router, const Crossing&) const {
+  std::vector<Port> all;
+  const std::size_t group = router / routers, own = router % routers;
+  for (std::size_t r = group * routers; r < (group + 1) * routers; ++r) {
+    if (r != router) all.push_back({r, local_link(router, r)});
+  }
+  for (std::size_t k = own * global_links; groups > 1 && k < (own + 1) * global_links; ++k) {
+    const std::size_t other = (group + k % (groups - 1) + 1) % groups, j = k / (groups - 1);
+    all.push_back({other * routers + gateway(other, group, j), global_link(group, other, j)});
+  }
+  return all;
+}
+
+std::vector<std::size_t> Dragonfly::way(std::size_t from, std::size_t to, std::size_t j) const {
+  const std::size_t g = from / routers, h = to / routers;
+  if (from == to) return {};
+  if (g == h) return {local_link(from, to)};
+  const std::size_t leave = g * routers + gateway(g, h, j), enter = h * routers + gateway(h, g, j);
+  std::vector<std::size_t> links;
+  if (leave != from) links.push_back(local_link(from, leave));
+  links.push_back(global_link(g, h, j));
+  if (enter != to) links.push_back(local_link(enter, to));
+  return links;
+}
+
+bool Dragonfly::whole_way(const Crossing& c, std::vector<std::size_t>& links) const {
   const std::size_t a = switch_of(c.from, c.out), b = switch_of(c.to, c.in);
-  if (a == b) return {};
-  const PathCost local{1, local_bandwidth.count, to_ticks(local_latency).count};
-  const std::size_t g = a / routers, h = b / routers;
-  if (g == h) return local;
-  const std::size_t j = cable_of(a, b);
-  PathCost cost{1, global_bandwidth.count, to_ticks(global_latency).count};
-  if (gateway(g, h, j) != a % routers) cost = cost + local;
-  if (gateway(h, g, j) != b % routers) cost = cost + local;
-  return cost;
+  const std::size_t cables = a / routers == b / routers ? 1 : cables_between_groups();
+  // The shortest of them, of several one by the routers' numbers.
+  const auto pick = [&](bool any) {
+    std::vector<std::vector<std::size_t>> shortest;
+    for (std::size_t j = 0; j < cables; ++j) {
+      std::vector<std::size_t> w = way(a, b, j);
+      if (!any && !whole(c, w)) continue;
+      if (!shortest.empty() && w.size() < shortest[0].size()) shortest.clear();
+      if (shortest.empty() || w.size() == shortest[0].size()) shortest.push_back(std::move(w));
+    }
+    if (shortest.empty()) return false;
+    links = std::move(shortest[(a % routers + b % routers) % shortest.size()]);
+    return true;
+  };
+  // Others keep theirs when one of them fails.
+  return (pick(true) && whole(c, links)) || pick(false);
+}
+
+PathCost Dragonfly::path_cost(const Crossing& c) const {
+  if (c.around) return around_cost(*this, c);
+  std::vector<std::size_t> links;
+  return whole_way(c, links) ? cost_of(links, *this) : PathCost{kNoPath, 0, 0};
 }
 
 void Dragonfly::append_path(const Crossing& c, std::vector<LinkId>& out) const {
-  const std::size_t a = switch_of(c.from, c.out), b = switch_of(c.to, c.in);
-  if (a == b) return;
-  const std::size_t g = a / routers, h = b / routers;
-  if (g == h) {
-    out.emplace_back(c.first_link + local_link(a, b));
-    return;
-  }
-  const std::size_t j = cable_of(a, b);
-  const std::size_t leave = g * routers + gateway(g, h, j), enter = h * routers + gateway(h, g, j);
-  if (leave != a) out.emplace_back(c.first_link + local_link(a, leave));
-  const auto [pair, listed] = Pairs{groups}.number(g, h);
-  out.emplace_back(c.first_link +
-                   2 * (groups * Pairs{routers}.count() + pair * cables_between_groups() + j) +
-                   (listed ? 0 : 1));
-  if (enter != b) out.emplace_back(c.first_link + local_link(enter, b));
+  std::vector<std::size_t> links;
+  if (c.around)
+    links = way_around(*this, c);
+  else
+    whole_way(c, links);
+  for (const std::size_t l : links) out.emplace_back(c.first_link + l);
 }
 
 Link Dragonfly::link(std::size_t index) const {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -45,6 +46,20 @@ struct Crossing {
   std::uint64_t first = 0, last = 0;    ///< devices at its ends: what a spine is chosen by
   const ClusterState* state = nullptr;  ///< failed links, if any; by the cluster's numbers
   std::size_t first_link = 0;           ///< the cluster's number of the fabric's link 0
+  bool around = false;                  ///< any way that is left, not the one of the fabric's rule
+};
+
+/// A way out of a router.
+struct Port {
+  std::size_t to = 0;    ///< router
+  std::size_t link = 0;  ///< of the fabric
+  bool sends = true;     ///< what the crossing's first card sends may leave by it
+  bool delivers = true;  ///< what arrives over it gets to the crossing's last card
+};
+
+/// Two routers of which the second cannot be reached from the first any more.
+struct CutOff {
+  std::size_t from = 0, to = 0;
 };
 
 /// Leaves with nodes below and spines above. Where traffic is sprayed, one vertex stands for all
@@ -84,7 +99,8 @@ class SwitchTree {
 
 /// A router to a node, with a cable to the next in each dimension and round the ends. Node i has
 /// coordinates i % sides[0], i / sides[0] % sides[1], ... Routes take one dimension after the
-/// other, the first first, each the shorter way round; half way round goes up.
+/// other, the first first, each the shorter way round; half way round goes up. Where a link of that
+/// way has failed, the fewest hops over what is left, by the first ports that are as short.
 class Torus {
  public:
   std::vector<std::size_t> sides;
@@ -101,6 +117,9 @@ class Torus {
   Link link(std::size_t index) const;
   std::string switch_name(std::size_t index) const;
   std::uint64_t offset_of(std::size_t node, std::size_t origin) const;
+  PathCost hop(std::size_t) const { return {1, bandwidth.count, to_ticks(latency).count}; }
+  /// Up and down in each dimension, the first first.
+  std::vector<Port> ports(std::size_t router, const Crossing& c) const;
 
  private:
   std::size_t stride(std::size_t dimension) const;
@@ -127,7 +146,8 @@ struct Pairs {
 /// Groups of routers that all know each other; global cables between groups. Port k of a group (of
 /// its router k / global_links) leads to the group k % (groups - 1) + 1 further on. Routes: to the
 /// router with the cable, over it, to the router of the node; where several cables would do, the
-/// fewest hops, then the (router + router)-th modulo their number.
+/// fewest hops, then the (router + router)-th modulo their number. If a link of that has failed, the
+/// same among those without; if there are none, the fewest hops over any groups.
 class Dragonfly {
  public:
   std::size_t groups = 1, routers = 1;  ///< routers of a group
@@ -147,12 +167,19 @@ class Dragonfly {
   Link link(std::size_t index) const;
   std::string switch_name(std::size_t index) const;
   std::uint64_t offset_of(std::size_t node, std::size_t origin) const;
+  PathCost hop(std::size_t link) const;
+  /// To the routers of its group in order, then by its global ports.
+  std::vector<Port> ports(std::size_t router, const Crossing& c) const;
 
  private:
   /// Of cable `j` from `group` to `other`: the router in `group`.
   std::size_t gateway(std::size_t group, std::size_t other, std::size_t j) const;
-  std::size_t cable_of(std::size_t from, std::size_t to) const;  ///< j, between routers' groups
   std::size_t local_link(std::size_t from, std::size_t to) const;
+  std::size_t global_link(std::size_t group, std::size_t other, std::size_t j) const;
+  /// The rule's way from router to router, over cable `j` between their groups if they have two.
+  std::vector<std::size_t> way(std::size_t from, std::size_t to, std::size_t j) const;
+  /// The rule's way, else what the rule picks among whole ones; false if there is none.
+  bool whole_way(const Crossing& c, std::vector<std::size_t>& links) const;
 };
 
 /// One of them; a tree without leaves joins nothing.
@@ -188,6 +215,16 @@ class Fabric {
   std::uint64_t offset_of(std::size_t node, std::size_t origin) const {
     return std::visit([&](const auto& f) { return f.offset_of(node, origin); }, kind);
   }
+  /// Does it go around failed links over other routers?
+  bool goes_around() const { return tree() == nullptr; }
+  /// Is a crossing's way the same for all cards of its nodes?
+  bool blind_to_cards() const {
+    const auto* torus = std::get_if<Torus>(&kind);
+    return tree() == nullptr && (torus == nullptr || !torus->by_direction);
+  }
+  /// A pair of the first `nodes` nodes' routers that failed links part, of a fabric that goes
+  /// around them; `c` gives the state.
+  std::optional<CutOff> cut_off(std::size_t nodes, const Crossing& c) const;
 };
 
 }  // namespace partita

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -237,6 +238,7 @@ struct Topology::Impl {
     Way way = Way::none;
     std::size_t out_nic = 0, in_nic = 0;
     std::size_t relay = kNone;  ///< PXN: the sender's device that passes it on
+    bool around = false;        ///< over the fabric, not by its rule: Crossing::around
 
     void offer(const Choice& other) {
       if (other.cost < cost) *this = other;
@@ -268,6 +270,23 @@ struct Topology::Impl {
     }
     if (!fabric.joins() || (any && best.way != Way::none)) return best;
     Crossing crossing = crossing_of(a, b, state);
+    cross(a, b, crossing, failed, any, best);
+    if (best.way == Way::fabric && !any) relay(a, b, state, failed, best);
+    // What failed links leave, where the rule's ways are all cut.
+    if (best.way == Way::none && state != nullptr && fabric.goes_around()) {
+      crossing.around = true;
+      cross(a, b, crossing, failed, any, best);
+    }
+    return best;
+  }
+
+  /// Offers the ways over the fabric, card by card.
+  template <class Failed>
+  void cross(const Place& a, const Place& b, Crossing crossing, const Failed& failed, bool any,
+             Choice& best) const {
+    const NodeTemplate& from = a.node.node();
+    const NodeTemplate& to = b.node.node();
+    std::optional<PathCost> same;  // whatever the cards
     // Of equally good NICs, each device takes the one of its own number, so that the devices of a
     // node spread over its NICs: the first offer wins a tie, and the search starts there.
     const std::size_t first_p = from.own_nic(a.vertex);
@@ -285,14 +304,13 @@ struct Topology::Impl {
         // What lies between makes it no better.
         if (!(out + in < best.cost)) continue;
         crossing.out = p, crossing.in = q;
-        const PathCost between = fabric.path_cost(crossing);
+        const PathCost between = same ? *same : fabric.path_cost(crossing);
+        if (fabric.blind_to_cards()) same = between;
         if (between.links == kNoPath) continue;
-        best.offer({out + between + in, Way::fabric, p, q});
-        if (any) return best;
+        best.offer({out + between + in, Way::fabric, p, q, kNone, crossing.around});
+        if (any) return;
       }
     }
-    if (best.way == Way::fabric) relay(a, b, state, failed, best);
-    return best;
   }
 
   /// PXN: what another rail's device is to have leaves by that rail, over the device of the
@@ -342,6 +360,11 @@ struct Topology::Impl {
                                           links, nodes, most));
   }
 
+  /// By its own number, whatever the placement.
+  std::string device_name(DeviceId device) const {
+    const Place p = place_of(device);
+    return vertex_name(p.node.first_vertex() + p.vertex);
+  }
   std::string vertex_name(std::size_t vertex) const {
     if (vertex < node_vertices) {
       const Group& group = groups[group_at(groups, &Group::first_vertex, vertex)];

@@ -126,56 +126,94 @@ Topology Topology::in_state(ClusterState state) const {
                                               state.placement.size(), device_count()));
   Topology changed(impl_);
   changed.state_ = std::make_shared<const ClusterState>(std::move(state));
-  // A card that has failed must leave its node another way out.
-  for (const auto& [link, speed] : changed.state_->link_speed) {
-    if (speed > 0 || impl_->nodes < 2) continue;
-    const std::size_t node = node_of_vertex(as_built(link).from) < node_count()
-                                 ? node_of_vertex(as_built(link).from)
-                                 : node_of_vertex(as_built(link).to);
-    if (node >= node_count()) {
-      changed.check_around(link);
-      continue;
-    }
-    const DeviceId here = first_device(node), there = first_device(node == 0 ? 1 : 0);
-    for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
-      if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, changed.state_.get()).way ==
-          Impl::Way::none)
-        throw InputError("link " + link_name(link),
-                         fmt::format("without it {} and {} cannot reach each other",
-                                     vertex_name(vertex_of(here)), vertex_name(vertex_of(there))));
-    }
-  }
+  changed.check_joined();
   return changed;
 }
 
-/// A link between switches has failed: is there another way for every pair that may have used it?
-void Topology::check_around(LinkId link) const {
-  const SwitchTree* tree = impl_->fabric.tree();
-  if (tree == nullptr)
-    throw InputError("link " + link_name(link),
-                     "routes of a torus or a dragonfly don't go around a failed link; --degrade "
-                     "makes it slow");
-  const std::size_t leaf = (link.index() - impl_->node_links) / 2 / tree->tops();
-  const std::size_t unit = leaf / tree->leaves_per_unit, per_leaf = tree->nodes_per_leaf;
-  std::vector<std::size_t> others;
-  for (std::size_t node = 0; node < node_count(); node += per_leaf) {
-    others.push_back(node == unit * per_leaf ? node + 1 : node);
-    if (others.back() >= node_count()) others.pop_back();
+/// InputError where failed links leave a device without a way to others.
+void Topology::check_joined() const {
+  for (const auto& [link, speed] : state_->link_speed) {
+    if (speed > 0 || link.index() >= impl_->node_links) continue;
+    const Link built = as_built(link);
+    if (std::max(built.from, built.to) < static_cast<std::int32_t>(impl_->first_fabric_vertex()))
+      throw InputError("link " + link_name(link),
+                       "routes inside a node or a domain don't go around a failed link; --degrade "
+                       "makes it slow");
   }
+  if (impl_->nodes < 2) return;
+  const Fabric& fabric = impl_->fabric;
+  std::vector<LinkId> between;  // switches
+  for (const auto& [link, speed] : state_->link_speed) {
+    if (speed == 0 && link.index() >= impl_->node_links) between.push_back(link);
+  }
+  if (fabric.goes_around() && !between.empty()) {
+    Crossing crossing;
+    crossing.state = state_.get(), crossing.first_link = impl_->node_links;
+    if (const auto cut = fabric.cut_off(impl_->nodes, crossing)) {
+      constexpr std::size_t kNamed = 4;
+      std::vector<std::string> names;
+      for (std::size_t k = 0; k < std::min(kNamed, between.size()); ++k)
+        names.push_back(link_name(between[k]));
+      if (between.size() > kNamed) names.push_back(fmt::format("{} more", between.size() - kNamed));
+      throw InputError(
+          fmt::format("{} {}", between.size() == 1 ? "link" : "links", fmt::join(names, ", ")),
+          fmt::format("without {} {} cannot reach {}", between.size() == 1 ? "it" : "them",
+                      impl_->device_name(first_device(cut->from)),
+                      impl_->device_name(first_device(cut->to))));
+    }
+  }
+  for (const auto& [link, speed] : state_->link_speed) {
+    if (speed > 0) continue;
+    const Link built = as_built(link);
+    if (link.index() < impl_->node_links) {
+      check_from(std::min(node_of_vertex(built.from), node_of_vertex(built.to)), link);
+    } else if (!fabric.goes_around()) {
+      check_around(link);
+    } else if (!fabric.blind_to_cards()) {
+      // A router to a node, and a card sends in one direction only.
+      for (const std::int32_t router : {built.from, built.to})
+        check_from(static_cast<std::size_t>(router) - impl_->first_fabric_vertex(), link);
+    }
+  }
+}
+
+/// Has each device of this node still a way out of it, and back? One other node speaks for all,
+/// but where cards send in one direction only.
+void Topology::check_from(std::size_t node, LinkId link) const {
+  const bool each = impl_->fabric.goes_around() && !impl_->fabric.blind_to_cards();
+  for (std::size_t d = 0; d < device_count(node); ++d) {
+    const DeviceId here{first_device(node).index() + d};
+    for (std::size_t other = 0; other < (each ? node_count() : std::size_t{2}); ++other) {
+      if (other == node) continue;
+      check_pair(here, first_device(other), link);
+      if (!each) break;
+    }
+  }
+}
+
+/// InputError if one of two devices, by their own numbers, cannot reach the other.
+void Topology::check_pair(DeviceId here, DeviceId there, LinkId link) const {
+  for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
+    if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, state_.get()).way ==
+        Impl::Way::none)
+      throw InputError("link " + link_name(link),
+                       fmt::format("without it {} cannot reach {}", impl_->device_name(a),
+                                   impl_->device_name(b)));
+  }
+}
+
+/// A link between leaf and spine has failed: is there another way for every pair that may have used
+/// it?
+void Topology::check_around(LinkId link) const {
+  const SwitchTree& tree = *impl_->fabric.tree();
+  const std::size_t leaf = (link.index() - impl_->node_links) / 2 / tree.tops();
+  const std::size_t unit = leaf / tree.leaves_per_unit, per_leaf = tree.nodes_per_leaf;
   for (std::size_t d = 0; d < device_count(unit * per_leaf); ++d) {
     const DeviceId here{first_device(unit * per_leaf).index() + d};
-    for (const std::size_t node : others) {
-      for (std::size_t e = 0; e < device_count(node); ++e) {
-        const DeviceId there{first_device(node).index() + e};
-        for (const auto& [a, b] : {std::pair{here, there}, std::pair{there, here}}) {
-          if (impl_->choose(impl_->place_of(a), impl_->place_of(b), true, state_.get()).way !=
-              Impl::Way::none)
-            continue;
-          throw InputError("link " + link_name(link),
-                           fmt::format("without it {} cannot reach {}", vertex_name(vertex_of(a)),
-                                       vertex_name(vertex_of(b))));
-        }
-      }
+    for (std::size_t first = 0; first < node_count(); first += per_leaf) {
+      const std::size_t node = first == unit * per_leaf ? first + 1 : first;
+      for (std::size_t e = 0; node < node_count() && e < device_count(node); ++e)
+        check_pair(here, DeviceId{first_device(node).index() + e}, link);
     }
   }
 }
@@ -183,6 +221,13 @@ void Topology::check_around(LinkId link) const {
 std::size_t Topology::local_index(DeviceId device) const {
   const DeviceId d = physical(device);
   return d.index() - first_device(impl_->place_of(d).node.index).index();
+}
+
+bool Topology::goes_around() const {
+  if (!impl_->fabric.goes_around()) return false;
+  return std::any_of(state().link_speed.begin(), state().link_speed.end(), [&](const auto& link) {
+    return link.second == 0 && link.first.index() >= impl_->node_links;
+  });
 }
 
 double Topology::speed(DeviceId device) const {
@@ -317,6 +362,9 @@ std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
   const auto to = impl_->place_of(physical(b));
   if (a == b) return out;
   const auto choice = impl_->choose(from, to, false, state_.get());
+  if (choice.way == Impl::Way::none && state_ != nullptr)
+    throw InputError("links", fmt::format("without those that have failed {} cannot reach {}",
+                                          device_name(a), device_name(b)));
   PARTITA_ASSERT(choice.way != Impl::Way::none, "no route: connectivity was checked on loading");
   out.reserve(static_cast<std::size_t>(choice.cost.links));
   const NodeTemplate& here = from.node.node();
@@ -341,7 +389,7 @@ std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
       here.append_path(sender, here.nics()[p], from.node.first_link(), out);
       out.emplace_back(from.node.first_link() + here.link_out(p));
       Crossing crossing = impl_->crossing_of(from, to, state_.get());
-      crossing.out = p, crossing.in = q;
+      crossing.out = p, crossing.in = q, crossing.around = choice.around;
       impl_->fabric.append_path(crossing, out);
       out.emplace_back(to.node.first_link() + there.link_in(q));
       there.append_path(there.nics()[q], to.vertex, to.node.first_link(), out);

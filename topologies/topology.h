@@ -133,10 +133,12 @@ class Topology {
   explicit Topology(std::shared_ptr<const Impl> impl);
 
   /// The same cluster in another state. Routes avoid network cards whose link to the fabric has
-  /// failed. InputError where the placement is no permutation of the first devices, or a device
-  /// is left without a way to the others.
+  /// failed, and failed links between switches. InputError where the placement is no permutation of
+  /// the first devices, or a device is left without a way to the others.
   Topology in_state(ClusterState state) const;
   const ClusterState& state() const;
+  /// Do routes of a torus or a dragonfly leave their rule for failed links?
+  bool goes_around() const;
   /// Devices as ranks see them: place of a device on its node; its speed.
   std::size_t local_index(DeviceId device) const;
   double speed(DeviceId device) const;
@@ -147,6 +149,9 @@ class Topology {
  private:
   DeviceId physical(DeviceId device) const;
   Link as_built(LinkId link) const;
+  void check_joined() const;
+  void check_from(std::size_t node, LinkId link) const;
+  void check_pair(DeviceId here, DeviceId there, LinkId link) const;
   void check_around(LinkId link) const;
   std::shared_ptr<const Impl> impl_;
   std::shared_ptr<const ClusterState> state_;

@@ -599,10 +599,11 @@ struct Communication::State {
   std::vector<std::unique_ptr<ShapePrices>> shapes;  ///< by profile
   int at_work = 0;
   Adjustment adjustment{};
+  std::unique_ptr<Communication> intact;  ///< with links as built, where some are not
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}}) {
+    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}, {}}) {
   state_->nccl = true;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
     state_->nccl = state_->nccl && nccl::serves(state_->topology.profile(i));
@@ -834,6 +835,28 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
   return Seconds{model(size)};
 }
 
+/// NCCL's model and measured times know links as built. Where links are slow or have failed, what
+/// moves bytes takes as much longer as they carry less than that time would have them carry.
+Seconds Communication::over_worn_links(CollectiveKind kind, Bytes bytes,
+                                       const std::vector<std::int64_t>& ranks, Seconds time) {
+  if (state_->topology.state().link_speed.empty()) return time;
+  const double fixed = nccl_time(kind, Bytes{1}, ranks).count, work = time.count - fixed;
+  if (!(work > 0)) return time;
+  if (!state_->intact) {
+    ClusterState whole = state_->topology.state();
+    whole.link_speed.clear();
+    state_->intact = std::make_unique<Communication>(state_->topology.in_state(std::move(whole)));
+  }
+  const bool exchanges = kind == CollectiveKind::all_to_all;
+  const auto way = [&](Communication& c) {
+    return (exchanges ? c.exchange(ranks) : c.ring(ranks)).bandwidth.count;
+  };
+  const double wire = static_cast<double>(
+      wire_count(kind, static_cast<std::int64_t>(ranks.size()), bytes).bytes.count);
+  const double rate = std::min(wire / work, way(*state_->intact));
+  return Seconds{fixed + work * std::max(1.0, rate / way(*this))};
+}
+
 int Communication::channels(CollectiveKind kind, Bytes bytes,
                             const std::vector<std::int64_t>& ranks) {
   const auto what = nccl_collective(kind);
@@ -876,7 +899,7 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
                                   const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return Seconds{0};
-  if (state_->nccl) return nccl_time(kind, bytes, ranks);
+  if (state_->nccl) return over_worn_links(kind, bytes, ranks, nccl_time(kind, bytes, ranks));
   const CollectiveTable& measured = state_->topology.collectives();
   if (!measured.empty()) {
     if (const auto t = measured_time(measured, std::string(name(kind)), static_cast<int>(n), bytes,

@@ -168,6 +168,8 @@ class Communication {
   /// Ranks as NCCL sees them, and their collectives that were priced.
   struct Group;
   Group& group(const std::vector<std::int64_t>& ranks);
+  Seconds over_worn_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
+                          Seconds time);
   Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   std::unique_ptr<State> state_;
 };

@@ -228,6 +228,25 @@ TEST(Contention, SlowDevicesAndLinksSplitOnlyWhatTheyTouch) {
   }
 }
 
+// NCCL's time is of links as built: a card at a fifth of its speed takes what its bytes need.
+TEST(Contention, NoCollectiveIsFasterThanItsSlowLink) {
+  const Topology plain = load_topology("dgx-h100:2");
+  ClusterState worn;
+  worn.link_speed[plain.find_link("node1.nic0->rail0", "")] = 0.05;
+  const Topology slow = plain.in_state(worn);
+  Communication fast(plain), slower(slow);
+  const std::vector<std::int64_t> ranks{0, 2, 4, 6, 8, 10, 12, 14};
+  for (const CollectiveKind kind : {CollectiveKind::all_reduce, CollectiveKind::all_gather,
+                                    CollectiveKind::reduce_scatter, CollectiveKind::all_to_all}) {
+    const Bytes bytes{1'000'000'000};
+    const double t = slower.collective(kind, bytes, ranks).count;
+    EXPECT_GT(t, 2 * fast.collective(kind, bytes, ranks).count);
+  }
+  // Inside a node that has it nothing changes.
+  EXPECT_EQ(slower.collective(CollectiveKind::all_reduce, Bytes{1 << 20}, {0, 1, 2, 3}),
+            fast.collective(CollectiveKind::all_reduce, Bytes{1 << 20}, {0, 1, 2, 3}));
+}
+
 TEST(Contention, TasksFollowTheirPrecedences) {
   Sharing sharing;
   const ResourceId link = sharing.add(10);

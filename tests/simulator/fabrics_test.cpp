@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 
+#include "base/error.h"
 #include "base/hash.h"
 #include "simulator/engine/flows.h"
 #include "simulator/engine/links.h"
@@ -65,7 +66,7 @@ TEST(Fabrics, StepsFoldToThePicosecond) {
   const std::vector<Topology> topologies = fabrics();
   const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
   std::vector<int> feasible(topologies.size());
-  int folds = 0;
+  int folds = 0, around = 0;
   for (int i = 0; i < 1500; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const std::size_t which = rng() % topologies.size();
@@ -77,6 +78,18 @@ TEST(Fabrics, StepsFoldToThePicosecond) {
         state.link_speed[LinkId{rng() % t.link_count()}] =
             0.25 * static_cast<double>(1 + rng() % 3);
       t = t.in_state(std::move(state));
+    } else if (which < 3 && rng() % 2 == 0) {
+      // Links between routers that have failed: the last of a torus and a dragonfly.
+      ClusterState state;
+      for (int k = 0; k < 3; ++k) {
+        const LinkId l{t.link_count() - 1 - rng() % 12};
+        if (t.link(l).kind == LinkKind::network) state.link_speed[l] = 0;
+      }
+      try {
+        t = t.in_state(std::move(state));
+      } catch (const InputError&) {
+        continue;  // parted
+      }
     }
     const Plan wanted = random_plan(rng);
     if (wanted.ranks() > static_cast<std::int64_t>(t.device_count())) continue;
@@ -99,7 +112,9 @@ TEST(Fabrics, StepsFoldToThePicosecond) {
       ASSERT_EQ(folded.step, unfolded.step);
       folds += folded.classes.size() < unfolded.classes.size();
     }
+    around += t.goes_around();
   }
+  EXPECT_GT(around, 50);
   for (const int n : feasible) EXPECT_GE(n, 15);
   EXPECT_GT(folds, 100);
 }
@@ -168,6 +183,71 @@ fabric: {kind: single switch}
             << fmt::format("{}", fmt::join(group, " "));
     }
   }
+}
+
+// Whatever the failures: folded as unfolded, and no cut is beaten.
+TEST(Fabrics, NoCutOfWhatIsLeftIsBeaten) {
+  std::mt19937 rng{5};
+  int around = 0, tight = 0;
+  for (int i = 0; i < 300; ++i) {
+    Topology t = fabrics()[rng() % 3];
+    ClusterState state;
+    for (int k = 0; k < 4; ++k) {
+      const LinkId l{t.link_count() - 1 - rng() % 16};
+      if (t.link(l).kind == LinkKind::network) state.link_speed[l] = rng() % 4 == 0 ? 0.5 : 0;
+    }
+    try {
+      t = t.in_state(std::move(state));
+    } catch (const InputError&) {
+      continue;  // parted
+    }
+    around += t.goes_around();
+    const AlgorithmRow row = kAlgorithms[rng() % kAlgorithms.size()];
+    if (row.algorithm == Algorithm::nvls || row.algorithm == Algorithm::nvls_tree) continue;
+    std::vector<std::int64_t> ranks(t.device_count());
+    std::iota(ranks.begin(), ranks.end(), 0);
+    std::shuffle(ranks.begin(), ranks.end(), rng);
+    ranks.resize(2 + rng() % (ranks.size() - 1));
+    const Rhythm r = rhythm(row.kind, row.algorithm, static_cast<std::int32_t>(ranks.size()));
+    const EvenCut cut(row.kind, r, Bytes{1 + static_cast<std::int64_t>(rng() % 50'000'000)});
+    const NetworkTraffic traffic = traffic_of(r, cut, ranks, t);
+    const Played folded = play(traffic, {true}), unfolded = play(traffic, {false});
+    ASSERT_EQ(folded.end, unfolded.end);
+    ASSERT_EQ(folded.member_end, unfolded.member_end);
+    for (int k = 0; k < 30; ++k) {
+      // Any set of vertices.
+      std::vector<char> inside(t.vertex_count());
+      const bool by_node = rng() % 2 == 0;
+      std::vector<char> of_node(t.node_count() + 1);
+      for (char& x : of_node) x = rng() % 2 == 0;
+      for (std::size_t v = 0; v < inside.size(); ++v) {
+        const std::size_t node = t.node_of_vertex(static_cast<std::int32_t>(v));
+        inside[v] = by_node && node < t.node_count() ? of_node[node] : rng() % 2 == 0;
+      }
+      double room = 0, bytes = 0;
+      for (std::size_t l = 0; l < t.link_count(); ++l) {
+        const Link link = t.link(LinkId{l});
+        if (inside[static_cast<std::size_t>(link.from)] &&
+            !inside[static_cast<std::size_t>(link.to)])
+          room += link.bandwidth.count;
+      }
+      const auto is_inside = [&](std::int32_t member) {
+        const auto rank = static_cast<std::size_t>(ranks[static_cast<std::size_t>(member)]);
+        return inside[static_cast<std::size_t>(t.vertex_of(DeviceId{rank}))] != 0;
+      };
+      for (const TrafficBeat& b : traffic.beats) {
+        for (const TrafficMessage& m : b.messages) {
+          if (is_inside(m.from) && !is_inside(m.to))
+            bytes += static_cast<double>(b.repeat) * static_cast<double>(m.bytes.count);
+        }
+      }
+      const double end = 1e-12 * static_cast<double>(folded.end.count);
+      ASSERT_GE(end * (1 + 1e-9) * room, bytes);
+      tight += bytes > 0.2 * end * room;
+    }
+  }
+  EXPECT_GT(around, 100);
+  EXPECT_GT(tight, 30);
 }
 
 // docs/sharing.md, "Spines".

@@ -299,6 +299,39 @@ TEST(NcclTime, ChangesItsChoiceWhereNcclDoesAndNeverFalls) {
   }
 }
 
+// Where NCCL changes to what takes less by its own estimate, and more or less by ours.
+TEST(NcclTime, AByteMoreTakesNoLessWhereTheChoiceChanges) {
+  int changes = 0, falls = 0;
+  for (const auto& [cluster, n] :
+       std::vector<std::pair<std::string, std::int64_t>>{{"dgx-h100", 8},
+                                                         {"dgx-h100:4", 32},
+                                                         {"dgx-a100-80gb:2", 16},
+                                                         {"a100-pcie-8:2", 16},
+                                                         {"dgx1-v100", 8},
+                                                         {"gb200-nvl72", 72}}) {
+    const Communicator c = of(cluster, n);
+    for (const Collective w : {Collective::reduce_scatter, Collective::all_gather, kAll}) {
+      const Times times(c, w);
+      for (int power = 0; power < 36; ++power) {
+        double below = std::exp2(power), above = std::exp2(power + 1);
+        if (times.choice(below) == times.choice(above)) continue;
+        // The first change after `below`, to the byte.
+        const Choice old = times.choice(below);
+        while (above - below > 1) {
+          const double middle = std::floor((below + above) / 2);
+          (times.choice(middle) == old ? below : above) = middle;
+        }
+        SCOPED_TRACE(::testing::Message() << cluster << " " << static_cast<int>(w) << " " << above);
+        ++changes;
+        EXPECT_GE(times.time_us(above), times.time_us(below));
+        falls += time_us(c, w, times.choice(above), above) < time_us(c, w, old, below);
+      }
+    }
+  }
+  EXPECT_GT(changes, 20);
+  EXPECT_GT(falls, 3);
+}
+
 TEST(NcclTime, MeasuredGroupsTakeTheirCurve) {
   // h100-sxm's file has 8 neighbours; 1 MiB was 28.56 us.
   EXPECT_NEAR(us("dgx-h100", CollectiveKind::all_reduce, 1_MiB, 8), 28.56, 1e-9);

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <map>
@@ -388,15 +389,192 @@ TEST(Spines, AFailedSpineOfOneRailIsGoneAroundInsideANode) {
     EXPECT_GT(failed.link(l).bandwidth.count, 0) << failed.link_name(l);
 }
 
-TEST(Fabric, RoutesOfATorusOrDragonflyDoNotGoAround) {
-  for (const auto& [nodes, text] : {std::pair{std::size_t{16}, torus_text({4, 4})},
-                                    std::pair{std::size_t{40}, std::string(kFly)}}) {
-    const Topology t = with_fabric(nodes, text);
-    ClusterState state;
-    state.link_speed[LinkId{t.link_count() - 1}] = 0;
-    EXPECT_THAT([&] { t.in_state(state); },
-                ThrowsMessage<InputError>(HasSubstr("don't go around a failed link")));
+Topology without(const Topology& t, const std::vector<std::string>& links) {
+  ClusterState state;
+  for (const std::string& name : links) state.link_speed[t.find_link(name, "--fail")] = 0;
+  return t.in_state(state);
+}
+
+// docs/topologies.md, "Around failed links".
+TEST(Around, ThePagesExamples) {
+  const Topology torus = with_fabric(16, torus_text({4, 4}));
+  using ::testing::ElementsAre;
+  // Node 0 to 11 goes down over the end and then up: without its first hop, up first.
+  EXPECT_THAT(hops(torus, 0, 11), ElementsAre("router0.0", "router3.0", "router3.1", "router3.2"));
+  const Topology torn = without(torus, {"router0.0->router3.0"});
+  EXPECT_THAT(hops(torn, 0, 11), ElementsAre("router0.0", "router0.1", "router3.1", "router3.2"));
+  // Next door two hops more; the other direction of the cable still works.
+  EXPECT_THAT(hops(torn, 0, 3), ElementsAre("router0.0", "router1.0", "router2.0", "router3.0"));
+  EXPECT_THAT(hops(torn, 3, 0), ElementsAre("router3.0", "router0.0"));
+  EXPECT_EQ(bisection(torn).count, bisection(torus).count);
+  EXPECT_EQ(bisection(without(torus, {"router0.0->router0.3"})).count, 2 * 4 * 5e9 - 5e9);
+
+  const Topology fly = with_fabric(40, kFly);
+  // The only cable from group 0 to group 2 is gone: 4 hops over group 4, the first found.
+  EXPECT_THAT(hops(fly, 0, 19),
+              ElementsAre("group0.router0", "group0.router1", "group2.router2", "group2.router1"));
+  const Topology cut = without(fly, {"group0.router1->group2.router2"});
+  EXPECT_THAT(hops(cut, 0, 19), ElementsAre("group0.router0", "group0.router3", "group4.router0",
+                                            "group4.router2", "group2.router1"));
+  // A local cable: over the next router.
+  EXPECT_THAT(hops(without(fly, {"group0.router0->group0.router3"}), 0, 6),
+              ElementsAre("group0.router0", "group0.router1", "group0.router3"));
+}
+
+/// A torus or a dragonfly drawn at random, and how many nodes it has.
+std::pair<std::size_t, std::string> random_fabric(std::mt19937& rng, bool& torus, bool& by_card) {
+  torus = rng() % 2 == 0;
+  by_card = torus && rng() % 3 == 0;
+  if (torus) {
+    std::vector<std::size_t> size;
+    std::size_t nodes = 1;
+    for (std::size_t d = 1 + rng() % 3; d > 0; --d) {
+      size.push_back(1 + rng() % 4);
+      nodes *= size.back();
+    }
+    if (nodes == 1) size[0] = nodes = 3;
+    return {nodes, torus_text(size, by_card ? ", nics: direction" : "")};
   }
+  const std::size_t groups = 2 + rng() % 4, routers = 1 + rng() % 4, below = 1 + rng() % 2;
+  std::size_t ports = (groups - 1) * (1 + rng() % 3);
+  while (ports % routers != 0) ports += groups - 1;
+  return {groups * routers * below - rng() % below,
+          fmt::format("{{kind: dragonfly, groups: {}, routers_per_group: {}, nodes_per_router: {}, "
+                      "local_bandwidth: {} GB/s, local_latency: 0.3 us, global_links_per_router: "
+                      "{}, global_bandwidth: 5 GB/s, global_latency: 1 us}}",
+                      groups, routers, below, 3 + rng() % 5, ports / routers)};
+}
+
+TEST(Around, RoutesAreTheRulesWhereWholeElseTheShortestLeft) {
+  std::mt19937 rng{20261128};
+  int detours = 0, parted = 0, kinds[3] = {};
+  for (int i = 0; i < 600; ++i) {
+    bool torus = false, by_card = false;
+    const auto [nodes, text] = random_fabric(rng, torus, by_card);
+    const auto sides = std::count(text.begin(), text.end(), ',') - 3;  // of a torus by cards
+    const std::size_t cards = by_card ? 2 * static_cast<std::size_t>(sides) : 1 + rng() % 2;
+    const Topology t = with_fabric(nodes, text, cards);
+    ClusterState state;
+    for (std::size_t k = 1 + rng() % 6; k > 0; --k) {
+      const LinkId l{rng() % t.link_count()};
+      // Links inside nodes stay.
+      if (t.link(l).kind == LinkKind::network) state.link_speed[l] = rng() % 5 == 0 ? 0.5 : 0;
+    }
+    SCOPED_TRACE(text);
+    Topology failed = t;
+    const auto whole = [&](std::size_t a, std::size_t b) {
+      const auto links = t.route(DeviceId{a}, DeviceId{b});
+      return std::none_of(links.begin(), links.end(), [&](LinkId l) {
+        return state.link_speed.count(l) > 0 && state.link_speed[l] == 0;
+      });
+    };
+    try {
+      failed = t.in_state(state);
+    } catch (const InputError& e) {
+      EXPECT_THAT(e.what(), HasSubstr("cannot reach"));
+      if (by_card) continue;
+      // Nothing less than a pair without any way is refused.
+      std::string rest = e.what();
+      const auto at = rest.find("node", rest.find("without"));
+      const auto node = [&](std::size_t from) { return std::stoul(rest.substr(from + 4)); };
+      const std::size_t a = node(at), b = node(rest.find("node", at + 4));
+      // in_state gives no topology to search: the links one by one.
+      std::set<std::int32_t> seen{t.vertex_of(DeviceId{a})};
+      for (bool more = true; more;) {
+        more = false;
+        for (std::size_t l = 0; l < t.link_count(); ++l) {
+          const Link link = t.link(LinkId{l});
+          const auto it = state.link_speed.find(LinkId{l});
+          if (it != state.link_speed.end() && it->second == 0) continue;
+          if (t.node_of_vertex(link.from) < nodes && t.node_of_vertex(link.from) != a) continue;
+          more = (seen.count(link.from) > 0 && seen.insert(link.to).second) || more;
+        }
+      }
+      EXPECT_EQ(seen.count(t.vertex_of(DeviceId{b})), 0u) << e.what();
+      ++parted;
+      continue;
+    }
+    ++kinds[by_card ? 2 : torus ? 1 : 0];
+    const FlatGraph flat(failed);
+    for (std::size_t a = 0; a < nodes; ++a) {
+      for (std::size_t b = 0; b < nodes; ++b) {
+        if (a == b) continue;
+        const FlatPath got = walk(failed, DeviceId{a}, DeviceId{b});
+        ASSERT_GT(got.bottleneck, 0) << route_text(failed, a, b);
+        if (whole(a, b)) {
+          ASSERT_EQ(route_text(failed, a, b), route_text(t, a, b));
+          continue;
+        }
+        ++detours;
+        const auto best = flat.best(DeviceId{a}, DeviceId{b});
+        ASSERT_TRUE(best);
+        ASSERT_GE(got.links, best->links);
+        if (torus && !by_card) {
+          ASSERT_EQ(got.links, best->links) << route_text(failed, a, b);
+        }
+        if (!torus) {
+          // The fewest hops of one cable between the groups, else of any way.
+          const auto names = hops(failed, a, b);
+          std::set<std::string> groups;
+          for (const std::string& n : names) groups.insert(n.substr(0, n.find('.')));
+          if (groups.size() > 2 || (groups.size() == 1 && names.size() > 2)) {
+            ASSERT_EQ(got.links, best->links) << route_text(failed, a, b);
+          } else {
+            ASSERT_LE(got.links, best->links + 1) << route_text(failed, a, b);
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(detours, 3000);
+  EXPECT_GT(parted, 20);
+  for (const int k : kinds) EXPECT_GT(k, 40);
+}
+
+TEST(Around, ACardForEachDirectionStillSendsThatWayOnly) {
+  const Topology t = with_fabric(16, torus_text({4, 4}, ", nics: direction"), 4);
+  // Down is gone: up by card 0, or any other; what arrives comes in by the card that looks there.
+  const Topology torn = without(t, {"router0.0->router3.0"});
+  for (std::size_t b = 1; b < 16; ++b) {
+    SCOPED_TRACE(route_text(torn, 0, b));
+    const auto names = hops(torn, 0, b);
+    const std::map<std::string, std::string> by{
+        {"router1.0", "nic0"}, {"router0.1", "nic2"}, {"router0.3", "nic3"}};
+    ASSERT_TRUE(by.count(names[1]) > 0);
+    EXPECT_THAT(route_text(torn, 0, b), HasSubstr("gpu->node0." + by.at(names[1])));
+  }
+  // So is a card.
+  EXPECT_THAT(hops(without(t, {"node0.nic1->router0.0"}), 0, 3),
+              ::testing::ElementsAre("router0.0", "router1.0", "router2.0", "router3.0"));
+}
+
+TEST(Around, WhatPartsDevicesIsRefused) {
+  const auto refusing = [](const Topology& t, const std::vector<std::string>& links) {
+    return [=] { without(t, links); };
+  };
+  const Topology ring = with_fabric(5, torus_text({5}));
+  EXPECT_NO_THROW(refusing(ring, {"router1->router2"})());
+  EXPECT_THAT(refusing(ring, {"router1->router2", "router1->router0"}),
+              ThrowsMessage<InputError>(
+                  HasSubstr("links router1->router0, router1->router2: without them node1.gpu "
+                            "cannot reach node0.gpu")));
+  EXPECT_THAT(refusing(with_fabric(2, torus_text({2})), {"router1->router0"}),
+              ThrowsMessage<InputError>(
+                  HasSubstr("link router1->router0: without it node1.gpu cannot reach node0.gpu")));
+  // Card 1 of a ring by directions sends down and nothing else leaves.
+  const Topology cards = with_fabric(5, torus_text({5}, ", nics: direction"), 2);
+  EXPECT_NO_THROW(refusing(cards, {"node2.nic0->router2"})());
+  EXPECT_THAT(refusing(cards, {"node2.nic0->router2", "router2->router1"}),
+              ThrowsMessage<InputError>(HasSubstr("node2.gpu cannot reach node0.gpu")));
+  // A spare router forwards what its nodes do not send.
+  const Topology fly = with_fabric(3,
+                                   "{kind: dragonfly, groups: 1, routers_per_group: 4, "
+                                   "nodes_per_router: 1, local_bandwidth: 10 GB/s, "
+                                   "local_latency: 0.3 us}");
+  EXPECT_THAT(
+      hops(without(fly, {"group0.router0->group0.router1", "group0.router0->group0.router2"}), 0,
+           1),
+      ::testing::ElementsAre("group0.router0", "group0.router3", "group0.router1"));
 }
 
 /// Nodes of four GPUs on an NVSwitch, each with its card on a PCIe switch of its own.

@@ -1,5 +1,5 @@
-// The oracle for routes: the whole cluster as one list of links, searched level by level, without
-// anything of topologies/ but link().
+// The oracle for routes: the whole cluster as one list of links that have not failed, searched
+// level by level, without anything of topologies/ but link().
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ class FlatGraph {
       : topology_(topology), out_(topology.vertex_count()) {
     for (std::size_t l = 0; l < topology.link_count(); ++l) {
       const Link link = topology.link(LinkId{l});
-      out_.at(static_cast<std::size_t>(link.from)).push_back(link);
+      if (link.bandwidth.count > 0) out_.at(static_cast<std::size_t>(link.from)).push_back(link);
     }
   }
 
