@@ -11,29 +11,11 @@
 
 #include "base/error.h"
 #include "simulator/cost/cost.h"
-#include "topologies/topology.h"
+#include "validation/row_case.h"
+#include "validation/row_text.h"
 
 namespace partita::validation {
 namespace {
-
-/// Cluster of the catalogue by what a row prints; the first that is found.
-struct Machine {
-  const char* gpu;
-  const char* machine;  ///< in intra_node_interconnect
-  const char* cluster;
-};
-constexpr Machine kMachines[] = {
-    {"H100", "p5.48xlarge", "p5-48xlarge"},
-    {"H100", "a3-megagpu", "gcp-a3-mega"},
-    {"H200", "a3-ultragpu", "gcp-a3-ultra"},
-    {"B200", "p6-b200", "p6-b200-48xlarge"},
-    {"GB200", "", "gb200-nvl72"},
-    {"H100", "", "dgx-h100"},
-    {"H200", "", "dgx-h200"},
-    {"B200", "", "dgx-b200"},
-    {"A100 PCIe", "", "a100-pcie-8"},
-    {"A100", "", "dgx-a100-80gb"},
-};
 
 bool has(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
@@ -134,6 +116,7 @@ std::vector<CollectiveCurve> collective_curves(const CsvTable& table) {
       throw InputError(table.file,
                        fmt::format("there is no column {}; collectives.csv has one", needed));
   }
+  const Catalogue catalogue = load_catalogue();
   std::vector<CollectiveCurve> curves;
   std::map<std::string, std::size_t> known;
   std::set<std::string> seen;  // some figures stand in two tables of their source
@@ -151,12 +134,7 @@ std::vector<CollectiveCurve> collective_curves(const CsvTable& table) {
         cell("num_gpus"), static_cast<double>(nodes) * number_or(cell("gpus_per_node"), 0)));
     const auto kind = std::find_if(std::begin(kKinds), std::end(kKinds),
                                    [&](const Kind& k) { return cell("collective") == k.name; });
-    const auto machine =
-        std::find_if(std::begin(kMachines), std::end(kMachines), [&](const Machine& m) {
-          const std::string& gpu = cell("gpu");
-          return gpu.rfind(m.gpu, 0) == 0 && has(cell("intra_node_interconnect"), m.machine);
-        });
-    if (ranks < 2 || kind == std::end(kKinds) || machine == std::end(kMachines)) continue;
+    if (ranks < 2 || kind == std::end(kKinds)) continue;
     double us = number_or(cell("time_us"), 0);
     if (us == 0 && number_or(cell("busbw_gb_per_s"), 0) > 0)
       us = size * wire_share(kind->name, static_cast<double>(ranks)) /
@@ -174,48 +152,69 @@ std::vector<CollectiveCurve> collective_curves(const CsvTable& table) {
       continue;
     const auto [at, is_new] = known.try_emplace(key, curves.size());
     if (is_new) {
-      CollectiveCurve c;
+      std::vector<std::string> assumed;
+      const auto per_node = number(cell("gpus_per_node"));
+      ClusterChoice cluster;
+      try {
+        cluster = cluster_of(
+            catalogue, cell("gpu"), "", ranks,
+            per_node ? std::optional(static_cast<std::int64_t>(*per_node)) : std::nullopt,
+            cell("intra_node_interconnect"), networked ? network : "", assumed);
+      } catch (const InputError&) {
+        known.erase(at);
+        continue;  // a device that the catalogue does not have
+      }
+      CollectiveCurve c = curve_on(load_topology(cluster.topology, cluster.edits), kind->name,
+                                   ranks, nodes, cell("library"), cell("intra_node_interconnect"));
       c.source = cell("source").substr(0, cell("source").find(':'));
-      c.kind = kind->name;
-      c.what = kind->what;
-      c.gpu = machine->gpu;
-      c.library = cell("library");
+      c.gpu = cell("gpu");
       c.id = cell("id");
-      c.ranks = ranks;
-      c.nodes = nodes;
-      if (has(c.library, "XLA")) c.harness = Harness::xla;
-      if (has(c.library, "bench.py")) c.harness = Harness::torch;
-      if (has(c.library, "algo Ring") || has(cell("intra_node_interconnect"), " ring"))
-        c.only = nccl::Algorithm::ring;
-      if (has(c.library, "algo NVLS")) c.only = nccl::Algorithm::nvls;
-      c.cluster = fmt::format("{}:{}", machine->cluster, nodes);
-      Topology t = load_topology(c.cluster);
-      if (static_cast<std::int64_t>(t.device_count()) < ranks) continue;
-      std::vector<std::int64_t> all(static_cast<std::size_t>(ranks));
-      std::iota(all.begin(), all.end(), 0);
-      if (ranks % nodes == 0) {
-        // As many on each node, where nodes are not full.
-        const auto per = static_cast<std::size_t>(ranks / nodes);
-        for (std::size_t i = 0; i < all.size(); ++i)
-          all[i] = t.first_device(i / per).value + static_cast<std::int64_t>(i % per);
-      }
-      c.communicator = nccl::communicator(t, all);
-      if (!c.what) {
-        Communication links(t);
-        double least = INFINITY;
-        const auto flows = is_exchange(c.kind) ? links.collective_links(true, all)
-                                               : links.collective_links(false, all);
-        for (const auto& [link, n] : flows.flows)
-          least = std::min(least,
-                           t.link(link).bandwidth.count / (static_cast<double>(n) * flows.share));
-        c.links_GBps = least * 1e-9;
-      }
+      c.cluster = cluster.topology;
       curves.push_back(std::move(c));
     }
     curves[at->second].points.emplace_back(size, us);
   }
   for (auto& c : curves) std::sort(c.points.begin(), c.points.end());
   return curves;
+}
+
+CollectiveCurve curve_on(const Topology& t, const std::string& kind, std::int64_t ranks,
+                         std::int64_t nodes, const std::string& library,
+                         const std::string& interconnect) {
+  const auto known = std::find_if(std::begin(kKinds), std::end(kKinds),
+                                  [&](const Kind& k) { return kind == k.name; });
+  if (known == std::end(kKinds))
+    throw InputError("collective", fmt::format("'{}' is unknown", kind));
+  CollectiveCurve c;
+  c.kind = known->name;
+  c.what = known->what;
+  c.library = library;
+  c.ranks = ranks;
+  c.nodes = nodes;
+  if (has(library, "XLA")) c.harness = Harness::xla;
+  if (has(library, "bench.py")) c.harness = Harness::torch;
+  if (has(library, "algo Ring") || has(interconnect, " ring")) c.only = nccl::Algorithm::ring;
+  if (has(library, "algo NVLS")) c.only = nccl::Algorithm::nvls;
+  std::vector<std::int64_t> all(static_cast<std::size_t>(ranks));
+  std::iota(all.begin(), all.end(), 0);
+  if (ranks % nodes == 0 && static_cast<std::size_t>(nodes) <= t.node_count()) {
+    // As many on each node, where nodes are not full.
+    const auto per = static_cast<std::size_t>(ranks / nodes);
+    for (std::size_t i = 0; i < all.size(); ++i)
+      all[i] = t.first_device(i / per).value + static_cast<std::int64_t>(i % per);
+  }
+  c.communicator = nccl::communicator(t, all);
+  if (!c.what) {
+    Communication links(t);
+    double least = INFINITY;
+    const auto flows = is_exchange(c.kind) ? links.collective_links(true, all)
+                                           : links.collective_links(false, all);
+    for (const auto& [link, n] : flows.flows)
+      least =
+          std::min(least, t.link(link).bandwidth.count / (static_cast<double>(n) * flows.share));
+    c.links_GBps = least * 1e-9;
+  }
+  return c;
 }
 
 double predicted_us(const CollectiveCurve& c, double bytes, const CollectiveConstants& k) {

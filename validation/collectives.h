@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "simulator/cost/nccl_time.h"
+#include "topologies/topology.h"
 #include "validation/csv.h"
 
 namespace partita::validation {
@@ -39,6 +40,11 @@ struct CollectiveCurve {
 /// machines that the catalogue has. Rows recalled from memory are left out; a row without its nodes
 /// but with a network between them too.
 std::vector<CollectiveCurve> collective_curves(const CsvTable& table);
+/// Without points: a collective of `ranks` on `nodes` of a cluster. `library` and `interconnect` as
+/// a row prints them: harness, an algorithm that was forced. InputError for an unknown kind.
+CollectiveCurve curve_on(const Topology& cluster, const std::string& kind, std::int64_t ranks,
+                         std::int64_t nodes, const std::string& library,
+                         const std::string& interconnect);
 
 struct CollectiveConstants {
   nccl::Constants nccl;

@@ -222,6 +222,7 @@ Catalogue load_catalogue() {
     s.nics_per_node = static_cast<std::int64_t>(t.nic_count(0));
     const YamlNode file = YamlNode::load_file(
         fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), n), "partita.topology/1");
+    if (const auto aliases = file.find("aliases")) s.aliases = aliases->as_strings();
     const YamlNode nodes = file.get("nodes").items().at(0);
     if (const auto domain = nodes.find("domain"))
       s.nodes_per_domain = domain->get("nodes").as_int(1, 1'000'000);
@@ -291,7 +292,13 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
     if (!same && !kin) continue;
     // Nodes of 72 are trays of one domain.
     const bool fits = per_node && c.devices_per_node == *per_node;
-    const int score = (fits ? 4 : 0) + (same ? 2 : 0) + (c.devices_per_node == 8 ? 1 : 0);
+    const bool named = std::any_of(c.aliases.begin(), c.aliases.end(), [&](const auto& alias) {
+      return matches(lower(alias), lower(intra)) || matches(lower(alias), lower(inter));
+    });
+    // A machine of a name of its own only where it is named.
+    if (!named && !c.aliases.empty()) continue;
+    const int score =
+        (named ? 8 : 0) + (fits ? 4 : 0) + (same ? 2 : 0) + (c.devices_per_node == 8 ? 1 : 0);
     if (score > best_score) best_score = score, best = &c;
   }
   if (best == nullptr)

@@ -61,6 +61,7 @@ class Configuration {
 /// A cluster of the topology catalogue, as far as choosing one needs it.
 struct ClusterShape {
   std::string name, device;
+  std::vector<std::string> aliases;  ///< patterns of what a row says of its interconnect
   std::int64_t devices_per_node = 0, nics_per_node = 0;
   std::int64_t nodes_per_domain = 1;  ///< of one NVLink domain
   std::string device_key, nic_key;    ///< of the file's vertices: "gpu[0-7]"

@@ -200,20 +200,11 @@ KernelFigure collective_figure(const Configuration& row, const Catalogue& catalo
   const ClusterChoice cluster = cluster_of(catalogue, row["gpu"], "", n, per_node,
                                            row["intra_node_interconnect"], inter, f.assumed);
   const Topology topology = load_topology(cluster.topology, cluster.edits);
-  Communication communication(topology);
-  std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
-  std::iota(ranks.begin(), ranks.end(), 0);
-  // The clusters' curves may be these very rows.
-  communication.leave_out_curves();
-  const Seconds t = kind ? communication.collective(*kind, Bytes{*size}, ranks)
-                         : communication.point_to_point(Bytes{*size}, 0, n - 1);
-  f.seconds = t.count;
-  // Harnesses whose own time shows (docs/nccl.md, "Beside measurements").
-  const HarnessConstants harness;
-  const std::string library = lower(row["library"]);
-  if (library.find("xla") != std::string::npos)
-    f.seconds += 1e-6 * harness.xla_per_rank_us * static_cast<double>(n);
-  if (library.find("bench.py") != std::string::npos) f.seconds += 1e-6 * harness.torch_us;
+  // By the model alone: the clusters' curves may be these very rows.
+  const std::int64_t on = nodes.value_or(ceil_div(n, cluster.devices_per_node));
+  const CollectiveCurve curve =
+      curve_on(topology, row["collective"], n, on, row["library"], row["intra_node_interconnect"]);
+  f.seconds = 1e-6 * predicted_us(curve, static_cast<double>(*size), CollectiveConstants{});
   return f;
 }
 

@@ -228,9 +228,8 @@ struct ShapeHash {
     return mix(h, static_cast<std::uint64_t>(p.bytes.count));
   }
   std::size_t operator()(const FlashAttention& a) const {
-    std::uint64_t h =
-        static_cast<std::uint64_t>(a.type) << 3 | static_cast<std::uint64_t>(a.flash) << 1 |
-        (a.backward ? 1u : 0u);
+    std::uint64_t h = static_cast<std::uint64_t>(a.type) << 3 |
+                      static_cast<std::uint64_t>(a.flash) << 1 | (a.backward ? 1u : 0u);
     for (const double x : {a.batch, a.queries, a.keys, a.heads, a.qk, a.v, a.attended})
       h = mix(h, bits_of(x));
     return mix(h, static_cast<std::uint64_t>(a.bytes.count));

@@ -54,8 +54,8 @@ struct KernelParts {
 };
 
 /// The model: physics and the device's figures, no measured point. InputError where the device has
-/// no rate for the type. `multiprocessors`: of the device's, how many are free. `clock`: over that of
-/// short kernels; attention's efficiencies are of long ones.
+/// no rate for the type. `multiprocessors`: of the device's, how many are free. `clock`: over that
+/// of short kernels; attention's efficiencies are of long ones.
 KernelParts product_model(const Product& product, const DeviceProfile& device, int multiprocessors,
                           double clock = 1);
 KernelParts attention_model(const FlashAttention& attention, const DeviceProfile& device,

@@ -838,8 +838,8 @@ class Lowering {
 
   // ---- operands that become narrow -------------------------------------------------------------
   /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
-  /// of one block that read the same share the copies; what a norm makes comes converted (Transformer
-  /// Engine, pytorch/module/layernorm_linear.py).
+  /// of one block that read the same share the copies; what a norm makes comes converted
+  /// (Transformer Engine, pytorch/module/layernorm_linear.py).
   void mark_casts() {
     for (Block& block : p_.blocks) {
       std::set<BufferId> narrow;
@@ -848,7 +848,8 @@ class Lowering {
             i.collective != CollectiveKind::reduce_scatter && narrow.count(i.reads[0]) > 0)
           narrow.insert(i.writes[0]);
         if (i.kind != Kind::compute || i.op < 0) continue;
-        if (i.kernel == Kernel::forward && std::holds_alternative<Normalize>(
+        if (i.kernel == Kernel::forward &&
+            std::holds_alternative<Normalize>(
                 p_.operators[static_cast<std::size_t>(i.op)].operation))
           narrow.insert(i.writes[0]);
         const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];

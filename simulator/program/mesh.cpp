@@ -132,7 +132,8 @@ std::int64_t origin(const Mesh& mesh, const DimSplit& split, std::int64_t rank) 
 
 std::optional<std::uint8_t> atoms_before(const AtomList& list, AtomMask mask) {
   for (std::size_t i = 0; i < list.size(); ++i) {
-    if (mask_of(AtomList(list.begin() + i, list.end())) == mask) return static_cast<std::uint8_t>(i);
+    if (mask_of(AtomList(list.begin() + i, list.end())) == mask)
+      return static_cast<std::uint8_t>(i);
   }
   return std::nullopt;
 }

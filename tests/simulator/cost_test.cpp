@@ -4,7 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "simulator/cost/measured.h"
@@ -47,7 +49,8 @@ TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   Plan plan = base_plan();
   plan.tp = 2;
   plan.micro_batch = plan.global_batch = 2;
-  plan.kernels = {false, 9, 11, 38, 14};
+  plan.kernels.score_forward = 9, plan.kernels.score_backward = 11;
+  plan.kernels.logit_forward = 38, plan.kernels.logit_backward = 14;
   const Program p = lowered(build_transformer(c), plan);
   constexpr std::int64_t kScores = 2 * 2 * 8 * 8, kLogits = 2 * 8 * 6;
   int cores = 0, losses = 0;
@@ -69,6 +72,57 @@ TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   }
   EXPECT_GE(cores, 2 * c.layers);
   EXPECT_GE(losses, 4);  // maximum and sum, loss, gradient
+
+  // Padding around a flash attention: 18 and 34 B an element of 2 x 8 x 2 x 2 of queries.
+  c.flash_attention = true;
+  plan.kernels.padding_forward = 18, plan.kernels.padding_backward = 34;
+  const Program flash = lowered(build_transformer(c), plan);
+  int seen = 0;
+  for (const Block& block : flash.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::compute || i.op < 0) continue;
+      const auto& op = flash.operators[static_cast<std::size_t>(i.op)];
+      if (!std::holds_alternative<Attention>(op.operation)) continue;
+      EXPECT_EQ(work_of(flash, i, 0).streamed.count,
+                (i.kernel == Kernel::forward ? 18 : 34) * 2 * 8 * 2 * (c.hidden / c.heads));
+      ++seen;
+    }
+  }
+  EXPECT_GE(seen, 2 * c.layers);
+}
+
+TEST(Cost, OfAPartOfTheSequenceIsItsShareOfTheWholeProduct) {
+  // docs/policies.md, "Overlapped tensor parallel": parts run on streams beside each other.
+  for (const std::int64_t cp : {1, 2}) {
+    Plan plan = base_plan();
+    plan.tp = 2;
+    plan.cp = cp;
+    plan.sequence_parallel = true;
+    ShapePrices prices(h100());
+    std::map<std::string, double> work[2];
+    int parts = 0;
+    for (const bool overlapped : {false, true}) {
+      plan.overlap_tensor_parallel = overlapped;
+      const Program p = lowered(llama(), plan);
+      for (const Block& block : p.blocks) {
+        for (const Instruction& i : block.instructions) {
+          if (i.kind != Kind::compute || i.op < 0) continue;
+          const auto& op = p.operators[static_cast<std::size_t>(i.op)];
+          if (!std::holds_alternative<Linear>(op.operation)) continue;
+          const Work w = work_of(p, i, 0);
+          EXPECT_EQ(w.parts, i.part >= 0 ? 2 : 1);
+          parts += i.part >= 0 ? 1 : 0;
+          work[overlapped][op.name + std::to_string(static_cast<int>(i.kernel))] +=
+              kernel_parts(w, h100(), prices).units.count;
+        }
+      }
+    }
+    // Queries, keys, values, output, gate, up and down of every layer, forward at least.
+    EXPECT_GE(parts, 2 * 7 * 4) << cp;
+    ASSERT_EQ(work[0].size(), work[1].size());
+    for (const auto& [name, units] : work[0])
+      EXPECT_NEAR(work[1].at(name) / units, 1, 1e-9) << name << cp;
+  }
 }
 
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {

@@ -67,8 +67,7 @@ TEST(ShapePrices, TellPointsOfTheTwoClocksApart) {
     p.bytes = p.operand_bytes();
     const double clock = random() % 2 == 0 ? 1 : d.sustained_clock;
     const Seconds work = product_model(p, d, d.multiprocessors, clock).work;
-    table.points.push_back(
-        {p.m, p.n, p.k, 1, Seconds{level * (d.kernel_latency + work).count}});
+    table.points.push_back({p.m, p.n, p.k, 1, Seconds{level * (d.kernel_latency + work).count}});
   }
   d.products = {table};
   const double launch = d.kernel_latency.count;
