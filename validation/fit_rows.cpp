@@ -13,6 +13,7 @@
 #include "base/hash.h"
 #include "base/parallel.h"
 #include "base/yaml.h"
+#include "simulator/search/placement.h"
 #include "validation/compare.h"
 #include "validation/row_text.h"
 
@@ -336,6 +337,38 @@ const FittedEntry* FitProfile::find(const RowKey& key) const {
     if (e.key.framework == kAny && pooled == nullptr) pooled = &e;
   }
   return near != nullptr ? near : pooled;
+}
+
+const FittedEntry* FitProfile::find(const Topology& topology, const std::string& framework) const {
+  return find({topology.device(DeviceId{0}).name, framework, topology.name()});
+}
+
+void rest_on_fit(Prediction& p, const FittedEntry* entry, const Graph& graph,
+                 const Topology& topology, const RoutingSource* routing) {
+  if (entry == nullptr) {
+    p.rests_on.push_back({fmt::format("no fit of {} with {}: prices of the catalogue",
+                                      topology.device(DeviceId{0}).name, p.plan.framework),
+                          "specified", 1});
+    return;
+  }
+  const RowKey& key = entry->key;
+  p.rests_on.push_back(
+      {key.framework == kAny
+           ? fmt::format("times adjusted to {} steps of {}, any framework", entry->rows, key.device)
+           : fmt::format("times adjusted to {} steps of {} with {} on {}", entry->rows, key.device,
+                         key.framework, key.cluster),
+       "fitted", 1});
+  Communication communication(topology);
+  Program program;
+  const auto again =
+      predict(graph, p.plan, communication, nullptr, &program, false, routing, p.network);
+  PARTITA_ASSERT(again, "what was predicted once is predicted again");
+  std::optional<Communication> placed;
+  if (!p.plan.placement.empty()) placed.emplace(on_devices(topology, p.plan));
+  const Rehearsal rehearsal(program, placed ? *placed : communication, {.network = p.network});
+  const double half =
+      half_width(*entry, [&](const Adjustment& a) { return to_seconds(rehearsal.play(a).step); });
+  p.interval = {std::exp(-half) * p.step_time, std::exp(half) * p.step_time};
 }
 
 void FitProfile::apply(RowsOptions& options) const {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "simulator/cost/adjustment.h"
+#include "simulator/search/predict.h"
 #include "validation/fit.h"
 #include "validation/rows.h"
 
@@ -93,6 +94,8 @@ std::string to_yaml(const std::vector<FittedEntry>& entries);
 class FitProfile {
  public:
   explicit FitProfile(const std::string& file);
+  /// The entry of a plan's framework on a topology, by device and name; null: none.
+  const FittedEntry* find(const Topology& topology, const std::string& framework) const;
   /// Adjustments and intervals for rows. The profile must outlive the options.
   void apply(RowsOptions& options) const;
   /// The entry of this key; else of equal device and framework; else of the device's, pooled;
@@ -102,5 +105,10 @@ class FitProfile {
  private:
   std::vector<FittedEntry> entries_;
 };
+
+/// Notes in a prediction that was made with the entry's adjustment (null: without one) what it
+/// rests on, and its interval.
+void rest_on_fit(Prediction& prediction, const FittedEntry* entry, const Graph& graph,
+                 const Topology& topology, const RoutingSource* routing = nullptr);
 
 }  // namespace partita::validation

@@ -1168,6 +1168,58 @@ TEST(FitRows, IntervalsHoldRowsThatWereNotFitted) {
   EXPECT_LE(inside, all * 95 / 100);
 }
 
+// What `simulate --profile` prints: the entry's adjustment, its interval, and what it rests on.
+TEST(FitRows, APredictionRestsOnTheEntryOfItsDeviceAndFramework) {
+  std::mt19937 rng(12);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  const auto cells = measured_cells({{}}, truth, 0.02, rng);
+  const auto entries = fit_rows({table(kTraining, cells)}, catalogue(), {.quick = true}, {});
+  const std::string file = ::testing::TempDir() + fmt::format("partita-rest-{}.fit", ::getpid());
+  std::ofstream(file) << to_yaml(entries);
+  const FitProfile profile(file);
+  std::filesystem::remove(file);
+
+  const RowCase c =
+      case_of(RowSchema::training,
+              Configuration(RowSchema::training, Row(table(kTraining, cells), 3)), catalogue());
+  const Graph g = build_transformer(*c.transformer);
+  const Topology t = load_topology(c.cluster.topology, c.cluster.edits);
+  const FittedEntry* entry = profile.find(t, c.plan.framework);
+  ASSERT_NE(entry, nullptr);
+  EXPECT_EQ(entry->key.cluster, "dgx-h100");
+  Communication communication(t);
+  communication.set_adjustment(adjustment_of(*entry));
+  auto p = predict(g, c.plan, communication);
+  ASSERT_TRUE(p);
+  const std::size_t terms = p->rests_on.size();
+  rest_on_fit(*p, entry, g, t);
+  ASSERT_EQ(p->rests_on.size(), terms + 1);
+  EXPECT_EQ(p->rests_on.back().term,
+            "times adjusted to 12 steps of h100-sxm with megatron-core on dgx-h100");
+  EXPECT_EQ(p->rests_on.back().kind, "fitted");
+  // The same interval as the row's with the profile.
+  RowsOptions options;
+  profile.apply(options);
+  const auto rows = predict_rows({table(kTraining, cells)}, catalogue(), options);
+  const auto row =
+      std::find_if(rows[0].figures.begin(), rows[0].figures.end(),
+                   [](const Figure& f) { return f.id == "3" && f.kind == Figure::Kind::time; });
+  ASSERT_NE(row, rows[0].figures.end());
+  EXPECT_EQ(p->step_time.count, row->predicted);
+  ASSERT_TRUE(p->interval.has_value());
+  EXPECT_EQ(p->interval->first.count, *row->lo);
+  EXPECT_EQ(p->interval->second.count, *row->hi);
+  EXPECT_LT(p->interval->first, p->step_time);
+
+  EXPECT_EQ(profile.find(t, "pytorch-ddp"), nullptr);
+  auto plain = predict(g, c.plan, communication);
+  rest_on_fit(*plain, nullptr, g, t);
+  EXPECT_EQ(plain->rests_on.back().term,
+            "no fit of h100-sxm with megatron-core: prices of the catalogue");
+  EXPECT_FALSE(plain->interval.has_value());
+}
+
 TEST(FitRows, TheExpectedMaximumOfDraws) {
   EXPECT_EQ(expected_maximum(1), 0);
   EXPECT_NEAR(expected_maximum(2), 0.56419, 1e-5);
