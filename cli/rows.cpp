@@ -41,7 +41,7 @@ using validation::Verdict;
 struct Options {
   std::string file, data, family, against = "target", network = "idle", profile;
   std::size_t workers = 0;
-  bool json = false, uncovered = false;
+  bool json = false, uncovered = false, fitted = false;
 };
 
 constexpr const char* kTables[] = {"llm_training.csv", "memory.csv", "cnn_training.csv",
@@ -349,11 +349,16 @@ std::string to_text(const validation::FittedEntry& e, const std::string& by) {
   return s + "\n";
 }
 
-void fit(const FitFlags& o) {
-  const validation::FitOptions f = fit_options(o);
-  // Each evaluation needs what the last one freed: given back, it would be faulted in again.
+/// Each evaluation of a fit needs what the last one freed: given back, it would be faulted in
+/// again.
+void keep_memory() {
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
+}
+
+void fit(const FitFlags& o) {
+  const validation::FitOptions f = fit_options(o);
+  keep_memory();
   if (o.out.empty()) throw InputError("--out", "is missing; name a file for the fitted profile");
   check_writable("--out", o.out);
   validation::RowsOptions r;
@@ -396,6 +401,22 @@ std::string data_of(const Options& o) {
   return beside;
 }
 
+/// Fits the group's rows: its families once more, with steps kept.
+void add_fitted(GroupResult& r, const std::vector<CsvTable>& tables,
+                const std::vector<FamilyFigures>& families, const Options& o) {
+  keep_memory();
+  std::vector<FamilyFigures> kept;
+  for (const std::string& family : validation::families_of(*r.group, families)) {
+    validation::RowsOptions options;
+    options.workers = o.workers;
+    options.family = family;
+    options.keep_steps = true;
+    for (FamilyFigures& f : predict_rows(tables, validation::load_catalogue(), options))
+      kept.push_back(std::move(f));
+  }
+  validation::add_fitted(r, kept, o.workers);
+}
+
 void published(const Options& o, int& code) {
   if (o.against != "target" && o.against != "achieved")
     throw InputError("--against",
@@ -419,6 +440,7 @@ void published(const Options& o, int& code) {
   for (const PublishedGroup& g : groups) {
     GroupResult r = validation::result_of(g, families);
     if (r.rows == 0) continue;  // its family was not asked for, or is not in the data
+    if (o.fitted && validation::wants_fit(g)) add_fitted(r, tables, families, o);
     auto verdicts =
         o.against == "achieved" ? validation::against_achieved(r) : validation::against_targets(r);
     for (const Verdict& v : verdicts) missed |= !v.met;
@@ -438,6 +460,7 @@ void published(const Options& o, int& code) {
              {"time", to_json(r.statistics.time)},
              {"memory", to_json(r.statistics.memory)},
              {"scaling", to_json(r.statistics.scaling)}};
+      if (r.fitted) g["fitted"] = {{"rows", r.fitted_rows}, {"time", to_json(r.fitted->time)}};
       g["verdicts"] = Json::array();
       for (const Verdict& v : verdicts) g["verdicts"].push_back(to_json(v));
       j_groups.push_back(std::move(g));
@@ -452,6 +475,8 @@ void published(const Options& o, int& code) {
     print_head();
     for (const auto& [r, verdicts] : results) {
       print_line(r.group->name, r.rows, r.covered, r.statistics);
+      if (r.fitted)
+        print_line("  fitted, model left out", r.fitted->time.count, r.fitted_rows, *r.fitted);
       if (!r.group->peers.empty()) print(fmt::format("  peers: {}\n", r.group->peers));
       print(fmt::format("  target: {}\n", r.group->target));
       for (const Verdict& v : verdicts)
@@ -498,6 +523,8 @@ void add_rows(CLI::App& validate, int& code) {
   c->add_option("--data", p->data,
                 "folder of the tables (default: PARTITA_REFERENCE, else ../shared/reference)");
   c->add_option("--against", p->against, "target (default) or achieved: what exit code 1 is about");
+  c->add_flag("--fitted", p->fitted,
+              "fit where a target asks for it: each model's rows by the others'");
   add_common(*c, *p);
   c->callback([p, &code] { published(*p, code); });
 }

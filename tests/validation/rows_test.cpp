@@ -911,7 +911,7 @@ TEST(Published, GroupsSelectTheirRows) {
   ASSERT_EQ(verdicts.size(), 4u);
   EXPECT_TRUE(verdicts[0].met);
   EXPECT_FALSE(verdicts[1].met);  // half is covered
-  EXPECT_EQ(verdicts[2].note, "no fit yet");
+  EXPECT_EQ(verdicts[2].note, "not fitted");
   EXPECT_FALSE(verdicts[2].met);
   EXPECT_EQ(verdicts[3].note, "no figures");
   EXPECT_FALSE(verdicts[3].met);
@@ -1166,6 +1166,43 @@ TEST(FitRows, IntervalsHoldRowsThatWereNotFitted) {
   EXPECT_EQ(all, 80);
   EXPECT_GE(inside, all * 85 / 100);
   EXPECT_LE(inside, all * 95 / 100);
+}
+
+/// `validate published --fitted`: each model's rows by the others' parameters.
+TEST(Published, FittedBoundsAreOfModelsLeftOut) {
+  std::mt19937 rng(13);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  truth.memory_time = 1.2;
+  auto cells = measured_cells({{}}, truth, 0.01, rng);
+  // One of a kind: nobody to learn from.
+  cells.push_back(with(whole_row(), {{"id", "alone"}, {"framework", "NeMo"}}));
+  const std::vector<CsvTable> tables{table(kTraining, cells)};
+  PublishedGroup g;
+  g.families = {"inv*"};
+  g.bounds = {{"time.mape", 0.05, false, true}, {"time.mape", 0.05, false, false}};
+  EXPECT_TRUE(wants_fit(g));
+  RowsOptions keep;
+  keep.keep_steps = true;
+  const auto kept = predict_rows(tables, catalogue(), keep);
+  EXPECT_EQ(families_of(g, kept), std::vector<std::string>{"invented"});
+  GroupResult r = result_of(g, kept);
+  EXPECT_EQ(against_targets(r)[0].note, "not fitted");
+  EXPECT_FALSE(against_targets(r)[0].met);
+  add_fitted(r, kept, 0);
+  EXPECT_EQ(r.fitted_rows, 12);
+  ASSERT_TRUE(r.fitted.has_value());
+  EXPECT_EQ(r.fitted->time.count, 13);
+  const FittedEntry e = fit_entry(rows_to_fit(kept, false)[0], {.quick = true});
+  ASSERT_EQ(e.held_out_times.size(), 12u);
+  const double alone = std::abs(rows_to_fit(kept, false)[1].figures[0].error());
+  EXPECT_NEAR(*r.fitted->time.mape, (12 * e.held_out->mean + alone) / 13, 1e-12);
+  EXPECT_LT(e.held_out->mean, 0.05);
+  EXPECT_EQ(*against_targets(r)[0].value, *r.fitted->time.mape);
+  EXPECT_EQ(*against_targets(r)[1].value, *r.statistics.time.mape);
+  g.bounds.pop_back();
+  g.bounds[0].fitted = false;
+  EXPECT_FALSE(wants_fit(g));
 }
 
 // What `simulate --profile` prints: the entry's adjustment, its interval, and what it rests on.
