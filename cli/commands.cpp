@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <sstream>
 
 #include "base/unit_text.h"
@@ -14,6 +15,7 @@
 #include "cli/rows.h"
 #include "report/report.h"
 #include "simulator/search/placement.h"
+#include "validation/fit_rows.h"
 
 namespace partita::cli {
 namespace {
@@ -170,6 +172,7 @@ void add_simulate(CLI::App& app) {
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
   o->flags.add_network(*c);
+  o->flags.add_profile(*c);
   o->flags.add_routing(*c);
   auto cluster = std::make_shared<ClusterFlags>();
   o->flags.add_placement(*c);
@@ -185,6 +188,8 @@ void add_simulate(CLI::App& app) {
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
     const bool search_placement = o->flags.placement == "search";
+    const auto fitted = fit_of(o->flags);
+    const auto* entry = fitted ? fitted->find(t, plan.framework) : nullptr;
     std::vector<Prediction> placed;
     if (search_placement) {
       auto all = place(g, plan, t, &routing);
@@ -193,6 +198,7 @@ void add_simulate(CLI::App& app) {
       plan.placement = placed.front().plan.placement;
     }
     Communication communication(t);
+    if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
     if (!o->trace.empty()) {
       // Before half a billion events are played to find that out.
       if (const auto complete_plan = complete(g, plan)) {
@@ -200,9 +206,10 @@ void add_simulate(CLI::App& app) {
           refuse_long_trace(timed_instructions(*program));
       }
     }
-    const auto prediction =
+    auto prediction =
         predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
+    if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     auto assumed = assumptions(o->flags, prediction->plan, g);
     for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));
     print(o->json ? prediction_json(g, t, *prediction, assumed, placed)
@@ -219,6 +226,7 @@ void add_plan(CLI::App& app, int& code) {
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
   o->flags.add_network(*c);
+  o->flags.add_profile(*c);
   o->flags.add_placement(*c);
   auto cluster = std::make_shared<ClusterFlags>();
   cluster->add_to(*c);
@@ -244,8 +252,14 @@ void add_plan(CLI::App& app, int& code) {
     const Graph g = load_graph(o->model, o->flags, base);
     SearchSpace space = full_space(g, t, ranks, base);
     restrict_space(space, o->flags, given);
+    const auto fitted = fit_of(o->flags);
+    const auto* entry = fitted ? fitted->find(t, base.framework) : nullptr;
     SearchResult r =
-        search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0, o->flags.sharing());
+        search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0, o->flags.sharing(),
+               entry != nullptr ? validation::adjustment_of(*entry) : Adjustment{});
+    if (fitted) {
+      for (Prediction& p : r.plans) validation::rest_on_fit(p, entry, g, t);
+    }
     if (r.space == 0) {
       throw InputError("plan",
                        fmt::format("no plan of {} devices and a global batch of {} has the sizes "
@@ -256,6 +270,7 @@ void add_plan(CLI::App& app, int& code) {
     if (o->flags.placement == "search") place_all(r, g, t);
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);
+      if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
       trace(o->trace, g, r.plans[0], communication);
     }
     if (!r.plans.empty() && !save->empty()) {

@@ -69,6 +69,18 @@ void PlanFlags::add_network(CLI::App& app) {
       "alone");
 }
 
+std::optional<validation::FitProfile> fit_of(const PlanFlags& flags) {
+  if (flags.profile.empty()) return std::nullopt;
+  if (flags.placement == "search")
+    throw InputError("--profile", "contradicts --placement search; give the axes");
+  return std::optional<validation::FitProfile>(std::in_place, flags.profile);
+}
+
+void PlanFlags::add_profile(CLI::App& app) {
+  app.add_option("--profile", profile,
+                 "a fit of partita fit: times adjusted to measured steps, with an interval");
+}
+
 void PlanFlags::add_placement(CLI::App& app) {
   app.add_option(
       "--placement", placement,

@@ -9,6 +9,7 @@
 #include "simulator/plan/plan.h"
 #include "simulator/search/predict.h"
 #include "topologies/topology.h"
+#include "validation/fit_rows.h"
 
 namespace CLI {
 class App;
@@ -25,6 +26,7 @@ struct PlanFlags {
   bool sequence_parallel = false, no_sequence_parallel = false, loader = false;
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "flows";
+  std::string profile;    ///< of partita fit; "": none
   std::string placement;  ///< axes, innermost first, or "search"; "": the plan's
   std::string routing;    ///< balanced, zipf:S or a file; "": the command's default
   std::vector<std::string> set, freeze, lora;
@@ -38,9 +40,14 @@ struct PlanFlags {
   Network sharing() const { return network == "idle" ? Network::idle : Network::flows; }
   void add_to(CLI::App& app);
   void add_network(CLI::App& app);
+  void add_profile(CLI::App& app);
   void add_placement(CLI::App& app);
   void add_routing(CLI::App& app);
 };
+
+/// The profile that --profile names; InputError where the order of axes is to be searched, whose
+/// choices are compared as the catalogue prices them.
+std::optional<validation::FitProfile> fit_of(const PlanFlags& flags);
 
 /// File and flags put together; `dp` 0 where neither says. InputError names flag, value and remedy.
 Plan plan_from(const PlanFlags& flags, const std::string& default_framework);

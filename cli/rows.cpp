@@ -1,6 +1,7 @@
 #include "cli/rows.h"
 
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -38,9 +39,9 @@ using validation::PublishedGroup;
 using validation::Verdict;
 
 struct Options {
-  std::string file, data, family, against = "target", network = "idle", profile, out, by = "model";
+  std::string file, data, family, against = "target", network = "idle", profile;
   std::size_t workers = 0;
-  bool json = false, uncovered = false;
+  bool json = false, uncovered = false, fitted = false;
 };
 
 constexpr const char* kTables[] = {"llm_training.csv", "memory.csv", "cnn_training.csv",
@@ -201,17 +202,7 @@ std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Op
   std::optional<validation::FitProfile> profile;
   if (!o.profile.empty()) {
     profile.emplace(o.profile);
-    r.adjust = [&profile](const validation::RowKey& key) {
-      const validation::FittedEntry* e = profile->find(key);
-      if (e == nullptr) return Adjustment{};
-      std::vector<double> values;
-      for (const auto& p : e->parameters) values.push_back(p.value);
-      return validation::adjustment_of(values);
-    };
-    r.half_width = [&profile](const validation::RowKey& key) -> std::optional<double> {
-      const validation::FittedEntry* e = profile->find(key);
-      return e == nullptr ? std::nullopt : std::optional(e->half_width);
-    };
+    profile->apply(r);
   }
   return predict_rows(tables, validation::load_catalogue(), r);
 }
@@ -243,49 +234,148 @@ void rows(const Options& o) {
   print(j.dump(2) + "\n");
 }
 
-void fit(const Options& o) {
-  validation::HeldOut by = validation::HeldOut::model;
-  if (o.by == "cluster")
-    by = validation::HeldOut::cluster;
-  else if (o.by == "hidden-size")
-    by = validation::HeldOut::hidden_size;
-  else if (o.by != "model")
+struct FitFlags {
+  std::vector<std::string> files;
+  std::string out, by, pool, family;
+  std::size_t workers = 0, draws = 15;
+  std::optional<std::size_t> rows;
+  std::uint64_t seed = 1;
+  bool quick = false, curve = false, json = false;
+};
+
+validation::FitOptions fit_options(const FitFlags& o) {
+  using validation::HeldOut;
+  validation::FitOptions f;
+  if (!o.pool.empty() && o.pool != "device")
+    throw InputError("--pool", fmt::format("'{}' is unknown; use device", o.pool));
+  f.pool_device = !o.pool.empty();
+  const std::vector<std::pair<std::string, HeldOut>> names{{"model", HeldOut::model},
+                                                           {"cluster", HeldOut::cluster},
+                                                           {"hidden-size", HeldOut::hidden_size},
+                                                           {"family", HeldOut::family}};
+  const std::string by = !o.by.empty() ? o.by : f.pool_device ? "family" : "model";
+  const auto at =
+      std::find_if(names.begin(), names.end(), [&](const auto& n) { return n.first == by; });
+  if (at == names.end())
     throw InputError("--by",
-                     fmt::format("'{}' is unknown; use model, cluster or hidden-size", o.by));
+                     fmt::format("'{}' is unknown; use model, cluster, hidden-size or family", by));
+  f.by = at->second;
+  if (o.rows && *o.rows < f.least)
+    throw InputError("--rows",
+                     fmt::format("{} rows are too few to fit; use {} or more", *o.rows, f.least));
+  if (o.draws < 1) throw InputError("--draws", "0 draws make no curve; use 1 or more");
+  f.rows = o.rows;
+  f.seed = o.seed;
+  f.quick = o.quick;
+  if (o.curve) f.draws = o.draws;
+  return f;
+}
+
+Json to_json(const validation::FittedEntry::Error& e) {
+  return {{"rows", e.rows}, {"mean", e.mean}, {"median", e.median}, {"bias", e.bias}};
+}
+
+Json to_json(const validation::FittedEntry& e) {
+  const auto error = [](const auto& x) { return x ? to_json(*x) : Json(nullptr); };
+  Json j{{"device", e.key.device},     {"framework", e.key.framework},
+         {"cluster", e.key.cluster},   {"rows", e.rows},
+         {"groups", e.groups},         {"noise", e.noise},
+         {"half_width", e.half_width}, {"predictions", e.predictions}};
+  j["parameters"] = Json::array();
+  for (std::size_t k = 0; k < e.parameters.size(); ++k) {
+    const auto& p = validation::adjustment_parameters()[k].parameter;
+    const auto& x = e.parameters[k];
+    j["parameters"].push_back({{"name", p.name},
+                               {"unit", p.unit},
+                               {"value", x.value},
+                               {"prior", p.prior},
+                               {"bounds", {p.lowest, p.highest}},
+                               {"standard_error", x.standard_error},
+                               {"determined", x.determined},
+                               {"at_bound", x.at_bound}});
+  }
+  j["unfitted"] = to_json(e.unfitted);
+  j["fitted"] = to_json(e.fitted);
+  j["held_out"] = error(e.held_out);
+  j["left_out"] = error(e.left_out);
+  j["learning_curve"] = Json::array();
+  for (const auto& p : e.curve)
+    j["learning_curve"].push_back({{"rows", p.rows},
+                                   {"draws", p.draws},
+                                   {"mean", p.mean},
+                                   {"median", p.median},
+                                   {"worst", p.worst}});
+  return j;
+}
+
+std::string to_text(const validation::FittedEntry& e, const std::string& by) {
+  std::string s =
+      e.key.framework == "*"
+          ? fmt::format("{} rows of {}, {} groups by {}\n", e.rows, e.key.device, e.groups, by)
+          : fmt::format("{} rows of {} with {} on {}, {} groups by {}\n", e.rows, e.key.device,
+                        e.key.framework, e.key.cluster, e.groups, by);
+  std::vector<std::vector<std::string>> table{
+      {"parameter", "prior", "fitted", "standard error", ""}};
+  for (std::size_t k = 0; k < e.parameters.size(); ++k) {
+    const auto& p = validation::adjustment_parameters()[k].parameter;
+    const auto& x = e.parameters[k];
+    table.push_back({p.name + (p.unit.empty() ? "" : ", " + p.unit), fmt::format("{:.4g}", p.prior),
+                     fmt::format("{:.4g}", x.value), fmt::format("{:.3g}", x.standard_error),
+                     !x.determined ? "not determined by these rows"
+                     : x.at_bound  ? "at its bound"
+                                   : ""});
+  }
+  s += align(table);
+  table = {{"error", "mean", "median", "bias"}};
+  const auto line = [&](const std::string& what, const validation::FittedEntry::Error& x) {
+    table.push_back({what, fmt::format("{:.1f} %", 100 * x.mean),
+                     fmt::format("{:.1f} %", 100 * x.median),
+                     fmt::format("{:+.1f} %", 100 * x.bias)});
+  };
+  line("unfitted", e.unfitted);
+  line("fitted to these rows", e.fitted);
+  if (e.held_out) line("one group left out", *e.held_out);
+  if (e.left_out) line(fmt::format("{} rows not drawn", e.left_out->rows), *e.left_out);
+  s += align(table) +
+       fmt::format("90 % interval of the median row: x / {:.3f}\n", std::exp(e.half_width));
+  if (!e.curve.empty()) {
+    table = {{"rows fitted", "draws", "error of the others: mean", "worst draw", "median"}};
+    for (const auto& p : e.curve)
+      table.push_back(
+          {std::to_string(p.rows), std::to_string(p.draws), fmt::format("{:.1f} %", 100 * p.mean),
+           fmt::format("{:.1f} %", 100 * p.worst), fmt::format("{:.1f} %", 100 * p.median)});
+    s += align(table);
+  }
+  return s + "\n";
+}
+
+/// Each evaluation of a fit needs what the last one freed: given back, it would be faulted in
+/// again.
+void keep_memory() {
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+}
+
+void fit(const FitFlags& o) {
+  const validation::FitOptions f = fit_options(o);
+  keep_memory();
   if (o.out.empty()) throw InputError("--out", "is missing; name a file for the fitted profile");
   check_writable("--out", o.out);
   validation::RowsOptions r;
   r.workers = o.workers;
   r.family = o.family;
-  const auto entries =
-      validation::fit_rows(load_table(o.file), validation::load_catalogue(), by, r);
+  std::vector<CsvTable> tables;
+  for (const std::string& file : o.files) tables.push_back(load_table(file));
+  const auto entries = validation::fit_rows(tables, validation::load_catalogue(), f, r);
+  const std::string by = !o.by.empty() ? o.by : f.pool_device ? "family" : "model";
+  Json j{{"schema", "partita.fitting/1"}, {"by", by}, {"entries", Json::array()}};
   for (const validation::FittedEntry& e : entries) {
-    print(fmt::format("{} rows of {} with {} on {}, {} groups by {}\n", e.rows, e.key.device,
-                      e.key.framework, e.key.cluster, e.groups, o.by));
-    std::vector<std::vector<std::string>> table{
-        {"parameter", "prior", "fitted", "standard error", ""}};
-    for (std::size_t k = 0; k < e.parameters.size(); ++k) {
-      const auto& p = validation::adjustment_parameters()[k].parameter;
-      const auto& x = e.parameters[k];
-      table.push_back({p.name + (p.unit.empty() ? "" : ", " + p.unit),
-                       fmt::format("{:.4g}", p.prior), fmt::format("{:.4g}", x.value),
-                       fmt::format("{:.3g}", x.standard_error),
-                       !x.determined ? "not determined by these rows"
-                       : x.at_bound  ? "at its bound"
-                                     : ""});
-    }
-    print(align(table));
-    table = {{"error", "mean", "median", "bias"}};
-    const auto line = [&](const char* what, const validation::FittedEntry::Error& x) {
-      table.push_back({what, fmt::format("{:.1f} %", 100 * x.mean),
-                       fmt::format("{:.1f} %", 100 * x.median),
-                       fmt::format("{:+.1f} %", 100 * x.bias)});
-    };
-    line("unfitted", e.unfitted);
-    line("fitted to these rows", e.fitted);
-    if (e.held_out) line("one group left out", *e.held_out);
-    print(align(table) + fmt::format("90 % interval: x / {:.3f}\n\n", std::exp(e.half_width)));
+    if (o.json)
+      j["entries"].push_back(to_json(e));
+    else
+      print(to_text(e, by));
   }
+  if (o.json) print(j.dump(2) + "\n");
   write_text("--out", o.out, validation::to_yaml(entries));
 }
 
@@ -311,6 +401,22 @@ std::string data_of(const Options& o) {
   return beside;
 }
 
+/// Fits the group's rows: its families once more, with steps kept.
+void add_fitted(GroupResult& r, const std::vector<CsvTable>& tables,
+                const std::vector<FamilyFigures>& families, const Options& o) {
+  keep_memory();
+  std::vector<FamilyFigures> kept;
+  for (const std::string& family : validation::families_of(*r.group, families)) {
+    validation::RowsOptions options;
+    options.workers = o.workers;
+    options.family = family;
+    options.keep_steps = true;
+    for (FamilyFigures& f : predict_rows(tables, validation::load_catalogue(), options))
+      kept.push_back(std::move(f));
+  }
+  validation::add_fitted(r, kept, o.workers);
+}
+
 void published(const Options& o, int& code) {
   if (o.against != "target" && o.against != "achieved")
     throw InputError("--against",
@@ -334,6 +440,7 @@ void published(const Options& o, int& code) {
   for (const PublishedGroup& g : groups) {
     GroupResult r = validation::result_of(g, families);
     if (r.rows == 0) continue;  // its family was not asked for, or is not in the data
+    if (o.fitted && validation::wants_fit(g)) add_fitted(r, tables, families, o);
     auto verdicts =
         o.against == "achieved" ? validation::against_achieved(r) : validation::against_targets(r);
     for (const Verdict& v : verdicts) missed |= !v.met;
@@ -353,6 +460,7 @@ void published(const Options& o, int& code) {
              {"time", to_json(r.statistics.time)},
              {"memory", to_json(r.statistics.memory)},
              {"scaling", to_json(r.statistics.scaling)}};
+      if (r.fitted) g["fitted"] = {{"rows", r.fitted_rows}, {"time", to_json(r.fitted->time)}};
       g["verdicts"] = Json::array();
       for (const Verdict& v : verdicts) g["verdicts"].push_back(to_json(v));
       j_groups.push_back(std::move(g));
@@ -367,6 +475,8 @@ void published(const Options& o, int& code) {
     print_head();
     for (const auto& [r, verdicts] : results) {
       print_line(r.group->name, r.rows, r.covered, r.statistics);
+      if (r.fitted)
+        print_line("  fitted, model left out", r.fitted->time.count, r.fitted_rows, *r.fitted);
       if (!r.group->peers.empty()) print(fmt::format("  peers: {}\n", r.group->peers));
       print(fmt::format("  target: {}\n", r.group->target));
       for (const Verdict& v : verdicts)
@@ -413,19 +523,33 @@ void add_rows(CLI::App& validate, int& code) {
   c->add_option("--data", p->data,
                 "folder of the tables (default: PARTITA_REFERENCE, else ../shared/reference)");
   c->add_option("--against", p->against, "target (default) or achieved: what exit code 1 is about");
+  c->add_flag("--fitted", p->fitted,
+              "fit where a target asks for it: each model's rows by the others'");
   add_common(*c, *p);
   c->callback([p, &code] { published(*p, code); });
 }
 
 void add_fit(CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<FitFlags>();
   CLI::App* c = app.add_subcommand(
       "fit", "a few physical parameters from measured steps, by device, framework and cluster");
-  c->add_option("FILE", o->file, "CSV of measured steps (docs/published.md)")->required();
+  c->add_option("FILE", o->files, "CSV of measured steps, one or more (docs/published.md)")
+      ->required();
   c->add_option("--out", o->out, "file for the fitted profile (partita.fit/1)");
-  c->add_option("--by", o->by, "held out together: model (default), cluster or hidden-size");
+  c->add_option("--by", o->by,
+                "held out together: model (default), cluster, hidden-size or family");
+  c->add_option("--pool", o->pool,
+                "device: one set of parameters a device, over all frameworks and clusters; held "
+                "out by family unless --by says otherwise");
   c->add_option("--family", o->family, "only rows of this family");
+  c->add_option("--rows", o->rows, "fit to so many rows of each, drawn; the others are left out");
+  c->add_option("--seed", o->seed, "of the draws (default 1)");
+  c->add_flag("--learning-curve", o->curve,
+              "error of rows left out by the number of rows fitted: 3, 6, 12, 25, 50, ...");
+  c->add_option("--draws", o->draws, "of each point of the curve (default 15)");
+  c->add_flag("--quick", o->quick, "a fifth of the predictions, for hundreds of rows");
   c->add_option("--workers", o->workers, "threads (default: one per core)");
+  c->add_flag("--json", o->json, "print JSON");
   c->callback([o] { fit(*o); });
 }
 

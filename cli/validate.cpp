@@ -1,6 +1,7 @@
 // `partita calibrate` and `partita validate`: this machine measured, and predictions beside it.
 #include <fmt/chrono.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <sys/mman.h>
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -23,9 +24,11 @@
 #include <thread>
 #include <tuple>
 
+#include "base/error.h"
 #include "base/hash.h"
 #include "base/temporary.h"
 #include "base/unit_text.h"
+#include "base/yaml.h"
 #include "cli/checkpoint.h"
 #include "cli/commands.h"
 #include "cli/crew.h"
@@ -45,7 +48,9 @@
 #include "simulator/program/routing.h"
 #include "validation/calibrate.h"
 #include "validation/compare.h"
+#include "validation/evidence.h"
 #include "validation/journal.h"
+#include "validation/row_case.h"
 #ifdef PARTITA_MPI
 #  include "runtime/transport/mpi.h"
 #endif
@@ -61,7 +66,8 @@ constexpr std::uint64_t kSeed = 1;
 constexpr int kWarmUp = 20;
 
 struct Options {
-  std::string backend, out, only, calibrate_only, transport, budget, routing;
+  std::string backend, out, only, calibrate_only, transport, budget, routing, base;
+  std::vector<std::string> from;
   std::optional<std::string> ranks_text;
   std::vector<int> ranks{1, 2, 4};
   std::optional<std::int64_t> rounds;
@@ -475,7 +481,59 @@ void print_machine(const Profile& p) {
                100 * p.overlap, 100 * p.overlap_spread);
 }
 
+/// A catalogue's cluster and device with what users measured on theirs.
+void calibrate_from(const Options& o) {
+  if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
+  if (o.base.empty())
+    throw InputError("--topology", "is missing; name the catalogue's cluster that was measured");
+  const auto catalogue = validation::load_catalogue();
+  const auto at = std::find_if(catalogue.clusters.begin(), catalogue.clusters.end(),
+                               [&](const auto& c) { return c.name == o.base; });
+  if (at == catalogue.clusters.end()) {
+    std::vector<std::string> names;
+    for (const auto& c : catalogue.clusters) names.push_back(c.name);
+    throw InputError("--topology",
+                     fmt::format("'{}' is no cluster of the catalogue{}; there are {}", o.base,
+                                 did_you_mean(o.base, names), fmt::join(names, ", ")));
+  }
+  std::vector<validation::NcclTestsLog> logs;
+  std::vector<ProductTable> products;
+  std::size_t points = 0;
+  for (const std::string& file : o.from) {
+    const std::string text = read_file(file);
+    if (validation::is_nccl_tests(text)) {
+      logs.push_back(validation::parse_nccl_tests(text, file));
+      points += logs.back().times.size();
+      fmt::print("{}: {} of {} ranks on {} hosts, {} sizes\n", file, logs.back().kind,
+                 logs.back().ranks, logs.back().nodes, logs.back().times.size());
+      continue;
+    }
+    if (!file.ends_with(".csv"))
+      throw InputError(file, "is neither the text that nccl-tests prints nor a .csv of products");
+    for (auto& t : validation::parse_products(validation::parse_csv(text, file))) {
+      points += t.points.size();
+      fmt::print("{}: {} products of {}\n", file, t.points.size(), name(t.type));
+      products.push_back(std::move(t));
+    }
+  }
+  const std::string device_file = data_folder("topologies/devices/" + at->device + ".yaml");
+  const std::string cluster_file = data_folder("topologies/catalogue/" + at->name + ".yaml");
+  const std::string device =
+      validation::with_products(read_file(device_file), device_file, products);
+  const std::string cluster = validation::with_curves(
+      read_file(cluster_file), cluster_file, at->device, "device.yaml", at->nodes_per_domain, logs);
+  make_folder(o.out);
+  write(o.out + "/device.yaml", device);
+  write(o.out + "/cluster.yaml", cluster);
+  load_topology(o.out + "/cluster.yaml");
+  fmt::print("{} points in {}/cluster.yaml and {}/device.yaml\n", points, o.out, o.out);
+}
+
 void calibrate(Options& o, int& code) {
+  if (!o.from.empty()) {
+    calibrate_from(o);
+    return;
+  }
   check(o);
   if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
   Calibration c;
@@ -855,6 +913,9 @@ void add_validate(CLI::App& app, int& code) {
   c->add_option("--only", o->only, "only what has this text in its name: a profile of a part");
   c->add_option("--budget", o->budget,
                 "as many rounds as fit in this time, like 90s, 5m, 1h; at least one");
+  c->add_option("--from", o->from,
+                "instead: nccl-tests logs and tables of products (.csv) measured on a cluster");
+  c->add_option("--topology", o->base, "with --from: the catalogue's cluster that they are of");
   c->callback([o, &code] { calibrate(*o, code); });
   auto v = std::make_shared<Options>();
   c = app.add_subcommand("validate",

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 #include "base/unit_text.h"
@@ -13,6 +14,7 @@
 #include "cli/options.h"
 #include "report/report.h"
 #include "simulator/search/placement.h"
+#include "validation/fit_rows.h"
 
 namespace partita::cli {
 namespace {
@@ -182,7 +184,8 @@ struct Outcome {
   std::vector<std::string> assumed;
 };
 
-Outcome outcome(const Scenario& s, const std::vector<std::string>& given) {
+Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
+                const std::optional<validation::FitProfile>& fitted) {
   Outcome r{{}, load_cluster(s.topology, s.edits), {}, {}, {}};
   try {
     Plan plan = plan_from(s.flags, "megatron-core");
@@ -195,10 +198,13 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given) {
       if (!placed) throw InputError("--placement", placed.reason());
       plan.placement = placed->front().plan.placement;
     }
+    const auto* entry = fitted ? fitted->find(r.topology, plan.framework) : nullptr;
     Communication communication(r.topology);
+    if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
     auto p =
         predict(r.graph, plan, communication, nullptr, nullptr, false, nullptr, s.flags.sharing());
     if (p) {
+      if (fitted) validation::rest_on_fit(*p, entry, r.graph, r.topology);
       r.assumed = assumptions(s.flags, p->plan, r.graph, given);
       for (std::string& a : state_assumptions(r.topology)) r.assumed.push_back(std::move(a));
       r.prediction = std::move(*p);
@@ -237,6 +243,7 @@ void run(const Options& o) {
                    [](const Vary& v) { return v.path.compare(0, 8, "topology") == 0; }))
     o.cluster.in_state(load_cluster(o.topology));
   check_values(o, vary);
+  const auto fitted = fit_of(o.flags);
 
   std::vector<std::vector<std::string>> rows(1);
   for (const auto& v : vary) rows[0].push_back(v.path);
@@ -255,7 +262,7 @@ void run(const Options& o) {
       rest /= vary[k].values.size();
     }
     for (std::size_t k = 0; k < vary.size(); ++k) change(s, vary[k].path, chosen[k]);
-    const Outcome r = outcome(s, given);
+    const Outcome r = outcome(s, given, fitted);
     const auto& p = r.prediction;
     if (!p && count == 1) throw InputError("", r.note);
     if (o.json) {
@@ -327,6 +334,7 @@ void add_whatif(CLI::App& app, int& code) {
   o->flags.add_network(*c);
   o->flags.add_placement(*c);
   o->cluster.add_to(*c);
+  o->flags.add_profile(*c);
   c->add_option("--vary", o->vary,
                 "PATH=v1,v2: plan.tp=2,4; device.memory_bandwidth=x0.5,x1; topology.nodes=8,16; "
                 "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s,50 GB/s'; "

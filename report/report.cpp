@@ -55,7 +55,8 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["sequence"] = graph.sequence > 0 ? Json(graph.sequence) : Json(nullptr);
   j["assumed"] = assumed;
   j["step_time_s"] = p.step_time.count;
-  j["interval_s"] = nullptr;
+  j["interval_s"] =
+      p.interval ? Json{p.interval->first.count, p.interval->second.count} : Json(nullptr);
   j["tokens_per_s_per_device"] =
       graph.sequence > 0 ? Json(p.tokens_per_second_per_device) : Json(nullptr);
   j["samples_per_s"] = p.samples_per_second;
@@ -172,6 +173,9 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   if (!assumed.empty()) out += fmt::format("assumed: {}\n", fmt::join(assumed, ", "));
   out += "\n";
   std::vector<std::vector<std::string>> rows{{"step time", text(p.step_time)}};
+  if (p.interval)
+    rows.push_back({"90 % interval",
+                    fmt::format("{} to {}", text(p.interval->first), text(p.interval->second))});
   if (graph.sequence > 0) {
     rows.push_back({"tokens/s per device",
                     grouped(static_cast<long long>(p.tokens_per_second_per_device + 0.5))});

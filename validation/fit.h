@@ -28,6 +28,9 @@ struct FitProblem {
       predict;
   double smallest_noise = 0.01;  ///< below which σ is never estimated
   double fixed_noise = 0;        ///< > 0: σ, not estimated
+  /// Differences at the prior and at the solution only; between them the Jacobian follows from the
+  /// steps taken (Broyden). Some 30 predictions of a row instead of 100 to 200.
+  bool quick = false;
 };
 
 struct FittedParameter {
@@ -55,6 +58,14 @@ struct Fit {
 /// The smallest that 90 % of what comes is expected to stay below, from what came: the
 /// ⌈0.9 (n + 1)⌉-th of n sizes, or the largest.
 double quantile_of_sizes(std::vector<double> sizes);
+
+/// Of the logarithms of the first `rows` rows' times at these values of the parameters, by forward
+/// differences: rows x parameters.
+std::vector<double> sensitivities(const FitProblem& problem, const std::vector<double>& values,
+                                  std::size_t rows);
+/// quantile · √(σ² + jᵀ H⁻¹ j): half an interval, in logarithms.
+double half_width(const std::vector<double>& sensitivity, double noise, double quantile,
+                  const std::vector<double>& covariance);
 
 /// InputError for a problem without rows or with times that are not positive.
 Fit fit(const FitProblem& problem);

@@ -7,9 +7,13 @@
 #include <cmath>
 #include <map>
 #include <numeric>
+#include <set>
 
 #include "base/error.h"
+#include "base/hash.h"
+#include "base/parallel.h"
 #include "base/yaml.h"
+#include "simulator/search/placement.h"
 #include "validation/compare.h"
 #include "validation/row_text.h"
 
@@ -27,11 +31,17 @@ FittedEntry::Error error_of(const std::vector<double>& predicted,
     e.bias += x / static_cast<double>(measured.size());
   }
   e.median = median(sizes);
+  e.rows = measured.size();
   return e;
 }
 
-std::string group_name(const Figure& f, HeldOut by) {
+/// Framework and cluster of an entry that pools a device's rows.
+constexpr const char* kAny = "*";
+
+std::string group_name(const Figure& f, const std::string& family, HeldOut by) {
   switch (by) {
+    case HeldOut::family:
+      return family;
     case HeldOut::model:
       return f.model + " " + (*f.configuration)["num_layers"] + " " +
              (*f.configuration)["hidden_size"];
@@ -41,6 +51,92 @@ std::string group_name(const Figure& f, HeldOut by) {
       return (*f.configuration)["hidden_size"];
   }
   return "";
+}
+
+/// Some of n rows, and the others, each ascending.
+struct Drawn {
+  std::vector<std::size_t> fitted, others;
+};
+Drawn draw(std::size_t n, std::size_t count, std::uint64_t seed) {
+  std::vector<std::size_t> order(n);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  // By a hash of seed and row: the same rows with every standard library.
+  if (count < n) {
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+      return mix(mix(1, seed), a) < mix(mix(1, seed), b);
+    });
+  }
+  const auto middle = order.begin() + static_cast<std::ptrdiff_t>(count);
+  Drawn d{{order.begin(), middle}, {middle, order.end()}};
+  std::sort(d.fitted.begin(), d.fitted.end());
+  std::sort(d.others.begin(), d.others.end());
+  return d;
+}
+
+/// Times of the rows named; rows that share a step are priced once.
+std::vector<double> times_of(const RowsToFit& rows, const std::vector<std::size_t>& which,
+                             const Adjustment& adjustment, std::size_t workers) {
+  std::vector<const RowStep*> steps;
+  std::map<const RowStep*, std::size_t> at;
+  for (const std::size_t i : which) {
+    const RowStep* step = rows.figures[i].step.get();
+    if (at.emplace(step, steps.size()).second) steps.push_back(step);
+  }
+  std::vector<double> priced(steps.size());
+  parallel_for(steps.size(), workers,
+               [&](std::size_t, std::size_t k) { priced[k] = steps[k]->time(adjustment).count; });
+  std::vector<double> times;
+  for (const std::size_t i : which) times.push_back(priced[at.at(rows.figures[i].step.get())]);
+  return times;
+}
+
+FitProblem problem_of(const RowsToFit& rows, const std::vector<std::size_t>& which,
+                      const FitOptions& options, std::size_t workers) {
+  FitProblem problem;
+  for (const auto& p : adjustment_parameters()) problem.parameters.push_back(p.parameter);
+  problem.quick = options.quick;
+  std::map<std::string, std::size_t> groups;
+  for (const std::size_t i : which) {
+    problem.measured.push_back(rows.figures[i].measured);
+    const std::string group = group_name(rows.figures[i], rows.families[i], options.by);
+    problem.group.push_back(groups.try_emplace(group, groups.size()).first->second);
+  }
+  problem.predict = [&rows, which, workers](const std::vector<double>& values,
+                                            const std::vector<std::size_t>& some) {
+    std::vector<std::size_t> chosen;
+    for (const std::size_t i : some) chosen.push_back(which[i]);
+    return times_of(rows, chosen, adjustment_of(values), workers);
+  };
+  return problem;
+}
+
+FittedEntry::Error error_left_out(const RowsToFit& rows, const std::vector<std::size_t>& others,
+                                  const FittedEntry& entry, std::size_t workers) {
+  std::vector<double> measured;
+  for (const std::size_t i : others) measured.push_back(rows.figures[i].measured);
+  return error_of(times_of(rows, others, adjustment_of(entry), workers), measured);
+}
+
+/// Errors of rows left out against the number of rows fitted: 3, 6, 12, 25, 50, ...
+std::vector<FittedEntry::CurvePoint> learning_curve(const RowsToFit& rows,
+                                                    const FitOptions& options,
+                                                    const RowsOptions& rows_options) {
+  std::vector<FittedEntry::CurvePoint> curve;
+  for (const std::size_t size : {3, 6, 12, 25, 50, 100, 200}) {
+    if (size >= rows.figures.size()) break;
+    std::vector<double> means(options.draws), medians(options.draws);
+    parallel_for(options.draws, rows_options.workers, [&](std::size_t, std::size_t d) {
+      FitOptions one = options;
+      one.rows = size;
+      one.seed = options.seed + d;
+      one.quick = true;
+      const FittedEntry e = fit_entry(rows, one, 1);
+      means[d] = e.left_out->mean, medians[d] = e.left_out->median;
+    });
+    curve.push_back({size, options.draws, median(means),
+                     *std::max_element(means.begin(), means.end()), median(medians)});
+  }
+  return curve;
 }
 
 }  // namespace
@@ -75,95 +171,99 @@ Adjustment adjustment_of(const std::vector<double>& values) {
   return a;
 }
 
-std::vector<FittedEntry> fit_rows(const CsvTable& table, const Catalogue& catalogue, HeldOut by,
-                                  const RowsOptions& options, std::size_t least) {
-  const std::vector<CsvTable> tables{table};
-  // Which rows there are: step times, by key.
-  struct Rows {
-    std::vector<std::string> ids;
-    std::vector<double> measured;
-    std::vector<std::string> groups;
+Adjustment adjustment_of(const FittedEntry& entry) {
+  std::vector<double> values;
+  for (const FittedParameter& p : entry.parameters) values.push_back(p.value);
+  return adjustment_of(values);
+}
+
+double half_width(const FittedEntry& entry, const std::function<Seconds(const Adjustment&)>& time) {
+  FitProblem problem;
+  for (const auto& p : adjustment_parameters()) problem.parameters.push_back(p.parameter);
+  std::vector<double> values;
+  for (const FittedParameter& p : entry.parameters) values.push_back(p.value);
+  problem.predict = [&](const std::vector<double>& v, const std::vector<std::size_t>& rows) {
+    return std::vector<double>(rows.size(), time(adjustment_of(v)).count);
   };
-  std::vector<RowKey> order;
-  std::map<RowKey, Rows> by_key;
-  for (const FamilyFigures& family : predict_rows(tables, catalogue, options)) {
+  return partita::validation::half_width(sensitivities(problem, values, 1), entry.noise,
+                                         entry.quantile, entry.covariance);
+}
+
+std::vector<RowsToFit> rows_to_fit(const std::vector<FamilyFigures>& families, bool pool_device) {
+  std::vector<RowsToFit> all;
+  for (const FamilyFigures& family : families) {
     for (const Figure& f : family.figures) {
-      if (f.kind != Figure::Kind::time || f.from_memory || f.key.framework.empty()) continue;
-      Rows& r = by_key[f.key];
-      if (r.ids.empty()) order.push_back(f.key);
-      r.ids.push_back(f.id);
-      r.measured.push_back(f.measured);
-      r.groups.push_back(group_name(f, by));
+      if (f.kind != Figure::Kind::time || f.from_memory || f.step == nullptr) continue;
+      const RowKey key = pool_device ? RowKey{f.key.device, kAny, kAny} : f.key;
+      auto at =
+          std::find_if(all.begin(), all.end(), [&](const RowsToFit& r) { return r.key == key; });
+      if (at == all.end()) at = all.insert(at, {key, {}, {}});
+      at->figures.push_back(f);
+      at->families.push_back(family.family);
     }
   }
-  const auto id_column =
-      std::find(table.header.begin(), table.header.end(), "id") - table.header.begin();
+  return all;
+}
+
+FittedEntry fit_entry(const RowsToFit& rows, const FitOptions& options, std::size_t workers) {
+  const std::size_t n = rows.figures.size();
+  const std::size_t chosen = std::min(n, options.rows.value_or(n));
+  const Drawn drawn = draw(n, chosen, options.seed);
+  const FitProblem problem = problem_of(rows, drawn.fitted, options, workers);
+  const Fit f = fit(problem);
+  FittedEntry e;
+  e.key = rows.key;
+  e.parameters = f.parameters;
+  e.rows = chosen;
+  e.groups = std::set<std::size_t>(problem.group.begin(), problem.group.end()).size();
+  e.noise = f.noise;
+  e.quantile = f.quantile;
+  e.covariance = f.covariance;
+  e.predictions = f.predictions;
+  const std::size_t k = f.parameters.size();
+  std::vector<double> widths;
+  for (std::size_t i = 0; i < chosen; ++i) {
+    const auto from = f.sensitivity.begin() + static_cast<std::ptrdiff_t>(i * k);
+    widths.push_back(f.half_width({from, from + static_cast<std::ptrdiff_t>(k)}));
+  }
+  e.half_width = median(std::move(widths));
+  e.held_out_times = f.held_out;
+  if (!f.held_out.empty()) e.held_out = error_of(f.held_out, problem.measured);
+  e.unfitted = error_of(f.unfitted, problem.measured);
+  e.fitted = error_of(f.fitted, problem.measured);
+  if (chosen < n) e.left_out = error_left_out(rows, drawn.others, e, workers);
+  return e;
+}
+
+std::vector<FittedEntry> fit_rows(const std::vector<CsvTable>& tables, const Catalogue& catalogue,
+                                  const FitOptions& options, const RowsOptions& rows_options) {
+  RowsOptions keep = rows_options;
+  keep.keep_steps = true;
   std::vector<FittedEntry> entries;
-  for (const RowKey& key : order) {
-    const Rows& r = by_key.at(key);
-    if (r.ids.size() < least) continue;
-    FitProblem problem;
-    for (const auto& p : adjustment_parameters()) problem.parameters.push_back(p.parameter);
-    problem.measured = r.measured;
-    std::map<std::string, std::size_t> groups;
-    for (const auto& g : r.groups)
-      problem.group.push_back(groups.try_emplace(g, groups.size()).first->second);
-    problem.predict = [&](const std::vector<double>& values, const std::vector<std::size_t>& rows) {
-      RowsOptions with = options;
-      const Adjustment a = adjustment_of(values);
-      with.adjust = [&a](const RowKey&) { return a; };
-      std::map<std::string, std::size_t> at;
-      for (std::size_t i = 0; i < rows.size(); ++i) at[r.ids[rows[i]]] = i;
-      std::vector<CsvTable> some{table};
-      some[0].records.clear();
-      for (const auto& record : table.records) {
-        if (at.count(record.fields[static_cast<std::size_t>(id_column)]) > 0)
-          some[0].records.push_back(record);
-      }
-      std::vector<double> times(rows.size(), 0);
-      for (const FamilyFigures& family : predict_rows(some, catalogue, with)) {
-        for (const Figure& f : family.figures) {
-          if (f.kind == Figure::Kind::time) times[at.at(f.id)] = f.predicted;
-        }
-      }
-      return times;
-    };
-    const Fit f = fit(problem);
-    FittedEntry e;
-    e.key = key;
-    e.parameters = f.parameters;
-    e.rows = r.ids.size();
-    e.groups = groups.size();
-    e.noise = f.noise;
-    // Of a row like those fitted: its own part of what the parameters leave open is small beside σ.
-    e.half_width = f.quantile * f.noise;
-    if (!f.held_out.empty()) {
-      std::vector<double> sizes;
-      for (std::size_t i = 0; i < r.measured.size(); ++i)
-        sizes.push_back(std::abs(std::log(f.held_out[i] / r.measured[i])));
-      e.half_width = quantile_of_sizes(std::move(sizes));
-      e.held_out = error_of(f.held_out, r.measured);
-    }
-    e.unfitted = error_of(f.unfitted, r.measured);
-    e.fitted = error_of(f.fitted, r.measured);
-    entries.push_back(std::move(e));
+  for (const RowsToFit& rows :
+       rows_to_fit(predict_rows(tables, catalogue, keep), options.pool_device)) {
+    if (rows.figures.size() < options.least) continue;
+    entries.push_back(fit_entry(rows, options, rows_options.workers));
+    if (options.draws > 0) entries.back().curve = learning_curve(rows, options, rows_options);
   }
   if (entries.empty())
-    throw InputError(table.file,
+    throw InputError(tables[0].file,
                      fmt::format("there are no {} step times of one device, framework and cluster "
                                  "that can be predicted; partita validate rows {} --uncovered says "
                                  "why rows are not",
-                                 least, table.file));
+                                 options.least, tables[0].file));
   return entries;
 }
 
 std::string to_yaml(const std::vector<FittedEntry>& entries) {
+  const auto quoted = [](const std::string& s) { return s == kAny ? "\"*\"" : s; };
   std::string s = "schema: partita.fit/1\nentries:\n";
   for (const FittedEntry& e : entries) {
     s += fmt::format(
         "  - device: {}\n    framework: {}\n    cluster: {}\n    rows: {}\n    noise: {:.4f}\n"
-        "    half_width: {:.4f}\n    parameters:\n",
-        e.key.device, e.key.framework, e.key.cluster, e.rows, e.noise, e.half_width);
+        "    half_width: {:.4f}\n    quantile: {:.4f}\n    parameters:\n",
+        quoted(e.key.device), quoted(e.key.framework), quoted(e.key.cluster), e.rows, e.noise,
+        e.half_width, e.quantile);
     for (std::size_t k = 0; k < e.parameters.size(); ++k) {
       const FitParameter& p = adjustment_parameters()[k].parameter;
       const FittedParameter& x = e.parameters[k];
@@ -171,6 +271,13 @@ std::string to_yaml(const std::vector<FittedEntry>& entries) {
           "      {}: {{value: {:.6g}, unit: \"{}\", prior: {:.6g}, bounds: [{:.6g}, {:.6g}], "
           "standard_error: {:.4g}, determined: {}}}\n",
           p.name, x.value, p.unit, p.prior, p.lowest, p.highest, x.standard_error, x.determined);
+    }
+    const std::size_t n = e.parameters.size();
+    s += "    covariance:\n";
+    for (std::size_t a = 0; a < n; ++a) {
+      const auto from = e.covariance.begin() + static_cast<std::ptrdiff_t>(a * n);
+      s += fmt::format("      - [{:.6g}]\n",
+                       fmt::join(from, from + static_cast<std::ptrdiff_t>(n), ", "));
     }
   }
   return s;
@@ -185,6 +292,7 @@ FitProfile::FitProfile(const std::string& file) {
     e.rows = static_cast<std::size_t>(y.get("rows").as_int(1, 1'000'000'000));
     e.noise = y.get("noise").as_double();
     e.half_width = y.get("half_width").as_double();
+    e.quantile = y.get("quantile").as_double();
     const YamlNode parameters = y.get("parameters");
     for (const auto& p : adjustment_parameters()) {
       const YamlNode n = parameters.get(p.parameter.name);
@@ -201,6 +309,18 @@ FitProfile::FitProfile(const std::string& file) {
       e.parameters.push_back(x);
     }
     parameters.reject_unknown_keys();
+    const YamlNode covariance = y.get("covariance");
+    const std::size_t n = e.parameters.size();
+    for (const YamlNode& row : covariance.items()) {
+      for (const YamlNode& x : row.items()) e.covariance.push_back(x.as_double());
+      if (row.items().size() != n)
+        throw InputError(row.place(), fmt::format("{} numbers of {} parameters; write one for each",
+                                                  row.items().size(), n));
+    }
+    if (e.covariance.size() != n * n)
+      throw InputError(covariance.place(),
+                       fmt::format("{} rows of {} parameters; write one for each",
+                                   covariance.items().size(), n));
     y.reject_unknown_keys();
     entries_.push_back(std::move(e));
   }
@@ -209,12 +329,58 @@ FitProfile::FitProfile(const std::string& file) {
 
 const FittedEntry* FitProfile::find(const RowKey& key) const {
   const FittedEntry* near = nullptr;
+  const FittedEntry* pooled = nullptr;
   for (const FittedEntry& e : entries_) {
     if (e.key == key) return &e;
-    if (e.key.device == key.device && e.key.framework == key.framework && near == nullptr)
-      near = &e;
+    if (e.key.device != key.device) continue;
+    if (e.key.framework == key.framework && near == nullptr) near = &e;
+    if (e.key.framework == kAny && pooled == nullptr) pooled = &e;
   }
-  return near;
+  return near != nullptr ? near : pooled;
+}
+
+const FittedEntry* FitProfile::find(const Topology& topology, const std::string& framework) const {
+  return find({topology.device(DeviceId{0}).name, framework, topology.name()});
+}
+
+void rest_on_fit(Prediction& p, const FittedEntry* entry, const Graph& graph,
+                 const Topology& topology, const RoutingSource* routing) {
+  if (entry == nullptr) {
+    p.rests_on.push_back({fmt::format("no fit of {} with {}: prices of the catalogue",
+                                      topology.device(DeviceId{0}).name, p.plan.framework),
+                          "specified", 1});
+    return;
+  }
+  const RowKey& key = entry->key;
+  p.rests_on.push_back(
+      {key.framework == kAny
+           ? fmt::format("times adjusted to {} steps of {}, any framework", entry->rows, key.device)
+           : fmt::format("times adjusted to {} steps of {} with {} on {}", entry->rows, key.device,
+                         key.framework, key.cluster),
+       "fitted", 1});
+  Communication communication(topology);
+  Program program;
+  const auto again =
+      predict(graph, p.plan, communication, nullptr, &program, false, routing, p.network);
+  PARTITA_ASSERT(again, "what was predicted once is predicted again");
+  std::optional<Communication> placed;
+  if (!p.plan.placement.empty()) placed.emplace(on_devices(topology, p.plan));
+  const Rehearsal rehearsal(program, placed ? *placed : communication, {.network = p.network});
+  const double half =
+      half_width(*entry, [&](const Adjustment& a) { return to_seconds(rehearsal.play(a).step); });
+  p.interval = {std::exp(-half) * p.step_time, std::exp(half) * p.step_time};
+}
+
+void FitProfile::apply(RowsOptions& options) const {
+  options.adjust = [this](const RowKey& key) {
+    const FittedEntry* e = find(key);
+    return e == nullptr ? Adjustment{} : adjustment_of(*e);
+  };
+  options.half_width = [this](const RowKey& key, const RowStep& step) -> std::optional<double> {
+    const FittedEntry* e = find(key);
+    if (e == nullptr) return std::nullopt;
+    return partita::validation::half_width(*e, [&](const Adjustment& a) { return step.time(a); });
+  };
 }
 
 }  // namespace partita::validation

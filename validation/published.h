@@ -42,7 +42,20 @@ struct GroupResult {
   const PublishedGroup* group = nullptr;
   std::int64_t rows = 0, covered = 0;
   FamilyStatistics statistics;
+  /// Of the same rows' times, where a group's bounds speak of fitted ones and these were asked for.
+  std::optional<FamilyStatistics> fitted;
+  std::int64_t fitted_rows = 0;  ///< of them; the others have too few beside them and stay unfitted
 };
+/// Does a bound speak of predictions after a fit?
+bool wants_fit(const PublishedGroup& group);
+/// Fills in `fitted`: the rows of one device, framework and cluster, model by model, each predicted
+/// by parameters that were fitted to the other models' rows, quickly. `families` as in result_of(),
+/// with steps kept.
+void add_fitted(GroupResult& result, const std::vector<FamilyFigures>& families,
+                std::size_t workers);
+/// Which of a table's families the group's patterns name.
+std::vector<std::string> families_of(const PublishedGroup& group,
+                                     const std::vector<FamilyFigures>& families);
 GroupResult result_of(const PublishedGroup& group, const std::vector<FamilyFigures>& families);
 
 /// "time.mape", "time.bias", "time.max", "time.median", "time.percentile95", "time.kendall_tau",

@@ -35,6 +35,8 @@ struct Outcome {
   std::vector<StageMemory> stages;
   std::map<std::string, double> shares;
   std::int64_t ranks_of_stage = 1;
+  std::shared_ptr<const RowStep> again;
+  std::optional<double> half_width;
 };
 
 Graph graph_of(const RowCase& c) {
@@ -48,10 +50,12 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   o.key = {topology.device(DeviceId{0}).name, c.plan.framework,
            c.cluster.topology.substr(0, c.cluster.topology.find(':'))};
   const Graph graph = graph_of(c);
-  Communication communication(topology);
-  if (options.adjust) communication.set_adjustment(options.adjust(o.key));
-  const auto p =
-      predict(graph, c.plan, communication, nullptr, nullptr, false, nullptr, options.network);
+  auto communication = std::make_unique<Communication>(topology);
+  if (options.adjust) communication->set_adjustment(options.adjust(o.key));
+  const bool again = options.keep_steps || options.half_width;
+  Program program;
+  const auto p = predict(graph, c.plan, *communication, nullptr, again ? &program : nullptr, false,
+                         nullptr, options.network);
   if (!p) {
     o.why = p.reason();
     return o;
@@ -79,6 +83,13 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   share("optimizer", p->breakdown.optimizer);
   share("other", p->breakdown.other);
   if (!std::isfinite(o.step) || !(o.step > 0)) o.why = "the prediction is no finite time";
+  if (again && o.why.empty()) {
+    PARTITA_ASSERT(p->plan.placement.empty(), "rows place rank r on device r");
+    auto step = std::make_shared<const RowStep>(std::move(communication), std::move(program),
+                                                options.network);
+    if (options.half_width) o.half_width = options.half_width(o.key, *step);
+    if (options.keep_steps) o.again = std::move(step);
+  }
   return o;
 }
 
@@ -517,15 +528,14 @@ class RowsPrediction {
         figure.measured = *seconds;
         figure.predicted = o.step;
         figure.key = o.key;
-        if (options_.half_width) {
-          if (const auto half = options_.half_width(o.key)) {
-            figure.lo = o.step * std::exp(-*half);
-            figure.hi = o.step * std::exp(*half);
-          }
+        if (o.half_width) {
+          figure.lo = o.step * std::exp(-*o.half_width);
+          figure.hi = o.step * std::exp(*o.half_width);
         }
         figure.samples = o.samples;
         figure.ideal = o.ideal;
         figure.shares = o.shares;
+        figure.step = o.again;
         return true;
       }
       case Kind::memory:
@@ -556,6 +566,15 @@ class RowsPrediction {
 };
 
 }  // namespace
+
+RowStep::RowStep(std::unique_ptr<Communication> communication, Program program, Network network)
+    : communication_(std::move(communication)),
+      program_(std::make_unique<const Program>(std::move(program))),
+      rehearsal_(*program_, *communication_, {.network = network}) {}
+
+Seconds RowStep::time(const Adjustment& adjustment) const {
+  return to_seconds(rehearsal_.play(adjustment).step);
+}
 
 std::vector<FamilyFigures> predict_rows(const std::vector<CsvTable>& tables,
                                         const Catalogue& catalogue, const RowsOptions& options) {

@@ -22,6 +22,20 @@ struct RowKey {
   friend auto operator<=>(const RowKey&, const RowKey&) = default;
 };
 
+/// A row's step, lowered once, to be priced again and again.
+class RowStep {
+ public:
+  RowStep(std::unique_ptr<Communication> communication, Program program, Network network);
+  /// What predict_rows() says with this adjustment, to the last digit. Of different rows at once
+  /// on several threads.
+  Seconds time(const Adjustment& adjustment) const;
+
+ private:
+  std::unique_ptr<Communication> communication_;
+  std::unique_ptr<const Program> program_;
+  Rehearsal rehearsal_;
+};
+
 /// One measured value of a row and its prediction, in SI units.
 struct Figure {
   enum class Kind : std::uint8_t { time, memory, fits, scaling };
@@ -37,9 +51,10 @@ struct Figure {
   /// Configurations of one model on one cluster, comparable in time per sample.
   std::string group;
   RowKey key;
-  double samples = 1;  ///< that the time is for
-  std::string model;   ///< held out together by the baseline
-  double ideal = 0;    ///< model FLOPs at the devices' peak; 0: none
+  double samples = 1;                   ///< that the time is for
+  std::string model;                    ///< held out together by the baseline
+  double ideal = 0;                     ///< model FLOPs at the devices' peak; 0: none
+  std::shared_ptr<const RowStep> step;  ///< of a time, where the options keep steps
   /// Of the predicted time, by term: "linear", "attention", "exposed tp", "bubble", ...
   std::map<std::string, double> shares;
   double error() const { return (predicted - measured) / measured; }
@@ -67,7 +82,8 @@ struct RowsOptions {
   /// What measured steps say of prices, by device, framework and cluster; null: nothing.
   std::function<Adjustment(const RowKey&)> adjust;
   /// Of the 90 % interval of a step's time, in logarithms; nothing where there is none.
-  std::function<std::optional<double>(const RowKey&)> half_width;
+  std::function<std::optional<double>(const RowKey&, const RowStep&)> half_width;
+  bool keep_steps = false;  ///< in the figures of times
 };
 
 /// Every row of the tables, by family in order of appearance. The same for any number of workers.

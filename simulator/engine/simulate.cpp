@@ -160,6 +160,21 @@ std::vector<Unevenness> unevenness(const Program& p) {
   return by_stage;
 }
 
+/// What of an adjustment stretches a time.
+enum class Stretch : std::uint8_t { nothing, products, memory, optimizer, inside, between };
+constexpr std::size_t kStretches = 6;
+
+/// What a step takes as the profiles have it: stretched, `time` and `then` one after the other at
+/// the device's `speed`, and `beside`.
+struct Price {
+  Stretch of_time = Stretch::nothing, of_then = Stretch::nothing;
+  Seconds time{0}, then{0};
+  double speed = 1;
+  std::int64_t beside = 0;  ///< ticks
+  std::int64_t every = 1;   ///< its share of each step, of what runs in one of so many
+  Seconds launch{0};        ///< of the host's time
+};
+
 /// An instruction as the engine needs it: few numbers, no vectors.
 struct Step {
   Kind kind = Kind::compute;
@@ -205,6 +220,7 @@ struct Replay {
 
 struct Compiled {
   std::vector<Step> steps;
+  std::vector<Price> prices;  ///< of steps
   std::vector<std::int32_t> slots;
   std::int64_t host_net = 0, host_rise = 0;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
@@ -348,14 +364,13 @@ class Engine {
   Engine(const Program& p, Communication& communication, const SimulateOptions& options)
       : p_(p), communication_(communication), options_(options) {}
 
-  Timeline run() {
+  /// All that prices do not decide; what steps take as profiles have it.
+  void prepare() {
     const Topology& t = communication_.topology();
     std::int64_t at_work = 0;
     for (std::int64_t r = 0; r < p_.ranks(); ++r)
       at_work += t.node_of(DeviceId{static_cast<std::size_t>(r)}) == 0 ? 1 : 0;
     communication_.set_at_work(at_work);
-    if (communication_.adjustment().spread > 0)
-      slowest_ = 1 + communication_.adjustment().spread * expected_maximum(p_.ranks());
     // Whose turn it is depends on every rank of a host.
     if (options_.unfolded || share_cores()) {
       for (std::int64_t r = 0; r < p_.ranks(); ++r) {
@@ -377,19 +392,25 @@ class Engine {
     timeline_.flops.resize(n);
     compiled_.resize(n);
     must_mark_.resize(n);
+    for (std::size_t c = 0; c < n; ++c) compile(static_cast<int>(c));
+    for (std::size_t c = 0; c < n; ++c) memory(static_cast<int>(c));
+  }
+
+  /// Once, of a prepared engine or a copy of one.
+  Timeline play(const Adjustment& adjustment) {
+    for (const MemoryUse& use : timeline_.memory) {
+      if (use.peak > options_.memory_limit) return std::move(timeline_);
+    }
+    stretch(adjustment);
+    const std::size_t n = classes_.classes.size();
     spent_.assign(n, std::vector<std::int64_t>(1024, 0));
     state_.resize(n);
     for (std::size_t c = 0; c < n; ++c) {
-      compile(static_cast<int>(c));
       state_[c].free.assign(p_.streams.size(), 0);
       state_[c].label.assign(p_.streams.size(), -1);
       state_[c].slots.assign(slots_on_stage_[static_cast<std::size_t>(classes_.classes[c].stage)] *
                                  static_cast<std::size_t>(p_.micro_batches + 1),
                              Slot{});
-    }
-    for (std::size_t c = 0; c < n; ++c) memory(static_cast<int>(c));
-    for (const MemoryUse& use : timeline_.memory) {
-      if (use.peak > options_.memory_limit) return std::move(timeline_);
     }
     if (options_.network == Network::flows && all_beside()) contend();
     if (share_cores()) {
@@ -410,7 +431,7 @@ class Engine {
         if (f > end) end = f, timeline_.last_class = static_cast<int>(c);
       }
     }
-    const std::int64_t beside = to_ticks(communication_.adjustment().step).count;
+    const std::int64_t beside = to_ticks(adjustment.step).count;
     timeline_.step = Ticks{end + beside};
     for (std::size_t c = 0; c < n; ++c) {
       finish_breakdown(static_cast<int>(c), end);
@@ -530,43 +551,78 @@ class Engine {
     return crowded;
   }
 
-  /// What measured steps say of a transfer among these ranks.
-  double transfer_factor(const std::vector<std::int64_t>& ranks) const {
-    const Adjustment& a = communication_.adjustment();
-    if (a.inside_time == a.between_time) return a.inside_time;
+  /// What stretches a transfer among these ranks.
+  Stretch stretch_of(const std::vector<std::int64_t>& ranks) const {
     const Topology& t = communication_.topology();
     const auto domain = [&](std::int64_t r) {
       return t.domain_of(t.node_of(DeviceId{static_cast<std::size_t>(r)}));
     };
     for (const std::int64_t r : ranks) {
-      if (domain(r) != domain(ranks[0])) return a.between_time;
+      if (domain(r) != domain(ranks[0])) return Stretch::between;
     }
-    return a.inside_time;
+    return Stretch::inside;
   }
 
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
-  Seconds price(const Instruction& i, std::int64_t rank, const DeviceProfile& device) const {
-    if (from_storage(p_, i) && device.kernels.empty())
-      return communication_.storage_time(p_, i, rank);
+  void price(const Instruction& i, std::int64_t rank, const DeviceProfile& device,
+             Price& out) const {
+    out.speed = communication_.topology().speed(DeviceId{static_cast<std::size_t>(rank)});
+    if (from_storage(p_, i) && device.kernels.empty()) {
+      out.time = communication_.storage_time(p_, i, rank);
+      return;
+    }
     if (!device.kernels.empty()) {
       const KernelShape shape = shape_of(p_, i, rank);
-      if (shape.kernel.empty()) return Seconds{0};
+      if (shape.kernel.empty()) return;
       // Ranks of one host share its memory, and those of one core its caches.
-      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank))))
-        return *t + device.dispatch;
-      if (from_storage(p_, i)) return communication_.storage_time(p_, i, rank);
+      if (const auto t =
+              measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)))) {
+        out.time = *t + device.dispatch;
+        return;
+      }
+      if (from_storage(p_, i)) {
+        out.time = communication_.storage_time(p_, i, rank);
+        return;
+      }
     }
     // A processor that is its own host copies in its own memory.
-    if (on_host(p_, i) && device.compute_capability > 0)
-      return communication_.host_time(p_, i, rank);
+    if (on_host(p_, i) && device.compute_capability > 0) {
+      out.time = communication_.host_time(p_, i, rank);
+      return;
+    }
     const Work w = work_of(p_, i, rank);
-    const Adjustment& a = communication_.adjustment();
-    const double factor = w.matrix ? a.product_time
-                          : i.kind == Kind::compute && i.kernel == Kernel::optimizer
-                              ? a.optimizer_time
-                              : a.memory_time;
-    return factor * slowest_ * kernel_time(w, device, communication_.shapes(rank)) +
-           device.dispatch;
+    out.of_time = w.matrix                                                   ? Stretch::products
+                  : i.kind == Kind::compute && i.kernel == Kernel::optimizer ? Stretch::optimizer
+                                                                             : Stretch::memory;
+    out.time = kernel_time(w, device, communication_.shapes(rank));
+    out.then = device.dispatch;
+  }
+
+  /// What steps take and the host needs to launch them, as `a` says.
+  void stretch(const Adjustment& a) {
+    // Who meets waits for the slowest, relative to the mean.
+    const double slowest = a.spread > 0 ? 1 + a.spread * expected_maximum(p_.ranks()) : 1;
+    std::array<double, kStretches> by{};
+    const auto set = [&](Stretch s, double x) { by[static_cast<std::size_t>(s)] = x; };
+    set(Stretch::nothing, 1);
+    set(Stretch::products, a.product_time * slowest);
+    set(Stretch::memory, a.memory_time * slowest);
+    set(Stretch::optimizer, a.optimizer_time * slowest);
+    set(Stretch::inside, a.inside_time);
+    set(Stretch::between, a.between_time);
+    for (auto& blocks : compiled_) {
+      for (Compiled& block : blocks) {
+        for (std::size_t k = 0; k < block.steps.size(); ++k) {
+          const Price& x = block.prices[k];
+          Step& s = block.steps[k];
+          const Seconds taken = by[static_cast<std::size_t>(x.of_time)] * x.time +
+                                by[static_cast<std::size_t>(x.of_then)] * x.then;
+          s.ticks = ceil_div(to_ticks(Seconds{taken.count / x.speed}).count + x.beside, x.every);
+          s.launch = ceil_div(to_ticks(a.launch_time * x.launch).count, x.every);
+          if (k >= block.receives) block.launch += s.launch;
+        }
+      }
+    }
   }
 
   /// What one rank sends of a message whose copies it shares with others; all of a message that the
@@ -581,8 +637,8 @@ class Engine {
 
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
   /// the block's graph.
-  void launch(Step& s, const Instruction& i, std::int64_t rank, const DeviceProfile& device,
-              bool& captured) const {
+  void launch(Step& s, Price& price, const Instruction& i, std::int64_t rank,
+              const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
     if (!l.any() || !device.concurrent_streams) return;
     s.host_waits = l.waits_for_counts && brings_rows(p_, i);
@@ -610,7 +666,7 @@ class Engine {
     }
     if (l.graphs && time.count > 0) time = captured ? Seconds{0} : l.kernel;
     captured = captured || time.count > 0;
-    s.launch = ceil_div(to_ticks(communication_.adjustment().launch_time * time).count, i.every);
+    price.launch = time;
   }
 
   void compile(int c) {
@@ -649,7 +705,9 @@ class Engine {
             (i.kind == Kind::receive && !p_.holds(i.writes[0], rank)))
           continue;
         Step s;
+        Price priced;
         s.kind = i.kind;
+        priced.every = i.every;
         // Without streams beside each other everything follows in program order.
         s.stream = device.concurrent_streams ? i.stream : kComputeStream;
         s.after_compute = i.after_compute;
@@ -660,10 +718,7 @@ class Engine {
           case Kind::slice:
           case Kind::copy:
           case Kind::load: {
-            s.ticks = to_ticks(Seconds{price(i, rank, device).count /
-                                       communication_.topology().speed(
-                                           DeviceId{static_cast<std::size_t>(rank)})})
-                          .count;
+            price(i, rank, device, priced);
             if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
               s.label = label("optimizer");
             } else if (i.kind == Kind::copy) {
@@ -692,15 +747,14 @@ class Engine {
             }
             bytes = communication_.travelling(p_, i, bytes, group);
             s.meets = seen.size() > 1;
-            s.ticks = to_ticks(transfer_factor(group) *
-                               communication_.collective(i.collective, bytes, group))
-                          .count +
-                      (group.size() > 1 ? to_ticks(device.dispatch).count : 0);
+            priced.time = communication_.collective(i.collective, bytes, group);
+            priced.of_time = stretch_of(group);
+            priced.beside = group.size() > 1 ? to_ticks(device.dispatch).count : 0;
             if (keys.count > 0) {
               // Counts of 8 bytes for each member and keys go ahead of the values.
               const Bytes counts{8 * static_cast<std::int64_t>(group.size())};
               for (const Bytes ahead : {counts, keys})
-                s.ticks +=
+                priced.beside +=
                     to_ticks(communication_.collective(CollectiveKind::all_to_all, ahead, group))
                         .count;
             }
@@ -719,13 +773,13 @@ class Engine {
             const Bytes all = local_bytes(p_, buffer, rank), sent = message_part(buffer, all);
             const Seconds whole =
                 communication_.point_to_point(sent, sends ? rank : peer, sends ? peer : rank);
-            Seconds taken = transfer_factor({rank, peer}) * whole;
+            priced.time = whole;
+            priced.of_time = stretch_of({rank, peer});
             if (sent != all && !sends) {
               const auto holders = p_.mesh.group(rank, p_.scattered_messages);
-              taken += transfer_factor(holders) *
-                       communication_.collective(CollectiveKind::all_gather, all, holders);
+              priced.then = communication_.collective(CollectiveKind::all_gather, all, holders);
+              priced.of_then = stretch_of(holders);
             }
-            s.ticks = to_ticks(taken).count;
             // On one stream each side is held for its part; without a figure for that, for what
             // does not hide behind work.
             if (!device.concurrent_streams) {
@@ -735,9 +789,12 @@ class Engine {
                          receiver = communication_.held(bytes, false);
               const bool known = sender && receiver;
               const Seconds taking = known ? *receiver : part;
-              s.ticks = to_ticks(!known ? part : sends ? *sender : *receiver).count;
-              s.beside =
-                  std::max<std::int64_t>(known ? s.ticks : 0, to_ticks(whole - taking).count);
+              const Seconds held = !known ? part : sends ? *sender : *receiver;
+              priced = Price{};
+              priced.time = held;
+              priced.every = i.every;
+              s.beside = std::max<std::int64_t>(known ? to_ticks(held).count : 0,
+                                                to_ticks(whole - taking).count);
               // Of two that exchange messages one is at work at a time.
               if (!known) s.share_of_core = share_of_core("send", 2, rank, 2);
             }
@@ -752,9 +809,7 @@ class Engine {
           case Kind::free:
             break;
         }
-        // What runs in some steps only: its share of each.
-        s.ticks = ceil_div(s.ticks, i.every);
-        launch(s, i, rank, device, captured);
+        launch(s, priced, i, rank, device, captured);
         s.first_wait = static_cast<std::int32_t>(out.slots.size());
         const auto slot = [&](BufferId id) {
           const std::int32_t x = slot_of_[id.index()];
@@ -769,13 +824,14 @@ class Engine {
         for_each_write(i, slot);
         s.marks = static_cast<std::int32_t>(out.slots.size()) - s.first_mark;
         out.steps.push_back(s);
+        out.prices.push_back(priced);
       }
       out.net = level;
       find_repetition(out);
     }
     timeline_.flops[static_cast<std::size_t>(c)] = total;
     // What other streams read without passing the compute stream must be marked in every replay.
-    auto& must = must_mark_[static_cast<std::size_t>(c)];
+    std::set<std::int32_t> must;
     for (const Compiled& block : mine) {
       std::set<std::int32_t> made;
       for (const Step& step : block.steps) {
@@ -788,6 +844,7 @@ class Engine {
         }
       }
     }
+    must_mark_[static_cast<std::size_t>(c)].assign(must.begin(), must.end());
   }
 
   /// A block repeats itself if nothing in it can start before the compute stream's position at its
@@ -826,7 +883,6 @@ class Engine {
       }
     }
     for (std::size_t x = block.receives; x < block.steps.size(); ++x) {
-      block.launch += block.steps[x].launch;
       block.host_waits = block.host_waits || block.steps[x].host_waits;
     }
     block.streams.assign(used.begin(), used.end());
@@ -935,7 +991,7 @@ class Engine {
     for (Replay::Made& m : marks) {
       const bool late = m.ready > s.free[kComputeStream];
       if (late) s.late.push_back({m.slot, call.micro_batch, m.ready});
-      if (!late && m.slot >= 0 && must.count(m.slot) == 0)
+      if (!late && m.slot >= 0 && !std::binary_search(must.begin(), must.end(), m.slot))
         continue;  // nobody can still wait for it
       m.ready -= now;
       m.begin -= now;
@@ -1557,18 +1613,17 @@ class Engine {
 
   const Program& p_;
   Communication& communication_;
-  const SimulateOptions& options_;
+  SimulateOptions options_;
   Timeline timeline_;
-  double slowest_ = 1;  ///< time of the slowest rank over the mean
   RankClasses classes_;
   SharedLinks links_;
   std::vector<std::vector<Loss>> losses_;  ///< by class, if recorded
   std::vector<std::size_t> next_loss_;
   std::map<std::int32_t, std::string> resource_names_;
   std::map<std::string, std::int32_t> resource_of_;
-  std::vector<std::vector<std::int64_t>> ticks_;   ///< by class and instance, where they contend
-  std::vector<std::vector<Compiled>> compiled_;    ///< [class][block]
-  std::vector<std::set<std::int32_t>> must_mark_;  ///< by class, encoded slots
+  std::vector<std::vector<std::int64_t>> ticks_;      ///< by class and instance, where they contend
+  std::vector<std::vector<Compiled>> compiled_;       ///< [class][block]
+  std::vector<std::vector<std::int32_t>> must_mark_;  ///< by class, encoded slots, sorted
   std::vector<State> state_;
   std::vector<std::vector<std::int64_t>> spent_;  ///< [class][label], picoseconds
   std::vector<std::int32_t> slot_of_;
@@ -1673,7 +1728,27 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
 
 Timeline simulate(const Program& program, Communication& communication,
                   const SimulateOptions& options) {
-  return Engine(program, communication, options).run();
+  Engine engine(program, communication, options);
+  engine.prepare();
+  return engine.play(communication.adjustment());
+}
+
+struct Rehearsal::State {
+  Engine prepared;
+};
+
+Rehearsal::Rehearsal(const Program& program, Communication& communication,
+                     const SimulateOptions& options)
+    : state_(new State{Engine(program, communication, options)}) {
+  state_->prepared.prepare();
+}
+Rehearsal::Rehearsal(Rehearsal&&) noexcept = default;
+Rehearsal& Rehearsal::operator=(Rehearsal&&) noexcept = default;
+Rehearsal::~Rehearsal() = default;
+
+Timeline Rehearsal::play(const Adjustment& adjustment) const {
+  Engine copy = state_->prepared;
+  return copy.play(adjustment);
 }
 
 }  // namespace partita

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -114,5 +115,22 @@ struct SimulateOptions {
 /// Throws InternalError on a program that cannot finish.
 Timeline simulate(const Program& program, Communication& communication,
                   const SimulateOptions& options = {});
+
+/// A program made ready once, to be played under one adjustment after the other. Program and
+/// prices must outlive it; with Network::flows nobody else may use the latter while it plays.
+class Rehearsal {
+ public:
+  Rehearsal(const Program& program, Communication& communication,
+            const SimulateOptions& options = {});
+  Rehearsal(Rehearsal&&) noexcept;
+  Rehearsal& operator=(Rehearsal&&) noexcept;
+  ~Rehearsal();
+  /// What simulate() returns with this adjustment, to the last digit.
+  Timeline play(const Adjustment& adjustment) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 }  // namespace partita

@@ -110,7 +110,10 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                     "larger one or no loader",
                     program->ranks(), communication.topology().device_count())};
   std::optional<Communication> elsewhere;
-  if (!plan->placement.empty()) elsewhere.emplace(on_devices(communication.topology(), *plan));
+  if (!plan->placement.empty()) {
+    elsewhere.emplace(on_devices(communication.topology(), *plan));
+    elsewhere->set_adjustment(communication.adjustment());
+  }
   Timeline t = simulate(*program, elsewhere ? *elsewhere : communication, options);
 
   Prediction r;
@@ -321,7 +324,7 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
 
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,
-                    std::size_t workers, Network network) {
+                    std::size_t workers, Network network, const Adjustment& adjustment) {
   const auto began = std::chrono::steady_clock::now();
   SearchResult result;
   const std::vector<Chain> chains = chains_of(graph, ranks, base, space);
@@ -340,8 +343,10 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
   std::vector<Outcome> outcomes(static_cast<std::size_t>(result.space));
   if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::unique_ptr<Communication>> communications;
-  for (std::size_t w = 0; w < workers; ++w)
+  for (std::size_t w = 0; w < workers; ++w) {
     communications.push_back(std::make_unique<Communication>(topology));
+    communications.back()->set_adjustment(adjustment);
+  }
   Bytes usable{INT64_MAX};
   for (std::size_t k = 0; k < topology.profile_count(); ++k)
     usable = std::min(usable, topology.profile(k).usable_memory);

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "models/graph.h"
@@ -32,7 +33,8 @@ struct Prediction {
   Plan plan;
   std::int64_t devices = 0;
   Seconds step_time;
-  double tokens_per_second_per_device = 0;  ///< 0 for networks without sequences
+  std::optional<std::pair<Seconds, Seconds>> interval;  ///< 90 % of step_time; null: none known
+  double tokens_per_second_per_device = 0;              ///< 0 for networks without sequences
   double samples_per_second = 0;
   double mfu = 0, hfu = 0;
   Bytes peak_allocated, peak_reserved, peak_device, usable;
@@ -80,9 +82,11 @@ struct SearchResult {
 };
 
 /// Simulates every plan of the space that can fit, each transfer alone on the network; the `keep`
-/// fastest are simulated again with `network` and returned, fastest first.
+/// fastest are simulated again with `network` and returned, fastest first. `adjustment`: what
+/// measured steps say of prices.
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,
-                    std::size_t workers = 0, Network network = Network::idle);
+                    std::size_t workers = 0, Network network = Network::idle,
+                    const Adjustment& adjustment = {});
 
 }  // namespace partita

@@ -175,6 +175,75 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
   EXPECT_GE(feasible, 100);
 }
 
+// What adjustments do not change is worked out once; then each time is as if from the start.
+TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
+  std::mt19937 rng{20261202};
+  const std::vector<Topology> topologies{load_topology("dgx-h100:3"),
+                                         parse_topology(kMixed, "mixed.yaml")};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false)};
+  std::uniform_real_distribution<double> factor(0.5, 3), small(0, 0.02);
+  const auto drawn = [&] {
+    Adjustment a;
+    for (double* x : {&a.product_time, &a.memory_time, &a.optimizer_time, &a.launch_time,
+                      &a.inside_time, &a.between_time})
+      *x = factor(rng);
+    a.step = Seconds{small(rng)};
+    a.spread = rng() % 2 == 0 ? small(rng) : 0;
+    return a;
+  };
+  int feasible = 0, stretched = 0;
+  for (int i = 0; i < 300; ++i) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    const Topology& t = topologies[rng() % topologies.size()];
+    Plan wanted = with_launches(random_plan(rng), rng);
+    set_precision(wanted, "fp16", "");
+    const auto plan = complete(g, wanted);
+    if (!plan || plan->ranks() > 24) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    ++feasible;
+    SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
+                                      << to_yaml(*plan));
+    SimulateOptions options;
+    options.network = rng() % 3 == 0 ? Network::flows : Network::idle;
+    Communication network(t), other(t);
+    const Rehearsal rehearsal(*program, network, options);
+    const Timeline plain = simulate(*program, other, options);
+    for (int k = 0; k < 3; ++k) {
+      const Adjustment a = k == 0 ? Adjustment{} : drawn();
+      const Timeline again = rehearsal.play(a);
+      other.set_adjustment(a);
+      const Timeline anew = simulate(*program, other, options);
+      EXPECT_EQ(again.step, anew.step);
+      EXPECT_EQ(again.instructions, anew.instructions);
+      EXPECT_EQ(again.last_class, anew.last_class);
+      ASSERT_EQ(again.classes.size(), anew.classes.size());
+      for (std::size_t c = 0; c < anew.classes.size(); ++c) {
+        expect_equal(again.breakdown[c], anew.breakdown[c]);
+        EXPECT_EQ(again.memory[c].peak, anew.memory[c].peak);
+      }
+    }
+    // Hosts, storage and what goes ahead of routed rows have no factor.
+    bool all_stretched = options.network == Network::idle && program->roles.empty();
+    for (const Block& b : program->blocks) {
+      for (const Instruction& x : b.instructions)
+        all_stretched = all_stretched && !on_host(*program, x) && !from_storage(*program, x) &&
+                        (x.kind != Kind::collective || key_bytes(*program, x, 0).count == 0);
+    }
+    if (all_stretched) {
+      ++stretched;
+      // Everything twice as long, and half a second: GPUs need nothing beside these.
+      const Timeline twice = rehearsal.play({2, 2, 2, 2, 2, 2, Seconds{0.5}, 0});
+      EXPECT_NEAR(static_cast<double>(twice.step.count - 500'000'000'000),
+                  2 * static_cast<double>(plain.step.count),
+                  2 * static_cast<double>(plain.instructions));
+    }
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(feasible, 60);
+  EXPECT_GE(stretched, 10);
+}
+
 TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {
   const Topology t = load_topology("dgx-h100:2");
   for (const std::int64_t tp : {2, 4}) {

@@ -98,6 +98,43 @@ TEST(Fit, FindsWhatSyntheticRowsWereMadeWith) {
   }
 }
 
+/// Fewer differences, the same minimum.
+TEST(Fit, QuicklyFindsTheSame) {
+  std::mt19937 rng(6);
+  std::normal_distribution<double> noise(0, 0.03);
+  for (int k = 0; k < 40; ++k) {
+    std::uniform_real_distribution<double> log_value(std::log(0.5), std::log(2));
+    const Synthetic s = synthetic(
+        rng, 20, {std::exp(log_value(rng)), std::exp(log_value(rng)), std::exp(log_value(rng))});
+    FitProblem p = s.problem(0.5);
+    for (double& t : p.measured) t *= std::exp(noise(rng));
+    const Fit slow = fit(p);
+    p.quick = true;
+    const Fit quick = fit(p);
+    EXPECT_LT(quick.predictions, slow.predictions);
+    EXPECT_NEAR(quick.noise / slow.noise, 1, 0.02);
+    for (std::size_t x = 0; x < 3; ++x) {
+      EXPECT_NEAR(std::log(quick.parameters[x].value / slow.parameters[x].value), 0,
+                  0.1 * slow.parameters[x].standard_error);
+      EXPECT_NEAR(quick.parameters[x].standard_error / slow.parameters[x].standard_error, 1, 0.05);
+    }
+  }
+}
+
+TEST(Fit, SensitivitiesAreThoseOfTheFit) {
+  std::mt19937 rng(7);
+  const Synthetic s = synthetic(rng, 10, {0.8, 1.3});
+  const FitProblem p = s.problem(0.3);
+  const Fit f = fit(p);
+  const auto j = sensitivities(p, {f.parameters[0].value, f.parameters[1].value}, 10);
+  ASSERT_EQ(j.size(), f.sensitivity.size());
+  for (std::size_t i = 0; i < j.size(); ++i) EXPECT_NEAR(j[i], f.sensitivity[i], 1e-9);
+  EXPECT_EQ(half_width({j[0], j[1]}, f.noise, f.quantile, f.covariance),
+            f.half_width({j[0], j[1]}));
+  // By hand: √(0.03² + 0.5² 0.01 + 2 · 0.5 (−1) 0.002 + 0.04) = 0.2030 and twice that.
+  EXPECT_NEAR(half_width({0.5, -1}, 0.03, 2, {0.01, 0.002, 0.002, 0.04}), 2 * 0.20346, 1e-4);
+}
+
 TEST(Fit, WhatNoRowDependsOnKeepsItsPriorAndIsNotDetermined) {
   std::mt19937 rng(2);
   Synthetic s = synthetic(rng, 8, {0.7, 3});

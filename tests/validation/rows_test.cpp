@@ -913,7 +913,7 @@ TEST(Published, GroupsSelectTheirRows) {
   ASSERT_EQ(verdicts.size(), 4u);
   EXPECT_TRUE(verdicts[0].met);
   EXPECT_FALSE(verdicts[1].met);  // half is covered
-  EXPECT_EQ(verdicts[2].note, "no fit yet");
+  EXPECT_EQ(verdicts[2].note, "not fitted");
   EXPECT_FALSE(verdicts[2].met);
   EXPECT_EQ(verdicts[3].note, "no figures");
   EXPECT_FALSE(verdicts[3].met);
@@ -985,7 +985,7 @@ TEST(FitRows, FindTheFactorsThatStepsWereMadeWith) {
   }
   ASSERT_EQ(k, cells.size());
   t = table(kTraining, cells);
-  const auto entries = fit_rows(t, catalogue(), HeldOut::model, {});
+  const auto entries = fit_rows({t}, catalogue(), {}, {});
   ASSERT_EQ(entries.size(), 1u);
   const FittedEntry& e = entries[0];
   EXPECT_EQ(e.rows, cells.size());
@@ -1010,7 +1010,253 @@ TEST(FitRows, FindTheFactorsThatStepsWereMadeWith) {
   EXPECT_EQ(profile.find({"h100-sxm", "megatron-core", "elsewhere"}), same);
   EXPECT_EQ(profile.find({"h100-sxm", "nemo", "dgx-h100"}), nullptr);
   std::filesystem::remove(file);
-  EXPECT_THROW(fit_rows(table(kTraining, {cells[0]}), catalogue(), HeldOut::model, {}), InputError);
+  EXPECT_THROW(fit_rows({table(kTraining, {cells[0]})}, catalogue(), {}, {}), InputError);
+}
+
+/// Twelve plans of two networks on eight GPUs, measured at what they are predicted to take with
+/// `truth`, times noise.
+std::vector<Cells> measured_cells(const std::vector<Cells>& changes, const Adjustment& truth,
+                                  double noise, std::mt19937& rng) {
+  std::vector<Cells> cells;
+  for (const Cells& change : changes) {
+    for (const char* layers : {"2", "4"}) {
+      for (const char* batch : {"16", "32"}) {
+        for (const char* tp : {"1", "2", "4"}) {
+          Cells c = with(whole_row(), {{"id", std::to_string(cells.size())},
+                                       {"num_layers", layers},
+                                       {"pp", "1"},
+                                       {"tp", tp},
+                                       {"dp", ""},
+                                       {"num_gpus", "8"},
+                                       {"global_batch_seqs", batch}});
+          for (const auto& [column, cell] : change) c[column] = cell;
+          cells.push_back(std::move(c));
+        }
+      }
+    }
+  }
+  RowsOptions options;
+  options.adjust = [&](const RowKey&) { return truth; };
+  std::map<std::string, double> times;
+  for (const FamilyFigures& f : predict_rows({table(kTraining, cells)}, catalogue(), options)) {
+    for (const Figure& x : f.figures) {
+      if (x.kind == Figure::Kind::time) times[x.id] = x.predicted;
+    }
+  }
+  std::normal_distribution<double> draw(0, 1);
+  for (Cells& c : cells)
+    c["iteration_time_s"] = fmt::format("{}", times.at(c["id"]) * std::exp(noise * draw(rng)));
+  return cells;
+}
+
+// docs/fit.md: an evaluation is to the last digit what a prediction from the start gives.
+TEST(FitRows, KeptStepsTakeWhatRowsTakePredictedAnew) {
+  std::mt19937 rng(8);
+  const std::vector<CsvTable> tables{table(kTraining, measured_cells({{}}, {}, 0.1, rng))};
+  RowsOptions keep;
+  keep.keep_steps = true;
+  const auto kept = predict_rows(tables, catalogue(), keep);
+  std::uniform_real_distribution<double> factor(0.5, 3), small(0, 0.02);
+  for (int k = 0; k < 4; ++k) {
+    const Adjustment a{factor(rng), factor(rng), factor(rng),         factor(rng),
+                       factor(rng), factor(rng), Seconds{small(rng)}, small(rng)};
+    RowsOptions with_a;
+    with_a.adjust = [&](const RowKey&) { return a; };
+    const auto anew = predict_rows(tables, catalogue(), with_a);
+    int times = 0;
+    for (std::size_t i = 0; i < anew[0].figures.size(); ++i) {
+      const Figure& f = kept[0].figures[i];
+      if (f.kind != Figure::Kind::time) continue;
+      ++times;
+      ASSERT_NE(f.step, nullptr);
+      EXPECT_EQ(f.step->time(a).count, anew[0].figures[i].predicted);
+    }
+    EXPECT_EQ(times, 12);
+  }
+}
+
+TEST(FitRows, PoolsADevicesRowsAndLeavesFamiliesOut) {
+  std::mt19937 rng(9);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  const auto cells = measured_cells(
+      {{{"family", "one"}}, {{"family", "two"}, {"framework", "NeMo"}}}, truth, 0.01, rng);
+  const std::vector<CsvTable> tables{table(kTraining, cells)};
+  EXPECT_EQ(fit_rows(tables, catalogue(), {.quick = true}, {}).size(), 2u);
+  FitOptions options;
+  options.pool_device = options.quick = true;
+  options.by = HeldOut::family;
+  const auto pooled = fit_rows(tables, catalogue(), options, {});
+  ASSERT_EQ(pooled.size(), 1u);
+  EXPECT_EQ(pooled[0].key, (RowKey{"h100-sxm", "*", "*"}));
+  EXPECT_EQ(pooled[0].rows, 24u);
+  EXPECT_EQ(pooled[0].groups, 2u);
+  ASSERT_TRUE(pooled[0].held_out.has_value());
+  EXPECT_LT(pooled[0].held_out->mean, 0.03);
+  EXPECT_NEAR(pooled[0].parameters[0].value, 1.3, 0.1);
+
+  // Its entry serves what no other of the file does.
+  const std::string file = ::testing::TempDir() + fmt::format("partita-pool-{}.fit", ::getpid());
+  auto entries = fit_rows(tables, catalogue(), {.quick = true}, {});
+  entries.push_back(pooled[0]);
+  std::ofstream(file) << to_yaml(entries);
+  const FitProfile profile(file);
+  std::filesystem::remove(file);
+  EXPECT_EQ(profile.find({"h100-sxm", "megatron-core", "x"})->key.framework, "megatron-core");
+  EXPECT_EQ(profile.find({"h100-sxm", "pytorch-ddp", "x"})->key.framework, "*");
+  EXPECT_EQ(profile.find({"a100-sxm-80gb", "megatron-core", "x"}), nullptr);
+  EXPECT_NEAR(profile.find({"h100-sxm", "pytorch-ddp", "x"})->covariance[1],
+              pooled[0].covariance[1], 1e-5 * std::abs(pooled[0].covariance[1]));
+}
+
+TEST(FitRows, DrawsTheSameRowsForASeedAndPredictsTheOthers) {
+  std::mt19937 rng(10);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  const std::vector<CsvTable> tables{table(kTraining, measured_cells({{}}, truth, 0.02, rng))};
+  FitOptions options;
+  options.rows = 5;
+  options.quick = true;
+  options.draws = 4;
+  const auto once = fit_rows(tables, catalogue(), options, {});
+  RowsOptions alone;
+  alone.workers = 1;
+  EXPECT_EQ(to_yaml(once), to_yaml(fit_rows(tables, catalogue(), options, alone)));
+  EXPECT_EQ(once[0].rows, 5u);
+  ASSERT_TRUE(once[0].left_out.has_value());
+  EXPECT_EQ(once[0].left_out->rows, 7u);
+  EXPECT_LT(once[0].left_out->mean, 0.1);
+  ASSERT_EQ(once[0].curve.size(), 2u);  // of 12 rows 3 and 6 are fewer
+  EXPECT_EQ(once[0].curve[1].rows, 6u);
+  EXPECT_EQ(once[0].curve[1].draws, 4u);
+  EXPECT_LE(once[0].curve[1].mean, once[0].curve[1].worst);
+  EXPECT_LT(once[0].curve[1].mean, 0.1);
+  options.seed = 2;
+  options.draws = 0;
+  EXPECT_NE(to_yaml(once), to_yaml(fit_rows(tables, catalogue(), options, {})));
+  options.rows = 12;
+  EXPECT_FALSE(fit_rows(tables, catalogue(), options, {})[0].left_out.has_value());
+}
+
+// docs/fit.md, "Intervals": of rows that were not fitted, made with known noise, 90 % lie within.
+TEST(FitRows, IntervalsHoldRowsThatWereNotFitted) {
+  std::mt19937 rng(11);
+  Adjustment truth;
+  truth.product_time = 1.2;
+  truth.inside_time = 1.4;
+  int inside = 0, all = 0;
+  for (int k = 0; k < 10; ++k) {
+    auto cells = measured_cells({{}, {{"seq_len_tokens", "2048"}}}, truth, 0.03, rng);
+    const auto fitted = fit_rows({table(kTraining, {cells.begin(), cells.begin() + 16})},
+                                 catalogue(), {.by = HeldOut::cluster, .quick = true}, {});
+    const std::string file = ::testing::TempDir() + fmt::format("partita-90-{}.fit", ::getpid());
+    std::ofstream(file) << to_yaml(fitted);
+    const FitProfile profile(file);
+    std::filesystem::remove(file);
+    RowsOptions options;
+    profile.apply(options);
+    const auto rest =
+        predict_rows({table(kTraining, {cells.begin() + 16, cells.end()})}, catalogue(), options);
+    for (const Figure& f : rest[0].figures) {
+      if (f.kind != Figure::Kind::time) continue;
+      ASSERT_TRUE(f.lo && f.hi);
+      EXPECT_NEAR(*f.lo * *f.hi / (f.predicted * f.predicted), 1, 1e-9);
+      ++all;
+      inside += *f.lo <= f.measured && f.measured <= *f.hi ? 1 : 0;
+    }
+  }
+  EXPECT_EQ(all, 80);
+  EXPECT_GE(inside, all * 85 / 100);
+  EXPECT_LE(inside, all * 95 / 100);
+}
+
+/// `validate published --fitted`: each model's rows by the others' parameters.
+TEST(Published, FittedBoundsAreOfModelsLeftOut) {
+  std::mt19937 rng(13);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  truth.memory_time = 1.2;
+  auto cells = measured_cells({{}}, truth, 0.01, rng);
+  // One of a kind: nobody to learn from.
+  cells.push_back(with(whole_row(), {{"id", "alone"}, {"framework", "NeMo"}}));
+  const std::vector<CsvTable> tables{table(kTraining, cells)};
+  PublishedGroup g;
+  g.families = {"inv*"};
+  g.bounds = {{"time.mape", 0.05, false, true}, {"time.mape", 0.05, false, false}};
+  EXPECT_TRUE(wants_fit(g));
+  RowsOptions keep;
+  keep.keep_steps = true;
+  const auto kept = predict_rows(tables, catalogue(), keep);
+  EXPECT_EQ(families_of(g, kept), std::vector<std::string>{"invented"});
+  GroupResult r = result_of(g, kept);
+  EXPECT_EQ(against_targets(r)[0].note, "not fitted");
+  EXPECT_FALSE(against_targets(r)[0].met);
+  add_fitted(r, kept, 0);
+  EXPECT_EQ(r.fitted_rows, 12);
+  ASSERT_TRUE(r.fitted.has_value());
+  EXPECT_EQ(r.fitted->time.count, 13);
+  const FittedEntry e = fit_entry(rows_to_fit(kept, false)[0], {.quick = true});
+  ASSERT_EQ(e.held_out_times.size(), 12u);
+  const double alone = std::abs(rows_to_fit(kept, false)[1].figures[0].error());
+  EXPECT_NEAR(*r.fitted->time.mape, (12 * e.held_out->mean + alone) / 13, 1e-12);
+  EXPECT_LT(e.held_out->mean, 0.05);
+  EXPECT_EQ(*against_targets(r)[0].value, *r.fitted->time.mape);
+  EXPECT_EQ(*against_targets(r)[1].value, *r.statistics.time.mape);
+  g.bounds.pop_back();
+  g.bounds[0].fitted = false;
+  EXPECT_FALSE(wants_fit(g));
+}
+
+// What `simulate --profile` prints: the entry's adjustment, its interval, and what it rests on.
+TEST(FitRows, APredictionRestsOnTheEntryOfItsDeviceAndFramework) {
+  std::mt19937 rng(12);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  const auto cells = measured_cells({{}}, truth, 0.02, rng);
+  const auto entries = fit_rows({table(kTraining, cells)}, catalogue(), {.quick = true}, {});
+  const std::string file = ::testing::TempDir() + fmt::format("partita-rest-{}.fit", ::getpid());
+  std::ofstream(file) << to_yaml(entries);
+  const FitProfile profile(file);
+  std::filesystem::remove(file);
+
+  const RowCase c =
+      case_of(RowSchema::training,
+              Configuration(RowSchema::training, Row(table(kTraining, cells), 3)), catalogue());
+  const Graph g = build_transformer(*c.transformer);
+  const Topology t = load_topology(c.cluster.topology, c.cluster.edits);
+  const FittedEntry* entry = profile.find(t, c.plan.framework);
+  ASSERT_NE(entry, nullptr);
+  EXPECT_EQ(entry->key.cluster, "dgx-h100");
+  Communication communication(t);
+  communication.set_adjustment(adjustment_of(*entry));
+  auto p = predict(g, c.plan, communication);
+  ASSERT_TRUE(p);
+  const std::size_t terms = p->rests_on.size();
+  rest_on_fit(*p, entry, g, t);
+  ASSERT_EQ(p->rests_on.size(), terms + 1);
+  EXPECT_EQ(p->rests_on.back().term,
+            "times adjusted to 12 steps of h100-sxm with megatron-core on dgx-h100");
+  EXPECT_EQ(p->rests_on.back().kind, "fitted");
+  // The same interval as the row's with the profile.
+  RowsOptions options;
+  profile.apply(options);
+  const auto rows = predict_rows({table(kTraining, cells)}, catalogue(), options);
+  const auto row =
+      std::find_if(rows[0].figures.begin(), rows[0].figures.end(),
+                   [](const Figure& f) { return f.id == "3" && f.kind == Figure::Kind::time; });
+  ASSERT_NE(row, rows[0].figures.end());
+  EXPECT_EQ(p->step_time.count, row->predicted);
+  ASSERT_TRUE(p->interval.has_value());
+  EXPECT_EQ(p->interval->first.count, *row->lo);
+  EXPECT_EQ(p->interval->second.count, *row->hi);
+  EXPECT_LT(p->interval->first, p->step_time);
+
+  EXPECT_EQ(profile.find(t, "pytorch-ddp"), nullptr);
+  auto plain = predict(g, c.plan, communication);
+  rest_on_fit(*plain, nullptr, g, t);
+  EXPECT_EQ(plain->rests_on.back().term,
+            "no fit of h100-sxm with megatron-core: prices of the catalogue");
+  EXPECT_FALSE(plain->interval.has_value());
 }
 
 TEST(FitRows, TheExpectedMaximumOfDraws) {

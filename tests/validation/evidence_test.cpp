@@ -1,0 +1,174 @@
+// Users' own logs and tables as points of profiles: docs/calibration.md, "From logs".
+#include "validation/evidence.h"
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "base/error.h"
+#include "base/yaml.h"
+#include "simulator/cost/cost.h"
+#include "topologies/device.h"
+#include "topologies/topology.h"
+
+namespace partita::validation {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+std::string log_text(const std::string& program = "all_reduce_perf", int ranks = 16,
+                     int hosts = 2) {
+  std::string s = "$ mpirun -np 16 ./build/" + program +
+                  " -b 1M -e 2M\n# nThread 1 nGpus 1 minBytes 1048576 maxBytes 2097152 step: "
+                  "2(factor) warmup iters: 5 iters: 20 agg iters: 1 validation: 1 graph: 0\n#\n"
+                  "# Using devices\n";
+  for (int r = 0; r < ranks; ++r)
+    s +=
+        fmt::format("#  Rank {:2} Group  0 Pid {} on  host{} device {:2} [0x07] NVIDIA H100 80GB\n",
+                    r, 4000 + r, r * hosts / ranks, r % 8);
+  s += "#\n"
+       "#                                                              out-of-place          "
+       "             in-place\n"
+       "#       size         count      type   redop    root     time   algbw   busbw #wrong   "
+       "  time   algbw   busbw #wrong\n"
+       "#        (B)    (elements)                               (us)  (GB/s)  (GB/s)          "
+       "  (us)  (GB/s)  (GB/s)\n"
+       "host0: NCCL INFO said something here\n"
+       "     1048576        262144     float     sum      -1    90.10   11.64   21.82      0    "
+       "88.50   11.85   22.21      0\n"
+       "     2097152        524288     float     sum      -1    120.0   17.48   32.77      0    "
+       "118.0   17.77   33.32    N/A\n"
+       "# Out of bounds values : 0 OK\n# Avg bus bandwidth    : 27.5\n";
+  return s;
+}
+
+TEST(NcclTestsLogs, TheExampleOfThePage) {
+  EXPECT_TRUE(is_nccl_tests(log_text()));
+  const NcclTestsLog log = parse_nccl_tests(log_text(), "run.log");
+  EXPECT_EQ(log.kind, "all_reduce");
+  EXPECT_EQ(log.type, "float");
+  EXPECT_EQ(log.ranks, 16);
+  EXPECT_EQ(log.nodes, 2);
+  ASSERT_EQ(log.times.size(), 2u);
+  EXPECT_EQ(log.times[0].first, Bytes{1 << 20});
+  EXPECT_DOUBLE_EQ(log.times[0].second.count, 88.5e-6);  // in place
+  EXPECT_DOUBLE_EQ(parse_nccl_tests(log_text("all_gather_perf"), "run.log").times[0].second.count,
+                   90.1e-6);
+}
+
+TEST(NcclTestsLogs, TheOperationIsThatOfTheTextElseOfTheName) {
+  EXPECT_EQ(parse_nccl_tests(log_text("reduce_scatter_perf"), "x").kind, "reduce_scatter");
+  EXPECT_EQ(parse_nccl_tests(log_text("reduce_perf"), "x").kind, "reduce");
+  EXPECT_EQ(parse_nccl_tests(log_text("it"), "broadcast_perf.txt").kind, "broadcast");
+  EXPECT_THAT([] { parse_nccl_tests(log_text("it"), "x.log"); },
+              ThrowsMessage<InputError>(HasSubstr("x.log: neither the log nor its name says")));
+  EXPECT_THAT([] { parse_nccl_tests(log_text("alltoall_perf"), "x.log"); },
+              ThrowsMessage<InputError>(HasSubstr("exchanges are priced from links")));
+}
+
+TEST(NcclTestsLogs, BadOnesAreRefusedWithTheLine) {
+  const auto with = [](const std::string& from, const std::string& to) {
+    std::string s = log_text();
+    const std::size_t at = s.find(from);
+    EXPECT_NE(at, std::string::npos) << from;
+    return s.replace(at, from.size(), to);
+  };
+  const auto refused = [](const std::string& text, const std::string& what) {
+    EXPECT_THAT([&] { parse_nccl_tests(text, "x.log"); },
+                ThrowsMessage<InputError>(HasSubstr(what)));
+  };
+  // 4 lines, 16 ranks, 5 lines; then rows.
+  refused(with("118.0   17.77   33.32    N/A", "118.0"),
+          "x.log:27: a row of 10 columns where the head has 13");
+  refused(with("88.50", "-"), "x.log:26: '-' is no time in us of 1048576 bytes");
+  refused(with("88.50", "0"), "x.log:26: '0' is no time in us");
+  refused(with("21.82      0", "21.82      3"), "x.log:26: 3 values came out wrong");
+  refused(log_text() + log_text(), "x.log:52: a second run begins here");
+  refused(log_text("all_reduce_perf", 0), "x.log: lists no ranks");
+  refused(with(" on  host0", ""), "x.log:5: names no host of the rank");
+  refused(log_text().substr(0, log_text().find("     1048576")), "x.log: has no rows");
+  refused("all_reduce_perf\n", "x.log: has no line that names columns");
+  EXPECT_FALSE(is_nccl_tests("m,n,k,type,tflops\n"));
+}
+
+TEST(ProductTables, TheExampleOfThePage) {
+  const auto tables =
+      parse_products(parse_csv("m,n,k,type,tflops,layout\n4096,4096,4096,bf16,550,TN\n"
+                               "8,16,32,bf16,0.5,TN\n8,16,32,fp8,1,\n",
+                               "g.csv"));
+  ASSERT_EQ(tables.size(), 2u);
+  const ProductTable& t = tables[0].type == ElementType::bf16 ? tables[0] : tables[1];
+  EXPECT_EQ(t.layout, ProductLayout::tn);
+  ASSERT_EQ(t.points.size(), 2u);
+  EXPECT_NEAR(t.points[0].time.count, 249.9e-6, 0.05e-6);
+  EXPECT_NEAR(t.points[1].time.count, 2.0 * 8 * 16 * 32 / 0.5e12, 1e-18);
+  const auto timed = parse_products(
+      parse_csv("m,n,k,type,time_ms,count,out\n8,16,32,bf16,0.25,4,fp32\n", "g.csv"));
+  EXPECT_DOUBLE_EQ(timed[0].points[0].time.count, 0.25e-3);
+  EXPECT_EQ(timed[0].points[0].count, 4);
+  EXPECT_EQ(timed[0].out, ElementType::fp32);
+}
+
+TEST(ProductTables, BadOnesAreRefusedWithTheLine) {
+  const auto refused = [](const std::string& text, const std::string& what) {
+    EXPECT_THAT([&] { parse_products(parse_csv(text, "g.csv")); },
+                ThrowsMessage<InputError>(HasSubstr(what)));
+  };
+  refused("m,n,type,tflops\n1,1,bf16,1\n", "g.csv:1: has no column k");
+  refused("m,n,k,type\n1,1,1,bf16\n", "g.csv:1: has no column of what was measured");
+  refused("m,n,k,type,tflops\n1,1,1,bf16,1\n0,1,1,bf16,1\n",
+          "g.csv:3: m: '0' is no number above 0");
+  refused("m,n,k,type,tflops\n1,1,1,bf16,fast\n", "g.csv:2: tflops: 'fast' is no number above 0");
+  refused("m,n,k,type,tflops\n1,1,1,complex,1\n", "g.csv:2");
+  refused("m,n,k,type,tflops,layout\n1,1,1,bf16,1,TT\n", "g.csv:2: layout: 'TT' is unknown");
+  refused("m,n,k,type,tflops\n", "g.csv: has no rows");
+}
+
+/// What was measured is what a collective costs.
+TEST(Evidence, PricesAreThoseOfTheLogs) {
+  const std::string folder = ::testing::TempDir() + fmt::format("partita-evidence-{}", ::getpid());
+  std::filesystem::create_directories(folder);
+  const std::string device = data_folder("topologies/devices/h100-sxm.yaml"),
+                    cluster = data_folder("topologies/catalogue/dgx-h100.yaml");
+  const auto products =
+      parse_products(parse_csv("m,n,k,type,tflops,layout\n1000,3000,5000,bf16,100,TN\n", "g'.csv"));
+  std::ofstream(folder + "/device.yaml") << with_products(read_file(device), device, products);
+  const std::vector<NcclTestsLog> logs{
+      parse_nccl_tests(log_text(), "a.log"),
+      parse_nccl_tests(log_text("all_gather_perf", 8, 1), "b.log"),
+      parse_nccl_tests(log_text("all_reduce_perf", 8, 1), "c.log")};
+  std::ofstream(folder + "/cluster.yaml")
+      << with_curves(read_file(cluster), cluster, "h100-sxm", "device.yaml", 1, logs);
+  const Topology t = load_topology(folder + "/cluster.yaml:2");
+  Communication c(t);
+  std::vector<std::int64_t> all(16), node(8);
+  for (std::size_t r = 0; r < 16; ++r) all[r] = static_cast<std::int64_t>(r);
+  for (std::size_t r = 0; r < 8; ++r) node[r] = static_cast<std::int64_t>(r);
+  EXPECT_NEAR(c.collective(CollectiveKind::all_reduce, Bytes{1 << 20}, all).count, 88.5e-6, 1e-9);
+  EXPECT_NEAR(c.collective(CollectiveKind::all_reduce, Bytes{2 << 20}, node).count, 118e-6, 1e-9);
+  EXPECT_NEAR(c.collective(CollectiveKind::all_gather, Bytes{2 << 20}, node).count, 120e-6, 1e-9);
+  const DeviceProfile& d = t.device(DeviceId{0});
+  ASSERT_FALSE(d.products.empty());
+  EXPECT_EQ(d.products[0].source, "g'.csv");
+  EXPECT_EQ(d.products[0].points[0].n, 3000);
+  EXPECT_GT(d.products.size(), 1u);  // the catalogue's are still there
+  EXPECT_EQ(d.name, "h100-sxm");
+  EXPECT_EQ(t.name(), "dgx-h100");
+  std::filesystem::remove_all(folder);
+  // Racks of 18 hosts that are one NVLink domain each.
+  EXPECT_THAT(with_curves("device: x\n", "f", "x", "y.yaml", 2, {logs[0]}), HasSubstr("nodes: 1"));
+  EXPECT_THAT([] { with_curves("device: xy\n", "f", "x", "y.yaml", 1, {}); },
+              ThrowsMessage<InputError>(HasSubstr("f: has no device: x")));
+  const std::string like = data_folder("topologies/devices/a100-sxm-80gb.yaml");
+  if (load_device("a100-sxm-80gb").like != nullptr) {
+    EXPECT_THROW(with_products(read_file(like), like, products), InputError);
+  }
+}
+
+}  // namespace
+}  // namespace partita::validation

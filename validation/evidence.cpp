@@ -1,0 +1,300 @@
+#include "validation/evidence.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <tuple>
+
+#include "base/error.h"
+#include "topologies/device.h"
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+/// Programs of nccl-tests and what a collective is called here; "": priced from links, no curve of
+/// it is used.
+constexpr std::array<std::pair<std::string_view, std::string_view>, 7> kPrograms{
+    {{"all_reduce_perf", "all_reduce"},
+     {"all_gather_perf", "all_gather"},
+     {"reduce_scatter_perf", "reduce_scatter"},
+     {"alltoall_perf", ""},
+     {"broadcast_perf", "broadcast"},
+     {"sendrecv_perf", ""},
+     {"reduce_perf", "reduce"}}};
+
+std::vector<std::string> words(const std::string& line) {
+  std::istringstream in(line);
+  std::vector<std::string> all;
+  for (std::string w; in >> w;) all.push_back(w);
+  return all;
+}
+
+/// The first program that a text names; null: none.
+const std::pair<std::string_view, std::string_view>* program_in(const std::string& text) {
+  const std::pair<std::string_view, std::string_view>* found = nullptr;
+  std::size_t first = std::string::npos;
+  for (const auto& entry : kPrograms) {
+    const std::string_view program = entry.first;
+    // "reduce_perf" also ends "all_reduce_perf".
+    for (std::size_t at = text.find(program); at != std::string::npos;
+         at = text.find(program, at + 1)) {
+      if (at > 0 && text[at - 1] == '_') continue;
+      if (at < first) first = at, found = &entry;
+      break;
+    }
+  }
+  return found;
+}
+
+/// The line with "size", "type" and "time": where the columns stand.
+bool names_columns(const std::vector<std::string>& w) {
+  const auto has = [&](const char* x) { return std::find(w.begin(), w.end(), x) != w.end(); };
+  return !w.empty() && w[0][0] == '#' && has("size") && has("type") && has("time");
+}
+
+}  // namespace
+
+bool is_nccl_tests(const std::string& text) {
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) {
+    if (names_columns(words(line))) return true;
+  }
+  return false;
+}
+
+NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) {
+  NcclTestsLog log;
+  log.file = file;
+  const auto* program = program_in(text);
+  if (program == nullptr) program = program_in(file);
+  if (program == nullptr)
+    throw InputError(file,
+                     "neither the log nor its name says which test it is of; put "
+                     "all_reduce_perf or its like into the file's name");
+  if (program->second.empty())
+    throw InputError(file, fmt::format("{}: exchanges are priced from links, no curve of them is "
+                                       "used; leave it out",
+                                       program->first));
+  log.kind = program->second;
+  std::set<std::string> hosts;
+  std::vector<std::size_t> times, wrong;
+  std::size_t columns = 0, type = 0;
+  std::istringstream in(text);
+  int number_of_line = 0;
+  for (std::string line; std::getline(in, line);) {
+    ++number_of_line;
+    const std::string place = fmt::format("{}:{}", file, number_of_line);
+    auto w = words(line);
+    if (w.empty()) continue;
+    if (w[0] == "#" && w.size() > 2 && w[1] == "Rank") {
+      ++log.ranks;
+      // "... Pid 4711 on host1 device 0 [0x07] NVIDIA H100"
+      const auto on = std::find(w.begin(), w.end(), "on");
+      if (on == w.end() || on + 1 == w.end())
+        throw InputError(place,
+                         "names no host of the rank; keep the lines as nccl-tests prints "
+                         "them");
+      hosts.insert(on[1]);
+      continue;
+    }
+    if (names_columns(w)) {
+      if (columns > 0)
+        throw InputError(place, "a second run begins here; give one file for each run");
+      w.erase(w.begin());
+      for (std::size_t k = 0; k < w.size(); ++k) {
+        if (w[k] == "time") times.push_back(k);
+        if (w[k] == "#wrong" || w[k] == "error") wrong.push_back(k);
+        if (w[k] == "type") type = k;
+      }
+      columns = w.size();
+      continue;
+    }
+    // Ranks' own output, "# Avg bus bandwidth" and the like.
+    const auto size = number(w[0]);
+    if (!size || columns == 0) continue;
+    if (w.size() < columns)
+      throw InputError(place, fmt::format("a row of {} columns where the head has {}; is the log "
+                                          "cut off?",
+                                          w.size(), columns));
+    const bool in_place = log.kind == "all_reduce" && times.size() > 1;
+    const std::string& cell = w[times[in_place ? 1 : 0]];
+    const auto us = number(cell);
+    if (!(*size >= 0) || !us || !(*us > 0))
+      throw InputError(place, fmt::format("'{}' is no time in us of {} bytes", cell, w[0]));
+    for (const std::size_t k : wrong) {
+      if (const auto n = number(w[k]); n && *n >= 1)
+        throw InputError(place, fmt::format("{} values came out wrong; such a run says nothing of "
+                                            "time",
+                                            w[k]));
+    }
+    log.type = w[type];
+    if (*size > 0)
+      log.times.emplace_back(Bytes{static_cast<std::int64_t>(*size)}, Seconds{*us * 1e-6});
+  }
+  if (columns == 0)
+    throw InputError(file,
+                     "has no line that names columns size, type and time; give the text that "
+                     "nccl-tests prints");
+  if (log.ranks == 0)
+    throw InputError(file,
+                     "lists no ranks ('# Rank 0 ... on HOST device 0'); give the whole "
+                     "output of nccl-tests");
+  if (log.times.empty()) throw InputError(file, "has no rows of sizes and times");
+  log.nodes = static_cast<int>(hosts.size());
+  return log;
+}
+
+std::vector<ProductTable> parse_products(const CsvTable& table) {
+  const auto column = [&](const char* name) -> std::optional<std::size_t> {
+    const auto at = std::find(table.header.begin(), table.header.end(), name);
+    if (at == table.header.end()) return std::nullopt;
+    return static_cast<std::size_t>(at - table.header.begin());
+  };
+  constexpr std::array<std::pair<const char*, double>, 4> kTimes{
+      {{"time_s", 1}, {"time_ms", 1e-3}, {"time_us", 1e-6}, {"tflops", 0}}};
+  std::optional<std::size_t> measured;
+  double unit = 0;
+  for (const auto& [name, factor] : kTimes) {
+    if (const auto at = column(name); at && !measured) measured = at, unit = factor;
+  }
+  for (const char* name : {"m", "n", "k", "type"}) {
+    if (!column(name))
+      throw InputError(table.file + ":1", fmt::format("has no column {}; a table of products has "
+                                                      "m, n, k, type and tflops or time_us",
+                                                      name));
+  }
+  if (!measured)
+    throw InputError(table.file + ":1",
+                     "has no column of what was measured; add tflops, time_us, time_ms or time_s");
+  std::map<std::tuple<ElementType, ElementType, ProductLayout>, ProductTable> tables;
+  for (const CsvTable::Record& r : table.records) {
+    const std::string place = fmt::format("{}:{}", table.file, r.line);
+    const auto positive = [&](std::size_t at) {
+      const auto x = number(r.fields[at]);
+      if (!x || !(*x > 0) || !std::isfinite(*x))
+        throw InputError(
+            place, fmt::format("{}: '{}' is no number above 0", table.header[at], r.fields[at]));
+      return *x;
+    };
+    const auto cell = [&](const char* name) {
+      const auto at = column(name);
+      return at ? r.fields[*at] : std::string();
+    };
+    ProductTable t;
+    t.type = parse_element_type(cell("type"), place);
+    t.out = cell("out").empty() ? t.type : parse_element_type(cell("out"), place);
+    if (const std::string layout = cell("layout"); !layout.empty()) {
+      for (const auto x : {ProductLayout::nn, ProductLayout::nt, ProductLayout::tn})
+        if (name(x) == layout) t.layout = x;
+      if (t.layout == ProductLayout::any)
+        throw InputError(place,
+                         fmt::format("layout: '{}' is unknown; use NN, NT, TN or nothing", layout));
+    }
+    ProductTable::Point p;
+    p.m = positive(*column("m")), p.n = positive(*column("n")), p.k = positive(*column("k"));
+    if (const auto at = column("count"); at && !r.fields[*at].empty()) p.count = positive(*at);
+    const double x = positive(*measured);
+    p.time = Seconds{unit > 0 ? x * unit : 2 * p.m * p.n * p.k * p.count / (x * 1e12)};
+    t.source = table.file;
+    tables.try_emplace({t.type, t.out, t.layout}, t).first->second.points.push_back(p);
+  }
+  if (tables.empty()) throw InputError(table.file, "has no rows");
+  std::vector<ProductTable> all;
+  for (auto& [key, t] : tables) all.push_back(std::move(t));
+  return all;
+}
+
+namespace {
+
+std::string quoted(const std::string& s) {
+  std::string out = "'";
+  for (const char c : s) out += c == '\'' ? std::string("''") : std::string(1, c);
+  return out + "'";
+}
+
+/// `block` behind the line that is `key`, at the start of a line; with the key at the end of the
+/// text where it has none.
+void insert_under(std::string& text, const std::string& key, const std::string& block) {
+  std::size_t at = text.rfind(key, 0) == 0 ? 0 : text.find("\n" + key);
+  if (at == std::string::npos) {
+    if (!text.empty() && text.back() != '\n') text += '\n';
+    text += key + "\n" + block;
+    return;
+  }
+  at = text.find('\n', at + 1);
+  if (at == std::string::npos) {
+    text += '\n';
+    at = text.size() - 1;
+  }
+  text.insert(at + 1, block);
+}
+
+}  // namespace
+
+std::string with_products(std::string text, const std::string& file,
+                          const std::vector<ProductTable>& products) {
+  const DeviceProfile device = parse_device(text, file);
+  if (device.like != nullptr && !products.empty())
+    throw InputError(file,
+                     fmt::format("has no points of its own but those of {}; take that device, "
+                                 "or take out like:",
+                                 device.like->name));
+  std::string points;
+  for (const ProductTable& t : products) {
+    points += fmt::format(
+        "  - type: {}\n    out: {}\n{}    source: {}\n    points: |\n"
+        "      m n k count time[us]\n",
+        name(t.type), name(t.out),
+        t.layout == ProductLayout::any ? "" : fmt::format("    layout: {}\n", name(t.layout)),
+        quoted(t.source));
+    for (const auto& p : t.points)
+      points += fmt::format("      {:.17g} {:.17g} {:.17g} {:.17g} {:.6g}\n", p.m, p.n, p.k,
+                            p.count, p.time.count * 1e6);
+  }
+  if (!points.empty()) insert_under(text, "products:", points);
+  parse_device(text, file);  // whatever the file's style is, it is still one
+  return text;
+}
+
+std::string with_curves(std::string text, const std::string& file, const std::string& device,
+                        const std::string& device_file, std::int64_t per_domain,
+                        const std::vector<NcclTestsLog>& logs) {
+  const std::string key = "device: " + device;
+  std::size_t replaced = 0;
+  for (std::size_t at = text.find(key); at != std::string::npos;
+       at = text.find(key, at + key.size())) {
+    const std::size_t end = at + key.size();
+    if (end < text.size() && std::string_view("},\n ").find(text[end]) == std::string_view::npos)
+      continue;
+    text.replace(at, key.size(), "device: '" + device_file + "'");
+    ++replaced;
+  }
+  if (replaced == 0) throw InputError(file, fmt::format("has no device: {}", device));
+  std::map<std::string, std::string> curves;  // by kind
+  for (const NcclTestsLog& log : logs) {
+    std::string& s = curves[log.kind];
+    s += fmt::format("    - ranks: {}\n      nodes: {}\n      source: {}\n      times:\n",
+                     log.ranks, (log.nodes + per_domain - 1) / per_domain,
+                     quoted(fmt::format("nccl-tests, {}, {}", log.type, log.file)));
+    for (const auto& [bytes, time] : log.times)
+      s += fmt::format("        {} B: {:.6g} us\n", bytes.count, time.count * 1e6);
+  }
+  for (const auto& [kind, block] : curves) {
+    const std::string line = "  " + kind + ":";
+    if (text.find("\n" + line) != std::string::npos)
+      insert_under(text, line, block);
+    else
+      insert_under(text, "collectives:", line + "\n" + block);
+  }
+  return text;
+}
+
+}  // namespace partita::validation

@@ -1,0 +1,51 @@
+// validation/evidence.h: what users have measured themselves, as tables of a device file
+// (docs/calibration.md, "From logs").
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "topologies/measured.h"
+#include "validation/csv.h"
+
+namespace partita::validation {
+
+/// One run of nccl-tests.
+struct NcclTestsLog {
+  std::string file;
+  std::string kind;  ///< "all_reduce", "all_to_all", ... of CollectivePoint
+  std::string type;  ///< "float", "bfloat16"
+  int ranks = 0, nodes = 0;
+  /// Bytes as nccl-tests counts them; in place of an all-reduce, out of place of the others, as
+  /// frameworks call them.
+  std::vector<std::pair<Bytes, Seconds>> times;
+};
+
+/// Is it one? By the line that names its columns.
+bool is_nccl_tests(const std::string& text);
+
+/// Text output of all_reduce_perf and its like, of one run. InputError with file and line: no
+/// operation named in text or file name, one that is priced without curves, no ranks listed, a row
+/// that is cut off, values that were wrong, no row at all.
+NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file);
+
+/// Columns m, n, k, type and one of tflops (10¹² FLOP/s), time_us, time_ms, time_s; if there are
+/// also count (1), layout (NN, NT, TN), out (as type). One table for each type, output and layout.
+/// InputError with file and line for a cell that is no positive number or no such word.
+std::vector<ProductTable> parse_products(const CsvTable& table);
+
+/// A device file with these points before its own. InputError{file} where the device has none of
+/// its own but those of another.
+std::string with_products(std::string device_yaml, const std::string& file,
+                          const std::vector<ProductTable>& products);
+
+/// A topology file with these curves before its own, and its device of this name in `device_file`.
+/// Hosts of one NVLink domain, `per_domain` of them, count as one node. InputError{file} where it
+/// has no such device.
+std::string with_curves(std::string topology_yaml, const std::string& file,
+                        const std::string& device, const std::string& device_file,
+                        std::int64_t per_domain, const std::vector<NcclTestsLog>& logs);
+
+}  // namespace partita::validation
