@@ -208,6 +208,7 @@ struct Compiled {
   std::vector<std::int32_t> slots;
   std::int64_t host_net = 0, host_rise = 0;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
+  std::int64_t net_saved = 0;      ///< of `net`: activations
   // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
   // do.
   bool repeats = false;  ///< every step is ordered after the compute stream's position at the start
@@ -637,7 +638,9 @@ class Engine {
         if (i.kind == Kind::allocate || i.kind == Kind::free) {
           for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
             const int sign = i.kind == Kind::allocate ? 1 : -1;
-            level += sign * device_bytes(p_, id, rank).count;
+            const std::int64_t bytes = sign * device_bytes(p_, id, rank).count;
+            level += bytes;
+            if (p_.buffer(id).category == Category::activations) out.net_saved += bytes;
             out.host_net += sign * host_bytes(p_, id, rank).count;
           }
           out.rise = std::max(out.rise, level);
@@ -1472,12 +1475,23 @@ class Engine {
                                       .compute_capability);
     now[static_cast<std::size_t>(Category::workspace)] += use.resident.count;
     const std::int64_t base = std::accumulate(now.begin(), now.end(), std::int64_t{0});
+    const auto held = step_bytes(p_, rc.stage, rc.representative);
+    const std::int64_t step =
+        std::accumulate(held.begin(), held.end(), Bytes{0}, [](Bytes a, Bytes b) {
+          return a + b;
+        }).count;
     std::int64_t level = base, peak = -1;
     std::size_t at = 0;
+    bool stepping = false;
+    std::int64_t saved = 0;
     for (std::size_t k = 0; k < calls.size(); ++k) {
       const Compiled& block = compiled_[static_cast<std::size_t>(c)][calls[k].block.index()];
-      if (level + block.rise > peak) peak = level + block.rise, at = k;
+      if (level + block.rise > peak) peak = level + block.rise, at = k, stepping = false;
+      if (p_.blocks[calls[k].block.index()].kind == BlockKind::step && level + step > peak)
+        peak = level + step, at = k, stepping = true;
       level += block.net;
+      saved += block.net_saved;
+      use.saved = std::max(use.saved, Bytes{saved});
       use.host_peak = std::max(use.host_peak, Bytes{host + block.host_rise});
       host += block.host_net;
     }
@@ -1495,6 +1509,11 @@ class Engine {
         continue;
       }
       const auto before = now;
+      if (k == at && stepping) {
+        snapshot = now;
+        snapshot[static_cast<std::size_t>(Category::workspace)] += step;
+        break;
+      }
       for (const Instruction& i : p_.blocks[b].instructions) {
         const std::int64_t transient = transient_bytes(p_, i, rc.representative).count;
         if (k == at && transient > 0 && running + transient == peak) {
@@ -1639,7 +1658,15 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
            call.micro_batch == use.peak_micro_batch;
   };
   bool done = false;
+  Bytes step{0};
+  for (const Bytes b : step_bytes(p, rank_class.stage, rank_class.representative)) step += b;
   for (std::size_t c = 0; c < calls.size() && !done; ++c) {
+    if (step.count > 0 && p.blocks[calls[c].block.index()].kind == BlockKind::step &&
+        calls[c].block.value == use.peak_block && level + step == use.peak) {
+      all[{Category::workspace, "gradients of the step"}] = {Category::workspace,
+                                                             "gradients of the step", step, 1};
+      break;
+    }
     for (const Instruction& i : p.blocks[calls[c].block.index()].instructions) {
       if (done = done || reached(calls[c]); done) break;
       if (const Bytes t = transient_bytes(p, i, rank_class.representative);
