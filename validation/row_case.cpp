@@ -412,9 +412,11 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
   }
-  s += fmt::format("|{}|{}|{}|{} {} {} {}", fmt::join(lora, ","), cluster.key(), to_yaml(plan),
-                   plan.allocations.fp32_loss, plan.allocations.score_buffer,
-                   plan.allocations.workspace.count, plan.allocations.workspace_hopper.count);
+  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
+                   to_yaml(plan), plan.allocations.fp32_loss, plan.allocations.score_buffer,
+                   plan.allocations.attention_dropout, plan.allocations.loss_forward.count,
+                   plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
+                   plan.allocations.workspace_grouped.count);
   return s;
 }
 
@@ -932,7 +934,7 @@ class CaseBuilder {
     const std::string settings = lower(row_["overlap_and_other_settings"]);
     c_.logs_first_stage = f.logs_first_stage;
     if (has(row_["overlap_and_other_settings"], "CE fusion")) p.allocations.fp32_loss = false;
-    set_workspaces();
+    set_allocations();
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;
       p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;
@@ -993,14 +995,23 @@ class CaseBuilder {
     most("global_batch_seqs", p.global_batch / p.micro_batch / p.dp, 100'000);
   }
 
-  /// Megatron's unfused and its own attention stand in its tests for deterministic runs.
-  void set_workspaces() {
+  /// Unfused attention and Megatron's own layers stand in its tests for deterministic runs.
+  void set_allocations() {
+    const FrameworkProfile& f = *framework_;
     Allocations& a = c_.plan.allocations;
-    if (flags_.local && framework_->workspace_local.count > 0) {
-      a.workspace = a.workspace_hopper = framework_->workspace_local;
-    } else if (flags_.attention == "unfused" && framework_->workspace_deterministic.count > 0) {
-      a.workspace = framework_->workspace_deterministic;
+    // Such runs use neither flash attention nor context parallelism.
+    const bool deterministic = flags_.any
+                                   ? flags_.local || flags_.attention == "unfused"
+                                   : c_.plan.cp == 1 && !has(row_["model"], "nondeterministic");
+    if (flags_.local && f.workspace_local.count > 0) {
+      a.workspace = a.workspace_hopper = f.workspace_local;
+    } else if (deterministic && f.workspace_deterministic.count > 0) {
+      a.workspace = f.workspace_deterministic;
     }
+    if (f.workspace_deterministic.count > 0 && !flags_.grouped_product)
+      a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
+    if (flags_.fused_loss && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
+    a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
     a.score_buffer = flags_.local;
   }
 

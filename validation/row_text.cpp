@@ -351,6 +351,8 @@ MegatronFlags megatron_flags(std::string_view text) {
   f.rope = flag("--position-embedding-type") && has(text, "--position-embedding-type=rope");
   f.latent = flag("--multi-latent-attention");
   f.overlap_gradients = flag("--overlap-grad-reduce");
+  f.fused_loss = flag("--cross-entropy-loss-fusion");
+  f.grouped_product = flag("--moe-grouped-gemm");
   f.local = has(text, "--transformer-impl=local");
   f.overlap_tensor_parallel = flag("--tp-comm-overlap");
   f.flex_dispatcher = has(text, "--moe-token-dispatcher-type=flex");

@@ -83,9 +83,10 @@ struct MegatronFlags {
   bool any = false;  ///< the text is a list of flags: what it does not say is off
   bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
   bool overlap_gradients = false, overlap_tensor_parallel = false;
-  bool local = false;  ///< Megatron's own layers, not Transformer Engine's
+  bool fused_loss = false, grouped_product = false;
+  bool local = false;            ///< Megatron's own layers, not Transformer Engine's
   bool flex_dispatcher = false;  ///< DeepEP or HybridEP
-  std::string attention;  ///< of --attention-backend
+  std::string attention;         ///< of --attention-backend
 };
 MegatronFlags megatron_flags(std::string_view text);
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -111,6 +112,16 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
   const auto& calls = p.stages[static_cast<std::size_t>(rank_class.stage)];
   std::set<BlockId> blocks;
   for (const BlockCall& call : calls) blocks.insert(call.block);
+  std::vector<std::vector<BufferId>> beside(p.blocks.size());
+  std::set<BufferId> late;
+  for (const BlockId b : blocks) {
+    beside[b.index()] = gradients_beside(p, p.blocks[b.index()]);
+    late.insert(beside[b.index()].begin(), beside[b.index()].end());
+  }
+  // Parameters are tensors of their own until one flat copy takes their place, and their memory
+  // stays with the allocator.
+  std::vector<CachingAllocator::Handle> apart;
+  for (const BufferId g : late) apart.push_back(allocator.allocate(as_parameters(p, g, rank)));
   std::vector<char> counted(p.buffers.size(), 0);
   // What an instruction allocates and frees, looked up once for all micro-batches.
   struct Turn {
@@ -143,9 +154,13 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
       }
     }
   }
-  if (const Bytes n = resident_bytes(p, rank_class.stage, rank, compute_capability); n.count > 0)
-    allocator.allocate(n);
+  for (const CachingAllocator::Handle h : apart) allocator.free(h);
+  Bytes resident = resident_bytes(p, rank_class.stage, rank, compute_capability);
+  for (const BufferId g : late) resident += Bytes{-as_parameters(p, g, rank).count};
+  if (resident.count > 0) allocator.allocate(resident);
   const auto step = step_bytes(p, rank_class.stage, rank);
+  const auto copies = stage_copies(p, rank_class.stage, rank);
+  std::map<std::pair<int, int>, CachingAllocator::Handle> copied;  // by chunk and micro-batch
   std::unordered_map<std::int64_t, CachingAllocator::Handle> alive;
   for (const BlockCall& call : calls) {
     std::vector<CachingAllocator::Handle> held;
@@ -157,8 +172,7 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
         allocator.free(allocator.allocate(turn.bytes));
         continue;
       }
-      const bool per_step =
-          p.buffers[static_cast<std::size_t>(turn.buffer)].scope == Scope::step;
+      const bool per_step = p.buffers[static_cast<std::size_t>(turn.buffer)].scope == Scope::step;
       const std::int64_t key =
           std::int64_t{turn.buffer} * (p.micro_batches + 1) + (per_step ? 0 : call.micro_batch + 1);
       if (turn.what == Turn::What::allocate) {
@@ -169,6 +183,17 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
       }
     }
     for (const CachingAllocator::Handle h : held) allocator.free(h);
+    for (const BufferId g : beside[call.block.index()]) {
+      if (late.erase(g) > 0) allocator.allocate(as_parameters(p, g, rank));
+    }
+    const std::int64_t more = copies[call.block.index()];
+    const std::pair message{p.blocks[call.block.index()].chunk, call.micro_batch};
+    if (more > 0) {
+      copied[message] = allocator.allocate(Bytes{more});
+    } else if (const auto found = copied.find(message); more < 0 && found != copied.end()) {
+      allocator.free(found->second);
+      copied.erase(found);
+    }
   }
   return allocator.peak_reserved();
 }

@@ -56,7 +56,8 @@ class CachingAllocator {
 };
 
 /// Most that the allocator reserves on a rank of this class, whose device has this compute
-/// capability and `limit` for it: the state, then every allocation of a step in the program's order.
+/// capability and `limit` for it: the state, then every allocation of a step in the program's
+/// order.
 Bytes reserved_by(const Program& program, const RankClass& rank_class, int compute_capability,
                   Bytes limit);
 

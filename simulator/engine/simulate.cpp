@@ -1480,6 +1480,7 @@ class Engine {
         std::accumulate(held.begin(), held.end(), Bytes{0}, [](Bytes a, Bytes b) {
           return a + b;
         }).count;
+    const auto copies = stage_copies(p_, rc.stage, rc.representative);
     std::int64_t level = base, peak = -1;
     std::size_t at = 0;
     bool stepping = false;
@@ -1489,7 +1490,7 @@ class Engine {
       if (level + block.rise > peak) peak = level + block.rise, at = k, stepping = false;
       if (p_.blocks[calls[k].block.index()].kind == BlockKind::step && level + step > peak)
         peak = level + step, at = k, stepping = true;
-      level += block.net;
+      level += block.net + copies[calls[k].block.index()];
       saved += block.net_saved;
       use.saved = std::max(use.saved, Bytes{saved});
       use.host_peak = std::max(use.host_peak, Bytes{host + block.host_rise});
@@ -1505,7 +1506,7 @@ class Engine {
       const std::size_t b = calls[k].block.index();
       if (k != at && known[b]) {
         for (std::size_t x = 0; x < kCategoryCount; ++x) now[x] += net[b][x];
-        running += compiled_[static_cast<std::size_t>(c)][b].net;
+        running += compiled_[static_cast<std::size_t>(c)][b].net + copies[b];
         continue;
       }
       const auto before = now;
@@ -1535,6 +1536,8 @@ class Engine {
           break;
         }
       }
+      now[static_cast<std::size_t>(Category::workspace)] += copies[b];
+      running += copies[b];
       for (std::size_t x = 0; x < kCategoryCount; ++x) net[b][x] = now[x] - before[x];
       known[b] = 1;
     }
@@ -1658,6 +1661,7 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
            call.micro_batch == use.peak_micro_batch;
   };
   bool done = false;
+  const auto copies = stage_copies(p, rank_class.stage, rank_class.representative);
   Bytes step{0};
   for (const Bytes b : step_bytes(p, rank_class.stage, rank_class.representative)) step += b;
   for (std::size_t c = 0; c < calls.size() && !done; ++c) {
@@ -1687,6 +1691,14 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
         add(id, sign);
         level += Bytes{sign * device_bytes(p, id, rank_class.representative).count};
       }
+    }
+    if (const std::int64_t n = copies[calls[c].block.index()]; n != 0 && !done) {
+      Alive& a = all[{Category::workspace, "copies of a stage's messages"}];
+      a.category = Category::workspace;
+      a.owner = "copies of a stage's messages";
+      a.bytes += Bytes{n};
+      a.buffers += n > 0 ? 1 : -1;
+      level += Bytes{n};
     }
   }
   std::vector<Alive> list;

@@ -120,6 +120,9 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("reduce_buffer", f.allocations.reduce_buffer);
   bytes("context", f.allocations.context);
   boolean(plan, "flat_gradients", f.allocations.flat_gradients);
+  boolean(plan, "stage_copies", f.allocations.stage_copies);
+  boolean(plan, "expandable_segments", f.allocations.expandable_segments);
+  bytes("loss_forward_fused", f.loss_forward_fused);
   bytes("workspace_deterministic", f.workspace_deterministic);
   bytes("workspace_local", f.workspace_local);
   boolean(plan, "rows_once", f.rows_once);

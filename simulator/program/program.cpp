@@ -267,10 +267,13 @@ bool layer_product(const Program& p, const Instruction& i) {
                                               std::holds_alternative<GroupedProduct>(op.operation));
 }
 
-/// A gradient in the parameters' type instead of its own.
+}  // namespace
+
 Bytes as_parameters(const Program& p, BufferId gradient, std::int64_t rank) {
   return Bytes{ceil_div(local_elements(p, gradient, rank) * bits(p.allocations.parameters), 8)};
 }
+
+namespace {
 
 /// Does a gradient of the parameters' type stay beside the accumulated one?
 bool stays_beside(const Program& p, BufferId gradient) {
@@ -327,11 +330,8 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
       const auto* core = std::get_if<Attention>(&operation);
       if (a.score_buffer && core != nullptr && core->materialised && !i.extras.empty())
         scores = std::max(scores, local_bytes(p, i.extras[0], rank));
-      if (i.kernel != Kernel::backward_weight) continue;
-      for (const BufferId g : i.writes) {
-        if (g.valid() && p.buffer(g).scope == Scope::step && stays_beside(p, g)) beside.insert(g);
-      }
     }
+    for (const BufferId g : gradients_beside(p, p.blocks[b.index()])) beside.insert(g);
   }
   if (grouped) sum += hopper ? a.workspace_grouped_hopper : a.workspace_grouped;
   sum += scores;
@@ -366,6 +366,42 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
     for (const Weight& w : weights) sum += Bytes{w.second};
   }
   return sum;
+}
+
+std::vector<BufferId> gradients_beside(const Program& p, const Block& block) {
+  std::vector<BufferId> all;
+  if (p.allocations.weight_gradients != Allocations::WeightGradients::beside) return all;
+  for (const Instruction& i : block.instructions) {
+    if (i.kind != Kind::compute || i.kernel != Kernel::backward_weight) continue;
+    for (const BufferId g : i.writes) {
+      if (g.valid() && p.buffer(g).scope == Scope::step && stays_beside(p, g) &&
+          std::find(all.begin(), all.end(), g) == all.end())
+        all.push_back(g);
+    }
+  }
+  return all;
+}
+
+std::vector<std::int64_t> stage_copies(const Program& p, int stage, std::int64_t rank) {
+  std::vector<std::int64_t> all(p.blocks.size(), 0);
+  if (!p.allocations.stage_copies || stage >= p.pipeline_stages()) return all;
+  std::map<int, std::int64_t> of_chunk;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    const Block& block = p.blocks[b.index()];
+    if (block.kind != BlockKind::forward) continue;
+    for (const Instruction& i : block.instructions) {
+      if (i.kind == Kind::send) all[b.index()] += device_bytes(p, i.reads[0], rank).count;
+      if (i.kind == Kind::receive) all[b.index()] += device_bytes(p, i.writes[0], rank).count;
+    }
+    of_chunk[block.chunk] = all[b.index()];
+  }
+  for (const BlockId b : blocks) {
+    const Block& block = p.blocks[b.index()];
+    if (block.kind == BlockKind::backward) all[b.index()] = -of_chunk[block.chunk];
+  }
+  return all;
 }
 
 std::vector<Bytes> step_bytes(const Program& p, int stage, std::int64_t rank) {

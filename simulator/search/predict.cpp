@@ -198,7 +198,8 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   const Bytes outside = program->allocations.context + most_communicators;
   // A search only weighs: rounding stands for what the allocator leaves between blocks.
   r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
-  if (!only_if_fits && r.peak_allocated + outside <= r.usable) {
+  if (!only_if_fits && !program->allocations.expandable_segments &&
+      r.peak_allocated + outside <= r.usable) {
     const Bytes limit = r.usable - outside;
     std::size_t most = 0;
     for (std::size_t c = 1; c < t.classes.size(); ++c) {
@@ -206,12 +207,12 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
     const RankClass& fullest = t.classes[most];
     const auto few = routing == nullptr ? with_few_micro_batches(graph, *plan) : std::nullopt;
-    r.peak_reserved = reserved_by(few ? *few : *program, fullest,
-                                  communication.topology()
-                                      .device(DeviceId{static_cast<std::size_t>(
-                                          fullest.representative)})
-                                      .compute_capability,
-                                  limit);
+    r.peak_reserved =
+        reserved_by(few ? *few : *program, fullest,
+                    communication.topology()
+                        .device(DeviceId{static_cast<std::size_t>(fullest.representative)})
+                        .compute_capability,
+                    limit);
     for (StageMemory& s : r.memory_by_stage) {
       if (s.stage == fullest.stage) s.reserved = r.peak_reserved;
     }
