@@ -584,7 +584,7 @@ class CaseBuilder {
     const std::string kernel =
         plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
     if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local" ||
-        (kernel.empty() && flags_.local)) {
+        (kernel.empty() && (flags_.local || (!flags_.any && deterministic())))) {
       t.flash_attention = false;
     } else if (has(kernel, "flash") || has(kernel, "fused") || has(kernel, "sdpa") ||
                has(kernel, "triton")) {
@@ -995,22 +995,30 @@ class CaseBuilder {
     most("global_batch_seqs", p.global_batch / p.micro_batch / p.dp, 100'000);
   }
 
-  /// Unfused attention and Megatron's own layers stand in its tests for deterministic runs.
+  bool fused_loss() const {
+    return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion");
+  }
+  /// Unfused attention and Megatron's own layers stand in its tests for deterministic runs; without
+  /// flags, that nothing speaks against it: such runs use neither flash attention nor context
+  /// parallelism.
+  bool deterministic() const {
+    if (framework_->workspace_deterministic.count == 0) return false;
+    if (flags_.any) return flags_.local || flags_.attention == "unfused";
+    const std::string& name = row_["model"];
+    return row_.whole("cp").value_or(1) == 1 && !has(name, "nondeterministic") &&
+           !has(name, "release") && !fused_loss();
+  }
+
   void set_allocations() {
     const FrameworkProfile& f = *framework_;
     Allocations& a = c_.plan.allocations;
-    // Such runs use neither flash attention nor context parallelism.
-    const bool deterministic = flags_.any
-                                   ? flags_.local || flags_.attention == "unfused"
-                                   : c_.plan.cp == 1 && !has(row_["model"], "nondeterministic");
     if (flags_.local && f.workspace_local.count > 0) {
       a.workspace = a.workspace_hopper = f.workspace_local;
-    } else if (deterministic && f.workspace_deterministic.count > 0) {
+    } else if (deterministic()) {
       a.workspace = f.workspace_deterministic;
     }
-    if (f.workspace_deterministic.count > 0 && !flags_.grouped_product)
-      a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
-    if (flags_.fused_loss && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
+    if (!flags_.grouped_product) a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
+    if (fused_loss() && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
     a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
     a.score_buffer = flags_.local;
   }

@@ -329,9 +329,10 @@ TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
   // Two stages: the first sends 1,024 tokens of 768 bf16, the last receives them.
   for (const int stage : {0, 1}) {
     std::int64_t sum = 0, most = 0;
-    for (const std::int64_t n : stage_copies(*program, stage, stage)) {
-      sum += n;
-      most = std::max(most, n);
+    const auto copies = stage_copies(*program, stage, stage);
+    for (const BlockCall& call : program->stages[static_cast<std::size_t>(stage)]) {
+      sum += copies[call.block.index()];
+      most = std::max(most, copies[call.block.index()]);
     }
     EXPECT_EQ(most, 1024 * 768 * 2);
     EXPECT_EQ(sum, 0);
