@@ -419,8 +419,11 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
   }
-  s += fmt::format("|{}|{}|{}|{}", fmt::join(lora, ","), cluster.key(), to_yaml(plan),
-                   plan.allocations.fp32_loss);
+  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
+                   to_yaml(plan), plan.allocations.fp32_loss, plan.allocations.score_buffer,
+                   plan.allocations.attention_dropout, plan.allocations.loss_forward.count,
+                   plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
+                   plan.allocations.workspace_grouped.count);
   return s;
 }
 
@@ -587,7 +590,8 @@ class CaseBuilder {
     }
     const std::string kernel =
         plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
-    if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local") {
+    if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local" ||
+        (kernel.empty() && (flags_.local || (!flags_.any && deterministic())))) {
       t.flash_attention = false;
     } else if (has(kernel, "flash") || has(kernel, "fused") || has(kernel, "sdpa") ||
                has(kernel, "triton")) {
@@ -596,7 +600,9 @@ class CaseBuilder {
       t.flash_attention = framework_->flash_attention;
       assume("{} attention", t.flash_attention ? "flash" : "materialised");
     }
-    if (t.dropout == 0 && framework_->dropout > 0) {
+    // Networks of Llama's kind are trained without.
+    const bool llama = flags_.gated && flags_.rope && flags_.no_bias;
+    if (t.dropout == 0 && framework_->dropout > 0 && !llama) {
       t.dropout = framework_->dropout;
       assume("dropout {}", t.dropout);
     }
@@ -814,6 +820,7 @@ class CaseBuilder {
     p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
     if (p.pp == 1) p.virtual_stages = 1;
     if (const auto n = row_.whole("etp", 1, 100'000); n && p.ep > 1) p.etp = *n;
+    if (p.etp == 0 && p.ep > 1) p.etp = words_number(row_["model"], {"_etp"}).value_or(0);
     const std::int64_t model = p.tp * p.pp * p.cp;
     const auto dp = row_.whole("dp", 1, 100'000), gpus = row_.whole("num_gpus", 1, 1'000'000);
     const auto per_node = row_.whole("gpus_per_node", 1, 1000);
@@ -932,8 +939,9 @@ class CaseBuilder {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }
     const std::string settings = lower(row_["overlap_and_other_settings"]);
-    if (flags_.fused_loss || has(row_["overlap_and_other_settings"], "CE fusion"))
-      p.allocations.fp32_loss = false;
+    c_.logs_first_stage = f.logs_first_stage;
+    if (has(row_["overlap_and_other_settings"], "CE fusion")) p.allocations.fp32_loss = false;
+    set_allocations();
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;
       p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;
@@ -997,6 +1005,34 @@ class CaseBuilder {
     most("virtual_stages_per_gpu", p.virtual_stages, 1000);
     most("micro_batch_per_dp_rank", p.micro_batch, 10'000'000);
     most("global_batch_seqs", p.global_batch / p.micro_batch / p.dp, 100'000);
+  }
+
+  bool fused_loss() const {
+    return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion");
+  }
+  /// Unfused attention and Megatron's own layers stand in its tests for deterministic runs; without
+  /// flags, that nothing speaks against it: such runs use neither flash attention nor context
+  /// parallelism.
+  bool deterministic() const {
+    if (framework_->workspace_deterministic.count == 0) return false;
+    if (flags_.any) return flags_.local || flags_.attention == "unfused";
+    const std::string& name = row_["model"];
+    return row_.whole("cp").value_or(1) == 1 && !has(name, "nondeterministic") &&
+           !has(name, "release") && !fused_loss();
+  }
+
+  void set_allocations() {
+    const FrameworkProfile& f = *framework_;
+    Allocations& a = c_.plan.allocations;
+    if (flags_.local && f.workspace_local.count > 0) {
+      a.workspace = a.workspace_hopper = f.workspace_local;
+    } else if (deterministic()) {
+      a.workspace = f.workspace_deterministic;
+    }
+    if (!flags_.grouped_product) a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
+    if (fused_loss() && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
+    a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
+    a.score_buffer = flags_.local;
   }
 
   void set_sharding() {

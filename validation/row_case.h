@@ -92,6 +92,7 @@ struct RowCase {
   bool counts_tokens = false;  ///< its printed speed is in tokens
   ClusterChoice cluster;
   Plan plan;
+  bool logs_first_stage = false;     ///< FrameworkProfile's
   std::vector<std::string> assumed;  ///< "vocabulary 50257 (framework megatron-core)"
   std::string key() const;           ///< equal: the same prediction
 };

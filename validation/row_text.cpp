@@ -298,7 +298,7 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
     return q;
   }
   if (has(s, "_ms") || has_word(s, "time") || has_word(s, "moe layer")) return std::nullopt;
-  if (has(s, "logging rank")) q.who = Who::last_stage;
+  if (has(s, "logging rank")) q.who = Who::logging;
   if (const auto at = s.find("on rank "); at != std::string::npos) {
     std::size_t end = at + 8;
     while (end < s.size() && digit(s[end])) ++end;
@@ -352,6 +352,8 @@ MegatronFlags megatron_flags(std::string_view text) {
   f.latent = flag("--multi-latent-attention");
   f.overlap_gradients = flag("--overlap-grad-reduce");
   f.fused_loss = flag("--cross-entropy-loss-fusion");
+  f.grouped_product = flag("--moe-grouped-gemm");
+  f.local = has(text, "--transformer-impl=local");
   f.overlap_tensor_parallel = flag("--tp-comm-overlap");
   f.flex_dispatcher = has(text, "--moe-token-dispatcher-type=flex");
   constexpr std::string_view kBackend = "--attention-backend=";

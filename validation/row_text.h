@@ -65,13 +65,13 @@ struct MemoryQuantity {
     allocated,          ///< peak of the framework's allocations
     reserved,           ///< peak of what its allocator holds
     device,             ///< reserved, context and communicators: nvidia-smi, and "printed"
-    state,              ///< parameters, gradients and optimizer
+    state,              ///< parameters, gradients and optimizer, the mean of ranks
     after_step,         ///< and what the framework keeps allocated between steps
-    activations,        ///< alive at the peak
+    activations,        ///< that forward passes keep for backward ones
     activations_ratio,  ///< against the same plan without recompute and sequence parallelism
     fits,               ///< an out-of-memory fact
   } what = What::device;
-  enum class Who : std::uint8_t { most, rank, last_stage } who = Who::most;
+  enum class Who : std::uint8_t { most, rank, logging } who = Who::most;
   int rank = 0;  ///< of Who::rank
   friend bool operator==(const MemoryQuantity&, const MemoryQuantity&) = default;
 };
@@ -83,9 +83,10 @@ struct MegatronFlags {
   bool any = false;  ///< the text is a list of flags: what it does not say is off
   bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
   bool overlap_gradients = false, overlap_tensor_parallel = false;
-  bool fused_loss = false;
+  bool fused_loss = false, grouped_product = false;
+  bool local = false;            ///< Megatron's own layers, not Transformer Engine's
   bool flex_dispatcher = false;  ///< DeepEP or HybridEP
-  std::string attention;  ///< of --attention-backend
+  std::string attention;         ///< of --attention-backend
 };
 MegatronFlags megatron_flags(std::string_view text);
 

@@ -37,6 +37,7 @@ struct Outcome {
   std::int64_t ranks_of_stage = 1;
   std::shared_ptr<const RowStep> again;
   std::optional<double> half_width;
+  bool logs_first_stage = false;
 };
 
 Graph graph_of(const RowCase& c) {
@@ -72,6 +73,7 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   o.device = p->peak_device;
   o.fits = p->fits;
   o.stages = p->memory_by_stage;
+  o.logs_first_stage = c.logs_first_stage;
   o.ranks_of_stage = std::max<std::int64_t>(1, p->devices / p->plan.pp);
   const double total = static_cast<double>(std::max<std::int64_t>(1, p->breakdown.total().count));
   const auto share = [&](const std::string& term, Ticks t) {
@@ -256,9 +258,6 @@ Bytes state_of(const StageMemory& s) {
          s.by_category[static_cast<std::size_t>(Category::gradients)] +
          s.by_category[static_cast<std::size_t>(Category::optimizer)];
 }
-Bytes activations_of(const StageMemory& s) {
-  return s.by_category[static_cast<std::size_t>(Category::activations)];
-}
 
 /// The memory that a quantity names; `base`: of the plan that a ratio is against.
 double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base) {
@@ -266,8 +265,8 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
   using Who = MemoryQuantity::Who;
   const auto stage = [&](const Outcome& of) -> const StageMemory& {
     std::size_t at = 0;
-    if (q.who == Who::last_stage) {
-      at = of.stages.size() - 1;
+    if (q.who == Who::logging) {
+      at = of.logs_first_stage ? 0 : of.stages.size() - 1;
     } else if (q.who == Who::rank) {
       at = std::min(static_cast<std::size_t>(q.rank / of.ranks_of_stage), of.stages.size() - 1);
     } else {
@@ -279,25 +278,29 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
   };
   const double context = static_cast<double>(o.device.count - o.reserved.count);
   const double total = static_cast<double>(stage(o).total.count);
-  constexpr double kSegment = 2 << 20;
+  const double reserved = static_cast<double>(stage(o).reserved.count);
   switch (q.what) {
     case What::allocated:
       return total;
     case What::reserved:
-      return std::ceil(total / kSegment) * kSegment;
+      return reserved;
     case What::device:
     case What::fits:
-      return std::ceil(total / kSegment) * kSegment + context;
-    case What::state:
-      return static_cast<double>(state_of(stage(o)).count);
+      return reserved + context;
+    case What::state: {
+      if (q.who == Who::rank) return static_cast<double>(state_of(stage(o)).count);
+      double sum = 0;
+      for (const StageMemory& s : o.stages) sum += static_cast<double>(state_of(s).count);
+      return sum / static_cast<double>(o.stages.size());
+    }
     case What::after_step:
       return static_cast<double>((state_of(stage(o)) + stage(o).resident).count);
     case What::activations:
-      return static_cast<double>(activations_of(stage(o)).count);
+      return static_cast<double>(stage(o).saved.count);
     case What::activations_ratio:
       return base == nullptr ? 0
-                             : static_cast<double>(activations_of(stage(o)).count) /
-                                   static_cast<double>(activations_of(stage(*base)).count);
+                             : static_cast<double>(stage(o).saved.count) /
+                                   static_cast<double>(stage(*base).saved.count);
   }
   return 0;
 }

@@ -224,6 +224,7 @@ struct Compiled {
   std::vector<std::int32_t> slots;
   std::int64_t host_net = 0, host_rise = 0;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
+  std::int64_t net_saved = 0;      ///< of `net`: activations
   // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
   // do.
   bool repeats = false;  ///< every step is ordered after the compute stream's position at the start
@@ -693,7 +694,9 @@ class Engine {
         if (i.kind == Kind::allocate || i.kind == Kind::free) {
           for (const BufferId id : i.kind == Kind::allocate ? i.writes : i.reads) {
             const int sign = i.kind == Kind::allocate ? 1 : -1;
-            level += sign * device_bytes(p_, id, rank).count;
+            const std::int64_t bytes = sign * device_bytes(p_, id, rank).count;
+            level += bytes;
+            if (p_.buffer(id).category == Category::activations) out.net_saved += bytes;
             out.host_net += sign * host_bytes(p_, id, rank).count;
           }
           out.rise = std::max(out.rise, level);
@@ -1528,12 +1531,24 @@ class Engine {
                                       .compute_capability);
     now[static_cast<std::size_t>(Category::workspace)] += use.resident.count;
     const std::int64_t base = std::accumulate(now.begin(), now.end(), std::int64_t{0});
+    const auto held = step_bytes(p_, rc.stage, rc.representative);
+    const std::int64_t step =
+        std::accumulate(held.begin(), held.end(), Bytes{0}, [](Bytes a, Bytes b) {
+          return a + b;
+        }).count;
+    const auto copies = stage_copies(p_, rc.stage, rc.representative);
     std::int64_t level = base, peak = -1;
     std::size_t at = 0;
+    bool stepping = false;
+    std::int64_t saved = 0;
     for (std::size_t k = 0; k < calls.size(); ++k) {
       const Compiled& block = compiled_[static_cast<std::size_t>(c)][calls[k].block.index()];
-      if (level + block.rise > peak) peak = level + block.rise, at = k;
-      level += block.net;
+      if (level + block.rise > peak) peak = level + block.rise, at = k, stepping = false;
+      if (p_.blocks[calls[k].block.index()].kind == BlockKind::step && level + step > peak)
+        peak = level + step, at = k, stepping = true;
+      level += block.net + copies[calls[k].block.index()];
+      saved += block.net_saved;
+      use.saved = std::max(use.saved, Bytes{saved});
       use.host_peak = std::max(use.host_peak, Bytes{host + block.host_rise});
       host += block.host_net;
     }
@@ -1547,10 +1562,15 @@ class Engine {
       const std::size_t b = calls[k].block.index();
       if (k != at && known[b]) {
         for (std::size_t x = 0; x < kCategoryCount; ++x) now[x] += net[b][x];
-        running += compiled_[static_cast<std::size_t>(c)][b].net;
+        running += compiled_[static_cast<std::size_t>(c)][b].net + copies[b];
         continue;
       }
       const auto before = now;
+      if (k == at && stepping) {
+        snapshot = now;
+        snapshot[static_cast<std::size_t>(Category::workspace)] += step;
+        break;
+      }
       for (const Instruction& i : p_.blocks[b].instructions) {
         const std::int64_t transient = transient_bytes(p_, i, rc.representative).count;
         if (k == at && transient > 0 && running + transient == peak) {
@@ -1572,6 +1592,8 @@ class Engine {
           break;
         }
       }
+      now[static_cast<std::size_t>(Category::workspace)] += copies[b];
+      running += copies[b];
       for (std::size_t x = 0; x < kCategoryCount; ++x) net[b][x] = now[x] - before[x];
       known[b] = 1;
     }
@@ -1694,7 +1716,16 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
            call.micro_batch == use.peak_micro_batch;
   };
   bool done = false;
+  const auto copies = stage_copies(p, rank_class.stage, rank_class.representative);
+  Bytes step{0};
+  for (const Bytes b : step_bytes(p, rank_class.stage, rank_class.representative)) step += b;
   for (std::size_t c = 0; c < calls.size() && !done; ++c) {
+    if (step.count > 0 && p.blocks[calls[c].block.index()].kind == BlockKind::step &&
+        calls[c].block.value == use.peak_block && level + step == use.peak) {
+      all[{Category::workspace, "gradients of the step"}] = {Category::workspace,
+                                                             "gradients of the step", step, 1};
+      break;
+    }
     for (const Instruction& i : p.blocks[calls[c].block.index()].instructions) {
       if (done = done || reached(calls[c]); done) break;
       if (const Bytes t = transient_bytes(p, i, rank_class.representative);
@@ -1715,6 +1746,14 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
         add(id, sign);
         level += Bytes{sign * device_bytes(p, id, rank_class.representative).count};
       }
+    }
+    if (const std::int64_t n = copies[calls[c].block.index()]; n != 0 && !done) {
+      Alive& a = all[{Category::workspace, "copies of a stage's messages"}];
+      a.category = Category::workspace;
+      a.owner = "copies of a stage's messages";
+      a.bytes += Bytes{n};
+      a.buffers += n > 0 ? 1 : -1;
+      level += Bytes{n};
     }
   }
   std::vector<Alive> list;

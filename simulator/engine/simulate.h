@@ -45,6 +45,7 @@ struct Entry {
 struct MemoryUse {
   std::array<Bytes, kCategoryCount> at_peak;  ///< by Category
   Bytes peak;
+  Bytes saved;  ///< most activations between blocks: what forward passes keep for backward ones
   Bytes resident;       ///< of the peak: what the framework holds beside the program's buffers
   Bytes host_peak;      ///< in the host's memory, for this rank
   int peak_block = -1;  ///< block during which the peak occurs

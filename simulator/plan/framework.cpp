@@ -99,17 +99,32 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       f.allocations.weight_gradients = WeightGradients::apart;
     } else if (where == "placeholders") {
       f.allocations.weight_gradients = WeightGradients::placeholders;
+    } else if (where == "beside") {
+      f.allocations.weight_gradients = WeightGradients::beside;
     } else {
       throw InputError(n.place(), fmt::format("'{}' is no place of weights' gradients; use "
-                                              "in_place, apart or placeholders",
+                                              "in_place, apart, placeholders or beside",
                                               where));
     }
   });
   setting(plan, "workspace", [&](const YamlNode& n) {
     f.allocations.workspace = f.allocations.workspace_hopper = n.as_bytes();
   });
-  setting(plan, "workspace_hopper",
-          [&](const YamlNode& n) { f.allocations.workspace_hopper = n.as_bytes(); });
+  const auto bytes = [&](const char* key, Bytes& to) {
+    setting(plan, key, [&](const YamlNode& n) { to = n.as_bytes(); });
+  };
+  bytes("workspace_hopper", f.allocations.workspace_hopper);
+  bytes("workspace_grouped", f.allocations.workspace_grouped);
+  bytes("workspace_grouped_hopper", f.allocations.workspace_grouped_hopper);
+  bytes("loss_forward", f.allocations.loss_forward);
+  bytes("reduce_buffer", f.allocations.reduce_buffer);
+  bytes("context", f.allocations.context);
+  boolean(plan, "flat_gradients", f.allocations.flat_gradients);
+  boolean(plan, "stage_copies", f.allocations.stage_copies);
+  boolean(plan, "expandable_segments", f.allocations.expandable_segments);
+  bytes("loss_forward_fused", f.loss_forward_fused);
+  bytes("workspace_deterministic", f.workspace_deterministic);
+  bytes("workspace_local", f.workspace_local);
   boolean(plan, "rows_once", f.rows_once);
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   boolean(plan, "channels_first", f.channels_first);
@@ -152,6 +167,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "recompute", f.recompute);
     word(*defaults, "selective", f.selective);
     boolean(*defaults, "mtp", f.mtp);
+    boolean(*defaults, "logs_first_stage", f.logs_first_stage);
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });

@@ -32,6 +32,9 @@ struct FrameworkProfile {
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;  ///< between stages, over tp
   Allocations allocations;
+  /// The first of its workspaces in deterministic runs; both in those of its own layers. 0: alike.
+  Bytes workspace_deterministic, workspace_local;
+  Bytes loss_forward_fused;        ///< Allocations::loss_forward of the loss that is a flag
   bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
@@ -52,9 +55,10 @@ struct FrameworkProfile {
   std::string recompute = "none";
   std::string selective = "selective";   ///< what it recomputes where told "selective" alone
   bool overlap_tensor_parallel = false;  ///< of networks without experts, sequence parallel
-  bool mtp = false;   ///< trains the multi-token prediction modules of a network that has them
-  std::string model;  ///< catalogue entry whose kind of block an unnamed network has
-  std::int64_t vocabulary = 0;  ///< of an unnamed network
+  bool mtp = false;  ///< trains the multi-token prediction modules of a network that has them
+  bool logs_first_stage = false;  ///< a "logging rank" is of the first stage, not the last
+  std::string model;              ///< catalogue entry whose kind of block an unnamed network has
+  std::int64_t vocabulary = 0;    ///< of an unnamed network
   /// Mean tokens that a sample of BERT's pre-training has in its batch, of at most 512; 0: padded
   /// to 512.
   std::int64_t mean_of_512 = 0;

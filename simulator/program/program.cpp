@@ -267,9 +267,18 @@ bool layer_product(const Program& p, const Instruction& i) {
                                               std::holds_alternative<GroupedProduct>(op.operation));
 }
 
-/// A gradient in the parameters' type instead of its own.
+}  // namespace
+
 Bytes as_parameters(const Program& p, BufferId gradient, std::int64_t rank) {
   return Bytes{ceil_div(local_elements(p, gradient, rank) * bits(p.allocations.parameters), 8)};
+}
+
+namespace {
+
+/// Does a gradient of the parameters' type stay beside the accumulated one?
+bool stays_beside(const Program& p, BufferId gradient) {
+  return p.allocations.weight_gradients == Allocations::WeightGradients::beside &&
+         p.buffer(gradient).type != p.allocations.parameters;
 }
 
 /// Gradients apart of one call: of parameters that are accumulated over the step.
@@ -280,8 +289,9 @@ Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank)
   Bytes sum{0};
   for (const BufferId g : i.writes) {
     if (!g.valid() || p.buffer(g).scope != Scope::step) continue;
+    if (stays_beside(p, g)) continue;
     // Without anything to add to, the first gradient of the right type stays.
-    if (p.allocations.weight_gradients == Allocations::WeightGradients::apart &&
+    if (p.allocations.weight_gradients != Allocations::WeightGradients::placeholders &&
         p.micro_batches == 1 && p.buffer(g).type == p.allocations.parameters)
       continue;
     if (p.allocations.weight_gradients == Allocations::WeightGradients::placeholders &&
@@ -292,19 +302,45 @@ Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank)
   return sum;
 }
 
+/// What the loss's forward takes while it runs.
+Bytes loss_forward(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (p.allocations.loss_forward == Bytes{0} || i.kernel != Kernel::forward || i.op < 0 ||
+      !std::holds_alternative<CrossEntropy>(p.operators[static_cast<std::size_t>(i.op)].operation))
+    return Bytes{0};
+  return Bytes{local_elements(p, i.reads.at(0), rank) * p.allocations.loss_forward.count};
+}
+
 }  // namespace
 
 Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute_capability) {
   const Allocations& a = p.allocations;
   if (stage >= p.pipeline_stages()) return Bytes{0};
-  Bytes sum = compute_capability >= 90 ? a.workspace_hopper : a.workspace;
+  const bool hopper = compute_capability >= 90;
+  Bytes sum = hopper ? a.workspace_hopper : a.workspace;
+  Bytes scores{0};
+  bool grouped = false;
+  std::set<BufferId> beside;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind != Kind::compute || i.op < 0) continue;
+      const auto& operation = p.operators[static_cast<std::size_t>(i.op)].operation;
+      grouped |= std::holds_alternative<GroupedProduct>(operation);
+      const auto* core = std::get_if<Attention>(&operation);
+      if (a.score_buffer && core != nullptr && core->materialised && !i.extras.empty())
+        scores = std::max(scores, local_bytes(p, i.extras[0], rank));
+    }
+    for (const BufferId g : gradients_beside(p, p.blocks[b.index()])) beside.insert(g);
+  }
+  if (grouped) sum += hopper ? a.workspace_grouped_hopper : a.workspace_grouped;
+  sum += scores;
+  for (const BufferId g : beside) sum += as_parameters(p, g, rank);
   if (a.weight_gradients != Allocations::WeightGradients::placeholders) return sum;
   // Products of one input are one product there (query, key and value; gate and up); experts' are
   // of one shape.
   using Weight = std::pair<std::vector<std::int64_t>, std::int64_t>;  // shape, local bytes
   std::set<std::vector<Weight>> shapes;
-  std::set<BlockId> blocks;
-  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
   for (const BlockId b : blocks) {
     std::map<BufferId, std::vector<Weight>> by_input;
     for (const Instruction& i : p.blocks[b.index()].instructions) {
@@ -332,8 +368,67 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
   return sum;
 }
 
+std::vector<BufferId> gradients_beside(const Program& p, const Block& block) {
+  std::vector<BufferId> all;
+  if (p.allocations.weight_gradients != Allocations::WeightGradients::beside) return all;
+  for (const Instruction& i : block.instructions) {
+    if (i.kind != Kind::compute || i.kernel != Kernel::backward_weight) continue;
+    for (const BufferId g : i.writes) {
+      if (g.valid() && p.buffer(g).scope == Scope::step && stays_beside(p, g) &&
+          std::find(all.begin(), all.end(), g) == all.end())
+        all.push_back(g);
+    }
+  }
+  return all;
+}
+
+std::vector<std::int64_t> stage_copies(const Program& p, int stage, std::int64_t rank) {
+  std::vector<std::int64_t> all(p.blocks.size(), 0);
+  if (!p.allocations.stage_copies || stage >= p.pipeline_stages()) return all;
+  std::map<int, std::int64_t> of_chunk;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    const Block& block = p.blocks[b.index()];
+    if (block.kind != BlockKind::forward) continue;
+    for (const Instruction& i : block.instructions) {
+      if (i.kind == Kind::send) all[b.index()] += device_bytes(p, i.reads[0], rank).count;
+      if (i.kind == Kind::receive) all[b.index()] += device_bytes(p, i.writes[0], rank).count;
+    }
+    of_chunk[block.chunk] = all[b.index()];
+  }
+  for (const BlockId b : blocks) {
+    const Block& block = p.blocks[b.index()];
+    if (block.kind == BlockKind::backward) all[b.index()] = -of_chunk[block.chunk];
+  }
+  return all;
+}
+
+std::vector<Bytes> step_bytes(const Program& p, int stage, std::int64_t rank) {
+  std::vector<Bytes> all;
+  if (stage >= p.pipeline_stages()) return all;
+  const Allocations& a = p.allocations;
+  if (a.reduce_buffer.count > 0) all.push_back(a.reduce_buffer);
+  if (!a.flat_gradients) return all;
+  std::int64_t own = 0, elements = 0;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind != Kind::compute || i.kernel != Kernel::optimizer) continue;
+      const Buffer& gradient = p.buffer(i.reads.at(0));
+      if (gradient.type == ElementType::fp32) continue;
+      const std::int64_t n = local_elements(p, i.reads[0], rank);
+      own += ceil_div(n * bits(gradient.type), 8);
+      elements += n;
+    }
+  }
+  if (elements > 0) all.insert(all.end(), {Bytes{own}, Bytes{4 * elements}});
+  return all;
+}
+
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
-  if (i.kind == Kind::compute) return gradients_apart(p, i, rank);
+  if (i.kind == Kind::compute) return gradients_apart(p, i, rank) + loss_forward(p, i, rank);
   if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
     return Bytes{0};
   if (p.buffer(i.reads[0]).routed) return routed_payload(p, i, rank);

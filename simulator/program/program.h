@@ -254,17 +254,33 @@ struct FrameworkKernels {
 /// priced, never executed.
 struct Allocations {
   enum class WeightGradients : std::uint8_t {
-    in_place,     ///< kernels add to the accumulated gradient
-    apart,        ///< each is a tensor of its own, of the parameters' type, then added
-    placeholders  ///< as `apart`, but a layer's products add in place and leave a tensor of each
-                  ///< shape of weight, of the parameters' type, for good (Transformer Engine)
+    in_place,      ///< kernels add to the accumulated gradient
+    apart,         ///< each is a tensor of its own, of the parameters' type, then added
+    placeholders,  ///< as `apart`, but a layer's products add in place and leave a tensor of each
+                   ///< shape of weight, of the parameters' type, for good (Transformer Engine)
+    beside         ///< as `apart`, but where they are accumulated in another type each stays
   } weight_gradients = WeightGradients::in_place;
   /// The loss keeps a softmax of the logits in fp32 for its backward, not the logits.
   bool fp32_loss = false;
   /// Dropout of materialised attention's probabilities: the mask and what it left are kept too.
   bool attention_dropout = false;
+  /// A tensor of materialised attention's scores stays (Megatron's global memory buffer).
+  bool score_buffer = false;
+  /// For each logit, while the loss's forward runs, beside the logits and what it keeps.
+  Bytes loss_forward;
   Bytes workspace;         ///< of its libraries, for good
   Bytes workspace_hopper;  ///< the same, on devices of compute capability 9.0 and later
+  /// More of both where a stage has products of experts.
+  Bytes workspace_grouped, workspace_grouped_hopper;
+  /// While the step's own blocks run: what gradients are copied into to be reduced, and, where they
+  /// are no fp32, one tensor of all that the optimizer reads in their type and one in fp32.
+  Bytes reduce_buffer;
+  bool flat_gradients = false;
+  /// Until a micro-batch's backward its stage keeps copies of what it received and of what it sent.
+  bool stage_copies = false;
+  bool expandable_segments =
+      false;                ///< the allocator's segments grow, so that nothing is left over
+  Bytes context = 512_MiB;  ///< of CUDA and its libraries' kernels, outside the allocator
   ElementType parameters = ElementType::fp32;
   friend bool operator==(const Allocations&, const Allocations&) = default;
 };
@@ -397,11 +413,24 @@ bool brings_rows(const Program& program, const Instruction& instruction);
 std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);
 
 /// Memory that `rank` needs only while the instruction runs: the packed payload of a collective, a
-/// weight's gradient apart.
+/// weight's gradient apart, copies of logits.
 Bytes transient_bytes(const Program& program, const Instruction& instruction, std::int64_t rank);
 
+/// What the framework allocates on `rank` of `stage` for the time of a step block, in order.
+std::vector<Bytes> step_bytes(const Program& program, int stage, std::int64_t rank);
+
+/// By block, what the framework keeps more on `rank` of `stage` after a call (Allocations::
+/// stage_copies): of forward blocks, and as much less after the chunk's last backward one.
+std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::int64_t rank);
+
+/// Gradients of the parameters' type that stay beside accumulated ones, in the order in which
+/// backward blocks first write them.
+std::vector<BufferId> gradients_beside(const Program& program, const Block& block);
+/// A gradient in the parameters' type instead of its own.
+Bytes as_parameters(const Program& program, BufferId gradient, std::int64_t rank);
+
 /// What the framework holds for good on `rank` of `stage`, on a device of this compute capability:
-/// workspaces, and placeholders of gradients.
+/// workspaces, gradients and placeholders that stay, a buffer of scores.
 Bytes resident_bytes(const Program& program, int stage, std::int64_t rank, int compute_capability);
 
 /// Instructions that take time, over one rank of every stage: events of a step folded to one class

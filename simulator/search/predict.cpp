@@ -11,6 +11,7 @@
 
 #include "base/parallel.h"
 #include "base/unit_text.h"
+#include "simulator/engine/caching_allocator.h"
 #include "simulator/search/placement.h"
 
 namespace partita {
@@ -83,6 +84,26 @@ Bytes communicators(const Program& p, const RankClass& c, Communication& communi
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) * to; }
 
+Feasible<Program> lowered(const Graph& graph, const Plan& plan) {
+  return plan.pad_vocabulary > 0 && graph.sequence > 0
+             ? lower(with_padded_vocabulary(graph, plan.pad_vocabulary * plan.tp), plan)
+             : lower(graph, plan);
+}
+
+/// The same step with only as many micro-batches as fill and drain the pipeline and repeat between:
+/// what is allocated when repeats from there. Empty: it has no more.
+std::optional<Program> with_few_micro_batches(const Graph& graph, const Plan& plan) {
+  const std::int64_t few = 3 * plan.pp * directions(plan.schedule);
+  if (plan.micro_batches() <= few || plan.schedule == Schedule::gpipe) return std::nullopt;
+  Plan short_plan = plan;
+  short_plan.global_batch = plan.global_batch / plan.micro_batches() * few;
+  auto completed = complete(graph, short_plan);
+  if (!completed) return std::nullopt;
+  auto program = lowered(graph, *completed);
+  if (!program) return std::nullopt;
+  return std::move(*program);
+}
+
 }  // namespace
 
 Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication,
@@ -90,9 +111,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                              const RoutingSource* routing, Network network) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
-  const bool pads = plan->pad_vocabulary > 0 && graph.sequence > 0;
-  auto program = pads ? lower(with_padded_vocabulary(graph, plan->pad_vocabulary * plan->tp), *plan)
-                      : lower(graph, *plan);
+  auto program = lowered(graph, *plan);
   if (!program) return program.why();
   if (routing != nullptr) *program = with_routing(*program, *routing);
   SimulateOptions options;
@@ -149,7 +168,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     r.peak_host = std::max(r.peak_host, use.host_peak);
     if (use.peak > stage.total) {
       stage.total = use.peak, stage.resident = use.resident, stage.by_category = use.at_peak;
+      stage.reserved = Bytes{round_up(use.peak.count, 2 << 20)};
     }
+    stage.saved = std::max(stage.saved, use.saved);
     if (use.peak > r.peak_allocated) {
       r.peak_allocated = use.peak;
       const Block& b = program->blocks[static_cast<std::size_t>(use.peak_block)];
@@ -170,17 +191,36 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
     r.alive = alive_at_peak(*program, t.classes[most], t.memory[most]);
   }
-  // PyTorch's caching allocator reserves segments of at least 2 MiB; fragmentation is not modelled
-  // yet.
-  r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
   Bytes most_communicators{0};
   for (const RankClass& c : t.classes) {
     if (c.stage < program->pipeline_stages())
       most_communicators = std::max(
           most_communicators, communicators(*program, c, elsewhere ? *elsewhere : communication));
   }
-  r.peak_device = r.peak_reserved + kContext + most_communicators;
   r.usable = usable + kContext;  // device files give usable memory after the context
+  const Bytes outside = program->allocations.context + most_communicators;
+  // A search only weighs: rounding stands for what the allocator leaves between blocks.
+  r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
+  if (!only_if_fits && !program->allocations.expandable_segments &&
+      r.peak_allocated + outside <= r.usable) {
+    const Bytes limit = r.usable - outside;
+    std::size_t most = 0;
+    for (std::size_t c = 1; c < t.classes.size(); ++c) {
+      if (t.memory[c].peak > t.memory[most].peak) most = c;
+    }
+    const RankClass& fullest = t.classes[most];
+    const auto few = routing == nullptr ? with_few_micro_batches(graph, *plan) : std::nullopt;
+    r.peak_reserved =
+        reserved_by(few ? *few : *program, fullest,
+                    communication.topology()
+                        .device(DeviceId{static_cast<std::size_t>(fullest.representative)})
+                        .compute_capability,
+                    limit);
+    for (StageMemory& s : r.memory_by_stage) {
+      if (s.stage == fullest.stage) s.reserved = r.peak_reserved;
+    }
+  }
+  r.peak_device = r.peak_reserved + outside;
   r.fits = r.peak_device <= r.usable;
   r.breakdown = t.breakdown[static_cast<std::size_t>(t.last_class)];
   r.classes = t.classes.size();

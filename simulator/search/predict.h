@@ -19,6 +19,8 @@ struct StageMemory {
   int stage = 0;
   Bytes total;
   Bytes resident;  ///< of it: what the framework holds beside the program's buffers
+  Bytes saved;     ///< most that forward passes keep for backward ones
+  Bytes reserved;  ///< by the framework's allocator
   std::array<Bytes, kCategoryCount> by_category;
 };
 

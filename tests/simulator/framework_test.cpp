@@ -66,7 +66,7 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, gradients: fp64}\n",
          "'fp64' is no type of gradients");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, weight_gradients: away}\n",
-         "'away' is no place of weights' gradients; use in_place, apart or placeholders");
+         "'away' is no place of weights' gradients; use in_place, apart, placeholders or beside");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {dropout: 1}\n", "dropout is 1");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, bukket: 2}\n", "bukket");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, wait_for_sends: often}\n",

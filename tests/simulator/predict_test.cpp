@@ -302,6 +302,67 @@ TEST(Predict, WhatAFrameworkHoldsIsInThePeakAndInItsParts) {
   EXPECT_EQ(alive, r.peak_allocated);
 }
 
+TEST(Predict, ReservedMemoryIsPlayedAndAWeighedOneIsRounded) {
+  Topology t = load_topology("dgx-h100:1");
+  Communication communication(t);
+  Plan p = under("megatron-core");
+  p.micro_batch = 2, p.global_batch = 16;
+  const auto played = predict(two_blocks(), p, communication);
+  const auto weighed = predict(two_blocks(), p, communication, nullptr, nullptr, true);
+  ASSERT_TRUE(played && weighed);
+  EXPECT_EQ(weighed->peak_allocated, played->peak_allocated);
+  EXPECT_EQ(weighed->peak_reserved.count, ceil_div(played->peak_allocated.count, 2 << 20) << 21);
+  EXPECT_GE(played->peak_reserved, played->peak_allocated);
+  EXPECT_EQ(played->memory_by_stage[0].reserved, played->peak_reserved);
+  // Repeating more micro-batches changes nothing.
+  p.global_batch = 64;
+  EXPECT_EQ(predict(two_blocks(), p, communication)->peak_reserved, played->peak_reserved);
+}
+
+TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
+  Plan p = under("megatron-deepspeed");
+  p.precision.gradients = p.precision.gradient_communication = ElementType::fp32;
+  p.pp = 2, p.global_batch = 4;
+  const auto plan = complete(two_blocks(), p);
+  const auto program = lower(two_blocks(), *plan);
+  ASSERT_TRUE(program);
+  // Two stages: the first sends 1,024 tokens of 768 bf16, the last receives them.
+  for (const int stage : {0, 1}) {
+    std::int64_t sum = 0, most = 0;
+    const auto copies = stage_copies(*program, stage, stage);
+    for (const BlockCall& call : program->stages[static_cast<std::size_t>(stage)]) {
+      sum += copies[call.block.index()];
+      most = std::max(most, copies[call.block.index()]);
+    }
+    EXPECT_EQ(most, 1024 * 768 * 2);
+    EXPECT_EQ(sum, 0);
+  }
+  // All parameters' gradients in bf16 beside those in fp32, and the workspace.
+  const Bytes beside = resident_bytes(*program, 0, 0, 80);
+  p.allocations.weight_gradients = Allocations::WeightGradients::apart;
+  const auto without = lower(two_blocks(), *complete(two_blocks(), p));
+  // Table, positions and a block of 12 h^2 weights and 13 h of biases and norms.
+  EXPECT_EQ(beside - resident_bytes(*without, 0, 0, 80),
+            Bytes{2 * ((50257 + 1024) * 768 + 12 * 768 * 768 + 13 * 768)});
+  // One reduce buffer; gradients in fp32 have no flat copies.
+  EXPECT_EQ(step_bytes(*program, 0, 0), std::vector<Bytes>{1_GB});
+}
+
+TEST(Predict, AnOptimizersFlatCopiesAreInTheStep) {
+  Plan p = under("megatron-deepspeed");  // gradients of the parameters' type
+  const auto program = lower(two_blocks(), *complete(two_blocks(), p));
+  const auto step = step_bytes(*program, 0, 0);
+  const std::int64_t n = parameter_count(two_blocks());
+  EXPECT_EQ(step, (std::vector<Bytes>{1_GB, Bytes{2 * n}, Bytes{4 * n}}));
+  // They are the peak: nothing else of this network takes so much.
+  const Prediction r = predicted(two_blocks(), p);
+  Bytes parts{0}, alive{0};
+  for (const Bytes b : r.memory_by_stage[0].by_category) parts += b;
+  for (const Alive& a : r.alive) alive += a.bytes;
+  EXPECT_EQ(parts, r.peak_allocated);
+  EXPECT_EQ(alive, r.peak_allocated);
+}
+
 TEST(Predict, AGradientApartTakesTheParametersType) {
   const auto of = [](const char* framework, const char* op, std::int64_t micro_batches) {
     Plan p = under(framework);

@@ -149,13 +149,13 @@ TEST(RowText, MemoryQuantities) {
   };
   for (const Case& c :
        {Case{"mem-allocated-bytes (weights+grads+optimizer resident after step, logging rank)",
-             {Q::What::after_step, Q::Who::last_stage}},
-        {"mem-max-allocated-bytes (peak, logging rank)", {Q::What::allocated, Q::Who::last_stage}},
+             {Q::What::after_step, Q::Who::logging}},
+        {"mem-max-allocated-bytes (peak, logging rank)", {Q::What::allocated, Q::Who::logging}},
         {"max_memory_allocated on rank 7", {Q::What::allocated, Q::Who::rank, 7}},
         {"peak memory per GPU as reported with the throughput row", {Q::What::device}},
         {"peak allocated memory as printed", {Q::What::allocated}},
         {"torch max_memory_allocated of the logging rank, bytes/2^30; steady allocated 0.4 GiB",
-         {Q::What::allocated, Q::Who::last_stage}},
+         {Q::What::allocated, Q::Who::logging}},
         {"torch max_memory_allocated, max over ranks (GiB); max reserved 62.4 GiB",
          {Q::What::allocated}},
         {"max reserved memory", {Q::What::reserved}},
