@@ -300,6 +300,7 @@ void add_commands(CLI::App& app, int& code) {
   add_simulate(app);
   add_plan(app, code);
   add_whatif(app, code);
+  add_compare(app);
   add_reference(app, code);
   add_startup(app, code);
   add_run(app, code);

@@ -1,0 +1,178 @@
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "base/unit_text.h"
+#include "base/yaml.h"
+#include "cli/cluster_flags.h"
+#include "cli/commands.h"
+#include "cli/options.h"
+#include "report/report.h"
+#include "validation/fit_rows.h"
+#include "validation/profiled.h"
+
+namespace partita::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using validation::ProfiledStep;
+using validation::TermRow;
+
+struct Options {
+  std::string model, topology, measured;
+  PlanFlags flags;
+  ClusterFlags cluster;
+  std::optional<std::int64_t> device;
+  bool json = false;
+};
+
+struct Comparison {
+  validation::ProfilerTrace trace;
+  ProfiledStep measured;
+  Prediction predicted;
+  std::vector<TermRow> rows;
+  std::vector<std::string> assumed;
+  Seconds step() const { return Seconds{static_cast<double>(measured.ns) / 1e9}; }
+  /// (predicted - measured) over the measured step.
+  double part(std::optional<Seconds> predicted_, std::optional<Seconds> measured_) const {
+    return (predicted_.value_or(Seconds{}).count - measured_.value_or(Seconds{}).count) /
+           step().count;
+  }
+};
+
+Json optional(const std::optional<Seconds>& t) { return t ? Json(t->count) : Json(nullptr); }
+
+std::string json_of(const Graph& g, const Topology& t, const Comparison& c) {
+  const auto seconds = [](std::int64_t ns) { return static_cast<double>(ns) / 1e9; };
+  Json j;
+  j["schema"] = "partita.comparison/1";
+  j["model"] = g.name;
+  j["topology"] = t.name();
+  j["trace"] = c.trace.file;
+  j["device"] = c.trace.device;
+  j["steps"] = c.measured.steps;
+  j["measured_s"] = c.step().count;
+  j["measured_range_s"] = c.measured.steps > 0
+                              ? Json{seconds(c.measured.low), seconds(c.measured.high)}
+                              : Json(nullptr);
+  j["predicted_s"] = c.predicted.step_time.count;
+  j["interval_s"] = c.predicted.interval ? Json{c.predicted.interval->first.count,
+                                                c.predicted.interval->second.count}
+                                         : Json(nullptr);
+  j["error"] = c.part(c.predicted.step_time, c.step());
+  j["groups"] = Json::array();
+  j["terms"] = Json::array();
+  for (const TermRow& r : c.rows) {
+    Json row;
+    row["group"] = std::string(name(r.group));
+    if (!r.kind.empty()) row["kind"] = r.kind;
+    row["measured_s"] = optional(r.measured);
+    row["predicted_s"] = optional(r.predicted);
+    row["kernel_s"] = optional(r.kernels);
+    row["of_step"] = c.part(r.predicted, r.measured);
+    j[r.kind.empty() ? "groups" : "terms"].push_back(row);
+  }
+  j["unknown"] = Json::array();
+  for (const auto& u : c.measured.unknown)
+    j["unknown"].push_back({{"name", u.name}, {"kernels", u.count}, {"kernel_s", seconds(u.ns)}});
+  j["assumed"] = c.assumed;
+  return j.dump(2) + "\n";
+}
+
+std::string table(const Graph& g, const Topology& t, const Comparison& c) {
+  const auto percent = [](double x) { return fmt::format("{:+.1f} %", 100 * x); };
+  const auto time = [](const std::optional<Seconds>& x) { return x ? text(*x) : std::string("-"); };
+  std::string out = fmt::format("{} on {} devices of {}, {}, {}, global batch {}\n{}\n", g.name,
+                                c.predicted.devices, t.name(), c.predicted.plan.precision_name,
+                                c.predicted.plan.framework, c.predicted.plan.global_batch,
+                                plan_line(c.predicted.plan));
+  if (!c.assumed.empty()) out += fmt::format("assumed: {}\n", fmt::join(c.assumed, ", "));
+  out += fmt::format("{}, device {}: ", c.trace.file, c.trace.device);
+  out += c.measured.steps == 0
+             ? std::string("no ProfilerStep marks: the whole trace\n\n")
+             : fmt::format("the median of {} steps, {} to {}\n\n", c.measured.steps,
+                           text(Seconds{static_cast<double>(c.measured.low) / 1e9}),
+                           text(Seconds{static_cast<double>(c.measured.high) / 1e9}));
+  std::vector<std::vector<std::string>> rows{
+      {"", "measured", "predicted", "of step", "kernels"},
+      {"step", text(c.step()), text(c.predicted.step_time),
+       percent(c.part(c.predicted.step_time, c.step())), ""}};
+  for (const TermRow& r : c.rows) {
+    if (r.kind == name(r.group)) continue;  // the optimizer is a group of its own
+    rows.push_back({r.kind.empty() ? std::string(name(r.group)) : "  " + r.kind, time(r.measured),
+                    time(r.predicted), percent(c.part(r.predicted, r.measured)),
+                    r.group == validation::TermGroup::idle ? "" : time(r.kernels)});
+  }
+  out += align(rows);
+  if (!c.measured.unknown.empty()) {
+    constexpr std::size_t kShown = 10, kLength = 72;
+    std::vector<std::vector<std::string>> unknown{{"kernels of no known kind", "time", "number"}};
+    for (std::size_t k = 0; k < std::min(kShown, c.measured.unknown.size()); ++k) {
+      const auto& u = c.measured.unknown[k];
+      unknown.push_back(
+          {"  " + (u.name.size() > kLength ? u.name.substr(0, kLength - 3) + "..." : u.name),
+           text(Seconds{static_cast<double>(u.ns) / 1e9}), grouped(u.count)});
+    }
+    if (c.measured.unknown.size() > kShown)
+      unknown.push_back({fmt::format("  {} more", c.measured.unknown.size() - kShown), "", ""});
+    out += "\n" + align(unknown);
+  }
+  return out;
+}
+
+}  // namespace
+
+void add_compare(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* c = app.add_subcommand(
+      "compare", "a job's own profiler trace beside its prediction, term by term");
+  c->add_option("MODEL", o->model, "catalogue name or file")->required();
+  c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
+  c->add_option("--measured", o->measured, "trace of torch.profiler, of one rank (docs/compare.md)")
+      ->required();
+  c->add_option("--device", o->device, "whose kernels, where the trace has those of several");
+  o->flags.add_to(*c);
+  o->flags.add_network(*c);
+  o->flags.add_profile(*c);
+  o->flags.add_routing(*c);
+  o->cluster.add_to(*c);
+  c->add_flag("--json", o->json, "print JSON");
+  c->callback([o] {
+    Comparison x;
+    x.trace = validation::parse_profiler_trace(read_file(o->measured), o->measured, o->device);
+    x.measured = validation::profiled_step(
+        x.trace, validation::load_kernel_kinds(data_folder("validation/kernel_kinds.yaml")));
+    const Topology t = o->cluster.in_state(load_cluster(o->topology));
+    Plan plan = plan_from(o->flags, "megatron-core");
+    settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
+    const Graph g = load_graph(o->model, o->flags, plan);
+    const RoutingSource routing =
+        routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
+    const auto fitted = fit_of(o->flags);
+    const auto* entry = fitted ? fitted->find(t, plan.framework) : nullptr;
+    Communication communication(t);
+    if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
+    auto prediction =
+        predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
+    if (!prediction) throw InputError("plan", prediction.reason());
+    if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
+    x.predicted = std::move(*prediction);
+    if (x.trace.ranks && *x.trace.ranks != x.predicted.devices)
+      throw InputError(o->measured,
+                       fmt::format("is of a job of {} ranks, the plan of {}; give that job's plan "
+                                   "and as many devices",
+                                   *x.trace.ranks, x.predicted.devices));
+    x.assumed = assumptions(o->flags, x.predicted.plan, g);
+    for (std::string& a : state_assumptions(t)) x.assumed.push_back(std::move(a));
+    x.rows = validation::compare_terms(x.measured, x.predicted.breakdown);
+    const std::string out = o->json ? json_of(g, t, x) : table(g, t, x);
+    std::fwrite(out.data(), 1, out.size(), stdout);
+  });
+}
+
+}  // namespace partita::cli
