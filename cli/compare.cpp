@@ -133,8 +133,8 @@ void add_compare(CLI::App& app) {
       "compare", "a job's own profiler trace beside its prediction, term by term");
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
-  c->add_option("--measured", o->measured, "trace of torch.profiler, of one rank (docs/compare.md)")
-      ->required();
+  c->add_option("--measured", o->measured,
+                "trace of torch.profiler, of one rank (docs/compare.md)");
   c->add_option("--device", o->device, "whose kernels, where the trace has those of several");
   o->flags.add_to(*c);
   o->flags.add_network(*c);
@@ -143,6 +143,8 @@ void add_compare(CLI::App& app) {
   o->cluster.add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
+    if (o->measured.empty())
+      throw InputError("--measured", "is missing; name a trace that torch.profiler wrote");
     Comparison x;
     x.trace = validation::parse_profiler_trace(read_file(o->measured), o->measured, o->device);
     x.measured = validation::profiled_step(
