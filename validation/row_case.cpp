@@ -340,19 +340,24 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   return choice;
 }
 
-const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text) {
-  const std::string word = lower(text);
+const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
+                                     const std::string& model) {
+  const std::string word = lower(text), network = lower(model);
   const FrameworkProfile* best = nullptr;
   std::size_t best_score = 0;
   for (const FrameworkProfile& f : catalogue.frameworks) {
+    const bool own = std::any_of(f.networks.begin(), f.networks.end(), [&](const auto& pattern) {
+      return matches(lower(pattern), network);
+    });
+    if (!own && !f.networks.empty()) continue;
     auto all = f.aliases;
     all.push_back(f.name);
     for (const std::string& alias : all) {
       if (!matches(lower(alias), word)) continue;
-      // Whole names before patterns, long patterns before short ones.
+      // Whole names before patterns, long patterns before short ones, then code of this network.
       const bool pattern = has(alias, "*") || has(alias, "?");
       const auto stars = static_cast<std::size_t>(std::count(alias.begin(), alias.end(), '*'));
-      const std::size_t score = 2 * (alias.size() - stars) + (pattern ? 0 : 1) + 1;
+      const std::size_t score = 2 * (2 * (alias.size() - stars) + (pattern ? 0 : 1) + 1) + own;
       if (score > best_score) best_score = score, best = &f;
     }
   }
@@ -457,10 +462,10 @@ class CaseBuilder {
 
   void find_framework() {
     const std::string& text = row_["framework"];
-    framework_ = framework_of(catalogue_, text);
+    framework_ = framework_of(catalogue_, text, row_["model"]);
     // A quantity may have the name that one framework logs it under.
     if (text.empty() && schema_ == RowSchema::memory) {
-      framework_ = framework_of(catalogue_, row_["quantity"]);
+      framework_ = framework_of(catalogue_, row_["quantity"], row_["model"]);
       if (framework_ != nullptr) {
         assume("framework {}, by its name of the quantity", framework_->name);
         return;

@@ -111,7 +111,8 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
                                const std::string& memory, const std::string& intra);
 
 /// The profile with the longest matching alias; null: none.
-const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text);
+const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
+                                     const std::string& model);
 
 /// The catalogue entry that a text names; null: none. `text` may lead with folders and end with
 /// remarks: the longest name or alias that it begins with. `besides`: what the text's network has

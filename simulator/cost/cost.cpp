@@ -197,6 +197,29 @@ Product product(double m, double n, double k, double count, ElementType type,
   return one;
 }
 
+/// What Transformer-XL's code computes beside attention with the content (relative_positions in
+/// arXiv 1901.02860, appendix B): queries with keys of the positions, the same for all samples;
+/// those keys; and queries of the memory too, as one product gives queries, keys and values of all
+/// that is seen. Rows are as wide as the heads together.
+void add_positions(const FlashAttention& a, Work& w) {
+  const double rows = a.batch * a.queries, width = a.heads * a.qk;
+  const double memory = a.batch * (a.keys - a.queries);
+  const auto add = [&](double m, double n, double k, double count, ProductLayout layout) {
+    if (m > 0 && n > 0 && k > 0) w.products.push_back(product(m, n, k, count, a.type, layout));
+  };
+  if (!a.backward) {
+    add(rows, a.keys, a.qk, a.heads, ProductLayout::tn);
+    add(a.keys, width, width, 1, ProductLayout::tn);
+    add(memory, width, width, 1, ProductLayout::tn);
+  } else {
+    add(rows, a.qk, a.keys, a.heads, ProductLayout::nn);  // gradient of the queries
+    add(a.keys, a.qk, rows, a.heads, ProductLayout::nt);  // of the positions' keys
+    add(width, width, a.keys, 1, ProductLayout::nt);      // of their weight
+    add(memory, width, width, 1, ProductLayout::nn);
+    add(width, width, memory, 1, ProductLayout::nt);
+  }
+}
+
 /// Products q·k and probabilities · v with the scores going through memory, as frameworks without
 /// flash attention run them: the whole square, whatever the mask.
 void materialise(const Program& p, const FlashAttention& a, Work& w) {
@@ -221,6 +244,12 @@ void materialise(const Program& p, const FlashAttention& a, Work& w) {
   const FrameworkKernels& kernels = p.kernels;
   if (const double each = a.backward ? kernels.score_backward : kernels.score_forward; each > 0)
     w.streamed = Bytes{std::llround(each * static_cast<double>(scores))};
+  const double wide = a.backward ? kernels.score_fp32_backward : kernels.score_fp32_forward;
+  w.streamed += Bytes{std::llround(wide * static_cast<double>(scores))};
+  const double turns = a.backward ? kernels.head_passes_backward : kernels.head_passes_forward;
+  const auto queries = static_cast<std::int64_t>(count * m * a.qk);
+  w.streamed += Bytes{std::llround(turns * static_cast<double>(storage(a.type, queries).count))};
+  if (kernels.position_product) add_positions(a, w);
   w.kernels = static_cast<int>(w.products.size()) + 1;
 }
 
@@ -362,6 +391,14 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     if (i.extras.empty()) w.bytes += bytes_of(p, i.writes, rank);
     const double n = static_cast<double>(local_elements(p, i.writes[0], rank));
     w.flops = Flops{(p.optimizer.kind == OptimizerKind::adam ? 12 : 4) * n};
+    const bool narrow = bits(p.buffer(i.writes[0]).type) < 32;
+    if (const double each = narrow ? p.kernels.optimizer_mixed : p.kernels.optimizer;
+        each > 0 && p.optimizer.kind == OptimizerKind::adam)
+      w.bytes = Bytes{std::llround(each * n)};
+    if (p.kernels.optimizer_kernels > 0) {
+      w.kernels = p.kernels.optimizer_kernels;
+      w.launched = w.kernels * p.launches.kernel;
+    }
     return w;
   }
   if (i.kernel == Kernel::initialise) {
@@ -440,7 +477,21 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     // Only the rows looked up move, not the table.
     const bool forward = i.kernel == Kernel::forward;
     w.bytes = Bytes{2 * bytes_of(p, forward ? i.writes : i.gradients, rank).count};
+    if (i.kernel == Kernel::backward_weight && std::holds_alternative<Embedding>(op.operation))
+      w.bytes += Bytes{std::llround(p.kernels.table_passes *
+                                    static_cast<double>(bytes_of(p, i.writes, rank).count))};
   }
+  const auto unfused = [&](double forward, double backward) {
+    if (forward == 0 || i.kernel == Kernel::backward_weight) return;
+    const bool ahead = i.kernel == Kernel::forward;
+    const std::int64_t n = local_elements(p, ahead ? i.writes[0] : i.gradients[0], rank);
+    w.bytes = Bytes{std::llround((ahead ? forward : backward) * static_cast<double>(n))};
+  };
+  if (const auto* n = std::get_if<Normalize>(&op.operation);
+      n != nullptr && n->kind == Normalize::Kind::layer)
+    unfused(p.kernels.normalize_forward, p.kernels.normalize_backward);
+  if (std::holds_alternative<Dropout>(op.operation))
+    unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
   if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {
     // Maximum and sum, kernels of their own where the vocabulary is cut, are among the passes.
     const bool statistic = i.kernel == Kernel::forward_statistic;
@@ -458,7 +509,7 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
     const double rate = w.matrix ? device.sustained_rate(w.type).count : device.vector_rate.count;
     all.units = Seconds{w.flops.count > 0 ? w.flops.count / rate : 0};
     all.memory = streaming_time(w.bytes + w.again, device);
-    all.work = std::max(all.units, all.memory);
+    all.work = std::max({all.units, all.memory, w.launched});
     all.beside_transfers = static_cast<double>(device.multiprocessors) /
                            (device.multiprocessors - device.communication_multiprocessors);
     return all;

@@ -36,6 +36,7 @@ struct Work {
   /// `products` are of the whole sequence, of which this is one of so many equal parts that run on
   /// streams beside each other: their waves fill up.
   double parts = 1;
+  Seconds launched;  ///< in which the host starts the kernels, where that may take longer
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 

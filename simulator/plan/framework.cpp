@@ -20,6 +20,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   FrameworkProfile f;
   f.name = root.get("name").as_string();
   if (const auto aliases = root.find("aliases")) f.aliases = aliases->as_strings();
+  if (const auto networks = root.find("networks")) f.networks = networks->as_strings();
   std::string file_source;
   if (const auto source = root.find("source")) file_source = source->as_string();
   // `{value: ..., source: ...}`, or a plain value that takes the file's own `source`.
@@ -145,10 +146,29 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     };
     traffic("score_forward", f.kernels.score_forward);
     traffic("score_backward", f.kernels.score_backward);
+    traffic("score_fp32_forward", f.kernels.score_fp32_forward);
+    traffic("score_fp32_backward", f.kernels.score_fp32_backward);
     traffic("padding_forward", f.kernels.padding_forward);
     traffic("padding_backward", f.kernels.padding_backward);
     traffic("logit_forward", f.kernels.logit_forward);
     traffic("logit_backward", f.kernels.logit_backward);
+    traffic("normalize_forward", f.kernels.normalize_forward);
+    traffic("normalize_backward", f.kernels.normalize_backward);
+    traffic("dropout_forward", f.kernels.dropout_forward);
+    traffic("dropout_backward", f.kernels.dropout_backward);
+    traffic("optimizer", f.kernels.optimizer);
+    traffic("optimizer_mixed", f.kernels.optimizer_mixed);
+    const auto count = [&](const char* key, double& to) {
+      setting(*kernels, key,
+              [&](const YamlNode& n) { to = static_cast<double>(n.as_int(1, 1000)); });
+    };
+    count("head_passes_forward", f.kernels.head_passes_forward);
+    count("head_passes_backward", f.kernels.head_passes_backward);
+    count("table_passes", f.kernels.table_passes);
+    setting(*kernels, "optimizer_kernels", [&](const YamlNode& n) {
+      f.kernels.optimizer_kernels = static_cast<int>(n.as_int(1, 1000));
+    });
+    boolean(*kernels, "position_product", f.kernels.position_product);
     kernels->reject_unknown_keys();
   }
   if (const auto defaults = root.find("defaults")) {

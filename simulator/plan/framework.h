@@ -21,6 +21,8 @@ struct FrameworkProfile {
   std::string name;  ///< "megatron-core"
   /// What tables of measurements call it: patterns, letters of any case.
   std::vector<std::string> aliases;
+  /// Not empty: code of these networks only, patterns of what tables call them.
+  std::vector<std::string> networks;
 
   // Of every plan.
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp

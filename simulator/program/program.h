@@ -246,8 +246,26 @@ struct FrameworkKernels {
   /// Bytes for each score that mask, softmax and dropout of materialised attention move; 0: one
   /// pass over each tensor.
   double score_forward = 0, score_backward = 0;
+  /// Bytes for each score beside those or the passes, of tensors that are fp32 whatever the type.
+  double score_fp32_forward = 0, score_fp32_backward = 0;
   /// Bytes for each logit that a cross entropy moves; 0: likewise.
   double logit_forward = 0, logit_backward = 0;
+  /// Bytes for each element of a layer norm, and of a dropout, whose every operation is a kernel.
+  double normalize_forward = 0, normalize_backward = 0;
+  double dropout_forward = 0, dropout_backward = 0;
+  /// Passes over the queries in which materialised attention cuts rows into heads and turns them.
+  double head_passes_forward = 0, head_passes_backward = 0;
+  /// Materialised attention has Transformer-XL's second product, of queries with keys of relative
+  /// positions, that positions' projection, and queries of the memory, which are thrown away.
+  bool position_product = false;
+  /// Bytes for each parameter that clipping and an update by Adam or LAMB move; where the parameters
+  /// are narrow, with the loss scale's and the master copy's. 0: one pass over each tensor.
+  double optimizer = 0, optimizer_mixed = 0;
+  /// Kernels of a tensor's clipping and update, launched after the host has read the step's loss: it
+  /// is not ahead of them, so they take their launches at least. 0: one, launched in advance.
+  int optimizer_kernels = 0;
+  /// Passes over an embedding's whole gradient, beside its rows.
+  double table_passes = 0;
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
 };
 

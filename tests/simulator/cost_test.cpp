@@ -91,6 +91,96 @@ TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   EXPECT_GE(seen, 2 * c.layers);
 }
 
+TEST(Cost, OfUnfusedKernelsAndRelativePositionsIsWhatTheyMoveAndMultiply) {
+  // docs/plan.md, "Kernels and messages". 2 samples of 8 tokens after 8 of memory, 4 heads of 2.
+  TransformerConfig c = small_config();
+  c.flash_attention = c.causal = c.tied = false;
+  c.memory = 8;
+  c.dropout = 0.1;
+  Plan plan = base_plan();
+  set_precision(plan, "fp32", "");
+  plan.micro_batch = plan.global_batch = 2;
+  plan.optimizer.kind = OptimizerKind::adam;
+  plan.launches.kernel = Seconds{10e-6};
+  FrameworkKernels& k = plan.kernels;
+  k.score_forward = 70, k.score_backward = 60;
+  k.score_fp32_forward = 12, k.score_fp32_backward = 16;
+  k.head_passes_forward = 14, k.head_passes_backward = 28;
+  k.position_product = true;
+  k.normalize_forward = 60, k.normalize_backward = 164;
+  k.dropout_forward = 50, k.dropout_backward = 20;
+  k.optimizer = 60, k.optimizer_mixed = 72, k.optimizer_kernels = 20;
+  k.table_passes = 19;
+  const Program p = lowered(build_transformer(c), plan);
+  constexpr std::int64_t kScores = 2 * 4 * 8 * 16, kQueries = 2 * 8 * 8;
+  std::map<std::string, int> seen;
+  const auto each = [&](const auto& check) {
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind == Kind::compute) check(i, work_of(p, i, 0));
+      }
+    }
+  };
+  const auto positions = [](const Work& w, std::size_t from) {
+    double flops = 0;
+    for (std::size_t n = from; n < w.products.size(); ++n) flops += w.products[n].flops().count;
+    return flops;
+  };
+  each([&](const Instruction& i, const Work& w) {
+    if (i.kernel == Kernel::optimizer) {
+      EXPECT_EQ(w.bytes.count, 60 * local_elements(p, i.writes[0], 0));
+      EXPECT_EQ(w.kernels, 20);
+      ShapePrices prices(h100());
+      EXPECT_GE(kernel_time(w, h100(), prices).count, 200e-6);
+      ++seen["optimizer"];
+    }
+    if (i.op < 0) return;
+    const Operation& op = p.operators[static_cast<std::size_t>(i.op)].operation;
+    const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
+    if (std::holds_alternative<Attention>(op) && forward) {
+      EXPECT_EQ(w.streamed.count, 82 * kScores + 14 * 4 * kQueries);
+      ASSERT_EQ(w.products.size(), 5U);
+      // Queries with positions, 16 rows of 2 numbers by 16 keys, for 4 heads; the positions' keys;
+      // queries of the memory.
+      EXPECT_EQ(positions(w, 2), 2.0 * (16 * 16 * 2 * 4 + 16 * 8 * 8 + 16 * 8 * 8));
+      ++seen["forward"];
+    } else if (std::holds_alternative<Attention>(op) && data) {
+      EXPECT_EQ(w.streamed.count, 76 * kScores + 28 * 4 * kQueries);
+      ASSERT_EQ(w.products.size(), 9U);
+      // Twice the forward's, but what the positions are made of has no gradient.
+      EXPECT_EQ(positions(w, 4), 2.0 * (2 * 16 * 16 * 2 * 4 + 16 * 8 * 8 + 2 * 16 * 8 * 8));
+      ++seen["backward"];
+    } else if (std::holds_alternative<Normalize>(op) && (forward || data)) {
+      EXPECT_EQ(w.bytes.count, (forward ? 60 : 164) * kQueries);
+      ++seen["normalize"];
+    } else if (std::holds_alternative<Dropout>(op) && (forward || data)) {
+      EXPECT_EQ(w.bytes.count, (forward ? 50 : 20) * kQueries);
+      ++seen["dropout"];
+    } else if (std::holds_alternative<Embedding>(op) && i.kernel == Kernel::backward_weight) {
+      EXPECT_EQ(w.bytes.count, 2 * 4 * kQueries + 19 * 4 * 12 * 8);
+      ++seen["embedding"];
+    }
+  });
+  EXPECT_GE(seen["forward"], c.layers);
+  EXPECT_GE(seen["backward"], c.layers);
+  EXPECT_GE(seen["normalize"], 4 * c.layers);
+  EXPECT_GE(seen["dropout"], 4 * c.layers);
+  EXPECT_GE(seen["embedding"], 1);
+  EXPECT_GT(seen["optimizer"], 0);
+
+  set_precision(plan, "bf16", "");
+  const Program narrow = lowered(build_transformer(c), plan);
+  int mixed = 0;
+  for (const Block& block : narrow.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kernel != Kernel::optimizer) continue;
+      EXPECT_EQ(work_of(narrow, i, 0).bytes.count, 72 * local_elements(narrow, i.writes[0], 0));
+      ++mixed;
+    }
+  }
+  EXPECT_EQ(mixed, seen["optimizer"]);
+}
+
 TEST(Cost, OfAPartOfTheSequenceIsItsShareOfTheWholeProduct) {
   // docs/policies.md, "Overlapped tensor parallel": parts run on streams beside each other.
   for (const std::int64_t cp : {1, 2}) {

@@ -20,7 +20,9 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
       frameworks(),
       IsSupersetOf({"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita", "nemo", "torchtitan",
                     "llm-foundry", "megatron-lm-2021", "megatron-deepspeed", "deeplearningexamples",
-                    "mlperf", "deeplearningexamples-pytorch", "deeplearningexamples-tensorflow"}));
+                    "mlperf", "deeplearningexamples-pytorch", "deeplearningexamples-tensorflow",
+                    "deeplearningexamples-tensorflow1", "deeplearningexamples-transformer-xl-pytorch",
+                    "deeplearningexamples-transformer-xl-tensorflow"}));
   const auto models = model_catalogue();
   for (const auto& name : frameworks()) {
     const FrameworkProfile f = load_framework(name, "");
@@ -72,6 +74,7 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, wait_for_sends: often}\n",
          "use never, not-interleaved or always");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {score: 9 B}\n", "score");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {table_passes: 0}\n", "0 is too small");
   expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nkernels: {score_forward: 9 B}\n",
          "every setting needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {zero: 4}\n", "4 is too large");

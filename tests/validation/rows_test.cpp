@@ -299,8 +299,8 @@ TEST(RowCase, MultiTokenPredictionIsTrainedWhereTheFrameworkDoes) {
 }
 
 TEST(RowCase, FrameworksByTheirLongestAlias) {
-  const auto name = [](const char* text) {
-    const FrameworkProfile* f = framework_of(catalogue(), text);
+  const auto name = [](const char* text, const char* model = "BERT") {
+    const FrameworkProfile* f = framework_of(catalogue(), text, model);
     return f == nullptr ? std::string("none") : f->name;
   };
   EXPECT_EQ(name("Megatron-LM CI (dev container)"), "megatron-ci");
@@ -320,9 +320,16 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("torchtitan (FSDP2)"), "torchtitan");
   EXPECT_EQ(name("MXNet NVIDIA Release 23.04"), "mlperf");
   EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples-tensorflow");
+  EXPECT_EQ(name("TensorFlow"), "deeplearningexamples-tensorflow1");
   EXPECT_EQ(name("MxNet"), "deeplearningexamples");
   EXPECT_EQ(name("PyTorch"), "deeplearningexamples-pytorch");
   EXPECT_EQ(name("PyTorch DDP"), "pytorch-ddp");
+  // Code of one network: with the same alias it comes first, and never for others.
+  EXPECT_EQ(name("PyTorch", "LanguageModeling/Transformer-XL (Base model)"),
+            "deeplearningexamples-transformer-xl-pytorch");
+  EXPECT_EQ(name("TensorFlow", "LanguageModeling/Transformer-XL (Base model)"),
+            "deeplearningexamples-transformer-xl-tensorflow");
+  EXPECT_EQ(name("PyTorch DDP", "Transformer-XL"), "pytorch-ddp");
   EXPECT_EQ(name("MaxText (JAX)"), "jax");
   EXPECT_EQ(name("somebody's own"), "none");
 }
