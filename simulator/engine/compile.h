@@ -1,0 +1,66 @@
+// simulator/engine/compile.h: a program's blocks as the engine plays them, priced for each class.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <vector>
+
+#include "simulator/cost/cost.h"
+#include "simulator/engine/breakdown.h"
+#include "simulator/engine/classes.h"
+#include "simulator/program/program.h"
+
+namespace partita {
+
+/// An instruction as the engine needs it: few numbers, no vectors.
+struct Step {
+  Kind kind = Kind::compute;
+  Stream stream = 0;
+  bool after_compute = false;
+  bool meets = false;       ///< members of several classes
+  bool host_waits = false;  ///< for the compute stream, before it launches this
+  std::int32_t instruction = 0;
+  std::int64_t ticks = 0;
+  std::int64_t launch = 0;                 ///< of the host's time
+  std::int32_t first_wait = 0, waits = 0;  ///< into Compiled::slots: buffers made on other streams
+  std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
+  std::int32_t label = 0;                  ///< for the breakdown
+  std::int32_t message = -1;
+  bool of_step = false;  ///< the message goes once a step, not once a micro-batch
+  std::int32_t peer_class = -1;
+  std::int64_t beside = 0;   ///< from a send's start until its receiver may take the message
+  double share_of_core = 1;  ///< of `ticks`, where ranks share cores
+};
+
+/// A block for one class of ranks.
+struct CompiledBlock {
+  std::vector<Step> steps;
+  std::vector<std::int32_t> slots;
+  std::int64_t host_net = 0, host_rise = 0;
+  std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
+  // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
+  // do.
+  bool repeats = false;  ///< every step is ordered after the compute stream's position at the start
+  std::size_t receives = 0;            ///< leading steps, played each time
+  std::int64_t launch = 0;             ///< of all steps after the receives
+  bool host_waits = false;             ///< in one of them
+  std::vector<Stream> streams;         ///< used after the receives, compute first
+  std::vector<std::int32_t> arrives;   ///< slots that the receives make
+  std::vector<std::int32_t> external;  ///< other slots read before the block makes them, sorted
+};
+
+struct Compiled {
+  std::vector<std::vector<CompiledBlock>> blocks;  ///< [class][block]; empty where it has no calls
+  std::vector<std::set<std::int32_t>> must_mark;   ///< by class, encoded slots
+  std::vector<Flops> flops;                        ///< by class: of one rank, in one step
+  std::vector<std::size_t> slots_on_stage;
+};
+
+/// Prices every instruction once for each class.
+Compiled compile(const Program& program, Communication& communication, const RankClasses& classes,
+                 Labels& labels);
+
+/// Classes of the group's ranks, ascending.
+std::vector<int> classes_in(const RankClasses& classes, const std::vector<std::int64_t>& group);
+
+}  // namespace partita
