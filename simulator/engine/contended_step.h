@@ -11,6 +11,7 @@
 #include "simulator/engine/compile.h"
 #include "simulator/engine/contend.h"
 #include "simulator/engine/links.h"
+#include "simulator/engine/step_graph.h"
 #include "simulator/program/program.h"
 
 namespace partita {
@@ -25,15 +26,18 @@ struct Contended {
 };
 
 struct ContendedStep {
-  std::vector<std::vector<std::int64_t>> ticks;        ///< by class and instance, program order
-  std::vector<std::vector<Loss>> losses;               ///< by class; `task` is the instance
+  std::vector<std::vector<StepGraph::Stretched>>
+      stretched;                          ///< by class: what took another time than alone
+  std::vector<std::vector<Loss>> losses;  ///< by class; `task` is the instance
   std::map<std::int32_t, std::string> resource_names;  ///< of those that something was lost to
   std::vector<Contended> contended;                    ///< most lost first
 };
 
 /// Plays the step's instructions as tasks that share what they use (docs/sharing.md, "A training
-/// step").
+/// step"). `in_runs`: what follows one another as one task as long as nothing comes into its way;
+/// off: instruction by instruction, for tests.
 ContendedStep contend(const Program& program, Communication& communication,
-                      const SharedLinks& links, const Compiled& compiled, const Labels& labels);
+                      const SharedLinks& links, const Compiled& compiled, const Labels& labels,
+                      bool in_runs = true);
 
 }  // namespace partita

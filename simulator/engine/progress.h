@@ -40,6 +40,7 @@ struct Mark {
 struct Progress {
   std::size_t call = 0, step = 0;
   std::size_t instance = 0;         ///< instructions played so far
+  std::size_t stretched = 0;        ///< of them, those that took another time than alone
   std::vector<std::int64_t> free;   ///< per stream
   std::int64_t host = 0;            ///< when it has launched what was played so far
   std::vector<std::int32_t> label;  ///< per stream: what ran last

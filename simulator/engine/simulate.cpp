@@ -79,7 +79,7 @@ class Engine {
     }
     prepare();
     if (options_.network == Network::flows && all_beside()) {
-      contended_ = contend(p_, communication_, links_, compiled_, labels_);
+      contended_ = contend(p_, communication_, links_, compiled_, labels_, options_.replay);
       timeline_.contended = std::move(contended_.contended);
       next_loss_.assign(n, 0);
     }
@@ -149,7 +149,7 @@ class Engine {
           compiled_.blocks[static_cast<std::size_t>(c)][call.block.index()];
       while (s.step < block.steps.size()) {
         if (s.step == block.receives && block.repeats && !options_.record && options_.replay &&
-            contended_.ticks.empty()) {
+            contended_.stretched.empty()) {
           play(c, s, block, call);
           moved = true;
           break;
@@ -253,9 +253,14 @@ class Engine {
   /// Plays one step; false if it must wait for another class.
   bool run_step(int c, Progress& s, const CompiledBlock& block, const Step& step,
                 const BlockCall& call, std::vector<Replay::Made>* marks) {
-    const std::int64_t ticks = contended_.ticks.empty()
-                                   ? step.ticks
-                                   : contended_.ticks[static_cast<std::size_t>(c)][s.instance];
+    std::int64_t ticks = step.ticks;
+    bool stretched = false;
+    if (!contended_.stretched.empty()) {
+      const auto& list = contended_.stretched[static_cast<std::size_t>(c)];
+      stretched = s.stretched < list.size() &&
+                  static_cast<std::size_t>(list[s.stretched].instance) == s.instance;
+      if (stretched) ticks = list[s.stretched].ticks;
+    }
     std::int64_t start = s.free[step.stream];
     const Slot* cause = nullptr;
     if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
@@ -314,6 +319,7 @@ class Engine {
       }
     }
     ++s.instance;
+    s.stretched += stretched ? 1 : 0;
     ++timeline_.instructions;
     if (options_.record) {
       Entry e{c, call.block.value, step.instruction, call.micro_batch, Ticks{start}, Ticks{end}};

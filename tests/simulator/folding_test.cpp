@@ -143,7 +143,7 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
   const std::vector<Topology> topologies{load_topology("dgx-h100:3"),
                                          parse_topology(kMixed, "mixed.yaml")};
   const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false)};
-  int feasible = 0;
+  int feasible = 0, contended = 0;
   for (int i = 0; i < 500; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
@@ -157,22 +157,34 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
     ++feasible;
     SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
                                       << to_yaml(*plan));
-    Communication network(t);
-    SimulateOptions options;
-    const Timeline replayed = simulate(*program, network, options);
-    options.replay = false;
-    const Timeline played = simulate(*program, network, options);
-    EXPECT_EQ(replayed.step, played.step);
-    EXPECT_EQ(replayed.instructions, played.instructions);
-    EXPECT_EQ(replayed.last_class, played.last_class);
-    ASSERT_EQ(replayed.classes.size(), played.classes.size());
-    for (std::size_t c = 0; c < played.classes.size(); ++c) {
-      expect_equal(replayed.breakdown[c], played.breakdown[c]);
-      EXPECT_EQ(replayed.memory[c].peak, played.memory[c].peak);
+    for (const Network network : {Network::idle, Network::flows}) {
+      Communication communication(t);
+      SimulateOptions options;
+      options.network = network;
+      const Timeline replayed = simulate(*program, communication, options);
+      options.replay = false;
+      const Timeline played = simulate(*program, communication, options);
+      EXPECT_EQ(replayed.step, played.step);
+      EXPECT_EQ(replayed.instructions, played.instructions);
+      EXPECT_EQ(replayed.last_class, played.last_class);
+      ASSERT_EQ(replayed.classes.size(), played.classes.size());
+      for (std::size_t c = 0; c < played.classes.size(); ++c) {
+        expect_equal(replayed.breakdown[c], played.breakdown[c]);
+        EXPECT_EQ(replayed.memory[c].peak, played.memory[c].peak);
+      }
+      ASSERT_EQ(replayed.contended.size(), played.contended.size());
+      for (std::size_t k = 0; k < played.contended.size(); ++k) {
+        EXPECT_EQ(replayed.contended[k].rank_class, played.contended[k].rank_class);
+        EXPECT_EQ(replayed.contended[k].what, played.contended[k].what);
+        EXPECT_EQ(replayed.contended[k].resource, played.contended[k].resource);
+        EXPECT_EQ(replayed.contended[k].lost, played.contended[k].lost);
+      }
+      contended += !played.contended.empty();
     }
     if (::testing::Test::HasFailure()) return;
   }
   EXPECT_GE(feasible, 100);
+  EXPECT_GE(contended, 50);
 }
 
 TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {
