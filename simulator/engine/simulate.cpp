@@ -109,7 +109,7 @@ class Engine {
         if (f > end) end = f, timeline_.last_class = static_cast<int>(c);
       }
     }
-    const std::int64_t beside = to_ticks(adjustment.step).count;
+    const std::int64_t beside = to_ticks(adjustment.step).count + to_ticks(p_.launches.step).count;
     timeline_.step = Ticks{end + beside};
     for (std::size_t c = 0; c < n; ++c) {
       timeline_.breakdown[c] = finished(progress_[c], end);

@@ -67,6 +67,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     };
     time("kernel", f.launches.kernel);
     time("transfer", f.launches.transfer);
+    time("step", f.launches.step);
     boolean(*launch, "graphs", f.launches.graphs);
     boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
     launch->reject_unknown_keys();

@@ -763,6 +763,7 @@ void set_launches(Launches& l, const YamlNode& n) {
   };
   if (const auto x = n.find("kernel")) time(*x, l.kernel);
   if (const auto x = n.find("transfer")) time(*x, l.transfer);
+  if (const auto x = n.find("step")) time(*x, l.step);
   if (const auto x = n.find("graphs")) l.graphs = x->as_bool();
   if (const auto x = n.find("waits_for_counts")) l.waits_for_counts = x->as_bool();
   n.reject_unknown_keys();
@@ -979,9 +980,11 @@ std::string to_yaml(const Plan& p) {
                      p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
   if (!p.placement.empty()) s += fmt::format("placement: [{}]\n", fmt::join(p.placement, ", "));
   if (p.launches != Launches{})
-    s += fmt::format("launch: {{kernel: {} s, transfer: {} s, graphs: {}, waits_for_counts: {}}}\n",
-                     p.launches.kernel.count, p.launches.transfer.count, p.launches.graphs,
-                     p.launches.waits_for_counts);
+    s += fmt::format(
+        "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, waits_for_counts: {}}}\n",
+        p.launches.kernel.count, p.launches.transfer.count,
+        p.launches.step.count > 0 ? fmt::format("step: {} s, ", p.launches.step.count) : "",
+        p.launches.graphs, p.launches.waits_for_counts);
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",

@@ -227,6 +227,7 @@ std::int64_t kept_values(const Compression& compression, std::int64_t elements);
 struct Launches {
   Seconds kernel{0};    ///< one kernel
   Seconds transfer{0};  ///< a collective, a send or a receive
+  Seconds step{0};      ///< between two steps, while devices wait: the loss read back, a log line
   bool graphs = false;  ///< every block was captured (a CUDA graph): one launch starts all of it
   /// The host learns how many rows each expert gets before it goes on: it waits for the kernels
   /// before the rows' exchange.

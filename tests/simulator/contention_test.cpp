@@ -291,6 +291,11 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   EXPECT_EQ(step(1e-6, false), 1'000'000 + 3 * one);
   EXPECT_EQ(step(6e-6, true), 6'000'000 + 3 * one);
   EXPECT_EQ(step(0, false), 3 * one);
+  // Between steps devices wait for the host.
+  p.launches = {Seconds{6e-6}, Seconds{0}, Seconds{5e-6}};
+  const Timeline between = run(p, t, Network::flows);
+  EXPECT_EQ(between.step.count, 3 * 6'000'000 + one + 5'000'000);
+  EXPECT_EQ(between.breakdown[0].total(), between.step);
 }
 
 /// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead
@@ -437,7 +442,7 @@ TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {
   Plan wanted = base_plan();
   wanted.dp = wanted.ep = 2;
   const auto step = [&](double launch, bool waits) {
-    wanted.launches = {Seconds{launch}, Seconds{launch}, false, waits};
+    wanted.launches = {Seconds{launch}, Seconds{launch}, Seconds{0}, false, waits};
     const Program p = lowered(mixtral(), wanted);
     EXPECT_TRUE(std::any_of(p.blocks.begin(), p.blocks.end(), [&](const Block& b) {
       return std::any_of(b.instructions.begin(), b.instructions.end(),
