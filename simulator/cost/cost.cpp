@@ -734,7 +734,7 @@ namespace {
 /// Counts the flows of a transfer link by link.
 struct Flows {
   const Topology& topology;
-  std::unordered_map<std::int32_t, std::int64_t> count;
+  std::vector<LinkId> crossed;
   double latency = 0;
 
   explicit Flows(const Topology& t) : topology(t) {}
@@ -742,15 +742,18 @@ struct Flows {
     double hops = 0;
     for (const LinkId l : topology.route(DeviceId{static_cast<std::size_t>(from)},
                                          DeviceId{static_cast<std::size_t>(to)})) {
-      ++count[l.value];
+      crossed.push_back(l);
       hops += topology.link(l).latency.count;
     }
     latency = std::max(latency, hops);
   }
-  Communication::LinkFlows sorted(double share) const {
+  Communication::LinkFlows sorted(double share) {
     Communication::LinkFlows all{share, {}, Seconds{latency}};
-    for (const auto& [id, n] : count) all.flows.emplace_back(static_cast<std::size_t>(id), n);
-    std::sort(all.flows.begin(), all.flows.end());
+    std::sort(crossed.begin(), crossed.end());
+    for (const LinkId l : crossed) {
+      if (all.flows.empty() || all.flows.back().first != l) all.flows.emplace_back(l, 0);
+      ++all.flows.back().second;
+    }
     return all;
   }
 };

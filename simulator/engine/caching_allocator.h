@@ -8,7 +8,8 @@
 #include <vector>
 
 #include "base/units.h"
-#include "simulator/engine/simulate.h"
+#include "simulator/engine/classes.h"
+#include "simulator/program/program.h"
 
 namespace partita {
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <bit>
 #include <set>
-#include <unordered_map>
 
 #include "base/error.h"
 #include "base/hash.h"
@@ -36,7 +35,7 @@ bool uses_links(const Instruction& i) {
 
 Incidence incidence_of(const Program& p, const Communication& communication) {
   Incidence all;
-  std::unordered_map<std::int32_t, std::int32_t> dense;
+  std::vector<std::int32_t> dense(communication.topology().link_count(), -1);
   // An instruction of each kind speaks for it.
   std::map<TransferKind, const Instruction*> kinds;
   for (int s = 0; s < p.stage_count(); ++s) {
@@ -76,10 +75,12 @@ Incidence incidence_of(const Program& p, const Communication& communication) {
                  all.links.size(),
                  flows.flows.size()};
       for (const auto& [link, n] : flows.flows) {
-        const auto [it, fresh] =
-            dense.try_emplace(link.value, static_cast<std::int32_t>(all.link.size()));
-        if (fresh) all.link.push_back(link);
-        all.links.emplace_back(it->second, n);
+        std::int32_t& number = dense[link.index()];
+        if (number < 0) {
+          number = static_cast<std::int32_t>(all.link.size());
+          all.link.push_back(link);
+        }
+        all.links.emplace_back(number, n);
       }
       for (const std::int64_t m : members) {
         // A pair belongs to its sender; members of a tied group lie on several stages.

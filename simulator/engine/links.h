@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "simulator/cost/cost.h"
-#include "simulator/engine/simulate.h"
+#include "simulator/engine/classes.h"
 #include "simulator/program/program.h"
 
 namespace partita {

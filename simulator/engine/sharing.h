@@ -61,6 +61,7 @@ class Sharing {
   double level(ResourceId r) const { return resources_[r.index()].level; }
   double capacity(ResourceId r) const { return resources_[r.index()].capacity; }
   double used(ResourceId r) const;
+  bool in_use(ResourceId r) const { return !resources_[r.index()].entries.empty(); }
   std::size_t resource_count() const { return resources_.size(); }
   /// Evaluations of a resource's equation so far: the work done, for benchmarks.
   std::int64_t evaluations() const { return evaluations_; }

@@ -1,36 +1,20 @@
 // simulator/engine/simulate.h: (Program, Topology) -> Timeline.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "base/units.h"
 #include "simulator/cost/cost.h"
+#include "simulator/engine/breakdown.h"
+#include "simulator/engine/classes.h"
+#include "simulator/engine/contended_step.h"
+#include "simulator/engine/memory.h"
 #include "simulator/program/program.h"
-#include "topologies/topology.h"
 
 namespace partita {
-
-/// Ranks that behave alike: same stage, device, local sizes and prices of all they take part in.
-struct RankClass {
-  int stage = 0;
-  std::int64_t representative = 0;
-  std::int64_t count = 0;
-};
-
-struct RankClasses {
-  std::vector<RankClass> classes;
-  std::vector<int> of_rank;
-};
-
-/// Coarsest stable partition: start from stage, device, local sizes and group prices; split while
-/// two ranks of a class see different classes in a group they share. Renaming ranks renames nothing
-/// else.
-RankClasses classify(const Program& program, Communication& communication);
 
 struct Entry {
   std::int32_t rank_class = 0;
@@ -40,47 +24,6 @@ struct Entry {
   Ticks start, end;
   Ticks lost{0};           ///< of its work, to what it shared with others
   std::int32_t over = -1;  ///< where it lost most: index into Timeline::resources
-};
-
-struct MemoryUse {
-  std::array<Bytes, kCategoryCount> at_peak;  ///< by Category
-  Bytes peak;
-  Bytes saved;  ///< most activations between blocks: what forward passes keep for backward ones
-  Bytes resident;       ///< of the peak: what the framework holds beside the program's buffers
-  Bytes host_peak;      ///< in the host's memory, for this rank
-  int peak_block = -1;  ///< block during which the peak occurs
-  std::int32_t peak_micro_batch = -1;
-};
-
-/// Memory alive at a class's peak, summed over what belongs together.
-struct Alive {
-  Category category = Category::activations;
-  std::string owner;  ///< "layers.3", or the buffer's name where no block owns it
-  Bytes bytes;
-  std::int64_t buffers = 0;
-};
-/// What was there when `use` peaked, largest first: state, and every micro-batch's buffers in
-/// flight.
-std::vector<Alive> alive_at_peak(const Program& program, const RankClass& rank_class,
-                                 const MemoryUse& use);
-
-/// Where one class's compute stream spends the step; every instant in exactly one entry.
-struct Breakdown {
-  std::map<std::string, Ticks> compute;  ///< by operator kind
-  std::map<std::string, Ticks> exposed;  ///< waiting for communication, by axis
-  Ticks bubble{0};                       ///< waiting for pipeline neighbours
-  Ticks optimizer{0};
-  Ticks other{0};
-  Ticks total() const;
-};
-
-/// What instructions of a class lost to others that used the same at the same time: work they could
-/// have done, summed over the step.
-struct Contended {
-  int rank_class = 0;
-  std::string what;      ///< "exposed:dp", "compute:linear", ...
-  std::string resource;  ///< "node0.nic0->rail0 and 63 like it", "multiprocessors", "memory"
-  Ticks lost;
 };
 
 struct Timeline {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "base/error.h"
 
@@ -56,14 +57,18 @@ std::int32_t Usages::keep(Usage usage) {
   return static_cast<std::int32_t>(usages_.size()) - 1;
 }
 
-std::int32_t Usages::kernel(const Instruction& i, std::int32_t c) {
+std::int32_t Usages::kernel(const Instruction& i, std::int32_t c, Seconds& work) {
   const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
   const DeviceProfile& device =
       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
-  // Measured: as if its units were what it takes.
+  // Measured: as if its units were what it takes, all of it.
   KernelParts parts{Seconds{1}, Seconds{0}, Seconds{1}};
-  if (device.kernels.empty())
+  work = Seconds{1e9};
+  if (device.kernels.empty()) {
     parts = kernel_parts(work_of(program_, i, rank), device, communication_.shapes(rank));
+    work = Seconds{parts.work.count /
+                   communication_.topology().speed(DeviceId{static_cast<std::size_t>(rank)})};
+  }
   const double longest = parts.work.count;
   if (!(longest > 0)) return -1;
   // With the multiprocessors that a transfer leaves it takes `beside_transfers` times as long, in
@@ -82,16 +87,6 @@ std::int32_t Usages::kernel(const Instruction& i, std::int32_t c) {
     u.demands.push_back(
         {ResourceId{first_memory_.index() + at}, kAlone * parts.memory.count / longest});
   return keep(std::move(u));
-}
-
-Seconds Usages::work_of_kernel(const Instruction& i, std::int64_t rank) const {
-  const DeviceProfile& device =
-      communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
-  if (!device.kernels.empty()) return Seconds{1e9};  // all of it
-  const KernelParts parts =
-      kernel_parts(work_of(program_, i, rank), device, communication_.shapes(rank));
-  return Seconds{parts.work.count /
-                 communication_.topology().speed(DeviceId{static_cast<std::size_t>(rank)})};
 }
 
 /// Links of the class's transfer, each flow at `rate` times its share.
@@ -180,10 +175,11 @@ std::string Usages::resource_name(ResourceId r) const {
 
 StepGraph::StepGraph(std::size_t classes, std::size_t streams,
                      const std::vector<std::size_t>& slots)
-    : task_of_(classes),
-      last_on_(classes, std::vector<std::int32_t>(streams, -1)),
-      hosts_(classes) {
-  for (const std::size_t n : slots) made_by_.emplace_back(n, -1);
+    : streams_(streams), classes_(classes), hosts_(classes) {
+  for (std::size_t c = 0; c < classes; ++c) {
+    classes_[c].last_on.resize(streams);
+    classes_[c].made_by.resize(slots[c]);
+  }
 }
 
 void StepGraph::launch(int rank_class, const Instance& x, std::int32_t task) {
@@ -196,33 +192,126 @@ void StepGraph::launch(int rank_class, const Instance& x, std::int32_t task) {
   if (x.host_waits || x.launch > 0) {
     const std::int32_t next = tasks_.add({x.launch, 0, -1, h.task < 0 ? h.at : 0});
     if (h.task >= 0) tasks_.order(h.task, next, Precedence::end_to_start);
-    const std::int32_t kernel = last_on_[static_cast<std::size_t>(rank_class)][kComputeStream];
-    if (x.host_waits && kernel >= 0) tasks_.order(kernel, next, Precedence::end_to_start);
+    const Class& c = classes_[static_cast<std::size_t>(rank_class)];
+    const std::int32_t kernel = c.last_on[kComputeStream].node;
+    if (x.host_waits && kernel >= 0)
+      tasks_.order(c.nodes[static_cast<std::size_t>(kernel)].task, next, Precedence::end_to_start);
     h.task = next;
   }
   tasks_.order(h.task, task, Precedence::end_to_start);
 }
 
+/// Has it ended when those have that `ended` names?
+bool StepGraph::over(const Class& c, Place place, const std::vector<std::int32_t>& ended) const {
+  return place.node < 0 ||
+         ended[c.nodes[static_cast<std::size_t>(place.node)].stream] >= place.node;
+}
+
+void StepGraph::begin_node(Class& c) {
+  ended_.assign(streams_, -1);
+  waits_.clear();
+  c.ended.resize((c.nodes.size() + 1) * streams_);
+}
+
+void StepGraph::wait(Place place) {
+  if (place.node < 0) return;
+  for (Place& known : waits_) {
+    if (known.node == place.node) {
+      known.part = std::max(known.part, place.part);
+      return;
+    }
+  }
+  waits_.push_back(place);
+}
+
+/// Orders the node after what it waits for.
+void StepGraph::end_node(int rank_class, const Node& node) {
+  Class& c = classes_[static_cast<std::size_t>(rank_class)];
+  const auto whole = [&](Place p) {
+    return p.part + 1 == c.nodes[static_cast<std::size_t>(p.node)].parts;
+  };
+  for (const Place p : waits_) {
+    if (!whole(p)) continue;
+    const std::int32_t* before = &c.ended[static_cast<std::size_t>(p.node) * streams_];
+    for (std::size_t s = 0; s < streams_; ++s) ended_[s] = std::max(ended_[s], before[s]);
+  }
+  for (const Place p : waits_) {
+    const Node& other = c.nodes[static_cast<std::size_t>(p.node)];
+    if (whole(p)) {
+      if (other.task != node.task) tasks_.order(other.task, node.task, Precedence::end_to_start);
+    } else if (!over(c, p, ended_)) {
+      cuts_.push_back({rank_class, other.first + p.part});
+    }
+  }
+  std::copy(ended_.begin(), ended_.end(),
+            c.ended.begin() + static_cast<std::ptrdiff_t>(c.nodes.size() * streams_));
+  c.nodes.push_back(node);
+  c.instances += node.parts;
+}
+
 /// What the task waits for on its own class, and what it makes.
 void StepGraph::follow(int rank_class, const Instance& x, std::int32_t task) {
-  const auto c = static_cast<std::size_t>(rank_class);
-  task_of_[c].push_back(task);
+  Class& c = classes_[static_cast<std::size_t>(rank_class)];
   launch(rank_class, x, task);
-  std::int32_t before[16];
-  std::size_t n = 0;
-  const auto after = [&](std::int32_t other) {
-    if (other < 0 || other == task) return;
-    for (std::size_t k = 0; k < n; ++k) {
-      if (before[k] == other) return;
-    }
-    if (n < std::size(before)) before[n++] = other;
-    tasks_.order(other, task, Precedence::end_to_start);
+  begin_node(c);
+  wait(c.last_on[x.stream]);
+  if (x.after_compute) wait(c.last_on[kComputeStream]);
+  for (const std::size_t s : x.waits) wait(c.made_by[s]);
+  const Place place{static_cast<std::int32_t>(c.nodes.size()), 0};
+  end_node(rank_class, {task, c.instances, 1, x.task.fixed + x.task.work, x.stream});
+  c.ended[static_cast<std::size_t>(place.node) * streams_ + x.stream] = place.node;
+  c.last_on[x.stream] = place;
+  for (const std::size_t s : x.marks) c.made_by[s] = place;
+}
+
+std::int32_t StepGraph::joinable(int rank_class, const Run& run) const {
+  const Class& c = classes_[static_cast<std::size_t>(rank_class)];
+  // After a wait of the host's each launch is a task.
+  if (hosts_[static_cast<std::size_t>(rank_class)].task >= 0 && run.launch > 0) return 0;
+  const auto place = [&](const Link& l) {
+    return l.slot >= 0 ? c.made_by[static_cast<std::size_t>(l.slot)] : c.last_on[l.stream];
   };
-  after(last_on_[c][x.stream]);
-  if (x.after_compute) after(last_on_[c][kComputeStream]);
-  for (const std::size_t s : x.waits) after(made_by_[c][s]);
-  last_on_[c][x.stream] = task;
-  for (const std::size_t s : x.marks) made_by_[c][s] = task;
+  std::vector<std::int32_t> ended(streams_, -1);
+  std::size_t k = 0;
+  for (; k < run.waits.size() && run.waits[k].part == 0; ++k) {
+    const Place p = place(run.waits[k]);
+    if (p.node < 0 || p.part + 1 != c.nodes[static_cast<std::size_t>(p.node)].parts) continue;
+    const std::int32_t* before = &c.ended[static_cast<std::size_t>(p.node) * streams_];
+    for (std::size_t s = 0; s < streams_; ++s) ended[s] = std::max(ended[s], before[s]);
+  }
+  for (; k < run.waits.size(); ++k) {
+    if (!over(c, place(run.waits[k]), ended)) return run.waits[k].part;
+  }
+  return run.parts;
+}
+
+void StepGraph::run(int rank_class, const Run& run) {
+  Class& c = classes_[static_cast<std::size_t>(rank_class)];
+  Host& h = hosts_[static_cast<std::size_t>(rank_class)];
+  Task t;
+  t.chain = run.chain;
+  t.earliest = h.task < 0 ? h.at : 0;
+  const std::int32_t task = tasks_.add(t);
+  if (h.task < 0) {
+    h.at += run.launch;
+  } else {
+    tasks_.order(h.task, task, Precedence::end_to_start);
+  }
+  begin_node(c);
+  for (const Link& l : run.waits) {
+    if (l.part > 0) break;
+    wait(l.slot >= 0 ? c.made_by[static_cast<std::size_t>(l.slot)] : c.last_on[l.stream]);
+  }
+  const auto node = static_cast<std::int32_t>(c.nodes.size());
+  end_node(rank_class, {task, c.instances, run.parts, -1, run.stream});
+  for (const Link& l : run.makes) {
+    if (l.slot >= 0) {
+      c.made_by[static_cast<std::size_t>(l.slot)] = {node, l.part};
+    } else {
+      c.last_on[l.stream] = {node, l.part};
+      c.ended[static_cast<std::size_t>(node) * streams_ + l.stream] = node;
+    }
+  }
 }
 
 void StepGraph::step(int c, const Instance& x) { follow(c, x, tasks_.add(x.task)); }
@@ -257,20 +346,29 @@ StepGraph::Played StepGraph::play(Sharing& sharing, const std::vector<Usage>& us
   const Contention::Result result = tasks_.play(sharing, usages);
   Played played;
   played.events = result.events;
-  std::vector<std::size_t> first_loss(tasks_.size() + 1, result.losses.size());
-  for (std::size_t k = result.losses.size(); k-- > 0;)
-    first_loss[static_cast<std::size_t>(result.losses[k].task)] = k;
-  for (const auto& tasks : task_of_) {
-    auto& ticks = played.ticks.emplace_back();
+  // Losses and stretched parts by task.
+  auto stretched = result.stretched;
+  std::sort(stretched.begin(), stretched.end(), [](const auto& a, const auto& b) {
+    return std::tie(a.task, a.part) < std::tie(b.task, b.part);
+  });
+  const auto of_task = [](const auto& list, std::int32_t task) {
+    return std::lower_bound(list.begin(), list.end(), task,
+                            [](const auto& x, std::int32_t t) { return x.task < t; });
+  };
+  for (const Class& c : classes_) {
+    auto& times = played.stretched.emplace_back();
     auto& losses = played.losses.emplace_back();
-    ticks.reserve(tasks.size());
-    for (std::size_t k = 0; k < tasks.size(); ++k) {
-      const auto t = static_cast<std::size_t>(tasks[k]);
-      ticks.push_back(result.end[t] - result.start[t]);
-      for (std::size_t l = first_loss[t];
-           l < result.losses.size() && result.losses[l].task == tasks[k]; ++l)
-        losses.push_back(
-            {static_cast<std::int32_t>(k), result.losses[l].resource, result.losses[l].ticks});
+    for (const Node& n : c.nodes) {
+      const auto t = static_cast<std::size_t>(n.task);
+      if (n.parts == 1 && n.alone >= 0) {
+        if (const std::int64_t took = result.end[t] - result.start[t]; took != n.alone)
+          times.push_back({n.first, took});
+      }
+      for (auto at = of_task(stretched, n.task); at != stretched.end() && at->task == n.task; ++at)
+        times.push_back({n.first + at->part, at->ticks});
+      for (auto at = of_task(result.losses, n.task);
+           at != result.losses.end() && at->task == n.task; ++at)
+        losses.push_back({n.first + at->part, 0, at->resource, at->ticks});
     }
   }
   return played;

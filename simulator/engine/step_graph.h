@@ -24,7 +24,8 @@ class Usages {
   Usages(const Program& program, Communication& communication, const SharedLinks& links);
 
   /// A kernel beside which transfers may run; -1 for one whose time says nothing of what it uses.
-  std::int32_t kernel(const Instruction& instruction, std::int32_t rank_class);
+  /// `work`: of its time, what sharing stretches.
+  std::int32_t kernel(const Instruction& instruction, std::int32_t rank_class, Seconds& work);
   /// A collective of ranks of the classes `members`, or a send to class `members[1]`; `work`: of
   /// the time that it takes alone, what sharing stretches.
   std::int32_t collective(const Instruction& instruction, const std::vector<std::int64_t>& group,
@@ -32,9 +33,6 @@ class Usages {
   std::int32_t send(const Instruction& instruction, std::int64_t rank, std::int64_t peer,
                     Bytes bytes, Seconds& work);
   std::int32_t copy(const Instruction& instruction, std::int64_t rank, Bytes bytes, Seconds time);
-  /// Of a kernel's time, what sharing stretches.
-  Seconds work_of_kernel(const Instruction& instruction, std::int64_t rank) const;
-
   Sharing& sharing() { return sharing_; }
   const std::vector<Usage>& all() const { return usages_; }
   /// "node0.nic0->rail0 and 63 like it", "multiprocessors", "memory".
@@ -75,21 +73,76 @@ class StepGraph {
   void send(int rank_class, const Instance& instance, std::uint64_t message);
   void receive(int rank_class, const Instance& instance, std::uint64_t message);
 
+  /// Instructions each of which waits for the one before; what any of them waits for or makes
+  /// outside, by where it stands among them.
+  struct Link {
+    std::int32_t part = 0;
+    Stream stream = 0;       ///< that it waits for, or is the last one of
+    std::int64_t slot = -1;  ///< not a stream but a buffer, of the class
+  };
+  struct Run {
+    std::int32_t chain = 0, parts = 0;
+    Stream stream = 0;                   ///< of the last
+    std::int64_t launch = 0;             ///< of all
+    std::span<const Link> waits, makes;  ///< waits by part
+  };
+  /// How many of the run's first instructions may be one task; 0: none. What the others wait for
+  /// may end after the first began.
+  std::int32_t joinable(int rank_class, const Run& run) const;
+  /// All of them as one task.
+  void run(int rank_class, const Run& run);
+  std::int32_t add_chain(std::vector<Task> parts) { return tasks_.add_chain(std::move(parts)); }
+
+  /// Instructions inside runs that others wait for without waiting for the run's end: by class and
+  /// instance. Runs must be cut after them and the graph built again.
+  struct Cut {
+    int rank_class = 0;
+    std::int32_t instance = 0;
+  };
+  const std::vector<Cut>& cuts() const { return cuts_; }
+
+  struct Stretched {
+    std::int32_t instance = 0;
+    std::int64_t ticks = 0;
+  };
   struct Played {
-    std::vector<std::vector<std::int64_t>> ticks;  ///< by class and instance: how long each took
-    std::vector<std::vector<Loss>> losses;         ///< by class; `task` is the instance
+    std::vector<std::vector<Stretched>> stretched;  ///< by class: what took another time than alone
+    std::vector<std::vector<Loss>> losses;          ///< by class; `task` is the instance
     std::int64_t events = 0;
   };
   Played play(Sharing& sharing, const std::vector<Usage>& usages);
 
  private:
+  /// A place in a class's program: node, and the instruction in it.
+  struct Place {
+    std::int32_t node = -1, part = 0;
+  };
+  struct Node {
+    std::int32_t task = 0, first = 0, parts = 1;  ///< first: instance
+    std::int64_t alone = -1;                      ///< ticks, of one that is no run
+    Stream stream = 0;                            ///< of its last part
+  };
+  struct Class {
+    std::vector<Node> nodes;
+    std::vector<Place> last_on;  ///< by stream
+    std::vector<Place> made_by;  ///< by slot
+    /// By node and stream: the last node that has ended when this one has; streams are in order.
+    std::vector<std::int32_t> ended;
+    std::int32_t instances = 0;
+  };
+  bool over(const Class& c, Place place, const std::vector<std::int32_t>& ended) const;
+  void wait(Place place);
+  void begin_node(Class& c);
+  void end_node(int rank_class, const Node& node);
   void follow(int rank_class, const Instance& instance, std::int32_t task);
   void launch(int rank_class, const Instance& instance, std::int32_t task);
 
+  std::size_t streams_;
   Contention tasks_;
-  std::vector<std::vector<std::int32_t>> task_of_;  ///< [class][instance]
-  std::vector<std::vector<std::int32_t>> last_on_;  ///< [class][stream]
-  std::vector<std::vector<std::int32_t>> made_by_;  ///< [class][slot]
+  std::vector<Class> classes_;
+  std::vector<std::int32_t> ended_;  ///< of the node being added, when it begins
+  std::vector<Place> waits_;         ///< its own
+  std::vector<Cut> cuts_;
   std::map<std::vector<std::int64_t>, std::vector<std::int32_t>> meetings_;
   std::map<std::pair<int, std::vector<std::int64_t>>, std::size_t> met_;
   std::unordered_map<std::uint64_t, std::int32_t> sends_;

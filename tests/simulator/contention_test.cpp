@@ -342,8 +342,99 @@ TEST(Host, LaunchesAfterAWaitFollowTheDevice) {
   graph.meet(0, {Task{7, 0, -1}, kComputeStream, false, {}, {}, 0, false}, {1});
   graph.meet(1, {Task{7, 0, -1}, kComputeStream, false, {}, {}, 40, false}, {1});
   const auto played = graph.play(sharing, usages);
-  EXPECT_EQ(played.ticks[0], (std::vector<std::int64_t>{10, 18, 1, 7}));
-  EXPECT_EQ(played.ticks[1], (std::vector<std::int64_t>{28, 7}));
+  ASSERT_EQ(played.stretched[0].size(), 1u);  // others: as long as alone
+  EXPECT_EQ(played.stretched[0][0].instance, 1);
+  EXPECT_EQ(played.stretched[0][0].ticks, 18);
+  ASSERT_EQ(played.stretched[1].size(), 1u);
+  EXPECT_EQ(played.stretched[1][0].instance, 0);
+  EXPECT_EQ(played.stretched[1][0].ticks, 28);
+}
+
+// docs/sharing.md, "In chains": parts of 4, 6 and 5 on a link of 1; another transfer of 3 comes
+// at 5.
+TEST(Chains, WhatComesBetweenFindsThePartThatRuns) {
+  Sharing sharing;
+  const std::vector<Usage> usages{Usage{{{sharing.add(1), 1}}, 1, {}}};
+  Contention c;
+  Task chain;
+  chain.chain = c.add_chain({{4, 0, -1}, {0, 6, 0}, {5, 0, -1}});
+  c.add(chain);
+  c.add({0, 3, 0, 5});
+  const auto result = c.play(sharing, usages);
+  EXPECT_EQ(result.end[1], 11);  // half of it from 5
+  EXPECT_EQ(result.end[0], 18);  // 1 + 3 of the second part done by 11
+  ASSERT_EQ(result.stretched.size(), 1u);
+  EXPECT_EQ(result.stretched[0].part, 1);
+  EXPECT_EQ(result.stretched[0].ticks, 9);
+}
+
+/// Chains against the same parts as tasks of their own, ordered one after the other.
+TEST(Chains, TakeAsLongAsTheirPartsOneByOne) {
+  std::mt19937 rng{20261201};
+  const auto pick = [&](std::int64_t below) {
+    return static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(below));
+  };
+  std::int64_t disturbed = 0, fewer = 0;
+  for (int i = 0; i < 2000; ++i) {
+    SCOPED_TRACE(::testing::Message() << "case " << i);
+    Sharing whole, single;
+    std::vector<ResourceId> resources;
+    for (std::int64_t r = 1 + pick(4); r-- > 0;) {
+      const double capacity = 0.5 + static_cast<double>(pick(3)) * 0.5;
+      resources.push_back(whole.add(capacity));
+      single.add(capacity);
+    }
+    std::vector<Usage> usages;
+    for (int u = 0; u < 5; ++u) {
+      Usage usage;
+      for (const ResourceId r : resources) {
+        if (pick(3) == 0) usage.demands.push_back({r, 0.25 + 0.25 * static_cast<double>(pick(5))});
+        if (pick(6) == 0) usage.held.emplace_back(r, 0.125);
+      }
+      usage.weight = 1 + static_cast<double>(pick(3));
+      usages.push_back(usage);
+    }
+    const auto task = [&] {
+      return Task{pick(3) * pick(20), pick(3) * pick(50), static_cast<std::int32_t>(pick(6)) - 1,
+                  pick(4) == 0 ? pick(100) : 0};
+    };
+    Contention chains, tasks;
+    std::vector<std::int32_t> ends, last;  // of each chain: its last task
+    for (std::int64_t k = 1 + pick(5); k-- > 0;) {
+      std::vector<Task> parts;
+      const std::int64_t base = pick(2) * pick(60);
+      for (std::int64_t n = 1 + pick(6); n-- > 0;) parts.push_back(task());
+      Task chain;
+      chain.chain = chains.add_chain(parts);
+      chain.earliest = base;
+      ends.push_back(chains.add(chain));
+      for (std::size_t n = 0; n < parts.size(); ++n) {
+        parts[n].earliest += base;
+        const std::int32_t id = tasks.add(parts[n]);
+        if (n > 0) tasks.order(id - 1, id, Precedence::end_to_start);
+        if (n == 0 && !last.empty() && pick(2) == 0) {
+          const auto other = static_cast<std::size_t>(pick(static_cast<std::int64_t>(last.size())));
+          tasks.order(last[other], id, Precedence::end_to_start);
+          chains.order(ends[other], ends.back(), Precedence::end_to_start);
+        }
+      }
+      last.push_back(static_cast<std::int32_t>(tasks.size()) - 1);
+    }
+    const auto joined = chains.play(whole, usages), apart = tasks.play(single, usages);
+    for (std::size_t k = 0; k < ends.size(); ++k) {
+      EXPECT_EQ(joined.end[static_cast<std::size_t>(ends[k])],
+                apart.end[static_cast<std::size_t>(last[k])]);
+    }
+    std::int64_t lost[2] = {0, 0};
+    for (const Loss& l : joined.losses) lost[0] += l.ticks;
+    for (const Loss& l : apart.losses) lost[1] += l.ticks;
+    EXPECT_EQ(lost[0], lost[1]);
+    disturbed += !joined.stretched.empty();
+    fewer += joined.events < apart.events;
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(disturbed, 300);
+  EXPECT_GE(fewer, 300);
 }
 
 TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {

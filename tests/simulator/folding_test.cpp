@@ -47,6 +47,15 @@ void expect_equal(const Breakdown& a, const Breakdown& b) {
   EXPECT_EQ(a.optimizer, b.optimizer);
   EXPECT_EQ(a.other, b.other);
 }
+void expect_equal(const std::vector<Contended>& a, const std::vector<Contended>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (std::size_t k = 0; k < b.size(); ++k) {
+    EXPECT_EQ(a[k].rank_class, b[k].rank_class);
+    EXPECT_EQ(a[k].what, b[k].what);
+    EXPECT_EQ(a[k].resource, b[k].resource);
+    EXPECT_EQ(a[k].lost, b[k].lost);
+  }
+}
 
 using Moment = std::pair<std::int64_t, std::int64_t>;
 /// Start and end of everything one class does: by block, instruction and micro-batch.
@@ -143,7 +152,7 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
   const std::vector<Topology> topologies{load_topology("dgx-h100:3"),
                                          parse_topology(kMixed, "mixed.yaml")};
   const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false)};
-  int feasible = 0;
+  int feasible = 0, contended = 0;
   for (int i = 0; i < 500; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
@@ -157,22 +166,28 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
     ++feasible;
     SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
                                       << to_yaml(*plan));
-    Communication network(t);
-    SimulateOptions options;
-    const Timeline replayed = simulate(*program, network, options);
-    options.replay = false;
-    const Timeline played = simulate(*program, network, options);
-    EXPECT_EQ(replayed.step, played.step);
-    EXPECT_EQ(replayed.instructions, played.instructions);
-    EXPECT_EQ(replayed.last_class, played.last_class);
-    ASSERT_EQ(replayed.classes.size(), played.classes.size());
-    for (std::size_t c = 0; c < played.classes.size(); ++c) {
-      expect_equal(replayed.breakdown[c], played.breakdown[c]);
-      EXPECT_EQ(replayed.memory[c].peak, played.memory[c].peak);
+    for (const Network network : {Network::idle, Network::flows}) {
+      Communication communication(t);
+      SimulateOptions options;
+      options.network = network;
+      const Timeline replayed = simulate(*program, communication, options);
+      options.replay = false;
+      const Timeline played = simulate(*program, communication, options);
+      EXPECT_EQ(replayed.step, played.step);
+      EXPECT_EQ(replayed.instructions, played.instructions);
+      EXPECT_EQ(replayed.last_class, played.last_class);
+      ASSERT_EQ(replayed.classes.size(), played.classes.size());
+      for (std::size_t c = 0; c < played.classes.size(); ++c) {
+        expect_equal(replayed.breakdown[c], played.breakdown[c]);
+        EXPECT_EQ(replayed.memory[c].peak, played.memory[c].peak);
+      }
+      expect_equal(replayed.contended, played.contended);
+      contended += !played.contended.empty();
     }
     if (::testing::Test::HasFailure()) return;
   }
   EXPECT_GE(feasible, 100);
+  EXPECT_GE(contended, 50);
 }
 
 // What adjustments do not change is worked out once; then each time is as if from the start.
@@ -191,7 +206,7 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
     a.spread = rng() % 2 == 0 ? small(rng) : 0;
     return a;
   };
-  int feasible = 0, stretched = 0;
+  int feasible = 0, stretched = 0, contended = 0;
   for (int i = 0; i < 300; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
@@ -222,6 +237,8 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
         expect_equal(again.breakdown[c], anew.breakdown[c]);
         EXPECT_EQ(again.memory[c].peak, anew.memory[c].peak);
       }
+      expect_equal(again.contended, anew.contended);
+      contended += !anew.contended.empty();
     }
     // Hosts, storage and what goes ahead of routed rows have no factor.
     bool all_stretched = options.network == Network::idle && program->roles.empty();
@@ -242,6 +259,7 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
   }
   EXPECT_GE(feasible, 60);
   EXPECT_GE(stretched, 10);
+  EXPECT_GE(contended, 20);
 }
 
 TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {

@@ -1,0 +1,85 @@
+// simulator/engine/compile.h: a program's blocks as the engine plays them, priced for each class.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "simulator/cost/cost.h"
+#include "simulator/engine/breakdown.h"
+#include "simulator/engine/classes.h"
+#include "simulator/program/program.h"
+
+namespace partita {
+
+/// What of an adjustment stretches a time.
+enum class Stretch : std::uint8_t { nothing, products, memory, optimizer, inside, between };
+constexpr std::size_t kStretches = 6;
+
+/// What a step takes as the profiles have it: stretched, `time` and `then` one after the other at
+/// the device's `speed`, and `beside`.
+struct Price {
+  Stretch of_time = Stretch::nothing, of_then = Stretch::nothing;
+  Seconds time{0}, then{0};
+  double speed = 1;
+  std::int64_t beside = 0;  ///< ticks
+  std::int64_t every = 1;   ///< its share of each step, of what runs in one of so many
+  Seconds launch{0};        ///< of the host's time
+};
+
+/// An instruction as the engine needs it: few numbers, no vectors.
+struct Step {
+  Kind kind = Kind::compute;
+  Stream stream = 0;
+  bool after_compute = false;
+  bool meets = false;       ///< members of several classes
+  bool host_waits = false;  ///< for the compute stream, before it launches this
+  std::int32_t instruction = 0;
+  std::int64_t ticks = 0;                  ///< as stretched
+  std::int64_t launch = 0;                 ///< of the host's time, as stretched
+  std::int32_t first_wait = 0, waits = 0;  ///< into Compiled::slots: buffers made on other streams
+  std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
+  std::int32_t label = 0;                  ///< for the breakdown
+  std::int32_t message = -1;
+  bool of_step = false;  ///< the message goes once a step, not once a micro-batch
+  std::int32_t peer_class = -1;
+  std::int64_t beside = 0;   ///< from a send's start until its receiver may take the message
+  double share_of_core = 1;  ///< of `ticks`, where ranks share cores
+};
+
+/// A block for one class of ranks.
+struct CompiledBlock {
+  std::vector<Step> steps;
+  std::vector<Price> prices;  ///< of steps
+  std::vector<std::int32_t> slots;
+  std::int64_t host_net = 0, host_rise = 0;
+  std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
+  std::int64_t net_saved = 0;      ///< of `net`: activations
+  // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
+  // do.
+  bool repeats = false;  ///< every step is ordered after the compute stream's position at the start
+  std::size_t receives = 0;            ///< leading steps, played each time
+  std::int64_t launch = 0;             ///< of all steps after the receives, as stretched
+  bool host_waits = false;             ///< in one of them
+  std::vector<Stream> streams;         ///< used after the receives, compute first
+  std::vector<std::int32_t> arrives;   ///< slots that the receives make
+  std::vector<std::int32_t> external;  ///< other slots read before the block makes them, sorted
+};
+
+struct Compiled {
+  std::vector<std::vector<CompiledBlock>> blocks;  ///< [class][block]; empty where it has no calls
+  std::vector<std::vector<std::int32_t>> must_mark;  ///< by class, encoded slots, sorted
+  std::vector<Flops> flops;                          ///< by class: of one rank, in one step
+  std::vector<std::size_t> slots_on_stage;
+};
+
+/// Prices every instruction once for each class. What steps take is 0 until it is stretched.
+Compiled compile(const Program& program, Communication& communication, const RankClasses& classes,
+                 Labels& labels);
+
+/// What steps take and the host needs to launch them, as `adjustment` says.
+void stretch(Compiled& compiled, const Program& program, const Adjustment& adjustment);
+
+/// Classes of the group's ranks, ascending.
+std::vector<int> classes_in(const RankClasses& classes, const std::vector<std::int64_t>& group);
+
+}  // namespace partita
