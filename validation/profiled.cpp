@@ -323,12 +323,17 @@ ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelK
     window.start = std::min(window.start, e.start);
     window.end = std::max(window.end, e.end);
   }
+  // Of the events that begin before an instant, when the last one ends.
+  std::vector<std::pair<std::int64_t, std::int64_t>> last;
+  for (const auto& e : trace.events) last.emplace_back(e.start, e.end);
+  std::sort(last.begin(), last.end());
+  for (std::size_t k = 1; k < last.size(); ++k)
+    last[k].second = std::max(last[k].second, last[k - 1].second);
   std::vector<ProfilerTrace::Step> steps;
   for (std::size_t s = trace.steps.size() > 1 ? 1 : 0; s < trace.steps.size(); ++s) {
     const auto& x = trace.steps[s];
-    if (std::any_of(trace.events.begin(), trace.events.end(),
-                    [&](const auto& e) { return e.start < x.end && e.end > x.start; }))
-      steps.push_back(x);
+    const auto later = std::lower_bound(last.begin(), last.end(), std::pair(x.end, INT64_MIN));
+    if (later != last.begin() && std::prev(later)->second > x.start) steps.push_back(x);
   }
   if (!steps.empty()) {
     std::stable_sort(steps.begin(), steps.end(), [](const auto& a, const auto& b) {

@@ -179,7 +179,8 @@ TEST(ProfilerTrace, TakesNanosecondsFromTheDigits) {
   const auto t = trace_of({event("nvjet", "kernel", "1713378654123456.789", "0.001"),
                            event("nvjet", "kernel", "1713378654123456.7894", "10"),
                            event("nvjet", "kernel", "-1.25", "2.5"),
-                           event("nvjet", "kernel", "1.5e3", "1.9996")});
+                           event("nvjet", "kernel", "1.5e3", "1.9996"),
+                           event("nvjet", "kernel", "0.0005", "0.0004")});
   EXPECT_EQ(t.events[0].start, 1713378654123456789);
   EXPECT_EQ(t.events[0].end, 1713378654123456790);
   EXPECT_EQ(t.events[1].start, 1713378654123456789);
@@ -187,6 +188,8 @@ TEST(ProfilerTrace, TakesNanosecondsFromTheDigits) {
   EXPECT_EQ(t.events[2].end, 1250);
   EXPECT_EQ(t.events[3].start, 1'500'000);
   EXPECT_EQ(t.events[3].end, 1'502'000);
+  EXPECT_EQ(t.events[4].start, 1);
+  EXPECT_EQ(t.events[4].end, 1);
 }
 
 TEST(ProfilerTrace, KeepsOneDeviceAndNothingOfTheHost) {
