@@ -10,7 +10,8 @@ namespace partita {
 CollectiveTable read_collectives(const YamlNode& table, const std::string& source,
                                  std::map<std::string, std::string>& sources) {
   CollectiveTable all;
-  for (const auto& [kind, list] : table.members()) {
+  for (const auto& [kind_name, list] : table.members()) {
+    const std::string& kind = kind_name;  // clang 14 does not capture a binding
     for (const YamlNode& y : list.items()) {
       CollectivePoint p;
       p.ranks = static_cast<int>(y.get("ranks").as_int(1, 1'000'000));

@@ -122,7 +122,7 @@ std::vector<FittedEntry::CurvePoint> learning_curve(const RowsToFit& rows,
                                                     const FitOptions& options,
                                                     const RowsOptions& rows_options) {
   std::vector<FittedEntry::CurvePoint> curve;
-  for (const std::size_t size : {3, 6, 12, 25, 50, 100, 200}) {
+  for (const std::size_t size : {3u, 6u, 12u, 25u, 50u, 100u, 200u}) {
     if (size >= rows.figures.size()) break;
     std::vector<double> means(options.draws), medians(options.draws);
     parallel_for(options.draws, rows_options.workers, [&](std::size_t, std::size_t d) {

@@ -12,7 +12,9 @@ ClosedForm operator+(const ClosedForm& a, const ClosedForm& b) {
   return {a.least + b.least, *a.most + *b.most};
 }
 bool power_of_two(std::int32_t n) { return std::has_single_bit(static_cast<std::uint32_t>(n)); }
-std::int32_t log2_up(std::int32_t n) { return std::bit_width(static_cast<std::uint32_t>(n - 1)); }
+std::int32_t log2_up(std::int32_t n) {
+  return static_cast<std::int32_t>(std::bit_width(static_cast<std::uint32_t>(n - 1)));
+}
 
 /// The formulas' terms for one collective.
 struct Terms {

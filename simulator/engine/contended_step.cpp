@@ -17,8 +17,6 @@ class Contender {
   Contender(const Program& p, Communication& communication, const SharedLinks& links,
             const Compiled& compiled, const Labels& labels)
       : p_(p),
-        communication_(communication),
-        links_(links),
         classes_(links.ranks),
         compiled_(compiled),
         labels_(labels),
@@ -289,8 +287,6 @@ class Contender {
   }
 
   const Program& p_;
-  Communication& communication_;
-  const SharedLinks& links_;
   const RankClasses& classes_;
   const Compiled& compiled_;
   const Labels& labels_;
