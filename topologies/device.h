@@ -65,7 +65,8 @@ struct DeviceProfile {
 
   /// Throws InputError that lists the types the device has.
   FlopsPerSecond matrix_rate(ElementType type) const;
-  /// Of large products: peak times the type's efficiency, else the device's. Throws likewise.
+  /// Of large products at the clock of short kernels: peak times the type's efficiency, else the
+  /// device's. Throws likewise.
   FlopsPerSecond sustained_rate(ElementType type) const;
 };
 

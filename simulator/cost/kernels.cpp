@@ -306,6 +306,8 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
   return parts;
 }
 
+namespace {
+
 /// Of points some of which ran at the sustained clock: what their logarithms are above the level at
 /// the other clock, 0 where they ran at that one. `slower`: what the sustained clock costs each by
 /// the model. The level is the one (to 1 %) that leaves least to explain.
@@ -334,6 +336,8 @@ KernelParts model_of(const FlashAttention& a, const DeviceProfile& device, int m
                      double) {
   return attention_model(a, device, multiprocessors);
 }
+
+}  // namespace
 
 struct ShapePrices::State {
   DeviceProfile device;

@@ -637,7 +637,7 @@ TEST(Validate, RowsThatCrossAreCountedAlikeOnEveryTransport) {
     const Ran r = run(
         "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only spatial --json --transport " +
             transport,
-        "", 20);
+        "", 6);
     const Json j = Json::parse(r.out, nullptr, false);
     ASSERT_FALSE(j.is_discarded()) << r.err;
     ASSERT_EQ(j.at("suite").at("cases").size(), 1u);
@@ -652,7 +652,7 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
         run("validate --backend cpu --ranks 1,2 --rounds 1 --steps 1 --only 'ep 2' --json "
             "--transport " +
                 transport,
-            "", 20);
+            "", 6);
     EXPECT_TRUE(r.code == 0 || r.code == 1) << r.code << r.err;
     const Json j = Json::parse(r.out, nullptr, false);
     ASSERT_FALSE(j.is_discarded()) << r.err;

@@ -56,6 +56,17 @@ void expect_equal(const std::vector<Contended>& a, const std::vector<Contended>&
     EXPECT_EQ(a[k].lost, b[k].lost);
   }
 }
+void expect_equal(const Timeline& a, const Timeline& b) {
+  EXPECT_EQ(a.step, b.step);
+  EXPECT_EQ(a.instructions, b.instructions);
+  EXPECT_EQ(a.last_class, b.last_class);
+  ASSERT_EQ(a.classes.size(), b.classes.size());
+  for (std::size_t c = 0; c < b.classes.size(); ++c) {
+    expect_equal(a.breakdown[c], b.breakdown[c]);
+    EXPECT_EQ(a.memory[c].peak, b.memory[c].peak);
+  }
+  expect_equal(a.contended, b.contended);
+}
 
 using Moment = std::pair<std::int64_t, std::int64_t>;
 /// Start and end of everything one class does: by block, instruction and micro-batch.
@@ -173,15 +184,7 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
       const Timeline replayed = simulate(*program, communication, options);
       options.replay = false;
       const Timeline played = simulate(*program, communication, options);
-      EXPECT_EQ(replayed.step, played.step);
-      EXPECT_EQ(replayed.instructions, played.instructions);
-      EXPECT_EQ(replayed.last_class, played.last_class);
-      ASSERT_EQ(replayed.classes.size(), played.classes.size());
-      for (std::size_t c = 0; c < played.classes.size(); ++c) {
-        expect_equal(replayed.breakdown[c], played.breakdown[c]);
-        EXPECT_EQ(replayed.memory[c].peak, played.memory[c].peak);
-      }
-      expect_equal(replayed.contended, played.contended);
+      expect_equal(replayed, played);
       contended += !played.contended.empty();
     }
     if (::testing::Test::HasFailure()) return;
@@ -229,15 +232,7 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
       const Timeline again = rehearsal.play(a);
       other.set_adjustment(a);
       const Timeline anew = simulate(*program, other, options);
-      EXPECT_EQ(again.step, anew.step);
-      EXPECT_EQ(again.instructions, anew.instructions);
-      EXPECT_EQ(again.last_class, anew.last_class);
-      ASSERT_EQ(again.classes.size(), anew.classes.size());
-      for (std::size_t c = 0; c < anew.classes.size(); ++c) {
-        expect_equal(again.breakdown[c], anew.breakdown[c]);
-        EXPECT_EQ(again.memory[c].peak, anew.memory[c].peak);
-      }
-      expect_equal(again.contended, anew.contended);
+      expect_equal(again, anew);
       contended += !anew.contended.empty();
     }
     // Hosts, storage and what goes ahead of routed rows have no factor.
