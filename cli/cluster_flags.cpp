@@ -22,6 +22,13 @@ std::pair<std::string, std::string> halves(const std::string& text, const std::s
   return {text.substr(0, at), text.substr(at + 1)};
 }
 
+/// Each part of a cluster has one state.
+template <class Parts, class Part, class Value>
+void note(Parts& parts, Part part, Value value, const std::string& name, const std::string& flag) {
+  if (!parts.emplace(part, value).second)
+    throw InputError(flag, fmt::format("'{}' is there twice; keep one", name));
+}
+
 double fraction(const std::string& text, const std::string& flag) {
   char* end = nullptr;
   const double x = std::strtod(text.c_str(), &end);
@@ -61,10 +68,18 @@ void ClusterFlags::add_to(CLI::App& app) {
   app.add_option("--background", background,
                  "what others send over a link, like 'node3.nic0->rail0=10 GB/s'; repeatable")
       ->allow_extra_args(false);
+  app.add_option("--ranks-per-device", ranks_per_device,
+                 "how many ranks share each device (default: 1)")
+      ->check(CLI::Range(1, 64));
+  app.add_flag("--mps", mps, "they run beside each other under NVIDIA's MPS, not in turns");
 }
 
 std::vector<std::string> state_assumptions(const Topology& t) {
   std::vector<std::string> assumed;
+  if (t.in_turns())
+    assumed.push_back(fmt::format("{} ranks have each device in turns of {:.3g} ms",
+                                  t.state().ranks_per_device,
+                                  1e3 * t.device(DeviceId{std::size_t{0}}).time_slice.count));
   if (t.node_count() > 1 && t.spines() > 1 && !t.routing().ecmp)
     assumed.push_back(fmt::format("traffic sprayed evenly over {} spines", t.spines()));
   if (t.goes_around()) assumed.emplace_back("shortest routes around failed links");
@@ -73,20 +88,34 @@ std::vector<std::string> state_assumptions(const Topology& t) {
 
 Topology ClusterFlags::in_state(const Topology& built) const {
   const Topology t = spines.empty() ? built : built.with_routing(routing_of(spines), "--spines");
-  if (slow.empty() && degrade.empty() && fail.empty() && background.empty()) return t;
+  if (mps && ranks_per_device == 1) throw InputError("--mps", "needs --ranks-per-device 2 or more");
+  if (slow.empty() && degrade.empty() && fail.empty() && background.empty() &&
+      ranks_per_device == 1)
+    return t;
   ClusterState state;
+  state.ranks_per_device = ranks_per_device;
+  state.mps = mps;
   for (const std::string& text : slow) {
     const auto [name, value] = halves(text, "--slow", "node0.gpu1=0.8");
-    state.device_speed[t.find_device(name, "--slow")] = fraction(value, "--slow");
+    note(state.device_speed, t.find_device(name, "--slow"), fraction(value, "--slow"), name,
+         "--slow");
   }
   for (const std::string& text : degrade) {
     const auto [name, value] = halves(text, "--degrade", "'node0.nic0->rail0=0.5'");
-    state.link_speed[t.find_link(name, "--degrade")] = fraction(value, "--degrade");
+    note(state.link_speed, t.find_link(name, "--degrade"), fraction(value, "--degrade"), name,
+         "--degrade");
   }
-  for (const std::string& name : fail) state.link_speed[t.find_link(name, "--fail")] = 0;
+  for (const std::string& name : fail)
+    note(state.link_speed, t.find_link(name, "--fail"), 0.0, name, "--fail");
   for (const std::string& text : background) {
     const auto [name, value] = halves(text, "--background", "'node0.nic0->rail0=10 GB/s'");
-    state.background[t.find_link(name, "--background")] = parse_byte_rate(value, "--background");
+    const LinkId link = t.find_link(name, "--background");
+    const BytesPerSecond rate = parse_byte_rate(value, "--background");
+    if (rate > t.link(link).bandwidth)
+      throw InputError("--background",
+                       fmt::format("{} is more than {} carries; it is a link of {:.4g} GB/s", value,
+                                   name, t.link(link).bandwidth.count * 1e-9));
+    note(state.background, link, rate, name, "--background");
   }
   return t.in_state(std::move(state));
 }

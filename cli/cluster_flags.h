@@ -14,6 +14,8 @@ namespace partita::cli {
 
 struct ClusterFlags {
   std::vector<std::string> slow, degrade, fail, background;
+  int ranks_per_device = 1;
+  bool mps = false;
   std::string spines;  ///< "spray", "ecmp", "ecmp:SEED", or "": as the file says
 
   void add_to(CLI::App& app);

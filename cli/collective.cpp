@@ -63,7 +63,7 @@ std::vector<std::int64_t> parse_ranks(const std::string& text, const Topology& t
   std::vector<std::int64_t> ranks;
   std::set<std::int64_t> seen;
   std::istringstream words(text);
-  const auto devices = static_cast<std::int64_t>(t.device_count());
+  const auto devices = static_cast<std::int64_t>(t.rank_count());
   for (std::string word; std::getline(words, word, ',');) {
     const auto dash = word.find('-');
     const std::int64_t first = whole(word.substr(0, dash));
@@ -133,7 +133,7 @@ void add_collective(CLI::App& app) {
     if (!o->algorithm.empty()) algorithm = parse_algorithm(o->algorithm, kind);
     const Topology t = o->cluster.in_state(load_cluster(o->topology));
     const std::vector<std::int64_t> ranks =
-        parse_ranks(o->ranks.empty() ? fmt::format("0-{}", t.used_devices() - 1) : o->ranks, t);
+        parse_ranks(o->ranks.empty() ? fmt::format("0-{}", t.used_ranks() - 1) : o->ranks, t);
     std::vector<std::int32_t> levels;
     if (!o->levels.empty())
       levels = parse_levels(o->levels, static_cast<std::int64_t>(ranks.size()));

@@ -183,7 +183,7 @@ void add_simulate(CLI::App& app) {
     check_writable("--trace", o->trace);
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
-    settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
+    settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
     const Graph g = load_graph(o->model, o->flags, plan);
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
@@ -247,7 +247,7 @@ void add_plan(CLI::App& app, int& code) {
                        "fastest order for the plans shown");
     const Plan given = base;
     base.dp = 1;
-    const auto ranks = static_cast<std::int64_t>(t.used_devices());
+    const auto ranks = static_cast<std::int64_t>(t.used_ranks());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
     const Graph g = load_graph(o->model, o->flags, base);
     SearchSpace space = full_space(g, t, ranks, base);

@@ -151,7 +151,7 @@ void add_compare(CLI::App& app) {
         x.trace, validation::load_kernel_kinds(data_folder("validation/kernel_kinds.yaml")));
     const Topology t = o->cluster.in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
-    settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
+    settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
     const Graph g = load_graph(o->model, o->flags, plan);
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");

@@ -46,7 +46,7 @@ void run(const Options& o, int& code) {
   }
   if (!o.topology.empty()) {
     const Topology t = load_cluster(o.topology);
-    settle_ranks(plan, static_cast<std::int64_t>(t.used_devices()), t.name());
+    settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
   } else if (plan.dp == 0) {
     plan.dp = 1;
   }

@@ -91,6 +91,13 @@ void change_cluster(ClusterFlags& cluster, const std::string& key, const std::st
     cluster.spines = value;
     return;
   }
+  if (key == "ranks_per_device") {
+    cluster.ranks_per_device = static_cast<int>(whole(value, "cluster." + key));
+    if (cluster.ranks_per_device < 1 || cluster.ranks_per_device > 64)
+      throw InputError("--vary cluster.ranks_per_device",
+                       fmt::format("'{}' is not 1 to 64", value));
+    return;
+  }
   std::vector<std::string>* list = key == "slow"         ? &cluster.slow
                                    : key == "degrade"    ? &cluster.degrade
                                    : key == "fail"       ? &cluster.fail
@@ -98,8 +105,8 @@ void change_cluster(ClusterFlags& cluster, const std::string& key, const std::st
                                                          : nullptr;
   if (list == nullptr)
     throw InputError("--vary", fmt::format("'cluster.{}' is not known; use cluster.slow, "
-                                           "cluster.degrade, cluster.fail, cluster.background or "
-                                           "cluster.spines",
+                                           "cluster.degrade, cluster.fail, cluster.background, "
+                                           "cluster.ranks_per_device or cluster.spines",
                                            key));
   if (value != "none") list->push_back(value);
 }
@@ -191,7 +198,7 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
     Plan plan = plan_from(s.flags, "megatron-core");
     r.topology = s.cluster.in_state(r.topology);
     for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
-    settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_devices()), r.topology.name());
+    settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_ranks()), r.topology.name());
     r.graph = load_graph(s.model, s.flags, plan);
     if (s.flags.placement == "search") {
       const auto placed = place(r.graph, plan, r.topology);
@@ -253,7 +260,13 @@ void run(const Options& o) {
   for (const auto& v : vary) head += csv(v.path) + ",";
   head += "step_time_s,tokens_per_s_per_device,samples_per_s,mfu,peak_device_bytes,fits,note\n";
   std::vector<std::string> notes;
-  std::vector<std::pair<std::string, std::vector<std::string>>> assumed;  // what, values
+  struct Assumed {
+    std::string what;
+    std::vector<std::string> values;
+    std::size_t rows = 0;
+  };
+  std::vector<Assumed> assumed;
+  std::size_t predicted = 0;
   for (std::size_t n = 0; n < count; ++n) {
     Scenario s{o.model, o.topology, o.flags, o.cluster, {}, {}};
     std::vector<std::string> chosen(vary.size());
@@ -294,12 +307,14 @@ void run(const Options& o) {
                                fmt::format("{:.4g}", p->samples_per_second),
                                fmt::format("{:.1f} %", 100 * p->mfu), text(p->peak_device),
                                p->fits ? "yes" : "NO"});
+        ++predicted;
         for (const auto& a : r.assumed) {
           const std::string what = a.substr(0, a.rfind(' ')), value = a.substr(a.rfind(' '));
           auto at = std::find_if(assumed.begin(), assumed.end(),
-                                 [&](const auto& entry) { return entry.first == what; });
+                                 [&](const auto& entry) { return entry.what == what; });
           if (at == assumed.end()) at = assumed.insert(at, {what, {}});
-          auto& values = at->second;
+          ++at->rows;
+          auto& values = at->values;
           if (std::find(values.begin(), values.end(), value) == values.end())
             values.push_back(value);
         }
@@ -314,8 +329,10 @@ void run(const Options& o) {
   }
   if (o.json || o.csv) return;
   for (std::size_t k = 0; k < assumed.size(); ++k) {
-    fmt::print("{}{}{}{}", k == 0 ? "assumed: " : ", ", assumed[k].first,
-               fmt::join(assumed[k].second, " or"), k + 1 == assumed.size() ? "\n\n" : "");
+    const Assumed& a = assumed[k];
+    fmt::print("{}{}{}{}{}", k == 0 ? "assumed: " : ", ", a.what, fmt::join(a.values, " or"),
+               a.rows < predicted ? fmt::format(" ({} of {} rows)", a.rows, predicted) : "",
+               k + 1 == assumed.size() ? "\n\n" : "");
   }
   fmt::print("{}", align(rows));
   if (!notes.empty()) fmt::print("\n");

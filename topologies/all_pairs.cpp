@@ -201,7 +201,7 @@ class Counter {
 
 Topology::PairLoads Topology::all_pairs(const std::vector<DeviceId>& devices) const {
   const SwitchTree* tree = impl_->fabric.tree();
-  bool regular = tree != nullptr && !tree->routing.ecmp;
+  bool regular = tree != nullptr && !tree->routing.ecmp && state().ranks_per_device == 1;
   std::set<std::size_t> by_itself;  // nodes that a failed card sends other ways
   for (const auto& [link, speed] : state().link_speed) {
     if (speed > 0) continue;

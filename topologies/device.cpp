@@ -228,7 +228,12 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   if (const auto n = root.find("concurrent_streams")) device.concurrent_streams = n->as_bool();
   if (const auto n = root.find("host_cores"))
     device.host_cores = static_cast<int>(n->as_int(1, 1'000'000));
+  if (device.host_cores > 0 && device.concurrent_streams)
+    throw InputError(root.get("host_cores").place(),
+                     "cores that ranks share run one instruction of a rank at a time; add "
+                     "concurrent_streams: false");
   if (root.has("dispatch")) device.dispatch = figure(root, "dispatch").as_seconds();
+  if (root.has("time_slice")) device.time_slice = figure(root, "time_slice").as_seconds();
   if (root.has("overlap")) {
     const YamlNode n = figure(root, "overlap");
     device.overlap = n.as_double();

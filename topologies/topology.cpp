@@ -104,10 +104,12 @@ const ClusterState& Topology::state() const {
 }
 
 DeviceId Topology::physical(DeviceId device) const {
-  if (state_ == nullptr || state_->placement.empty()) return device;
+  if (state_ == nullptr || (state_->placement.empty() && state_->ranks_per_device == 1))
+    return device;
   PARTITA_ASSERT(device.valid(), "no device");
-  if (device.index() >= state_->placement.size()) return device;
-  return DeviceId{static_cast<std::size_t>(state_->placement[device.index()])};
+  std::size_t seat = device.index();
+  if (seat < state_->placement.size()) seat = static_cast<std::size_t>(state_->placement[seat]);
+  return DeviceId{seat / static_cast<std::size_t>(state_->ranks_per_device)};
 }
 
 Topology Topology::in_state(ClusterState state) const {
@@ -121,7 +123,9 @@ Topology Topology::in_state(ClusterState state) const {
                                    r, d, taken.size(), taken.size()));
     taken[static_cast<std::size_t>(d)] = 1;
   }
-  if (state.placement.size() > device_count())
+  PARTITA_ASSERT(state.ranks_per_device >= 1, "a device without ranks");
+  const std::size_t seats = device_count() * static_cast<std::size_t>(state.ranks_per_device);
+  if (state.placement.size() > seats)
     throw InputError("placement", fmt::format("{} ranks are placed on {} devices",
                                               state.placement.size(), device_count()));
   Topology changed(impl_);
@@ -289,6 +293,17 @@ LinkId Topology::find_link(const std::string& name, const std::string& place) co
 const std::string& Topology::name() const { return impl_->name; }
 std::size_t Topology::device_count() const { return impl_->devices; }
 std::size_t Topology::used_devices() const { return impl_->used_devices; }
+std::size_t Topology::rank_count() const {
+  return device_count() * static_cast<std::size_t>(state().ranks_per_device);
+}
+std::size_t Topology::used_ranks() const {
+  return used_devices() * static_cast<std::size_t>(state().ranks_per_device);
+}
+std::size_t Topology::rank_count(std::size_t node) const {
+  return device_count(node) * static_cast<std::size_t>(state().ranks_per_device);
+}
+bool Topology::same_device(DeviceId a, DeviceId b) const { return physical(a) == physical(b); }
+bool Topology::in_turns() const { return state().ranks_per_device > 1 && !state().mps; }
 std::size_t Topology::node_count() const { return impl_->nodes; }
 std::size_t Topology::node_of(DeviceId device) const {
   return impl_->place_of(physical(device)).node.index;
@@ -358,9 +373,14 @@ Topology Topology::with_routing(SpineRouting routing, const std::string& place) 
 
 std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
   std::vector<LinkId> out;
+  if (a == b) return out;
+  if (same_device(a, b)) {
+    const LinkId up = host_link(a, true), down = host_link(a, false);
+    if (up.valid() && down.valid()) out = {up, down};
+    return out;
+  }
   const auto from = impl_->place_of(physical(a));
   const auto to = impl_->place_of(physical(b));
-  if (a == b) return out;
   const auto choice = impl_->choose(from, to, false, state_.get());
   if (choice.way == Impl::Way::none && state_ != nullptr)
     throw InputError("links", fmt::format("without those that have failed {} cannot reach {}",
@@ -410,6 +430,17 @@ std::vector<LinkId> Topology::links_of(DeviceId device) const {
       all.emplace_back(place.node.first_link() + l);
   }
   return all;
+}
+
+LinkId Topology::host_link(DeviceId device, bool towards_host) const {
+  LinkId best;
+  for (const LinkId l : links_of(device)) {
+    const Link one = link(l);
+    if (one.kind != LinkKind::pcie && one.kind != LinkKind::c2c) continue;
+    if ((one.from == vertex_of(device)) != towards_host) continue;
+    if (!best.valid() || one.bandwidth > link(best).bandwidth) best = l;
+  }
+  return best;
 }
 
 Link Topology::link(LinkId id) const {

@@ -45,6 +45,10 @@ struct ClusterState {
   std::map<LinkId, BytesPerSecond> background;  ///< what others send over it
   std::map<DeviceId, double> device_speed;      ///< fraction of its kernels' speed
   std::vector<std::int32_t> placement;          ///< device of rank r; empty: r
+  /// Ranks of each device; with more than one `placement` names seats, seat s of device s / this.
+  int ranks_per_device = 1;
+  /// They run beside each other under a server of NVIDIA's; false: in turns, by time slices.
+  bool mps = false;
 };
 
 /// How traffic spreads over the spines of a switch tree: evenly, byte by byte, or each pair of
@@ -63,6 +67,13 @@ class Topology {
   /// What the text asked for: 12 of "dgx-h100:12 gpus" (2 nodes, 16 devices); else all. Callers may
   /// use any first N devices.
   std::size_t used_devices() const;
+  /// The same in ranks: as many, or ClusterState::ranks_per_device times as many. A rank's DeviceId
+  /// below is its own number.
+  std::size_t rank_count() const;
+  std::size_t used_ranks() const;
+  std::size_t rank_count(std::size_t node) const;
+  bool same_device(DeviceId a, DeviceId b) const;
+  bool in_turns() const;  ///< Do ranks have their device by time slices?
   std::size_t node_count() const;
   std::size_t node_of(DeviceId device) const;  ///< Which host.
   const DeviceProfile& device(DeviceId device) const;
@@ -94,7 +105,8 @@ class Topology {
   /// choose from.
   Topology with_routing(SpineRouting routing, const std::string& place) const;
 
-  /// Links of the best path, in order; empty if a == b. Best: fewest links, then the larger
+  /// Links of the best path, in order; empty if a == b; between ranks of one device its link to the
+  /// host and back, if there is one. Best: fewest links, then the larger
   /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between
   /// devices of one node stays inside it if it can; no route passes through a third node.
   std::vector<LinkId> route(DeviceId a, DeviceId b) const;
@@ -110,6 +122,8 @@ class Topology {
   std::size_t link_count() const;
   /// Links of `device`'s node that start or end at it.
   std::vector<LinkId> links_of(DeviceId device) const;
+  /// The fastest PCIe or C2C link between a device and its host; invalid without one.
+  LinkId host_link(DeviceId device, bool towards_host) const;
   std::string link_name(LinkId link) const;  ///< "node3.gpu1->node3.nvswitch0"
 
   std::size_t vertex_count() const;

@@ -655,7 +655,8 @@ struct Communication::State {
 
 Communication::Communication(Topology topology)
     : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}, {}}) {
-  state_->nccl = true;
+  // NCCL takes no two ranks of a device into one group.
+  state_->nccl = state_->topology.state().ranks_per_device == 1;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
     state_->nccl = state_->nccl && nccl::serves(state_->topology.profile(i));
 }
@@ -731,6 +732,13 @@ std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) con
 
 namespace {
 
+/// Until a peer on the same device has it, where its ranks have it in turns.
+Seconds turn_taking(const Topology& t, DeviceId a, DeviceId b) {
+  const ClusterState& state = t.state();
+  if (state.ranks_per_device == 1 || state.mps || a == b || !t.same_device(a, b)) return {};
+  return Seconds{(state.ranks_per_device - 1) * t.device(a).time_slice.count};
+}
+
 /// Counts the flows of a transfer link by link.
 struct Flows {
   const Topology& topology;
@@ -739,9 +747,9 @@ struct Flows {
 
   explicit Flows(const Topology& t) : topology(t) {}
   void add(std::int64_t from, std::int64_t to) {
-    double hops = 0;
-    for (const LinkId l : topology.route(DeviceId{static_cast<std::size_t>(from)},
-                                         DeviceId{static_cast<std::size_t>(to)})) {
+    const DeviceId a{static_cast<std::size_t>(from)}, b{static_cast<std::size_t>(to)};
+    double hops = turn_taking(topology, a, b).count;
+    for (const LinkId l : topology.route(a, b)) {
       crossed.push_back(l);
       hops += topology.link(l).latency.count;
     }
@@ -776,6 +784,12 @@ Communication::LinkFlows Communication::collective_links(
     std::vector<DeviceId> devices;
     for (const std::int64_t r : ranks) devices.emplace_back(static_cast<std::size_t>(r));
     auto loads = t.all_pairs(devices);
+    if (t.state().ranks_per_device > 1) {
+      for (const DeviceId a : devices) {
+        for (const DeviceId b : devices)
+          loads.latency = std::max(loads.latency, turn_taking(t, a, b));
+      }
+    }
     return {1.0 / static_cast<double>(std::max<std::size_t>(1, ranks.size() - 1)),
             std::move(loads.links), loads.latency};
   }
@@ -855,9 +869,20 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   return h;
 }
 
+Communication& Communication::as_built() {
+  if (state_->topology.state().link_speed.empty()) return *this;
+  if (!state_->intact) {
+    ClusterState whole = state_->topology.state();
+    whole.link_speed.clear();
+    state_->intact = std::make_unique<Communication>(state_->topology.in_state(std::move(whole)));
+  }
+  return *state_->intact;
+}
+
 Communication::Group& Communication::group(const std::vector<std::int64_t>& ranks) {
   const auto [it, is_new] = state_->groups.try_emplace(pattern(ranks));
-  if (is_new) it->second.communicator = nccl::communicator(state_->topology, ranks);
+  // NCCL searches links as they were built: a worn one still tells it its rated speed.
+  if (is_new) it->second.communicator = nccl::communicator(as_built().topology(), ranks);
   return it->second;
 }
 
@@ -896,18 +921,13 @@ Seconds Communication::over_worn_links(CollectiveKind kind, Bytes bytes,
   if (state_->topology.state().link_speed.empty()) return time;
   const double fixed = nccl_time(kind, Bytes{1}, ranks).count, work = time.count - fixed;
   if (!(work > 0)) return time;
-  if (!state_->intact) {
-    ClusterState whole = state_->topology.state();
-    whole.link_speed.clear();
-    state_->intact = std::make_unique<Communication>(state_->topology.in_state(std::move(whole)));
-  }
   const bool exchanges = kind == CollectiveKind::all_to_all;
   const auto way = [&](Communication& c) {
     return (exchanges ? c.exchange(ranks) : c.ring(ranks)).bandwidth.count;
   };
   const double wire = static_cast<double>(
       wire_count(kind, static_cast<std::int64_t>(ranks.size()), bytes).bytes.count);
-  const double rate = std::min(wire / work, way(*state_->intact));
+  const double rate = std::min(wire / work, way(as_built()));
   return Seconds{fixed + work * std::max(1.0, rate / way(*this))};
 }
 
@@ -1004,7 +1024,7 @@ Seconds Communication::storage_time(const Program& p, const Instruction& i, std:
                                             t.name()));
   }
   return Seconds{static_cast<double>(local_bytes(p, i.writes[0], rank).count) *
-                 static_cast<double>(t.device_count(node)) / all.count};
+                 static_cast<double>(t.rank_count(node)) / all.count};
 }
 
 Seconds Communication::host_time(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -1022,7 +1042,7 @@ Seconds Communication::host_time(const Program& p, const Instruction& i, std::in
                                               t.name()));
     }
     const Work w = work_of(p, i, rank);
-    return Seconds{static_cast<double>(w.bytes.count) * static_cast<double>(t.device_count(node)) /
+    return Seconds{static_cast<double>(w.bytes.count) * static_cast<double>(t.rank_count(node)) /
                    all.count};
   }
   auto& link = state_->host_links[t.profile_index(d)];
@@ -1087,16 +1107,7 @@ Communication::Moving Communication::moving(Bytes bytes, std::int64_t from, std:
 }
 
 LinkId Communication::host_link(std::int64_t rank, bool towards_host) const {
-  const Topology& t = state_->topology;
-  const DeviceId d{static_cast<std::size_t>(rank)};
-  LinkId best;
-  for (const LinkId l : t.links_of(d)) {
-    const Link one = t.link(l);
-    if (one.kind != LinkKind::pcie && one.kind != LinkKind::c2c) continue;
-    if ((one.from == t.vertex_of(d)) != towards_host) continue;
-    if (!best.valid() || one.bandwidth > t.link(best).bandwidth) best = l;
-  }
-  return best;
+  return state_->topology.host_link(DeviceId{static_cast<std::size_t>(rank)}, towards_host);
 }
 
 }  // namespace partita

@@ -169,6 +169,7 @@ class Communication {
   /// Ranks as NCCL sees them, and their collectives that were priced.
   struct Group;
   Group& group(const std::vector<std::int64_t>& ranks);
+  Communication& as_built();  ///< The same without worn or failed links.
   Seconds over_worn_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
                           Seconds time);
   Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);

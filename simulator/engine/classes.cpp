@@ -160,7 +160,7 @@ std::vector<Unevenness> unevenness(const Program& p) {
 RankClasses classify(const Program& p, Communication& communication) {
   const std::int64_t n = p.ranks();
   const Topology& t = communication.topology();
-  PARTITA_ASSERT(static_cast<std::size_t>(n) <= t.device_count(),
+  PARTITA_ASSERT(static_cast<std::size_t>(n) <= t.rank_count(),
                  fmt::format("{} ranks on {} devices", n, t.device_count()));
   std::vector<std::vector<GroupKind>> kinds;
   for (int s = 0; s < p.stage_count(); ++s) kinds.push_back(group_kinds(p, s));
@@ -181,12 +181,12 @@ RankClasses classify(const Program& p, Communication& communication) {
     if (stores) {
       const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
       h = mix(h, static_cast<std::uint64_t>(t.storage_bandwidth(node).count /
-                                            static_cast<double>(t.device_count(node))));
+                                            static_cast<double>(t.rank_count(node))));
     }
     if (hosts) {
       const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
       h = mix(h, static_cast<std::uint64_t>(t.host_memory_bandwidth(node).count /
-                                            static_cast<double>(t.device_count(node))));
+                                            static_cast<double>(t.rank_count(node))));
     }
     const Unevenness& u = uneven[static_cast<std::size_t>(stage)];
     for (const auto& [split, extent] : u.cuts) {

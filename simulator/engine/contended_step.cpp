@@ -21,7 +21,8 @@ class Contender {
         compiled_(compiled),
         labels_(labels),
         keys_(p, links.ranks),
-        usages_(p, communication, links) {}
+        usages_(p, communication, links),
+        ranks_share_(communication.topology().state().ranks_per_device > 1) {}
 
   ContendedStep run(bool in_runs) {
     const std::size_t n = classes_.classes.size();
@@ -234,8 +235,9 @@ class Contender {
   std::vector<Task> tasks_of(int c, std::size_t b) {
     const CompiledBlock& block = compiled_.blocks[static_cast<std::size_t>(c)][b];
     const std::int64_t rank = classes_.classes[static_cast<std::size_t>(c)].representative;
-    // Where nothing runs beside the compute stream, its kernels have the device to themselves.
-    bool beside = false;
+    // Where nothing runs beside the compute stream, and no other rank on the device, its kernels
+    // have the device to themselves.
+    bool beside = ranks_share_;
     for (const CompiledBlock& any : compiled_.blocks[static_cast<std::size_t>(c)]) {
       for (const Step& s : any.steps) beside = beside || s.stream != kComputeStream;
     }
@@ -292,6 +294,7 @@ class Contender {
   const Labels& labels_;
   MessageKeys keys_;
   Usages usages_;
+  bool ranks_share_;                              ///< their devices
   std::vector<std::vector<Parts>> parts_;         ///< [class][block]
   std::vector<std::vector<std::int32_t>> first_;  ///< [class][call]: instance it begins with
   std::vector<StepGraph::Link> waits_, makes_;    // reused

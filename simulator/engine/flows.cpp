@@ -18,8 +18,12 @@ namespace {
 /// Messages under way. The owner begins them and is told of each one's end.
 class Moves {
  public:
-  explicit Moves(const std::vector<double>& capacity) {
+  explicit Moves(const std::vector<double>& capacity, const std::vector<double>& background = {}) {
     for (const double c : capacity) sharing_.add(c);
+    for (std::size_t l = 0; l < background.size(); ++l) {
+      const Demand on{ResourceId{l}};
+      if (background[l] > 0) sharing_.start({&on, 1}, 1, background[l]);
+    }
   }
 
   struct Message {
@@ -193,8 +197,10 @@ Colours colours_of(const NetworkTraffic& t) {
   c.member.assign(static_cast<std::size_t>(t.members), 0);
   c.link.assign(t.capacity.size(), 0);
   std::vector<Hash> members(c.member.size()), links(c.link.size());
-  for (std::size_t l = 0; l < links.size(); ++l)
+  for (std::size_t l = 0; l < links.size(); ++l) {
     add(links[l], std::bit_cast<std::uint64_t>(t.capacity[l]));
+    if (!t.background.empty()) add(links[l], std::bit_cast<std::uint64_t>(t.background[l]));
+  }
   c.members = t.members > 0 ? 1 : 0;
   c.links = number(links, c.link);
   for (;;) {
@@ -264,10 +270,12 @@ Played play(const NetworkTraffic& t, const PlayOptions& options) {
   const auto classes = static_cast<std::size_t>(c.members);
   std::vector<std::int64_t> size(classes, 0), links(static_cast<std::size_t>(c.links), 0);
   for (const std::int32_t m : c.member) ++size[static_cast<std::size_t>(m)];
-  std::vector<double> capacity(static_cast<std::size_t>(c.links), 0);
+  std::vector<double> capacity(static_cast<std::size_t>(c.links), 0), background;
+  if (!t.background.empty()) background.resize(capacity.size());
   for (std::size_t l = 0; l < c.link.size(); ++l) {
     ++links[static_cast<std::size_t>(c.link[l])];
     capacity[static_cast<std::size_t>(c.link[l])] = t.capacity[l];
+    if (!background.empty()) background[static_cast<std::size_t>(c.link[l])] = t.background[l];
   }
 
   // Beat by beat: the messages that each class sends, and how many of a step concern one member.
@@ -354,7 +362,7 @@ Played play(const NetworkTraffic& t, const PlayOptions& options) {
   std::vector<std::int64_t> step(classes, 0), end(classes, 0);
   std::vector<std::size_t> beat(classes, 0);
   std::vector<std::int32_t> done(classes * static_cast<std::size_t>(steps), 0);
-  Moves moves(capacity);
+  Moves moves(capacity, background);
   // A message's tag: its beat, its number there, the step.
   std::vector<std::int64_t> first_message{0};
   for (const auto& b : beats)
@@ -566,6 +574,13 @@ NetworkTraffic traffic_of(const Rhythm& rhythm, const EvenCut& cut,
   // Routes are asked for while the traffic is laid; links are known afterwards.
   NetworkTraffic t = lay(rhythm, cut, {{}, network.route});
   t.capacity = std::move(network.capacity);
+  const auto& busy = topology.state().background;
+  for (std::size_t l = 0; l < ids.size(); ++l) {
+    const auto it = busy.find(ids[l]);
+    if (it == busy.end()) continue;
+    t.background.resize(ids.size(), 0);
+    t.background[l] = it->second.count;
+  }
   t.link_ids = std::move(ids);
   return t;
 }

@@ -48,7 +48,8 @@ struct TrafficBeat {
 
 struct NetworkTraffic {
   std::int32_t members = 0;
-  std::vector<double> capacity;  ///< of links, bytes per second
+  std::vector<double> capacity;    ///< of links, bytes per second
+  std::vector<double> background;  ///< by link, what others send over it; empty: nothing
   std::vector<NetworkRoute> routes;
   std::vector<TrafficBeat> beats;
   /// What a receiver spends on a message before it counts as there: local + bytes * per_byte, if

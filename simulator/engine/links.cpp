@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <numeric>
 #include <set>
 
 #include "base/error.h"
@@ -130,6 +131,20 @@ SharedLinks share_links(const Program& p, Communication& communication, bool unf
   const auto n = static_cast<std::size_t>(p.ranks());
   std::vector<std::int32_t> rank(n), link(all.link.size()), transfer(all.transfers.size());
   std::size_t ranks = 0, links = 0;
+  const bool shared = topology.state().ranks_per_device > 1;
+  std::vector<std::int32_t> device(shared ? n : 0), device_class;  // by rank; by device
+  std::size_t devices = 0;
+  if (shared) {
+    std::map<std::int32_t, std::int32_t> number;
+    for (std::size_t r = 0; r < n; ++r)
+      device[r] = number
+                      .try_emplace(topology.vertex_of(DeviceId{r}),
+                                   static_cast<std::int32_t>(number.size()))
+                      .first->second;
+    devices = number.size();
+    device_class.resize(devices);
+    std::iota(device_class.begin(), device_class.end(), 0);
+  }
   if (unfolded) {
     for (std::size_t r = 0; r < n; ++r) rank[r] = static_cast<std::int32_t>(r);
     for (std::size_t l = 0; l < link.size(); ++l) link[l] = static_cast<std::int32_t>(l);
@@ -176,6 +191,15 @@ SharedLinks share_links(const Program& p, Communication& communication, bool unf
               of_transfer[t], all.kinds[static_cast<std::size_t>(x.kind)].peer_stage >= 0 ? k : 0);
       }
       for (std::size_t r = 0; r < n; ++r) of_rank[r] = mix(of_rank[r], sums[r]);
+      if (shared) {
+        std::vector<std::uint64_t> of_device(device_class.size(), 7);
+        for (std::size_t r = 0; r < n; ++r)
+          of_device[static_cast<std::size_t>(device[r])] +=
+              mix(8, static_cast<std::uint64_t>(rank[r]));
+        devices = number_densely(of_device, device_class);
+        for (std::size_t r = 0; r < n; ++r)
+          of_rank[r] = mix(of_rank[r], of_device[static_cast<std::size_t>(device[r])]);
+      }
       std::fill(sums.begin(), sums.end(), 0);
       for (std::size_t t = 0; t < transfer.size(); ++t) {
         const Transfer& x = all.transfers[t];
@@ -202,6 +226,21 @@ SharedLinks share_links(const Program& p, Communication& communication, bool unf
     c.stage = p.stage_of(static_cast<std::int64_t>(r));
     c.representative = static_cast<std::int64_t>(r);
     ++c.count;
+  }
+  if (shared) {
+    result.device_classes = devices;
+    result.seats.assign(ranks, {0, 0});
+    for (std::size_t r = 0; r < n; ++r) {
+      const auto c = static_cast<std::size_t>(rank[r]);
+      auto& seat = result.seats[c];
+      seat.device_class = device_class[static_cast<std::size_t>(device[r])];
+      const auto first = static_cast<std::size_t>(result.ranks.classes[c].representative);
+      seat.ranks += device[r] == device[first] ? 1 : 0;
+    }
+  } else {
+    result.device_classes = ranks;
+    for (std::size_t c = 0; c < ranks; ++c)
+      result.seats.push_back({static_cast<std::int32_t>(c), 1});
   }
   result.links.resize(links);
   std::vector<char> speaks(link.size(), 0);  // for its class

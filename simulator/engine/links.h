@@ -2,7 +2,8 @@
 //
 // Ranks, transfers and links that behave alike form classes: the coarsest partition, not coarser
 // than classify()'s, in which all links of a class are crossed by as many flows of each class of
-// transfers (docs/sharing.md, "A training step").
+// transfers, and all devices of a class have as many ranks of each class (docs/sharing.md, "A
+// training step").
 #pragma once
 
 #include <compare>
@@ -49,6 +50,13 @@ struct SharedLinks {
     std::vector<Crossing> crossings;
   };
   std::vector<TransferClass> transfers;
+  /// The device of a rank of a class: its class, and how many of the class it has.
+  struct Seat {
+    std::int32_t device_class = 0;
+    std::int64_t ranks = 1;
+  };
+  std::vector<Seat> seats;  ///< by class of ranks
+  std::size_t device_classes = 0;
   /// By kind, by class of ranks: index into transfers; -1: uses no link.
   std::map<TransferKind, std::vector<std::int32_t>> of_class;
 };

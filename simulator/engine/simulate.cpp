@@ -62,12 +62,13 @@ class Engine {
       classes_ = classify(p_, communication_);
     }
     if (options_.network == Network::flows) {
-      links_ = share_links(p_, communication_, options_.unfolded);
+      links_ = share_links(p_, communication_, options_.unfolded || crowded_);
       classes_ = links_.ranks;
     }
     compiled_ = compile(p_, communication_, classes_, labels_);
     const std::size_t n = classes_.classes.size();
     timeline_.classes = classes_.classes;
+    if (t.state().ranks_per_device > 1) timeline_.class_of_rank = classes_.of_rank;
     timeline_.flops = compiled_.flops;
     for (std::size_t c = 0; c < n; ++c) {
       const RankClass& rc = classes_.classes[c];
@@ -85,7 +86,7 @@ class Engine {
     stretch(compiled_, p_, adjustment);
     start();
     const std::size_t n = classes_.classes.size();
-    if (options_.network == Network::flows && all_beside()) {
+    if (options_.network == Network::flows && !crowded_ && !communication_.measured_together()) {
       contended_ = contend(p_, communication_, links_, compiled_, labels_, options_.replay);
       timeline_.contended = std::move(contended_.contended);
       next_loss_.assign(n, 0);
@@ -121,13 +122,6 @@ class Engine {
  private:
   const DeviceProfile& device_of(std::int64_t rank) const {
     return communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
-  }
-
-  /// Does every device run transfers beside its kernels? Of others what contends was measured.
-  bool all_beside() const {
-    return std::all_of(classes_.classes.begin(), classes_.classes.end(), [&](const RankClass& c) {
-      return device_of(c.representative).concurrent_streams;
-    });
   }
 
   /// Everything at its start.

@@ -47,9 +47,9 @@ Usages::Usages(const Program& program, Communication& communication, const Share
     }
   }
   first_units_ = ResourceId{sharing_.resource_count()};
-  for (std::size_t c = 0; c < links.ranks.classes.size(); ++c) sharing_.add(1);
+  for (std::size_t d = 0; d < links.device_classes; ++d) sharing_.add(1);
   first_memory_ = ResourceId{sharing_.resource_count()};
-  for (std::size_t c = 0; c < links.ranks.classes.size(); ++c) sharing_.add(1);
+  for (std::size_t d = 0; d < links.device_classes; ++d) sharing_.add(1);
 }
 
 std::int32_t Usages::keep(Usage usage) {
@@ -80,12 +80,15 @@ std::int32_t Usages::kernel(const Instruction& i, std::int32_t c, Seconds& work)
                                         device.multiprocessors));
   Usage u;
   u.weight = kKernelWeight;
-  const auto at = static_cast<std::size_t>(c);
-  if (parts.units.count > 0)
-    u.demands.push_back({ResourceId{first_units_.index() + at}, kAlone * units});
-  if (parts.memory.count > 0)
+  const auto& seat = links_.seats[static_cast<std::size_t>(c)];
+  const auto at = static_cast<std::size_t>(seat.device_class);
+  const bool in_turns = communication_.topology().in_turns();
+  if (in_turns || parts.units.count > 0)
     u.demands.push_back(
-        {ResourceId{first_memory_.index() + at}, kAlone * parts.memory.count / longest});
+        {ResourceId{first_units_.index() + at}, kAlone * (in_turns ? 1 : units), seat.ranks});
+  if (parts.memory.count > 0)
+    u.demands.push_back({ResourceId{first_memory_.index() + at},
+                         kAlone * parts.memory.count / longest, seat.ranks});
   return keep(std::move(u));
 }
 
@@ -110,14 +113,18 @@ void Usages::occupy(Usage& u, std::int32_t c, double memory_rate, int multiproce
   const DeviceProfile& device =
       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
   const double memory = device.memory_bandwidth.count * device.memory_efficiency;
+  const auto& seat = links_.seats[static_cast<std::size_t>(c)];
+  const auto at = static_cast<std::size_t>(seat.device_class);
   if (memory_rate > 0)
-    u.demands.push_back({ResourceId{first_memory_.index() + static_cast<std::size_t>(c)},
-                         std::min(1.0, memory_rate / memory) * kAlone});
+    u.demands.push_back({ResourceId{first_memory_.index() + at},
+                         std::min(1.0, memory_rate / memory) * kAlone, seat.ranks});
   if (multiprocessors == 0) multiprocessors = device.communication_multiprocessors;
   multiprocessors = std::min(multiprocessors, device.multiprocessors - 1);
-  if (multiprocessors > 0)
-    u.held.emplace_back(ResourceId{first_units_.index() + static_cast<std::size_t>(c)},
-                        static_cast<double>(multiprocessors) / device.multiprocessors);
+  double held = static_cast<double>(multiprocessors * seat.ranks) / device.multiprocessors;
+  // In its slices.
+  if (communication_.topology().in_turns())
+    held /= communication_.topology().state().ranks_per_device;
+  if (multiprocessors > 0) u.held.emplace_back(ResourceId{first_units_.index() + at}, held);
 }
 
 std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int64_t>& group,

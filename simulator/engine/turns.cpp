@@ -178,8 +178,9 @@ class Turns {
     const Instruction& i =
         p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
     const auto group = p_.group(i, classes_.classes[static_cast<std::size_t>(c)].representative);
-    const auto key = std::tuple{i.tie, i.tie >= 0 ? std::size_t{0} : s.call,
-                                i.tie >= 0 ? 0 : step.instruction, group};
+    // Tied stages may meet more than once: each time all of them.
+    const std::size_t nth = i.tie >= 0 ? met_[{c, i.tie}]++ : s.call;
+    const auto key = std::tuple{i.tie, nth, i.tie >= 0 ? 0 : step.instruction, group};
     const auto [it, fresh] = gathering_of_.emplace(key, gatherings_.size());
     if (fresh) gatherings_.push_back({{}, group.size(), 0});
     Gathering& g = gatherings_[it->second];
@@ -240,6 +241,7 @@ class Turns {
   std::vector<Gathering> gatherings_;
   std::map<std::tuple<int, std::size_t, std::int32_t, std::vector<std::int64_t>>, std::size_t>
       gathering_of_;
+  std::map<std::pair<int, int>, std::size_t> met_;  ///< by rank and tie
   std::unordered_map<std::uint64_t, int> waits_for_;
 };
 

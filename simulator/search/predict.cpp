@@ -123,11 +123,11 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
           std::min(options.memory_limit, communication.topology().profile(k).usable_memory);
     }
   }
-  if (static_cast<std::size_t>(program->ranks()) > communication.topology().device_count())
+  if (static_cast<std::size_t>(program->ranks()) > communication.topology().rank_count())
     return Infeasible{
         fmt::format("the plan has {} ranks with its loaders, the cluster {} devices; use a "
                     "larger one or no loader",
-                    program->ranks(), communication.topology().device_count())};
+                    program->ranks(), communication.topology().rank_count())};
   std::optional<Communication> elsewhere;
   if (!plan->placement.empty()) {
     elsewhere.emplace(on_devices(communication.topology(), *plan));
@@ -141,7 +141,8 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   for (const Contended& c : t.contended) {
     if (c.rank_class == t.last_class) r.contended.push_back(c);
   }
-  r.devices = plan->ranks();
+  const std::int64_t per_device = communication.topology().state().ranks_per_device;
+  r.devices = (plan->ranks() + per_device - 1) / per_device;
   r.step_time = to_seconds(t.step);
   const double samples = static_cast<double>(plan->global_batch);
   const bool timed = t.step.count > 0;
@@ -155,7 +156,8 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     if (c.stage >= program->pipeline_stages()) continue;  // roles compute nothing of the network
     const auto& device =
         communication.topology().device(DeviceId{static_cast<std::size_t>(c.representative)});
-    peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count;
+    peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count /
+                 static_cast<double>(per_device);
   }
   r.mfu = timed ? model_flops(graph) * samples / r.step_time.count / peak_rate : 0;
   r.hfu = timed ? executed_flops(*program, t.classes) / r.step_time.count / peak_rate : 0;
@@ -221,6 +223,18 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
   }
   r.peak_device = r.peak_reserved + outside;
+  if (!t.class_of_rank.empty()) {
+    // The ranks of a device, each with what it needs at its own peak.
+    const Topology& where = (elsewhere ? *elsewhere : communication).topology();
+    std::unordered_map<std::int32_t, Bytes> of_device;
+    for (std::size_t rank = 0; rank < t.class_of_rank.size(); ++rank) {
+      const Bytes peak = t.memory[static_cast<std::size_t>(t.class_of_rank[rank])].peak;
+      Bytes& all = of_device[where.vertex_of(DeviceId{rank})];
+      all += outside +
+             (peak == r.peak_allocated ? r.peak_reserved : Bytes{round_up(peak.count, 2 << 20)});
+      r.peak_device = std::max(r.peak_device, all);
+    }
+  }
   r.fits = r.peak_device <= r.usable;
   r.breakdown = t.breakdown[static_cast<std::size_t>(t.last_class)];
   r.classes = t.classes.size();

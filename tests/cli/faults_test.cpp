@@ -573,9 +573,22 @@ TEST(Launch, RanksThatAreAllStoppedAreEnded) {
       }
       return list;
     };
-    for (int k = 0; k < 100 && ranks().size() < 2; ++k)
+    // On a busy machine a second passes before their first step.
+    const auto worked = [](int id) {
+      std::istringstream stat(read(fmt::format("/proc/{}/stat", id)));
+      std::string word;
+      std::int64_t ticks = 0;
+      for (int field = 1; field <= 15 && stat >> word; ++field) {
+        if (field >= 14) ticks += std::atoll(word.c_str());
+      }
+      return ticks >= ::sysconf(_SC_CLK_TCK);
+    };
+    const auto all_worked = [&] {
+      const auto list = ranks();
+      return list.size() == 2 && worked(list[0]) && worked(list[1]);
+    };
+    for (int k = 0; k < 1200 && !all_worked(); ++k)
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    std::this_thread::sleep_for(std::chrono::seconds(1));
     const auto them = ranks();
     ASSERT_EQ(them.size(), 2u);
     for (const int id : them) ::kill(id, SIGSTOP);

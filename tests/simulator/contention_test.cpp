@@ -2,8 +2,13 @@
 // page's examples by hand, and laws.
 #include <gtest/gtest.h>
 
+#include <map>
 #include <random>
+#include <set>
+#include <string>
 
+#include "simulator/cost/axes.h"
+#include "simulator/engine/collectives.h"
 #include "simulator/engine/contend.h"
 #include "simulator/engine/links.h"
 #include "simulator/engine/simulate.h"
@@ -148,6 +153,66 @@ TEST(Contention, KernelsGiveWayToTransfers) {
   }
 }
 
+constexpr const char* kOneGpu = R"(schema: partita.topology/1
+name: one
+source: made up
+nodes:
+  - count: 1
+    vertices:
+      gpu0: {kind: device, device: here.yaml}
+      cpu0: {kind: cpu}
+    links:
+      - {from: gpu0, to: cpu0, kind: pcie, bandwidth: 64 GB/s, latency: 0.5 us}
+)";
+
+Topology seats(const Topology& t, int ranks, bool mps) {
+  ClusterState state;
+  state.ranks_per_device = ranks;
+  state.mps = mps;
+  return t.in_state(std::move(state));
+}
+
+// docs/sharing.md, "Several ranks on a device".
+TEST(Contention, RanksOfADeviceShareIt) {
+  const Topology t = cluster(kOneGpu, {"1 TFLOP/s", "1 TFLOP/s", "2 TB/s", "3 us", 0});
+  // 20 MB and 2.5 million additions: 10 us, a quarter of the units' time.
+  Program sums = program(Mesh{{{"dp", 1}}});
+  kernel(sums, Kernel::add, 2'500'000, ElementType::fp32);
+  EXPECT_EQ(run(sums, seats(t, 1, false), Network::flows).step.count, 13'000'000);
+  for (const int ranks : {2, 3}) {
+    sums.mesh = Mesh{{{"dp", ranks}}};
+    for (const bool mps : {false, true}) {
+      const Timeline folded = run(sums, seats(t, ranks, mps), Network::flows);
+      EXPECT_NEAR(static_cast<double>(folded.step.count), 3e6 + ranks * 10e6, 2);
+      EXPECT_EQ(folded.classes.size(), 1u);
+      ASSERT_FALSE(folded.contended.empty());
+      EXPECT_EQ(folded.contended[0].resource, mps ? "memory" : "multiprocessors");
+    }
+    EXPECT_EQ(run(sums, seats(t, ranks, false), Network::idle).step.count, 13'000'000);
+  }
+  // Another stage's kernel: 60 operations for each of 4 bytes, 10 us of the units.
+  Program p = program(Mesh{{{"pp", 2}}});
+  p.pipeline = {AtomId{0}};
+  p.blocks.push_back(p.blocks[0]);
+  p.stages = {{{BlockId{0}, -1}}, {{BlockId{1}, -1}}};
+  kernel(p, Kernel::add, 2'500'000, ElementType::fp32);
+  std::swap(p.blocks[0].instructions, p.blocks[1].instructions);
+  kernel(p, Kernel::initialise, 166'667, ElementType::fp32);
+  EXPECT_NEAR(static_cast<double>(run(p, seats(t, 2, true), Network::flows).step.count),
+              3e6 + 10e6 * 31 / 30, 100);
+}
+
+TEST(Contention, RanksOfADeviceTalkOverItsHost) {
+  const Topology t = cluster(kOneGpu, {"1 TFLOP/s", "1 TFLOP/s", "2 TB/s", "3 us", 0});
+  const auto message = [&](int ranks, bool mps) {
+    Communication c(seats(t, ranks, mps));
+    return c.point_to_point(Bytes{64'000'000}, 0, 1).count;
+  };
+  EXPECT_NEAR(message(2, false), 3e-6 + 2 * 0.5e-6 + 2.18e-3 + 1e-3, 1e-12);
+  EXPECT_NEAR(message(3, false), 3e-6 + 2 * 0.5e-6 + 2 * 2.18e-3 + 1e-3, 1e-12);
+  EXPECT_NEAR(message(2, true), 3e-6 + 2 * 0.5e-6 + 1e-3, 1e-12);
+}
+
 TEST(Contention, WhatIsAloneTakesItsTime) {
   const Topology t = load_topology("dgx-h100:2");
   std::mt19937 rng{3};
@@ -190,6 +255,28 @@ TEST(Contention, BackgroundTrafficTakesItsShare) {
   busy.background.begin()->second = BytesPerSecond{6e9};
   EXPECT_NEAR(static_cast<double>(run(p, plain.in_state(busy), Network::flows).step.count),
               8'000'000 + 3e10, 200);
+}
+
+// The same of a collective message by message, and of an axis's rate.
+TEST(Contention, BackgroundTrafficSlowsMessagesAndAxes) {
+  const Topology plain = without_nccl(kShared);
+  ClusterState busy;
+  busy.background[plain.find_link("node0.nic0->switch", "--background")] = BytesPerSecond{3e9};
+  const auto ring = [](const Topology& t) {
+    const auto times = time_collective(CollectiveKind::all_reduce, Bytes{100'000'000}, {0, 2}, t,
+                                       Algorithm::ring, {});
+    return times.algorithms.at(0).time.count;
+  };
+  // Two steps of 2.5 us and 50 MB each: at 10, at 7 GB/s.
+  EXPECT_NEAR(static_cast<double>(ring(plain)), 2 * (2.5e6 + 5e9), 2);
+  EXPECT_NEAR(static_cast<double>(ring(plain.in_state(busy))), 2 * (2.5e6 + 5e7 / 7e9 * 1e12), 2);
+  const Mesh mesh{{{"dp", 2}, {"tp", 2}}};
+  const auto dp = [&](const Topology& t) { return axis_crossings(mesh, Communication(t)).back(); };
+  EXPECT_DOUBLE_EQ(dp(plain).together.count, 5e9);
+  EXPECT_DOUBLE_EQ(dp(plain.in_state(busy)).alone.count, 7e9);
+  EXPECT_DOUBLE_EQ(dp(plain.in_state(busy)).together.count, 3.5e9);
+  busy.background.begin()->second = BytesPerSecond{9e9};
+  EXPECT_DOUBLE_EQ(dp(plain.in_state(busy)).alone.count, 5e9);
 }
 
 TEST(Contention, SlowDevicesAndLinksSplitOnlyWhatTheyTouch) {
@@ -245,6 +332,35 @@ TEST(Contention, NoCollectiveIsFasterThanItsSlowLink) {
   // Inside a node that has it nothing changes.
   EXPECT_EQ(slower.collective(CollectiveKind::all_reduce, Bytes{1 << 20}, {0, 1, 2, 3}),
             fast.collective(CollectiveKind::all_reduce, Bytes{1 << 20}, {0, 1, 2, 3}));
+}
+
+// Whichever node it is on: renaming changes nothing.
+TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
+  const Topology plain = load_topology("dgx-h100:4");
+  for (const int members : {1, 4, 8}) {
+    std::vector<std::int64_t> ranks;
+    for (std::int64_t r = 0; r < 32; ++r) {
+      if (r % 8 < members) ranks.push_back(r);
+    }
+    for (const double speed : {0.5, 0.1}) {
+      std::map<std::string, std::set<double>> times;
+      for (int node = 0; node < 4; ++node) {
+        for (int card = 0; card < members; ++card) {
+          ClusterState worn;
+          worn.link_speed[plain.find_link(fmt::format("node{}.nic{}->rail{}", node, card, card),
+                                          "")] = speed;
+          Communication c(plain.in_state(worn));
+          for (const CollectiveKind kind :
+               {CollectiveKind::all_reduce, CollectiveKind::all_gather, CollectiveKind::all_to_all})
+            times[std::string(name(kind))].insert(
+                c.collective(kind, Bytes{500'000'000}, ranks).count);
+        }
+      }
+      for (const auto& [kind, of_card] : times)
+        EXPECT_LT(*of_card.rbegin() - *of_card.begin(), 1e-9 * *of_card.begin())
+            << kind << " of " << members << " a node at " << speed;
+    }
+  }
 }
 
 TEST(Contention, TasksFollowTheirPrecedences) {

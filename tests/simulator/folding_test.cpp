@@ -158,6 +158,88 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
   EXPECT_GE(contended, 60);
 }
 
+TEST(Folding, RanksThatShareDevicesAgreeToThePicosecond) {
+  std::mt19937 rng{20261127};
+  const std::vector<Topology> topologies{load_topology("dgx-h100:2"),
+                                         parse_topology(kMixed, "mixed.yaml")};
+  const std::vector<Graph> graphs{gpt(), mixtral(), uneven(false)};
+  int feasible = 0, folded = 0;
+  for (int i = 0; i < 600; ++i) {
+    const Graph& g = graphs[rng() % graphs.size()];
+    ClusterState state;
+    state.ranks_per_device = static_cast<int>(2 + rng() % 3);
+    state.mps = rng() % 2 == 0;
+    const Topology& whole = topologies[rng() % topologies.size()];
+    const Topology t = whole.in_state(state);
+    Plan wanted = with_launches(random_plan(rng), rng);
+    set_precision(wanted, "fp16", "");
+    if (wanted.ranks() > 16) continue;
+    const auto plan = complete(g, wanted);
+    if (!plan) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    SCOPED_TRACE(::testing::Message()
+                 << "case " << i << " on " << t.name() << ", " << state.ranks_per_device
+                 << " on a device, mps " << state.mps << "\n"
+                 << to_yaml(*plan));
+    ++feasible;
+    const Timeline shared = expect_folds(*program, t, Network::flows);
+    folded += static_cast<std::int64_t>(shared.classes.size()) < program->ranks();
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(feasible, 60);
+  EXPECT_GE(folded, 20);
+}
+
+constexpr const char* kHosts = R"(schema: partita.topology/1
+name: hosts
+source: made up
+nodes:
+  - count: 2
+    storage_bandwidth: 1 GB/s
+    host_memory_bandwidth: 100 GB/s
+    vertices:
+      cpu[0-3]: {kind: device, device: here.yaml}
+      nic0: {kind: nic, bandwidth: 10 GB/s, latency: 1 us}
+    links:
+      - {from: "cpu[0-3]", to: nic0, kind: pcie, bandwidth: 63 GB/s, latency: 0.25 us}
+fabric: {kind: single switch}
+)";
+
+// Fewer cores than ranks: their turns are the same whatever the network.
+TEST(Folding, RanksThatShareCoresDoSoOnEveryNetwork) {
+  std::mt19937 rng{20261128};
+  int feasible = 0;
+  for (const int cores : {1, 2, 4}) {
+    const Topology t =
+        cluster(kHosts, {"1 TFLOP/s", "1 TFLOP/s", "1 TB/s",
+                         fmt::format("1 us\nconcurrent_streams: false\nhost_cores: {}", cores), 0});
+    for (int i = 0; i < 100; ++i) {
+      const Plan wanted = random_plan(rng);
+      if (wanted.ranks() > 8) continue;
+      const auto plan = complete(gpt(), wanted);
+      if (!plan) continue;
+      const auto program = lower(gpt(), *plan);
+      if (!program) continue;
+      SCOPED_TRACE(to_yaml(*plan));
+      Communication c(t);
+      SimulateOptions options;
+      const Ticks idle = simulate(*program, c, options).step;
+      options.network = Network::flows;
+      const Ticks flows = simulate(*program, c, options).step;
+      options.unfolded = true;
+      EXPECT_EQ(simulate(*program, c, options).step, flows);
+      // With a core for each the cards contend instead.
+      if (cores < 4 && program->ranks() > 4)
+        EXPECT_EQ(flows, idle);
+      else
+        EXPECT_GE(flows, idle);
+      ++feasible;
+    }
+  }
+  EXPECT_GE(feasible, 40);
+}
+
 TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
   std::mt19937 rng{20261130};
   const std::vector<Topology> topologies{load_topology("dgx-h100:3"),

@@ -392,6 +392,32 @@ TEST(Predict, AGradientApartTakesTheParametersType) {
   EXPECT_EQ(of("partita", "embedding", 2), 0);
 }
 
+TEST(Predict, RanksOfADeviceMustFitTogether) {
+  const Topology t = load_topology("dgx-h100:1");
+  Plan p = under("megatron-core");
+  p.dp = 2, p.pp = 2;
+  p.global_batch = 8;
+  const auto on = [&](int ranks) {
+    ClusterState state;
+    state.ranks_per_device = ranks;
+    Communication communication(t.in_state(state));
+    const auto r = predict(two_blocks(), p, communication, nullptr, nullptr, true);
+    EXPECT_TRUE(static_cast<bool>(r)) << r.reason();
+    return *r;
+  };
+  const Prediction two = on(2), four = on(4);
+  EXPECT_EQ(two.devices, 2);
+  EXPECT_EQ(four.devices, 1);
+  std::int64_t stages = 0;
+  for (const StageMemory& s : four.memory_by_stage) stages += s.reserved.count;
+  // Without NCCL no communicators. Ranks 0 and 1 are stage 0's: two of a device, or all four.
+  constexpr std::int64_t kContext = 512LL << 20;
+  EXPECT_EQ(four.peak_device.count, 2 * stages + 4 * kContext);
+  EXPECT_EQ(two.peak_device.count, 2 * two.peak_reserved.count + 2 * kContext);
+  EXPECT_GT(two.mfu, 0);
+  EXPECT_LE(four.mfu, 1);
+}
+
 TEST(Predict, CommunicatorsAreDeviceMemory) {
   constexpr std::int64_t kConnection = 4'194'304 + 4'915'200 + 524'288;
   Plan p = under("megatron-core");
