@@ -120,14 +120,15 @@ struct Common {
   std::int64_t top = 5;
 };
 
-/// Longer traces no viewer opens.
-void refuse_long_trace(std::int64_t instructions) {
+/// Longer traces no viewer opens; what is recorded for `flag` is as long.
+void refuse_long_trace(std::int64_t instructions, const std::string& flag = "--trace") {
   constexpr std::int64_t kMostEvents = 4'000'000;
   if (instructions > kMostEvents) {
-    throw InputError("--trace", fmt::format("the step has {} instructions; a trace takes up to {}: "
-                                            "use a smaller --global-batch or a larger "
-                                            "--micro-batch",
-                                            grouped(instructions), grouped(kMostEvents)));
+    throw InputError(flag, fmt::format("the step has {} instructions; {} takes up to {}: "
+                                       "use a smaller --global-batch or a larger "
+                                       "--micro-batch",
+                                       grouped(instructions), flag == "--trace" ? "a trace" : "it",
+                                       grouped(kMostEvents)));
   }
 }
 
@@ -179,7 +180,11 @@ void add_simulate(CLI::App& app) {
   cluster->add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->add_option("--trace", o->trace, "write a Perfetto trace to this file");
-  c->callback([o, cluster] {
+  auto slices = std::make_shared<int>(0);
+  c->add_option("--over-time", *slices,
+                "what the step does, waits for and loses in this many parts of its time")
+      ->check(CLI::Range(1, 1000));
+  c->callback([o, cluster, slices] {
     check_writable("--trace", o->trace);
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
@@ -199,16 +204,19 @@ void add_simulate(CLI::App& app) {
     }
     Communication communication(t);
     if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
-    if (!o->trace.empty()) {
+    const bool records = *slices > 0;
+    if (!o->trace.empty() || records) {
       // Before half a billion events are played to find that out.
       if (const auto complete_plan = complete(g, plan)) {
         if (const auto program = lower(g, *complete_plan))
-          refuse_long_trace(timed_instructions(*program));
+          refuse_long_trace(timed_instructions(*program), records ? "--over-time" : "--trace");
       }
     }
-    auto prediction =
-        predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
+    Timeline recorded;
+    auto prediction = predict(g, plan, communication, records ? &recorded : nullptr, nullptr, false,
+                              &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
+    if (records) prediction->over_time = over_time(recorded, *slices);
     if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     auto assumed = assumptions(o->flags, prediction->plan, g);
     for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));

@@ -102,15 +102,65 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["network"] = p.network == Network::flows ? "flows" : "idle";
   j["contended"] = Json::array();
   for (const Contended& c : p.contended)
-    j["contended"].push_back(
-        {{"what", c.what}, {"resource", c.resource}, {"lost_s", to_seconds(c.lost).count}});
+    j["contended"].push_back({{"what", c.what},
+                              {"resource", c.resource},
+                              {"lost_s", to_seconds(c.lost).count},
+                              {"beside", c.beside},
+                              {"slow_part", c.worn}});
+  if (!p.over_time.empty()) j["over_time"] = Json::array();
+  for (const TimeSlice& slice : p.over_time) {
+    Json s{{"start_s", to_seconds(slice.start).count}, {"end_s", to_seconds(slice.end).count}};
+    s["spent_s"] = Json::object(), s["lost_s"] = Json::object();
+    for (const auto& [what, t] : slice.spent) s["spent_s"][what] = to_seconds(t).count;
+    for (const auto& [resource, t] : slice.lost) s["lost_s"][resource] = to_seconds(t).count;
+    j["over_time"].push_back(std::move(s));
+  }
   j["rests_on"] = Json::array();
   for (const RestsOn& r : p.rests_on)
     j["rests_on"].push_back({{"term", r.term}, {"kind", r.kind}, {"share", r.share}});
   return j;
 }
 
+/// "exposed:dp" as "communication: dp", in a list without the blank; labels of Contended.
+std::string in_words(const std::string& label, bool in_a_list) {
+  if (label == "bubble") return in_a_list ? "communication:pipeline" : "communication: pipeline";
+  const auto colon = label.find(':');
+  if (colon == std::string::npos) return label;
+  const std::string kind =
+      label.compare(0, colon, "exposed") == 0 ? "communication" : label.substr(0, colon);
+  return kind + (in_a_list ? ":" : ": ") + label.substr(colon + 1);
+}
+
 std::string percent(double fraction) { return fmt::format("{:.1f} %", 100 * fraction); }
+
+/// By slice: most of what it computes, most of what it waits for, most of what is lost.
+std::vector<std::vector<std::string>> over_time_rows(const std::vector<TimeSlice>& slices) {
+  std::vector<std::vector<std::string>> rows{{"over time, until", "computing", "most of it",
+                                              "waiting", "most of it", "work lost", "over"}};
+  for (const TimeSlice& slice : slices) {
+    const auto all = static_cast<double>((slice.end - slice.start).count);
+    struct Group {
+      std::int64_t total = 0, most = 0;
+      std::string what;
+      void add(const std::string& name, std::int64_t ticks) {
+        total += ticks;
+        if (ticks > most) most = ticks, what = name;
+      }
+    } computes, waits, lost;
+    for (const auto& [label, t] : slice.spent) {
+      const bool wait = label == "bubble" || label.compare(0, 8, "exposed:") == 0;
+      const auto what = label.compare(0, 8, "compute:") == 0 ? label.substr(8) : label;
+      (wait ? waits : computes).add(wait ? in_words(label, true) : what, t.count);
+    }
+    for (const auto& [resource, t] : slice.lost) lost.add(resource, t.count);
+    const auto share = [&](const Group& g) {
+      return g.total == 0 ? "" : percent(static_cast<double>(g.total) / all);
+    };
+    rows.push_back({"  " + text(to_seconds(slice.end)), share(computes), computes.what,
+                    share(waits), waits.what, share(lost), lost.what});
+  }
+  return rows;
+}
 
 }  // namespace
 
@@ -210,20 +260,32 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   out += "\n" + align(where);
   if (!p.contended.empty()) {
     constexpr std::size_t kLosers = 6;
-    std::vector<std::vector<std::string>> lost{{"slowed down by others", "work lost", "over"}};
+    constexpr std::size_t kBeside = 3;
+    std::vector<std::vector<std::string>> lost{{"slowed down", "work lost", "over", "beside"}};
     for (std::size_t k = 0; k < std::min(kLosers, p.contended.size()); ++k) {
       const Contended& c = p.contended[k];
-      std::string what = c.what;
-      if (const auto colon = what.find(':'); colon != std::string::npos)
-        what = (what.compare(0, colon, "exposed") == 0 ? "communication" : what.substr(0, colon)) +
-               ": " + what.substr(colon + 1);
-      if (what == "bubble") what = "communication: pipeline";
-      lost.push_back({"  " + what, text(to_seconds(c.lost)), c.resource});
+      std::vector<std::string> beside;
+      for (const std::string& other : c.beside) beside.push_back(in_words(other, true));
+      // Transfers first: they are what kernels give way to.
+      std::stable_partition(beside.begin(), beside.end(), [](const std::string& other) {
+        return other.compare(0, 13, "communication") == 0;
+      });
+      if (beside.size() > kBeside) {
+        const std::size_t more = beside.size() - kBeside;
+        beside.resize(kBeside);
+        beside.push_back(fmt::format("{} more", more));
+      }
+      lost.push_back({"  " + in_words(c.what, false), text(to_seconds(c.lost)), c.resource,
+                      c.worn           ? ""
+                      : beside.empty() ? "its like"
+                                       : fmt::format("{}", fmt::join(beside, ", "))});
     }
     if (p.contended.size() > kLosers)
-      lost.push_back({fmt::format("  {} more", p.contended.size() - kLosers), "", ""});
+      lost.push_back({fmt::format("  {} more", p.contended.size() - kLosers), "", "", ""});
     out += "\n" + align(lost);
   }
+
+  if (!p.over_time.empty()) out += "\n" + align(over_time_rows(p.over_time));
 
   // One unit for the whole table, so that stages compare at a glance.
   const std::int64_t largest = p.peak_allocated.count;

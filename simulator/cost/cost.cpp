@@ -876,6 +876,8 @@ Communication& Communication::as_built() {
     whole.link_speed.clear();
     state_->intact = std::make_unique<Communication>(state_->topology.in_state(std::move(whole)));
   }
+  state_->intact->state_->at_work = state_->at_work;
+  state_->intact->state_->curves = state_->curves;
   return *state_->intact;
 }
 

@@ -159,6 +159,8 @@ class Communication {
   };
   const Ring& ring(const std::vector<std::int64_t>& ranks);
   const Topology& topology() const;
+  /// The same without slow and failed parts; itself where there are none.
+  Communication& as_built();
 
  private:
   struct State;
@@ -169,7 +171,6 @@ class Communication {
   /// Ranks as NCCL sees them, and their collectives that were priced.
   struct Group;
   Group& group(const std::vector<std::int64_t>& ranks);
-  Communication& as_built();  ///< The same without worn or failed links.
   Seconds over_worn_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
                           Seconds time);
   Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);

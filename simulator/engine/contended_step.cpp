@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -218,16 +219,44 @@ class Contender {
             l.ticks;
       }
     }
+    const auto users = users_of_resources();
     for (const auto& [key, ticks] : lost) {
       const auto& [c, x, resource] = key;
-      step.contended.push_back(
-          {c, labels_.name(x), step.resource_names.at(resource), Ticks{ticks}});
+      Contended one{c, labels_.name(x), step.resource_names.at(resource), Ticks{ticks}};
+      // A rank's kernels follow each other.
+      const auto& all = users.at(resource);
+      const bool kernel = all.count({x, true}) > 0 && !ranks_share_;
+      std::set<std::int32_t> others;
+      for (const auto& [other, is_kernel] : all) {
+        if (other != x && !(kernel && is_kernel)) others.insert(other);
+      }
+      for (const std::int32_t other : others) one.beside.push_back(labels_.name(other));
+      step.contended.push_back(std::move(one));
     }
     std::stable_sort(step.contended.begin(), step.contended.end(),
                      [](const Contended& a, const Contended& b) { return b.lost < a.lost; });
     step.stretched = std::move(played.stretched);
     step.losses = std::move(played.losses);
     return step;
+  }
+
+  /// Labels of what uses each resource, or holds a part of it; is it on a compute stream?
+  std::map<std::int32_t, std::set<std::pair<std::int32_t, bool>>> users_of_resources() const {
+    std::map<std::int32_t, std::set<std::pair<std::int32_t, bool>>> users;
+    for (std::size_t c = 0; c < parts_.size(); ++c) {
+      for (std::size_t b = 0; b < parts_[c].size(); ++b) {
+        const auto& tasks = parts_[c][b].tasks;
+        for (std::size_t k = 0; k < tasks.size(); ++k) {
+          if (tasks[k].usage < 0) continue;
+          const Usage& u = usages_.all()[static_cast<std::size_t>(tasks[k].usage)];
+          const Step& s = compiled_.blocks[c][b].steps[k];
+          const std::pair label{s.label, s.stream == kComputeStream};
+          for (const Demand& d : u.demands) users[d.resource.value].insert(label);
+          for (const auto& [r, part] : u.held) users[r.value].insert(label);
+        }
+      }
+    }
+    return users;
   }
 
   /// A block's instructions as tasks: what of their time is fixed, what sharing stretches, what

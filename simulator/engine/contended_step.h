@@ -16,13 +16,15 @@
 
 namespace partita {
 
-/// What instructions of a class lost to others that used the same at the same time: work they could
-/// have done, summed over the step.
+/// What instructions of a class lost to others that used the same at the same time, or to a slow
+/// part of the cluster: work they could have done, summed over the step.
 struct Contended {
   int rank_class = 0;
   std::string what;      ///< "exposed:dp", "compute:linear", ...
   std::string resource;  ///< "node0.nic0->rail0 and 63 like it", "multiprocessors", "memory"
   Ticks lost;
+  std::vector<std::string> beside{};  ///< who else uses it; none: others of the same kind
+  bool worn = false;  ///< lost to a slow device, a worn or failed link, whatever runs beside
 };
 
 struct ContendedStep {

@@ -13,6 +13,7 @@
 #include "simulator/engine/compile.h"
 #include "simulator/engine/progress.h"
 #include "simulator/engine/turns.h"
+#include "simulator/engine/worn.h"
 
 namespace partita {
 namespace {
@@ -84,11 +85,13 @@ class Engine {
       if (use.peak > options_.memory_limit) return std::move(timeline_);
     }
     stretch(compiled_, p_, adjustment);
+    timeline_.contended = worn_parts(p_, communication_, classes_, compiled_, labels_);
     start();
     const std::size_t n = classes_.classes.size();
     if (options_.network == Network::flows && !crowded_ && !communication_.measured_together()) {
       contended_ = contend(p_, communication_, links_, compiled_, labels_, options_.replay);
-      timeline_.contended = std::move(contended_.contended);
+      timeline_.contended.insert(timeline_.contended.end(), contended_.contended.begin(),
+                                 contended_.contended.end());
       next_loss_.assign(n, 0);
     }
     if (crowded_) {
@@ -113,8 +116,12 @@ class Engine {
     const std::int64_t beside = to_ticks(adjustment.step).count + to_ticks(p_.launches.step).count;
     timeline_.step = Ticks{end + beside};
     for (std::size_t c = 0; c < n; ++c) {
-      timeline_.breakdown[c] = finished(progress_[c], end);
+      timeline_.breakdown[c] = finished(static_cast<int>(c), progress_[c], end);
       timeline_.breakdown[c].other += Ticks{beside};
+    }
+    if (options_.record) {
+      for (std::size_t x = 0; x < labels_.size(); ++x)
+        timeline_.labels.push_back(labels_.name(static_cast<std::int32_t>(x)));
     }
     return std::move(timeline_);
   }
@@ -302,8 +309,8 @@ class Engine {
     s.host = launched;
     const std::int64_t end = start + ticks;
     if (step.stream == kComputeStream) {
-      if (start > s.free[kComputeStream]) charge(s, cause, s.free[kComputeStream], start);
-      s.spent.add(step.label, end - start);
+      if (start > s.free[kComputeStream]) charge(c, s, cause, s.free[kComputeStream], start);
+      spend(c, s, step.label, start, end);
     }
     const Slot made{end, step.label, cause != nullptr ? cause->label : step.label, start};
     s.free[step.stream] = end;
@@ -354,14 +361,18 @@ class Engine {
 
   /// The compute stream stood still from `from` to `to` for what `cause` made: while the maker
   /// worked it is the maker's, before that it belongs to what the maker waited for.
-  void charge(Progress& s, const Slot* cause, std::int64_t from, std::int64_t to) {
+  void charge(int c, Progress& s, const Slot* cause, std::int64_t from, std::int64_t to) {
     if (cause == nullptr) {
-      s.spent.add(labels_.of("other"), to - from);
+      spend(c, s, labels_.of("other"), from, to);
       return;
     }
     const std::int64_t begin = std::clamp(cause->begin, from, to);
-    s.spent.add(cause->label, to - begin);
-    s.spent.add(cause->before, begin - from);
+    spend(c, s, cause->before, from, begin);
+    spend(c, s, cause->label, begin, to);
+  }
+  void spend(int c, Progress& s, std::int32_t label, std::int64_t from, std::int64_t to) {
+    s.spent.add(label, to - from);
+    if (options_.record && to > from) timeline_.spans.push_back({c, label, Ticks{from}, Ticks{to}});
   }
 
   /// Joins a collective whose members are of several classes; null until all are there.
@@ -381,14 +392,16 @@ class Engine {
     return m.arrived == involved.size() ? &m : nullptr;
   }
 
-  Breakdown finished(Progress& s, std::int64_t end) {
+  Breakdown finished(int c, Progress& s, std::int64_t end) {
     // After the last kernel: its own trailing communication, then the wait for others.
     const std::int64_t own = last_end_of(s);
     if (own > s.free[kComputeStream]) {
       const auto last =
           static_cast<std::size_t>(std::max_element(s.free.begin(), s.free.end()) - s.free.begin());
-      s.spent.add(s.label[last], own - s.free[kComputeStream]);
+      spend(c, s, s.label[last], s.free[kComputeStream], own);
     }
+    if (options_.record && end > own)
+      timeline_.spans.push_back({c, labels_.of("bubble"), Ticks{own}, Ticks{end}});
     return s.spent.breakdown(labels_, Ticks{end - own});
   }
 
@@ -414,6 +427,44 @@ class Engine {
 };
 
 }  // namespace
+
+std::vector<TimeSlice> over_time(const Timeline& t, int slices) {
+  PARTITA_ASSERT(slices > 0, "no slices");
+  std::vector<TimeSlice> all(static_cast<std::size_t>(slices));
+  const auto cut = [&](int k) {
+    return static_cast<std::int64_t>(static_cast<double>(t.step.count) * k / slices);
+  };
+  for (int k = 0; k < slices; ++k)
+    all[static_cast<std::size_t>(k)].start = Ticks{cut(k)},
+    all[static_cast<std::size_t>(k)].end = Ticks{cut(k + 1)};
+  // Calls f(slice, ticks of [start, end) in it).
+  const auto spread = [&](Ticks start, Ticks end, auto f) {
+    for (TimeSlice& slice : all) {
+      const auto both = std::min(end, slice.end).count - std::max(start, slice.start).count;
+      if (both > 0) f(slice, both);
+    }
+  };
+  for (const Span& s : t.spans) {
+    if (s.rank_class != t.last_class) continue;
+    spread(s.start, s.end, [&](TimeSlice& slice, std::int64_t ticks) {
+      slice.spent[t.labels[static_cast<std::size_t>(s.label)]] += Ticks{ticks};
+    });
+  }
+  for (const Entry& e : t.entries) {
+    if (e.rank_class != t.last_class || e.over < 0) continue;
+    const auto whole = static_cast<double>((e.end - e.start).count);
+    spread(e.start, e.end, [&](TimeSlice& slice, std::int64_t ticks) {
+      slice.lost[t.resources[static_cast<std::size_t>(e.over)]] += Ticks{static_cast<std::int64_t>(
+          static_cast<double>(e.lost.count) * static_cast<double>(ticks) / whole)};
+    });
+  }
+  for (TimeSlice& slice : all) {
+    Ticks rest = slice.end - slice.start;
+    for (const auto& [label, ticks] : slice.spent) rest = rest - ticks;
+    if (rest.count > 0) slice.spent["other"] += rest;
+  }
+  return all;
+}
 
 Timeline simulate(const Program& program, Communication& communication,
                   const SimulateOptions& options) {

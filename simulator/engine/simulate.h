@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,19 +27,39 @@ struct Entry {
   std::int32_t over = -1;  ///< where it lost most: index into Timeline::resources
 };
 
+/// What a class's compute stream did or waited for, one after the other without gaps.
+struct Span {
+  std::int32_t rank_class = 0;
+  std::int32_t label = 0;  ///< index into Timeline::labels
+  Ticks start, end;
+};
+
 struct Timeline {
   Ticks step;
   std::vector<RankClass> classes;
-  std::vector<int> class_of_rank;      ///< where ranks share devices; else empty
-  std::vector<Breakdown> breakdown;    ///< by class
-  std::vector<MemoryUse> memory;       ///< by class
-  std::vector<Flops> flops;            ///< by class: executed mathematics of one rank
-  int last_class = 0;                  ///< the class that ends last
-  std::int64_t instructions = 0;       ///< executed, folded
-  std::vector<Entry> entries;          ///< if recorded
-  std::vector<Contended> contended;    ///< with Network::flows, most lost first
+  std::vector<int> class_of_rank;    ///< where ranks share devices; else empty
+  std::vector<Breakdown> breakdown;  ///< by class
+  std::vector<MemoryUse> memory;     ///< by class
+  std::vector<Flops> flops;          ///< by class: executed mathematics of one rank
+  int last_class = 0;                ///< the class that ends last
+  std::int64_t instructions = 0;     ///< executed, folded
+  std::vector<Entry> entries;        ///< if recorded
+  /// To slow parts of the cluster; with Network::flows to others, too. Each most lost first.
+  std::vector<Contended> contended;
   std::vector<std::string> resources;  ///< that entries lost work over
+  std::vector<Span> spans;             ///< if recorded; a class's in order
+  std::vector<std::string> labels;     ///< of spans, if recorded: as Contended::what
 };
+
+/// A part of a step: what the class that ends last did or waited for, and what its instructions
+/// lost over which resource (an instruction's loss lies evenly over its time).
+struct TimeSlice {
+  Ticks start, end;
+  std::map<std::string, Ticks> spent;  ///< by label, as Contended::what; sums to end - start
+  std::map<std::string, Ticks> lost;   ///< by resource
+};
+/// Of a recorded step; what comes after the last instruction (Launches::step) is "other".
+std::vector<TimeSlice> over_time(const Timeline& recorded, int slices);
 
 /// idle: every transfer has its links to itself. flows: what runs at once shares links, memory and
 /// multiprocessors (docs/sharing.md).

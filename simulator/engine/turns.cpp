@@ -210,8 +210,8 @@ class Turns {
   void end_step(int c, Progress& s, const BlockCall& call, const Step& step, std::int64_t now) {
     Waiter& w = turn_[static_cast<std::size_t>(c)];
     // Until it had a core it was neither at work nor waiting for another rank.
-    s.spent.add(labels_.of("other"), w.start - s.free[kComputeStream]);
-    s.spent.add(step.label, now - w.start);
+    spend(c, s, labels_.of("other"), s.free[kComputeStream], w.start);
+    spend(c, s, step.label, w.start, now);
     s.free[kComputeStream] = now;
     s.label[kComputeStream] = step.label;
     ++timeline_.instructions;
@@ -221,6 +221,11 @@ class Turns {
     w = {};
     ++s.step;
     go_on(c, now);
+  }
+
+  void spend(int c, Progress& s, std::int32_t label, std::int64_t from, std::int64_t to) {
+    s.spent.add(label, to - from);
+    if (record_ && to > from) timeline_.spans.push_back({c, label, Ticks{from}, Ticks{to}});
   }
 
   const Program& p_;

@@ -139,8 +139,16 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   r.plan = *plan;
   r.network = network;
   for (const Contended& c : t.contended) {
-    if (c.rank_class == t.last_class) r.contended.push_back(c);
+    // All wait for who is slow, whichever class that is; of equal ones the first lost most.
+    const auto same = [&](const Contended& o) {
+      return o.worn && o.what == c.what && o.resource == c.resource;
+    };
+    if (c.worn ? std::none_of(r.contended.begin(), r.contended.end(), same)
+               : c.rank_class == t.last_class)
+      r.contended.push_back(c);
   }
+  std::stable_sort(r.contended.begin(), r.contended.end(),
+                   [](const Contended& a, const Contended& b) { return b.lost < a.lost; });
   const std::int64_t per_device = communication.topology().state().ranks_per_device;
   r.devices = (plan->ranks() + per_device - 1) / per_device;
   r.step_time = to_seconds(t.step);

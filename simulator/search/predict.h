@@ -49,6 +49,7 @@ struct Prediction {
   std::vector<RestsOn> rests_on;
   Network network = Network::idle;
   std::vector<Contended> contended;  ///< of the class that ends last, most lost first
+  std::vector<TimeSlice> over_time;  ///< if asked for: over_time()
   std::size_t classes = 0;
   std::int64_t instructions = 0;
 };

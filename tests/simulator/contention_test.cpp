@@ -334,6 +334,76 @@ TEST(Contention, NoCollectiveIsFasterThanItsSlowLink) {
             fast.collective(CollectiveKind::all_reduce, Bytes{1 << 20}, {0, 1, 2, 3}));
 }
 
+// docs/sharing.md, "What is slow".
+TEST(Contention, SlowPartsAreNamedWhateverRunsBeside) {
+  const Topology plain = without_nccl(kShared);
+  ClusterState state;
+  state.link_speed[plain.find_link("node1.nic0->switch", "")] = 0.5;
+  state.device_speed[plain.find_device("node0.gpu1", "")] = 0.8;
+  const Topology slow = plain.in_state(state);
+  Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+  kernel(p, Kernel::add, 250'000'000, ElementType::fp32);
+  all_reduce(p, bit(0), 25'000'000);
+  for (const Network network : {Network::idle, Network::flows}) {
+    const Timeline t = run(p, slow, network);
+    std::map<std::pair<std::string, std::string>, double> lost;
+    for (const Contended& c : t.contended) {
+      if (c.worn) {
+        double& most = lost[{c.what, c.resource}];
+        most = std::max(most, static_cast<double>(c.lost.count));
+      }
+    }
+    ASSERT_EQ(lost.size(), 2u);
+    // 100 MB at 5 instead of 10 GB/s; a copy of 3 us + 663.35 us at 0.8 of its speed.
+    EXPECT_NEAR((lost[{"exposed:dp", "node1.nic0->switch at 0.5 of its bandwidth"}]), 1e10, 10);
+    const double copy = 2e9 / 3.015e12 * 1e12;
+    EXPECT_NEAR((lost[{"other", "node0.gpu1 at 0.8 of its speed"}]), (3e6 + copy) / 0.8 * 0.2, 1e6);
+  }
+  EXPECT_TRUE(run(p, plain, Network::idle).contended.empty());
+}
+
+TEST(Contention, SlicesOfAStepAddUpToIt) {
+  std::mt19937 rng{20261127};
+  const Topology t = load_topology("dgx-h100:2");
+  int seen = 0;
+  for (int i = 0; i < 60; ++i) {
+    const auto plan = complete(gpt(), random_plan(rng));
+    if (!plan || plan->ranks() > 16) continue;
+    const auto program = lower(gpt(), *plan);
+    if (!program) continue;
+    ++seen;
+    SCOPED_TRACE(to_yaml(*plan));
+    for (const Network network : {Network::idle, Network::flows}) {
+      const Timeline step = run(*program, t, network);
+      std::vector<std::int64_t> until(step.classes.size(), 0);
+      for (const Span& s : step.spans) {
+        std::int64_t& end = until[static_cast<std::size_t>(s.rank_class)];
+        EXPECT_EQ(s.start.count, end);
+        end = s.end.count;
+      }
+      for (const std::int64_t end : until) EXPECT_EQ(end, step.step.count);
+      std::int64_t spent = 0, lost = 0, all_lost = 0, linear = 0;
+      for (const TimeSlice& slice : over_time(step, 7)) {
+        for (const auto& [label, ticks] : slice.spent) {
+          spent += ticks.count;
+          if (label == "compute:linear") linear += ticks.count;
+        }
+        for (const auto& [resource, ticks] : slice.lost) lost += ticks.count;
+      }
+      for (const Entry& e : step.entries) {
+        if (e.rank_class == step.last_class && e.over >= 0) all_lost += e.lost.count;
+      }
+      EXPECT_EQ(spent, step.step.count);
+      const auto& last = step.breakdown[static_cast<std::size_t>(step.last_class)];
+      const auto products = last.compute.find("linear");
+      EXPECT_EQ(linear, products == last.compute.end() ? 0 : products->second.count);
+      EXPECT_NEAR(static_cast<double>(lost), static_cast<double>(all_lost),
+                  8.0 * static_cast<double>(step.entries.size()));
+    }
+  }
+  EXPECT_GT(seen, 10);
+}
+
 // Whichever node it is on: renaming changes nothing.
 TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
   const Topology plain = load_topology("dgx-h100:4");
