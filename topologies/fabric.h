@@ -146,8 +146,8 @@ struct Pairs {
 /// Groups of routers that all know each other; global cables between groups. Port k of a group (of
 /// its router k / global_links) leads to the group k % (groups - 1) + 1 further on. Routes: to the
 /// router with the cable, over it, to the router of the node; where several cables would do, the
-/// fewest hops, then the (router + router)-th modulo their number. If a link of that has failed, the
-/// same among those without; if there are none, the fewest hops over any groups.
+/// fewest hops, then the (router + router)-th modulo their number. If a link of that has failed,
+/// the same among those without; if there are none, the fewest hops over any groups.
 class Dragonfly {
  public:
   std::size_t groups = 1, routers = 1;  ///< routers of a group

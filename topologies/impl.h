@@ -5,6 +5,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -76,6 +78,16 @@ class NodeTemplate {
       for (std::size_t nic = 0; nic < nics_.size(); ++nic)
         relays_.push_back(found_relay(device, nic));
     }
+  }
+  /// Paths, relays with them, avoid these local links from now on.
+  void fail(const std::vector<std::size_t>& links) {
+    failed_.resize(links_.size(), 0);
+    for (const std::size_t l : links) failed_[l] = 1;
+    source_row_.clear(), paths_.clear();
+    find_paths();
+    if (relays_.empty()) return;
+    relays_.clear();
+    find_relays();
   }
   std::size_t link_out(std::size_t nic) const { return first_nic_link_ + 2 * nic; }
   std::size_t link_in(std::size_t nic) const { return first_nic_link_ + 2 * nic + 1; }
@@ -152,6 +164,7 @@ class NodeTemplate {
   NodeSpec spec_;
   std::vector<std::size_t> devices_, nics_;
   std::vector<LocalLink> links_;
+  std::vector<char> failed_;  ///< by link; empty: none has
   std::size_t domain_switch_ = kNone;
   std::size_t first_nic_link_ = 0;
   std::vector<std::size_t> source_row_;  ///< By vertex: its row in paths_, or kNone.
@@ -193,6 +206,8 @@ struct Topology::Impl {
   CollectiveTable collectives;
   std::vector<std::string> notes;
   std::vector<std::pair<std::string, std::string>> sources;
+  /// The cluster as built, where nodes of this one have failed links inside.
+  std::shared_ptr<const Impl> whole;
 
   /// A node: its group, and its number in it.
   struct Node {
@@ -225,6 +240,33 @@ struct Topology::Impl {
     const std::size_t rest = device.index() - group.first_device;
     const std::size_t offset = rest / per_node;
     return {{&group, group.first_node + offset, offset}, group.node.devices()[rest % per_node]};
+  }
+  /// Each named node its own group, without the named links (by local number) in its paths.
+  void fail_inside(const std::map<std::size_t, std::vector<std::size_t>>& links_of_node) {
+    std::vector<Group> apart;
+    for (const Group& group : groups) {
+      // Runs of `group`: [from, to), counted from its first node.
+      std::size_t from = 0;
+      const auto take = [&](std::size_t to) {
+        if (to == from) return;
+        Group run = group;
+        run.first_node += from, run.count = to - from;
+        run.first_device += from * group.node.devices().size();
+        run.first_vertex += from * group.node.vertex_count();
+        run.first_link += from * group.node.links().size();
+        run.first_domain += from;
+        apart.push_back(std::move(run));
+        from = to;
+      };
+      for (const auto& [node, links] : links_of_node) {
+        if (node < group.first_node || node >= group.first_node + group.count) continue;
+        take(node - group.first_node);
+        take(node - group.first_node + 1);
+        apart.back().node.fail(links);
+      }
+      take(group.count);
+    }
+    groups = std::move(apart);
   }
   std::size_t first_fabric_vertex() const { return node_vertices + domain_switches; }
   std::size_t vertex_count() const { return first_fabric_vertex() + fabric.switch_count(); }

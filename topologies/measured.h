@@ -35,10 +35,10 @@ struct ProductTable {
   ElementType type = ElementType::bf16;  ///< of the operands
   ElementType out = ElementType::bf16;
   ProductLayout layout = ProductLayout::any;
-  bool accumulate = false;  ///< adds to what is there
-  bool grouped = false;     ///< `count` groups, launched one by one
+  bool accumulate = false;    ///< adds to what is there
+  bool grouped = false;       ///< `count` groups, launched one by one
   bool mixed_clocks = false;  ///< some points ran at the sustained clock, others were too short
-  double spread = 0;        ///< equal work measured again differs by so much, relative
+  double spread = 0;          ///< equal work measured again differs by so much, relative
   std::string source;
   struct Point {
     double m = 0, n = 0, k = 0, count = 1;

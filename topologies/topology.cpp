@@ -60,8 +60,9 @@ void NodeTemplate::find_paths() {
   using Graph = boost::adjacency_list<boost::vecS, boost::vecS, boost::directedS,
                                       boost::no_property, std::size_t>;
   Graph graph(graph_size());
-  for (std::size_t l = 0; l < first_nic_link_; ++l)
-    boost::add_edge(links_[l].from, links_[l].to, l, graph);
+  for (std::size_t l = 0; l < first_nic_link_; ++l) {
+    if (failed_.empty() || !failed_[l]) boost::add_edge(links_[l].from, links_[l].to, l, graph);
+  }
 
   struct Recorder : boost::default_dijkstra_visitor {
     explicit Recorder(std::vector<std::size_t>* last) : last_link(last) {}
@@ -128,22 +129,47 @@ Topology Topology::in_state(ClusterState state) const {
   if (state.placement.size() > seats)
     throw InputError("placement", fmt::format("{} ranks are placed on {} devices",
                                               state.placement.size(), device_count()));
-  Topology changed(impl_);
+  Topology changed(impl_->whole ? impl_->whole : impl_);
   changed.state_ = std::make_shared<const ClusterState>(std::move(state));
+  changed.leave_out_failed();
   changed.check_joined();
   return changed;
 }
 
-/// InputError where failed links leave a device without a way to others.
-void Topology::check_joined() const {
+/// Nodes with failed links inside get paths of their own.
+void Topology::leave_out_failed() {
+  std::map<std::size_t, std::vector<std::size_t>> links_of_node;
   for (const auto& [link, speed] : state_->link_speed) {
     if (speed > 0 || link.index() >= impl_->node_links) continue;
     const Link built = as_built(link);
-    if (std::max(built.from, built.to) < static_cast<std::int32_t>(impl_->first_fabric_vertex()))
+    if (std::max(built.from, built.to) >= static_cast<std::int32_t>(impl_->first_fabric_vertex()))
+      continue;
+    const auto n = impl_->node_at(node_of_vertex(std::min(built.from, built.to)));
+    if (n.node().domain_switch() != kNone)
       throw InputError("link " + link_name(link),
-                       "routes inside a node or a domain don't go around a failed link; --degrade "
+                       "routes inside a node of a domain don't go around a failed link; --degrade "
                        "makes it slow");
+    links_of_node[n.index].push_back(link.index() - n.first_link());
   }
+  if (links_of_node.empty()) return;
+  auto without = std::make_shared<Impl>(*impl_);
+  without->whole = impl_;
+  without->fail_inside(links_of_node);
+  impl_ = std::move(without);
+  for (const auto& [node, links] : links_of_node) {
+    const LinkId link{impl_->node_at(node).first_link() + links.front()};
+    for (std::size_t a = 0; a < device_count(node); ++a) {
+      for (std::size_t b = 0; b < device_count(node); ++b) {
+        const std::size_t first = first_device(node).index();
+        if (a != b) check_pair(DeviceId{first + a}, DeviceId{first + b}, link);
+      }
+    }
+    if (node_count() > 1) check_from(node, link);
+  }
+}
+
+/// InputError where failed links leave a device without a way to others.
+void Topology::check_joined() const {
   if (impl_->nodes < 2) return;
   const Fabric& fabric = impl_->fabric;
   std::vector<LinkId> between;  // switches
@@ -430,6 +456,11 @@ std::vector<LinkId> Topology::links_of(DeviceId device) const {
       all.emplace_back(place.node.first_link() + l);
   }
   return all;
+}
+
+std::size_t Topology::node_of_link(LinkId id) const {
+  const Link l = as_built(id);
+  return std::min(node_of_vertex(l.from), node_of_vertex(l.to));
 }
 
 LinkId Topology::host_link(DeviceId device, bool towards_host) const {

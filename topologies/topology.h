@@ -133,6 +133,9 @@ class Topology {
   std::int32_t vertex_of(DeviceId device) const;
   /// The node a vertex belongs to; node_count() for switches between nodes.
   std::size_t node_of_vertex(std::int32_t vertex) const;
+  /// Of a link inside it or between it and what lies outside; node_count() for those between
+  /// switches.
+  std::size_t node_of_link(LinkId link) const;
 
   /// Measured times of collectives; empty where nothing was measured.
   const CollectiveTable& collectives() const;
@@ -147,8 +150,9 @@ class Topology {
   explicit Topology(std::shared_ptr<const Impl> impl);
 
   /// The same cluster in another state. Routes avoid network cards whose link to the fabric has
-  /// failed, and failed links between switches. InputError where the placement is no permutation of
-  /// the first devices, or a device is left without a way to the others.
+  /// failed, failed links between switches and, but in a domain of several nodes, inside nodes.
+  /// InputError where the placement is no permutation of the first devices, or a device is left
+  /// without a way to the others.
   Topology in_state(ClusterState state) const;
   const ClusterState& state() const;
   /// Do routes of a torus or a dragonfly leave their rule for failed links?
@@ -163,6 +167,7 @@ class Topology {
  private:
   DeviceId physical(DeviceId device) const;
   Link as_built(LinkId link) const;
+  void leave_out_failed();
   void check_joined() const;
   void check_from(std::size_t node, LinkId link) const;
   void check_pair(DeviceId here, DeviceId there, LinkId link) const;

@@ -650,11 +650,12 @@ struct Communication::State {
   std::vector<std::unique_ptr<ShapePrices>> shapes;  ///< by profile
   int at_work = 0;
   Adjustment adjustment{};
-  std::unique_ptr<Communication> intact;  ///< with links as built, where some are not
+  /// With links as built, and as NCCL sees them, where some are otherwise.
+  std::unique_ptr<Communication> intact, seen;
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}, {}}) {
+    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}, {}, {}}) {
   // NCCL takes no two ranks of a device into one group.
   state_->nccl = state_->topology.state().ranks_per_device == 1;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
@@ -870,21 +871,44 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
 }
 
 Communication& Communication::as_built() {
-  if (state_->topology.state().link_speed.empty()) return *this;
-  if (!state_->intact) {
-    ClusterState whole = state_->topology.state();
-    whole.link_speed.clear();
-    state_->intact = std::make_unique<Communication>(state_->topology.in_state(std::move(whole)));
+  const ClusterState& now = state_->topology.state();
+  if (now.link_speed.empty()) return *this;
+  ClusterState whole = now;
+  whole.link_speed.clear();
+  return in_state(state_->intact, std::move(whole));
+}
+
+bool Communication::lost_links() const {
+  const auto& speeds = state_->topology.state().link_speed;
+  return std::any_of(speeds.begin(), speeds.end(), [&](const auto& link) {
+    return link.second == 0 &&
+           state_->topology.node_of_link(link.first) < state_->topology.node_count();
+  });
+}
+
+Communication& Communication::as_nccl_sees_it() {
+  const ClusterState& now = state_->topology.state();
+  ClusterState seen = now;
+  seen.link_speed.clear();
+  for (const auto& [link, speed] : now.link_speed) {
+    // A fabric's links are not its business, and a worn link tells it its rated speed.
+    if (speed == 0 && state_->topology.node_of_link(link) < state_->topology.node_count())
+      seen.link_speed.emplace(link, 0);
   }
-  state_->intact->state_->at_work = state_->at_work;
-  state_->intact->state_->curves = state_->curves;
-  return *state_->intact;
+  if (seen.link_speed.size() == now.link_speed.size()) return *this;
+  return in_state(state_->seen, std::move(seen));
+}
+
+Communication& Communication::in_state(std::unique_ptr<Communication>& kept, ClusterState state) {
+  if (!kept) kept = std::make_unique<Communication>(state_->topology.in_state(std::move(state)));
+  kept->state_->at_work = state_->at_work;
+  kept->state_->curves = state_->curves;
+  return *kept;
 }
 
 Communication::Group& Communication::group(const std::vector<std::int64_t>& ranks) {
   const auto [it, is_new] = state_->groups.try_emplace(pattern(ranks));
-  // NCCL searches links as they were built: a worn one still tells it its rated speed.
-  if (is_new) it->second.communicator = nccl::communicator(as_built().topology(), ranks);
+  if (is_new) it->second.communicator = nccl::communicator(as_nccl_sees_it().topology(), ranks);
   return it->second;
 }
 
@@ -900,9 +924,18 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
     return Seconds{1e-6 * nccl::exchange_us(c, w.steps, static_cast<double>(w.bytes.count),
                                             way.bandwidth.count * 1e-9)};
   }
+  const Topology& t = state_->topology;
+  if (lost_links()) {
+    // Measured or not: as much longer as its model says that what is left takes.
+    Communication& built = as_built();
+    Group& whole = built.group(ranks);
+    const auto before = whole.times.try_emplace(*what, whole.communicator, *what).first;
+    const auto now = g.times.try_emplace(*what, c, *what).first;
+    const double longer = now->second.time_us(size) / before->second.time_us(size);
+    return Seconds{built.nccl_time(kind, bytes, ranks).count * std::max(1.0, longer)};
+  }
   const auto times = g.times.try_emplace(*what, c, *what).first;
   const auto model = [&](double b) { return 1e-6 * times->second.time_us(b); };
-  const Topology& t = state_->topology;
   const std::string key(name(kind));
   const auto n = static_cast<int>(c.ranks), nodes = static_cast<int>(c.nodes);
   if (state_->curves) {
@@ -929,7 +962,7 @@ Seconds Communication::over_worn_links(CollectiveKind kind, Bytes bytes,
   };
   const double wire = static_cast<double>(
       wire_count(kind, static_cast<std::int64_t>(ranks.size()), bytes).bytes.count);
-  const double rate = std::min(wire / work, way(as_built()));
+  const double rate = std::min(wire / work, way(as_nccl_sees_it()));
   return Seconds{fixed + work * std::max(1.0, rate / way(*this))};
 }
 

@@ -171,6 +171,11 @@ class Communication {
   /// Ranks as NCCL sees them, and their collectives that were priced.
   struct Group;
   Group& group(const std::vector<std::int64_t>& ranks);
+  /// Without links that NCCL knows nothing of being slow or failed: those that are worn, all of the
+  /// fabric's.
+  Communication& as_nccl_sees_it();
+  bool lost_links() const;  ///< failed ones of nodes
+  Communication& in_state(std::unique_ptr<Communication>& kept, ClusterState state);
   Seconds over_worn_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
                           Seconds time);
   Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);

@@ -161,6 +161,7 @@ Node look(const Topology& t, const std::vector<std::int64_t>& ranks,
     for (const LinkId id : t.links_of(device(ranks[i]))) {
       const Link l = t.link(id);
       if (l.from != t.vertex_of(device(ranks[i]))) continue;
+      if (l.bandwidth.count == 0) continue;  // failed
       if (l.kind == LinkKind::nvlink) nvlinks += rate(id);
       if (l.kind == LinkKind::pcie) pcie = std::max(pcie, rate(id));
       if (const auto to = place.find(l.to); l.kind == LinkKind::nvlink && to != place.end()) {
@@ -282,6 +283,19 @@ Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ra
   auto few = by_node.begin();
   for (auto it = by_node.begin(); it != by_node.end(); ++it)
     if (it->size() < few->size()) few = it;
+  // A node that has lost links has the least to offer.
+  std::map<std::size_t, int> lost;
+  for (const auto& [link, speed] : t.state().link_speed) {
+    const std::size_t node = t.node_of_link(link);
+    if (speed == 0 && node < t.node_count()) ++lost[t.domain_of(node)];
+  }
+  int most_lost = 0;
+  for (auto it = by_node.begin(); !lost.empty() && it != by_node.end(); ++it) {
+    const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(it->front())});
+    const auto found = lost.find(t.domain_of(node));
+    if (found == lost.end() || found->second <= most_lost) continue;
+    most_lost = found->second, few = it;
+  }
   const bool between = c.nodes > 1;
   const auto other = few == by_node.begin() && between ? few + 1 : by_node.begin();
   const Node node =

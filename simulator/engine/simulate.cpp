@@ -65,6 +65,7 @@ class Engine {
     if (options_.network == Network::flows) {
       links_ = share_links(p_, communication_, options_.unfolded || crowded_);
       classes_ = links_.ranks;
+      refuse_too_many();
     }
     compiled_ = compile(p_, communication_, classes_, labels_);
     const std::size_t n = classes_.classes.size();
@@ -129,6 +130,31 @@ class Engine {
  private:
   const DeviceProfile& device_of(std::int64_t rank) const {
     return communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
+  }
+
+  /// Where ranks differ, as with hashed spines, a step may be more than memory holds.
+  void refuse_too_many() const {
+    constexpr std::int64_t kMost = 50'000'000, kBytesOfEach = 400;  // by bench/, gpt3_175b_ecmp
+    std::vector<std::int64_t> of_stage;
+    for (const auto& calls : p_.stages) {
+      std::int64_t& all = of_stage.emplace_back(0);
+      for (const BlockCall& call : calls) {
+        const auto& list = p_.blocks[call.block.index()].instructions;
+        all += std::count_if(list.begin(), list.end(), [](const Instruction& i) {
+          return i.kind != Kind::allocate && i.kind != Kind::free;
+        });
+      }
+    }
+    std::int64_t all = 0;
+    for (const RankClass& c : classes_.classes) all += of_stage[static_cast<std::size_t>(c.stage)];
+    if (all <= kMost) return;
+    throw InputError(
+        "--network flows",
+        fmt::format("{} of {} ranks differ in what they share: the step has {} million "
+                    "instructions, which take about {} GB; use sprayed spines, larger "
+                    "micro-batches or --network idle",
+                    classes_.classes.size(), p_.ranks(), all / 1'000'000,
+                    all * kBytesOfEach / 1'000'000'000));
   }
 
   /// Everything at its start.

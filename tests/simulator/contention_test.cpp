@@ -404,6 +404,42 @@ TEST(Contention, SlicesOfAStepAddUpToIt) {
   EXPECT_GT(seen, 10);
 }
 
+// NCCL searches what is left; whichever node lost it, no faster than its cut.
+TEST(Contention, LostLinksSlowTheirGroupsAlikeOnEveryNode) {
+  const Topology plain = load_topology("dgx-h100:2");
+  std::vector<std::int64_t> all;
+  for (std::int64_t r = 0; r < 16; ++r) all.push_back(r);
+  const Bytes bytes{1'000'000'000};
+  Communication whole(plain);
+  std::set<double> times;
+  for (const char* lost :
+       {"node0.nic0->rail0", "node0.nic5->rail5", "node1.nic0->rail0", "node1.nic7->rail7"}) {
+    ClusterState state;
+    state.link_speed[plain.find_link(lost, "")] = 0;
+    Communication c(plain.in_state(state));
+    times.insert(c.collective(CollectiveKind::all_reduce, bytes, all).count);
+    // Each half sends what the other half is to have: over seven cards of 50 GB/s.
+    EXPECT_GE(c.collective(CollectiveKind::all_reduce, bytes, all).count, 1e9 / 350e9) << lost;
+    EXPECT_GE(c.collective(CollectiveKind::all_reduce, bytes, all),
+              whole.collective(CollectiveKind::all_reduce, bytes, all));
+  }
+  EXPECT_LT(*times.rbegin() - *times.begin(), 1e-9);
+  // Behind its NVSwitch it is reached over PCIe: 63 GB/s instead of 450.
+  ClusterState state;
+  state.link_speed[plain.find_link("node0.gpu0->node0.nvswitch0", "")] = 0;
+  Communication c(plain.in_state(state));
+  const std::vector<std::int64_t> node{0, 1, 2, 3, 4, 5, 6, 7},
+      others{8, 9, 10, 11, 12, 13, 14, 15};
+  EXPECT_GT(c.collective(CollectiveKind::all_reduce, bytes, node).count,
+            3 * whole.collective(CollectiveKind::all_reduce, bytes, node).count);
+  EXPECT_EQ(c.collective(CollectiveKind::all_reduce, bytes, others),
+            whole.collective(CollectiveKind::all_reduce, bytes, others));
+  EXPECT_GE(c.point_to_point(bytes, 0, 1).count, 1e9 / 64e9);
+  // And back as built.
+  EXPECT_EQ(c.as_built().collective(CollectiveKind::all_reduce, bytes, node),
+            whole.collective(CollectiveKind::all_reduce, bytes, node));
+}
+
 // Whichever node it is on: renaming changes nothing.
 TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
   const Topology plain = load_topology("dgx-h100:4");

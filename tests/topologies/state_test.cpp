@@ -4,7 +4,10 @@
 
 #include <cmath>
 #include <map>
+#include <optional>
 #include <queue>
+#include <random>
+#include <set>
 
 #include "base/error.h"
 #include "topologies/bisection.h"
@@ -99,6 +102,62 @@ TEST(ClusterState, FailedCardsAreGoneAround) {
     EXPECT_NE(t.link_name(l), "rail0->node1.nic0");
   // The way back still has it.
   EXPECT_EQ(bisection(failed).count, 350e9);
+}
+
+// Links inside nodes: their own nodes' routes avoid them, others' are as ever, and a later state
+// has them again.
+TEST(ClusterState, FailedLinksInsideNodesAreGoneAround) {
+  std::mt19937 rng{20261127};
+  for (const char* name : {"dgx1-v100:3", "dgx-h100:3"}) {
+    const Topology t = load_topology(name);
+    int around = 0, cut_off = 0;
+    for (int k = 0; k < 60; ++k) {
+      ClusterState state;
+      std::set<std::size_t> nodes;
+      const std::size_t per_node = t.links_of(DeviceId{std::size_t{0}}).size();
+      for (std::size_t f = 0; f < 1 + rng() % 3; ++f) {
+        const auto links = t.links_of(DeviceId{rng() % t.device_count()});
+        const LinkId l = links[rng() % std::min(per_node, links.size())];
+        state.link_speed[l] = 0;
+        nodes.insert(t.node_of_link(l));
+      }
+      std::optional<Topology> failed;
+      try {
+        failed = t.in_state(state);
+      } catch (const InputError& e) {
+        EXPECT_THAT(e.what(), HasSubstr("cannot reach"));
+        ++cut_off;
+        continue;
+      }
+      ++around;
+      for (std::size_t a = 0; a < t.device_count(); ++a) {
+        for (std::size_t b = 0; b < t.device_count(); ++b) {
+          const auto way = failed->route(DeviceId{a}, DeviceId{b});
+          const bool touched =
+              nodes.count(t.node_of(DeviceId{a})) > 0 || nodes.count(t.node_of(DeviceId{b})) > 0;
+          if (!touched) {
+            EXPECT_EQ(way, t.route(DeviceId{a}, DeviceId{b}));
+          }
+          std::int32_t at = failed->vertex_of(DeviceId{a});
+          for (const LinkId l : way) {
+            EXPECT_EQ(failed->link(l).from, at);
+            at = failed->link(l).to;
+            EXPECT_GT(failed->link(l).bandwidth.count, 0) << failed->link_name(l);
+          }
+          EXPECT_EQ(at, failed->vertex_of(DeviceId{b}));
+        }
+      }
+      for (std::size_t l = 0; l < t.link_count(); ++l)
+        EXPECT_EQ(failed->link_name(LinkId{l}), t.link_name(LinkId{l}));
+      const Topology whole = failed->in_state({});
+      for (std::size_t b = 0; b < t.device_count(); ++b) {
+        EXPECT_EQ(whole.route(DeviceId{std::size_t{0}}, DeviceId{b}),
+                  t.route(DeviceId{std::size_t{0}}, DeviceId{b}));
+      }
+      if (::testing::Test::HasFailure()) return;
+    }
+    EXPECT_GT(around, 10) << name << ", cut off " << cut_off;
+  }
 }
 
 TEST(ClusterState, NamesWhatDoesNotExist) {
