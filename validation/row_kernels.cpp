@@ -240,9 +240,19 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
     if (!(p.m > 0 && p.n > 0 && p.k > 0))
       throw InputError("m", fmt::format("the shape of '{}' is not printed", row["kernel"]));
     const std::string& extra = row["extra"];
+    const auto says = [&](const char* what) { return extra.find(what) != std::string::npos; };
     Product x{p.m, p.n, p.k, p.batch, compute, compute, layout_of(row["layout"]), false, false, {}};
-    if (extra.find("out_dtype=fp32") != std::string::npos) x.out = ElementType::fp32;
-    x.accumulate = extra.find("accumulate=True") != std::string::npos;
+    if (says("out_dtype=fp32")) x.out = ElementType::fp32;
+    // Of a linear operator of M rows, K inputs and N outputs: y = x wT, dx = dy w, dw += dyT x.
+    if (says("stage=fwd")) {
+      x.layout = ProductLayout::tn;
+    } else if (says("stage=bwd_grad_act")) {
+      x.n = p.k, x.k = p.n, x.layout = ProductLayout::nn;
+    } else if (says("stage=bwd_grad_w")) {
+      x.m = p.n, x.n = p.k, x.k = p.m, x.layout = ProductLayout::nt;
+      if (says("main_grad_dtype=fp32")) x.out = ElementType::fp32;
+    }
+    x.accumulate = says("accumulate=True");
     x.grouped = lower(row["kernel"]).find("grouped") != std::string::npos;
     x.bytes = x.operand_bytes();
     const DeviceProfile rest = without(device, x, f.assumed);
