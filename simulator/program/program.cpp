@@ -260,11 +260,13 @@ bool brings_rows(const Program& p, const Instruction& i) {
 
 namespace {
 
+bool of_a_layer(const ProgramOperator& op) { return op.name.rfind("layers.", 0) == 0; }
+
 /// Is it a product of a layer, whose gradient is added in place where placeholders stand for it?
 bool layer_product(const Program& p, const Instruction& i) {
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-  return op.name.rfind("layers.", 0) == 0 && (std::holds_alternative<Linear>(op.operation) ||
-                                              std::holds_alternative<GroupedProduct>(op.operation));
+  return of_a_layer(op) && (std::holds_alternative<Linear>(op.operation) ||
+                            std::holds_alternative<GroupedProduct>(op.operation));
 }
 
 }  // namespace
@@ -366,6 +368,22 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
     for (const Weight& w : weights) sum += Bytes{w.second};
   }
   return sum;
+}
+
+std::vector<bool> read_by_layers(const Program& p) {
+  std::vector<bool> all(p.buffers.size(), false);
+  for (const Block& block : p.blocks) {
+    if (block.kind != BlockKind::backward && block.kind != BlockKind::backward_weight) continue;
+    // From the end, so that what is gathered again for them counts too.
+    for (auto i = block.instructions.rbegin(); i != block.instructions.rend(); ++i) {
+      bool wanted = i->op >= 0 && of_a_layer(p.operators[static_cast<std::size_t>(i->op)]);
+      if (i->kind != Kind::compute)
+        for_each_write(*i, [&](BufferId id) { wanted |= all[id.index()]; });
+      if (wanted && i->kind != Kind::allocate && i->kind != Kind::free)
+        for_each_read(*i, [&](BufferId id) { all[id.index()] = true; });
+    }
+  }
+  return all;
 }
 
 std::vector<BufferId> gradients_beside(const Program& p, const Block& block) {

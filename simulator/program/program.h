@@ -442,6 +442,9 @@ std::vector<Bytes> step_bytes(const Program& program, int stage, std::int64_t ra
 /// stage_copies): of forward blocks, and as much less after the chunk's last backward one.
 std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::int64_t rank);
 
+/// By buffer: do backward passes of layers (operators of "layers.N") read it?
+std::vector<bool> read_by_layers(const Program& program);
+
 /// Gradients of the parameters' type that stay beside accumulated ones, in the order in which
 /// backward blocks first write them.
 std::vector<BufferId> gradients_beside(const Program& program, const Block& block);

@@ -55,10 +55,10 @@ inline Graph llama() {
   c.tied = false;
   return build_transformer(c);
 }
-inline Graph mixtral() {
+inline Graph mixtral(int kv_heads = 2) {
   TransformerConfig c = small_config();
   c.layers = 2;
-  c.kv_heads = 2;
+  c.kv_heads = kv_heads;
   c.norm = TransformerConfig::Norm::rms;
   c.positions = 0;
   c.rotary_dim = 2;
@@ -153,7 +153,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.cp = pick({1, 1, 2});
   p.dp = pick({1, 2, 3});
   p.ep = pick({1, 1, 2, 4});
-  p.etp = pick({0, 1});
+  p.etp = std::min(pick({0, 1, 2}), static_cast<int>(p.tp));
   p.virtual_stages = pick({1, 1, 2});
   p.micro_batch = pick({1, 2});
   p.global_batch = p.micro_batch * p.dp * pick({1, 2, 4});
