@@ -714,6 +714,15 @@ class Lowering {
       p_.buffers.push_back(std::move(copy));
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
     }
+    if (const BufferId y = record.outputs.at(0);
+        std::holds_alternative<Activation>(op.operation) && p_.buffer(y).routed &&
+        plan_.allocations.weighted_activations) {
+      Buffer unweighted = p_.buffer(y);
+      unweighted.name = op.name + ".unweighted";
+      unweighted.tensor = -1;
+      p_.buffers.push_back(std::move(unweighted));
+      record.extras.push_back(BufferId{p_.buffers.size() - 1});
+    }
     i.extras = record.extras;
     if (l.ring) {
       ring_forward(block, i);
@@ -1216,7 +1225,9 @@ class Lowering {
     const auto& have = forward_versions_[static_cast<std::size_t>(b.block.chunk)].at(t);
     for (const Version& v : have) {
       if (!(v.layout == layout)) continue;
-      if (plan_.save_gathered || v.gathered_from < 0) return v.buffer;
+      if (plan_.save_gathered || v.gathered_from < 0 ||
+          (plan_.allocations.gathered_rows && p_.buffer(v.buffer).routed))
+        return v.buffer;
       auto& again = b.regathered[t];
       const Version& source = have[static_cast<std::size_t>(v.gathered_from)];
       if (source.layout.partial != 0 && again.empty()) return v.buffer;
@@ -1395,8 +1406,12 @@ class Lowering {
     const Record& record = again != b.records.end() ? again->second : records_[id.index()];
     const auto inputs = [&](bool for_data) {
       std::vector<BufferId> all;
+      // Where rows are weighted before, their sum's backward needs none.
+      const bool weighted = plan_.allocations.weighted_activations &&
+                            std::holds_alternative<Combine>(op.operation);
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
-        const bool wanted = for_data ? s.inputs[k].saved_for_data : s.inputs[k].saved_for_weight;
+        const bool wanted = for_data ? s.inputs[k].saved_for_data && !(weighted && k == 0)
+                                     : s.inputs[k].saved_for_weight;
         all.push_back(wanted ? operand(b, id, op.inputs[k], l.inputs[k]) : BufferId{});
       }
       return all;

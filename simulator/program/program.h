@@ -283,6 +283,12 @@ struct Allocations {
   bool fp32_loss = false;
   /// Dropout of materialised attention's probabilities: the mask and what it left are kept too.
   bool attention_dropout = false;
+  /// Rows are weighted between their experts' activation and its product, not when they are
+  /// combined: no output of an expert is kept and, where no gate's kernel does it, the activation
+  /// before it.
+  bool weighted_activations = false;
+  /// Rows that ranks of one expert gather are kept for the backward, not gathered again.
+  bool gathered_rows = false;
   /// A tensor of materialised attention's scores stays (Megatron's global memory buffer).
   bool score_buffer = false;
   /// For each logit, while the loss's forward runs, beside the logits and what it keeps.
