@@ -105,6 +105,11 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
                                       did_you_mean(word, known), fmt::join(known, ", ")));
 }
 
+Plan executable(Plan plan) {
+  plan.allocations.weighted_activations = false;
+  return plan;
+}
+
 std::string divisors_text(std::int64_t n) {
   std::vector<std::int64_t> all;
   for (std::int64_t d = 1; d * d <= n; ++d) {

@@ -55,7 +55,7 @@ inline Graph llama() {
   c.tied = false;
   return build_transformer(c);
 }
-inline Graph mixtral(int kv_heads = 2) {
+inline TransformerConfig mixtral_config(int kv_heads = 2) {
   TransformerConfig c = small_config();
   c.layers = 2;
   c.kv_heads = kv_heads;
@@ -69,8 +69,9 @@ inline Graph mixtral(int kv_heads = 2) {
   c.moe.experts = 4;
   c.moe.top_k = 2;
   c.moe.ffn = 8;
-  return build_transformer(c);
+  return c;
 }
+inline Graph mixtral(int kv_heads = 2) { return build_transformer(mixtral_config(kv_heads)); }
 inline Graph cnn(bool synchronised) {
   GraphBuilder b("cnn");
   TensorId x =

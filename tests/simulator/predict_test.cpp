@@ -353,6 +353,58 @@ TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
   EXPECT_EQ(step_bytes(*program, 0, 0), std::vector<Bytes>{1_GB});
 }
 
+/// Bytes that a rank of the first stage keeps for its backward passes.
+std::int64_t saved(const TransformerConfig& c, const Plan& p) {
+  return predicted(build_transformer(c), p).memory_by_stage[0].saved.count;
+}
+
+TEST(Predict, ExpertsKeepWhatIsWeighted) {
+  TransformerConfig c = mixtral_config();
+  // 8 tokens of 8 features, two experts each of width 8: 16 rows of 16 B.
+  constexpr std::int64_t kRows = 2 * 8;
+  for (const bool gated : {true, false}) {
+    c.gated = gated;
+    Plan combined = under("megatron-core");
+    combined.allocations.weighted_activations = false;
+    const std::int64_t more = saved(c, under("megatron-core")) - saved(c, combined);
+    // Of each block no outputs; without a gate a second activation, here as wide.
+    EXPECT_EQ(more, gated ? -2 * kRows * 16 : 0) << gated;
+    c.moe.ffn = 32;
+    const std::int64_t wider = saved(c, under("megatron-core")) - saved(c, combined);
+    EXPECT_EQ(wider, 2 * kRows * ((gated ? 0 : 64) - 16)) << gated;
+    c.moe.ffn = 8;
+  }
+}
+
+TEST(Predict, RowsThatExpertsGatherAreKept) {
+  Plan kept = under("megatron-core");
+  kept.tp = 2;
+  kept.sequence_parallel = true;
+  Plan again = kept;
+  again.allocations.gathered_rows = false;
+  // Two blocks, 16 rows of 16 B, of which a rank's own tokens have half.
+  EXPECT_EQ(saved(mixtral_config(), kept) - saved(mixtral_config(), again), 2 * 16 * 16 / 2);
+}
+
+TEST(Predict, ExpertsOfAPartOfTensorParallelism) {
+  // docs/plan.md: 8 experts of 3 * 4,096 * 14,336, in bf16, on 4 ranks.
+  const auto parameters = [](std::int64_t ep, std::int64_t etp) {
+    ModelOptions options;
+    options.layers = 2;
+    Plan p = under("megatron-core");
+    p.tp = 4, p.ep = ep, p.etp = etp;
+    p.sequence_parallel = true;
+    return predicted(load_model("mixtral-8x7b", options), p)
+        .memory_by_stage[0]
+        .by_category[static_cast<std::size_t>(Category::parameters)];
+  };
+  // Two blocks; all else is the same.
+  EXPECT_EQ(parameters(2, 1) - parameters(2, 2), Bytes{2 * (1'344 - 672) * (1LL << 20)});
+  EXPECT_EQ(parameters(4, 1), parameters(2, 2));
+  EXPECT_EQ(parameters(1, 4), parameters(2, 2));
+  EXPECT_EQ(parameters(1, 2), parameters(2, 1));
+}
+
 TEST(Predict, AnOptimizersFlatCopiesAreInTheStep) {
   Plan p = under("megatron-deepspeed");  // gradients of the parameters' type
   const auto program = lower(two_blocks(), *complete(two_blocks(), p));
