@@ -106,7 +106,7 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
 }
 
 Plan executable(Plan plan) {
-  plan.allocations.weighted_activations = false;
+  plan.allocations.weighted_activations = plan.allocations.narrow_inputs = false;
   return plan;
 }
 

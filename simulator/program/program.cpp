@@ -154,7 +154,10 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
 }
 
 Bytes device_bytes(const Program& p, BufferId id, std::int64_t rank) {
-  return p.buffer(id).host ? Bytes{0} : local_bytes(p, id, rank);
+  const Buffer& b = p.buffer(id);
+  if (b.host) return Bytes{0};
+  if (b.kept_bits > 0) return Bytes{ceil_div(local_elements(p, id, rank) * b.kept_bits, 8)};
+  return local_bytes(p, id, rank);
 }
 Bytes host_bytes(const Program& p, BufferId id, std::int64_t rank) {
   return p.buffer(id).host ? local_bytes(p, id, rank) : Bytes{0};

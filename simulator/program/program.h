@@ -58,6 +58,7 @@ struct Buffer {
   Layout layout;
   ElementType type = ElementType::fp32;
   int element_bytes = 0;  ///< > 0: overrides `type` (masks, indices)
+  int kept_bits = 0;      ///< > 0: what an element takes of memory (Allocations::narrow_inputs)
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
@@ -289,6 +290,8 @@ struct Allocations {
   bool weighted_activations = false;
   /// Rows that ranks of one expert gather are kept for the backward, not gathered again.
   bool gathered_rows = false;
+  /// Of what a product in an 8- or 4-bit type reads, the backward keeps the narrow copy.
+  bool narrow_inputs = false;
   /// A tensor of materialised attention's scores stays (Megatron's global memory buffer).
   bool score_buffer = false;
   /// For each logit, while the loss's forward runs, beside the logits and what it keeps.

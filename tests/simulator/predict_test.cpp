@@ -504,5 +504,31 @@ TEST(Predict, ALayerOf2021KeepsWhatKorthikantiCounts) {
   EXPECT_NEAR(activations(3) - activations(2), layer, 0.01 * layer);
 }
 
+/// The same network, two layers: bytes a layer for each value of its input, all of what layers'
+/// backward passes read; table 2 of the paper.
+TEST(Predict, LayersBackwardPassesReadWhatKorthikantiCounts) {
+  const auto layer = [](const char* recompute, bool sequence_parallel) {
+    ModelOptions options;
+    options.layers = 2;
+    options.flash_attention = false;
+    options.dropout = 0.1;
+    Plan p = under("megatron-lm-2021");
+    p.tp = 8;
+    p.micro_batch = 4;
+    p.sequence_parallel = sequence_parallel;
+    set_recompute(p, recompute, "");
+    const Prediction r = predicted(load_model("megatron-22b", options), p);
+    EXPECT_GT(r.memory_by_stage[0].saved, r.memory_by_stage[0].saved_by_layers) << recompute;
+    return static_cast<double>(r.memory_by_stage[0].saved_by_layers.count) /
+           (2.0 * 2048 * 4 * 6144);
+  };
+  const double none = 10 + 3 + 40.0 / 3;
+  EXPECT_NEAR(layer("none", false), none, 0.01 * none);
+  EXPECT_NEAR(layer("none", true), 34.0 / 8 + 40.0 / 3, 0.01 * none);
+  EXPECT_NEAR(layer("selective", false), 13, 0.13);
+  EXPECT_NEAR(layer("selective", true), 34.0 / 8, 0.0425);
+  EXPECT_EQ(layer("full", false), 2);
+}
+
 }  // namespace
 }  // namespace partita
