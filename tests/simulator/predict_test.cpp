@@ -376,6 +376,19 @@ TEST(Predict, ExpertsKeepWhatIsWeighted) {
   }
 }
 
+TEST(Predict, NarrowProductsKeepNarrowInputs) {
+  // docs/simulation.md: four blocks of 8 tokens of 8 features and 16 in between, without gates.
+  const auto kept = [](bool narrow, const char* precision) {
+    Plan p = under("megatron-core");
+    set_precision(p, precision, "");
+    p.allocations.narrow_inputs = narrow;
+    return saved(small_config(), p);
+  };
+  EXPECT_EQ(kept(true, "bf16"), kept(false, "bf16"));
+  // Half of what norms and the activation give, of attention's output half more: of 4 blocks.
+  EXPECT_EQ(kept(true, "fp8") - kept(false, "fp8"), 4 * 8 * (-8 - 8 - 16 + 8));
+}
+
 TEST(Predict, RowsThatExpertsGatherAreKept) {
   Plan kept = under("megatron-core");
   kept.tp = 2;
