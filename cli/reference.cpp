@@ -65,7 +65,7 @@ void run(const Options& o, int& code) {
   }
   auto complete_plan = complete(g, plan);
   if (!complete_plan) throw InputError("plan", complete_plan.reason());
-  auto program = lower(g, *complete_plan);
+  auto program = lower(g, executable(*complete_plan));
   if (!program) throw InputError("plan", program.reason());
   const double work = reference::serial_work(g, *program);
   if (work > kMostWork) {

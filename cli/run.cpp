@@ -165,7 +165,7 @@ Job job_of(const Options& o) {
                                  job.graph.name));
   auto complete_plan = complete(job.graph, plan);
   if (!complete_plan) throw InputError("plan", complete_plan.reason());
-  job.plan = *complete_plan;
+  job.plan = executable(*complete_plan);
   auto program = lower(job.graph, job.plan);
   if (!program) throw InputError("plan", program.reason());
   job.program = std::move(*program);

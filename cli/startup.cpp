@@ -201,7 +201,7 @@ void run(const Options& o, int& code) {
   const auto plans = plans_of(o, base, t);
   for (const Plan& wanted : plans) {
     const auto plan = complete(g, wanted);
-    const auto training = plan ? lower(g, *plan) : Feasible<Program>(Infeasible{plan.reason()});
+    const auto training = plan ? lower(g, executable(*plan)) : Feasible<Program>(Infeasible{plan.reason()});
     if (!training) {
       if (plans.size() == 1) throw InputError("plan", training.reason());
       left_out.push_back(fmt::format("{}: {}", shape(wanted), training.reason()));

@@ -596,7 +596,8 @@ class CaseBuilder {
     const std::string kernel =
         plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
     if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local" ||
-        (kernel.empty() && (flags_.local || (!flags_.any && deterministic())))) {
+        (kernel.empty() &&
+         (flags_.local || (!flags_.any && deterministic() && row_.whole("cp").value_or(1) == 1)))) {
       t.flash_attention = false;
     } else if (has(kernel, "flash") || has(kernel, "fused") || has(kernel, "sdpa") ||
                has(kernel, "triton")) {
@@ -686,13 +687,14 @@ class CaseBuilder {
       t.rotary_dim = t.hidden / t.heads / 2 * 2;
     }
     if (flags_.latent) {
-      // Defaults of Megatron's MLATransformerConfig.
+      // Defaults of Megatron's MLATransformerConfig; beside experts DeepSeek-V3's.
       t.latent = {512, 512, 128, 64, 128};
+      if (printed_experts().value_or(1) > 1) t.latent = named("deepseek-v3").transformer->latent;
       t.kv_heads = 0;
       t.positions = 0;
       t.rotary_dim = 0;
       t.qkv_bias = false;
-      assume("latent ranks 512 and 512, heads of 128 + 64");
+      assume("latent ranks {} and 512, heads of 128 + 64", t.latent.query_rank);
     }
   }
 
@@ -713,6 +715,15 @@ class CaseBuilder {
         assume("experts of width {}", t.moe.ffn);
       }
       if (t.moe.top_k > t.moe.experts) t.moe.top_k = t.moe.experts;
+      if (fresh && flags_.latent) {
+        // Latent attention and experts are DeepSeek-V3's kind of network.
+        const TransformerConfig& known = *named("deepseek-v3").transformer;
+        t.moe.shared_ffn = t.moe.ffn * known.moe.shared_ffn / known.moe.ffn;
+        t.moe.first_dense = static_cast<int>(
+            ceil_div(std::int64_t{known.moe.first_dense} * t.layers, std::int64_t{known.layers}));
+        assume("{} dense blocks of {}, a shared expert of {} (deepseek-v3)", t.moe.first_dense,
+               t.layers, t.moe.shared_ffn);
+      }
     }
     if (t.moe.experts > 0 && !experts && schema_ == RowSchema::training)
       assume("{} experts ({})", t.moe.experts, c_.model);
@@ -1015,15 +1026,15 @@ class CaseBuilder {
   bool fused_loss() const {
     return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion");
   }
-  /// Unfused attention and Megatron's own layers stand in its tests for deterministic runs; without
-  /// flags, that nothing speaks against it: such runs use neither flash attention nor context
-  /// parallelism.
+  /// Megatron's tests run so where their names do not say otherwise, but for those of flash
+  /// attention without experts, which the context parallel ones use; its fused loss refuses to.
   bool deterministic() const {
     if (framework_->workspace_deterministic.count == 0) return false;
-    if (flags_.any) return flags_.local || flags_.attention == "unfused";
     const std::string& name = row_["model"];
-    return row_.whole("cp").value_or(1) == 1 && !has(name, "nondeterministic") &&
-           !has(name, "release") && !fused_loss();
+    if (has(name, "nondeterministic") || has(name, "release") || fused_loss()) return false;
+    if (flags_.local || flags_.attention == "unfused" || printed_experts().value_or(1) > 1)
+      return true;
+    return flags_.attention.empty() && row_.whole("cp").value_or(1) == 1;
   }
 
   void set_allocations() {
@@ -1034,7 +1045,8 @@ class CaseBuilder {
     } else if (deterministic()) {
       a.workspace = f.workspace_deterministic;
     }
-    if (!flags_.grouped_product) a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
+    if (!flags_.grouped_product && !has(row_["model"], "groupedGEMM"))
+      a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
     if (fused_loss() && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
     a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
     a.score_buffer = flags_.local;

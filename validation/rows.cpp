@@ -299,8 +299,8 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
       return static_cast<double>(stage(o).saved.count);
     case What::activations_ratio:
       return base == nullptr ? 0
-                             : static_cast<double>(stage(o).saved.count) /
-                                   static_cast<double>(stage(*base).saved.count);
+                             : static_cast<double>(stage(o).saved_by_layers.count) /
+                                   static_cast<double>(stage(*base).saved_by_layers.count);
   }
   return 0;
 }

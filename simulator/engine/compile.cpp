@@ -222,7 +222,10 @@ class Compiler {
             const int sign = i.kind == Kind::allocate ? 1 : -1;
             const std::int64_t bytes = sign * device_bytes(p_, id, rank).count;
             level += bytes;
-            if (p_.buffer(id).category == Category::activations) out.net_saved += bytes;
+            if (p_.buffer(id).category == Category::activations) {
+              out.net_saved += bytes;
+              if (of_layers_[id.index()]) out.net_layers += bytes;
+            }
             out.host_net += sign * host_bytes(p_, id, rank).count;
           }
           out.rise = std::max(out.rise, level);
@@ -423,6 +426,7 @@ class Compiler {
   Communication& communication_;
   const RankClasses& classes_;
   Labels& labels_;
+  const std::vector<bool> of_layers_ = read_by_layers(p_);
   Compiled result_;
   std::vector<std::int32_t> slot_of_;
 };

@@ -54,6 +54,7 @@ struct CompiledBlock {
   std::int64_t host_net = 0, host_rise = 0;
   std::int64_t net = 0, rise = 0;  ///< memory: change over the block, highest point above its start
   std::int64_t net_saved = 0;      ///< of `net`: activations
+  std::int64_t net_layers = 0;     ///< of `net_saved`: what the backward passes of layers read
   // Blocks repeat once per micro-batch, mostly from the same relative state: then so does what they
   // do.
   bool repeats = false;  ///< every step is ordered after the compute stream's position at the start

@@ -47,7 +47,7 @@ MemoryUse memory_use(const Program& p, const RankClass& rc,
   std::int64_t level = base, peak = -1;
   std::size_t at = 0;
   bool stepping = false;
-  std::int64_t saved = 0;
+  std::int64_t saved = 0, by_layers = 0;
   for (std::size_t k = 0; k < calls.size(); ++k) {
     const CompiledBlock& block = compiled[calls[k].block.index()];
     if (level + block.rise > peak) peak = level + block.rise, at = k, stepping = false;
@@ -56,6 +56,8 @@ MemoryUse memory_use(const Program& p, const RankClass& rc,
     level += block.net + copies[calls[k].block.index()];
     saved += block.net_saved;
     use.saved = std::max(use.saved, Bytes{saved});
+    by_layers += block.net_layers;
+    use.saved_by_layers = std::max(use.saved_by_layers, Bytes{by_layers});
     use.host_peak = std::max(use.host_peak, Bytes{host + block.host_rise});
     host += block.host_net;
   }

@@ -16,10 +16,11 @@ namespace partita {
 struct MemoryUse {
   std::array<Bytes, kCategoryCount> at_peak;  ///< by Category
   Bytes peak;
-  Bytes saved;      ///< most activations between blocks: what forward passes keep for backward ones
-  Bytes resident;   ///< of the peak: what the framework holds beside the program's buffers
-  Bytes host_peak;  ///< in the host's memory, for this rank
-  int peak_block = -1;  ///< block during which the peak occurs
+  Bytes saved;  ///< most activations between blocks: what forward passes keep for backward ones
+  Bytes saved_by_layers;  ///< the same, of what the backward passes of layers read
+  Bytes resident;         ///< of the peak: what the framework holds beside the program's buffers
+  Bytes host_peak;        ///< in the host's memory, for this rank
+  int peak_block = -1;    ///< block during which the peak occurs
   std::int32_t peak_micro_batch = -1;
 };
 

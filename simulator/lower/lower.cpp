@@ -70,6 +70,7 @@ class Lowering {
     if (plan_.message_queue) broker_blocks();
     if (plan_.offload_activations) offload_activations();
     mark_casts();
+    if (plan_.allocations.narrow_inputs) keep_narrow();
     place_memory();
     return std::move(p_);
   }
@@ -714,6 +715,15 @@ class Lowering {
       p_.buffers.push_back(std::move(copy));
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
     }
+    if (const BufferId y = record.outputs.at(0); std::holds_alternative<Activation>(op.operation) &&
+                                                 p_.buffer(y).routed &&
+                                                 plan_.allocations.weighted_activations) {
+      Buffer unweighted = p_.buffer(y);
+      unweighted.name = op.name + ".unweighted";
+      unweighted.tensor = -1;
+      p_.buffers.push_back(std::move(unweighted));
+      record.extras.push_back(BufferId{p_.buffers.size() - 1});
+    }
     i.extras = record.extras;
     if (l.ring) {
       ring_forward(block, i);
@@ -860,6 +870,48 @@ class Lowering {
         const auto& operands = forward ? i.reads : i.gradients;
         i.casts = !operands.empty() && operands[0].valid() && narrow.insert(operands[0]).second;
       }
+    }
+  }
+
+  /// What forward passes leave for gradients of narrow products' weights alone is kept as their
+  /// narrow copy; what other backward passes read too, beside it.
+  void keep_narrow() {
+    std::vector<char> made(p_.buffers.size(), 0), wide(made);
+    std::vector<int> narrow(p_.buffers.size(), 0);  // bits
+    for (const Block& block : p_.blocks) {
+      if (block.kind == BlockKind::forward) {
+        for (const Instruction& i : block.instructions)
+          for_each_write(i, [&](BufferId id) { made[id.index()] = 1; });
+      }
+      if (block.kind != BlockKind::backward && block.kind != BlockKind::backward_weight) continue;
+      // From the end: what is gathered again is wanted as what it is gathered for.
+      for (auto i = block.instructions.rbegin(); i != block.instructions.rend(); ++i) {
+        int width = 0;
+        if (i->kind != Kind::compute) {
+          for_each_write(*i, [&](BufferId id) {
+            if (wide[id.index()] == 0) width = std::max(width, narrow[id.index()]);
+          });
+        } else if (i->kernel == Kernel::backward_weight) {
+          const int own =
+              static_cast<int>(bits(p_.operators[static_cast<std::size_t>(i->op)].compute));
+          width = own <= 8 ? own : 0;
+        }
+        for_each_read(*i, [&](BufferId id) {
+          const bool operand = i->kind != Kind::compute ||
+                               std::find(i->reads.begin(), i->reads.end(), id) != i->reads.end();
+          if (width > 0 && operand)
+            narrow[id.index()] = width;
+          else
+            wide[id.index()] = 1;
+        });
+      }
+    }
+    for (std::size_t k = 0; k < p_.buffers.size(); ++k) {
+      Buffer& b = p_.buffers[k];
+      if (made[k] == 0 || narrow[k] == 0 || b.category != Category::activations ||
+          b.scope != Scope::micro_batch || b.alias >= 0 || b.element_bytes > 0)
+        continue;
+      b.kept_bits = narrow[k] + (wide[k] != 0 ? static_cast<int>(bits(b.type)) : 0);
     }
   }
 
@@ -1216,7 +1268,9 @@ class Lowering {
     const auto& have = forward_versions_[static_cast<std::size_t>(b.block.chunk)].at(t);
     for (const Version& v : have) {
       if (!(v.layout == layout)) continue;
-      if (plan_.save_gathered || v.gathered_from < 0) return v.buffer;
+      if (plan_.save_gathered || v.gathered_from < 0 ||
+          (plan_.allocations.gathered_rows && p_.buffer(v.buffer).routed))
+        return v.buffer;
       auto& again = b.regathered[t];
       const Version& source = have[static_cast<std::size_t>(v.gathered_from)];
       if (source.layout.partial != 0 && again.empty()) return v.buffer;
@@ -1395,8 +1449,12 @@ class Lowering {
     const Record& record = again != b.records.end() ? again->second : records_[id.index()];
     const auto inputs = [&](bool for_data) {
       std::vector<BufferId> all;
+      // Where rows are weighted before, their sum's backward needs none.
+      const bool weighted =
+          plan_.allocations.weighted_activations && std::holds_alternative<Combine>(op.operation);
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
-        const bool wanted = for_data ? s.inputs[k].saved_for_data : s.inputs[k].saved_for_weight;
+        const bool wanted = for_data ? s.inputs[k].saved_for_data && !(weighted && k == 0)
+                                     : s.inputs[k].saved_for_weight;
         all.push_back(wanted ? operand(b, id, op.inputs[k], l.inputs[k]) : BufferId{});
       }
       return all;

@@ -105,6 +105,11 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
                                       did_you_mean(word, known), fmt::join(known, ", ")));
 }
 
+Plan executable(Plan plan) {
+  plan.allocations.weighted_activations = plan.allocations.narrow_inputs = false;
+  return plan;
+}
+
 std::string divisors_text(std::int64_t n) {
   std::vector<std::int64_t> all;
   for (std::int64_t d = 1; d * d <= n; ++d) {
@@ -249,16 +254,16 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
                     "ranks, over which ZeRO would share its state; use cp 1 or zero 0",
                     graph.name, plan.cp));
   if (plan.etp == 0) plan.etp = plan.tp;
-  if (plan.etp != plan.tp && plan.etp != 1) {
-    return no(fmt::format("expert tensor parallel {} must be 1 or equal tensor parallel {}",
-                          plan.etp, plan.tp));
+  if (plan.etp < 1 || plan.tp % plan.etp != 0) {
+    return no(fmt::format("expert tensor parallel {} must divide tensor parallel {}; use {}",
+                          plan.etp, plan.tp, divisors_text(plan.tp)));
   }
-  // Experts live on the ranks (dp x cp) or, with etp 1, (dp x cp x tp) of a stage; ep is the inner
-  // part.
+  // Experts live on the ranks (dp x cp) or, where etp leaves some of tp, (dp x cp x tp / etp) of a
+  // stage; ep is the inner part.
   std::int64_t ep_left = plan.ep;
   std::int64_t ep_tp = 1;
-  if (plan.etp == 1 && plan.tp > 1 && plan.sequence_parallel) {
-    ep_tp = std::gcd(ep_left, plan.tp);
+  if (plan.sequence_parallel) {
+    ep_tp = std::gcd(ep_left, plan.tp / plan.etp);
     ep_left /= ep_tp;
   }
   const std::int64_t ep_cp = std::gcd(ep_left, plan.cp);
@@ -369,12 +374,17 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   const auto cp_ep = b.add("cp_ep", ep_cp);
   axes["cp"] = joined(cp_outer, cp_ep);
   axes["ep"] = joined(axes["ep"], cp_ep);
-  const auto tp_outer = b.add(ep_tp > 1 ? "tp_outer" : "tp", plan.tp / ep_tp);
+  // Innermost what cuts experts themselves, where that is a part of tp.
+  const std::int64_t tp_inner = plan.etp < plan.tp ? plan.etp : 1;
+  const auto tp_outer = b.add(ep_tp * tp_inner > 1 ? "tp_outer" : "tp", plan.tp / ep_tp / tp_inner);
   const auto tp_ep = b.add("tp_ep", ep_tp);
+  const auto tp_etp = b.add("tp_etp", tp_inner);
   plan.zero_atoms = joined(plan.zero_atoms, axes["cp"]);
-  axes["tp"] = joined(tp_outer, tp_ep);
+  axes["tp"] = joined(joined(tp_outer, tp_ep), tp_etp);
   axes["ep"] = joined(axes["ep"], tp_ep);
-  axes["etp"] = plan.etp == 1 ? AtomList{} : axes["tp"];
+  axes["etp"] = plan.etp == plan.tp ? axes["tp"] : tp_etp;
+  const bool outer_tokens = plan.sequence_parallel && plan.etp < plan.tp;
+  axes["etp_outer"] = outer_tokens ? tp_outer : AtomList{};
   plan.mesh = b.mesh;
   plan.pipeline = axes["pp"];
   if (plan.mesh.atoms.size() > 16) return no("the mesh has more than 16 atoms");
@@ -421,7 +431,7 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   }
   auto& rules = plan.rules;
   for (const ShardingRule& r : plan.user_rules) {
-    if (axes.count(r.axis) == 0) {
+    if (axes.count(r.axis) == 0 || r.axis == "etp_outer") {
       return no(
           fmt::format("sharding of {} names axis '{}'; the mesh has pp, dp, cp, tp, ep and etp",
                       r.pattern, r.axis));
@@ -460,6 +470,12 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   rule("kind:grouped_product", Dim::ffn, "etp");
   rule("*moe*activation", Dim::expert, "ep");
   rule("*moe*activation", Dim::ffn, "etp");
+  for (const char* routed : {"kind:grouped_product", "*moe.activation"}) {
+    // What neither ep nor etp takes of tp has tokens of its own there too.
+    if (axes["etp_outer"].empty()) break;
+    rule(routed, Dim::sequence, "cp", zigzag);
+    rule(routed, Dim::sequence, "etp_outer");
+  }
   if (plan.context == Plan::ContextExchange::all_to_all) {
     // Ulysses: inside attention the heads are cut over cp and every rank sees the whole sequence.
     rule("kind:attention", Dim::head, "tp");

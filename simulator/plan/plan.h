@@ -200,6 +200,10 @@ void set_recompute(Plan& plan, std::string_view text, const std::string& place);
 /// unknown.
 void set_framework(Plan& plan, std::string_view text, const std::string& place);
 
+/// The plan as our executor runs it, which weights experts' rows when it combines them and keeps
+/// what it made.
+Plan executable(Plan plan);
+
 /// "1, 2, 3, 4, 6 or 12".
 std::string divisors_text(std::int64_t n);
 

@@ -154,7 +154,10 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
 }
 
 Bytes device_bytes(const Program& p, BufferId id, std::int64_t rank) {
-  return p.buffer(id).host ? Bytes{0} : local_bytes(p, id, rank);
+  const Buffer& b = p.buffer(id);
+  if (b.host) return Bytes{0};
+  if (b.kept_bits > 0) return Bytes{ceil_div(local_elements(p, id, rank) * b.kept_bits, 8)};
+  return local_bytes(p, id, rank);
 }
 Bytes host_bytes(const Program& p, BufferId id, std::int64_t rank) {
   return p.buffer(id).host ? local_bytes(p, id, rank) : Bytes{0};
@@ -260,11 +263,13 @@ bool brings_rows(const Program& p, const Instruction& i) {
 
 namespace {
 
+bool of_a_layer(const ProgramOperator& op) { return op.name.rfind("layers.", 0) == 0; }
+
 /// Is it a product of a layer, whose gradient is added in place where placeholders stand for it?
 bool layer_product(const Program& p, const Instruction& i) {
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-  return op.name.rfind("layers.", 0) == 0 && (std::holds_alternative<Linear>(op.operation) ||
-                                              std::holds_alternative<GroupedProduct>(op.operation));
+  return of_a_layer(op) && (std::holds_alternative<Linear>(op.operation) ||
+                            std::holds_alternative<GroupedProduct>(op.operation));
 }
 
 }  // namespace
@@ -366,6 +371,22 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
     for (const Weight& w : weights) sum += Bytes{w.second};
   }
   return sum;
+}
+
+std::vector<bool> read_by_layers(const Program& p) {
+  std::vector<bool> all(p.buffers.size(), false);
+  for (const Block& block : p.blocks) {
+    if (block.kind != BlockKind::backward && block.kind != BlockKind::backward_weight) continue;
+    // From the end, so that what is gathered again for them counts too.
+    for (auto i = block.instructions.rbegin(); i != block.instructions.rend(); ++i) {
+      bool wanted = i->op >= 0 && of_a_layer(p.operators[static_cast<std::size_t>(i->op)]);
+      if (i->kind != Kind::compute)
+        for_each_write(*i, [&](BufferId id) { wanted |= all[id.index()]; });
+      if (wanted && i->kind != Kind::allocate && i->kind != Kind::free)
+        for_each_read(*i, [&](BufferId id) { all[id.index()] = true; });
+    }
+  }
+  return all;
 }
 
 std::vector<BufferId> gradients_beside(const Program& p, const Block& block) {

@@ -58,6 +58,7 @@ struct Buffer {
   Layout layout;
   ElementType type = ElementType::fp32;
   int element_bytes = 0;  ///< > 0: overrides `type` (masks, indices)
+  int kept_bits = 0;      ///< > 0: what an element takes of memory (Allocations::narrow_inputs)
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
@@ -283,6 +284,14 @@ struct Allocations {
   bool fp32_loss = false;
   /// Dropout of materialised attention's probabilities: the mask and what it left are kept too.
   bool attention_dropout = false;
+  /// Rows are weighted between their experts' activation and its product, not when they are
+  /// combined: no output of an expert is kept and, where no gate's kernel does it, the activation
+  /// before it.
+  bool weighted_activations = false;
+  /// Rows that ranks of one expert gather are kept for the backward, not gathered again.
+  bool gathered_rows = false;
+  /// Of what a product in an 8- or 4-bit type reads, the backward keeps the narrow copy.
+  bool narrow_inputs = false;
   /// A tensor of materialised attention's scores stays (Megatron's global memory buffer).
   bool score_buffer = false;
   /// For each logit, while the loss's forward runs, beside the logits and what it keeps.
@@ -441,6 +450,9 @@ std::vector<Bytes> step_bytes(const Program& program, int stage, std::int64_t ra
 /// By block, what the framework keeps more on `rank` of `stage` after a call (Allocations::
 /// stage_copies): of forward blocks, and as much less after the chunk's last backward one.
 std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::int64_t rank);
+
+/// By buffer: do backward passes of layers (operators of "layers.N") read it?
+std::vector<bool> read_by_layers(const Program& program);
 
 /// Gradients of the parameters' type that stay beside accumulated ones, in the order in which
 /// backward blocks first write them.

@@ -181,6 +181,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
       stage.reserved = Bytes{round_up(use.peak.count, 2 << 20)};
     }
     stage.saved = std::max(stage.saved, use.saved);
+    stage.saved_by_layers = std::max(stage.saved_by_layers, use.saved_by_layers);
     if (use.peak > r.peak_allocated) {
       r.peak_allocated = use.peak;
       const Block& b = program->blocks[static_cast<std::size_t>(use.peak_block)];

@@ -18,9 +18,10 @@ namespace partita {
 struct StageMemory {
   int stage = 0;
   Bytes total;
-  Bytes resident;  ///< of it: what the framework holds beside the program's buffers
-  Bytes saved;     ///< most that forward passes keep for backward ones
-  Bytes reserved;  ///< by the framework's allocator
+  Bytes resident;         ///< of it: what the framework holds beside the program's buffers
+  Bytes saved;            ///< most that forward passes keep for backward ones
+  Bytes saved_by_layers;  ///< most of it that layers' backward passes read
+  Bytes reserved;         ///< by the framework's allocator
   std::array<Bytes, kCategoryCount> by_category;
 };
 

@@ -55,10 +55,10 @@ inline Graph llama() {
   c.tied = false;
   return build_transformer(c);
 }
-inline Graph mixtral() {
+inline TransformerConfig mixtral_config(int kv_heads = 2) {
   TransformerConfig c = small_config();
   c.layers = 2;
-  c.kv_heads = 2;
+  c.kv_heads = kv_heads;
   c.norm = TransformerConfig::Norm::rms;
   c.positions = 0;
   c.rotary_dim = 2;
@@ -69,8 +69,9 @@ inline Graph mixtral() {
   c.moe.experts = 4;
   c.moe.top_k = 2;
   c.moe.ffn = 8;
-  return build_transformer(c);
+  return c;
 }
+inline Graph mixtral(int kv_heads = 2) { return build_transformer(mixtral_config(kv_heads)); }
 inline Graph cnn(bool synchronised) {
   GraphBuilder b("cnn");
   TensorId x =
@@ -153,7 +154,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.cp = pick({1, 1, 2});
   p.dp = pick({1, 2, 3});
   p.ep = pick({1, 1, 2, 4});
-  p.etp = pick({0, 1});
+  p.etp = std::min(pick({0, 1, 2}), static_cast<int>(p.tp));
   p.virtual_stages = pick({1, 1, 2});
   p.micro_batch = pick({1, 2});
   p.global_batch = p.micro_batch * p.dp * pick({1, 2, 4});

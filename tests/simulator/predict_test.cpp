@@ -353,6 +353,71 @@ TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
   EXPECT_EQ(step_bytes(*program, 0, 0), std::vector<Bytes>{1_GB});
 }
 
+/// Bytes that a rank of the first stage keeps for its backward passes.
+std::int64_t saved(const TransformerConfig& c, const Plan& p) {
+  return predicted(build_transformer(c), p).memory_by_stage[0].saved.count;
+}
+
+TEST(Predict, ExpertsKeepWhatIsWeighted) {
+  TransformerConfig c = mixtral_config();
+  // 8 tokens of 8 features, two experts each of width 8: 16 rows of 16 B.
+  constexpr std::int64_t kRows = 2 * 8;
+  for (const bool gated : {true, false}) {
+    c.gated = gated;
+    Plan combined = under("megatron-core");
+    combined.allocations.weighted_activations = false;
+    const std::int64_t more = saved(c, under("megatron-core")) - saved(c, combined);
+    // Of each block no outputs; without a gate a second activation, here as wide.
+    EXPECT_EQ(more, gated ? -2 * kRows * 16 : 0) << gated;
+    c.moe.ffn = 32;
+    const std::int64_t wider = saved(c, under("megatron-core")) - saved(c, combined);
+    EXPECT_EQ(wider, 2 * kRows * ((gated ? 0 : 64) - 16)) << gated;
+    c.moe.ffn = 8;
+  }
+}
+
+TEST(Predict, NarrowProductsKeepNarrowInputs) {
+  // docs/simulation.md: four blocks of 8 tokens of 8 features and 16 in between, without gates.
+  const auto kept = [](bool narrow, const char* precision) {
+    Plan p = under("megatron-core");
+    set_precision(p, precision, "");
+    p.allocations.narrow_inputs = narrow;
+    return saved(small_config(), p);
+  };
+  EXPECT_EQ(kept(true, "bf16"), kept(false, "bf16"));
+  // Half of what norms and the activation give, of attention's output half more: of 4 blocks.
+  EXPECT_EQ(kept(true, "fp8") - kept(false, "fp8"), 4 * 8 * (-8 - 8 - 16 + 8));
+}
+
+TEST(Predict, RowsThatExpertsGatherAreKept) {
+  Plan kept = under("megatron-core");
+  kept.tp = 2;
+  kept.sequence_parallel = true;
+  Plan again = kept;
+  again.allocations.gathered_rows = false;
+  // Two blocks, 16 rows of 16 B, of which a rank's own tokens have half.
+  EXPECT_EQ(saved(mixtral_config(), kept) - saved(mixtral_config(), again), 2 * 16 * 16 / 2);
+}
+
+TEST(Predict, ExpertsOfAPartOfTensorParallelism) {
+  // docs/plan.md: 8 experts of 3 * 4,096 * 14,336, in bf16, on 4 ranks.
+  const auto parameters = [](std::int64_t ep, std::int64_t etp) {
+    ModelOptions options;
+    options.layers = 2;
+    Plan p = under("megatron-core");
+    p.tp = 4, p.ep = ep, p.etp = etp;
+    p.sequence_parallel = true;
+    return predicted(load_model("mixtral-8x7b", options), p)
+        .memory_by_stage[0]
+        .by_category[static_cast<std::size_t>(Category::parameters)];
+  };
+  // Two blocks; all else is the same.
+  EXPECT_EQ(parameters(2, 1) - parameters(2, 2), Bytes{2 * (1'344 - 672) * (1LL << 20)});
+  EXPECT_EQ(parameters(4, 1), parameters(2, 2));
+  EXPECT_EQ(parameters(1, 4), parameters(2, 2));
+  EXPECT_EQ(parameters(1, 2), parameters(2, 1));
+}
+
 TEST(Predict, AnOptimizersFlatCopiesAreInTheStep) {
   Plan p = under("megatron-deepspeed");  // gradients of the parameters' type
   const auto program = lower(two_blocks(), *complete(two_blocks(), p));
@@ -450,6 +515,32 @@ TEST(Predict, ALayerOf2021KeepsWhatKorthikantiCounts) {
   const double layer = 2048.0 * 4 * 6144 * (10 + 3 + 40.0 / 3);
   EXPECT_DOUBLE_EQ(layer, 1'325'400'064);
   EXPECT_NEAR(activations(3) - activations(2), layer, 0.01 * layer);
+}
+
+/// The same network, two layers: bytes a layer for each value of its input, all of what layers'
+/// backward passes read; table 2 of the paper.
+TEST(Predict, LayersBackwardPassesReadWhatKorthikantiCounts) {
+  const auto layer = [](const char* recompute, bool sequence_parallel) {
+    ModelOptions options;
+    options.layers = 2;
+    options.flash_attention = false;
+    options.dropout = 0.1;
+    Plan p = under("megatron-lm-2021");
+    p.tp = 8;
+    p.micro_batch = 4;
+    p.sequence_parallel = sequence_parallel;
+    set_recompute(p, recompute, "");
+    const Prediction r = predicted(load_model("megatron-22b", options), p);
+    EXPECT_GT(r.memory_by_stage[0].saved, r.memory_by_stage[0].saved_by_layers) << recompute;
+    return static_cast<double>(r.memory_by_stage[0].saved_by_layers.count) /
+           (2.0 * 2048 * 4 * 6144);
+  };
+  const double none = 10 + 3 + 40.0 / 3;
+  EXPECT_NEAR(layer("none", false), none, 0.01 * none);
+  EXPECT_NEAR(layer("none", true), 34.0 / 8 + 40.0 / 3, 0.01 * none);
+  EXPECT_NEAR(layer("selective", false), 13, 0.13);
+  EXPECT_NEAR(layer("selective", true), 34.0 / 8, 0.0425);
+  EXPECT_EQ(layer("full", false), 2);
 }
 
 }  // namespace

@@ -411,6 +411,67 @@ TEST(RowCase, TruncatedNetworksKeepBothKindsOfBlock) {
             3);
 }
 
+/// A row of Megatron's functional tests.
+RowCase test_case(const std::string& name, const std::string& flags, const Cells& changes = {}) {
+  return case_with(with({{"model", name},
+                         {"num_layers", "16"},
+                         {"hidden_size", "1024"},
+                         {"num_heads", "32"},
+                         {"attention_kernel", ""},
+                         {"framework", "Megatron-LM CI (dev container)"},
+                         {"overlap_and_other_settings", flags}},
+                        changes));
+}
+
+TEST(RowCase, MegatronsTestsRunDeterministicallyUnlessTheySayOtherwise) {
+  const auto workspace = [](const std::string& name, const std::string& flags,
+                            const Cells& changes = {}) {
+    return test_case(name, "--transformer-impl=transformer_engine" + flags, changes)
+        .plan.allocations.workspace;
+  };
+  const Bytes deterministic = 68_MiB, usual{21'233'664};
+  EXPECT_EQ(workspace("gpt", " --attention-backend=unfused"), deterministic);
+  EXPECT_EQ(workspace("gpt", ""), deterministic);
+  EXPECT_EQ(workspace("gpt_nondeterministic", " --attention-backend=unfused"), usual);
+  EXPECT_EQ(workspace("gpt_15b_release", ""), usual);
+  EXPECT_EQ(workspace("gpt", " --cross-entropy-loss-fusion"), usual);
+  // Flash attention only where there are experts; nothing said under cp is flash attention too.
+  EXPECT_EQ(workspace("gpt", " --attention-backend=flash"), usual);
+  EXPECT_EQ(workspace("gpt", "", {{"cp", "2"}, {"dp", "2"}}), usual);
+  EXPECT_EQ(workspace("moe", " --attention-backend=flash", {{"num_experts", "4"}}), deterministic);
+  EXPECT_EQ(test_case("moe", "--transformer-impl=local", {{"num_experts", "4"}})
+                .plan.allocations.workspace,
+            64_MiB);
+}
+
+TEST(RowCase, GroupedProductsHaveWorkspacesWhereFlagOrNameSaysSo) {
+  const auto grouped = [](const char* name, const char* flags) {
+    return test_case(name, flags, {{"num_experts", "4"}}).plan.allocations.workspace_grouped_hopper;
+  };
+  EXPECT_EQ(grouped("moe_4experts", "--bf16"), 0_B);
+  EXPECT_EQ(grouped("moe_4experts", "--moe-grouped-gemm"), 128_MiB);
+  EXPECT_EQ(grouped("moe_4experts_groupedGEMM", ""), 128_MiB);
+}
+
+TEST(RowCase, LatentAttentionBesideExpertsIsDeepSeekV3s) {
+  const Cells experts{
+      {"num_experts", "32"}, {"ffn_hidden_size", "4096"}, {"moe_ffn_hidden_size", "512"}};
+  const auto network = [&](const char* flags, const Cells& changes) {
+    return *test_case("moe", flags, changes).transformer;
+  };
+  const TransformerConfig both = network("--multi-latent-attention --swiglu", experts);
+  EXPECT_EQ(both.latent.query_rank, 1536);
+  EXPECT_EQ(both.moe.shared_ffn, 512);
+  EXPECT_EQ(both.moe.first_dense, 1);  // 3 of 61, rounded up
+  EXPECT_EQ(network("--multi-latent-attention", {}).latent.query_rank, 512);
+  EXPECT_EQ(network("--swiglu", experts).moe.shared_ffn, 0);
+  EXPECT_EQ(network("--swiglu", experts).moe.first_dense, 0);
+  EXPECT_EQ(
+      test_case("moe", "--multi-latent-attention --swiglu", with(experts, {{"num_layers", "24"}}))
+          .transformer->moe.first_dense,
+      2);
+}
+
 TEST(RowCase, WhatIsNotSaidIsFilledAndListed) {
   const RowCase c = case_with({{"dp", ""},
                                {"micro_batch_per_dp_rank", ""},
