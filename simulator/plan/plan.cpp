@@ -220,12 +220,31 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
           fmt::format("schedule {} has no virtual stages; use interleaved", name(plan.schedule)));
     }
   }
-  if (plan.schedule == Schedule::interleaved && plan.micro_batches() % plan.pp != 0) {
-    return no(fmt::format(
-        "the interleaved schedule needs micro-batches ({}) divisible by pipeline parallel {}; use "
-        "a global batch of {}",
-        plan.micro_batches(), plan.pp,
-        ceil_div(plan.micro_batches(), plan.pp) * plan.pp * plan.micro_batch * plan.dp));
+  if (plan.schedule != Schedule::interleaved) {
+    if (plan.micro_batch_group > 0)
+      return no(fmt::format("micro_batch_group is of the interleaved schedule, this one is {}",
+                            name(plan.schedule)));
+  } else {
+    const std::int64_t m = plan.micro_batches();
+    // Megatron-Core's rule: a last group that is smaller still fills the pipeline.
+    const auto walks = [&](std::int64_t group) {
+      return group >= plan.pp && group <= m && (m % group == 0 || m % group >= plan.pp);
+    };
+    if (m < plan.pp)
+      return no(fmt::format(
+          "the interleaved schedule needs at least as many micro-batches ({}) as pipeline stages "
+          "({}); use a global batch of {}",
+          m, plan.pp, plan.pp * plan.micro_batch * plan.dp));
+    if (plan.micro_batch_group == 0) {
+      plan.micro_batch_group = plan.pp;
+      while (!walks(plan.micro_batch_group)) ++plan.micro_batch_group;
+    } else if (!walks(plan.micro_batch_group)) {
+      return no(fmt::format(
+          "micro-batches in groups of {}: of {} the last group has {}, a group needs {}, the "
+          "stages, to {}; leave micro_batch_group out",
+          plan.micro_batch_group, m, plan.micro_batch_group > m ? m : m % plan.micro_batch_group,
+          plan.pp, m));
+    }
   }
   if (plan.schedule == Schedule::dualpipe) {
     if (plan.pp % 2 != 0) {
@@ -548,7 +567,7 @@ std::vector<Turn> dualpipe_turns(int s, int p, int m) {
 
 }  // namespace
 
-std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m) {
+std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m, int group) {
   std::vector<std::vector<Turn>> all(static_cast<std::size_t>(stages));
   const auto forward = [](int chunk, int mb) { return Turn{BlockKind::forward, chunk, mb}; };
   const auto backward = [](int chunk, int mb) { return Turn{BlockKind::backward, chunk, mb}; };
@@ -593,17 +612,17 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
         order = dualpipe_turns(s, stages, m);
         break;
       case Schedule::interleaved: {
-        // https://arxiv.org/abs/2104.04473, section 2.2: groups of `stages` micro-batches walk the
-        // v chunks.
-        const int total = m * v;
+        // https://arxiv.org/abs/2104.04473, section 2.2: groups of micro-batches walk the v chunks.
+        const int total = m * v, size = group > 0 ? group : stages;
         const auto step = [&](int k, bool ahead) {
-          const int in_group = k % (stages * v);
-          const int local = in_group / stages;
+          const int first = k / (size * v) * size, in_group = k - first * v;
+          const int here = std::min(size, m - first);  // the last group may be smaller
+          const int local = in_group / here;
           const int chunk = (ahead ? local : v - 1 - local) * stages + s;
-          const int mb = k / (stages * v) * stages + in_group % stages;
+          const int mb = first + in_group % here;
           return ahead ? forward(chunk, mb) : backward(chunk, mb);
         };
-        const int warm = std::min((stages - s - 1) * 2 + (v - 1) * stages, total);
+        const int warm = std::min((stages - s - 1) * 2 + (v - 1) * size, total);
         for (int k = 0; k < warm; ++k) order.push_back(step(k, true));
         for (int k = warm; k < total; ++k)
           order.push_back(step(k, true)), order.push_back(step(k - warm, false));
@@ -811,6 +830,7 @@ void apply(Plan& p, const YamlNode& y) {
   integer("micro_batch", p.micro_batch);
   integer("global_batch", p.global_batch, 0);
   integer("zero_group", p.zero_group, 0);
+  integer("micro_batch_group", p.micro_batch_group, 0);
   integer("average_every", p.average_every, 0);
   integer("servers", p.servers, 0);
   integer("staleness", p.staleness, 0);
@@ -1006,6 +1026,8 @@ std::string to_yaml(const Plan& p) {
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",
         name(c.kind), name(c.type), c.ratio, c.rank, c.error_feedback);
   if (p.zero_group > 0) s += fmt::format("zero_group: {}\n", p.zero_group);
+  if (p.micro_batch_group > 0 && p.micro_batch_group != p.pp)
+    s += fmt::format("micro_batch_group: {}\n", p.micro_batch_group);
   if (!p.cuts.empty()) s += fmt::format("cuts: [{}]\n", fmt::join(p.cuts, ", "));
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);
   s += fmt::format(

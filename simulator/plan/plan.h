@@ -71,6 +71,9 @@ struct Plan {
   std::int64_t tp = 1, pp = 1, dp = 1, cp = 1, ep = 1,
                etp = 0;  ///< etp 0: as tp where ep > 1, else tp
   std::int64_t virtual_stages = 1;
+  /// Interleaved: micro-batches that walk the chunks together (Megatron-Core's
+  /// microbatch_group_size_per_vp_stage); 0: pp, or the next more that leaves no group below pp.
+  std::int64_t micro_batch_group = 0;
   std::int64_t micro_batch = 1;   ///< samples per data-parallel rank
   std::int64_t global_batch = 0;  ///< samples per step; 0: one micro-batch per rank
   bool sequence_parallel = false;
@@ -183,8 +186,9 @@ struct Turn {
   int micro_batch = 0;
   friend bool operator==(const Turn&, const Turn&) = default;
 };
+/// `group`: Plan::micro_batch_group of an interleaved schedule; 0: as many as stages.
 std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int virtual_stages,
-                                     int micro_batches);
+                                     int micro_batches, int group = 0);
 
 /// YAML (schema partita.plan/1).
 Plan load_plan(const std::string& file);
