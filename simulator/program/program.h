@@ -442,6 +442,10 @@ std::vector<Bytes> step_bytes(const Program& program, int stage, std::int64_t ra
 /// stage_copies): of forward blocks, and as much less after the chunk's last backward one.
 std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::int64_t rank);
 
+/// Is what this call makes of the gradient a tensor of its own, of the parameters' type, that a
+/// kernel more then adds?
+bool added_apart(const Program& program, const Instruction& instruction, BufferId gradient);
+
 /// Gradients of the parameters' type that stay beside accumulated ones, in the order in which
 /// backward blocks first write them.
 std::vector<BufferId> gradients_beside(const Program& program, const Block& block);

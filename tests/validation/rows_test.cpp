@@ -304,7 +304,7 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
     return f == nullptr ? std::string("none") : f->name;
   };
   EXPECT_EQ(name("Megatron-LM CI (dev container)"), "megatron-ci");
-  EXPECT_EQ(name("Megatron-LM"), "megatron-lm-2021");
+  EXPECT_EQ(name("Megatron-LM"), "megatron-lm-2022");
   EXPECT_EQ(name("Megatron-LM (Sept 2020)"), "megatron-lm-2021");
   EXPECT_EQ(name("Megatron-LM 23e00ed0 + TransformerEngine 2.11"), "megatron-core");
   EXPECT_EQ(name("Megatron-Core r0.8.0"), "megatron-core");
