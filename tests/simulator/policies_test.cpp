@@ -17,8 +17,8 @@
 namespace partita {
 namespace {
 
-/// GPUs older than NCCL that multiply at 1 GFLOP/s, do everything else at once and meet over links
-/// of `bandwidth` and no latency; so fast is the link to the host too.
+/// GPUs older than NCCL that multiply at 1 GFLOP/s, do everything else at once and meet over links of
+/// `bandwidth` and no latency; so fast is the link to the host too.
 Topology linked(int devices, const std::string& bandwidth) {
   const std::string most = "1000000000000 EFLOP/s", memory = "1000000000000000 TB/s";
   return cluster(fmt::format(R"(schema: partita.topology/1
