@@ -41,7 +41,9 @@ struct Running {
 /// When a kernel ends that starts at `start`, does nothing for `fixed` ticks and then has `work`
 /// ticks to do with what `running` leaves:
 ///
-///     rate = min(1, (1 − Σ units) / units, (1 − Σ memory) / memory),   sums over what runs, and moves, then
+///     rate = min(1, (1 − Σ units) / units, (1 − Σ memory) / memory)
+///
+/// with sums over what runs, and for memory moves, then.
 ///
 /// Rounded up once.
 std::int64_t end_beside(std::int64_t start, std::int64_t fixed, std::int64_t work,

@@ -69,8 +69,8 @@ class Engine {
       classes_ = links_.ranks;
     }
     compiled_ = compile(p_, communication_, classes_, labels_);
-    beside_ = options_.network == Network::beside && !crowded_ &&
-              !communication_.measured_together();
+    beside_ =
+        options_.network == Network::beside && !crowded_ && !communication_.measured_together();
     if (beside_) {
       play_transfers_first(compiled_);
       find_uses();
