@@ -485,7 +485,7 @@ TEST(Rows, ARowIsPredictedAsItsPlanIs) {
   plan.global_batch = 16;
   set_framework(plan, "megatron-core", "");
   Communication c(load_topology("dgx-h100:16 gpus"));
-  const auto p = predict(graph, plan, c);
+  const auto p = predict(graph, plan, c, nullptr, nullptr, false, nullptr, Network::beside);
   ASSERT_TRUE(p) << p.reason();
   EXPECT_DOUBLE_EQ(families[0].figures[0].predicted, p->step_time.count);
 }
