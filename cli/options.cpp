@@ -65,8 +65,8 @@ void PlanFlags::add_to(CLI::App& app) {
 void PlanFlags::add_network(CLI::App& app) {
   app.add_option(
       "--network", network,
-      "flows: what runs at once shares links, memory and multiprocessors; idle: each transfer "
-      "alone");
+      "flows: what runs at once shares links, memory and multiprocessors; beside: each transfer "
+      "alone on its links, kernels get what their rank's leave of its device; idle: all alone");
 }
 
 std::optional<validation::FitProfile> fit_of(const PlanFlags& flags) {
@@ -172,11 +172,11 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
       at = comma + 1;
     }
   }
-  if (f.network != "idle" && f.network != "flows") {
+  if (!network_named(f.network)) {
     throw InputError(
         "--network",
         fmt::format("'{}' is no network model; there are flows: what runs at once shares, "
-                    "and idle: each transfer alone",
+                    "beside: kernels give way to their rank's transfers, and idle: each alone",
                     f.network));
   }
   for (const std::string& item : f.set) {

@@ -37,7 +37,7 @@ struct PlanFlags {
   std::optional<double> dropout;
   std::vector<YamlEdit> model_edits;  ///< whatif only
 
-  Network sharing() const { return network == "idle" ? Network::idle : Network::flows; }
+  Network sharing() const { return network_named(network).value_or(Network::flows); }
   void add_to(CLI::App& app);
   void add_network(CLI::App& app);
   void add_profile(CLI::App& app);

@@ -39,7 +39,7 @@ using validation::PublishedGroup;
 using validation::Verdict;
 
 struct Options {
-  std::string file, data, family, against = "target", network = "idle", profile;
+  std::string file, data, family, against = "target", network = "beside", profile;
   std::size_t workers = 0;
   bool json = false, uncovered = false, fitted = false;
 };
@@ -194,9 +194,11 @@ CsvTable load_table(const std::string& file) {
 
 std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Options& o) {
   validation::RowsOptions r;
-  if (o.network != "idle" && o.network != "flows")
-    throw InputError("--network", fmt::format("'{}' is unknown; use idle or flows", o.network));
-  r.network = o.network == "idle" ? Network::idle : Network::flows;
+  const auto network = network_named(o.network);
+  if (!network)
+    throw InputError("--network",
+                     fmt::format("'{}' is unknown; use idle, beside or flows", o.network));
+  r.network = *network;
   r.workers = o.workers;
   r.family = o.family;
   std::optional<validation::FitProfile> profile;
@@ -500,8 +502,10 @@ void published(const Options& o, int& code) {
 
 void add_common(CLI::App& c, Options& o) {
   c.add_option("--family", o.family, "only rows of this family");
-  c.add_option("--network", o.network,
-               "idle (default): every transfer alone on its links; flows: they share");
+  c.add_option(
+      "--network", o.network,
+      "beside (default): transfers alone on their links, kernels get what they leave of the "
+      "device; idle: all alone; flows: links shared too");
   c.add_option("--workers", o.workers, "threads (default: one per core)");
   c.add_flag("--uncovered", o.uncovered, "list every row without a prediction, and why");
   c.add_flag("--json", o.json, "print JSON");

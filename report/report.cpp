@@ -99,7 +99,7 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   b["optimizer"] = to_seconds(p.breakdown.optimizer).count;
   b["other"] = to_seconds(p.breakdown.other).count;
   j["breakdown_s"] = b;
-  j["network"] = p.network == Network::flows ? "flows" : "idle";
+  j["network"] = name(p.network);
   j["contended"] = Json::array();
   for (const Contended& c : p.contended)
     j["contended"].push_back({{"what", c.what},

@@ -76,7 +76,7 @@ struct FamilyFigures {
 };
 
 struct RowsOptions {
-  Network network = Network::idle;
+  Network network = Network::beside;
   std::size_t workers = 0;  ///< 0: one per core
   std::string family;       ///< only this one; "": all
   /// What measured steps say of prices, by device, framework and cluster; null: nothing.

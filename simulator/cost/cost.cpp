@@ -323,11 +323,12 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
   } else if (!forward) {
     one.m = s.n, one.n = s.k, one.k = s.m;
     if (plain) one.layout = ProductLayout::nt;
-    one.accumulate = i.accumulate;
+    one.accumulate = i.accumulate && !added_apart(p, i, i.writes[0]);
   } else if (plain) {
     one.layout = ProductLayout::tn;
   }
   one.out = out_of(i.writes);
+  if (i.accumulate && !one.accumulate && !forward && !data) one.out = p.allocations.parameters;
   const bool narrow = bits(op.compute) <= 8;
   one.bytes = narrow || w.parts > 1 ? one.operand_bytes() : w.bytes;
   if (i.casts) {
@@ -360,6 +361,30 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
   if (const auto* c = std::get_if<Convolution>(&op.operation); c != nullptr && winograd(*c, op))
     one = winograd_products(one, i.kernel);
   w.products = {one};
+}
+
+/// Weights' gradients that are tensors of their own before they are added.
+struct Apart {
+  Bytes made;         ///< written by the kernel that makes them
+  Bytes accumulated;  ///< what a kernel that adds in place reads and writes instead
+  Bytes added;        ///< read and written by the kernels that add
+  int kernels = 0;
+};
+Apart gradients_apart(const Program& p, const Instruction& i, std::int64_t rank) {
+  Apart apart;
+  if (i.kernel != Kernel::backward_weight) return apart;
+  for (const BufferId g : i.writes) {
+    if (!added_apart(p, i, g)) continue;
+    const Bytes made = as_parameters(p, g, rank), sum = local_bytes(p, g, rank);
+    apart.made += made;
+    apart.accumulated += 2 * sum;
+    // The first one of the right type is what the others are added to.
+    const std::int64_t first = p.buffer(g).type == p.allocations.parameters ? 1 : 0,
+                       all = std::max(p.micro_batches, 1);
+    apart.added += Bytes{(made + 2 * sum).count * (all - first) / all};
+    ++apart.kernels;
+  }
+  return apart;
 }
 
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
@@ -432,6 +457,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   for_each_write(i, touch);
   if (i.op < 0) return w;
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  const Apart apart = gradients_apart(p, i, rank);
+  w.bytes += apart.made - apart.accumulated;
   w.matrix = is_product(op.operation);
   w.type = op.compute;
   w.flops = mathematical_flops(p, i, rank);
@@ -455,6 +482,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     return w;
   }
   if (w.matrix) add_shapes(p, i, op, rank, w);
+  w.kernels += apart.kernels;
+  (w.products.empty() ? w.bytes : w.streamed) += apart.added;
   if (p.channels_first && op.compute == ElementType::tf32 &&
       std::holds_alternative<Convolution>(op.operation)) {
     // cuDNN turns the images that a kernel of tensor cores reads and writes, a pass each.

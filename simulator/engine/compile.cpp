@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <numeric>
 #include <set>
 #include <string>
 #include <utility>
@@ -244,6 +245,7 @@ class Compiler {
         s.stream = device.concurrent_streams ? i.stream : kComputeStream;
         s.after_compute = i.after_compute;
         s.instruction = static_cast<std::int32_t>(k);
+        s.at = static_cast<std::int32_t>(out.steps.size());
         out.rise = std::max(out.rise, level + transient_bytes(p_, i, rank).count);
         switch (i.kind) {
           case Kind::compute:
@@ -438,6 +440,64 @@ Compiled compile(const Program& program, Communication& communication, const Ran
   return Compiler(program, communication, classes, labels).run();
 }
 
+namespace {
+
+/// May what is beside the compute stream be played before this step? Only before kernels, so that
+/// no rank comes to wait for another before it has sent what that one waits for; neither may see
+/// what the other makes.
+bool passes(const CompiledBlock& block, const Step& later, const Step& kernel) {
+  if (kernel.stream != kComputeStream || kernel.host_waits || later.after_compute) return false;
+  switch (kernel.kind) {
+    case Kind::compute:
+    case Kind::slice:
+    case Kind::load:
+      break;
+    default:
+      return false;
+  }
+  const auto meet = [&](const Step& makes, const Step& waits) {
+    for (std::int32_t m = 0; m < makes.marks; ++m) {
+      for (std::int32_t w = 0; w < waits.waits; ++w) {
+        if (block.slots[static_cast<std::size_t>(makes.first_mark + m)] ==
+            block.slots[static_cast<std::size_t>(waits.first_wait + w)])
+          return true;
+      }
+    }
+    return false;
+  };
+  // What a step makes it also waits for.
+  return !meet(kernel, later) && !meet(later, kernel);
+}
+
+/// Steps are launched in the block's order, whatever order they are played in.
+void keep_launch_order(CompiledBlock& block) {
+  std::vector<std::int64_t> launched(block.steps.size());
+  for (const Step& s : block.steps) launched[static_cast<std::size_t>(s.at)] = s.launch;
+  std::partial_sum(launched.begin(), launched.end(), launched.begin());
+  std::int64_t played = 0;
+  for (Step& s : block.steps) {
+    s.until_launched = launched[static_cast<std::size_t>(s.at)] - played;
+    played += s.launch;
+  }
+}
+
+}  // namespace
+
+void play_transfers_first(Compiled& compiled) {
+  for (auto& blocks : compiled.blocks) {
+    for (CompiledBlock& block : blocks) {
+      for (std::size_t k = block.receives; k < block.steps.size(); ++k) {
+        if (block.steps[k].stream == kComputeStream || block.steps[k].host_waits) continue;
+        for (std::size_t j = k;
+             j > block.receives && passes(block, block.steps[j], block.steps[j - 1]); --j) {
+          std::swap(block.steps[j], block.steps[j - 1]);
+          std::swap(block.prices[j], block.prices[j - 1]);
+        }
+      }
+    }
+  }
+}
+
 void stretch(Compiled& compiled, const Program& program, const Adjustment& a) {
   // Who meets waits for the slowest, relative to the mean.
   const double slowest = a.spread > 0 ? 1 + a.spread * expected_maximum(program.ranks()) : 1;
@@ -461,6 +521,7 @@ void stretch(Compiled& compiled, const Program& program, const Adjustment& a) {
         s.launch = ceil_div(to_ticks(a.launch_time * x.launch).count, x.every);
         if (k >= block.receives) block.launch += s.launch;
       }
+      keep_launch_order(block);
     }
   }
 }

@@ -34,8 +34,12 @@ struct Step {
   bool meets = false;       ///< members of several classes
   bool host_waits = false;  ///< for the compute stream, before it launches this
   std::int32_t instruction = 0;
-  std::int64_t ticks = 0;                  ///< as stretched
-  std::int64_t launch = 0;                 ///< of the host's time, as stretched
+  std::int64_t ticks = 0;   ///< as stretched
+  std::int64_t launch = 0;  ///< of the host's time, as stretched
+  /// From the launch of what was played before until its own: `launch`, but for steps that are
+  /// played out of the order in which the host launches them.
+  std::int64_t until_launched = 0;
+  std::int32_t at = 0;                     ///< place in that order, in its block
   std::int32_t first_wait = 0, waits = 0;  ///< into Compiled::slots: buffers made on other streams
   std::int32_t first_mark = 0, marks = 0;  ///< slots this makes
   std::int32_t label = 0;                  ///< for the breakdown
@@ -76,6 +80,11 @@ struct Compiled {
 /// Prices every instruction once for each class. What steps take is 0 until it is stretched.
 Compiled compile(const Program& program, Communication& communication, const RankClasses& classes,
                  Labels& labels);
+
+/// Puts transfers, and what else is not on the compute stream, before kernels of their block that
+/// they don't wait for, so that a kernel meets all transfers that run beside it. No time depends on
+/// that order, but for what gives way to transfers.
+void play_transfers_first(Compiled& compiled);
 
 /// What steps take and the host needs to launch them, as `adjustment` says.
 void stretch(Compiled& compiled, const Program& program, const Adjustment& adjustment);

@@ -303,14 +303,7 @@ class Contender {
         default:
           break;
       }
-      if (t.usage >= 0) {
-        // Compared as numbers first: all of a time may be far more than ticks can count.
-        const double all = static_cast<double>(s.ticks),
-                     share = work.count * 1e12 / static_cast<double>(i.every);
-        t.work = share >= all ? s.ticks
-                              : to_ticks(Seconds{work.count / static_cast<double>(i.every)}).count;
-        t.work = std::min(t.work, s.ticks);
-      }
+      if (t.usage >= 0) t.work = work_ticks(work, s.ticks, i.every);
       t.fixed = s.ticks - t.work;
       tasks.push_back(t);
     }

@@ -8,6 +8,7 @@
 
 #include "simulator/engine/breakdown.h"
 #include "simulator/engine/classes.h"
+#include "simulator/engine/device_use.h"
 #include "simulator/program/program.h"
 
 namespace partita {
@@ -47,7 +48,8 @@ struct Progress {
   Slots index;
   std::vector<Slot> slots;
   std::vector<Mark> late;  ///< made by earlier calls, ready after the compute stream's position
-  Spent spent;             ///< by the compute stream
+  std::vector<Running> running;  ///< transfers that kernels may still meet, with Network::beside
+  Spent spent;                   ///< by the compute stream
 
   Slot& slot(std::int32_t encoded, std::int32_t micro_batch) {
     return slots[index.at(encoded, micro_batch)];

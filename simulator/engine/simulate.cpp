@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "simulator/engine/compile.h"
+#include "simulator/engine/device_use.h"
 #include "simulator/engine/progress.h"
 #include "simulator/engine/turns.h"
 #include "simulator/engine/worn.h"
@@ -32,7 +33,8 @@ struct Replay {
   };
   std::vector<Made> marks;
   std::vector<std::tuple<std::int32_t, std::int32_t, bool, std::int64_t>>
-      messages;  ///< id, to class, once a step?, start
+      messages;                  ///< id, to class, once a step?, start
+  std::vector<Running> running;  ///< at its end
 };
 
 struct Meeting {
@@ -59,7 +61,7 @@ class Engine {
         classes_.classes.push_back({p_.stage_of(r), r, 1});
         classes_.of_rank.push_back(static_cast<int>(r));
       }
-    } else if (options_.network == Network::idle) {
+    } else if (options_.network != Network::flows) {
       classes_ = classify(p_, communication_);
     }
     if (options_.network == Network::flows) {
@@ -68,6 +70,12 @@ class Engine {
       refuse_too_many();
     }
     compiled_ = compile(p_, communication_, classes_, labels_);
+    beside_ =
+        options_.network == Network::beside && !crowded_ && !communication_.measured_together();
+    if (beside_) {
+      play_transfers_first(compiled_);
+      find_uses();
+    }
     const std::size_t n = classes_.classes.size();
     timeline_.classes = classes_.classes;
     if (t.state().ranks_per_device > 1) timeline_.class_of_rank = classes_.of_rank;
@@ -227,6 +235,12 @@ class Engine {
     // A host that is further ahead than the whole block takes to launch is in nobody's way.
     const bool ahead = s.host - now <= -block.launch;
     key.push_back(std::max(s.host - now, -block.launch));
+    forget(s);
+    for (const Running& r : s.running) {
+      for (const std::int64_t x : {std::max<std::int64_t>(r.from - now, 0),
+                                   std::max<std::int64_t>(r.moves - now, 0), r.to - now, r.code})
+        key.push_back(x);
+    }
     const std::int64_t host_from = ahead && !block.host_waits ? s.host : now;
     auto& replays = replays_[static_cast<std::size_t>(c)][call.block.index()];
     const auto known = replays.find(key);
@@ -245,6 +259,8 @@ class Engine {
       for (const auto& [id, to, of_step, start] : r.messages) {
         messages_[(*keys_)(id, of_step ? -1 : call.micro_batch, c, to)] = now + start;
       }
+      s.running = r.running;
+      for (Running& x : s.running) x.from += now, x.moves += now, x.to += now;
       timeline_.instructions += static_cast<std::int64_t>(block.steps.size() - block.receives);
       return;
     }
@@ -281,6 +297,9 @@ class Engine {
               (*keys_)(step.message, step.of_step ? -1 : call.micro_batch, c, step.peer_class)) -
               now);
     }
+    forget(s);
+    r.running = s.running;
+    for (Running& x : r.running) x.from -= now, x.moves -= now, x.to -= now;
     replays.emplace(std::move(key), std::move(r));
   }
 
@@ -298,8 +317,8 @@ class Engine {
     std::int64_t start = s.free[step.stream];
     const Slot* cause = nullptr;
     if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
-    const std::int64_t launched =
-        (step.host_waits ? std::max(s.host, s.free[kComputeStream]) : s.host) + step.launch;
+    if (step.host_waits) s.host = std::max(s.host, s.free[kComputeStream]);
+    const std::int64_t launched = s.host + step.until_launched;
     Slot host;
     if (launched > start) {
       const std::int32_t x = labels_.of("exposed:launch");
@@ -332,8 +351,8 @@ class Engine {
                        "the step would take longer than the 106 days of event time; use fewer "
                        "micro-batches or a faster device");
     }
-    s.host = launched;
-    const std::int64_t end = start + ticks;
+    s.host += step.launch;
+    const std::int64_t end = beside_ ? end_of(c, s, block, step, call, start) : start + ticks;
     if (step.stream == kComputeStream) {
       if (start > s.free[kComputeStream]) charge(c, s, cause, s.free[kComputeStream], start);
       spend(c, s, step.label, start, end);
@@ -361,6 +380,78 @@ class Engine {
       timeline_.entries.push_back(e);
     }
     return true;
+  }
+
+  /// Of the instruction's time, and of its device, what it uses.
+  DeviceUse use_of(std::size_t c, std::size_t b, const Step& step) {
+    const Instruction& i = p_.blocks[b].instructions[static_cast<std::size_t>(step.instruction)];
+    const std::int64_t rank = classes_.classes[c].representative;
+    switch (step.kind) {
+      case Kind::compute:
+      case Kind::slice:
+        if (from_storage(p_, i) || on_host(p_, i)) return {};
+        return kernel_use(p_, i, rank, communication_);
+      case Kind::collective: {
+        const auto group = p_.group(i, rank);
+        Bytes bytes{0};
+        for (const int m : classes_in(classes_, group))
+          bytes = std::max(
+              bytes, payload(p_, i, classes_.classes[static_cast<std::size_t>(m)].representative));
+        bytes = communication_.travelling(p_, i, bytes, group);
+        return collective_use(i, group, bytes, rank, communication_);
+      }
+      case Kind::send:
+        return message_use(rank, p_.peer_of(i, rank), local_bytes(p_, i.reads[0], rank), rank,
+                           communication_);
+      case Kind::receive:
+        return message_use(p_.peer_of(i, rank), rank, local_bytes(p_, i.writes[0], rank), rank,
+                           communication_);
+      default:
+        return {};
+    }
+  }
+  /// Of blocks in which something is beside the compute stream, and of all where a transfer of
+  /// another block may still run: every instruction's.
+  void find_uses() {
+    uses_.resize(compiled_.blocks.size());
+    for (std::size_t c = 0; c < uses_.size(); ++c) {
+      const auto& blocks = compiled_.blocks[c];
+      uses_[c].resize(blocks.size());
+      const bool any = std::any_of(blocks.begin(), blocks.end(), [](const CompiledBlock& b) {
+        return std::any_of(b.steps.begin(), b.steps.end(),
+                           [](const Step& s) { return s.stream != kComputeStream; });
+      });
+      if (!any) continue;
+      for (std::size_t b = 0; b < blocks.size(); ++b) {
+        for (const Step& s : blocks[b].steps) uses_[c][b].push_back(use_of(c, b, s));
+      }
+    }
+  }
+
+  /// When the step ends that starts at `start`: a kernel among its rank's transfers that have
+  /// begun. Transfers end as alone, and are remembered.
+  std::int64_t end_of(int c, Progress& s, const CompiledBlock& block, const Step& step,
+                      const BlockCall& call, std::int64_t start) {
+    const bool kernel = step.kind == Kind::compute || step.kind == Kind::slice;
+    const std::int64_t alone = start + step.ticks;
+    if (step.ticks == 0 || kernel != (step.stream == kComputeStream)) return alone;
+    forget(s);
+    if (kernel && s.running.empty()) return alone;
+    const auto at = static_cast<std::size_t>(&step - block.steps.data());
+    const DeviceUse& use = uses_[static_cast<std::size_t>(c)][call.block.index()][at];
+    if (!(use.work.count > 0)) return alone;
+    const std::int64_t work = work_ticks(use.work, step.ticks, block.prices[at].every);
+    if (kernel) return end_beside(start, step.ticks - work, work, use, s.running);
+    s.running.push_back({start, alone - work, alone, use.units, use.memory,
+                         static_cast<std::int64_t>(call.block.value) << 32 | step.instruction});
+    return alone;
+  }
+  /// Transfers that no later kernel can meet.
+  static void forget(Progress& s) {
+    const std::int64_t now = s.free[kComputeStream];
+    s.running.erase(std::remove_if(s.running.begin(), s.running.end(),
+                                   [&](const Running& r) { return r.to <= now; }),
+                    s.running.end());
   }
 
   /// What an instance lost, and over what most of it.
@@ -440,7 +531,9 @@ class Engine {
   SharedLinks links_;
   Labels labels_;
   Compiled compiled_;
-  ContendedStep contended_;             ///< with Network::flows
+  bool beside_ = false;                                    ///< kernels give way to transfers
+  std::vector<std::vector<std::vector<DeviceUse>>> uses_;  ///< then: [class][block][step]
+  ContendedStep contended_;                                ///< with Network::flows
   std::vector<std::size_t> next_loss_;  ///< by class: of contended_.losses, if recorded
   std::map<std::string, std::int32_t> resource_of_;
   std::vector<Progress> progress_;  ///< by class
@@ -490,6 +583,17 @@ std::vector<TimeSlice> over_time(const Timeline& t, int slices) {
     if (rest.count > 0) slice.spent["other"] += rest;
   }
   return all;
+}
+
+std::string_view name(Network network) {
+  return network == Network::idle ? "idle" : network == Network::beside ? "beside" : "flows";
+}
+
+std::optional<Network> network_named(std::string_view text) {
+  for (const Network n : {Network::idle, Network::beside, Network::flows}) {
+    if (name(n) == text) return n;
+  }
+  return std::nullopt;
 }
 
 Timeline simulate(const Program& program, Communication& communication,

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/units.h"
@@ -61,9 +63,13 @@ struct TimeSlice {
 /// Of a recorded step; what comes after the last instruction (Launches::step) is "other".
 std::vector<TimeSlice> over_time(const Timeline& recorded, int slices);
 
-/// idle: every transfer has its links to itself. flows: what runs at once shares links, memory and
-/// multiprocessors (docs/sharing.md).
-enum class Network { idle, flows };
+/// idle: every transfer has its links to itself, every kernel its device. beside: kernels get what
+/// their own rank's transfers leave of its multiprocessors and memory. flows: what runs at once
+/// shares links too (docs/sharing.md).
+enum class Network : std::uint8_t { idle, beside, flows };
+std::string_view name(Network network);
+/// std::nullopt: there is none of that name.
+std::optional<Network> network_named(std::string_view name);
 
 struct SimulateOptions {
   Network network = Network::idle;

@@ -18,20 +18,6 @@ constexpr double kAlone = 1 - 0x1p-30;
 /// few, a kernel's fill the rest. Any weight far below that of flows (seconds per byte) will do.
 constexpr double kKernelWeight = 0x1p-46;
 
-/// Bytes that pass through a member's memory for each byte that it sends: read, and written where
-/// they arrive; a sum reads its own operand too.
-double memory_passes(CollectiveKind kind) {
-  switch (kind) {
-    case CollectiveKind::reduce_scatter:
-    case CollectiveKind::reduce:
-      return 3;
-    case CollectiveKind::all_reduce:
-      return 2.5;
-    default:
-      return 2;
-  }
-}
-
 }  // namespace
 
 Usages::Usages(const Program& program, Communication& communication, const SharedLinks& links)
@@ -58,37 +44,21 @@ std::int32_t Usages::keep(Usage usage) {
 }
 
 std::int32_t Usages::kernel(const Instruction& i, std::int32_t c, Seconds& work) {
-  const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
-  const DeviceProfile& device =
-      communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
-  // Measured: as if its units were what it takes, all of it.
-  KernelParts parts{Seconds{1}, Seconds{0}, Seconds{1}};
-  work = Seconds{1e9};
-  if (device.kernels.empty()) {
-    parts = kernel_parts(work_of(program_, i, rank), device, communication_.shapes(rank));
-    work = Seconds{parts.work.count /
-                   communication_.topology().speed(DeviceId{static_cast<std::size_t>(rank)})};
-  }
-  const double longest = parts.work.count;
-  if (!(longest > 0)) return -1;
-  // With the multiprocessors that a transfer leaves it takes `beside_transfers` times as long, in
-  // whole waves; alone no longer than alone.
-  double units = parts.units.count / longest;
-  if (device.communication_multiprocessors > 0)
-    units *= std::min(1.0, parts.beside_transfers *
-                               (1 - static_cast<double>(device.communication_multiprocessors) /
-                                        device.multiprocessors));
+  const DeviceUse use =
+      kernel_use(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].representative,
+                 communication_);
+  work = use.work;
+  if (!(work.count > 0)) return -1;
   Usage u;
   u.weight = kKernelWeight;
   const auto& seat = links_.seats[static_cast<std::size_t>(c)];
   const auto at = static_cast<std::size_t>(seat.device_class);
   const bool in_turns = communication_.topology().in_turns();
-  if (in_turns || parts.units.count > 0)
+  if (in_turns || use.units > 0)
     u.demands.push_back(
-        {ResourceId{first_units_.index() + at}, kAlone * (in_turns ? 1 : units), seat.ranks});
-  if (parts.memory.count > 0)
-    u.demands.push_back({ResourceId{first_memory_.index() + at},
-                         kAlone * parts.memory.count / longest, seat.ranks});
+        {ResourceId{first_units_.index() + at}, kAlone * (in_turns ? 1 : use.units), seat.ranks});
+  if (use.memory > 0)
+    u.demands.push_back({ResourceId{first_memory_.index() + at}, kAlone * use.memory, seat.ranks});
   return keep(std::move(u));
 }
 
@@ -108,23 +78,16 @@ void Usages::cross(Usage& u, const TransferKind& kind, std::int32_t c, double ra
         {ResourceId{static_cast<std::size_t>(x.link_class)}, flow * kAlone, x.flows});
 }
 
-void Usages::occupy(Usage& u, std::int32_t c, double memory_rate, int multiprocessors) {
-  const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
-  const DeviceProfile& device =
-      communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)});
-  const double memory = device.memory_bandwidth.count * device.memory_efficiency;
+void Usages::occupy(Usage& u, std::int32_t c, const DeviceUse& use) {
   const auto& seat = links_.seats[static_cast<std::size_t>(c)];
   const auto at = static_cast<std::size_t>(seat.device_class);
-  if (memory_rate > 0)
-    u.demands.push_back({ResourceId{first_memory_.index() + at},
-                         std::min(1.0, memory_rate / memory) * kAlone, seat.ranks});
-  if (multiprocessors == 0) multiprocessors = device.communication_multiprocessors;
-  multiprocessors = std::min(multiprocessors, device.multiprocessors - 1);
-  double held = static_cast<double>(multiprocessors * seat.ranks) / device.multiprocessors;
+  if (use.memory > 0)
+    u.demands.push_back({ResourceId{first_memory_.index() + at}, use.memory * kAlone, seat.ranks});
+  double held = use.units * static_cast<double>(seat.ranks);
   // In its slices.
   if (communication_.topology().in_turns())
     held /= communication_.topology().state().ranks_per_device;
-  if (multiprocessors > 0) u.held.emplace_back(ResourceId{first_units_.index() + at}, held);
+  if (held > 0) u.held.emplace_back(ResourceId{first_units_.index() + at}, held);
 }
 
 std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int64_t>& group,
@@ -140,9 +103,11 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
   const auto c = static_cast<std::int32_t>(members[0]);
   cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage), c,
         moving.rate.count);
-  const int channels = communication_.channels(i.collective, bytes, group);
   for (const int m : members)
-    occupy(u, m, moving.rate.count * memory_passes(i.collective), channels);
+    occupy(u, m,
+           collective_use(i, group, bytes,
+                          links_.ranks.classes[static_cast<std::size_t>(m)].representative,
+                          communication_));
   return keep(std::move(u));
 }
 
@@ -158,8 +123,8 @@ std::int32_t Usages::send(const Instruction& i, std::int64_t rank, std::int64_t 
             to = links_.ranks.of_rank[static_cast<std::size_t>(peer)];
   cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(from)].stage),
         from, moving.rate.count);
-  occupy(u, from, moving.rate.count);
-  if (to != from) occupy(u, to, moving.rate.count);
+  occupy(u, from, message_use(rank, peer, bytes, rank, communication_));
+  if (to != from) occupy(u, to, message_use(rank, peer, bytes, peer, communication_));
   return keep(std::move(u));
 }
 

@@ -11,6 +11,7 @@
 
 #include "simulator/cost/cost.h"
 #include "simulator/engine/contend.h"
+#include "simulator/engine/device_use.h"
 #include "simulator/engine/links.h"
 #include "simulator/program/program.h"
 
@@ -40,8 +41,7 @@ class Usages {
 
  private:
   void cross(Usage& usage, const TransferKind& kind, std::int32_t rank_class, double rate);
-  /// `multiprocessors` that a transfer keeps; 0: as many as its device says.
-  void occupy(Usage& usage, std::int32_t rank_class, double memory_rate, int multiprocessors = 0);
+  void occupy(Usage& usage, std::int32_t rank_class, const DeviceUse& use);
   std::int32_t keep(Usage usage);
 
   const Program& program_;

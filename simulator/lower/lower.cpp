@@ -66,6 +66,7 @@ class Lowering {
     order_blocks();
     loader_blocks();
     server_blocks();
+    if (plan_.sums_in_turn && plan_.replicas == 0) sum_in_turn();
     if (plan_.overlap_tensor_parallel) split_products();
     if (plan_.message_queue) broker_blocks();
     if (plan_.offload_activations) offload_activations();
@@ -912,6 +913,20 @@ class Lowering {
           b.scope != Scope::micro_batch || b.alias >= 0 || b.element_bytes > 0)
         continue;
       b.kept_bits = narrow[k] + (wide[k] != 0 ? static_cast<int>(bits(b.type)) : 0);
+    }
+  }
+
+  /// Gradients are summed over tp where the program has them, not beside the kernels before.
+  void sum_in_turn() {
+    const AtomMask tp = mask_of(plan_.axes.at("tp"));
+    for (Block& block : p_.blocks) {
+      if (block.kind != BlockKind::backward) continue;
+      for (Instruction& i : block.instructions) {
+        const bool sums = i.collective == CollectiveKind::all_reduce ||
+                          i.collective == CollectiveKind::reduce_scatter;
+        if (i.kind == Kind::collective && sums && i.atoms == tp && i.tie < 0)
+          i.after_compute = true;
+      }
     }
   }
 

@@ -33,6 +33,7 @@ struct FrameworkProfile {
   FrameworkKernels kernels;
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;  ///< between stages, over tp
+  bool sums_in_turn = false;      ///< backward, over tp, after weights' gradients
   Allocations allocations;
   /// The first of its workspaces in deterministic runs; both in those of its own layers. 0: alike.
   Bytes workspace_deterministic, workspace_local;

@@ -129,6 +129,9 @@ struct Plan {
   FrameworkKernels kernels;  ///< the framework's
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;
+  /// Backward sums over tp start when the kernels before them have ended, a weight's gradient too;
+  /// else beside these. From the framework profile.
+  bool sums_in_turn = false;
   Allocations allocations;  ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are

@@ -288,21 +288,9 @@ bool stays_beside(const Program& p, BufferId gradient) {
 
 /// Gradients apart of one call: of parameters that are accumulated over the step.
 Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank) {
-  if (i.kernel != Kernel::backward_weight || i.op < 0 ||
-      p.allocations.weight_gradients == Allocations::WeightGradients::in_place)
-    return Bytes{0};
   Bytes sum{0};
   for (const BufferId g : i.writes) {
-    if (!g.valid() || p.buffer(g).scope != Scope::step) continue;
-    if (stays_beside(p, g)) continue;
-    // Without anything to add to, the first gradient of the right type stays.
-    if (p.allocations.weight_gradients != Allocations::WeightGradients::placeholders &&
-        p.micro_batches == 1 && p.buffer(g).type == p.allocations.parameters)
-      continue;
-    if (p.allocations.weight_gradients == Allocations::WeightGradients::placeholders &&
-        layer_product(p, i))
-      continue;
-    sum += as_parameters(p, g, rank);
+    if (added_apart(p, i, g) && !stays_beside(p, g)) sum += as_parameters(p, g, rank);
   }
   return sum;
 }
@@ -316,6 +304,17 @@ Bytes loss_forward(const Program& p, const Instruction& i, std::int64_t rank) {
 }
 
 }  // namespace
+
+bool added_apart(const Program& p, const Instruction& i, BufferId g) {
+  using WeightGradients = Allocations::WeightGradients;
+  const WeightGradients how = p.allocations.weight_gradients;
+  if (i.kernel != Kernel::backward_weight || i.op < 0 || how == WeightGradients::in_place ||
+      !g.valid() || p.buffer(g).scope != Scope::step)
+    return false;
+  if (how == WeightGradients::placeholders) return !layer_product(p, i);
+  // Without anything to add to, the first gradient of the right type stays.
+  return p.micro_batches > 1 || p.buffer(g).type != p.allocations.parameters;
+}
 
 Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute_capability) {
   const Allocations& a = p.allocations;

@@ -454,6 +454,10 @@ std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::i
 /// By buffer: do backward passes of layers (operators of "layers.N") read it?
 std::vector<bool> read_by_layers(const Program& program);
 
+/// Is what this call makes of the gradient a tensor of its own, of the parameters' type, that a
+/// kernel more then adds?
+bool added_apart(const Program& program, const Instruction& instruction, BufferId gradient);
+
 /// Gradients of the parameters' type that stay beside accumulated ones, in the order in which
 /// backward blocks first write them.
 std::vector<BufferId> gradients_beside(const Program& program, const Block& block);

@@ -10,6 +10,7 @@
 #include "simulator/cost/axes.h"
 #include "simulator/engine/collectives.h"
 #include "simulator/engine/contend.h"
+#include "simulator/engine/device_use.h"
 #include "simulator/engine/links.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/engine/step_graph.h"
@@ -140,6 +141,7 @@ TEST(Contention, KernelsGiveWayToTransfers) {
     // itself.
     const double head = 2e6;
     EXPECT_NEAR(shared, 3e6 + head + (alone - head) / (1 - 1.125 / 3.015), 20);
+    EXPECT_NEAR(first_end(run(p, t, Network::beside)), shared, 20);
   }
   {
     // Random numbers in bf16: 60 operations each, 66.9 TFLOP/s; memory is not what limits. The
@@ -150,6 +152,7 @@ TEST(Contention, KernelsGiveWayToTransfers) {
     const double alone = 60 * 5e8 / 66.9e12 * 1e12;
     EXPECT_NEAR(first_end(run(p, t, Network::idle)), 3e6 + alone, 2);
     EXPECT_NEAR(first_end(run(p, t, Network::flows)), 3e6 + alone * 132 / 108, 20);
+    EXPECT_NEAR(first_end(run(p, t, Network::beside)), 3e6 + alone * 132 / 108, 20);
   }
 }
 
@@ -211,6 +214,42 @@ TEST(Contention, RanksOfADeviceTalkOverItsHost) {
   EXPECT_NEAR(message(2, false), 3e-6 + 2 * 0.5e-6 + 2.18e-3 + 1e-3, 1e-12);
   EXPECT_NEAR(message(3, false), 3e-6 + 2 * 0.5e-6 + 2 * 2.18e-3 + 1e-3, 1e-12);
   EXPECT_NEAR(message(2, true), 3e-6 + 2 * 0.5e-6 + 1e-3, 1e-12);
+}
+
+// docs/sharing.md, "Beside its own transfers".
+TEST(Contention, AKernelIsSlowerOnlyWhileTransfersRun) {
+  DeviceUse kernel;
+  kernel.units = 1;
+  kernel.memory = 0.5;
+  // 100 ticks of work from 10; a quarter of the units is kept from 30 to 70, 0.8 of the memory
+  // from 50 to 60.
+  const std::vector<Running> running{{30, 40, 70, 0.25, 0, 0}, {45, 50, 60, 0, 0.8, 1}};
+  // 20 by 30, 15 by 50, 10 · 0.2 / 0.5 = 4 by 60, 7.5 by 70; 53.5 more.
+  EXPECT_EQ(end_beside(0, 10, 100, kernel, running), 124);
+  EXPECT_EQ(end_beside(0, 10, 20, kernel, running), 30);  // over before
+  EXPECT_EQ(end_beside(70, 0, 20, kernel, running), 90);  // begins when all have ended
+  EXPECT_EQ(end_beside(0, 30, 30, kernel, running), 74);  // 15 + 4 + 7.5 by 70, 3.5 more
+  // All is kept: it waits.
+  EXPECT_EQ(end_beside(0, 0, 5, kernel, {{2, 2, 9, 1, 0, 0}}), 12);
+}
+
+// A reduce-scatter comes after the weight's gradient in the program and runs beside it.
+TEST(Contention, KernelsGiveWayToTransfersThatComeLaterInTheProgram) {
+  const Topology t = load_topology("dgx-h100:1");
+  Plan wanted = base_plan();
+  wanted.tp = 2;
+  wanted.sequence_parallel = true;
+  TransformerConfig c = small_config();
+  c.sequence = c.positions = 2048;
+  c.hidden = 2048;
+  c.ffn = 8192;
+  const Program p = lowered(build_transformer(c), wanted);
+  const Timeline idle = run(p, t, Network::idle), beside = run(p, t, Network::beside),
+                 flows = run(p, t, Network::flows);
+  EXPECT_GT(beside.step, idle.step);
+  // Nothing shares links: what is left are transfers of which one waits for the other's memory.
+  EXPECT_NEAR(static_cast<double>(beside.step.count), static_cast<double>(flows.step.count),
+              1e-4 * static_cast<double>(flows.step.count));
 }
 
 TEST(Contention, WhatIsAloneTakesItsTime) {
@@ -672,6 +711,7 @@ TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {
     }));
     const Timeline idle = run(p, t, Network::idle);
     EXPECT_LE(idle.step, run(p, t, Network::flows).step);
+    EXPECT_LE(idle.step, run(p, t, Network::beside).step);
     return idle.step.count;
   };
   const std::int64_t free = step(0, true);

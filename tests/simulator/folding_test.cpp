@@ -83,7 +83,7 @@ std::vector<std::map<std::tuple<int, int, int>, Moment>> moments(const Timeline&
 Timeline expect_folds(const Program& p, const Topology& topology, Network sharing = Network::idle) {
   Communication network(topology);
   const RankClasses classes =
-      sharing == Network::idle ? classify(p, network) : share_links(p, network).ranks;
+      sharing == Network::flows ? share_links(p, network).ranks : classify(p, network);
   SimulateOptions options;
   options.network = sharing;
   options.record = true;
@@ -149,8 +149,10 @@ TEST(Folding, RandomPlansOnUnequalClustersAgreeToThePicosecond) {
     ++feasible;
     const Timeline idle = expect_folds(*program, t);
     // What runs at once shares: never faster, and folded all the same.
+    const Timeline beside = expect_folds(*program, t, Network::beside);
     const Timeline shared = expect_folds(*program, t, Network::flows);
     EXPECT_GE(shared.step, idle.step);
+    EXPECT_GE(beside.step, idle.step);
     contended += shared.step > idle.step;
     if (::testing::Test::HasFailure()) return;
   }
@@ -259,7 +261,7 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
     ++feasible;
     SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
                                       << to_yaml(*plan));
-    for (const Network network : {Network::idle, Network::flows}) {
+    for (const Network network : {Network::idle, Network::beside, Network::flows}) {
       Communication communication(t);
       SimulateOptions options;
       options.network = network;
@@ -292,7 +294,7 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
     return a;
   };
   int feasible = 0, stretched = 0, contended = 0;
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 600; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
     Plan wanted = with_launches(random_plan(rng), rng);
@@ -305,7 +307,9 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
     SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
                                       << to_yaml(*plan));
     SimulateOptions options;
-    options.network = rng() % 3 == 0 ? Network::flows : Network::idle;
+    options.network = rng() % 3 == 0   ? Network::flows
+                      : rng() % 2 == 0 ? Network::beside
+                                       : Network::idle;
     Communication network(t), other(t);
     const Rehearsal rehearsal(*program, network, options);
     const Timeline plain = simulate(*program, other, options);

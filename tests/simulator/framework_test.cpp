@@ -19,9 +19,10 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
   EXPECT_THAT(
       frameworks(),
       IsSupersetOf({"megatron-core", "pytorch-ddp", "pytorch-fsdp", "partita", "nemo", "torchtitan",
-                    "llm-foundry", "megatron-lm-2021", "megatron-deepspeed", "deeplearningexamples",
-                    "mlperf", "deeplearningexamples-pytorch", "deeplearningexamples-tensorflow",
-                    "deeplearningexamples-tensorflow1", "deeplearningexamples-transformer-xl-pytorch",
+                    "llm-foundry", "megatron-lm-2021", "megatron-lm-2022", "megatron-deepspeed",
+                    "deeplearningexamples", "mlperf", "deeplearningexamples-pytorch",
+                    "deeplearningexamples-tensorflow", "deeplearningexamples-tensorflow1",
+                    "deeplearningexamples-transformer-xl-pytorch",
                     "deeplearningexamples-transformer-xl-tensorflow"}));
   const auto models = model_catalogue();
   for (const auto& name : frameworks()) {
@@ -43,11 +44,13 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_EQ(p.kernels, f.kernels);
     EXPECT_EQ(p.send_wait, f.send_wait);
     EXPECT_EQ(p.scatter_messages, f.scatter_messages);
+    EXPECT_EQ(p.sums_in_turn, f.sums_in_turn);
     // What runs is what is priced.
     if (name == "partita") {
       EXPECT_EQ(p.kernels, FrameworkKernels{});
       EXPECT_EQ(p.send_wait, SendWait::never);
       EXPECT_FALSE(p.scatter_messages);
+      EXPECT_FALSE(p.sums_in_turn);
     }
     EXPECT_EQ(p.fuses_normalise, f.fuses_normalise);
     EXPECT_EQ(p.score_passes_forward, f.score_passes_forward);
@@ -74,7 +77,8 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB, wait_for_sends: often}\n",
          "use never, not-interleaved or always");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {score: 9 B}\n", "score");
-  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {table_passes: 0}\n", "0 is too small");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {table_passes: 0}\n",
+         "0 is too small");
   expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nkernels: {score_forward: 9 B}\n",
          "every setting needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {zero: 4}\n", "4 is too large");

@@ -483,6 +483,46 @@ TEST(Predict, RanksOfADeviceMustFitTogether) {
   EXPECT_LE(four.mfu, 1);
 }
 
+// docs/cost.md, "Gradients apart".
+TEST(Predict, AGradientApartIsAddedByAKernelMore) {
+  const auto of = [](const char* framework, std::int64_t micro_batches) {
+    Plan p = under(framework);
+    p.global_batch = micro_batches;
+    const auto program = lower(two_blocks(), *complete(two_blocks(), p));
+    for (const Block& b : program->blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (i.op >= 0 && i.kernel == Kernel::backward_weight &&
+            program->operators[static_cast<std::size_t>(i.op)].name == "layers.0.mlp.up")
+          return work_of(*program, i, 0);
+      }
+    }
+    return Work{};
+  };
+  const Work apart = of("megatron-lm-2021", 1), in_place = of("megatron-lm-2022", 1);
+  EXPECT_EQ(apart.streamed, Bytes{23'623'680});
+  EXPECT_EQ(apart.kernels, in_place.kernels + 2);
+  EXPECT_EQ(in_place.streamed, Bytes{0});
+  // It writes 2 bytes each instead of reading and writing 4.
+  EXPECT_EQ(in_place.products[0].bytes - apart.products[0].bytes, Bytes{2'362'368 * (8 - 2)});
+  EXPECT_TRUE(in_place.products[0].accumulate);
+  EXPECT_FALSE(apart.products[0].accumulate);
+  EXPECT_EQ(apart.products[0].out, ElementType::bf16);
+  EXPECT_EQ(of("pytorch-ddp", 1).streamed, Bytes{0});
+  EXPECT_EQ(of("pytorch-ddp", 2).streamed, Bytes{7'087'104});
+  EXPECT_EQ(of("megatron-core", 2).streamed, Bytes{0});
+}
+
+TEST(Predict, SumsInTurnWaitForTheWeightsGradient) {
+  Plan p = under("megatron-deepspeed");
+  p.tp = 2;
+  const auto exposed = [&] { return predicted(two_blocks(), p).breakdown.exposed.at("tp").count; };
+  set_framework(p, "megatron-deepspeed", "");
+  EXPECT_TRUE(p.sums_in_turn);
+  const std::int64_t in_turn = exposed();
+  p.sums_in_turn = false;
+  EXPECT_LT(exposed(), in_turn);
+}
+
 TEST(Predict, CommunicatorsAreDeviceMemory) {
   constexpr std::int64_t kConnection = 4'194'304 + 4'915'200 + 524'288;
   Plan p = under("megatron-core");

@@ -304,7 +304,7 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
     return f == nullptr ? std::string("none") : f->name;
   };
   EXPECT_EQ(name("Megatron-LM CI (dev container)"), "megatron-ci");
-  EXPECT_EQ(name("Megatron-LM"), "megatron-lm-2021");
+  EXPECT_EQ(name("Megatron-LM"), "megatron-lm-2022");
   EXPECT_EQ(name("Megatron-LM (Sept 2020)"), "megatron-lm-2021");
   EXPECT_EQ(name("Megatron-LM 23e00ed0 + TransformerEngine 2.11"), "megatron-core");
   EXPECT_EQ(name("Megatron-Core r0.8.0"), "megatron-core");
@@ -546,7 +546,7 @@ TEST(Rows, ARowIsPredictedAsItsPlanIs) {
   plan.global_batch = 16;
   set_framework(plan, "megatron-core", "");
   Communication c(load_topology("dgx-h100:16 gpus"));
-  const auto p = predict(graph, plan, c);
+  const auto p = predict(graph, plan, c, nullptr, nullptr, false, nullptr, Network::beside);
   ASSERT_TRUE(p) << p.reason();
   EXPECT_DOUBLE_EQ(families[0].figures[0].predicted, p->step_time.count);
 }
