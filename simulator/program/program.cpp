@@ -280,6 +280,22 @@ Bytes as_parameters(const Program& p, BufferId gradient, std::int64_t rank) {
 
 namespace {
 
+/// Does it take memory of its own while its kernel runs?
+bool apart(const Program& p, const Instruction& i, BufferId g) {
+  using WeightGradients = Allocations::WeightGradients;
+  const WeightGradients how = p.allocations.weight_gradients;
+  if (i.kernel != Kernel::backward_weight || i.op < 0 || how == WeightGradients::in_place ||
+      !g.valid() || p.buffer(g).scope != Scope::step)
+    return false;
+  if (how == WeightGradients::placeholders) return !layer_product(p, i);
+  // Without anything to add to, the first gradient of the right type stays.
+  return p.micro_batches > 1 || p.buffer(g).type != p.allocations.parameters;
+}
+
+}  // namespace
+
+namespace {
+
 /// Does a gradient of the parameters' type stay beside the accumulated one?
 bool stays_beside(const Program& p, BufferId gradient) {
   return p.allocations.weight_gradients == Allocations::WeightGradients::beside &&
@@ -290,7 +306,7 @@ bool stays_beside(const Program& p, BufferId gradient) {
 Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank) {
   Bytes sum{0};
   for (const BufferId g : i.writes) {
-    if (added_apart(p, i, g) && !stays_beside(p, g)) sum += as_parameters(p, g, rank);
+    if (apart(p, i, g) && !stays_beside(p, g)) sum += as_parameters(p, g, rank);
   }
   return sum;
 }
@@ -306,14 +322,10 @@ Bytes loss_forward(const Program& p, const Instruction& i, std::int64_t rank) {
 }  // namespace
 
 bool added_apart(const Program& p, const Instruction& i, BufferId g) {
-  using WeightGradients = Allocations::WeightGradients;
-  const WeightGradients how = p.allocations.weight_gradients;
-  if (i.kernel != Kernel::backward_weight || i.op < 0 || how == WeightGradients::in_place ||
-      !g.valid() || p.buffer(g).scope != Scope::step)
-    return false;
-  if (how == WeightGradients::placeholders) return !layer_product(p, i);
-  // Without anything to add to, the first gradient of the right type stays.
-  return p.micro_batches > 1 || p.buffer(g).type != p.allocations.parameters;
+  // The output layer, too, adds in place, and hands on a tensor that stands for its gradient.
+  return apart(p, i, g) &&
+         (p.allocations.weight_gradients != Allocations::WeightGradients::placeholders ||
+          !is_product(p.operators[static_cast<std::size_t>(i.op)].operation));
 }
 
 Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute_capability) {
