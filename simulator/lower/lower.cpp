@@ -2509,9 +2509,8 @@ class Lowering {
   // ---- pass 9: order
   // -------------------------------------------------------------------------------
   void order_blocks() {
-    const auto order =
-        turns(plan_.schedule, stages_, static_cast<int>(plan_.virtual_stages), p_.micro_batches,
-              static_cast<int>(plan_.micro_batch_group));
+    const auto order = turns(plan_.schedule, stages_, static_cast<int>(plan_.virtual_stages),
+                             p_.micro_batches, static_cast<int>(plan_.micro_batch_group));
     for (int s = 0; s < stages_; ++s) {
       auto& calls = p_.stages[static_cast<std::size_t>(s)];
       const auto& mine = order[static_cast<std::size_t>(s)];

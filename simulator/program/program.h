@@ -241,8 +241,8 @@ struct Launches {
 /// executed (docs/plan.md, "Kernels").
 struct FrameworkKernels {
   int flash = 0;  ///< attention by FlashAttention of this version, 1 or 2; 0: the device's best
-  /// Bytes for each element of the queries that copies around a flash attention move: taking padding
-  /// out of queries, keys and values and putting it back.
+  /// Bytes for each element of the queries that copies around a flash attention move: taking
+  /// padding out of queries, keys and values and putting it back.
   double padding_forward = 0, padding_backward = 0;
   /// Bytes for each score that mask, softmax and dropout of materialised attention move; 0: one
   /// pass over each tensor.
@@ -259,11 +259,12 @@ struct FrameworkKernels {
   /// Materialised attention has Transformer-XL's second product, of queries with keys of relative
   /// positions, that positions' projection, and queries of the memory, which are thrown away.
   bool position_product = false;
-  /// Bytes for each parameter that clipping and an update by Adam or LAMB move; where the parameters
-  /// are narrow, with the loss scale's and the master copy's. 0: one pass over each tensor.
+  /// Bytes for each parameter that clipping and an update by Adam or LAMB move; where the
+  /// parameters are narrow, with the loss scale's and the master copy's. 0: one pass over each
+  /// tensor.
   double optimizer = 0, optimizer_mixed = 0;
-  /// Kernels of a tensor's clipping and update, launched after the host has read the step's loss: it
-  /// is not ahead of them, so they take their launches at least. 0: one, launched in advance.
+  /// Kernels of a tensor's clipping and update, launched after the host has read the step's loss:
+  /// it is not ahead of them, so they take their launches at least. 0: one, launched in advance.
   int optimizer_kernels = 0;
   /// Passes over an embedding's whole gradient, beside its rows.
   double table_passes = 0;
