@@ -890,8 +890,10 @@ void apply(Plan& p, const YamlNode& y) {
     if (n->is_map() || n->is_list()) {
       for (const YamlNode& word : n->items()) words.push_back(word.as_string());
     } else {
-      std::istringstream all(n->as_string());
-      for (std::string word; std::getline(all, word, ',');) words.push_back(word);
+      std::string all = n->as_string();
+      all.erase(std::remove(all.begin(), all.end(), ' '), all.end());
+      std::istringstream list(all);
+      for (std::string word; std::getline(list, word, ',');) words.push_back(word);
     }
     const bool numbers = !words.empty() && !words[0].empty() &&
                          (std::isdigit(static_cast<unsigned char>(words[0][0])) != 0);

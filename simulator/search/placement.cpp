@@ -67,6 +67,8 @@ class Weigher {
   }
   /// What part_axes() chose; empty: the order it had.
   const std::vector<std::string>& parts() const { return parts_; }
+  /// Of the orders of nodes, those that weigh little more than the one chosen.
+  const std::vector<Mapping>& next_best() const { return next_best_; }
 
   /// Coordinates along one axis times a stride, or shifted by those along another.
   void stride_axes(const std::vector<std::string>& order) {
@@ -201,14 +203,23 @@ class Weigher {
     const Mapping start = now();
     std::vector<std::int32_t> order(nodes);
     std::iota(order.begin(), order.end(), 0);
-    Mapping best = start, next = start;
-    StepLoad::Value least = load_.value();
+    Mapping next = start;
+    std::vector<std::pair<StepLoad::Value, Mapping>> lightest{{load_.value(), start}};
     while (std::next_permutation(order.begin(), order.end()) && may_go_on()) {
       for (std::size_t r = 0; r < next.device.size(); ++r)
         next.device[r] = order[static_cast<std::size_t>(start.device[r] / per_node)] * per_node +
                          start.device[r] % per_node;
-      if (weigh_whole(next).better_than(least)) least = load_.value(), best = next;
+      const StepLoad::Value v = weigh_whole(next);
+      // Of orders that weigh the same, mirror images mostly, the first.
+      std::size_t at = 0;
+      while (at < lightest.size() && lightest[at].first.better_than(v)) ++at;
+      if (at == lightest.size() || v.better_than(lightest[at].first))
+        lightest.insert(lightest.begin() + static_cast<std::ptrdiff_t>(at), {v, next});
+      if (lightest.size() > limits_.few) lightest.pop_back();
     }
+    const Mapping best = lightest[0].second;
+    for (std::size_t k = 1; k < lightest.size(); ++k)
+      if (lightest[k].second.device != start.device) next_best_.push_back(lightest[k].second);
     load_.set(best.device, best.strides);
     return true;
   }
@@ -254,6 +265,7 @@ class Weigher {
   const Topology& topology_;
   const PlacementLimits& limits_;
   std::vector<std::string> parts_;
+  std::vector<Mapping> next_best_;
   bool stopped_ = false;
 };
 
@@ -404,21 +416,26 @@ Feasible<Placements> place(const Graph& graph, const Plan& wanted, const Topolog
         set(result.tried[best].plan);
       }
     };
-    const auto& start = result.tried[best].plan;
-    const std::vector<std::string> axes = start.devices.empty() ? start.placement : as_ranked;
-    const bool whole = std::none_of(axes.begin(), axes.end(), [](const std::string& word) {
-      return word.find('=') != std::string::npos;
-    });
-    if (whole && start.devices.empty()) {
-      weigher.part_axes(axes);
+    // No rank moves for a ring.
+    weigher.stride_rings();
+    settle(false);
+    const Plan start = result.tried[best].plan;
+    const bool whole =
+        start.devices.empty() &&
+        std::none_of(start.placement.begin(), start.placement.end(),
+                     [](const std::string& word) { return word.find('=') != std::string::npos; });
+    if (whole) {
+      weigher.part_axes(start.placement);
       settle(true);
     }
     weigher.stride_axes(as_ranked);
     settle(false);
-    weigher.stride_rings();
-    settle(false);
     weigher.swap_blocks();
     settle(false);
+    for (const Mapping& m : weigher.next_best()) {
+      load.set(m.device, m.strides);
+      settle(false);
+    }
     weigher.stride_rings();
     settle(false);
     if (weigher.stopped())

@@ -35,6 +35,7 @@ struct Placements {
 struct PlacementLimits {
   std::int64_t routes = 2'000'000;        ///< asked for in weighing
   std::int64_t instructions = 1'500'000;  ///< of a step that is simulated after ranks have differed
+  std::size_t few = 8;                    ///< orders of nodes that are simulated
   std::size_t all_orders_of = 6;          ///< nodes up to which every order of them is weighed
 };
 

@@ -226,6 +226,8 @@ StepLoad::Value StepLoad::weigh() const {
 
 StepLoad::Value StepLoad::propose(const Change& change) {
   ++mappings_;
+  // Looking through all loads takes time as well, of 256 about that of one route.
+  routes_ += static_cast<std::int64_t>(axes_.size() * link_.size() / 256);
   std::vector<std::int32_t> again;
   const auto touch = [&](std::int32_t t) {
     if (touched_[static_cast<std::size_t>(t)]) return;

@@ -69,7 +69,8 @@ class StepLoad {
   bool odd(std::int32_t device) const { return odd_[static_cast<std::size_t>(device)] != 0; }
   std::vector<AxisBusy> busiest() const;
   std::int64_t mappings() const { return mappings_; }
-  /// Routes asked for so far; and for all transfers once.
+  /// Routes asked for so far, and looks through loads counted as such; routes of all transfers
+  /// once.
   std::int64_t routes() const { return routes_; }
   std::int64_t routes_of_all() const { return routes_of_all_; }
 

@@ -242,7 +242,7 @@ TEST(Placement, TheSearchPutsTensorParallelInsideNodes) {
   wanted.tp = 4, wanted.dp = 4;
   const auto all = place(g, wanted, t);
   ASSERT_TRUE(all);
-  ASSERT_EQ(all->tried.size(), 2u);
+  ASSERT_GE(all->tried.size(), 2u);
   EXPECT_EQ(all->best().plan.placement.front(), "tp");
   EXPECT_LT(all->best().step_time, all->tried.back().step_time);
   // The first is what predict() says of ranks in order.
