@@ -195,12 +195,12 @@ void add_simulate(CLI::App& app) {
     const bool search_placement = o->flags.placement == "search";
     const auto fitted = fit_of(o->flags);
     const auto* entry = fitted ? fitted->find(t, plan.framework) : nullptr;
-    std::vector<Prediction> placed;
+    std::optional<Placements> placed;
     if (search_placement) {
       auto all = place(g, plan, t, &routing);
       if (!all) throw InputError("--placement", all.reason());
       placed = std::move(*all);
-      plan.placement = placed.front().plan.placement;
+      place_as(plan, placed->best().plan);
     }
     Communication communication(t);
     if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
@@ -220,8 +220,8 @@ void add_simulate(CLI::App& app) {
     if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     auto assumed = assumptions(o->flags, prediction->plan, g);
     for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));
-    print(o->json ? prediction_json(g, t, *prediction, assumed, placed)
-                  : prediction_table(g, t, *prediction, assumed, placed));
+    print(o->json ? prediction_json(g, t, *prediction, assumed, placed ? &*placed : nullptr)
+                  : prediction_table(g, t, *prediction, assumed, placed ? &*placed : nullptr));
     std::fflush(stdout);
     if (!o->trace.empty()) trace(o->trace, g, *prediction, communication, &routing);
   });
@@ -249,10 +249,10 @@ void add_plan(CLI::App& app, int& code) {
     check_writable("--save", *save);
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan base = plan_from(o->flags, "megatron-core");
-    if (!base.placement.empty())
+    if (!base.as_ranked())
       throw InputError("--placement",
                        "plan searches meshes, whose axes differ; use search, which finds the "
-                       "fastest order for the plans shown");
+                       "fastest placement for the plans shown");
     const Plan given = base;
     base.dp = 1;
     const auto ranks = static_cast<std::int64_t>(t.used_ranks());

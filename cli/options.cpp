@@ -4,11 +4,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <regex>
+#include <sstream>
 #include <thread>
 
 #include "base/error.h"
@@ -84,8 +86,10 @@ void PlanFlags::add_profile(CLI::App& app) {
 void PlanFlags::add_placement(CLI::App& app) {
   app.add_option(
       "--placement", placement,
-      "axes of the mesh as they lie on the devices, innermost first, like tp,dp,pp; search: "
-      "the order that is fastest");
+      "axes of the mesh as they lie on the devices, innermost first, like tp,dp,pp or tp=4,dp,tp; "
+      "devices of ranks 0, 1, ..., like 0-7,16-23,8-15, or a file of them; search: the mapping "
+      "that "
+      "is fastest");
 }
 
 void PlanFlags::add_routing(CLI::App& app) {
@@ -93,6 +97,35 @@ void PlanFlags::add_routing(CLI::App& app) {
                  "which experts tokens go to: balanced, zipf:S, or a file of partita run "
                  "--routing-out");
 }
+
+namespace {
+
+/// What --placement says, or the file that it names: devices between commas, spaces or ends of
+/// lines; # begins a comment.
+std::string placement_words(const std::string& given) {
+  // Neither axes nor devices have one of these.
+  if (given.find_first_of("./") == std::string::npos) return given;
+  std::ifstream in(given);
+  if (!in || std::filesystem::is_directory(given))
+    throw InputError("--placement",
+                     fmt::format("cannot read {}; give axes like tp,dp,pp, devices like 0-7,8-15, "
+                                 "search, or a file of devices",
+                                 given));
+  std::string words;
+  for (std::string line; std::getline(in, line);) {
+    line.erase(std::min(line.find('#'), line.size()));
+    std::replace(line.begin(), line.end(), ',', ' ');
+    std::istringstream list(line);
+    for (std::string word; list >> word;) words += (words.empty() ? "" : ",") + word;
+  }
+  if (words.empty() || std::isdigit(static_cast<unsigned char>(words[0])) == 0)
+    throw InputError("--placement", fmt::format("{} names no devices; write the device of rank 0, "
+                                                "1, ..., like 0-7 16-23",
+                                                given));
+  return words;
+}
+
+}  // namespace
 
 Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   Plan p;
@@ -120,7 +153,7 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
     to = *from;
   };
   if (!f.placement.empty() && f.placement != "search")
-    set_key(p, "placement", f.placement, "--placement");
+    set_key(p, "placement", '[' + placement_words(f.placement) + ']', "--placement");
   number(f.tp, p.tp, "--tp", 1);
   number(f.pp, p.pp, "--pp", 1);
   number(f.dp, p.dp, "--dp", 1);

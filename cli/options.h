@@ -27,7 +27,7 @@ struct PlanFlags {
   std::string schedule, recompute, precision, framework, strategy, context_exchange, cuts;
   std::string network = "flows";
   std::string profile;    ///< of partita fit; "": none
-  std::string placement;  ///< axes, innermost first, or "search"; "": the plan's
+  std::string placement;  ///< axes, devices, a file or "search"; "": the plan's
   std::string routing;    ///< balanced, zipf:S or a file; "": the command's default
   std::vector<std::string> set, freeze, lora;
   std::int64_t lora_rank = 16;

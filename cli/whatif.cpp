@@ -203,7 +203,7 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
     if (s.flags.placement == "search") {
       const auto placed = place(r.graph, plan, r.topology);
       if (!placed) throw InputError("--placement", placed.reason());
-      plan.placement = placed->front().plan.placement;
+      place_as(plan, placed->best().plan);
     }
     const auto* entry = fitted ? fitted->find(r.topology, plan.framework) : nullptr;
     Communication communication(r.topology);

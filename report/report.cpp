@@ -42,6 +42,8 @@ Json plan_json(const Plan& p) {
                        : fmt::format("{}", fmt::join(p.recompute_patterns, ","));
   j["precision"] = p.precision_name;
   if (!p.placement.empty()) j["placement"] = p.placement;
+  if (!p.devices.empty()) j["placement"] = p.devices;
+  if (!p.rings.empty()) j["rings"] = p.rings;
   return j;
 }
 
@@ -131,6 +133,10 @@ std::string in_words(const std::string& label, bool in_a_list) {
   return kind + (in_a_list ? ":" : ": ") + label.substr(colon + 1);
 }
 
+std::string link_text(const Topology& topology, LinkId link) {
+  return link.valid() ? topology.link_name(link) : "";
+}
+
 std::string percent(double fraction) { return fmt::format("{:.1f} %", 100 * fraction); }
 
 /// By slice: most of what it computes, most of what it waits for, most of what is lost.
@@ -196,25 +202,54 @@ std::string plan_line(const Plan& p) {
   if (p.recompute != Recompute::none) {
     s += fmt::format(", {} recompute", plan_json(p)["recompute"].get<std::string>());
   }
-  if (p.placement.size() > 1) s += fmt::format(", innermost first {}", fmt::join(p.placement, ","));
+  if (const std::string where = placement_line(p); !where.empty()) s += ", " + where;
+  return s;
+}
+
+std::string placement_line(const Plan& p) {
+  constexpr std::size_t kMost = 60;  // characters of a list
+  const auto shortened = [&](std::string list) {
+    if (list.size() > kMost) list = list.substr(0, list.rfind(',', kMost)) + ", ...";
+    return list;
+  };
+  std::string s;
+  if (p.placement.size() > 1) s = fmt::format("innermost first {}", fmt::join(p.placement, ","));
+  if (!p.devices.empty()) s = "on devices " + shortened(devices_text(p.devices));
+  for (const auto& [axis, strides] : p.rings)
+    s += fmt::format("{}rings of {} by {}", s.empty() ? "" : ", ", axis,
+                     shortened(fmt::format("{}", fmt::join(strides, ", "))));
   return s;
 }
 
 std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
-                            const std::vector<std::string>& assumed,
-                            const std::vector<Prediction>& placed) {
+                            const std::vector<std::string>& assumed, const Placements* placed) {
   Json j;
   j["schema"] = "partita.prediction/1";
   j.update(prediction_object(graph, topology, p, assumed));
-  for (const Prediction& other : placed)
-    j["placements"].push_back(
-        {{"placement", other.plan.placement}, {"step_time_s", other.step_time.count}});
+  if (placed != nullptr) {
+    for (const Prediction& other : placed->tried) {
+      const Json plan = plan_json(other.plan);
+      Json one{{"placement", plan["placement"]}};
+      if (plan.contains("rings")) one["rings"] = plan["rings"];
+      one["step_time_s"] = other.step_time.count;
+      one["default"] = &other == &placed->as_given();
+      j["placements"].push_back(std::move(one));
+    }
+    Json& search = j["placement_search"];
+    search["mappings_weighed"] = placed->weighed;
+    search["left_out"] = placed->left_out.empty() ? Json(nullptr) : Json(placed->left_out);
+    for (std::size_t a = 0; a < placed->before.size(); ++a)
+      search["busiest"].push_back({{"axis", placed->before[a].axis},
+                                   {"default_s", placed->before[a].busy.count},
+                                   {"default_link", link_text(topology, placed->before[a].link)},
+                                   {"found_s", placed->after[a].busy.count},
+                                   {"found_link", link_text(topology, placed->after[a].link)}});
+  }
   return j.dump(2) + "\n";
 }
 
 std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p,
-                             const std::vector<std::string>& assumed,
-                             const std::vector<Prediction>& placed) {
+                             const std::vector<std::string>& assumed, const Placements* placed) {
   std::string out =
       fmt::format("{} on {} devices of {}, {}, {}, global batch {}", graph.name, p.devices,
                   topology.name(), p.plan.precision_name, p.plan.framework, p.plan.global_batch);
@@ -322,12 +357,23 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   std::vector<std::vector<std::string>> rests{{"what this rests on", "kind", "share"}};
   for (const RestsOn& r : p.rests_on) rests.push_back({"  " + r.term, r.kind, percent(r.share)});
   out += "\n" + align(rests);
-  if (!placed.empty()) {
-    std::vector<std::vector<std::string>> orders{{"placements, axes innermost first", "step time"}};
-    for (const Prediction& other : placed)
-      orders.push_back(
-          {fmt::format("  {}", fmt::join(other.plan.placement, ",")), text(other.step_time)});
-    out += "\n" + align(orders);
+  if (placed != nullptr) {
+    std::vector<std::vector<std::string>> tried{{"placements", "step time", ""}};
+    for (const Prediction& other : placed->tried) {
+      const std::string lies = placement_line(other.plan);
+      tried.push_back({"  " + (lies.empty() ? "ranks in order" : lies), text(other.step_time),
+                       &other == &placed->as_given() ? "default" : ""});
+    }
+    out += "\n" + align(tried);
+    std::vector<std::vector<std::string>> busiest{
+        {"busiest links, a step", "default", "", "found", ""}};
+    for (std::size_t a = 0; a < placed->before.size(); ++a)
+      busiest.push_back({"  " + placed->before[a].axis, text(placed->before[a].busy),
+                         link_text(topology, placed->before[a].link), text(placed->after[a].busy),
+                         link_text(topology, placed->after[a].link)});
+    if (busiest.size() > 1) out += "\n" + align(busiest);
+    out += fmt::format("{} mappings weighed by these loads{}{}\n", grouped(placed->weighed),
+                       placed->left_out.empty() ? "" : "; left out: ", placed->left_out);
   }
   return out;
 }

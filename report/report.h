@@ -6,6 +6,7 @@
 
 #include "models/graph.h"
 #include "simulator/cost/axes.h"
+#include "simulator/search/placement.h"
 #include "simulator/search/predict.h"
 #include "topologies/topology.h"
 
@@ -13,13 +14,13 @@ namespace partita {
 
 /// The keys of docs/formats.md, one JSON object with a newline. Bytes and seconds are numbers,
 /// fractions not percent. Equal inputs give equal text. `assumed`: what the user left open and what
-/// stands in for it ("precision bf16"). `placed`: the same under every order of its axes.
+/// stands in for it ("precision bf16"). `placed`: what a search of placements found, or null.
 std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
                             const std::vector<std::string>& assumed = {},
-                            const std::vector<Prediction>& placed = {});
+                            const Placements* placed = nullptr);
 std::string prediction_table(const Graph& graph, const Topology& topology, const Prediction& p,
                              const std::vector<std::string>& assumed = {},
-                             const std::vector<Prediction>& placed = {});
+                             const Placements* placed = nullptr);
 
 std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r,
                         const std::vector<std::string>& assumed = {});
@@ -39,6 +40,8 @@ void write_trace(const std::string& file, const Program& program, const Timeline
 
 /// "tp 8 pp 4 dp 2, micro-batch 1, 1f1b, full recompute, ZeRO-1": a plan in one line.
 std::string plan_line(const Plan& plan);
+/// "innermost first tp,dp, rings of dp by 1, 2": where ranks lie and how rings go; "" as ranked.
+std::string placement_line(const Plan& plan);
 
 /// Left-aligned first column, right-aligned others, two blanks between.
 std::string align(const std::vector<std::vector<std::string>>& rows);

@@ -5,6 +5,7 @@
 // found by arithmetic, so that 131,072 devices cost no more memory than eight.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -49,6 +50,9 @@ struct ClusterState {
   int ranks_per_device = 1;
   /// They run beside each other under a server of NVIDIA's; false: in turns, by time slices.
   bool mps = false;
+  /// How many places apart rings visit the members of a group, by its lowest and highest rank and
+  /// their number; of groups that are not here: 1, neighbour after neighbour.
+  std::map<std::array<std::int64_t, 3>, std::int64_t> ring_strides;
 };
 
 /// How traffic spreads over the spines of a switch tree: evenly, byte by byte, or each pair of

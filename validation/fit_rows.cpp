@@ -364,7 +364,7 @@ void rest_on_fit(Prediction& p, const FittedEntry* entry, const Graph& graph,
       predict(graph, p.plan, communication, nullptr, &program, false, routing, p.network);
   PARTITA_ASSERT(again, "what was predicted once is predicted again");
   std::optional<Communication> placed;
-  if (!p.plan.placement.empty()) placed.emplace(on_devices(topology, p.plan));
+  if (!p.plan.as_ranked()) placed.emplace(on_devices(topology, p.plan));
   const Rehearsal rehearsal(program, placed ? *placed : communication, {.network = p.network});
   const double half =
       half_width(*entry, [&](const Adjustment& a) { return to_seconds(rehearsal.play(a).step); });

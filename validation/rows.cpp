@@ -86,7 +86,7 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   share("other", p->breakdown.other);
   if (!std::isfinite(o.step) || !(o.step > 0)) o.why = "the prediction is no finite time";
   if (again && o.why.empty()) {
-    PARTITA_ASSERT(p->plan.placement.empty(), "rows place rank r on device r");
+    PARTITA_ASSERT(p->plan.as_ranked(), "rows place rank r on device r");
     auto step = std::make_shared<const RowStep>(std::move(communication), std::move(program),
                                                 options.network);
     if (options.half_width) o.half_width = options.half_width(o.key, *step);

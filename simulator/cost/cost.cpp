@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <set>
 #include <unordered_map>
 
@@ -721,10 +722,36 @@ int Communication::measured_at_work(const std::string& kind, int ranks) const {
   return partita::measured_at_work(state_->topology.collectives(), kind, ranks, state_->at_work);
 }
 
+namespace {
+
+std::int64_t ring_stride(const Topology& t, const std::vector<std::int64_t>& ranks) {
+  const auto& strides = t.state().ring_strides;
+  if (strides.empty()) return 1;
+  const auto it =
+      strides.find({ranks.front(), ranks.back(), static_cast<std::int64_t>(ranks.size())});
+  return it == strides.end() ? 1 : it->second;
+}
+
+}  // namespace
+
+std::vector<std::int64_t> in_ring_order(const std::vector<std::int64_t>& members,
+                                        std::int64_t stride) {
+  const auto n = static_cast<std::int64_t>(members.size());
+  PARTITA_ASSERT(stride > 0 && std::gcd(stride, n) == 1,
+                 fmt::format("a ring of {} with stride {}", n, stride));
+  std::vector<std::int64_t> order;
+  order.reserve(members.size());
+  for (std::int64_t k = 0; k < n; ++k)
+    order.push_back(members[static_cast<std::size_t>(k * (stride % n) % n)]);
+  return order;
+}
+
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
   std::uint64_t h = ranks.size();
   if (ranks.empty()) return h;
+  if (const std::int64_t stride = ring_stride(t, ranks); stride != 1)
+    h = mix(h, static_cast<std::uint64_t>(stride));
   if (!t.state().link_speed.empty()) {
     // No two groups need have equal links.
     for (const std::int64_t r : ranks) h = mix(h, static_cast<std::uint64_t>(r));
@@ -828,7 +855,7 @@ Communication::LinkFlows Communication::collective_links(
   // another device, so that all network cards are used.
   std::vector<std::vector<std::int64_t>> nodes;
   std::unordered_map<std::size_t, std::size_t> known;
-  for (const std::int64_t r : ranks) {
+  for (const std::int64_t r : in_ring_order(ranks, ring_stride(t, ranks))) {
     const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
     const std::size_t at = known.try_emplace(node, nodes.size()).first->second;
     if (at == nodes.size()) nodes.emplace_back();

@@ -88,6 +88,11 @@ bool on_host(const Program& program, const Instruction& instruction);
 /// Does it read from storage?
 bool from_storage(const Program& program, const Instruction& instruction);
 
+/// Members of a group as a ring with this stride visits them: k * stride modulo their number, which
+/// has no factor in common with it.
+std::vector<std::int64_t> in_ring_order(const std::vector<std::int64_t>& members,
+                                        std::int64_t stride);
+
 /// Prices of communication between ranks placed on devices 0, 1, 2, ..., and the caches of kernels'
 /// prices on these devices. Caches by group; not thread-safe.
 class Communication {

@@ -37,4 +37,21 @@ Breakdown Spent::breakdown(const Labels& labels, Ticks bubble) const {
   return b;
 }
 
+std::string axis_name(const Program& p, const Instruction& i) {
+  std::string s;
+  if (i.tie >= 0) return "tied";
+  for (std::size_t a = 0; a < p.mesh.atoms.size(); ++a) {
+    if (!has(i.atoms, static_cast<AtomId>(a))) continue;
+    std::string atom = p.mesh.atoms[a].name;
+    // Ranks of an axis that also hold different experts exchange tokens along it.
+    if (i.collective == CollectiveKind::all_to_all && atom.size() > 3 &&
+        atom.compare(atom.size() - 3, 3, "_ep") == 0) {
+      atom = "ep";
+    }
+    const std::string axis = atom.substr(0, atom.find('_'));
+    if (s.find(axis) == std::string::npos) s += (s.empty() ? "" : "+") + axis;
+  }
+  return s;
+}
+
 }  // namespace partita

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "simulator/program/program.h"
 
 namespace partita {
 
@@ -19,6 +20,9 @@ struct Breakdown {
   Ticks other{0};
   Ticks total() const;
 };
+
+/// What waiting for a collective is charged to: "dp", "dp+cp", "ep", "tied".
+std::string axis_name(const Program& program, const Instruction& collective);
 
 /// Names of what instants are charged to: "compute:linear", "exposed:dp", "bubble", ...
 class Labels {

@@ -66,23 +66,6 @@ class Compiler {
     }
   }
 
-  std::string axis(const Instruction& i) const {
-    std::string s;
-    if (i.tie >= 0) return "tied";
-    for (std::size_t a = 0; a < p_.mesh.atoms.size(); ++a) {
-      if (!has(i.atoms, static_cast<AtomId>(a))) continue;
-      std::string atom = p_.mesh.atoms[a].name;
-      // Ranks of an axis that also hold different experts exchange tokens along it.
-      if (i.collective == CollectiveKind::all_to_all && atom.size() > 3 &&
-          atom.compare(atom.size() - 3, 3, "_ep") == 0) {
-        atom = "ep";
-      }
-      const std::string axis_name = atom.substr(0, atom.find('_'));
-      if (s.find(axis_name) == std::string::npos) s += (s.empty() ? "" : "+") + axis_name;
-    }
-    return s;
-  }
-
   /// "server 3" is a server.
   static std::string word(const std::string& name) { return name.substr(0, name.find(' ')); }
 
@@ -292,7 +275,7 @@ class Compiler {
                     to_ticks(communication_.collective(CollectiveKind::all_to_all, ahead, group))
                         .count;
             }
-            s.label = labels_.of("exposed:" + axis(i));
+            s.label = labels_.of("exposed:" + axis_name(p_, i));
             s.share_of_core = share_of_core(std::string(name(i.collective)), group.size(), rank, 1);
             break;
           }

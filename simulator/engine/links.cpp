@@ -37,62 +37,37 @@ bool uses_links(const Instruction& i) {
 Incidence incidence_of(const Program& p, const Communication& communication) {
   Incidence all;
   std::vector<std::int32_t> dense(communication.topology().link_count(), -1);
-  // An instruction of each kind speaks for it.
-  std::map<TransferKind, const Instruction*> kinds;
-  for (int s = 0; s < p.stage_count(); ++s) {
-    std::set<BlockId> blocks;
-    for (const BlockCall& call : p.stages[static_cast<std::size_t>(s)]) blocks.insert(call.block);
-    for (const BlockId b : blocks) {
-      for (const Instruction& i : p.blocks[b.index()].instructions) {
-        if (!uses_links(i)) continue;
-        const TransferKind k = transfer_kind(p, i, s);
-        if (i.kind != Kind::copy || k.host != 0) kinds.emplace(k, &i);
-      }
+  for_each_transfer(p, [&](const TransferKind& kind, const Instruction& i,
+                           const std::vector<std::int64_t>& members) {
+    if (all.kinds.empty() || all.kinds.back() != kind) {
+      all.kinds.push_back(kind);
+      all.transfer_of_rank.emplace_back(static_cast<std::size_t>(p.ranks()), -1);
     }
-  }
-  for (const auto& [kind, instruction] : kinds) {
-    const Instruction& i = *instruction;
-    auto& of_rank = all.transfer_of_rank.emplace_back(static_cast<std::size_t>(p.ranks()), -1);
-    for (std::int64_t r = 0; r < p.ranks(); ++r) {
-      if (p.stage_of(r) != kind.stage || of_rank[static_cast<std::size_t>(r)] >= 0) continue;
-      Communication::LinkFlows flows;
-      std::vector<std::int64_t> members;
-      if (i.kind == Kind::collective) {
-        members = p.group(i, r);
-        if (members.size() > 1) flows = communication.collective_links(kind.exchanges, members);
-      } else if (i.kind == Kind::send) {
-        if (!p.holds(i.reads[0], r)) continue;
-        members = {r, p.peer_of(i, r)};
-        if (members[0] != members[1]) flows = communication.message_links(r, members[1]);
-      } else {
-        members = {r};
-        if (const LinkId l = communication.host_link(r, kind.host == 1); l.valid())
-          flows.flows = {{l, 1}};
+    auto& of_rank = all.transfer_of_rank.back();
+    const auto flows = transfer_links(kind, members, communication);
+    Transfer t{static_cast<std::int32_t>(all.kinds.size() - 1),
+               flows.share,
+               all.ranks.size(),
+               members.size(),
+               all.links.size(),
+               flows.flows.size()};
+    for (const auto& [link, n] : flows.flows) {
+      std::int32_t& number = dense[link.index()];
+      if (number < 0) {
+        number = static_cast<std::int32_t>(all.link.size());
+        all.link.push_back(link);
       }
-      Transfer t{static_cast<std::int32_t>(all.kinds.size()),
-                 flows.share,
-                 all.ranks.size(),
-                 members.size(),
-                 all.links.size(),
-                 flows.flows.size()};
-      for (const auto& [link, n] : flows.flows) {
-        std::int32_t& number = dense[link.index()];
-        if (number < 0) {
-          number = static_cast<std::int32_t>(all.link.size());
-          all.link.push_back(link);
-        }
-        all.links.emplace_back(number, n);
-      }
-      for (const std::int64_t m : members) {
-        // A pair belongs to its sender; members of a tied group lie on several stages.
-        if (i.kind != Kind::send || m == r)
-          of_rank[static_cast<std::size_t>(m)] = static_cast<std::int32_t>(all.transfers.size());
-        all.ranks.push_back(m);
-      }
-      all.transfers.push_back(t);
+      all.links.emplace_back(number, n);
     }
-    all.kinds.push_back(kind);
-  }
+    for (std::size_t m = 0; m < members.size(); ++m) {
+      // A pair belongs to its sender; members of a tied group lie on several stages.
+      if (i.kind != Kind::send || m == 0)
+        of_rank[static_cast<std::size_t>(members[m])] =
+            static_cast<std::int32_t>(all.transfers.size());
+      all.ranks.push_back(members[m]);
+    }
+    all.transfers.push_back(t);
+  });
   return all;
 }
 
@@ -122,6 +97,57 @@ TransferKind transfer_kind(const Program& p, const Instruction& i, int stage) {
       PARTITA_ASSERT(false, fmt::format("{} uses no links", name(i.kind)));
   }
   return k;
+}
+
+void for_each_transfer(const Program& p,
+                       const std::function<void(const TransferKind&, const Instruction&,
+                                                const std::vector<std::int64_t>& members)>& visit) {
+  // An instruction of each kind speaks for it.
+  std::map<TransferKind, const Instruction*> kinds;
+  for (int s = 0; s < p.stage_count(); ++s) {
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : p.stages[static_cast<std::size_t>(s)]) blocks.insert(call.block);
+    for (const BlockId b : blocks) {
+      for (const Instruction& i : p.blocks[b.index()].instructions) {
+        if (!uses_links(i)) continue;
+        const TransferKind k = transfer_kind(p, i, s);
+        if (i.kind != Kind::copy || k.host != 0) kinds.emplace(k, &i);
+      }
+    }
+  }
+  std::vector<std::int64_t> members;
+  for (const auto& [kind, instruction] : kinds) {
+    const Instruction& i = *instruction;
+    std::vector<char> seen(static_cast<std::size_t>(p.ranks()), 0);
+    for (std::int64_t r = 0; r < p.ranks(); ++r) {
+      if (p.stage_of(r) != kind.stage || seen[static_cast<std::size_t>(r)]) continue;
+      if (i.kind == Kind::collective) {
+        members = p.group(i, r);
+        for (const std::int64_t m : members) seen[static_cast<std::size_t>(m)] = 1;
+      } else if (i.kind == Kind::send) {
+        if (!p.holds(i.reads[0], r)) continue;
+        members = {r, p.peer_of(i, r)};
+      } else {
+        members = {r};
+      }
+      visit(kind, i, members);
+    }
+  }
+}
+
+Communication::LinkFlows transfer_links(const TransferKind& kind,
+                                        const std::vector<std::int64_t>& members,
+                                        const Communication& communication) {
+  Communication::LinkFlows flows;
+  if (kind.host != 0) {
+    if (const LinkId l = communication.host_link(members[0], kind.host == 1); l.valid())
+      flows.flows = {{l, 1}};
+  } else if (kind.peer_stage >= 0) {
+    if (members[0] != members[1]) flows = communication.message_links(members[0], members[1]);
+  } else if (members.size() > 1) {
+    flows = communication.collective_links(kind.exchanges, members);
+  }
+  return flows;
 }
 
 SharedLinks share_links(const Program& p, Communication& communication, bool unfolded) {

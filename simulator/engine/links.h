@@ -8,6 +8,7 @@
 
 #include <compare>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -31,6 +32,17 @@ struct TransferKind {
 };
 /// Of a collective, a send or a copy of a stage; a receive's is its send's.
 TransferKind transfer_kind(const Program& program, const Instruction& instruction, int stage);
+
+/// Calls `visit` for each group, pair and copy of the program, once for all instructions of a kind:
+/// with that kind, one of these, and the members (of a send: from, to).
+void for_each_transfer(const Program& program,
+                       const std::function<void(const TransferKind&, const Instruction&,
+                                                const std::vector<std::int64_t>& members)>& visit);
+/// Links of one of them whose members lie on these devices, in a ring's order; none where nothing
+/// moves.
+Communication::LinkFlows transfer_links(const TransferKind& kind,
+                                        const std::vector<std::int64_t>& members,
+                                        const Communication& communication);
 
 struct SharedLinks {
   RankClasses ranks;

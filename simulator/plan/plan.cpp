@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 #include <numeric>
@@ -412,16 +413,14 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
       return no(
           "placement nests the axes of the mesh, and the ranks of roles lie behind it; leave out "
           "the loader, the servers and the message queue, or placement");
-    auto given = plan.placement, axis_names = axis_order(plan.mesh);
-    std::sort(given.begin(), given.end());
-    std::sort(axis_names.begin(), axis_names.end());
-    if (given != axis_names)
-      return no(fmt::format(
-          "placement '{}' does not name each axis of the mesh once; name, "
-          "innermost first, {} in the order you want",
-          fmt::join(plan.placement, ","),
-          axis_names.empty() ? "none" : fmt::format("{}", fmt::join(axis_order(plan.mesh), ","))));
+    if (const auto fault = placement_fault(plan.mesh, plan.placement); !fault.empty())
+      return no(fault);
   }
+  if (!plan.devices.empty()) {
+    if (const auto fault = devices_fault(plan.devices, plan.ranks()); !fault.empty())
+      return no(fault);
+  }
+  if (const auto fault = rings_fault(plan.mesh, plan.rings); !fault.empty()) return no(fault);
 
   if (plan.average_every > 0 && plan.strategy != "replicas")
     return no(
@@ -924,13 +923,22 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("compression")) set_compression(p.compression, *n);
   if (const auto n = y.find("launch")) set_launches(p.launches, *n);
   if (const auto n = y.find("placement")) {
-    p.placement.clear();
+    std::vector<std::string> words;
     if (n->is_map() || n->is_list()) {
-      for (const YamlNode& axis : n->items()) p.placement.push_back(axis.as_string());
+      for (const YamlNode& word : n->items()) words.push_back(word.as_string());
     } else {
-      std::istringstream words(n->as_string());
-      for (std::string word; std::getline(words, word, ',');) p.placement.push_back(word);
+      std::string all = n->as_string();
+      all.erase(std::remove(all.begin(), all.end(), ' '), all.end());
+      std::istringstream list(all);
+      for (std::string word; std::getline(list, word, ',');) words.push_back(word);
     }
+    const bool numbers = !words.empty() && !words[0].empty() &&
+                         (std::isdigit(static_cast<unsigned char>(words[0][0])) != 0);
+    p.devices = numbers ? parse_devices(words, n->place()) : std::vector<std::int32_t>{};
+    p.placement = numbers ? std::vector<std::string>{} : std::move(words);
+  }
+  if (const auto n = y.find("rings")) {
+    for (const auto& [axes, strides] : n->members()) p.rings[axes] = strides.as_ints();
   }
   if (const auto n = y.find("shard")) {
     for (const YamlNode& item : n->items()) {
@@ -1016,6 +1024,13 @@ std::string to_yaml(const Plan& p) {
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
                      p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
   if (!p.placement.empty()) s += fmt::format("placement: [{}]\n", fmt::join(p.placement, ", "));
+  if (!p.devices.empty()) s += fmt::format("placement: [{}]\n", devices_text(p.devices));
+  if (!p.rings.empty()) {
+    std::vector<std::string> axes;
+    for (const auto& [name, strides] : p.rings)
+      axes.push_back(fmt::format("{}: [{}]", name, fmt::join(strides, ", ")));
+    s += fmt::format("rings: {{{}}}\n", fmt::join(axes, ", "));
+  }
   if (p.launches != Launches{})
     s += fmt::format(
         "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, waits_for_counts: {}}}\n",

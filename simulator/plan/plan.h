@@ -139,9 +139,15 @@ struct Plan {
   bool sharded_storage = false;
   /// Strategy replicas: > 0 averages their parameters every so many steps (local SGD).
   std::int64_t average_every = 0;
-  /// Axes of the mesh as they lie on the devices, innermost first, like {"dp", "tp", "pp"}; empty:
-  /// ranks in order.
+  /// Axes of the mesh, or parts of them, as they lie on the devices, innermost first, like {"dp",
+  /// "tp", "pp"} or {"tp=4", "dp", "tp"}; empty: ranks in order, or `devices`.
   std::vector<std::string> placement;
+  std::vector<std::int32_t> devices;  ///< of each rank; empty: as `placement` says
+  /// How many places apart rings over an axis visit its ranks (docs/topologies.md, "Rings"); of
+  /// axes that are not here: 1.
+  std::map<std::string, std::vector<std::int64_t>> rings;
+  /// Is it where and as the cluster has it, rank r on device r?
+  bool as_ranked() const { return placement.empty() && devices.empty() && rings.empty(); }
   std::vector<ShardingRule> user_rules;  ///< before the strategy's own: per-operator shardings
   std::vector<std::string> freeze;
   std::vector<std::string> lora;

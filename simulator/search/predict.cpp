@@ -84,12 +84,6 @@ Bytes communicators(const Program& p, const RankClass& c, Communication& communi
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) * to; }
 
-Feasible<Program> lowered(const Graph& graph, const Plan& plan) {
-  return plan.pad_vocabulary > 0 && graph.sequence > 0
-             ? lower(with_padded_vocabulary(graph, plan.pad_vocabulary * plan.tp), plan)
-             : lower(graph, plan);
-}
-
 /// The same step with only as many micro-batches as fill and drain the pipeline and repeat between:
 /// what is allocated when repeats from there. Empty: it has no more.
 std::optional<Program> with_few_micro_batches(const Graph& graph, const Plan& plan) {
@@ -99,19 +93,25 @@ std::optional<Program> with_few_micro_batches(const Graph& graph, const Plan& pl
   short_plan.global_batch = plan.global_batch / plan.micro_batches() * few;
   auto completed = complete(graph, short_plan);
   if (!completed) return std::nullopt;
-  auto program = lowered(graph, *completed);
+  auto program = lower_padded(graph, *completed);
   if (!program) return std::nullopt;
   return std::move(*program);
 }
 
 }  // namespace
 
+Feasible<Program> lower_padded(const Graph& graph, const Plan& plan) {
+  return plan.pad_vocabulary > 0 && graph.sequence > 0
+             ? lower(with_padded_vocabulary(graph, plan.pad_vocabulary * plan.tp), plan)
+             : lower(graph, plan);
+}
+
 Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communication& communication,
                              Timeline* recorded, Program* out_program, bool only_if_fits,
                              const RoutingSource* routing, Network network) {
   auto plan = complete(graph, wanted);
   if (!plan) return plan.why();
-  auto program = lowered(graph, *plan);
+  auto program = lower_padded(graph, *plan);
   if (!program) return program.why();
   if (routing != nullptr) *program = with_routing(*program, *routing);
   SimulateOptions options;
@@ -129,10 +129,13 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                     "larger one or no loader",
                     program->ranks(), communication.topology().rank_count())};
   std::optional<Communication> elsewhere;
-  if (!plan->placement.empty()) {
+  if (!plan->as_ranked()) {
+    if (const auto fault = beyond(communication.topology(), *plan); !fault.empty())
+      return Infeasible{fault};
     elsewhere.emplace(on_devices(communication.topology(), *plan));
     elsewhere->set_adjustment(communication.adjustment());
   }
+  const Topology& placed = elsewhere ? elsewhere->topology() : communication.topology();
   Timeline t = simulate(*program, elsewhere ? *elsewhere : communication, options);
 
   Prediction r;
@@ -163,7 +166,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   for (const RankClass& c : t.classes) {
     if (c.stage >= program->pipeline_stages()) continue;  // roles compute nothing of the network
     const auto& device =
-        communication.topology().device(DeviceId{static_cast<std::size_t>(c.representative)});
+        placed.device(DeviceId{static_cast<std::size_t>(c.representative)});
     peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count /
                  static_cast<double>(per_device);
   }
@@ -190,8 +193,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
           use.peak_micro_batch >= 0 ? fmt::format(", micro-batch {}", use.peak_micro_batch) : "");
     }
     usable = std::min(usable,
-                      communication.topology()
-                          .device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)})
+                      placed.device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)})
                           .usable_memory);
   }
   for (const auto& [s, m] : by_stage) r.memory_by_stage.push_back(m);
@@ -223,8 +225,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     const auto few = routing == nullptr ? with_few_micro_batches(graph, *plan) : std::nullopt;
     r.peak_reserved =
         reserved_by(few ? *few : *program, fullest,
-                    communication.topology()
-                        .device(DeviceId{static_cast<std::size_t>(fullest.representative)})
+                    placed.device(DeviceId{static_cast<std::size_t>(fullest.representative)})
                         .compute_capability,
                     limit);
     for (StageMemory& s : r.memory_by_stage) {
@@ -261,7 +262,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   const auto share = [&](std::int64_t n) { return static_cast<double>(n) / total; };
   const bool nccl = communication.uses_nccl();
   // Points of products stand for all of them; elsewhere their model takes the data sheet's rates.
-  const auto& first = communication.topology().device(DeviceId{0});
+  const auto& first = placed.device(DeviceId{0});
   const bool measured = !first.products.empty() || first.like != nullptr;
   r.rests_on = {
       measured ? RestsOn{"products and attention by shape, near measured points", "measured",

@@ -55,6 +55,9 @@ struct Prediction {
   std::int64_t instructions = 0;
 };
 
+/// A complete plan's program, of the network with the vocabulary padded as the framework does.
+Feasible<Program> lower_padded(const Graph& graph, const Plan& plan);
+
 /// Completes, lowers and simulates. `recorded`, `program`: filled if given. `only_if_fits`: a plan
 /// that does not fit gets its memory, but no times. `routing`: which experts tokens go to; null:
 /// balanced. The classes that `recorded` counts in are those of `network`.

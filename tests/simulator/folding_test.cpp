@@ -2,11 +2,14 @@
 // neither the names of devices nor a second run change a byte.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
+#include <numeric>
 #include <random>
 
 #include "simulator/engine/links.h"
 #include "simulator/engine/simulate.h"
+#include "simulator/plan/placement.h"
 #include "tests/simulator/clusters.h"
 #include "tests/simulator/networks.h"
 
@@ -240,6 +243,55 @@ TEST(Folding, RanksThatShareCoresDoSoOnEveryNetwork) {
     }
   }
   EXPECT_GE(feasible, 40);
+}
+
+TEST(Folding, RanksAnywhereAndRingsInAnyOrderAgreeToThePicosecond) {
+  std::mt19937 rng{20261128};
+  const std::vector<Topology> topologies{
+      load_topology("dgx-h100:3"), parse_topology(kMixed, "mixed.yaml"),
+      load_topology(std::string(PARTITA_TEST_DATA) + "/cli/dragonfly.yaml"),
+      load_topology(std::string(PARTITA_TEST_DATA) + "/cli/torus.yaml")};
+  int feasible = 0, strides = 0;
+  for (int i = 0; i < 1500; ++i) {
+    const Topology& t = topologies[rng() % topologies.size()];
+    Plan wanted = random_plan(rng);
+    set_precision(wanted, "fp16", "");
+    // Of storage and hosts these clusters say nothing.
+    wanted.sharded_storage = wanted.offload_optimizer = wanted.offload_activations = false;
+    if (wanted.ranks() > 16) continue;
+    const auto plan = complete(gpt(), wanted);
+    if (!plan) continue;
+    const auto program = lower(gpt(), *plan);
+    if (!program || program->ranks() != plan->mesh_ranks()) continue;
+    ClusterState state;
+    for (std::size_t d = 0; d < t.device_count(); ++d)
+      state.placement.push_back(static_cast<std::int32_t>(d));
+    // All of them anywhere, or few of them, so that others still behave alike.
+    if (rng() % 2 != 0) {
+      std::shuffle(state.placement.begin(), state.placement.end(), rng);
+    } else {
+      std::swap(state.placement[rng() % t.device_count()], state.placement[0]);
+    }
+    RingStrides rings;
+    for (const std::string& axis : axis_order(plan->mesh)) {
+      const std::int64_t n = plan->mesh.size(axis_atoms(plan->mesh, axis));
+      for (std::int64_t s = n - 1; n > 2 && s >= 1; s -= static_cast<std::int64_t>(1 + rng() % 3)) {
+        if (std::gcd(s, n) == 1) rings[axis].push_back(s);
+      }
+    }
+    ASSERT_EQ(rings_fault(plan->mesh, rings), "");
+    state.ring_strides = strides_by_group(plan->mesh, rings);
+    SCOPED_TRACE(::testing::Message() << "case " << i << " on " << t.name() << "\n"
+                                      << to_yaml(*plan));
+    ++feasible;
+    strides += !state.ring_strides.empty();
+    const Topology placed = t.in_state(state);
+    expect_folds(*program, placed);
+    expect_folds(*program, placed, Network::flows);
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_GE(feasible, 100);
+  EXPECT_GE(strides, 15);
 }
 
 TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
