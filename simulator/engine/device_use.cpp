@@ -70,7 +70,8 @@ DeviceUse collective_use(const Instruction& i, const std::vector<std::int64_t>& 
   const auto moving = communication.moving(i.collective, bytes, group);
   if (!(moving.time.count > 0)) return {};
   return transfer_use(moving.time, moving.rate.count * memory_passes(i.collective),
-                      communication.channels(i.collective, bytes, group),
+                      i.multiprocessors > 0 ? i.multiprocessors
+                                            : communication.channels(i.collective, bytes, group),
                       device_of(rank, communication));
 }
 

@@ -1001,6 +1001,7 @@ class Lowering {
     Instruction i = reduction(atoms, CollectiveKind::shift);
     i.reads = {from};
     i.writes = {to};
+    i.multiprocessors = plan_.overlap_multiprocessors;
     return i;
   }
 

@@ -90,6 +90,9 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   });
   boolean(plan, "scatter_messages", f.scatter_messages);
   boolean(plan, "sums_in_turn", f.sums_in_turn);
+  setting(plan, "overlap_multiprocessors", [&](const YamlNode& n) {
+    f.overlap_multiprocessors = static_cast<int>(n.as_int(1, 1'000));
+  });
   boolean(plan, "save_gathered", f.save_gathered);
   boolean(plan, "fp32_loss", f.allocations.fp32_loss);
   boolean(plan, "attention_dropout", f.allocations.attention_dropout);

@@ -33,6 +33,9 @@ struct FrameworkProfile {
   FrameworkKernels kernels;
   SendWait send_wait = SendWait::never;
   bool scatter_messages = false;  ///< between stages, over tp
+  /// Kept by a part of the sequence that travels beside products (overlap_tensor_parallel); 0: by
+  /// any transfer's.
+  int overlap_multiprocessors = 0;
   bool sums_in_turn = false;      ///< backward, over tp, after weights' gradients
   Allocations allocations;
   /// The first of its workspaces in deterministic runs; both in those of its own layers. 0: alike.

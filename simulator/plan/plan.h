@@ -132,6 +132,7 @@ struct Plan {
   /// Backward sums over tp start when the kernels before them have ended, a weight's gradient too;
   /// else beside these. From the framework profile.
   bool sums_in_turn = false;
+  int overlap_multiprocessors = 0;  ///< FrameworkProfile's
   Allocations allocations;  ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are

@@ -153,6 +153,7 @@ struct Instruction {
   // collective
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
+  std::int32_t multiprocessors = 0;  ///< that it keeps; 0: as many as its library takes
   std::int32_t tie =
       -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
   std::int32_t stage = -1;  ///< send, receive: the other stage
