@@ -38,8 +38,7 @@ std::vector<std::int64_t> extents_of(const Program& p, const Instruction& i,
                                      const ProgramOperator& op, std::int64_t rank) {
   auto all = extents_of(p, op, rank);
   if (i.part < 0 || std::holds_alternative<Attention>(op.operation)) return all;
-  all[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
-      static_cast<std::int64_t>(part_positions(p, i, rank).size());
+  all[static_cast<std::size_t>(op.signature.find(Dim::sequence))] = part_size(p, i, rank);
   return all;
 }
 
@@ -441,8 +440,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   const bool part =
       i.part >= 0 && i.op >= 0 &&
       !std::holds_alternative<Attention>(p.operators[static_cast<std::size_t>(i.op)].operation);
-  const auto positions =
-      part ? static_cast<std::int64_t>(part_positions(p, i, rank).size()) : std::int64_t{0};
+  const auto positions = part ? part_size(p, i, rank) : std::int64_t{0};
   const auto touch = [&](BufferId id) {
     Bytes bytes = local_bytes(p, id, rank);
     const Buffer& b = p.buffer(id);

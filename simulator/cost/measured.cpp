@@ -204,7 +204,7 @@ ProductShape product_shape(const Program& p, const Instruction& i, std::int64_t 
       i.part >= 0 && d >= 0 && !std::holds_alternative<Attention>(op.operation)) {
     // One part of the sequence; the rest is another instruction's.
     const auto at = static_cast<std::size_t>(d);
-    s.m *= static_cast<double>(part_positions(p, i, rank).size()) /
+    s.m *= static_cast<double>(part_size(p, i, rank)) /
            std::max<double>(1, static_cast<double>(local_extent(
                                    p.mesh, op.cuts[at], op.signature.dims[at].extent, rank)));
   }

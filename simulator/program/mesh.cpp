@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace partita {
@@ -143,7 +144,9 @@ std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
   rank = origin(mesh, split, rank);
   std::vector<std::int64_t> all;
   const auto append = [&](Range r) {
-    for (std::int64_t i = r.begin; i < r.end; ++i) all.push_back(i);
+    const std::size_t had = all.size();
+    all.resize(had + static_cast<std::size_t>(std::max<std::int64_t>(0, r.size())));
+    std::iota(all.begin() + static_cast<std::ptrdiff_t>(had), all.end(), r.begin);
   };
   if (split.atoms.empty()) {
     append({0, extent});

@@ -189,6 +189,22 @@ std::vector<std::int64_t> part_positions(const Program& p, const Instruction& i,
   return least;
 }
 
+std::int64_t part_size(const Program& p, const Instruction& i, std::int64_t rank) {
+  std::int64_t least = -1;
+  for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
+    for (const BufferId id : *list) {
+      if (!id.valid()) continue;
+      const Buffer& b = p.buffer(id);
+      const int d = sequence_dim(b);
+      if (d < 0) continue;
+      const auto at = static_cast<std::size_t>(d);
+      const std::int64_t mine = local_extent(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
+      if (least < 0 || mine < least) least = mine;
+    }
+  }
+  return std::max<std::int64_t>(least, 0);
+}
+
 std::int64_t common_elements(const Program& p, BufferId from, std::int64_t a, BufferId to,
                              std::int64_t b) {
   const Buffer &x = p.buffer(from), &y = p.buffer(to);

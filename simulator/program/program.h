@@ -428,6 +428,8 @@ Bytes host_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 /// Of a product with one part of the sequence (Instruction::part): which positions.
 std::vector<std::int64_t> part_positions(const Program& program, const Instruction& instruction,
                                          std::int64_t rank);
+/// How many they are.
+std::int64_t part_size(const Program& program, const Instruction& instruction, std::int64_t rank);
 /// Dimension of the buffer that is the sequence; -1: none.
 int sequence_dim(const Buffer& buffer);
 
