@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@
 #include "simulator/program/routing.h"
 
 namespace partita::execute {
+
+class Device;
 
 struct Options {
   int steps = 1;
@@ -43,6 +46,8 @@ struct Options {
   std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
   /// While a rank draws its parameters: how many elements it has, of how many.
   std::function<void(int rank, std::int64_t drawn, std::int64_t all)> drawing;
+  /// Where a rank's tensors lie and who computes on them; null: the host.
+  std::function<std::unique_ptr<Device>(int rank)> device;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
   std::function<std::int64_t(int rank)> clock;
   /// Called before each instruction; tests stop a rank here.
