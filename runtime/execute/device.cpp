@@ -220,30 +220,32 @@ std::byte* Visits::host(std::byte* at, std::int64_t bytes, bool written) {
   if (device_.is_host() || at == nullptr || bytes == 0) return at;
   const auto [it, fresh] = copies_.try_emplace(at);
   Copy& c = it->second;
-  PARTITA_ASSERT(fresh || std::ssize(c.bytes) == bytes,
-                 fmt::format("{} and {} bytes of one address", c.bytes.size(), bytes));
+  PARTITA_ASSERT(fresh || c.bytes == bytes,
+                 fmt::format("{} and {} bytes of one address", c.bytes, bytes));
   // Parts of one buffer would be two on the host.
-  const auto after = std::next(it);
-  PARTITA_ASSERT(
-      after == copies_.end() || after->first >= at + bytes || !(written || after->second.written),
-      "operands overlap");
-  if (it != copies_.begin()) {
-    const auto before = std::prev(it);
-    PARTITA_ASSERT(
-        before->first + before->second.bytes.size() <= at || !(written || before->second.written),
-        "operands overlap");
-  }
-  if (fresh) {
-    c.bytes.resize(static_cast<std::size_t>(bytes));
-    device_.to_host(c.bytes.data(), at, bytes);
-  }
+  const auto apart = [&](const auto& low, const auto& high) {
+    PARTITA_ASSERT(low.first + low.second.bytes <= high.first ||
+                       !(written || low.second.written || high.second.written),
+                   "operands overlap");
+  };
   c.written |= written;
-  return c.bytes.data();
+  if (fresh) {
+    c.room.resize(static_cast<std::size_t>(bytes) + 2 * kGrain);
+    const auto place = [](const std::byte* p) {
+      return reinterpret_cast<std::uintptr_t>(p) % kGrain;
+    };
+    c.at = c.room.data() + (kGrain + place(at) - place(c.room.data())) % kGrain;
+    c.bytes = bytes;
+    device_.to_host(c.at, at, bytes);
+  }
+  if (it != copies_.begin()) apart(*std::prev(it), *it);
+  if (std::next(it) != copies_.end()) apart(*it, *std::next(it));
+  return c.at;
 }
 
 void Visits::give_back() {
   for (const auto& [at, c] : copies_) {
-    if (c.written) device_.to_device(at, c.bytes.data(), std::ssize(c.bytes));
+    if (c.written) device_.to_device(at, c.at, c.bytes);
   }
   copies_.clear();
 }

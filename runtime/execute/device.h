@@ -120,6 +120,8 @@ class Device {
   virtual Event record() { return 0; }
   /// What follows on the current stream waits for it.
   virtual void wait(Event) {}
+  /// The host waits for it.
+  virtual void host_waits(Event) {}
   /// The host waits for all that is queued; events before are past.
   virtual void finish() {}
 
@@ -153,7 +155,9 @@ class Visits {
 
  private:
   struct Copy {
-    std::vector<std::byte> bytes;
+    std::vector<std::byte> room;
+    std::byte* at = nullptr;  ///< aligned as the original: kernels round alike
+    std::int64_t bytes = 0;
     bool written = false;
   };
   Device& device_;

@@ -233,6 +233,8 @@ class Executor {
       }
     }
     for (const BufferId id : to_draw_) initialise(id);
+    // Whatever stream comes first finds it done.
+    device_.finish();
   }
 
   /// Places the buffer in memory: state now, others when their instruction says so.
@@ -299,9 +301,11 @@ class Executor {
     });
     visits.give_back();
   }
-  /// A buffer where the host can follow it.
+  /// A buffer where the host can follow it, once the instruction's stream has come here.
   std::byte* visit(Visits& visits, BufferId id, std::int64_t bytes, bool written) {
-    return p_.buffer(id).host ? data(id) : visits.host(data(id), bytes, written);
+    if (!p_.buffer(id).host) return visits.host(data(id), bytes, written);
+    device_.host_waits(device_.record());
+    return data(id);
   }
 
   /// The same from storage, in as few reads as the piece has runs in the whole parameter.
@@ -1221,7 +1225,7 @@ class Executor {
     fill(call.statistics, i.statistics);
     fill(call.writes, i.writes);
     if (host && !device_.is_host()) {
-      finish();
+      device_.host_waits(device_.record());
       plain_by_visit(device_, call);
       return;
     }
@@ -1234,12 +1238,10 @@ class Executor {
     if (!box(i.writes[0]).held) return;
     auto& kept = gradients_[id];
     kept.resize(static_cast<std::size_t>(box(i.writes[0]).elements()));
-    if (p_.buffer(id).host) {
-      device_.finish();
-      std::copy_n(values(id), kept.size(), kept.data());
-    } else {
-      device_.to_host(kept.data(), data(id), std::ssize(kept) * 4);
-    }
+    Visits visits(device_);
+    const auto* from =
+        reinterpret_cast<const float*>(visit(visits, id, std::ssize(kept) * 4, false));
+    std::copy_n(from, kept.size(), kept.data());
   }
 
   void note_loss(BufferId id) {
