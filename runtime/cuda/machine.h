@@ -5,6 +5,7 @@
 // that share it. Everything here is compiled by nvcc and by the host's compiler.
 #pragma once
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -121,6 +122,17 @@ struct Product {
   Matrix a, b, c;
   std::int64_t batch = 1;
   float alpha = 1, beta = 0;
+};
+
+enum class ConvolutionPass { forward, data, weight };
+
+/// x [samples, in, height, width], w [out, in / groups, window_height, window_width], y [samples,
+/// out, out_height, out_width]; padding is the same before and after.
+struct ConvolutionShape {
+  std::int64_t samples, in, height, width, out, groups, window_height, window_width, out_height,
+      out_width, stride_height, stride_width, dilation_height, dilation_width;
+  std::int64_t pad_height = 0, pad_width = 0;
+  friend auto operator<=>(const ConvolutionShape&, const ConvolutionShape&) = default;
 };
 
 PARTITA_BOTH bool finite(double x) { return x - x == 0; }

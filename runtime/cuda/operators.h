@@ -6,7 +6,8 @@
 //   scratch(floats)       memory until the operator ends
 //   scores()              of attention that may be in memory at once
 //   list(indices)         an IndexList
-//   convolve(c, a, pass)  false where it cannot
+//   convolve(shape, pass, x, w, y, adds)  fills y, x or w, by pass; `adds`: to w; false where it
+//                         cannot
 //
 // Each returns false where it does not know the case: the caller then asks the host's kernel.
 // Formulas are those of runtime/cpu/fast.cpp.
@@ -24,8 +25,6 @@ using cpu::Arguments;
 using cpu::Indices;
 using cpu::Tensor;
 using reference::Context;
-
-enum class ConvolutionPass { forward, data, weight };
 
 inline std::int64_t extent(const Tensor& t, std::size_t first, std::size_t last) {
   std::int64_t n = 1;
@@ -1195,19 +1194,6 @@ bool data(M& m, const MeanSquaredError&, const Context& c, const Arguments& a) {
 
 // ---------------------------------------------------------------------------------------- images
 
-template <class M>
-bool forward(M& m, const Convolution&, const Context& c, const Arguments& a) {
-  return m.convolve(c, a, ConvolutionPass::forward);
-}
-template <class M>
-bool data(M& m, const Convolution&, const Context& c, const Arguments& a) {
-  return m.convolve(c, a, ConvolutionPass::data);
-}
-template <class M>
-bool weight(M& m, const Convolution&, const Context& c, const Arguments& a) {
-  return m.convolve(c, a, ConvolutionPass::weight);
-}
-
 /// The local window along one dimension: input positions of output o are first + o · stride + k ·
 /// dilation, those outside [0, inputs) are padding.
 struct LocalWindow {
@@ -1225,6 +1211,122 @@ inline LocalWindow local_window(const Window& w, const Indices& x, const Indices
           w.stride,
           w.dilation};
 }
+/// Pads or crops: to[plane, i, j] = from[plane, i + top, j + left], 0 outside.
+template <class M>
+void shift_planes(M& m, const float* from, float* to, std::int64_t planes, std::int64_t from_rows,
+                  std::int64_t from_columns, std::int64_t rows, std::int64_t columns,
+                  std::int64_t top, std::int64_t left) {
+  m.each(
+      planes * rows * columns, PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t plane = e / (rows * columns), i = e / columns % rows + top,
+                           j = e % columns + left;
+        const bool inside = i >= 0 && i < from_rows && j >= 0 && j < from_columns;
+        to[e] = inside ? from[(plane * from_rows + i) * from_columns + j] : 0.0f;
+      });
+}
+
+/// Libraries pad alike on both sides: where the local window does not, the input is padded by a
+/// copy.
+template <class M>
+bool convolution(M& m, const Convolution& op, const Context& c, const Arguments& a,
+                 ConvolutionPass pass) {
+  const Signature& s = *c.signature;
+  std::vector<Indices> xi, wi, yi;
+  for (std::size_t d = 0; d < 4; ++d) {
+    xi.push_back(reference::touched(c, s.inputs[0], d));
+    wi.push_back(reference::touched(c, s.parameters[0], d));
+    yi.push_back(reference::touched(c, s.outputs[0], d));
+  }
+  for (const Indices* list : {&xi[2], &xi[3], &yi[2], &yi[3]}) {
+    if (list->empty() ||
+        list->back() - list->front() + 1 != static_cast<std::int64_t>(list->size()))
+      return false;
+  }
+  const auto length = [](const Indices& list) { return static_cast<std::int64_t>(list.size()); };
+  const LocalWindow h = local_window(op.height, xi[2], yi[2]),
+                    w = local_window(op.width, xi[3], yi[3]);
+  ConvolutionShape shape{length(xi[0]), length(xi[1]), h.inputs,   w.inputs,  length(yi[1]),
+                         op.groups,     h.kernel,      w.kernel,   h.outputs, w.outputs,
+                         h.stride,      w.stride,      h.dilation, w.dilation};
+  if (shape.samples * shape.in * shape.out == 0 || shape.out % op.groups != 0) return false;
+  const auto needs = [](const LocalWindow& l) {
+    return (l.outputs - 1) * l.stride + l.dilation * (l.kernel - 1) + 1;
+  };
+  const auto alike = [&](const LocalWindow& l) {
+    const std::int64_t pad = -l.first;
+    return pad >= 0 && l.inputs + 2 * pad >= needs(l) && l.inputs + 2 * pad < needs(l) + l.stride;
+  };
+  const std::int64_t planes = shape.samples * shape.in, columns = w.inputs, rows = h.inputs;
+  const bool direct = alike(h) && alike(w);
+  float* padded = nullptr;
+  if (direct) {
+    shape.pad_height = -h.first;
+    shape.pad_width = -w.first;
+  } else {
+    shape.height = needs(h);
+    shape.width = needs(w);
+    padded = m.scratch(planes * shape.height * shape.width);
+    if (pass != ConvolutionPass::data)
+      shift_planes(m, a.inputs[0].values, padded, planes, rows, columns, shape.height, shape.width,
+                   h.first, w.first);
+  }
+  const bool bias = op.bias && c.adds_bias;
+  const std::int64_t area = shape.out_height * shape.out_width, out = shape.out;
+  if (pass == ConvolutionPass::forward) {
+    float* y = a.results[0].values;
+    if (!m.convolve(shape, pass, direct ? a.inputs[0].values : padded, a.parameters[0].values, y,
+                    false))
+      return false;
+    if (bias) {
+      const float* b = a.parameters[1].values;
+      m.each(
+          shape.samples * out * area,
+          PARTITA_KERNEL(std::int64_t e) { y[e] += b[e / area % out]; });
+    }
+    return true;
+  }
+  float* dy = a.output_gradients[0].values;
+  if (pass == ConvolutionPass::data) {
+    float* dx = a.results[0].values;
+    if (!m.convolve(shape, pass, direct ? dx : padded, a.parameters[0].values, dy, false))
+      return false;
+    if (!direct)
+      shift_planes(m, padded, dx, planes, shape.height, shape.width, rows, columns, -h.first,
+                   -w.first);
+    return true;
+  }
+  if (!wanted(a, 0)) return false;
+  if (!m.convolve(shape, pass, direct ? a.inputs[0].values : padded, a.results[0].values, dy,
+                  a.accumulate))
+    return false;
+  if (op.bias && wanted(a, 1)) {
+    float* to = a.results[1].values;
+    const std::int64_t samples = shape.samples;
+    const bool accumulate = a.accumulate;
+    m.rows(
+        out, samples * area, PARTITA_KERNEL(std::int64_t k, const Lanes& lanes) {
+          double sum = 0;
+          for (std::int64_t e = lanes.lane(); e < samples * area; e += lanes.count())
+            sum += static_cast<double>(dy[(e / area * out + k) * area + e % area]);
+          sum = bias ? lanes.sum(sum) : 0;
+          if (lanes.lane() == 0) to[k] = static_cast<float>(sum) + (accumulate ? to[k] : 0.0f);
+        });
+  }
+  return true;
+}
+template <class M>
+bool forward(M& m, const Convolution& op, const Context& c, const Arguments& a) {
+  return convolution(m, op, c, a, ConvolutionPass::forward);
+}
+template <class M>
+bool data(M& m, const Convolution& op, const Context& c, const Arguments& a) {
+  return convolution(m, op, c, a, ConvolutionPass::data);
+}
+template <class M>
+bool weight(M& m, const Convolution& op, const Context& c, const Arguments& a) {
+  return convolution(m, op, c, a, ConvolutionPass::weight);
+}
+
 /// What output (i, j) of a plane reads: the position of its first largest value, and how many.
 struct Pooled {
   std::int64_t best, count;

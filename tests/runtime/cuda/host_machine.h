@@ -54,7 +54,37 @@ class HostMachine {
       return {nullptr, indices.front(), n};
     return {indices.data(), 0, n};
   }
-  bool convolve(const reference::Context&, const cpu::Arguments&, ConvolutionPass) { return false; }
+  bool convolve(const ConvolutionShape& s, ConvolutionPass pass, float* x, float* w, float* y,
+                bool adds) {
+    const std::int64_t in = s.in / s.groups, out = s.out / s.groups;
+    const auto zero = [](float* p, std::int64_t n) { std::fill_n(p, n, 0.0f); };
+    if (pass == ConvolutionPass::forward) zero(y, s.samples * s.out * s.out_height * s.out_width);
+    if (pass == ConvolutionPass::data) zero(x, s.samples * s.in * s.height * s.width);
+    if (pass == ConvolutionPass::weight && !adds)
+      zero(w, s.out * in * s.window_height * s.window_width);
+    for (std::int64_t n = 0; n < s.samples; ++n) {
+      for (std::int64_t o = 0; o < s.out; ++o) {
+        for (std::int64_t e = 0; e < s.out_height * s.out_width; ++e) {
+          float& to = y[(n * s.out + o) * s.out_height * s.out_width + e];
+          for (std::int64_t k = 0; k < in * s.window_height * s.window_width; ++k) {
+            const std::int64_t row = e / s.out_width * s.stride_height - s.pad_height +
+                                     k / s.window_width % s.window_height * s.dilation_height,
+                               column = e % s.out_width * s.stride_width - s.pad_width +
+                                        k % s.window_width * s.dilation_width,
+                               plane =
+                                   n * s.in + o / out * in + k / (s.window_height * s.window_width);
+            if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+            float& from = x[(plane * s.height + row) * s.width + column];
+            float& by = w[o * in * s.window_height * s.window_width + k];
+            if (pass == ConvolutionPass::forward) to += from * by;
+            if (pass == ConvolutionPass::data) from += to * by;
+            if (pass == ConvolutionPass::weight) by += to * from;
+          }
+        }
+      }
+    }
+    return true;
+  }
   void end() { scratch_.clear(); }
 
  private:
