@@ -4,9 +4,11 @@
 #include <nvtx3/nvToolsExt.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <thread>
 #include <utility>
 
 #include "runtime/cuda/convolutions.h"
@@ -57,9 +59,12 @@ class Gpu : public CudaDevice {
     void* slots = nullptr;
     check(cudaHostAlloc(&slots, kSlots * sizeof(float), cudaHostAllocDefault), "pinned memory");
     slots_ = static_cast<float*>(slots);
+    if (o.linked)
+      links_ = nccl_links(o.links, [this] { return static_cast<void*>(lane_->stream); });
     careful_ = std::getenv("PARTITA_CUDA_CHECK") != nullptr;
   }
   ~Gpu() override {
+    links_.reset();
     // Of a GPU that has failed nothing more is asked.
     static_cast<void>(cudaDeviceSynchronize());
     for (auto& [s, lane] : lanes_) static_cast<void>(cudaStreamDestroy(lane.stream));
@@ -103,7 +108,7 @@ class Gpu : public CudaDevice {
     const auto n = static_cast<std::size_t>(bytes);
     if (n > kMostStaged) {
       check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
-      check(cudaStreamSynchronize(stream()), "copy to the GPU");
+      come(stream(), "copy to the GPU");
       return;
     }
     void* pinned = staging(n);
@@ -115,11 +120,11 @@ class Gpu : public CudaDevice {
     check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost,
                           stream()),
           "copy from the GPU");
-    check(cudaStreamSynchronize(stream()), "copy from the GPU");
+    come(stream(), "copy from the GPU");
   }
   void to_host_later(float* to, const std::byte* from) override {
     if (later_.size() == kSlots) {
-      check(cudaDeviceSynchronize(), "the losses so far");
+      for (auto& [s, lane] : lanes_) come(lane.stream, "the losses so far");
       deliver();
     }
     float* slot = slots_ + later_.size();
@@ -195,13 +200,13 @@ class Gpu : public CudaDevice {
             "a wait for an event");
   }
   void host_waits(Event e) override {
-    if (e > past_)
-      check(cudaEventSynchronize(events_[static_cast<std::size_t>(e - past_ - 1)]),
-            "a wait for an event");
+    if (e <= past_) return;
+    const cudaEvent_t event = events_[static_cast<std::size_t>(e - past_ - 1)];
+    come_to([event] { return cudaEventQuery(event); }, "an event");
   }
   void finish() override {
     use();
-    check(cudaDeviceSynchronize(), "the end of what was queued");
+    for (auto& [s, lane] : lanes_) come(lane.stream, "the end of what was queued");
     past_ = recorded_;
     deliver();
     for (const auto& [p, bytes] : staged_) spare_.emplace(bytes, p);
@@ -226,6 +231,8 @@ class Gpu : public CudaDevice {
     return static_cast<std::int64_t>(static_cast<double>(ms) * 1e6);
   }
 
+  execute::Links* links() override { return links_.get(); }
+
   std::vector<ProductRecord> products() const override {
     std::vector<ProductRecord> all;
     for (const auto& [key, c] : libraries_->products)
@@ -248,6 +255,33 @@ class Gpu : public CudaDevice {
 
   void use() const { check(cudaSetDevice(o_.device), fmt::format("GPU {}", o_.device)); }
   cudaStream_t stream() const { return lane_->stream; }
+  /// Waits until the query says that it is done. A stream that waits for a peer who is gone would
+  /// never be: then its communicators are given up, so that it ends.
+  template <class Query>
+  void come_to(Query query, const std::string& what) {
+    const auto start = std::chrono::steady_clock::now();
+    for (;;) {
+      const cudaError_t e = query();
+      if (e == cudaSuccess) return;
+      if (e != cudaErrorNotReady) check(e, what);
+      if (!links_) {
+        std::this_thread::yield();
+        continue;
+      }
+      links_->poll();
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+      if (waited.count() > links_->timeout_s()) {
+        links_->abort();
+        throw PeerError(fmt::format("{} did not come within {:g} s: another rank is gone or hangs",
+                                    what, waited.count()));
+      }
+      if (waited.count() > 1e-3) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+  }
+  void come(cudaStream_t s, const std::string& what) {
+    if (!links_) return check(cudaStreamSynchronize(s), what);
+    come_to([s] { return cudaStreamQuery(s); }, what);
+  }
   static cudaEvent_t event(std::vector<cudaEvent_t>& all, std::size_t at, unsigned flags) {
     while (all.size() <= at) {
       cudaEvent_t e = nullptr;
@@ -297,6 +331,7 @@ class Gpu : public CudaDevice {
 
   DeviceOptions o_;
   std::unique_ptr<Libraries> libraries_;
+  std::unique_ptr<NcclLinks> links_;
   std::map<Stream, Lane> lanes_;
   Lane* lane_ = nullptr;
   std::vector<cudaEvent_t> events_, marks_;
@@ -378,6 +413,7 @@ Facts facts(int device) {
   const std::size_t blas = cublasLtGetVersion();
   f.blas = fmt::format("{}.{}.{}", blas / 10000, blas / 100 % 100, blas % 100);
   f.dnn = cudnn_version();
+  f.nccl = nccl_version();
   if (device < 0) return f;
   cudaDeviceProp p = {};
   check(cudaGetDeviceProperties(&p, device), fmt::format("GPU {}", device));

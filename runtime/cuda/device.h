@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/cuda/nccl.h"
 #include "runtime/execute/device.h"
 
 namespace partita::cuda {
@@ -29,6 +30,9 @@ struct DeviceOptions {
   bool tf32 = false;
   int candidates = 1;   ///< of cuBLASLt's algorithms that a new product's first call times
   bool ranges = false;  ///< an NVTX range around each kernel
+  /// Several ranks: their GPUs are linked by NCCL where this build has it.
+  bool linked = false;
+  NcclOptions links;
 };
 
 /// An algorithm that products were computed by.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 
 #include "base/error.h"
 #include "runtime/transport/narrow.h"
@@ -191,6 +192,38 @@ std::byte* Device::allocate_on_host(std::int64_t bytes) {
   return static_cast<std::byte*>(std::aligned_alloc(kGrain, rounded));
 }
 void Device::release_on_host(std::byte* block) { std::free(block); }
+
+std::vector<Channel> channels_of(const Program& p) {
+  std::set<Channel> all;
+  for (int stage = 0; stage < p.stage_count(); ++stage) {
+    std::set<BlockId> blocks;
+    for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)])
+      blocks.insert(call.block);
+    for (std::int64_t rank = 0; rank < p.ranks(); ++rank) {
+      if (p.stage_of(rank) != stage) continue;
+      for (const BlockId block : blocks) {
+        for (const Instruction& i : p.blocks[block.index()].instructions) {
+          Channel c;
+          if (i.kind == Kind::collective) {
+            for (const std::int64_t m : p.group(i, rank)) c.group.push_back(static_cast<int>(m));
+            c.lane = i.stream;
+          } else if (i.kind == Kind::send || i.kind == Kind::receive) {
+            const bool sends = i.kind == Kind::send;
+            if (!p.holds(sends ? i.reads[0] : i.writes[0], rank)) continue;
+            c = channel_of(static_cast<int>(rank), static_cast<int>(p.peer_of(i, rank)), sends);
+          }
+          if (c.group.size() > 1) all.insert(std::move(c));
+        }
+      }
+    }
+  }
+  return {all.begin(), all.end()};
+}
+
+Channel channel_of(int rank, int peer, bool sends) {
+  const bool up = sends == (peer > rank);
+  return {{std::min(rank, peer), std::max(rank, peer)}, up ? kUpwards : kDownwards};
+}
 
 std::unique_ptr<Device> host_device() { return std::make_unique<HostDevice>(); }
 

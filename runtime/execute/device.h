@@ -11,6 +11,7 @@
 
 #include "runtime/cpu/kernels.h"
 #include "runtime/execute/pieces.h"
+#include "runtime/transport/transport.h"
 #include "simulator/program/program.h"
 
 namespace partita::execute {
@@ -73,6 +74,40 @@ struct AdamStep {
 /// After `updates` earlier ones.
 AdamStep adam_step(const Optimizer& o, std::int64_t updates);
 
+/// Ranks that call together; a lane has its own order of calls. Two calls of one channel come in
+/// the same order on all its members, of two channels in any.
+struct Channel {
+  std::vector<int> group;  ///< ascending
+  int lane = 0;
+  friend auto operator<=>(const Channel&, const Channel&) = default;
+};
+/// Lanes of messages between two ranks, upwards and downwards; of collectives, their streams.
+inline constexpr int kUpwards = -1, kDownwards = -2;
+/// Of a message between them, `sends`: from `rank`.
+Channel channel_of(int rank, int peer, bool sends);
+/// Every channel that some rank of the program needs, in an order that all ranks agree on.
+std::vector<Channel> channels_of(const Program& program);
+
+/// Moves what lies in the memory of the ranks' devices, without the host. Calls are queued on the
+/// device's current stream. PeerError when a peer is gone.
+class Links {
+ public:
+  virtual ~Links() = default;
+  virtual std::string name() const = 0;
+  /// All ranks at once, before the first call.
+  virtual void meet(Transport& control, const std::vector<Channel>& channels) = 0;
+  /// `call.data` and `call.send` lie on the device.
+  virtual void collective(const Channel& channel, const CollectiveCall& call) = 0;
+  virtual void send(const Channel& channel, int to, const std::byte* from, std::int64_t bytes) = 0;
+  virtual void receive(const Channel& channel, int from, std::byte* to, std::int64_t bytes) = 0;
+
+  const Traffic& traffic() const { return traffic_; }
+  void reset_traffic() { traffic_ = {}; }
+
+ protected:
+  Traffic traffic_;
+};
+
 /// One rank's device. Whatever it does is queued on its current stream, in order; streams meet in
 /// events. Addresses of its memory allow arithmetic, and are followed by nobody else. All calls
 /// throw MachineError when the device gives out.
@@ -124,6 +159,9 @@ class Device {
   virtual void host_waits(Event) {}
   /// The host waits for all that is queued; events before are past.
   virtual void finish() {}
+
+  /// To the other ranks' devices; null: the transport moves copies on the host.
+  virtual Links* links() { return nullptr; }
 
   /// Measured times: marks are set on the current stream; mark 0 by begin_marks().
   virtual void begin_marks() {}

@@ -95,7 +95,8 @@ class Executor {
         rank_(transport.rank()),
         memory_(device, false),
         host_memory_(device, true),
-        order_(device) {
+        order_(device),
+        links_(device.links()) {
     PARTITA_ASSERT(p.ranks() == transport.size(),
                    fmt::format("{} ranks for {}", transport.size(), p.ranks()));
     stage_ = p.stage_of(rank_);
@@ -103,6 +104,10 @@ class Executor {
     boxes_.resize(p.buffers.size());
     offset_.assign(p.buffers.size(), 0);
     prepare();
+    if (transport_.size() > 1 && links_ != nullptr) {
+      transport_.doing("the meeting of devices");
+      links_->meet(transport_, channels_of(p));
+    }
   }
   ~Executor() {
     for (std::size_t b = 0; b < slots_.size(); ++b) {
@@ -147,6 +152,7 @@ class Executor {
         clock_before = read_clocks(transport_, kClockTag, clock);
       transport_.barrier();
       transport_.reset_traffic();
+      if (links_ != nullptr) links_->reset_traffic();
       // Steps differ in the rows that experts get: each has its own peak.
       if (step_ >= o_.warm_up) memory_.forget_peak();
       if (step_ == o_.warm_up) host_memory_.forget_peak();
@@ -161,6 +167,7 @@ class Executor {
       const std::chrono::duration<double> took = now() - start;
       RankMeasurement& m = result_.measured;
       m.traffic = transport_.traffic();
+      if (links_ != nullptr) add_traffic(links_->traffic(), m.traffic);
       if (step_ >= o_.warm_up) {
         m.step_s.push_back(took.count());
         starts.push_back(start.time_since_epoch().count());
@@ -185,6 +192,14 @@ class Executor {
     collect_measurements();
     if (o_.routing) collect_routing();
     return std::move(result_);
+  }
+  static void add_traffic(const Traffic& from, Traffic& to) {
+    for (const auto& [kind, c] : from.collectives) {
+      to.collectives[kind].calls += c.calls;
+      to.collectives[kind].payload_bytes += c.payload_bytes;
+    }
+    to.sends += from.sends;
+    to.send_bytes += from.send_bytes;
   }
   void come_to(std::int64_t instruction) {
     instruction_ = instruction;
@@ -642,6 +657,15 @@ class Executor {
       return;
     }
     const auto bytes = static_cast<std::size_t>(box(b).elements() * width(p_.buffer(b)));
+    if (links_ != nullptr) {
+      const Channel channel = channel_of(rank_, peer, sends);
+      if (sends) {
+        links_->send(channel, peer, data(b), static_cast<std::int64_t>(bytes));
+      } else {
+        links_->receive(channel, peer, data(b), static_cast<std::int64_t>(bytes));
+      }
+      return;
+    }
     Visits visits(device_);
     std::byte* at = visit(visits, b, static_cast<std::int64_t>(bytes), !sends);
     if (sends) {
@@ -865,6 +889,10 @@ class Executor {
     }
     if (!on_device || device_.is_host()) {
       transport_.collective(call);
+      return;
+    }
+    if (links_ != nullptr) {
+      links_->collective({c.group, i.stream}, call);
       return;
     }
     Visits visits(device_);
@@ -1511,6 +1539,7 @@ class Executor {
   int rank_ = 0, stage_ = 0;
   Memory memory_, host_memory_;
   Order order_;
+  Links* links_;  ///< null: collectives and messages pass through the host
   std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
   std::vector<std::unique_ptr<Box>> boxes_;
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
