@@ -175,7 +175,7 @@ class Gpu : public CudaDevice {
     look(what);
   }
 
-  void on(Stream s) override {
+  void on(execute::DeviceStream s) override {
     Lane& lane = lanes_[s];
     if (lane.stream == nullptr) {
       use();
@@ -332,7 +332,7 @@ class Gpu : public CudaDevice {
   DeviceOptions o_;
   std::unique_ptr<Libraries> libraries_;
   std::unique_ptr<NcclLinks> links_;
-  std::map<Stream, Lane> lanes_;
+  std::map<execute::DeviceStream, Lane> lanes_;
   Lane* lane_ = nullptr;
   std::vector<cudaEvent_t> events_, marks_;
   Event recorded_ = 0, past_ = 0;

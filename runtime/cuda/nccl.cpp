@@ -10,7 +10,9 @@
 
 #  include <chrono>
 #  include <cstring>
+#  include <exception>
 #  include <map>
+#  include <memory>
 #  include <set>
 #  include <thread>
 #  include <vector>
@@ -48,6 +50,7 @@ class Nccl : public NcclLinks {
   Nccl(const NcclOptions& o, std::function<void*()> stream) : o_(o), stream_(std::move(stream)) {}
   ~Nccl() override {
     // After a failure a communicator's end would wait for its peers.
+    if (std::uncaught_exceptions() > 0) abort();
     if (aborted_) return;
     for (auto& [channel, comm] : comms_) static_cast<void>(ncclCommDestroy(comm));
     if (world_ != nullptr) static_cast<void>(ncclCommDestroy(world_));
@@ -88,13 +91,17 @@ class Nccl : public NcclLinks {
         }
       }
       ncclConfig_t config = configuration();
-      ncclComm_t comm = nullptr;
-      const ncclResult_t r = ncclCommSplit(world_, color, rank_, &comm, &config);
-      settle(r, world_, "the split of its communicator");
+      // NCCL may fill it in later, from a thread of its own.
+      ncclComm_t& comm =
+          color == NCCL_SPLIT_NOCOLOR ? none_ : comms_[*split[static_cast<std::size_t>(color)]];
+      comm = nullptr;
+      settle(ncclCommSplit(world_, color, rank_, &comm, &config), world_,
+             "the split of its communicator");
       if (color == NCCL_SPLIT_NOCOLOR) continue;
+      PARTITA_ASSERT(comm != nullptr, "NCCL split a communicator and gave none");
       settle(ncclInProgress, comm, "a communicator of some ranks");
-      comms_[*split[static_cast<std::size_t>(color)]] = comm;
     }
+    connect();
     control.barrier();
   }
 
@@ -210,6 +217,47 @@ class Nccl : public NcclLinks {
     settle(ncclCommInitRankConfig(&world_, control.size(), id, rank_, &config), world_,
            fmt::format("the communicator of all {} ranks", control.size()));
   }
+  /// NCCL connects two ranks when they first call, and the host waits for that; so each message's
+  /// ranks call once now, in the order of channels, which is the same on all. Later they come in
+  /// orders of their own.
+  void connect() {
+    constexpr std::size_t kApart = 256;
+    void* memory = nullptr;
+    if (const cudaError_t e = cudaMalloc(&memory, 2 * kApart); e != cudaSuccess)
+      throw MachineError(fmt::format("CUDA: {} bytes: {}", 2 * kApart, cudaGetErrorString(e)));
+    const std::unique_ptr<void, void (*)(void*)> held(
+        memory, [](void* p) { static_cast<void>(cudaFree(p)); });
+    auto* at = static_cast<std::byte*>(memory);
+    auto* stream = static_cast<cudaStream_t>(stream_());
+    for (const auto& [channel, comm] : comms_) {
+      if (!execute::is_message(channel)) continue;
+      const int peer = channel.group[0] == rank_ ? 1 : 0;
+      const std::string what =
+          fmt::format("the connection with rank {}", channel.group[static_cast<std::size_t>(peer)]);
+      settle(ncclGroupStart(), comm, what);
+      const ncclResult_t sent = ncclSend(at, 1, ncclInt8, peer, comm, stream);
+      const ncclResult_t got = ncclRecv(at + kApart, 1, ncclInt8, peer, comm, stream);
+      settle(ncclGroupEnd(), comm, what);
+      for (const ncclResult_t r : {sent, got}) {
+        if (r != ncclSuccess && r != ncclInProgress) fail(r, comm, what);
+      }
+    }
+    const auto start = std::chrono::steady_clock::now();
+    for (cudaError_t e = cudaErrorNotReady; e != cudaSuccess;) {
+      e = cudaStreamQuery(stream);
+      if (e != cudaSuccess && e != cudaErrorNotReady)
+        throw MachineError(fmt::format("CUDA: first messages: {}", cudaGetErrorString(e)));
+      poll();
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+      if (waited.count() > o_.timeout_s) {
+        abort();
+        throw PeerError(
+            fmt::format("NCCL: first messages between the ranks did not come within "
+                        "{:g} s",
+                        o_.timeout_s));
+      }
+    }
+  }
   ncclComm_t comm_of(const Channel& channel) const {
     const auto it = comms_.find(channel);
     PARTITA_ASSERT(it != comms_.end(), fmt::format("no communicator of {} ranks in lane {}",
@@ -246,7 +294,7 @@ class Nccl : public NcclLinks {
   NcclOptions o_;
   std::function<void*()> stream_;
   int rank_ = 0;
-  ncclComm_t world_ = nullptr;
+  ncclComm_t world_ = nullptr, none_ = nullptr;
   std::set<Channel> known_;
   std::map<Channel, ncclComm_t> comms_;
   bool aborted_ = false;

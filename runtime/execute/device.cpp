@@ -206,11 +206,11 @@ std::vector<Channel> channels_of(const Program& p) {
           Channel c;
           if (i.kind == Kind::collective) {
             for (const std::int64_t m : p.group(i, rank)) c.group.push_back(static_cast<int>(m));
-            c.lane = i.stream;
+            c.lane = stream_of(i);
           } else if (i.kind == Kind::send || i.kind == Kind::receive) {
-            const bool sends = i.kind == Kind::send;
-            if (!p.holds(sends ? i.reads[0] : i.writes[0], rank)) continue;
-            c = channel_of(static_cast<int>(rank), static_cast<int>(p.peer_of(i, rank)), sends);
+            const BufferId id = i.kind == Kind::send ? i.reads[0] : i.writes[0];
+            if (!p.holds(id, rank)) continue;
+            c = channel_of(i, static_cast<int>(rank), static_cast<int>(p.peer_of(i, rank)));
           }
           if (c.group.size() > 1) all.insert(std::move(c));
         }
@@ -220,9 +220,16 @@ std::vector<Channel> channels_of(const Program& p) {
   return {all.begin(), all.end()};
 }
 
-Channel channel_of(int rank, int peer, bool sends) {
-  const bool up = sends == (peer > rank);
-  return {{std::min(rank, peer), std::max(rank, peer)}, up ? kUpwards : kDownwards};
+constexpr DeviceStream kFirstMessage = 256;  // after every Stream
+
+bool is_message(const Channel& channel) { return channel.lane >= kFirstMessage; }
+
+DeviceStream stream_of(const Instruction& i) {
+  const bool message = i.kind == Kind::send || i.kind == Kind::receive;
+  return message ? kFirstMessage + i.index : static_cast<DeviceStream>(i.stream);
+}
+Channel channel_of(const Instruction& message, int rank, int peer) {
+  return {{std::min(rank, peer), std::max(rank, peer)}, stream_of(message)};
 }
 
 std::unique_ptr<Device> host_device() { return std::make_unique<HostDevice>(); }
@@ -285,7 +292,7 @@ void Visits::give_back() {
 
 // ----------------------------------------------------------------------------------------- Order
 
-void Order::begin(Stream stream, bool after_compute) {
+void Order::begin(DeviceStream stream, bool after_compute) {
   if (device_.is_host()) return;
   reads_.clear();
   writes_.clear();

@@ -81,10 +81,13 @@ struct Channel {
   int lane = 0;
   friend auto operator<=>(const Channel&, const Channel&) = default;
 };
-/// Lanes of messages between two ranks, upwards and downwards; of collectives, their streams.
-inline constexpr int kUpwards = -1, kDownwards = -2;
-/// Of a message between them, `sends`: from `rank`.
-Channel channel_of(int rank, int peer, bool sends);
+/// A device's streams: the program's, and one for each message, whose sends and receives may come
+/// in different orders on both sides.
+using DeviceStream = int;
+DeviceStream stream_of(const Instruction& i);
+bool is_message(const Channel& channel);
+/// Of a message: each has a channel of its own, in which its micro-batches follow each other.
+Channel channel_of(const Instruction& message, int rank, int peer);
 /// Every channel that some rank of the program needs, in an order that all ranks agree on.
 std::vector<Channel> channels_of(const Program& program);
 
@@ -150,7 +153,7 @@ class Device {
   virtual void plain(const PlainCall& call) = 0;
 
   /// What follows is queued on that stream.
-  virtual void on(Stream) {}
+  virtual void on(DeviceStream) {}
   /// Everything queued on the current stream so far.
   virtual Event record() { return 0; }
   /// What follows on the current stream waits for it.
@@ -213,7 +216,7 @@ class Order {
  public:
   explicit Order(Device& device) : device_(device) {}
   /// An instruction on `stream`; `after_compute`: not before the compute stream gets here.
-  void begin(Stream stream, bool after_compute);
+  void begin(DeviceStream stream, bool after_compute);
   void read(const std::byte* block);
   void write(const std::byte* block);
   void end();
@@ -222,7 +225,7 @@ class Order {
 
  private:
   struct Use {
-    Stream stream = 0;
+    DeviceStream stream = 0;
     Device::Event event = 0;
   };
   struct Block {
@@ -231,7 +234,7 @@ class Order {
   };
   void wait(const std::vector<Use>& uses);
   Device& device_;
-  Stream stream_ = kComputeStream;
+  DeviceStream stream_ = kComputeStream;
   std::map<const std::byte*, Block> blocks_;
   std::vector<const std::byte*> reads_, writes_;
 };

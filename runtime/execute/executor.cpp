@@ -182,6 +182,8 @@ class Executor {
     }
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();
+    result_.reserved = memory_.reserved();
+    result_.fallbacks = device_.fallbacks();
     if (o_.record) {
       transport_.doing("the reading of clocks");
       const ClockReading clock_after = read_clocks(transport_, kClockTag, clock);
@@ -588,7 +590,7 @@ class Executor {
 
   /// The instruction's stream waits for those that its memory comes from.
   void begin(const Instruction& i) {
-    order_.begin(i.stream, i.after_compute);
+    order_.begin(stream_of(i), i.after_compute);
     if (device_.is_host() || i.kind == Kind::allocate || i.kind == Kind::free) return;
     const auto block = [&](BufferId id) { return slot(p_.memory_of(id)).data; };
     for_each_read(i, [&](BufferId id) { order_.read(block(id)); });
@@ -658,7 +660,7 @@ class Executor {
     }
     const auto bytes = static_cast<std::size_t>(box(b).elements() * width(p_.buffer(b)));
     if (links_ != nullptr) {
-      const Channel channel = channel_of(rank_, peer, sends);
+      const Channel channel = channel_of(i, rank_, peer);
       if (sends) {
         links_->send(channel, peer, data(b), static_cast<std::int64_t>(bytes));
       } else {
@@ -892,7 +894,7 @@ class Executor {
       return;
     }
     if (links_ != nullptr) {
-      links_->collective({c.group, i.stream}, call);
+      links_->collective({c.group, stream_of(i)}, call);
       return;
     }
     Visits visits(device_);

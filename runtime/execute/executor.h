@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -60,6 +61,9 @@ struct RankResult {
   reference::RunResult values;
   std::vector<RankMeasurement> ranks;  ///< on rank 0, by rank
   Routing routing;                     ///< on rank 0, if asked for
+  /// This rank's kernels that its device has not, by name: calls.
+  std::map<std::string, std::int64_t> fallbacks;
+  Bytes reserved;  ///< of this rank's device memory: kept for the next request, or in use
 };
 
 /// Where a rank is, in words: "step 3, linear forward of mlp.up in block forward 0, micro-batch 1".

@@ -12,7 +12,7 @@ namespace {
 class Told : public FarDevice {
  public:
   Told() : FarDevice({}) {}
-  void on(Stream s) override {
+  void on(DeviceStream s) override {
     FarDevice::on(s);
     stream_ = s;
   }
@@ -25,7 +25,7 @@ class Told : public FarDevice {
   std::string said;
 
  private:
-  Stream stream_ = 0;
+  DeviceStream stream_ = 0;
 };
 
 /// docs/cuda.md, "Streams".
@@ -33,7 +33,7 @@ TEST(Order, TheExampleOfThePage) {
   Told device;
   Order order(device);
   std::byte g, w, x;
-  const auto instruction = [&](Stream s, std::vector<const std::byte*> reads,
+  const auto instruction = [&](DeviceStream s, std::vector<const std::byte*> reads,
                                std::vector<const std::byte*> writes, bool after = false) {
     device.said += fmt::format("[{}] ", s);
     order.begin(s, after);

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <random>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
@@ -92,15 +94,15 @@ class FarDevice : public Device {
     push([here = std::move(here)] { plain_on_host(here); });
   }
 
-  void on(Stream s) override { current_ = s; }
+  void on(DeviceStream s) override { current_ = s; }
   Event record() override {
     const Event e = ++events_;
-    streams_[current_].push_back({{}, e, 0});
+    streams_[current_].push_back({{}, e, 0, {}});
     waiting_.insert(e);
     return e;
   }
   void wait(Event e) override {
-    if (!past(e) && !o_.forgets_waits) streams_[current_].push_back({{}, 0, e});
+    if (!past(e) && !o_.forgets_waits) streams_[current_].push_back({{}, 0, e, {}});
   }
   void host_waits(Event e) override {
     run_until([&] { return past(e); });
@@ -130,7 +132,13 @@ class FarDevice : public Device {
     count_fallback(kernel);
     return true;
   }
-  void push(std::function<void()> work) { streams_[current_].push_back({std::move(work), 0, 0}); }
+  void push(std::function<void()> work) {
+    streams_[current_].push_back({std::move(work), 0, 0, {}});
+  }
+  /// The stream waits until another rank makes it ready.
+  void push_when(std::function<bool()> ready, std::function<void()> work) {
+    streams_[current_].push_back({std::move(work), 0, 0, std::move(ready)});
+  }
   template <class T>
   static T* near(T* p) {
     auto at = reinterpret_cast<std::uintptr_t>(p);
@@ -143,14 +151,28 @@ class FarDevice : public Device {
   struct Task {
     std::function<void()> work;
     Event sets = 0, waits_for = 0;
+    std::function<bool()> ready;
   };
   bool past(Event e) const { return waiting_.count(e) == 0; }
   template <class F>
   void run_until(F done) {
+    const auto start = std::chrono::steady_clock::now();
     while (!done()) {
       std::vector<std::deque<Task>*> ready;
+      bool others = false;
       for (auto& [s, tasks] : streams_) {
-        if (!tasks.empty() && past(tasks.front().waits_for)) ready.push_back(&tasks);
+        if (tasks.empty() || !past(tasks.front().waits_for)) continue;
+        if (tasks.front().ready && !tasks.front().ready()) {
+          others = true;
+        } else {
+          ready.push_back(&tasks);
+        }
+      }
+      if (ready.empty() && others) {
+        PARTITA_ASSERT(std::chrono::steady_clock::now() - start < std::chrono::seconds(20),
+                       "another rank does not come");
+        std::this_thread::yield();
+        continue;
       }
       PARTITA_ASSERT(!ready.empty(), "streams wait for each other");
       // Some runs favour the first streams, some the last, some none.
@@ -169,10 +191,10 @@ class FarDevice : public Device {
   std::mt19937_64 rng_;
   std::unique_ptr<Device> host_;
   std::set<std::byte*> blocks_;
-  std::map<Stream, std::deque<Task>> streams_;
+  std::map<DeviceStream, std::deque<Task>> streams_;
   std::set<Event> waiting_;  ///< recorded, not reached
   Event events_ = 0;
-  Stream current_ = kComputeStream;
+  DeviceStream current_ = kComputeStream;
   std::int64_t ticks_ = 0;
   std::vector<std::int64_t> marks_;
 };
