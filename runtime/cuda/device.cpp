@@ -199,6 +199,12 @@ class Gpu : public CudaDevice {
       check(cudaStreamWaitEvent(stream(), events_[static_cast<std::size_t>(e - past_ - 1)], 0),
             "a wait for an event");
   }
+  bool reached(Event e) override {
+    if (e <= past_) return true;
+    const cudaError_t state = cudaEventQuery(events_[static_cast<std::size_t>(e - past_ - 1)]);
+    if (state != cudaErrorNotReady) check(state, "a look at an event");
+    return state == cudaSuccess;
+  }
   void host_waits(Event e) override {
     if (e <= past_) return;
     const cudaEvent_t event = events_[static_cast<std::size_t>(e - past_ - 1)];

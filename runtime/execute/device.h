@@ -158,6 +158,8 @@ class Device {
   virtual Event record() { return 0; }
   /// What follows on the current stream waits for it.
   virtual void wait(Event) {}
+  /// Is it past?
+  virtual bool reached(Event) { return true; }
   /// The host waits for it.
   virtual void host_waits(Event) {}
   /// The host waits for all that is queued; events before are past.

@@ -590,7 +590,9 @@ class Executor {
 
   /// The instruction's stream waits for those that its memory comes from.
   void begin(const Instruction& i) {
-    order_.begin(stream_of(i), i.after_compute);
+    // What is sent is first copied, on its program's stream.
+    const bool copied = links_ != nullptr && i.kind == Kind::send;
+    order_.begin(copied ? i.stream : stream_of(i), i.after_compute);
     if (device_.is_host() || i.kind == Kind::allocate || i.kind == Kind::free) return;
     const auto block = [&](BufferId id) { return slot(p_.memory_of(id)).data; };
     for_each_read(i, [&](BufferId id) { order_.read(block(id)); });
@@ -662,7 +664,7 @@ class Executor {
     if (links_ != nullptr) {
       const Channel channel = channel_of(i, rank_, peer);
       if (sends) {
-        links_->send(channel, peer, data(b), static_cast<std::int64_t>(bytes));
+        send_copy(i, channel, peer, b, static_cast<std::int64_t>(bytes));
       } else {
         links_->receive(channel, peer, data(b), static_cast<std::int64_t>(bytes));
       }
@@ -676,6 +678,28 @@ class Executor {
       transport_.receive(peer, message_tag(i), at, bytes);
       visits.give_back();
     }
+  }
+
+  /// A send of the links ends only when the other has come for it; ours must not wait for that, nor
+  /// whoever uses the buffer next: ranks could wait for each other. So what is sent is a copy.
+  void send_copy(const Instruction& i, const Channel& channel, int peer, BufferId b,
+                 std::int64_t bytes) {
+    auto& copies = copies_[bytes];
+    auto free = std::find_if(copies.begin(), copies.end(),
+                             [&](const Copy& c) { return device_.reached(c.sent); });
+    if (free == copies.end()) {
+      copies.push_back({Spare(memory_, bytes), 0});
+      free = std::prev(copies.end());
+      // Another buffer's memory may still be in use.
+      order_.write(free->room.at);
+    }
+    device_.copy(free->room.at, data(b), bytes);
+    const Device::Event copied = device_.record();
+    device_.on(stream_of(i));
+    device_.wait(copied);
+    links_->send(channel, peer, free->room.at, bytes);
+    free->sent = device_.record();
+    device_.on(i.stream);
   }
 
   void routed_message(BufferId b, int peer, std::int64_t tag, bool sends) {
@@ -1555,6 +1579,12 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
   Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
+  /// What is on its way to other ranks' devices.
+  struct Copy {
+    Spare room;
+    Device::Event sent = 0;
+  };
+  std::map<std::int64_t, std::vector<Copy>> copies_;  ///< by bytes
   std::vector<BufferId> to_draw_;
   std::int64_t drawn_ = 0, elements_to_draw_ = 0;
   std::vector<double> losses_;

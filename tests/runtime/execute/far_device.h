@@ -104,6 +104,7 @@ class FarDevice : public Device {
   void wait(Event e) override {
     if (!past(e) && !o_.forgets_waits) streams_[current_].push_back({{}, 0, e, {}});
   }
+  bool reached(Event e) override { return past(e); }
   void host_waits(Event e) override {
     run_until([&] { return past(e); });
   }
