@@ -6,7 +6,14 @@
 #
 # PARTITA, GPU_TEST: the programs (default: in build/dev, then build/release).
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+# In the sources, or in the bundle's folder.
+here=$(cd "$(dirname "$0")" && pwd)
+if [ -x "$here/bin/partita" ]; then
+  cd "$here"
+  export PARTITA_DATA=$here/data
+else
+  cd "$here/../.."
+fi
 out=${1:-gpu-results}
 mkdir -p "$out"
 first() { for p in "$@"; do [ -x "$p" ] && { echo "$p"; return; }; done; }
