@@ -34,9 +34,11 @@ part() {  # name, most seconds, command...
   # What it says is kept, also of one that hangs or dies.
   timeout --kill-after=10 "$most" "$@" >"$out/$name.txt" 2>&1
   local code=$?
+  # A test that was skipped has shown nothing.
+  [ $code -eq 0 ] && grep -q '^\[  SKIPPED \]' "$out/$name.txt" && code=skipped
   local took=$(($(date +%s) - start))
-  printf '%-28s %4d s  %s\n' "$name" "$took" "$([ $code -eq 0 ] && echo ok || echo "FAILED ($code): $(tail -1 "$out/$name.txt" | cut -c1-200)")" | tee -a "$out/summary.txt"
-  [ $code -eq 0 ] || failed+=("$name")
+  printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(tail -1 "$out/$name.txt" | cut -c1-200)")" | tee -a "$out/summary.txt"
+  [ "$code" = 0 ] || failed+=("$name")
 }
 : >"$out/summary.txt"
 { date -u; git rev-parse HEAD 2>/dev/null; uname -r; ldd "$partita" | grep -iE 'cuda|cublas|cudnn|nccl'; } >"$out/about.txt" 2>&1
