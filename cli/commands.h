@@ -7,7 +7,8 @@ class App;
 
 namespace partita::cli {
 
-/// Adds model, topo, collective, simulate, plan, whatif, reference and run; their callbacks set `code`.
+/// Adds model, topo, collective, simulate, plan, whatif, reference and run; their callbacks set
+/// `code`.
 void add_commands(CLI::App& app, int& code);
 
 void add_collective(CLI::App& app);

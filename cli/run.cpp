@@ -12,6 +12,7 @@
 
 #include "base/temporary.h"
 #include "base/unit_text.h"
+#include "cli/backend.h"
 #include "cli/commands.h"
 #include "cli/fault.h"
 #include "cli/launch.h"
@@ -42,8 +43,12 @@ struct Options {
   std::int64_t steps = 50, warm_up = 0, seed = 1;
   std::optional<double> learning_rate;
   double timeout_s = 10, rendezvous_s = 30;
-  bool json = false, no_check = false;
+  bool json = false, no_check = false, share_gpu = false;
 };
+
+BackendOptions backend_of(const Options& o, std::int64_t ranks, const std::string& transport) {
+  return {o.backend, o.share_gpu, transport == "threads", static_cast<int>(ranks), o.timeout_s};
+}
 
 /// Multiply-accumulates of all steps that the serial network is run for.
 constexpr double kMostSerialWork = 1e9;
@@ -127,8 +132,7 @@ Job job_of(const Options& o) {
   if (!(o.rendezvous_s > 0 && o.rendezvous_s <= 1e6))
     throw InputError("--rendezvous-timeout",
                      fmt::format("{} is not a number of seconds in 0 to 1e6", o.rendezvous_s));
-  if (o.backend != "cpu")
-    throw InputError("--backend", fmt::format("'{}' is unknown; there is cpu", o.backend));
+  check_backend(backend_of(o, 1, ""));
   Job job;
   Plan plan = plan_from(o.flags, "partita");
   if (o.flags.precision.empty() && !in_plan_file(o.flags, "precision"))
@@ -390,8 +394,13 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     }
     j["memory_bytes"]["total"] = {{"measured", step.measured_peak.count},
                                   {"predicted", step.predicted_peak.count}};
-    const auto counted =
-        validation::predicted_traffic(job.program, o.steps + o.warm_up - 1, transport != "mpi");
+    const auto counted = validation::predicted_traffic(job.program, o.steps + o.warm_up - 1,
+                                                       transport != "mpi" && o.backend == "cpu");
+    if (o.backend != "cpu") {
+      j["device"] = backend_version();
+      j["memory_bytes"]["reserved"] = {{"measured", first.reserved.count}};
+      j["host_kernels"] = first.fallbacks;
+    }
     j["traffic"] = Json::array();
     for (std::size_t r = 0; r < first.ranks.size(); ++r)
       j["traffic"].push_back(
@@ -445,6 +454,12 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   }
   rows.push_back({"total", text(step.measured_peak), text(step.predicted_peak)});
   fmt::print("{}", align(rows));
+  if (!first.fallbacks.empty()) {
+    rows = {{"the host's kernels, rank 0", "calls"}};
+    for (const auto& [kernel, calls] : first.fallbacks)
+      rows.push_back({kernel, std::to_string(calls)});
+    fmt::print("\n{}", align(rows));
+  }
   trace();
 }
 
@@ -523,10 +538,12 @@ void run(const Options& o, int& code) {
   Job job = job_of(o);
   const std::int64_t ranks = job.plan.ranks();
   const Mode mode = mode_of(o, ranks);
+  const BackendOptions backend = backend_of(o, ranks, mode.transport);
+  check_backend(backend);
   const Describe describe = [&job](int rank, std::int64_t step, std::int64_t instruction) {
     return execute::place(job.program, rank, step, instruction);
   };
-  if (mode.launches || mode.transport == "threads") check_memory(job);
+  if ((mode.launches || mode.transport == "threads") && o.backend == "cpu") check_memory(job);
   // Of its own mistakes no rank needs to tell.
   if (job.program.sharded_storage) temporary_place();
   job.options.before = test_fault(0);
@@ -536,6 +553,10 @@ void run(const Options& o, int& code) {
     return;
   }
   fill_options(o, job);
+  job.options.device = devices_of(backend);
+  std::string notes = mode.note;
+  if (const std::string note = note_of(backend); !note.empty())
+    notes += (notes.empty() ? "" : "; ") + note;
   const char* board_path = variable(kBoardVariable);
   std::shared_ptr<Board> board;
   if (board_path != nullptr && mode.transport != "threads")
@@ -564,7 +585,7 @@ void run(const Options& o, int& code) {
       keep(true, e.what());
       throw;
     }
-    report(o, job, results[0], mode.transport, mode.note, code);
+    report(o, job, results[0], mode.transport, notes, code);
     return;
   }
   std::unique_ptr<Transport> transport;
@@ -609,7 +630,7 @@ void run(const Options& o, int& code) {
   try {
     result = execute::run_rank(job.program, *transport, job.options);
     transport->leave();
-    if (transport->rank() == 0) report(o, job, result, mode.transport, mode.note, code);
+    if (transport->rank() == 0) report(o, job, result, mode.transport, notes, code);
   } catch (const ToldElsewhere&) {
     throw;
   } catch (const InputError& e) {
@@ -632,7 +653,8 @@ void add_run(CLI::App& app, int& code) {
   o->flags.add_network(*c);
   c->add_option("--ranks", o->ranks,
                 "processes or threads to start (default: what the plan needs)");
-  c->add_option("--backend", o->backend, "cpu");
+  c->add_option("--backend", o->backend, "cpu or cuda");
+  c->add_flag("--share-gpu", o->share_gpu, "cuda: several ranks on one GPU");
   c->add_option("--transport", o->transport,
                 "threads, mpi or tcp (default: mpi for several ranks)");
   c->add_option("--topology", o->topology, "cluster to predict for (default: cpu-host)");

@@ -29,6 +29,7 @@
 #include "base/temporary.h"
 #include "base/unit_text.h"
 #include "base/yaml.h"
+#include "cli/backend.h"
 #include "cli/checkpoint.h"
 #include "cli/commands.h"
 #include "cli/crew.h"
@@ -87,8 +88,11 @@ constexpr bool kMpi = false;
 
 void check(Options& o) {
   if (o.backend.empty()) throw InputError("--backend", "is missing; there is cpu");
+  check_backend({o.backend});
   if (o.backend != "cpu")
-    throw InputError("--backend", fmt::format("'{}' is unknown; there is cpu", o.backend));
+    throw InputError(
+        "--backend",
+        fmt::format("{} is carried out by run and not yet measured here; use cpu", o.backend));
   if (o.round_count() < 1 || o.round_count() > 1000)
     throw InputError("--rounds", fmt::format("{} is not in 1 to 1,000", o.round_count()));
   if (o.steps < 1 || o.steps > 100000)

@@ -3,14 +3,15 @@
 add_library(partita_flags INTERFACE)
 # -ffp-contract=off: both compilers would otherwise fuse a*b+c on some machines only,
 # and the same inputs must give the same bytes out everywhere.
+# nvcc has other options, its own text and other warnings.
 target_compile_options(partita_flags INTERFACE
-  -Wall -Wextra -Wconversion -Wshadow -ffp-contract=off)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wconversion -Wshadow -ffp-contract=off>)
 if(PARTITA_WERROR)
-  target_compile_options(partita_flags INTERFACE -Werror)
+  target_compile_options(partita_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # GCC 12 invents overlapping copies inside std::string: https://gcc.gnu.org/PR105651
-  target_compile_options(partita_flags INTERFACE -Wno-restrict)
+  target_compile_options(partita_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)
 endif()
 if(PARTITA_SANITIZE)
   target_compile_options(partita_flags INTERFACE -fsanitize=${PARTITA_SANITIZE} -fno-omit-frame-pointer)

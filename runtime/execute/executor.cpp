@@ -6,18 +6,16 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <map>
-#include <optional>
 #include <set>
 
-#include "runtime/cpu/kernels.h"
 #include "runtime/execute/clocks.h"
+#include "runtime/execute/device.h"
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/execute/shard.h"
-#include "runtime/reference/compression.h"
-#include "runtime/transport/narrow.h"
 
 namespace partita::execute {
 namespace {
@@ -40,7 +38,7 @@ struct Instance {
 /// One pair of a collective: what goes out of `from` and into `to`, by member.
 struct Part {
   BufferId from, to;
-  std::vector<std::vector<Run>> out, in;
+  std::vector<RunList> out, in;
   bool adds_up = false;  ///< overlapping windows meet: what arrives is added
 };
 
@@ -55,28 +53,50 @@ struct Prepared {
   bool routed = false;
 };
 
-void pack(const std::vector<Run>& runs, std::int64_t word, const std::byte* from, std::byte*& to) {
-  for (const Run& r : runs) {
-    std::memcpy(to, from + r.offset * word, static_cast<std::size_t>(r.count * word));
-    to += r.count * word;
+/// Memory of a device that is not counted: what a kernel needs for a moment.
+struct Spare {
+  std::byte* at = nullptr;
+  Spare() = default;
+  Spare(Memory& memory, std::int64_t bytes)
+      : at(memory.take_spare(bytes)), memory_(&memory), bytes_(bytes) {}
+  Spare(Spare&& other) noexcept { swap(other); }
+  Spare& operator=(Spare&& other) noexcept {
+    swap(other);
+    return *this;
   }
-}
-void unpack(const std::vector<Run>& runs, const Prepared& c, const std::byte*& from, std::byte* to,
-            bool add) {
-  for (const Run& r : runs) {
-    if (add) {
-      add_numbers(c.type, to + r.offset * c.word, from, r.count);
-    } else {
-      std::memcpy(to + r.offset * c.word, from, static_cast<std::size_t>(r.count * c.word));
-    }
-    from += r.count * c.word;
+  ~Spare() {
+    if (memory_ != nullptr) memory_->give_back_spare(at, bytes_);
   }
+
+ private:
+  void swap(Spare& other) {
+    std::swap(at, other.at);
+    std::swap(memory_, other.memory_);
+    std::swap(bytes_, other.bytes_);
+  }
+  Memory* memory_ = nullptr;
+  std::int64_t bytes_ = 0;
+};
+
+Work work_of(Kernel k) {
+  // In the same order.
+  PARTITA_ASSERT(of_operator(k), std::string(name(k)));
+  return static_cast<Work>(static_cast<int>(Work::forward_statistic) + static_cast<int>(k) -
+                           static_cast<int>(Kernel::forward_statistic));
 }
 
 class Executor {
  public:
-  Executor(const Program& p, Transport& transport, const Options& o)
-      : p_(p), transport_(transport), o_(o), rank_(transport.rank()) {
+  Executor(const Program& p, Transport& transport, Device& device, const Options& o)
+      : p_(p),
+        transport_(transport),
+        device_(device),
+        o_(o),
+        rank_(transport.rank()),
+        memory_(device, false),
+        host_memory_(device, true),
+        order_(device),
+        links_(device.links()) {
     PARTITA_ASSERT(p.ranks() == transport.size(),
                    fmt::format("{} ranks for {}", transport.size(), p.ranks()));
     stage_ = p.stage_of(rank_);
@@ -84,6 +104,10 @@ class Executor {
     boxes_.resize(p.buffers.size());
     offset_.assign(p.buffers.size(), 0);
     prepare();
+    if (transport_.size() > 1 && links_ != nullptr) {
+      transport_.doing("the meeting of devices");
+      links_->meet(transport_, channels_of(p));
+    }
   }
   ~Executor() {
     for (std::size_t b = 0; b < slots_.size(); ++b) {
@@ -128,6 +152,7 @@ class Executor {
         clock_before = read_clocks(transport_, kClockTag, clock);
       transport_.barrier();
       transport_.reset_traffic();
+      if (links_ != nullptr) links_->reset_traffic();
       // Steps differ in the rows that experts get: each has its own peak.
       if (step_ >= o_.warm_up) memory_.forget_peak();
       if (step_ == o_.warm_up) host_memory_.forget_peak();
@@ -135,10 +160,14 @@ class Executor {
       step_start_ = start;
       losses_.push_back(0);
       if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
+      device_.begin_marks();
       one_step();
+      finish();
+      if (o_.record && step_ >= o_.warm_up) resolve_marks();
       const std::chrono::duration<double> took = now() - start;
       RankMeasurement& m = result_.measured;
       m.traffic = transport_.traffic();
+      if (links_ != nullptr) add_traffic(links_->traffic(), m.traffic);
       if (step_ >= o_.warm_up) {
         m.step_s.push_back(took.count());
         starts.push_back(start.time_since_epoch().count());
@@ -153,6 +182,8 @@ class Executor {
     }
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();
+    result_.reserved = memory_.reserved();
+    result_.fallbacks = device_.fallbacks();
     if (o_.record) {
       transport_.doing("the reading of clocks");
       const ClockReading clock_after = read_clocks(transport_, kClockTag, clock);
@@ -163,6 +194,14 @@ class Executor {
     collect_measurements();
     if (o_.routing) collect_routing();
     return std::move(result_);
+  }
+  static void add_traffic(const Traffic& from, Traffic& to) {
+    for (const auto& [kind, c] : from.collectives) {
+      to.collectives[kind].calls += c.calls;
+      to.collectives[kind].payload_bytes += c.payload_bytes;
+    }
+    to.sends += from.sends;
+    to.send_bytes += from.send_bytes;
   }
   void come_to(std::int64_t instruction) {
     instruction_ = instruction;
@@ -203,7 +242,7 @@ class Executor {
             if (of_sequence_part(i))
               context.indices[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
                   part_positions(p_, i, rank_);
-            kernels_[id.index()][k].emplace(std::move(context));
+            kernels_[id.index()][k] = device_.kernel(std::move(context));
           }
         }
         if (i.kind == Kind::collective || i.kind == Kind::slice)
@@ -211,6 +250,8 @@ class Executor {
       }
     }
     for (const BufferId id : to_draw_) initialise(id);
+    // Whatever stream comes first finds it done.
+    device_.finish();
   }
 
   /// Places the buffer in memory: state now, others when their instruction says so.
@@ -223,9 +264,9 @@ class Executor {
         b.category == Category::workspace && storage(b.type, 1).count == 2 && b.parameter < 0;
     if (b.element_bytes == 0 && b.type != ElementType::fp32 && !narrow) {
       throw InputError("precision",
-                       fmt::format("{} is stored as {}; the cpu backend executes fp32: use "
+                       fmt::format("{} is stored as {}; the {} backend executes fp32: use "
                                    "--precision fp32",
-                                   b.name, name(b.type)));
+                                   b.name, name(b.type), device_.name()));
     }
     if (slots_[id.index()].empty()) {
       slots_[id.index()].resize(
@@ -242,8 +283,7 @@ class Executor {
     if (b.scope == Scope::step && b.category != Category::workspace) {
       Instance& instance = slots_[id.index()][0];
       take(id, instance, box(id).elements() * width(b));
-      if (instance.data != nullptr)
-        std::memset(instance.data, 0, static_cast<std::size_t>(instance.bytes));
+      zero(b, instance);
       if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) {
         to_draw_.push_back(id);
         if (box(id).held) elements_to_draw_ += box(id).elements();
@@ -251,6 +291,14 @@ class Executor {
     }
   }
 
+  void zero(const Buffer& b, const Instance& instance) {
+    if (b.host) {
+      std::fill_n(instance.data, instance.bytes, std::byte{0});
+    } else {
+      // Whole words; blocks are a multiple of 64 bytes.
+      device_.fill(instance.data, (instance.bytes + 3) / 4, 0);
+    }
+  }
   void take(BufferId id, Instance& instance, std::int64_t bytes) {
     instance.data = memory_of(id).take(p_.buffer(id).category, bytes);
     instance.bytes = bytes;
@@ -260,13 +308,21 @@ class Executor {
     const Buffer& b = p_.buffer(id);
     const Box& mine = box(id);
     if (!mine.held) return;
-    auto* values = reinterpret_cast<float*>(slots_[id.index()][0].data);
-    if (values == nullptr) return;
+    if (slots_[id.index()][0].data == nullptr) return;
+    Visits visits(device_);
+    auto* values = reinterpret_cast<float*>(visit(visits, id, mine.elements() * 4, true));
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
       if (o_.drawing && ++drawn_ % 65536 == 0) o_.drawing(rank_, drawn_, elements_to_draw_);
     });
+    visits.give_back();
+  }
+  /// A buffer where the host can follow it, once the instruction's stream has come here.
+  std::byte* visit(Visits& visits, BufferId id, std::int64_t bytes, bool written) {
+    if (!p_.buffer(id).host) return visits.host(data(id), bytes, written);
+    device_.host_waits(device_.record());
+    return data(id);
   }
 
   /// The same from storage, in as few reads as the piece has runs in the whole parameter.
@@ -277,7 +333,8 @@ class Executor {
     }
     const Buffer& b = p_.buffer(id);
     if (!box(id).held) return;
-    auto* to = values(id);
+    Visits visits(device_);
+    auto* to = reinterpret_cast<float*>(visit(visits, id, box(id).elements() * 4, true));
     std::int64_t at = 0, first = 0, count = 0;
     const auto flush = [&] {
       if (count > 0)
@@ -292,6 +349,7 @@ class Executor {
       at = k, first = global, count = 1;
     });
     flush();
+    visits.give_back();
   }
 
   /// f(position in memory, linear index in the whole tensor).
@@ -409,7 +467,7 @@ class Executor {
                    from.name + " has elements that cannot travel in this call");
     for (auto* lists : {&part.out, &part.in}) {
       for (auto& runs : *lists) {
-        for (Run& r : runs) r.offset *= words, r.count *= words;
+        for (Run& r : runs.runs) r.offset *= words, r.count *= words;
       }
     }
     add_sizes(c, part);
@@ -418,14 +476,14 @@ class Executor {
 
   static void add_sizes(Prepared& c, const Part& part) {
     for (std::size_t m = 0, out = 0, in = 0; m < part.out.size(); ++m) {
-      out += static_cast<std::size_t>(count(part.out[m]));
-      in += static_cast<std::size_t>(count(part.in[m]));
+      out += static_cast<std::size_t>(count(part.out[m].runs));
+      in += static_cast<std::size_t>(count(part.in[m].runs));
       c.send_offsets[m + 1] += static_cast<std::int64_t>(out);
       c.offsets[m + 1] += static_cast<std::int64_t>(in);
     }
   }
 
-  /// On this backend both are the host's; they are counted apart, as on a device.
+  /// Where the device is the host both are its; they are counted apart.
   Memory& memory_of(BufferId id) { return p_.buffer(id).host ? host_memory_ : memory_; }
 
   // ---- instances -------------------------------------------------------------------------------
@@ -501,14 +559,50 @@ class Executor {
         const bool rests = (step_ + 1) % i.every != 0;
         const bool timed =
             o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate && i.kind != Kind::free;
-        const auto start = timed ? now() : Clock::time_point{};
+        begin(i);
+        const std::int64_t start = timed ? mark() : 0;
         if (!rests) execute(block, call.block, k, i);
         if (timed) {
-          const auto end = now();
+          const std::int64_t end = mark();
           result_.measured.samples.back().push_back(
-              {call.block.value, static_cast<std::int32_t>(k), call.micro_batch,
-               (start - step_start_).count(), (end - step_start_).count()});
+              {call.block.value, static_cast<std::int32_t>(k), call.micro_batch, start, end});
         }
+        order_.end();
+      }
+    }
+  }
+
+  /// A host's times are known at once, a device's after finish().
+  std::int64_t mark() { return device_.is_host() ? (now() - step_start_).count() : device_.mark(); }
+  void resolve_marks() {
+    if (device_.is_host()) return;
+    for (Sample& s : result_.measured.samples.back()) {
+      s.start = device_.nanoseconds(s.start);
+      s.end = device_.nanoseconds(s.end);
+    }
+  }
+  void finish() {
+    device_.finish();
+    order_.forget();
+    for (const float loss : step_losses_) losses_.back() += static_cast<double>(loss);
+    step_losses_.clear();
+  }
+
+  /// The instruction's stream waits for those that its memory comes from.
+  void begin(const Instruction& i) {
+    // What is sent is first copied, on its program's stream.
+    const bool copied = links_ != nullptr && i.kind == Kind::send;
+    order_.begin(copied ? i.stream : stream_of(i), i.after_compute);
+    if (device_.is_host() || i.kind == Kind::allocate || i.kind == Kind::free) return;
+    const auto block = [&](BufferId id) { return slot(p_.memory_of(id)).data; };
+    for_each_read(i, [&](BufferId id) { order_.read(block(id)); });
+    for_each_write(i, [&](BufferId id) { order_.write(block(id)); });
+    if (i.kind != Kind::compute) return;
+    // State of kernels of plain buffers, and what a part of attention adds to.
+    for (const auto* list : {&i.outputs, &i.extras}) {
+      if (list == &i.outputs && of_operator(i.kernel)) continue;
+      for (const BufferId id : *list) {
+        if (id.valid()) order_.write(block(id));
       }
     }
   }
@@ -536,17 +630,16 @@ class Executor {
         message(block, i);
         return;
       case Kind::copy:
-        if (box(i.reads[0]).held && box(i.reads[0]).elements() > 0)
-          std::memcpy(
-              data(i.writes[0]), data(i.reads[0]),
-              static_cast<std::size_t>(box(i.reads[0]).elements() * width(p_.buffer(i.reads[0]))));
+        if (box(i.reads[0]).held)
+          device_.copy(data(i.writes[0]), data(i.reads[0]),
+                       box(i.reads[0]).elements() * width(p_.buffer(i.reads[0])));
         return;
       case Kind::slice:
       case Kind::collective:
         collective(block, i, *collectives_[id.index()][k]);
         return;
       case Kind::compute:
-        compute(i, kernels_[id.index()][k]);
+        compute(i, kernels_[id.index()][k].get());
         return;
     }
   }
@@ -568,11 +661,45 @@ class Executor {
       return;
     }
     const auto bytes = static_cast<std::size_t>(box(b).elements() * width(p_.buffer(b)));
-    if (sends) {
-      transport_.send(peer, message_tag(i), data(b), bytes);
-    } else {
-      transport_.receive(peer, message_tag(i), data(b), bytes);
+    if (links_ != nullptr) {
+      const Channel channel = channel_of(i, rank_, peer);
+      if (sends) {
+        send_copy(i, channel, peer, b, static_cast<std::int64_t>(bytes));
+      } else {
+        links_->receive(channel, peer, data(b), static_cast<std::int64_t>(bytes));
+      }
+      return;
     }
+    Visits visits(device_);
+    std::byte* at = visit(visits, b, static_cast<std::int64_t>(bytes), !sends);
+    if (sends) {
+      transport_.send(peer, message_tag(i), at, bytes);
+    } else {
+      transport_.receive(peer, message_tag(i), at, bytes);
+      visits.give_back();
+    }
+  }
+
+  /// A send of the links ends only when the other has come for it; ours must not wait for that, nor
+  /// whoever uses the buffer next: ranks could wait for each other. So what is sent is a copy.
+  void send_copy(const Instruction& i, const Channel& channel, int peer, BufferId b,
+                 std::int64_t bytes) {
+    auto& copies = copies_[bytes];
+    auto free = std::find_if(copies.begin(), copies.end(),
+                             [&](const Copy& c) { return device_.reached(c.sent); });
+    if (free == copies.end()) {
+      copies.push_back({Spare(memory_, bytes), 0});
+      free = std::prev(copies.end());
+      // Another buffer's memory may still be in use.
+      order_.write(free->room.at);
+    }
+    device_.copy(free->room.at, data(b), bytes);
+    const Device::Event copied = device_.record();
+    device_.on(stream_of(i));
+    device_.wait(copied);
+    links_->send(channel, peer, free->room.at, bytes);
+    free->sent = device_.record();
+    device_.on(i.stream);
   }
 
   void routed_message(BufferId b, int peer, std::int64_t tag, bool sends) {
@@ -582,15 +709,23 @@ class Executor {
     if (sends) {
       transport_.send(peer, tag, &n, sizeof n);
       transport_.send(peer, tag, instance.rows.data(), instance.rows.size() * sizeof(Row));
-      transport_.send(peer, tag, values(b), instance.rows.size() * features * sizeof(float));
+      Visits visits(device_);
+      transport_.send(peer, tag, row_values(visits, b, false),
+                      instance.rows.size() * features * sizeof(float));
       return;
     }
     transport_.receive(peer, tag, &n, sizeof n);
     std::vector<Row> rows(static_cast<std::size_t>(n));
     transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
     put_rows(b, std::move(rows));
-    transport_.receive(peer, tag, values(b),
+    Visits visits(device_);
+    transport_.receive(peer, tag, row_values(visits, b, true),
                        static_cast<std::size_t>(n) * features * sizeof(float));
+    visits.give_back();
+  }
+  /// A routed buffer's values where the host can follow them.
+  float* row_values(Visits& visits, BufferId id, bool written) {
+    return reinterpret_cast<float*>(visit(visits, id, rows_of(id).bytes, written));
   }
 
   /// Memory for the rows that a routed buffer turns out to have.
@@ -602,6 +737,7 @@ class Executor {
     if (bytes != instance.bytes) {
       memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
       take(root, instance, bytes);
+      order_.write(instance.data);
     }
     instance.rows = std::move(rows);
   }
@@ -646,9 +782,13 @@ class Executor {
     if (!box(i.writes[0]).held) return;
     const auto& made = inputs_.at({i.writes[0], micro_batch_});
     if (p_.sharded_storage) {
-      shard_.read(made.at, data(i.writes[0]), made.bytes);
+      Visits visits(device_);
+      shard_.read(made.at,
+                  visits.host(data(i.writes[0]), static_cast<std::int64_t>(made.bytes), true),
+                  made.bytes);
+      visits.give_back();
     } else {
-      std::memcpy(data(i.writes[0]), made.values.data(), made.values.size());
+      device_.to_device(data(i.writes[0]), made.values.data(), std::ssize(made.values));
     }
   }
 
@@ -665,7 +805,7 @@ class Executor {
     // One buffer that everyone has alike is reduced where it lies.
     if (i.kind == Kind::collective && i.collective == CollectiveKind::all_reduce &&
         c.parts.size() == 1 && data(c.parts[0].from) == data(c.parts[0].to)) {
-      call(i, c, data(c.parts[0].from), nullptr);
+      call(i, c, data(c.parts[0].from), nullptr, true);
       return;
     }
     const bool exchange = i.kind == Kind::slice || i.collective == CollectiveKind::all_to_all ||
@@ -685,6 +825,7 @@ class Executor {
     const std::unique_ptr<std::byte, decltype(give_back)> held(
         memory_.take(Category::workspace, staged), give_back);
     std::byte* payload = held.get();
+    order_.write(payload);
     std::byte* outgoing = exchange ? payload + total * c.word : payload;
     for (std::size_t m = 0; m < n; ++m) {
       const bool own_chunk = !exchange && !split_in;
@@ -699,20 +840,23 @@ class Executor {
       if (own_chunk && m != me) continue;
       if (i.kind == Kind::collective && i.collective == CollectiveKind::scatter && c.me != 0)
         continue;
-      for (const Part& part : c.parts) pack(part.out[m], c.word, data(part.from), to);
+      for (const Part& part : c.parts) {
+        device_.pack(part.out[m], c.word, data(part.from), to);
+        to += count(part.out[m].runs) * c.word;
+      }
     }
     if (i.kind == Kind::collective) {
       if (exchange && i.collective != CollectiveKind::shift) {
-        std::copy(outgoing + c.send_offsets[me] * c.word,
-                  outgoing + c.send_offsets[me + 1] * c.word, payload + c.offsets[me] * c.word);
+        device_.copy(payload + c.offsets[me] * c.word, outgoing + c.send_offsets[me] * c.word,
+                     (c.send_offsets[me + 1] - c.send_offsets[me]) * c.word);
       }
-      call(i, c, payload, outgoing);
+      call(i, c, payload, outgoing, true);
     } else {
-      std::copy(outgoing, outgoing + c.send_offsets[1] * c.word, payload);
+      device_.copy(payload, outgoing, c.send_offsets[1] * c.word);
     }
     for (const Part& part : c.parts) {
       if (part.adds_up && !i.accumulate && box(part.to).held)
-        std::fill_n(values(part.to), box(part.to).elements(), 0.0f);
+        device_.fill(data(part.to), box(part.to).elements(), 0);
     }
     const bool gathers =
         i.kind == Kind::collective &&
@@ -725,13 +869,20 @@ class Executor {
                                          : split_in          ? c.send_offsets[me]
                                                              : 0) *
                                             c.word;
-      for (const Part& part : c.parts)
-        unpack(part.in[m], c, from, data(part.to), i.accumulate || part.adds_up);
+      for (const Part& part : c.parts) {
+        if (i.accumulate || part.adds_up) {
+          device_.unpack_add(part.in[m], c.type, from, data(part.to));
+        } else {
+          device_.unpack(part.in[m], c.word, from, data(part.to));
+        }
+        from += count(part.in[m].runs) * c.word;
+      }
     }
   }
 
-  void call(const Instruction& i, const Prepared& c, std::byte* payload,
-            const std::byte* outgoing) {
+  /// `on_device`: that is where the payload lies.
+  void call(const Instruction& i, const Prepared& c, std::byte* payload, const std::byte* outgoing,
+            bool on_device) {
     if (c.group.size() == 1) return;
     CollectiveCall call;
     call.kind = i.collective;
@@ -762,7 +913,22 @@ class Executor {
         call.offsets = c.offsets;
         break;
     }
+    if (!on_device || device_.is_host()) {
+      transport_.collective(call);
+      return;
+    }
+    if (links_ != nullptr) {
+      links_->collective({c.group, stream_of(i)}, call);
+      return;
+    }
+    Visits visits(device_);
+    const std::int64_t chunks = call.offsets.back() * c.word;
+    call.data = visits.host(payload, chunks, true);
+    if (outgoing != nullptr && outgoing != payload)
+      call.send =
+          visits.host(const_cast<std::byte*>(outgoing), c.send_offsets.back() * c.word, false);
     transport_.collective(call);
+    visits.give_back();
   }
 
   // ---- rows routed to experts ------------------------------------------------------------------
@@ -785,14 +951,14 @@ class Executor {
     if (i.kind == Kind::collective && i.collective == CollectiveKind::all_reduce) {
       if (rows_of(from).data != rows_of(to).data) {
         put_rows(to, std::vector<Row>(source.rows));
-        std::memcpy(values(to), values(from), static_cast<std::size_t>(rows_of(to).bytes));
+        device_.copy(data(to), data(from), rows_of(to).bytes);
       }
       Prepared whole;
       whole.group = c.group;
       whole.me = c.me;
       whole.offsets = {0, rows_of(to).bytes / 4};
       whole.send_offsets = whole.offsets;
-      call(i, whole, data(to), nullptr);
+      call(i, whole, data(to), nullptr, true);
       return;
     }
     // What every member wants of mine: rows by key, and columns.
@@ -803,6 +969,8 @@ class Executor {
     std::vector<Row> keys;
     std::vector<float> outgoing;
     std::vector<std::size_t> columns;
+    Visits visits(device_);
+    const float* mine_at = row_values(visits, from, false);
     for (std::size_t m = 0; m < n; ++m) {
       const Box theirs = box_of(p_, to, c.group[m]);
       columns.clear();
@@ -813,7 +981,7 @@ class Executor {
         if (!wants(theirs, source.rows[r])) continue;
         keys.push_back(source.rows[r]);
         ++rows_to[m];
-        const float* row = values(from) + r * mine.size();
+        const float* row = mine_at + r * mine.size();
         for (const std::size_t f : columns) outgoing.push_back(row[f]);
       }
       values_to[m + 1] = static_cast<std::int64_t>(outgoing.size());
@@ -824,14 +992,15 @@ class Executor {
       chunks.me = c.me;
       chunks.send_offsets = values_to;
       chunks.offsets = values_to;
-      call(i, chunks, reinterpret_cast<std::byte*>(outgoing.data()), nullptr);
+      call(i, chunks, reinterpret_cast<std::byte*>(outgoing.data()), nullptr, false);
       const auto packed =
           static_cast<std::int64_t>(keys.size() * sizeof(Row) + outgoing.size() * sizeof(float));
       memory_.count(Category::workspace, packed);
       std::int64_t first = 0;
       for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
       put_rows(to, {keys.begin() + first, keys.begin() + first + rows_to[me]});
-      std::copy(outgoing.begin() + values_to[me], outgoing.begin() + values_to[me + 1], values(to));
+      device_.to_device(data(to), outgoing.data() + values_to[me],
+                        (values_to[me + 1] - values_to[me]) * 4);
       memory_.count(Category::workspace, -packed);
       return;
     }
@@ -887,6 +1056,7 @@ class Executor {
     memory_.count(Category::workspace, packed);
     put_rows(to, std::move(rows));
     const auto& columns_to = box(to).index[3];
+    float* to_at = row_values(visits, to, true);
     for (std::size_t m = 0; m < n; ++m) {
       const Box theirs = box_of(p_, from, c.group[m]);
       columns.clear();
@@ -899,82 +1069,16 @@ class Executor {
       for (std::int64_t r = key_in[m]; r < key_in[m + 1]; ++r) {
         const auto it = std::lower_bound(order.begin(), order.end(),
                                          keys_in[static_cast<std::size_t>(r)], before);
-        float* row = values(to) + static_cast<std::size_t>(it - order.begin()) * columns_to.size();
+        float* row = to_at + static_cast<std::size_t>(it - order.begin()) * columns_to.size();
         for (const std::size_t f : columns) row[f] = *in++;
       }
     }
+    visits.give_back();
     memory_.count(Category::workspace, -packed);
   }
 
   // ---- kernels ---------------------------------------------------------------------------------
-  void compute(const Instruction& i, std::optional<cpu::Kernel>& kernel) {
-    if (i.kernel == Kernel::zero) {
-      for (const BufferId id : i.writes) {
-        if (box(id).held) std::fill_n(values(id), box(id).elements(), 0.0f);
-      }
-      return;
-    }
-    if (i.kernel == Kernel::add) {
-      add(i);
-      return;
-    }
-    if (i.kernel == Kernel::optimizer) {
-      optimizer(i);
-      return;
-    }
-    if (i.kernel == Kernel::scale) {
-      const float* from = values(i.reads[0]);
-      float* to = values(i.writes[0]);
-      const auto n = static_cast<float>(p_.mesh.size(i.atoms));
-      for (std::int64_t k = 0; k < box(i.writes[0]).elements(); ++k) to[k] = from[k] / n;
-      return;
-    }
-    if (i.kernel == Kernel::square_sum) {
-      double sum = 0;
-      for (const BufferId id : i.reads) {
-        const float* v = values(id);
-        for (std::int64_t k = 0; k < box(id).elements(); ++k)
-          sum += static_cast<double>(v[k]) * static_cast<double>(v[k]);
-      }
-      values(i.writes[0])[0] = static_cast<float>(sum);
-      return;
-    }
-    if (i.kernel == Kernel::loss_scale) {
-      float* state = values(i.outputs[0]);
-      if (i.index == 0) {
-        if (state[0] == 0) state[0] = static_cast<float>(p_.loss_scale.initial);
-        values(i.writes[0])[0] = state[0];
-      } else {
-        reference::adapt_loss_scale(p_.loss_scale, values(i.reads[0])[0] != 0, state);
-      }
-      return;
-    }
-    if (i.kernel == Kernel::unscale) {
-      const float factor = 1 / values(i.reads[0])[0];
-      for (const BufferId id : i.writes) {
-        float* v = values(id);
-        for (std::int64_t k = 0; k < box(id).elements(); ++k) v[k] *= factor;
-      }
-      return;
-    }
-    if (i.kernel == Kernel::not_finite) {
-      float flag = 0;
-      for (const BufferId id : i.reads) {
-        const float* v = values(id);
-        for (std::int64_t k = 0; k < box(id).elements(); ++k)
-          if (!std::isfinite(v[k])) flag = 1;
-      }
-      values(i.writes[0])[0] = flag;
-      return;
-    }
-    if (i.kernel == Kernel::compress) {
-      compress(i);
-      return;
-    }
-    if (i.kernel == Kernel::decompress) {
-      decompress(i);
-      return;
-    }
+  void compute(const Instruction& i, OperatorKernel* kernel) {
     if (i.kernel == Kernel::initialise) {
       initialise(i.writes[0]);
       return;
@@ -983,24 +1087,8 @@ class Executor {
       read(i.writes[0]);
       return;
     }
-    if (i.kernel == Kernel::dequeue || i.kernel == Kernel::enqueue) {
-      const auto length = static_cast<std::int64_t>(box(i.outputs[0]).index[0].size());
-      const std::int64_t n = box(i.outputs[0]).elements() / length;
-      float* at = values(i.outputs[0]) + n * (step_ % length);
-      if (i.kernel == Kernel::enqueue) {
-        std::copy_n(values(i.reads[0]), n, at);
-      } else {
-        std::copy_n(at, n, values(i.writes[0]));
-      }
-      return;
-    }
-    if (i.kernel == Kernel::clip) {
-      const auto factor = static_cast<float>(
-          reference::clip_factor(p_.optimizer, static_cast<double>(values(i.reads[0])[0])));
-      for (const BufferId id : i.writes) {
-        float* v = values(id);
-        for (std::int64_t k = 0; k < box(id).elements(); ++k) v[k] *= factor;
-      }
+    if (!of_operator(i.kernel)) {
+      plain(i);
       return;
     }
     if (!kernel) return;
@@ -1028,47 +1116,44 @@ class Executor {
       fill(a.results, i.writes);
       const bool forward = i.kernel == Kernel::forward;
       if (!i.accumulate) {
-        for (const Tensor& t : a.results) std::fill_n(t.values, t.size(), 0.0f);
-        if (forward) {
-          std::fill_n(a.extras[0].values, a.extras[0].size(),
-                      -std::numeric_limits<float>::infinity());
-        }
+        const auto fill_with = [&](const Tensor& t, float value) {
+          device_.fill(reinterpret_cast<std::byte*>(t.values), t.size(), value);
+        };
+        for (const Tensor& t : a.results) fill_with(t, 0);
+        if (forward) fill_with(a.extras[0], -std::numeric_limits<float>::infinity());
       }
-      forward ? kernel->attend_part(a) : kernel->attend_part_backward(a);
+      kernel->run(forward ? Work::attend_part : Work::attend_part_backward, 0, a);
       return;
     }
     if (i.kernel == Kernel::forward && i.inline_statistics) {
       for (std::size_t k = 0; k < s.forward_statistics.size(); ++k) {
         a.results = {tensor(i.statistics[k])};
         a.accumulate = false;
-        kernel->forward_statistic(k, a);
+        kernel->run(Work::forward_statistic, k, a);
         a.statistics.push_back(a.results[0]);
       }
       a.accumulate = i.accumulate;
     } else {
       fill(a.statistics, i.statistics);
     }
-    std::vector<std::vector<float>> inline_sums;
     std::vector<std::vector<cpu::Indices>> inline_index;
+    std::vector<Spare> inline_sums;
     if (i.kernel == Kernel::backward_data && i.inline_statistics) {
-      inline_sums.reserve(s.backward_statistics.size());
       inline_index.reserve(s.backward_statistics.size());
       for (std::size_t k = 0; k < s.backward_statistics.size(); ++k) {
         const Statistic& statistic = s.backward_statistics[k];
-        std::size_t n = 1;
         inline_index.emplace_back();
-        for (const int d : statistic.dims) {
+        for (const int d : statistic.dims)
           inline_index.back().push_back(kernel->context().indices[static_cast<std::size_t>(d)]);
-          n *= inline_index.back().back().size();
-        }
         inline_index.back().emplace_back();
         for (std::int64_t w = 0; w < statistic.width; ++w) inline_index.back().back().push_back(w);
-        inline_sums.emplace_back(n * static_cast<std::size_t>(statistic.width));
         Tensor t;
         t.index = &inline_index.back();
-        t.values = inline_sums.back().data();
+        inline_sums.emplace_back(memory_, t.size() * 4);
+        order_.write(inline_sums.back().at);
+        t.values = reinterpret_cast<float*>(inline_sums.back().at);
         a.results = {t};
-        kernel->backward_statistic(k, a);
+        kernel->run(Work::backward_statistic, k, a);
         a.backward_statistics.push_back(t);
       }
     } else {
@@ -1076,51 +1161,20 @@ class Executor {
     }
     a.results.clear();
     fill(a.results, i.writes);
-    kernel->routed.clear();
-    switch (i.kernel) {
-      case Kernel::forward_statistic:
-        kernel->forward_statistic(static_cast<std::size_t>(i.index), a);
-        break;
-      case Kernel::backward_statistic:
-        kernel->backward_statistic(static_cast<std::size_t>(i.index), a);
-        break;
-      case Kernel::forward:
-        kernel->forward(a);
-        break;
-      case Kernel::backward_data:
-        kernel->backward_data(a);
-        break;
-      case Kernel::backward_weight:
-        kernel->backward_weight(a);
-        break;
-      case Kernel::zero:
-      case Kernel::add:
-      case Kernel::optimizer:
-      case Kernel::scale:
-      case Kernel::square_sum:
-      case Kernel::clip:
-      case Kernel::loss_scale:
-      case Kernel::unscale:
-      case Kernel::not_finite:
-      case Kernel::compress:
-      case Kernel::decompress:
-      case Kernel::dequeue:
-      case Kernel::enqueue:
-      case Kernel::initialise:
-      case Kernel::read:
-        break;
-    }
+    kernel->run(work_of(i.kernel), static_cast<std::size_t>(i.index), a);
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
       if (!i.writes[k].valid() || !p_.buffer(i.writes[k]).routed) continue;
       auto& made = kernel->routed[k];
       if (i.accumulate) {
         PARTITA_ASSERT(rows_of(i.writes[k]).rows == made.rows, "rows to add to differ");
-        float* to = values(i.writes[k]);
+        Visits visits(device_);
+        float* to = row_values(visits, i.writes[k], true);
         for (std::size_t x = 0; x < made.values.size(); ++x) to[x] += made.values[x];
+        visits.give_back();
         continue;
       }
       put_rows(i.writes[k], std::move(made.rows));
-      std::copy(made.values.begin(), made.values.end(), values(i.writes[k]));
+      device_.to_device(data(i.writes[k]), made.values.data(), std::ssize(made.values) * 4);
     }
     if (o_.routing && step_ >= o_.warm_up && i.kernel == Kernel::forward && !i.recomputed &&
         std::holds_alternative<Dispatch>(op.operation)) {
@@ -1141,8 +1195,9 @@ class Executor {
   /// What a part of the sequence is of a buffer: where it lies, and room for it by itself.
   struct Slice {
     Box box;
-    std::vector<Run> runs;  ///< empty: the buffer is the part
-    std::vector<float> values;
+    RunList runs;  ///< empty: the buffer is the part
+    Spare values;
+    float* at() const { return reinterpret_cast<float*>(values.at); }
   };
   Slice slice_of(const Instruction& i, BufferId id) {
     Slice s;
@@ -1153,11 +1208,11 @@ class Executor {
     if (s.box.index[static_cast<std::size_t>(d)] == positions) return s;
     s.box.index[static_cast<std::size_t>(d)] = std::move(positions);
     s.runs = section(box(id), s.box);
-    s.values.resize(static_cast<std::size_t>(s.box.dense()));
+    s.values = Spare(memory_, s.box.dense() * 4);
     return s;
   }
 
-  void product_part(const Instruction& i, cpu::Kernel& kernel, Arguments& a) {
+  void product_part(const Instruction& i, OperatorKernel& kernel, Arguments& a) {
     auto& slices = slices_[&i];
     if (slices.empty()) {
       for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
@@ -1167,11 +1222,11 @@ class Executor {
     std::size_t at = 0;
     const auto take = [&](Tensor& t) {
       Slice& s = slices[at++];
-      if (!t || s.runs.empty()) return;
-      auto* to = reinterpret_cast<std::byte*>(s.values.data());
-      pack(s.runs, 4, reinterpret_cast<const std::byte*>(t.values), to);
+      if (!t || s.runs.runs.empty()) return;
+      order_.write(s.values.at);
+      device_.pack(s.runs, 4, reinterpret_cast<const std::byte*>(t.values), s.values.at);
       t.index = &s.box.index;
-      t.values = s.values.data();
+      t.values = s.at();
     };
     for (Tensor& t : a.inputs) take(t);
     for (Tensor& t : a.output_gradients) take(t);
@@ -1179,206 +1234,79 @@ class Executor {
     for (const BufferId id : i.writes) {
       Tensor t = tensor(id);
       Slice& s = slices[at++];
-      if (t && !s.runs.empty()) {
+      if (t && !s.runs.runs.empty()) {
+        order_.write(s.values.at);
         t.index = &s.box.index;
-        t.values = s.values.data();
-        if (i.accumulate) std::fill(s.values.begin(), s.values.end(), 0.0f);
+        t.values = s.at();
+        if (i.accumulate) device_.fill(s.values.at, s.box.dense(), 0);
       }
       a.results.push_back(t);
     }
-    if (i.kernel == Kernel::forward) {
-      kernel.forward(a);
-    } else if (i.kernel == Kernel::backward_data) {
-      kernel.backward_data(a);
-    } else {
-      kernel.backward_weight(a);
-    }
-    Prepared words;
+    kernel.run(work_of(i.kernel), 0, a);
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
       Slice& s = slices[first + k];
-      if (s.runs.empty() || !i.writes[k].valid()) continue;
-      const auto* from = reinterpret_cast<const std::byte*>(s.values.data());
-      unpack(s.runs, words, from, data(i.writes[k]), i.accumulate);
+      if (s.runs.runs.empty() || !i.writes[k].valid()) continue;
+      if (i.accumulate) {
+        device_.unpack_add(s.runs, ElementType::fp32, s.values.at, data(i.writes[k]));
+      } else {
+        device_.unpack(s.runs, 4, s.values.at, data(i.writes[k]));
+      }
     }
   }
 
-  void add(const Instruction& i) {
-    const BufferId to = i.writes[0];
-    if (!box(to).held) return;
-    if (p_.buffer(to).routed) put_rows(to, std::vector<Row>(rows_of(i.reads[0]).rows));
-    const std::int64_t n = p_.buffer(to).routed ? rows_of(to).bytes / 4 : box(to).elements();
-    float* sum = values(to);
-    std::copy_n(values(i.reads[0]), n, sum);
-    for (std::size_t r = 1; r < i.reads.size(); ++r) {
-      const float* c = values(i.reads[r]);
-      for (std::int64_t k = 0; k < n; ++k) sum[k] += c[k];
-    }
-  }
-
-  // ---- compressed gradients
-  // ----------------------------------------------------------------------
-  reference::PowerShape power_shape(BufferId kept) {
-    const Box& b = box(kept);
-    reference::PowerShape s{static_cast<std::int64_t>(b.index[0].size()), 1, p_.compression.rank};
-    for (std::size_t d = 1; d < b.index.size(); ++d)
-      s.cols *= static_cast<std::int64_t>(b.index[d].size());
-    return s;
-  }
-
-  void compress(const Instruction& i) {
-    const Compression& c = p_.compression;
-    if (i.index == 1) {
-      const reference::PowerShape s = power_shape(i.outputs[0]);
-      const float* sums = values(i.reads[0]);
-      std::vector<float> left(sums, sums + s.rows * s.rank);
-      reference::orthonormalise(s, left.data());
-      reference::power_right(s, values(i.outputs[0]), left.data(), values(i.writes[0]));
+  // ---- plain buffers ---------------------------------------------------------------------------
+  void plain(const Instruction& i) {
+    if (i.kernel == Kernel::add && p_.buffer(i.writes[0]).routed && box(i.writes[0]).held)
+      put_rows(i.writes[0], std::vector<Row>(rows_of(i.reads[0]).rows));
+    if (i.kernel == Kernel::optimizer && last_step_ && o_.collect) keep_gradient(i);
+    PlainCall call;
+    call.program = &p_;
+    call.instruction = &i;
+    call.step = step_;
+    bool host = false;
+    const auto fill = [&](std::vector<PlainCall::Operand>& to, const std::vector<BufferId>& from) {
+      for (const BufferId id : from) {
+        to.emplace_back();
+        if (!id.valid() || !box(id).held) continue;
+        const Buffer& b = p_.buffer(id);
+        const std::int64_t n = b.routed ? rows_of(id).bytes / 4 : box(id).elements();
+        to.back() = {data(id), n, n * width(b), &box(id), b.host};
+        host |= b.host;
+      }
+    };
+    fill(call.reads, i.reads);
+    fill(call.outputs, i.outputs);
+    fill(call.statistics, i.statistics);
+    fill(call.writes, i.writes);
+    if (host && !device_.is_host()) {
+      device_.host_waits(device_.record());
+      plain_by_visit(device_, call);
       return;
     }
-    const std::int64_t n = box(i.reads[0]).elements();
-    const float* gradient = values(i.reads[0]);
-    float* kept = i.outputs.empty() ? nullptr : values(i.outputs[0]);
-    std::vector<float> alone, sent;
-    if (kept == nullptr) alone.assign(gradient, gradient + n);
-    float* p = kept == nullptr ? alone.data() : kept;
-    if (kept != nullptr) {
-      // What was kept and the gradient, where the rest of both will be kept.
-      for (std::int64_t k = 0; k < n; ++k) p[k] = (c.error_feedback ? p[k] : 0) + gradient[k];
-    }
-    switch (c.kind) {
-      case CompressionKind::none:
-        return;
-      case CompressionKind::cast:
-        narrow(c.type, p, data(i.writes[0]), n);
-        sent.resize(static_cast<std::size_t>(n));
-        widen(c.type, data(i.writes[0]), sent.data(), n);
-        for (std::int64_t k = 0; k < n; ++k) p[k] -= sent[static_cast<std::size_t>(k)];
-        return;
-      case CompressionKind::top_k: {
-        const auto at = reference::top_positions(p, n, box(i.writes[0]).elements());
-        float* top = values(i.writes[0]);
-        auto* where = reinterpret_cast<std::uint32_t*>(data(i.writes[1]));
-        for (std::size_t k = 0; k < at.size(); ++k) {
-          top[k] = p[at[k]];
-          where[k] = at[k];
-          p[at[k]] = 0;
-        }
-        return;
-      }
-      case CompressionKind::one_bit: {
-        const float scale = reference::mean_magnitude(p, n);
-        values(i.writes[1])[0] = scale;
-        auto* words = reinterpret_cast<std::uint32_t*>(data(i.writes[0]));
-        for (std::int64_t w = 0; w < box(i.writes[0]).elements(); ++w)
-          words[w] = reference::sign_word(p, n, w);
-        for (std::int64_t k = 0; k < n; ++k) p[k] -= p[k] < 0 ? -scale : scale;
-        return;
-      }
-      case CompressionKind::power_sgd: {
-        const reference::PowerShape s = power_shape(i.outputs[0]);
-        float* start = values(i.outputs[1]);
-        if (step_ == 0) {
-          const std::int32_t parameter = p_.buffer(i.outputs[1]).parameter;
-          for (std::int64_t k = 0; k < s.cols * s.rank; ++k)
-            start[k] = static_cast<float>(reference::power_start(parameter, k));
-        }
-        reference::power_left(s, p, start, values(i.writes[0]));
-        return;
-      }
-    }
+    device_.plain(call);
   }
 
-  void decompress(const Instruction& i) {
-    const Compression& c = p_.compression;
-    const std::int64_t n = box(i.writes[0]).elements();
-    const std::int64_t members = p_.mesh.size(i.atoms);
-    float* sum = values(i.writes[0]);
-    switch (c.kind) {
-      case CompressionKind::none:
-        return;
-      case CompressionKind::cast:
-        widen(c.type, data(i.reads[0]), sum, n);
-        return;
-      case CompressionKind::top_k: {
-        std::fill_n(sum, n, 0.0f);
-        const float* top = values(i.reads[0]);
-        const auto* where = reinterpret_cast<const std::uint32_t*>(data(i.reads[1]));
-        for (std::int64_t k = 0; k < box(i.reads[0]).elements(); ++k) sum[where[k]] += top[k];
-        return;
-      }
-      case CompressionKind::one_bit: {
-        std::fill_n(sum, n, 0.0f);
-        const auto* words = reinterpret_cast<const std::uint32_t*>(data(i.reads[0]));
-        const float* scales = values(i.reads[1]);
-        const std::int64_t each = box(i.reads[0]).elements() / members;
-        for (std::int64_t m = 0; m < members; ++m) {
-          for (std::int64_t k = 0; k < n; ++k)
-            sum[k] += (words[m * each + k / 32] >> (k % 32) & 1u) != 0 ? -scales[m] : scales[m];
-        }
-        return;
-      }
-      case CompressionKind::power_sgd: {
-        const reference::PowerShape s = power_shape(i.outputs[0]);
-        const float *sums = values(i.reads[0]), *right = values(i.reads[1]);
-        std::vector<float> left(sums, sums + s.rows * s.rank);
-        reference::orthonormalise(s, left.data());
-        reference::power_product(s, left.data(), right, sum);
-        float* kept = values(i.outputs[0]);
-        for (std::int64_t k = 0; k < n; ++k)
-          kept[k] = c.error_feedback ? kept[k] - sum[k] / static_cast<float>(members) : 0;
-        std::copy_n(right, s.cols * s.rank, values(i.outputs[1]));
-        return;
-      }
-    }
+  /// What the optimizer sees is the gradient: kept for comparison.
+  void keep_gradient(const Instruction& i) {
+    const BufferId id = i.reads[0];
+    if (!box(i.writes[0]).held) return;
+    auto& kept = gradients_[id];
+    kept.resize(static_cast<std::size_t>(box(i.writes[0]).elements()));
+    Visits visits(device_);
+    const auto* from =
+        reinterpret_cast<const float*>(visit(visits, id, std::ssize(kept) * 4, false));
+    std::copy_n(from, kept.size(), kept.data());
   }
 
   void note_loss(BufferId id) {
     const Buffer& b = p_.buffer(id);
     if (!reference::counts_loss(p_, b, rank_)) return;
-    losses_.back() += static_cast<double>(values(id)[0]);
-  }
-
-  void optimizer(const Instruction& i) {
-    const BufferId to = i.writes[0];
-    if (!box(to).held) return;
-    const auto n = static_cast<std::size_t>(box(to).elements());
-    const float* gradient = values(i.reads[0]);
-    if (last_step_ && o_.collect) {
-      // What the optimizer sees is the gradient: kept for comparison.
-      gradients_[i.reads[0]].assign(gradient, gradient + n);
-    }
-    std::int64_t updates = step_;
-    if (!i.statistics.empty()) {
-      // Gradients that overflowed are not used.
-      if (p_.loss_scale.dynamic && values(i.statistics[0])[0] != 0) return;
-      updates = std::llround(static_cast<double>(values(i.statistics[1])[2]));
-    }
-    float* w = values(to);
-    const Optimizer& o = p_.optimizer;
-    float* first = values(i.outputs[0]);
-    if (o.kind == OptimizerKind::sgd) {
-      const auto rate = static_cast<float>(o.learning_rate),
-                 momentum = static_cast<float>(o.momentum);
-      for (std::size_t k = 0; k < n; ++k) {
-        first[k] = momentum * first[k] + gradient[k];
-        w[k] -= rate * first[k];
-      }
+    if (device_.is_host()) {
+      losses_.back() += static_cast<double>(values(id)[0]);
       return;
     }
-    float* second = values(i.outputs[1]);
-    const auto t = static_cast<double>(updates + 1);
-    const double correct1 = 1 - std::pow(o.beta1, t), correct2 = 1 - std::pow(o.beta2, t);
-    const auto b1 = static_cast<float>(o.beta1), b2 = static_cast<float>(o.beta2);
-    const auto keep = static_cast<float>(1 - o.learning_rate * o.weight_decay);
-    const auto rate = static_cast<float>(o.learning_rate / correct1);
-    const auto scale = static_cast<float>(1 / std::sqrt(correct2));
-    const auto epsilon = static_cast<float>(o.epsilon);
-    for (std::size_t k = 0; k < n; ++k) {
-      const float g = gradient[k];
-      first[k] = b1 * first[k] + (1 - b1) * g;
-      second[k] = b2 * second[k] + (1 - b2) * g * g;
-      w[k] = w[k] * keep - rate * first[k] / (std::sqrt(second[k]) * scale + epsilon);
-    }
+    // A deque: those before stay where they are.
+    device_.to_host_later(&step_losses_.emplace_back(), data(id));
   }
 
   // ---- results on rank 0 -----------------------------------------------------------------------
@@ -1430,7 +1358,14 @@ class Executor {
     for (const Wanted& w : wanted_of(stage_)) {
       if (!box(w.buffer).held) continue;
       const auto n = static_cast<std::size_t>(box(w.buffer).elements());
-      const float* from = w.gradient ? gradients_.at(w.buffer).data() : values(w.buffer);
+      if (w.gradient) {
+        const auto& kept = gradients_.at(w.buffer);
+        all.insert(all.end(), kept.begin(), kept.end());
+        continue;
+      }
+      Visits visits(device_);
+      const auto* from = reinterpret_cast<const float*>(
+          visit(visits, w.buffer, static_cast<std::int64_t>(n) * 4, false));
       all.insert(all.end(), from, from + n);
     }
     if (rank_ != 0) {
@@ -1625,14 +1560,17 @@ class Executor {
 
   const Program& p_;
   Transport& transport_;
+  Device& device_;
   const Options& o_;
   int rank_ = 0, stage_ = 0;
   Memory memory_, host_memory_;
+  Order order_;
+  Links* links_;  ///< null: collectives and messages pass through the host
   std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
   std::vector<std::unique_ptr<Box>> boxes_;
   std::vector<std::int64_t> offset_;  ///< bytes into the memory that a buffer lives in
-  std::vector<std::vector<std::optional<cpu::Kernel>>> kernels_;   ///< [block][instruction]
-  std::vector<std::vector<std::optional<Prepared>>> collectives_;  ///< [block][instruction]
+  std::vector<std::vector<std::unique_ptr<OperatorKernel>>> kernels_;  ///< [block][instruction]
+  std::vector<std::vector<std::optional<Prepared>>> collectives_;      ///< [block][instruction]
   struct Input {
     std::vector<std::byte> values;
     std::int64_t at = 0;  ///< or where they lie in this rank's shard
@@ -1641,9 +1579,16 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
   Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
+  /// What is on its way to other ranks' devices.
+  struct Copy {
+    Spare room;
+    Device::Event sent = 0;
+  };
+  std::map<std::int64_t, std::vector<Copy>> copies_;  ///< by bytes
   std::vector<BufferId> to_draw_;
   std::int64_t drawn_ = 0, elements_to_draw_ = 0;
   std::vector<double> losses_;
+  std::deque<float> step_losses_;  ///< on their way from the device
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.
@@ -1658,7 +1603,8 @@ class Executor {
 }  // namespace
 
 RankResult run_rank(const Program& program, Transport& transport, const Options& options) {
-  return Executor(program, transport, options).run();
+  const auto device = options.device ? options.device(transport.rank()) : host_device();
+  return Executor(program, transport, *device, options).run();
 }
 
 }  // namespace partita::execute

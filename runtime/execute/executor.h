@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,8 @@
 #include "simulator/program/routing.h"
 
 namespace partita::execute {
+
+class Device;
 
 struct Options {
   int steps = 1;
@@ -43,6 +47,8 @@ struct Options {
   std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
   /// While a rank draws its parameters: how many elements it has, of how many.
   std::function<void(int rank, std::int64_t drawn, std::int64_t all)> drawing;
+  /// Where a rank's tensors lie and who computes on them; null: the host.
+  std::function<std::unique_ptr<Device>(int rank)> device;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
   std::function<std::int64_t(int rank)> clock;
   /// Called before each instruction; tests stop a rank here.
@@ -55,6 +61,9 @@ struct RankResult {
   reference::RunResult values;
   std::vector<RankMeasurement> ranks;  ///< on rank 0, by rank
   Routing routing;                     ///< on rank 0, if asked for
+  /// This rank's kernels that its device has not, by name: calls.
+  std::map<std::string, std::int64_t> fallbacks;
+  Bytes reserved;  ///< of this rank's device memory: kept for the next request, or in use
 };
 
 /// Where a rank is, in words: "step 3, linear forward of mlp.up in block forward 0, micro-batch 1".

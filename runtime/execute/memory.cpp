@@ -2,43 +2,65 @@
 
 #include <fmt/format.h>
 
-#include <cstdlib>
-
 #include "base/error.h"
+#include "runtime/execute/device.h"
 
 namespace partita::execute {
 namespace {
 
-constexpr std::size_t kGrain = 64;
+constexpr std::int64_t kGrain = 64;
 std::size_t rounded(std::int64_t bytes) {
-  return (static_cast<std::size_t>(bytes) + kGrain - 1) / kGrain * kGrain;
+  return static_cast<std::size_t>((bytes + kGrain - 1) / kGrain * kGrain);
 }
 
 }  // namespace
 
-Memory::~Memory() {
+Memory::~Memory() { release_kept(); }
+
+void Memory::release_kept() {
   for (auto& [size, blocks] : kept_) {
-    for (std::byte* b : blocks) std::free(b);
+    for (std::byte* b : blocks) {
+      on_host_ ? device_.release_on_host(b) : device_.release(b);
+      reserved_ -= Bytes{static_cast<std::int64_t>(size)};
+    }
   }
+  kept_.clear();
 }
 
 std::byte* Memory::take(Category category, std::int64_t bytes) {
   if (bytes == 0) return nullptr;
   count(category, bytes);
-  auto& kept = kept_[rounded(bytes)];
+  return take_spare(bytes);
+}
+
+std::byte* Memory::take_spare(std::int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  const std::size_t size = rounded(bytes);
+  auto& kept = kept_[size];
   if (!kept.empty()) {
     std::byte* block = kept.back();
     kept.pop_back();
     return block;
   }
-  void* block = std::aligned_alloc(kGrain, rounded(bytes));
+  const auto ask = [&] {
+    const auto n = static_cast<std::int64_t>(size);
+    return on_host_ ? device_.allocate_on_host(n) : device_.allocate(n);
+  };
+  std::byte* block = ask();
+  if (block == nullptr) {
+    // Blocks of other sizes are kept for nothing.
+    device_.finish();
+    release_kept();
+    block = ask();
+  }
   if (block == nullptr) {
     throw MachineError(
-        fmt::format("this machine has no {} bytes left; use fewer ranks on it, a "
+        fmt::format("{} has no {} bytes left; use fewer ranks on it, a "
                     "smaller micro-batch or more sharding",
-                    bytes));
+                    device_.is_host() || on_host_ ? "this machine" : device_.name(), bytes));
   }
-  return static_cast<std::byte*>(block);
+  reserved_ += Bytes{static_cast<std::int64_t>(size)};
+  return block;
 }
 
 void Memory::count(Category category, std::int64_t bytes) {
@@ -53,7 +75,11 @@ void Memory::count(Category category, std::int64_t bytes) {
 void Memory::give_back(Category category, std::byte* block, std::int64_t bytes) {
   if (block == nullptr) return;
   count(category, -bytes);
-  kept_[rounded(bytes)].push_back(block);
+  give_back_spare(block, bytes);
+}
+
+void Memory::give_back_spare(std::byte* block, std::int64_t bytes) {
+  if (block != nullptr) kept_[rounded(bytes)].push_back(block);
 }
 
 void Memory::forget_peak() {

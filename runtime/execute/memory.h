@@ -11,11 +11,14 @@
 
 namespace partita::execute {
 
+class Device;
+
 /// Counts what is asked for, and keeps freed blocks for the next request of their size, so that a
-/// step in the steady state maps no page. Not thread-safe: one per rank.
+/// step in the steady state asks the device for none. Not thread-safe: one per rank.
 class Memory {
  public:
-  Memory() = default;
+  /// The device's memory, or `on_host` what it copies to on the host.
+  Memory(Device& device, bool on_host) : device_(device), on_host_(on_host) {}
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   ~Memory();
@@ -26,6 +29,12 @@ class Memory {
   /// Counts memory that the caller has from elsewhere; negative when it is gone.
   void count(Category category, std::int64_t bytes);
 
+  /// The same without counting: what a kernel needs for a moment.
+  std::byte* take_spare(std::int64_t bytes);
+  void give_back_spare(std::byte* block, std::int64_t bytes);
+
+  /// Of the device, kept blocks included.
+  Bytes reserved() const { return reserved_; }
   Bytes now() const { return total_; }
   Bytes peak() const { return peak_; }
   const std::array<Bytes, kCategoryCount>& at_peak() const { return at_peak_; }
@@ -33,7 +42,10 @@ class Memory {
 
  private:
   std::array<Bytes, kCategoryCount> live_{}, at_peak_{};
-  Bytes total_, peak_;
+  void release_kept();
+  Device& device_;
+  bool on_host_;
+  Bytes total_, peak_, reserved_;
   std::map<std::size_t, std::vector<std::byte*>> kept_;
 };
 

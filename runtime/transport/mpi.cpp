@@ -126,8 +126,7 @@ class MpiTransport final : public Transport {
       return bounds;
     };
     const std::vector<std::int64_t> in = scaled(c.offsets), out = scaled(c.send_offsets);
-    auto& note = traffic_.collectives[c.kind];
-    ++note.calls;
+    count_call(c, traffic_);
     const auto bytes = [&](std::int64_t elements) {
       return elements * static_cast<std::int64_t>(c.element_bytes);
     };
@@ -137,32 +136,26 @@ class MpiTransport final : public Transport {
     int code = MPI_SUCCESS;
     switch (c.kind) {
       case CollectiveKind::all_reduce:
-        note.payload_bytes += bytes(c.offsets.back());
         code = MPI_Iallreduce(MPI_IN_PLACE, c.data, count_of(in.back()), type, op, comm, &request);
         break;
       case CollectiveKind::broadcast:
-        note.payload_bytes += bytes(c.offsets.back());
         code = MPI_Ibcast(c.data, count_of(in.back()), type, 0, comm, &request);
         break;
       case CollectiveKind::reduce:
-        note.payload_bytes += bytes(c.offsets.back());
         code = MPI_Ireduce(c.me == 0 ? MPI_IN_PLACE : static_cast<void*>(c.data), c.data,
                            count_of(in.back()), type, op, 0, comm, &request);
         break;
       case CollectiveKind::reduce_scatter:
-        note.payload_bytes += bytes(c.offsets.back());
         a = counts(in);
         part.resize(static_cast<std::size_t>(a[static_cast<std::size_t>(c.me)]) * c.element_bytes);
         code = MPI_Ireduce_scatter(c.data, part.data(), a.data(), type, op, comm, &request);
         break;
       case CollectiveKind::all_gather:
-        note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = MPI_Iallgatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, comm,
                                &request);
         break;
       case CollectiveKind::gather:
-        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0 ? MPI_Igatherv(MPI_IN_PLACE, 0, type, c.data, a.data(), b.data(), type, 0,
                                         comm, &request)
@@ -171,7 +164,6 @@ class MpiTransport final : public Transport {
                                         nullptr, type, 0, comm, &request);
         break;
       case CollectiveKind::scatter:
-        if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
         a = counts(in), b = starts(in);
         code = c.me == 0
                    ? MPI_Iscatterv(c.data, a.data(), b.data(), type, MPI_IN_PLACE, 0, type, 0, comm,
@@ -182,18 +174,11 @@ class MpiTransport final : public Transport {
         break;
       case CollectiveKind::all_to_all:
       case CollectiveKind::halo_exchange:
-        note.payload_bytes += bytes(c.send_offsets.back());
-        if (c.kind == CollectiveKind::halo_exchange) {
-          // The rows that cross, not those that stay.
-          const auto own = static_cast<std::size_t>(c.me);
-          note.payload_bytes -= bytes(c.send_offsets[own + 1] - c.send_offsets[own]);
-        }
         a = counts(out), b = starts(out), d = counts(in), e = starts(in);
         code = MPI_Ialltoallv(c.send, a.data(), b.data(), type, c.data, d.data(), e.data(), type,
                               comm, &request);
         break;
       case CollectiveKind::shift: {
-        note.payload_bytes += bytes(c.send_offsets.back());
         MPI_Request sending;
         check(MPI_Isend(c.send, count_of(out.back()), type, (c.me + 1) % n, 0, comm, &sending),
               (*c.group)[static_cast<std::size_t>((c.me + 1) % n)]);

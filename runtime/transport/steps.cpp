@@ -21,6 +21,37 @@ void combine(const CollectiveCall& call, std::byte* to, const std::byte* from, s
 
 }  // namespace
 
+void count_call(const CollectiveCall& c, Traffic& traffic) {
+  auto& note = traffic.collectives[c.kind];
+  ++note.calls;
+  const auto bytes = [&](std::int64_t elements) {
+    return elements * static_cast<std::int64_t>(c.element_bytes);
+  };
+  switch (c.kind) {
+    case CollectiveKind::all_reduce:
+    case CollectiveKind::broadcast:
+    case CollectiveKind::reduce:
+    case CollectiveKind::reduce_scatter:
+    case CollectiveKind::all_gather:
+      note.payload_bytes += bytes(c.offsets.back());
+      return;
+    case CollectiveKind::gather:
+    case CollectiveKind::scatter:
+      if (c.me == 0) note.payload_bytes += bytes(c.offsets.back());
+      return;
+    case CollectiveKind::halo_exchange: {
+      // The rows that cross, not those that stay.
+      const auto own = static_cast<std::size_t>(c.me);
+      note.payload_bytes -= bytes(c.send_offsets[own + 1] - c.send_offsets[own]);
+      [[fallthrough]];
+    }
+    case CollectiveKind::all_to_all:
+    case CollectiveKind::shift:
+      note.payload_bytes += bytes(c.send_offsets.back());
+      return;
+  }
+}
+
 void execute_steps(Transport& transport, const CollectiveCall& call, const Expansion& expansion) {
   const auto n = static_cast<std::int32_t>(call.group->size());
   PARTITA_ASSERT(expansion.switches == 0, "no switch of a transport adds");

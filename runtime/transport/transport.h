@@ -120,6 +120,9 @@ std::shared_ptr<ThreadHub> make_thread_hub(
     std::function<Algorithm(CollectiveKind, int members)> algorithm = nullptr);
 std::unique_ptr<Transport> thread_transport(std::shared_ptr<ThreadHub> hub, int rank);
 
+/// Notes a collective that was made as one call; payload in the convention of docs/cost.md.
+void count_call(const CollectiveCall& call, Traffic& traffic);
+
 /// Executes `expansion`, on members alone (on_members), for one of them by sends and receives: what
 /// the in-process transport does with a collective, and any transport without collectives of its
 /// own could.

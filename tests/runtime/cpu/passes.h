@@ -1,5 +1,5 @@
-// tests/runtime/cpu/passes.h: a problem's passes by the CPU's kernels, as the executor asks for
-// them.
+// tests/runtime/cpu/passes.h: a problem's passes by the CPU's kernels, or those of a type with its
+// functions, as the executor asks for them.
 #pragma once
 
 #include <functional>
@@ -53,9 +53,10 @@ inline std::vector<Tensor> tensors(std::vector<Held>& list) {
 
 /// One rank's problem beside the reference's results (`want` has run all its passes): statistics
 /// are the CPU's own, gradients above the problem's.
-class PassesOnCpu {
+template <class K>
+class PassesBy {
  public:
-  PassesOnCpu(const reference::Problem& p, const reference::Part& want)
+  PassesBy(const reference::Problem& p, const reference::Part& want)
       : want_(want), kernel_(want.context) {
     kernel_.set_step(want.context.step, want.context.first_sample);
     const bool ids = std::holds_alternative<Embedding>(p.operation);
@@ -112,6 +113,7 @@ class PassesOnCpu {
     return run(want_.parameter_gradients, accumulates,
                [&](const Arguments& a) { kernel_.backward_weight(a); });
   }
+  const K& kernel() const { return kernel_; }
 
  private:
   std::vector<std::vector<float>> run(const std::vector<reference::Piece>& expected,
@@ -141,9 +143,10 @@ class PassesOnCpu {
   }
 
   const reference::Part& want_;
-  Kernel kernel_;
+  K kernel_;
   std::vector<Held> inputs_, parameters_, outputs_, gradients_, extras_, statistics_, backward_;
   Arguments base_;
 };
+using PassesOnCpu = PassesBy<Kernel>;
 
 }  // namespace partita::cpu

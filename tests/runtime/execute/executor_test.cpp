@@ -15,6 +15,7 @@
 #include "runtime/reference/serial.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/lower/startup.h"
+#include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
@@ -64,7 +65,7 @@ void expect_trains(const Graph& graph, const Program& program, int groups,
                                   [](const Buffer& b) { return b.routed; });
   Options options = options_for(graph, kSteps);
   options.routing = routed;
-  const auto results = run_threads(program, options, threads);
+  const auto results = run_on_both(program, options, threads);
   EXPECT_EQ(results[0].values.copies_differ, 0) << "copies of one value differ between ranks";
   // The rows of the last step fed back.
   RoutingSource routing;
@@ -145,7 +146,7 @@ TEST(Executor, StartUpInAllItsFormsGivesTheInitialParameters) {
           to[k] = static_cast<float>(
               reference::initial_value(g.parameters[q], kSeed + replica, first + k));
       };
-      const auto results = run_threads(p, o);
+      const auto results = run_on_both(p, o);
       EXPECT_EQ(results[0].values.copies_differ, 0);
       for (std::size_t q = 0; q < g.parameters.size(); ++q) {
         const auto& got = results[0].values.parameters[0][q];
@@ -273,7 +274,7 @@ TEST(Executor, CompressorsThatChooseDoSoAlike) {
             values[k] = o.initial(0, q, static_cast<std::int64_t>(k));
         }
         const auto serial = reference::train_serially(g, program, exact, 1);
-        const auto run = run_threads(program, o)[0].values;
+        const auto run = run_on_both(program, o)[0].values;
         if (steps == 1) {
           EXPECT_EQ(run.gradients, serial.gradients);
           EXPECT_EQ(run.parameters, serial.parameters);

@@ -14,6 +14,7 @@
 #include "runtime/reference/serial.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/program/expansion.h"
+#include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
 #include "topologies/topology.h"
 
@@ -132,7 +133,7 @@ bool expect_exact(const Graph& graph, const Plan& wanted, int& differs) {
   const auto program = lower(graph, *plan);
   if (!program) return false;
   SCOPED_TRACE(graph.name + "\n" + to_yaml(*plan));
-  const auto results = execute::run_threads(*program, options_for(graph));
+  const auto results = execute::run_on_both(*program, options_for(graph));
   // By way of the file.
   const std::string file = fmt::format("{}/routing-{}.json", ::testing::TempDir(), ::getpid());
   std::FILE* out = std::fopen(file.c_str(), "w");
@@ -226,7 +227,7 @@ TEST(Routing, WhatDoesNotFitIsSaid) {
   p.global_batch = 2;
   const Program program = lowered(g, p);
   RoutingSource s;
-  s.recorded = execute::run_threads(program, options_for(g))[0].routing;
+  s.recorded = execute::run_on_both(program, options_for(g))[0].routing;
   const auto message = [&](const Program& q, const RoutingSource& from) {
     try {
       with_routing(q, from);

@@ -1,0 +1,124 @@
+#include "cli/backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "base/error.h"
+#include "base/unit_text.h"
+#ifdef PARTITA_WITH_CUDA
+#  include <dlfcn.h>
+
+#  include <filesystem>
+
+#  include "runtime/cuda/plugin.h"
+#endif
+
+namespace partita::cli {
+namespace {
+
+#ifdef PARTITA_WITH_CUDA
+/// Loaded once, for good.
+const cuda::Plugin& plugin() {
+  static const cuda::Plugin* const loaded = [] {
+    const auto beside = std::filesystem::read_symlink("/proc/self/exe").parent_path();
+    void* library = ::dlopen((beside / cuda::kPluginFile).c_str(), RTLD_NOW | RTLD_LOCAL);
+    const char* why = library == nullptr ? ::dlerror() : nullptr;
+    void* entry = library == nullptr ? nullptr : ::dlsym(library, cuda::kPluginEntry);
+    if (entry == nullptr)
+      throw InputError("--backend",
+                       fmt::format("cuda needs {}, which cannot be loaded ({}); put the folders of "
+                                   "CUDA's, cuDNN's and NCCL's libraries into LD_LIBRARY_PATH, or "
+                                   "use cpu",
+                                   cuda::kPluginFile, why != nullptr ? why : "no entry"));
+    return reinterpret_cast<const cuda::Plugin* (*)()>(entry)();
+  }();
+  return *loaded;
+}
+/// NCCL refuses several ranks of one process on one GPU.
+bool linked(const BackendOptions& o) {
+  return o.ranks > 1 && !plugin().nccl_version().empty() && !(o.share_gpu && o.threads);
+}
+/// The rank's number on its host.
+int local_rank(int rank) {
+  for (const char* name :
+       {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"}) {
+    if (const char* value = std::getenv(name)) return std::atoi(value);
+  }
+  return rank;
+}
+#endif
+
+}  // namespace
+
+void check_backend(const BackendOptions& o) {
+  if (o.name != "cpu" && o.name != "cuda")
+    throw InputError("--backend", fmt::format("'{}' is unknown; there are cpu and cuda", o.name));
+  if (o.share_gpu && o.name != "cuda")
+    throw InputError("--share-gpu", "is for --backend cuda; leave it out");
+  if (o.name == "cpu") return;
+#ifdef PARTITA_WITH_CUDA
+  const std::string why = plugin().absent();
+  if (!why.empty()) throw InputError("--backend", why);
+  const int gpus = plugin().device_count();
+  if (o.ranks > gpus && !o.share_gpu)
+    throw InputError("--ranks",
+                     fmt::format("{} ranks, and this machine has {} GPU{}; use as many, or "
+                                 "--share-gpu, which proves mathematics and not speed",
+                                 o.ranks, gpus, gpus == 1 ? "" : "s"));
+#else
+  throw InputError("--backend",
+                   "this build has no CUDA; put nvcc on PATH and build again, or use cpu");
+#endif
+}
+
+std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const BackendOptions& o) {
+  if (o.name == "cpu") return nullptr;
+#ifdef PARTITA_WITH_CUDA
+  return [o](int rank) -> std::unique_ptr<execute::Device> {
+    cuda::DeviceOptions d;
+    const int gpus = std::max(plugin().device_count(), 1);
+    d.device = (o.threads ? rank : local_rank(rank)) % gpus;
+    // Replicas of one product must round alike: they take the same algorithm, not the fastest.
+    d.candidates = o.ranks == 1 ? 4 : 1;
+    d.linked = linked(o);
+    d.links.shared_gpu = o.share_gpu;
+    d.links.timeout_s = std::max(o.timeout_s, 30.0);
+    return plugin().device(d);
+  };
+#else
+  return nullptr;
+#endif
+}
+
+std::string note_of(const BackendOptions& o) {
+#ifdef PARTITA_WITH_CUDA
+  if (o.name == "cuda" && o.ranks > 1 && !linked(o))
+    return plugin().nccl_version().empty()
+               ? "this build has no NCCL: what ranks exchange passes through the host"
+               : "ranks of one process share a GPU: what they exchange passes through the host";
+  if (o.name == "cuda" && o.share_gpu)
+    return "ranks share a GPU and take turns on it: their times are no prediction's";
+#endif
+  static_cast<void>(o);
+  return "";
+}
+
+std::string backend_version() {
+#ifdef PARTITA_WITH_CUDA
+  const std::string why = plugin().absent();
+  const cuda::Facts f = plugin().facts(why.empty() ? 0 : -1);
+  const std::string libraries =
+      fmt::format("CUDA {}, driver {}, cuBLASLt {}, {}, NCCL {}", f.runtime, f.driver, f.blas,
+                  f.dnn.empty() ? "no cuDNN" : f.dnn, f.nccl.empty() ? "none" : f.nccl);
+  if (!why.empty()) return libraries + "; " + why;
+  return fmt::format("{} ({}.{}, {} multiprocessors, {}), {}", f.name, f.compute_capability / 10,
+                     f.compute_capability % 10, f.multiprocessors, text(Bytes{f.memory_bytes}),
+                     libraries);
+#else
+  return "no CUDA in this build";
+#endif
+}
+
+}  // namespace partita::cli

@@ -1,0 +1,30 @@
+// cli/backend.h: --backend: on whose memory and kernels the ranks of a run work.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "runtime/execute/device.h"
+
+namespace partita::cli {
+
+struct BackendOptions {
+  std::string name = "cpu";  ///< or cuda
+  bool share_gpu = false;    ///< several ranks on one GPU
+  bool threads = false;      ///< the ranks are threads of this process
+  int ranks = 1;
+  double timeout_s = 10;
+};
+
+/// InputError, in one line, where the backend is unknown, not in this build, or finds no GPU.
+void check_backend(const BackendOptions& options);
+/// What a rank's executor asks for its device; null: the host. After check_backend.
+std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const BackendOptions& options);
+/// What the user should know of how the ranks' GPUs are reached; empty: nothing.
+std::string note_of(const BackendOptions& options);
+/// "NVIDIA H200 (9.0, 132 multiprocessors, 139.8 GiB), driver 13.0, ..." ; of a build without CUDA
+/// or a machine without a GPU, that.
+std::string backend_version();
+
+}  // namespace partita::cli

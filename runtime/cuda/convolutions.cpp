@@ -1,0 +1,163 @@
+#include "runtime/cuda/convolutions.h"
+
+#ifdef PARTITA_CUDNN
+#  include <cudnn.h>
+#  include <fmt/format.h>
+
+#  include <map>
+#  include <memory>
+#  include <utility>
+
+#  include "runtime/cuda/cuda_machine.h"
+#endif
+
+namespace partita::cuda {
+
+#ifdef PARTITA_CUDNN
+namespace {
+
+void check(cudnnStatus_t s, const char* what) {
+  if (s == CUDNN_STATUS_SUCCESS) return;
+  throw MachineError(fmt::format("cuDNN: {}: {}", what, cudnnGetErrorString(s)));
+}
+
+/// What cuDNN describes by opaque handles.
+struct Problem {
+  cudnnTensorDescriptor_t x = nullptr, y = nullptr;
+  cudnnFilterDescriptor_t w = nullptr;
+  cudnnConvolutionDescriptor_t convolution = nullptr;
+  int algorithm = -1;  ///< -1: cuDNN has none
+  std::size_t workspace = 0;
+  std::unique_ptr<DeviceBlock> room;  ///< where the stream's is too small
+  Problem() = default;
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+  ~Problem() {
+    if (convolution != nullptr) cudnnDestroyConvolutionDescriptor(convolution);
+    if (w != nullptr) cudnnDestroyFilterDescriptor(w);
+    if (x != nullptr) cudnnDestroyTensorDescriptor(x);
+    if (y != nullptr) cudnnDestroyTensorDescriptor(y);
+  }
+};
+
+class Cudnn : public Convolutions {
+ public:
+  explicit Cudnn(cudnnHandle_t handle) : handle_(handle) {}
+  ~Cudnn() override {
+    problems_.clear();
+    cudnnDestroy(handle_);
+  }
+  bool run(CudaMachine& m, const ConvolutionShape& shape, ConvolutionPass pass, float* x, float* w,
+           float* y, bool adds) override {
+    check(cudnnSetStream(handle_, m.stream()), "a stream");
+    Problem& p = problems_[{shape, pass}];
+    if (p.x == nullptr) describe(p, shape, pass);
+    if (p.algorithm < 0) return false;
+    void* room = m.workspace();
+    if (p.workspace > CudaMachine::kWorkspace) {
+      if (!p.room) p.room = std::make_unique<DeviceBlock>(p.workspace);
+      room = p.room->at;
+    }
+    const float one = 1, zero = 0, beta = adds ? 1.0f : 0.0f;
+    switch (pass) {
+      case ConvolutionPass::forward:
+        check(cudnnConvolutionForward(handle_, &one, p.x, x, p.w, w, p.convolution,
+                                      static_cast<cudnnConvolutionFwdAlgo_t>(p.algorithm), room,
+                                      p.workspace, &zero, p.y, y),
+              "a convolution");
+        return true;
+      case ConvolutionPass::data:
+        check(cudnnConvolutionBackwardData(handle_, &one, p.w, w, p.y, y, p.convolution,
+                                           static_cast<cudnnConvolutionBwdDataAlgo_t>(p.algorithm),
+                                           room, p.workspace, &zero, p.x, x),
+              "a convolution's gradient by data");
+        return true;
+      case ConvolutionPass::weight:
+        check(cudnnConvolutionBackwardFilter(
+                  handle_, &one, p.x, x, p.y, y, p.convolution,
+                  static_cast<cudnnConvolutionBwdFilterAlgo_t>(p.algorithm), room, p.workspace,
+                  &beta, p.w, w),
+              "a convolution's gradient by weight");
+        return true;
+    }
+    return false;
+  }
+
+ private:
+  void describe(Problem& p, const ConvolutionShape& s, ConvolutionPass pass) {
+    const auto n = [](std::int64_t v) { return static_cast<int>(v); };
+    check(cudnnCreateTensorDescriptor(&p.x), "a tensor");
+    check(cudnnCreateTensorDescriptor(&p.y), "a tensor");
+    check(cudnnCreateFilterDescriptor(&p.w), "a filter");
+    check(cudnnCreateConvolutionDescriptor(&p.convolution), "a convolution");
+    check(cudnnSetTensor4dDescriptor(p.x, CUDNN_TENSOR_NCHW, CUDNN_DATA_FLOAT, n(s.samples),
+                                     n(s.in), n(s.height), n(s.width)),
+          "a tensor");
+    check(cudnnSetTensor4dDescriptor(p.y, CUDNN_TENSOR_NCHW, CUDNN_DATA_FLOAT, n(s.samples),
+                                     n(s.out), n(s.out_height), n(s.out_width)),
+          "a tensor");
+    check(cudnnSetFilter4dDescriptor(p.w, CUDNN_DATA_FLOAT, CUDNN_TENSOR_NCHW, n(s.out),
+                                     n(s.in / s.groups), n(s.window_height), n(s.window_width)),
+          "a filter");
+    check(cudnnSetConvolution2dDescriptor(
+              p.convolution, n(s.pad_height), n(s.pad_width), n(s.stride_height), n(s.stride_width),
+              n(s.dilation_height), n(s.dilation_width), CUDNN_CROSS_CORRELATION, CUDNN_DATA_FLOAT),
+          "a convolution");
+    check(cudnnSetConvolutionGroupCount(p.convolution, n(s.groups)), "a convolution's groups");
+    // No TF32: as our bound of rounding assumes.
+    check(cudnnSetConvolutionMathType(p.convolution, CUDNN_FMA_MATH), "a convolution's arithmetic");
+    constexpr int kMost = 8;
+    int count = 0;
+    const auto take = [&](const auto& found) {
+      for (int i = 0; i < count; ++i) {
+        if (found[i].status != CUDNN_STATUS_SUCCESS) continue;
+        p.algorithm = static_cast<int>(found[i].algo);
+        p.workspace = found[i].memory;
+        return;
+      }
+    };
+    switch (pass) {
+      case ConvolutionPass::forward: {
+        cudnnConvolutionFwdAlgoPerf_t found[kMost] = {};
+        check(cudnnGetConvolutionForwardAlgorithm_v7(handle_, p.x, p.w, p.convolution, p.y, kMost,
+                                                     &count, found),
+              "a choice of algorithm");
+        return take(found);
+      }
+      case ConvolutionPass::data: {
+        cudnnConvolutionBwdDataAlgoPerf_t found[kMost] = {};
+        check(cudnnGetConvolutionBackwardDataAlgorithm_v7(handle_, p.w, p.y, p.convolution, p.x,
+                                                          kMost, &count, found),
+              "a choice of algorithm");
+        return take(found);
+      }
+      case ConvolutionPass::weight: {
+        cudnnConvolutionBwdFilterAlgoPerf_t found[kMost] = {};
+        check(cudnnGetConvolutionBackwardFilterAlgorithm_v7(handle_, p.x, p.y, p.convolution, p.w,
+                                                            kMost, &count, found),
+              "a choice of algorithm");
+        return take(found);
+      }
+    }
+  }
+  cudnnHandle_t handle_;
+  std::map<std::pair<ConvolutionShape, ConvolutionPass>, Problem> problems_;
+};
+
+}  // namespace
+
+std::unique_ptr<Convolutions> make_convolutions() {
+  cudnnHandle_t handle = nullptr;
+  if (cudnnCreate(&handle) != CUDNN_STATUS_SUCCESS) return nullptr;
+  return std::make_unique<Cudnn>(handle);
+}
+std::string cudnn_version() {
+  const std::size_t v = cudnnGetVersion();
+  return fmt::format("cuDNN {}.{}.{}", v / 10000, v / 100 % 100, v % 100);
+}
+#else
+std::unique_ptr<Convolutions> make_convolutions() { return nullptr; }
+std::string cudnn_version() { return ""; }
+#endif
+
+}  // namespace partita::cuda

@@ -1,0 +1,77 @@
+// runtime/cuda/cuda_machine.h: one stream of a GPU as a machine that the operators' kernels run on.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/cuda/check.h"
+#include "runtime/cuda/machine.h"
+#include "runtime/cuda/product_choice.h"
+
+namespace partita::cuda {
+
+/// Memory of a GPU that is not the allocator's: counted, for reserved() is without it.
+class DeviceBlock {
+ public:
+  explicit DeviceBlock(std::size_t bytes);
+  ~DeviceBlock();
+  DeviceBlock(const DeviceBlock&) = delete;
+  DeviceBlock& operator=(const DeviceBlock&) = delete;
+  std::byte* at = nullptr;
+  std::size_t bytes = 0;
+};
+
+class Convolutions;
+
+/// What all streams of a rank share.
+struct Libraries {
+  explicit Libraries(const ProductOptions& options);
+  ~Libraries();
+  Libraries(const Libraries&) = delete;
+  Libraries& operator=(const Libraries&) = delete;
+
+  cublasLtHandle_t blas = nullptr;
+  ProductOptions options;
+  std::map<ProductKey, ProductChoice> products;
+  std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
+  std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
+};
+
+class CudaMachine {
+ public:
+  CudaMachine(Libraries& libraries, cudaStream_t stream);
+
+  /// Defined where nvcc compiles them (launch.cuh).
+  template <class F>
+  void each(std::int64_t n, F f);
+  template <class F>
+  void rows(std::int64_t n, std::int64_t width, F f);
+
+  void product(const Product& p);
+  float* scratch(std::int64_t floats);
+  std::int64_t scores() const { return 64 << 20; }
+  IndexList list(const std::vector<std::int64_t>& indices);
+  bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, float* x, float* w, float* y,
+                bool adds);
+  /// The operator has queued all it has: its scratch is the next one's.
+  void end();
+
+  cudaStream_t stream() const { return stream_; }
+  std::byte* workspace();  ///< of kWorkspace bytes, for libraries
+
+  static constexpr std::size_t kWorkspace = 32 << 20;
+
+ private:
+  Libraries& libraries_;
+  cudaStream_t stream_;
+  std::vector<std::unique_ptr<DeviceBlock>> blocks_;  ///< the last is filled
+  std::size_t used_ = 0;
+  std::unique_ptr<DeviceBlock> workspace_;
+};
+
+}  // namespace partita::cuda

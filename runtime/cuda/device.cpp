@@ -1,0 +1,444 @@
+#include "runtime/cuda/device.h"
+
+#include <fmt/format.h>
+#include <nvtx3/nvToolsExt.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <thread>
+#include <utility>
+
+#include "runtime/cuda/convolutions.h"
+#include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/kernels.h"
+
+namespace partita::cuda {
+namespace {
+
+using execute::PlainCall;
+using execute::RunList;
+using execute::Work;
+
+/// A kernel's name on a profiler's line, while it is queued.
+class Range {
+ public:
+  Range(bool on, const std::string& name) : on_(on) {
+    if (on_) nvtxRangePushA(name.c_str());
+  }
+  ~Range() {
+    if (on_) nvtxRangePop();
+  }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+
+ private:
+  bool on_;
+};
+
+/// A RunList in the GPU's memory.
+struct KeptRuns {
+  std::unique_ptr<DeviceBlock> block;
+  RunTable table;
+};
+
+class Gpu : public CudaDevice {
+ public:
+  explicit Gpu(const DeviceOptions& o) : o_(o) {
+    const std::string why = absent();
+    if (!why.empty()) throw MachineError(why);
+    if (o.device < 0 || o.device >= device_count())
+      throw MachineError(
+          fmt::format("there is no GPU {}; this machine has {}", o.device, device_count()));
+    use();
+    check(cudaFree(nullptr), fmt::format("start of GPU {}", o.device));
+    libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
+    on(kComputeStream);
+    void* slots = nullptr;
+    check(cudaHostAlloc(&slots, kSlots * sizeof(float), cudaHostAllocDefault), "pinned memory");
+    slots_ = static_cast<float*>(slots);
+    if (o.linked)
+      links_ = nccl_links(o.links, [this] { return static_cast<void*>(lane_->stream); });
+    careful_ = std::getenv("PARTITA_CUDA_CHECK") != nullptr;
+  }
+  ~Gpu() override {
+    links_.reset();
+    // Of a GPU that has failed nothing more is asked.
+    static_cast<void>(cudaDeviceSynchronize());
+    for (auto& [s, lane] : lanes_) static_cast<void>(cudaStreamDestroy(lane.stream));
+    for (const cudaEvent_t e : events_) static_cast<void>(cudaEventDestroy(e));
+    for (const cudaEvent_t e : marks_) static_cast<void>(cudaEventDestroy(e));
+    for (const auto& [p, bytes] : staged_) static_cast<void>(cudaFreeHost(p));
+    for (const auto& [bytes, p] : spare_) static_cast<void>(cudaFreeHost(p));
+    static_cast<void>(cudaFreeHost(slots_));
+  }
+
+  std::string name() const override { return fmt::format("GPU {}", o_.device); }
+  CudaMachine& machine() override { return *lane_->machine; }
+  int number() const override { return o_.device; }
+
+  std::byte* allocate(std::int64_t bytes) override {
+    use();
+    void* p = nullptr;
+    const cudaError_t e = cudaMalloc(&p, static_cast<std::size_t>(bytes));
+    if (e == cudaErrorMemoryAllocation) {
+      static_cast<void>(cudaGetLastError());  // it is known, and not the next call's
+      return nullptr;
+    }
+    check(e, fmt::format("{} bytes", bytes));
+    return static_cast<std::byte*>(p);
+  }
+  void release(std::byte* block) override { static_cast<void>(cudaFree(block)); }
+  std::byte* allocate_on_host(std::int64_t bytes) override {
+    void* p = nullptr;
+    const cudaError_t e = cudaHostAlloc(&p, static_cast<std::size_t>(bytes), cudaHostAllocDefault);
+    if (e == cudaErrorMemoryAllocation) {
+      static_cast<void>(cudaGetLastError());
+      return nullptr;
+    }
+    check(e, fmt::format("{} bytes of pinned memory", bytes));
+    return static_cast<std::byte*>(p);
+  }
+  void release_on_host(std::byte* block) override { static_cast<void>(cudaFreeHost(block)); }
+
+  void to_device(std::byte* to, const void* from, std::int64_t bytes) override {
+    if (bytes == 0) return;
+    const auto n = static_cast<std::size_t>(bytes);
+    if (n > kMostStaged) {
+      check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
+      come(stream(), "copy to the GPU");
+      return;
+    }
+    void* pinned = staging(n);
+    std::memcpy(pinned, from, n);
+    check(cudaMemcpyAsync(to, pinned, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
+  }
+  void to_host(void* to, const std::byte* from, std::int64_t bytes) override {
+    if (bytes == 0) return;
+    check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost,
+                          stream()),
+          "copy from the GPU");
+    come(stream(), "copy from the GPU");
+  }
+  void to_host_later(float* to, const std::byte* from) override {
+    if (later_.size() == kSlots) {
+      for (auto& [s, lane] : lanes_) come(lane.stream, "the losses so far");
+      deliver();
+    }
+    float* slot = slots_ + later_.size();
+    check(cudaMemcpyAsync(slot, from, sizeof(float), cudaMemcpyDeviceToHost, stream()),
+          "copy of a loss");
+    later_.push_back(to);
+  }
+  void copy(std::byte* to, const std::byte* from, std::int64_t bytes) override {
+    if (bytes == 0) return;
+    check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, stream()),
+          "copy");
+  }
+  void fill(std::byte* to, std::int64_t count, float value) override {
+    if (count > 0) cuda::fill(machine(), reinterpret_cast<float*>(to), count, value);
+  }
+  void pack(const RunList& list, std::int64_t word, const std::byte* from, std::byte* to) override {
+    if (list.runs.size() == 1) {
+      const execute::Run& r = list.runs[0];
+      copy(to, from + r.offset * word, r.count * word);
+    } else if (!list.runs.empty()) {
+      cuda::pack(machine(), table(list), word, from, to);
+    }
+  }
+  void unpack(const RunList& list, std::int64_t word, const std::byte* from,
+              std::byte* to) override {
+    if (list.runs.size() == 1) {
+      const execute::Run& r = list.runs[0];
+      copy(to + r.offset * word, from, r.count * word);
+    } else if (!list.runs.empty()) {
+      cuda::unpack(machine(), table(list), word, from, to);
+    }
+  }
+  void unpack_add(const RunList& list, ElementType type, const std::byte* from,
+                  std::byte* to) override {
+    if (!list.runs.empty()) cuda::unpack_add(machine(), table(list), type, from, to);
+  }
+
+  std::unique_ptr<execute::OperatorKernel> kernel(reference::Context context) override;
+  void plain(const PlainCall& call) override {
+    const std::string what(partita::name(call.instruction->kernel));
+    const Range range(o_.ranges, what);
+    const bool done = run_plain_kernel(machine(), call);
+    machine().end();
+    if (!done) {
+      count_fallback(what);
+      plain_by_visit(*this, call);
+    }
+    look(what);
+  }
+
+  void on(execute::DeviceStream s) override {
+    Lane& lane = lanes_[s];
+    if (lane.stream == nullptr) {
+      use();
+      int least = 0, greatest = 0;
+      check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "priorities of streams");
+      // What others wait for goes first.
+      check(cudaStreamCreateWithPriority(&lane.stream, cudaStreamNonBlocking,
+                                         s == kComputeStream ? least : greatest),
+            "a stream");
+      lane.machine = std::make_unique<CudaMachine>(*libraries_, lane.stream);
+    }
+    lane_ = &lane;
+  }
+  Event record() override {
+    const auto at = static_cast<std::size_t>(recorded_ - past_);
+    check(cudaEventRecord(event(events_, at, cudaEventDisableTiming), stream()), "an event");
+    return ++recorded_;
+  }
+  void wait(Event e) override {
+    if (e > past_)
+      check(cudaStreamWaitEvent(stream(), events_[static_cast<std::size_t>(e - past_ - 1)], 0),
+            "a wait for an event");
+  }
+  bool reached(Event e) override {
+    if (e <= past_) return true;
+    const cudaError_t state = cudaEventQuery(events_[static_cast<std::size_t>(e - past_ - 1)]);
+    if (state != cudaErrorNotReady) check(state, "a look at an event");
+    return state == cudaSuccess;
+  }
+  void host_waits(Event e) override {
+    if (e <= past_) return;
+    const cudaEvent_t event = events_[static_cast<std::size_t>(e - past_ - 1)];
+    come_to([event] { return cudaEventQuery(event); }, "an event");
+  }
+  void finish() override {
+    use();
+    for (auto& [s, lane] : lanes_) come(lane.stream, "the end of what was queued");
+    past_ = recorded_;
+    deliver();
+    for (const auto& [p, bytes] : staged_) spare_.emplace(bytes, p);
+    staged_.clear();
+  }
+
+  void begin_marks() override {
+    marked_ = 0;
+    on(kComputeStream);
+    mark();
+  }
+  std::int64_t mark() override {
+    check(cudaEventRecord(event(marks_, static_cast<std::size_t>(marked_), cudaEventDefault),
+                          stream()),
+          "a time");
+    return marked_++;
+  }
+  std::int64_t nanoseconds(std::int64_t mark) override {
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, marks_[0], marks_.at(static_cast<std::size_t>(mark))),
+          "a time");
+    return static_cast<std::int64_t>(static_cast<double>(ms) * 1e6);
+  }
+
+  execute::Links* links() override { return links_.get(); }
+
+  std::vector<ProductRecord> products() const override {
+    std::vector<ProductRecord> all;
+    for (const auto& [key, c] : libraries_->products)
+      all.push_back({key.m, key.n, key.k, key.batch, c.id, c.candidates, c.taken, c.seconds});
+    return all;
+  }
+  /// In a careful run: has what is queued so far failed?
+  void look(const std::string& what) {
+    if (careful_) check(cudaStreamSynchronize(stream()), what);
+  }
+  bool ranges() const { return o_.ranges; }
+  void note_fallback(const std::string& kernel) { count_fallback(kernel); }
+
+ private:
+  struct Lane {
+    cudaStream_t stream = nullptr;
+    std::unique_ptr<CudaMachine> machine;
+  };
+  static constexpr std::size_t kSlots = 1024, kMostStaged = 4 << 20;
+
+  void use() const { check(cudaSetDevice(o_.device), fmt::format("GPU {}", o_.device)); }
+  cudaStream_t stream() const { return lane_->stream; }
+  /// Waits until the query says that it is done. A stream that waits for a peer who is gone would
+  /// never be: then its communicators are given up, so that it ends.
+  template <class Query>
+  void come_to(Query query, const std::string& what) {
+    const auto start = std::chrono::steady_clock::now();
+    for (;;) {
+      const cudaError_t e = query();
+      if (e == cudaSuccess) return;
+      if (e != cudaErrorNotReady) check(e, what);
+      if (!links_) {
+        std::this_thread::yield();
+        continue;
+      }
+      links_->poll();
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+      if (waited.count() > links_->timeout_s()) {
+        links_->abort();
+        throw PeerError(fmt::format("{} did not come within {:g} s: another rank is gone or hangs",
+                                    what, waited.count()));
+      }
+      if (waited.count() > 1e-3) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+  }
+  void come(cudaStream_t s, const std::string& what) {
+    if (!links_) return check(cudaStreamSynchronize(s), what);
+    come_to([s] { return cudaStreamQuery(s); }, what);
+  }
+  static cudaEvent_t event(std::vector<cudaEvent_t>& all, std::size_t at, unsigned flags) {
+    while (all.size() <= at) {
+      cudaEvent_t e = nullptr;
+      check(cudaEventCreateWithFlags(&e, flags), "an event");
+      all.push_back(e);
+    }
+    return all[at];
+  }
+  /// Pinned memory until finish().
+  void* staging(std::size_t bytes) {
+    auto known = spare_.lower_bound(bytes);
+    if (known != spare_.end() && known->first <= 2 * bytes + 4096) {
+      void* p = known->second;
+      staged_.emplace_back(p, known->first);
+      spare_.erase(known);
+      return p;
+    }
+    void* p = nullptr;
+    check(cudaHostAlloc(&p, bytes, cudaHostAllocDefault), fmt::format("{} pinned bytes", bytes));
+    staged_.emplace_back(p, bytes);
+    return p;
+  }
+  void deliver() {
+    for (std::size_t i = 0; i < later_.size(); ++i) *later_[i] = slots_[i];
+    later_.clear();
+  }
+  const RunTable& table(const RunList& list) {
+    if (!list.kept) {
+      const std::size_t n = list.runs.size();
+      std::vector<std::int64_t> before(n);
+      std::int64_t words = 0;
+      for (std::size_t i = 0; i < n; ++i) before[i] = words, words += list.runs[i].count;
+      auto kept = std::make_shared<KeptRuns>();
+      const std::size_t bytes = n * sizeof(execute::Run);
+      kept->block = std::make_unique<DeviceBlock>(bytes + n * sizeof(std::int64_t));
+      std::byte* at = kept->block->at;
+      check(cudaMemcpy(at, list.runs.data(), bytes, cudaMemcpyHostToDevice), "a list of runs");
+      check(cudaMemcpy(at + bytes, before.data(), n * sizeof(std::int64_t), cudaMemcpyHostToDevice),
+            "a list of runs");
+      kept->table = {reinterpret_cast<const execute::Run*>(at),
+                     reinterpret_cast<const std::int64_t*>(at + bytes),
+                     static_cast<std::int64_t>(n), words};
+      list.kept = kept;
+    }
+    return static_cast<const KeptRuns*>(list.kept.get())->table;
+  }
+
+  DeviceOptions o_;
+  std::unique_ptr<Libraries> libraries_;
+  std::unique_ptr<NcclLinks> links_;
+  std::map<execute::DeviceStream, Lane> lanes_;
+  Lane* lane_ = nullptr;
+  std::vector<cudaEvent_t> events_, marks_;
+  Event recorded_ = 0, past_ = 0;
+  std::int64_t marked_ = 0;
+  float* slots_ = nullptr;
+  std::vector<float*> later_;
+  std::vector<std::pair<void*, std::size_t>> staged_;
+  std::multimap<std::size_t, void*> spare_;
+  bool careful_ = false;
+};
+
+/// Ours where we have one, else the host's.
+class GpuKernel : public execute::OperatorKernel {
+ public:
+  GpuKernel(Gpu& gpu, reference::Context context)
+      : gpu_(gpu), context_(std::move(context)), host_(visiting_kernel(gpu, context_)) {}
+  const reference::Context& context() const override { return context_; }
+  void set_step(std::int64_t step, std::int64_t first_sample) override {
+    context_.step = step;
+    context_.first_sample = first_sample;
+    host_->set_step(step, first_sample);
+  }
+  void run(Work work, std::size_t statistic, const cpu::Arguments& a) override {
+    const auto what = [&] {
+      return fmt::format("{} of {}", name(work), kind_name(*context_.operation));
+    };
+    const Range range(gpu_.ranges(), gpu_.ranges() ? what() : std::string());
+    routed.clear();
+    const bool done = run_operator(gpu_.machine(), work, context_, statistic, a);
+    gpu_.machine().end();
+    if (!done) {
+      gpu_.note_fallback(what());
+      host_->run(work, statistic, a);
+      routed = std::move(host_->routed);
+    }
+    gpu_.look(what());
+  }
+
+ private:
+  Gpu& gpu_;
+  reference::Context context_;
+  std::unique_ptr<execute::OperatorKernel> host_;
+};
+
+std::unique_ptr<execute::OperatorKernel> Gpu::kernel(reference::Context context) {
+  return std::make_unique<GpuKernel>(*this, std::move(context));
+}
+
+std::string version(int v) { return fmt::format("{}.{}", v / 1000, v / 10 % 100); }
+
+}  // namespace
+
+std::string absent() {
+  int n = 0;
+  const cudaError_t e = cudaGetDeviceCount(&n);
+  if (e == cudaSuccess && n > 0) return "";
+  static_cast<void>(cudaGetLastError());
+  return fmt::format(
+      "this machine has no GPU that CUDA {} can use ({}); run on one that has, or "
+      "use --backend cpu",
+      version(CUDART_VERSION), e == cudaSuccess ? "none found" : cudaGetErrorString(e));
+}
+
+int device_count() {
+  int n = 0;
+  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+  static_cast<void>(cudaGetLastError());
+  return 0;
+}
+
+Facts facts(int device) {
+  Facts f;
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "the driver's version");
+  check(cudaRuntimeGetVersion(&runtime), "the runtime's version");
+  f.driver = version(driver);
+  f.runtime = version(runtime);
+  const std::size_t blas = cublasLtGetVersion();
+  f.blas = fmt::format("{}.{}.{}", blas / 10000, blas / 100 % 100, blas % 100);
+  f.dnn = cudnn_version();
+  f.nccl = nccl_version();
+  if (device < 0) return f;
+  cudaDeviceProp p = {};
+  check(cudaGetDeviceProperties(&p, device), fmt::format("GPU {}", device));
+  char bus[32] = {};
+  check(cudaDeviceGetPCIBusId(bus, sizeof bus, device), fmt::format("GPU {}", device));
+  f.name = p.name;
+  f.bus_id = bus;
+  f.compute_capability = 10 * p.major + p.minor;
+  f.multiprocessors = p.multiProcessorCount;
+  check(cudaSetDevice(device), fmt::format("GPU {}", device));
+  std::size_t available = 0, all = 0;
+  check(cudaMemGetInfo(&available, &all), "its memory");
+  f.memory_bytes = static_cast<std::int64_t>(all);
+  f.free_bytes = static_cast<std::int64_t>(available);
+  return f;
+}
+
+std::unique_ptr<CudaDevice> cuda_device(const DeviceOptions& options) {
+  return std::make_unique<Gpu>(options);
+}
+
+}  // namespace partita::cuda

@@ -1,0 +1,57 @@
+// runtime/cuda/device.h: a GPU as a rank's device (docs/cuda.md).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/cuda/nccl.h"
+#include "runtime/execute/device.h"
+
+namespace partita::cuda {
+
+/// Why there is no GPU to run on, in words; empty: there is one.
+std::string absent();
+/// 0 where there is none.
+int device_count();
+
+struct Facts {
+  std::string name, bus_id;
+  int compute_capability = 0;  ///< 90: 9.0
+  int multiprocessors = 0;
+  std::int64_t memory_bytes = 0, free_bytes = 0;
+  std::string driver, runtime, blas, dnn, nccl;  ///< versions; empty: not in this build
+};
+Facts facts(int device);
+
+struct DeviceOptions {
+  int device = 0;
+  bool tf32 = false;
+  int candidates = 1;   ///< of cuBLASLt's algorithms that a new product's first call times
+  bool ranges = false;  ///< an NVTX range around each kernel
+  /// Several ranks: their GPUs are linked by NCCL where this build has it.
+  bool linked = false;
+  NcclOptions links;
+};
+
+/// An algorithm that products were computed by.
+struct ProductRecord {
+  std::int64_t m = 0, n = 0, k = 0, batch = 1;
+  int algorithm = -1, candidates = 0, taken = 0;
+  double seconds = 0;
+};
+
+class CudaMachine;
+
+/// What the NCCL transport and reports know of it beside execute::Device.
+class CudaDevice : public execute::Device {
+ public:
+  virtual CudaMachine& machine() = 0;  ///< the current stream
+  virtual int number() const = 0;
+  virtual std::vector<ProductRecord> products() const = 0;
+};
+/// MachineError where there is no such GPU, or it cannot be used.
+std::unique_ptr<CudaDevice> cuda_device(const DeviceOptions& options);
+
+}  // namespace partita::cuda

@@ -1,0 +1,54 @@
+// The operators' kernels as nvcc compiles them.
+#include "runtime/cuda/kernels.h"
+#include "runtime/cuda/launch.cuh"
+#include "runtime/cuda/plain.h"
+#include "runtime/cuda/runs.h"
+
+namespace partita::cuda {
+
+bool run_operator(CudaMachine& m, execute::Work work, const reference::Context& c,
+                  std::size_t statistic, const cpu::Arguments& a) {
+  switch (work) {
+    case execute::Work::forward_statistic:
+      return run_forward_statistic(m, c, statistic, a);
+    case execute::Work::forward:
+      return run_forward(m, c, a);
+    case execute::Work::backward_statistic:
+      return run_backward_statistic(m, c, a);
+    case execute::Work::backward_data:
+      return run_backward_data(m, c, a);
+    case execute::Work::backward_weight:
+      return run_backward_weight(m, c, a);
+    case execute::Work::attend_part:
+      return run_attend_part(m, c, a);
+    case execute::Work::attend_part_backward:
+      return run_attend_part_backward(m, c, a);
+  }
+  return false;
+}
+bool run_plain_kernel(CudaMachine& m, const execute::PlainCall& call) { return run_plain(m, call); }
+
+void fill(CudaMachine& m, float* to, std::int64_t n, float value) { fill_values(m, to, n, value); }
+
+void pack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
+          std::byte* to) {
+  if (word == 2) {
+    move_runs<std::uint16_t>(m, t, from, to, false);
+  } else {
+    move_runs<std::uint32_t>(m, t, from, to, false);
+  }
+}
+void unpack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
+            std::byte* to) {
+  if (word == 2) {
+    move_runs<std::uint16_t>(m, t, from, to, true);
+  } else {
+    move_runs<std::uint32_t>(m, t, from, to, true);
+  }
+}
+void unpack_add(CudaMachine& m, const RunTable& t, ElementType type, const std::byte* from,
+                std::byte* to) {
+  add_runs(m, t, type, from, to);
+}
+
+}  // namespace partita::cuda

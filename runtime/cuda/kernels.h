@@ -1,0 +1,30 @@
+// runtime/cuda/kernels.h: what nvcc compiled, for the host's compiler to call.
+#pragma once
+
+#include "runtime/cuda/cuda_machine.h"
+#include "runtime/execute/device.h"
+
+namespace partita::cuda {
+
+/// False where there is no kernel for this case.
+bool run_operator(CudaMachine& m, execute::Work work, const reference::Context& c,
+                  std::size_t statistic, const cpu::Arguments& a);
+bool run_plain_kernel(CudaMachine& m, const execute::PlainCall& call);
+
+void fill(CudaMachine& m, float* to, std::int64_t n, float value);
+
+/// Runs in the GPU's memory, with how many words lie before each.
+struct RunTable {
+  const execute::Run* runs = nullptr;
+  const std::int64_t* before = nullptr;
+  std::int64_t count = 0, words = 0;
+};
+/// `word` is 2 or 4 bytes.
+void pack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
+          std::byte* to);
+void unpack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
+            std::byte* to);
+void unpack_add(CudaMachine& m, const RunTable& t, ElementType type, const std::byte* from,
+                std::byte* to);
+
+}  // namespace partita::cuda

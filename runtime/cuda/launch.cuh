@@ -1,0 +1,42 @@
+// runtime/cuda/launch.cuh: CudaMachine's kernels; for nvcc.
+#pragma once
+
+#include "runtime/cuda/cuda_machine.h"
+
+namespace partita::cuda {
+
+template <class F>
+__global__ void each_kernel(std::int64_t n, F f) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += step)
+    f(i);
+}
+/// All lanes of a block take the same rows.
+template <class F>
+__global__ void rows_kernel(std::int64_t n, F f) {
+  const Lanes lanes;
+  for (std::int64_t row = blockIdx.x; row < n; row += gridDim.x) f(row, lanes);
+}
+
+template <class F>
+void CudaMachine::each(std::int64_t n, F f) {
+  if (n <= 0) return;
+  constexpr std::int64_t kThreads = 256, kMostBlocks = 1 << 20;
+  const std::int64_t blocks = (n + kThreads - 1) / kThreads;
+  each_kernel<<<static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0,
+                stream_>>>(n, f);
+  check(cudaGetLastError(), "start of a kernel for each of " + std::to_string(n));
+}
+template <class F>
+void CudaMachine::rows(std::int64_t n, std::int64_t width, F f) {
+  if (n <= 0) return;
+  constexpr std::int64_t kMostBlocks = 1 << 20;
+  unsigned threads = 32;
+  while (threads < 1024 && threads * 4 < width) threads *= 2;
+  rows_kernel<<<static_cast<unsigned>(n < kMostBlocks ? n : kMostBlocks), threads, 0, stream_>>>(n,
+                                                                                                 f);
+  check(cudaGetLastError(), "start of a kernel for " + std::to_string(n) + " rows");
+}
+
+}  // namespace partita::cuda

@@ -1,0 +1,202 @@
+// runtime/cuda/machine.h: what kernels are written in, so that one text runs on a GPU and, slowly,
+// on the host, where it is tested (docs/cuda.md, "Kernels").
+//
+// A kernel is a lambda of plain numbers and pointers for each element, or for each row with lanes
+// that share it. Everything here is compiled by nvcc and by the host's compiler.
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __CUDACC__
+#  define PARTITA_BOTH __host__ __device__ inline
+#  define PARTITA_KERNEL [=] __device__
+#else
+#  define PARTITA_BOTH inline
+#  define PARTITA_KERNEL [=]
+#endif
+
+namespace partita::cuda {
+
+/// Those who share a row: on a GPU the threads of a block, on the host one. Every lane calls
+/// sum() and max() the same number of times.
+class Lanes {
+ public:
+  PARTITA_BOTH std::int64_t lane() const {
+#ifdef __CUDA_ARCH__
+    return threadIdx.x;
+#else
+    return 0;
+#endif
+  }
+  PARTITA_BOTH std::int64_t count() const {
+#ifdef __CUDA_ARCH__
+    return blockDim.x;
+#else
+    return 1;
+#endif
+  }
+  PARTITA_BOTH double sum(double v) const {
+#ifdef __CUDA_ARCH__
+    return reduce(v, false);
+#else
+    return v;
+#endif
+  }
+  PARTITA_BOTH double max(double v) const {
+#ifdef __CUDA_ARCH__
+    return reduce(v, true);
+#else
+    return v;
+#endif
+  }
+
+ private:
+#ifdef __CUDACC__
+  /// A block is a whole number of warps.
+  __device__ static double reduce(double v, bool maximum) {
+    __shared__ double parts[32];
+    for (int d = 16; d > 0; d /= 2) {
+      const double other = __shfl_xor_sync(0xffffffffu, v, d);
+      v = maximum ? fmax(v, other) : v + other;
+    }
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) parts[warp] = v;
+    __syncthreads();
+    v = parts[0];
+    for (unsigned w = 1; w < warps; ++w) v = maximum ? fmax(v, parts[w]) : v + parts[w];
+    // Nobody writes the next sum's parts while another still reads these.
+    __syncthreads();
+    return v;
+  }
+#endif
+};
+
+/// Ascending global indices along one dimension, as a kernel sees them.
+struct IndexList {
+  const std::int64_t* list = nullptr;  ///< null: first, first + 1, ...
+  std::int64_t first = 0, size = 0;
+
+  PARTITA_BOTH std::int64_t at(std::int64_t i) const {
+    return list != nullptr ? list[i] : first + i;
+  }
+  /// How many are below `global`.
+  PARTITA_BOTH std::int64_t below(std::int64_t global) const {
+    if (list == nullptr) {
+      const std::int64_t n = global - first;
+      return n < 0 ? 0 : n > size ? size : n;
+    }
+    std::int64_t low = 0, high = size;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (list[middle] < global) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  /// Position of `global`; -1 where it is not held.
+  PARTITA_BOTH std::int64_t find(std::int64_t global) const {
+    const std::int64_t i = below(global);
+    return i < size && at(i) == global ? i : -1;
+  }
+};
+
+/// A matrix in memory, row after row.
+struct Matrix {
+  float* at = nullptr;
+  std::int64_t stride = 0;  ///< from a row to the next
+  std::int64_t step = 0;    ///< from a matrix of a batch to the next
+  bool transposed = false;  ///< stands for its transpose
+};
+
+/// c[m, n] = alpha · a[m, k] · b[k, n] + beta · c, of each matrix of a batch. With beta 0 what c
+/// held is not read.
+struct Product {
+  std::int64_t m = 0, n = 0, k = 0;
+  Matrix a, b, c;
+  std::int64_t batch = 1;
+  float alpha = 1, beta = 0;
+};
+
+enum class ConvolutionPass { forward, data, weight };
+
+/// x [samples, in, height, width], w [out, in / groups, window_height, window_width], y [samples,
+/// out, out_height, out_width]; padding is the same before and after.
+struct ConvolutionShape {
+  std::int64_t samples, in, height, width, out, groups, window_height, window_width, out_height,
+      out_width, stride_height, stride_width, dilation_height, dilation_width;
+  std::int64_t pad_height = 0, pad_width = 0;
+  friend auto operator<=>(const ConvolutionShape&, const ConvolutionShape&) = default;
+};
+
+PARTITA_BOTH bool finite(double x) { return x - x == 0; }
+PARTITA_BOTH bool infinite(double x) { return x == x && !finite(x); }
+
+// ------------------------------------------------------------------------------- random numbers
+
+/// As runtime/reference/kernels.h, to the bit.
+PARTITA_BOTH std::uint64_t splitmix(std::uint64_t x) {
+  // https://prng.di.unimi.it/splitmix64.c
+  x += 0x9e3779b97f4a7c15U;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
+  return x ^ (x >> 31);
+}
+PARTITA_BOTH std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
+  return splitmix(splitmix(splitmix(seed) ^ a) ^ b);
+}
+/// In [0, 1).
+PARTITA_BOTH double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
+  return static_cast<double>(random_bits(seed, a, b) >> 11) * 0x1p-53;
+}
+
+// ------------------------------------------------------------------------------- 16-bit numbers
+
+PARTITA_BOTH std::uint32_t bits_of(float x) {
+  std::uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+PARTITA_BOTH float float_of(std::uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+/// Ties to even; a number that is none stays one.
+PARTITA_BOTH std::uint16_t to_bf16(float x) {
+  const std::uint32_t u = bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+PARTITA_BOTH float from_bf16(std::uint16_t h) {
+  return float_of(static_cast<std::uint32_t>(h) << 16);
+}
+PARTITA_BOTH std::uint16_t to_fp16(float x) {
+  const std::uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u;
+  std::uint32_t a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (a >= 0x47800000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65536 and more
+  if (a < 0x38800000u) {                                                    // below 2^-14
+    // Subnormal: a sum that has its last bit where the result has it.
+    const float rounded = float_of(a) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (bits_of(rounded) - bits_of(0.5f)));
+  }
+  a += 0xc8000fffu + (a >> 13 & 1u);  // exponent - 112, and half a unit less what ties need
+  return static_cast<std::uint16_t>(sign | a >> 13);
+}
+PARTITA_BOTH float from_fp16(std::uint16_t h) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, e = h >> 10 & 31u,
+                      m = h & 0x3ffu;
+  if (e == 31) return float_of(sign | 0x7f800000u | m << 13);
+  if (e > 0) return float_of(sign | (e + 112) << 23 | m << 13);
+  const float small = static_cast<float>(m) * 0x1p-24f;
+  return sign != 0 ? -small : small;
+}
+
+}  // namespace partita::cuda

@@ -1,0 +1,334 @@
+#include "runtime/cuda/nccl.h"
+
+#include <cstdlib>
+#include <string>
+
+#ifdef PARTITA_NCCL
+#  include <cuda_runtime_api.h>
+#  include <fmt/format.h>
+#  include <nccl.h>
+
+#  include <chrono>
+#  include <cstring>
+#  include <exception>
+#  include <map>
+#  include <memory>
+#  include <set>
+#  include <thread>
+#  include <vector>
+
+#  include "base/error.h"
+#  include "runtime/cuda/nccl_plan.h"
+#endif
+
+namespace partita::cuda {
+
+#ifdef PARTITA_NCCL
+namespace {
+
+using execute::Channel;
+constexpr std::int64_t kIdTag = 3;  // the progress's: between steps, never at once
+
+std::string in_words(ncclResult_t r, ncclComm_t comm) {
+  const char* last = ncclGetLastError(comm);
+  return fmt::format("{}{}{}", ncclGetErrorString(r), last != nullptr && *last != '\0' ? ": " : "",
+                     last != nullptr ? last : "");
+}
+
+ncclDataType_t type_of(const CollectiveCall& c, bool reduces) {
+  if (!reduces) return ncclInt8;
+  if (c.type == ElementType::bf16) return ncclBfloat16;
+  return c.type == ElementType::fp16 ? ncclFloat16 : ncclFloat32;
+}
+bool reduces(CollectiveKind k) {
+  return k == CollectiveKind::all_reduce || k == CollectiveKind::reduce_scatter ||
+         k == CollectiveKind::reduce;
+}
+
+class Nccl : public NcclLinks {
+ public:
+  Nccl(const NcclOptions& o, std::function<void*()> stream) : o_(o), stream_(std::move(stream)) {}
+  ~Nccl() override {
+    // After a failure a communicator's end would wait for its peers.
+    if (std::uncaught_exceptions() > 0) abort();
+    if (aborted_) return;
+    for (auto& [channel, comm] : comms_) static_cast<void>(ncclCommDestroy(comm));
+    if (world_ != nullptr) static_cast<void>(ncclCommDestroy(world_));
+  }
+
+  std::string name() const override { return "NCCL " + nccl_version(); }
+  double timeout_s() const override { return o_.timeout_s; }
+
+  void meet(Transport& control, const std::vector<Channel>& channels) override {
+    rank_ = control.rank();
+    if (world_ == nullptr) {
+      if (o_.shared_gpu) share_one_gpu(rank_);
+      make_world(control);
+    }
+    // Channels without a common rank are made by one split. All ranks find the same sets.
+    std::vector<std::vector<const Channel*>> splits;
+    std::vector<std::set<int>> taken;
+    for (const Channel& c : channels) {
+      if (known_.count(c) > 0) continue;
+      known_.insert(c);
+      std::size_t s = 0;
+      const auto meets = [&](std::size_t k) {
+        for (const int r : c.group) {
+          if (taken[k].count(r) > 0) return true;
+        }
+        return false;
+      };
+      while (s < splits.size() && meets(s)) ++s;
+      if (s == splits.size()) splits.emplace_back(), taken.emplace_back();
+      splits[s].push_back(&c);
+      taken[s].insert(c.group.begin(), c.group.end());
+    }
+    for (const auto& split : splits) {
+      int color = NCCL_SPLIT_NOCOLOR;
+      for (std::size_t k = 0; k < split.size(); ++k) {
+        for (const int r : split[k]->group) {
+          if (r == rank_) color = static_cast<int>(k);
+        }
+      }
+      ncclConfig_t config = configuration();
+      // NCCL may fill it in later, from a thread of its own.
+      ncclComm_t& comm =
+          color == NCCL_SPLIT_NOCOLOR ? none_ : comms_[*split[static_cast<std::size_t>(color)]];
+      comm = nullptr;
+      settle(ncclCommSplit(world_, color, rank_, &comm, &config), world_,
+             "the split of its communicator");
+      if (color == NCCL_SPLIT_NOCOLOR) continue;
+      PARTITA_ASSERT(comm != nullptr, "NCCL split a communicator and gave none");
+      settle(ncclInProgress, comm, "a communicator of some ranks");
+    }
+    connect();
+    control.barrier();
+  }
+
+  void collective(const Channel& channel, const CollectiveCall& call) override {
+    const ncclComm_t comm = comm_of(channel);
+    const bool sums = reduces(call.kind);
+    const ncclDataType_t type = type_of(call, sums);
+    const auto width = static_cast<std::int64_t>(call.element_bytes);
+    const std::int64_t each = sums ? 1 : width;
+    const ncclRedOp_t op = call.reduction == Reduction::max ? ncclMax : ncclSum;
+    auto* stream = static_cast<cudaStream_t>(stream_());
+    const std::vector<NcclStep> steps = nccl_steps(call);
+    const bool group = steps.size() > 1;
+    if (group) settle(ncclGroupStart(), comm, "the start of a group");
+    for (const NcclStep& s : steps) {
+      const std::byte* from = (s.from_send ? call.send : call.data) + s.from * width;
+      std::byte* to = call.data + s.to * width;
+      const auto count = static_cast<std::size_t>(s.count * each);
+      ncclResult_t r = ncclSuccess;
+      switch (s.kind) {
+        case NcclStep::Kind::all_reduce:
+          r = ncclAllReduce(from, to, count, type, op, comm, stream);
+          break;
+        case NcclStep::Kind::all_gather:
+          r = ncclAllGather(from, to, count, type, comm, stream);
+          break;
+        case NcclStep::Kind::reduce_scatter:
+          r = ncclReduceScatter(from, to, count, type, op, comm, stream);
+          break;
+        case NcclStep::Kind::broadcast:
+          r = ncclBroadcast(from, to, count, type, s.peer, comm, stream);
+          break;
+        case NcclStep::Kind::reduce:
+          r = ncclReduce(from, to, count, type, op, s.peer, comm, stream);
+          break;
+        case NcclStep::Kind::send:
+          r = ncclSend(from, count, type, s.peer, comm, stream);
+          break;
+        case NcclStep::Kind::receive:
+          r = ncclRecv(to, count, type, s.peer, comm, stream);
+          break;
+      }
+      const std::string what = std::string(partita::name(call.kind));
+      if (group) {
+        if (r != ncclSuccess && r != ncclInProgress) fail(r, comm, what);
+      } else {
+        settle(r, comm, what);
+      }
+    }
+    if (group) settle(ncclGroupEnd(), comm, std::string(partita::name(call.kind)));
+    count_call(call, traffic_);
+  }
+  void send(const Channel& channel, int to, const std::byte* from, std::int64_t bytes) override {
+    const ncclComm_t comm = comm_of(channel);
+    settle(ncclSend(from, static_cast<std::size_t>(bytes), ncclInt8, to > rank_ ? 1 : 0, comm,
+                    static_cast<cudaStream_t>(stream_())),
+           comm, fmt::format("a send to rank {}", to));
+    ++traffic_.sends;
+    traffic_.send_bytes += bytes;
+  }
+  void receive(const Channel& channel, int from, std::byte* to, std::int64_t bytes) override {
+    const ncclComm_t comm = comm_of(channel);
+    settle(ncclRecv(to, static_cast<std::size_t>(bytes), ncclInt8, from > rank_ ? 1 : 0, comm,
+                    static_cast<cudaStream_t>(stream_())),
+           comm, fmt::format("a receive from rank {}", from));
+  }
+
+  void poll() override {
+    const auto look = [&](ncclComm_t comm) {
+      ncclResult_t state = ncclSuccess;
+      const ncclResult_t r = ncclCommGetAsyncError(comm, &state);
+      if (r != ncclSuccess) fail(r, comm, "a look for errors");
+      if (state != ncclSuccess && state != ncclInProgress) fail(state, comm, "a peer");
+    };
+    if (aborted_ || world_ == nullptr) return;
+    look(world_);
+    for (const auto& [channel, comm] : comms_) look(comm);
+  }
+  void abort() override {
+    if (std::exchange(aborted_, true)) return;
+    for (auto& [channel, comm] : comms_) static_cast<void>(ncclCommAbort(comm));
+    if (world_ != nullptr) static_cast<void>(ncclCommAbort(world_));
+  }
+
+ private:
+  ncclConfig_t configuration() const {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    // A call that cannot go on returns, so that we can give up.
+    config.blocking = 0;
+    if (o_.shared_gpu) config.maxCTAs = 4;
+    return config;
+  }
+  void make_world(Transport& control) {
+    ncclUniqueId id = {};
+    struct Letter {
+      ncclUniqueId id;
+      std::int32_t code;
+    } letter = {};
+    if (rank_ == 0) {
+      letter.code = ncclGetUniqueId(&letter.id);
+      for (int r = 1; r < control.size(); ++r) control.send(r, kIdTag, &letter, sizeof letter);
+    } else {
+      control.receive(0, kIdTag, &letter, sizeof letter);
+    }
+    id = letter.id;
+    const auto code = static_cast<ncclResult_t>(letter.code);
+    if (code != ncclSuccess)
+      throw MachineError(
+          fmt::format("NCCL on rank 0 opens no port to meet at: {}; set "
+                      "NCCL_SOCKET_IFNAME to a network interface",
+                      ncclGetErrorString(code)));
+    ncclConfig_t config = configuration();
+    settle(ncclCommInitRankConfig(&world_, control.size(), id, rank_, &config), world_,
+           fmt::format("the communicator of all {} ranks", control.size()));
+  }
+  /// NCCL connects two ranks when they first call, and the host waits for that; so each message's
+  /// ranks call once now, in the order of channels, which is the same on all. Later they come in
+  /// orders of their own.
+  void connect() {
+    constexpr std::size_t kApart = 256;
+    void* memory = nullptr;
+    if (const cudaError_t e = cudaMalloc(&memory, 2 * kApart); e != cudaSuccess)
+      throw MachineError(fmt::format("CUDA: {} bytes: {}", 2 * kApart, cudaGetErrorString(e)));
+    const std::unique_ptr<void, void (*)(void*)> held(
+        memory, [](void* p) { static_cast<void>(cudaFree(p)); });
+    auto* at = static_cast<std::byte*>(memory);
+    auto* stream = static_cast<cudaStream_t>(stream_());
+    for (const auto& [channel, comm] : comms_) {
+      if (!execute::is_message(channel)) continue;
+      const int peer = channel.group[0] == rank_ ? 1 : 0;
+      const std::string what =
+          fmt::format("the connection with rank {}", channel.group[static_cast<std::size_t>(peer)]);
+      settle(ncclGroupStart(), comm, what);
+      const ncclResult_t sent = ncclSend(at, 1, ncclInt8, peer, comm, stream);
+      const ncclResult_t got = ncclRecv(at + kApart, 1, ncclInt8, peer, comm, stream);
+      settle(ncclGroupEnd(), comm, what);
+      for (const ncclResult_t r : {sent, got}) {
+        if (r != ncclSuccess && r != ncclInProgress) fail(r, comm, what);
+      }
+    }
+    const auto start = std::chrono::steady_clock::now();
+    for (cudaError_t e = cudaErrorNotReady; e != cudaSuccess;) {
+      e = cudaStreamQuery(stream);
+      if (e != cudaSuccess && e != cudaErrorNotReady)
+        throw MachineError(fmt::format("CUDA: first messages: {}", cudaGetErrorString(e)));
+      poll();
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+      if (waited.count() > o_.timeout_s) {
+        abort();
+        throw PeerError(
+            fmt::format("NCCL: first messages between the ranks did not come within "
+                        "{:g} s",
+                        o_.timeout_s));
+      }
+    }
+  }
+  ncclComm_t comm_of(const Channel& channel) const {
+    const auto it = comms_.find(channel);
+    PARTITA_ASSERT(it != comms_.end(), fmt::format("no communicator of {} ranks in lane {}",
+                                                   channel.group.size(), channel.lane));
+    return it->second;
+  }
+  /// Waits while a call is in progress, on the host.
+  void settle(ncclResult_t r, ncclComm_t comm, const std::string& what) {
+    const auto start = std::chrono::steady_clock::now();
+    while (r == ncclInProgress) {
+      ncclResult_t state = ncclSuccess;
+      const ncclResult_t asked = ncclCommGetAsyncError(comm, &state);
+      if (asked != ncclSuccess) fail(asked, comm, what);
+      r = state;
+      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
+      if (r == ncclInProgress && waited.count() > o_.timeout_s) {
+        abort();
+        throw PeerError(fmt::format("NCCL: {} did not come about within {:g} s; is a rank missing?",
+                                    what, o_.timeout_s));
+      }
+      if (r == ncclInProgress && waited.count() > 1e-3)
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    if (r != ncclSuccess) fail(r, comm, what);
+  }
+  [[noreturn]] void fail(ncclResult_t r, ncclComm_t comm, const std::string& what) {
+    const std::string why = in_words(r, comm);
+    abort();
+    const std::string text = fmt::format("NCCL: {}: {}", what, why);
+    if (r == ncclRemoteError || r == ncclSystemError) throw PeerError(text);
+    throw MachineError(text);
+  }
+
+  NcclOptions o_;
+  std::function<void*()> stream_;
+  int rank_ = 0;
+  ncclComm_t world_ = nullptr, none_ = nullptr;
+  std::set<Channel> known_;
+  std::map<Channel, ncclComm_t> comms_;
+  bool aborted_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<NcclLinks> nccl_links(const NcclOptions& options, std::function<void*()> stream) {
+  return std::make_unique<Nccl>(options, std::move(stream));
+}
+std::string nccl_version() {
+  int v = 0;
+  if (ncclGetVersion(&v) != ncclSuccess) return "";
+  return fmt::format("{}.{}.{}", v / 10000, v / 100 % 100, v % 100);
+}
+#else
+std::unique_ptr<NcclLinks> nccl_links(const NcclOptions&, std::function<void*()>) {
+  return nullptr;
+}
+std::string nccl_version() { return ""; }
+#endif
+
+void share_one_gpu(int rank) {
+  const auto set = [](const char* name, const std::string& value) {
+    ::setenv(name, value.c_str(), 0);
+  };
+  set("NCCL_HOSTID", "partita-rank-" + std::to_string(rank));
+  set("NCCL_SOCKET_IFNAME", "lo");
+  set("NCCL_NET", "Socket");
+  set("NCCL_IB_DISABLE", "1");
+  set("NCCL_MNNVL_ENABLE", "0");
+  set("NCCL_NVLS_ENABLE", "0");
+  set("NCCL_ALGO", "Ring");
+  set("NCCL_PROTO", "Simple");
+}
+
+}  // namespace partita::cuda

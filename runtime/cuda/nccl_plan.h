@@ -1,0 +1,26 @@
+// runtime/cuda/nccl_plan.h: a collective as NCCL's calls; plain arithmetic, tested without NCCL.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "runtime/transport/transport.h"
+
+namespace partita::cuda {
+
+/// One call of NCCL. Addresses are given as offsets, in elements, into the call's `data`, or of
+/// `from` into `send` where `from_send`.
+struct NcclStep {
+  enum class Kind { all_reduce, all_gather, reduce_scatter, broadcast, reduce, send, receive };
+  Kind kind = Kind::all_reduce;
+  std::int64_t from = 0, to = 0, count = 0;  ///< of the own part
+  int peer = 0;                              ///< root, or whom to send to or receive from
+  bool from_send = false;
+  friend bool operator==(const NcclStep&, const NcclStep&) = default;
+};
+
+/// What member `call.me` calls, as one group of NCCL's. NCCL's own all-gather and reduce-scatter
+/// have chunks of one size; of others each is a broadcast or a reduction by itself.
+std::vector<NcclStep> nccl_steps(const CollectiveCall& call);
+
+}  // namespace partita::cuda

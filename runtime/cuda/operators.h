@@ -1,0 +1,1745 @@
+// runtime/cuda/operators.h: the operators' kernels, over any machine (machine.h) that has
+//
+//   each(n, f)            f(i) for every i below n
+//   rows(n, width, f)     f(row, lanes) for every row below n, of about `width` elements
+//   product(p)            matrices
+//   scratch(floats)       memory until the operator ends
+//   scores()              of attention that may be in memory at once
+//   list(indices)         an IndexList
+//   convolve(shape, pass, x, w, y, adds)  fills y, x or w, by pass; `adds`: to w; false where it
+//                         cannot
+//
+// Each returns false where it does not know the case: the caller then asks the host's kernel.
+// Formulas are those of runtime/cpu/fast.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "runtime/cpu/kernels.h"
+#include "runtime/cuda/machine.h"
+
+namespace partita::cuda {
+
+using cpu::Arguments;
+using cpu::Indices;
+using cpu::Tensor;
+using reference::Context;
+
+inline std::int64_t extent(const Tensor& t, std::size_t first, std::size_t last) {
+  std::int64_t n = 1;
+  for (std::size_t d = first; d < last; ++d) n *= static_cast<std::int64_t>((*t.index)[d].size());
+  return n;
+}
+inline bool wanted(const Arguments& a, std::size_t k) {
+  return k < a.results.size() && static_cast<bool>(a.results[k]);
+}
+inline std::int64_t at_least_1(std::int64_t n) { return n > 1 ? n : 1; }
+/// Numbers of rows are known to the host alone.
+inline bool any_rows(const Arguments& a) {
+  for (const auto* list : {&a.inputs, &a.outputs, &a.output_gradients, &a.results}) {
+    for (const Tensor& t : *list) {
+      if (t && t.rows != nullptr) return true;
+    }
+  }
+  return false;
+}
+
+template <class M>
+void copy_values(M& m, const float* from, float* to, std::int64_t n) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) { to[i] = from[i]; });
+}
+template <class M>
+void fill_values(M& m, float* to, std::int64_t n, float value) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) { to[i] = value; });
+}
+
+/// to[column] (+)= sum over rows of y[row, column], in two stages so that its order is fixed.
+template <class M>
+void sum_columns(M& m, const float* y, std::int64_t rows, std::int64_t columns, float* to,
+                 bool accumulate) {
+  const std::int64_t chunk = 64, chunks = (rows + chunk - 1) / chunk;
+  float* parts = m.scratch(chunks * columns);
+  m.each(
+      chunks * columns, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t first = i / columns * chunk, column = i % columns;
+        const std::int64_t end = first + chunk < rows ? first + chunk : rows;
+        float sum = 0;
+        for (std::int64_t r = first; r < end; ++r) sum += y[r * columns + column];
+        parts[i] = sum;
+      });
+  m.each(
+      columns, PARTITA_KERNEL(std::int64_t c) {
+        float sum = 0;
+        for (std::int64_t k = 0; k < chunks; ++k) sum += parts[k * columns + c];
+        to[c] = accumulate ? to[c] + sum : sum;
+      });
+}
+
+// ---------------------------------------------------------------------------------------- linear
+
+template <class M>
+bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &w = a.parameters[0];
+  const std::size_t batch = x.index->size() - static_cast<std::size_t>(op.contracted);
+  const std::int64_t rows = extent(x, 0, batch), in = extent(x, batch, x.index->size());
+  if (rows == 0 || in == 0) return false;
+  const std::int64_t out = w.size() / in;
+  float* y = a.results[0].values;
+  m.product({rows, out, in, {x.values, in, 0, false}, {w.values, in, 0, true}, {y, out, 0, false}});
+  if (op.bias && c.adds_bias) {
+    const float* b = a.parameters[1].values;
+    m.each(
+        rows * out, PARTITA_KERNEL(std::int64_t i) { y[i] += b[i % out]; });
+  }
+  return true;
+}
+template <class M>
+bool data(M& m, const Linear&, const Context&, const Arguments& a) {
+  const Tensor &dy = a.output_gradients[0], &w = a.parameters[0], &dx = a.results[0];
+  // rows · in = all, rows · out = grads, in · out = weights: the input itself need not be kept.
+  const std::int64_t weights = w.size(), all = dx.size(), grads = dy.size();
+  if (weights == 0 || all == 0 || grads == 0) return false;
+  const auto rows = static_cast<std::int64_t>(std::llround(std::sqrt(
+      static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
+  const std::int64_t in = all / rows, out = grads / rows;
+  m.product({rows,
+             in,
+             out,
+             {dy.values, out, 0, false},
+             {w.values, in, 0, false},
+             {dx.values, in, 0, false},
+             1,
+             1,
+             a.accumulate ? 1.0f : 0.0f});
+  return true;
+}
+template <class M>
+bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0];
+  const std::size_t batch = x.index->size() - static_cast<std::size_t>(op.contracted);
+  const std::int64_t rows = extent(x, 0, batch), in = extent(x, batch, x.index->size());
+  if (rows == 0 || in == 0) return false;
+  const std::int64_t out = dy.size() / rows;
+  if (wanted(a, 0)) {
+    m.product({out,
+               in,
+               rows,
+               {dy.values, out, 0, true},
+               {x.values, in, 0, false},
+               {a.results[0].values, in, 0, false},
+               1,
+               1,
+               a.accumulate ? 1.0f : 0.0f});
+  }
+  if (op.bias && wanted(a, 1)) {
+    if (c.adds_bias) {
+      sum_columns(m, dy.values, rows, out, a.results[1].values, a.accumulate);
+    } else if (!a.accumulate) {
+      fill_values(m, a.results[1].values, out, 0);
+    }
+  }
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const AddBias&, const Context&, const Arguments& a) {
+  const std::int64_t n = a.parameters[0].size();
+  const float *x = a.inputs[0].values, *b = a.parameters[0].values;
+  float* y = a.results[0].values;
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] + b[i % n]; });
+  return true;
+}
+template <class M>
+bool weight(M& m, const AddBias&, const Context&, const Arguments& a) {
+  const std::int64_t n = a.results[0].size();
+  if (n > 0)
+    sum_columns(m, a.output_gradients[0].values, a.output_gradients[0].size() / n, n,
+                a.results[0].values, a.accumulate);
+  return true;
+}
+
+// ------------------------------------------------------------------------------------ embeddings
+
+template <class M>
+bool forward(M& m, const Embedding&, const Context&, const Arguments& a) {
+  const Tensor &ids = a.inputs[0], &table = a.parameters[0];
+  if (ids.ids == nullptr) return false;
+  const std::int64_t n = extent(table, 1, 2);
+  const IndexList held = m.list((*table.index)[0]);
+  const std::int64_t* id = ids.ids;
+  const float* w = table.values;
+  float* y = a.results[0].values;
+  m.each(
+      ids.size() * n, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t row = held.find(id[i / n]);
+        y[i] = row < 0 ? 0.0f : w[row * n + i % n];
+      });
+  return true;
+}
+template <class M>
+bool data(M&, const Embedding&, const Context&, const Arguments& a) {
+  return !wanted(a, 0);
+}
+/// Tokens of one id are added in their order: the first of them walks a chain through the rest.
+template <class M>
+bool weight(M& m, const Embedding&, const Context&, const Arguments& a) {
+  const Tensor &ids = a.inputs[0], &table = a.results[0];
+  if (ids.ids == nullptr) return false;
+  const std::int64_t n = extent(table, 1, 2), tokens = ids.size();
+  if (!a.accumulate) fill_values(m, table.values, table.size(), 0);
+  const IndexList held = m.list((*table.index)[0]);
+  const std::int64_t* id = ids.ids;
+  const float* dy = a.output_gradients[0].values;
+  float* w = table.values;
+  // Positions below 2^31, as words.
+  auto* next = reinterpret_cast<std::int32_t*>(m.scratch(2 * tokens));
+  std::int32_t* first = next + tokens;
+  m.each(
+      tokens, PARTITA_KERNEL(std::int64_t i) {
+        std::int64_t before = i - 1, after = i + 1;
+        while (before >= 0 && id[before] != id[i]) --before;
+        while (after < tokens && id[after] != id[i]) ++after;
+        first[i] = before < 0 ? 1 : 0;
+        next[i] = static_cast<std::int32_t>(after < tokens ? after : -1);
+      });
+  m.rows(
+      tokens, n, PARTITA_KERNEL(std::int64_t i, const Lanes& lanes) {
+        const std::int64_t row = first[i] != 0 ? held.find(id[i]) : -1;
+        if (row < 0) return;
+        for (std::int64_t f = lanes.lane(); f < n; f += lanes.count()) {
+          float sum = w[row * n + f];
+          for (std::int64_t t = i; t >= 0; t = next[t]) sum += dy[t * n + f];
+          w[row * n + f] = sum;
+        }
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const PositionEmbedding&, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &table = a.parameters[0];
+  const std::int64_t n = extent(x, 2, 3), tokens = extent(x, 1, 2);
+  const IndexList held = m.list((*table.index)[0]), positions = m.list((*x.index)[1]);
+  const float *from = x.values, *w = table.values;
+  float* y = a.results[0].values;
+  m.each(
+      x.size(), PARTITA_KERNEL(std::int64_t i) {
+        y[i] = from[i] + w[held.find(positions.at(i / n % tokens)) * n + i % n];
+      });
+  return true;
+}
+template <class M>
+bool weight(M& m, const PositionEmbedding&, const Context&, const Arguments& a) {
+  const Tensor &dy = a.output_gradients[0], &table = a.results[0];
+  const std::int64_t n = extent(dy, 2, 3), tokens = extent(dy, 1, 2), samples = extent(dy, 0, 1);
+  const bool accumulate = a.accumulate;
+  const IndexList held = m.list((*table.index)[0]), positions = m.list((*dy.index)[1]);
+  const float* d = dy.values;
+  float* w = table.values;
+  m.each(
+      table.size(), PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t token = positions.find(held.at(i / n));
+        float sum = accumulate ? w[i] : 0.0f;
+        for (std::int64_t s = 0; s < samples && token >= 0; ++s)
+          sum += d[(s * tokens + token) * n + i % n];
+        w[i] = sum;
+      });
+  return true;
+}
+
+// --------------------------------------------------------------------------------- normalisation
+
+/// Groups of elements that share a statistic: of layer and RMS norm one run in memory, of batch
+/// norm one run per sample and channel.
+struct Runs {
+  std::int64_t groups = 0, repeats = 0, length = 0;
+  double members = 1;  ///< of a group, over all ranks that reduce it
+  std::int64_t width = 1;
+  bool batch = false;
+  double epsilon = 0;
+  PARTITA_BOTH std::int64_t size() const { return repeats * length; }
+  /// Where element e of group g lies, and its column.
+  PARTITA_BOTH std::int64_t at(std::int64_t g, std::int64_t e) const {
+    return batch ? (e / length * groups + g) * length + e % length : g * length + e;
+  }
+};
+inline bool runs_of(const Normalize& op, const Context& c, const Tensor& x, Runs& r) {
+  if (op.kind == Normalize::Kind::local) return false;
+  const std::size_t dims = x.index->size();
+  const Signature& s = *c.signature;
+  r.width = op.kind == Normalize::Kind::rms ? 1 : 2;
+  r.epsilon = op.epsilon;
+  const auto local_or_whole = [&](std::size_t d) {
+    const int dim = s.inputs[0].dims[d];
+    const bool own = dim >= 0 && s.dims[static_cast<std::size_t>(dim)].use == DimUse::parallel;
+    return own ? static_cast<double>((*x.index)[d].size())
+               : static_cast<double>(s.inputs[0].shape[d].extent);
+  };
+  if (op.kind == Normalize::Kind::batch) {
+    r.batch = true;
+    r.groups = extent(x, 1, 2);
+    r.repeats = extent(x, 0, 1);
+    r.length = extent(x, 2, dims);
+    for (std::size_t d = 0; d < dims; ++d) {
+      if (d != 1) r.members *= local_or_whole(d);
+    }
+    return true;
+  }
+  const std::int64_t last = extent(x, dims - 1, dims);
+  r.repeats = 1;
+  r.length = op.group > 0 ? op.group : last;
+  if (r.length == 0 || last % r.length != 0) return false;
+  r.groups = x.size() / r.length;
+  r.members = op.group > 0 ? static_cast<double>(op.group) : local_or_whole(dims - 1);
+  return true;
+}
+
+struct Moments {
+  float mean, inverse;
+};
+/// From sums, or as a forward statistic of the whole left them.
+PARTITA_BOTH Moments moments_of(const Runs& r, const float* sums, bool whole, std::int64_t g) {
+  const float last = sums[g * r.width + r.width - 1];
+  if (whole) return {r.width == 2 ? sums[g * 2] : 0.0f, last};
+  const double mean = r.width == 2 ? static_cast<double>(sums[g * 2]) / r.members : 0;
+  const double square = static_cast<double>(last) / r.members - mean * mean;
+  return {static_cast<float>(mean),
+          static_cast<float>(1 / sqrt((square > 0 ? square : 0) + r.epsilon))};
+}
+
+template <class M>
+bool statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  Runs r;
+  if (!runs_of(op, c, a.inputs[0], r)) return false;
+  const float* x = a.inputs[0].values;
+  float* to = a.results[0].values;
+  const bool whole = a.whole_statistics;
+  m.rows(
+      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+        double sum = 0, square = 0;
+        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
+          const auto v = static_cast<double>(x[r.at(g, e)]);
+          sum += v;
+          square += v * v;
+        }
+        sum = r.width == 2 ? lanes.sum(sum) : 0;
+        if (whole) {
+          const auto mean = static_cast<float>(sum / r.members);
+          sum = static_cast<double>(mean);
+          square = 0;
+          for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
+            const auto v = static_cast<double>(x[r.at(g, e)] - mean);
+            square += v * v;
+          }
+        }
+        square = lanes.sum(square);
+        if (whole) square = 1 / sqrt(square / r.members + r.epsilon);
+        if (lanes.lane() != 0) return;
+        if (r.width == 2) to[2 * g] = static_cast<float>(sum);
+        to[g * r.width + r.width - 1] = static_cast<float>(square);
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  Runs r;
+  if (!runs_of(op, c, a.inputs[0], r)) return false;
+  const float *x = a.inputs[0].values, *sums = a.statistics[0].values;
+  const float* scale = op.scale ? a.parameters[0].values : nullptr;
+  const float* bias = op.bias ? a.parameters[op.scale ? 1 : 0].values : nullptr;
+  float* y = a.results[0].values;
+  const bool whole = a.whole_statistics;
+  m.rows(
+      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+        const Moments o = moments_of(r, sums, whole, g);
+        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
+          const std::int64_t i = r.at(g, e), column = r.batch ? g : e;
+          float v = (x[i] - o.mean) * o.inverse;
+          if (scale != nullptr) v *= scale[column];
+          y[i] = bias != nullptr ? v + bias[column] : v;
+        }
+      });
+  return true;
+}
+template <class M>
+bool backward_statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  Runs r;
+  if (!runs_of(op, c, a.inputs[0], r)) return false;
+  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values,
+              *sums = a.statistics[0].values;
+  const float* scale = op.scale ? a.parameters[0].values : nullptr;
+  float* to = a.results[0].values;
+  const bool whole = a.whole_statistics;
+  m.rows(
+      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+        const Moments o = moments_of(r, sums, whole, g);
+        double sum = 0, along = 0;
+        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
+          const std::int64_t i = r.at(g, e);
+          const float d = scale != nullptr ? dy[i] * scale[r.batch ? g : e] : dy[i];
+          sum += static_cast<double>(d);
+          along += static_cast<double>(d * (x[i] - o.mean));
+        }
+        sum = r.width == 2 ? lanes.sum(sum) : 0;
+        along = lanes.sum(along);
+        if (lanes.lane() != 0) return;
+        if (r.width == 2) to[2 * g] = static_cast<float>(sum);
+        to[g * r.width + r.width - 1] = static_cast<float>(along * static_cast<double>(o.inverse));
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  Runs r;
+  if (!runs_of(op, c, a.inputs[0], r)) return false;
+  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values,
+              *sums = a.statistics[0].values, *back = a.backward_statistics[0].values;
+  const float* scale = op.scale ? a.parameters[0].values : nullptr;
+  float* dx = a.results[0].values;
+  const bool whole = a.whole_statistics;
+  m.rows(
+      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+        const Moments o = moments_of(r, sums, whole, g);
+        const float mean =
+            r.width == 2 ? static_cast<float>(static_cast<double>(back[2 * g]) / r.members) : 0.0f;
+        const auto along =
+            static_cast<float>(static_cast<double>(back[g * r.width + r.width - 1]) / r.members);
+        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
+          const std::int64_t i = r.at(g, e);
+          const float d = scale != nullptr ? dy[i] * scale[r.batch ? g : e] : dy[i];
+          dx[i] = o.inverse * (d - mean - (x[i] - o.mean) * o.inverse * along);
+        }
+      });
+  return true;
+}
+template <class M>
+bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  Runs r;
+  if (!runs_of(op, c, a.inputs[0], r)) return false;
+  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values,
+              *sums = a.statistics[0].values;
+  float* to_scale = op.scale && wanted(a, 0) ? a.results[0].values : nullptr;
+  const std::size_t second = op.scale ? 1 : 0;
+  float* to_bias = op.bias && wanted(a, second) ? a.results[second].values : nullptr;
+  const bool whole = a.whole_statistics, accumulate = a.accumulate;
+  if (r.batch) {
+    m.rows(
+        r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+          const Moments o = moments_of(r, sums, whole, g);
+          double along = 0, sum = 0;
+          for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
+            const std::int64_t i = r.at(g, e);
+            along += static_cast<double>(dy[i] * (x[i] - o.mean));
+            sum += static_cast<double>(dy[i]);
+          }
+          along = lanes.sum(along) * static_cast<double>(o.inverse);
+          sum = lanes.sum(sum);
+          if (lanes.lane() != 0) return;
+          if (to_scale != nullptr)
+            to_scale[g] = static_cast<float>(along) + (accumulate ? to_scale[g] : 0.0f);
+          if (to_bias != nullptr)
+            to_bias[g] = static_cast<float>(sum) + (accumulate ? to_bias[g] : 0.0f);
+        });
+    return true;
+  }
+  // Rows are groups, columns elements; in two stages as sum_columns.
+  const std::int64_t n = r.length, chunk = 64, chunks = (r.groups + chunk - 1) / chunk;
+  float* parts = m.scratch(2 * chunks * n);
+  m.each(
+      chunks * n, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t first = i / n * chunk, column = i % n;
+        const std::int64_t end = first + chunk < r.groups ? first + chunk : r.groups;
+        float along = 0, sum = 0;
+        for (std::int64_t g = first; g < end; ++g) {
+          const Moments o = moments_of(r, sums, whole, g);
+          const float d = dy[g * n + column];
+          along += d * (x[g * n + column] - o.mean) * o.inverse;
+          sum += d;
+        }
+        parts[2 * i] = along;
+        parts[2 * i + 1] = sum;
+      });
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t column) {
+        float along = 0, sum = 0;
+        for (std::int64_t k = 0; k < chunks; ++k) {
+          along += parts[2 * (k * n + column)];
+          sum += parts[2 * (k * n + column) + 1];
+        }
+        if (to_scale != nullptr) to_scale[column] = along + (accumulate ? to_scale[column] : 0.0f);
+        if (to_bias != nullptr) to_bias[column] = sum + (accumulate ? to_bias[column] : 0.0f);
+      });
+  return true;
+}
+
+// ---------------------------------------------------------------------------------- element-wise
+
+struct Curve {
+  float value, slope;
+};
+PARTITA_BOTH Curve curve(ActivationKind kind, float x) {
+  constexpr float kRoot2 = 1.41421356237309505f, kInverseRoot2Pi = 0.39894228040143268f,
+                  kRoot2OverPi = 0.79788456080286536f;
+  switch (kind) {
+    case ActivationKind::relu:
+      return {x > 0 ? x : 0.0f, x > 0 ? 1.0f : 0.0f};
+    case ActivationKind::squared_relu:
+      return {x > 0 ? x * x : 0.0f, x > 0 ? 2 * x : 0.0f};
+    case ActivationKind::gelu: {
+      const float half = 0.5f * (1 + erff(x / kRoot2));
+      return {x * half, half + x * expf(-0.5f * x * x) * kInverseRoot2Pi};
+    }
+    case ActivationKind::gelu_tanh: {
+      const float t = tanhf(kRoot2OverPi * (x + 0.044715f * x * x * x));
+      return {0.5f * x * (1 + t),
+              0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kRoot2OverPi * (1 + 3 * 0.044715f * x * x)};
+    }
+    case ActivationKind::silu: {
+      const float s = 1 / (1 + expf(-x));
+      return {x * s, s * (1 + x * (1 - s))};
+    }
+    case ActivationKind::sigmoid: {
+      const float s = 1 / (1 + expf(-x));
+      return {s, s * (1 - s)};
+    }
+    case ActivationKind::tanh: {
+      const float t = tanhf(x);
+      return {t, 1 - t * t};
+    }
+  }
+  return {0, 0};
+}
+
+template <class M>
+bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
+  const float* x = a.inputs[0].values;
+  float* y = a.results[0].values;
+  const ActivationKind kind = op.kind;
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = curve(kind, x[i]).value; });
+  return true;
+}
+template <class M>
+bool data(M& m, const Activation& op, const Context&, const Arguments& a) {
+  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values;
+  float* dx = a.results[0].values;
+  const ActivationKind kind = op.kind;
+  m.each(
+      a.inputs[0].size(),
+      PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * curve(kind, x[i]).slope; });
+  return true;
+}
+template <class M>
+bool forward(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
+  const float *x = a.inputs[0].values, *up = a.inputs[1].values;
+  float* y = a.results[0].values;
+  const ActivationKind kind = op.kind;
+  m.each(
+      a.inputs[0].size(),
+      PARTITA_KERNEL(std::int64_t i) { y[i] = curve(kind, x[i]).value * up[i]; });
+  return true;
+}
+template <class M>
+bool data(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const float *x = a.inputs[0].values, *up = a.inputs[1].values, *dy = a.output_gradients[0].values;
+  float *d0 = a.results[0].values, *d1 = a.results[1].values;
+  const ActivationKind kind = op.kind;
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) {
+        const Curve c = curve(kind, x[i]);
+        d0[i] = dy[i] * up[i] * c.slope;
+        d1[i] = dy[i] * c.value;
+      });
+  return true;
+}
+/// Sums pass their gradient on.
+template <class M>
+bool copied(M& m, const Arguments& a) {
+  const Tensor& dy = a.output_gradients[0];
+  for (const Tensor& t : a.results) {
+    if (t) copy_values(m, dy.values, t.values, dy.size());
+  }
+  return true;
+}
+template <class M>
+bool data(M& m, const AddBias&, const Context&, const Arguments& a) {
+  return copied(m, a);
+}
+template <class M>
+bool data(M& m, const PositionEmbedding&, const Context&, const Arguments& a) {
+  return copied(m, a);
+}
+template <class M>
+bool data(M& m, const Add&, const Context&, const Arguments& a) {
+  return copied(m, a);
+}
+template <class M>
+bool forward(M& m, const Add&, const Context&, const Arguments& a) {
+  const float *x = a.inputs[0].values, *z = a.inputs[1].values;
+  float* y = a.results[0].values;
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] + z[i]; });
+  return true;
+}
+template <class M>
+bool forward(M& m, const Multiply&, const Context&, const Arguments& a) {
+  const float *x = a.inputs[0].values, *z = a.inputs[1].values;
+  float* y = a.results[0].values;
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] * z[i]; });
+  return true;
+}
+template <class M>
+bool data(M& m, const Multiply&, const Context&, const Arguments& a) {
+  const float* dy = a.output_gradients[0].values;
+  for (std::size_t k = 0; k < 2; ++k) {
+    if (!wanted(a, k)) continue;
+    const float* other = a.inputs[1 - k].values;
+    float* dx = a.results[k].values;
+    m.each(
+        a.output_gradients[0].size(), PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * other[i]; });
+  }
+  return true;
+}
+
+/// The tensor's dimensions but the last, as dropout numbers them.
+struct Places {
+  static constexpr int kMost = 6;
+  IndexList list[kMost];
+  std::int64_t extent[kMost];
+  int dims = 0, sample = -1;
+};
+/// Keeps what the reference keeps: an element's number depends on its place in its sample.
+template <class M>
+bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, const float* from,
+             float* to) {
+  constexpr std::uint64_t kDropout = 0x64726f70;
+  const Shape& shape = c.signature->outputs[0].shape;
+  Places p;
+  p.dims = static_cast<int>(shape.size());
+  if (p.dims > Places::kMost || shape.back().dim == Dim::sample) return false;
+  for (int d = 0; d < p.dims; ++d) {
+    const auto k = static_cast<std::size_t>(d);
+    p.list[d] = m.list((*x.index)[k]);
+    p.extent[d] = shape[k].extent;
+    if (shape[k].dim == Dim::sample) p.sample = d;
+  }
+  const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
+  const auto kept = static_cast<float>(1 - op.probability);
+  const double probability = op.probability;
+  const std::int64_t first_sample = c.first_sample;
+  m.each(
+      x.size(), PARTITA_KERNEL(std::int64_t i) {
+        std::int64_t at[Places::kMost], rest = i, sample = 0, place = 0;
+        for (int d = p.dims - 1; d >= 0; --d) {
+          at[d] = p.list[d].at(rest % p.list[d].size);
+          rest /= p.list[d].size;
+        }
+        for (int d = 0; d < p.dims; ++d) {
+          if (d == p.sample) {
+            sample = at[d];
+          } else {
+            place = place * p.extent[d] + at[d];
+          }
+        }
+        const double u = uniform(key, static_cast<std::uint64_t>(first_sample + sample),
+                                 static_cast<std::uint64_t>(place));
+        to[i] = u < probability ? 0.0f : from[i] / kept;
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const Dropout& op, const Context& c, const Arguments& a) {
+  return dropped(m, op, c, a.inputs[0], a.inputs[0].values, a.results[0].values);
+}
+template <class M>
+bool data(M& m, const Dropout& op, const Context& c, const Arguments& a) {
+  const Tensor& dy = a.output_gradients[0];
+  return dropped(m, op, c, dy, dy.values, a.results[0].values);
+}
+
+/// Turns each pair by `direction` times its angle.
+template <class M>
+bool rotate(M& m, const Rotary& op, const float* from, const Tensor& to, float direction) {
+  const std::size_t dims = to.index->size();
+  const std::int64_t tokens = extent(to, 1, 2), inner = extent(to, 2, dims), head = op.head_dim,
+                     half = op.rotated / 2, still = op.head_dim - op.rotated;
+  if (extent(to, dims - 1, dims) % head != 0) return false;
+  const IndexList positions = m.list((*to.index)[1]);
+  const double base = op.base, rotated = static_cast<double>(op.rotated);
+  float* y = to.values;
+  m.each(
+      to.size(), PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t within = i % inner % head;
+        if (within < still || 2 * half + still <= within) {
+          y[i] = from[i];
+          return;
+        }
+        const std::int64_t r = (within - still) % half;
+        const bool second = within - still >= half;
+        const double angle = pow(base, -2 * static_cast<double>(r) / rotated) *
+                             static_cast<double>(positions.at(i / inner % tokens));
+        const auto c = static_cast<float>(cos(angle)),
+                   s = direction * static_cast<float>(sin(angle));
+        y[i] = second ? from[i] * c + from[i - half] * s : from[i] * c - from[i + half] * s;
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const Rotary& op, const Context&, const Arguments& a) {
+  return rotate(m, op, a.inputs[0].values, a.results[0], 1);
+}
+template <class M>
+bool data(M& m, const Rotary& op, const Context&, const Arguments& a) {
+  return rotate(m, op, a.output_gradients[0].values, a.results[0], -1);
+}
+
+// ------------------------------------------------------------------------------------- attention
+
+struct Heads {
+  std::int64_t samples, queries, keys, heads, group, width, v_width, q_row, k_row, v_row, y_row;
+  float scale;
+  bool causal;
+  std::int64_t window, tile;  ///< queries whose scores are in memory at once
+  IndexList query_at, key_at;
+  /// Does query i (of the whole piece) see key j?
+  PARTITA_BOTH bool sees(std::int64_t i, std::int64_t j) const {
+    const std::int64_t here = query_at.at(i), there = key_at.at(j);
+    return !(causal && there > here) && !(window > 0 && there <= here - window);
+  }
+};
+template <class M>
+Heads heads_of(M& m, const Attention& op, const Tensor& q, const Tensor& k) {
+  Heads h;
+  h.samples = extent(q, 0, 1);
+  h.queries = extent(q, 1, 2);
+  h.keys = extent(k, 1, 2);
+  h.heads = extent(q, 2, 3);
+  h.group = op.queries_per_head;
+  h.width = op.qk_dim;
+  h.v_width = op.v_dim;
+  h.q_row = h.heads * h.group * h.width;
+  h.k_row = h.heads * h.width;
+  h.v_row = h.heads * h.v_width;
+  h.y_row = h.heads * h.group * h.v_width;
+  h.scale =
+      static_cast<float>(op.scale != 0 ? op.scale : 1 / std::sqrt(static_cast<double>(op.qk_dim)));
+  h.causal = op.causal;
+  h.window = op.window;
+  h.tile = at_least_1(m.scores() / at_least_1(h.heads * h.keys));
+  // Smaller tiles see fewer keys.
+  if (op.causal && h.tile > 512) h.tile = 512;
+  h.query_at = m.list((*q.index)[1]);
+  h.key_at = m.list((*k.index)[1]);
+  return h;
+}
+
+/// Queries of all heads of one sample, one query head of each group.
+struct ScoreTile {
+  std::int64_t sample, g, first, rows;  ///< queries [first, first + rows)
+  std::int64_t key, keys;               ///< that some of them see
+};
+/// f(tile) for all, in order.
+template <class F>
+void for_each_tile(const Attention& op, const Heads& h, const Tensor& q, const Tensor& k, F f) {
+  const Indices &queries = (*q.index)[1], &keys = (*k.index)[1];
+  const std::int64_t tile = h.tile;
+  for (std::int64_t b = 0; b < h.samples; ++b) {
+    for (std::int64_t g = 0; g < h.group; ++g) {
+      for (std::int64_t first = 0; first < h.queries; first += tile) {
+        ScoreTile t{b, g, first, h.queries - first < tile ? h.queries - first : tile, 0, h.keys};
+        const auto up_to = [&](std::int64_t global) {  // how many are at most that
+          std::int64_t n = 0;
+          std::int64_t high = static_cast<std::int64_t>(keys.size());
+          while (n < high) {
+            const std::int64_t middle = (n + high) / 2;
+            if (keys[static_cast<std::size_t>(middle)] <= global) {
+              n = middle + 1;
+            } else {
+              high = middle;
+            }
+          }
+          return n;
+        };
+        std::int64_t last = h.keys;
+        if (op.causal) last = up_to(queries[static_cast<std::size_t>(first + t.rows - 1)]);
+        if (op.window > 0) t.key = up_to(queries[static_cast<std::size_t>(first)] - op.window);
+        t.key = t.key < last ? t.key : last;
+        t.keys = last - t.key;
+        f(t);
+      }
+    }
+  }
+}
+/// Operands of a tile's products, batched over the heads.
+struct TileOperands {
+  Matrix q, k, v, y;
+};
+inline TileOperands operands_of(const Heads& h, const ScoreTile& t, float* q, float* k, float* v,
+                                float* y) {
+  const auto at = [](float* p, std::int64_t offset) { return p == nullptr ? p : p + offset; };
+  const std::int64_t query = t.sample * h.queries + t.first, key = t.sample * h.keys + t.key;
+  return {{at(q, query * h.q_row + t.g * h.width), h.q_row, h.group * h.width, false},
+          {at(k, key * h.k_row), h.k_row, h.width, false},
+          {at(v, key * h.v_row), h.v_row, h.v_width, false},
+          {at(y, query * h.y_row + t.g * h.v_width), h.y_row, h.group * h.v_width, false}};
+}
+inline Matrix transposed(Matrix m) {
+  m.transposed = true;
+  return m;
+}
+/// The log-sum-exp of row `row` of a tile's scores: [sample, head, query of the group, query].
+PARTITA_BOTH std::int64_t line_of(const Heads& h, const ScoreTile& t, std::int64_t head,
+                                  std::int64_t i) {
+  return ((t.sample * h.heads + head) * h.group + t.g) * h.queries + t.first + i;
+}
+
+template <class M>
+bool forward(M& m, const Attention& op, const Context&, const Arguments& a) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  const Heads h = heads_of(m, op, q, k);
+  float* lse = !op.materialised && !a.extras.empty() ? a.extras[0].values : nullptr;
+  float* kept = op.materialised && !a.extras.empty() ? a.extras[0].values : nullptr;
+  const float* sinks = op.sinks ? a.parameters[0].values : nullptr;
+  if (kept != nullptr) fill_values(m, kept, a.extras[0].size(), 0);
+  float *scores = nullptr, *y = a.results[0].values;
+  std::int64_t most = 0;
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    most = h.heads * t.rows * t.keys > most ? h.heads * t.rows * t.keys : most;
+  });
+  if (most == 0) {
+    fill_values(m, y, a.results[0].size(), 0);
+    if (lse != nullptr) fill_values(m, lse, a.extras[0].size(), -INFINITY);
+    return !op.sinks;
+  }
+  scores = m.scratch(most);
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    attend_tile(m, h, t, operands_of(h, t, q.values, k.values, v.values, y), scores, sinks, lse,
+                kept);
+  });
+  return true;
+}
+template <class M>
+void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, float* scores,
+                 const float* sinks, float* lse, float* kept) {
+  const Matrix s{scores, t.keys, t.rows * t.keys, false};
+  if (t.keys > 0)
+    m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), s, h.heads, h.scale, 0});
+  m.rows(
+      h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const std::int64_t head = row / t.rows, i = row % t.rows, line = line_of(h, t, head, i);
+        float* p = scores + row * t.keys;
+        double top = -INFINITY;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+          if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
+        }
+        top = lanes.max(top);
+        const float sink = sinks != nullptr ? sinks[head * h.group + t.g] : -INFINITY;
+        top = fmax(top, static_cast<double>(sink));
+        const float high = infinite(top) ? 0.0f : static_cast<float>(top);
+        double sum = 0;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+          const float e = h.sees(t.first + i, t.key + j) ? expf(p[j] - high) : 0.0f;
+          p[j] = e;
+          sum += static_cast<double>(e);
+        }
+        auto total = static_cast<float>(lanes.sum(sum));
+        if (sinks != nullptr) total += expf(sink - high);
+        const float factor = total > 0 ? 1 / total : 0.0f;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+          p[j] *= factor;
+          if (kept != nullptr) kept[line * h.keys + t.key + j] = p[j];
+        }
+        if (lse != nullptr && lanes.lane() == 0)
+          lse[line] = total > 0 ? high + logf(total) : -INFINITY;
+      });
+  if (t.keys > 0) {
+    m.product({t.rows, h.v_width, t.keys, s, o.v, o.y, h.heads, 1, 0});
+  } else {
+    const Matrix y = o.y;
+    const std::int64_t width = h.v_width;
+    m.each(
+        h.heads * t.rows * width, PARTITA_KERNEL(std::int64_t e) {
+          y.at[e / (t.rows * width) * y.step + e / width % t.rows * y.stride + e % width] = 0;
+        });
+  }
+}
+
+/// One tile's gradients, added to dk and dv; dq is overwritten or, of a ring's part, added to.
+/// `kept`: the probabilities; else they are computed again from `lse`. `y`: what a ring's part
+/// multiplies dy with, else the probabilities do.
+template <class M>
+void attend_tile_backward(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o,
+                          const TileOperands& d, const Matrix& dy, float* scores, const float* lse,
+                          const float* kept, bool part) {
+  const std::int64_t all = h.heads * t.rows * t.keys;
+  float* slopes = scores + all;
+  const Matrix p{scores, t.keys, t.rows * t.keys, false},
+      dp{slopes, t.keys, t.rows * t.keys, false};
+  if (kept == nullptr)
+    m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), p, h.heads, h.scale, 0});
+  m.each(
+      all, PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t row = e / t.keys, j = e % t.keys, head = row / t.rows, i = row % t.rows;
+        const std::int64_t line = line_of(h, t, head, i);
+        if (kept != nullptr) {
+          scores[e] = kept[line * h.keys + t.key + j];
+        } else {
+          const bool sees = h.sees(t.first + i, t.key + j) && !infinite(lse[line]);
+          scores[e] = sees ? expf(scores[e] - lse[line]) : 0.0f;
+        }
+      });
+  m.product({t.keys, h.v_width, t.rows, transposed(p), dy, d.v, h.heads, 1, 1});
+  m.product({t.rows, t.keys, h.v_width, dy, transposed(o.v), dp, h.heads, 1, 0});
+  const Matrix y = o.y;
+  const std::int64_t width = part ? h.v_width : t.keys;
+  m.rows(
+      h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const std::int64_t head = row / t.rows, i = row % t.rows;
+        float *s = scores + row * t.keys, *ds = slopes + row * t.keys;
+        const float *one = s, *other = ds;
+        if (part) {
+          one = y.at + head * y.step + i * y.stride;
+          other = dy.at + head * dy.step + i * dy.stride;
+        }
+        double along = 0;
+        for (std::int64_t j = lanes.lane(); j < width; j += lanes.count())
+          along += static_cast<double>(one[j] * other[j]);
+        const auto mean = static_cast<float>(lanes.sum(along));
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count())
+          s[j] *= (ds[j] - mean) * h.scale;
+      });
+  m.product({t.rows, h.width, t.keys, p, o.k, d.q, h.heads, 1, part ? 1.0f : 0.0f});
+  m.product({t.keys, h.width, t.rows, transposed(p), o.q, d.k, h.heads, 1, 1});
+}
+template <class M>
+bool attend_backward(M& m, const Attention& op, const Arguments& a, bool part) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2], &dy = a.output_gradients[0];
+  if (a.extras.empty() || a.extras[0].values == nullptr) return false;
+  if (!wanted(a, 0) || !wanted(a, 1) || !wanted(a, 2)) return false;
+  const Heads h = heads_of(m, op, q, k);
+  if (!part) {
+    for (const Tensor& t : a.results) fill_values(m, t.values, t.size(), 0);
+  }
+  std::int64_t most = 0;
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    most = h.heads * t.rows * t.keys > most ? h.heads * t.rows * t.keys : most;
+  });
+  if (most == 0) return true;
+  float* scores = m.scratch(2 * most);
+  const float* lse = op.materialised ? nullptr : a.extras[0].values;
+  const float* kept = op.materialised ? a.extras[0].values : nullptr;
+  float* y = part ? a.outputs[0].values : nullptr;
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    if (t.keys == 0) return;
+    attend_tile_backward(
+        m, h, t, operands_of(h, t, q.values, k.values, v.values, y),
+        operands_of(h, t, a.results[0].values, a.results[1].values, a.results[2].values, nullptr),
+        operands_of(h, t, nullptr, nullptr, nullptr, dy.values).y, scores, lse, kept, part);
+  });
+  return true;
+}
+template <class M>
+bool data(M& m, const Attention& op, const Context&, const Arguments& a) {
+  return attend_backward(m, op, a, false);
+}
+
+/// Adds one part of keys and values to y and its log-sum-exp: runtime/reference/ring_attention.h.
+template <class M>
+bool attend_part(M& m, const Attention& op, const Arguments& a) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  const Heads h = heads_of(m, op, q, k);
+  std::int64_t most = 0;
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    most = h.heads * t.rows * t.keys > most ? h.heads * t.rows * t.keys : most;
+  });
+  if (most == 0) return true;
+  float *scores = m.scratch(most), *lse = a.extras[0].values;
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    if (t.keys == 0) return;
+    const TileOperands o = operands_of(h, t, q.values, k.values, v.values, a.results[0].values);
+    add_tile(m, h, t, o, scores, lse);
+  });
+  return true;
+}
+template <class M>
+void add_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, float* scores,
+              float* lse) {
+  const Matrix s{scores, t.keys, t.rows * t.keys, false}, y = o.y;
+  m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), s, h.heads, h.scale, 0});
+  m.rows(
+      h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const std::int64_t head = row / t.rows, i = row % t.rows, line = line_of(h, t, head, i);
+        float *p = scores + row * t.keys, *to = y.at + head * y.step + i * y.stride;
+        double top = -INFINITY;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+          if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
+        }
+        top = lanes.max(top);
+        const float before = lse[line];
+        const auto high = static_cast<float>(top);
+        double sum = 0;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+          const bool sees = !infinite(top) && h.sees(t.first + i, t.key + j);
+          p[j] = sees ? expf(p[j] - high) : 0.0f;
+          sum += static_cast<double>(p[j]);
+        }
+        // The sum is every lane's: nobody writes lse before all have read it.
+        const auto all = static_cast<float>(lanes.sum(sum));
+        if (infinite(top)) return;  // sees nothing of this part
+        const float here = high + logf(all), largest = fmaxf(here, before);
+        const float total = largest + logf(expf(here - largest) + expf(before - largest));
+        const float factor = expf(here - total) / all, rest = expf(before - total);
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) p[j] *= factor;
+        for (std::int64_t f = lanes.lane(); f < h.v_width; f += lanes.count()) to[f] *= rest;
+        if (lanes.lane() == 0) lse[line] = total;
+      });
+  m.product({t.rows, h.v_width, t.keys, s, o.v, o.y, h.heads, 1, 1});
+}
+
+template <class M>
+bool forward(M& m, const BatchedProduct&, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &w = a.inputs[1];
+  const std::size_t dims = x.index->size();
+  const std::int64_t rows = extent(x, dims - 2, dims - 1), k = extent(x, dims - 1, dims),
+                     n = extent(w, dims - 1, dims), batch = extent(x, 0, dims - 2);
+  if (rows * k * n * batch == 0) return false;
+  m.product({rows,
+             n,
+             k,
+             {x.values, k, rows * k, false},
+             {w.values, n, k * n, false},
+             {a.results[0].values, n, rows * n, false},
+             batch});
+  return true;
+}
+template <class M>
+bool data(M& m, const BatchedProduct&, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &w = a.inputs[1];
+  const std::size_t dims = x.index->size();
+  const std::int64_t rows = extent(x, dims - 2, dims - 1), k = extent(x, dims - 1, dims),
+                     n = extent(w, dims - 1, dims), batch = extent(x, 0, dims - 2);
+  if (rows * k * n * batch == 0) return false;
+  const Matrix dy{a.output_gradients[0].values, n, rows * n, false};
+  if (wanted(a, 0))
+    m.product({rows,
+               k,
+               n,
+               dy,
+               {w.values, n, k * n, true},
+               {a.results[0].values, k, rows * k, false},
+               batch});
+  if (wanted(a, 1))
+    m.product({k,
+               n,
+               rows,
+               {x.values, k, rows * k, true},
+               dy,
+               {a.results[1].values, n, k * n, false},
+               batch});
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const Softmax&, const Context&, const Arguments& a) {
+  const Tensor& x = a.inputs[0];
+  const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
+  if (n == 0) return true;
+  const float* from = x.values;
+  float* y = a.results[0].values;
+  m.rows(
+      x.size() / n, n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        double top = -INFINITY, sum = 0;
+        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
+          top = fmax(top, static_cast<double>(from[row * n + j]));
+        const auto high = static_cast<float>(lanes.max(top));
+        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count()) {
+          const float e = expf(from[row * n + j] - high);
+          y[row * n + j] = e;
+          sum += static_cast<double>(e);
+        }
+        const auto all = static_cast<float>(lanes.sum(sum));
+        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count()) y[row * n + j] /= all;
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const Softmax&, const Context&, const Arguments& a) {
+  const Tensor& y = a.outputs[0];
+  const std::int64_t n = extent(y, y.index->size() - 1, y.index->size());
+  if (n == 0) return true;
+  const float *p = y.values, *dy = a.output_gradients[0].values;
+  float* dx = a.results[0].values;
+  m.rows(
+      y.size() / n, n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        double along = 0;
+        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
+          along += static_cast<double>(p[row * n + j] * dy[row * n + j]);
+        const auto mean = static_cast<float>(lanes.sum(along));
+        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
+          dx[row * n + j] = p[row * n + j] * (dy[row * n + j] - mean);
+      });
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- losses
+
+template <class M>
+bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &labels = a.inputs[1];
+  if (labels.ids == nullptr) return false;
+  const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
+  const float *from = x.values, *top = k == 0 ? nullptr : a.statistics[0].values;
+  const std::int64_t* label = labels.ids;
+  float* s = a.results[0].values;
+  const IndexList held = m.list(x.index->back());
+  m.rows(
+      labels.size(), n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const float* line = from + row * n;
+        if (top == nullptr) {
+          double high = -INFINITY;
+          for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
+            high = fmax(high, static_cast<double>(line[j]));
+          high = lanes.max(high);
+          if (lanes.lane() == 0) s[row] = static_cast<float>(high);
+          return;
+        }
+        double sum = 0;
+        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
+          sum += static_cast<double>(expf(line[j] - top[row]));
+        sum = lanes.sum(sum);
+        if (lanes.lane() != 0) return;
+        const std::int64_t at = held.find(label[row]);
+        s[2 * row] = static_cast<float>(sum);
+        s[2 * row + 1] = at < 0 ? 0.0f : line[at];
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
+  const float *top = a.statistics[0].values, *sums = a.statistics[1].values;
+  const std::int64_t rows = a.inputs[1].size();
+  const double scale = c.loss_scale;
+  float* y = a.results[0].values;
+  m.rows(
+      1, rows, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
+        double loss = 0;
+        for (std::int64_t r = lanes.lane(); r < rows; r += lanes.count())
+          loss += static_cast<double>(logf(sums[2 * r]) + (top[r] - sums[2 * r + 1]));
+        loss = lanes.sum(loss);
+        if (lanes.lane() == 0) y[0] = static_cast<float>(loss * scale);
+      });
+  return true;
+}
+/// Gradient of the loss; null: 1, it is the end of the network.
+inline const float* above(const Arguments& a) {
+  return a.output_gradients.empty() || !a.output_gradients[0] ? nullptr
+                                                              : a.output_gradients[0].values;
+}
+template <class M>
+bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &labels = a.inputs[1];
+  if (labels.ids == nullptr) return false;
+  const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
+  const float *from = x.values, *top = a.statistics[0].values, *sums = a.statistics[1].values,
+              *gradient = above(a);
+  const std::int64_t* label = labels.ids;
+  const double scale = c.loss_scale;
+  float* dx = a.results[0].values;
+  const IndexList held = m.list(x.index->back());
+  m.each(
+      labels.size() * n, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t row = i / n;
+        const auto d = static_cast<float>(
+            (gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0) * scale);
+        const float p = expf(from[i] - top[row]) * (d / sums[2 * row]);
+        dx[i] = held.at(i % n) == label[row] ? p - d : p;
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const MeanSquaredError&, const Context& c, const Arguments& a) {
+  const std::int64_t n = a.inputs[0].size();
+  const float *x = a.inputs[0].values, *target = a.inputs[1].values;
+  const double scale = c.loss_scale;
+  float* y = a.results[0].values;
+  m.rows(
+      1, n, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
+        double sum = 0;
+        for (std::int64_t i = lanes.lane(); i < n; i += lanes.count()) {
+          const float d = x[i] - target[i];
+          sum += static_cast<double>(d * d);
+        }
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0) y[0] = static_cast<float>(sum * scale);
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const MeanSquaredError&, const Context& c, const Arguments& a) {
+  const float *x = a.inputs[0].values, *target = a.inputs[1].values, *gradient = above(a);
+  const double scale = c.loss_scale;
+  float* dx = a.results[0].values;
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) {
+        const double g = gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0;
+        dx[i] = static_cast<float>(2 * g * scale) * (x[i] - target[i]);
+      });
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- images
+
+/// The local window along one dimension: input positions of output o are first + o · stride + k ·
+/// dilation, those outside [0, inputs) are padding.
+struct LocalWindow {
+  std::int64_t outputs, inputs, first, kernel, stride, dilation;
+  PARTITA_BOTH std::int64_t input(std::int64_t out, std::int64_t k) const {
+    return first + out * stride + k * dilation;
+  }
+  PARTITA_BOTH bool inside(std::int64_t in) const { return in >= 0 && in < inputs; }
+};
+inline LocalWindow local_window(const Window& w, const Indices& x, const Indices& y) {
+  return {static_cast<std::int64_t>(y.size()),
+          static_cast<std::int64_t>(x.size()),
+          y.empty() || x.empty() ? 0 : y.front() * w.stride - w.pad_before - x.front(),
+          w.kernel,
+          w.stride,
+          w.dilation};
+}
+/// Pads or crops: to[plane, i, j] = from[plane, i + top, j + left], 0 outside.
+template <class M>
+void shift_planes(M& m, const float* from, float* to, std::int64_t planes, std::int64_t from_rows,
+                  std::int64_t from_columns, std::int64_t rows, std::int64_t columns,
+                  std::int64_t top, std::int64_t left) {
+  m.each(
+      planes * rows * columns, PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t plane = e / (rows * columns), i = e / columns % rows + top,
+                           j = e % columns + left;
+        const bool inside = i >= 0 && i < from_rows && j >= 0 && j < from_columns;
+        to[e] = inside ? from[(plane * from_rows + i) * from_columns + j] : 0.0f;
+      });
+}
+
+/// Libraries pad alike on both sides: where the local window does not, the input is padded by a
+/// copy.
+template <class M>
+bool convolution(M& m, const Convolution& op, const Context& c, const Arguments& a,
+                 ConvolutionPass pass) {
+  const Signature& s = *c.signature;
+  std::vector<Indices> xi, wi, yi;
+  for (std::size_t d = 0; d < 4; ++d) {
+    xi.push_back(reference::touched(c, s.inputs[0], d));
+    wi.push_back(reference::touched(c, s.parameters[0], d));
+    yi.push_back(reference::touched(c, s.outputs[0], d));
+  }
+  for (const Indices* list : {&xi[2], &xi[3], &yi[2], &yi[3]}) {
+    if (list->empty() ||
+        list->back() - list->front() + 1 != static_cast<std::int64_t>(list->size()))
+      return false;
+  }
+  const auto length = [](const Indices& list) { return static_cast<std::int64_t>(list.size()); };
+  const LocalWindow h = local_window(op.height, xi[2], yi[2]),
+                    w = local_window(op.width, xi[3], yi[3]);
+  ConvolutionShape shape{length(xi[0]), length(xi[1]), h.inputs,   w.inputs,  length(yi[1]),
+                         op.groups,     h.kernel,      w.kernel,   h.outputs, w.outputs,
+                         h.stride,      w.stride,      h.dilation, w.dilation};
+  if (shape.samples * shape.in * shape.out == 0 || shape.out % op.groups != 0) return false;
+  const auto needs = [](const LocalWindow& l) {
+    return (l.outputs - 1) * l.stride + l.dilation * (l.kernel - 1) + 1;
+  };
+  const auto alike = [&](const LocalWindow& l) {
+    const std::int64_t pad = -l.first;
+    return pad >= 0 && l.inputs + 2 * pad >= needs(l) && l.inputs + 2 * pad < needs(l) + l.stride;
+  };
+  const std::int64_t planes = shape.samples * shape.in, columns = w.inputs, rows = h.inputs;
+  const bool direct = alike(h) && alike(w);
+  float* padded = nullptr;
+  if (direct) {
+    shape.pad_height = -h.first;
+    shape.pad_width = -w.first;
+  } else {
+    shape.height = needs(h);
+    shape.width = needs(w);
+    padded = m.scratch(planes * shape.height * shape.width);
+    if (pass != ConvolutionPass::data)
+      shift_planes(m, a.inputs[0].values, padded, planes, rows, columns, shape.height, shape.width,
+                   h.first, w.first);
+  }
+  const bool bias = op.bias && c.adds_bias;
+  const std::int64_t area = shape.out_height * shape.out_width, out = shape.out;
+  if (pass == ConvolutionPass::forward) {
+    float* y = a.results[0].values;
+    if (!m.convolve(shape, pass, direct ? a.inputs[0].values : padded, a.parameters[0].values, y,
+                    false))
+      return false;
+    if (bias) {
+      const float* b = a.parameters[1].values;
+      m.each(
+          shape.samples * out * area,
+          PARTITA_KERNEL(std::int64_t e) { y[e] += b[e / area % out]; });
+    }
+    return true;
+  }
+  float* dy = a.output_gradients[0].values;
+  if (pass == ConvolutionPass::data) {
+    float* dx = a.results[0].values;
+    if (!m.convolve(shape, pass, direct ? dx : padded, a.parameters[0].values, dy, false))
+      return false;
+    if (!direct)
+      shift_planes(m, padded, dx, planes, shape.height, shape.width, rows, columns, -h.first,
+                   -w.first);
+    return true;
+  }
+  if (!wanted(a, 0)) return false;
+  if (!m.convolve(shape, pass, direct ? a.inputs[0].values : padded, a.results[0].values, dy,
+                  a.accumulate))
+    return false;
+  if (op.bias && wanted(a, 1)) {
+    float* to = a.results[1].values;
+    const std::int64_t samples = shape.samples;
+    const bool accumulate = a.accumulate;
+    m.rows(
+        out, samples * area, PARTITA_KERNEL(std::int64_t k, const Lanes& lanes) {
+          double sum = 0;
+          for (std::int64_t e = lanes.lane(); e < samples * area; e += lanes.count())
+            sum += static_cast<double>(dy[(e / area * out + k) * area + e % area]);
+          sum = bias ? lanes.sum(sum) : 0;
+          if (lanes.lane() == 0) to[k] = static_cast<float>(sum) + (accumulate ? to[k] : 0.0f);
+        });
+  }
+  return true;
+}
+template <class M>
+bool forward(M& m, const Convolution& op, const Context& c, const Arguments& a) {
+  return convolution(m, op, c, a, ConvolutionPass::forward);
+}
+template <class M>
+bool data(M& m, const Convolution& op, const Context& c, const Arguments& a) {
+  return convolution(m, op, c, a, ConvolutionPass::data);
+}
+template <class M>
+bool weight(M& m, const Convolution& op, const Context& c, const Arguments& a) {
+  return convolution(m, op, c, a, ConvolutionPass::weight);
+}
+
+/// What output (i, j) of a plane reads: the position of its first largest value, and how many.
+struct Pooled {
+  std::int64_t best, count;
+  float top, sum;
+};
+PARTITA_BOTH Pooled pooled(const LocalWindow& h, const LocalWindow& w, const float* plane,
+                           std::int64_t i, std::int64_t j) {
+  Pooled p{-1, 0, -INFINITY, 0};
+  for (std::int64_t r = 0; r < h.kernel; ++r) {
+    const std::int64_t y = h.input(i, r);
+    if (!h.inside(y)) continue;
+    for (std::int64_t s = 0; s < w.kernel; ++s) {
+      const std::int64_t x = w.input(j, s);
+      if (!w.inside(x)) continue;
+      ++p.count;
+      if (plane == nullptr) continue;
+      const std::int64_t here = y * w.inputs + x;
+      const float v = plane[here];
+      p.sum += v;
+      if (p.best < 0 || v > p.top) p.best = here, p.top = v;
+    }
+  }
+  return p;
+}
+template <class M>
+bool forward(M& m, const Pool& op, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &y = a.results[0];
+  const LocalWindow h = local_window(op.height, (*x.index)[2], (*y.index)[2]),
+                    w = local_window(op.width, (*x.index)[3], (*y.index)[3]);
+  const float* from = x.values;
+  float* to = y.values;
+  const bool maximum = op.maximum, padding = op.count_padding;
+  m.each(
+      y.size(), PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t plane = e / (h.outputs * w.outputs), at = e % (h.outputs * w.outputs);
+        const Pooled p =
+            pooled(h, w, from + plane * h.inputs * w.inputs, at / w.outputs, at % w.outputs);
+        const std::int64_t divisor = padding ? h.kernel * w.kernel : p.count > 0 ? p.count : 1;
+        to[e] = maximum ? p.top : p.sum / static_cast<float>(divisor);
+      });
+  return true;
+}
+/// Each input adds up what it gets from the outputs that read it.
+template <class M>
+bool data(M& m, const Pool& op, const Context&, const Arguments& a) {
+  const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
+  const LocalWindow h = local_window(op.height, (*dx.index)[2], (*dy.index)[2]),
+                    w = local_window(op.width, (*dx.index)[3], (*dy.index)[3]);
+  const float *from = op.maximum ? a.inputs[0].values : nullptr, *d = dy.values;
+  float* to = dx.values;
+  const bool maximum = op.maximum, padding = op.count_padding;
+  m.each(
+      dx.size(), PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t area = h.inputs * w.inputs, plane = e / area, at = e % area;
+        const std::int64_t y = at / w.inputs, x = at % w.inputs;
+        const float* values = maximum ? from + plane * area : nullptr;
+        const float* above_it = d + plane * h.outputs * w.outputs;
+        float sum = 0;
+        for (std::int64_t r = 0; r < h.kernel; ++r) {
+          const std::int64_t up = y - h.first - r * h.dilation;
+          if (up < 0 || up % h.stride != 0 || up / h.stride >= h.outputs) continue;
+          for (std::int64_t s = 0; s < w.kernel; ++s) {
+            const std::int64_t left = x - w.first - s * w.dilation;
+            if (left < 0 || left % w.stride != 0 || left / w.stride >= w.outputs) continue;
+            const std::int64_t i = up / h.stride, j = left / w.stride;
+            const float g = above_it[i * w.outputs + j];
+            const Pooled p = pooled(h, w, values, i, j);
+            if (maximum) {
+              sum += p.best == at ? g : 0.0f;
+            } else {
+              const std::int64_t divisor = padding       ? h.kernel * w.kernel
+                                           : p.count > 0 ? p.count
+                                                         : 1;
+              sum += g / static_cast<float>(divisor);
+            }
+          }
+        }
+        to[e] = sum;
+      });
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const GlobalAveragePool&, const Context& c, const Arguments& a) {
+  const Tensor& x = a.inputs[0];
+  const Shape& whole = c.signature->inputs[0].shape;
+  const auto all = static_cast<float>(whole[2].extent * whole[3].extent);
+  const std::int64_t plane = extent(x, 2, 4);
+  const float* from = x.values;
+  float* y = a.results[0].values;
+  m.rows(
+      extent(x, 0, 2), plane, PARTITA_KERNEL(std::int64_t i, const Lanes& lanes) {
+        double sum = 0;
+        for (std::int64_t e = lanes.lane(); e < plane; e += lanes.count())
+          sum += static_cast<double>(from[i * plane + e]);
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0) y[i] = static_cast<float>(sum) / all;
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const GlobalAveragePool&, const Context& c, const Arguments& a) {
+  const Tensor& dx = a.results[0];
+  const Shape& whole = c.signature->inputs[0].shape;
+  const auto all = static_cast<float>(whole[2].extent * whole[3].extent);
+  const std::int64_t plane = extent(dx, 2, 4);
+  const float* dy = a.output_gradients[0].values;
+  float* to = dx.values;
+  m.each(
+      dx.size(), PARTITA_KERNEL(std::int64_t i) { to[i] = dy[i / plane] / all; });
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- shapes
+
+/// to[i, c, r] = from[i, r, c].
+template <class M>
+void turn(M& m, const float* from, float* to, std::int64_t images, std::int64_t rows,
+          std::int64_t columns) {
+  m.each(
+      images * rows * columns, PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t image = e / (rows * columns), at = e % (rows * columns);
+        to[e] = from[image * rows * columns + at % rows * columns + at / rows];
+      });
+}
+template <class M>
+bool forward(M& m, const ToSequence&, const Context&, const Arguments& a) {
+  const Tensor& x = a.inputs[0];
+  turn(m, x.values, a.results[0].values, extent(x, 0, 1), extent(x, 1, 2), extent(x, 2, 4));
+  return true;
+}
+template <class M>
+bool data(M& m, const ToSequence&, const Context&, const Arguments& a) {
+  const Tensor& dx = a.results[0];
+  turn(m, a.output_gradients[0].values, dx.values, extent(dx, 0, 1), extent(dx, 2, 4),
+       extent(dx, 1, 2));
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const PrependToken&, const Context&, const Arguments& a) {
+  const std::int64_t n = a.parameters[0].size(), tokens = extent(a.inputs[0], 1, 2) * n,
+                     sample = n + tokens;
+  const float *token = a.parameters[0].values, *x = a.inputs[0].values;
+  float* y = a.results[0].values;
+  m.each(
+      extent(a.inputs[0], 0, 1) * sample, PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t i = e / sample, at = e % sample;
+        y[e] = at < n ? token[at] : x[i * tokens + at - n];
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const PrependToken&, const Context&, const Arguments& a) {
+  const Tensor& dx = a.results[0];
+  const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 1, 2) * n;
+  const float* dy = a.output_gradients[0].values;
+  float* to = dx.values;
+  m.each(
+      dx.size(),
+      PARTITA_KERNEL(std::int64_t e) { to[e] = dy[e / tokens * (n + tokens) + n + e % tokens]; });
+  return true;
+}
+template <class M>
+bool weight(M& m, const PrependToken&, const Context&, const Arguments& a) {
+  const Tensor &dy = a.output_gradients[0], &d = a.results[0];
+  const std::int64_t sample = extent(dy, 1, 3), samples = extent(dy, 0, 1);
+  const float* from = dy.values;
+  float* to = d.values;
+  const bool accumulate = a.accumulate;
+  m.each(
+      d.size(), PARTITA_KERNEL(std::int64_t f) {
+        float sum = accumulate ? to[f] : 0.0f;
+        for (std::int64_t i = 0; i < samples; ++i) sum += from[i * sample + f];
+        to[f] = sum;
+      });
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const SelectToken& op, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &y = a.results[0];
+  const std::int64_t token = m.list((*x.index)[1]).below(op.index), n = extent(x, 2, 3),
+                     tokens = extent(x, 1, 2);
+  const Indices& held = (*x.index)[1];
+  const bool here = token < tokens && held[static_cast<std::size_t>(token)] == op.index;
+  const float* from = x.values;
+  float* to = y.values;
+  m.each(
+      y.size(), PARTITA_KERNEL(std::int64_t e) {
+        to[e] = here ? from[(e / n * tokens + token) * n + e % n] : 0.0f;
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const SelectToken& op, const Context&, const Arguments& a) {
+  const Tensor& dx = a.results[0];
+  const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 1, 2), index = op.index;
+  const IndexList held = m.list((*dx.index)[1]);
+  const float* dy = a.output_gradients[0].values;
+  float* to = dx.values;
+  m.each(
+      dx.size(), PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t token = e / n % tokens;
+        to[e] = held.at(token) == index ? dy[e / (n * tokens) * n + e % n] : 0.0f;
+      });
+  return true;
+}
+
+/// Parts of a concatenation take turns in memory: part k's run i goes to i · sum of all lengths +
+/// the lengths before.
+template <class M, class F>
+void for_each_run(const Concat& op, const std::vector<Tensor>& parts, M&, F f) {
+  const std::size_t dims = parts[0].index->size(), axis = op.last ? dims - 1 : 1;
+  std::int64_t whole = 0, before = 0;
+  for (const Tensor& t : parts) whole += extent(t, axis, dims);
+  for (const Tensor& t : parts) {
+    const std::int64_t length = extent(t, axis, dims);
+    f(t, length, before, whole);
+    before += length;
+  }
+}
+template <class M>
+void join(M& m, const float* from, float* to, std::int64_t n, std::int64_t length,
+          std::int64_t before, std::int64_t whole, bool apart) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t at = e / length * whole + before + e % length;
+        if (apart) {
+          to[e] = from[at];
+        } else {
+          to[at] = from[e];
+        }
+      });
+}
+template <class M>
+bool forward(M& m, const Concat& op, const Context&, const Arguments& a) {
+  for_each_run(op, a.inputs, m,
+               [&](const Tensor& t, std::int64_t length, std::int64_t before, std::int64_t whole) {
+                 join(m, t.values, a.results[0].values, t.size(), length, before, whole, false);
+               });
+  return true;
+}
+template <class M>
+bool data(M& m, const Concat& op, const Context& c, const Arguments& a) {
+  for (std::size_t k = 0; k < c.signature->inputs.size(); ++k) {
+    if (!wanted(a, k)) return false;
+  }
+  for_each_run(op, a.results, m,
+               [&](const Tensor& t, std::int64_t length, std::int64_t before, std::int64_t whole) {
+                 join(m, a.output_gradients[0].values, t.values, t.size(), length, before, whole,
+                      true);
+               });
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const AppendToHeads&, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &tail = a.inputs[1];
+  const std::int64_t heads = extent(x, 2, 3), n = extent(x, 3, 4), r = extent(tail, 2, 3);
+  const float *from = x.values, *end = tail.values;
+  float* y = a.results[0].values;
+  m.each(
+      extent(x, 0, 3) * (n + r), PARTITA_KERNEL(std::int64_t e) {
+        const std::int64_t head = e / (n + r), at = e % (n + r);
+        y[e] = at < n ? from[head * n + at] : end[head / heads * r + at - n];
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const AppendToHeads&, const Context&, const Arguments& a) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const Tensor &dx = a.results[0], &tail = a.results[1];
+  const std::int64_t heads = extent(dx, 2, 3), n = extent(dx, 3, 4), r = extent(tail, 2, 3);
+  const float* dy = a.output_gradients[0].values;
+  float *to = dx.values, *end = tail.values;
+  m.each(
+      dx.size(), PARTITA_KERNEL(std::int64_t e) { to[e] = dy[e / n * (n + r) + e % n]; });
+  m.each(
+      tail.size(), PARTITA_KERNEL(std::int64_t e) {
+        float sum = 0;
+        for (std::int64_t h = 0; h < heads; ++h)
+          sum += dy[(e / r * heads + h) * (n + r) + n + e % r];
+        end[e] = sum;
+      });
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------- router
+
+/// Score of an expert before it is scaled.
+PARTITA_BOTH double score_of(bool sigmoid, double x, double top, double sum) {
+  return sigmoid ? 1 / (1 + exp(-x)) : exp(x - top) / sum;
+}
+/// Is expert e among the best top_k; of equal logits the lower?
+PARTITA_BOTH bool chosen(const float* logits, std::int64_t experts, std::int64_t top_k,
+                         std::int64_t e) {
+  std::int64_t better = 0;
+  for (std::int64_t o = 0; o < experts; ++o)
+    better += logits[o] > logits[e] || (logits[o] == logits[e] && o < e) ? 1 : 0;
+  return better < top_k;
+}
+/// One token is a row; its lanes share the experts.
+template <class M>
+bool route(M& m, const Router& op, const Tensor& x, const float* dy, float* to) {
+  const std::int64_t experts = extent(x, 2, 3), top_k = op.top_k;
+  const float* from = x.values;
+  const bool sigmoid = op.sigmoid, normalise = op.normalise;
+  const double scale = op.scale;
+  m.rows(
+      extent(x, 0, 2), experts, PARTITA_KERNEL(std::int64_t t, const Lanes& lanes) {
+        const float* logits = from + t * experts;
+        double top = -INFINITY, sum = 0, total = 0, mean = 0, along = 0;
+        for (std::int64_t e = lanes.lane(); e < experts; e += lanes.count())
+          top = fmax(top, static_cast<double>(logits[e]));
+        top = lanes.max(top);
+        for (std::int64_t e = lanes.lane(); e < experts; e += lanes.count())
+          sum += exp(static_cast<double>(logits[e]) - top);
+        sum = lanes.sum(sum);
+        for (std::int64_t e = lanes.lane(); e < experts; e += lanes.count()) {
+          if (!chosen(logits, experts, top_k, e)) continue;
+          const double s = score_of(sigmoid, static_cast<double>(logits[e]), top, sum);
+          total += s;
+          if (dy != nullptr) mean += static_cast<double>(dy[t * experts + e]) * s;
+        }
+        total = lanes.sum(total);
+        mean = lanes.sum(mean) / total;
+        // Gradient of a chosen expert's score; none of the others'.
+        const double factor = normalise ? 1 / total : 1;
+        if (dy != nullptr) {
+          for (std::int64_t e = lanes.lane(); e < experts; e += lanes.count()) {
+            if (!chosen(logits, experts, top_k, e)) continue;
+            const double g = static_cast<double>(dy[t * experts + e]) - (normalise ? mean : 0);
+            along +=
+                score_of(sigmoid, static_cast<double>(logits[e]), top, sum) * scale * g * factor;
+          }
+          along = lanes.sum(along);
+        }
+        for (std::int64_t e = lanes.lane(); e < experts; e += lanes.count()) {
+          const bool mine = chosen(logits, experts, top_k, e);
+          const double s = score_of(sigmoid, static_cast<double>(logits[e]), top, sum);
+          if (dy == nullptr) {
+            to[t * experts + e] = mine ? static_cast<float>(scale * factor * s) : 0.0f;
+            continue;
+          }
+          const double g =
+              mine ? scale * factor *
+                         (static_cast<double>(dy[t * experts + e]) - (normalise ? mean : 0))
+                   : 0;
+          to[t * experts + e] = static_cast<float>(sigmoid ? g * s * (1 - s) : s * (g - along));
+        }
+      });
+  return true;
+}
+template <class M>
+bool forward(M& m, const Router& op, const Context&, const Arguments& a) {
+  return route(m, op, a.inputs[0], static_cast<const float*>(nullptr), a.results[0].values);
+}
+template <class M>
+bool data(M& m, const Router& op, const Context&, const Arguments& a) {
+  return route(m, op, a.inputs[0], a.output_gradients[0].values, a.results[0].values);
+}
+
+// What has no kernel here is the host's.
+template <class M, class Op>
+bool forward(M&, const Op&, const Context&, const Arguments&) {
+  return false;
+}
+template <class M, class Op>
+bool data(M&, const Op&, const Context&, const Arguments&) {
+  return false;
+}
+template <class M, class Op>
+bool weight(M&, const Op&, const Context&, const Arguments&) {
+  return false;
+}
+
+/// One kernel of an operator; false where it has none for this case.
+template <class M>
+bool run_forward(M& m, const Context& c, const Arguments& a) {
+  if (a.accumulate || any_rows(a)) return false;
+  return std::visit([&](const auto& op) { return forward(m, op, c, a); }, *c.operation);
+}
+template <class M>
+bool run_backward_data(M& m, const Context& c, const Arguments& a) {
+  if (any_rows(a) || (a.accumulate && !std::holds_alternative<Linear>(*c.operation))) return false;
+  return std::visit([&](const auto& op) { return data(m, op, c, a); }, *c.operation);
+}
+template <class M>
+bool run_backward_weight(M& m, const Context& c, const Arguments& a) {
+  if (any_rows(a)) return false;
+  return std::visit([&](const auto& op) { return weight(m, op, c, a); }, *c.operation);
+}
+template <class M>
+bool run_forward_statistic(M& m, const Context& c, std::size_t k, const Arguments& a) {
+  if (any_rows(a)) return false;
+  if (const auto* n = std::get_if<Normalize>(c.operation)) return statistic(m, *n, c, a);
+  if (const auto* e = std::get_if<CrossEntropy>(c.operation)) return statistic(m, *e, k, a);
+  return false;
+}
+template <class M>
+bool run_backward_statistic(M& m, const Context& c, const Arguments& a) {
+  if (any_rows(a)) return false;
+  if (const auto* n = std::get_if<Normalize>(c.operation)) return backward_statistic(m, *n, c, a);
+  return false;
+}
+template <class M>
+bool run_attend_part(M& m, const Context& c, const Arguments& a) {
+  return attend_part(m, std::get<Attention>(*c.operation), a);
+}
+template <class M>
+bool run_attend_part_backward(M& m, const Context& c, const Arguments& a) {
+  return attend_backward(m, std::get<Attention>(*c.operation), a, true);
+}
+
+}  // namespace partita::cuda

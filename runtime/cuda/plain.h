@@ -1,0 +1,217 @@
+// runtime/cuda/plain.h: kernels of plain buffers over any machine (operators.h). False: the host's.
+#pragma once
+
+#include "runtime/cuda/operators.h"
+#include "runtime/execute/device.h"
+
+namespace partita::cuda {
+
+using execute::PlainCall;
+
+// nvcc is told -fmad=false: no product is fused into a sum, as on the host, so that equal inputs
+// give equal bits.
+
+/// As reference::clip_factor.
+PARTITA_BOTH double clip_factor(double clip, double square_sum) {
+  const double factor = clip / (sqrt(square_sum) + 1e-6);
+  return factor < 1 ? factor : 1;
+}
+
+template <class M>
+void add_values(M& m, const float* from, float* to, std::int64_t n) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) { to[i] += from[i]; });
+}
+template <class M>
+void divide_values(M& m, const float* from, float* to, std::int64_t n, float by) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) { to[i] = from[i] / by; });
+}
+/// By 1 / by[0], or by the factor that clips a norm of square by[0].
+template <class M>
+void scale_values(M& m, float* v, std::int64_t n, const float* by, double clip, bool clips) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) {
+        const float factor =
+            clips ? static_cast<float>(clip_factor(clip, static_cast<double>(by[0]))) : 1 / by[0];
+        v[i] *= factor;
+      });
+}
+
+/// Of all operands, in an order that does not depend on the machine: a partial sum a chunk, then
+/// one of those. `counts`: how many are not finite, as 0 or 1.
+template <class M>
+bool square_sum(M& m, const PlainCall& call, bool counts) {
+  constexpr std::int64_t kChunk = 4096;
+  std::int64_t chunks = 0;
+  for (const auto& o : call.reads) chunks += (o.elements + kChunk - 1) / kChunk;
+  auto* parts = reinterpret_cast<double*>(m.scratch(2 * chunks + 2));
+  chunks = 0;
+  for (const auto& o : call.reads) {
+    const float* v = o.values();
+    const std::int64_t n = o.elements, first = chunks, rows = (n + kChunk - 1) / kChunk;
+    m.rows(
+        rows, kChunk, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+          const std::int64_t end = (row + 1) * kChunk < n ? (row + 1) * kChunk : n;
+          double sum = 0;
+          for (std::int64_t i = row * kChunk + lanes.lane(); i < end; i += lanes.count()) {
+            const auto x = static_cast<double>(v[i]);
+            sum += counts ? (finite(x) ? 0.0 : 1.0) : x * x;
+          }
+          sum = lanes.sum(sum);
+          if (lanes.lane() == 0) parts[first + row] = sum;
+        });
+    chunks += rows;
+  }
+  float* to = call.writes[0].values();
+  m.rows(
+      1, chunks, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
+        double sum = 0;
+        for (std::int64_t i = lanes.lane(); i < chunks; i += lanes.count()) sum += parts[i];
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0) to[0] = counts ? (sum > 0 ? 1.0f : 0.0f) : static_cast<float>(sum);
+      });
+  return true;
+}
+
+template <class M>
+bool optimizer(M& m, const PlainCall& call) {
+  const std::int64_t n = call.writes[0].elements;
+  if (n == 0) return true;
+  const float* gradient = call.reads[0].values();
+  const bool dynamic = call.program->loss_scale.dynamic;
+  // Gradients that overflowed are not used; with a loss scale the updates are counted beside it.
+  const float* overflow =
+      dynamic && !call.statistics.empty() ? call.statistics[0].values() : nullptr;
+  const float* counted = call.statistics.empty() ? nullptr : call.statistics[1].values();
+  float *w = call.writes[0].values(), *first = call.outputs[0].values();
+  const Optimizer& o = call.program->optimizer;
+  if (o.kind == OptimizerKind::sgd) {
+    const auto rate = static_cast<float>(o.learning_rate),
+               momentum = static_cast<float>(o.momentum);
+    m.each(
+        n, PARTITA_KERNEL(std::int64_t k) {
+          if (overflow != nullptr && overflow[0] != 0) return;
+          first[k] = momentum * first[k] + gradient[k];
+          w[k] -= rate * first[k];
+        });
+    return true;
+  }
+  float* second = call.outputs[1].values();
+  const execute::AdamStep known = execute::adam_step(o, call.step);
+  const double beta1 = o.beta1, beta2 = o.beta2, learning_rate = o.learning_rate;
+  // Rate and scale, where only the device knows the number of updates.
+  float* corrected = m.scratch(2);
+  m.each(
+      1, PARTITA_KERNEL(std::int64_t) {
+        if (counted == nullptr) {
+          corrected[0] = known.rate;
+          corrected[1] = known.scale;
+          return;
+        }
+        const double t = static_cast<double>(counted[2]) + 1;
+        corrected[0] = static_cast<float>(learning_rate / (1 - pow(beta1, t)));
+        corrected[1] = static_cast<float>(1 / sqrt(1 - pow(beta2, t)));
+      });
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t k) {
+        if (overflow != nullptr && overflow[0] != 0) return;
+        const float g = gradient[k];
+        first[k] = known.beta1 * first[k] + (1 - known.beta1) * g;
+        second[k] = known.beta2 * second[k] + (1 - known.beta2) * g * g;
+        w[k] = w[k] * known.keep -
+               corrected[0] * first[k] / (sqrtf(second[k]) * corrected[1] + known.epsilon);
+      });
+  return true;
+}
+
+template <class M>
+bool cast_gradient(M& m, const PlainCall& call) {
+  const Compression& c = call.program->compression;
+  if (c.type != ElementType::bf16 && c.type != ElementType::fp16) return false;
+  const bool bf16 = c.type == ElementType::bf16, feedback = c.error_feedback;
+  if (call.instruction->kernel == Kernel::decompress) {
+    const auto* from = reinterpret_cast<const std::uint16_t*>(call.reads[0].data);
+    float* to = call.writes[0].values();
+    m.each(
+        call.writes[0].elements,
+        PARTITA_KERNEL(std::int64_t k) { to[k] = bf16 ? from_bf16(from[k]) : from_fp16(from[k]); });
+    return true;
+  }
+  const float* gradient = call.reads[0].values();
+  float* kept = call.outputs.empty() ? nullptr : call.outputs[0].values();
+  auto* to = reinterpret_cast<std::uint16_t*>(call.writes[0].data);
+  m.each(
+      call.reads[0].elements, PARTITA_KERNEL(std::int64_t k) {
+        const float v = kept != nullptr && feedback ? kept[k] + gradient[k] : gradient[k];
+        to[k] = bf16 ? to_bf16(v) : to_fp16(v);
+        if (kept != nullptr) kept[k] = v - (bf16 ? from_bf16(to[k]) : from_fp16(to[k]));
+      });
+  return true;
+}
+
+template <class M>
+bool run_plain(M& m, const PlainCall& call) {
+  const auto scale_all = [&](bool clips) {
+    const float* by = call.reads[0].values();
+    const double clip = call.program->optimizer.clip;
+    for (const auto& o : call.writes) scale_values(m, o.values(), o.elements, by, clip, clips);
+  };
+  switch (call.instruction->kernel) {
+    case Kernel::zero:
+      for (const auto& o : call.writes) fill_values(m, o.values(), o.elements, 0);
+      return true;
+    case Kernel::add: {
+      const std::int64_t n = call.writes[0].elements;
+      float* sum = call.writes[0].values();
+      copy_values(m, call.reads[0].values(), sum, n);
+      for (std::size_t r = 1; r < call.reads.size(); ++r)
+        add_values(m, call.reads[r].values(), sum, n);
+      return true;
+    }
+    case Kernel::optimizer:
+      return optimizer(m, call);
+    case Kernel::scale:
+      divide_values(m, call.reads[0].values(), call.writes[0].values(), call.writes[0].elements,
+                    static_cast<float>(call.program->mesh.size(call.instruction->atoms)));
+      return true;
+    case Kernel::square_sum:
+      return square_sum(m, call, false);
+    case Kernel::not_finite:
+      return square_sum(m, call, true);
+    case Kernel::unscale:
+      scale_all(false);
+      return true;
+    case Kernel::clip:
+      scale_all(true);
+      return true;
+    case Kernel::dequeue:
+    case Kernel::enqueue: {
+      const auto& queue = call.outputs[0];
+      const auto length = static_cast<std::int64_t>(queue.box->index[0].size());
+      const std::int64_t n = queue.elements / length;
+      float* at = queue.values() + n * (call.step % length);
+      if (call.instruction->kernel == Kernel::enqueue) {
+        copy_values(m, call.reads[0].values(), at, n);
+      } else {
+        copy_values(m, at, call.writes[0].values(), n);
+      }
+      return true;
+    }
+    case Kernel::compress:
+    case Kernel::decompress:
+      return call.program->compression.kind == CompressionKind::cast && cast_gradient(m, call);
+    case Kernel::loss_scale:
+    case Kernel::forward_statistic:
+    case Kernel::forward:
+    case Kernel::backward_statistic:
+    case Kernel::backward_data:
+    case Kernel::backward_weight:
+    case Kernel::initialise:
+    case Kernel::read:
+      return false;
+  }
+  return false;
+}
+
+}  // namespace partita::cuda

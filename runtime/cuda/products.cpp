@@ -1,0 +1,239 @@
+// Products by cuBLASLt, scratch memory and index lists of a stream.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "runtime/cuda/convolutions.h"
+#include "runtime/cuda/cuda_machine.h"
+
+namespace partita::cuda {
+namespace {
+
+/// What cuBLASLt describes by opaque handles, destroyed with it.
+struct Description {
+  cublasLtMatmulDesc_t product = nullptr;
+  cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;
+  cublasLtMatmulPreference_t preference = nullptr;
+  Description() = default;
+  Description(const Description&) = delete;
+  Description& operator=(const Description&) = delete;
+  ~Description() {
+    if (preference != nullptr) cublasLtMatmulPreferenceDestroy(preference);
+    for (const auto layout : {a, b, c}) {
+      if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
+    }
+    if (product != nullptr) cublasLtMatmulDescDestroy(product);
+  }
+};
+
+int alignment(const void* p) {
+  const auto at = reinterpret_cast<std::uintptr_t>(p);
+  int n = 256;
+  while (n > 4 && at % static_cast<std::uintptr_t>(n) != 0) n /= 2;
+  return n;
+}
+
+/// cuBLASLt's matrices lie column after column: ours is its transpose.
+cublasLtMatrixLayout_t layout_of(const Matrix& m, std::int64_t rows, std::int64_t columns,
+                                 std::int64_t batch) {
+  if (m.transposed) std::swap(rows, columns);
+  cublasLtMatrixLayout_t layout = nullptr;
+  check(cublasLtMatrixLayoutCreate(&layout, CUDA_R_32F, static_cast<std::uint64_t>(columns),
+                                   static_cast<std::uint64_t>(rows),
+                                   std::max<std::int64_t>(m.stride, columns)),
+        "a matrix's layout");
+  if (batch > 1) {
+    const auto count = static_cast<std::int32_t>(batch);
+    check(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                           sizeof count),
+          "a batch's size");
+    check(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                           &m.step, sizeof m.step),
+          "a batch's stride");
+  }
+  return layout;
+}
+
+std::string in_words(const Product& p) {
+  return fmt::format("product of {} x {} x {}, batch {}{}{}", p.m, p.n, p.k, p.batch,
+                     p.a.transposed ? ", a transposed" : "",
+                     p.b.transposed ? ", b transposed" : "");
+}
+
+}  // namespace
+
+DeviceBlock::DeviceBlock(std::size_t n) : bytes(n) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, n), fmt::format("{} bytes to work in", n));
+  at = static_cast<std::byte*>(p);
+}
+// The driver may be gone when a process ends.
+DeviceBlock::~DeviceBlock() { static_cast<void>(cudaFree(at)); }
+
+Libraries::Libraries(const ProductOptions& o) : options(o) {
+  check(cublasLtCreate(&blas), "its start");
+  convolutions = make_convolutions();
+}
+Libraries::~Libraries() {
+  convolutions.reset();
+  if (blas != nullptr) cublasLtDestroy(blas);
+}
+
+CudaMachine::CudaMachine(Libraries& libraries, cudaStream_t stream)
+    : libraries_(libraries), stream_(stream) {}
+
+std::byte* CudaMachine::workspace() {
+  if (!workspace_) workspace_ = std::make_unique<DeviceBlock>(kWorkspace);
+  return workspace_->at;
+}
+
+float* CudaMachine::scratch(std::int64_t floats) {
+  constexpr std::size_t kGrain = 256, kLeast = 4 << 20;
+  const std::size_t bytes =
+      (static_cast<std::size_t>(floats) * sizeof(float) + kGrain - 1) / kGrain * kGrain;
+  if (blocks_.empty() || used_ + bytes > blocks_.back()->bytes) {
+    // Blocks before this one stay until the operator ends.
+    blocks_.push_back(std::make_unique<DeviceBlock>(std::max(bytes, kLeast)));
+    used_ = 0;
+  }
+  auto* at = reinterpret_cast<float*>(blocks_.back()->at + used_);
+  used_ += bytes;
+  return at;
+}
+
+void CudaMachine::end() {
+  used_ = 0;
+  if (blocks_.size() < 2) return;
+  // One for all next time.
+  std::size_t bytes = 0;
+  for (const auto& b : blocks_) bytes += b->bytes;
+  check(cudaStreamSynchronize(stream_), "an operator that needed more memory");
+  blocks_.clear();
+  blocks_.push_back(std::make_unique<DeviceBlock>(bytes));
+}
+
+IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
+  const auto n = static_cast<std::int64_t>(indices.size());
+  if (n == 0) return {};
+  if (indices.back() - indices.front() == n - 1) return {nullptr, indices.front(), n};
+  auto& block = libraries_.lists[indices];
+  if (!block) {
+    const std::size_t bytes = indices.size() * sizeof(std::int64_t);
+    block = std::make_unique<DeviceBlock>(bytes);
+    check(cudaMemcpy(block->at, indices.data(), bytes, cudaMemcpyHostToDevice),
+          "a list of indices");
+  }
+  return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
+}
+
+bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, float* x, float* w,
+                           float* y, bool adds) {
+  return libraries_.convolutions && libraries_.convolutions->run(*this, shape, pass, x, w, y, adds);
+}
+
+void CudaMachine::product(const Product& p) {
+  if (p.m * p.n * p.batch == 0) return;
+  PARTITA_ASSERT(p.k > 0, in_words(p));
+  Description d;
+  const cublasComputeType_t type =
+      libraries_.options.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+  check(cublasLtMatmulDescCreate(&d.product, type, CUDA_R_32F), in_words(p));
+  // c' = b' a', each primed one the transpose that cuBLASLt sees.
+  const auto operation = [&](const Matrix& m, cublasLtMatmulDescAttributes_t attribute) {
+    const cublasOperation_t op = m.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    check(cublasLtMatmulDescSetAttribute(d.product, attribute, &op, sizeof op), in_words(p));
+  };
+  operation(p.b, CUBLASLT_MATMUL_DESC_TRANSA);
+  operation(p.a, CUBLASLT_MATMUL_DESC_TRANSB);
+  d.a = layout_of(p.b, p.k, p.n, p.batch);
+  d.b = layout_of(p.a, p.m, p.k, p.batch);
+  d.c = layout_of(p.c, p.m, p.n, p.batch);
+
+  const ProductKey key{p.m,
+                       p.n,
+                       p.k,
+                       p.batch,
+                       p.a.stride,
+                       p.b.stride,
+                       p.c.stride,
+                       p.a.step,
+                       p.b.step,
+                       p.c.step,
+                       p.a.transposed,
+                       p.b.transposed,
+                       p.beta != 0,
+                       alignment(p.a.at),
+                       alignment(p.b.at),
+                       alignment(p.c.at)};
+  const auto run = [&](const ProductChoice& choice, float* c) {
+    return cublasLtMatmul(libraries_.blas, d.product, &p.alpha, p.b.at, d.a, p.a.at, d.b, &p.beta,
+                          p.c.at, d.c, c, d.c, &choice.algorithm, workspace(), choice.workspace,
+                          stream_);
+  };
+  const auto known = libraries_.products.find(key);
+  if (known != libraries_.products.end()) {
+    check(run(known->second, p.c.at), in_words(p));
+    return;
+  }
+
+  check(cublasLtMatmulPreferenceCreate(&d.preference), in_words(p));
+  const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+    check(cublasLtMatmulPreferenceSetAttribute(d.preference, attribute, &value, sizeof value),
+          in_words(p));
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::size_t{kWorkspace});
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.b_alignment));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(key.a_alignment));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(key.c_alignment));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(key.c_alignment));
+  constexpr int kMost = 16;
+  cublasLtMatmulHeuristicResult_t found[kMost] = {};
+  int count = 0;
+  check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, d.product, d.a, d.b, d.c, d.c, d.preference,
+                                       std::clamp(libraries_.options.candidates, 1, kMost), found,
+                                       &count),
+        in_words(p));
+  std::vector<ProductChoice> choices;
+  for (int i = 0; i < count; ++i) {
+    if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
+    ProductChoice c;
+    c.algorithm = found[i].algo;
+    c.workspace = found[i].workspaceSize;
+    c.taken = i;
+    cublasLtMatmulAlgoConfigGetAttribute(&c.algorithm, CUBLASLT_ALGO_CONFIG_ID, &c.id, sizeof c.id,
+                                         nullptr);
+    choices.push_back(c);
+  }
+  if (choices.empty())
+    throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", in_words(p)));
+  // Timed where running it more than once changes nothing: c is not added to.
+  ProductChoice best = choices[0];
+  if (choices.size() > 1 && p.beta == 0) {
+    cudaEvent_t before = nullptr, after = nullptr;
+    check(cudaEventCreate(&before), "an event");
+    check(cudaEventCreate(&after), "an event");
+    float least = std::numeric_limits<float>::infinity();
+    for (const ProductChoice& c : choices) {
+      if (run(c, p.c.at) != CUBLAS_STATUS_SUCCESS) continue;
+      constexpr int kTimes = 3;
+      check(cudaEventRecord(before, stream_), "an event");
+      for (int t = 0; t < kTimes; ++t) check(run(c, p.c.at), in_words(p));
+      check(cudaEventRecord(after, stream_), "an event");
+      check(cudaEventSynchronize(after), in_words(p));
+      float ms = 0;
+      check(cudaEventElapsedTime(&ms, before, after), "an event's time");
+      if (ms >= least) continue;
+      least = ms;
+      best = c;
+      best.seconds = static_cast<double>(ms) * 1e-3 / kTimes;
+    }
+    check(cudaEventDestroy(before), "an event");
+    check(cudaEventDestroy(after), "an event");
+    best.candidates = static_cast<int>(choices.size());
+  }
+  libraries_.products.emplace(key, best);
+  check(run(best, p.c.at), in_words(p));
+}
+
+}  // namespace partita::cuda

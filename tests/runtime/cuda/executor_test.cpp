@@ -1,0 +1,247 @@
+// Plans on ranks whose devices do everything as GPUs do, but for the libraries: the CUDA kernels'
+// text, streams, links by NCCL's calls.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "runtime/reference/compare.h"
+#include "runtime/reference/serial.h"
+#include "tests/runtime/cpu/equal_reference.h"
+#include "tests/runtime/cuda/far_gpu.h"
+#include "tests/runtime/cuda/on_device.h"
+#include "tests/simulator/networks.h"
+#include "tests/simulator/reference_check.h"
+
+namespace partita::cuda {
+namespace {
+
+constexpr std::uint64_t kSeed = 7;
+
+execute::Options options_for(const Graph& graph, bool linked, std::uint64_t seed) {
+  execute::Options o;
+  o.steps = 3;
+  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
+                     std::int64_t index) {
+    return reference::input_value(graph, input, kSeed, step, sample, index);
+  };
+  o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
+    return reference::initial_value(graph.parameters[q], kSeed + replica, linear);
+  };
+  o.operator_seed = [](std::int32_t op) {
+    return reference::operator_seed(kSeed, OpId{static_cast<std::size_t>(op)});
+  };
+  auto hub = linked ? std::make_shared<FarHub>() : nullptr;
+  o.device = [hub, seed](int rank) {
+    return std::make_unique<FarGpu>(
+        execute::FarOptions{seed + static_cast<std::uint64_t>(rank), 20, false}, hub);
+  };
+  return o;
+}
+
+bool expect_good(const Graph& graph, const Plan& wanted, bool linked, std::uint64_t seed) {
+  auto plan = complete(graph, wanted);
+  if (!plan) return false;
+  const auto program = lower(graph, *plan);
+  if (!program) return false;
+  SCOPED_TRACE(::testing::Message()
+               << graph.name << (linked ? ", linked\n" : "\n") << to_yaml(*plan));
+  const auto results = execute::run_threads(*program, options_for(graph, linked, seed));
+  EXPECT_EQ(results[0].values.copies_differ, 0);
+  const auto exact = reference::options_for(graph, *program, 3, kSeed);
+  const auto serial = reference::train_serially(graph, *program, exact, 1);
+  expect_equal(
+      reference::compare(graph, results[0].values, serial,
+                         reference::tolerance_of_rounding(graph, *program, serial, exact)));
+  return true;
+}
+
+Plan single_precision(Plan p) {
+  set_precision(p, "fp32", "");
+  if (p.compression.kind == CompressionKind::top_k) p.compression.kind = CompressionKind::cast;
+  if (p.compression.kind == CompressionKind::one_bit)
+    p.compression.kind = CompressionKind::power_sgd;
+  return p;
+}
+
+struct OneFarGpu {
+  static execute::Device& device() {
+    static FarGpu gpu({2, 0, false}, nullptr);
+    return gpu;
+  }
+};
+/// What gpu_test does on a GPU.
+TEST(KernelOnDevice, EqualsTheReferences) {
+  std::mt19937_64 rng(19);
+  for (const reference::Problem& p : reference::problems(rng)) {
+    SCOPED_TRACE(p.label);
+    cpu::expect_same<KernelOnDevice<OneFarGpu>>(p, reference::whole_part(p), [](const auto&) {});
+  }
+  cpu::expect_parts_equal<KernelOnDevice<OneFarGpu>>();
+}
+
+TEST(CudaExecutor, OneRank) {
+  for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)})
+    EXPECT_TRUE(expect_good(g, single_precision(base_plan()), false, 2));
+}
+
+TEST(CudaExecutor, SpatialPiecesPadWhereTheyEnd) {
+  Plan p = single_precision(base_plan());
+  p.strategy = "spatial";
+  p.tp = 2;
+  p.micro_batch = 2;
+  EXPECT_TRUE(expect_good(cnn(true), p, false, 0));
+  EXPECT_TRUE(expect_good(cnn(true), p, true, 0));
+  p.dp = 3;
+  EXPECT_TRUE(expect_good(cnn(true), p, true, 1));
+}
+
+TEST(CudaExecutor, RandomPlans) {
+  std::mt19937 rng(20261127);
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
+  int run = 0;
+  for (int k = 0; k < 400 && run < 40; ++k) {
+    const Plan p = single_precision(random_plan(rng));
+    if (p.ranks() > 8) continue;
+    const bool network = rng() % 2 == 0;
+    const Graph g = network ? random_transformer(rng) : graphs[rng() % graphs.size()];
+    run += expect_good(g, p, rng() % 4 > 0, rng()) ? 1 : 0;
+    if (HasFailure()) return;
+  }
+  EXPECT_GE(run, 25);
+}
+
+/// A collective's values: member m's element k is 100 m + k, sums are exact.
+TEST(NcclSteps, DoWhatTheCollectiveSays) {
+  std::mt19937 rng(5);
+  for (int round = 0; round < 400; ++round) {
+    const auto kind = static_cast<CollectiveKind>(rng() % kCollectiveKinds);
+    const auto n = static_cast<std::size_t>(1 + rng() % 5);
+    const bool equal = rng() % 2 == 0;
+    SCOPED_TRACE(::testing::Message() << name(kind) << ", " << n << (equal ? " equal" : ""));
+    // sizes[a][b]: what a has for b.
+    std::vector<std::vector<std::int64_t>> sizes(n, std::vector<std::int64_t>(n));
+    std::vector<std::int64_t> chunks(n);
+    const auto size = static_cast<std::int64_t>(rng() % 4);
+    for (auto& c : chunks) c = equal ? size : static_cast<std::int64_t>(rng() % 4);
+    for (auto& row : sizes) {
+      for (auto& s : row) s = static_cast<std::int64_t>(rng() % 4);
+    }
+    const auto bounds_of = [](const std::vector<std::int64_t>& list) {
+      std::vector<std::int64_t> b{0};
+      for (const std::int64_t s : list) b.push_back(b.back() + s);
+      return b;
+    };
+    const bool exchange =
+        kind == CollectiveKind::all_to_all || kind == CollectiveKind::halo_exchange;
+    const bool one = kind == CollectiveKind::all_reduce || kind == CollectiveKind::broadcast ||
+                     kind == CollectiveKind::reduce;
+    std::vector<int> group(n);
+    std::vector<Brought> all(n);
+    std::vector<const Brought*> pointers;
+    for (std::size_t m = 0; m < n; ++m) {
+      group[m] = static_cast<int>(m);
+      CollectiveCall& c = all[m].call;
+      c.kind = kind;
+      c.group = &group;
+      c.me = static_cast<int>(m);
+      c.offsets = one ? std::vector<std::int64_t>{0, size} : bounds_of(chunks);
+      if (exchange) {
+        std::vector<std::int64_t> in;
+        for (std::size_t k = 0; k < n; ++k) in.push_back(sizes[k][m]);
+        c.offsets = bounds_of(in);
+        c.send_offsets = bounds_of(sizes[m]);
+      } else if (kind == CollectiveKind::shift) {
+        std::vector<std::int64_t> in(n, 0), out(n, 0);
+        in[m] = chunks[(m + n - 1) % n];
+        out[m] = chunks[m];
+        c.offsets = bounds_of(in);
+        c.send_offsets = bounds_of(out);
+      }
+      const auto fill = [&](std::vector<std::byte>& to, std::int64_t count, float base) {
+        to.resize(static_cast<std::size_t>(count) * 4);
+        for (std::int64_t k = 0; k < count; ++k)
+          reinterpret_cast<float*>(to.data())[k] = base + static_cast<float>(k);
+      };
+      fill(all[m].data, c.offsets.back(), 100 * static_cast<float>(m));
+      if (!c.send_offsets.empty())
+        fill(all[m].send, c.send_offsets.back(), 1000 + 100 * static_cast<float>(m));
+    }
+    for (const Brought& b : all) pointers.push_back(&b);
+    const float sum = 100 * static_cast<float>(n * (n - 1) / 2);
+    for (std::size_t me = 0; me < n; ++me) {
+      const auto bytes = after_steps(pointers, me);
+      const auto* got = reinterpret_cast<const float*>(bytes.data());
+      const CollectiveCall& c = all[me].call;
+      const auto total = [&](std::int64_t k) {
+        return sum + static_cast<float>(n) * static_cast<float>(k);
+      };
+      const auto of = [](std::size_t m, std::int64_t k) {
+        return 100 * static_cast<float>(m) + static_cast<float>(k);
+      };
+      const auto chunk = [&](std::size_t m, auto value) {
+        for (std::int64_t k = c.offsets[m]; k < c.offsets[m + 1]; ++k)
+          EXPECT_EQ(got[k], value(k)) << "member " << me << ", chunk " << m;
+      };
+      switch (kind) {
+        case CollectiveKind::all_reduce:
+          chunk(0, total);
+          break;
+        case CollectiveKind::broadcast:
+          chunk(0, [&](std::int64_t k) { return of(0, k); });
+          break;
+        case CollectiveKind::reduce:
+          if (me == 0) chunk(0, total);
+          break;
+        case CollectiveKind::reduce_scatter:
+          chunk(me, total);
+          break;
+        case CollectiveKind::scatter:
+          chunk(me, [&](std::int64_t k) { return of(0, k); });
+          break;
+        case CollectiveKind::all_gather:
+        case CollectiveKind::gather:
+          for (std::size_t m = 0; m < n && (me == 0 || kind == CollectiveKind::all_gather); ++m)
+            chunk(m, [&](std::int64_t k) { return of(m, k); });
+          break;
+        case CollectiveKind::all_to_all:
+        case CollectiveKind::halo_exchange:
+          for (std::size_t m = 0; m < n; ++m) {
+            if (m == me) continue;
+            const std::int64_t first = all[m].call.send_offsets[me];
+            chunk(m, [&](std::int64_t k) { return 1000 + of(m, first + k - c.offsets[m]); });
+          }
+          break;
+        case CollectiveKind::shift:
+          chunk(me, [&](std::int64_t k) { return 1000 + of((me + n - 1) % n, k); });
+          break;
+      }
+    }
+  }
+}
+
+TEST(Channels, AreThoseOfEveryRanksCalls) {
+  Plan p = single_precision(base_plan());
+  p.tp = 2;
+  p.pp = 2;
+  p.dp = 2;
+  p.global_batch = 8;
+  const Program program = lowered(gpt(), p);
+  const auto channels = execute::channels_of(program);
+  std::set<std::vector<int>> groups;
+  for (const auto& c : channels) groups.insert(c.group);
+  // Ranks count tensor parallel first, then data parallel, then stages.
+  for (const std::vector<int>& g : {std::vector<int>{0, 1}, {2, 3}, {0, 2}, {4, 6}, {0, 4}, {3, 7}})
+    EXPECT_EQ(groups.count(g), 1u) << g[0] << " and " << g[1];
+  EXPECT_TRUE(std::is_sorted(channels.begin(), channels.end()));
+  // Each message has a channel of its own, the same on both sides.
+  Instruction message;
+  message.kind = Kind::send;
+  message.index = 3;
+  const auto channel = execute::channel_of(message, 0, 4);
+  message.kind = Kind::receive;
+  EXPECT_EQ(execute::channel_of(message, 4, 0), channel);
+  EXPECT_EQ(channel, (execute::Channel{{0, 4}, 259}));
+}
+
+}  // namespace
+}  // namespace partita::cuda

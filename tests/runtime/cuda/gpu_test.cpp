@@ -1,0 +1,150 @@
+// On a GPU: kernels against the reference's, plans against their reference semantics. Without one
+// every test is skipped and says why.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "runtime/cuda/device.h"
+#include "runtime/reference/compare.h"
+#include "runtime/reference/serial.h"
+#include "tests/runtime/cpu/equal_reference.h"
+#include "tests/runtime/cuda/on_device.h"
+#include "tests/runtime/execute/far_device.h"
+#include "tests/simulator/networks.h"
+#include "tests/simulator/reference_check.h"
+
+namespace partita::cuda {
+namespace {
+
+#define NEEDS_GPU()                        \
+  do {                                     \
+    const std::string why = absent();      \
+    if (!why.empty()) GTEST_SKIP() << why; \
+  } while (false)
+
+struct OneGpu {
+  static execute::Device& device() {
+    static const auto gpu = cuda_device({});
+    return *gpu;
+  }
+};
+using GpuKernel = KernelOnDevice<OneGpu>;
+
+TEST(Gpu, WithoutOneTheReasonIsSaid) {
+  if (absent().empty()) GTEST_SKIP() << "there is one";
+  EXPECT_NE(absent().find("--backend cpu"), std::string::npos) << absent();
+  EXPECT_EQ(device_count(), 0);
+  EXPECT_THROW(cuda_device({}), MachineError);
+  // Versions are known all the same.
+  EXPECT_NE(facts(-1).runtime, "");
+}
+
+TEST(Gpu, KernelsEqualTheReferences) {
+  NEEDS_GPU();
+  std::mt19937_64 rng(19);
+  for (int round = 0; round < 4; ++round) {
+    for (const reference::Problem& p : reference::problems(rng)) {
+      SCOPED_TRACE(::testing::Message() << p.label << ", round " << round);
+      try {
+        cpu::expect_same<GpuKernel>(p, reference::whole_part(p), [](const GpuKernel&) {});
+      } catch (const std::exception& e) {
+        ADD_FAILURE() << e.what();
+        return;  // a GPU that has failed computes nothing more
+      }
+    }
+  }
+  for (const auto& [kernel, calls] : OneGpu::device().fallbacks())
+    std::printf("of the host: %s, %ld calls\n", kernel.c_str(), static_cast<long>(calls));
+}
+
+TEST(Gpu, PartsOfARingEqualTheReferences) {
+  NEEDS_GPU();
+  cpu::expect_parts_equal<GpuKernel>();
+}
+
+TEST(Gpu, MovesRuns) {
+  NEEDS_GPU();
+  execute::Device& gpu = OneGpu::device();
+  const auto host = execute::host_device();
+  std::mt19937 rng(6);
+  for (int round = 0; round < 50; ++round) {
+    const std::int64_t word = round % 2 == 0 ? 2 : 4;
+    std::vector<execute::Run> runs;
+    std::int64_t end = 0, words = 0;
+    for (auto k = rng() % 5; k > 0; --k) {
+      runs.push_back(
+          {end + static_cast<std::int64_t>(rng() % 7), 1 + static_cast<std::int64_t>(rng() % 9)});
+      end = runs.back().offset + runs.back().count;
+      words += runs.back().count;
+    }
+    const execute::RunList list(runs);
+    std::vector<std::byte> whole(static_cast<std::size_t>(end * word) + 8),
+        packed(static_cast<std::size_t>(words * word) + 8), from_gpu(packed.size());
+    for (auto& b : whole) b = static_cast<std::byte>(rng());
+    host->pack(list, word, whole.data(), packed.data());
+    std::byte *a = gpu.allocate(std::ssize(whole)), *b = gpu.allocate(std::ssize(packed));
+    gpu.to_device(a, whole.data(), std::ssize(whole));
+    gpu.pack(list, word, a, b);
+    gpu.to_host(from_gpu.data(), b, words * word);
+    EXPECT_TRUE(std::equal(packed.begin(), packed.begin() + words * word, from_gpu.begin()));
+    gpu.finish();
+    gpu.release(a);
+    gpu.release(b);
+  }
+}
+
+/// Plans on one rank, and several ranks of this process on one GPU whose messages pass through the
+/// host.
+void expect_trains(const Graph& graph, const Plan& wanted) {
+  auto plan = complete(graph, wanted);
+  if (!plan) return;
+  const auto program = lower(graph, *plan);
+  if (!program) return;
+  SCOPED_TRACE(graph.name + "\n" + to_yaml(*plan));
+  execute::Options o;
+  o.steps = 3;
+  o.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
+    return reference::input_value(graph, input, 7, step, sample, index);
+  };
+  o.initial = [&](std::size_t replica, std::size_t q, std::int64_t linear) {
+    return reference::initial_value(graph.parameters[q], 7 + replica, linear);
+  };
+  o.operator_seed = [](std::int32_t op) {
+    return reference::operator_seed(7, OpId{static_cast<std::size_t>(op)});
+  };
+  o.device = [](int) { return cuda_device({}); };
+  try {
+    execute::ThreadOptions threads;
+    threads.timeout_s = 60;
+    const auto results = execute::run_threads(*program, o, threads);
+    const auto exact = reference::options_for(graph, *program, 3, 7);
+    const auto serial = reference::train_serially(graph, *program, exact, 1);
+    expect_equal(
+        reference::compare(graph, results[0].values, serial,
+                           reference::tolerance_of_rounding(graph, *program, serial, exact)));
+  } catch (const std::exception& e) {
+    ADD_FAILURE() << e.what();
+  }
+}
+
+TEST(Gpu, TrainsOnOneRank) {
+  NEEDS_GPU();
+  Plan p = base_plan();
+  set_precision(p, "fp32", "");
+  for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)}) expect_trains(g, p);
+}
+
+TEST(Gpu, TrainsOnSeveralRanksThroughTheHost) {
+  NEEDS_GPU();
+  std::mt19937 rng(8);
+  for (int k = 0; k < 40; ++k) {
+    Plan p = random_plan(rng);
+    if (p.ranks() > 4 || p.compression.kind != CompressionKind::none) continue;
+    set_precision(p, "fp32", "");
+    expect_trains(k % 2 == 0 ? gpt() : llama(), p);
+    if (HasFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace partita::cuda

@@ -1,0 +1,145 @@
+// tests/runtime/cuda/host_machine.h: the CUDA kernels' text run on the host, one element after the
+// other.
+#pragma once
+
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <vector>
+
+#include "runtime/cuda/plain.h"
+
+namespace partita::cuda {
+
+class HostMachine {
+ public:
+  template <class F>
+  void each(std::int64_t n, F f) {
+    for (std::int64_t i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  void rows(std::int64_t n, std::int64_t, F f) {
+    for (std::int64_t i = 0; i < n; ++i) f(i, Lanes{});
+  }
+  void product(const Product& p) {
+    const auto element = [](const Matrix& m, std::int64_t b, std::int64_t i, std::int64_t j) {
+      return static_cast<double>(
+          m.at[b * m.step + (m.transposed ? j * m.stride + i : i * m.stride + j)]);
+    };
+    for (std::int64_t b = 0; b < p.batch; ++b) {
+      for (std::int64_t i = 0; i < p.m; ++i) {
+        for (std::int64_t j = 0; j < p.n; ++j) {
+          double sum = 0;
+          for (std::int64_t k = 0; k < p.k; ++k)
+            sum += element(p.a, b, i, k) * element(p.b, b, k, j);
+          float& to = p.c.at[b * p.c.step + i * p.c.stride + j];
+          const auto v = static_cast<float>(static_cast<double>(p.alpha) * sum);
+          to = p.beta == 0 ? v : v + p.beta * to;
+        }
+      }
+    }
+  }
+  /// What nobody wrote is no number.
+  float* scratch(std::int64_t floats) {
+    return scratch_
+        .emplace_back(static_cast<std::size_t>(floats) + 2, std::numeric_limits<float>::quiet_NaN())
+        .data();
+  }
+  /// Few: sometimes a query's at a time.
+  std::int64_t scores() { return ++asked_ % 40; }
+  IndexList list(const cpu::Indices& indices) {
+    const auto n = static_cast<std::int64_t>(indices.size());
+    // Both forms where both are right.
+    if (n > 0 && indices.back() - indices.front() == n - 1 && ++lists_ % 2 == 0)
+      return {nullptr, indices.front(), n};
+    return {indices.data(), 0, n};
+  }
+  bool convolve(const ConvolutionShape& s, ConvolutionPass pass, float* x, float* w, float* y,
+                bool adds) {
+    const std::int64_t in = s.in / s.groups, out = s.out / s.groups;
+    const auto zero = [](float* p, std::int64_t n) { std::fill_n(p, n, 0.0f); };
+    if (pass == ConvolutionPass::forward) zero(y, s.samples * s.out * s.out_height * s.out_width);
+    if (pass == ConvolutionPass::data) zero(x, s.samples * s.in * s.height * s.width);
+    if (pass == ConvolutionPass::weight && !adds)
+      zero(w, s.out * in * s.window_height * s.window_width);
+    for (std::int64_t n = 0; n < s.samples; ++n) {
+      for (std::int64_t o = 0; o < s.out; ++o) {
+        for (std::int64_t e = 0; e < s.out_height * s.out_width; ++e) {
+          float& to = y[(n * s.out + o) * s.out_height * s.out_width + e];
+          for (std::int64_t k = 0; k < in * s.window_height * s.window_width; ++k) {
+            const std::int64_t row = e / s.out_width * s.stride_height - s.pad_height +
+                                     k / s.window_width % s.window_height * s.dilation_height,
+                               column = e % s.out_width * s.stride_width - s.pad_width +
+                                        k % s.window_width * s.dilation_width,
+                               plane =
+                                   n * s.in + o / out * in + k / (s.window_height * s.window_width);
+            if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+            float& from = x[(plane * s.height + row) * s.width + column];
+            float& by = w[o * in * s.window_height * s.window_width + k];
+            if (pass == ConvolutionPass::forward) to += from * by;
+            if (pass == ConvolutionPass::data) from += to * by;
+            if (pass == ConvolutionPass::weight) by += to * from;
+          }
+        }
+      }
+    }
+    return true;
+  }
+  void end() { scratch_.clear(); }
+
+ private:
+  std::deque<std::vector<float>> scratch_;
+  int lists_ = 0;
+  static inline std::int64_t asked_ = 0;
+};
+
+/// The contract of cpu::Kernel, by the CUDA kernels' text.
+class KernelOnHostMachine {
+ public:
+  explicit KernelOnHostMachine(const reference::Context& context)
+      : context_(context), cpu_(context) {}
+  void set_step(std::int64_t step, std::int64_t first_sample) {
+    context_.step = step;
+    context_.first_sample = first_sample;
+    cpu_.set_step(step, first_sample);
+  }
+  void forward_statistic(std::size_t k, const cpu::Arguments& a) {
+    run(run_forward_statistic(m_, context_, k, a), [&] { cpu_.forward_statistic(k, a); });
+  }
+  void forward(const cpu::Arguments& a) {
+    run(run_forward(m_, context_, a), [&] { cpu_.forward(a); });
+  }
+  void backward_statistic(std::size_t k, const cpu::Arguments& a) {
+    run(run_backward_statistic(m_, context_, a), [&] { cpu_.backward_statistic(k, a); });
+  }
+  void backward_data(const cpu::Arguments& a) {
+    run(run_backward_data(m_, context_, a), [&] { cpu_.backward_data(a); });
+  }
+  void backward_weight(const cpu::Arguments& a) {
+    run(run_backward_weight(m_, context_, a), [&] { cpu_.backward_weight(a); });
+  }
+  void attend_part(const cpu::Arguments& a) {
+    run(run_attend_part(m_, context_, a), [&] { cpu_.attend_part(a); });
+  }
+  void attend_part_backward(const cpu::Arguments& a) {
+    run(run_attend_part_backward(m_, context_, a), [&] { cpu_.attend_part_backward(a); });
+  }
+  std::vector<cpu::RoutedResult> routed;
+  int own = 0, others = 0;  ///< calls of kernels here, and of the host's
+
+ private:
+  template <class F>
+  void run(bool done, F otherwise) {
+    ++(done ? own : others);
+    m_.end();
+    if (done) return;
+    cpu_.routed.clear();
+    otherwise();
+    routed = std::move(cpu_.routed);
+  }
+  HostMachine m_;
+  reference::Context context_;
+  cpu::Kernel cpu_;
+};
+
+}  // namespace partita::cuda

@@ -1,0 +1,91 @@
+// The CUDA kernels' text, run on the host, against the reference's kernels.
+#include <fmt/format.h>
+
+#include <random>
+#include <set>
+
+#include "runtime/reference/interpreter.h"
+#include "runtime/transport/narrow.h"
+#include "tests/runtime/cpu/equal_reference.h"
+#include "tests/runtime/cuda/host_machine.h"
+
+namespace partita::cuda {
+namespace {
+
+TEST(CudaKernels, EqualTheReferencesOnWholeProblems) {
+  std::mt19937_64 rng(18);
+  std::set<std::string> own, others;
+  for (int round = 0; round < 12; ++round) {
+    for (const reference::Problem& p : reference::problems(rng)) {
+      SCOPED_TRACE(::testing::Message() << p.label << ", round " << round);
+      cpu::expect_same<KernelOnHostMachine>(
+          p, reference::whole_part(p), [&](const KernelOnHostMachine& k) {
+            (k.others == 0 ? own : others).insert(std::string(kind_name(p.operation)));
+          });
+      if (HasFatalFailure()) return;
+    }
+  }
+  // Rows of experts, and local response normalisation among the norms, are the host's.
+  std::set<std::string> never;
+  for (const std::string& kind : others) {
+    if (own.count(kind) == 0) never.insert(kind);
+  }
+  EXPECT_EQ(never, (std::set<std::string>{"combine", "dispatch", "grouped_product"}));
+}
+
+TEST(CudaKernels, PartsOfARingEqualTheReferences) {
+  cpu::expect_parts_equal<KernelOnHostMachine>();
+}
+
+TEST(CudaNumbers, RandomBitsAreTheReferences) {
+  std::mt19937_64 rng(3);
+  for (int k = 0; k < 1000; ++k) {
+    const std::uint64_t s = rng(), a = rng(), b = rng();
+    EXPECT_EQ(random_bits(s, a, b), reference::random_bits(s, a, b));
+    EXPECT_EQ(uniform(s, a, b), reference::uniform(s, a, b));
+  }
+}
+
+TEST(CudaNumbers, SixteenBitsRoundAsOnTheHost) {
+  std::mt19937 rng(4);
+  std::vector<float> values{0.0f,     -0.0f,      INFINITY,    -INFINITY,  65504.0f,
+                            65519.9f, 65520.0f,   1e30f,       0x1p-14f,   0x1p-24f,
+                            0x1p-25f, 0x1.8p-25f, 1 + 0x1p-8f, 1 + 0x3p-8f};
+  for (int k = 0; k < 200000; ++k) values.push_back(float_of(static_cast<std::uint32_t>(rng())));
+  for (const float v : values) {
+    std::uint16_t bf16 = 0, fp16 = 0;
+    narrow(ElementType::bf16, &v, reinterpret_cast<std::byte*>(&bf16), 1);
+    narrow(ElementType::fp16, &v, reinterpret_cast<std::byte*>(&fp16), 1);
+    if (std::isnan(v)) {
+      EXPECT_TRUE(std::isnan(from_bf16(to_bf16(v))));
+      EXPECT_TRUE(std::isnan(from_fp16(to_fp16(v))));
+      continue;
+    }
+    ASSERT_EQ(to_bf16(v), bf16) << v;
+    ASSERT_EQ(to_fp16(v), fp16) << v;
+    float wide = 0;
+    widen(ElementType::fp16, reinterpret_cast<const std::byte*>(&fp16), &wide, 1);
+    ASSERT_EQ(from_fp16(fp16), wide) << v;
+    widen(ElementType::bf16, reinterpret_cast<const std::byte*>(&bf16), &wide, 1);
+    ASSERT_EQ(from_bf16(bf16), wide) << v;
+  }
+}
+
+TEST(CudaNumbers, PositionsAreFoundInBothFormsOfAList) {
+  const std::vector<std::int64_t> dense{3, 4, 5}, gaps{3, 5, 9};
+  for (const IndexList list : {IndexList{nullptr, 3, 3}, IndexList{dense.data(), 0, 3}}) {
+    for (const auto& [global, below, find] :
+         {std::tuple{2, 0, -1}, {3, 0, 0}, {5, 2, 2}, {6, 3, -1}}) {
+      EXPECT_EQ(list.below(global), below);
+      EXPECT_EQ(list.find(global), find);
+    }
+  }
+  const IndexList list{gaps.data(), 0, 3};
+  EXPECT_EQ(list.find(5), 1);
+  EXPECT_EQ(list.find(4), -1);
+  EXPECT_EQ(list.below(9), 2);
+  EXPECT_EQ(list.at(2), 9);
+}
+
+}  // namespace
+}  // namespace partita::cuda

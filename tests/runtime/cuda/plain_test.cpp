@@ -1,0 +1,173 @@
+// Kernels of plain buffers: the CUDA text, run on the host, and the host's give equal bits.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <deque>
+#include <random>
+
+#include "tests/runtime/cuda/host_machine.h"
+
+namespace partita::cuda {
+namespace {
+
+using execute::Box;
+
+/// One call and its buffers, twice.
+struct Case {
+  Program program;
+  Instruction instruction;
+  std::int64_t step = 0;
+  std::deque<Box> boxes;
+  std::deque<std::vector<float>> reads, outputs, statistics, writes;
+
+  PlainCall call() {
+    PlainCall c;
+    c.program = &program;
+    c.instruction = &instruction;
+    c.step = step;
+    const auto fill = [&](std::vector<PlainCall::Operand>& to,
+                          std::deque<std::vector<float>>& from) {
+      for (auto& v : from) {
+        const auto n = std::ssize(v);
+        boxes.push_back({{std::vector<std::int64_t>(3)}, false, {}, true});
+        to.push_back({reinterpret_cast<std::byte*>(v.data()), n, 4 * n, &boxes.back(), false});
+      }
+    };
+    fill(c.reads, reads);
+    fill(c.outputs, outputs);
+    fill(c.statistics, statistics);
+    fill(c.writes, writes);
+    return c;
+  }
+};
+
+/// `ulps`: of what is a sum in another order.
+void expect_equal_bits(const Case& start, const std::string& what, int ulps = 0) {
+  Case host = start, ours = start;
+  execute::plain_on_host(host.call());
+  HostMachine m;
+  ASSERT_TRUE(run_plain(m, ours.call())) << what;
+  for (const auto list : {&Case::reads, &Case::outputs, &Case::writes}) {
+    for (std::size_t b = 0; b < (host.*list).size(); ++b) {
+      for (std::size_t k = 0; k < (host.*list)[b].size(); ++k) {
+        const float want = (host.*list)[b][k], got = (ours.*list)[b][k];
+        if (bits_of(want) == bits_of(got)) continue;
+        ASSERT_NEAR(want, got, static_cast<float>(ulps) * 0x1p-23f * std::abs(want))
+            << what << ", buffer " << b << ", element " << k;
+        ASSERT_GT(ulps, 0) << what;
+      }
+    }
+  }
+}
+
+class PlainKernels : public ::testing::Test {
+ protected:
+  std::vector<float> values(std::size_t n) {
+    std::vector<float> v(n);
+    for (float& x : v) x = std::normal_distribution<float>()(rng_);
+    return v;
+  }
+  Case of(Kernel k) {
+    Case c;
+    c.instruction.kind = Kind::compute;
+    c.instruction.kernel = k;
+    return c;
+  }
+  std::mt19937 rng_{11};
+};
+
+TEST_F(PlainKernels, OptimizersUpdateAlike) {
+  for (int round = 0; round < 40; ++round) {
+    Case c = of(Kernel::optimizer);
+    Optimizer& o = c.program.optimizer;
+    o.kind = round % 2 == 0 ? OptimizerKind::sgd : OptimizerKind::adam;
+    o.weight_decay = round % 3 == 0 ? 0.01 : 0;
+    c.step = round % 7;
+    const std::size_t n = rng_() % 50;
+    c.reads = {values(n)};
+    c.outputs = {values(n)};
+    c.writes = {values(n)};
+    if (o.kind == OptimizerKind::adam) {
+      c.outputs.push_back(values(n));
+      for (float& v : c.outputs[1]) v = std::abs(v);
+    }
+    if (round % 4 > 1) {
+      // An overflow, or none, and how many updates there were.
+      c.program.loss_scale = {256, round % 8 > 3, 1};
+      c.statistics = {{round % 5 == 0 ? 1.0f : 0.0f}, {256, 1, static_cast<float>(round % 6)}};
+    }
+    expect_equal_bits(c, "round " + std::to_string(round));
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST_F(PlainKernels, SumsAndScalesAlike) {
+  for (int round = 0; round < 30; ++round) {
+    const std::size_t n = round % 3 == 0 ? 5000 + rng_() % 5000 : rng_() % 40;
+    Case add = of(Kernel::add);
+    add.reads = {values(n), values(n), values(n)};
+    add.writes = {values(n)};
+    expect_equal_bits(add, "add");
+    Case zero = of(Kernel::zero);
+    zero.writes = {values(n), values(3)};
+    expect_equal_bits(zero, "zero");
+    Case scale = of(Kernel::scale);
+    scale.program.mesh.atoms = {{"a", 3}};
+    scale.instruction.atoms = 1;
+    scale.reads = {values(n)};
+    scale.writes = {values(n)};
+    expect_equal_bits(scale, "scale");
+    Case unscale = of(Kernel::unscale);
+    unscale.reads = {{256}};
+    unscale.writes = {values(n), values(7)};
+    expect_equal_bits(unscale, "unscale");
+    Case clip = of(Kernel::clip);
+    clip.program.optimizer.clip = 0.5;
+    clip.reads = {{round % 2 == 0 ? 0.01f : 9.0f}};
+    clip.writes = {values(n), values(7)};
+    expect_equal_bits(clip, "clip");
+    Case square = of(Kernel::square_sum);
+    square.reads = {values(n), values(1), values(4096), values(4097)};
+    square.writes = {{0}};
+    expect_equal_bits(square, "square sum", 1);
+    Case finite = of(Kernel::not_finite);
+    finite.reads = {values(n), values(4100)};
+    if (round % 3 > 0) finite.reads[1][rng_() % 4100] = round % 3 == 1 ? INFINITY : NAN;
+    finite.writes = {{5}};
+    expect_equal_bits(finite, "not finite");
+    for (const Kernel k : {Kernel::enqueue, Kernel::dequeue}) {
+      Case queue = of(k);
+      queue.step = round;
+      queue.outputs = {values(3 * n)};
+      (k == Kernel::enqueue ? queue.reads : queue.writes) = {values(n)};
+      if (n > 0) expect_equal_bits(queue, std::string(name(k)));
+    }
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST_F(PlainKernels, GradientsAreCastAlike) {
+  for (int round = 0; round < 24; ++round) {
+    const std::size_t n = 2 * (1 + rng_() % 40);
+    Case c = of(round % 2 == 0 ? Kernel::compress : Kernel::decompress);
+    c.program.compression.kind = CompressionKind::cast;
+    c.program.compression.type = round % 4 < 2 ? ElementType::bf16 : ElementType::fp16;
+    c.program.compression.error_feedback = round % 3 == 0;
+    if (c.instruction.kernel == Kernel::compress) {
+      c.reads = {values(n)};
+      if (round % 8 < 4) c.outputs = {values(n)};
+      c.writes = {values(n / 2)};
+    } else {
+      c.reads = {values(n / 2)};
+      // Numbers of 16 bits.
+      for (float& v : c.reads[0])
+        v = float_of(0x3c003c00u + static_cast<std::uint32_t>(rng_() % 256));
+      c.writes = {values(n)};
+    }
+    expect_equal_bits(c, "round " + std::to_string(round));
+    if (HasFatalFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace partita::cuda

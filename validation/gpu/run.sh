@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# All that a machine with a GPU can show, in one go and under 8 minutes: each part for itself, so that one that fails costs
+# no other. Writes into OUT as it goes; the last line counts what failed.
+#
+#   validation/gpu/run.sh [OUT]        default: gpu-results
+#
+# PARTITA, GPU_TEST: the programs (default: in build/dev, then build/release).
+set -uo pipefail
+# In the sources, or in the bundle's folder.
+here=$(cd "$(dirname "$0")" && pwd)
+if [ -x "$here/bin/partita" ]; then
+  cd "$here"
+  export PARTITA_DATA=$here/data
+else
+  cd "$here/../.."
+fi
+out=${1:-gpu-results}
+mkdir -p "$out"
+first() { for p in "$@"; do [ -x "$p" ] && { echo "$p"; return; }; done; }
+partita=${PARTITA:-$(first build/dev/partita build/release/partita ./bin/partita)}
+gpu_test=${GPU_TEST:-$(first build/dev/tests/runtime/gpu_test ./bin/gpu_test)}
+# Wheels keep the libraries in folders of their own.
+wheels=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null || true)
+if [ -n "$wheels" ]; then
+  for d in "$wheels"/*/lib; do LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$d; done
+  export LD_LIBRARY_PATH
+fi
+failed=()
+began=$(date +%s)
+part() {  # name, most seconds, command...
+  local name=$1 most=$2
+  shift 2
+  local start=$(date +%s)
+  # What it says is kept, also of one that hangs or dies.
+  timeout --kill-after=10 "$most" "$@" >"$out/$name.txt" 2>&1
+  local code=$?
+  # A test that was skipped has shown nothing.
+  [ $code -eq 0 ] && grep -q '^\[  SKIPPED \]' "$out/$name.txt" && code=skipped
+  local took=$(($(date +%s) - start))
+  printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(tail -1 "$out/$name.txt" | cut -c1-200)")" | tee -a "$out/summary.txt"
+  [ "$code" = 0 ] || failed+=("$name")
+}
+: >"$out/summary.txt"
+{ date -u; git rev-parse HEAD 2>/dev/null; uname -r; ldd "$partita" | grep -iE 'cuda|cublas|cudnn|nccl'; } >"$out/about.txt" 2>&1
+part nvidia-smi 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.total,memory.used --format=csv
+part kernels 60 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.Kernels*:Gpu.Parts*:Gpu.Moves*'
+part one-rank 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRank'
+part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
+part mnist 30 "$partita" run mnist-linear --backend cuda --steps 20 --json
+small=(--layers 2 --seq 64 --vocabulary 256 --micro-batch 2 --global-batch 4 --steps 3 --backend cuda --json)
+part gpt2 40 "$partita" run gpt2 "${small[@]}"
+share=(--share-gpu --ranks 2 --transport tcp --timeout 60)
+part nccl-dp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2
+part nccl-tp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --tp 2
+part nccl-pp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --pp 2
+part nccl-zero3 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2 --zero 3
+if command -v compute-sanitizer >/dev/null; then
+  part memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check
+  part racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check
+fi
+echo "$(($(date +%s) - began)) s, ${#failed[@]} failed: ${failed[*]:-none}" | tee -a "$out/summary.txt"
+[ ${#failed[@]} -eq 0 ]
