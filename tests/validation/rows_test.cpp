@@ -1323,7 +1323,7 @@ TEST(FitRows, APredictionRestsOnTheEntryOfItsDeviceAndFramework) {
   EXPECT_EQ(entry->key.cluster, "dgx-h100");
   Communication communication(t);
   communication.set_adjustment(adjustment_of(*entry));
-  auto p = predict(g, c.plan, communication);
+  auto p = predict(g, c.plan, communication, nullptr, nullptr, false, nullptr, Network::beside);
   ASSERT_TRUE(p);
   const std::size_t terms = p->rests_on.size();
   rest_on_fit(*p, entry, g, t);
@@ -1346,7 +1346,7 @@ TEST(FitRows, APredictionRestsOnTheEntryOfItsDeviceAndFramework) {
   EXPECT_LT(p->interval->first, p->step_time);
 
   EXPECT_EQ(profile.find(t, "pytorch-ddp"), nullptr);
-  auto plain = predict(g, c.plan, communication);
+  auto plain = predict(g, c.plan, communication, nullptr, nullptr, false, nullptr, Network::beside);
   rest_on_fit(*plain, nullptr, g, t);
   EXPECT_EQ(plain->rests_on.back().term,
             "no fit of h100-sxm with megatron-core: prices of the catalogue");
