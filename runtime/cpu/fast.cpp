@@ -7,6 +7,8 @@
 #include <limits>
 #include <unsupported/Eigen/SpecialFunctions>
 
+#include "runtime/cpu/normalisation.h"
+
 namespace partita::cpu {
 namespace {
 
@@ -170,47 +172,10 @@ bool weight(const PositionEmbedding&, const Context&, const Arguments& a, Kept&)
 
 // --------------------------------------------------------------------------------- normalisation
 
-/// Groups of elements that share a statistic, as runs in memory: layer and RMS norm have one run a
-/// group, batch norm one run per sample and channel.
-struct Runs {
-  Index groups = 0, repeats = 0, length = 0;
-  double members = 1;  ///< of a group, over all ranks that reduce it
-  Index width = 1;
-  bool batch = false;
+struct Runs : NormalisedRuns {
   /// Offset of repeat r of group g.
   Index at(Index g, Index r) const { return (batch ? r * groups + g : g) * length; }
 };
-
-/// False for the local kind.
-bool runs_of(const Normalize& op, const Context& c, const Tensor& x, Runs& r) {
-  if (op.kind == Normalize::Kind::local) return false;
-  const std::size_t dims = x.index->size();
-  const Signature& s = *c.signature;
-  r.width = op.kind == Normalize::Kind::rms ? 1 : 2;
-  const auto local_or_whole = [&](std::size_t d) {
-    const int dim = s.inputs[0].dims[d];
-    const bool own = dim >= 0 && s.dims[static_cast<std::size_t>(dim)].use == DimUse::parallel;
-    return own ? static_cast<double>((*x.index)[d].size())
-               : static_cast<double>(s.inputs[0].shape[d].extent);
-  };
-  if (op.kind == Normalize::Kind::batch) {
-    r.batch = true;
-    r.groups = extent(x, 1, 2);
-    r.repeats = extent(x, 0, 1);
-    r.length = extent(x, 2, dims);
-    for (std::size_t d = 0; d < dims; ++d) {
-      if (d != 1) r.members *= local_or_whole(d);
-    }
-    return true;
-  }
-  const Index last = extent(x, dims - 1, dims);
-  r.repeats = 1;
-  r.length = op.group > 0 ? op.group : last;
-  if (op.group > 0 && last % op.group != 0) return false;
-  r.groups = r.length == 0 ? 0 : size(x) / r.length;
-  r.members = op.group > 0 ? static_cast<double>(op.group) : local_or_whole(dims - 1);
-  return true;
-}
 
 /// Sums of x and x² of every group, in double.
 void sums_of(const Runs& r, const float* x, float* sums) {

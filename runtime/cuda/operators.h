@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "runtime/cpu/kernels.h"
+#include "runtime/cpu/normalisation.h"
 #include "runtime/cuda/machine.h"
 
 namespace partita::cuda {
@@ -252,13 +253,7 @@ bool weight(M& m, const PositionEmbedding&, const Context&, const Arguments& a) 
 
 // --------------------------------------------------------------------------------- normalisation
 
-/// Groups of elements that share a statistic: of layer and RMS norm one run in memory, of batch
-/// norm one run per sample and channel.
-struct Runs {
-  std::int64_t groups = 0, repeats = 0, length = 0;
-  double members = 1;  ///< of a group, over all ranks that reduce it
-  std::int64_t width = 1;
-  bool batch = false;
+struct Runs : cpu::NormalisedRuns {
   double epsilon = 0;
   PARTITA_BOTH std::int64_t size() const { return repeats * length; }
   /// Where element e of group g lies, and its column.
@@ -267,34 +262,8 @@ struct Runs {
   }
 };
 inline bool runs_of(const Normalize& op, const Context& c, const Tensor& x, Runs& r) {
-  if (op.kind == Normalize::Kind::local) return false;
-  const std::size_t dims = x.index->size();
-  const Signature& s = *c.signature;
-  r.width = op.kind == Normalize::Kind::rms ? 1 : 2;
   r.epsilon = op.epsilon;
-  const auto local_or_whole = [&](std::size_t d) {
-    const int dim = s.inputs[0].dims[d];
-    const bool own = dim >= 0 && s.dims[static_cast<std::size_t>(dim)].use == DimUse::parallel;
-    return own ? static_cast<double>((*x.index)[d].size())
-               : static_cast<double>(s.inputs[0].shape[d].extent);
-  };
-  if (op.kind == Normalize::Kind::batch) {
-    r.batch = true;
-    r.groups = extent(x, 1, 2);
-    r.repeats = extent(x, 0, 1);
-    r.length = extent(x, 2, dims);
-    for (std::size_t d = 0; d < dims; ++d) {
-      if (d != 1) r.members *= local_or_whole(d);
-    }
-    return true;
-  }
-  const std::int64_t last = extent(x, dims - 1, dims);
-  r.repeats = 1;
-  r.length = op.group > 0 ? op.group : last;
-  if (r.length == 0 || last % r.length != 0) return false;
-  r.groups = x.size() / r.length;
-  r.members = op.group > 0 ? static_cast<double>(op.group) : local_or_whole(dims - 1);
-  return true;
+  return cpu::runs_of(op, c, x, r) && r.length > 0;
 }
 
 struct Moments {

@@ -170,38 +170,40 @@ int sequence_dim(const Buffer& b) {
   return -1;
 }
 
-std::vector<std::int64_t> part_positions(const Program& p, const Instruction& i,
-                                         std::int64_t rank) {
-  std::vector<std::int64_t> least;
-  bool any = false;
+namespace {
+
+/// Calls f(buffer, dimension) for the sequence of all that a part reads, and of what it writes.
+template <class F>
+void for_each_sequence(const Program& p, const Instruction& i, F&& f) {
   for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
     for (const BufferId id : *list) {
       if (!id.valid()) continue;
       const Buffer& b = p.buffer(id);
-      const int d = sequence_dim(b);
-      if (d < 0) continue;
-      const auto at = static_cast<std::size_t>(d);
-      auto mine = local_indices(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
-      if (!any || mine.size() < least.size()) least = std::move(mine);
-      any = true;
+      if (const int d = sequence_dim(b); d >= 0) f(b, static_cast<std::size_t>(d));
     }
   }
+}
+
+}  // namespace
+
+std::vector<std::int64_t> part_positions(const Program& p, const Instruction& i,
+                                         std::int64_t rank) {
+  std::vector<std::int64_t> least;
+  bool any = false;
+  for_each_sequence(p, i, [&](const Buffer& b, std::size_t d) {
+    auto mine = local_indices(p.mesh, b.layout.dims[d], b.shape[d].extent, rank);
+    if (!any || mine.size() < least.size()) least = std::move(mine);
+    any = true;
+  });
   return least;
 }
 
 std::int64_t part_size(const Program& p, const Instruction& i, std::int64_t rank) {
   std::int64_t least = -1;
-  for (const auto* list : {&i.reads, &i.gradients, &i.writes}) {
-    for (const BufferId id : *list) {
-      if (!id.valid()) continue;
-      const Buffer& b = p.buffer(id);
-      const int d = sequence_dim(b);
-      if (d < 0) continue;
-      const auto at = static_cast<std::size_t>(d);
-      const std::int64_t mine = local_extent(p.mesh, b.layout.dims[at], b.shape[at].extent, rank);
-      if (least < 0 || mine < least) least = mine;
-    }
-  }
+  for_each_sequence(p, i, [&](const Buffer& b, std::size_t d) {
+    const std::int64_t mine = local_extent(p.mesh, b.layout.dims[d], b.shape[d].extent, rank);
+    if (least < 0 || mine < least) least = mine;
+  });
   return std::max<std::int64_t>(least, 0);
 }
 

@@ -479,6 +479,47 @@ TEST(Contention, LostLinksSlowTheirGroupsAlikeOnEveryNode) {
             whole.collective(CollectiveKind::all_reduce, bytes, node));
 }
 
+// docs/plan.md, overlap_multiprocessors: parts of the sequence that travel beside products keep as
+// many as the framework's exchange, not NCCL's channels.
+TEST(Contention, PartsBesideProductsKeepWhatTheirExchangeTakes) {
+  TransformerConfig c;
+  c.name = "wide";
+  c.layers = 2, c.hidden = 8192, c.heads = c.kv_heads = 64, c.ffn = 28672, c.vocabulary = 32000;
+  c.sequence = c.positions = 4096;
+  const Graph g = build_transformer(c);
+  const auto step = [&](const char* framework, int& most) {
+    Plan wanted;
+    set_framework(wanted, framework, "");
+    wanted.tp = 8, wanted.micro_batch = 1, wanted.global_batch = 1;
+    wanted.sequence_parallel = wanted.overlap_tensor_parallel = true;
+    const auto plan = complete(g, wanted);
+    EXPECT_TRUE(plan);
+    const auto program = lower(g, *plan);
+    EXPECT_TRUE(program);
+    most = -1;
+    Program kept = *program;
+    for (Block& b : kept.blocks) {
+      for (Instruction& i : b.instructions) {
+        if (i.kind == Kind::collective && i.collective == CollectiveKind::shift)
+          most = std::max(most, static_cast<int>(i.multiprocessors));
+      }
+    }
+    const Topology t = load_topology("dgx-h100:1");
+    const Ticks own = run(kept, t, Network::beside).step;
+    for (Block& b : kept.blocks) {
+      for (Instruction& i : b.instructions) i.multiprocessors = 0;
+    }
+    return std::pair{own, run(kept, t, Network::beside).step};
+  };
+  int most = 0;
+  const auto nemo = step("nemo", most);
+  EXPECT_EQ(most, 1);
+  EXPECT_LT(nemo.first, nemo.second);
+  const auto core = step("megatron-core", most);
+  EXPECT_EQ(most, 0);
+  EXPECT_EQ(core.first, core.second);
+}
+
 // Whichever node it is on: renaming changes nothing.
 TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
   const Topology plain = load_topology("dgx-h100:4");

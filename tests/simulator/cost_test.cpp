@@ -201,6 +201,7 @@ TEST(Cost, OfAPartOfTheSequenceIsItsShareOfTheWholeProduct) {
           if (!std::holds_alternative<Linear>(op.operation)) continue;
           const Work w = work_of(p, i, 0);
           EXPECT_EQ(w.parts, i.part >= 0 ? 2 : 1);
+          EXPECT_EQ(part_size(p, i, 0), static_cast<std::int64_t>(part_positions(p, i, 0).size()));
           parts += i.part >= 0 ? 1 : 0;
           work[overlapped][op.name + std::to_string(static_cast<int>(i.kernel))] +=
               kernel_parts(w, h100(), prices).units.count;
