@@ -829,6 +829,31 @@ Communication::Ring alone(const Topology& t, const Communication::LinkFlows& all
   return {BytesPerSecond{least}, all.latency};
 }
 
+/// Do a node's members reach each other equally well, so that their order in a ring is free?
+bool reach_alike(const Topology& t, const std::vector<std::int64_t>& members) {
+  const auto way_to = [&](std::int64_t to) {
+    std::pair<double, double> way{INFINITY, 0};
+    for (const LinkId l : t.route(DeviceId{static_cast<std::size_t>(members[0])},
+                                  DeviceId{static_cast<std::size_t>(to)})) {
+      way.first = std::min(way.first, t.link(l).bandwidth.count);
+      way.second += t.link(l).latency.count;
+    }
+    return way;
+  };
+  const auto first = way_to(members[1]);
+  return std::all_of(members.begin() + 2, members.end(),
+                     [&](std::int64_t m) { return way_to(m) == first; });
+}
+
+/// The k-th of n members in ring j, which enters at j and leaves from its neighbour, with which it
+/// may share a PCIe switch and so a card, as NCCL's rings do: over the others of its parity, and
+/// back over the rest. All members are alike in all rings together.
+std::size_t paired(std::size_t j, std::size_t k, std::size_t n) {
+  const bool there = k < n / 2;
+  const std::size_t half = (j / 2 + (there ? k : n - 1 - k)) % (n / 2);
+  return 2 * half + (there ? j % 2 : 1 - j % 2);
+}
+
 }  // namespace
 
 Communication::LinkFlows Communication::collective_links(
@@ -862,11 +887,15 @@ Communication::LinkFlows Communication::collective_links(
   std::size_t rings = nodes[0].size();
   for (const auto& n : nodes) rings = std::min(rings, n.size());
   if (nodes.size() == 1) rings = 1;
+  const bool in_pairs = rings > 1 && std::all_of(nodes.begin(), nodes.end(), [&](const auto& n) {
+                          return n.size() == rings && n.size() % 2 == 0 && reach_alike(t, n);
+                        });
   std::vector<std::int64_t> order(ranks.size());
   for (std::size_t j = 0; j < rings; ++j) {
     order.clear();
     for (const auto& n : nodes) {
-      for (std::size_t k = 0; k < n.size(); ++k) order.push_back(n[(j + k) % n.size()]);
+      for (std::size_t k = 0; k < n.size(); ++k)
+        order.push_back(n[in_pairs ? paired(j, k, n.size()) : (j + k) % n.size()]);
     }
     for (std::size_t k = 0; k < order.size(); ++k)
       flows.add(order[k], order[(k + 1) % order.size()]);

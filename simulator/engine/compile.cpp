@@ -66,6 +66,13 @@ class Compiler {
     }
   }
 
+  std::int32_t meeting_of(std::vector<int> classes, int tie) {
+    const auto [it, fresh] =
+        meeting_of_.try_emplace({tie, classes}, static_cast<std::int32_t>(result_.meetings.size()));
+    if (fresh) result_.meetings.push_back({std::move(classes), tie});
+    return it->second;
+  }
+
   /// "server 3" is a server.
   static std::string word(const std::string& name) { return name.substr(0, name.find(' ')); }
 
@@ -263,7 +270,7 @@ class Compiler {
               }
             }
             bytes = communication_.travelling(p_, i, bytes, group);
-            s.meets = seen.size() > 1;
+            if (seen.size() > 1) s.meeting = meeting_of({seen.begin(), seen.end()}, i.tie);
             priced.time = communication_.collective(i.collective, bytes, group);
             priced.of_time = stretch_of(group);
             priced.beside = group.size() > 1 ? to_ticks(device.dispatch).count : 0;
@@ -382,7 +389,7 @@ class Compiler {
     std::set<std::int32_t> external;
     for (; k < block.steps.size(); ++k) {
       const Step& step = block.steps[k];
-      if (step.meets || step.kind == Kind::receive) block.repeats = false;
+      if (step.meeting >= 0 || step.kind == Kind::receive) block.repeats = false;
       bool after = step.after_compute || ordered.count(step.stream) > 0;
       for (std::int32_t w = 0; w < step.waits; ++w) {
         const std::int32_t x = block.slots[static_cast<std::size_t>(step.first_wait + w)];
@@ -411,6 +418,7 @@ class Compiler {
   Communication& communication_;
   const RankClasses& classes_;
   Labels& labels_;
+  std::map<std::pair<int, std::vector<int>>, std::int32_t> meeting_of_;  ///< by tie and classes
   const std::vector<bool> of_layers_ = read_by_layers(p_);
   Compiled result_;
   std::vector<std::int32_t> slot_of_;

@@ -31,7 +31,6 @@ struct Step {
   Kind kind = Kind::compute;
   Stream stream = 0;
   bool after_compute = false;
-  bool meets = false;       ///< members of several classes
   bool host_waits = false;  ///< for the compute stream, before it launches this
   std::int32_t instruction = 0;
   std::int64_t ticks = 0;   ///< as stretched
@@ -46,8 +45,9 @@ struct Step {
   std::int32_t message = -1;
   bool of_step = false;  ///< the message goes once a step, not once a micro-batch
   std::int32_t peer_class = -1;
-  std::int64_t beside = 0;   ///< from a send's start until its receiver may take the message
-  double share_of_core = 1;  ///< of `ticks`, where ranks share cores
+  std::int32_t meeting = -1;  ///< of several classes: into Compiled::meetings
+  std::int64_t beside = 0;    ///< from a send's start until its receiver may take the message
+  double share_of_core = 1;   ///< of `ticks`, where ranks share cores
 };
 
 /// A block for one class of ranks.
@@ -71,10 +71,16 @@ struct CompiledBlock {
 };
 
 struct Compiled {
+  /// Classes whose ranks are members of one collective.
+  struct Meeting {
+    std::vector<int> classes;  ///< ascending
+    int tie = -1;              ///< they meet in different blocks
+  };
   std::vector<std::vector<CompiledBlock>> blocks;  ///< [class][block]; empty where it has no calls
   std::vector<std::vector<std::int32_t>> must_mark;  ///< by class, encoded slots, sorted
   std::vector<Flops> flops;                          ///< by class: of one rank, in one step
   std::vector<std::size_t> slots_on_stage;
+  std::vector<Meeting> meetings;
 };
 
 /// Prices every instruction once for each class. What steps take is 0 until it is stretched.

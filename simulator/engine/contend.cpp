@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <tuple>
 #include <utility>
 
@@ -172,11 +171,18 @@ class Player {
   Phase phase(std::int32_t id) const { return running_[static_cast<std::size_t>(id)].phase; }
 
   std::vector<Loss> losses() const {
+    // Of one part and resource in the order of time, as they are summed.
+    const auto key = [](const Lost& l) { return std::tie(l.task, l.part, l.resource); };
+    auto lost = lost_;
+    std::stable_sort(lost.begin(), lost.end(),
+                     [&](const Lost& a, const Lost& b) { return key(a) < key(b); });
     std::vector<Loss> all;
-    for (const auto& [key, ticks] : lost_) {
-      const auto& [task, part, resource] = key;
+    for (std::size_t k = 0; k < lost.size();) {
+      const Lost& l = lost[k];
+      double ticks = 0;
+      for (; k < lost.size() && key(lost[k]) == key(l); ++k) ticks += lost[k].ticks;
       if (const auto n = static_cast<std::int64_t>(std::llround(ticks)); n > 0)
-        all.push_back({task, part, ResourceId{static_cast<std::size_t>(resource)}, n});
+        all.push_back({l.task, l.part, ResourceId{static_cast<std::size_t>(l.resource)}, n});
     }
     return all;
   }
@@ -355,7 +361,8 @@ class Player {
   void lose(std::int32_t id, std::int64_t now) {
     const Running& r = running_[static_cast<std::size_t>(id)];
     if (r.rate < 1 && r.bound.valid() && now > r.since)
-      lost_[{id, r.part, r.bound.value}] += (1 - r.rate) * static_cast<double>(now - r.since);
+      lost_.push_back(
+          {id, r.part, r.bound.value, (1 - r.rate) * static_cast<double>(now - r.since)});
   }
 
   Sharing& sharing_;
@@ -373,7 +380,11 @@ class Player {
   std::vector<signed char> alone_;   ///< by usage: full speed alone? -1: not known yet
   std::vector<char> whole_chain_;    ///< by chain: may it be one event?
   std::vector<std::vector<ResourceId>> touches_;  ///< by chain
-  std::map<std::tuple<std::int32_t, std::int32_t, std::int32_t>, double> lost_;
+  struct Lost {
+    std::int32_t task = 0, part = 0, resource = 0;
+    double ticks = 0;
+  };
+  std::vector<Lost> lost_;  ///< as time goes
 };
 
 }  // namespace

@@ -78,6 +78,7 @@ class Contender {
       slots.push_back(compiled_.slots_on_stage[static_cast<std::size_t>(rc.stage)] *
                       static_cast<std::size_t>(p_.micro_batches + 1));
     StepGraph graph(n, p_.streams.size(), slots);
+    met_.clear();
     for (auto& blocks : parts_) {
       for (Parts& parts : blocks) {
         for (auto& [steps, known] : parts.runs) known.chain = -1;
@@ -174,14 +175,8 @@ class Contender {
       graph.send(me, x, message(me, step.peer_class));
     } else if (step.kind == Kind::receive) {
       graph.receive(me, x, message(step.peer_class, me));
-    } else if (step.kind == Kind::collective && step.meets) {
-      const Instruction& i =
-          p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
-      std::vector<std::int64_t> key{i.tie, i.tie >= 0 ? 0 : static_cast<std::int64_t>(at),
-                                    i.tie >= 0 ? 0 : step.instruction};
-      const auto involved = classes_in(classes_, p_.group(i, classes_.classes[c].representative));
-      key.insert(key.end(), involved.begin(), involved.end());
-      graph.meet(me, x, key);
+    } else if (step.meeting >= 0) {
+      graph.meet(me, x, meeting_key(compiled_, step, at, met_[{me, step.meeting}]++));
     } else {
       graph.step(me, x);
     }
@@ -319,7 +314,9 @@ class Contender {
   bool ranks_share_;                              ///< their devices
   std::vector<std::vector<Parts>> parts_;         ///< [class][block]
   std::vector<std::vector<std::int32_t>> first_;  ///< [class][call]: instance it begins with
-  std::vector<StepGraph::Link> waits_, makes_;    // reused
+  /// By class and meeting, in the graph that is being built.
+  std::map<std::pair<int, std::int32_t>, std::int32_t> met_;
+  std::vector<StepGraph::Link> waits_, makes_;  // reused
   std::vector<std::size_t> step_waits_, step_marks_;
 };
 

@@ -3,11 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <unordered_map>
 #include <vector>
 
+#include "base/hash.h"
 #include "simulator/engine/breakdown.h"
 #include "simulator/engine/classes.h"
+#include "simulator/engine/compile.h"
 #include "simulator/engine/device_use.h"
 #include "simulator/program/program.h"
 
@@ -50,6 +53,8 @@ struct Progress {
   std::vector<Mark> late;  ///< made by earlier calls, ready after the compute stream's position
   std::vector<Running> running;  ///< transfers that kernels may still meet, with Network::beside
   Spent spent;                   ///< by the compute stream
+  bool at_meeting = false;       ///< counted there, waits for the others
+  std::map<std::int32_t, std::int32_t> met;  ///< how often, by meeting of tied stages
 
   Slot& slot(std::int32_t encoded, std::int32_t micro_batch) {
     return slots[index.at(encoded, micro_batch)];
@@ -73,6 +78,27 @@ class MessageKeys {
  private:
   std::uint64_t micro_batches_, classes_;
 };
+/// One of the times that classes meet. Tied stages meet in different blocks, each time all of them.
+struct MeetingKey {
+  std::int32_t meeting = 0, instruction = 0;  ///< -1: of tied stages
+  std::int64_t nth = 0;                       ///< call, or of tied stages the how manieth
+  bool operator==(const MeetingKey&) const = default;
+  struct Hash {
+    std::size_t operator()(const MeetingKey& k) const {
+      return mix(
+          mix(static_cast<std::uint64_t>(k.meeting), static_cast<std::uint64_t>(k.instruction)),
+          static_cast<std::uint64_t>(k.nth));
+    }
+  };
+};
+/// `met`: how often the class has met there.
+inline MeetingKey meeting_key(const Compiled& compiled, const Step& step, std::size_t call,
+                              std::int32_t met) {
+  if (compiled.meetings[static_cast<std::size_t>(step.meeting)].tie >= 0)
+    return {step.meeting, -1, met};
+  return {step.meeting, step.instruction, static_cast<std::int64_t>(call)};
+}
+
 /// When each was sent.
 using Messages = std::unordered_map<std::uint64_t, std::int64_t>;
 

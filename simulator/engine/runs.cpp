@@ -15,7 +15,7 @@ std::span<const std::int32_t> marks_of(const CompiledBlock& block, const Step& s
 }
 
 bool waits_for_nobody(const Step& s) {
-  return s.kind != Kind::send && s.kind != Kind::receive && !s.meets && !s.host_waits;
+  return s.kind != Kind::send && s.kind != Kind::receive && s.meeting < 0 && !s.host_waits;
 }
 
 }  // namespace

@@ -336,10 +336,8 @@ class Engine {
       if (it == messages_.end()) return false;
       // Waiting for others is this step's own wait, not its last operand's.
       if (it->second > start) start = it->second, cause = nullptr;
-    } else if (step.kind == Kind::collective && step.meets) {
-      const Instruction& i =
-          p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
-      const Meeting* m = meet(c, s, step, i, start);
+    } else if (step.meeting >= 0) {
+      const Meeting* m = meet(s, step, start);
       if (m == nullptr) return false;
       if (m->start > start) start = m->start, cause = nullptr;
     } else if (step.kind == Kind::send) {
@@ -493,20 +491,19 @@ class Engine {
   }
 
   /// Joins a collective whose members are of several classes; null until all are there.
-  Meeting* meet(int c, const Progress& s, const Step& step, const Instruction& i,
-                std::int64_t ready) {
-    const std::int64_t rank = classes_.classes[static_cast<std::size_t>(c)].representative;
-    const auto group = p_.group(i, rank);
-    const auto involved = classes_in(classes_, group);
-    // Classes of one group kind meet in program order: the n-th such meeting of each.
-    const auto key = std::tuple{i.tie, i.tie >= 0 ? 0 : static_cast<int>(s.call),
-                                i.tie >= 0 ? 0 : step.instruction, involved};
-    auto& m = meetings_[key];
-    if (arrivals_.insert({c, &m}).second) {
-      ++m.arrived;
-      m.start = std::max(m.start, ready);
+  const Meeting* meet(Progress& s, const Step& step, std::int64_t ready) {
+    std::int32_t& met = s.met[step.meeting];
+    const auto& m = compiled_.meetings[static_cast<std::size_t>(step.meeting)];
+    Meeting& now = meetings_[meeting_key(compiled_, step, s.call, met)];
+    if (!s.at_meeting) {
+      s.at_meeting = true;
+      ++now.arrived;
+      now.start = std::max(now.start, ready);
     }
-    return m.arrived == involved.size() ? &m : nullptr;
+    if (now.arrived < m.classes.size()) return nullptr;
+    s.at_meeting = false;
+    ++met;
+    return &now;
   }
 
   Breakdown finished(int c, Progress& s, std::int64_t end) {
@@ -541,8 +538,7 @@ class Engine {
   std::vector<std::vector<Replays>> replays_;  ///< [class][block], by what the call began with
   std::optional<MessageKeys> keys_;
   Messages messages_;
-  std::map<std::tuple<int, int, int, std::vector<int>>, Meeting> meetings_;
-  std::set<std::pair<int, const Meeting*>> arrivals_;
+  std::unordered_map<MeetingKey, Meeting, MeetingKey::Hash> meetings_;
 };
 
 }  // namespace

@@ -288,11 +288,10 @@ void StepGraph::run(int rank_class, const Run& run) {
 
 void StepGraph::step(int c, const Instance& x) { follow(c, x, tasks_.add(x.task)); }
 
-void StepGraph::meet(int c, const Instance& x, const std::vector<std::int64_t>& key) {
-  auto& tasks = meetings_[key];
-  const std::size_t nth = met_[{c, key}]++;
-  if (nth == tasks.size()) tasks.push_back(tasks_.add(x.task));
-  follow(c, x, tasks[nth]);
+void StepGraph::meet(int c, const Instance& x, const MeetingKey& key) {
+  const auto [it, fresh] = meetings_.try_emplace(key, 0);
+  if (fresh) it->second = tasks_.add(x.task);
+  follow(c, x, it->second);
 }
 
 void StepGraph::send(int c, const Instance& x, std::uint64_t message) {

@@ -13,6 +13,7 @@
 #include "simulator/engine/contend.h"
 #include "simulator/engine/device_use.h"
 #include "simulator/engine/links.h"
+#include "simulator/engine/progress.h"
 #include "simulator/program/program.h"
 
 namespace partita {
@@ -67,8 +68,8 @@ class StepGraph {
     bool host_waits = false;                    ///< for the compute stream, before it launches
   };
   void step(int rank_class, const Instance& instance);
-  /// One task for all classes that name the same key the same number of times.
-  void meet(int rank_class, const Instance& instance, const std::vector<std::int64_t>& key);
+  /// One task for all classes that name the same key.
+  void meet(int rank_class, const Instance& instance, const MeetingKey& key);
   /// A transfer is one interval on both sides.
   void send(int rank_class, const Instance& instance, std::uint64_t message);
   void receive(int rank_class, const Instance& instance, std::uint64_t message);
@@ -143,8 +144,7 @@ class StepGraph {
   std::vector<std::int32_t> ended_;  ///< of the node being added, when it begins
   std::vector<Place> waits_;         ///< its own
   std::vector<Cut> cuts_;
-  std::map<std::vector<std::int64_t>, std::vector<std::int32_t>> meetings_;
-  std::map<std::pair<int, std::vector<std::int64_t>>, std::size_t> met_;
+  std::unordered_map<MeetingKey, std::int32_t, MeetingKey::Hash> meetings_;
   std::unordered_map<std::uint64_t, std::int32_t> sends_;
   /// Until it first waits for its device, a host's launches end at times that nothing changes.
   struct Host {

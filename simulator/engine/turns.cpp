@@ -138,8 +138,8 @@ class Turns {
           give_up_core(c, now);
           return;
         }
-      } else if (step->kind == Kind::collective && step->meets) {
-        if (!gathered(c, s, call, *step)) {
+      } else if (step->meeting >= 0) {
+        if (!gathered(c, s, *step)) {
           give_up_core(c, now);
           return;
         }
@@ -149,8 +149,7 @@ class Turns {
         }
       }
       w.works = true;
-    } else if (step->kind == Kind::collective && step->meets &&
-               gatherings_[w.meeting].done == gatherings_[w.meeting].wanted) {
+    } else if (step->meeting >= 0 && gatherings_[w.meeting].done == gatherings_[w.meeting].wanted) {
       end_step(c, s, call, *step, now);
       return;
     }
@@ -174,15 +173,11 @@ class Turns {
   }
 
   /// Notes that rank `c` is at a collective; true for the last one.
-  bool gathered(int c, const Progress& s, const BlockCall& call, const Step& step) {
-    const Instruction& i =
-        p_.blocks[call.block.index()].instructions[static_cast<std::size_t>(step.instruction)];
-    const auto group = p_.group(i, classes_.classes[static_cast<std::size_t>(c)].representative);
-    // Tied stages may meet more than once: each time all of them.
-    const std::size_t nth = i.tie >= 0 ? met_[{c, i.tie}]++ : s.call;
-    const auto key = std::tuple{i.tie, nth, i.tie >= 0 ? 0 : step.instruction, group};
+  bool gathered(int c, Progress& s, const Step& step) {
+    const auto& meeting = compiled_.meetings[static_cast<std::size_t>(step.meeting)];
+    const auto key = meeting_key(compiled_, step, s.call, s.met[step.meeting]++);
     const auto [it, fresh] = gathering_of_.emplace(key, gatherings_.size());
-    if (fresh) gatherings_.push_back({{}, group.size(), 0});
+    if (fresh) gatherings_.push_back({{}, meeting.classes.size(), 0});
     Gathering& g = gatherings_[it->second];
     turn_[static_cast<std::size_t>(c)].meeting = it->second;
     g.members.push_back(c);
@@ -193,7 +188,7 @@ class Turns {
     BlockCall call;
     const Step* step = current(c, call);
     Progress& s = progress_[static_cast<std::size_t>(c)];
-    if (step->kind == Kind::collective && step->meets) {
+    if (step->meeting >= 0) {
       // It ends for all at once.
       Gathering& g = gatherings_[turn_[static_cast<std::size_t>(c)].meeting];
       if (++g.done < g.wanted) {
@@ -244,9 +239,7 @@ class Turns {
   std::priority_queue<Event> events_;
   std::size_t event_count_ = 0;
   std::vector<Gathering> gatherings_;
-  std::map<std::tuple<int, std::size_t, std::int32_t, std::vector<std::int64_t>>, std::size_t>
-      gathering_of_;
-  std::map<std::pair<int, int>, std::size_t> met_;  ///< by rank and tie
+  std::unordered_map<MeetingKey, std::size_t, MeetingKey::Hash> gathering_of_;
   std::unordered_map<std::uint64_t, int> waits_for_;
 };
 

@@ -228,8 +228,7 @@ std::vector<std::int64_t> routed_positions(const Program& p) {
   return {bounds.begin(), bounds.end()};
 }
 
-Program with_routing(const Program& original, const RoutingSource& source) {
-  Program p = original;
+Program with_routing(Program p, const RoutingSource& source) {
   if (source.balanced()) return p;
   const auto dispatch = dispatch_of_buffers(p);
   if (std::all_of(dispatch.begin(), dispatch.end(), [](std::int32_t op) { return op < 0; }))
@@ -304,7 +303,7 @@ Program with_routing(const Program& original, const RoutingSource& source) {
   for (auto& calls : p.stages) {
     for (BlockCall& call : calls) {
       if (call.micro_batch < 0) continue;
-      Block b = original.blocks[call.block.index()];
+      Block b = p.blocks[call.block.index()];
       b.copy_of = call.block.value;
       for (Instruction& i : b.instructions)
         for_each_buffer(i, [&](BufferId& id) { id = copy(copy, id, call.micro_batch); });

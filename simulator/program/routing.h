@@ -51,7 +51,7 @@ std::vector<std::int64_t> routed_positions(const Program& program);
 /// a block of its own (`Block::copy_of`) after the original ones, which are called no more; they
 /// keep their numbers, so that measurements of the original program can be looked up in it.
 /// InputError where the recording is of another network, other samples or other cuts.
-Program with_routing(const Program& program, const RoutingSource& source);
+Program with_routing(Program program, const RoutingSource& source);
 
 /// Rows of routed buffer `a` on rank `x` that are also of `b` on rank `y`; `a`'s routing.
 std::int64_t common_rows(const Program& program, BufferId a, std::int64_t x, BufferId b,

@@ -371,7 +371,7 @@ Feasible<Placements> place(const Graph& graph, const Plan& wanted, const Topolog
 
   auto program = lower_padded(graph, given);
   if (!program) return program.why();
-  if (routing != nullptr) *program = with_routing(*program, *routing);
+  if (routing != nullptr) *program = with_routing(std::move(*program), *routing);
   const auto play = [&](const Plan& p) {
     Communication placed(on_devices(topology, p));
     return simulate(*program, placed, {Network::flows});

@@ -113,7 +113,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   if (!plan) return plan.why();
   auto program = lower_padded(graph, *plan);
   if (!program) return program.why();
-  if (routing != nullptr) *program = with_routing(*program, *routing);
+  if (routing != nullptr) *program = with_routing(std::move(*program), *routing);
   SimulateOptions options;
   options.record = recorded != nullptr;
   options.network = network;
@@ -165,8 +165,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   double peak_rate = 0;
   for (const RankClass& c : t.classes) {
     if (c.stage >= program->pipeline_stages()) continue;  // roles compute nothing of the network
-    const auto& device =
-        placed.device(DeviceId{static_cast<std::size_t>(c.representative)});
+    const auto& device = placed.device(DeviceId{static_cast<std::size_t>(c.representative)});
     peak_rate += static_cast<double>(c.count) * device.matrix_rate(plan->precision.compute).count /
                  static_cast<double>(per_device);
   }
