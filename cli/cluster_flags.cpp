@@ -74,8 +74,11 @@ void ClusterFlags::add_to(CLI::App& app) {
   app.add_flag("--mps", mps, "they run beside each other under NVIDIA's MPS, not in turns");
 }
 
-std::vector<std::string> state_assumptions(const Topology& t) {
+std::vector<std::string> state_assumptions(const Topology& t, Network network) {
   std::vector<std::string> assumed;
+  if (!t.state().background.empty() && network != Network::flows)
+    assumed.push_back(
+        fmt::format("no background: --network {} has each transfer alone", name(network)));
   if (t.in_turns())
     assumed.push_back(fmt::format("{} ranks have each device in turns of {:.3g} ms",
                                   t.state().ranks_per_device,

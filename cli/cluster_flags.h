@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "simulator/engine/simulate.h"
 #include "topologies/topology.h"
 
 namespace CLI {
@@ -26,6 +27,7 @@ struct ClusterFlags {
 };
 
 /// How routes are taken where the user left it open: over several spines, around failed links.
-std::vector<std::string> state_assumptions(const Topology& topology);
+/// What `network` does not count of the cluster's state too.
+std::vector<std::string> state_assumptions(const Topology& topology, Network network);
 
 }  // namespace partita::cli

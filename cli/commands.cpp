@@ -12,6 +12,7 @@
 #include "base/unit_text.h"
 #include "cli/cluster_flags.h"
 #include "cli/options.h"
+#include "cli/patience.h"
 #include "cli/rows.h"
 #include "report/report.h"
 #include "simulator/search/placement.h"
@@ -71,18 +72,22 @@ Mesh parse_mesh(const std::string& words, const std::string& place) {
       throw InputError(place,
                        fmt::format("'{}' is no axis; write NAME=SIZE, like tp=8,dp=4", word));
     ranks *= static_cast<double>(size);
+    const std::string axis = word.substr(0, at);
+    if (std::any_of(mesh.atoms.begin(), mesh.atoms.end(),
+                    [&](const Mesh::Atom& a) { return a.name == axis; }))
+      throw InputError(place, fmt::format("{} is there twice; give each axis once", axis));
     mesh.atoms.insert(mesh.atoms.begin(), {word.substr(0, at), size});
   }
   if (mesh.atoms.empty() || mesh.atoms.size() > 16 || ranks > 1e6)
-    throw InputError(
-        place, fmt::format("a mesh has 1 to 16 axes and up to 1,000,000 ranks; '{}' has {} axes",
-                           words, mesh.atoms.size()));
+    throw InputError(place, fmt::format("a mesh has 1 to 16 axes and up to 1,000,000 ranks; '{}' "
+                                        "has {} axes and {:.7g} ranks",
+                                        words, mesh.atoms.size(), ranks));
   return mesh;
 }
 
 void add_topo(CLI::App& app) {
   struct Options {
-    std::string topology, mesh;
+    std::string topology, mesh, links;
     std::vector<std::string> route;
     ClusterFlags cluster;
     bool json = false;
@@ -96,6 +101,9 @@ void add_topo(CLI::App& app) {
   c->add_option("--route", o->route,
                 "two devices, like node0.gpu0 node3.gpu1: the links between them")
       ->expected(2);
+  c->add_option("--links", o->links,
+                "a vertex, or the first part of its name, like node0 or node0.gpu1 or leaf0: its "
+                "links, by the names that --degrade, --fail and --background take");
   o->cluster.add_to(*c);
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
@@ -104,12 +112,18 @@ void add_topo(CLI::App& app) {
       return;
     }
     const Topology t = o->cluster.in_state(load_cluster(o->topology));
-    std::vector<AxisCrossing> axes;
-    if (!o->mesh.empty()) axes = axis_crossings(parse_mesh(o->mesh, "--mesh"), Communication(t));
-    std::vector<std::pair<DeviceId, DeviceId>> routes;
-    if (!o->route.empty())
-      routes = {{t.find_device(o->route[0], "--route"), t.find_device(o->route[1], "--route")}};
-    print(o->json ? topology_json(t, axes) : topology_table(t, axes, routes));
+    TopologyViews views;
+    if (!o->mesh.empty())
+      views.axes = axis_crossings(parse_mesh(o->mesh, "--mesh"), Communication(t));
+    if (!o->route.empty()) {
+      const DeviceId a = t.find_device(o->route[0], "--route"),
+                     b = t.find_device(o->route[1], "--route");
+      if (a == b)
+        throw InputError("--route", fmt::format("{} is both ends; give two devices", o->route[0]));
+      views.routes = {{a, b}};
+    }
+    if (!o->links.empty()) views.links = links_of(t, o->links, "--links");
+    print(o->json ? topology_json(t, views) : topology_table(t, views));
   });
 }
 
@@ -186,6 +200,7 @@ void add_simulate(CLI::App& app) {
       ->check(CLI::Range(1, 1000));
   c->callback([o, cluster, slices] {
     check_writable("--trace", o->trace);
+    const Patience patience(kSimulates);
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
@@ -219,7 +234,7 @@ void add_simulate(CLI::App& app) {
     if (records) prediction->over_time = over_time(recorded, *slices);
     if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     auto assumed = assumptions(o->flags, prediction->plan, g);
-    for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));
+    for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
     print(o->json ? prediction_json(g, t, *prediction, assumed, placed ? &*placed : nullptr)
                   : prediction_table(g, t, *prediction, assumed, placed ? &*placed : nullptr));
     std::fflush(stdout);
@@ -293,7 +308,7 @@ void add_plan(CLI::App& app, int& code) {
                                                *save));
     }
     auto assumed = assumptions(o->flags, base, g);
-    for (std::string& a : state_assumptions(t)) assumed.push_back(std::move(a));
+    for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
     print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));
     if (r.plans.empty()) code = 1;
   });

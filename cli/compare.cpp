@@ -170,7 +170,8 @@ void add_compare(CLI::App& app) {
                                    "and as many devices",
                                    *x.trace.ranks, x.predicted.devices));
     x.assumed = assumptions(o->flags, x.predicted.plan, g);
-    for (std::string& a : state_assumptions(t)) x.assumed.push_back(std::move(a));
+    for (std::string& a : state_assumptions(t, x.predicted.network))
+      x.assumed.push_back(std::move(a));
     x.rows = validation::compare_terms(x.measured, x.predicted.breakdown);
     const std::string out = o->json ? json_of(g, t, x) : table(g, t, x);
     std::fwrite(out.data(), 1, out.size(), stdout);

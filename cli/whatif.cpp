@@ -213,7 +213,8 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
     if (p) {
       if (fitted) validation::rest_on_fit(*p, entry, r.graph, r.topology);
       r.assumed = assumptions(s.flags, p->plan, r.graph, given);
-      for (std::string& a : state_assumptions(r.topology)) r.assumed.push_back(std::move(a));
+      for (std::string& a : state_assumptions(r.topology, s.flags.sharing()))
+        r.assumed.push_back(std::move(a));
       r.prediction = std::move(*p);
     } else {
       r.note = p.reason();

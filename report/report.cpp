@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <tuple>
 
 #include "base/unit_text.h"
 #include "topologies/bisection.h"
@@ -125,7 +126,9 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
 
 /// "exposed:dp" as "communication: dp", in a list without the blank; labels of Contended.
 std::string in_words(const std::string& label, bool in_a_list) {
-  if (label == "bubble") return in_a_list ? "communication:pipeline" : "communication: pipeline";
+  if (label == "bubble") return "pipeline bubble";
+  if (label == "bubble:messages")
+    return in_a_list ? "communication:pipeline" : "communication: pipeline";
   const auto colon = label.find(':');
   if (colon == std::string::npos) return label;
   const std::string kind =
@@ -154,7 +157,7 @@ std::vector<std::vector<std::string>> over_time_rows(const std::vector<TimeSlice
       }
     } computes, waits, lost;
     for (const auto& [label, t] : slice.spent) {
-      const bool wait = label == "bubble" || label.compare(0, 8, "exposed:") == 0;
+      const bool wait = label.compare(0, 6, "bubble") == 0 || label.compare(0, 8, "exposed:") == 0;
       const auto what = label.compare(0, 8, "compute:") == 0 ? label.substr(8) : label;
       (wait ? waits : computes).add(wait ? in_words(label, true) : what, t.count);
     }
@@ -473,7 +476,62 @@ std::string model_table(const Graph& graph, bool operators) {
   return out + "\n" + align(list);
 }
 
-std::string topology_json(const Topology& t, const std::vector<AxisCrossing>& axes) {
+namespace {
+
+/// Links alike in kind, rate and latency: how many, and the first.
+struct LinkSort {
+  Link link;
+  LinkId first;
+  std::int64_t count = 0;
+};
+std::vector<LinkSort> sorts_of_links(const Topology& t) {
+  std::map<std::tuple<LinkKind, double, double>, std::size_t> known;
+  std::vector<LinkSort> all;
+  for (std::size_t l = 0; l < t.link_count(); ++l) {
+    const Link link = t.link(LinkId{l});
+    const auto [it, fresh] =
+        known.try_emplace({link.kind, link.bandwidth.count, link.latency.count}, all.size());
+    if (fresh) all.push_back({link, LinkId{l}, 0});
+    ++all[it->second].count;
+  }
+  return all;
+}
+
+Json link_json(const Topology& t, LinkId id) {
+  const Link link = t.link(id);
+  return {{"link", t.link_name(id)},
+          {"kind", name(link.kind)},
+          {"bandwidth_bytes_per_s", link.bandwidth.count},
+          {"latency_s", link.latency.count}};
+}
+
+}  // namespace
+
+std::vector<LinkId> links_of(const Topology& t, const std::string& wanted,
+                             const std::string& place) {
+  constexpr std::size_t kMost = 10'000;
+  std::vector<LinkId> all;
+  const auto is = [&](std::string_view end) {
+    return end == wanted ||
+           (end.size() > wanted.size() && end.starts_with(wanted) && end[wanted.size()] == '.');
+  };
+  for (std::size_t l = 0; l < t.link_count(); ++l) {
+    const std::string link = t.link_name(LinkId{l});
+    const auto arrow = link.find("->");
+    if (is(std::string_view(link).substr(0, arrow)) || is(std::string_view(link).substr(arrow + 2)))
+      all.emplace_back(l);
+    if (all.size() > kMost)
+      throw InputError(place, fmt::format("{} has more than {} links; name a part of it", wanted,
+                                          grouped(static_cast<std::int64_t>(kMost))));
+  }
+  if (all.empty())
+    throw InputError(place, fmt::format("'{}' is no vertex of {} and no first part of one; the "
+                                        "first link is {}",
+                                        wanted, t.name(), t.link_name(LinkId{std::size_t{0}})));
+  return all;
+}
+
+std::string topology_json(const Topology& t, const TopologyViews& views) {
   Json j;
   j["schema"] = "partita.topology_summary/1";
   j["topology"] = t.name();
@@ -486,7 +544,19 @@ std::string topology_json(const Topology& t, const std::vector<AxisCrossing>& ax
     j["routing"] = t.routing().ecmp ? "ecmp" : "spray";
     if (t.routing().ecmp) j["seed"] = t.routing().seed;
   }
-  for (const AxisCrossing& a : axes)
+  j["link_kinds"] = Json::array();
+  for (const LinkSort& s : sorts_of_links(t)) {
+    Json kind = link_json(t, s.first);
+    kind["count"] = s.count;
+    j["link_kinds"].push_back(std::move(kind));
+  }
+  for (const LinkId l : views.links) j["listed_links"].push_back(link_json(t, l));
+  for (const auto& [a, b] : views.routes) {
+    Json route{{"from", t.device_name(a)}, {"to", t.device_name(b)}, {"links", Json::array()}};
+    for (const LinkId l : t.route(a, b)) route["links"].push_back(link_json(t, l));
+    j["routes"].push_back(std::move(route));
+  }
+  for (const AxisCrossing& a : views.axes)
     j["axes"].push_back({{"axis", a.name},
                          {"size", a.size},
                          {"nodes", a.nodes},
@@ -510,8 +580,7 @@ std::string topology_json(const Topology& t, const std::vector<AxisCrossing>& ax
   return j.dump(2) + "\n";
 }
 
-std::string topology_table(const Topology& t, const std::vector<AxisCrossing>& axes,
-                           const std::vector<std::pair<DeviceId, DeviceId>>& routes) {
+std::string topology_table(const Topology& t, const TopologyViews& views) {
   std::string out = fmt::format("{}: {} nodes, {} devices, {} links (one direction each)\n",
                                 t.name(), t.node_count(), t.device_count(), t.link_count());
   if (t.spines() > 1)
@@ -531,6 +600,18 @@ std::string topology_table(const Topology& t, const std::vector<AxisCrossing>& a
       out += fmt::format("  {:<6} {:>14}   {}\n", name(type), text(rate.peak), rate.source);
     }
   }
+  std::vector<std::vector<std::string>> sorts{{"links", "bandwidth", "latency", "", "like"}};
+  for (const LinkSort& s : sorts_of_links(t))
+    sorts.push_back({"  " + grouped(s.count), text(s.link.bandwidth), text(s.link.latency),
+                     std::string(name(s.link.kind)), t.link_name(s.first)});
+  out += "\n" + align(sorts);
+  const auto show_link = [&](LinkId l) {
+    const Link link = t.link(l);
+    out += fmt::format("  {:<44} {:<8} {:>10}  {}\n", t.link_name(l), name(link.kind),
+                       text(link.bandwidth), text(link.latency));
+  };
+  if (!views.links.empty()) out += "\n";
+  for (const LinkId l : views.links) show_link(l);
   const auto show = [&](std::size_t a, std::size_t b) {
     if (b >= t.device_count()) return;
     const auto route = t.route(DeviceId{a}, DeviceId{b});
@@ -541,20 +622,19 @@ std::string topology_table(const Topology& t, const std::vector<AxisCrossing>& a
       const Link link = t.link(l);
       slowest = std::min(slowest, link.bandwidth.count);
       latency += link.latency.count;
-      out += fmt::format("  {:<44} {:<8} {:>10}  {}\n", t.link_name(l), name(link.kind),
-                         text(link.bandwidth), text(link.latency));
+      show_link(l);
     }
     out += fmt::format("  all: {}, {}\n", text(BytesPerSecond{slowest}), text(Seconds{latency}));
   };
-  if (routes.empty()) {
+  if (views.routes.empty() && views.links.empty()) {
     show(0, 1);
     if (t.node_count() > 1) show(0, t.first_device(1).index());
   }
-  for (const auto& [a, b] : routes) show(a.index(), b.index());
-  if (!axes.empty()) {
+  for (const auto& [a, b] : views.routes) show(a.index(), b.index());
+  if (!views.axes.empty()) {
     std::vector<std::vector<std::string>> rows{
         {"axis", "size", "nodes", "a rank alone", "all groups at once", "then binds"}};
-    for (const AxisCrossing& a : axes)
+    for (const AxisCrossing& a : views.axes)
       rows.push_back({"  " + a.name, grouped(a.size), grouped(static_cast<std::int64_t>(a.nodes)),
                       text(a.alone), text(a.together), t.link_name(a.binds)});
     out += "\n" + align(rows);

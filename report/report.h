@@ -29,10 +29,18 @@ std::string search_table(const Graph& graph, const Topology& topology, const Sea
 
 std::string model_json(const Graph& graph);
 std::string model_table(const Graph& graph, bool operators);
-/// `axes`: what the axes of a mesh cross; `routes`: pairs of devices to show, or the first ones.
-std::string topology_json(const Topology& topology, const std::vector<AxisCrossing>& axes = {});
-std::string topology_table(const Topology& topology, const std::vector<AxisCrossing>& axes = {},
-                           const std::vector<std::pair<DeviceId, DeviceId>>& routes = {});
+/// What of a topology to show beside its parts.
+struct TopologyViews {
+  std::vector<AxisCrossing> axes;                     ///< what the axes of a mesh cross
+  std::vector<std::pair<DeviceId, DeviceId>> routes;  ///< empty: the first ones
+  std::vector<LinkId> links;                          ///< one by one; all are there by kind
+};
+std::string topology_json(const Topology& topology, const TopologyViews& views = {});
+std::string topology_table(const Topology& topology, const TopologyViews& views = {});
+/// Links of a vertex, or of all whose names begin with `name` and a dot. InputError at `place` for
+/// a name that is none, or more than 10,000 links.
+std::vector<LinkId> links_of(const Topology& topology, const std::string& name,
+                             const std::string& place);
 
 /// Chrome trace events (ui.perfetto.dev): one process per rank class, one thread per stream. Times
 /// in microseconds with picosecond digits. Writes the file; InputError if it can't.

@@ -206,13 +206,8 @@ CollectiveCurve curve_on(const Topology& t, const std::string& kind, std::int64_
   c.communicator = nccl::communicator(t, all);
   if (!c.what) {
     Communication links(t);
-    double least = INFINITY;
-    const auto flows = is_exchange(c.kind) ? links.collective_links(true, all)
-                                           : links.collective_links(false, all);
-    for (const auto& [link, n] : flows.flows)
-      least =
-          std::min(least, t.link(link).bandwidth.count / (static_cast<double>(n) * flows.share));
-    c.links_GBps = least * 1e-9;
+    c.links_GBps =
+        1e-9 * links.way(is_exchange(c.kind) ? Lay::pairs : Lay::rings, all).bandwidth.count;
   }
   return c;
 }

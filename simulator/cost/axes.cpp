@@ -45,7 +45,7 @@ std::vector<AxisCrossing> axis_crossings(const Mesh& mesh, const Communication& 
       for (const std::int64_t m : group)
         nodes.insert(t.node_of(DeviceId{static_cast<std::size_t>(m)}));
       x.nodes = std::max(x.nodes, nodes.size());
-      const auto links = communication.collective_links(false, group);
+      const auto links = lay_out(t, Lay::rings, group);
       x.latency = std::max(x.latency, links.latency);
       for (const auto& [link, flows] : links.flows) {
         const double share = static_cast<double>(flows) * links.share;

@@ -671,10 +671,11 @@ struct Communication::State {
   Topology topology;
   bool nccl = false;  ///< all devices are GPUs
   bool curves = true;
+  std::vector<std::int64_t> last_asked;
+  std::uint64_t last_pattern = 0;  ///< of these
   std::unordered_map<std::uint64_t, Group> groups;
-  std::unordered_map<std::uint64_t, Ring> rings;
-  std::unordered_map<std::uint64_t, Ring> exchanges;
-  std::unordered_map<std::size_t, Ring> host_links;  ///< by profile
+  std::unordered_map<std::uint64_t, Way> ways;       ///< by pattern and lay
+  std::unordered_map<std::size_t, Way> host_links;   ///< by profile
   std::vector<std::unique_ptr<ShapePrices>> shapes;  ///< by profile
   int at_work = 0;
   Adjustment adjustment{};
@@ -683,7 +684,7 @@ struct Communication::State {
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, true, {}, {}, {}, {}, {}, 0, {}, {}, {}}) {
+    : state_(new State{std::move(topology), false, true, {}, 0, {}, {}, {}, {}, 0, {}, {}, {}}) {
   // NCCL takes no two ranks of a device into one group.
   state_->nccl = state_->topology.state().ranks_per_device == 1;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
@@ -720,31 +721,16 @@ int Communication::measured_at_work(const std::string& kind, int ranks) const {
   return partita::measured_at_work(state_->topology.collectives(), kind, ranks, state_->at_work);
 }
 
-namespace {
-
-std::int64_t ring_stride(const Topology& t, const std::vector<std::int64_t>& ranks) {
-  const auto& strides = t.state().ring_strides;
-  if (strides.empty()) return 1;
-  const auto it =
-      strides.find({ranks.front(), ranks.back(), static_cast<std::int64_t>(ranks.size())});
-  return it == strides.end() ? 1 : it->second;
-}
-
-}  // namespace
-
-std::vector<std::int64_t> in_ring_order(const std::vector<std::int64_t>& members,
-                                        std::int64_t stride) {
-  const auto n = static_cast<std::int64_t>(members.size());
-  PARTITA_ASSERT(stride > 0 && std::gcd(stride, n) == 1,
-                 fmt::format("a ring of {} with stride {}", n, stride));
-  std::vector<std::int64_t> order;
-  order.reserve(members.size());
-  for (std::int64_t k = 0; k < n; ++k)
-    order.push_back(members[static_cast<std::size_t>(k * (stride % n) % n)]);
-  return order;
-}
-
 std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) const {
+  // Questions about one group come in a row.
+  if (ranks != state_->last_asked) {
+    state_->last_pattern = found_pattern(ranks);
+    state_->last_asked = ranks;
+  }
+  return state_->last_pattern;
+}
+
+std::uint64_t Communication::found_pattern(const std::vector<std::int64_t>& ranks) const {
   const Topology& t = state_->topology;
   std::uint64_t h = ranks.size();
   if (ranks.empty()) return h;
@@ -787,138 +773,61 @@ std::uint64_t Communication::pattern(const std::vector<std::int64_t>& ranks) con
 
 namespace {
 
-/// Until a peer on the same device has it, where its ranks have it in turns.
-Seconds turn_taking(const Topology& t, DeviceId a, DeviceId b) {
-  const ClusterState& state = t.state();
-  if (state.ranks_per_device == 1 || state.mps || a == b || !t.same_device(a, b)) return {};
-  return Seconds{(state.ranks_per_device - 1) * t.device(a).time_slice.count};
-}
-
-/// Counts the flows of a transfer link by link.
-struct Flows {
-  const Topology& topology;
-  std::vector<LinkId> crossed;
-  double latency = 0;
-
-  explicit Flows(const Topology& t) : topology(t) {}
-  void add(std::int64_t from, std::int64_t to) {
-    const DeviceId a{static_cast<std::size_t>(from)}, b{static_cast<std::size_t>(to)};
-    double hops = turn_taking(topology, a, b).count;
-    for (const LinkId l : topology.route(a, b)) {
-      crossed.push_back(l);
-      hops += topology.link(l).latency.count;
-    }
-    latency = std::max(latency, hops);
-  }
-  Communication::LinkFlows sorted(double share) {
-    Communication::LinkFlows all{share, {}, Seconds{latency}};
-    std::sort(crossed.begin(), crossed.end());
-    for (const LinkId l : crossed) {
-      if (all.flows.empty() || all.flows.back().first != l) all.flows.emplace_back(l, 0);
-      ++all.flows.back().second;
-    }
-    return all;
-  }
-};
-
 /// At which a rank's bytes move where all links of the transfer are its own.
-Communication::Ring alone(const Topology& t, const Communication::LinkFlows& all) {
-  double least = INFINITY;
-  for (const auto& [link, n] : all.flows)
+Communication::Way alone(const Topology& t, const LinkFlows& all) {
+  double of_nodes = INFINITY, of_fabric = INFINITY;
+  for (const auto& [link, n] : all.flows) {
+    double& least = t.node_of_link(link) < t.node_count() ? of_nodes : of_fabric;
     least = std::min(least, t.link(link).bandwidth.count / (static_cast<double>(n) * all.share));
-  return {BytesPerSecond{least}, all.latency};
-}
-
-/// Do a node's members reach each other equally well, so that their order in a ring is free?
-bool reach_alike(const Topology& t, const std::vector<std::int64_t>& members) {
-  const auto way_to = [&](std::int64_t to) {
-    std::pair<double, double> way{INFINITY, 0};
-    for (const LinkId l : t.route(DeviceId{static_cast<std::size_t>(members[0])},
-                                  DeviceId{static_cast<std::size_t>(to)})) {
-      way.first = std::min(way.first, t.link(l).bandwidth.count);
-      way.second += t.link(l).latency.count;
-    }
-    return way;
-  };
-  const auto first = way_to(members[1]);
-  return std::all_of(members.begin() + 2, members.end(),
-                     [&](std::int64_t m) { return way_to(m) == first; });
-}
-
-/// The k-th of n members in ring j, which enters at j and leaves from its neighbour, with which it
-/// may share a PCIe switch and so a card, as NCCL's rings do: over the others of its parity, and
-/// back over the rest. All members are alike in all rings together.
-std::size_t paired(std::size_t j, std::size_t k, std::size_t n) {
-  const bool there = k < n / 2;
-  const std::size_t half = (j / 2 + (there ? k : n - 1 - k)) % (n / 2);
-  return 2 * half + (there ? j % 2 : 1 - j % 2);
+  }
+  return {BytesPerSecond{std::min(of_nodes, of_fabric)}, all.latency, BytesPerSecond{of_nodes},
+          BytesPerSecond{of_fabric}};
 }
 
 }  // namespace
 
-Communication::LinkFlows Communication::collective_links(
-    bool exchanges, const std::vector<std::int64_t>& ranks) const {
-  const Topology& t = state_->topology;
-  if (exchanges) {
-    // Every pair at once: the busiest link decides.
-    std::vector<DeviceId> devices;
-    for (const std::int64_t r : ranks) devices.emplace_back(static_cast<std::size_t>(r));
-    auto loads = t.all_pairs(devices);
-    if (t.state().ranks_per_device > 1) {
-      for (const DeviceId a : devices) {
-        for (const DeviceId b : devices)
-          loads.latency = std::max(loads.latency, turn_taking(t, a, b));
-      }
-    }
-    return {1.0 / static_cast<double>(std::max<std::size_t>(1, ranks.size() - 1)),
-            std::move(loads.links), loads.latency};
-  }
-  Flows flows(t);
-  // Members by node; as many rings as the node with fewest members has, each leaving a node from
-  // another device, so that all network cards are used.
-  std::vector<std::vector<std::int64_t>> nodes;
-  std::unordered_map<std::size_t, std::size_t> known;
-  for (const std::int64_t r : in_ring_order(ranks, ring_stride(t, ranks))) {
-    const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
-    const std::size_t at = known.try_emplace(node, nodes.size()).first->second;
-    if (at == nodes.size()) nodes.emplace_back();
-    nodes[at].push_back(r);
-  }
-  std::size_t rings = nodes[0].size();
-  for (const auto& n : nodes) rings = std::min(rings, n.size());
-  if (nodes.size() == 1) rings = 1;
-  const bool in_pairs = rings > 1 && std::all_of(nodes.begin(), nodes.end(), [&](const auto& n) {
-                          return n.size() == rings && n.size() % 2 == 0 && reach_alike(t, n);
-                        });
-  std::vector<std::int64_t> order(ranks.size());
-  for (std::size_t j = 0; j < rings; ++j) {
-    order.clear();
-    for (const auto& n : nodes) {
-      for (std::size_t k = 0; k < n.size(); ++k)
-        order.push_back(n[in_pairs ? paired(j, k, n.size()) : (j + k) % n.size()]);
-    }
-    for (std::size_t k = 0; k < order.size(); ++k)
-      flows.add(order[k], order[(k + 1) % order.size()]);
-  }
-  return flows.sorted(1.0 / static_cast<double>(rings));
+const Communication::Way& Communication::way(Lay lay, const std::vector<std::int64_t>& ranks) {
+  const std::uint64_t key = mix(pattern(ranks), static_cast<std::uint64_t>(lay));
+  if (const auto it = state_->ways.find(key); it != state_->ways.end()) return it->second;
+  return state_->ways[key] = alone(state_->topology, lay_out(state_->topology, lay, ranks));
 }
 
-Communication::LinkFlows Communication::message_links(std::int64_t from, std::int64_t to) const {
-  Flows flows(state_->topology);
-  flows.add(from, to);
-  return flows.sorted(1);
+namespace {
+
+/// Of an algorithm of NCCL's that the communicator may choose.
+Lay lay_of(nccl::Algorithm a, nccl::Collective what, bool one_domain) {
+  using A = nccl::Algorithm;
+  const bool gathers = what == nccl::Collective::all_gather,
+             sums = what == nccl::Collective::reduce_scatter;
+  switch (a) {
+    case A::tree:
+    case A::collnet_chain:
+      return Lay::trees;
+    case A::nvls:
+    case A::collnet_direct:
+      return gathers      ? Lay::switches_gather
+             : sums       ? Lay::switches_sum
+             : one_domain ? Lay::switches
+                          : Lay::switch_trees;
+    case A::nvls_tree:
+      return Lay::switch_trees;
+    case A::pat:
+      return sums ? Lay::near_sums : Lay::near_trees;
+    case A::ring:
+      return Lay::rings;
+  }
+  return Lay::rings;
 }
 
-const Communication::Ring& Communication::ring(const std::vector<std::int64_t>& ranks) {
-  const std::uint64_t key = pattern(ranks);
-  if (const auto it = state_->rings.find(key); it != state_->rings.end()) return it->second;
-  return state_->rings[key] = alone(state_->topology, collective_links(false, ranks));
-}
+}  // namespace
 
-const Communication::Ring& Communication::exchange(const std::vector<std::int64_t>& ranks) {
-  const std::uint64_t key = pattern(ranks);
-  if (const auto it = state_->exchanges.find(key); it != state_->exchanges.end()) return it->second;
-  return state_->exchanges[key] = alone(state_->topology, collective_links(true, ranks));
+Lay Communication::lay(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks) {
+  if (kind == CollectiveKind::all_to_all) return Lay::pairs;
+  const auto what = nccl_collective(kind);
+  if (!state_->nccl || !what || ranks.size() < 2) return Lay::rings;
+  const nccl::Communicator& c = group(ranks).communicator;
+  const auto a = nccl::choose(c, *what, static_cast<double>(bytes.count)).algorithm;
+  return lay_of(a, *what, c.nodes == 1);
 }
 
 std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks, bool exchanges) {
@@ -929,25 +838,29 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
     return b;
   };
   std::uint64_t h = ranks.size();
-  const auto add = [&](const Ring& r) {
-    h = mix(mix(h, bits_of(r.bandwidth.count)), bits_of(r.latency.count));
+  const auto add = [&](const Way& w) {
+    h = mix(mix(h, bits_of(w.bandwidth.count)), bits_of(w.latency.count));
   };
   add(ring(ranks));
-  if (exchanges) add(exchange(ranks));
+  if (exchanges) add(way(Lay::pairs, ranks));
   // A ring of two is as slow as its slower direction; a message has one of them.
   if (ranks.size() == 2 && !state_->topology.state().link_speed.empty()) {
-    add(alone(state_->topology, message_links(ranks[0], ranks[1])));
-    add(alone(state_->topology, message_links(ranks[1], ranks[0])));
+    add(alone(state_->topology, message_flows(state_->topology, ranks[0], ranks[1])));
+    add(alone(state_->topology, message_flows(state_->topology, ranks[1], ranks[0])));
   }
   if (state_->nccl && ranks.size() > 1) {
     const nccl::Communicator& c = group(ranks).communicator;
     h = mix(h, static_cast<std::uint64_t>(c.nodes));
     for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us})
       h = mix(h, bits_of(x));
-    for (const auto& g : c.graphs) {
-      if (g)
-        h = mix(mix(mix(h, static_cast<std::uint64_t>(g->channels)), bits_of(g->intra_GBps)),
-                bits_of(g->inter_GBps));
+    for (std::size_t a = 0; a < c.graphs.size(); ++a) {
+      const auto& g = c.graphs[a];
+      if (!g) continue;
+      h = mix(mix(mix(h, static_cast<std::uint64_t>(g->channels)), bits_of(g->intra_GBps)),
+              bits_of(g->inter_GBps));
+      for (const auto what : {nccl::Collective::all_reduce, nccl::Collective::all_gather,
+                              nccl::Collective::reduce_scatter})
+        add(way(lay_of(static_cast<nccl::Algorithm>(a), what, c.nodes == 1), ranks));
     }
   }
   return h;
@@ -1003,9 +916,9 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
   const auto size = static_cast<double>(bytes.count);
   if (!what) {
     const auto w = wire_count(kind, c.ranks, bytes);
-    const Ring& way = kind == CollectiveKind::all_to_all ? exchange(ranks) : ring(ranks);
+    const Way& all = way(lay(kind, bytes, ranks), ranks);
     return Seconds{1e-6 * nccl::exchange_us(c, w.steps, static_cast<double>(w.bytes.count),
-                                            way.bandwidth.count * 1e-9)};
+                                            all.bandwidth.count * 1e-9)};
   }
   const Topology& t = state_->topology;
   if (lost_links()) {
@@ -1032,21 +945,22 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
   return Seconds{model(size)};
 }
 
-/// NCCL's model and measured times know links as built. Where links are slow or have failed, what
-/// moves bytes takes as much longer as they carry less than that time would have them carry.
-Seconds Communication::over_worn_links(CollectiveKind kind, Bytes bytes,
-                                       const std::vector<std::int64_t>& ranks, Seconds time) {
-  if (state_->topology.state().link_speed.empty()) return time;
-  const double fixed = nccl_time(kind, Bytes{1}, ranks).count, work = time.count - fixed;
-  if (!(work > 0)) return time;
-  const bool exchanges = kind == CollectiveKind::all_to_all;
-  const auto way = [&](Communication& c) {
-    return (exchanges ? c.exchange(ranks) : c.ring(ranks)).bandwidth.count;
-  };
+/// NCCL's model and measured times know nodes as built, and no limit between switches. Where links
+/// of nodes are slow or have failed, or those between switches are oversubscribed, what moves bytes
+/// takes as much longer as they carry less than that time would have them carry.
+Seconds Communication::over_links(CollectiveKind kind, Bytes bytes,
+                                  const std::vector<std::int64_t>& ranks, Seconds time) {
+  const Lay laid = lay(kind, bytes, ranks);
+  const Way& all = way(laid, ranks);
   const double wire = static_cast<double>(
       wire_count(kind, static_cast<std::int64_t>(ranks.size()), bytes).bytes.count);
-  const double rate = std::min(wire / work, way(as_nccl_sees_it()));
-  return Seconds{fixed + work * std::max(1.0, rate / way(*this))};
+  const Seconds least{wire / all.of_fabric.count};  // whatever the price says
+  if (state_->topology.state().link_speed.empty() && all.of_nodes == all.bandwidth)
+    return std::max(time, least);
+  const double fixed = nccl_time(kind, Bytes{1}, ranks).count, work = time.count - fixed;
+  if (!(work > 0)) return time;
+  const double rate = std::min(wire / work, as_nccl_sees_it().way(laid, ranks).of_nodes.count);
+  return std::max(least, Seconds{fixed + work * std::max(1.0, rate / all.bandwidth.count)});
 }
 
 int Communication::channels(CollectiveKind kind, Bytes bytes,
@@ -1091,7 +1005,7 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
                                   const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return Seconds{0};
-  if (state_->nccl) return over_worn_links(kind, bytes, ranks, nccl_time(kind, bytes, ranks));
+  if (state_->nccl) return over_links(kind, bytes, ranks, nccl_time(kind, bytes, ranks));
   const CollectiveTable& measured = state_->topology.collectives();
   if (!measured.empty()) {
     if (const auto t = measured_time(measured, std::string(name(kind)), static_cast<int>(n), bytes,
@@ -1102,11 +1016,11 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
       state_->topology.device(DeviceId{static_cast<std::size_t>(ranks[0])}).kernel_latency.count;
   const WireCount w = wire_count(kind, n, bytes);
   if (kind == CollectiveKind::all_to_all) {
-    const Ring& all = exchange(ranks);
+    const Way& all = way(Lay::pairs, ranks);
     return Seconds{launch + all.latency.count +
                    static_cast<double>(w.bytes.count) / all.bandwidth.count};
   }
-  const Ring& r = ring(ranks);
+  const Way& r = ring(ranks);
   const double move = static_cast<double>(w.bytes.count) / r.bandwidth.count;
   const double ring_time = static_cast<double>(w.steps) * r.latency.count + move;
   if (kind == CollectiveKind::all_reduce || kind == CollectiveKind::broadcast ||
@@ -1166,7 +1080,7 @@ Seconds Communication::host_time(const Program& p, const Instruction& i, std::in
   auto& link = state_->host_links[t.profile_index(d)];
   if (!(link.bandwidth.count > 0)) {
     if (const LinkId best = host_link(rank, true); best.valid())
-      link = {t.link(best).bandwidth, t.link(best).latency};
+      link = {t.link(best).bandwidth, t.link(best).latency, {}, {}};
     if (!(link.bandwidth.count > 0)) {
       throw InputError("offload",
                        fmt::format("{} has no PCIe or C2C link between its devices and their host; "
@@ -1185,7 +1099,7 @@ Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64
   if (measured_together()) {
     if (const auto t = measured_time(measured, "send", 2, bytes, state_->at_work)) return *t;
   }
-  const Ring way = alone(state_->topology, message_links(from, to));
+  const Way way = alone(state_->topology, message_flows(state_->topology, from, to));
   if (state_->nccl)
     return Seconds{1e-6 * nccl::exchange_us(group({from, to}).communicator, 0,
                                             static_cast<double>(bytes.count),
@@ -1200,20 +1114,21 @@ Communication::Moving Communication::moving(CollectiveKind kind, Bytes bytes,
                                             const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return {};
-  const Ring& way = kind == CollectiveKind::all_to_all ? exchange(ranks) : ring(ranks);
+  const Way& laid = way(lay(kind, bytes, ranks), ranks);
   const double all = collective(kind, bytes, ranks).count;
   // What is not latency moves bytes; a measured time's latency is what its smallest payload takes.
   const bool measured = state_->nccl || measured_together();
   double fixed = measured ? collective(kind, Bytes{1}, ranks).count : 0;
   const double wire = static_cast<double>(wire_count(kind, n, bytes).bytes.count);
-  if (!measured) fixed = all - std::min(all, wire / way.bandwidth.count);
+  if (!measured) fixed = all - std::min(all, wire / laid.bandwidth.count);
   const double time = std::max(0.0, all - fixed);
-  return {Seconds{time}, BytesPerSecond{time > 0 ? std::min(way.bandwidth.count, wire / time) : 0}};
+  return {Seconds{time},
+          BytesPerSecond{time > 0 ? std::min(laid.bandwidth.count, wire / time) : 0}};
 }
 
 Communication::Moving Communication::moving(Bytes bytes, std::int64_t from, std::int64_t to) {
   if (from == to || bytes.count == 0) return {};
-  const Ring way = alone(state_->topology, message_links(from, to));
+  const Way way = alone(state_->topology, message_flows(state_->topology, from, to));
   const double all = point_to_point(bytes, from, to).count;
   double time = static_cast<double>(bytes.count) / way.bandwidth.count;
   if (state_->nccl || measured_together())

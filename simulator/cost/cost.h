@@ -15,6 +15,7 @@
 #include "base/units.h"
 #include "simulator/cost/adjustment.h"
 #include "simulator/cost/kernels.h"
+#include "simulator/cost/link_flows.h"
 #include "simulator/program/program.h"
 #include "topologies/topology.h"
 
@@ -88,11 +89,6 @@ bool on_host(const Program& program, const Instruction& instruction);
 /// Does it read from storage?
 bool from_storage(const Program& program, const Instruction& instruction);
 
-/// Members of a group as a ring with this stride visits them: k * stride modulo their number, which
-/// has no factor in common with it.
-std::vector<std::int64_t> in_ring_order(const std::vector<std::int64_t>& members,
-                                        std::int64_t stride);
-
 /// Prices of communication between ranks placed on devices 0, 1, 2, ..., and the caches of kernels'
 /// prices on these devices. Caches by group; not thread-safe.
 class Communication {
@@ -110,17 +106,9 @@ class Communication {
   /// topology does not say.
   Seconds storage_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
-  /// Links that a transfer uses. It is made of equal flows: `share` of the bytes that one rank
-  /// sends is what one flow carries; by link, how many cross it. Sorted by link.
-  struct LinkFlows {
-    double share = 1;
-    std::vector<std::pair<LinkId, std::int64_t>> flows;
-    Seconds latency;  ///< of the slowest flow's route
-  };
-  /// Of a collective among `ranks`: rings, as many as use all network cards, or for an all-to-all
-  /// all pairs.
-  LinkFlows collective_links(bool exchanges, const std::vector<std::int64_t>& ranks) const;
-  LinkFlows message_links(std::int64_t from, std::int64_t to) const;
+  /// How a collective lies on links: by the algorithm that NCCL chooses; where NCCL is not what
+  /// runs it in rings, or all pairs.
+  Lay lay(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   /// The link that host_time() uses, towards the host or from it; invalid where a copy crosses
   /// none.
   LinkId host_link(std::int64_t rank, bool towards_host) const;
@@ -158,11 +146,14 @@ class Communication {
   /// Equal for groups whose communication costs the same whatever the size; `exchanges`:
   /// all-to-alls too.
   std::uint64_t price_class(const std::vector<std::int64_t>& ranks, bool exchanges);
-  struct Ring {
-    BytesPerSecond bandwidth;  ///< of the whole group, per rank, all rings together
+  struct Way {
+    BytesPerSecond bandwidth;  ///< of the whole group, for each rank's bytes in a ring (wire_count)
     Seconds latency;           ///< slowest hop
+    BytesPerSecond of_nodes;   ///< the bandwidth if links between switches were no limit
+    BytesPerSecond of_fabric;  ///< if only these were one
   };
-  const Ring& ring(const std::vector<std::int64_t>& ranks);
+  const Way& way(Lay lay, const std::vector<std::int64_t>& ranks);
+  const Way& ring(const std::vector<std::int64_t>& ranks) { return way(Lay::rings, ranks); }
   const Topology& topology() const;
   /// The same without slow and failed parts; itself where there are none.
   Communication& as_built();
@@ -172,7 +163,7 @@ class Communication {
   /// Positions of the members on their nodes, not the nodes' numbers: groups that agree route
   /// alike.
   std::uint64_t pattern(const std::vector<std::int64_t>& ranks) const;
-  const Ring& exchange(const std::vector<std::int64_t>& ranks);
+  std::uint64_t found_pattern(const std::vector<std::int64_t>& ranks) const;
   /// Ranks as NCCL sees them, and their collectives that were priced.
   struct Group;
   Group& group(const std::vector<std::int64_t>& ranks);
@@ -181,8 +172,8 @@ class Communication {
   Communication& as_nccl_sees_it();
   bool lost_links() const;  ///< failed ones of nodes
   Communication& in_state(std::unique_ptr<Communication>& kept, ClusterState state);
-  Seconds over_worn_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
-                          Seconds time);
+  Seconds over_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
+                     Seconds time);
   Seconds nccl_time(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   std::unique_ptr<State> state_;
 };

@@ -24,7 +24,7 @@ Breakdown Spent::breakdown(const Labels& labels, Ticks bubble) const {
     const Ticks t{ticks_[x]};
     if (n == "optimizer") {
       b.optimizer += t;
-    } else if (n == "bubble") {
+    } else if (n == "bubble" || n == "bubble:messages") {
       b.bubble += t;
     } else if (n.rfind("compute:", 0) == 0) {
       b.compute[n.substr(8)] += t;

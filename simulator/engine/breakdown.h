@@ -24,7 +24,8 @@ struct Breakdown {
 /// What waiting for a collective is charged to: "dp", "dp+cp", "ep", "tied".
 std::string axis_name(const Program& program, const Instruction& collective);
 
-/// Names of what instants are charged to: "compute:linear", "exposed:dp", "bubble", ...
+/// Names of what instants are charged to: "compute:linear", "exposed:dp", "bubble",
+/// of it while a message is on its way "bubble:messages", ...
 class Labels {
  public:
   std::int32_t of(const std::string& name);

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <set>
 
 #include "base/error.h"
 #include "base/unit_text.h"
@@ -35,6 +37,46 @@ void refuse_many(std::int64_t messages) {
   throw InputError("algorithm", fmt::format("it has {} messages, more than the {} that are played; "
                                             "use fewer ranks, or a size that they divide",
                                             grouped(messages), grouped(kMostMessages)));
+}
+
+/// Of the level whose units are `below` ranks: the fastest of its ways and the shortest. `own` is
+/// cleared where they differ, or where members share a link that they would fill.
+PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std::int32_t members,
+                  const Topology& topology, bool& own) {
+  PortLevel port{members, Ticks{0}, BytesPerSecond{std::numeric_limits<double>::infinity()}};
+  if (members == 1) return port;
+  const auto l = static_cast<std::size_t>(members);
+  // All ways, or of many those over distances that double.
+  const bool every = ranks.size() * l <= std::size_t{1} << 16;
+  struct Users {
+    std::set<std::int64_t> from, to;
+  };
+  std::map<LinkId, Users> users;
+  bool first = true;
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    const std::size_t x = i / below % l;
+    for (std::size_t d = 1; d < l; d = every ? d + 1 : 2 * d) {
+      const std::int64_t from = ranks[i], to = ranks[i - x * below + (x + d) % l * below];
+      Ticks latency{0};
+      BytesPerSecond rate{std::numeric_limits<double>::infinity()};
+      for (const LinkId id : topology.route(DeviceId{static_cast<std::size_t>(from)},
+                                            DeviceId{static_cast<std::size_t>(to)})) {
+        const Link link = topology.link(id);
+        latency += to_ticks(link.latency);
+        rate = std::min(rate, link.bandwidth);
+        users[id].from.insert(from), users[id].to.insert(to);
+      }
+      own = own && (first || (latency == port.latency && rate == port.rate));
+      port.latency = first ? latency : std::min(port.latency, latency);
+      port.rate = first ? rate : std::max(port.rate, rate);
+      first = false;
+    }
+  }
+  for (const auto& [id, u] : users) {
+    const auto at_once = static_cast<double>(std::min(u.from.size(), u.to.size()));
+    own = own && topology.link(id).bandwidth.count >= at_once * port.rate.count * (1 - 1e-9);
+  }
+  return port;
 }
 
 CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
@@ -73,6 +115,7 @@ CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
   const NetworkTraffic traffic = traffic_of(r, cut, ranks, topology);
   const Played p = play(traffic);
   t.form = closed_form(row.kind, row.algorithm, payload, all.ports);
+  if (!all.own_ports) t.form.most.reset();
   t.time = p.end;
   if (p.end.count == 0) return t;
   const Seconds time = to_seconds(p.end);
@@ -133,16 +176,7 @@ CollectiveTimes time_collective(CollectiveKind kind, Bytes payload,
   all.levels = levels.empty() ? levels_of(ranks, topology) : std::move(levels);
   std::size_t below = 1;
   for (const std::int32_t l : all.levels) {
-    PortLevel port{l, Ticks{0}, BytesPerSecond{std::numeric_limits<double>::infinity()}};
-    if (l > 1) {
-      for (const LinkId id : topology.route(DeviceId{static_cast<std::size_t>(ranks[0])},
-                                            DeviceId{static_cast<std::size_t>(ranks[below])})) {
-        const Link link = topology.link(id);
-        port.latency += to_ticks(link.latency);
-        port.rate = std::min(port.rate, link.bandwidth);
-      }
-    }
-    all.ports.push_back(port);
+    all.ports.push_back(port_of(ranks, below, l, topology, all.own_ports));
     below *= static_cast<std::size_t>(l);
   }
   PARTITA_ASSERT(below == ranks.size(), fmt::format("levels of {}", below));

@@ -36,9 +36,11 @@ struct CollectiveTime {
 
 struct CollectiveTimes {
   std::vector<std::int32_t> levels;
-  /// What a member meets on each level: latency and bottleneck of the way from the first member to
-  /// its neighbour there.
+  /// What a member meets on each level: the shortest and the fastest of its members' ways.
   std::vector<PortLevel> ports;
+  /// Are they all as short and fast, and does nobody share them? If not forms are no more than
+  /// bounds.
+  bool own_ports = true;
   std::vector<CollectiveTime> algorithms;  ///< in the order of kAlgorithms
 };
 

@@ -326,7 +326,7 @@ class Compiler {
             const int role = std::max(i.stage, rc.stage) - p_.pipeline_stages();
             s.label =
                 role < 0
-                    ? labels_.of("bubble")
+                    ? labels_.of("bubble:messages")
                     : labels_.of("exposed:" + word(p_.roles[static_cast<std::size_t>(role)].name));
             break;
           }

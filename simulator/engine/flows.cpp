@@ -22,7 +22,7 @@ class Moves {
     for (const double c : capacity) sharing_.add(c);
     for (std::size_t l = 0; l < background.size(); ++l) {
       const Demand on{ResourceId{l}};
-      if (background[l] > 0) sharing_.start({&on, 1}, 1, background[l]);
+      if (background[l] > 0) own(sharing_.start({&on, 1}, 1, background[l]), kOthers);
     }
   }
 
@@ -75,8 +75,7 @@ class Moves {
           if (m.stamp != e.stamp) continue;  // its end has moved
           if (!m.activity.valid() && m.message.bytes > 0 && !m.message.demands->empty()) {
             m.activity = sharing_.start(*m.message.demands, m.message.weight);
-            if (owner_.size() <= m.activity.index()) owner_.resize(m.activity.index() + 1);
-            owner_[m.activity.index()] = e.id;
+            own(m.activity, e.id);
             m.since = now_;
             continue;
           }
@@ -88,6 +87,7 @@ class Moves {
         }
       }
       for (const ActivityId a : sharing_.solve()) {
+        if (owner_[a.index()] == kOthers) continue;
         Moving& m = moving_[static_cast<std::size_t>(owner_[a.index()])];
         m.left = std::max(0.0, m.left - m.rate * (static_cast<double>(now_ - m.since) * 1e-12));
         m.since = now_;
@@ -106,6 +106,13 @@ class Moves {
   }
 
  private:
+  static constexpr std::int32_t kOthers = -1;  ///< owner of what is not ours
+
+  void own(ActivityId activity, std::int32_t id) {
+    if (owner_.size() <= activity.index()) owner_.resize(activity.index() + 1, kOthers);
+    owner_[activity.index()] = id;
+  }
+
   struct Moving {
     Message message;
     ActivityId activity;

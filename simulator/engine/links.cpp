@@ -34,53 +34,67 @@ bool uses_links(const Instruction& i) {
   return i.kind == Kind::collective || i.kind == Kind::send || i.kind == Kind::copy;
 }
 
-Incidence incidence_of(const Program& p, const Communication& communication) {
+/// As that of the stage's first rank lies; its other groups have as many members and bytes.
+Lay lay_on_stage(const Program& p, const Instruction& i, int stage, Communication& communication) {
+  if (i.collective == CollectiveKind::all_to_all) return Lay::pairs;
+  if (!communication.uses_nccl()) return Lay::rings;
+  std::int64_t rank = 0;
+  while (p.stage_of(rank) != stage) ++rank;
+  const auto group = p.group(i, rank);
+  return communication.lay(i.collective, communication.travelling(p, i, payload(p, i, rank), group),
+                           group);
+}
+
+Incidence incidence_of(const Program& p, Communication& communication) {
   Incidence all;
   std::vector<std::int32_t> dense(communication.topology().link_count(), -1);
-  for_each_transfer(p, [&](const TransferKind& kind, const Instruction& i,
-                           const std::vector<std::int64_t>& members) {
-    if (all.kinds.empty() || all.kinds.back() != kind) {
-      all.kinds.push_back(kind);
-      all.transfer_of_rank.emplace_back(static_cast<std::size_t>(p.ranks()), -1);
-    }
-    auto& of_rank = all.transfer_of_rank.back();
-    const auto flows = transfer_links(kind, members, communication);
-    Transfer t{static_cast<std::int32_t>(all.kinds.size() - 1),
-               flows.share,
-               all.ranks.size(),
-               members.size(),
-               all.links.size(),
-               flows.flows.size()};
-    for (const auto& [link, n] : flows.flows) {
-      std::int32_t& number = dense[link.index()];
-      if (number < 0) {
-        number = static_cast<std::int32_t>(all.link.size());
-        all.link.push_back(link);
-      }
-      all.links.emplace_back(number, n);
-    }
-    for (std::size_t m = 0; m < members.size(); ++m) {
-      // A pair belongs to its sender; members of a tied group lie on several stages.
-      if (i.kind != Kind::send || m == 0)
-        of_rank[static_cast<std::size_t>(members[m])] =
-            static_cast<std::int32_t>(all.transfers.size());
-      all.ranks.push_back(members[m]);
-    }
-    all.transfers.push_back(t);
-  });
+  for_each_transfer(p, communication,
+                    [&](const TransferKind& kind, const Instruction& i,
+                        const std::vector<std::int64_t>& members) {
+                      if (all.kinds.empty() || all.kinds.back() != kind) {
+                        all.kinds.push_back(kind);
+                        all.transfer_of_rank.emplace_back(static_cast<std::size_t>(p.ranks()), -1);
+                      }
+                      auto& of_rank = all.transfer_of_rank.back();
+                      const auto flows = transfer_links(kind, members, communication);
+                      Transfer t{static_cast<std::int32_t>(all.kinds.size() - 1),
+                                 flows.share,
+                                 all.ranks.size(),
+                                 members.size(),
+                                 all.links.size(),
+                                 flows.flows.size()};
+                      for (const auto& [link, n] : flows.flows) {
+                        std::int32_t& number = dense[link.index()];
+                        if (number < 0) {
+                          number = static_cast<std::int32_t>(all.link.size());
+                          all.link.push_back(link);
+                        }
+                        all.links.emplace_back(number, n);
+                      }
+                      for (std::size_t m = 0; m < members.size(); ++m) {
+                        // A pair belongs to its sender; members of a tied group lie on several
+                        // stages.
+                        if (i.kind != Kind::send || m == 0)
+                          of_rank[static_cast<std::size_t>(members[m])] =
+                              static_cast<std::int32_t>(all.transfers.size());
+                        all.ranks.push_back(members[m]);
+                      }
+                      all.transfers.push_back(t);
+                    });
   return all;
 }
 
 }  // namespace
 
-TransferKind transfer_kind(const Program& p, const Instruction& i, int stage) {
+TransferKind transfer_kind(const Program& p, const Instruction& i, int stage,
+                           Communication& communication) {
   TransferKind k;
   k.stage = stage;
   switch (i.kind) {
     case Kind::collective:
       k.atoms = i.tie >= 0 ? AtomMask{0} : i.atoms;
       k.tie = i.tie;
-      k.exchanges = i.collective == CollectiveKind::all_to_all;
+      k.lay = lay_on_stage(p, i, stage, communication);
       break;
     case Kind::send:
       k.atoms = i.atoms;
@@ -99,7 +113,7 @@ TransferKind transfer_kind(const Program& p, const Instruction& i, int stage) {
   return k;
 }
 
-void for_each_transfer(const Program& p,
+void for_each_transfer(const Program& p, Communication& communication,
                        const std::function<void(const TransferKind&, const Instruction&,
                                                 const std::vector<std::int64_t>& members)>& visit) {
   // An instruction of each kind speaks for it.
@@ -110,7 +124,7 @@ void for_each_transfer(const Program& p,
     for (const BlockId b : blocks) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (!uses_links(i)) continue;
-        const TransferKind k = transfer_kind(p, i, s);
+        const TransferKind k = transfer_kind(p, i, s, communication);
         if (i.kind != Kind::copy || k.host != 0) kinds.emplace(k, &i);
       }
     }
@@ -135,17 +149,17 @@ void for_each_transfer(const Program& p,
   }
 }
 
-Communication::LinkFlows transfer_links(const TransferKind& kind,
-                                        const std::vector<std::int64_t>& members,
-                                        const Communication& communication) {
-  Communication::LinkFlows flows;
+LinkFlows transfer_links(const TransferKind& kind, const std::vector<std::int64_t>& members,
+                         const Communication& communication) {
+  LinkFlows flows;
   if (kind.host != 0) {
     if (const LinkId l = communication.host_link(members[0], kind.host == 1); l.valid())
       flows.flows = {{l, 1}};
   } else if (kind.peer_stage >= 0) {
-    if (members[0] != members[1]) flows = communication.message_links(members[0], members[1]);
+    if (members[0] != members[1])
+      flows = message_flows(communication.topology(), members[0], members[1]);
   } else if (members.size() > 1) {
-    flows = communication.collective_links(kind.exchanges, members);
+    flows = lay_out(communication.topology(), kind.lay, members);
   }
   return flows;
 }

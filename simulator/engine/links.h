@@ -26,23 +26,23 @@ struct TransferKind {
   int tie = -1;
   int peer_stage = -1, peer = 0;  ///< of a send
   AtomMask root = 0;              ///< of a send: only one rank of these has the buffer
-  bool exchanges = false;         ///< all pairs, not rings
+  Lay lay = Lay::rings;           ///< of a collective
   int host = 0;                   ///< a copy: 1 to the host, 2 from it
   friend auto operator<=>(const TransferKind&, const TransferKind&) = default;
 };
 /// Of a collective, a send or a copy of a stage; a receive's is its send's.
-TransferKind transfer_kind(const Program& program, const Instruction& instruction, int stage);
+TransferKind transfer_kind(const Program& program, const Instruction& instruction, int stage,
+                           Communication& communication);
 
 /// Calls `visit` for each group, pair and copy of the program, once for all instructions of a kind:
 /// with that kind, one of these, and the members (of a send: from, to).
-void for_each_transfer(const Program& program,
+void for_each_transfer(const Program& program, Communication& communication,
                        const std::function<void(const TransferKind&, const Instruction&,
                                                 const std::vector<std::int64_t>& members)>& visit);
 /// Links of one of them whose members lie on these devices, in a ring's order; none where nothing
 /// moves.
-Communication::LinkFlows transfer_links(const TransferKind& kind,
-                                        const std::vector<std::int64_t>& members,
-                                        const Communication& communication);
+LinkFlows transfer_links(const TransferKind& kind, const std::vector<std::int64_t>& members,
+                         const Communication& communication);
 
 struct SharedLinks {
   RankClasses ranks;

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/error.h"
 
@@ -52,11 +53,12 @@ ActivityId Sharing::start(std::span<const Demand> demands, double weight, double
     auto& entries = resources_[d.resource.index()].entries;
     a.uses[u] = {d.resource.value, static_cast<std::int32_t>(entries.size()), d.amount * weight,
                  d.count};
-    entries.push_back({id, static_cast<std::int32_t>(u)});
+    entries.push_back({id, static_cast<std::int32_t>(u), d.amount * weight, d.count});
     mark(d.resource.value);
   }
   // Its level is what its resources say now; they are evaluated with it in solve().
   find_limits(a);
+  for (const Use& u : a.uses) take(resources_[static_cast<std::size_t>(u.resource)], u, 0, a.level);
   if (!a.touched) {
     a.touched = true;
     touched_.push_back(id);
@@ -75,6 +77,7 @@ void Sharing::stop(ActivityId activity) {
         .uses[static_cast<std::size_t>(moved.use)]
         .at = u.at;
     r.entries.pop_back();
+    take(r, u, a.level, 0);
     mark(u.resource);
   }
   a.uses.clear();
@@ -98,6 +101,13 @@ void Sharing::mark(std::int32_t resource) {
   dirty_.push_back(resource);
 }
 
+void Sharing::take(Resource& r, const Use& use, double was, double now) {
+  const double change = (now - was) * (use.value * static_cast<double>(use.count));
+  r.taken += change;
+  // What is far more than there is would leave nothing of the rest but rounding.
+  r.taken_known = r.taken_known && std::abs(change) < 1e3 * r.capacity;
+}
+
 void Sharing::find_limits(Activity& a) const {
   a.level = a.second = a.limit;
   a.lowest = -1;
@@ -116,58 +126,82 @@ void Sharing::find_limits(Activity& a) const {
 
 double Sharing::evaluate(std::int32_t resource) {
   ++evaluations_;
-  const Resource& r = resources_[static_cast<std::size_t>(resource)];
-  if (r.entries.empty()) return kUnbound;
+  Resource& r = resources_[static_cast<std::size_t>(resource)];
+  if (r.entries.empty()) {
+    r.taken = 0, r.taken_known = true;
+    return kUnbound;
+  }
+  // Far from binding, whatever rounding has added up to.
+  if (r.level == kUnbound && r.taken_known && r.taken < r.capacity * (1 - 1e-6)) return kUnbound;
   if (r.entries.size() == 1) {
     const Activity& a = activities_[static_cast<std::size_t>(r.entries[0].activity)];
     const Use& u = a.uses[static_cast<std::size_t>(r.entries[0].use)];
-    const double level = r.capacity / (u.value * static_cast<double>(u.count));
-    return level <= limit_elsewhere(a, resource) ? level : kUnbound;
+    const double amount = u.value * static_cast<double>(u.count), level = r.capacity / amount;
+    const double limit = limit_elsewhere(a, resource);
+    if (level <= limit) return level;
+    r.taken = limit * amount, r.taken_known = true;
+    return kUnbound;
   }
   terms_.clear();
-  double wanted = 0;
+  double wanted = 0, whole = 0;
+  bool alike = true;
+  std::int64_t count = 0;
   for (const Entry& e : r.entries) {
-    const Activity& a = activities_[static_cast<std::size_t>(e.activity)];
-    const Use& u = a.uses[static_cast<std::size_t>(e.use)];
-    terms_.push_back({limit_elsewhere(a, resource), u.value, u.count});
-    wanted += terms_.back().limit * (u.value * static_cast<double>(u.count));
+    const double limit =
+        limit_elsewhere(activities_[static_cast<std::size_t>(e.activity)], resource);
+    const double amount = e.value * static_cast<double>(e.count);
+    terms_.push_back({limit, e.value, e.count});
+    wanted += limit * amount, whole += amount;
+    alike = alike && e.value == terms_[0].value;
+    count += e.count;
   }
-  if (wanted < r.capacity * (1 - 1e-9)) return kUnbound;  // far from binding: no need to sort
-  const auto before = [](const Term& x, const Term& y) {
+  r.taken = wanted, r.taken_known = wanted < 1e3 * r.capacity;
+  if (wanted < r.capacity * (1 - 1e-9)) return kUnbound;  // far from binding
+  // Nearly the level, from below: who is limited below it leaves more to the others.
+  double about = r.capacity / whole;
+  for (;;) {
+    double left = r.capacity, rest = 0;
+    for (const Term& t : terms_) {
+      const double amount = t.value * static_cast<double>(t.count);
+      t.limit < about ? left -= t.limit* amount : rest += amount;
+    }
+    if (!(rest > 0)) break;
+    const double next = left / rest;
+    if (!(next > about)) break;
+    about = next;
+  }
+  // Those below it, in order, and who is so near that rounding decides; others need no order.
+  const auto first_above = std::partition(
+      terms_.begin(), terms_.end(), [&](const Term& t) { return t.limit <= about * (1 + 1e-9); });
+  std::sort(terms_.begin(), first_above, [](const Term& x, const Term& y) {
     return x.limit != y.limit ? x.limit < y.limit : x.value < y.value;
-  };
-  std::sort(terms_.begin(), terms_.end(), before);
-  // Equal ones are one with the sum of their counts: the same bits however they were folded.
-  std::size_t n = 0;
-  for (std::size_t k = 0; k < terms_.size(); ++k) {
-    if (n > 0 && terms_[n - 1].limit == terms_[k].limit && terms_[n - 1].value == terms_[k].value)
-      terms_[n - 1].count += terms_[k].count;
-    else
-      terms_[n++] = terms_[k];
-  }
+  });
+  const auto below = static_cast<std::size_t>(first_above - terms_.begin());
   // What the terms from k on take per level, exact before it is rounded once: sums must not depend
   // on the order that limits give.
-  rest_.resize(n + 1);
-  bool alike = true;
-  for (std::size_t k = 1; k < n; ++k) alike = alike && terms_[k].value == terms_[0].value;
-  if (alike) {
-    std::int64_t count = 0;
-    for (std::size_t k = n; k-- > 0;)
-      rest_[k] = terms_[k].value * static_cast<double>(count += terms_[k].count);
-  } else {
-    Exact sum = 0;
-    for (std::size_t k = n; k-- > 0;) {
-      sum += static_cast<Exact>(terms_[k].value * kExact) * terms_[k].count;
-      rest_[k] = static_cast<double>(sum) / kExact;
-    }
+  Exact sum = 0;
+  if (!alike) {
+    for (const Term& t : terms_) sum += static_cast<Exact>(t.value * kExact) * t.count;
   }
   double taken = 0;
-  for (std::size_t k = 0; k < n; ++k) {
-    const double level = std::max(0.0, r.capacity - taken) / rest_[k];
-    if (level <= terms_[k].limit) return level;
-    taken += terms_[k].limit * (terms_[k].value * static_cast<double>(terms_[k].count));
+  for (std::size_t k = 0; k < below;) {
+    const double rest =
+        alike ? terms_[0].value * static_cast<double>(count) : static_cast<double>(sum) / kExact;
+    const double level = std::max(0.0, r.capacity - taken) / rest;
+    const Term& t = terms_[k];
+    if (level <= t.limit) return level;
+    // Equal ones are one with the sum of their counts: the same bits however they were folded.
+    std::int64_t n = 0;
+    for (; k < below && terms_[k].limit == t.limit && terms_[k].value == t.value; ++k)
+      n += terms_[k].count;
+    taken += t.limit * (t.value * static_cast<double>(n));
+    count -= n;
+    if (!alike) sum -= static_cast<Exact>(t.value * kExact) * n;
   }
-  return kUnbound;
+  if (below == terms_.size()) return kUnbound;
+  const double rest =
+      alike ? terms_.back().value * static_cast<double>(count) : static_cast<double>(sum) / kExact;
+  return std::max(0.0, r.capacity - taken) / rest;
 }
 
 /// Takes the activity's level from its resources; where it changed, they are evaluated again, but
@@ -183,7 +217,9 @@ void Sharing::refresh(std::int32_t activity, std::int32_t except) {
     touched_.push_back(activity);
   }
   for (const Use& u : a.uses) {
-    if (u.resource != except) mark(u.resource);
+    if (u.resource == except) continue;
+    take(resources_[static_cast<std::size_t>(u.resource)], u, was, a.level);
+    mark(u.resource);
   }
 }
 
@@ -241,6 +277,7 @@ void Sharing::solve_component() {
   for (const std::int32_t r : all) {
     resources_[static_cast<std::size_t>(r)].dirty = false;
     resources_[static_cast<std::size_t>(r)].level = kUnbound;
+    resources_[static_cast<std::size_t>(r)].taken_known = false;
   }
   const auto limits = [&](std::int32_t r) {
     for (const Entry& e : resources_[static_cast<std::size_t>(r)].entries)

@@ -82,9 +82,14 @@ class Sharing {
   };
   struct Entry {
     std::int32_t activity = 0, use = 0;
+    double value = 0;  ///< of the use, as its count
+    std::int64_t count = 1;
   };
   struct Resource {
     double capacity = 0, level = kUnbound;
+    /// Of one that does not bind: nearly the sum of what its activities take; known until it binds.
+    double taken = 0;
+    bool taken_known = true;
     std::vector<Entry> entries;
     bool dirty = false;
   };
@@ -94,6 +99,8 @@ class Sharing {
   };
 
   void mark(std::int32_t resource);
+  /// An activity on it has another level now.
+  void take(Resource& r, const Use& use, double was, double now);
   static double limit_elsewhere(const Activity& a, std::int32_t resource) {
     return resource == a.lowest ? a.second : a.level;
   }
@@ -107,7 +114,6 @@ class Sharing {
   std::vector<std::int32_t> unused_, touched_, dirty_;
   std::vector<ActivityId> changed_;
   std::vector<Term> terms_;
-  std::vector<double> rest_;
   std::int64_t evaluations_ = 0;
   bool from_scratch_ = false;
 };

@@ -316,6 +316,7 @@ class Engine {
     }
     std::int64_t start = s.free[step.stream];
     const Slot* cause = nullptr;
+    std::int32_t waited_for = step.label;
     if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
     if (step.host_waits) s.host = std::max(s.host, s.free[kComputeStream]);
     const std::int64_t launched = s.host + step.until_launched;
@@ -335,7 +336,11 @@ class Engine {
           (*keys_)(step.message, step.of_step ? -1 : call.micro_batch, step.peer_class, c));
       if (it == messages_.end()) return false;
       // Waiting for others is this step's own wait, not its last operand's.
-      if (it->second > start) start = it->second, cause = nullptr;
+      if (it->second > start) {
+        start = it->second, cause = nullptr;
+        // Until it is sent its neighbour computes.
+        if (step.label == on_its_way_) waited_for = bubble_;
+      }
     } else if (step.meeting >= 0) {
       const Meeting* m = meet(s, step, start);
       if (m == nullptr) return false;
@@ -355,7 +360,7 @@ class Engine {
       if (start > s.free[kComputeStream]) charge(c, s, cause, s.free[kComputeStream], start);
       spend(c, s, step.label, start, end);
     }
-    const Slot made{end, step.label, cause != nullptr ? cause->label : step.label, start};
+    const Slot made{end, step.label, cause != nullptr ? cause->label : waited_for, start};
     s.free[step.stream] = end;
     s.label[step.stream] = step.label;
     for (std::int32_t m = 0; m < step.marks; ++m) {
@@ -527,6 +532,7 @@ class Engine {
   bool crowded_ = false;  ///< a host has more ranks than cores
   SharedLinks links_;
   Labels labels_;
+  std::int32_t bubble_ = labels_.of("bubble"), on_its_way_ = labels_.of("bubble:messages");
   Compiled compiled_;
   bool beside_ = false;                                    ///< kernels give way to transfers
   std::vector<std::vector<std::vector<DeviceUse>>> uses_;  ///< then: [class][block][step]

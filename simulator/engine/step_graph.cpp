@@ -101,8 +101,10 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
   if (!(moving.time.count > 0)) return -1;
   Usage u;
   const auto c = static_cast<std::int32_t>(members[0]);
-  cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage), c,
-        moving.rate.count);
+  cross(u,
+        transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage,
+                      communication_),
+        c, moving.rate.count);
   for (const int m : members)
     occupy(u, m,
            collective_use(i, group, bytes,
@@ -121,7 +123,9 @@ std::int32_t Usages::send(const Instruction& i, std::int64_t rank, std::int64_t 
   Usage u;
   const int from = links_.ranks.of_rank[static_cast<std::size_t>(rank)],
             to = links_.ranks.of_rank[static_cast<std::size_t>(peer)];
-  cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(from)].stage),
+  cross(u,
+        transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(from)].stage,
+                      communication_),
         from, moving.rate.count);
   occupy(u, from, message_use(rank, peer, bytes, rank, communication_));
   if (to != from) occupy(u, to, message_use(rank, peer, bytes, peer, communication_));
@@ -132,8 +136,10 @@ std::int32_t Usages::copy(const Instruction& i, std::int64_t rank, Bytes bytes, 
   if (!(time.count > 0)) return -1;
   const int c = links_.ranks.of_rank[static_cast<std::size_t>(rank)];
   Usage u;
-  cross(u, transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage), c,
-        static_cast<double>(bytes.count) / time.count);
+  cross(u,
+        transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage,
+                      communication_),
+        c, static_cast<double>(bytes.count) / time.count);
   return u.demands.empty() ? -1 : keep(std::move(u));
 }
 

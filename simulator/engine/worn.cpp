@@ -12,7 +12,7 @@ namespace partita {
 namespace {
 
 /// The link that carries its bytes longest, and in which state it is.
-std::string slowest(const Topology& t, const Communication::LinkFlows& all) {
+std::string slowest(const Topology& t, const LinkFlows& all) {
   double least = INFINITY;
   LinkId binds;
   for (const auto& [link, n] : all.flows) {
@@ -59,14 +59,13 @@ std::vector<Contended> worn_parts(const Program& p, Communication& communication
           more = communication.collective(i.collective, bytes, group).count -
                  built.collective(i.collective, bytes, group).count;
           if (more > 0)
-            over = slowest(t, communication.collective_links(
-                                  i.collective == CollectiveKind::all_to_all, group));
+            over = slowest(t, lay_out(t, communication.lay(i.collective, bytes, group), group));
         } else if (links && s.kind == Kind::send && p.peer_of(i, rank) != rank) {
           const std::int64_t peer = p.peer_of(i, rank);
           const Bytes bytes = local_bytes(p, i.reads[0], rank);
           more = communication.point_to_point(bytes, rank, peer).count -
                  built.point_to_point(bytes, rank, peer).count;
-          if (more > 0) over = slowest(t, communication.message_links(rank, peer));
+          if (more > 0) over = slowest(t, message_flows(t, rank, peer));
         } else if (s.kind == Kind::compute && speed < 1) {
           more = to_seconds(Ticks{s.ticks}).count * (1 - speed);
           over = fmt::format("{} at {:.4g} of its speed", t.device_name(device), speed);

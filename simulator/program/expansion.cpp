@@ -138,12 +138,7 @@ void all_gather_in_switches(Rhythm& e, std::int32_t unit, bool contiguous = fals
 void double_trees(Rhythm& e, std::int32_t unit = 1) {
   const std::int32_t n = e.members / unit;
   e.chunks = 2 * unit;
-  std::vector<std::int32_t> parent(static_cast<std::size_t>(n), -1);
-  for (std::int32_t r = 1; r < n; ++r) {
-    const std::int32_t bit = r & -r;
-    const std::int32_t up = (r ^ bit) | (bit << 1);
-    parent[static_cast<std::size_t>(r)] = up < n ? up : r ^ bit;
-  }
+  const auto parent = binary_tree_parents(n);
   std::vector<std::int32_t> height(static_cast<std::size_t>(n), 0), depth = height;
   // In-order trees are log n deep: so many rounds settle the heights.
   for (bool moved = true; moved;) {
@@ -154,14 +149,13 @@ void double_trees(Rhythm& e, std::int32_t unit = 1) {
       if (depth[at] != depth[up] + 1) depth[at] = depth[up] + 1, moved = true;
     }
   }
-  const auto other = [&](std::int32_t r) { return n % 2 == 0 ? n - 1 - r : (r + 1) % n; };
   const auto step = [&](const std::vector<std::int32_t>& order, std::int32_t at, bool up) {
     std::vector<Message> one;  // between units
     for (const std::int32_t chunk : {0, 1}) {
       for (std::int32_t r = 1; r < n; ++r) {
         if (order[static_cast<std::size_t>(r)] != at) continue;
         std::int32_t from = r, to = parent[static_cast<std::size_t>(r)];
-        if (chunk == 1) from = other(from), to = other(to);
+        if (chunk == 1) from = in_other_tree(from, n), to = in_other_tree(to, n);
         if (!up) std::swap(from, to);
         const auto same = std::find_if(
             one.begin(), one.end(), [&](const Message& m) { return m.from == from && m.to == to; });
@@ -289,6 +283,20 @@ void doubling_all_gather(Rhythm& e, std::int32_t n) {
 }
 
 }  // namespace
+
+std::vector<std::int32_t> binary_tree_parents(std::int32_t n) {
+  std::vector<std::int32_t> parent(static_cast<std::size_t>(n), -1);
+  for (std::int32_t r = 1; r < n; ++r) {
+    const std::int32_t bit = r & -r;
+    const std::int32_t up = (r ^ bit) | (bit << 1);
+    parent[static_cast<std::size_t>(r)] = up < n ? up : r ^ bit;
+  }
+  return parent;
+}
+
+std::int32_t in_other_tree(std::int32_t member, std::int32_t n) {
+  return n % 2 == 0 ? n - 1 - member : (member + 1) % n;
+}
 
 std::string_view name(Algorithm a) {
   constexpr std::array<std::string_view, 9> names{"ring",         "tree",     "halving",

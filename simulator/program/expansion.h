@@ -122,6 +122,11 @@ Rhythm rhythm(CollectiveKind kind, Algorithm algorithm, std::int32_t n,
 Expansion expand(CollectiveKind kind, Algorithm algorithm, std::int32_t n,
                  const std::vector<std::int32_t>& levels = {});
 
+/// Who is above each of n members in a binary tree over them, as NCCL numbers it; -1: the root, 0.
+std::vector<std::int32_t> binary_tree_parents(std::int32_t n);
+/// Who stands in a member's place in the other tree of two, where leaves are inner members.
+std::int32_t in_other_tree(std::int32_t member, std::int32_t n);
+
 /// Does it take levels?
 constexpr bool levelled(Algorithm a) {
   return a == Algorithm::hierarchical || a == Algorithm::nvls || a == Algorithm::nvls_tree;

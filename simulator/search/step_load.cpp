@@ -14,7 +14,7 @@ struct Sent {
 };
 
 /// By kind. A stage's first rank that takes part speaks for all.
-std::map<TransferKind, Sent> sent_by_kind(const Program& p, const Communication& communication) {
+std::map<TransferKind, Sent> sent_by_kind(const Program& p, Communication& communication) {
   std::map<TransferKind, Sent> all;
   for (int s = 0; s < p.stage_count(); ++s) {
     std::int64_t first = 0;
@@ -24,7 +24,7 @@ std::map<TransferKind, Sent> sent_by_kind(const Program& p, const Communication&
     for (const auto& [b, n] : calls) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (i.kind != Kind::collective && i.kind != Kind::send && i.kind != Kind::copy) continue;
-        const TransferKind kind = transfer_kind(p, i, s);
+        const TransferKind kind = transfer_kind(p, i, s, communication);
         if (i.kind == Kind::copy && kind.host == 0) continue;
         Sent& sent = all[kind];
         const double times = static_cast<double>(n) / i.every;
@@ -79,22 +79,24 @@ StepLoad::StepLoad(const Program& program, const Topology& topology, ElementType
   }
   of_rank_.resize(static_cast<std::size_t>(program.ranks()));
   std::map<AtomMask, std::pair<std::string, std::map<std::int64_t, std::int32_t>>> rings;
-  for_each_transfer(program, [&](const TransferKind& kind, const Instruction& i,
-                                 const std::vector<std::int64_t>& members) {
-    const Sent& s = sent.at(kind);
-    Transfer t;
-    t.kind = kind, t.axis = axis.at(s.axis), t.members = members;
-    t.bytes = s.bytes, t.hops = s.hops;
-    const auto number = static_cast<std::int32_t>(transfers_.size());
-    for (const std::int64_t m : members) of_rank_[static_cast<std::size_t>(m)].push_back(number);
-    if (i.kind == Kind::collective && i.tie < 0 && !kind.exchanges && members.size() > 2 &&
-        axis_atoms(program.mesh, s.axis) == kind.atoms) {
-      auto& [name, by_root] = rings[kind.atoms];
-      name = s.axis;
-      by_root[members.front()] = number;
-    }
-    transfers_.push_back(std::move(t));
-  });
+  for_each_transfer(program, communication_,
+                    [&](const TransferKind& kind, const Instruction& i,
+                        const std::vector<std::int64_t>& members) {
+                      const Sent& s = sent.at(kind);
+                      Transfer t;
+                      t.kind = kind, t.axis = axis.at(s.axis), t.members = members;
+                      t.bytes = s.bytes, t.hops = s.hops;
+                      const auto number = static_cast<std::int32_t>(transfers_.size());
+                      for (const std::int64_t m : members)
+                        of_rank_[static_cast<std::size_t>(m)].push_back(number);
+                      if (i.kind == Kind::collective && i.tie < 0 && kind.lay != Lay::pairs &&
+                          members.size() > 2 && axis_atoms(program.mesh, s.axis) == kind.atoms) {
+                        auto& [name, by_root] = rings[kind.atoms];
+                        name = s.axis;
+                        by_root[members.front()] = number;
+                      }
+                      transfers_.push_back(std::move(t));
+                    });
   for (const auto& [atoms, named] : rings) {
     RingAxis& a = ring_axes_[named.first];
     a.size = program.mesh.size(atoms);
@@ -157,10 +159,13 @@ StepLoad::StepLoad(const Program& program, const Topology& topology, ElementType
 
 void StepLoad::route(Transfer& t) {
   std::vector<std::int64_t> on;
-  const bool ring = t.kind.peer_stage < 0 && t.kind.host == 0 && !t.kind.exchanges;
+  const bool ring = t.kind.peer_stage < 0 && t.kind.host == 0 && t.kind.lay != Lay::pairs;
   for (const std::int64_t m : ring ? in_ring_order(t.members, t.stride) : t.members)
     on.push_back(device_[static_cast<std::size_t>(m)]);
-  const auto flows = transfer_links(t.kind, on, communication_);
+  // Whichever algorithm it is, mappings are weighed by rings: trees change shape with who is first.
+  TransferKind kind = t.kind;
+  if (ring) kind.lay = Lay::rings;
+  const auto flows = transfer_links(kind, on, communication_);
   routes_ += static_cast<std::int64_t>(on.size());
   const Topology& topology = communication_.topology();
   t.loads.clear();

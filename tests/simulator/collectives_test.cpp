@@ -2,6 +2,7 @@
 // examples.
 #include "simulator/engine/collectives.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -93,6 +94,39 @@ TEST(Collectives, TheFlowNetworkTakesTheClosedForm) {
     }
   }
   EXPECT_GT(2 * exact, all);
+}
+
+/// On the catalogue's clusters, whoever takes part in whatever order: no time is below its bound,
+/// and a formula that is said to be exact is.
+TEST(Collectives, FormulasHoldOnTheCataloguesClusters) {
+  std::mt19937 rng{17};
+  int exact = 0, bounds = 0;
+  for (const char* name : {"dgx1-v100:2", "dgx2-v100:2", "a100-pcie-8:2", "dgx-a100-80gb:3",
+                           "dgx-h100:3", "h100-sxm-4:2", "gb200-nvl72:20", "cpu-host:4"}) {
+    const Topology t = load_topology(name);
+    for (int k = 0; k < 8; ++k) {
+      std::vector<std::int64_t> ranks(std::min<std::size_t>(t.device_count(), 80));
+      std::iota(ranks.begin(), ranks.end(), 0);
+      if (k > 1) {
+        std::shuffle(ranks.begin(), ranks.end(), rng);
+        ranks.resize(2 + rng() % std::min<std::size_t>(ranks.size() - 1, 15));
+      }
+      const auto kind = kAlgorithms[rng() % kAlgorithms.size()].kind;
+      const Bytes size{std::int64_t{840} << rng() % 20};
+      for (const CollectiveTime& a : time_collective(kind, size, ranks, t).algorithms) {
+        if (!a.why_not.empty()) continue;
+        SCOPED_TRACE(fmt::format("{} by {} of {} on {}, case {}", partita::name(kind),
+                                 partita::name(a.algorithm), size.count, name, k));
+        EXPECT_GE(a.time.count, a.form.least.count);
+        ++bounds;
+        if (!a.form.exact()) continue;
+        ++exact;
+        EXPECT_LE(a.time.count, a.form.most->count);
+      }
+    }
+  }
+  EXPECT_GT(bounds, 100);
+  EXPECT_GT(exact, 30);
 }
 
 /// What crosses every port, to the byte, is what the expansion's messages carry.

@@ -309,6 +309,27 @@ TEST(Contention, BackgroundTrafficSlowsMessagesAndAxes) {
   // Two steps of 2.5 us and 50 MB each: at 10, at 7 GB/s.
   EXPECT_NEAR(static_cast<double>(ring(plain)), 2 * (2.5e6 + 5e9), 2);
   EXPECT_NEAR(static_cast<double>(ring(plain.in_state(busy))), 2 * (2.5e6 + 5e7 / 7e9 * 1e12), 2);
+  // One flow beside b of a link's bytes has it as if it were slow, but never less than half.
+  const LinkId link = plain.find_link("node1.nic0->switch", "--background");
+  for (const double part : {0.1, 0.3, 0.5, 0.7, 0.95}) {
+    ClusterState beside, slow;
+    beside.background[link] = BytesPerSecond{part * 1e10};
+    slow.link_speed[link] = std::max(1 - part, 0.5);
+    for (const CollectiveKind kind :
+         {CollectiveKind::all_reduce, CollectiveKind::all_gather, CollectiveKind::reduce_scatter,
+          CollectiveKind::shift, CollectiveKind::broadcast, CollectiveKind::all_to_all}) {
+      const auto times = [&](const ClusterState& state) {
+        return time_collective(kind, Bytes{64 << 20}, {0, 2}, plain.in_state(state), {}, {});
+      };
+      const auto with = times(beside), as_slow = times(slow);
+      ASSERT_EQ(with.algorithms.size(), as_slow.algorithms.size());
+      for (std::size_t a = 0; a < with.algorithms.size(); ++a) {
+        const double t = static_cast<double>(as_slow.algorithms[a].time.count);
+        EXPECT_NEAR(static_cast<double>(with.algorithms[a].time.count), t, 1e-9 * t)
+            << part << " " << name(kind);
+      }
+    }
+  }
   const Mesh mesh{{{"dp", 2}, {"tp", 2}}};
   const auto dp = [&](const Topology& t) { return axis_crossings(mesh, Communication(t)).back(); };
   EXPECT_DOUBLE_EQ(dp(plain).together.count, 5e9);
@@ -520,7 +541,8 @@ TEST(Contention, PartsBesideProductsKeepWhatTheirExchangeTakes) {
   EXPECT_EQ(core.first, core.second);
 }
 
-// Whichever node it is on: renaming changes nothing.
+// Whichever node it is on: renaming changes nothing, but for a node's place in the two trees. Of
+// four nodes 0 and 3 are a root above one and a leaf, 1 and 2 a leaf and between three others.
 TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
   const Topology plain = load_topology("dgx-h100:4");
   for (const int members : {1, 4, 8}) {
@@ -536,11 +558,18 @@ TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
           worn.link_speed[plain.find_link(fmt::format("node{}.nic{}->rail{}", node, card, card),
                                           "")] = speed;
           Communication c(plain.in_state(worn));
-          for (const CollectiveKind kind :
-               {CollectiveKind::all_reduce, CollectiveKind::all_gather, CollectiveKind::all_to_all})
-            times[std::string(name(kind))].insert(
-                c.collective(kind, Bytes{500'000'000}, ranks).count);
+          for (const CollectiveKind kind : {CollectiveKind::all_reduce, CollectiveKind::all_gather,
+                                            CollectiveKind::all_to_all}) {
+            const Bytes bytes{500'000'000};
+            const bool trees =
+                c.lay(kind, bytes, ranks) != Lay::rings && kind != CollectiveKind::all_to_all;
+            times[fmt::format("{}{}", name(kind), trees && node % 3 == 0 ? ", outer" : "")].insert(
+                c.collective(kind, bytes, ranks).count);
+          }
         }
+      }
+      if (const auto outer = times.find("all_reduce, outer"); outer != times.end()) {
+        EXPECT_LE(*outer->second.begin(), *times.at("all_reduce").begin());
       }
       for (const auto& [kind, of_card] : times)
         EXPECT_LT(*of_card.rbegin() - *of_card.begin(), 1e-9 * *of_card.begin())

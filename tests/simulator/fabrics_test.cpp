@@ -250,6 +250,127 @@ TEST(Fabrics, NoCutOfWhatIsLeftIsBeaten) {
   EXPECT_GT(tight, 30);
 }
 
+constexpr CollectiveKind kPriced[] = {CollectiveKind::all_reduce, CollectiveKind::all_gather,
+                                      CollectiveKind::reduce_scatter, CollectiveKind::all_to_all,
+                                      CollectiveKind::broadcast};
+
+std::string leaves(int of_nodes, const std::string& oversubscription) {
+  return fmt::format(
+      "{{kind: fat tree, nodes_per_leaf: {}, spines: 2, oversubscription: {}, uplink_latency: 1 "
+      "us}}",
+      of_nodes, oversubscription);
+}
+
+/// Every link between switches at 1 / `times` of its rate.
+Topology with_slow_uplinks(const Topology& t, double times) {
+  ClusterState state;
+  for (std::size_t l = 0; l < t.link_count(); ++l) {
+    if (t.node_of_link(LinkId{l}) == t.node_count()) state.link_speed[LinkId{l}] = 1 / times;
+  }
+  return t.in_state(std::move(state));
+}
+
+// One cluster, written as oversubscribed or with all its uplinks slow; and no price beats what must
+// cross from one leaf's nodes to the others.
+TEST(Fabrics, OversubscriptionIsPricedAsSlowUplinksAndNoCutIsBeaten) {
+  std::mt19937 rng{11};
+  int slower = 0, tight = 0;
+  for (int i = 0; i < 300; ++i) {
+    const int of_leaf = 1 + static_cast<int>(rng() % 2),
+              nodes = of_leaf * (2 + static_cast<int>(rng() % 2));
+    const int devices = 1 << rng() % 4, nics = devices > 1 && rng() % 2 == 0 ? devices : 1;
+    const int times = 1 << rng() % 4;
+    const Topology full = with_fabric(nodes, devices, nics, leaves(of_leaf, "1"));
+    const Topology over = with_fabric(nodes, devices, nics, leaves(of_leaf, std::to_string(times)));
+    Communication plain(full), priced(over), worn(with_slow_uplinks(full, times));
+    // As many of each node, so that groups are of a kind that NCCL has graphs for.
+    const int of_node = 1 + static_cast<int>(rng() % static_cast<unsigned>(devices));
+    std::vector<std::int64_t> ranks;
+    for (int k = 0; k < nodes * devices; ++k) {
+      if (k % devices < of_node) ranks.push_back(k);
+    }
+    const CollectiveKind kind = kPriced[rng() % std::size(kPriced)];
+    const Bytes bytes{std::int64_t{1} << (10 + rng() % 22)};
+    const double t = priced.collective(kind, bytes, ranks).count;
+    ASSERT_NEAR(t, worn.collective(kind, bytes, ranks).count, 1e-9 * t) << name(kind) << " " << i;
+    ASSERT_GE(t, plain.collective(kind, bytes, ranks).count * (1 - 1e-9));
+    slower += t > 1.01 * plain.collective(kind, bytes, ranks).count;
+    double room = 0;  // up from the first leaf
+    for (std::size_t l = 0; l < over.link_count(); ++l) {
+      const Link link = over.link(LinkId{l});
+      if (over.node_of_link(LinkId{l}) == over.node_count() &&
+          over.link_name(LinkId{l}).starts_with("leaf0->"))
+        room += link.bandwidth.count;
+    }
+    const double n = static_cast<double>(ranks.size()),
+                 inside = static_cast<double>(of_leaf * of_node);
+    double must = 1;  // of the payload, leaves it
+    if (kind == CollectiveKind::all_gather) must = inside / n;
+    if (kind == CollectiveKind::reduce_scatter) must = (n - inside) / n;
+    if (kind == CollectiveKind::all_to_all) must = inside * (n - inside) / n;
+    const double least = must * static_cast<double>(bytes.count) / room;
+    ASSERT_GE(t * (1 + 1e-9), least) << name(kind) << " " << i;
+    tight += t < 3 * least;
+    const auto moving = priced.moving(kind, bytes, ranks);
+    ASSERT_LE(moving.rate.count,
+              priced.way(priced.lay(kind, bytes, ranks), ranks).bandwidth.count * (1 + 1e-9));
+  }
+  EXPECT_GT(slower, 50);
+  EXPECT_GT(tight, 50);
+}
+
+// What lies on links is what the page says; every lay sends what its algorithm must.
+TEST(Fabrics, LaysAreThoseOfThePage) {
+  Communication two(load_topology("dgx-h100:2"));
+  std::vector<std::int64_t> all(16);
+  std::iota(all.begin(), all.end(), 0);
+  const Bytes bytes{2'100'000'000};
+  EXPECT_EQ(two.lay(CollectiveKind::all_reduce, bytes, all), Lay::switch_trees);
+  EXPECT_NEAR(two.way(Lay::switch_trees, all).bandwidth.count, 750e9, 1);
+  EXPECT_NEAR(two.way(Lay::rings, all).bandwidth.count, 400e9, 1);
+  const auto at = [&](double speed) {
+    ClusterState state;
+    state.link_speed[two.topology().find_link("node1.nic2->rail2", "")] = speed;
+    Communication worn(two.topology().in_state(state));
+    const double fixed = worn.collective(CollectiveKind::all_reduce, Bytes{1}, all).count;
+    return worn.collective(CollectiveKind::all_reduce, bytes, all).count - fixed;
+  };
+  const double built = at(0.9999);
+  EXPECT_EQ(at(0.9), built);
+  const double rate = 2.1e9 * 15 / 8 / built;
+  EXPECT_NEAR(rate, 499e9, 1e9);
+  EXPECT_NEAR(at(0.5), built * rate / 375e9, 1e-9);
+  const Topology one = with_fabric(2, 8, 8, leaves(1, "8"));
+  EXPECT_NEAR(Communication(one).way(Lay::switch_trees, all).bandwidth.count, 10e9 * 15 / 8, 1);
+  std::vector<std::int64_t> node(all.begin(), all.begin() + 8);
+  EXPECT_NEAR(two.way(Lay::switches, node).bandwidth.count, 450e9 * (14.0 / 8) / (9.0 / 8), 1);
+  EXPECT_NEAR(two.way(Lay::switches_gather, node).bandwidth.count, 450e9 * 7 / 8, 1);
+  EXPECT_NEAR(two.way(Lay::switches_sum, node).bandwidth.count, 450e9 * 7 / 8, 1);
+  // PAT: of every rank n - 1 parts; of 8 one over distance 4, two over 2, four over 1.
+  const Topology flat = with_fabric(8, 1, 1, "{kind: single switch}");
+  for (const Lay lay : {Lay::near_trees, Lay::near_sums}) {
+    for (int n = 2; n <= 8; ++n) {
+      std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
+      std::iota(ranks.begin(), ranks.end(), 0);
+      const LinkFlows flows = lay_out(flat, lay, ranks);
+      for (const auto& [link, count] : flows.flows) EXPECT_EQ(count, n - 1);
+      EXPECT_DOUBLE_EQ(flows.share, 1.0 / (n - 1));
+    }
+  }
+  // Trees: an all-reduce sends every domain's sum up and down once in each half.
+  for (int n = 2; n <= 8; ++n) {
+    std::vector<std::int64_t> ranks(static_cast<std::size_t>(n));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    const LinkFlows flows = lay_out(flat, Lay::trees, ranks);
+    std::int64_t out = 0;
+    for (const auto& [link, count] : flows.flows) {
+      out += flat.link_name(link).ends_with("->switch") ? count : 0;
+      EXPECT_LE(count, 4);  // an inner member's two children and parent, and a leaf's parent
+    }
+    EXPECT_EQ(out, 4 * (n - 1));
+  }
+}
+
 // docs/sharing.md, "Spines".
 TEST(Fabrics, TwoFlowsOfOneHashShareASpine) {
   const auto tree = [](const std::string& routing) {
@@ -327,7 +448,7 @@ TEST(Fabrics, TheContendedResourceNamesItsSpine) {
       4, 1, 1,
       "{kind: fat tree, nodes_per_leaf: 2, spines: 2, routing: ecmp, uplink_latency: 1 us}");
   Communication communication(t);
-  const auto flows = communication.collective_links(true, {0, 1, 2, 3});
+  const auto flows = lay_out(communication.topology(), Lay::pairs, {0, 1, 2, 3});
   std::map<std::string, std::int64_t> count;
   for (const auto& [link, n] : flows.flows) count[t.link_name(link)] = n;
   std::map<std::string, std::int64_t> want;
