@@ -549,7 +549,7 @@ class CaseBuilder {
       if (architecture && *heads != t.heads && t.head_dim == 0) t.kv_heads = 0;
       t.heads = *heads;
     } else if (!architecture) {
-      t.heads = heads_of(t.hidden, row_.whole("tp").value_or(1));
+      t.heads = heads_of(t.hidden);
       assume("{} heads", t.heads);
     }
     if (const auto kv = row_.whole("num_kv_heads"))
@@ -623,12 +623,20 @@ class CaseBuilder {
     c_.transformer = t;
   }
 
-  /// As many that each has nearest to 128 values, all alike, and tp divides them.
-  static std::int64_t heads_of(std::int64_t hidden, std::int64_t tp) {
-    std::int64_t best = std::max<std::int64_t>(1, tp);
+  /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are such,
+  /// as many that the framework's softmax is fused.
+  std::int64_t heads_of(std::int64_t hidden) const {
+    const std::int64_t tp = std::max<std::int64_t>(1, row_.whole("tp").value_or(1));
+    const std::int64_t samples = row_.whole("micro_batch_per_dp_rank").value_or(1);
+    const auto unfused = [&](std::int64_t heads) {
+      return hidden % heads != 0 || heads / tp * samples % framework_->kernels.fused_batches != 0;
+    };
     const auto off = [&](std::int64_t heads) { return std::abs(hidden / heads - 128); };
-    for (std::int64_t n = best; n <= hidden; n += std::max<std::int64_t>(1, tp)) {
-      if (hidden % n == 0 && hidden / n % 2 == 0 && (hidden % best != 0 || off(n) < off(best)))
+    std::int64_t best = tp;
+    for (std::int64_t n = tp; n <= hidden; n += tp) {
+      if (hidden % n == 0 && hidden / n % 2 == 0 &&
+          (hidden % best != 0 ||
+           std::pair(unfused(n), off(n)) < std::pair(unfused(best), off(best))))
         best = n;
     }
     return best;
