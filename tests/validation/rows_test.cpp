@@ -397,6 +397,21 @@ TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
                        {"dp", "2"}})
                 .transformer->heads,
             120);
+  // Megatron's softmax is fused where samples times a rank's heads are a multiple of 4: 112 of 128
+  // values are 14 a rank, with one sample 128 of 112 are nearest.
+  const auto heads = [](const char* samples) {
+    return case_with({{"model", "GPT-like 181B"},
+                      {"num_layers", "72"},
+                      {"hidden_size", "14336"},
+                      {"tp", "8"},
+                      {"pp", "1"},
+                      {"dp", "2"},
+                      {"framework", "Megatron-DeepSpeed"},
+                      {"micro_batch_per_dp_rank", samples}})
+        .transformer->heads;
+  };
+  EXPECT_EQ(heads("1"), 128);
+  EXPECT_EQ(heads("2"), 112);
   // From parameters alone: 12 l h² with h = 128 l. A known name's block, not its sizes.
   const RowCase sized =
       case_with({{"model", "GPT-2-like 52B"}, {"num_layers", ""}, {"params_billion", "52"}});
