@@ -623,8 +623,8 @@ class CaseBuilder {
     c_.transformer = t;
   }
 
-  /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are such,
-  /// as many that the framework's softmax is fused.
+  /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are
+  /// such, as many that the framework's softmax is fused.
   std::int64_t heads_of(std::int64_t hidden) const {
     const std::int64_t tp = std::max<std::int64_t>(1, row_.whole("tp").value_or(1));
     const std::int64_t samples = row_.whole("micro_batch_per_dp_rank").value_or(1);

@@ -254,7 +254,8 @@ TEST(Contention, KernelsGiveWayToTransfersThatComeLaterInTheProgram) {
               1e-4 * static_cast<double>(flows.step.count));
 }
 
-// Gradients that are not reduced while the backward goes on are when it is over, whatever the bucket.
+// Gradients that are not reduced while the backward goes on are when it is over, whatever the
+// bucket.
 TEST(Contention, LateGradientSumsWaitForTheBackward) {
   const Topology t = load_topology("dgx-h100:1");
   TransformerConfig c = small_config();
