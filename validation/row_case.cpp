@@ -642,6 +642,18 @@ class CaseBuilder {
     return best;
   }
 
+  /// One sample, or as few more as the framework's softmax is fused for.
+  std::int64_t least_micro_batch(const Plan& p, std::optional<std::int64_t> all) const {
+    const int fused = framework_->kernels.fused_batches;
+    if (!c_.transformer || c_.transformer->flash_attention) return 1;
+    for (std::int64_t samples = 1; samples <= fused; ++samples) {
+      if (c_.transformer->heads / p.tp * samples % fused == 0 &&
+          (!all || *all % (p.dp * samples) == 0))
+        return samples;
+    }
+    return 1;
+  }
+
   /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
   /// names of many sizes ("GPT-2-like 52B").
   bool has_parameters(const TransformerConfig& t, std::optional<std::int64_t> layers) const {
@@ -909,8 +921,8 @@ class CaseBuilder {
     } else if (all && accumulation && *all % (p.dp * *accumulation) == 0) {
       p.micro_batch = *all / p.dp / *accumulation;
     } else {
-      p.micro_batch = 1;
-      assume("micro-batch 1");
+      p.micro_batch = least_micro_batch(p, all);
+      assume("micro-batch {}", p.micro_batch);
     }
     if (all) {
       p.global_batch = *all;
