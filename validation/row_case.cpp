@@ -549,7 +549,7 @@ class CaseBuilder {
       if (architecture && *heads != t.heads && t.head_dim == 0) t.kv_heads = 0;
       t.heads = *heads;
     } else if (!architecture) {
-      t.heads = heads_of(t.hidden, row_.whole("tp").value_or(1));
+      t.heads = heads_of(t.hidden);
       assume("{} heads", t.heads);
     }
     if (const auto kv = row_.whole("num_kv_heads"))
@@ -623,15 +623,35 @@ class CaseBuilder {
     c_.transformer = t;
   }
 
-  /// As many that each has nearest to 128 values, all alike, and tp divides them.
-  static std::int64_t heads_of(std::int64_t hidden, std::int64_t tp) {
-    std::int64_t best = std::max<std::int64_t>(1, tp);
+  /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are
+  /// such, as many that the framework's softmax is fused.
+  std::int64_t heads_of(std::int64_t hidden) const {
+    const std::int64_t tp = std::max<std::int64_t>(1, row_.whole("tp").value_or(1));
+    const std::int64_t samples = row_.whole("micro_batch_per_dp_rank").value_or(1);
+    const auto unfused = [&](std::int64_t heads) {
+      return hidden % heads != 0 || heads / tp * samples % framework_->kernels.fused_batches != 0;
+    };
     const auto off = [&](std::int64_t heads) { return std::abs(hidden / heads - 128); };
-    for (std::int64_t n = best; n <= hidden; n += std::max<std::int64_t>(1, tp)) {
-      if (hidden % n == 0 && hidden / n % 2 == 0 && (hidden % best != 0 || off(n) < off(best)))
+    std::int64_t best = tp;
+    for (std::int64_t n = tp; n <= hidden; n += tp) {
+      if (hidden % n == 0 && hidden / n % 2 == 0 &&
+          (hidden % best != 0 ||
+           std::pair(unfused(n), off(n)) < std::pair(unfused(best), off(best))))
         best = n;
     }
     return best;
+  }
+
+  /// One sample, or as few more as the framework's softmax is fused for.
+  std::int64_t least_micro_batch(const Plan& p, std::optional<std::int64_t> all) const {
+    const int fused = framework_->kernels.fused_batches;
+    if (!c_.transformer || c_.transformer->flash_attention) return 1;
+    for (std::int64_t samples = 1; samples <= fused; ++samples) {
+      if (c_.transformer->heads / p.tp * samples % fused == 0 &&
+          (!all || *all % (p.dp * samples) == 0))
+        return samples;
+    }
+    return 1;
   }
 
   /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
@@ -901,8 +921,8 @@ class CaseBuilder {
     } else if (all && accumulation && *all % (p.dp * *accumulation) == 0) {
       p.micro_batch = *all / p.dp / *accumulation;
     } else {
-      p.micro_batch = 1;
-      assume("micro-batch 1");
+      p.micro_batch = least_micro_batch(p, all);
+      assume("micro-batch {}", p.micro_batch);
     }
     if (all) {
       p.global_batch = *all;

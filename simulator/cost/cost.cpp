@@ -242,8 +242,12 @@ void materialise(const Program& p, const FlashAttention& a, Work& w) {
   const int passes = a.backward ? p.score_passes_backward : p.score_passes_forward;
   w.streamed = Bytes{passes * storage(a.type, scores).count};
   const FrameworkKernels& kernels = p.kernels;
-  if (const double each = a.backward ? kernels.score_backward : kernels.score_forward; each > 0)
-    w.streamed = Bytes{std::llround(each * static_cast<double>(scores))};
+  double each = a.backward ? kernels.score_backward : kernels.score_forward;
+  const bool fused = std::fmod(count, kernels.fused_batches) == 0 &&
+                     (kernels.fused_keys == 0 || n <= kernels.fused_keys);
+  if (!fused && kernels.score_forward_unfused > 0)
+    each = a.backward ? kernels.score_backward_unfused : kernels.score_forward_unfused;
+  if (each > 0) w.streamed = Bytes{std::llround(each * static_cast<double>(scores))};
   const double wide = a.backward ? kernels.score_fp32_backward : kernels.score_fp32_forward;
   w.streamed += Bytes{std::llround(wide * static_cast<double>(scores))};
   const double turns = a.backward ? kernels.head_passes_backward : kernels.head_passes_forward;

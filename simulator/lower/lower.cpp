@@ -2060,7 +2060,11 @@ class Lowering {
       insert(last, true);
       for (auto& c : calls) {
         if (plan_.zero >= 2) continue;
-        for (auto& i : c) late_calls_[stage].push_back(std::move(i));
+        for (auto& i : c) {
+          // Called when the backward is over, on a stream that waits for what was launched before.
+          i.after_compute = i.stream != kComputeStream;
+          late_calls_[stage].push_back(std::move(i));
+        }
       }
     }
     keep(last_backward_of_, std::move(last));

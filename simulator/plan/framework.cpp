@@ -153,6 +153,14 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     };
     traffic("score_forward", f.kernels.score_forward);
     traffic("score_backward", f.kernels.score_backward);
+    traffic("score_forward_unfused", f.kernels.score_forward_unfused);
+    traffic("score_backward_unfused", f.kernels.score_backward_unfused);
+    const auto limit = [&](const char* key, int& to) {
+      setting(*kernels, key,
+              [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 1'000'000)); });
+    };
+    limit("fused_batches", f.kernels.fused_batches);
+    limit("fused_keys", f.kernels.fused_keys);
     traffic("score_fp32_forward", f.kernels.score_fp32_forward);
     traffic("score_fp32_backward", f.kernels.score_fp32_backward);
     traffic("padding_forward", f.kernels.padding_forward);

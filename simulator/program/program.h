@@ -248,6 +248,10 @@ struct FrameworkKernels {
   /// Bytes for each score that mask, softmax and dropout of materialised attention move; 0: one
   /// pass over each tensor.
   double score_forward = 0, score_backward = 0;
+  /// The same where the softmax is not fused with scale and mask: its kernel takes sequences times
+  /// heads of a rank that `fused_batches` divides, of at most `fused_keys` keys. 0: it always is.
+  double score_forward_unfused = 0, score_backward_unfused = 0;
+  int fused_batches = 1, fused_keys = 0;  ///< of keys 0: any
   /// Bytes for each score beside those or the passes, of tensors that are fp32 whatever the type.
   double score_fp32_forward = 0, score_fp32_backward = 0;
   /// Bytes for each logit that a cross entropy moves; 0: likewise.

@@ -2,10 +2,12 @@
 // page's examples by hand, and laws.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <map>
 #include <random>
 #include <set>
 #include <string>
+#include <tuple>
 
 #include "simulator/cost/axes.h"
 #include "simulator/engine/collectives.h"
@@ -250,6 +252,40 @@ TEST(Contention, KernelsGiveWayToTransfersThatComeLaterInTheProgram) {
   // Nothing shares links: what is left are transfers of which one waits for the other's memory.
   EXPECT_NEAR(static_cast<double>(beside.step.count), static_cast<double>(flows.step.count),
               1e-4 * static_cast<double>(flows.step.count));
+}
+
+// Gradients that are not reduced while the backward goes on are when it is over, whatever the
+// bucket.
+TEST(Contention, LateGradientSumsWaitForTheBackward) {
+  const Topology t = load_topology("dgx-h100:1");
+  TransformerConfig c = small_config();
+  c.sequence = c.positions = 512;
+  c.hidden = 1024;
+  c.ffn = 4096;
+  Plan plan = base_plan();
+  plan.dp = plan.global_batch = 2;
+  plan.bucket = Bytes{1'000'000};
+  const auto last_and_sums = [&](bool overlap) {
+    plan.overlap_gradients = overlap;
+    const Program p = lowered(build_transformer(c), plan);
+    const Timeline line = run(p, t, Network::idle);
+    Ticks last{0}, first{std::numeric_limits<std::int64_t>::max()};
+    int sums = 0;
+    for (const Entry& e : line.entries) {
+      const Instruction& i = p.blocks[static_cast<std::size_t>(e.block)]
+                                 .instructions[static_cast<std::size_t>(e.instruction)];
+      if (i.kernel == Kernel::backward_weight && i.kind == Kind::compute)
+        last = std::max(last, e.end);
+      if (i.kind == Kind::collective && i.tie < 0) first = std::min(first, e.start), ++sums;
+    }
+    return std::tuple{last, first, sums};
+  };
+  const auto [last, first, sums] = last_and_sums(true);
+  EXPECT_GT(sums, 4);
+  EXPECT_LT(first, last);
+  const auto [late_last, late_first, late_sums] = last_and_sums(false);
+  EXPECT_GT(late_sums, 4);
+  EXPECT_GE(late_first, late_last);
 }
 
 TEST(Contention, WhatIsAloneTakesItsTime) {

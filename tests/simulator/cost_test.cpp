@@ -2,6 +2,7 @@
 
 #include "simulator/cost/cost.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <map>
@@ -72,6 +73,30 @@ TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   }
   EXPECT_GE(cores, 2 * c.layers);
   EXPECT_GE(losses, 4);  // maximum and sum, loss, gradient
+
+  // 2 samples of 2 heads each: the fused softmax takes fours of them, of at most 8 keys.
+  plan.kernels.score_forward_unfused = 41, plan.kernels.score_backward_unfused = 53;
+  const auto scores_move = [&](int batches, int keys, std::int64_t ahead, std::int64_t back) {
+    SCOPED_TRACE(fmt::format("{} batches, {} keys", batches, keys));
+    plan.kernels.fused_batches = batches, plan.kernels.fused_keys = keys;
+    const Program unfused = lowered(build_transformer(c), plan);
+    int attentions = 0;
+    for (const Block& block : unfused.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::compute || i.op < 0) continue;
+        const auto& op = unfused.operators[static_cast<std::size_t>(i.op)];
+        if (!std::holds_alternative<Attention>(op.operation)) continue;
+        EXPECT_EQ(work_of(unfused, i, 0).streamed.count,
+                  (i.kernel == Kernel::forward ? ahead : back) * kScores);
+        ++attentions;
+      }
+    }
+    EXPECT_GE(attentions, 2 * c.layers);
+  };
+  scores_move(4, 8, 9, 11);
+  scores_move(2, 0, 9, 11);
+  scores_move(8, 8, 41, 53);
+  scores_move(4, 7, 41, 53);
 
   // Padding around a flash attention: 18 and 34 B an element of 2 x 8 x 2 x 2 of queries.
   c.flash_attention = true;

@@ -397,6 +397,39 @@ TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
                        {"dp", "2"}})
                 .transformer->heads,
             120);
+  // Megatron's softmax is fused where samples times a rank's heads are a multiple of 4: 112 of 128
+  // values are 14 a rank, with one sample 128 of 112 are nearest.
+  const auto heads = [](const char* samples) {
+    return case_with({{"model", "GPT-like 181B"},
+                      {"num_layers", "72"},
+                      {"hidden_size", "14336"},
+                      {"tp", "8"},
+                      {"pp", "1"},
+                      {"dp", "2"},
+                      {"framework", "Megatron-DeepSpeed"},
+                      {"micro_batch_per_dp_rank", samples}})
+        .transformer->heads;
+  };
+  EXPECT_EQ(heads("1"), 128);
+  EXPECT_EQ(heads("2"), 112);
+  // Nor is a micro-batch that is not printed one sample where two are the fewest: 6 heads a rank.
+  const auto samples = [](const char* batch, const char* kernel) {
+    return case_with({{"model", "GPT"},
+                      {"num_layers", "40"},
+                      {"hidden_size", "6144"},
+                      {"num_heads", "48"},
+                      {"tp", "8"},
+                      {"pp", "1"},
+                      {"dp", "2"},
+                      {"framework", "Megatron-LM (2021)"},
+                      {"attention_kernel", kernel},
+                      {"micro_batch_per_dp_rank", ""},
+                      {"global_batch_seqs", batch}})
+        .plan.micro_batch;
+  };
+  EXPECT_EQ(samples("64", "non-flash"), 2);
+  EXPECT_EQ(samples("62", "non-flash"), 1);  // which the batch does not allow
+  EXPECT_EQ(samples("64", "flash"), 1);
   // From parameters alone: 12 l h² with h = 128 l. A known name's block, not its sizes.
   const RowCase sized =
       case_with({{"model", "GPT-2-like 52B"}, {"num_layers", ""}, {"params_billion", "52"}});
