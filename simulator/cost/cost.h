@@ -37,6 +37,7 @@ struct Work {
   /// streams beside each other: their waves fill up.
   double parts = 1;
   Seconds launched;  ///< in which the host starts the kernels, where that may take longer
+  int groups = 0;    ///< kernels more that the host starts, group by group, which are one by shape
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 

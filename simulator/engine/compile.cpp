@@ -154,19 +154,31 @@ class Compiler {
     return ceil_div(all, p_.mesh.size(p_.scattered_messages));
   }
 
+  /// torch.tensor(linear_offset, device=...) copies from memory that is not pinned
+  /// (megatron/core/fusions/fused_bias_geglu.py).
+  bool copies_limits(const Instruction& i) const {
+    if (i.kind != Kind::compute || i.kernel != Kernel::forward || i.op < 0) return false;
+    const auto* gated =
+        std::get_if<GatedActivation>(&p_.operators[static_cast<std::size_t>(i.op)].operation);
+    return gated != nullptr && gated->limited && p_.kernels.limit_forward > 0 &&
+           !p_.kernels.fused_experts;
+  }
+
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
   /// the block's graph.
   void launch(Step& s, Price& price, const Instruction& i, std::int64_t rank,
               const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
     if (!l.any() || !device.concurrent_streams) return;
-    s.host_waits = l.waits_for_counts && brings_rows(p_, i);
+    s.host_waits = l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i));
     if (s.host_waits) captured = false;
     Seconds time{0};
     switch (i.kind) {
-      case Kind::compute:
-        time = work_of(p_, i, rank).kernels * l.kernel;
+      case Kind::compute: {
+        const Work w = work_of(p_, i, rank);
+        time = (w.kernels + w.groups) * l.kernel;
         break;
+      }
       case Kind::slice:
       case Kind::copy:
         time = l.kernel;
@@ -183,8 +195,16 @@ class Compiler {
       case Kind::free:
         break;
     }
-    if (l.graphs && time.count > 0) time = captured ? Seconds{0} : l.kernel;
-    captured = captured || time.count > 0;
+    const bool eager = !l.graphs && (!l.graphs_beside_experts || of_experts(p_, i));
+    if (eager) {
+      captured = false;
+    } else if (time.count > 0) {
+      if (captured)
+        time = Seconds{0};
+      else
+        time = l.kernel;
+      captured = true;
+    }
     price.launch = time;
   }
 

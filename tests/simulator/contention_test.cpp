@@ -600,6 +600,27 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   EXPECT_EQ(between.breakdown[0].total(), between.step);
 }
 
+/// What is captured costs no more launches: all of it less than all but experts, that less than
+/// none.
+TEST(Host, GraphsBesideExpertsAreBetweenNoneAndAll) {
+  Plan plan = base_plan();
+  plan.dp = plan.ep = 2;
+  plan.global_batch = 2 * plan.micro_batch;
+  Program p = lowered(mixtral(), plan);
+  const Topology t = load_topology("dgx-h100:1");
+  const auto step = [&](bool all, bool beside) {
+    p.launches = {};
+    p.launches.kernel = Seconds{1e-3};
+    p.launches.graphs = all;
+    p.launches.graphs_beside_experts = beside;
+    return run(p, t, Network::idle).step;
+  };
+  const Ticks eager = step(false, false), beside = step(false, true), all = step(true, false);
+  EXPECT_LT(all, beside);
+  EXPECT_LT(beside, eager);
+  EXPECT_EQ(step(true, true), all);
+}
+
 /// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead
 /// that 40 slow launches after them bind nothing: after two they do.
 TEST(Host, GetsAheadCallByCall) {
