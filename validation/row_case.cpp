@@ -424,11 +424,12 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
   }
-  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
+  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
                    to_yaml(plan), plan.allocations.fp32_loss, plan.allocations.score_buffer,
                    plan.allocations.attention_dropout, plan.allocations.loss_forward.count,
                    plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
-                   plan.allocations.workspace_grouped.count, plan.kernels.fused_experts);
+                   plan.allocations.workspace_grouped.count, plan.kernels.fused_experts,
+                   plan.kernels.overlaps_experts);
   return s;
 }
 
@@ -994,6 +995,7 @@ class CaseBuilder {
       set("graphs", w.graphs, p.launches.graphs);
       set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
       set("fused experts", w.fused_experts, p.kernels.fused_experts);
+      set("overlap of experts", w.overlaps_experts, p.kernels.overlaps_experts);
       if (p.kernels.fused_experts) p.expert_bias_apart = false;
     }
     if (flags_.any) {

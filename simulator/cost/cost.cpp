@@ -662,6 +662,11 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
   return Bytes{0};
 }
 
+double exposed_in_twos(Seconds compute, Seconds exchanges, double paired, double taken) {
+  if (!(exchanges.count > 0)) return 1;
+  return 1 - paired * std::min(1.0, compute / exchanges) * (1 - taken);
+}
+
 double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts) {
   PARTITA_ASSERT(experts >= top_k && top_k >= 1 && parts >= 1,
                  fmt::format("top {} of {} experts in {} parts", top_k, experts, parts));

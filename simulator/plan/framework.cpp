@@ -186,6 +186,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);
+    boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);
     kernels->reject_unknown_keys();
   }
@@ -244,6 +245,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       flag("graphs", w.graphs);
       flag("graphs_beside_experts", w.graphs_beside_experts);
       flag("fused_experts", w.fused_experts);
+      flag("overlaps_experts", w.overlaps_experts);
       flag("lora", w.lora);
       const auto source = node.find("source");
       w.source = source ? source->as_string() : file_source;

@@ -24,9 +24,9 @@ struct Workload {
   std::vector<std::string> precisions;  ///< their names
   std::int64_t gpus = 0;
   std::optional<bool> rows_once;
-  std::optional<bool> graphs, graphs_beside_experts;  ///< Launches'
-  std::optional<bool> fused_experts;                  ///< FrameworkKernels'
-  std::optional<bool> lora;                           ///< adapters are trained
+  std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
+  std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
+  std::optional<bool> lora;                             ///< adapters are trained
   std::string source;
 };
 

@@ -280,6 +280,8 @@ struct FrameworkKernels {
   bool sorts_rows = false;
   /// Likewise it pads experts' rows to what narrow types need, and takes that out again.
   bool pads_rows = false;
+  /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
+  bool overlaps_experts = false;
   /// Experts' products apply their activation and biases and convert what they store.
   bool fused_experts = false;
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
