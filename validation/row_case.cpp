@@ -993,6 +993,8 @@ class CaseBuilder {
       };
       set("rows once", w.rows_once, p.rows_once);
       set("graphs", w.graphs, p.launches.graphs);
+      // What is captured as a whole counts rows on the device.
+      if (p.launches.graphs) p.launches.waits_for_counts = false;
       set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
       set("fused experts", w.fused_experts, p.kernels.fused_experts);
       set("overlap of experts", w.overlaps_experts, p.kernels.overlaps_experts);

@@ -305,8 +305,8 @@ TEST(Catalogue, SizesAreThoseOfThePublishedCheckpoints) {
     EXPECT_EQ(parameter_count(load_model(name)), parameters) << name;
 }
 
-/// By hand from their config.json: tables, attention and two norms a block, one expert more that sees
-/// every token, a router; of maverick's blocks every second is dense, twice as wide.
+/// By hand from their config.json: tables, attention and two norms a block, one expert more that
+/// sees every token, a router; of maverick's blocks every second is dense, twice as wide.
 TEST(Catalogue, Llama4HasExpertsInEveryOrEverySecondBlock) {
   const std::int64_t h = 5120, vocabulary = 202'048, expert = 3 * h * 8192,
                      block = 2 * h * (40 + 8) * 128 + 2 * h,

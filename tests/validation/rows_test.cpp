@@ -308,6 +308,9 @@ TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
   EXPECT_TRUE(fused.plan.kernels.fused_experts);
   EXPECT_FALSE(fused.plan.expert_bias_apart);
   EXPECT_TRUE(fused.plan.launches.graphs);
+  EXPECT_TRUE(fused.plan.kernels.overlaps_experts);
+  EXPECT_FALSE(fused.plan.launches.waits_for_counts);
+  EXPECT_TRUE(eager.plan.launches.waits_for_counts);
   EXPECT_NE(eager.key(), fused.key());
   // Precision and number of GPUs count.
   EXPECT_FALSE(of("gpt-oss-120b (pretrain_performance)", "GB300", "64", "BF16", last)
