@@ -422,10 +422,11 @@ void add_routing(const Program& p, const Instruction& i, const ProgramOperator& 
   const auto* gated = std::get_if<GatedActivation>(&op.operation);
   if (gated == nullptr) return;
   if (k.fused_experts && of_experts(p, i)) {
-    // What the products' epilogues store beside their own results: both copies for the next.
-    const std::int64_t elements = local_elements(p, forward ? i.writes[0] : i.reads[0], rank);
+    // What the products' epilogues store beside their own results: both copies for the next, of one
+    // tensor forward, of two gradients backward.
+    const std::int64_t n = local_elements(p, forward ? i.writes[0] : i.gradients[0], rank);
     w.kernels = 0;
-    w.bytes = Bytes{2 * elements};
+    w.bytes = Bytes{(forward ? 2 : 4) * n};
   } else if (gated->limited) {
     const std::int64_t n = local_elements(p, forward ? i.writes[0] : i.gradients[0], rank);
     w.bytes += Bytes{

@@ -429,7 +429,7 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
         p.kernels = none;
         if (limited) {
           EXPECT_EQ(fused.kernels, 0);
-          EXPECT_EQ(fused.bytes.count, 2 * 16 * 32);
+          EXPECT_EQ(fused.bytes.count, (forward ? 2 : 4) * 16 * 32);
         }
         if (product != nullptr && i.casts)
           EXPECT_EQ(fused.kernels, (product->out.dim == Dim::feature) == forward ? 1 : 3)
