@@ -431,9 +431,10 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
           EXPECT_EQ(fused.kernels, 0);
           EXPECT_EQ(fused.bytes.count, (forward ? 2 : 4) * 16 * 32);
         }
-        if (product != nullptr && i.casts)
+        if (product != nullptr && i.casts) {
           EXPECT_EQ(fused.kernels, (product->out.dim == Dim::feature) == forward ? 1 : 3)
               << op.name;
+        }
         downs += down ? 1 : 0;
         activations += limited ? 1 : 0;
       }
