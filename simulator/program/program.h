@@ -231,10 +231,10 @@ struct Launches {
   Seconds transfer{0};  ///< a collective, a send or a receive
   Seconds step{0};      ///< between two steps, while devices wait: the loss read back, a log line
   bool graphs = false;  ///< every block was captured (a CUDA graph): one launch starts all of it
-  bool graphs_beside_experts = false;  ///< so was what does not touch rows of experts
   /// The host learns how many rows each expert gets before it goes on: it waits for the kernels
   /// before the rows' exchange.
   bool waits_for_counts = false;
+  bool graphs_beside_experts = false;  ///< what touches no rows of experts was captured
   bool any() const { return kernel.count > 0 || transfer.count > 0; }
   friend bool operator==(const Launches&, const Launches&) = default;
 };

@@ -364,7 +364,7 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
   // The example of docs/cost.md: two experts on each of two ranks.
   TransformerConfig config = small_config();
   config.layers = 1;
-  config.limited_activation = true;
+  config.gated = config.limited_activation = true;
   config.moe = {};
   config.moe.experts = 4;
   config.moe.top_k = 2;
