@@ -392,7 +392,7 @@ TransformerConfig gpt_oss(const JsonFile& f) {
   d.rotary_base = 150000;
   TransformerConfig c = llama_like(f, d);
   c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", true);
-  c.sinks = true;
+  c.limited_activation = c.sinks = true;
   read_windows(f, c, f.optional_number("sliding_window", 128),
                [](std::int64_t i) { return i % 2 == 0; });
   c.moe.experts = f.number_or("num_local_experts", 128);

@@ -133,6 +133,7 @@ TransformerConfig read_transformer(const YamlNode& node) {
   }
   f.read("activation", c.activation, kActivations);
   f.read("gated", c.gated);
+  f.read("limited_activation", c.limited_activation);
   if (const auto all = node.find("bias")) {
     c.qkv_bias = c.attention_output_bias = c.mlp_bias = all->as_bool();
   }

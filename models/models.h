@@ -91,6 +91,7 @@ struct TransformerConfig {
 
   ActivationKind activation = ActivationKind::silu;
   bool gated = true;
+  bool limited_activation = false;  ///< GatedActivation::limited
   bool qkv_bias = false;
   bool attention_output_bias = false;
   bool mlp_bias = false;

@@ -84,6 +84,8 @@ struct Activation {
 /// y = kind(gate) · up. SwiGLU is kind silu.
 struct GatedActivation {
   ActivationKind kind = ActivationKind::silu;
+  /// The network limits both inputs first (GPT-OSS): priced (docs/cost.md), not executed.
+  bool limited = false;
   friend bool operator==(const GatedActivation&, const GatedActivation&) = default;
 };
 

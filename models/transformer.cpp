@@ -288,7 +288,9 @@ class Transformer {
   }
 
   TensorId activated(const std::string& scope, TensorId gate, TensorId up) {
-    if (c_.gated) return add(scope + "activation", GatedActivation{c_.activation}, {gate, up});
+    if (c_.gated)
+      return add(scope + "activation", GatedActivation{c_.activation, c_.limited_activation},
+                 {gate, up});
     return add(scope + "activation", Activation{c_.activation}, {up});
   }
 

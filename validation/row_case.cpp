@@ -412,8 +412,8 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} {} {} {} {} {} {} ", static_cast<int>(c.norm), c.norm_after,
                      c.qk_norm, c.positions, c.rotary_dim, static_cast<int>(c.activation), c.gated,
                      c.qkv_bias, c.attention_output_bias, c.mlp_bias);
-    s += fmt::format("{} {} {} {} {} {} {} ", c.causal, c.window, windowed, c.sinks, c.tied,
-                     static_cast<int>(c.head), c.mtp_layers);
+    s += fmt::format("{} {} {} {} {} {} {} {} ", c.causal, c.window, windowed, c.sinks,
+                     c.limited_activation, c.tied, static_cast<int>(c.head), c.mtp_layers);
     s += fmt::format("{} {} {} {} {} ", c.latent.query_rank, c.latent.key_value_rank,
                      c.latent.nope_dim, c.latent.rope_dim, c.latent.value_dim);
     s += fmt::format("{} {} {} {} {} {} {} {} {} {} {} ", c.moe.experts, c.moe.top_k, c.moe.ffn,
@@ -424,11 +424,12 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
   }
-  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
+  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
                    to_yaml(plan), plan.allocations.fp32_loss, plan.allocations.score_buffer,
                    plan.allocations.attention_dropout, plan.allocations.loss_forward.count,
                    plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
-                   plan.allocations.workspace_grouped.count);
+                   plan.allocations.workspace_grouped.count, plan.kernels.fused_experts,
+                   plan.kernels.overlaps_experts);
   return s;
 }
 
@@ -613,7 +614,14 @@ class CaseBuilder {
       assume("dropout {}", t.dropout);
     }
     const std::string plain = lower(text);
-    if (has(plain, "lora") || has(plain, "peft")) {
+    bool adapters = has(plain, "lora") || has(plain, "peft");
+    for (const Workload& w : framework_->workloads) {
+      if (!adapters && w.lora.value_or(false) && concerns(w)) {
+        adapters = true;
+        assume("fine-tuning by adapters (workload)");
+      }
+    }
+    if (adapters) {
       for (const char* pattern :
            {"*.attention.query", "*.attention.key", "*.attention.value", "*.attention.output"})
         c_.lora.emplace_back(pattern);
@@ -621,6 +629,24 @@ class CaseBuilder {
     }
     t.name = c_.model;
     c_.transformer = t;
+  }
+
+  /// Is the row's run that of the framework's configuration?
+  bool concerns(const Workload& w) const {
+    const auto any = [](const std::vector<std::string>& patterns, const std::string& word) {
+      return patterns.empty() ||
+             std::any_of(patterns.begin(), patterns.end(),
+                         [&](const std::string& p) { return matches(p, word); });
+    };
+    if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model)) return false;
+    if (w.gpus > 0 && row_.whole("num_gpus").value_or(0) != w.gpus) return false;
+    if (!w.precisions.empty()) {
+      const auto type = precision_of(row_["precision"]);
+      if (!any(w.precisions, type ? type->name : framework_->precision)) return false;
+    }
+    return w.devices.empty() ||
+           any(w.devices,
+               device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]).name);
   }
 
   /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are
@@ -978,6 +1004,22 @@ class CaseBuilder {
     c_.logs_first_stage = f.logs_first_stage;
     if (has(row_["overlap_and_other_settings"], "CE fusion")) p.allocations.fp32_loss = false;
     set_allocations();
+    for (const Workload& w : f.workloads) {
+      if (!concerns(w)) continue;
+      const auto set = [&](const char* what, std::optional<bool> to, bool& in) {
+        if (!to || *to == in) return;
+        in = *to;
+        assume("{} {} (workload)", what, *to ? "on" : "off");
+      };
+      set("rows once", w.rows_once, p.rows_once);
+      set("graphs", w.graphs, p.launches.graphs);
+      // What is captured as a whole counts rows on the device.
+      if (p.launches.graphs) p.launches.waits_for_counts = false;
+      set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
+      set("fused experts", w.fused_experts, p.kernels.fused_experts);
+      set("overlap of experts", w.overlaps_experts, p.kernels.overlaps_experts);
+      if (p.kernels.fused_experts) p.expert_bias_apart = false;
+    }
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;
       p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;

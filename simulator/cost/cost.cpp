@@ -276,6 +276,12 @@ Product winograd_products(Product direct, Kernel kernel) {
   return direct;
 }
 
+/// Does the product before it, fused with the activation, store this product's operand converted?
+bool cast_in_epilogue(const Program& p, const ProgramOperator& op, bool forward) {
+  const auto* g = std::get_if<GroupedProduct>(&op.operation);
+  return g != nullptr && p.kernels.fused_experts && (g->out.dim == Dim::feature) == forward;
+}
+
 /// What an instruction of a product or an attention computes, by shape.
 void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& op,
                 std::int64_t rank, Work& w) {
@@ -335,13 +341,28 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
   if (i.accumulate && !one.accumulate && !forward && !data) one.out = p.allocations.parameters;
   const bool narrow = bits(op.compute) <= 8;
   one.bytes = narrow || w.parts > 1 ? one.operand_bytes() : w.bytes;
-  if (i.casts) {
+  if (i.casts && !cast_in_epilogue(p, op, forward)) {
     // Read once, written once for this product and once turned, for the other pass.
     const auto& operands = forward ? i.reads : i.gradients;
     const std::int64_t elements = local_elements(p, operands[0], rank);
     const double each = bits(p.buffer(operands[0]).type) / 8.0 + 2 * bits(op.compute) / 8.0;
     w.streamed = Bytes{std::llround(each * static_cast<double>(elements))};
     w.kernels = 2;
+  }
+  if (one.grouped) {
+    // Transformer Engine multiplies and converts expert by expert
+    // (pytorch/module/grouped_linear.py).
+    w.groups = static_cast<int>(s.count) - 1;
+    if (i.casts && !cast_in_epilogue(p, op, forward)) w.kernels += w.groups;
+  }
+  if (const auto* g = std::get_if<GroupedProduct>(&op.operation);
+      g != nullptr && g->out.dim == Dim::feature && (forward || data) && !p.rows_once) {
+    // Rows that came, and rows that go back; backward likewise.
+    const BufferId rows = forward ? i.writes[0] : i.gradients[0];
+    const int passes = (p.kernels.sorts_rows && s.count > 1 && cut_by_expert(p, rows) ? 2 : 0) +
+                       (p.kernels.pads_rows && narrow ? 2 : 0);
+    w.streamed += Bytes{2 * passes * local_bytes(p, rows, rank).count};
+    w.kernels += passes;
   }
   if (const auto* g = std::get_if<GroupedProduct>(&op.operation);
       g != nullptr && g->bias && g->out.dim == Dim::feature && p.expert_bias_apart &&
@@ -389,6 +410,32 @@ Apart gradients_apart(const Program& p, const Instruction& i, std::int64_t rank)
     ++apart.kernels;
   }
   return apart;
+}
+
+/// What a framework's kernels around experts do beyond one pass over each tensor
+/// (FrameworkKernels).
+void add_routing(const Program& p, const Instruction& i, const ProgramOperator& op,
+                 std::int64_t rank, Work& w) {
+  const FrameworkKernels& k = p.kernels;
+  const bool forward = i.kernel == Kernel::forward;
+  if (!forward && i.kernel != Kernel::backward_data) return;
+  if (std::holds_alternative<Router>(op.operation))
+    w.kernels += forward ? k.routing_forward : k.routing_backward;
+  if (std::holds_alternative<Dispatch>(op.operation))
+    w.kernels += forward ? k.rows_forward : k.rows_backward;
+  const auto* gated = std::get_if<GatedActivation>(&op.operation);
+  if (gated == nullptr) return;
+  if (k.fused_experts && of_experts(p, i)) {
+    // What the products' epilogues store beside their own results: both copies for the next, of one
+    // tensor forward, of two gradients backward.
+    const std::int64_t n = local_elements(p, forward ? i.writes[0] : i.gradients[0], rank);
+    w.kernels = 0;
+    w.bytes = Bytes{(forward ? 2 : 4) * n};
+  } else if (gated->limited) {
+    const std::int64_t n = local_elements(p, forward ? i.writes[0] : i.gradients[0], rank);
+    w.bytes += Bytes{
+        std::llround((forward ? k.limit_forward : k.limit_backward) * static_cast<double>(n))};
+  }
 }
 
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
@@ -524,6 +571,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     unfused(p.kernels.normalize_forward, p.kernels.normalize_backward);
   if (std::holds_alternative<Dropout>(op.operation))
     unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
+  add_routing(p, i, op, rank, w);
   if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {
     // Maximum and sum, kernels of their own where the vocabulary is cut, are among the passes.
     const bool statistic = i.kernel == Kernel::forward_statistic;
@@ -617,6 +665,11 @@ Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {
       return bytes_of(p, i.reads, rank);
   }
   return Bytes{0};
+}
+
+double exposed_in_twos(Seconds compute, Seconds exchanges, double paired, double taken) {
+  if (!(exchanges.count > 0)) return 1;
+  return 1 - paired * std::min(1.0, compute / exchanges) * (1 - taken);
 }
 
 double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts) {

@@ -38,6 +38,7 @@ struct Work {
   /// streams beside each other: their waves fill up.
   double parts = 1;
   Seconds launched;  ///< in which the host starts the kernels, where that may take longer
+  int groups = 0;    ///< kernels more that the host starts, group by group, which are one by shape
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 
@@ -82,6 +83,12 @@ Bytes key_bytes(const Program& program, const Instruction& instruction, std::int
 ///
 /// Balanced experts, drawn evenly. 1 for top_k = 1 or as many parts as experts.
 double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts);
+
+/// Of the time of exchanges of rows that run beside another micro-batch's blocks, what a rank still
+/// waits for or loses: 1 - paired · min(1, compute / exchanges) · (1 - taken). `compute` and
+/// `exchanges` are a rank's in all, `paired` is the share of its blocks that run in twos, `taken`
+/// that of its multiprocessors that exchanges take meanwhile (docs/cost.md, "In twos").
+double exposed_in_twos(Seconds compute, Seconds exchanges, double paired, double taken);
 
 /// Is this a copy to, from or on the host, or a kernel that the host runs?
 bool on_host(const Program& program, const Instruction& instruction);

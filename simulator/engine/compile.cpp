@@ -154,19 +154,31 @@ class Compiler {
     return ceil_div(all, p_.mesh.size(p_.scattered_messages));
   }
 
+  /// torch.tensor(linear_offset, device=...) copies from memory that is not pinned
+  /// (megatron/core/fusions/fused_bias_geglu.py).
+  bool copies_limits(const Instruction& i) const {
+    if (i.kind != Kind::compute || i.kernel != Kernel::forward || i.op < 0) return false;
+    const auto* gated =
+        std::get_if<GatedActivation>(&p_.operators[static_cast<std::size_t>(i.op)].operation);
+    return gated != nullptr && gated->limited && p_.kernels.limit_forward > 0 &&
+           !p_.kernels.fused_experts;
+  }
+
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
   /// the block's graph.
   void launch(Step& s, Price& price, const Instruction& i, std::int64_t rank,
               const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
     if (!l.any() || !device.concurrent_streams) return;
-    s.host_waits = l.waits_for_counts && brings_rows(p_, i);
+    s.host_waits = l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i));
     if (s.host_waits) captured = false;
     Seconds time{0};
     switch (i.kind) {
-      case Kind::compute:
-        time = work_of(p_, i, rank).kernels * l.kernel;
+      case Kind::compute: {
+        const Work w = work_of(p_, i, rank);
+        time = (w.kernels + w.groups) * l.kernel;
         break;
+      }
       case Kind::slice:
       case Kind::copy:
         time = l.kernel;
@@ -183,8 +195,16 @@ class Compiler {
       case Kind::free:
         break;
     }
-    if (l.graphs && time.count > 0) time = captured ? Seconds{0} : l.kernel;
-    captured = captured || time.count > 0;
+    const bool eager = !l.graphs && (!l.graphs_beside_experts || of_experts(p_, i));
+    if (eager) {
+      captured = false;
+    } else if (time.count > 0) {
+      if (captured)
+        time = Seconds{0};
+      else
+        time = l.kernel;
+      captured = true;
+    }
     price.launch = time;
   }
 
@@ -355,6 +375,7 @@ class Compiler {
       find_repetition(out);
     }
     result_.flops[static_cast<std::size_t>(c)] = total;
+    if (p_.kernels.overlaps_experts) run_in_twos(mine, rc, calls, device);
     // What other streams read without passing the compute stream must be marked in every replay.
     std::set<std::int32_t> must;
     for (const CompiledBlock& block : mine) {
@@ -370,6 +391,51 @@ class Compiler {
       }
     }
     result_.must_mark[static_cast<std::size_t>(c)].assign(must.begin(), must.end());
+  }
+
+  /// Exchanges of rows cost what does not run beside another micro-batch's blocks
+  /// (FrameworkKernels::overlaps_experts).
+  void run_in_twos(std::vector<CompiledBlock>& blocks, const RankClass& rc,
+                   const std::vector<std::int64_t>& calls, const DeviceProfile& device) const {
+    const auto exchanges = [&](std::size_t b, const Step& s) {
+      const Instruction& i = p_.blocks[b].instructions[static_cast<std::size_t>(s.instruction)];
+      return i.kind == Kind::collective && i.collective == CollectiveKind::all_to_all &&
+             of_experts(p_, i);
+    };
+    const auto of_micro_batches = [&](std::size_t b) {
+      const BlockKind k = p_.blocks[b].kind;
+      return k == BlockKind::forward || k == BlockKind::backward;
+    };
+    Seconds compute{0}, exchanged{0};
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
+      if (calls[b] == 0 || !of_micro_batches(b)) continue;
+      for (std::size_t k = 0; k < blocks[b].steps.size(); ++k) {
+        const Step& s = blocks[b].steps[k];
+        const Seconds t = static_cast<double>(calls[b]) * blocks[b].prices[k].time;
+        if (s.stream == kComputeStream) compute += t;
+        if (exchanges(b, s)) exchanged += t;
+      }
+    }
+    // Forward blocks before the first backward one have none beside them, nor as many at the end.
+    double forwards = 0, alone = 0;
+    bool turned = false;
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(rc.stage)]) {
+      const BlockKind k = p_.blocks[call.block.index()].kind;
+      turned = turned || k == BlockKind::backward;
+      if (k != BlockKind::forward) continue;
+      ++forwards;
+      if (!turned) ++alone;
+    }
+    const double paired = forwards > 0 ? (forwards - alone) / forwards : 0;
+    const double taken = static_cast<double>(device.communication_multiprocessors) /
+                         std::max(1, device.multiprocessors);
+    const double exposed = exposed_in_twos(compute, exchanged, paired, taken);
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
+      if (!of_micro_batches(b)) continue;
+      for (std::size_t k = 0; k < blocks[b].steps.size(); ++k) {
+        if (exchanges(b, blocks[b].steps[k])) blocks[b].prices[k].time.count *= exposed;
+      }
+    }
   }
 
   /// A block repeats itself if nothing in it can start before the compute stream's position at its

@@ -70,6 +70,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     time("transfer", f.launches.transfer);
     time("step", f.launches.step);
     boolean(*launch, "graphs", f.launches.graphs);
+    boolean(*launch, "graphs_beside_experts", f.launches.graphs_beside_experts);
     boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
     launch->reject_unknown_keys();
   }
@@ -180,9 +181,20 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     count("head_passes_forward", f.kernels.head_passes_forward);
     count("head_passes_backward", f.kernels.head_passes_backward);
     count("table_passes", f.kernels.table_passes);
-    setting(*kernels, "optimizer_kernels", [&](const YamlNode& n) {
-      f.kernels.optimizer_kernels = static_cast<int>(n.as_int(1, 1000));
-    });
+    const auto launched = [&](const char* key, int& to) {
+      setting(*kernels, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 1000)); });
+    };
+    launched("optimizer_kernels", f.kernels.optimizer_kernels);
+    launched("routing_forward", f.kernels.routing_forward);
+    launched("routing_backward", f.kernels.routing_backward);
+    launched("rows_forward", f.kernels.rows_forward);
+    launched("rows_backward", f.kernels.rows_backward);
+    traffic("limit_forward", f.kernels.limit_forward);
+    traffic("limit_backward", f.kernels.limit_backward);
+    boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
+    boolean(*kernels, "pads_rows", f.kernels.pads_rows);
+    boolean(*kernels, "fused_experts", f.kernels.fused_experts);
+    boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);
     kernels->reject_unknown_keys();
   }
@@ -221,6 +233,33 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
         if (const auto cell = recipe.find(key)) f.recipes[name][key] = cell->as_string();
       }
       recipe.reject_unknown_keys();
+    }
+  }
+  if (const auto workloads = root.find("workloads")) {
+    for (const YamlNode& node : workloads->items()) {
+      Workload w;
+      const auto list = [&](const char* key, std::vector<std::string>& to) {
+        if (const auto n = node.find(key)) to = n->as_strings();
+      };
+      const auto flag = [&](const char* key, std::optional<bool>& to) {
+        if (const auto n = node.find(key)) to = n->as_bool();
+      };
+      list("frameworks", w.frameworks);
+      list("networks", w.networks);
+      list("devices", w.devices);
+      list("precisions", w.precisions);
+      if (const auto n = node.find("gpus")) w.gpus = n->as_int(1, 1'000'000);
+      flag("rows_once", w.rows_once);
+      flag("graphs", w.graphs);
+      flag("graphs_beside_experts", w.graphs_beside_experts);
+      flag("fused_experts", w.fused_experts);
+      flag("overlaps_experts", w.overlaps_experts);
+      flag("lora", w.lora);
+      const auto source = node.find("source");
+      w.source = source ? source->as_string() : file_source;
+      if (w.source.empty()) throw InputError(node.place(), "every workload needs a source");
+      node.reject_unknown_keys();
+      f.workloads.push_back(w);
     }
   }
   root.reject_unknown_keys();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,6 +15,20 @@ namespace partita {
 
 /// When a stage's compute stream waits until what it sends to the next has left.
 enum class SendWait : std::uint8_t { never, not_interleaved, always };
+
+/// What a framework's own configuration of a network on a device sets. Empty lists and 0 are any.
+struct Workload {
+  std::vector<std::string> frameworks;  ///< patterns of what tables call versions of it
+  std::vector<std::string> networks;    ///< patterns of catalogue names
+  std::vector<std::string> devices;     ///< patterns of device names
+  std::vector<std::string> precisions;  ///< their names
+  std::int64_t gpus = 0;
+  std::optional<bool> rows_once;
+  std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
+  std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
+  std::optional<bool> lora;                             ///< adapters are trained
+  std::string source;
+};
 
 /// A framework file (schema partita.framework/1). Every setting has an entry in `sources` under its
 /// YAML key: a document, a line of code, or "assumed".
@@ -36,7 +51,7 @@ struct FrameworkProfile {
   /// Kept by a part of the sequence that travels beside products (overlap_tensor_parallel); 0: by
   /// any transfer's.
   int overlap_multiprocessors = 0;
-  bool sums_in_turn = false;      ///< backward, over tp, after weights' gradients
+  bool sums_in_turn = false;  ///< backward, over tp, after weights' gradients
   Allocations allocations;
   /// The first of its workspaces in deterministic runs; both in those of its own layers. 0: alike.
   Bytes workspace_deterministic, workspace_local;
@@ -72,6 +87,7 @@ struct FrameworkProfile {
   /// A named configuration of the framework: what it sets, under the names of a table's columns
   /// ("ep", "micro_batch_per_dp_rank", "precision").
   std::map<std::string, std::map<std::string, std::string>> recipes;
+  std::vector<Workload> workloads;  ///< later ones win
 
   std::map<std::string, std::string> sources;
 };

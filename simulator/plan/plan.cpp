@@ -801,6 +801,7 @@ void set_launches(Launches& l, const YamlNode& n) {
   if (const auto x = n.find("transfer")) time(*x, l.transfer);
   if (const auto x = n.find("step")) time(*x, l.step);
   if (const auto x = n.find("graphs")) l.graphs = x->as_bool();
+  if (const auto x = n.find("graphs_beside_experts")) l.graphs_beside_experts = x->as_bool();
   if (const auto x = n.find("waits_for_counts")) l.waits_for_counts = x->as_bool();
   n.reject_unknown_keys();
 }
@@ -1034,10 +1035,11 @@ std::string to_yaml(const Plan& p) {
   }
   if (p.launches != Launches{})
     s += fmt::format(
-        "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, waits_for_counts: {}}}\n",
+        "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, {}waits_for_counts: {}}}\n",
         p.launches.kernel.count, p.launches.transfer.count,
         p.launches.step.count > 0 ? fmt::format("step: {} s, ", p.launches.step.count) : "",
-        p.launches.graphs, p.launches.waits_for_counts);
+        p.launches.graphs, p.launches.graphs_beside_experts ? "graphs_beside_experts: true, " : "",
+        p.launches.waits_for_counts);
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",

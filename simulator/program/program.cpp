@@ -269,14 +269,24 @@ Bytes routed_payload(const Program& p, const Instruction& i, std::int64_t rank) 
 
 bool brings_rows(const Program& p, const Instruction& i) {
   if (i.kind != Kind::collective || i.collective != CollectiveKind::all_to_all) return false;
-  const auto cut_by_expert = [&](BufferId id) {
-    const Buffer& b = p.buffer(id);
-    for (std::size_t d = 0; d < b.shape.size(); ++d) {
-      if (b.shape[d].dim == Dim::expert) return !b.layout.dims[d].atoms.empty();
-    }
-    return false;
+  return p.buffer(i.reads[0]).routed && !cut_by_expert(p, i.reads[0]) &&
+         cut_by_expert(p, i.writes[0]);
+}
+
+bool cut_by_expert(const Program& p, BufferId id) {
+  const Buffer& b = p.buffer(id);
+  for (std::size_t d = 0; d < b.shape.size(); ++d) {
+    if (b.shape[d].dim == Dim::expert) return !b.layout.dims[d].atoms.empty();
+  }
+  return false;
+}
+
+bool of_experts(const Program& p, const Instruction& i) {
+  const auto routed = [&](const std::vector<BufferId>& list) {
+    return std::any_of(list.begin(), list.end(),
+                       [&](BufferId id) { return id.valid() && p.buffer(id).routed; });
   };
-  return p.buffer(i.reads[0]).routed && !cut_by_expert(i.reads[0]) && cut_by_expert(i.writes[0]);
+  return routed(i.reads) || routed(i.gradients) || routed(i.writes);
 }
 
 namespace {

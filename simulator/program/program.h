@@ -234,6 +234,7 @@ struct Launches {
   /// The host learns how many rows each expert gets before it goes on: it waits for the kernels
   /// before the rows' exchange.
   bool waits_for_counts = false;
+  bool graphs_beside_experts = false;  ///< what touches no rows of experts was captured
   bool any() const { return kernel.count > 0 || transfer.count > 0; }
   friend bool operator==(const Launches&, const Launches&) = default;
 };
@@ -273,6 +274,20 @@ struct FrameworkKernels {
   int optimizer_kernels = 0;
   /// Passes over an embedding's whole gradient, beside its rows.
   double table_passes = 0;
+  /// Bytes for each element of a limited gated activation that limiting its inputs moves.
+  double limit_forward = 0, limit_backward = 0;
+  /// Small kernels of choosing experts and counting rows, and of ordering and exchanging rows,
+  /// beside those that compute.
+  int routing_forward = 0, routing_backward = 0, rows_forward = 0, rows_backward = 0;
+  /// After and before an exchange of rows a rank orders them by expert, where it has several and a
+  /// row did not come once for all of them (Program::rows_once): a pass over all rows each time.
+  bool sorts_rows = false;
+  /// Likewise it pads experts' rows to what narrow types need, and takes that out again.
+  bool pads_rows = false;
+  /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
+  bool overlaps_experts = false;
+  /// Experts' products apply their activation and biases and convert what they store.
+  bool fused_experts = false;
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
 };
 
@@ -444,6 +459,10 @@ std::int64_t common_elements(const Program& program, BufferId from, std::int64_t
 
 /// Is this the exchange that brings rows to their experts?
 bool brings_rows(const Program& program, const Instruction& instruction);
+/// Are the buffer's rows, or the parameter's experts, those of some ranks?
+bool cut_by_expert(const Program& program, BufferId buffer);
+/// Does it touch rows of experts?
+bool of_experts(const Program& program, const Instruction& instruction);
 
 /// Rows of a routed buffer with a routing that `rank` holds.
 std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);

@@ -305,6 +305,19 @@ TEST(Catalogue, SizesAreThoseOfThePublishedCheckpoints) {
     EXPECT_EQ(parameter_count(load_model(name)), parameters) << name;
 }
 
+/// By hand from their config.json: tables, attention and two norms a block, one expert more that
+/// sees every token, a router; of maverick's blocks every second is dense, twice as wide.
+TEST(Catalogue, Llama4HasExpertsInEveryOrEverySecondBlock) {
+  const std::int64_t h = 5120, vocabulary = 202'048, expert = 3 * h * 8192,
+                     block = 2 * h * (40 + 8) * 128 + 2 * h,
+                     rest = 2 * vocabulary * h + h + 48 * block;
+  EXPECT_EQ(parameter_count(load_model("llama-4-maverick")),
+            rest + 24 * (129 * expert + 128 * h) + 24 * 2 * expert);
+  // Its queries and keys are normalised: two gains of 128 a block.
+  EXPECT_EQ(parameter_count(load_model("llama-4-scout")),
+            rest + 48 * (17 * expert + 16 * h + 2 * 128));
+}
+
 TEST(Catalogue, KnownModelsAreAllOfItWithTheirOtherNames) {
   std::set<std::string> names, aliases;
   for (const KnownModel& m : known_models()) {

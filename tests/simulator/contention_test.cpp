@@ -665,6 +665,49 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   EXPECT_EQ(between.breakdown[0].total(), between.step);
 }
 
+/// What is captured costs no more launches: all of it less than all but experts, that less than
+/// none.
+TEST(Host, GraphsBesideExpertsAreBetweenNoneAndAll) {
+  Plan plan = base_plan();
+  plan.dp = plan.ep = 2;
+  plan.global_batch = 2 * plan.micro_batch;
+  Program p = lowered(mixtral(), plan);
+  const Topology t = load_topology("dgx-h100:2 gpus");
+  const auto step = [&](bool all, bool beside) {
+    p.launches = {};
+    p.launches.kernel = Seconds{1e-3};
+    p.launches.graphs = all;
+    p.launches.graphs_beside_experts = beside;
+    return run(p, t, Network::idle).step;
+  };
+  const Ticks eager = step(false, false), beside = step(false, true), all = step(true, false);
+  EXPECT_LT(all, beside);
+  EXPECT_LT(beside, eager);
+  EXPECT_EQ(step(true, true), all);
+}
+
+// docs/cost.md, "In twos".
+TEST(Host, ExchangesBesideAnotherMicroBatchCostWhatIsLeft) {
+  EXPECT_NEAR(exposed_in_twos(Seconds{0.03}, Seconds{0.02}, 7.0 / 8, 24.0 / 132), 0.2841, 5e-5);
+  EXPECT_NEAR(exposed_in_twos(Seconds{0.03}, Seconds{0.06}, 7.0 / 8, 24.0 / 132), 0.6420, 5e-5);
+  EXPECT_EQ(exposed_in_twos(Seconds{0}, Seconds{0}, 1, 0), 1);
+  EXPECT_EQ(exposed_in_twos(Seconds{1}, Seconds{1}, 0, 0), 1);
+  Plan plan = base_plan();
+  plan.dp = plan.ep = 2;
+  plan.global_batch = 4 * 2 * plan.micro_batch;
+  Program p = lowered(mixtral(), plan);
+  const Topology t = load_topology("dgx-h100:2 gpus");
+  const Timeline apart = run(p, t, Network::idle);
+  p.kernels.overlaps_experts = true;
+  const Timeline twos = run(p, t, Network::idle);
+  const Ticks before = apart.breakdown[0].exposed.at("ep"),
+              after = twos.breakdown[0].exposed.at("ep");
+  EXPECT_LT(after, before);
+  EXPECT_EQ(twos.breakdown[0].total(), twos.step);
+  // One micro-batch of four has none beside it.
+  EXPECT_GT(static_cast<double>(after.count), 0.25 * static_cast<double>(before.count));
+}
+
 /// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead
 /// that 40 slow launches after them bind nothing: after two they do.
 TEST(Host, GetsAheadCallByCall) {

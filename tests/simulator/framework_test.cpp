@@ -85,6 +85,10 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nrecipes: {a: {ep: 8, epp: 2}}\n", "epp");
   expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nrecipes: {a: {ep: 8}}\n",
          "every recipe needs a source");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nworkloads: [{network: [a]}]\n", "network");
+  expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nworkloads: [{gpus: 8}]\n",
+         "every workload needs a source");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nworkloads: [{gpus: 0}]\n", "0 is too small");
   EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));
 }

@@ -360,6 +360,90 @@ TEST(Volumes, ExpertsBiasesApartAreStreamed) {
   EXPECT_EQ(seen, 1 + 2);  // a backward is there twice
 }
 
+TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
+  // The example of docs/cost.md: two experts on each of two ranks.
+  TransformerConfig config = small_config();
+  config.layers = 1;
+  config.gated = config.limited_activation = true;
+  config.moe = {};
+  config.moe.experts = 4;
+  config.moe.top_k = 2;
+  config.moe.ffn = 32;
+  Plan plan = base_plan();
+  plan.dp = plan.ep = 2;
+  plan.global_batch = 2 * plan.micro_batch;
+  for (const char* precision : {"bf16", "fp8"}) {
+    set_precision(plan, precision, "");
+    const bool narrow = std::string_view(precision) == "fp8";
+    Program p = lowered(build_transformer(config), plan);
+    const FrameworkKernels none = p.kernels;
+    int downs = 0, activations = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.op < 0 || i.kind != Kind::compute) continue;
+        const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+        const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
+        const auto with = [&](const auto& set) {
+          p.kernels = none;
+          const Work plain = work_of(p, i, 0);
+          set(p.kernels);
+          const Work more = work_of(p, i, 0);
+          p.kernels = none;
+          return std::pair{
+              more.streamed.count + more.bytes.count - plain.streamed.count - plain.bytes.count,
+              more.kernels - plain.kernels};
+        };
+        const auto sorts = [](FrameworkKernels& k) { k.sorts_rows = true; };
+        const auto pads = [](FrameworkKernels& k) { k.pads_rows = true; };
+        const auto limits = [](FrameworkKernels& k) {
+          k.limit_forward = 16, k.limit_backward = 30;
+        };
+        const auto small = [](FrameworkKernels& k) {
+          k.routing_forward = 25, k.routing_backward = 5, k.rows_forward = 11, k.rows_backward = 7;
+        };
+        const auto* product = std::get_if<GroupedProduct>(&op.operation);
+        const bool down =
+            product != nullptr && product->out.dim == Dim::feature && (forward || data);
+        const bool limited =
+            std::holds_alternative<GatedActivation>(op.operation) && (forward || data);
+        const std::pair<std::int64_t, int> nothing{0, 0}, ordered{1024, 2};
+        EXPECT_EQ(with(sorts), down ? ordered : nothing) << op.name;
+        EXPECT_EQ(with(pads), down && narrow ? ordered : nothing) << op.name;
+        EXPECT_EQ(with(limits).first, limited ? (forward ? 8192 : 15360) : 0) << op.name;
+        int kernels = 0;
+        if (std::holds_alternative<Router>(op.operation)) kernels = forward ? 25 : data ? 5 : 0;
+        if (std::holds_alternative<Dispatch>(op.operation)) kernels = forward ? 11 : data ? 7 : 0;
+        EXPECT_EQ(with(small), (std::pair<std::int64_t, int>{0, kernels})) << op.name;
+        p.rows_once = true;
+        EXPECT_EQ(with(sorts), nothing) << op.name;
+        EXPECT_EQ(with(pads), nothing) << op.name;
+        p.rows_once = false;
+        // The host starts every expert's product and cast.
+        if (product != nullptr) {
+          const Work w = work_of(p, i, 0);
+          EXPECT_EQ(w.groups, 1) << op.name;
+          EXPECT_EQ(w.kernels, i.casts ? 3 : 1) << op.name;
+        }
+        p.kernels.fused_experts = true;
+        const Work fused = work_of(p, i, 0);
+        p.kernels = none;
+        if (limited) {
+          EXPECT_EQ(fused.kernels, 0);
+          EXPECT_EQ(fused.bytes.count, (forward ? 2 : 4) * 16 * 32);
+        }
+        if (product != nullptr && i.casts) {
+          EXPECT_EQ(fused.kernels, (product->out.dim == Dim::feature) == forward ? 1 : 3)
+              << op.name;
+        }
+        downs += down ? 1 : 0;
+        activations += limited ? 1 : 0;
+      }
+    }
+    EXPECT_EQ(downs, 1 + 2);  // a backward is there twice
+    EXPECT_EQ(activations, 1 + 2);
+  }
+}
+
 TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
   // The example of docs/cost.md.
   const std::int64_t layers = 4, s = 8, h = 8, ffn = 16;

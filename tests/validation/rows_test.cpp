@@ -274,6 +274,51 @@ TEST(RowCase, RecipesFillWhatTheRowLeavesEmpty) {
   EXPECT_EQ(case_with(printed).plan.ep, 1);
 }
 
+TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
+  const auto of = [](const char* model, const char* gpu, const char* gpus, const char* precision,
+                     const char* framework) {
+    return case_with({{"model", model},
+                      {"framework", framework},
+                      {"gpu", gpu},
+                      {"num_gpus", gpus},
+                      {"gpus_per_node", "8"},
+                      {"precision", precision},
+                      {"tp", "1"},
+                      {"pp", "1"},
+                      {"dp", ""},
+                      {"ep", "8"}});
+  };
+  const char *first = "Megatron-Bridge/Megatron-Core, NeMo container 25.09",
+             *middle = "Megatron-Bridge/Megatron-Core, NeMo container 26.04",
+             *last = "Megatron-Bridge (NeMo container)";
+  const RowCase hopper = of("DeepSeekV3", "H100", "64", "FP8", first);
+  EXPECT_TRUE(hopper.plan.rows_once);
+  EXPECT_THAT(hopper.assumed, Contains("rows once on (workload)"));
+  EXPECT_FALSE(of("DeepSeekV3", "B200", "64", "FP8", first).plan.rows_once);
+  EXPECT_FALSE(of("Qwen3_235B_a22B", "B200", "64", "MXFP8", middle).plan.rows_once);
+  EXPECT_TRUE(of("Qwen3_30B_a3B", "B200", "64", "MXFP8", middle).plan.rows_once);
+  EXPECT_TRUE(
+      of("Qwen3_30B_a3B", "B200", "64", "MXFP8", middle).plan.launches.graphs_beside_experts);
+  EXPECT_FALSE(
+      of("Qwen3_30B_a3B", "H100", "64", "FP8", middle).plan.launches.graphs_beside_experts);
+  const RowCase eager = of("GPT OSS 120B", "GB300", "64", "MXFP8", middle),
+                fused = of("gpt-oss-120b (pretrain_performance)", "GB300", "64", "MXFP8", last);
+  EXPECT_FALSE(eager.plan.kernels.fused_experts);
+  EXPECT_TRUE(eager.plan.expert_bias_apart);
+  EXPECT_TRUE(fused.plan.kernels.fused_experts);
+  EXPECT_FALSE(fused.plan.expert_bias_apart);
+  EXPECT_TRUE(fused.plan.launches.graphs);
+  EXPECT_TRUE(fused.plan.kernels.overlaps_experts);
+  EXPECT_FALSE(fused.plan.launches.waits_for_counts);
+  EXPECT_TRUE(eager.plan.launches.waits_for_counts);
+  EXPECT_NE(eager.key(), fused.key());
+  // Precision and number of GPUs count.
+  EXPECT_FALSE(of("gpt-oss-120b (pretrain_performance)", "GB300", "64", "BF16", last)
+                   .plan.kernels.fused_experts);
+  EXPECT_FALSE(of("LLAMA3_70B", "GB300", "8", "FP8", middle).lora.empty());
+  EXPECT_TRUE(of("LLAMA3_70B", "GB300", "64", "FP8", middle).lora.empty());
+}
+
 TEST(RowCase, MultiTokenPredictionIsTrainedWhereTheFrameworkDoes) {
   const auto of = [](const char* model, const char* framework) {
     return case_with({{"model", model},
