@@ -1045,7 +1045,8 @@ class CaseBuilder {
     } else if (deterministic()) {
       a.workspace = f.workspace_deterministic;
     }
-    if (!flags_.grouped_product && !has(row_["model"], "groupedGEMM"))
+    if (f.workspace_deterministic.count > 0 && !flags_.grouped_product &&
+        !has(row_["model"], "groupedGEMM"))
       a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
     if (fused_loss() && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
     a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;

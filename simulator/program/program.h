@@ -302,11 +302,13 @@ struct Allocations {
   Bytes workspace_hopper;  ///< the same, on devices of compute capability 9.0 and later
   /// More of both where a stage has products of experts.
   Bytes workspace_grouped, workspace_grouped_hopper;
-  /// While the step's own blocks run: what gradients are copied into to be reduced, and, where they
-  /// are no fp32, one tensor of all that the optimizer reads in their type and one in fp32.
+  /// While the step's own blocks run: what gradients are copied into to be reduced (those that stay
+  /// beside accumulated ones: a copy of all of those in the parameters' type), and, where they are
+  /// no fp32, one tensor of all that the optimizer reads in their type and one in fp32.
   Bytes reduce_buffer;
   bool flat_gradients = false;
-  /// Until a micro-batch's backward its stage keeps copies of what it received and of what it sent.
+  /// Until a micro-batch's backward its stage keeps copies of what it received and of what it sent;
+  /// the last keeps the logits, and those of the micro-batch before.
   bool stage_copies = false;
   bool expandable_segments =
       false;                ///< the allocator's segments grow, so that nothing is left over
