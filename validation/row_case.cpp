@@ -572,12 +572,17 @@ class CaseBuilder {
       t.ffn = t.gated ? (8 * t.hidden / 3 + 63) / 64 * 64 : 4 * t.hidden;
       assume("feed-forward width {}", t.ffn);
     }
-    if (const auto v = row_.whole("vocab_size"))
+    if (const auto v = row_.whole("vocab_size")) {
       t.vocabulary = *v;
-    else
+    } else {
+      // Megatron's tests of speed without experts are of mock data: NullTokenizer, 131,073 and one.
+      if (framework_->workspace_deterministic.count > 0 && known == nullptr &&
+          has(text, "memory_speed") && experts.value_or(1) <= 1)
+        t.vocabulary = 131'074;
       assume("vocabulary {}", t.vocabulary);
+    }
     find_experts(t, experts);
-    if (t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
+    if (known != nullptr && t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
       // A part of a network keeps its share of each kind of block, the fewer kind rounded up.
       t.moe.first_dense = static_cast<int>(
           ceil_div(std::int64_t{t.moe.first_dense} * t.layers, std::int64_t{known_layers}));
@@ -950,7 +955,7 @@ class CaseBuilder {
     const std::string& precision = row_["precision"];
     std::optional<PrecisionText> type;
     if (precision.empty()) {
-      type = PrecisionText{f.precision, false};
+      type = PrecisionText{f.precision};
       assume("precision {}", f.precision);
     } else {
       type = precision_of(precision);
@@ -958,6 +963,11 @@ class CaseBuilder {
     }
     set_precision(p, type->name, "precision");
     set_framework(p, f.name, "framework");
+    if (type->fp32_beside) {
+      p.precision.parameters = p.precision.activations = ElementType::fp32;
+      p.precision.master_copy = false;
+      p.precision_roles = true;
+    }
     if (type->fp32_gradients || !p.precision.master_copy)
       p.precision.gradients = p.precision.gradient_communication = ElementType::fp32;
     set_sharding();
@@ -976,8 +986,14 @@ class CaseBuilder {
       set_recompute(p, f.recompute, "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
     } else if (const auto how = recompute_of(recompute)) {
-      const bool bare = plain_text(recompute) == "selective";
-      set_recompute(p, bare ? f.selective : *how, "recompute");
+      const bool bare = plain_text(recompute) == "selective" && *how == "selective";
+      // What goes to the host is as little there as what is computed again.
+      const bool offloads = has(row_["model"], "fine_grained_offloading") && !bare;
+      set_recompute(p,
+                    bare       ? f.selective
+                    : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
+                               : *how,
+                    "recompute");
       if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
@@ -1072,7 +1088,8 @@ class CaseBuilder {
   }
 
   bool fused_loss() const {
-    return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion");
+    return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion") ||
+           (like_deepseek() && c_.transformer && c_.transformer->mtp_layers > 0);
   }
   /// Megatron's tests run so where their names do not say otherwise, but for those of flash
   /// attention without experts, which the context parallel ones use; its fused loss refuses to.
@@ -1088,7 +1105,8 @@ class CaseBuilder {
   void set_allocations() {
     const FrameworkProfile& f = *framework_;
     Allocations& a = c_.plan.allocations;
-    if (flags_.local && f.workspace_local.count > 0) {
+    // Its routers multiply by Transformer Engine where that is installed.
+    if (flags_.local && f.workspace_local.count > 0 && printed_experts().value_or(1) <= 1) {
       a.workspace = a.workspace_hopper = f.workspace_local;
     } else if (deterministic()) {
       a.workspace = f.workspace_deterministic;

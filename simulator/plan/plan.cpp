@@ -107,7 +107,8 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
 }
 
 Plan executable(Plan plan) {
-  plan.allocations.weighted_activations = plan.allocations.narrow_inputs = false;
+  Allocations& a = plan.allocations;
+  a.weighted_activations = a.narrow_inputs = a.gate_apart = a.attention_copied = false;
   return plan;
 }
 

@@ -463,6 +463,20 @@ std::vector<std::int64_t> stage_copies(const Program& p, int stage, std::int64_t
   return all;
 }
 
+Bytes kept_inputs(const Program& p, int stage, std::int64_t rank) {
+  Bytes sum{0};
+  if (!p.allocations.keeps_inputs || stage >= p.pipeline_stages()) return sum;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    if (p.blocks[b.index()].kind != BlockKind::forward) continue;
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind == Kind::receive) sum += Bytes{2 * device_bytes(p, i.writes[0], rank).count};
+    }
+  }
+  return sum;
+}
+
 std::vector<Bytes> step_bytes(const Program& p, int stage, std::int64_t rank) {
   std::vector<Bytes> all;
   if (stage >= p.pipeline_stages()) return all;

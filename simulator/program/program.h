@@ -294,6 +294,10 @@ struct Allocations {
   bool gathered_rows = false;
   /// Of what a product in an 8- or 4-bit type reads, the backward keeps the narrow copy.
   bool narrow_inputs = false;
+  /// A gated activation is two kernels: what the first, the activation, makes is kept too.
+  bool gate_apart = false;
+  /// Attention's product after the heads reads a copy that is laid out anew: both are kept.
+  bool attention_copied = false;
   /// A tensor of materialised attention's scores stays (Megatron's global memory buffer).
   bool score_buffer = false;
   /// For each logit, while the loss's forward runs, beside the logits and what it keeps.
@@ -310,6 +314,8 @@ struct Allocations {
   /// Until a micro-batch's backward its stage keeps copies of what it received and of what it sent;
   /// the last keeps the logits, and those of the micro-batch before.
   bool stage_copies = false;
+  /// A chunk keeps what it last received, and its gradient, even between steps.
+  bool keeps_inputs = false;
   bool expandable_segments =
       false;                ///< the allocator's segments grow, so that nothing is left over
   Bytes context = 512_MiB;  ///< of CUDA and its libraries' kernels, outside the allocator
@@ -456,6 +462,9 @@ std::vector<Bytes> step_bytes(const Program& program, int stage, std::int64_t ra
 /// By block, what the framework keeps more on `rank` of `stage` after a call (Allocations::
 /// stage_copies): of forward blocks, and as much less after the chunk's last backward one.
 std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::int64_t rank);
+
+/// What chunks on `rank` of `stage` last received, and its gradients (Allocations::keeps_inputs).
+Bytes kept_inputs(const Program& program, int stage, std::int64_t rank);
 
 /// By buffer: do backward passes of layers (operators of "layers.N") read it?
 std::vector<bool> read_by_layers(const Program& program);
