@@ -529,7 +529,7 @@ TEST(RowCase, LatentAttentionBesideExpertsIsDeepSeekV3s) {
   EXPECT_EQ(small.transformer->latent.key_value_rank, 128);
   EXPECT_EQ(small.plan.pad_vocabulary, 64);
   // Chunks of two blocks, the first with the dense ones: Et*3|(tt|)*6tmL.
-  const RowCase cut = test_case("moe", flags, experts);
+  const RowCase cut = test_case("moe", flags, with(experts, {{"virtual_stages_per_gpu", ""}}));
   EXPECT_EQ(cut.plan.virtual_stages, 4);
   EXPECT_EQ(cut.plan.cuts, (std::vector<std::int64_t>{3, 2, 2, 2, 2, 2, 2, 1}));
   EXPECT_EQ(cut.plan.pad_vocabulary, 3232);
