@@ -442,7 +442,15 @@ class CaseBuilder {
       : schema_(schema),
         row_(row),
         catalogue_(catalogue),
-        flags_(megatron_flags(row["overlap_and_other_settings"])) {}
+        flags_(megatron_flags(row["overlap_and_other_settings"])) {
+    // Tests of Megatron's own layers, which know no context parallelism, leave Transformer Engine
+    // out of their names.
+    constexpr std::string_view kTests = "gpt3_mcore_";
+    const std::string& name = row["model"];
+    if (!flags_.any && name.rfind(kTests, 0) == 0 && name.compare(kTests.size(), 3, "te_") != 0 &&
+        row_.whole("cp").value_or(1) == 1)
+      flags_.local = true;
+  }
 
   RowCase build() {
     find_framework();
@@ -565,12 +573,17 @@ class CaseBuilder {
       t.ffn = t.gated ? (8 * t.hidden / 3 + 63) / 64 * 64 : 4 * t.hidden;
       assume("feed-forward width {}", t.ffn);
     }
-    if (const auto v = row_.whole("vocab_size"))
+    if (const auto v = row_.whole("vocab_size")) {
       t.vocabulary = *v;
-    else
+    } else {
+      // Megatron's tests of speed without experts are of mock data: NullTokenizer, 131,073 and one.
+      if (framework_->workspace_deterministic.count > 0 && known == nullptr &&
+          has(text, "memory_speed") && experts.value_or(1) <= 1)
+        t.vocabulary = 131'074;
       assume("vocabulary {}", t.vocabulary);
+    }
     find_experts(t, experts);
-    if (t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
+    if (known != nullptr && t.moe.experts > 0 && t.moe.first_dense > 0 && t.layers < known_layers) {
       // A part of a network keeps its share of each kind of block, the fewer kind rounded up.
       t.moe.first_dense = static_cast<int>(
           ceil_div(std::int64_t{t.moe.first_dense} * t.layers, std::int64_t{known_layers}));
@@ -733,14 +746,18 @@ class CaseBuilder {
       t.rotary_dim = t.hidden / t.heads / 2 * 2;
     }
     if (flags_.latent) {
-      // Defaults of Megatron's MLATransformerConfig; beside experts DeepSeek-V3's.
-      t.latent = {512, 512, 128, 64, 128};
-      if (printed_experts().value_or(1) > 1) t.latent = named("deepseek-v3").transformer->latent;
+      // Its test's; beside experts DeepSeek-V3's, with smaller ranks in small networks.
+      t.latent = {192, 64, 16, 8, 16};
+      if (like_deepseek()) {
+        t.latent = named("deepseek-v3").transformer->latent;
+        if (t.hidden < 1024) t.latent.query_rank = 256, t.latent.key_value_rank = 128;
+      }
       t.kv_heads = 0;
       t.positions = 0;
       t.rotary_dim = 0;
       t.qkv_bias = false;
-      assume("latent ranks {} and 512, heads of 128 + 64", t.latent.query_rank);
+      assume("latent ranks {} and {}, heads of {} + {}", t.latent.query_rank,
+             t.latent.key_value_rank, t.latent.nope_dim, t.latent.rope_dim);
     }
   }
 
@@ -765,10 +782,13 @@ class CaseBuilder {
         // Latent attention and experts are DeepSeek-V3's kind of network.
         const TransformerConfig& known = *named("deepseek-v3").transformer;
         t.moe.shared_ffn = t.moe.ffn * known.moe.shared_ffn / known.moe.ffn;
-        t.moe.first_dense = static_cast<int>(
-            ceil_div(std::int64_t{known.moe.first_dense} * t.layers, std::int64_t{known.layers}));
+        t.moe.first_dense = std::min(known.moe.first_dense, t.layers / 2);
         assume("{} dense blocks of {}, a shared expert of {} (deepseek-v3)", t.moe.first_dense,
                t.layers, t.moe.shared_ffn);
+        if (!sharded_parameters() && !has(row_["model"], "no_mtp")) {
+          t.mtp_layers = 1;
+          assume("1 multi-token prediction");
+        }
       }
     }
     if (t.moe.experts > 0 && !experts && schema_ == RowSchema::training)
@@ -838,6 +858,13 @@ class CaseBuilder {
     }
   }
 
+  /// Megatron's tests of latent attention and experts.
+  bool like_deepseek() const { return flags_.latent && printed_experts().value_or(1) > 1; }
+  bool sharded_parameters() const {
+    const auto z = sharding_of(row_["zero_or_fsdp"]);
+    return z && z->zero == 3;
+  }
+
   /// The column's, else of a name like "..._8experts_etp1_ep4".
   std::optional<std::int64_t> printed_experts() const {
     if (const auto n = row_.whole("num_experts", 0)) return n;
@@ -879,7 +906,13 @@ class CaseBuilder {
     p.pp = degree("pp", "pipeline parallel");
     p.cp = degree("cp", "context parallel", false);
     p.ep = degree("ep", "expert parallel", false);
-    p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
+    if (row_["virtual_stages_per_gpu"].empty() && like_deepseek() && p.pp > 1) {
+      const std::int64_t layers = c_.transformer->layers;
+      p.virtual_stages = std::max<std::int64_t>(1, (layers + p.pp) / (2 * p.pp));
+      assume("virtual stages {}, of two blocks", p.virtual_stages);
+    } else {
+      p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
+    }
     if (p.pp == 1) p.virtual_stages = 1;
     if (const auto n = row_.whole("etp", 1, 100'000); n && p.ep > 1) p.etp = *n;
     if (p.etp == 0 && p.ep > 1) p.etp = words_number(row_["model"], {"_etp"}).value_or(0);
@@ -968,7 +1001,7 @@ class CaseBuilder {
     const std::string& precision = row_["precision"];
     std::optional<PrecisionText> type;
     if (precision.empty()) {
-      type = PrecisionText{f.precision, false};
+      type = PrecisionText{f.precision};
       assume("precision {}", f.precision);
     } else {
       type = precision_of(precision);
@@ -976,6 +1009,11 @@ class CaseBuilder {
     }
     set_precision(p, type->name, "precision");
     set_framework(p, f.name, "framework");
+    if (type->fp32_beside) {
+      p.precision.parameters = p.precision.activations = ElementType::fp32;
+      p.precision.master_copy = false;
+      p.precision_roles = true;
+    }
     if (type->fp32_gradients || !p.precision.master_copy)
       p.precision.gradients = p.precision.gradient_communication = ElementType::fp32;
     set_sharding();
@@ -994,8 +1032,14 @@ class CaseBuilder {
       set_recompute(p, f.recompute, "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
     } else if (const auto how = recompute_of(recompute)) {
-      const bool bare = plain_text(recompute) == "selective";
-      set_recompute(p, bare ? f.selective : *how, "recompute");
+      const bool bare = plain_text(recompute) == "selective" && *how == "selective";
+      // What goes to the host is as little there as what is computed again.
+      const bool offloads = has(row_["model"], "fine_grained_offloading") && !bare;
+      set_recompute(p,
+                    bare       ? f.selective
+                    : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
+                               : *how,
+                    "recompute");
       if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
@@ -1042,24 +1086,44 @@ class CaseBuilder {
       p.optimizer.momentum = 0.9;
       assume("SGD with momentum");
     }
-    if (c_.transformer && p.pp > 1) {
-      const std::int64_t layers = c_.transformer->layers, chunks = p.chunks();
-      if (layers % chunks != 0 && (layers + 2) % chunks == 0) {
-        // account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split.
-        p.cuts.assign(static_cast<std::size_t>(chunks), (layers + 2) / chunks);
-        --p.cuts.front(), --p.cuts.back();
-        assume("embedding and loss count as a block each");
-      } else if (layers % chunks != 0 && c_.transformer->mtp_layers > 0) {
-        // Megatron's layouts of DeepSeek-V3: equal chunks until none are left; what predicts
-        // further and the loss stand beside the last's rest.
-        const std::int64_t most = ceil_div(layers, chunks);
-        for (std::int64_t k = 0; k < chunks; ++k)
-          p.cuts.push_back(std::clamp(layers - k * most, std::int64_t{0}, most));
-        assume("equal chunks of {} blocks, the last with what is left", most);
-      }
-    }
+    if (c_.transformer && p.pp > 1) cut_pipeline();
+    if (like_deepseek() && f.workspace_deterministic.count > 0)
+      p.pad_vocabulary = sharded_parameters() ? 64 : 3232;
     p.lora_rank = c_.lora.empty() ? 0 : 16;
     p.lora = c_.lora;
+  }
+
+  /// Of blocks that are not cut evenly.
+  void cut_pipeline() {
+    Plan& p = c_.plan;
+    const std::int64_t layers = c_.transformer->layers, chunks = p.chunks();
+    if (has(row_["model"], "uneven_pipeline") && chunks == p.pp && chunks > 2 && layers > 4 &&
+        (layers - 4) % (chunks - 2) == 0) {
+      p.cuts.assign(static_cast<std::size_t>(chunks), (layers - 4) / (chunks - 2));
+      p.cuts.front() = p.cuts.back() = 2;
+      assume("two blocks in the first and in the last stage");
+    } else if (like_deepseek() && row_["virtual_stages_per_gpu"].empty()) {
+      // The dense blocks stand in the first chunk; the loss's has what is left.
+      std::int64_t left = layers;
+      for (std::int64_t k = 0; k < chunks; ++k) {
+        const std::int64_t most =
+            k == 0 ? std::max<std::int64_t>(2, c_.transformer->moe.first_dense) : 2;
+        p.cuts.push_back(k + 1 < chunks ? std::min(left, most) : left);
+        left -= p.cuts.back();
+      }
+    } else if (layers % chunks != 0 && (layers + 2) % chunks == 0) {
+      // account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split.
+      p.cuts.assign(static_cast<std::size_t>(chunks), (layers + 2) / chunks);
+      --p.cuts.front(), --p.cuts.back();
+      assume("embedding and loss count as a block each");
+    } else if (layers % chunks != 0 && c_.transformer->mtp_layers > 0) {
+      // Megatron's layouts of DeepSeek-V3: equal chunks until none are left; what predicts
+      // further and the loss stand beside the last's rest.
+      const std::int64_t most = ceil_div(layers, chunks);
+      for (std::int64_t k = 0; k < chunks; ++k)
+        p.cuts.push_back(std::clamp(layers - k * most, std::int64_t{0}, most));
+      assume("equal chunks of {} blocks, the last with what is left", most);
+    }
   }
 
   /// A slip of the row's author must not keep everybody waiting.
@@ -1086,7 +1150,8 @@ class CaseBuilder {
   }
 
   bool fused_loss() const {
-    return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion");
+    return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion") ||
+           (like_deepseek() && c_.transformer && c_.transformer->mtp_layers > 0);
   }
   /// Megatron's tests run so where their names do not say otherwise, but for those of flash
   /// attention without experts, which the context parallel ones use; its fused loss refuses to.
@@ -1102,12 +1167,14 @@ class CaseBuilder {
   void set_allocations() {
     const FrameworkProfile& f = *framework_;
     Allocations& a = c_.plan.allocations;
-    if (flags_.local && f.workspace_local.count > 0) {
+    // Its routers multiply by Transformer Engine where that is installed.
+    if (flags_.local && f.workspace_local.count > 0 && printed_experts().value_or(1) <= 1) {
       a.workspace = a.workspace_hopper = f.workspace_local;
     } else if (deterministic()) {
       a.workspace = f.workspace_deterministic;
     }
-    if (!flags_.grouped_product && !has(row_["model"], "groupedGEMM"))
+    if (f.workspace_deterministic.count > 0 && !flags_.grouped_product &&
+        !has(row_["model"], "groupedGEMM"))
       a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
     if (fused_loss() && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
     a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
@@ -1131,6 +1198,11 @@ class CaseBuilder {
       if (p.dp * p.cp > 1 && c_.transformer) assume("ZeRO {}", p.zero);
     }
     if (z && z->group > 1 && p.zero > 0 && z->group < p.dp) p.zero_group = z->group;
+    if (has(row_["model"], "multi_dist_optimizer_instances") && p.zero > 0 && p.dp % 2 == 0 &&
+        p.dp > 2) {
+      p.zero_group = p.dp * p.cp / 2;
+      assume("two instances of the optimizer");
+    }
     if (z) {
       p.offload_optimizer = z->offload_optimizer;
       if (z->offload_parameters) assume("parameters stay on the device");
@@ -1141,7 +1213,7 @@ class CaseBuilder {
   const RowSchema schema_;
   Configuration row_;  ///< with what a recipe adds
   const Catalogue& catalogue_;
-  const MegatronFlags flags_;
+  MegatronFlags flags_;
   const FrameworkProfile* framework_ = nullptr;
   RowCase c_;
 };

@@ -186,7 +186,7 @@ std::optional<PrecisionText> precision_of(std::string_view text) {
     if (has(s, "fp4"))
       p.name = "nvfp4";
     else if (has(s, "fp8"))
-      p.name = has(s, "mx") ? "mxfp8" : "fp8";
+      p.name = has(s, "mx") ? "mxfp8" : "fp8", p.fp32_beside = s.rfind("fp32 + ", 0) == 0;
     else if (has(s, "bf16") || has(s, "bfloat16"))
       p.name = "bf16";
     else if (has(s, "fp16") || has(s, "half") || has_word(s, "amp"))

@@ -38,6 +38,7 @@ std::optional<NetworkRate> network_rate(std::string_view text);
 struct PrecisionText {
   std::string name;
   bool fp32_gradients = false;
+  bool fp32_beside = false;  ///< narrow products among parameters and activations in fp32
   friend bool operator==(const PrecisionText&, const PrecisionText&) = default;
 };
 std::optional<PrecisionText> precision_of(std::string_view text);

@@ -294,7 +294,8 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
       return sum / static_cast<double>(o.stages.size());
     }
     case What::after_step:
-      return static_cast<double>((state_of(stage(o)) + stage(o).resident).count);
+      return static_cast<double>(
+          (state_of(stage(o)) + stage(o).resident + stage(o).kept_inputs).count);
     case What::activations:
       return static_cast<double>(stage(o).saved.count);
     case What::activations_ratio:

@@ -716,15 +716,21 @@ class Lowering {
       p_.buffers.push_back(std::move(copy));
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
     }
-    if (const BufferId y = record.outputs.at(0); std::holds_alternative<Activation>(op.operation) &&
-                                                 p_.buffer(y).routed &&
-                                                 plan_.allocations.weighted_activations) {
-      Buffer unweighted = p_.buffer(y);
-      unweighted.name = op.name + ".unweighted";
-      unweighted.tensor = -1;
-      p_.buffers.push_back(std::move(unweighted));
+    const auto keep_another = [&](const char* what) {
+      Buffer another = p_.buffer(record.outputs.at(0));
+      another.name = op.name + what;
+      another.tensor = -1;
+      p_.buffers.push_back(std::move(another));
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
-    }
+    };
+    if (std::holds_alternative<Activation>(op.operation) &&
+        p_.buffer(record.outputs.at(0)).routed && plan_.allocations.weighted_activations)
+      keep_another(".unweighted");
+    if (std::holds_alternative<GatedActivation>(op.operation) && plan_.allocations.gate_apart)
+      keep_another(".activated");
+    if (std::holds_alternative<Attention>(op.operation) && !l.ring &&
+        plan_.allocations.attention_copied)
+      keep_another(".copied");
     i.extras = record.extras;
     if (l.ring) {
       ring_forward(block, i);

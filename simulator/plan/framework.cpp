@@ -128,9 +128,12 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("context", f.allocations.context);
   boolean(plan, "flat_gradients", f.allocations.flat_gradients);
   boolean(plan, "stage_copies", f.allocations.stage_copies);
+  boolean(plan, "keeps_inputs", f.allocations.keeps_inputs);
   boolean(plan, "weighted_activations", f.allocations.weighted_activations);
   boolean(plan, "gathered_rows", f.allocations.gathered_rows);
   boolean(plan, "narrow_inputs", f.allocations.narrow_inputs);
+  boolean(plan, "gate_apart", f.allocations.gate_apart);
+  boolean(plan, "attention_copied", f.allocations.attention_copied);
   boolean(plan, "expandable_segments", f.allocations.expandable_segments);
   bytes("loss_forward_fused", f.loss_forward_fused);
   bytes("workspace_deterministic", f.workspace_deterministic);

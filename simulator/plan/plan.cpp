@@ -107,7 +107,8 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
 }
 
 Plan executable(Plan plan) {
-  plan.allocations.weighted_activations = plan.allocations.narrow_inputs = false;
+  Allocations& a = plan.allocations;
+  a.weighted_activations = a.narrow_inputs = a.gate_apart = a.attention_copied = false;
   return plan;
 }
 
@@ -659,8 +660,13 @@ void set_precision(Plan& plan, std::string_view word, const std::string& place) 
       throw InputError(place,
                        "int8 is no training precision; use fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
   }
-  p.gradients = plan.precision.gradients;
-  p.gradient_communication = plan.precision.gradient_communication;
+  // A framework's gradients of the parameters' type are of the new one.
+  const auto follow = [&](ElementType gradients) {
+    const bool same = plan.precision.master_copy && gradients == plan.precision.parameters;
+    return same ? p.parameters : gradients;
+  };
+  p.gradients = follow(plan.precision.gradients);
+  p.gradient_communication = follow(plan.precision.gradient_communication);
   if (!p.master_copy) p.gradients = p.gradient_communication = ElementType::fp32;
   plan.precision = p;
 }

@@ -339,11 +339,16 @@ Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank)
   return sum;
 }
 
+/// Is this the loss's forward?
+bool is_loss(const Program& p, const Instruction& i) {
+  return i.kind == Kind::compute && i.kernel == Kernel::forward && i.op >= 0 &&
+         std::holds_alternative<CrossEntropy>(
+             p.operators[static_cast<std::size_t>(i.op)].operation);
+}
+
 /// What the loss's forward takes while it runs.
 Bytes loss_forward(const Program& p, const Instruction& i, std::int64_t rank) {
-  if (p.allocations.loss_forward == Bytes{0} || i.kernel != Kernel::forward || i.op < 0 ||
-      !std::holds_alternative<CrossEntropy>(p.operators[static_cast<std::size_t>(i.op)].operation))
-    return Bytes{0};
+  if (p.allocations.loss_forward == Bytes{0} || !is_loss(p, i)) return Bytes{0};
   return Bytes{local_elements(p, i.reads.at(0), rank) * p.allocations.loss_forward.count};
 }
 
@@ -361,7 +366,7 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
   if (stage >= p.pipeline_stages()) return Bytes{0};
   const bool hopper = compute_capability >= 90;
   Bytes sum = hopper ? a.workspace_hopper : a.workspace;
-  Bytes scores{0};
+  Bytes scores{0}, outputs{0};
   bool grouped = false;
   std::set<BufferId> beside;
   std::set<BlockId> blocks;
@@ -374,11 +379,14 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
       const auto* core = std::get_if<Attention>(&operation);
       if (a.score_buffer && core != nullptr && core->materialised && !i.extras.empty())
         scores = std::max(scores, local_bytes(p, i.extras[0], rank));
+      // Of two buffers that the last stage takes turns in, the other's outputs.
+      if (a.stage_copies && p.micro_batches > 1 && is_loss(p, i))
+        outputs = std::max(outputs, local_bytes(p, i.reads.at(0), rank));
     }
     for (const BufferId g : gradients_beside(p, p.blocks[b.index()])) beside.insert(g);
   }
   if (grouped) sum += hopper ? a.workspace_grouped_hopper : a.workspace_grouped;
-  sum += scores;
+  sum += scores + outputs;
   for (const BufferId g : beside) sum += as_parameters(p, g, rank);
   if (a.weight_gradients != Allocations::WeightGradients::placeholders) return sum;
   // Products of one input are one product there (query, key and value; gate and up); experts' are
@@ -454,6 +462,7 @@ std::vector<std::int64_t> stage_copies(const Program& p, int stage, std::int64_t
     for (const Instruction& i : block.instructions) {
       if (i.kind == Kind::send) all[b.index()] += device_bytes(p, i.reads[0], rank).count;
       if (i.kind == Kind::receive) all[b.index()] += device_bytes(p, i.writes[0], rank).count;
+      if (is_loss(p, i)) all[b.index()] += local_bytes(p, i.reads.at(0), rank).count;
     }
     of_chunk[block.chunk] = all[b.index()];
   }
@@ -464,15 +473,36 @@ std::vector<std::int64_t> stage_copies(const Program& p, int stage, std::int64_t
   return all;
 }
 
+Bytes kept_inputs(const Program& p, int stage, std::int64_t rank) {
+  Bytes sum{0};
+  if (!p.allocations.keeps_inputs || stage >= p.pipeline_stages()) return sum;
+  std::set<BlockId> blocks;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    if (p.blocks[b.index()].kind != BlockKind::forward) continue;
+    for (const Instruction& i : p.blocks[b.index()].instructions) {
+      if (i.kind == Kind::receive) sum += Bytes{2 * device_bytes(p, i.writes[0], rank).count};
+    }
+  }
+  return sum;
+}
+
 std::vector<Bytes> step_bytes(const Program& p, int stage, std::int64_t rank) {
   std::vector<Bytes> all;
   if (stage >= p.pipeline_stages()) return all;
   const Allocations& a = p.allocations;
-  if (a.reduce_buffer.count > 0) all.push_back(a.reduce_buffer);
-  if (!a.flat_gradients) return all;
   std::int64_t own = 0, elements = 0;
   std::set<BlockId> blocks;
+  std::set<BufferId> beside;
   for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
+  for (const BlockId b : blocks) {
+    for (const BufferId g : gradients_beside(p, p.blocks[b.index()])) beside.insert(g);
+  }
+  // What is accumulated in another type goes as a whole in the parameters'.
+  Bytes copy{0};
+  for (const BufferId g : beside) copy += as_parameters(p, g, rank);
+  if (a.reduce_buffer.count > 0) all.push_back(beside.empty() ? a.reduce_buffer : copy);
+  if (!a.flat_gradients) return all;
   for (const BlockId b : blocks) {
     for (const Instruction& i : p.blocks[b.index()].instructions) {
       if (i.kind != Kind::compute || i.kernel != Kernel::optimizer) continue;

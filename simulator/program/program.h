@@ -313,6 +313,10 @@ struct Allocations {
   bool gathered_rows = false;
   /// Of what a product in an 8- or 4-bit type reads, the backward keeps the narrow copy.
   bool narrow_inputs = false;
+  /// A gated activation is two kernels: what the first, the activation, makes is kept too.
+  bool gate_apart = false;
+  /// Attention's product after the heads reads a copy that is laid out anew: both are kept.
+  bool attention_copied = false;
   /// A tensor of materialised attention's scores stays (Megatron's global memory buffer).
   bool score_buffer = false;
   /// For each logit, while the loss's forward runs, beside the logits and what it keeps.
@@ -321,12 +325,16 @@ struct Allocations {
   Bytes workspace_hopper;  ///< the same, on devices of compute capability 9.0 and later
   /// More of both where a stage has products of experts.
   Bytes workspace_grouped, workspace_grouped_hopper;
-  /// While the step's own blocks run: what gradients are copied into to be reduced, and, where they
-  /// are no fp32, one tensor of all that the optimizer reads in their type and one in fp32.
+  /// While the step's own blocks run: what gradients are copied into to be reduced (those that stay
+  /// beside accumulated ones: a copy of all of those in the parameters' type), and, where they are
+  /// no fp32, one tensor of all that the optimizer reads in their type and one in fp32.
   Bytes reduce_buffer;
   bool flat_gradients = false;
-  /// Until a micro-batch's backward its stage keeps copies of what it received and of what it sent.
+  /// Until a micro-batch's backward its stage keeps copies of what it received and of what it sent;
+  /// the last keeps the logits, and those of the micro-batch before.
   bool stage_copies = false;
+  /// A chunk keeps what it last received, and its gradient, even between steps.
+  bool keeps_inputs = false;
   bool expandable_segments =
       false;                ///< the allocator's segments grow, so that nothing is left over
   Bytes context = 512_MiB;  ///< of CUDA and its libraries' kernels, outside the allocator
@@ -477,6 +485,9 @@ std::vector<Bytes> step_bytes(const Program& program, int stage, std::int64_t ra
 /// By block, what the framework keeps more on `rank` of `stage` after a call (Allocations::
 /// stage_copies): of forward blocks, and as much less after the chunk's last backward one.
 std::vector<std::int64_t> stage_copies(const Program& program, int stage, std::int64_t rank);
+
+/// What chunks on `rank` of `stage` last received, and its gradients (Allocations::keeps_inputs).
+Bytes kept_inputs(const Program& program, int stage, std::int64_t rank);
 
 /// By buffer: do backward passes of layers (operators of "layers.N") read it?
 std::vector<bool> read_by_layers(const Program& program);

@@ -180,6 +180,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     r.peak_host = std::max(r.peak_host, use.host_peak);
     if (use.peak > stage.total) {
       stage.total = use.peak, stage.resident = use.resident, stage.by_category = use.at_peak;
+      stage.kept_inputs = kept_inputs(*program, stage.stage, t.classes[c].representative);
       stage.reserved = Bytes{round_up(use.peak.count, 2 << 20)};
     }
     stage.saved = std::max(stage.saved, use.saved);

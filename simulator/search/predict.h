@@ -19,6 +19,7 @@ struct StageMemory {
   int stage = 0;
   Bytes total;
   Bytes resident;         ///< of it: what the framework holds beside the program's buffers
+  Bytes kept_inputs;      ///< beside state and `resident` between steps: kept_inputs()
   Bytes saved;            ///< most that forward passes keep for backward ones
   Bytes saved_by_layers;  ///< most of it that layers' backward passes read
   Bytes reserved;         ///< by the framework's allocator

@@ -331,7 +331,8 @@ TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
   const auto plan = complete(two_blocks(), p);
   const auto program = lower(two_blocks(), *plan);
   ASSERT_TRUE(program);
-  // Two stages: the first sends 1,024 tokens of 768 bf16, the last receives them.
+  // Two stages: the first sends 1,024 tokens of 768 bf16, the last receives them and keeps logits.
+  const std::int64_t logits = 1024 * 50257 * 2;
   for (const int stage : {0, 1}) {
     std::int64_t sum = 0, most = 0;
     const auto copies = stage_copies(*program, stage, stage);
@@ -339,7 +340,7 @@ TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
       sum += copies[call.block.index()];
       most = std::max(most, copies[call.block.index()]);
     }
-    EXPECT_EQ(most, 1024 * 768 * 2);
+    EXPECT_EQ(most, 1024 * 768 * 2 + stage * logits);
     EXPECT_EQ(sum, 0);
   }
   // All parameters' gradients in bf16 beside those in fp32, and the workspace.
@@ -349,8 +350,30 @@ TEST(Predict, AFrameworkKeepsGradientsBesideAndCopiesOfMessages) {
   // Table, positions and a block of 12 h^2 weights and 13 h of biases and norms.
   EXPECT_EQ(beside - resident_bytes(*without, 0, 0, 80),
             Bytes{2 * ((50257 + 1024) * 768 + 12 * 768 * 768 + 13 * 768)});
-  // One reduce buffer; gradients in fp32 have no flat copies.
-  EXPECT_EQ(step_bytes(*program, 0, 0), std::vector<Bytes>{1_GB});
+  // Those of the micro-batch before are there too, on the last stage.
+  p.allocations.stage_copies = false;
+  const auto forgets = lower(two_blocks(), *complete(two_blocks(), p));
+  EXPECT_EQ(resident_bytes(*without, 1, 1, 80) - resident_bytes(*forgets, 1, 1, 80), Bytes{logits});
+  EXPECT_EQ(resident_bytes(*without, 0, 0, 80), resident_bytes(*forgets, 0, 0, 80));
+  // Gradients in fp32 are reduced in a bf16 copy and have no flat copies; bf16 ones in one buffer.
+  EXPECT_EQ(step_bytes(*program, 0, 0),
+            std::vector<Bytes>{Bytes{2 * ((50257 + 1024) * 768 + 12 * 768 * 768 + 13 * 768)}});
+  Plan narrow = under("megatron-deepspeed");
+  narrow.precision.gradients = narrow.precision.gradient_communication = ElementType::bf16;
+  EXPECT_EQ(step_bytes(*lower(two_blocks(), *complete(two_blocks(), narrow)), 0, 0).at(0), 1_GB);
+}
+
+TEST(Predict, AChunkKeepsWhatItLastReceived) {
+  // 1,024 tokens of 768 bf16 and their gradient, of every chunk but the first.
+  Plan p = under("megatron-core");
+  p.pp = 2, p.global_batch = 8;
+  const auto kept = [&](int stage) {
+    return predicted(two_blocks(), p).memory_by_stage[static_cast<std::size_t>(stage)].kept_inputs;
+  };
+  EXPECT_EQ(kept(0), 0_B);
+  EXPECT_EQ(kept(1), Bytes{2 * 1024 * 768 * 2});
+  p.allocations.keeps_inputs = false;
+  EXPECT_EQ(kept(1), 0_B);
 }
 
 /// Bytes that a rank of the first stage keeps for its backward passes.
@@ -376,6 +399,20 @@ TEST(Predict, ExpertsKeepWhatIsWeighted) {
   }
 }
 
+TEST(Predict, APrecisionAfterAFrameworkTakesItsGradientsAlong) {
+  Plan p = under("megatron-deepspeed");  // of bf16, whose gradients are bf16
+  set_precision(p, "fp16", "");
+  EXPECT_EQ(p.precision.gradients, ElementType::fp16);
+  EXPECT_EQ(p.precision.gradient_communication, ElementType::fp16);
+  set_precision(p, "fp32", "");
+  EXPECT_EQ(p.precision.gradients, ElementType::fp32);
+  set_precision(p, "bf16", "");
+  EXPECT_EQ(p.precision.gradients, ElementType::fp32);
+  Plan wide = under("megatron-core");  // gradients in fp32
+  set_precision(wide, "fp16", "");
+  EXPECT_EQ(wide.precision.gradients, ElementType::fp32);
+}
+
 TEST(Predict, NarrowProductsKeepNarrowInputs) {
   // docs/simulation.md: four blocks of 8 tokens of 8 features and 16 in between, without gates.
   const auto kept = [](bool narrow, const char* precision) {
@@ -387,6 +424,22 @@ TEST(Predict, NarrowProductsKeepNarrowInputs) {
   EXPECT_EQ(kept(true, "bf16"), kept(false, "bf16"));
   // Half of what norms and the activation give, of attention's output half more: of 4 blocks.
   EXPECT_EQ(kept(true, "fp8") - kept(false, "fp8"), 4 * 8 * (-8 - 8 - 16 + 8));
+}
+
+TEST(Predict, WhatFusedKernelsWouldNotMakeIsKept) {
+  // docs/simulation.md: four blocks of 8 tokens of 8 features and 16 in between.
+  const auto kept = [](bool gated, bool gate, bool attention) {
+    TransformerConfig c = small_config();
+    c.gated = gated;
+    Plan p = under("megatron-core");
+    set_precision(p, "bf16", "");
+    p.allocations.gate_apart = gate;
+    p.allocations.attention_copied = attention;
+    return saved(c, p);
+  };
+  EXPECT_EQ(kept(true, true, false) - kept(true, false, false), 4 * 8 * 16 * 2);
+  EXPECT_EQ(kept(false, true, false), kept(false, false, false));
+  EXPECT_EQ(kept(true, false, true) - kept(true, false, false), 4 * 8 * 8 * 2);
 }
 
 TEST(Predict, RowsThatExpertsGatherAreKept) {

@@ -67,7 +67,6 @@ TEST(RowText, Precisions) {
         {"FP8 (hybrid)", "fp8"},
         {"FP8 (E4M3, fine-grained)", "fp8"},
         {"bf16 + FP8 hybrid tensorwise", "fp8"},
-        {"fp32 + FP8 e4m3 tensorwise", "fp8"},
         {"FP8 current scaling", "fp8"},
         {"bf16 (fp32 grad accumulation)", "bf16", true},
         {"bf16 (BF16 optimizer, fp32 grad accumulation)", "bf16", true},
@@ -79,6 +78,7 @@ TEST(RowText, Precisions) {
         {"BF16xBF16->BF16", "bf16"},
         {"fp8 e4m3", "fp8"}})
     EXPECT_EQ(precision_of(c.text), (PrecisionText{c.name, c.fp32_gradients})) << c.text;
+  EXPECT_EQ(precision_of("fp32 + FP8 e4m3 tensorwise"), (PrecisionText{"fp8", false, true}));
   for (const char* nothing : {"", "int4", "mixed"}) EXPECT_FALSE(precision_of(nothing)) << nothing;
 }
 

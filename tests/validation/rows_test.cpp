@@ -517,9 +517,58 @@ TEST(RowCase, MegatronsTestsRunDeterministicallyUnlessTheySayOtherwise) {
   EXPECT_EQ(workspace("gpt", " --attention-backend=flash"), usual);
   EXPECT_EQ(workspace("gpt", "", {{"cp", "2"}, {"dp", "2"}}), usual);
   EXPECT_EQ(workspace("moe", " --attention-backend=flash", {{"num_experts", "4"}}), deterministic);
+  EXPECT_EQ(test_case("gpt", "--transformer-impl=local").plan.allocations.workspace, 64_MiB);
+  // Routers of experts multiply by Transformer Engine even there.
   EXPECT_EQ(test_case("moe", "--transformer-impl=local", {{"num_experts", "4"}})
                 .plan.allocations.workspace,
-            64_MiB);
+            deterministic);
+}
+
+TEST(RowCase, TestsOfMegatronsOwnLayersAreNamedSo) {
+  const auto local = [](const char* name, const Cells& changes = {}) {
+    const Allocations a = test_case(name, "", changes).plan.allocations;
+    EXPECT_EQ(a.score_buffer, a.workspace == 64_MiB) << name;
+    return a.score_buffer;
+  };
+  EXPECT_TRUE(local("gpt3_mcore_tp1_pp2"));
+  EXPECT_FALSE(local("gpt3_mcore_te_tp1_pp2"));
+  EXPECT_FALSE(local("gpt3_7b_tp1_pp4_memory_speed"));
+  EXPECT_FALSE(local("gpt3_mcore_cp2_pp2", {{"cp", "2"}, {"dp", "2"}}));
+  EXPECT_FALSE(test_case("gpt3_mcore_tp1", "--transformer-impl=transformer_engine")
+                   .plan.allocations.score_buffer);
+}
+
+TEST(RowCase, TestsAreCutAndShardedAsTheirNamesSay) {
+  const Cells pipeline{{"pp", "4"}, {"tp", "1"}, {"dp", "4"}, {"num_gpus", "16"}};
+  EXPECT_EQ(test_case("gpt_uneven_pipeline", "--bf16", pipeline).plan.cuts,
+            (std::vector<std::int64_t>{2, 6, 6, 2}));
+  EXPECT_TRUE(test_case("gpt_pipeline", "--bf16", pipeline).plan.cuts.empty());
+  const Cells sharded{{"tp", "1"}, {"pp", "1"}, {"dp", "8"}, {"num_gpus", "8"}};
+  EXPECT_EQ(test_case("gpt_multi_dist_optimizer_instances", "--bf16", sharded).plan.zero_group, 4);
+  EXPECT_EQ(test_case("gpt", "--bf16", sharded).plan.zero_group, 0);
+}
+
+TEST(RowCase, TestsOfSpeedWithoutExpertsAreOfMockData) {
+  const auto words = [](const char* name, const Cells& changes = {}) {
+    return test_case(name, "--bf16", with({{"vocab_size", ""}}, changes)).transformer->vocabulary;
+  };
+  EXPECT_EQ(words("gpt3_7b_memory_speed"), 131'074);
+  EXPECT_EQ(words("gpt3_7b"), 50'257);
+  EXPECT_EQ(words("moe_memory_speed", {{"num_experts", "4"}}), 50'257);
+  EXPECT_EQ(words("gpt3_7b_memory_speed", {{"vocab_size", "1000"}}), 1'000);
+}
+
+TEST(RowCase, BracketedModulesAreWhatIsRecomputed) {
+  const auto patterns = [](const char* name, const char* recompute) {
+    return test_case(name, "--bf16", {{"recompute", recompute}}).plan.recompute_patterns;
+  };
+  EXPECT_EQ(patterns("moe", "selective   [layernorm moe_act]"),
+            (std::vector<std::string>{"*attention_norm", "*mlp_norm", "*moe.activation"}));
+  // What goes to the host counts as recomputed.
+  EXPECT_EQ(patterns("moe_fine_grained_offloading", "selective   [moe_act]"),
+            (std::vector<std::string>{"*moe.activation", "*attention.core", "*moe.dispatch",
+                                      "*moe.gate", "*moe.up"}));
+  EXPECT_TRUE(patterns("moe", "selective").empty());
 }
 
 TEST(RowCase, GroupedProductsHaveWorkspacesWhereFlagOrNameSaysSo) {
@@ -540,14 +589,30 @@ TEST(RowCase, LatentAttentionBesideExpertsIsDeepSeekV3s) {
   const TransformerConfig both = network("--multi-latent-attention --swiglu", experts);
   EXPECT_EQ(both.latent.query_rank, 1536);
   EXPECT_EQ(both.moe.shared_ffn, 512);
-  EXPECT_EQ(both.moe.first_dense, 1);  // 3 of 61, rounded up
-  EXPECT_EQ(network("--multi-latent-attention", {}).latent.query_rank, 512);
+  EXPECT_EQ(both.moe.first_dense, 3);
+  EXPECT_EQ(both.mtp_layers, 1);
+  EXPECT_EQ(network("--multi-latent-attention", {}).latent.query_rank, 192);
+  EXPECT_EQ(network("--multi-latent-attention", {}).mtp_layers, 0);
   EXPECT_EQ(network("--swiglu", experts).moe.shared_ffn, 0);
   EXPECT_EQ(network("--swiglu", experts).moe.first_dense, 0);
-  EXPECT_EQ(
-      test_case("moe", "--multi-latent-attention --swiglu", with(experts, {{"num_layers", "24"}}))
-          .transformer->moe.first_dense,
-      2);
+  const char* const flags = "--multi-latent-attention --swiglu";
+  EXPECT_EQ(test_case("moe_no_mtp", flags, experts).transformer->mtp_layers, 0);
+  // Fewer blocks than twice as many; small ones have small ranks; sharded ones predict no further.
+  const RowCase small = test_case(
+      "moe", flags,
+      with(experts, {{"num_layers", "4"}, {"hidden_size", "512"}, {"zero_or_fsdp", "FSDP"}}));
+  EXPECT_EQ(small.transformer->moe.first_dense, 2);
+  EXPECT_EQ(small.transformer->mtp_layers, 0);
+  EXPECT_EQ(small.transformer->latent.query_rank, 256);
+  EXPECT_EQ(small.transformer->latent.key_value_rank, 128);
+  EXPECT_EQ(small.plan.pad_vocabulary, 64);
+  // Chunks of two blocks, the first with the dense ones: Et*3|(tt|)*6tmL.
+  const RowCase cut = test_case("moe", flags, with(experts, {{"virtual_stages_per_gpu", ""}}));
+  EXPECT_EQ(cut.plan.virtual_stages, 4);
+  EXPECT_EQ(cut.plan.cuts, (std::vector<std::int64_t>{3, 2, 2, 2, 2, 2, 2, 1}));
+  EXPECT_EQ(cut.plan.pad_vocabulary, 3232);
+  EXPECT_TRUE(
+      test_case("moe", flags, with(experts, {{"virtual_stages_per_gpu", "4"}})).plan.cuts.empty());
 }
 
 TEST(RowCase, WhatIsNotSaidIsFilledAndListed) {
