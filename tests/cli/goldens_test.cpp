@@ -47,6 +47,26 @@ TEST(Goldens, EveryCommandPrintsWhatItsFileSays) {
   }
 }
 
+/// What the pages quote of goldens' step times is what these say.
+TEST(Goldens, PagesQuoteThem) {
+  const auto captured = [](const std::string& text, const char* pattern) {
+    std::smatch m;
+    return std::regex_search(text, m, std::regex(pattern)) ? m[1].str() : "none";
+  };
+  const auto golden = [](const char* name) {
+    return read(std::string(PARTITA_TEST_DATA "/cli/") + name + ".golden");
+  };
+  const std::string step = R"(step time +([0-9.]+ ms))";
+  EXPECT_EQ(captured(read(PARTITA_SOURCE "/docs/sharing.md"), R"(sprayed, \*\*([0-9.]+ ms)\*\*)"),
+            captured(golden("simulate-ecmp"), step.c_str()));
+  const std::string topologies = read(PARTITA_SOURCE "/docs/topologies.md"),
+                    placement = golden("simulate-placement");
+  EXPECT_EQ(captured(topologies, R"(takes \*\*([0-9.]+ ms)\*\* by default)"),
+            captured(placement, R"(([0-9.]+ ms)  default)"));
+  EXPECT_EQ(captured(topologies, R"(the step takes \*\*([0-9.]+ ms)\*\*)"),
+            captured(placement, step.c_str()));
+}
+
 TEST(Goldens, TheNumberOfThreadsChangesNothing) {
   cpu_set_t cpus;
   CPU_ZERO(&cpus);
