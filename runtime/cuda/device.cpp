@@ -122,15 +122,16 @@ class Gpu : public CudaDevice {
           "copy from the GPU");
     come(stream(), "copy from the GPU");
   }
-  void to_host_later(float* to, const std::byte* from) override {
+  void to_host_later(void* to, const std::byte* from, std::int64_t bytes) override {
     if (later_.size() == kSlots) {
       for (auto& [s, lane] : lanes_) come(lane.stream, "the losses so far");
       deliver();
     }
     float* slot = slots_ + later_.size();
-    check(cudaMemcpyAsync(slot, from, sizeof(float), cudaMemcpyDeviceToHost, stream()),
+    check(cudaMemcpyAsync(slot, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost,
+                          stream()),
           "copy of a loss");
-    later_.push_back(to);
+    later_.emplace_back(to, static_cast<std::size_t>(bytes));
   }
   void copy(std::byte* to, const std::byte* from, std::int64_t bytes) override {
     if (bytes == 0) return;
@@ -311,7 +312,8 @@ class Gpu : public CudaDevice {
     return p;
   }
   void deliver() {
-    for (std::size_t i = 0; i < later_.size(); ++i) *later_[i] = slots_[i];
+    for (std::size_t i = 0; i < later_.size(); ++i)
+      std::memcpy(later_[i].first, slots_ + i, later_[i].second);
     later_.clear();
   }
   const RunTable& table(const RunList& list) {
@@ -344,7 +346,7 @@ class Gpu : public CudaDevice {
   Event recorded_ = 0, past_ = 0;
   std::int64_t marked_ = 0;
   float* slots_ = nullptr;
-  std::vector<float*> later_;
+  std::vector<std::pair<void*, std::size_t>> later_;
   std::vector<std::pair<void*, std::size_t>> staged_;
   std::multimap<std::size_t, void*> spare_;
   bool careful_ = false;

@@ -16,6 +16,7 @@
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/execute/shard.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita::execute {
 namespace {
@@ -236,6 +237,11 @@ class Executor {
         for_each_write(i, note);
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+          if (bits(op.compute) < 16)
+            throw InputError("precision",
+                             fmt::format("{} computes in {}, which is predicted, not executed; use "
+                                         "--precision bf16, fp16, tf32 or fp32",
+                                         op.name, name(op.compute)));
           if (p_.mesh.group_root(rank_, op.root) == rank_) {
             auto context = reference::context_of(
                 p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_);
@@ -259,14 +265,12 @@ class Executor {
     if (seen[id.index()]) return;
     seen[id.index()] = 1;
     const Buffer& b = p_.buffer(id);
-    // Working buffers in 16 bits are what compressed gradients travel as.
-    const bool narrow =
-        b.category == Category::workspace && storage(b.type, 1).count == 2 && b.parameter < 0;
-    if (b.element_bytes == 0 && b.type != ElementType::fp32 && !narrow) {
+    if (b.element_bytes == 0 && b.type != ElementType::fp32 && b.type != ElementType::bf16 &&
+        b.type != ElementType::fp16) {
       throw InputError("precision",
-                       fmt::format("{} is stored as {}; the {} backend executes fp32: use "
-                                   "--precision fp32",
-                                   b.name, name(b.type), device_.name()));
+                       fmt::format("{} is stored as {}, which is predicted, not executed; use "
+                                   "--precision bf16, fp16 or fp32",
+                                   b.name, name(b.type)));
     }
     if (slots_[id.index()].empty()) {
       slots_[id.index()].resize(
@@ -310,7 +314,7 @@ class Executor {
     if (!mine.held) return;
     if (slots_[id.index()][0].data == nullptr) return;
     Visits visits(device_);
-    auto* values = reinterpret_cast<float*>(visit(visits, id, mine.elements() * 4, true));
+    float* values = floats(visits, id, mine.elements(), true);
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
@@ -325,6 +329,17 @@ class Executor {
     return data(id);
   }
 
+  /// The same as fp32, whatever it is stored in.
+  float* floats(Visits& visits, BufferId id, std::int64_t n, bool written) {
+    const bool host = p_.buffer(id).host;
+    if (host) device_.host_waits(device_.record());
+    return visits.floats(data(id), type_of(id), n, written, host);
+  }
+  ElementType type_of(BufferId id) const {
+    const Buffer& b = p_.buffer(id);
+    return b.element_bytes == 0 ? b.type : ElementType::fp32;
+  }
+
   /// The same from storage, in as few reads as the piece has runs in the whole parameter.
   void read(BufferId id) {
     if (!o_.read) {
@@ -334,7 +349,7 @@ class Executor {
     const Buffer& b = p_.buffer(id);
     if (!box(id).held) return;
     Visits visits(device_);
-    auto* to = reinterpret_cast<float*>(visit(visits, id, box(id).elements() * 4, true));
+    float* to = floats(visits, id, box(id).elements(), true);
     std::int64_t at = 0, first = 0, count = 0;
     const auto flush = [&] {
       if (count > 0)
@@ -495,6 +510,10 @@ class Executor {
     Instance& instance = slot(p_.memory_of(id));
     return instance.data == nullptr ? nullptr : instance.data + offset_[id.index()];
   }
+  /// Of 4 bytes, that the buffer takes: blocks are a multiple of 64.
+  std::int64_t words(BufferId id) {
+    return (box(id).elements() * width(p_.buffer(id)) + 3) / 4;
+  }
   float* values(BufferId id) { return reinterpret_cast<float*>(data(id)); }
   Instance& rows_of(BufferId id) { return slot(p_.memory_of(id)); }
 
@@ -509,6 +528,7 @@ class Executor {
       t.bytes = data(id);
     } else {
       t.values = values(id);
+      t.type = type_of(id);
     }
     if (b.routed) t.rows = &rows_of(id).rows;
     return t;
@@ -584,7 +604,11 @@ class Executor {
   void finish() {
     device_.finish();
     order_.forget();
-    for (const float loss : step_losses_) losses_.back() += static_cast<double>(loss);
+    for (const Loss& loss : step_losses_) {
+      float value = 0;
+      widen(loss.type, loss.stored, &value, 1);
+      losses_.back() += static_cast<double>(value);
+    }
     step_losses_.clear();
   }
 
@@ -710,8 +734,8 @@ class Executor {
       transport_.send(peer, tag, &n, sizeof n);
       transport_.send(peer, tag, instance.rows.data(), instance.rows.size() * sizeof(Row));
       Visits visits(device_);
-      transport_.send(peer, tag, row_values(visits, b, false),
-                      instance.rows.size() * features * sizeof(float));
+      transport_.send(peer, tag, visit(visits, b, instance.bytes, false),
+                      instance.rows.size() * features * static_cast<std::size_t>(width(p_.buffer(b))));
       return;
     }
     transport_.receive(peer, tag, &n, sizeof n);
@@ -719,13 +743,13 @@ class Executor {
     transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
     put_rows(b, std::move(rows));
     Visits visits(device_);
-    transport_.receive(peer, tag, row_values(visits, b, true),
-                       static_cast<std::size_t>(n) * features * sizeof(float));
+    transport_.receive(peer, tag, visit(visits, b, instance.bytes, true),
+                       static_cast<std::size_t>(n) * features * static_cast<std::size_t>(width(p_.buffer(b))));
     visits.give_back();
   }
   /// A routed buffer's values where the host can follow them.
   float* row_values(Visits& visits, BufferId id, bool written) {
-    return reinterpret_cast<float*>(visit(visits, id, rows_of(id).bytes, written));
+    return floats(visits, id, rows_of(id).bytes / width(p_.buffer(id)), written);
   }
 
   /// Memory for the rows that a routed buffer turns out to have.
@@ -733,7 +757,7 @@ class Executor {
     const BufferId root = p_.memory_of(id);
     Instance& instance = slot(root);
     const std::int64_t bytes =
-        static_cast<std::int64_t>(rows.size() * box(id).index[3].size() * sizeof(float));
+        static_cast<std::int64_t>(rows.size() * box(id).index[3].size()) * width(p_.buffer(id));
     if (bytes != instance.bytes) {
       memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
       take(root, instance, bytes);
@@ -764,7 +788,8 @@ class Executor {
           if (b.element_bytes == 8) {
             reinterpret_cast<std::int64_t*>(made.data())[k] = std::llround(v);
           } else {
-            reinterpret_cast<float*>(made.data())[k] = static_cast<float>(v);
+            const auto value = static_cast<float>(v);
+            narrow(type_of(i.writes[0]), &value, made.data() + k * width(b), 1);
           }
         });
         auto& input = inputs_[{i.writes[0], call.micro_batch}];
@@ -856,7 +881,7 @@ class Executor {
     }
     for (const Part& part : c.parts) {
       if (part.adds_up && !i.accumulate && box(part.to).held)
-        device_.fill(data(part.to), box(part.to).elements(), 0);
+        device_.fill(data(part.to), words(part.to), 0);
     }
     const bool gathers =
         i.kind == Kind::collective &&
@@ -956,7 +981,9 @@ class Executor {
       Prepared whole;
       whole.group = c.group;
       whole.me = c.me;
-      whole.offsets = {0, rows_of(to).bytes / 4};
+      whole.type = type_of(to);
+      whole.word = width(p_.buffer(to));
+      whole.offsets = {0, rows_of(to).bytes / whole.word};
       whole.send_offsets = whole.offsets;
       call(i, whole, data(to), nullptr, true);
       return;
@@ -986,21 +1013,27 @@ class Executor {
       }
       values_to[m + 1] = static_cast<std::int64_t>(outgoing.size());
     }
+    const ElementType type = type_of(from);
+    const auto element = static_cast<std::size_t>(width(p_.buffer(from)));
+    std::vector<std::byte> sent(outgoing.size() * element);
+    narrow(type, outgoing.data(), sent.data(), std::ssize(outgoing));
     if (reduces) {
       Prepared chunks;
       chunks.group = c.group;
       chunks.me = c.me;
+      chunks.type = type;
+      chunks.word = static_cast<std::int64_t>(element);
       chunks.send_offsets = values_to;
       chunks.offsets = values_to;
-      call(i, chunks, reinterpret_cast<std::byte*>(outgoing.data()), nullptr, false);
+      call(i, chunks, sent.data(), nullptr, false);
       const auto packed =
-          static_cast<std::int64_t>(keys.size() * sizeof(Row) + outgoing.size() * sizeof(float));
+          static_cast<std::int64_t>(keys.size() * sizeof(Row) + sent.size());
       memory_.count(Category::workspace, packed);
       std::int64_t first = 0;
       for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
       put_rows(to, {keys.begin() + first, keys.begin() + first + rows_to[me]});
-      device_.to_device(data(to), outgoing.data() + values_to[me],
-                        (values_to[me + 1] - values_to[me]) * 4);
+      device_.to_device(data(to), sent.data() + static_cast<std::size_t>(values_to[me]) * element,
+                        (values_to[me + 1] - values_to[me]) * chunks.word);
       memory_.count(Category::workspace, -packed);
       return;
     }
@@ -1044,15 +1077,17 @@ class Executor {
     }
     std::vector<Row> keys_in(static_cast<std::size_t>(key_in[n]));
     std::vector<float> incoming(static_cast<std::size_t>(value_in[n]));
+    std::vector<std::byte> received(incoming.size() * element);
     exchange(keys.data(), key_out, keys_in.data(), key_in, sizeof(Row));
-    exchange(outgoing.data(), values_to, incoming.data(), value_in, sizeof(float));
+    exchange(sent.data(), values_to, received.data(), value_in, element);
+    widen(type, received.data(), incoming.data(), std::ssize(incoming));
     std::vector<Row> rows = keys_in;
     std::sort(rows.begin(), rows.end(), before);
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
     const std::vector<Row> order = rows;
     const auto packed =
         static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
-                                  (outgoing.size() + incoming.size()) * sizeof(float));
+                                  sent.size() + received.size());
     memory_.count(Category::workspace, packed);
     put_rows(to, std::move(rows));
     const auto& columns_to = box(to).index[3];
@@ -1116,11 +1151,11 @@ class Executor {
       fill(a.results, i.writes);
       const bool forward = i.kernel == Kernel::forward;
       if (!i.accumulate) {
-        const auto fill_with = [&](const Tensor& t, float value) {
-          device_.fill(reinterpret_cast<std::byte*>(t.values), t.size(), value);
-        };
-        for (const Tensor& t : a.results) fill_with(t, 0);
-        if (forward) fill_with(a.extras[0], -std::numeric_limits<float>::infinity());
+        for (const BufferId id : i.writes) device_.fill(data(id), words(id), 0);
+        // Log-sum-exps are fp32.
+        if (forward)
+          device_.fill(data(i.extras[0]), a.extras[0].size(),
+                       -std::numeric_limits<float>::infinity());
       }
       kernel->run(forward ? Work::attend_part : Work::attend_part_backward, 0, a);
       return;
@@ -1174,7 +1209,10 @@ class Executor {
         continue;
       }
       put_rows(i.writes[k], std::move(made.rows));
-      device_.to_device(data(i.writes[k]), made.values.data(), std::ssize(made.values) * 4);
+      std::vector<std::byte> stored(made.values.size() *
+                                    static_cast<std::size_t>(width(p_.buffer(i.writes[k]))));
+      narrow(type_of(i.writes[k]), made.values.data(), stored.data(), std::ssize(made.values));
+      device_.to_device(data(i.writes[k]), stored.data(), std::ssize(stored));
     }
     if (o_.routing && step_ >= o_.warm_up && i.kernel == Kernel::forward && !i.recomputed &&
         std::holds_alternative<Dispatch>(op.operation)) {
@@ -1196,6 +1234,7 @@ class Executor {
   struct Slice {
     Box box;
     RunList runs;  ///< empty: the buffer is the part
+    std::int64_t word = 4;
     Spare values;
     float* at() const { return reinterpret_cast<float*>(values.at); }
   };
@@ -1208,7 +1247,8 @@ class Executor {
     if (s.box.index[static_cast<std::size_t>(d)] == positions) return s;
     s.box.index[static_cast<std::size_t>(d)] = std::move(positions);
     s.runs = section(box(id), s.box);
-    s.values = Spare(memory_, s.box.dense() * 4);
+    s.word = width(p_.buffer(id));
+    s.values = Spare(memory_, s.box.dense() * s.word);
     return s;
   }
 
@@ -1224,7 +1264,7 @@ class Executor {
       Slice& s = slices[at++];
       if (!t || s.runs.runs.empty()) return;
       order_.write(s.values.at);
-      device_.pack(s.runs, 4, reinterpret_cast<const std::byte*>(t.values), s.values.at);
+      device_.pack(s.runs, s.word, reinterpret_cast<const std::byte*>(t.values), s.values.at);
       t.index = &s.box.index;
       t.values = s.at();
     };
@@ -1238,7 +1278,7 @@ class Executor {
         order_.write(s.values.at);
         t.index = &s.box.index;
         t.values = s.at();
-        if (i.accumulate) device_.fill(s.values.at, s.box.dense(), 0);
+        if (i.accumulate) device_.fill(s.values.at, (s.box.dense() * s.word + 3) / 4, 0);
       }
       a.results.push_back(t);
     }
@@ -1247,9 +1287,9 @@ class Executor {
       Slice& s = slices[first + k];
       if (s.runs.runs.empty() || !i.writes[k].valid()) continue;
       if (i.accumulate) {
-        device_.unpack_add(s.runs, ElementType::fp32, s.values.at, data(i.writes[k]));
+        device_.unpack_add(s.runs, type_of(i.writes[k]), s.values.at, data(i.writes[k]));
       } else {
-        device_.unpack(s.runs, 4, s.values.at, data(i.writes[k]));
+        device_.unpack(s.runs, s.word, s.values.at, data(i.writes[k]));
       }
     }
   }
@@ -1269,15 +1309,21 @@ class Executor {
         to.emplace_back();
         if (!id.valid() || !box(id).held) continue;
         const Buffer& b = p_.buffer(id);
-        const std::int64_t n = b.routed ? rows_of(id).bytes / 4 : box(id).elements();
-        to.back() = {data(id), n, n * width(b), &box(id), b.host};
+        const std::int64_t n = b.routed ? rows_of(id).bytes / width(b) : box(id).elements();
+        to.back() = {data(id), n, n * width(b), &box(id), b.host, type_of(id)};
         host |= b.host;
       }
     };
     fill(call.reads, i.reads);
     fill(call.outputs, i.outputs);
     fill(call.statistics, i.statistics);
+    fill(call.extras, i.extras);
     fill(call.writes, i.writes);
+    // What compressed gradients travel as is the kernel's own business.
+    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress) {
+      for (auto& o : i.kernel == Kernel::compress ? call.writes : call.reads)
+        o.type = ElementType::fp32;
+    }
     if (host && !device_.is_host()) {
       device_.host_waits(device_.record());
       plain_by_visit(device_, call);
@@ -1293,8 +1339,7 @@ class Executor {
     auto& kept = gradients_[id];
     kept.resize(static_cast<std::size_t>(box(i.writes[0]).elements()));
     Visits visits(device_);
-    const auto* from =
-        reinterpret_cast<const float*>(visit(visits, id, std::ssize(kept) * 4, false));
+    const float* from = floats(visits, id, std::ssize(kept), false);
     std::copy_n(from, kept.size(), kept.data());
   }
 
@@ -1302,11 +1347,15 @@ class Executor {
     const Buffer& b = p_.buffer(id);
     if (!reference::counts_loss(p_, b, rank_)) return;
     if (device_.is_host()) {
-      losses_.back() += static_cast<double>(values(id)[0]);
+      float value = 0;
+      widen(type_of(id), data(id), &value, 1);
+      losses_.back() += static_cast<double>(value);
       return;
     }
     // A deque: those before stay where they are.
-    device_.to_host_later(&step_losses_.emplace_back(), data(id));
+    Loss& loss = step_losses_.emplace_back();
+    loss.type = type_of(id);
+    device_.to_host_later(loss.stored, data(id), width(b));
   }
 
   // ---- results on rank 0 -----------------------------------------------------------------------
@@ -1364,8 +1413,8 @@ class Executor {
         continue;
       }
       Visits visits(device_);
-      const auto* from = reinterpret_cast<const float*>(
-          visit(visits, w.buffer, static_cast<std::int64_t>(n) * 4, false));
+      const float* from =
+          floats(visits, w.buffer, static_cast<std::int64_t>(n), false);
       all.insert(all.end(), from, from + n);
     }
     if (rank_ != 0) {
@@ -1588,7 +1637,11 @@ class Executor {
   std::vector<BufferId> to_draw_;
   std::int64_t drawn_ = 0, elements_to_draw_ = 0;
   std::vector<double> losses_;
-  std::deque<float> step_losses_;  ///< on their way from the device
+  struct Loss {
+    std::byte stored[4] = {};
+    ElementType type = ElementType::fp32;
+  };
+  std::deque<Loss> step_losses_;  ///< on their way from the device
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.

@@ -238,7 +238,8 @@ class FarGpu : public execute::FarDevice {
       return;
     }
     PlainCall here = call;
-    for (auto* list : {&here.reads, &here.outputs, &here.statistics, &here.writes}) {
+    for (auto* list :
+         {&here.reads, &here.outputs, &here.statistics, &here.extras, &here.writes}) {
       for (auto& o : *list) o.data = near(o.data);
     }
     push([here = std::move(here)] {
