@@ -94,14 +94,14 @@ class Cudnn : public Convolutions {
     check(cudnnCreateTensorDescriptor(&p.y), "a tensor");
     check(cudnnCreateFilterDescriptor(&p.w), "a filter");
     check(cudnnCreateConvolutionDescriptor(&p.convolution), "a convolution");
-    check(cudnnSetTensor4dDescriptor(p.x, CUDNN_TENSOR_NCHW, type, n(s.samples),
-                                     n(s.in), n(s.height), n(s.width)),
+    check(cudnnSetTensor4dDescriptor(p.x, CUDNN_TENSOR_NCHW, type, n(s.samples), n(s.in),
+                                     n(s.height), n(s.width)),
           "a tensor");
-    check(cudnnSetTensor4dDescriptor(p.y, CUDNN_TENSOR_NCHW, type, n(s.samples),
-                                     n(s.out), n(s.out_height), n(s.out_width)),
+    check(cudnnSetTensor4dDescriptor(p.y, CUDNN_TENSOR_NCHW, type, n(s.samples), n(s.out),
+                                     n(s.out_height), n(s.out_width)),
           "a tensor");
-    check(cudnnSetFilter4dDescriptor(p.w, type, CUDNN_TENSOR_NCHW, n(s.out),
-                                     n(s.in / s.groups), n(s.window_height), n(s.window_width)),
+    check(cudnnSetFilter4dDescriptor(p.w, type, CUDNN_TENSOR_NCHW, n(s.out), n(s.in / s.groups),
+                                     n(s.window_height), n(s.window_width)),
           "a filter");
     check(cudnnSetConvolution2dDescriptor(
               p.convolution, n(s.pad_height), n(s.pad_width), n(s.stride_height), n(s.stride_width),

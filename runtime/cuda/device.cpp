@@ -141,6 +141,10 @@ class Gpu : public CudaDevice {
   void fill(std::byte* to, std::int64_t count, float value) override {
     if (count > 0) cuda::fill(machine(), reinterpret_cast<float*>(to), count, value);
   }
+  void draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+            std::uint64_t seed) override {
+    if (n > 0) cuda::draw(machine(), {to, type}, n, mean, deviation, seed);
+  }
   void pack(const RunList& list, std::int64_t word, const std::byte* from, std::byte* to) override {
     if (list.runs.size() == 1) {
       const execute::Run& r = list.runs[0];

@@ -5,6 +5,7 @@
 // that share it. Everything here is compiled by nvcc and by the host's compiler.
 #pragma once
 
+#include <cmath>
 #include <compare>
 #include <cstddef>
 #include <cstdint>
@@ -183,8 +184,7 @@ class Numbers {
       if (type_ == ElementType::fp32) {
         static_cast<float*>(at_)[i_] = v;
       } else {
-        static_cast<std::uint16_t*>(at_)[i_] =
-            type_ == ElementType::bf16 ? to_bf16(v) : to_fp16(v);
+        static_cast<std::uint16_t*>(at_)[i_] = type_ == ElementType::bf16 ? to_bf16(v) : to_fp16(v);
       }
       return *this;
     }
@@ -215,9 +215,7 @@ class Numbers {
   PARTITA_BOTH void* data() const { return at_; }
   PARTITA_BOTH ElementType type() const { return type_; }
   PARTITA_BOTH bool narrow() const { return type_ != ElementType::fp32; }
-  PARTITA_BOTH friend bool operator==(const Numbers& n, std::nullptr_t) {
-    return n.at_ == nullptr;
-  }
+  PARTITA_BOTH friend bool operator==(const Numbers& n, std::nullptr_t) { return n.at_ == nullptr; }
 
  private:
   void* at_ = nullptr;
@@ -272,6 +270,13 @@ PARTITA_BOTH std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std:
 /// In [0, 1).
 PARTITA_BOTH double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
   return static_cast<double>(random_bits(seed, a, b) >> 11) * 0x1p-53;
+}
+/// As reference::normal, up to the rounding of its functions.
+PARTITA_BOTH double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
+  const std::uint64_t bits = random_bits(seed, a, b);
+  const double u = static_cast<double>(bits >> 11) * 0x1p-53,
+               v = static_cast<double>(splitmix(bits) >> 11) * 0x1p-53;
+  return sqrt(-2 * log(1 - u)) * cos(2 * 3.14159265358979323846 * v);
 }
 
 }  // namespace partita::cuda

@@ -96,7 +96,8 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   if (rows == 0 || in == 0 || x.type != w.type) return false;
   const std::int64_t out = w.size() / in;
   const Numbers y = numbers(a.results[0]);
-  m.product({rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}});
+  m.product(
+      {rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}});
   if (op.bias && c.adds_bias) {
     const Numbers b = numbers(a.parameters[1]);
     m.each(
@@ -345,7 +346,7 @@ bool backward_statistic(M& m, const Normalize& op, const Context& c, const Argum
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
-              sums = numbers(a.statistics[0]);
+                sums = numbers(a.statistics[0]);
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
   const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
@@ -372,7 +373,7 @@ bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
-              sums = numbers(a.statistics[0]), back = numbers(a.backward_statistics[0]);
+                sums = numbers(a.statistics[0]), back = numbers(a.backward_statistics[0]);
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
   const Numbers dx = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
@@ -396,7 +397,7 @@ bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
-              sums = numbers(a.statistics[0]);
+                sums = numbers(a.statistics[0]);
   const Numbers to_scale = op.scale && wanted(a, 0) ? numbers(a.results[0]) : nullptr;
   const std::size_t second = op.scale ? 1 : 0;
   const Numbers to_bias = op.bias && wanted(a, second) ? numbers(a.results[second]) : nullptr;
@@ -521,7 +522,8 @@ bool forward(M& m, const GatedActivation& op, const Context&, const Arguments& a
 template <class M>
 bool data(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
   if (!wanted(a, 0) || !wanted(a, 1)) return false;
-  const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]), dy = numbers(a.output_gradients[0]);
+  const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]),
+                dy = numbers(a.output_gradients[0]);
   const Numbers d0 = numbers(a.results[0]), d1 = numbers(a.results[1]);
   const ActivationKind kind = op.kind;
   m.each(
@@ -591,8 +593,7 @@ struct Places {
 };
 /// Keeps what the reference keeps: an element's number depends on its place in its sample.
 template <class M>
-bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers from,
-             Numbers to) {
+bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers from, Numbers to) {
   constexpr std::uint64_t kDropout = 0x64726f70;
   const Shape& shape = c.signature->outputs[0].shape;
   Places p;
@@ -779,7 +780,9 @@ PARTITA_BOTH std::int64_t line_of(const Heads& h, const ScoreTile& t, std::int64
 struct Scores {
   float *scores = nullptr, *slopes = nullptr;
   Numbers factors;
-  Matrix matrix(Numbers at, const ScoreTile& t) const { return {at, t.keys, t.rows * t.keys, false}; }
+  Matrix matrix(Numbers at, const ScoreTile& t) const {
+    return {at, t.keys, t.rows * t.keys, false};
+  }
 };
 /// For the largest tile; `slopes`: a backward's. No scores where no query sees a key.
 template <class M>
@@ -828,8 +831,8 @@ void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o
   float* const scores = s.scores;
   const Numbers factors = s.factors;
   if (t.keys > 0)
-    m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale,
-               0});
+    m.product(
+        {t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale, 0});
   m.rows(
       h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const std::int64_t head = row / t.rows, i = row % t.rows, line = line_of(h, t, head, i);
@@ -840,8 +843,8 @@ void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o
           if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
         }
         top = lanes.max(top);
-        const float sink = sinks != nullptr ? static_cast<float>(sinks[head * h.group + t.g])
-                                            : -INFINITY;
+        const float sink =
+            sinks != nullptr ? static_cast<float>(sinks[head * h.group + t.g]) : -INFINITY;
         top = fmax(top, static_cast<double>(sink));
         const float high = infinite(top) ? 0.0f : static_cast<float>(top);
         double sum = 0;
@@ -954,8 +957,9 @@ bool attend_backward(M& m, const Attention& op, const Arguments& a, bool part) {
     const Numbers to = numbers(a.results[n]), from = sums[n];
     if (!to.narrow()) continue;
     m.each(
-        a.results[n].size(),
-        PARTITA_KERNEL(std::int64_t i) { to[i] = part ? to[i] + from[i] : static_cast<float>(from[i]); });
+        a.results[n].size(), PARTITA_KERNEL(std::int64_t i) {
+          to[i] = part ? to[i] + from[i] : static_cast<float>(from[i]);
+        });
   }
   return true;
 }
@@ -974,8 +978,8 @@ bool attend_part(M& m, const Attention& op, const Arguments& a) {
   const Numbers lse = numbers(a.extras[0]);
   for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
     if (t.keys == 0) return;
-    add_tile(m, h, t,
-             operands_of(h, t, numbers(q), numbers(k), numbers(v), numbers(a.results[0])), s, lse);
+    add_tile(m, h, t, operands_of(h, t, numbers(q), numbers(k), numbers(v), numbers(a.results[0])),
+             s, lse);
   });
   return true;
 }
@@ -985,14 +989,13 @@ void add_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, c
   float* const scores = s.scores;
   const Numbers factors = s.factors;
   const Matrix y = o.y;
-  m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale,
-             0});
+  m.product(
+      {t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale, 0});
   m.rows(
       h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const std::int64_t head = row / t.rows, i = row % t.rows, line = line_of(h, t, head, i);
         float* p = scores + row * t.keys;
-        const Numbers share = factors + row * t.keys,
-                      to = y.at + (head * y.step + i * y.stride);
+        const Numbers share = factors + row * t.keys, to = y.at + (head * y.step + i * y.stride);
         double top = -INFINITY;
         for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
           if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
@@ -1015,7 +1018,8 @@ void add_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, c
         const float here = high + logf(all), largest = fmaxf(here, before);
         const float total = largest + logf(expf(here - largest) + expf(before - largest));
         const float factor = expf(here - total) / all, rest = expf(before - total);
-        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) share[j] = p[j] * factor;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count())
+          share[j] = p[j] * factor;
         for (std::int64_t f = lanes.lane(); f < h.v_width; f += lanes.count()) to[f] *= rest;
         if (lanes.lane() == 0) lse[line] = total;
       });
@@ -1167,7 +1171,7 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
   if (labels.ids == nullptr) return false;
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
   const Numbers from = numbers(x), top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]),
-              gradient = above(a);
+                gradient = above(a);
   const std::int64_t* label = labels.ids;
   const double scale = c.loss_scale;
   const Numbers dx = numbers(a.results[0]);
@@ -1293,15 +1297,15 @@ bool convolution(M& m, const Convolution& op, const Context& c, const Arguments&
     shape.width = needs(w);
     padded = scratch(m, planes * shape.height * shape.width, shape.type);
     if (pass != ConvolutionPass::data)
-      shift_planes(m, numbers(a.inputs[0]), padded, planes, rows, columns, shape.height, shape.width,
-                   h.first, w.first);
+      shift_planes(m, numbers(a.inputs[0]), padded, planes, rows, columns, shape.height,
+                   shape.width, h.first, w.first);
   }
   const bool bias = op.bias && c.adds_bias;
   const std::int64_t area = shape.out_height * shape.out_width, out = shape.out;
   if (pass == ConvolutionPass::forward) {
     const Numbers y = numbers(a.results[0]);
-    if (!m.convolve(shape, pass, direct ? numbers(a.inputs[0]) : padded, numbers(a.parameters[0]), y,
-                    false))
+    if (!m.convolve(shape, pass, direct ? numbers(a.inputs[0]) : padded, numbers(a.parameters[0]),
+                    y, false))
       return false;
     if (bias) {
       const Numbers b = numbers(a.parameters[1]);
@@ -1586,8 +1590,8 @@ void for_each_run(const Concat& op, const std::vector<Tensor>& parts, M&, F f) {
   }
 }
 template <class M>
-void join(M& m, Numbers from, Numbers to, std::int64_t n, std::int64_t length,
-          std::int64_t before, std::int64_t whole, bool apart) {
+void join(M& m, Numbers from, Numbers to, std::int64_t n, std::int64_t length, std::int64_t before,
+          std::int64_t whole, bool apart) {
   m.each(
       n, PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t at = e / length * whole + before + e % length;
@@ -1613,8 +1617,8 @@ bool data(M& m, const Concat& op, const Context& c, const Arguments& a) {
   }
   for_each_run(op, a.results, m,
                [&](const Tensor& t, std::int64_t length, std::int64_t before, std::int64_t whole) {
-                 join(m, numbers(a.output_gradients[0]), numbers(t), t.size(), length, before, whole,
-                      true);
+                 join(m, numbers(a.output_gradients[0]), numbers(t), t.size(), length, before,
+                      whole, true);
                });
   return true;
 }
@@ -1658,8 +1662,7 @@ PARTITA_BOTH double score_of(bool sigmoid, double x, double top, double sum) {
   return sigmoid ? 1 / (1 + exp(-x)) : exp(x - top) / sum;
 }
 /// Is expert e among the best top_k; of equal logits the lower?
-PARTITA_BOTH bool chosen(Numbers logits, std::int64_t experts, std::int64_t top_k,
-                         std::int64_t e) {
+PARTITA_BOTH bool chosen(Numbers logits, std::int64_t experts, std::int64_t top_k, std::int64_t e) {
   std::int64_t better = 0;
   for (std::int64_t o = 0; o < experts; ++o)
     better += logits[o] > logits[e] || (logits[o] == logits[e] && o < e) ? 1 : 0;

@@ -40,6 +40,17 @@ void scale_values(M& m, Numbers v, std::int64_t n, Numbers by, double clip, bool
       });
 }
 
+/// As execute::Device::draw.
+template <class M>
+void draw_values(M& m, Numbers to, std::int64_t n, float mean, float deviation,
+                 std::uint64_t seed) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) {
+        to[i] =
+            mean + deviation * static_cast<float>(normal(seed, 0, static_cast<std::uint64_t>(i)));
+      });
+}
+
 /// Of all operands, in an order that does not depend on the machine: a partial sum a chunk, then
 /// one of those. `counts`: how many are not finite, as 0 or 1.
 template <class M>

@@ -43,9 +43,9 @@ cublasLtMatrixLayout_t layout_of(const Matrix& m, std::int64_t rows, std::int64_
                                  std::int64_t batch) {
   if (m.transposed) std::swap(rows, columns);
   cublasLtMatrixLayout_t layout = nullptr;
-  check(cublasLtMatrixLayoutCreate(&layout, type_of(m.at.type()), static_cast<std::uint64_t>(columns),
-                                   static_cast<std::uint64_t>(rows),
-                                   std::max<std::int64_t>(m.stride, columns)),
+  check(cublasLtMatrixLayoutCreate(
+            &layout, type_of(m.at.type()), static_cast<std::uint64_t>(columns),
+            static_cast<std::uint64_t>(rows), std::max<std::int64_t>(m.stride, columns)),
         "a matrix's layout");
   if (batch > 1) {
     const auto count = static_cast<std::int32_t>(batch);
@@ -60,8 +60,8 @@ cublasLtMatrixLayout_t layout_of(const Matrix& m, std::int64_t rows, std::int64_
 }
 
 std::string in_words(const Product& p) {
-  return fmt::format("{} product of {} x {} x {}, batch {}{}{}", name(p.a.at.type()), p.m, p.n, p.k, p.batch,
-                     p.a.transposed ? ", a transposed" : "",
+  return fmt::format("{} product of {} x {} x {}, batch {}{}{}", name(p.a.at.type()), p.m, p.n, p.k,
+                     p.batch, p.a.transposed ? ", a transposed" : "",
                      p.b.transposed ? ", b transposed" : "");
 }
 
@@ -131,8 +131,8 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
 }
 
-bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x, Numbers w,
-                           Numbers y, bool adds) {
+bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x,
+                           Numbers w, Numbers y, bool adds) {
   return libraries_.convolutions && libraries_.convolutions->run(*this, shape, pass, x, w, y, adds);
 }
 
@@ -176,8 +176,8 @@ void CudaMachine::product(const Product& p) {
                        alignment(p.c.at)};
   const auto run = [&](const ProductChoice& choice) {
     return cublasLtMatmul(libraries_.blas, d.product, &p.alpha, p.b.at.data(), d.a, p.a.at.data(),
-                          d.b, &p.beta, p.c.at.data(), d.c, p.c.at.data(), d.c, &choice.algorithm, workspace(), choice.workspace,
-                          stream_);
+                          d.b, &p.beta, p.c.at.data(), d.c, p.c.at.data(), d.c, &choice.algorithm,
+                          workspace(), choice.workspace, stream_);
   };
   const auto known = libraries_.products.find(key);
   if (known != libraries_.products.end()) {

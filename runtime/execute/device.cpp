@@ -18,13 +18,15 @@ constexpr std::size_t kGrain = 64;
 /// Aligned as `like`: kernels round alike.
 std::byte* aligned(std::vector<std::byte>& room, std::int64_t bytes, const std::byte* like) {
   room.resize(static_cast<std::size_t>(bytes) + 2 * kGrain);
-  const auto place = [](const std::byte* p) { return reinterpret_cast<std::uintptr_t>(p) % kGrain; };
+  const auto place = [](const std::byte* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % kGrain;
+  };
   return room.data() + (kGrain + place(like) - place(room.data())) % kGrain;
 }
 
 bool any_narrow(const cpu::Arguments& a) {
-  for (const auto* list : {&a.inputs, &a.parameters, &a.outputs, &a.output_gradients, &a.extras,
-                           &a.results}) {
+  for (const auto* list :
+       {&a.inputs, &a.parameters, &a.outputs, &a.output_gradients, &a.extras, &a.results}) {
     for (const cpu::Tensor& t : *list) {
       if (t && t.type != ElementType::fp32) return true;
     }
@@ -228,6 +230,15 @@ std::byte* Device::allocate_on_host(std::int64_t bytes) {
   return static_cast<std::byte*>(std::aligned_alloc(kGrain, rounded));
 }
 void Device::release_on_host(std::byte* block) { std::free(block); }
+void Device::draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+                  std::uint64_t seed) {
+  Visits visits(*this);
+  float* v = visits.floats(to, type, n, true);
+  for (std::int64_t k = 0; k < n; ++k)
+    v[k] = mean + deviation *
+                      static_cast<float>(reference::normal(seed, 0, static_cast<std::uint64_t>(k)));
+  visits.give_back();
+}
 
 std::vector<Channel> channels_of(const Program& p) {
   std::set<Channel> all;

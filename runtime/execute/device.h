@@ -55,7 +55,7 @@ struct PlainCall {
     std::byte* data = nullptr;
     std::int64_t elements = 0, bytes = 0;
     const Box* box = nullptr;
-    bool host = false;  ///< in the host's memory, whatever the device
+    bool host = false;                     ///< in the host's memory, whatever the device
     ElementType type = ElementType::fp32;  ///< fp32, too, for words that are no numbers
     float* values() const { return reinterpret_cast<float*>(data); }
   };
@@ -141,6 +141,9 @@ class Device {
   /// Either may be of allocate_on_host.
   virtual void copy(std::byte* to, const std::byte* from, std::int64_t bytes) = 0;
   virtual void fill(std::byte* to, std::int64_t count, float value) = 0;
+  /// Normal numbers of `type`, counter-based.
+  virtual void draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+                    std::uint64_t seed);
   /// Runs of `word` bytes, one after the other, and back.
   virtual void pack(const RunList& runs, std::int64_t word, const std::byte* from,
                     std::byte* to) = 0;

@@ -16,6 +16,7 @@
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/execute/shard.h"
+#include "runtime/transport/lone.h"
 #include "runtime/transport/narrow.h"
 
 namespace partita::execute {
@@ -97,7 +98,7 @@ class Executor {
         memory_(device, false),
         host_memory_(device, true),
         order_(device),
-        links_(device.links()) {
+        links_(o.alone ? nullptr : device.links()) {
     PARTITA_ASSERT(p.ranks() == transport.size(),
                    fmt::format("{} ranks for {}", transport.size(), p.ranks()));
     stage_ = p.stage_of(rank_);
@@ -191,6 +192,7 @@ class Executor {
       put_on_one_clock(transport_, kClockTag, {clock_before, clock_after}, starts,
                        result_.measured);
     }
+    if (o_.alone) return std::move(result_);
     collect();
     collect_measurements();
     if (o_.routing) collect_routing();
@@ -214,9 +216,6 @@ class Executor {
     auto& b = boxes_[id.index()];
     if (!b) b = std::make_unique<Box>(box_of(p_, id, rank_));
     return *b;
-  }
-  std::int64_t width(const Buffer& b) const {
-    return b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
   }
 
   void prepare() {
@@ -281,12 +280,12 @@ class Executor {
       prepare_buffer(root, seen);
       // A shard lies where it belongs in the whole that it is a part of.
       if (!b.layout.flat.empty() && p_.buffer(root).layout.flat.empty() && box(id).held)
-        offset_[id.index()] = box(id).range.begin * width(b);
+        offset_[id.index()] = box(id).range.begin * b.width();
       return;
     }
     if (b.scope == Scope::step && b.category != Category::workspace) {
       Instance& instance = slots_[id.index()][0];
-      take(id, instance, box(id).elements() * width(b));
+      take(id, instance, box(id).elements() * b.width());
       zero(b, instance);
       if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) {
         to_draw_.push_back(id);
@@ -313,6 +312,13 @@ class Executor {
     const Box& mine = box(id);
     if (!mine.held) return;
     if (slots_[id.index()][0].data == nullptr) return;
+    if (o_.drawn && !b.host) {
+      const ProgramParameter& parameter = p_.parameters[static_cast<std::size_t>(b.parameter)];
+      device_.draw(data(id), type_of(id), mine.elements(),
+                   static_cast<float>(parameter.initial_value),
+                   static_cast<float>(parameter.initial_deviation), o_.seed + id.index());
+      return;
+    }
     Visits visits(device_);
     float* values = floats(visits, id, mine.elements(), true);
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
@@ -476,9 +482,9 @@ class Executor {
   /// Runs in words of 4 bytes, whatever the elements (token ids have two), or of 16-bit numbers.
   void finish(Prepared& c, Part part) const {
     const Buffer& from = p_.buffer(part.from);
-    if (width(from) == 2) c.word = 2, c.type = from.type;
-    const std::int64_t words = width(from) / c.word;
-    PARTITA_ASSERT(words >= 1 && words * c.word == width(from),
+    if (from.width() == 2) c.word = 2, c.type = from.type;
+    const std::int64_t words = from.width() / c.word;
+    PARTITA_ASSERT(words >= 1 && words * c.word == from.width(),
                    from.name + " has elements that cannot travel in this call");
     for (auto* lists : {&part.out, &part.in}) {
       for (auto& runs : *lists) {
@@ -511,9 +517,7 @@ class Executor {
     return instance.data == nullptr ? nullptr : instance.data + offset_[id.index()];
   }
   /// Of 4 bytes, that the buffer takes: blocks are a multiple of 64.
-  std::int64_t words(BufferId id) {
-    return (box(id).elements() * width(p_.buffer(id)) + 3) / 4;
-  }
+  std::int64_t words(BufferId id) { return (box(id).elements() * p_.buffer(id).width() + 3) / 4; }
   float* values(BufferId id) { return reinterpret_cast<float*>(data(id)); }
   Instance& rows_of(BufferId id) { return slot(p_.memory_of(id)); }
 
@@ -616,7 +620,7 @@ class Executor {
   void begin(const Instruction& i) {
     // What is sent is first copied, on its program's stream.
     const bool copied = links_ != nullptr && i.kind == Kind::send;
-    order_.begin(copied ? i.stream : stream_of(i), i.after_compute);
+    order_.begin(o_.alone ? kComputeStream : copied ? i.stream : stream_of(i), i.after_compute);
     if (device_.is_host() || i.kind == Kind::allocate || i.kind == Kind::free) return;
     const auto block = [&](BufferId id) { return slot(p_.memory_of(id)).data; };
     for_each_read(i, [&](BufferId id) { order_.read(block(id)); });
@@ -636,7 +640,7 @@ class Executor {
       case Kind::allocate:
         for (const BufferId b : i.writes) {
           // How many rows a routed buffer has is known when it is written.
-          if (!p_.buffer(b).routed) take(b, slot(b), box(b).elements() * width(p_.buffer(b)));
+          if (!p_.buffer(b).routed) take(b, slot(b), box(b).elements() * p_.buffer(b).width());
         }
         return;
       case Kind::free:
@@ -656,7 +660,7 @@ class Executor {
       case Kind::copy:
         if (box(i.reads[0]).held)
           device_.copy(data(i.writes[0]), data(i.reads[0]),
-                       box(i.reads[0]).elements() * width(p_.buffer(i.reads[0])));
+                       box(i.reads[0]).elements() * p_.buffer(i.reads[0]).width());
         return;
       case Kind::slice:
       case Kind::collective:
@@ -680,11 +684,15 @@ class Executor {
     const auto peer = static_cast<int>(p_.peer_of(i, rank_));
     transport_.doing(
         fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
+    if (o_.alone) {
+      if (!sends) draw_received(b, data(b), box(b).elements());
+      return;
+    }
     if (p_.buffer(b).routed) {
       routed_message(b, peer, message_tag(i), sends);
       return;
     }
-    const auto bytes = static_cast<std::size_t>(box(b).elements() * width(p_.buffer(b)));
+    const auto bytes = static_cast<std::size_t>(box(b).elements() * p_.buffer(b).width());
     if (links_ != nullptr) {
       const Channel channel = channel_of(i, rank_, peer);
       if (sends) {
@@ -701,6 +709,16 @@ class Executor {
     } else {
       transport_.receive(peer, message_tag(i), at, bytes);
       visits.give_back();
+    }
+  }
+
+  /// In place of what another rank would send: normal numbers, or 0 where they are indices.
+  void draw_received(BufferId id, std::byte* to, std::int64_t n) {
+    const Buffer& b = p_.buffer(id);
+    if (b.whole_numbers || (b.element_bytes != 0 && b.element_bytes != 4)) {
+      device_.fill(to, n * b.width() / 4, 0);
+    } else {
+      device_.draw(to, type_of(id), n, 0, 1, o_.seed + id.index());
     }
   }
 
@@ -729,13 +747,12 @@ class Executor {
   void routed_message(BufferId b, int peer, std::int64_t tag, bool sends) {
     Instance& instance = rows_of(b);
     std::int64_t n = static_cast<std::int64_t>(instance.rows.size());
-    const std::size_t features = box(b).index[3].size();
     if (sends) {
       transport_.send(peer, tag, &n, sizeof n);
       transport_.send(peer, tag, instance.rows.data(), instance.rows.size() * sizeof(Row));
       Visits visits(device_);
       transport_.send(peer, tag, visit(visits, b, instance.bytes, false),
-                      instance.rows.size() * features * static_cast<std::size_t>(width(p_.buffer(b))));
+                      static_cast<std::size_t>(instance.bytes));
       return;
     }
     transport_.receive(peer, tag, &n, sizeof n);
@@ -744,12 +761,12 @@ class Executor {
     put_rows(b, std::move(rows));
     Visits visits(device_);
     transport_.receive(peer, tag, visit(visits, b, instance.bytes, true),
-                       static_cast<std::size_t>(n) * features * static_cast<std::size_t>(width(p_.buffer(b))));
+                       static_cast<std::size_t>(instance.bytes));
     visits.give_back();
   }
   /// A routed buffer's values where the host can follow them.
   float* row_values(Visits& visits, BufferId id, bool written) {
-    return floats(visits, id, rows_of(id).bytes / width(p_.buffer(id)), written);
+    return floats(visits, id, rows_of(id).bytes / p_.buffer(id).width(), written);
   }
 
   /// Memory for the rows that a routed buffer turns out to have.
@@ -757,7 +774,7 @@ class Executor {
     const BufferId root = p_.memory_of(id);
     Instance& instance = slot(root);
     const std::int64_t bytes =
-        static_cast<std::int64_t>(rows.size() * box(id).index[3].size()) * width(p_.buffer(id));
+        static_cast<std::int64_t>(rows.size() * box(id).index[3].size()) * p_.buffer(id).width();
     if (bytes != instance.bytes) {
       memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
       take(root, instance, bytes);
@@ -768,6 +785,7 @@ class Executor {
 
   /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
   void make_inputs() {
+    if (o_.drawn && step_ > 0 && !p_.sharded_storage) return;
     inputs_.clear();
     shard_.rewind();
     std::int64_t index = -1;
@@ -781,7 +799,7 @@ class Executor {
         const auto first = static_cast<std::int64_t>(replica()) * p_.micro_batches * p_.samples +
                            static_cast<std::int64_t>(call.micro_batch) * p_.samples;
         std::vector<std::byte> made(
-            static_cast<std::size_t>(box(i.writes[0]).elements() * width(b)));
+            static_cast<std::size_t>(box(i.writes[0]).elements() * b.width()));
         for_each_global(box(i.writes[0]), b, [&](std::int64_t k, std::int64_t g) {
           const double v = o_.input(static_cast<std::size_t>(i.index), step_,
                                     first + g / per_sample, g % per_sample);
@@ -789,7 +807,7 @@ class Executor {
             reinterpret_cast<std::int64_t*>(made.data())[k] = std::llround(v);
           } else {
             const auto value = static_cast<float>(v);
-            narrow(type_of(i.writes[0]), &value, made.data() + k * width(b), 1);
+            narrow(type_of(i.writes[0]), &value, made.data() + k * b.width(), 1);
           }
         });
         auto& input = inputs_[{i.writes[0], call.micro_batch}];
@@ -938,6 +956,16 @@ class Executor {
         call.offsets = c.offsets;
         break;
     }
+    if (o_.alone) {
+      const bool sums = i.collective == CollectiveKind::all_reduce ||
+                        i.collective == CollectiveKind::reduce ||
+                        i.collective == CollectiveKind::reduce_scatter;
+      // What is summed stays what it was; numbers of each buffer are packed together.
+      if (!sums)
+        draw_received(i.reads[0], payload,
+                      call.offsets.back() * c.word / p_.buffer(i.reads[0]).width());
+      return;
+    }
     if (!on_device || device_.is_host()) {
       transport_.collective(call);
       return;
@@ -982,7 +1010,7 @@ class Executor {
       whole.group = c.group;
       whole.me = c.me;
       whole.type = type_of(to);
-      whole.word = width(p_.buffer(to));
+      whole.word = p_.buffer(to).width();
       whole.offsets = {0, rows_of(to).bytes / whole.word};
       whole.send_offsets = whole.offsets;
       call(i, whole, data(to), nullptr, true);
@@ -1014,7 +1042,7 @@ class Executor {
       values_to[m + 1] = static_cast<std::int64_t>(outgoing.size());
     }
     const ElementType type = type_of(from);
-    const auto element = static_cast<std::size_t>(width(p_.buffer(from)));
+    const auto element = static_cast<std::size_t>(p_.buffer(from).width());
     std::vector<std::byte> sent(outgoing.size() * element);
     narrow(type, outgoing.data(), sent.data(), std::ssize(outgoing));
     if (reduces) {
@@ -1026,8 +1054,7 @@ class Executor {
       chunks.send_offsets = values_to;
       chunks.offsets = values_to;
       call(i, chunks, sent.data(), nullptr, false);
-      const auto packed =
-          static_cast<std::int64_t>(keys.size() * sizeof(Row) + sent.size());
+      const auto packed = static_cast<std::int64_t>(keys.size() * sizeof(Row) + sent.size());
       memory_.count(Category::workspace, packed);
       std::int64_t first = 0;
       for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
@@ -1085,9 +1112,8 @@ class Executor {
     std::sort(rows.begin(), rows.end(), before);
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
     const std::vector<Row> order = rows;
-    const auto packed =
-        static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
-                                  sent.size() + received.size());
+    const auto packed = static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
+                                                  sent.size() + received.size());
     memory_.count(Category::workspace, packed);
     put_rows(to, std::move(rows));
     const auto& columns_to = box(to).index[3];
@@ -1210,7 +1236,7 @@ class Executor {
       }
       put_rows(i.writes[k], std::move(made.rows));
       std::vector<std::byte> stored(made.values.size() *
-                                    static_cast<std::size_t>(width(p_.buffer(i.writes[k]))));
+                                    static_cast<std::size_t>(p_.buffer(i.writes[k]).width()));
       narrow(type_of(i.writes[k]), made.values.data(), stored.data(), std::ssize(made.values));
       device_.to_device(data(i.writes[k]), stored.data(), std::ssize(stored));
     }
@@ -1247,7 +1273,7 @@ class Executor {
     if (s.box.index[static_cast<std::size_t>(d)] == positions) return s;
     s.box.index[static_cast<std::size_t>(d)] = std::move(positions);
     s.runs = section(box(id), s.box);
-    s.word = width(p_.buffer(id));
+    s.word = p_.buffer(id).width();
     s.values = Spare(memory_, s.box.dense() * s.word);
     return s;
   }
@@ -1309,8 +1335,8 @@ class Executor {
         to.emplace_back();
         if (!id.valid() || !box(id).held) continue;
         const Buffer& b = p_.buffer(id);
-        const std::int64_t n = b.routed ? rows_of(id).bytes / width(b) : box(id).elements();
-        to.back() = {data(id), n, n * width(b), &box(id), b.host, type_of(id)};
+        const std::int64_t n = b.routed ? rows_of(id).bytes / b.width() : box(id).elements();
+        to.back() = {data(id), n, n * b.width(), &box(id), b.host, type_of(id)};
         host |= b.host;
       }
     };
@@ -1355,7 +1381,7 @@ class Executor {
     // A deque: those before stay where they are.
     Loss& loss = step_losses_.emplace_back();
     loss.type = type_of(id);
-    device_.to_host_later(loss.stored, data(id), width(b));
+    device_.to_host_later(loss.stored, data(id), b.width());
   }
 
   // ---- results on rank 0 -----------------------------------------------------------------------
@@ -1413,8 +1439,7 @@ class Executor {
         continue;
       }
       Visits visits(device_);
-      const float* from =
-          floats(visits, w.buffer, static_cast<std::int64_t>(n), false);
+      const float* from = floats(visits, w.buffer, static_cast<std::int64_t>(n), false);
       all.insert(all.end(), from, from + n);
     }
     if (rank_ != 0) {
@@ -1658,6 +1683,20 @@ class Executor {
 RankResult run_rank(const Program& program, Transport& transport, const Options& options) {
   const auto device = options.device ? options.device(transport.rank()) : host_device();
   return Executor(program, transport, *device, options).run();
+}
+
+RankResult run_alone(const Program& program, int rank, Options options) {
+  if (std::any_of(program.buffers.begin(), program.buffers.end(),
+                  [](const Buffer& b) { return b.routed; }))
+    throw InputError("replay",
+                     "a rank alone does not know how many rows other ranks would route to its "
+                     "experts; replay a network without experts, or use run");
+  PARTITA_ASSERT(rank >= 0 && rank < program.ranks(), fmt::format("rank {}", rank));
+  options.alone = options.drawn = true;
+  options.collect = options.routing = false;
+  options.progress = nullptr;
+  const auto transport = lone_transport(rank, static_cast<int>(program.ranks()));
+  return run_rank(program, *transport, options);
 }
 
 }  // namespace partita::execute

@@ -179,7 +179,8 @@ void optimizer(const PlainCall& call) {
 bool on_wide_copies(const PlainCall& call) {
   PlainCall wide = call;
   bool narrow = false;
-  for (const auto* list : {&call.reads, &call.outputs, &call.statistics, &call.extras, &call.writes}) {
+  for (const auto* list :
+       {&call.reads, &call.outputs, &call.statistics, &call.extras, &call.writes}) {
     for (const Operand& o : *list) narrow |= o.type != ElementType::fp32;
   }
   if (!narrow) return false;

@@ -153,6 +153,25 @@ void compression_shape(const Program& p, const Instruction& i, std::int64_t rank
   s.bytes = passes * static_cast<double>(local_bytes(p, gradient, rank).count);
 }
 
+/// " bf16": of the operands, where it isn't fp32; a product's is what it multiplies in.
+std::string type_word(const Program& p, const Instruction& i) {
+  ElementType type = ElementType::fp32;
+  if (i.op >= 0 && is_product(p.operators[static_cast<std::size_t>(i.op)].operation)) {
+    type = p.operators[static_cast<std::size_t>(i.op)].compute;
+  } else {
+    const auto look = [&](const std::vector<BufferId>& list) {
+      for (const BufferId id : list) {
+        if (id.valid() && p.buffer(id).element_bytes == 0 && type == ElementType::fp32)
+          type = p.buffer(id).type;
+      }
+    };
+    look(i.reads);
+    look(i.gradients);
+    look(i.writes);
+  }
+  return type == ElementType::fp32 ? "" : fmt::format(" {}", name(type));
+}
+
 constexpr double kVector =
     16;  // fp32 numbers of the widest vectors: rows that fill them are faster
 
@@ -231,8 +250,11 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
     s.kernel = std::string(name(i.kernel));
     if (i.kernel == Kernel::optimizer)
       s.kernel += p.optimizer.kind == OptimizerKind::adam ? " adam" : " sgd";
-    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress)
+    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress) {
       compression_shape(p, i, rank, s);
+    } else {
+      s.kernel += type_word(p, i);
+    }
     return s;
   }
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
@@ -265,6 +287,7 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   if (i.part >= 0 && op.signature.find(Dim::sequence) >= 0 &&
       !std::holds_alternative<Attention>(op.operation))
     s.kernel += " part";
+  s.kernel += type_word(p, i);
   return s;
 }
 

@@ -12,7 +12,9 @@ namespace partita {
 
 /// What a kernel's time depends on.
 struct KernelShape {
-  std::string kernel;  ///< "linear forward"; empty for what has no kernel
+  /// "linear forward"; with the type of its operands where it isn't fp32, "linear forward bf16";
+  /// empty for what has no kernel.
+  std::string kernel;
   double m = 0, n = 0, k = 0, count = 1;
   double bytes = 0;
   bool product() const { return m > 0; }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "runtime/cuda/plain.h"
@@ -22,9 +23,9 @@ class HostMachine {
     for (std::int64_t i = 0; i < n; ++i) f(i, Lanes{});
   }
   void product(const Product& p) {
-    PARTITA_ASSERT(p.a.at.type() == p.b.at.type() &&
-                       (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
-                   "a product that cuBLASLt has not");
+    PARTITA_ASSERT(
+        p.a.at.type() == p.b.at.type() && (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
+        "a product that cuBLASLt has not");
     const auto element = [](const Matrix& m, std::int64_t b, std::int64_t i, std::int64_t j) {
       return static_cast<double>(
           m.at[b * m.step + (m.transposed ? j * m.stride + i : i * m.stride + j)]);
@@ -74,8 +75,12 @@ class HostMachine {
     };
     auto x = wide(to_x, pixels), w = wide(to_w, weights), y = wide(to_y, results);
     convolve_wide(s, pass, x.data(), w.data(), y.data(), adds);
-    back(pass == ConvolutionPass::forward ? y : pass == ConvolutionPass::data ? x : w,
-         pass == ConvolutionPass::forward ? to_y : pass == ConvolutionPass::data ? to_x : to_w);
+    back(pass == ConvolutionPass::forward ? y
+         : pass == ConvolutionPass::data  ? x
+                                          : w,
+         pass == ConvolutionPass::forward ? to_y
+         : pass == ConvolutionPass::data  ? to_x
+                                          : to_w);
     return true;
   }
   static void convolve_wide(const ConvolutionShape& s, ConvolutionPass pass, float* x, float* w,
@@ -120,49 +125,47 @@ class HostMachine {
 class KernelOnHostMachine {
  public:
   explicit KernelOnHostMachine(const reference::Context& context)
-      : context_(context), cpu_(context) {}
+      : context_(context), host_(execute::host_device()->kernel(context)) {}
   void set_step(std::int64_t step, std::int64_t first_sample) {
     context_.step = step;
     context_.first_sample = first_sample;
-    cpu_.set_step(step, first_sample);
+    host_->set_step(step, first_sample);
   }
   void forward_statistic(std::size_t k, const cpu::Arguments& a) {
-    run(run_forward_statistic(m_, context_, k, a), [&] { cpu_.forward_statistic(k, a); });
+    run(run_forward_statistic(m_, context_, k, a), execute::Work::forward_statistic, k, a);
   }
   void forward(const cpu::Arguments& a) {
-    run(run_forward(m_, context_, a), [&] { cpu_.forward(a); });
+    run(run_forward(m_, context_, a), execute::Work::forward, 0, a);
   }
   void backward_statistic(std::size_t k, const cpu::Arguments& a) {
-    run(run_backward_statistic(m_, context_, a), [&] { cpu_.backward_statistic(k, a); });
+    run(run_backward_statistic(m_, context_, a), execute::Work::backward_statistic, k, a);
   }
   void backward_data(const cpu::Arguments& a) {
-    run(run_backward_data(m_, context_, a), [&] { cpu_.backward_data(a); });
+    run(run_backward_data(m_, context_, a), execute::Work::backward_data, 0, a);
   }
   void backward_weight(const cpu::Arguments& a) {
-    run(run_backward_weight(m_, context_, a), [&] { cpu_.backward_weight(a); });
+    run(run_backward_weight(m_, context_, a), execute::Work::backward_weight, 0, a);
   }
   void attend_part(const cpu::Arguments& a) {
-    run(run_attend_part(m_, context_, a), [&] { cpu_.attend_part(a); });
+    run(run_attend_part(m_, context_, a), execute::Work::attend_part, 0, a);
   }
   void attend_part_backward(const cpu::Arguments& a) {
-    run(run_attend_part_backward(m_, context_, a), [&] { cpu_.attend_part_backward(a); });
+    run(run_attend_part_backward(m_, context_, a), execute::Work::attend_part_backward, 0, a);
   }
   std::vector<cpu::RoutedResult> routed;
   int own = 0, others = 0;  ///< calls of kernels here, and of the host's
 
  private:
-  template <class F>
-  void run(bool done, F otherwise) {
+  void run(bool done, execute::Work work, std::size_t statistic, const cpu::Arguments& a) {
     ++(done ? own : others);
     m_.end();
     if (done) return;
-    cpu_.routed.clear();
-    otherwise();
-    routed = std::move(cpu_.routed);
+    host_->run(work, statistic, a);
+    routed = std::move(host_->routed);
   }
   HostMachine m_;
   reference::Context context_;
-  cpu::Kernel cpu_;
+  std::unique_ptr<execute::OperatorKernel> host_;
 };
 
 }  // namespace partita::cuda

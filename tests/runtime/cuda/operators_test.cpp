@@ -8,6 +8,7 @@
 #include "runtime/transport/narrow.h"
 #include "tests/runtime/cpu/equal_reference.h"
 #include "tests/runtime/cuda/host_machine.h"
+#include "tests/runtime/cuda/narrowed.h"
 
 namespace partita::cuda {
 namespace {
@@ -33,6 +34,29 @@ TEST(CudaKernels, EqualTheReferencesOnWholeProblems) {
   EXPECT_EQ(never, (std::set<std::string>{"combine", "dispatch", "grouped_product"}));
 }
 
+/// Kernels of narrow operands are the same ones: none is the host's for its type alone.
+template <ElementType kType>
+void expect_narrow_kernels() {
+  std::mt19937_64 rng(20);
+  std::set<std::string> own, others;
+  for (int round = 0; round < 6; ++round) {
+    for (const reference::Problem& p : reference::problems(rng)) {
+      SCOPED_TRACE(::testing::Message() << p.label << ", round " << round);
+      expect_same_narrow<KernelOnHostMachine, kType>(p, [&](const auto& k) {
+        (k.kernel().others == 0 ? own : others).insert(std::string(kind_name(p.operation)));
+      });
+      if (::testing::Test::HasFailure()) return;
+    }
+  }
+  std::set<std::string> never;
+  for (const std::string& kind : others) {
+    if (own.count(kind) == 0) never.insert(kind);
+  }
+  EXPECT_EQ(never, (std::set<std::string>{"combine", "dispatch", "grouped_product"}));
+}
+TEST(CudaKernels, EqualTheReferencesInBf16) { expect_narrow_kernels<ElementType::bf16>(); }
+TEST(CudaKernels, EqualTheReferencesInFp16) { expect_narrow_kernels<ElementType::fp16>(); }
+
 TEST(CudaKernels, PartsOfARingEqualTheReferences) {
   cpu::expect_parts_equal<KernelOnHostMachine>();
 }
@@ -43,6 +67,7 @@ TEST(CudaNumbers, RandomBitsAreTheReferences) {
     const std::uint64_t s = rng(), a = rng(), b = rng();
     EXPECT_EQ(random_bits(s, a, b), reference::random_bits(s, a, b));
     EXPECT_EQ(uniform(s, a, b), reference::uniform(s, a, b));
+    EXPECT_NEAR(normal(s, a, b), reference::normal(s, a, b), 1e-14);
   }
 }
 

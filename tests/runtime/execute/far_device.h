@@ -88,8 +88,7 @@ class FarDevice : public Device {
       return;
     }
     PlainCall here = call;
-    for (auto* list :
-         {&here.reads, &here.outputs, &here.statistics, &here.extras, &here.writes}) {
+    for (auto* list : {&here.reads, &here.outputs, &here.statistics, &here.extras, &here.writes}) {
       for (PlainCall::Operand& operand : *list) operand.data = near(operand.data);
     }
     push([here = std::move(here)] { plain_on_host(here); });
