@@ -90,6 +90,11 @@ void replay(const Options& o) {
   if (o.rank < 0 || o.rank >= ranks)
     throw InputError("--rank", fmt::format("{} is not in 0 to {}: the plan has {} ranks", o.rank,
                                            ranks - 1, ranks));
+  if (std::any_of(whole.program.buffers.begin(), whole.program.buffers.end(),
+                  [](const Buffer& b) { return b.routed; }))
+    throw InputError("replay",
+                     "a rank alone does not know how many rows other ranks would route to its "
+                     "experts; replay a network without experts, or use run");
   topology = on_devices(topology, whole.plan);
   const std::int64_t all_layers = whole.graph.layers;
   std::optional<Lowered> fewer;

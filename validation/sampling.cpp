@@ -55,7 +55,8 @@ double doubt(const KernelTable& table, const KernelShape& s, int ranks) {
     KernelTable without{{s.kernel, points}};
     auto& rest = without.begin()->second;
     rest.erase(rest.begin() + static_cast<std::ptrdiff_t>(nearest));
-    const auto with = measured_time(table, s, ranks), less = measured_time(without, s, ranks);
+    const auto with = measured_time(table, s, ranks, true),
+               less = measured_time(without, s, ranks, true);
     if (with && less) changes = std::abs(std::log2(with->count / less->count));
   }
   return changes + apart / 20;
@@ -115,7 +116,7 @@ std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int
     Judged one;
     one.kernel = kernel;
     for (const KernelPoint& p : points) {
-      const auto predicted = measured_time(table, shape_of(kernel, p), ranks);
+      const auto predicted = measured_time(table, shape_of(kernel, p), ranks, true);
       if (!predicted) continue;
       const double error = (predicted->count - p.time.count) / p.time.count;
       add(one, error);

@@ -18,9 +18,11 @@
 #  include <cuda_bf16.h>
 #  include <cuda_fp16.h>
 #  define PARTITA_BOTH __host__ __device__ inline
+#  define PARTITA_LANE __device__ inline
 #  define PARTITA_KERNEL [=] __device__
 #else
 #  define PARTITA_BOTH inline
+#  define PARTITA_LANE inline
 #  define PARTITA_KERNEL [=]
 #endif
 
@@ -188,7 +190,7 @@ class Numbers {
       }
       return *this;
     }
-    PARTITA_BOTH Element(const Element&) = default;
+    Element(const Element&) = default;
     PARTITA_BOTH const Element& operator=(const Element& o) const {
       return *this = static_cast<float>(o);
     }
@@ -221,6 +223,124 @@ class Numbers {
   void* at_ = nullptr;
   ElementType type_ = ElementType::fp32;
 };
+
+/// Numbers that lie together, as one thread takes them at a time: one by one too little would be on
+/// its way from memory to keep it busy.
+struct Octet {
+  static constexpr std::int64_t kSize = 8;
+  float v[kSize];
+};
+/// 16 bytes at once.
+struct Sixteen {
+  std::uint32_t w[4];
+};
+PARTITA_BOTH Sixteen load_sixteen(const void* p) {
+  Sixteen s;
+#ifdef __CUDA_ARCH__
+  const uint4 q = *static_cast<const uint4*>(p);
+  s.w[0] = q.x, s.w[1] = q.y, s.w[2] = q.z, s.w[3] = q.w;
+#else
+  memcpy(&s, p, sizeof s);
+#endif
+  return s;
+}
+PARTITA_BOTH void store_sixteen(void* p, const Sixteen& s) {
+#ifdef __CUDA_ARCH__
+  *static_cast<uint4*>(p) = make_uint4(s.w[0], s.w[1], s.w[2], s.w[3]);
+#else
+  memcpy(p, &s, sizeof s);
+#endif
+}
+/// May all eight from there on be moved at once?
+PARTITA_BOTH bool together(const Numbers& at, std::int64_t count) {
+  return count >= Octet::kSize && reinterpret_cast<std::uintptr_t>(at.data()) % 16 == 0;
+}
+/// The first `count` of x[first], ...; beyond them 0.
+PARTITA_BOTH Octet octet(const Numbers& x, std::int64_t first, std::int64_t count) {
+  const Numbers at = x + first;
+  Octet o;
+  if (!together(at, count)) {
+    for (std::int64_t k = 0; k < Octet::kSize; ++k)
+      o.v[k] = k < count ? static_cast<float>(at[k]) : 0.0f;
+    return o;
+  }
+  const auto* p = static_cast<const std::byte*>(at.data());
+  const Sixteen low = load_sixteen(p);
+  if (!x.narrow()) {
+    const Sixteen high = load_sixteen(p + 16);
+    for (int k = 0; k < 4; ++k) o.v[k] = float_of(low.w[k]), o.v[4 + k] = float_of(high.w[k]);
+    return o;
+  }
+  for (int k = 0; k < 4; ++k) {
+    const auto a = static_cast<std::uint16_t>(low.w[k] & 0xffffu),
+               b = static_cast<std::uint16_t>(low.w[k] >> 16);
+    const bool bf16 = x.type() == ElementType::bf16;
+    o.v[2 * k] = bf16 ? from_bf16(a) : from_fp16(a);
+    o.v[2 * k + 1] = bf16 ? from_bf16(b) : from_fp16(b);
+  }
+  return o;
+}
+PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, const Octet& o) {
+  const Numbers at = y + first;
+  if (!together(at, count)) {
+    for (std::int64_t k = 0; k < Octet::kSize && k < count; ++k) at[k] = o.v[k];
+    return;
+  }
+  auto* p = static_cast<std::byte*>(at.data());
+  Sixteen low, high;
+  if (!y.narrow()) {
+    for (int k = 0; k < 4; ++k) low.w[k] = bits_of(o.v[k]), high.w[k] = bits_of(o.v[4 + k]);
+    store_sixteen(p, low);
+    store_sixteen(p + 16, high);
+    return;
+  }
+  for (int k = 0; k < 4; ++k) {
+    const bool bf16 = y.type() == ElementType::bf16;
+    const std::uint32_t a = bf16 ? to_bf16(o.v[2 * k]) : to_fp16(o.v[2 * k]),
+                        b = bf16 ? to_bf16(o.v[2 * k + 1]) : to_fp16(o.v[2 * k + 1]);
+    low.w[k] = a | b << 16;
+  }
+  store_sixteen(p, low);
+}
+/// How many octets n numbers are, the last maybe in part.
+PARTITA_BOTH std::int64_t octets(std::int64_t n) { return (n + Octet::kSize - 1) / Octet::kSize; }
+
+/// y[i] = f(x[i]), by octets.
+template <class F>
+struct MapOne {
+  Numbers x, y;
+  std::int64_t n;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    const std::int64_t first = number * Octet::kSize;
+    const Octet a = octet(x, first, n - first);
+    Octet r;
+    for (int k = 0; k < Octet::kSize; ++k) r.v[k] = f(a.v[k]);
+    put(y, first, n - first, r);
+  }
+};
+/// y[i] = f(x[i], z[i]).
+template <class F>
+struct MapTwo {
+  Numbers x, z, y;
+  std::int64_t n;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    const std::int64_t first = number * Octet::kSize;
+    const Octet a = octet(x, first, n - first), b = octet(z, first, n - first);
+    Octet r;
+    for (int k = 0; k < Octet::kSize; ++k) r.v[k] = f(a.v[k], b.v[k]);
+    put(y, first, n - first, r);
+  }
+};
+template <class M, class F>
+void map_one(M& m, std::int64_t n, Numbers x, Numbers y, F f) {
+  m.each(octets(n), MapOne<F>{x, y, n, f});
+}
+template <class M, class F>
+void map_two(M& m, std::int64_t n, Numbers x, Numbers z, Numbers y, F f) {
+  m.each(octets(n), MapTwo<F>{x, z, y, n, f});
+}
 
 /// A matrix in memory, row after row.
 struct Matrix {

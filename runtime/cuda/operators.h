@@ -55,13 +55,17 @@ Numbers scratch(M& m, std::int64_t n, ElementType type) {
 
 template <class M>
 void copy_values(M& m, Numbers from, Numbers to, std::int64_t n) {
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] = from[i]; });
+  map_one(
+      m, n, from, to, PARTITA_KERNEL(float v) { return v; });
 }
 template <class M>
 void fill_values(M& m, Numbers to, std::int64_t n, float value) {
   m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] = value; });
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        Octet o;
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = value;
+        put(to, number * Octet::kSize, n - number * Octet::kSize, o);
+      });
 }
 
 /// to[column] (+)= sum over rows of y[row, column], in two stages so that its order is fixed.
@@ -86,6 +90,25 @@ void sum_columns(M& m, Numbers y, std::int64_t rows, std::int64_t columns, Numbe
       });
 }
 
+/// y[i] = x[i] + b[i % columns].
+template <class M>
+void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int64_t columns) {
+  const bool whole = columns % Octet::kSize == 0;  // an octet is of one row
+  m.each(
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = n - first;
+        Octet o = octet(x, first, count);
+        if (whole) {
+          const Octet c = octet(b, first % columns, Octet::kSize);
+          for (int k = 0; k < Octet::kSize; ++k) o.v[k] += c.v[k];
+        } else {
+          for (std::int64_t k = 0; k < Octet::kSize && k < count; ++k)
+            o.v[k] += b[(first + k) % columns];
+        }
+        put(y, first, count, o);
+      });
+}
+
 // ---------------------------------------------------------------------------------------- linear
 
 template <class M>
@@ -100,8 +123,7 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
       {rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}});
   if (op.bias && c.adds_bias) {
     const Numbers b = numbers(a.parameters[1]);
-    m.each(
-        rows * out, PARTITA_KERNEL(std::int64_t i) { y[i] += b[i % out]; });
+    add_columns(m, y, b, y, rows * out, out);
   }
   return true;
 }
@@ -158,8 +180,7 @@ bool forward(M& m, const AddBias&, const Context&, const Arguments& a) {
   const std::int64_t n = a.parameters[0].size();
   const Numbers x = numbers(a.inputs[0]), b = numbers(a.parameters[0]);
   const Numbers y = numbers(a.results[0]);
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] + b[i % n]; });
+  add_columns(m, x, b, y, a.inputs[0].size(), n);
   return true;
 }
 template <class M>
@@ -495,8 +516,8 @@ bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
   const Numbers x = numbers(a.inputs[0]);
   const Numbers y = numbers(a.results[0]);
   const ActivationKind kind = op.kind;
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = curve(kind, x[i]).value; });
+  map_one(
+      m, a.inputs[0].size(), x, y, PARTITA_KERNEL(float v) { return curve(kind, v).value; });
   return true;
 }
 template <class M>
@@ -504,9 +525,9 @@ bool data(M& m, const Activation& op, const Context&, const Arguments& a) {
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]);
   const Numbers dx = numbers(a.results[0]);
   const ActivationKind kind = op.kind;
-  m.each(
-      a.inputs[0].size(),
-      PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * curve(kind, x[i]).slope; });
+  map_two(
+      m, a.inputs[0].size(), dy, x, dx,
+      PARTITA_KERNEL(float d, float v) { return d * curve(kind, v).slope; });
   return true;
 }
 template <class M>
@@ -514,9 +535,9 @@ bool forward(M& m, const GatedActivation& op, const Context&, const Arguments& a
   const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]);
   const Numbers y = numbers(a.results[0]);
   const ActivationKind kind = op.kind;
-  m.each(
-      a.inputs[0].size(),
-      PARTITA_KERNEL(std::int64_t i) { y[i] = curve(kind, x[i]).value * up[i]; });
+  map_two(
+      m, a.inputs[0].size(), x, up, y,
+      PARTITA_KERNEL(float v, float u) { return curve(kind, v).value * u; });
   return true;
 }
 template <class M>
@@ -526,11 +547,20 @@ bool data(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
                 dy = numbers(a.output_gradients[0]);
   const Numbers d0 = numbers(a.results[0]), d1 = numbers(a.results[1]);
   const ActivationKind kind = op.kind;
+  const std::int64_t n = a.inputs[0].size();
   m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) {
-        const Curve c = curve(kind, x[i]);
-        d0[i] = dy[i] * up[i] * c.slope;
-        d1[i] = dy[i] * c.value;
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = n - first;
+        const Octet v = octet(x, first, count), u = octet(up, first, count),
+                    d = octet(dy, first, count);
+        Octet to_x, to_up;
+        for (int k = 0; k < Octet::kSize; ++k) {
+          const Curve c = curve(kind, v.v[k]);
+          to_x.v[k] = d.v[k] * u.v[k] * c.slope;
+          to_up.v[k] = d.v[k] * c.value;
+        }
+        put(d0, first, count, to_x);
+        put(d1, first, count, to_up);
       });
   return true;
 }
@@ -559,16 +589,16 @@ template <class M>
 bool forward(M& m, const Add&, const Context&, const Arguments& a) {
   const Numbers x = numbers(a.inputs[0]), z = numbers(a.inputs[1]);
   const Numbers y = numbers(a.results[0]);
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] + z[i]; });
+  map_two(
+      m, a.inputs[0].size(), x, z, y, PARTITA_KERNEL(float v, float w) { return v + w; });
   return true;
 }
 template <class M>
 bool forward(M& m, const Multiply&, const Context&, const Arguments& a) {
   const Numbers x = numbers(a.inputs[0]), z = numbers(a.inputs[1]);
   const Numbers y = numbers(a.results[0]);
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] * z[i]; });
+  map_two(
+      m, a.inputs[0].size(), x, z, y, PARTITA_KERNEL(float v, float w) { return v * w; });
   return true;
 }
 template <class M>
@@ -578,8 +608,9 @@ bool data(M& m, const Multiply&, const Context&, const Arguments& a) {
     if (!wanted(a, k)) continue;
     const Numbers other = numbers(a.inputs[1 - k]);
     const Numbers dx = numbers(a.results[k]);
-    m.each(
-        a.output_gradients[0].size(), PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * other[i]; });
+    map_two(
+        m, a.output_gradients[0].size(), dy, other, dx,
+        PARTITA_KERNEL(float d, float v) { return d * v; });
   }
   return true;
 }

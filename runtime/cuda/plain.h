@@ -21,13 +21,13 @@ PARTITA_BOTH double clip_factor(double clip, double square_sum) {
 
 template <class M>
 void add_values(M& m, Numbers from, Numbers to, std::int64_t n) {
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] += from[i]; });
+  map_two(
+      m, n, to, from, to, PARTITA_KERNEL(float sum, float v) { return sum + v; });
 }
 template <class M>
 void divide_values(M& m, Numbers from, Numbers to, std::int64_t n, float by) {
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] = from[i] / by; });
+  map_one(
+      m, n, from, to, PARTITA_KERNEL(float v) { return v / by; });
 }
 /// By 1 / by[0], or by the factor that clips a norm of square by[0].
 template <class M>
@@ -107,11 +107,18 @@ bool optimizer(M& m, const PlainCall& call) {
     const auto rate = static_cast<float>(o.learning_rate),
                momentum = static_cast<float>(o.momentum);
     m.each(
-        n, PARTITA_KERNEL(std::int64_t k) {
+        octets(n), PARTITA_KERNEL(std::int64_t number) {
           if (overflow != nullptr && overflow[0] != 0) return;
-          first[k] = momentum * first[k] + gradient[k];
-          w[k] -= rate * first[k];
-          if (mastered) image[k] = w[k];
+          const std::int64_t at = number * Octet::kSize, count = n - at;
+          const Octet g = octet(gradient, at, count);
+          Octet f = octet(first, at, count), p = octet(w, at, count);
+          for (int k = 0; k < Octet::kSize; ++k) f.v[k] = momentum * f.v[k] + g.v[k];
+          put(first, at, count, f);
+          // What is stored is what is used.
+          if (first.narrow()) f = octet(first, at, count);
+          for (int k = 0; k < Octet::kSize; ++k) p.v[k] -= rate * f.v[k];
+          put(w, at, count, p);
+          if (mastered) put(image, at, count, p);
         });
     return true;
   }
@@ -132,14 +139,25 @@ bool optimizer(M& m, const PlainCall& call) {
         corrected[1] = static_cast<float>(1 / sqrt(1 - pow(beta2, t)));
       });
   m.each(
-      n, PARTITA_KERNEL(std::int64_t k) {
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
         if (overflow != nullptr && overflow[0] != 0) return;
-        const float g = gradient[k];
-        first[k] = known.beta1 * first[k] + (1 - known.beta1) * g;
-        second[k] = known.beta2 * second[k] + (1 - known.beta2) * g * g;
-        w[k] = w[k] * known.keep -
-               corrected[0] * first[k] / (sqrtf(second[k]) * corrected[1] + known.epsilon);
-        if (mastered) image[k] = w[k];
+        const std::int64_t at = number * Octet::kSize, count = n - at;
+        const Octet g = octet(gradient, at, count);
+        Octet f = octet(first, at, count), s = octet(second, at, count), p = octet(w, at, count);
+        for (int k = 0; k < Octet::kSize; ++k) {
+          f.v[k] = known.beta1 * f.v[k] + (1 - known.beta1) * g.v[k];
+          s.v[k] = known.beta2 * s.v[k] + (1 - known.beta2) * g.v[k] * g.v[k];
+        }
+        put(first, at, count, f);
+        put(second, at, count, s);
+        // What is stored is what is used.
+        if (first.narrow()) f = octet(first, at, count);
+        if (second.narrow()) s = octet(second, at, count);
+        for (int k = 0; k < Octet::kSize; ++k)
+          p.v[k] = p.v[k] * known.keep -
+                   corrected[0] * f.v[k] / (sqrtf(s.v[k]) * corrected[1] + known.epsilon);
+        put(w, at, count, p);
+        if (mastered) put(image, at, count, p);
       });
   return true;
 }

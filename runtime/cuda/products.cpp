@@ -143,7 +143,8 @@ void CudaMachine::product(const Product& p) {
                  in_words(p));
   Description d;
   const cublasComputeType_t type =
-      libraries_.options.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+      libraries_.options.tf32 && !p.a.at.narrow() ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                  : CUBLAS_COMPUTE_32F;
   check(cublasLtMatmulDescCreate(&d.product, type, CUDA_R_32F), in_words(p));
   // c' = b' a', each primed one the transpose that cuBLASLt sees.
   const auto operation = [&](const Matrix& m, cublasLtMatmulDescAttributes_t attribute) {

@@ -90,6 +90,23 @@ double interpolate(const std::vector<std::pair<double, double>>& points, double 
   return std::exp((1 - share) * std::log(below->second) + share * std::log(above->second));
 }
 
+/// The same of a GPU, whose kernels take a start and so many bytes a second: straight lines, also
+/// beyond both ends; never more than the smallest point below it nor less than the largest above.
+double affine(const std::vector<std::pair<double, double>>& points, double x) {
+  const auto [first, least] = points.front();
+  const auto [last, most] = points.back();
+  if (points.size() == 1) return x <= first ? least : most * x / last;
+  auto high =
+      std::upper_bound(points.begin(), points.end(), std::pair<double, double>{x, INFINITY});
+  if (high == points.begin()) ++high;
+  if (high == points.end()) --high;
+  const auto low = high - 1;
+  const double t =
+      low->second + (high->second - low->second) * (x - low->first) / (high->first - low->first);
+  if (x < first) return std::clamp(t, 0.05 * least, least);
+  return x > last ? std::max(t, most) : t;
+}
+
 /// The number of ranks among the points that is nearest to `ranks`, the larger of two.
 template <class Point>
 int nearest_ranks(const std::vector<Point>& points, int ranks) {
@@ -291,7 +308,8 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   return s;
 }
 
-std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& s, int ranks) {
+std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& s, int ranks,
+                                     bool gpu) {
   const auto found = table.find(s.kernel);
   if (found == table.end()) return {};
   const std::vector<KernelPoint>& all = found->second;
@@ -302,7 +320,9 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
       if (p.ranks == at && p.bytes > 0) points.emplace_back(p.bytes, p.time.count);
     }
     if (points.empty()) return {};
-    return Seconds{interpolate(curve(std::move(points)), std::max(1.0, s.bytes))};
+    const auto c = curve(std::move(points));
+    const double x = std::max(1.0, s.bytes);
+    return Seconds{gpu ? affine(c, x) : interpolate(c, x)};
   }
   // log2(time / FLOP) of the points around, as a plane through them.
   std::vector<Near> near;

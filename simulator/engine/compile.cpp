@@ -127,8 +127,8 @@ class Compiler {
       const KernelShape shape = shape_of(p_, i, rank);
       if (shape.kernel.empty()) return;
       // Ranks of one host share its memory, and those of one core its caches.
-      if (const auto t =
-              measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)))) {
+      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)),
+                                       device.compute_capability > 0)) {
         out.time = *t + device.dispatch;
         // Measured alone: what runs beside it stretches it as any other.
         if (device.compute_capability > 0) out.of_time = stretch_of(work_of(p_, i, rank), i);

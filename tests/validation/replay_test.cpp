@@ -91,10 +91,13 @@ TEST(Replay, APredictionReplayedIsThePrediction) {
       const Replayed twice = replayed(program, program, t, as_predicted(program, t, rank, 2), idle);
       EXPECT_NEAR(twice.compute_measured / same.compute_measured, 2, 1e-3);
       EXPECT_GT(twice.step_replayed, same.step_replayed);
-      if (pp == 1)
-        EXPECT_LE((twice.step_replayed - same.step_replayed) / same.compute_measured, 1.02);
-      if (tp * pp * dp == 1)
-        EXPECT_NEAR((twice.step_replayed - same.step_replayed) / same.compute_measured, 1, 0.02);
+      const double more = (twice.step_replayed - same.step_replayed) / same.compute_measured;
+      if (pp == 1) {
+        EXPECT_LE(more, 1.02);
+      }
+      if (tp * pp * dp == 1) {
+        EXPECT_NEAR(more, 1, 0.02);
+      }
     }
   }
 }
@@ -102,9 +105,10 @@ TEST(Replay, APredictionReplayedIsThePrediction) {
 TEST(Replay, FewerLayersPriceTheWholeNetwork) {
   const Topology t = load_topology("dgx-h100:1");
   Plan p;
-  p.tp = 8;
+  p.tp = 4;
+  p.dp = 2;
   p.micro_batch = 2;
-  p.global_batch = 4;
+  p.global_batch = 8;
   const Program whole = program_of(decoder(12), p), part = program_of(decoder(3), p);
   const Replayed r = replayed(whole, part, t, as_predicted(part, t, 0, 1.5), {});
   const Replayed all = replayed(whole, whole, t, as_predicted(whole, t, 0, 1.5), {});

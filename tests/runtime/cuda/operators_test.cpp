@@ -96,6 +96,28 @@ TEST(CudaNumbers, SixteenBitsRoundAsOnTheHost) {
   }
 }
 
+TEST(CudaNumbers, OctetsAreTheirElementsWhereverTheyLie) {
+  std::mt19937 rng(8);
+  for (const ElementType type : {ElementType::fp32, ElementType::bf16, ElementType::fp16}) {
+    const std::int64_t width = storage(type, 1).count;
+    for (std::int64_t n = 0; n < 40; ++n) {
+      const auto offset = static_cast<std::int64_t>(rng() % 10);
+      alignas(64) std::byte from[256], to[256], want[256];
+      for (std::size_t k = 0; k < 256; ++k)
+        from[k] = static_cast<std::byte>(rng() % 60), to[k] = want[k] = std::byte{7};
+      const Numbers x{from + width * static_cast<std::int64_t>(rng() % 10), type},
+          y{to + width * offset, type}, w{want + width * offset, type};
+      for (std::int64_t i = 0; i < n; ++i) w[i] = 2 * x[i];
+      HostMachine m;
+      map_one(m, n, x, y, [](float v) { return 2 * v; });
+      EXPECT_TRUE(std::equal(to, to + 256, want)) << name(type) << ", " << n << " at " << offset;
+      map_two(m, n, y, x, y, [](float a, float b) { return a - b; });
+      for (std::int64_t i = 0; i < n; ++i)
+        EXPECT_EQ(static_cast<float>(y[i]), static_cast<float>(x[i]));
+    }
+  }
+}
+
 TEST(CudaNumbers, PositionsAreFoundInBothFormsOfAList) {
   const std::vector<std::int64_t> dense{3, 4, 5}, gaps{3, 5, 9};
   for (const IndexList list : {IndexList{nullptr, 3, 3}, IndexList{dense.data(), 0, 3}}) {
