@@ -481,8 +481,10 @@ BufferId step_buffer(Program& p, std::int64_t bytes) {
   b.name = fmt::format("buffer {}", p.buffers.size());
   b.category = Category::buffers;
   b.scope = Scope::step;
-  b.shape = {{Dim::feature, bytes / 4}};
-  b.layout.dims.resize(1);
+  // Of two dimensions: interpreters write each one's indices out.
+  const std::int64_t row = std::min<std::int64_t>(bytes / 4, 1024);
+  b.shape = {{Dim::sample, bytes / 4 / row}, {Dim::feature, row}};
+  b.layout.dims.resize(2);
   p.buffers.push_back(std::move(b));
   return BufferId{p.buffers.size() - 1};
 }
