@@ -59,8 +59,8 @@ part one-rank-narrow 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRankInNarrowT
 # Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.
 part validate 200 "$partita" validate --backend cuda --budget 75s --out "$out/profile"
 replay=(--backend cuda --steps 3 --json)
-part replay-llama 45 "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --rank 0 "${replay[@]}"
-part replay-gpt3 45 "$partita" replay gpt3-175b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --rank 0 "${replay[@]}"
+part replay-llama 45 "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 40 --rank 0 "${replay[@]}"
+part replay-gpt3 45 "$partita" replay gpt3-175b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 48 --rank 0 "${replay[@]}"
 small=(--layers 2 --seq 64 --vocabulary 256 --micro-batch 2 --global-batch 4 --steps 3 --backend cuda --json)
 share=(--share-gpu --ranks 2 --transport tcp --timeout 60)
 part nccl-dp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2
