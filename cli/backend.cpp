@@ -82,6 +82,7 @@ std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const Backe
     d.device = (o.threads ? rank : local_rank(rank)) % gpus;
     // Replicas of one product must round alike: they take the same algorithm, not the fastest.
     d.candidates = o.ranks == 1 ? 4 : 1;
+    d.tf32 = o.compute == ElementType::tf32;
     d.linked = linked(o);
     d.links.shared_gpu = o.share_gpu;
     d.links.timeout_s = std::max(o.timeout_s, 30.0);
@@ -90,6 +91,29 @@ std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const Backe
 #else
   return nullptr;
 #endif
+}
+
+Gpu backend_gpu() {
+#ifdef PARTITA_WITH_CUDA
+  const cuda::Facts f = plugin().facts(0);
+  return {f.name,
+          f.memory_bytes,
+          f.free_bytes,
+          f.multiprocessors,
+          f.compute_capability,
+          plugin().device_count()};
+#else
+  return {};
+#endif
+}
+
+cuda::GpuState backend_state() {
+#ifdef PARTITA_WITH_CUDA
+  static const auto library = cuda::nvml();
+  static const std::string bus = plugin().facts(0).bus_id;
+  if (library) return library->state(bus);
+#endif
+  return {};
 }
 
 std::string note_of(const BackendOptions& o) {

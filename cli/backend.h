@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "runtime/cuda/nvml.h"
 #include "runtime/execute/device.h"
 
 namespace partita::cli {
@@ -15,12 +16,23 @@ struct BackendOptions {
   bool threads = false;      ///< the ranks are threads of this process
   int ranks = 1;
   double timeout_s = 10;
+  ElementType compute = ElementType::fp32;  ///< the plan's: tf32 is a GPU's choice of products
 };
 
 /// InputError, in one line, where the backend is unknown, not in this build, or finds no GPU.
 void check_backend(const BackendOptions& options);
 /// What a rank's executor asks for its device; null: the host. After check_backend.
 std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const BackendOptions& options);
+/// The first GPU, in figures, and what its driver says of it just now (0: nothing). After
+/// check_backend.
+struct Gpu {
+  std::string name;
+  std::int64_t memory_bytes = 0, free_bytes = 0;
+  int multiprocessors = 0, compute_capability = 0;
+  int count = 0;  ///< of this machine's GPUs
+};
+Gpu backend_gpu();
+cuda::GpuState backend_state();
 /// What the user should know of how the ranks' GPUs are reached; empty: nothing.
 std::string note_of(const BackendOptions& options);
 /// "NVIDIA H200 (9.0, 132 multiprocessors, 139.8 GiB), driver 13.0, ..." ; of a build without CUDA

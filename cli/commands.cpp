@@ -327,6 +327,7 @@ void add_commands(CLI::App& app, int& code) {
   add_reference(app, code);
   add_startup(app, code);
   add_run(app, code);
+  add_replay(app);
   add_validate(app, code);
   add_fit(app);
 }

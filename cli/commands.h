@@ -13,6 +13,7 @@ void add_commands(CLI::App& app, int& code);
 
 void add_collective(CLI::App& app);
 void add_compare(CLI::App& app);
+void add_replay(CLI::App& app);
 void add_reference(CLI::App& app, int& code);
 void add_startup(CLI::App& app, int& code);
 void add_whatif(CLI::App& app, int& code);

@@ -46,8 +46,10 @@ struct Options {
   bool json = false, no_check = false, share_gpu = false;
 };
 
-BackendOptions backend_of(const Options& o, std::int64_t ranks, const std::string& transport) {
-  return {o.backend, o.share_gpu, transport == "threads", static_cast<int>(ranks), o.timeout_s};
+BackendOptions backend_of(const Options& o, std::int64_t ranks, const std::string& transport,
+                          ElementType compute = ElementType::fp32) {
+  return {o.backend,   o.share_gpu, transport == "threads", static_cast<int>(ranks),
+          o.timeout_s, compute};
 }
 
 /// Multiply-accumulates of all steps that the serial network is run for.
@@ -538,7 +540,7 @@ void run(const Options& o, int& code) {
   Job job = job_of(o);
   const std::int64_t ranks = job.plan.ranks();
   const Mode mode = mode_of(o, ranks);
-  const BackendOptions backend = backend_of(o, ranks, mode.transport);
+  const BackendOptions backend = backend_of(o, ranks, mode.transport, job.plan.precision.compute);
   check_backend(backend);
   const Describe describe = [&job](int rank, std::int64_t step, std::int64_t instruction) {
     return execute::place(job.program, rank, step, instruction);

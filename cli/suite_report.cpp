@@ -18,7 +18,9 @@ constexpr std::size_t kWorst = 8;  // pairs that are listed
 
 std::vector<validation::CaseFigures> figures_of(const SuiteReport& r) {
   std::vector<validation::CaseFigures> all;
-  for (const SuiteRow& row : r.rows) all.push_back(row.figures);
+  for (const SuiteRow& row : r.rows) {
+    if (row.timed) all.push_back(row.figures);
+  }
   return all;
 }
 
@@ -52,13 +54,14 @@ void print_json(const SuiteReport& r) {
   const auto figures = figures_of(r);
   for (const SuiteRow& row : r.rows) {
     const auto& f = row.figures;
+    const auto timed = [&](double x) { return row.timed ? Json(x) : Json(nullptr); };
     Json c{{"name", f.name},
            {"ranks", f.ranks},
            {"equal_to_reference", row.checked ? Json(row.equal) : Json(nullptr)},
-           {"predicted_s", f.predicted},
-           {"measured_s", f.measured},
-           {"noise", f.noise},
-           {"memory_error", row.memory_error}};
+           {"predicted_s", timed(f.predicted)},
+           {"measured_s", timed(f.measured)},
+           {"noise", timed(f.noise)},
+           {"memory_error", timed(row.memory_error)}};
     c["same_program"] = nullptr;
     if (row.program)
       c["same_program"] = {
@@ -100,7 +103,25 @@ void print_json(const SuiteReport& r) {
                                    {"measured_s", k.sum.measured.count},
                                    {"predicted_s", k.sum.predicted.count},
                                    {"noise", k.noise()}});
+  if (!r.held_out.empty()) {
+    j["held_out"] = Json::array();
+    for (const auto& h : r.held_out)
+      j["held_out"].push_back({{"kernel", h.kernel},
+                               {"points", h.points},
+                               {"mape", h.mean},
+                               {"bias", h.bias},
+                               {"max", h.most}});
+  }
   fmt::print("{}\n", j.dump(2));
+}
+
+std::string held_out_table(const std::vector<validation::Judged>& held) {
+  std::vector<std::vector<std::string>> table{
+      {"points that were not fitted", "points", "mean error", "bias", "largest"}};
+  for (const auto& h : held)
+    table.push_back({h.kernel, std::to_string(h.points), percent(h.mean), signed_percent(h.bias),
+                     percent(h.most)});
+  return align(table);
 }
 
 void print(const SuiteReport& r) {
@@ -109,16 +130,17 @@ void print(const SuiteReport& r) {
                                                "predicted", "error", "noise", "memory"}};
   for (const SuiteRow& row : r.rows) {
     const auto& f = row.figures;
-    table.push_back({f.name, std::to_string(f.ranks),
-                     !row.checked ? "-"
-                     : row.equal  ? "equal"
-                                  : "DIFFERS",
-                     !row.program           ? "-"
-                     : row.program->equal() ? "same"
-                                            : "DIFFERS",
-                     text(Seconds{f.measured}), text(Seconds{f.predicted}),
-                     signed_percent(f.error()), percent(f.noise),
-                     signed_percent(row.memory_error)});
+    table.push_back(
+        {f.name, std::to_string(f.ranks),
+         !row.checked ? "-"
+         : row.equal  ? "equal"
+                      : "DIFFERS",
+         !row.program           ? "-"
+         : row.program->equal() ? "same"
+                                : "DIFFERS",
+         row.timed ? text(Seconds{f.measured}) : "-", row.timed ? text(Seconds{f.predicted}) : "-",
+         row.timed ? signed_percent(f.error()) : "-", row.timed ? percent(f.noise) : "-",
+         row.timed ? signed_percent(row.memory_error) : "-"});
   }
   fmt::print("{}\n", align(table));
   for (const SuiteRow& row : r.rows) {
@@ -160,6 +182,7 @@ void print(const SuiteReport& r) {
                text(Seconds{fast.predicted}), text(Seconds{slow.predicted}));
   }
   if (wrong.size() > kWorst) fmt::print("wrong order: {} more pairs\n", wrong.size() - kWorst);
+  if (!r.held_out.empty()) fmt::print("{}\n", held_out_table(r.held_out));
   for (const auto& line : r.outliers) fmt::print("rounds far apart: {}\n", line);
 }
 

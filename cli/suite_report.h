@@ -8,13 +8,15 @@
 #include "validation/compare.h"
 #include "validation/figures.h"
 #include "validation/program_check.h"
+#include "validation/sampling.h"
 
 namespace partita::cli {
 
 struct SuiteRow {
   validation::CaseFigures figures;
-  bool checked = true;                              ///< against the reference
-  bool equal = true;                                ///< to it
+  bool checked = true;  ///< against the reference
+  bool equal = true;    ///< to it
+  bool timed = true;    ///< false: too small for its time to say anything, of the figures its name
   std::optional<validation::ProgramCheck> program;  ///< empty: nothing was compared
   double memory_error = 0;
 };
@@ -31,11 +33,14 @@ struct SuiteReport {
   std::vector<SuiteRow> rows;
   std::vector<SuiteKind> kinds;
   std::vector<std::string> outliers;
+  std::vector<validation::Judged> held_out;  ///< calibration's points that were not fitted
 };
 
 /// 1 where a case differs from its reference, executes another program than the simulator plays or
 /// a bound is missed, else 0.
 int exit_code(const SuiteReport& report);
+/// Of calibration's points that were not fitted, by kernel.
+std::string held_out_table(const std::vector<validation::Judged>& held);
 void print(const SuiteReport& report);
 void print_json(const SuiteReport& report);
 

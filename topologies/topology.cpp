@@ -397,6 +397,16 @@ Topology Topology::with_routing(SpineRouting routing, const std::string& place) 
   return Topology(std::move(impl));
 }
 
+Topology Topology::with_kernels(const KernelTable& kernels) const {
+  auto impl = std::make_shared<Impl>(*impl_);
+  for (DeviceProfile& d : impl->profiles) {
+    for (const auto& [kernel, points] : kernels) d.kernels[kernel] = points;
+  }
+  Topology t(std::move(impl));
+  t.state_ = state_;
+  return t;
+}
+
 std::vector<LinkId> Topology::route(DeviceId a, DeviceId b) const {
   std::vector<LinkId> out;
   if (a == b) return out;

@@ -109,6 +109,9 @@ class Topology {
   /// choose from.
   Topology with_routing(SpineRouting routing, const std::string& place) const;
 
+  /// The same cluster, whose devices' kernels were measured: before what their files say of them.
+  Topology with_kernels(const KernelTable& kernels) const;
+
   /// Links of the best path, in order; empty if a == b; between ranks of one device its link to the
   /// host and back, if there is one. Best: fewest links, then the larger
   /// bottleneck, then the lower latency, then the NIC of the device's own number. A route between

@@ -239,6 +239,49 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   return all;
 }
 
+std::vector<CalibrationRun> gpu_calibration_runs() {
+  std::vector<CalibrationRun> all;
+  const auto add = [&](Graph g, const char* precision, std::int64_t batch, bool sgd) {
+    CalibrationRun r;
+    r.graph = std::move(g);
+    r.plan = single_precision();
+    set_precision(r.plan, precision, "");
+    r.plan.micro_batch = batch;
+    r.plan.global_batch = 2 * batch;  // gradients that add up are kernels of their own kind
+    if (sgd) r.plan.optimizer.kind = OptimizerKind::sgd;
+    if (!sgd) r.plan.optimizer.clip = 1;
+    r.name = fmt::format("{}, batch {}, {}", r.graph.name, batch, precision);
+    all.push_back(std::move(r));
+  };
+  // Corners first: what is interpolated between needs them.
+  for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
+       {std::tuple{1024, 512, 4096, 16, 8192, 1},
+        {8192, 2048, 24576, 64, 16384, 1},
+        {1280, 2048, 5120, 20, 24576, 8},
+        {5120, 1024, 13824, 40, 32768, 2},
+        {2048, 3072, 5504, 16, 49152, 2},
+        {3072, 1536, 8192, 24, 65536, 3},
+        {1536, 768, 6144, 12, 40960, 6},
+        {6144, 512, 16384, 48, 20480, 1},
+        {2560, 2560, 10240, 20, 12288, 2},
+        {896, 1280, 3584, 14, 30720, 12}}) {
+    const bool modern = hidden % 2048 == 0 || hidden == 5120;
+    TransformerConfig c = decoder(hidden, sequence, ffn, heads, vocabulary, modern);
+    if (!modern && batch > 5) c.activation = ActivationKind::gelu;
+    add(build_transformer(c), "bf16", batch, hidden % 3 == 0);
+  }
+  for (const char* precision : {"fp32", "tf32", "fp16"}) {
+    for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
+         {std::tuple{1024, 768, 4096, 16, 8192, 2}, {2560, 1024, 6912, 20, 16384, 1}})
+      add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, hidden == 2560)),
+          precision, batch, false);
+  }
+  for (const auto& [side, channels, batch] :
+       {std::tuple{96, 48, 24}, {48, 96, 48}, {24, 192, 64}, {12, 384, 96}, {192, 24, 12}})
+    add(images(fmt::format("images {} x {}", side, channels), side, channels), "bf16", batch, true);
+  return all;
+}
+
 void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, KernelTable& into) {
   // Samples are in program order, the same on every step.
   using Key = std::tuple<std::string, double, double, double, double, double>;
@@ -438,8 +481,10 @@ BufferId step_buffer(Program& p, std::int64_t bytes) {
   b.name = fmt::format("buffer {}", p.buffers.size());
   b.category = Category::buffers;
   b.scope = Scope::step;
-  b.shape = {{Dim::feature, bytes / 4}};
-  b.layout.dims.resize(1);
+  // Of two dimensions: interpreters write each one's indices out.
+  const std::int64_t row = std::min<std::int64_t>(bytes / 4, 1024);
+  b.shape = {{Dim::sample, bytes / 4 / row}, {Dim::feature, row}};
+  b.layout.dims.resize(2);
   p.buffers.push_back(std::move(b));
   return BufferId{p.buffers.size() - 1};
 }
@@ -456,14 +501,14 @@ double slowest_step(const std::vector<RankMeasurement>& ranks) { return median(s
 
 }  // namespace
 
-Program copy_program(int ranks) {
+Program copy_program(int ranks, std::int64_t largest) {
   Program p;
   if (ranks > 1) p.mesh.atoms = {{"r", ranks}};
   p.streams = {"compute"};
   p.blocks.resize(1);
   p.blocks[0].name = "copies";
   p.blocks[0].kind = BlockKind::step;
-  for (std::int64_t bytes = 4 << 10; bytes <= (16 << 20); bytes *= 4) {
+  for (std::int64_t bytes = 4 << 10; bytes <= largest; bytes *= 4) {
     const BufferId from = step_buffer(p, bytes), to = step_buffer(p, bytes);
     p.blocks[0].instructions.push_back(copying(from, to));
   }
@@ -514,10 +559,28 @@ double overlap_of(const std::vector<RankMeasurement>& both,
   return std::clamp((c + t - b) / std::min(c, t), 0.0, 1.0);
 }
 
+std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
+  std::vector<double> clocks;
+  for (const Unit& u : units) {
+    if (u.conditions.known()) clocks.push_back(u.conditions.clock_mhz);
+  }
+  std::vector<std::size_t> off;
+  const double middle = clocks.empty() ? 0 : median(clocks);
+  for (std::size_t k = 0; k < units.size(); ++k) {
+    const Conditions& c = units[k].conditions;
+    if (c.known() && std::abs(c.clock_mhz - middle) > 0.01 * middle) off.push_back(k);
+  }
+  return off;
+}
+
 Profile joined(const std::vector<Unit>& units) {
   Profile p;
   std::vector<double> dispatch, overlap;
-  for (const Unit& u : units) {
+  const std::vector<std::size_t> off = off_clock(units);
+  p.strayed = off.size();
+  for (std::size_t number = 0; number < units.size(); ++number) {
+    const Unit& u = units[number];
+    if (std::binary_search(off.begin(), off.end(), number)) continue;
     for (const auto& [kernel, points] : u.kernels)
       p.kernels[kernel].insert(p.kernels[kernel].end(), points.begin(), points.end());
     for (const auto& [kind, points] : u.collectives)
@@ -638,7 +701,65 @@ void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& r
   }
 }
 
+namespace {
+
+/// Of a GPU: its figures measured or its own, the rest assumed.
+std::string gpu_yaml(const Profile& p) {
+  std::map<std::string, double> rates;  // by type
+  double bandwidth = 0, largest = 0, latency = 0;
+  for (const auto& [kernel, points] : p.kernels) {
+    const std::size_t space = kernel.rfind(' ');
+    const std::string last = space == std::string::npos ? "" : kernel.substr(space + 1);
+    const bool typed = last == "bf16" || last == "fp16" || last == "tf32";
+    for (const KernelPoint& x : points) {
+      if (kernel == "copy" && x.bytes > largest)
+        largest = x.bytes, bandwidth = x.bytes / x.time.count;
+      const bool moves = kernel == "copy" || kernel == "load" || kernel == "slice";
+      if (!moves && (latency == 0 || x.time.count < latency)) latency = x.time.count;
+      // Attention's causal half is counted whole there: no rate of products.
+      if (x.m > 0 && kernel.rfind("linear", 0) == 0) {
+        double& rate = rates[typed ? last : "fp32"];
+        rate = std::max(rate, 2 * x.m * x.n * x.k * x.count / x.time.count);
+      }
+    }
+  }
+  const GpuFacts& g = *p.gpu;
+  std::string s = fmt::format(
+      "schema: partita.device/1\nname: calibrated-gpu\nsource: '{0}'\n"
+      "memory: {{value: {1} MiB, source: '{2}: its own word'}}\n"
+      "usable_memory: {{value: {3} MiB, source: 'memory less 0.5 GiB of context (assumed)'}}\n",
+      p.provenance, g.memory.count >> 20, g.name, (g.memory.count >> 20) - 512);
+  const auto figure = [&](const std::string& key, double value, double assumed,
+                          const std::string& unit, const std::string& how) {
+    s += value > 0 ? fmt::format("{}: {{value: {:.5g} {}, source: '{}: {}'}}\n", key, value, unit,
+                                 p.provenance, how)
+                   : fmt::format("{}: {{value: {:g} {}, source: assumed}}\n", key, assumed, unit);
+  };
+  figure("memory_bandwidth", bandwidth / 1e9, 1000, "GB/s", "the largest copy");
+  s += "matrix_rates:\n";
+  for (const char* type : {"fp32", "tf32", "bf16", "fp16"}) {
+    const auto it = rates.find(type);
+    figure(fmt::format("  {}", type), it == rates.end() ? 0 : it->second / 1e12, 50, "TFLOP/s",
+           "the fastest product");
+  }
+  s += "vector_rate: {value: 30 TFLOP/s, source: assumed}\n";
+  s +=
+      fmt::format("matrix_efficiency: {{value: {}, source: assumed}}\n", rates.empty() ? 0.6 : 1.0);
+  s += fmt::format("memory_efficiency: {{value: {}, source: assumed}}\n", bandwidth > 0 ? 1 : 0.8);
+  figure("kernel_latency", latency * 1e6, 3, "us", "the shortest kernel");
+  s += fmt::format(
+      "multiprocessors: {{value: {}, source: '{}: its own word'}}\n"
+      "compute_capability: {{value: {}, source: '{}: its own word'}}\n",
+      g.multiprocessors, g.name, g.compute_capability, g.name);
+  return s;
+}
+
+std::string kernels_yaml(const Profile& p);
+
+}  // namespace
+
 std::string device_yaml(const Profile& p) {
+  if (p.gpu) return gpu_yaml(p) + kernels_yaml(p);
   // What the tables do not hold is priced by rates: those of the largest copy and the fastest
   // product.
   double bandwidth = 0, largest = 0, product = 0;
@@ -666,7 +787,7 @@ std::string device_yaml(const Profile& p) {
       "memory_efficiency: {{value: {}, source: assumed}}\n"
       "kernel_latency: {{value: 1 us, source: assumed}}\nmultiprocessors: {}\n"
       "concurrent_streams: false\nhost_cores: {}\n"
-      "{}{}kernels:\n",
+      "{}{}",
       p.provenance, figure(bandwidth, 10, "GB/s", "the largest copy, one rank"), rate, rate, rate,
       product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
       !p.dispatch_measured
@@ -676,6 +797,13 @@ std::string device_yaml(const Profile& p) {
       !p.overlap_measured ? ""
                           : fmt::format("overlap: {{value: {:.3f}, source: '{}: spread {:.3f}'}}\n",
                                         p.overlap, p.provenance, p.overlap_spread));
+  return s + kernels_yaml(p);
+}
+
+namespace {
+
+std::string kernels_yaml(const Profile& p) {
+  std::string s = "kernels:\n";
   for (const auto& [kernel, points] : p.kernels) {
     s += fmt::format("  '{}':\n", kernel);
     for (const KernelPoint& x : points) {
@@ -688,6 +816,8 @@ std::string device_yaml(const Profile& p) {
   }
   return s;
 }
+
+}  // namespace
 
 std::string cluster_yaml(const Profile& p, const std::string& device_file, int devices) {
   std::string s = fmt::format(
@@ -802,6 +932,31 @@ std::vector<SuiteCase> suite() {
   add(x, "tp 2", [](Plan& p) { p.tp = 2; });
   add(images("cnn synchronised", 16, 16, true), "spatial 2",
       [](Plan& p) { p.strategy = "spatial", p.tp = 2; });
+  return all;
+}
+
+std::vector<SuiteCase> gpu_suite() {
+  std::vector<SuiteCase> all;
+  const auto add = [&](const char* model, int layers, std::int64_t sequence, std::int64_t batch) {
+    ModelOptions o;
+    o.layers = layers;
+    o.sequence = sequence;
+    SuiteCase one;
+    one.graph = load_model(model, o);
+    one.plan = single_precision();
+    set_precision(one.plan, "bf16", "");
+    one.plan.micro_batch = one.plan.global_batch = batch;
+    one.name =
+        fmt::format("{}{}{}, batch {}", model, layers > 0 ? fmt::format(" x {}", layers) : "",
+                    sequence > 0 ? fmt::format(", {} tokens", sequence) : "", batch);
+    all.push_back(std::move(one));
+  };
+  add("gpt2", 0, 1024, 4);
+  add("llama-3-8b", 2, 4096, 1);
+  add("gpt3-1.3b", 0, 2048, 1);
+  add("bert-large", 0, 512, 8);
+  add("resnet-50", 0, 0, 32);
+  add("vgg-16", 0, 0, 32);
   return all;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,10 @@ struct CalibrationRun {
 /// For hosts on which `ranks` work at once.
 std::vector<CalibrationRun> calibration_runs(int ranks);
 
+/// The same for a GPU: shapes that fill it, in bf16 mostly, none of a network of the GPU suite.
+/// `rate`: FLOP/s of the dullest GPU they are for, so that a step takes no more than a second.
+std::vector<CalibrationRun> gpu_calibration_runs();
+
 /// Kernel points of one calibration run: medians over steps and ranks, equal shapes joined.
 void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, KernelTable& into);
 
@@ -44,9 +49,9 @@ std::vector<Program> collective_programs(int ranks);
 void harvest_collectives(const Program& program, const std::vector<RankMeasurement>& ranks,
                          int cores, CollectiveTable& into);
 
-/// Copies of 4 KiB to 16 MiB by `ranks` ranks at once: what memory gives each, in caches and
+/// Copies of 4 KiB to `largest` by `ranks` ranks at once: what memory gives each, in caches and
 /// beyond.
-Program copy_program(int ranks);
+Program copy_program(int ranks, std::int64_t largest = 16 << 20);
 /// Their points, under "copy"; bytes count reading and writing.
 void harvest_copies(const Program& program, const std::vector<RankMeasurement>& ranks,
                     KernelTable& into);
@@ -61,6 +66,13 @@ double overlap_of(const std::vector<RankMeasurement>& both,
                   const std::vector<RankMeasurement>& transfer,
                   const std::vector<RankMeasurement>& compute);
 
+/// What a GPU says of itself.
+struct GpuFacts {
+  std::string name;
+  Bytes memory;
+  int multiprocessors = 0, compute_capability = 0;
+};
+
 struct Profile {
   std::string provenance;  ///< host, date, versions: the `source` of every figure
   KernelTable kernels;
@@ -70,7 +82,11 @@ struct Profile {
   double overlap = 0, overlap_spread = 0;
   bool dispatch_measured = false, overlap_measured = false;
   int cores = 1;
+  std::optional<GpuFacts> gpu;  ///< whose profile it is; else a host's
+  std::size_t strayed = 0;      ///< units left out for their clock (left_out_for_clock)
 };
+/// Numbers of units whose clock was more than 1 % off the median of all that say one.
+std::vector<std::size_t> off_clock(const std::vector<Unit>& units);
 /// All rounds' units joined: medians, and how far the rounds are apart.
 Profile joined(const std::vector<Unit>& units);
 
@@ -87,5 +103,8 @@ struct SuiteCase {
 };
 /// Networks times plans on 1, 2 and 4 ranks, small enough for the reference.
 std::vector<SuiteCase> suite();
+/// Networks that people train, whole or a few layers, on one GPU in bf16: for time and memory, too
+/// large for the reference. No calibration run has their shapes.
+std::vector<SuiteCase> gpu_suite();
 
 }  // namespace partita::validation

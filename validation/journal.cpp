@@ -34,6 +34,13 @@ Json json_of(const Unit& u) {
   }
   if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
   if (!u.overlap.empty()) j["overlap"] = u.overlap;
+  if (const Conditions& c = u.conditions; c.known()) {
+    j["conditions"] = {{"clock_mhz", c.clock_mhz},
+                       {"memory_clock_mhz", c.memory_clock_mhz},
+                       {"power_w", c.power_w},
+                       {"temperature_c", c.temperature_c},
+                       {"throttled", c.throttled}};
+  }
   if (!u.record.empty()) j["record"] = Json::parse(u.record);
   return j;
 }
@@ -65,6 +72,12 @@ Unit unit_of(const Json& j) {
   }
   u.dispatch = j.value("dispatch", std::vector<double>{});
   u.overlap = j.value("overlap", std::vector<double>{});
+  if (j.contains("conditions")) {
+    const Json& c = j.at("conditions");
+    u.conditions = {c.at("clock_mhz").get<double>(), c.at("memory_clock_mhz").get<double>(),
+                    c.at("power_w").get<double>(), c.at("temperature_c").get<double>(),
+                    c.at("throttled").get<std::string>()};
+  }
   if (j.contains("record")) u.record = j.at("record").dump();
   return u;
 }

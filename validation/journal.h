@@ -13,6 +13,14 @@
 
 namespace partita::validation {
 
+/// A GPU's state as NVML gives it; 0: it says nothing.
+struct Conditions {
+  double clock_mhz = 0, memory_clock_mhz = 0, power_w = 0, temperature_c = 0;
+  std::string throttled;  ///< what keeps its clock down; empty: nothing
+  bool known() const { return clock_mhz > 0; }
+  friend bool operator==(const Conditions&, const Conditions&) = default;
+};
+
 /// One thing measured in one round: a calibration run, the collectives, copies or overlap of one
 /// number of ranks.
 struct Unit {
@@ -25,6 +33,7 @@ struct Unit {
   std::vector<double> dispatch;  ///< seconds between two instructions
   std::vector<double> overlap;   ///< share of the smaller of transfer and compute
   std::string record;            ///< JSON of who measures something else
+  Conditions conditions;         ///< of the device, when it was measured
 };
 
 /// What may be joined: the same machine, the same way of measuring.

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/element_type.h"
 #include "runtime/reference/kernels.h"
 
 namespace partita::cpu {
@@ -23,6 +24,7 @@ struct Tensor {
   const std::int64_t* ids = nullptr;            ///< token ids, labels
   std::byte* bytes = nullptr;                   ///< masks
   const std::vector<Row>* rows = nullptr;       ///< of a routed tensor
+  ElementType type = ElementType::fp32;         ///< of `values`; these kernels take fp32 only
   explicit operator bool() const { return index != nullptr; }
   std::int64_t size() const;
 };

@@ -42,13 +42,14 @@ struct Problem {
 
 class Cudnn : public Convolutions {
  public:
-  explicit Cudnn(cudnnHandle_t handle) : handle_(handle) {}
+  Cudnn(cudnnHandle_t handle, bool tf32) : handle_(handle), tf32_(tf32) {}
   ~Cudnn() override {
     problems_.clear();
     cudnnDestroy(handle_);
   }
-  bool run(CudaMachine& m, const ConvolutionShape& shape, ConvolutionPass pass, float* x, float* w,
-           float* y, bool adds) override {
+  bool run(CudaMachine& m, const ConvolutionShape& shape, ConvolutionPass pass, Numbers to_x,
+           Numbers to_w, Numbers to_y, bool adds) override {
+    void *x = to_x.data(), *w = to_w.data(), *y = to_y.data();
     check(cudnnSetStream(handle_, m.stream()), "a stream");
     Problem& p = problems_[{shape, pass}];
     if (p.x == nullptr) describe(p, shape, pass);
@@ -86,26 +87,31 @@ class Cudnn : public Convolutions {
  private:
   void describe(Problem& p, const ConvolutionShape& s, ConvolutionPass pass) {
     const auto n = [](std::int64_t v) { return static_cast<int>(v); };
+    const cudnnDataType_t type = s.type == ElementType::bf16   ? CUDNN_DATA_BFLOAT16
+                                 : s.type == ElementType::fp16 ? CUDNN_DATA_HALF
+                                                               : CUDNN_DATA_FLOAT;
     check(cudnnCreateTensorDescriptor(&p.x), "a tensor");
     check(cudnnCreateTensorDescriptor(&p.y), "a tensor");
     check(cudnnCreateFilterDescriptor(&p.w), "a filter");
     check(cudnnCreateConvolutionDescriptor(&p.convolution), "a convolution");
-    check(cudnnSetTensor4dDescriptor(p.x, CUDNN_TENSOR_NCHW, CUDNN_DATA_FLOAT, n(s.samples),
-                                     n(s.in), n(s.height), n(s.width)),
+    check(cudnnSetTensor4dDescriptor(p.x, CUDNN_TENSOR_NCHW, type, n(s.samples), n(s.in),
+                                     n(s.height), n(s.width)),
           "a tensor");
-    check(cudnnSetTensor4dDescriptor(p.y, CUDNN_TENSOR_NCHW, CUDNN_DATA_FLOAT, n(s.samples),
-                                     n(s.out), n(s.out_height), n(s.out_width)),
+    check(cudnnSetTensor4dDescriptor(p.y, CUDNN_TENSOR_NCHW, type, n(s.samples), n(s.out),
+                                     n(s.out_height), n(s.out_width)),
           "a tensor");
-    check(cudnnSetFilter4dDescriptor(p.w, CUDNN_DATA_FLOAT, CUDNN_TENSOR_NCHW, n(s.out),
-                                     n(s.in / s.groups), n(s.window_height), n(s.window_width)),
+    check(cudnnSetFilter4dDescriptor(p.w, type, CUDNN_TENSOR_NCHW, n(s.out), n(s.in / s.groups),
+                                     n(s.window_height), n(s.window_width)),
           "a filter");
     check(cudnnSetConvolution2dDescriptor(
               p.convolution, n(s.pad_height), n(s.pad_width), n(s.stride_height), n(s.stride_width),
               n(s.dilation_height), n(s.dilation_width), CUDNN_CROSS_CORRELATION, CUDNN_DATA_FLOAT),
           "a convolution");
     check(cudnnSetConvolutionGroupCount(p.convolution, n(s.groups)), "a convolution's groups");
-    // No TF32: as our bound of rounding assumes.
-    check(cudnnSetConvolutionMathType(p.convolution, CUDNN_FMA_MATH), "a convolution's arithmetic");
+    // No TF32 unless the plan says so: as our bound of rounding assumes.
+    const cudnnMathType_t arithmetic =
+        tf32_ || type != CUDNN_DATA_FLOAT ? CUDNN_TENSOR_OP_MATH : CUDNN_FMA_MATH;
+    check(cudnnSetConvolutionMathType(p.convolution, arithmetic), "a convolution's arithmetic");
     constexpr int kMost = 8;
     int count = 0;
     const auto take = [&](const auto& found) {
@@ -141,22 +147,23 @@ class Cudnn : public Convolutions {
     }
   }
   cudnnHandle_t handle_;
+  bool tf32_;
   std::map<std::pair<ConvolutionShape, ConvolutionPass>, Problem> problems_;
 };
 
 }  // namespace
 
-std::unique_ptr<Convolutions> make_convolutions() {
+std::unique_ptr<Convolutions> make_convolutions(bool tf32) {
   cudnnHandle_t handle = nullptr;
   if (cudnnCreate(&handle) != CUDNN_STATUS_SUCCESS) return nullptr;
-  return std::make_unique<Cudnn>(handle);
+  return std::make_unique<Cudnn>(handle, tf32);
 }
 std::string cudnn_version() {
   const std::size_t v = cudnnGetVersion();
   return fmt::format("cuDNN {}.{}.{}", v / 10000, v / 100 % 100, v % 100);
 }
 #else
-std::unique_ptr<Convolutions> make_convolutions() { return nullptr; }
+std::unique_ptr<Convolutions> make_convolutions(bool) { return nullptr; }
 std::string cudnn_version() { return ""; }
 #endif
 

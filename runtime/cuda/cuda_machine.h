@@ -56,8 +56,8 @@ class CudaMachine {
   float* scratch(std::int64_t floats);
   std::int64_t scores() const { return 64 << 20; }
   IndexList list(const std::vector<std::int64_t>& indices);
-  bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, float* x, float* w, float* y,
-                bool adds);
+  bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x, Numbers w,
+                Numbers y, bool adds);
   /// The operator has queued all it has: its scratch is the next one's.
   void end();
 

@@ -122,15 +122,16 @@ class Gpu : public CudaDevice {
           "copy from the GPU");
     come(stream(), "copy from the GPU");
   }
-  void to_host_later(float* to, const std::byte* from) override {
+  void to_host_later(void* to, const std::byte* from, std::int64_t bytes) override {
     if (later_.size() == kSlots) {
       for (auto& [s, lane] : lanes_) come(lane.stream, "the losses so far");
       deliver();
     }
     float* slot = slots_ + later_.size();
-    check(cudaMemcpyAsync(slot, from, sizeof(float), cudaMemcpyDeviceToHost, stream()),
+    check(cudaMemcpyAsync(slot, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost,
+                          stream()),
           "copy of a loss");
-    later_.push_back(to);
+    later_.emplace_back(to, static_cast<std::size_t>(bytes));
   }
   void copy(std::byte* to, const std::byte* from, std::int64_t bytes) override {
     if (bytes == 0) return;
@@ -139,6 +140,10 @@ class Gpu : public CudaDevice {
   }
   void fill(std::byte* to, std::int64_t count, float value) override {
     if (count > 0) cuda::fill(machine(), reinterpret_cast<float*>(to), count, value);
+  }
+  void draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+            std::uint64_t seed) override {
+    if (n > 0) cuda::draw(machine(), {to, type}, n, mean, deviation, seed);
   }
   void pack(const RunList& list, std::int64_t word, const std::byte* from, std::byte* to) override {
     if (list.runs.size() == 1) {
@@ -311,7 +316,8 @@ class Gpu : public CudaDevice {
     return p;
   }
   void deliver() {
-    for (std::size_t i = 0; i < later_.size(); ++i) *later_[i] = slots_[i];
+    for (std::size_t i = 0; i < later_.size(); ++i)
+      std::memcpy(later_[i].first, slots_ + i, later_[i].second);
     later_.clear();
   }
   const RunTable& table(const RunList& list) {
@@ -344,7 +350,7 @@ class Gpu : public CudaDevice {
   Event recorded_ = 0, past_ = 0;
   std::int64_t marked_ = 0;
   float* slots_ = nullptr;
-  std::vector<float*> later_;
+  std::vector<std::pair<void*, std::size_t>> later_;
   std::vector<std::pair<void*, std::size_t>> staged_;
   std::multimap<std::size_t, void*> spare_;
   bool careful_ = false;

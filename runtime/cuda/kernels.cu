@@ -29,6 +29,10 @@ bool run_operator(CudaMachine& m, execute::Work work, const reference::Context& 
 bool run_plain_kernel(CudaMachine& m, const execute::PlainCall& call) { return run_plain(m, call); }
 
 void fill(CudaMachine& m, float* to, std::int64_t n, float value) { fill_values(m, to, n, value); }
+void draw(CudaMachine& m, Numbers to, std::int64_t n, float mean, float deviation,
+          std::uint64_t seed) {
+  draw_values(m, to, n, mean, deviation, seed);
+}
 
 void pack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
           std::byte* to) {

@@ -12,6 +12,8 @@ bool run_operator(CudaMachine& m, execute::Work work, const reference::Context& 
 bool run_plain_kernel(CudaMachine& m, const execute::PlainCall& call);
 
 void fill(CudaMachine& m, float* to, std::int64_t n, float value);
+void draw(CudaMachine& m, Numbers to, std::int64_t n, float mean, float deviation,
+          std::uint64_t seed);
 
 /// Runs in the GPU's memory, with how many words lie before each.
 struct RunTable {

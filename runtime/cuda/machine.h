@@ -5,17 +5,24 @@
 // that share it. Everything here is compiled by nvcc and by the host's compiler.
 #pragma once
 
+#include <cmath>
 #include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "base/element_type.h"
+
 #ifdef __CUDACC__
+#  include <cuda_bf16.h>
+#  include <cuda_fp16.h>
 #  define PARTITA_BOTH __host__ __device__ inline
+#  define PARTITA_LANE __device__ inline
 #  define PARTITA_KERNEL [=] __device__
 #else
 #  define PARTITA_BOTH inline
+#  define PARTITA_LANE inline
 #  define PARTITA_KERNEL [=]
 #endif
 
@@ -107,16 +114,244 @@ struct IndexList {
   }
 };
 
+// ------------------------------------------------------------------------------- 16-bit numbers
+
+PARTITA_BOTH std::uint32_t bits_of(float x) {
+  std::uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+PARTITA_BOTH float float_of(std::uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+/// Ties to even; a number that is none stays one.
+PARTITA_BOTH std::uint16_t to_bf16(float x) {
+#ifdef __CUDA_ARCH__
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  const std::uint32_t u = bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+#endif
+}
+PARTITA_BOTH float from_bf16(std::uint16_t h) {
+  return float_of(static_cast<std::uint32_t>(h) << 16);
+}
+PARTITA_BOTH std::uint16_t to_fp16(float x) {
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rn(x));
+#else
+  const std::uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u;
+  std::uint32_t a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (a >= 0x47800000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65536 and more
+  if (a < 0x38800000u) {                                                    // below 2^-14
+    // Subnormal: a sum that has its last bit where the result has it.
+    const float rounded = float_of(a) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (bits_of(rounded) - bits_of(0.5f)));
+  }
+  a += 0xc8000fffu + (a >> 13 & 1u);  // exponent - 112, and half a unit less what ties need
+  return static_cast<std::uint16_t>(sign | a >> 13);
+#endif
+}
+PARTITA_BOTH float from_fp16(std::uint16_t h) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(h));
+#else
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, e = h >> 10 & 31u,
+                      m = h & 0x3ffu;
+  if (e == 31) return float_of(sign | 0x7f800000u | m << 13);
+  if (e > 0) return float_of(sign | (e + 112) << 23 | m << 13);
+  const float small = static_cast<float>(m) * 0x1p-24f;
+  return sign != 0 ? -small : small;
+#endif
+}
+
+/// Elements in memory, of a type that the kernel learns when it runs; computed with in fp32.
+class Numbers {
+ public:
+  /// Reads as a float; what is written is rounded to the type.
+  class Element {
+   public:
+    PARTITA_BOTH Element(void* at, ElementType type, std::int64_t i)
+        : at_(at), i_(i), type_(type) {}
+    PARTITA_BOTH operator float() const {  // NOLINT: implicit by design
+      if (type_ == ElementType::fp32) return static_cast<const float*>(at_)[i_];
+      const std::uint16_t h = static_cast<const std::uint16_t*>(at_)[i_];
+      return type_ == ElementType::bf16 ? from_bf16(h) : from_fp16(h);
+    }
+    PARTITA_BOTH const Element& operator=(float v) const {
+      if (type_ == ElementType::fp32) {
+        static_cast<float*>(at_)[i_] = v;
+      } else {
+        static_cast<std::uint16_t*>(at_)[i_] = type_ == ElementType::bf16 ? to_bf16(v) : to_fp16(v);
+      }
+      return *this;
+    }
+    Element(const Element&) = default;
+    PARTITA_BOTH const Element& operator=(const Element& o) const {
+      return *this = static_cast<float>(o);
+    }
+    PARTITA_BOTH void operator+=(float v) const { *this = static_cast<float>(*this) + v; }
+    PARTITA_BOTH void operator-=(float v) const { *this = static_cast<float>(*this) - v; }
+    PARTITA_BOTH void operator*=(float v) const { *this = static_cast<float>(*this) * v; }
+    PARTITA_BOTH void operator/=(float v) const { *this = static_cast<float>(*this) / v; }
+
+   private:
+    void* at_;
+    std::int64_t i_;
+    ElementType type_;
+  };
+
+  PARTITA_BOTH Numbers(std::nullptr_t = nullptr) {}  // NOLINT: implicit by design
+  PARTITA_BOTH Numbers(float* p) : at_(p) {}         // NOLINT: implicit by design
+  PARTITA_BOTH Numbers(void* p, ElementType type) : at_(p), type_(type) {}
+
+  PARTITA_BOTH Element operator[](std::int64_t i) const { return {at_, type_, i}; }
+  PARTITA_BOTH Numbers operator+(std::int64_t n) const {
+    const std::int64_t width = type_ == ElementType::fp32 ? 4 : 2;
+    return {static_cast<std::byte*>(at_) + n * width, type_};
+  }
+  PARTITA_BOTH void* data() const { return at_; }
+  PARTITA_BOTH ElementType type() const { return type_; }
+  PARTITA_BOTH bool narrow() const { return type_ != ElementType::fp32; }
+  PARTITA_BOTH friend bool operator==(const Numbers& n, std::nullptr_t) { return n.at_ == nullptr; }
+
+ private:
+  void* at_ = nullptr;
+  ElementType type_ = ElementType::fp32;
+};
+
+/// Numbers that lie together, as one thread takes them at a time: one by one too little would be on
+/// its way from memory to keep it busy.
+struct Octet {
+  static constexpr std::int64_t kSize = 8;
+  float v[kSize];
+};
+/// 16 bytes at once.
+struct Sixteen {
+  std::uint32_t w[4];
+};
+PARTITA_BOTH Sixteen load_sixteen(const void* p) {
+  Sixteen s;
+#ifdef __CUDA_ARCH__
+  const uint4 q = *static_cast<const uint4*>(p);
+  s.w[0] = q.x, s.w[1] = q.y, s.w[2] = q.z, s.w[3] = q.w;
+#else
+  memcpy(&s, p, sizeof s);
+#endif
+  return s;
+}
+PARTITA_BOTH void store_sixteen(void* p, const Sixteen& s) {
+#ifdef __CUDA_ARCH__
+  *static_cast<uint4*>(p) = make_uint4(s.w[0], s.w[1], s.w[2], s.w[3]);
+#else
+  memcpy(p, &s, sizeof s);
+#endif
+}
+/// May all eight from there on be moved at once?
+PARTITA_BOTH bool together(const Numbers& at, std::int64_t count) {
+  return count >= Octet::kSize && reinterpret_cast<std::uintptr_t>(at.data()) % 16 == 0;
+}
+/// The first `count` of x[first], ...; beyond them 0.
+PARTITA_BOTH Octet octet(const Numbers& x, std::int64_t first, std::int64_t count) {
+  const Numbers at = x + first;
+  Octet o;
+  if (!together(at, count)) {
+    for (std::int64_t k = 0; k < Octet::kSize; ++k)
+      o.v[k] = k < count ? static_cast<float>(at[k]) : 0.0f;
+    return o;
+  }
+  const auto* p = static_cast<const std::byte*>(at.data());
+  const Sixteen low = load_sixteen(p);
+  if (!x.narrow()) {
+    const Sixteen high = load_sixteen(p + 16);
+    for (int k = 0; k < 4; ++k) o.v[k] = float_of(low.w[k]), o.v[4 + k] = float_of(high.w[k]);
+    return o;
+  }
+  for (int k = 0; k < 4; ++k) {
+    const auto a = static_cast<std::uint16_t>(low.w[k] & 0xffffu),
+               b = static_cast<std::uint16_t>(low.w[k] >> 16);
+    const bool bf16 = x.type() == ElementType::bf16;
+    o.v[2 * k] = bf16 ? from_bf16(a) : from_fp16(a);
+    o.v[2 * k + 1] = bf16 ? from_bf16(b) : from_fp16(b);
+  }
+  return o;
+}
+PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, const Octet& o) {
+  const Numbers at = y + first;
+  if (!together(at, count)) {
+    for (std::int64_t k = 0; k < Octet::kSize && k < count; ++k) at[k] = o.v[k];
+    return;
+  }
+  auto* p = static_cast<std::byte*>(at.data());
+  Sixteen low, high;
+  if (!y.narrow()) {
+    for (int k = 0; k < 4; ++k) low.w[k] = bits_of(o.v[k]), high.w[k] = bits_of(o.v[4 + k]);
+    store_sixteen(p, low);
+    store_sixteen(p + 16, high);
+    return;
+  }
+  for (int k = 0; k < 4; ++k) {
+    const bool bf16 = y.type() == ElementType::bf16;
+    const std::uint32_t a = bf16 ? to_bf16(o.v[2 * k]) : to_fp16(o.v[2 * k]),
+                        b = bf16 ? to_bf16(o.v[2 * k + 1]) : to_fp16(o.v[2 * k + 1]);
+    low.w[k] = a | b << 16;
+  }
+  store_sixteen(p, low);
+}
+/// How many octets n numbers are, the last maybe in part.
+PARTITA_BOTH std::int64_t octets(std::int64_t n) { return (n + Octet::kSize - 1) / Octet::kSize; }
+
+/// y[i] = f(x[i]), by octets.
+template <class F>
+struct MapOne {
+  Numbers x, y;
+  std::int64_t n;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    const std::int64_t first = number * Octet::kSize;
+    const Octet a = octet(x, first, n - first);
+    Octet r;
+    for (int k = 0; k < Octet::kSize; ++k) r.v[k] = f(a.v[k]);
+    put(y, first, n - first, r);
+  }
+};
+/// y[i] = f(x[i], z[i]).
+template <class F>
+struct MapTwo {
+  Numbers x, z, y;
+  std::int64_t n;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    const std::int64_t first = number * Octet::kSize;
+    const Octet a = octet(x, first, n - first), b = octet(z, first, n - first);
+    Octet r;
+    for (int k = 0; k < Octet::kSize; ++k) r.v[k] = f(a.v[k], b.v[k]);
+    put(y, first, n - first, r);
+  }
+};
+template <class M, class F>
+void map_one(M& m, std::int64_t n, Numbers x, Numbers y, F f) {
+  m.each(octets(n), MapOne<F>{x, y, n, f});
+}
+template <class M, class F>
+void map_two(M& m, std::int64_t n, Numbers x, Numbers z, Numbers y, F f) {
+  m.each(octets(n), MapTwo<F>{x, z, y, n, f});
+}
+
 /// A matrix in memory, row after row.
 struct Matrix {
-  float* at = nullptr;
+  Numbers at;
   std::int64_t stride = 0;  ///< from a row to the next
   std::int64_t step = 0;    ///< from a matrix of a batch to the next
   bool transposed = false;  ///< stands for its transpose
 };
 
 /// c[m, n] = alpha · a[m, k] · b[k, n] + beta · c, of each matrix of a batch. With beta 0 what c
-/// held is not read.
+/// held is not read. a and b are of one type, c is of theirs or fp32; sums are in fp32.
 struct Product {
   std::int64_t m = 0, n = 0, k = 0;
   Matrix a, b, c;
@@ -132,6 +367,7 @@ struct ConvolutionShape {
   std::int64_t samples, in, height, width, out, groups, window_height, window_width, out_height,
       out_width, stride_height, stride_width, dilation_height, dilation_width;
   std::int64_t pad_height = 0, pad_width = 0;
+  ElementType type = ElementType::fp32;  ///< of x, w and y
   friend auto operator<=>(const ConvolutionShape&, const ConvolutionShape&) = default;
 };
 
@@ -155,48 +391,12 @@ PARTITA_BOTH std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std:
 PARTITA_BOTH double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
   return static_cast<double>(random_bits(seed, a, b) >> 11) * 0x1p-53;
 }
-
-// ------------------------------------------------------------------------------- 16-bit numbers
-
-PARTITA_BOTH std::uint32_t bits_of(float x) {
-  std::uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-PARTITA_BOTH float float_of(std::uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-/// Ties to even; a number that is none stays one.
-PARTITA_BOTH std::uint16_t to_bf16(float x) {
-  const std::uint32_t u = bits_of(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
-  return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
-}
-PARTITA_BOTH float from_bf16(std::uint16_t h) {
-  return float_of(static_cast<std::uint32_t>(h) << 16);
-}
-PARTITA_BOTH std::uint16_t to_fp16(float x) {
-  const std::uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u;
-  std::uint32_t a = u & 0x7fffffffu;
-  if (a > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-  if (a >= 0x47800000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65536 and more
-  if (a < 0x38800000u) {                                                    // below 2^-14
-    // Subnormal: a sum that has its last bit where the result has it.
-    const float rounded = float_of(a) + 0.5f;
-    return static_cast<std::uint16_t>(sign | (bits_of(rounded) - bits_of(0.5f)));
-  }
-  a += 0xc8000fffu + (a >> 13 & 1u);  // exponent - 112, and half a unit less what ties need
-  return static_cast<std::uint16_t>(sign | a >> 13);
-}
-PARTITA_BOTH float from_fp16(std::uint16_t h) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, e = h >> 10 & 31u,
-                      m = h & 0x3ffu;
-  if (e == 31) return float_of(sign | 0x7f800000u | m << 13);
-  if (e > 0) return float_of(sign | (e + 112) << 23 | m << 13);
-  const float small = static_cast<float>(m) * 0x1p-24f;
-  return sign != 0 ? -small : small;
+/// As reference::normal, up to the rounding of its functions.
+PARTITA_BOTH double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
+  const std::uint64_t bits = random_bits(seed, a, b);
+  const double u = static_cast<double>(bits >> 11) * 0x1p-53,
+               v = static_cast<double>(splitmix(bits) >> 11) * 0x1p-53;
+  return sqrt(-2 * log(1 - u)) * cos(2 * 3.14159265358979323846 * v);
 }
 
 }  // namespace partita::cuda

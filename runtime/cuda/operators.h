@@ -32,6 +32,7 @@ inline std::int64_t extent(const Tensor& t, std::size_t first, std::size_t last)
   for (std::size_t d = first; d < last; ++d) n *= static_cast<std::int64_t>((*t.index)[d].size());
   return n;
 }
+inline Numbers numbers(const Tensor& t) { return {t.values, t.type}; }
 inline bool wanted(const Arguments& a, std::size_t k) {
   return k < a.results.size() && static_cast<bool>(a.results[k]);
 }
@@ -46,20 +47,30 @@ inline bool any_rows(const Arguments& a) {
   return false;
 }
 
+/// Of `type`, as scratch.
 template <class M>
-void copy_values(M& m, const float* from, float* to, std::int64_t n) {
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] = from[i]; });
+Numbers scratch(M& m, std::int64_t n, ElementType type) {
+  return {m.scratch(type == ElementType::fp32 ? n : (n + 1) / 2), type};
+}
+
+template <class M>
+void copy_values(M& m, Numbers from, Numbers to, std::int64_t n) {
+  map_one(
+      m, n, from, to, PARTITA_KERNEL(float v) { return v; });
 }
 template <class M>
-void fill_values(M& m, float* to, std::int64_t n, float value) {
+void fill_values(M& m, Numbers to, std::int64_t n, float value) {
   m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] = value; });
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        Octet o;
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = value;
+        put(to, number * Octet::kSize, n - number * Octet::kSize, o);
+      });
 }
 
 /// to[column] (+)= sum over rows of y[row, column], in two stages so that its order is fixed.
 template <class M>
-void sum_columns(M& m, const float* y, std::int64_t rows, std::int64_t columns, float* to,
+void sum_columns(M& m, Numbers y, std::int64_t rows, std::int64_t columns, Numbers to,
                  bool accumulate) {
   const std::int64_t chunk = 64, chunks = (rows + chunk - 1) / chunk;
   float* parts = m.scratch(chunks * columns);
@@ -79,6 +90,25 @@ void sum_columns(M& m, const float* y, std::int64_t rows, std::int64_t columns, 
       });
 }
 
+/// y[i] = x[i] + b[i % columns].
+template <class M>
+void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int64_t columns) {
+  const bool whole = columns % Octet::kSize == 0;  // an octet is of one row
+  m.each(
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = n - first;
+        Octet o = octet(x, first, count);
+        if (whole) {
+          const Octet c = octet(b, first % columns, Octet::kSize);
+          for (int k = 0; k < Octet::kSize; ++k) o.v[k] += c.v[k];
+        } else {
+          for (std::int64_t k = 0; k < Octet::kSize && k < count; ++k)
+            o.v[k] += b[(first + k) % columns];
+        }
+        put(y, first, count, o);
+      });
+}
+
 // ---------------------------------------------------------------------------------------- linear
 
 template <class M>
@@ -86,14 +116,14 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &w = a.parameters[0];
   const std::size_t batch = x.index->size() - static_cast<std::size_t>(op.contracted);
   const std::int64_t rows = extent(x, 0, batch), in = extent(x, batch, x.index->size());
-  if (rows == 0 || in == 0) return false;
+  if (rows == 0 || in == 0 || x.type != w.type) return false;
   const std::int64_t out = w.size() / in;
-  float* y = a.results[0].values;
-  m.product({rows, out, in, {x.values, in, 0, false}, {w.values, in, 0, true}, {y, out, 0, false}});
+  const Numbers y = numbers(a.results[0]);
+  m.product(
+      {rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}});
   if (op.bias && c.adds_bias) {
-    const float* b = a.parameters[1].values;
-    m.each(
-        rows * out, PARTITA_KERNEL(std::int64_t i) { y[i] += b[i % out]; });
+    const Numbers b = numbers(a.parameters[1]);
+    add_columns(m, y, b, y, rows * out, out);
   }
   return true;
 }
@@ -102,16 +132,16 @@ bool data(M& m, const Linear&, const Context&, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &w = a.parameters[0], &dx = a.results[0];
   // rows · in = all, rows · out = grads, in · out = weights: the input itself need not be kept.
   const std::int64_t weights = w.size(), all = dx.size(), grads = dy.size();
-  if (weights == 0 || all == 0 || grads == 0) return false;
+  if (weights == 0 || all == 0 || grads == 0 || dy.type != w.type) return false;
   const auto rows = static_cast<std::int64_t>(std::llround(std::sqrt(
       static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
   const std::int64_t in = all / rows, out = grads / rows;
   m.product({rows,
              in,
              out,
-             {dy.values, out, 0, false},
-             {w.values, in, 0, false},
-             {dx.values, in, 0, false},
+             {numbers(dy), out, 0, false},
+             {numbers(w), in, 0, false},
+             {numbers(dx), in, 0, false},
              1,
              1,
              a.accumulate ? 1.0f : 0.0f});
@@ -122,24 +152,24 @@ bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &dy = a.output_gradients[0];
   const std::size_t batch = x.index->size() - static_cast<std::size_t>(op.contracted);
   const std::int64_t rows = extent(x, 0, batch), in = extent(x, batch, x.index->size());
-  if (rows == 0 || in == 0) return false;
+  if (rows == 0 || in == 0 || x.type != dy.type) return false;
   const std::int64_t out = dy.size() / rows;
   if (wanted(a, 0)) {
     m.product({out,
                in,
                rows,
-               {dy.values, out, 0, true},
-               {x.values, in, 0, false},
-               {a.results[0].values, in, 0, false},
+               {numbers(dy), out, 0, true},
+               {numbers(x), in, 0, false},
+               {numbers(a.results[0]), in, 0, false},
                1,
                1,
                a.accumulate ? 1.0f : 0.0f});
   }
   if (op.bias && wanted(a, 1)) {
     if (c.adds_bias) {
-      sum_columns(m, dy.values, rows, out, a.results[1].values, a.accumulate);
+      sum_columns(m, numbers(dy), rows, out, numbers(a.results[1]), a.accumulate);
     } else if (!a.accumulate) {
-      fill_values(m, a.results[1].values, out, 0);
+      fill_values(m, numbers(a.results[1]), out, 0);
     }
   }
   return true;
@@ -148,18 +178,17 @@ bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
 template <class M>
 bool forward(M& m, const AddBias&, const Context&, const Arguments& a) {
   const std::int64_t n = a.parameters[0].size();
-  const float *x = a.inputs[0].values, *b = a.parameters[0].values;
-  float* y = a.results[0].values;
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] + b[i % n]; });
+  const Numbers x = numbers(a.inputs[0]), b = numbers(a.parameters[0]);
+  const Numbers y = numbers(a.results[0]);
+  add_columns(m, x, b, y, a.inputs[0].size(), n);
   return true;
 }
 template <class M>
 bool weight(M& m, const AddBias&, const Context&, const Arguments& a) {
   const std::int64_t n = a.results[0].size();
   if (n > 0)
-    sum_columns(m, a.output_gradients[0].values, a.output_gradients[0].size() / n, n,
-                a.results[0].values, a.accumulate);
+    sum_columns(m, numbers(a.output_gradients[0]), a.output_gradients[0].size() / n, n,
+                numbers(a.results[0]), a.accumulate);
   return true;
 }
 
@@ -172,8 +201,8 @@ bool forward(M& m, const Embedding&, const Context&, const Arguments& a) {
   const std::int64_t n = extent(table, 1, 2);
   const IndexList held = m.list((*table.index)[0]);
   const std::int64_t* id = ids.ids;
-  const float* w = table.values;
-  float* y = a.results[0].values;
+  const Numbers w = numbers(table);
+  const Numbers y = numbers(a.results[0]);
   m.each(
       ids.size() * n, PARTITA_KERNEL(std::int64_t i) {
         const std::int64_t row = held.find(id[i / n]);
@@ -191,11 +220,11 @@ bool weight(M& m, const Embedding&, const Context&, const Arguments& a) {
   const Tensor &ids = a.inputs[0], &table = a.results[0];
   if (ids.ids == nullptr) return false;
   const std::int64_t n = extent(table, 1, 2), tokens = ids.size();
-  if (!a.accumulate) fill_values(m, table.values, table.size(), 0);
+  if (!a.accumulate) fill_values(m, numbers(table), table.size(), 0);
   const IndexList held = m.list((*table.index)[0]);
   const std::int64_t* id = ids.ids;
-  const float* dy = a.output_gradients[0].values;
-  float* w = table.values;
+  const Numbers dy = numbers(a.output_gradients[0]);
+  const Numbers w = numbers(table);
   // Positions below 2^31, as words.
   auto* next = reinterpret_cast<std::int32_t*>(m.scratch(2 * tokens));
   std::int32_t* first = next + tokens;
@@ -224,8 +253,8 @@ bool forward(M& m, const PositionEmbedding&, const Context&, const Arguments& a)
   const Tensor &x = a.inputs[0], &table = a.parameters[0];
   const std::int64_t n = extent(x, 2, 3), tokens = extent(x, 1, 2);
   const IndexList held = m.list((*table.index)[0]), positions = m.list((*x.index)[1]);
-  const float *from = x.values, *w = table.values;
-  float* y = a.results[0].values;
+  const Numbers from = numbers(x), w = numbers(table);
+  const Numbers y = numbers(a.results[0]);
   m.each(
       x.size(), PARTITA_KERNEL(std::int64_t i) {
         y[i] = from[i] + w[held.find(positions.at(i / n % tokens)) * n + i % n];
@@ -238,8 +267,8 @@ bool weight(M& m, const PositionEmbedding&, const Context&, const Arguments& a) 
   const std::int64_t n = extent(dy, 2, 3), tokens = extent(dy, 1, 2), samples = extent(dy, 0, 1);
   const bool accumulate = a.accumulate;
   const IndexList held = m.list((*table.index)[0]), positions = m.list((*dy.index)[1]);
-  const float* d = dy.values;
-  float* w = table.values;
+  const Numbers d = numbers(dy);
+  const Numbers w = numbers(table);
   m.each(
       table.size(), PARTITA_KERNEL(std::int64_t i) {
         const std::int64_t token = positions.find(held.at(i / n));
@@ -270,7 +299,7 @@ struct Moments {
   float mean, inverse;
 };
 /// From sums, or as a forward statistic of the whole left them.
-PARTITA_BOTH Moments moments_of(const Runs& r, const float* sums, bool whole, std::int64_t g) {
+PARTITA_BOTH Moments moments_of(const Runs& r, Numbers sums, bool whole, std::int64_t g) {
   const float last = sums[g * r.width + r.width - 1];
   if (whole) return {r.width == 2 ? sums[g * 2] : 0.0f, last};
   const double mean = r.width == 2 ? static_cast<double>(sums[g * 2]) / r.members : 0;
@@ -283,8 +312,8 @@ template <class M>
 bool statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
-  const float* x = a.inputs[0].values;
-  float* to = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]);
+  const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
       r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
@@ -316,10 +345,10 @@ template <class M>
 bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
-  const float *x = a.inputs[0].values, *sums = a.statistics[0].values;
-  const float* scale = op.scale ? a.parameters[0].values : nullptr;
-  const float* bias = op.bias ? a.parameters[op.scale ? 1 : 0].values : nullptr;
-  float* y = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]), sums = numbers(a.statistics[0]);
+  const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
+  const Numbers bias = op.bias ? numbers(a.parameters[op.scale ? 1 : 0]) : nullptr;
+  const Numbers y = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
       r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
@@ -337,10 +366,10 @@ template <class M>
 bool backward_statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
-  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values,
-              *sums = a.statistics[0].values;
-  const float* scale = op.scale ? a.parameters[0].values : nullptr;
-  float* to = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
+                sums = numbers(a.statistics[0]);
+  const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
+  const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
       r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
@@ -364,10 +393,10 @@ template <class M>
 bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
-  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values,
-              *sums = a.statistics[0].values, *back = a.backward_statistics[0].values;
-  const float* scale = op.scale ? a.parameters[0].values : nullptr;
-  float* dx = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
+                sums = numbers(a.statistics[0]), back = numbers(a.backward_statistics[0]);
+  const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
+  const Numbers dx = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
       r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
@@ -388,11 +417,11 @@ template <class M>
 bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
-  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values,
-              *sums = a.statistics[0].values;
-  float* to_scale = op.scale && wanted(a, 0) ? a.results[0].values : nullptr;
+  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
+                sums = numbers(a.statistics[0]);
+  const Numbers to_scale = op.scale && wanted(a, 0) ? numbers(a.results[0]) : nullptr;
   const std::size_t second = op.scale ? 1 : 0;
-  float* to_bias = op.bias && wanted(a, second) ? a.results[second].values : nullptr;
+  const Numbers to_bias = op.bias && wanted(a, second) ? numbers(a.results[second]) : nullptr;
   const bool whole = a.whole_statistics, accumulate = a.accumulate;
   if (r.batch) {
     m.rows(
@@ -484,44 +513,54 @@ PARTITA_BOTH Curve curve(ActivationKind kind, float x) {
 
 template <class M>
 bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
-  const float* x = a.inputs[0].values;
-  float* y = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]);
+  const Numbers y = numbers(a.results[0]);
   const ActivationKind kind = op.kind;
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = curve(kind, x[i]).value; });
+  map_one(
+      m, a.inputs[0].size(), x, y, PARTITA_KERNEL(float v) { return curve(kind, v).value; });
   return true;
 }
 template <class M>
 bool data(M& m, const Activation& op, const Context&, const Arguments& a) {
-  const float *x = a.inputs[0].values, *dy = a.output_gradients[0].values;
-  float* dx = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]);
+  const Numbers dx = numbers(a.results[0]);
   const ActivationKind kind = op.kind;
-  m.each(
-      a.inputs[0].size(),
-      PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * curve(kind, x[i]).slope; });
+  map_two(
+      m, a.inputs[0].size(), dy, x, dx,
+      PARTITA_KERNEL(float d, float v) { return d * curve(kind, v).slope; });
   return true;
 }
 template <class M>
 bool forward(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
-  const float *x = a.inputs[0].values, *up = a.inputs[1].values;
-  float* y = a.results[0].values;
+  const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]);
+  const Numbers y = numbers(a.results[0]);
   const ActivationKind kind = op.kind;
-  m.each(
-      a.inputs[0].size(),
-      PARTITA_KERNEL(std::int64_t i) { y[i] = curve(kind, x[i]).value * up[i]; });
+  map_two(
+      m, a.inputs[0].size(), x, up, y,
+      PARTITA_KERNEL(float v, float u) { return curve(kind, v).value * u; });
   return true;
 }
 template <class M>
 bool data(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
   if (!wanted(a, 0) || !wanted(a, 1)) return false;
-  const float *x = a.inputs[0].values, *up = a.inputs[1].values, *dy = a.output_gradients[0].values;
-  float *d0 = a.results[0].values, *d1 = a.results[1].values;
+  const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]),
+                dy = numbers(a.output_gradients[0]);
+  const Numbers d0 = numbers(a.results[0]), d1 = numbers(a.results[1]);
   const ActivationKind kind = op.kind;
+  const std::int64_t n = a.inputs[0].size();
   m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) {
-        const Curve c = curve(kind, x[i]);
-        d0[i] = dy[i] * up[i] * c.slope;
-        d1[i] = dy[i] * c.value;
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = n - first;
+        const Octet v = octet(x, first, count), u = octet(up, first, count),
+                    d = octet(dy, first, count);
+        Octet to_x, to_up;
+        for (int k = 0; k < Octet::kSize; ++k) {
+          const Curve c = curve(kind, v.v[k]);
+          to_x.v[k] = d.v[k] * u.v[k] * c.slope;
+          to_up.v[k] = d.v[k] * c.value;
+        }
+        put(d0, first, count, to_x);
+        put(d1, first, count, to_up);
       });
   return true;
 }
@@ -530,7 +569,7 @@ template <class M>
 bool copied(M& m, const Arguments& a) {
   const Tensor& dy = a.output_gradients[0];
   for (const Tensor& t : a.results) {
-    if (t) copy_values(m, dy.values, t.values, dy.size());
+    if (t) copy_values(m, numbers(dy), numbers(t), dy.size());
   }
   return true;
 }
@@ -548,29 +587,30 @@ bool data(M& m, const Add&, const Context&, const Arguments& a) {
 }
 template <class M>
 bool forward(M& m, const Add&, const Context&, const Arguments& a) {
-  const float *x = a.inputs[0].values, *z = a.inputs[1].values;
-  float* y = a.results[0].values;
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] + z[i]; });
+  const Numbers x = numbers(a.inputs[0]), z = numbers(a.inputs[1]);
+  const Numbers y = numbers(a.results[0]);
+  map_two(
+      m, a.inputs[0].size(), x, z, y, PARTITA_KERNEL(float v, float w) { return v + w; });
   return true;
 }
 template <class M>
 bool forward(M& m, const Multiply&, const Context&, const Arguments& a) {
-  const float *x = a.inputs[0].values, *z = a.inputs[1].values;
-  float* y = a.results[0].values;
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] * z[i]; });
+  const Numbers x = numbers(a.inputs[0]), z = numbers(a.inputs[1]);
+  const Numbers y = numbers(a.results[0]);
+  map_two(
+      m, a.inputs[0].size(), x, z, y, PARTITA_KERNEL(float v, float w) { return v * w; });
   return true;
 }
 template <class M>
 bool data(M& m, const Multiply&, const Context&, const Arguments& a) {
-  const float* dy = a.output_gradients[0].values;
+  const Numbers dy = numbers(a.output_gradients[0]);
   for (std::size_t k = 0; k < 2; ++k) {
     if (!wanted(a, k)) continue;
-    const float* other = a.inputs[1 - k].values;
-    float* dx = a.results[k].values;
-    m.each(
-        a.output_gradients[0].size(), PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * other[i]; });
+    const Numbers other = numbers(a.inputs[1 - k]);
+    const Numbers dx = numbers(a.results[k]);
+    map_two(
+        m, a.output_gradients[0].size(), dy, other, dx,
+        PARTITA_KERNEL(float d, float v) { return d * v; });
   }
   return true;
 }
@@ -584,8 +624,7 @@ struct Places {
 };
 /// Keeps what the reference keeps: an element's number depends on its place in its sample.
 template <class M>
-bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, const float* from,
-             float* to) {
+bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers from, Numbers to) {
   constexpr std::uint64_t kDropout = 0x64726f70;
   const Shape& shape = c.signature->outputs[0].shape;
   Places p;
@@ -623,24 +662,24 @@ bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, const f
 }
 template <class M>
 bool forward(M& m, const Dropout& op, const Context& c, const Arguments& a) {
-  return dropped(m, op, c, a.inputs[0], a.inputs[0].values, a.results[0].values);
+  return dropped(m, op, c, a.inputs[0], numbers(a.inputs[0]), numbers(a.results[0]));
 }
 template <class M>
 bool data(M& m, const Dropout& op, const Context& c, const Arguments& a) {
   const Tensor& dy = a.output_gradients[0];
-  return dropped(m, op, c, dy, dy.values, a.results[0].values);
+  return dropped(m, op, c, dy, numbers(dy), numbers(a.results[0]));
 }
 
 /// Turns each pair by `direction` times its angle.
 template <class M>
-bool rotate(M& m, const Rotary& op, const float* from, const Tensor& to, float direction) {
+bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direction) {
   const std::size_t dims = to.index->size();
   const std::int64_t tokens = extent(to, 1, 2), inner = extent(to, 2, dims), head = op.head_dim,
                      half = op.rotated / 2, still = op.head_dim - op.rotated;
   if (extent(to, dims - 1, dims) % head != 0) return false;
   const IndexList positions = m.list((*to.index)[1]);
   const double base = op.base, rotated = static_cast<double>(op.rotated);
-  float* y = to.values;
+  const Numbers y = numbers(to);
   m.each(
       to.size(), PARTITA_KERNEL(std::int64_t i) {
         const std::int64_t within = i % inner % head;
@@ -660,11 +699,11 @@ bool rotate(M& m, const Rotary& op, const float* from, const Tensor& to, float d
 }
 template <class M>
 bool forward(M& m, const Rotary& op, const Context&, const Arguments& a) {
-  return rotate(m, op, a.inputs[0].values, a.results[0], 1);
+  return rotate(m, op, numbers(a.inputs[0]), a.results[0], 1);
 }
 template <class M>
 bool data(M& m, const Rotary& op, const Context&, const Arguments& a) {
-  return rotate(m, op, a.output_gradients[0].values, a.results[0], -1);
+  return rotate(m, op, numbers(a.output_gradients[0]), a.results[0], -1);
 }
 
 // ------------------------------------------------------------------------------------- attention
@@ -748,9 +787,9 @@ void for_each_tile(const Attention& op, const Heads& h, const Tensor& q, const T
 struct TileOperands {
   Matrix q, k, v, y;
 };
-inline TileOperands operands_of(const Heads& h, const ScoreTile& t, float* q, float* k, float* v,
-                                float* y) {
-  const auto at = [](float* p, std::int64_t offset) { return p == nullptr ? p : p + offset; };
+inline TileOperands operands_of(const Heads& h, const ScoreTile& t, Numbers q, Numbers k, Numbers v,
+                                Numbers y) {
+  const auto at = [](Numbers p, std::int64_t offset) { return p == nullptr ? p : p + offset; };
   const std::int64_t query = t.sample * h.queries + t.first, key = t.sample * h.keys + t.key;
   return {{at(q, query * h.q_row + t.g * h.width), h.q_row, h.group * h.width, false},
           {at(k, key * h.k_row), h.k_row, h.width, false},
@@ -767,47 +806,76 @@ PARTITA_BOTH std::int64_t line_of(const Heads& h, const ScoreTile& t, std::int64
   return ((t.sample * h.heads + head) * h.group + t.g) * h.queries + t.first + i;
 }
 
+/// Scores of one tile, in fp32, and what products take of them: the same memory where the operands
+/// are fp32, else numbers of the operands' type.
+struct Scores {
+  float *scores = nullptr, *slopes = nullptr;
+  Numbers factors;
+  Matrix matrix(Numbers at, const ScoreTile& t) const {
+    return {at, t.keys, t.rows * t.keys, false};
+  }
+};
+/// For the largest tile; `slopes`: a backward's. No scores where no query sees a key.
 template <class M>
-bool forward(M& m, const Attention& op, const Context&, const Arguments& a) {
-  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
-  const Heads h = heads_of(m, op, q, k);
-  float* lse = !op.materialised && !a.extras.empty() ? a.extras[0].values : nullptr;
-  float* kept = op.materialised && !a.extras.empty() ? a.extras[0].values : nullptr;
-  const float* sinks = op.sinks ? a.parameters[0].values : nullptr;
-  if (kept != nullptr) fill_values(m, kept, a.extras[0].size(), 0);
-  float *scores = nullptr, *y = a.results[0].values;
+Scores scores_for(M& m, const Attention& op, const Heads& h, const Tensor& q, const Tensor& k,
+                  bool slopes) {
   std::int64_t most = 0;
   for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
     most = h.heads * t.rows * t.keys > most ? h.heads * t.rows * t.keys : most;
   });
-  if (most == 0) {
+  Scores s;
+  if (most == 0) return s;
+  s.scores = m.scratch(most);
+  if (slopes) s.slopes = m.scratch(most);
+  s.factors = q.type == ElementType::fp32 ? Numbers(s.scores) : scratch(m, most, q.type);
+  return s;
+}
+inline bool one_type(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return q.type == k.type && q.type == v.type;
+}
+
+template <class M>
+bool forward(M& m, const Attention& op, const Context&, const Arguments& a) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  if (!one_type(q, k, v)) return false;
+  const Heads h = heads_of(m, op, q, k);
+  const Numbers lse = !op.materialised && !a.extras.empty() ? numbers(a.extras[0]) : nullptr;
+  const Numbers kept = op.materialised && !a.extras.empty() ? numbers(a.extras[0]) : nullptr;
+  const Numbers sinks = op.sinks ? numbers(a.parameters[0]) : nullptr;
+  if (kept != nullptr) fill_values(m, kept, a.extras[0].size(), 0);
+  const Numbers y = numbers(a.results[0]);
+  const Scores s = scores_for(m, op, h, q, k, false);
+  if (s.scores == nullptr) {
     fill_values(m, y, a.results[0].size(), 0);
     if (lse != nullptr) fill_values(m, lse, a.extras[0].size(), -INFINITY);
     return !op.sinks;
   }
-  scores = m.scratch(most);
   for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
-    attend_tile(m, h, t, operands_of(h, t, q.values, k.values, v.values, y), scores, sinks, lse,
+    attend_tile(m, h, t, operands_of(h, t, numbers(q), numbers(k), numbers(v), y), s, sinks, lse,
                 kept);
   });
   return true;
 }
 template <class M>
-void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, float* scores,
-                 const float* sinks, float* lse, float* kept) {
-  const Matrix s{scores, t.keys, t.rows * t.keys, false};
+void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, const Scores& s,
+                 Numbers sinks, Numbers lse, Numbers kept) {
+  float* const scores = s.scores;
+  const Numbers factors = s.factors;
   if (t.keys > 0)
-    m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), s, h.heads, h.scale, 0});
+    m.product(
+        {t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale, 0});
   m.rows(
       h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const std::int64_t head = row / t.rows, i = row % t.rows, line = line_of(h, t, head, i);
         float* p = scores + row * t.keys;
+        const Numbers to = factors + row * t.keys;
         double top = -INFINITY;
         for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
           if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
         }
         top = lanes.max(top);
-        const float sink = sinks != nullptr ? sinks[head * h.group + t.g] : -INFINITY;
+        const float sink =
+            sinks != nullptr ? static_cast<float>(sinks[head * h.group + t.g]) : -INFINITY;
         top = fmax(top, static_cast<double>(sink));
         const float high = infinite(top) ? 0.0f : static_cast<float>(top);
         double sum = 0;
@@ -820,20 +888,21 @@ void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o
         if (sinks != nullptr) total += expf(sink - high);
         const float factor = total > 0 ? 1 / total : 0.0f;
         for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
-          p[j] *= factor;
-          if (kept != nullptr) kept[line * h.keys + t.key + j] = p[j];
+          const float share = p[j] * factor;
+          to[j] = share;
+          if (kept != nullptr) kept[line * h.keys + t.key + j] = share;
         }
         if (lse != nullptr && lanes.lane() == 0)
           lse[line] = total > 0 ? high + logf(total) : -INFINITY;
       });
   if (t.keys > 0) {
-    m.product({t.rows, h.v_width, t.keys, s, o.v, o.y, h.heads, 1, 0});
+    m.product({t.rows, h.v_width, t.keys, s.matrix(factors, t), o.v, o.y, h.heads, 1, 0});
   } else {
     const Matrix y = o.y;
     const std::int64_t width = h.v_width;
     m.each(
         h.heads * t.rows * width, PARTITA_KERNEL(std::int64_t e) {
-          y.at[e / (t.rows * width) * y.step + e / width % t.rows * y.stride + e % width] = 0;
+          y.at[e / (t.rows * width) * y.step + e / width % t.rows * y.stride + e % width] = 0.0f;
         });
   }
 }
@@ -843,44 +912,48 @@ void attend_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o
 /// multiplies dy with, else the probabilities do.
 template <class M>
 void attend_tile_backward(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o,
-                          const TileOperands& d, const Matrix& dy, float* scores, const float* lse,
-                          const float* kept, bool part) {
-  const std::int64_t all = h.heads * t.rows * t.keys;
-  float* slopes = scores + all;
-  const Matrix p{scores, t.keys, t.rows * t.keys, false},
-      dp{slopes, t.keys, t.rows * t.keys, false};
+                          const TileOperands& d, const Matrix& dy, const Scores& all, Numbers lse,
+                          Numbers kept, bool part) {
+  float *const scores = all.scores, *const slopes = all.slopes;
+  const Numbers factors = all.factors;
+  const Matrix p = all.matrix(factors, t);
   if (kept == nullptr)
-    m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), p, h.heads, h.scale, 0});
+    m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), all.matrix(scores, t), h.heads,
+               h.scale, 0});
   m.each(
-      all, PARTITA_KERNEL(std::int64_t e) {
+      h.heads * t.rows * t.keys, PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t row = e / t.keys, j = e % t.keys, head = row / t.rows, i = row % t.rows;
         const std::int64_t line = line_of(h, t, head, i);
+        float share = 0;
         if (kept != nullptr) {
-          scores[e] = kept[line * h.keys + t.key + j];
+          share = kept[line * h.keys + t.key + j];
         } else {
           const bool sees = h.sees(t.first + i, t.key + j) && !infinite(lse[line]);
-          scores[e] = sees ? expf(scores[e] - lse[line]) : 0.0f;
+          share = sees ? expf(scores[e] - lse[line]) : 0.0f;
         }
+        scores[e] = share;
+        factors[e] = share;
       });
   m.product({t.keys, h.v_width, t.rows, transposed(p), dy, d.v, h.heads, 1, 1});
-  m.product({t.rows, t.keys, h.v_width, dy, transposed(o.v), dp, h.heads, 1, 0});
+  m.product({t.rows, t.keys, h.v_width, dy, transposed(o.v), all.matrix(slopes, t), h.heads, 1, 0});
   const Matrix y = o.y;
   const std::int64_t width = part ? h.v_width : t.keys;
   m.rows(
       h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const std::int64_t head = row / t.rows, i = row % t.rows;
         float *s = scores + row * t.keys, *ds = slopes + row * t.keys;
-        const float *one = s, *other = ds;
+        const Numbers to = factors + row * t.keys;
+        Numbers one = s, other = ds;
         if (part) {
-          one = y.at + head * y.step + i * y.stride;
-          other = dy.at + head * dy.step + i * dy.stride;
+          one = y.at + (head * y.step + i * y.stride);
+          other = dy.at + (head * dy.step + i * dy.stride);
         }
         double along = 0;
         for (std::int64_t j = lanes.lane(); j < width; j += lanes.count())
           along += static_cast<double>(one[j] * other[j]);
         const auto mean = static_cast<float>(lanes.sum(along));
         for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count())
-          s[j] *= (ds[j] - mean) * h.scale;
+          to[j] = s[j] * ((ds[j] - mean) * h.scale);
       });
   m.product({t.rows, h.width, t.keys, p, o.k, d.q, h.heads, 1, part ? 1.0f : 0.0f});
   m.product({t.keys, h.width, t.rows, transposed(p), o.q, d.k, h.heads, 1, 1});
@@ -888,28 +961,37 @@ void attend_tile_backward(M& m, const Heads& h, const ScoreTile& t, const TileOp
 template <class M>
 bool attend_backward(M& m, const Attention& op, const Arguments& a, bool part) {
   const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2], &dy = a.output_gradients[0];
-  if (a.extras.empty() || a.extras[0].values == nullptr) return false;
+  if (a.extras.empty() || numbers(a.extras[0]) == nullptr) return false;
   if (!wanted(a, 0) || !wanted(a, 1) || !wanted(a, 2)) return false;
+  if (!one_type(q, k, v) || dy.type != q.type) return false;
   const Heads h = heads_of(m, op, q, k);
-  if (!part) {
-    for (const Tensor& t : a.results) fill_values(m, t.values, t.size(), 0);
+  if (!part) fill_values(m, numbers(a.results[0]), a.results[0].size(), 0);
+  // All tiles add to these: in fp32.
+  Numbers sums[3];
+  for (std::size_t n : {std::size_t{1}, std::size_t{2}}) {
+    const Tensor& to = a.results[n];
+    sums[n] = numbers(to).narrow() ? Numbers(m.scratch(to.size())) : numbers(to);
+    if (!part || numbers(to).narrow()) fill_values(m, sums[n], to.size(), 0);
   }
-  std::int64_t most = 0;
-  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
-    most = h.heads * t.rows * t.keys > most ? h.heads * t.rows * t.keys : most;
-  });
-  if (most == 0) return true;
-  float* scores = m.scratch(2 * most);
-  const float* lse = op.materialised ? nullptr : a.extras[0].values;
-  const float* kept = op.materialised ? a.extras[0].values : nullptr;
-  float* y = part ? a.outputs[0].values : nullptr;
+  const Scores s = scores_for(m, op, h, q, k, true);
+  const Numbers lse = op.materialised ? nullptr : numbers(a.extras[0]);
+  const Numbers kept = op.materialised ? numbers(a.extras[0]) : nullptr;
+  const Numbers y = part ? numbers(a.outputs[0]) : nullptr;
   for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
     if (t.keys == 0) return;
-    attend_tile_backward(
-        m, h, t, operands_of(h, t, q.values, k.values, v.values, y),
-        operands_of(h, t, a.results[0].values, a.results[1].values, a.results[2].values, nullptr),
-        operands_of(h, t, nullptr, nullptr, nullptr, dy.values).y, scores, lse, kept, part);
+    attend_tile_backward(m, h, t, operands_of(h, t, numbers(q), numbers(k), numbers(v), y),
+                         operands_of(h, t, numbers(a.results[0]), sums[1], sums[2], nullptr),
+                         operands_of(h, t, nullptr, nullptr, nullptr, numbers(dy)).y, s, lse, kept,
+                         part);
   });
+  for (std::size_t n : {std::size_t{1}, std::size_t{2}}) {
+    const Numbers to = numbers(a.results[n]), from = sums[n];
+    if (!to.narrow()) continue;
+    m.each(
+        a.results[n].size(), PARTITA_KERNEL(std::int64_t i) {
+          to[i] = part ? to[i] + from[i] : static_cast<float>(from[i]);
+        });
+  }
   return true;
 }
 template <class M>
@@ -921,29 +1003,30 @@ bool data(M& m, const Attention& op, const Context&, const Arguments& a) {
 template <class M>
 bool attend_part(M& m, const Attention& op, const Arguments& a) {
   const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  if (!one_type(q, k, v)) return false;
   const Heads h = heads_of(m, op, q, k);
-  std::int64_t most = 0;
-  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
-    most = h.heads * t.rows * t.keys > most ? h.heads * t.rows * t.keys : most;
-  });
-  if (most == 0) return true;
-  float *scores = m.scratch(most), *lse = a.extras[0].values;
+  const Scores s = scores_for(m, op, h, q, k, false);
+  const Numbers lse = numbers(a.extras[0]);
   for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
     if (t.keys == 0) return;
-    const TileOperands o = operands_of(h, t, q.values, k.values, v.values, a.results[0].values);
-    add_tile(m, h, t, o, scores, lse);
+    add_tile(m, h, t, operands_of(h, t, numbers(q), numbers(k), numbers(v), numbers(a.results[0])),
+             s, lse);
   });
   return true;
 }
 template <class M>
-void add_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, float* scores,
-              float* lse) {
-  const Matrix s{scores, t.keys, t.rows * t.keys, false}, y = o.y;
-  m.product({t.rows, t.keys, h.width, o.q, transposed(o.k), s, h.heads, h.scale, 0});
+void add_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, const Scores& s,
+              Numbers lse) {
+  float* const scores = s.scores;
+  const Numbers factors = s.factors;
+  const Matrix y = o.y;
+  m.product(
+      {t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale, 0});
   m.rows(
       h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const std::int64_t head = row / t.rows, i = row % t.rows, line = line_of(h, t, head, i);
-        float *p = scores + row * t.keys, *to = y.at + head * y.step + i * y.stride;
+        float* p = scores + row * t.keys;
+        const Numbers share = factors + row * t.keys, to = y.at + (head * y.step + i * y.stride);
         double top = -INFINITY;
         for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
           if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
@@ -959,15 +1042,19 @@ void add_tile(M& m, const Heads& h, const ScoreTile& t, const TileOperands& o, f
         }
         // The sum is every lane's: nobody writes lse before all have read it.
         const auto all = static_cast<float>(lanes.sum(sum));
-        if (infinite(top)) return;  // sees nothing of this part
+        if (infinite(top)) {  // sees nothing of this part
+          for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) share[j] = 0.0f;
+          return;
+        }
         const float here = high + logf(all), largest = fmaxf(here, before);
         const float total = largest + logf(expf(here - largest) + expf(before - largest));
         const float factor = expf(here - total) / all, rest = expf(before - total);
-        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) p[j] *= factor;
+        for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count())
+          share[j] = p[j] * factor;
         for (std::int64_t f = lanes.lane(); f < h.v_width; f += lanes.count()) to[f] *= rest;
         if (lanes.lane() == 0) lse[line] = total;
       });
-  m.product({t.rows, h.v_width, t.keys, s, o.v, o.y, h.heads, 1, 1});
+  m.product({t.rows, h.v_width, t.keys, s.matrix(factors, t), o.v, o.y, h.heads, 1, 1});
 }
 
 template <class M>
@@ -976,13 +1063,13 @@ bool forward(M& m, const BatchedProduct&, const Context&, const Arguments& a) {
   const std::size_t dims = x.index->size();
   const std::int64_t rows = extent(x, dims - 2, dims - 1), k = extent(x, dims - 1, dims),
                      n = extent(w, dims - 1, dims), batch = extent(x, 0, dims - 2);
-  if (rows * k * n * batch == 0) return false;
+  if (rows * k * n * batch == 0 || x.type != w.type) return false;
   m.product({rows,
              n,
              k,
-             {x.values, k, rows * k, false},
-             {w.values, n, k * n, false},
-             {a.results[0].values, n, rows * n, false},
+             {numbers(x), k, rows * k, false},
+             {numbers(w), n, k * n, false},
+             {numbers(a.results[0]), n, rows * n, false},
              batch});
   return true;
 }
@@ -992,23 +1079,23 @@ bool data(M& m, const BatchedProduct&, const Context&, const Arguments& a) {
   const std::size_t dims = x.index->size();
   const std::int64_t rows = extent(x, dims - 2, dims - 1), k = extent(x, dims - 1, dims),
                      n = extent(w, dims - 1, dims), batch = extent(x, 0, dims - 2);
-  if (rows * k * n * batch == 0) return false;
-  const Matrix dy{a.output_gradients[0].values, n, rows * n, false};
+  if (rows * k * n * batch == 0 || x.type != w.type) return false;
+  const Matrix dy{numbers(a.output_gradients[0]), n, rows * n, false};
   if (wanted(a, 0))
     m.product({rows,
                k,
                n,
                dy,
-               {w.values, n, k * n, true},
-               {a.results[0].values, k, rows * k, false},
+               {numbers(w), n, k * n, true},
+               {numbers(a.results[0]), k, rows * k, false},
                batch});
   if (wanted(a, 1))
     m.product({k,
                n,
                rows,
-               {x.values, k, rows * k, true},
+               {numbers(x), k, rows * k, true},
                dy,
-               {a.results[1].values, n, k * n, false},
+               {numbers(a.results[1]), n, k * n, false},
                batch});
   return true;
 }
@@ -1018,8 +1105,8 @@ bool forward(M& m, const Softmax&, const Context&, const Arguments& a) {
   const Tensor& x = a.inputs[0];
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
   if (n == 0) return true;
-  const float* from = x.values;
-  float* y = a.results[0].values;
+  const Numbers from = numbers(x);
+  const Numbers y = numbers(a.results[0]);
   m.rows(
       x.size() / n, n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         double top = -INFINITY, sum = 0;
@@ -1041,8 +1128,8 @@ bool data(M& m, const Softmax&, const Context&, const Arguments& a) {
   const Tensor& y = a.outputs[0];
   const std::int64_t n = extent(y, y.index->size() - 1, y.index->size());
   if (n == 0) return true;
-  const float *p = y.values, *dy = a.output_gradients[0].values;
-  float* dx = a.results[0].values;
+  const Numbers p = numbers(y), dy = numbers(a.output_gradients[0]);
+  const Numbers dx = numbers(a.results[0]);
   m.rows(
       y.size() / n, n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         double along = 0;
@@ -1062,13 +1149,13 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
   const Tensor &x = a.inputs[0], &labels = a.inputs[1];
   if (labels.ids == nullptr) return false;
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
-  const float *from = x.values, *top = k == 0 ? nullptr : a.statistics[0].values;
+  const Numbers from = numbers(x), top = k == 0 ? nullptr : numbers(a.statistics[0]);
   const std::int64_t* label = labels.ids;
-  float* s = a.results[0].values;
+  const Numbers s = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
   m.rows(
       labels.size(), n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
-        const float* line = from + row * n;
+        const Numbers line = from + row * n;
         if (top == nullptr) {
           double high = -INFINITY;
           for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
@@ -1090,10 +1177,10 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
 }
 template <class M>
 bool forward(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
-  const float *top = a.statistics[0].values, *sums = a.statistics[1].values;
+  const Numbers top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]);
   const std::int64_t rows = a.inputs[1].size();
   const double scale = c.loss_scale;
-  float* y = a.results[0].values;
+  const Numbers y = numbers(a.results[0]);
   m.rows(
       1, rows, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
         double loss = 0;
@@ -1105,20 +1192,20 @@ bool forward(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
   return true;
 }
 /// Gradient of the loss; null: 1, it is the end of the network.
-inline const float* above(const Arguments& a) {
+inline Numbers above(const Arguments& a) {
   return a.output_gradients.empty() || !a.output_gradients[0] ? nullptr
-                                                              : a.output_gradients[0].values;
+                                                              : numbers(a.output_gradients[0]);
 }
 template <class M>
 bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &labels = a.inputs[1];
   if (labels.ids == nullptr) return false;
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
-  const float *from = x.values, *top = a.statistics[0].values, *sums = a.statistics[1].values,
-              *gradient = above(a);
+  const Numbers from = numbers(x), top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]),
+                gradient = above(a);
   const std::int64_t* label = labels.ids;
   const double scale = c.loss_scale;
-  float* dx = a.results[0].values;
+  const Numbers dx = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
   m.each(
       labels.size() * n, PARTITA_KERNEL(std::int64_t i) {
@@ -1133,9 +1220,9 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
 template <class M>
 bool forward(M& m, const MeanSquaredError&, const Context& c, const Arguments& a) {
   const std::int64_t n = a.inputs[0].size();
-  const float *x = a.inputs[0].values, *target = a.inputs[1].values;
+  const Numbers x = numbers(a.inputs[0]), target = numbers(a.inputs[1]);
   const double scale = c.loss_scale;
-  float* y = a.results[0].values;
+  const Numbers y = numbers(a.results[0]);
   m.rows(
       1, n, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
         double sum = 0;
@@ -1150,9 +1237,9 @@ bool forward(M& m, const MeanSquaredError&, const Context& c, const Arguments& a
 }
 template <class M>
 bool data(M& m, const MeanSquaredError&, const Context& c, const Arguments& a) {
-  const float *x = a.inputs[0].values, *target = a.inputs[1].values, *gradient = above(a);
+  const Numbers x = numbers(a.inputs[0]), target = numbers(a.inputs[1]), gradient = above(a);
   const double scale = c.loss_scale;
-  float* dx = a.results[0].values;
+  const Numbers dx = numbers(a.results[0]);
   m.each(
       a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) {
         const double g = gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0;
@@ -1182,7 +1269,7 @@ inline LocalWindow local_window(const Window& w, const Indices& x, const Indices
 }
 /// Pads or crops: to[plane, i, j] = from[plane, i + top, j + left], 0 outside.
 template <class M>
-void shift_planes(M& m, const float* from, float* to, std::int64_t planes, std::int64_t from_rows,
+void shift_planes(M& m, Numbers from, Numbers to, std::int64_t planes, std::int64_t from_rows,
                   std::int64_t from_columns, std::int64_t rows, std::int64_t columns,
                   std::int64_t top, std::int64_t left) {
   m.each(
@@ -1218,6 +1305,11 @@ bool convolution(M& m, const Convolution& op, const Context& c, const Arguments&
                          op.groups,     h.kernel,      w.kernel,   h.outputs, w.outputs,
                          h.stride,      w.stride,      h.dilation, w.dilation};
   if (shape.samples * shape.in * shape.out == 0 || shape.out % op.groups != 0) return false;
+  // Whatever the pass reads is of one type, which the library computes in.
+  const Tensor& one = pass == ConvolutionPass::data ? a.output_gradients[0] : a.inputs[0];
+  const Tensor& other = pass == ConvolutionPass::weight ? a.output_gradients[0] : a.parameters[0];
+  if (one.type != other.type) return false;
+  shape.type = one.type;
   const auto needs = [](const LocalWindow& l) {
     return (l.outputs - 1) * l.stride + l.dilation * (l.kernel - 1) + 1;
   };
@@ -1227,37 +1319,37 @@ bool convolution(M& m, const Convolution& op, const Context& c, const Arguments&
   };
   const std::int64_t planes = shape.samples * shape.in, columns = w.inputs, rows = h.inputs;
   const bool direct = alike(h) && alike(w);
-  float* padded = nullptr;
+  Numbers padded;
   if (direct) {
     shape.pad_height = -h.first;
     shape.pad_width = -w.first;
   } else {
     shape.height = needs(h);
     shape.width = needs(w);
-    padded = m.scratch(planes * shape.height * shape.width);
+    padded = scratch(m, planes * shape.height * shape.width, shape.type);
     if (pass != ConvolutionPass::data)
-      shift_planes(m, a.inputs[0].values, padded, planes, rows, columns, shape.height, shape.width,
-                   h.first, w.first);
+      shift_planes(m, numbers(a.inputs[0]), padded, planes, rows, columns, shape.height,
+                   shape.width, h.first, w.first);
   }
   const bool bias = op.bias && c.adds_bias;
   const std::int64_t area = shape.out_height * shape.out_width, out = shape.out;
   if (pass == ConvolutionPass::forward) {
-    float* y = a.results[0].values;
-    if (!m.convolve(shape, pass, direct ? a.inputs[0].values : padded, a.parameters[0].values, y,
-                    false))
+    const Numbers y = numbers(a.results[0]);
+    if (!m.convolve(shape, pass, direct ? numbers(a.inputs[0]) : padded, numbers(a.parameters[0]),
+                    y, false))
       return false;
     if (bias) {
-      const float* b = a.parameters[1].values;
+      const Numbers b = numbers(a.parameters[1]);
       m.each(
           shape.samples * out * area,
           PARTITA_KERNEL(std::int64_t e) { y[e] += b[e / area % out]; });
     }
     return true;
   }
-  float* dy = a.output_gradients[0].values;
+  const Numbers dy = numbers(a.output_gradients[0]);
   if (pass == ConvolutionPass::data) {
-    float* dx = a.results[0].values;
-    if (!m.convolve(shape, pass, direct ? dx : padded, a.parameters[0].values, dy, false))
+    const Numbers dx = numbers(a.results[0]);
+    if (!m.convolve(shape, pass, direct ? dx : padded, numbers(a.parameters[0]), dy, false))
       return false;
     if (!direct)
       shift_planes(m, padded, dx, planes, shape.height, shape.width, rows, columns, -h.first,
@@ -1265,11 +1357,21 @@ bool convolution(M& m, const Convolution& op, const Context& c, const Arguments&
     return true;
   }
   if (!wanted(a, 0)) return false;
-  if (!m.convolve(shape, pass, direct ? a.inputs[0].values : padded, a.results[0].values, dy,
-                  a.accumulate))
+  const Numbers dw = numbers(a.results[0]);
+  const std::int64_t weights = a.results[0].size();
+  const bool apart = dw.type() != shape.type, accumulates = a.accumulate;
+  const Numbers made = apart ? scratch(m, weights, shape.type) : dw;
+  if (!m.convolve(shape, pass, direct ? numbers(a.inputs[0]) : padded, made, dy,
+                  accumulates && !apart))
     return false;
+  if (apart) {
+    m.each(
+        weights, PARTITA_KERNEL(std::int64_t i) {
+          dw[i] = accumulates ? dw[i] + made[i] : static_cast<float>(made[i]);
+        });
+  }
   if (op.bias && wanted(a, 1)) {
-    float* to = a.results[1].values;
+    const Numbers to = numbers(a.results[1]);
     const std::int64_t samples = shape.samples;
     const bool accumulate = a.accumulate;
     m.rows(
@@ -1301,7 +1403,7 @@ struct Pooled {
   std::int64_t best, count;
   float top, sum;
 };
-PARTITA_BOTH Pooled pooled(const LocalWindow& h, const LocalWindow& w, const float* plane,
+PARTITA_BOTH Pooled pooled(const LocalWindow& h, const LocalWindow& w, Numbers plane,
                            std::int64_t i, std::int64_t j) {
   Pooled p{-1, 0, -INFINITY, 0};
   for (std::int64_t r = 0; r < h.kernel; ++r) {
@@ -1325,8 +1427,8 @@ bool forward(M& m, const Pool& op, const Context&, const Arguments& a) {
   const Tensor &x = a.inputs[0], &y = a.results[0];
   const LocalWindow h = local_window(op.height, (*x.index)[2], (*y.index)[2]),
                     w = local_window(op.width, (*x.index)[3], (*y.index)[3]);
-  const float* from = x.values;
-  float* to = y.values;
+  const Numbers from = numbers(x);
+  const Numbers to = numbers(y);
   const bool maximum = op.maximum, padding = op.count_padding;
   m.each(
       y.size(), PARTITA_KERNEL(std::int64_t e) {
@@ -1344,15 +1446,15 @@ bool data(M& m, const Pool& op, const Context&, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
   const LocalWindow h = local_window(op.height, (*dx.index)[2], (*dy.index)[2]),
                     w = local_window(op.width, (*dx.index)[3], (*dy.index)[3]);
-  const float *from = op.maximum ? a.inputs[0].values : nullptr, *d = dy.values;
-  float* to = dx.values;
+  const Numbers from = op.maximum ? numbers(a.inputs[0]) : nullptr, d = numbers(dy);
+  const Numbers to = numbers(dx);
   const bool maximum = op.maximum, padding = op.count_padding;
   m.each(
       dx.size(), PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t area = h.inputs * w.inputs, plane = e / area, at = e % area;
         const std::int64_t y = at / w.inputs, x = at % w.inputs;
-        const float* values = maximum ? from + plane * area : nullptr;
-        const float* above_it = d + plane * h.outputs * w.outputs;
+        const Numbers values = maximum ? from + plane * area : nullptr;
+        const Numbers above_it = d + plane * h.outputs * w.outputs;
         float sum = 0;
         for (std::int64_t r = 0; r < h.kernel; ++r) {
           const std::int64_t up = y - h.first - r * h.dilation;
@@ -1384,8 +1486,8 @@ bool forward(M& m, const GlobalAveragePool&, const Context& c, const Arguments& 
   const Shape& whole = c.signature->inputs[0].shape;
   const auto all = static_cast<float>(whole[2].extent * whole[3].extent);
   const std::int64_t plane = extent(x, 2, 4);
-  const float* from = x.values;
-  float* y = a.results[0].values;
+  const Numbers from = numbers(x);
+  const Numbers y = numbers(a.results[0]);
   m.rows(
       extent(x, 0, 2), plane, PARTITA_KERNEL(std::int64_t i, const Lanes& lanes) {
         double sum = 0;
@@ -1402,8 +1504,8 @@ bool data(M& m, const GlobalAveragePool&, const Context& c, const Arguments& a) 
   const Shape& whole = c.signature->inputs[0].shape;
   const auto all = static_cast<float>(whole[2].extent * whole[3].extent);
   const std::int64_t plane = extent(dx, 2, 4);
-  const float* dy = a.output_gradients[0].values;
-  float* to = dx.values;
+  const Numbers dy = numbers(a.output_gradients[0]);
+  const Numbers to = numbers(dx);
   m.each(
       dx.size(), PARTITA_KERNEL(std::int64_t i) { to[i] = dy[i / plane] / all; });
   return true;
@@ -1413,7 +1515,7 @@ bool data(M& m, const GlobalAveragePool&, const Context& c, const Arguments& a) 
 
 /// to[i, c, r] = from[i, r, c].
 template <class M>
-void turn(M& m, const float* from, float* to, std::int64_t images, std::int64_t rows,
+void turn(M& m, Numbers from, Numbers to, std::int64_t images, std::int64_t rows,
           std::int64_t columns) {
   m.each(
       images * rows * columns, PARTITA_KERNEL(std::int64_t e) {
@@ -1424,13 +1526,13 @@ void turn(M& m, const float* from, float* to, std::int64_t images, std::int64_t 
 template <class M>
 bool forward(M& m, const ToSequence&, const Context&, const Arguments& a) {
   const Tensor& x = a.inputs[0];
-  turn(m, x.values, a.results[0].values, extent(x, 0, 1), extent(x, 1, 2), extent(x, 2, 4));
+  turn(m, numbers(x), numbers(a.results[0]), extent(x, 0, 1), extent(x, 1, 2), extent(x, 2, 4));
   return true;
 }
 template <class M>
 bool data(M& m, const ToSequence&, const Context&, const Arguments& a) {
   const Tensor& dx = a.results[0];
-  turn(m, a.output_gradients[0].values, dx.values, extent(dx, 0, 1), extent(dx, 2, 4),
+  turn(m, numbers(a.output_gradients[0]), numbers(dx), extent(dx, 0, 1), extent(dx, 2, 4),
        extent(dx, 1, 2));
   return true;
 }
@@ -1439,8 +1541,8 @@ template <class M>
 bool forward(M& m, const PrependToken&, const Context&, const Arguments& a) {
   const std::int64_t n = a.parameters[0].size(), tokens = extent(a.inputs[0], 1, 2) * n,
                      sample = n + tokens;
-  const float *token = a.parameters[0].values, *x = a.inputs[0].values;
-  float* y = a.results[0].values;
+  const Numbers token = numbers(a.parameters[0]), x = numbers(a.inputs[0]);
+  const Numbers y = numbers(a.results[0]);
   m.each(
       extent(a.inputs[0], 0, 1) * sample, PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t i = e / sample, at = e % sample;
@@ -1452,8 +1554,8 @@ template <class M>
 bool data(M& m, const PrependToken&, const Context&, const Arguments& a) {
   const Tensor& dx = a.results[0];
   const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 1, 2) * n;
-  const float* dy = a.output_gradients[0].values;
-  float* to = dx.values;
+  const Numbers dy = numbers(a.output_gradients[0]);
+  const Numbers to = numbers(dx);
   m.each(
       dx.size(),
       PARTITA_KERNEL(std::int64_t e) { to[e] = dy[e / tokens * (n + tokens) + n + e % tokens]; });
@@ -1463,8 +1565,8 @@ template <class M>
 bool weight(M& m, const PrependToken&, const Context&, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &d = a.results[0];
   const std::int64_t sample = extent(dy, 1, 3), samples = extent(dy, 0, 1);
-  const float* from = dy.values;
-  float* to = d.values;
+  const Numbers from = numbers(dy);
+  const Numbers to = numbers(d);
   const bool accumulate = a.accumulate;
   m.each(
       d.size(), PARTITA_KERNEL(std::int64_t f) {
@@ -1482,8 +1584,8 @@ bool forward(M& m, const SelectToken& op, const Context&, const Arguments& a) {
                      tokens = extent(x, 1, 2);
   const Indices& held = (*x.index)[1];
   const bool here = token < tokens && held[static_cast<std::size_t>(token)] == op.index;
-  const float* from = x.values;
-  float* to = y.values;
+  const Numbers from = numbers(x);
+  const Numbers to = numbers(y);
   m.each(
       y.size(), PARTITA_KERNEL(std::int64_t e) {
         to[e] = here ? from[(e / n * tokens + token) * n + e % n] : 0.0f;
@@ -1495,8 +1597,8 @@ bool data(M& m, const SelectToken& op, const Context&, const Arguments& a) {
   const Tensor& dx = a.results[0];
   const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 1, 2), index = op.index;
   const IndexList held = m.list((*dx.index)[1]);
-  const float* dy = a.output_gradients[0].values;
-  float* to = dx.values;
+  const Numbers dy = numbers(a.output_gradients[0]);
+  const Numbers to = numbers(dx);
   m.each(
       dx.size(), PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t token = e / n % tokens;
@@ -1519,8 +1621,8 @@ void for_each_run(const Concat& op, const std::vector<Tensor>& parts, M&, F f) {
   }
 }
 template <class M>
-void join(M& m, const float* from, float* to, std::int64_t n, std::int64_t length,
-          std::int64_t before, std::int64_t whole, bool apart) {
+void join(M& m, Numbers from, Numbers to, std::int64_t n, std::int64_t length, std::int64_t before,
+          std::int64_t whole, bool apart) {
   m.each(
       n, PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t at = e / length * whole + before + e % length;
@@ -1535,7 +1637,7 @@ template <class M>
 bool forward(M& m, const Concat& op, const Context&, const Arguments& a) {
   for_each_run(op, a.inputs, m,
                [&](const Tensor& t, std::int64_t length, std::int64_t before, std::int64_t whole) {
-                 join(m, t.values, a.results[0].values, t.size(), length, before, whole, false);
+                 join(m, numbers(t), numbers(a.results[0]), t.size(), length, before, whole, false);
                });
   return true;
 }
@@ -1546,8 +1648,8 @@ bool data(M& m, const Concat& op, const Context& c, const Arguments& a) {
   }
   for_each_run(op, a.results, m,
                [&](const Tensor& t, std::int64_t length, std::int64_t before, std::int64_t whole) {
-                 join(m, a.output_gradients[0].values, t.values, t.size(), length, before, whole,
-                      true);
+                 join(m, numbers(a.output_gradients[0]), numbers(t), t.size(), length, before,
+                      whole, true);
                });
   return true;
 }
@@ -1556,8 +1658,8 @@ template <class M>
 bool forward(M& m, const AppendToHeads&, const Context&, const Arguments& a) {
   const Tensor &x = a.inputs[0], &tail = a.inputs[1];
   const std::int64_t heads = extent(x, 2, 3), n = extent(x, 3, 4), r = extent(tail, 2, 3);
-  const float *from = x.values, *end = tail.values;
-  float* y = a.results[0].values;
+  const Numbers from = numbers(x), end = numbers(tail);
+  const Numbers y = numbers(a.results[0]);
   m.each(
       extent(x, 0, 3) * (n + r), PARTITA_KERNEL(std::int64_t e) {
         const std::int64_t head = e / (n + r), at = e % (n + r);
@@ -1570,8 +1672,8 @@ bool data(M& m, const AppendToHeads&, const Context&, const Arguments& a) {
   if (!wanted(a, 0) || !wanted(a, 1)) return false;
   const Tensor &dx = a.results[0], &tail = a.results[1];
   const std::int64_t heads = extent(dx, 2, 3), n = extent(dx, 3, 4), r = extent(tail, 2, 3);
-  const float* dy = a.output_gradients[0].values;
-  float *to = dx.values, *end = tail.values;
+  const Numbers dy = numbers(a.output_gradients[0]);
+  const Numbers to = numbers(dx), end = numbers(tail);
   m.each(
       dx.size(), PARTITA_KERNEL(std::int64_t e) { to[e] = dy[e / n * (n + r) + e % n]; });
   m.each(
@@ -1591,8 +1693,7 @@ PARTITA_BOTH double score_of(bool sigmoid, double x, double top, double sum) {
   return sigmoid ? 1 / (1 + exp(-x)) : exp(x - top) / sum;
 }
 /// Is expert e among the best top_k; of equal logits the lower?
-PARTITA_BOTH bool chosen(const float* logits, std::int64_t experts, std::int64_t top_k,
-                         std::int64_t e) {
+PARTITA_BOTH bool chosen(Numbers logits, std::int64_t experts, std::int64_t top_k, std::int64_t e) {
   std::int64_t better = 0;
   for (std::int64_t o = 0; o < experts; ++o)
     better += logits[o] > logits[e] || (logits[o] == logits[e] && o < e) ? 1 : 0;
@@ -1600,14 +1701,14 @@ PARTITA_BOTH bool chosen(const float* logits, std::int64_t experts, std::int64_t
 }
 /// One token is a row; its lanes share the experts.
 template <class M>
-bool route(M& m, const Router& op, const Tensor& x, const float* dy, float* to) {
+bool route(M& m, const Router& op, const Tensor& x, Numbers dy, Numbers to) {
   const std::int64_t experts = extent(x, 2, 3), top_k = op.top_k;
-  const float* from = x.values;
+  const Numbers from = numbers(x);
   const bool sigmoid = op.sigmoid, normalise = op.normalise;
   const double scale = op.scale;
   m.rows(
       extent(x, 0, 2), experts, PARTITA_KERNEL(std::int64_t t, const Lanes& lanes) {
-        const float* logits = from + t * experts;
+        const Numbers logits = from + t * experts;
         double top = -INFINITY, sum = 0, total = 0, mean = 0, along = 0;
         for (std::int64_t e = lanes.lane(); e < experts; e += lanes.count())
           top = fmax(top, static_cast<double>(logits[e]));
@@ -1652,11 +1753,11 @@ bool route(M& m, const Router& op, const Tensor& x, const float* dy, float* to) 
 }
 template <class M>
 bool forward(M& m, const Router& op, const Context&, const Arguments& a) {
-  return route(m, op, a.inputs[0], static_cast<const float*>(nullptr), a.results[0].values);
+  return route(m, op, a.inputs[0], nullptr, numbers(a.results[0]));
 }
 template <class M>
 bool data(M& m, const Router& op, const Context&, const Arguments& a) {
-  return route(m, op, a.inputs[0], a.output_gradients[0].values, a.results[0].values);
+  return route(m, op, a.inputs[0], numbers(a.output_gradients[0]), numbers(a.results[0]));
 }
 
 // What has no kernel here is the host's.

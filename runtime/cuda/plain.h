@@ -8,6 +8,8 @@ namespace partita::cuda {
 
 using execute::PlainCall;
 
+inline Numbers numbers(const PlainCall::Operand& o) { return {o.data, o.type}; }
+
 // nvcc is told -fmad=false: no product is fused into a sum, as on the host, so that equal inputs
 // give equal bits.
 
@@ -18,23 +20,34 @@ PARTITA_BOTH double clip_factor(double clip, double square_sum) {
 }
 
 template <class M>
-void add_values(M& m, const float* from, float* to, std::int64_t n) {
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] += from[i]; });
+void add_values(M& m, Numbers from, Numbers to, std::int64_t n) {
+  map_two(
+      m, n, to, from, to, PARTITA_KERNEL(float sum, float v) { return sum + v; });
 }
 template <class M>
-void divide_values(M& m, const float* from, float* to, std::int64_t n, float by) {
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t i) { to[i] = from[i] / by; });
+void divide_values(M& m, Numbers from, Numbers to, std::int64_t n, float by) {
+  map_one(
+      m, n, from, to, PARTITA_KERNEL(float v) { return v / by; });
 }
 /// By 1 / by[0], or by the factor that clips a norm of square by[0].
 template <class M>
-void scale_values(M& m, float* v, std::int64_t n, const float* by, double clip, bool clips) {
+void scale_values(M& m, Numbers v, std::int64_t n, Numbers by, double clip, bool clips) {
   m.each(
       n, PARTITA_KERNEL(std::int64_t i) {
         const float factor =
             clips ? static_cast<float>(clip_factor(clip, static_cast<double>(by[0]))) : 1 / by[0];
         v[i] *= factor;
+      });
+}
+
+/// As execute::Device::draw.
+template <class M>
+void draw_values(M& m, Numbers to, std::int64_t n, float mean, float deviation,
+                 std::uint64_t seed) {
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) {
+        to[i] =
+            mean + deviation * static_cast<float>(normal(seed, 0, static_cast<std::uint64_t>(i)));
       });
 }
 
@@ -48,7 +61,7 @@ bool square_sum(M& m, const PlainCall& call, bool counts) {
   auto* parts = reinterpret_cast<double*>(m.scratch(2 * chunks + 2));
   chunks = 0;
   for (const auto& o : call.reads) {
-    const float* v = o.values();
+    const Numbers v = numbers(o);
     const std::int64_t n = o.elements, first = chunks, rows = (n + kChunk - 1) / kChunk;
     m.rows(
         rows, kChunk, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
@@ -63,7 +76,7 @@ bool square_sum(M& m, const PlainCall& call, bool counts) {
         });
     chunks += rows;
   }
-  float* to = call.writes[0].values();
+  const Numbers to = numbers(call.writes[0]);
   m.rows(
       1, chunks, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
         double sum = 0;
@@ -78,26 +91,38 @@ template <class M>
 bool optimizer(M& m, const PlainCall& call) {
   const std::int64_t n = call.writes[0].elements;
   if (n == 0) return true;
-  const float* gradient = call.reads[0].values();
+  const Numbers gradient = numbers(call.reads[0]);
   const bool dynamic = call.program->loss_scale.dynamic;
   // Gradients that overflowed are not used; with a loss scale the updates are counted beside it.
-  const float* overflow =
-      dynamic && !call.statistics.empty() ? call.statistics[0].values() : nullptr;
-  const float* counted = call.statistics.empty() ? nullptr : call.statistics[1].values();
-  float *w = call.writes[0].values(), *first = call.outputs[0].values();
+  const Numbers overflow =
+      dynamic && !call.statistics.empty() ? numbers(call.statistics[0]) : nullptr;
+  const Numbers counted = call.statistics.empty() ? nullptr : numbers(call.statistics[1]);
+  const Numbers image = numbers(call.writes[0]), first = numbers(call.outputs[0]);
+  // Where parameters are narrow the update goes to the master copy; the parameter is its image.
+  const bool mastered = !call.extras.empty();
+  const Numbers w = mastered ? numbers(call.extras[0]) : image;
+  if (mastered && call.step == 0) copy_values(m, image, w, n);
   const Optimizer& o = call.program->optimizer;
   if (o.kind == OptimizerKind::sgd) {
     const auto rate = static_cast<float>(o.learning_rate),
                momentum = static_cast<float>(o.momentum);
     m.each(
-        n, PARTITA_KERNEL(std::int64_t k) {
+        octets(n), PARTITA_KERNEL(std::int64_t number) {
           if (overflow != nullptr && overflow[0] != 0) return;
-          first[k] = momentum * first[k] + gradient[k];
-          w[k] -= rate * first[k];
+          const std::int64_t at = number * Octet::kSize, count = n - at;
+          const Octet g = octet(gradient, at, count);
+          Octet f = octet(first, at, count), p = octet(w, at, count);
+          for (int k = 0; k < Octet::kSize; ++k) f.v[k] = momentum * f.v[k] + g.v[k];
+          put(first, at, count, f);
+          // What is stored is what is used.
+          if (first.narrow()) f = octet(first, at, count);
+          for (int k = 0; k < Octet::kSize; ++k) p.v[k] -= rate * f.v[k];
+          put(w, at, count, p);
+          if (mastered) put(image, at, count, p);
         });
     return true;
   }
-  float* second = call.outputs[1].values();
+  const Numbers second = numbers(call.outputs[1]);
   const execute::AdamStep known = execute::adam_step(o, call.step);
   const double beta1 = o.beta1, beta2 = o.beta2, learning_rate = o.learning_rate;
   // Rate and scale, where only the device knows the number of updates.
@@ -114,13 +139,25 @@ bool optimizer(M& m, const PlainCall& call) {
         corrected[1] = static_cast<float>(1 / sqrt(1 - pow(beta2, t)));
       });
   m.each(
-      n, PARTITA_KERNEL(std::int64_t k) {
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
         if (overflow != nullptr && overflow[0] != 0) return;
-        const float g = gradient[k];
-        first[k] = known.beta1 * first[k] + (1 - known.beta1) * g;
-        second[k] = known.beta2 * second[k] + (1 - known.beta2) * g * g;
-        w[k] = w[k] * known.keep -
-               corrected[0] * first[k] / (sqrtf(second[k]) * corrected[1] + known.epsilon);
+        const std::int64_t at = number * Octet::kSize, count = n - at;
+        const Octet g = octet(gradient, at, count);
+        Octet f = octet(first, at, count), s = octet(second, at, count), p = octet(w, at, count);
+        for (int k = 0; k < Octet::kSize; ++k) {
+          f.v[k] = known.beta1 * f.v[k] + (1 - known.beta1) * g.v[k];
+          s.v[k] = known.beta2 * s.v[k] + (1 - known.beta2) * g.v[k] * g.v[k];
+        }
+        put(first, at, count, f);
+        put(second, at, count, s);
+        // What is stored is what is used.
+        if (first.narrow()) f = octet(first, at, count);
+        if (second.narrow()) s = octet(second, at, count);
+        for (int k = 0; k < Octet::kSize; ++k)
+          p.v[k] = p.v[k] * known.keep -
+                   corrected[0] * f.v[k] / (sqrtf(s.v[k]) * corrected[1] + known.epsilon);
+        put(w, at, count, p);
+        if (mastered) put(image, at, count, p);
       });
   return true;
 }
@@ -132,14 +169,14 @@ bool cast_gradient(M& m, const PlainCall& call) {
   const bool bf16 = c.type == ElementType::bf16, feedback = c.error_feedback;
   if (call.instruction->kernel == Kernel::decompress) {
     const auto* from = reinterpret_cast<const std::uint16_t*>(call.reads[0].data);
-    float* to = call.writes[0].values();
+    const Numbers to = numbers(call.writes[0]);
     m.each(
         call.writes[0].elements,
         PARTITA_KERNEL(std::int64_t k) { to[k] = bf16 ? from_bf16(from[k]) : from_fp16(from[k]); });
     return true;
   }
-  const float* gradient = call.reads[0].values();
-  float* kept = call.outputs.empty() ? nullptr : call.outputs[0].values();
+  const Numbers gradient = numbers(call.reads[0]);
+  const Numbers kept = call.outputs.empty() ? nullptr : numbers(call.outputs[0]);
   auto* to = reinterpret_cast<std::uint16_t*>(call.writes[0].data);
   m.each(
       call.reads[0].elements, PARTITA_KERNEL(std::int64_t k) {
@@ -153,26 +190,26 @@ bool cast_gradient(M& m, const PlainCall& call) {
 template <class M>
 bool run_plain(M& m, const PlainCall& call) {
   const auto scale_all = [&](bool clips) {
-    const float* by = call.reads[0].values();
+    const Numbers by = numbers(call.reads[0]);
     const double clip = call.program->optimizer.clip;
-    for (const auto& o : call.writes) scale_values(m, o.values(), o.elements, by, clip, clips);
+    for (const auto& o : call.writes) scale_values(m, numbers(o), o.elements, by, clip, clips);
   };
   switch (call.instruction->kernel) {
     case Kernel::zero:
-      for (const auto& o : call.writes) fill_values(m, o.values(), o.elements, 0);
+      for (const auto& o : call.writes) fill_values(m, numbers(o), o.elements, 0);
       return true;
     case Kernel::add: {
       const std::int64_t n = call.writes[0].elements;
-      float* sum = call.writes[0].values();
-      copy_values(m, call.reads[0].values(), sum, n);
+      const Numbers sum = numbers(call.writes[0]);
+      copy_values(m, numbers(call.reads[0]), sum, n);
       for (std::size_t r = 1; r < call.reads.size(); ++r)
-        add_values(m, call.reads[r].values(), sum, n);
+        add_values(m, numbers(call.reads[r]), sum, n);
       return true;
     }
     case Kernel::optimizer:
       return optimizer(m, call);
     case Kernel::scale:
-      divide_values(m, call.reads[0].values(), call.writes[0].values(), call.writes[0].elements,
+      divide_values(m, numbers(call.reads[0]), numbers(call.writes[0]), call.writes[0].elements,
                     static_cast<float>(call.program->mesh.size(call.instruction->atoms)));
       return true;
     case Kernel::square_sum:
@@ -190,11 +227,11 @@ bool run_plain(M& m, const PlainCall& call) {
       const auto& queue = call.outputs[0];
       const auto length = static_cast<std::int64_t>(queue.box->index[0].size());
       const std::int64_t n = queue.elements / length;
-      float* at = queue.values() + n * (call.step % length);
+      const Numbers at = numbers(queue) + n * (call.step % length);
       if (call.instruction->kernel == Kernel::enqueue) {
-        copy_values(m, call.reads[0].values(), at, n);
+        copy_values(m, numbers(call.reads[0]), at, n);
       } else {
-        copy_values(m, at, call.writes[0].values(), n);
+        copy_values(m, at, numbers(call.writes[0]), n);
       }
       return true;
     }

@@ -27,10 +27,14 @@ struct Description {
   }
 };
 
-int alignment(const void* p) {
-  const auto at = reinterpret_cast<std::uintptr_t>(p);
+cudaDataType_t type_of(ElementType t) {
+  return t == ElementType::bf16 ? CUDA_R_16BF : t == ElementType::fp16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
+int alignment(const Numbers& p) {
+  const auto at = reinterpret_cast<std::uintptr_t>(p.data());
   int n = 256;
-  while (n > 4 && at % static_cast<std::uintptr_t>(n) != 0) n /= 2;
+  while (n > 2 && at % static_cast<std::uintptr_t>(n) != 0) n /= 2;
   return n;
 }
 
@@ -39,9 +43,9 @@ cublasLtMatrixLayout_t layout_of(const Matrix& m, std::int64_t rows, std::int64_
                                  std::int64_t batch) {
   if (m.transposed) std::swap(rows, columns);
   cublasLtMatrixLayout_t layout = nullptr;
-  check(cublasLtMatrixLayoutCreate(&layout, CUDA_R_32F, static_cast<std::uint64_t>(columns),
-                                   static_cast<std::uint64_t>(rows),
-                                   std::max<std::int64_t>(m.stride, columns)),
+  check(cublasLtMatrixLayoutCreate(
+            &layout, type_of(m.at.type()), static_cast<std::uint64_t>(columns),
+            static_cast<std::uint64_t>(rows), std::max<std::int64_t>(m.stride, columns)),
         "a matrix's layout");
   if (batch > 1) {
     const auto count = static_cast<std::int32_t>(batch);
@@ -56,8 +60,8 @@ cublasLtMatrixLayout_t layout_of(const Matrix& m, std::int64_t rows, std::int64_
 }
 
 std::string in_words(const Product& p) {
-  return fmt::format("product of {} x {} x {}, batch {}{}{}", p.m, p.n, p.k, p.batch,
-                     p.a.transposed ? ", a transposed" : "",
+  return fmt::format("{} product of {} x {} x {}, batch {}{}{}", name(p.a.at.type()), p.m, p.n, p.k,
+                     p.batch, p.a.transposed ? ", a transposed" : "",
                      p.b.transposed ? ", b transposed" : "");
 }
 
@@ -73,7 +77,7 @@ DeviceBlock::~DeviceBlock() { static_cast<void>(cudaFree(at)); }
 
 Libraries::Libraries(const ProductOptions& o) : options(o) {
   check(cublasLtCreate(&blas), "its start");
-  convolutions = make_convolutions();
+  convolutions = make_convolutions(o.tf32);
 }
 Libraries::~Libraries() {
   convolutions.reset();
@@ -127,17 +131,20 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
 }
 
-bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, float* x, float* w,
-                           float* y, bool adds) {
+bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x,
+                           Numbers w, Numbers y, bool adds) {
   return libraries_.convolutions && libraries_.convolutions->run(*this, shape, pass, x, w, y, adds);
 }
 
 void CudaMachine::product(const Product& p) {
   if (p.m * p.n * p.batch == 0) return;
-  PARTITA_ASSERT(p.k > 0, in_words(p));
+  PARTITA_ASSERT(p.k > 0 && p.a.at.type() == p.b.at.type() &&
+                     (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
+                 in_words(p));
   Description d;
   const cublasComputeType_t type =
-      libraries_.options.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+      libraries_.options.tf32 && !p.a.at.narrow() ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                  : CUBLAS_COMPUTE_32F;
   check(cublasLtMatmulDescCreate(&d.product, type, CUDA_R_32F), in_words(p));
   // c' = b' a', each primed one the transpose that cuBLASLt sees.
   const auto operation = [&](const Matrix& m, cublasLtMatmulDescAttributes_t attribute) {
@@ -160,20 +167,22 @@ void CudaMachine::product(const Product& p) {
                        p.a.step,
                        p.b.step,
                        p.c.step,
+                       p.a.at.type(),
+                       p.c.at.type(),
                        p.a.transposed,
                        p.b.transposed,
                        p.beta != 0,
                        alignment(p.a.at),
                        alignment(p.b.at),
                        alignment(p.c.at)};
-  const auto run = [&](const ProductChoice& choice, float* c) {
-    return cublasLtMatmul(libraries_.blas, d.product, &p.alpha, p.b.at, d.a, p.a.at, d.b, &p.beta,
-                          p.c.at, d.c, c, d.c, &choice.algorithm, workspace(), choice.workspace,
-                          stream_);
+  const auto run = [&](const ProductChoice& choice) {
+    return cublasLtMatmul(libraries_.blas, d.product, &p.alpha, p.b.at.data(), d.a, p.a.at.data(),
+                          d.b, &p.beta, p.c.at.data(), d.c, p.c.at.data(), d.c, &choice.algorithm,
+                          workspace(), choice.workspace, stream_);
   };
   const auto known = libraries_.products.find(key);
   if (known != libraries_.products.end()) {
-    check(run(known->second, p.c.at), in_words(p));
+    check(run(known->second), in_words(p));
     return;
   }
 
@@ -215,10 +224,10 @@ void CudaMachine::product(const Product& p) {
     check(cudaEventCreate(&after), "an event");
     float least = std::numeric_limits<float>::infinity();
     for (const ProductChoice& c : choices) {
-      if (run(c, p.c.at) != CUBLAS_STATUS_SUCCESS) continue;
+      if (run(c) != CUBLAS_STATUS_SUCCESS) continue;
       constexpr int kTimes = 3;
       check(cudaEventRecord(before, stream_), "an event");
-      for (int t = 0; t < kTimes; ++t) check(run(c, p.c.at), in_words(p));
+      for (int t = 0; t < kTimes; ++t) check(run(c), in_words(p));
       check(cudaEventRecord(after, stream_), "an event");
       check(cudaEventSynchronize(after), in_words(p));
       float ms = 0;
@@ -233,7 +242,7 @@ void CudaMachine::product(const Product& p) {
     best.candidates = static_cast<int>(choices.size());
   }
   libraries_.products.emplace(key, best);
-  check(run(best, p.c.at), in_words(p));
+  check(run(best), in_words(p));
 }
 
 }  // namespace partita::cuda

@@ -15,14 +15,34 @@ namespace {
 
 constexpr std::size_t kGrain = 64;
 
-class HostKernel : public OperatorKernel {
+/// Aligned as `like`: kernels round alike.
+std::byte* aligned(std::vector<std::byte>& room, std::int64_t bytes, const std::byte* like) {
+  room.resize(static_cast<std::size_t>(bytes) + 2 * kGrain);
+  const auto place = [](const std::byte* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % kGrain;
+  };
+  return room.data() + (kGrain + place(like) - place(room.data())) % kGrain;
+}
+
+bool any_narrow(const cpu::Arguments& a) {
+  for (const auto* list :
+       {&a.inputs, &a.parameters, &a.outputs, &a.output_gradients, &a.extras, &a.results}) {
+    for (const cpu::Tensor& t : *list) {
+      if (t && t.type != ElementType::fp32) return true;
+    }
+  }
+  return false;
+}
+
+/// fp32, where the host can follow it.
+class HostKernel {
  public:
   explicit HostKernel(reference::Context context) : kernel_(std::move(context)) {}
-  const reference::Context& context() const override { return kernel_.context(); }
-  void set_step(std::int64_t step, std::int64_t first_sample) override {
+  const reference::Context& context() const { return kernel_.context(); }
+  void set_step(std::int64_t step, std::int64_t first_sample) {
     kernel_.set_step(step, first_sample);
   }
-  void run(Work work, std::size_t statistic, const cpu::Arguments& a) override {
+  void run(Work work, std::size_t statistic, const cpu::Arguments& a) {
     kernel_.routed.clear();
     switch (work) {
       case Work::forward_statistic:
@@ -50,6 +70,7 @@ class HostKernel : public OperatorKernel {
     routed = std::move(kernel_.routed);
     kernel_.routed.clear();
   }
+  std::vector<cpu::RoutedResult> routed;
 
  private:
   cpu::Kernel kernel_;
@@ -67,7 +88,9 @@ class HostDevice : public Device {
   void to_host(void* to, const std::byte* from, std::int64_t bytes) override {
     move(to, from, bytes);
   }
-  void to_host_later(float* to, const std::byte* from) override { move(to, from, sizeof(float)); }
+  void to_host_later(void* to, const std::byte* from, std::int64_t bytes) override {
+    move(to, from, bytes);
+  }
   void copy(std::byte* to, const std::byte* from, std::int64_t bytes) override {
     move(to, from, bytes);
   }
@@ -95,9 +118,7 @@ class HostDevice : public Device {
       from += r.count * word;
     }
   }
-  std::unique_ptr<OperatorKernel> kernel(reference::Context context) override {
-    return std::make_unique<HostKernel>(std::move(context));
-  }
+  std::unique_ptr<OperatorKernel> kernel(reference::Context context) override;
   void plain(const PlainCall& call) override { plain_on_host(call); }
 
  private:
@@ -116,8 +137,8 @@ class OperandVisits {
       if (!t) continue;
       const std::int64_t n = t.size();
       if (t.values != nullptr)
-        t.values = reinterpret_cast<float*>(
-            visits_.host(reinterpret_cast<std::byte*>(t.values), n * 4, written));
+        t.values = visits_.floats(reinterpret_cast<std::byte*>(t.values), t.type, n, written);
+      t.type = ElementType::fp32;
       if (t.ids != nullptr) {
         auto* at = reinterpret_cast<std::byte*>(const_cast<std::int64_t*>(t.ids));
         t.ids = reinterpret_cast<const std::int64_t*>(visits_.host(at, n * 8, false));
@@ -142,6 +163,11 @@ class VisitingKernel : public OperatorKernel {
     kernel_.set_step(step, first_sample);
   }
   void run(Work work, std::size_t statistic, const cpu::Arguments& a) override {
+    if (device_.is_host() && !any_narrow(a)) {
+      kernel_.run(work, statistic, a);
+      routed = std::move(kernel_.routed);
+      return;
+    }
     OperandVisits visits(device_);
     cpu::Arguments h;
     const bool extras = work == Work::forward || work == Work::attend_part;
@@ -164,6 +190,18 @@ class VisitingKernel : public OperatorKernel {
   Device& device_;
   HostKernel kernel_;
 };
+
+/// The host's own: its device has no state.
+class OwnKernel : public VisitingKernel {
+ public:
+  explicit OwnKernel(reference::Context context) : VisitingKernel(host_, std::move(context)) {}
+
+ private:
+  HostDevice host_;
+};
+std::unique_ptr<OperatorKernel> HostDevice::kernel(reference::Context context) {
+  return std::make_unique<OwnKernel>(std::move(context));
+}
 
 }  // namespace
 
@@ -192,6 +230,15 @@ std::byte* Device::allocate_on_host(std::int64_t bytes) {
   return static_cast<std::byte*>(std::aligned_alloc(kGrain, rounded));
 }
 void Device::release_on_host(std::byte* block) { std::free(block); }
+void Device::draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+                  std::uint64_t seed) {
+  Visits visits(*this);
+  float* v = visits.floats(to, type, n, true);
+  for (std::int64_t k = 0; k < n; ++k)
+    v[k] = mean + deviation *
+                      static_cast<float>(reference::normal(seed, 0, static_cast<std::uint64_t>(k)));
+  visits.give_back();
+}
 
 std::vector<Channel> channels_of(const Program& p) {
   std::set<Channel> all;
@@ -249,6 +296,7 @@ void plain_by_visit(Device& device, const PlainCall& call) {
   visit(h.reads, false);
   visit(h.outputs, true);
   visit(h.statistics, false);
+  visit(h.extras, true);
   visit(h.writes, true);
   plain_on_host(h);
   visits.give_back();
@@ -270,11 +318,7 @@ std::byte* Visits::host(std::byte* at, std::int64_t bytes, bool written) {
   };
   c.written |= written;
   if (fresh) {
-    c.room.resize(static_cast<std::size_t>(bytes) + 2 * kGrain);
-    const auto place = [](const std::byte* p) {
-      return reinterpret_cast<std::uintptr_t>(p) % kGrain;
-    };
-    c.at = c.room.data() + (kGrain + place(at) - place(c.room.data())) % kGrain;
+    c.at = aligned(c.room, bytes, at);
     c.bytes = bytes;
     device_.to_host(c.at, at, bytes);
   }
@@ -283,7 +327,29 @@ std::byte* Visits::host(std::byte* at, std::int64_t bytes, bool written) {
   return c.at;
 }
 
+float* Visits::floats(std::byte* at, ElementType type, std::int64_t n, bool written, bool here) {
+  if (at == nullptr) return nullptr;
+  const std::int64_t bytes = n * storage(type, 1).count;
+  std::byte* from = here ? at : host(at, bytes, written);
+  if (type == ElementType::fp32) return reinterpret_cast<float*>(from);
+  const auto [it, fresh] = wide_.try_emplace(from);
+  Wide& w = it->second;
+  PARTITA_ASSERT(fresh || (w.count == n && w.type == type), "two views of one address");
+  w.written |= written;
+  if (fresh) {
+    w.at = aligned(w.room, 4 * n, nullptr);
+    w.type = type;
+    w.count = n;
+    widen(type, from, reinterpret_cast<float*>(w.at), n);
+  }
+  return reinterpret_cast<float*>(w.at);
+}
+
 void Visits::give_back() {
+  for (const auto& [at, w] : wide_) {
+    if (w.written) narrow(w.type, reinterpret_cast<const float*>(w.at), at, w.count);
+  }
+  wide_.clear();
   for (const auto& [at, c] : copies_) {
     if (c.written) device_.to_device(at, c.at, c.bytes);
   }

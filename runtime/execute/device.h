@@ -37,7 +37,7 @@ enum class Work : std::uint8_t {
 std::string_view name(Work w);
 
 /// An operator on one rank's device; the contract is cpu::Kernel's, the operands lie in the
-/// device's memory. Queued on the device's current stream.
+/// device's memory, in fp32, bf16 or fp16. Queued on the device's current stream.
 class OperatorKernel {
  public:
   virtual ~OperatorKernel() = default;
@@ -55,14 +55,15 @@ struct PlainCall {
     std::byte* data = nullptr;
     std::int64_t elements = 0, bytes = 0;
     const Box* box = nullptr;
-    bool host = false;  ///< in the host's memory, whatever the device
+    bool host = false;                     ///< in the host's memory, whatever the device
+    ElementType type = ElementType::fp32;  ///< fp32, too, for words that are no numbers
     float* values() const { return reinterpret_cast<float*>(data); }
   };
   const Program* program = nullptr;
   const Instruction* instruction = nullptr;
   std::int64_t step = 0;
-  /// By the instruction's lists; `outputs` are read and written.
-  std::vector<Operand> reads, outputs, statistics, writes;
+  /// By the instruction's lists; `outputs` and `extras` (a master copy) are read and written.
+  std::vector<Operand> reads, outputs, statistics, extras, writes;
 };
 /// All operands where the host can follow them.
 void plain_on_host(const PlainCall& call);
@@ -135,11 +136,14 @@ class Device {
   virtual void to_device(std::byte* to, const void* from, std::int64_t bytes) = 0;
   /// To the host; waits until it is there.
   virtual void to_host(void* to, const std::byte* from, std::int64_t bytes) = 0;
-  /// The same without waiting: there after finish().
-  virtual void to_host_later(float* to, const std::byte* from) = 0;
+  /// The same of at most 4 bytes without waiting: there after finish().
+  virtual void to_host_later(void* to, const std::byte* from, std::int64_t bytes) = 0;
   /// Either may be of allocate_on_host.
   virtual void copy(std::byte* to, const std::byte* from, std::int64_t bytes) = 0;
   virtual void fill(std::byte* to, std::int64_t count, float value) = 0;
+  /// Normal numbers of `type`, counter-based.
+  virtual void draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+                    std::uint64_t seed);
   /// Runs of `word` bytes, one after the other, and back.
   virtual void pack(const RunList& runs, std::int64_t word, const std::byte* from,
                     std::byte* to) = 0;
@@ -194,6 +198,9 @@ class Visits {
   explicit Visits(Device& device) : device_(device) {}
   /// `written`: give_back() brings it to the device.
   std::byte* host(std::byte* at, std::int64_t bytes, bool written);
+  /// n numbers of `type` as fp32: copies where they are stored in another. `here`: they are the
+  /// host's, whatever the device.
+  float* floats(std::byte* at, ElementType type, std::int64_t n, bool written, bool here = false);
   void give_back();
 
  private:
@@ -203,8 +210,16 @@ class Visits {
     std::int64_t bytes = 0;
     bool written = false;
   };
+  struct Wide {
+    std::vector<std::byte> room;
+    std::byte* at = nullptr;
+    ElementType type = ElementType::fp32;
+    std::int64_t count = 0;
+    bool written = false;
+  };
   Device& device_;
   std::map<std::byte*, Copy> copies_;
+  std::map<std::byte*, Wide> wide_;
 };
 
 /// The same kernels by the host's, on copies: what a device does with those it has not.

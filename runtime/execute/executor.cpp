@@ -16,6 +16,8 @@
 #include "runtime/execute/memory.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/execute/shard.h"
+#include "runtime/transport/lone.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita::execute {
 namespace {
@@ -96,7 +98,7 @@ class Executor {
         memory_(device, false),
         host_memory_(device, true),
         order_(device),
-        links_(device.links()) {
+        links_(o.alone ? nullptr : device.links()) {
     PARTITA_ASSERT(p.ranks() == transport.size(),
                    fmt::format("{} ranks for {}", transport.size(), p.ranks()));
     stage_ = p.stage_of(rank_);
@@ -190,6 +192,7 @@ class Executor {
       put_on_one_clock(transport_, kClockTag, {clock_before, clock_after}, starts,
                        result_.measured);
     }
+    if (o_.alone) return std::move(result_);
     collect();
     collect_measurements();
     if (o_.routing) collect_routing();
@@ -214,9 +217,6 @@ class Executor {
     if (!b) b = std::make_unique<Box>(box_of(p_, id, rank_));
     return *b;
   }
-  std::int64_t width(const Buffer& b) const {
-    return b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
-  }
 
   void prepare() {
     std::set<BlockId> blocks;
@@ -236,6 +236,11 @@ class Executor {
         for_each_write(i, note);
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
+          if (bits(op.compute) < 16)
+            throw InputError("precision",
+                             fmt::format("{} computes in {}, which is predicted, not executed; use "
+                                         "--precision bf16, fp16, tf32 or fp32",
+                                         op.name, name(op.compute)));
           if (p_.mesh.group_root(rank_, op.root) == rank_) {
             auto context = reference::context_of(
                 p_, i.op, o_.operator_seed ? o_.operator_seed(i.op) : o_.seed, rank_);
@@ -259,14 +264,12 @@ class Executor {
     if (seen[id.index()]) return;
     seen[id.index()] = 1;
     const Buffer& b = p_.buffer(id);
-    // Working buffers in 16 bits are what compressed gradients travel as.
-    const bool narrow =
-        b.category == Category::workspace && storage(b.type, 1).count == 2 && b.parameter < 0;
-    if (b.element_bytes == 0 && b.type != ElementType::fp32 && !narrow) {
+    if (b.element_bytes == 0 && b.type != ElementType::fp32 && b.type != ElementType::bf16 &&
+        b.type != ElementType::fp16) {
       throw InputError("precision",
-                       fmt::format("{} is stored as {}; the {} backend executes fp32: use "
-                                   "--precision fp32",
-                                   b.name, name(b.type), device_.name()));
+                       fmt::format("{} is stored as {}, which is predicted, not executed; use "
+                                   "--precision bf16, fp16 or fp32",
+                                   b.name, name(b.type)));
     }
     if (slots_[id.index()].empty()) {
       slots_[id.index()].resize(
@@ -277,12 +280,12 @@ class Executor {
       prepare_buffer(root, seen);
       // A shard lies where it belongs in the whole that it is a part of.
       if (!b.layout.flat.empty() && p_.buffer(root).layout.flat.empty() && box(id).held)
-        offset_[id.index()] = box(id).range.begin * width(b);
+        offset_[id.index()] = box(id).range.begin * b.width();
       return;
     }
     if (b.scope == Scope::step && b.category != Category::workspace) {
       Instance& instance = slots_[id.index()][0];
-      take(id, instance, box(id).elements() * width(b));
+      take(id, instance, box(id).elements() * b.width());
       zero(b, instance);
       if (b.category == Category::parameters && b.parameter >= 0 && !p_.startup) {
         to_draw_.push_back(id);
@@ -309,8 +312,15 @@ class Executor {
     const Box& mine = box(id);
     if (!mine.held) return;
     if (slots_[id.index()][0].data == nullptr) return;
+    if (o_.drawn && !b.host) {
+      const ProgramParameter& parameter = p_.parameters[static_cast<std::size_t>(b.parameter)];
+      device_.draw(data(id), type_of(id), mine.elements(),
+                   static_cast<float>(parameter.initial_value),
+                   static_cast<float>(parameter.initial_deviation), o_.seed + id.index());
+      return;
+    }
     Visits visits(device_);
-    auto* values = reinterpret_cast<float*>(visit(visits, id, mine.elements() * 4, true));
+    float* values = floats(visits, id, mine.elements(), true);
     for_each_global(mine, b, [&](std::int64_t k, std::int64_t global) {
       values[k] =
           static_cast<float>(o_.initial(replica(), static_cast<std::size_t>(b.parameter), global));
@@ -325,6 +335,17 @@ class Executor {
     return data(id);
   }
 
+  /// The same as fp32, whatever it is stored in.
+  float* floats(Visits& visits, BufferId id, std::int64_t n, bool written) {
+    const bool host = p_.buffer(id).host;
+    if (host) device_.host_waits(device_.record());
+    return visits.floats(data(id), type_of(id), n, written, host);
+  }
+  ElementType type_of(BufferId id) const {
+    const Buffer& b = p_.buffer(id);
+    return b.element_bytes == 0 ? b.type : ElementType::fp32;
+  }
+
   /// The same from storage, in as few reads as the piece has runs in the whole parameter.
   void read(BufferId id) {
     if (!o_.read) {
@@ -334,7 +355,7 @@ class Executor {
     const Buffer& b = p_.buffer(id);
     if (!box(id).held) return;
     Visits visits(device_);
-    auto* to = reinterpret_cast<float*>(visit(visits, id, box(id).elements() * 4, true));
+    float* to = floats(visits, id, box(id).elements(), true);
     std::int64_t at = 0, first = 0, count = 0;
     const auto flush = [&] {
       if (count > 0)
@@ -461,9 +482,9 @@ class Executor {
   /// Runs in words of 4 bytes, whatever the elements (token ids have two), or of 16-bit numbers.
   void finish(Prepared& c, Part part) const {
     const Buffer& from = p_.buffer(part.from);
-    if (width(from) == 2) c.word = 2, c.type = from.type;
-    const std::int64_t words = width(from) / c.word;
-    PARTITA_ASSERT(words >= 1 && words * c.word == width(from),
+    if (from.width() == 2) c.word = 2, c.type = from.type;
+    const std::int64_t words = from.width() / c.word;
+    PARTITA_ASSERT(words >= 1 && words * c.word == from.width(),
                    from.name + " has elements that cannot travel in this call");
     for (auto* lists : {&part.out, &part.in}) {
       for (auto& runs : *lists) {
@@ -495,6 +516,8 @@ class Executor {
     Instance& instance = slot(p_.memory_of(id));
     return instance.data == nullptr ? nullptr : instance.data + offset_[id.index()];
   }
+  /// Of 4 bytes, that the buffer takes: blocks are a multiple of 64.
+  std::int64_t words(BufferId id) { return (box(id).elements() * p_.buffer(id).width() + 3) / 4; }
   float* values(BufferId id) { return reinterpret_cast<float*>(data(id)); }
   Instance& rows_of(BufferId id) { return slot(p_.memory_of(id)); }
 
@@ -509,6 +532,7 @@ class Executor {
       t.bytes = data(id);
     } else {
       t.values = values(id);
+      t.type = type_of(id);
     }
     if (b.routed) t.rows = &rows_of(id).rows;
     return t;
@@ -584,7 +608,11 @@ class Executor {
   void finish() {
     device_.finish();
     order_.forget();
-    for (const float loss : step_losses_) losses_.back() += static_cast<double>(loss);
+    for (const Loss& loss : step_losses_) {
+      float value = 0;
+      widen(loss.type, loss.stored, &value, 1);
+      losses_.back() += static_cast<double>(value);
+    }
     step_losses_.clear();
   }
 
@@ -592,7 +620,7 @@ class Executor {
   void begin(const Instruction& i) {
     // What is sent is first copied, on its program's stream.
     const bool copied = links_ != nullptr && i.kind == Kind::send;
-    order_.begin(copied ? i.stream : stream_of(i), i.after_compute);
+    order_.begin(o_.alone ? kComputeStream : copied ? i.stream : stream_of(i), i.after_compute);
     if (device_.is_host() || i.kind == Kind::allocate || i.kind == Kind::free) return;
     const auto block = [&](BufferId id) { return slot(p_.memory_of(id)).data; };
     for_each_read(i, [&](BufferId id) { order_.read(block(id)); });
@@ -612,7 +640,7 @@ class Executor {
       case Kind::allocate:
         for (const BufferId b : i.writes) {
           // How many rows a routed buffer has is known when it is written.
-          if (!p_.buffer(b).routed) take(b, slot(b), box(b).elements() * width(p_.buffer(b)));
+          if (!p_.buffer(b).routed) take(b, slot(b), box(b).elements() * p_.buffer(b).width());
         }
         return;
       case Kind::free:
@@ -632,7 +660,7 @@ class Executor {
       case Kind::copy:
         if (box(i.reads[0]).held)
           device_.copy(data(i.writes[0]), data(i.reads[0]),
-                       box(i.reads[0]).elements() * width(p_.buffer(i.reads[0])));
+                       box(i.reads[0]).elements() * p_.buffer(i.reads[0]).width());
         return;
       case Kind::slice:
       case Kind::collective:
@@ -656,11 +684,15 @@ class Executor {
     const auto peer = static_cast<int>(p_.peer_of(i, rank_));
     transport_.doing(
         fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
+    if (o_.alone) {
+      if (!sends) draw_received(b, data(b), box(b).elements());
+      return;
+    }
     if (p_.buffer(b).routed) {
       routed_message(b, peer, message_tag(i), sends);
       return;
     }
-    const auto bytes = static_cast<std::size_t>(box(b).elements() * width(p_.buffer(b)));
+    const auto bytes = static_cast<std::size_t>(box(b).elements() * p_.buffer(b).width());
     if (links_ != nullptr) {
       const Channel channel = channel_of(i, rank_, peer);
       if (sends) {
@@ -677,6 +709,16 @@ class Executor {
     } else {
       transport_.receive(peer, message_tag(i), at, bytes);
       visits.give_back();
+    }
+  }
+
+  /// In place of what another rank would send: normal numbers, or 0 where they are indices.
+  void draw_received(BufferId id, std::byte* to, std::int64_t n) {
+    const Buffer& b = p_.buffer(id);
+    if (b.whole_numbers || (b.element_bytes != 0 && b.element_bytes != 4)) {
+      device_.fill(to, n * b.width() / 4, 0);
+    } else {
+      device_.draw(to, type_of(id), n, 0, 1, o_.seed + id.index());
     }
   }
 
@@ -705,13 +747,12 @@ class Executor {
   void routed_message(BufferId b, int peer, std::int64_t tag, bool sends) {
     Instance& instance = rows_of(b);
     std::int64_t n = static_cast<std::int64_t>(instance.rows.size());
-    const std::size_t features = box(b).index[3].size();
     if (sends) {
       transport_.send(peer, tag, &n, sizeof n);
       transport_.send(peer, tag, instance.rows.data(), instance.rows.size() * sizeof(Row));
       Visits visits(device_);
-      transport_.send(peer, tag, row_values(visits, b, false),
-                      instance.rows.size() * features * sizeof(float));
+      transport_.send(peer, tag, visit(visits, b, instance.bytes, false),
+                      static_cast<std::size_t>(instance.bytes));
       return;
     }
     transport_.receive(peer, tag, &n, sizeof n);
@@ -719,13 +760,13 @@ class Executor {
     transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
     put_rows(b, std::move(rows));
     Visits visits(device_);
-    transport_.receive(peer, tag, row_values(visits, b, true),
-                       static_cast<std::size_t>(n) * features * sizeof(float));
+    transport_.receive(peer, tag, visit(visits, b, instance.bytes, true),
+                       static_cast<std::size_t>(instance.bytes));
     visits.give_back();
   }
   /// A routed buffer's values where the host can follow them.
   float* row_values(Visits& visits, BufferId id, bool written) {
-    return reinterpret_cast<float*>(visit(visits, id, rows_of(id).bytes, written));
+    return floats(visits, id, rows_of(id).bytes / p_.buffer(id).width(), written);
   }
 
   /// Memory for the rows that a routed buffer turns out to have.
@@ -733,7 +774,7 @@ class Executor {
     const BufferId root = p_.memory_of(id);
     Instance& instance = slot(root);
     const std::int64_t bytes =
-        static_cast<std::int64_t>(rows.size() * box(id).index[3].size() * sizeof(float));
+        static_cast<std::int64_t>(rows.size() * box(id).index[3].size()) * p_.buffer(id).width();
     if (bytes != instance.bytes) {
       memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
       take(root, instance, bytes);
@@ -744,6 +785,7 @@ class Executor {
 
   /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
   void make_inputs() {
+    if (o_.drawn && step_ > 0 && !p_.sharded_storage) return;
     inputs_.clear();
     shard_.rewind();
     std::int64_t index = -1;
@@ -757,14 +799,15 @@ class Executor {
         const auto first = static_cast<std::int64_t>(replica()) * p_.micro_batches * p_.samples +
                            static_cast<std::int64_t>(call.micro_batch) * p_.samples;
         std::vector<std::byte> made(
-            static_cast<std::size_t>(box(i.writes[0]).elements() * width(b)));
+            static_cast<std::size_t>(box(i.writes[0]).elements() * b.width()));
         for_each_global(box(i.writes[0]), b, [&](std::int64_t k, std::int64_t g) {
           const double v = o_.input(static_cast<std::size_t>(i.index), step_,
                                     first + g / per_sample, g % per_sample);
           if (b.element_bytes == 8) {
             reinterpret_cast<std::int64_t*>(made.data())[k] = std::llround(v);
           } else {
-            reinterpret_cast<float*>(made.data())[k] = static_cast<float>(v);
+            const auto value = static_cast<float>(v);
+            narrow(type_of(i.writes[0]), &value, made.data() + k * b.width(), 1);
           }
         });
         auto& input = inputs_[{i.writes[0], call.micro_batch}];
@@ -856,7 +899,7 @@ class Executor {
     }
     for (const Part& part : c.parts) {
       if (part.adds_up && !i.accumulate && box(part.to).held)
-        device_.fill(data(part.to), box(part.to).elements(), 0);
+        device_.fill(data(part.to), words(part.to), 0);
     }
     const bool gathers =
         i.kind == Kind::collective &&
@@ -913,6 +956,16 @@ class Executor {
         call.offsets = c.offsets;
         break;
     }
+    if (o_.alone) {
+      const bool sums = i.collective == CollectiveKind::all_reduce ||
+                        i.collective == CollectiveKind::reduce ||
+                        i.collective == CollectiveKind::reduce_scatter;
+      // What is summed stays what it was; numbers of each buffer are packed together.
+      if (!sums)
+        draw_received(i.reads[0], payload,
+                      call.offsets.back() * c.word / p_.buffer(i.reads[0]).width());
+      return;
+    }
     if (!on_device || device_.is_host()) {
       transport_.collective(call);
       return;
@@ -956,7 +1009,9 @@ class Executor {
       Prepared whole;
       whole.group = c.group;
       whole.me = c.me;
-      whole.offsets = {0, rows_of(to).bytes / 4};
+      whole.type = type_of(to);
+      whole.word = p_.buffer(to).width();
+      whole.offsets = {0, rows_of(to).bytes / whole.word};
       whole.send_offsets = whole.offsets;
       call(i, whole, data(to), nullptr, true);
       return;
@@ -986,21 +1041,26 @@ class Executor {
       }
       values_to[m + 1] = static_cast<std::int64_t>(outgoing.size());
     }
+    const ElementType type = type_of(from);
+    const auto element = static_cast<std::size_t>(p_.buffer(from).width());
+    std::vector<std::byte> sent(outgoing.size() * element);
+    narrow(type, outgoing.data(), sent.data(), std::ssize(outgoing));
     if (reduces) {
       Prepared chunks;
       chunks.group = c.group;
       chunks.me = c.me;
+      chunks.type = type;
+      chunks.word = static_cast<std::int64_t>(element);
       chunks.send_offsets = values_to;
       chunks.offsets = values_to;
-      call(i, chunks, reinterpret_cast<std::byte*>(outgoing.data()), nullptr, false);
-      const auto packed =
-          static_cast<std::int64_t>(keys.size() * sizeof(Row) + outgoing.size() * sizeof(float));
+      call(i, chunks, sent.data(), nullptr, false);
+      const auto packed = static_cast<std::int64_t>(keys.size() * sizeof(Row) + sent.size());
       memory_.count(Category::workspace, packed);
       std::int64_t first = 0;
       for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
       put_rows(to, {keys.begin() + first, keys.begin() + first + rows_to[me]});
-      device_.to_device(data(to), outgoing.data() + values_to[me],
-                        (values_to[me + 1] - values_to[me]) * 4);
+      device_.to_device(data(to), sent.data() + static_cast<std::size_t>(values_to[me]) * element,
+                        (values_to[me + 1] - values_to[me]) * chunks.word);
       memory_.count(Category::workspace, -packed);
       return;
     }
@@ -1044,15 +1104,16 @@ class Executor {
     }
     std::vector<Row> keys_in(static_cast<std::size_t>(key_in[n]));
     std::vector<float> incoming(static_cast<std::size_t>(value_in[n]));
+    std::vector<std::byte> received(incoming.size() * element);
     exchange(keys.data(), key_out, keys_in.data(), key_in, sizeof(Row));
-    exchange(outgoing.data(), values_to, incoming.data(), value_in, sizeof(float));
+    exchange(sent.data(), values_to, received.data(), value_in, element);
+    widen(type, received.data(), incoming.data(), std::ssize(incoming));
     std::vector<Row> rows = keys_in;
     std::sort(rows.begin(), rows.end(), before);
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
     const std::vector<Row> order = rows;
-    const auto packed =
-        static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
-                                  (outgoing.size() + incoming.size()) * sizeof(float));
+    const auto packed = static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
+                                                  sent.size() + received.size());
     memory_.count(Category::workspace, packed);
     put_rows(to, std::move(rows));
     const auto& columns_to = box(to).index[3];
@@ -1116,11 +1177,11 @@ class Executor {
       fill(a.results, i.writes);
       const bool forward = i.kernel == Kernel::forward;
       if (!i.accumulate) {
-        const auto fill_with = [&](const Tensor& t, float value) {
-          device_.fill(reinterpret_cast<std::byte*>(t.values), t.size(), value);
-        };
-        for (const Tensor& t : a.results) fill_with(t, 0);
-        if (forward) fill_with(a.extras[0], -std::numeric_limits<float>::infinity());
+        for (const BufferId id : i.writes) device_.fill(data(id), words(id), 0);
+        // Log-sum-exps are fp32.
+        if (forward)
+          device_.fill(data(i.extras[0]), a.extras[0].size(),
+                       -std::numeric_limits<float>::infinity());
       }
       kernel->run(forward ? Work::attend_part : Work::attend_part_backward, 0, a);
       return;
@@ -1174,7 +1235,10 @@ class Executor {
         continue;
       }
       put_rows(i.writes[k], std::move(made.rows));
-      device_.to_device(data(i.writes[k]), made.values.data(), std::ssize(made.values) * 4);
+      std::vector<std::byte> stored(made.values.size() *
+                                    static_cast<std::size_t>(p_.buffer(i.writes[k]).width()));
+      narrow(type_of(i.writes[k]), made.values.data(), stored.data(), std::ssize(made.values));
+      device_.to_device(data(i.writes[k]), stored.data(), std::ssize(stored));
     }
     if (o_.routing && step_ >= o_.warm_up && i.kernel == Kernel::forward && !i.recomputed &&
         std::holds_alternative<Dispatch>(op.operation)) {
@@ -1196,6 +1260,7 @@ class Executor {
   struct Slice {
     Box box;
     RunList runs;  ///< empty: the buffer is the part
+    std::int64_t word = 4;
     Spare values;
     float* at() const { return reinterpret_cast<float*>(values.at); }
   };
@@ -1208,7 +1273,8 @@ class Executor {
     if (s.box.index[static_cast<std::size_t>(d)] == positions) return s;
     s.box.index[static_cast<std::size_t>(d)] = std::move(positions);
     s.runs = section(box(id), s.box);
-    s.values = Spare(memory_, s.box.dense() * 4);
+    s.word = p_.buffer(id).width();
+    s.values = Spare(memory_, s.box.dense() * s.word);
     return s;
   }
 
@@ -1224,7 +1290,7 @@ class Executor {
       Slice& s = slices[at++];
       if (!t || s.runs.runs.empty()) return;
       order_.write(s.values.at);
-      device_.pack(s.runs, 4, reinterpret_cast<const std::byte*>(t.values), s.values.at);
+      device_.pack(s.runs, s.word, reinterpret_cast<const std::byte*>(t.values), s.values.at);
       t.index = &s.box.index;
       t.values = s.at();
     };
@@ -1238,7 +1304,7 @@ class Executor {
         order_.write(s.values.at);
         t.index = &s.box.index;
         t.values = s.at();
-        if (i.accumulate) device_.fill(s.values.at, s.box.dense(), 0);
+        if (i.accumulate) device_.fill(s.values.at, (s.box.dense() * s.word + 3) / 4, 0);
       }
       a.results.push_back(t);
     }
@@ -1247,9 +1313,9 @@ class Executor {
       Slice& s = slices[first + k];
       if (s.runs.runs.empty() || !i.writes[k].valid()) continue;
       if (i.accumulate) {
-        device_.unpack_add(s.runs, ElementType::fp32, s.values.at, data(i.writes[k]));
+        device_.unpack_add(s.runs, type_of(i.writes[k]), s.values.at, data(i.writes[k]));
       } else {
-        device_.unpack(s.runs, 4, s.values.at, data(i.writes[k]));
+        device_.unpack(s.runs, s.word, s.values.at, data(i.writes[k]));
       }
     }
   }
@@ -1269,15 +1335,21 @@ class Executor {
         to.emplace_back();
         if (!id.valid() || !box(id).held) continue;
         const Buffer& b = p_.buffer(id);
-        const std::int64_t n = b.routed ? rows_of(id).bytes / 4 : box(id).elements();
-        to.back() = {data(id), n, n * width(b), &box(id), b.host};
+        const std::int64_t n = b.routed ? rows_of(id).bytes / b.width() : box(id).elements();
+        to.back() = {data(id), n, n * b.width(), &box(id), b.host, type_of(id)};
         host |= b.host;
       }
     };
     fill(call.reads, i.reads);
     fill(call.outputs, i.outputs);
     fill(call.statistics, i.statistics);
+    fill(call.extras, i.extras);
     fill(call.writes, i.writes);
+    // What compressed gradients travel as is the kernel's own business.
+    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress) {
+      for (auto& o : i.kernel == Kernel::compress ? call.writes : call.reads)
+        o.type = ElementType::fp32;
+    }
     if (host && !device_.is_host()) {
       device_.host_waits(device_.record());
       plain_by_visit(device_, call);
@@ -1293,8 +1365,7 @@ class Executor {
     auto& kept = gradients_[id];
     kept.resize(static_cast<std::size_t>(box(i.writes[0]).elements()));
     Visits visits(device_);
-    const auto* from =
-        reinterpret_cast<const float*>(visit(visits, id, std::ssize(kept) * 4, false));
+    const float* from = floats(visits, id, std::ssize(kept), false);
     std::copy_n(from, kept.size(), kept.data());
   }
 
@@ -1302,11 +1373,15 @@ class Executor {
     const Buffer& b = p_.buffer(id);
     if (!reference::counts_loss(p_, b, rank_)) return;
     if (device_.is_host()) {
-      losses_.back() += static_cast<double>(values(id)[0]);
+      float value = 0;
+      widen(type_of(id), data(id), &value, 1);
+      losses_.back() += static_cast<double>(value);
       return;
     }
     // A deque: those before stay where they are.
-    device_.to_host_later(&step_losses_.emplace_back(), data(id));
+    Loss& loss = step_losses_.emplace_back();
+    loss.type = type_of(id);
+    device_.to_host_later(loss.stored, data(id), b.width());
   }
 
   // ---- results on rank 0 -----------------------------------------------------------------------
@@ -1364,8 +1439,7 @@ class Executor {
         continue;
       }
       Visits visits(device_);
-      const auto* from = reinterpret_cast<const float*>(
-          visit(visits, w.buffer, static_cast<std::int64_t>(n) * 4, false));
+      const float* from = floats(visits, w.buffer, static_cast<std::int64_t>(n), false);
       all.insert(all.end(), from, from + n);
     }
     if (rank_ != 0) {
@@ -1588,7 +1662,11 @@ class Executor {
   std::vector<BufferId> to_draw_;
   std::int64_t drawn_ = 0, elements_to_draw_ = 0;
   std::vector<double> losses_;
-  std::deque<float> step_losses_;  ///< on their way from the device
+  struct Loss {
+    std::byte stored[4] = {};
+    ElementType type = ElementType::fp32;
+  };
+  std::deque<Loss> step_losses_;  ///< on their way from the device
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.
@@ -1605,6 +1683,20 @@ class Executor {
 RankResult run_rank(const Program& program, Transport& transport, const Options& options) {
   const auto device = options.device ? options.device(transport.rank()) : host_device();
   return Executor(program, transport, *device, options).run();
+}
+
+RankResult run_alone(const Program& program, int rank, Options options) {
+  if (std::any_of(program.buffers.begin(), program.buffers.end(),
+                  [](const Buffer& b) { return b.routed; }))
+    throw InputError("replay",
+                     "a rank alone does not know how many rows other ranks would route to its "
+                     "experts; replay a network without experts, or use run");
+  PARTITA_ASSERT(rank >= 0 && rank < program.ranks(), fmt::format("rank {}", rank));
+  options.alone = options.drawn = true;
+  options.collect = options.routing = false;
+  options.progress = nullptr;
+  const auto transport = lone_transport(rank, static_cast<int>(program.ranks()));
+  return run_rank(program, *transport, options);
 }
 
 }  // namespace partita::execute

@@ -47,6 +47,11 @@ struct Options {
   std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
   /// While a rank draws its parameters: how many elements it has, of how many.
   std::function<void(int rank, std::int64_t drawn, std::int64_t all)> drawing;
+  /// Values do not matter, only that they are numbers: the device draws parameters from a normal
+  /// distribution, and every step has the first one's inputs.
+  bool drawn = false;
+  /// Of run_alone: nothing is exchanged; what the rank would receive is drawn, too.
+  bool alone = false;
   /// Where a rank's tensors lie and who computes on them; null: the host.
   std::function<std::unique_ptr<Device>(int rank)> device;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
@@ -74,5 +79,10 @@ std::string place(const Program& program, int rank, std::int64_t step, std::int6
 /// what this backend has not, MachineError, with rank and instruction, when disk or memory are
 /// full.
 RankResult run_rank(const Program& program, Transport& transport, const Options& options);
+
+/// One rank's program without the others, at its true local shapes: kernels, packing and memory are
+/// those of the whole run; all is on one stream, and a collective's or message's time is that of
+/// its packing. InputError where rows are routed to experts, whose numbers only the others know.
+RankResult run_alone(const Program& program, int rank, Options options);
 
 }  // namespace partita::execute

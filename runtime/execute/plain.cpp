@@ -143,6 +143,15 @@ void optimizer(const PlainCall& call) {
     updates = std::llround(static_cast<double>(call.statistics[1].values()[2]));
   }
   float* w = to.values();
+  if (!call.extras.empty()) {
+    // The update goes to the master copy; the parameter is its rounded image.
+    float* master = call.extras[0].values();
+    if (call.step == 0) std::copy_n(w, n, master);
+    w = master;
+  }
+  const auto show = [&] {
+    if (w != to.values()) std::copy_n(w, n, to.values());
+  };
   const Optimizer& o = call.program->optimizer;
   float* first = call.outputs[0].values();
   if (o.kind == OptimizerKind::sgd) {
@@ -152,6 +161,7 @@ void optimizer(const PlainCall& call) {
       first[k] = momentum * first[k] + gradient[k];
       w[k] -= rate * first[k];
     }
+    show();
     return;
   }
   float* second = call.outputs[1].values();
@@ -162,6 +172,35 @@ void optimizer(const PlainCall& call) {
     second[k] = a.beta2 * second[k] + (1 - a.beta2) * g * g;
     w[k] = w[k] * a.keep - a.rate * first[k] / (std::sqrt(second[k]) * a.scale + a.epsilon);
   }
+  show();
+}
+
+/// False where all operands are fp32; else carried out on widened copies.
+bool on_wide_copies(const PlainCall& call) {
+  PlainCall wide = call;
+  bool narrow = false;
+  for (const auto* list :
+       {&call.reads, &call.outputs, &call.statistics, &call.extras, &call.writes}) {
+    for (const Operand& o : *list) narrow |= o.type != ElementType::fp32;
+  }
+  if (!narrow) return false;
+  const auto host = host_device();
+  Visits visits(*host);
+  const auto visit = [&](std::vector<Operand>& list, bool written) {
+    for (Operand& o : list) {
+      o.data = reinterpret_cast<std::byte*>(visits.floats(o.data, o.type, o.elements, written));
+      if (o.type != ElementType::fp32) o.bytes = o.elements * 4;
+      o.type = ElementType::fp32;
+    }
+  };
+  visit(wide.reads, false);
+  visit(wide.outputs, true);
+  visit(wide.statistics, false);
+  visit(wide.extras, true);
+  visit(wide.writes, true);
+  plain_on_host(wide);
+  visits.give_back();
+  return true;
 }
 
 }  // namespace
@@ -178,6 +217,7 @@ AdamStep adam_step(const Optimizer& o, std::int64_t updates) {
 }
 
 void plain_on_host(const PlainCall& call) {
+  if (on_wide_copies(call)) return;
   const auto scale_all = [&](float factor) {
     for (const Operand& o : call.writes) {
       for (std::int64_t k = 0; k < o.elements; ++k) o.values()[k] *= factor;

@@ -90,6 +90,23 @@ double interpolate(const std::vector<std::pair<double, double>>& points, double 
   return std::exp((1 - share) * std::log(below->second) + share * std::log(above->second));
 }
 
+/// The same of a GPU, whose kernels take a start and so many bytes a second: straight lines, also
+/// beyond both ends; never more than the smallest point below it nor less than the largest above.
+double affine(const std::vector<std::pair<double, double>>& points, double x) {
+  const auto [first, least] = points.front();
+  const auto [last, most] = points.back();
+  if (points.size() == 1) return x <= first ? least : most * x / last;
+  auto high =
+      std::upper_bound(points.begin(), points.end(), std::pair<double, double>{x, INFINITY});
+  if (high == points.begin()) ++high;
+  if (high == points.end()) --high;
+  const auto low = high - 1;
+  const double t =
+      low->second + (high->second - low->second) * (x - low->first) / (high->first - low->first);
+  if (x < first) return std::clamp(t, 0.05 * least, least);
+  return x > last ? std::max(t, most) : t;
+}
+
 /// The number of ranks among the points that is nearest to `ranks`, the larger of two.
 template <class Point>
 int nearest_ranks(const std::vector<Point>& points, int ranks) {
@@ -151,6 +168,25 @@ void compression_shape(const Program& p, const Instruction& i, std::int64_t rank
   if (c.kind == CompressionKind::one_bit && i.kernel == Kernel::decompress)
     passes = static_cast<double>(p.mesh.size(i.atoms));
   s.bytes = passes * static_cast<double>(local_bytes(p, gradient, rank).count);
+}
+
+/// " bf16": of the operands, where it isn't fp32; a product's is what it multiplies in.
+std::string type_word(const Program& p, const Instruction& i) {
+  ElementType type = ElementType::fp32;
+  if (i.op >= 0 && is_product(p.operators[static_cast<std::size_t>(i.op)].operation)) {
+    type = p.operators[static_cast<std::size_t>(i.op)].compute;
+  } else {
+    const auto look = [&](const std::vector<BufferId>& list) {
+      for (const BufferId id : list) {
+        if (id.valid() && p.buffer(id).element_bytes == 0 && type == ElementType::fp32)
+          type = p.buffer(id).type;
+      }
+    };
+    look(i.reads);
+    look(i.gradients);
+    look(i.writes);
+  }
+  return type == ElementType::fp32 ? "" : fmt::format(" {}", name(type));
 }
 
 constexpr double kVector =
@@ -231,8 +267,11 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
     s.kernel = std::string(name(i.kernel));
     if (i.kernel == Kernel::optimizer)
       s.kernel += p.optimizer.kind == OptimizerKind::adam ? " adam" : " sgd";
-    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress)
+    if (i.kernel == Kernel::compress || i.kernel == Kernel::decompress) {
       compression_shape(p, i, rank, s);
+    } else {
+      s.kernel += type_word(p, i);
+    }
     return s;
   }
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
@@ -265,10 +304,12 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   if (i.part >= 0 && op.signature.find(Dim::sequence) >= 0 &&
       !std::holds_alternative<Attention>(op.operation))
     s.kernel += " part";
+  s.kernel += type_word(p, i);
   return s;
 }
 
-std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& s, int ranks) {
+std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& s, int ranks,
+                                     bool gpu) {
   const auto found = table.find(s.kernel);
   if (found == table.end()) return {};
   const std::vector<KernelPoint>& all = found->second;
@@ -279,7 +320,9 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
       if (p.ranks == at && p.bytes > 0) points.emplace_back(p.bytes, p.time.count);
     }
     if (points.empty()) return {};
-    return Seconds{interpolate(curve(std::move(points)), std::max(1.0, s.bytes))};
+    const auto c = curve(std::move(points));
+    const double x = std::max(1.0, s.bytes);
+    return Seconds{gpu ? affine(c, x) : interpolate(c, x)};
   }
   // log2(time / FLOP) of the points around, as a plane through them.
   std::vector<Near> near;

@@ -12,7 +12,9 @@ namespace partita {
 
 /// What a kernel's time depends on.
 struct KernelShape {
-  std::string kernel;  ///< "linear forward"; empty for what has no kernel
+  /// "linear forward"; with the type of its operands where it isn't fp32, "linear forward bf16";
+  /// empty for what has no kernel.
+  std::string kernel;
   double m = 0, n = 0, k = 0, count = 1;
   double bytes = 0;
   bool product() const { return m > 0; }
@@ -35,7 +37,9 @@ KernelShape shape_of(const Program& program, const Instruction& instruction, std
 /// twelve points, weighted by inverse squared distance (docs/cost.md, "Measured"). Others: log-log
 /// interpolation in bytes; beyond the largest point its rate, below the smallest its time. Empty
 /// where the table has no such kernel.
-std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks);
+/// `gpu`: those others by straight lines in bytes, beyond both ends too.
+std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks,
+                                     bool gpu = false);
 
 /// Log-log interpolation of a collective's points with this number of ranks, else the nearest
 /// number; of those, the ones measured with `at_work` ranks working on the host, else the nearest

@@ -109,6 +109,12 @@ class Compiler {
     return Stretch::inside;
   }
 
+  static Stretch stretch_of(const Work& w, const Instruction& i) {
+    if (w.matrix) return Stretch::products;
+    return i.kind == Kind::compute && i.kernel == Kernel::optimizer ? Stretch::optimizer
+                                                                    : Stretch::memory;
+  }
+
   /// A kernel's time, measured where the device has been measured, and the host's time to start it.
   void price(const Instruction& i, std::int64_t rank, const DeviceProfile& device,
              Price& out) const {
@@ -121,9 +127,11 @@ class Compiler {
       const KernelShape shape = shape_of(p_, i, rank);
       if (shape.kernel.empty()) return;
       // Ranks of one host share its memory, and those of one core its caches.
-      if (const auto t =
-              measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)))) {
+      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)),
+                                       device.compute_capability > 0)) {
         out.time = *t + device.dispatch;
+        // Measured alone: what runs beside it stretches it as any other.
+        if (device.compute_capability > 0) out.of_time = stretch_of(work_of(p_, i, rank), i);
         return;
       }
       if (from_storage(p_, i)) {
@@ -137,9 +145,7 @@ class Compiler {
       return;
     }
     const Work w = work_of(p_, i, rank);
-    out.of_time = w.matrix                                                   ? Stretch::products
-                  : i.kind == Kind::compute && i.kernel == Kernel::optimizer ? Stretch::optimizer
-                                                                             : Stretch::memory;
+    out.of_time = stretch_of(w, i);
     out.time = kernel_time(w, device, communication_.shapes(rank));
     out.then = device.dispatch;
   }

@@ -540,6 +540,7 @@ void routed_traffic(const Program& p, const Instruction& i, int stage, std::int6
     return local_indices(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(rank));
   };
   const BufferId from = i.reads[0];
+  const std::int64_t width = p.buffer(from).width();
   for (std::int64_t rank = 0; rank < p.ranks(); ++rank) {
     if (p.stage_of(rank) != stage) continue;
     if (i.kind == Kind::send) {
@@ -565,7 +566,7 @@ void routed_traffic(const Program& p, const Instruction& i, int stage, std::int6
       for (const std::int64_t member : group) {
         if (member == rank) continue;
         const auto [rows, elements] = values(member);
-        bytes[{rank, member}] += calls * (kCount + rows * kKey + elements * 4);
+        bytes[{rank, member}] += calls * (kCount + rows * kKey + elements * width);
       }
       continue;
     }
@@ -578,7 +579,7 @@ void routed_traffic(const Program& p, const Instruction& i, int stage, std::int6
         for (std::int32_t k = 0; k < m.chunks(); ++k)
           elements += values(group[static_cast<std::size_t>(m.chunk(k))]).second;
         if (elements > 0)
-          bytes[{rank, group[static_cast<std::size_t>(m.to)]}] += calls * elements * 4;
+          bytes[{rank, group[static_cast<std::size_t>(m.to)]}] += calls * elements * width;
       }
     }
   }
@@ -593,10 +594,7 @@ std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> step_traffic(
   for (const auto& stage : p.stages) {
     for (const BlockCall& call : stage) ++calls[call.block.index()];
   }
-  const auto width = [&](BufferId id) {
-    const Buffer& b = p.buffer(id);
-    return b.element_bytes > 0 ? std::int64_t{b.element_bytes} : storage(b.type, 1).count;
-  };
+  const auto width = [&](BufferId id) { return p.buffer(id).width(); };
   for (std::size_t block = 0; block < p.blocks.size(); ++block) {
     if (calls[block] == 0) continue;
     for (const Instruction& i : p.blocks[block].instructions) {

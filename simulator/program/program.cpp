@@ -256,7 +256,7 @@ Bytes routed_payload(const Program& p, const Instruction& i, std::int64_t rank) 
                           std::back_inserter(shared));
     if (shared.empty()) return;
     bytes += common_rows(p, from, sender, to, receiver) *
-             (kKey + 4 * static_cast<std::int64_t>(shared.size()));
+             (kKey + p.buffer(from).width() * static_cast<std::int64_t>(shared.size()));
   };
   for (const std::int64_t member : group) {
     add(rank, member);
@@ -553,10 +553,9 @@ Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank)
       std::int64_t n = 0;
       for (std::size_t k = 0; k < i.reads.size(); ++k) {
         const Buffer& b = p.buffer(i.reads[k]);
-        const std::int64_t width = b.element_bytes > 0 ? b.element_bytes : storage(b.type, 1).count;
         for (const std::int64_t m : p.group(i, rank))
-          n += width * (common_elements(p, i.reads[k], rank, i.writes[k], m) +
-                        common_elements(p, i.reads[k], m, i.writes[k], rank));
+          n += b.width() * (common_elements(p, i.reads[k], rank, i.writes[k], m) +
+                            common_elements(p, i.reads[k], m, i.writes[k], rank));
       }
       return Bytes{n};
     }

@@ -69,6 +69,9 @@ struct Buffer {
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;
   std::int32_t parameter = -1;
+
+  /// Bytes of an element in memory that is executed on.
+  std::int64_t width() const { return element_bytes > 0 ? element_bytes : storage(type, 1).count; }
 };
 
 enum class Kind : std::uint8_t {

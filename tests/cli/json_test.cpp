@@ -421,6 +421,44 @@ TEST(Run, TrainsTheFoundingExampleLikeTheSerialNetwork) {
   }
 }
 
+/// One rank of a large plan: its memory to the byte, its kernels in the whole step.
+TEST(Replay, OneRankSpeaksForTheCluster) {
+  const std::string small =
+      "replay gpt2 dgx-h100:2 --seq 16 --vocabulary 64 --tp 2 --pp 2 --dp 4 "
+      "--micro-batch 1 --global-batch 16 --precision bf16 --steps 2 --json";
+  for (const auto& [rank, layers] : {std::pair{0, 2}, {15, 2}, {15, 4}}) {
+    const Ran r = run(fmt::format("{} --rank {} --layers {}", small, rank, layers));
+    EXPECT_EQ(r.code, 0) << r.err;
+    const Json j = parsed(r);
+    EXPECT_EQ(j.at("schema"), "partita.replay/1");
+    EXPECT_EQ(j.at("rank"), rank);
+    EXPECT_EQ(j.at("ranks"), 16);
+    EXPECT_EQ(j.at("ranks_alike"), 8);
+    EXPECT_EQ(j.at("layers"), layers);
+    EXPECT_EQ(j.at("layers_of_model"), 12);
+    for (const auto& [category, bytes] : j.at("memory_bytes").items()) {
+      if (category == "reserved") continue;
+      EXPECT_EQ(bytes.at("measured"), bytes.at("predicted")) << category;
+    }
+    EXPECT_GT(j.at("memory_bytes").at("total").at("measured").get<std::int64_t>(), 0);
+    double sum = 0;
+    std::int64_t forward = 0;
+    for (const Json& k : j.at("kinds")) {
+      sum += k.at("measured_s").get<double>();
+      EXPECT_GT(k.at("predicted_s").get<double>(), 0) << k;
+      if (k.at("kind") == "linear forward") forward = k.at("count").get<std::int64_t>();
+    }
+    const double compute = j.at("compute_s").at("measured").get<double>();
+    EXPECT_NEAR(sum, compute, 1e-9 + 1e-6 * compute);
+    // Query, key, value, output, two of the MLP; the head on the last stage. 4 micro-batches.
+    EXPECT_EQ(forward, 4 * (6 * layers / 2 + (rank == 15 ? 1 : 0)));
+    // The whole network has more layers than were run, on kernels that are slower here.
+    EXPECT_GE(j.at("step_time_s").at("replayed").get<double>(), 0.9 * compute);
+    EXPECT_GT(j.at("step_time_s").at("replayed").get<double>(), 0);
+    EXPECT_GT(j.at("step_time_s").at("predicted").get<double>(), 0);
+  }
+}
+
 /// A dozen plans over processes: what threads prove for hundreds, MPI and sockets carry out alike.
 TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
   const std::vector<std::string> plans{

@@ -4,7 +4,7 @@
 #
 #   validation/gpu/run.sh [OUT]        default: gpu-results
 #
-# PARTITA, GPU_TEST: the programs (default: in build/dev, then build/release).
+# PARTITA, GPU_TEST: the programs (default: in build/dev, then build/release). LIMIT: seconds in all (default: 480).
 set -uo pipefail
 # In the sources, or in the bundle's folder.
 here=$(cd "$(dirname "$0")" && pwd)
@@ -27,10 +27,18 @@ if [ -n "$wheels" ]; then
 fi
 failed=()
 began=$(date +%s)
+limit=${LIMIT:-480}
 part() {  # name, most seconds, command...
   local name=$1 most=$2
   shift 2
   local start=$(date +%s)
+  local left=$((began + limit - start))
+  [ "$most" -le "$left" ] || most=$left
+  if [ "$most" -lt 5 ]; then
+    printf '%-28s       left out: no time\n' "$name" | tee -a "$out/summary.txt"
+    failed+=("$name")
+    return
+  fi
   # What it says is kept, also of one that hangs or dies.
   timeout --kill-after=10 "$most" "$@" >"$out/$name.txt" 2>&1
   local code=$?
@@ -43,17 +51,25 @@ part() {  # name, most seconds, command...
 : >"$out/summary.txt"
 { date -u; git rev-parse HEAD 2>/dev/null; uname -r; ldd "$partita" | grep -iE 'cuda|cublas|cudnn|nccl'; } >"$out/about.txt" 2>&1
 part nvidia-smi 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.total,memory.used --format=csv
-part kernels 60 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.Kernels*:Gpu.Parts*:Gpu.Moves*'
-part one-rank 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRank'
-part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
-part mnist 30 "$partita" run mnist-linear --backend cuda --steps 20 --json
+# In order of worth: what fails or finds no time left costs nothing that stands before it.
+part kernels 50 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.KernelsEqualTheReferences:Gpu.Parts*:Gpu.Moves*:Gpu.Draws*:Gpu.NarrowNumbers*'
+part kernels-narrow 50 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.KernelsEqualTheReferencesIn*'
+part one-rank 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRank:Gpu.ARankAlone*'
+part one-rank-narrow 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRankInNarrowTypes'
+# Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.
+part validate 200 "$partita" validate --backend cuda --budget 75s --out "$out/profile"
+replay=(--backend cuda --steps 3 --json)
+part replay-llama 45 "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 40 --rank 0 "${replay[@]}"
+part replay-gpt3 45 "$partita" replay gpt3-175b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 48 --rank 0 "${replay[@]}"
 small=(--layers 2 --seq 64 --vocabulary 256 --micro-batch 2 --global-batch 4 --steps 3 --backend cuda --json)
-part gpt2 40 "$partita" run gpt2 "${small[@]}"
 share=(--share-gpu --ranks 2 --transport tcp --timeout 60)
 part nccl-dp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2
-part nccl-tp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --tp 2
+part nccl-tp2-bf16 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --tp 2 --precision bf16
+part gpt2 40 "$partita" run gpt2 "${small[@]}" --precision bf16
+part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
 part nccl-pp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --pp 2
 part nccl-zero3 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2 --zero 3
+part mnist 30 "$partita" run mnist-linear --backend cuda --steps 20 --json
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check
   part racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check

@@ -12,20 +12,23 @@ namespace partita::cpu {
 using reference::Piece;
 using reference::Problem;
 
+/// fp32 on small problems, relative to a tensor's largest value.
+inline constexpr double kSingleBound = 2e-4;
+
 inline void expect_close(const std::vector<float>& got, const Piece& want, double start,
-                         const std::string& what) {
+                         const std::string& what, double bound = kSingleBound) {
   ASSERT_EQ(got.size(), want.values.size()) << what;
   double size = 1;
   for (const double v : want.values) size = std::max(size, std::abs(v));
   for (std::size_t i = 0; i < got.size(); ++i)
-    ASSERT_NEAR(static_cast<double>(got[i]), want.values[i] + start, 2e-4 * size)
+    ASSERT_NEAR(static_cast<double>(got[i]), want.values[i] + start, bound * size)
         << what << ", element " << i;
 }
 
 /// All passes of one rank's problem, by the reference's kernels and by K's. `look` sees K after
 /// them.
 template <class K, class F>
-void expect_same(const Problem& p, reference::Part part, F look) {
+void expect_same(const Problem& p, reference::Part part, F look, double bound = kSingleBound) {
   std::vector<reference::Part> one{std::move(part)};
   reference::run(one);
   const reference::Part& want = one[0];
@@ -34,7 +37,7 @@ void expect_same(const Problem& p, reference::Part part, F look) {
                            const std::vector<Piece>& expected, double start,
                            const std::string& what) {
     for (std::size_t k = 0; k < expected.size(); ++k)
-      expect_close(got[k], expected[k], start, what);
+      expect_close(got[k], expected[k], start, what, bound);
   };
   compare(passes.forward(), want.outputs, 0, "forward");
   passes.prepare_backward();

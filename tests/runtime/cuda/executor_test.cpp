@@ -110,6 +110,22 @@ TEST(CudaExecutor, RandomPlans) {
   EXPECT_GE(run, 25);
 }
 
+/// In the types that GPUs train in, statistics and masters in fp32.
+TEST(CudaExecutor, RandomPlansInNarrowTypes) {
+  std::mt19937 rng(20261128);
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral(), cnn(false)};
+  int run = 0;
+  for (int k = 0; k < 400 && run < 30; ++k) {
+    Plan p = single_precision(random_plan(rng));
+    if (p.ranks() > 8) continue;
+    set_precision(p, rng() % 2 == 0 ? "bf16" : "fp16", "");
+    p.optimizer.kind = rng() % 2 == 0 ? OptimizerKind::sgd : p.optimizer.kind;
+    run += expect_good(graphs[rng() % graphs.size()], p, rng() % 4 > 0, rng()) ? 1 : 0;
+    if (HasFailure()) return;
+  }
+  EXPECT_GE(run, 20);
+}
+
 /// A collective's values: member m's element k is 100 m + k, sums are exact.
 TEST(NcclSteps, DoWhatTheCollectiveSays) {
   std::mt19937 rng(5);

@@ -238,12 +238,19 @@ class FarGpu : public execute::FarDevice {
       return;
     }
     PlainCall here = call;
-    for (auto* list : {&here.reads, &here.outputs, &here.statistics, &here.writes}) {
+    for (auto* list : {&here.reads, &here.outputs, &here.statistics, &here.extras, &here.writes}) {
       for (auto& o : *list) o.data = near(o.data);
     }
     push([here = std::move(here)] {
       HostMachine m;
       EXPECT_TRUE(run_plain(m, here)) << partita::name(here.instruction->kernel);
+    });
+  }
+  void draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,
+            std::uint64_t seed) override {
+    push([=, to = near(to)] {
+      HostMachine m;
+      draw_values(m, {to, type}, n, mean, deviation, seed);
     });
   }
   void unpack_add(const execute::RunList& list, ElementType type, const std::byte* from,

@@ -8,6 +8,7 @@
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "tests/runtime/cpu/equal_reference.h"
+#include "tests/runtime/cuda/narrowed.h"
 #include "tests/runtime/cuda/on_device.h"
 #include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
@@ -55,6 +56,84 @@ TEST(Gpu, KernelsEqualTheReferences) {
   }
   for (const auto& [kernel, calls] : OneGpu::device().fallbacks())
     std::printf("of the host: %s, %ld calls\n", kernel.c_str(), static_cast<long>(calls));
+}
+
+template <ElementType kType>
+void expect_narrow_kernels() {
+  std::mt19937_64 rng(20);
+  for (int round = 0; round < 2; ++round) {
+    for (const reference::Problem& p : reference::problems(rng)) {
+      SCOPED_TRACE(::testing::Message() << p.label << ", round " << round);
+      try {
+        expect_same_narrow<GpuKernel, kType>(p, [](const auto&) {});
+      } catch (const std::exception& e) {
+        ADD_FAILURE() << e.what();
+        return;
+      }
+    }
+  }
+  for (const auto& [kernel, calls] : OneGpu::device().fallbacks())
+    std::printf("of the host: %s, %ld calls\n", kernel.c_str(), static_cast<long>(calls));
+}
+TEST(Gpu, KernelsEqualTheReferencesInBf16) {
+  NEEDS_GPU();
+  expect_narrow_kernels<ElementType::bf16>();
+}
+TEST(Gpu, KernelsEqualTheReferencesInFp16) {
+  NEEDS_GPU();
+  expect_narrow_kernels<ElementType::fp16>();
+}
+
+TEST(Gpu, NarrowNumbersRoundAsOnTheHost) {
+  NEEDS_GPU();
+  execute::Device& gpu = OneGpu::device();
+  const auto host = execute::host_device();
+  // Sums of pairs, rounded: every bit pattern meets another.
+  for (const ElementType type : {ElementType::bf16, ElementType::fp16}) {
+    constexpr std::int64_t n = 1 << 16;
+    std::vector<std::uint16_t> a(n), b(n), sums(n), from_gpu(n);
+    for (std::int64_t i = 0; i < n; ++i) {
+      a[static_cast<std::size_t>(i)] = static_cast<std::uint16_t>(i);
+      b[static_cast<std::size_t>(i)] = static_cast<std::uint16_t>(40503 * i);
+    }
+    const execute::RunList all(std::vector<execute::Run>{{0, n}});
+    sums = a;
+    const auto bytes = [](std::vector<std::uint16_t>& v) {
+      return reinterpret_cast<std::byte*>(v.data());
+    };
+    host->unpack_add(all, type, bytes(b), bytes(sums));
+    std::byte *to = gpu.allocate(2 * n), *from = gpu.allocate(2 * n);
+    gpu.to_device(to, a.data(), 2 * n);
+    gpu.to_device(from, b.data(), 2 * n);
+    gpu.unpack_add(all, type, from, to);
+    gpu.to_host(from_gpu.data(), to, 2 * n);
+    int differ = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      float want = 0, got = 0;
+      widen(type, reinterpret_cast<const std::byte*>(&sums[i]), &want, 1);
+      widen(type, reinterpret_cast<const std::byte*>(&from_gpu[i]), &got, 1);
+      if (std::isnan(want) ? !std::isnan(got) : want != got) ++differ;
+    }
+    EXPECT_EQ(differ, 0) << name(type);
+    gpu.finish();
+    gpu.release(to);
+    gpu.release(from);
+  }
+}
+
+TEST(Gpu, DrawsNormalNumbers) {
+  NEEDS_GPU();
+  execute::Device& gpu = OneGpu::device();
+  constexpr std::int64_t n = 20000;
+  std::byte* at = gpu.allocate(4 * n);
+  gpu.draw(at, ElementType::fp32, n, 0.5f, 2, 3);
+  std::vector<float> v(n);
+  gpu.to_host(v.data(), at, 4 * n);
+  for (std::int64_t i = 0; i < n; ++i)
+    ASSERT_NEAR(v[static_cast<std::size_t>(i)],
+                0.5 + 2 * reference::normal(3, 0, static_cast<std::uint64_t>(i)), 1e-5);
+  gpu.finish();
+  gpu.release(at);
 }
 
 TEST(Gpu, PartsOfARingEqualTheReferences) {
@@ -112,7 +191,11 @@ void expect_trains(const Graph& graph, const Plan& wanted) {
   o.operator_seed = [](std::int32_t op) {
     return reference::operator_seed(7, OpId{static_cast<std::size_t>(op)});
   };
-  o.device = [](int) { return cuda_device({}); };
+  o.device = [&](int) {
+    DeviceOptions d;
+    d.tf32 = plan->precision.compute == ElementType::tf32;
+    return cuda_device(d);
+  };
   try {
     execute::ThreadOptions threads;
     threads.timeout_s = 60;
@@ -132,6 +215,39 @@ TEST(Gpu, TrainsOnOneRank) {
   Plan p = base_plan();
   set_precision(p, "fp32", "");
   for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)}) expect_trains(g, p);
+}
+
+TEST(Gpu, TrainsOnOneRankInNarrowTypes) {
+  NEEDS_GPU();
+  for (const char* precision : {"bf16", "fp16", "tf32"}) {
+    SCOPED_TRACE(precision);
+    Plan p = base_plan();
+    set_precision(p, precision, "");
+    for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)}) expect_trains(g, p);
+  }
+}
+
+TEST(Gpu, ARankAloneHasThePredictedMemory) {
+  NEEDS_GPU();
+  Plan p = base_plan();
+  set_precision(p, "bf16", "");
+  p.tp = p.dp = 2;
+  p.global_batch = 4;
+  const Graph g = gpt();
+  const Program program = lowered(g, p);
+  execute::Options o;
+  o.steps = 2;
+  o.record = true;
+  o.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
+    return reference::input_value(g, input, 7, step, sample, index);
+  };
+  const auto host = execute::run_alone(program, 1, o);
+  o.device = [](int) { return cuda_device({}); };
+  const auto gpu = execute::run_alone(program, 1, o);
+  EXPECT_EQ(gpu.measured.last_peak, host.measured.last_peak);
+  EXPECT_EQ(gpu.measured.last_at_peak, host.measured.last_at_peak);
+  ASSERT_EQ(gpu.measured.samples.size(), 2u);
+  for (const Sample& s : gpu.measured.samples[1]) EXPECT_LE(s.start, s.end);
 }
 
 TEST(Gpu, TrainsOnSeveralRanksThroughTheHost) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "runtime/cuda/plain.h"
@@ -22,6 +23,9 @@ class HostMachine {
     for (std::int64_t i = 0; i < n; ++i) f(i, Lanes{});
   }
   void product(const Product& p) {
+    PARTITA_ASSERT(
+        p.a.at.type() == p.b.at.type() && (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
+        "a product that cuBLASLt has not");
     const auto element = [](const Matrix& m, std::int64_t b, std::int64_t i, std::int64_t j) {
       return static_cast<double>(
           m.at[b * m.step + (m.transposed ? j * m.stride + i : i * m.stride + j)]);
@@ -32,7 +36,7 @@ class HostMachine {
           double sum = 0;
           for (std::int64_t k = 0; k < p.k; ++k)
             sum += element(p.a, b, i, k) * element(p.b, b, k, j);
-          float& to = p.c.at[b * p.c.step + i * p.c.stride + j];
+          const auto to = p.c.at[b * p.c.step + i * p.c.stride + j];
           const auto v = static_cast<float>(static_cast<double>(p.alpha) * sum);
           to = p.beta == 0 ? v : v + p.beta * to;
         }
@@ -54,8 +58,33 @@ class HostMachine {
       return {nullptr, indices.front(), n};
     return {indices.data(), 0, n};
   }
-  bool convolve(const ConvolutionShape& s, ConvolutionPass pass, float* x, float* w, float* y,
-                bool adds) {
+  bool convolve(const ConvolutionShape& s, ConvolutionPass pass, Numbers to_x, Numbers to_w,
+                Numbers to_y, bool adds) {
+    for (const Numbers& n : {to_x, to_w, to_y}) PARTITA_ASSERT(n.type() == s.type, "types differ");
+    // Sums are in fp32.
+    const std::int64_t weights = s.out * (s.in / s.groups) * s.window_height * s.window_width,
+                       pixels = s.samples * s.in * s.height * s.width,
+                       results = s.samples * s.out * s.out_height * s.out_width;
+    const auto wide = [](Numbers from, std::int64_t n) {
+      std::vector<float> v(static_cast<std::size_t>(n));
+      for (std::int64_t i = 0; i < n; ++i) v[static_cast<std::size_t>(i)] = from[i];
+      return v;
+    };
+    const auto back = [](const std::vector<float>& v, Numbers to) {
+      for (std::size_t i = 0; i < v.size(); ++i) to[static_cast<std::int64_t>(i)] = v[i];
+    };
+    auto x = wide(to_x, pixels), w = wide(to_w, weights), y = wide(to_y, results);
+    convolve_wide(s, pass, x.data(), w.data(), y.data(), adds);
+    back(pass == ConvolutionPass::forward ? y
+         : pass == ConvolutionPass::data  ? x
+                                          : w,
+         pass == ConvolutionPass::forward ? to_y
+         : pass == ConvolutionPass::data  ? to_x
+                                          : to_w);
+    return true;
+  }
+  static void convolve_wide(const ConvolutionShape& s, ConvolutionPass pass, float* x, float* w,
+                            float* y, bool adds) {
     const std::int64_t in = s.in / s.groups, out = s.out / s.groups;
     const auto zero = [](float* p, std::int64_t n) { std::fill_n(p, n, 0.0f); };
     if (pass == ConvolutionPass::forward) zero(y, s.samples * s.out * s.out_height * s.out_width);
@@ -83,7 +112,6 @@ class HostMachine {
         }
       }
     }
-    return true;
   }
   void end() { scratch_.clear(); }
 
@@ -97,49 +125,47 @@ class HostMachine {
 class KernelOnHostMachine {
  public:
   explicit KernelOnHostMachine(const reference::Context& context)
-      : context_(context), cpu_(context) {}
+      : context_(context), host_(execute::host_device()->kernel(context)) {}
   void set_step(std::int64_t step, std::int64_t first_sample) {
     context_.step = step;
     context_.first_sample = first_sample;
-    cpu_.set_step(step, first_sample);
+    host_->set_step(step, first_sample);
   }
   void forward_statistic(std::size_t k, const cpu::Arguments& a) {
-    run(run_forward_statistic(m_, context_, k, a), [&] { cpu_.forward_statistic(k, a); });
+    run(run_forward_statistic(m_, context_, k, a), execute::Work::forward_statistic, k, a);
   }
   void forward(const cpu::Arguments& a) {
-    run(run_forward(m_, context_, a), [&] { cpu_.forward(a); });
+    run(run_forward(m_, context_, a), execute::Work::forward, 0, a);
   }
   void backward_statistic(std::size_t k, const cpu::Arguments& a) {
-    run(run_backward_statistic(m_, context_, a), [&] { cpu_.backward_statistic(k, a); });
+    run(run_backward_statistic(m_, context_, a), execute::Work::backward_statistic, k, a);
   }
   void backward_data(const cpu::Arguments& a) {
-    run(run_backward_data(m_, context_, a), [&] { cpu_.backward_data(a); });
+    run(run_backward_data(m_, context_, a), execute::Work::backward_data, 0, a);
   }
   void backward_weight(const cpu::Arguments& a) {
-    run(run_backward_weight(m_, context_, a), [&] { cpu_.backward_weight(a); });
+    run(run_backward_weight(m_, context_, a), execute::Work::backward_weight, 0, a);
   }
   void attend_part(const cpu::Arguments& a) {
-    run(run_attend_part(m_, context_, a), [&] { cpu_.attend_part(a); });
+    run(run_attend_part(m_, context_, a), execute::Work::attend_part, 0, a);
   }
   void attend_part_backward(const cpu::Arguments& a) {
-    run(run_attend_part_backward(m_, context_, a), [&] { cpu_.attend_part_backward(a); });
+    run(run_attend_part_backward(m_, context_, a), execute::Work::attend_part_backward, 0, a);
   }
   std::vector<cpu::RoutedResult> routed;
   int own = 0, others = 0;  ///< calls of kernels here, and of the host's
 
  private:
-  template <class F>
-  void run(bool done, F otherwise) {
+  void run(bool done, execute::Work work, std::size_t statistic, const cpu::Arguments& a) {
     ++(done ? own : others);
     m_.end();
     if (done) return;
-    cpu_.routed.clear();
-    otherwise();
-    routed = std::move(cpu_.routed);
+    host_->run(work, statistic, a);
+    routed = std::move(host_->routed);
   }
   HostMachine m_;
   reference::Context context_;
-  cpu::Kernel cpu_;
+  std::unique_ptr<execute::OperatorKernel> host_;
 };
 
 }  // namespace partita::cuda

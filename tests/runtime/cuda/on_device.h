@@ -61,7 +61,8 @@ class KernelOnDevice {
                        &here.statistics, &here.backward_statistics, &here.extras, &here.results}) {
       for (cpu::Tensor& t : *list) {
         if (!t || t.size() == 0) continue;
-        if (t.values != nullptr) t.values = reinterpret_cast<float*>(bring(t.values, t.size() * 4));
+        if (t.values != nullptr)
+          t.values = reinterpret_cast<float*>(bring(t.values, storage(t.type, t.size()).count));
         if (t.ids != nullptr)
           t.ids = reinterpret_cast<const std::int64_t*>(
               bring(const_cast<std::int64_t*>(t.ids), t.size() * 8));

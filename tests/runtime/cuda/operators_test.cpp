@@ -8,6 +8,7 @@
 #include "runtime/transport/narrow.h"
 #include "tests/runtime/cpu/equal_reference.h"
 #include "tests/runtime/cuda/host_machine.h"
+#include "tests/runtime/cuda/narrowed.h"
 
 namespace partita::cuda {
 namespace {
@@ -33,6 +34,29 @@ TEST(CudaKernels, EqualTheReferencesOnWholeProblems) {
   EXPECT_EQ(never, (std::set<std::string>{"combine", "dispatch", "grouped_product"}));
 }
 
+/// Kernels of narrow operands are the same ones: none is the host's for its type alone.
+template <ElementType kType>
+void expect_narrow_kernels() {
+  std::mt19937_64 rng(20);
+  std::set<std::string> own, others;
+  for (int round = 0; round < 6; ++round) {
+    for (const reference::Problem& p : reference::problems(rng)) {
+      SCOPED_TRACE(::testing::Message() << p.label << ", round " << round);
+      expect_same_narrow<KernelOnHostMachine, kType>(p, [&](const auto& k) {
+        (k.kernel().others == 0 ? own : others).insert(std::string(kind_name(p.operation)));
+      });
+      if (::testing::Test::HasFailure()) return;
+    }
+  }
+  std::set<std::string> never;
+  for (const std::string& kind : others) {
+    if (own.count(kind) == 0) never.insert(kind);
+  }
+  EXPECT_EQ(never, (std::set<std::string>{"combine", "dispatch", "grouped_product"}));
+}
+TEST(CudaKernels, EqualTheReferencesInBf16) { expect_narrow_kernels<ElementType::bf16>(); }
+TEST(CudaKernels, EqualTheReferencesInFp16) { expect_narrow_kernels<ElementType::fp16>(); }
+
 TEST(CudaKernels, PartsOfARingEqualTheReferences) {
   cpu::expect_parts_equal<KernelOnHostMachine>();
 }
@@ -43,6 +67,7 @@ TEST(CudaNumbers, RandomBitsAreTheReferences) {
     const std::uint64_t s = rng(), a = rng(), b = rng();
     EXPECT_EQ(random_bits(s, a, b), reference::random_bits(s, a, b));
     EXPECT_EQ(uniform(s, a, b), reference::uniform(s, a, b));
+    EXPECT_NEAR(normal(s, a, b), reference::normal(s, a, b), 1e-14);
   }
 }
 
@@ -68,6 +93,28 @@ TEST(CudaNumbers, SixteenBitsRoundAsOnTheHost) {
     ASSERT_EQ(from_fp16(fp16), wide) << v;
     widen(ElementType::bf16, reinterpret_cast<const std::byte*>(&bf16), &wide, 1);
     ASSERT_EQ(from_bf16(bf16), wide) << v;
+  }
+}
+
+TEST(CudaNumbers, OctetsAreTheirElementsWhereverTheyLie) {
+  std::mt19937 rng(8);
+  for (const ElementType type : {ElementType::fp32, ElementType::bf16, ElementType::fp16}) {
+    const std::int64_t width = storage(type, 1).count;
+    for (std::int64_t n = 0; n < 40; ++n) {
+      const auto offset = static_cast<std::int64_t>(rng() % 10);
+      alignas(64) std::byte from[256], to[256], want[256];
+      for (std::size_t k = 0; k < 256; ++k)
+        from[k] = static_cast<std::byte>(rng() % 60), to[k] = want[k] = std::byte{7};
+      const Numbers x{from + width * static_cast<std::int64_t>(rng() % 10), type},
+          y{to + width * offset, type}, w{want + width * offset, type};
+      for (std::int64_t i = 0; i < n; ++i) w[i] = 2 * x[i];
+      HostMachine m;
+      map_one(m, n, x, y, [](float v) { return 2 * v; });
+      EXPECT_TRUE(std::equal(to, to + 256, want)) << name(type) << ", " << n << " at " << offset;
+      map_two(m, n, y, x, y, [](float a, float b) { return a - b; });
+      for (std::int64_t i = 0; i < n; ++i)
+        EXPECT_EQ(static_cast<float>(y[i]), static_cast<float>(x[i]));
+    }
   }
 }
 

@@ -109,6 +109,47 @@ TEST(Executor, OneRank) {
   EXPECT_TRUE(expect_good(cnn(false), single_precision()));
 }
 
+/// Stored in 16 bits, computed in fp32, with an fp32 copy of the parameters.
+TEST(Executor, NarrowTypesOneRank) {
+  for (const char* precision : {"bf16", "fp16"}) {
+    Plan p = base_plan();
+    set_precision(p, precision, "");
+    for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)}) EXPECT_TRUE(expect_good(g, p));
+    p.precision.gradients = p.precision.gradient_communication = p.precision.activations;
+    p.precision_roles = true;
+    EXPECT_TRUE(expect_good(llama(), p));
+    p.precision.master_copy = false;
+    EXPECT_TRUE(expect_good(gpt(), p));
+  }
+}
+
+TEST(Executor, NarrowTypesRandomPlans) {
+  std::mt19937 rng{20261128};
+  const std::vector<Graph> graphs{gpt(), llama(), mixtral()};
+  int run = 0;
+  for (int k = 0; k < 400 && run < 30; ++k) {
+    Plan p = random_plan(rng);
+    if (p.ranks() > 8) continue;
+    // What chooses, chooses otherwise after another rounding.
+    if (p.compression.kind == CompressionKind::top_k ||
+        p.compression.kind == CompressionKind::one_bit)
+      continue;
+    set_precision(p, rng() % 2 == 0 ? "bf16" : "fp16", "");
+    run += expect_good(graphs[rng() % graphs.size()], p) ? 1 : 0;
+    if (HasFailure()) return;
+  }
+  EXPECT_GE(run, 20);
+}
+
+TEST(Executor, ProductsNarrowerThan16BitsAreRefused) {
+  Plan p = base_plan();
+  set_precision(p, "fp8", "");
+  const Graph g = gpt();
+  EXPECT_THAT([&] { run_threads(lowered(g, p), options_for(g, 1)); },
+              ::testing::ThrowsMessage<InputError>(::testing::HasSubstr(
+                  "computes in fp8, which is predicted, not executed; use --precision bf16")));
+}
+
 TEST(Executor, DataParallel) {
   Plan p = single_precision();
   p.dp = 3;

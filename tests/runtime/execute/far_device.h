@@ -60,8 +60,8 @@ class FarDevice : public Device {
     push([=, from = near(from)] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
     host_waits(record());
   }
-  void to_host_later(float* to, const std::byte* from) override {
-    push([=, from = near(from)] { std::memcpy(to, from, sizeof *to); });
+  void to_host_later(void* to, const std::byte* from, std::int64_t bytes) override {
+    push([=, from = near(from)] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
   }
   void copy(std::byte* to, const std::byte* from, std::int64_t bytes) override {
     push([this, bytes, to = near(to), from = near(from)] { host_->copy(to, from, bytes); });
@@ -88,7 +88,7 @@ class FarDevice : public Device {
       return;
     }
     PlainCall here = call;
-    for (auto* list : {&here.reads, &here.outputs, &here.statistics, &here.writes}) {
+    for (auto* list : {&here.reads, &here.outputs, &here.statistics, &here.extras, &here.writes}) {
       for (PlainCall::Operand& operand : *list) operand.data = near(operand.data);
     }
     push([here = std::move(here)] { plain_on_host(here); });

@@ -1,0 +1,220 @@
+// `partita replay`: one rank of a large plan alone on one device, and the step it makes likely.
+#include "validation/replay.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "base/unit_text.h"
+#include "cli/backend.h"
+#include "cli/commands.h"
+#include "cli/crew.h"
+#include "cli/options.h"
+#include "report/report.h"
+#include "runtime/execute/executor.h"
+#include "simulator/lower/lower.h"
+#include "simulator/search/placement.h"
+
+namespace partita::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+constexpr std::uint64_t kSeed = 1;
+
+struct Options {
+  std::string model, topology, backend = "cpu";
+  PlanFlags flags;
+  std::int64_t rank = 0, steps = 5, warm_up = 2;
+  bool json = false;
+};
+
+struct Lowered {
+  Graph graph;
+  Plan plan;
+  Program program;
+};
+
+Lowered lowered(const Options& o, const Topology& topology, std::optional<std::int64_t> layers) {
+  PlanFlags flags = o.flags;
+  flags.layers = layers;
+  Lowered l;
+  Plan plan = plan_from(flags, "partita");
+  settle_ranks(plan, static_cast<std::int64_t>(topology.used_ranks()), topology.name());
+  l.graph = load_graph(o.model, flags, plan);
+  auto complete_plan = complete(l.graph, plan);
+  if (!complete_plan) throw InputError("plan", complete_plan.reason());
+  l.plan = executable(*complete_plan);
+  auto program = lower(l.graph, l.plan);
+  if (!program) throw InputError("plan", program.reason());
+  l.program = std::move(*program);
+  return l;
+}
+
+/// Bytes that this machine or its GPU has left.
+std::int64_t available(const Options& o) {
+  if (o.backend != "cpu") return backend_gpu().free_bytes;
+  std::ifstream in("/proc/meminfo");
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind("MemAvailable:", 0) == 0) return std::atoll(line.c_str() + 13) * 1024;
+  }
+  return INT64_MAX;
+}
+
+/// The most layers below `layers` whose rank fits into `room`; 0: none.
+std::int64_t layers_that_fit(const Options& o, const Topology& topology, std::int64_t layers,
+                             std::int64_t room) {
+  for (std::int64_t n = layers - 1; n >= 1; --n) {
+    try {
+      const Lowered l = lowered(o, topology, n);
+      if (validation::memory_of_rank(l.program, topology, o.rank).peak.count <= room) return n;
+    } catch (const InputError&) {  // stages that this number cannot be cut into
+    }
+  }
+  return 0;
+}
+
+void replay(const Options& o) {
+  if (o.steps < 1 || o.steps > 100000)
+    throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
+  if (o.warm_up < 0 || o.warm_up > 100000)
+    throw InputError("--warm-up", fmt::format("{} is not in 0 to 100,000", o.warm_up));
+  check_backend({o.backend});
+  Topology topology = load_cluster(o.topology);
+  const Lowered whole = lowered(o, topology, std::nullopt);
+  const std::int64_t ranks = whole.program.ranks();
+  if (o.rank < 0 || o.rank >= ranks)
+    throw InputError("--rank", fmt::format("{} is not in 0 to {}: the plan has {} ranks", o.rank,
+                                           ranks - 1, ranks));
+  if (std::any_of(whole.program.buffers.begin(), whole.program.buffers.end(),
+                  [](const Buffer& b) { return b.routed; }))
+    throw InputError("replay",
+                     "a rank alone does not know how many rows other ranks would route to its "
+                     "experts; replay a network without experts, or use run");
+  topology = on_devices(topology, whole.plan);
+  const std::int64_t all_layers = whole.graph.layers;
+  std::optional<Lowered> fewer;
+  if (o.flags.layers && *o.flags.layers != all_layers) {
+    if (*o.flags.layers > all_layers)
+      throw InputError("--layers", fmt::format("{} is more than the {} layers of {}",
+                                               *o.flags.layers, all_layers, whole.graph.name));
+    fewer = lowered(o, topology, o.flags.layers);
+  }
+  const Lowered& part = fewer ? *fewer : whole;
+  const std::int64_t layers = part.graph.layers;
+  // A tenth for what kernels and libraries work in.
+  const std::int64_t room = available(o) / 10 * 9;
+  const Bytes needed = validation::memory_of_rank(part.program, topology, o.rank).peak;
+  if (needed.count > room) {
+    const std::int64_t fits = layers_that_fit(o, topology, layers, room);
+    throw InputError(
+        "--layers",
+        fmt::format("rank {} needs {} for {} layers, {} more than this device has to give; {}",
+                    o.rank, text(needed), layers, text(Bytes{needed.count - room}),
+                    fits > 0 ? fmt::format("--layers {} fits", fits)
+                             : "not even one layer fits: use a smaller micro-batch or sequence"));
+  }
+
+  execute::Options run = generated(part.graph, kSeed);
+  run.steps = static_cast<int>(o.steps);
+  run.warm_up = static_cast<int>(o.warm_up);
+  run.record = true;
+  run.device = devices_of({o.backend, false, true, 1, 30, part.plan.precision.compute});
+  const auto result = execute::run_alone(part.program, static_cast<int>(o.rank), run);
+  SimulateOptions simulation;
+  simulation.network = o.flags.sharing();
+  const validation::Replayed r =
+      validation::replayed(whole.program, part.program, topology, result.measured, simulation);
+  const std::string device = o.backend == "cpu" ? this_machine() : backend_version();
+  if (o.json) {
+    Json j;
+    j["schema"] = "partita.replay/1";
+    j["model"] = whole.graph.name;
+    j["topology"] = topology.name();
+    j["backend"] = o.backend;
+    j["device"] = device;
+    j["rank"] = o.rank;
+    j["ranks"] = ranks;
+    j["ranks_alike"] = r.ranks_alike;
+    j["layers"] = layers;
+    j["layers_of_model"] = all_layers;
+    j["compute_s"] = {{"measured", r.compute_measured.count},
+                      {"predicted", r.compute_predicted.count}};
+    j["step_time_s"] = {{"replayed", r.step_replayed.count}, {"predicted", r.step_predicted.count}};
+    j["kinds"] = Json::array();
+    for (const auto& k : r.kinds)
+      j["kinds"].push_back({{"kind", k.kind},
+                            {"count", k.count},
+                            {"measured_s", k.measured.count},
+                            {"predicted_s", k.predicted.count}});
+    for (int m = 0; m < kCategoryCount; ++m) {
+      const auto at = static_cast<std::size_t>(m);
+      j["memory_bytes"][std::string(name(static_cast<Category>(m)))] = {
+          {"measured", r.at_peak_measured[at].count}, {"predicted", r.at_peak_predicted[at].count}};
+    }
+    j["memory_bytes"]["total"] = {{"measured", r.peak_measured.count},
+                                  {"predicted", r.peak_predicted.count}};
+    j["memory_bytes"]["reserved"] = {{"measured", result.reserved.count}};
+    j["host_kernels"] = result.fallbacks;
+    fmt::print("{}\n", j.dump(2));
+    return;
+  }
+  fmt::print("rank {} of {} ({} alike) of {} on {}: {}\n", o.rank, ranks, r.ranks_alike,
+             whole.graph.name, topology.name(), plan_line(whole.plan));
+  fmt::print("alone on {}, {} steps\n", device, o.steps);
+  if (layers != all_layers)
+    fmt::print("of {} of {} layers: kernels' times are those, memory is theirs\n", layers,
+               all_layers);
+  const auto error = [](Seconds measured, Seconds predicted) {
+    return 100 * (predicted.count - measured.count) / measured.count;
+  };
+  fmt::print("\nits kernels, measured    {}\n", text(r.compute_measured));
+  fmt::print("its kernels, predicted   {} ({:+.1f} %)\n", text(r.compute_predicted),
+             error(r.compute_measured, r.compute_predicted));
+  fmt::print("step, replayed           {} ({} network)\n", text(r.step_replayed), o.flags.network);
+  fmt::print("step, predicted          {} ({:+.1f} %)\n\n", text(r.step_predicted),
+             error(r.step_replayed, r.step_predicted));
+  std::vector<std::vector<std::string>> rows{
+      {"kernels of a step", "count", "measured", "predicted"}};
+  for (const auto& k : r.kinds)
+    rows.push_back({k.kind, std::to_string(k.count), text(k.measured), text(k.predicted)});
+  fmt::print("{}\n", align(rows));
+  rows = {{"peak memory", "measured", "predicted"}};
+  for (int m = 0; m < kCategoryCount; ++m) {
+    const auto at = static_cast<std::size_t>(m);
+    rows.push_back({std::string(name(static_cast<Category>(m))), text(r.at_peak_measured[at]),
+                    text(r.at_peak_predicted[at])});
+  }
+  rows.push_back({"total", text(r.peak_measured), text(r.peak_predicted)});
+  fmt::print("{}", align(rows));
+  if (!result.fallbacks.empty()) {
+    rows = {{"the host's kernels", "calls"}};
+    for (const auto& [kernel, calls] : result.fallbacks)
+      rows.push_back({kernel, std::to_string(calls)});
+    fmt::print("\n{}", align(rows));
+  }
+}
+
+}  // namespace
+
+void add_replay(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* c = app.add_subcommand(
+      "replay", "run one rank of a large plan alone on one device; its kernels' times, and memory");
+  c->add_option("MODEL", o->model, "catalogue name or file")->required();
+  c->add_option("TOPOLOGY", o->topology, "cluster that the plan is for")->required();
+  o->flags.add_to(*c);
+  o->flags.add_network(*c);
+  c->add_option("--rank", o->rank, "which rank (default: 0)");
+  c->add_option("--backend", o->backend, "cpu or cuda");
+  c->add_option("--steps", o->steps, "timed steps");
+  c->add_option("--warm-up", o->warm_up, "steps before these");
+  c->add_flag("--json", o->json, "print JSON");
+  c->callback([o] { replay(*o); });
+}
+
+}  // namespace partita::cli

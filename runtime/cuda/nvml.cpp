@@ -1,0 +1,85 @@
+#include "runtime/cuda/nvml.h"
+
+#include <dlfcn.h>
+
+#include <array>
+#include <utility>
+
+namespace partita::cuda {
+namespace {
+
+// No header of NVML need be there. Declared as in NVIDIA's nvml.h (stable since its version 2): a
+// result of 0 is success, devices are pointers.
+using Handle = void*;
+constexpr unsigned kClockSm = 1, kClockMemory = 2, kGpuTemperature = 0;
+
+class Library : public Nvml {
+ public:
+  explicit Library(void* library) : library_(library) {}
+  ~Library() override {
+    if (started_) call<int()>("nvmlShutdown");
+    ::dlclose(library_);
+  }
+  bool start() { return started_ = call<int()>("nvmlInit_v2") == 0; }
+
+  std::string driver() const override {
+    std::array<char, 96> text{};
+    const auto size = static_cast<unsigned>(text.size());
+    if (call<int(char*, unsigned)>("nvmlSystemGetDriverVersion", text.data(), size) != 0) return "";
+    return text.data();
+  }
+  GpuState state(const std::string& bus_id) const override {
+    GpuState s;
+    Handle device = nullptr;
+    if (call<int(const char*, Handle*)>("nvmlDeviceGetHandleByPciBusId_v2", bus_id.c_str(),
+                                        &device) != 0)
+      return s;
+    const auto number = [&](const char* what, auto... arguments) {
+      unsigned n = 0;
+      const int failed =
+          call<int(Handle, decltype(arguments)..., unsigned*)>(what, device, arguments..., &n);
+      return failed != 0 ? 0.0 : static_cast<double>(n);
+    };
+    s.clock_mhz = number("nvmlDeviceGetClockInfo", kClockSm);
+    s.memory_clock_mhz = number("nvmlDeviceGetClockInfo", kClockMemory);
+    s.power_w = number("nvmlDeviceGetPowerUsage") * 1e-3;
+    s.temperature_c = number("nvmlDeviceGetTemperature", kGpuTemperature);
+    unsigned long long reasons = 0;
+    if (call<int(Handle, unsigned long long*)>("nvmlDeviceGetCurrentClocksThrottleReasons", device,
+                                               &reasons) == 0) {
+      constexpr std::array<std::pair<unsigned long long, const char*>, 5> kReasons{
+          {{0x4, "power cap"},
+           {0x8, "slowdown"},
+           {0x20, "heat"},
+           {0x40, "heat"},
+           {0x80, "power brake"}}};
+      for (const auto& [bit, word] : kReasons) {
+        if ((reasons & bit) != 0 && s.throttled.find(word) == std::string::npos)
+          s.throttled += (s.throttled.empty() ? "" : ", ") + std::string(word);
+      }
+    }
+    return s;
+  }
+
+ private:
+  /// 1 where the library has no such function.
+  template <class Signature, class... Arguments>
+  int call(const char* name, Arguments... arguments) const {
+    void* function = ::dlsym(library_, name);
+    return function == nullptr ? 1 : reinterpret_cast<Signature*>(function)(arguments...);
+  }
+  void* library_;
+  bool started_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<Nvml> nvml(const std::string& library) {
+  void* loaded = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (loaded == nullptr) return nullptr;
+  auto all = std::make_unique<Library>(loaded);
+  if (!all->start()) return nullptr;
+  return all;
+}
+
+}  // namespace partita::cuda

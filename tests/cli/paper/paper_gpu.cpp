@@ -1,0 +1,147 @@
+// tests/cli/paper/paper_gpu.cpp: a library with the entry of the GPU backend whose one GPU is
+// paper. Its memory is addresses that nobody can follow, of 80 GiB; what comes back from it is 0;
+// its kernels are over at once and take, by its own clock, the time of a law.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+
+#include "base/error.h"
+#include "runtime/cuda/plugin.h"
+
+namespace partita::cuda {
+namespace {
+
+using execute::PlainCall;
+using execute::RunList;
+using execute::Work;
+
+constexpr std::int64_t kMemory = std::int64_t{80} << 30;
+
+class Paper : public CudaDevice {
+ public:
+  std::string name() const override { return "GPU 0"; }
+  std::byte* allocate(std::int64_t bytes) override {
+    if (used_ + bytes > kMemory) return nullptr;
+    auto* at = reinterpret_cast<std::byte*>(next_);
+    next_ += static_cast<std::uintptr_t>((bytes + 255) / 256 * 256);
+    blocks_[at] = bytes;
+    used_ += bytes;
+    return at;
+  }
+  void release(std::byte* block) override {
+    used_ -= blocks_.at(block);
+    blocks_.erase(block);
+  }
+  void to_device(std::byte*, const void*, std::int64_t bytes) override { move(bytes, 50e9); }
+  void to_host(void* to, const std::byte*, std::int64_t bytes) override {
+    std::memset(to, 0, static_cast<std::size_t>(bytes));
+  }
+  void to_host_later(void* to, const std::byte*, std::int64_t bytes) override {
+    std::memset(to, 0, static_cast<std::size_t>(bytes));
+  }
+  void copy(std::byte*, const std::byte*, std::int64_t bytes) override { move(2 * bytes, 4e12); }
+  void fill(std::byte*, std::int64_t count, float) override { move(4 * count, 4e12); }
+  void draw(std::byte*, ElementType, std::int64_t, float, float, std::uint64_t) override {}
+  void pack(const RunList& runs, std::int64_t word, const std::byte*, std::byte*) override {
+    move(2 * word * execute::count(runs.runs), 4e12);
+  }
+  void unpack(const RunList& runs, std::int64_t word, const std::byte*, std::byte*) override {
+    move(2 * word * execute::count(runs.runs), 4e12);
+  }
+  void unpack_add(const RunList& runs, ElementType type, const std::byte*, std::byte*) override {
+    move(3 * storage(type, execute::count(runs.runs)).count, 4e12);
+  }
+  std::unique_ptr<execute::OperatorKernel> kernel(reference::Context context) override;
+  void plain(const PlainCall& call) override {
+    std::int64_t bytes = 0;
+    for (const auto* list :
+         {&call.reads, &call.outputs, &call.statistics, &call.extras, &call.writes}) {
+      for (const auto& o : *list) bytes += o.bytes;
+    }
+    move(bytes, 4e12);
+  }
+
+  void begin_marks() override {
+    now_ = 0;
+    marks_.assign(1, 0);
+  }
+  std::int64_t mark() override {
+    marks_.push_back(now_);
+    return std::ssize(marks_) - 1;
+  }
+  std::int64_t nanoseconds(std::int64_t mark) override {
+    return std::llround(1e9 * marks_.at(static_cast<std::size_t>(mark)));
+  }
+  CudaMachine& machine() override { throw MachineError("paper has no streams"); }
+  int number() const override { return 0; }
+  std::vector<ProductRecord> products() const override { return {}; }
+
+  /// A kernel.
+  void move(std::int64_t bytes, double rate, double flops = 0) {
+    now_ += 4e-6 + static_cast<double>(bytes) / rate + flops / 500e12;
+  }
+
+ private:
+  std::uintptr_t next_ = std::uintptr_t{1} << 62;
+  std::int64_t used_ = 0;
+  std::map<std::byte*, std::int64_t> blocks_;
+  double now_ = 0;
+  std::vector<double> marks_;
+};
+
+class PaperKernel : public execute::OperatorKernel {
+ public:
+  PaperKernel(Paper& paper, reference::Context context)
+      : paper_(paper), context_(std::move(context)) {}
+  const reference::Context& context() const override { return context_; }
+  void set_step(std::int64_t, std::int64_t) override {}
+  void run(Work, std::size_t, const cpu::Arguments& a) override {
+    std::int64_t bytes = 0;
+    double sizes = 1;
+    for (const auto* list : {&a.inputs, &a.parameters, &a.outputs, &a.output_gradients,
+                             &a.statistics, &a.extras, &a.results}) {
+      for (const cpu::Tensor& t : *list) {
+        if (t && t.rows == nullptr) bytes += storage(t.type, t.size()).count;
+      }
+    }
+    // Of a product all three are m k, k n and m n.
+    const auto first = [](const std::vector<cpu::Tensor>& list) {
+      return list.empty() || !list[0] ? 1.0 : static_cast<double>(list[0].size());
+    };
+    if (std::holds_alternative<Linear>(*context_.operation))
+      sizes = first(a.inputs) * first(a.parameters) * first(a.output_gradients) * first(a.results);
+    paper_.move(bytes, 4e12, sizes > 1 ? 2 * std::sqrt(sizes) : 0);
+    routed.assign(a.results.size(), {});
+  }
+
+ private:
+  Paper& paper_;
+  reference::Context context_;
+};
+
+std::unique_ptr<execute::OperatorKernel> Paper::kernel(reference::Context context) {
+  return std::make_unique<PaperKernel>(*this, std::move(context));
+}
+
+std::string nothing() { return ""; }
+int one() { return 1; }
+Facts paper_facts(int) {
+  Facts f;
+  f.name = "paper GPU";
+  f.compute_capability = 90;
+  f.multiprocessors = 132;
+  f.memory_bytes = f.free_bytes = kMemory;
+  f.driver = f.runtime = f.blas = "0";
+  return f;
+}
+std::unique_ptr<CudaDevice> paper(const DeviceOptions&) { return std::make_unique<Paper>(); }
+
+}  // namespace
+}  // namespace partita::cuda
+
+extern "C" const partita::cuda::Plugin* partita_cuda_plugin() {
+  using namespace partita::cuda;
+  static const Plugin plugin{nothing, one, paper_facts, nothing, paper};
+  return &plugin;
+}

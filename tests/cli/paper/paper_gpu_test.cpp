@@ -1,0 +1,108 @@
+// The commands that measure a GPU, end to end, beside a library whose GPU is paper: all but a real
+// one's calls.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace partita {
+namespace {
+
+using Json = nlohmann::json;
+
+/// The command, copied beside the library that it looks for.
+class PaperGpu : public ::testing::Test {
+ protected:
+  PaperGpu() {
+    folder_ = std::filesystem::temp_directory_path() /
+              fmt::format("partita-paper-{}", static_cast<int>(::getpid()));
+    std::filesystem::create_directories(folder_);
+    std::filesystem::copy_file(PARTITA_COMMAND, folder_ / "partita");
+    std::filesystem::copy_file(PARTITA_PAPER_GPU, folder_ / "libpartita_cuda.so");
+  }
+  ~PaperGpu() override { std::filesystem::remove_all(folder_); }
+
+  std::string run(const std::string& arguments, int expected) const {
+    const std::string command =
+        fmt::format("timeout 100 '{}' {} 2>'{}'", (folder_ / "partita").string(), arguments,
+                    (folder_ / "err").string());
+    std::string out;
+    std::FILE* pipe = ::popen(command.c_str(), "r");
+    std::array<char, 4096> some{};
+    while (const std::size_t n = std::fread(some.data(), 1, some.size(), pipe))
+      out.append(some.data(), n);
+    const int status = ::pclose(pipe);
+    EXPECT_EQ(WEXITSTATUS(status), expected) << command << "\n" << out << err();
+    return out;
+  }
+  std::string err() const {
+    std::ifstream in(folder_ / "err");
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+  std::filesystem::path folder_;
+};
+
+TEST_F(PaperGpu, ItsCalibrationIsAProfileAndGoesOnWhereItEnded) {
+  const std::string out = (folder_ / "mine").string();
+  const std::string said = run("calibrate --backend cuda --steps 2 --out '" + out + "'", 0);
+  EXPECT_NE(said.find("points that were not fitted"), std::string::npos) << said;
+  EXPECT_NE(said.find("linear forward bf16"), std::string::npos) << said;
+  run("simulate gpt2 '" + out + "/cluster.yaml' --framework partita --precision bf16", 0);
+  // A budget that is over at once: what comes first is measured all the same.
+  const std::string some = (folder_ / "some").string();
+  run("calibrate --backend cuda --steps 2 --budget 0.001s --out '" + some + "'", 0);
+  const auto lines = [](const std::string& file) {
+    std::ifstream in(file);
+    std::string line;
+    int n = 0;
+    while (std::getline(in, line)) ++n;
+    return n;
+  };
+  EXPECT_EQ(lines(some + "/measured.jsonl"), 2) << "the header and the copies";
+  EXPECT_GT(lines(out + "/measured.jsonl"), 20);
+}
+
+TEST_F(PaperGpu, ItsNetworksTakeWhatIsPredictedFromItsCalibration) {
+  const Json j = Json::parse(run("validate --backend cuda --steps 2 --no-reference --json", 0));
+  int timed = 0;
+  for (const Json& c : j.at("suite").at("cases")) {
+    if (c.at("measured_s").is_null()) continue;
+    ++timed;
+    const double measured = c.at("measured_s").get<double>(),
+                 predicted = c.at("predicted_s").get<double>();
+    EXPECT_GT(measured, 0) << c;
+    EXPECT_GT(predicted, 0) << c;
+    EXPECT_EQ(c.at("memory_error"), 0) << c;
+    EXPECT_TRUE(c.at("same_program").at("instructions").get<bool>()) << c;
+  }
+  EXPECT_EQ(timed, 6);
+  EXPECT_LT(j.at("held_out").back().at("mape").get<double>(), 0.2);
+}
+
+TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
+  const Json j = Json::parse(
+      run("replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --rank 63 --backend cuda "
+          "--steps 2 --json",
+          0));
+  EXPECT_EQ(j.at("layers"), 80);
+  EXPECT_EQ(j.at("ranks"), 64);
+  for (const auto& [category, bytes] : j.at("memory_bytes").items()) {
+    if (category == "reserved") continue;
+    EXPECT_EQ(bytes.at("measured"), bytes.at("predicted")) << category;
+  }
+  EXPECT_GT(j.at("compute_s").at("measured").get<double>(), 0);
+  // What does not fit is said before anything is run.
+  run("replay gpt3-175b dgx-h100:1 --tp 8 --backend cuda", 2);
+  EXPECT_NE(err().find("more than this device has to give; --layers "), std::string::npos) << err();
+}
+
+}  // namespace
+}  // namespace partita

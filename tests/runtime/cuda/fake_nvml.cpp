@@ -1,0 +1,32 @@
+// A library with NVML's names: one GPU at 00000000:0F:00.0, 1755 MHz, under a power cap; it does
+// not say its temperature.
+#include <cstring>
+
+extern "C" {
+int nvmlInit_v2() { return 0; }
+int nvmlShutdown() { return 0; }
+int nvmlSystemGetDriverVersion(char* to, unsigned size) {
+  std::strncpy(to, "580.95.05", size);
+  return 0;
+}
+int nvmlDeviceGetHandleByPciBusId_v2(const char* bus, void** device) {
+  if (std::strcmp(bus, "00000000:0F:00.0") != 0) return 6;
+  static int it = 0;
+  *device = &it;
+  return 0;
+}
+int nvmlDeviceGetClockInfo(void*, unsigned type, unsigned* mhz) {
+  if (type != 1 && type != 2) return 2;
+  *mhz = type == 1 ? 1755 : 2619;
+  return 0;
+}
+int nvmlDeviceGetPowerUsage(void*, unsigned* mw) {
+  *mw = 698123;
+  return 0;
+}
+int nvmlDeviceGetTemperature(void*, unsigned, unsigned*) { return 3; }
+int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
+  *reasons = 0x4 | 0x20 | 0x40;
+  return 0;
+}
+}

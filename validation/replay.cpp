@@ -1,0 +1,95 @@
+#include "validation/replay.h"
+
+#include <algorithm>
+#include <map>
+
+#include "simulator/cost/measured.h"
+#include "validation/calibrate.h"
+#include "validation/compare.h"
+
+namespace partita::validation {
+namespace {
+
+const Instruction& instruction_of(const Program& p, std::int32_t block, std::int32_t i) {
+  return p.blocks[static_cast<std::size_t>(block)].instructions[static_cast<std::size_t>(i)];
+}
+
+/// Is it a kernel? What moves between host and device or from storage is the topology's.
+bool is_kernel(const Instruction& i) { return i.kind == Kind::compute || i.kind == Kind::slice; }
+
+std::size_t class_of(const Program& p, Communication& communication, std::int64_t rank) {
+  return static_cast<std::size_t>(
+      classify(p, communication).of_rank.at(static_cast<std::size_t>(rank)));
+}
+
+}  // namespace
+
+MemoryUse memory_of_rank(const Program& p, const Topology& topology, std::int64_t rank) {
+  Communication communication(topology);
+  SimulateOptions memory_only;
+  memory_only.memory_limit = Bytes{0};
+  return simulate(p, communication, memory_only).memory.at(class_of(p, communication, rank));
+}
+
+Replayed replayed(const Program& whole, const Program& part, const Topology& topology,
+                  const RankMeasurement& run, const SimulateOptions& options) {
+  Replayed r;
+  // Medians over steps, instruction by instruction.
+  std::map<std::string, ReplayKind> kinds;
+  RankMeasurement kernels;  // those alone
+  kernels.rank = run.rank;
+  kernels.samples.resize(run.samples.size());
+  for (std::size_t k = 0; k < run.samples.at(0).size(); ++k) {
+    const Sample& x = run.samples[0][k];
+    const Instruction& i = instruction_of(part, x.block, x.instruction);
+    if (!is_kernel(i)) continue;
+    std::vector<double> times;
+    for (std::size_t s = 0; s < run.samples.size(); ++s) {
+      const Sample& y = run.samples[s][k];
+      times.push_back(static_cast<double>(y.end - y.start) * 1e-9);
+      kernels.samples[s].push_back(y);
+    }
+    ReplayKind& kind = kinds[kind_of(part, i)];
+    ++kind.count;
+    const Seconds t{median(std::move(times))};
+    kind.measured += t;
+    r.compute_measured += t;
+  }
+  KernelTable table;
+  harvest(part, {kernels}, table);
+
+  SimulateOptions recorded = options;
+  recorded.record = true;
+  {
+    Communication communication(topology);
+    const Timeline t = simulate(part, communication, recorded);
+    const auto mine = static_cast<std::int32_t>(class_of(part, communication, run.rank));
+    for (const Entry& e : t.entries) {
+      const Instruction& i = instruction_of(part, e.block, e.instruction);
+      if (e.rank_class != mine || !is_kernel(i)) continue;
+      const Seconds took = to_seconds(e.end - e.start);
+      r.compute_predicted += took;
+      kinds[kind_of(part, i)].predicted += took;
+    }
+    const MemoryUse& m = t.memory.at(static_cast<std::size_t>(mine));
+    r.peak_predicted = m.peak;
+    r.at_peak_predicted = m.at_peak;
+    r.ranks_alike = t.classes.at(static_cast<std::size_t>(mine)).count;
+  }
+  r.peak_measured = run.last_peak;
+  r.at_peak_measured = run.last_at_peak;
+  Communication before(topology);
+  r.step_predicted = to_seconds(simulate(whole, before, options).step);
+  const Topology measured = topology.with_kernels(table);
+  Communication after(measured);
+  r.step_replayed = to_seconds(simulate(whole, after, options).step);
+  for (auto& [name, kind] : kinds) {
+    kind.kind = name;
+    r.kinds.push_back(kind);
+  }
+  std::sort(r.kinds.begin(), r.kinds.end(),
+            [](const ReplayKind& a, const ReplayKind& b) { return a.measured > b.measured; });
+  return r;
+}
+
+}  // namespace partita::validation

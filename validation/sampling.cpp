@@ -1,0 +1,134 @@
+#include "validation/sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <tuple>
+
+#include "base/error.h"
+#include "base/hash.h"
+
+namespace partita::validation {
+namespace {
+
+KernelShape shape_of(const std::string& kernel, const KernelPoint& p) {
+  return {kernel, p.m, p.n, p.k, p.count, p.bytes};
+}
+
+/// In factors of two.
+double distance(const KernelShape& s, const KernelPoint& p) {
+  const auto apart = [](double a, double b) {
+    return std::abs(std::log2(std::max(a, 1.0) / std::max(b, 1.0)));
+  };
+  if (!s.product()) return apart(s.bytes, p.bytes);
+  return apart(s.m, p.m) + apart(s.n, p.n) + apart(s.k, p.k) + apart(s.count, p.count) / 2;
+}
+
+}  // namespace
+
+std::vector<KernelShape> shapes_of(const Program& p) {
+  std::set<std::tuple<std::string, double, double, double, double, double>> seen;
+  std::vector<KernelShape> all;
+  for (const BlockCall& call : p.stages.at(0)) {
+    for (const Instruction& i : p.blocks[call.block.index()].instructions) {
+      if (i.kind != Kind::compute && i.kind != Kind::slice) continue;
+      const KernelShape s = partita::shape_of(p, i, 0);
+      if (!s.kernel.empty() && seen.insert({s.kernel, s.m, s.n, s.k, s.count, s.bytes}).second)
+        all.push_back(s);
+    }
+  }
+  return all;
+}
+
+double doubt(const KernelTable& table, const KernelShape& s, int ranks) {
+  const auto found = table.find(s.kernel);
+  if (found == table.end() || found->second.empty()) return 1;
+  const auto& points = found->second;
+  std::size_t nearest = 0;
+  for (std::size_t k = 1; k < points.size(); ++k) {
+    if (distance(s, points[k]) < distance(s, points[nearest])) nearest = k;
+  }
+  const double apart = distance(s, points[nearest]);
+  if (apart == 0) return 0;
+  double changes = 0;
+  if (points.size() > 1) {
+    KernelTable without{{s.kernel, points}};
+    auto& rest = without.begin()->second;
+    rest.erase(rest.begin() + static_cast<std::ptrdiff_t>(nearest));
+    const auto with = measured_time(table, s, ranks, true),
+               less = measured_time(without, s, ranks, true);
+    if (with && less) changes = std::abs(std::log2(with->count / less->count));
+  }
+  return changes + apart / 20;
+}
+
+std::size_t next_candidate(const KernelTable& table,
+                           const std::vector<std::vector<KernelShape>>& candidates) {
+  PARTITA_ASSERT(!candidates.empty(), "nothing to choose from");
+  std::size_t best = 0;
+  double most = -1;
+  for (std::size_t c = 0; c < candidates.size(); ++c) {
+    double sum = 0;
+    for (const KernelShape& s : candidates[c]) sum += doubt(table, s);
+    const double mean = candidates[c].empty() ? 0 : sum / static_cast<double>(candidates[c].size());
+    if (mean > most) most = mean, best = c;
+  }
+  return best;
+}
+
+bool held_out(const std::string& kernel, const KernelPoint& p) {
+  if (kernel == "copy") return false;
+  std::uint64_t h = 0;
+  for (const char c : kernel) h = mix(h, static_cast<std::uint64_t>(static_cast<unsigned char>(c)));
+  for (const double x : {p.m, p.n, p.k, p.count, p.bytes})
+    h = mix(h, static_cast<std::uint64_t>(std::llround(x)));
+  return (h >> 17 & 1u) != 0;
+}
+
+KernelTable take_held_out(KernelTable& table) {
+  KernelTable held;
+  for (auto it = table.begin(); it != table.end();) {
+    auto& [kernel, points] = *it;
+    const auto rest = std::stable_partition(
+        points.begin(), points.end(), [&](const KernelPoint& p) { return !held_out(kernel, p); });
+    if (rest != points.end()) held[kernel].assign(rest, points.end());
+    points.erase(rest, points.end());
+    it = points.empty() ? table.erase(it) : std::next(it);
+  }
+  return held;
+}
+
+std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int ranks) {
+  std::vector<Judged> all;
+  Judged whole;
+  whole.kernel = "all";
+  const auto add = [](Judged& h, double error) {
+    ++h.points;
+    h.mean += std::abs(error);
+    h.bias += error;
+    h.most = std::max(h.most, std::abs(error));
+  };
+  const auto settle = [](Judged& h) {
+    h.mean /= static_cast<double>(h.points);
+    h.bias /= static_cast<double>(h.points);
+  };
+  for (const auto& [kernel, points] : held) {
+    Judged one;
+    one.kernel = kernel;
+    for (const KernelPoint& p : points) {
+      const auto predicted = measured_time(table, shape_of(kernel, p), ranks, true);
+      if (!predicted) continue;
+      const double error = (predicted->count - p.time.count) / p.time.count;
+      add(one, error);
+      add(whole, error);
+    }
+    if (one.points == 0) continue;
+    settle(one);
+    all.push_back(one);
+  }
+  if (whole.points > 0) settle(whole);
+  all.push_back(whole);
+  return all;
+}
+
+}  // namespace partita::validation

@@ -1,0 +1,44 @@
+// validation/sampling.h: what to measure next, and what to leave for judging the rest
+// (docs/calibration.md, "GPUs").
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "simulator/cost/measured.h"
+#include "simulator/program/program.h"
+
+namespace partita::validation {
+
+/// Distinct kernels of the program's first rank.
+std::vector<KernelShape> shapes_of(const Program& program);
+
+/// How little the points say of a shape, in factors of two of its time: what the nearest one
+/// changes, and 1/20 for each factor of two that it lies apart. 0 where the shape was measured; 1
+/// where the table has no such kernel.
+double doubt(const KernelTable& table, const KernelShape& shape, int ranks = 1);
+
+/// Of candidates, each with its kernels, the one whose mean doubt is largest; the first of equals.
+/// Requires one at least.
+std::size_t next_candidate(const KernelTable& table,
+                           const std::vector<std::vector<KernelShape>>& candidates);
+
+/// Is a point for judging prediction alone? Half of all shapes are, by a hash of kernel and shape:
+/// decided before anything is measured, the same everywhere. Copies, by which memory is rated, are
+/// not.
+bool held_out(const std::string& kernel, const KernelPoint& point);
+/// Takes them out of the table.
+KernelTable take_held_out(KernelTable& table);
+
+/// Held out points of one kernel against the others' prediction.
+struct Judged {
+  std::string kernel;
+  std::size_t points = 0;
+  double mean = 0;  ///< of |predicted - measured| / measured
+  double bias = 0;  ///< of the same with its sign
+  double most = 0;
+};
+/// By kernel; the last is all together. Kernels without any other point are left out.
+std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int ranks = 1);
+
+}  // namespace partita::validation
