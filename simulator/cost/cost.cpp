@@ -910,6 +910,7 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
     h = mix(h, static_cast<std::uint64_t>(c.nodes));
     for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us})
       h = mix(h, bits_of(x));
+    unsigned lays = 0;  // that it may take
     for (std::size_t a = 0; a < c.graphs.size(); ++a) {
       const auto& g = c.graphs[a];
       if (!g) continue;
@@ -917,7 +918,11 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
               bits_of(g->inter_GBps));
       for (const auto what : {nccl::Collective::all_reduce, nccl::Collective::all_gather,
                               nccl::Collective::reduce_scatter})
-        add(way(lay_of(static_cast<nccl::Algorithm>(a), what, c.nodes == 1), ranks));
+        lays |= 1u << static_cast<unsigned>(
+                    lay_of(static_cast<nccl::Algorithm>(a), what, c.nodes == 1));
+    }
+    for (unsigned k = 0; lays >> k != 0; ++k) {
+      if ((lays >> k & 1) != 0) add(way(static_cast<Lay>(k), ranks));
     }
   }
   return h;

@@ -35,14 +35,13 @@ bool uses_links(const Instruction& i) {
 }
 
 /// As that of the stage's first rank lies; its other groups have as many members and bytes.
-Lay lay_on_stage(const Program& p, const Instruction& i, int stage, Communication& communication) {
+Lay lay_on_stage(const Program& p, const Instruction& i, std::int64_t first,
+                 Communication& communication) {
   if (i.collective == CollectiveKind::all_to_all) return Lay::pairs;
   if (!communication.uses_nccl()) return Lay::rings;
-  std::int64_t rank = 0;
-  while (p.stage_of(rank) != stage) ++rank;
-  const auto group = p.group(i, rank);
-  return communication.lay(i.collective, communication.travelling(p, i, payload(p, i, rank), group),
-                           group);
+  const auto group = p.group(i, first);
+  return communication.lay(i.collective,
+                           communication.travelling(p, i, payload(p, i, first), group), group);
 }
 
 Incidence incidence_of(const Program& p, Communication& communication) {
@@ -86,15 +85,21 @@ Incidence incidence_of(const Program& p, Communication& communication) {
 
 }  // namespace
 
-TransferKind transfer_kind(const Program& p, const Instruction& i, int stage,
+std::vector<std::int64_t> first_ranks(const Program& p) {
+  std::vector<std::int64_t> first(static_cast<std::size_t>(p.stage_count()), -1);
+  for (std::int64_t r = p.ranks(); r-- > 0;) first[static_cast<std::size_t>(p.stage_of(r))] = r;
+  return first;
+}
+
+TransferKind transfer_kind(const Program& p, const Instruction& i, std::int64_t first,
                            Communication& communication) {
   TransferKind k;
-  k.stage = stage;
+  k.stage = p.stage_of(first);
   switch (i.kind) {
     case Kind::collective:
       k.atoms = i.tie >= 0 ? AtomMask{0} : i.atoms;
       k.tie = i.tie;
-      k.lay = lay_on_stage(p, i, stage, communication);
+      k.lay = lay_on_stage(p, i, first, communication);
       break;
     case Kind::send:
       k.atoms = i.atoms;
@@ -118,13 +123,15 @@ void for_each_transfer(const Program& p, Communication& communication,
                                                 const std::vector<std::int64_t>& members)>& visit) {
   // An instruction of each kind speaks for it.
   std::map<TransferKind, const Instruction*> kinds;
+  const auto first = first_ranks(p);
   for (int s = 0; s < p.stage_count(); ++s) {
     std::set<BlockId> blocks;
     for (const BlockCall& call : p.stages[static_cast<std::size_t>(s)]) blocks.insert(call.block);
     for (const BlockId b : blocks) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (!uses_links(i)) continue;
-        const TransferKind k = transfer_kind(p, i, s, communication);
+        const TransferKind k =
+            transfer_kind(p, i, first[static_cast<std::size_t>(s)], communication);
         if (i.kind != Kind::copy || k.host != 0) kinds.emplace(k, &i);
       }
     }

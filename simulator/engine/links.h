@@ -30,9 +30,12 @@ struct TransferKind {
   int host = 0;                   ///< a copy: 1 to the host, 2 from it
   friend auto operator<=>(const TransferKind&, const TransferKind&) = default;
 };
-/// Of a collective, a send or a copy of a stage; a receive's is its send's.
-TransferKind transfer_kind(const Program& program, const Instruction& instruction, int stage,
-                           Communication& communication);
+/// Of a collective, a send or a copy of the stage whose first rank this is; a receive's is its
+/// send's.
+TransferKind transfer_kind(const Program& program, const Instruction& instruction,
+                           std::int64_t first_of_stage, Communication& communication);
+/// By stage.
+std::vector<std::int64_t> first_ranks(const Program& program);
 
 /// Calls `visit` for each group, pair and copy of the program, once for all instructions of a kind:
 /// with that kind, one of these, and the members (of a send: from, to).

@@ -21,7 +21,10 @@ constexpr double kKernelWeight = 0x1p-46;
 }  // namespace
 
 Usages::Usages(const Program& program, Communication& communication, const SharedLinks& links)
-    : program_(program), communication_(communication), links_(links) {
+    : program_(program),
+      communication_(communication),
+      links_(links),
+      first_of_stage_(first_ranks(program)) {
   for (const auto& l : links.links) sharing_.add(l.capacity);
   for (std::size_t l = 0; l < links.links.size(); ++l) {
     // Others' traffic is one flow more, that wants no more than it sends.
@@ -36,6 +39,12 @@ Usages::Usages(const Program& program, Communication& communication, const Share
   for (std::size_t d = 0; d < links.device_classes; ++d) sharing_.add(1);
   first_memory_ = ResourceId{sharing_.resource_count()};
   for (std::size_t d = 0; d < links.device_classes; ++d) sharing_.add(1);
+}
+
+TransferKind Usages::kind_of(const Instruction& i, std::int32_t rank_class) {
+  const int stage = links_.ranks.classes[static_cast<std::size_t>(rank_class)].stage;
+  return transfer_kind(program_, i, first_of_stage_[static_cast<std::size_t>(stage)],
+                       communication_);
 }
 
 std::int32_t Usages::keep(Usage usage) {
@@ -101,10 +110,7 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
   if (!(moving.time.count > 0)) return -1;
   Usage u;
   const auto c = static_cast<std::int32_t>(members[0]);
-  cross(u,
-        transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage,
-                      communication_),
-        c, moving.rate.count);
+  cross(u, kind_of(i, c), c, moving.rate.count);
   for (const int m : members)
     occupy(u, m,
            collective_use(i, group, bytes,
@@ -123,10 +129,7 @@ std::int32_t Usages::send(const Instruction& i, std::int64_t rank, std::int64_t 
   Usage u;
   const int from = links_.ranks.of_rank[static_cast<std::size_t>(rank)],
             to = links_.ranks.of_rank[static_cast<std::size_t>(peer)];
-  cross(u,
-        transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(from)].stage,
-                      communication_),
-        from, moving.rate.count);
+  cross(u, kind_of(i, from), from, moving.rate.count);
   occupy(u, from, message_use(rank, peer, bytes, rank, communication_));
   if (to != from) occupy(u, to, message_use(rank, peer, bytes, peer, communication_));
   return keep(std::move(u));
@@ -136,10 +139,7 @@ std::int32_t Usages::copy(const Instruction& i, std::int64_t rank, Bytes bytes, 
   if (!(time.count > 0)) return -1;
   const int c = links_.ranks.of_rank[static_cast<std::size_t>(rank)];
   Usage u;
-  cross(u,
-        transfer_kind(program_, i, links_.ranks.classes[static_cast<std::size_t>(c)].stage,
-                      communication_),
-        c, static_cast<double>(bytes.count) / time.count);
+  cross(u, kind_of(i, c), c, static_cast<double>(bytes.count) / time.count);
   return u.demands.empty() ? -1 : keep(std::move(u));
 }
 

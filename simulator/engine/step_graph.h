@@ -44,10 +44,12 @@ class Usages {
   void cross(Usage& usage, const TransferKind& kind, std::int32_t rank_class, double rate);
   void occupy(Usage& usage, std::int32_t rank_class, const DeviceUse& use);
   std::int32_t keep(Usage usage);
+  TransferKind kind_of(const Instruction& instruction, std::int32_t rank_class);
 
   const Program& program_;
   Communication& communication_;
   const SharedLinks& links_;
+  std::vector<std::int64_t> first_of_stage_;
   Sharing sharing_;
   ResourceId first_units_, first_memory_;
   std::vector<Usage> usages_;

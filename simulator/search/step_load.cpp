@@ -24,7 +24,7 @@ std::map<TransferKind, Sent> sent_by_kind(const Program& p, Communication& commu
     for (const auto& [b, n] : calls) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (i.kind != Kind::collective && i.kind != Kind::send && i.kind != Kind::copy) continue;
-        const TransferKind kind = transfer_kind(p, i, s, communication);
+        const TransferKind kind = transfer_kind(p, i, first, communication);
         if (i.kind == Kind::copy && kind.host == 0) continue;
         Sent& sent = all[kind];
         const double times = static_cast<double>(n) / i.every;
