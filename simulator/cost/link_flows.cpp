@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -23,6 +24,25 @@ Seconds turn_taking(const Topology& t, DeviceId a, DeviceId b) {
   return Seconds{(state.ranks_per_device - 1) * t.device(a).time_slice.count};
 }
 
+/// Members about one switch: the links of each to it and from it.
+struct Star {
+  std::vector<LinkId> out, in;
+  double latency = 0;  ///< from one to another
+};
+std::optional<Star> star_of(const Topology& t, const std::vector<std::int64_t>& members) {
+  const std::size_t n = members.size();
+  if (n < 2) return std::nullopt;
+  Star star{std::vector<LinkId>(n), std::vector<LinkId>(n), 0};
+  for (std::size_t k = 0; k < n; ++k) {
+    const auto way = t.route(device(members[k]), device(members[(k + 1) % n]));
+    if (way.size() != 2) return std::nullopt;
+    star.out[k] = way[0], star.in[(k + 1) % n] = way[1];
+    const double latency = t.link(way[0]).latency.count + t.link(way[1]).latency.count;
+    if (k > 0 && latency != star.latency) return std::nullopt;
+    star.latency = latency;
+  }
+  return star;
+}
 /// Counts the flows of a transfer link by link.
 struct Flows {
   const Topology& topology;
@@ -38,6 +58,12 @@ struct Flows {
       hops += topology.link(l).latency.count;
     }
     latency = std::max(latency, hops);
+  }
+  /// Of each of a star's members, to the switch and from it.
+  void add(const Star& star, std::int64_t out, std::int64_t in) {
+    for (const LinkId l : star.out) crossed.emplace_back(l, out);
+    for (const LinkId l : star.in) crossed.emplace_back(l, in);
+    latency = std::max(latency, star.latency);
   }
   /// From and to the switch that a member reaches a neighbour over.
   void add_to_switch(std::int64_t member, std::int64_t neighbour, std::int64_t out,
@@ -79,6 +105,19 @@ bool reach_alike(const Topology& t, const std::vector<std::int64_t>& members) {
                      [&](std::int64_t m) { return way_to(m) == first; });
 }
 
+/// Of all domains, or none where one has no switch of its own.
+std::vector<Star> stars_of(const Topology& t, const Parts& domains) {
+  std::vector<Star> all;
+  // Ranks that share a device wait for each other on the way.
+  if (t.state().ranks_per_device > 1) return all;
+  for (const auto& d : domains) {
+    auto star = star_of(t, d);
+    if (!star) return {};
+    all.push_back(std::move(*star));
+  }
+  return all;
+}
+
 /// The k-th of n members in ring j, which enters at j and leaves from its neighbour, with which it
 /// may share a PCIe switch and so a card, as NCCL's rings do: over the others of its parity, and
 /// back over the rest. All members are alike in all rings together.
@@ -106,9 +145,24 @@ LinkFlows rings_of(const Topology& t, const std::vector<std::int64_t>& ranks) {
   Flows flows(t);
   const Parts nodes = domains_of(t, in_ring_order(ranks, ring_stride(t, ranks)));
   const std::size_t rings = nodes.size() == 1 ? 1 : smallest(nodes);
-  const bool in_pairs = rings > 1 && std::all_of(nodes.begin(), nodes.end(), [&](const auto& n) {
-                          return n.size() == rings && n.size() % 2 == 0 && reach_alike(t, n);
-                        });
+  const bool even =
+      rings > 1 && rings % 2 == 0 &&
+      std::all_of(nodes.begin(), nodes.end(), [&](const auto& n) { return n.size() == rings; });
+  if (even) {
+    if (const auto stars = stars_of(t, nodes); !stars.empty()) {
+      // In all rings but the one that it is last in a member sends on; in all but the one that it
+      // is first in it gets.
+      const auto others = static_cast<std::int64_t>(rings) - 1;
+      for (const Star& s : stars) flows.add(s, others, others);
+      for (std::size_t j = 0; j < rings; ++j) {
+        for (std::size_t k = 0; k < nodes.size(); ++k)
+          flows.add(nodes[k][paired(j, rings - 1, rings)], nodes[(k + 1) % nodes.size()][j]);
+      }
+      return flows.sorted(1.0 / static_cast<double>(rings));
+    }
+  }
+  const bool in_pairs = even && std::all_of(nodes.begin(), nodes.end(),
+                                            [&](const auto& n) { return reach_alike(t, n); });
   std::vector<std::int64_t> order;
   for (std::size_t j = 0; j < rings; ++j) {
     order.clear();
@@ -177,7 +231,15 @@ LinkFlows trees_of(const Topology& t, const std::vector<std::int64_t>& ranks, bo
     edges(r, up);
     edges(in_other_tree(r, n), in_other_tree(up, n));
   }
+  // Chains one way and back, each member at each place of them once.
+  const bool alike = std::all_of(domains.begin(), domains.end(), [&](const auto& d) {
+    return static_cast<std::int64_t>(d.size()) == m;
+  });
+  const auto stars = alike ? stars_of(t, domains) : std::vector<Star>{};
+  const std::int64_t each = in_switches ? 2 * (m + 1) : 4 * (m - 1);
+  for (const Star& s : stars) flows.add(s, each, each);
   for (const auto& d : domains) {
+    if (!stars.empty()) break;
     for (std::size_t k = 0; in_switches && k < d.size(); ++k) {
       // All of S for the others' sums and its own part, summed, for all.
       flows.add_to_switch(d[k], d[(k + 1) % d.size()], 2 * (m + 1), 2 * (m + 1));
@@ -274,6 +336,8 @@ LinkFlows lay_out(const Topology& t, Lay lay, const std::vector<std::int64_t>& r
       break;
     case Lay::near_trees:
     case Lay::near_sums:
+      // So many routes for a lay that NCCL takes for small payloads only: a ring sends as much.
+      if (ranks.size() > 1024) break;
       return near_trees_of(t, ranks, lay == Lay::near_sums);
   }
   return rings_of(t, ranks);

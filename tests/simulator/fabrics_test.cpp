@@ -328,6 +328,8 @@ TEST(Fabrics, LaysAreThoseOfThePage) {
   EXPECT_EQ(two.lay(CollectiveKind::all_reduce, bytes, all), Lay::switch_trees);
   EXPECT_NEAR(two.way(Lay::switch_trees, all).bandwidth.count, 750e9, 1);
   EXPECT_NEAR(two.way(Lay::rings, all).bandwidth.count, 400e9, 1);
+  // Eight chains of S / 8 in each node, up and down over 7 of its members' 8 NVLinks each way.
+  EXPECT_NEAR(two.way(Lay::trees, all).bandwidth.count, 450e9 * (15.0 / 8) / (2 * 7.0 / 8), 1);
   const auto at = [&](double speed) {
     ClusterState state;
     state.link_speed[two.topology().find_link("node1.nic2->rail2", "")] = speed;
