@@ -117,6 +117,23 @@ void gpt3_175b_beside(benchmark::State& state) {
   state.SetLabel("vTrain's engine 3.4 to 3.8 s");
 }
 BENCHMARK(gpt3_175b_beside)->Unit(benchmark::kMillisecond);
+/// The simulation alone, lowering left out: what vTrain's engine does.
+void gpt3_175b_simulated(benchmark::State& state) {
+  const Graph graph = load_model("gpt3-175b", {});
+  Plan wanted = sized(8, 8, 8, 512);
+  set_framework(wanted, "megatron-core", "");
+  const auto plan = complete(graph, wanted);
+  const auto program = lower_padded(graph, *plan);
+  const Topology topology = load_topology("dgx-h100:64");
+  SimulateOptions options;
+  options.network = state.range(0) != 0 ? Network::flows : Network::beside;
+  for (auto _ : state) {
+    Communication communication(topology);
+    benchmark::DoNotOptimize(simulate(*program, communication, options));
+  }
+  state.SetLabel("vTrain's engine 3.4 to 3.8 s");
+}
+BENCHMARK(gpt3_175b_simulated)->ArgName("contended")->Arg(0)->Arg(1)->Unit(benchmark::kMillisecond);
 /// Leaves of 20 nodes, GPUs that share PCIe switches.
 void gpt3_175b_a100(benchmark::State& state) {
   contended_step(state, load_model("gpt3-175b", {}), sized(8, 8, 8, 512), "dgx-a100-80gb:64");

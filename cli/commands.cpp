@@ -12,7 +12,7 @@
 #include "base/unit_text.h"
 #include "cli/cluster_flags.h"
 #include "cli/options.h"
-#include "cli/patience.h"
+#include "cli/progress.h"
 #include "cli/rows.h"
 #include "report/report.h"
 #include "simulator/search/placement.h"
@@ -200,7 +200,9 @@ void add_simulate(CLI::App& app) {
       ->check(CLI::Range(1, 1000));
   c->callback([o, cluster, slices] {
     check_writable("--trace", o->trace);
-    const Patience patience(kSimulates);
+    const StillAtIt lines(
+        "ranks that all differ, as with hashed spines or a placement without order, are played one "
+        "by one; fewer micro-batches, layers or devices are faster");
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());

@@ -2,7 +2,8 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
+#include <cstdio>
+#include <utility>
 
 namespace partita::cli {
 
@@ -25,6 +26,28 @@ std::string SetupProgress::at(std::int64_t done, std::int64_t all) {
   const double share = static_cast<double>(done) / static_cast<double>(all);
   return fmt::format("progress: {}: {:.0f} %, about {:.0f} s left\n", what_, 100 * share,
                      (now - start_) * (1 - share) / share);
+}
+
+StillAtIt::StillAtIt(std::string why, Milliseconds first, Milliseconds then) {
+  thread_ = std::thread([this, why = std::move(why), first, then] {
+    const auto begin = std::chrono::steady_clock::now();
+    std::unique_lock lock(mutex_);
+    for (Milliseconds next = first;; next += then) {
+      if (over_.wait_until(lock, begin + next, [this] { return done_; })) return;
+      fmt::print(stderr, "progress: still at it after {:g} s; {}\n",
+                 std::chrono::duration<double>(next).count(), why);
+      std::fflush(stderr);
+    }
+  });
+}
+
+StillAtIt::~StillAtIt() {
+  {
+    const std::lock_guard lock(mutex_);
+    done_ = true;
+  }
+  over_.notify_all();
+  thread_.join();
 }
 
 }  // namespace partita::cli

@@ -1,9 +1,13 @@
 // cli/progress.h: how far something long is.
 #pragma once
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <string>
+#include <thread>
 
 namespace partita::cli {
 
@@ -19,6 +23,24 @@ class SetupProgress {
   std::string what_;
   std::function<double()> seconds_;
   double start_, next_;
+};
+
+/// Of what doesn't know how far it is: while it lives, after `first` and every `then` from there
+/// on, "progress: still at it after 10 s; WHY" on stderr.
+class StillAtIt {
+ public:
+  using Milliseconds = std::chrono::milliseconds;
+  explicit StillAtIt(std::string why, Milliseconds first = std::chrono::seconds(10),
+                     Milliseconds then = std::chrono::seconds(60));
+  ~StillAtIt();
+  StillAtIt(const StillAtIt&) = delete;
+  StillAtIt& operator=(const StillAtIt&) = delete;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable over_;
+  bool done_ = false;
+  std::thread thread_;
 };
 
 }  // namespace partita::cli

@@ -402,9 +402,10 @@ std::string search_json(const Graph& graph, const Topology& topology, const Sear
 
 std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r,
                          const std::vector<std::string>& assumed) {
-  std::string out =
-      fmt::format("{} plans in the space: {} simulated, {} do not fit, {} illegal; {:.1f} s\n",
-                  r.space, r.evaluated, r.pruned_memory, r.illegal, r.search_time.count);
+  std::string out = fmt::format(
+      "{} plans in the space: {} simulated, {} do not fit, {} illegal; searched in {:.1f} s\n",
+      grouped(r.space), grouped(r.evaluated), grouped(r.pruned_memory), grouped(r.illegal),
+      r.search_time.count);
   if (r.plans.empty()) {
     out += "nothing fits";
     if (r.smallest) {

@@ -153,22 +153,28 @@ void add_policies(int ranks, std::vector<CalibrationRun>& all) {
   }
 }
 
+CalibrationRun run_of(Graph g, std::int64_t micro_batch, bool sgd) {
+  CalibrationRun r;
+  r.name = fmt::format("{}, batch {}", g.name, micro_batch);
+  r.graph = std::move(g);
+  r.plan = single_precision();
+  r.plan.micro_batch = micro_batch;
+  // Two micro-batches: gradients that add up are kernels of their own kind.
+  r.plan.global_batch = 2 * micro_batch;
+  if (sgd) r.plan.optimizer.kind = OptimizerKind::sgd;
+  if (!sgd) r.plan.optimizer.clip = 1;
+  return r;
+}
+
 }  // namespace
 
 std::vector<CalibrationRun> calibration_runs(int ranks) {
   std::vector<CalibrationRun> all;
   const auto add = [&](const Graph& g, std::int64_t micro_batch, bool sgd = false) {
-    CalibrationRun r;
-    r.name = fmt::format("{}, batch {}", g.name, micro_batch);
-    r.graph = g;
-    r.plan = single_precision();
+    CalibrationRun r = run_of(g, micro_batch, sgd);
     r.plan.strategy = ranks > 1 ? "replicas" : "megatron";
     r.plan.dp = ranks;
-    r.plan.micro_batch = micro_batch;
-    // Two micro-batches: gradients that add up are kernels of their own kind.
-    r.plan.global_batch = 2 * micro_batch * ranks;
-    if (sgd) r.plan.optimizer.kind = OptimizerKind::sgd;
-    if (!sgd) r.plan.optimizer.clip = 1;
+    r.plan.global_batch *= ranks;
     all.push_back(std::move(r));
   };
   // Shapes around and between those of the suite, and none of its own.
@@ -242,15 +248,9 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
 std::vector<CalibrationRun> gpu_calibration_runs() {
   std::vector<CalibrationRun> all;
   const auto add = [&](Graph g, const char* precision, std::int64_t batch, bool sgd) {
-    CalibrationRun r;
-    r.graph = std::move(g);
-    r.plan = single_precision();
+    CalibrationRun r = run_of(std::move(g), batch, sgd);
     set_precision(r.plan, precision, "");
-    r.plan.micro_batch = batch;
-    r.plan.global_batch = 2 * batch;  // gradients that add up are kernels of their own kind
-    if (sgd) r.plan.optimizer.kind = OptimizerKind::sgd;
-    if (!sgd) r.plan.optimizer.clip = 1;
-    r.name = fmt::format("{}, batch {}, {}", r.graph.name, batch, precision);
+    r.name += fmt::format(", {}", precision);
     all.push_back(std::move(r));
   };
   // Corners first: what is interpolated between needs them.

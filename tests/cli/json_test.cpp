@@ -119,6 +119,17 @@ TEST(Json, ModelHasItsKeys) {
     expect_number(j.at("flops_per_sample"), key);
 }
 
+TEST(Json, BackgroundThatIsNotCountedIsSaid) {
+  const std::string command =
+      "simulate gpt2 dgx-h100:2 --tp 4 --dp 4 --layers 2 --global-batch 4 --background "
+      "'node0.nic0->rail0=40 GB/s' --json --network ";
+  for (const char* network : {"idle", "beside", "flows"}) {
+    const Json j = parsed(run(command + network));
+    const bool said = j.at("assumed").dump().find("no background") != std::string::npos;
+    EXPECT_EQ(said, network != std::string("flows")) << network;
+  }
+}
+
 TEST(Json, TopologyHasItsKeys) {
   const Json j = parsed(run("topo dgx-h100:2 --json"));
   EXPECT_EQ(j.at("schema"), "partita.topology_summary/1");

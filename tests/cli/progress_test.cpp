@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 namespace partita::cli {
 namespace {
 
@@ -23,6 +26,22 @@ TEST(SetupProgress, SaysNothingOfWhatIsShortAndOneLineInFiveSecondsOfWhatIsLong)
   EXPECT_EQ(p.at(0, 100), "");
   EXPECT_EQ(p.at(101, 100), "") << "more than there are is another drawing";
   EXPECT_EQ(p.at(1, 0), "");
+}
+
+TEST(StillAtIt, SaysNothingOfWhatIsShortAndHowLongIsLong) {
+  using std::chrono::milliseconds;
+  ::testing::internal::CaptureStderr();
+  { const StillAtIt lines("no reason", std::chrono::hours(1)); }
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(), "");
+  // However slow the machine, some lines come, in order.
+  ::testing::internal::CaptureStderr();
+  {
+    const StillAtIt lines("it is a test", milliseconds(1), milliseconds(500));
+    std::this_thread::sleep_for(milliseconds(400));
+  }
+  const std::string said = ::testing::internal::GetCapturedStderr();
+  EXPECT_EQ(said.substr(0, said.find('\n') + 1),
+            "progress: still at it after 0.001 s; it is a test\n");
 }
 
 }  // namespace

@@ -614,6 +614,54 @@ TEST(Contention, ASlowCardIsAsSlowOnEveryNode) {
   }
 }
 
+// What a step's all-reduce loads is what its algorithm lays, not a ring: docs/cost.md, 16 GPUs.
+TEST(Contention, AStepsTransfersLieAsNcclLaysThem) {
+  Program p = program(Mesh{{{"dp", 16}}});
+  all_reduce(p, bit(0), 525'000'000);
+  Communication communication(load_topology("dgx-h100:2"));
+  const SharedLinks links = share_links(p, communication);
+  ASSERT_EQ(links.of_class.size(), 1u);
+  EXPECT_EQ(links.of_class.begin()->first.lay, Lay::switch_trees);
+  ASSERT_EQ(links.transfers.size(), 1u);
+  const auto& t = links.transfers[0];
+  std::set<LinkKind> seen;
+  for (const auto& x : t.crossings) {
+    const auto& l = links.links[static_cast<std::size_t>(x.link_class)];
+    const LinkKind kind = communication.topology().link(l.representative).kind;
+    seen.insert(kind);
+    // Of the 15/8 S that a rank would send in a ring.
+    const double part = kind == LinkKind::nvlink ? 9.0 / 8 : 1.0 / 8;
+    EXPECT_NEAR(static_cast<double>(x.flows) * t.share, part / (15.0 / 8), 1e-12);
+  }
+  EXPECT_EQ(seen, (std::set{LinkKind::nvlink, LinkKind::pcie, LinkKind::network}));
+}
+
+// A neighbour that computes is not its message on the way: only the latter grows with slow cards.
+TEST(Contention, OverTimeTellsNeighboursFromTheirMessages) {
+  Plan wanted = base_plan();
+  wanted.dp = 8, wanted.pp = 2, wanted.global_batch = 32;
+  const auto plan = complete(gpt(), wanted);
+  ASSERT_TRUE(plan);
+  const auto program = lower(gpt(), *plan);
+  ASSERT_TRUE(program);
+  const Topology built = load_topology("dgx-h100:2");
+  ClusterState slow;
+  for (std::size_t l = 0; l < built.link_count(); ++l) {
+    if (built.link(LinkId{l}).kind == LinkKind::network) slow.link_speed[LinkId{l}] = 1e-5;
+  }
+  const auto spent = [&](const Topology& t) {
+    const Timeline step = run(*program, t, Network::idle);
+    auto all = over_time(step, 1)[0].spent;
+    EXPECT_EQ(all["bubble"] + all["bubble:messages"],
+              step.breakdown[static_cast<std::size_t>(step.last_class)].bubble);
+    return all;
+  };
+  auto fast = spent(built), late = spent(built.in_state(slow));
+  EXPECT_GT(fast["bubble"].count, 0);
+  EXPECT_GT(fast["bubble:messages"].count, 0);
+  EXPECT_GT(late["bubble:messages"].count, 2 * fast["bubble:messages"].count);
+}
+
 TEST(Contention, TasksFollowTheirPrecedences) {
   Sharing sharing;
   const ResourceId link = sharing.add(10);

@@ -328,6 +328,14 @@ TEST(Fabrics, LaysAreThoseOfThePage) {
   EXPECT_EQ(two.lay(CollectiveKind::all_reduce, bytes, all), Lay::switch_trees);
   EXPECT_NEAR(two.way(Lay::switch_trees, all).bandwidth.count, 750e9, 1);
   EXPECT_NEAR(two.way(Lay::rings, all).bandwidth.count, 400e9, 1);
+  // Seven of eight rings go on over a member's NVLink, one to the device on whose card it leaves.
+  int links = 0;
+  for (const auto& [link, count] : lay_out(two.topology(), Lay::rings, all).flows) {
+    const bool nvlink = two.topology().link(link).kind == LinkKind::nvlink;
+    EXPECT_EQ(count, nvlink ? 8 : 1) << two.topology().link_name(link);
+    links += nvlink;
+  }
+  EXPECT_EQ(links, 32);
   // Eight chains of S / 8 in each node, up and down over 7 of its members' 8 NVLinks each way.
   EXPECT_NEAR(two.way(Lay::trees, all).bandwidth.count, 450e9 * (15.0 / 8) / (2 * 7.0 / 8), 1);
   const auto at = [&](double speed) {

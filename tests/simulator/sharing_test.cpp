@@ -213,6 +213,20 @@ TEST(Sharing, StartsAndStopsOneByOneGiveTheSameBitsAsAllAtOnce) {
   }
 }
 
+// What a resource is thought to carry must survive an activity that wants far more than there is.
+TEST(Sharing, AHugeWishLeavesNoTraceOfItsOwn) {
+  Sharing s;
+  const ResourceId r = s.add(10);
+  const Demand on{r};
+  const ActivityId first = s.start({&on, 1}, 1, 9);
+  s.solve();
+  s.stop(s.start({&on, 1}, 1, 1e25));  // 9 + 1e25 - 1e25 is 0
+  const ActivityId second = s.start({&on, 1}, 1, 9);
+  s.solve();
+  EXPECT_EQ(s.rate(first), 5);
+  EXPECT_EQ(s.rate(second), 5);
+}
+
 TEST(Sharing, ReportsExactlyWhatChanged) {
   std::mt19937_64 rng{4};
   for (int k = 0; k < 500; ++k) {

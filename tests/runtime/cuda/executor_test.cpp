@@ -9,6 +9,7 @@
 #include "tests/runtime/cpu/equal_reference.h"
 #include "tests/runtime/cuda/far_gpu.h"
 #include "tests/runtime/cuda/on_device.h"
+#include "tests/runtime/execute/drawn.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
 
@@ -20,16 +21,7 @@ constexpr std::uint64_t kSeed = 7;
 execute::Options options_for(const Graph& graph, bool linked, std::uint64_t seed) {
   execute::Options o;
   o.steps = 3;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
-                     std::int64_t index) {
-    return reference::input_value(graph, input, kSeed, step, sample, index);
-  };
-  o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(graph.parameters[q], kSeed + replica, linear);
-  };
-  o.operator_seed = [](std::int32_t op) {
-    return reference::operator_seed(kSeed, OpId{static_cast<std::size_t>(op)});
-  };
+  execute::draw(o, graph, kSeed);
   auto hub = linked ? std::make_shared<FarHub>() : nullptr;
   o.device = [hub, seed](int rank) {
     return std::make_unique<FarGpu>(

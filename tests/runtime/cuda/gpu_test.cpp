@@ -10,6 +10,7 @@
 #include "tests/runtime/cpu/equal_reference.h"
 #include "tests/runtime/cuda/narrowed.h"
 #include "tests/runtime/cuda/on_device.h"
+#include "tests/runtime/execute/drawn.h"
 #include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
@@ -182,15 +183,7 @@ void expect_trains(const Graph& graph, const Plan& wanted) {
   SCOPED_TRACE(graph.name + "\n" + to_yaml(*plan));
   execute::Options o;
   o.steps = 3;
-  o.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
-    return reference::input_value(graph, input, 7, step, sample, index);
-  };
-  o.initial = [&](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(graph.parameters[q], 7 + replica, linear);
-  };
-  o.operator_seed = [](std::int32_t op) {
-    return reference::operator_seed(7, OpId{static_cast<std::size_t>(op)});
-  };
+  execute::draw(o, graph, 7);
   o.device = [&](int) {
     DeviceOptions d;
     d.tf32 = plan->precision.compute == ElementType::tf32;
@@ -238,9 +231,7 @@ TEST(Gpu, ARankAloneHasThePredictedMemory) {
   execute::Options o;
   o.steps = 2;
   o.record = true;
-  o.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
-    return reference::input_value(g, input, 7, step, sample, index);
-  };
+  execute::draw(o, g, 7);
   const auto host = execute::run_alone(program, 1, o);
   o.device = [](int) { return cuda_device({}); };
   const auto gpu = execute::run_alone(program, 1, o);

@@ -13,6 +13,7 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/serial.h"
 #include "runtime/transport/tcp.h"
+#include "tests/runtime/execute/drawn.h"
 #include "tests/simulator/networks.h"
 
 namespace partita::execute {
@@ -104,16 +105,7 @@ Options skewed(const Graph& graph, int steps, int ranks, Watched& watched,
   o.steps = steps;
   o.warm_up = 1;
   o.record = true;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
-                     std::int64_t index) {
-    return reference::input_value(graph, input, kSeed, step, sample, index);
-  };
-  o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(graph.parameters[q], kSeed + replica, linear);
-  };
-  o.operator_seed = [](std::int32_t op) {
-    return reference::operator_seed(kSeed, OpId{static_cast<std::size_t>(op)});
-  };
+  draw(o, graph, kSeed);
   watched.assign(static_cast<std::size_t>(ranks), {});
   for (auto& w : watched) w.resize(static_cast<std::size_t>(steps));
   o.before = [&watched](int rank, std::int64_t step, std::size_t) {

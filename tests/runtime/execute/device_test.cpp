@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "runtime/reference/serial.h"
+#include "tests/runtime/execute/drawn.h"
 #include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
 
@@ -132,12 +133,7 @@ TEST(FarDevice, ProgramsNeedTheirEvents) {
   const Program program = lowered(g, p);
   Options o;
   o.steps = 2;
-  o.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
-    return reference::input_value(g, input, 7, step, sample, index);
-  };
-  o.initial = [&](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(g.parameters[q], 7 + replica, linear);
-  };
+  draw(o, g, 7);
   const auto right = run_threads(program, o)[0].values.parameters;
   int differ = 0;
   for (std::uint64_t seed = 0; seed < 6; ++seed) {
@@ -158,12 +154,7 @@ TEST(FarDevice, MeasuresItsOwnTime) {
   Options o;
   o.steps = 2;
   o.record = true;
-  o.input = [&](std::size_t input, std::int64_t step, std::int64_t sample, std::int64_t index) {
-    return reference::input_value(g, input, 7, step, sample, index);
-  };
-  o.initial = [&](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(g.parameters[q], 7 + replica, linear);
-  };
+  draw(o, g, 7);
   const auto ranks = run_threads(program, on_far_devices(o, {2, 0, false}))[0].ranks;
   ASSERT_EQ(ranks[0].samples.size(), 2u);
   for (const auto& step : ranks[0].samples) {

@@ -15,6 +15,7 @@
 #include "runtime/reference/serial.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/lower/startup.h"
+#include "tests/runtime/execute/drawn.h"
 #include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
@@ -33,16 +34,7 @@ Plan single_precision(Plan p = base_plan()) {
 Options options_for(const Graph& graph, int steps) {
   Options o;
   o.steps = steps;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
-                     std::int64_t index) {
-    return reference::input_value(graph, input, kSeed, step, sample, index);
-  };
-  o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(graph.parameters[q], kSeed + replica, linear);
-  };
-  o.operator_seed = [](std::int32_t op) {
-    return reference::operator_seed(kSeed, OpId{static_cast<std::size_t>(op)});
-  };
+  draw(o, graph, kSeed);
   return o;
 }
 

@@ -8,6 +8,7 @@
 #include "runtime/execute/executor.h"
 #include "runtime/execute/threads.h"
 #include "runtime/reference/serial.h"
+#include "tests/runtime/execute/drawn.h"
 #include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
 #include "tests/simulator/reference_check.h"
@@ -23,13 +24,7 @@ Options options_for(const Graph& graph) {
   o.warm_up = 1;
   o.record = true;
   o.collect = false;
-  o.input = [&graph](std::size_t input, std::int64_t step, std::int64_t sample,
-                     std::int64_t index) {
-    return reference::input_value(graph, input, kSeed, step, sample, index);
-  };
-  o.initial = [&graph](std::size_t replica, std::size_t q, std::int64_t linear) {
-    return reference::initial_value(graph.parameters[q], kSeed + replica, linear);
-  };
+  draw(o, graph, kSeed);
   return o;
 }
 
