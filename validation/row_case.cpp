@@ -653,6 +653,7 @@ class CaseBuilder {
     };
     if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model)) return false;
     if (w.gpus > 0 && row_.whole("num_gpus").value_or(0) != w.gpus) return false;
+    if (!any(w.between_nodes, lower(row_["inter_node_interconnect"]))) return false;
     if (!w.precisions.empty()) {
       const auto type = precision_of(row_["precision"]);
       if (!any(w.precisions, type ? type->name : framework_->precision)) return false;
@@ -1062,6 +1063,8 @@ class CaseBuilder {
       set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
       set("fused experts", w.fused_experts, p.kernels.fused_experts);
       set("overlap of experts", w.overlaps_experts, p.kernels.overlaps_experts);
+      set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
+      set("blocking launches", w.blocking, p.launches.blocking);
       if (p.kernels.fused_experts) p.expert_bias_apart = false;
     }
     if (flags_.any) {

@@ -282,12 +282,24 @@ bool cast_in_epilogue(const Program& p, const ProgramOperator& op, bool forward)
   return g != nullptr && p.kernels.fused_experts && (g->out.dim == Dim::feature) == forward;
 }
 
+/// Columns of a product and of those that are joined to it, over its own.
+double with_joined(const Program& p, const ProgramOperator& op, std::int64_t rank) {
+  if (op.joined.empty()) return 1;
+  const double own = product_shape(p, op, rank).n;
+  double all = own;
+  for (const int other : op.joined)
+    all += product_shape(p, p.operators[static_cast<std::size_t>(other)], rank).n;
+  return own > 0 ? all / own : 1;
+}
+
 /// What an instruction of a product or an attention computes, by shape.
 void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& op,
                 std::int64_t rank, Work& w) {
   const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
   if (!forward && !data && i.kernel != Kernel::backward_weight) return;
   ProductShape s = product_shape(p, i, rank);
+  const double joined = with_joined(p, op, rank);
+  s.n *= joined;
   if (!(s.m > 0 && s.n > 0 && s.k > 0 && s.count > 0)) return;
   if (i.part >= 0 && std::holds_alternative<Linear>(op.operation)) {
     const auto d = static_cast<std::size_t>(op.signature.find(Dim::sequence));
@@ -346,7 +358,8 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const auto& operands = forward ? i.reads : i.gradients;
     const std::int64_t elements = local_elements(p, operands[0], rank);
     const double each = bits(p.buffer(operands[0]).type) / 8.0 + 2 * bits(op.compute) / 8.0;
-    w.streamed = Bytes{std::llround(each * static_cast<double>(elements))};
+    w.streamed =
+        Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
     w.kernels = 2;
   }
   if (one.grouped) {
@@ -471,6 +484,12 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     if (const double each = narrow ? p.kernels.optimizer_mixed : p.kernels.optimizer;
         each > 0 && p.optimizer.kind == OptimizerKind::adam)
       w.bytes = Bytes{std::llround(each * n)};
+    const double passes = std::max(1, i.index) * p.kernels.gradient_passes +
+                          i.index * p.kernels.met_gradient_passes;
+    if (passes > 0) {
+      const double all = n * static_cast<double>(p.mesh.size(i.atoms));  // not its shard alone
+      w.bytes += Bytes{std::llround(passes * all * bits(p.buffer(i.reads[0]).type) / 8)};
+    }
     if (p.kernels.optimizer_kernels > 0) {
       w.kernels = p.kernels.optimizer_kernels;
       w.launched = w.kernels * p.launches.kernel;
@@ -521,6 +540,21 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     const auto d = static_cast<double>(a->qk_dim), v = static_cast<double>(a->v_dim);
     if (!a->materialised) w.flops = Flops{w.flops.count * (3 * d + 2 * v) / (2 * d + 2 * v)};
   }
+  if (op.in_other) {
+    w.kernels = 0;
+    w.flops = Flops{0};
+    w.bytes = Bytes{0};
+    return w;
+  }
+  const double joined = with_joined(p, op, rank);
+  if (joined > 1) {
+    // Everything but the shared input, or its gradient, grows with the columns.
+    const BufferId shared = i.kernel == Kernel::backward_data ? i.writes[0] : i.reads[0];
+    const auto once = static_cast<double>(local_bytes(p, shared, rank).count);
+    w.bytes = Bytes{
+        std::llround(once + joined * std::max(0.0, static_cast<double>(w.bytes.count) - once))};
+    w.flops = Flops{w.flops.count * joined};
+  }
   if (op.in_normalise) {
     // What the batch norm's kernel moves more: a residual's other operand. Its own backward reads
     // the gradient that the activation lets through; what passed is kept as bits.
@@ -533,7 +567,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   }
   if (w.matrix) add_shapes(p, i, op, rank, w);
   w.kernels += apart.kernels;
-  (w.products.empty() ? w.bytes : w.streamed) += apart.added;
+  (w.products.empty() ? w.bytes : w.streamed) +=
+      Bytes{std::llround(joined * static_cast<double>(apart.added.count))};
   if (p.channels_first && op.compute == ElementType::tf32 &&
       std::holds_alternative<Convolution>(op.operation)) {
     // cuDNN turns the images that a kernel of tensor cores reads and writes, a pass each.

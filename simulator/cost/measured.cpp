@@ -27,57 +27,6 @@ double elements_of(const Program& p, const ProgramOperator& op, const Operand& o
   return n;
 }
 
-ProductShape shape_of(const Program& p, const ProgramOperator& op, std::int64_t rank) {
-  ProductShape s;
-  const Signature& g = op.signature;
-  const auto all = [&](const Operand& o) { return elements_of(p, op, o, 0, o.shape.size(), rank); };
-  const auto dim = [&](Dim d) {
-    const int at = g.find(d);
-    if (at < 0) return 1.0;
-    return static_cast<double>(local_extent(p.mesh, op.cuts[static_cast<std::size_t>(at)],
-                                            g.dims[static_cast<std::size_t>(at)].extent, rank));
-  };
-  if (const auto* l = std::get_if<Linear>(&op.operation)) {
-    const Operand& x = g.inputs[0];
-    const std::size_t batch = x.shape.size() - static_cast<std::size_t>(l->contracted);
-    s.m = elements_of(p, op, x, 0, batch, rank);
-    s.k = elements_of(p, op, x, batch, x.shape.size(), rank);
-    s.n = all(g.parameters[0]) / std::max(1.0, s.k);
-  } else if (const auto* a = std::get_if<Attention>(&op.operation)) {
-    s.m = dim(Dim::sequence);
-    s.n = dim(Dim::key_sequence);
-    s.k = static_cast<double>(a->qk_dim);
-    s.heads = dim(Dim::head);
-    s.count = dim(Dim::sample) * s.heads * static_cast<double>(a->queries_per_head);
-  } else if (const auto* c = std::get_if<Convolution>(&op.operation)) {
-    const Operand& y = g.outputs[0];
-    const Operand& w = g.parameters[0];
-    s.m = extent_of(p, op, y, 0, rank) * elements_of(p, op, y, 2, 4, rank);
-    s.n = extent_of(p, op, y, 1, rank) / static_cast<double>(c->groups);
-    s.k = elements_of(p, op, w, 1, 4, rank);
-    s.window = elements_of(p, op, w, 2, 4, rank);
-    s.count = static_cast<double>(c->groups);
-  } else if (std::holds_alternative<GroupedProduct>(op.operation)) {
-    const Operand& w = g.parameters[0];
-    s.count = extent_of(p, op, w, 0, rank);
-    s.n = extent_of(p, op, w, 1, rank);
-    s.k = extent_of(p, op, w, 2, rank);
-    const Operand& x = g.inputs[0];
-    // Rows are (token, choice), shared evenly by the experts.
-    const double rows = elements_of(p, op, x, 0, 2, rank) * static_cast<double>(x.shape[2].extent) *
-                        s.count /
-                        static_cast<double>(std::get<GroupedProduct>(op.operation).experts);
-    s.m = std::max(1.0, rows / std::max(1.0, s.count));
-  } else if (const auto* b = std::get_if<BatchedProduct>(&op.operation)) {
-    const auto at = static_cast<std::size_t>(b->batch);
-    s.count = elements_of(p, op, g.inputs[0], 0, at, rank);
-    s.m = extent_of(p, op, g.inputs[0], at, rank);
-    s.k = extent_of(p, op, g.inputs[0], at + 1, rank);
-    s.n = extent_of(p, op, g.inputs[1], at + 1, rank);
-  }
-  return s;
-}
-
 /// y at x of points sorted by x, linear in the logarithms.
 double interpolate(const std::vector<std::pair<double, double>>& points, double x) {
   if (x <= points.front().first) return points.front().second;
@@ -233,9 +182,60 @@ double plane_at_origin(const std::vector<Near>& near) {
 
 }  // namespace
 
+ProductShape product_shape(const Program& p, const ProgramOperator& op, std::int64_t rank) {
+  ProductShape s;
+  const Signature& g = op.signature;
+  const auto all = [&](const Operand& o) { return elements_of(p, op, o, 0, o.shape.size(), rank); };
+  const auto dim = [&](Dim d) {
+    const int at = g.find(d);
+    if (at < 0) return 1.0;
+    return static_cast<double>(local_extent(p.mesh, op.cuts[static_cast<std::size_t>(at)],
+                                            g.dims[static_cast<std::size_t>(at)].extent, rank));
+  };
+  if (const auto* l = std::get_if<Linear>(&op.operation)) {
+    const Operand& x = g.inputs[0];
+    const std::size_t batch = x.shape.size() - static_cast<std::size_t>(l->contracted);
+    s.m = elements_of(p, op, x, 0, batch, rank);
+    s.k = elements_of(p, op, x, batch, x.shape.size(), rank);
+    s.n = all(g.parameters[0]) / std::max(1.0, s.k);
+  } else if (const auto* a = std::get_if<Attention>(&op.operation)) {
+    s.m = dim(Dim::sequence);
+    s.n = dim(Dim::key_sequence);
+    s.k = static_cast<double>(a->qk_dim);
+    s.heads = dim(Dim::head);
+    s.count = dim(Dim::sample) * s.heads * static_cast<double>(a->queries_per_head);
+  } else if (const auto* c = std::get_if<Convolution>(&op.operation)) {
+    const Operand& y = g.outputs[0];
+    const Operand& w = g.parameters[0];
+    s.m = extent_of(p, op, y, 0, rank) * elements_of(p, op, y, 2, 4, rank);
+    s.n = extent_of(p, op, y, 1, rank) / static_cast<double>(c->groups);
+    s.k = elements_of(p, op, w, 1, 4, rank);
+    s.window = elements_of(p, op, w, 2, 4, rank);
+    s.count = static_cast<double>(c->groups);
+  } else if (std::holds_alternative<GroupedProduct>(op.operation)) {
+    const Operand& w = g.parameters[0];
+    s.count = extent_of(p, op, w, 0, rank);
+    s.n = extent_of(p, op, w, 1, rank);
+    s.k = extent_of(p, op, w, 2, rank);
+    const Operand& x = g.inputs[0];
+    // Rows are (token, choice), shared evenly by the experts.
+    const double rows = elements_of(p, op, x, 0, 2, rank) * static_cast<double>(x.shape[2].extent) *
+                        s.count /
+                        static_cast<double>(std::get<GroupedProduct>(op.operation).experts);
+    s.m = std::max(1.0, rows / std::max(1.0, s.count));
+  } else if (const auto* b = std::get_if<BatchedProduct>(&op.operation)) {
+    const auto at = static_cast<std::size_t>(b->batch);
+    s.count = elements_of(p, op, g.inputs[0], 0, at, rank);
+    s.m = extent_of(p, op, g.inputs[0], at, rank);
+    s.k = extent_of(p, op, g.inputs[0], at + 1, rank);
+    s.n = extent_of(p, op, g.inputs[1], at + 1, rank);
+  }
+  return s;
+}
+
 ProductShape product_shape(const Program& p, const Instruction& i, std::int64_t rank) {
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-  ProductShape s = shape_of(p, op, rank);
+  ProductShape s = product_shape(p, op, rank);
   if (const int d = op.signature.find(Dim::sequence);
       i.part >= 0 && d >= 0 && !std::holds_alternative<Attention>(op.operation)) {
     // One part of the sequence; the rest is another instruction's.

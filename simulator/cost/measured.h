@@ -26,6 +26,7 @@ struct ProductShape {
   double window = 1;  ///< positions of a convolution's kernel, a factor of k
   double heads = 1;   ///< attention: key heads in count
 };
+ProductShape product_shape(const Program& program, const ProgramOperator& op, std::int64_t rank);
 ProductShape product_shape(const Program& program, const Instruction& instruction,
                            std::int64_t rank);
 

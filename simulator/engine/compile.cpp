@@ -176,7 +176,8 @@ class Compiler {
               const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
     if (!l.any() || !device.concurrent_streams) return;
-    s.host_waits = l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i));
+    s.host_waits =
+        l.blocking || (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
     if (s.host_waits) captured = false;
     Seconds time{0};
     switch (i.kind) {

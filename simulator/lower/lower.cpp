@@ -157,6 +157,40 @@ class Lowering {
     });
   }
 
+  /// The attention or gated activation that takes a product's result, normalised and turned at most.
+  OpId taker_of(const Operator& op) const {
+    const TensorId t = op.outputs[0];
+    if (consumers_[t.index()].size() != 1) return {};
+    const OpId id = consumers_[t.index()][0];
+    const Operator& next = graph_.op(id);
+    if (std::holds_alternative<Attention>(next.operation) ||
+        std::holds_alternative<GatedActivation>(next.operation))
+      return id;
+    if (std::holds_alternative<Normalize>(next.operation) ||
+        std::holds_alternative<Rotary>(next.operation))
+      return taker_of(next);
+    return {};
+  }
+
+  /// Products of one input for one attention or gated activation become one.
+  void join_projections() {
+    std::map<std::tuple<TensorId, OpId, bool>, std::size_t> first;
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      const Operator& op = graph_.operators[i];
+      if (!std::holds_alternative<Linear>(op.operation) &&
+          !std::holds_alternative<GroupedProduct>(op.operation))
+        continue;
+      const OpId taker = taker_of(op);
+      if (!taker.valid()) continue;
+      const auto key =
+          std::tuple{op.inputs[0], taker, graph_.parameter(op.parameters[0]).trainable};
+      const auto [at, is_first] = first.try_emplace(key, i);
+      if (is_first) continue;
+      p_.operators[at->second].joined.push_back(static_cast<int>(i));
+      p_.operators[i].in_other = true;
+    }
+  }
+
   // ---- pass 2: layouts -----------------------------------------------------------------------
   Infeasible derive_layouts() {
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
@@ -176,6 +210,7 @@ class Lowering {
       p_.operators.push_back(std::move(po));
       layouts_.push_back(std::move(*l));
     }
+    if (plan_.joins_projections) join_projections();
     return {};
   }
 
@@ -309,6 +344,30 @@ class Lowering {
       if (segment_[i] >= 0)
         ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
     }
+    if (!plan_.recompute_stops_early) return;
+    for (auto& ops : ops_of_segment_) {
+      while (!ops.empty() && !needed_again(ops.back())) ops.pop_back();
+    }
+  }
+
+  /// Does a backward of its segment need what the segment's last operator makes?
+  bool needed_again(OpId id) const {
+    const Operator& op = graph_.op(id);
+    const Signature& s = p_.operators[id.index()].signature;
+    const auto saved = [](const Operand& o) { return o.saved_for_data || o.saved_for_weight; };
+    if (!s.forward_statistics.empty() || !s.extras.empty() ||
+        std::any_of(s.outputs.begin(), s.outputs.end(), saved))
+      return true;
+    for (const TensorId t : op.outputs) {
+      for (const OpId reader : consumers_[t.index()]) {
+        if (segment_[reader.index()] != segment_[id.index()]) continue;
+        const Operator& other = graph_.op(reader);
+        const Signature& signature = p_.operators[reader.index()].signature;
+        for (std::size_t k = 0; k < other.inputs.size(); ++k)
+          if (other.inputs[k] == t && saved(signature.inputs[k])) return true;
+      }
+    }
+    return false;
   }
 
   // ---- small helpers -------------------------------------------------------------------------
@@ -2161,6 +2220,9 @@ class Lowering {
         step.instructions.push_back(std::move(i));
       }
       Instruction i = update_of(q, v.reduced, target, v.state_layout);
+      i.atoms = v.scattered;
+      if ((v.scattered | v.gradient_layout.partial) != 0)
+        i.index = plan_.zero >= 2 ? p_.micro_batches : 1;
       if (skip.valid()) i.statistics = {skip, loss_scale_state(stage)};
       if (plan_.offload_optimizer) {
         update_on_host(step, q, std::move(i));

@@ -72,6 +72,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*launch, "graphs", f.launches.graphs);
     boolean(*launch, "graphs_beside_experts", f.launches.graphs_beside_experts);
     boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
+    boolean(*launch, "blocking", f.launches.blocking);
     launch->reject_unknown_keys();
   }
   setting(plan, "wait_for_sends", [&](const YamlNode& n) {
@@ -142,6 +143,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   boolean(plan, "channels_first", f.channels_first);
   boolean(plan, "fuses_normalise", f.fuses_normalise);
+  boolean(plan, "joins_projections", f.joins_projections);
+  boolean(plan, "recompute_stops_early", f.recompute_stops_early);
   const auto passes = [&](const char* key, int& to) {
     setting(plan, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 100)); });
   };
@@ -184,6 +187,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     count("head_passes_forward", f.kernels.head_passes_forward);
     count("head_passes_backward", f.kernels.head_passes_backward);
     count("table_passes", f.kernels.table_passes);
+    count("gradient_passes", f.kernels.gradient_passes);
+    count("met_gradient_passes", f.kernels.met_gradient_passes);
     const auto launched = [&](const char* key, int& to) {
       setting(*kernels, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 1000)); });
     };
@@ -251,6 +256,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       list("networks", w.networks);
       list("devices", w.devices);
       list("precisions", w.precisions);
+      list("between_nodes", w.between_nodes);
       if (const auto n = node.find("gpus")) w.gpus = n->as_int(1, 1'000'000);
       flag("rows_once", w.rows_once);
       flag("graphs", w.graphs);
@@ -258,6 +264,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       flag("fused_experts", w.fused_experts);
       flag("overlaps_experts", w.overlaps_experts);
       flag("lora", w.lora);
+      flag("recompute_stops_early", w.recompute_stops_early);
+      flag("blocking", w.blocking);
       const auto source = node.find("source");
       w.source = source ? source->as_string() : file_source;
       if (w.source.empty()) throw InputError(node.place(), "every workload needs a source");

@@ -22,11 +22,14 @@ struct Workload {
   std::vector<std::string> networks;    ///< patterns of catalogue names
   std::vector<std::string> devices;     ///< patterns of device names
   std::vector<std::string> precisions;  ///< their names
+  std::vector<std::string> between_nodes;  ///< patterns of what tables say is between nodes
   std::int64_t gpus = 0;
   std::optional<bool> rows_once;
   std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
   std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
   std::optional<bool> lora;                             ///< adapters are trained
+  std::optional<bool> recompute_stops_early;
+  std::optional<bool> blocking;  ///< Launches'
   std::string source;
 };
 
@@ -63,6 +66,10 @@ struct FrameworkProfile {
   bool channels_first = false;
   /// A batch norm's kernel adds the residual and applies the activation that follow it.
   bool fuses_normalise = false;
+  /// Queries, keys and values are one product; so are a gated activation's two halves.
+  bool joins_projections = false;
+  /// A segment that runs again ends with the last operator whose backward needs what it makes.
+  bool recompute_stops_early = false;
   /// How often the scores of a materialised attention pass through memory between its products.
   int score_passes_forward = 2, score_passes_backward = 3;
 

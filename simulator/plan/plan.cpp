@@ -726,6 +726,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.expert_bias_apart = f.expert_bias_apart;
   plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
   plan.fuses_normalise = f.fuses_normalise;
+  plan.joins_projections = f.joins_projections;
+  plan.recompute_stops_early = f.recompute_stops_early;
   plan.score_passes_forward = f.score_passes_forward;
   plan.score_passes_backward = f.score_passes_backward;
 }
@@ -809,6 +811,7 @@ void set_launches(Launches& l, const YamlNode& n) {
   if (const auto x = n.find("graphs")) l.graphs = x->as_bool();
   if (const auto x = n.find("graphs_beside_experts")) l.graphs_beside_experts = x->as_bool();
   if (const auto x = n.find("waits_for_counts")) l.waits_for_counts = x->as_bool();
+  if (const auto x = n.find("blocking")) l.blocking = x->as_bool();
   n.reject_unknown_keys();
 }
 
@@ -850,6 +853,8 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
   if (const auto n = y.find("channels_first")) p.channels_first = n->as_bool();
   if (const auto n = y.find("fuses_normalise")) p.fuses_normalise = n->as_bool();
+  if (const auto n = y.find("joins_projections")) p.joins_projections = n->as_bool();
+  if (const auto n = y.find("recompute_stops_early")) p.recompute_stops_early = n->as_bool();
   if (const auto n = y.find("score_passes_forward"))
     p.score_passes_forward = static_cast<int>(n->as_int(1, 100));
   if (const auto n = y.find("score_passes_backward"))
@@ -1041,11 +1046,11 @@ std::string to_yaml(const Plan& p) {
   }
   if (p.launches != Launches{})
     s += fmt::format(
-        "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, {}waits_for_counts: {}}}\n",
+        "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, {}waits_for_counts: {}{}}}\n",
         p.launches.kernel.count, p.launches.transfer.count,
         p.launches.step.count > 0 ? fmt::format("step: {} s, ", p.launches.step.count) : "",
         p.launches.graphs, p.launches.graphs_beside_experts ? "graphs_beside_experts: true, " : "",
-        p.launches.waits_for_counts);
+        p.launches.waits_for_counts, p.launches.blocking ? ", blocking: true" : "");
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",
@@ -1061,6 +1066,8 @@ std::string to_yaml(const Plan& p) {
   s += fmt::format("rows_once: {}\n", p.rows_once);
   if (p.channels_first) s += "channels_first: true\n";
   if (p.fuses_normalise) s += "fuses_normalise: true\n";
+  if (p.joins_projections) s += "joins_projections: true\n";
+  if (p.recompute_stops_early) s += "recompute_stops_early: true\n";
   if (p.score_passes_forward != Plan{}.score_passes_forward ||
       p.score_passes_backward != Plan{}.score_passes_backward)
     s += fmt::format("score_passes_forward: {}\nscore_passes_backward: {}\n",

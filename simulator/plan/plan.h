@@ -103,6 +103,9 @@ struct Plan {
   bool expert_bias_apart = false;  ///< of the framework (docs/cost.md): a price
   bool channels_first = false;     ///< FrameworkProfile's, where activations have 32 bits
   bool fuses_normalise = false;    ///< FrameworkProfile's
+  bool joins_projections = false;  ///< FrameworkProfile's
+  /// What runs again before a backward stops where nothing more is needed (FrameworkProfile's).
+  bool recompute_stops_early = false;
   int score_passes_forward = 2, score_passes_backward = 3;  ///< FrameworkProfile's
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;

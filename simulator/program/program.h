@@ -34,6 +34,10 @@ struct ProgramOperator {
   bool has_loss = false;
   /// Its framework's kernel for the batch norm before it does its work too; ours runs it alone.
   bool in_normalise = false;
+  /// Products that its framework runs as part of this one, their weights in one tensor; ours runs
+  /// each alone.
+  std::vector<int> joined;
+  bool in_other = false;  ///< is `joined` to another
 };
 
 enum class Category : std::uint8_t {
@@ -95,7 +99,8 @@ enum class Kernel : std::uint8_t {
   backward_weight,  ///< gradients of parameters
   zero,             ///< writes[0] = 0
   add,              ///< writes[0] (+)= sum of reads
-  optimizer,        ///< one update of parameter writes[0] from gradient reads[0], state `state`
+  optimizer,        ///< one update of parameter writes[0] from gradient reads[0], state `state`;
+                    ///< that met others' `index` times a step, scattered along `atoms`
   scale,            ///< writes[0] = reads[0] / number of ranks along `atoms`
   square_sum,       ///< writes[0] = sum of the squares of all reads
   clip,  ///< writes ·= min(1, Optimizer::clip / sqrt(reads[0])): the norm of all gradients is
@@ -238,6 +243,7 @@ struct Launches {
   /// before the rows' exchange.
   bool waits_for_counts = false;
   bool graphs_beside_experts = false;  ///< what touches no rows of experts was captured
+  bool blocking = false;  ///< the host waits for each kernel before it launches the next
   bool any() const { return kernel.count > 0 || transfer.count > 0; }
   friend bool operator==(const Launches&, const Launches&) = default;
 };
@@ -272,6 +278,8 @@ struct FrameworkKernels {
   /// parameters are narrow, with the loss scale's and the master copy's. 0: one pass over each
   /// tensor.
   double optimizer = 0, optimizer_mixed = 0;
+  /// Passes over a rank's gradients before they meet others': always; where there are others.
+  double gradient_passes = 0, met_gradient_passes = 0;
   /// Kernels of a tensor's clipping and update, launched after the host has read the step's loss:
   /// it is not ahead of them, so they take their launches at least. 0: one, launched in advance.
   int optimizer_kernels = 0;
