@@ -330,6 +330,7 @@ class RowsPrediction {
                        fmt::format("no row is of family '{}'{}; there are {}", options_.family,
                                    did_you_mean(options_.family, known), fmt::join(known, ", ")));
     }
+    for (PendingRow& p : rows_) take_from_run(p);
     for (PendingRow& p : rows_) {
       p.repeats = p.repeats && !p.repeat_key.empty() && trained_.count(p.repeat_key) > 0;
       if (p.why.empty() && !p.kernel && !p.repeats) find_case(p);
@@ -393,6 +394,7 @@ class RowsPrediction {
           p.repeat_key = repeat_key(row, 0);
       }
       if (schema == RowSchema::training && !p.repeat_key.empty()) trained_.insert(p.repeat_key);
+      if (schema == RowSchema::training) runs_.emplace(p.id, p.configuration);
       p.repeats = schema == RowSchema::memory;
       rows_.push_back(std::move(p));
     }
@@ -413,6 +415,24 @@ class RowsPrediction {
       p.why = e.what();
     }
     p.wanted.push_back(std::move(w));
+  }
+
+  /// A memory row whose id is a training row's and a rank is of that run: what it does not print,
+  /// the run's row may.
+  void take_from_run(PendingRow& p) {
+    if (p.schema != RowSchema::memory) return;
+    const auto end = p.id.rfind("-r");
+    if (end == std::string::npos || end + 2 == p.id.size() ||
+        p.id.find_first_not_of("0123456789", end + 2) != std::string::npos)
+      return;
+    const auto run = runs_.find(p.id.substr(0, end));
+    if (run == runs_.end()) return;
+    auto filled = std::make_shared<Configuration>(*p.configuration);
+    for (const std::string_view column : Configuration::columns(RowSchema::training)) {
+      if (const std::string& cell = (*run->second)[column]; !cell.empty())
+        filled->fill(std::string(column), cell);
+    }
+    p.configuration = std::move(filled);
   }
 
   void find_case(PendingRow& p) {
@@ -563,6 +583,7 @@ class RowsPrediction {
   std::set<std::string> others_;
   std::vector<PendingRow> rows_;
   std::set<std::string> trained_;
+  std::map<std::string, std::shared_ptr<const Configuration>> runs_;  ///< by id, of training rows
   std::map<std::string, std::size_t> slots_;
   std::vector<RowCase> cases_;
   std::map<std::string, ClusterChoice> topologies_;

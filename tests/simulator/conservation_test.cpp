@@ -162,6 +162,37 @@ TEST(Conservation, RecomputedWorkIsExactlyTheChosenForwards) {
   }
 }
 
+TEST(Conservation, RecomputationMayEndWhereNothingMoreIsNeeded) {
+  // docs/plan.md: all but the product after the activation and the sum behind it.
+  const int layers = llama().layers;
+  const auto ends_early = [layers](const Operator& op) {
+    return op.layer >= 0 && op.layer < layers && !matches("*.mlp.down", op.name) &&
+           !matches("*.mlp.residual", op.name);
+  };
+  Plan plan = base_plan();
+  plan.recompute_stops_early = true;
+  set_recompute(plan, "full", "");
+  const double expected = serial_work(llama(), 1, ends_early);
+  EXPECT_NEAR(executed_work(run(lowered(llama(), plan))), expected, 1e-12 * expected);
+  // A mask or statistics that a backward needs are made again.
+  TransformerConfig c = small_config();
+  c.dropout = 0.1;
+  const Graph dropped = build_transformer(c);
+  const auto again = [&](const char* pattern) {
+    const Program p = lowered(dropped, plan);
+    int n = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions)
+        n += i.recomputed && i.op >= 0 &&
+             matches(pattern, p.operators[static_cast<std::size_t>(i.op)].name);
+    }
+    return n;
+  };
+  EXPECT_GT(again("*.mlp.dropout"), 0);
+  EXPECT_GT(again("*.mlp.down"), 0);
+  EXPECT_EQ(again("*.mlp.residual"), 0);
+}
+
 TEST(Conservation, ReplicatedWorkIsExactlyThatOfOperatorsWhichAnAxisDoesNotCut) {
   // Tensor parallelism replicates norms, residuals, dropout, biases after row products, router and
   // positions; with sequence parallelism only the embedding's lookups remain.
@@ -187,6 +218,7 @@ TEST(Conservation, ReplicatedWorkIsExactlyThatOfOperatorsWhichAnAxisDoesNotCut) 
     const Graph& g = graphs[rng() % graphs.size()];
     Plan wanted = random_plan(rng);
     set_recompute(wanted, rng() % 2 == 0 ? "none" : "full", "");
+    wanted.recompute_stops_early = false;
     const auto plan = complete(g, wanted);
     if (!plan || plan->ranks() > 24) continue;
     const auto p = lower(g, *plan);

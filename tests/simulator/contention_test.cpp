@@ -711,6 +711,15 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   const Timeline between = run(p, t, Network::flows);
   EXPECT_EQ(between.step.count, 3 * 6'000'000 + one + 5'000'000);
   EXPECT_EQ(between.breakdown[0].total(), between.step);
+  // A host that waits for each kernel launches while the device idles.
+  p.launches = {};
+  p.launches.kernel = Seconds{1e-6};
+  p.launches.blocking = true;
+  for (const Network network : {Network::idle, Network::flows}) {
+    const Timeline blocked = run(p, t, network);
+    EXPECT_EQ(blocked.step.count, 3 * (1'000'000 + one));
+    EXPECT_EQ(blocked.breakdown[0].exposed.at("launch"), Ticks{3'000'000});
+  }
 }
 
 /// What is captured costs no more launches: all of it less than all but experts, that less than

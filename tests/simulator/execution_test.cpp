@@ -736,6 +736,9 @@ TEST(Execution, Recomputation) {
     p.dp = 2;
     p.global_batch = 4;
     expect_good(llama(), p);
+    p.recompute_stops_early = true;
+    expect_good(llama(), p);
+    expect_good(mixtral(), p);
   }
 }
 

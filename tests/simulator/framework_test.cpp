@@ -53,6 +53,8 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
       EXPECT_FALSE(p.sums_in_turn);
     }
     EXPECT_EQ(p.fuses_normalise, f.fuses_normalise);
+    EXPECT_EQ(p.joins_projections, f.joins_projections);
+    EXPECT_EQ(p.recompute_stops_early, f.recompute_stops_early);
     EXPECT_EQ(p.score_passes_forward, f.score_passes_forward);
     EXPECT_EQ(p.score_passes_backward, f.score_passes_backward);
     EXPECT_EQ(p.channels_first, f.channels_first && p.precision.activations == ElementType::fp32);

@@ -191,6 +191,8 @@ inline Plan random_plan(std::mt19937& rng) {
   p.message_queue = pick({0, 0, 0, 0, 1}) == 1 && p.pp > 1;
   const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};
   set_recompute(p, sets[rng() % sets.size()], "");
+  p.recompute_stops_early = pick({0, 1}) == 1;
+  p.joins_projections = pick({0, 1}) == 1;
   return p;
 }
 
@@ -202,6 +204,7 @@ inline Plan with_launches(Plan p, std::mt19937& rng) {
   p.launches.transfer = Seconds{pick({0, 3e-6, 30e-6})};
   p.launches.graphs = rng() % 3 == 0;
   p.launches.waits_for_counts = rng() % 2 == 0;
+  p.launches.blocking = rng() % 4 == 0;
   return p;
 }
 

@@ -516,8 +516,7 @@ TEST(Volumes, HalosAreFloorOfHalfTheKernelOnEachSide) {
 }
 
 /// What ResNet-50's operator of that name asks of a kernel, 256 images on one GPU.
-Work work_of_resnet(const std::string& op, Kernel kernel, const Plan& plan) {
-  const Program p = lowered(load_model("resnet-50"), plan);
+Work work_in(const Program& p, const std::string& op, Kernel kernel) {
   for (const Block& block : p.blocks) {
     for (const Instruction& i : block.instructions) {
       if (i.kind == Kind::compute && i.op >= 0 && i.kernel == kernel &&
@@ -526,6 +525,10 @@ Work work_of_resnet(const std::string& op, Kernel kernel, const Plan& plan) {
     }
   }
   throw InternalError("no " + op);
+}
+
+Work work_of_resnet(const std::string& op, Kernel kernel, const Plan& plan) {
+  return work_in(lowered(load_model("resnet-50"), plan), op, kernel);
 }
 
 Plan images(std::string_view precision) {
@@ -606,6 +609,80 @@ TEST(Work, OfABatchNormReadsTwiceAndTakesWhatIsFused) {
   EXPECT_EQ(work_of_resnet("layers.0.residual", Kernel::forward, plan).bytes, Bytes{4 * kImages});
   EXPECT_EQ(work_of_resnet("layers.0.residual", Kernel::forward, plan).kernels, 0);
   EXPECT_EQ(work_of_resnet("stem.max_pool", Kernel::forward, plan).kernels, 1);
+}
+
+TEST(Work, OfJoinedProjectionsIsThatOfOneProduct) {
+  // docs/cost.md, "Joined projections": Llama-3-70B's first block, tp 8, 4,096 tokens.
+  Graph llama = load_model("llama-3-70b");
+  Plan plan = base_plan();
+  set_precision(plan, "bf16", "");
+  plan.tp = 8;
+  plan.sequence_parallel = true;
+  const auto at = [&](const char* op, Kernel k, bool joins) {
+    Plan p = plan;
+    p.joins_projections = joins;
+    static std::map<bool, Program> programs;
+    if (programs.count(joins) == 0) programs.emplace(joins, lowered(llama, p));
+    return work_in(programs.at(joins), std::string("layers.0.") + op, k);
+  };
+  const double tokens = static_cast<double>(llama.sequence);
+  const Work qkv = at("attention.query", Kernel::forward, true);
+  ASSERT_EQ(qkv.products.size(), 1u);
+  EXPECT_EQ(qkv.products[0].m, tokens);
+  EXPECT_EQ(qkv.products[0].n, 1280);
+  EXPECT_EQ(qkv.products[0].k, 8192);
+  EXPECT_EQ(qkv.kernels, 1);
+  EXPECT_EQ(at("mlp.gate", Kernel::forward, true).products.at(0).n, 7168);
+  EXPECT_EQ(at("mlp.gate", Kernel::backward_data, true).products.at(0).k, 7168);
+  EXPECT_EQ(at("mlp.gate", Kernel::backward_weight, true).products.at(0).m, 7168);
+  for (const Kernel k : {Kernel::forward, Kernel::backward_data, Kernel::backward_weight}) {
+    double alone = 0;
+    for (const char* op : {"attention.query", "attention.key", "attention.value"})
+      alone += at(op, k, false).flops.count;
+    EXPECT_NEAR(at("attention.query", k, true).flops.count, alone, 1e-9 * alone);
+    for (const char* op : {"attention.key", "attention.value", "mlp.up"}) {
+      EXPECT_EQ(at(op, k, true).kernels, 0) << op;
+      EXPECT_EQ(at(op, k, true).flops.count, 0) << op;
+      EXPECT_EQ(at(op, k, true).bytes, Bytes{0}) << op;
+      EXPECT_TRUE(at(op, k, true).products.empty()) << op;
+    }
+    // What reads another input, or goes elsewhere, stays alone.
+    for (const char* op : {"attention.output", "mlp.down"})
+      EXPECT_EQ(at(op, k, true).bytes, at(op, k, false).bytes) << op;
+  }
+  if (llama.sequence == 4096) {
+    EXPECT_EQ(qkv.bytes, Bytes{98'566'144});
+  }
+}
+
+TEST(Work, OfAnUpdateHasTheGradientsPassesBeforeTheyMeet) {
+  // docs/plan.md: 12 B for each of a rank's parameters where dp > 1, 4 B without, of fp32 gradients.
+  const auto per_parameter = [](int dp, int zero) {
+    Plan plan = base_plan();
+    set_precision(plan, "bf16", "");
+    plan.dp = dp, plan.zero = zero;
+    plan.global_batch = 2 * dp;
+    plan.optimizer.kind = OptimizerKind::adam;
+    const auto bytes = [&] {
+      const Program p = lowered(gpt(), plan);
+      double sum = 0, parameters = 0;
+      for (const Instruction& i : p.blocks.back().instructions) {
+        if (i.kind == Kind::compute && i.kernel == Kernel::optimizer) {
+          sum += static_cast<double>(work_of(p, i, 0).bytes.count);
+          parameters += static_cast<double>(local_elements(p, i.writes[0], 0));
+        }
+      }
+      return std::pair{sum, parameters};
+    };
+    const auto without = bytes();
+    plan.kernels.gradient_passes = 1, plan.kernels.met_gradient_passes = 2;
+    const auto with = bytes();
+    return (with.first - without.first) / without.second;
+  };
+  EXPECT_DOUBLE_EQ(per_parameter(1, 0), 4);
+  EXPECT_DOUBLE_EQ(per_parameter(2, 0), 12);
+  EXPECT_DOUBLE_EQ(per_parameter(2, 1), 24) << "over both shards";
+  EXPECT_DOUBLE_EQ(per_parameter(2, 3), 48) << "and each of 2 micro-batches";
 }
 
 TEST(Volumes, AWindowThatIsNoSupersetOfTheBlockCountsWhatCrosses) {

@@ -803,6 +803,28 @@ TEST(Rows, AMemoryRowThatRepeatsATrainingRowCountsOnce) {
   }
 }
 
+TEST(Rows, AMemoryRowOfARanksRunTakesWhatTheRunsRowSays) {
+  const Cells run = with(whole_row(), {{"id", "a-run"}, {"num_kv_heads", "2"}});
+  const auto predicted = [&](const char* id) {
+    const Cells row = with(whole_row(), {{"id", id},
+                                         {"quantity", "max_memory_allocated on rank 0"},
+                                         {"value", "6"},
+                                         {"unit", "GiB"}});
+    RowsOptions o;
+    o.workers = 1;
+    for (const FamilyFigures& f :
+         predict_rows({table(kMemory, {row}), table(kTraining, {run})}, catalogue(), o)) {
+      for (const Figure& x : f.figures)
+        if (x.id == id) return x.predicted;
+    }
+    throw InternalError("not predicted");
+  };
+  const double apart = predicted("another-run-r3");
+  EXPECT_LT(predicted("a-run-r3"), apart) << "fewer key and value heads";
+  for (const char* other : {"a-run", "a-run-r", "a-run-rx", "a-run-r3-b"})
+    EXPECT_EQ(predicted(other), apart) << other;
+}
+
 TEST(Rows, AQuantitysNameMayTellTheFramework) {
   const auto assumed = [](const char* quantity) {
     RowsOptions o;
