@@ -654,6 +654,7 @@ class CaseBuilder {
     if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model)) return false;
     if (w.gpus > 0 && row_.whole("num_gpus").value_or(0) != w.gpus) return false;
     if (!any(w.between_nodes, lower(row_["inter_node_interconnect"]))) return false;
+    if (w.zero && c_.plan.zero != *w.zero) return false;
     if (!w.precisions.empty()) {
       const auto type = precision_of(row_["precision"]);
       if (!any(w.precisions, type ? type->name : framework_->precision)) return false;
@@ -1056,6 +1057,19 @@ class CaseBuilder {
         in = *to;
         assume("{} {} (workload)", what, *to ? "on" : "off");
       };
+      if (recompute.empty() && !w.recompute.empty()) {
+        set_recompute(p, recompute_of(w.recompute).value_or(w.recompute), "recompute");
+        assume("recompute {} (workload)", w.recompute);
+      }
+      if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
+        p.zero_group = w.zero_group;
+        assume("{} ranks share a copy of the state (workload)", w.zero_group);
+      }
+      if (w.offload_blocks > 0) {
+        p.offload_activations = true;
+        p.offload_blocks = w.offload_blocks;
+        assume("activations of {} blocks on the host (workload)", w.offload_blocks);
+      }
       set("rows once", w.rows_once, p.rows_once);
       set("graphs", w.graphs, p.launches.graphs);
       // What is captured as a whole counts rows on the device.

@@ -2305,14 +2305,19 @@ class Lowering {
       bool elsewhere = false;
     };
     std::vector<Uses> uses(p_.buffers.size());
-    std::vector<char> shares(p_.buffers.size(), 0);
+    std::vector<char> shares(p_.buffers.size(), 0), stays(p_.buffers.size(), 0);
     for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
       if (p_.buffers[b].alias < 0) continue;
       shares[b] = shares[static_cast<std::size_t>(p_.buffers[b].alias)] = 1;
     }
     for (std::size_t at = 0; at < p_.blocks.size(); ++at) {
       const Block& block = p_.blocks[at];
+      std::int64_t layer = 0;
       for (const Instruction& i : block.instructions) {
+        if (i.op >= 0) layer = graph_.operators[static_cast<std::size_t>(i.op)].layer;
+        if (block.kind == BlockKind::forward && plan_.offload_blocks > 0 &&
+            layer >= plan_.offload_blocks)
+          for_each_write(i, [&](BufferId id) { stays[id.index()] = 1; });
         const auto note = [&](BufferId id) {
           Uses& u = uses[id.index()];
           const bool back =
@@ -2331,7 +2336,7 @@ class Lowering {
     for (std::size_t b = 0; b < uses.size(); ++b) {
       const Buffer& buffer = p_.buffers[b];
       if (buffer.scope != Scope::micro_batch || buffer.category != Category::activations ||
-          buffer.routed || buffer.host || shares[b] || uses[b].elsewhere ||
+          buffer.routed || buffer.host || shares[b] || stays[b] || uses[b].elsewhere ||
           uses[b].forward.size() != 1 || uses[b].backward.empty())
         continue;
       const BufferId id{b};

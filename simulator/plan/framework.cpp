@@ -258,6 +258,10 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       list("precisions", w.precisions);
       list("between_nodes", w.between_nodes);
       if (const auto n = node.find("gpus")) w.gpus = n->as_int(1, 1'000'000);
+      if (const auto n = node.find("zero")) w.zero = n->as_int(0, 3);
+      if (const auto n = node.find("recompute")) w.recompute = n->as_string();
+      if (const auto n = node.find("offload_blocks")) w.offload_blocks = n->as_int(1, 1'000'000);
+      if (const auto n = node.find("zero_group")) w.zero_group = n->as_int(1, 1'000'000);
       flag("rows_once", w.rows_once);
       flag("graphs", w.graphs);
       flag("graphs_beside_experts", w.graphs_beside_experts);

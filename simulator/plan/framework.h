@@ -24,12 +24,16 @@ struct Workload {
   std::vector<std::string> precisions;  ///< their names
   std::vector<std::string> between_nodes;  ///< patterns of what tables say is between nodes
   std::int64_t gpus = 0;
+  std::optional<std::int64_t> zero;  ///< of the row's plan
   std::optional<bool> rows_once;
   std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
   std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
   std::optional<bool> blocking;  ///< Launches'
+  std::string recompute;                                ///< of rows that print none
+  std::int64_t offload_blocks = 0;                      ///< > 0: Plan's, of activations
+  std::int64_t zero_group = 0;                          ///< > 0: Plan's, of rows that print none
   std::string source;
 };
 

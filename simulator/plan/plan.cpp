@@ -931,6 +931,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("offload")) {
     if (const auto x = n->find("optimizer")) p.offload_optimizer = x->as_bool();
     if (const auto x = n->find("activations")) p.offload_activations = x->as_bool();
+    if (const auto x = n->find("blocks")) p.offload_blocks = x->as_int(0, 1'000'000);
     n->reject_unknown_keys();
   }
   if (const auto n = y.find("compression")) set_compression(p.compression, *n);
@@ -1030,8 +1031,9 @@ std::string to_yaml(const Plan& p) {
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
   if (p.message_queue) s += "message_queue: true\n";
   if (p.offload_optimizer || p.offload_activations)
-    s += fmt::format("offload: {{optimizer: {}, activations: {}}}\n", p.offload_optimizer,
-                     p.offload_activations);
+    s += fmt::format("offload: {{optimizer: {}, activations: {}{}}}\n", p.offload_optimizer,
+                     p.offload_activations,
+                     p.offload_blocks > 0 ? fmt::format(", blocks: {}", p.offload_blocks) : "");
   if (p.servers > 0) s += fmt::format("servers: {}\nstaleness: {}\n", p.servers, p.staleness);
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",

@@ -124,6 +124,7 @@ struct Plan {
   /// What lies in the host's memory: optimizer state, which the host then updates; activations
   /// between forward and backward.
   bool offload_optimizer = false, offload_activations = false;
+  std::int64_t offload_blocks = 0;  ///< > 0: activations of the first so many blocks only
   /// Stages meet through a queue: device to host, serialise, a broker (a rank of its own for each
   /// rank of a stage), host to device.
   bool message_queue = false;
