@@ -472,11 +472,16 @@ class CaseBuilder {
   void find_framework() {
     const std::string& text = row_["framework"];
     framework_ = framework_of(catalogue_, text, row_["model"]);
-    // A quantity may have the name that one framework logs it under.
+    // A quantity may have the name that one framework logs it under, a precision a recipe's.
     if (text.empty() && schema_ == RowSchema::memory) {
       framework_ = framework_of(catalogue_, row_["quantity"], row_["model"]);
       if (framework_ != nullptr) {
         assume("framework {}, by its name of the quantity", framework_->name);
+        return;
+      }
+      framework_ = framework_of(catalogue_, row_["precision"], row_["model"]);
+      if (framework_ != nullptr) {
+        assume("framework {}, by its name of the precision", framework_->name);
         return;
       }
     }

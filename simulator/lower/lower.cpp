@@ -72,6 +72,7 @@ class Lowering {
     if (plan_.offload_activations) offload_activations();
     mark_casts();
     if (plan_.allocations.narrow_inputs) keep_narrow();
+    if (plan_.narrow_gathers) gather_narrow();
     place_memory();
     return std::move(p_);
   }
@@ -915,19 +916,25 @@ class Lowering {
   // ---- operands that become narrow -------------------------------------------------------------
   /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
   /// of one block that read the same share the copies; what a norm makes comes converted
-  /// (Transformer Engine, pytorch/module/layernorm_linear.py).
+  /// (Transformer Engine, pytorch/module/layernorm_linear.py), after it where scales are found first.
   void mark_casts() {
     for (Block& block : p_.blocks) {
       std::set<BufferId> narrow;
+      std::map<BufferId, Instruction*> norms;
       for (Instruction& i : block.instructions) {
         if (i.kind == Kind::collective && i.reads.size() == 1 && i.writes.size() == 1 &&
-            i.collective != CollectiveKind::reduce_scatter && narrow.count(i.reads[0]) > 0)
+            i.collective != CollectiveKind::reduce_scatter && narrow.count(i.reads[0]) > 0) {
           narrow.insert(i.writes[0]);
+          if (const auto n = norms.find(i.reads[0]); n != norms.end())
+            norms[i.writes[0]] = n->second;
+        }
         if (i.kind != Kind::compute || i.op < 0) continue;
         if (i.kernel == Kernel::forward &&
             std::holds_alternative<Normalize>(
-                p_.operators[static_cast<std::size_t>(i.op)].operation))
+                p_.operators[static_cast<std::size_t>(i.op)].operation)) {
           narrow.insert(i.writes[0]);
+          norms[i.writes[0]] = &i;
+        }
         const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
         if (bits(op.compute) > 8) continue;
         const bool forward = i.kernel == Kernel::forward;
@@ -935,6 +942,8 @@ class Lowering {
           continue;
         const auto& operands = forward ? i.reads : i.gradients;
         i.casts = !operands.empty() && operands[0].valid() && narrow.insert(operands[0]).second;
+        if (operands.empty() || !plan_.kernels.finds_scales || !has_tensor_scale(op.compute)) continue;
+        if (const auto n = norms.find(operands[0]); n != norms.end()) n->second->casts = true;
       }
     }
   }
@@ -978,6 +987,73 @@ class Lowering {
           b.scope != Scope::micro_batch || b.alias >= 0 || b.element_bytes > 0)
         continue;
       b.kept_bits = narrow[k] + (wide[k] != 0 ? static_cast<int>(bits(b.type)) : 0);
+    }
+  }
+
+  /// What narrow products alone read was converted before it is gathered (Transformer Engine,
+  /// pytorch/distributed.py, gather_along_first_dim with a quantizer). Types with a scale a block of
+  /// the sum travel once for each side that they are summed along: a gradient that data's and
+  /// weights' products read, twice.
+  void gather_narrow() {
+    const AtomMask tp = mask_of(plan_.axes.at("tp"));
+    struct Readers {
+      int bits = 0, sides = 0;  // sides: 1 rows, 2 columns
+      bool wide = false;
+      bool operator==(const Readers&) const = default;
+    };
+    std::vector<Readers> readers(p_.buffers.size());
+    const auto passes_on = [](const Instruction& i) {
+      return (i.kind == Kind::collective && i.reads.size() == i.writes.size() &&
+              (i.collective == CollectiveKind::all_gather ||
+               i.collective == CollectiveKind::shift)) ||
+             i.kind == Kind::slice;
+    };
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (auto block = p_.blocks.rbegin(); block != p_.blocks.rend(); ++block) {
+        for (auto i = block->instructions.rbegin(); i != block->instructions.rend(); ++i) {
+          const auto note = [&](BufferId id, const Readers& by) {
+            Readers& r = readers[id.index()];
+            const Readers all{std::max(r.bits, by.bits), r.sides | by.sides, r.wide || by.wide};
+            changed |= !(all == r);
+            r = all;
+          };
+          if (passes_on(*i)) {
+            for (std::size_t k = 0; k < i->reads.size(); ++k)
+              note(i->reads[k], readers[i->writes[std::min(k, i->writes.size() - 1)].index()]);
+            continue;
+          }
+          Readers product;
+          if (i->kind == Kind::compute && i->op >= 0 &&
+              (i->kernel == Kernel::forward || i->kernel == Kernel::backward_data ||
+               i->kernel == Kernel::backward_weight)) {
+            const int own =
+                static_cast<int>(bits(p_.operators[static_cast<std::size_t>(i->op)].compute));
+            if (own <= 8) product = {own, i->kernel == Kernel::backward_weight ? 2 : 1, false};
+          }
+          for_each_read(*i, [&](BufferId id) {
+            const auto in = [&](const std::vector<BufferId>& list) {
+              return std::find(list.begin(), list.end(), id) != list.end();
+            };
+            const bool operand = product.bits > 0 && (in(i->reads) || in(i->gradients));
+            note(id, operand ? product : Readers{0, 0, true});
+          });
+        }
+      }
+    }
+    const bool blocks = plan_.precision.compute != ElementType::fp8;
+    for (Block& block : p_.blocks) {
+      for (Instruction& i : block.instructions) {
+        if (i.kind != Kind::collective || !passes_on(i) || (i.atoms & ~tp) != 0) continue;
+        Readers all;
+        for (const BufferId id : i.writes) {
+          const Readers& r = readers[id.index()];
+          all = {std::max(all.bits, r.bits), all.sides | r.sides, all.wide || r.wide};
+        }
+        if (all.wide || all.bits == 0) continue;
+        const int sent = all.bits * (blocks && all.sides == 3 ? 2 : 1);
+        if (sent < static_cast<int>(bits(p_.buffer(i.reads[0]).type))) i.sent_bits = sent;
+      }
     }
   }
 

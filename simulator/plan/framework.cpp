@@ -140,6 +140,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("workspace_deterministic", f.workspace_deterministic);
   bytes("workspace_local", f.workspace_local);
   boolean(plan, "rows_once", f.rows_once);
+  boolean(plan, "narrow_gathers", f.narrow_gathers);
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   boolean(plan, "channels_first", f.channels_first);
   boolean(plan, "fuses_normalise", f.fuses_normalise);
@@ -201,6 +202,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     traffic("limit_backward", f.kernels.limit_backward);
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
+    boolean(*kernels, "finds_scales", f.kernels.finds_scales);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);
     boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);

@@ -66,6 +66,7 @@ struct FrameworkProfile {
   bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
+  bool narrow_gathers = false;     ///< Plan's
   /// 32-bit images lie channels first (NCHW), and so are turned for every product of tensor cores.
   bool channels_first = false;
   /// A batch norm's kernel adds the residual and applies the activation that follow it.

@@ -100,6 +100,8 @@ struct Plan {
   /// A token's row goes once to each NVLink domain (inside one: to each rank) that has experts of
   /// it, which hands it on: DeepEP, HybridEP. A price; what is executed sends a row an expert.
   bool rows_once = false;
+  /// What only products in an 8- or 4-bit type read is gathered over tp in that type. A price.
+  bool narrow_gathers = false;
   bool expert_bias_apart = false;  ///< of the framework (docs/cost.md): a price
   bool channels_first = false;     ///< FrameworkProfile's, where activations have 32 bits
   bool fuses_normalise = false;    ///< FrameworkProfile's

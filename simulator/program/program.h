@@ -162,6 +162,7 @@ struct Instruction {
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
   std::int32_t multiprocessors = 0;  ///< that it keeps; 0: as many as its library takes
+  std::int32_t sent_bits = 0;  ///< > 0: an element as it travels (Plan::narrow_gathers); a price
   std::int32_t tie =
       -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
   std::int32_t stage = -1;  ///< send, receive: the other stage
@@ -295,6 +296,9 @@ struct FrameworkKernels {
   bool sorts_rows = false;
   /// Likewise it pads experts' rows to what narrow types need, and takes that out again.
   bool pads_rows = false;
+  /// What becomes fp8 or NVFP4 is read for its scale first: a tensor's largest value is zeroed,
+  /// found and made a scale, a kernel each. What a norm makes is converted by a kernel of its own.
+  bool finds_scales = false;
   /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
   bool overlaps_experts = false;
   /// Experts' products apply their activation and biases and convert what they store.
