@@ -634,6 +634,11 @@ class CaseBuilder {
     const std::string plain = lower(text);
     bool adapters = has(plain, "lora") || has(plain, "peft");
     for (const Workload& w : framework_->workloads) {
+      if (w.packed > 0 && t.window == 0 && w.packed < t.sequence && concerns(w)) {
+        // A token sees half of its sample.
+        t.window = (w.packed + 1) / 2;
+        assume("samples of {} tokens, packed (workload)", w.packed);
+      }
       if (!adapters && w.lora.value_or(false) && concerns(w)) {
         adapters = true;
         assume("fine-tuning by adapters (workload)");
@@ -656,7 +661,9 @@ class CaseBuilder {
              std::any_of(patterns.begin(), patterns.end(),
                          [&](const std::string& p) { return matches(p, word); });
     };
-    if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model)) return false;
+    if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model) ||
+        !any(w.rows, lower(row_["model"])))
+      return false;
     if (w.gpus > 0 && row_.whole("num_gpus").value_or(0) != w.gpus) return false;
     if (!any(w.between_nodes, lower(row_["inter_node_interconnect"]))) return false;
     if (w.zero && c_.plan.zero != *w.zero) return false;

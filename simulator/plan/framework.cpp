@@ -256,6 +256,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       };
       list("frameworks", w.frameworks);
       list("networks", w.networks);
+      list("rows", w.rows);
       list("devices", w.devices);
       list("precisions", w.precisions);
       list("between_nodes", w.between_nodes);
@@ -263,6 +264,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       if (const auto n = node.find("zero")) w.zero = n->as_int(0, 3);
       if (const auto n = node.find("recompute")) w.recompute = n->as_string();
       if (const auto n = node.find("offload_blocks")) w.offload_blocks = n->as_int(1, 1'000'000);
+      if (const auto n = node.find("packed")) w.packed = n->as_int(1, 1'000'000);
       if (const auto n = node.find("zero_group")) w.zero_group = n->as_int(1, 1'000'000);
       flag("rows_once", w.rows_once);
       flag("graphs", w.graphs);
