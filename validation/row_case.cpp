@@ -1062,6 +1062,7 @@ class CaseBuilder {
     c_.logs_first_stage = f.logs_first_stage;
     if (has(row_["overlap_and_other_settings"], "CE fusion")) p.allocations.fp32_loss = false;
     set_allocations();
+    bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
       if (!concerns(w)) continue;
       const auto set = [&](const char* what, std::optional<bool> to, bool& in) {
@@ -1082,6 +1083,7 @@ class CaseBuilder {
         p.offload_blocks = w.offload_blocks;
         assume("activations of {} blocks on the host (workload)", w.offload_blocks);
       }
+      set("tensor-parallel overlap", w.overlaps_tensor_parallel, overlaps_tensor_parallel);
       set("rows once", w.rows_once, p.rows_once);
       set("graphs", w.graphs, p.launches.graphs);
       // What is captured as a whole counts rows on the device.
@@ -1102,7 +1104,7 @@ class CaseBuilder {
     } else if (p.dp > 1) {
       assume("gradient overlap {}", f.overlap_gradients ? "on" : "off");
     }
-    if (f.overlap_tensor_parallel && !flags_.any && p.sequence_parallel &&
+    if (overlaps_tensor_parallel && !flags_.any && p.sequence_parallel &&
         !has(settings, "overlap paths off") && c_.transformer && c_.transformer->moe.experts == 0) {
       p.overlap_tensor_parallel = true;
       assume("tensor-parallel overlap on");

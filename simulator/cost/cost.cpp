@@ -295,6 +295,11 @@ double with_joined(const Program& p, const ProgramOperator& op, std::int64_t ran
 /// Of one tensor's scale: its largest value zeroed, found, made a scale.
 constexpr int kScaleKernels = 3;
 
+/// How often a tensor is read whose scale is found before it is converted. Columns of NVFP4 are
+/// rotated (Hadamard) and converted by a kernel of their own (Transformer Engine,
+/// pytorch/csrc/quantizer.cpp, NVFP4Quantizer::quantize_impl).
+int scaled_reads(ElementType type) { return type == ElementType::nvfp4 ? 3 : 2; }
+
 /// What an instruction of a product or an attention computes, by shape.
 void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& op,
                 std::int64_t rank, Work& w) {
@@ -364,7 +369,8 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const auto& operands = forward ? i.reads : i.gradients;
     const std::int64_t elements = local_elements(p, operands[0], rank);
     const bool found = p.kernels.finds_scales && has_tensor_scale(op.compute);
-    const double each = (found ? 2 : 1) * bits(p.buffer(operands[0]).type) / 8.0 +
+    const double each = (found ? scaled_reads(op.compute) : 1) *
+                            bits(p.buffer(operands[0]).type) / 8.0 +
                         2 * bits(op.compute) / 8.0;
     w.streamed =
         Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
@@ -614,9 +620,11 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
       n != nullptr && n->kind == Normalize::Kind::layer)
     unfused(p.kernels.normalize_forward, p.kernels.normalize_backward);
   if (i.casts && std::holds_alternative<Normalize>(op.operation)) {
-    // Converted after it: read for the scale, read, written once and once turned.
-    const Bytes wide = local_bytes(p, i.writes[0], rank);
-    w.bytes += Bytes{2 * wide.count + 2 * local_elements(p, i.writes[0], rank)};
+    // Converted after it: read for the scale and again, written once and once turned.
+    const ElementType to = i.cast_type;
+    const std::int64_t n = local_elements(p, i.writes[0], rank);
+    w.bytes += Bytes{scaled_reads(to) * local_bytes(p, i.writes[0], rank).count +
+                     n * 2 * bits(to) / 8};
     w.kernels += kScaleKernels + 1;
   }
   if (std::holds_alternative<Dropout>(op.operation))

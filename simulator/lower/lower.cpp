@@ -943,7 +943,8 @@ class Lowering {
         const auto& operands = forward ? i.reads : i.gradients;
         i.casts = !operands.empty() && operands[0].valid() && narrow.insert(operands[0]).second;
         if (operands.empty() || !plan_.kernels.finds_scales || !has_tensor_scale(op.compute)) continue;
-        if (const auto n = norms.find(operands[0]); n != norms.end()) n->second->casts = true;
+        if (const auto n = norms.find(operands[0]); n != norms.end())
+          n->second->casts = true, n->second->cast_type = op.compute;
       }
     }
   }

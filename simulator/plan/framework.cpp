@@ -271,6 +271,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       flag("graphs_beside_experts", w.graphs_beside_experts);
       flag("fused_experts", w.fused_experts);
       flag("overlaps_experts", w.overlaps_experts);
+      flag("overlaps_tensor_parallel", w.overlaps_tensor_parallel);
       flag("lora", w.lora);
       flag("recompute_stops_early", w.recompute_stops_early);
       flag("blocking", w.blocking);

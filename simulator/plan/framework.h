@@ -29,6 +29,7 @@ struct Workload {
   std::optional<bool> rows_once;
   std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
   std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
+  std::optional<bool> overlaps_tensor_parallel;         ///< FrameworkProfile's
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
   std::optional<bool> blocking;  ///< Launches'

@@ -152,6 +152,7 @@ struct Instruction {
   std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool casts = false;              ///< a product's activation or gradient to its narrow type
+  ElementType cast_type = ElementType::fp8;  ///< of a norm that casts its result after it
   bool recomputed = false;         ///< forward work done again for the backward
   bool accumulate = false;         ///< adds to writes instead of overwriting them
   /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
