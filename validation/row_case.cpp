@@ -654,6 +654,23 @@ class CaseBuilder {
     c_.transformer = t;
   }
 
+  /// Norms that the product behind them holds (Transformer Engine's LayerNormLinear) are not made
+  /// again by themselves: those before latent projections and experts stand alone.
+  std::string with_lone_norms(const std::string& patterns) const {
+    if (flags_.local || !c_.transformer || patterns.find('*') == std::string::npos) return patterns;
+    std::string left;
+    for (std::size_t at = 0; at <= patterns.size();) {
+      const std::size_t end = std::min(patterns.find(',', at), patterns.size());
+      const std::string one = patterns.substr(at, end - at);
+      at = end + 1;
+      if ((one == "~*attention_norm" && c_.transformer->latent.key_value_rank == 0) ||
+          (one == "~*mlp_norm" && c_.transformer->moe.experts == 0))
+        continue;
+      left += (left.empty() ? "" : ",") + one;
+    }
+    return left.empty() ? "none" : left;
+  }
+
   /// Is the row's run that of the framework's configuration?
   bool concerns(const Workload& w) const {
     const auto any = [](const std::vector<std::string>& patterns, const std::string& word) {
@@ -1052,7 +1069,7 @@ class CaseBuilder {
       set_recompute(p,
                     bare       ? f.selective
                     : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
-                               : *how,
+                               : with_lone_norms(*how),
                     "recompute");
       if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else {
@@ -1071,7 +1088,8 @@ class CaseBuilder {
         assume("{} {} (workload)", what, *to ? "on" : "off");
       };
       if (recompute.empty() && !w.recompute.empty()) {
-        set_recompute(p, recompute_of(w.recompute).value_or(w.recompute), "recompute");
+        const auto how = recompute_of(w.recompute);
+        set_recompute(p, how ? with_lone_norms(*how) : w.recompute, "recompute");
         assume("recompute {} (workload)", w.recompute);
       }
       if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {

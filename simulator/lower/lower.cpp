@@ -312,10 +312,10 @@ class Lowering {
     segment_.assign(graph_.operators.size(), -1);
     if (plan_.recompute == Recompute::none) return;
     int next = 0, last_layer = std::numeric_limits<int>::min();
-    bool open = false;
+    bool open = false, forgot = false;
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
       const Operator& op = graph_.operators[i];
-      bool in = op.layer >= 0 && op.layer < graph_.layers;
+      bool in = op.layer >= 0 && op.layer < graph_.layers, forgets = false;
       switch (plan_.recompute) {
         case Recompute::none:
           in = false;
@@ -329,15 +329,24 @@ class Lowering {
           in = in && std::holds_alternative<Attention>(op.operation);
           break;
         case Recompute::patterns:
-          in = std::any_of(plan_.recompute_patterns.begin(), plan_.recompute_patterns.end(),
-                           [&](const auto& pattern) { return matches(pattern, op.name); });
+          in = false;
+          for (const std::string& pattern : plan_.recompute_patterns) {
+            const bool result_too = pattern[0] == '~';
+            if (in || !matches(pattern.substr(result_too ? 1 : 0), op.name)) continue;
+            in = true;
+            forgets = result_too;
+          }
           break;
       }
       if (in) {
-        if (!open || op.layer != last_layer) ++next;
+        if (!open || op.layer != last_layer || forgets != forgot) {
+          ++next;
+          forgets_.push_back(forgets);
+        }
         segment_[i] = next - 1;
       }
       open = in;
+      forgot = forgets;
       last_layer = op.layer;
     }
     ops_of_segment_.resize(static_cast<std::size_t>(next));
@@ -1442,8 +1451,11 @@ class Lowering {
 
   BufferId operand(Backward& b, OpId reader, TensorId t, const Layout& layout) {
     const OpId from = graph_.tensor(t).producer;
-    const int segment = segment_[reader.index()];
-    if (segment >= 0 && from.valid() && segment_[from.index()] == segment) {
+    const int segment = from.valid() ? segment_[from.index()] : -1;
+    // What a segment forgets is made again for every reader; else readers outside have it kept.
+    if (segment >= 0 &&
+        (segment == segment_[reader.index()] ||
+         (forgets_[static_cast<std::size_t>(segment)] && chunk_of(from) == b.block.chunk))) {
       recompute(b, segment);
       return get(b.block, b.recomputed, t, layout);
     }
@@ -2781,6 +2793,7 @@ class Lowering {
   std::vector<std::map<ParameterId, ParameterOnStage>> on_stage_;
   std::vector<int> segment_;
   std::vector<std::vector<OpId>> ops_of_segment_;
+  std::vector<bool> forgets_;  ///< of a segment: its results are made again, too
   std::vector<Versions> forward_versions_;
   std::vector<Gathered> gathered_forward_;
   std::vector<Record> records_;

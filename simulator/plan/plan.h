@@ -88,6 +88,8 @@ struct Plan {
   std::int64_t zero_group = 0;  ///< ranks that share one copy of the state (HSDP); 0: all of dp·cp
   Recompute recompute = Recompute::none;
   std::int64_t recompute_first = 0;
+  /// Of operators; behind a ~ of such whose results are not kept for those who read them either
+  /// (Megatron-Core's CheckpointWithoutOutput, JAX's policies).
   std::vector<std::string> recompute_patterns;
   std::vector<std::int64_t> cuts;  ///< explicit: blocks per chunk, in order; empty: the rule
   Precision precision;

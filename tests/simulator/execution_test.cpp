@@ -722,7 +722,9 @@ TEST(Execution, TiedEmbeddingsAcrossStages) {
 }
 
 TEST(Execution, Recomputation) {
-  for (const char* set : {"full", "selective", "first:1", "*.mlp.activation,*.attention_norm"}) {
+  for (const char* set : {"full", "selective", "first:1", "*.mlp.activation,*.attention_norm",
+                          "~*.mlp.activation,~*.attention_norm,*.attention.core",
+                          "~*.attention.core,~*.attention.output,~*_norm,~*.mlp.activation"}) {
     SCOPED_TRACE(set);
     Plan p = base_plan();
     set_recompute(p, set, "");
