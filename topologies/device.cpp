@@ -40,8 +40,8 @@ class FigureReader {
   }
 
   /// `efficiency`: where a figure may have one of its own.
-  YamlNode operator()(const YamlNode& parent, const std::string& key,
-                      double* efficiency = nullptr, double* fast = nullptr) {
+  YamlNode operator()(const YamlNode& parent, const std::string& key, double* efficiency = nullptr,
+                      double* fast = nullptr) {
     const YamlNode node = parent.get(key);
     std::string source = file_source_;
     YamlNode value = node;

@@ -17,7 +17,8 @@ struct Rate {
   FlopsPerSecond peak;
   std::string source;
   double efficiency = 0;  ///< sustained fraction of peak; 0: the device's matrix_efficiency
-  double fast_efficiency = 0;  ///< of products that sum in the matrix units alone; 0: as `efficiency`
+  double fast_efficiency =
+      0;  ///< of products that sum in the matrix units alone; 0: as `efficiency`
 };
 
 /// A device file (schema partita.device/1). Every figure has an entry in `sources` under its YAML

@@ -1088,7 +1088,9 @@ class CaseBuilder {
         assume("{} {} (workload)", what, *to ? "on" : "off");
       };
       if (recompute.empty() && !w.recompute.empty()) {
-        const auto how = recompute_of(w.recompute);
+        // Operators' patterns, or what a cell may say.
+        const bool patterns = has(w.recompute, "*");
+        const auto how = patterns ? std::nullopt : recompute_of(w.recompute);
         set_recompute(p, how ? with_lone_norms(*how) : w.recompute, "recompute");
         assume("recompute {} (workload)", w.recompute);
       }

@@ -623,8 +623,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     // Converted after it: read for the scale and again, written once and once turned.
     const ElementType to = i.cast_type;
     const std::int64_t n = local_elements(p, i.writes[0], rank);
-    w.bytes += Bytes{scaled_reads(to) * local_bytes(p, i.writes[0], rank).count +
-                     n * 2 * bits(to) / 8};
+    w.bytes +=
+        Bytes{scaled_reads(to) * local_bytes(p, i.writes[0], rank).count + n * 2 * bits(to) / 8};
     w.kernels += kScaleKernels + 1;
   }
   if (std::holds_alternative<Dropout>(op.operation))
@@ -1107,8 +1107,7 @@ Bytes Communication::communicator_memory(const std::vector<std::int64_t>& ranks)
 
 Bytes Communication::travelling(const Program& p, const Instruction& i, Bytes payload,
                                 const std::vector<std::int64_t>& ranks) const {
-  if (i.sent_bits > 0)
-    return Bytes{payload.count * i.sent_bits / bits(p.buffer(i.reads[0]).type)};
+  if (i.sent_bits > 0) return Bytes{payload.count * i.sent_bits / bits(p.buffer(i.reads[0]).type)};
   if (!p.rows_once || i.collective != CollectiveKind::all_to_all) return payload;
   const Buffer& b = p.buffer(i.reads[0]);
   if (!b.routed) return payload;

@@ -70,8 +70,8 @@ bool aligned(const Product& p) {
 /// What the units take for `count` products at once.
 double units_of(const Product& p, const DeviceProfile& device, double count, int multiprocessors,
                 double clock) {
-  const double rate = clock * device.sustained_rate(p.type, p.fast_sums).count / device.multiprocessors *
-                      (aligned(p) ? 1 : kUnaligned);
+  const double rate = clock * device.sustained_rate(p.type, p.fast_sums).count /
+                      device.multiprocessors * (aligned(p) ? 1 : kUnaligned);
   constexpr double kBest = 1 + kLoads * (1 / kTilings[0].rows + 1 / kTilings[0].columns);
   double best = INFINITY;
   for (const Tiling& t : kTilings) {
@@ -354,7 +354,8 @@ struct ShapePrices::State {
     std::vector<Point> points;
     for (const ProductTable& t : measured.products) {
       for (const ProductTable::Point& x : t.points) {
-        Product p{x.m, x.n, x.k, x.count, t.type, t.out, t.layout, t.accumulate, t.grouped, {}, false};
+        Product p{x.m,      x.n,          x.k,       x.count, t.type, t.out,
+                  t.layout, t.accumulate, t.grouped, {},      false};
         p.bytes = p.operand_bytes();
         points.push_back(point(p, measured, x.time, t.spread, t.mixed_clocks));
       }

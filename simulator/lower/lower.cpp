@@ -925,7 +925,8 @@ class Lowering {
   // ---- operands that become narrow -------------------------------------------------------------
   /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
   /// of one block that read the same share the copies; what a norm makes comes converted
-  /// (Transformer Engine, pytorch/module/layernorm_linear.py), after it where scales are found first.
+  /// (Transformer Engine, pytorch/module/layernorm_linear.py), after it where scales are found
+  /// first.
   void mark_casts() {
     for (Block& block : p_.blocks) {
       std::set<BufferId> narrow;
@@ -951,7 +952,8 @@ class Lowering {
           continue;
         const auto& operands = forward ? i.reads : i.gradients;
         i.casts = !operands.empty() && operands[0].valid() && narrow.insert(operands[0]).second;
-        if (operands.empty() || !plan_.kernels.finds_scales || !has_tensor_scale(op.compute)) continue;
+        if (operands.empty() || !plan_.kernels.finds_scales || !has_tensor_scale(op.compute))
+          continue;
         if (const auto n = norms.find(operands[0]); n != norms.end())
           n->second->casts = true, n->second->cast_type = op.compute;
       }
@@ -1001,8 +1003,8 @@ class Lowering {
   }
 
   /// What narrow products alone read was converted before it is gathered (Transformer Engine,
-  /// pytorch/distributed.py, gather_along_first_dim with a quantizer). Types with a scale a block of
-  /// the sum travel once for each side that they are summed along: a gradient that data's and
+  /// pytorch/distributed.py, gather_along_first_dim with a quantizer). Types with a scale a block
+  /// of the sum travel once for each side that they are summed along: a gradient that data's and
   /// weights' products read, twice.
   void gather_narrow() {
     const AtomMask tp = mask_of(plan_.axes.at("tp"));

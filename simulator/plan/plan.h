@@ -141,7 +141,7 @@ struct Plan {
   /// else beside these. From the framework profile.
   bool sums_in_turn = false;
   int overlap_multiprocessors = 0;  ///< FrameworkProfile's
-  Allocations allocations;  ///< of the framework
+  Allocations allocations;          ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are
   /// there.

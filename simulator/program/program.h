@@ -153,8 +153,8 @@ struct Instruction {
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool casts = false;              ///< a product's activation or gradient to its narrow type
   ElementType cast_type = ElementType::fp8;  ///< of a norm that casts its result after it
-  bool recomputed = false;         ///< forward work done again for the backward
-  bool accumulate = false;         ///< adds to writes instead of overwriting them
+  bool recomputed = false;                   ///< forward work done again for the backward
+  bool accumulate = false;                   ///< adds to writes instead of overwriting them
   /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
   /// need, a send at the end of its block).
   bool after_compute = false;

@@ -459,6 +459,9 @@ TEST(Execution, OffloadedStateAndActivations) {
     expect_good(gpt(), p);
     expect_good(mixtral(), p);
     expect_good(cnn(false), p);
+    p.offload_blocks = 2;
+    expect_good(gpt(), p);
+    p.offload_blocks = 0;
     p.dp = 2;
     p.global_batch = 8;
     for (const int zero : {0, 1, 2, 3}) {
