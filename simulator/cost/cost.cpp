@@ -369,11 +369,10 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const auto& operands = forward ? i.reads : i.gradients;
     const std::int64_t elements = local_elements(p, operands[0], rank);
     const bool found = p.kernels.finds_scales && has_tensor_scale(op.compute);
-    const double each = (found ? scaled_reads(op.compute) : 1) *
-                            bits(p.buffer(operands[0]).type) / 8.0 +
-                        2 * bits(op.compute) / 8.0;
-    w.streamed =
-        Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
+    const double each =
+        (found ? scaled_reads(op.compute) : 1) * bits(p.buffer(operands[0]).type) / 8.0 +
+        2 * bits(op.compute) / 8.0;
+    w.streamed = Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
     w.kernels = 2;
     if (found) w.kernels += kScaleKernels * (one.grouped ? static_cast<int>(s.count) : 1);
   }
@@ -499,8 +498,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     if (const double each = narrow ? p.kernels.optimizer_mixed : p.kernels.optimizer;
         each > 0 && p.optimizer.kind == OptimizerKind::adam)
       w.bytes = Bytes{std::llround(each * n)};
-    const double passes = std::max(1, i.index) * p.kernels.gradient_passes +
-                          i.index * p.kernels.met_gradient_passes;
+    const double passes =
+        std::max(1, i.index) * p.kernels.gradient_passes + i.index * p.kernels.met_gradient_passes;
     if (passes > 0) {
       const double all = n * static_cast<double>(p.mesh.size(i.atoms));  // not its shard alone
       w.bytes += Bytes{std::llround(passes * all * bits(p.buffer(i.reads[0]).type) / 8)};

@@ -158,7 +158,8 @@ class Lowering {
     });
   }
 
-  /// The attention or gated activation that takes a product's result, normalised and turned at most.
+  /// The attention or gated activation that takes a product's result, normalised and turned at
+  /// most.
   OpId taker_of(const Operator& op) const {
     const TensorId t = op.outputs[0];
     if (consumers_[t.index()].size() != 1) return {};
@@ -370,7 +371,10 @@ class Lowering {
       return true;
     for (const TensorId t : op.outputs) {
       for (const OpId reader : consumers_[t.index()]) {
-        if (segment_[reader.index()] != segment_[id.index()]) continue;
+        const int segment = segment_[id.index()];
+        if (segment_[reader.index()] != segment &&
+            !(forgets_[static_cast<std::size_t>(segment)] && chunk_of(reader) == chunk_of(id)))
+          continue;
         const Operator& other = graph_.op(reader);
         const Signature& signature = p_.operators[reader.index()].signature;
         for (std::size_t k = 0; k < other.inputs.size(); ++k)

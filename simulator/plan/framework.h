@@ -18,11 +18,11 @@ enum class SendWait : std::uint8_t { never, not_interleaved, always };
 
 /// What a framework's own configuration of a network on a device sets. Empty lists and 0 are any.
 struct Workload {
-  std::vector<std::string> frameworks;  ///< patterns of what tables call versions of it
-  std::vector<std::string> networks;    ///< patterns of catalogue names
-  std::vector<std::string> rows;        ///< patterns of what tables call them, in lower case
-  std::vector<std::string> devices;     ///< patterns of device names
-  std::vector<std::string> precisions;  ///< their names
+  std::vector<std::string> frameworks;     ///< patterns of what tables call versions of it
+  std::vector<std::string> networks;       ///< patterns of catalogue names
+  std::vector<std::string> rows;           ///< patterns of what tables call them, in lower case
+  std::vector<std::string> devices;        ///< patterns of device names
+  std::vector<std::string> precisions;     ///< their names
   std::vector<std::string> between_nodes;  ///< patterns of what tables say is between nodes
   std::int64_t gpus = 0;
   std::optional<std::int64_t> zero;  ///< of the row's plan
@@ -32,9 +32,9 @@ struct Workload {
   std::optional<bool> overlaps_tensor_parallel;         ///< FrameworkProfile's
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
-  std::optional<bool> blocking;  ///< Launches'
-  std::string recompute;                                ///< of rows that print none
-  std::int64_t offload_blocks = 0;                      ///< > 0: Plan's, of activations
+  std::optional<bool> blocking;     ///< Launches'
+  std::string recompute;            ///< of rows that print none
+  std::int64_t offload_blocks = 0;  ///< > 0: Plan's, of activations
   /// > 0: a sequence is packed from samples of so many tokens, which do not see each other.
   std::int64_t packed = 0;
   std::int64_t zero_group = 0;  ///< > 0: Plan's, of rows that print none

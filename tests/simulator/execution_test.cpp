@@ -732,6 +732,9 @@ TEST(Execution, Recomputation) {
     Plan p = base_plan();
     set_recompute(p, set, "");
     expect_good(gpt(), p);
+    p.recompute_stops_early = true;  // but not before what is forgotten
+    expect_good(llama(), p);
+    p.recompute_stops_early = false;
     p.tp = 2;
     p.pp = 2;
     p.global_batch = 2;
