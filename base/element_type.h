@@ -28,6 +28,11 @@ ElementType parse_element_type(std::string_view text, const std::string& place);
 /// Bits of one stored element, without its share of a block's scale.
 int bits(ElementType type);
 
+/// Has a tensor a scale, beside any that its blocks have?
+inline bool has_tensor_scale(ElementType type) {
+  return type == ElementType::fp8 || type == ElementType::nvfp4;
+}
+
 /// Storage of `elements` elements, rounded up to whole bytes, scales included: mxfp8 one byte per
 /// 32 elements, nvfp4 one byte per 16 (its scale per tensor is not counted). Requires elements >=
 /// 0.

@@ -412,8 +412,9 @@ Graph load_graph(const std::string& model, const PlanFlags& flags, const Plan& p
   if (!plan.lora.empty()) add_lora(g, plan.lora, plan.lora_rank);
   if (!plan.freeze.empty()) freeze(g, plan.freeze);
   for (const std::string& pattern : plan.recompute_patterns) {
-    if (std::none_of(g.operators.begin(), g.operators.end(),
-                     [&](const Operator& op) { return matches(pattern, op.name); })) {
+    if (std::none_of(g.operators.begin(), g.operators.end(), [&](const Operator& op) {
+          return matches(pattern.substr(pattern[0] == '~' ? 1 : 0), op.name);
+        })) {
       throw InputError("--recompute",
                        fmt::format("pattern '{}' matches no operator of {}; partita model {} "
                                    "--operators lists them",

@@ -40,8 +40,8 @@ class FigureReader {
   }
 
   /// `efficiency`: where a figure may have one of its own.
-  YamlNode operator()(const YamlNode& parent, const std::string& key,
-                      double* efficiency = nullptr) {
+  YamlNode operator()(const YamlNode& parent, const std::string& key, double* efficiency = nullptr,
+                      double* fast = nullptr) {
     const YamlNode node = parent.get(key);
     std::string source = file_source_;
     YamlNode value = node;
@@ -49,6 +49,8 @@ class FigureReader {
       value = node.get("value");
       if (efficiency != nullptr)
         if (const auto own = node.find("efficiency")) *efficiency = fraction(*own);
+      if (fast != nullptr)
+        if (const auto own = node.find("fast_efficiency")) *fast = fraction(*own);
       if (const auto own = node.find("source")) source = own->as_string();
       node.reject_unknown_keys();
     }
@@ -189,10 +191,11 @@ FlopsPerSecond DeviceProfile::matrix_rate(ElementType type) const {
                                                  partita::name(type), fmt::join(known, ", ")));
 }
 
-FlopsPerSecond DeviceProfile::sustained_rate(ElementType type) const {
+FlopsPerSecond DeviceProfile::sustained_rate(ElementType type, bool fast_sums) const {
   const double peak = matrix_rate(type).count;
-  const double own = matrix_rates.at(type).efficiency;
-  return FlopsPerSecond{peak * (own > 0 ? own : matrix_efficiency)};
+  const Rate& rate = matrix_rates.at(type);
+  if (fast_sums && rate.fast_efficiency > 0) return FlopsPerSecond{peak * rate.fast_efficiency};
+  return FlopsPerSecond{peak * (rate.efficiency > 0 ? rate.efficiency : matrix_efficiency)};
 }
 
 DeviceProfile parse_device(const std::string& text, const std::string& file) {
@@ -290,10 +293,10 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   const YamlNode rates = root.get("matrix_rates");
   for (const auto& [key, node] : rates.members()) {
     const ElementType type = parse_element_type(key, node.place());
-    double efficiency = 0;
-    const FlopsPerSecond peak = figure(rates, key, &efficiency).as_flop_rate();
+    double efficiency = 0, fast = 0;
+    const FlopsPerSecond peak = figure(rates, key, &efficiency, &fast).as_flop_rate();
     const auto entry = device.sources.extract(key);
-    device.matrix_rates[type] = {peak, entry.mapped(), efficiency};
+    device.matrix_rates[type] = {peak, entry.mapped(), efficiency, fast};
   }
   if (device.matrix_rates.empty())
     throw InputError(rates.place(), "a device needs at least one matrix rate; add e.g. bf16: ...");

@@ -17,6 +17,8 @@ struct Rate {
   FlopsPerSecond peak;
   std::string source;
   double efficiency = 0;  ///< sustained fraction of peak; 0: the device's matrix_efficiency
+  double fast_efficiency =
+      0;  ///< of products that sum in the matrix units alone; 0: as `efficiency`
 };
 
 /// A device file (schema partita.device/1). Every figure has an entry in `sources` under its YAML
@@ -69,8 +71,9 @@ struct DeviceProfile {
   /// Throws InputError that lists the types the device has.
   FlopsPerSecond matrix_rate(ElementType type) const;
   /// Of large products at the clock of short kernels: peak times the type's efficiency, else the
-  /// device's. Throws likewise.
-  FlopsPerSecond sustained_rate(ElementType type) const;
+  /// device's; `fast_sums`: of products that need not add up elsewhere now and then. Throws
+  /// likewise.
+  FlopsPerSecond sustained_rate(ElementType type, bool fast_sums = false) const;
 };
 
 /// A catalogue name or alias ("h100-sxm"), or the path of a .yaml file. InputError otherwise.

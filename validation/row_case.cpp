@@ -472,11 +472,16 @@ class CaseBuilder {
   void find_framework() {
     const std::string& text = row_["framework"];
     framework_ = framework_of(catalogue_, text, row_["model"]);
-    // A quantity may have the name that one framework logs it under.
+    // A quantity may have the name that one framework logs it under, a precision a recipe's.
     if (text.empty() && schema_ == RowSchema::memory) {
       framework_ = framework_of(catalogue_, row_["quantity"], row_["model"]);
       if (framework_ != nullptr) {
         assume("framework {}, by its name of the quantity", framework_->name);
+        return;
+      }
+      framework_ = framework_of(catalogue_, row_["precision"], row_["model"]);
+      if (framework_ != nullptr) {
+        assume("framework {}, by its name of the precision", framework_->name);
         return;
       }
     }
@@ -629,6 +634,11 @@ class CaseBuilder {
     const std::string plain = lower(text);
     bool adapters = has(plain, "lora") || has(plain, "peft");
     for (const Workload& w : framework_->workloads) {
+      if (w.packed > 0 && t.window == 0 && w.packed < t.sequence && concerns(w)) {
+        // A token sees half of its sample.
+        t.window = (w.packed + 1) / 2;
+        assume("samples of {} tokens, packed (workload)", w.packed);
+      }
       if (!adapters && w.lora.value_or(false) && concerns(w)) {
         adapters = true;
         assume("fine-tuning by adapters (workload)");
@@ -644,6 +654,23 @@ class CaseBuilder {
     c_.transformer = t;
   }
 
+  /// Norms that the product behind them holds (Transformer Engine's LayerNormLinear) are not made
+  /// again by themselves: those before latent projections and experts stand alone.
+  std::string with_lone_norms(const std::string& patterns) const {
+    if (flags_.local || !c_.transformer || patterns.find('*') == std::string::npos) return patterns;
+    std::string left;
+    for (std::size_t at = 0; at <= patterns.size();) {
+      const std::size_t end = std::min(patterns.find(',', at), patterns.size());
+      const std::string one = patterns.substr(at, end - at);
+      at = end + 1;
+      if ((one == "~*attention_norm" && c_.transformer->latent.key_value_rank == 0) ||
+          (one == "~*mlp_norm" && c_.transformer->moe.experts == 0))
+        continue;
+      left += (left.empty() ? "" : ",") + one;
+    }
+    return left.empty() ? "none" : left;
+  }
+
   /// Is the row's run that of the framework's configuration?
   bool concerns(const Workload& w) const {
     const auto any = [](const std::vector<std::string>& patterns, const std::string& word) {
@@ -651,9 +678,12 @@ class CaseBuilder {
              std::any_of(patterns.begin(), patterns.end(),
                          [&](const std::string& p) { return matches(p, word); });
     };
-    if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model)) return false;
+    if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model) ||
+        !any(w.rows, lower(row_["model"])))
+      return false;
     if (w.gpus > 0 && row_.whole("num_gpus").value_or(0) != w.gpus) return false;
     if (!any(w.between_nodes, lower(row_["inter_node_interconnect"]))) return false;
+    if (w.zero && c_.plan.zero != *w.zero) return false;
     if (!w.precisions.empty()) {
       const auto type = precision_of(row_["precision"]);
       if (!any(w.precisions, type ? type->name : framework_->precision)) return false;
@@ -1039,7 +1069,7 @@ class CaseBuilder {
       set_recompute(p,
                     bare       ? f.selective
                     : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
-                               : *how,
+                               : with_lone_norms(*how),
                     "recompute");
       if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else {
@@ -1049,6 +1079,7 @@ class CaseBuilder {
     c_.logs_first_stage = f.logs_first_stage;
     if (has(row_["overlap_and_other_settings"], "CE fusion")) p.allocations.fp32_loss = false;
     set_allocations();
+    bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
       if (!concerns(w)) continue;
       const auto set = [&](const char* what, std::optional<bool> to, bool& in) {
@@ -1056,6 +1087,23 @@ class CaseBuilder {
         in = *to;
         assume("{} {} (workload)", what, *to ? "on" : "off");
       };
+      if (recompute.empty() && !w.recompute.empty()) {
+        // Operators' patterns, or what a cell may say.
+        const bool patterns = has(w.recompute, "*");
+        const auto how = patterns ? std::nullopt : recompute_of(w.recompute);
+        set_recompute(p, how ? with_lone_norms(*how) : w.recompute, "recompute");
+        assume("recompute {} (workload)", w.recompute);
+      }
+      if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
+        p.zero_group = w.zero_group;
+        assume("{} ranks share a copy of the state (workload)", w.zero_group);
+      }
+      if (w.offload_blocks > 0) {
+        p.offload_activations = true;
+        p.offload_blocks = w.offload_blocks;
+        assume("activations of {} blocks on the host (workload)", w.offload_blocks);
+      }
+      set("tensor-parallel overlap", w.overlaps_tensor_parallel, overlaps_tensor_parallel);
       set("rows once", w.rows_once, p.rows_once);
       set("graphs", w.graphs, p.launches.graphs);
       // What is captured as a whole counts rows on the device.
@@ -1076,7 +1124,7 @@ class CaseBuilder {
     } else if (p.dp > 1) {
       assume("gradient overlap {}", f.overlap_gradients ? "on" : "off");
     }
-    if (f.overlap_tensor_parallel && !flags_.any && p.sequence_parallel &&
+    if (overlaps_tensor_parallel && !flags_.any && p.sequence_parallel &&
         !has(settings, "overlap paths off") && c_.transformer && c_.transformer->moe.experts == 0) {
       p.overlap_tensor_parallel = true;
       assume("tensor-parallel overlap on");

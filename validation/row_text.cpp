@@ -211,18 +211,20 @@ std::optional<std::string> recompute_of(std::string_view text) {
     return "none";
   if (has(s, "full") || plain == "on" || plain == "yes" || has(s, "activation checkpointing"))
     return "full";
+  // Megatron-Core's CheckpointWithoutOutput forgets results: norms, experts' activations, MLA's
+  // projections up (transformer/transformer_layer.py, moe/experts.py, multi_latent_attention.py).
   std::string patterns;
   const auto add = [&](std::string_view p) {
     if (!has(patterns, p)) patterns += fmt::format("{}{}", patterns.empty() ? "" : ",", p);
   };
   const bool attention =
       has(s, "core_attn") || has(s, "attention core") || has(s, "core attention");
-  if (has(s, "layernorm") || has(s, "rmsnorm")) add("*attention_norm"), add("*mlp_norm");
-  if (has(s, "moe_act")) add("*moe.activation");
+  if (has(s, "layernorm") || has(s, "rmsnorm")) add("~*attention_norm"), add("~*mlp_norm");
+  if (has(s, "moe_act")) add("~*moe.activation");
   if (has_word(s, "mlp")) add("*.mlp.*");
   if (has_word(s, "moe")) add("*.moe.*");
   if (has(s, "mla_up_proj") || has(s, "mla up"))
-    add("*attention.query_up"), add("*attention.key_up"), add("*attention.value_up");
+    add("~*attention.query_up"), add("~*attention.key_up"), add("~*attention.value_up");
   if (!patterns.empty()) {
     if (attention) add("*attention.core");
     return patterns;

@@ -292,6 +292,14 @@ double with_joined(const Program& p, const ProgramOperator& op, std::int64_t ran
   return own > 0 ? all / own : 1;
 }
 
+/// Of one tensor's scale: its largest value zeroed, found, made a scale.
+constexpr int kScaleKernels = 3;
+
+/// How often a tensor is read whose scale is found before it is converted. Columns of NVFP4 are
+/// rotated (Hadamard) and converted by a kernel of their own (Transformer Engine,
+/// pytorch/csrc/quantizer.cpp, NVFP4Quantizer::quantize_impl).
+int scaled_reads(ElementType type) { return type == ElementType::nvfp4 ? 3 : 2; }
+
 /// What an instruction of a product or an attention computes, by shape.
 void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& op,
                 std::int64_t rank, Work& w) {
@@ -352,15 +360,21 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
   one.out = out_of(i.writes);
   if (i.accumulate && !one.accumulate && !forward && !data) one.out = p.allocations.parameters;
   const bool narrow = bits(op.compute) <= 8;
+  // Gradients' products add up in fp32 beside the matrix units (Transformer Engine, module/base.py:
+  // _2X_ACC_FPROP, _DGRAD, _WGRAD; openxla/xla, pull request 6599).
+  one.fast_sums = forward && op.compute == ElementType::fp8;
   one.bytes = narrow || w.parts > 1 ? one.operand_bytes() : w.bytes;
   if (i.casts && !cast_in_epilogue(p, op, forward)) {
     // Read once, written once for this product and once turned, for the other pass.
     const auto& operands = forward ? i.reads : i.gradients;
     const std::int64_t elements = local_elements(p, operands[0], rank);
-    const double each = bits(p.buffer(operands[0]).type) / 8.0 + 2 * bits(op.compute) / 8.0;
-    w.streamed =
-        Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
+    const bool found = p.kernels.finds_scales && has_tensor_scale(op.compute);
+    const double each =
+        (found ? scaled_reads(op.compute) : 1) * bits(p.buffer(operands[0]).type) / 8.0 +
+        2 * bits(op.compute) / 8.0;
+    w.streamed = Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
     w.kernels = 2;
+    if (found) w.kernels += kScaleKernels * (one.grouped ? static_cast<int>(s.count) : 1);
   }
   if (one.grouped) {
     // Transformer Engine multiplies and converts expert by expert
@@ -484,8 +498,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     if (const double each = narrow ? p.kernels.optimizer_mixed : p.kernels.optimizer;
         each > 0 && p.optimizer.kind == OptimizerKind::adam)
       w.bytes = Bytes{std::llround(each * n)};
-    const double passes = std::max(1, i.index) * p.kernels.gradient_passes +
-                          i.index * p.kernels.met_gradient_passes;
+    const double passes =
+        std::max(1, i.index) * p.kernels.gradient_passes + i.index * p.kernels.met_gradient_passes;
     if (passes > 0) {
       const double all = n * static_cast<double>(p.mesh.size(i.atoms));  // not its shard alone
       w.bytes += Bytes{std::llround(passes * all * bits(p.buffer(i.reads[0]).type) / 8)};
@@ -604,6 +618,14 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (const auto* n = std::get_if<Normalize>(&op.operation);
       n != nullptr && n->kind == Normalize::Kind::layer)
     unfused(p.kernels.normalize_forward, p.kernels.normalize_backward);
+  if (i.casts && std::holds_alternative<Normalize>(op.operation)) {
+    // Converted after it: read for the scale and again, written once and once turned.
+    const ElementType to = i.cast_type;
+    const std::int64_t n = local_elements(p, i.writes[0], rank);
+    w.bytes +=
+        Bytes{scaled_reads(to) * local_bytes(p, i.writes[0], rank).count + n * 2 * bits(to) / 8};
+    w.kernels += kScaleKernels + 1;
+  }
   if (std::holds_alternative<Dropout>(op.operation))
     unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
   add_routing(p, i, op, rank, w);
@@ -1084,6 +1106,7 @@ Bytes Communication::communicator_memory(const std::vector<std::int64_t>& ranks)
 
 Bytes Communication::travelling(const Program& p, const Instruction& i, Bytes payload,
                                 const std::vector<std::int64_t>& ranks) const {
+  if (i.sent_bits > 0) return Bytes{payload.count * i.sent_bits / bits(p.buffer(i.reads[0]).type)};
   if (!p.rows_once || i.collective != CollectiveKind::all_to_all) return payload;
   const Buffer& b = p.buffer(i.reads[0]);
   if (!b.routed) return payload;

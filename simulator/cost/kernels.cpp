@@ -70,8 +70,8 @@ bool aligned(const Product& p) {
 /// What the units take for `count` products at once.
 double units_of(const Product& p, const DeviceProfile& device, double count, int multiprocessors,
                 double clock) {
-  const double rate = clock * device.sustained_rate(p.type).count / device.multiprocessors *
-                      (aligned(p) ? 1 : kUnaligned);
+  const double rate = clock * device.sustained_rate(p.type, p.fast_sums).count /
+                      device.multiprocessors * (aligned(p) ? 1 : kUnaligned);
   constexpr double kBest = 1 + kLoads * (1 / kTilings[0].rows + 1 / kTilings[0].columns);
   double best = INFINITY;
   for (const Tiling& t : kTilings) {
@@ -223,7 +223,7 @@ struct ShapeHash {
   std::size_t operator()(const Product& p) const {
     std::uint64_t h = static_cast<std::uint64_t>(p.layout) << 32 |
                       static_cast<std::uint64_t>(p.type) << 16 | static_cast<std::uint64_t>(p.out);
-    h = h << 2 | (p.accumulate ? 2u : 0u) | (p.grouped ? 1u : 0u);
+    h = h << 3 | (p.fast_sums ? 4u : 0u) | (p.accumulate ? 2u : 0u) | (p.grouped ? 1u : 0u);
     for (const double x : {p.m, p.n, p.k, p.count}) h = mix(h, bits_of(x));
     return mix(h, static_cast<std::uint64_t>(p.bytes.count));
   }
@@ -254,7 +254,7 @@ KernelParts product_model(const Product& p, const DeviceProfile& device, int mul
   KernelParts parts;
   parts.memory = Seconds{memory_time(p.bytes, device)};
   if (!has_tiles(device)) {
-    parts.units = Seconds{p.flops().count / device.sustained_rate(p.type).count};
+    parts.units = Seconds{p.flops().count / device.sustained_rate(p.type, p.fast_sums).count};
     parts.work = std::max(parts.units, parts.memory);
     return parts;
   }
@@ -354,7 +354,8 @@ struct ShapePrices::State {
     std::vector<Point> points;
     for (const ProductTable& t : measured.products) {
       for (const ProductTable::Point& x : t.points) {
-        Product p{x.m, x.n, x.k, x.count, t.type, t.out, t.layout, t.accumulate, t.grouped, {}};
+        Product p{x.m,      x.n,          x.k,       x.count, t.type, t.out,
+                  t.layout, t.accumulate, t.grouped, {},      false};
         p.bytes = p.operand_bytes();
         points.push_back(point(p, measured, x.time, t.spread, t.mixed_clocks));
       }

@@ -21,6 +21,7 @@ struct Product {
   bool accumulate = false;  ///< adds to what is there
   bool grouped = false;     ///< `count` groups, launched one by one
   Bytes bytes;              ///< read and written in device memory
+  bool fast_sums = false;   ///< an 8-bit forward's: sums stay in the matrix units
 
   Flops flops() const { return Flops{2 * m * n * k * count}; }
   /// Operands and result, once each.

@@ -72,6 +72,7 @@ class Lowering {
     if (plan_.offload_activations) offload_activations();
     mark_casts();
     if (plan_.allocations.narrow_inputs) keep_narrow();
+    if (plan_.narrow_gathers) gather_narrow();
     place_memory();
     return std::move(p_);
   }
@@ -157,7 +158,8 @@ class Lowering {
     });
   }
 
-  /// The attention or gated activation that takes a product's result, normalised and turned at most.
+  /// The attention or gated activation that takes a product's result, normalised and turned at
+  /// most.
   OpId taker_of(const Operator& op) const {
     const TensorId t = op.outputs[0];
     if (consumers_[t.index()].size() != 1) return {};
@@ -311,10 +313,10 @@ class Lowering {
     segment_.assign(graph_.operators.size(), -1);
     if (plan_.recompute == Recompute::none) return;
     int next = 0, last_layer = std::numeric_limits<int>::min();
-    bool open = false;
+    bool open = false, forgot = false;
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
       const Operator& op = graph_.operators[i];
-      bool in = op.layer >= 0 && op.layer < graph_.layers;
+      bool in = op.layer >= 0 && op.layer < graph_.layers, forgets = false;
       switch (plan_.recompute) {
         case Recompute::none:
           in = false;
@@ -328,15 +330,24 @@ class Lowering {
           in = in && std::holds_alternative<Attention>(op.operation);
           break;
         case Recompute::patterns:
-          in = std::any_of(plan_.recompute_patterns.begin(), plan_.recompute_patterns.end(),
-                           [&](const auto& pattern) { return matches(pattern, op.name); });
+          in = false;
+          for (const std::string& pattern : plan_.recompute_patterns) {
+            const bool result_too = pattern[0] == '~';
+            if (in || !matches(pattern.substr(result_too ? 1 : 0), op.name)) continue;
+            in = true;
+            forgets = result_too;
+          }
           break;
       }
       if (in) {
-        if (!open || op.layer != last_layer) ++next;
+        if (!open || op.layer != last_layer || forgets != forgot) {
+          ++next;
+          forgets_.push_back(forgets);
+        }
         segment_[i] = next - 1;
       }
       open = in;
+      forgot = forgets;
       last_layer = op.layer;
     }
     ops_of_segment_.resize(static_cast<std::size_t>(next));
@@ -360,7 +371,10 @@ class Lowering {
       return true;
     for (const TensorId t : op.outputs) {
       for (const OpId reader : consumers_[t.index()]) {
-        if (segment_[reader.index()] != segment_[id.index()]) continue;
+        const int segment = segment_[id.index()];
+        if (segment_[reader.index()] != segment &&
+            !(forgets_[static_cast<std::size_t>(segment)] && chunk_of(reader) == chunk_of(id)))
+          continue;
         const Operator& other = graph_.op(reader);
         const Signature& signature = p_.operators[reader.index()].signature;
         for (std::size_t k = 0; k < other.inputs.size(); ++k)
@@ -915,19 +929,26 @@ class Lowering {
   // ---- operands that become narrow -------------------------------------------------------------
   /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
   /// of one block that read the same share the copies; what a norm makes comes converted
-  /// (Transformer Engine, pytorch/module/layernorm_linear.py).
+  /// (Transformer Engine, pytorch/module/layernorm_linear.py), after it where scales are found
+  /// first.
   void mark_casts() {
     for (Block& block : p_.blocks) {
       std::set<BufferId> narrow;
+      std::map<BufferId, Instruction*> norms;
       for (Instruction& i : block.instructions) {
         if (i.kind == Kind::collective && i.reads.size() == 1 && i.writes.size() == 1 &&
-            i.collective != CollectiveKind::reduce_scatter && narrow.count(i.reads[0]) > 0)
+            i.collective != CollectiveKind::reduce_scatter && narrow.count(i.reads[0]) > 0) {
           narrow.insert(i.writes[0]);
+          if (const auto n = norms.find(i.reads[0]); n != norms.end())
+            norms[i.writes[0]] = n->second;
+        }
         if (i.kind != Kind::compute || i.op < 0) continue;
         if (i.kernel == Kernel::forward &&
             std::holds_alternative<Normalize>(
-                p_.operators[static_cast<std::size_t>(i.op)].operation))
+                p_.operators[static_cast<std::size_t>(i.op)].operation)) {
           narrow.insert(i.writes[0]);
+          norms[i.writes[0]] = &i;
+        }
         const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
         if (bits(op.compute) > 8) continue;
         const bool forward = i.kernel == Kernel::forward;
@@ -935,6 +956,10 @@ class Lowering {
           continue;
         const auto& operands = forward ? i.reads : i.gradients;
         i.casts = !operands.empty() && operands[0].valid() && narrow.insert(operands[0]).second;
+        if (operands.empty() || !plan_.kernels.finds_scales || !has_tensor_scale(op.compute))
+          continue;
+        if (const auto n = norms.find(operands[0]); n != norms.end())
+          n->second->casts = true, n->second->cast_type = op.compute;
       }
     }
   }
@@ -978,6 +1003,73 @@ class Lowering {
           b.scope != Scope::micro_batch || b.alias >= 0 || b.element_bytes > 0)
         continue;
       b.kept_bits = narrow[k] + (wide[k] != 0 ? static_cast<int>(bits(b.type)) : 0);
+    }
+  }
+
+  /// What narrow products alone read was converted before it is gathered (Transformer Engine,
+  /// pytorch/distributed.py, gather_along_first_dim with a quantizer). Types with a scale a block
+  /// of the sum travel once for each side that they are summed along: a gradient that data's and
+  /// weights' products read, twice.
+  void gather_narrow() {
+    const AtomMask tp = mask_of(plan_.axes.at("tp"));
+    struct Readers {
+      int bits = 0, sides = 0;  // sides: 1 rows, 2 columns
+      bool wide = false;
+      bool operator==(const Readers&) const = default;
+    };
+    std::vector<Readers> readers(p_.buffers.size());
+    const auto passes_on = [](const Instruction& i) {
+      return (i.kind == Kind::collective && i.reads.size() == i.writes.size() &&
+              (i.collective == CollectiveKind::all_gather ||
+               i.collective == CollectiveKind::shift)) ||
+             i.kind == Kind::slice;
+    };
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (auto block = p_.blocks.rbegin(); block != p_.blocks.rend(); ++block) {
+        for (auto i = block->instructions.rbegin(); i != block->instructions.rend(); ++i) {
+          const auto note = [&](BufferId id, const Readers& by) {
+            Readers& r = readers[id.index()];
+            const Readers all{std::max(r.bits, by.bits), r.sides | by.sides, r.wide || by.wide};
+            changed |= !(all == r);
+            r = all;
+          };
+          if (passes_on(*i)) {
+            for (std::size_t k = 0; k < i->reads.size(); ++k)
+              note(i->reads[k], readers[i->writes[std::min(k, i->writes.size() - 1)].index()]);
+            continue;
+          }
+          Readers product;
+          if (i->kind == Kind::compute && i->op >= 0 &&
+              (i->kernel == Kernel::forward || i->kernel == Kernel::backward_data ||
+               i->kernel == Kernel::backward_weight)) {
+            const int own =
+                static_cast<int>(bits(p_.operators[static_cast<std::size_t>(i->op)].compute));
+            if (own <= 8) product = {own, i->kernel == Kernel::backward_weight ? 2 : 1, false};
+          }
+          for_each_read(*i, [&](BufferId id) {
+            const auto in = [&](const std::vector<BufferId>& list) {
+              return std::find(list.begin(), list.end(), id) != list.end();
+            };
+            const bool operand = product.bits > 0 && (in(i->reads) || in(i->gradients));
+            note(id, operand ? product : Readers{0, 0, true});
+          });
+        }
+      }
+    }
+    const bool blocks = plan_.precision.compute != ElementType::fp8;
+    for (Block& block : p_.blocks) {
+      for (Instruction& i : block.instructions) {
+        if (i.kind != Kind::collective || !passes_on(i) || (i.atoms & ~tp) != 0) continue;
+        Readers all;
+        for (const BufferId id : i.writes) {
+          const Readers& r = readers[id.index()];
+          all = {std::max(all.bits, r.bits), all.sides | r.sides, all.wide || r.wide};
+        }
+        if (all.wide || all.bits == 0) continue;
+        const int sent = all.bits * (blocks && all.sides == 3 ? 2 : 1);
+        if (sent < static_cast<int>(bits(p_.buffer(i.reads[0]).type))) i.sent_bits = sent;
+      }
     }
   }
 
@@ -1365,8 +1457,11 @@ class Lowering {
 
   BufferId operand(Backward& b, OpId reader, TensorId t, const Layout& layout) {
     const OpId from = graph_.tensor(t).producer;
-    const int segment = segment_[reader.index()];
-    if (segment >= 0 && from.valid() && segment_[from.index()] == segment) {
+    const int segment = from.valid() ? segment_[from.index()] : -1;
+    // What a segment forgets is made again for every reader; else readers outside have it kept.
+    if (segment >= 0 &&
+        (segment == segment_[reader.index()] ||
+         (forgets_[static_cast<std::size_t>(segment)] && chunk_of(from) == b.block.chunk))) {
       recompute(b, segment);
       return get(b.block, b.recomputed, t, layout);
     }
@@ -2305,14 +2400,19 @@ class Lowering {
       bool elsewhere = false;
     };
     std::vector<Uses> uses(p_.buffers.size());
-    std::vector<char> shares(p_.buffers.size(), 0);
+    std::vector<char> shares(p_.buffers.size(), 0), stays(p_.buffers.size(), 0);
     for (std::size_t b = 0; b < p_.buffers.size(); ++b) {
       if (p_.buffers[b].alias < 0) continue;
       shares[b] = shares[static_cast<std::size_t>(p_.buffers[b].alias)] = 1;
     }
     for (std::size_t at = 0; at < p_.blocks.size(); ++at) {
       const Block& block = p_.blocks[at];
+      std::int64_t layer = 0;
       for (const Instruction& i : block.instructions) {
+        if (i.op >= 0) layer = graph_.operators[static_cast<std::size_t>(i.op)].layer;
+        if (block.kind == BlockKind::forward && plan_.offload_blocks > 0 &&
+            layer >= plan_.offload_blocks)
+          for_each_write(i, [&](BufferId id) { stays[id.index()] = 1; });
         const auto note = [&](BufferId id) {
           Uses& u = uses[id.index()];
           const bool back =
@@ -2331,7 +2431,7 @@ class Lowering {
     for (std::size_t b = 0; b < uses.size(); ++b) {
       const Buffer& buffer = p_.buffers[b];
       if (buffer.scope != Scope::micro_batch || buffer.category != Category::activations ||
-          buffer.routed || buffer.host || shares[b] || uses[b].elsewhere ||
+          buffer.routed || buffer.host || shares[b] || stays[b] || uses[b].elsewhere ||
           uses[b].forward.size() != 1 || uses[b].backward.empty())
         continue;
       const BufferId id{b};
@@ -2699,6 +2799,7 @@ class Lowering {
   std::vector<std::map<ParameterId, ParameterOnStage>> on_stage_;
   std::vector<int> segment_;
   std::vector<std::vector<OpId>> ops_of_segment_;
+  std::vector<bool> forgets_;  ///< of a segment: its results are made again, too
   std::vector<Versions> forward_versions_;
   std::vector<Gathered> gathered_forward_;
   std::vector<Record> records_;

@@ -140,6 +140,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("workspace_deterministic", f.workspace_deterministic);
   bytes("workspace_local", f.workspace_local);
   boolean(plan, "rows_once", f.rows_once);
+  boolean(plan, "narrow_gathers", f.narrow_gathers);
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   boolean(plan, "channels_first", f.channels_first);
   boolean(plan, "fuses_normalise", f.fuses_normalise);
@@ -201,6 +202,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     traffic("limit_backward", f.kernels.limit_backward);
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
+    boolean(*kernels, "finds_scales", f.kernels.finds_scales);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);
     boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);
@@ -254,15 +256,22 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       };
       list("frameworks", w.frameworks);
       list("networks", w.networks);
+      list("rows", w.rows);
       list("devices", w.devices);
       list("precisions", w.precisions);
       list("between_nodes", w.between_nodes);
       if (const auto n = node.find("gpus")) w.gpus = n->as_int(1, 1'000'000);
+      if (const auto n = node.find("zero")) w.zero = n->as_int(0, 3);
+      if (const auto n = node.find("recompute")) w.recompute = n->as_string();
+      if (const auto n = node.find("offload_blocks")) w.offload_blocks = n->as_int(1, 1'000'000);
+      if (const auto n = node.find("packed")) w.packed = n->as_int(1, 1'000'000);
+      if (const auto n = node.find("zero_group")) w.zero_group = n->as_int(1, 1'000'000);
       flag("rows_once", w.rows_once);
       flag("graphs", w.graphs);
       flag("graphs_beside_experts", w.graphs_beside_experts);
       flag("fused_experts", w.fused_experts);
       flag("overlaps_experts", w.overlaps_experts);
+      flag("overlaps_tensor_parallel", w.overlaps_tensor_parallel);
       flag("lora", w.lora);
       flag("recompute_stops_early", w.recompute_stops_early);
       flag("blocking", w.blocking);

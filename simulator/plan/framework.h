@@ -18,18 +18,26 @@ enum class SendWait : std::uint8_t { never, not_interleaved, always };
 
 /// What a framework's own configuration of a network on a device sets. Empty lists and 0 are any.
 struct Workload {
-  std::vector<std::string> frameworks;  ///< patterns of what tables call versions of it
-  std::vector<std::string> networks;    ///< patterns of catalogue names
-  std::vector<std::string> devices;     ///< patterns of device names
-  std::vector<std::string> precisions;  ///< their names
+  std::vector<std::string> frameworks;     ///< patterns of what tables call versions of it
+  std::vector<std::string> networks;       ///< patterns of catalogue names
+  std::vector<std::string> rows;           ///< patterns of what tables call them, in lower case
+  std::vector<std::string> devices;        ///< patterns of device names
+  std::vector<std::string> precisions;     ///< their names
   std::vector<std::string> between_nodes;  ///< patterns of what tables say is between nodes
   std::int64_t gpus = 0;
+  std::optional<std::int64_t> zero;  ///< of the row's plan
   std::optional<bool> rows_once;
   std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
   std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
+  std::optional<bool> overlaps_tensor_parallel;         ///< FrameworkProfile's
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
-  std::optional<bool> blocking;  ///< Launches'
+  std::optional<bool> blocking;     ///< Launches'
+  std::string recompute;            ///< of rows that print none
+  std::int64_t offload_blocks = 0;  ///< > 0: Plan's, of activations
+  /// > 0: a sequence is packed from samples of so many tokens, which do not see each other.
+  std::int64_t packed = 0;
+  std::int64_t zero_group = 0;  ///< > 0: Plan's, of rows that print none
   std::string source;
 };
 
@@ -62,6 +70,7 @@ struct FrameworkProfile {
   bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
+  bool narrow_gathers = false;     ///< Plan's
   /// 32-bit images lie channels first (NCHW), and so are turned for every product of tensor cores.
   bool channels_first = false;
   /// A batch norm's kernel adds the residual and applies the activation that follow it.

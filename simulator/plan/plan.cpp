@@ -723,6 +723,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.allocations = f.allocations;
   plan.save_gathered = f.save_gathered;
   plan.rows_once = f.rows_once;
+  plan.narrow_gathers = f.narrow_gathers;
   plan.expert_bias_apart = f.expert_bias_apart;
   plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
   plan.fuses_normalise = f.fuses_normalise;
@@ -851,6 +852,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
+  if (const auto n = y.find("narrow_gathers")) p.narrow_gathers = n->as_bool();
   if (const auto n = y.find("channels_first")) p.channels_first = n->as_bool();
   if (const auto n = y.find("fuses_normalise")) p.fuses_normalise = n->as_bool();
   if (const auto n = y.find("joins_projections")) p.joins_projections = n->as_bool();
@@ -931,6 +933,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("offload")) {
     if (const auto x = n->find("optimizer")) p.offload_optimizer = x->as_bool();
     if (const auto x = n->find("activations")) p.offload_activations = x->as_bool();
+    if (const auto x = n->find("blocks")) p.offload_blocks = x->as_int(0, 1'000'000);
     n->reject_unknown_keys();
   }
   if (const auto n = y.find("compression")) set_compression(p.compression, *n);
@@ -1030,8 +1033,9 @@ std::string to_yaml(const Plan& p) {
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);
   if (p.message_queue) s += "message_queue: true\n";
   if (p.offload_optimizer || p.offload_activations)
-    s += fmt::format("offload: {{optimizer: {}, activations: {}}}\n", p.offload_optimizer,
-                     p.offload_activations);
+    s += fmt::format("offload: {{optimizer: {}, activations: {}{}}}\n", p.offload_optimizer,
+                     p.offload_activations,
+                     p.offload_blocks > 0 ? fmt::format(", blocks: {}", p.offload_blocks) : "");
   if (p.servers > 0) s += fmt::format("servers: {}\nstaleness: {}\n", p.servers, p.staleness);
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
@@ -1064,6 +1068,7 @@ std::string to_yaml(const Plan& p) {
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
   s += fmt::format("rows_once: {}\n", p.rows_once);
+  if (p.narrow_gathers) s += "narrow_gathers: true\n";
   if (p.channels_first) s += "channels_first: true\n";
   if (p.fuses_normalise) s += "fuses_normalise: true\n";
   if (p.joins_projections) s += "joins_projections: true\n";

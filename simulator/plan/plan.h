@@ -88,6 +88,8 @@ struct Plan {
   std::int64_t zero_group = 0;  ///< ranks that share one copy of the state (HSDP); 0: all of dp·cp
   Recompute recompute = Recompute::none;
   std::int64_t recompute_first = 0;
+  /// Of operators; behind a ~ of such whose results are not kept for those who read them either
+  /// (Megatron-Core's CheckpointWithoutOutput, JAX's policies).
   std::vector<std::string> recompute_patterns;
   std::vector<std::int64_t> cuts;  ///< explicit: blocks per chunk, in order; empty: the rule
   Precision precision;
@@ -100,6 +102,8 @@ struct Plan {
   /// A token's row goes once to each NVLink domain (inside one: to each rank) that has experts of
   /// it, which hands it on: DeepEP, HybridEP. A price; what is executed sends a row an expert.
   bool rows_once = false;
+  /// What only products in an 8- or 4-bit type read is gathered over tp in that type. A price.
+  bool narrow_gathers = false;
   bool expert_bias_apart = false;  ///< of the framework (docs/cost.md): a price
   bool channels_first = false;     ///< FrameworkProfile's, where activations have 32 bits
   bool fuses_normalise = false;    ///< FrameworkProfile's
@@ -124,6 +128,7 @@ struct Plan {
   /// What lies in the host's memory: optimizer state, which the host then updates; activations
   /// between forward and backward.
   bool offload_optimizer = false, offload_activations = false;
+  std::int64_t offload_blocks = 0;  ///< > 0: activations of the first so many blocks only
   /// Stages meet through a queue: device to host, serialise, a broker (a rank of its own for each
   /// rank of a stage), host to device.
   bool message_queue = false;
@@ -136,7 +141,7 @@ struct Plan {
   /// else beside these. From the framework profile.
   bool sums_in_turn = false;
   int overlap_multiprocessors = 0;  ///< FrameworkProfile's
-  Allocations allocations;  ///< of the framework
+  Allocations allocations;          ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are
   /// there.

@@ -152,8 +152,9 @@ struct Instruction {
   std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool casts = false;              ///< a product's activation or gradient to its narrow type
-  bool recomputed = false;         ///< forward work done again for the backward
-  bool accumulate = false;         ///< adds to writes instead of overwriting them
+  ElementType cast_type = ElementType::fp8;  ///< of a norm that casts its result after it
+  bool recomputed = false;                   ///< forward work done again for the backward
+  bool accumulate = false;                   ///< adds to writes instead of overwriting them
   /// Issued in program order: not before the compute stream gets here (a prefetch ahead of its
   /// need, a send at the end of its block).
   bool after_compute = false;
@@ -162,6 +163,7 @@ struct Instruction {
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
   std::int32_t multiprocessors = 0;  ///< that it keeps; 0: as many as its library takes
+  std::int32_t sent_bits = 0;  ///< > 0: an element as it travels (Plan::narrow_gathers); a price
   std::int32_t tie =
       -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
   std::int32_t stage = -1;  ///< send, receive: the other stage
@@ -295,6 +297,9 @@ struct FrameworkKernels {
   bool sorts_rows = false;
   /// Likewise it pads experts' rows to what narrow types need, and takes that out again.
   bool pads_rows = false;
+  /// What becomes fp8 or NVFP4 is read for its scale first: a tensor's largest value is zeroed,
+  /// found and made a scale, a kernel each. What a norm makes is converted by a kernel of its own.
+  bool finds_scales = false;
   /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
   bool overlaps_experts = false;
   /// Experts' products apply their activation and biases and convert what they store.

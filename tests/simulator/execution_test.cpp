@@ -459,6 +459,9 @@ TEST(Execution, OffloadedStateAndActivations) {
     expect_good(gpt(), p);
     expect_good(mixtral(), p);
     expect_good(cnn(false), p);
+    p.offload_blocks = 2;
+    expect_good(gpt(), p);
+    p.offload_blocks = 0;
     p.dp = 2;
     p.global_batch = 8;
     for (const int zero : {0, 1, 2, 3}) {
@@ -722,11 +725,16 @@ TEST(Execution, TiedEmbeddingsAcrossStages) {
 }
 
 TEST(Execution, Recomputation) {
-  for (const char* set : {"full", "selective", "first:1", "*.mlp.activation,*.attention_norm"}) {
+  for (const char* set : {"full", "selective", "first:1", "*.mlp.activation,*.attention_norm",
+                          "~*.mlp.activation,~*.attention_norm,*.attention.core",
+                          "~*.attention.core,~*.attention.output,~*_norm,~*.mlp.activation"}) {
     SCOPED_TRACE(set);
     Plan p = base_plan();
     set_recompute(p, set, "");
     expect_good(gpt(), p);
+    p.recompute_stops_early = true;  // but not before what is forgotten
+    expect_good(llama(), p);
+    p.recompute_stops_early = false;
     p.tp = 2;
     p.pp = 2;
     p.global_batch = 2;

@@ -1,6 +1,7 @@
 // Framework profiles as data.
 #include "simulator/plan/framework.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -91,6 +92,11 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nworkloads: [{gpus: 8}]\n",
          "every workload needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nworkloads: [{gpus: 0}]\n", "0 is too small");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nworkloads: [{zero: 4}]\n", "4 is too large");
+  for (const char* count : {"packed", "zero_group", "offload_blocks"})
+    expect(
+        fmt::format("name: x\nsource: s\nplan: {{bucket: 1 MB}}\nworkloads: [{{{}: 0}}]\n", count),
+        "0 is too small");
   EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));
 }

@@ -48,6 +48,19 @@ TEST(ProductModel, TheExampleOfThePage) {
   EXPECT_NEAR(product_model(square_of(8192), h100(), 108).work.count * 1e6, 1724.47, 0.01);
 }
 
+TEST(ProductModel, SumsInTheMatrixUnitsAloneAreFasterWhereTheDeviceSaysSo) {
+  Product p = square_of(8192);
+  p.type = ElementType::fp8;
+  EXPECT_NEAR(model_us(p, h100()), 833.35, 0.01);
+  p.fast_sums = true;
+  EXPECT_NEAR(model_us(p, h100()), 738.75, 0.01);
+  // Blackwell has no such mode.
+  const DeviceProfile b200 = without_points("b200");
+  const double fast = model_us(p, b200);
+  p.fast_sums = false;
+  EXPECT_EQ(model_us(p, b200), fast);
+}
+
 TEST(ProductModel, TheExampleOfThePageForLongWork) {
   EXPECT_EQ(h100().sustained_clock, 0.758);
   EXPECT_NEAR(product_model(square_of(8192), h100(), 132, h100().sustained_clock).work.count * 1e6,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -17,8 +18,8 @@
 namespace partita {
 namespace {
 
-/// GPUs older than NCCL that multiply at 1 GFLOP/s, do everything else at once and meet over links of
-/// `bandwidth` and no latency; so fast is the link to the host too.
+/// GPUs older than NCCL that multiply at 1 GFLOP/s, do everything else at once and meet over links
+/// of `bandwidth` and no latency; so fast is the link to the host too.
 Topology linked(int devices, const std::string& bandwidth) {
   const std::string most = "1000000000000 EFLOP/s", memory = "1000000000000000 TB/s";
   return cluster(fmt::format(R"(schema: partita.topology/1
@@ -189,6 +190,25 @@ TEST(Policies, OffloadedActivationsComeBackInTimeOnAFastLinkAndStallOnASlowOne) 
                  transfer <= kProduct ? 8 * kProduct + 4 * transfer : 2 * kProduct + 9 * transfer,
                  t);
   }
+}
+
+TEST(Policies, ActivationsOfTheFirstBlocksAloneAreOffloaded) {
+  const auto on_host = [](std::int64_t blocks) {
+    Plan plan = base_plan();
+    plan.offload_activations = true;
+    plan.offload_blocks = blocks;
+    std::set<std::string> owners;
+    const Program p = lowered(llama(), plan);
+    for (const Buffer& b : p.buffers) {
+      if (!b.host || b.name.rfind("layers.", 0) != 0) continue;
+      owners.insert(b.name.substr(0, b.name.find('.', 7)));
+    }
+    return owners;
+  };
+  EXPECT_EQ(on_host(0).size(), 4u);
+  EXPECT_EQ(on_host(4), on_host(0));
+  EXPECT_EQ(on_host(1), (std::set<std::string>{"layers.0"}));
+  EXPECT_EQ(on_host(3), (std::set<std::string>{"layers.0", "layers.1", "layers.2"}));
 }
 
 TEST(Policies, AFixedLossScaleKeepsGradientsThatFp16WouldLose) {

@@ -426,6 +426,20 @@ TEST(Predict, NarrowProductsKeepNarrowInputs) {
   EXPECT_EQ(kept(true, "fp8") - kept(false, "fp8"), 4 * 8 * (-8 - 8 - 16 + 8));
 }
 
+TEST(Predict, ForgottenResultsAreNotKept) {
+  // docs/plan.md: four blocks of 8 tokens of 8 features and 16 in between, without gates.
+  const auto kept = [](const char* recompute) {
+    Plan p = under("partita");
+    set_precision(p, "bf16", "");
+    set_recompute(p, recompute, "");
+    return saved(small_config(), p);
+  };
+  EXPECT_EQ(kept("*.mlp.activation") - kept("~*.mlp.activation"), 4 * 8 * 16 * 2);
+  // A norm's result is read by products of weights' gradients, too.
+  EXPECT_EQ(kept("*.mlp_norm") - kept("~*.mlp_norm"), 4 * 8 * 8 * 2);
+  EXPECT_LE(kept("~*.mlp_norm"), kept("none"));
+}
+
 TEST(Predict, WhatFusedKernelsWouldNotMakeIsKept) {
   // docs/simulation.md: four blocks of 8 tokens of 8 features and 16 in between.
   const auto kept = [](bool gated, bool gate, bool attention) {

@@ -3,7 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <map>
 #include <random>
+#include <string_view>
+#include <tuple>
 
 #include "simulator/cost/cost.h"
 #include "tests/simulator/networks.h"
@@ -473,6 +476,95 @@ TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
   // A backward is there twice.
   EXPECT_EQ(casts[1], 2 * layers * 7);
   EXPECT_EQ(elements[1], 2 * layers * s * (h + 2 * h / 2 + h + 2 * ffn + h));
+}
+
+TEST(Volumes, ScalesThatAreFoundCostAPassAndThreeKernels) {
+  // The example of docs/cost.md.
+  const std::int64_t layers = 4, s = 8, h = 8, ffn = 16;
+  for (const char* precision : {"fp8", "mxfp8", "nvfp4"}) {
+    SCOPED_TRACE(precision);
+    Plan plan = base_plan();
+    set_precision(plan, precision, "");
+    plan.kernels.finds_scales = true;
+    Program p = lowered(llama(), plan);
+    const bool four = std::string_view(precision) == "nvfp4";
+    const bool found = std::string_view(precision) != "mxfp8";
+    const std::int64_t more = four ? 4 : 2;  // bytes an element
+    std::int64_t streamed = 0, bytes = 0;
+    int kernels = 0, norms = 0;
+    for (const Block& block : p.blocks) {
+      if (block.kind != BlockKind::forward) continue;
+      for (const Instruction& i : block.instructions) {
+        if (i.op < 0 || !i.casts) continue;
+        p.kernels.finds_scales = true;
+        const Work with = work_of(p, i, 0);
+        p.kernels.finds_scales = false;
+        const Work without = work_of(p, i, 0);
+        p.kernels.finds_scales = true;
+        if (std::holds_alternative<Normalize>(
+                p.operators[static_cast<std::size_t>(i.op)].operation)) {
+          ++norms;
+          EXPECT_EQ(with.kernels, 1 + 4);
+          bytes += with.bytes.count;
+          Instruction plain = i;
+          plain.casts = false;
+          bytes -= work_of(p, plain, 0).bytes.count;
+          continue;
+        }
+        streamed += with.streamed.count - without.streamed.count;
+        kernels += with.kernels - without.kernels;
+      }
+    }
+    EXPECT_EQ(streamed, found ? layers * s * (h + ffn) * more : 0);
+    EXPECT_EQ(kernels, found ? layers * 2 * 3 : 0);
+    // Not the last, whose reader is the head. In fp8 4 B read and 2 written, in NVFP4 6 and 1.
+    EXPECT_EQ(norms, found ? layers * 2 : 0);
+    EXPECT_EQ(bytes, found ? layers * 2 * s * h * (four ? 7 : 6) : 0);
+  }
+}
+
+TEST(Volumes, GathersForNarrowProductsMoveTheirBits) {
+  // The example of docs/cost.md: 8 tokens of 8 features, 128 B.
+  const std::int64_t layers = 4;
+  for (const bool parts : {false, true}) {
+    for (const auto& [precision, forward, gradient] :
+         {std::tuple{"bf16", 128, 128}, {"fp8", 64, 64}, {"mxfp8", 64, 128}, {"nvfp4", 32, 64}}) {
+      SCOPED_TRACE(::testing::Message() << precision << parts);
+      Plan plan = base_plan();
+      set_precision(plan, precision, "");
+      plan.tp = 2;
+      plan.sequence_parallel = true;
+      plan.narrow_gathers = true;
+      plan.overlap_tensor_parallel = parts;
+      const Program p = lowered(llama(), plan);
+      const Communication node(load_topology("dgx-h100:1"));
+      std::map<std::pair<bool, std::int64_t>, std::int64_t> seen;
+      for (const Block& block : p.blocks) {
+        for (const Instruction& i : block.instructions) {
+          if (i.kind != Kind::collective) continue;
+          const Bytes all = payload(p, i, 0), sent = node.travelling(p, i, all, {0, 1});
+          if (i.collective == CollectiveKind::reduce_scatter) {
+            EXPECT_EQ(sent, all);
+          }
+          if (i.collective == CollectiveKind::all_gather && all == Bytes{128})
+            ++seen[{block.kind == BlockKind::backward, sent.count}];
+          if (i.collective == CollectiveKind::shift && i.sent_bits > 0) {
+            EXPECT_LT(sent, all);
+          }
+        }
+      }
+      if (parts) continue;
+      std::map<std::pair<bool, std::int64_t>, std::int64_t> expected;
+      // Forward two inputs a block, and the head's, which is bf16. Backward, which is there twice,
+      // those again, two gradients a block and the embedding's, which is bf16 too.
+      expected[{false, forward}] += 2 * layers;
+      expected[{false, 128}] += 1;
+      expected[{true, forward}] += 2 * 2 * layers;
+      expected[{true, gradient}] += 2 * 2 * layers;
+      expected[{true, 128}] += 2 * 2;
+      EXPECT_EQ(seen, expected);
+    }
+  }
 }
 
 /// Two stride-1 convolutions of kernel K over `rows` x 6, C = 4 channels, F = 4 filters.

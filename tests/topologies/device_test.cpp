@@ -103,6 +103,8 @@ TEST(Device, BadFilesSayWhatIsWrong) {
               ThrowsMessage<InputError>(HasSubstr("usable memory must be above 0 and at most")));
   EXPECT_THAT(parsing(with("efficiency: 0.8", "efficiency: 80")),
               ThrowsMessage<InputError>(HasSubstr("an efficiency is a fraction of the peak")));
+  EXPECT_THAT(parsing(with("bf16: 10 TFLOP/s", "fp8: {value: 10 TFLOP/s, fast_efficiency: 1.2}")),
+              ThrowsMessage<InputError>(HasSubstr("an efficiency is a fraction of the peak")));
   EXPECT_THAT(parsing(with("bf16: 10", "bf17: 10")),
               ThrowsMessage<InputError>(HasSubstr("unknown element type 'bf17'")));
   EXPECT_THAT(parsing(with("{bf16: 10 TFLOP/s}", "{}")),

@@ -103,11 +103,12 @@ TEST(RowText, Recomputation) {
         {"selective: mlp", "*.mlp.*"},
         {"selective: mlp+core_attn", "*.mlp.*,*attention.core"},
         {"recompute_granularity=\"selective\" recompute_modules=[\"layernorm\", \"moe_act\"]",
-         "*attention_norm,*mlp_norm,*moe.activation"},
+         "~*attention_norm,~*mlp_norm,~*moe.activation"},
         {"recompute_modules=[\"mla_up_proj\"]",
-         "*attention.query_up,*attention.key_up,*attention.value_up"},
+         "~*attention.query_up,~*attention.key_up,~*attention.value_up"},
         {"RMSNorm + MLA up-projection",
-         "*attention_norm,*mlp_norm,*attention.query_up,*attention.key_up,*attention.value_up"}})
+         "~*attention_norm,~*mlp_norm,~*attention.query_up,~*attention.key_up,~*attention.value_"
+         "up"}})
     EXPECT_EQ(recompute_of(c.text), std::optional<std::string>(c.plan)) << c.text;
   for (const char* nothing : {"", "partial (rematerialisation)", "some"})
     EXPECT_FALSE(recompute_of(nothing)) << nothing;

@@ -28,6 +28,7 @@ namespace {
 
 using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 using ::testing::ThrowsMessage;
 
@@ -319,6 +320,53 @@ TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
   EXPECT_TRUE(of("LLAMA3_70B", "GB300", "64", "FP8", middle).lora.empty());
 }
 
+TEST(RowCase, WorkloadsSetWhatIsMadeAgainOffloadedAndPacked) {
+  Cells row = {{"model", "Llama 3.x 70B"},
+               {"framework", "MaxText (JAX)"},
+               {"gpu", "H100"},
+               {"num_gpus", "128"},
+               {"gpus_per_node", "8"},
+               {"zero_or_fsdp", "FSDP=128 x DP"},
+               {"precision", "BF16"},
+               {"tp", "1"},
+               {"pp", "1"},
+               {"dp", "128"},
+               {"global_batch_seqs", "256"},
+               {"sequence_parallel", ""},
+               {"recompute", ""}};
+  const auto again = [&] { return case_with(row).plan.recompute_patterns; };
+  EXPECT_THAT(again(), Contains("~*.mlp.gate"));
+  EXPECT_THAT(again(), Not(Contains("~*.attention.query")));
+  row["recompute"] = "none";
+  EXPECT_TRUE(again().empty());
+  row["recompute"] = "";
+  row["framework"] = "Paxml (JAX)";
+  row["model"] = "GPT-3 175B";
+  row["zero_or_fsdp"] = "FSDP=? x DP";
+  EXPECT_THAT(again(), Not(Contains("~*.attention.output")));
+  row["num_gpus"] = row["dp"] = "256";
+  EXPECT_EQ(case_with(row).plan.zero_group, 128);
+  // Blocks on the host where the state is sharded.
+  row["framework"] = "Megatron-Bridge/Megatron-Core, NeMo container 26.04";
+  row["model"] = "LLAMA3_70B";
+  row["gpu"] = "GB200";
+  row["gpus_per_node"] = "4";
+  row["precision"] = "FP8";
+  row["zero_or_fsdp"] = "FSDP group=64";
+  row["num_gpus"] = row["dp"] = "64";
+  EXPECT_EQ(case_with(row).plan.offload_blocks, 40);
+  EXPECT_TRUE(case_with(row).plan.offload_activations);
+  row["zero_or_fsdp"] = "DDP (FSDP=0)";
+  EXPECT_FALSE(case_with(row).plan.offload_activations);
+  // Samples of SQuAD.
+  row["framework"] = "NeMo (Megatron-Core)";
+  row["gpu"] = "H100";
+  row["model"] = "Llama 3.x 70B SFT fine-tuning";
+  EXPECT_EQ(case_with(row).transformer->window, 94);
+  row["model"] = "Llama 3.x 70B";
+  EXPECT_EQ(case_with(row).transformer->window, 0);
+}
+
 TEST(RowCase, MultiTokenPredictionIsTrainedWhereTheFrameworkDoes) {
   const auto of = [](const char* model, const char* framework) {
     return case_with({{"model", model},
@@ -563,10 +611,12 @@ TEST(RowCase, BracketedModulesAreWhatIsRecomputed) {
     return test_case(name, "--bf16", {{"recompute", recompute}}).plan.recompute_patterns;
   };
   EXPECT_EQ(patterns("moe", "selective   [layernorm moe_act]"),
-            (std::vector<std::string>{"*attention_norm", "*mlp_norm", "*moe.activation"}));
+            (std::vector<std::string>{"~*moe.activation"}));
+  // Norms stand alone before experts and latent projections.
+  EXPECT_TRUE(patterns("gpt", "selective   [layernorm]").empty());
   // What goes to the host counts as recomputed.
   EXPECT_EQ(patterns("moe_fine_grained_offloading", "selective   [moe_act]"),
-            (std::vector<std::string>{"*moe.activation", "*attention.core", "*moe.dispatch",
+            (std::vector<std::string>{"~*moe.activation", "*attention.core", "*moe.dispatch",
                                       "*moe.gate", "*moe.up"}));
   EXPECT_TRUE(patterns("moe", "selective").empty());
 }
