@@ -12,6 +12,7 @@
 #include "base/hash.h"
 #include "simulator/cost/measured.h"
 #include "simulator/cost/nccl_time.h"
+#include "simulator/cost/state_space.h"
 
 namespace partita {
 namespace {
@@ -297,6 +298,23 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
                 std::int64_t rank, Work& w) {
   const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
   if (!forward && !data && i.kernel != Kernel::backward_weight) return;
+  if (const auto* scan = std::get_if<StateSpace>(&op.operation)) {
+    if (!forward && !data) return;
+    const auto extents = extents_of(p, op, rank);
+    const Chunks chunks = chunks_of(*scan, extents[1]);
+    const auto samples = static_cast<double>(extents[0]);
+    ScanProblem all;
+    all.tokens = samples * static_cast<double>(extents[1]);
+    all.chunks = samples * static_cast<double>(chunks.count);
+    all.groups = static_cast<double>(extents[2]);
+    all.chunk = static_cast<double>(chunks.tokens);
+    all.type = op.compute;
+    const ScanKernels kernels = scan_kernels(*scan, all, data);
+    w.products = kernels.products;
+    w.streamed = kernels.streamed;
+    w.kernels = kernels.kernels;
+    return;
+  }
   ProductShape s = product_shape(p, i, rank);
   const double joined = with_joined(p, op, rank);
   s.n *= joined;
@@ -451,6 +469,13 @@ void add_routing(const Program& p, const Instruction& i, const ProgramOperator& 
   }
 }
 
+/// Does the kernel of its gradients by data make those of the parameters too?
+bool all_gradients_at_once(const Program& p, const ProgramOperator& op) {
+  return p.kernels.mamba_ssm && (std::holds_alternative<CausalConvolution>(op.operation) ||
+                                 std::holds_alternative<StateSpace>(op.operation) ||
+                                 std::holds_alternative<GatedNorm>(op.operation));
+}
+
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
   return Seconds{static_cast<double>(bytes.count) /
                  (device.memory_bandwidth.count * device.memory_efficiency)};
@@ -564,6 +589,11 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     if (std::holds_alternative<Add>(op.operation) && i.kernel == Kernel::forward)
       w.bytes = local_bytes(p, i.reads[0], rank);
     return w;
+  }
+  if (i.kernel == Kernel::backward_weight && all_gradients_at_once(p, op)) {
+    w.kernels = 0;
+    w.flops = Flops{0};
+    w.bytes = bytes_of(p, i.writes, rank);
   }
   if (w.matrix) add_shapes(p, i, op, rank, w);
   w.kernels += apart.kernels;

@@ -309,7 +309,6 @@ class Lowering {
   // ---- pass 4: recomputed segments -----------------------------------------------------------
   void find_segments() {
     segment_.assign(graph_.operators.size(), -1);
-    if (plan_.recompute == Recompute::none) return;
     int next = 0, last_layer = std::numeric_limits<int>::min();
     bool open = false;
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
@@ -332,6 +331,7 @@ class Lowering {
                            [&](const auto& pattern) { return matches(pattern, op.name); });
           break;
       }
+      in |= plan_.kernels.mamba_ssm && std::holds_alternative<CausalConvolution>(op.operation);
       if (in) {
         if (!open || op.layer != last_layer) ++next;
         segment_[i] = next - 1;

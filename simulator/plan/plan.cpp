@@ -500,6 +500,12 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     rule("kind:attention", Dim::head, "tp");
     rule("kind:attention", Dim::head, "cp");
   }
+  // A scan needs the whole sequence: over cp it has some of the groups (Megatron-Core,
+  // megatron/core/ssm/mamba_context_parallel.py).
+  for (const char* whole : {"kind:causal_convolution", "kind:state_space"}) {
+    rule(whole, Dim::head, "tp");
+    rule(whole, Dim::head, "cp");
+  }
   rule("*", Dim::head, "tp");
   if (plan.strategy == "megatron") {
     rule("*", Dim::ffn, "tp");

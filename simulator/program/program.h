@@ -297,6 +297,9 @@ struct FrameworkKernels {
   bool pads_rows = false;
   /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
   bool overlaps_experts = false;
+  /// Mamba-2 layers run mamba_ssm's fused function: what the convolution makes is not kept but made
+  /// again, and each backward kernel makes the gradients of its parameters too.
+  bool mamba_ssm = false;
   /// Experts' products apply their activation and biases and convert what they store.
   bool fused_experts = false;
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
