@@ -476,6 +476,31 @@ bool all_gradients_at_once(const Program& p, const ProgramOperator& op) {
                                  std::holds_alternative<GatedNorm>(op.operation));
 }
 
+/// What Megatron's Mamba layers move beside mamba_ssm's kernels with the norm in them
+/// (FrameworkKernels::mamba_gates_in_scan).
+void add_gate(const Program& p, const Instruction& i, const ProgramOperator& op, std::int64_t rank,
+              Work& w) {
+  const bool forward = i.kernel == Kernel::forward;
+  if (!p.kernels.mamba_gates_in_scan || (!forward && i.kernel != Kernel::backward_data)) return;
+  if (std::holds_alternative<GatedNorm>(op.operation)) {
+    // The scan reads the gate and writes y twice, gated too; the norm reads and writes. Backward
+    // the norm reads two and writes one; a kernel reads x, gate, y and its gradient, and writes the
+    // gate's gradient and y's.
+    const Bytes each = local_bytes(p, forward ? i.writes[0] : i.gradients[0], rank);
+    w.bytes = (forward ? 4 : 9) * each;
+    if (!forward) ++w.kernels;
+  }
+  if (std::holds_alternative<StateSpace>(op.operation)) {
+    // Contiguous along each sample, where there are several: all that the layer's first product
+    // made (x, B, C and steps; the gate, as wide as the result), and the result.
+    const BufferId result = forward ? i.writes[0] : i.gradients[0];
+    if (local_extent(p.mesh, op.cuts[0], op.signature.dims[0].extent, rank) < 2) return;
+    const Bytes turned = bytes_of(p, forward ? i.reads : i.writes, rank);
+    w.streamed += 2 * (turned + 2 * local_bytes(p, result, rank));
+    w.kernels += 2;
+  }
+}
+
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
   return Seconds{static_cast<double>(bytes.count) /
                  (device.memory_bandwidth.count * device.memory_efficiency)};
@@ -637,6 +662,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (std::holds_alternative<Dropout>(op.operation))
     unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
   add_routing(p, i, op, rank, w);
+  add_gate(p, i, op, rank, w);
   if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {
     // Maximum and sum, kernels of their own where the vocabulary is cut, are among the passes.
     const bool statistic = i.kernel == Kernel::forward_statistic;

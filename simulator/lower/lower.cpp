@@ -782,7 +782,10 @@ class Lowering {
       p_.buffers.push_back(std::move(another));
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
     };
-    if (std::holds_alternative<Activation>(op.operation) &&
+    // A squared ReLU and its weighting are one kernel (use_fused_weighted_squared_relu of all
+    // recipes with such experts).
+    if (const auto* a = std::get_if<Activation>(&op.operation);
+        a != nullptr && a->kind != ActivationKind::squared_relu &&
         p_.buffer(record.outputs.at(0)).routed && plan_.allocations.weighted_activations)
       keep_another(".unweighted");
     if (std::holds_alternative<GatedActivation>(op.operation) && plan_.allocations.gate_apart)
@@ -790,6 +793,8 @@ class Lowering {
     if (std::holds_alternative<Attention>(op.operation) && !l.ring &&
         plan_.allocations.attention_copied)
       keep_another(".copied");
+    if (std::holds_alternative<GatedNorm>(op.operation) && plan_.kernels.mamba_gates_in_scan)
+      keep_another(".gated");
     i.extras = record.extras;
     if (l.ring) {
       ring_forward(block, i);

@@ -202,6 +202,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
     boolean(*kernels, "mamba_ssm", f.kernels.mamba_ssm);
+    boolean(*kernels, "mamba_gates_in_scan", f.kernels.mamba_gates_in_scan);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);
     boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);

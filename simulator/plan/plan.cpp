@@ -109,6 +109,7 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
 Plan executable(Plan plan) {
   Allocations& a = plan.allocations;
   a.weighted_activations = a.narrow_inputs = a.gate_apart = a.attention_copied = false;
+  plan.kernels.mamba_gates_in_scan = false;
   return plan;
 }
 
