@@ -268,6 +268,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       flag("lora", w.lora);
       flag("recompute_stops_early", w.recompute_stops_early);
       flag("blocking", w.blocking);
+      flag("narrow_gradients", w.narrow_gradients);
       const auto source = node.find("source");
       w.source = source ? source->as_string() : file_source;
       if (w.source.empty()) throw InputError(node.place(), "every workload needs a source");

@@ -30,6 +30,7 @@ struct Workload {
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
   std::optional<bool> blocking;  ///< Launches'
+  std::optional<bool> narrow_gradients;                 ///< in the parameters' type
   std::string source;
 };
 
