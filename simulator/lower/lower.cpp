@@ -157,22 +157,26 @@ class Lowering {
     });
   }
 
-  /// The attention or gated activation that takes a product's result, normalised and turned at most.
+  /// The attention, gated activation or gated norm that takes a product's result, normalised,
+  /// turned or scanned at most.
   OpId taker_of(const Operator& op) const {
     const TensorId t = op.outputs[0];
     if (consumers_[t.index()].size() != 1) return {};
     const OpId id = consumers_[t.index()][0];
     const Operator& next = graph_.op(id);
     if (std::holds_alternative<Attention>(next.operation) ||
-        std::holds_alternative<GatedActivation>(next.operation))
+        std::holds_alternative<GatedActivation>(next.operation) ||
+        std::holds_alternative<GatedNorm>(next.operation))
       return id;
     if (std::holds_alternative<Normalize>(next.operation) ||
-        std::holds_alternative<Rotary>(next.operation))
+        std::holds_alternative<Rotary>(next.operation) ||
+        std::holds_alternative<CausalConvolution>(next.operation) ||
+        std::holds_alternative<StateSpace>(next.operation))
       return taker_of(next);
     return {};
   }
 
-  /// Products of one input for one attention or gated activation become one.
+  /// Products of one input for one attention, gated activation or gated norm become one.
   void join_projections() {
     std::map<std::tuple<TensorId, OpId, bool>, std::size_t> first;
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
@@ -331,7 +335,8 @@ class Lowering {
                            [&](const auto& pattern) { return matches(pattern, op.name); });
           break;
       }
-      in |= plan_.kernels.mamba_ssm && std::holds_alternative<CausalConvolution>(op.operation);
+      in |= plan_.kernels.mamba_ssm && (std::holds_alternative<CausalConvolution>(op.operation) ||
+                                        std::holds_alternative<StateSpace>(op.operation));
       if (in) {
         if (!open || op.layer != last_layer) ++next;
         segment_[i] = next - 1;
@@ -344,9 +349,13 @@ class Lowering {
       if (segment_[i] >= 0)
         ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
     }
-    if (!plan_.recompute_stops_early) return;
     for (auto& ops : ops_of_segment_) {
-      while (!ops.empty() && !needed_again(ops.back())) ops.pop_back();
+      // A scan's own backward makes the convolution again, not the scan.
+      if (plan_.kernels.mamba_ssm && !ops.empty() &&
+          std::holds_alternative<StateSpace>(graph_.op(ops.back()).operation))
+        ops.pop_back();
+      while (plan_.recompute_stops_early && !ops.empty() && !needed_again(ops.back()))
+        ops.pop_back();
     }
   }
 

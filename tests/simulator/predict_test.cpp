@@ -422,7 +422,7 @@ TEST(Predict, AMambaBlockKeepsWhatItsPageSays) {
     p.kernels.mamba_gates_in_scan = gates_in_scan;
     return saved(c, p);
   };
-  EXPECT_EQ(kept("MMM", true, true) - kept("MM", true, true), 8 * 152);
+  EXPECT_EQ(kept("MMM", true, true) - kept("MM", true, true), 8 * 156);
   EXPECT_EQ(kept("MM", false, true) - kept("MM", true, true), 2 * 8 * 20 * 2);
   EXPECT_EQ(kept("MM", true, true) - kept("MM", true, false), 2 * 8 * 8 * 2);
 }

@@ -271,7 +271,8 @@ TEST(RowCase, RecipesFillWhatTheRowLeavesEmpty) {
   printed["overlap_and_other_settings"] += " features={}";
   EXPECT_EQ(case_with(printed).plan.micro_batch, 4);
   printed["overlap_and_other_settings"] = "recipe of nobody";
-  EXPECT_EQ(case_with(printed).plan.ep, 1);
+  EXPECT_THAT([&] { case_with(printed); },
+              ThrowsMessage<InputError>(HasSubstr("ep: is not printed, and the recipe 'of'")));
 }
 
 TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
@@ -402,7 +403,10 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
   EXPECT_EQ(name("LanguageModeling/ELECTRA (Pre-training)"), "bert-base");
   EXPECT_EQ(name("LanguageModeling/Transformer-XL (Large model)"), "transformer-xl-large");
   // Digits that go on are another number.
-  for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_3_Nano",
+  EXPECT_EQ(name("Nemotron_3_Nano"), "nemotron-3-nano-30b-a3b");
+  EXPECT_EQ(name("nemotron-3-nano-4b (sft)"), "nemotron-3-nano-4b");
+  EXPECT_EQ(name("nemotron3_5_lightning_nightly"), "nemotron-3.5-lightning-30b-a3b");
+  for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_4_Nano",
                            "3D U-Net (KiTS19)", ""})
     EXPECT_EQ(name(none), "none") << none;
   std::string besides;
