@@ -23,6 +23,7 @@ std::vector<std::string> parameter_names(const Operation& op, std::size_t count)
   if (std::holds_alternative<PrependToken>(op)) return {"token"};
   if (const auto* n = std::get_if<Normalize>(&op); n != nullptr && !n->scale) return {"bias"};
   if (std::holds_alternative<AddBias>(op)) return {"bias"};
+  if (std::holds_alternative<StateSpace>(op)) return {"decay", "skip", "bias"};
   std::vector<std::string> names{"weight", "bias"};
   names.resize(count);
   return names;
@@ -268,10 +269,13 @@ TensorId GraphBuilder::add(const std::string& op_name, Operation operation,
     p.name = op.name + "." + names[i];
     p.shape = s.parameters[i].shape;
     if (names[i] == "bias") p.initial_deviation = 0;
-    if (std::holds_alternative<Normalize>(op.operation) && names[i] == "weight") {
+    const bool scale = std::holds_alternative<Normalize>(op.operation) ||
+                       std::holds_alternative<GatedNorm>(op.operation);
+    if ((scale && names[i] == "weight") || names[i] == "skip") {
       p.initial_deviation = 0;
       p.initial_value = 1;
     }
+    if (names[i] == "decay") p.initial_deviation = 0;  // of 1 a unit of time
     graph_.parameters.push_back(std::move(p));
     op.parameters.push_back(ParameterId{graph_.parameters.size() - 1});
   }

@@ -418,6 +418,78 @@ TransformerConfig nemotron(const JsonFile& f) {
   return c;
 }
 
+/// "M-M*E" by what the library calls the blocks, in its versions 4 and 5.
+std::string pattern_of(const JsonFile& f, const char* pattern_key, const char* list_key) {
+  const std::string given = f.word_or(pattern_key, "");
+  if (!given.empty()) return given;
+  static constexpr std::array<std::pair<std::string_view, char>, 6> kBlocks{
+      {{"mamba", 'M'},
+       {"linear_attention", 'M'},
+       {"attention", '*'},
+       {"full_attention", '*'},
+       {"mlp", '-'},
+       {"moe", 'E'}}};
+  std::string pattern;
+  for (const std::string& word : f.words(list_key)) {
+    const auto* found = std::find_if(kBlocks.begin(), kBlocks.end(),
+                                     [&](const auto& block) { return block.first == word; });
+    if (found == kBlocks.end()) {
+      f.refuse(list_key, fmt::format("'{}' is not supported; there are linear_attention, "
+                                     "full_attention, mlp, moe",
+                                     word));
+    }
+    pattern += found->second;
+  }
+  return pattern;
+}
+
+TransformerConfig nemotron_h(const JsonFile& f) {
+  TransformerConfig c;
+  c.pattern = pattern_of(f, "hybrid_override_pattern", "layers_block_type");
+  if (c.pattern.empty()) {
+    f.refuse("hybrid_override_pattern", "is missing, and so is layers_block_type; give one of them");
+  }
+  c.layers = static_cast<int>(c.pattern.size());
+  c.hidden = f.number("hidden_size");
+  c.heads = f.number("num_attention_heads");
+  c.kv_heads = f.number_or("num_key_value_heads", 8);
+  c.head_dim = f.number_or("head_dim", f.number_or("attention_head_dim", 128));
+  c.vocabulary = f.number("vocab_size");
+  c.sequence = std::min(f.number_or("max_position_embeddings", 4096), kLongestDefaultSequence);
+  c.norm_epsilon = f.real_or("layer_norm_epsilon", 1e-5);
+  c.activation = activation(f, "mlp_hidden_act", "relu2");
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  c.mlp_bias = f.flag_or("mlp_bias", false);
+  // The library never ties its tables.
+  c.initial_deviation = f.real_or("initializer_range", 0.02);
+  const auto has = [&](char mixer) { return c.pattern.find(mixer) != std::string::npos; };
+  if (has('-')) c.ffn = f.number("intermediate_size");
+  if (has('M')) {
+    for (const char* key : {"use_bias", "mamba_proj_bias"}) {
+      if (f.flag_or(key, false)) f.refuse(key, "biases of Mamba's products are not supported");
+    }
+    c.mamba.heads = f.number_or("mamba_num_heads", 128);
+    c.mamba.head_dim = f.number_or("mamba_head_dim", 64);
+    c.mamba.groups = f.number_or("n_groups", f.number_or("mamba_n_groups", 8));
+    c.mamba.state = f.number_or("ssm_state_size", 128);
+    c.mamba.kernel = f.number_or("conv_kernel", f.number_or("mamba_d_conv", 4));
+    c.mamba.chunk = f.number_or("chunk_size", f.number_or("mamba_chunk_size", 128));
+    c.mamba.convolution_bias = f.flag_or("use_conv_bias", f.flag_or("mamba_conv_bias", true));
+  }
+  if (has('E')) {
+    c.moe.experts = f.number_or("n_routed_experts", 8);
+    c.moe.top_k = f.number_or("num_experts_per_tok", 2);
+    c.moe.ffn = f.number_or("moe_intermediate_size", 7688);
+    c.moe.shared_ffn = f.number_or("moe_shared_expert_intermediate_size", 7688);
+    c.moe.latent = f.optional_number("moe_latent_size", 0);
+    c.moe.sigmoid = true;
+    c.moe.normalise = f.flag_or("norm_topk_prob", true);
+    c.moe.scale = f.real_or("routed_scaling_factor", 1);
+  }
+  return c;
+}
+
 TransformerConfig encoder(const JsonFile& f) {
   TransformerConfig c;
   c.layers = static_cast<int>(f.number("num_hidden_layers", 1, kMostLayers));
@@ -472,7 +544,7 @@ struct ModelType {
   std::string_view name;
   TransformerConfig (*read)(const JsonFile& file);
 };
-constexpr std::array<ModelType, 13> kModelTypes{{{"bert", bert},
+constexpr std::array<ModelType, 14> kModelTypes{{{"bert", bert},
                                                  {"deepseek_v2", deepseek_v2},
                                                  {"deepseek_v3", deepseek_v3},
                                                  {"gpt2", gpt2},
@@ -481,6 +553,7 @@ constexpr std::array<ModelType, 13> kModelTypes{{{"bert", bert},
                                                  {"mistral", mistral},
                                                  {"mixtral", mixtral},
                                                  {"nemotron", nemotron},
+                                                 {"nemotron_h", nemotron_h},
                                                  {"qwen2", qwen2},
                                                  {"qwen3", qwen3},
                                                  {"qwen3_moe", qwen3_moe},

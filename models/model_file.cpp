@@ -84,6 +84,7 @@ void read_moe(const YamlNode& node, MixtureOfExperts& m) {
   f.need("top_k", m.top_k);
   f.need("ffn", m.ffn);
   f.read("shared_ffn", m.shared_ffn);
+  f.read("latent", m.latent);
   f.read("first_dense", m.first_dense);
   f.read("every", m.every, 1);
   if (const auto n = node.find("dense_layers")) m.dense_layers = n->as_ints();
@@ -95,10 +96,28 @@ void read_moe(const YamlNode& node, MixtureOfExperts& m) {
   node.reject_unknown_keys();
 }
 
+void read_mamba(const YamlNode& node, MambaBlock& m) {
+  const Fields f(node);
+  f.need("heads", m.heads);
+  f.read("head_dim", m.head_dim, 1);
+  f.read("groups", m.groups, 1);
+  f.read("state", m.state, 1);
+  f.read("kernel", m.kernel, 1);
+  f.read("chunk", m.chunk, 1);
+  f.read("convolution_bias", m.convolution_bias);
+  node.reject_unknown_keys();
+}
+
 TransformerConfig read_transformer(const YamlNode& node) {
   TransformerConfig c;
   const Fields f(node);
-  f.need("layers", c.layers);
+  if (const auto pattern = node.find("pattern")) {
+    c.pattern = pattern->as_string();
+    c.layers = static_cast<int>(c.pattern.size());
+    f.read("layers", c.layers, 1);
+  } else {
+    f.need("layers", c.layers);
+  }
   f.need("hidden", c.hidden);
   f.need("heads", c.heads);
   f.read("kv_heads", c.kv_heads, 1);
@@ -162,7 +181,10 @@ TransformerConfig read_transformer(const YamlNode& node) {
   f.read("memory", c.memory, 1);
   if (const auto latent = node.find("latent")) read_latent(*latent, c.latent);
   if (const auto moe = node.find("moe")) read_moe(*moe, c.moe);
+  if (const auto mamba = node.find("mamba")) read_mamba(*mamba, c.mamba);
   f.read("mtp_layers", c.mtp_layers);
+  if (const auto n = node.find("mtp_pattern")) c.mtp_pattern = n->as_string();
+  f.read("mtp_shared", c.mtp_shared);
   f.read("token_types", c.token_types);
   f.read("embedding_norm", c.embedding_norm);
   f.read("initial_deviation", c.initial_deviation);

@@ -44,11 +44,24 @@ struct LatentAttention {
   std::int64_t value_dim = 0;
 };
 
+/// Mamba-2 blocks (https://arxiv.org/abs/2405.21060, section 7): one product gives gate, x, B, C and
+/// steps; x, B and C pass a causal convolution.
+struct MambaBlock {
+  std::int64_t heads = 0;     ///< 0: no such blocks
+  std::int64_t head_dim = 64;
+  std::int64_t groups = 1;    ///< of heads that share B and C; they are what can be cut
+  std::int64_t state = 128;
+  std::int64_t kernel = 4;    ///< tokens of the convolution
+  std::int64_t chunk = 128;   ///< tokens at once
+  bool convolution_bias = true;
+};
+
 struct MixtureOfExperts {
   std::int64_t experts = 0;  ///< 0: all blocks are dense
   std::int64_t top_k = 2;
   std::int64_t ffn = 0;         ///< width of one expert
   std::int64_t shared_ffn = 0;  ///< total width of the experts that see every token; 0: none
+  std::int64_t latent = 0;      ///< > 0: routed experts work at that width, between two products
   int first_dense = 0;          ///< blocks before the first one with experts
   int every = 1;                ///< then each block i with (i + 1) % every == 0
   std::vector<std::int64_t> dense_layers;  ///< exceptions: these stay dense
@@ -114,9 +127,16 @@ struct TransformerConfig {
 
   LatentAttention latent;
   MixtureOfExperts moe;
+  MambaBlock mamba;
+  /// A hybrid's blocks, one mixer each, as Megatron writes them: M Mamba-2, * attention, - dense
+  /// feed-forward, E experts; at least `layers` of them, of which the first count. Empty: blocks of
+  /// attention and feed-forward.
+  std::string pattern;
   /// Multi-token prediction (https://arxiv.org/abs/2412.19437, section 2.2): further blocks after
   /// the last, each with its own loss; they count as part of the head.
   int mtp_layers = 0;
+  std::string mtp_pattern;  ///< of a hybrid: the mixers of each, no kind twice
+  bool mtp_shared = false;  ///< all have the first one's parameters
 
   std::int64_t token_types = 0;  ///< BERT's segment table
   bool embedding_norm = false;

@@ -607,6 +607,71 @@ void make(Maker& m, const Combine& op) {
   m.output({x[0], x[1], x[3]}, {sample, seq, feature});
 }
 
+/// Groups of heads that stay whole along the sequence.
+std::array<int, 3> groups(Maker& m, const Shape& x, const char* what) {
+  m.need_rank(0, 4, what);
+  const int sample = m.dim(x[0].dim, x[0].extent);
+  const int sequence = m.dim(Dim::sequence, x[1].extent, DimUse::whole);
+  return {sample, sequence, m.dim(Dim::head, x[2].extent)};
+}
+
+/// What a backward pass by weight reads of its own parameters.
+void needs_parameters(Maker& m) {
+  for (auto& p : m.s.parameters) p.saved_for_weight = true;
+}
+
+void make(Maker& m, const CausalConvolution& op) {
+  m.need_inputs(1, "causal convolution");
+  const Shape& x = m.in[0];
+  if (op.kernel < 1) {
+    throw InputError(m.place, fmt::format("a causal convolution over {} tokens", op.kernel));
+  }
+  const auto [sample, sequence, head] = groups(m, x, "causal convolution");
+  auto& input = m.input(0, {sample, sequence, head, -1});
+  input.saved_for_data = input.saved_for_weight = true;
+  m.parameter({x[2], x[3], {Dim::head_feature, op.kernel}}, {head, -1, -1});
+  if (op.bias) m.parameter({x[2], x[3]}, {head, -1});
+  needs_parameters(m);
+  m.output(x, {sample, sequence, head, -1});
+}
+
+void make(Maker& m, const StateSpace& op) {
+  m.need_inputs(2, "state space model");
+  m.need_rank(1, 4, "state space model (step)");
+  const Shape &x = m.in[0], &step = m.in[1];
+  const auto [sample, sequence, head] = groups(m, x, "state space model");
+  const std::int64_t width = op.heads_per_group * op.head_dim;
+  if (op.heads_per_group < 1 || op.head_dim < 1 || op.state < 1 || op.chunk < 1 ||
+      x[3].extent != width + 2 * op.state || step[0].extent != x[0].extent ||
+      step[1].extent != x[1].extent || step[2].extent != x[2].extent ||
+      step[3].extent != op.heads_per_group) {
+    throw InputError(m.place,
+                     fmt::format("{} heads of {} with states of {} in chunks of {} do not fit {} "
+                                 "and its steps {}",
+                                 op.heads_per_group, op.head_dim, op.state, op.chunk, text(x),
+                                 text(step)));
+  }
+  for (std::size_t i = 0; i < 2; ++i) {
+    auto& input = m.input(i, {sample, sequence, head, -1});
+    input.saved_for_data = input.saved_for_weight = true;
+  }
+  for (int i = 0; i < 3; ++i)
+    m.parameter({x[2], {Dim::head_feature, op.heads_per_group}}, {head, -1});
+  needs_parameters(m);
+  m.output({x[0], x[1], x[2], {Dim::head_feature, width}}, {sample, sequence, head, -1});
+}
+
+void make(Maker& m, const GatedNorm&) {
+  m.need_rank(0, 4, "gated norm");
+  element_wise(m, 2, "gated norm");
+  const Shape& x = m.in[0];
+  const auto d = m.s.inputs[0].dims;
+  for (auto& input : m.s.inputs) input.saved_for_data = input.saved_for_weight = true;
+  m.parameter({x[2], x[3]}, {d[2], d[3]});
+  // The inverse deviation of each group.
+  m.s.extras.push_back({m.operand({x[0], x[1], x[2]}, {d[0], d[1], d[2]}), 4});
+}
+
 double product_of(const Signature& s, const std::vector<std::int64_t>& extents, const Operand& o) {
   double n = 1;
   for (std::size_t i = 0; i < o.dims.size(); ++i) {
@@ -671,7 +736,7 @@ Signature signature(const Operation& op, const std::vector<Shape>& inputs,
 }
 
 std::string_view kind_name(const Operation& op) {
-  constexpr std::array<std::string_view, 28> names{"linear",
+  constexpr std::array<std::string_view, 31> names{"linear",
                                                    "add_bias",
                                                    "embedding",
                                                    "position_embedding",
@@ -698,15 +763,23 @@ std::string_view kind_name(const Operation& op) {
                                                    "router",
                                                    "dispatch",
                                                    "grouped_product",
-                                                   "combine"};
+                                                   "combine",
+                                                   "causal_convolution",
+                                                   "state_space",
+                                                   "gated_norm"};
   static_assert(names.size() == std::variant_size_v<Operation>);
   return names[op.index()];
+}
+
+Chunks chunks_of(const StateSpace& op, std::int64_t tokens) {
+  const std::int64_t chunk = std::min(op.chunk, tokens);
+  return {chunk, ceil_div(tokens, std::max<std::int64_t>(chunk, 1))};
 }
 
 bool is_product(const Operation& op) {
   return std::holds_alternative<Linear>(op) || std::holds_alternative<Attention>(op) ||
          std::holds_alternative<BatchedProduct>(op) || std::holds_alternative<Convolution>(op) ||
-         std::holds_alternative<GroupedProduct>(op);
+         std::holds_alternative<GroupedProduct>(op) || std::holds_alternative<StateSpace>(op);
 }
 
 Flops flops(const Operation& op, const Signature& s, const std::vector<std::int64_t>& extents,
@@ -796,6 +869,25 @@ Flops flops(const Operation& op, const Signature& s, const std::vector<std::int6
           [&](const Router&) { return per_element(5, 5, 0); },
           [&](const Dispatch&) { return per_element(0, 1, 0); },
           [&](const Combine&) { return per_element(2, 4, 0); },
+          [&](const CausalConvolution& o) {
+            // The sums; then SiLU, whose slope the backward pass finds from the sums made again.
+            const auto sums = 2 * static_cast<double>(o.kernel);
+            return per_element(sums + 8, 2 * sums + 13, sums + 13);
+          },
+          [&](const StateSpace& o) {
+            if (weight) return Flops{0};
+            const auto batch = static_cast<double>(extents[0]),
+                       groups = static_cast<double>(extents[2]),
+                       width = static_cast<double>(o.heads_per_group * o.head_dim),
+                       state = static_cast<double>(o.state),
+                       tokens = static_cast<double>(extents[1]),
+                       chunk = static_cast<double>(chunks_of(o, s.dims[1].extent).tokens);
+            // States of chunks and their part of the outputs; B·C inside a chunk, and its product
+            // with x: the whole square. Each has two gradients.
+            const double each = 4 * width * state + 2 * chunk * (state + width);
+            return Flops{(forward ? 1 : 2) * batch * tokens * groups * each};
+          },
+          [&](const GatedNorm&) { return per_element(12, 20, 3); },
       },
       op);
 }

@@ -240,11 +240,47 @@ struct Combine {
   friend bool operator==(const Combine&, const Combine&) = default;
 };
 
+/// Depthwise over the sequence, and causal, then SiLU (https://arxiv.org/abs/2405.21060, section
+/// 7.1; Dao's causal_conv1d, which keeps its input only):
+///   y[t, c] = silu(b[c] + sum over k of w[c, k] · x[t - (kernel - 1) + k, c]), x before 0 being 0.
+/// x [sample, sequence, head, head_feature]; w [head, head_feature, kernel], b [head, head_feature].
+struct CausalConvolution {
+  std::int64_t kernel = 4;
+  bool bias = true;
+  friend bool operator==(const CausalConvolution&, const CausalConvolution&) = default;
+};
+
+/// Mamba-2's state space model (https://arxiv.org/abs/2405.21060, equation (16) and section 6):
+/// per head a state S [head_dim, state], zero before the first token,
+///   d = softplus(step + step_bias)    a = exp(-d · exp(decay))
+///   S_t = a S_{t-1} + d x_t B_tᵀ      y_t = S_t C_t + skip · x_t
+/// `head` counts groups of heads that share B and C.
+///   x [sample, sequence, head, heads_per_group · head_dim + 2 · state]: x of each head, B, C
+///   step [sample, sequence, head, heads_per_group]
+///   decay, skip, step_bias [head, heads_per_group]
+///   y [sample, sequence, head, heads_per_group · head_dim]
+/// Computed in chunks of `chunk` tokens: products inside them, states between them.
+struct StateSpace {
+  std::int64_t heads_per_group = 1;
+  std::int64_t head_dim = 64;
+  std::int64_t state = 128;
+  std::int64_t chunk = 128;
+  friend bool operator==(const StateSpace&, const StateSpace&) = default;
+};
+
+/// y = w · rms(x · silu(gate)), each group (`head`) normalised by itself: Mamba-2's norm before its
+/// last product. x, gate [sample, sequence, head, head_feature]; w [head, head_feature].
+struct GatedNorm {
+  double epsilon = 1e-5;
+  friend bool operator==(const GatedNorm&, const GatedNorm&) = default;
+};
+
 using Operation = std::variant<Linear, AddBias, Embedding, PositionEmbedding, Normalize, Activation,
                                GatedActivation, Add, Multiply, Dropout, Rotary, Attention,
                                BatchedProduct, Softmax, CrossEntropy, MeanSquaredError, Convolution,
                                Pool, GlobalAveragePool, ToSequence, PrependToken, SelectToken,
-                               Concat, AppendToHeads, Router, Dispatch, GroupedProduct, Combine>;
+                               Concat, AppendToHeads, Router, Dispatch, GroupedProduct, Combine,
+                               CausalConvolution, StateSpace, GatedNorm>;
 
 /// "linear", "attention", ...: what breakdowns and patterns call it.
 std::string_view kind_name(const Operation& op);
@@ -312,6 +348,13 @@ Signature signature(const Operation& op, const std::vector<Shape>& inputs,
                     const std::string& place);
 
 enum class Pass : std::uint8_t { forward, backward_data, backward_weight };
+
+/// Tokens of a chunk of a state space model, and how many chunks there are, of `tokens`.
+struct Chunks {
+  std::int64_t tokens = 0;
+  std::int64_t count = 0;
+};
+Chunks chunks_of(const StateSpace& op, std::int64_t tokens);
 
 /// Work of one pass over a local problem: `extents` are the local extents of signature.dims.
 /// Multiply-accumulate counts as 2. Products are exact; element-wise work is counted per element

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 
 #include "base/error.h"
 #include "models/models.h"
@@ -12,6 +13,45 @@ using Config = TransformerConfig;
 
 void require(const Config& c, bool holds, const std::string& message) {
   if (!holds) throw InputError(c.name, message);
+}
+
+constexpr std::string_view kMixers = "M*-E";
+
+void check_pattern(const Config& c) {
+  const auto check = [&](const std::string& pattern, const char* what) {
+    const auto at = pattern.find_first_not_of(kMixers);
+    require(c, at == std::string::npos,
+            fmt::format("{} has '{}' at {}; there are M (Mamba-2), * (attention), - (feed-forward) "
+                        "and E (experts)",
+                        what, at == std::string::npos ? ' ' : pattern[at], at));
+    require(c, pattern.find('E') == std::string::npos || c.moe.experts > 0,
+            fmt::format("{} has E, blocks of experts; give moe", what));
+    require(c, pattern.find('M') == std::string::npos || c.mamba.heads > 0,
+            fmt::format("{} has M, Mamba-2 blocks; give mamba", what));
+  };
+  check(c.pattern, "pattern");
+  check(c.mtp_pattern, "mtp_pattern");
+  if (c.pattern.empty()) {
+    require(c, c.mtp_pattern.empty() && c.mamba.heads == 0,
+            "mamba and mtp_pattern are for hybrids; give a pattern");
+    return;
+  }
+  require(c, static_cast<std::size_t>(c.layers) <= c.pattern.size(),
+          fmt::format("{} layers are more than the pattern's {}", c.layers, c.pattern.size()));
+  require(c, !c.norm_after && c.image == 0 && c.memory == 0,
+          "a pattern goes with neither norm_position after, image nor memory");
+  require(c, c.mtp_layers == 0 || !c.mtp_pattern.empty(),
+          "multi-token prediction of a hybrid needs mtp_pattern");
+  for (const char mixer : kMixers) {
+    require(c, std::count(c.mtp_pattern.begin(), c.mtp_pattern.end(), mixer) <= 1,
+            fmt::format("mtp_pattern {} has a kind twice", c.mtp_pattern));
+  }
+  const MambaBlock& m = c.mamba;
+  if (m.heads == 0) return;
+  require(c, m.groups >= 1 && m.heads % m.groups == 0,
+          fmt::format("{} groups do not divide {} heads of mamba", m.groups, m.heads));
+  require(c, m.head_dim >= 1 && m.state >= 1 && m.kernel >= 1 && m.chunk >= 1,
+          "mamba.head_dim, state, kernel and chunk must be at least 1");
 }
 
 /// Fills in what follows from other fields and checks the rest.
@@ -88,6 +128,8 @@ Config completed(Config c) {
   require(c, c.memory == 0 || (!c.causal && c.rotary_dim == 0 && c.latent.key_value_rank == 0),
           "memory needs causal: false (its mask is not modelled), and neither rotary nor latent "
           "attention");
+  if (c.moe.latent != 0) positive(c.moe.latent, "moe.latent");
+  check_pattern(c);
   require(c, c.mtp_layers >= 0, fmt::format("mtp_layers is {}; 0 means none", c.mtp_layers));
   require(c, c.mtp_layers == 0 || (c.head == Config::Head::language_model && c.image == 0),
           "multi-token prediction needs a language-model head");
@@ -130,8 +172,10 @@ class Transformer {
 
  private:
   TensorId add(const std::string& name, Operation op, std::vector<TensorId> in,
-               const std::vector<ParameterId>& shared = {}) {
+               std::vector<ParameterId> shared = {}) {
+    if (c_.mtp_shared && depth_ > 0 && shared.empty()) shared = first_depth_[name];
     const TensorId y = b_.add(name, std::move(op), std::move(in), shared);
+    if (c_.mtp_shared && depth_ == 0) first_depth_[name] = b_.op(b_.last()).parameters;
     if (shared.empty()) {
       for (const ParameterId p : b_.op(b_.last()).parameters) {
         auto& deviation = b_.parameter(p).initial_deviation;
@@ -192,7 +236,38 @@ class Transformer {
     return dropped("embedding_dropout", x);
   }
 
+  /// A hybrid's block: one mixer behind a norm.
+  TensorId mixed(TensorId x, char mixer, int layer) {
+    switch (mixer) {
+      case 'M':
+        return add("mamba.residual", Add{}, {mamba(normed("mamba_norm", x)), x});
+      case '*':
+        return add("attention.residual", Add{}, {attention(normed("attention_norm", x), layer), x});
+      default: {
+        const TensorId y = normed("mlp_norm", x);
+        return add("mlp.residual", Add{}, {mixer == 'E' ? experts(y) : mlp(y), x});
+      }
+    }
+  }
+
+  TensorId mamba(TensorId x) {
+    const MambaBlock& m = c_.mamba;
+    const std::int64_t heads = m.heads / m.groups, width = heads * m.head_dim;
+    const auto grouped = [&](const char* name, std::int64_t each) {
+      return linear(name, x, {{Dim::head, m.groups}, {Dim::head_feature, each}});
+    };
+    const TensorId gate = grouped("mamba.gate", width);
+    TensorId y = grouped("mamba.input", width + 2 * m.state);
+    const TensorId step = grouped("mamba.step", heads);
+    y = add("mamba.convolution", CausalConvolution{m.kernel, m.convolution_bias}, {y});
+    y = add("mamba.scan", StateSpace{heads, m.head_dim, m.state, m.chunk}, {y, step});
+    y = add("mamba.norm", GatedNorm{c_.norm_epsilon}, {y, gate});
+    y = linear("mamba.output", y, {{Dim::feature, c_.hidden}}, false, 2);
+    return dropped("mamba.dropout", y);
+  }
+
   TensorId block(TensorId x, int layer) {
+    if (!c_.pattern.empty()) return mixed(x, c_.pattern[static_cast<std::size_t>(layer)], layer);
     if (c_.norm_after) {
       x = add("attention.residual", Add{}, {attention(x, layer), x});
       x = normed("attention_norm", x);
@@ -313,7 +388,9 @@ class Transformer {
     const TensorId logits = linear("moe.router", x, {{Dim::expert, m.experts}}, m.router_bias);
     const TensorId gates =
         add("moe.gates", Router{m.top_k, m.sigmoid, m.normalise, m.scale}, {logits});
-    const TensorId rows = add("moe.dispatch", Dispatch{m.experts, m.top_k}, {x, gates});
+    TensorId narrow = x;
+    if (m.latent > 0) narrow = linear("moe.latent_down", x, {{Dim::feature, m.latent}}, c_.mlp_bias);
+    const TensorId rows = add("moe.dispatch", Dispatch{m.experts, m.top_k}, {narrow, gates});
     const auto product = [&](const char* name, TensorId in, Dim dim, std::int64_t width) {
       return add(name, GroupedProduct{m.experts, {dim, width}, m.expert_bias}, {in});
     };
@@ -321,8 +398,10 @@ class Transformer {
     if (c_.gated) gate = product("moe.gate", rows, Dim::ffn, m.ffn);
     const TensorId up = product("moe.up", rows, Dim::ffn, m.ffn);
     const TensorId inner = activated("moe.", gate, up);
-    const TensorId down = product("moe.down", inner, Dim::feature, c_.hidden);
+    const TensorId down =
+        product("moe.down", inner, Dim::feature, m.latent > 0 ? m.latent : c_.hidden);
     TensorId y = add("moe.combine", Combine{m.experts}, {down, gates});
+    if (m.latent > 0) y = linear("moe.latent_up", y, {{Dim::feature, c_.hidden}}, c_.mlp_bias);
     if (m.shared_ffn > 0)
       y = add("moe.shared.sum", Add{}, {y, dense("moe.shared.", x, m.shared_ffn)});
     return dropped("mlp.dropout", y);
@@ -376,18 +455,25 @@ class Transformer {
     const TensorId next = b_.input(scope + "tokens", ids);
     const TensorId labels = b_.input(scope + "labels", ids);
     b_.set_scope(scope);
+    depth_ = i;
     TensorId e = add("embedding", Embedding{c_.vocabulary, c_.hidden}, {next}, {table_});
     e = normed("embedding_norm", e);
     const TensorId h = normed("hidden_norm", hidden);
     TensorId x = add("join", Concat{true}, {e, h});
     x = linear("projection", x, {{Dim::feature, c_.hidden}});
-    hidden = block(x, c_.layers + i);
+    if (c_.pattern.empty()) {
+      hidden = block(x, c_.layers + i);
+    } else {
+      for (const char mixer : c_.mtp_pattern) x = mixed(x, mixer, c_.layers + i);
+      hidden = x;
+    }
     x = normed("final_norm", hidden);
     x = add("head", Linear{1, {{Dim::vocabulary, c_.vocabulary}}, false}, {x},
             {c_.tied ? table_ : head_});
     x = add("loss", CrossEntropy{}, {x, labels});
     x = add("loss_sum", Add{}, {loss, x});
     b_.set_scope("");
+    depth_ = -1;
     return x;
   }
 
@@ -395,6 +481,8 @@ class Transformer {
   GraphBuilder b_;
   ParameterId table_;
   ParameterId head_;
+  int depth_ = -1;  ///< of multi-token prediction
+  std::map<std::string, std::vector<ParameterId>> first_depth_;
 };
 
 }  // namespace

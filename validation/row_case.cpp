@@ -423,6 +423,9 @@ std::string RowCase::key() const {
     s += fmt::format("{} {} {} {} ", c.classes, c.predicted, c.embedding_rows, c.memory);
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
+    s += fmt::format(" {} {} {} {} {} {} {} {} {}", c.pattern, c.mtp_pattern, c.mtp_shared,
+                     c.mamba.heads, c.mamba.head_dim, c.mamba.groups, c.mamba.state, c.mamba.chunk,
+                     c.moe.latent);
   }
   s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
                    to_yaml(plan), plan.allocations.fp32_loss, plan.allocations.score_buffer,
@@ -507,10 +510,20 @@ class CaseBuilder {
     if (text.rfind(kWord, 0) != 0) return;
     const std::string name = text.substr(kWord.size(), text.find(' ', kWord.size()) - kWord.size());
     const auto recipe = framework_->recipes.find(name);
-    if (recipe == framework_->recipes.end()) return;
+    if (recipe == framework_->recipes.end()) {
+      unknown_recipe_ = name;
+      return;
+    }
     for (const auto& [column, cell] : recipe->second) {
       if (row_.fill(column, cell)) assume("{} {} (recipe)", column, cell);
     }
+  }
+
+  /// What a recipe that no profile knows sets is no matter of assumption.
+  void need(const char* column) const {
+    if (unknown_recipe_.empty() || !row_[column].empty()) return;
+    throw InputError(column, fmt::format("is not printed, and the recipe '{}' is in no profile",
+                                         unknown_recipe_));
   }
 
   // ---- the network -----------------------------------------------------------------------------
@@ -550,14 +563,23 @@ class CaseBuilder {
     const int known_layers = t.layers;
     if (!architecture) {
       // Sizes follow from those that are printed, not from the entry's.
-      t.moe = {};
+      // A hybrid keeps its kind of experts; their sizes are printed.
+      if (t.pattern.empty()) t.moe = {};
       t.windowed_layers.clear();
       t.kv_heads = t.head_dim = t.ffn = 0;
-      if (known == nullptr) t.vocabulary = framework_->vocabulary;
+      // Tests of a known network's kind, smaller, read the other tests' texts (GPT-2's merges).
+      if (known == nullptr || framework_->workspace_deterministic.count > 0)
+        t.vocabulary = framework_->vocabulary;
       sizes_from_parameters(t, layers, hidden);
     }
     if (layers) t.layers = static_cast<int>(*layers);
     if (hidden) t.hidden = *hidden;
+    if (!architecture && t.mamba.heads > 0) {
+      // Twice as wide as the network (MambaMixer's expand).
+      t.mamba.heads = std::max<std::int64_t>(1, 2 * t.hidden / t.mamba.head_dim / t.mamba.groups) *
+                      t.mamba.groups;
+      assume("{} heads of Mamba", t.mamba.heads);
+    }
     if (architecture && !layers) assume("{} layers ({})", t.layers, c_.model);
     if (heads) {
       if (architecture && *heads != t.heads && t.head_dim == 0) t.kv_heads = 0;
@@ -607,8 +629,8 @@ class CaseBuilder {
     if (t.rotary_dim > 0 && !architecture) t.rotary_dim = t.hidden / t.heads / 2 * 2;
     if (has(lower(text), "w/ mtp")) {
       t.mtp_layers = 1;
-    } else if (framework_->mtp && architecture && t.layers == known_layers &&
-               !has(lower(text), "w/o mtp")) {
+    } else if (framework_->mtp && known != nullptr && !has(lower(text), "w/o mtp") &&
+               (architecture ? t.layers == known_layers : !t.pattern.empty())) {
       t.mtp_layers = known->mtp_trained;
       if (t.mtp_layers > 0) assume("{} multi-token prediction", t.mtp_layers);
     }
@@ -625,9 +647,9 @@ class CaseBuilder {
       t.flash_attention = framework_->flash_attention;
       assume("{} attention", t.flash_attention ? "flash" : "materialised");
     }
-    // Networks of Llama's kind are trained without.
+    // Networks of Llama's kind and hybrids are trained without.
     const bool llama = flags_.gated && flags_.rope && flags_.no_bias;
-    if (t.dropout == 0 && framework_->dropout > 0 && !llama) {
+    if (t.dropout == 0 && framework_->dropout > 0 && !llama && t.pattern.empty()) {
       t.dropout = framework_->dropout;
       assume("dropout {}", t.dropout);
     }
@@ -796,6 +818,7 @@ class CaseBuilder {
     if (experts && *experts <= 1) t.moe = {};
     if (experts && *experts > 1) {
       const bool fresh = t.moe.experts == 0;
+      const std::int64_t width = t.moe.ffn;
       t.moe.experts = *experts;
       if (const auto k = row_.whole("moe_topk")) {
         t.moe.top_k = *k;
@@ -804,6 +827,7 @@ class CaseBuilder {
       }
       if (const auto f = row_.whole("moe_ffn_hidden_size")) {
         t.moe.ffn = *f;
+        if (!fresh && !t.pattern.empty()) t.moe.shared_ffn = t.moe.shared_ffn * *f / width;
       } else if (fresh) {
         t.moe.ffn = t.ffn > 0 ? t.ffn : 4 * t.hidden;
         assume("experts of width {}", t.moe.ffn);
@@ -933,6 +957,9 @@ class CaseBuilder {
 
   void find_ranks() {
     Plan& p = c_.plan;
+    need("seq_len_tokens");
+    need("global_batch_seqs");
+    if (c_.transformer && c_.transformer->moe.experts > 0) need("ep");
     p.tp = degree("tp", "tensor parallel");
     p.pp = degree("pp", "pipeline parallel");
     p.cp = degree("cp", "context parallel", false);
@@ -1114,6 +1141,10 @@ class CaseBuilder {
       set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
       set("blocking launches", w.blocking, p.launches.blocking);
       if (p.kernels.fused_experts) p.expert_bias_apart = false;
+      bool narrow = false;
+      set("gradients in the parameters' type", w.narrow_gradients, narrow);
+      if (narrow)
+        p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
     }
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;
@@ -1266,6 +1297,7 @@ class CaseBuilder {
   const Catalogue& catalogue_;
   MegatronFlags flags_;
   const FrameworkProfile* framework_ = nullptr;
+  std::string unknown_recipe_;  ///< that the row names
   RowCase c_;
 };
 

@@ -438,6 +438,7 @@ class RowsPrediction {
   void find_case(PendingRow& p) {
     try {
       p.row_case = case_of(p.schema, *p.configuration, catalogue_);
+      leave_out_unmeasured(p);
       p.outcome = slot(*p.row_case);
       for (const Wanted& w : p.wanted) {
         if (w.figure.kind == Kind::memory &&
@@ -458,6 +459,18 @@ class RowsPrediction {
     } catch (const InputError& e) {
       p.why = e.what();
     }
+  }
+
+  /// What a state space model's kernels take is measured on no device (docs/cost.md): of a network
+  /// with them only memory is predicted.
+  static void leave_out_unmeasured(PendingRow& p) {
+    if (!p.row_case->transformer || p.row_case->transformer->mamba.heads == 0) return;
+    const auto of_memory = [](const Wanted& w) { return w.figure.kind == Kind::memory; };
+    if (std::none_of(p.wanted.begin(), p.wanted.end(), of_memory))
+      throw InputError("model",
+                       "has layers of Mamba, whose kernels are measured on no device: "
+                       "its time would rest on a guess");
+    std::erase_if(p.wanted, [](const Wanted& w) { return w.figure.kind == Kind::time; });
   }
 
   std::size_t slot(const RowCase& c) {

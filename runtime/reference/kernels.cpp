@@ -1231,6 +1231,254 @@ Pieces data_of(const AppendToHeads&, const Context& c, const Operands& o) {
   return {std::move(da), std::move(db)};
 }
 
+// --------------------------------------------------------------------------- state space models
+
+/// f(element, its channel, of each token in reach: element of x, element of the channel's weights).
+template <class F>
+void for_each_sum(const CausalConvolution& op, const Piece& x, F f) {
+  const std::size_t tokens = x.index[1].size(), channels = count(x.index, 2, 4),
+                    kernel = unsigned_of(op.kernel);
+  std::vector<std::pair<std::size_t, std::size_t>> reach;
+  for (std::size_t i = 0; i < x.values.size(); ++i) {
+    const std::size_t channel = i % channels, t = i / channels % tokens;
+    reach.clear();
+    for (std::size_t back = 0; back < kernel && back <= t; ++back)
+      reach.emplace_back(i - back * channels, channel * kernel + kernel - 1 - back);
+    f(i, channel, reach);
+  }
+}
+/// The curve at each sum.
+template <class F>
+void for_each_sum(const CausalConvolution& op, const Context& c, const Operands& o, F f) {
+  const Piece &x = input(c, o), &w = parameter(c, o);
+  const Piece* b = op.bias ? &parameter(c, o, 1) : nullptr;
+  for_each_sum(op, x, [&](std::size_t i, std::size_t channel, const auto& reach) {
+    double sum = b != nullptr ? b->values[channel] : 0;
+    for (const auto& [from, weight] : reach) sum += w.values[weight] * x.values[from];
+    f(i, channel, reach, curve(ActivationKind::silu, sum));
+  });
+}
+
+Pieces forward_of(const CausalConvolution& op, const Context& c, const Operands& o) {
+  Piece y = output_zeros(c);
+  for_each_sum(op, c, o, [&](std::size_t i, std::size_t, const auto&, const Curve& at) {
+    y.values[i] = at.value;
+  });
+  return {std::move(y)};
+}
+Pieces data_of(const CausalConvolution& op, const Context& c, const Operands& o) {
+  const Piece &dy = gradient(c, o), &w = parameter(c, o);
+  Piece dx = input_zeros(c);
+  for_each_sum(op, c, o, [&](std::size_t i, std::size_t, const auto& reach, const Curve& at) {
+    for (const auto& [from, weight] : reach)
+      dx.values[from] += dy.values[i] * at.slope * w.values[weight];
+  });
+  return {std::move(dx)};
+}
+Pieces weight_of(const CausalConvolution& op, const Context& c, const Operands& o) {
+  const Piece &dy = gradient(c, o), &x = input(c, o);
+  Pieces d{parameter_zeros(c)};
+  if (op.bias) d.push_back(parameter_zeros(c, 1));
+  for_each_sum(op, c, o,
+               [&](std::size_t i, std::size_t channel, const auto& reach, const Curve& at) {
+                 const double slope = dy.values[i] * at.slope;
+                 for (const auto& [from, weight] : reach)
+                   d[0].values[weight] += slope * x.values[from];
+                 if (op.bias) d[1].values[channel] += slope;
+               });
+  return d;
+}
+
+/// One head over the whole sequence, token by token.
+struct Scan {
+  std::size_t tokens = 0, dim = 0, state = 0;
+  std::size_t head = 0;               ///< element of the head's parameters
+  std::size_t x = 0, b = 0, c = 0;    ///< elements of the first token
+  std::size_t step = 0, y = 0;
+  std::size_t x_row = 0, step_row = 0, y_row = 0;  ///< from token to token
+};
+
+template <class F>
+void for_each_scan(const StateSpace& op, const Context& c, F f) {
+  const auto x = indices_of(c, c.signature->inputs[0]), y = indices_of(c, c.signature->outputs[0]);
+  const std::size_t groups = x[2].size(), width = x[3].size(),
+                    heads = unsigned_of(op.heads_per_group);
+  Scan s;
+  s.tokens = x[1].size(), s.dim = unsigned_of(op.head_dim), s.state = unsigned_of(op.state);
+  s.x_row = groups * width, s.step_row = groups * heads, s.y_row = groups * heads * s.dim;
+  for (std::size_t sample = 0; sample < x[0].size(); ++sample) {
+    for (std::size_t g = 0; g < groups; ++g) {
+      const std::size_t first = sample * s.tokens * s.x_row + g * width;
+      s.b = first + heads * s.dim, s.c = s.b + s.state;
+      for (std::size_t h = 0; h < heads; ++h) {
+        s.head = g * heads + h;
+        s.x = first + h * s.dim;
+        s.step = sample * s.tokens * s.step_row + s.head;
+        s.y = sample * s.tokens * s.y_row + s.head * s.dim;
+        f(s);
+      }
+    }
+  }
+}
+
+double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+/// What a token's step says, and the states after every token, after those before the first.
+struct Steps {
+  std::vector<double> raw, length, kept;  ///< raw: before the softplus; kept: of the state
+  double decay = 0;
+  std::vector<double> states;  ///< (tokens + 1) · dim · state
+};
+Steps steps_of(const Scan& s, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o), &step = input(c, o, 1);
+  Steps all;
+  all.decay = std::exp(parameter(c, o).values[s.head]);
+  const std::size_t n = s.dim * s.state;
+  all.states.assign((s.tokens + 1) * n, 0);
+  for (std::size_t t = 0; t < s.tokens; ++t) {
+    all.raw.push_back(step.values[s.step + t * s.step_row] + parameter(c, o, 2).values[s.head]);
+    all.length.push_back(softplus(all.raw[t]));
+    all.kept.push_back(std::exp(-all.length[t] * all.decay));
+    const double* before = &all.states[t * n];
+    double* after = &all.states[(t + 1) * n];
+    for (std::size_t i = 0; i < n; ++i) {
+      after[i] = all.kept[t] * before[i] + all.length[t] *
+                                               x.values[s.x + t * s.x_row + i / s.state] *
+                                               x.values[s.b + t * s.x_row + i % s.state];
+    }
+  }
+  return all;
+}
+
+Pieces forward_of(const StateSpace& op, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o), &skip = parameter(c, o, 1);
+  Piece y = output_zeros(c);
+  for_each_scan(op, c, [&](const Scan& s) {
+    const Steps steps = steps_of(s, c, o);
+    for (std::size_t t = 0; t < s.tokens; ++t) {
+      const double* state = &steps.states[(t + 1) * s.dim * s.state];
+      for (std::size_t p = 0; p < s.dim; ++p) {
+        double sum = skip.values[s.head] * x.values[s.x + t * s.x_row + p];
+        for (std::size_t n = 0; n < s.state; ++n)
+          sum += state[p * s.state + n] * x.values[s.c + t * s.x_row + n];
+        y.values[s.y + t * s.y_row + p] = sum;
+      }
+    }
+  });
+  return {std::move(y)};
+}
+
+/// Gradients of both inputs and of the three parameters.
+Pieces gradients_of(const StateSpace& op, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o), &skip = parameter(c, o, 1), &dy = gradient(c, o);
+  Pieces d{input_zeros(c), input_zeros(c, 1), parameter_zeros(c), parameter_zeros(c, 1),
+           parameter_zeros(c, 2)};
+  for_each_scan(op, c, [&](const Scan& s) {
+    const Steps steps = steps_of(s, c, o);
+    std::vector<double> later(s.dim * s.state, 0);  // gradient of the state after the token
+    for (std::size_t t = s.tokens; t-- > 0;) {
+      const double *before = &steps.states[t * later.size()], *after = before + later.size();
+      const std::size_t x0 = s.x + t * s.x_row, b0 = s.b + t * s.x_row, c0 = s.c + t * s.x_row;
+      double of_length = 0, of_kept = 0;
+      for (std::size_t p = 0; p < s.dim; ++p) {
+        const double dout = dy.values[s.y + t * s.y_row + p], xp = x.values[x0 + p];
+        d[0].values[x0 + p] += skip.values[s.head] * dout;
+        d[3].values[s.head] += dout * xp;
+        for (std::size_t n = 0; n < s.state; ++n) {
+          const std::size_t i = p * s.state + n;
+          const double bn = x.values[b0 + n];
+          later[i] += dout * x.values[c0 + n];
+          d[0].values[c0 + n] += dout * after[i];
+          d[0].values[x0 + p] += steps.length[t] * later[i] * bn;
+          d[0].values[b0 + n] += steps.length[t] * later[i] * xp;
+          of_length += later[i] * xp * bn;
+          of_kept += later[i] * before[i];
+          later[i] *= steps.kept[t];
+        }
+      }
+      of_kept *= steps.kept[t];
+      of_length -= of_kept * steps.decay;
+      d[2].values[s.head] -= of_kept * steps.length[t] * steps.decay;
+      const double of_raw = of_length * sigmoid(steps.raw[t]);
+      d[1].values[s.step + t * s.step_row] += of_raw;
+      d[4].values[s.head] += of_raw;
+    }
+  });
+  return d;
+}
+Pieces data_of(const StateSpace& op, const Context& c, const Operands& o) {
+  Pieces d = gradients_of(op, c, o);
+  d.resize(2);
+  return d;
+}
+Pieces weight_of(const StateSpace& op, const Context& c, const Operands& o) {
+  Pieces d = gradients_of(op, c, o);
+  d.erase(d.begin(), d.begin() + 2);
+  return d;
+}
+
+/// f(first element of the group, of its weights, inverse deviation of x · silu(gate)).
+template <class F>
+void for_each_gated(const GatedNorm& op, const Piece& x, const Piece& gate, F f) {
+  const std::size_t n = x.index[3].size(), groups = x.index[2].size();
+  for (std::size_t first = 0; first < x.values.size(); first += n) {
+    double square = 0;
+    for (std::size_t i = first; i < first + n; ++i) {
+      const double v = x.values[i] * curve(ActivationKind::silu, gate.values[i]).value;
+      square += v * v;
+    }
+    f(first, first / n % groups * n, 1 / std::sqrt(square / static_cast<double>(n) + op.epsilon));
+  }
+}
+Pieces forward_of(const GatedNorm& op, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o), &gate = input(c, o, 1), &w = parameter(c, o);
+  Piece y = output_zeros(c);
+  const std::size_t n = x.index[3].size();
+  for_each_gated(op, x, gate, [&](std::size_t first, std::size_t weight, double inverse) {
+    for (std::size_t i = 0; i < n; ++i) {
+      y.values[first + i] = x.values[first + i] *
+                            curve(ActivationKind::silu, gate.values[first + i]).value * inverse *
+                            w.values[weight + i];
+    }
+  });
+  return {std::move(y)};
+}
+Pieces data_of(const GatedNorm& op, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o), &gate = input(c, o, 1), &w = parameter(c, o), &dy = gradient(c, o);
+  Piece dx = input_zeros(c), d_gate = input_zeros(c, 1);
+  const std::size_t n = x.index[3].size();
+  for_each_gated(op, x, gate, [&](std::size_t first, std::size_t weight, double inverse) {
+    const auto at = [&](std::size_t i) {
+      return curve(ActivationKind::silu, gate.values[first + i]);
+    };
+    double mean = 0;  // of gradient times normalised value
+    for (std::size_t i = 0; i < n; ++i)
+      mean += dy.values[first + i] * w.values[weight + i] * x.values[first + i] * at(i).value;
+    mean *= inverse / static_cast<double>(n);
+    for (std::size_t i = 0; i < n; ++i) {
+      const Curve g = at(i);
+      const double xi = x.values[first + i];
+      const double d =
+          (dy.values[first + i] * w.values[weight + i] - xi * g.value * inverse * mean) * inverse;
+      dx.values[first + i] = d * g.value;
+      d_gate.values[first + i] = d * xi * g.slope;
+    }
+  });
+  return {std::move(dx), std::move(d_gate)};
+}
+Pieces weight_of(const GatedNorm& op, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o), &gate = input(c, o, 1), &dy = gradient(c, o);
+  Piece dw = parameter_zeros(c);
+  const std::size_t n = x.index[3].size();
+  for_each_gated(op, x, gate, [&](std::size_t first, std::size_t weight, double inverse) {
+    for (std::size_t i = 0; i < n; ++i) {
+      dw.values[weight + i] += dy.values[first + i] * inverse * x.values[first + i] *
+                               curve(ActivationKind::silu, gate.values[first + i]).value;
+    }
+  });
+  return {std::move(dw)};
+}
+
 // --------------------------------------------------------------------------------------- experts
 
 /// Scores of one token's experts and the chosen ones, best first; of equal scores the lower index.

@@ -12,6 +12,7 @@
 #include "base/hash.h"
 #include "simulator/cost/measured.h"
 #include "simulator/cost/nccl_time.h"
+#include "simulator/cost/state_space.h"
 
 namespace partita {
 namespace {
@@ -305,6 +306,23 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
                 std::int64_t rank, Work& w) {
   const bool forward = i.kernel == Kernel::forward, data = i.kernel == Kernel::backward_data;
   if (!forward && !data && i.kernel != Kernel::backward_weight) return;
+  if (const auto* scan = std::get_if<StateSpace>(&op.operation)) {
+    if (!forward && !data) return;
+    const auto extents = extents_of(p, op, rank);
+    const Chunks chunks = chunks_of(*scan, extents[1]);
+    const auto samples = static_cast<double>(extents[0]);
+    ScanProblem all;
+    all.tokens = samples * static_cast<double>(extents[1]);
+    all.chunks = samples * static_cast<double>(chunks.count);
+    all.groups = static_cast<double>(extents[2]);
+    all.chunk = static_cast<double>(chunks.tokens);
+    all.type = op.compute;
+    const ScanKernels kernels = scan_kernels(*scan, all, data);
+    w.products = kernels.products;
+    w.streamed = kernels.streamed;
+    w.kernels = kernels.kernels;
+    return;
+  }
   ProductShape s = product_shape(p, i, rank);
   const double joined = with_joined(p, op, rank);
   s.n *= joined;
@@ -465,6 +483,38 @@ void add_routing(const Program& p, const Instruction& i, const ProgramOperator& 
   }
 }
 
+/// Does the kernel of its gradients by data make those of the parameters too?
+bool all_gradients_at_once(const Program& p, const ProgramOperator& op) {
+  return p.kernels.mamba_ssm && (std::holds_alternative<CausalConvolution>(op.operation) ||
+                                 std::holds_alternative<StateSpace>(op.operation) ||
+                                 std::holds_alternative<GatedNorm>(op.operation));
+}
+
+/// What Megatron's Mamba layers move beside mamba_ssm's kernels with the norm in them
+/// (FrameworkKernels::mamba_gates_in_scan).
+void add_gate(const Program& p, const Instruction& i, const ProgramOperator& op, std::int64_t rank,
+              Work& w) {
+  const bool forward = i.kernel == Kernel::forward;
+  if (!p.kernels.mamba_gates_in_scan || (!forward && i.kernel != Kernel::backward_data)) return;
+  if (std::holds_alternative<GatedNorm>(op.operation)) {
+    // The scan reads the gate and writes y twice, gated too; the norm reads and writes. Backward
+    // the norm reads two and writes one; a kernel reads x, gate, y and its gradient, and writes the
+    // gate's gradient and y's.
+    const Bytes each = local_bytes(p, forward ? i.writes[0] : i.gradients[0], rank);
+    w.bytes = (forward ? 4 : 9) * each;
+    if (!forward) ++w.kernels;
+  }
+  if (std::holds_alternative<StateSpace>(op.operation)) {
+    // Contiguous along each sample, where there are several: all that the layer's first product
+    // made (x, B, C and steps; the gate, as wide as the result), and the result.
+    const BufferId result = forward ? i.writes[0] : i.gradients[0];
+    if (local_extent(p.mesh, op.cuts[0], op.signature.dims[0].extent, rank) < 2) return;
+    const Bytes turned = bytes_of(p, forward ? i.reads : i.writes, rank);
+    w.streamed += 2 * (turned + 2 * local_bytes(p, result, rank));
+    w.kernels += 2;
+  }
+}
+
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
   return Seconds{static_cast<double>(bytes.count) /
                  (device.memory_bandwidth.count * device.memory_efficiency)};
@@ -579,6 +629,11 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
       w.bytes = local_bytes(p, i.reads[0], rank);
     return w;
   }
+  if (i.kernel == Kernel::backward_weight && all_gradients_at_once(p, op)) {
+    w.kernels = 0;
+    w.flops = Flops{0};
+    w.bytes = bytes_of(p, i.writes, rank);
+  }
   if (w.matrix) add_shapes(p, i, op, rank, w);
   w.kernels += apart.kernels;
   (w.products.empty() ? w.bytes : w.streamed) +=
@@ -629,6 +684,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (std::holds_alternative<Dropout>(op.operation))
     unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
   add_routing(p, i, op, rank, w);
+  add_gate(p, i, op, rank, w);
   if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {
     // Maximum and sum, kernels of their own where the vocabulary is cut, are among the passes.
     const bool statistic = i.kernel == Kernel::forward_statistic;

@@ -158,23 +158,26 @@ class Lowering {
     });
   }
 
-  /// The attention or gated activation that takes a product's result, normalised and turned at
-  /// most.
+  /// The attention, gated activation or gated norm that takes a product's result, normalised,
+  /// turned or scanned at most.
   OpId taker_of(const Operator& op) const {
     const TensorId t = op.outputs[0];
     if (consumers_[t.index()].size() != 1) return {};
     const OpId id = consumers_[t.index()][0];
     const Operator& next = graph_.op(id);
     if (std::holds_alternative<Attention>(next.operation) ||
-        std::holds_alternative<GatedActivation>(next.operation))
+        std::holds_alternative<GatedActivation>(next.operation) ||
+        std::holds_alternative<GatedNorm>(next.operation))
       return id;
     if (std::holds_alternative<Normalize>(next.operation) ||
-        std::holds_alternative<Rotary>(next.operation))
+        std::holds_alternative<Rotary>(next.operation) ||
+        std::holds_alternative<CausalConvolution>(next.operation) ||
+        std::holds_alternative<StateSpace>(next.operation))
       return taker_of(next);
     return {};
   }
 
-  /// Products of one input for one attention or gated activation become one.
+  /// Products of one input for one attention, gated activation or gated norm become one.
   void join_projections() {
     std::map<std::tuple<TensorId, OpId, bool>, std::size_t> first;
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
@@ -311,7 +314,6 @@ class Lowering {
   // ---- pass 4: recomputed segments -----------------------------------------------------------
   void find_segments() {
     segment_.assign(graph_.operators.size(), -1);
-    if (plan_.recompute == Recompute::none) return;
     int next = 0, last_layer = std::numeric_limits<int>::min();
     bool open = false, forgot = false;
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
@@ -339,6 +341,8 @@ class Lowering {
           }
           break;
       }
+      in |= plan_.kernels.mamba_ssm && (std::holds_alternative<CausalConvolution>(op.operation) ||
+                                        std::holds_alternative<StateSpace>(op.operation));
       if (in) {
         if (!open || op.layer != last_layer || forgets != forgot) {
           ++next;
@@ -355,9 +359,13 @@ class Lowering {
       if (segment_[i] >= 0)
         ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
     }
-    if (!plan_.recompute_stops_early) return;
     for (auto& ops : ops_of_segment_) {
-      while (!ops.empty() && !needed_again(ops.back())) ops.pop_back();
+      // A scan's own backward makes the convolution again, not the scan.
+      if (plan_.kernels.mamba_ssm && !ops.empty() &&
+          std::holds_alternative<StateSpace>(graph_.op(ops.back()).operation))
+        ops.pop_back();
+      while (plan_.recompute_stops_early && !ops.empty() && !needed_again(ops.back()))
+        ops.pop_back();
     }
   }
 
@@ -796,7 +804,10 @@ class Lowering {
       p_.buffers.push_back(std::move(another));
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
     };
-    if (std::holds_alternative<Activation>(op.operation) &&
+    // A squared ReLU and its weighting are one kernel (use_fused_weighted_squared_relu of all
+    // recipes with such experts).
+    if (const auto* a = std::get_if<Activation>(&op.operation);
+        a != nullptr && a->kind != ActivationKind::squared_relu &&
         p_.buffer(record.outputs.at(0)).routed && plan_.allocations.weighted_activations)
       keep_another(".unweighted");
     if (std::holds_alternative<GatedActivation>(op.operation) && plan_.allocations.gate_apart)
@@ -804,6 +815,8 @@ class Lowering {
     if (std::holds_alternative<Attention>(op.operation) && !l.ring &&
         plan_.allocations.attention_copied)
       keep_another(".copied");
+    if (std::holds_alternative<GatedNorm>(op.operation) && plan_.kernels.mamba_gates_in_scan)
+      keep_another(".gated");
     i.extras = record.extras;
     if (l.ring) {
       ring_forward(block, i);

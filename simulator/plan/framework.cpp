@@ -203,6 +203,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
     boolean(*kernels, "finds_scales", f.kernels.finds_scales);
+    boolean(*kernels, "mamba_ssm", f.kernels.mamba_ssm);
+    boolean(*kernels, "mamba_gates_in_scan", f.kernels.mamba_gates_in_scan);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);
     boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);
@@ -275,6 +277,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       flag("lora", w.lora);
       flag("recompute_stops_early", w.recompute_stops_early);
       flag("blocking", w.blocking);
+      flag("narrow_gradients", w.narrow_gradients);
       const auto source = node.find("source");
       w.source = source ? source->as_string() : file_source;
       if (w.source.empty()) throw InputError(node.place(), "every workload needs a source");

@@ -37,7 +37,8 @@ struct Workload {
   std::int64_t offload_blocks = 0;  ///< > 0: Plan's, of activations
   /// > 0: a sequence is packed from samples of so many tokens, which do not see each other.
   std::int64_t packed = 0;
-  std::int64_t zero_group = 0;  ///< > 0: Plan's, of rows that print none
+  std::int64_t zero_group = 0;           ///< > 0: Plan's, of rows that print none
+  std::optional<bool> narrow_gradients;  ///< in the parameters' type
   std::string source;
 };
 

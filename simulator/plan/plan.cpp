@@ -109,6 +109,7 @@ Schedule parse_schedule(std::string_view word, const std::string& place) {
 Plan executable(Plan plan) {
   Allocations& a = plan.allocations;
   a.weighted_activations = a.narrow_inputs = a.gate_apart = a.attention_copied = false;
+  plan.kernels.mamba_gates_in_scan = false;
   return plan;
 }
 
@@ -499,6 +500,12 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     // Ulysses: inside attention the heads are cut over cp and every rank sees the whole sequence.
     rule("kind:attention", Dim::head, "tp");
     rule("kind:attention", Dim::head, "cp");
+  }
+  // A scan needs the whole sequence: over cp it has some of the groups (Megatron-Core,
+  // megatron/core/ssm/mamba_context_parallel.py).
+  for (const char* whole : {"kind:causal_convolution", "kind:state_space"}) {
+    rule(whole, Dim::head, "tp");
+    rule(whole, Dim::head, "cp");
   }
   rule("*", Dim::head, "tp");
   if (plan.strategy == "megatron") {

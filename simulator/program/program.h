@@ -302,6 +302,12 @@ struct FrameworkKernels {
   bool finds_scales = false;
   /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
   bool overlaps_experts = false;
+  /// Mamba-2 layers run mamba_ssm's fused function: what the convolution makes is not kept but made
+  /// again, and each backward kernel makes the gradients of its parameters too.
+  bool mamba_ssm = false;
+  /// Its scan applies the gate, before a norm of its own whose input is kept too; batches of several
+  /// samples are turned before it and after it.
+  bool mamba_gates_in_scan = false;
   /// Experts' products apply their activation and biases and convert what they store.
   bool fused_experts = false;
   friend bool operator==(const FrameworkKernels&, const FrameworkKernels&) = default;
@@ -322,8 +328,8 @@ struct Allocations {
   /// Dropout of materialised attention's probabilities: the mask and what it left are kept too.
   bool attention_dropout = false;
   /// Rows are weighted between their experts' activation and its product, not when they are
-  /// combined: no output of an expert is kept and, where no gate's kernel does it, the activation
-  /// before it.
+  /// combined: no output of an expert is kept and, where no kernel does it with the activation (a
+  /// gate's, a squared ReLU's), the activation before it.
   bool weighted_activations = false;
   /// Rows that ranks of one expert gather are kept for the backward, not gathered again.
   bool gathered_rows = false;

@@ -294,7 +294,8 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
   bool heads = false, experts = false, sequences = graph.sequence > 0;
   std::int64_t expert_count = 1;
   for (const auto& op : graph.operators) {
-    heads |= std::holds_alternative<Attention>(op.operation);
+    heads |= std::holds_alternative<Attention>(op.operation) ||
+             std::holds_alternative<StateSpace>(op.operation);
     if (const auto* g = std::get_if<GroupedProduct>(&op.operation))
       experts = true, expert_count = g->experts;
   }

@@ -159,6 +159,31 @@ TEST(Catalogue, ExpertBlocksUseTheNamesThatPlansShardBy) {
                   "moe.shared.sum", "mlp.residual"));
 }
 
+TEST(Catalogue, HybridBlocksUseTheNamesThatPlansShardBy) {
+  const Graph g = load_model("nemotron-3-super-120b-a12b", {});
+  EXPECT_EQ(g.layers, 88);
+  EXPECT_THAT(names_of_layer(g, 0),
+              ElementsAre("mamba_norm", "mamba.gate", "mamba.input", "mamba.step",
+                          "mamba.convolution", "mamba.scan", "mamba.norm", "mamba.output",
+                          "mamba.residual"));
+  EXPECT_THAT(names_of_layer(g, 1),
+              ElementsAre("mlp_norm", "moe.router", "moe.gates", "moe.latent_down", "moe.dispatch",
+                          "moe.up", "moe.activation", "moe.down", "moe.combine", "moe.latent_up",
+                          "moe.shared.up", "moe.shared.activation", "moe.shared.down",
+                          "moe.shared.sum", "mlp.residual"));
+  EXPECT_THAT(names_of_layer(g, 7),
+              ElementsAre("attention_norm", "attention.query", "attention.key", "attention.value",
+                          "attention.core", "attention.output", "attention.residual"));
+  EXPECT_THAT(names_of_layer(load_model("nemotron-h-8b", {}), 1),
+              ElementsAre("mlp_norm", "mlp.up", "mlp.activation", "mlp.down", "mlp.residual"));
+  for (const auto& op : g.operators) {
+    if (op.name != "layers.0.mamba.input") continue;
+    // 8 groups of 16 heads of 64, with B and C of 128 each.
+    const Shape expected{{Dim::head, 8}, {Dim::head_feature, 16 * 64 + 2 * 128}};
+    EXPECT_EQ(std::get<Linear>(op.operation).out, expected);
+  }
+}
+
 TEST(Catalogue, LabelsAreThoseThatTensorParallelismCuts) {
   const Graph g = load_model("gpt2", {});
   for (std::size_t i = 0; i < g.operators.size(); ++i) {
@@ -238,6 +263,23 @@ TEST(Catalogue, TheBuilderRefusesNumbersThatDoNotFit) {
                 c.moe.top_k = 5;
               }),
               throws("moe.top_k is 5 of 4 experts"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*x"; }), throws("pattern has 'x' at 1"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*E"; }), throws("pattern has E"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "M-"; }), throws("pattern has M"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*"; }),
+              throws("2 layers are more than the pattern's 1"));
+  EXPECT_THAT(with([](auto& c) { c.mamba.heads = 4; }), throws("give a pattern"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.mtp_layers = 1; }),
+              throws("needs mtp_pattern"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.mtp_pattern = "--"; }),
+              throws("mtp_pattern -- has a kind twice"));
+  EXPECT_THAT(with([](auto& c) {
+                c.pattern = "MM";
+                c.mamba.heads = 4, c.mamba.groups = 3;
+              }),
+              throws("3 groups do not divide 4 heads of mamba"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.norm_after = true; }),
+              throws("a pattern goes with neither"));
   EXPECT_THAT(with([](auto& c) {
                 c.image = 30;
                 c.patch = 16;
@@ -274,6 +316,37 @@ TEST(Catalogue, AMultiTokenPredictionHeadIsWellFormed) {
     c.tied = tied;
     expect_well_formed(build_transformer(c));
   }
+}
+
+/// Two further tokens by one module have one module's parameters; by two, twice as many.
+TEST(Catalogue, AHybridsPredictionModulesMayShareTheirParameters) {
+  TransformerConfig c;
+  c.layers = 3, c.hidden = 24, c.heads = 6, c.ffn = 32, c.vocabulary = 50, c.sequence = 8;
+  c.pattern = "M*-", c.mtp_pattern = "*-";
+  c.mamba.heads = 4, c.mamba.head_dim = 2, c.mamba.groups = 2, c.mamba.state = 3;
+  const auto parameters = [&](int modules, bool shared) {
+    c.mtp_layers = modules, c.mtp_shared = shared;
+    const Graph g = build_transformer(c);
+    expect_well_formed(g);
+    return parameter_count(g);
+  };
+  const std::int64_t none = parameters(0, false), one = parameters(1, false);
+  EXPECT_GT(one, none);
+  EXPECT_EQ(parameters(1, true), one);
+  EXPECT_EQ(parameters(2, true), one);
+  EXPECT_EQ(parameters(2, false), 2 * one - none);
+}
+
+/// By hand: of a Mamba block its norm, a product to gate, x, B, C and steps (2 · 8 + 2 · 2 · 3 + 4
+/// wide), 4 weights and a bias for each of 8 + 12 channels, three numbers a head, a norm of 8, the
+/// product back.
+TEST(Catalogue, AMambaBlockHasTheParametersOfItsPage) {
+  TransformerConfig c;
+  c.layers = 1, c.hidden = 10, c.heads = 2, c.vocabulary = 50, c.sequence = 8;
+  c.pattern = "M";
+  c.mamba.heads = 4, c.mamba.head_dim = 2, c.mamba.groups = 2, c.mamba.state = 3;
+  EXPECT_EQ(parameter_count(build_transformer(c)),
+            2 * 50 * 10 + 10 + 10 + 10 * (2 * 8 + 12 + 4) + 5 * 20 + 3 * 4 + 8 + 8 * 10);
 }
 
 TEST(Models, WhatIfChangesReachTheFile) {

@@ -140,6 +140,24 @@ TEST(HuggingFace, RoutersFollowTheirModels) {
   EXPECT_EQ(router(c), (Router{3, false, true, 1}));
 }
 
+TEST(HuggingFace, AHybridsBlocksAreReadByTheirNamesInAllVersions) {
+  Json c = llama();
+  c["model_type"] = "nemotron_h";
+  c["hybrid_override_pattern"] = "M*-ME";
+  const Graph pattern = load(c.dump());
+  EXPECT_EQ(pattern.layers, 5);
+  EXPECT_TRUE(rotaries(pattern).empty());
+  c.erase("hybrid_override_pattern");
+  EXPECT_THAT(error(c.dump()), HasSubstr("hybrid_override_pattern: is missing"));
+  c["layers_block_type"] = {"linear_attention", "full_attention", "mlp", "mamba", "moe"};
+  EXPECT_EQ(parameter_count(load(c.dump())), parameter_count(pattern));
+  c["layers_block_type"] = {"mamba", "mlp", "conv"};
+  EXPECT_THAT(error(c.dump()), HasSubstr("layers_block_type: 'conv' is not supported"));
+  c["hybrid_override_pattern"] = "M";
+  c["mamba_proj_bias"] = true;
+  EXPECT_THAT(error(c.dump()), HasSubstr("mamba_proj_bias: biases of Mamba's products"));
+}
+
 TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
   EXPECT_THAT(error(""), HasSubstr("config.json: is empty"));
   EXPECT_THAT(error(" \n"), HasSubstr("config.json: is empty"));
@@ -151,7 +169,7 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
       error_with("model_type", "llame"),
       AllOf(HasSubstr("config.json: model_type: 'llame' is not supported; did you mean 'llama'?"),
             HasSubstr("there are bert, deepseek_v2, deepseek_v3, gpt2, gpt_oss, llama, mistral, "
-                      "mixtral, nemotron, qwen2, qwen3, qwen3_moe, vit")));
+                      "mixtral, nemotron, nemotron_h, qwen2, qwen3, qwen3_moe, vit")));
   EXPECT_THAT(error_with("model_type", 3), HasSubstr("model_type: must be a string, found 3"));
   Json c = llama();
   c.erase("hidden_size");

@@ -185,6 +185,37 @@ std::vector<Example> examples() {
        0,
        48},
       {Combine{5}, {kRows, kGates}, x, 96, 192, 0, 0, 48 + 30, 0},
+      // 96 elements · (2 · 4 + 8), (4 · 4 + 13), (2 · 4 + 13); 16 channels · (4 weights + a bias).
+      {CausalConvolution{4, true},
+       {kQuery},
+       "[sample 2, sequence 3, head 2, head_feature 8]",
+       1536,
+       2784,
+       2016,
+       80,
+       96,
+       96},
+      // 12 tokens of a group, 2 heads of 2 together 4 wide, states of 2, chunks of 2:
+      // 12 · (4 · 4 · 2 + 2 · 2 · (2 + 4)) = 672.
+      {StateSpace{2, 2, 2, 2},
+       {kQuery, {{Dim::sample, 2}, {Dim::sequence, 3}, {Dim::head, 2}, {Dim::head_feature, 2}}},
+       "[sample 2, sequence 3, head 2, head_feature 4]",
+       672,
+       1344,
+       0,
+       12,
+       96 + 24,
+       96 + 24},
+      {GatedNorm{},
+       {kQuery, kQuery},
+       "[sample 2, sequence 3, head 2, head_feature 8]",
+       1152,
+       1920,
+       288,
+       16,
+       192,
+       192,
+       12 * 4},
   };
 }
 
@@ -283,6 +314,11 @@ TEST(Operators, ShapesThatDoNotSuitAreInputErrors) {
   Normalize heads;
   heads.group = 3;
   expect(heads, {kQuery}, "cannot normalise");
+  expect(CausalConvolution{0, true}, {kQuery}, "a causal convolution over 0 tokens");
+  expect(CausalConvolution{}, {kX}, "causal convolution needs 4 dimensions in input 0");
+  expect(StateSpace{2, 2, 3, 2}, {kQuery, kKey},
+         "2 heads of 2 with states of 3 in chunks of 2 do not fit");
+  expect(GatedNorm{}, {kX, kX}, "gated norm needs 4 dimensions in input 0");
   Rotary odd{4, 3, 10000};
   expect(odd, {kQuery}, "cannot rotate 3 of 4 values");
 }

@@ -52,6 +52,10 @@ constexpr Published kExact[] = {
     {"bert-large", 335'174'458},      {"vit-b-16", 86'567'656},
     {"resnet-50", 25'557'032},        {"vgg-16", 138'357'544},
     {"alexnet", 61'100'840},          {"mnist-linear", 7'850},
+    // As the library counts the published configurations.
+    {"nemotron-h-8b", 8'100'852'736}, {"nemotron-3-nano-30b-a3b", 31'577'937'344},
+    {"nemotron-3-super-120b-a12b", 120'668'687'360},
+    {"nemotron-3-nano-4b", 3'973'556'832},
 };
 
 TEST(ParameterCount, OfTheCatalogueEqualsThePublished) {

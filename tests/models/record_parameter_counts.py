@@ -40,6 +40,14 @@ GPT_OSS = dict(model_type="gpt_oss", vocab_size=96, hidden_size=48, intermediate
                num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
                num_local_experts=5, num_experts_per_tok=2, max_position_embeddings=64)
 NEMOTRON = dict(LLAMA, model_type="nemotron")
+HYBRID = dict(model_type="nemotron_h", vocab_size=96, hidden_size=48, intermediate_size=30,
+              num_hidden_layers=4, hybrid_override_pattern="M*-E", num_attention_heads=6,
+              num_key_value_heads=2, head_dim=10, mamba_num_heads=6, mamba_head_dim=5, n_groups=2,
+              ssm_state_size=7, conv_kernel=3, n_routed_experts=5, num_experts_per_tok=2,
+              moe_intermediate_size=20, moe_shared_expert_intermediate_size=11)
+NEMOTRON_H = dict(model_type="nemotron_h", vocab_size=131072, num_attention_heads=32,
+                  num_key_value_heads=8, head_dim=128, ssm_state_size=128, mamba_num_heads=128,
+                  mamba_head_dim=64, n_groups=8, conv_kernel=4)
 ENCODER = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=60)
 BERT = dict(ENCODER, model_type="bert", vocab_size=97, max_position_embeddings=40, type_vocab_size=2)
 VIT = dict(ENCODER, model_type="vit", image_size=32, patch_size=8, num_channels=3, num_labels=10)
@@ -71,6 +79,13 @@ CONFIGURATIONS = {
     "gpt_oss, no biases": dict(GPT_OSS, attention_bias=False),
     "nemotron": NEMOTRON,
     "nemotron, biases": dict(NEMOTRON, attention_bias=True, mlp_bias=True),
+    "nemotron_h": HYBRID,
+    "nemotron_h, latent experts, no bias": dict(
+        HYBRID, hybrid_override_pattern="MEM", num_hidden_layers=3, moe_latent_size=9,
+        use_conv_bias=False, mlp_bias=True),
+    "nemotron_h, a list": dict(
+        {k: v for k, v in HYBRID.items() if k != "hybrid_override_pattern"}, num_hidden_layers=3,
+        layers_block_type=["linear_attention", "full_attention", "mlp"], tie_word_embeddings=True),
     "bert": BERT,
     "vit": VIT,
     "vit, no qkv bias": dict(VIT, qkv_bias=False),
@@ -116,6 +131,20 @@ CONFIGURATIONS = {
     "Minitron-4B-Base": dict(model_type="nemotron", vocab_size=256000, hidden_size=3072,
                              intermediate_size=9216, num_hidden_layers=32, num_attention_heads=24,
                              num_key_value_heads=8, head_dim=128),
+    "Nemotron-H-8B-Base-8K": dict(
+        NEMOTRON_H, hidden_size=4096, intermediate_size=21504, num_hidden_layers=52,
+        hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B": dict(
+        NEMOTRON_H, hidden_size=2688, num_key_value_heads=2, mamba_num_heads=64,
+        hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        num_hidden_layers=52, n_routed_experts=128, num_experts_per_tok=6,
+        moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712),
+    "NVIDIA-Nemotron-3-Super-120B-A12B": dict(
+        NEMOTRON_H, hidden_size=4096, num_key_value_heads=2, num_hidden_layers=88,
+        hybrid_override_pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
+                                "EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+        n_routed_experts=512, num_experts_per_tok=22, moe_intermediate_size=2688,
+        moe_shared_expert_intermediate_size=5376, moe_latent_size=1024),
     "bert-large-uncased": dict(model_type="bert", vocab_size=30522, hidden_size=1024,
                                num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
                                max_position_embeddings=512),

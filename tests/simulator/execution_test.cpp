@@ -288,6 +288,44 @@ TEST(Execution, FurtherTokensAndSinks) {
   }
 }
 
+TEST(Execution, HybridsOfMambaAttentionAndExperts) {
+  expect_good(hybrid(), base_plan());
+  Plan p = base_plan();
+  p.tp = 2;
+  expect_good(hybrid(), p);
+  p.sequence_parallel = true;
+  p.dp = 2;
+  p.ep = 2;
+  expect_good(hybrid(), p);
+  p = base_plan();
+  p.cp = 2;  // groups over cp in the scan, tokens outside
+  expect_good(hybrid(), p);
+  p.context = Plan::ContextExchange::ring;
+  p.zero = 3;
+  set_recompute(p, "full", "");
+  expect_good(hybrid(), p);
+  p = base_plan();
+  p.pp = 2;
+  p.dp = 2;
+  p.micro_batch = 2;
+  p.global_batch = 8;
+  p.zero = 1;
+  expect_good(hybrid(), p);
+  // What the convolution makes is made again.
+  set_framework(p, "megatron-core", "");
+  p.optimizer.kind = OptimizerKind::sgd;
+  p = executable(p);
+  EXPECT_TRUE(p.kernels.mamba_ssm);
+  expect_good(hybrid(), p);
+  // One group cannot be cut; nor can a scan's sequence.
+  TransformerConfig one = hybrid_config();
+  one.mamba.groups = 1;
+  p = base_plan();
+  p.cp = 2;
+  const auto r = expect_equals_reference(build_transformer(one), p, 1);
+  EXPECT_THAT(r.reason, testing::HasSubstr("layers.0.mamba"));
+}
+
 TEST(Execution, ExpertParallel) {
   Plan p = base_plan();
   p.dp = 4;

@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "simulator/cost/cost.h"
+#include "simulator/cost/state_space.h"
 
 namespace partita {
 namespace {
@@ -59,6 +60,49 @@ TEST(ProductModel, SumsInTheMatrixUnitsAloneAreFasterWhereTheDeviceSaysSo) {
   const double fast = model_us(p, b200);
   p.fast_sums = false;
   EXPECT_EQ(model_us(p, b200), fast);
+}
+
+double flops_of(const ScanKernels& k) {
+  double sum = 0;
+  for (const Product& p : k.products) sum += p.flops().count;
+  return sum;
+}
+
+TEST(ScanKernels, TheExampleOfThePage) {
+  const StateSpace op{2, 64, 128, 128};
+  const ScanProblem s{256, 2, 1, 128, ElementType::bf16};
+  const ScanKernels forward = scan_kernels(op, s, false);
+  EXPECT_EQ(forward.kernels, 5);
+  EXPECT_EQ(forward.streamed, Bytes{5'120 + 196'608});
+  ASSERT_EQ(forward.products.size(), 3u);
+  EXPECT_EQ(forward.products[0].bytes, Bytes{266'240});
+  EXPECT_EQ(forward.products[1].bytes, Bytes{262'144});
+  EXPECT_EQ(forward.products[2].bytes, Bytes{397'312});
+  EXPECT_DOUBLE_EQ(flops_of(forward), 31'457'280);
+  const ScanKernels backward = scan_kernels(op, s, true);
+  EXPECT_EQ(backward.kernels, 25);
+  EXPECT_EQ(backward.products.size(), 10u);
+}
+
+TEST(ScanKernels, ComputeTheirOperatorsWorkAndBackwardWhatTheyMakeAgain) {
+  // Of chunks no longer than a block all of the square is computed.
+  for (const std::int64_t chunk : {16, 64}) {
+    const StateSpace op{3, 32, 48, chunk};
+    const NamedExtent sample{Dim::sample, 2}, tokens{Dim::sequence, 4 * chunk}, head{Dim::head, 5};
+    const Signature s = signature(op,
+                                  {{sample, tokens, head, {Dim::head_feature, 3 * 32 + 2 * 48}},
+                                   {sample, tokens, head, {Dim::head_feature, 3}}},
+                                  "");
+    const std::vector<std::int64_t> extents{2, 4 * chunk, 5};
+    const auto c = static_cast<double>(chunk);
+    const ScanProblem problem{8 * c, 8, 5, c, ElementType::bf16};
+    const double each = flops(op, s, extents, Pass::forward).count;
+    EXPECT_DOUBLE_EQ(flops_of(scan_kernels(op, problem, false)), each);
+    // States of chunks, B · C twice (for its own gradient's sake, and the decays').
+    const double again = 8 * c * 5 * 2 * (96.0 * 48 + c * 48 + c * 96);
+    EXPECT_DOUBLE_EQ(flops_of(scan_kernels(op, problem, true)),
+                     flops(op, s, extents, Pass::backward_data).count + again);
+  }
 }
 
 TEST(ProductModel, TheExampleOfThePageForLongWork) {

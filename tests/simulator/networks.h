@@ -72,6 +72,22 @@ inline TransformerConfig mixtral_config(int kv_heads = 2) {
   return c;
 }
 inline Graph mixtral(int kv_heads = 2) { return build_transformer(mixtral_config(kv_heads)); }
+inline TransformerConfig hybrid_config() {
+  TransformerConfig c = mixtral_config();
+  c.layers = 4;
+  c.pattern = "M*-E";
+  c.rotary_dim = 0;
+  c.gated = false;
+  c.activation = ActivationKind::squared_relu;
+  c.mamba.heads = 4;
+  c.mamba.head_dim = 3;
+  c.mamba.groups = 2;
+  c.mamba.state = 3;
+  c.mamba.chunk = 4;
+  c.mamba.kernel = 3;
+  return c;
+}
+inline Graph hybrid() { return build_transformer(hybrid_config()); }
 inline Graph cnn(bool synchronised) {
   GraphBuilder b("cnn");
   TensorId x =
@@ -132,16 +148,31 @@ inline Graph random_transformer(std::mt19937& rng) {
     c.moe.shared_ffn = pick({0, 8});
     c.moe.first_dense = pick({0, 1});
     c.moe.sigmoid = chance();
+    c.moe.latent = pick({0, 0, 4});
+  }
+  if (pick({0, 0, 0, 1}) == 1) {
+    for (int i = 0; i < c.layers; ++i) c.pattern += "MMM*-E"[rng() % (c.moe.experts > 0 ? 6 : 5)];
+    c.mamba.heads = 4;
+    c.mamba.groups = pick({1, 2, 4});
+    c.mamba.head_dim = pick({2, 3});  // a norm of one value would be its sign
+    c.mamba.state = pick({1, 3});
+    c.mamba.chunk = pick({1, 3, 8, 16});
+    c.mamba.kernel = pick({1, 4});
+    c.mamba.convolution_bias = chance();
+    c.mtp_pattern = "M-";
+    c.mtp_layers = pick({0, 0, 2});
+    c.mtp_shared = chance();
   }
   Graph g = build_transformer(c);
   g.name = fmt::format(
       "layers {} kv {} norm {} gated {} positions {} biases {}{}{} tied {} qk_norm {} sinks {} "
       "window "
-      "{} mtp {} flash {} dropout {} experts {} top {} shared {} dense {} sigmoid {}",
+      "{} mtp {} flash {} dropout {} experts {} top {} shared {} dense {} sigmoid {} latent {} "
+      "pattern '{}' groups {} mtp_shared {}",
       c.layers, c.kv_heads, static_cast<int>(c.norm), c.gated, c.positions, c.qkv_bias,
       c.attention_output_bias, c.mlp_bias, c.tied, c.qk_norm, c.sinks, c.window, c.mtp_layers,
       c.flash_attention, c.dropout, c.moe.experts, c.moe.top_k, c.moe.shared_ffn, c.moe.first_dense,
-      c.moe.sigmoid);
+      c.moe.sigmoid, c.moe.latent, c.pattern, c.mamba.groups, c.mtp_shared);
   return g;
 }
 

@@ -399,6 +399,34 @@ TEST(Predict, ExpertsKeepWhatIsWeighted) {
   }
 }
 
+TEST(Predict, ASquaredRelusKernelWeightsItsRows) {
+  TransformerConfig c = mixtral_config();
+  c.gated = false;
+  c.activation = ActivationKind::squared_relu;
+  c.moe.ffn = 32;
+  Plan combined = under("megatron-core");
+  combined.allocations.weighted_activations = false;
+  EXPECT_EQ(saved(c, under("megatron-core")) - saved(c, combined), -2 * 16 * 16);
+}
+
+TEST(Predict, AMambaBlockKeepsWhatItsPageSays) {
+  // docs/simulation.md: 8 tokens of 8 features, 4 heads of 2 in 2 groups, states of 3.
+  TransformerConfig c = hybrid_config();
+  c.mamba.head_dim = 2;
+  const auto kept = [&](const char* pattern, bool mamba_ssm, bool gates_in_scan) {
+    c.pattern = pattern;
+    c.layers = static_cast<int>(c.pattern.size());
+    Plan p = under("megatron-core");
+    set_precision(p, "bf16", "");
+    p.kernels.mamba_ssm = mamba_ssm;
+    p.kernels.mamba_gates_in_scan = gates_in_scan;
+    return saved(c, p);
+  };
+  EXPECT_EQ(kept("MMM", true, true) - kept("MM", true, true), 8 * 156);
+  EXPECT_EQ(kept("MM", false, true) - kept("MM", true, true), 2 * 8 * 20 * 2);
+  EXPECT_EQ(kept("MM", true, true) - kept("MM", true, false), 2 * 8 * 8 * 2);
+}
+
 TEST(Predict, APrecisionAfterAFrameworkTakesItsGradientsAlong) {
   Plan p = under("megatron-deepspeed");  // of bf16, whose gradients are bf16
   set_precision(p, "fp16", "");

@@ -272,7 +272,8 @@ TEST(RowCase, RecipesFillWhatTheRowLeavesEmpty) {
   printed["overlap_and_other_settings"] += " features={}";
   EXPECT_EQ(case_with(printed).plan.micro_batch, 4);
   printed["overlap_and_other_settings"] = "recipe of nobody";
-  EXPECT_EQ(case_with(printed).plan.ep, 1);
+  EXPECT_THAT([&] { case_with(printed); },
+              ThrowsMessage<InputError>(HasSubstr("ep: is not printed, and the recipe 'of'")));
 }
 
 TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
@@ -450,7 +451,10 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
   EXPECT_EQ(name("LanguageModeling/ELECTRA (Pre-training)"), "bert-base");
   EXPECT_EQ(name("LanguageModeling/Transformer-XL (Large model)"), "transformer-xl-large");
   // Digits that go on are another number.
-  for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_3_Nano",
+  EXPECT_EQ(name("Nemotron_3_Nano"), "nemotron-3-nano-30b-a3b");
+  EXPECT_EQ(name("nemotron-3-nano-4b (sft)"), "nemotron-3-nano-4b");
+  EXPECT_EQ(name("nemotron3_5_lightning_nightly"), "nemotron-3.5-lightning-30b-a3b");
+  for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_4_Nano",
                            "3D U-Net (KiTS19)", ""})
     EXPECT_EQ(name(none), "none") << none;
   std::string besides;
@@ -851,6 +855,25 @@ TEST(Rows, AMemoryRowThatRepeatsATrainingRowCountsOnce) {
     EXPECT_EQ(f[0].rows, 2);
     EXPECT_EQ(f[0].repeats, 1);
   }
+}
+
+TEST(Rows, OfANetworkWithMambaOnlyMemoryIsPredicted) {
+  RowsOptions o;
+  o.workers = 1;
+  const Cells hybrid = with(whole_row(), {{"model", "Nemotron-3 Nano"},
+                                          {"num_layers", ""},
+                                          {"vocab_size", ""},
+                                          {"pp", "1"},
+                                          {"dp", "8"}});
+  const auto timed = predict_rows({table(kTraining, {hybrid})}, catalogue(), o).at(0);
+  EXPECT_TRUE(timed.figures.empty());
+  EXPECT_THAT(timed.uncovered.at(0).why, ::testing::HasSubstr("measured on no device"));
+  const auto both =
+      predict_rows({table(kTraining, {with(hybrid, {{"peak_mem_per_gpu_gib", "60"}})})},
+                   catalogue(), o)
+          .at(0);
+  ASSERT_FALSE(both.figures.empty());
+  for (const Figure& f : both.figures) EXPECT_NE(f.kind, Figure::Kind::time);
 }
 
 TEST(Rows, AMemoryRowOfARanksRunTakesWhatTheRunsRowSays) {

@@ -124,6 +124,35 @@ def router(op, logits):
     return gates * op["scale"]
 
 
+def causal_convolution(op, x, params):
+    b, s, h, f = x.shape
+    channels = x.permute(0, 2, 3, 1).reshape(b, h * f, s)
+    weight = params[0].reshape(h * f, 1, op["kernel"])
+    bias = params[1].flatten() if op["bias"] else None
+    y = F.silu(F.conv1d(F.pad(channels, (op["kernel"] - 1, 0)), weight, bias, groups=h * f))
+    return y.reshape(b, h, f, s).permute(0, 3, 1, 2)
+
+
+def state_space(op, x, step, decay, skip, bias):
+    b, s, g, _ = x.shape
+    r, p, n = op["heads_per_group"], op["head_dim"], op["state"]
+    u = x[..., : r * p].reshape(b, s, g, r, p)
+    B, C = x[..., None, None, r * p : r * p + n], x[..., None, None, r * p + n :]
+    length = F.softplus(step + bias)[..., None, None]
+    kept = torch.exp(-length * decay.exp()[..., None, None])
+    state = torch.zeros(b, g, r, p, n, dtype=x.dtype)
+    y = []
+    for t in range(s):
+        state = kept[:, t] * state + length[:, t] * u[:, t, ..., None] * B[:, t]
+        y.append((state * C[:, t]).sum(-1) + skip[..., None] * u[:, t])
+    return torch.stack(y, 1).reshape(b, s, g, r * p)
+
+
+def gated_norm(op, x, gate, weight):
+    v = x * F.silu(gate)
+    return v * torch.rsqrt((v * v).mean(-1, keepdim=True) + op["epsilon"]) * weight
+
+
 def run(op, x, params):
     kind = op["op"]
     if kind == "linear":
@@ -183,6 +212,12 @@ def run(op, x, params):
         return y + params[1] if op["bias"] else y
     if kind == "combine":
         return (x[0] * x[1][..., None]).sum(2)
+    if kind == "causal_convolution":
+        return causal_convolution(op, x[0], params)
+    if kind == "state_space":
+        return state_space(op, *x, *params)
+    if kind == "gated_norm":
+        return gated_norm(op, *x, *params)
     raise SystemExit(f"operator {kind} is unknown to this script")
 
 

@@ -282,6 +282,77 @@ def turned(op, x, direction):
     return y.map(lambda t: t.reshape(shape))
 
 
+def stacked(parts, dim):
+    return Rounded(torch.stack([v.value for v in parts], dim), torch.stack([v.error for v in parts], dim))
+
+
+def convolved(op, x, params, above):
+    k, s = op["kernel"], x.value.shape[1]
+    earlier = lambda v, n: v.map(lambda t: F.pad(t, (0, 0, 0, 0, n, 0))[:, :s])
+    later = lambda v, n: v.map(lambda t: F.pad(t, (0, 0, 0, 0, 0, n))[:, n:])
+    weight = [params[0][..., i] for i in range(k)]
+    terms = [earlier(x, k - 1 - i) * weight[i] for i in range(k)]
+    if op["bias"]:
+        terms.append(params[1].map(lambda t: t.expand(x.value.shape)))
+    y, slope = curve("silu", stacked(terms, -1).sum(-1)[..., 0])
+    d = above * slope
+    dx = stacked([later(d, k - 1 - i) * weight[i] for i in range(k)], -1).sum(-1)[..., 0]
+    dw = stacked([(d * earlier(x, k - 1 - i)).sum([0, 1])[0, 0] for i in range(k)], -1)
+    return y, [dx], [dw] + ([d.sum([0, 1])[0, 0]] if op["bias"] else [])
+
+
+def scanned(op, x, params, above):
+    b, s, g, _ = x[0].value.shape
+    r, p, n = op["heads_per_group"], op["head_dim"], op["state"]
+    heads = lambda v: v.map(lambda t: t.reshape(b, s, g, r, p))
+    wide = lambda v: v.map(lambda t: t[..., None, None])
+    column = lambda v: v.map(lambda t: t[..., None])
+    row = lambda v: v.map(lambda t: t[..., None, None, :])
+    u, d = heads(x[0][..., : r * p]), heads(above)
+    B, C = x[0][..., r * p : r * p + n], x[0][..., r * p + n :]
+    decay, skip, bias = params
+    raw = x[1] + bias
+    above_zero = Rounded(raw.value.clamp(min=0), torch.where(raw.value > 0, raw.error, 0.0))
+    length = above_zero + (1 + (-Rounded(raw.value.abs(), raw.error)).exp()).log()
+    rate = decay.exp()
+    kept = (-(length * rate)).exp()
+    states, y = [Rounded(torch.zeros(b, g, r, p, n, dtype=torch.float64))], []
+    for t in range(s):
+        states.append(wide(kept[:, t]) * states[-1] + wide(length[:, t]) * column(u[:, t]) * row(B[:, t]))
+        y.append((states[-1] * row(C[:, t])).sum(-1)[..., 0] + column(skip) * u[:, t])
+    later = states[0]
+    dx, dstep, ddecay, dskip = [], [], [], []
+    for t in reversed(range(s)):
+        later = later + column(d[:, t]) * row(C[:, t])
+        pushed = wide(length[:, t]) * later
+        du = column(skip) * d[:, t] + (pushed * row(B[:, t])).sum(-1)[..., 0]
+        dB = (pushed * column(u[:, t])).sum([2, 3])[:, :, 0, 0]
+        dC = (column(d[:, t]) * states[t + 1]).sum([2, 3])[:, :, 0, 0]
+        of_kept = (later * states[t]).sum([3, 4])[..., 0, 0] * kept[:, t]
+        of_length = (later * column(u[:, t]) * row(B[:, t])).sum([3, 4])[..., 0, 0] - of_kept * rate
+        flat = du.map(lambda v: v.reshape(b, g, r * p))
+        dx.insert(0, Rounded(torch.cat([v.value for v in (flat, dB, dC)], -1),
+                             torch.cat([v.error for v in (flat, dB, dC)], -1)))
+        dstep.insert(0, of_length / (1 + (-raw[:, t]).exp()))
+        ddecay.append(-(of_kept * length[:, t] * rate))
+        dskip.append((d[:, t] * u[:, t]).sum(-1)[..., 0])
+        later = later * wide(kept[:, t])
+    over = lambda parts: stacked(parts, 1).sum([0, 1])[0, 0]
+    y = stacked(y, 1).map(lambda t: t.reshape(b, s, g, r * p))
+    return y, [stacked(dx, 1), stacked(dstep, 1)], [over(ddecay), over(dskip), over(dstep)]
+
+
+def gate_normed(op, x, params, above):
+    n = x[0].value.shape[-1]
+    value, slope = curve("silu", x[1])
+    v = x[0] * value
+    inverse = ((v * v).sum(-1) / n + constant(op["epsilon"], v.value)).rsqrt()
+    hat = v * inverse
+    g = above * params[0]
+    dv = inverse * (g - hat * ((g * hat).sum(-1) / n))
+    return hat * params[0], [dv * value, dv * x[0] * slope], [(above * hat).sum([0, 1])[0, 0]]
+
+
 def other_bounds(case, x, params, above, sums_of_squares):
     op = case["op"]
     kind = op["op"]
@@ -302,6 +373,12 @@ def other_bounds(case, x, params, above, sums_of_squares):
     if kind == "router":
         y, dx = routed(op, x[0], above)
         return y, [dx], []
+    if kind == "causal_convolution":
+        return convolved(op, x[0], params, above)
+    if kind == "state_space":
+        return scanned(op, x, params, above)
+    if kind == "gated_norm":
+        return gate_normed(op, x, params, above)
     if kind == "rotary":
         return turned(op, x[0], 1), [turned(op, above, -1)], []
     scale = constant(case["loss_scale"], x[0].value)

@@ -57,6 +57,9 @@ constexpr Equal kEquals[] = {
     {"dispatch", "indexing of tokens by row"},
     {"grouped_product", "bmm of each row's expert"},
     {"combine", "index_add"},
+    {"causal_convolution", "conv1d with as many groups as channels, silu"},
+    {"state_space", "softplus, exp, a loop over the tokens"},
+    {"gated_norm", "silu, rsqrt and mean"},
 };
 // A new operator needs its line here, its cases in problems.h and its formula in operators.py.
 static_assert(std::size(kEquals) == std::variant_size_v<Operation>);

@@ -108,6 +108,11 @@ struct Describe {
   }
   Json operator()(const Dispatch& o) { return {{"experts", o.experts}}; }
   Json operator()(const GroupedProduct& o) { return {{"bias", o.bias}}; }
+  Json operator()(const CausalConvolution& o) { return {{"kernel", o.kernel}, {"bias", o.bias}}; }
+  Json operator()(const StateSpace& o) {
+    return {{"heads_per_group", o.heads_per_group}, {"head_dim", o.head_dim}, {"state", o.state}};
+  }
+  Json operator()(const GatedNorm& o) { return {{"epsilon", o.epsilon}}; }
   template <class Other>
   Json operator()(const Other&) {
     return Json::object();

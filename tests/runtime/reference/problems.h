@@ -404,6 +404,16 @@ inline std::vector<Problem> problems(Rng& rng) {
   add("concat heads", Concat{true}, {heads, heads});
   add("append to heads", AppendToHeads{}, {heads, {sample, sequence, {Dim::head_feature, 2}}});
 
+  add("causal convolution", CausalConvolution{n(1, 4), chance()}, {heads});
+  const StateSpace scan{n(1, 3), n(1, 3), n(1, 3), n(1, 4)};
+  add("state space", scan,
+      {{sample,
+        sequence,
+        head,
+        {Dim::head_feature, scan.heads_per_group * scan.head_dim + 2 * scan.state}},
+       {sample, sequence, head, {Dim::head_feature, scan.heads_per_group}}});
+  add("gated norm", GatedNorm{0.01}, {heads, heads});
+
   const std::int64_t experts = n(1, 6), top_k = n(1, std::min<std::int64_t>(3, experts));
   for (int variant = 0; variant < 4; ++variant) {
     add(fmt::format("router {}", variant),
