@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "runtime/cuda/check.h"
-#include "runtime/cuda/machine.h"
+#include "runtime/cuda/flash.h"
 #include "runtime/cuda/product_choice.h"
 
 namespace partita::cuda {
@@ -38,6 +38,9 @@ struct Libraries {
   cublasLtHandle_t blas = nullptr;
   ProductOptions options;
   std::map<ProductKey, ProductChoice> products;
+  /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
+  /// environment leaves attention to products.
+  bool flash = false;
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
   std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
 };
@@ -55,6 +58,8 @@ class CudaMachine {
   void product(const Product& p);
   float* scratch(std::int64_t floats);
   std::int64_t scores() const { return 64 << 20; }
+  bool has_flash() const { return libraries_.flash; }
+  bool flash(const FlashCall& call, FlashPass pass);
   IndexList list(const std::vector<std::int64_t>& indices);
   bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x, Numbers w,
                 Numbers y, bool adds);

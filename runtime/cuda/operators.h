@@ -5,6 +5,7 @@
 //   product(p)            matrices
 //   scratch(floats)       memory until the operator ends
 //   scores()              of attention that may be in memory at once
+//   flash(call, pass)     attention whose scores are in none (flash.h); false where it cannot
 //   list(indices)         an IndexList
 //   convolve(shape, pass, x, w, y, adds)  fills y, x or w, by pass; `adds`: to w; false where it
 //                         cannot
@@ -18,7 +19,7 @@
 
 #include "runtime/cpu/kernels.h"
 #include "runtime/cpu/normalisation.h"
-#include "runtime/cuda/machine.h"
+#include "runtime/cuda/flash.h"
 
 namespace partita::cuda {
 
@@ -708,18 +709,6 @@ bool data(M& m, const Rotary& op, const Context&, const Arguments& a) {
 
 // ------------------------------------------------------------------------------------- attention
 
-struct Heads {
-  std::int64_t samples, queries, keys, heads, group, width, v_width, q_row, k_row, v_row, y_row;
-  float scale;
-  bool causal;
-  std::int64_t window, tile;  ///< queries whose scores are in memory at once
-  IndexList query_at, key_at;
-  /// Does query i (of the whole piece) see key j?
-  PARTITA_BOTH bool sees(std::int64_t i, std::int64_t j) const {
-    const std::int64_t here = query_at.at(i), there = key_at.at(j);
-    return !(causal && there > here) && !(window > 0 && there <= here - window);
-  }
-};
 template <class M>
 Heads heads_of(M& m, const Attention& op, const Tensor& q, const Tensor& k) {
   Heads h;
@@ -834,10 +823,72 @@ inline bool one_type(const Tensor& q, const Tensor& k, const Tensor& v) {
   return q.type == k.type && q.type == v.type;
 }
 
+inline std::uint16_t* words(const Tensor& t) { return reinterpret_cast<std::uint16_t*>(t.values); }
+template <class M>
+FlashCall flash_call(M& m, const Attention& op, const Arguments& a, bool part) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  FlashCall c;
+  c.h = heads_of(m, op, q, k);
+  c.type = q.type;
+  c.q = words(q), c.k = words(k), c.v = words(v);
+  c.lse = a.extras.empty() ? nullptr : a.extras[0].values;
+  c.part = part;
+  return c;
+}
+/// False: nothing was done, it is for products.
+template <class M>
+bool flash_forward(M& m, const Attention& op, const Arguments& a, bool part) {
+  if (op.materialised || a.results[0].type != a.inputs[0].type) return false;
+  FlashCall c = flash_call(m, op, a, part);
+  c.y = words(a.results[0]);
+  if (op.sinks && !part) c.sinks = numbers(a.parameters[0]);
+  return has_flash(c) && m.flash(c, FlashPass::forward);
+}
+/// From the saved output: the mean of a row's slopes is dy · y.
+template <class M>
+bool flash_backward(M& m, const Attention& op, const Arguments& a, bool part) {
+  const Tensor& dy = a.output_gradients[0];
+  if (op.materialised || a.outputs.empty() || !a.outputs[0] || a.outputs[0].values == nullptr)
+    return false;
+  for (const Tensor* t : {&dy, &a.outputs[0], &a.results[0], &a.results[1], &a.results[2]}) {
+    if (t->type != a.inputs[0].type) return false;
+  }
+  FlashCall c = flash_call(m, op, a, part);
+  c.dy = words(dy);
+  c.y = words(a.outputs[0]);
+  c.dq = words(a.results[0]), c.dk = words(a.results[1]), c.dv = words(a.results[2]);
+  if (!has_flash(c) || !m.has_flash()) return false;
+  const Heads h = c.h;
+  const std::int64_t query_heads = h.heads * h.group;
+  float* along = m.scratch(h.samples * query_heads * h.queries);
+  const Numbers y = numbers(a.outputs[0]), slopes = numbers(dy);
+  // One token's head is a row; they come as they lie in memory.
+  m.rows(
+      h.samples * h.queries * query_heads, h.v_width,
+      PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        double sum = 0;
+        for (std::int64_t o = lanes.lane(); o < h.v_width / Octet::kSize; o += lanes.count()) {
+          const std::int64_t at = row * h.v_width + o * Octet::kSize;
+          const Octet one = octet(y, at, Octet::kSize), other = octet(slopes, at, Octet::kSize);
+          float part_of_it = 0;
+          for (int e = 0; e < Octet::kSize; ++e) part_of_it += one.v[e] * other.v[e];
+          sum += static_cast<double>(part_of_it);
+        }
+        sum = lanes.sum(sum);
+        const std::int64_t token = row / query_heads, sample = token / h.queries;
+        if (lanes.lane() == 0)
+          along[(sample * query_heads + row % query_heads) * h.queries + token % h.queries] =
+              static_cast<float>(sum);
+      });
+  c.along = along;
+  return m.flash(c, FlashPass::queries) && m.flash(c, FlashPass::keys);
+}
+
 template <class M>
 bool forward(M& m, const Attention& op, const Context&, const Arguments& a) {
   const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
   if (!one_type(q, k, v)) return false;
+  if (flash_forward(m, op, a, false)) return true;
   const Heads h = heads_of(m, op, q, k);
   const Numbers lse = !op.materialised && !a.extras.empty() ? numbers(a.extras[0]) : nullptr;
   const Numbers kept = op.materialised && !a.extras.empty() ? numbers(a.extras[0]) : nullptr;
@@ -964,6 +1015,7 @@ bool attend_backward(M& m, const Attention& op, const Arguments& a, bool part) {
   if (a.extras.empty() || numbers(a.extras[0]) == nullptr) return false;
   if (!wanted(a, 0) || !wanted(a, 1) || !wanted(a, 2)) return false;
   if (!one_type(q, k, v) || dy.type != q.type) return false;
+  if (flash_backward(m, op, a, part)) return true;
   const Heads h = heads_of(m, op, q, k);
   if (!part) fill_values(m, numbers(a.results[0]), a.results[0].size(), 0);
   // All tiles add to these: in fp32.
@@ -1004,6 +1056,7 @@ template <class M>
 bool attend_part(M& m, const Attention& op, const Arguments& a) {
   const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
   if (!one_type(q, k, v)) return false;
+  if (flash_forward(m, op, a, true)) return true;
   const Heads h = heads_of(m, op, q, k);
   const Scores s = scores_for(m, op, h, q, k, false);
   const Numbers lse = numbers(a.extras[0]);

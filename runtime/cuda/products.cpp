@@ -2,7 +2,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
@@ -78,6 +80,12 @@ DeviceBlock::~DeviceBlock() { static_cast<void>(cudaFree(at)); }
 Libraries::Libraries(const ProductOptions& o) : options(o) {
   check(cublasLtCreate(&blas), "its start");
   convolutions = make_convolutions(o.tf32);
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "the current GPU");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "the GPU's compute capability");
+  const char* wanted = std::getenv("PARTITA_CUDA_FLASH");
+  flash = major >= 8 && (wanted == nullptr || std::string_view(wanted) != "0");
 }
 Libraries::~Libraries() {
   convolutions.reset();

@@ -57,6 +57,156 @@ void expect_narrow_kernels() {
 TEST(CudaKernels, EqualTheReferencesInBf16) { expect_narrow_kernels<ElementType::bf16>(); }
 TEST(CudaKernels, EqualTheReferencesInFp16) { expect_narrow_kernels<ElementType::fp16>(); }
 
+/// Attention that flash kernels compute: heads of 8 to 128 numbers, tiles that end anywhere, groups,
+/// masks, sinks, and keys and queries that lie apart.
+template <ElementType kType>
+void expect_flash() {
+  std::mt19937_64 rng(21);
+  const auto n = [&](std::int64_t low, std::int64_t high) {
+    return reference::pick(rng, low, high);
+  };
+  for (int round = 0; round < 16; ++round) {
+    Attention op;
+    op.queries_per_head = n(1, 2);
+    const bool wide = round % 2 == 0;
+    op.qk_dim = 8 * (wide ? n(9, 16) : n(1, 8));
+    op.v_dim = 8 * (wide ? n(1, 16) : n(1, 8));
+    op.causal = round % 3 != 0;
+    op.window = round % 4 == 1 ? n(1, 150) : 0;
+    op.sinks = round % 5 == 4;
+    const std::int64_t length = round < 4 ? n(1, 40) : n(120, 200);
+    const NamedExtent sample{Dim::sample, round % 6 == 2 ? 2 : 1}, head{Dim::head, n(1, 2)},
+        queries{Dim::sequence, length},
+        keys{Dim::sequence, op.causal ? length : n(1, 150)};
+    const reference::Problem p = reference::make_problem(
+        "flash", op,
+        {{sample, queries, head, {Dim::head_feature, op.queries_per_head * op.qk_dim}},
+         {sample, keys, head, {Dim::head_feature, op.qk_dim}},
+         {sample, keys, head, {Dim::head_feature, op.v_dim}}},
+        rng);
+    SCOPED_TRACE(::testing::Message() << "round " << round << ", " << op.qk_dim << " and "
+                                      << op.v_dim << ", " << length << " queries");
+    expect_same_narrow<KernelOnHostMachine, kType>(
+        p, [&](const auto& k) { EXPECT_EQ(k.kernel().flashes(), 3) << "passes"; });
+    if (::testing::Test::HasFailure()) return;
+  }
+}
+TEST(CudaFlash, EqualsTheReferencesInBf16) { expect_flash<ElementType::bf16>(); }
+TEST(CudaFlash, EqualsTheReferencesInFp16) { expect_flash<ElementType::fp16>(); }
+
+/// Keys met in two parts, which lie apart or by turns, are as if met at once: outputs,
+/// log-sum-exps and gradients.
+TEST(CudaFlash, PartsOfKeysAreTheWhole) {
+  std::mt19937_64 rng(22);
+  constexpr ElementType kType = ElementType::fp16;
+  for (int round = 0; round < 8; ++round) {
+    SCOPED_TRACE(round);
+    const std::int64_t width = round % 2 == 0 ? 128 : 40, all = 150 + 10 * round, group = 2;
+    const auto drawn = [&](std::int64_t n) {
+      std::vector<std::uint16_t> v(static_cast<std::size_t>(n));
+      for (auto& x : v)
+        x = to_fp16(static_cast<float>(reference::normal(3, rng(), 0)) * (round < 2 ? 2 : 1));
+      return v;
+    };
+    std::vector<std::int64_t> at(static_cast<std::size_t>(all)), mine, parts[2];
+    for (std::int64_t i = 0; i < all; ++i) {
+      at[static_cast<std::size_t>(i)] = i;
+      parts[round % 4 < 2 ? i * 2 / all : i % 2].push_back(i);
+      // Queries of which some see nothing of a part.
+      if (i % 3 != 1) mine.push_back(i);
+    }
+    const auto queries = std::ssize(mine);
+    auto q = drawn(queries * group * width), k = drawn(all * width), v = drawn(all * width),
+         dy = drawn(queries * group * width);
+    HostMachine m;
+    const auto call_of = [&](const std::vector<std::int64_t>& keys) {
+      FlashCall c;
+      c.type = kType;
+      c.h = {1,     queries, std::ssize(keys), 1,          group,        width, width, group * width,
+             width, width,   group * width,    0.0625f, round % 2 == 0, round == 5 ? 70 : 0, 0,
+             {mine.data(), 0, queries},        {keys.data(), 0, std::ssize(keys)}};
+      c.q = q.data();
+      c.dy = dy.data();
+      return c;
+    };
+    const auto rows_of = [&](const std::vector<std::uint16_t>& from,
+                             const std::vector<std::int64_t>& keys) {
+      std::vector<std::uint16_t> to;
+      for (const std::int64_t i : keys)
+        to.insert(to.end(), from.begin() + i * width, from.begin() + (i + 1) * width);
+      return to;
+    };
+    struct Results {
+      std::vector<std::uint16_t> y, dq, dk, dv;
+      std::vector<float> lse;
+    };
+    const auto lines = static_cast<std::size_t>(queries * group);
+    const auto run = [&](const std::vector<std::vector<std::int64_t>>& lists, bool part) {
+      Results r;
+      r.y.assign(q.size(), part ? std::uint16_t{0} : std::uint16_t{0x7e00});
+      r.dq = r.y;
+      r.dk.assign(k.size(), 0), r.dv = r.dk;
+      r.lse.assign(lines, part ? -INFINITY : NAN);
+      for (const bool backward : {false, true}) {
+        std::vector<float> along(lines);
+        for (std::size_t i = 0; i < lines; ++i) {
+          for (std::int64_t f = 0; f < width; ++f) {
+            // [query, query head, feature]; lines are [query head, query].
+            const auto e = static_cast<std::size_t>(
+                ((static_cast<std::int64_t>(i) % queries) * group +
+                 static_cast<std::int64_t>(i) / queries) *
+                    width +
+                f);
+            along[i] += from_fp16(r.y[e]) * from_fp16(dy[e]);
+          }
+        }
+        for (const auto& keys : lists) {
+          auto ks = rows_of(k, keys), vs = rows_of(v, keys);
+          std::vector<std::uint16_t> dk(ks.size(), 0), dv(vs.size(), 0);
+          FlashCall c = call_of(keys);
+          c.part = part;
+          c.k = ks.data(), c.v = vs.data(), c.y = r.y.data(), c.lse = r.lse.data();
+          c.along = along.data();
+          c.dq = r.dq.data(), c.dk = dk.data(), c.dv = dv.data();
+          EXPECT_TRUE(has_flash(c));
+          if (!backward) {
+            m.flash(c, FlashPass::forward);
+            continue;
+          }
+          m.flash(c, FlashPass::queries);
+          m.flash(c, FlashPass::keys);
+          for (std::size_t i = 0; i < keys.size(); ++i) {
+            const auto from = static_cast<std::ptrdiff_t>(i) * width, to = keys[i] * width;
+            std::copy_n(dk.begin() + from, width, r.dk.begin() + to);
+            std::copy_n(dv.begin() + from, width, r.dv.begin() + to);
+          }
+        }
+      }
+      return r;
+    };
+    const Results whole = run({at}, false), both = run({parts[0], parts[1]}, true);
+    for (std::size_t i = 0; i < lines; ++i) {
+      if (std::isinf(whole.lse[i])) {
+        EXPECT_EQ(both.lse[i], -INFINITY);
+      } else {
+        EXPECT_NEAR(both.lse[i], whole.lse[i], 2e-5);
+      }
+    }
+    const auto close = [&](const std::vector<std::uint16_t>& a,
+                           const std::vector<std::uint16_t>& b, const char* what) {
+      float size = 0;
+      for (const std::uint16_t x : b) size = std::max(size, std::abs(from_fp16(x)));
+      for (std::size_t i = 0; i < a.size(); ++i)
+        ASSERT_NEAR(from_fp16(a[i]), from_fp16(b[i]), 4 * spacing(kType) * static_cast<double>(size))
+            << what << " " << i;
+    };
+    close(both.y, whole.y, "y");
+    close(both.dq, whole.dq, "dq");
+    close(both.dk, whole.dk, "dk");
+    close(both.dv, whole.dv, "dv");
+  }
+}
+
 TEST(CudaKernels, PartsOfARingEqualTheReferences) {
   cpu::expect_parts_equal<KernelOnHostMachine>();
 }
