@@ -4,6 +4,7 @@
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -36,6 +37,8 @@ struct Libraries {
   Libraries& operator=(const Libraries&) = delete;
 
   cublasLtHandle_t blas = nullptr;
+  /// Waits on the host for a stream, as whoever may wait for peers does.
+  std::function<void(cudaStream_t, const std::string&)> come;
   ProductOptions options;
   std::map<ProductKey, ProductChoice> products;
   /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
@@ -61,6 +64,8 @@ class CudaMachine {
   bool has_flash() const { return libraries_.flash; }
   bool flash(const FlashCall& call, FlashPass pass);
   IndexList list(const std::vector<std::int64_t>& indices);
+  IndexList upload(const std::vector<std::int64_t>& numbers);
+  std::vector<float> read(const Numbers& at, std::int64_t n);
   bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x, Numbers w,
                 Numbers y, bool adds);
   /// The operator has queued all it has: its scratch is the next one's.

@@ -55,6 +55,7 @@ class Gpu : public CudaDevice {
     use();
     check(cudaFree(nullptr), fmt::format("start of GPU {}", o.device));
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
+    libraries_->come = [this](cudaStream_t s, const std::string& what) { come(s, what); };
     on(kComputeStream);
     void* slots = nullptr;
     check(cudaHostAlloc(&slots, kSlots * sizeof(float), cudaHostAllocDefault), "pinned memory");

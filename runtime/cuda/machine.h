@@ -342,6 +342,16 @@ void map_two(M& m, std::int64_t n, Numbers x, Numbers z, Numbers y, F f) {
   m.each(octets(n), MapTwo<F>{x, z, y, n, f});
 }
 
+/// f(row, first, count) of a row's octets (step 8), or of its elements (step 1).
+template <class F>
+struct RowPieces {
+  std::int64_t pieces, step;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t i) const {
+    f(i / pieces, i % pieces * step, step);
+  }
+};
+
 /// A matrix in memory, row after row.
 struct Matrix {
   Numbers at;
@@ -357,6 +367,8 @@ struct Product {
   Matrix a, b, c;
   std::int64_t batch = 1;
   float alpha = 1, beta = 0;
+  /// Its shape is of this step alone: nothing is timed or kept for the next time.
+  bool passing = false;
 };
 
 enum class ConvolutionPass { forward, data, weight };

@@ -6,7 +6,9 @@
 //   scratch(floats)       memory until the operator ends
 //   scores()              of attention that may be in memory at once
 //   flash(call, pass)     attention whose scores are in none (flash.h); false where it cannot
-//   list(indices)         an IndexList
+//   list(indices)         an IndexList, kept: it comes again
+//   upload(numbers)       an IndexList until the operator ends
+//   read(numbers, n)      what they are once all before is done, on the host
 //   convolve(shape, pass, x, w, y, adds)  fills y, x or w, by pass; `adds`: to w; false where it
 //                         cannot
 //
@@ -14,6 +16,7 @@
 // Formulas are those of runtime/cpu/fast.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -38,7 +41,6 @@ inline bool wanted(const Arguments& a, std::size_t k) {
   return k < a.results.size() && static_cast<bool>(a.results[k]);
 }
 inline std::int64_t at_least_1(std::int64_t n) { return n > 1 ? n : 1; }
-/// Numbers of rows are known to the host alone.
 inline bool any_rows(const Arguments& a) {
   for (const auto* list : {&a.inputs, &a.outputs, &a.output_gradients, &a.results}) {
     for (const Tensor& t : *list) {
@@ -1813,6 +1815,256 @@ bool data(M& m, const Router& op, const Context&, const Arguments& a) {
   return route(m, op, a.inputs[0], numbers(a.output_gradients[0]), numbers(a.results[0]));
 }
 
+// --------------------------------------------------------------------------------- rows of experts
+//
+// The host knows which rows there are: it reads a dispatch's gates, the only wait, and hands on
+// lists of tokens. Values stay on the device. Sums over a token's rows go by their order.
+
+using Rows = std::vector<reference::Row>;
+
+inline std::int64_t position_of(const Indices& list, std::int64_t global) {
+  return std::lower_bound(list.begin(), list.end(), global) - list.begin();
+}
+/// Of each row, its token's position in [sample, sequence].
+inline std::vector<std::int64_t> tokens_of(const Rows& rows, const Tensor& dense) {
+  const Indices &samples = (*dense.index)[0], &sequence = (*dense.index)[1];
+  std::vector<std::int64_t> all;
+  all.reserve(rows.size());
+  for (const reference::Row& r : rows)
+    all.push_back(position_of(samples, r.sample) * std::ssize(sequence) +
+                  position_of(sequence, r.sequence));
+  return all;
+}
+inline std::vector<std::int64_t> experts_of(const Rows& rows, const Indices& experts) {
+  std::vector<std::int64_t> all;
+  all.reserve(rows.size());
+  for (const reference::Row& r : rows) all.push_back(position_of(experts, r.expert));
+  return all;
+}
+/// Rows of each token: those of token t are list[first[t]] to list[first[t + 1]].
+struct RowsByToken {
+  IndexList first, list;
+};
+template <class M>
+RowsByToken by_token(M& m, const std::vector<std::int64_t>& tokens, std::int64_t count) {
+  std::vector<std::int64_t> first(static_cast<std::size_t>(count) + 1), list(tokens.size());
+  for (const std::int64_t t : tokens) ++first[static_cast<std::size_t>(t) + 1];
+  for (std::size_t t = 1; t < first.size(); ++t) first[t] += first[t - 1];
+  std::vector<std::int64_t> next = first;
+  for (std::size_t r = 0; r < tokens.size(); ++r)
+    list[static_cast<std::size_t>(next[static_cast<std::size_t>(tokens[r])]++)] =
+        static_cast<std::int64_t>(r);
+  return {m.upload(first), m.upload(list)};
+}
+/// Where result k's rows, those of `rows`, are; `rows` may be the result's own.
+inline Numbers placed(const Arguments& a, std::size_t k, const Rows& rows) {
+  return {a.place(k, rows), a.results[k].type};
+}
+/// Rows of one expert follow each other: f(expert's position, first row, rows).
+template <class F>
+void for_each_expert(const Rows& list, const Indices& experts, F f) {
+  for (std::size_t r = 0; r < list.size();) {
+    std::size_t end = r;
+    while (end < list.size() && list[end].expert == list[r].expert) ++end;
+    f(position_of(experts, list[r].expert), static_cast<std::int64_t>(r),
+      static_cast<std::int64_t>(end - r));
+    r = end;
+  }
+}
+
+/// By octets of a row where rows are whole octets, else by element: f(row, first, count).
+template <class M, class F>
+void each_of_rows(M& m, std::int64_t rows, std::int64_t n, F f) {
+  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1, pieces = n / step;
+  m.each(rows * pieces, RowPieces<F>{pieces, step, f});
+}
+
+template <class M>
+bool forward(M& m, const Dispatch&, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1];
+  const std::int64_t n = extent(x, 2, 3), columns = extent(gates, 2, 3);
+  const std::vector<float> values = m.read(numbers(gates), gates.size());
+  Rows rows;
+  // In the order of rows: by expert, sample, position.
+  for (const std::int64_t e : c.indices[static_cast<std::size_t>(c.signature->find(Dim::expert))]) {
+    std::int64_t at = position_of((*gates.index)[2], e);
+    for (const std::int64_t sample : (*x.index)[0]) {
+      for (const std::int64_t position : (*x.index)[1]) {
+        if (values[static_cast<std::size_t>(at)] != 0) rows.push_back({sample, position, e});
+        at += columns;
+      }
+    }
+  }
+  const IndexList tokens = m.upload(tokens_of(rows, x));
+  const Numbers y = placed(a, 0, rows), from = numbers(x);
+  each_of_rows(m, std::ssize(rows), n,
+               PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
+                 put(y, row * n + first, count, octet(from, tokens.at(row) * n + first, count));
+               });
+  return true;
+}
+template <class M>
+bool data(M& m, const Dispatch&, const Context&, const Arguments& a) {
+  if (!wanted(a, 0)) return false;
+  const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
+  const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 0, 2);
+  const RowsByToken of = by_token(m, tokens_of(*dy.rows, dx), tokens);
+  const Numbers from = numbers(dy), to = numbers(dx);
+  each_of_rows(m, tokens, n,
+               PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
+                 Octet sum{};
+                 for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
+                   const Octet o = octet(from, of.list.at(k) * n + first, count);
+                   for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
+                 }
+                 put(to, token * n + first, count, sum);
+               });
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &w = a.parameters[0];
+  if (x.type != w.type || (a.results[0].type != x.type && a.results[0].type != ElementType::fp32))
+    return false;
+  const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3), rows = std::ssize(*x.rows);
+  const Indices& experts = (*w.index)[0];
+  const Numbers y = placed(a, 0, *x.rows);
+  for_each_expert(*x.rows, experts, [&](std::int64_t e, std::int64_t first, std::int64_t count) {
+    Product p{count,
+              out,
+              in,
+              {numbers(x) + first * in, in, 0, false},
+              {numbers(w) + e * out * in, in, 0, true},
+              {y + first * out, out, 0, false}};
+    p.passing = true;
+    m.product(p);
+  });
+  if (op.bias && c.adds_bias) {
+    const Numbers b = numbers(a.parameters[1]);
+    const IndexList of = m.upload(experts_of(*x.rows, experts));
+    m.each(
+        rows * out,
+        PARTITA_KERNEL(std::int64_t i) { y[i] += b[of.at(i / out) * out + i % out]; });
+  }
+  return true;
+}
+template <class M>
+bool data(M& m, const GroupedProduct&, const Context&, const Arguments& a) {
+  const Tensor &dy = a.output_gradients[0], &w = a.parameters[0];
+  if (dy.type != w.type || (a.results[0].type != dy.type && a.results[0].type != ElementType::fp32))
+    return false;
+  const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3);
+  const Numbers dx = placed(a, 0, *dy.rows);
+  for_each_expert(*dy.rows, (*w.index)[0],
+                  [&](std::int64_t e, std::int64_t first, std::int64_t count) {
+                    Product p{count,
+                              in,
+                              out,
+                              {numbers(dy) + first * out, out, 0, false},
+                              {numbers(w) + e * out * in, in, 0, false},
+                              {dx + first * in, in, 0, false},
+                              1,
+                              1,
+                              a.accumulate ? 1.0f : 0.0f};
+                    p.passing = true;
+                    m.product(p);
+                  });
+  return true;
+}
+template <class M>
+bool weight(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &dw = a.results[0];
+  if (!dw || x.type != dy.type || (dw.type != x.type && dw.type != ElementType::fp32)) return false;
+  const std::int64_t out = extent(dw, 1, 2), in = extent(dw, 2, 3);
+  const Indices& experts = (*dw.index)[0];
+  const bool bias = op.bias && wanted(a, 1);
+  std::vector<bool> met(experts.size());
+  for_each_expert(*x.rows, experts, [&](std::int64_t e, std::int64_t first, std::int64_t count) {
+    met[static_cast<std::size_t>(e)] = true;
+    Product p{out,
+              in,
+              count,
+              {numbers(dy) + first * out, out, 0, true},
+              {numbers(x) + first * in, in, 0, false},
+              {numbers(dw) + e * out * in, in, 0, false},
+              1,
+              1,
+              a.accumulate ? 1.0f : 0.0f};
+    p.passing = true;
+    m.product(p);
+    if (!bias) return;
+    if (c.adds_bias) {
+      sum_columns(m, numbers(dy) + first * out, count, out, numbers(a.results[1]) + e * out,
+                  a.accumulate);
+    } else if (!a.accumulate) {
+      fill_values(m, numbers(a.results[1]) + e * out, out, 0);
+    }
+  });
+  // Who got no rows has no gradient.
+  for (std::size_t e = 0; e < met.size() && !a.accumulate; ++e) {
+    if (met[e]) continue;
+    const auto at = static_cast<std::int64_t>(e);
+    fill_values(m, numbers(dw) + at * out * in, out * in, 0);
+    if (bias) fill_values(m, numbers(a.results[1]) + at * out, out, 0);
+  }
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const Combine&, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1], &y = a.results[0];
+  const std::int64_t n = extent(x, 3, 4), columns = extent(gates, 2, 3), tokens = extent(y, 0, 2);
+  const RowsByToken of = by_token(m, tokens_of(*x.rows, gates), tokens);
+  const IndexList expert = m.upload(experts_of(*x.rows, (*gates.index)[2]));
+  const Numbers from = numbers(x), gate = numbers(gates), to = numbers(y);
+  each_of_rows(m, tokens, n,
+               PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
+                 Octet sum{};
+                 for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
+                   const std::int64_t row = of.list.at(k);
+                   const float g = gate[token * columns + expert.at(row)];
+                   const Octet o = octet(from, row * n + first, count);
+                   for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += g * o.v[e];
+                 }
+                 put(to, token * n + first, count, sum);
+               });
+  return true;
+}
+template <class M>
+bool data(M& m, const Combine&, const Context&, const Arguments& a) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1];
+  const std::int64_t n = extent(x, 3, 4), columns = extent(gates, 2, 3);
+  const IndexList token = m.upload(tokens_of(*x.rows, gates)),
+                  expert = m.upload(experts_of(*x.rows, (*gates.index)[2]));
+  const Numbers from = numbers(x), gate = numbers(gates), dy = numbers(a.output_gradients[0]),
+                to_gate = numbers(a.results[1]);
+  const Numbers dx = placed(a, 0, *x.rows);
+  fill_values(m, to_gate, a.results[1].size(), 0);
+  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1;
+  m.rows(
+      std::ssize(*x.rows), n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const std::int64_t t = token.at(row), place = t * columns + expert.at(row);
+        const float g = gate[place];
+        double sum = 0;
+        for (std::int64_t f = lanes.lane() * step; f < n; f += lanes.count() * step) {
+          const Octet d = octet(dy, t * n + f, step), o = octet(from, row * n + f, step);
+          Octet r;
+          float part = 0;
+          for (int e = 0; e < Octet::kSize; ++e) {
+            r.v[e] = g * d.v[e];
+            part += d.v[e] * o.v[e];
+          }
+          put(dx, row * n + f, step, r);
+          sum += static_cast<double>(part);
+        }
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0) to_gate[place] = static_cast<float>(sum);
+      });
+  return true;
+}
+
 // What has no kernel here is the host's.
 template <class M, class Op>
 bool forward(M&, const Op&, const Context&, const Arguments&) {
@@ -1827,20 +2079,64 @@ bool weight(M&, const Op&, const Context&, const Arguments&) {
   return false;
 }
 
+/// Element-wise operators take rows as they come: their result's are those of what they read.
+inline bool takes_rows(const Operation& op) {
+  return std::holds_alternative<Activation>(op) || std::holds_alternative<GatedActivation>(op) ||
+         std::holds_alternative<Add>(op) || std::holds_alternative<Multiply>(op);
+}
+inline bool of_experts(const Operation& op) {
+  return std::holds_alternative<Dispatch>(op) || std::holds_alternative<GroupedProduct>(op) ||
+         std::holds_alternative<Combine>(op);
+}
+/// f(arguments) with memory for results that are rows like `like`'s; false: not for rows.
+template <class F>
+bool with_rows(const Context& c, const Arguments& a, F f) {
+  if (of_experts(*c.operation)) return a.place && f(a);
+  if (!any_rows(a)) return f(a);
+  if (!a.place || a.accumulate || !takes_rows(*c.operation)) return false;
+  const Rows* rows = nullptr;
+  for (const auto* list : {&a.inputs, &a.output_gradients}) {
+    for (const Tensor& t : *list) {
+      if (t && t.rows != nullptr) rows = t.rows;
+    }
+  }
+  if (rows == nullptr) return false;
+  Arguments here = a;
+  for (std::size_t k = 0; k < here.results.size(); ++k) {
+    if (!here.results[k]) {
+      if (std::holds_alternative<GatedActivation>(*c.operation)) return false;
+      continue;
+    }
+  }
+  for (std::size_t k = 0; k < here.results.size(); ++k) {
+    Tensor& t = here.results[k];
+    if (!t) continue;
+    t.values = a.place(k, *rows);
+    t.rows = rows;
+  }
+  return f(here);
+}
+
 /// One kernel of an operator; false where it has none for this case.
 template <class M>
 bool run_forward(M& m, const Context& c, const Arguments& a) {
-  if (a.accumulate || any_rows(a)) return false;
-  return std::visit([&](const auto& op) { return forward(m, op, c, a); }, *c.operation);
+  if (a.accumulate) return false;
+  return with_rows(c, a, [&](const Arguments& here) {
+    return std::visit([&](const auto& op) { return forward(m, op, c, here); }, *c.operation);
+  });
 }
 template <class M>
 bool run_backward_data(M& m, const Context& c, const Arguments& a) {
-  if (any_rows(a) || (a.accumulate && !std::holds_alternative<Linear>(*c.operation))) return false;
-  return std::visit([&](const auto& op) { return data(m, op, c, a); }, *c.operation);
+  if (a.accumulate && !std::holds_alternative<Linear>(*c.operation) &&
+      !std::holds_alternative<GroupedProduct>(*c.operation))
+    return false;
+  return with_rows(c, a, [&](const Arguments& here) {
+    return std::visit([&](const auto& op) { return data(m, op, c, here); }, *c.operation);
+  });
 }
 template <class M>
 bool run_backward_weight(M& m, const Context& c, const Arguments& a) {
-  if (any_rows(a)) return false;
+  if (any_rows(a) && !of_experts(*c.operation)) return false;
   return std::visit([&](const auto& op) { return weight(m, op, c, a); }, *c.operation);
 }
 template <class M>

@@ -139,6 +139,34 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
 }
 
+IndexList CudaMachine::upload(const std::vector<std::int64_t>& numbers) {
+  if (numbers.empty()) return {};
+  const auto n = static_cast<std::int64_t>(numbers.size());
+  auto* at = reinterpret_cast<std::int64_t*>(scratch(2 * n));
+  // Of memory that is not pinned: it may be changed once the call returns.
+  check(cudaMemcpyAsync(at, numbers.data(), numbers.size() * sizeof(std::int64_t),
+                        cudaMemcpyHostToDevice, stream_),
+        "a list of rows");
+  return {at, 0, n};
+}
+
+std::vector<float> CudaMachine::read(const Numbers& at, std::int64_t n) {
+  const auto count = static_cast<std::size_t>(n);
+  std::vector<float> values(count);
+  std::vector<std::uint16_t> words(at.narrow() ? count : 0);
+  if (n == 0) return values;
+  // A stream may wait for a peer who is gone: the copy, which the host waits for, comes after.
+  libraries_.come(stream_, "what a router chose");
+  void* to = at.narrow() ? static_cast<void*>(words.data()) : values.data();
+  check(cudaMemcpyAsync(to, at.data(), count * (at.narrow() ? 2 : 4), cudaMemcpyDeviceToHost,
+                        stream_),
+        "what a router chose");
+  check(cudaStreamSynchronize(stream_), "what a router chose");
+  const Numbers here(words.data(), at.type());
+  for (std::int64_t i = 0; i < n && at.narrow(); ++i) values[static_cast<std::size_t>(i)] = here[i];
+  return values;
+}
+
 bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x,
                            Numbers w, Numbers y, bool adds) {
   return libraries_.convolutions && libraries_.convolutions->run(*this, shape, pass, x, w, y, adds);
@@ -189,6 +217,7 @@ void CudaMachine::product(const Product& p) {
                           workspace(), choice.workspace, stream_);
   };
   const auto known = libraries_.products.find(key);
+  const int wanted = p.passing ? 1 : libraries_.options.candidates;
   if (known != libraries_.products.end()) {
     check(run(known->second), in_words(p));
     return;
@@ -208,7 +237,7 @@ void CudaMachine::product(const Product& p) {
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;
   check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, d.product, d.a, d.b, d.c, d.c, d.preference,
-                                       std::clamp(libraries_.options.candidates, 1, kMost), found,
+                                       std::clamp(wanted, 1, kMost), found,
                                        &count),
         in_words(p));
   std::vector<ProductChoice> choices;
@@ -249,7 +278,7 @@ void CudaMachine::product(const Product& p) {
     check(cudaEventDestroy(after), "an event");
     best.candidates = static_cast<int>(choices.size());
   }
-  libraries_.products.emplace(key, best);
+  if (!p.passing) libraries_.products.emplace(key, best);
   check(run(best), in_words(p));
 }
 

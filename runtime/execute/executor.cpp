@@ -1222,9 +1222,19 @@ class Executor {
     }
     a.results.clear();
     fill(a.results, i.writes);
+    std::set<std::size_t> placed;
+    a.place = [&](std::size_t k, const std::vector<Row>& rows) {
+      placed.insert(k);
+      if (i.accumulate) {
+        PARTITA_ASSERT(rows_of(i.writes[k]).rows == rows, "rows to add to differ");
+      } else {
+        put_rows(i.writes[k], std::vector<Row>(rows));
+      }
+      return values(i.writes[k]);
+    };
     kernel->run(work_of(i.kernel), static_cast<std::size_t>(i.index), a);
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
-      if (!i.writes[k].valid() || !p_.buffer(i.writes[k]).routed) continue;
+      if (!i.writes[k].valid() || !p_.buffer(i.writes[k]).routed || placed.count(k) > 0) continue;
       auto& made = kernel->routed[k];
       if (i.accumulate) {
         PARTITA_ASSERT(rows_of(i.writes[k]).rows == made.rows, "rows to add to differ");

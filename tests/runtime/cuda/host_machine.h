@@ -8,6 +8,7 @@
 #include <deque>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -189,6 +190,16 @@ class HostMachine {
       return {nullptr, indices.front(), n};
     return {indices.data(), 0, n};
   }
+  /// Always in memory: what is not there is not what follows from the first.
+  IndexList upload(const std::vector<std::int64_t>& numbers) {
+    const auto& kept = uploads_.emplace_back(numbers);
+    return {kept.data(), 0, std::ssize(kept)};
+  }
+  std::vector<float> read(const Numbers& at, std::int64_t n) {
+    std::vector<float> v;
+    for (std::int64_t i = 0; i < n; ++i) v.push_back(at[i]);
+    return v;
+  }
   bool convolve(const ConvolutionShape& s, ConvolutionPass pass, Numbers to_x, Numbers to_w,
                 Numbers to_y, bool adds) {
     for (const Numbers& n : {to_x, to_w, to_y}) PARTITA_ASSERT(n.type() == s.type, "types differ");
@@ -244,16 +255,19 @@ class HostMachine {
       }
     }
   }
-  void end() { scratch_.clear(); }
+  void end() { scratch_.clear(), uploads_.clear(); }
 
  private:
   std::deque<std::vector<float>> scratch_;
+  std::deque<std::vector<std::int64_t>> uploads_;
   int lists_ = 0;
   static inline std::int64_t asked_ = 0;
 };
 
 /// The contract of cpu::Kernel, by the CUDA kernels' text.
 class KernelOnHostMachine {
+  using Row = reference::Row;
+
  public:
   explicit KernelOnHostMachine(const reference::Context& context)
       : context_(context), host_(execute::host_device()->kernel(context)) {}
@@ -266,13 +280,15 @@ class KernelOnHostMachine {
     run(run_forward_statistic(m_, context_, k, a), execute::Work::forward_statistic, k, a);
   }
   void forward(const cpu::Arguments& a) {
-    run(run_forward(m_, context_, a), execute::Work::forward, 0, a);
+    const cpu::Arguments here = placing(a);
+    run(run_forward(m_, context_, here), execute::Work::forward, 0, here);
   }
   void backward_statistic(std::size_t k, const cpu::Arguments& a) {
     run(run_backward_statistic(m_, context_, a), execute::Work::backward_statistic, k, a);
   }
   void backward_data(const cpu::Arguments& a) {
-    run(run_backward_data(m_, context_, a), execute::Work::backward_data, 0, a);
+    const cpu::Arguments here = placing(a);
+    run(run_backward_data(m_, context_, here), execute::Work::backward_data, 0, here);
   }
   void backward_weight(const cpu::Arguments& a) {
     run(run_backward_weight(m_, context_, a), execute::Work::backward_weight, 0, a);
@@ -288,14 +304,47 @@ class KernelOnHostMachine {
   int flashes() const { return m_.flashes; }
 
  private:
+  /// Who has no memory for rows gets it here, and they are returned.
+  struct Placed {
+    std::vector<Row> rows;
+    std::vector<float> room;  ///< of the result's type
+    ElementType type;
+  };
+  cpu::Arguments placing(const cpu::Arguments& a) {
+    cpu::Arguments here = a;
+    placed_.clear();
+    if (a.place) return here;
+    here.place = [this, &a](std::size_t k, const std::vector<Row>& rows) {
+      Placed& p = placed_[k];
+      p.rows = rows;
+      p.type = a.results[k].type;
+      p.room.assign(rows.size() * a.results[k].index->at(3).size() + 2,
+                    std::numeric_limits<float>::quiet_NaN());
+      return p.room.data();
+    };
+    return here;
+  }
   void run(bool done, execute::Work work, std::size_t statistic, const cpu::Arguments& a) {
     ++(done ? own : others);
     m_.end();
-    if (done) return;
+    routed.clear();
+    if (done) {
+      for (auto& [k, p] : placed_) {
+        routed.resize(std::max(routed.size(), k + 1));
+        routed[k].rows = p.rows;
+        const Numbers from(p.room.data(), p.type);
+        for (std::size_t i = 0; i + 2 < p.room.size(); ++i)
+          routed[k].values.push_back(from[static_cast<std::int64_t>(i)]);
+      }
+      placed_.clear();
+      return;
+    }
+    PARTITA_ASSERT(placed_.empty(), "rows were placed by a kernel that then gave up");
     host_->run(work, statistic, a);
     routed = std::move(host_->routed);
   }
   HostMachine m_;
+  std::map<std::size_t, Placed> placed_;
   reference::Context context_;
   std::unique_ptr<execute::OperatorKernel> host_;
 };
