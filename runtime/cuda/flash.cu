@@ -1,5 +1,6 @@
 // Attention without scores in memory, on tensor cores (flash.h).
 #include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/fused_attention.h"
 
 namespace partita::cuda {
 namespace {
@@ -106,6 +107,11 @@ __global__ __launch_bounds__(32 * K::kWarps, 2) void flash_kernel(const __grid_c
 
 bool CudaMachine::flash(const FlashCall& call, FlashPass pass) {
   if (!has_flash()) return false;
+  const bool backward = pass == FlashPass::backward;
+  if (libraries_.attention && (backward || pass == FlashPass::forward) &&
+      libraries_.attention->run(*this, call, backward))
+    return true;
+  if (backward) return false;
   with_flash_kernel(call, pass, [&](const auto& kernel) {
     using K = std::decay_t<decltype(kernel)>;
     constexpr int kBytes = 2 * K::kWords;

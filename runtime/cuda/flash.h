@@ -87,7 +87,9 @@ struct FlashCall {
   /// Forward: these keys come to those that y and lse have met. Backward: gradients are added.
   bool part = false;
 };
-enum class FlashPass { forward, queries, keys };  ///< `keys`: gradients of keys and values
+/// `keys`: gradients of keys and values. `backward`: all gradients, without `along`, where a library
+/// makes them at once.
+enum class FlashPass { forward, backward, queries, keys };
 
 /// One head's rows of a tensor.
 struct HeadRows {
@@ -749,6 +751,8 @@ void with_flash_kernel(const FlashCall& c, FlashPass pass, F f) {
         return f(FlashQueries<kType, kD>{c});
       case FlashPass::keys:
         return f(FlashKeys<kType, kD>{c});
+      case FlashPass::backward:
+        return;
     }
   };
   using Bf16 = std::integral_constant<ElementType, ElementType::bf16>;

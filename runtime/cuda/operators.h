@@ -860,6 +860,7 @@ bool flash_backward(M& m, const Attention& op, const Arguments& a, bool part) {
   c.y = words(a.outputs[0]);
   c.dq = words(a.results[0]), c.dk = words(a.results[1]), c.dv = words(a.results[2]);
   if (!has_flash(c) || !m.has_flash()) return false;
+  if (m.flash(c, FlashPass::backward)) return true;
   const Heads h = c.h;
   const std::int64_t query_heads = h.heads * h.group;
   float* along = m.scratch(h.samples * query_heads * h.queries);

@@ -8,6 +8,7 @@
 
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/fused_attention.h"
 
 namespace partita::cuda {
 namespace {
@@ -86,8 +87,10 @@ Libraries::Libraries(const ProductOptions& o) : options(o) {
         "the GPU's compute capability");
   const char* wanted = std::getenv("PARTITA_CUDA_FLASH");
   flash = major >= 8 && (wanted == nullptr || std::string_view(wanted) != "0");
+  if (flash) attention = make_fused_attention();
 }
 Libraries::~Libraries() {
+  attention.reset();
   convolutions.reset();
   if (blas != nullptr) cublasLtDestroy(blas);
 }

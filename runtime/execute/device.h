@@ -12,6 +12,7 @@
 #include "runtime/cpu/kernels.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/transport/transport.h"
+#include "simulator/program/measurement.h"
 #include "simulator/program/program.h"
 
 namespace partita::execute {
@@ -102,6 +103,8 @@ class Links {
   virtual void meet(Transport& control, const std::vector<Channel>& channels) = 0;
   /// `call.data` and `call.send` lie on the device.
   virtual void collective(const Channel& channel, const CollectiveCall& call) = 0;
+  /// Its own model of collectives of all ranks, none of which is carried out; of all ranks at once.
+  virtual std::vector<LinkEstimate> estimates() { return {}; }
   virtual void send(const Channel& channel, int to, const std::byte* from, std::int64_t bytes) = 0;
   virtual void receive(const Channel& channel, int from, std::byte* to, std::int64_t bytes) = 0;
 

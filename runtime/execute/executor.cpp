@@ -109,6 +109,7 @@ class Executor {
     if (transport_.size() > 1 && links_ != nullptr) {
       transport_.doing("the meeting of devices");
       links_->meet(transport_, channels_of(p));
+      if (o.estimates) result_.estimates = links_->estimates();
     }
   }
   ~Executor() {

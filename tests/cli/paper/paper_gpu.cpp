@@ -96,7 +96,7 @@ class PaperKernel : public execute::OperatorKernel {
       : paper_(paper), context_(std::move(context)) {}
   const reference::Context& context() const override { return context_; }
   void set_step(std::int64_t, std::int64_t) override {}
-  void run(Work, std::size_t, const cpu::Arguments& a) override {
+  void run(Work work, std::size_t, const cpu::Arguments& a) override {
     std::int64_t bytes = 0;
     double sizes = 1;
     for (const auto* list : {&a.inputs, &a.parameters, &a.outputs, &a.output_gradients,
@@ -111,8 +111,42 @@ class PaperKernel : public execute::OperatorKernel {
     };
     if (std::holds_alternative<Linear>(*context_.operation))
       sizes = first(a.inputs) * first(a.parameters) * first(a.output_gradients) * first(a.results);
-    paper_.move(bytes, 4e12, sizes > 1 ? 2 * std::sqrt(sizes) : 0);
-    routed.assign(a.results.size(), {});
+    double flops = sizes > 1 ? 2 * std::sqrt(sizes) : 0;
+    // Experts: choice j of token t is of expert (top_k t + j) mod experts, and rows stay what they
+    // are.
+    std::vector<reference::Row> rows;
+    for (const auto* list : {&a.output_gradients, &a.inputs}) {
+      if (!list->empty() && (*list)[0] && (*list)[0].rows != nullptr) rows = *(*list)[0].rows;
+    }
+    if (const auto* d = std::get_if<Dispatch>(&*context_.operation); d && work == Work::forward) {
+      std::int64_t token = 0;
+      for (const std::int64_t sample : (*a.inputs[0].index)[0]) {
+        for (const std::int64_t position : (*a.inputs[0].index)[1]) {
+          for (std::int64_t j = 0; j < d->top_k; ++j)
+            rows.push_back({sample, position, (d->top_k * token + j) % d->experts});
+          ++token;
+        }
+      }
+      std::stable_sort(rows.begin(), rows.end(),
+                       [](const auto& x, const auto& y) { return x.expert < y.expert; });
+    }
+    if (std::holds_alternative<GroupedProduct>(*context_.operation)) {
+      const auto& w = *(work == Work::backward_weight ? a.results : a.parameters)[0].index;
+      flops = 2.0 * static_cast<double>(rows.size() * w[1].size() * w[2].size());
+    }
+    for (std::size_t k = 0; k < a.results.size() && a.place; ++k) {
+      if (!a.results[k] || a.results[k].rows == nullptr) continue;
+      a.place(k, rows);
+      bytes += storage(a.results[k].type, std::ssize(rows) * std::ssize(a.results[k].index->at(3)))
+                   .count;
+    }
+    for (const auto* list : {&a.inputs, &a.output_gradients}) {
+      for (const cpu::Tensor& t : *list) {
+        if (t && t.rows != nullptr) bytes += storage(t.type, t.size()).count;
+      }
+    }
+    paper_.move(bytes, 4e12, flops);
+    routed.clear();
   }
 
  private:

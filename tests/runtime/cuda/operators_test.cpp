@@ -94,6 +94,29 @@ void expect_flash() {
 TEST(CudaFlash, EqualsTheReferencesInBf16) { expect_flash<ElementType::bf16>(); }
 TEST(CudaFlash, EqualsTheReferencesInFp16) { expect_flash<ElementType::fp16>(); }
 
+/// docs/cuda.md: a first tile in which two keys count, and a second with one.
+TEST(CudaFlash, TheExampleOfThePage) {
+  constexpr std::int64_t kKeys = 65, kWidth = 8;
+  std::vector<std::uint16_t> q(kWidth, 0), k(kKeys * kWidth, 0), v(kKeys * kWidth, 0), y(kWidth);
+  q[0] = to_fp16(1);
+  const auto key = [&](std::size_t n, float score, float value) {
+    k[n * kWidth] = to_fp16(score);
+    v[n * kWidth] = to_fp16(value);
+  };
+  for (std::size_t n = 2; n < 64; ++n) key(n, -1000, 100);
+  key(0, 0, 1), key(1, std::log(3.0f), 2), key(64, std::log(4.0f), 3);
+  float lse = 0;
+  FlashCall c;
+  c.type = ElementType::fp16;
+  c.h = {1,      1, kKeys, 1, 1, kWidth, kWidth, kWidth, kWidth, kWidth, kWidth, 1, false, 0, 0,
+         {nullptr, 0, 1}, {nullptr, 0, kKeys}};
+  c.q = q.data(), c.k = k.data(), c.v = v.data(), c.y = y.data(), c.lse = &lse;
+  HostMachine m;
+  ASSERT_TRUE(m.flash(c, FlashPass::forward));
+  EXPECT_NEAR(from_fp16(y[0]), 19.0 / 8, 2e-3);
+  EXPECT_NEAR(lse, std::log(8.0), 1e-3);
+}
+
 /// Keys met in two parts, which lie apart or by turns, are as if met at once: outputs,
 /// log-sum-exps and gradients.
 TEST(CudaFlash, PartsOfKeysAreTheWhole) {
