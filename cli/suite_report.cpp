@@ -151,17 +151,16 @@ std::string estimate_table(const validation::EstimateComparison& c) {
       {"NCCL's own estimate", "sizes", "mean error", "largest", "at", "its", "ours"}};
   for (const auto& [key, s] : sums) {
     const auto& [collective, algorithm, protocol] = key;
-    table.push_back(
-        {algorithm.empty() ? collective + ", its choice"
-                           : fmt::format("{}, {} {}", collective, algorithm, protocol),
-         std::to_string(s.n), fmt::format("{:.2f} %", 100 * s.mean / static_cast<double>(s.n)),
-         fmt::format("{:.2f} %", 100 * s.most), fmt::format("{:.0f} B", s.at),
-         fmt::format("{:.2f} us", s.theirs), fmt::format("{:.2f} us", s.ours)});
+    table.push_back({algorithm.empty() ? collective + ", its choice"
+                                       : fmt::format("{}, {} {}", collective, algorithm, protocol),
+                     std::to_string(s.n),
+                     fmt::format("{:.2f} %", 100 * s.mean / static_cast<double>(s.n)),
+                     fmt::format("{:.2f} %", 100 * s.most), fmt::format("{:.0f} B", s.at),
+                     fmt::format("{:.2f} us", s.theirs), fmt::format("{:.2f} us", s.ours)});
   }
   std::string text = align(table);
   text += fmt::format("{} of {} equal to four digits\n", c.equal, c.rows.size());
-  for (const std::string& pair : c.unpriced)
-    text += fmt::format("no price of ours: {}\n", pair);
+  for (const std::string& pair : c.unpriced) text += fmt::format("no price of ours: {}\n", pair);
   return text;
 }
 

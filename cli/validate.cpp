@@ -875,8 +875,8 @@ std::pair<std::optional<validation::EstimateComparison>, std::string> beside_ncc
     std::vector<std::int64_t> ranks(static_cast<std::size_t>(o.most_ranks()));
     std::iota(ranks.begin(), ranks.end(), 0);
     if (t.rank_count() < ranks.size())
-      return {std::nullopt, fmt::format("{} has {} GPUs for {} ranks", dump, t.rank_count(),
-                                        ranks.size())};
+      return {std::nullopt,
+              fmt::format("{} has {} GPUs for {} ranks", dump, t.rank_count(), ranks.size())};
     return {validation::compare_estimates(nccl::communicator(t, ranks), estimates), ""};
   } catch (const InputError& e) {
     return {std::nullopt, e.what()};
@@ -946,8 +946,7 @@ void validate(Options& o, int& code) {
     e.estimates = true;
     estimating = tasks.size();
     tasks.push_back({&no_graph(), &estimated.back(), e, "NCCL's own estimates"});
-    if (!o.out.empty())
-      ::setenv("NCCL_TOPO_DUMP_FILE", (o.out + "/nccl-topology.xml").c_str(), 0);
+    if (!o.out.empty()) ::setenv("NCCL_TOPO_DUMP_FILE", (o.out + "/nccl-topology.xml").c_str(), 0);
   }
   const SuiteJournal place(o);
   if (launches(o)) {

@@ -271,19 +271,18 @@ std::vector<CalibrationRun> gpu_calibration_runs() {
     add(build_transformer(c), "bf16", batch, hidden % 3 == 0);
   }
   // Attention by itself: long and short, of heads of 64 and 128, of all keys and of those before.
-  for (const auto& [sequence, heads, width, batch, causal] :
-       {std::tuple{16384, 8, 128, 1, true},
-        {512, 16, 64, 24, false},
-        {8192, 32, 128, 1, true},
-        {1024, 20, 64, 16, false},
-        {2048, 32, 64, 4, true},
-        {4096, 24, 128, 1, false},
-        {1024, 48, 128, 4, true},
-        {384, 12, 64, 64, false}}) {
+  for (const auto& [sequence, heads, width, batch, causal] : {std::tuple{16384, 8, 128, 1, true},
+                                                              {512, 16, 64, 24, false},
+                                                              {8192, 32, 128, 1, true},
+                                                              {1024, 20, 64, 16, false},
+                                                              {2048, 32, 64, 4, true},
+                                                              {4096, 24, 128, 1, false},
+                                                              {1024, 48, 128, 4, true},
+                                                              {384, 12, 64, 64, false}}) {
     TransformerConfig c = decoder(heads * width, sequence, 256, heads, 256, false);
     c.causal = causal;
-    c.name = fmt::format("attention {} x {} x {}{}", heads, sequence, width,
-                         causal ? "" : ", all keys");
+    c.name =
+        fmt::format("attention {} x {} x {}{}", heads, sequence, width, causal ? "" : ", all keys");
     add(build_transformer(c), "bf16", batch, true);
   }
   // Experts: grouped products of few and of many rows each.
@@ -783,8 +782,7 @@ std::string gpu_yaml(const Profile& p) {
     for (const KernelPoint& x : points) {
       if (kernel == "copy" && x.bytes > largest)
         largest = x.bytes, bandwidth = x.bytes / x.time.count;
-      const bool moves =
-          kernel.rfind("copy", 0) == 0 || kernel == "load" || kernel == "slice";
+      const bool moves = kernel.rfind("copy", 0) == 0 || kernel == "load" || kernel == "slice";
       if (!moves && (latency == 0 || x.time.count < latency)) latency = x.time.count;
       // Attention's causal half is counted whole there: no rate of products.
       if (x.m > 0 && kernel.rfind("linear", 0) == 0) {

@@ -58,8 +58,8 @@ EstimateComparison compare_estimates(const nccl::Communicator& c,
   std::set<std::string> unpriced;
   for (const LinkEstimate& e : theirs) {
     const auto what = collective_of(e.kind);
-    EstimateRow row{std::string(name(e.kind)), e.algorithm, e.protocol, "",
-                    static_cast<double>(e.bytes), e.us, 0};
+    EstimateRow row{std::string(name(e.kind)),    e.algorithm, e.protocol, "",
+                    static_cast<double>(e.bytes), e.us,        0};
     if (what && e.algorithm.empty()) {
       const nccl::Choice choice = nccl::choose(c, *what, row.bytes);
       row.ours = fmt::format("{} {}", nccl::name(choice.algorithm), nccl::name(choice.protocol));

@@ -20,8 +20,8 @@ struct EstimateRow {
 };
 struct EstimateComparison {
   std::vector<EstimateRow> rows;
-  std::size_t equal = 0;             ///< to four digits, of which NCCL's floats have seven
-  double mean = 0, most = 0;         ///< of the errors' sizes
+  std::size_t equal = 0;              ///< to four digits, of which NCCL's floats have seven
+  double mean = 0, most = 0;          ///< of the errors' sizes
   std::vector<std::string> unpriced;  ///< pairs that NCCL has here and our model has not, and back
 };
 /// Sizes of one pair that our model has no price for are left out and named once.

@@ -45,7 +45,7 @@ struct Libraries {
   /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
   /// environment leaves attention to products.
   bool flash = false;
-  std::unique_ptr<FusedAttention> attention;  ///< null: our own kernels
+  std::unique_ptr<FusedAttention> attention;   ///< null: our own kernels
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
   std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
 };

@@ -39,9 +39,7 @@ class GpuBlock {
                    : "memory");
     }
   }
-  __device__ __forceinline__ void commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  }
+  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
   template <int kGroups>
   __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
@@ -98,7 +96,8 @@ class GpuBlock {
 
 /// 255 registers a thread, two blocks of a multiprocessor: one computes while the other waits.
 template <class K>
-__global__ __launch_bounds__(32 * K::kWarps, 2) void flash_kernel(const __grid_constant__ K kernel) {
+__global__ __launch_bounds__(32 * K::kWarps,
+                             2) void flash_kernel(const __grid_constant__ K kernel) {
   GpuBlock block;
   kernel(block, static_cast<std::int64_t>(blockIdx.x));
 }
@@ -115,10 +114,11 @@ bool CudaMachine::flash(const FlashCall& call, FlashPass pass) {
   with_flash_kernel(call, pass, [&](const auto& kernel) {
     using K = std::decay_t<decltype(kernel)>;
     constexpr int kBytes = 2 * K::kWords;
-    check(cudaFuncSetAttribute(flash_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-          "shared memory of attention");
-    flash_kernel<K><<<static_cast<unsigned>(kernel.blocks()), 32 * K::kWarps, kBytes, stream_>>>(
-        kernel);
+    check(
+        cudaFuncSetAttribute(flash_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+        "shared memory of attention");
+    flash_kernel<K>
+        <<<static_cast<unsigned>(kernel.blocks()), 32 * K::kWarps, kBytes, stream_>>>(kernel);
     check(cudaGetLastError(), "start of attention");
   });
   return true;

@@ -81,14 +81,14 @@ struct FlashCall {
   ElementType type = ElementType::bf16;
   const std::uint16_t *q = nullptr, *k = nullptr, *v = nullptr, *dy = nullptr;
   std::uint16_t *y = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  float* lse = nullptr;  ///< [sample, head, query of the group, query]; null: not wanted
+  float* lse = nullptr;          ///< [sample, head, query of the group, query]; null: not wanted
   const float* along = nullptr;  ///< dy · y, likewise
   Numbers sinks;
   /// Forward: these keys come to those that y and lse have met. Backward: gradients are added.
   bool part = false;
 };
-/// `keys`: gradients of keys and values. `backward`: all gradients, without `along`, where a library
-/// makes them at once.
+/// `keys`: gradients of keys and values. `backward`: all gradients, without `along`, where a
+/// library makes them at once.
 enum class FlashPass { forward, backward, queries, keys };
 
 /// One head's rows of a tensor.
@@ -186,7 +186,7 @@ PARTITA_INLINE void bring(B& block, std::uint16_t* to, const HeadRows& from, std
 /// c[kM, kN] += a[kM, kD] · b[kN, kD]ᵀ, both in shared memory; a from row `a_row` on.
 template <ElementType kType, int kM, int kN, int kD, class B>
 PARTITA_INLINE void add_product(B& block, const std::uint16_t* a, int a_row, const std::uint16_t* b,
-                              Block<B, kM, kN>& c) {
+                                Block<B, kM, kN>& c) {
   PARTITA_UNROLL
   for (int k = 0; k < kD; k += 16) {
     Factors<B> left[kM / 16];
@@ -212,7 +212,7 @@ PARTITA_INLINE void add_product(B& block, const std::uint16_t* a, int a_row, con
 /// c[kM, kD] += p[kM, kN] · b[kN, kD], p rounded from sums, b in shared memory.
 template <ElementType kType, int kM, int kN, int kD, class B>
 PARTITA_INLINE void add_weighted(B& block, const Block<B, kM, kN>& p, const std::uint16_t* b,
-                               Block<B, kM, kD>& c) {
+                                 Block<B, kM, kD>& c) {
   PARTITA_UNROLL
   for (int k = 0; k < kN / 16; ++k) {
     Factors<B> left[kM / 16];
@@ -288,7 +288,7 @@ PARTITA_INLINE void hide(B& block, Block<B, kM, kN>& c, std::int64_t first_colum
 /// to[row, column] (+)= factor · c for rows below `rows`, columns below `width`, two at a time.
 template <ElementType kType, int kM, int kD, class B>
 PARTITA_INLINE void store(B& block, const Block<B, kM, kD>& c, float factor, std::uint16_t* to,
-                        std::int64_t stride, std::int64_t rows, std::int64_t width, bool adds) {
+                          std::int64_t stride, std::int64_t rows, std::int64_t width, bool adds) {
   PARTITA_UNROLL
   for (int i = 0; i < kM / 16; ++i) {
     PARTITA_UNROLL
@@ -390,8 +390,7 @@ struct FlashForward {
       block.template wait<1>();
       block.sync();
       const std::int64_t key = seen.first + n * kKeys;
-      const bool whole =
-          key + kKeys <= seen.end && all_seen(h, {first, end}, {key, key + kKeys});
+      const bool whole = key + kKeys <= seen.end && all_seen(h, {first, end}, {key, key + kKeys});
       block.warps(state, [&](int warp, State<B>& s) {
         meet(block, s, q, warp * kM, tile_of(n), first + warp * kM, key, whole);
       });
@@ -404,8 +403,8 @@ struct FlashForward {
  private:
   template <class B>
   PARTITA_INLINE void meet(B& block, State<B>& s, const std::uint16_t* q, int q_row,
-                         const std::uint16_t* tile, std::int64_t query, std::int64_t key,
-                         bool whole) const {
+                           const std::uint16_t* tile, std::int64_t query, std::int64_t key,
+                           bool whole) const {
     flash::Block<B, kM, kKeys> p;
     p.clear();
     flash::add_product<kType, kM, kKeys, kD>(block, q, q_row, tile, p);
@@ -456,7 +455,7 @@ struct FlashForward {
   /// y and its log-sum-exps. A sink joins the sum with no value, what was met before with y.
   template <class B>
   PARTITA_INLINE void finish(B& block, State<B>& s, const flash::Head& head,
-                           std::int64_t query) const {
+                             std::int64_t query) const {
     const Heads& h = c.h;
     const float scale = h.scale * flash::kLog2E;
     PARTITA_UNROLL
@@ -557,10 +556,8 @@ struct FlashQueries {
         for (int r = 0; r < 2; ++r) {
           PARTITA_UNROLL
           for (int l = 0; l < B::kLanes; ++l) {
-            const std::int64_t at =
-                first + warp * kM + flash::row_of(i, block.lane(l), 2 * r);
-            s.lse[i][r][l] =
-                at < h.queries ? c.lse[head.line(c) + at] * flash::kLog2E : 0.0f;
+            const std::int64_t at = first + warp * kM + flash::row_of(i, block.lane(l), 2 * r);
+            s.lse[i][r][l] = at < h.queries ? c.lse[head.line(c) + at] * flash::kLog2E : 0.0f;
             s.along[i][r][l] = at < h.queries ? c.along[head.line(c) + at] : 0.0f;
           }
         }
@@ -578,8 +575,7 @@ struct FlashQueries {
       block.template wait<1>();
       block.sync();
       const std::int64_t key = seen.first + n * kKeys;
-      const bool whole =
-          key + kKeys <= seen.end && all_seen(h, {first, end}, {key, key + kKeys});
+      const bool whole = key + kKeys <= seen.end && all_seen(h, {first, end}, {key, key + kKeys});
       const std::uint16_t* tile = tile_of(n);
       block.warps(state, [&](int warp, State<B>& s) {
         const std::int64_t query = first + warp * kM;
@@ -602,9 +598,7 @@ struct FlashQueries {
               for (int e = 0; e < 4; ++e) {
                 const float x = p.at[i][j].v[l][e];
                 const float share =
-                    x == -INFINITY
-                        ? 0.0f
-                        : flash::power_of_2(fmaf(x, scale, -s.lse[i][e / 2][l]));
+                    x == -INFINITY ? 0.0f : flash::power_of_2(fmaf(x, scale, -s.lse[i][e / 2][l]));
                 p.at[i][j].v[l][e] = share * (dp.at[i][j].v[l][e] - s.along[i][e / 2][l]);
               }
             }
@@ -617,10 +611,10 @@ struct FlashQueries {
     block.template wait<0>();
     block.warps(state, [&](int warp, State<B>& s) {
       const std::int64_t query = first + warp * kM;
-      flash::store<kType>(block, s.dq, h.scale,
-                          c.dq + (head.sample * h.queries + query) * h.q_row +
-                              head.query_head * h.width,
-                          h.q_row, h.queries - query, h.width, c.part);
+      flash::store<kType>(
+          block, s.dq, h.scale,
+          c.dq + (head.sample * h.queries + query) * h.q_row + head.query_head * h.width, h.q_row,
+          h.queries - query, h.width, c.part);
     });
   }
 };
@@ -632,7 +626,8 @@ struct FlashKeys {
   static constexpr int kWarps = 4, kM = kD <= 64 ? 32 : 16, kKeys = kWarps * kM,
                        kQueries = kD <= 64 ? 32 : 64;
   /// A tile: queries, their output's gradients, their log-sum-exps, dy · y (in words of 4 bytes).
-  static constexpr int kTile = 2 * kQueries * kD + 4 * kQueries, kWords = 2 * kKeys * kD + 2 * kTile;
+  static constexpr int kTile = 2 * kQueries * kD + 4 * kQueries,
+                       kWords = 2 * kKeys * kD + 2 * kTile;
   FlashCall c;
 
   PARTITA_BOTH std::int64_t tiles() const { return (c.h.keys + kKeys - 1) / kKeys; }
@@ -699,9 +694,8 @@ struct FlashKeys {
         }
         const float scale = h.scale * flash::kLog2E;
         flash::for_each(block, p, [&](int, int column, float& x) {
-          x = x == -INFINITY
-                  ? 0.0f
-                  : flash::power_of_2(fmaf(x, scale, -numbers[column] * flash::kLog2E));
+          x = x == -INFINITY ? 0.0f
+                             : flash::power_of_2(fmaf(x, scale, -numbers[column] * flash::kLog2E));
         });
         flash::add_weighted<kType, kM, kQueries, kD>(block, p, tile + kQueries * kD, s.dv);
         dp.clear();

@@ -62,8 +62,8 @@ class CudnnAttention : public FusedAttention {
     Plan& plan = known->second;
     if (!plan.graph) return false;
     if (cudnnSetStream(handle_, m.stream()) != CUDNN_STATUS_SUCCESS) return false;
-    std::unordered_map<std::int64_t, void*> at{{kQ, place(c.q)}, {kK, place(c.k)}, {kV, place(c.v)},
-                                               {kY, c.y},        {kStats, c.lse}};
+    std::unordered_map<std::int64_t, void*> at{
+        {kQ, place(c.q)}, {kK, place(c.k)}, {kV, place(c.v)}, {kY, c.y}, {kStats, c.lse}};
     if (backward) {
       at[kDy] = place(c.dy);
       at[kDq] = c.dq, at[kDk] = c.dk, at[kDv] = c.dv;
@@ -135,8 +135,8 @@ class CudnnAttention : public FusedAttention {
           .set_dim(sizes(count, rows, width))
           .set_stride(strides(rows, width, row));
     };
-    const Sizes lines{h.samples, heads, h.queries, 1}, line_strides{heads * h.queries, h.queries, 1,
-                                                                    1};
+    const Sizes lines{h.samples, heads, h.queries, 1},
+        line_strides{heads * h.queries, h.queries, 1, 1};
     const Tensor q = operand("q", kQ, heads, h.queries, h.width, h.q_row),
                  k = operand("k", kK, h.heads, h.keys, h.width, h.k_row),
                  v = operand("v", kV, h.heads, h.keys, h.v_width, h.v_row);

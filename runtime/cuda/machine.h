@@ -347,9 +347,7 @@ template <class F>
 struct RowPieces {
   std::int64_t pieces, step;
   F f;
-  PARTITA_LANE void operator()(std::int64_t i) const {
-    f(i / pieces, i % pieces * step, step);
-  }
+  PARTITA_LANE void operator()(std::int64_t i) const { f(i / pieces, i % pieces * step, step); }
 };
 
 /// A matrix in memory, row after row.

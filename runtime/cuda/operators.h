@@ -1898,10 +1898,11 @@ bool forward(M& m, const Dispatch&, const Context& c, const Arguments& a) {
   }
   const IndexList tokens = m.upload(tokens_of(rows, x));
   const Numbers y = placed(a, 0, rows), from = numbers(x);
-  each_of_rows(m, std::ssize(rows), n,
-               PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
-                 put(y, row * n + first, count, octet(from, tokens.at(row) * n + first, count));
-               });
+  each_of_rows(
+      m, std::ssize(rows), n,
+      PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
+        put(y, row * n + first, count, octet(from, tokens.at(row) * n + first, count));
+      });
   return true;
 }
 template <class M>
@@ -1911,15 +1912,15 @@ bool data(M& m, const Dispatch&, const Context&, const Arguments& a) {
   const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 0, 2);
   const RowsByToken of = by_token(m, tokens_of(*dy.rows, dx), tokens);
   const Numbers from = numbers(dy), to = numbers(dx);
-  each_of_rows(m, tokens, n,
-               PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
-                 Octet sum{};
-                 for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
-                   const Octet o = octet(from, of.list.at(k) * n + first, count);
-                   for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
-                 }
-                 put(to, token * n + first, count, sum);
-               });
+  each_of_rows(
+      m, tokens, n, PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
+        Octet sum{};
+        for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
+          const Octet o = octet(from, of.list.at(k) * n + first, count);
+          for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
+        }
+        put(to, token * n + first, count, sum);
+      });
   return true;
 }
 
@@ -1945,8 +1946,7 @@ bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& 
     const Numbers b = numbers(a.parameters[1]);
     const IndexList of = m.upload(experts_of(*x.rows, experts));
     m.each(
-        rows * out,
-        PARTITA_KERNEL(std::int64_t i) { y[i] += b[of.at(i / out) * out + i % out]; });
+        rows * out, PARTITA_KERNEL(std::int64_t i) { y[i] += b[of.at(i / out) * out + i % out]; });
   }
   return true;
 }
@@ -2019,17 +2019,17 @@ bool forward(M& m, const Combine&, const Context&, const Arguments& a) {
   const RowsByToken of = by_token(m, tokens_of(*x.rows, gates), tokens);
   const IndexList expert = m.upload(experts_of(*x.rows, (*gates.index)[2]));
   const Numbers from = numbers(x), gate = numbers(gates), to = numbers(y);
-  each_of_rows(m, tokens, n,
-               PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
-                 Octet sum{};
-                 for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
-                   const std::int64_t row = of.list.at(k);
-                   const float g = gate[token * columns + expert.at(row)];
-                   const Octet o = octet(from, row * n + first, count);
-                   for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += g * o.v[e];
-                 }
-                 put(to, token * n + first, count, sum);
-               });
+  each_of_rows(
+      m, tokens, n, PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
+        Octet sum{};
+        for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
+          const std::int64_t row = of.list.at(k);
+          const float g = gate[token * columns + expert.at(row)];
+          const Octet o = octet(from, row * n + first, count);
+          for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += g * o.v[e];
+        }
+        put(to, token * n + first, count, sum);
+      });
   return true;
 }
 template <class M>

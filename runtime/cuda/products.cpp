@@ -181,9 +181,9 @@ void CudaMachine::product(const Product& p) {
                      (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
                  in_words(p));
   Description d;
-  const cublasComputeType_t type =
-      libraries_.options.tf32 && !p.a.at.narrow() ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                  : CUBLAS_COMPUTE_32F;
+  const cublasComputeType_t type = libraries_.options.tf32 && !p.a.at.narrow()
+                                       ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                       : CUBLAS_COMPUTE_32F;
   check(cublasLtMatmulDescCreate(&d.product, type, CUDA_R_32F), in_words(p));
   // c' = b' a', each primed one the transpose that cuBLASLt sees.
   const auto operation = [&](const Matrix& m, cublasLtMatmulDescAttributes_t attribute) {
@@ -240,8 +240,7 @@ void CudaMachine::product(const Product& p) {
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;
   check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, d.product, d.a, d.b, d.c, d.c, d.preference,
-                                       std::clamp(wanted, 1, kMost), found,
-                                       &count),
+                                       std::clamp(wanted, 1, kMost), found, &count),
         in_words(p));
   std::vector<ProductChoice> choices;
   for (int i = 0; i < count; ++i) {

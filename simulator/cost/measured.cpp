@@ -306,6 +306,14 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   }
   if (const auto* a = std::get_if<Activation>(&op.operation))
     s.kernel += fmt::format(" {}", static_cast<int>(a->kind));
+  // Our runtime's gradients of a table begin as zeros everywhere; of positions each row is written.
+  const bool looked_up = std::holds_alternative<Embedding>(op.operation),
+             positions = std::holds_alternative<PositionEmbedding>(op.operation);
+  if (i.kernel == Kernel::backward_weight && (looked_up || positions)) {
+    const auto table = static_cast<double>(local_bytes(p, i.writes[0], rank).count),
+               rows = static_cast<double>(local_bytes(p, i.gradients[0], rank).count);
+    s.bytes = positions ? rows + table : 2 * rows + (i.accumulate ? 0 : table);
+  }
   if (is_product(op.operation)) {
     const ProductShape shape = product_shape(p, i, rank);
     s.m = shape.m, s.n = shape.n, s.k = shape.k, s.count = shape.count;

@@ -35,7 +35,7 @@ struct Traffic {
 struct LinkEstimate {
   CollectiveKind kind = CollectiveKind::all_reduce;
   std::string algorithm, protocol;  ///< as NCCL spells them
-  std::int64_t bytes = 0;  ///< all-gather and reduce-scatter: of all ranks together
+  std::int64_t bytes = 0;           ///< all-gather and reduce-scatter: of all ranks together
   double us = 0;
 };
 

@@ -105,6 +105,13 @@ class PaperKernel : public execute::OperatorKernel {
         if (t && t.rows == nullptr) bytes += storage(t.type, t.size()).count;
       }
     }
+    // Of a table only the rows that are looked up move.
+    const bool looks_up = std::holds_alternative<Embedding>(*context_.operation) ||
+                          std::holds_alternative<PositionEmbedding>(*context_.operation);
+    if (looks_up && !a.parameters.empty() && a.parameters[0])
+      bytes -= storage(a.parameters[0].type, a.parameters[0].size()).count;
+    if (looks_up && work == Work::backward_weight && a.accumulate)
+      bytes -= storage(a.results[0].type, a.results[0].size()).count;
     // Of a product all three are m k, k n and m n.
     const auto first = [](const std::vector<cpu::Tensor>& list) {
       return list.empty() || !list[0] ? 1.0 : static_cast<double>(list[0].size());
@@ -112,6 +119,11 @@ class PaperKernel : public execute::OperatorKernel {
     if (std::holds_alternative<Linear>(*context_.operation))
       sizes = first(a.inputs) * first(a.parameters) * first(a.output_gradients) * first(a.results);
     double flops = sizes > 1 ? 2 * std::sqrt(sizes) : 0;
+    if (const auto* t = std::get_if<Attention>(&*context_.operation); t && a.inputs.size() == 3) {
+      // Two products of what is seen, backward five.
+      const auto keys = static_cast<double>((*a.inputs[1].index)[1].size());
+      flops = 2 * first(a.inputs) * keys * (work == Work::forward ? 2 : 5) / (t->causal ? 2 : 1);
+    }
     // Experts: choice j of token t is of expert (top_k t + j) mod experts, and rows stay what they
     // are.
     std::vector<reference::Row> rows;

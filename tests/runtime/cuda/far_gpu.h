@@ -329,7 +329,8 @@ class FarGpuKernel : public execute::OperatorKernel {
       }
     }
     if (a.place) {
-      here->place = [this, place = a.place](std::size_t k, const std::vector<reference::Row>& list) {
+      here->place = [this, place = a.place](std::size_t k,
+                                            const std::vector<reference::Row>& list) {
         float* at = execute::FarDevice::near(place(k, list));
         gpu_.host_waits(gpu_.record());
         return at;
@@ -337,9 +338,10 @@ class FarGpuKernel : public execute::OperatorKernel {
     }
     if (rows) {
       HostMachine m;
-      const bool done = work == execute::Work::forward         ? run_forward(m, context_, *here)
-                        : work == execute::Work::backward_data ? run_backward_data(m, context_, *here)
-                                                               : run_backward_weight(m, context_, *here);
+      const bool done = work == execute::Work::forward ? run_forward(m, context_, *here)
+                        : work == execute::Work::backward_data
+                            ? run_backward_data(m, context_, *here)
+                            : run_backward_weight(m, context_, *here);
       if (done) return;
       visiting_->run(work, statistic, a);
       routed = std::move(visiting_->routed);

@@ -44,11 +44,10 @@ class HostBlock {
   }
   void copy(void* to, const void* from, int bytes, int size) {
     auto* at = static_cast<std::byte*>(to);
-    PARTITA_ASSERT(reinterpret_cast<std::uintptr_t>(to) % static_cast<std::uintptr_t>(size) == 0 &&
-                       reinterpret_cast<std::uintptr_t>(from) %
-                               static_cast<std::uintptr_t>(size) ==
-                           0,
-                   "a copy that is not aligned");
+    PARTITA_ASSERT(
+        reinterpret_cast<std::uintptr_t>(to) % static_cast<std::uintptr_t>(size) == 0 &&
+            reinterpret_cast<std::uintptr_t>(from) % static_cast<std::uintptr_t>(size) == 0,
+        "a copy that is not aligned");
     PARTITA_ASSERT(at >= reinterpret_cast<std::byte*>(shared()) &&
                        at + size <= reinterpret_cast<std::byte*>(memory_.data() + memory_.size()),
                    "a copy outside shared memory");
