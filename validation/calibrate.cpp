@@ -852,7 +852,7 @@ std::string device_yaml(const Profile& p) {
       "schema: partita.device/1\nname: calibrated-cpu\nsource: '{}'\n"
       "memory: {{value: 4 GiB, source: assumed}}\nusable_memory: {{value: 3584 MiB, source: "
       "assumed}}\n"
-      "memory_bandwidth: {}\nmatrix_rates: {{fp32: {}, bf16: {}, fp16: {}}}\n"
+      "memory_bandwidth: {}\nmatrix_rates: {{fp32: {}, bf16: {}, fp16: {}, fp8: {}}}\n"
       "vector_rate: {{value: 20 GFLOP/s, source: assumed}}\n"
       "matrix_efficiency: {{value: {}, source: assumed}}\n"
       "memory_efficiency: {{value: {}, source: assumed}}\n"
@@ -860,7 +860,7 @@ std::string device_yaml(const Profile& p) {
       "concurrent_streams: false\nhost_cores: {}\n"
       "{}{}",
       p.provenance, figure(bandwidth, 10, "GB/s", "the largest copy, one rank"), rate, rate, rate,
-      product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
+      rate, product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
       !p.dispatch_measured
           ? ""
           : fmt::format("dispatch: {{value: {:.6g} us, source: '{}: spread {:.3f}'}}\n",

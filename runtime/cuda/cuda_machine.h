@@ -45,9 +45,20 @@ struct Libraries {
   /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
   /// environment leaves attention to products.
   bool flash = false;
+  bool eights = false;                         ///< products in E4M3
   std::unique_ptr<FusedAttention> attention;   ///< null: our own kernels
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
   std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
+};
+
+/// A product as cuBLASLt takes it: c += a · b, column after column.
+struct ProductCall {
+  cublasLtMatmulDesc_t product = nullptr;
+  cublasLtMatrixLayout_t a_layout = nullptr, b_layout = nullptr, c_layout = nullptr;
+  const void *a = nullptr, *b = nullptr;
+  void* c = nullptr;
+  float alpha = 1, beta = 0;
+  bool passing = false;
 };
 
 class CudaMachine {
@@ -61,6 +72,9 @@ class CudaMachine {
   void rows(std::int64_t n, std::int64_t width, F f);
 
   void product(const Product& p);
+  /// The GPU multiplies in E4M3: of compute capability 8.9 and later.
+  bool has_eights() const { return libraries_.eights; }
+  void product(const EightProduct& p);
   float* scratch(std::int64_t floats);
   std::int64_t scores() const { return 64 << 20; }
   bool has_flash() const { return libraries_.flash; }
@@ -79,6 +93,7 @@ class CudaMachine {
   static constexpr std::size_t kWorkspace = 32 << 20;
 
  private:
+  void multiply(const ProductCall& p, const ProductKey& key, const std::string& words);
   Libraries& libraries_;
   cudaStream_t stream_;
   std::vector<std::unique_ptr<DeviceBlock>> blocks_;  ///< the last is filled

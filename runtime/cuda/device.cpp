@@ -61,6 +61,7 @@ class Gpu : public CudaDevice {
           fmt::format("there is no GPU {}; this machine has {}", o.device, device_count()));
     use();
     check(cudaFree(nullptr), fmt::format("start of GPU {}", o.device));
+    at_start_ = left();
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
     libraries_->come = [this](cudaStream_t s, const std::string& what) { come(s, what); };
     on(kComputeStream);
@@ -107,6 +108,7 @@ class Gpu : public CudaDevice {
     return static_cast<std::byte*>(p);
   }
   void release(std::byte* block) override { static_cast<void>(cudaFree(block)); }
+  std::int64_t taken() override { return at_start_ - left(); }
   std::byte* allocate_on_host(std::int64_t bytes) override {
     void* p = nullptr;
     const cudaError_t e = cudaHostAlloc(&p, static_cast<std::size_t>(bytes), cudaHostAllocDefault);
@@ -282,6 +284,11 @@ class Gpu : public CudaDevice {
   };
   static constexpr std::size_t kSlots = 1024, kMostStaged = 4 << 20;
 
+  std::int64_t left() const {
+    std::size_t available = 0, all = 0;
+    check(cudaMemGetInfo(&available, &all), "its memory");
+    return static_cast<std::int64_t>(available);
+  }
   /// The trace of one rank, whole at its end; several devices of one process follow each other.
   void write_trace() {
     static_cast<void>(cudaDeviceSynchronize());
@@ -383,6 +390,7 @@ class Gpu : public CudaDevice {
   bool careful_ = false;
   std::unique_ptr<Activity> activity_;
   std::string trace_file_;
+  std::int64_t at_start_ = 0;  ///< free, when there was a context and nothing else
 };
 
 /// Ours where we have one, else the host's.

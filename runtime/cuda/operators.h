@@ -3,6 +3,7 @@
 //   each(n, f)            f(i) for every i below n
 //   rows(n, width, f)     f(row, lanes) for every row below n, of about `width` elements
 //   product(p)            matrices
+//   product(eights)       matrices in E4M3; false where it cannot
 //   scratch(floats)       memory until the operator ends
 //   scores()              of attention that may be in memory at once
 //   flash(call, pass)     attention whose scores are in none (flash.h); false where it cannot
@@ -112,6 +113,77 @@ void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int
       });
 }
 
+// ----------------------------------------------------------------------------- products in E4M3
+
+/// `m` [rows, columns], or its transpose, rounded to E4M3 with the scale that its largest number
+/// gets the largest of the type by; rows are padded to whole pieces of 16.
+template <class M>
+Eights rounded_eights(M& m, Numbers from, std::int64_t rows, std::int64_t columns, bool turned) {
+  const std::int64_t n = rows * columns, chunk = 1 << 16, chunks = (n + chunk - 1) / chunk;
+  float* parts = m.scratch(chunks + 1);
+  float* const scale = parts + chunks;
+  m.rows(
+      chunks, 4096, PARTITA_KERNEL(std::int64_t part, const Lanes& lanes) {
+        const std::int64_t end = (part + 1) * chunk < n ? (part + 1) * chunk : n;
+        double top = 0;
+        for (std::int64_t i = part * chunk + lanes.lane() * Octet::kSize; i < end;
+             i += lanes.count() * Octet::kSize) {
+          const Octet o = octet(from, i, end - i);
+          for (int e = 0; e < Octet::kSize; ++e) top = fmax(top, fabs(static_cast<double>(o.v[e])));
+        }
+        top = lanes.max(top);
+        if (lanes.lane() == 0) parts[part] = static_cast<float>(top);
+      });
+  m.rows(
+      1, chunks, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
+        double top = 0;
+        for (std::int64_t i = lanes.lane(); i < chunks; i += lanes.count())
+          top = fmax(top, static_cast<double>(parts[i]));
+        top = lanes.max(top);
+        if (lanes.lane() == 0)
+          *scale = top > 0 ? static_cast<float>(top / static_cast<double>(kLargestE4M3)) : 1.0f;
+      });
+  Eights e;
+  e.rows = turned ? columns : rows;
+  e.columns = turned ? rows : columns;
+  e.stride = (e.columns + 15) / 16 * 16;
+  e.at = reinterpret_cast<std::uint8_t*>(m.scratch((e.rows * e.stride + 3) / 4));
+  e.scale = scale;
+  m.each(
+      e.rows * e.stride, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t row = i / e.stride, column = i % e.stride;
+        const float v = column >= e.columns ? 0.0f
+                        : turned            ? from[column * e.rows + row]
+                                            : from[row * e.columns + column];
+        e.at[i] = to_e4m3(v / *scale);
+      });
+  return e;
+}
+/// c[m, n] (+)= a[m, k] · b[k, n] of operands rounded to E4M3, which lie as in a Product, without
+/// gaps; false where the machine cannot.
+template <class M>
+bool product_of_eights(M& m, const Product& p) {
+  // cuBLASLt's: whole pieces of 16 of what lies in a row of c.
+  if (p.n % 16 != 0 || p.batch != 1 || !m.has_eights()) return false;
+  EightProduct e;
+  e.a = p.a.transposed ? rounded_eights(m, p.a.at, p.k, p.m, true)
+                       : rounded_eights(m, p.a.at, p.m, p.k, false);
+  e.b = p.b.transposed ? rounded_eights(m, p.b.at, p.n, p.k, false)
+                       : rounded_eights(m, p.b.at, p.k, p.n, true);
+  e.c = p.c;
+  e.beta = p.beta;
+  e.passing = p.passing;
+  m.product(e);
+  return true;
+}
+/// By the context's type of products.
+template <class M>
+bool multiply(M& m, const Context& c, const Product& p) {
+  if (c.compute == ElementType::fp8) return product_of_eights(m, p);
+  m.product(p);
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------- linear
 
 template <class M>
@@ -122,8 +194,14 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   if (rows == 0 || in == 0 || x.type != w.type) return false;
   const std::int64_t out = w.size() / in;
   const Numbers y = numbers(a.results[0]);
-  m.product(
-      {rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}});
+  if (!multiply(m, c,
+                {rows,
+                 out,
+                 in,
+                 {numbers(x), in, 0, false},
+                 {numbers(w), in, 0, true},
+                 {y, out, 0, false}}))
+    return false;
   if (op.bias && c.adds_bias) {
     const Numbers b = numbers(a.parameters[1]);
     add_columns(m, y, b, y, rows * out, out);
@@ -131,7 +209,7 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   return true;
 }
 template <class M>
-bool data(M& m, const Linear&, const Context&, const Arguments& a) {
+bool data(M& m, const Linear&, const Context& c, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &w = a.parameters[0], &dx = a.results[0];
   // rows · in = all, rows · out = grads, in · out = weights: the input itself need not be kept.
   const std::int64_t weights = w.size(), all = dx.size(), grads = dy.size();
@@ -139,16 +217,16 @@ bool data(M& m, const Linear&, const Context&, const Arguments& a) {
   const auto rows = static_cast<std::int64_t>(std::llround(std::sqrt(
       static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
   const std::int64_t in = all / rows, out = grads / rows;
-  m.product({rows,
-             in,
-             out,
-             {numbers(dy), out, 0, false},
-             {numbers(w), in, 0, false},
-             {numbers(dx), in, 0, false},
-             1,
-             1,
-             a.accumulate ? 1.0f : 0.0f});
-  return true;
+  return multiply(m, c,
+                  {rows,
+                   in,
+                   out,
+                   {numbers(dy), out, 0, false},
+                   {numbers(w), in, 0, false},
+                   {numbers(dx), in, 0, false},
+                   1,
+                   1,
+                   a.accumulate ? 1.0f : 0.0f});
 }
 template <class M>
 bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
@@ -158,15 +236,17 @@ bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
   if (rows == 0 || in == 0 || x.type != dy.type) return false;
   const std::int64_t out = dy.size() / rows;
   if (wanted(a, 0)) {
-    m.product({out,
-               in,
-               rows,
-               {numbers(dy), out, 0, true},
-               {numbers(x), in, 0, false},
-               {numbers(a.results[0]), in, 0, false},
-               1,
-               1,
-               a.accumulate ? 1.0f : 0.0f});
+    if (!multiply(m, c,
+                  {out,
+                   in,
+                   rows,
+                   {numbers(dy), out, 0, true},
+                   {numbers(x), in, 0, false},
+                   {numbers(a.results[0]), in, 0, false},
+                   1,
+                   1,
+                   a.accumulate ? 1.0f : 0.0f}))
+      return false;
   }
   if (op.bias && wanted(a, 1)) {
     if (c.adds_bias) {
@@ -1927,6 +2007,8 @@ bool data(M& m, const Dispatch&, const Context&, const Arguments& a) {
 template <class M>
 bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &w = a.parameters[0];
+  // Experts' products in E4M3 are the host's.
+  if (c.compute != ElementType::fp32) return false;
   if (x.type != w.type || (a.results[0].type != x.type && a.results[0].type != ElementType::fp32))
     return false;
   const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3), rows = std::ssize(*x.rows);
@@ -1951,8 +2033,9 @@ bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& 
   return true;
 }
 template <class M>
-bool data(M& m, const GroupedProduct&, const Context&, const Arguments& a) {
+bool data(M& m, const GroupedProduct&, const Context& c, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &w = a.parameters[0];
+  if (c.compute != ElementType::fp32) return false;
   if (dy.type != w.type || (a.results[0].type != dy.type && a.results[0].type != ElementType::fp32))
     return false;
   const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3);
@@ -1976,6 +2059,7 @@ bool data(M& m, const GroupedProduct&, const Context&, const Arguments& a) {
 template <class M>
 bool weight(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &dw = a.results[0];
+  if (c.compute != ElementType::fp32) return false;
   if (!dw || x.type != dy.type || (dw.type != x.type && dw.type != ElementType::fp32)) return false;
   const std::int64_t out = extent(dw, 1, 2), in = extent(dw, 2, 3);
   const Indices& experts = (*dw.index)[0];

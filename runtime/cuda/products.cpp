@@ -86,6 +86,10 @@ Libraries::Libraries(const ProductOptions& o) : options(o) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         "the GPU's compute capability");
   const char* wanted = std::getenv("PARTITA_CUDA_FLASH");
+  int minor = 0;
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "the GPU's compute capability");
+  eights = 10 * major + minor >= 89;
   flash = major >= 8 && (wanted == nullptr || std::string_view(wanted) != "0");
   if (flash) attention = make_fused_attention();
 }
@@ -214,22 +218,68 @@ void CudaMachine::product(const Product& p) {
                        alignment(p.a.at),
                        alignment(p.b.at),
                        alignment(p.c.at)};
+  multiply({d.product, d.a, d.b, d.c, p.b.at.data(), p.a.at.data(), p.c.at.data(), p.alpha, p.beta,
+            p.passing},
+           key, in_words(p));
+}
+
+void CudaMachine::product(const EightProduct& p) {
+  if (p.a.rows * p.b.rows == 0) return;
+  PARTITA_ASSERT(p.a.stride == p.b.stride && p.a.stride % 16 == 0 && p.b.rows % 16 == 0,
+                 "rows of 8-bit numbers that are not whole pieces");
+  const std::string words =
+      fmt::format("E4M3 product of {} x {} x {}", p.a.rows, p.b.rows, p.a.columns);
+  Description d;
+  check(cublasLtMatmulDescCreate(&d.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), words);
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+    check(cublasLtMatmulDescSetAttribute(d.product, attribute, &value, sizeof value), words);
+  };
+  // Both operands lie along the sum, which is all that the tensor cores of Hopper take.
+  set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
+  set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(p.b.scale));
+  set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(p.a.scale));
+  // Sums in fp32 throughout, not in the 14 bits of fast accumulation.
+  set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, std::int8_t{0});
+  const auto eights = [&](cublasLtMatrixLayout_t& layout, const Eights& e) {
+    check(cublasLtMatrixLayoutCreate(&layout, CUDA_R_8F_E4M3, static_cast<std::uint64_t>(e.stride),
+                                     static_cast<std::uint64_t>(e.rows), e.stride),
+          words);
+  };
+  eights(d.a, p.b);
+  eights(d.b, p.a);
+  d.c = layout_of(p.c, p.a.rows, p.b.rows, 1);
+  ProductKey key;
+  key.m = p.a.rows, key.n = p.b.rows, key.k = p.a.stride, key.batch = 1;
+  key.a_stride = key.b_stride = p.a.stride;
+  key.c_stride = p.c.stride;
+  key.type = ElementType::fp8, key.sum = p.c.at.type();
+  key.b_transposed = true;
+  key.adds = p.beta != 0;
+  key.a_alignment = key.b_alignment = 256;  // scratch
+  key.c_alignment = alignment(p.c.at);
+  multiply({d.product, d.a, d.b, d.c, p.b.at, p.a.at, p.c.at.data(), 1, p.beta, p.passing}, key,
+           words);
+}
+
+void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const std::string& words) {
   const auto run = [&](const ProductChoice& choice) {
-    return cublasLtMatmul(libraries_.blas, d.product, &p.alpha, p.b.at.data(), d.a, p.a.at.data(),
-                          d.b, &p.beta, p.c.at.data(), d.c, p.c.at.data(), d.c, &choice.algorithm,
-                          workspace(), choice.workspace, stream_);
+    return cublasLtMatmul(libraries_.blas, p.product, &p.alpha, p.a, p.a_layout, p.b, p.b_layout,
+                          &p.beta, p.c, p.c_layout, p.c, p.c_layout, &choice.algorithm, workspace(),
+                          choice.workspace, stream_);
   };
   const auto known = libraries_.products.find(key);
   const int wanted = p.passing ? 1 : libraries_.options.candidates;
   if (known != libraries_.products.end()) {
-    check(run(known->second), in_words(p));
+    check(run(known->second), words);
     return;
   }
 
-  check(cublasLtMatmulPreferenceCreate(&d.preference), in_words(p));
+  Description d;
+  check(cublasLtMatmulPreferenceCreate(&d.preference), words);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
     check(cublasLtMatmulPreferenceSetAttribute(d.preference, attribute, &value, sizeof value),
-          in_words(p));
+          words);
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::size_t{kWorkspace});
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.b_alignment));
@@ -239,9 +289,10 @@ void CudaMachine::product(const Product& p) {
   constexpr int kMost = 16;
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, d.product, d.a, d.b, d.c, d.c, d.preference,
+  check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, p.product, p.a_layout, p.b_layout,
+                                       p.c_layout, p.c_layout, d.preference,
                                        std::clamp(wanted, 1, kMost), found, &count),
-        in_words(p));
+        words);
   std::vector<ProductChoice> choices;
   for (int i = 0; i < count; ++i) {
     if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
@@ -253,8 +304,7 @@ void CudaMachine::product(const Product& p) {
                                          nullptr);
     choices.push_back(c);
   }
-  if (choices.empty())
-    throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", in_words(p)));
+  if (choices.empty()) throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", words));
   // Timed where running it more than once changes nothing: c is not added to.
   ProductChoice best = choices[0];
   if (choices.size() > 1 && p.beta == 0) {
@@ -266,9 +316,9 @@ void CudaMachine::product(const Product& p) {
       if (run(c) != CUBLAS_STATUS_SUCCESS) continue;
       constexpr int kTimes = 3;
       check(cudaEventRecord(before, stream_), "an event");
-      for (int t = 0; t < kTimes; ++t) check(run(c), in_words(p));
+      for (int t = 0; t < kTimes; ++t) check(run(c), words);
       check(cudaEventRecord(after, stream_), "an event");
-      check(cudaEventSynchronize(after), in_words(p));
+      check(cudaEventSynchronize(after), words);
       float ms = 0;
       check(cudaEventElapsedTime(&ms, before, after), "an event's time");
       if (ms >= least) continue;
@@ -281,7 +331,7 @@ void CudaMachine::product(const Product& p) {
     best.candidates = static_cast<int>(choices.size());
   }
   if (!p.passing) libraries_.products.emplace(key, best);
-  check(run(best), in_words(p));
+  check(run(best), words);
 }
 
 }  // namespace partita::cuda

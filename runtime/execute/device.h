@@ -131,6 +131,9 @@ class Device {
   virtual std::byte* allocate(std::int64_t bytes) = 0;
   /// Nothing that is queued uses it any more.
   virtual void release(std::byte* block) = 0;
+  /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
+  /// and kernels work in. 0: not known.
+  virtual std::int64_t taken() { return 0; }
   /// The host's, for what is copied often: pinned.
   virtual std::byte* allocate_on_host(std::int64_t bytes);
   virtual void release_on_host(std::byte* block);

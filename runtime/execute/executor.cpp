@@ -186,6 +186,7 @@ class Executor {
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();
     result_.reserved = memory_.reserved();
+    result_.beside = Bytes{std::max<std::int64_t>(0, device_.taken() - memory_.reserved().count)};
     result_.fallbacks = device_.fallbacks();
     if (o_.record) {
       transport_.doing("the reading of clocks");
@@ -237,10 +238,10 @@ class Executor {
         for_each_write(i, note);
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
-          if (bits(op.compute) < 16)
+          if (bits(op.compute) < 16 && op.compute != ElementType::fp8)
             throw InputError("precision",
                              fmt::format("{} computes in {}, which is predicted, not executed; use "
-                                         "--precision bf16, fp16, tf32 or fp32",
+                                         "--precision fp8, bf16, fp16, tf32 or fp32",
                                          op.name, name(op.compute)));
           if (p_.mesh.group_root(rank_, op.root) == rank_) {
             auto context = reference::context_of(
@@ -248,6 +249,11 @@ class Executor {
             if (of_sequence_part(i))
               context.indices[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
                   part_positions(p_, i, rank_);
+            // As the interpreter rounds them: of products with weights alone.
+            if (op.compute == ElementType::fp8 &&
+                (std::holds_alternative<Linear>(op.operation) ||
+                 std::holds_alternative<GroupedProduct>(op.operation)))
+              context.compute = op.compute;
             kernels_[id.index()][k] = device_.kernel(std::move(context));
           }
         }

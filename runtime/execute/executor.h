@@ -70,6 +70,9 @@ struct RankResult {
   /// This rank's kernels that its device has not, by name: calls.
   std::map<std::string, std::int64_t> fallbacks;
   std::vector<LinkEstimate> estimates;
+  /// Of its device beside that: what libraries, communicators and kernels work in. Other processes
+  /// on the device count, too.
+  Bytes beside;
   Bytes reserved;  ///< of this rank's device memory: kept for the next request, or in use
 };
 

@@ -16,7 +16,7 @@ using execute::PlainCall;
 using execute::RunList;
 using execute::Work;
 
-constexpr std::int64_t kMemory = std::int64_t{80} << 30;
+constexpr std::int64_t kMemory = std::int64_t{80} << 30, kLibraries = 100 << 20;
 
 class Paper : public CudaDevice {
  public:
@@ -29,6 +29,7 @@ class Paper : public CudaDevice {
     used_ += bytes;
     return at;
   }
+  std::int64_t taken() override { return used_ + kLibraries; }
   void release(std::byte* block) override {
     used_ -= blocks_.at(block);
     blocks_.erase(block);

@@ -99,6 +99,10 @@ TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
   EXPECT_EQ(j.at("ranks"), 64);
   for (const auto& [category, bytes] : j.at("memory_bytes").items()) {
     if (category == "reserved") continue;
+    if (category == "beside") {
+      EXPECT_EQ(bytes.at("measured"), 100 << 20) << "what paper says its libraries take";
+      continue;
+    }
     EXPECT_EQ(bytes.at("measured"), bytes.at("predicted")) << category;
   }
   EXPECT_GT(j.at("compute_s").at("measured").get<double>(), 0);

@@ -119,6 +119,18 @@ TEST(CudaExecutor, RandomPlansInNarrowTypes) {
   EXPECT_GE(run, 20);
 }
 
+/// Operands of products in E4M3, where rows of 16 and more are multiplied; else the host's.
+TEST(CudaExecutor, ProductsInFp8) {
+  Plan p = single_precision(base_plan());
+  set_precision(p, "fp8", "");
+  for (const Graph& g : {gpt(), llama(), mixtral()}) {
+    EXPECT_TRUE(expect_good(g, p, false, 2));
+    Plan two = p;
+    two.tp = 2;
+    EXPECT_TRUE(expect_good(g, two, true, 3));
+  }
+}
+
 /// A collective's values: member m's element k is 100 m + k, sums are exact.
 TEST(NcclSteps, DoWhatTheCollectiveSays) {
   std::mt19937 rng(5);

@@ -222,7 +222,7 @@ TEST(Gpu, TrainsOnOneRank) {
 
 TEST(Gpu, TrainsOnOneRankInNarrowTypes) {
   NEEDS_GPU();
-  for (const char* precision : {"bf16", "fp16", "tf32"}) {
+  for (const char* precision : {"bf16", "fp16", "tf32", "fp8"}) {
     SCOPED_TRACE(precision);
     Plan p = base_plan();
     set_precision(p, precision, "");

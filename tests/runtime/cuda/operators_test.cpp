@@ -271,6 +271,67 @@ TEST(CudaNumbers, SixteenBitsRoundAsOnTheHost) {
   }
 }
 
+/// E4M3 of what is scaled to its largest, as the reference rounds.
+TEST(CudaNumbers, EightBitsRoundAsTheReference) {
+  std::mt19937 rng(9);
+  std::vector<float> values{0.0f,     -0.0f,    448,      447.9f,    -448,      464,
+                            1e30f,    0x1p-6f,  17,       18,        19,        0x1p-9f,
+                            0x1p-10f, 0x3p-10f, 0x7p-10f, 0x1.ep-7f, 0x1.fp-7f, INFINITY};
+  for (int k = 0; k < 100000; ++k) {
+    const float v = float_of(static_cast<std::uint32_t>(rng()));
+    if (std::isfinite(v)) values.push_back(std::fmod(v, 448.0f));
+    values.push_back(
+        static_cast<float>(std::ldexp(1 + static_cast<double>(rng() % 64) / 64, static_cast<int>(rng() % 20) - 12)));
+  }
+  for (const float v : values) {
+    // 448 beside it: the scale is 1.
+    double want[2] = {std::clamp(static_cast<double>(v), -448.0, 448.0), 448};
+    round_values(ElementType::fp8, want, 2);
+    ASSERT_EQ(static_cast<double>(from_e4m3(to_e4m3(v))), want[0]) << v;
+  }
+  EXPECT_TRUE(std::isnan(from_e4m3(to_e4m3(NAN))));
+  for (int b = 0; b < 256; ++b) {
+    const float v = from_e4m3(static_cast<std::uint8_t>(b));
+    if (!std::isnan(v)) {
+      EXPECT_EQ(to_e4m3(v), b);
+    }
+  }
+}
+
+/// A linear layer in E4M3 is the reference's on rounded operands: docs/cuda.md, "Types".
+TEST(CudaKernels, ProductsInEightBitsAreTheReferencesOfRoundedOperands) {
+  std::mt19937_64 rng(10);
+  for (int round = 0; round < 12; ++round) {
+    Linear op;
+    op.out = {{Dim::feature, 16 * reference::pick(rng, 1, 3)}};
+    op.bias = round % 2 == 0;
+    reference::Problem p =
+        reference::make_problem("eights", op,
+                                {{{Dim::sample, 2},
+                                  {Dim::sequence, reference::pick(rng, 1, 9)},
+                                  {Dim::feature, 16 * reference::pick(rng, 1, 3)}}},
+                                rng);
+    reference::Problem r = p;
+    for (auto* list : {&r.inputs, &r.parameters}) {
+      for (std::size_t k = 0; k < list->size(); ++k) {
+        if (list == &r.parameters && k == 1) continue;  // a bias stays
+        round_values(ElementType::fp8, (*list)[k].values.data(), (*list)[k].values.size());
+      }
+    }
+    reference::Part part = reference::whole_part(r);
+    std::vector<reference::Part> one{part};
+    reference::run(one);
+    std::vector<reference::Part> exact{reference::whole_part(p)};
+    reference::run(exact);
+    part = exact[0];
+    part.context.compute = ElementType::fp8;
+    cpu::PassesBy<KernelOnHostMachine> passes(p, part);
+    const auto y = passes.forward();
+    cpu::expect_close(y[0], one[0].outputs[0], 0, "forward");
+    EXPECT_EQ(passes.kernel().others, 0);
+  }
+}
+
 TEST(CudaNumbers, OctetsAreTheirElementsWhereverTheyLie) {
   std::mt19937 rng(8);
   for (const ElementType type : {ElementType::fp32, ElementType::bf16, ElementType::fp16}) {
