@@ -159,8 +159,7 @@ void replay(const Options& o) {
     j["memory_bytes"]["total"] = {{"measured", r.peak_measured.count},
                                   {"predicted", r.peak_predicted.count}};
     j["memory_bytes"]["reserved"] = {{"measured", result.reserved.count}};
-    if (result.beside.count > 0)
-      j["memory_bytes"]["beside"] = {{"measured", result.beside.count}};
+    if (result.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", result.beside.count}};
     j["host_kernels"] = result.fallbacks;
     fmt::print("{}\n", j.dump(2));
     return;

@@ -40,6 +40,8 @@ struct Libraries {
   cublasLtHandle_t blas = nullptr;
   /// Waits on the host for a stream, as whoever may wait for peers does.
   std::function<void(cudaStream_t, const std::string&)> come;
+  /// Pinned memory of the host that nobody else gets until the device has finished.
+  std::function<void*(std::size_t bytes)> staging;
   ProductOptions options;
   std::map<ProductKey, ProductChoice> products;
   /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the

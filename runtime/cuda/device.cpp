@@ -63,6 +63,7 @@ class Gpu : public CudaDevice {
     check(cudaFree(nullptr), fmt::format("start of GPU {}", o.device));
     at_start_ = left();
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
+    libraries_->staging = [this](std::size_t bytes) { return staging(bytes); };
     libraries_->come = [this](cudaStream_t s, const std::string& what) { come(s, what); };
     on(kComputeStream);
     void* slots = nullptr;

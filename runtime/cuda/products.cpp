@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <string_view>
 
@@ -150,10 +151,11 @@ IndexList CudaMachine::upload(const std::vector<std::int64_t>& numbers) {
   if (numbers.empty()) return {};
   const auto n = static_cast<std::int64_t>(numbers.size());
   auto* at = reinterpret_cast<std::int64_t*>(scratch(2 * n));
-  // Of memory that is not pinned: it may be changed once the call returns.
-  check(cudaMemcpyAsync(at, numbers.data(), numbers.size() * sizeof(std::int64_t),
-                        cudaMemcpyHostToDevice, stream_),
-        "a list of rows");
+  // Of memory that is not pinned a copy may wait for the stream.
+  const std::size_t bytes = numbers.size() * sizeof(std::int64_t);
+  void* pinned = libraries_.staging(bytes);
+  std::memcpy(pinned, numbers.data(), bytes);
+  check(cudaMemcpyAsync(at, pinned, bytes, cudaMemcpyHostToDevice, stream_), "a list of rows");
   return {at, 0, n};
 }
 
