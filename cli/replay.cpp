@@ -159,6 +159,7 @@ void replay(const Options& o) {
     j["memory_bytes"]["total"] = {{"measured", r.peak_measured.count},
                                   {"predicted", r.peak_predicted.count}};
     j["memory_bytes"]["reserved"] = {{"measured", result.reserved.count}};
+    if (result.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", result.beside.count}};
     j["host_kernels"] = result.fallbacks;
     fmt::print("{}\n", j.dump(2));
     return;
@@ -190,6 +191,8 @@ void replay(const Options& o) {
                     text(r.at_peak_predicted[at])});
   }
   rows.push_back({"total", text(r.peak_measured), text(r.peak_predicted)});
+  if (result.beside.count > 0)
+    rows.push_back({"libraries and workspaces beside", text(result.beside), "-"});
   fmt::print("{}", align(rows));
   if (!result.fallbacks.empty()) {
     rows = {{"the host's kernels", "calls"}};

@@ -401,6 +401,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     if (o.backend != "cpu") {
       j["device"] = backend_version();
       j["memory_bytes"]["reserved"] = {{"measured", first.reserved.count}};
+      if (first.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", first.beside.count}};
       j["host_kernels"] = first.fallbacks;
     }
     j["traffic"] = Json::array();

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <tuple>
 
 #include "base/unit_text.h"
 #include "report/report.h"
@@ -103,6 +105,22 @@ void print_json(const SuiteReport& r) {
                                    {"measured_s", k.sum.measured.count},
                                    {"predicted_s", k.sum.predicted.count},
                                    {"noise", k.noise()}});
+  if (r.estimates) {
+    Json& e = j["nccl_estimates"];
+    e = {{"equal", r.estimates->equal},
+         {"mape", r.estimates->mean},
+         {"max", r.estimates->most},
+         {"unpriced", r.estimates->unpriced},
+         {"rows", Json::array()}};
+    for (const auto& row : r.estimates->rows)
+      e["rows"].push_back({{"collective", row.collective},
+                           {"algorithm", row.algorithm},
+                           {"protocol", row.protocol},
+                           {"ours", row.ours},
+                           {"bytes", row.bytes},
+                           {"nccl_us", row.theirs_us},
+                           {"partita_us", row.ours_us}});
+  }
   if (!r.held_out.empty()) {
     j["held_out"] = Json::array();
     for (const auto& h : r.held_out)
@@ -113,6 +131,37 @@ void print_json(const SuiteReport& r) {
                                {"max", h.most}});
   }
   fmt::print("{}\n", j.dump(2));
+}
+
+std::string estimate_table(const validation::EstimateComparison& c) {
+  struct Sum {
+    std::size_t n = 0;
+    double mean = 0, most = 0, at = 0, theirs = 0, ours = 0;
+  };
+  std::map<std::tuple<std::string, std::string, std::string>, Sum> sums;
+  for (const validation::EstimateRow& r : c.rows) {
+    Sum& s = sums[{r.collective, r.algorithm, r.protocol}];
+    ++s.n;
+    s.mean += std::abs(r.error());
+    if (s.n > 1 && std::abs(r.error()) <= s.most) continue;
+    s.most = std::abs(r.error());
+    s.at = r.bytes, s.theirs = r.theirs_us, s.ours = r.ours_us;
+  }
+  std::vector<std::vector<std::string>> table{
+      {"NCCL's own estimate", "sizes", "mean error", "largest", "at", "its", "ours"}};
+  for (const auto& [key, s] : sums) {
+    const auto& [collective, algorithm, protocol] = key;
+    table.push_back({algorithm.empty() ? collective + ", its choice"
+                                       : fmt::format("{}, {} {}", collective, algorithm, protocol),
+                     std::to_string(s.n),
+                     fmt::format("{:.2f} %", 100 * s.mean / static_cast<double>(s.n)),
+                     fmt::format("{:.2f} %", 100 * s.most), fmt::format("{:.0f} B", s.at),
+                     fmt::format("{:.2f} us", s.theirs), fmt::format("{:.2f} us", s.ours)});
+  }
+  std::string text = align(table);
+  text += fmt::format("{} of {} equal to four digits\n", c.equal, c.rows.size());
+  for (const std::string& pair : c.unpriced) text += fmt::format("no price of ours: {}\n", pair);
+  return text;
 }
 
 std::string held_out_table(const std::vector<validation::Judged>& held) {
@@ -183,6 +232,9 @@ void print(const SuiteReport& r) {
   }
   if (wrong.size() > kWorst) fmt::print("wrong order: {} more pairs\n", wrong.size() - kWorst);
   if (!r.held_out.empty()) fmt::print("{}\n", held_out_table(r.held_out));
+  if (r.estimates) fmt::print("{}\n", estimate_table(*r.estimates));
+  if (!r.no_estimates.empty())
+    fmt::print("NCCL's own estimates are not compared: {}\n", r.no_estimates);
   for (const auto& line : r.outliers) fmt::print("rounds far apart: {}\n", line);
 }
 

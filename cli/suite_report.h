@@ -7,6 +7,7 @@
 
 #include "validation/compare.h"
 #include "validation/figures.h"
+#include "validation/nccl_estimates.h"
 #include "validation/program_check.h"
 #include "validation/sampling.h"
 
@@ -33,8 +34,13 @@ struct SuiteReport {
   std::vector<SuiteRow> rows;
   std::vector<SuiteKind> kinds;
   std::vector<std::string> outliers;
+  std::optional<validation::EstimateComparison> estimates;  ///< of NCCL itself
+  std::string no_estimates;                                 ///< why there are none, if asked for
   std::vector<validation::Judged> held_out;  ///< calibration's points that were not fitted
 };
+
+/// By collective and pair of algorithm and protocol: sizes, mean and largest error.
+std::string estimate_table(const validation::EstimateComparison& comparison);
 
 /// 1 where a case differs from its reference, executes another program than the simulator plays or
 /// a bound is missed, else 0.

@@ -19,6 +19,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <thread>
@@ -51,6 +52,7 @@
 #include "validation/compare.h"
 #include "validation/evidence.h"
 #include "validation/journal.h"
+#include "validation/nccl_estimates.h"
 #include "validation/row_case.h"
 #include "validation/sampling.h"
 #ifdef PARTITA_MPI
@@ -370,7 +372,8 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                          u.dispatch.push_back(validation::dispatch_of(m[0]).count);
                        }});
     }
-    for (auto& program : validation::collective_programs(ranks)) {
+    for (auto& program : validation::collective_programs(
+             ranks, std::int64_t{1} << (o.gpu() && !o.share_gpu ? 28 : 22))) {
       const std::size_t at = task(no_graph(), std::move(program));
       const Program* p = c.tasks[at].program;
       c.all.push_back({ranks,
@@ -390,6 +393,13 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
     c.all.push_back({ranks, "copies", {at}, {}, [p](const auto& m, validation::Unit& u) {
                        validation::harvest_copies(*p, m[0], u.kernels);
                      }});
+    if (o.gpu()) {
+      const std::size_t there = task(no_graph(), validation::host_copy_program(256 << 20));
+      const Program* q = c.tasks[there].program;
+      c.all.push_back({ranks, "copies to the host", {there}, {}, [q](const auto& m, auto& u) {
+                         validation::harvest_host_copies(*q, m[0], u.kernels);
+                       }});
+    }
     if (ranks != 2) continue;
     std::vector<std::size_t> parts;
     for (const auto part : {validation::OverlapPart::both, validation::OverlapPart::transfer,
@@ -514,7 +524,8 @@ Profile profile_of(const validation::Journal& journal, const Options& o) {
   p.cores = host_cores();
   if (o.gpu()) {
     const Gpu g = backend_gpu();
-    p.gpu = {g.name, Bytes{g.memory_bytes}, g.multiprocessors, g.compute_capability};
+    p.gpu = {g.name, Bytes{g.memory_bytes}, g.multiprocessors, g.compute_capability,
+             Bytes{g.free_bytes}};
   }
   return p;
 }
@@ -849,6 +860,29 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
   return row;
 }
 
+/// Our model on the machine as NCCL has seen it, beside its estimates; or why not.
+std::pair<std::optional<validation::EstimateComparison>, std::string> beside_nccl(
+    const Options& o, const std::vector<LinkEstimate>& estimates) {
+  if (!o.gpu() || o.most_ranks() < 2) return {};
+  if (estimates.empty()) return {std::nullopt, "the ranks' GPUs are not linked by NCCL"};
+  const char* dump = std::getenv("NCCL_TOPO_DUMP_FILE");
+  if (dump == nullptr || !std::filesystem::exists(dump))
+    return {std::nullopt, "NCCL left no file of its topology; name a folder by --out"};
+  try {
+    // Ranks that share a GPU are machines of their own to NCCL.
+    const std::int64_t nodes = o.share_gpu ? o.most_ranks() : 1;
+    const Topology t = load_topology(fmt::format("{}:{}", dump, nodes));
+    std::vector<std::int64_t> ranks(static_cast<std::size_t>(o.most_ranks()));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    if (t.rank_count() < ranks.size())
+      return {std::nullopt,
+              fmt::format("{} has {} GPUs for {} ranks", dump, t.rank_count(), ranks.size())};
+    return {validation::compare_estimates(nccl::communicator(t, ranks), estimates), ""};
+  } catch (const InputError& e) {
+    return {std::nullopt, e.what()};
+  }
+}
+
 void validate(Options& o, int& code) {
   check(o);
   auto cases = validation::suite();
@@ -901,6 +935,19 @@ void validate(Options& o, int& code) {
                      timed(c.suite->graph, c.program, o, compute, c.routed),
                      "case '" + c.suite->name + "'"});
   }
+  // What NCCL itself expects, on a communicator of the most ranks; its word of the machine is ours.
+  std::optional<std::size_t> estimating;
+  std::deque<Program> estimated;
+  if (o.gpu() && o.most_ranks() > 1) {
+    estimated.push_back(std::move(validation::collective_programs(o.most_ranks()).front()));
+    execute::Options e = timed(no_graph(), estimated.back(), o);
+    e.warm_up = 0;
+    e.steps = 1;
+    e.estimates = true;
+    estimating = tasks.size();
+    tasks.push_back({&no_graph(), &estimated.back(), e, "NCCL's own estimates"});
+    if (!o.out.empty()) ::setenv("NCCL_TOPO_DUMP_FILE", (o.out + "/nccl-topology.xml").c_str(), 0);
+  }
   const SuiteJournal place(o);
   if (launches(o)) {
     { const auto journal = place.open(o); }  // what is wrong with it is said here once
@@ -925,6 +972,7 @@ void validate(Options& o, int& code) {
     return;
   }
   std::unique_ptr<validation::Journal> kept;
+  std::vector<LinkEstimate> estimates;
   try {
     kept = place.open(o);
     validation::Journal& journal = *kept;
@@ -933,7 +981,7 @@ void validate(Options& o, int& code) {
       fmt::print(stderr, "progress: {} of the last validation's measurements are kept\n", before);
     const std::size_t total =
         (calibration.all.size() + outcomes.size()) * static_cast<std::size_t>(o.round_count()) +
-        outcomes.size();
+        outcomes.size() + (estimating ? 1 : 0);
     Progress progress(total - std::min(total, before), 0);
     // Mathematics first: a wrong plan's time is of no interest.
     for (Outcome& c : outcomes) {
@@ -964,6 +1012,14 @@ void validate(Options& o, int& code) {
                    "{:.1e}, {} by {:.1e}; rounding allows {:.1e}\n",
                    c.suite->name, r.loss_error, r.worst_gradient, r.gradient_error,
                    r.worst_parameter, r.parameter_error, r.tolerance);
+      }
+    }
+    if (estimating) {
+      progress.next("NCCL's own estimates");
+      try {
+        estimates = crew.run(*estimating).estimates;
+      } catch (const MachineError& e) {
+        fmt::print(stderr, "progress: NCCL's own estimates failed: {}\n", e.what());
       }
     }
     // Calibration and suite take turns, so that a slow minute of the machine meets both.
@@ -1021,6 +1077,7 @@ void validate(Options& o, int& code) {
   report.provenance = p.provenance;
   report.outliers = outliers(p);
   if (!held.empty()) report.held_out = validation::judge(p.kernels, held);
+  std::tie(report.estimates, report.no_estimates) = beside_nccl(o, estimates);
   std::map<std::string, SuiteKind> kinds;
   for (Outcome& c : outcomes) {
     if (c.is_timed && c.measured.empty()) continue;  // as was said

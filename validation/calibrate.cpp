@@ -270,6 +270,34 @@ std::vector<CalibrationRun> gpu_calibration_runs() {
     if (!modern && batch > 5) c.activation = ActivationKind::gelu;
     add(build_transformer(c), "bf16", batch, hidden % 3 == 0);
   }
+  // Attention by itself: long and short, of heads of 64 and 128, of all keys and of those before.
+  for (const auto& [sequence, heads, width, batch, causal] : {std::tuple{16384, 8, 128, 1, true},
+                                                              {512, 16, 64, 24, false},
+                                                              {8192, 32, 128, 1, true},
+                                                              {1024, 20, 64, 16, false},
+                                                              {2048, 32, 64, 4, true},
+                                                              {4096, 24, 128, 1, false},
+                                                              {1024, 48, 128, 4, true},
+                                                              {384, 12, 64, 64, false}}) {
+    TransformerConfig c = decoder(heads * width, sequence, 256, heads, 256, false);
+    c.causal = causal;
+    c.name =
+        fmt::format("attention {} x {} x {}{}", heads, sequence, width, causal ? "" : ", all keys");
+    add(build_transformer(c), "bf16", batch, true);
+  }
+  // Experts: grouped products of few and of many rows each.
+  for (const auto& [hidden, sequence, ffn, heads, experts, batch] :
+       {std::tuple{1024, 1024, 2048, 16, 8, 2},
+        {3072, 2048, 8192, 24, 8, 2},
+        {2048, 4096, 5632, 16, 16, 1},
+        {5120, 1536, 12288, 40, 4, 1}}) {
+    TransformerConfig c = decoder(hidden, sequence, ffn, heads, 16384, true);
+    c.name = "mixtral " + c.name;
+    c.moe.experts = experts;
+    c.moe.top_k = 2;
+    c.moe.ffn = ffn;
+    add(build_transformer(c), "bf16", batch, true);
+  }
   for (const char* precision : {"fp32", "tf32", "fp16"}) {
     for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
          {std::tuple{1024, 768, 4096, 16, 8192, 2}, {2560, 1024, 6912, 20, 16384, 1}})
@@ -331,7 +359,7 @@ Seconds dispatch_of(const std::vector<RankMeasurement>& ranks) {
 
 namespace {
 
-constexpr std::int64_t kSmallest = 64, kLargest = 4 << 20;  // bytes of a collective or message
+constexpr std::int64_t kSmallest = 64;  // bytes of a collective or message
 std::size_t size_index(std::int64_t bytes) {
   std::size_t k = 0;
   for (std::int64_t b = kSmallest; b < bytes; b *= 4) ++k;
@@ -340,7 +368,7 @@ std::size_t size_index(std::int64_t bytes) {
 
 }  // namespace
 
-std::vector<Program> collective_programs(int ranks) {
+std::vector<Program> collective_programs(int ranks, std::int64_t largest) {
   std::vector<Program> all;
   if (ranks < 2) return all;
   const auto begin = [&](Mesh mesh) {
@@ -388,7 +416,7 @@ std::vector<Program> collective_programs(int ranks) {
       p.blocks[0].instructions.push_back(std::move(fresh));
       p.blocks[0].instructions.push_back(std::move(i));
     };
-    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4) {
+    for (std::int64_t bytes = kSmallest; bytes <= largest; bytes *= 4) {
       const std::int64_t wide = std::max<std::int64_t>(1, bytes / 4 / n / n);
       const Shape shape{{Dim::sample, n}, {Dim::feature, n * wide}};
       Layout whole, owed, rows, columns, root, shifted;
@@ -452,20 +480,20 @@ std::vector<Program> collective_programs(int ranks) {
       half(Kind::receive, 1 - from, messages++, make(elements(t.buffer(id).shape) * 4));
     };
     // There and back: the one that waits is there when the message comes.
-    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4) {
+    for (std::int64_t bytes = kSmallest; bytes <= largest; bytes *= 4) {
       const std::array<BufferId, 2> sent{make(bytes), make(bytes)};
       for (const int stage : {0, 1}) fresh(stage, sent[static_cast<std::size_t>(stage)]);
       for (const int stage : {0, 1}) whole(stage, sent[static_cast<std::size_t>(stage)]);
     }
     // What each side does of it: all messages have come when the first is taken.
     const std::int32_t first = messages;
-    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4) {
+    for (std::int64_t bytes = kSmallest; bytes <= largest; bytes *= 4) {
       const BufferId sent = make(bytes);
       fresh(0, sent);
       half(Kind::send, 0, messages++, sent);
     }
     whole(0, make(kSmallest));
-    for (std::int64_t bytes = kSmallest; bytes <= kLargest; bytes *= 4)
+    for (std::int64_t bytes = kSmallest; bytes <= largest; bytes *= 4)
       half(Kind::receive, 1, first + static_cast<std::int32_t>(size_index(bytes)), make(bytes));
     whole(1, make(kSmallest));
     t.stages = {{{BlockId{0}, -1}}, {{BlockId{1}, -1}}};
@@ -522,6 +550,44 @@ void harvest_copies(const Program& p, const std::vector<RankMeasurement>& ranks,
   harvest(p, ranks, all);
   auto& to = into["copy"];
   for (const auto& [kernel, points] : all) to.insert(to.end(), points.begin(), points.end());
+}
+
+Program host_copy_program(std::int64_t largest) {
+  Program p;
+  p.streams = {"compute"};
+  p.blocks.resize(1);
+  p.blocks[0].name = "copies to the host and back";
+  p.blocks[0].kind = BlockKind::step;
+  for (std::int64_t bytes = 4 << 10; bytes <= largest; bytes *= 4) {
+    const BufferId here = step_buffer(p, bytes), there = step_buffer(p, bytes),
+                   back = step_buffer(p, bytes);
+    p.buffers[there.index()].host = true;
+    p.blocks[0].instructions.push_back(copying(here, there));
+    p.blocks[0].instructions.push_back(copying(there, back));
+  }
+  p.stages = {{{BlockId{0}, -1}}};
+  return p;
+}
+
+void harvest_host_copies(const Program& p, const std::vector<RankMeasurement>& ranks,
+                         KernelTable& into) {
+  for (const auto& r : ranks) {
+    for (std::size_t k = 0; !r.samples.empty() && k < r.samples[0].size(); ++k) {
+      const Sample& x = r.samples[0][k];
+      const Instruction& i = p.blocks[static_cast<std::size_t>(x.block)]
+                                 .instructions[static_cast<std::size_t>(x.instruction)];
+      std::vector<double> steps;
+      for (const auto& step : r.samples)
+        steps.push_back(static_cast<double>(step[k].end - step[k].start) * 1e-9);
+      std::sort(steps.begin(), steps.end());
+      KernelPoint point;
+      point.ranks = static_cast<int>(ranks.size());
+      point.bytes = static_cast<double>(4 * elements(p.buffer(i.reads[0]).shape));
+      point.time = Seconds{std::max(1e-9, steps[steps.size() / 2])};
+      point.spread = (steps[steps.size() * 3 / 4] - steps[steps.size() / 4]) / 2 / point.time.count;
+      into[p.buffer(i.writes[0]).host ? "copy to host" : "copy from host"].push_back(point);
+    }
+  }
 }
 
 Program overlap_program(OverlapPart part) {
@@ -645,7 +711,9 @@ void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& r
   };
   const auto& list = p.blocks[0].instructions;
   if (!p.pipeline.empty()) {
-    const std::size_t sizes = size_index(kLargest) + 1;
+    std::int64_t most = kSmallest;
+    for (const Buffer& b : p.buffers) most = std::max(most, 4 * elements(b.shape));
+    const std::size_t sizes = size_index(most) + 1;
     std::int64_t bytes = kSmallest;
     for (std::size_t k = 0; k < sizes; ++k, bytes *= 4) {
       std::vector<double> whole, sending, receiving;
@@ -714,7 +782,7 @@ std::string gpu_yaml(const Profile& p) {
     for (const KernelPoint& x : points) {
       if (kernel == "copy" && x.bytes > largest)
         largest = x.bytes, bandwidth = x.bytes / x.time.count;
-      const bool moves = kernel == "copy" || kernel == "load" || kernel == "slice";
+      const bool moves = kernel.rfind("copy", 0) == 0 || kernel == "load" || kernel == "slice";
       if (!moves && (latency == 0 || x.time.count < latency)) latency = x.time.count;
       // Attention's causal half is counted whole there: no rate of products.
       if (x.m > 0 && kernel.rfind("linear", 0) == 0) {
@@ -727,8 +795,11 @@ std::string gpu_yaml(const Profile& p) {
   std::string s = fmt::format(
       "schema: partita.device/1\nname: calibrated-gpu\nsource: '{0}'\n"
       "memory: {{value: {1} MiB, source: '{2}: its own word'}}\n"
-      "usable_memory: {{value: {3} MiB, source: 'memory less 0.5 GiB of context (assumed)'}}\n",
-      p.provenance, g.memory.count >> 20, g.name, (g.memory.count >> 20) - 512);
+      "usable_memory: {{value: {3} MiB, source: '{4}'}}\n",
+      p.provenance, g.memory.count >> 20, g.name,
+      g.usable.count > 0 ? g.usable.count >> 20 : (g.memory.count >> 20) - 512,
+      g.usable.count > 0 ? p.provenance + ": free beside a context and its libraries"
+                         : "memory less 0.5 GiB of context (assumed)");
   const auto figure = [&](const std::string& key, double value, double assumed,
                           const std::string& unit, const std::string& how) {
     s += value > 0 ? fmt::format("{}: {{value: {:.5g} {}, source: '{}: {}'}}\n", key, value, unit,
@@ -781,7 +852,7 @@ std::string device_yaml(const Profile& p) {
       "schema: partita.device/1\nname: calibrated-cpu\nsource: '{}'\n"
       "memory: {{value: 4 GiB, source: assumed}}\nusable_memory: {{value: 3584 MiB, source: "
       "assumed}}\n"
-      "memory_bandwidth: {}\nmatrix_rates: {{fp32: {}, bf16: {}, fp16: {}}}\n"
+      "memory_bandwidth: {}\nmatrix_rates: {{fp32: {}, bf16: {}, fp16: {}, fp8: {}}}\n"
       "vector_rate: {{value: 20 GFLOP/s, source: assumed}}\n"
       "matrix_efficiency: {{value: {}, source: assumed}}\n"
       "memory_efficiency: {{value: {}, source: assumed}}\n"
@@ -789,7 +860,7 @@ std::string device_yaml(const Profile& p) {
       "concurrent_streams: false\nhost_cores: {}\n"
       "{}{}",
       p.provenance, figure(bandwidth, 10, "GB/s", "the largest copy, one rank"), rate, rate, rate,
-      product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
+      rate, product > 0 ? "1" : "0.6", bandwidth > 0 ? "1" : "0.8", p.cores, p.cores,
       !p.dispatch_measured
           ? ""
           : fmt::format("dispatch: {{value: {:.6g} us, source: '{}: spread {:.3f}'}}\n",
@@ -820,14 +891,32 @@ std::string kernels_yaml(const Profile& p) {
 }  // namespace
 
 std::string cluster_yaml(const Profile& p, const std::string& device_file, int devices) {
+  // A GPU's way to its host's memory: the slower direction of the largest copy, the time of the
+  // smallest.
+  std::string link = "kind: other, bandwidth: 10 GB/s, latency: 0.2 us";
+  double rate = 0, latency = 0;
+  for (const char* kernel : {"copy to host", "copy from host"}) {
+    const auto found = p.kernels.find(kernel);
+    if (found == p.kernels.end() || found->second.empty()) continue;
+    const auto by_bytes = [](const KernelPoint& a, const KernelPoint& b) {
+      return a.bytes < b.bytes;
+    };
+    const auto [least, most] =
+        std::minmax_element(found->second.begin(), found->second.end(), by_bytes);
+    const double one = most->bytes / most->time.count;
+    rate = rate > 0 ? std::min(rate, one) : one;
+    latency = std::max(latency, least->time.count);
+  }
+  if (p.gpu && rate > 0)
+    link = fmt::format("kind: pcie, bandwidth: {:.4g} GB/s, latency: {:.4g} us", rate / 1e9,
+                       latency * 1e6);
   std::string s = fmt::format(
       "schema: partita.topology/1\nname: calibrated-host\nsource: '{}'\n"
       "nodes:\n  - count: 1\n    cpu_vendor: other\n    vertices:\n      'rank[0-{}]': {{kind: "
       "device, device: '{}'}}\n"
       "      memory: {{kind: cpu}}\n    links:\n"
-      "      - {{from: 'rank[0-{}]', to: memory, kind: other, bandwidth: 10 GB/s, latency: 0.2 "
-      "us}}\n",
-      p.provenance, devices - 1, device_file, devices - 1);
+      "      - {{from: 'rank[0-{}]', to: memory, {}}}\n",
+      p.provenance, devices - 1, device_file, devices - 1, link);
   if (p.collectives.empty()) return s;
   s += "collectives:\n";
   for (const auto& [kind, points] : p.collectives) {
@@ -954,6 +1043,7 @@ std::vector<SuiteCase> gpu_suite() {
   add("gpt2", 0, 1024, 4);
   add("llama-3-8b", 2, 4096, 1);
   add("gpt3-1.3b", 0, 2048, 1);
+  add("mixtral-8x7b", 1, 4096, 1);
   add("bert-large", 0, 512, 8);
   add("resnet-50", 0, 0, 32);
   add("vgg-16", 0, 0, 32);

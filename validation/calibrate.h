@@ -41,8 +41,8 @@ void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, 
 Seconds dispatch_of(const std::vector<RankMeasurement>& ranks);
 
 /// A program of nothing but collectives (and, on an even number of ranks, one of transfers) of many
-/// sizes, 64 B to 4 MiB: executed as any other, so that packing is measured too.
-std::vector<Program> collective_programs(int ranks);
+/// sizes, 64 B to `largest`: executed as any other, so that packing is measured too.
+std::vector<Program> collective_programs(int ranks, std::int64_t largest = 4 << 20);
 /// Their points, medians over steps: of a collective from its last member's arrival to its end,
 /// with more ranks than `cores` from the last end of the one before to its own last end; of a
 /// transfer half the way there and back.
@@ -55,6 +55,11 @@ Program copy_program(int ranks, std::int64_t largest = 16 << 20);
 /// Their points, under "copy"; bytes count reading and writing.
 void harvest_copies(const Program& program, const std::vector<RankMeasurement>& ranks,
                     KernelTable& into);
+/// Copies of 4 KiB to `largest` from a GPU to its host's memory, and back.
+Program host_copy_program(std::int64_t largest);
+/// Their points, under "copy to host" and "copy from host"; bytes are those that move.
+void harvest_host_copies(const Program& program, const std::vector<RankMeasurement>& ranks,
+                         KernelTable& into);
 
 /// Two ranks: a transfer, then arithmetic on the sender's side and before it on the receiver's; the
 /// transfer alone; the arithmetic alone.
@@ -71,6 +76,7 @@ struct GpuFacts {
   std::string name;
   Bytes memory;
   int multiprocessors = 0, compute_capability = 0;
+  Bytes usable;  ///< free beside a context and what libraries keep; 0: not known
 };
 
 struct Profile {

@@ -24,8 +24,8 @@ std::size_t next_candidate(const KernelTable& table,
                            const std::vector<std::vector<KernelShape>>& candidates);
 
 /// Is a point for judging prediction alone? Half of all shapes are, by a hash of kernel and shape:
-/// decided before anything is measured, the same everywhere. Copies, by which memory is rated, are
-/// not.
+/// decided before anything is measured, the same everywhere. Copies, by which memory and links
+/// are rated, are not.
 bool held_out(const std::string& kernel, const KernelPoint& point);
 /// Takes them out of the table.
 KernelTable take_held_out(KernelTable& table);

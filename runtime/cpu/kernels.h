@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -42,6 +43,10 @@ struct Arguments {
   /// Results in the order of the instruction's `writes`; absent where not wanted.
   std::vector<Tensor> results;
   bool accumulate = false;  ///< add to the results
+  /// Takes memory for the rows of result k, which only the kernel knows, and says where; with
+  /// `accumulate` that of the rows there are. Empty, or not asked: rows are returned as a
+  /// RoutedResult. These kernels do not ask.
+  std::function<float*(std::size_t k, const std::vector<Row>& rows)> place = nullptr;
   /// Forward statistics are complete as computed, so norms keep (mean, 1 / deviation) in their
   /// place: from sums, a small variance beside a large mean would be lost.
   bool whole_statistics = false;

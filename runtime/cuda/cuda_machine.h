@@ -4,13 +4,14 @@
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "runtime/cuda/check.h"
-#include "runtime/cuda/machine.h"
+#include "runtime/cuda/flash.h"
 #include "runtime/cuda/product_choice.h"
 
 namespace partita::cuda {
@@ -27,6 +28,7 @@ class DeviceBlock {
 };
 
 class Convolutions;
+class FusedAttention;
 
 /// What all streams of a rank share.
 struct Libraries {
@@ -36,10 +38,29 @@ struct Libraries {
   Libraries& operator=(const Libraries&) = delete;
 
   cublasLtHandle_t blas = nullptr;
+  /// Waits on the host for a stream, as whoever may wait for peers does.
+  std::function<void(cudaStream_t, const std::string&)> come;
+  /// Pinned memory of the host that nobody else gets until the device has finished.
+  std::function<void*(std::size_t bytes)> staging;
   ProductOptions options;
   std::map<ProductKey, ProductChoice> products;
+  /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
+  /// environment leaves attention to products.
+  bool flash = false;
+  bool eights = false;                         ///< products in E4M3
+  std::unique_ptr<FusedAttention> attention;   ///< null: our own kernels
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
   std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
+};
+
+/// A product as cuBLASLt takes it: c += a · b, column after column.
+struct ProductCall {
+  cublasLtMatmulDesc_t product = nullptr;
+  cublasLtMatrixLayout_t a_layout = nullptr, b_layout = nullptr, c_layout = nullptr;
+  const void *a = nullptr, *b = nullptr;
+  void* c = nullptr;
+  float alpha = 1, beta = 0;
+  bool passing = false;
 };
 
 class CudaMachine {
@@ -53,9 +74,16 @@ class CudaMachine {
   void rows(std::int64_t n, std::int64_t width, F f);
 
   void product(const Product& p);
+  /// The GPU multiplies in E4M3: of compute capability 8.9 and later.
+  bool has_eights() const { return libraries_.eights; }
+  void product(const EightProduct& p);
   float* scratch(std::int64_t floats);
   std::int64_t scores() const { return 64 << 20; }
+  bool has_flash() const { return libraries_.flash; }
+  bool flash(const FlashCall& call, FlashPass pass);
   IndexList list(const std::vector<std::int64_t>& indices);
+  IndexList upload(const std::vector<std::int64_t>& numbers);
+  std::vector<float> read(const Numbers& at, std::int64_t n);
   bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x, Numbers w,
                 Numbers y, bool adds);
   /// The operator has queued all it has: its scratch is the next one's.
@@ -67,6 +95,7 @@ class CudaMachine {
   static constexpr std::size_t kWorkspace = 32 << 20;
 
  private:
+  void multiply(const ProductCall& p, const ProductKey& key, const std::string& words);
   Libraries& libraries_;
   cudaStream_t stream_;
   std::vector<std::unique_ptr<DeviceBlock>> blocks_;  ///< the last is filled

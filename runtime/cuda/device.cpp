@@ -2,15 +2,18 @@
 
 #include <fmt/format.h>
 #include <nvtx3/nvToolsExt.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <map>
 #include <thread>
 #include <utility>
 
+#include "runtime/cuda/activity.h"
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
 #include "runtime/cuda/kernels.h"
@@ -25,10 +28,13 @@ using execute::Work;
 /// A kernel's name on a profiler's line, while it is queued.
 class Range {
  public:
-  Range(bool on, const std::string& name) : on_(on) {
+  /// `activity`: null, or what records it.
+  Range(bool on, Activity* activity, const std::string& name) : on_(on), activity_(activity) {
     if (on_) nvtxRangePushA(name.c_str());
+    if (activity_ != nullptr) activity_->enter(name);
   }
   ~Range() {
+    if (activity_ != nullptr) activity_->leave();
     if (on_) nvtxRangePop();
   }
   Range(const Range&) = delete;
@@ -36,6 +42,7 @@ class Range {
 
  private:
   bool on_;
+  Activity* activity_;
 };
 
 /// A RunList in the GPU's memory.
@@ -54,7 +61,10 @@ class Gpu : public CudaDevice {
           fmt::format("there is no GPU {}; this machine has {}", o.device, device_count()));
     use();
     check(cudaFree(nullptr), fmt::format("start of GPU {}", o.device));
+    at_start_ = left();
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
+    libraries_->staging = [this](std::size_t bytes) { return staging(bytes); };
+    libraries_->come = [this](cudaStream_t s, const std::string& what) { come(s, what); };
     on(kComputeStream);
     void* slots = nullptr;
     check(cudaHostAlloc(&slots, kSlots * sizeof(float), cudaHostAllocDefault), "pinned memory");
@@ -62,8 +72,16 @@ class Gpu : public CudaDevice {
     if (o.linked)
       links_ = nccl_links(o.links, [this] { return static_cast<void*>(lane_->stream); });
     careful_ = std::getenv("PARTITA_CUDA_CHECK") != nullptr;
+    o_.ranges |= std::getenv("PARTITA_CUDA_RANGES") != nullptr;
+    if (const char* file = std::getenv("PARTITA_CUDA_TRACE")) {
+      trace_file_ = o.linked ? fmt::format("{}.{}", file, static_cast<int>(::getpid())) : file;
+      std::string untraced;
+      activity_ = start_activity(untraced);
+      if (!activity_) fmt::print(stderr, "note: no trace of the GPU's kernels: {}\n", untraced);
+    }
   }
   ~Gpu() override {
+    if (activity_) write_trace();
     links_.reset();
     // Of a GPU that has failed nothing more is asked.
     static_cast<void>(cudaDeviceSynchronize());
@@ -91,6 +109,7 @@ class Gpu : public CudaDevice {
     return static_cast<std::byte*>(p);
   }
   void release(std::byte* block) override { static_cast<void>(cudaFree(block)); }
+  std::int64_t taken() override { return at_start_ - left(); }
   std::byte* allocate_on_host(std::int64_t bytes) override {
     void* p = nullptr;
     const cudaError_t e = cudaHostAlloc(&p, static_cast<std::size_t>(bytes), cudaHostAllocDefault);
@@ -170,7 +189,7 @@ class Gpu : public CudaDevice {
   std::unique_ptr<execute::OperatorKernel> kernel(reference::Context context) override;
   void plain(const PlainCall& call) override {
     const std::string what(partita::name(call.instruction->kernel));
-    const Range range(o_.ranges, what);
+    const Range range(o_.ranges, activity_.get(), what);
     const bool done = run_plain_kernel(machine(), call);
     machine().end();
     if (!done) {
@@ -254,7 +273,9 @@ class Gpu : public CudaDevice {
   void look(const std::string& what) {
     if (careful_) check(cudaStreamSynchronize(stream()), what);
   }
-  bool ranges() const { return o_.ranges; }
+  bool ranges() const { return o_.ranges || activity_; }
+  bool marked_ranges() const { return o_.ranges; }
+  Activity* activity() const { return activity_.get(); }
   void note_fallback(const std::string& kernel) { count_fallback(kernel); }
 
  private:
@@ -264,6 +285,20 @@ class Gpu : public CudaDevice {
   };
   static constexpr std::size_t kSlots = 1024, kMostStaged = 4 << 20;
 
+  std::int64_t left() const {
+    std::size_t available = 0, all = 0;
+    check(cudaMemGetInfo(&available, &all), "its memory");
+    return static_cast<std::int64_t>(available);
+  }
+  /// The trace of one rank, whole at its end; several devices of one process follow each other.
+  void write_trace() {
+    static_cast<void>(cudaDeviceSynchronize());
+    const std::vector<KernelRecord> records = activity_->take();
+    std::ofstream out(trace_file_, std::ios::binary);
+    out << chrome_trace(records);
+    if (!out.flush())
+      fmt::print(stderr, "note: cannot write {}: no trace of the GPU's kernels\n", trace_file_);
+  }
   void use() const { check(cudaSetDevice(o_.device), fmt::format("GPU {}", o_.device)); }
   cudaStream_t stream() const { return lane_->stream; }
   /// Waits until the query says that it is done. A stream that waits for a peer who is gone would
@@ -354,6 +389,9 @@ class Gpu : public CudaDevice {
   std::vector<std::pair<void*, std::size_t>> staged_;
   std::multimap<std::size_t, void*> spare_;
   bool careful_ = false;
+  std::unique_ptr<Activity> activity_;
+  std::string trace_file_;
+  std::int64_t at_start_ = 0;  ///< free, when there was a context and nothing else
 };
 
 /// Ours where we have one, else the host's.
@@ -371,7 +409,8 @@ class GpuKernel : public execute::OperatorKernel {
     const auto what = [&] {
       return fmt::format("{} of {}", name(work), kind_name(*context_.operation));
     };
-    const Range range(gpu_.ranges(), gpu_.ranges() ? what() : std::string());
+    const Range range(gpu_.marked_ranges(), gpu_.activity(),
+                      gpu_.ranges() ? what() : std::string());
     routed.clear();
     const bool done = run_operator(gpu_.machine(), work, context_, statistic, a);
     gpu_.machine().end();

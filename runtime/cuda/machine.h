@@ -17,6 +17,7 @@
 #ifdef __CUDACC__
 #  include <cuda_bf16.h>
 #  include <cuda_fp16.h>
+#  include <cuda_fp8.h>
 #  define PARTITA_BOTH __host__ __device__ inline
 #  define PARTITA_LANE __device__ inline
 #  define PARTITA_KERNEL [=] __device__
@@ -342,6 +343,14 @@ void map_two(M& m, std::int64_t n, Numbers x, Numbers z, Numbers y, F f) {
   m.each(octets(n), MapTwo<F>{x, z, y, n, f});
 }
 
+/// f(row, first, count) of a row's octets (step 8), or of its elements (step 1).
+template <class F>
+struct RowPieces {
+  std::int64_t pieces, step;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t i) const { f(i / pieces, i % pieces * step, step); }
+};
+
 /// A matrix in memory, row after row.
 struct Matrix {
   Numbers at;
@@ -357,6 +366,52 @@ struct Product {
   Matrix a, b, c;
   std::int64_t batch = 1;
   float alpha = 1, beta = 0;
+  /// Its shape is of this step alone: nothing is timed or kept for the next time.
+  bool passing = false;
+};
+
+// -------------------------------------------------------------------------------- 8-bit numbers
+
+constexpr float kLargestE4M3 = 448;
+/// E4M3, ties to even, beyond its largest that; a number that is none stays one.
+PARTITA_BOTH std::uint8_t to_e4m3(float x) {
+#ifdef __CUDA_ARCH__
+  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+#else
+  const std::uint32_t u = bits_of(x);
+  const auto sign = static_cast<std::uint8_t>(u >> 24 & 0x80u);
+  const std::uint32_t a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<std::uint8_t>(sign | 0x7fu);
+  if (a >= bits_of(kLargestE4M3)) return static_cast<std::uint8_t>(sign | 0x7eu);
+  if (a < 0x3c800000u) {  // below 2^-6: a sum that has its last bit where the result has it
+    const float rounded = float_of(a) + 0x1p14f;
+    return static_cast<std::uint8_t>(sign | (bits_of(rounded) - bits_of(0x1p14f)));
+  }
+  const std::uint32_t r = a + 0x7ffffu + (a >> 20 & 1u);  // half a unit less what ties need
+  return static_cast<std::uint8_t>(sign | ((r >> 20) - (120u << 3)));
+#endif
+}
+PARTITA_BOTH float from_e4m3(std::uint8_t h) {
+  const std::uint32_t e = h >> 3 & 15u, m = h & 7u;
+  const float size = e == 15 && m == 7 ? NAN
+                     : e > 0           ? float_of((e + 120) << 23 | m << 20)
+                                       : static_cast<float>(m) * 0x1p-9f;
+  return (h & 0x80u) != 0 ? -size : size;
+}
+
+/// A matrix [rows, columns] in E4M3, row after row of `stride` bytes, zeros beyond the columns;
+/// each number stands for itself times *scale.
+struct Eights {
+  std::uint8_t* at = nullptr;
+  const float* scale = nullptr;
+  std::int64_t rows = 0, columns = 0, stride = 0;
+};
+/// c[m, n] = a[m, k] · b[n, k]ᵀ + beta · c, sums in fp32.
+struct EightProduct {
+  Eights a, b;
+  Matrix c;
+  float beta = 0;
+  bool passing = false;
 };
 
 enum class ConvolutionPass { forward, data, weight };

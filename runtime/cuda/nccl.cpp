@@ -154,6 +154,27 @@ class Nccl : public NcclLinks {
     if (group) settle(ncclGroupEnd(), comm, std::string(partita::name(call.kind)));
     count_call(call, traffic_);
   }
+  /// By ncclGroupSimulateEnd. NCCL reads which algorithm and protocol are allowed when it makes a
+  /// communicator: each pair gets one.
+  std::vector<LinkEstimate> estimates() override {
+    std::vector<LinkEstimate> all;
+    if (world_ == nullptr) return all;
+    int ranks = 0;
+    settle(ncclCommCount(world_, &ranks), world_, "the number of ranks");
+    const std::pair<std::string, std::string> before{variable("NCCL_ALGO"), variable("NCCL_PROTO")};
+    const auto pairs = estimated_pairs();
+    for (const auto& [algorithm, protocol] : pairs) {
+      for (const CollectiveKind kind : kEstimated) {
+        if (!estimated(kind, algorithm)) continue;
+        set_variable("NCCL_ALGO", algorithm);
+        set_variable("NCCL_PROTO", protocol);
+        estimate(kind, algorithm, protocol, ranks, all);
+      }
+    }
+    set_variable("NCCL_ALGO", before.first);
+    set_variable("NCCL_PROTO", before.second);
+    return all;
+  }
   void send(const Channel& channel, int to, const std::byte* from, std::int64_t bytes) override {
     const ncclComm_t comm = comm_of(channel);
     settle(ncclSend(from, static_cast<std::size_t>(bytes), ncclInt8, to > rank_ ? 1 : 0, comm,
@@ -187,6 +208,70 @@ class Nccl : public NcclLinks {
   }
 
  private:
+  static std::string variable(const char* name) {
+    const char* value = std::getenv(name);
+    return value != nullptr ? value : "";
+  }
+  /// Empty: is not set.
+  static void set_variable(const char* name, const std::string& value) {
+    if (value.empty()) {
+      ::unsetenv(name);
+    } else {
+      ::setenv(name, value.c_str(), 1);
+    }
+  }
+  /// All sizes of one kind on a communicator of their own; one that NCCL cannot simulate ends it:
+  /// its communicator is of no further use, ours are.
+  void estimate(CollectiveKind kind, const std::string& algorithm, const std::string& protocol,
+                int ranks, std::vector<LinkEstimate>& all) {
+    ncclConfig_t config = configuration();
+    // Of a call that goes on by itself nobody would get the estimate.
+    config.blocking = 1;
+    ncclComm_t comm = nullptr;
+    settle(ncclCommSplit(world_, 0, rank_, &comm, &config), world_,
+           "the split of its communicator");
+    if (comm == nullptr) return;
+    settle(ncclInProgress, comm, "a communicator for estimates");
+    ncclResult_t r = ncclSuccess;
+    auto* stream = static_cast<cudaStream_t>(stream_());
+    constexpr std::int64_t kLeast = 1 << 10, kMost = 1 << 30;
+    // Nothing is carried out, but addresses must be a GPU's.
+    void* memory = nullptr;
+    if (cudaMalloc(&memory, 1 << 20) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      static_cast<void>(ncclCommDestroy(comm));
+      return;
+    }
+    for (std::int64_t bytes = kLeast; bytes <= kMost; bytes *= 4) {
+      const auto whole = static_cast<std::size_t>(bytes / 4),
+                 each = std::max<std::size_t>(1, whole / static_cast<std::size_t>(ranks));
+      if (ncclGroupStart() != ncclSuccess) break;
+      switch (kind) {
+        case CollectiveKind::all_reduce:
+          r = ncclAllReduce(memory, memory, whole, ncclFloat32, ncclSum, comm, stream);
+          break;
+        case CollectiveKind::all_gather:
+          r = ncclAllGather(memory, memory, each, ncclFloat32, comm, stream);
+          break;
+        case CollectiveKind::reduce_scatter:
+          r = ncclReduceScatter(memory, memory, each, ncclFloat32, ncclSum, comm, stream);
+          break;
+        case CollectiveKind::broadcast:
+          r = ncclBroadcast(memory, memory, whole, ncclFloat32, 0, comm, stream);
+          break;
+        default:
+          r = ncclReduce(memory, memory, whole, ncclFloat32, ncclSum, 0, comm, stream);
+          break;
+      }
+      ncclSimInfo_t info = NCCL_SIM_INFO_INITIALIZER;
+      const ncclResult_t ended = ncclGroupSimulateEnd(&info);
+      if (r != ncclSuccess || ended != ncclSuccess) break;
+      if (info.estimatedTime > 0)
+        all.push_back({kind, algorithm, protocol, bytes, static_cast<double>(info.estimatedTime)});
+    }
+    static_cast<void>(cudaFree(memory));
+    static_cast<void>(ncclCommAbort(comm));
+  }
   ncclConfig_t configuration() const {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     // A call that cannot go on returns, so that we can give up.

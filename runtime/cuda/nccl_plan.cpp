@@ -81,4 +81,19 @@ std::vector<NcclStep> nccl_steps(const CollectiveCall& call) {
   return steps;
 }
 
+std::vector<std::pair<std::string, std::string>> estimated_pairs() {
+  return {{"", ""},          {"Ring", "LL"},        {"Ring", "LL128"},  {"Ring", "Simple"},
+          {"Tree", "LL"},    {"Tree", "LL128"},     {"Tree", "Simple"}, {"NVLS", "Simple"},
+          {"PAT", "Simple"}, {"NVLSTree", "Simple"}};
+}
+
+bool estimated(CollectiveKind kind, const std::string& algorithm) {
+  if (algorithm.empty() || algorithm == "Ring") return true;
+  const bool all_reduce = kind == CollectiveKind::all_reduce;
+  const bool halves = kind == CollectiveKind::all_gather || kind == CollectiveKind::reduce_scatter;
+  if (algorithm == "PAT") return halves;
+  if (algorithm == "NVLS") return all_reduce || halves;
+  return all_reduce;
+}
+
 }  // namespace partita::cuda

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime/transport/transport.h"
@@ -22,5 +24,13 @@ struct NcclStep {
 /// What member `call.me` calls, as one group of NCCL's. NCCL's own all-gather and reduce-scatter
 /// have chunks of one size; of others each is a broadcast or a reduction by itself.
 std::vector<NcclStep> nccl_steps(const CollectiveCall& call);
+
+/// Of which NCCL is asked for its estimates: its own choice (empty names), then each pair.
+std::vector<std::pair<std::string, std::string>> estimated_pairs();
+inline constexpr CollectiveKind kEstimated[] = {
+    CollectiveKind::all_reduce, CollectiveKind::all_gather, CollectiveKind::reduce_scatter,
+    CollectiveKind::broadcast, CollectiveKind::reduce};
+/// Does NCCL have the algorithm for this collective?
+bool estimated(CollectiveKind kind, const std::string& algorithm);
 
 }  // namespace partita::cuda

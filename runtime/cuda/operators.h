@@ -3,9 +3,13 @@
 //   each(n, f)            f(i) for every i below n
 //   rows(n, width, f)     f(row, lanes) for every row below n, of about `width` elements
 //   product(p)            matrices
+//   product(eights)       matrices in E4M3; false where it cannot
 //   scratch(floats)       memory until the operator ends
 //   scores()              of attention that may be in memory at once
-//   list(indices)         an IndexList
+//   flash(call, pass)     attention whose scores are in none (flash.h); false where it cannot
+//   list(indices)         an IndexList, kept: it comes again
+//   upload(numbers)       an IndexList until the operator ends
+//   read(numbers, n)      what they are once all before is done, on the host
 //   convolve(shape, pass, x, w, y, adds)  fills y, x or w, by pass; `adds`: to w; false where it
 //                         cannot
 //
@@ -13,12 +17,13 @@
 // Formulas are those of runtime/cpu/fast.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "runtime/cpu/kernels.h"
 #include "runtime/cpu/normalisation.h"
-#include "runtime/cuda/machine.h"
+#include "runtime/cuda/flash.h"
 
 namespace partita::cuda {
 
@@ -37,7 +42,6 @@ inline bool wanted(const Arguments& a, std::size_t k) {
   return k < a.results.size() && static_cast<bool>(a.results[k]);
 }
 inline std::int64_t at_least_1(std::int64_t n) { return n > 1 ? n : 1; }
-/// Numbers of rows are known to the host alone.
 inline bool any_rows(const Arguments& a) {
   for (const auto* list : {&a.inputs, &a.outputs, &a.output_gradients, &a.results}) {
     for (const Tensor& t : *list) {
@@ -109,6 +113,77 @@ void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int
       });
 }
 
+// ----------------------------------------------------------------------------- products in E4M3
+
+/// `m` [rows, columns], or its transpose, rounded to E4M3 with the scale that its largest number
+/// gets the largest of the type by; rows are padded to whole pieces of 16.
+template <class M>
+Eights rounded_eights(M& m, Numbers from, std::int64_t rows, std::int64_t columns, bool turned) {
+  const std::int64_t n = rows * columns, chunk = 1 << 16, chunks = (n + chunk - 1) / chunk;
+  float* parts = m.scratch(chunks + 1);
+  float* const scale = parts + chunks;
+  m.rows(
+      chunks, 4096, PARTITA_KERNEL(std::int64_t part, const Lanes& lanes) {
+        const std::int64_t end = (part + 1) * chunk < n ? (part + 1) * chunk : n;
+        double top = 0;
+        for (std::int64_t i = part * chunk + lanes.lane() * Octet::kSize; i < end;
+             i += lanes.count() * Octet::kSize) {
+          const Octet o = octet(from, i, end - i);
+          for (int e = 0; e < Octet::kSize; ++e) top = fmax(top, fabs(static_cast<double>(o.v[e])));
+        }
+        top = lanes.max(top);
+        if (lanes.lane() == 0) parts[part] = static_cast<float>(top);
+      });
+  m.rows(
+      1, chunks, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
+        double top = 0;
+        for (std::int64_t i = lanes.lane(); i < chunks; i += lanes.count())
+          top = fmax(top, static_cast<double>(parts[i]));
+        top = lanes.max(top);
+        if (lanes.lane() == 0)
+          *scale = top > 0 ? static_cast<float>(top / static_cast<double>(kLargestE4M3)) : 1.0f;
+      });
+  Eights e;
+  e.rows = turned ? columns : rows;
+  e.columns = turned ? rows : columns;
+  e.stride = (e.columns + 15) / 16 * 16;
+  e.at = reinterpret_cast<std::uint8_t*>(m.scratch((e.rows * e.stride + 3) / 4));
+  e.scale = scale;
+  m.each(
+      e.rows * e.stride, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t row = i / e.stride, column = i % e.stride;
+        const float v = column >= e.columns ? 0.0f
+                        : turned            ? from[column * e.rows + row]
+                                            : from[row * e.columns + column];
+        e.at[i] = to_e4m3(v / *scale);
+      });
+  return e;
+}
+/// c[m, n] (+)= a[m, k] · b[k, n] of operands rounded to E4M3, which lie as in a Product, without
+/// gaps; false where the machine cannot.
+template <class M>
+bool product_of_eights(M& m, const Product& p) {
+  // cuBLASLt's: whole pieces of 16 of what lies in a row of c.
+  if (p.n % 16 != 0 || p.batch != 1 || !m.has_eights()) return false;
+  EightProduct e;
+  e.a = p.a.transposed ? rounded_eights(m, p.a.at, p.k, p.m, true)
+                       : rounded_eights(m, p.a.at, p.m, p.k, false);
+  e.b = p.b.transposed ? rounded_eights(m, p.b.at, p.n, p.k, false)
+                       : rounded_eights(m, p.b.at, p.k, p.n, true);
+  e.c = p.c;
+  e.beta = p.beta;
+  e.passing = p.passing;
+  m.product(e);
+  return true;
+}
+/// By the context's type of products.
+template <class M>
+bool multiply(M& m, const Context& c, const Product& p) {
+  if (c.compute == ElementType::fp8) return product_of_eights(m, p);
+  m.product(p);
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------- linear
 
 template <class M>
@@ -119,8 +194,14 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   if (rows == 0 || in == 0 || x.type != w.type) return false;
   const std::int64_t out = w.size() / in;
   const Numbers y = numbers(a.results[0]);
-  m.product(
-      {rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}});
+  if (!multiply(m, c,
+                {rows,
+                 out,
+                 in,
+                 {numbers(x), in, 0, false},
+                 {numbers(w), in, 0, true},
+                 {y, out, 0, false}}))
+    return false;
   if (op.bias && c.adds_bias) {
     const Numbers b = numbers(a.parameters[1]);
     add_columns(m, y, b, y, rows * out, out);
@@ -128,7 +209,7 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   return true;
 }
 template <class M>
-bool data(M& m, const Linear&, const Context&, const Arguments& a) {
+bool data(M& m, const Linear&, const Context& c, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &w = a.parameters[0], &dx = a.results[0];
   // rows · in = all, rows · out = grads, in · out = weights: the input itself need not be kept.
   const std::int64_t weights = w.size(), all = dx.size(), grads = dy.size();
@@ -136,16 +217,16 @@ bool data(M& m, const Linear&, const Context&, const Arguments& a) {
   const auto rows = static_cast<std::int64_t>(std::llround(std::sqrt(
       static_cast<double>(all) * static_cast<double>(grads) / static_cast<double>(weights))));
   const std::int64_t in = all / rows, out = grads / rows;
-  m.product({rows,
-             in,
-             out,
-             {numbers(dy), out, 0, false},
-             {numbers(w), in, 0, false},
-             {numbers(dx), in, 0, false},
-             1,
-             1,
-             a.accumulate ? 1.0f : 0.0f});
-  return true;
+  return multiply(m, c,
+                  {rows,
+                   in,
+                   out,
+                   {numbers(dy), out, 0, false},
+                   {numbers(w), in, 0, false},
+                   {numbers(dx), in, 0, false},
+                   1,
+                   1,
+                   a.accumulate ? 1.0f : 0.0f});
 }
 template <class M>
 bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
@@ -155,15 +236,17 @@ bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
   if (rows == 0 || in == 0 || x.type != dy.type) return false;
   const std::int64_t out = dy.size() / rows;
   if (wanted(a, 0)) {
-    m.product({out,
-               in,
-               rows,
-               {numbers(dy), out, 0, true},
-               {numbers(x), in, 0, false},
-               {numbers(a.results[0]), in, 0, false},
-               1,
-               1,
-               a.accumulate ? 1.0f : 0.0f});
+    if (!multiply(m, c,
+                  {out,
+                   in,
+                   rows,
+                   {numbers(dy), out, 0, true},
+                   {numbers(x), in, 0, false},
+                   {numbers(a.results[0]), in, 0, false},
+                   1,
+                   1,
+                   a.accumulate ? 1.0f : 0.0f}))
+      return false;
   }
   if (op.bias && wanted(a, 1)) {
     if (c.adds_bias) {
@@ -708,18 +791,6 @@ bool data(M& m, const Rotary& op, const Context&, const Arguments& a) {
 
 // ------------------------------------------------------------------------------------- attention
 
-struct Heads {
-  std::int64_t samples, queries, keys, heads, group, width, v_width, q_row, k_row, v_row, y_row;
-  float scale;
-  bool causal;
-  std::int64_t window, tile;  ///< queries whose scores are in memory at once
-  IndexList query_at, key_at;
-  /// Does query i (of the whole piece) see key j?
-  PARTITA_BOTH bool sees(std::int64_t i, std::int64_t j) const {
-    const std::int64_t here = query_at.at(i), there = key_at.at(j);
-    return !(causal && there > here) && !(window > 0 && there <= here - window);
-  }
-};
 template <class M>
 Heads heads_of(M& m, const Attention& op, const Tensor& q, const Tensor& k) {
   Heads h;
@@ -834,10 +905,73 @@ inline bool one_type(const Tensor& q, const Tensor& k, const Tensor& v) {
   return q.type == k.type && q.type == v.type;
 }
 
+inline std::uint16_t* words(const Tensor& t) { return reinterpret_cast<std::uint16_t*>(t.values); }
+template <class M>
+FlashCall flash_call(M& m, const Attention& op, const Arguments& a, bool part) {
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
+  FlashCall c;
+  c.h = heads_of(m, op, q, k);
+  c.type = q.type;
+  c.q = words(q), c.k = words(k), c.v = words(v);
+  c.lse = a.extras.empty() ? nullptr : a.extras[0].values;
+  c.part = part;
+  return c;
+}
+/// False: nothing was done, it is for products.
+template <class M>
+bool flash_forward(M& m, const Attention& op, const Arguments& a, bool part) {
+  if (op.materialised || a.results[0].type != a.inputs[0].type) return false;
+  FlashCall c = flash_call(m, op, a, part);
+  c.y = words(a.results[0]);
+  if (op.sinks && !part) c.sinks = numbers(a.parameters[0]);
+  return has_flash(c) && m.flash(c, FlashPass::forward);
+}
+/// From the saved output: the mean of a row's slopes is dy · y.
+template <class M>
+bool flash_backward(M& m, const Attention& op, const Arguments& a, bool part) {
+  const Tensor& dy = a.output_gradients[0];
+  if (op.materialised || a.outputs.empty() || !a.outputs[0] || a.outputs[0].values == nullptr)
+    return false;
+  for (const Tensor* t : {&dy, &a.outputs[0], &a.results[0], &a.results[1], &a.results[2]}) {
+    if (t->type != a.inputs[0].type) return false;
+  }
+  FlashCall c = flash_call(m, op, a, part);
+  c.dy = words(dy);
+  c.y = words(a.outputs[0]);
+  c.dq = words(a.results[0]), c.dk = words(a.results[1]), c.dv = words(a.results[2]);
+  if (!has_flash(c) || !m.has_flash()) return false;
+  if (m.flash(c, FlashPass::backward)) return true;
+  const Heads h = c.h;
+  const std::int64_t query_heads = h.heads * h.group;
+  float* along = m.scratch(h.samples * query_heads * h.queries);
+  const Numbers y = numbers(a.outputs[0]), slopes = numbers(dy);
+  // One token's head is a row; they come as they lie in memory.
+  m.rows(
+      h.samples * h.queries * query_heads, h.v_width,
+      PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        double sum = 0;
+        for (std::int64_t o = lanes.lane(); o < h.v_width / Octet::kSize; o += lanes.count()) {
+          const std::int64_t at = row * h.v_width + o * Octet::kSize;
+          const Octet one = octet(y, at, Octet::kSize), other = octet(slopes, at, Octet::kSize);
+          float part_of_it = 0;
+          for (int e = 0; e < Octet::kSize; ++e) part_of_it += one.v[e] * other.v[e];
+          sum += static_cast<double>(part_of_it);
+        }
+        sum = lanes.sum(sum);
+        const std::int64_t token = row / query_heads, sample = token / h.queries;
+        if (lanes.lane() == 0)
+          along[(sample * query_heads + row % query_heads) * h.queries + token % h.queries] =
+              static_cast<float>(sum);
+      });
+  c.along = along;
+  return m.flash(c, FlashPass::queries) && m.flash(c, FlashPass::keys);
+}
+
 template <class M>
 bool forward(M& m, const Attention& op, const Context&, const Arguments& a) {
   const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
   if (!one_type(q, k, v)) return false;
+  if (flash_forward(m, op, a, false)) return true;
   const Heads h = heads_of(m, op, q, k);
   const Numbers lse = !op.materialised && !a.extras.empty() ? numbers(a.extras[0]) : nullptr;
   const Numbers kept = op.materialised && !a.extras.empty() ? numbers(a.extras[0]) : nullptr;
@@ -964,6 +1098,7 @@ bool attend_backward(M& m, const Attention& op, const Arguments& a, bool part) {
   if (a.extras.empty() || numbers(a.extras[0]) == nullptr) return false;
   if (!wanted(a, 0) || !wanted(a, 1) || !wanted(a, 2)) return false;
   if (!one_type(q, k, v) || dy.type != q.type) return false;
+  if (flash_backward(m, op, a, part)) return true;
   const Heads h = heads_of(m, op, q, k);
   if (!part) fill_values(m, numbers(a.results[0]), a.results[0].size(), 0);
   // All tiles add to these: in fp32.
@@ -1004,6 +1139,7 @@ template <class M>
 bool attend_part(M& m, const Attention& op, const Arguments& a) {
   const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2];
   if (!one_type(q, k, v)) return false;
+  if (flash_forward(m, op, a, true)) return true;
   const Heads h = heads_of(m, op, q, k);
   const Scores s = scores_for(m, op, h, q, k, false);
   const Numbers lse = numbers(a.extras[0]);
@@ -1760,6 +1896,260 @@ bool data(M& m, const Router& op, const Context&, const Arguments& a) {
   return route(m, op, a.inputs[0], numbers(a.output_gradients[0]), numbers(a.results[0]));
 }
 
+// --------------------------------------------------------------------------------- rows of experts
+//
+// The host knows which rows there are: it reads a dispatch's gates, the only wait, and hands on
+// lists of tokens. Values stay on the device. Sums over a token's rows go by their order.
+
+using Rows = std::vector<reference::Row>;
+
+inline std::int64_t position_of(const Indices& list, std::int64_t global) {
+  return std::lower_bound(list.begin(), list.end(), global) - list.begin();
+}
+/// Of each row, its token's position in [sample, sequence].
+inline std::vector<std::int64_t> tokens_of(const Rows& rows, const Tensor& dense) {
+  const Indices &samples = (*dense.index)[0], &sequence = (*dense.index)[1];
+  std::vector<std::int64_t> all;
+  all.reserve(rows.size());
+  for (const reference::Row& r : rows)
+    all.push_back(position_of(samples, r.sample) * std::ssize(sequence) +
+                  position_of(sequence, r.sequence));
+  return all;
+}
+inline std::vector<std::int64_t> experts_of(const Rows& rows, const Indices& experts) {
+  std::vector<std::int64_t> all;
+  all.reserve(rows.size());
+  for (const reference::Row& r : rows) all.push_back(position_of(experts, r.expert));
+  return all;
+}
+/// Rows of each token: those of token t are list[first[t]] to list[first[t + 1]].
+struct RowsByToken {
+  IndexList first, list;
+};
+template <class M>
+RowsByToken by_token(M& m, const std::vector<std::int64_t>& tokens, std::int64_t count) {
+  std::vector<std::int64_t> first(static_cast<std::size_t>(count) + 1), list(tokens.size());
+  for (const std::int64_t t : tokens) ++first[static_cast<std::size_t>(t) + 1];
+  for (std::size_t t = 1; t < first.size(); ++t) first[t] += first[t - 1];
+  std::vector<std::int64_t> next = first;
+  for (std::size_t r = 0; r < tokens.size(); ++r)
+    list[static_cast<std::size_t>(next[static_cast<std::size_t>(tokens[r])]++)] =
+        static_cast<std::int64_t>(r);
+  return {m.upload(first), m.upload(list)};
+}
+/// Where result k's rows, those of `rows`, are; `rows` may be the result's own.
+inline Numbers placed(const Arguments& a, std::size_t k, const Rows& rows) {
+  return {a.place(k, rows), a.results[k].type};
+}
+/// Rows of one expert follow each other: f(expert's position, first row, rows).
+template <class F>
+void for_each_expert(const Rows& list, const Indices& experts, F f) {
+  for (std::size_t r = 0; r < list.size();) {
+    std::size_t end = r;
+    while (end < list.size() && list[end].expert == list[r].expert) ++end;
+    f(position_of(experts, list[r].expert), static_cast<std::int64_t>(r),
+      static_cast<std::int64_t>(end - r));
+    r = end;
+  }
+}
+
+/// By octets of a row where rows are whole octets, else by element: f(row, first, count).
+template <class M, class F>
+void each_of_rows(M& m, std::int64_t rows, std::int64_t n, F f) {
+  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1, pieces = n / step;
+  m.each(rows * pieces, RowPieces<F>{pieces, step, f});
+}
+
+template <class M>
+bool forward(M& m, const Dispatch&, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1];
+  const std::int64_t n = extent(x, 2, 3), columns = extent(gates, 2, 3);
+  const std::vector<float> values = m.read(numbers(gates), gates.size());
+  Rows rows;
+  // In the order of rows: by expert, sample, position.
+  for (const std::int64_t e : c.indices[static_cast<std::size_t>(c.signature->find(Dim::expert))]) {
+    std::int64_t at = position_of((*gates.index)[2], e);
+    for (const std::int64_t sample : (*x.index)[0]) {
+      for (const std::int64_t position : (*x.index)[1]) {
+        if (values[static_cast<std::size_t>(at)] != 0) rows.push_back({sample, position, e});
+        at += columns;
+      }
+    }
+  }
+  const IndexList tokens = m.upload(tokens_of(rows, x));
+  const Numbers y = placed(a, 0, rows), from = numbers(x);
+  each_of_rows(
+      m, std::ssize(rows), n,
+      PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
+        put(y, row * n + first, count, octet(from, tokens.at(row) * n + first, count));
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const Dispatch&, const Context&, const Arguments& a) {
+  if (!wanted(a, 0)) return false;
+  const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
+  const std::int64_t n = extent(dx, 2, 3), tokens = extent(dx, 0, 2);
+  const RowsByToken of = by_token(m, tokens_of(*dy.rows, dx), tokens);
+  const Numbers from = numbers(dy), to = numbers(dx);
+  each_of_rows(
+      m, tokens, n, PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
+        Octet sum{};
+        for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
+          const Octet o = octet(from, of.list.at(k) * n + first, count);
+          for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
+        }
+        put(to, token * n + first, count, sum);
+      });
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &w = a.parameters[0];
+  // Experts' products in E4M3 are the host's.
+  if (c.compute != ElementType::fp32) return false;
+  if (x.type != w.type || (a.results[0].type != x.type && a.results[0].type != ElementType::fp32))
+    return false;
+  const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3), rows = std::ssize(*x.rows);
+  const Indices& experts = (*w.index)[0];
+  const Numbers y = placed(a, 0, *x.rows);
+  for_each_expert(*x.rows, experts, [&](std::int64_t e, std::int64_t first, std::int64_t count) {
+    Product p{count,
+              out,
+              in,
+              {numbers(x) + first * in, in, 0, false},
+              {numbers(w) + e * out * in, in, 0, true},
+              {y + first * out, out, 0, false}};
+    p.passing = true;
+    m.product(p);
+  });
+  if (op.bias && c.adds_bias) {
+    const Numbers b = numbers(a.parameters[1]);
+    const IndexList of = m.upload(experts_of(*x.rows, experts));
+    m.each(
+        rows * out, PARTITA_KERNEL(std::int64_t i) { y[i] += b[of.at(i / out) * out + i % out]; });
+  }
+  return true;
+}
+template <class M>
+bool data(M& m, const GroupedProduct&, const Context& c, const Arguments& a) {
+  const Tensor &dy = a.output_gradients[0], &w = a.parameters[0];
+  if (c.compute != ElementType::fp32) return false;
+  if (dy.type != w.type || (a.results[0].type != dy.type && a.results[0].type != ElementType::fp32))
+    return false;
+  const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3);
+  const Numbers dx = placed(a, 0, *dy.rows);
+  for_each_expert(*dy.rows, (*w.index)[0],
+                  [&](std::int64_t e, std::int64_t first, std::int64_t count) {
+                    Product p{count,
+                              in,
+                              out,
+                              {numbers(dy) + first * out, out, 0, false},
+                              {numbers(w) + e * out * in, in, 0, false},
+                              {dx + first * in, in, 0, false},
+                              1,
+                              1,
+                              a.accumulate ? 1.0f : 0.0f};
+                    p.passing = true;
+                    m.product(p);
+                  });
+  return true;
+}
+template <class M>
+bool weight(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &dw = a.results[0];
+  if (c.compute != ElementType::fp32) return false;
+  if (!dw || x.type != dy.type || (dw.type != x.type && dw.type != ElementType::fp32)) return false;
+  const std::int64_t out = extent(dw, 1, 2), in = extent(dw, 2, 3);
+  const Indices& experts = (*dw.index)[0];
+  const bool bias = op.bias && wanted(a, 1);
+  std::vector<bool> met(experts.size());
+  for_each_expert(*x.rows, experts, [&](std::int64_t e, std::int64_t first, std::int64_t count) {
+    met[static_cast<std::size_t>(e)] = true;
+    Product p{out,
+              in,
+              count,
+              {numbers(dy) + first * out, out, 0, true},
+              {numbers(x) + first * in, in, 0, false},
+              {numbers(dw) + e * out * in, in, 0, false},
+              1,
+              1,
+              a.accumulate ? 1.0f : 0.0f};
+    p.passing = true;
+    m.product(p);
+    if (!bias) return;
+    if (c.adds_bias) {
+      sum_columns(m, numbers(dy) + first * out, count, out, numbers(a.results[1]) + e * out,
+                  a.accumulate);
+    } else if (!a.accumulate) {
+      fill_values(m, numbers(a.results[1]) + e * out, out, 0);
+    }
+  });
+  // Who got no rows has no gradient.
+  for (std::size_t e = 0; e < met.size() && !a.accumulate; ++e) {
+    if (met[e]) continue;
+    const auto at = static_cast<std::int64_t>(e);
+    fill_values(m, numbers(dw) + at * out * in, out * in, 0);
+    if (bias) fill_values(m, numbers(a.results[1]) + at * out, out, 0);
+  }
+  return true;
+}
+
+template <class M>
+bool forward(M& m, const Combine&, const Context&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1], &y = a.results[0];
+  const std::int64_t n = extent(x, 3, 4), columns = extent(gates, 2, 3), tokens = extent(y, 0, 2);
+  const RowsByToken of = by_token(m, tokens_of(*x.rows, gates), tokens);
+  const IndexList expert = m.upload(experts_of(*x.rows, (*gates.index)[2]));
+  const Numbers from = numbers(x), gate = numbers(gates), to = numbers(y);
+  each_of_rows(
+      m, tokens, n, PARTITA_KERNEL(std::int64_t token, std::int64_t first, std::int64_t count) {
+        Octet sum{};
+        for (std::int64_t k = of.first.at(token); k < of.first.at(token + 1); ++k) {
+          const std::int64_t row = of.list.at(k);
+          const float g = gate[token * columns + expert.at(row)];
+          const Octet o = octet(from, row * n + first, count);
+          for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += g * o.v[e];
+        }
+        put(to, token * n + first, count, sum);
+      });
+  return true;
+}
+template <class M>
+bool data(M& m, const Combine&, const Context&, const Arguments& a) {
+  if (!wanted(a, 0) || !wanted(a, 1)) return false;
+  const Tensor &x = a.inputs[0], &gates = a.inputs[1];
+  const std::int64_t n = extent(x, 3, 4), columns = extent(gates, 2, 3);
+  const IndexList token = m.upload(tokens_of(*x.rows, gates)),
+                  expert = m.upload(experts_of(*x.rows, (*gates.index)[2]));
+  const Numbers from = numbers(x), gate = numbers(gates), dy = numbers(a.output_gradients[0]),
+                to_gate = numbers(a.results[1]);
+  const Numbers dx = placed(a, 0, *x.rows);
+  fill_values(m, to_gate, a.results[1].size(), 0);
+  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1;
+  m.rows(
+      std::ssize(*x.rows), n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const std::int64_t t = token.at(row), place = t * columns + expert.at(row);
+        const float g = gate[place];
+        double sum = 0;
+        for (std::int64_t f = lanes.lane() * step; f < n; f += lanes.count() * step) {
+          const Octet d = octet(dy, t * n + f, step), o = octet(from, row * n + f, step);
+          Octet r;
+          float part = 0;
+          for (int e = 0; e < Octet::kSize; ++e) {
+            r.v[e] = g * d.v[e];
+            part += d.v[e] * o.v[e];
+          }
+          put(dx, row * n + f, step, r);
+          sum += static_cast<double>(part);
+        }
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0) to_gate[place] = static_cast<float>(sum);
+      });
+  return true;
+}
+
 // What has no kernel here is the host's.
 template <class M, class Op>
 bool forward(M&, const Op&, const Context&, const Arguments&) {
@@ -1774,20 +2164,64 @@ bool weight(M&, const Op&, const Context&, const Arguments&) {
   return false;
 }
 
+/// Element-wise operators take rows as they come: their result's are those of what they read.
+inline bool takes_rows(const Operation& op) {
+  return std::holds_alternative<Activation>(op) || std::holds_alternative<GatedActivation>(op) ||
+         std::holds_alternative<Add>(op) || std::holds_alternative<Multiply>(op);
+}
+inline bool of_experts(const Operation& op) {
+  return std::holds_alternative<Dispatch>(op) || std::holds_alternative<GroupedProduct>(op) ||
+         std::holds_alternative<Combine>(op);
+}
+/// f(arguments) with memory for results that are rows like `like`'s; false: not for rows.
+template <class F>
+bool with_rows(const Context& c, const Arguments& a, F f) {
+  if (of_experts(*c.operation)) return a.place && f(a);
+  if (!any_rows(a)) return f(a);
+  if (!a.place || a.accumulate || !takes_rows(*c.operation)) return false;
+  const Rows* rows = nullptr;
+  for (const auto* list : {&a.inputs, &a.output_gradients}) {
+    for (const Tensor& t : *list) {
+      if (t && t.rows != nullptr) rows = t.rows;
+    }
+  }
+  if (rows == nullptr) return false;
+  Arguments here = a;
+  for (std::size_t k = 0; k < here.results.size(); ++k) {
+    if (!here.results[k]) {
+      if (std::holds_alternative<GatedActivation>(*c.operation)) return false;
+      continue;
+    }
+  }
+  for (std::size_t k = 0; k < here.results.size(); ++k) {
+    Tensor& t = here.results[k];
+    if (!t) continue;
+    t.values = a.place(k, *rows);
+    t.rows = rows;
+  }
+  return f(here);
+}
+
 /// One kernel of an operator; false where it has none for this case.
 template <class M>
 bool run_forward(M& m, const Context& c, const Arguments& a) {
-  if (a.accumulate || any_rows(a)) return false;
-  return std::visit([&](const auto& op) { return forward(m, op, c, a); }, *c.operation);
+  if (a.accumulate) return false;
+  return with_rows(c, a, [&](const Arguments& here) {
+    return std::visit([&](const auto& op) { return forward(m, op, c, here); }, *c.operation);
+  });
 }
 template <class M>
 bool run_backward_data(M& m, const Context& c, const Arguments& a) {
-  if (any_rows(a) || (a.accumulate && !std::holds_alternative<Linear>(*c.operation))) return false;
-  return std::visit([&](const auto& op) { return data(m, op, c, a); }, *c.operation);
+  if (a.accumulate && !std::holds_alternative<Linear>(*c.operation) &&
+      !std::holds_alternative<GroupedProduct>(*c.operation))
+    return false;
+  return with_rows(c, a, [&](const Arguments& here) {
+    return std::visit([&](const auto& op) { return data(m, op, c, here); }, *c.operation);
+  });
 }
 template <class M>
 bool run_backward_weight(M& m, const Context& c, const Arguments& a) {
-  if (any_rows(a)) return false;
+  if (any_rows(a) && !of_experts(*c.operation)) return false;
   return std::visit([&](const auto& op) { return weight(m, op, c, a); }, *c.operation);
 }
 template <class M>

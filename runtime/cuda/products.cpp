@@ -2,10 +2,14 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <string_view>
 
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/fused_attention.h"
 
 namespace partita::cuda {
 namespace {
@@ -78,8 +82,20 @@ DeviceBlock::~DeviceBlock() { static_cast<void>(cudaFree(at)); }
 Libraries::Libraries(const ProductOptions& o) : options(o) {
   check(cublasLtCreate(&blas), "its start");
   convolutions = make_convolutions(o.tf32);
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "the current GPU");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "the GPU's compute capability");
+  const char* wanted = std::getenv("PARTITA_CUDA_FLASH");
+  int minor = 0;
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "the GPU's compute capability");
+  eights = 10 * major + minor >= 89;
+  flash = major >= 8 && (wanted == nullptr || std::string_view(wanted) != "0");
+  if (flash) attention = make_fused_attention();
 }
 Libraries::~Libraries() {
+  attention.reset();
   convolutions.reset();
   if (blas != nullptr) cublasLtDestroy(blas);
 }
@@ -131,6 +147,35 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
 }
 
+IndexList CudaMachine::upload(const std::vector<std::int64_t>& numbers) {
+  if (numbers.empty()) return {};
+  const auto n = static_cast<std::int64_t>(numbers.size());
+  auto* at = reinterpret_cast<std::int64_t*>(scratch(2 * n));
+  // Of memory that is not pinned a copy may wait for the stream.
+  const std::size_t bytes = numbers.size() * sizeof(std::int64_t);
+  void* pinned = libraries_.staging(bytes);
+  std::memcpy(pinned, numbers.data(), bytes);
+  check(cudaMemcpyAsync(at, pinned, bytes, cudaMemcpyHostToDevice, stream_), "a list of rows");
+  return {at, 0, n};
+}
+
+std::vector<float> CudaMachine::read(const Numbers& at, std::int64_t n) {
+  const auto count = static_cast<std::size_t>(n);
+  std::vector<float> values(count);
+  std::vector<std::uint16_t> words(at.narrow() ? count : 0);
+  if (n == 0) return values;
+  // A stream may wait for a peer who is gone: the copy, which the host waits for, comes after.
+  libraries_.come(stream_, "what a router chose");
+  void* to = at.narrow() ? static_cast<void*>(words.data()) : values.data();
+  check(cudaMemcpyAsync(to, at.data(), count * (at.narrow() ? 2 : 4), cudaMemcpyDeviceToHost,
+                        stream_),
+        "what a router chose");
+  check(cudaStreamSynchronize(stream_), "what a router chose");
+  const Numbers here(words.data(), at.type());
+  for (std::int64_t i = 0; i < n && at.narrow(); ++i) values[static_cast<std::size_t>(i)] = here[i];
+  return values;
+}
+
 bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x,
                            Numbers w, Numbers y, bool adds) {
   return libraries_.convolutions && libraries_.convolutions->run(*this, shape, pass, x, w, y, adds);
@@ -142,9 +187,9 @@ void CudaMachine::product(const Product& p) {
                      (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
                  in_words(p));
   Description d;
-  const cublasComputeType_t type =
-      libraries_.options.tf32 && !p.a.at.narrow() ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                  : CUBLAS_COMPUTE_32F;
+  const cublasComputeType_t type = libraries_.options.tf32 && !p.a.at.narrow()
+                                       ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                       : CUBLAS_COMPUTE_32F;
   check(cublasLtMatmulDescCreate(&d.product, type, CUDA_R_32F), in_words(p));
   // c' = b' a', each primed one the transpose that cuBLASLt sees.
   const auto operation = [&](const Matrix& m, cublasLtMatmulDescAttributes_t attribute) {
@@ -175,21 +220,68 @@ void CudaMachine::product(const Product& p) {
                        alignment(p.a.at),
                        alignment(p.b.at),
                        alignment(p.c.at)};
+  multiply({d.product, d.a, d.b, d.c, p.b.at.data(), p.a.at.data(), p.c.at.data(), p.alpha, p.beta,
+            p.passing},
+           key, in_words(p));
+}
+
+void CudaMachine::product(const EightProduct& p) {
+  if (p.a.rows * p.b.rows == 0) return;
+  PARTITA_ASSERT(p.a.stride == p.b.stride && p.a.stride % 16 == 0 && p.b.rows % 16 == 0,
+                 "rows of 8-bit numbers that are not whole pieces");
+  const std::string words =
+      fmt::format("E4M3 product of {} x {} x {}", p.a.rows, p.b.rows, p.a.columns);
+  Description d;
+  check(cublasLtMatmulDescCreate(&d.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), words);
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+    check(cublasLtMatmulDescSetAttribute(d.product, attribute, &value, sizeof value), words);
+  };
+  // Both operands lie along the sum, which is all that the tensor cores of Hopper take.
+  set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
+  set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(p.b.scale));
+  set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(p.a.scale));
+  // Sums in fp32 throughout, not in the 14 bits of fast accumulation.
+  set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, std::int8_t{0});
+  const auto eights = [&](cublasLtMatrixLayout_t& layout, const Eights& e) {
+    check(cublasLtMatrixLayoutCreate(&layout, CUDA_R_8F_E4M3, static_cast<std::uint64_t>(e.stride),
+                                     static_cast<std::uint64_t>(e.rows), e.stride),
+          words);
+  };
+  eights(d.a, p.b);
+  eights(d.b, p.a);
+  d.c = layout_of(p.c, p.a.rows, p.b.rows, 1);
+  ProductKey key;
+  key.m = p.a.rows, key.n = p.b.rows, key.k = p.a.stride, key.batch = 1;
+  key.a_stride = key.b_stride = p.a.stride;
+  key.c_stride = p.c.stride;
+  key.type = ElementType::fp8, key.sum = p.c.at.type();
+  key.b_transposed = true;
+  key.adds = p.beta != 0;
+  key.a_alignment = key.b_alignment = 256;  // scratch
+  key.c_alignment = alignment(p.c.at);
+  multiply({d.product, d.a, d.b, d.c, p.b.at, p.a.at, p.c.at.data(), 1, p.beta, p.passing}, key,
+           words);
+}
+
+void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const std::string& words) {
   const auto run = [&](const ProductChoice& choice) {
-    return cublasLtMatmul(libraries_.blas, d.product, &p.alpha, p.b.at.data(), d.a, p.a.at.data(),
-                          d.b, &p.beta, p.c.at.data(), d.c, p.c.at.data(), d.c, &choice.algorithm,
-                          workspace(), choice.workspace, stream_);
+    return cublasLtMatmul(libraries_.blas, p.product, &p.alpha, p.a, p.a_layout, p.b, p.b_layout,
+                          &p.beta, p.c, p.c_layout, p.c, p.c_layout, &choice.algorithm, workspace(),
+                          choice.workspace, stream_);
   };
   const auto known = libraries_.products.find(key);
+  const int wanted = p.passing ? 1 : libraries_.options.candidates;
   if (known != libraries_.products.end()) {
-    check(run(known->second), in_words(p));
+    check(run(known->second), words);
     return;
   }
 
-  check(cublasLtMatmulPreferenceCreate(&d.preference), in_words(p));
+  Description d;
+  check(cublasLtMatmulPreferenceCreate(&d.preference), words);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
     check(cublasLtMatmulPreferenceSetAttribute(d.preference, attribute, &value, sizeof value),
-          in_words(p));
+          words);
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::size_t{kWorkspace});
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.b_alignment));
@@ -199,10 +291,10 @@ void CudaMachine::product(const Product& p) {
   constexpr int kMost = 16;
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, d.product, d.a, d.b, d.c, d.c, d.preference,
-                                       std::clamp(libraries_.options.candidates, 1, kMost), found,
-                                       &count),
-        in_words(p));
+  check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, p.product, p.a_layout, p.b_layout,
+                                       p.c_layout, p.c_layout, d.preference,
+                                       std::clamp(wanted, 1, kMost), found, &count),
+        words);
   std::vector<ProductChoice> choices;
   for (int i = 0; i < count; ++i) {
     if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
@@ -214,8 +306,7 @@ void CudaMachine::product(const Product& p) {
                                          nullptr);
     choices.push_back(c);
   }
-  if (choices.empty())
-    throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", in_words(p)));
+  if (choices.empty()) throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", words));
   // Timed where running it more than once changes nothing: c is not added to.
   ProductChoice best = choices[0];
   if (choices.size() > 1 && p.beta == 0) {
@@ -227,9 +318,9 @@ void CudaMachine::product(const Product& p) {
       if (run(c) != CUBLAS_STATUS_SUCCESS) continue;
       constexpr int kTimes = 3;
       check(cudaEventRecord(before, stream_), "an event");
-      for (int t = 0; t < kTimes; ++t) check(run(c), in_words(p));
+      for (int t = 0; t < kTimes; ++t) check(run(c), words);
       check(cudaEventRecord(after, stream_), "an event");
-      check(cudaEventSynchronize(after), in_words(p));
+      check(cudaEventSynchronize(after), words);
       float ms = 0;
       check(cudaEventElapsedTime(&ms, before, after), "an event's time");
       if (ms >= least) continue;
@@ -241,8 +332,8 @@ void CudaMachine::product(const Product& p) {
     check(cudaEventDestroy(after), "an event");
     best.candidates = static_cast<int>(choices.size());
   }
-  libraries_.products.emplace(key, best);
-  check(run(best), in_words(p));
+  if (!p.passing) libraries_.products.emplace(key, best);
+  check(run(best), words);
 }
 
 }  // namespace partita::cuda

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <set>
 
 #include "base/error.h"
@@ -148,10 +149,22 @@ class OperandVisits {
     }
     return all;
   }
+  /// Copies whose values are rounded to a type in which products are computed.
+  void round(std::vector<cpu::Tensor>& list, ElementType type) {
+    for (cpu::Tensor& t : list) {
+      if (!t || t.values == nullptr) continue;
+      auto& copy = rounded_.emplace_back(t.values, t.values + t.size());
+      std::vector<double> exact(copy.begin(), copy.end());
+      round_values(type, exact.data(), exact.size());
+      for (std::size_t i = 0; i < copy.size(); ++i) copy[i] = static_cast<float>(exact[i]);
+      t.values = copy.data();
+    }
+  }
   void give_back() { visits_.give_back(); }
 
  private:
   Visits visits_;
+  std::deque<std::vector<float>> rounded_;
 };
 
 class VisitingKernel : public OperatorKernel {
@@ -163,7 +176,8 @@ class VisitingKernel : public OperatorKernel {
     kernel_.set_step(step, first_sample);
   }
   void run(Work work, std::size_t statistic, const cpu::Arguments& a) override {
-    if (device_.is_host() && !any_narrow(a)) {
+    const ElementType compute = context().compute;
+    if (device_.is_host() && !any_narrow(a) && compute == ElementType::fp32) {
       kernel_.run(work, statistic, a);
       routed = std::move(kernel_.routed);
       return;
@@ -179,6 +193,11 @@ class VisitingKernel : public OperatorKernel {
     h.backward_statistics = visits.tensors(a.backward_statistics, false);
     h.extras = visits.tensors(a.extras, extras);
     h.results = visits.tensors(a.results, true);
+    if (compute != ElementType::fp32) {
+      visits.round(h.inputs, compute);
+      visits.round(h.parameters, compute);
+      visits.round(h.output_gradients, compute);
+    }
     h.accumulate = a.accumulate;
     h.whole_statistics = a.whole_statistics;
     kernel_.run(work, statistic, h);

@@ -12,6 +12,7 @@
 #include "runtime/cpu/kernels.h"
 #include "runtime/execute/pieces.h"
 #include "runtime/transport/transport.h"
+#include "simulator/program/measurement.h"
 #include "simulator/program/program.h"
 
 namespace partita::execute {
@@ -102,6 +103,8 @@ class Links {
   virtual void meet(Transport& control, const std::vector<Channel>& channels) = 0;
   /// `call.data` and `call.send` lie on the device.
   virtual void collective(const Channel& channel, const CollectiveCall& call) = 0;
+  /// Its own model of collectives of all ranks, none of which is carried out; of all ranks at once.
+  virtual std::vector<LinkEstimate> estimates() { return {}; }
   virtual void send(const Channel& channel, int to, const std::byte* from, std::int64_t bytes) = 0;
   virtual void receive(const Channel& channel, int from, std::byte* to, std::int64_t bytes) = 0;
 
@@ -128,6 +131,9 @@ class Device {
   virtual std::byte* allocate(std::int64_t bytes) = 0;
   /// Nothing that is queued uses it any more.
   virtual void release(std::byte* block) = 0;
+  /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
+  /// and kernels work in. 0: not known.
+  virtual std::int64_t taken() { return 0; }
   /// The host's, for what is copied often: pinned.
   virtual std::byte* allocate_on_host(std::int64_t bytes);
   virtual void release_on_host(std::byte* block);

@@ -109,6 +109,7 @@ class Executor {
     if (transport_.size() > 1 && links_ != nullptr) {
       transport_.doing("the meeting of devices");
       links_->meet(transport_, channels_of(p));
+      if (o.estimates) result_.estimates = links_->estimates();
     }
   }
   ~Executor() {
@@ -185,6 +186,7 @@ class Executor {
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();
     result_.reserved = memory_.reserved();
+    result_.beside = Bytes{std::max<std::int64_t>(0, device_.taken() - memory_.reserved().count)};
     result_.fallbacks = device_.fallbacks();
     if (o_.record) {
       transport_.doing("the reading of clocks");
@@ -236,10 +238,10 @@ class Executor {
         for_each_write(i, note);
         if (i.kind == Kind::compute && i.op >= 0) {
           const ProgramOperator& op = p_.operators[static_cast<std::size_t>(i.op)];
-          if (bits(op.compute) < 16)
+          if (bits(op.compute) < 16 && op.compute != ElementType::fp8)
             throw InputError("precision",
                              fmt::format("{} computes in {}, which is predicted, not executed; use "
-                                         "--precision bf16, fp16, tf32 or fp32",
+                                         "--precision fp8, bf16, fp16, tf32 or fp32",
                                          op.name, name(op.compute)));
           if (p_.mesh.group_root(rank_, op.root) == rank_) {
             auto context = reference::context_of(
@@ -247,6 +249,11 @@ class Executor {
             if (of_sequence_part(i))
               context.indices[static_cast<std::size_t>(op.signature.find(Dim::sequence))] =
                   part_positions(p_, i, rank_);
+            // As the interpreter rounds them: of products with weights alone.
+            if (op.compute == ElementType::fp8 &&
+                (std::holds_alternative<Linear>(op.operation) ||
+                 std::holds_alternative<GroupedProduct>(op.operation)))
+              context.compute = op.compute;
             kernels_[id.index()][k] = device_.kernel(std::move(context));
           }
         }
@@ -1222,9 +1229,19 @@ class Executor {
     }
     a.results.clear();
     fill(a.results, i.writes);
+    std::set<std::size_t> placed;
+    a.place = [&](std::size_t k, const std::vector<Row>& rows) {
+      placed.insert(k);
+      if (i.accumulate) {
+        PARTITA_ASSERT(rows_of(i.writes[k]).rows == rows, "rows to add to differ");
+      } else {
+        put_rows(i.writes[k], std::vector<Row>(rows));
+      }
+      return values(i.writes[k]);
+    };
     kernel->run(work_of(i.kernel), static_cast<std::size_t>(i.index), a);
     for (std::size_t k = 0; k < i.writes.size(); ++k) {
-      if (!i.writes[k].valid() || !p_.buffer(i.writes[k]).routed) continue;
+      if (!i.writes[k].valid() || !p_.buffer(i.writes[k]).routed || placed.count(k) > 0) continue;
       auto& made = kernel->routed[k];
       if (i.accumulate) {
         PARTITA_ASSERT(rows_of(i.writes[k]).rows == made.rows, "rows to add to differ");

@@ -39,9 +39,10 @@ struct Options {
   /// own before a step's clock starts.
   std::string storage;
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
-  bool collect = true;   ///< gradients and parameters of all ranks on rank 0
-  bool record = false;   ///< start and end of every instruction of every timed step
-  bool routing = false;  ///< rows that went to experts in every timed step, on rank 0
+  bool collect = true;     ///< gradients and parameters of all ranks on rank 0
+  bool record = false;     ///< start and end of every instruction of every timed step
+  bool estimates = false;  ///< what the links expect of collectives, in the result of every rank
+  bool routing = false;    ///< rows that went to experts in every timed step, on rank 0
   /// On every rank after each step that all have done: losses by replica, as in `values`, and the
   /// slowest rank's time. Set on all ranks or none: they tell each other between the steps.
   std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
@@ -68,6 +69,10 @@ struct RankResult {
   Routing routing;                     ///< on rank 0, if asked for
   /// This rank's kernels that its device has not, by name: calls.
   std::map<std::string, std::int64_t> fallbacks;
+  std::vector<LinkEstimate> estimates;
+  /// Of its device beside that: what libraries, communicators and kernels work in. Other processes
+  /// on the device count, too.
+  Bytes beside;
   Bytes reserved;  ///< of this rank's device memory: kept for the next request, or in use
 };
 

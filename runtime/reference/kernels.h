@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/element_type.h"
 #include "models/operators.h"
 
 namespace partita::reference {
@@ -54,6 +55,9 @@ struct Context {
   std::uint64_t seed = 0;
   std::int64_t step = 0;
   std::int64_t first_sample = 0;  ///< global number of sample index 0 (earlier micro-batches)
+  /// What a product's operands are rounded to before, each as a whole; fp32: nothing. Executors
+  /// do that: the kernels here do not.
+  ElementType compute = ElementType::fp32;
 };
 
 /// What a kernel reads; entries that the signature does not mark as saved may be empty in backward

@@ -41,10 +41,14 @@ double interpolate(const std::vector<std::pair<double, double>>& points, double 
 
 /// The same of a GPU, whose kernels take a start and so many bytes a second: straight lines, also
 /// beyond both ends; never more than the smallest point below it nor less than the largest above.
-double affine(const std::vector<std::pair<double, double>>& points, double x) {
+/// One point's line begins at `start`.
+double affine(const std::vector<std::pair<double, double>>& points, double x, double start) {
   const auto [first, least] = points.front();
   const auto [last, most] = points.back();
-  if (points.size() == 1) return x <= first ? least : most * x / last;
+  if (points.size() == 1) {
+    if (start < least) return start + (least - start) * x / first;
+    return x <= first ? least : most * x / last;
+  }
   auto high =
       std::upper_bound(points.begin(), points.end(), std::pair<double, double>{x, INFINITY});
   if (high == points.begin()) ++high;
@@ -280,7 +284,12 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
                     : i.kernel == Kernel::backward_weight ? "weight"
                                                           : "statistic";
   s.kernel = fmt::format("{} {}", kind_name(op.operation), pass);
-  if (i.part >= 0 && std::holds_alternative<Attention>(op.operation)) s.kernel += " part";
+  if (const auto* a = std::get_if<Attention>(&op.operation)) {
+    if (i.part >= 0) s.kernel += " part";
+    // What is not seen is left out: the plain name is causal attention's.
+    if (!a->causal) s.kernel += " of all keys";
+    if (a->window > 0) s.kernel += " of a window";
+  }
   const auto routed = [&](const std::vector<BufferId>& list) {
     return std::any_of(list.begin(), list.end(),
                        [&](BufferId id) { return id.valid() && p.buffer(id).routed; });
@@ -297,6 +306,14 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   }
   if (const auto* a = std::get_if<Activation>(&op.operation))
     s.kernel += fmt::format(" {}", static_cast<int>(a->kind));
+  // Our runtime's gradients of a table begin as zeros everywhere; of positions each row is written.
+  const bool looked_up = std::holds_alternative<Embedding>(op.operation),
+             positions = std::holds_alternative<PositionEmbedding>(op.operation);
+  if (i.kernel == Kernel::backward_weight && (looked_up || positions)) {
+    const auto table = static_cast<double>(local_bytes(p, i.writes[0], rank).count),
+               rows = static_cast<double>(local_bytes(p, i.gradients[0], rank).count);
+    s.bytes = positions ? rows + table : 2 * rows + (i.accumulate ? 0 : table);
+  }
   if (is_product(op.operation)) {
     const ProductShape shape = product_shape(p, i, rank);
     s.m = shape.m, s.n = shape.n, s.k = shape.k, s.count = shape.count;
@@ -322,7 +339,13 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
     if (points.empty()) return {};
     const auto c = curve(std::move(points));
     const double x = std::max(1.0, s.bytes);
-    return Seconds{gpu ? affine(c, x) : interpolate(c, x)};
+    if (!gpu) return Seconds{interpolate(c, x)};
+    // What any kernel takes: the shortest of all.
+    double start = c.front().second;
+    for (const auto& [kernel, others] : table) {
+      for (const KernelPoint& p : others) start = std::min(start, p.time.count);
+    }
+    return Seconds{affine(c, x, start)};
   }
   // log2(time / FLOP) of the points around, as a plane through them.
   std::vector<Near> near;

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <string>
 #include <vector>
 
 #include "simulator/program/program.h"
@@ -27,6 +28,15 @@ struct Traffic {
   /// Collectives made as one call, by kind; payload in the convention of docs/cost.md.
   std::map<CollectiveKind, Calls> collectives;
   std::int64_t sends = 0, send_bytes = 0;
+};
+
+/// What the library that links devices expects of a collective: of one pair of its algorithms and
+/// protocols, or, of empty names, of the pair that it takes.
+struct LinkEstimate {
+  CollectiveKind kind = CollectiveKind::all_reduce;
+  std::string algorithm, protocol;  ///< as NCCL spells them
+  std::int64_t bytes = 0;           ///< all-gather and reduce-scatter: of all ranks together
+  double us = 0;
 };
 
 struct RankMeasurement {

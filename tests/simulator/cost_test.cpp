@@ -312,6 +312,17 @@ TEST(MeasuredTime, TheExamplesOfThePage) {
   };
   EXPECT_NEAR(linear(128), 64.8074, 1e-3);
   EXPECT_NEAR(linear(64), 10, 1e-4) << "a measured point is its own price";
+  // docs/cost.md: of a GPU one point's line starts at the shortest kernel of all.
+  KernelTable few;
+  few["rotary forward"] = {{1, 0, 0, 0, 1, 8 << 20, Seconds{6e-6}, 0}};
+  const auto rotary = [&](double bytes) {
+    return measured_time(few, {"rotary forward", 0, 0, 0, 1, bytes}, 1, true)->count * 1e6;
+  };
+  EXPECT_NEAR(rotary(16 << 20), 12, 1e-9) << "alone it is a rate";
+  EXPECT_NEAR(rotary(4 << 20), 6, 1e-9);
+  few["add"] = {{1, 0, 0, 0, 1, 64, Seconds{2e-6}, 0}};
+  EXPECT_NEAR(rotary(4 << 20), 4, 1e-9);
+  EXPECT_NEAR(rotary(16 << 20), 10, 1e-9);
   EXPECT_FALSE(measured_time(table, {"rotary forward", 0, 0, 0, 1, 100}, 1));
 }
 

@@ -174,7 +174,7 @@ TEST(GpuCalibration, RecoversALawOfItsShapes) {
   EXPECT_EQ(first, 0u) << "nothing is known: the first";
   Profile p = joined(units);
   p.provenance = "a law";
-  p.gpu = GpuFacts{"a GPU", 80_GiB, 132, 90};
+  p.gpu = GpuFacts{"a GPU", 80_GiB, 132, 90, {}};
   KernelTable held = take_held_out(p.kernels);
   const auto all = judge(p.kernels, held);
   EXPECT_GT(all.back().points, 100u);

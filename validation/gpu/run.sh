@@ -54,12 +54,30 @@ part nvidia-smi 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.m
 # In order of worth: what fails or finds no time left costs nothing that stands before it.
 part kernels 50 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.KernelsEqualTheReferences:Gpu.Parts*:Gpu.Moves*:Gpu.Draws*:Gpu.NarrowNumbers*'
 part kernels-narrow 50 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.KernelsEqualTheReferencesIn*'
+part flash 40 env PARTITA_CUDA_CHECK=1 PARTITA_CUDA_FLASH=own "$gpu_test" --gtest_filter='Gpu.Flash*'
 part one-rank 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRank:Gpu.ARankAlone*'
 part one-rank-narrow 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRankInNarrowTypes'
+# A layer beside PyTorch's, with whatever attention this build has; then with our own kernels.
+files=$here
+[ -d "$here/data" ] && files=$here/data/validation/gpu
+part layer 70 python3 "$files/layer.py" "$partita"
+part layer-own-attention 40 env PARTITA_CUDA_FLASH=own python3 "$files/layer.py" "$partita" --only-ours
+part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.Flash*'
 # Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.
 part validate 200 "$partita" validate --backend cuda --budget 75s --out "$out/profile"
 replay=(--backend cuda --steps 3 --json)
 part replay-llama 45 "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 40 --rank 0 "${replay[@]}"
+# What tracing costs: the same replay with the GPU's own records.
+part replay-traced 45 env PARTITA_CUDA_TRACE="$out/trace.json" "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 40 --rank 0 "${replay[@]}"
+part tracing 10 python3 -c '
+import json, sys
+def read(f):
+  text = open(f).read()  # with what was said beside it
+  return json.loads(text[text.index("{"):text.rindex("}") + 1])
+plain, traced = (read(f)["compute_s"]["measured"] for f in sys.argv[1:3])
+kernels = len(json.load(open(sys.argv[3]))["traceEvents"])
+print(f"{kernels} records; kernels of a step {plain:.6f} s, traced {traced:.6f} s: {100 * (traced / plain - 1):+.2f} %")
+' "$out/replay-llama.txt" "$out/replay-traced.txt" "$out/trace.json"
 part replay-gpt3 45 "$partita" replay gpt3-175b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 48 --rank 0 "${replay[@]}"
 small=(--layers 2 --seq 64 --vocabulary 256 --micro-batch 2 --global-batch 4 --steps 3 --backend cuda --json)
 share=(--share-gpu --ranks 2 --transport tcp --timeout 60)
@@ -69,6 +87,8 @@ part gpt2 40 "$partita" run gpt2 "${small[@]}" --precision bf16
 part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
 part nccl-pp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --pp 2
 part nccl-zero3 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2 --zero 3
+# What NCCL expects, pair by pair, beside our model of it.
+part nccl-estimates 120 "$partita" validate --backend cuda --ranks 2 --share-gpu --transport tcp --timeout 60 --only 'gpt dp 2' --calibrate-only collectives --no-reference --rounds 1 --steps 1 --out "$out/estimates" --json
 part mnist 30 "$partita" run mnist-linear --backend cuda --steps 20 --json
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check

@@ -16,7 +16,7 @@ using execute::PlainCall;
 using execute::RunList;
 using execute::Work;
 
-constexpr std::int64_t kMemory = std::int64_t{80} << 30;
+constexpr std::int64_t kMemory = std::int64_t{80} << 30, kLibraries = 100 << 20;
 
 class Paper : public CudaDevice {
  public:
@@ -29,6 +29,7 @@ class Paper : public CudaDevice {
     used_ += bytes;
     return at;
   }
+  std::int64_t taken() override { return used_ + kLibraries; }
   void release(std::byte* block) override {
     used_ -= blocks_.at(block);
     blocks_.erase(block);
@@ -96,7 +97,7 @@ class PaperKernel : public execute::OperatorKernel {
       : paper_(paper), context_(std::move(context)) {}
   const reference::Context& context() const override { return context_; }
   void set_step(std::int64_t, std::int64_t) override {}
-  void run(Work, std::size_t, const cpu::Arguments& a) override {
+  void run(Work work, std::size_t, const cpu::Arguments& a) override {
     std::int64_t bytes = 0;
     double sizes = 1;
     for (const auto* list : {&a.inputs, &a.parameters, &a.outputs, &a.output_gradients,
@@ -105,14 +106,60 @@ class PaperKernel : public execute::OperatorKernel {
         if (t && t.rows == nullptr) bytes += storage(t.type, t.size()).count;
       }
     }
+    // Of a table only the rows that are looked up move.
+    const bool looks_up = std::holds_alternative<Embedding>(*context_.operation) ||
+                          std::holds_alternative<PositionEmbedding>(*context_.operation);
+    if (looks_up && !a.parameters.empty() && a.parameters[0])
+      bytes -= storage(a.parameters[0].type, a.parameters[0].size()).count;
+    if (looks_up && work == Work::backward_weight && a.accumulate)
+      bytes -= storage(a.results[0].type, a.results[0].size()).count;
     // Of a product all three are m k, k n and m n.
     const auto first = [](const std::vector<cpu::Tensor>& list) {
       return list.empty() || !list[0] ? 1.0 : static_cast<double>(list[0].size());
     };
     if (std::holds_alternative<Linear>(*context_.operation))
       sizes = first(a.inputs) * first(a.parameters) * first(a.output_gradients) * first(a.results);
-    paper_.move(bytes, 4e12, sizes > 1 ? 2 * std::sqrt(sizes) : 0);
-    routed.assign(a.results.size(), {});
+    double flops = sizes > 1 ? 2 * std::sqrt(sizes) : 0;
+    if (const auto* t = std::get_if<Attention>(&*context_.operation); t && a.inputs.size() == 3) {
+      // Two products of what is seen, backward five.
+      const auto keys = static_cast<double>((*a.inputs[1].index)[1].size());
+      flops = 2 * first(a.inputs) * keys * (work == Work::forward ? 2 : 5) / (t->causal ? 2 : 1);
+    }
+    // Experts: choice j of token t is of expert (top_k t + j) mod experts, and rows stay what they
+    // are.
+    std::vector<reference::Row> rows;
+    for (const auto* list : {&a.output_gradients, &a.inputs}) {
+      if (!list->empty() && (*list)[0] && (*list)[0].rows != nullptr) rows = *(*list)[0].rows;
+    }
+    if (const auto* d = std::get_if<Dispatch>(&*context_.operation); d && work == Work::forward) {
+      std::int64_t token = 0;
+      for (const std::int64_t sample : (*a.inputs[0].index)[0]) {
+        for (const std::int64_t position : (*a.inputs[0].index)[1]) {
+          for (std::int64_t j = 0; j < d->top_k; ++j)
+            rows.push_back({sample, position, (d->top_k * token + j) % d->experts});
+          ++token;
+        }
+      }
+      std::stable_sort(rows.begin(), rows.end(),
+                       [](const auto& x, const auto& y) { return x.expert < y.expert; });
+    }
+    if (std::holds_alternative<GroupedProduct>(*context_.operation)) {
+      const auto& w = *(work == Work::backward_weight ? a.results : a.parameters)[0].index;
+      flops = 2.0 * static_cast<double>(rows.size() * w[1].size() * w[2].size());
+    }
+    for (std::size_t k = 0; k < a.results.size() && a.place; ++k) {
+      if (!a.results[k] || a.results[k].rows == nullptr) continue;
+      a.place(k, rows);
+      bytes += storage(a.results[k].type, std::ssize(rows) * std::ssize(a.results[k].index->at(3)))
+                   .count;
+    }
+    for (const auto* list : {&a.inputs, &a.output_gradients}) {
+      for (const cpu::Tensor& t : *list) {
+        if (t && t.rows != nullptr) bytes += storage(t.type, t.size()).count;
+      }
+    }
+    paper_.move(bytes, 4e12, flops);
+    routed.clear();
   }
 
  private:

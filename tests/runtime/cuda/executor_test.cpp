@@ -6,6 +6,7 @@
 
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "simulator/cost/nccl.h"
 #include "tests/runtime/cpu/equal_reference.h"
 #include "tests/runtime/cuda/far_gpu.h"
 #include "tests/runtime/cuda/on_device.h"
@@ -118,6 +119,18 @@ TEST(CudaExecutor, RandomPlansInNarrowTypes) {
   EXPECT_GE(run, 20);
 }
 
+/// Operands of products in E4M3, where rows of 16 and more are multiplied; else the host's.
+TEST(CudaExecutor, ProductsInFp8) {
+  Plan p = single_precision(base_plan());
+  set_precision(p, "fp8", "");
+  for (const Graph& g : {gpt(), llama(), mixtral()}) {
+    EXPECT_TRUE(expect_good(g, p, false, 2));
+    Plan two = p;
+    two.tp = 2;
+    EXPECT_TRUE(expect_good(g, two, true, 3));
+  }
+}
+
 /// A collective's values: member m's element k is 100 m + k, sums are exact.
 TEST(NcclSteps, DoWhatTheCollectiveSays) {
   std::mt19937 rng(5);
@@ -225,6 +238,43 @@ TEST(NcclSteps, DoWhatTheCollectiveSays) {
       }
     }
   }
+}
+
+/// What NCCL is asked for is what our model of it has, but for algorithms of networks that reduce.
+TEST(NcclEstimates, AreAskedForWhereThereIsAPrice) {
+  const std::map<CollectiveKind, nccl::Collective> known{
+      {CollectiveKind::all_reduce, nccl::Collective::all_reduce},
+      {CollectiveKind::all_gather, nccl::Collective::all_gather},
+      {CollectiveKind::reduce_scatter, nccl::Collective::reduce_scatter},
+      {CollectiveKind::broadcast, nccl::Collective::broadcast},
+      {CollectiveKind::reduce, nccl::Collective::reduce}};
+  // Of one GPU a node, which PAT asks for, and of several.
+  for (const std::vector<std::int64_t>& ranks :
+       {std::vector<std::int64_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+        std::vector<std::int64_t>{0, 8}}) {
+    const nccl::Communicator c = nccl::communicator(load_topology("dgx-h100:2"), ranks);
+    std::set<std::pair<std::string, std::string>> pairs;
+    for (const auto& [a, p] : estimated_pairs()) pairs.emplace(a, p);
+    for (const CollectiveKind kind : kEstimated) {
+      for (std::size_t a = 0; a < nccl::kAlgorithms; ++a) {
+        for (std::size_t p = 0; p < nccl::kProtocols; ++p) {
+          const auto algorithm = static_cast<nccl::Algorithm>(a);
+          const auto protocol = static_cast<nccl::Protocol>(p);
+          if (algorithm == nccl::Algorithm::collnet_direct ||
+              algorithm == nccl::Algorithm::collnet_chain)
+            continue;
+          constexpr const char* names[] = {"Tree", "Ring", "", "", "NVLS", "NVLSTree", "PAT"};
+          if (!nccl::price(c, known.at(kind), algorithm, protocol)) continue;
+          const std::pair pair{std::string(names[a]), std::string(name(protocol))};
+          EXPECT_TRUE(pairs.count(pair) == 1 && estimated(kind, pair.first))
+              << name(kind) << " " << pair.first << " " << pair.second;
+        }
+      }
+    }
+  }
+  EXPECT_FALSE(estimated(CollectiveKind::broadcast, "Tree"));
+  EXPECT_FALSE(estimated(CollectiveKind::all_gather, "NVLSTree"));
+  EXPECT_FALSE(estimated(CollectiveKind::all_reduce, "PAT"));
 }
 
 TEST(Channels, AreThoseOfEveryRanksCalls) {

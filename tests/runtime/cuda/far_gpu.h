@@ -312,11 +312,9 @@ class FarGpuKernel : public execute::OperatorKernel {
   }
   void run(execute::Work work, std::size_t statistic, const cpu::Arguments& a) override {
     routed.clear();
-    if (any_rows(a)) {
-      visiting_->run(work, statistic, a);
-      routed = std::move(visiting_->routed);
-      return;
-    }
+    const bool rows = any_rows(a) || of_experts(*context_.operation);
+    // Whose kernels ask for memory on the way are run at once, when all before is done.
+    if (rows) gpu_.host_waits(gpu_.record());
     // A GPU's kernels know their indices when they are queued, its addresses when they run.
     auto lists = std::make_shared<std::deque<std::vector<cpu::Indices>>>();
     auto here = std::make_shared<cpu::Arguments>(a);
@@ -329,6 +327,25 @@ class FarGpuKernel : public execute::OperatorKernel {
         t.values = execute::FarDevice::near(t.values);
         t.ids = execute::FarDevice::near(t.ids);
       }
+    }
+    if (a.place) {
+      here->place = [this, place = a.place](std::size_t k,
+                                            const std::vector<reference::Row>& list) {
+        float* at = execute::FarDevice::near(place(k, list));
+        gpu_.host_waits(gpu_.record());
+        return at;
+      };
+    }
+    if (rows) {
+      HostMachine m;
+      const bool done = work == execute::Work::forward ? run_forward(m, context_, *here)
+                        : work == execute::Work::backward_data
+                            ? run_backward_data(m, context_, *here)
+                            : run_backward_weight(m, context_, *here);
+      if (done) return;
+      visiting_->run(work, statistic, a);
+      routed = std::move(visiting_->routed);
+      return;
     }
     gpu_.push([=, context = context_] {
       (void)lists;

@@ -8,6 +8,7 @@
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "tests/runtime/cpu/equal_reference.h"
+#include "tests/runtime/cuda/flash_problems.h"
 #include "tests/runtime/cuda/narrowed.h"
 #include "tests/runtime/cuda/on_device.h"
 #include "tests/runtime/execute/drawn.h"
@@ -83,6 +84,15 @@ TEST(Gpu, KernelsEqualTheReferencesInBf16) {
 TEST(Gpu, KernelsEqualTheReferencesInFp16) {
   NEEDS_GPU();
   expect_narrow_kernels<ElementType::fp16>();
+}
+
+TEST(Gpu, FlashAttentionEqualsTheReferencesInBf16) {
+  NEEDS_GPU();
+  expect_flash<GpuKernel, ElementType::bf16>([](const auto&) {});
+}
+TEST(Gpu, FlashAttentionEqualsTheReferencesInFp16) {
+  NEEDS_GPU();
+  expect_flash<GpuKernel, ElementType::fp16>([](const auto&) {});
 }
 
 TEST(Gpu, NarrowNumbersRoundAsOnTheHost) {
@@ -212,7 +222,7 @@ TEST(Gpu, TrainsOnOneRank) {
 
 TEST(Gpu, TrainsOnOneRankInNarrowTypes) {
   NEEDS_GPU();
-  for (const char* precision : {"bf16", "fp16", "tf32"}) {
+  for (const char* precision : {"bf16", "fp16", "tf32", "fp8"}) {
     SCOPED_TRACE(precision);
     Plan p = base_plan();
     set_precision(p, precision, "");

@@ -2,9 +2,13 @@
 // other.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <deque>
+#include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -12,8 +16,136 @@
 
 namespace partita::cuda {
 
+/// One block of a flash kernel: its warps go one after the other, their lanes together, with PTX's
+/// fragments. Copies come when they are waited for, or at once: what reads too early and what
+/// overwrites too early is found.
+class HostBlock {
+ public:
+  static constexpr int kLanes = 32;
+  HostBlock(int warps, int words, bool late)
+      : warps_(warps), late_(late), memory_(static_cast<std::size_t>(words) + 8, 0x7fc1) {}
+  int lane(int s) const { return s; }
+  template <class S, class F>
+  std::vector<S> kept(F f) {
+    std::vector<S> all(static_cast<std::size_t>(warps_));
+    for (S& s : all) f(s);
+    return all;
+  }
+  template <class S, class F>
+  void warps(std::vector<S>& states, F f) {
+    for (int w = 0; w < warps_; ++w) f(w, states[static_cast<std::size_t>(w)]);
+  }
+  template <class F>
+  void threads(int n, F f) {
+    for (int i = 0; i < n; ++i) f(i);
+  }
+  std::uint16_t* shared() {
+    return memory_.data() + (16 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 16) % 16 / 2;
+  }
+  void copy(void* to, const void* from, int bytes, int size) {
+    auto* at = static_cast<std::byte*>(to);
+    PARTITA_ASSERT(
+        reinterpret_cast<std::uintptr_t>(to) % static_cast<std::uintptr_t>(size) == 0 &&
+            reinterpret_cast<std::uintptr_t>(from) % static_cast<std::uintptr_t>(size) == 0,
+        "a copy that is not aligned");
+    PARTITA_ASSERT(at >= reinterpret_cast<std::byte*>(shared()) &&
+                       at + size <= reinterpret_cast<std::byte*>(memory_.data() + memory_.size()),
+                   "a copy outside shared memory");
+    open_.push_back([=] {
+      std::memset(to, 0, static_cast<std::size_t>(size));
+      std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    });
+    if (!late_) open_.back()(), open_.pop_back();
+  }
+  void commit() {
+    groups_.push_back(std::move(open_));
+    open_.clear();
+  }
+  template <int kGroups>
+  void wait() {
+    while (groups_.size() > static_cast<std::size_t>(kGroups)) {
+      for (const auto& c : groups_.front()) c();
+      groups_.pop_front();
+    }
+  }
+  void sync() {}
+  void warp_sync() {}
+
+  template <class F>
+  void load(flash::Factors<HostBlock>& f, F at) {
+    for (int t = 0; t < 32; ++t) {
+      for (int m = 0; m < 4; ++m) std::memcpy(&f.v[t][m], at(8 * m + t / 4) + t % 4 * 2, 4);
+    }
+  }
+  template <class F>
+  void load_turned(flash::Factors<HostBlock>& f, F at) {
+    for (int t = 0; t < 32; ++t) {
+      for (int m = 0; m < 4; ++m) {
+        const std::uint32_t low = at(8 * m + t % 4 * 2)[t / 4],
+                            high = at(8 * m + t % 4 * 2 + 1)[t / 4];
+        f.v[t][m] = low | high << 16;
+      }
+    }
+  }
+  template <ElementType kType>
+  void multiply(flash::Sums<HostBlock>& c, const flash::Factors<HostBlock>& a,
+                const flash::Factors<HostBlock>& b, int half) {
+    const auto number = [](std::uint32_t pair, int which) {
+      return flash::number<kType>(static_cast<std::uint16_t>(which == 0 ? pair : pair >> 16));
+    };
+    float left[16][16], right[8][16];
+    for (int t = 0; t < 32; ++t) {
+      for (int e = 0; e < 8; ++e)
+        left[t / 4 + e / 2 % 2 * 8][t % 4 * 2 + e % 2 + e / 4 * 8] = number(a.v[t][e / 2], e % 2);
+      for (int e = 0; e < 4; ++e)
+        right[t / 4][t % 4 * 2 + e % 2 + e / 2 * 8] = number(b.v[t][half + e / 2], e % 2);
+    }
+    for (int t = 0; t < 32; ++t) {
+      for (int e = 0; e < 4; ++e) {
+        const float *l = left[t / 4 + e / 2 * 8], *r = right[t % 4 * 2 + e % 2];
+        float sum = c.v[t][e];
+        for (int k = 0; k < 16; ++k) sum += l[k] * r[k];
+        c.v[t][e] = sum;
+      }
+    }
+  }
+  void quad_max(float (&v)[32]) {
+    for (int q = 0; q < 32; q += 4) {
+      const float top = std::max({v[q], v[q + 1], v[q + 2], v[q + 3]});
+      std::fill_n(v + q, 4, top);
+    }
+  }
+  void quad_sum(float (&v)[32]) {
+    for (int q = 0; q < 32; q += 4) {
+      const float sum = v[q] + v[q + 1] + v[q + 2] + v[q + 3];
+      std::fill_n(v + q, 4, sum);
+    }
+  }
+
+ private:
+  int warps_;
+  bool late_;
+  std::vector<std::uint16_t> memory_;  ///< no numbers at first
+  std::vector<std::function<void()>> open_;
+  std::deque<std::vector<std::function<void()>>> groups_;
+};
+
 class HostMachine {
  public:
+  bool has_flash() const { return true; }
+  int flashes = 0;  ///< calls
+  bool flash(const FlashCall& call, FlashPass pass) {
+    if (pass == FlashPass::backward) return false;
+    ++flashes;
+    with_flash_kernel(call, pass, [&](const auto& kernel) {
+      using K = std::decay_t<decltype(kernel)>;
+      for (std::int64_t n = 0; n < kernel.blocks(); ++n) {
+        HostBlock block(K::kWarps, K::kWords, n % 2 == 0);
+        kernel(block, n);
+      }
+    });
+    return true;
+  }
   template <class F>
   void each(std::int64_t n, F f) {
     for (std::int64_t i = 0; i < n; ++i) f(i);
@@ -43,6 +175,22 @@ class HostMachine {
       }
     }
   }
+  bool has_eights() const { return true; }
+  void product(const EightProduct& p) {
+    PARTITA_ASSERT(p.a.stride % 16 == 0 && p.a.stride == p.b.stride && p.b.rows % 16 == 0,
+                   "an 8-bit product that cuBLASLt has not");
+    for (std::int64_t i = 0; i < p.a.rows; ++i) {
+      for (std::int64_t j = 0; j < p.b.rows; ++j) {
+        double sum = 0;
+        for (std::int64_t k = 0; k < p.a.stride; ++k)
+          sum += static_cast<double>(from_e4m3(p.a.at[i * p.a.stride + k])) *
+                 static_cast<double>(from_e4m3(p.b.at[j * p.b.stride + k]));
+        const auto to = p.c.at[i * p.c.stride + j];
+        const auto v = static_cast<float>(sum * static_cast<double>(*p.a.scale * *p.b.scale));
+        to = p.beta == 0 ? v : v + p.beta * to;
+      }
+    }
+  }
   /// What nobody wrote is no number.
   float* scratch(std::int64_t floats) {
     return scratch_
@@ -57,6 +205,16 @@ class HostMachine {
     if (n > 0 && indices.back() - indices.front() == n - 1 && ++lists_ % 2 == 0)
       return {nullptr, indices.front(), n};
     return {indices.data(), 0, n};
+  }
+  /// Always in memory: what is not there is not what follows from the first.
+  IndexList upload(const std::vector<std::int64_t>& numbers) {
+    const auto& kept = uploads_.emplace_back(numbers);
+    return {kept.data(), 0, std::ssize(kept)};
+  }
+  std::vector<float> read(const Numbers& at, std::int64_t n) {
+    std::vector<float> v;
+    for (std::int64_t i = 0; i < n; ++i) v.push_back(at[i]);
+    return v;
   }
   bool convolve(const ConvolutionShape& s, ConvolutionPass pass, Numbers to_x, Numbers to_w,
                 Numbers to_y, bool adds) {
@@ -113,16 +271,19 @@ class HostMachine {
       }
     }
   }
-  void end() { scratch_.clear(); }
+  void end() { scratch_.clear(), uploads_.clear(); }
 
  private:
   std::deque<std::vector<float>> scratch_;
+  std::deque<std::vector<std::int64_t>> uploads_;
   int lists_ = 0;
   static inline std::int64_t asked_ = 0;
 };
 
 /// The contract of cpu::Kernel, by the CUDA kernels' text.
 class KernelOnHostMachine {
+  using Row = reference::Row;
+
  public:
   explicit KernelOnHostMachine(const reference::Context& context)
       : context_(context), host_(execute::host_device()->kernel(context)) {}
@@ -135,13 +296,15 @@ class KernelOnHostMachine {
     run(run_forward_statistic(m_, context_, k, a), execute::Work::forward_statistic, k, a);
   }
   void forward(const cpu::Arguments& a) {
-    run(run_forward(m_, context_, a), execute::Work::forward, 0, a);
+    const cpu::Arguments here = placing(a);
+    run(run_forward(m_, context_, here), execute::Work::forward, 0, here);
   }
   void backward_statistic(std::size_t k, const cpu::Arguments& a) {
     run(run_backward_statistic(m_, context_, a), execute::Work::backward_statistic, k, a);
   }
   void backward_data(const cpu::Arguments& a) {
-    run(run_backward_data(m_, context_, a), execute::Work::backward_data, 0, a);
+    const cpu::Arguments here = placing(a);
+    run(run_backward_data(m_, context_, here), execute::Work::backward_data, 0, here);
   }
   void backward_weight(const cpu::Arguments& a) {
     run(run_backward_weight(m_, context_, a), execute::Work::backward_weight, 0, a);
@@ -154,16 +317,50 @@ class KernelOnHostMachine {
   }
   std::vector<cpu::RoutedResult> routed;
   int own = 0, others = 0;  ///< calls of kernels here, and of the host's
+  int flashes() const { return m_.flashes; }
 
  private:
+  /// Who has no memory for rows gets it here, and they are returned.
+  struct Placed {
+    std::vector<Row> rows;
+    std::vector<float> room;  ///< of the result's type
+    ElementType type;
+  };
+  cpu::Arguments placing(const cpu::Arguments& a) {
+    cpu::Arguments here = a;
+    placed_.clear();
+    if (a.place) return here;
+    here.place = [this, &a](std::size_t k, const std::vector<Row>& rows) {
+      Placed& p = placed_[k];
+      p.rows = rows;
+      p.type = a.results[k].type;
+      p.room.assign(rows.size() * a.results[k].index->at(3).size() + 2,
+                    std::numeric_limits<float>::quiet_NaN());
+      return p.room.data();
+    };
+    return here;
+  }
   void run(bool done, execute::Work work, std::size_t statistic, const cpu::Arguments& a) {
     ++(done ? own : others);
     m_.end();
-    if (done) return;
+    routed.clear();
+    if (done) {
+      for (auto& [k, p] : placed_) {
+        routed.resize(std::max(routed.size(), k + 1));
+        routed[k].rows = p.rows;
+        const Numbers from(p.room.data(), p.type);
+        for (std::size_t i = 0; i + 2 < p.room.size(); ++i)
+          routed[k].values.push_back(from[static_cast<std::int64_t>(i)]);
+      }
+      placed_.clear();
+      return;
+    }
+    PARTITA_ASSERT(placed_.empty(), "rows were placed by a kernel that then gave up");
     host_->run(work, statistic, a);
     routed = std::move(host_->routed);
   }
   HostMachine m_;
+  std::map<std::size_t, Placed> placed_;
   reference::Context context_;
   std::unique_ptr<execute::OperatorKernel> host_;
 };

@@ -2,10 +2,13 @@
 // the host.
 #pragma once
 
+#include <algorithm>
+#include <map>
 #include <memory>
 #include <vector>
 
 #include "runtime/execute/device.h"
+#include "runtime/transport/narrow.h"
 
 namespace partita::cuda {
 
@@ -68,9 +71,33 @@ class KernelOnDevice {
               bring(const_cast<std::int64_t*>(t.ids), t.size() * 8));
       }
     }
+    struct Placed {
+      std::vector<reference::Row> rows;
+      std::byte* there;
+      ElementType type;
+      std::int64_t count;
+    };
+    std::map<std::size_t, Placed> placed;
+    here.place = [&](std::size_t k, const std::vector<reference::Row>& rows) {
+      const cpu::Tensor& t = a.results[k];
+      const std::int64_t n = std::ssize(rows) * std::ssize(t.index->at(3)),
+                         bytes = storage(t.type, n).count;
+      std::byte* there = device.allocate(bytes + 64);
+      blocks_.push_back(there);
+      placed[k] = {rows, there, t.type, n};
+      return reinterpret_cast<float*>(there);
+    };
     kernel_->routed.clear();
     kernel_->run(work, statistic, here);
     routed = std::move(kernel_->routed);
+    for (const auto& [k, p] : placed) {
+      routed.resize(std::max(routed.size(), k + 1));
+      std::vector<std::byte> stored(static_cast<std::size_t>(storage(p.type, p.count).count) + 4);
+      device.to_host(stored.data(), p.there, storage(p.type, p.count).count);
+      routed[k].rows = p.rows;
+      routed[k].values.resize(static_cast<std::size_t>(p.count));
+      widen(p.type, stored.data(), routed[k].values.data(), p.count);
+    }
     // What was only read comes back as it was.
     for (const Back& b : back) device.to_host(b.host, b.there, b.bytes);
   }

@@ -1,0 +1,24 @@
+// runtime/cuda/fused_attention.h: attention by cuDNN's graphs, where cudnn_frontend's headers were
+// found when this was built (docs/cuda.md, "Attention").
+#pragma once
+
+#include <memory>
+
+#include "runtime/cuda/flash.h"
+
+namespace partita::cuda {
+
+class CudaMachine;
+
+class FusedAttention {
+ public:
+  virtual ~FusedAttention() = default;
+  /// The forward, or all gradients; false where cuDNN cannot, which it says once: nothing was done.
+  virtual bool run(CudaMachine& m, const FlashCall& call, bool backward) = 0;
+};
+
+/// Null where this build has no cudnn_frontend or this machine no cuDNN, and where
+/// PARTITA_CUDA_FLASH in the environment is "own".
+std::unique_ptr<FusedAttention> make_fused_attention();
+
+}  // namespace partita::cuda
