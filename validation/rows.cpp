@@ -108,7 +108,8 @@ struct PendingRow {
   RowSchema schema = RowSchema::training;
   std::size_t family = 0;
   std::string id, why;
-  std::shared_ptr<const Configuration> configuration;
+  std::shared_ptr<const Configuration> configuration;  ///< as printed
+  std::shared_ptr<const Configuration> with_sizes;     ///< and with its network's; or none
   std::vector<Wanted> wanted;
   std::optional<RowCase> row_case;
   std::size_t outcome = 0;             ///< of row_case
@@ -306,14 +307,26 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
   return 0;
 }
 
-/// Configuration and value, by which a memory row repeats a training row.
-std::string repeat_key(const Row& row, double bytes) {
+/// What both tables say of a run in numbers.
+template <class Cells>
+std::string run_key(const Cells& row) {
   std::string s;
   for (const char* column :
        {"num_layers", "hidden_size", "seq_len_tokens", "gpu", "num_gpus", "tp", "pp",
         "virtual_stages_per_gpu", "cp", "ep", "dp", "micro_batch_per_dp_rank", "global_batch_seqs"})
     s += row[column] + "|";
-  return s + fmt::format("{:.3e}", bytes);
+  return s;
+}
+
+/// Configuration and value, by which a memory row repeats a training row.
+std::string repeat_key(const Row& row, double bytes) {
+  return run_key(row) + fmt::format("{:.3e}", bytes);
+}
+
+/// The same for a network's: the first word of its name, too.
+std::string network_key(const Configuration& c) {
+  const std::string& name = c["model"];
+  return run_key(c) + c["num_heads"] + "|" + name.substr(0, name.find(' '));
 }
 
 class RowsPrediction {
@@ -330,7 +343,7 @@ class RowsPrediction {
                        fmt::format("no row is of family '{}'{}; there are {}", options_.family,
                                    did_you_mean(options_.family, known), fmt::join(known, ", ")));
     }
-    for (PendingRow& p : rows_) take_from_run(p);
+    for (PendingRow& p : rows_) take_sizes(p);
     for (PendingRow& p : rows_) {
       p.repeats = p.repeats && !p.repeat_key.empty() && trained_.count(p.repeat_key) > 0;
       if (p.why.empty() && !p.kernel && !p.repeats) find_case(p);
@@ -394,7 +407,8 @@ class RowsPrediction {
           p.repeat_key = repeat_key(row, 0);
       }
       if (schema == RowSchema::training && !p.repeat_key.empty()) trained_.insert(p.repeat_key);
-      if (schema == RowSchema::training) runs_.emplace(p.id, p.configuration);
+      if (schema == RowSchema::training)
+        runs_[network_key(*p.configuration)].push_back(p.configuration);
       p.repeats = schema == RowSchema::memory;
       rows_.push_back(std::move(p));
     }
@@ -417,27 +431,27 @@ class RowsPrediction {
     p.wanted.push_back(std::move(w));
   }
 
-  /// A memory row whose id is a training row's and a rank is of that run: what it does not print,
-  /// the run's row may.
-  void take_from_run(PendingRow& p) {
+  /// A memory row of a training row's configuration is of its network: sizes that it does not
+  /// print are taken from there, where all such rows agree.
+  void take_sizes(PendingRow& p) {
     if (p.schema != RowSchema::memory) return;
-    const auto end = p.id.rfind("-r");
-    if (end == std::string::npos || end + 2 == p.id.size() ||
-        p.id.find_first_not_of("0123456789", end + 2) != std::string::npos)
-      return;
-    const auto run = runs_.find(p.id.substr(0, end));
-    if (run == runs_.end()) return;
+    const auto runs = runs_.find(network_key(*p.configuration));
+    if (runs == runs_.end()) return;
     auto filled = std::make_shared<Configuration>(*p.configuration);
-    for (const std::string_view column : Configuration::columns(RowSchema::training)) {
-      if (const std::string& cell = (*run->second)[column]; !cell.empty())
-        filled->fill(std::string(column), cell);
+    for (const char* column : {"num_kv_heads", "ffn_hidden_size", "vocab_size", "num_experts",
+                               "moe_topk", "moe_ffn_hidden_size"}) {
+      const std::string& cell = (*runs->second.front())[column];
+      const bool agreed = std::all_of(runs->second.begin(), runs->second.end(),
+                                      [&](const auto& c) { return (*c)[column] == cell; });
+      if (agreed && !cell.empty()) filled->fill(column, cell);
     }
-    p.configuration = std::move(filled);
+    p.with_sizes = std::move(filled);
   }
 
   void find_case(PendingRow& p) {
     try {
-      p.row_case = case_of(p.schema, *p.configuration, catalogue_);
+      const Configuration& cells = p.with_sizes ? *p.with_sizes : *p.configuration;
+      p.row_case = case_of(p.schema, cells, catalogue_);
       leave_out_unmeasured(p);
       p.outcome = slot(*p.row_case);
       for (const Wanted& w : p.wanted) {
@@ -596,7 +610,8 @@ class RowsPrediction {
   std::set<std::string> others_;
   std::vector<PendingRow> rows_;
   std::set<std::string> trained_;
-  std::map<std::string, std::shared_ptr<const Configuration>> runs_;  ///< by id, of training rows
+  /// Of training rows, by what memory rows say of theirs too.
+  std::map<std::string, std::vector<std::shared_ptr<const Configuration>>> runs_;
   std::map<std::string, std::size_t> slots_;
   std::vector<RowCase> cases_;
   std::map<std::string, ClusterChoice> topologies_;

@@ -635,6 +635,12 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     w.bytes = bytes_of(p, i.writes, rank);
   }
   if (w.matrix) add_shapes(p, i, op, rank, w);
+  if (p.kernels.bias_sums && i.kernel == Kernel::backward_weight &&
+      std::holds_alternative<Linear>(op.operation) && op.signature.parameters.size() > 1) {
+    const auto columns = static_cast<double>(bytes_of(p, i.gradients, rank).count);
+    w.streamed += Bytes{std::llround(joined * columns)};
+    ++w.kernels;
+  }
   w.kernels += apart.kernels;
   (w.products.empty() ? w.bytes : w.streamed) +=
       Bytes{std::llround(joined * static_cast<double>(apart.added.count))};

@@ -203,6 +203,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
     boolean(*kernels, "finds_scales", f.kernels.finds_scales);
+    boolean(*kernels, "bias_sums", f.kernels.bias_sums);
     boolean(*kernels, "mamba_ssm", f.kernels.mamba_ssm);
     boolean(*kernels, "mamba_gates_in_scan", f.kernels.mamba_gates_in_scan);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);

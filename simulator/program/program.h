@@ -280,6 +280,8 @@ struct FrameworkKernels {
   /// parameters are narrow, with the loss scale's and the master copy's. 0: one pass over each
   /// tensor.
   double optimizer = 0, optimizer_mixed = 0;
+  /// A product's bias gets its gradient from a kernel that reads the output's once more.
+  bool bias_sums = false;
   /// Passes over a rank's gradients before they meet others': always; where there are others.
   double gradient_passes = 0, met_gradient_passes = 0;
   /// Kernels of a tensor's clipping and update, launched after the host has read the step's loss:

@@ -747,8 +747,29 @@ TEST(Work, OfJoinedProjectionsIsThatOfOneProduct) {
   }
 }
 
+TEST(Work, OfABiassGradientReadsTheOutputsOnceMore) {
+  // docs/plan.md: GPT-2's first product after a norm, 1,024 tokens in bf16: 1024 x 3072 x 2 B.
+  Graph g = load_model("gpt2");
+  Plan plan = base_plan();
+  set_precision(plan, "bf16", "");
+  const auto at = [&](const char* op, Kernel k, bool sums) {
+    plan.kernels.bias_sums = sums;
+    return work_in(lowered(g, plan), std::string("layers.0.") + op, k);
+  };
+  const Work without = at("mlp.up", Kernel::backward_weight, false),
+             with = at("mlp.up", Kernel::backward_weight, true);
+  EXPECT_EQ(with.streamed.count - without.streamed.count, g.sequence * 3072 * 2);
+  EXPECT_EQ(with.kernels, without.kernels + 1);
+  for (const Kernel k : {Kernel::forward, Kernel::backward_data})
+    EXPECT_EQ(at("mlp.up", k, true).kernels, at("mlp.up", k, false).kernels);
+  // Added apart, a bias is an operator of its own.
+  EXPECT_EQ(at("mlp.down", Kernel::backward_weight, true).kernels,
+            at("mlp.down", Kernel::backward_weight, false).kernels);
+}
+
 TEST(Work, OfAnUpdateHasTheGradientsPassesBeforeTheyMeet) {
-  // docs/plan.md: 12 B for each of a rank's parameters where dp > 1, 4 B without, of fp32 gradients.
+  // docs/plan.md: 12 B for each of a rank's parameters where dp > 1, 4 B without, of fp32
+  // gradients.
   const auto per_parameter = [](int dp, int zero) {
     Plan plan = base_plan();
     set_precision(plan, "bf16", "");

@@ -876,26 +876,29 @@ TEST(Rows, OfANetworkWithMambaOnlyMemoryIsPredicted) {
   for (const Figure& f : both.figures) EXPECT_NE(f.kind, Figure::Kind::time);
 }
 
-TEST(Rows, AMemoryRowOfARanksRunTakesWhatTheRunsRowSays) {
-  const Cells run = with(whole_row(), {{"id", "a-run"}, {"num_kv_heads", "2"}});
-  const auto predicted = [&](const char* id) {
-    const Cells row = with(whole_row(), {{"id", id},
-                                         {"quantity", "max_memory_allocated on rank 0"},
-                                         {"value", "6"},
-                                         {"unit", "GiB"}});
+TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizes) {
+  const auto predicted = [&](const Cells& changes, const std::vector<Cells>& runs) {
+    const Cells row =
+        with(with(whole_row(), changes), {{"quantity", "max_memory_allocated on rank 0"},
+                                          {"value", "6"},
+                                          {"unit", "GiB"},
+                                          {"id", "memory"}});
     RowsOptions o;
     o.workers = 1;
     for (const FamilyFigures& f :
-         predict_rows({table(kMemory, {row}), table(kTraining, {run})}, catalogue(), o)) {
+         predict_rows({table(kMemory, {row}), table(kTraining, runs)}, catalogue(), o)) {
       for (const Figure& x : f.figures)
-        if (x.id == id) return x.predicted;
+        if (x.id == "memory") return x.predicted;
     }
     throw InternalError("not predicted");
   };
-  const double apart = predicted("another-run-r3");
-  EXPECT_LT(predicted("a-run-r3"), apart) << "fewer key and value heads";
-  for (const char* other : {"a-run", "a-run-r", "a-run-rx", "a-run-r3-b"})
-    EXPECT_EQ(predicted(other), apart) << other;
+  const Cells few = with(whole_row(), {{"num_kv_heads", "2"}});
+  const double printed = predicted({}, {}), shared = predicted({}, {few});
+  EXPECT_LT(shared, printed) << "fewer key and value heads";
+  EXPECT_EQ(predicted({}, {few, few}), shared);
+  EXPECT_EQ(predicted({}, {few, with(whole_row(), {{"num_kv_heads", "4"}})}), printed)
+      << "they do not agree";
+  EXPECT_EQ(predicted({}, {with(few, {{"global_batch_seqs", "32"}})}), printed) << "another run";
 }
 
 TEST(Rows, AQuantitysNameMayTellTheFramework) {
