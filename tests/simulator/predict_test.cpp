@@ -583,6 +583,7 @@ TEST(Predict, AGradientApartIsAddedByAKernelMore) {
   const auto of = [](const char* framework, std::int64_t micro_batches) {
     Plan p = under(framework);
     p.global_batch = micro_batches;
+    p.kernels.bias_sums = false;
     const auto program = lower(two_blocks(), *complete(two_blocks(), p));
     for (const Block& b : program->blocks) {
       for (const Instruction& i : b.instructions) {
