@@ -273,6 +273,11 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
     list.push_back(fmt::format("global batch {}", plan.global_batch));
   if (graph.sequence > 0 && open("sequence", f.sequence.has_value()))
     list.push_back(fmt::format("sequence {}", graph.sequence));
+  const auto scans = [](const Operator& op) {
+    return std::holds_alternative<StateSpace>(op.operation);
+  };
+  if (std::any_of(graph.operators.begin(), graph.operators.end(), scans))
+    list.emplace_back("what Mamba's kernels take, which no device has measured");
   return list;
 }
 
