@@ -857,6 +857,31 @@ TEST(Rows, AMemoryRowThatRepeatsATrainingRowCountsOnce) {
   }
 }
 
+TEST(RowCase, WhatAClustersScriptsSetIsOfRowsOnItAlone) {
+  const auto blocks = [](const char* gpu, const char* between) {
+    return case_with({{"framework", "Megatron-DeepSpeed"},
+                      {"gpu", gpu},
+                      {"inter_node_interconnect", between}})
+        .plan.launches.blocking;
+  };
+  EXPECT_TRUE(blocks("A100", "4x Omni-Path 100 Gb/s per node"));
+  EXPECT_FALSE(blocks("A100", "4x InfiniBand 100 Gb/s per node"));
+  EXPECT_FALSE(blocks("H100", "4x Omni-Path 100 Gb/s per node"));
+  const auto ends_early = [](const char* gpu, const char* memory) {
+    return case_with({{"framework", "llm-foundry"},
+                      {"gpu", gpu},
+                      {"gpu_memory_gb", memory},
+                      {"tp", "1"},
+                      {"pp", "1"},
+                      {"dp", "16"},
+                      {"sequence_parallel", "off"}})
+        .plan.recompute_stops_early;
+  };
+  EXPECT_TRUE(ends_early("A100", "80"));
+  EXPECT_TRUE(ends_early("H100", "80"));
+  EXPECT_FALSE(ends_early("A100", "40"));
+}
+
 TEST(Rows, OfANetworkWithMambaOnlyMemoryIsPredicted) {
   RowsOptions o;
   o.workers = 1;
