@@ -463,6 +463,11 @@ void published(const Options& o, int& code) {
              {"memory", to_json(r.statistics.memory)},
              {"scaling", to_json(r.statistics.scaling)}};
       if (r.fitted) g["fitted"] = {{"rows", r.fitted_rows}, {"time", to_json(r.fitted->time)}};
+      const auto add = [](Json& to, const std::string& name, const auto& x) {
+        to[name] = {{"rows", x.rows}, {"held", x.held}, {"half_width", x.half_width}};
+      };
+      if (r.intervals) add(g, "intervals", *r.intervals);
+      for (const auto& [family, x] : r.of_family) add(g["intervals"]["families"], family, x);
       g["verdicts"] = Json::array();
       for (const Verdict& v : verdicts) g["verdicts"].push_back(to_json(v));
       j_groups.push_back(std::move(g));
@@ -479,6 +484,10 @@ void published(const Options& o, int& code) {
       print_line(r.group->name, r.rows, r.covered, r.statistics);
       if (r.fitted)
         print_line("  fitted, model left out", r.fitted->time.count, r.fitted_rows, *r.fitted);
+      for (const auto& [family, x] : r.of_family)
+        print(fmt::format("  90 % intervals of {} rows left out hold {:.0f} %, {:.1f} times the "
+                          "mean error to either side: {}\n",
+                          x.rows, 100 * x.held, x.half_width, family));
       if (!r.group->peers.empty()) print(fmt::format("  peers: {}\n", r.group->peers));
       print(fmt::format("  target: {}\n", r.group->target));
       for (const Verdict& v : verdicts)

@@ -260,6 +260,8 @@ class Fitter {
     std::vector<double> scaled;
     if (groups.size() >= 2) {
       out.held_out.resize(all_.size());
+      out.held_out_half_width.resize(all_.size());
+      std::vector<double> sizes(all_.size());
       for (const auto& [id, rows] : groups) {
         std::vector<char> held(all_.size(), 0);
         for (const std::size_t i : rows) held[i] = 1;
@@ -280,9 +282,19 @@ class Fitter {
           out.held_out[rows[x]] = std::exp(log_time);
           const double v =
               std::sqrt(noise * noise + (j.row(i) * without * j.row(i).transpose())(0));
-          scaled.push_back(std::abs(log_time - log_measured_[i]) / v);
+          sizes[rows[x]] = std::abs(log_time - log_measured_[i]) / v;
+          out.held_out_half_width[rows[x]] = v;
         }
       }
+      for (const auto& [id, rows] : groups) {
+        std::vector<double> others;
+        for (std::size_t i = 0; i < sizes.size(); ++i) {
+          if (problem_.group[i] != id) others.push_back(sizes[i]);
+        }
+        const double q = quantile_of_sizes(std::move(others));
+        for (const std::size_t i : rows) out.held_out_half_width[i] *= q;
+      }
+      scaled = std::move(sizes);
     } else {
       for (Eigen::Index i = 0; i < times.size(); ++i) {
         const double v =

@@ -45,6 +45,9 @@ struct Fit {
   std::vector<double> unfitted, fitted;  ///< s, by row
   /// By row: fitted to the rows of other groups. Empty with fewer than two groups.
   std::vector<double> held_out;
+  /// By row, as held_out: half of its 90 % interval in logarithms, of which its own group says
+  /// nothing either: q is of the other groups' residuals, each held out in its turn.
+  std::vector<double> held_out_half_width;
   std::vector<double> sensitivity;  ///< rows x parameters: of the logarithm of the time
   double noise = 0;                 ///< σ
   double quantile = 0;              ///< of held-out residuals over what the linear model says; 90 %

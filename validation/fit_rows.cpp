@@ -228,6 +228,7 @@ FittedEntry fit_entry(const RowsToFit& rows, const FitOptions& options, std::siz
   }
   e.half_width = median(std::move(widths));
   e.held_out_times = f.held_out;
+  e.held_out_half_widths = f.held_out_half_width;
   if (!f.held_out.empty()) e.held_out = error_of(f.held_out, problem.measured);
   e.unfitted = error_of(f.unfitted, problem.measured);
   e.fitted = error_of(f.fitted, problem.measured);

@@ -64,6 +64,7 @@ struct FittedEntry {
   std::optional<Error> left_out;  ///< of rows that were not drawn
   /// s, of the rows that were fitted: each from a fit to the other groups. Empty with one group.
   std::vector<double> held_out_times;
+  std::vector<double> held_out_half_widths;  ///< of their 90 % intervals, in logarithms
   struct CurvePoint {
     std::size_t rows = 0, draws = 0;
     /// Over the draws, of the mean error of rows left out: median and largest.

@@ -7,8 +7,10 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/parallel.h"
 #include "base/yaml.h"
 #include "models/graph.h"
+#include "validation/compare.h"
 #include "validation/fit_rows.h"
 #include "validation/row_text.h"
 
@@ -83,6 +85,12 @@ std::vector<PublishedGroup> load_published(const std::string& file) {
         bound.least = least.has_value();
         bound.value = (least ? least : most)->as_double();
         if (const auto x = b.find("fitted")) bound.fitted = x->as_bool();
+        if (const auto x = b.find("rows")) {
+          bound.rows = static_cast<std::size_t>(x->as_int(1, 1'000'000));
+          bound.draws = static_cast<std::size_t>(b.get("draws").as_int(1, 10'000));
+          if (!bound.fitted || bound.statistic != "time.mape")
+            throw InputError(x->place(), "is of time.mape with fitted: true; leave it out here");
+        }
         b.reject_unknown_keys();
         g.bounds.push_back(bound);
       }
@@ -133,6 +141,64 @@ std::vector<std::string> families_of(const PublishedGroup& group,
   return all;
 }
 
+namespace {
+
+/// Rows of a family whose interval comes from other models' rows.
+struct FamilyIntervals {
+  std::vector<double> sizes, halves;
+  std::size_t held = 0;
+};
+
+IntervalStatistics statistics_of(const FamilyIntervals& f, std::vector<double>& ratios) {
+  double error = 0;
+  for (const double x : f.sizes) error += x / static_cast<double>(f.sizes.size());
+  std::vector<double> mine;
+  for (const double h : f.halves) mine.push_back(std::expm1(h) / error);
+  ratios.insert(ratios.end(), mine.begin(), mine.end());
+  const auto n = static_cast<double>(f.sizes.size());
+  return {f.sizes.size(), static_cast<double>(f.held) / n, median(std::move(mine))};
+}
+
+void add_intervals(GroupResult& result, const std::map<std::string, FamilyIntervals>& families) {
+  IntervalStatistics all;
+  std::vector<double> ratios;
+  std::size_t held = 0;
+  for (const auto& [family, f] : families) {
+    result.of_family[family] = statistics_of(f, ratios);
+    all.rows += f.sizes.size(), held += f.held;
+  }
+  if (all.rows == 0) return;
+  all.held = static_cast<double>(held) / static_cast<double>(all.rows);
+  all.half_width = median(std::move(ratios));
+  result.intervals = all;
+}
+
+/// Of all entries with more rows than are drawn: the mean error of those left out, pooled draw by
+/// draw.
+void add_drawn(GroupResult& result, const std::vector<RowsToFit>& entries, const Bound& bound,
+               std::size_t workers) {
+  std::vector<double> means(bound.draws);
+  std::size_t left = 0;
+  for (const RowsToFit& e : entries) {
+    if (e.figures.size() > bound.rows) left += e.figures.size() - bound.rows;
+  }
+  if (left == 0) return;
+  parallel_for(bound.draws, workers, [&](std::size_t, std::size_t d) {
+    for (const RowsToFit& e : entries) {
+      if (e.figures.size() <= bound.rows) continue;
+      FitOptions one;
+      one.quick = true;
+      one.rows = bound.rows;
+      one.seed = d + 1;
+      const FittedEntry::Error error = *fit_entry(e, one, 1).left_out;
+      means[d] += error.mean * static_cast<double>(error.rows) / static_cast<double>(left);
+    }
+  });
+  result.drawn[{bound.rows, bound.draws}] = median(std::move(means));
+}
+
+}  // namespace
+
 void add_fitted(GroupResult& result, const std::vector<FamilyFigures>& families,
                 std::size_t workers) {
   std::vector<FamilyFigures> mine;
@@ -147,16 +213,29 @@ void add_fitted(GroupResult& result, const std::vector<FamilyFigures>& families,
   options.quick = true;
   result.fitted_rows = 0;
   std::vector<Figure> figures;
-  for (RowsToFit& rows : rows_to_fit(mine, false)) {
+  std::vector<RowsToFit> entries = rows_to_fit(mine, false);
+  for (const Bound& b : result.group->bounds) {
+    if (b.rows > 0) add_drawn(result, entries, b, workers);
+  }
+  std::map<std::string, FamilyIntervals> intervals;
+  for (RowsToFit& rows : entries) {
     if (rows.figures.size() >= options.least) {
       const FittedEntry e = fit_entry(rows, options, workers);
-      for (std::size_t i = 0; i < e.held_out_times.size(); ++i)
-        rows.figures[i].predicted = e.held_out_times[i];
+      for (std::size_t i = 0; i < e.held_out_times.size(); ++i) {
+        Figure& f = rows.figures[i];
+        f.predicted = e.held_out_times[i];
+        FamilyIntervals& family = intervals[rows.families[i]];
+        const double half = e.held_out_half_widths[i];
+        family.sizes.push_back(std::abs(f.error()));
+        family.halves.push_back(half);
+        family.held += std::abs(std::log(f.predicted / f.measured)) <= half ? 1 : 0;
+      }
       result.fitted_rows += static_cast<std::int64_t>(e.held_out_times.size());
     }
     figures.insert(figures.end(), rows.figures.begin(), rows.figures.end());
   }
   result.fitted = statistics_of(figures);
+  add_intervals(result, intervals);
 }
 
 std::optional<double> statistic(const GroupResult& r, const std::string& name,
@@ -170,6 +249,10 @@ std::optional<double> statistic(const GroupResult& r, const std::string& name,
     if (f.false_fits + f.true_oom == 0) return std::nullopt;
     return static_cast<double>(f.false_fits) / static_cast<double>(f.false_fits + f.true_oom);
   }
+  if (name == "intervals.held" || name == "intervals.half_width") {
+    if (!r.intervals) return std::nullopt;
+    return name == "intervals.held" ? r.intervals->held : r.intervals->half_width;
+  }
   const std::string kind = name.substr(0, name.find('.'));
   const ErrorStatistics* s = kind == "time"      ? &r.statistics.time
                              : kind == "memory"  ? &r.statistics.memory
@@ -181,7 +264,8 @@ std::optional<double> statistic(const GroupResult& r, const std::string& name,
     }
   }
   throw InputError(place,
-                   fmt::format("'{}' is no statistic; there are coverage, fits.false_fits "
+                   fmt::format("'{}' is no statistic; there are coverage, fits.false_fits, "
+                               "intervals.held, intervals.half_width "
                                "and time., memory. or scaling. with mape, bias, max, median, "
                                "percentile95, kendall_tau, kendall_tau_apart, regret",
                                name));
@@ -192,10 +276,16 @@ std::vector<Verdict> against_targets(const GroupResult& result) {
   for (const Bound& b : result.group->bounds) {
     Verdict v;
     v.group = result.group;
-    v.statistic = b.statistic + (b.fitted ? " (fitted)" : "");
+    v.statistic = b.statistic + (b.rows > 0 ? fmt::format(" (on {} rows)", b.rows)
+                                 : b.fitted ? " (fitted)"
+                                            : "");
     v.bound = b.value;
     if (b.fitted && !result.fitted) {
       v.note = "not fitted";
+    } else if (b.rows > 0) {
+      const auto drawn = result.drawn.find({b.rows, b.draws});
+      if (drawn != result.drawn.end()) v.value = drawn->second;
+      if (!v.value) v.note = "no figures";
     } else if (b.fitted) {
       GroupResult after = result;
       after.statistics = *result.fitted;

@@ -18,6 +18,9 @@ struct Bound {
   double value = 0;
   bool least = false;   ///< at least; else at most (of "bias": its absolute value)
   bool fitted = false;  ///< of predictions after `fit` on other rows of the family
+  /// > 0: after `fit` on so many rows of each entry, drawn; the median over so many draws of the
+  /// mean error of the rows left out.
+  std::size_t rows = 0, draws = 0;
 };
 
 /// Families that one row of the table speaks of.
@@ -37,6 +40,14 @@ struct PublishedGroup {
 /// validation/published.yaml, schema partita.published/1.
 std::vector<PublishedGroup> load_published(const std::string& file);
 
+/// 90 % intervals of rows whose models were left out.
+struct IntervalStatistics {
+  std::size_t rows = 0;
+  double held = 0;  ///< share of rows that lie in theirs
+  /// The median row's half interval, e^h - 1, over its family's mean error (of the same rows).
+  double half_width = 0;
+};
+
 /// A group's figures and what they come to.
 struct GroupResult {
   const PublishedGroup* group = nullptr;
@@ -45,10 +56,13 @@ struct GroupResult {
   /// Of the same rows' times, where a group's bounds speak of fitted ones and these were asked for.
   std::optional<FamilyStatistics> fitted;
   std::int64_t fitted_rows = 0;  ///< of them; the others have too few beside them and stay unfitted
+  std::optional<IntervalStatistics> intervals;          ///< of fitted_rows
+  std::map<std::string, IntervalStatistics> of_family;  ///< the same, family by family
+  std::map<std::pair<std::size_t, std::size_t>, double> drawn;  ///< by rows and draws of a bound
 };
 /// Does a bound speak of predictions after a fit?
 bool wants_fit(const PublishedGroup& group);
-/// Fills in `fitted`: the rows of one device, framework and cluster, model by model, each predicted
+/// Fills in what bounds on fitted predictions ask for; `fitted`: the rows of one device, framework and cluster, model by model, each predicted
 /// by parameters that were fitted to the other models' rows, quickly. `families` as in result_of(),
 /// with steps kept.
 void add_fitted(GroupResult& result, const std::vector<FamilyFigures>& families,
@@ -60,7 +74,8 @@ GroupResult result_of(const PublishedGroup& group, const std::vector<FamilyFigur
 
 /// "time.mape", "time.bias", "time.max", "time.median", "time.percentile95", "time.kendall_tau",
 /// "time.kendall_tau_apart", "time.regret", "time.baseline_mape", the same of memory and scaling,
-/// "fits.false_fits" (share of out-of-memory facts), "coverage". Empty: too few figures. Throws
+/// "fits.false_fits" (share of out-of-memory facts), "coverage", "intervals.held",
+/// "intervals.half_width". Empty: too few figures. Throws
 /// InputError{place} for another name.
 std::optional<double> statistic(const GroupResult& result, const std::string& name,
                                 const std::string& place);

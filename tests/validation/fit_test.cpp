@@ -172,6 +172,28 @@ TEST(Fit, HeldOutRowsAreNotSeen) {
   EXPECT_GT(std::abs(after.held_out[5] / before.held_out[5] - 1), 1e-4);
 }
 
+// docs/fit.md, "By hand (intervals)": a group's q is of the other groups' rows.
+TEST(Fit, IntervalsOfAHeldOutGroupComeFromTheOthers) {
+  FitProblem p;
+  p.parameters = {{"idle", "", 1, 0.5, 2, 0.2, true}};
+  p.measured = {std::exp(0.01), std::exp(0.02), std::exp(-0.03), std::exp(0.1)};
+  p.group = {0, 0, 1, 2};
+  p.fixed_noise = 0.05;
+  p.predict = [](const std::vector<double>&, const std::vector<std::size_t>& rows) {
+    return std::vector<double>(rows.size(), 1);
+  };
+  const Fit f = fit(p);
+  ASSERT_EQ(f.held_out_half_width.size(), 4u);
+  const double half[] = {0.1, 0.1, 0.1, 0.03};
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_NEAR(f.held_out[i], 1, 1e-12);
+    EXPECT_NEAR(f.held_out_half_width[i], half[i], 1e-12) << i;
+  }
+  EXPECT_NEAR(f.quantile, 2, 1e-9);  // of all four: 0.1 / 0.05
+  p.group.clear();
+  EXPECT_TRUE(fit(p).held_out_half_width.empty());
+}
+
 TEST(Fit, OneErraticRowDoesNotSteer) {
   std::mt19937 rng(4);
   Synthetic s = synthetic(rng, 15, {0.8});

@@ -1300,11 +1300,21 @@ TEST(Published, TheRatchetAllowsTwoPercent) {
 
 TEST(Published, TheFileIsReadAndEveryStatisticIsOne) {
   const auto groups = load_published(data_folder("validation/published.yaml"));
-  EXPECT_EQ(groups.size(), 13u);
+  EXPECT_EQ(groups.size(), 14u);
   for (const auto& g : groups) {
     EXPECT_FALSE(g.target.empty()) << g.name;
     EXPECT_TRUE(!g.bounds.empty() || g.name == "vtrain-single-node") << g.name;
   }
+  const std::string file = ::testing::TempDir() + fmt::format("partita-91-{}.yaml", ::getpid());
+  std::ofstream(file)
+      << "schema: partita.published/1\ngroups:\n"
+         "  - name: g\n    families: [a]\n    target: t\n    bounds:\n"
+         "      - {statistic: time.bias, most: 1, fitted: true, rows: 12, draws: 5}";
+  EXPECT_THAT(
+      [&] { load_published(file); },
+      ThrowsMessage<InputError>(HasSubstr(
+          ":7: groups[0].bounds[0].rows: is of time.mape with fitted: true; leave it out here")));
+  std::filesystem::remove(file);
   EXPECT_THAT([] { statistic({}, "time.mean", "f.yaml:3"); },
               ThrowsMessage<InputError>(HasSubstr("f.yaml:3: 'time.mean' is no statistic")));
 }
@@ -1542,7 +1552,11 @@ TEST(Published, FittedBoundsAreOfModelsLeftOut) {
   const std::vector<CsvTable> tables{table(kTraining, cells)};
   PublishedGroup g;
   g.families = {"inv*"};
-  g.bounds = {{"time.mape", 0.05, false, true}, {"time.mape", 0.05, false, false}};
+  g.bounds = {{"time.mape", 0.05, false, true},
+              {"time.mape", 0.05, false, false},
+              {"time.mape", 0.05, false, true, 6, 3},
+              {"intervals.held", 0.85, true, true},
+              {"intervals.half_width", 4, false, true}};
   EXPECT_TRUE(wants_fit(g));
   RowsOptions keep;
   keep.keep_steps = true;
@@ -1562,7 +1576,33 @@ TEST(Published, FittedBoundsAreOfModelsLeftOut) {
   EXPECT_LT(e.held_out->mean, 0.05);
   EXPECT_EQ(*against_targets(r)[0].value, *r.fitted->time.mape);
   EXPECT_EQ(*against_targets(r)[1].value, *r.statistics.time.mape);
-  g.bounds.pop_back();
+
+  // Three draws of six of the twelve rows; the one that is alone has too few beside it.
+  std::vector<double> means;
+  for (std::uint64_t seed = 1; seed <= 3; ++seed)
+    means.push_back(
+        fit_entry(rows_to_fit(kept, false)[0], {.quick = true, .rows = 6, .seed = seed}, 1)
+            .left_out->mean);
+  std::sort(means.begin(), means.end());
+  EXPECT_EQ(against_targets(r)[2].statistic, "time.mape (on 6 rows)");
+  EXPECT_EQ(*against_targets(r)[2].value, means[1]);
+
+  ASSERT_TRUE(r.intervals.has_value());
+  EXPECT_EQ(r.intervals->rows, 12u);
+  int held = 0;
+  std::vector<double> halves;
+  for (std::size_t i = 0; i < 12; ++i) {
+    const double measured = rows_to_fit(kept, false)[0].figures[i].measured;
+    held += std::abs(std::log(e.held_out_times[i] / measured)) <= e.held_out_half_widths[i];
+    halves.push_back(std::expm1(e.held_out_half_widths[i]) / e.held_out->mean);
+  }
+  std::sort(halves.begin(), halves.end());
+  EXPECT_EQ(r.intervals->held, held / 12.0);
+  EXPECT_NEAR(r.intervals->half_width, (halves[5] + halves[6]) / 2, 1e-12);
+  EXPECT_EQ(r.of_family.at("invented").held, r.intervals->held);
+  EXPECT_EQ(*against_targets(r)[3].value, r.intervals->held);
+  EXPECT_EQ(*against_targets(r)[4].value, r.intervals->half_width);
+  g.bounds.resize(1);
   g.bounds[0].fitted = false;
   EXPECT_FALSE(wants_fit(g));
 }
