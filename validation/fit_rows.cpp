@@ -157,6 +157,8 @@ const std::vector<AdjustmentParameter>& adjustment_parameters() {
        [](Adjustment& a, double x) { a.inside_time = x; }},
       {{"between_time", "", 1, 0.3, 10, 0.5, true},
        [](Adjustment& a, double x) { a.between_time = x; }},
+      {{"across_cards_time", "", 1, 0.3, 10, 0.5, true},
+       [](Adjustment& a, double x) { a.across_cards_time = x; }},
       {{"step", "s", 0, 0, 0.5, 0.02, false}, [](Adjustment& a, double x) { a.step = Seconds{x}; }},
       {{"spread", "", 0, 0, 0.05, 0.01, false}, [](Adjustment& a, double x) { a.spread = x; }},
   };

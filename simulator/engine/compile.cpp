@@ -103,10 +103,12 @@ class Compiler {
     const auto domain = [&](std::int64_t r) {
       return t.domain_of(t.node_of(DeviceId{static_cast<std::size_t>(r)}));
     };
-    for (const std::int64_t r : ranks) {
-      if (domain(r) != domain(ranks[0])) return Stretch::between;
+    bool between = false, several = false;
+    for (std::size_t k = 1; k < ranks.size(); ++k) {
+      between |= domain(ranks[k]) != domain(ranks[0]);
+      several |= domain(ranks[k]) == domain(ranks[k - 1]);
     }
-    return Stretch::inside;
+    return !between ? Stretch::inside : several ? Stretch::across_cards : Stretch::between;
   }
 
   static Stretch stretch_of(const Work& w, const Instruction& i) {
@@ -573,6 +575,7 @@ void stretch(Compiled& compiled, const Program& program, const Adjustment& a) {
   set(Stretch::optimizer, a.optimizer_time * slowest);
   set(Stretch::inside, a.inside_time);
   set(Stretch::between, a.between_time);
+  set(Stretch::across_cards, a.between_time * a.across_cards_time);
   for (auto& blocks : compiled.blocks) {
     for (CompiledBlock& block : blocks) {
       block.launch = 0;

@@ -12,8 +12,16 @@
 namespace partita {
 
 /// What of an adjustment stretches a time.
-enum class Stretch : std::uint8_t { nothing, products, memory, optimizer, inside, between };
-constexpr std::size_t kStretches = 6;
+enum class Stretch : std::uint8_t {
+  nothing,
+  products,
+  memory,
+  optimizer,
+  inside,
+  between,
+  across_cards
+};
+constexpr std::size_t kStretches = 7;
 
 /// What a step takes as the profiles have it: stretched, `time` and `then` one after the other at
 /// the device's `speed`, and `beside`.

@@ -339,14 +339,14 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
   const auto drawn = [&] {
     Adjustment a;
     for (double* x : {&a.product_time, &a.memory_time, &a.optimizer_time, &a.launch_time,
-                      &a.inside_time, &a.between_time})
+                      &a.inside_time, &a.between_time, &a.across_cards_time})
       *x = factor(rng);
     a.step = Seconds{small(rng)};
     a.spread = rng() % 2 == 0 ? small(rng) : 0;
     return a;
   };
   int feasible = 0, stretched = 0, contended = 0;
-  for (int i = 0; i < 600; ++i) {
+  for (int i = 0; i < 800; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
     Plan wanted = with_launches(random_plan(rng), rng);
@@ -383,7 +383,7 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
     if (all_stretched) {
       ++stretched;
       // Everything twice as long, and half a second: GPUs need nothing beside these.
-      const Timeline twice = rehearsal.play({2, 2, 2, 2, 2, 2, Seconds{0.5}, 0});
+      const Timeline twice = rehearsal.play({2, 2, 2, 2, 2, 2, 1, Seconds{0.5}, 0});
       EXPECT_NEAR(static_cast<double>(twice.step.count - 500'000'000'000),
                   2 * static_cast<double>(plain.step.count),
                   2 * static_cast<double>(plain.instructions));
@@ -393,6 +393,45 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
   EXPECT_GE(feasible, 60);
   EXPECT_GE(stretched, 10);
   EXPECT_GE(contended, 20);
+}
+
+// docs/fit.md, "Rows": a factor of groups that have several members on a node and reach over the
+// network, whatever the others take.
+TEST(Adjustment, AcrossCardsIsOfGroupsWithSeveralMembersOnANode) {
+  const auto slower = [&](int tp, int nodes) {
+    Plan plan = base_plan();
+    plan.tp = tp, plan.dp = 4 * nodes / tp;
+    plan.global_batch = 2 * plan.dp;
+    const Topology t = load_topology(fmt::format("h100-sxm-4:{}", nodes));
+    const Program p = lowered(gpt(), plan);
+    Communication communication(t);
+    SimulateOptions options;
+    options.network = Network::idle;
+    const Rehearsal rehearsal(p, communication, options);
+    Adjustment between, across, both;
+    between.between_time = both.between_time = 3;
+    across.across_cards_time = both.across_cards_time = 3;
+    struct {
+      double between, across, both;
+    } x{to_seconds(rehearsal.play(between).step).count,
+        to_seconds(rehearsal.play(across).step).count, to_seconds(rehearsal.play(both).step).count};
+    const double plain = to_seconds(rehearsal.play({}).step).count;
+    x.between /= plain, x.across /= plain, x.both /= plain;
+    return x;
+  };
+  // All eight, four on each node: both factors are of the same transfers and multiply.
+  const auto all = slower(1, 2);
+  EXPECT_GT(all.across, 1.01);
+  EXPECT_EQ(all.across, all.between);
+  EXPECT_GT(all.both, all.across);
+  // One member on each node.
+  const auto alone = slower(4, 2);
+  EXPECT_EQ(alone.across, 1);
+  EXPECT_GT(alone.between, 1.01);
+  EXPECT_EQ(alone.both, alone.between);
+  // Within a node.
+  const auto inside = slower(2, 1);
+  EXPECT_EQ(inside.both, 1);
 }
 
 TEST(Folding, SpatialPlansAgreeBordersAndInteriorApart) {

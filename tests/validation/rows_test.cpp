@@ -1428,7 +1428,7 @@ TEST(FitRows, KeptStepsTakeWhatRowsTakePredictedAnew) {
   const auto kept = predict_rows(tables, catalogue(), keep);
   std::uniform_real_distribution<double> factor(0.5, 3), small(0, 0.02);
   for (int k = 0; k < 4; ++k) {
-    const Adjustment a{factor(rng), factor(rng), factor(rng),         factor(rng),
+    const Adjustment a{factor(rng), factor(rng), factor(rng),         factor(rng), factor(rng),
                        factor(rng), factor(rng), Seconds{small(rng)}, small(rng)};
     RowsOptions with_a;
     with_a.adjust = [&](const RowKey&) { return a; };
