@@ -180,6 +180,16 @@ class Reader {
       cite(*bandwidth, own ? own->as_string() : source);
     };
     rate("host_memory_bandwidth", "host_source", group.host_memory_bandwidth);
+    if (const auto factor = node.find("launch_time")) {
+      group.launch_time = factor->as_double();
+      if (!(group.launch_time > 0 && group.launch_time <= 100))
+        throw InputError(factor->place(),
+                         fmt::format("{} is no factor on the times of launches; write more than 0 "
+                                     "and at most 100",
+                                     group.launch_time));
+      const auto own = node.find("launch_source");
+      cite(*factor, own ? own->as_string() : source);
+    }
     rate("storage_bandwidth", "storage_source", group.storage_bandwidth);
     for (const auto& [names, vertex] : node.get("vertices").members())
       read_vertices(names, vertex, own_source(vertex, source), group);

@@ -360,6 +360,9 @@ const std::string& Topology::cpu_vendor(std::size_t node) const {
 BytesPerSecond Topology::host_memory_bandwidth(std::size_t node) const {
   return impl_->node_at(node).node().spec().host_memory_bandwidth;
 }
+double Topology::launch_time(std::size_t node) const {
+  return impl_->node_at(node).node().spec().launch_time;
+}
 BytesPerSecond Topology::storage_bandwidth(std::size_t node) const {
   return impl_->node_at(node).node().spec().storage_bandwidth;
 }

@@ -92,6 +92,9 @@ class Topology {
   const std::string& cpu_vendor(std::size_t node) const;
   /// Of a node's processors together; 0 where the file does not say.
   BytesPerSecond host_memory_bandwidth(std::size_t node) const;
+  /// What a framework's launches take on a node's processors, over what they take on those of a
+  /// DGX H100 (Xeon Platinum 8480C).
+  double launch_time(std::size_t node) const;
   /// At which one node reads from storage; 0 where the file does not say.
   BytesPerSecond storage_bandwidth(std::size_t node) const;
   std::size_t nic_count(std::size_t node) const;

@@ -188,6 +188,9 @@ RankClasses classify(const Program& p, Communication& communication) {
       h = mix(h, static_cast<std::uint64_t>(t.host_memory_bandwidth(node).count /
                                             static_cast<double>(t.rank_count(node))));
     }
+    if (p.launches.any())
+      h = mix(h, std::bit_cast<std::uint64_t>(
+                     t.launch_time(t.node_of(DeviceId{static_cast<std::size_t>(r)}))));
     const Unevenness& u = uneven[static_cast<std::size_t>(stage)];
     for (const auto& [split, extent] : u.cuts) {
       h = mix(h, static_cast<std::uint64_t>(local_extent(p.mesh, split, extent, place)));

@@ -178,14 +178,20 @@ class Compiler {
               const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
     if (!l.any() || !device.concurrent_streams) return;
-    s.host_waits =
-        l.blocking || (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
+    s.host_waits = l.blocking || (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
     if (s.host_waits) captured = false;
     Seconds time{0};
     switch (i.kind) {
       case Kind::compute: {
         const Work w = work_of(p_, i, rank);
-        time = (w.kernels + w.groups) * l.kernel;
+        const Seconds loop = l.loop.count > 0 ? l.loop : l.kernel;
+        time = w.kernels * l.kernel + w.groups * loop;
+        if (w.products.empty() || w.kernels == 0) break;
+        // A layer is called once forward and once backward, whatever parts its product has.
+        if (i.part > 0)
+          time += loop - l.kernel;
+        else if (l.product.count > 0 && i.kernel != Kernel::backward_weight)
+          time += l.product - l.kernel;
         break;
       }
       case Kind::slice:
@@ -214,7 +220,8 @@ class Compiler {
         time = l.kernel;
       captured = true;
     }
-    price.launch = time;
+    const Topology& t = communication_.topology();
+    price.launch = t.launch_time(t.node_of(DeviceId{static_cast<std::size_t>(rank)})) * time;
   }
 
   void compile(int c) {

@@ -67,6 +67,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       setting(*launch, key, [&](const YamlNode& n) { to = n.as_seconds(); });
     };
     time("kernel", f.launches.kernel);
+    time("product", f.launches.product);
+    time("loop", f.launches.loop);
     time("transfer", f.launches.transfer);
     time("step", f.launches.step);
     boolean(*launch, "graphs", f.launches.graphs);

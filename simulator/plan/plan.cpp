@@ -814,6 +814,8 @@ void set_launches(Launches& l, const YamlNode& n) {
       throw InputError(x.place(), fmt::format("{} is no time of a launch; 0 s to 1 s", text(t)));
   };
   if (const auto x = n.find("kernel")) time(*x, l.kernel);
+  if (const auto x = n.find("product")) time(*x, l.product);
+  if (const auto x = n.find("loop")) time(*x, l.loop);
   if (const auto x = n.find("transfer")) time(*x, l.transfer);
   if (const auto x = n.find("step")) time(*x, l.step);
   if (const auto x = n.find("graphs")) l.graphs = x->as_bool();
@@ -1055,11 +1057,14 @@ std::string to_yaml(const Plan& p) {
       axes.push_back(fmt::format("{}: [{}]", name, fmt::join(strides, ", ")));
     s += fmt::format("rings: {{{}}}\n", fmt::join(axes, ", "));
   }
+  const auto if_any = [](const char* key, Seconds t) {
+    return t.count > 0 ? fmt::format("{}: {} s, ", key, t.count) : "";
+  };
   if (p.launches != Launches{})
     s += fmt::format(
-        "launch: {{kernel: {} s, transfer: {} s, {}graphs: {}, {}waits_for_counts: {}{}}}\n",
-        p.launches.kernel.count, p.launches.transfer.count,
-        p.launches.step.count > 0 ? fmt::format("step: {} s, ", p.launches.step.count) : "",
+        "launch: {{kernel: {} s, {}{}transfer: {} s, {}graphs: {}, {}waits_for_counts: {}{}}}\n",
+        p.launches.kernel.count, if_any("product", p.launches.product),
+        if_any("loop", p.launches.loop), p.launches.transfer.count, if_any("step", p.launches.step),
         p.launches.graphs, p.launches.graphs_beside_experts ? "graphs_beside_experts: true, " : "",
         p.launches.waits_for_counts, p.launches.blocking ? ", blocking: true" : "");
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)

@@ -246,6 +246,9 @@ struct Launches {
   bool waits_for_counts = false;
   bool graphs_beside_experts = false;  ///< what touches no rows of experts was captured
   bool blocking = false;  ///< the host waits for each kernel before it launches the next
+  Seconds product{0};     ///< the first kernel of a call of a layer of products; 0: as others
+  /// Those that follow it from the same call, expert by expert or part by part; 0: as others.
+  Seconds loop{0};
   bool any() const { return kernel.count > 0 || transfer.count > 0; }
   friend bool operator==(const Launches&, const Launches&) = default;
 };

@@ -722,6 +722,61 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   }
 }
 
+/// Where launches bind, two steps differ by what launches take, and by nothing else.
+struct Launched {
+  std::int64_t kernels = 0, calls = 0, groups = 0, parts = 0;
+};
+Launched launched(const Program& p) {
+  Launched n;
+  for (const BlockCall& call : p.stages[0]) {
+    for (const Instruction& i : p.blocks[call.block.index()].instructions) {
+      if (i.kind == Kind::slice || i.kind == Kind::copy) ++n.kernels;
+      if (i.kind != Kind::compute) continue;
+      const Work w = work_of(p, i, 0);
+      n.kernels += w.kernels, n.groups += w.groups;
+      if (w.products.empty()) continue;
+      if (i.part > 0)
+        ++n.parts;
+      else
+        n.calls += i.kernel != Kernel::backward_weight;
+    }
+  }
+  return n;
+}
+
+// docs/simulation.md, "By hand": 40 us the first kernel of a call, 5 us what follows it.
+TEST(Host, CallsOfLayersTakeLongerAndTheirFurtherKernelsShorter) {
+  Plan experts = base_plan();
+  Plan parts = base_plan();
+  parts.tp = 2, parts.sequence_parallel = true, parts.overlap_tensor_parallel = true;
+  for (const bool in_parts : {false, true}) {
+    Program p = lowered(in_parts ? gpt() : mixtral(), in_parts ? parts : experts);
+    const auto step = [&](double kernel, double product, double loop, double factor) {
+      p.launches = {};
+      p.launches.kernel = Seconds{kernel};
+      p.launches.product = Seconds{product};
+      p.launches.loop = Seconds{loop};
+      std::string text = kShared;
+      const std::string count = "- count: 2\n";
+      EXPECT_NE(text.find(count), std::string::npos);
+      text.insert(text.find(count) + count.size(), fmt::format("    launch_time: {}\n", factor));
+      const Topology t = parse_topology(text, "shared.yaml");
+      return static_cast<double>(run(p, t, Network::idle).step.count) * 1e-12;
+    };
+    const Launched n = launched(p);
+    EXPECT_GT(n.calls, 0);
+    EXPECT_GT(in_parts ? n.parts : n.groups, 0);
+    const double all = static_cast<double>(n.kernels + n.groups);
+    const double plain = step(0.01, 0, 0, 1);
+    EXPECT_NEAR(step(0.02, 0, 0, 1) - plain, 0.01 * all, 1e-6);
+    EXPECT_NEAR(step(0.01, 0.04, 0, 1) - plain, 0.03 * static_cast<double>(n.calls), 1e-6);
+    EXPECT_NEAR(step(0.01, 0, 0.005, 1) - plain, -0.005 * static_cast<double>(n.groups + n.parts),
+                1e-6);
+    // Slower processors.
+    EXPECT_NEAR(step(0.01, 0, 0, 2.6) - plain, 1.6 * 0.01 * all, 1e-6);
+  }
+}
+
 /// What is captured costs no more launches: all of it less than all but experts, that less than
 /// none.
 TEST(Host, GraphsBesideExpertsAreBetweenNoneAndAll) {

@@ -233,6 +233,9 @@ inline Plan with_launches(Plan p, std::mt19937& rng) {
   if (rng() % 3 > 0) return p;
   p.launches.kernel = Seconds{pick({1e-6, 5e-6, 20e-6})};
   p.launches.transfer = Seconds{pick({0, 3e-6, 30e-6})};
+  // Drawn with the others, so that what follows in a test is drawn as before.
+  if (p.launches.kernel.count > 3e-6)
+    p.launches.product = 3 * p.launches.kernel, p.launches.loop = 0.5 * p.launches.kernel;
   p.launches.graphs = rng() % 3 == 0;
   p.launches.waits_for_counts = rng() % 2 == 0;
   p.launches.blocking = rng() % 4 == 0;

@@ -1,4 +1,5 @@
 #include <gmock/gmock.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -113,7 +114,18 @@ nodes: [{vertices: {gpu: {kind: device, device: ./mine.yaml}}}]
   EXPECT_EQ(topology.device(DeviceId{std::size_t{0}}).memory, 8_GiB);
 }
 
+TEST(ClusterYaml, ANodesProcessorsLaunchAsFastAsItsGroupSays) {
+  const Topology t = parse_topology(
+      with("cpu_vendor: amd", "cpu_vendor: amd\n    launch_time: 1.4"), "lab.yaml");
+  EXPECT_EQ(t.launch_time(1), 1.4);
+  EXPECT_EQ(t.launch_time(2), 1);
+}
+
 TEST(ClusterYaml, BadClustersSayWhatIsWrong) {
+  for (const char* factor : {"0", "-1", "101"})
+    EXPECT_THAT(parsing(with("cpu_vendor: amd", fmt::format("launch_time: {}", factor))),
+                ThrowsMessage<InputError>(AllOf(HasSubstr("lab.yaml:6: nodes[0].launch_time"),
+                                                HasSubstr("write more than 0 and at most 100"))));
   EXPECT_THAT(
       parsing(with("count: 2", "count: 0")),
       ThrowsMessage<InputError>(HasSubstr("nodes[0]: a group needs 1 to 1,000,000 nodes; 0")));
