@@ -18,8 +18,8 @@
 namespace partita::validation {
 namespace {
 
-/// Long enough for some kernels to begin and end in it.
-constexpr double kStandInSeconds = 2e-3;
+/// Of each of its multiprocessors: 2 ms, in which some kernels begin and end.
+constexpr std::int64_t kStandInBytes = 30 << 20;
 
 /// Kernels back to back: those of a GPU take some milliseconds in all.
 int kernels_of(KernelFamily family, bool gpu) {
@@ -85,8 +85,15 @@ BufferId add_buffer(Program& p, Shape shape, Layout layout) {
 void add_transfer(Program& p, const TransferBeside& t) {
   Instruction i;
   i.stream = 1;
-  const std::int64_t n = t.ranks, row = std::max<std::int64_t>(1, t.bytes.count / 4 / n / n);
-  const Shape shape{{Dim::sample, n}, {Dim::feature, n * row}};
+  // Bytes as nccl-tests counts them: of an all-to-all what one rank holds, else the whole.
+  const std::int64_t n = t.ranks,
+                     whole_bytes =
+                         t.bytes.count * (t.kind == name(CollectiveKind::all_to_all) ? n : 1),
+                     piece = std::max<std::int64_t>(1, whole_bytes / 4 / n / n);
+  // Of several dimensions: interpreters write each one's indices out.
+  const std::int64_t wide = std::min<std::int64_t>(piece, 1024);
+  const Shape shape{
+      {Dim::sample, n}, {Dim::feature, n}, {Dim::height, piece / wide}, {Dim::width, wide}};
   if (t.kind == kStandIn) {
     i.kind = Kind::copy;
     i.multiprocessors = t.multiprocessors;
@@ -100,7 +107,7 @@ void add_transfer(Program& p, const TransferBeside& t) {
   DimSplit cut;
   cut.atoms = {0};
   Layout whole, owed, rows, columns;
-  whole.dims.resize(2);
+  whole.dims.resize(shape.size());
   owed = rows = columns = whole;
   owed.partial = i.atoms;
   rows.dims[0] = cut;
@@ -180,8 +187,7 @@ std::vector<TransferBeside> transfers_to_measure(int ranks, bool gpu) {
   if (!gpu && ranks != 2) return all;
   if (ranks == 1) {
     for (const int held : {24, 8, 32, 16, 4})
-      all.push_back(
-          {kStandIn, 1, held, Bytes{std::llround(held * kStandInRate * kStandInSeconds)}});
+      all.push_back({kStandIn, 1, held, Bytes{held * kStandInBytes}});
     return all;
   }
   const std::vector<std::int64_t> sizes =

@@ -64,7 +64,7 @@ TEST(Slowdown, WhatIsNotSharedIsAsFastAsAlone) {
   t = harvested({rank(0, 1, {{0, 340}, {0, 90}, {90, 180}})}, {kernels}, {alone});
   ASSERT_EQ(t.size(), 1u);
   EXPECT_EQ(t[0].of_kernel, 1);
-  EXPECT_EQ(t[0].of_transfer, 1.125);  // 180 / (350 - 160)... at least 1
+  EXPECT_EQ(t[0].of_transfer, 1);
 }
 
 TEST(Slowdown, TooLittleSharedSaysNothing) {
@@ -89,8 +89,8 @@ TEST(Slowdown, OfATransferTheRankThatCameLastCounts) {
                                           rank(1, 1, {{600, 900}, {600, 800}})};
   const auto t = harvested(both, {kernels, kernels}, alone);
   ASSERT_EQ(t.size(), 1u);
-  EXPECT_DOUBLE_EQ(t[0].of_transfer, 2);  // 200 / (200 - 100)
-  EXPECT_DOUBLE_EQ(t[0].of_kernel, 1.5);  // (100 + 200) / (100 + 100)
+  EXPECT_NEAR(t[0].of_transfer, 2, 1e-12);  // 200 / (200 - 100)
+  EXPECT_NEAR(t[0].of_kernel, 1.5, 1e-12);  // (100 + 200) / (100 + 100)
 }
 
 /// What can be said of a program before it is run: a family's kernels one after the other on the
@@ -127,7 +127,7 @@ TEST(Slowdown, ProgramsHaveTheirKernelsAndTheirTransfer) {
           for (std::size_t k = 1; k < list.size(); ++k) {
             EXPECT_EQ(list[k].stream, kComputeStream);
             const Work w = work_of(both, list[k], 0);
-            EXPECT_EQ(w.attention.has_value(), gpu && family == KernelFamily::attention);
+            EXPECT_EQ(w.attention.has_value(), family == KernelFamily::attention);
             EXPECT_EQ(w.matrix, family != KernelFamily::memory);
             EXPECT_EQ(w.products.empty(), family == KernelFamily::memory || w.attention);
           }
