@@ -415,8 +415,10 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                          validation::harvest_collectives(*p, m[0], host_cores(), u.collectives);
                        }});
     }
-    plan_slowdowns(o, ranks, task, c);
-    if (o.gpu() && ranks > 1) continue;
+    if (o.gpu() && ranks > 1) {
+      plan_slowdowns(o, ranks, task, c);
+      continue;
+    }
     const std::int64_t largest = std::int64_t{1} << (o.gpu() ? 30 : 24);
     const std::size_t at = task(no_graph(), validation::copy_program(ranks, largest));
     const Program* p = c.tasks[at].program;
@@ -430,6 +432,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                          validation::harvest_host_copies(*q, m[0], u.kernels);
                        }});
     }
+    plan_slowdowns(o, ranks, task, c);
     if (ranks != 2) continue;
     std::vector<std::size_t> parts;
     for (const auto part : {validation::OverlapPart::both, validation::OverlapPart::transfer,

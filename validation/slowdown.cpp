@@ -186,7 +186,7 @@ std::vector<TransferBeside> transfers_to_measure(int ranks, bool gpu) {
   std::vector<TransferBeside> all;
   if (!gpu && ranks != 2) return all;
   if (ranks == 1) {
-    for (const int held : {24, 8, 32, 16, 4})
+    for (const int held : {24, 8, 32})
       all.push_back({kStandIn, 1, held, Bytes{held * kStandInBytes}});
     return all;
   }

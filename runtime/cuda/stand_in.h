@@ -9,8 +9,8 @@ namespace partita::cuda {
 
 /// Bytes that a block copies before it looks at the clock: at kStandInRate some 4 us.
 inline constexpr std::int64_t kStandInChunk = 64 << 10;
-/// Of a block: as large as NCCL's, so that no product's fits beside it on a multiprocessor.
-inline constexpr int kStandInThreads = 512, kStandInShared = 64 << 10;
+/// Of a block: so much shared memory that no large product's fits beside it on a multiprocessor.
+inline constexpr int kStandInThreads = 512, kStandInShared = 96 << 10;
 
 /// Copies `bytes`, a multiple of 16, in chunks: block b of `blocks` those of number b, b + blocks,
 /// ... Its k-th is over no sooner than k · `nanoseconds` after its start: until then it spins, as
