@@ -478,6 +478,45 @@ TEST(AtOnce, BesideAndFlowsAgreeWhereNoLinkIsShared) {
   }
 }
 
+/// Pipelines, tensor and data parallel at once over a shared card: folded as unfolded, replayed as
+/// played; never faster than alone.
+TEST(AtOnce, FoldedStepsAgreeToThePicosecond) {
+  std::mt19937 rng{20261128};
+  const auto ratio = [&] { return 1 + static_cast<double>(rng() % 1000) / 500; };
+  const Graph g = build_transformer(small_config());
+  for (int n = 0; n < 12; ++n) {
+    Plan wanted = base_plan();
+    (n % 3 == 0 ? wanted.pp : n % 3 == 1 ? wanted.tp : wanted.dp) = 2;
+    (n % 3 == 0 ? wanted.tp : wanted.dp) *= 2;
+    wanted.micro_batch = 1;
+    wanted.global_batch = 4 * wanted.dp;
+    const Program p = lowered(g, wanted);
+    ASSERT_EQ(p.ranks(), 4);
+    std::string lines;
+    for (const char* family : {"product", "attention", "memory"}) {
+      for (const char* kind : {"all_reduce", "send"})
+        lines += fmt::format(
+            "  - {{kernel: {}, beside: {}, ranks: 2, bytes: 1 MiB, of_kernel: {}, of_transfer: "
+            "{}}}\n",
+            family, kind, ratio(), ratio());
+    }
+    SCOPED_TRACE(lines);
+    const Topology t = with_slowdown(lines);
+    Communication communication(t);
+    const Ticks idle = run(p, t, Network::idle).step;
+    for (const Network network : {Network::beside, Network::flows}) {
+      SimulateOptions options;
+      options.network = network;
+      const Ticks folded = simulate(p, communication, options).step;
+      EXPECT_GE(folded, idle);
+      options.replay = false;
+      EXPECT_EQ(simulate(p, communication, options).step, folded) << name(network);
+      options.unfolded = true;
+      EXPECT_EQ(simulate(p, communication, options).step, folded) << name(network);
+    }
+  }
+}
+
 // A reduce-scatter comes after the weight's gradient in the program and runs beside it.
 TEST(Contention, KernelsGiveWayToTransfersThatComeLaterInTheProgram) {
   const Topology t = load_topology("dgx-h100:1");
