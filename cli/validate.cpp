@@ -8,6 +8,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
@@ -55,6 +56,7 @@
 #include "validation/nccl_estimates.h"
 #include "validation/row_case.h"
 #include "validation/sampling.h"
+#include "validation/slowdown.h"
 #ifdef PARTITA_MPI
 #  include "runtime/transport/mpi.h"
 #endif
@@ -313,6 +315,33 @@ void keep_only(Calibration& c, const std::string& text, const std::string& flag)
     throw InputError(flag, fmt::format("nothing that is measured has '{}' in its name", text));
 }
 
+/// Kernels and transfers at once. Not where transfers pass through the host or ranks take turns on
+/// a GPU: nothing is at once there.
+template <class AddTask>
+void plan_slowdowns(const Options& o, int ranks, const AddTask& task, Calibration& c) {
+  if (o.gpu() && ranks > 1 && (o.share_gpu || o.transport == "threads")) return;
+  constexpr auto kFamilies =
+      std::array{KernelFamily::product, KernelFamily::attention, KernelFamily::memory};
+  const bool gpu = o.gpu();
+  for (const validation::TransferBeside& t : validation::transfers_to_measure(ranks, gpu)) {
+    std::vector<std::size_t> tasks;
+    const auto add = [&](KernelFamily family, validation::AtOnce part) {
+      tasks.push_back(task(no_graph(), validation::at_once_program(family, t, part, gpu)));
+      c.tasks[tasks.back()].options.drawn = true;
+    };
+    add(kFamilies[0], validation::AtOnce::transfer);
+    for (const KernelFamily family : kFamilies) {
+      add(family, validation::AtOnce::kernels);
+      add(family, validation::AtOnce::both);
+    }
+    c.all.push_back({ranks, "kernels beside " + t.name(), tasks, {}, [=](const auto& m, auto& u) {
+                       for (std::size_t f = 0; f < kFamilies.size(); ++f)
+                         validation::harvest_slowdown(kFamilies[f], t, m[2 + 2 * f], m[1 + 2 * f],
+                                                      m[0], !gpu, u.slowdown);
+                     }});
+  }
+}
+
 /// Whatever has `only` in its name.
 void plan_calibration(const Options& o, const std::string& only, const std::string& flag,
                       Calibration& c) {
@@ -386,7 +415,10 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                          validation::harvest_collectives(*p, m[0], host_cores(), u.collectives);
                        }});
     }
-    if (o.gpu() && ranks > 1) continue;
+    if (o.gpu() && ranks > 1) {
+      plan_slowdowns(o, ranks, task, c);
+      continue;
+    }
     const std::int64_t largest = std::int64_t{1} << (o.gpu() ? 30 : 24);
     const std::size_t at = task(no_graph(), validation::copy_program(ranks, largest));
     const Program* p = c.tasks[at].program;
@@ -400,6 +432,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                          validation::harvest_host_copies(*q, m[0], u.kernels);
                        }});
     }
+    plan_slowdowns(o, ranks, task, c);
     if (ranks != 2) continue;
     std::vector<std::size_t> parts;
     for (const auto part : {validation::OverlapPart::both, validation::OverlapPart::transfer,
@@ -539,7 +572,7 @@ std::size_t points_of(const Profile& p) {
   std::size_t n = 0;
   for (const auto& [kernel, points] : p.kernels) n += points.size();
   for (const auto& [kind, points] : p.collectives) n += points.size();
-  return n;
+  return n + p.slowdown.size();
 }
 
 /// Figures whose rounds lie far apart.
@@ -555,6 +588,11 @@ std::vector<std::string> outliers(const Profile& p) {
       all.emplace_back(x.spread, fmt::format("{} of {} on {} ranks, {} ± {:.0f} %", kind,
                                              text(x.bytes), x.ranks, text(x.time), 100 * x.spread));
   }
+  for (const SlowdownPoint& x : p.slowdown)
+    all.emplace_back(
+        x.spread,
+        fmt::format("{} kernels beside {} of {}, {:.2f} and {:.2f} ± {:.0f} %", name(x.kernel),
+                    x.beside, text(x.bytes), x.of_kernel, x.of_transfer, 100 * x.spread));
   std::sort(all.rbegin(), all.rend());
   std::vector<std::string> worst;
   for (const auto& [spread, line] : all) {
@@ -578,6 +616,23 @@ void print_machine(const Profile& p) {
       table.push_back({text(Bytes{static_cast<std::int64_t>(bytes) / 2})});
       for (const int r : ranks)
         table.back().push_back(by_ranks.count(r) > 0 ? text(BytesPerSecond{by_ranks.at(r)}) : "-");
+    }
+    fmt::print("{}\n", align(table));
+  }
+  if (!p.slowdown.empty()) {
+    const double all = p.gpu ? p.gpu->multiprocessors : 0;
+    std::vector<std::vector<std::string>> table{
+        {"at once, over alone", "beside", "kernel", "transfer", all > 0 ? "P / (P - c)" : ""}};
+    for (const SlowdownPoint& x : p.slowdown) {
+      const bool stands_in = x.beside == kStandIn;
+      table.push_back({std::string(name(x.kernel)),
+                       stands_in
+                           ? fmt::format("stand-in of {}", x.multiprocessors)
+                           : fmt::format("{} of {}, {} ranks", x.beside, text(x.bytes), x.ranks),
+                       fmt::format("{:.3f}", x.of_kernel), fmt::format("{:.3f}", x.of_transfer),
+                       stands_in && all > x.multiprocessors
+                           ? fmt::format("{:.3f}", all / (all - x.multiprocessors))
+                           : ""});
     }
     fmt::print("{}\n", align(table));
   }

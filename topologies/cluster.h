@@ -124,6 +124,9 @@ ClusterSpec read_nvidia_smi(const std::string& text, const std::string& file,
 /// them. A source of its own goes into `sources` by its place.
 CollectiveTable read_collectives(const YamlNode& table, const std::string& source,
                                  std::map<std::string, std::string>& sources);
+/// The `slowdown` of a device file: a list of {kernel, beside, ranks or multiprocessors, bytes,
+/// of_kernel, of_transfer, spread}.
+SlowdownTable read_slowdowns(const YamlNode& list);
 
 /// Names of the .yaml files of a data folder, sorted, without the ending.
 std::vector<std::string> data_names(const std::string& folder);

@@ -268,6 +268,13 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   }
   if (const auto table = root.find("collectives"))
     device.collectives = read_collectives(*table, figure.file_source(), device.sources);
+  if (const auto list = root.find("slowdown")) {
+    if (figure.file_source().empty())
+      throw InputError(list->place(),
+                       "what was measured needs a source; write source: for the whole file");
+    device.sources["slowdown"] = figure.file_source();
+    device.slowdown = read_slowdowns(*list);
+  }
   for (const auto& [key, to] :
        {std::pair{"attention_forward_efficiency", &device.attention_forward_efficiency},
         std::pair{"attention_backward_efficiency", &device.attention_backward_efficiency},

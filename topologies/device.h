@@ -54,6 +54,7 @@ struct DeviceProfile {
   Seconds time_slice{2.18e-3};
   CollectiveTable collectives;  ///< Measured by neighbouring devices of one node.
   KernelTable kernels;          ///< Measured by our runtime, all of them; empty for a GPU.
+  SlowdownTable slowdown;       ///< Measured of kernels and transfers at once; empty: derived.
   /// Fractions of peak that the inner loops of flash attention reach, the products counted that it
   /// does: 2 forward, 5 backward.
   double attention_forward_efficiency = 0.6, attention_backward_efficiency = 0.5;

@@ -77,4 +77,29 @@ struct CollectivePoint {
 /// By kind: "all_reduce"; of hosts also "send" and "receive".
 using CollectiveTable = std::map<std::string, std::vector<CollectivePoint>>;
 
+/// Kernels that transfers slow alike: by their products, flash attention, all others.
+enum class KernelFamily : std::uint8_t { product, attention, memory };
+inline constexpr int kKernelFamilies = 3;
+std::string_view name(KernelFamily family);
+
+/// A kernel that holds multiprocessors and copies as a transfer does, where there is no transfer.
+inline constexpr const char* kStandIn = "stand_in";
+/// What SlowdownPoint::beside may be: collectives by kind, "send", kStandIn.
+const std::vector<std::string_view>& transfers_beside();
+
+/// Kernels and a transfer that run at once: what either takes, over its time alone
+/// (docs/calibration.md, "Slowdown").
+struct SlowdownPoint {
+  KernelFamily kernel = KernelFamily::product;
+  std::string beside;
+  int ranks = 1;            ///< of the transfer
+  int multiprocessors = 0;  ///< that a stand-in holds; 0: it is none
+  Bytes bytes;              ///< as nccl-tests counts them; of a stand-in, that it copies
+  double of_kernel = 1, of_transfer = 1;
+  double spread = 0;
+};
+using SlowdownTable = std::vector<SlowdownPoint>;
+/// Slower than this is no sharing: a kernel or transfer that waits for the other to end.
+inline constexpr double kMostSlowdown = 20;
+
 }  // namespace partita

@@ -310,6 +310,14 @@ std::vector<CalibrationRun> gpu_calibration_runs() {
   return all;
 }
 
+CalibrationRun layer_run(bool gpu) {
+  CalibrationRun r = run_of(build_transformer(gpu ? decoder(4096, 4096, 16384, 32, 256, false)
+                                                  : decoder(128, 64, 512, 4, 64, false)),
+                            1, true);
+  if (gpu) set_precision(r.plan, "bf16", "");
+  return r;
+}
+
 void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, KernelTable& into) {
   // Samples are in program order, the same on every step.
   using Key = std::tuple<std::string, double, double, double, double, double>;
@@ -642,6 +650,7 @@ std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
 Profile joined(const std::vector<Unit>& units) {
   Profile p;
   std::vector<double> dispatch, overlap;
+  SlowdownTable slowdown;
   const std::vector<std::size_t> off = off_clock(units);
   p.strayed = off.size();
   for (std::size_t number = 0; number < units.size(); ++number) {
@@ -651,6 +660,7 @@ Profile joined(const std::vector<Unit>& units) {
       p.kernels[kernel].insert(p.kernels[kernel].end(), points.begin(), points.end());
     for (const auto& [kind, points] : u.collectives)
       p.collectives[kind].insert(p.collectives[kind].end(), points.begin(), points.end());
+    slowdown.insert(slowdown.end(), u.slowdown.begin(), u.slowdown.end());
     dispatch.insert(dispatch.end(), u.dispatch.begin(), u.dispatch.end());
     overlap.insert(overlap.end(), u.overlap.begin(), u.overlap.end());
   }
@@ -677,6 +687,23 @@ Profile joined(const std::vector<Unit>& units) {
     join(points, [](const CollectivePoint& x) {
       return std::tuple{x.ranks, x.at_work, x.bytes.count};
     });
+  std::map<std::tuple<KernelFamily, std::string, int, int, std::int64_t>, SlowdownTable> pairs;
+  for (const SlowdownPoint& x : slowdown)
+    pairs[{x.kernel, x.beside, x.ranks, x.multiprocessors, x.bytes.count}].push_back(x);
+  for (auto& [pair, list] : pairs) {
+    SlowdownPoint one = list[0];
+    for (double SlowdownPoint::*ratio : {&SlowdownPoint::of_kernel, &SlowdownPoint::of_transfer}) {
+      std::vector<double> all;
+      for (const SlowdownPoint& x : list) {
+        all.push_back(x.*ratio);
+        one.spread = std::max(one.spread, x.spread);
+      }
+      const auto [least, most] = std::minmax_element(all.begin(), all.end());
+      one.spread = std::max(one.spread, (*most - *least) / 2 / median(all));
+      one.*ratio = median(std::move(all));
+    }
+    p.slowdown.push_back(one);
+  }
   const auto settle = [](std::vector<double> list, double& middle, double& spread) {
     if (list.empty()) return;
     std::sort(list.begin(), list.end());
@@ -826,11 +853,12 @@ std::string gpu_yaml(const Profile& p) {
 }
 
 std::string kernels_yaml(const Profile& p);
+std::string slowdown_yaml(const Profile& p);
 
 }  // namespace
 
 std::string device_yaml(const Profile& p) {
-  if (p.gpu) return gpu_yaml(p) + kernels_yaml(p);
+  if (p.gpu) return gpu_yaml(p) + slowdown_yaml(p) + kernels_yaml(p);
   // What the tables do not hold is priced by rates: those of the largest copy and the fastest
   // product.
   double bandwidth = 0, largest = 0, product = 0;
@@ -868,10 +896,22 @@ std::string device_yaml(const Profile& p) {
       !p.overlap_measured ? ""
                           : fmt::format("overlap: {{value: {:.3f}, source: '{}: spread {:.3f}'}}\n",
                                         p.overlap, p.provenance, p.overlap_spread));
-  return s + kernels_yaml(p);
+  return s + slowdown_yaml(p) + kernels_yaml(p);
 }
 
 namespace {
+
+std::string slowdown_yaml(const Profile& p) {
+  std::string s = p.slowdown.empty() ? "" : "slowdown:\n";
+  for (const SlowdownPoint& x : p.slowdown)
+    s += fmt::format(
+        "  - {{kernel: {}, beside: {}, {}: {}, bytes: {} B, of_kernel: {:.4f}, of_transfer: "
+        "{:.4f}, spread: {:.3f}}}\n",
+        name(x.kernel), x.beside, x.beside == kStandIn ? "multiprocessors" : "ranks",
+        x.beside == kStandIn ? x.multiprocessors : x.ranks, x.bytes.count, x.of_kernel,
+        x.of_transfer, x.spread);
+  return s;
+}
 
 std::string kernels_yaml(const Profile& p) {
   std::string s = "kernels:\n";

@@ -34,6 +34,9 @@ std::vector<CalibrationRun> calibration_runs(int ranks);
 /// `rate`: FLOP/s of the dullest GPU they are for, so that a step takes no more than a second.
 std::vector<CalibrationRun> gpu_calibration_runs();
 
+/// One layer whose kernels are measured beside transfers: of a GPU large, in bf16.
+CalibrationRun layer_run(bool gpu);
+
 /// Kernel points of one calibration run: medians over steps and ranks, equal shapes joined.
 void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, KernelTable& into);
 
@@ -83,6 +86,7 @@ struct Profile {
   std::string provenance;  ///< host, date, versions: the `source` of every figure
   KernelTable kernels;
   CollectiveTable collectives;
+  SlowdownTable slowdown;
   Seconds dispatch;
   double dispatch_spread = 0;
   double overlap = 0, overlap_spread = 0;

@@ -32,6 +32,9 @@ Json json_of(const Unit& u) {
     for (const CollectivePoint& p : points)
       j["collectives"][kind].push_back({p.ranks, p.bytes.count, p.time.count, p.spread, p.at_work});
   }
+  for (const SlowdownPoint& p : u.slowdown)
+    j["slowdown"].push_back({name(p.kernel), p.beside, p.ranks, p.multiprocessors, p.bytes.count,
+                             p.of_kernel, p.of_transfer, p.spread});
   if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
   if (!u.overlap.empty()) j["overlap"] = u.overlap;
   if (const Conditions& c = u.conditions; c.known()) {
@@ -69,6 +72,19 @@ Unit unit_of(const Json& j) {
       u.collectives[kind].push_back({p.at(0).get<int>(), Bytes{p.at(1).get<std::int64_t>()},
                                      Seconds{p.at(2).get<double>()}, p.at(3).get<double>(),
                                      p.at(4).get<int>()});
+  }
+  for (const Json& p : j.value("slowdown", Json::array())) {
+    SlowdownPoint x;
+    for (const auto family : {KernelFamily::product, KernelFamily::attention, KernelFamily::memory})
+      if (p.at(0).get<std::string>() == name(family)) x.kernel = family;
+    x.beside = p.at(1).get<std::string>();
+    x.ranks = p.at(2).get<int>();
+    x.multiprocessors = p.at(3).get<int>();
+    x.bytes = Bytes{p.at(4).get<std::int64_t>()};
+    x.of_kernel = p.at(5).get<double>();
+    x.of_transfer = p.at(6).get<double>();
+    x.spread = p.at(7).get<double>();
+    u.slowdown.push_back(x);
   }
   u.dispatch = j.value("dispatch", std::vector<double>{});
   u.overlap = j.value("overlap", std::vector<double>{});

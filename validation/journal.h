@@ -30,6 +30,7 @@ struct Unit {
   double seconds = 0;  ///< that it took
   KernelTable kernels;
   CollectiveTable collectives;
+  SlowdownTable slowdown;
   std::vector<double> dispatch;  ///< seconds between two instructions
   std::vector<double> overlap;   ///< share of the smaller of transfer and compute
   std::string record;            ///< JSON of who measures something else

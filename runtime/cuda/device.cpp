@@ -157,6 +157,11 @@ class Gpu : public CudaDevice {
     check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, stream()),
           "copy");
   }
+  void stand_in(std::byte* to, const std::byte* from, std::int64_t bytes,
+                int multiprocessors) override {
+    cuda::stand_in(machine(), to, from, bytes, multiprocessors);
+    look("a stand-in");
+  }
   void fill(std::byte* to, std::int64_t count, float value) override {
     if (count > 0) cuda::fill(machine(), reinterpret_cast<float*>(to), count, value);
   }

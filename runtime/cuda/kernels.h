@@ -15,6 +15,10 @@ void fill(CudaMachine& m, float* to, std::int64_t n, float value);
 void draw(CudaMachine& m, Numbers to, std::int64_t n, float mean, float deviation,
           std::uint64_t seed);
 
+/// As execute::Device::stand_in.
+void stand_in(CudaMachine& m, std::byte* to, const std::byte* from, std::int64_t bytes,
+              int multiprocessors);
+
 /// Runs in the GPU's memory, with how many words lie before each.
 struct RunTable {
   const execute::Run* runs = nullptr;

@@ -298,6 +298,10 @@ Channel channel_of(const Instruction& message, int rank, int peer) {
   return {{std::min(rank, peer), std::max(rank, peer)}, stream_of(message)};
 }
 
+void Device::stand_in(std::byte* to, const std::byte* from, std::int64_t bytes, int) {
+  copy(to, from, bytes);
+}
+
 std::unique_ptr<Device> host_device() { return std::make_unique<HostDevice>(); }
 
 std::unique_ptr<OperatorKernel> visiting_kernel(Device& device, reference::Context context) {

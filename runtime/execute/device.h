@@ -146,6 +146,10 @@ class Device {
   virtual void to_host_later(void* to, const std::byte* from, std::int64_t bytes) = 0;
   /// Either may be of allocate_on_host.
   virtual void copy(std::byte* to, const std::byte* from, std::int64_t bytes) = 0;
+  /// A copy that stands in for a transfer: by a kernel that keeps so many multiprocessors, each of
+  /// which moves kStandInRate; without multiprocessors a copy.
+  virtual void stand_in(std::byte* to, const std::byte* from, std::int64_t bytes,
+                        int multiprocessors);
   virtual void fill(std::byte* to, std::int64_t count, float value) = 0;
   /// Normal numbers of `type`, counter-based.
   virtual void draw(std::byte* to, ElementType type, std::int64_t n, float mean, float deviation,

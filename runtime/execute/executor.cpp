@@ -665,9 +665,14 @@ class Executor {
         message(block, i);
         return;
       case Kind::copy:
-        if (box(i.reads[0]).held)
-          device_.copy(data(i.writes[0]), data(i.reads[0]),
-                       box(i.reads[0]).elements() * p_.buffer(i.reads[0]).width());
+        if (box(i.reads[0]).held) {
+          const std::int64_t bytes = box(i.reads[0]).elements() * p_.buffer(i.reads[0]).width();
+          if (i.multiprocessors > 0) {
+            device_.stand_in(data(i.writes[0]), data(i.reads[0]), bytes, i.multiprocessors);
+          } else {
+            device_.copy(data(i.writes[0]), data(i.reads[0]), bytes);
+          }
+        }
         return;
       case Kind::slice:
       case Kind::collective:

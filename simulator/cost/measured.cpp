@@ -417,4 +417,66 @@ std::optional<Seconds> measured_time(const CollectiveTable& table, const std::st
   return Seconds{interpolate(points, bytes)};
 }
 
+namespace {
+
+/// Between neighbours of (x, slowdown) sorted by x linear, beyond the ends the end's. Points of one
+/// x: their mean.
+Slowdown between(std::vector<std::pair<double, Slowdown>> points, double x) {
+  std::stable_sort(points.begin(), points.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<std::pair<double, Slowdown>> means;
+  for (std::size_t k = 0; k < points.size();) {
+    Slowdown sum;
+    double n = 0;
+    for (const double at = points[k].first; k < points.size() && points[k].first == at; ++k) {
+      sum.of_kernel += points[k].second.of_kernel, sum.of_transfer += points[k].second.of_transfer;
+      ++n;
+    }
+    means.push_back({points[k - 1].first, {sum.of_kernel / n, sum.of_transfer / n}});
+  }
+  if (x <= means.front().first) return means.front().second;
+  if (x >= means.back().first) return means.back().second;
+  const auto above = std::upper_bound(means.begin(), means.end(), x,
+                                      [](double v, const auto& p) { return v < p.first; });
+  const auto& [x0, low] = *(above - 1);
+  const auto& [x1, high] = *above;
+  const double share = (x - x0) / (x1 - x0);
+  return {low.of_kernel + share * (high.of_kernel - low.of_kernel),
+          low.of_transfer + share * (high.of_transfer - low.of_transfer)};
+}
+
+}  // namespace
+
+Slowdown measured_slowdown(const SlowdownTable& table, KernelFamily kernel, const std::string& kind,
+                           int ranks, Bytes bytes, int multiprocessors) {
+  const auto of = [&](std::string_view beside) {
+    std::vector<SlowdownPoint> points;
+    for (const SlowdownPoint& p : table) {
+      if (p.kernel == kernel && p.beside == beside) points.push_back(p);
+    }
+    return points;
+  };
+  const auto by_bytes = [&](const std::vector<SlowdownPoint>& all) {
+    const int at = nearest_ranks(all, ranks);
+    std::vector<std::pair<double, Slowdown>> points;
+    for (const SlowdownPoint& p : all) {
+      if (p.ranks == at)
+        points.push_back(
+            {std::log2(static_cast<double>(p.bytes.count)), {p.of_kernel, p.of_transfer}});
+    }
+    return between(std::move(points), std::log2(std::max(1.0, static_cast<double>(bytes.count))));
+  };
+  if (const auto own = of(kind); !own.empty()) return by_bytes(own);
+  if (const auto stand_ins = of(kStandIn); !stand_ins.empty()) {
+    std::vector<std::pair<double, Slowdown>> points{{0, {1, 1}}};
+    for (const SlowdownPoint& p : stand_ins)
+      points.push_back({static_cast<double>(p.multiprocessors), {p.of_kernel, p.of_transfer}});
+    return between(std::move(points), multiprocessors);
+  }
+  for (const std::string_view other : transfers_beside()) {
+    if (const auto points = of(other); !points.empty()) return by_bytes(points);
+  }
+  return {};
+}
+
 }  // namespace partita

@@ -53,6 +53,17 @@ std::optional<Seconds> measured_time(const CollectiveTable& table, const std::st
 std::optional<Seconds> measured_time(const CollectiveTable& table, const std::string& kind,
                                      int ranks, int nodes, double bytes,
                                      const std::function<double(double)>& model);
+/// Of a kernel and a transfer at once, either's time over that alone, at least 1; 0: not known.
+struct Slowdown {
+  double of_kernel = 0, of_transfer = 0;
+};
+/// A transfer of `kind`, a collective's or "send": of its points with as many ranks (else the
+/// nearest number), linear in log bytes between two, the end's beyond. Else of stand-ins, linear in
+/// `multiprocessors`, 1 at 0, beyond the largest its; else of the first kind that the table has in
+/// the order of transfers_beside(). Unknown where the table has no such kernels.
+/// docs/sharing.md, "Kernels and transfers at once, as measured".
+Slowdown measured_slowdown(const SlowdownTable& table, KernelFamily kernel, const std::string& kind,
+                           int ranks, Bytes bytes, int multiprocessors);
 /// The number of ranks at work whose points that takes; 0 where there are none.
 int measured_at_work(const CollectiveTable& table, const std::string& kind, int ranks, int at_work);
 

@@ -445,9 +445,53 @@ class Engine {
     if (!(use.work.count > 0)) return alone;
     const std::int64_t work = work_ticks(use.work, step.ticks, block.prices[at].every);
     if (kernel) return end_beside(start, step.ticks - work, work, use, s.running);
-    s.running.push_back({start, alone - work, alone, use.units, use.memory,
-                         static_cast<std::int64_t>(call.block.value) << 32 | step.instruction});
-    return alone;
+    const bool slowed = std::any_of(use.slows.begin(), use.slows.end(),
+                                    [](const Slowdown& x) { return x.of_transfer > 1; });
+    const std::int64_t end =
+        slowed ? end_among_kernels(c, s, block, at, call, start, work, use) : alone;
+    s.running.push_back({start, alone - work, end, use.units, use.memory,
+                         static_cast<std::int64_t>(call.block.value) << 32 | step.instruction,
+                         use.slows});
+    return end;
+  }
+  /// When a transfer, step `at` of its block, ends among the kernels that are still to come there
+  /// and wait for nothing that it or a step beside the compute stream after it makes.
+  std::int64_t end_among_kernels(int c, Progress& s, const CompiledBlock& block, std::size_t at,
+                                 const BlockCall& call, std::int64_t start, std::int64_t work,
+                                 const DeviceUse& use) const {
+    const auto& uses = uses_[static_cast<std::size_t>(c)][call.block.index()];
+    const auto slot = [&](std::int32_t k) { return block.slots[static_cast<std::size_t>(k)]; };
+    std::set<std::int32_t> made;
+    const auto makes = [&](const Step& step) {
+      for (std::int32_t m = 0; m < step.marks; ++m) made.insert(slot(step.first_mark + m));
+    };
+    makes(block.steps[at]);
+    std::size_t k = at;
+    const auto next = [&](std::int64_t free) -> std::optional<Coming> {
+      while (++k < block.steps.size()) {
+        const Step& step = block.steps[k];
+        if (step.stream != kComputeStream) {
+          makes(step);
+          continue;
+        }
+        if (step.kind != Kind::compute && step.kind != Kind::slice) return {};
+        Coming kernel;
+        kernel.start = free;
+        for (std::int32_t w = 0; w < step.waits; ++w) {
+          const std::int32_t x = slot(step.first_wait + w);
+          if (made.count(x) > 0) return {};
+          kernel.start = std::max(kernel.start, s.slot(x, call.micro_batch).ready);
+        }
+        if (step.ticks == 0) continue;
+        kernel.work = work_ticks(uses[k].work, step.ticks, block.prices[k].every);
+        kernel.fixed = step.ticks - kernel.work;
+        kernel.use = &uses[k];
+        return kernel;
+      }
+      return {};
+    };
+    return end_beside_kernels(start, block.steps[at].ticks - work, work, use,
+                              s.free[kComputeStream], next, s.running);
   }
   /// Transfers that no later kernel can meet.
   static void forget(Progress& s) {

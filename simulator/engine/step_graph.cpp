@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <set>
 #include <tuple>
 
 #include "base/error.h"
@@ -39,6 +40,47 @@ Usages::Usages(const Program& program, Communication& communication, const Share
   for (std::size_t d = 0; d < links.device_classes; ++d) sharing_.add(1);
   first_memory_ = ResourceId{sharing_.resource_count()};
   for (std::size_t d = 0; d < links.device_classes; ++d) sharing_.add(1);
+  first_at_once_ = ResourceId{sharing_.resource_count()};
+  const bool measured =
+      std::any_of(links.ranks.classes.begin(), links.ranks.classes.end(), [&](const RankClass& c) {
+        return !communication.topology()
+                    .device(DeviceId{static_cast<std::size_t>(c.representative)})
+                    .slowdown.empty();
+      });
+  if (!measured) return;
+  std::set<Stream> lanes;
+  for (const Block& b : program.blocks) {
+    for (const Instruction& i : b.instructions) {
+      if (i.kind == Kind::collective || i.kind == Kind::send) lanes.insert(i.stream);
+    }
+  }
+  lanes_.assign(lanes.begin(), lanes.end());
+  const std::size_t all = links.device_classes * 2 * lanes_.size() * kKernelFamilies * 2;
+  for (std::size_t k = 0; k < all; ++k) sharing_.add(1);
+}
+
+std::size_t Usages::lane_of(const Instruction& i, bool arrives) const {
+  const auto at = static_cast<std::size_t>(
+      std::lower_bound(lanes_.begin(), lanes_.end(), i.stream) - lanes_.begin());
+  return at + (arrives ? lanes_.size() : 0);
+}
+
+ResourceId Usages::at_once(std::int32_t device_class, std::size_t lane, int family,
+                           bool back) const {
+  const std::size_t at =
+      (static_cast<std::size_t>(device_class) * 2 * lanes_.size() + lane) * kKernelFamilies +
+      static_cast<std::size_t>(family);
+  return ResourceId{first_at_once_.index() + 2 * at + (back ? 1 : 0)};
+}
+
+double Usages::most_slowdown(std::int32_t c, int family) const {
+  const std::int64_t rank = links_.ranks.classes[static_cast<std::size_t>(c)].representative;
+  double most = 1;
+  for (const SlowdownPoint& p :
+       communication_.topology().device(DeviceId{static_cast<std::size_t>(rank)}).slowdown) {
+    if (static_cast<int>(p.kernel) == family) most = std::max(most, p.of_transfer);
+  }
+  return most;
 }
 
 TransferKind Usages::kind_of(const Instruction& i, std::int32_t rank_class) {
@@ -62,6 +104,15 @@ std::int32_t Usages::kernel(const Instruction& i, std::int32_t c, Seconds& work)
   u.weight = kKernelWeight;
   const auto& seat = links_.seats[static_cast<std::size_t>(c)];
   const auto at = static_cast<std::size_t>(seat.device_class);
+  if (use.family >= 0) {
+    const double most = most_slowdown(c, use.family);
+    for (std::size_t lane = 0; lane < 2 * lanes_.size(); ++lane) {
+      u.demands.push_back({at_once(seat.device_class, lane, use.family, false), kAlone});
+      if (most > 1)
+        u.held.emplace_back(at_once(seat.device_class, lane, use.family, true), 1 - 1 / most);
+    }
+    return keep(std::move(u));
+  }
   const bool in_turns = communication_.topology().in_turns();
   if (in_turns || use.units > 0)
     u.demands.push_back(
@@ -87,7 +138,7 @@ void Usages::cross(Usage& u, const TransferKind& kind, std::int32_t c, double ra
         {ResourceId{static_cast<std::size_t>(x.link_class)}, flow * kAlone, x.flows});
 }
 
-void Usages::occupy(Usage& u, std::int32_t c, const DeviceUse& use) {
+void Usages::occupy(Usage& u, std::int32_t c, const DeviceUse& use, std::size_t lane) {
   const auto& seat = links_.seats[static_cast<std::size_t>(c)];
   const auto at = static_cast<std::size_t>(seat.device_class);
   if (use.memory > 0)
@@ -97,6 +148,14 @@ void Usages::occupy(Usage& u, std::int32_t c, const DeviceUse& use) {
   if (communication_.topology().in_turns())
     held /= communication_.topology().state().ranks_per_device;
   if (held > 0) u.held.emplace_back(ResourceId{first_units_.index() + at}, held);
+  for (int f = 0; f < kKernelFamilies; ++f) {
+    const Slowdown& slows = use.slows[static_cast<std::size_t>(f)];
+    if (slows.of_kernel > 1)
+      u.held.emplace_back(at_once(seat.device_class, lane, f, false), 1 - 1 / slows.of_kernel);
+    if (slows.of_transfer > 1)
+      u.demands.push_back({at_once(seat.device_class, lane, f, true),
+                           kAlone * slows.of_transfer / most_slowdown(c, f)});
+  }
 }
 
 std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int64_t>& group,
@@ -115,7 +174,8 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
     occupy(u, m,
            collective_use(i, group, bytes,
                           links_.ranks.classes[static_cast<std::size_t>(m)].representative,
-                          communication_));
+                          communication_),
+           lane_of(i, false));
   return keep(std::move(u));
 }
 
@@ -130,8 +190,9 @@ std::int32_t Usages::send(const Instruction& i, std::int64_t rank, std::int64_t 
   const int from = links_.ranks.of_rank[static_cast<std::size_t>(rank)],
             to = links_.ranks.of_rank[static_cast<std::size_t>(peer)];
   cross(u, kind_of(i, from), from, moving.rate.count);
-  occupy(u, from, message_use(rank, peer, bytes, rank, communication_));
-  if (to != from) occupy(u, to, message_use(rank, peer, bytes, peer, communication_));
+  occupy(u, from, message_use(rank, peer, bytes, rank, communication_), lane_of(i, false));
+  if (to != from)
+    occupy(u, to, message_use(rank, peer, bytes, peer, communication_), lane_of(i, true));
   return keep(std::move(u));
 }
 
@@ -144,6 +205,8 @@ std::int32_t Usages::copy(const Instruction& i, std::int64_t rank, Bytes bytes, 
 }
 
 std::string Usages::resource_name(ResourceId r) const {
+  if (r >= first_at_once_)
+    return (r.index() - first_at_once_.index()) % 2 == 0 ? "transfers at once" : "kernels at once";
   if (r >= first_memory_) return "memory";
   if (r >= first_units_) return "multiprocessors";
   const auto& l = links_.links[r.index()];

@@ -20,7 +20,9 @@ namespace partita {
 
 /// Resources of a folded cluster, and what an instruction uses of them (docs/sharing.md, "A
 /// training step"): links by class of links; multiprocessors and memory bandwidth by class of
-/// ranks, as fractions of a device.
+/// devices, as fractions of one. Where a device was measured with kernels and transfers at once
+/// ("Kernels and transfers at once, as measured"): for each of its streams with transfers and each
+/// family of kernels what a transfer leaves kernels, and what a kernel leaves transfers.
 class Usages {
  public:
   Usages(const Program& program, Communication& communication, const SharedLinks& links);
@@ -42,7 +44,14 @@ class Usages {
 
  private:
   void cross(Usage& usage, const TransferKind& kind, std::int32_t rank_class, double rate);
-  void occupy(Usage& usage, std::int32_t rank_class, const DeviceUse& use);
+  /// `lane`: of the transfer's stream, of those that the device sends on, or receives on.
+  void occupy(Usage& usage, std::int32_t rank_class, const DeviceUse& use, std::size_t lane);
+  std::size_t lane_of(const Instruction& transfer, bool arrives) const;
+  /// What kernels of a family need all of and transfers hold a part of; or, `back`, the other way
+  /// round.
+  ResourceId at_once(std::int32_t device_class, std::size_t lane, int family, bool back) const;
+  /// The largest of_transfer that the device of the class's ranks was measured with.
+  double most_slowdown(std::int32_t rank_class, int family) const;
   std::int32_t keep(Usage usage);
   TransferKind kind_of(const Instruction& instruction, std::int32_t rank_class);
 
@@ -51,7 +60,8 @@ class Usages {
   const SharedLinks& links_;
   std::vector<std::int64_t> first_of_stage_;
   Sharing sharing_;
-  ResourceId first_units_, first_memory_;
+  ResourceId first_units_, first_memory_, first_at_once_;
+  std::vector<Stream> lanes_;  ///< streams with transfers, where devices were measured at once
   std::vector<Usage> usages_;
 };
 

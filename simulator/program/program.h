@@ -140,6 +140,10 @@ std::string_view name(CollectiveKind k);
 using Stream = std::uint8_t;
 inline constexpr Stream kComputeStream = 0;
 
+/// Bytes a second of one multiprocessor of a stand-in: a channel of NCCL over NVLink 4, of which 24
+/// make 360 GB/s (topologies/devices/h100-sxm.yaml).
+inline constexpr double kStandInRate = 15e9;
+
 struct Instruction {
   Kind kind = Kind::compute;
   Stream stream = kComputeStream;
@@ -162,7 +166,9 @@ struct Instruction {
   // collective
   CollectiveKind collective = CollectiveKind::all_reduce;
   AtomMask atoms = 0;
-  std::int32_t multiprocessors = 0;  ///< that it keeps; 0: as many as its library takes
+  /// That it keeps; 0: as many as its library takes. Of a copy: it stands in for a transfer, each
+  /// of so many moves kStandInRate.
+  std::int32_t multiprocessors = 0;
   std::int32_t sent_bits = 0;  ///< > 0: an element as it travels (Plan::narrow_gathers); a price
   std::int32_t tie =
       -1;  ///< >= 0: the group is the same coordinates on Program::ties[tie]'s stages
@@ -310,8 +316,8 @@ struct FrameworkKernels {
   /// Mamba-2 layers run mamba_ssm's fused function: what the convolution makes is not kept but made
   /// again, and each backward kernel makes the gradients of its parameters too.
   bool mamba_ssm = false;
-  /// Its scan applies the gate, before a norm of its own whose input is kept too; batches of several
-  /// samples are turned before it and after it.
+  /// Its scan applies the gate, before a norm of its own whose input is kept too; batches of
+  /// several samples are turned before it and after it.
   bool mamba_gates_in_scan = false;
   /// Experts' products apply their activation and biases and convert what they store.
   bool fused_experts = false;

@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <regex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -650,6 +651,56 @@ TEST(Validate, CalibrationGoesOnWhereItWasKilled) {
     const Ran uses = run("simulate gpt2 '" + pieces.path() +
                          "/cluster.yaml' --layers 2 --seq 16 --framework partita --precision fp32");
     EXPECT_EQ(uses.code, 0) << uses.err;
+  }
+}
+
+/// Kernels beside transfers on two ranks: figures of every pair, in a profile that predictions use.
+TEST(Validate, CalibrationMeasuresKernelsBesideTransfers) {
+  for (const std::string& transport : suite_transports()) {
+    const TemporaryFolder folder;
+    const Ran r =
+        run("calibrate --backend cpu --ranks 2 --rounds 1 --steps 2 --only 'kernels beside' "
+            "--transport " +
+                transport + " --out '" + folder.path() + "'",
+            "", 6);
+    ASSERT_EQ(r.code, 0) << r.err;
+    EXPECT_NE(r.out.find("all_reduce of 256 KiB, 2 ranks"), std::string::npos) << r.out;
+    std::string device = read(folder.path() + "/device.yaml");
+    const std::regex point(
+        "kernel: (product|attention|memory), beside: ([a-z_]+), ranks: 2, bytes: 262144 B, "
+        "of_kernel: ([0-9.]+), of_transfer: ([0-9.]+), ");
+    std::set<std::string> pairs;
+    for (std::sregex_iterator it(device.begin(), device.end(), point), end; it != end; ++it) {
+      pairs.insert((*it)[1].str() + " " + (*it)[2].str());
+      EXPECT_GE(std::stod((*it)[3]), 1);
+      EXPECT_GE(std::stod((*it)[4]), 1);
+    }
+    EXPECT_EQ(pairs.size(), 12u) << device;
+    // A host's ranks do one thing after the other: nothing is beside anything.
+    const auto step = [&](const std::string& text, const std::string& network) {
+      write(folder.path() + "/device.yaml", text);
+      const Ran s = run("simulate gpt2 '" + folder.path() +
+                        "/cluster.yaml' --layers 2 --seq 64 --dp 2 --framework partita --precision "
+                        "fp32 --global-batch 4 --json --network " +
+                        network);
+      EXPECT_EQ(s.code, 0) << s.err;
+      return parsed(s).at("step_time_s").get<double>();
+    };
+    const auto all = [&](const std::string& of_kernel, const std::string& of_transfer) {
+      return std::regex_replace(device, std::regex("of_kernel: [0-9.]+, of_transfer: [0-9.]+"),
+                                "of_kernel: " + of_kernel + ", of_transfer: " + of_transfer);
+    };
+    EXPECT_EQ(step(all("3", "3"), "flows"), step(device, "idle"));
+    // On a device that does, they count.
+    device =
+        std::regex_replace(device, std::regex("concurrent_streams: false\nhost_cores: .*\n"), "");
+    for (const char* network : {"beside", "flows"}) {
+      const double alone = step(all("1", "1"), network);
+      EXPECT_DOUBLE_EQ(alone, step(device, "idle")) << network;
+      EXPECT_LT(alone, step(all("3", "1"), network)) << network;
+      EXPECT_LT(alone, step(all("1", "3"), network)) << network;
+      EXPECT_GE(step(device, network), alone) << network;
+    }
   }
 }
 

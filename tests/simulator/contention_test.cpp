@@ -1,7 +1,10 @@
 // A training step in which transfers share links and compute shares the device with them: the
 // page's examples by hand, and laws.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
 #include <limits>
 #include <map>
 #include <random>
@@ -9,6 +12,7 @@
 #include <string>
 #include <tuple>
 
+#include "base/yaml.h"
 #include "simulator/cost/axes.h"
 #include "simulator/engine/collectives.h"
 #include "simulator/engine/contend.h"
@@ -233,6 +237,284 @@ TEST(Contention, AKernelIsSlowerOnlyWhileTransfersRun) {
   EXPECT_EQ(end_beside(0, 30, 30, kernel, running), 74);  // 15 + 4 + 7.5 by 70, 3.5 more
   // All is kept: it waits.
   EXPECT_EQ(end_beside(0, 0, 5, kernel, {{2, 2, 9, 1, 0, 0}}), 12);
+}
+
+SlowdownPoint slowdown(KernelFamily family, const char* beside, int ranks, int multiprocessors,
+                       Bytes bytes, double of_kernel, double of_transfer) {
+  SlowdownPoint p;
+  p.kernel = family;
+  p.beside = beside;
+  p.ranks = ranks;
+  p.multiprocessors = multiprocessors;
+  p.bytes = bytes;
+  p.of_kernel = of_kernel;
+  p.of_transfer = of_transfer;
+  return p;
+}
+
+// docs/sharing.md, "Kernels and transfers at once, as measured".
+TEST(AtOnce, SlowdownsLieBetweenMeasuredOnes) {
+  constexpr auto kProduct = KernelFamily::product;
+  SlowdownTable t{slowdown(kProduct, "all_reduce", 8, 0, 1_MiB, 1.2, 1.5),
+                  slowdown(kProduct, "all_reduce", 8, 0, 16_MiB, 1.4, 1.1),
+                  slowdown(kProduct, "all_reduce", 2, 0, 1_MiB, 3, 3)};
+  const auto of = [&](const char* kind, int ranks, Bytes bytes, int multiprocessors = 16) {
+    return measured_slowdown(t, kProduct, kind, ranks, bytes, multiprocessors);
+  };
+  EXPECT_NEAR(of("all_reduce", 8, 4_MiB).of_kernel, 1.3, 1e-12);
+  EXPECT_NEAR(of("all_reduce", 8, 4_MiB).of_transfer, 1.3, 1e-12);
+  EXPECT_EQ(of("all_reduce", 8, 64_MiB).of_kernel, 1.4);
+  EXPECT_EQ(of("all_reduce", 8, 0_B).of_kernel, 1.2);
+  EXPECT_EQ(of("all_reduce", 64, 16_MiB).of_kernel, 1.4);
+  EXPECT_EQ(of("all_reduce", 3, 16_MiB).of_kernel, 3);
+  // Another kind: the first that there is, unless there is a stand-in.
+  EXPECT_NEAR(of("broadcast", 8, 4_MiB).of_kernel, 1.3, 1e-12);
+  t.insert(t.begin(), slowdown(kProduct, "stand_in", 1, 24, 720_MiB, 1.3, 1.0));
+  t.insert(t.begin(), slowdown(kProduct, "stand_in", 1, 8, 240_MiB, 1.1, 1.2));
+  EXPECT_NEAR(of("all_reduce", 8, 4_MiB).of_kernel, 1.3, 1e-12);
+  EXPECT_NEAR(of("broadcast", 8, 4_MiB).of_kernel, 1.2, 1e-12);
+  EXPECT_NEAR(of("broadcast", 8, 4_MiB, 4).of_kernel, 1.05, 1e-12);
+  EXPECT_NEAR(of("broadcast", 8, 4_MiB, 4).of_transfer, 1.1, 1e-12);
+  EXPECT_EQ(of("broadcast", 8, 4_MiB, 100).of_kernel, 1.3);
+  EXPECT_EQ(of("broadcast", 8, 4_MiB, 0).of_kernel, 1);
+  // Two of one size: the mean.
+  t.push_back(slowdown(kProduct, "send", 2, 0, 1_MiB, 1, 1));
+  t.push_back(slowdown(kProduct, "send", 2, 0, 1_MiB, 2, 2));
+  EXPECT_EQ(of("send", 2, 8_MiB).of_kernel, 1.5);
+  // Of kernels that were not measured nothing is known.
+  EXPECT_EQ(measured_slowdown(t, KernelFamily::memory, "all_reduce", 8, 1_MiB, 8).of_kernel, 0);
+}
+
+TEST(AtOnce, EveryCollectiveHasItsNameInADevicesFile) {
+  std::set<std::string_view> all{"send", kStandIn};
+  for (int k = 0; k < kCollectiveKinds; ++k) all.insert(name(static_cast<CollectiveKind>(k)));
+  EXPECT_EQ(all, std::set<std::string_view>(transfers_beside().begin(), transfers_beside().end()));
+  EXPECT_EQ(all.size(), transfers_beside().size());
+}
+
+TEST(AtOnce, EachIsSlowerWhileTheOtherRuns) {
+  DeviceUse kernel, transfer;
+  kernel.family = 0;
+  // What it takes counts no more.
+  kernel.units = kernel.memory = 1;
+  transfer.units = transfer.memory = 0.75;
+  transfer.slows[0] = {2, 1.5};
+  const std::vector<Running> none;
+  bool given = false;
+  const auto next = [&](std::int64_t free) -> std::optional<Coming> {
+    if (given) return {};
+    given = true;
+    EXPECT_EQ(free, 0);
+    return Coming{0, 10, 100, &kernel};
+  };
+  EXPECT_EQ(end_beside_kernels(30, 10, 60, transfer, 0, next, none), 130);
+  const std::vector<Running> running{{30, 40, 130, 0.75, 0.75, 0, transfer.slows}};
+  EXPECT_EQ(end_beside(0, 10, 100, kernel, running), 160);
+  // It moves before the kernel begins, beside it, and after its end.
+  const auto at = [&](std::int64_t start, std::int64_t work) {
+    given = false;
+    return end_beside_kernels(
+        0, 0, work, transfer, 0,
+        [&](std::int64_t) -> std::optional<Coming> {
+          if (given) return {};
+          given = true;
+          return Coming{start, 0, 30, &kernel};  // 60 beside the transfer
+        },
+        none);
+  };
+  EXPECT_EQ(at(20, 20), 20);
+  EXPECT_EQ(at(20, 21), 22);  // 1.5, rounded up
+  EXPECT_EQ(at(20, 60), 80);  // 20 and 60 / 1.5
+  EXPECT_EQ(at(20, 70), 90);
+  // Of two transfers the one that slows more counts.
+  std::vector<Running> two{{0, 0, 50, 0, 0, 0, {{{2, 1}, {}, {}}}},
+                           {0, 0, 100, 0, 0, 1, {{{4, 1}, {}, {}}}}};
+  EXPECT_EQ(end_beside(0, 0, 50, kernel, two), 125);
+  // A kernel of another family knows what is left of units and memory, nothing else.
+  DeviceUse derived;
+  derived.units = 1;
+  EXPECT_EQ(end_beside(0, 0, 30, derived, running), 30);
+  EXPECT_EQ(end_beside(0, 0, 40, derived, running), 70);
+}
+
+/// The cluster, whose devices have these slowdowns.
+Topology with_slowdown(const std::string& lines) {
+  std::string pattern = (std::filesystem::temp_directory_path() / "partita-test-XXXXXX").string();
+  const std::string folder = mkdtemp(pattern.data());
+  std::ifstream in(data_folder("topologies/devices/h100-sxm.yaml"));
+  std::ofstream(folder + "/here.yaml")
+      << std::string(std::istreambuf_iterator<char>(in), {}) << "\n"
+      << (lines.empty() ? "" : "slowdown:\n" + lines);
+  std::string text = kShared;
+  text.replace(text.find("h100-sxm"), 8, "here.yaml");
+  std::ofstream(folder + "/cluster.yaml") << text;
+  Topology t = load_topology(folder + "/cluster.yaml", without_nccl());
+  std::error_code ignored;
+  std::filesystem::remove_all(folder, ignored);
+  return t;
+}
+std::string line(const char* family, double of_kernel, double of_transfer) {
+  return fmt::format(
+      "  - {{kernel: {}, beside: all_reduce, ranks: 2, bytes: 1 GB, of_kernel: {}, of_transfer: "
+      "{}}}\n",
+      family, of_kernel, of_transfer);
+}
+
+/// An instruction of the timeline's first class, from start to end.
+std::pair<double, double> span(const Timeline& t, std::int32_t instruction) {
+  for (const Entry& e : t.entries) {
+    if (e.rank_class == 0 && e.instruction == instruction)
+      return {static_cast<double>(e.start.count), static_cast<double>(e.end.count)};
+  }
+  ADD_FAILURE() << "instruction " << instruction << " was not played";
+  return {};
+}
+
+TEST(AtOnce, PredictionsFollowTheTable) {
+  // In a node 1 GB all-reduced: 5 us, then 2.222 ms. Five copies of 1 GB beside it, of 3 us and
+  // 663.350 us alone: 3.3 ms in all, more than it takes.
+  Program p = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+  all_reduce(p, bit(1), 250'000'000);
+  for (int k = 0; k < 5; ++k) kernel(p, Kernel::add, 250'000'000, ElementType::fp32);
+  const double copy = 2e9 / 3.015e12 * 1e12, moves = 1e9 / 450e9 * 1e12;
+  for (const Network network : {Network::beside, Network::flows}) {
+    SCOPED_TRACE(name(network));
+    const auto at = [&](const std::string& lines, std::int32_t instruction) {
+      const auto [start, end] = span(run(p, with_slowdown(lines), network), instruction);
+      return end - start;
+    };
+    const std::string twice = line("memory", 2, 1.25);
+    // The copy that begins with it is covered by it: twice as long.
+    EXPECT_NEAR(at(twice, 1), 3e6 + 2 * copy, 20);
+    EXPECT_NEAR(at(twice, 0), 5e6 + 1.25 * moves, 20);
+    EXPECT_GT(at(twice, 1), at("", 1));
+    // Products alone were measured: copies are derived as without a table.
+    EXPECT_EQ(at(line("product", 2, 2), 1), at("", 1));
+    EXPECT_EQ(at(line("product", 2, 2), 0), at("", 0));
+    // Slowdowns of 1: as on an idle network, though both want the memory.
+    const Timeline free = run(p, with_slowdown(line("memory", 1, 1)), network),
+                   idle = run(p, with_slowdown(""), Network::idle);
+    ASSERT_EQ(free.entries.size(), idle.entries.size());
+    for (std::int32_t k = 0; k < 6; ++k) EXPECT_EQ(span(free, k), span(idle, k)) << k;
+  }
+  // A second wave: a kernel that needs all multiprocessors, of which 24 of 132 are kept.
+  Program units = program(Mesh{{{"dp", 2}, {"tp", 2}}});
+  all_reduce(units, bit(1), 250'000'000);
+  kernel(units, Kernel::initialise, 500'000'000, ElementType::bf16);
+  const double alone = 60 * 5e8 / 66.9e12 * 1e12;
+  for (const Network network : {Network::beside, Network::flows}) {
+    const auto [from, to] = span(run(units, with_slowdown(""), network), 1);
+    EXPECT_NEAR(to - from, 3e6 + alone * 132 / 108, 20);
+    const auto [start, end] = span(run(units, with_slowdown(line("memory", 2, 1)), network), 1);
+    EXPECT_NEAR(end - start, 3e6 + alone * 2, 20);
+  }
+  // In a trace and in the table it says over what.
+  const Timeline t = run(p, with_slowdown(line("memory", 2, 1.25)), Network::flows);
+  std::set<std::string> over;
+  for (const Contended& c : t.contended) over.insert(c.resource);
+  EXPECT_EQ(over, (std::set<std::string>{"kernels at once", "transfers at once"}));
+}
+
+TEST(AtOnce, RanksThatShareADeviceAreDerived) {
+  Program p = program(Mesh{{{"dp", 4}, {"tp", 2}}});
+  all_reduce(p, bit(1), 250'000'000);
+  kernel(p, Kernel::add, 250'000'000, ElementType::fp32);
+  const auto step = [&](const std::string& lines, Network network) {
+    return run(p, seats(with_slowdown(lines), 2, true), network).step;
+  };
+  for (const Network network : {Network::beside, Network::flows})
+    EXPECT_EQ(step(line("memory", 3, 3), network), step("", network));
+}
+
+/// Steps of a small network whose ranks share no link, on devices with random slowdowns: the same
+/// played kernel by kernel and on shared resources; slower with any larger figure; folded or not.
+TEST(AtOnce, BesideAndFlowsAgreeWhereNoLinkIsShared) {
+  std::mt19937 rng{20261127};
+  TransformerConfig c = small_config();
+  c.sequence = c.positions = 2048;
+  c.hidden = 2048;
+  c.ffn = 8192;
+  const Graph g = build_transformer(c);
+  std::vector<Program> programs;
+  for (const int kind : {0, 1, 2}) {
+    Plan wanted = base_plan();
+    if (kind == 0) wanted.tp = 2, wanted.sequence_parallel = true;
+    if (kind > 0) wanted.dp = 2;
+    if (kind == 2) wanted.zero = 3;
+    programs.push_back(lowered(g, wanted));
+  }
+  const auto ratio = [&] { return 1 + static_cast<double>(rng() % 1000) / 500; };
+  for (int n = 0; n < 24; ++n) {
+    std::string lines;
+    for (const char* family : {"product", "attention", "memory"}) {
+      if (rng() % 4 == 0) continue;  // derived
+      for (const char* kind : {"all_gather", "reduce_scatter", "all_reduce"})
+        lines += fmt::format(
+            "  - {{kernel: {}, beside: {}, ranks: 2, bytes: 1 MiB, of_kernel: {}, of_transfer: "
+            "{}}}\n",
+            family, kind, ratio(), ratio());
+    }
+    SCOPED_TRACE(lines);
+    const Topology t = with_slowdown(lines);
+    const Program& p = programs[static_cast<std::size_t>(n) % programs.size()];
+    const Timeline idle = run(p, t, Network::idle), beside = run(p, t, Network::beside),
+                   flows = run(p, t, Network::flows);
+    EXPECT_LE(idle.step, beside.step);
+    // A gather that is asked for ahead begins beside the block before, whose kernels were played.
+    const double known = n % 3 == 2 ? 5e-3 : 1e-4;
+    EXPECT_NEAR(static_cast<double>(beside.step.count), static_cast<double>(flows.step.count),
+                known * static_cast<double>(flows.step.count));
+    Communication communication(t);
+    SimulateOptions options;
+    for (const Network network : {Network::beside, Network::flows}) {
+      options.network = network;
+      options.unfolded = false, options.replay = true;
+      const Ticks folded = simulate(p, communication, options).step;
+      options.replay = false;
+      EXPECT_EQ(simulate(p, communication, options).step, folded) << name(network);
+      options.unfolded = true;
+      EXPECT_EQ(simulate(p, communication, options).step, folded) << name(network);
+    }
+  }
+}
+
+/// Pipelines, tensor and data parallel at once over a shared card: folded as unfolded, replayed as
+/// played; never faster than alone.
+TEST(AtOnce, FoldedStepsAgreeToThePicosecond) {
+  std::mt19937 rng{20261128};
+  const auto ratio = [&] { return 1 + static_cast<double>(rng() % 1000) / 500; };
+  const Graph g = build_transformer(small_config());
+  for (int n = 0; n < 12; ++n) {
+    Plan wanted = base_plan();
+    (n % 3 == 0 ? wanted.pp : n % 3 == 1 ? wanted.tp : wanted.dp) = 2;
+    (n % 3 == 0 ? wanted.tp : wanted.dp) *= 2;
+    wanted.micro_batch = 1;
+    wanted.global_batch = 4 * wanted.dp;
+    const Program p = lowered(g, wanted);
+    ASSERT_EQ(p.ranks(), 4);
+    std::string lines;
+    for (const char* family : {"product", "attention", "memory"}) {
+      for (const char* kind : {"all_reduce", "send"})
+        lines += fmt::format(
+            "  - {{kernel: {}, beside: {}, ranks: 2, bytes: 1 MiB, of_kernel: {}, of_transfer: "
+            "{}}}\n",
+            family, kind, ratio(), ratio());
+    }
+    SCOPED_TRACE(lines);
+    const Topology t = with_slowdown(lines);
+    Communication communication(t);
+    const Ticks idle = run(p, t, Network::idle).step;
+    for (const Network network : {Network::beside, Network::flows}) {
+      SimulateOptions options;
+      options.network = network;
+      const Ticks folded = simulate(p, communication, options).step;
+      EXPECT_GE(folded, idle);
+      options.replay = false;
+      EXPECT_EQ(simulate(p, communication, options).step, folded) << name(network);
+      options.unfolded = true;
+      EXPECT_EQ(simulate(p, communication, options).step, folded) << name(network);
+    }
+  }
 }
 
 // A reduce-scatter comes after the weight's gradient in the program and runs beside it.

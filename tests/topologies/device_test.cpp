@@ -1,5 +1,6 @@
 #include "topologies/device.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -188,6 +189,69 @@ TEST(Device, EditedItMissesItsModelAsBefore) {
   EXPECT_TRUE(fast.products.empty());
   EXPECT_EQ(fast.like->matrix_rate(ElementType::bf16), 989.4_TFLOPps);
   EXPECT_FALSE(fast.like->products.empty());
+}
+
+TEST(Device, SlowdownsAreReadWithTheirSource) {
+  const DeviceProfile d = parse_device(
+      std::string(kGood) +
+          "slowdown:\n"
+          "  - {kernel: product, beside: all_reduce, ranks: 8, bytes: 128 MiB, of_kernel: 1.3, "
+          "of_transfer: 1, spread: 0.01}\n"
+          "  - {kernel: memory, beside: stand_in, multiprocessors: 3, bytes: 90 MB, of_kernel: 20, "
+          "of_transfer: 1.2}\n",
+      "mine.yaml");
+  ASSERT_EQ(d.slowdown.size(), 2u);
+  EXPECT_EQ(d.sources.at("slowdown"), "my datasheet");
+  const SlowdownPoint &a = d.slowdown[0], &b = d.slowdown[1];
+  EXPECT_EQ(a.kernel, KernelFamily::product);
+  EXPECT_EQ(a.beside, "all_reduce");
+  EXPECT_EQ(a.ranks, 8);
+  EXPECT_EQ(a.multiprocessors, 0);
+  EXPECT_EQ(a.bytes, 128_MiB);
+  EXPECT_EQ(a.of_kernel, 1.3);
+  EXPECT_EQ(a.of_transfer, 1);
+  EXPECT_EQ(a.spread, 0.01);
+  EXPECT_EQ(b.kernel, KernelFamily::memory);
+  EXPECT_EQ(b.beside, kStandIn);
+  EXPECT_EQ(b.multiprocessors, 3);
+  EXPECT_EQ(b.of_kernel, 20);
+  EXPECT_EQ(b.spread, 0);
+}
+
+TEST(Device, BadSlowdownsSayWhatIsWrong) {
+  const auto point = [](const std::string& from, const std::string& to) {
+    std::string text =
+        "{kernel: product, beside: all_reduce, ranks: 8, bytes: 1 MiB, of_kernel: 1.3, "
+        "of_transfer: 1.1}";
+    text.replace(text.find(from), from.size(), to);
+    return parsing(std::string(kGood) + "slowdown:\n  - " + text + "\n");
+  };
+  const auto says = [](const std::string& what) {
+    return ThrowsMessage<InputError>(AllOf(HasSubstr("mine.yaml:1"), HasSubstr(what)));
+  };
+  for (const char* bad : {"0.99", "-1", "20.01", ".nan", ".inf"})
+    EXPECT_THAT(point("of_kernel: 1.3", fmt::format("of_kernel: {}", bad)),
+                ThrowsMessage<InputError>(HasSubstr("of_kernel")))
+        << bad;
+  EXPECT_THAT(point("of_kernel: 1.3", "of_kernel: 0.99"),
+              says("of_kernel is a time beside the other over the time alone, 1 to 20; 0.99 is "
+                   "given"));
+  EXPECT_THAT(point("of_transfer: 1.1", "of_transfer: 25"),
+              says("of_transfer is a time beside the other over the time alone, 1 to 20; 25 is "
+                   "given"));
+  EXPECT_THAT(point("kernel: product", "kernel: gemm"),
+              says("'gemm' is no family of kernels; use product, attention or memory"));
+  EXPECT_THAT(point("all_reduce", "allreduce"),
+              says("'allreduce' is no transfer; use one of all_reduce, all_gather, "));
+  EXPECT_THAT(point("all_reduce", "stand_in"),
+              says("a stand-in has no ranks but multiprocessors that it holds"));
+  EXPECT_THAT(point("ranks: 8", "multiprocessors: 8"), says("a transfer by its ranks"));
+  EXPECT_THAT(point("ranks: 8", "ranks: 1"), says("ranks"));
+  EXPECT_THAT(point("1 MiB", "0 B"), says("a transfer of 0 B takes no time"));
+  EXPECT_THAT(point("of_transfer: 1.1", "of_transfer: 1.1, spread: -1"),
+              says("a spread is a fraction, at least 0; -1 is given"));
+  EXPECT_THAT(point("of_transfer: 1.1", "of_transfer: 1.1, bandwidth: 2"), says("bandwidth"));
+  EXPECT_THAT(point(", of_transfer: 1.1", ""), says("of_transfer"));
 }
 
 }  // namespace

@@ -124,6 +124,8 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
   u.collectives["send"] = {{2, Bytes{64}, Seconds{2e-6}, 0.5, 4}};
   u.dispatch = {4e-7};
   u.overlap = {0.5};
+  u.slowdown = {{KernelFamily::attention, "all_gather", 4, 0, Bytes{4096}, 1.25, 1.5, 0.125},
+                {KernelFamily::memory, kStandIn, 1, 24, Bytes{64}, 2, 1, 0}};
   {
     Journal j(file, header);
     EXPECT_TRUE(j.units().empty());
@@ -146,6 +148,14 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
     EXPECT_EQ(read.collectives.at("send")[0].at_work, 4);
     EXPECT_EQ(read.dispatch, u.dispatch);
     EXPECT_EQ(read.overlap, u.overlap);
+    ASSERT_EQ(read.slowdown.size(), 2u);
+    for (std::size_t x = 0; x < 2; ++x) {
+      const SlowdownPoint &a = read.slowdown[x], &b = u.slowdown[x];
+      EXPECT_EQ(std::tie(a.kernel, a.beside, a.ranks, a.multiprocessors, a.bytes, a.of_kernel,
+                         a.of_transfer, a.spread),
+                std::tie(b.kernel, b.beside, b.ranks, b.multiprocessors, b.bytes, b.of_kernel,
+                         b.of_transfer, b.spread));
+    }
   }
   EXPECT_THROW(Journal(file, {"there", "threads"}), InputError);
   EXPECT_THROW(Journal(file, {"here", "mpi"}), InputError);

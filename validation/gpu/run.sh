@@ -63,6 +63,8 @@ files=$here
 part layer 70 python3 "$files/layer.py" "$partita"
 part layer-own-attention 40 env PARTITA_CUDA_FLASH=own python3 "$files/layer.py" "$partita" --only-ours
 part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.Flash*'
+# What kernels take beside a stand-in for NCCL, over alone: waves or a part of the multiprocessors? In OUT/slowdown.
+part slowdown 40 bash -c '"$0" calibrate --backend cuda --only "kernels beside" --out "$1" && grep -q "beside: stand_in" "$1/device.yaml"' "$partita" "$out/slowdown"
 # Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.
 part validate 200 "$partita" validate --backend cuda --budget 75s --out "$out/profile"
 replay=(--backend cuda --steps 3 --json)

@@ -1,6 +1,7 @@
 // tests/cli/paper/paper_gpu.cpp: a library with the entry of the GPU backend whose one GPU is
 // paper. Its memory is addresses that nobody can follow, of 80 GiB; what comes back from it is 0;
-// its kernels are over at once and take, by its own clock, the time of a law.
+// its kernels are over at once and take, by the clock of their stream, the time of a law: those
+// that multiply twice as long while a stand-in runs.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -63,12 +64,29 @@ class Paper : public CudaDevice {
     move(bytes, 4e12);
   }
 
+  void stand_in(std::byte*, const std::byte*, std::int64_t bytes, int multiprocessors) override {
+    now_[stream_] += static_cast<double>(bytes) / (multiprocessors * kStandInRate);
+    held_until_ = now_[stream_];
+  }
+
+  void on(execute::DeviceStream s) override { stream_ = s; }
+  Event record() override {
+    past_[++events_] = now_[stream_];
+    return events_;
+  }
+  void wait(Event e) override {
+    const auto at = past_.find(e);
+    if (at != past_.end()) now_[stream_] = std::max(now_[stream_], at->second);
+  }
+
   void begin_marks() override {
-    now_ = 0;
+    now_.clear();
+    past_.clear();
+    held_until_ = 0;
     marks_.assign(1, 0);
   }
   std::int64_t mark() override {
-    marks_.push_back(now_);
+    marks_.push_back(now_[stream_]);
     return std::ssize(marks_) - 1;
   }
   std::int64_t nanoseconds(std::int64_t mark) override {
@@ -80,14 +98,21 @@ class Paper : public CudaDevice {
 
   /// A kernel.
   void move(std::int64_t bytes, double rate, double flops = 0) {
-    now_ += 4e-6 + static_cast<double>(bytes) / rate + flops / 500e12;
+    const double alone = 4e-6 + static_cast<double>(bytes) / rate + flops / 500e12;
+    double& now = now_[stream_];
+    const double beside = flops > 0 ? std::clamp(held_until_ - now, 0.0, 2 * alone) : 0;
+    now += beside + (alone - beside / 2);
   }
 
  private:
   std::uintptr_t next_ = std::uintptr_t{1} << 62;
   std::int64_t used_ = 0;
   std::map<std::byte*, std::int64_t> blocks_;
-  double now_ = 0;
+  execute::DeviceStream stream_ = kComputeStream;
+  std::map<execute::DeviceStream, double> now_;
+  Event events_ = 0;
+  std::map<Event, double> past_;
+  double held_until_ = 0;
   std::vector<double> marks_;
 };
 

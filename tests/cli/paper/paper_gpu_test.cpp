@@ -73,6 +73,71 @@ TEST_F(PaperGpu, ItsCalibrationIsAProfileAndGoesOnWhereItEnded) {
   EXPECT_GT(lines(out + "/measured.jsonl"), 20);
 }
 
+// On paper a product takes twice as long while a stand-in holds any multiprocessor, all else as
+// ever: a second wave, which no count of multiprocessors that are left would say.
+TEST_F(PaperGpu, WhatTransfersDoToItsKernelsIsMeasuredAndPredicted) {
+  const std::string out = (folder_ / "mine").string();
+  const std::string said =
+      run("calibrate --backend cuda --steps 2 --only 'kernels beside' --out '" + out + "'", 0);
+  EXPECT_NE(said.find("stand-in of 24"), std::string::npos) << said;
+  EXPECT_NE(said.find("1.222"), std::string::npos) << "132 / (132 - 24)\n" << said;
+  const auto text_of = [](const std::string& file) {
+    std::ifstream in(file);
+    return std::string{std::istreambuf_iterator<char>(in), {}};
+  };
+  const std::string device = text_of(out + "/device.yaml");
+  for (const int held : {8, 24, 32}) {
+    for (const char* family : {"product", "attention", "memory"}) {
+      const std::string line = fmt::format(
+          "{{kernel: {}, beside: stand_in, multiprocessors: {}, bytes: {} B, of_kernel: {}, "
+          "of_transfer: 1.0000, spread: 0.000}}",
+          family, held, held * (30 << 20), *family == 'm' ? "1.0000" : "2.0000");
+      EXPECT_NE(device.find(line), std::string::npos) << line << "\n" << device;
+    }
+  }
+  // Two such GPUs behind a switch: gradients are summed while the backward goes on.
+  std::ofstream(out + "/two.yaml") << R"(schema: partita.topology/1
+name: two
+source: made up
+nodes:
+  - count: 1
+    vertices:
+      gpu[0-1]: {kind: device, device: device.yaml}
+      switch0: {kind: nvswitch}
+      cpu0: {kind: cpu}
+    links:
+      - {from: "gpu[0-1]", to: switch0, kind: nvlink, bandwidth: 450 GB/s, latency: 0.5 us}
+      - {from: "gpu[0-1]", to: cpu0, kind: pcie, bandwidth: 63 GB/s, latency: 0.25 us}
+)";
+  const auto step = [&](const std::string& text, const std::string& network) {
+    std::ofstream(out + "/device.yaml") << text;
+    return Json::parse(run("simulate gpt2 '" + out +
+                               "/two.yaml' --dp 2 --global-batch 8 --micro-batch 4 --json "
+                               "--network " +
+                               network,
+                           0))
+        .at("step_time_s")
+        .get<double>();
+  };
+  const auto with = [&](const std::string& of_kernel) {
+    std::string text = device;
+    for (std::size_t at = 0; (at = text.find("of_kernel: 2.0000", at)) != std::string::npos; ++at)
+      text.replace(at, 17, "of_kernel: " + of_kernel);
+    return text;
+  };
+  const std::size_t first = device.find("slowdown:"), end = device.find("kernels:");
+  ASSERT_LT(first, end);
+  const std::string derived = device.substr(0, first) + device.substr(end);
+  for (const char* network : {"beside", "flows"}) {
+    const double idle = step(device, "idle");
+    EXPECT_NE(step(device, network), step(derived, network)) << network;
+    EXPECT_GT(step(device, network), idle) << network;
+    EXPECT_GT(step(with("3.0"), network), step(device, network)) << network;
+    EXPECT_DOUBLE_EQ(step(with("1.0"), network), idle) << network;
+    EXPECT_GT(step(derived, network), idle) << network;
+  }
+}
+
 TEST_F(PaperGpu, ItsNetworksTakeWhatIsPredictedFromItsCalibration) {
   const Json j = Json::parse(run("validate --backend cuda --steps 2 --no-reference --json", 0));
   int timed = 0;

@@ -152,6 +152,30 @@ TEST(Gpu, PartsOfARingEqualTheReferences) {
   cpu::expect_parts_equal<GpuKernel>();
 }
 
+// docs/calibration.md, "Slowdown": by its own clock no faster than its pace.
+TEST(Gpu, MovesByAStandIn) {
+  NEEDS_GPU();
+  execute::Device& gpu = OneGpu::device();
+  std::mt19937 rng(12);
+  for (const int held : {1, 4, 24}) {
+    const std::int64_t bytes = held * (3 << 20) + 16;
+    std::vector<std::byte> from(static_cast<std::size_t>(bytes)), to(from.size());
+    for (auto& b : from) b = static_cast<std::byte>(rng());
+    std::byte *a = gpu.allocate(bytes), *b = gpu.allocate(bytes);
+    gpu.to_device(a, from.data(), bytes);
+    gpu.begin_marks();
+    const std::int64_t start = gpu.mark();
+    gpu.stand_in(b, a, bytes, held);
+    const std::int64_t end = gpu.mark();
+    gpu.to_host(to.data(), b, bytes);
+    gpu.finish();
+    EXPECT_EQ(from, to);
+    const double took = static_cast<double>(gpu.nanoseconds(end) - gpu.nanoseconds(start)) * 1e-9;
+    EXPECT_GE(took, 0.99 * static_cast<double>(bytes) / (held * kStandInRate));
+    gpu.release(a), gpu.release(b);
+  }
+}
+
 TEST(Gpu, MovesRuns) {
   NEEDS_GPU();
   execute::Device& gpu = OneGpu::device();

@@ -1,10 +1,12 @@
 // Kernels of plain buffers: the CUDA text, run on the host, and the host's give equal bits.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <deque>
 #include <random>
 
+#include "runtime/cuda/stand_in.h"
 #include "tests/runtime/cuda/host_machine.h"
 
 namespace partita::cuda {
@@ -166,6 +168,40 @@ TEST_F(PlainKernels, GradientsAreCastAlike) {
     }
     expect_equal_bits(c, "round " + std::to_string(round));
     if (HasFatalFailure()) return;
+  }
+}
+
+// Blocks of a stand-in share the chunks, and none is done with its k-th before that one's time.
+TEST(StandIn, CopiesAllAtItsPace) {
+  std::mt19937 rng(11);
+  for (const std::int64_t bytes : {std::int64_t{0}, std::int64_t{16}, kStandInChunk - 16,
+                                   kStandInChunk, 5 * kStandInChunk + 48}) {
+    for (const std::int64_t blocks : {1, 2, 4, 7}) {
+      for (const std::int64_t lanes : {1, 3}) {
+        std::vector<std::byte> from(static_cast<std::size_t>(bytes) + 16),
+            to(from.size(), std::byte{0xee});
+        for (auto& b : from) b = static_cast<std::byte>(rng());
+        StandIn s;
+        s.from = from.data();
+        s.to = to.data();
+        s.bytes = bytes;
+        s.blocks = blocks;
+        s.nanoseconds = 100;
+        for (std::int64_t b = 0; b < blocks; ++b) {
+          const std::int64_t chunks = (bytes + kStandInChunk - 1) / kStandInChunk,
+                             mine = (chunks - b + blocks - 1) / blocks;
+          for (std::int64_t lane = 0; lane < lanes; ++lane) {
+            std::int64_t now = 1000;
+            s(b, lane, lanes, [&] { return now += 3; });
+            const std::int64_t took = now - 1003;
+            EXPECT_GE(took, 100 * std::max<std::int64_t>(mine, 0));
+            EXPECT_LT(took, 100 * std::max<std::int64_t>(mine, 0) + 3);
+          }
+        }
+        EXPECT_TRUE(std::equal(from.begin(), from.end() - 16, to.begin())) << bytes;
+        EXPECT_EQ(std::count(to.end() - 16, to.end(), std::byte{0xee}), 16) << "beyond its end";
+      }
+    }
   }
 }
 
