@@ -307,8 +307,8 @@ struct FrameworkKernels {
   /// Mamba-2 layers run mamba_ssm's fused function: what the convolution makes is not kept but made
   /// again, and each backward kernel makes the gradients of its parameters too.
   bool mamba_ssm = false;
-  /// Its scan applies the gate, before a norm of its own whose input is kept too; batches of several
-  /// samples are turned before it and after it.
+  /// Its scan applies the gate, before a norm of its own whose input is kept too; batches of
+  /// several samples are turned before it and after it.
   bool mamba_gates_in_scan = false;
   /// Experts' products apply their activation and biases and convert what they store.
   bool fused_experts = false;
@@ -429,6 +429,7 @@ struct Program {
   std::int32_t loss_tensor = -1;
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
+  Fp8Format fp8_format = Fp8Format::hybrid;  ///< Plan's: what is executed
   // Plan's, priced only.
   bool channels_first = false;
   int score_passes_forward = 2, score_passes_backward = 3;
