@@ -90,6 +90,12 @@ class CudaMachine {
   void end();
 
   cudaStream_t stream() const { return stream_; }
+  /// Of the GPU's memory: its workspace and scratch.
+  std::int64_t held() const {
+    std::size_t n = workspace_ ? workspace_->bytes : 0;
+    for (const auto& b : blocks_) n += b->bytes;
+    return static_cast<std::int64_t>(n);
+  }
   std::byte* workspace();  ///< of kWorkspace bytes, for libraries
 
   static constexpr std::size_t kWorkspace = 32 << 20;

@@ -13,6 +13,7 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "simulator/engine/caching_allocator.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/lower/startup.h"
 #include "tests/runtime/execute/drawn.h"
@@ -193,6 +194,42 @@ TEST(Executor, ProductsInBlocksOfScaledNumbersAreRefused) {
   EXPECT_THAT([&] { run_threads(lowered(g, p), options_for(g, 1)); },
               ::testing::ThrowsMessage<InputError>(::testing::HasSubstr(
                   "computes in mxfp8, which is predicted, not executed; use --precision fp8")));
+}
+
+/// What the allocator keeps is the predicted, to the byte, where nothing is packed; and the
+/// categories at the peak are the peak.
+TEST(Executor, ReservedMemoryOfARankAloneIsPredicted) {
+  std::mt19937 rng(20261204);
+  const std::vector<Graph> graphs{gpt(), llama(), cnn(false)};
+  int run = 0;
+  for (int k = 0; k < 400 && run < 30; ++k) {
+    Plan p = random_plan(rng);
+    p.tp = p.pp = p.dp = p.cp = p.ep = 1;
+    p.etp = 0, p.virtual_stages = 1, p.zero = 0;
+    p.strategy = "megatron";
+    if (p.servers > 0 || p.message_queue || p.loader || p.average_every > 0 ||
+        p.compression.kind != CompressionKind::none)
+      continue;
+    p.global_batch = p.micro_batch * (1 + static_cast<std::int64_t>(rng() % 4));
+    set_framework(p, "partita", "");
+    set_precision(p, rng() % 2 == 0 ? "fp32" : "bf16", "");
+    const Graph g = graphs[rng() % graphs.size()];
+    const auto plan = complete(g, p);
+    if (!plan || plan->ranks() != 1) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    SCOPED_TRACE(g.name + "\n" + to_yaml(*plan));
+    const RankMeasurement m = run_threads(*program, options_for(g, 2))[0].ranks[0];
+    EXPECT_EQ(m.reserved, reserved_by_us(*program, {0, 0, 1}));
+    EXPECT_GE(m.reserved, m.peak);
+    Bytes sum{0};
+    for (const Bytes b : m.at_peak) sum += b;
+    EXPECT_EQ(sum, m.peak);
+    EXPECT_EQ(m.outside, OutsideMemory{}) << "the host has none";
+    ++run;
+    if (HasFailure()) return;
+  }
+  EXPECT_GE(run, 15);
 }
 
 TEST(Executor, DataParallel) {
