@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
-#include "validation/outside_json.h"
+#include "validation/outside_record.h"
 
 namespace partita::cli {
 namespace {
@@ -55,7 +55,7 @@ Json json_of(const RankMeasurement& m) {
          {"last_at_peak", json_of(m.last_at_peak)},
          {"host_peak", m.host_peak.count},
          {"reserved", m.reserved.count},
-         {"outside", validation::json_of(m.outside)},
+         {"outside", Json::parse(validation::record_of(m.outside))},
          {"traffic", json_of(m.traffic)},
          {"samples", Json::array()}};
   for (const auto& step : m.samples) {
@@ -78,7 +78,7 @@ RankMeasurement measurement_of(const Json& j) {
   read(j.at("last_at_peak"), m.last_at_peak);
   m.host_peak = Bytes{j.at("host_peak").get<std::int64_t>()};
   m.reserved = Bytes{j.at("reserved").get<std::int64_t>()};
-  m.outside = validation::outside_memory_of(j.at("outside"));
+  m.outside = validation::outside_memory_of(j.at("outside").dump());
   m.traffic = traffic_of(j.at("traffic"));
   for (const Json& step : j.at("samples")) {
     m.samples.emplace_back();

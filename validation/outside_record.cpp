@@ -1,14 +1,11 @@
-// validation/outside_json.h: OutsideMemory in journals and records.
-#pragma once
+#include "validation/outside_record.h"
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
 
-#include "base/outside_memory.h"
-
 namespace partita::validation {
 
-inline nlohmann::json json_of(const OutsideMemory& m) {
+std::string record_of(const OutsideMemory& m) {
   nlohmann::json j{{"context", m.context.count},
                    {"kernels", m.kernels.count},
                    {"libraries", m.libraries.count},
@@ -16,9 +13,10 @@ inline nlohmann::json json_of(const OutsideMemory& m) {
                    {"communicators", m.communicators.count},
                    {"by_ranks", nlohmann::json::array()}};
   for (const auto& [ranks, bytes] : m.by_ranks) j["by_ranks"].push_back({ranks, bytes.count});
-  return j;
+  return j.dump();
 }
-inline OutsideMemory outside_memory_of(const nlohmann::json& j) {
+OutsideMemory outside_memory_of(const std::string& record) {
+  const auto j = nlohmann::json::parse(record);
   const auto bytes = [&](const char* key) { return Bytes{j.at(key).get<std::int64_t>()}; };
   OutsideMemory m;
   m.context = bytes("context"), m.kernels = bytes("kernels"), m.libraries = bytes("libraries");
