@@ -86,7 +86,8 @@ struct Format {
   double largest;
 };
 constexpr Format kFp32{24, -126, 0x1.fffffep127}, kTf32{11, -126, 0x1.ffcp127},
-    kBf16{8, -126, 0x1.fep127}, kFp16{11, -14, 65504}, kE4M3{4, -6, 448}, kE2M1{2, 0, 6};
+    kBf16{8, -126, 0x1.fep127}, kFp16{11, -14, 65504}, kE4M3{4, -6, 448}, kE5M2{3, -14, 57344},
+    kE2M1{2, 0, 6};
 
 double rounded(const Format& f, double x, bool saturates) {
   if (x == 0 || !std::isfinite(x)) return x;
@@ -134,7 +135,7 @@ void round_values(ElementType type, double* values, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) values[i] = rounded(f, values[i], false);
   };
   const double all = largest_of(values, count);
-  if (all == 0 || !std::isfinite(all)) return;
+  if (all == 0 || (!std::isfinite(all) && type != ElementType::fp8)) return;
   switch (type) {
     case ElementType::fp32:
       return plain(kFp32);
@@ -145,7 +146,7 @@ void round_values(ElementType type, double* values, std::size_t count) {
     case ElementType::fp16:
       return plain(kFp16);
     case ElementType::fp8:
-      return round_scaled(kE4M3, all / kE4M3.largest, values, count);
+      return round_eights(EightBits::e4m3, values, count);
     case ElementType::int8:
       for (std::size_t i = 0; i < count; ++i)
         values[i] = std::nearbyint(values[i] / all * 127) * all / 127;
@@ -172,6 +173,39 @@ void round_values(ElementType type, double* values, std::size_t count) {
       return;
     }
   }
+}
+
+void round_eights(EightBits format, double* values, std::size_t count) {
+  const Format& f = format == EightBits::e4m3 ? kE4M3 : kE5M2;
+  const float scale = scale_of(format, static_cast<float>(largest_of(values, count)));
+  const float inverse = 1 / scale;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto scaled = static_cast<double>(static_cast<float>(values[i]) * scale);
+    const double code =
+        std::isinf(scaled) ? std::copysign(f.largest, scaled) : rounded(f, scaled, true);
+    values[i] = code * static_cast<double>(inverse);
+  }
+}
+
+std::string_view name(Fp8Format format) {
+  switch (format) {
+    case Fp8Format::hybrid:
+      return "hybrid";
+    case Fp8Format::e4m3:
+      return "e4m3";
+  }
+  PARTITA_ASSERT(false, fmt::format("fp8 format {}", static_cast<int>(format)));
+}
+
+Fp8Format parse_fp8_format(std::string_view text, const std::string& place) {
+  std::vector<std::string> known;
+  for (const Fp8Format format : kFp8Formats) {
+    if (text == name(format)) return format;
+    known.emplace_back(name(format));
+  }
+  throw InputError(place, fmt::format("'{}' is no format of products in fp8{}; use hybrid (E4M3, "
+                                      "output gradients in E5M2) or e4m3",
+                                      text, did_you_mean(std::string(text), known)));
 }
 
 }  // namespace partita

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
 
@@ -43,9 +44,41 @@ Bytes storage(ElementType type, std::int64_t elements);
 double spacing(ElementType type);
 
 /// Rounds values to the format, ties to even. fp32, tf32, bf16, fp16: as they are, overflow to
-/// infinity. fp8 (E4M3) and int8: scaled so that the largest of the `count` values fits. mxfp8:
-/// E4M3 with a power-of-two scale per 32 values (OCP Microscaling v1.0, section 6.3); nvfp4: E2M1
-/// with an E4M3 scale per 16 values and one fp32 scale for all.
+/// infinity. fp8: round_eights of E4M3. int8: scaled so that the largest of the `count` values
+/// fits. mxfp8: E4M3 with a power-of-two scale per 32 values (OCP Microscaling v1.0, section 6.3);
+/// nvfp4: E2M1 with an E4M3 scale per 16 values and one fp32 scale for all.
 void round_values(ElementType type, double* values, std::size_t count);
+
+/// The 8-bit binary formats (OCP 8-bit Floating Point Specification v1.0): 4 bits of exponent and 3
+/// digits after the first, without infinities; 5 and 2, fp16's upper half.
+enum class EightBits : std::uint8_t { e4m3, e5m2 };
+constexpr float largest(EightBits format) { return format == EightBits::e4m3 ? 448 : 57344; }
+/// Twice the largest relative error of what is rounded to a normal number.
+constexpr double spacing(EightBits format) { return format == EightBits::e4m3 ? 0x1p-3 : 0x1p-2; }
+/// What a tensor whose largest size is `amax` is multiplied by, in fp32, before it is rounded: its
+/// largest becomes the format's. 1 where that is 0 or infinite. (Transformer Engine's current
+/// scaling: common/recipe/recipe_common.cuh, compute_scale_from_amax, and current_scaling.cu.)
+constexpr float scale_of(EightBits format, float amax) {
+  constexpr float kMost = std::numeric_limits<float>::max();
+  if (!(amax > 0 && amax <= kMost)) return 1;
+  const float scale = largest(format) / amax;
+  return scale <= kMost ? scale : kMost;
+}
+/// Rounds each value times scale_of the largest, a product in fp32, ties to even, beyond the
+/// format's largest to that, and divides by the scale (times its fp32 inverse). What is no number
+/// stays none, and is no largest. The values are read as fp32.
+void round_eights(EightBits format, double* values, std::size_t count);
+
+/// What products in fp8 take operands in (Transformer Engine, common/recipe, Format): E4M3, output
+/// gradients in E5M2; or E4M3 all.
+enum class Fp8Format : std::uint8_t { hybrid, e4m3 };
+inline constexpr std::array<Fp8Format, 2> kFp8Formats = {Fp8Format::hybrid, Fp8Format::e4m3};
+/// "hybrid": the name in files.
+std::string_view name(Fp8Format format);
+/// Throws InputError{place, ...} with the known names.
+Fp8Format parse_fp8_format(std::string_view text, const std::string& place);
+constexpr EightBits of_gradients(Fp8Format format) {
+  return format == Fp8Format::hybrid ? EightBits::e5m2 : EightBits::e4m3;
+}
 
 }  // namespace partita

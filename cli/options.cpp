@@ -137,9 +137,11 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
       // The profile's defaults, but what the file says stays.
       const Bytes bucket = p.bucket;
       const Launches launches = p.launches;
+      const Fp8Format fp8_format = p.fp8_format;
       set_framework(p, default_framework, "");
       if (in_plan_file(f, "bucket")) p.bucket = bucket;
       if (in_plan_file(f, "launch")) p.launches = launches;
+      if (in_plan_file(f, "fp8_format")) p.fp8_format = fp8_format;
     }
   }
   if (!f.framework.empty()) set_framework(p, f.framework, "--framework");

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "validation/outside_record.h"
 
 namespace partita::cli {
 namespace {
@@ -53,6 +54,8 @@ Json json_of(const RankMeasurement& m) {
          {"last_peak", m.last_peak.count},
          {"last_at_peak", json_of(m.last_at_peak)},
          {"host_peak", m.host_peak.count},
+         {"reserved", m.reserved.count},
+         {"outside", Json::parse(validation::record_of(m.outside))},
          {"traffic", json_of(m.traffic)},
          {"samples", Json::array()}};
   for (const auto& step : m.samples) {
@@ -74,6 +77,8 @@ RankMeasurement measurement_of(const Json& j) {
   m.last_peak = Bytes{j.at("last_peak").get<std::int64_t>()};
   read(j.at("last_at_peak"), m.last_at_peak);
   m.host_peak = Bytes{j.at("host_peak").get<std::int64_t>()};
+  m.reserved = Bytes{j.at("reserved").get<std::int64_t>()};
+  m.outside = validation::outside_memory_of(j.at("outside").dump());
   m.traffic = traffic_of(j.at("traffic"));
   for (const Json& step : j.at("samples")) {
     m.samples.emplace_back();

@@ -14,6 +14,7 @@
 #include "base/unit_text.h"
 #include "cli/backend.h"
 #include "cli/commands.h"
+#include "cli/device_memory.h"
 #include "cli/fault.h"
 #include "cli/launch.h"
 #include "cli/options.h"
@@ -352,6 +353,11 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
       write_trace(o.trace, job.program, validation::measured_timeline(job.program, first.ranks));
   };
 
+  std::vector<Bytes> peaks;
+  for (const MemoryUse& use : predicted.memory) peaks.push_back(use.peak);
+  const auto on_device =
+      device_memory(program, communication, predicted.classes, peaks, first.ranks);
+
   const auto& losses = first.values.losses;
   if (o.json) {
     Json j;
@@ -402,6 +408,9 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
       j["device"] = backend_version();
       j["memory_bytes"]["reserved"] = {{"measured", first.reserved.count}};
       if (first.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", first.beside.count}};
+      for (const DeviceMemoryRow& row : on_device)
+        j["device_memory_bytes"][row.part] = {{"measured", row.measured.count},
+                                              {"predicted", row.predicted.count}};
       j["host_kernels"] = first.fallbacks;
     }
     j["traffic"] = Json::array();
@@ -457,6 +466,12 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   }
   rows.push_back({"total", text(step.measured_peak), text(step.predicted_peak)});
   fmt::print("{}", align(rows));
+  if (!on_device.empty()) {
+    rows = {{"memory of the device", "measured", "predicted"}};
+    for (const DeviceMemoryRow& row : on_device)
+      rows.push_back({row.part, text(row.measured), text(row.predicted)});
+    fmt::print("\n{}", align(rows));
+  }
   if (!first.fallbacks.empty()) {
     rows = {{"the host's kernels, rank 0", "calls"}};
     for (const auto& [kernel, calls] : first.fallbacks)

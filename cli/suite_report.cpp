@@ -74,6 +74,9 @@ void print_json(const SuiteReport& r) {
       c["compute"] = {{"predicted_s", f.compute_predicted},
                       {"measured_s", f.compute_measured},
                       {"noise", f.compute_noise}};
+    for (const DeviceMemoryRow& m : row.device_memory)
+      c["device_memory_bytes"][m.part] = {{"measured", m.measured.count},
+                                          {"predicted", m.predicted.count}};
     j["suite"]["cases"].push_back(std::move(c));
   }
   const auto orders = validation::orders_of(figures);
@@ -197,6 +200,18 @@ void print(const SuiteReport& r) {
       fmt::print("{}: another program than the simulated one: {}\n", row.figures.name,
                  row.program->difference);
   }
+  table = {{"memory of the device"}};
+  for (const SuiteRow& row : r.rows) {
+    if (row.device_memory.empty()) continue;
+    if (table.size() == 1) {
+      for (const DeviceMemoryRow& m : row.device_memory)
+        table[0].insert(table[0].end(), {m.part, "predicted"});
+    }
+    table.push_back({row.figures.name});
+    for (const DeviceMemoryRow& m : row.device_memory)
+      table.back().insert(table.back().end(), {text(m.measured), text(m.predicted)});
+  }
+  if (table.size() > 1) fmt::print("{}\n", align(table));
   table = {{"kind, all cases", "measured", "predicted", "error", "noise"}};
   auto sorted = r.kinds;
   std::stable_sort(sorted.begin(), sorted.end(),

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/device_memory.h"
 #include "validation/compare.h"
 #include "validation/figures.h"
 #include "validation/nccl_estimates.h"
@@ -20,6 +21,7 @@ struct SuiteRow {
   bool timed = true;    ///< false: too small for its time to say anything, of the figures its name
   std::optional<validation::ProgramCheck> program;  ///< empty: nothing was compared
   double memory_error = 0;
+  std::vector<DeviceMemoryRow> device_memory;  ///< of a GPU
 };
 
 /// One kind of instruction over all cases.

@@ -464,6 +464,8 @@ void measure(const Measured& x, std::int64_t round, const Options& o, Crew& crew
     const cuda::GpuState s = backend_state();
     u.conditions = {s.clock_mhz, s.memory_clock_mhz, s.power_w, s.temperature_c, s.throttled};
   }
+  // Of one process several runs, each of which leaves its kernels loaded: the last has all.
+  if (!m.empty() && !m.back().empty()) u.outside = m.back()[0].outside;
   u.round = round;
   u.ranks = x.ranks;
   u.name = x.name;
@@ -903,6 +905,12 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
   row.equal = c.reference.equal;
   row.memory_error = static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
                      static_cast<double>(step.measured_peak.count);
+  if (!c.measured.empty()) {
+    std::vector<Bytes> peaks;
+    for (const MemoryUse& use : timeline.memory) peaks.push_back(use.peak);
+    row.device_memory =
+        device_memory(program, communication, timeline.classes, peaks, c.measured.back());
+  }
   // The rows that are fed back are those of the last round's last step; other rows, given or of
   // earlier rounds, are other counts.
   for (std::size_t k = c.routed ? c.measured.size() - 1 : 0; k < c.measured.size(); ++k) {

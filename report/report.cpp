@@ -70,6 +70,11 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["peak_allocated_bytes"] = p.peak_allocated.count;
   j["peak_reserved_bytes"] = p.peak_reserved.count;
   j["peak_device_bytes"] = p.peak_device.count;
+  j["outside_memory_bytes"] = {{"context", p.outside.context.count},
+                               {"kernels", p.outside.kernels.count},
+                               {"libraries", p.outside.libraries.count},
+                               {"workspace", p.outside.workspace.count},
+                               {"communicators", p.outside.communicators.count}};
   j["peak_memory_bytes"] = p.peak_allocated.count;
   j["peak_host_bytes"] = p.peak_host.count;
   j["usable_memory_bytes"] = p.usable.count;
@@ -275,6 +280,14 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   rows.push_back(
       {"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device),
                                           text(p.usable), p.fits ? "fits" : "DOES NOT FIT")});
+  rows.push_back({"  reserved", text(p.peak_reserved)});
+  for (const auto& [part, n] : {std::pair{"  context", p.outside.context},
+                                {"  kernels", p.outside.kernels},
+                                {"  libraries", p.outside.libraries},
+                                {"  workspace", p.outside.workspace},
+                                {"  communicators", p.outside.communicators}}) {
+    if (n.count > 0) rows.push_back({part, text(n)});
+  }
   if (p.peak_host.count > 0) rows.push_back({"peak memory, host", text(p.peak_host) + " a rank"});
   out += align(rows);
 

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "base/error.h"
+#include "base/unit_text.h"
 #include "base/yaml.h"
 #include "topologies/cluster.h"
 
@@ -129,6 +130,44 @@ double spread_of(const YamlNode& map) {
   return spread;
 }
 
+/// `outside_memory: {context, kernels, libraries, workspace, communicators: [{ranks, value}]}`,
+/// each with a source of its own.
+OutsideMemory outside_of(const YamlNode& y, Bytes memory,
+                         std::map<std::string, std::string>& sources) {
+  const auto bytes = [&](const YamlNode& n, const std::string& key) {
+    sources["outside_memory." + key] = n.get("source").as_string();
+    const YamlNode value = n.get("value");
+    const Bytes b = value.as_bytes();
+    if (b > memory)
+      throw InputError(value.place(), fmt::format("{} is more than the device's memory, {}",
+                                                  text(b), text(memory)));
+    return b;
+  };
+  OutsideMemory m;
+  const auto part = [&](const char* key, Bytes& to) {
+    const YamlNode n = y.get(key);
+    to = bytes(n, key);
+    n.reject_unknown_keys();
+  };
+  part("context", m.context);
+  part("kernels", m.kernels);
+  part("libraries", m.libraries);
+  part("workspace", m.workspace);
+  if (const auto list = y.find("communicators")) {
+    for (const YamlNode& n : list->items()) {
+      const YamlNode count = n.get("ranks");
+      const auto ranks = static_cast<int>(count.as_int(2, 1'000'000));
+      const Bytes b = bytes(n, fmt::format("communicators of {}", ranks));
+      if (!m.by_ranks.emplace(ranks, b).second)
+        throw InputError(count.place(),
+                         fmt::format("communicators of {} ranks are given twice", ranks));
+      n.reject_unknown_keys();
+    }
+  }
+  y.reject_unknown_keys();
+  return m;
+}
+
 ProductTable products_of(const YamlNode& y) {
   ProductTable t;
   t.type = type_of(y, "type", t.type);
@@ -213,6 +252,8 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
                      fmt::format("usable memory must be above 0 and at most memory; it is {} B of "
                                  "{} B",
                                  device.usable_memory.count, device.memory.count));
+  if (const auto outside = root.find("outside_memory"))
+    device.outside = outside_of(*outside, device.memory, device.sources);
   device.memory_bandwidth = figure(root, "memory_bandwidth").as_byte_rate();
   device.vector_rate = figure(root, "vector_rate").as_flop_rate();
   device.matrix_efficiency = fraction(figure(root, "matrix_efficiency"));

@@ -3,10 +3,12 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/element_type.h"
+#include "base/outside_memory.h"
 #include "base/units.h"
 #include "base/yaml.h"
 #include "topologies/measured.h"
@@ -28,6 +30,9 @@ struct DeviceProfile {
   std::vector<std::string> aliases;
   Bytes memory;         ///< Physical.
   Bytes usable_memory;  ///< What a framework can allocate: memory less ECC reserve and context.
+  /// Beside what a framework allocates, measured (docs/calibration.md, "Memory"). Of it
+  /// `usable_memory` is without the context alone. Empty: not measured.
+  std::optional<OutsideMemory> outside;
   BytesPerSecond memory_bandwidth;
   std::map<ElementType, Rate> matrix_rates;  ///< Dense, no sparsity.
   FlopsPerSecond vector_rate;                ///< fp32, outside the matrix units.

@@ -647,10 +647,41 @@ std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
   return off;
 }
 
+OutsideMemory joined(const std::vector<OutsideMemory>& units) {
+  const auto all = [&](Bytes OutsideMemory::*part) {
+    std::vector<Bytes> list;
+    for (const OutsideMemory& m : units) {
+      if ((m.*part).count > 0) list.push_back(m.*part);
+    }
+    std::sort(list.begin(), list.end());
+    return list;
+  };
+  const auto middle = [](const std::vector<Bytes>& sorted) {
+    return sorted.empty() ? Bytes{0} : sorted[sorted.size() / 2];
+  };
+  OutsideMemory m;
+  m.context = middle(all(&OutsideMemory::context));
+  // Once loaded they stay: the most is all.
+  const auto kernels = all(&OutsideMemory::kernels);
+  m.kernels = kernels.empty() ? Bytes{0} : kernels.back();
+  m.libraries = middle(all(&OutsideMemory::libraries));
+  m.workspace = middle(all(&OutsideMemory::workspace));
+  std::map<int, std::vector<Bytes>> by_ranks;
+  for (const OutsideMemory& u : units) {
+    for (const auto& [ranks, bytes] : u.by_ranks) by_ranks[ranks].push_back(bytes);
+  }
+  for (auto& [ranks, list] : by_ranks) {
+    std::sort(list.begin(), list.end());
+    m.by_ranks[ranks] = middle(list);
+  }
+  return m;
+}
+
 Profile joined(const std::vector<Unit>& units) {
   Profile p;
   std::vector<double> dispatch, overlap;
   SlowdownTable slowdown;
+  std::vector<OutsideMemory> units_outside;
   const std::vector<std::size_t> off = off_clock(units);
   p.strayed = off.size();
   for (std::size_t number = 0; number < units.size(); ++number) {
@@ -661,9 +692,11 @@ Profile joined(const std::vector<Unit>& units) {
     for (const auto& [kind, points] : u.collectives)
       p.collectives[kind].insert(p.collectives[kind].end(), points.begin(), points.end());
     slowdown.insert(slowdown.end(), u.slowdown.begin(), u.slowdown.end());
+    units_outside.push_back(u.outside);
     dispatch.insert(dispatch.end(), u.dispatch.begin(), u.dispatch.end());
     overlap.insert(overlap.end(), u.overlap.begin(), u.overlap.end());
   }
+  p.outside = joined(units_outside);
   // Points of the same shape from several rounds: the median, and how far the rounds are apart.
   const auto join = [](auto& points, auto key) {
     std::map<decltype(key(points[0])),
@@ -798,6 +831,28 @@ void harvest_collectives(const Program& p, const std::vector<RankMeasurement>& r
 
 namespace {
 
+/// What its allocator does not give; empty where the context's is not known: without it the others
+/// are no whole.
+std::string outside_yaml(const Profile& p) {
+  const OutsideMemory& m = p.outside;
+  if (m.context.count == 0) return "";
+  std::string s = "outside_memory:\n";
+  const auto part = [&](const char* key, Bytes n, const char* how) {
+    s += fmt::format("  {}: {{value: {} B, source: '{}: {}'}}\n", key, n.count, p.provenance, how);
+  };
+  part("context", m.context, "NVML, after the context less before it");
+  part("kernels", m.kernels, "cudaMemGetInfo, what the other parts leave, the most of all runs");
+  part("libraries", m.libraries, "cudaMemGetInfo, before and after cublasLtCreate and cudnnCreate");
+  part("workspace", m.workspace, "counted, at the end of a run, the median");
+  if (!m.by_ranks.empty()) s += "  communicators:\n";
+  for (const auto& [ranks, bytes] : m.by_ranks)
+    s += fmt::format(
+        "    - {{ranks: {}, value: {} B, source: '{}: cudaMemGetInfo, before ncclCommSplit "
+        "and after the first collective'}}\n",
+        ranks, bytes.count, p.provenance);
+  return s;
+}
+
 /// Of a GPU: its figures measured or its own, the rest assumed.
 std::string gpu_yaml(const Profile& p) {
   std::map<std::string, double> rates;  // by type
@@ -849,7 +904,7 @@ std::string gpu_yaml(const Profile& p) {
       "multiprocessors: {{value: {}, source: '{}: its own word'}}\n"
       "compute_capability: {{value: {}, source: '{}: its own word'}}\n",
       g.multiprocessors, g.name, g.compute_capability, g.name);
-  return s;
+  return s + outside_yaml(p);
 }
 
 std::string kernels_yaml(const Profile& p);

@@ -93,10 +93,13 @@ struct Profile {
   bool dispatch_measured = false, overlap_measured = false;
   int cores = 1;
   std::optional<GpuFacts> gpu;  ///< whose profile it is; else a host's
+  OutsideMemory outside;        ///< of the units' devices; of a communicator its medians
   std::size_t strayed = 0;      ///< units left out for their clock (left_out_for_clock)
 };
 /// Numbers of units whose clock was more than 1 % off the median of all that say one.
 std::vector<std::size_t> off_clock(const std::vector<Unit>& units);
+/// Medians, of kernels the most: once loaded they stay.
+OutsideMemory joined(const std::vector<OutsideMemory>& units);
 /// All rounds' units joined: medians, and how far the rounds are apart.
 Profile joined(const std::vector<Unit>& units);
 

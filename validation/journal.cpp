@@ -14,6 +14,7 @@
 
 #include "base/error.h"
 #include "base/yaml.h"
+#include "validation/outside_record.h"
 
 namespace partita::validation {
 namespace {
@@ -44,6 +45,7 @@ Json json_of(const Unit& u) {
                        {"temperature_c", c.temperature_c},
                        {"throttled", c.throttled}};
   }
+  if (u.outside != OutsideMemory{}) j["outside"] = Json::parse(record_of(u.outside));
   if (!u.record.empty()) j["record"] = Json::parse(u.record);
   return j;
 }
@@ -94,6 +96,7 @@ Unit unit_of(const Json& j) {
                     c.at("power_w").get<double>(), c.at("temperature_c").get<double>(),
                     c.at("throttled").get<std::string>()};
   }
+  if (j.contains("outside")) u.outside = outside_memory_of(j.at("outside").dump());
   if (j.contains("record")) u.record = j.at("record").dump();
   return u;
 }

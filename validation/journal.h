@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "base/outside_memory.h"
 #include "topologies/measured.h"
 
 namespace partita::validation {
@@ -35,6 +36,7 @@ struct Unit {
   std::vector<double> overlap;   ///< share of the smaller of transfer and compute
   std::string record;            ///< JSON of who measures something else
   Conditions conditions;         ///< of the device, when it was measured
+  OutsideMemory outside;         ///< of rank 0's device
 };
 
 /// What may be joined: the same machine, the same way of measuring.

@@ -1354,15 +1354,16 @@ bool data(const Combine&, const Context&, const Arguments& a, Kept& kept) {
 }
 bool weight(const GroupedProduct& op, const Context& c, const Arguments& a, Kept&) {
   const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &w = a.results[0];
-  if (!w) return false;
-  const Index out = extent(w, 1, 2), in = extent(w, 2, 3);
-  if (!a.accumulate) std::fill_n(w.values, size(w), 0.0f);
+  if (!w && !wanted(a, 1)) return false;
+  const Index out = extent(dy, 3, 4), in = extent(x, 3, 4);
+  if (w && !a.accumulate) std::fill_n(w.values, size(w), 0.0f);
   if (op.bias && wanted(a, 1) && !a.accumulate)
     std::fill_n(a.results[1].values, size(a.results[1]), 0.0f);
-  for_each_expert(x, (*w.index)[0], [&](Index e, Index first, Index rows) {
+  for_each_expert(x, (*(w ? w : a.results[1]).index)[0], [&](Index e, Index first, Index rows) {
     const In d(dy.values + first * out, rows, out);
-    Out(w.values + e * out * in, out, in).noalias() +=
-        d.transpose() * In(x.values + first * in, rows, in);
+    if (w)
+      Out(w.values + e * out * in, out, in).noalias() +=
+          d.transpose() * In(x.values + first * in, rows, in);
     if (op.bias && c.adds_bias && wanted(a, 1))
       Eigen::Map<Eigen::RowVectorXf>(a.results[1].values + e * out, out) += d.colwise().sum();
   });

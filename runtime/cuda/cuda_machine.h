@@ -47,7 +47,7 @@ struct Libraries {
   /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
   /// environment leaves attention to products.
   bool flash = false;
-  bool eights = false;                         ///< products in E4M3
+  bool eights = false;                         ///< products in 8 bits
   std::unique_ptr<FusedAttention> attention;   ///< null: our own kernels
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
   std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
@@ -74,7 +74,7 @@ class CudaMachine {
   void rows(std::int64_t n, std::int64_t width, F f);
 
   void product(const Product& p);
-  /// The GPU multiplies in E4M3: of compute capability 8.9 and later.
+  /// The GPU multiplies 8 bits: of compute capability 8.9 and later.
   bool has_eights() const { return libraries_.eights; }
   void product(const EightProduct& p);
   float* scratch(std::int64_t floats);
@@ -90,6 +90,12 @@ class CudaMachine {
   void end();
 
   cudaStream_t stream() const { return stream_; }
+  /// Of the GPU's memory: its workspace and scratch.
+  std::int64_t held() const {
+    std::size_t n = workspace_ ? workspace_->bytes : 0;
+    for (const auto& b : blocks_) n += b->bytes;
+    return static_cast<std::int64_t>(n);
+  }
   std::byte* workspace();  ///< of kWorkspace bytes, for libraries
 
   static constexpr std::size_t kWorkspace = 32 << 20;

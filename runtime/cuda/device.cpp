@@ -10,6 +10,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <mutex>
 #include <thread>
 #include <utility>
 
@@ -17,6 +18,7 @@
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
 #include "runtime/cuda/kernels.h"
+#include "runtime/cuda/nvml.h"
 
 namespace partita::cuda {
 namespace {
@@ -51,6 +53,36 @@ struct KeptRuns {
   RunTable table;
 };
 
+/// A process's context of a GPU, which it has once and for good.
+struct Started {
+  std::int64_t context = 0;  ///< what NVML counts more than before it; 0: not known
+  std::int64_t left = 0;     ///< free, when there was a context and nothing else
+};
+/// Starts it, if nobody has, and makes the GPU current. Memory that another process takes
+/// meanwhile is taken for the context's.
+Started start_context(int device) {
+  static std::mutex mutex;
+  static std::map<int, Started> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [it, fresh] = known.try_emplace(device);
+  if (fresh) {
+    char bus[32] = {};
+    check(cudaDeviceGetPCIBusId(bus, sizeof bus, device), fmt::format("GPU {}", device));
+    const auto library = nvml();
+    const auto used = [&] { return library ? library->state(bus).used_bytes : 0; };
+    const std::int64_t before = used();
+    check(cudaSetDevice(device), fmt::format("GPU {}", device));
+    check(cudaFree(nullptr), fmt::format("start of GPU {}", device));
+    const std::int64_t after = used();
+    if (before > 0 && after > before) it->second.context = after - before;
+    std::size_t available = 0, all = 0;
+    check(cudaMemGetInfo(&available, &all), "its memory");
+    it->second.left = static_cast<std::int64_t>(available);
+  }
+  check(cudaSetDevice(device), fmt::format("GPU {}", device));
+  return it->second;
+}
+
 class Gpu : public CudaDevice {
  public:
   explicit Gpu(const DeviceOptions& o) : o_(o) {
@@ -59,10 +91,10 @@ class Gpu : public CudaDevice {
     if (o.device < 0 || o.device >= device_count())
       throw MachineError(
           fmt::format("there is no GPU {}; this machine has {}", o.device, device_count()));
-    use();
-    check(cudaFree(nullptr), fmt::format("start of GPU {}", o.device));
-    at_start_ = left();
+    started_ = start_context(o.device);
+    const std::int64_t before = left();
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
+    handles_ = std::max<std::int64_t>(0, before - left());
     libraries_->staging = [this](std::size_t bytes) { return staging(bytes); };
     libraries_->come = [this](cudaStream_t s, const std::string& what) { come(s, what); };
     on(kComputeStream);
@@ -109,7 +141,17 @@ class Gpu : public CudaDevice {
     return static_cast<std::byte*>(p);
   }
   void release(std::byte* block) override { static_cast<void>(cudaFree(block)); }
-  std::int64_t taken() override { return at_start_ - left(); }
+  std::int64_t taken() override { return started_.left - left(); }
+  OutsideMemory outside() override {
+    OutsideMemory m;
+    m.context = Bytes{started_.context};
+    m.libraries = Bytes{handles_};
+    for (const auto& [s, lane] : lanes_) m.workspace += Bytes{lane.machine->held()};
+    for (const auto& [indices, block] : libraries_->lists)
+      m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
+    if (links_) links_->add_memory(m);
+    return m;
+  }
   std::byte* allocate_on_host(std::int64_t bytes) override {
     void* p = nullptr;
     const cudaError_t e = cudaHostAlloc(&p, static_cast<std::size_t>(bytes), cudaHostAllocDefault);
@@ -396,7 +438,8 @@ class Gpu : public CudaDevice {
   bool careful_ = false;
   std::unique_ptr<Activity> activity_;
   std::string trace_file_;
-  std::int64_t at_start_ = 0;  ///< free, when there was a context and nothing else
+  Started started_;
+  std::int64_t handles_ = 0;  ///< bytes that went when the libraries started
 };
 
 /// Ours where we have one, else the host's.
@@ -479,7 +522,7 @@ Facts facts(int device) {
   f.bus_id = bus;
   f.compute_capability = 10 * p.major + p.minor;
   f.multiprocessors = p.multiProcessorCount;
-  check(cudaSetDevice(device), fmt::format("GPU {}", device));
+  start_context(device);
   std::size_t available = 0, all = 0;
   check(cudaMemGetInfo(&available, &all), "its memory");
   f.memory_bytes = static_cast<std::int64_t>(all);

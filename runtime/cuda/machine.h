@@ -372,26 +372,31 @@ struct Product {
 
 // -------------------------------------------------------------------------------- 8-bit numbers
 
-constexpr float kLargestE4M3 = 448;
-/// E4M3, ties to even, beyond its largest that; a number that is none stays one.
-PARTITA_BOTH std::uint8_t to_e4m3(float x) {
+/// Ties to even, beyond the format's largest that; a number that is none stays one.
+PARTITA_BOTH std::uint8_t to_eight(EightBits format, float x) {
 #ifdef __CUDA_ARCH__
-  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+  return format == EightBits::e4m3 ? __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)
+                                   : __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E5M2);
 #else
-  const std::uint32_t u = bits_of(x);
+  const bool wide = format == EightBits::e5m2;
+  const std::uint32_t u = bits_of(x), digits = wide ? 2 : 3, cut = 23 - digits;
+  const std::uint32_t bias = wide ? 15 : 7, last = (wide ? 30u : 15u) << digits | (wide ? 3u : 6u);
   const auto sign = static_cast<std::uint8_t>(u >> 24 & 0x80u);
   const std::uint32_t a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return static_cast<std::uint8_t>(sign | 0x7fu);
-  if (a >= bits_of(kLargestE4M3)) return static_cast<std::uint8_t>(sign | 0x7eu);
-  if (a < 0x3c800000u) {  // below 2^-6: a sum that has its last bit where the result has it
-    const float rounded = float_of(a) + 0x1p14f;
-    return static_cast<std::uint8_t>(sign | (bits_of(rounded) - bits_of(0x1p14f)));
+  if (a >= bits_of(largest(format))) return static_cast<std::uint8_t>(sign | last);
+  if (a < (128 - bias) << 23) {  // subnormal: a sum that has its last bit where the result has it
+    const float unit = wide ? 0x1p7f : 0x1p14f;
+    return static_cast<std::uint8_t>(sign | (bits_of(float_of(a) + unit) - bits_of(unit)));
   }
-  const std::uint32_t r = a + 0x7ffffu + (a >> 20 & 1u);  // half a unit less what ties need
-  return static_cast<std::uint8_t>(sign | ((r >> 20) - (120u << 3)));
+  // Half a unit less what ties need.
+  const std::uint32_t r = a + (1u << (cut - 1)) - 1 + (a >> cut & 1u);
+  return static_cast<std::uint8_t>(sign | ((r >> cut) - ((127 - bias) << digits)));
 #endif
 }
-PARTITA_BOTH float from_e4m3(std::uint8_t h) {
+PARTITA_BOTH float from_eight(EightBits format, std::uint8_t h) {
+  // E5M2 is fp16's upper half.
+  if (format == EightBits::e5m2) return from_fp16(static_cast<std::uint16_t>(h << 8));
   const std::uint32_t e = h >> 3 & 15u, m = h & 7u;
   const float size = e == 15 && m == 7 ? NAN
                      : e > 0           ? float_of((e + 120) << 23 | m << 20)
@@ -399,14 +404,16 @@ PARTITA_BOTH float from_e4m3(std::uint8_t h) {
   return (h & 0x80u) != 0 ? -size : size;
 }
 
-/// A matrix [rows, columns] in E4M3, row after row of `stride` bytes, zeros beyond the columns;
-/// each number stands for itself times *scale.
+/// A matrix [rows, columns] in 8 bits, row after row of `stride` bytes, zeros beyond the columns
+/// and in the rows that make `padded` of them; each number stands for itself times *inverse.
 struct Eights {
+  EightBits format = EightBits::e4m3;
   std::uint8_t* at = nullptr;
-  const float* scale = nullptr;
-  std::int64_t rows = 0, columns = 0, stride = 0;
+  const float* inverse = nullptr;
+  std::int64_t rows = 0, padded = 0, columns = 0, stride = 0;
 };
-/// c[m, n] = a[m, k] · b[n, k]ᵀ + beta · c, sums in fp32.
+/// c[m, n] = a[m, k] · b[n, k]ᵀ + beta · c, sums in fp32; b's padded rows make columns of c. Not
+/// both operands are E5M2.
 struct EightProduct {
   Eights a, b;
   Matrix c;

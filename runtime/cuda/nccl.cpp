@@ -8,6 +8,7 @@
 #  include <fmt/format.h>
 #  include <nccl.h>
 
+#  include <algorithm>
 #  include <chrono>
 #  include <cstring>
 #  include <exception>
@@ -61,9 +62,16 @@ class Nccl : public NcclLinks {
 
   void meet(Transport& control, const std::vector<Channel>& channels) override {
     rank_ = control.rank();
+    std::int64_t before = left();
+    const auto went = [&] {
+      const std::int64_t now = left(), n = std::max<std::int64_t>(0, before - now);
+      before = now;
+      return n;
+    };
     if (world_ == nullptr) {
       if (o_.shared_gpu) share_one_gpu(rank_);
       make_world(control);
+      others_ += went();
     }
     // Channels without a common rank are made by one split. All ranks find the same sets.
     std::vector<std::vector<const Channel*>> splits;
@@ -100,8 +108,11 @@ class Nccl : public NcclLinks {
       if (color == NCCL_SPLIT_NOCOLOR) continue;
       PARTITA_ASSERT(comm != nullptr, "NCCL split a communicator and gave none");
       settle(ncclInProgress, comm, "a communicator of some ranks");
+      bytes_[*split[static_cast<std::size_t>(color)]] += went();
     }
+    went();
     connect();
+    others_ += went();
     control.barrier();
   }
 
@@ -113,6 +124,9 @@ class Nccl : public NcclLinks {
     const std::int64_t each = sums ? 1 : width;
     const ncclRedOp_t op = call.reduction == Reduction::max ? ncclMax : ncclSum;
     auto* stream = static_cast<cudaStream_t>(stream_());
+    // Its buffers come with the first call.
+    const bool first = called_.insert(channel).second;
+    const std::int64_t before = first ? left() : 0;
     const std::vector<NcclStep> steps = nccl_steps(call);
     const bool group = steps.size() > 1;
     if (group) settle(ncclGroupStart(), comm, "the start of a group");
@@ -152,6 +166,7 @@ class Nccl : public NcclLinks {
       }
     }
     if (group) settle(ncclGroupEnd(), comm, std::string(partita::name(call.kind)));
+    if (first) bytes_[channel] += std::max<std::int64_t>(0, before - left());
     count_call(call, traffic_);
   }
   /// By ncclGroupSimulateEnd. NCCL reads which algorithm and protocol are allowed when it makes a
@@ -190,6 +205,16 @@ class Nccl : public NcclLinks {
            comm, fmt::format("a receive from rank {}", from));
   }
 
+  void add_memory(OutsideMemory& to) const override {
+    to.communicators += Bytes{others_};
+    for (const auto& [channel, bytes] : bytes_) {
+      to.communicators += Bytes{bytes};
+      if (called_.count(channel) == 0) continue;
+      Bytes& most = to.by_ranks[static_cast<int>(channel.group.size())];
+      most = std::max(most, Bytes{bytes});
+    }
+  }
+
   void poll() override {
     const auto look = [&](ncclComm_t comm) {
       ncclResult_t state = ncclSuccess;
@@ -208,6 +233,13 @@ class Nccl : public NcclLinks {
   }
 
  private:
+  /// Bytes of the GPU; 0 where other ranks take of it meanwhile.
+  std::int64_t left() const {
+    std::size_t available = 0, all = 0;
+    return !o_.shared_gpu && cudaMemGetInfo(&available, &all) == cudaSuccess
+               ? static_cast<std::int64_t>(available)
+               : 0;
+  }
   static std::string variable(const char* name) {
     const char* value = std::getenv(name);
     return value != nullptr ? value : "";
@@ -382,6 +414,9 @@ class Nccl : public NcclLinks {
   ncclComm_t world_ = nullptr, none_ = nullptr;
   std::set<Channel> known_;
   std::map<Channel, ncclComm_t> comms_;
+  std::map<Channel, std::int64_t> bytes_;  ///< that went with each
+  std::int64_t others_ = 0;                ///< with that of all ranks, and first messages
+  std::set<Channel> called_;               ///< have run a collective
   bool aborted_ = false;
 };
 

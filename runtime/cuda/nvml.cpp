@@ -44,6 +44,11 @@ class Library : public Nvml {
     s.memory_clock_mhz = number("nvmlDeviceGetClockInfo", kClockMemory);
     s.power_w = number("nvmlDeviceGetPowerUsage") * 1e-3;
     s.temperature_c = number("nvmlDeviceGetTemperature", kGpuTemperature);
+    struct {
+      unsigned long long total, free, used;
+    } memory = {};
+    if (call<int(Handle, decltype(memory)*)>("nvmlDeviceGetMemoryInfo", device, &memory) == 0)
+      s.used_bytes = static_cast<std::int64_t>(memory.used);
     unsigned long long reasons = 0;
     if (call<int(Handle, unsigned long long*)>("nvmlDeviceGetCurrentClocksThrottleReasons", device,
                                                &reasons) == 0) {

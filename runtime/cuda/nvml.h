@@ -1,6 +1,7 @@
 // runtime/cuda/nvml.h: what a GPU's driver says of its clock, power and temperature.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -9,6 +10,7 @@ namespace partita::cuda {
 struct GpuState {
   double clock_mhz = 0, memory_clock_mhz = 0;  ///< 0: not said
   double power_w = 0, temperature_c = 0;
+  std::int64_t used_bytes = 0;  ///< of its memory, by all processes
   /// What keeps the clock down: "power cap", "heat", ...; empty: nothing.
   std::string throttled;
 };

@@ -3,7 +3,7 @@
 //   each(n, f)            f(i) for every i below n
 //   rows(n, width, f)     f(row, lanes) for every row below n, of about `width` elements
 //   product(p)            matrices
-//   product(eights)       matrices in E4M3; false where it cannot
+//   product(eights)       matrices in 8 bits, where it has_eights()
 //   scratch(floats)       memory until the operator ends
 //   scores()              of attention that may be in memory at once
 //   flash(call, pass)     attention whose scores are in none (flash.h); false where it cannot
@@ -113,15 +113,16 @@ void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int
       });
 }
 
-// ----------------------------------------------------------------------------- products in E4M3
+// --------------------------------------------------------------------------- products in 8 bits
 
-/// `m` [rows, columns], or its transpose, rounded to E4M3 with the scale that its largest number
-/// gets the largest of the type by; rows are padded to whole pieces of 16.
+/// `from` [rows, columns], or its transpose, times scale_of its largest number, rounded; rows are
+/// padded to whole pieces of 16, and zero ones added to a multiple of `pieces`.
 template <class M>
-Eights rounded_eights(M& m, Numbers from, std::int64_t rows, std::int64_t columns, bool turned) {
+Eights rounded_eights(M& m, EightBits format, Numbers from, std::int64_t rows, std::int64_t columns,
+                      bool turned, std::int64_t pieces) {
   const std::int64_t n = rows * columns, chunk = 1 << 16, chunks = (n + chunk - 1) / chunk;
-  float* parts = m.scratch(chunks + 1);
-  float* const scale = parts + chunks;
+  float* parts = m.scratch(chunks + 2);
+  float *const scale = parts + chunks, *const inverse = scale + 1;
   m.rows(
       chunks, 4096, PARTITA_KERNEL(std::int64_t part, const Lanes& lanes) {
         const std::int64_t end = (part + 1) * chunk < n ? (part + 1) * chunk : n;
@@ -140,46 +141,65 @@ Eights rounded_eights(M& m, Numbers from, std::int64_t rows, std::int64_t column
         for (std::int64_t i = lanes.lane(); i < chunks; i += lanes.count())
           top = fmax(top, static_cast<double>(parts[i]));
         top = lanes.max(top);
-        if (lanes.lane() == 0)
-          *scale = top > 0 ? static_cast<float>(top / static_cast<double>(kLargestE4M3)) : 1.0f;
+        if (lanes.lane() != 0) return;
+        *scale = scale_of(format, static_cast<float>(top));
+        *inverse = 1 / *scale;
       });
   Eights e;
+  e.format = format;
   e.rows = turned ? columns : rows;
+  e.padded = (e.rows + pieces - 1) / pieces * pieces;
   e.columns = turned ? rows : columns;
   e.stride = (e.columns + 15) / 16 * 16;
-  e.at = reinterpret_cast<std::uint8_t*>(m.scratch((e.rows * e.stride + 3) / 4));
-  e.scale = scale;
+  e.at = reinterpret_cast<std::uint8_t*>(m.scratch((e.padded * e.stride + 3) / 4));
+  e.inverse = inverse;
   m.each(
-      e.rows * e.stride, PARTITA_KERNEL(std::int64_t i) {
+      e.padded * e.stride, PARTITA_KERNEL(std::int64_t i) {
         const std::int64_t row = i / e.stride, column = i % e.stride;
-        const float v = column >= e.columns ? 0.0f
-                        : turned            ? from[column * e.rows + row]
-                                            : from[row * e.columns + column];
-        e.at[i] = to_e4m3(v / *scale);
+        const float v = column >= e.columns || row >= e.rows ? 0.0f
+                        : turned                             ? from[column * e.rows + row]
+                                                             : from[row * e.columns + column];
+        e.at[i] = to_eight(e.format, v * *scale);
       });
   return e;
 }
-/// c[m, n] (+)= a[m, k] · b[k, n] of operands rounded to E4M3, which lie as in a Product, without
-/// gaps; false where the machine cannot.
+/// c[m, n] = a[m, k] · b[k, n] + beta · c of operands rounded to 8 bits, which lie as in a Product,
+/// without gaps; false where the machine cannot.
 template <class M>
-bool product_of_eights(M& m, const Product& p) {
+bool product_of_eights(M& m, const Product& p, EightBits of_a) {
+  if (p.batch != 1 || !m.has_eights()) return false;
   // cuBLASLt's: whole pieces of 16 of what lies in a row of c.
-  if (p.n % 16 != 0 || p.batch != 1 || !m.has_eights()) return false;
+  constexpr std::int64_t kPiece = 16;
   EightProduct e;
-  e.a = p.a.transposed ? rounded_eights(m, p.a.at, p.k, p.m, true)
-                       : rounded_eights(m, p.a.at, p.m, p.k, false);
-  e.b = p.b.transposed ? rounded_eights(m, p.b.at, p.n, p.k, false)
-                       : rounded_eights(m, p.b.at, p.k, p.n, true);
-  e.c = p.c;
-  e.beta = p.beta;
+  e.a = p.a.transposed ? rounded_eights(m, of_a, p.a.at, p.k, p.m, true, 1)
+                       : rounded_eights(m, of_a, p.a.at, p.m, p.k, false, 1);
+  e.b = p.b.transposed ? rounded_eights(m, EightBits::e4m3, p.b.at, p.n, p.k, false, kPiece)
+                       : rounded_eights(m, EightBits::e4m3, p.b.at, p.k, p.n, true, kPiece);
   e.passing = p.passing;
+  if (e.b.padded == p.n) {
+    e.c = p.c, e.beta = p.beta;
+    m.product(e);
+    return true;
+  }
+  // Else beside c, in fp32, and from there in one rounding.
+  const std::int64_t n = p.n, wide = e.b.padded, stride = p.c.stride;
+  const Numbers sums = m.scratch(p.m * wide), to = p.c.at;
+  e.c = {sums, wide, 0, false};
   m.product(e);
+  const bool adds = p.beta != 0;
+  m.each(
+      p.m * n, PARTITA_KERNEL(std::int64_t i) {
+        const float sum = sums[i / n * wide + i % n];
+        const auto c = to[i / n * stride + i % n];
+        c = adds ? c + sum : sum;
+      });
   return true;
 }
-/// By the context's type of products.
+/// By the context's type of products. `gradient`: a is an output's.
 template <class M>
-bool multiply(M& m, const Context& c, const Product& p) {
-  if (c.compute == ElementType::fp8) return product_of_eights(m, p);
+bool multiply(M& m, const Context& c, const Product& p, bool gradient) {
+  if (c.compute == ElementType::fp8)
+    return product_of_eights(m, p, gradient ? of_gradients(c.fp8_format) : EightBits::e4m3);
   m.product(p);
   return true;
 }
@@ -200,7 +220,8 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
                  in,
                  {numbers(x), in, 0, false},
                  {numbers(w), in, 0, true},
-                 {y, out, 0, false}}))
+                 {y, out, 0, false}},
+                false))
     return false;
   if (op.bias && c.adds_bias) {
     const Numbers b = numbers(a.parameters[1]);
@@ -226,7 +247,8 @@ bool data(M& m, const Linear&, const Context& c, const Arguments& a) {
                    {numbers(dx), in, 0, false},
                    1,
                    1,
-                   a.accumulate ? 1.0f : 0.0f});
+                   a.accumulate ? 1.0f : 0.0f},
+                  true);
 }
 template <class M>
 bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
@@ -245,7 +267,8 @@ bool weight(M& m, const Linear& op, const Context& c, const Arguments& a) {
                    {numbers(a.results[0]), in, 0, false},
                    1,
                    1,
-                   a.accumulate ? 1.0f : 0.0f}))
+                   a.accumulate ? 1.0f : 0.0f},
+                  true))
       return false;
   }
   if (op.bias && wanted(a, 1)) {
@@ -2004,11 +2027,15 @@ bool data(M& m, const Dispatch&, const Context&, const Arguments& a) {
   return true;
 }
 
+/// In the context's type of products; each expert's operands have a scale of their own.
+template <class M>
+bool can_multiply(const M& m, const Context& c) {
+  return c.compute == ElementType::fp32 || (c.compute == ElementType::fp8 && m.has_eights());
+}
 template <class M>
 bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &w = a.parameters[0];
-  // Experts' products in E4M3 are the host's.
-  if (c.compute != ElementType::fp32) return false;
+  if (!can_multiply(m, c)) return false;
   if (x.type != w.type || (a.results[0].type != x.type && a.results[0].type != ElementType::fp32))
     return false;
   const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3), rows = std::ssize(*x.rows);
@@ -2022,7 +2049,7 @@ bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& 
               {numbers(w) + e * out * in, in, 0, true},
               {y + first * out, out, 0, false}};
     p.passing = true;
-    m.product(p);
+    multiply(m, c, p, false);
   });
   if (op.bias && c.adds_bias) {
     const Numbers b = numbers(a.parameters[1]);
@@ -2035,7 +2062,7 @@ bool forward(M& m, const GroupedProduct& op, const Context& c, const Arguments& 
 template <class M>
 bool data(M& m, const GroupedProduct&, const Context& c, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &w = a.parameters[0];
-  if (c.compute != ElementType::fp32) return false;
+  if (!can_multiply(m, c)) return false;
   if (dy.type != w.type || (a.results[0].type != dy.type && a.results[0].type != ElementType::fp32))
     return false;
   const std::int64_t out = extent(w, 1, 2), in = extent(w, 2, 3);
@@ -2052,14 +2079,14 @@ bool data(M& m, const GroupedProduct&, const Context& c, const Arguments& a) {
                               1,
                               a.accumulate ? 1.0f : 0.0f};
                     p.passing = true;
-                    m.product(p);
+                    multiply(m, c, p, true);
                   });
   return true;
 }
 template <class M>
 bool weight(M& m, const GroupedProduct& op, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &dy = a.output_gradients[0], &dw = a.results[0];
-  if (c.compute != ElementType::fp32) return false;
+  if (!can_multiply(m, c)) return false;
   if (!dw || x.type != dy.type || (dw.type != x.type && dw.type != ElementType::fp32)) return false;
   const std::int64_t out = extent(dw, 1, 2), in = extent(dw, 2, 3);
   const Indices& experts = (*dw.index)[0];
@@ -2077,7 +2104,7 @@ bool weight(M& m, const GroupedProduct& op, const Context& c, const Arguments& a
               1,
               a.accumulate ? 1.0f : 0.0f};
     p.passing = true;
-    m.product(p);
+    multiply(m, c, p, true);
     if (!bias) return;
     if (c.adds_bias) {
       sum_columns(m, numbers(dy) + first * out, count, out, numbers(a.results[1]) + e * out,

@@ -21,7 +21,8 @@ struct ProductOptions {
 struct ProductKey {
   std::int64_t m = 0, n = 0, k = 0, batch = 0, a_stride = 0, b_stride = 0, c_stride = 0, a_step = 0,
                b_step = 0, c_step = 0;
-  ElementType type = ElementType::fp32, sum = ElementType::fp32;  ///< of a and b; of c
+  ElementType type = ElementType::fp32, sum = ElementType::fp32;   ///< of a and b; of c
+  EightBits a_eight = EightBits::e4m3, b_eight = EightBits::e4m3;  ///< of type fp8
   bool a_transposed = false, b_transposed = false, adds = false;
   int a_alignment = 0, b_alignment = 0, c_alignment = 0;  ///< bytes, at most 256
   friend auto operator<=>(const ProductKey&, const ProductKey&) = default;

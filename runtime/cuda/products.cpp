@@ -214,6 +214,8 @@ void CudaMachine::product(const Product& p) {
                        p.c.step,
                        p.a.at.type(),
                        p.c.at.type(),
+                       EightBits::e4m3,
+                       EightBits::e4m3,
                        p.a.transposed,
                        p.b.transposed,
                        p.beta != 0,
@@ -227,10 +229,15 @@ void CudaMachine::product(const Product& p) {
 
 void CudaMachine::product(const EightProduct& p) {
   if (p.a.rows * p.b.rows == 0) return;
-  PARTITA_ASSERT(p.a.stride == p.b.stride && p.a.stride % 16 == 0 && p.b.rows % 16 == 0,
-                 "rows of 8-bit numbers that are not whole pieces");
-  const std::string words =
-      fmt::format("E4M3 product of {} x {} x {}", p.a.rows, p.b.rows, p.a.columns);
+  PARTITA_ASSERT(p.a.stride == p.b.stride && p.a.stride % 16 == 0 && p.b.padded % 16 == 0 &&
+                     (p.a.format == EightBits::e4m3 || p.b.format == EightBits::e4m3),
+                 "8-bit numbers that cuBLASLt does not multiply");
+  const auto type_of_eights = [](const Eights& e) {
+    return e.format == EightBits::e4m3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2;
+  };
+  const auto word = [](const Eights& e) { return e.format == EightBits::e4m3 ? "E4M3" : "E5M2"; };
+  const std::string words = fmt::format("{} x {} product of {} x {} x {}", word(p.a), word(p.b),
+                                        p.a.rows, p.b.padded, p.a.columns);
   Description d;
   check(cublasLtMatmulDescCreate(&d.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), words);
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
@@ -239,23 +246,25 @@ void CudaMachine::product(const EightProduct& p) {
   // Both operands lie along the sum, which is all that the tensor cores of Hopper take.
   set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
-  set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(p.b.scale));
-  set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(p.a.scale));
+  set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(p.b.inverse));
+  set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(p.a.inverse));
   // Sums in fp32 throughout, not in the 14 bits of fast accumulation.
   set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, std::int8_t{0});
   const auto eights = [&](cublasLtMatrixLayout_t& layout, const Eights& e) {
-    check(cublasLtMatrixLayoutCreate(&layout, CUDA_R_8F_E4M3, static_cast<std::uint64_t>(e.stride),
-                                     static_cast<std::uint64_t>(e.rows), e.stride),
-          words);
+    check(
+        cublasLtMatrixLayoutCreate(&layout, type_of_eights(e), static_cast<std::uint64_t>(e.stride),
+                                   static_cast<std::uint64_t>(e.padded), e.stride),
+        words);
   };
   eights(d.a, p.b);
   eights(d.b, p.a);
-  d.c = layout_of(p.c, p.a.rows, p.b.rows, 1);
+  d.c = layout_of(p.c, p.a.rows, p.b.padded, 1);
   ProductKey key;
-  key.m = p.a.rows, key.n = p.b.rows, key.k = p.a.stride, key.batch = 1;
+  key.m = p.a.rows, key.n = p.b.padded, key.k = p.a.stride, key.batch = 1;
   key.a_stride = key.b_stride = p.a.stride;
   key.c_stride = p.c.stride;
   key.type = ElementType::fp8, key.sum = p.c.at.type();
+  key.a_eight = p.a.format, key.b_eight = p.b.format;
   key.b_transposed = true;
   key.adds = p.beta != 0;
   key.a_alignment = key.b_alignment = 256;  // scratch

@@ -149,16 +149,15 @@ class OperandVisits {
     }
     return all;
   }
-  /// Copies whose values are rounded to a type in which products are computed.
-  void round(std::vector<cpu::Tensor>& list, ElementType type) {
-    for (cpu::Tensor& t : list) {
-      if (!t || t.values == nullptr) continue;
-      auto& copy = rounded_.emplace_back(t.values, t.values + t.size());
-      std::vector<double> exact(copy.begin(), copy.end());
-      round_values(type, exact.data(), exact.size());
-      for (std::size_t i = 0; i < copy.size(); ++i) copy[i] = static_cast<float>(exact[i]);
-      t.values = copy.data();
-    }
+  /// The operand becomes a copy, rounded to the type in which the product is computed.
+  void round(const reference::Context& c, bool gradient, cpu::Tensor& t) {
+    if (!t || t.values == nullptr) return;
+    auto& copy = rounded_.emplace_back(t.values, t.values + t.size());
+    std::vector<double> exact(copy.begin(), copy.end());
+    reference::round_operand(c, gradient, t.rows, t.rows != nullptr ? 0 : (*t.index)[0].size(),
+                             exact);
+    for (std::size_t i = 0; i < copy.size(); ++i) copy[i] = static_cast<float>(exact[i]);
+    t.values = copy.data();
   }
   void give_back() { visits_.give_back(); }
 
@@ -193,13 +192,20 @@ class VisitingKernel : public OperatorKernel {
     h.backward_statistics = visits.tensors(a.backward_statistics, false);
     h.extras = visits.tensors(a.extras, extras);
     h.results = visits.tensors(a.results, true);
-    if (compute != ElementType::fp32) {
-      visits.round(h.inputs, compute);
-      visits.round(h.parameters, compute);
-      visits.round(h.output_gradients, compute);
-    }
     h.accumulate = a.accumulate;
     h.whole_statistics = a.whole_statistics;
+    if (compute != ElementType::fp32) {
+      // A bias's gradient is the sum of what nobody has rounded; a bias is only added.
+      if (work == Work::backward_weight && h.results.size() > 1) {
+        cpu::Arguments sums = h;
+        sums.results[0] = {};
+        kernel_.run(work, statistic, sums);
+        h.results.resize(1);
+      }
+      for (cpu::Tensor& t : h.inputs) visits.round(context(), false, t);
+      if (!h.parameters.empty()) visits.round(context(), false, h.parameters[0]);
+      for (cpu::Tensor& t : h.output_gradients) visits.round(context(), true, t);
+    }
     kernel_.run(work, statistic, h);
     routed = std::move(kernel_.routed);
     visits.give_back();

@@ -108,6 +108,9 @@ class Links {
   virtual void send(const Channel& channel, int to, const std::byte* from, std::int64_t bytes) = 0;
   virtual void receive(const Channel& channel, int from, std::byte* to, std::int64_t bytes) = 0;
 
+  /// Adds what its communicators have of the device's memory.
+  virtual void add_memory(OutsideMemory&) const {}
+
   const Traffic& traffic() const { return traffic_; }
   void reset_traffic() { traffic_ = {}; }
 
@@ -134,6 +137,8 @@ class Device {
   /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
   /// and kernels work in. 0: not known.
   virtual std::int64_t taken() { return 0; }
+  /// What of it is known to be no block's, but for kernels; and the context before.
+  virtual OutsideMemory outside() { return {}; }
   /// The host's, for what is copied often: pinned.
   virtual std::byte* allocate_on_host(std::int64_t bytes);
   virtual void release_on_host(std::byte* block);

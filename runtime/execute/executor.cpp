@@ -187,6 +187,11 @@ class Executor {
     result_.measured.host_peak = host_memory_.peak();
     result_.reserved = memory_.reserved();
     result_.beside = Bytes{std::max<std::int64_t>(0, device_.taken() - memory_.reserved().count)};
+    result_.measured.reserved = result_.reserved;
+    OutsideMemory& outside = result_.measured.outside;
+    outside = device_.outside();
+    const Bytes named = outside.libraries + outside.workspace + outside.communicators;
+    outside.kernels = std::max(Bytes{0}, result_.beside - named);
     result_.fallbacks = device_.fallbacks();
     if (o_.record) {
       transport_.doing("the reading of clocks");
@@ -1519,7 +1524,13 @@ class Executor {
   void collect_measurements() {
     RankMeasurement& m = result_.measured;
     if (rank_ != 0) {
-      std::vector<std::int64_t> words{m.peak.count, m.last_peak.count, m.host_peak.count};
+      std::vector<std::int64_t> words{m.peak.count, m.last_peak.count, m.host_peak.count,
+                                      m.reserved.count};
+      const OutsideMemory& o = m.outside;
+      for (const Bytes b : {o.context, o.kernels, o.libraries, o.workspace, o.communicators})
+        words.push_back(b.count);
+      words.push_back(static_cast<std::int64_t>(o.by_ranks.size()));
+      for (const auto& [n, bytes] : o.by_ranks) words.insert(words.end(), {n, bytes.count});
       for (const Bytes b : m.at_peak) words.push_back(b.count);
       for (const Bytes b : m.last_at_peak) words.push_back(b.count);
       const auto real = [](double v) {
@@ -1562,6 +1573,14 @@ class Executor {
       r.peak = Bytes{next()};
       r.last_peak = Bytes{next()};
       r.host_peak = Bytes{next()};
+      r.reserved = Bytes{next()};
+      OutsideMemory& o = r.outside;
+      for (Bytes* b : {&o.context, &o.kernels, &o.libraries, &o.workspace, &o.communicators})
+        *b = Bytes{next()};
+      for (std::int64_t k = next(); k > 0; --k) {
+        const auto ranks = static_cast<int>(next());
+        o.by_ranks[ranks] = Bytes{next()};
+      }
       for (Bytes& b : r.at_peak) b = Bytes{next()};
       for (Bytes& b : r.last_at_peak) b = Bytes{next()};
       const std::int64_t uncertainty = next();

@@ -292,14 +292,24 @@ double tolerance_of_rounding(const Graph& graph, const Program& program, const R
                              const RunOptions& exact) {
   RunOptions options = exact;
   options.round = true;
-  const Comparison once = compare(graph, interpret(program, options), serial, 0);
+  const auto effect = [&] {
+    const Comparison c = compare(graph, interpret(program, options), serial, 0);
+    return std::max({c.loss_error, c.gradient_error, c.parameter_error});
+  };
   double longest = 1;
+  bool eights = false;
   for (const ProgramOperator& op : program.operators) {
+    eights |= op.compute == ElementType::fp8;
     for (const IterationDim& d : op.signature.dims)
       longest = std::max(longest, static_cast<double>(d.extent));
   }
-  return (longest + 8) *
-         std::max({once.loss_error, once.gradient_error, once.parameter_error, 0x1p-24});
+  double operands = 0;
+  if (eights) {
+    const double least = error_of_products(of_gradients(program.fp8_format), EightBits::e4m3);
+    operands = 2 * std::max(effect(), least);
+    options.round_operands = false;
+  }
+  return (longest + 8) * std::max(effect(), 0x1p-24) + operands;
 }
 
 }  // namespace partita::reference

@@ -47,9 +47,17 @@ inline double tolerance_in_double(int steps) { return 1e-9 * steps; }
 /// What a run in the plan's own types may differ from the serial network in doubles by: the effect
 /// of rounding every stored value once, measured by interpreting the program with rounding, times
 /// the roundings that one stored value can have gone through, (K + 8) for the longest sum K of any
-/// operator (docs/execution.md, "Rounding").
+/// operator; of operands in fp8, which are rounded once, twice the effect of that, at least
+/// error_of_products (docs/execution.md, "Rounding").
 double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
                              const RunOptions& options);
+
+/// What a product of operands in these formats is off by at most, relative to the sum of its terms'
+/// sizes: u_a + u_b + u_a u_b with u half a spacing.
+inline double error_of_products(EightBits a, EightBits b) {
+  const double of_a = spacing(a) / 2, of_b = spacing(b) / 2;
+  return of_a + of_b + of_a * of_b;
+}
 
 /// Multiply-accumulates of one serial step: the interpreter is for small networks.
 double serial_work(const Graph& graph, const Program& program);

@@ -648,16 +648,23 @@ class Machine {
       cut(o.output_gradients, i.gradients);
     }
     std::vector<Piece> cast;
-    if (o_.round && casts(op)) {
-      cast.reserve(o.inputs.size() + o.parameters.size() + o.output_gradients.size());
-      for (auto* list : {&o.inputs, &o.parameters, &o.output_gradients}) {
-        for (const Piece*& operand : *list) {
-          if (operand == nullptr) continue;
-          cast.push_back(*operand);
-          round_values(op.compute, cast.back().values.data(), cast.back().values.size());
-          operand = &cast.back();
-        }
-      }
+    const bool rounds = o_.round && o_.round_operands && casts(op);
+    const Operands exact = rounds ? o : Operands{};
+    if (rounds) {
+      c.compute = op.compute;
+      cast.reserve(o.inputs.size() + o.output_gradients.size() + 1);
+      const auto round_one = [&](const Piece*& operand, bool gradient) {
+        if (operand == nullptr) return;
+        Piece& p = cast.emplace_back(*operand);
+        const bool routed = p.routed;
+        round_operand(c, gradient, routed ? &p.rows : nullptr,
+                      p.index.empty() ? 0 : p.index[0].size(), p.values);
+        operand = &p;
+      };
+      for (const Piece*& x : o.inputs) round_one(x, false);
+      // What is only added, a bias, is not.
+      if (!o.parameters.empty()) round_one(o.parameters[0], false);
+      for (const Piece*& g : o.output_gradients) round_one(g, true);
     }
     const bool forward = i.kernel == Kernel::forward;
     std::vector<Piece> inline_statistics;
@@ -703,6 +710,11 @@ class Machine {
         break;
       case Kernel::backward_weight:
         results = backward_weight(c, o);
+        // A bias's is the sum of gradients that nobody has rounded.
+        if (rounds && results.size() > 1) {
+          auto sums = backward_weight(c, exact);
+          std::move(sums.begin() + 1, sums.end(), results.begin() + 1);
+        }
         break;
       case Kernel::zero:
       case Kernel::add:
@@ -1050,6 +1062,7 @@ Context context_of(const Program& p, std::int32_t id, std::uint64_t seed, std::i
   }
   c.loss_scale = 1 / labels;
   c.seed = seed;
+  c.fp8_format = p.fp8_format;
   return c;
 }
 

@@ -27,6 +27,7 @@ struct RunOptions {
   /// Round every stored value to its buffer's type, and the operands of products to the type they
   /// are computed in: the plan's precision. Otherwise everything is a double.
   bool round = false;
+  bool round_operands = true;  ///< false with `round`: stored values alone
   /// Key of an operator's random numbers; without it all operators use `seed`.
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
   /// Whole initial parameters, by replica (one entry unless the program has independent replicas),

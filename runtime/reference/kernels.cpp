@@ -1292,8 +1292,8 @@ Pieces weight_of(const CausalConvolution& op, const Context& c, const Operands& 
 /// One head over the whole sequence, token by token.
 struct Scan {
   std::size_t tokens = 0, dim = 0, state = 0;
-  std::size_t head = 0;               ///< element of the head's parameters
-  std::size_t x = 0, b = 0, c = 0;    ///< elements of the first token
+  std::size_t head = 0;             ///< element of the head's parameters
+  std::size_t x = 0, b = 0, c = 0;  ///< elements of the first token
   std::size_t step = 0, y = 0;
   std::size_t x_row = 0, step_row = 0, y_row = 0;  ///< from token to token
 };
@@ -1719,6 +1719,27 @@ std::vector<Piece> forward(const Context& c, const Operands& o) {
 
 std::vector<Piece> backward_data(const Context& c, const Operands& o) {
   return std::visit([&](const auto& op) { return data_of(op, c, o); }, *c.operation);
+}
+
+void round_operand(const Context& c, bool gradient, const std::vector<Row>* rows,
+                   std::size_t experts, std::vector<double>& values) {
+  if (c.compute != ElementType::fp8) {
+    round_values(c.compute, values.data(), values.size());
+    return;
+  }
+  const EightBits format = gradient ? of_gradients(c.fp8_format) : EightBits::e4m3;
+  const bool grouped = std::holds_alternative<GroupedProduct>(*c.operation);
+  const std::size_t units = !grouped ? 1 : rows != nullptr ? rows->size() : experts;
+  if (units == 0) return;
+  const std::size_t unit = values.size() / units;
+  for (std::size_t first = 0; first < units;) {
+    std::size_t end = first + 1;
+    while (grouped && rows != nullptr && end < units &&
+           (*rows)[end].expert == (*rows)[first].expert)
+      ++end;
+    round_eights(format, values.data() + first * unit, (end - first) * unit);
+    first = end;
+  }
 }
 
 std::vector<Piece> backward_weight(const Context& c, const Operands& o) {

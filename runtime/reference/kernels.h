@@ -55,10 +55,17 @@ struct Context {
   std::uint64_t seed = 0;
   std::int64_t step = 0;
   std::int64_t first_sample = 0;  ///< global number of sample index 0 (earlier micro-batches)
-  /// What a product's operands are rounded to before, each as a whole; fp32: nothing. Executors
-  /// do that: the kernels here do not.
+  /// What a product's operands are rounded to before (round_operand); fp32: nothing. Executors do
+  /// that: the kernels here do not.
   ElementType compute = ElementType::fp32;
+  Fp8Format fp8_format = Fp8Format::hybrid;
 };
+
+/// Rounds what a product multiplies to the context's type. Of a grouped product each expert's rows
+/// (those of one expert follow each other in `rows`) and each of `experts` weights (`rows` null)
+/// are a tensor with a scale of its own; else the operand is one. `gradient`: it is the output's.
+void round_operand(const Context& c, bool gradient, const std::vector<Row>* rows,
+                   std::size_t experts, std::vector<double>& values);
 
 /// What a kernel reads; entries that the signature does not mark as saved may be empty in backward
 /// passes.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <type_traits>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -105,9 +106,41 @@ void CachingAllocator::return_segments() {
   }
 }
 
-Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_capability,
-                  Bytes limit) {
-  CachingAllocator allocator(limit);
+BlocksBySize::Handle BlocksBySize::allocate(Bytes n) {
+  constexpr std::int64_t kGrain = 64;
+  const std::int64_t size = ceil_div(n.count, kGrain) * kGrain;
+  if (std::int64_t& kept = kept_[size]; kept > 0) {
+    --kept;
+  } else {
+    reserved_ += Bytes{size};
+  }
+  return size;
+}
+
+namespace {
+
+/// What our executor keeps an operator's backward sums in where they need no other rank's.
+std::vector<Bytes> inline_sums(const Program& p, const Instruction& i, std::int64_t rank) {
+  std::vector<Bytes> sums;
+  if (i.kind != Kind::compute || i.kernel != Kernel::backward_data || !i.inline_statistics)
+    return sums;
+  const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+  if (p.mesh.group_root(rank, op.root) != rank) return sums;
+  for (const Statistic& s : op.signature.backward_statistics) {
+    std::int64_t n = 4 * s.width;
+    for (const int d : s.dims) {
+      const auto at = static_cast<std::size_t>(d);
+      n *= std::ssize(local_indices(p.mesh, op.cuts[at], op.signature.dims[at].extent, rank));
+    }
+    if (n > 0) sums.push_back(Bytes{n});
+  }
+  return sums;
+}
+
+/// The state, then every allocation of a step.
+template <class Allocator>
+Bytes play(Allocator& allocator, const Program& p, const RankClass& rank_class,
+           int compute_capability) {
   const std::int64_t rank = rank_class.representative;
   const auto& calls = p.stages[static_cast<std::size_t>(rank_class.stage)];
   std::set<BlockId> blocks;
@@ -120,7 +153,7 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
   }
   // Parameters are tensors of their own until one flat copy takes their place, and their memory
   // stays with the allocator.
-  std::vector<CachingAllocator::Handle> apart;
+  std::vector<typename Allocator::Handle> apart;
   for (const BufferId g : late) apart.push_back(allocator.allocate(as_parameters(p, g, rank)));
   std::vector<char> counted(p.buffers.size(), 0);
   // What an instruction allocates and frees, looked up once for all micro-batches.
@@ -128,6 +161,7 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
     enum class What : std::uint8_t { allocate, free, transient } what = What::allocate;
     std::int32_t buffer = -1;
     Bytes bytes;
+    std::vector<Bytes> together = {};  ///< transient: blocks at once
   };
   std::vector<std::vector<Turn>> turns(p.blocks.size());
   for (const BlockId b : blocks) {
@@ -152,24 +186,31 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
       } else if (const Bytes n = transient_bytes(p, i, rank); n.count > 0) {
         mine.push_back({Turn::What::transient, -1, n});
       }
+      if constexpr (std::is_same_v<Allocator, BlocksBySize>) {
+        if (auto sums = inline_sums(p, i, rank); !sums.empty())
+          mine.push_back({Turn::What::transient, -1, {}, std::move(sums)});
+      }
     }
   }
-  for (const CachingAllocator::Handle h : apart) allocator.free(h);
+  for (const auto h : apart) allocator.free(h);
   Bytes resident = resident_bytes(p, rank_class.stage, rank, compute_capability);
   for (const BufferId g : late) resident += Bytes{-as_parameters(p, g, rank).count};
   if (resident.count > 0) allocator.allocate(resident);
   const auto step = step_bytes(p, rank_class.stage, rank);
   const auto copies = stage_copies(p, rank_class.stage, rank);
-  std::map<std::pair<int, int>, CachingAllocator::Handle> copied;  // by chunk and micro-batch
-  std::unordered_map<std::int64_t, CachingAllocator::Handle> alive;
+  std::map<std::pair<int, int>, typename Allocator::Handle> copied;  // by chunk and micro-batch
+  std::unordered_map<std::int64_t, typename Allocator::Handle> alive;
   for (const BlockCall& call : calls) {
-    std::vector<CachingAllocator::Handle> held;
+    std::vector<typename Allocator::Handle> held;
     if (p.blocks[call.block.index()].kind == BlockKind::step) {
       for (const Bytes n : step) held.push_back(allocator.allocate(n));
     }
     for (const Turn& turn : turns[call.block.index()]) {
       if (turn.what == Turn::What::transient) {
-        allocator.free(allocator.allocate(turn.bytes));
+        if (turn.bytes.count > 0) allocator.free(allocator.allocate(turn.bytes));
+        std::vector<typename Allocator::Handle> at_once;
+        for (const Bytes n : turn.together) at_once.push_back(allocator.allocate(n));
+        for (const auto h : at_once) allocator.free(h);
         continue;
       }
       const bool per_step = p.buffers[static_cast<std::size_t>(turn.buffer)].scope == Scope::step;
@@ -182,7 +223,7 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
         alive.erase(found);
       }
     }
-    for (const CachingAllocator::Handle h : held) allocator.free(h);
+    for (const auto h : held) allocator.free(h);
     for (const BufferId g : beside[call.block.index()]) {
       if (late.erase(g) > 0) allocator.allocate(as_parameters(p, g, rank));
     }
@@ -196,6 +237,18 @@ Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_cap
     }
   }
   return allocator.peak_reserved();
+}
+
+}  // namespace
+
+Bytes reserved_by(const Program& p, const RankClass& rank_class, int compute_capability,
+                  Bytes limit) {
+  CachingAllocator allocator(limit);
+  return play(allocator, p, rank_class, compute_capability);
+}
+Bytes reserved_by_us(const Program& p, const RankClass& rank_class) {
+  BlocksBySize allocator;
+  return play(allocator, p, rank_class, 0);
 }
 
 }  // namespace partita

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -55,6 +56,23 @@ class CachingAllocator {
   std::array<Free, 2> free_;  ///< large, small
   Bytes limit_, allocated_, reserved_, peak_reserved_;
 };
+
+/// Our executor's (runtime/execute/memory.h): a request is rounded up to 64 B, and a freed block is
+/// kept for the next request of its size.
+class BlocksBySize {
+ public:
+  using Handle = std::int64_t;  ///< a block's size
+  /// Requires n > 0.
+  Handle allocate(Bytes n);
+  void free(Handle block) { ++kept_[block]; }
+  Bytes peak_reserved() const { return reserved_; }
+
+ private:
+  std::map<std::int64_t, std::int64_t> kept_;  ///< free blocks, by size
+  Bytes reserved_;
+};
+/// What it reserves on a rank of this class, collectives' packing left out.
+Bytes reserved_by_us(const Program& program, const RankClass& rank_class);
 
 /// Most that the allocator reserves on a rank of this class, whose device has this compute
 /// capability and `limit` for it: the state, then every allocation of a step in the program's

@@ -107,6 +107,7 @@ class Lowering {
     p_.staleness = static_cast<int>(plan_.staleness);
     p_.loss_scale = plan_.loss_scale;
     p_.compression = plan_.compression;
+    p_.fp8_format = plan_.fp8_format;
     p_.launches = plan_.launches;
     p_.kernels = plan_.kernels;
     if (plan_.scatter_messages && plan_.replicas == 0) {

@@ -143,6 +143,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("workspace_local", f.workspace_local);
   boolean(plan, "rows_once", f.rows_once);
   boolean(plan, "narrow_gathers", f.narrow_gathers);
+  setting(plan, "fp8_format",
+          [&](const YamlNode& n) { f.fp8_format = parse_fp8_format(n.as_string(), n.place()); });
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
   boolean(plan, "channels_first", f.channels_first);
   boolean(plan, "fuses_normalise", f.fuses_normalise);

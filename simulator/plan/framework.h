@@ -72,6 +72,7 @@ struct FrameworkProfile {
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
   bool narrow_gathers = false;     ///< Plan's
+  Fp8Format fp8_format = Fp8Format::e4m3;
   /// 32-bit images lie channels first (NCHW), and so are turned for every product of tensor cores.
   bool channels_first = false;
   /// A batch norm's kernel adds the residual and applies the activation that follow it.

@@ -731,6 +731,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.save_gathered = f.save_gathered;
   plan.rows_once = f.rows_once;
   plan.narrow_gathers = f.narrow_gathers;
+  plan.fp8_format = f.fp8_format;
   plan.expert_bias_apart = f.expert_bias_apart;
   plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
   plan.fuses_normalise = f.fuses_normalise;
@@ -862,6 +863,8 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
   if (const auto n = y.find("narrow_gathers")) p.narrow_gathers = n->as_bool();
+  if (const auto n = y.find("fp8_format"))
+    p.fp8_format = parse_fp8_format(n->as_string(), n->place());
   if (const auto n = y.find("channels_first")) p.channels_first = n->as_bool();
   if (const auto n = y.find("fuses_normalise")) p.fuses_normalise = n->as_bool();
   if (const auto n = y.find("joins_projections")) p.joins_projections = n->as_bool();
@@ -1081,6 +1084,8 @@ std::string to_yaml(const Plan& p) {
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
   s += fmt::format("rows_once: {}\n", p.rows_once);
   if (p.narrow_gathers) s += "narrow_gathers: true\n";
+  if (p.precision.compute == ElementType::fp8)
+    s += fmt::format("fp8_format: {}\n", name(p.fp8_format));
   if (p.channels_first) s += "channels_first: true\n";
   if (p.fuses_normalise) s += "fuses_normalise: true\n";
   if (p.joins_projections) s += "joins_projections: true\n";

@@ -94,7 +94,8 @@ struct Plan {
   std::vector<std::int64_t> cuts;  ///< explicit: blocks per chunk, in order; empty: the rule
   Precision precision;
   std::string precision_name = "bf16";
-  bool precision_roles = false;  ///< some role differs from what the name says
+  bool precision_roles = false;              ///< some role differs from what the name says
+  Fp8Format fp8_format = Fp8Format::hybrid;  ///< of products in fp8: executed, times are one
   Optimizer optimizer;
   Bytes bucket = 40_MiB;            ///< of gradients reduced by one call
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp (Megatron: 128)

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/outside_memory.h"
 #include "simulator/program/program.h"
 
 namespace partita {
@@ -50,6 +51,8 @@ struct RankMeasurement {
   std::array<Bytes, kCategoryCount> last_at_peak{};
   Bytes host_peak{};  ///< of what a device would keep in its host's memory
   Traffic traffic;    ///< of the last step
+  Bytes reserved{};   ///< of its device, by its allocator: in use or kept
+  OutsideMemory outside;
 };
 
 }  // namespace partita

@@ -438,6 +438,7 @@ struct Program {
   std::int32_t loss_tensor = -1;
   /// The runtime packs a collective's buffers into one payload (ours does); else they lie in place.
   bool packs_collectives = false;
+  Fp8Format fp8_format = Fp8Format::hybrid;  ///< Plan's: what is executed
   // Plan's, priced only.
   bool channels_first = false;
   int score_passes_forward = 2, score_passes_backward = 3;

@@ -64,8 +64,8 @@ double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
   return total;
 }
 
-/// Buffers of the communicators of one rank: one for each group that its collectives run in.
-Bytes communicators(const Program& p, const RankClass& c, Communication& communication) {
+/// Groups of one rank that its collectives run in.
+std::set<std::vector<std::int64_t>> groups_of(const Program& p, const RankClass& c) {
   std::set<std::vector<std::int64_t>> groups;
   std::set<BlockId> blocks;
   for (const BlockCall& call : p.stages[static_cast<std::size_t>(c.stage)])
@@ -77,9 +77,19 @@ Bytes communicators(const Program& p, const RankClass& c, Communication& communi
         groups.insert(p.group(i, c.representative));
     }
   }
-  Bytes sum{0};
-  for (const auto& g : groups) sum += communication.communicator_memory(g);
-  return sum;
+  return groups;
+}
+
+/// Of the measured number of ranks that is nearest by its ratio, the larger of two.
+Bytes nearest(const std::map<int, Bytes>& by_ranks, std::size_t ranks) {
+  const auto distance = [&](int n) {
+    return std::abs(std::log(static_cast<double>(n) / static_cast<double>(ranks)));
+  };
+  auto best = by_ranks.begin();
+  for (auto it = by_ranks.begin(); it != by_ranks.end(); ++it) {
+    if (distance(it->first) <= distance(best->first)) best = it;
+  }
+  return best->second;
 }
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) * to; }
@@ -99,6 +109,31 @@ std::optional<Program> with_few_micro_batches(const Graph& graph, const Plan& pl
 }
 
 }  // namespace
+
+OutsideMemory outside_memory(const Program& p, const RankClass& c, Communication& communication,
+                             const DeviceProfile& device) {
+  OutsideMemory m;
+  m.context = p.allocations.context;
+  const bool measured = device.outside.has_value();
+  if (measured) {
+    m = *device.outside;
+    m.by_ranks.clear();
+    m.communicators = Bytes{0};
+    // A foreign framework's has others in its allocator, and says if its context is another.
+    if (!p.packs_collectives) m.workspace = Bytes{0};
+    if (p.allocations.context != Allocations{}.context) {
+      m.context = p.allocations.context;
+      m.kernels = m.libraries = Bytes{0};
+    }
+  }
+  for (const auto& g : groups_of(p, c)) {
+    if (g.size() < 2) continue;
+    m.communicators += measured && !device.outside->by_ranks.empty()
+                           ? nearest(device.outside->by_ranks, g.size())
+                           : communication.communicator_memory(g);
+  }
+  return m;
+}
 
 Feasible<Program> lower_padded(const Graph& graph, const Plan& plan) {
   return plan.pad_vocabulary > 0 && graph.sequence > 0
@@ -192,9 +227,11 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
           "stage {}, {}{}", t.classes[c].stage, b.name,
           use.peak_micro_batch >= 0 ? fmt::format(", micro-batch {}", use.peak_micro_batch) : "");
     }
+    // Device files give usable memory after the context.
+    const auto& device =
+        placed.device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)});
     usable = std::min(usable,
-                      placed.device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)})
-                          .usable_memory);
+                      device.usable_memory + (device.outside ? device.outside->context : kContext));
   }
   for (const auto& [s, m] : by_stage) r.memory_by_stage.push_back(m);
   if (!only_if_fits) {
@@ -204,14 +241,15 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
     r.alive = alive_at_peak(*program, t.classes[most], t.memory[most]);
   }
-  Bytes most_communicators{0};
   for (const RankClass& c : t.classes) {
-    if (c.stage < program->pipeline_stages())
-      most_communicators = std::max(
-          most_communicators, communicators(*program, c, elsewhere ? *elsewhere : communication));
+    if (c.stage >= program->pipeline_stages()) continue;
+    const OutsideMemory m =
+        outside_memory(*program, c, elsewhere ? *elsewhere : communication,
+                       placed.device(DeviceId{static_cast<std::size_t>(c.representative)}));
+    if (m.total() > r.outside.total()) r.outside = m;
   }
-  r.usable = usable + kContext;  // device files give usable memory after the context
-  const Bytes outside = program->allocations.context + most_communicators;
+  r.usable = usable;
+  const Bytes outside = r.outside.total();
   // A search only weighs: rounding stands for what the allocator leaves between blocks.
   r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
   if (!only_if_fits && !program->allocations.expandable_segments &&
@@ -224,10 +262,12 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     const RankClass& fullest = t.classes[most];
     const auto few = routing == nullptr ? with_few_micro_batches(graph, *plan) : std::nullopt;
     r.peak_reserved =
-        reserved_by(few ? *few : *program, fullest,
-                    placed.device(DeviceId{static_cast<std::size_t>(fullest.representative)})
-                        .compute_capability,
-                    limit);
+        program->packs_collectives
+            ? reserved_by_us(*program, fullest)
+            : reserved_by(few ? *few : *program, fullest,
+                          placed.device(DeviceId{static_cast<std::size_t>(fullest.representative)})
+                              .compute_capability,
+                          limit);
     for (StageMemory& s : r.memory_by_stage) {
       if (s.stage == fullest.stage) s.reserved = r.peak_reserved;
     }

@@ -42,7 +42,8 @@ struct Prediction {
   double samples_per_second = 0;
   double mfu = 0, hfu = 0;
   Bytes peak_allocated, peak_reserved, peak_device, usable;
-  Bytes peak_host;  ///< of what is offloaded, by the rank with most
+  OutsideMemory outside;  ///< of peak_device, beside peak_reserved
+  Bytes peak_host;        ///< of what is offloaded, by the rank with most
   bool fits = false;
   std::vector<StageMemory> memory_by_stage;
   std::vector<Alive> alive;  ///< at the peak of the stage that needs most
@@ -55,6 +56,11 @@ struct Prediction {
   std::size_t classes = 0;
   std::int64_t instructions = 0;
 };
+
+/// What a rank's device holds beside its allocator's: as its file has measured it, else the
+/// framework's context and NCCL's buffers (docs/simulation.md, "Memory").
+OutsideMemory outside_memory(const Program& program, const RankClass& rank_class,
+                             Communication& communication, const DeviceProfile& device);
 
 /// A complete plan's program, of the network with the vocabulary padded as the framework does.
 Feasible<Program> lower_padded(const Graph& graph, const Plan& plan);

@@ -26,6 +26,23 @@ TEST(CachingAllocator, PlaysThePagesExamples) {
   EXPECT_EQ(b.allocated(), 7_MiB);
 }
 
+/// docs/simulation.md, "Memory".
+TEST(BlocksBySize, AreTakenAgainByRequestsOfTheirSizeAlone) {
+  BlocksBySize a;
+  const auto one = a.allocate(100_B), two = a.allocate(128_B);
+  EXPECT_EQ(a.peak_reserved(), 256_B) << "both are blocks of 128 B";
+  a.free(one);
+  a.allocate(65_B);
+  EXPECT_EQ(a.peak_reserved(), 256_B);
+  a.free(two);
+  a.allocate(64_B);
+  EXPECT_EQ(a.peak_reserved(), 320_B) << "of another size";
+  a.allocate(128_B);
+  EXPECT_EQ(a.peak_reserved(), 320_B);
+  a.allocate(129_B);
+  EXPECT_EQ(a.peak_reserved(), 512_B);
+}
+
 TEST(CachingAllocator, CutsSegmentsBySize) {
   const auto reserved = [](Bytes n) {
     CachingAllocator a;

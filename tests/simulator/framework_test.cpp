@@ -53,6 +53,11 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
       EXPECT_FALSE(p.scatter_messages);
       EXPECT_FALSE(p.sums_in_turn);
     }
+    EXPECT_EQ(p.fp8_format, f.fp8_format);
+    // Who calls Transformer Engine, and who saves what it made in 8 bits, has its default.
+    if (f.narrow_gathers) {
+      EXPECT_EQ(f.fp8_format, Fp8Format::hybrid) << name;
+    }
     EXPECT_EQ(p.fuses_normalise, f.fuses_normalise);
     EXPECT_EQ(p.joins_projections, f.joins_projections);
     EXPECT_EQ(p.recompute_stops_early, f.recompute_stops_early);

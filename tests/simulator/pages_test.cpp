@@ -94,6 +94,35 @@ TEST(PlanFile, WhatIsSavedIsReadBack) {
   }
 }
 
+TEST(PlanFile, FormatsOfFp8ProductsAreTheFrameworksUnlessSaid) {
+  const std::string file = ::testing::TempDir() + "partita_fp8_plan.yaml";
+  const auto load = [&](const std::string& text) {
+    std::ofstream(file) << text;
+    return load_plan(file);
+  };
+  const auto read = [&](const std::string& body) {
+    return load("schema: partita.plan/1\n" + body + "\ndp: 1\n");
+  };
+  EXPECT_EQ(read("framework: megatron-core").fp8_format, Fp8Format::hybrid);
+  EXPECT_EQ(read("framework: pytorch-ddp").fp8_format, Fp8Format::e4m3);
+  for (const char* framework : {"megatron-core", "pytorch-ddp"}) {
+    for (const Fp8Format f : kFp8Formats) {
+      const Plan p = read(std::string("framework: ") + framework +
+                          "\nprecision: fp8\nfp8_format: " + std::string(name(f)));
+      EXPECT_EQ(p.fp8_format, f);
+      EXPECT_EQ(load(to_yaml(p)).fp8_format, f);
+    }
+  }
+  try {
+    read("fp8_format: e5m2");
+    ADD_FAILURE();
+  } catch (const InputError& e) {
+    EXPECT_NE(std::string(e.what()).find("plan.yaml:2: fp8_format: 'e5m2' is no format"),
+              std::string::npos)
+        << e.what();
+  }
+}
+
 TEST(PlanPage, UnevenBlocks) {
   const auto counts = blocks_per_chunk(126, 16);
   EXPECT_EQ(counts.front(), 7);

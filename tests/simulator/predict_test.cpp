@@ -3,6 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
+
+#include "base/yaml.h"
 #include "simulator/cost/axes.h"
 #include "simulator/search/placement.h"
 #include "tests/simulator/networks.h"
@@ -30,6 +34,64 @@ double forward_products(const Graph& g, bool blocks_only) {
     total += flops(op.operation, s, extents, Pass::forward).count;
   }
   return total;
+}
+
+/// docs/simulation.md, "Memory": a device that was measured.
+TEST(Predict, MeasuredMemoryOutsideTheAllocatorReplacesWhatIsAssumed) {
+  const auto text_of = [](const std::string& file) {
+    std::ifstream in(data_folder("topologies") + file);
+    return std::string{std::istreambuf_iterator<char>(in), {}};
+  };
+  const std::string folder = ::testing::TempDir() + "partita_outside";
+  std::filesystem::create_directories(folder);
+  std::string cluster = text_of("/catalogue/dgx-h100.yaml");
+  const std::string named = "device: h100-sxm";
+  ASSERT_NE(cluster.find(named), std::string::npos);
+  cluster.replace(cluster.find(named), named.size(), "device: device.yaml");
+  std::ofstream(folder + "/cluster.yaml") << cluster;
+  std::ofstream(folder + "/device.yaml") << text_of("/devices/h100-sxm.yaml") << R"(
+outside_memory:
+  context: {value: 400 MiB, source: test}
+  kernels: {value: 60 MiB, source: test}
+  libraries: {value: 20 MiB, source: test}
+  workspace: {value: 32 MiB, source: test}
+  communicators: [{ranks: 2, value: 100 MiB, source: test}, {ranks: 8, value: 300 MiB, source: test}]
+)";
+  const Graph g = llama();
+  const auto with = [&](const std::string& framework, std::int64_t tp, std::int64_t dp) {
+    Plan p = base_plan();
+    set_framework(p, framework, "");
+    p.tp = tp, p.dp = dp;
+    p.global_batch = 4;
+    Communication measured(load_topology(folder + "/cluster.yaml"));
+    auto r = predict(g, p, measured);
+    EXPECT_TRUE(static_cast<bool>(r)) << r.reason();
+    return *r;
+  };
+  // Ours: the workspace is outside, and 4 is as far from 2 as from 8: the larger.
+  Prediction p = with("partita", 1, 4);
+  EXPECT_EQ(p.outside.context, 400_MiB);
+  EXPECT_EQ(p.outside.kernels, 60_MiB);
+  EXPECT_EQ(p.outside.libraries, 20_MiB);
+  EXPECT_EQ(p.outside.workspace, 32_MiB);
+  EXPECT_EQ(p.outside.communicators, 300_MiB);
+  EXPECT_EQ(p.outside.total(), 812_MiB);
+  EXPECT_EQ(p.peak_device, p.peak_reserved + 812_MiB);
+  EXPECT_EQ(p.usable, load_device("h100-sxm").usable_memory + 400_MiB);
+  // Two groups of two.
+  EXPECT_EQ(with("partita", 2, 2).outside.communicators, 200_MiB);
+  EXPECT_EQ(with("partita", 1, 1).outside.communicators, 0_MiB);
+  // PyTorch's workspaces are blocks of its allocator.
+  EXPECT_EQ(with("pytorch-ddp", 1, 4).outside.workspace, 0_MiB);
+  // Not measured: the framework's context, NCCL's buffers.
+  Plan plan = base_plan();
+  plan.dp = 4, plan.global_batch = 4;
+  const Prediction assumed = predicted(g, plan);
+  EXPECT_EQ(assumed.outside.context, 512_MiB);
+  EXPECT_EQ(assumed.outside.kernels + assumed.outside.libraries + assumed.outside.workspace, 0_MiB);
+  EXPECT_GT(assumed.outside.communicators, 0_MiB);
+  EXPECT_EQ(assumed.peak_device, assumed.peak_reserved + assumed.outside.total());
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Predict, UtilisationIsModelFlopsOverTimeAndPeak) {

@@ -163,6 +163,42 @@ attention:
   refused("spread", "sprd", "unknown key");
 }
 
+TEST(Device, MemoryOutsideItsAllocatorIsReadAndChecked) {
+  EXPECT_FALSE(parse_device(kGood, "d.yaml").outside.has_value());
+  const std::string outside = R"(outside_memory:
+  context: {value: 498 MiB, source: NVML}
+  kernels: {value: 96 MiB, source: mine}
+  libraries: {value: 0 B, source: mine}
+  workspace: {value: 32 MiB, source: mine}
+  communicators:
+    - {ranks: 2, value: 100 MiB, source: mine}
+    - {ranks: 8, value: 400 MiB, source: mine}
+)";
+  const DeviceProfile d = parse_device(kGood + outside, "d.yaml");
+  OutsideMemory want;
+  want.context = 498_MiB, want.kernels = 96_MiB, want.workspace = 32_MiB;
+  want.by_ranks = {{2, 100_MiB}, {8, 400_MiB}};
+  ASSERT_TRUE(d.outside.has_value());
+  EXPECT_EQ(*d.outside, want);
+  EXPECT_EQ(want.total(), 626_MiB) << "communicators are of a plan";
+  EXPECT_EQ(d.sources.at("outside_memory.context"), "NVML");
+  EXPECT_EQ(d.sources.at("outside_memory.communicators of 8"), "mine");
+  const auto refused = [&](const std::string& from, const std::string& to, const std::string& why) {
+    std::string text = kGood + outside;
+    text.replace(text.find(from), from.size(), to);
+    EXPECT_THAT([&] { parse_device(text, "d.yaml"); }, ThrowsMessage<InputError>(HasSubstr(why)));
+  };
+  refused("kernels: {value: 96 MiB, source: mine}", "", "kernels");
+  refused(", source: NVML", "", "source");
+  refused("498 MiB", "498", "outside_memory.context.value");
+  refused("498 MiB", "-1 MiB", "outside_memory.context.value");
+  refused("498 MiB", "500 GiB", "is more than the device's memory");
+  refused("ranks: 2", "ranks: 1", "outside_memory.communicators[0].ranks");
+  refused("ranks: 2", "ranks: 8", "communicators of 8 ranks are given twice");
+  refused("workspace:", "workspce:", "workspace");
+  refused("communicators:", "comunicators:", "unknown key");
+}
+
 TEST(Device, IsLikeAnotherOrHasItsOwnPoints) {
   EXPECT_EQ(parse_device(kGood + std::string("like: h100-sxm\n"), "d.yaml").like->name, "h100-sxm");
   EXPECT_THAT(

@@ -175,6 +175,10 @@ TEST(GpuCalibration, RecoversALawOfItsShapes) {
   Profile p = joined(units);
   p.provenance = "a law";
   p.gpu = GpuFacts{"a GPU", 80_GiB, 132, 90, {}};
+  OutsideMemory outside;
+  outside.context = 498_MiB, outside.kernels = 140_MiB, outside.libraries = 26_MiB;
+  outside.workspace = 32_MiB, outside.by_ranks = {{2, 100_MiB}, {8, 400_MiB}};
+  p.outside = outside;
   KernelTable held = take_held_out(p.kernels);
   const auto all = judge(p.kernels, held);
   EXPECT_GT(all.back().points, 100u);
@@ -201,9 +205,38 @@ TEST(GpuCalibration, RecoversALawOfItsShapes) {
   EXPECT_NEAR(d.matrix_rate(ElementType::fp32).count / 40e12, 1, 0.1);
   EXPECT_NEAR(d.kernel_latency.count, 4e-6, 0.2e-6);
   EXPECT_EQ(d.multiprocessors, 132);
+  ASSERT_TRUE(d.outside.has_value());
+  EXPECT_EQ(*d.outside, outside);
+  EXPECT_EQ(d.sources.at("outside_memory.context"),
+            "a law: NVML, after the context less before it");
+  p.outside.context = Bytes{0};
+  EXPECT_FALSE(parse_device(device_yaml(p), "device.yaml").outside.has_value())
+      << "without the context the parts are no whole";
   EXPECT_EQ(d.compute_capability, 90);
   EXPECT_TRUE(d.concurrent_streams);
   EXPECT_EQ(d.kernels.size(), p.kernels.size());
+}
+
+/// docs/calibration.md, "GPUs", the table's last column.
+TEST(GpuCalibration, JoinsItsRunsMemory) {
+  EXPECT_EQ(joined(std::vector<OutsideMemory>{}), OutsideMemory{});
+  std::vector<OutsideMemory> runs(4);
+  for (std::size_t k = 0; k < 3; ++k) {
+    const auto n = static_cast<std::int64_t>(k);
+    runs[k].context = 498_MiB;
+    runs[k].kernels = Bytes{100 + 20 * n};
+    runs[k].workspace = Bytes{n == 0 ? 900 : 32 + n};
+    runs[k].communicators = Bytes{77};
+    runs[k].by_ranks[8] = Bytes{400 + n};
+  }
+  runs[1].by_ranks[2] = Bytes{50};
+  const OutsideMemory m = joined(runs);  // the last run says nothing
+  EXPECT_EQ(m.context, 498_MiB);
+  EXPECT_EQ(m.kernels, 140_B);
+  EXPECT_EQ(m.workspace, 34_B);
+  EXPECT_EQ(m.libraries, 0_B);
+  EXPECT_EQ(m.communicators, 0_B) << "of a plan, not of a device";
+  EXPECT_EQ(m.by_ranks, (std::map<int, Bytes>{{2, 50_B}, {8, 401_B}}));
 }
 
 TEST(GpuCalibration, KnowsEveryKernelOfItsSuiteAndNoneOfItsProducts) {

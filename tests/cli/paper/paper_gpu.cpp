@@ -31,6 +31,11 @@ class Paper : public CudaDevice {
     return at;
   }
   std::int64_t taken() override { return used_ + kLibraries; }
+  OutsideMemory outside() override {
+    OutsideMemory m;
+    m.context = 400_MiB, m.libraries = 30_MiB, m.workspace = 32_MiB;
+    return m;
+  }
   void release(std::byte* block) override {
     used_ -= blocks_.at(block);
     blocks_.erase(block);

@@ -119,15 +119,25 @@ TEST(CudaExecutor, RandomPlansInNarrowTypes) {
   EXPECT_GE(run, 20);
 }
 
-/// Operands of products in E4M3, where rows of 16 and more are multiplied; else the host's.
+/// No product is the host's, experts' neither.
 TEST(CudaExecutor, ProductsInFp8) {
-  Plan p = single_precision(base_plan());
-  set_precision(p, "fp8", "");
-  for (const Graph& g : {gpt(), llama(), mixtral()}) {
-    EXPECT_TRUE(expect_good(g, p, false, 2));
-    Plan two = p;
-    two.tp = 2;
-    EXPECT_TRUE(expect_good(g, two, true, 3));
+  for (const Fp8Format format : kFp8Formats) {
+    Plan p = single_precision(base_plan());
+    set_precision(p, "fp8", "");
+    p.fp8_format = format;
+    for (const Graph& g : {gpt(), llama(), mixtral()}) {
+      EXPECT_TRUE(expect_good(g, p, false, 2));
+      Plan two = p;
+      two.tp = 2;
+      EXPECT_TRUE(expect_good(g, two, true, 3));
+    }
+    const Graph g = mixtral();
+    const auto program = lower(g, *complete(g, p));
+    const auto results = execute::run_threads(*program, options_for(g, false, 2));
+    for (const auto& [kernel, calls] : results[0].fallbacks) {
+      EXPECT_EQ(kernel.find("linear"), std::string::npos) << kernel;
+      EXPECT_EQ(kernel.find("product"), std::string::npos) << kernel;
+    }
   }
 }
 

@@ -24,6 +24,10 @@ int nvmlDeviceGetPowerUsage(void*, unsigned* mw) {
   *mw = 698123;
   return 0;
 }
+int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total_free_used) {
+  total_free_used[0] = 80ull << 30, total_free_used[1] = 79ull << 30, total_free_used[2] = 1 << 30;
+  return 0;
+}
 int nvmlDeviceGetTemperature(void*, unsigned, unsigned*) { return 3; }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
   *reasons = 0x4 | 0x20 | 0x40;

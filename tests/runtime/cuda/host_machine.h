@@ -177,16 +177,19 @@ class HostMachine {
   }
   bool has_eights() const { return true; }
   void product(const EightProduct& p) {
-    PARTITA_ASSERT(p.a.stride % 16 == 0 && p.a.stride == p.b.stride && p.b.rows % 16 == 0,
+    PARTITA_ASSERT(p.a.stride % 16 == 0 && p.a.stride == p.b.stride && p.b.padded % 16 == 0 &&
+                       p.a.padded == p.a.rows &&
+                       (p.a.format == EightBits::e4m3 || p.b.format == EightBits::e4m3),
                    "an 8-bit product that cuBLASLt has not");
     for (std::int64_t i = 0; i < p.a.rows; ++i) {
-      for (std::int64_t j = 0; j < p.b.rows; ++j) {
+      for (std::int64_t j = 0; j < p.b.padded; ++j) {
         double sum = 0;
         for (std::int64_t k = 0; k < p.a.stride; ++k)
-          sum += static_cast<double>(from_e4m3(p.a.at[i * p.a.stride + k])) *
-                 static_cast<double>(from_e4m3(p.b.at[j * p.b.stride + k]));
+          sum += static_cast<double>(from_eight(p.a.format, p.a.at[i * p.a.stride + k])) *
+                 static_cast<double>(from_eight(p.b.format, p.b.at[j * p.b.stride + k]));
         const auto to = p.c.at[i * p.c.stride + j];
-        const auto v = static_cast<float>(sum * static_cast<double>(*p.a.scale * *p.b.scale));
+        const auto v = static_cast<float>(sum * static_cast<double>(*p.a.inverse) *
+                                          static_cast<double>(*p.b.inverse));
         to = p.beta == 0 ? v : v + p.beta * to;
       }
     }

@@ -13,6 +13,7 @@ TEST(NvmlLibrary, SaysWhatItKnows) {
   EXPECT_EQ(s.clock_mhz, 1755);
   EXPECT_EQ(s.memory_clock_mhz, 2619);
   EXPECT_DOUBLE_EQ(s.power_w, 698.123);
+  EXPECT_EQ(s.used_bytes, 1 << 30);
   EXPECT_EQ(s.temperature_c, 0) << "it does not say";
   EXPECT_EQ(s.throttled, "power cap, heat");
   EXPECT_EQ(all->state("00000000:FF:00.0").clock_mhz, 0) << "no such GPU";

@@ -1,6 +1,7 @@
 // The CUDA kernels' text, run on the host, against the reference's kernels.
 #include <fmt/format.h>
 
+#include <map>
 #include <random>
 #include <set>
 
@@ -10,6 +11,7 @@
 #include "tests/runtime/cuda/flash_problems.h"
 #include "tests/runtime/cuda/host_machine.h"
 #include "tests/runtime/cuda/narrowed.h"
+#include "tests/runtime/cuda/on_device.h"
 
 namespace partita::cuda {
 namespace {
@@ -274,65 +276,149 @@ TEST(CudaNumbers, SixteenBitsRoundAsOnTheHost) {
   }
 }
 
-/// E4M3 of what is scaled to its largest, as the reference rounds.
+/// As the reference rounds beside the format's largest, whose scale is 1; every code both ways.
 TEST(CudaNumbers, EightBitsRoundAsTheReference) {
   std::mt19937 rng(9);
-  std::vector<float> values{0.0f,     -0.0f,    448,      447.9f,    -448,      464,
-                            1e30f,    0x1p-6f,  17,       18,        19,        0x1p-9f,
-                            0x1p-10f, 0x3p-10f, 0x7p-10f, 0x1.ep-7f, 0x1.fp-7f, INFINITY};
+  std::vector<float> values{0.0f,     -0.0f,    448,      447.9f,    -448,      464,      1e30f,
+                            0x1p-6f,  17,       18,       19,        0x1p-9f,   57344,    57343,
+                            0x1p-10f, 0x3p-10f, 0x7p-10f, 0x1.ep-7f, 0x1.fp-7f, 0x1p-17f, 0x3p-17f,
+                            0x1p-14f, 0x7p-17f, 61440,    INFINITY};
   for (int k = 0; k < 100000; ++k) {
     const float v = float_of(static_cast<std::uint32_t>(rng()));
-    if (std::isfinite(v)) values.push_back(std::fmod(v, 448.0f));
+    if (std::isfinite(v)) values.push_back(std::fmod(v, rng() % 2 == 0 ? 448.0f : 57344.0f));
     values.push_back(static_cast<float>(
-        std::ldexp(1 + static_cast<double>(rng() % 64) / 64, static_cast<int>(rng() % 20) - 12)));
+        std::ldexp(1 + static_cast<double>(rng() % 64) / 64, static_cast<int>(rng() % 34) - 19)));
   }
-  for (const float v : values) {
-    // 448 beside it: the scale is 1.
-    double want[2] = {std::clamp(static_cast<double>(v), -448.0, 448.0), 448};
-    round_values(ElementType::fp8, want, 2);
-    ASSERT_EQ(static_cast<double>(from_e4m3(to_e4m3(v))), want[0]) << v;
+  for (const EightBits f : {EightBits::e4m3, EightBits::e5m2}) {
+    const auto most = static_cast<double>(largest(f));
+    for (const float v : values) {
+      double want[2] = {std::clamp(static_cast<double>(v), -most, most), most};
+      round_eights(f, want, 2);
+      ASSERT_EQ(static_cast<double>(from_eight(f, to_eight(f, v))), want[0]) << v;
+      ASSERT_EQ(std::signbit(from_eight(f, to_eight(f, v))), std::signbit(v)) << v;
+    }
+    EXPECT_TRUE(std::isnan(from_eight(f, to_eight(f, NAN))));
+    int numbers = 0;
+    for (int b = 0; b < 256; ++b) {
+      const float v = from_eight(f, static_cast<std::uint8_t>(b));
+      if (!std::isfinite(v)) continue;
+      ++numbers;
+      EXPECT_EQ(to_eight(f, v), b);
+    }
+    // E4M3 has a NaN of either sign, E5M2 three and an infinity.
+    EXPECT_EQ(numbers, f == EightBits::e4m3 ? 254 : 248);
   }
-  EXPECT_TRUE(std::isnan(from_e4m3(to_e4m3(NAN))));
-  for (int b = 0; b < 256; ++b) {
-    const float v = from_e4m3(static_cast<std::uint8_t>(b));
-    if (!std::isnan(v)) {
-      EXPECT_EQ(to_e4m3(v), b);
+  EXPECT_TRUE(std::isinf(from_eight(EightBits::e5m2, 0x7c)));
+  EXPECT_EQ(from_eight(EightBits::e5m2, 0x7b), 57344);
+  EXPECT_EQ(from_eight(EightBits::e4m3, 0x7e), 448);
+}
+
+/// The reference's passes of operands that are rounded here; a bias is not, and neither are the
+/// gradients that its own is the sum of.
+reference::Part of_rounded_operands(const reference::Part& exact, Fp8Format format) {
+  const bool grouped = std::holds_alternative<GroupedProduct>(*exact.context.operation);
+  const auto round = [&](EightBits f, reference::Piece& p) {
+    std::map<std::int64_t, std::vector<std::size_t>> tensors;  // elements, by expert
+    for (std::size_t i = 0; i < p.values.size(); ++i) {
+      const std::size_t unit = p.values.size() / (p.routed ? p.rows.size() : p.index[0].size());
+      const std::int64_t expert = p.routed ? p.rows[i / unit].expert : p.index[0][i / unit];
+      tensors[grouped ? expert : 0].push_back(i);
+    }
+    for (const auto& [expert, elements] : tensors) {
+      std::vector<double> v;
+      for (const std::size_t i : elements) v.push_back(p.values[i]);
+      round_eights(f, v.data(), v.size());
+      for (std::size_t k = 0; k < v.size(); ++k) p.values[elements[k]] = v[k];
+    }
+  };
+  std::vector<reference::Part> one{exact};
+  round(EightBits::e4m3, one[0].inputs[0]);
+  round(EightBits::e4m3, one[0].parameters[0]);
+  round(of_gradients(format), one[0].output_gradients[0]);
+  reference::run(one);
+  if (one[0].parameter_gradients.size() > 1)
+    one[0].parameter_gradients[1] = exact.parameter_gradients[1];
+  return one[0];
+}
+
+/// Rows of whole pieces of 16, and others; experts with no rows and one.
+std::vector<reference::Problem> problems_of_eights(std::mt19937_64& rng) {
+  std::vector<reference::Problem> all;
+  const auto extent = [&] {
+    const std::int64_t n = reference::pick(rng, 1, 40);
+    return rng() % 2 == 0 ? (n + 15) / 16 * 16 : n;
+  };
+  for (int round = 0; round < 12; ++round) {
+    Linear op;
+    op.out = {{Dim::feature, extent()}};
+    op.bias = round % 2 == 0;
+    all.push_back(reference::make_problem(
+        "linear", op,
+        {{{Dim::sample, 2}, {Dim::sequence, reference::pick(rng, 1, 9)}, {Dim::feature, extent()}}},
+        rng));
+    const std::int64_t experts = reference::pick(rng, 2, 6);
+    all.push_back(reference::make_problem(
+        "grouped product", GroupedProduct{experts, {Dim::ffn, extent()}, round % 2 == 0},
+        {{{Dim::sample, 2},
+          {Dim::sequence, reference::pick(rng, 1, 9)},
+          {Dim::expert, reference::pick(rng, 1, 2)},
+          {Dim::feature, extent()}}},
+        rng));
+  }
+  // Of very different sizes, as experts' rows and weights are.
+  for (reference::Problem& p : all) {
+    for (auto* list : {&p.inputs, &p.parameters}) {
+      for (double& v : (*list)[0].values)
+        v = static_cast<double>(
+            static_cast<float>(std::ldexp(v, static_cast<int>(rng() % 12) - 6)));
+    }
+    for (double& v : p.output_gradient.values)
+      v = static_cast<double>(static_cast<float>(std::ldexp(v, static_cast<int>(rng() % 24) - 20)));
+  }
+  return all;
+}
+
+template <class K>
+void expect_products_of_rounded_operands() {
+  std::mt19937_64 rng(10);
+  for (const Fp8Format format : kFp8Formats) {
+    for (const reference::Problem& p : problems_of_eights(rng)) {
+      SCOPED_TRACE(::testing::Message() << p.label << ", " << name(format));
+      std::vector<reference::Part> one{reference::whole_part(p)};
+      reference::run(one);
+      const reference::Part want = of_rounded_operands(one[0], format);
+      one[0].context.compute = ElementType::fp8;
+      one[0].context.fp8_format = format;
+      cpu::PassesBy<K> passes(p, one[0]);
+      // Sums of up to 43 terms in fp32, each off by less than 2^-24 for every term and operand: far
+      // below what one operand rounded otherwise would make, 2^-4 of it.
+      const double bound = 1e-5;
+      cpu::expect_close(passes.forward()[0], want.outputs[0], 0, "forward", bound);
+      passes.prepare_backward();
+      cpu::expect_close(passes.backward_data()[0], want.input_gradients[0], 0, "data", bound);
+      for (const bool adds : {false, true}) {
+        const auto got = passes.backward_weight(adds);
+        for (std::size_t k = 0; k < got.size(); ++k)
+          cpu::expect_close(got[k], want.parameter_gradients[k], adds ? 0.5 : 0, "weight", bound);
+      }
+      if constexpr (requires { passes.kernel().others; }) {
+        EXPECT_EQ(passes.kernel().others, 0);
+      }
     }
   }
 }
-
-/// A linear layer in E4M3 is the reference's on rounded operands: docs/cuda.md, "Types".
+/// docs/cuda.md, "Types".
 TEST(CudaKernels, ProductsInEightBitsAreTheReferencesOfRoundedOperands) {
-  std::mt19937_64 rng(10);
-  for (int round = 0; round < 12; ++round) {
-    Linear op;
-    op.out = {{Dim::feature, 16 * reference::pick(rng, 1, 3)}};
-    op.bias = round % 2 == 0;
-    reference::Problem p =
-        reference::make_problem("eights", op,
-                                {{{Dim::sample, 2},
-                                  {Dim::sequence, reference::pick(rng, 1, 9)},
-                                  {Dim::feature, 16 * reference::pick(rng, 1, 3)}}},
-                                rng);
-    reference::Problem r = p;
-    for (auto* list : {&r.inputs, &r.parameters}) {
-      for (std::size_t k = 0; k < list->size(); ++k) {
-        if (list == &r.parameters && k == 1) continue;  // a bias stays
-        round_values(ElementType::fp8, (*list)[k].values.data(), (*list)[k].values.size());
-      }
-    }
-    reference::Part part = reference::whole_part(r);
-    std::vector<reference::Part> one{part};
-    reference::run(one);
-    std::vector<reference::Part> exact{reference::whole_part(p)};
-    reference::run(exact);
-    part = exact[0];
-    part.context.compute = ElementType::fp8;
-    cpu::PassesBy<KernelOnHostMachine> passes(p, part);
-    const auto y = passes.forward();
-    cpu::expect_close(y[0], one[0].outputs[0], 0, "forward");
-    EXPECT_EQ(passes.kernel().others, 0);
+  expect_products_of_rounded_operands<KernelOnHostMachine>();
+}
+struct Host {
+  static execute::Device& device() {
+    static const auto host = execute::host_device();
+    return *host;
   }
+};
+TEST(HostKernels, ProductsInEightBitsAreTheReferencesOfRoundedOperands) {
+  expect_products_of_rounded_operands<KernelOnDevice<Host>>();
 }
 
 TEST(CudaNumbers, OctetsAreTheirElementsWhereverTheyLie) {

@@ -13,6 +13,7 @@
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
+#include "simulator/engine/caching_allocator.h"
 #include "simulator/engine/simulate.h"
 #include "simulator/lower/startup.h"
 #include "tests/runtime/execute/drawn.h"
@@ -133,19 +134,57 @@ TEST(Executor, NarrowTypesRandomPlans) {
   EXPECT_GE(run, 20);
 }
 
-/// Products of operands rounded to E4M3, as the interpreter rounds them.
+/// Products of operands rounded to 8 bits, as the interpreter rounds them.
 TEST(Executor, ProductsInFp8) {
   std::mt19937 rng(20261129);
   int run = 0;
-  for (int k = 0; k < 400 && run < 12; ++k) {
+  for (int k = 0; k < 400 && run < 24; ++k) {
     Plan p = random_plan(rng);
     if (p.ranks() > 4 || p.compression.kind != CompressionKind::none) continue;
     p.optimizer.kind = OptimizerKind::sgd;
     set_precision(p, "fp8", "");
+    p.fp8_format = kFp8Formats[rng() % 2];
     run += expect_good(k % 3 == 0 ? gpt() : k % 3 == 1 ? llama() : mixtral(), p) ? 1 : 0;
     if (HasFailure()) return;
   }
-  EXPECT_GE(run, 8);
+  EXPECT_GE(run, 16);
+}
+
+/// The executor's operands are the interpreter's to the bit: what is left is rounding of the stored
+/// types, far below that of a gradient in another format.
+TEST(Executor, TheFormatOfGradientsIsThePlans) {
+  for (const Graph& g : {gpt(), llama(), mixtral()}) {
+    SCOPED_TRACE(g.name);
+    Plan p = base_plan();
+    p.optimizer.kind = OptimizerKind::sgd;
+    set_precision(p, "fp8", "");
+    // All else in fp32, so that a difference is of the products' operands.
+    p.precision.parameters = p.precision.activations = ElementType::fp32;
+    p.precision.gradients = p.precision.gradient_communication = ElementType::fp32;
+    p.precision.master_copy = false;
+    p.precision_roles = true;
+    std::map<Fp8Format, std::vector<double>> losses;
+    for (const Fp8Format format : kFp8Formats) {
+      p.fp8_format = format;
+      const Program program = lowered(g, p);
+      auto exact = reference::options_for(g, program, 1, kSeed);
+      exact.round = true;
+      Options o = options_for(g, 1);
+      o.steps = 1;
+      const auto got = run_threads(program, o)[0].values;
+      for (const Fp8Format other : kFp8Formats) {
+        Program wanted = program;
+        wanted.fp8_format = other;
+        const auto c = reference::compare(g, got, reference::interpret(wanted, exact), 1e-4);
+        EXPECT_LT(c.loss_error, 1e-5) << "the forward has no gradients";
+        if (other == format) {
+          EXPECT_LT(c.gradient_error, 2e-3) << name(format) << " " << c.worst_gradient;
+        } else {
+          EXPECT_GT(c.gradient_error, 1e-2) << name(format);
+        }
+      }
+    }
+  }
 }
 
 TEST(Executor, ProductsInBlocksOfScaledNumbersAreRefused) {
@@ -155,6 +194,42 @@ TEST(Executor, ProductsInBlocksOfScaledNumbersAreRefused) {
   EXPECT_THAT([&] { run_threads(lowered(g, p), options_for(g, 1)); },
               ::testing::ThrowsMessage<InputError>(::testing::HasSubstr(
                   "computes in mxfp8, which is predicted, not executed; use --precision fp8")));
+}
+
+/// What the allocator keeps is the predicted, to the byte, where nothing is packed; and the
+/// categories at the peak are the peak.
+TEST(Executor, ReservedMemoryOfARankAloneIsPredicted) {
+  std::mt19937 rng(20261204);
+  const std::vector<Graph> graphs{gpt(), llama(), cnn(false)};
+  int run = 0;
+  for (int k = 0; k < 400 && run < 30; ++k) {
+    Plan p = random_plan(rng);
+    p.tp = p.pp = p.dp = p.cp = p.ep = 1;
+    p.etp = 0, p.virtual_stages = 1, p.zero = 0;
+    p.strategy = "megatron";
+    if (p.servers > 0 || p.message_queue || p.loader || p.average_every > 0 ||
+        p.compression.kind != CompressionKind::none)
+      continue;
+    p.global_batch = p.micro_batch * (1 + static_cast<std::int64_t>(rng() % 4));
+    set_framework(p, "partita", "");
+    set_precision(p, rng() % 2 == 0 ? "fp32" : "bf16", "");
+    const Graph g = graphs[rng() % graphs.size()];
+    const auto plan = complete(g, p);
+    if (!plan || plan->ranks() != 1) continue;
+    const auto program = lower(g, *plan);
+    if (!program) continue;
+    SCOPED_TRACE(g.name + "\n" + to_yaml(*plan));
+    const RankMeasurement m = run_threads(*program, options_for(g, 2))[0].ranks[0];
+    EXPECT_EQ(m.reserved, reserved_by_us(*program, {0, 0, 1}));
+    EXPECT_GE(m.reserved, m.peak);
+    Bytes sum{0};
+    for (const Bytes b : m.at_peak) sum += b;
+    EXPECT_EQ(sum, m.peak);
+    EXPECT_EQ(m.outside, OutsideMemory{}) << "the host has none";
+    ++run;
+    if (HasFailure()) return;
+  }
+  EXPECT_GE(run, 15);
 }
 
 TEST(Executor, DataParallel) {

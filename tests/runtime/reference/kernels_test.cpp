@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "runtime/reference/compare.h"
 #include "tests/runtime/reference/differences.h"
 #include "tests/runtime/reference/problems.h"
 
@@ -567,6 +568,54 @@ TEST(Examples, TablesAndShapes) {
   const Shape image{kOne, {Dim::feature, 2}, {Dim::height, 1}, {Dim::width, 2}};
   EXPECT_THAT(example(ToSequence{}, image, values).outputs[0].values, ElementsAre(1, 3, 2, 4));
   EXPECT_THAT(example(GlobalAveragePool{}, image, values).outputs[0].values, ElementsAre(1.5, 3.5));
+}
+
+/// docs/execution.md, "Rounding".
+TEST(ProductsInFp8, TheExampleOfThePage) {
+  EXPECT_EQ(error_of_products(EightBits::e4m3, EightBits::e4m3), 33.0 / 256);
+  EXPECT_EQ(error_of_products(EightBits::e5m2, EightBits::e4m3), 25.0 / 128);
+  for (const Fp8Format format : kFp8Formats) {
+    Context c;
+    const Operation op = Linear{};
+    c.operation = &op;
+    c.compute = ElementType::fp8;
+    c.fp8_format = format;
+    std::vector<double> dy{1, 0.4}, w{0.4, 1};
+    round_operand(c, true, nullptr, 1, dy);
+    round_operand(c, false, nullptr, 2, w);
+    const double y = dy[0] * w[0] + dy[1] * w[1];
+    EXPECT_NEAR(y, format == Fp8Format::hybrid ? 0.82143 : 0.78571, 5e-6);
+    EXPECT_LE(std::abs(y - 0.8), error_of_products(of_gradients(format), EightBits::e4m3) * 0.8);
+  }
+}
+
+/// Each number's rounding stays below u of it; so does a product's sum of the two.
+TEST(ProductsInFp8, AreWithinTheirBound) {
+  std::mt19937_64 rng(20261203);
+  double worst = 0;
+  for (const EightBits f : {EightBits::e4m3, EightBits::e5m2}) {
+    const double bound = error_of_products(f, EightBits::e4m3);
+    for (int k = 0; k < 20000; ++k) {
+      // Down to 2^-10 of the largest: normal in both formats.
+      std::vector<double> a(1 + rng() % 8), b(a.size());
+      for (auto* list : {&a, &b}) {
+        for (double& v : *list)
+          v = static_cast<double>(static_cast<float>(
+              std::ldexp(1 + uniform(3, rng(), 0), -static_cast<int>(rng() % 11)) *
+              (rng() % 2 == 0 ? 1 : -1)));
+      }
+      double exact = 0, sizes = 0, rounded = 0;
+      for (std::size_t i = 0; i < a.size(); ++i)
+        exact += a[i] * b[i], sizes += std::abs(a[i] * b[i]);
+      round_eights(f, a.data(), a.size());
+      round_eights(EightBits::e4m3, b.data(), b.size());
+      for (std::size_t i = 0; i < a.size(); ++i) rounded += a[i] * b[i];
+      // And the scales' roundings in fp32.
+      EXPECT_LE(std::abs(rounded - exact), (bound + 0x1p-20) * sizes);
+      if (f == EightBits::e5m2) worst = std::max(worst, std::abs(rounded - exact) / sizes);
+    }
+  }
+  EXPECT_GT(worst, error_of_products(EightBits::e4m3, EightBits::e4m3)) << "two digits are fewer";
 }
 
 TEST(Examples, ExpertsWorkOnTheirRowsAndCombineWeighsThem) {
