@@ -141,7 +141,7 @@ nodes:
       text.replace(at, 17, "of_kernel: " + of_kernel);
     return text;
   };
-  const std::size_t first = device.find("slowdown:"), end = device.find("kernels:");
+  const std::size_t first = device.find("\nslowdown:"), end = device.find("\nkernels:");
   ASSERT_LT(first, end);
   const std::string derived = device.substr(0, first) + device.substr(end);
   for (const char* network : {"beside", "flows"}) {
