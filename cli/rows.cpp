@@ -310,6 +310,11 @@ Json to_json(const validation::FittedEntry& e) {
   return j;
 }
 
+/// Median error of fitted rows above which something else than a parameter is wrong.
+constexpr double kFarOff = 0.3;
+
+std::string rows_text(std::size_t n) { return fmt::format("{} row{}", n, n == 1 ? "" : "s"); }
+
 std::string to_text(const validation::FittedEntry& e, const std::string& by) {
   std::string s =
       e.key.framework == "*"
@@ -340,6 +345,14 @@ std::string to_text(const validation::FittedEntry& e, const std::string& by) {
   if (e.left_out) line(fmt::format("{} rows not drawn", e.left_out->rows), *e.left_out);
   s += align(table) +
        fmt::format("90 % interval of the median row: x / {:.3f}\n", std::exp(e.half_width));
+  if (!e.held_out)
+    s += fmt::format(
+        "one {} only: none could be left out, and the interval is of the rows fitted\n", by);
+  if (e.fitted.median > kFarOff)
+    s += fmt::format(
+        "these steps are far from what any parameters give (median error {:.0f} %): "
+        "are the figures in the units that the columns name?\n",
+        100 * e.fitted.median);
   if (!e.curve.empty()) {
     table = {{"rows fitted", "draws", "error of the others: mean", "worst draw", "median"}};
     for (const auto& p : e.curve)
@@ -368,7 +381,9 @@ void fit(const FitFlags& o) {
   r.family = o.family;
   std::vector<CsvTable> tables;
   for (const std::string& file : o.files) tables.push_back(load_table(file));
-  const auto entries = validation::fit_rows(tables, validation::load_catalogue(), f, r);
+  validation::NotFitted not_fitted;
+  const auto entries =
+      validation::fit_rows(tables, validation::load_catalogue(), f, r, &not_fitted);
   const std::string by = !o.by.empty() ? o.by : f.pool_device ? "family" : "model";
   Json j{{"schema", "partita.fitting/1"}, {"by", by}, {"entries", Json::array()}};
   for (const validation::FittedEntry& e : entries) {
@@ -377,7 +392,19 @@ void fit(const FitFlags& o) {
     else
       print(to_text(e, by));
   }
-  if (o.json) print(j.dump(2) + "\n");
+  j["not_fitted"] = {{"uncovered", not_fitted.uncovered}, {"few", not_fitted.few}};
+  if (o.json) {
+    print(j.dump(2) + "\n");
+  } else {
+    if (not_fitted.uncovered > 0)
+      print(
+          fmt::format("not fitted: {} that cannot be predicted; partita validate rows {} "
+                      "--uncovered says why\n",
+                      rows_text(not_fitted.uncovered), fmt::join(o.files, " ")));
+    if (not_fitted.few > 0)
+      print(fmt::format("not fitted: {} of a device, framework and cluster with fewer than {}\n",
+                        rows_text(not_fitted.few), f.least));
+  }
   write_text("--out", o.out, validation::to_yaml(entries));
 }
 
@@ -485,9 +512,10 @@ void published(const Options& o, int& code) {
       if (r.fitted)
         print_line("  fitted, model left out", r.fitted->time.count, r.fitted_rows, *r.fitted);
       for (const auto& [family, x] : r.of_family)
-        print(fmt::format("  90 % intervals of {} rows left out hold {:.0f} %, {:.1f} times the "
-                          "mean error to either side: {}\n",
-                          x.rows, 100 * x.held, x.half_width, family));
+        print(
+            fmt::format("  90 % intervals of {} rows left out hold {:.0f} %, {:.1f} times the "
+                        "mean error to either side: {}\n",
+                        x.rows, 100 * x.held, x.half_width, family));
       if (!r.group->peers.empty()) print(fmt::format("  peers: {}\n", r.group->peers));
       print(fmt::format("  target: {}\n", r.group->target));
       for (const Verdict& v : verdicts)

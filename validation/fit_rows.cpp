@@ -239,16 +239,35 @@ FittedEntry fit_entry(const RowsToFit& rows, const FitOptions& options, std::siz
 }
 
 std::vector<FittedEntry> fit_rows(const std::vector<CsvTable>& tables, const Catalogue& catalogue,
-                                  const FitOptions& options, const RowsOptions& rows_options) {
+                                  const FitOptions& options, const RowsOptions& rows_options,
+                                  NotFitted* not_fitted) {
   RowsOptions keep = rows_options;
   keep.keep_steps = true;
   std::vector<FittedEntry> entries;
-  for (const RowsToFit& rows :
-       rows_to_fit(predict_rows(tables, catalogue, keep), options.pool_device)) {
-    if (rows.figures.size() < options.least) continue;
+  NotFitted none;
+  std::string most;  // the key with the most rows, of those with too few
+  std::size_t most_rows = 0;
+  const auto families = predict_rows(tables, catalogue, keep);
+  for (const FamilyFigures& f : families) none.uncovered += f.uncovered.size();
+  for (const RowsToFit& rows : rows_to_fit(families, options.pool_device)) {
+    const std::size_t n = rows.figures.size();
+    if (n < options.least) {
+      none.few += n;
+      if (n > most_rows)
+        most_rows = n, most = fmt::format("{} with {} on {}", rows.key.device, rows.key.framework,
+                                          rows.key.cluster);
+      continue;
+    }
     entries.push_back(fit_entry(rows, options, rows_options.workers));
     if (options.draws > 0) entries.back().curve = learning_curve(rows, options, rows_options);
   }
+  if (not_fitted != nullptr) *not_fitted = none;
+  if (entries.empty() && most_rows > 0)
+    throw InputError(
+        tables[0].file,
+        fmt::format("has {} step time{} of {}, and no more of any other; a fit needs {} "
+                    "of one device, framework and cluster",
+                    most_rows, most_rows == 1 ? "" : "s", most, options.least));
   if (entries.empty())
     throw InputError(tables[0].file,
                      fmt::format("there are no {} step times of one device, framework and cluster "

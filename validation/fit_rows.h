@@ -82,11 +82,18 @@ Adjustment adjustment_of(const FittedEntry& entry);
 /// Parameters of one entry; more rows than options.rows are left out and predicted.
 FittedEntry fit_entry(const RowsToFit& rows, const FitOptions& options, std::size_t workers = 0);
 
+/// Rows with a measured step that no entry was fitted to.
+struct NotFitted {
+  std::size_t uncovered = 0;  ///< that cannot be predicted
+  std::size_t few = 0;        ///< of entries with fewer than FitOptions::least rows
+};
+
 /// One entry for each device, framework and cluster (or device) that the step times of `tables` are
 /// of, in order of appearance. Rows recalled from memory and keys with fewer than options.least
 /// rows are left out. InputError where none is left.
 std::vector<FittedEntry> fit_rows(const std::vector<CsvTable>& tables, const Catalogue& catalogue,
-                                  const FitOptions& options, const RowsOptions& rows);
+                                  const FitOptions& options, const RowsOptions& rows,
+                                  NotFitted* not_fitted = nullptr);
 
 /// YAML, schema partita.fit/1.
 std::string to_yaml(const std::vector<FittedEntry>& entries);

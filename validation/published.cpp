@@ -18,6 +18,8 @@ namespace partita::validation {
 namespace {
 
 constexpr double kRatchet = 1.02;
+/// Of a statistic that was achieved after a fit.
+constexpr std::string_view kFitted = "fitted.";
 
 bool any_matches(const std::vector<std::string>& patterns, const std::string& text) {
   return std::any_of(patterns.begin(), patterns.end(),
@@ -97,7 +99,7 @@ std::vector<PublishedGroup> load_published(const std::string& file) {
     }
     if (const auto achieved = n.find("achieved")) {
       for (const auto& [key, value] : achieved->members()) {
-        statistic({}, key, value.place());
+        statistic({}, key.starts_with(kFitted) ? key.substr(kFitted.size()) : key, value.place());
         g.achieved[key] = value.as_double();
       }
     }
@@ -307,11 +309,20 @@ std::vector<Verdict> against_targets(const GroupResult& result) {
 std::vector<Verdict> against_achieved(const GroupResult& result) {
   std::vector<Verdict> all;
   for (const auto& [key, achieved] : result.group->achieved) {
+    const bool after_fit = key.starts_with(kFitted);
+    if ((after_fit && !result.fitted) || (key.starts_with("intervals.") && !result.intervals))
+      continue;  // not asked for
     Verdict v;
     v.group = result.group;
     v.statistic = key;
     v.bound = achieved;
-    v.value = statistic(result, key, key);
+    if (after_fit) {
+      GroupResult after = result;
+      after.statistics = *result.fitted;
+      v.value = statistic(after, key.substr(kFitted.size()), key);
+    } else {
+      v.value = statistic(result, key, key);
+    }
     if (!v.value) {
       v.note = "no figures";
     } else {

@@ -90,7 +90,8 @@ struct Verdict {
 };
 /// Against targets.
 std::vector<Verdict> against_targets(const GroupResult& result);
-/// Against 1.02 x achieved (of what grows with skill: over 1.02).
+/// Against 1.02 x achieved (of what grows with skill: over 1.02); "fitted.time.mape" and
+/// "intervals.half_width" only where add_fitted() was asked.
 std::vector<Verdict> against_achieved(const GroupResult& result);
 
 }  // namespace partita::validation

@@ -119,7 +119,16 @@ struct PendingRow {
   bool repeats = false;                ///< at first: may repeat
 };
 
-double positive(const Row& row, std::string_view column) { return number(row[column]).value_or(0); }
+/// A measured cell's number above 0; 0 where it is empty, and, with `why`, where it says something
+/// else.
+double positive(const Row& row, std::string_view column, std::string& why) {
+  const std::string& cell = row[column];
+  const auto value = number(cell);
+  if (value && *value > 0 && std::isfinite(*value)) return *value;
+  if (!cell.empty() && why.empty())
+    why = fmt::format("{}: '{}' is no number above 0", column, cell);
+  return 0;
+}
 
 Wanted wanted(const Row& row, Kind kind, const std::string& quantity) {
   Wanted w;
@@ -141,7 +150,7 @@ void read_training(const Row& row, PendingRow& p) {
   if (!oom) {
     for (const char* column : {"iteration_time_s", "tokens_per_s_per_gpu", "samples_per_s_total",
                                "tflops_per_gpu", "mfu_pct"}) {
-      const double value = positive(row, column);
+      const double value = positive(row, column, p.why);
       if (!(value > 0)) continue;
       const std::string name = column;
       Wanted w = wanted(row, Kind::time, name);
@@ -152,7 +161,7 @@ void read_training(const Row& row, PendingRow& p) {
       break;
     }
   }
-  if (const double gib = positive(row, "peak_mem_per_gpu_gib"); gib > 0 && !oom) {
+  if (const double gib = oom ? 0 : positive(row, "peak_mem_per_gpu_gib", p.why); gib > 0) {
     Wanted w = wanted(row, Kind::memory, row["peak_mem_definition"]);
     if (const auto q = memory_quantity(row["peak_mem_definition"])) w.memory = *q;
     w.figure.measured = gib * (1 << 30);
@@ -175,8 +184,8 @@ void read_memory(const Row& row, PendingRow& p) {
     p.wanted.push_back(std::move(w));
     return;
   }
-  const auto value = number(row["value"]);
-  if (!value || !(*value > 0)) return;
+  const double value = positive(row, "value", p.why);
+  if (!(value > 0)) return;
   Wanted w = wanted(row, q ? Kind::memory : Kind::time, row["quantity"]);
   if (!q) {
     p.why =
@@ -198,7 +207,7 @@ void read_memory(const Row& row, PendingRow& p) {
     else if (unit == "B" || unit.rfind("byte", 0) == 0)
       scale = 1;
     if (scale == 0) p.why = fmt::format("unit: '{}' is no unit of memory", unit);
-    w.figure.measured = *value * scale;
+    w.figure.measured = value * scale;
   }
   p.wanted.push_back(std::move(w));
 }
@@ -206,7 +215,7 @@ void read_memory(const Row& row, PendingRow& p) {
 void read_convolution(const Row& row, PendingRow& p) {
   for (const char* column :
        {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu", "step_time_s"}) {
-    const double value = positive(row, column);
+    const double value = positive(row, column, p.why);
     if (!(value > 0)) continue;
     Wanted w = wanted(row, Kind::time, column);
     w.column = column;
@@ -214,8 +223,8 @@ void read_convolution(const Row& row, PendingRow& p) {
     p.wanted.push_back(std::move(w));
     break;
   }
-  const double scaling = positive(row, "scaling_factor_vs_1gpu");
-  if (scaling > 0 && positive(row, "num_gpus") > 1) {
+  const double scaling = positive(row, "scaling_factor_vs_1gpu", p.why);
+  if (scaling > 0 && number(row["num_gpus"]).value_or(0) > 1) {
     Wanted w = wanted(row, Kind::scaling, "scaling_factor_vs_1gpu");
     w.figure.measured = scaling;
     p.wanted.push_back(std::move(w));
@@ -400,7 +409,7 @@ class RowsPrediction {
           read_kernel(schema, row, p);
           break;
       }
-      if (p.wanted.empty()) continue;  // nothing was measured, or nothing that can be read
+      if (p.wanted.empty() && p.why.empty()) continue;  // nothing was measured
       for (const Wanted& w : p.wanted) {
         if (w.figure.kind == Kind::memory) p.repeat_key = repeat_key(row, w.figure.measured);
         if (w.figure.kind == Kind::fits && w.figure.measured < 0.5)
@@ -415,9 +424,13 @@ class RowsPrediction {
   }
 
   void read_kernel(RowSchema schema, const Row& row, PendingRow& p) {
-    const double seconds =
-        schema == RowSchema::collectives ? measured_collective(row) : measured_product(row);
-    if (!(seconds > 0)) return;
+    const bool collective = schema == RowSchema::collectives;
+    for (const char* column :
+         {collective ? "time_us" : "time_s", collective ? "busbw_gb_per_s" : "tflops"}) {
+      if (positive(row, column, p.why) > 0) break;
+    }
+    const double seconds = collective ? measured_collective(row) : measured_product(row);
+    if (!(seconds > 0) || !p.why.empty()) return;
     Wanted w = wanted(row, Kind::time,
                       schema == RowSchema::collectives ? row["collective"] : row["kernel"]);
     w.figure.group.clear();

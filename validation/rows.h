@@ -68,7 +68,7 @@ struct UncoveredRow {
 struct FamilyFigures {
   std::string family;
   std::string schema;
-  std::int64_t rows = 0;     ///< with a usable measurement
+  std::int64_t rows = 0;     ///< with a measurement, or what should be one
   std::int64_t covered = 0;  ///< with a finite prediction; the rest is in `uncovered`
   std::int64_t repeats = 0;  ///< memory rows that repeat a training row: counted there
   std::vector<Figure> figures;

@@ -1296,6 +1296,15 @@ TEST(Published, TheRatchetAllowsTwoPercent) {
   EXPECT_FALSE(met("time.bias", -0.0099));
   EXPECT_TRUE(met("time.kendall_tau", 0.5099));
   EXPECT_FALSE(met("time.kendall_tau", 0.5101));
+  // What a fit achieved is compared where there was one.
+  g.achieved = {{"fitted.time.mape", 0.05}, {"intervals.half_width", 2}};
+  EXPECT_TRUE(against_achieved(r).empty());
+  r.fitted.emplace();
+  r.fitted->time.mape = 0.0511;
+  r.intervals = IntervalStatistics{10, 0.9, 2.03};
+  ASSERT_EQ(against_achieved(r).size(), 2u);
+  EXPECT_FALSE(against_achieved(r)[0].met);
+  EXPECT_TRUE(against_achieved(r)[1].met);
 }
 
 TEST(Published, TheFileIsReadAndEveryStatisticIsOne) {
@@ -1317,6 +1326,20 @@ TEST(Published, TheFileIsReadAndEveryStatisticIsOne) {
   std::filesystem::remove(file);
   EXPECT_THAT([] { statistic({}, "time.mean", "f.yaml:3"); },
               ThrowsMessage<InputError>(HasSubstr("f.yaml:3: 'time.mean' is no statistic")));
+}
+
+// docs/published.md: anything that is not understood makes a row uncovered, a measured cell too.
+TEST(Rows, MeasuredCellsThatAreNoNumbersAreNamed) {
+  for (const char* cell : {"6500 ms", "6,5", "-6.5", "0", "nan", "inf", "N/A"}) {
+    const auto f = predicted({with(whole_row(), {{"iteration_time_s", cell}})});
+    ASSERT_EQ(f.size(), 1u) << cell;
+    ASSERT_EQ(f[0].uncovered.size(), 1u) << cell;
+    EXPECT_EQ(f[0].uncovered[0].why,
+              fmt::format("iteration_time_s: '{}' is no number above 0", cell));
+  }
+  // Nothing measured is no row.
+  const auto none = predicted({with(whole_row(), {{"iteration_time_s", ""}})});
+  EXPECT_TRUE(none.empty() || none[0].uncovered.empty());
 }
 
 // docs/fit.md, "Rows": steps made with known factors give them back, and held-out rows their times.
@@ -1380,7 +1403,17 @@ TEST(FitRows, FindTheFactorsThatStepsWereMadeWith) {
   EXPECT_EQ(profile.find({"h100-sxm", "megatron-core", "elsewhere"}), same);
   EXPECT_EQ(profile.find({"h100-sxm", "nemo", "dgx-h100"}), nullptr);
   std::filesystem::remove(file);
-  EXPECT_THROW(fit_rows({table(kTraining, {cells[0]})}, catalogue(), {}, {}), InputError);
+  EXPECT_THAT([&] { fit_rows({table(kTraining, {cells[0]})}, catalogue(), {}, {}); },
+              ThrowsMessage<InputError>(HasSubstr("has 1 step time of h100-sxm with megatron-core "
+                                                  "on dgx-h100, and no more of any other; a fit "
+                                                  "needs 3 of one device")));
+  auto more = cells;
+  more.push_back(with(whole_row(), {{"id", "alone"}, {"framework", "NeMo"}}));
+  more.push_back(with(whole_row(), {{"id", "unit"}, {"iteration_time_s", "6500 ms"}}));
+  NotFitted left;
+  fit_rows({table(kTraining, more)}, catalogue(), {.quick = true}, {}, &left);
+  EXPECT_EQ(left.few, 1u);
+  EXPECT_EQ(left.uncovered, 1u);
 }
 
 /// Twelve plans of two networks on eight GPUs, measured at what they are predicted to take with
