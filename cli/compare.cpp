@@ -27,7 +27,7 @@ struct Options {
   std::string model, topology, measured;
   PlanFlags flags;
   ClusterFlags cluster;
-  std::optional<std::int64_t> device;
+  std::optional<std::int64_t> device, rank;
   bool json = false;
 };
 
@@ -35,6 +35,7 @@ struct Comparison {
   validation::ProfilerTrace trace;
   ProfiledStep measured;
   Prediction predicted;
+  std::optional<std::int64_t> rank;  ///< whose terms stand beside; none: of one that ends last
   std::vector<TermRow> rows;
   std::vector<std::string> assumed;
   Seconds step() const { return Seconds{static_cast<double>(measured.ns) / 1e9}; }
@@ -55,6 +56,7 @@ std::string json_of(const Graph& g, const Topology& t, const Comparison& c) {
   j["topology"] = t.name();
   j["trace"] = c.trace.file;
   j["device"] = c.trace.device;
+  j["rank"] = c.rank ? Json(*c.rank) : Json(nullptr);
   j["steps"] = c.measured.steps;
   j["measured_s"] = c.step().count;
   j["measured_range_s"] = c.measured.steps > 0
@@ -92,7 +94,9 @@ std::string table(const Graph& g, const Topology& t, const Comparison& c) {
                                 c.predicted.plan.framework, c.predicted.plan.global_batch,
                                 plan_line(c.predicted.plan));
   if (!c.assumed.empty()) out += fmt::format("assumed: {}\n", fmt::join(c.assumed, ", "));
-  out += fmt::format("{}, device {}: ", c.trace.file, c.trace.device);
+  out += fmt::format(
+      "{}, device {}, {}: ", c.trace.file, c.trace.device,
+      c.rank ? fmt::format("rank {}", *c.rank) : std::string("beside the rank that ends last"));
   out += c.measured.steps == 0
              ? std::string("no ProfilerStep marks: the whole trace\n\n")
              : fmt::format("the median of {} steps, {} to {}\n\n", c.measured.steps,
@@ -136,6 +140,8 @@ void add_compare(CLI::App& app) {
   c->add_option("--measured", o->measured,
                 "trace of torch.profiler, of one rank (docs/compare.md)");
   c->add_option("--device", o->device, "whose kernels, where the trace has those of several");
+  c->add_option("--rank", o->rank,
+                "whose trace it is (default: as the trace says; else one that ends last)");
   o->flags.add_to(*c);
   o->flags.add_network(*c);
   o->flags.add_profile(*c);
@@ -159,8 +165,9 @@ void add_compare(CLI::App& app) {
     const auto* entry = fitted ? fitted->find(t, plan.framework) : nullptr;
     Communication communication(t);
     if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
+    Timeline timeline;
     auto prediction =
-        predict(g, plan, communication, nullptr, nullptr, false, &routing, o->flags.sharing());
+        predict(g, plan, communication, &timeline, nullptr, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
     if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     x.predicted = std::move(*prediction);
@@ -169,6 +176,15 @@ void add_compare(CLI::App& app) {
                        fmt::format("is of a job of {} ranks, the plan of {}; give that job's plan "
                                    "and as many devices",
                                    *x.trace.ranks, x.predicted.devices));
+    x.rank = o->rank ? o->rank : x.trace.rank;
+    if (x.rank) {
+      const auto ranks = static_cast<std::int64_t>(timeline.class_of_rank.size());
+      if (*x.rank < 0 || *x.rank >= ranks)
+        throw InputError(o->rank ? "--rank" : o->measured,
+                         fmt::format("rank {} is none of the plan's; 0 to {}", *x.rank, ranks - 1));
+      x.predicted.breakdown = timeline.breakdown[static_cast<std::size_t>(
+          timeline.class_of_rank[static_cast<std::size_t>(*x.rank)])];
+    }
     x.assumed = assumptions(o->flags, x.predicted.plan, g);
     for (std::string& a : state_assumptions(t, x.predicted.network))
       x.assumed.push_back(std::move(a));

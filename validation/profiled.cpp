@@ -114,7 +114,7 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   std::vector<std::string> names;
   std::vector<OfDevice> events;
   std::vector<ProfilerTrace::Step> steps;
-  std::optional<std::int64_t> ranks;
+  std::optional<std::int64_t> ranks, rank;
   bool has_events = false;
   std::optional<std::size_t> failed_at;
 
@@ -123,7 +123,10 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   static constexpr int kEvent = 3, kArguments = 4;
 
   bool number(std::string text, std::int64_t whole) {
-    if (depth_ == 2 && section_ == "distributedInfo" && key_ == "world_size") ranks = whole;
+    if (depth_ == 2 && section_ == "distributedInfo") {
+      if (key_ == "world_size") ranks = whole;
+      if (key_ == "rank") rank = whole;
+    }
     if (!in_events_) return true;
     if (depth_ == kEvent) {
       if (key_ == "ts") event_.start = std::move(text);
@@ -225,6 +228,7 @@ ProfilerTrace parse_profiler_trace(const std::string& text, const std::string& f
   ProfilerTrace trace;
   trace.file = file;
   trace.ranks = reader.ranks;
+  trace.rank = reader.rank;
   std::set<std::int64_t> devices;
   for (const auto& e : reader.events) devices.insert(e.device);
   if (devices.empty())

@@ -25,6 +25,7 @@ struct ProfilerTrace {
   std::string file;
   std::int64_t device = 0;
   std::optional<std::int64_t> ranks;  ///< of the job, where the trace says
+  std::optional<std::int64_t> rank;   ///< whose trace it is, where it says so
   std::vector<std::string> names;
   std::vector<Event> events;  ///< as in the file
   std::vector<Step> steps;    ///< "ProfilerStep#N", by start

@@ -78,7 +78,7 @@ class Engine {
     }
     const std::size_t n = classes_.classes.size();
     timeline_.classes = classes_.classes;
-    if (t.state().ranks_per_device > 1) timeline_.class_of_rank = classes_.of_rank;
+    timeline_.class_of_rank = classes_.of_rank;
     timeline_.flops = compiled_.flops;
     for (std::size_t c = 0; c < n; ++c) {
       const RankClass& rc = classes_.classes[c];

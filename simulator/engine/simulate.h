@@ -39,7 +39,7 @@ struct Span {
 struct Timeline {
   Ticks step;
   std::vector<RankClass> classes;
-  std::vector<int> class_of_rank;    ///< where ranks share devices; else empty
+  std::vector<int> class_of_rank;
   std::vector<Breakdown> breakdown;  ///< by class
   std::vector<MemoryUse> memory;     ///< by class
   std::vector<Flops> flops;          ///< by class: executed mathematics of one rank

@@ -273,9 +273,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
   }
   r.peak_device = r.peak_reserved + outside;
-  if (!t.class_of_rank.empty()) {
+  if (const Topology& where = (elsewhere ? *elsewhere : communication).topology();
+      where.state().ranks_per_device > 1) {
     // The ranks of a device, each with what it needs at its own peak.
-    const Topology& where = (elsewhere ? *elsewhere : communication).topology();
     std::unordered_map<std::int32_t, Bytes> of_device;
     for (std::size_t rank = 0; rank < t.class_of_rank.size(); ++rank) {
       const Bytes peak = t.memory[static_cast<std::size_t>(t.class_of_rank[rank])].peak;

@@ -778,6 +778,31 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
   }
 }
 
+/// The prediction's terms are of the trace's rank: the first stage looks words up, the last has the
+/// loss; a stage that ends early waits in the bubble, and all sum to the step.
+TEST(Compare, TermsAreOfTheTracesRank) {
+  const auto terms = [](const std::string& rank) {
+    const Json j =
+        parsed(run("compare gpt2 dgx-h100:1 --layers 4 --pp 2 --dp 4 --global-batch 8 "
+                   "--measured '" PARTITA_TEST_DATA "/cli/trace.json' --json --rank " +
+                   rank));
+    EXPECT_EQ(std::to_string(j.at("rank").get<int>()), rank);
+    double sum = 0;
+    std::set<std::string> kinds;
+    for (const Json& g : j.at("groups"))
+      if (!g.at("predicted_s").is_null()) sum += g.at("predicted_s").get<double>();
+    for (const Json& t : j.at("terms"))
+      if (!t.at("predicted_s").is_null()) kinds.insert(t.at("kind").get<std::string>());
+    EXPECT_NEAR(sum, j.at("predicted_s").get<double>(), 1e-9);
+    return kinds;
+  };
+  const auto first = terms("0"), last = terms("7");
+  EXPECT_TRUE(first.contains("embedding"));
+  EXPECT_FALSE(first.contains("cross_entropy"));
+  EXPECT_TRUE(last.contains("cross_entropy"));
+  EXPECT_FALSE(last.contains("embedding"));
+}
+
 /// Given rows are not those that ran: nothing is compared with them, and nothing is called equal.
 TEST(Validate, WhatIsNotComparedIsNotCalledEqual) {
   const Ran r =

@@ -206,7 +206,9 @@ TEST(ProfilerTrace, KeepsOneDeviceAndNothingOfTheHost) {
   const auto ranks = parse_profiler_trace(
       text_of({events[0]}, R"("distributedInfo": {"rank": 3, "world_size": 8},)"), "t", {});
   EXPECT_EQ(ranks.ranks, 8);
+  EXPECT_EQ(ranks.rank, 3);
   EXPECT_EQ(trace_of({events[0]}).ranks, std::nullopt);
+  EXPECT_EQ(trace_of({events[0]}).rank, std::nullopt);
 }
 
 TEST(ProfilerTrace, SaysWhatIsWrongWithAFile) {
