@@ -214,6 +214,9 @@ std::vector<ProductTable> parse_products(const CsvTable& table) {
 
 namespace {
 
+/// Boards of one name differ by some per cent in clock.
+constexpr double kAbovePeak = 1.1;
+
 std::string quoted(const std::string& s) {
   std::string out = "'";
   for (const char c : s) out += c == '\'' ? std::string("''") : std::string(1, c);
@@ -249,6 +252,17 @@ std::string with_products(std::string text, const std::string& file,
                                  device.like->name));
   std::string points;
   for (const ProductTable& t : products) {
+    const double peak = device.matrix_rate(t.type).count;
+    for (const auto& p : t.points) {
+      const double rate = 2 * p.m * p.n * p.k * p.count / p.time.count;
+      if (rate > kAbovePeak * peak)
+        throw InputError(
+            t.source,
+            fmt::format("{:g} x {:g} x {:g} of {} would run at {:.0f} TFLOP/s where "
+                        "{} has {:.0f} at most; is the time in another unit, or the "
+                        "table of another device?",
+                        p.m, p.n, p.k, name(t.type), rate / 1e12, device.name, peak / 1e12));
+    }
     points += fmt::format(
         "  - type: {}\n    out: {}\n{}    source: {}\n    points: |\n"
         "      m n k count time[us]\n",

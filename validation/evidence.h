@@ -37,7 +37,7 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file);
 std::vector<ProductTable> parse_products(const CsvTable& table);
 
 /// A device file with these points before its own. InputError{file} where the device has none of
-/// its own but those of another.
+/// its own but those of another; {source} for a point that is faster than the device's peak.
 std::string with_products(std::string device_yaml, const std::string& file,
                           const std::vector<ProductTable>& products);
 

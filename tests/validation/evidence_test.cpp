@@ -138,6 +138,16 @@ TEST(Evidence, PricesAreThoseOfTheLogs) {
   const auto products =
       parse_products(parse_csv("m,n,k,type,tflops,layout\n1000,3000,5000,bf16,100,TN\n", "g'.csv"));
   std::ofstream(folder + "/device.yaml") << with_products(read_file(device), device, products);
+  const auto at_rate = [&](const char* tflops) {
+    return with_products(
+        read_file(device), device,
+        parse_products(parse_csv(fmt::format("m,n,k,type,tflops\n8192,8192,8192,bf16,{}\n", tflops),
+                                 "g.csv")));
+  };
+  EXPECT_NO_THROW(at_rate("1000"));  // boosted a little above the sheet's 989
+  EXPECT_THAT([&] { at_rate("62000"); },
+              ThrowsMessage<InputError>(HasSubstr("g.csv: 8192 x 8192 x 8192 of bf16 would run at "
+                                                  "62000 TFLOP/s where h100-sxm has 989")));
   const std::vector<NcclTestsLog> logs{
       parse_nccl_tests(log_text(), "a.log"),
       parse_nccl_tests(log_text("all_gather_perf", 8, 1), "b.log"),
