@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cmath>
 #include <map>
 #include <optional>
@@ -30,8 +31,26 @@ constexpr std::array<std::pair<std::string_view, std::string_view>, 7> kPrograms
      {"sendrecv_perf", ""},
      {"reduce_perf", "reduce"}}};
 
+/// Behind what launchers put before each line: mpirun --tag-output "[1,0]<stdout>:", srun --label
+/// "0: ".
+std::string untagged(const std::string& line) {
+  const auto digits = [&](std::size_t at) {
+    while (at < line.size() && std::isdigit(static_cast<unsigned char>(line[at])) != 0) ++at;
+    return at;
+  };
+  if (line.starts_with('[')) {
+    const std::size_t end = line.find(">:");
+    if (end != std::string::npos && line.find("]<std") < end) return line.substr(end + 2);
+    return line;
+  }
+  const std::size_t from = line.find_first_not_of(' ');
+  if (from == std::string::npos) return line;
+  const std::size_t end = digits(from);
+  return end > from && line.compare(end, 2, ": ") == 0 ? line.substr(end + 2) : line;
+}
+
 std::vector<std::string> words(const std::string& line) {
-  std::istringstream in(line);
+  std::istringstream in(untagged(line));
   std::vector<std::string> all;
   for (std::string w; in >> w;) all.push_back(w);
   return all;
@@ -94,6 +113,10 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
     const std::string place = fmt::format("{}:{}", file, number_of_line);
     auto w = words(line);
     if (w.empty()) continue;
+    if (line.find("Test NCCL failure") != std::string::npos ||
+        line.find("Test failure") != std::string::npos ||
+        line.find("Test CUDA failure") != std::string::npos)
+      throw InputError(place, "the run failed here; give the log of one that came to its end");
     if (w[0] == "#" && w.size() > 2 && w[1] == "Rank") {
       ++log.ranks;
       // "... Pid 4711 on host1 device 0 [0x07] NVIDIA H100"

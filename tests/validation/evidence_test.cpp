@@ -4,10 +4,12 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
 #include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 
 #include "base/error.h"
 #include "base/yaml.h"
@@ -45,6 +47,27 @@ std::string log_text(const std::string& program = "all_reduce_perf", int ranks =
        "118.0   17.77   33.32    N/A\n"
        "# Out of bounds values : 0 OK\n# Avg bus bandwidth    : 27.5\n";
   return s;
+}
+
+TEST(NcclTestsLogs, WhatLaunchersPutBeforeLinesIsTakenOff) {
+  const NcclTestsLog plain = parse_nccl_tests(log_text(), "run.log");
+  for (const char* tag : {"[1,0]<stdout>:", "[1,12]<stdout>: ", "0: ", " 7: "}) {
+    std::istringstream in(log_text());
+    std::string tagged;
+    for (std::string line; std::getline(in, line);) tagged += tag + line + "\n";
+    EXPECT_TRUE(is_nccl_tests(tagged)) << tag;
+    const NcclTestsLog log = parse_nccl_tests(tagged, "run.log");
+    EXPECT_EQ(log.ranks, plain.ranks) << tag;
+    EXPECT_EQ(log.nodes, plain.nodes) << tag;
+    EXPECT_EQ(log.times, plain.times) << tag;
+  }
+}
+
+TEST(NcclTestsLogs, ARunThatFailedSaysNothing) {
+  for (const char* line : {"host0: Test NCCL failure common.cu:958 'unhandled system error'\n",
+                           " .. host0 pid 4711: Test failure common.cu:1080\n"})
+    EXPECT_THAT([&] { parse_nccl_tests(log_text() + line, "run.log"); },
+                ThrowsMessage<InputError>(HasSubstr("the run failed here; give the log of one")));
 }
 
 TEST(NcclTestsLogs, TheExampleOfThePage) {
