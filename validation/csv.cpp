@@ -90,6 +90,8 @@ class Reader {
 CsvTable parse_csv(std::string_view text, const std::string& file) {
   constexpr std::string_view kMark = "\xEF\xBB\xBF";
   if (text.substr(0, kMark.size()) == kMark) text.remove_prefix(kMark.size());
+  if (text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF"))
+    throw InputError(file, "is UTF-16; save it as UTF-8");
   CsvTable table;
   table.file = file;
   Reader reader(text, file);

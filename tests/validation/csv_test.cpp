@@ -32,6 +32,14 @@ TEST(Csv, MistakesAreFoundWhereTheyAre) {
   };
   expect("", "f.csv: is empty");
   expect("\n\r\n", "f.csv: is empty");
+  expect(
+      "\xFF\xFE"
+      "a",
+      "f.csv: is UTF-16; save it as UTF-8");
+  expect(
+      "\xFE\xFF"
+      "a",
+      "f.csv: is UTF-16; save it as UTF-8");
   expect("a,b,a\n", "f.csv:1: column 'a' is named twice");
   expect("a,b\n1,2\n3\n", "f.csv:3: 1 fields, but 2 columns");
   expect("a,b\n1,2,3\n", "f.csv:2: 3 fields, but 2 columns");
