@@ -376,6 +376,18 @@ std::size_t size_index(std::int64_t bytes) {
 
 }  // namespace
 
+BufferId add_buffer(Program& p, Shape shape, Layout layout) {
+  Buffer b;
+  b.name = fmt::format("buffer {}", p.buffers.size());
+  b.category = Category::buffers;
+  b.scope = Scope::step;
+  layout.dims.resize(shape.size());
+  b.shape = std::move(shape);
+  b.layout = std::move(layout);
+  p.buffers.push_back(std::move(b));
+  return BufferId{p.buffers.size() - 1};
+}
+
 std::vector<Program> collective_programs(int ranks, std::int64_t largest) {
   std::vector<Program> all;
   if (ranks < 2) return all;
@@ -387,17 +399,6 @@ std::vector<Program> collective_programs(int ranks, std::int64_t largest) {
     p.blocks[0].name = "collectives";
     p.blocks[0].kind = BlockKind::step;
     return p;
-  };
-  const auto buffer = [](Program& p, Shape shape, Layout layout) {
-    Buffer b;
-    b.name = fmt::format("buffer {}", p.buffers.size());
-    b.category = Category::buffers;
-    b.scope = Scope::step;
-    layout.dims.resize(shape.size());
-    b.shape = std::move(shape);
-    b.layout = std::move(layout);
-    p.buffers.push_back(std::move(b));
-    return BufferId{p.buffers.size() - 1};
   };
   // All ranks in one group, and in groups of two at once.
   for (const std::int64_t n : {std::int64_t{ranks}, std::int64_t{2}}) {
@@ -414,8 +415,8 @@ std::vector<Program> collective_programs(int ranks, std::int64_t largest) {
       i.kind = Kind::collective;
       i.collective = kind;
       i.atoms = r;
-      i.reads = {buffer(p, shape, std::move(from))};
-      i.writes = {buffer(p, shape, std::move(to))};
+      i.reads = {add_buffer(p, shape, std::move(from))};
+      i.writes = {add_buffer(p, shape, std::move(to))};
       if (in_place) p.buffers[i.writes[0].index()].alias = i.reads[0].value;
       // What is exchanged has just been computed: it lies in the caches.
       Instruction fresh;
@@ -464,9 +465,7 @@ std::vector<Program> collective_programs(int ranks, std::int64_t largest) {
     t.blocks[1] = t.blocks[0];
     t.blocks[1].stage = 1;
     const auto make = [&](std::int64_t bytes) {
-      Layout l;
-      l.dims.resize(1);
-      return buffer(t, {{Dim::feature, bytes / 4}}, l);
+      return add_buffer(t, {{Dim::feature, bytes / 4}});
     };
     const auto fresh = [&](int stage, BufferId id) {
       Instruction i;
@@ -513,16 +512,9 @@ std::vector<Program> collective_programs(int ranks, std::int64_t largest) {
 namespace {
 
 BufferId step_buffer(Program& p, std::int64_t bytes) {
-  Buffer b;
-  b.name = fmt::format("buffer {}", p.buffers.size());
-  b.category = Category::buffers;
-  b.scope = Scope::step;
   // Of two dimensions: interpreters write each one's indices out.
   const std::int64_t row = std::min<std::int64_t>(bytes / 4, 1024);
-  b.shape = {{Dim::sample, bytes / 4 / row}, {Dim::feature, row}};
-  b.layout.dims.resize(2);
-  p.buffers.push_back(std::move(b));
-  return BufferId{p.buffers.size() - 1};
+  return add_buffer(p, {{Dim::sample, bytes / 4 / row}, {Dim::feature, row}});
 }
 
 Instruction copying(BufferId from, BufferId to) {

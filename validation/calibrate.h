@@ -43,6 +43,9 @@ void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, 
 /// Host time between two instructions: what a step takes beyond its instructions, per instruction.
 Seconds dispatch_of(const std::vector<RankMeasurement>& ranks);
 
+/// Adds a buffer of one step that no operator owns. `layout`: uncut where it has no dimensions.
+BufferId add_buffer(Program& program, Shape shape, Layout layout = {});
+
 /// A program of nothing but collectives (and, on an even number of ranks, one of transfers) of many
 /// sizes, 64 B to `largest`: executed as any other, so that packing is measured too.
 std::vector<Program> collective_programs(int ranks, std::int64_t largest = 4 << 20);

@@ -70,18 +70,6 @@ void add_kernels(Program& p, const Program& layer, KernelFamily family, int coun
   for (int k = 0; k < count; ++k) p.blocks[0].instructions.push_back(i);
 }
 
-BufferId add_buffer(Program& p, Shape shape, Layout layout) {
-  Buffer b;
-  b.name = fmt::format("transfer {}", p.buffers.size());
-  b.category = Category::buffers;
-  b.scope = Scope::step;
-  layout.dims.resize(shape.size());
-  b.shape = std::move(shape);
-  b.layout = std::move(layout);
-  p.buffers.push_back(std::move(b));
-  return BufferId{p.buffers.size() - 1};
-}
-
 void add_transfer(Program& p, const TransferBeside& t) {
   Instruction i;
   i.stream = 1;

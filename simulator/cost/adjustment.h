@@ -15,8 +15,8 @@ struct Adjustment {
   double launch_time = 1;     ///< the host's launches
   double inside_time = 1;     ///< transfers within a node or NVLink domain
   double between_time = 1;    ///< transfers over the network
-  /// Beside that, of groups of which a node holds several members: what enters a node through one
-  /// network card leaves it through another.
+  /// Beside that, of groups of which a node (or NVLink domain) holds several members: what enters it
+  /// through one network card leaves it through another.
   double across_cards_time = 1;
   Seconds step{0};            ///< of every step, beside all of this
   /// Ranks' speeds differ: standard deviation, relative. Who meets waits for the slowest.

@@ -103,12 +103,11 @@ class Compiler {
     const auto domain = [&](std::int64_t r) {
       return t.domain_of(t.node_of(DeviceId{static_cast<std::size_t>(r)}));
     };
-    bool between = false, several = false;
-    for (std::size_t k = 1; k < ranks.size(); ++k) {
-      between |= domain(ranks[k]) != domain(ranks[0]);
-      several |= domain(ranks[k]) == domain(ranks[k - 1]);
-    }
-    return !between ? Stretch::inside : several ? Stretch::across_cards : Stretch::between;
+    std::set<std::size_t> domains;
+    for (const std::int64_t r : ranks) domains.insert(domain(r));
+    return domains.size() == 1              ? Stretch::inside
+           : domains.size() == ranks.size() ? Stretch::between
+                                            : Stretch::across_cards;
   }
 
   static Stretch stretch_of(const Work& w, const Instruction& i) {
@@ -236,7 +235,11 @@ class Compiler {
     for (const BlockCall& call : p_.stages[static_cast<std::size_t>(rc.stage)])
       needed[call.block.index()] = 1, ++calls[call.block.index()];
     Flops total{0};
-    std::map<std::pair<AtomMask, int>, std::vector<std::int64_t>> groups;
+    struct Members {
+      std::vector<std::int64_t> ranks;
+      Stretch stretch = Stretch::nothing;
+    };
+    std::map<std::pair<AtomMask, int>, Members> groups;
     for (std::size_t b = 0; b < p_.blocks.size(); ++b) {
       if (!needed[b]) continue;
       CompiledBlock& out = mine[b];
@@ -294,8 +297,12 @@ class Compiler {
             break;
           }
           case Kind::collective: {
-            auto& group = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
-            if (group.empty()) group = p_.group(i, rank);
+            Members& members = groups[{i.tie >= 0 ? AtomMask{0} : i.atoms, i.tie}];
+            const auto& group = members.ranks;
+            if (group.empty()) {
+              members.ranks = p_.group(i, rank);
+              members.stretch = stretch_of(group);
+            }
             // The largest member's payload decides: uneven parts are padded.
             Bytes bytes{0}, keys{0};
             std::set<int> seen;
@@ -308,7 +315,7 @@ class Compiler {
             bytes = communication_.travelling(p_, i, bytes, group);
             if (seen.size() > 1) s.meeting = meeting_of({seen.begin(), seen.end()}, i.tie);
             priced.time = communication_.collective(i.collective, bytes, group);
-            priced.of_time = stretch_of(group);
+            priced.of_time = members.stretch;
             priced.beside = group.size() > 1 ? to_ticks(device.dispatch).count : 0;
             if (keys.count > 0) {
               // Counts of 8 bytes for each member and keys go ahead of the values.

@@ -398,11 +398,13 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
 // docs/fit.md, "Rows": a factor of groups that have several members on a node and reach over the
 // network, whatever the others take.
 TEST(Adjustment, AcrossCardsIsOfGroupsWithSeveralMembersOnANode) {
-  const auto slower = [&](int tp, int nodes) {
+  const auto slower = [&](int tp, int nodes, std::vector<int> devices = {}) {
     Plan plan = base_plan();
     plan.tp = tp, plan.dp = 4 * nodes / tp;
     plan.global_batch = 2 * plan.dp;
-    const Topology t = load_topology(fmt::format("h100-sxm-4:{}", nodes));
+    ClusterState state;
+    state.placement = std::move(devices);
+    const Topology t = load_topology(fmt::format("h100-sxm-4:{}", nodes)).in_state(state);
     const Program p = lowered(gpt(), plan);
     Communication communication(t);
     SimulateOptions options;
@@ -424,6 +426,10 @@ TEST(Adjustment, AcrossCardsIsOfGroupsWithSeveralMembersOnANode) {
   EXPECT_GT(all.across, 1.01);
   EXPECT_EQ(all.across, all.between);
   EXPECT_GT(all.both, all.across);
+  // Wherever members stand in their group: neighbours on different nodes, four on each.
+  const auto in_turn = slower(1, 2, {0, 4, 1, 5, 2, 6, 3, 7});
+  EXPECT_GT(in_turn.across, 1.01);
+  EXPECT_EQ(in_turn.across, in_turn.between);
   // One member on each node.
   const auto alone = slower(4, 2);
   EXPECT_EQ(alone.across, 1);

@@ -17,7 +17,9 @@ namespace {
 TEST(Ratchet, WhatWasAchievedOnPublishedMeasurementsIsAchievedAgain) {
   const char* data = std::getenv("PARTITA_REFERENCE");
   const std::filesystem::path folder(data != nullptr ? data : PARTITA_TEST_REFERENCE);
-  if (!std::filesystem::exists(folder)) GTEST_SKIP() << "no published tables in " << folder;
+  if (!std::filesystem::exists(folder))
+    GTEST_SKIP() << "no published tables in " << folder
+                 << "; set PARTITA_REFERENCE to their folder";
   std::vector<CsvTable> tables;
   for (const char* name :
        {"llm_training.csv", "memory.csv", "cnn_training.csv", "collectives.csv", "gemm.csv"}) {
