@@ -189,6 +189,53 @@ bool Configuration::fill(const std::string& column, const std::string& cell) {
   return cells_.emplace(column, cell).second;
 }
 
+void Configuration::replace(const std::string& column, const std::string& cell,
+                            const std::string& why) {
+  if (cell.empty()) {
+    cells_.erase(column);
+    return;
+  }
+  cells_.insert_or_assign(column, cell);
+  replaced_.push_back(fmt::format("{} {} ({})", column, cell, why));
+}
+
+std::vector<RowSettings> load_settings(const std::string& file) {
+  std::vector<RowSettings> all;
+  const YamlNode root = YamlNode::load_file(file, "partita.settings/1");
+  for (const YamlNode& n : root.get("settings").items()) {
+    RowSettings s;
+    s.rows = n.get("rows").as_strings();
+    if (const auto precisions = n.find("precisions")) s.precisions = precisions->as_strings();
+    s.reason = n.get("reason").as_string();
+    for (const auto& [column, cell] : n.get("cells").members()) {
+      const bool setting = std::any_of(schemas().begin(), schemas().end(), [&](const auto& schema) {
+        const auto& names = schema.configuration;
+        return std::find(names.begin(), names.end(), column) != names.end();
+      });
+      if (!setting)
+        throw InputError(cell.place(), fmt::format("'{}' is no column of settings", column));
+      s.cells[column] = cell.as_string();
+    }
+    n.reject_unknown_keys();
+    all.push_back(std::move(s));
+  }
+  root.reject_unknown_keys();
+  return all;
+}
+
+void apply_settings(const std::vector<RowSettings>& settings, const std::string& id,
+                    Configuration& row) {
+  const auto any = [](const std::vector<std::string>& patterns, const std::string& text) {
+    return std::any_of(patterns.begin(), patterns.end(),
+                       [&](const std::string& p) { return matches(p, text); });
+  };
+  for (const RowSettings& s : settings) {
+    if (!any(s.rows, id)) continue;
+    if (!s.precisions.empty() && !any(s.precisions, row["precision"])) continue;
+    for (const auto& [column, cell] : s.cells) row.replace(column, cell, s.reason);
+  }
+}
+
 std::optional<std::int64_t> Configuration::whole(std::string_view column, std::int64_t least,
                                                  std::int64_t most) const {
   const std::string& cell = (*this)[column];
@@ -213,6 +260,7 @@ Catalogue load_catalogue() {
   c.models = known_models();
   for (const auto& n : device_catalogue()) c.devices.push_back(load_device(n));
   for (const auto& n : frameworks()) c.frameworks.push_back(load_framework(n, "framework"));
+  c.settings = load_settings(data_folder("validation/settings.yaml"));
   for (const auto& n : topology_catalogue()) {
     const Topology t = load_topology(n + ":1");
     ClusterShape s;
@@ -456,6 +504,7 @@ class CaseBuilder {
   }
 
   RowCase build() {
+    c_.assumed = row_.replaced();
     find_framework();
     read_recipe();
     find_network();
@@ -852,8 +901,8 @@ class CaseBuilder {
 
   /// BERT's tasks: SQuAD at 384 tokens, which fine-tuning without another task is, other
   /// fine-tuning at 128, pre-training at 128 and then 512. Benchmarks fill the memory, and 512
-  /// tokens of BERT-large, 24 blocks of 1,024, take about 2 GiB a sample, of others in proportion:
-  /// a batch that fits is of the longer phase. A batch that could not even fit at 128 tokens is of
+  /// tokens of BERT-large, 24 blocks of 1,024, take about 2 GiB a sample under mixed precision and
+  /// 3 1/3 in 32 bits, of others in proportion: a batch that fits is of the longer phase. A batch that could not even fit at 128 tokens is of
   /// several passes; the second phase's is half of the first's, 8,192 samples at 80 GB and 4,096 at
   /// 32 (DeepLearningExamples, pretrain_config.sh).
   std::int64_t unsaid_sequence(const TransformerConfig& t) const {
@@ -867,7 +916,9 @@ class CaseBuilder {
           device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]);
       const std::int64_t gib = d.memory.count >> 30;
       const std::int64_t large = 24 * 1024, size = t.layers * t.hidden;
-      if (batch && 2 * *batch * size <= gib * large) sequence = 512;
+      const auto type = precision_of(row_["precision"]);
+      const bool wide = type && (type->name == "fp32" || type->name == "tf32");
+      if (batch && (wide ? 10 : 6) * *batch * size <= 3 * gib * large) sequence = 512;
       if (batch && *batch * size > 8 * gib * large && *batch <= 72 * gib) sequence = 512;
     }
     return std::min(t.sequence, sequence);

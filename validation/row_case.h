@@ -49,6 +49,9 @@ class Configuration {
                                     std::int64_t most = 1'000'000'000) const;
   /// Writes an empty cell; true if it was empty.
   bool fill(const std::string& column, const std::string& cell);
+  /// Writes a cell over what it has; "" empties it. `why`: of the prediction's `assumed`.
+  void replace(const std::string& column, const std::string& cell, const std::string& why);
+  const std::vector<std::string>& replaced() const { return replaced_; }
   /// All cells, for equality.
   std::string key() const;
   /// The columns that a schema's predictions may see.
@@ -56,7 +59,22 @@ class Configuration {
 
  private:
   std::map<std::string, std::string, std::less<>> cells_;
+  std::vector<std::string> replaced_;
 };
+
+/// Settings of published rows that only their notes say, or say otherwise than their columns (file
+/// validation/settings.yaml, schema partita.settings/1).
+struct RowSettings {
+  std::vector<std::string> rows;        ///< patterns of ids
+  std::vector<std::string> precisions;  ///< patterns of that column; empty: any
+  std::map<std::string, std::string> cells;
+  std::string reason;
+};
+/// InputError with file and line for what it does not say, and for a column that is no setting.
+std::vector<RowSettings> load_settings(const std::string& file);
+/// Those of the row `id`, in the file's order.
+void apply_settings(const std::vector<RowSettings>& settings, const std::string& id,
+                    Configuration& row);
 
 /// A cluster of the topology catalogue, as far as choosing one needs it.
 struct ClusterShape {
@@ -73,6 +91,7 @@ struct Catalogue {
   std::vector<DeviceProfile> devices;
   std::vector<ClusterShape> clusters;
   std::vector<FrameworkProfile> frameworks;
+  std::vector<RowSettings> settings;
 };
 Catalogue load_catalogue();
 

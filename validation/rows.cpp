@@ -392,7 +392,9 @@ class RowsPrediction {
       PendingRow p;
       p.schema = schema;
       p.id = row["id"];
-      p.configuration = std::make_shared<const Configuration>(schema, row);
+      Configuration cells(schema, row);
+      apply_settings(catalogue_.settings, p.id, cells);
+      p.configuration = std::make_shared<const Configuration>(std::move(cells));
       p.family = family(family_name, schema);
       switch (schema) {
         case RowSchema::training:

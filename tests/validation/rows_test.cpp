@@ -1063,9 +1063,13 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
   const Head masked = Head::masked_language_model, classes = Head::token_classifier;
   for (const auto& [cells, sequence, predicted, head] : std::vector<Expected>{
            // Half a sample a GiB of 80, and one more; padded to bins, without padding, to 512.
-           {{{"batch_per_gpu", "40"}}, 288, 45, masked},
-           {{{"batch_per_gpu", "41"}}, 128, 20, masked},
-           {{{"framework", "TensorFlow"}}, 512, 80, masked},
+           {{{"batch_per_gpu", "40"}, {"precision", "mixed precision (AMP FP16)"}}, 288, 45, masked},
+           {{{"batch_per_gpu", "41"}, {"precision", "mixed precision (AMP FP16)"}}, 128, 20, masked},
+           // In 32 bits three tenths.
+           {{{"batch_per_gpu", "24"}}, 288, 45, masked},
+           {{{"batch_per_gpu", "25"}}, 128, 20, masked},
+           {{{"batch_per_gpu", "25"}, {"precision", "FP32"}}, 128, 20, masked},
+           {{{"framework", "TensorFlow"}, {"batch_per_gpu", "16"}}, 512, 80, masked},
            {{{"framework", "PyTorch NVIDIA Release 22.04"},
              {"model", "BERT-large (MLPerf phase-2, seq 512)"}},
             256,
@@ -1088,9 +1092,9 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
            {{{"model", "BERT (Fine-tuning)"}}, 384, 0, classes},
            {{{"model", "BERT (Fine-tuning performance for SQuAD v1.1)"}}, 384, 0, classes},
            {{{"model", "BERT/biobert (Fine-tuning performance for NER)"}}, 128, 0, classes},
-           // A base model's sample takes 3/8 of the memory: 106 fit in 80 GiB.
-           {{{"model", "ELECTRA (Pre-training)"}, {"batch_per_gpu", "106"}}, 288, 45, masked},
-           {{{"model", "ELECTRA (Pre-training)"}, {"batch_per_gpu", "107"}}, 128, 20, masked}}) {
+           // A base model's sample takes 3/8 of the memory: 64 fit in 80 GiB.
+           {{{"model", "BERT-base (Pre-training)"}, {"batch_per_gpu", "64"}}, 288, 45, masked},
+           {{{"model", "BERT-base (Pre-training)"}, {"batch_per_gpu", "65"}}, 128, 20, masked}}) {
     const RowCase c = sample_case(cells);
     SCOPED_TRACE(::testing::PrintToString(cells));
     EXPECT_EQ(c.transformer->sequence, sequence);
@@ -1099,6 +1103,73 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
     EXPECT_EQ(c.transformer->tied, head == masked);
     EXPECT_EQ(c.transformer->dropout, 0.1);
   }
+}
+
+TEST(Rows, SettingsThatOnlyNotesSayAreOfTheirRowsAlone) {
+  const std::string file = fmt::format("/tmp/partita-settings-{}.yaml", ::getpid());
+  const auto load = [&](const std::string& entries) {
+    std::ofstream(file) << "schema: partita.settings/1\nsettings:\n" << entries;
+    return load_settings(file);
+  };
+  const auto settings = load(R"(
+  - rows: [a-1-*, a-2-*]
+    precisions: ["mixed*"]
+    cells: {batch_per_gpu: 4, global_batch: ""}
+    reason: the head of its table
+  - rows: [b]
+    cells: {batch_per_gpu: 7}
+    reason: notes
+)");
+  const std::vector<std::string> header{"id",        "gpu",
+                                        "precision", "batch_per_gpu",
+                                        "parallelism", "images_or_samples_per_s_total",
+                                        "global_batch"};
+  const auto batch = [&](const char* id, const char* precision) {
+    const CsvTable t = table(header, {{{"id", id},
+                                       {"precision", precision},
+                                       {"batch_per_gpu", "2"},
+                                       {"global_batch", "16"}}});
+    Configuration c(RowSchema::convolution, Row(t, 0));
+    apply_settings(settings, id, c);
+    return std::tuple(c["batch_per_gpu"], c["global_batch"], c.replaced());
+  };
+  const std::vector<std::string> none, said{"batch_per_gpu 4 (the head of its table)"};
+  EXPECT_EQ(batch("a-1-3", "mixed precision"), std::tuple("4", "", said));
+  EXPECT_EQ(batch("a-2-3", "mixed precision"), std::tuple("4", "", said));
+  EXPECT_EQ(batch("a-2-3", "FP32"), std::tuple("2", "16", none));
+  EXPECT_EQ(batch("a-3-3", "mixed precision"), std::tuple("2", "16", none));
+  EXPECT_EQ(std::get<0>(batch("b", "FP32")), "7");
+  // A prediction lists what was replaced; a measured column is no setting.
+  const CsvTable t = table({"id", "gpu", "model", "framework", "num_gpus", "gpus_per_node", "precision",
+                            "batch_per_gpu", "parallelism", "images_or_samples_per_s_total"},
+                           {{{"id", "b"},
+                             {"model", "ResNet-50"},
+                             {"framework", "PyTorch"},
+                             {"gpu", "A100"},
+                             {"num_gpus", "8"},
+                             {"gpus_per_node", "8"},
+                             {"precision", "TF32"},
+                             {"batch_per_gpu", "256"},
+                             {"parallelism", "data parallel"},
+                             {"images_or_samples_per_s_total", "1000"}}});
+  Catalogue with_settings = catalogue();
+  with_settings.settings = settings;
+  const auto families = predict_rows({t}, with_settings, {});
+  const Figure& figure = families.at(0).figures.at(0);
+  EXPECT_DOUBLE_EQ(figure.measured, 7 * 8 / 1000.0);
+  EXPECT_THAT(figure.assumed, ::testing::Contains("batch_per_gpu 7 (notes)"));
+  for (const auto& [entry, message] : std::vector<std::pair<std::string, std::string>>{
+           {"  - {rows: [a], cells: {step_time_s: 1}, reason: x}", "'step_time_s' is no column of settings"},
+           {"  - {rows: [a], cells: {batch_per_gpu: 1}, reason: x, why: y}", "why"},
+           {"  - {rows: [a], cells: {batch_per_gpu: 1}}", "reason"}}) {
+    try {
+      load(entry);
+      FAIL() << entry;
+    } catch (const InputError& e) {
+      EXPECT_THAT(e.what(), ::testing::HasSubstr(message));
+    }
+  }
+  std::filesystem::remove(file);
 }
 
 TEST(Rows, SchemasByTheirColumns) {
