@@ -170,11 +170,19 @@ TransformerConfig read_transformer(const YamlNode& node) {
   f.read("sinks", c.sinks);
   f.read("tied", c.tied);
   f.read("head", c.head,
-         Words<TransformerConfig::Head, 4>{
+         Words<TransformerConfig::Head, 5>{
              {{"language_model", TransformerConfig::Head::language_model},
               {"masked_language_model", TransformerConfig::Head::masked_language_model},
               {"classifier", TransformerConfig::Head::classifier},
-              {"token_classifier", TransformerConfig::Head::token_classifier}}});
+              {"token_classifier", TransformerConfig::Head::token_classifier},
+              {"replaced_tokens", TransformerConfig::Head::replaced_tokens}}});
+  if (const auto g = node.find("generator")) {
+    c.generator.hidden = g->get("hidden").as_int(1);
+    c.generator.heads = g->get("heads").as_int(1);
+    c.generator.ffn = g->get("ffn").as_int(1);
+    if (const auto n = g->find("predicted")) c.generator.predicted = n->as_int(1);
+    g->reject_unknown_keys();
+  }
   f.read("classes", c.classes, 1);
   f.read("predicted", c.predicted, 1);
   f.read("embedding_rows", c.embedding_rows, 1);

@@ -44,15 +44,15 @@ struct LatentAttention {
   std::int64_t value_dim = 0;
 };
 
-/// Mamba-2 blocks (https://arxiv.org/abs/2405.21060, section 7): one product gives gate, x, B, C and
-/// steps; x, B and C pass a causal convolution.
+/// Mamba-2 blocks (https://arxiv.org/abs/2405.21060, section 7): one product gives gate, x, B, C
+/// and steps; x, B and C pass a causal convolution.
 struct MambaBlock {
-  std::int64_t heads = 0;     ///< 0: no such blocks
+  std::int64_t heads = 0;  ///< 0: no such blocks
   std::int64_t head_dim = 64;
-  std::int64_t groups = 1;    ///< of heads that share B and C; they are what can be cut
+  std::int64_t groups = 1;  ///< of heads that share B and C; they are what can be cut
   std::int64_t state = 128;
-  std::int64_t kernel = 4;    ///< tokens of the convolution
-  std::int64_t chunk = 128;   ///< tokens at once
+  std::int64_t kernel = 4;   ///< tokens of the convolution
+  std::int64_t chunk = 128;  ///< tokens at once
   bool convolution_bias = true;
 };
 
@@ -81,6 +81,8 @@ struct TransformerConfig {
     masked_language_model,  ///< BERT: dense, activation, norm, projection with bias
     classifier,             ///< ViT: final norm, first token, projection with bias
     token_classifier,       ///< every token's projection to `classes`, with bias
+    /// ELECTRA (https://arxiv.org/abs/2003.10555): the same after a dense layer and activation
+    replaced_tokens,
   };
 
   std::string name = "transformer";
@@ -124,6 +126,16 @@ struct TransformerConfig {
   /// States of so many earlier tokens stand before each block's keys and values, without gradient
   /// (https://arxiv.org/abs/1901.02860, section 3.2).
   std::int64_t memory = 0;
+
+  /// ELECTRA's generator: a narrower encoder of as many blocks and the same embeddings, whose
+  /// masked-language-model loss is added. It is part of the head, as its words are drawn without a
+  /// gradient: what the discriminator reads are inputs. Logits are made of all positions and the
+  /// masked ones picked then (NVIDIA/DeepLearningExamples, TensorFlow2/LanguageModeling/ELECTRA,
+  /// modeling.py). hidden 0: none.
+  struct Generator {
+    std::int64_t hidden = 0, heads = 0, ffn = 0;
+    std::int64_t predicted = 0;  ///< masked positions; 0: all
+  } generator;
 
   LatentAttention latent;
   MixtureOfExperts moe;

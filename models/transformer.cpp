@@ -128,6 +128,22 @@ Config completed(Config c) {
   require(c, c.memory == 0 || (!c.causal && c.rotary_dim == 0 && c.latent.key_value_rank == 0),
           "memory needs causal: false (its mask is not modelled), and neither rotary nor latent "
           "attention");
+  require(c, (c.generator.hidden > 0) == (c.head == Config::Head::replaced_tokens),
+          "a generator and the head replaced_tokens need each other");
+  if (c.generator.hidden > 0) {
+    positive(c.generator.heads, "generator.heads");
+    positive(c.generator.ffn, "generator.ffn");
+    require(c, c.generator.hidden % c.generator.heads == 0,
+            fmt::format("generator.hidden {} is no multiple of its {} heads", c.generator.hidden,
+                        c.generator.heads));
+    require(c, c.generator.predicted >= 0 && c.generator.predicted <= c.sequence,
+            fmt::format("generator.predicted is {} of {} tokens; 0 means all",
+                        c.generator.predicted, c.sequence));
+    require(c,
+            c.image == 0 && c.pattern.empty() && c.moe.experts == 0 &&
+                c.latent.key_value_rank == 0 && c.embedding_rows == 0 && c.memory == 0,
+            "a generator goes with blocks of attention and dense feed-forward only");
+  }
   if (c.moe.latent != 0) positive(c.moe.latent, "moe.latent");
   check_pattern(c);
   require(c, c.mtp_layers >= 0, fmt::format("mtp_layers is {}; 0 means none", c.mtp_layers));
@@ -149,7 +165,9 @@ class Transformer {
   Graph build() {
     const std::int64_t s = c_.sequence;
     TensorId labels;
-    TensorId x = c_.image > 0 ? patches() : tokens();
+    record_ = &embeddings_;
+    TensorId x = c_.image > 0 ? patches() : tokens("");
+    record_ = nullptr;
     if (c_.head == Config::Head::classifier) {
       labels = b_.input("labels", {{Dim::sample, 1}});
     } else {
@@ -167,15 +185,16 @@ class Transformer {
     TensorId loss = head(x, labels);
     TensorId h = x;
     for (int i = 0; i < c_.mtp_layers; ++i) loss = predict_further(h, loss, i);
+    if (c_.generator.hidden > 0) loss = generate(loss);
     return b_.finish(loss, c_.layers, c_.image > 0 ? 0 : s);
   }
 
  private:
   TensorId add(const std::string& name, Operation op, std::vector<TensorId> in,
                std::vector<ParameterId> shared = {}) {
-    if (c_.mtp_shared && depth_ > 0 && shared.empty()) shared = first_depth_[name];
+    if (reuse_ != nullptr && shared.empty()) shared = (*reuse_)[name];
     const TensorId y = b_.add(name, std::move(op), std::move(in), shared);
-    if (c_.mtp_shared && depth_ == 0) first_depth_[name] = b_.op(b_.last()).parameters;
+    if (record_ != nullptr) (*record_)[name] = b_.op(b_.last()).parameters;
     if (shared.empty()) {
       for (const ParameterId p : b_.op(b_.last()).parameters) {
         auto& deviation = b_.parameter(p).initial_deviation;
@@ -203,14 +222,15 @@ class Transformer {
     return c_.dropout > 0 ? add(name, Dropout{c_.dropout}, {x}) : x;
   }
 
-  TensorId tokens() {
+  /// Embeddings of the inputs `scope` + "tokens" and the like.
+  TensorId tokens(const std::string& scope) {
     const Shape ids{{Dim::sample, 1}, {Dim::sequence, c_.sequence}};
-    const TensorId token_ids = b_.input("tokens", ids);
+    const TensorId token_ids = b_.input(scope + "tokens", ids);
     const std::int64_t rows = c_.embedding_rows > 0 ? c_.embedding_rows : c_.vocabulary;
     TensorId x = add("embedding", Embedding{rows, c_.hidden}, {token_ids});
     table_ = b_.op(b_.last()).parameters[0];
     if (c_.token_types > 0) {
-      const TensorId types = b_.input("token_types", ids);
+      const TensorId types = b_.input(scope + "token_types", ids);
       const TensorId y = add("token_type_embedding", Embedding{c_.token_types, c_.hidden}, {types});
       x = add("token_type_sum", Add{}, {x, y});
     }
@@ -389,7 +409,8 @@ class Transformer {
     const TensorId gates =
         add("moe.gates", Router{m.top_k, m.sigmoid, m.normalise, m.scale}, {logits});
     TensorId narrow = x;
-    if (m.latent > 0) narrow = linear("moe.latent_down", x, {{Dim::feature, m.latent}}, c_.mlp_bias);
+    if (m.latent > 0)
+      narrow = linear("moe.latent_down", x, {{Dim::feature, m.latent}}, c_.mlp_bias);
     const TensorId rows = add("moe.dispatch", Dispatch{m.experts, m.top_k}, {narrow, gates});
     const auto product = [&](const char* name, TensorId in, Dim dim, std::int64_t width) {
       return add(name, GroupedProduct{m.experts, {dim, width}, m.expert_bias}, {in});
@@ -443,6 +464,12 @@ class Transformer {
         if (!c_.norm_after) x = normed("final_norm", x);
         x = linear("head", x, {{Dim::vocabulary, c_.classes}}, true);
         break;
+      case Config::Head::replaced_tokens:
+        if (!c_.norm_after) x = normed("final_norm", x);
+        x = linear("head_transform", x, {{Dim::feature, c_.hidden}}, true);
+        x = add("head_activation", Activation{c_.activation}, {x});
+        x = linear("head", x, {{Dim::vocabulary, c_.classes}}, true);
+        break;
     }
     return add("loss", CrossEntropy{}, {x, labels});
   }
@@ -455,7 +482,7 @@ class Transformer {
     const TensorId next = b_.input(scope + "tokens", ids);
     const TensorId labels = b_.input(scope + "labels", ids);
     b_.set_scope(scope);
-    depth_ = i;
+    if (c_.mtp_shared) (i == 0 ? record_ : reuse_) = &first_depth_;
     TensorId e = add("embedding", Embedding{c_.vocabulary, c_.hidden}, {next}, {table_});
     e = normed("embedding_norm", e);
     const TensorId h = normed("hidden_norm", hidden);
@@ -473,16 +500,57 @@ class Transformer {
     x = add("loss", CrossEntropy{}, {x, labels});
     x = add("loss_sum", Add{}, {loss, x});
     b_.set_scope("");
-    depth_ = -1;
+    record_ = reuse_ = nullptr;
     return x;
   }
 
-  const Config c_;
+  /// ELECTRA's generator, after the discriminator and its `loss`: returns the sum of both.
+  TensorId generate(TensorId loss) {
+    const auto& g = c_.generator;
+    const std::string scope = "generator.";
+    const bool all = g.predicted == 0;
+    const NamedExtent count =
+        all ? NamedExtent{Dim::sequence, c_.sequence} : NamedExtent{Dim::key_sequence, g.predicted};
+    b_.set_scope(scope);
+    reuse_ = &embeddings_;
+    TensorId x = tokens(scope);
+    reuse_ = nullptr;
+    x = linear("projection", x, {{Dim::feature, g.hidden}}, true);
+    const Config discriminator = c_;
+    c_.hidden = g.hidden;
+    c_.heads = c_.kv_heads = g.heads;
+    c_.head_dim = g.hidden / g.heads;
+    c_.ffn = g.ffn;
+    for (int i = 0; i < c_.layers; ++i) {
+      b_.set_scope(fmt::format("{}layers.{}.", scope, i));
+      x = block(x, i);
+    }
+    c_ = discriminator;
+    b_.set_scope(scope);
+    if (!c_.norm_after) x = normed("final_norm", x);
+    x = linear("head_transform", x, {{Dim::feature, c_.hidden}}, true);
+    x = add("head_activation", Activation{c_.activation}, {x});
+    x = normed("head_norm", x);
+    x = add("head", Linear{1, {{Dim::vocabulary, c_.vocabulary}}, true}, {x}, {table_});
+    if (!all) {
+      const TensorId picks = b_.input(scope + "masked_positions",
+                                      {{Dim::sample, 1}, count, {Dim::sequence, c_.sequence}});
+      x = add("head_positions", BatchedProduct{1}, {picks, x});
+    }
+    const TensorId labels = b_.input(scope + "labels", {{Dim::sample, 1}, count});
+    x = add("loss", CrossEntropy{}, {x, labels});
+    x = add("loss_sum", Add{}, {loss, x});
+    b_.set_scope("");
+    return x;
+  }
+
+  Config c_;
   GraphBuilder b_;
   ParameterId table_;
   ParameterId head_;
-  int depth_ = -1;  ///< of multi-token prediction
-  std::map<std::string, std::vector<ParameterId>> first_depth_;
+  using Parameters = std::map<std::string, std::vector<ParameterId>>;  ///< by operator's name
+  Parameters embeddings_, first_depth_;
+  Parameters *record_ = nullptr, *reuse_ = nullptr;  ///< operators' that are added
 };
 
 }  // namespace

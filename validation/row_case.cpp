@@ -469,6 +469,8 @@ std::string RowCase::key() const {
                      fmt::join(c.moe.dense_layers, ","), c.moe.sigmoid, c.moe.normalise,
                      c.moe.router_bias, c.moe.expert_bias);
     s += fmt::format("{} {} {} {} ", c.classes, c.predicted, c.embedding_rows, c.memory);
+    s += fmt::format("{} {} {} {} ", c.generator.hidden, c.generator.heads, c.generator.ffn,
+                     c.generator.predicted);
     s += fmt::format("{} {} {} {} {} {}", c.token_types, c.embedding_norm, c.image, c.patch,
                      c.dropout, c.flash_attention);
     s += fmt::format(" {} {} {} {} {} {} {} {} {}", c.pattern, c.mtp_pattern, c.mtp_shared,
@@ -902,9 +904,9 @@ class CaseBuilder {
   /// BERT's tasks: SQuAD at 384 tokens, which fine-tuning without another task is, other
   /// fine-tuning at 128, pre-training at 128 and then 512. Benchmarks fill the memory, and 512
   /// tokens of BERT-large, 24 blocks of 1,024, take about 2 GiB a sample under mixed precision and
-  /// 3 1/3 in 32 bits, of others in proportion: a batch that fits is of the longer phase. A batch that could not even fit at 128 tokens is of
-  /// several passes; the second phase's is half of the first's, 8,192 samples at 80 GB and 4,096 at
-  /// 32 (DeepLearningExamples, pretrain_config.sh).
+  /// 3 1/3 in 32 bits, of others in proportion: a batch that fits is of the longer phase. A batch
+  /// that could not even fit at 128 tokens is of several passes; the second phase's is half of the
+  /// first's, 8,192 samples at 80 GB and 4,096 at 32 (DeepLearningExamples, pretrain_config.sh).
   std::int64_t unsaid_sequence(const TransformerConfig& t) const {
     const std::string s = lower(row_["model"]);
     std::int64_t sequence = 128;
@@ -949,18 +951,21 @@ class CaseBuilder {
       t.dropout = 0.1;  // arXiv 1810.04805, appendix A.2; 1901.02860's code
       assume("dropout {}", t.dropout);
     }
-    if (t.head != TransformerConfig::Head::masked_language_model) return;
+    const bool generated = t.head == TransformerConfig::Head::replaced_tokens;
+    if (t.head != TransformerConfig::Head::masked_language_model && !generated) return;
     if (has(s, "fine-tuning")) {
       t.head = TransformerConfig::Head::token_classifier;
       t.tied = false;
+      t.generator = {};
       assume("{} classes a token", t.classes);
     } else if (pretraining(s)) {
       if (t.sequence == 512 && framework_->mean_of_512 > 0) {
         t.sequence = framework_->mean_of_512;
         assume("{} tokens of 512 in the mean", t.sequence);
       }
-      t.predicted = (t.sequence * 5 + 31) / 32;
-      assume("{} predicted tokens", t.predicted);
+      std::int64_t& predicted = generated ? t.generator.predicted : t.predicted;
+      predicted = (t.sequence * 5 + 31) / 32;
+      assume("{} predicted tokens", predicted);
     }
   }
 

@@ -162,10 +162,9 @@ TEST(Catalogue, ExpertBlocksUseTheNamesThatPlansShardBy) {
 TEST(Catalogue, HybridBlocksUseTheNamesThatPlansShardBy) {
   const Graph g = load_model("nemotron-3-super-120b-a12b", {});
   EXPECT_EQ(g.layers, 88);
-  EXPECT_THAT(names_of_layer(g, 0),
-              ElementsAre("mamba_norm", "mamba.gate", "mamba.input", "mamba.step",
-                          "mamba.convolution", "mamba.scan", "mamba.norm", "mamba.output",
-                          "mamba.residual"));
+  EXPECT_THAT(names_of_layer(g, 0), ElementsAre("mamba_norm", "mamba.gate", "mamba.input",
+                                                "mamba.step", "mamba.convolution", "mamba.scan",
+                                                "mamba.norm", "mamba.output", "mamba.residual"));
   EXPECT_THAT(names_of_layer(g, 1),
               ElementsAre("mlp_norm", "moe.router", "moe.gates", "moe.latent_down", "moe.dispatch",
                           "moe.up", "moe.activation", "moe.down", "moe.combine", "moe.latent_up",
@@ -300,6 +299,26 @@ TEST(Catalogue, TheBuilderRefusesNumbersThatDoNotFit) {
               }),
               throws("embedding_rows needs tied: false"));
   EXPECT_THAT(with([](auto& c) { c.memory = 4; }), throws("memory needs causal: false"));
+  const auto generator = [&](auto change) {
+    return with([change](auto& c) {
+      c.head = TransformerConfig::Head::replaced_tokens;
+      c.generator = {8, 2, 12, 3};
+      change(c);
+    });
+  };
+  EXPECT_NO_THROW(generator([](auto&) {})());
+  EXPECT_THAT(generator([](auto& c) { c.generator = {}; }), throws("need each other"));
+  EXPECT_THAT(with([](auto& c) { c.generator = {8, 2, 12, 0}; }), throws("need each other"));
+  EXPECT_THAT(generator([](auto& c) { c.generator.heads = 3; }), throws("no multiple of its 3"));
+  EXPECT_THAT(generator([](auto& c) { c.generator.ffn = 0; }), throws("generator.ffn"));
+  EXPECT_NO_THROW(generator([](auto& c) { c.generator.predicted = 8; })());
+  EXPECT_THAT(generator([](auto& c) { c.generator.predicted = 9; }),
+              throws("generator.predicted is 9 of 8 tokens"));
+  EXPECT_THAT(generator([](auto& c) {
+                c.memory = 4;
+                c.causal = false;
+              }),
+              throws("a generator goes with blocks of attention"));
   EXPECT_NO_THROW(with([](auto& c) {
     c.embedding_rows = 50;
     c.memory = 4;
@@ -315,6 +334,31 @@ TEST(Catalogue, AMultiTokenPredictionHeadIsWellFormed) {
   for (const bool tied : {false, true}) {
     c.tied = tied;
     expect_well_formed(build_transformer(c));
+  }
+}
+
+/// Generator and discriminator have one table of words, of positions and of segments.
+TEST(Catalogue, AGeneratorSharesItsEmbeddings) {
+  TransformerConfig c;
+  c.layers = 2, c.hidden = 24, c.heads = 6, c.ffn = 32, c.vocabulary = 50, c.sequence = 8;
+  c.norm = TransformerConfig::Norm::layer, c.norm_after = true, c.causal = false, c.gated = false;
+  c.positions = 8, c.token_types = 2, c.embedding_norm = true;
+  c.head = TransformerConfig::Head::replaced_tokens;
+  for (const std::int64_t predicted : {0, 3}) {
+    c.generator = {12, 3, 20, predicted};
+    const Graph g = build_transformer(c);
+    expect_well_formed(g);
+    std::set<std::size_t> embeddings;
+    int uses = 0;
+    for (const Operator& op : g.operators) {
+      if (op.name.find("embedding") == std::string::npos) continue;
+      for (const ParameterId p : op.parameters) {
+        ++uses;
+        embeddings.insert(p.index());
+      }
+    }
+    EXPECT_EQ(uses, 2 * 5);
+    EXPECT_EQ(embeddings.size(), 5u);
   }
 }
 
@@ -360,20 +404,24 @@ TEST(Models, WhatIfChangesReachTheFile) {
 /// Counted by Hugging Face from the checkpoints' tensors, and by timm for the convolutional ones.
 TEST(Catalogue, SizesAreThoseOfThePublishedCheckpoints) {
   const std::pair<const char*, std::int64_t> published[] = {
-      {"bert-base", 109'514'298},           {"bloom-176b", 176'247'271'424},
-      {"deepseek-v2-lite", 15'706'484'224}, {"gpt-neox-20b", 20'554'567'680},
-      {"gpt-oss-120b", 116'829'156'672},    {"gpt-oss-20b", 20'914'757'184},
-      {"llama-13b", 13'015'864'320},        {"llama-2-13b", 13'015'864'320},
-      {"llama-2-70b", 68'976'648'192},      {"llama-3.2-1b", 1'235'814'400},
-      {"llama-3.2-3b", 3'212'749'824},      {"llama-33b", 32'528'943'616},
-      {"llama-65b", 65'285'660'672},        {"llama-7b", 6'738'415'616},
-      {"mistral-7b", 7'241'732'096},        {"mixtral-8x22b", 140'630'071'296},
-      {"qwen2.5-14b", 14'770'033'664},      {"qwen2.5-32b", 32'763'876'352},
-      {"qwen2.5-72b", 72'706'203'648},      {"qwen2.5-7b", 7'615'616'512},
-      {"qwen3-14b", 14'768'307'200},        {"qwen3-235b-a22b", 235'093'634'560},
-      {"qwen3-30b-a3b", 30'532'122'624},    {"qwen3-32b", 32'762'123'264},
-      {"qwen3-4b", 4'022'468'096},          {"qwen3-8b", 8'190'735'360},
-      {"resnet-101", 44'549'160},           {"resnext-101-32x4d", 44'177'704}};
+      // By hand: embeddings 23,841,792, 12 blocks of 7,087,872, the discriminator's head 592,130;
+      // the
+      // generator's projections 196,864 and 197,376, 12 blocks of 789,760, norm 1,536, bias 30,528.
+      {"electra-base", 119'391'810},        {"bert-base", 109'514'298},
+      {"bloom-176b", 176'247'271'424},      {"deepseek-v2-lite", 15'706'484'224},
+      {"gpt-neox-20b", 20'554'567'680},     {"gpt-oss-120b", 116'829'156'672},
+      {"gpt-oss-20b", 20'914'757'184},      {"llama-13b", 13'015'864'320},
+      {"llama-2-13b", 13'015'864'320},      {"llama-2-70b", 68'976'648'192},
+      {"llama-3.2-1b", 1'235'814'400},      {"llama-3.2-3b", 3'212'749'824},
+      {"llama-33b", 32'528'943'616},        {"llama-65b", 65'285'660'672},
+      {"llama-7b", 6'738'415'616},          {"mistral-7b", 7'241'732'096},
+      {"mixtral-8x22b", 140'630'071'296},   {"qwen2.5-14b", 14'770'033'664},
+      {"qwen2.5-32b", 32'763'876'352},      {"qwen2.5-72b", 72'706'203'648},
+      {"qwen2.5-7b", 7'615'616'512},        {"qwen3-14b", 14'768'307'200},
+      {"qwen3-235b-a22b", 235'093'634'560}, {"qwen3-30b-a3b", 30'532'122'624},
+      {"qwen3-32b", 32'762'123'264},        {"qwen3-4b", 4'022'468'096},
+      {"qwen3-8b", 8'190'735'360},          {"resnet-101", 44'549'160},
+      {"resnext-101-32x4d", 44'177'704}};
   for (const auto& [name, parameters] : published)
     EXPECT_EQ(parameter_count(load_model(name)), parameters) << name;
 }

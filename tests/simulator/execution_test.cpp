@@ -157,11 +157,22 @@ TEST(Execution, OtherArchitectures) {
   TransformerConfig classes = bert;
   classes.head = TransformerConfig::Head::token_classifier;
   classes.tied = false;
+  TransformerConfig generated = bert, drawn = bert;
+  generated.head = drawn.head = TransformerConfig::Head::replaced_tokens;
+  generated.generator = {8, 2, 12, 0};
+  drawn.generator = {8, 2, 12, 3};
+  for (const int zero : {0, 3}) {
+    Plan p = base_plan();
+    p.tp = p.dp = p.pp = 2;
+    p.zero = zero;
+    expect_good(build_transformer(drawn), p);
+  }
   TransformerConfig recurrent = small_config();
   recurrent.causal = recurrent.tied = false;
   recurrent.embedding_rows = recurrent.vocabulary + 5;
   recurrent.memory = 4;
-  for (const TransformerConfig& c : {latent, query_norm, bert, experts, classes, recurrent}) {
+  for (const TransformerConfig& c :
+       {latent, query_norm, bert, experts, classes, generated, recurrent}) {
     SCOPED_TRACE(::testing::Message()
                  << c.latent.key_value_rank << c.qk_norm << c.norm_after << c.moe.experts);
     const Graph g = build_transformer(c);

@@ -448,7 +448,7 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
   EXPECT_EQ(name("ResNet-50 v1.5 (ImageNet 224)"), "resnet-50");
   EXPECT_EQ(name("LanguageModeling/BERT (Pre-training)"), "bert-large");
   EXPECT_EQ(name("LanguageModeling/BERT/biobert (Fine-tuning for NER)"), "bert-base");
-  EXPECT_EQ(name("LanguageModeling/ELECTRA (Pre-training)"), "bert-base");
+  EXPECT_EQ(name("LanguageModeling/ELECTRA (Pre-training)"), "electra-base");
   EXPECT_EQ(name("LanguageModeling/Transformer-XL (Large model)"), "transformer-xl-large");
   // Digits that go on are another number.
   EXPECT_EQ(name("Nemotron_3_Nano"), "nemotron-3-nano-30b-a3b");
@@ -1063,8 +1063,14 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
   const Head masked = Head::masked_language_model, classes = Head::token_classifier;
   for (const auto& [cells, sequence, predicted, head] : std::vector<Expected>{
            // Half a sample a GiB of 80, and one more; padded to bins, without padding, to 512.
-           {{{"batch_per_gpu", "40"}, {"precision", "mixed precision (AMP FP16)"}}, 288, 45, masked},
-           {{{"batch_per_gpu", "41"}, {"precision", "mixed precision (AMP FP16)"}}, 128, 20, masked},
+           {{{"batch_per_gpu", "40"}, {"precision", "mixed precision (AMP FP16)"}},
+            288,
+            45,
+            masked},
+           {{{"batch_per_gpu", "41"}, {"precision", "mixed precision (AMP FP16)"}},
+            128,
+            20,
+            masked},
            // In 32 bits three tenths.
            {{{"batch_per_gpu", "24"}}, 288, 45, masked},
            {{{"batch_per_gpu", "25"}}, 128, 20, masked},
@@ -1105,6 +1111,21 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
   }
 }
 
+/// Its generator is trained with it and left behind.
+TEST(RowCase, ElectraHasItsGeneratorInPreTrainingAlone) {
+  const RowCase before = sample_case(
+      {{"model", "ELECTRA (Pre-training)"}, {"framework", "TensorFlow2"}, {"batch_per_gpu", "12"}});
+  EXPECT_EQ(before.transformer->sequence, 512);
+  EXPECT_EQ(before.transformer->generator.hidden, 256);
+  EXPECT_EQ(before.transformer->generator.predicted, 80);
+  EXPECT_EQ(before.transformer->predicted, 0);
+  EXPECT_THAT(before.assumed, ::testing::Contains("80 predicted tokens"));
+  const RowCase after = sample_case({{"model", "ELECTRA (Fine-tuning)"}});
+  EXPECT_EQ(after.transformer->generator.hidden, 0);
+  EXPECT_EQ(after.transformer->head, TransformerConfig::Head::token_classifier);
+  EXPECT_NE(before.key(), after.key());
+}
+
 TEST(Rows, SettingsThatOnlyNotesSayAreOfTheirRowsAlone) {
   const std::string file = fmt::format("/tmp/partita-settings-{}.yaml", ::getpid());
   const auto load = [&](const std::string& entries) {
@@ -1120,15 +1141,14 @@ TEST(Rows, SettingsThatOnlyNotesSayAreOfTheirRowsAlone) {
     cells: {batch_per_gpu: 7}
     reason: notes
 )");
-  const std::vector<std::string> header{"id",        "gpu",
-                                        "precision", "batch_per_gpu",
+  const std::vector<std::string> header{"id",          "gpu",
+                                        "precision",   "batch_per_gpu",
                                         "parallelism", "images_or_samples_per_s_total",
                                         "global_batch"};
   const auto batch = [&](const char* id, const char* precision) {
-    const CsvTable t = table(header, {{{"id", id},
-                                       {"precision", precision},
-                                       {"batch_per_gpu", "2"},
-                                       {"global_batch", "16"}}});
+    const CsvTable t = table(
+        header,
+        {{{"id", id}, {"precision", precision}, {"batch_per_gpu", "2"}, {"global_batch", "16"}}});
     Configuration c(RowSchema::convolution, Row(t, 0));
     apply_settings(settings, id, c);
     return std::tuple(c["batch_per_gpu"], c["global_batch"], c.replaced());
@@ -1140,18 +1160,19 @@ TEST(Rows, SettingsThatOnlyNotesSayAreOfTheirRowsAlone) {
   EXPECT_EQ(batch("a-3-3", "mixed precision"), std::tuple("2", "16", none));
   EXPECT_EQ(std::get<0>(batch("b", "FP32")), "7");
   // A prediction lists what was replaced; a measured column is no setting.
-  const CsvTable t = table({"id", "gpu", "model", "framework", "num_gpus", "gpus_per_node", "precision",
-                            "batch_per_gpu", "parallelism", "images_or_samples_per_s_total"},
-                           {{{"id", "b"},
-                             {"model", "ResNet-50"},
-                             {"framework", "PyTorch"},
-                             {"gpu", "A100"},
-                             {"num_gpus", "8"},
-                             {"gpus_per_node", "8"},
-                             {"precision", "TF32"},
-                             {"batch_per_gpu", "256"},
-                             {"parallelism", "data parallel"},
-                             {"images_or_samples_per_s_total", "1000"}}});
+  const CsvTable t =
+      table({"id", "gpu", "model", "framework", "num_gpus", "gpus_per_node", "precision",
+             "batch_per_gpu", "parallelism", "images_or_samples_per_s_total"},
+            {{{"id", "b"},
+              {"model", "ResNet-50"},
+              {"framework", "PyTorch"},
+              {"gpu", "A100"},
+              {"num_gpus", "8"},
+              {"gpus_per_node", "8"},
+              {"precision", "TF32"},
+              {"batch_per_gpu", "256"},
+              {"parallelism", "data parallel"},
+              {"images_or_samples_per_s_total", "1000"}}});
   Catalogue with_settings = catalogue();
   with_settings.settings = settings;
   const auto families = predict_rows({t}, with_settings, {});
@@ -1159,7 +1180,8 @@ TEST(Rows, SettingsThatOnlyNotesSayAreOfTheirRowsAlone) {
   EXPECT_DOUBLE_EQ(figure.measured, 7 * 8 / 1000.0);
   EXPECT_THAT(figure.assumed, ::testing::Contains("batch_per_gpu 7 (notes)"));
   for (const auto& [entry, message] : std::vector<std::pair<std::string, std::string>>{
-           {"  - {rows: [a], cells: {step_time_s: 1}, reason: x}", "'step_time_s' is no column of settings"},
+           {"  - {rows: [a], cells: {step_time_s: 1}, reason: x}",
+            "'step_time_s' is no column of settings"},
            {"  - {rows: [a], cells: {batch_per_gpu: 1}, reason: x, why: y}", "why"},
            {"  - {rows: [a], cells: {batch_per_gpu: 1}}", "reason"}}) {
     try {
