@@ -389,15 +389,18 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
 }
 
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
-                                     const std::string& model) {
-  const std::string word = lower(text), network = lower(model);
+                                     const std::string& model, const std::string& precision) {
+  const std::string word = lower(text);
+  const auto any = [](const std::vector<std::string>& patterns, const std::string& what) {
+    return std::any_of(patterns.begin(), patterns.end(),
+                       [&](const auto& pattern) { return matches(lower(pattern), lower(what)); });
+  };
   const FrameworkProfile* best = nullptr;
   std::size_t best_score = 0;
   for (const FrameworkProfile& f : catalogue.frameworks) {
-    const bool own = std::any_of(f.networks.begin(), f.networks.end(), [&](const auto& pattern) {
-      return matches(lower(pattern), network);
-    });
+    const bool own = any(f.networks, model);
     if (!own && !f.networks.empty()) continue;
+    if (!f.precisions.empty() && !any(f.precisions, precision)) continue;
     auto all = f.aliases;
     all.push_back(f.name);
     for (const std::string& alias : all) {
@@ -525,15 +528,15 @@ class CaseBuilder {
 
   void find_framework() {
     const std::string& text = row_["framework"];
-    framework_ = framework_of(catalogue_, text, row_["model"]);
+    framework_ = framework_of(catalogue_, text, row_["model"], row_["precision"]);
     // A quantity may have the name that one framework logs it under, a precision a recipe's.
     if (text.empty() && schema_ == RowSchema::memory) {
-      framework_ = framework_of(catalogue_, row_["quantity"], row_["model"]);
+      framework_ = framework_of(catalogue_, row_["quantity"], row_["model"], "");
       if (framework_ != nullptr) {
         assume("framework {}, by its name of the quantity", framework_->name);
         return;
       }
-      framework_ = framework_of(catalogue_, row_["precision"], row_["model"]);
+      framework_ = framework_of(catalogue_, row_["precision"], row_["model"], "");
       if (framework_ != nullptr) {
         assume("framework {}, by its name of the precision", framework_->name);
         return;

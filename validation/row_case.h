@@ -131,7 +131,7 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
 
 /// The profile with the longest matching alias; null: none.
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
-                                     const std::string& model);
+                                     const std::string& model, const std::string& precision);
 
 /// The catalogue entry that a text names; null: none. `text` may lead with folders and end with
 /// remarks: the longest name or alias that it begins with. `besides`: what the text's network has

@@ -689,6 +689,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   }
   if (std::holds_alternative<Dropout>(op.operation))
     unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
+  if (std::holds_alternative<Activation>(op.operation))
+    unfused(p.kernels.activation_forward, p.kernels.activation_backward);
   add_routing(p, i, op, rank, w);
   add_gate(p, i, op, rank, w);
   if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {

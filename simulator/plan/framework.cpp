@@ -21,6 +21,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   f.name = root.get("name").as_string();
   if (const auto aliases = root.find("aliases")) f.aliases = aliases->as_strings();
   if (const auto networks = root.find("networks")) f.networks = networks->as_strings();
+  if (const auto precisions = root.find("precisions")) f.precisions = precisions->as_strings();
   std::string file_source;
   if (const auto source = root.find("source")) file_source = source->as_string();
   // `{value: ..., source: ...}`, or a plain value that takes the file's own `source`.
@@ -183,6 +184,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     traffic("normalize_backward", f.kernels.normalize_backward);
     traffic("dropout_forward", f.kernels.dropout_forward);
     traffic("dropout_backward", f.kernels.dropout_backward);
+    traffic("activation_forward", f.kernels.activation_forward);
+    traffic("activation_backward", f.kernels.activation_backward);
     traffic("optimizer", f.kernels.optimizer);
     traffic("optimizer_mixed", f.kernels.optimizer_mixed);
     const auto count = [&](const char* key, double& to) {

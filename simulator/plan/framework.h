@@ -50,6 +50,8 @@ struct FrameworkProfile {
   std::vector<std::string> aliases;
   /// Not empty: code of these networks only, patterns of what tables call them.
   std::vector<std::string> networks;
+  /// Not empty: as it runs in these types only, likewise.
+  std::vector<std::string> precisions;
 
   // Of every plan.
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp

@@ -277,9 +277,11 @@ struct FrameworkKernels {
   double score_fp32_forward = 0, score_fp32_backward = 0;
   /// Bytes for each logit that a cross entropy moves; 0: likewise.
   double logit_forward = 0, logit_backward = 0;
-  /// Bytes for each element of a layer norm, and of a dropout, whose every operation is a kernel.
+  /// Bytes for each element of a layer norm, of a dropout and of an activation without a gate, whose
+  /// every operation is a kernel.
   double normalize_forward = 0, normalize_backward = 0;
   double dropout_forward = 0, dropout_backward = 0;
+  double activation_forward = 0, activation_backward = 0;
   /// Passes over the queries in which materialised attention cuts rows into heads and turns them.
   double head_passes_forward = 0, head_passes_backward = 0;
   /// Materialised attention has Transformer-XL's second product, of queries with keys of relative

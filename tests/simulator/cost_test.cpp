@@ -134,6 +134,7 @@ TEST(Cost, OfUnfusedKernelsAndRelativePositionsIsWhatTheyMoveAndMultiply) {
   k.position_product = true;
   k.normalize_forward = 60, k.normalize_backward = 164;
   k.dropout_forward = 50, k.dropout_backward = 20;
+  k.activation_forward = 44, k.activation_backward = 96;
   k.optimizer = 60, k.optimizer_mixed = 72, k.optimizer_kernels = 20;
   k.table_passes = 19;
   const Program p = lowered(build_transformer(c), plan);
@@ -181,6 +182,10 @@ TEST(Cost, OfUnfusedKernelsAndRelativePositionsIsWhatTheyMoveAndMultiply) {
     } else if (std::holds_alternative<Dropout>(op) && (forward || data)) {
       EXPECT_EQ(w.bytes.count, (forward ? 50 : 20) * kQueries);
       ++seen["dropout"];
+    } else if (std::holds_alternative<Activation>(op) && (forward || data)) {
+      EXPECT_EQ(w.bytes.count,
+                (forward ? 44 : 96) * local_elements(p, forward ? i.writes[0] : i.gradients[0], 0));
+      ++seen["activation"];
     } else if (std::holds_alternative<Embedding>(op) && i.kernel == Kernel::backward_weight) {
       EXPECT_EQ(w.bytes.count, 2 * 4 * kQueries + 19 * 4 * 12 * 8);
       ++seen["embedding"];
@@ -190,6 +195,7 @@ TEST(Cost, OfUnfusedKernelsAndRelativePositionsIsWhatTheyMoveAndMultiply) {
   EXPECT_GE(seen["backward"], c.layers);
   EXPECT_GE(seen["normalize"], 4 * c.layers);
   EXPECT_GE(seen["dropout"], 4 * c.layers);
+  EXPECT_GE(seen["activation"], 2 * c.layers);
   EXPECT_GE(seen["embedding"], 1);
   EXPECT_GT(seen["optimizer"], 0);
 

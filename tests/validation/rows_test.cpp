@@ -393,8 +393,8 @@ TEST(RowCase, MultiTokenPredictionIsTrainedWhereTheFrameworkDoes) {
 }
 
 TEST(RowCase, FrameworksByTheirLongestAlias) {
-  const auto name = [](const char* text, const char* model = "BERT") {
-    const FrameworkProfile* f = framework_of(catalogue(), text, model);
+  const auto name = [](const char* text, const char* model = "BERT", const char* precision = "") {
+    const FrameworkProfile* f = framework_of(catalogue(), text, model, precision);
     return f == nullptr ? std::string("none") : f->name;
   };
   EXPECT_EQ(name("Megatron-LM CI (dev container)"), "megatron-ci");
@@ -415,6 +415,18 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("MXNet NVIDIA Release 23.04"), "mlperf");
   EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples-tensorflow");
   EXPECT_EQ(name("TensorFlow"), "deeplearningexamples-tensorflow1");
+  // Their scripts compile under mixed precision alone.
+  const char *squad = "LanguageModeling/ELECTRA (Fine-tuning DGX A100)",
+             *ner = "LanguageModeling/BERT/biobert (Fine-tuning for NER)";
+  const std::string uncompiled = "-uncompiled", tf = "deeplearningexamples-tensorflow", tf1 = tf + "1";
+  EXPECT_EQ(name("TensorFlow2", squad, "TF32"), tf + uncompiled);
+  EXPECT_EQ(name("TensorFlow2", squad, "FP32"), tf + uncompiled);
+  EXPECT_EQ(name("TensorFlow2", squad, "mixed precision (AMP FP16)"), tf);
+  EXPECT_EQ(name("TensorFlow2", squad), tf);
+  EXPECT_EQ(name("TensorFlow2", "LanguageModeling/ELECTRA (Pre-training)", "FP32"), tf);
+  EXPECT_EQ(name("TensorFlow", ner, "FP32"), tf1 + uncompiled);
+  EXPECT_EQ(name("TensorFlow", ner, "mixed precision (AMP FP16)"), tf1);
+  EXPECT_EQ(name("TensorFlow", "LanguageModeling/BERT", "FP32"), tf1);
   EXPECT_EQ(name("MxNet"), "deeplearningexamples");
   EXPECT_EQ(name("PyTorch"), "deeplearningexamples-pytorch");
   EXPECT_EQ(name("PyTorch DDP"), "pytorch-ddp");
