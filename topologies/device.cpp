@@ -260,6 +260,14 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   device.memory_efficiency = fraction(figure(root, "memory_efficiency"));
   if (root.has("sustained_clock"))
     device.sustained_clock = fraction(figure(root, "sustained_clock"));
+  if (root.has("speed_spread")) {
+    const YamlNode spread = figure(root, "speed_spread");
+    device.speed_spread = spread.as_double();
+    if (!(device.speed_spread >= 0 && device.speed_spread <= 0.2))
+      throw InputError(spread.place(),
+                       fmt::format("a standard deviation of speeds is 0 to 0.2; {} is given",
+                                   device.speed_spread));
+  }
   device.kernel_latency = figure(root, "kernel_latency").as_seconds();
   device.multiprocessors = static_cast<int>(figure(root, "multiprocessors").as_int(1, 1'000'000));
   if (root.has("communication_multiprocessors"))

@@ -88,7 +88,7 @@ const std::vector<SchemaColumns>& schemas() {
        "cnn_training",
        {"images_or_samples_per_s_total", "batch_per_gpu", "parallelism"},
        {"model", "framework", "gpu", "gpu_memory_gb", "num_gpus", "gpus_per_node", "interconnect",
-        "precision", "batch_per_gpu", "global_batch", "parallelism"}},
+        "precision", "batch_per_gpu", "accumulation_steps", "global_batch", "parallelism"}},
       {RowSchema::collectives,
        "collectives",
        {"collective", "size_bytes", "time_us"},
@@ -486,6 +486,8 @@ std::string RowCase::key() const {
                    plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
                    plan.allocations.workspace_grouped.count, plan.kernels.fused_experts,
                    plan.kernels.overlaps_experts);
+  s += fmt::format(" {} {}", plan.kernels.activation_passes_forward,
+                   plan.kernels.activation_passes_backward);
   return s;
 }
 
@@ -1082,10 +1084,12 @@ class CaseBuilder {
         throw InputError("parallelism", fmt::format("'{}' is not read", how));
       if (has(how, "spatial") || has(how, "model split"))
         throw InputError("parallelism", fmt::format("'{}' is not read", how));
-      if (!each && *all % p.dp != 0)
-        throw InputError("global_batch", fmt::format("{} is no multiple of {} GPUs", *all, p.dp));
-      p.micro_batch = each ? *each : *all / p.dp;
-      p.global_batch = all ? *all : p.micro_batch * p.dp;
+      const std::int64_t passes = row_.whole("accumulation_steps", 1, 1'000'000).value_or(1);
+      if (!each && *all % (p.dp * passes) != 0)
+        throw InputError("global_batch", fmt::format("{} is no multiple of {} GPUs and {} passes",
+                                                     *all, p.dp, passes));
+      p.micro_batch = each ? *each : *all / p.dp / passes;
+      p.global_batch = all ? *all : p.micro_batch * p.dp * passes;
       if (p.micro_batch < 1 || p.global_batch < 1)
         throw InputError("batch_per_gpu", "is less than one sample");
       return;
@@ -1196,6 +1200,11 @@ class CaseBuilder {
       if (p.launches.graphs) p.launches.waits_for_counts = false;
       set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
       set("fused experts", w.fused_experts, p.kernels.fused_experts);
+      if (w.activation_passes_forward > 0) {
+        p.kernels.activation_passes_forward = w.activation_passes_forward;
+        p.kernels.activation_passes_backward = w.activation_passes_backward;
+        assume("activations of separate kernels (workload)");
+      }
       set("overlap of experts", w.overlaps_experts, p.kernels.overlaps_experts);
       set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
       set("blocking launches", w.blocking, p.launches.blocking);

@@ -479,9 +479,9 @@ class RowsPrediction {
         }
         if (w.figure.kind == Kind::scaling) {
           RowCase one = *p.row_case;
+          one.plan.global_batch /= one.plan.dp;
           one.plan.dp = 1;
           one.plan.zero = 0;
-          one.plan.global_batch = one.plan.micro_batch;
           p.other = slot(one);
         }
       }

@@ -19,7 +19,8 @@ struct Adjustment {
   /// through one network card leaves it through another.
   double across_cards_time = 1;
   Seconds step{0};            ///< of every step, beside all of this
-  /// Ranks' speeds differ: standard deviation, relative. Who meets waits for the slowest.
+  /// Ranks' speeds differ beside their device's `speed_spread`: standard deviation, relative. Who
+  /// meets waits for the slowest.
   double spread = 0;
   friend bool operator==(const Adjustment&, const Adjustment&) = default;
 };

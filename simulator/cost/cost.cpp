@@ -451,7 +451,13 @@ Apart gradients_apart(const Program& p, const Instruction& i, std::int64_t rank)
     // The first one of the right type is what the others are added to.
     const std::int64_t first = p.buffer(g).type == p.allocations.parameters ? 1 : 0,
                        all = std::max(p.micro_batches, 1);
-    apart.added += Bytes{(made + 2 * sum).count * (all - first) / all};
+    const bool mixed = bits(p.allocations.parameters) < 32;
+    const double each = mixed ? p.kernels.accumulation_mixed : p.kernels.accumulation;
+    if (each > 0 && all > 1)
+      apart.added +=
+          Bytes{std::llround(each * static_cast<double>(local_elements(p, g, rank)))};
+    else
+      apart.added += Bytes{(made + 2 * sum).count * (all - first) / all};
     ++apart.kernels;
   }
   return apart;
@@ -654,6 +660,12 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     for_each_read(i, turned);
     for_each_write(i, turned);
   }
+  const auto passed = [&](int forward, int backward) {
+    if (forward == 0 || i.kernel == Kernel::backward_weight) return;
+    const bool ahead = i.kernel == Kernel::forward;
+    const Bytes one = local_bytes(p, ahead ? i.writes[0] : i.gradients[0], rank);
+    w.bytes = (ahead ? forward : backward) * one;
+  };
   if (const auto* n = std::get_if<Normalize>(&op.operation);
       n != nullptr && n->kind == Normalize::Kind::batch && i.kernel == Kernel::forward &&
       i.inline_statistics) {
@@ -690,7 +702,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (std::holds_alternative<Dropout>(op.operation))
     unfused(p.kernels.dropout_forward, p.kernels.dropout_backward);
   if (std::holds_alternative<Activation>(op.operation))
-    unfused(p.kernels.activation_forward, p.kernels.activation_backward);
+    passed(p.kernels.activation_passes_forward, p.kernels.activation_passes_backward);
   add_routing(p, i, op, rank, w);
   add_gate(p, i, op, rank, w);
   if (std::holds_alternative<CrossEntropy>(op.operation) && p.kernels.logit_forward > 0) {

@@ -578,20 +578,22 @@ void play_transfers_first(Compiled& compiled) {
   }
 }
 
-void stretch(Compiled& compiled, const Program& program, const Adjustment& a) {
-  // Who meets waits for the slowest, relative to the mean.
-  const double slowest = a.spread > 0 ? 1 + a.spread * expected_maximum(program.ranks()) : 1;
+void stretch(Compiled& compiled, const Program& program, const std::vector<double>& spreads,
+             const Adjustment& a) {
   std::array<double, kStretches> by{};
   const auto set = [&](Stretch s, double x) { by[static_cast<std::size_t>(s)] = x; };
   set(Stretch::nothing, 1);
-  set(Stretch::products, a.product_time * slowest);
-  set(Stretch::memory, a.memory_time * slowest);
-  set(Stretch::optimizer, a.optimizer_time * slowest);
   set(Stretch::inside, a.inside_time);
   set(Stretch::between, a.between_time);
   set(Stretch::across_cards, a.between_time * a.across_cards_time);
-  for (auto& blocks : compiled.blocks) {
-    for (CompiledBlock& block : blocks) {
+  const double draws = expected_maximum(program.ranks());
+  for (std::size_t c = 0; c < compiled.blocks.size(); ++c) {
+    // Who meets waits for the slowest, relative to the mean.
+    const double slowest = 1 + std::hypot(spreads[c], a.spread) * draws;
+    set(Stretch::products, a.product_time * slowest);
+    set(Stretch::memory, a.memory_time * slowest);
+    set(Stretch::optimizer, a.optimizer_time * slowest);
+    for (CompiledBlock& block : compiled.blocks[c]) {
       block.launch = 0;
       for (std::size_t k = 0; k < block.steps.size(); ++k) {
         const Price& x = block.prices[k];

@@ -101,7 +101,8 @@ Compiled compile(const Program& program, Communication& communication, const Ran
 void play_transfers_first(Compiled& compiled);
 
 /// What steps take and the host needs to launch them, as `adjustment` says.
-void stretch(Compiled& compiled, const Program& program, const Adjustment& adjustment);
+void stretch(Compiled& compiled, const Program& program, const std::vector<double>& spreads,
+             const Adjustment& adjustment);
 
 /// Classes of the group's ranks, ascending.
 std::vector<int> classes_in(const RankClasses& classes, const std::vector<std::int64_t>& group);

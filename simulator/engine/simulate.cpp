@@ -93,7 +93,10 @@ class Engine {
     for (const MemoryUse& use : timeline_.memory) {
       if (use.peak > options_.memory_limit) return std::move(timeline_);
     }
-    stretch(compiled_, p_, adjustment);
+    std::vector<double> spreads;
+    for (const RankClass& rc : classes_.classes)
+      spreads.push_back(device_of(rc.representative).speed_spread);
+    stretch(compiled_, p_, spreads, adjustment);
     timeline_.contended = worn_parts(p_, communication_, classes_, compiled_, labels_);
     start();
     const std::size_t n = classes_.classes.size();

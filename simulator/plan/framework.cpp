@@ -184,10 +184,10 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     traffic("normalize_backward", f.kernels.normalize_backward);
     traffic("dropout_forward", f.kernels.dropout_forward);
     traffic("dropout_backward", f.kernels.dropout_backward);
-    traffic("activation_forward", f.kernels.activation_forward);
-    traffic("activation_backward", f.kernels.activation_backward);
     traffic("optimizer", f.kernels.optimizer);
     traffic("optimizer_mixed", f.kernels.optimizer_mixed);
+    traffic("accumulation", f.kernels.accumulation);
+    traffic("accumulation_mixed", f.kernels.accumulation_mixed);
     const auto count = [&](const char* key, double& to) {
       setting(*kernels, key,
               [&](const YamlNode& n) { to = static_cast<double>(n.as_int(1, 1000)); });
@@ -201,6 +201,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       setting(*kernels, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 1000)); });
     };
     launched("optimizer_kernels", f.kernels.optimizer_kernels);
+    launched("activation_passes_forward", f.kernels.activation_passes_forward);
+    launched("activation_passes_backward", f.kernels.activation_passes_backward);
     launched("routing_forward", f.kernels.routing_forward);
     launched("routing_backward", f.kernels.routing_backward);
     launched("rows_forward", f.kernels.rows_forward);
@@ -276,6 +278,11 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       if (const auto n = node.find("offload_blocks")) w.offload_blocks = n->as_int(1, 1'000'000);
       if (const auto n = node.find("packed")) w.packed = n->as_int(1, 1'000'000);
       if (const auto n = node.find("zero_group")) w.zero_group = n->as_int(1, 1'000'000);
+      const auto count = [&](const char* key, int& to) {
+        if (const auto n = node.find(key)) to = static_cast<int>(n->as_int(1, 1000));
+      };
+      count("activation_passes_forward", w.activation_passes_forward);
+      count("activation_passes_backward", w.activation_passes_backward);
       flag("rows_once", w.rows_once);
       flag("graphs", w.graphs);
       flag("graphs_beside_experts", w.graphs_beside_experts);

@@ -39,6 +39,8 @@ struct Workload {
   std::int64_t packed = 0;
   std::int64_t zero_group = 0;           ///< > 0: Plan's, of rows that print none
   std::optional<bool> narrow_gradients;  ///< in the parameters' type
+  /// > 0: FrameworkKernels'.
+  int activation_passes_forward = 0, activation_passes_backward = 0;
   std::string source;
 };
 

@@ -277,11 +277,12 @@ struct FrameworkKernels {
   double score_fp32_forward = 0, score_fp32_backward = 0;
   /// Bytes for each logit that a cross entropy moves; 0: likewise.
   double logit_forward = 0, logit_backward = 0;
-  /// Bytes for each element of a layer norm, of a dropout and of an activation without a gate, whose
-  /// every operation is a kernel.
+  /// Bytes for each element of a layer norm and of a dropout whose every operation is a kernel.
   double normalize_forward = 0, normalize_backward = 0;
   double dropout_forward = 0, dropout_backward = 0;
-  double activation_forward = 0, activation_backward = 0;
+  /// Passes over an activation without a gate of which the same holds: reads or writes of a tensor
+  /// of its size and type.
+  int activation_passes_forward = 0, activation_passes_backward = 0;
   /// Passes over the queries in which materialised attention cuts rows into heads and turns them.
   double head_passes_forward = 0, head_passes_backward = 0;
   /// Materialised attention has Transformer-XL's second product, of queries with keys of relative
@@ -291,6 +292,9 @@ struct FrameworkKernels {
   /// parameters are narrow, with the loss scale's and the master copy's. 0: one pass over each
   /// tensor.
   double optimizer = 0, optimizer_mixed = 0;
+  /// Bytes for each parameter that a micro-batch's gradients move where they are not an update's
+  /// only ones: casts, the loss scale, checks, clipping and the sum. 0: only the sum.
+  double accumulation = 0, accumulation_mixed = 0;
   /// A product's bias gets its gradient from a kernel that reads the output's once more.
   bool bias_sums = false;
   /// Passes over a rank's gradients before they meet others': always; where there are others.

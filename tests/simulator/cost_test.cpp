@@ -134,7 +134,7 @@ TEST(Cost, OfUnfusedKernelsAndRelativePositionsIsWhatTheyMoveAndMultiply) {
   k.position_product = true;
   k.normalize_forward = 60, k.normalize_backward = 164;
   k.dropout_forward = 50, k.dropout_backward = 20;
-  k.activation_forward = 44, k.activation_backward = 96;
+  k.activation_passes_forward = 11, k.activation_passes_backward = 24;
   k.optimizer = 60, k.optimizer_mixed = 72, k.optimizer_kernels = 20;
   k.table_passes = 19;
   const Program p = lowered(build_transformer(c), plan);
@@ -210,6 +210,45 @@ TEST(Cost, OfUnfusedKernelsAndRelativePositionsIsWhatTheyMoveAndMultiply) {
     }
   }
   EXPECT_EQ(mixed, seen["optimizer"]);
+}
+
+// docs/plan.md, "Frameworks": of 4 micro-batches' gradients three are added to the first, 12 B each in
+// fp32; where a pass's are cast, clipped and the like, so many bytes of all four.
+TEST(Cost, OfAccumulatedGradientsIsWhatEachPassMoves) {
+  TransformerConfig c;
+  c.layers = 2, c.hidden = 16, c.heads = 4, c.ffn = 32, c.vocabulary = 40, c.sequence = 8;
+  std::int64_t elements = 0;
+  const auto moved = [&](const char* precision, double wide, double mixed, std::int64_t passes) {
+    Plan plan = base_plan();
+    set_precision(plan, precision, "");
+    plan.micro_batch = 2;
+    plan.global_batch = 2 * passes;
+    plan.allocations.weight_gradients = Allocations::WeightGradients::apart;
+    plan.kernels.accumulation = wide;
+    plan.kernels.accumulation_mixed = mixed;
+    const Program p = lowered(build_transformer(c), plan);
+    std::int64_t bytes = 0;
+    elements = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::compute || i.kernel != Kernel::backward_weight) continue;
+        const Work w = work_of(p, i, 0);
+        bytes += w.bytes.count + w.streamed.count;
+        // A table's rows are added where they are.
+        const auto& op = p.operators[static_cast<std::size_t>(i.op)].operation;
+        if (std::holds_alternative<Embedding>(op)) continue;
+        for (const BufferId g : i.writes) elements += local_elements(p, g, 0);
+      }
+    }
+    return bytes;
+  };
+  const std::int64_t wide = moved("fp32", 24, 48, 4) - moved("fp32", 0, 0, 4);
+  EXPECT_EQ(wide, (24 - 12 * 3 / 4) * elements);
+  // Gradients in bf16 beside sums in fp32: all of them are added, 2 + 8 B.
+  const std::int64_t mixed = moved("bf16", 24, 48, 4) - moved("bf16", 0, 0, 4);
+  EXPECT_EQ(mixed, (48 - 10) * elements);
+  // An update's only gradients have the update's own passes.
+  EXPECT_EQ(moved("fp32", 24, 48, 1), moved("fp32", 0, 0, 1));
 }
 
 TEST(Cost, OfAPartOfTheSequenceIsItsShareOfTheWholeProduct) {

@@ -395,6 +395,44 @@ TEST(Folding, RehearsedProgramsPlayAsThoseSimulatedAnew) {
   EXPECT_GE(contended, 20);
 }
 
+// docs/simulation.md, "Speeds of equal devices", by hand: of 8 V100 the slowest is expected 1.4236
+// standard deviations behind, and the variances of device and fit add up.
+TEST(Adjustment, EqualDevicesDifferAndTheSlowestBinds) {
+  const Graph g = gpt();
+  const auto step = [&](const char* spread, double fitted, int dp) {
+    const Topology t =
+        load_topology(fmt::format("dgx1-v100:{} gpus", dp), {{}, {{"speed_spread", spread}}});
+    Plan wanted;
+    wanted.dp = dp;
+    wanted.global_batch = 8;
+    set_precision(wanted, "fp16", "");
+    const auto plan = complete(g, wanted);
+    EXPECT_TRUE(plan) << plan.reason();
+    const auto program = lower(g, *plan);
+    Communication network(t);
+    Adjustment a;
+    a.spread = fitted;
+    network.set_adjustment(a);
+    SimulateOptions options;
+    options.network = Network::idle;
+    const Timeline timeline = simulate(*program, network, options);
+    std::int64_t compute = 0;
+    for (const auto& [kind, ticks] : timeline.breakdown.at(0).compute) compute += ticks.count;
+    return std::pair(static_cast<double>(compute), timeline.step.count);
+  };
+  const auto equal = step("0", 0, 8), differ = step("0.015", 0, 8);
+  EXPECT_NEAR(differ.first / equal.first, 1 + 0.015 * 1.4236, 1e-5);
+  EXPECT_GT(differ.second, equal.second);
+  EXPECT_EQ(step("0.015", 0, 1), step("0", 0, 1));
+  EXPECT_EQ(step("0", 0.015, 8), differ);
+  EXPECT_EQ(step("0.009", 0.012, 8), differ);
+  // The catalogue's cards are those of the paper.
+  EXPECT_EQ(load_device("v100-sxm-16gb").speed_spread, 0.015);
+  EXPECT_EQ(load_device("h100-sxm").speed_spread, 0);
+  EXPECT_THROW(step("-0.1", 0, 8), InputError);
+  EXPECT_THROW(step("0.3", 0, 8), InputError);
+}
+
 // docs/fit.md, "Rows": a factor of groups that have several members on a node and reach over the
 // network, whatever the others take.
 TEST(Adjustment, AcrossCardsIsOfGroupsWithSeveralMembersOnANode) {

@@ -98,7 +98,8 @@ TEST(Framework, MistakesNameTheirPlace) {
          "every workload needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nworkloads: [{gpus: 0}]\n", "0 is too small");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nworkloads: [{zero: 4}]\n", "4 is too large");
-  for (const char* count : {"packed", "zero_group", "offload_blocks"})
+  for (const char* count : {"packed", "zero_group", "offload_blocks", "activation_passes_forward",
+                            "activation_passes_backward"})
     expect(
         fmt::format("name: x\nsource: s\nplan: {{bucket: 1 MB}}\nworkloads: [{{{}: 0}}]\n", count),
         "0 is too small");

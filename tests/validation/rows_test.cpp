@@ -1048,6 +1048,8 @@ RowCase sample_case(const Cells& changes) {
                                         "gpus_per_node",
                                         "precision",
                                         "batch_per_gpu",
+                                        "accumulation_steps",
+                                        "global_batch",
                                         "parallelism",
                                         "images_or_samples_per_s_total"};
   const CsvTable t = table(header, {with({{"id", "x"},
@@ -1121,6 +1123,33 @@ TEST(RowCase, BertsTaskDecidesItsLengthAndItsHead) {
     EXPECT_EQ(c.transformer->tied, head == masked);
     EXPECT_EQ(c.transformer->dropout, 0.1);
   }
+}
+
+TEST(RowCase, PassesOfAnUpdateAndKernelsOfFineTuning) {
+  const RowCase passes = sample_case({{"num_gpus", "4"}, {"accumulation_steps", "64"}});
+  EXPECT_EQ(passes.plan.micro_batch, 32);
+  EXPECT_EQ(passes.plan.global_batch, 32 * 4 * 64);
+  EXPECT_EQ(sample_case({{"num_gpus", "4"}}).plan.global_batch, 32 * 4);
+  const RowCase all = sample_case({{"num_gpus", "4"},
+                                   {"accumulation_steps", "64"},
+                                   {"batch_per_gpu", ""},
+                                   {"global_batch", "512"}});
+  EXPECT_EQ(all.plan.micro_batch, 2);
+  EXPECT_EQ(all.plan.global_batch, 512);
+  EXPECT_THAT(
+      [] {
+        sample_case({{"num_gpus", "4"},
+                     {"accumulation_steps", "64"},
+                     {"batch_per_gpu", ""},
+                     {"global_batch", "300"}});
+      },
+      ThrowsMessage<InputError>(::testing::HasSubstr("300 is no multiple of 4 GPUs and 64 passes")));
+  // run_squad.py's GELU is not compiled.
+  const RowCase squad = sample_case({{"model", "BERT (Fine-tuning)"}}), before = sample_case({});
+  EXPECT_EQ(squad.plan.kernels.activation_passes_forward, 13);
+  EXPECT_EQ(squad.plan.kernels.activation_passes_backward, 24);
+  EXPECT_EQ(before.plan.kernels.activation_passes_forward, 0);
+  EXPECT_THAT(squad.assumed, ::testing::Contains("activations of separate kernels (workload)"));
 }
 
 /// Its generator is trained with it and left behind.
