@@ -15,6 +15,7 @@
 #include "report/report.h"
 #include "validation/fit_rows.h"
 #include "validation/profiled.h"
+#include "validation/row_text.h"
 
 namespace partita::cli {
 namespace {
@@ -38,6 +39,12 @@ struct Comparison {
   std::optional<std::int64_t> rank;  ///< whose terms stand beside; none: of one that ends last
   std::vector<TermRow> rows;
   std::vector<std::string> assumed;
+  std::string device;  ///< of the topology
+  /// The trace names a GPU of another generation: "a100-sxm-80gb" is none of "NVIDIA H100 ...".
+  bool another_gpu() const {
+    const std::string generation = device.substr(0, device.find('-'));
+    return !trace.gpu.empty() && validation::lower(trace.gpu).find(generation) == std::string::npos;
+  }
   Seconds step() const { return Seconds{static_cast<double>(measured.ns) / 1e9}; }
   /// (predicted - measured) over the measured step.
   double part(std::optional<Seconds> predicted_, std::optional<Seconds> measured_) const {
@@ -56,6 +63,7 @@ std::string json_of(const Graph& g, const Topology& t, const Comparison& c) {
   j["topology"] = t.name();
   j["trace"] = c.trace.file;
   j["device"] = c.trace.device;
+  j["gpu"] = c.trace.gpu.empty() ? Json(nullptr) : Json(c.trace.gpu);
   j["rank"] = c.rank ? Json(*c.rank) : Json(nullptr);
   j["steps"] = c.measured.steps;
   j["measured_s"] = c.step().count;
@@ -113,6 +121,11 @@ std::string table(const Graph& g, const Topology& t, const Comparison& c) {
                     r.group == validation::TermGroup::idle ? "" : time(r.kernels)});
   }
   out += align(rows);
+  if (c.another_gpu())
+    out += fmt::format("\nthe trace is of {}, the topology has {}: name the topology that ran\n",
+                       c.trace.gpu, c.device);
+  if (!c.trace.groups.empty() && !c.rank)
+    out += "\ncommunication by collective: the trace does not say whose it is; --rank gives axes\n";
   if (!c.measured.unknown.empty()) {
     constexpr std::size_t kShown = 10, kLength = 72;
     std::vector<std::vector<std::string>> unknown{{"kernels of no known kind", "time", "number"}};
@@ -153,8 +166,6 @@ void add_compare(CLI::App& app) {
       throw InputError("--measured", "is missing; name a trace that torch.profiler wrote");
     Comparison x;
     x.trace = validation::parse_profiler_trace(read_file(o->measured), o->measured, o->device);
-    x.measured = validation::profiled_step(
-        x.trace, validation::load_kernel_kinds(data_folder("validation/kernel_kinds.yaml")));
     const Topology t = o->cluster.in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
@@ -166,8 +177,9 @@ void add_compare(CLI::App& app) {
     Communication communication(t);
     if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
     Timeline timeline;
+    Program program;
     auto prediction =
-        predict(g, plan, communication, &timeline, nullptr, false, &routing, o->flags.sharing());
+        predict(g, plan, communication, &timeline, &program, false, &routing, o->flags.sharing());
     if (!prediction) throw InputError("plan", prediction.reason());
     if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     x.predicted = std::move(*prediction);
@@ -185,6 +197,11 @@ void add_compare(CLI::App& app) {
       x.predicted.breakdown = timeline.breakdown[static_cast<std::size_t>(
           timeline.class_of_rank[static_cast<std::size_t>(*x.rank)])];
     }
+    std::vector<validation::GroupAxes> axes;
+    if (x.rank) axes = validation::axes_of(program, *x.rank, x.trace.groups);
+    x.measured = validation::profiled_step(
+        x.trace, validation::load_kernel_kinds(data_folder("validation/kernel_kinds.yaml")), axes);
+    x.device = t.device(DeviceId{0}).name;
     x.assumed = assumptions(o->flags, x.predicted.plan, g);
     for (std::string& a : state_assumptions(t, x.predicted.network))
       x.assumed.push_back(std::move(a));

@@ -17,6 +17,7 @@
 #include "base/error.h"
 #include "base/yaml.h"
 #include "models/graph.h"
+#include "simulator/engine/breakdown.h"
 #include "validation/row_text.h"
 
 namespace partita::validation {
@@ -52,7 +53,8 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   struct Event {
     std::string name, category, phase;
     std::optional<std::string> start, duration;
-    std::optional<std::int64_t> device, stream;
+    std::optional<std::int64_t> device, stream, group_size;
+    std::string group_ranks;
   };
   struct OfDevice {
     std::int64_t device;
@@ -71,6 +73,9 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
     return number(text, static_cast<std::int64_t>(std::clamp(x, -1e18, 1e18)));
   }
   bool string(std::string& x) override {
+    if (depth_ == kEvent && section_ == "deviceProperties" && key_ == "name") gpus.push_back(x);
+    if (depth_ == kArguments && arguments_ && key_ == "Process Group Ranks")
+      event_.group_ranks = std::move(x);
     if (depth_ != kEvent || !in_events_) return true;
     if (key_ == "name") event_.name = std::move(x);
     if (key_ == "cat") event_.category = std::move(x);
@@ -93,6 +98,7 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   }
   bool start_array(std::size_t) override {
     ++depth_;
+    if (depth_ == 2 && object_) section_ = key_;
     if (depth_ == 2 && object_ && key_ == "traceEvents") in_events_ = has_events = true;
     return true;
   }
@@ -112,6 +118,8 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   }
 
   std::vector<std::string> names;
+  std::vector<std::string> gpus;  ///< by device
+  std::vector<ProfilerTrace::Group> groups;
   std::vector<OfDevice> events;
   std::vector<ProfilerTrace::Step> steps;
   std::optional<std::int64_t> ranks, rank;
@@ -134,6 +142,7 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
     } else if (depth_ == kArguments && arguments_) {
       if (key_ == "device") event_.device = whole;
       if (key_ == "stream") event_.stream = whole;
+      if (key_ == "Group size") event_.group_size = whole;
     }
     return true;
   }
@@ -166,8 +175,27 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
     const auto [it, fresh] =
         name_of_.try_emplace(event_.name, static_cast<std::int32_t>(names.size()));
     if (fresh) names.push_back(event_.name);
-    events.push_back(
-        {event_.device.value_or(0), {start, start + ns, event_.stream.value_or(0), it->second}});
+    events.push_back({event_.device.value_or(0),
+                      {start, start + ns, event_.stream.value_or(0), it->second, group()}});
+  }
+
+  /// "[0, 1, ..., 31]" of 32: the numbers it has.
+  std::int32_t group() {
+    ProfilerTrace::Group g;
+    const std::string& s = event_.group_ranks;
+    for (std::size_t at = 0; at < s.size();) {
+      std::size_t end = at;
+      while (end < s.size() && s[end] >= '0' && s[end] <= '9') ++end;
+      if (end > at && end - at < 10) g.ranks.push_back(std::stoll(s.substr(at, end - at)));
+      at = std::max(at + 1, end);
+    }
+    if (g.ranks.empty()) return -1;
+    std::sort(g.ranks.begin(), g.ranks.end());
+    g.size = event_.group_size.value_or(static_cast<std::int64_t>(g.ranks.size()));
+    const auto [it, fresh] =
+        group_of_.try_emplace(std::move(g), static_cast<std::int32_t>(groups.size()));
+    if (fresh) groups.push_back(it->first);
+    return it->second;
   }
 
   std::string file_, key_, section_;
@@ -176,6 +204,7 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   std::size_t event_number_ = 0;
   Event event_;
   std::unordered_map<std::string, std::int32_t> name_of_;
+  std::map<ProfilerTrace::Group, std::int32_t> group_of_;
 };
 
 /// The kinds of operators, and whether they are matrix products.
@@ -245,7 +274,10 @@ ProfilerTrace parse_profiler_trace(const std::string& text, const std::string& f
   for (const auto& e : reader.events) {
     if (e.device == trace.device) trace.events.push_back(e.event);
   }
+  if (static_cast<std::size_t>(trace.device) < reader.gpus.size() && trace.device >= 0)
+    trace.gpu = reader.gpus[static_cast<std::size_t>(trace.device)];
   trace.names = std::move(reader.names);
+  trace.groups = std::move(reader.groups);
   trace.steps = std::move(reader.steps);
   std::stable_sort(trace.steps.begin(), trace.steps.end(),
                    [](const auto& a, const auto& b) { return a.start < b.start; });
@@ -308,7 +340,45 @@ const KernelKind* kind_of_kernel(const std::vector<KernelKind>& kinds, const std
   return nullptr;
 }
 
-ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelKind>& kinds) {
+std::vector<GroupAxes> axes_of(const Program& p, std::int64_t rank,
+                               const std::vector<ProfilerTrace::Group>& groups) {
+  // What the rank's stage meets about, and whom it sends to: ranks, axis, collective.
+  std::set<std::tuple<std::vector<std::int64_t>, std::string, std::string>> met;
+  for (const BlockCall& call : p.stages[static_cast<std::size_t>(p.stage_of(rank))]) {
+    for (const Instruction& i : p.blocks[call.block.index()].instructions) {
+      if (i.kind != Kind::collective) continue;
+      auto ranks = p.group(i, rank);
+      std::sort(ranks.begin(), ranks.end());
+      // NCCL's all-to-all is made of sends.
+      met.emplace(std::move(ranks), axis_name(p, i),
+                  i.collective == CollectiveKind::all_to_all
+                      ? "send_receive"
+                      : std::string(partita::name(i.collective)));
+    }
+  }
+  if (p.pipeline_stages() > 1) {
+    std::vector<std::int64_t> ranks;
+    for (int s = 0; s < p.pipeline_stages(); ++s) ranks.push_back(p.rank_on_stage(rank, s));
+    std::sort(ranks.begin(), ranks.end());
+    met.emplace(std::move(ranks), "pp", "send_receive");
+  }
+  std::vector<GroupAxes> all;
+  for (const ProfilerTrace::Group& g : groups) {
+    GroupAxes axes;
+    for (const auto& [ranks, axis, collective] : met) {
+      if (static_cast<std::int64_t>(ranks.size()) != g.size ||
+          !std::includes(ranks.begin(), ranks.end(), g.ranks.begin(), g.ranks.end()))
+        continue;
+      axes.emplace(collective, axis);
+      axes.emplace("", axis);
+    }
+    all.push_back(std::move(axes));
+  }
+  return all;
+}
+
+ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelKind>& kinds,
+                           const std::vector<GroupAxes>& axes) {
   PARTITA_ASSERT(!trace.events.empty(), "a trace without kernels");
   std::vector<std::pair<TermGroup, std::string>> of_name;
   for (const std::string& n : trace.names) {
@@ -318,6 +388,17 @@ ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelK
   }
   const auto group_of = [&](const ProfilerTrace::Event& e) {
     return of_name[static_cast<std::size_t>(e.name)].first;
+  };
+  const auto term_of = [&](const ProfilerTrace::Event& e) {
+    auto of = of_name[static_cast<std::size_t>(e.name)];
+    if (of.first != TermGroup::communication || e.group < 0 ||
+        static_cast<std::size_t>(e.group) >= axes.size())
+      return of;
+    const GroupAxes& there = axes[static_cast<std::size_t>(e.group)];
+    auto axis = there.find(of.second);
+    if (axis == there.end()) axis = there.find("");
+    if (axis != there.end()) of.second = axis->second;
+    return of;
   };
 
   // The step.
@@ -359,7 +440,7 @@ ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelK
     e.start = std::max(e.start, window.start), e.end = std::min(e.end, window.end);
     if (e.start >= e.end) continue;
     events.push_back(e);
-    const auto& of = of_name[static_cast<std::size_t>(e.name)];
+    const auto of = term_of(e);
     ProfiledTerm& t = terms.try_emplace(of, ProfiledTerm{of.first, of.second}).first->second;
     t.kernel_ns += e.end - e.start;
     ++t.kernels;
@@ -389,8 +470,7 @@ ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelK
     if (running.empty())
       idle += time - now;
     else
-      terms.at(of_name[static_cast<std::size_t>(events[std::get<3>(*running.begin())].name)]).ns +=
-          time - now;
+      terms.at(term_of(events[std::get<3>(*running.begin())])).ns += time - now;
     now = time;
     const auto rank = rank_of(group_of(events[k]), events[k].stream == busiest, events[k], k);
     if (begins)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,7 +18,14 @@ struct ProfilerTrace {
   struct Event {
     std::int64_t start = 0, end = 0;
     std::int64_t stream = 0;
-    std::int32_t name = 0;  ///< index into `names`
+    std::int32_t name = 0;    ///< index into `names`
+    std::int32_t group = -1;  ///< index into `groups`; -1: none is printed
+  };
+  /// Ranks that a communication kernel is of, as PyTorch prints them: long lists are cut.
+  struct Group {
+    std::int64_t size = 0;
+    std::vector<std::int64_t> ranks;  ///< ascending; of a cut list those it has
+    friend auto operator<=>(const Group&, const Group&) = default;
   };
   struct Step {
     std::int64_t start = 0, end = 0;
@@ -26,7 +34,9 @@ struct ProfilerTrace {
   std::int64_t device = 0;
   std::optional<std::int64_t> ranks;  ///< of the job, where the trace says
   std::optional<std::int64_t> rank;   ///< whose trace it is, where it says so
+  std::string gpu;                    ///< "NVIDIA H100 80GB HBM3", where the trace names it
   std::vector<std::string> names;
+  std::vector<Group> groups;
   std::vector<Event> events;  ///< as in the file
   std::vector<Step> steps;    ///< "ProfilerStep#N", by start
 };
@@ -74,7 +84,16 @@ struct ProfiledStep {
   std::vector<ProfiledTerm> terms;     ///< by group, then most instants first
   std::vector<UnknownKernel> unknown;  ///< most time first
 };
-ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelKind>& kinds);
+/// `axes`: of each of the trace's groups the plan's axis by the kernel's collective ("" in it: of
+/// every other), as the breakdown names axes; a communication kernel's kind is its axis where it
+/// has one, else its collective.
+using GroupAxes = std::map<std::string, std::string>;
+ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelKind>& kinds,
+                           const std::vector<GroupAxes>& axes = {});
+
+/// Axes along which `rank` of the program meets exactly the ranks of each group.
+std::vector<GroupAxes> axes_of(const Program& program, std::int64_t rank,
+                               const std::vector<ProfilerTrace::Group>& groups);
 
 /// One line of the comparison: a group's sum (`kind` empty) or one of its kinds, seconds; absent:
 /// that side does not know the term.

@@ -13,6 +13,8 @@
 
 #include "base/error.h"
 #include "base/yaml.h"
+#include "models/models.h"
+#include "simulator/lower/lower.h"
 
 namespace partita::validation {
 namespace {
@@ -374,6 +376,63 @@ TEST(CompareTerms, PutsTheBreakdownBesideAndSumsToBothSteps) {
   is(terms.at("attention"), 100'000, -1);
   is(terms.at("bubble"), -1, 4000);
   is(terms.at("all_reduce"), 90'000, -1);
+}
+
+// docs/compare.md, "Axes", by hand: 16 ranks, tp 2, dp 4 and pp 2; rank 5 is 1 of tp, 2 of dp, 0 of
+// pp.
+TEST(ProfiledStep, CommunicationIsOfTheAxisWhoseRanksItHas) {
+  TransformerConfig c;
+  c.layers = 2, c.hidden = 16, c.heads = 4, c.ffn = 32, c.vocabulary = 40, c.sequence = 8;
+  const Graph g = build_transformer(c);
+  Plan wanted;
+  wanted.tp = 2, wanted.dp = 4, wanted.pp = 2, wanted.global_batch = 8;
+  wanted.sequence_parallel = true;
+  const auto plan = complete(g, wanted);
+  ASSERT_TRUE(plan) << plan.reason();
+  const auto program = lower(g, *plan);
+  ASSERT_TRUE(program);
+  using Group = ProfilerTrace::Group;
+  const std::vector<Group> groups{{2, {4, 5}}, {4, {1, 3, 5, 7}}, {2, {5, 13}},
+                                  {4, {1, 7}}, {2, {4, 6}},       {6, {0, 1, 2, 3}}};
+  const auto axes = axes_of(*program, 5, groups);
+  ASSERT_EQ(axes.size(), groups.size());
+  const auto axis = [&](std::size_t k, const char* collective) {
+    const auto at = axes[k].find(collective);
+    return at == axes[k].end() ? std::string("none") : at->second;
+  };
+  EXPECT_EQ(axis(0, "all_gather"), "tp");
+  EXPECT_EQ(axis(0, ""), "tp");
+  EXPECT_EQ(axis(1, "all_reduce"), "dp");
+  EXPECT_EQ(axis(2, "send_receive"), "pp");
+  EXPECT_EQ(axis(3, ""), "dp") << "a cut list";
+  EXPECT_TRUE(axes[4].empty()) << "no axis has these two";
+  EXPECT_TRUE(axes[5].empty()) << "nor so many";
+
+  // In a trace: NCCL's kernels by name and group; one without a group keeps its collective.
+  const auto kernel = [](const char* name, int at, const char* group) {
+    return fmt::format(R"({{"ph": "X", "cat": "kernel", "name": "{}", "ts": {}, "dur": 10,)"
+                       R"( "args": {{"device": 0, "stream": 1{}}}}})",
+                       name, at, group);
+  };
+  const std::string text = fmt::format(
+      R"({{"deviceProperties": [{{"id": 0, "name": "NVIDIA H100"}}], "traceEvents": [{}, {}, {}, {}]}})",
+      kernel("ncclDevKernel_AllGather_RING_LL", 0,
+             R"(, "Group size": 2, "Process Group Ranks": "[4, 5]")"),
+      kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 10,
+             R"(, "Group size": 4, "Process Group Ranks": "[1, ..., 7]")"),
+      kernel("ncclDevKernel_SendRecv", 20,
+             R"(, "Group size": 2, "Process Group Ranks": "[5, 13]")"),
+      kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 30, ""));
+  const auto trace = parse_profiler_trace(text, "t.json", std::nullopt);
+  EXPECT_EQ(trace.gpu, "NVIDIA H100");
+  ASSERT_EQ(trace.groups.size(), 3u);
+  EXPECT_EQ(trace.groups[1], (Group{4, {1, 7}}));
+  const std::map<std::string, std::int64_t> by_axis{
+      {"tp", 10'000}, {"dp", 10'000}, {"pp", 10'000}, {"all_reduce", 10'000}};
+  EXPECT_EQ(by_kind(profiled_step(trace, kinds(), axes_of(*program, 5, trace.groups))), by_axis);
+  const std::map<std::string, std::int64_t> by_collective{
+      {"all_gather", 10'000}, {"all_reduce", 20'000}, {"send_receive", 10'000}};
+  EXPECT_EQ(by_kind(profiled_step(trace, kinds())), by_collective);
 }
 
 TEST(KernelKinds, RefuseWhatIsNoKind) {
