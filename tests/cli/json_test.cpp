@@ -752,7 +752,7 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
         run("validate --backend cpu --ranks 1,2 --rounds 1 --steps 1 --only 'ep 2' --json "
             "--transport " +
                 transport,
-            "", 6);
+            "", 15);
     EXPECT_TRUE(r.code == 0 || r.code == 1) << r.code << r.err;
     const Json j = Json::parse(r.out, nullptr, false);
     ASSERT_FALSE(j.is_discarded()) << r.err;
