@@ -543,7 +543,8 @@ void add_common(CLI::App& c, Options& o) {
       "--network", o.network,
       "beside (default): transfers alone on their links, kernels get what they leave of the "
       "device; idle: all alone; flows: links shared too");
-  c.add_option("--workers", o.workers, "threads (default: one per core)");
+  c.add_option("--workers", o.workers, "threads (default: one per core)")
+      ->check(CLI::Range(1, 4096));
   c.add_flag("--uncovered", o.uncovered, "list every row without a prediction, and why");
   c.add_flag("--json", o.json, "print JSON");
 }
@@ -584,12 +585,13 @@ void add_fit(CLI::App& app) {
                 "out by family unless --by says otherwise");
   c->add_option("--family", o->family, "only rows of this family");
   c->add_option("--rows", o->rows, "fit to so many rows of each, drawn; the others are left out");
-  c->add_option("--seed", o->seed, "of the draws (default 1)");
+  c->add_option("--seed", o->seed, "of the draws (default 1)")->check(CLI::NonNegativeNumber);
   c->add_flag("--learning-curve", o->curve,
               "error of rows left out by the number of rows fitted: 3, 6, 12, 25, 50, ...");
   c->add_option("--draws", o->draws, "of each point of the curve (default 15)");
   c->add_flag("--quick", o->quick, "a fifth of the predictions, for hundreds of rows");
-  c->add_option("--workers", o->workers, "threads (default: one per core)");
+  c->add_option("--workers", o->workers, "threads (default: one per core)")
+      ->check(CLI::Range(1, 4096));
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] { fit(*o); });
 }

@@ -486,8 +486,8 @@ std::string RowCase::key() const {
                    plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
                    plan.allocations.workspace_grouped.count, plan.kernels.fused_experts,
                    plan.kernels.overlaps_experts);
-  s += fmt::format(" {} {}", plan.kernels.activation_passes_forward,
-                   plan.kernels.activation_passes_backward);
+  s += fmt::format(" {} {} {}", plan.kernels.activation_passes_forward,
+                   plan.kernels.activation_passes_backward, plan.kernels.logit_forward);
   return s;
 }
 
@@ -644,9 +644,11 @@ class CaseBuilder {
       t.heads = heads_of(t.hidden);
       assume("{} heads", t.heads);
     }
-    if (const auto kv = row_.whole("num_kv_heads"))
+    if (const auto kv = row_.whole("num_kv_heads")) {
+      if (t.heads % *kv != 0)
+        throw InputError("num_kv_heads", fmt::format("{} do not divide {} heads", *kv, t.heads));
       t.kv_heads = *kv;
-    else if (!architecture && schema_ == RowSchema::training)
+    } else if (!architecture && schema_ == RowSchema::training)
       assume("as many key/value heads as heads");
     if (t.kv_heads > 0 && t.heads % t.kv_heads != 0) t.kv_heads = 0;
     apply_flags(t);
@@ -1167,7 +1169,10 @@ class CaseBuilder {
     }
     const std::string settings = lower(row_["overlap_and_other_settings"]);
     c_.logs_first_stage = f.logs_first_stage;
-    if (has(row_["overlap_and_other_settings"], "CE fusion")) p.allocations.fp32_loss = false;
+    if (has(row_["overlap_and_other_settings"], "CE fusion")) {
+      p.allocations.fp32_loss = false;
+      fuse_loss();
+    }
     set_allocations();
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
@@ -1303,6 +1308,13 @@ class CaseBuilder {
     return flags_.fused_loss || has(row_["model"], "cross_entropy_loss_fusion") ||
            (like_deepseek() && c_.transformer && c_.transformer->mtp_layers > 0);
   }
+  void fuse_loss() {
+    FrameworkKernels& k = c_.plan.kernels;
+    if (framework_->logit_forward_fused == 0) return;
+    k.logit_forward = framework_->logit_forward_fused;
+    k.logit_backward = framework_->logit_backward_fused;
+    k.logit_share_forward = k.logit_share_backward = 0;
+  }
   /// Megatron's tests run so where their names do not say otherwise, but for those of flash
   /// attention without experts, which the context parallel ones use; its fused loss refuses to.
   bool deterministic() const {
@@ -1326,7 +1338,10 @@ class CaseBuilder {
     if (f.workspace_deterministic.count > 0 && !flags_.grouped_product &&
         !has(row_["model"], "groupedGEMM"))
       a.workspace_grouped = a.workspace_grouped_hopper = Bytes{0};
-    if (fused_loss() && f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
+    if (fused_loss()) {
+      if (f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
+      fuse_loss();
+    }
     a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
     a.score_buffer = flags_.local;
   }

@@ -691,6 +691,13 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (const auto* n = std::get_if<Normalize>(&op.operation);
       n != nullptr && n->kind == Normalize::Kind::layer)
     unfused(p.kernels.normalize_forward, p.kernels.normalize_backward);
+  if (const auto* n = std::get_if<Normalize>(&op.operation);
+      n != nullptr && (n->kind == Normalize::Kind::layer || n->kind == Normalize::Kind::rms)) {
+    const bool ahead = i.kernel == Kernel::forward;
+    w.share = ahead ? p.kernels.normalize_share_forward : p.kernels.normalize_share_backward;
+    const bool counted = n->kind == Normalize::Kind::layer && p.kernels.normalize_backward > 0;
+    if (i.kernel == Kernel::backward_weight && (w.share > 0 || counted)) w.bytes = Bytes{};
+  }
   if (i.casts && std::holds_alternative<Normalize>(op.operation)) {
     // Converted after it: read for the scale and again, written once and once turned.
     const ElementType to = i.cast_type;
@@ -712,6 +719,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
         i.kernel == Kernel::forward ? p.kernels.logit_forward : p.kernels.logit_backward;
     const auto logits = static_cast<double>(local_elements(p, i.reads[0], rank));
     w.bytes = Bytes{statistic ? 0 : std::llround(each * logits)};
+    w.share = i.kernel == Kernel::forward ? p.kernels.logit_share_forward
+                                          : p.kernels.logit_share_backward;
   }
   return w;
 }
@@ -723,6 +732,9 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
     all.units = Seconds{w.flops.count > 0 ? w.flops.count / rate : 0};
     all.memory = streaming_time(w.bytes + w.again, device);
     all.work = std::max({all.units, all.memory, w.launched});
+    if (w.share > 0)
+      all.work = std::max(all.work, Seconds{static_cast<double>((w.bytes + w.again).count) /
+                                            (w.share * device.memory_bandwidth.count)});
     all.beside_transfers = static_cast<double>(device.multiprocessors) /
                            (device.multiprocessors - device.communication_multiprocessors);
     return all;

@@ -34,6 +34,9 @@ struct Work {
   std::optional<FlashAttention> attention;
   Bytes streamed;
   Bytes again;  ///< read a second time, besides `bytes`
+  /// > 0: the kernel gets its `bytes` at this share of the device's memory bandwidth, though what
+  /// streams gets more; memory is busy only as long as that.
+  double share = 0;
   /// `products` are of the whole sequence, of which this is one of so many equal parts that run on
   /// streams beside each other: their waves fill up.
   double parts = 1;

@@ -35,6 +35,8 @@ constexpr double kGroupLaunch = 9e-6;
 /// A device is not full while its last blocks of attention end: of the longest, this share (a fit
 /// to an A100 and a B200).
 constexpr double kForwardTail = 0.8, kBackwardTail = 0.3;
+/// Width of the heads that attention's efficiencies are of.
+constexpr double kHead = 128;
 /// FlashAttention-2 is around twice as fast as FlashAttention (arXiv 2307.08691, section 4.1).
 constexpr double kFlash1 = 2;
 
@@ -288,7 +290,14 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
           a.backward ? device.flash2_backward_efficiency : device.flash2_forward_efficiency;
       a.flash > 0 && older > 0)
     efficiency = older;
-  if (a.flash == 1) efficiency /= kFlash1;
+  if (a.flash == 1) {
+    efficiency /= kFlash1;
+  } else {
+    // What is not multiplied, exponentials above all, takes as long for a score of narrow heads.
+    const double usual = a.backward ? 5 * kHead : 2 * kHead;
+    const double each = a.backward ? 3 * a.qk + 2 * a.v : a.qk + a.v;
+    efficiency = 1 / (1 + std::max(1.0, usual / each) * (1 / efficiency - 1));
+  }
   const double rate = device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
   // Queries of a block, of which Blackwell's take two tiles at once; backward, keys of a block.
   const double rows = device.compute_capability >= 100 && !a.backward ? 256 : 128;

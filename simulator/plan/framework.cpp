@@ -180,6 +180,25 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     traffic("padding_backward", f.kernels.padding_backward);
     traffic("logit_forward", f.kernels.logit_forward);
     traffic("logit_backward", f.kernels.logit_backward);
+    const auto share = [&](const char* key, double& to) {
+      setting(*kernels, key, [&](const YamlNode& n) {
+        to = n.as_double();
+        if (!(to > 0 && to <= 1))
+          throw InputError(n.place(),
+                           fmt::format("{} is {}; a share of memory's bandwidth is above 0 and at "
+                                       "most 1",
+                                       key, to));
+      });
+    };
+    share("logit_share_forward", f.kernels.logit_share_forward);
+    share("logit_share_backward", f.kernels.logit_share_backward);
+    traffic("logit_forward_fused", f.logit_forward_fused);
+    traffic("logit_backward_fused", f.logit_backward_fused);
+    if ((f.logit_forward_fused > 0) != (f.logit_backward_fused > 0))
+      throw InputError(kernels->place(),
+                       "logit_forward_fused and logit_backward_fused come together");
+    share("normalize_share_forward", f.kernels.normalize_share_forward);
+    share("normalize_share_backward", f.kernels.normalize_share_backward);
     traffic("normalize_forward", f.kernels.normalize_forward);
     traffic("normalize_backward", f.kernels.normalize_backward);
     traffic("dropout_forward", f.kernels.dropout_forward);

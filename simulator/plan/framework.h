@@ -72,6 +72,7 @@ struct FrameworkProfile {
   /// The first of its workspaces in deterministic runs; both in those of its own layers. 0: alike.
   Bytes workspace_deterministic, workspace_local;
   Bytes loss_forward_fused;        ///< Allocations::loss_forward of the loss that is a flag
+  double logit_forward_fused = 0, logit_backward_fused = 0;  ///< FrameworkKernels' of that loss
   bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it

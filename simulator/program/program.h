@@ -277,9 +277,15 @@ struct FrameworkKernels {
   double score_fp32_forward = 0, score_fp32_backward = 0;
   /// Bytes for each logit that a cross entropy moves; 0: likewise.
   double logit_forward = 0, logit_backward = 0;
-  /// Bytes for each element of a layer norm and of a dropout whose every operation is a kernel.
-  double normalize_forward = 0, normalize_backward = 0;
+  /// > 0: at this share of the device's memory bandwidth, as measured; 0: as what streams does.
+  double logit_share_forward = 0, logit_share_backward = 0;
+  /// Bytes for each element of a dropout and of a layer norm, gradients of its scale and bias among
+  /// them, whose every operation is a kernel.
   double dropout_forward = 0, dropout_backward = 0;
+  double normalize_forward = 0, normalize_backward = 0;
+  /// > 0: a layer or RMS norm moves its tensors (input and result; backward input and both
+  /// gradients, for those of scale and bias too) at this share of the device's memory bandwidth.
+  double normalize_share_forward = 0, normalize_share_backward = 0;
   /// Passes over an activation without a gate of which the same holds: reads or writes of a tensor
   /// of its size and type.
   int activation_passes_forward = 0, activation_passes_backward = 0;

@@ -42,6 +42,76 @@ TEST(Cost, OfAMemoryBoundKernelIsItsBytesOverTheSustainedBandwidth) {
   expect_us(kernel_time(w, h100(), prices), 47.5167);
 }
 
+TEST(Cost, OfAKernelThatDoesNotStreamIsItsShareOfTheBandwidth) {
+  // docs/cost.md, "Kernels that do not stream".
+  static const Topology a100s = load_topology("dgx-a100-80gb:1");
+  const DeviceProfile& a100 = a100s.device(DeviceId{0});
+  ShapePrices prices(a100);
+  Work w;
+  w.bytes = Bytes{134'217'728};
+  w.share = 0.466;
+  expect_us(kernel_parts(w, a100, prices).work, 141.256);
+  expect_us(kernel_parts(w, a100, prices).memory, 73.1392);
+  w.bytes = Bytes{201'326'592};
+  w.share = 0.241;
+  expect_us(kernel_parts(w, a100, prices).work, 409.701);
+  w.share = 0.95;  // no faster than what streams
+  expect_us(kernel_parts(w, a100, prices).work, 109.709);
+  ShapePrices others(h100());
+  w.bytes = Bytes{38 * 1'073'741'824LL};
+  w.share = 0.77;
+  expect_us(kernel_parts(w, h100(), others).work, 15817.87);
+}
+
+TEST(Cost, OfANormsOrALosssMeasuredKernelsIsOfItsTensorsOnceAndAllItsGradients) {
+  TransformerConfig c = small_config();
+  Plan plan = base_plan();
+  plan.micro_batch = plan.global_batch = 2;
+  const auto norms = [&](TransformerConfig::Norm kind) {
+    c.norm = kind;
+    const Program p = lowered(build_transformer(c), plan);
+    std::map<std::string, Work> seen;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::compute || i.op < 0) continue;
+        const Operation& op = p.operators[static_cast<std::size_t>(i.op)].operation;
+        const char* kernel = i.kernel == Kernel::forward         ? "forward"
+                             : i.kernel == Kernel::backward_data ? "data"
+                                                                 : "weight";
+        if (std::holds_alternative<Normalize>(op))
+          seen[fmt::format("norm {}", kernel)] = work_of(p, i, 0);
+        if (std::holds_alternative<CrossEntropy>(op) && i.kernel != Kernel::forward_statistic)
+          seen[fmt::format("loss {}", kernel)] = work_of(p, i, 0);
+      }
+    }
+    return seen;
+  };
+  for (const TransformerConfig::Norm kind :
+       {TransformerConfig::Norm::layer, TransformerConfig::Norm::rms}) {
+    plan.kernels = {};
+    const auto usual = norms(kind);
+    plan.kernels.normalize_share_forward = 0.466;
+    plan.kernels.normalize_share_backward = 0.241;
+    plan.kernels.logit_forward = 38, plan.kernels.logit_backward = 14;
+    plan.kernels.logit_share_forward = 0.77, plan.kernels.logit_share_backward = 0.6;
+    const auto measured = norms(kind);
+    EXPECT_EQ(measured.at("norm forward").share, 0.466);
+    EXPECT_EQ(measured.at("norm forward").bytes, usual.at("norm forward").bytes);
+    EXPECT_EQ(measured.at("norm data").share, 0.241);
+    EXPECT_EQ(measured.at("norm data").bytes, usual.at("norm data").bytes);
+    EXPECT_GT(usual.at("norm weight").bytes.count, 0);
+    EXPECT_EQ(measured.at("norm weight").bytes.count, 0);
+    EXPECT_EQ(measured.at("loss forward").share, 0.77);
+    EXPECT_EQ(measured.at("loss data").share, 0.6);
+    // What counts every operation counts those of scale and bias too; of a layer norm alone.
+    plan.kernels = {};
+    plan.kernels.normalize_forward = 60, plan.kernels.normalize_backward = 164;
+    const auto counted = norms(kind).at("norm weight").bytes;
+    EXPECT_EQ(counted,
+              kind == TransformerConfig::Norm::layer ? Bytes{} : usual.at("norm weight").bytes);
+  }
+}
+
 TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   // docs/plan.md, "Kernels and messages": 9 and 11 B a score; 38 and 14 B a logit. Per rank 2
   // samples of 8 tokens, 2 of 4 heads, 6 of 12 logits.

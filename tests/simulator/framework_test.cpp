@@ -87,6 +87,20 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {score: 9 B}\n", "score");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {table_passes: 0}\n",
          "0 is too small");
+  for (const char* key : {"normalize_share_forward", "normalize_share_backward",
+                          "logit_share_forward", "logit_share_backward"}) {
+    for (const char* share : {"0", "-0.5", "1.01", "nan"})
+      expect(fmt::format("name: x\nsource: s\nplan: {{bucket: 1 MB}}\nkernels: {{{}: {}}}\n", key,
+                         share),
+             std::string_view(share) == "nan" ? "nan" : "above 0 and at most 1");
+    EXPECT_NO_THROW(parse_framework(
+        fmt::format("schema: partita.framework/1\nname: x\nsource: s\nplan: {{bucket: 1 MB}}\n"
+                    "kernels: {{{}: 1}}\n",
+                    key),
+        "f.yaml"));
+  }
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {logit_forward_fused: 33 B}\n",
+         "logit_forward_fused and logit_backward_fused come together");
   expect("name: x\nplan: {bucket: {value: 1 MB, source: s}}\nkernels: {score_forward: 9 B}\n",
          "every setting needs a source");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {zero: 4}\n", "4 is too large");

@@ -166,6 +166,26 @@ TEST(AttentionModel, OfFlashAttention2OnANewerDevice) {
   EXPECT_EQ(attention_model(a, d, 132).work, attention_model(best, d, 132).work);
 }
 
+TEST(AttentionModel, OfNarrowHeads) {
+  // docs/cost.md, "Attention": 0.6 and 0.5 become 0.42857 and 0.33333.
+  FlashAttention a{1, 4096, 4096, 32, 64, 64, 4097.0 / 8192, false, ElementType::bf16, {}};
+  EXPECT_NEAR(attention_model(a, h100(), 132).work.count * 1e6, 200.59, 0.01);
+  const auto of_half = [](FlashAttention x, int flash) {
+    x.flash = flash;
+    FlashAttention half = x;
+    half.qk /= 2, half.v /= 2;
+    return attention_model(half, h100(), 132).work.count /
+           attention_model(x, h100(), 132).work.count;
+  };
+  a.qk = a.v = 128;
+  EXPECT_NEAR(of_half(a, 0), 0.5 * 0.6 / 0.42857, 1e-5);
+  EXPECT_NEAR(of_half(a, 1), 0.5, 1e-9);
+  a.backward = true;
+  EXPECT_NEAR(of_half(a, 0), 0.5 * 0.5 / 0.33333, 1e-4);
+  a.qk = a.v = 256;  // no faster than heads of 128
+  EXPECT_NEAR(of_half(a, 0), 0.5, 1e-9);
+}
+
 /// Log-uniform; now and then a multiple of a tile, one less and one more.
 double size(std::mt19937_64& random, double from, double to) {
   const double x =

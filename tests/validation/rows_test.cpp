@@ -588,6 +588,33 @@ TEST(RowCase, MegatronsTestsRunDeterministicallyUnlessTheySayOtherwise) {
             deterministic);
 }
 
+// docs/cost.md, "Kernels that do not stream": 38 and 14 B a logit, 33 and 23 of the fused loss.
+TEST(RowCase, AFusedLossIsPricedWhereTheRowHasOne) {
+  const auto loss = [](const RowCase& c) {
+    const FrameworkKernels& k = c.plan.kernels;
+    return std::vector<double>{k.logit_forward, k.logit_share_forward, k.logit_backward,
+                               k.logit_share_backward};
+  };
+  const std::vector<double> fused = {33, 0, 23, 0}, usual = {38, 0.77, 14, 0.6};
+  const auto core = [](const char* settings) {
+    return case_with({{"framework", "Megatron-LM 23e00ed0 + TransformerEngine 2.11"},
+                      {"overlap_and_other_settings", settings}});
+  };
+  EXPECT_EQ(loss(core("overlap paths off; CE fusion")), fused);
+  EXPECT_EQ(loss(core("overlap paths off")), usual);
+  EXPECT_EQ(loss(test_case("gpt", "--cross-entropy-loss-fusion")), fused);
+  EXPECT_EQ(loss(test_case("gpt", "")), usual);
+}
+
+TEST(RowCase, KeyAndValueHeadsThatDoNotDivideTheOthersAreNamed) {
+  EXPECT_EQ(case_with({{"num_heads", "32"}, {"num_kv_heads", "8"}}).transformer->kv_heads, 8);
+  EXPECT_THAT(
+      [] {
+        case_with({{"num_heads", "32"}, {"num_kv_heads", "7"}});
+      },
+      ThrowsMessage<InputError>(HasSubstr("num_kv_heads: 7 do not divide 32 heads")));
+}
+
 TEST(RowCase, TestsOfMegatronsOwnLayersAreNamedSo) {
   const auto local = [](const char* name, const Cells& changes = {}) {
     const Allocations a = test_case(name, "", changes).plan.allocations;
