@@ -1173,6 +1173,8 @@ class CaseBuilder {
       p.allocations.fp32_loss = false;
       fuse_loss();
     }
+    if (has(row_["overlap_and_other_settings"], "no TP comm overlap"))
+      p.tensor_parallel_in_turn = true;
     set_allocations();
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {

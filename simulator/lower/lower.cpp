@@ -66,7 +66,8 @@ class Lowering {
     order_blocks();
     loader_blocks();
     server_blocks();
-    if (plan_.sums_in_turn && plan_.replicas == 0) sum_in_turn();
+    if ((plan_.sums_in_turn || plan_.tensor_parallel_in_turn) && plan_.replicas == 0) sum_in_turn();
+    if (plan_.tensor_parallel_in_turn && plan_.replicas == 0) gather_in_turn();
     if (plan_.overlap_tensor_parallel) split_products();
     if (plan_.message_queue) broker_blocks();
     if (plan_.offload_activations) offload_activations();
@@ -1097,6 +1098,32 @@ class Lowering {
                           i.collective == CollectiveKind::reduce_scatter;
         if (i.kind == Kind::collective && sums && i.atoms == tp && i.tie < 0)
           i.after_compute = true;
+      }
+    }
+  }
+
+  /// What a backward gathers over tp it gathers right before the first kernel that reads it.
+  void gather_in_turn() {
+    const AtomMask tp = mask_of(plan_.axes.at("tp"));
+    for (Block& block : p_.blocks) {
+      if (block.kind != BlockKind::backward) continue;
+      auto& all = block.instructions;
+      for (std::size_t k = all.size(); k-- > 0;) {
+        const Instruction& i = all[k];
+        if (i.kind != Kind::collective || i.collective != CollectiveKind::all_gather ||
+            i.atoms != tp || i.tie >= 0)
+          continue;
+        const auto meets = [&](const Instruction& x) {
+          bool found = false;
+          for_each_read(x, [&](BufferId id) { found = found || id == i.writes[0]; });
+          for_each_write(x, [&](BufferId id) { found = found || id == i.reads[0]; });
+          return found;
+        };
+        const auto from = all.begin() + static_cast<std::ptrdiff_t>(k);
+        const auto to = std::find_if(from + 1, all.end(), meets);
+        if (to == all.end()) continue;  // for a block of weights' gradients
+        from->after_compute = true;
+        std::rotate(from, from + 1, to);
       }
     }
   }

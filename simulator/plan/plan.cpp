@@ -213,6 +213,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(
         "overlap_tensor_parallel hides the gathers and scatters of sequence parallelism; use "
         "tp 2 or more and sequence_parallel true");
+  if (plan.overlap_tensor_parallel && plan.tensor_parallel_in_turn)
+    return no(
+        "overlap_tensor_parallel runs transfers over tp beside products, tensor_parallel_in_turn "
+        "beside none; use one of them");
   if (plan.virtual_stages > 1) {
     if (plan.pp == 1) {
       return no(fmt::format("virtual stages {} need pipeline parallel > 1", plan.virtual_stages));
@@ -874,6 +878,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("score_passes_backward"))
     p.score_passes_backward = static_cast<int>(n->as_int(1, 100));
   if (const auto n = y.find("overlap_tensor_parallel")) p.overlap_tensor_parallel = n->as_bool();
+  if (const auto n = y.find("tensor_parallel_in_turn")) p.tensor_parallel_in_turn = n->as_bool();
   if (const auto n = y.find("sharded_storage")) p.sharded_storage = n->as_bool();
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
@@ -1040,6 +1045,7 @@ std::string to_yaml(const Plan& p) {
       p.framework, p.strategy, p.tp, p.pp, p.dp, p.cp, p.ep, p.virtual_stages, p.micro_batch,
       p.global_batch, p.sequence_parallel, name(p.schedule), p.zero, recompute, precision_text(p));
   if (p.overlap_tensor_parallel) s += "overlap_tensor_parallel: true\n";
+  if (p.tensor_parallel_in_turn) s += "tensor_parallel_in_turn: true\n";
   if (p.loader) s += "loader: true\n";
   if (p.sharded_storage) s += "sharded_storage: true\n";
   if (p.average_every > 0) s += fmt::format("average_every: {}\n", p.average_every);

@@ -117,6 +117,9 @@ struct Plan {
   /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of
   /// tp, while the next part travels.
   bool overlap_tensor_parallel = false;
+  /// No transfer over tp runs beside a kernel: a backward gathers right before the kernel that
+  /// reads it, and sums when the kernels before have ended.
+  bool tensor_parallel_in_turn = false;
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every

@@ -218,6 +218,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.offload_optimizer = pick({0, 0, 0, 0, 1}) == 1 && p.servers == 0;
   p.offload_activations = pick({0, 0, 0, 0, 1}) == 1;
   p.overlap_tensor_parallel = pick({0, 1}) == 1 && p.sequence_parallel && p.tp > 1;
+  p.tensor_parallel_in_turn = pick({0, 0, 1}) == 1 && !p.overlap_tensor_parallel && p.tp > 1;
   p.sharded_storage = pick({0, 0, 1}) == 1;
   p.message_queue = pick({0, 0, 0, 0, 1}) == 1 && p.pp > 1;
   const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};

@@ -168,6 +168,59 @@ TEST(Policies, PartsOfAProductTravelWhileOthersAreMultiplied) {
   }
 }
 
+TEST(Policies, InTurnNoTransferOverTpRunsBesideAKernel) {
+  // docs/policies.md: backward of a column-cut product takes 2 P + 2 T instead of twice the longer.
+  TransformerConfig c = small_config();
+  c.layers = 1;
+  const Graph g = build_transformer(c);
+  for (const Rate& rate : kRates) {
+    SCOPED_TRACE(rate.text);
+    const std::int64_t n = 2, product = 2 * (8 * 8 * 16 / n) * 1000,
+                       transfer = static_cast<std::int64_t>(4.0 * 8 * 4 / rate.bytes_per_ps);
+    std::map<bool, std::int64_t> beside, backward;
+    for (const bool in_turn : {false, true}) {
+      Plan plan = single_precision();
+      plan.tp = n;
+      plan.sequence_parallel = true;
+      plan.tensor_parallel_in_turn = in_turn;
+      Communication network(linked(static_cast<int>(n), rate.text));
+      const Program p = lowered(g, plan);
+      SimulateOptions options;
+      options.record = true;
+      const Timeline t = simulate(p, network, options);
+      std::vector<Entry> kernels, transfers;
+      std::int64_t from = 0, to = 0;
+      for (const Entry& e : t.entries) {
+        const Block& b = p.blocks[static_cast<std::size_t>(e.block)];
+        const Instruction& i = b.instructions[static_cast<std::size_t>(e.instruction)];
+        if (e.rank_class != 0 || b.kind != BlockKind::backward) continue;
+        if (i.kind == Kind::collective) transfers.push_back(e);
+        if (i.kind != Kind::compute) continue;
+        kernels.push_back(e);
+        const auto of = [&](const char* name) {
+          return i.op >= 0 && p.operators[static_cast<std::size_t>(i.op)].name == name &&
+                 i.kernel == Kernel::backward_data;
+        };
+        if (of("layers.0.mlp.up")) from = e.start.count;
+        if (of("layers.0.mlp_norm")) to = e.start.count;
+      }
+      ASSERT_FALSE(transfers.empty());
+      for (const Entry& x : transfers) {
+        for (const Entry& k : kernels)
+          beside[in_turn] += std::max<std::int64_t>(
+              0, std::min(x.end.count, k.end.count) - std::max(x.start.count, k.start.count));
+      }
+      backward[in_turn] = to - from;
+      if (in_turn) {
+        EXPECT_LE(beside[true], t.instructions);
+        expect_ticks(backward[true], 2 * product + 2 * transfer, t);
+      }
+    }
+    EXPECT_GT(beside[false], std::min(product, transfer));
+    EXPECT_LE(backward[false], backward[true] - std::min(product, transfer) + 100);
+  }
+}
+
 TEST(Policies, OffloadedActivationsComeBackInTimeOnAFastLinkAndStallOnASlowOne) {
   // Three products of P forward, five backward; what each leaves is 128 B, T on the link, which has
   // one direction out and one back. Out go x, line0, line1, line2, target, back come line2, target,
