@@ -314,6 +314,17 @@ void write_text(const std::string& flag, const std::string& file, const std::str
     throw InputError(flag, fmt::format("cannot write {}; check its permissions", file));
 }
 
+void reject_repeats(const std::string& flag, const std::vector<std::string>& files) {
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    for (std::size_t k = 0; k < i; ++k) {
+      std::error_code absent;
+      if (std::filesystem::equivalent(files[i], files[k], absent))
+        throw InputError(
+            flag, fmt::format("'{}' is given twice; its figures would count double", files[i]));
+    }
+  }
+}
+
 void check_writable(const std::string& flag, const std::string& file) {
   if (file.empty()) return;
   namespace fs = std::filesystem;

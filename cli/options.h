@@ -73,6 +73,10 @@ std::vector<std::string> assumptions(const PlanFlags& flags, const Plan& plan, c
 /// load_topology, and a word where model and topology have changed places.
 Topology load_cluster(const std::string& text, const TopologyEdits& edits = {});
 
+/// InputError{flag} if one of these files is another one too, by whatever path: its figures would
+/// count twice.
+void reject_repeats(const std::string& flag, const std::vector<std::string>& files);
+
 /// InputError{flag} if a file could not be written there; before the work, not after it.
 void check_writable(const std::string& flag, const std::string& file);
 /// MachineError{flag} where the text cannot be written.

@@ -192,7 +192,14 @@ CsvTable load_table(const std::string& file) {
   return validation::parse_csv(read_file(file), file);
 }
 
-std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Options& o) {
+/// Whose measured times took an entry of a fitted profile, and whose did not.
+struct ProfileUse {
+  std::size_t with = 0, without = 0;
+  std::string lacking;  ///< the first that has none: "h100-sxm with pytorch-fsdp"
+};
+
+std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Options& o,
+                                   ProfileUse* use = nullptr) {
   validation::RowsOptions r;
   const auto network = network_named(o.network);
   if (!network)
@@ -206,7 +213,18 @@ std::vector<FamilyFigures> predict(const std::vector<CsvTable>& tables, const Op
     profile.emplace(o.profile);
     profile->apply(r);
   }
-  return predict_rows(tables, validation::load_catalogue(), r);
+  auto families = predict_rows(tables, validation::load_catalogue(), r);
+  if (!profile || use == nullptr) return families;
+  for (const FamilyFigures& f : families) {
+    for (const Figure& x : f.figures) {
+      if (x.kind != Figure::Kind::time || x.key.device.empty()) continue;
+      const bool found = profile->find(x.key) != nullptr;
+      ++(found ? use->with : use->without);
+      if (!found && use->lacking.empty())
+        use->lacking = fmt::format("{} with {}", x.key.device, x.key.framework);
+    }
+  }
+  return families;
 }
 
 /// The time goes to the reader, never into the results.
@@ -223,14 +241,23 @@ class Clock {
 };
 
 void rows(const Options& o) {
-  const auto families = predict({load_table(o.file)}, o);
+  ProfileUse use;
+  const auto families = predict({load_table(o.file)}, o, &use);
   if (!o.json) {
     print_families(families, o.uncovered);
+    if (!o.profile.empty())
+      print(fmt::format(
+          "\n{}: {} of {} times by its entries{}\n", o.profile, use.with, use.with + use.without,
+          use.without > 0
+              ? fmt::format("; none for {}, there prices are the catalogue's", use.lacking)
+              : ""));
     return;
   }
   Json j;
   j["schema"] = "partita.rows/1";
   j["file"] = o.file;
+  if (!o.profile.empty())
+    j["profile"] = {{"file", o.profile}, {"fitted", use.with}, {"not_fitted", use.without}};
   j["families"] = Json::array();
   for (const auto& f : families) j["families"].push_back(to_json(f));
   print(j.dump(2) + "\n");
@@ -380,6 +407,7 @@ void fit(const FitFlags& o) {
   r.workers = o.workers;
   r.family = o.family;
   std::vector<CsvTable> tables;
+  reject_repeats("FILE", o.files);
   for (const std::string& file : o.files) tables.push_back(load_table(file));
   validation::NotFitted not_fitted;
   const auto entries =

@@ -661,6 +661,7 @@ void calibrate_from(const Options& o) {
                      fmt::format("'{}' is no cluster of the catalogue{}; there are {}", o.base,
                                  did_you_mean(o.base, names), fmt::join(names, ", ")));
   }
+  reject_repeats("--from", o.from);
   std::vector<validation::NcclTestsLog> logs;
   std::vector<ProductTable> products;
   std::size_t points = 0;
@@ -668,6 +669,7 @@ void calibrate_from(const Options& o) {
     const std::string text = read_file(file);
     if (validation::is_nccl_tests(text)) {
       logs.push_back(validation::parse_nccl_tests(text, file));
+      validation::check_device(logs.back(), at->device, catalogue);
       points += logs.back().times.size();
       fmt::print("{}: {} of {} ranks on {} hosts, {} sizes\n", file, logs.back().kind,
                  logs.back().ranks, logs.back().nodes, logs.back().times.size());

@@ -98,6 +98,11 @@ CsvTable parse_csv(std::string_view text, const std::string& file) {
   if (!reader.more()) throw InputError(file, "is empty; a table starts with its column names");
   CsvTable::Record header = reader.record();
   table.header = std::move(header.fields);
+  if (table.header.size() == 1)
+    for (const auto& [separator, name] : {std::pair(';', "semicolons"), std::pair('\t', "tabs")})
+      if (table.header[0].find(separator) != std::string::npos)
+        reader.fail(header.line,
+                    fmt::format("columns are separated by {}; save it with commas", name));
   auto sorted = table.header;
   std::sort(sorted.begin(), sorted.end());
   if (const auto twice = std::adjacent_find(sorted.begin(), sorted.end()); twice != sorted.end())

@@ -126,6 +126,9 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
                          "names no host of the rank; keep the lines as nccl-tests prints "
                          "them");
       hosts.insert(on[1]);
+      const auto bus = std::find_if(on, w.end(), [](const auto& x) { return x.starts_with('['); });
+      if (log.device.empty() && bus != w.end())
+        log.device = fmt::format("{}", fmt::join(bus + 1, w.end(), " "));
       continue;
     }
     if (names_columns(w)) {
@@ -173,6 +176,23 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
   if (log.times.empty()) throw InputError(file, "has no rows of sizes and times");
   log.nodes = static_cast<int>(hosts.size());
   return log;
+}
+
+void check_device(const NcclTestsLog& log, const std::string& device, const Catalogue& catalogue) {
+  const auto generation = [](const std::string& name) { return name.substr(0, name.find('-')); };
+  auto w = words(log.device);
+  if (!w.empty() && (w[0] == "NVIDIA" || w[0] == "Tesla")) w.erase(w.begin());
+  if (w.empty()) return;
+  const DeviceProfile* of_log = nullptr;
+  try {
+    of_log = &device_of(catalogue, w[0], "", "");
+  } catch (const InputError&) {
+    return;  // not in the catalogue: nothing to compare with
+  }
+  if (generation(of_log->name) != generation(device))
+    throw InputError(log.file, fmt::format("was measured on {}, but the cluster's devices are {}; "
+                                           "name the cluster that was measured with --topology",
+                                           log.device, device));
 }
 
 std::vector<ProductTable> parse_products(const CsvTable& table) {

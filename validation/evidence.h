@@ -9,6 +9,7 @@
 
 #include "topologies/measured.h"
 #include "validation/csv.h"
+#include "validation/row_case.h"
 
 namespace partita::validation {
 
@@ -18,6 +19,7 @@ struct NcclTestsLog {
   std::string kind;  ///< "all_reduce", "all_to_all", ... of CollectivePoint
   std::string type;  ///< "float", "bfloat16"
   int ranks = 0, nodes = 0;
+  std::string device;  ///< as the driver calls the first rank's: "NVIDIA H100 80GB HBM3"; may be ""
   /// Bytes as nccl-tests counts them; in place of an all-reduce, out of place of the others, as
   /// frameworks call them.
   std::vector<std::pair<Bytes, Seconds>> times;
@@ -30,6 +32,10 @@ bool is_nccl_tests(const std::string& text);
 /// operation named in text or file name, one that is priced without curves, no ranks listed, a row
 /// that is cut off, values that were wrong, no row at all.
 NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file);
+
+/// InputError{file} where the log is of GPUs of another generation than `device`, a name of the
+/// catalogue. What the catalogue does not know is let through.
+void check_device(const NcclTestsLog& log, const std::string& device, const Catalogue& catalogue);
 
 /// Columns m, n, k, type and one of tflops (10¹² FLOP/s), time_us, time_ms, time_s; if there are
 /// also count (1), layout (NN, NT, TN), out (as type). One table for each type, output and layout.

@@ -364,8 +364,8 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
 
 namespace {
 
-/// Candidates that differ in their micro-batch only, ascending. A larger one needs no less memory
-/// (to 1 %): as many samples are in flight, and buffers within a block grow with it.
+/// Candidates that differ in their micro-batch only, ascending. But under gpipe a larger one needs
+/// no less memory (to 1 %): as many samples are in flight, and buffers within a block grow with it.
 using Chain = std::vector<Plan>;
 
 std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan& base,
@@ -485,7 +485,10 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       }
       o.what = evaluated;
       // Scalars of every micro-batch (its loss) are all that a larger one saves: far below 1 %.
-      full = prediction->peak_allocated.count > usable.count + usable.count / 100;
+      // Under gpipe all samples are there, and of a larger micro-batch more has gone by the peak in
+      // its backward (the head's).
+      full = plan->schedule != Schedule::gpipe &&
+             prediction->peak_allocated.count > usable.count + usable.count / 100;
       o.prediction = std::move(*prediction);
     }
   });

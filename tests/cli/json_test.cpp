@@ -778,6 +778,33 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
   }
 }
 
+/// Whose times a profile is for is said: rows without an entry have the catalogue's prices.
+TEST(Validate, RowsSayWhichOfThemTookTheProfile) {
+  const TemporaryFolder folder;
+  const std::string csv = folder.path() + "/mine.csv", fit = folder.path() + "/mine.fit";
+  std::string text =
+      "id,model,gpu,gpu_memory_gb,num_gpus,framework,dp,micro_batch_per_dp_rank,global_batch_seqs,"
+      "seq_len_tokens,precision,iteration_time_s,tokens_per_s_per_gpu,status\n";
+  const auto add = [&](const char* id, const char* gpu, int micro, double s) {
+    text +=
+        fmt::format("{},gpt2,{},80,8,Megatron-Core,8,{},64,1024,bf16,{},,ok\n", id, gpu, micro, s);
+  };
+  add("a", "H100", 1, 0.2), add("b", "H100", 2, 0.15), add("c", "H100", 4, 0.14);
+  add("d", "A100", 1, 0.3);
+  write(csv, text);
+  const Ran fitted = run("fit '" + csv + "' --out '" + fit + "'");
+  ASSERT_EQ(fitted.code, 0) << fitted.err;
+  EXPECT_NE(fitted.out.find("not fitted: 1 row of a device"), std::string::npos) << fitted.out;
+  const Ran table = run("validate rows '" + csv + "' --profile '" + fit + "'");
+  EXPECT_NE(table.out.find(fit + ": 3 of 4 times by its entries; none for a100-sxm-80gb with "
+                                 "megatron-core, there prices are the catalogue's\n"),
+            std::string::npos)
+      << table.out;
+  const auto j = parsed(run("validate rows '" + csv + "' --profile '" + fit + "' --json"));
+  EXPECT_EQ(j.at("profile"), (Json{{"file", fit}, {"fitted", 3}, {"not_fitted", 1}}));
+  EXPECT_FALSE(parsed(run("validate rows '" + csv + "' --json")).contains("profile"));
+}
+
 /// The prediction's terms are of the trace's rank: the first stage looks words up, the last has the
 /// loss; a stage that ends early waits in the bubble, and all sum to the step.
 TEST(Compare, TermsAreOfTheTracesRank) {

@@ -300,7 +300,7 @@ TEST(Folding, ReplayedBlocksAgreeWithThosePlayedStepByStep) {
                                          parse_topology(kMixed, "mixed.yaml")};
   const std::vector<Graph> graphs{gpt(), llama(), mixtral(), uneven(false)};
   int feasible = 0, contended = 0;
-  for (int i = 0; i < 500; ++i) {
+  for (int i = 0; i < 600; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     const Topology& t = topologies[rng() % topologies.size()];
     Plan wanted = with_launches(random_plan(rng), rng);

@@ -231,9 +231,10 @@ TEST(Search, ALargerMicroBatchNeverNeedsLess) {
   std::mt19937 rng(3);
   Communication communication(load_topology("dgx-h100:13"));
   int compared = 0;
-  for (int k = 0; k < 200; ++k) {
+  for (int k = 0; k < 400; ++k) {
     const Graph g = random_transformer(rng);
     Plan p = random_plan(rng);
+    if (p.schedule == Schedule::gpipe) continue;  // the search tries all of them there
     p.global_batch = 12 * p.dp;
     Bytes before{0};
     for (const std::int64_t mb : {1, 2, 3, 4, 6, 12}) {

@@ -40,6 +40,8 @@ TEST(Csv, MistakesAreFoundWhereTheyAre) {
       "\xFE\xFF"
       "a",
       "f.csv: is UTF-16; save it as UTF-8");
+  expect("a;b\n1;2\n", "f.csv:1: columns are separated by semicolons; save it with commas");
+  expect("\n\na\tb\n", "f.csv:3: columns are separated by tabs; save it with commas");
   expect("a,b,a\n", "f.csv:1: column 'a' is named twice");
   expect("a,b\n1,2\n3\n", "f.csv:3: 1 fields, but 2 columns");
   expect("a,b\n1,2,3\n", "f.csv:2: 3 fields, but 2 columns");

@@ -94,6 +94,33 @@ TEST(NcclTestsLogs, TheOperationIsThatOfTheTextElseOfTheName) {
               ThrowsMessage<InputError>(HasSubstr("exchanges are priced from links")));
 }
 
+/// A log that names its GPUs is of the cluster it is taken for; one that names none, or a GPU that
+/// the catalogue does not know, is let through.
+TEST(NcclTestsLogs, AreOfTheDevicesThatTheyAreTakenFor) {
+  const auto catalogue = load_catalogue();
+  NcclTestsLog log = parse_nccl_tests(log_text(), "run.log");
+  EXPECT_EQ(log.device, "NVIDIA H100 80GB");
+  check_device(log, "h100-sxm", catalogue);
+  EXPECT_THAT([&] { check_device(log, "a100-sxm-80gb", catalogue); },
+              ThrowsMessage<InputError>(HasSubstr(
+                  "run.log: was measured on NVIDIA H100 80GB, but the cluster's devices are "
+                  "a100-sxm-80gb; name the cluster that was measured with --topology")));
+  for (const auto& [name, device] :
+       std::vector<std::pair<std::string, std::string>>{{"NVIDIA A100-SXM4-40GB", "a100-sxm-40gb"},
+                                                        {"NVIDIA A100 80GB PCIe", "a100-pcie-80gb"},
+                                                        {"Tesla V100-SXM2-32GB", "v100-sxm-32gb"},
+                                                        {"NVIDIA GB200", "gb200"},
+                                                        {"NVIDIA B200", "b200"}}) {
+    log.device = name;
+    check_device(log, device, catalogue);
+    EXPECT_THROW(check_device(log, "h100-sxm", catalogue), InputError) << name;
+  }
+  for (const char* unknown : {"", "NVIDIA", "NVIDIA Rubin R100", "AMD Instinct MI300X"}) {
+    log.device = unknown;
+    check_device(log, "h100-sxm", catalogue);
+  }
+}
+
 TEST(NcclTestsLogs, BadOnesAreRefusedWithTheLine) {
   const auto with = [](const std::string& from, const std::string& to) {
     std::string s = log_text();
