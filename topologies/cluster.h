@@ -20,7 +20,8 @@ struct VertexSpec {
   std::string name;
   VertexKind kind = VertexKind::cpu;
   std::size_t profile = 0;        ///< Devices: index into ClusterSpec::profiles.
-  BytesPerSecond port_bandwidth;  ///< NICs: to the fabric, one direction.
+  BytesPerSecond port_bandwidth;  ///< NICs: to the fabric, one direction, as transfers reach it.
+  double port_efficiency = 1;     ///< ... over the line rate.
   Seconds port_latency;
   std::string place;
 };

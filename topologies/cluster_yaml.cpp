@@ -225,7 +225,9 @@ class Reader {
     vertex.kind = vertex_kind(node.get("kind"));
     if (vertex.kind == VertexKind::device) vertex.profile = profile(node.get("device"));
     if (vertex.kind == VertexKind::nic) {
-      vertex.port_bandwidth = node.get("bandwidth").as_byte_rate();
+      vertex.port_efficiency = share(node, "efficiency");
+      vertex.port_bandwidth =
+          BytesPerSecond{node.get("bandwidth").as_byte_rate().count * vertex.port_efficiency};
       vertex.port_latency = latency(node, "latency");
       cite(node, source);
     }
@@ -237,6 +239,17 @@ class Reader {
     if (group.vertices.size() > kMostVertices)
       throw InputError(node.place(), fmt::format("a node has at most {} vertices; this one has {}",
                                                  kMostVertices, group.vertices.size()));
+  }
+
+  /// A number above 0, at most 1; absent: 1.
+  static double share(const YamlNode& node, const char* key) {
+    const auto n = node.find(key);
+    if (!n) return 1;
+    const double x = n->as_double();
+    if (!(x > 0 && x <= 1))
+      throw InputError(n->place(),
+                       fmt::format("{} {} is no share; use a number above 0, at most 1", key, x));
+    return x;
   }
 
   std::vector<std::size_t> lookup(const YamlNode& node,

@@ -25,6 +25,7 @@ struct LocalLink {
   LinkKind kind = LinkKind::other;
   BytesPerSecond bandwidth;
   Seconds latency;
+  double efficiency = 1;
 
   PathCost cost() const { return {1, bandwidth.count, to_ticks(latency).count}; }
 };
@@ -49,7 +50,8 @@ class NodeTemplate {
     first_nic_link_ = links_.size();
     for (std::size_t n = 0; n < nics_.size(); ++n) {
       const auto& nic = spec_.vertices[nics_[n]];
-      add_cable(nics_[n], kNone, n, LinkKind::network, nic.port_bandwidth, nic.port_latency);
+      add_cable(nics_[n], kNone, n, LinkKind::network, nic.port_bandwidth, nic.port_latency,
+                nic.port_efficiency);
     }
     find_paths();
   }
@@ -145,9 +147,9 @@ class NodeTemplate {
   }
 
   void add_cable(std::size_t a, std::size_t b, std::size_t nic, LinkKind kind,
-                 BytesPerSecond bandwidth, Seconds latency) {
-    links_.push_back({a, b, nic, kind, bandwidth, latency});
-    links_.push_back({b, a, nic, kind, bandwidth, latency});
+                 BytesPerSecond bandwidth, Seconds latency, double efficiency = 1) {
+    links_.push_back({a, b, nic, kind, bandwidth, latency, efficiency});
+    links_.push_back({b, a, nic, kind, bandwidth, latency, efficiency});
   }
 
   std::size_t graph_size() const {

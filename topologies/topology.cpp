@@ -519,7 +519,8 @@ Link Topology::as_built(LinkId link) const {
       found = impl_->domain_vertex(node);
     return static_cast<std::int32_t>(found);
   };
-  return {global(local.from), global(local.to), local.kind, local.bandwidth, local.latency};
+  return {global(local.from), global(local.to), local.kind,
+          local.bandwidth,    local.latency,    local.efficiency};
 }
 
 std::string Topology::link_name(LinkId id) const {

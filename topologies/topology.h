@@ -37,6 +37,7 @@ struct Link {
   LinkKind kind = LinkKind::other;
   BytesPerSecond bandwidth;
   Seconds latency;
+  double efficiency = 1;  ///< of a network card: `bandwidth` over the line rate that it reports
 };
 
 /// What differs from the files: parts that are slow, failed or busy, and which device each rank

@@ -1053,7 +1053,7 @@ std::uint64_t Communication::price_class(const std::vector<std::int64_t>& ranks,
   if (state_->nccl && ranks.size() > 1) {
     const nccl::Communicator& c = group(ranks).communicator;
     h = mix(h, static_cast<std::uint64_t>(c.nodes));
-    for (const double x : {c.nvlink_GBps, c.network_GBps, c.route_latency_us})
+    for (const double x : {c.nvlink_GBps, c.network_GBps, c.network_share, c.route_latency_us})
       h = mix(h, bits_of(x));
     unsigned lays = 0;  // that it may take
     for (std::size_t a = 0; a < c.graphs.size(); ++a) {

@@ -48,6 +48,7 @@ struct Communicator {
   std::array<std::optional<Graph>, kAlgorithms> graphs;
   /// NVLinks of one member and its way to the network, as NCCL rates them; 0 where it has none.
   double nvlink_GBps = 0, network_GBps = 0;
+  double network_share = 1;  ///< of its cards' rate that transfers reach
   /// Of a route into the network and out of it, beyond what NCCL's tables know.
   double route_latency_us = 0;
 

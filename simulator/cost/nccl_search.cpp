@@ -42,8 +42,9 @@ double rating(const Link& link, int capability, Cpu cpu) {
       // Rapids, older ones Skylake or later.
       if (cpu == Cpu::amd) return 16;
       return cpu == Cpu::intel ? (capability >= 90 ? 22 : 10) : 6;
-    case LinkKind::c2c:
     case LinkKind::network:
+      return nominal / link.efficiency;  // NCCL asks the card, which tells its line rate
+    case LinkKind::c2c:
     case LinkKind::other:
       return nominal;
   }
@@ -111,6 +112,7 @@ struct Node {
   std::vector<std::vector<double>> direct;           ///< GB/s between members without a switch
   std::vector<std::pair<double, double>> hop_rooms;  ///< PCIe: rating and load per channel
   std::vector<double> cards;                         ///< of each network card and the way to it
+  double network_share = 1;                          ///< of a card's line rate that it reaches
   bool cards_over_cpu = false;
   double latency_us = 0;
 
@@ -216,6 +218,7 @@ Node look(const Topology& t, const std::vector<std::int64_t>& ranks,
           latency += l.latency.count * 1e6;
           if (t.vertex_kind(l.from) == VertexKind::nic) {
             const double card = std::min(least, rate(id));
+            node.network_share = std::min(node.network_share, l.efficiency);
             cards[l.from] = std::max(cards[l.from], card);
             way = std::max(way, card);
           }
@@ -360,6 +363,7 @@ Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ra
   c.ll128 = uniform && c.compute_capability >= 70 && nvlink && !node.cards_over_cpu;
   if (node.nvlink) c.nvlink_GBps = node.total;
   for (const double card : node.cards) c.network_GBps += card;
+  c.network_share = node.network_share;
   c.route_latency_us = node.latency_us;
   return c;
 }

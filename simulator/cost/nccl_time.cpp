@@ -92,11 +92,12 @@ double between_us(const Communicator& c, Collective w, const Choice& x, const Pr
   const double latency = plan.latency_us + c.route_latency_us * crossings;
   const double ramp = ramp_us(ring ? k.network_ring_ramp : k.network_ramp, kFullNetwork, bytes);
   if (x.protocol != Protocol::simple)
-    return latency + bytes / (1000 * plan.bandwidth_GBps) + kLl128Ramp * ramp;
-  double bandwidth = plan.bandwidth_GBps * k.network;
+    return latency + bytes / (1000 * plan.bandwidth_GBps * c.network_share) + kLl128Ramp * ramp;
+  const double network = k.network * c.network_share;
+  double bandwidth = plan.bandwidth_GBps * network;
   if (x.algorithm == Algorithm::nvls_tree) {
     // Of a double tree each node sends all bytes up and all down; two nodes halve them.
-    const double out = c.network_GBps * k.network / (c.nodes > 2 ? 2 : 1);
+    const double out = c.network_GBps * network / (c.nodes > 2 ? 2 : 1);
     bandwidth = std::min(nvls_bandwidth(c, k), out);
   }
   return latency + bytes / (1000 * bandwidth) + ramp;

@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "base/yaml.h"
 #include "simulator/cost/cost.h"
 #include "simulator/cost/nccl_time.h"
 
@@ -278,6 +279,47 @@ TEST(NcclTime, TheExamplesOfThePage) {
   EXPECT_NEAR(us("dgx-h100:2", CollectiveKind::all_reduce, 1_GiB, 16), 4215.95, 5e-3);
   Communication c(load_topology("dgx-h100"));
   EXPECT_NEAR(c.point_to_point(64_MiB, 0, 1).count * 1e6, 255.806, 1e-3);
+  EXPECT_NEAR(us("v100-sxm-4:4", CollectiveKind::all_reduce, Bytes{4'000'000'000}, 16), 709e3, 500);
+  EXPECT_NEAR(us("v100-sxm-4:16", CollectiveKind::all_reduce, Bytes{4'000'000'000}, 64), 750e3,
+              5e3);
+}
+
+/// A card tells its line rate, so channels and choices are as of a card that reaches it; times are
+/// of what it reaches.
+TEST(NcclTime, CardsBelowTheirLineRateChangeTimesNotChoices) {
+  const std::string file = data_folder("topologies/catalogue/v100-sxm-4.yaml");
+  std::string text = read_file(file);
+  const std::string said = "efficiency: 0.237, ";
+  const std::size_t at = text.find(said);
+  ASSERT_NE(at, std::string::npos);
+  const auto with = [&](const std::string& efficiency) {
+    std::string t = text;
+    t.replace(at, said.size(), efficiency);
+    t.replace(t.find("count: 1"), 8, "count: 4");
+    return parse_topology(t, file);
+  };
+  const Topology whole = with(""), half = with("efficiency: 0.5, ");
+  const Communicator a = communicator(whole, first(16)), b = communicator(half, first(16));
+  EXPECT_EQ(a.network_share, 1);
+  EXPECT_EQ(b.network_share, 0.5);
+  for (const auto what :
+       {Collective::all_reduce, Collective::all_gather, Collective::reduce_scatter}) {
+    for (const double bytes : {1e3, 1e6, 1e9, 1e11}) {
+      EXPECT_EQ(choose(a, what, bytes), choose(b, what, bytes)) << bytes;
+      const auto x = choose(a, what, bytes);
+      const double ta = time_us(a, what, x, bytes), tb = time_us(b, what, x, bytes);
+      EXPECT_GT(tb, ta);
+      EXPECT_LT(tb, 2 * ta) << "latency and ramp stay";
+      if (bytes > 1e10) {
+        EXPECT_NEAR(tb / ta, 2, 0.01);
+      }
+    }
+  }
+  // A message takes what the card reaches.
+  Communication fast(whole), slow(half);
+  EXPECT_NEAR(slow.point_to_point(Bytes{10'000'000'000}, 0, 4).count /
+                  fast.point_to_point(Bytes{10'000'000'000}, 0, 4).count,
+              2, 0.01);
 }
 
 TEST(NcclTime, ChangesItsChoiceWhereNcclDoesAndNeverFalls) {

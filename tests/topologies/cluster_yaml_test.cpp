@@ -155,6 +155,14 @@ TEST(ClusterYaml, BadClustersSayWhatIsWrong) {
   EXPECT_THAT(
       parsing(with("bandwidth: 100 Gb/s, latency: 1 us", "bandwidth: 1 Gb/s, latency: 1e9 s")),
       ThrowsMessage<InputError>(HasSubstr("latency is at most 10 s")));
+  for (const char* wrong : {"0", "1.5", "-1", "nan"})
+    EXPECT_THAT(
+        parsing(with("100 Gb/s, latency", fmt::format("100 Gb/s, efficiency: {}, latency", wrong))),
+        ThrowsMessage<InputError>(HasSubstr("efficiency")))
+        << wrong;
+  EXPECT_THAT(parsing(with("100 Gb/s, latency", "100 Gb/s, efficiency: 2, latency")),
+              ThrowsMessage<InputError>(
+                  HasSubstr("efficiency 2 is no share; use a number above 0, at most 1")));
   EXPECT_THAT(parsing(with("gpu[0-3]\", to", "gpu[0-2]\", to")),
               ThrowsMessage<InputError>(HasSubstr("3 vertices can't be linked to 2")));
   EXPECT_THAT(parsing(with("to: pcie1", "to: pcie0")),

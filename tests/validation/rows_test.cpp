@@ -224,6 +224,19 @@ TEST(RowCase, ClustersByDeviceAndNode) {
   EXPECT_EQ(name("GB300", "", 8, std::nullopt), "gb300-nvl72:8 gpus");
   EXPECT_EQ(name("H100", "80", 8, 4), "h100-sxm-4:8 gpus");
   EXPECT_EQ(name("B300", "", 8, 8), "dgx-b300:8 gpus");
+  // A printed rate is the line's: what transfers reach of it is the cluster's.
+  std::vector<std::string> none;
+  const auto omni_path = cluster_of(catalogue(), "A100", "80", 32, 8, "NVLink3",
+                                    "4x Omni-Path 100 Gb/s per node", none);
+  EXPECT_EQ(omni_path.topology, "a100-sxm-8-omni-path:32 gpus");
+  const Topology reached = load_topology(omni_path.topology, omni_path.edits);
+  double node = 0;
+  for (std::size_t l = 0; l < reached.link_count(); ++l) {
+    const Link x = reached.link(LinkId{l});
+    if (reached.vertex_kind(x.from) == VertexKind::nic && x.kind == LinkKind::network)
+      node += x.bandwidth.count;
+  }
+  EXPECT_NEAR(node / 4, 0.392 * 4 * 12.5e9, 1e6);
   // The card of the text stands in the node, also where the file has another of its kind.
   std::vector<std::string> assumed;
   const auto c = cluster_of(catalogue(), "V100", "16", 8, 8, "", "", assumed);
