@@ -43,7 +43,8 @@ struct Comparison {
   /// The trace names a GPU of another generation: "a100-sxm-80gb" is none of "NVIDIA H100 ...".
   bool another_gpu() const {
     const std::string generation = device.substr(0, device.find('-'));
-    return !trace.gpu.empty() && validation::lower(trace.gpu).find(generation) == std::string::npos;
+    const std::string gpu = " " + validation::lower(trace.gpu);  // a GB200 is no B200
+    return !trace.gpu.empty() && gpu.find(" " + generation) == std::string::npos;
   }
   Seconds step() const { return Seconds{static_cast<double>(measured.ns) / 1e9}; }
   /// (predicted - measured) over the measured step.
@@ -66,6 +67,8 @@ std::string json_of(const Graph& g, const Topology& t, const Comparison& c) {
   j["gpu"] = c.trace.gpu.empty() ? Json(nullptr) : Json(c.trace.gpu);
   j["rank"] = c.rank ? Json(*c.rank) : Json(nullptr);
   j["steps"] = c.measured.steps;
+  j["steps_of_gpu"] = c.trace.steps_of_gpu;
+  j["later"] = c.measured.later;
   j["measured_s"] = c.step().count;
   j["measured_range_s"] = c.measured.steps > 0
                               ? Json{seconds(c.measured.low), seconds(c.measured.high)}
@@ -107,7 +110,8 @@ std::string table(const Graph& g, const Topology& t, const Comparison& c) {
       c.rank ? fmt::format("rank {}", *c.rank) : std::string("beside the rank that ends last"));
   out += c.measured.steps == 0
              ? std::string("no ProfilerStep marks: the whole trace\n\n")
-             : fmt::format("the median of {} steps, {} to {}\n\n", c.measured.steps,
+             : fmt::format("the median of {} steps{}, {} to {}\n\n", c.measured.steps,
+                           c.trace.steps_of_gpu ? " as the GPU ran them" : "",
                            text(Seconds{static_cast<double>(c.measured.low) / 1e9}),
                            text(Seconds{static_cast<double>(c.measured.high) / 1e9}));
   std::vector<std::vector<std::string>> rows{
@@ -124,6 +128,13 @@ std::string table(const Graph& g, const Topology& t, const Comparison& c) {
   if (c.another_gpu())
     out += fmt::format("\nthe trace is of {}, the topology has {}: name the topology that ran\n",
                        c.trace.gpu, c.device);
+  constexpr double kLate = 0.2;
+  if (c.measured.later > kLate)
+    out += fmt::format(
+        "\n{:.0f} % of the kernels' time is after the last ProfilerStep ended: the "
+        "host was ahead, and the step is its own; record more steps, or let each "
+        "wait for its loss\n",
+        100 * c.measured.later);
   if (!c.trace.groups.empty() && !c.rank)
     out += "\ncommunication by collective: the trace does not say whose it is; --rank gives axes\n";
   if (!c.measured.unknown.empty()) {

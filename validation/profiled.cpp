@@ -53,7 +53,7 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   struct Event {
     std::string name, category, phase;
     std::optional<std::string> start, duration;
-    std::optional<std::int64_t> device, stream, group_size;
+    std::optional<std::int64_t> process, device, stream, group_size;
     std::string group_ranks;
   };
   struct OfDevice {
@@ -121,7 +121,9 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   std::vector<std::string> gpus;  ///< by device
   std::vector<ProfilerTrace::Group> groups;
   std::vector<OfDevice> events;
-  std::vector<ProfilerTrace::Step> steps;
+  std::map<std::string, ProfilerTrace::Step> steps;  ///< the host's, by name
+  /// By device and name: from the first of its kernels to the last, on whatever stream.
+  std::map<std::int64_t, std::map<std::string, ProfilerTrace::Step>> gpu_steps;
   std::optional<std::int64_t> ranks, rank;
   bool has_events = false;
   std::optional<std::size_t> failed_at;
@@ -139,6 +141,7 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
     if (depth_ == kEvent) {
       if (key_ == "ts") event_.start = std::move(text);
       if (key_ == "dur") event_.duration = std::move(text);
+      if (key_ == "pid") event_.process = whole;
     } else if (depth_ == kArguments && arguments_) {
       if (key_ == "device") event_.device = whole;
       if (key_ == "stream") event_.stream = whole;
@@ -150,9 +153,11 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
   void note() {
     ++event_number_;
     if (event_.phase != "X") return;
-    const bool gpu = event_.category == "kernel" || event_.category == "gpu_memcpy" ||
-                     event_.category == "gpu_memset";
-    const bool step = event_.name.rfind(kStep, 0) == 0 && event_.category != "gpu_user_annotation";
+    // Before PyTorch 1.12: "Kernel", "Memcpy", "Memset".
+    const std::string category = lower(event_.category);
+    const bool gpu = category == "kernel" || category == "gpu_memcpy" || category == "memcpy" ||
+                     category == "gpu_memset" || category == "memset";
+    const bool step = event_.name.rfind(kStep, 0) == 0;
     if (!gpu && !step) return;
     const std::string place =
         fmt::format("{}: traceEvents[{}] ({})", file_, event_number_ - 1, event_.name);
@@ -169,7 +174,13 @@ class TraceReader : public nlohmann::json_sax<nlohmann::json> {
       throw InputError(
           place, fmt::format("dur: {} us is below 0; record the trace again", *event_.duration));
     if (step) {
-      steps.push_back({start, start + ns});
+      // Kineto's marks of a GPU are a device's (its process) and a stream's.
+      auto& marks = category == "gpu_user_annotation"
+                        ? gpu_steps[event_.device.value_or(event_.process.value_or(0))]
+                        : steps;
+      auto& mark =
+          marks.try_emplace(event_.name, ProfilerTrace::Step{start, start + ns}).first->second;
+      mark.start = std::min(mark.start, start), mark.end = std::max(mark.end, start + ns);
       return;
     }
     const auto [it, fresh] =
@@ -278,9 +289,28 @@ ProfilerTrace parse_profiler_trace(const std::string& text, const std::string& f
     trace.gpu = reader.gpus[static_cast<std::size_t>(trace.device)];
   trace.names = std::move(reader.names);
   trace.groups = std::move(reader.groups);
-  trace.steps = std::move(reader.steps);
-  std::stable_sort(trace.steps.begin(), trace.steps.end(),
-                   [](const auto& a, const auto& b) { return a.start < b.start; });
+  const auto by_start = [](const std::map<std::string, ProfilerTrace::Step>& marks) {
+    std::vector<ProfilerTrace::Step> steps;
+    for (const auto& [name, s] : marks) steps.push_back(s);
+    std::stable_sort(steps.begin(), steps.end(),
+                     [](const auto& a, const auto& b) { return a.start < b.start; });
+    return steps;
+  };
+  const auto& gpu_marks = reader.gpu_steps[trace.device];
+  trace.steps_of_gpu = reader.steps.empty() && !gpu_marks.empty();
+  for (const auto& [name, ran] : gpu_marks) {
+    const auto host = reader.steps.find(name);
+    constexpr std::int64_t kLag = 20;  // a twentieth of the step
+    if (host != reader.steps.end() &&
+        ran.end - host->second.end > (host->second.end - host->second.start) / kLag)
+      trace.steps_of_gpu = true;
+  }
+  trace.steps = by_start(trace.steps_of_gpu ? gpu_marks : reader.steps);
+  // Streams end a step at different times: it lasts until the next begins.
+  if (trace.steps_of_gpu) {
+    for (std::size_t s = 0; s + 1 < trace.steps.size(); ++s)
+      trace.steps[s].end = trace.steps[s + 1].start;
+  }
   return trace;
 }
 
@@ -430,6 +460,15 @@ ProfiledStep profiled_step(const ProfilerTrace& trace, const std::vector<KernelK
     step.high = steps.back().end - steps.back().start;
   }
   step.ns = window.end - window.start;
+  if (!trace.steps.empty()) {
+    std::int64_t all = 0, later = 0, end = INT64_MIN;
+    for (const auto& s : trace.steps) end = std::max(end, s.end);
+    for (const auto& e : trace.events) {
+      all += e.end - e.start;
+      if (e.start >= end) later += e.end - e.start;
+    }
+    if (all > 0) step.later = static_cast<double>(later) / static_cast<double>(all);
+  }
 
   // What ran in it.
   std::vector<ProfilerTrace::Event> events;

@@ -39,6 +39,7 @@ struct ProfilerTrace {
   std::vector<Group> groups;
   std::vector<Event> events;  ///< as in the file
   std::vector<Step> steps;    ///< "ProfilerStep#N", by start
+  bool steps_of_gpu = false;  ///< as the GPU ran them: the host was ahead of it
 };
 
 /// Kineto's Chrome trace events. `device`: whose; empty: the one there is. InputError{file}:
@@ -81,6 +82,7 @@ struct ProfiledStep {
   std::int64_t ns = 0;
   std::int64_t steps = 0;              ///< it is the median of; 0: the whole trace
   std::int64_t low = 0, high = 0;      ///< the shortest and the longest of them
+  double later = 0;                    ///< the part of all kernels' time after the last mark's end
   std::vector<ProfiledTerm> terms;     ///< by group, then most instants first
   std::vector<UnknownKernel> unknown;  ///< most time first
 };

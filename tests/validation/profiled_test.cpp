@@ -177,6 +177,64 @@ TEST(ProfiledStep, IsTheLowerMedianWithoutTheFirstAndWithoutEmptyOnes) {
   EXPECT_EQ(none.ns, 41'000);
 }
 
+// docs/compare.md, by hand: the host is ahead of its GPU.
+TEST(ProfiledStep, IsTheGpusWhereTheHostWasAhead) {
+  const auto mark = [](const std::string& category, int n, int from, int us, int stream = 7) {
+    return event(fmt::format("ProfilerStep#{}", n), category, std::to_string(from),
+                 std::to_string(us), stream);
+  };
+  const auto kernel = [](int from, int us, int stream = 7) {
+    return event("nvjet", "kernel", std::to_string(from), std::to_string(us), stream);
+  };
+  const std::vector<std::string> host{mark("user_annotation", 1, 0, 10),
+                                      mark("user_annotation", 2, 10, 10)};
+  const std::vector<std::string> kernels{kernel(4, 50), kernel(54, 6, 20), kernel(58, 52)};
+  const std::string gpu = "gpu_user_annotation";
+  const std::vector<std::string> ahead{mark(gpu, 1, 4, 50), mark(gpu, 1, 54, 6, 20),
+                                       mark(gpu, 2, 58, 52)};
+  const auto with = [&](std::vector<std::vector<std::string>> parts) {
+    std::vector<std::string> all;
+    for (const auto& p : parts) all.insert(all.end(), p.begin(), p.end());
+    return trace_of(all);
+  };
+  const ProfilerTrace t = with({host, kernels, ahead});
+  EXPECT_TRUE(t.steps_of_gpu);
+  ASSERT_EQ(t.steps.size(), 2u);
+  EXPECT_EQ(t.steps[0].end - t.steps[0].start, 54'000);
+  EXPECT_EQ(t.steps[1].end - t.steps[1].start, 52'000);
+  EXPECT_EQ(profiled_step(t, kinds()).ns, 52'000);
+  EXPECT_EQ(profiled_step(t, kinds()).later, 0);
+  // One step alone, and marks of the GPU alone.
+  EXPECT_EQ(profiled_step(with({{host[0], kernels[0], ahead[0]}}), kinds()).ns, 50'000);
+  EXPECT_EQ(profiled_step(with({kernels, ahead}), kinds()).ns, 52'000);
+  // Marks of the host alone: the part of the kernels that began after them.
+  const ProfiledStep alone = profiled_step(with({host, kernels}), kinds());
+  EXPECT_EQ(alone.ns, 10'000);
+  EXPECT_DOUBLE_EQ(alone.later, 58.0 / 108);
+  // A host that waits marks its own.
+  const std::vector<std::string> waits{mark("user_annotation", 1, 0, 40),
+                                       mark("user_annotation", 2, 40, 60)};
+  const auto kept = [&](int end) {
+    return with({waits,
+                 {kernel(4, 36), kernel(60, end - 60)},
+                 {mark(gpu, 1, 4, 36), mark(gpu, 2, 60, end - 60)}})
+        .steps_of_gpu;
+  };
+  EXPECT_FALSE(kept(100));
+  EXPECT_FALSE(kept(103));  // a twentieth of 60 later
+  EXPECT_TRUE(kept(104));
+  // Another device's marks say nothing.
+  EXPECT_FALSE(with({waits, {kernel(4, 36)}, {event("ProfilerStep#2", gpu, "60", "90", 7, 3)}})
+                   .steps_of_gpu);
+}
+
+TEST(ProfilerTrace, KnowsTheCategoriesOfOldPyTorch) {
+  EXPECT_EQ(trace_of({event("nvjet", "Kernel", "1", "2"), event("copy", "Memcpy", "3", "1"),
+                      event("fill", "Memset", "4", "1"), event("aten::mm", "Operator", "1", "2")})
+                .events.size(),
+            3u);
+}
+
 TEST(ProfilerTrace, TakesNanosecondsFromTheDigits) {
   const auto t = trace_of({event("nvjet", "kernel", "1713378654123456.789", "0.001"),
                            event("nvjet", "kernel", "1713378654123456.7894", "10"),
