@@ -1206,6 +1206,10 @@ class CaseBuilder {
       // What is captured as a whole counts rows on the device.
       if (p.launches.graphs) p.launches.waits_for_counts = false;
       set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
+      if (!w.graphs_of.empty()) {
+        p.launches.graphs_of = w.graphs_of;
+        assume("graphs of {} (workload)", w.graphs_of);
+      }
       set("fused experts", w.fused_experts, p.kernels.fused_experts);
       if (w.activation_passes_forward > 0) {
         p.kernels.activation_passes_forward = w.activation_passes_forward;

@@ -209,16 +209,10 @@ class Compiler {
       case Kind::free:
         break;
     }
-    const bool eager = !l.graphs && (!l.graphs_beside_experts || of_experts(p_, i));
-    if (eager) {
-      captured = false;
-    } else if (time.count > 0) {
-      if (captured)
-        time = Seconds{0};
-      else
-        time = l.kernel;
-      captured = true;
-    }
+    if (time.count == 0) return;
+    const bool in_graph = of_graph(p_, i);
+    if (in_graph) time = captured ? Seconds{0} : l.kernel;
+    captured = in_graph;
     const Topology& t = communication_.topology();
     price.launch = t.launch_time(t.node_of(DeviceId{static_cast<std::size_t>(rank)})) * time;
   }

@@ -213,6 +213,7 @@ class Lowering {
       po.compute = compute_type(op.operation);
       po.has_loss = graph_.loss.valid() && std::find(op.outputs.begin(), op.outputs.end(),
                                                      graph_.loss) != op.outputs.end();
+      po.captured = matches(plan_.launches.graphs_of, op.name);
       po.in_normalise = plan_.fuses_normalise && follows_normalise(op);
       p_.operators.push_back(std::move(po));
       layouts_.push_back(std::move(*l));

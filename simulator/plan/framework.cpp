@@ -74,6 +74,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     time("step", f.launches.step);
     boolean(*launch, "graphs", f.launches.graphs);
     boolean(*launch, "graphs_beside_experts", f.launches.graphs_beside_experts);
+    setting(*launch, "graphs_of", [&](const YamlNode& n) { f.launches.graphs_of = n.as_string(); });
     boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
     boolean(*launch, "blocking", f.launches.blocking);
     launch->reject_unknown_keys();
@@ -294,6 +295,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       if (const auto n = node.find("gpus")) w.gpus = n->as_int(1, 1'000'000);
       if (const auto n = node.find("zero")) w.zero = n->as_int(0, 3);
       if (const auto n = node.find("recompute")) w.recompute = n->as_string();
+      if (const auto n = node.find("graphs_of")) w.graphs_of = n->as_string();
       if (const auto n = node.find("offload_blocks")) w.offload_blocks = n->as_int(1, 1'000'000);
       if (const auto n = node.find("packed")) w.packed = n->as_int(1, 1'000'000);
       if (const auto n = node.find("zero_group")) w.zero_group = n->as_int(1, 1'000'000);

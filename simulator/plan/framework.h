@@ -33,6 +33,7 @@ struct Workload {
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
   std::optional<bool> blocking;     ///< Launches'
+  std::string graphs_of;            ///< Launches'
   std::string recompute;            ///< of rows that print none
   std::int64_t offload_blocks = 0;  ///< > 0: Plan's, of activations
   /// > 0: a sequence is packed from samples of so many tokens, which do not see each other.

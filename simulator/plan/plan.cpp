@@ -437,6 +437,15 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return plan;
   }
   plan.root_state = 0;
+  const std::string& captured = plan.launches.graphs_of;
+  if (!captured.empty() &&
+      std::none_of(graph.operators.begin(), graph.operators.end(),
+                   [&](const Operator& op) { return matches(captured, op.name); })) {
+    return no(
+        fmt::format("graphs_of of launch: pattern '{}' matches no operator of {}; partita model "
+                    "MODEL --operators lists them",
+                    captured, graph.name));
+  }
   plan.root_operators.clear();
   if (plan.strategy == "dataparallel") {
     // torch.nn.DataParallel: in every step one rank scatters the batch, broadcasts its parameters,
@@ -825,6 +834,7 @@ void set_launches(Launches& l, const YamlNode& n) {
   if (const auto x = n.find("step")) time(*x, l.step);
   if (const auto x = n.find("graphs")) l.graphs = x->as_bool();
   if (const auto x = n.find("graphs_beside_experts")) l.graphs_beside_experts = x->as_bool();
+  if (const auto x = n.find("graphs_of")) l.graphs_of = x->as_string();
   if (const auto x = n.find("waits_for_counts")) l.waits_for_counts = x->as_bool();
   if (const auto x = n.find("blocking")) l.blocking = x->as_bool();
   n.reject_unknown_keys();
@@ -1071,10 +1081,12 @@ std::string to_yaml(const Plan& p) {
   };
   if (p.launches != Launches{})
     s += fmt::format(
-        "launch: {{kernel: {} s, {}{}transfer: {} s, {}graphs: {}, {}waits_for_counts: {}{}}}\n",
+        "launch: {{kernel: {} s, {}{}transfer: {} s, {}graphs: {}, {}{}waits_for_counts: {}{}}}\n",
         p.launches.kernel.count, if_any("product", p.launches.product),
         if_any("loop", p.launches.loop), p.launches.transfer.count, if_any("step", p.launches.step),
         p.launches.graphs, p.launches.graphs_beside_experts ? "graphs_beside_experts: true, " : "",
+        p.launches.graphs_of.empty() ? ""
+                                     : fmt::format("graphs_of: \"{}\", ", p.launches.graphs_of),
         p.launches.waits_for_counts, p.launches.blocking ? ", blocking: true" : "");
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(

@@ -289,6 +289,12 @@ bool of_experts(const Program& p, const Instruction& i) {
   return routed(i.reads) || routed(i.gradients) || routed(i.writes);
 }
 
+bool of_graph(const Program& p, const Instruction& i) {
+  const Launches& l = p.launches;
+  return l.graphs || (l.graphs_beside_experts && !of_experts(p, i)) ||
+         (i.op >= 0 && p.operators[static_cast<std::size_t>(i.op)].captured);
+}
+
 namespace {
 
 bool of_a_layer(const ProgramOperator& op) { return op.name.rfind("layers.", 0) == 0; }

@@ -38,6 +38,7 @@ struct ProgramOperator {
   /// each alone.
   std::vector<int> joined;
   bool in_other = false;  ///< is `joined` to another
+  bool captured = false;  ///< Launches' graphs_of matches it
 };
 
 enum class Category : std::uint8_t {
@@ -251,6 +252,7 @@ struct Launches {
   /// before the rows' exchange.
   bool waits_for_counts = false;
   bool graphs_beside_experts = false;  ///< what touches no rows of experts was captured
+  std::string graphs_of;  ///< operators that were captured: a pattern of names; empty: none
   bool blocking = false;  ///< the host waits for each kernel before it launches the next
   Seconds product{0};     ///< the first kernel of a call of a layer of products; 0: as others
   /// Those that follow it from the same call, expert by expert or part by part; 0: as others.
@@ -517,6 +519,9 @@ bool brings_rows(const Program& program, const Instruction& instruction);
 bool cut_by_expert(const Program& program, BufferId buffer);
 /// Does it touch rows of experts?
 bool of_experts(const Program& program, const Instruction& instruction);
+
+/// Was it captured? One launch starts all of a block's that stand together.
+bool of_graph(const Program& program, const Instruction& instruction);
 
 /// Rows of a routed buffer with a routing that `rank` holds.
 std::int64_t routed_rows(const Program& program, BufferId buffer, std::int64_t rank);

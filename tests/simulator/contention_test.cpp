@@ -988,8 +988,17 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
   EXPECT_EQ(step(1e-6, false), 1'000'000 + 3 * one);
   EXPECT_EQ(step(6e-6, true), 6'000'000 + 3 * one);
   EXPECT_EQ(step(0, false), 3 * one);
+  // The first kernel is of another operator than the two that were captured: 6, 12, 12.
+  p.operators.resize(2);
+  p.operators[1].captured = true;
+  for (std::size_t k = 0; k < 3; ++k) p.blocks[0].instructions[k].op = k > 0 ? 1 : 0;
+  EXPECT_EQ(step(6e-6, false), 12'000'000 + 2 * one);
+  EXPECT_EQ(step(6e-6, true), 6'000'000 + 3 * one);
+  for (Instruction& i : p.blocks[0].instructions) i.op = -1;
   // Between steps devices wait for the host.
-  p.launches = {Seconds{6e-6}, Seconds{0}, Seconds{5e-6}};
+  p.launches = {};
+  p.launches.kernel = Seconds{6e-6};
+  p.launches.step = Seconds{5e-6};
   const Timeline between = run(p, t, Network::flows);
   EXPECT_EQ(between.step.count, 3 * 6'000'000 + one + 5'000'000);
   EXPECT_EQ(between.breakdown[0].total(), between.step);
@@ -1078,6 +1087,16 @@ TEST(Host, GraphsBesideExpertsAreBetweenNoneAndAll) {
   EXPECT_LT(all, beside);
   EXPECT_LT(beside, eager);
   EXPECT_EQ(step(true, true), all);
+  // So is what a pattern of operators names.
+  const auto of = [&](const std::string& pattern) {
+    plan.launches = {};
+    plan.launches.kernel = Seconds{1e-3};
+    plan.launches.graphs_of = pattern;
+    return run(lowered(mixtral(), plan), t, Network::idle).step;
+  };
+  EXPECT_LT(of("*attention*"), eager);
+  EXPECT_LT(all, of("*attention*"));
+  EXPECT_EQ(of(""), eager);
 }
 
 // docs/cost.md, "In twos".
@@ -1246,7 +1265,9 @@ TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {
   Plan wanted = base_plan();
   wanted.dp = wanted.ep = 2;
   const auto step = [&](double launch, bool waits) {
-    wanted.launches = {Seconds{launch}, Seconds{launch}, Seconds{0}, false, waits};
+    wanted.launches = {};
+    wanted.launches.kernel = wanted.launches.transfer = Seconds{launch};
+    wanted.launches.waits_for_counts = waits;
     const Program p = lowered(mixtral(), wanted);
     EXPECT_TRUE(std::any_of(p.blocks.begin(), p.blocks.end(), [&](const Block& b) {
       return std::any_of(b.instructions.begin(), b.instructions.end(),
