@@ -1,7 +1,6 @@
 #include "cli/rows.h"
 
 #include <fmt/format.h>
-#include <malloc.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -278,17 +277,19 @@ validation::FitOptions fit_options(const FitFlags& o) {
   if (!o.pool.empty() && o.pool != "device")
     throw InputError("--pool", fmt::format("'{}' is unknown; use device", o.pool));
   f.pool_device = !o.pool.empty();
-  const std::vector<std::pair<std::string, HeldOut>> names{{"model", HeldOut::model},
-                                                           {"cluster", HeldOut::cluster},
-                                                           {"hidden-size", HeldOut::hidden_size},
-                                                           {"family", HeldOut::family}};
-  const std::string by = !o.by.empty() ? o.by : f.pool_device ? "family" : "model";
-  const auto at =
-      std::find_if(names.begin(), names.end(), [&](const auto& n) { return n.first == by; });
-  if (at == names.end())
-    throw InputError("--by",
-                     fmt::format("'{}' is unknown; use model, cluster, hidden-size or family", by));
-  f.by = at->second;
+  f.by = f.pool_device ? HeldOut::family : HeldOut::model;
+  f.else_finer = o.by.empty();
+  if (!o.by.empty()) {
+    const auto known = {HeldOut::model, HeldOut::cluster, HeldOut::hidden_size, HeldOut::family,
+                        HeldOut::row};
+    const auto* at =
+        std::find_if(known.begin(), known.end(), [&](HeldOut h) { return name(h) == o.by; });
+    if (at == known.end())
+      throw InputError(
+          "--by",
+          fmt::format("'{}' is unknown; use model, cluster, hidden-size, family or row", o.by));
+    f.by = *at;
+  }
   if (o.rows && *o.rows < f.least)
     throw InputError("--rows",
                      fmt::format("{} rows are too few to fit; use {} or more", *o.rows, f.least));
@@ -308,7 +309,8 @@ Json to_json(const validation::FittedEntry& e) {
   const auto error = [](const auto& x) { return x ? to_json(*x) : Json(nullptr); };
   Json j{{"device", e.key.device},     {"framework", e.key.framework},
          {"cluster", e.key.cluster},   {"rows", e.rows},
-         {"groups", e.groups},         {"noise", e.noise},
+         {"groups", e.groups},         {"by", std::string(name(e.by))},
+         {"noise", e.noise},
          {"half_width", e.half_width}, {"predictions", e.predictions}};
   j["parameters"] = Json::array();
   for (std::size_t k = 0; k < e.parameters.size(); ++k) {
@@ -327,6 +329,8 @@ Json to_json(const validation::FittedEntry& e) {
   j["fitted"] = to_json(e.fitted);
   j["held_out"] = error(e.held_out);
   j["left_out"] = error(e.left_out);
+  j["far"] = Json::array();
+  for (const auto& x : e.far) j["far"].push_back({{"id", x.id}, {"factor", x.factor}});
   j["learning_curve"] = Json::array();
   for (const auto& p : e.curve)
     j["learning_curve"].push_back({{"rows", p.rows},
@@ -342,7 +346,26 @@ constexpr double kFarOff = 0.3;
 
 std::string rows_text(std::size_t n) { return fmt::format("{} row{}", n, n == 1 ? "" : "s"); }
 
-std::string to_text(const validation::FittedEntry& e, const std::string& by) {
+/// Rows far from the others, the farthest first, and what a factor of a thousand looks like.
+std::string far_text(std::vector<validation::FittedEntry::Far> far) {
+  constexpr std::size_t kShown = 5;
+  std::sort(far.begin(), far.end(), [](const auto& a, const auto& b) {
+    return std::abs(std::log(a.factor)) > std::abs(std::log(b.factor));
+  });
+  std::string s;
+  for (std::size_t k = 0; k < std::min(kShown, far.size()); ++k) {
+    const double f = far[k].factor;
+    const bool thousand = (f > 500 && f < 2000) || (f > 1 / 2000.0 && f < 1 / 500.0);
+    s += fmt::format("far from the others: {}, measured {:.3g} times what is fitted{}\n", far[k].id,
+                     f, thousand ? ": is its figure in the unit that the column names?" : "");
+  }
+  if (far.size() > kShown) s += fmt::format("and {} more\n", far.size() - kShown);
+  if (!far.empty()) s += "without them the interval is narrower\n";
+  return s;
+}
+
+std::string to_text(const validation::FittedEntry& e) {
+  const std::string by(name(e.by));
   std::string s =
       e.key.framework == "*"
           ? fmt::format("{} rows of {}, {} groups by {}\n", e.rows, e.key.device, e.groups, by)
@@ -375,6 +398,7 @@ std::string to_text(const validation::FittedEntry& e, const std::string& by) {
   if (!e.held_out)
     s += fmt::format(
         "one {} only: none could be left out, and the interval is of the rows fitted\n", by);
+  s += far_text(e.far);
   if (e.fitted.median > kFarOff)
     s += fmt::format(
         "these steps are far from what any parameters give (median error {:.0f} %): "
@@ -412,13 +436,13 @@ void fit(const FitFlags& o) {
   validation::NotFitted not_fitted;
   const auto entries =
       validation::fit_rows(tables, validation::load_catalogue(), f, r, &not_fitted);
-  const std::string by = !o.by.empty() ? o.by : f.pool_device ? "family" : "model";
-  Json j{{"schema", "partita.fitting/1"}, {"by", by}, {"entries", Json::array()}};
+  Json j{
+      {"schema", "partita.fitting/1"}, {"by", std::string(name(f.by))}, {"entries", Json::array()}};
   for (const validation::FittedEntry& e : entries) {
     if (o.json)
       j["entries"].push_back(to_json(e));
     else
-      print(to_text(e, by));
+      print(to_text(e));
   }
   j["not_fitted"] = {{"uncovered", not_fitted.uncovered}, {"few", not_fitted.few}};
   if (o.json) {
@@ -607,7 +631,8 @@ void add_fit(CLI::App& app) {
       ->required();
   c->add_option("--out", o->out, "file for the fitted profile (partita.fit/1)");
   c->add_option("--by", o->by,
-                "held out together: model (default), cluster, hidden-size or family");
+                "held out together: model (default; with one of them clusters, else rows), cluster, "
+                "hidden-size, family or row");
   c->add_option("--pool", o->pool,
                 "device: one set of parameters a device, over all frameworks and clusters; held "
                 "out by family unless --by says otherwise");

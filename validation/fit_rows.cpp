@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <numeric>
@@ -49,8 +50,43 @@ std::string group_name(const Figure& f, const std::string& family, HeldOut by) {
       return f.key.cluster + " " + (*f.configuration)["num_gpus"];
     case HeldOut::hidden_size:
       return (*f.configuration)["hidden_size"];
+    case HeldOut::row:
+      break;
   }
   return "";
+}
+
+/// Each row's group, numbered as they appear.
+std::vector<std::size_t> groups_of(const RowsToFit& rows, const std::vector<std::size_t>& which,
+                                   HeldOut by) {
+  constexpr std::size_t kMost = 10;
+  std::map<std::string, std::size_t> known;
+  std::vector<std::size_t> groups;
+  for (const std::size_t i : which) {
+    const std::string name = by == HeldOut::row
+                                 ? std::to_string(groups.size() % kMost)
+                                 : group_name(rows.figures[i], rows.families[i], by);
+    groups.push_back(known.try_emplace(name, known.size()).first->second);
+  }
+  return groups;
+}
+
+/// Rows that are more than four and a half times as far off as the median row is of a normal
+/// distribution's spread (Huber's rule of 1.4826 medians), and by a factor of 1.5 at least.
+std::vector<FittedEntry::Far> far_rows(const RowsToFit& rows, const std::vector<std::size_t>& which,
+                                       const std::vector<double>& fitted) {
+  constexpr double kFar = 4.5 * 1.4826, kLeast = 1.5;
+  std::vector<double> off, sizes;
+  for (std::size_t k = 0; k < which.size(); ++k) {
+    off.push_back(std::log(rows.figures[which[k]].measured / fitted[k]));
+    sizes.push_back(std::abs(off.back()));
+  }
+  const double limit = std::max(std::log(kLeast), kFar * median(std::move(sizes)));
+  std::vector<FittedEntry::Far> far;
+  for (std::size_t k = 0; k < which.size(); ++k)
+    if (std::abs(off[k]) > limit)
+      far.push_back({rows.figures[which[k]].id, std::exp(off[k])});
+  return far;
 }
 
 /// Some of n rows, and the others, each ascending.
@@ -91,16 +127,12 @@ std::vector<double> times_of(const RowsToFit& rows, const std::vector<std::size_
 }
 
 FitProblem problem_of(const RowsToFit& rows, const std::vector<std::size_t>& which,
-                      const FitOptions& options, std::size_t workers) {
+                      const FitOptions& options, HeldOut by, std::size_t workers) {
   FitProblem problem;
   for (const auto& p : adjustment_parameters()) problem.parameters.push_back(p.parameter);
   problem.quick = options.quick;
-  std::map<std::string, std::size_t> groups;
-  for (const std::size_t i : which) {
-    problem.measured.push_back(rows.figures[i].measured);
-    const std::string group = group_name(rows.figures[i], rows.families[i], options.by);
-    problem.group.push_back(groups.try_emplace(group, groups.size()).first->second);
-  }
+  for (const std::size_t i : which) problem.measured.push_back(rows.figures[i].measured);
+  problem.group = groups_of(rows, which, by);
   problem.predict = [&rows, which, workers](const std::vector<double>& values,
                                             const std::vector<std::size_t>& some) {
     std::vector<std::size_t> chosen;
@@ -140,6 +172,12 @@ std::vector<FittedEntry::CurvePoint> learning_curve(const RowsToFit& rows,
 }
 
 }  // namespace
+
+std::string_view name(HeldOut by) {
+  constexpr std::array<std::string_view, 5> names{"model", "cluster", "hidden-size", "family",
+                                                  "row"};
+  return names[static_cast<std::size_t>(by)];
+}
 
 const std::vector<AdjustmentParameter>& adjustment_parameters() {
   // Believed: a data sheet's or a kernel table's factor on time to a fifth; a launch to a factor of
@@ -212,13 +250,21 @@ FittedEntry fit_entry(const RowsToFit& rows, const FitOptions& options, std::siz
   const std::size_t n = rows.figures.size();
   const std::size_t chosen = std::min(n, options.rows.value_or(n));
   const Drawn drawn = draw(n, chosen, options.seed);
-  const FitProblem problem = problem_of(rows, drawn.fitted, options, workers);
-  const Fit f = fit(problem);
+  const auto groups = [&](HeldOut by) {
+    const auto all = groups_of(rows, drawn.fitted, by);
+    return std::set<std::size_t>(all.begin(), all.end()).size();
+  };
   FittedEntry e;
+  e.by = options.by;
+  for (const HeldOut finer : {HeldOut::cluster, HeldOut::row})
+    if (options.else_finer && groups(e.by) < 2) e.by = finer;
+  const FitProblem problem = problem_of(rows, drawn.fitted, options, e.by, workers);
+  const Fit f = fit(problem);
   e.key = rows.key;
   e.parameters = f.parameters;
   e.rows = chosen;
-  e.groups = std::set<std::size_t>(problem.group.begin(), problem.group.end()).size();
+  e.groups = groups(e.by);
+  e.far = far_rows(rows, drawn.fitted, f.fitted);
   e.noise = f.noise;
   e.quantile = f.quantile;
   e.covariance = f.covariance;

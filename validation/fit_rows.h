@@ -6,6 +6,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "simulator/cost/adjustment.h"
@@ -23,11 +24,13 @@ struct AdjustmentParameter {
 const std::vector<AdjustmentParameter>& adjustment_parameters();
 Adjustment adjustment_of(const std::vector<double>& values);
 
-/// What is held out together.
-enum class HeldOut { model, cluster, hidden_size, family };
+/// What is held out together; row: each alone, or of more than ten a tenth of them.
+enum class HeldOut : std::uint8_t { model, cluster, hidden_size, family, row };
+std::string_view name(HeldOut by);
 
 struct FitOptions {
   HeldOut by = HeldOut::model;
+  bool else_finer = false;   ///< where `by` makes one group of an entry: by cluster, else by row
   bool pool_device = false;  ///< one entry a device, over all its frameworks and clusters
   bool quick = false;        ///< FitProblem::quick
   std::size_t least = 3;     ///< rows of an entry
@@ -50,6 +53,7 @@ struct FittedEntry {
   RowKey key;
   std::vector<FittedParameter> parameters;  ///< in the order of adjustment_parameters()
   std::size_t rows = 0, groups = 0;
+  HeldOut by = HeldOut::model;     ///< of the groups
   double noise = 0;                ///< σ, in logarithms
   double quantile = 0;             ///< of a 90 % interval, over what the linear model says
   std::vector<double> covariance;  ///< parameters x parameters
@@ -60,6 +64,12 @@ struct FittedEntry {
     double mean = 0, median = 0, bias = 0;
     std::size_t rows = 0;
   } unfitted, fitted;
+  /// A fitted row that is far from the others.
+  struct Far {
+    std::string id;
+    double factor = 1;  ///< measured over fitted
+  };
+  std::vector<Far> far;
   std::optional<Error> held_out;  ///< with two groups or more
   std::optional<Error> left_out;  ///< of rows that were not drawn
   /// s, of the rows that were fitted: each from a fit to the other groups. Empty with one group.

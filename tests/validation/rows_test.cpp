@@ -1686,6 +1686,44 @@ TEST(FitRows, PoolsADevicesRowsAndLeavesFamiliesOut) {
               pooled[0].covariance[1], 1e-5 * std::abs(pooled[0].covariance[1]));
 }
 
+// docs/fit.md, "Rows": where one model is all there is, clusters are left out, else rows.
+TEST(FitRows, OfOneModelLeavesClustersOutElseRows) {
+  std::mt19937 rng(12);
+  Adjustment truth;
+  truth.product_time = 1.3;
+  const Cells small{{"num_layers", "2"}}, large{{"num_layers", "2"}, {"num_gpus", "16"}};
+  auto one = measured_cells({small}, truth, 0.02, rng);
+  const std::vector<CsvTable> two{table(kTraining, measured_cells({small, large}, truth, 0.02, rng))};
+  const auto fitted = [](const std::vector<CsvTable>& tables, bool finer) {
+    FitOptions options;
+    options.quick = true;
+    options.else_finer = finer;
+    return fit_rows(tables, catalogue(), options, {})[0];
+  };
+  const FittedEntry as_asked = fitted(two, false);
+  EXPECT_EQ(as_asked.by, HeldOut::model);
+  EXPECT_EQ(as_asked.groups, 1u);
+  EXPECT_FALSE(as_asked.held_out.has_value());
+  const FittedEntry clusters = fitted(two, true);
+  EXPECT_EQ(clusters.by, HeldOut::cluster);
+  EXPECT_EQ(clusters.groups, 2u);
+  EXPECT_TRUE(clusters.held_out.has_value());
+  const FittedEntry rows = fitted({table(kTraining, one)}, true);
+  EXPECT_EQ(rows.by, HeldOut::row);
+  EXPECT_EQ(rows.groups, 10u);  // of twelve
+  ASSERT_TRUE(rows.held_out.has_value());
+  EXPECT_LT(rows.held_out->mean, 0.05);
+  EXPECT_TRUE(rows.far.empty());
+
+  // A time in milliseconds is named, and does not steer.
+  one[4]["iteration_time_s"] = fmt::format("{}", 1000 * std::stod(one[4]["iteration_time_s"]));
+  const FittedEntry wrong = fitted({table(kTraining, one)}, true);
+  ASSERT_EQ(wrong.far.size(), 1u);
+  EXPECT_EQ(wrong.far[0].id, "4");
+  EXPECT_NEAR(wrong.far[0].factor, 1000, 200);
+  EXPECT_NEAR(wrong.parameters[0].value, rows.parameters[0].value, 0.1);
+}
+
 TEST(FitRows, DrawsTheSameRowsForASeedAndPredictsTheOthers) {
   std::mt19937 rng(10);
   Adjustment truth;
