@@ -1,6 +1,7 @@
 #include "cli/rows.h"
 
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -307,11 +308,9 @@ Json to_json(const validation::FittedEntry::Error& e) {
 
 Json to_json(const validation::FittedEntry& e) {
   const auto error = [](const auto& x) { return x ? to_json(*x) : Json(nullptr); };
-  Json j{{"device", e.key.device},     {"framework", e.key.framework},
-         {"cluster", e.key.cluster},   {"rows", e.rows},
-         {"groups", e.groups},         {"by", std::string(name(e.by))},
-         {"noise", e.noise},
-         {"half_width", e.half_width}, {"predictions", e.predictions}};
+  Json j{{"device", e.key.device}, {"framework", e.key.framework}, {"cluster", e.key.cluster},
+         {"rows", e.rows},         {"groups", e.groups},           {"by", std::string(name(e.by))},
+         {"noise", e.noise},       {"half_width", e.half_width},   {"predictions", e.predictions}};
   j["parameters"] = Json::array();
   for (std::size_t k = 0; k < e.parameters.size(); ++k) {
     const auto& p = validation::adjustment_parameters()[k].parameter;
@@ -630,9 +629,10 @@ void add_fit(CLI::App& app) {
   c->add_option("FILE", o->files, "CSV of measured steps, one or more (docs/published.md)")
       ->required();
   c->add_option("--out", o->out, "file for the fitted profile (partita.fit/1)");
-  c->add_option("--by", o->by,
-                "held out together: model (default; with one of them clusters, else rows), cluster, "
-                "hidden-size, family or row");
+  c->add_option(
+      "--by", o->by,
+      "held out together: model (default; with one of them clusters, else rows), cluster, "
+      "hidden-size, family or row");
   c->add_option("--pool", o->pool,
                 "device: one set of parameters a device, over all frameworks and clusters; held "
                 "out by family unless --by says otherwise");

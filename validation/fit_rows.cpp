@@ -63,9 +63,8 @@ std::vector<std::size_t> groups_of(const RowsToFit& rows, const std::vector<std:
   std::map<std::string, std::size_t> known;
   std::vector<std::size_t> groups;
   for (const std::size_t i : which) {
-    const std::string name = by == HeldOut::row
-                                 ? std::to_string(groups.size() % kMost)
-                                 : group_name(rows.figures[i], rows.families[i], by);
+    const std::string name = by == HeldOut::row ? std::to_string(groups.size() % kMost)
+                                                : group_name(rows.figures[i], rows.families[i], by);
     groups.push_back(known.try_emplace(name, known.size()).first->second);
   }
   return groups;
@@ -84,8 +83,7 @@ std::vector<FittedEntry::Far> far_rows(const RowsToFit& rows, const std::vector<
   const double limit = std::max(std::log(kLeast), kFar * median(std::move(sizes)));
   std::vector<FittedEntry::Far> far;
   for (std::size_t k = 0; k < which.size(); ++k)
-    if (std::abs(off[k]) > limit)
-      far.push_back({rows.figures[which[k]].id, std::exp(off[k])});
+    if (std::abs(off[k]) > limit) far.push_back({rows.figures[which[k]].id, std::exp(off[k])});
   return far;
 }
 

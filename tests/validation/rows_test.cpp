@@ -1693,7 +1693,8 @@ TEST(FitRows, OfOneModelLeavesClustersOutElseRows) {
   truth.product_time = 1.3;
   const Cells small{{"num_layers", "2"}}, large{{"num_layers", "2"}, {"num_gpus", "16"}};
   auto one = measured_cells({small}, truth, 0.02, rng);
-  const std::vector<CsvTable> two{table(kTraining, measured_cells({small, large}, truth, 0.02, rng))};
+  const std::vector<CsvTable> two{
+      table(kTraining, measured_cells({small, large}, truth, 0.02, rng))};
   const auto fitted = [](const std::vector<CsvTable>& tables, bool finer) {
     FitOptions options;
     options.quick = true;
