@@ -290,7 +290,8 @@ TEST(Json, ImportedClustersAndKeysInsideKeysVary) {
   for (const char* vary :
        {"device.memory_bandwidth=x1", "device.memory_bandwidth=x2",
         "'topology.nodes[*].links[kind=nvlink].bandwidth=x0.5'", "plan.optimizer.kind=sgd"}) {
-    const Ran r = run("whatif gpt2 '" + matrix + "?device=h100-sxm' --vary " + vary + " --json");
+    const Ran r = run("whatif gpt2 '" + matrix +
+                      "?device=h100-sxm' --set launch.graphs=true --vary " + vary + " --json");
     EXPECT_EQ(r.code, 0) << r.err;
     steps.push_back(Json::parse(r.out).at("step_time_s").get<double>());
   }
