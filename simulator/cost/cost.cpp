@@ -526,6 +526,18 @@ Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
                  (device.memory_bandwidth.count * device.memory_efficiency)};
 }
 
+/// The framework's bytes of an update, which have the norm and the clipping in them; 0: none said.
+double update_bytes(const Program& p, bool narrow) {
+  if (p.optimizer.kind != OptimizerKind::adam) return 0;
+  return narrow ? p.kernels.optimizer_mixed : p.kernels.optimizer;
+}
+
+bool narrow_parameters(const Program& p) {
+  return std::any_of(p.buffers.begin(), p.buffers.end(), [](const Buffer& b) {
+    return b.category == Category::parameters && bits(b.type) < 32;
+  });
+}
+
 }  // namespace
 
 Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -551,8 +563,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     const double n = static_cast<double>(local_elements(p, i.writes[0], rank));
     w.flops = Flops{(p.optimizer.kind == OptimizerKind::adam ? 12 : 4) * n};
     const bool narrow = bits(p.buffer(i.writes[0]).type) < 32;
-    if (const double each = narrow ? p.kernels.optimizer_mixed : p.kernels.optimizer;
-        each > 0 && p.optimizer.kind == OptimizerKind::adam)
+    if (const double each = update_bytes(p, narrow); each > 0)
       w.bytes = Bytes{std::llround(each * n)};
     const double passes =
         std::max(1, i.index) * p.kernels.gradient_passes + i.index * p.kernels.met_gradient_passes;
@@ -577,6 +588,9 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     w.bytes = bytes_of(p, i.writes, rank);
     return w;
   }
+  if ((i.kernel == Kernel::square_sum || i.kernel == Kernel::clip) &&
+      update_bytes(p, narrow_parameters(p)) > 0)
+    return w;
   const bool part =
       i.part >= 0 && i.op >= 0 &&
       !std::holds_alternative<Attention>(p.operators[static_cast<std::size_t>(i.op)].operation);

@@ -767,6 +767,33 @@ TEST(Work, OfABiassGradientReadsTheOutputsOnceMore) {
             at("mlp.down", Kernel::backward_weight, false).kernels);
 }
 
+TEST(Work, OfClippingIsInTheUpdateWhereTheFrameworkSaysSo) {
+  // docs/plan.md: the bytes of `optimizer_mixed` have norm and scaling; without them, or of another
+  // type, they are those of the kernels: a read, a read and a write of fp32 gradients.
+  const auto bytes = [](const std::string& precision, double optimizer, double mixed) {
+    Plan plan = base_plan();
+    set_precision(plan, precision, "");
+    plan.optimizer.kind = OptimizerKind::adam;
+    plan.optimizer.clip = 1;
+    plan.kernels.optimizer = optimizer, plan.kernels.optimizer_mixed = mixed;
+    const Program p = lowered(gpt(), plan);
+    double clipping = 0, parameters = 0;
+    for (const Instruction& i : p.blocks.back().instructions) {
+      if (i.kind != Kind::compute) continue;
+      if (i.kernel == Kernel::optimizer)
+        parameters += static_cast<double>(local_elements(p, i.writes[0], 0));
+      if (i.kernel == Kernel::square_sum || i.kernel == Kernel::clip)
+        clipping += static_cast<double>(work_of(p, i, 0).bytes.count);
+    }
+    return clipping / parameters;
+  };
+  EXPECT_NEAR(bytes("bf16", 0, 0), 12, 0.01);
+  EXPECT_EQ(bytes("bf16", 0, 46), 0);
+  EXPECT_NEAR(bytes("bf16", 46, 0), 12, 0.01);
+  EXPECT_EQ(bytes("fp32", 40, 0), 0);
+  EXPECT_NEAR(bytes("fp32", 0, 40), 12, 0.01);
+}
+
 TEST(Work, OfAnUpdateHasTheGradientsPassesBeforeTheyMeet) {
   // docs/plan.md: 12 B for each of a rank's parameters where dp > 1, 4 B without, of fp32
   // gradients.
