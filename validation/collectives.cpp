@@ -181,8 +181,9 @@ std::vector<CollectiveCurve> collective_curves(const CsvTable& table) {
 CollectiveCurve curve_on(const Topology& t, const std::string& kind, std::int64_t ranks,
                          std::int64_t nodes, const std::string& library,
                          const std::string& interconnect) {
-  const auto known = std::find_if(std::begin(kKinds), std::end(kKinds),
-                                  [&](const Kind& k) { return kind == k.name; });
+  const auto known = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const Kind& k) {
+    return squeezed(kind) == squeezed(k.name);
+  });
   if (known == std::end(kKinds))
     throw InputError("collective", fmt::format("'{}' is unknown", kind));
   CollectiveCurve c;

@@ -277,7 +277,7 @@ Catalogue load_catalogue() {
     for (const auto& [key, vertex] : nodes.get("vertices").members()) {
       const std::string kind = vertex.get("kind").as_string();
       if (kind == "device") s.device_key = key;
-      if (kind == "nic") s.nic_key = key;
+      if (kind == "nic") s.nic_key = key, s.nic_efficiency = vertex.find("efficiency").has_value();
     }
     c.clusters.push_back(std::move(s));
   }
@@ -377,7 +377,13 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   if (gpus > best->devices_per_node && best->nics_per_node > 0) {
     if (const auto rate = network_rate(inter)) {
       const double node =
-          rate->rate.count * (rate->per_gpu ? static_cast<double>(best->devices_per_node) : 1);
+          rate->rate.count * (rate->per_gpu    ? static_cast<double>(best->devices_per_node)
+                              : rate->per_card ? static_cast<double>(best->nics_per_node)
+                                               : 1);
+      // What the cluster's own cards reach is not what another network's do.
+      if (best->nic_efficiency && !matches("*omni*path*", lower(inter)))
+        choice.edits.cluster.push_back(
+            {fmt::format("nodes[0].vertices.{}.efficiency", best->nic_key), "1"});
       choice.edits.cluster.push_back(
           {fmt::format("nodes[0].vertices.{}.bandwidth", best->nic_key),
            exact_text(BytesPerSecond{node / static_cast<double>(best->nics_per_node)})});
@@ -694,7 +700,9 @@ class CaseBuilder {
     }
     const std::string kernel =
         plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
-    if (kernel.rfind("non-flash", 0) == 0 || kernel == "unfused" || kernel == "local" ||
+    if (kernel.rfind("non-flash", 0) == 0 || kernel.rfind("no flash", 0) == 0 ||
+        kernel.rfind("without flash", 0) == 0 || kernel == "unfused" || kernel == "local" ||
+        kernel == "eager" || (has(kernel, "softmax") && !has(kernel, "flash")) ||
         (kernel.empty() &&
          (flags_.local || (!flags_.any && deterministic() && row_.whole("cp").value_or(1) == 1)))) {
       t.flash_attention = false;

@@ -81,7 +81,8 @@ std::optional<AttentionShape> attention_shape(const Cells& row) {
   a.kv_heads = named(extra, "kv_head_num").value_or(a.heads);
   a.qk = named(extra, "qk_head_dim").value_or(0);
   a.v = named(extra, "v_head_dim").value_or(a.qk);
-  a.backward = kernel.find("backward") != std::string::npos;
+  a.backward =
+      kernel.find("backward") != std::string::npos || kernel.find("bwd") != std::string::npos;
   if (!(a.batch > 0 && a.sequence > 0 && a.heads > 0 && a.qk > 0)) return std::nullopt;
   return a;
 }

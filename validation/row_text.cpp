@@ -139,13 +139,21 @@ std::optional<double> number(std::string_view text) {
 std::optional<NetworkRate> network_rate(std::string_view text) {
   if (const auto at = lower(text).rfind("inter:"); at != std::string::npos)
     text.remove_prefix(at + 6);
-  // What stands in brackets says where the row's author knows it from.
-  std::string s;
+  // What stands in brackets says where the row's author knows it from, or of what the rate is.
+  std::string s, bracket;
   int depth = 0;
-  for (const char c : text) {
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    char c = text[i];
+    if (text.substr(i, 2) == "\u00d7") c = 'x', ++i;  // "8×400"
     depth += c == '(' || c == '[' ? 1 : 0;
-    if (depth == 0) s += c;
-    if ((c == ')' || c == ']') && depth > 0) --depth;
+    (depth == 0 ? s : bracket) += c;
+    if ((c == ')' || c == ']') && depth > 0 && --depth == 0) {
+      const std::string l = lower(bracket);
+      if (has(l, "per gpu") || has(l, "per nic") || has(l, "per node"))
+        s += " " +
+             l.substr(l.find("per "), l.find_first_of(")],;", l.find("per ")) - l.find("per "));
+      bracket.clear();
+    }
   }
   std::vector<std::string> clauses;
   for (std::size_t at = 0; at <= s.size();) {
@@ -159,12 +167,14 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
     const std::string l = lower(c);
     const auto gpu = std::min(l.find("per gpu"), l.find("/gpu"));
     const auto node = std::min(l.find("per node"), l.find("/node"));
-    const std::size_t said = std::min(gpu, node);
+    const auto card = std::min({l.find("per nic"), l.find("/nic"), l.find("per card")});
+    const std::size_t said = std::min({gpu, node, card});
     const Rate* r = &rates.front();
     for (const Rate& other : rates) {
       if (said != std::string::npos && other.end <= said) r = &other;
     }
-    return NetworkRate{BytesPerSecond{r->bytes}, gpu < node};
+    return NetworkRate{BytesPerSecond{r->bytes}, gpu < std::min(node, card),
+                       card < std::min(node, gpu)};
   };
   std::optional<NetworkRate> first;
   for (const std::string& c : clauses) {
@@ -185,11 +195,11 @@ std::optional<PrecisionText> precision_of(std::string_view text) {
   for (const std::string& s : {plain_text(text), whole}) {
     if (has(s, "fp4"))
       p.name = "nvfp4";
-    else if (has(s, "fp8"))
+    else if (has(s, "fp8") || has(s, "float8") || has(s, "e4m3"))
       p.name = has(s, "mx") ? "mxfp8" : "fp8", p.fp32_beside = s.rfind("fp32 + ", 0) == 0;
     else if (has(s, "bf16") || has(s, "bfloat16"))
       p.name = "bf16";
-    else if (has(s, "fp16") || has(s, "half") || has_word(s, "amp"))
+    else if (has(s, "fp16") || has(s, "float16") || has(s, "half") || has_word(s, "amp"))
       p.name = "fp16";
     else if (has(s, "tf32"))
       p.name = "tf32";
@@ -206,10 +216,13 @@ std::optional<std::string> recompute_of(std::string_view text) {
   const std::string s = lower(text);
   const std::string plain = plain_text(text);
   const auto begins = [&](std::string_view word) { return plain.rfind(word, 0) == 0; };
-  if (begins("none") || begins("off") || begins("no ") || plain == "no" ||
+  if (begins("none") || begins("off") || begins("no ") || begins("without") || plain == "no" ||
+      plain == "false" || plain == "disabled" || has(plain, "checkpointing off") ||
       has(plain, "no recompute") || plain == "sequence parallelism")
     return "none";
-  if (has(s, "full") || plain == "on" || plain == "yes" || has(s, "activation checkpointing"))
+  if (has(s, "full") || plain == "on" || plain == "yes" || plain == "true" ||
+      (!has(s, "selective") &&
+       (has(s, "activation checkpointing") || has(s, "gradient checkpointing"))))
     return "full";
   // Megatron-Core's CheckpointWithoutOutput forgets results: norms, experts' activations, MLA's
   // projections up (transformer/transformer_layer.py, moe/experts.py, multi_latent_attention.py).

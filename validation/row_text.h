@@ -25,7 +25,7 @@ std::optional<double> number(std::string_view text);
 /// "[N x] RATE [per node|per GPU]" anywhere in the text.
 struct NetworkRate {
   BytesPerSecond rate;   ///< of all N together, one direction
-  bool per_gpu = false;  ///< else per node
+  bool per_gpu = false, per_card = false;  ///< else per node
   friend bool operator==(const NetworkRate&, const NetworkRate&) = default;
 };
 /// Bits ("400 Gb/s", "400Gbps", "25 Gbit/s") and bytes ("50 GB/s"). Of several clauses the one that

@@ -146,7 +146,8 @@ Wanted wanted(const Row& row, Kind kind, const std::string& quantity) {
 /// Values that a training row prints. One time: of the columns that are there the first in this
 /// order, since the later ones are derived from it.
 void read_training(const Row& row, PendingRow& p) {
-  const bool oom = row["status"] == "oom";
+  const std::string status = lower(row["status"]);
+  const bool oom = status == "oom" || status.find("out of memory") != std::string::npos;
   if (!oom) {
     for (const char* column : {"iteration_time_s", "tokens_per_s_per_gpu", "samples_per_s_total",
                                "tflops_per_gpu", "mfu_pct"}) {

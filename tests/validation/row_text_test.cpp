@@ -36,11 +36,20 @@ TEST(RowText, NetworkRates) {
            {"intra: PCIe Gen4; inter: BF3 200Gbps for NS and 2xBF3 400Gbps for EW", 200 * kGb,
             false},
            {"25 Gb/s/GPU", 25 * kGb, true},
+           {"InfiniBand 400Gb/s (per GPU)", 400 * kGb, true},
+           {"8\u00d7400 Gb/s NDR", 3200 * kGb, false},
        }) {
     const auto r = network_rate(c.text);
     ASSERT_TRUE(r.has_value()) << c.text;
     EXPECT_DOUBLE_EQ(r->rate.count, c.rate) << c.text;
     EXPECT_EQ(r->per_gpu, c.per_gpu) << c.text;
+  }
+  for (const char* card :
+       {"400 Gb/s per NIC", "NDR 400 Gb/s (per NIC, 8 of them)", "400 Gb/s/NIC"}) {
+    const auto r = network_rate(card);
+    ASSERT_TRUE(r.has_value()) << card;
+    EXPECT_DOUBLE_EQ(r->rate.count, 400 * kGb) << card;
+    EXPECT_TRUE(r->per_card && !r->per_gpu) << card;
   }
   for (const char* nothing : {"", "none", "InfiniBand (2 racks)",
                               "intra: ; inter: ", "NVLink3/NVSwitch (8x A100 SXM4 80GB node)",
@@ -76,6 +85,9 @@ TEST(RowText, Precisions) {
         {"mixed FP16 (MLPerf NVIDIA submission; FP8 for BERT on H100 where config says)", "fp16"},
         {"F32xF32->F32 (F32 runs as TF32 tensor-core)", "tf32"},
         {"BF16xBF16->BF16", "bf16"},
+        {"bf16 + Float8 (tensorwise)", "fp8"},
+        {"F8E4M3FNxF8E4M3FN->BF16", "fp8"},
+        {"float16", "fp16"},
         {"fp8 e4m3", "fp8"}})
     EXPECT_EQ(precision_of(c.text), (PrecisionText{c.name, c.fp32_gradients})) << c.text;
   EXPECT_EQ(precision_of("fp32 + FP8 e4m3 tensorwise"), (PrecisionText{"fp8", false, true}));
@@ -99,6 +111,13 @@ TEST(RowText, Recomputation) {
         {"selective", "selective"},
         {"selective (attention core)", "selective"},
         {"selective: core_attn", "selective"},
+        {"selective activation checkpointing", "selective"},
+        {"activation checkpointing", "full"},
+        {"gradient checkpointing", "full"},
+        {"activation checkpointing off", "none"},
+        {"without activation checkpointing", "none"},
+        {"True", "full"},
+        {"False", "none"},
         {"selective + sequence parallel", "selective"},
         {"selective: mlp", "*.mlp.*"},
         {"selective: mlp+core_attn", "*.mlp.*,*attention.core"},

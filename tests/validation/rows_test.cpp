@@ -237,6 +237,20 @@ TEST(RowCase, ClustersByDeviceAndNode) {
       node += x.bandwidth.count;
   }
   EXPECT_NEAR(node / 4, 0.392 * 4 * 12.5e9, 1e6);
+  // What these reach is theirs, not another network's.
+  const auto line = [&](const char* inter) {
+    const auto c = cluster_of(catalogue(), "V100", "32", 8, 4, "", inter, none);
+    const Topology t = load_topology(c.topology, c.edits);
+    for (std::size_t l = 0; l < t.link_count(); ++l) {
+      const Link x = t.link(LinkId{l});
+      if (t.vertex_kind(x.from) == VertexKind::nic && x.kind == LinkKind::network)
+        return x.bandwidth.count;
+    }
+    return 0.0;
+  };
+  EXPECT_NEAR(line(""), 0.237 * 12.5e9, 1e6);
+  EXPECT_NEAR(line("4x Omni-Path 100 Gb/s per node"), 0.237 * 12.5e9, 1e6);
+  EXPECT_NEAR(line("100 Gb/s InfiniBand EDR per NIC"), 12.5e9, 1e6);
   // The card of the text stands in the node, also where the file has another of its kind.
   std::vector<std::string> assumed;
   const auto c = cluster_of(catalogue(), "V100", "16", 8, 8, "", "", assumed);
