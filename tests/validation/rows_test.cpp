@@ -874,6 +874,11 @@ TEST(Rows, RowsAreCoveredOrNot) {
   // The out-of-memory fact counts among facts only.
   EXPECT_EQ(f[0].figures.back().id, "oom");
   EXPECT_EQ(f[0].figures.back().kind, Figure::Kind::fits);
+  for (const char* said : {"OOM", "out of memory", "CUDA out of memory"}) {
+    const auto other = predicted({with(whole_row(), {{"iteration_time_s", ""}, {"status", said}})});
+    ASSERT_EQ(other.size(), 1u) << said;
+    EXPECT_EQ(other[0].figures.back().kind, Figure::Kind::fits) << said;
+  }
 }
 
 const std::vector<std::string> kMemory{"id",
@@ -1331,6 +1336,15 @@ TEST(Rows, CollectivesAndProductsByHand) {
   EXPECT_DOUBLE_EQ(measured_collective(Row(c, 0)), 1048576 * 1.75 / 35e9);
   EXPECT_DOUBLE_EQ(measured_collective(Row(c, 1)), 50e-6);
   const auto f = collective_figure(Configuration(RowSchema::collectives, Row(c, 0)), catalogue());
+  for (const char* word : {"AllReduce", "all-reduce"}) {
+    CsvTable same = c;
+    std::replace(same.records[0].fields.begin(), same.records[0].fields.end(),
+                 std::string("all_reduce"), std::string(word));
+    EXPECT_EQ(
+        collective_figure(Configuration(RowSchema::collectives, Row(same, 0)), catalogue()).seconds,
+        f.seconds)
+        << word;
+  }
   // Not the curve of that very node.
   const auto node = nccl::communicator(load_topology("dgx-h100:8 gpus"), {0, 1, 2, 3, 4, 5, 6, 7});
   const auto what = nccl::Collective::all_reduce;
@@ -1357,6 +1371,11 @@ TEST(Rows, CollectivesAndProductsByHand) {
                              {"tflops", "300"}}});
   EXPECT_DOUBLE_EQ(measured_product(Row(p, 0)), 2. * 4096 * 4096 * 4096 / 600e12);
   EXPECT_DOUBLE_EQ(measured_product(Row(p, 1)), 2.5 * 4. * 32 * 4096 * 4096 * 128 / 300e12);
+  CsvTable bwd = p;
+  std::replace(bwd.records[1].fields.begin(), bwd.records[1].fields.end(),
+               std::string("fused attention (flash SDPA) backward"),
+               std::string("flash attention bwd"));
+  EXPECT_EQ(measured_product(Row(bwd, 1)), measured_product(Row(p, 1)));
   const auto product = product_figure(Configuration(RowSchema::products, Row(p, 0)), catalogue());
   EXPECT_NEAR(product.ideal, 2. * 4096 * 4096 * 4096 / 989.4e12, 1e-12);
   EXPECT_GT(product.seconds, product.ideal);
