@@ -111,7 +111,7 @@ class Reader {
     spec_.place = file_;
     spec_.name = root_.get("name").as_string();
     root_.find("description");
-    root_.find("aliases");  // of rows of measurements (docs/published.md)
+    for (const char* of_rows : {"aliases", "network"}) root_.find(of_rows);  // docs/published.md
     const std::string source = own_source(root_, "");
     const YamlNode groups = root_.get("nodes");
     for (const auto& node : groups.items()) read_group(node, own_source(node, source));

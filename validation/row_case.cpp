@@ -271,13 +271,14 @@ Catalogue load_catalogue() {
     const YamlNode file = YamlNode::load_file(
         fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), n), "partita.topology/1");
     if (const auto aliases = file.find("aliases")) s.aliases = aliases->as_strings();
+    if (const auto network = file.find("network")) s.network = network->as_string();
     const YamlNode nodes = file.get("nodes").items().at(0);
     if (const auto domain = nodes.find("domain"))
       s.nodes_per_domain = domain->get("nodes").as_int(1, 1'000'000);
     for (const auto& [key, vertex] : nodes.get("vertices").members()) {
       const std::string kind = vertex.get("kind").as_string();
       if (kind == "device") s.device_key = key;
-      if (kind == "nic") s.nic_key = key, s.nic_efficiency = vertex.find("efficiency").has_value();
+      if (kind == "nic") s.nic_key = key;
     }
     c.clusters.push_back(std::move(s));
   }
@@ -381,7 +382,7 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
                               : rate->per_card ? static_cast<double>(best->nics_per_node)
                                                : 1);
       // What the cluster's own cards reach is not what another network's do.
-      if (best->nic_efficiency && !matches("*omni*path*", lower(inter)))
+      if (!best->network.empty() && !matches(best->network, lower(inter)))
         choice.edits.cluster.push_back(
             {fmt::format("nodes[0].vertices.{}.efficiency", best->nic_key), "1"});
       choice.edits.cluster.push_back(

@@ -82,7 +82,7 @@ struct ClusterShape {
   std::vector<std::string> aliases;  ///< patterns of what a row says of its interconnect
   std::int64_t devices_per_node = 0, nics_per_node = 0;
   std::int64_t nodes_per_domain = 1;  ///< of one NVLink domain
-  bool nic_efficiency = false;        ///< its cards' is said
+  std::string network;  ///< not empty: what its cards reach is of networks named so, a pattern
   std::string device_key, nic_key;    ///< of the file's vertices: "gpu[0-7]"
 };
 

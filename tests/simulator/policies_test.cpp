@@ -123,6 +123,14 @@ Parts parts_of(const Program& p, const Timeline& t, const std::string& name,
   return parts;
 }
 
+/// Every rank's entries of a plan over as many devices as it has ranks of tp.
+Timeline recorded(const Program& p, std::int64_t devices, const std::string& rate) {
+  Communication network(linked(static_cast<int>(devices), rate));
+  SimulateOptions options;
+  options.record = true;
+  return simulate(p, network, options);
+}
+
 TEST(Policies, PartsOfAProductTravelWhileOthersAreMultiplied) {
   // n parts of P each, n - 1 transfers of T between them: the first or the last product stands
   // alone, beside each of the others a transfer goes on, P + (n - 1) max(P, T). One after the other
@@ -143,11 +151,8 @@ TEST(Policies, PartsOfAProductTravelWhileOthersAreMultiplied) {
         plan.tp = n;
         plan.sequence_parallel = true;
         plan.overlap_tensor_parallel = overlapped;
-        Communication network(linked(static_cast<int>(n), rate.text));
         const Program p = lowered(g, plan);
-        SimulateOptions options;
-        options.record = true;
-        const Timeline t = simulate(p, network, options);
+        const Timeline t = recorded(p, n, rate.text);
         // The gathered product, from the norm before it to the activation after it; the scattered
         // one, to its bias.
         const Parts norm = parts_of(p, t, "layers.0.mlp_norm", "");
@@ -183,11 +188,8 @@ TEST(Policies, InTurnNoTransferOverTpRunsBesideAKernel) {
       plan.tp = n;
       plan.sequence_parallel = true;
       plan.tensor_parallel_in_turn = in_turn;
-      Communication network(linked(static_cast<int>(n), rate.text));
       const Program p = lowered(g, plan);
-      SimulateOptions options;
-      options.record = true;
-      const Timeline t = simulate(p, network, options);
+      const Timeline t = recorded(p, n, rate.text);
       std::vector<Entry> kernels, transfers;
       std::int64_t from = 0, to = 0;
       for (const Entry& e : t.entries) {

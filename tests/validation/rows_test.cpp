@@ -155,6 +155,8 @@ TEST(RowCase, WhatIsPrintedIsTaken) {
   EXPECT_EQ(c.transformer->kv_heads, 8);
   EXPECT_EQ(c.transformer->sequence, 4096);
   EXPECT_TRUE(c.transformer->flash_attention);
+  for (const char* none : {"no flash", "without flash attention", "fused scaled softmax", "eager"})
+    EXPECT_FALSE(case_with({{"attention_kernel", none}}).transformer->flash_attention) << none;
   EXPECT_EQ(c.cluster.topology, "dgx-h100:16 gpus");
   EXPECT_EQ(c.plan.tp, 2);
   EXPECT_EQ(c.plan.pp, 2);
@@ -324,6 +326,8 @@ TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
   EXPECT_TRUE(hopper.plan.rows_once);
   EXPECT_THAT(hopper.assumed, Contains("rows once on (workload)"));
   EXPECT_FALSE(of("DeepSeekV3", "B200", "64", "FP8", first).plan.rows_once);
+  EXPECT_EQ(of("LLAMA3_70B", "GB300", "8", "FP8", middle).plan.launches.graphs_of, "*.mlp*");
+  EXPECT_EQ(of("LLAMA3_70B", "GB300", "64", "FP8", middle).plan.launches.graphs_of, "");
   EXPECT_FALSE(of("Qwen3_235B_a22B", "B200", "64", "MXFP8", middle).plan.rows_once);
   EXPECT_TRUE(of("Qwen3_30B_a3B", "B200", "64", "MXFP8", middle).plan.rows_once);
   EXPECT_TRUE(
