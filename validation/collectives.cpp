@@ -194,8 +194,13 @@ CollectiveCurve curve_on(const Topology& t, const std::string& kind, std::int64_
   c.nodes = nodes;
   if (has(library, "XLA")) c.harness = Harness::xla;
   if (has(library, "bench.py")) c.harness = Harness::torch;
-  if (has(library, "algo Ring") || has(interconnect, " ring")) c.only = nccl::Algorithm::ring;
-  if (has(library, "algo NVLS")) c.only = nccl::Algorithm::nvls;
+  // "algo Ring", "NCCL_ALGO=Tree".
+  const std::string text = squeezed(library);
+  const auto only = [&](const char* word) { return has(text, std::string("algo") + word); };
+  if (only("ring") || has(interconnect, " ring")) c.only = nccl::Algorithm::ring;
+  if (only("tree")) c.only = nccl::Algorithm::tree;
+  if (only("nvls")) c.only = nccl::Algorithm::nvls;
+  if (only("nvlstree")) c.only = nccl::Algorithm::nvls_tree;
   std::vector<std::int64_t> all(static_cast<std::size_t>(ranks));
   std::iota(all.begin(), all.end(), 0);
   if (ranks % nodes == 0 && static_cast<std::size_t>(nodes) <= t.node_count()) {
@@ -205,6 +210,9 @@ CollectiveCurve curve_on(const Topology& t, const std::string& kind, std::int64_
       all[i] = t.first_device(i / per).value + static_cast<std::int64_t>(i % per);
   }
   c.communicator = nccl::communicator(t, all);
+  const std::string whole = lower(library + " " + interconnect);
+  for (const char* off : {"nvls off", "no nvls", "without nvls", "nvls disabled", "nvls_enable=0"})
+    if (has(whole, off)) c.communicator.nvls = false;
   if (!c.what) {
     Communication links(t);
     c.links_GBps =

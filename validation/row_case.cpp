@@ -112,15 +112,66 @@ bool has(std::string_view text, std::string_view word) {
   return text.find(word) != std::string_view::npos;
 }
 
-/// "NVIDIA A100 PCIe 80GB (x)" -> "a100-pcie-80gb".
+/// "80GB", "80 GB", "96G" of a text -> 80, 80, 96.
+std::optional<double> gigabytes(const std::string& text) {
+  const std::string s = lower(text);
+  const auto digit = [&](std::size_t i) { return i < s.size() && s[i] >= '0' && s[i] <= '9'; };
+  for (std::size_t i = 0; i < s.size(); ++i) {
+    if (!digit(i) || (i > 0 && s[i - 1] >= 'a' && s[i - 1] <= 'z')) continue;
+    std::size_t end = i;
+    while (digit(end)) ++end;
+    std::size_t unit = end;
+    while (unit < s.size() && (s[unit] == ' ' || s[unit] == '-')) ++unit;
+    const bool g = unit < s.size() && s[unit] == 'g' &&
+                   (unit + 1 == s.size() || s[unit + 1] == 'b' || s[unit + 1] == 'i' ||
+                    s[unit + 1] < 'a' || s[unit + 1] > 'z');
+    if (g) return number(std::string_view(s).substr(i, end - i));
+    i = end;
+  }
+  return std::nullopt;
+}
+
+/// "NVIDIA A100 PCIe 80GB (x)", "8x DGX A100 PCIe" -> "a100-pcie": the memory is read by itself.
 std::string device_word(const std::string& gpu) {
   std::string s = plain_text(gpu);
-  for (const char* word : {"nvidia ", "tesla ", "tensor core ", "gpu"}) {
+  for (const char* word :
+       {"nvidia ", "tesla ", "tensor core ", "gpus", "gpu", "dgx-", "dgx ", "hgx-", "hgx "}) {
     for (auto at = s.find(word); at != std::string::npos; at = s.find(word))
       s.erase(at, std::string_view(word).size());
   }
+  // "8x H100".
+  std::size_t count = 0;
+  while (count < s.size() && s[count] >= '0' && s[count] <= '9') ++count;
+  if (count > 0 && count < s.size()) {
+    std::size_t at = count;
+    while (at < s.size() && s[at] == ' ') ++at;
+    if (at < s.size() && (s[at] == 'x' || at > count)) {
+      at += s[at] == 'x' ? 1 : 0;
+      while (at < s.size() && s[at] == ' ') ++at;
+      s.erase(0, at);
+    }
+  }
   std::replace(s.begin(), s.end(), ' ', '-');
-  while (!s.empty() && s.back() == '-') s.pop_back();
+  const auto digit = [&](std::size_t i) { return s[i] >= '0' && s[i] <= '9'; };
+  // "-80gb", "-80-gb", "-80g" at the end; NVL72 is a rack of them.
+  for (bool more = true; more;) {
+    while (!s.empty() && s.back() == '-') s.pop_back();
+    more = false;
+    for (const std::string_view end : {"gib", "gb", "g"}) {
+      if (s.size() <= end.size() || s.compare(s.size() - end.size(), end.size(), end) != 0)
+        continue;
+      std::size_t first = s.size() - end.size();
+      while (first > 0 && s[first - 1] == '-') --first;
+      const std::size_t last = first;
+      while (first > 0 && digit(first - 1)) --first;
+      if (first == last || first == 0 || s[first - 1] != '-') continue;
+      s.resize(first - 1);
+      more = true;
+      break;
+    }
+    if (const auto at = s.rfind("-nvl72"); at != std::string::npos && at + 6 == s.size())
+      s.resize(at), more = true;
+  }
   return s;
 }
 
@@ -174,8 +225,12 @@ const std::vector<std::string_view>& Configuration::columns(RowSchema schema) {
 
 Configuration::Configuration(RowSchema schema, const Row& row) {
   for (const std::string_view column : columns(schema)) {
-    if (const std::string& cell = row[column]; !cell.empty())
-      cells_.emplace(std::string(column), cell);
+    const std::string& cell = row[column];
+    const std::string plain = lower(cell);
+    // What tables write where nothing is known.
+    const bool nothing = plain == "-" || plain == "?" || plain == "n/a" || plain == "na" ||
+                         plain == "nan" || plain == "unknown";
+    if (!cell.empty() && !nothing) cells_.emplace(std::string(column), cell);
   }
 }
 
@@ -296,7 +351,9 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
   const std::string word = device_word(gpu);
   if (word.empty()) throw InputError("gpu", "is not printed");
   const bool pcie = is_pcie(word) || is_pcie(lower(intra));
+  // "40", "40 GB"; else what the card's name says.
   auto printed = number(memory);
+  if (!printed) printed = gigabytes(memory.empty() ? gpu : memory);
   if (printed && *printed > 4096) printed = *printed / 1024;  // MiB, as nvidia-smi says it
   const auto names = [](const DeviceProfile& d) {
     auto all = d.aliases;
@@ -310,7 +367,7 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
     for (const std::string& n : names(d)) {
       if (n == word)
         score = std::max(score, 4);
-      else if (n == without_form(word))
+      else if (n == without_form(word) || n.rfind(without_form(word) + "-sxm", 0) == 0)
         score = std::max(score, 3);
       else if (n.rfind(word + "-", 0) == 0 && (is_pcie(d.name) == pcie || word.size() > 5))
         score = std::max(score, 2);
@@ -396,7 +453,8 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
 }
 
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
-                                     const std::string& model, const std::string& precision) {
+                                     const std::string& model, const std::string& precision,
+                                     const std::string& device) {
   const std::string word = lower(text);
   const auto any = [](const std::vector<std::string>& patterns, const std::string& what) {
     return std::any_of(patterns.begin(), patterns.end(),
@@ -408,6 +466,7 @@ const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::stri
     const bool own = any(f.networks, model);
     if (!own && !f.networks.empty()) continue;
     if (!f.precisions.empty() && !any(f.precisions, precision)) continue;
+    if (!f.devices.empty() && !device.empty() && !any(f.devices, device)) continue;
     auto all = f.aliases;
     all.push_back(f.name);
     for (const std::string& alias : all) {
@@ -424,9 +483,13 @@ const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::stri
 
 const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
                            std::string* besides) {
-  // Folders before the name: "Classification/ConvNets/resnet50v1.5 (...)".
+  // Folders before the name: "Classification/ConvNets/resnet50v1.5 (...)"; none is "ViT-B/16".
   const auto slash = text.rfind('/', text.find('('));
-  const std::string last = slash == std::string::npos ? text : text.substr(slash + 1);
+  const bool folder = slash != std::string::npos &&
+                      (slash + 1 == text.size() || text[slash + 1] < '0' || text[slash + 1] > '9');
+  std::string last = folder ? text.substr(slash + 1) : text;
+  if (lower(last).rfind("meta-llama", 0) == 0 || lower(last).rfind("meta llama", 0) == 0)
+    last.erase(0, 5);
   std::string with_brackets;
   for (const char c : last) with_brackets += c == '(' || c == ')' ? ' ' : c;
   const KnownModel* best = nullptr;
@@ -521,6 +584,7 @@ class CaseBuilder {
     c_.assumed = row_.replaced();
     find_framework();
     read_recipe();
+    read_configuration();
     find_network();
     find_ranks();
     find_batch();
@@ -537,7 +601,12 @@ class CaseBuilder {
 
   void find_framework() {
     const std::string& text = row_["framework"];
-    framework_ = framework_of(catalogue_, text, row_["model"], row_["precision"]);
+    std::string device;
+    try {
+      device = device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]).name;
+    } catch (const InputError&) {  // find_ranks says it
+    }
+    framework_ = framework_of(catalogue_, text, row_["model"], row_["precision"], device);
     // A quantity may have the name that one framework logs it under, a precision a recipe's.
     if (text.empty() && schema_ == RowSchema::memory) {
       framework_ = framework_of(catalogue_, row_["quantity"], row_["model"], "");
@@ -582,6 +651,29 @@ class CaseBuilder {
     }
   }
 
+  /// What the framework's script of a network of these sizes sets, where the row leaves it empty.
+  void read_configuration() {
+    for (const SizedConfiguration& c : framework_->configurations) {
+      const bool version =
+          c.frameworks.empty() ||
+          std::any_of(c.frameworks.begin(), c.frameworks.end(), [&](const std::string& pattern) {
+            return matches(pattern, lower(row_["framework"]));
+          });
+      // A row that prints no size at all is of any network.
+      std::size_t printed = 0;
+      const bool alike = std::all_of(c.when.begin(), c.when.end(), [&](const auto& cell) {
+        const std::string& text = row_[cell.first];
+        printed += text.empty() || text != cell.second ? 0 : 1;
+        return text.empty() || text == cell.second;
+      });
+      if (!version || !alike || printed < 2) continue;
+      for (const auto& [column, cell] : c.sets) {
+        if (row_.fill(column, cell)) assume("{} {} (configuration)", column, cell);
+      }
+      return;
+    }
+  }
+
   /// What a recipe that no profile knows sets is no matter of assumption.
   void need(const char* column) const {
     if (unknown_recipe_.empty() || !row_[column].empty()) return;
@@ -615,10 +707,18 @@ class CaseBuilder {
       t = *known->transformer;
       c_.model = known->name;
       architecture = hidden ? *hidden == t.hidden : has_parameters(t, layers);
+      if (!architecture && !hidden && t.moe.experts > 0)
+        throw InputError("model", fmt::format("'{}' has {} billion parameters, {} others; print "
+                                              "its sizes",
+                                              text, *billions(), known->name));
       if (!architecture) assume("kind of block of {}", known->name);
     } else {
       if (schema_ == RowSchema::convolution)
         throw InputError("model", fmt::format("'{}' is in no catalogue", text));
+      if (!(layers && hidden) && experts.value_or(1) <= 1 && names_experts(text))
+        throw InputError("model", fmt::format("'{}' is in no catalogue, and the sizes of its "
+                                              "experts are not printed",
+                                              text));
       t = *named(framework_->model).transformer;
       c_.model = fmt::format("as {}", framework_->model);
       assume("kind of block of {} (framework {})", framework_->model, framework_->name);
@@ -813,18 +913,69 @@ class CaseBuilder {
     return 1;
   }
 
+  /// Billions of parameters: the column's, else of the name ("GPT-2 1.5B", not "8x7B", "A3B").
+  std::optional<double> billions() const {
+    if (const auto n = number(row_["params_billion"])) return n;
+    const std::string s = lower(row_["model"]);
+    const auto part = [&](std::size_t i) {
+      return i < s.size() && ((s[i] >= 'a' && s[i] <= 'z') || (s[i] >= '0' && s[i] <= '9'));
+    };
+    for (std::size_t b = 1; b < s.size(); ++b) {
+      if (s[b] != 'b' || part(b + 1)) continue;
+      std::size_t start = b;
+      while (start > 0 && ((s[start - 1] >= '0' && s[start - 1] <= '9') || s[start - 1] == '.'))
+        --start;
+      if (start == b || (start > 0 && s[start - 1] >= 'a' && s[start - 1] <= 'z')) continue;
+      if (const auto n = number(std::string_view(s).substr(start, b - start)); n && *n > 0)
+        return n;
+    }
+    return std::nullopt;
+  }
+  /// "8x7B", "17B-16E", "480B A35B": names of mixtures.
+  static bool names_experts(const std::string& text) {
+    const std::string s = lower(text);
+    const auto digit = [&](std::size_t i) { return i < s.size() && s[i] >= '0' && s[i] <= '9'; };
+    for (std::size_t i = 1; i < s.size(); ++i) {
+      if (!digit(i) || digit(i - 1)) continue;
+      std::size_t end = i;
+      while (digit(end) || (end < s.size() && s[end] == '.' && digit(end + 1))) ++end;
+      const char unit = end < s.size() ? s[end] : ' ';
+      const bool apart = end + 1 >= s.size() || s[end + 1] < 'a' || s[end + 1] > 'z';
+      if (!apart) continue;
+      const char before = s[i - 1];
+      const bool active = before == 'a' && (i == 1 || s[i - 2] < 'a' || s[i - 2] > 'z');
+      if (unit == 'b' && (active || (before == 'x' && i > 1 && digit(i - 2)))) return true;
+      if (unit == 'e' && (before == 'x' || before == '-' || before == ' ')) return true;
+    }
+    return false;
+  }
+
   /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
   /// names of many sizes ("GPT-2-like 52B").
   bool has_parameters(const TransformerConfig& t, std::optional<std::int64_t> layers) const {
-    const auto billions = number(row_["params_billion"]);
-    if (!billions || layers || t.moe.experts > 0 || t.latent.key_value_rank > 0) return true;
+    const auto printed = billions();
+    if (!printed || layers || !t.pattern.empty()) return true;
     const auto h = static_cast<double>(t.hidden), heads = static_cast<double>(t.heads),
                kv = static_cast<double>(t.kv_heads > 0 ? t.kv_heads : t.heads),
                d = t.head_dim > 0 ? static_cast<double>(t.head_dim) : h / heads;
-    const double block =
-        2 * h * d * (heads + kv) + (t.gated ? 3 : 2) * h * static_cast<double>(t.ffn);
-    const double all = t.layers * block + (t.tied ? 1 : 2) * h * static_cast<double>(t.vocabulary);
-    return std::abs(all - *billions * 1e9) < 0.15 * all;
+    double attention = 2 * h * d * (heads + kv);
+    if (const auto& l = t.latent; l.key_value_rank > 0) {
+      const auto rank = static_cast<double>(l.query_rank),
+                 kept = static_cast<double>(l.key_value_rank),
+                 nope = static_cast<double>(l.nope_dim), rope = static_cast<double>(l.rope_dim),
+                 v = static_cast<double>(l.value_dim);
+      attention = (rank > 0 ? rank * (h + heads * (nope + rope)) : h * heads * (nope + rope)) +
+                  h * (kept + rope) + kept * heads * (nope + v) + heads * v * h;
+    }
+    const double wide = (t.gated ? 3 : 2) * h;
+    double all = t.layers * attention + (t.tied ? 1 : 2) * h * static_cast<double>(t.vocabulary);
+    double mixed = 0;
+    if (t.moe.experts > 0)
+      mixed = std::floor(static_cast<double>(t.layers - t.moe.first_dense) /
+                         static_cast<double>(std::max(1, static_cast<int>(t.moe.every))));
+    all += mixed * wide * static_cast<double>(t.moe.experts * t.moe.ffn + t.moe.shared_ffn);
+    all += (t.layers - mixed) * wide * static_cast<double>(t.ffn);
+    return std::abs(all - *printed * 1e9) < 0.15 * all;
   }
 
   /// Layers and hidden size where only a number of parameters is printed: P = 12 l h² with h = 128
@@ -832,12 +983,14 @@ class CaseBuilder {
   void sizes_from_parameters(TransformerConfig& t, std::optional<std::int64_t> layers,
                              std::optional<std::int64_t> hidden) {
     if (layers && hidden) return;
-    const auto billions = number(row_["params_billion"]);
+    // Of no known kind of network a number in a name says too little.
+    const auto printed =
+        c_.model.rfind("as ", 0) == 0 ? number(row_["params_billion"]) : billions();
     const std::string& text = row_["model"];
-    if (!billions || *billions <= 0)
+    if (!printed || *printed <= 0)
       throw InputError(layers ? "hidden_size" : "num_layers",
                        fmt::format("is not printed, and '{}' is in no catalogue", text));
-    const double parameters = *billions * 1e9;
+    const double parameters = *printed * 1e9;
     if (hidden) {
       t.hidden = *hidden;
     } else {
@@ -1022,7 +1175,10 @@ class CaseBuilder {
 
   // ---- ranks and batch -------------------------------------------------------------------------
   std::int64_t degree(std::string_view column, const char* what, bool say = true) {
-    if (const auto n = row_.whole(column, 1, 100'000)) return *n;
+    // No virtual stages, no groups of experts: 0 is 1.
+    const bool none = column == "virtual_stages_per_gpu" || column == "ep";
+    if (const auto n = row_.whole(column, none ? 0 : 1, 100'000))
+      return std::max<std::int64_t>(1, *n);
     if (say && schema_ != RowSchema::convolution) assume("{} 1", what);
     return 1;
   }
@@ -1044,7 +1200,7 @@ class CaseBuilder {
       p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
     }
     if (p.pp == 1) p.virtual_stages = 1;
-    if (const auto n = row_.whole("etp", 1, 100'000); n && p.ep > 1) p.etp = *n;
+    if (const auto n = row_.whole("etp", 0, 100'000); n && *n > 0 && p.ep > 1) p.etp = *n;
     if (p.etp == 0 && p.ep > 1) p.etp = words_number(row_["model"], {"_etp"}).value_or(0);
     const std::int64_t model = p.tp * p.pp * p.cp;
     const auto dp = row_.whole("dp", 1, 100'000), gpus = row_.whole("num_gpus", 1, 1'000'000);
@@ -1164,26 +1320,38 @@ class CaseBuilder {
       set_recompute(p, f.recompute, "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
     } else if (const auto how = recompute_of(recompute)) {
-      const bool bare = plain_text(recompute) == "selective" && *how == "selective";
+      // "selective (op)", "selective AC": what the framework's own selection is.
+      const std::string plain = plain_text(recompute), all = lower(recompute);
+      const bool bare = *how == "selective" && plain.rfind("selective", 0) == 0 &&
+                        !has(all, "core") && !has(all, "attn") && !has(all, "attention");
       // What goes to the host is as little there as what is computed again.
       const bool offloads = has(row_["model"], "fine_grained_offloading") && !bare;
+      // torchtitan's selective_ac_option N, llm-foundry's and others' "every other layer".
+      const bool every_other = c_.transformer && (has(all, "every other") || has(all, "every 2"));
       set_recompute(p,
-                    bare       ? f.selective
-                    : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
-                               : with_lone_norms(*how),
+                    every_other ? fmt::format("first:{}", std::max(1, c_.transformer->layers / 2))
+                    : bare      ? f.selective
+                    : offloads  ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
+                                : with_lone_norms(*how),
                     "recompute");
-      if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
+      if (bare && !every_other && f.selective != "selective")
+        assume("selective recompute is {}", f.selective);
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }
     const std::string settings = lower(row_["overlap_and_other_settings"]);
     c_.logs_first_stage = f.logs_first_stage;
+    c_.logs_memory = f.logs_memory;
     if (has(row_["overlap_and_other_settings"], "CE fusion")) {
       p.allocations.fp32_loss = false;
       fuse_loss();
     }
     if (has(row_["overlap_and_other_settings"], "no TP comm overlap"))
       p.tensor_parallel_in_turn = true;
+    // torchtitan's asynchronous tensor parallelism.
+    const bool asynchronous =
+        (has(settings, "async tp") || has(settings, "asynctp") || has(settings, "async tensor")) &&
+        !has(settings, "no async") && !has(settings, "without async");
     set_allocations();
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
@@ -1243,6 +1411,7 @@ class CaseBuilder {
     } else if (p.dp > 1) {
       assume("gradient overlap {}", f.overlap_gradients ? "on" : "off");
     }
+    if (asynchronous && p.sequence_parallel) p.overlap_tensor_parallel = true;
     if (overlaps_tensor_parallel && !flags_.any && p.sequence_parallel &&
         !has(settings, "overlap paths off") && c_.transformer && c_.transformer->moe.experts == 0) {
       p.overlap_tensor_parallel = true;
@@ -1377,7 +1546,18 @@ class CaseBuilder {
       p.reshard_after_forward = framework_->reshard_after_forward;
       if (p.dp * p.cp > 1 && c_.transformer) assume("ZeRO {}", p.zero);
     }
+    if (p.zero == 3 && p.pp > 1 && framework_->zero_pipelined < 3 && p.reshard_after_forward) {
+      p.zero = framework_->zero_pipelined;
+      assume("ZeRO {}, as parameters stay gathered between micro-batches", p.zero);
+    }
     if (z && z->group > 1 && p.zero > 0 && z->group < p.dp) p.zero_group = z->group;
+    const std::int64_t of_node =
+        c_.cluster.devices_per_node / std::min(c_.cluster.devices_per_node, p.tp * p.cp);
+    if (z && z->hybrid && z->group <= 1 && p.zero > 0 && of_node > 1 && of_node < p.dp &&
+        p.dp % of_node == 0) {
+      p.zero_group = of_node;
+      assume("{} ranks of a node share a copy of the state", of_node);
+    }
     if (has(row_["model"], "multi_dist_optimizer_instances") && p.zero > 0 && p.dp % 2 == 0 &&
         p.dp > 2) {
       p.zero_group = p.dp * p.cp / 2;

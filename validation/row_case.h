@@ -113,6 +113,7 @@ struct RowCase {
   ClusterChoice cluster;
   Plan plan;
   bool logs_first_stage = false;     ///< FrameworkProfile's
+  std::string logs_memory;           ///< likewise
   std::vector<std::string> assumed;  ///< "vocabulary 50257 (framework megatron-core)"
   std::string key() const;           ///< equal: the same prediction
 };
@@ -130,9 +131,10 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
 const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gpu,
                                const std::string& memory, const std::string& intra);
 
-/// The profile with the longest matching alias; null: none.
+/// The profile with the longest matching alias; null: none. `device`: the name of one, or empty.
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
-                                     const std::string& model, const std::string& precision);
+                                     const std::string& model, const std::string& precision,
+                                     const std::string& device = "");
 
 /// The catalogue entry that a text names; null: none. `text` may lead with folders and end with
 /// remarks: the longest name or alias that it begins with. `besides`: what the text's network has

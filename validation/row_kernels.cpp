@@ -50,6 +50,12 @@ double bus_factor(const std::string& collective, double n) {
   }
 }
 
+/// "1,024" -> 1024.
+std::optional<double> count(std::string text) {
+  if (text.find('.') == std::string::npos) std::erase(text, ',');
+  return number(text);
+}
+
 /// "head_num=128" in `extra`.
 std::optional<double> named(const std::string& extra, const std::string& key) {
   for (auto at = extra.find(key + "="); at != std::string::npos;
@@ -62,25 +68,42 @@ std::optional<double> named(const std::string& extra, const std::string& key) {
   return std::nullopt;
 }
 
+/// The first of several names for one thing.
+std::optional<double> named(const std::string& extra, std::initializer_list<const char*> keys) {
+  for (const char* key : keys)
+    if (const auto n = named(extra, std::string(key))) return n;
+  return std::nullopt;
+}
+
+bool is_attention(const std::string& kernel) {
+  for (const char* word : {"attention", "flash", "sdpa", "sdp_"})
+    if (kernel.find(word) != std::string::npos) return true;
+  return false;
+}
+
 struct AttentionShape {
   double batch = 0, sequence = 0, heads = 0, kv_heads = 0, qk = 0, v = 0;
-  bool backward = false;
+  bool backward = false, causal = true;
 };
 
 /// `cell(column)` of a row or of its configuration.
 template <class Cells>
 std::optional<AttentionShape> attention_shape(const Cells& row) {
   const std::string kernel = lower(row["kernel"]);
-  if (kernel.find("attention") == std::string::npos || kernel.find("flash") == std::string::npos)
-    return std::nullopt;
-  const std::string& extra = row["extra"];
+  const auto says = [&](const char* word) { return kernel.find(word) != std::string::npos; };
+  if (!is_attention(kernel)) return std::nullopt;
+  const std::string extra = lower(row["extra"]);
   AttentionShape a;
-  a.batch = named(extra, "batch").value_or(0);
-  a.sequence = named(extra, "seq_len").value_or(0);
-  a.heads = named(extra, "head_num").value_or(0);
-  a.kv_heads = named(extra, "kv_head_num").value_or(a.heads);
-  a.qk = named(extra, "qk_head_dim").value_or(0);
-  a.v = named(extra, "v_head_dim").value_or(a.qk);
+  a.batch = named(extra, {"batch", "batch_size", "b", "bs"}).value_or(0);
+  a.sequence = named(extra, {"seq_len", "seqlen", "seq", "sequence", "s"}).value_or(0);
+  a.heads = named(extra, {"head_num", "heads", "num_heads", "nheads", "h"}).value_or(0);
+  a.kv_heads = named(extra, {"kv_head_num", "kv_heads", "num_kv_heads"}).value_or(a.heads);
+  a.qk = named(extra, {"qk_head_dim", "head_dim", "headdim", "hdim", "d"}).value_or(0);
+  a.v = named(extra, {"v_head_dim"}).value_or(a.qk);
+  a.causal = !(says("non-causal") || says("non causal") || says("bidirectional") ||
+               extra.find("causal=false") != std::string::npos ||
+               extra.find("causal=0") != std::string::npos ||
+               extra.find("non-causal") != std::string::npos);
   a.backward =
       kernel.find("backward") != std::string::npos || kernel.find("bwd") != std::string::npos;
   if (!(a.batch > 0 && a.sequence > 0 && a.heads > 0 && a.qk > 0)) return std::nullopt;
@@ -98,10 +121,10 @@ struct ProductShape {
 template <class Cells>
 ProductShape product_shape(const Cells& row) {
   ProductShape p;
-  p.m = number(row["m"]).value_or(0);
-  p.n = number(row["n"]).value_or(0);
-  p.k = number(row["k"]).value_or(0);
-  p.batch = number(row["batch_or_groups"]).value_or(1);
+  p.m = count(row["m"]).value_or(0);
+  p.n = count(row["n"]).value_or(0);
+  p.k = count(row["k"]).value_or(0);
+  p.batch = count(row["batch_or_groups"]).value_or(1);
   return p;
 }
 
@@ -198,8 +221,18 @@ KernelFigure collective_figure(const Configuration& row, const Catalogue& catalo
   if (n < 2) throw InputError("num_gpus", "a collective has at least 2");
   std::string inter = row["inter_node_interconnect"];
   if (inter == "none") inter.clear();
-  const ClusterChoice cluster = cluster_of(catalogue, row["gpu"], "", n, per_node,
-                                           row["intra_node_interconnect"], inter, f.assumed);
+  const auto cluster_for = [&](std::int64_t gpus, std::vector<std::string>& assumed) {
+    return cluster_of(catalogue, row["gpu"], "", gpus, per_node, row["intra_node_interconnect"],
+                      inter, assumed);
+  };
+  std::vector<std::string> assumed;
+  ClusterChoice cluster = cluster_for(n, assumed);
+  if (nodes && *nodes > ceil_div(n, cluster.devices_per_node)) {
+    // Nodes that are not full.
+    assumed.clear();
+    cluster = cluster_for(*nodes * cluster.devices_per_node, assumed);
+  }
+  f.assumed.insert(f.assumed.end(), assumed.begin(), assumed.end());
   const Topology topology = load_topology(cluster.topology, cluster.edits);
   // By the model alone: the clusters' curves may be these very rows.
   const std::int64_t on = nodes.value_or(ceil_div(n, cluster.devices_per_node));
@@ -218,14 +251,14 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
   Flops flops{0};
   if (const auto a = attention_shape(row)) {
     // Causal: half of the square is computed, whatever the row's FLOP/s count.
-    f.assumed.emplace_back("causal attention");
+    f.assumed.emplace_back(a->causal ? "causal attention" : "attention of all keys");
     FlashAttention x{a->batch,
                      a->sequence,
                      a->sequence,
                      a->heads,
                      a->qk,
                      a->v,
-                     (a->sequence + 1) / (2 * a->sequence),
+                     a->causal ? (a->sequence + 1) / (2 * a->sequence) : 1,
                      a->backward,
                      compute,
                      {}};
@@ -235,7 +268,7 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
     x.bytes = Bytes{std::llround((a->backward ? 2.5 : 1) * stored * (q + kv))};
     const DeviceProfile rest = without(device, x, f.assumed);
     f.seconds = (device.kernel_latency + ShapePrices(rest, Clock::brief).of(x).work).count;
-    flops = Flops{whole_square(*a) / 2};
+    flops = Flops{whole_square(*a) / (a->causal ? 2 : 1)};
   } else {
     const ProductShape p = product_shape(row);
     if (!(p.m > 0 && p.n > 0 && p.k > 0))

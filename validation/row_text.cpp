@@ -53,7 +53,8 @@ std::vector<Rate> rates_of(std::string_view s) {
       Unit{"Gb/s", 1e9 / 8},   Unit{"Gbps", 1e9 / 8},  Unit{"Gbit/s", 1e9 / 8},
       Unit{"Gb/sec", 1e9 / 8}, Unit{"GB/s", 1e9},      Unit{"GBps", 1e9},
       Unit{"Tb/s", 1e12 / 8},  Unit{"Tbps", 1e12 / 8}, Unit{"TB/s", 1e12},
-      Unit{"MB/s", 1e6},       Unit{"Mb/s", 1e6 / 8},  Unit{"Gbit", 1e9 / 8}};
+      Unit{"MB/s", 1e6},       Unit{"Mb/s", 1e6 / 8},  Unit{"Gbit", 1e9 / 8},
+      Unit{"GbE", 1e9 / 8}};
   std::vector<Rate> all;
   std::size_t after = 0;  // behind the last rate
   for (std::size_t i = 0; i < s.size(); ++i) {
@@ -75,10 +76,37 @@ std::vector<Rate> rates_of(std::string_view s) {
       if (s[x] != 'x') continue;
       std::size_t n = x, start = 0;
       while (n > after && s[n - 1] == ' ') --n;
+      // "8 NICs x 400".
+      const std::string before = lower(s.substr(after, n - after));
+      for (const std::string_view word : {"nics", "nic", "hcas", "cards", "ports", "rails"}) {
+        if (before.size() < word.size() ||
+            before.compare(before.size() - word.size(), word.size(), word) != 0)
+          continue;
+        n -= word.size();
+        while (n > after && s[n - 1] == ' ') --n;
+        break;
+      }
       const auto count = number_before(s, n, start);
       if (!count || *count < 1 || (x + 1 < s.size() && letter(s[x + 1]))) continue;
       r.bytes *= *count;
       break;
+    }
+    // "400 Gb/s x 8".
+    std::size_t x = r.end;
+    while (x < s.size() && s[x] == ' ') ++x;
+    if (x < s.size() && s[x] == 'x') {
+      std::size_t first = x + 1;
+      while (first < s.size() && s[first] == ' ') ++first;
+      std::size_t last = first;
+      while (last < s.size() && digit(s[last])) ++last;
+      const auto count = number(s.substr(first, last - first));
+      // A rate may begin there: "8x400".
+      std::size_t next = last;
+      while (next < s.size() && s[next] == ' ') ++next;
+      const bool rate = std::any_of(kUnits.begin(), kUnits.end(), [&](const Unit& u) {
+        return s.substr(next, u.text.size()) == u.text;
+      });
+      if (count && *count >= 1 && !rate) r.bytes *= *count, r.end = last;
     }
     after = r.end;
     all.push_back(r);
@@ -184,6 +212,22 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
     if (r && has(l, "compute")) return r;
     if (!first) first = r;
   }
+  if (first) return first;
+  // InfiniBand's generations, 4 lanes: "HDR InfiniBand", "ib ndr400".
+  const std::string words = lower(text);
+  struct Generation {
+    std::string_view name;
+    double gbps;
+  };
+  for (const auto& [name, gbps] :
+       {Generation{"xdr", 800}, Generation{"ndr", 400}, Generation{"hdr100", 100},
+        Generation{"hdr", 200}, Generation{"edr", 100}, Generation{"fdr", 56}}) {
+    for (auto at = words.find(name); at != std::string::npos; at = words.find(name, at + 1)) {
+      const std::size_t end = at + name.size();
+      if ((at > 0 && letter(words[at - 1])) || (end < words.size() && letter(words[end]))) continue;
+      return NetworkRate{BytesPerSecond{gbps * 1e9 / 8}, false, true};
+    }
+  }
   return first;
 }
 
@@ -195,11 +239,12 @@ std::optional<PrecisionText> precision_of(std::string_view text) {
   for (const std::string& s : {plain_text(text), whole}) {
     if (has(s, "fp4"))
       p.name = "nvfp4";
-    else if (has(s, "fp8") || has(s, "float8") || has(s, "e4m3"))
+    else if (has(s, "fp8") || has(s, "float8") || has(s, "e4m3") || has(s, "e5m2"))
       p.name = has(s, "mx") ? "mxfp8" : "fp8", p.fp32_beside = s.rfind("fp32 + ", 0) == 0;
     else if (has(s, "bf16") || has(s, "bfloat16"))
       p.name = "bf16";
-    else if (has(s, "fp16") || has(s, "float16") || has(s, "half") || has_word(s, "amp"))
+    else if (has(s, "fp16") || has(s, "float16") || has(s, "half") || has_word(s, "amp") ||
+             has_word(s, "f16"))
       p.name = "fp16";
     else if (has(s, "tf32"))
       p.name = "tf32";
@@ -267,23 +312,31 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     z.group = 0;
     return z;
   }
-  if (has(s, "shard_grad_op") || has(s, "no reshard")) {
+  if (has(s, "no_shard")) {
+    z.zero = 0;
+    return z;
+  }
+  z.hybrid = has(s, "hsdp") || has(s, "hybrid");
+  if (has(s, "shard_grad_op") || has(s, "no reshard") || has(s, "hybrid_shard_zero2")) {
     z.zero = 3;
     z.reshard = false;
     return z;
   }
   for (int stage = 0; stage <= 3; ++stage) {
-    for (const char* form : {"zero-{}", "zero{}", "zero {}", "zero stage {}", "stage {}"}) {
+    for (const char* form : {"zero-{}", "zero{}", "zero {}", "zero stage {}", "stage {}",
+                             "stage-{}", "stage={}", "stage{}"}) {
       if (!has(s, fmt::format(fmt::runtime(form), stage))) continue;
       z.zero = stage;
       return z;
     }
   }
-  if (has(s, "fsdp") || has(s, "full_shard") || has(s, "optim_grads_params")) {
+  if (z.hybrid || has(s, "fsdp") || has(s, "full_shard") || has(s, "fully_shard") ||
+      has(s, "optim_grads_params")) {
     z.zero = 3;
     return z;
   }
-  if (has(s, "distributed optimizer")) {
+  if (has(s, "distributed optimizer") || has(s, "distributed_optimizer") ||
+      has(s, "distributed-optimizer")) {
     z.zero = 1;
     return z;
   }
@@ -298,8 +351,10 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
 std::optional<bool> switch_of(std::string_view text) {
   const std::string s = plain_text(text);
   const std::string word = s.substr(0, s.find(' '));
-  if (word == "on" || word == "true" || word == "yes") return true;
-  if (word == "off" || word == "false" || word == "no") return false;
+  for (const char* on : {"on", "true", "yes", "enabled", "1"})
+    if (word == on) return true;
+  for (const char* off : {"off", "false", "no", "none", "disabled", "0"})
+    if (word == off) return false;
   return std::nullopt;
 }
 
@@ -338,15 +393,23 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
   std::size_t best = std::string::npos;
   for (const auto& [word, what] :
        {Word{"allocated", What::allocated}, Word{"reserved", What::reserved},
-        Word{"nvidia-smi", What::device}, Word{"printed", What::device},
-        Word{"peak mem", What::device}, Word{"memory", What::device}}) {
+        Word{"cached", What::reserved}, Word{"nvidia-smi", What::device}}) {
     if (const auto at = s.find(word); at < best) best = at, q.what = what;
   }
-  // "memory" of "nvidia-smi memory" or of "peak memory, allocated" is no kind of its own.
-  if (q.what == What::device && has(s, "allocated") && !has(s, "nvidia-smi"))
-    q.what = What::allocated;
-  if (best == std::string::npos && !has(s, "gb") && !has(s, "gib")) return std::nullopt;
-  return q;
+  if (best < std::string::npos) {
+    // "memory allocated (nvidia-smi)".
+    if (q.what == What::allocated && has(s, "(nvidia-smi")) q.what = What::device;
+    return q;
+  }
+  for (const std::string_view model : {"model state", "weights", "parameters"}) {
+    if (!has(s, model)) continue;
+    q.what = What::state;
+    return q;
+  }
+  q.what = What::printed;
+  for (const std::string_view word : {"printed", "peak", "memory", "gb", "gib", "vram", "usage"})
+    if (has(s, word)) return q;
+  return std::nullopt;
 }
 
 MegatronFlags megatron_flags(std::string_view text) {

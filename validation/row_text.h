@@ -53,6 +53,7 @@ struct ShardingText {
   bool reshard = true;
   bool offload_optimizer = false;
   bool offload_parameters = false;  ///< which plans do not know
+  bool hybrid = false;  ///< ranks of a node share one copy, unless `group` says otherwise
   friend bool operator==(const ShardingText&, const ShardingText&) = default;
 };
 std::optional<ShardingText> sharding_of(std::string_view text);
@@ -65,13 +66,14 @@ struct MemoryQuantity {
   enum class What : std::uint8_t {
     allocated,          ///< peak of the framework's allocations
     reserved,           ///< peak of what its allocator holds
-    device,             ///< reserved, context and communicators: nvidia-smi, and "printed"
+    device,             ///< reserved, context and communicators: nvidia-smi
+    printed,            ///< what the framework prints, mostly `device`
     state,              ///< parameters, gradients and optimizer, the mean of ranks
     after_step,         ///< and what the framework keeps allocated between steps
     activations,        ///< that forward passes keep for backward ones
     activations_ratio,  ///< against the same plan without recompute and sequence parallelism
     fits,               ///< an out-of-memory fact
-  } what = What::device;
+  } what = What::printed;
   enum class Who : std::uint8_t { most, rank, logging } who = Who::most;
   int rank = 0;  ///< of Who::rank
   friend bool operator==(const MemoryQuantity&, const MemoryQuantity&) = default;

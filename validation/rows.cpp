@@ -38,6 +38,7 @@ struct Outcome {
   std::shared_ptr<const RowStep> again;
   std::optional<double> half_width;
   bool logs_first_stage = false;
+  std::string logs_memory;
 };
 
 Graph graph_of(const RowCase& c) {
@@ -74,6 +75,7 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   o.fits = p->fits;
   o.stages = p->memory_by_stage;
   o.logs_first_stage = c.logs_first_stage;
+  o.logs_memory = c.logs_memory;
   o.ranks_of_stage = std::max<std::int64_t>(1, p->devices / p->plan.pp);
   const double total = static_cast<double>(std::max<std::int64_t>(1, p->breakdown.total().count));
   const auto share = [&](const std::string& term, Ticks t) {
@@ -295,6 +297,10 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
       return total;
     case What::reserved:
       return reserved;
+    case What::printed:
+      return o.logs_memory == "allocated"  ? total
+             : o.logs_memory == "reserved" ? reserved
+                                           : reserved + context;
     case What::device:
     case What::fits:
       return reserved + context;
@@ -426,6 +432,12 @@ class RowsPrediction {
     }
   }
 
+  /// Is a rate printed?
+  static bool rated(const Row& row, bool collective) {
+    const auto n = number(row[collective ? "busbw_gb_per_s" : "tflops"]);
+    return n && *n > 0;
+  }
+
   void read_kernel(RowSchema schema, const Row& row, PendingRow& p) {
     const bool collective = schema == RowSchema::collectives;
     for (const char* column :
@@ -433,6 +445,9 @@ class RowsPrediction {
       if (positive(row, column, p.why) > 0) break;
     }
     const double seconds = collective ? measured_collective(row) : measured_product(row);
+    if (!(seconds > 0) && p.why.empty() && rated(row, collective))
+      p.why = fmt::format("{}: the rate is printed without what it is of",
+                          collective ? "size_bytes" : "m");
     if (!(seconds > 0) || !p.why.empty()) return;
     Wanted w = wanted(row, Kind::time,
                       schema == RowSchema::collectives ? row["collective"] : row["kernel"]);

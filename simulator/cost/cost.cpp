@@ -662,8 +662,9 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     ++w.kernels;
   }
   w.kernels += apart.kernels;
+  // Parts of a sequence make one gradient, which is added once.
   (w.products.empty() ? w.bytes : w.streamed) +=
-      Bytes{std::llround(joined * static_cast<double>(apart.added.count))};
+      Bytes{std::llround(joined * static_cast<double>(apart.added.count) / w.parts)};
   if (p.channels_first && op.compute == ElementType::tf32 &&
       std::holds_alternative<Convolution>(op.operation)) {
     // cuDNN turns the images that a kernel of tensor cores reads and writes, a pass each.

@@ -362,17 +362,22 @@ class Lowering {
       if (segment_[i] >= 0)
         ops_of_segment_[static_cast<std::size_t>(segment_[i])].push_back(OpId{i});
     }
-    for (auto& ops : ops_of_segment_) {
+    again_.assign(graph_.operators.size(), false);
+    for (const auto& ops : ops_of_segment_)
+      for (const OpId id : ops) again_[id.index()] = true;
+    // The last first: what a later segment reads of what an earlier one forgets is needed.
+    for (auto ops = ops_of_segment_.rbegin(); ops != ops_of_segment_.rend(); ++ops) {
+      const auto drop = [&] { again_[ops->back().index()] = false, ops->pop_back(); };
       // A scan's own backward makes the convolution again, not the scan.
-      if (plan_.kernels.mamba_ssm && !ops.empty() &&
-          std::holds_alternative<StateSpace>(graph_.op(ops.back()).operation))
-        ops.pop_back();
-      while (plan_.recompute_stops_early && !ops.empty() && !needed_again(ops.back()))
-        ops.pop_back();
+      if (plan_.kernels.mamba_ssm && !ops->empty() &&
+          std::holds_alternative<StateSpace>(graph_.op(ops->back()).operation))
+        drop();
+      while (plan_.recompute_stops_early && !ops->empty() && !needed_again(ops->back())) drop();
     }
   }
 
-  /// Does a backward of its segment need what the segment's last operator makes?
+  /// Does a backward need what the last operator of a segment makes, or another segment that runs
+  /// again?
   bool needed_again(OpId id) const {
     const Operator& op = graph_.op(id);
     const Signature& s = p_.operators[id.index()].signature;
@@ -386,6 +391,7 @@ class Lowering {
         if (segment_[reader.index()] != segment &&
             !(forgets_[static_cast<std::size_t>(segment)] && chunk_of(reader) == chunk_of(id)))
           continue;
+        if (segment_[reader.index()] != segment && again_[reader.index()]) return true;
         const Operator& other = graph_.op(reader);
         const Signature& signature = p_.operators[reader.index()].signature;
         for (std::size_t k = 0; k < other.inputs.size(); ++k)
@@ -2842,6 +2848,7 @@ class Lowering {
   std::vector<int> segment_;
   std::vector<std::vector<OpId>> ops_of_segment_;
   std::vector<bool> forgets_;  ///< of a segment: its results are made again, too
+  std::vector<bool> again_;    ///< of an operator: it runs again
   std::vector<Versions> forward_versions_;
   std::vector<Gathered> gathered_forward_;
   std::vector<Record> records_;

@@ -22,6 +22,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   if (const auto aliases = root.find("aliases")) f.aliases = aliases->as_strings();
   if (const auto networks = root.find("networks")) f.networks = networks->as_strings();
   if (const auto precisions = root.find("precisions")) f.precisions = precisions->as_strings();
+  if (const auto devices = root.find("devices")) f.devices = devices->as_strings();
   std::string file_source;
   if (const auto source = root.find("source")) file_source = source->as_string();
   // `{value: ..., source: ...}`, or a plain value that takes the file's own `source`.
@@ -244,6 +245,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "precision", f.precision);
     setting(*defaults, "zero",
             [&](const YamlNode& n) { f.zero = static_cast<int>(n.as_int(0, 3)); });
+    setting(*defaults, "zero_pipelined",
+            [&](const YamlNode& n) { f.zero_pipelined = static_cast<int>(n.as_int(0, 3)); });
     boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "overlap_tensor_parallel", f.overlap_tensor_parallel);
@@ -258,6 +261,13 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "selective", f.selective);
     boolean(*defaults, "mtp", f.mtp);
     boolean(*defaults, "logs_first_stage", f.logs_first_stage);
+    setting(*defaults, "logs_memory", [&](const YamlNode& n) {
+      f.logs_memory = n.as_string();
+      if (f.logs_memory != "device" && f.logs_memory != "reserved" && f.logs_memory != "allocated")
+        throw InputError(n.place(), fmt::format("'{}' is no memory of a log; there are device "
+                                                "(nvidia-smi's), reserved and allocated",
+                                                f.logs_memory));
+    });
     word(*defaults, "model", f.model);
     setting(*defaults, "vocabulary",
             [&](const YamlNode& n) { f.vocabulary = n.as_int(1, 100'000'000); });
@@ -275,6 +285,31 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
         if (const auto cell = recipe.find(key)) f.recipes[name][key] = cell->as_string();
       }
       recipe.reject_unknown_keys();
+    }
+  }
+  if (const auto configurations = root.find("configurations")) {
+    for (const YamlNode& node : configurations->items()) {
+      SizedConfiguration c;
+      if (const auto n = node.find("frameworks")) c.frameworks = n->as_strings();
+      const auto cells = [](const YamlNode& from, std::initializer_list<const char*> columns) {
+        std::map<std::string, std::string> all;
+        for (const char* column : columns) {
+          if (const auto cell = from.find(column)) all[column] = cell->as_string();
+        }
+        from.reject_unknown_keys();
+        return all;
+      };
+      c.when = cells(node.get("when"), {"num_layers", "hidden_size", "num_gpus", "tp", "pp"});
+      if (c.when.empty())
+        throw InputError(node.place(), "'when' is empty; give sizes of the network");
+      c.sets =
+          cells(node.get("sets"), {"tp", "pp", "virtual_stages_per_gpu", "cp", "ep",
+                                   "micro_batch_per_dp_rank", "global_batch_seqs", "recompute"});
+      const auto source = node.find("source");
+      c.source = source ? source->as_string() : file_source;
+      if (c.source.empty()) throw InputError(node.place(), "every configuration needs a source");
+      node.reject_unknown_keys();
+      f.configurations.push_back(std::move(c));
     }
   }
   if (const auto workloads = root.find("workloads")) {

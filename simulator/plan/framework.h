@@ -45,6 +45,15 @@ struct Workload {
   std::string source;
 };
 
+/// What a framework's own script sets for a network of given sizes on a number of devices: cells
+/// under the names of a table's columns.
+struct SizedConfiguration {
+  std::vector<std::string> frameworks;      ///< patterns of what tables call versions of it; or any
+  std::map<std::string, std::string> when;  ///< a row prints these, or leaves them empty
+  std::map<std::string, std::string> sets;
+  std::string source;
+};
+
 /// A framework file (schema partita.framework/1). Every setting has an entry in `sources` under its
 /// YAML key: a document, a line of code, or "assumed".
 struct FrameworkProfile {
@@ -55,6 +64,8 @@ struct FrameworkProfile {
   std::vector<std::string> networks;
   /// Not empty: as it runs in these types only, likewise.
   std::vector<std::string> precisions;
+  /// Not empty: as it runs on these devices only, patterns of their names.
+  std::vector<std::string> devices;
 
   // Of every plan.
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp
@@ -93,6 +104,9 @@ struct FrameworkProfile {
   // Where a table does not say.
   std::string precision = "bf16";
   int zero = 0;
+  /// What ZeRO-3 is with pipeline parallelism: 1 where parameters stay gathered and gradients whole
+  /// until the last micro-batch.
+  int zero_pipelined = 3;
   bool reshard_after_forward = true;
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
@@ -102,6 +116,8 @@ struct FrameworkProfile {
   bool overlap_tensor_parallel = false;  ///< of networks without experts, sequence parallel
   bool mtp = false;  ///< trains the multi-token prediction modules of a network that has them
   bool logs_first_stage = false;  ///< a "logging rank" is of the first stage, not the last
+  /// Which memory it prints: "device" (as nvidia-smi), "reserved" or "allocated".
+  std::string logs_memory = "device";
   std::string model;              ///< catalogue entry whose kind of block an unnamed network has
   std::int64_t vocabulary = 0;    ///< of an unnamed network
   /// Mean tokens that a sample of BERT's pre-training has in its batch, of at most 512; 0: padded
@@ -112,6 +128,7 @@ struct FrameworkProfile {
   /// ("ep", "micro_batch_per_dp_rank", "precision").
   std::map<std::string, std::map<std::string, std::string>> recipes;
   std::vector<Workload> workloads;  ///< later ones win
+  std::vector<SizedConfiguration> configurations;
 
   std::map<std::string, std::string> sources;
 };

@@ -356,6 +356,27 @@ TEST(Cost, OfAPartOfTheSequenceIsItsShareOfTheWholeProduct) {
   }
 }
 
+TEST(Cost, OfAGradientMadeInPartsIsOneThatIsAddedOnce) {
+  // docs/policies.md, "Overlapped tensor parallel".
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.sequence_parallel = true;
+  plan.micro_batch = 1;
+  plan.global_batch = 4;
+  plan.allocations.weight_gradients = Allocations::WeightGradients::apart;
+  std::int64_t added[2] = {0, 0};
+  for (const bool overlapped : {false, true}) {
+    plan.overlap_tensor_parallel = overlapped;
+    const Program p = lowered(llama(), plan);
+    for (const Block& block : p.blocks)
+      for (const Instruction& i : block.instructions)
+        if (i.kind == Kind::compute && i.kernel == Kernel::backward_weight)
+          added[overlapped] += work_of(p, i, 0).streamed.count;
+  }
+  EXPECT_GT(added[0], 0);
+  EXPECT_EQ(added[0], added[1]);
+}
+
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
   const Topology t = load_topology("dgx-h100:1", without_nccl());
   Communication c(t);

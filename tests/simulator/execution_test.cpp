@@ -776,7 +776,11 @@ TEST(Execution, TiedEmbeddingsAcrossStages) {
 TEST(Execution, Recomputation) {
   for (const char* set : {"full", "selective", "first:1", "*.mlp.activation,*.attention_norm",
                           "~*.mlp.activation,~*.attention_norm,*.attention.core",
-                          "~*.attention.core,~*.attention.output,~*_norm,~*.mlp.activation"}) {
+                          "~*.attention.core,~*.attention.output,~*_norm,~*.mlp.activation",
+                          // What a later segment reads of an earlier one; torchtitan's selection.
+                          "~*.attention.key,~*_rotary",
+                          "~*_norm,~*.attention.key,~*_rotary,~*.attention.output,"
+                          "~*.attention.residual,~*.mlp.up,~*.mlp.activation"}) {
     SCOPED_TRACE(set);
     Plan p = base_plan();
     set_recompute(p, set, "");

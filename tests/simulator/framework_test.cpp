@@ -117,6 +117,16 @@ TEST(Framework, MistakesNameTheirPlace) {
     expect(
         fmt::format("name: x\nsource: s\nplan: {{bucket: 1 MB}}\nworkloads: [{{{}: 0}}]\n", count),
         "0 is too small");
+  expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {logs_memory: all}\n",
+         "'all' is no memory of a log; there are device (nvidia-smi's), reserved and allocated");
+  const std::string sized = "name: x\nsource: s\nplan: {bucket: 1 MB}\nconfigurations: ";
+  expect(sized + "[{when: {}, sets: {tp: 2}}]\n", "'when' is empty; give sizes of the network");
+  expect(sized + "[{when: {heads: 2}, sets: {tp: 2}}]\n", "heads");
+  expect(sized + "[{when: {num_layers: 2}, sets: {batch: 2}}]\n", "batch");
+  expect(
+      "name: x\nplan: {bucket: {value: 1 MB, source: s}}\nconfigurations: "
+      "[{when: {num_layers: 2}, sets: {tp: 2}}]\n",
+      "every configuration needs a source");
   EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));
 }

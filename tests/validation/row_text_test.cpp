@@ -38,20 +38,26 @@ TEST(RowText, NetworkRates) {
            {"25 Gb/s/GPU", 25 * kGb, true},
            {"InfiniBand 400Gb/s (per GPU)", 400 * kGb, true},
            {"8\u00d7400 Gb/s NDR", 3200 * kGb, false},
+           {"8 NICs x 400 Gb/s", 3200 * kGb, false},
+           {"400Gb/s x 8", 3200 * kGb, false},
+           {"200 Gb/s x 4 rails per node", 800 * kGb, false},
+           {"100GbE", 100 * kGb, false},
        }) {
     const auto r = network_rate(c.text);
     ASSERT_TRUE(r.has_value()) << c.text;
     EXPECT_DOUBLE_EQ(r->rate.count, c.rate) << c.text;
     EXPECT_EQ(r->per_gpu, c.per_gpu) << c.text;
   }
-  for (const char* card :
-       {"400 Gb/s per NIC", "NDR 400 Gb/s (per NIC, 8 of them)", "400 Gb/s/NIC"}) {
+  for (const char* card : {"400 Gb/s per NIC", "NDR 400 Gb/s (per NIC, 8 of them)", "400 Gb/s/NIC",
+                           "InfiniBand NDR", "NDR400"}) {
     const auto r = network_rate(card);
     ASSERT_TRUE(r.has_value()) << card;
     EXPECT_DOUBLE_EQ(r->rate.count, 400 * kGb) << card;
     EXPECT_TRUE(r->per_card && !r->per_gpu) << card;
   }
-  for (const char* nothing : {"", "none", "InfiniBand (2 racks)",
+  EXPECT_DOUBLE_EQ(network_rate("HDR InfiniBand")->rate.count, 200 * kGb);
+  EXPECT_DOUBLE_EQ(network_rate("IB HDR100")->rate.count, 100 * kGb);
+  for (const char* nothing : {"", "none", "InfiniBand (2 racks)", "Andromeda",
                               "intra: ; inter: ", "NVLink3/NVSwitch (8x A100 SXM4 80GB node)",
                               "ConnectX-7", "(400 Gb/s, said elsewhere)", "Storage: 400 Gb/s"})
     EXPECT_FALSE(network_rate(nothing).has_value()) << nothing;
@@ -88,6 +94,8 @@ TEST(RowText, Precisions) {
         {"bf16 + Float8 (tensorwise)", "fp8"},
         {"F8E4M3FNxF8E4M3FN->BF16", "fp8"},
         {"float16", "fp16"},
+        {"F16xF16->F16", "fp16"},
+        {"FP8 e5m2", "fp8"},
         {"fp8 e4m3", "fp8"}})
     EXPECT_EQ(precision_of(c.text), (PrecisionText{c.name, c.fp32_gradients})) << c.text;
   EXPECT_EQ(precision_of("fp32 + FP8 e4m3 tensorwise"), (PrecisionText{"fp8", false, true}));
@@ -155,6 +163,14 @@ TEST(RowText, Sharding) {
                         {"ZeRO-3 opt offload", {3, 0, true, true}},
                         {"ZeRO-3 full offload", {3, 0, true, true, true}},
                         {"ZeRO (stage per slurm script, old branch)", {std::nullopt}},
+                        {"zero_stage=3", zero(3)},
+                        {"ZeRO Stage-2", zero(2)},
+                        {"use_distributed_optimizer", zero(1)},
+                        {"fully_shard (FSDP2)", zero(3)},
+                        {"NO_SHARD", zero(0)},
+                        {"FSDP HYBRID_SHARD", {3, 0, true, false, false, true}},
+                        {"HSDP", {3, 0, true, false, false, true}},
+                        {"_HYBRID_SHARD_ZERO2", {3, 0, false, false, false, true}},
                         {"none", zero(0)}})
     EXPECT_EQ(sharding_of(c.text), c.is) << c.text;
   for (const char* nothing : {"", "2D finalized: 12-way model", "sharded"})
@@ -172,7 +188,15 @@ TEST(RowText, MemoryQuantities) {
              {Q::What::after_step, Q::Who::logging}},
         {"mem-max-allocated-bytes (peak, logging rank)", {Q::What::allocated, Q::Who::logging}},
         {"max_memory_allocated on rank 7", {Q::What::allocated, Q::Who::rank, 7}},
-        {"peak memory per GPU as reported with the throughput row", {Q::What::device}},
+        {"peak memory per GPU as reported with the throughput row", {Q::What::printed}},
+        {"torch max_memory_reserved", {Q::What::reserved}},
+        {"max_memory_reserved (GiB), memory of the step's line", {Q::What::reserved}},
+        {"memory allocated (nvidia-smi)", {Q::What::device}},
+        {"peak cached memory", {Q::What::reserved}},
+        {"weights memory per GPU", {Q::What::state}},
+        {"model states", {Q::What::state}},
+        {"VRAM", {Q::What::printed}},
+        {"peak_mem", {Q::What::printed}},
         {"peak allocated memory as printed", {Q::What::allocated}},
         {"torch max_memory_allocated of the logging rank, bytes/2^30; steady allocated 0.4 GiB",
          {Q::What::allocated, Q::Who::logging}},
@@ -180,8 +204,8 @@ TEST(RowText, MemoryQuantities) {
          {Q::What::allocated}},
         {"max reserved memory", {Q::What::reserved}},
         {"nvidia-smi max of first/last (embedding) nodes, printed as \"47GB\"", {Q::What::device}},
-        {"printed GB, per-GPU usage", {Q::What::device}},
-        {"GPU memory rounded up, GB", {Q::What::device}},
+        {"printed GB, per-GPU usage", {Q::What::printed}},
+        {"GPU memory rounded up, GB", {Q::What::printed}},
         {"parameters+gradients+optimizer state per GPU", {Q::What::state}},
         {"activations per GPU (tensor parallel only)", {Q::What::activations}},
         {"activation memory as % of tensor-parallel baseline", {Q::What::activations_ratio}},

@@ -206,7 +206,23 @@ TEST(RowCase, DevicesByNameMemoryAndSlot) {
                         {"B200 SXM", "", "", "b200"},
                         {"GB300", "", "", "gb300"},
                         {"H200 (printed; README says B200)", "", "", "h200-sxm"},
-                        {"Tesla V100", "32", "", "v100-sxm-32gb"}})
+                        {"Tesla V100", "32", "", "v100-sxm-32gb"},
+                        {"DGX-H100", "", "", "h100-sxm"},
+                        {"HGX H100", "80", "", "h100-sxm"},
+                        {"8x H100", "", "", "h100-sxm"},
+                        {"8 x H100 SXM5 80GB", "", "", "h100-sxm"},
+                        {"H100 (96GB HBM2e, 500W)", "", "", "h100-sxm-96gb-hbm2e"},
+                        {"H100", "96", "", "h100-sxm-96gb-hbm2e"},
+                        {"DGX-GB200", "", "", "gb200"},
+                        {"GB200 NVL72", "", "", "gb200"},
+                        {"H200 141GB", "", "", "h200-sxm"},
+                        {"B200 192GB", "", "", "b200"},
+                        {"A100 80 GB", "", "", "a100-sxm-80gb"},
+                        {"A100-40G", "", "", "a100-sxm-40gb"},
+                        {"A100", "40 GB", "", "a100-sxm-40gb"},
+                        {"V100-SXM3-32GB", "", "", "v100-sxm-32gb"},
+                        {"A100-SXM4-40GB", "", "", "a100-sxm-40gb"},
+                        {"A100-PCIE-40GB", "", "", "a100-pcie-40gb"}})
     EXPECT_EQ(device_of(catalogue(), c.gpu, c.memory, c.intra).name, c.device) << c.gpu;
   for (const char* unknown : {"TPU v4", "H900", "Intel Gaudi 2", "L40S", "10", "A1"})
     EXPECT_THROW(device_of(catalogue(), unknown, "", ""), InputError) << unknown;
@@ -274,6 +290,91 @@ TEST(RowCase, JobsGetEqualPartsOfDomains) {
   EXPECT_EQ(first_of(256), 16u);  // 64 nodes: four times 16
   EXPECT_EQ(first_of(144), 18u);
   EXPECT_EQ(first_of(76), 1u);  // 19 nodes
+}
+
+TEST(RowCase, ScriptsOfSizedNetworksFillWhatTheRowLeavesEmpty) {
+  const Cells row = {{"framework", "Megatron-LM (SC21)"},
+                     {"model", "GPT 145B"},
+                     {"num_layers", "80"},
+                     {"hidden_size", "12288"},
+                     {"num_heads", "96"},
+                     {"seq_len_tokens", "2048"},
+                     {"gpu", "A100"},
+                     {"num_gpus", "1536"},
+                     {"tp", "8"},
+                     {"pp", ""},
+                     {"dp", ""},
+                     {"virtual_stages_per_gpu", ""},
+                     {"micro_batch_per_dp_rank", ""},
+                     {"global_batch_seqs", "2304"}};
+  const RowCase c = case_with(row);
+  EXPECT_EQ(c.plan.pp, 8);
+  EXPECT_EQ(c.plan.dp, 24);
+  EXPECT_EQ(c.plan.micro_batch, 2);
+  EXPECT_EQ(c.plan.virtual_stages, 2);
+  EXPECT_THAT(c.assumed, Contains("micro_batch_per_dp_rank 2 (configuration)"));
+  // Not what is printed, nor of another size, cut or time.
+  EXPECT_EQ(case_with(with(row, {{"micro_batch_per_dp_rank", "1"}})).plan.micro_batch, 1);
+  const Cells unfilled = {{"pp", "4"}, {"virtual_stages_per_gpu", ""}};
+  EXPECT_EQ(case_with(with(row, unfilled)).plan.virtual_stages, 1);
+  EXPECT_EQ(case_with(with(row, {{"num_layers", "64"}})).plan.pp, 1);
+  EXPECT_EQ(case_with(with(row, {{"framework", "Megatron-LM (Jan 2021)"}})).plan.pp, 1);
+}
+
+TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
+  const Cells row = {
+      {"framework", "torchtitan"}, {"pp", "1"}, {"dp", "8"}, {"zero_or_fsdp", "FSDP2"}};
+  for (const char* own : {"selective", "selective (op)", "selective AC"}) {
+    const RowCase c = case_with(with(row, {{"recompute", own}}));
+    EXPECT_EQ(c.plan.recompute, Recompute::patterns) << own;
+    EXPECT_THAT(c.plan.recompute_patterns, Contains("~*.mlp.up")) << own;
+    EXPECT_EQ(c.logs_memory, "reserved");
+  }
+  for (const char* core : {"selective (attention core)", "selective: core_attn"})
+    EXPECT_EQ(case_with(with(row, {{"recompute", core}})).plan.recompute, Recompute::selective);
+  const RowCase half = case_with(with(row, {{"recompute", "selective (every other layer)"}}));
+  EXPECT_EQ(half.plan.recompute, Recompute::first);
+  EXPECT_EQ(half.plan.recompute_first, 2);
+  EXPECT_EQ(half.plan.zero, 3);
+  // A pipeline keeps its parameters gathered and its gradients whole.
+  const RowCase staged = case_with(with(row, {{"pp", "2"}, {"dp", "4"}}));
+  EXPECT_EQ(staged.plan.zero, 1);
+  EXPECT_THAT(staged.assumed,
+              Contains("ZeRO 1, as parameters stay gathered between micro-batches"));
+  const Cells turns = with(row, {{"overlap_and_other_settings", "torch.compile; async TP"}});
+  EXPECT_TRUE(case_with(turns).plan.overlap_tensor_parallel);
+  EXPECT_FALSE(case_with(row).plan.overlap_tensor_parallel);
+}
+
+TEST(RowCase, RanksOfANodeShareAHybridsCopy) {
+  const Cells row = {{"framework", "PyTorch FSDP"},
+                     {"tp", "1"},
+                     {"pp", "1"},
+                     {"dp", "32"},
+                     {"num_gpus", "32"},
+                     {"sequence_parallel", ""},
+                     {"zero_or_fsdp", "HSDP"},
+                     {"global_batch_seqs", "32"}};
+  EXPECT_EQ(case_with(row).plan.zero, 3);
+  EXPECT_EQ(case_with(row).plan.zero_group, 8);
+  EXPECT_EQ(case_with(with(row, {{"zero_or_fsdp", "HYBRID_SHARD group=16"}})).plan.zero_group, 16);
+  // One node has one copy anyway.
+  const Cells node = {{"num_gpus", "8"}, {"dp", "8"}};
+  EXPECT_EQ(case_with(with(row, node)).plan.zero_group, 0);
+}
+
+TEST(RowCase, CellsThatSayNothingAreEmpty) {
+  const RowCase c = case_with({{"ep", "0"},
+                               {"virtual_stages_per_gpu", "0"},
+                               {"etp", "0"},
+                               {"sequence_parallel", "enabled"},
+                               {"recompute", "-"},
+                               {"inter_node_interconnect", "N/A"}});
+  EXPECT_EQ(c.plan.ep, 1);
+  EXPECT_EQ(c.plan.virtual_stages, 1);
+  EXPECT_TRUE(c.plan.sequence_parallel);
+  EXPECT_THAT(c.assumed, Contains("recompute none"));
+  EXPECT_FALSE(case_with({{"sequence_parallel", "disabled"}}).plan.sequence_parallel);
 }
 
 TEST(RowCase, RecipesFillWhatTheRowLeavesEmpty) {
@@ -444,6 +545,16 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("fms-fsdp (PyTorch FSDP1 + torch.compile)"), "pytorch-fsdp");
   EXPECT_EQ(name("torchtitan (FSDP2)"), "torchtitan");
   EXPECT_EQ(name("MXNet NVIDIA Release 23.04"), "mlperf");
+  EXPECT_EQ(name("PyTorch NVIDIA Release 24.09", "GPT-3 175B"), "mlperf-language");
+  EXPECT_EQ(name("NVIDIA NeMo (MLPerf v5.0)", "Llama 3.1 405B"), "mlperf-language");
+  EXPECT_EQ(name("NVIDIA NeMo", "Llama 3.1 405B"), "nemo");
+  EXPECT_EQ(name("Megatron-LM (SC21)"), "megatron-lm-2021");
+  // Of a name that says no version the device says the time.
+  const auto on = [](const char* device) {
+    return framework_of(catalogue(), "Megatron-LM", "GPT", "", device)->name;
+  };
+  EXPECT_EQ(on("a100-sxm-80gb"), "megatron-lm-2022");
+  EXPECT_EQ(on("h100-sxm"), "megatron-core");
   EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples-tensorflow");
   EXPECT_EQ(name("TensorFlow"), "deeplearningexamples-tensorflow1");
   // Their scripts compile under mixed precision alone.
@@ -491,6 +602,8 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
   EXPECT_EQ(name("ResNet-50 v1.5 (ImageNet 224)"), "resnet-50");
   EXPECT_EQ(name("LanguageModeling/BERT (Pre-training)"), "bert-large");
   EXPECT_EQ(name("LanguageModeling/BERT/biobert (Fine-tuning for NER)"), "bert-base");
+  EXPECT_EQ(name("Meta-Llama-3-8B"), "llama-3-8b");
+  EXPECT_EQ(name("ViT-B/16"), "vit-b-16");
   EXPECT_EQ(name("LanguageModeling/ELECTRA (Pre-training)"), "electra-base");
   EXPECT_EQ(name("LanguageModeling/Transformer-XL (Large model)"), "transformer-xl-large");
   // Digits that go on are another number.
@@ -782,6 +895,17 @@ TEST(RowCase, WhatIsNotUnderstoodNamesItsColumn) {
   EXPECT_EQ(why({{"gpu", ""}}), "gpu: is not printed");
   EXPECT_EQ(why({{"model", "Unheard-of"}, {"num_layers", ""}}),
             "num_layers: is not printed, and 'Unheard-of' is in no catalogue");
+  const Cells unsized = {{"num_layers", ""}};
+  EXPECT_EQ(why(with(unsized, {{"model", "DeepSeek V3 16B"}})),
+            "model: 'DeepSeek V3 16B' has 16 billion parameters, deepseek-v3 others; print its "
+            "sizes");
+  EXPECT_EQ(why(with(unsized, {{"model", "DeepSeek-V3 671B"}})), "");
+  EXPECT_EQ(why(with(unsized, {{"model", "Kimi K2 1T"}})), "");
+  for (const char* mixture : {"Unheard-of 480B A35B", "Unheard-of 17Bx16E", "Unheard-of 8x7B"})
+    EXPECT_EQ(why(with(unsized, {{"model", mixture}, {"params_billion", "400"}})),
+              fmt::format("model: '{}' is in no catalogue, and the sizes of its experts are not "
+                          "printed",
+                          mixture));
   EXPECT_EQ(why({{"precision", "int4"}}), "precision: 'int4' is not understood");
   EXPECT_EQ(why({{"recompute", "partial"}}), "recompute: 'partial' is not understood");
   EXPECT_EQ(why({{"sequence_parallel", "partly"}}),
@@ -1383,6 +1507,64 @@ TEST(Rows, CollectivesAndProductsByHand) {
   const auto product = product_figure(Configuration(RowSchema::products, Row(p, 0)), catalogue());
   EXPECT_NEAR(product.ideal, 2. * 4096 * 4096 * 4096 / 989.4e12, 1e-12);
   EXPECT_GT(product.seconds, product.ideal);
+}
+
+// One GPU of each of 8 nodes talks over the network, 8 of one node over NVLink; what a run was told
+// of NCCL's algorithms is kept to.
+TEST(Kernels, CollectivesAreWhereTheirNodesAndLibrarysTextsPutThem) {
+  const auto seconds = [](const Cells& changes) {
+    Cells row = {{"id", "a"},         {"collective", "all_reduce"},
+                 {"gpu", "H100"},     {"num_gpus", "8"},
+                 {"num_nodes", "1"},  {"gpus_per_node", "8"},
+                 {"library", "NCCL"}, {"size_bytes", "1073741824"},
+                 {"time_us", "50"},   {"inter_node_interconnect", "400 Gb/s per GPU"}};
+    const CsvTable t =
+        table({"id", "collective", "gpu", "num_gpus", "num_nodes", "gpus_per_node", "library",
+               "inter_node_interconnect", "size_bytes", "time_us", "busbw_gb_per_s"},
+              {with(row, changes)});
+    return collective_figure(Configuration(RowSchema::collectives, Row(t, 0)), catalogue()).seconds;
+  };
+  const double node = seconds({});
+  // 7/4 of a GiB at no more than 50 GB/s.
+  EXPECT_GT(seconds({{"num_nodes", "8"}, {"gpus_per_node", "1"}}), 1.75 * 1073741824 / 50e9);
+  EXPECT_LT(node, 1.75 * 1073741824 / 300e9);
+  const double ring = seconds({{"library", "nccl-tests, NCCL_ALGO=Ring"}});
+  EXPECT_GT(ring, 1.05 * node);  // which is NVLS's
+  EXPECT_EQ(seconds({{"library", "nccl-tests, algo Ring"}}), ring);
+  EXPECT_GT(seconds({{"library", "NCCL_NVLS_ENABLE=0"}}), 1.05 * node);
+  EXPECT_NE(seconds({{"library", "nccl-tests, algo Tree"}}), ring);
+  EXPECT_EQ(seconds({{"library", "algo NVLS"}}), node);
+}
+
+TEST(Kernels, ProductsAndAttentionAreReadAsOthersWriteThem) {
+  const std::vector<std::string> columns{"id", "kernel", "gpu",   "precision", "m",
+                                         "n",  "k",      "extra", "tflops",    "time_s"};
+  const Cells product = {{"id", "a"},           {"kernel", "matmul"}, {"gpu", "H100"},
+                         {"precision", "bf16"}, {"m", "4096"},        {"n", "1024"},
+                         {"k", "4096"},         {"tflops", "600"}};
+  const Cells attention = {
+      {"id", "a"},       {"kernel", "FA3 forward (flash)"},
+      {"gpu", "H100"},   {"precision", "bf16"},
+      {"tflops", "300"}, {"extra", "batch=2, seqlen=4096, heads=32, head_dim=128"}};
+  const auto figure = [&](const Cells& row) {
+    const CsvTable t = table(columns, {row});
+    return product_figure(Configuration(RowSchema::products, Row(t, 0)), catalogue());
+  };
+  EXPECT_EQ(figure(with(product, {{"n", "1,024"}})).seconds, figure(product).seconds);
+  const KernelFigure causal = figure(attention),
+                     all = figure(
+                         with(attention,
+                              {{"extra",
+                                "batch=2, seqlen=4096, heads=32, head_dim=128, causal=False"}}));
+  EXPECT_DOUBLE_EQ(all.ideal, 2 * causal.ideal);
+  EXPECT_GT(all.seconds, 1.5 * causal.seconds);
+  // A rate of nothing is said to be one.
+  RowsOptions o;
+  o.workers = 1;
+  const auto families =
+      predict_rows({table(columns, {with(product, {{"n", ""}})})}, catalogue(), o);
+  ASSERT_EQ(families.at(0).uncovered.size(), 1U);
+  EXPECT_EQ(families[0].uncovered[0].why, "m: the rate is printed without what it is of");
 }
 
 // 256 experts' 4096 x 7168 gradients, read and written: 60.1 GB in fp32, 30.1 in bf16, at 8 TB/s.
