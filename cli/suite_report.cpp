@@ -64,6 +64,11 @@ void print_json(const SuiteReport& r) {
            {"measured_s", timed(f.measured)},
            {"noise", timed(f.noise)},
            {"memory_error", timed(row.memory_error)}};
+    for (std::size_t k = 0; row.timed && k < kCategoryCount; ++k) {
+      if (row.memory_measured[k].count == 0 && row.memory_predicted[k].count == 0) continue;
+      c["memory_at_peak_bytes"][std::string(name(static_cast<Category>(k)))] = {
+          {"measured", row.memory_measured[k].count}, {"predicted", row.memory_predicted[k].count}};
+    }
     c["same_program"] = nullptr;
     if (row.program)
       c["same_program"] = {
@@ -199,6 +204,17 @@ void print(const SuiteReport& r) {
     if (row.program && !row.program->equal())
       fmt::print("{}: another program than the simulated one: {}\n", row.figures.name,
                  row.program->difference);
+  }
+  for (const SuiteRow& row : r.rows) {
+    if (!row.timed || std::abs(row.memory_error) <= kMemory) continue;
+    std::string parts;
+    for (std::size_t k = 0; k < kCategoryCount; ++k) {
+      if (row.memory_measured[k] == row.memory_predicted[k]) continue;
+      parts += fmt::format("{}{} {} measured, {} predicted", parts.empty() ? "" : "; ",
+                           name(static_cast<Category>(k)), text(row.memory_measured[k]),
+                           text(row.memory_predicted[k]));
+    }
+    fmt::print("{}: at its peak {}\n", row.figures.name, parts);
   }
   table = {{"memory of the device"}};
   for (const SuiteRow& row : r.rows) {

@@ -1,6 +1,7 @@
 // cli/suite_report.h: what `partita validate` says, as a table and as JSON.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,6 +22,8 @@ struct SuiteRow {
   bool timed = true;    ///< false: too small for its time to say anything, of the figures its name
   std::optional<validation::ProgramCheck> program;  ///< empty: nothing was compared
   double memory_error = 0;
+  /// By Category, of the ranks with the highest peaks.
+  std::array<Bytes, kCategoryCount> memory_measured{}, memory_predicted{};
   std::vector<DeviceMemoryRow> device_memory;  ///< of a GPU
 };
 

@@ -907,6 +907,7 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
   row.equal = c.reference.equal;
   row.memory_error = static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
                      static_cast<double>(step.measured_peak.count);
+  row.memory_measured = step.measured_memory, row.memory_predicted = step.predicted_memory;
   if (!c.measured.empty()) {
     std::vector<Bytes> peaks;
     for (const MemoryUse& use : timeline.memory) peaks.push_back(use.peak);

@@ -2,11 +2,13 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
@@ -233,6 +235,42 @@ std::map<std::string, bool, std::less<>> operator_kinds() {
 constexpr const char* kHost = "host";
 constexpr const char* kUnknown = "unknown";
 
+/// What gzip has packed, of one member after another.
+std::string unpacked(const std::string& packed, const std::string& file) {
+  std::string text;
+  z_stream z{};
+  constexpr int kGzip = 15 + 16;  // the widest window; gzip's header
+  if (inflateInit2(&z, kGzip) != Z_OK) throw InternalError("zlib does not start");
+  const std::unique_ptr<z_stream, int (*)(z_stream*)> end(&z, inflateEnd);
+  std::vector<unsigned char> part(1 << 20);
+  std::size_t at = 0;
+  int state = Z_OK;
+  do {
+    if (z.avail_in == 0) {
+      const std::size_t n = std::min<std::size_t>(packed.size() - at, 1 << 20);
+      if (n == 0)
+        throw InputError(file, fmt::format("is cut off after {} bytes; copy it again, or let the "
+                                           "profiler finish writing",
+                                           packed.size()));
+      // zlib does not write there.
+      z.next_in =
+          const_cast<unsigned char*>(reinterpret_cast<const unsigned char*>(packed.data() + at));
+      z.avail_in = static_cast<unsigned>(n);
+      at += n;
+    }
+    z.next_out = part.data();
+    z.avail_out = static_cast<unsigned>(part.size());
+    state = inflate(&z, Z_NO_FLUSH);
+    if (state != Z_OK && state != Z_STREAM_END && state != Z_BUF_ERROR)
+      throw InputError(file, fmt::format("is a damaged gzip file ({}); copy it again",
+                                         z.msg != nullptr ? z.msg : "no reason given"));
+    text.append(reinterpret_cast<const char*>(part.data()), part.size() - z.avail_out);
+    const bool more = at < packed.size() || z.avail_in > 0;
+    if (state == Z_STREAM_END && more) inflateReset(&z), state = Z_OK;
+  } while (state != Z_STREAM_END);
+  return text;
+}
+
 /// Who gets an instant: the smallest.
 std::tuple<int, bool, std::int64_t, std::size_t> rank_of(TermGroup group, bool busiest,
                                                          const ProfilerTrace::Event& e,
@@ -246,7 +284,7 @@ std::tuple<int, bool, std::int64_t, std::size_t> rank_of(TermGroup group, bool b
 ProfilerTrace parse_profiler_trace(const std::string& text, const std::string& file,
                                    std::optional<std::int64_t> device) {
   if (text.rfind("\x1f\x8b", 0) == 0)
-    throw InputError(file, fmt::format("is compressed; unpack it: gunzip -k {}", file));
+    return parse_profiler_trace(unpacked(text, file), file, device);
   if (text.rfind("PK", 0) == 0)
     throw InputError(file, fmt::format("is compressed; unpack it: unzip {}", file));
   TraceReader reader(file);

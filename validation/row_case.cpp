@@ -151,28 +151,31 @@ std::string device_word(const std::string& gpu) {
       s.erase(0, at);
     }
   }
-  std::replace(s.begin(), s.end(), ' ', '-');
-  const auto digit = [&](std::size_t i) { return s[i] >= '0' && s[i] <= '9'; };
-  // "-80gb", "-80-gb", "-80g" at the end; NVL72 is a rack of them.
-  for (bool more = true; more;) {
-    while (!s.empty() && s.back() == '-') s.pop_back();
-    more = false;
-    for (const std::string_view end : {"gib", "gb", "g"}) {
-      if (s.size() <= end.size() || s.compare(s.size() - end.size(), end.size(), end) != 0)
-        continue;
-      std::size_t first = s.size() - end.size();
-      while (first > 0 && s[first - 1] == '-') --first;
-      const std::size_t last = first;
-      while (first > 0 && digit(first - 1)) --first;
-      if (first == last || first == 0 || s[first - 1] != '-') continue;
-      s.resize(first - 1);
-      more = true;
-      break;
-    }
-    if (const auto at = s.rfind("-nvl72"); at != std::string::npos && at + 6 == s.size())
-      s.resize(at), more = true;
+  // Word by word, without memory, power and rack: "-80gb", "-80-gb", "hbm2e", "500w", "nvl72".
+  std::vector<std::string> words{""};
+  for (const char c : s) {
+    const bool between = c == ' ' || c == '-' || c == ',' || c == '/';
+    if (!between)
+      words.back() += c;
+    else if (!words.back().empty())
+      words.emplace_back();
   }
-  return s;
+  const auto counts = [](const std::string& word, std::initializer_list<std::string_view> units) {
+    const std::size_t digits = std::min(word.find_first_not_of("0123456789"), word.size());
+    return digits > 0 && std::find(units.begin(), units.end(),
+                                   std::string_view(word).substr(digits)) != units.end();
+  };
+  std::string kept;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::string& word = words[i];
+    const bool unit_follows =
+        i + 1 < words.size() && (words[i + 1] == "gb" || words[i + 1] == "gib");
+    if (i > 0 && (word == "gb" || word == "gib" || word == "nvl72" || word.rfind("hbm", 0) == 0 ||
+                  counts(word, {"gb", "gib", "g", "w"}) || (unit_follows && counts(word, {""}))))
+      continue;
+    if (!word.empty()) kept += (kept.empty() ? "" : "-") + word;
+  }
+  return kept;
 }
 
 /// Without what says only that it is the card on a board: "gb200-sxm" -> "gb200".

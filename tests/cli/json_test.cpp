@@ -767,6 +767,11 @@ TEST(Validate, RunsItsSuiteBesideItsPredictions) {
       EXPECT_GT(c.at("measured_s").get<double>(), 0);
       EXPECT_GE(c.at("noise").get<double>(), 0);
       EXPECT_EQ(c.at("memory_error").get<double>(), 0);
+      for (const char* held : {"parameters", "gradients", "optimizer", "activations"}) {
+        const Json& m = c.at("memory_at_peak_bytes").at(held);
+        EXPECT_GT(m.at("measured"), 0) << held;
+        EXPECT_EQ(m.at("measured"), m.at("predicted")) << held;
+      }
       // Rows of experts are fed back: all counts are known, and equal.
       for (const char* what : {"instructions", "traffic", "memory"})
         EXPECT_EQ(c.at("same_program").at(what), true) << what << ", " << transport;
@@ -845,6 +850,9 @@ TEST(Validate, WhatIsNotComparedIsNotCalledEqual) {
   EXPECT_EQ(c.at("equal_to_reference"), true);
   // Memory of other rows differs, and is no reason to fail: only a bound is.
   EXPECT_NE(c.at("memory_error"), 0);
+  const Json& held = c.at("memory_at_peak_bytes");
+  EXPECT_EQ(held.at("parameters").at("measured"), held.at("parameters").at("predicted"));
+  EXPECT_NE(held.at("activations").at("measured"), held.at("activations").at("predicted"));
   const Json& g = j.at("suite").at("groups").at(0);
   EXPECT_EQ(r.code, g.at("mean_error") > g.at("bound") ? 1 : 0);
 }

@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <map>
@@ -271,12 +272,49 @@ TEST(ProfilerTrace, KeepsOneDeviceAndNothingOfTheHost) {
   EXPECT_EQ(trace_of({events[0]}).rank, std::nullopt);
 }
 
+// As torch.profiler's tensorboard_trace_handler(use_gzip=True) writes them.
+TEST(ProfilerTrace, MayBePacked) {
+  const std::string text = text_of({event("nvjet", "kernel", "1", "2")});
+  const auto pack = [](const std::string& plain) {
+    z_stream z{};
+    EXPECT_EQ(deflateInit2(&z, 9, Z_DEFLATED, 15 + 16, 8, Z_DEFAULT_STRATEGY), Z_OK);
+    std::string packed(plain.size() + 100, '\0');
+    std::string in = plain;
+    z.next_in = reinterpret_cast<unsigned char*>(in.data());
+    z.avail_in = static_cast<unsigned>(in.size());
+    z.next_out = reinterpret_cast<unsigned char*>(packed.data());
+    z.avail_out = static_cast<unsigned>(packed.size());
+    EXPECT_EQ(deflate(&z, Z_FINISH), Z_STREAM_END);
+    packed.resize(packed.size() - z.avail_out);
+    deflateEnd(&z);
+    return packed;
+  };
+  const auto plain = parse_profiler_trace(text, "t", {});
+  const std::string half = text.substr(0, 20), rest = text.substr(20);
+  for (const std::string& packed : {pack(text), pack(half) + pack(rest)}) {
+    const auto trace = parse_profiler_trace(packed, "t", {});
+    ASSERT_EQ(trace.events.size(), plain.events.size());
+    EXPECT_EQ(trace.events[0].start, plain.events[0].start);
+  }
+  const std::string packed = pack(text);
+  for (std::size_t n = 2; n < packed.size(); ++n)
+    EXPECT_THAT([&] { parse_profiler_trace(packed.substr(0, n), "t", {}); },
+                ThrowsMessage<InputError>(HasSubstr("t: is cut off after ")))
+        << n;
+  std::string damaged = packed;
+  damaged[packed.size() / 2] = static_cast<char>(damaged[packed.size() / 2] ^ 0x55);
+  EXPECT_THROW(parse_profiler_trace(damaged, "t", {}), InputError);
+}
+
 TEST(ProfilerTrace, SaysWhatIsWrongWithAFile) {
   const auto says = [](const std::string& text, const std::string& what) {
     EXPECT_THAT([&] { parse_profiler_trace(text, "t.json", std::nullopt); },
                 ThrowsMessage<InputError>(HasSubstr("t.json: " + what)));
   };
-  says("\x1f\x8b\x08\x01", "is compressed; unpack it: gunzip -k t.json");
+  says("\x1f\x8b\x08", "is cut off after 3 bytes");
+  says("\x1f\x8b\x01\x01 is no method of gzip's",
+       "is a damaged gzip file (unknown compression "
+       "method); copy it again");
   says("PK\x03\x04", "is compressed; unpack it: unzip t.json");
   says("", "is empty");
   says(" \n", "is empty");

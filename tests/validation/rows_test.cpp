@@ -213,6 +213,9 @@ TEST(RowCase, DevicesByNameMemoryAndSlot) {
                         {"8 x H100 SXM5 80GB", "", "", "h100-sxm"},
                         {"H100 (96GB HBM2e, 500W)", "", "", "h100-sxm-96gb-hbm2e"},
                         {"H100", "96", "", "h100-sxm-96gb-hbm2e"},
+                        {"H100 96GB HBM2e 500W", "", "", "h100-sxm-96gb-hbm2e"},
+                        {"NVIDIA H100-96GB-HBM2e", "", "", "h100-sxm-96gb-hbm2e"},
+                        {"NVIDIA H100 80GB HBM3", "", "", "h100-sxm"},
                         {"DGX-GB200", "", "", "gb200"},
                         {"GB200 NVL72", "", "", "gb200"},
                         {"H200 141GB", "", "", "h200-sxm"},
@@ -224,7 +227,8 @@ TEST(RowCase, DevicesByNameMemoryAndSlot) {
                         {"A100-SXM4-40GB", "", "", "a100-sxm-40gb"},
                         {"A100-PCIE-40GB", "", "", "a100-pcie-40gb"}})
     EXPECT_EQ(device_of(catalogue(), c.gpu, c.memory, c.intra).name, c.device) << c.gpu;
-  for (const char* unknown : {"TPU v4", "H900", "Intel Gaudi 2", "L40S", "10", "A1"})
+  for (const char* unknown :
+       {"TPU v4", "H900", "Intel Gaudi 2", "L40S", "10", "A1", "H100 NVL", "80GB"})
     EXPECT_THROW(device_of(catalogue(), unknown, "", ""), InputError) << unknown;
 }
 
