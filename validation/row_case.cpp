@@ -886,12 +886,12 @@ class CaseBuilder {
   }
 
   /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are
-  /// such, as many that the framework's softmax is fused.
+  /// such, as many that the framework's softmax is fused for one sample: a network has its heads
+  /// whatever the micro-batch.
   std::int64_t heads_of(std::int64_t hidden) const {
     const std::int64_t tp = std::max<std::int64_t>(1, row_.whole("tp").value_or(1));
-    const std::int64_t samples = row_.whole("micro_batch_per_dp_rank").value_or(1);
     const auto unfused = [&](std::int64_t heads) {
-      return hidden % heads != 0 || heads / tp * samples % framework_->kernels.fused_batches != 0;
+      return hidden % heads != 0 || heads / tp % framework_->kernels.fused_batches != 0;
     };
     const auto off = [&](std::int64_t heads) { return std::abs(hidden / heads - 128); };
     std::int64_t best = tp;
