@@ -1191,9 +1191,8 @@ class CaseBuilder {
     need("seq_len_tokens");
     need("global_batch_seqs");
     if (c_.transformer && c_.transformer->moe.experts > 0) need("ep");
-    p.tp = degree("tp", "tensor parallel");
-    p.pp = degree("pp", "pipeline parallel");
     p.cp = degree("cp", "context parallel", false);
+    split_model();
     p.ep = degree("ep", "expert parallel", false);
     if (row_["virtual_stages_per_gpu"].empty() && like_deepseek() && p.pp > 1) {
       const std::int64_t layers = c_.transformer->layers;
@@ -1242,6 +1241,25 @@ class CaseBuilder {
                             interconnect.empty() ? row_["intra_node_interconnect"] : interconnect,
                             interconnect.empty() ? row_["inter_node_interconnect"] : interconnect,
                             c_.assumed);
+  }
+
+  /// tp and pp. Where only dp and the GPUs are printed a replica has GPUs / dp of them, and tensor
+  /// parallelism as many as a node holds (arXiv 2104.04473, section 3.2, takeaway 1).
+  void split_model() {
+    Plan& p = c_.plan;
+    const auto dp = row_.whole("dp", 1, 100'000), gpus = row_.whole("num_gpus", 1, 1'000'000);
+    const bool tp = !row_["tp"].empty(), pp = !row_["pp"].empty();
+    const std::int64_t each = dp && gpus && *gpus % (*dp * p.cp) == 0 ? *gpus / *dp / p.cp : 1;
+    if (each > 1 && !tp && !pp) {
+      const std::int64_t node = row_.whole("gpus_per_node", 1, 1000).value_or(8);
+      p.tp = 1;
+      while (2 * p.tp <= node && each % (2 * p.tp) == 0) p.tp *= 2;
+      p.pp = each / p.tp;
+      assume("tensor parallel {}, pipeline parallel {} ({} GPUs a replica)", p.tp, p.pp, each);
+      return;
+    }
+    p.tp = degree("tp", "tensor parallel", pp || each == 1);
+    p.pp = degree("pp", "pipeline parallel", tp || each == 1);
   }
 
   void find_batch() {

@@ -350,6 +350,19 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
   EXPECT_FALSE(case_with(row).plan.overlap_tensor_parallel);
 }
 
+TEST(RowCase, ReplicasOfUnsaidCutFillNodesFirst) {
+  const Cells row = {{"num_gpus", "2240"}, {"dp", "8"},          {"tp", ""},
+                     {"pp", ""},           {"num_layers", "35"}, {"global_batch_seqs", "64"}};
+  const RowCase c = case_with(row);
+  EXPECT_EQ(c.plan.tp, 8);
+  EXPECT_EQ(c.plan.pp, 35);
+  EXPECT_THAT(c.assumed, Contains("tensor parallel 8, pipeline parallel 35 (280 GPUs a replica)"));
+  EXPECT_EQ(case_with(with(row, {{"gpus_per_node", "4"}, {"num_layers", "70"}})).plan.tp, 4);
+  // Of a printed one nothing is guessed.
+  const Cells all = {{"num_gpus", "16"}, {"dp", "16"}, {"global_batch_seqs", "16"}};
+  EXPECT_EQ(case_with(with(row, all)).plan.pp, 1);
+}
+
 TEST(RowCase, RanksOfANodeShareAHybridsCopy) {
   const Cells row = {{"framework", "PyTorch FSDP"},
                      {"tp", "1"},
