@@ -1363,6 +1363,7 @@ class CaseBuilder {
     const std::string settings = lower(row_["overlap_and_other_settings"]);
     c_.logs_first_stage = f.logs_first_stage;
     c_.logs_memory = f.logs_memory;
+    c_.logs_hardware_flops = f.logs_hardware_flops;
     if (has(row_["overlap_and_other_settings"], "CE fusion")) {
       p.allocations.fp32_loss = false;
       fuse_loss();
@@ -1371,8 +1372,7 @@ class CaseBuilder {
       p.tensor_parallel_in_turn = true;
     // torchtitan's asynchronous tensor parallelism.
     const bool asynchronous =
-        (has(settings, "async tp") || has(settings, "asynctp") || has(settings, "async tensor")) &&
-        !has(settings, "no async") && !has(settings, "without async");
+        switched_on(settings, {"async tp", "async-tp", "asynctp", "async tensor"});
     set_allocations();
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
@@ -1451,6 +1451,23 @@ class CaseBuilder {
       p.pad_vocabulary = sharded_parameters() ? 64 : 3232;
     p.lora_rank = c_.lora.empty() ? 0 : 16;
     p.lora = c_.lora;
+  }
+
+  /// "async TP", not "no async TP", "async TP: off", "async TP=False".
+  static bool switched_on(const std::string& settings,
+                          std::initializer_list<std::string_view> names) {
+    for (const std::string_view name : names) {
+      const auto at = settings.find(name);
+      if (at == std::string::npos) continue;
+      for (const std::string_view no : {"no ", "without ", "not "})
+        if (at >= no.size() && settings.compare(at - no.size(), no.size(), no) == 0) return false;
+      const std::size_t after =
+          std::min(settings.find_first_not_of(" :=", at + name.size()), settings.size());
+      for (const std::string_view off : {"off", "no", "false", "disabled", "0"})
+        if (settings.compare(after, off.size(), off) == 0) return false;
+      return true;
+    }
+    return false;
   }
 
   /// Of blocks that are not cut evenly.

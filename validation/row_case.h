@@ -114,6 +114,7 @@ struct RowCase {
   Plan plan;
   bool logs_first_stage = false;     ///< FrameworkProfile's
   std::string logs_memory;           ///< likewise
+  bool logs_hardware_flops = false;  ///< likewise
   std::vector<std::string> assumed;  ///< "vocabulary 50257 (framework megatron-core)"
   std::string key() const;           ///< equal: the same prediction
 };

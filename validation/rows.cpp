@@ -249,8 +249,8 @@ std::optional<double> measured_seconds(const Wanted& w, const RowCase& c, const 
   const double l = t.layers, h = static_cast<double>(t.hidden), s = o.sequence,
                v = static_cast<double>(t.vocabulary);
   double flops = 0;
-  // Without a formula: what is computed, recomputation included, as Megatron printed it first.
-  const bool full = c.plan.recompute == Recompute::full;
+  // Without a formula: the model's, or what is computed, as Megatron printed it first.
+  const bool full = c.plan.recompute == Recompute::full && c.logs_hardware_flops;
   switch (w.formula.value_or(full ? FlopFormula::hardware_4x : FlopFormula::model_3x)) {
     case FlopFormula::hardware_4x:
       flops = 96 * samples * s * l * h * h * (1 + s / (6 * h) + v / (16 * l * h));

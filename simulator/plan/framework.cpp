@@ -261,6 +261,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "selective", f.selective);
     boolean(*defaults, "mtp", f.mtp);
     boolean(*defaults, "logs_first_stage", f.logs_first_stage);
+    boolean(*defaults, "logs_hardware_flops", f.logs_hardware_flops);
     setting(*defaults, "logs_memory", [&](const YamlNode& n) {
       f.logs_memory = n.as_string();
       if (f.logs_memory != "device" && f.logs_memory != "reserved" && f.logs_memory != "allocated")

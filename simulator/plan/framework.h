@@ -116,6 +116,7 @@ struct FrameworkProfile {
   bool overlap_tensor_parallel = false;  ///< of networks without experts, sequence parallel
   bool mtp = false;  ///< trains the multi-token prediction modules of a network that has them
   bool logs_first_stage = false;  ///< a "logging rank" is of the first stage, not the last
+  bool logs_hardware_flops = false;  ///< its FLOP/s count what is computed again
   /// Which memory it prints: "device" (as nvidia-smi), "reserved" or "allocated".
   std::string logs_memory = "device";
   std::string model;              ///< catalogue entry whose kind of block an unnamed network has

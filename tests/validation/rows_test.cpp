@@ -348,6 +348,14 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
   const Cells turns = with(row, {{"overlap_and_other_settings", "torch.compile; async TP"}});
   EXPECT_TRUE(case_with(turns).plan.overlap_tensor_parallel);
   EXPECT_FALSE(case_with(row).plan.overlap_tensor_parallel);
+  for (const char* off :
+       {"async TP off", "AsyncTP: no", "async TP=False", "no async TP", "vanilla TP"})
+    EXPECT_FALSE(
+        case_with(with(row, {{"overlap_and_other_settings", off}})).plan.overlap_tensor_parallel)
+        << off;
+  // FLOP/s of no said formula count what is computed again where the framework's log did.
+  EXPECT_FALSE(case_with(row).logs_hardware_flops);
+  EXPECT_TRUE(case_with(with(row, {{"framework", "Megatron-DeepSpeed"}})).logs_hardware_flops);
 }
 
 TEST(RowCase, ReplicasOfUnsaidCutFillNodesFirst) {
