@@ -112,25 +112,6 @@ bool has(std::string_view text, std::string_view word) {
   return text.find(word) != std::string_view::npos;
 }
 
-/// "80GB", "80 GB", "96G" of a text -> 80, 80, 96.
-std::optional<double> gigabytes(const std::string& text) {
-  const std::string s = lower(text);
-  const auto digit = [&](std::size_t i) { return i < s.size() && s[i] >= '0' && s[i] <= '9'; };
-  for (std::size_t i = 0; i < s.size(); ++i) {
-    if (!digit(i) || (i > 0 && s[i - 1] >= 'a' && s[i - 1] <= 'z')) continue;
-    std::size_t end = i;
-    while (digit(end)) ++end;
-    std::size_t unit = end;
-    while (unit < s.size() && (s[unit] == ' ' || s[unit] == '-')) ++unit;
-    const bool g = unit < s.size() && s[unit] == 'g' &&
-                   (unit + 1 == s.size() || s[unit + 1] == 'b' || s[unit + 1] == 'i' ||
-                    s[unit + 1] < 'a' || s[unit + 1] > 'z');
-    if (g) return number(std::string_view(s).substr(i, end - i));
-    i = end;
-  }
-  return std::nullopt;
-}
-
 /// "NVIDIA A100 PCIe 80GB (x)", "8x DGX A100 PCIe" -> "a100-pcie": the memory is read by itself.
 std::string device_word(const std::string& gpu) {
   std::string s = plain_text(gpu);
@@ -455,6 +436,15 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   return choice;
 }
 
+namespace {
+/// May it have run there? `device` empty: unknown.
+bool of_device(const FrameworkProfile& f, const std::string& device) {
+  return f.devices.empty() || device.empty() ||
+         std::any_of(f.devices.begin(), f.devices.end(),
+                     [&](const std::string& pattern) { return matches(pattern, device); });
+}
+}  // namespace
+
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
                                      const std::string& model, const std::string& precision,
                                      const std::string& device) {
@@ -469,7 +459,7 @@ const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::stri
     const bool own = any(f.networks, model);
     if (!own && !f.networks.empty()) continue;
     if (!f.precisions.empty() && !any(f.precisions, precision)) continue;
-    if (!f.devices.empty() && !device.empty() && !any(f.devices, device)) continue;
+    if (!of_device(f, device)) continue;
     auto all = f.aliases;
     all.push_back(f.name);
     for (const std::string& alias : all) {
@@ -586,8 +576,7 @@ class CaseBuilder {
   RowCase build() {
     c_.assumed = row_.replaced();
     find_framework();
-    read_recipe();
-    read_configuration();
+    read_recipes();
     find_network();
     find_ranks();
     find_batch();
@@ -631,50 +620,46 @@ class CaseBuilder {
                                  : known != nullptr && text.empty() && !known->framework.empty()
                                      ? known->framework
                                      : "megatron-core";
-    for (const FrameworkProfile& f : catalogue_.frameworks) {
-      if (f.name == fallback) framework_ = &f;
-    }
-    PARTITA_ASSERT(framework_ != nullptr, fallback);
-    assume("framework {}", fallback);
+    const auto profile = [&](const std::string& name) {
+      for (const FrameworkProfile& f : catalogue_.frameworks)
+        if (f.name == name) return &f;
+      throw InternalError("no framework " + name);
+    };
+    framework_ = profile(fallback);
+    if (!of_device(*framework_, device)) framework_ = profile("megatron-core");
+    assume("framework {}", framework_->name);
   }
 
-  /// "recipe NAME": a configuration of the framework fills the cells that the row leaves empty.
-  void read_recipe() {
+  /// Configurations of the framework fill the cells that the row leaves empty: the one that its
+  /// settings name ("recipe NAME"), and that of a network of its sizes.
+  void read_recipes() {
     const std::string& text = row_["overlap_and_other_settings"];
     constexpr std::string_view kWord = "recipe ";
-    if (text.rfind(kWord, 0) != 0) return;
-    const std::string name = text.substr(kWord.size(), text.find(' ', kWord.size()) - kWord.size());
-    const auto recipe = framework_->recipes.find(name);
-    if (recipe == framework_->recipes.end()) {
-      unknown_recipe_ = name;
-      return;
-    }
-    for (const auto& [column, cell] : recipe->second) {
-      if (row_.fill(column, cell)) assume("{} {} (recipe)", column, cell);
+    std::string named;
+    if (text.rfind(kWord, 0) == 0)
+      named = text.substr(kWord.size(), text.find(' ', kWord.size()) - kWord.size());
+    if (framework_->recipes.count(named) == 0) unknown_recipe_ = named;
+    for (const auto& [name, recipe] : framework_->recipes) {
+      if (name != named && !of_its_sizes(recipe)) continue;
+      for (const auto& [column, cell] : recipe.sets) {
+        if (row_.fill(column, cell)) assume("{} {} (recipe)", column, cell);
+      }
     }
   }
-
-  /// What the framework's script of a network of these sizes sets, where the row leaves it empty.
-  void read_configuration() {
-    for (const SizedConfiguration& c : framework_->configurations) {
-      const bool version =
-          c.frameworks.empty() ||
-          std::any_of(c.frameworks.begin(), c.frameworks.end(), [&](const std::string& pattern) {
-            return matches(pattern, lower(row_["framework"]));
-          });
-      // A row that prints no size at all is of any network.
-      std::size_t printed = 0;
-      const bool alike = std::all_of(c.when.begin(), c.when.end(), [&](const auto& cell) {
-        const std::string& text = row_[cell.first];
-        printed += text.empty() || text != cell.second ? 0 : 1;
-        return text.empty() || text == cell.second;
-      });
-      if (!version || !alike || printed < 2) continue;
-      for (const auto& [column, cell] : c.sets) {
-        if (row_.fill(column, cell)) assume("{} {} (configuration)", column, cell);
-      }
-      return;
-    }
+  bool of_its_sizes(const Recipe& recipe) const {
+    if (recipe.when.empty()) return false;
+    const bool version = recipe.frameworks.empty() ||
+                         std::any_of(recipe.frameworks.begin(), recipe.frameworks.end(),
+                                     [&](const std::string& pattern) {
+                                       return matches(pattern, lower(row_["framework"]));
+                                     });
+    int printed = 0;
+    const bool alike = std::all_of(recipe.when.begin(), recipe.when.end(), [&](const auto& cell) {
+      const std::string& said = row_[cell.first];
+      printed += said.empty() ? 0 : 1;
+      return said.empty() || said == cell.second;
+    });
+    return version && alike && printed >= 2;
   }
 
   /// What a recipe that no profile knows sets is no matter of assumption.
@@ -918,39 +903,8 @@ class CaseBuilder {
 
   /// Billions of parameters: the column's, else of the name ("GPT-2 1.5B", not "8x7B", "A3B").
   std::optional<double> billions() const {
-    if (const auto n = number(row_["params_billion"])) return n;
-    const std::string s = lower(row_["model"]);
-    const auto part = [&](std::size_t i) {
-      return i < s.size() && ((s[i] >= 'a' && s[i] <= 'z') || (s[i] >= '0' && s[i] <= '9'));
-    };
-    for (std::size_t b = 1; b < s.size(); ++b) {
-      if (s[b] != 'b' || part(b + 1)) continue;
-      std::size_t start = b;
-      while (start > 0 && ((s[start - 1] >= '0' && s[start - 1] <= '9') || s[start - 1] == '.'))
-        --start;
-      if (start == b || (start > 0 && s[start - 1] >= 'a' && s[start - 1] <= 'z')) continue;
-      if (const auto n = number(std::string_view(s).substr(start, b - start)); n && *n > 0)
-        return n;
-    }
-    return std::nullopt;
-  }
-  /// "8x7B", "17B-16E", "480B A35B": names of mixtures.
-  static bool names_experts(const std::string& text) {
-    const std::string s = lower(text);
-    const auto digit = [&](std::size_t i) { return i < s.size() && s[i] >= '0' && s[i] <= '9'; };
-    for (std::size_t i = 1; i < s.size(); ++i) {
-      if (!digit(i) || digit(i - 1)) continue;
-      std::size_t end = i;
-      while (digit(end) || (end < s.size() && s[end] == '.' && digit(end + 1))) ++end;
-      const char unit = end < s.size() ? s[end] : ' ';
-      const bool apart = end + 1 >= s.size() || s[end + 1] < 'a' || s[end + 1] > 'z';
-      if (!apart) continue;
-      const char before = s[i - 1];
-      const bool active = before == 'a' && (i == 1 || s[i - 2] < 'a' || s[i - 2] > 'z');
-      if (unit == 'b' && (active || (before == 'x' && i > 1 && digit(i - 2)))) return true;
-      if (unit == 'e' && (before == 'x' || before == '-' || before == ' ')) return true;
-    }
-    return false;
+    const auto n = number(row_["params_billion"]);
+    return n ? n : billions_of(row_["model"]);
   }
 
   /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
@@ -1101,15 +1055,8 @@ class CaseBuilder {
   std::string memory_text() const {
     const std::string& cell = row_["gpu_memory_gb"];
     if (!cell.empty() || schema_ != RowSchema::convolution) return cell;
-    const std::string& s = row_["model"];
-    const auto digit = [&](std::size_t at) { return s[at] >= '0' && s[at] <= '9'; };
-    for (std::size_t end = 1; end < s.size(); ++end) {
-      if (s[end] != 'G' || !digit(end - 1)) continue;
-      std::size_t start = end - 1;
-      while (start > 0 && digit(start - 1)) --start;
-      return s.substr(start, end - start);
-    }
-    return cell;
+    const auto named = gigabytes(row_["model"]);
+    return named ? fmt::format("{}", *named) : cell;
   }
   static bool pretraining(const std::string& model) {
     return has(model, "pre-training") || has(model, "pretraining") || has(model, "mlperf phase");
@@ -1199,7 +1146,11 @@ class CaseBuilder {
       p.virtual_stages = std::max<std::int64_t>(1, (layers + p.pp) / (2 * p.pp));
       assume("virtual stages {}, of two blocks", p.virtual_stages);
     } else {
-      p.virtual_stages = degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
+      const bool interleaved = row_["virtual_stages_per_gpu"].empty() && framework_->splits_batch &&
+                               has(lower(row_["overlap_and_other_settings"]), "interleaved");
+      if (interleaved) assume("virtual stages 2, as interleaved");
+      p.virtual_stages =
+          interleaved ? 2 : degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
     }
     if (p.pp == 1) p.virtual_stages = 1;
     if (const auto n = row_.whole("etp", 0, 100'000); n && *n > 0 && p.ep > 1) p.etp = *n;
@@ -1284,6 +1235,13 @@ class CaseBuilder {
     }
     const auto micro = row_.whole("micro_batch_per_dp_rank"), all = row_.whole("global_batch_seqs");
     const auto accumulation = accumulation_of(row_["overlap_and_other_settings"]);
+    if (micro && framework_->splits_batch && p.pp > 1 && (!all || *all == *micro * p.dp)) {
+      // What is printed is a rank's batch, of which the pipeline makes micro-batches.
+      p.micro_batch = 1;
+      p.global_batch = *micro * p.dp;
+      assume("micro-batch 1, global batch {}", p.global_batch);
+      return;
+    }
     if (micro) {
       p.micro_batch = *micro;
     } else if (all && accumulation && *all % (p.dp * *accumulation) == 0) {
@@ -1342,13 +1300,14 @@ class CaseBuilder {
       if (c_.transformer) assume("recompute {}", f.recompute);
     } else if (const auto how = recompute_of(recompute)) {
       // "selective (op)", "selective AC": what the framework's own selection is.
-      const std::string plain = plain_text(recompute), all = lower(recompute);
-      const bool bare = *how == "selective" && plain.rfind("selective", 0) == 0 &&
-                        !has(all, "core") && !has(all, "attn") && !has(all, "attention");
+      const std::string all = lower(recompute);
+      const bool bare =
+          *how == "selective" && !has(all, "core") && !has(all, "attn") && !has(all, "attention");
       // What goes to the host is as little there as what is computed again.
       const bool offloads = has(row_["model"], "fine_grained_offloading") && !bare;
       // torchtitan's selective_ac_option N, llm-foundry's and others' "every other layer".
-      const bool every_other = c_.transformer && (has(all, "every other") || has(all, "every 2"));
+      const bool every_other = c_.transformer && (has(all, "every other") || has(all, "every 2") ||
+                                                  has(all, "option=2") || has(all, "layer 2"));
       set_recompute(p,
                     every_other ? fmt::format("first:{}", std::max(1, c_.transformer->layers / 2))
                     : bare      ? f.selective
@@ -1451,23 +1410,6 @@ class CaseBuilder {
       p.pad_vocabulary = sharded_parameters() ? 64 : 3232;
     p.lora_rank = c_.lora.empty() ? 0 : 16;
     p.lora = c_.lora;
-  }
-
-  /// "async TP", not "no async TP", "async TP: off", "async TP=False".
-  static bool switched_on(const std::string& settings,
-                          std::initializer_list<std::string_view> names) {
-    for (const std::string_view name : names) {
-      const auto at = settings.find(name);
-      if (at == std::string::npos) continue;
-      for (const std::string_view no : {"no ", "without ", "not "})
-        if (at >= no.size() && settings.compare(at - no.size(), no.size(), no) == 0) return false;
-      const std::size_t after =
-          std::min(settings.find_first_not_of(" :=", at + name.size()), settings.size());
-      for (const std::string_view off : {"off", "no", "false", "disabled", "0"})
-        if (settings.compare(after, off.size(), off) == 0) return false;
-      return true;
-    }
-    return false;
   }
 
   /// Of blocks that are not cut evenly.
@@ -1580,7 +1522,9 @@ class CaseBuilder {
       p.zero = *z->zero;
       p.reshard_after_forward = z->reshard;
     } else {
-      p.zero = framework_->zero;
+      // "DDP" of a framework that shards all only where it is told to.
+      const bool whole = lower(text).rfind("ddp", 0) == 0 && framework_->zero == 3;
+      p.zero = whole ? 0 : framework_->zero;
       p.reshard_after_forward = framework_->reshard_after_forward;
       if (p.dp * p.cp > 1 && c_.transformer) assume("ZeRO {}", p.zero);
     }

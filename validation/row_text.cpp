@@ -214,14 +214,18 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
   }
   if (first) return first;
   // InfiniBand's generations, 4 lanes: "HDR InfiniBand", "ib ndr400".
-  const std::string words = lower(text);
+  std::string words;
+  for (const std::string& c : clauses)
+    if (const std::string l = lower(c); !has(l, "storage") && !has(l, "management"))
+      words += l + ";";
   struct Generation {
     std::string_view name;
     double gbps;
   };
   for (const auto& [name, gbps] :
-       {Generation{"xdr", 800}, Generation{"ndr", 400}, Generation{"hdr100", 100},
-        Generation{"hdr", 200}, Generation{"edr", 100}, Generation{"fdr", 56}}) {
+       {Generation{"xdr", 800}, Generation{"ndr200", 200}, Generation{"ndr", 400},
+        Generation{"hdr100", 100}, Generation{"hdr", 200}, Generation{"edr", 100},
+        Generation{"fdr", 56}}) {
     for (auto at = words.find(name); at != std::string::npos; at = words.find(name, at + 1)) {
       const std::size_t end = at + name.size();
       if ((at > 0 && letter(words[at - 1])) || (end < words.size() && letter(words[end]))) continue;
@@ -232,11 +236,14 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
 }
 
 std::optional<PrecisionText> precision_of(std::string_view text) {
-  const std::string whole = lower(text);
+  std::string whole = lower(text);
+  // "bf16, no float8".
+  for (const char* no : {"no f", "without f", "not f"})
+    if (const auto at = whole.find(no); at != std::string::npos && at > 0) whole.resize(at);
   PrecisionText p;
   p.fp32_gradients = has(whole, "fp32 grad");
   // Brackets add to what stands before them; they speak where that says nothing.
-  for (const std::string& s : {plain_text(text), whole}) {
+  for (const std::string& s : {plain_text(whole), whole}) {
     if (has(s, "fp4"))
       p.name = "nvfp4";
     else if (has(s, "fp8") || has(s, "float8") || has(s, "e4m3") || has(s, "e5m2"))
@@ -263,7 +270,7 @@ std::optional<std::string> recompute_of(std::string_view text) {
   const auto begins = [&](std::string_view word) { return plain.rfind(word, 0) == 0; };
   if (begins("none") || begins("off") || begins("no ") || begins("without") || plain == "no" ||
       plain == "false" || plain == "disabled" || has(plain, "checkpointing off") ||
-      has(plain, "no recompute") || plain == "sequence parallelism")
+      has(plain, "no recompute") || has(plain, "recompute off") || plain == "sequence parallelism")
     return "none";
   if (has(s, "full") || plain == "on" || plain == "yes" || plain == "true" ||
       (!has(s, "selective") &&
@@ -287,7 +294,7 @@ std::optional<std::string> recompute_of(std::string_view text) {
     if (attention) add("*attention.core");
     return patterns;
   }
-  if (attention || begins("selective")) return "selective";
+  if (attention || has(plain, "selective") || has_word(plain, "sac")) return "selective";
   return std::nullopt;
 }
 
@@ -304,7 +311,7 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     while (end < s.size() && digit(s[end])) ++end;
     return number(std::string_view(s).substr(at + word.size(), end - at - word.size()));
   };
-  const auto group = number_after("group=");
+  const auto group = number_after("dp_shard=") ? number_after("dp_shard=") : number_after("group=");
   const auto ways = number_after("fsdp=");
   if (group) z.group = static_cast<std::int64_t>(*group);
   if (ways && *ways > 0 && !has(s, "ddp (")) z.group = static_cast<std::int64_t>(*ways);
@@ -317,7 +324,8 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     return z;
   }
   z.hybrid = has(s, "hsdp") || has(s, "hybrid");
-  if (has(s, "shard_grad_op") || has(s, "no reshard") || has(s, "hybrid_shard_zero2")) {
+  if (has(s, "shard_grad_op") || has(s, "no reshard") || has(s, "hybrid_shard_zero2") ||
+      has(s, "reshard_after_forward=false")) {
     z.zero = 3;
     z.reshard = false;
     return z;
@@ -356,6 +364,65 @@ std::optional<bool> switch_of(std::string_view text) {
   for (const char* off : {"off", "false", "no", "none", "disabled", "0"})
     if (word == off) return false;
   return std::nullopt;
+}
+
+bool switched_on(std::string_view text, std::initializer_list<std::string_view> names) {
+  for (const std::string_view name : names) {
+    const auto at = text.find(name);
+    if (at == std::string_view::npos) continue;
+    for (const std::string_view no : {"no ", "without ", "not "})
+      if (at >= no.size() && text.substr(at - no.size(), no.size()) == no) return false;
+    const auto after = std::min(text.find_first_not_of(" :=", at + name.size()), text.size());
+    for (const std::string_view off : {"off", "no", "false", "disabled", "0"})
+      if (text.substr(after, off.size()) == off) return false;
+    return true;
+  }
+  return false;
+}
+
+std::optional<double> gigabytes(std::string_view text) {
+  const std::string s = lower(text);
+  for (std::size_t i = 0; i < s.size(); ++i) {
+    if (!digit(s[i]) || (i > 0 && letter(s[i - 1]))) continue;
+    std::size_t end = i;
+    while (end < s.size() && digit(s[end])) ++end;
+    const std::size_t unit = std::min(s.find_first_not_of(" -", end), s.size());
+    const std::string_view rest = std::string_view(s).substr(unit);
+    if (rest.rfind("gb", 0) == 0 || rest.rfind("gib", 0) == 0 ||
+        (rest.rfind('g', 0) == 0 && (rest.size() == 1 || !letter(rest[1]))))
+      return number(std::string_view(s).substr(i, end - i));
+    i = end;
+  }
+  return std::nullopt;
+}
+
+std::optional<double> billions_of(std::string_view name) {
+  const std::string s = lower(name);
+  for (std::size_t b = 1; b < s.size(); ++b) {
+    if (s[b] != 'b' || (b + 1 < s.size() && (letter(s[b + 1]) || digit(s[b + 1])))) continue;
+    std::size_t start = b;
+    const auto n = number_before(s, b, start);
+    if (n && *n > 0 && (start == 0 || !letter(s[start - 1]))) return n;
+  }
+  return std::nullopt;
+}
+
+bool names_experts(std::string_view name) {
+  const std::string s = lower(name);
+  for (std::size_t i = 1; i < s.size(); ++i) {
+    if (!digit(s[i]) || digit(s[i - 1])) continue;
+    std::size_t end = i;
+    while (end < s.size() &&
+           (digit(s[end]) || (s[end] == '.' && end + 1 < s.size() && digit(s[end + 1]))))
+      ++end;
+    if (end == s.size() || (end + 1 < s.size() && letter(s[end + 1]))) continue;
+    const char before = s[i - 1];
+    const bool active = before == 'a' && (i == 1 || !letter(s[i - 2])),
+               times = before == 'x' && i > 1 && digit(s[i - 2]);
+    if (s[end] == 'b' && (active || times)) return true;
+    if (s[end] == 'e' && (before == 'x' || before == '-' || before == ' ')) return true;
+  }
+  return false;
 }
 
 std::optional<MemoryQuantity> memory_quantity(std::string_view text) {

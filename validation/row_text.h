@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -60,6 +61,17 @@ std::optional<ShardingText> sharding_of(std::string_view text);
 
 /// "on", "off" and texts that begin so.
 std::optional<bool> switch_of(std::string_view text);
+
+/// Is one of the settings, in lower case, on? "async tp", not "no async tp", "async tp: off".
+bool switched_on(std::string_view text, std::initializer_list<std::string_view> names);
+
+/// "80GB", "80 GB", "96G" of a text -> 80, 80, 96: the first.
+std::optional<double> gigabytes(std::string_view text);
+
+/// Billions of parameters in a network's name: "GPT-2 1.5B", not "8x7B", "A3B".
+std::optional<double> billions_of(std::string_view name);
+/// Is it a mixture's name: "8x7B", "17B-16E", "480B A35B"?
+bool names_experts(std::string_view name);
 
 /// Which bytes a measurement of memory counts, and whose.
 struct MemoryQuantity {

@@ -469,8 +469,8 @@ class RowsPrediction {
     const auto runs = runs_.find(network_key(*p.configuration));
     if (runs == runs_.end()) return;
     auto filled = std::make_shared<Configuration>(*p.configuration);
-    for (const char* column : {"num_kv_heads", "ffn_hidden_size", "vocab_size", "num_experts",
-                               "moe_topk", "moe_ffn_hidden_size"}) {
+    for (const char* column : {"framework", "gpu_memory_gb", "num_kv_heads", "ffn_hidden_size",
+                               "vocab_size", "num_experts", "moe_topk", "moe_ffn_hidden_size"}) {
       const std::string& cell = (*runs->second.front())[column];
       const bool agreed = std::all_of(runs->second.begin(), runs->second.end(),
                                       [&](const auto& c) { return (*c)[column] == cell; });

@@ -18,6 +18,17 @@ constexpr const char* kFolder = "simulator/plan/frameworks";
 FrameworkProfile parse_framework(const std::string& text, const std::string& file) {
   const YamlNode root = YamlNode::load_text(text, file, "partita.framework/1");
   FrameworkProfile f;
+  // Its settings; whose rows they are, and what single rows have, is each file's own.
+  if (const auto like = root.find("like")) {
+    f = load_framework(like->as_string(), like->place());
+    if (!f.like.empty())
+      throw InputError(like->place(),
+                       fmt::format("'{}' is itself like {}; name that", like->as_string(), f.like));
+    f.like = like->as_string();
+    f.aliases = f.networks = f.precisions = f.devices = {};
+    f.recipes = {};
+    f.workloads = {};
+  }
   f.name = root.get("name").as_string();
   if (const auto aliases = root.find("aliases")) f.aliases = aliases->as_strings();
   if (const auto networks = root.find("networks")) f.networks = networks->as_strings();
@@ -248,6 +259,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     setting(*defaults, "zero_pipelined",
             [&](const YamlNode& n) { f.zero_pipelined = static_cast<int>(n.as_int(0, 3)); });
     boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);
+    boolean(*defaults, "splits_batch", f.splits_batch);
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "overlap_tensor_parallel", f.overlap_tensor_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
@@ -276,41 +288,29 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     defaults->reject_unknown_keys();
   }
   if (const auto recipes = root.find("recipes")) {
-    for (const auto& [name, recipe] : recipes->members()) {
-      const auto source = recipe.find("source");
-      if (!source && file_source.empty())
-        throw InputError(recipe.place(), "every recipe needs a source");
-      f.sources[name] = source ? source->as_string() : file_source;
-      for (const char* key : {"tp", "pp", "virtual_stages_per_gpu", "cp", "ep", "etp",
-                              "micro_batch_per_dp_rank", "precision", "sequence_parallel"}) {
-        if (const auto cell = recipe.find(key)) f.recipes[name][key] = cell->as_string();
+    const auto cells = [](const YamlNode& from, std::initializer_list<const char*> columns) {
+      std::map<std::string, std::string> all;
+      for (const char* column : columns) {
+        if (const auto cell = from.find(column)) all[column] = cell->as_string();
       }
-      recipe.reject_unknown_keys();
-    }
-  }
-  if (const auto configurations = root.find("configurations")) {
-    for (const YamlNode& node : configurations->items()) {
-      SizedConfiguration c;
-      if (const auto n = node.find("frameworks")) c.frameworks = n->as_strings();
-      const auto cells = [](const YamlNode& from, std::initializer_list<const char*> columns) {
-        std::map<std::string, std::string> all;
-        for (const char* column : columns) {
-          if (const auto cell = from.find(column)) all[column] = cell->as_string();
-        }
-        from.reject_unknown_keys();
-        return all;
-      };
-      c.when = cells(node.get("when"), {"num_layers", "hidden_size", "num_gpus", "tp", "pp"});
-      if (c.when.empty())
-        throw InputError(node.place(), "'when' is empty; give sizes of the network");
-      c.sets =
-          cells(node.get("sets"), {"tp", "pp", "virtual_stages_per_gpu", "cp", "ep",
-                                   "micro_batch_per_dp_rank", "global_batch_seqs", "recompute"});
+      from.reject_unknown_keys();
+      return all;
+    };
+    for (const auto& [name, node] : recipes->members()) {
       const auto source = node.find("source");
-      c.source = source ? source->as_string() : file_source;
-      if (c.source.empty()) throw InputError(node.place(), "every configuration needs a source");
-      node.reject_unknown_keys();
-      f.configurations.push_back(std::move(c));
+      if (!source && file_source.empty())
+        throw InputError(node.place(), "every recipe needs a source");
+      f.sources[name] = source ? source->as_string() : file_source;
+      Recipe& r = f.recipes[name];
+      if (const auto n = node.find("frameworks")) r.frameworks = n->as_strings();
+      if (const auto n = node.find("when")) {
+        r.when = cells(*n, {"num_layers", "hidden_size", "num_gpus", "tp", "pp"});
+        if (r.when.size() < 2)
+          throw InputError(n->place(), "says too little; give two sizes of the network at least");
+      }
+      r.sets = cells(
+          node, {"tp", "pp", "virtual_stages_per_gpu", "cp", "ep", "etp", "micro_batch_per_dp_rank",
+                 "global_batch_seqs", "recompute", "precision", "sequence_parallel"});
     }
   }
   if (const auto workloads = root.find("workloads")) {

@@ -45,19 +45,21 @@ struct Workload {
   std::string source;
 };
 
-/// What a framework's own script sets for a network of given sizes on a number of devices: cells
-/// under the names of a table's columns.
-struct SizedConfiguration {
-  std::vector<std::string> frameworks;      ///< patterns of what tables call versions of it; or any
-  std::map<std::string, std::string> when;  ///< a row prints these, or leaves them empty
+/// A configuration of the framework: what it sets, under the names of a table's columns ("ep",
+/// "micro_batch_per_dp_rank", "precision").
+struct Recipe {
   std::map<std::string, std::string> sets;
-  std::string source;
+  /// Not empty: of rows that print these, two at least, and of the rest nothing else; a row need
+  /// not name it.
+  std::map<std::string, std::string> when;
+  std::vector<std::string> frameworks;  ///< of those: patterns of what tables call versions; or any
 };
 
 /// A framework file (schema partita.framework/1). Every setting has an entry in `sources` under its
 /// YAML key: a document, a line of code, or "assumed".
 struct FrameworkProfile {
   std::string name;  ///< "megatron-core"
+  std::string like;  ///< another profile, whose settings it has where its file sets none
   /// What tables of measurements call it: patterns, letters of any case.
   std::vector<std::string> aliases;
   /// Not empty: code of these networks only, patterns of what tables call them.
@@ -108,6 +110,9 @@ struct FrameworkProfile {
   /// until the last micro-batch.
   int zero_pipelined = 3;
   bool reshard_after_forward = true;
+  /// A pipeline makes micro-batches of one sample of the batch that a rank is given; where
+  /// interleaved, a rank has two stages.
+  bool splits_batch = false;
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
   double dropout = 0;  ///< of a network that says nothing of it
@@ -125,11 +130,8 @@ struct FrameworkProfile {
   /// to 512.
   std::int64_t mean_of_512 = 0;
 
-  /// A named configuration of the framework: what it sets, under the names of a table's columns
-  /// ("ep", "micro_batch_per_dp_rank", "precision").
-  std::map<std::string, std::map<std::string, std::string>> recipes;
-  std::vector<Workload> workloads;  ///< later ones win
-  std::vector<SizedConfiguration> configurations;
+  std::map<std::string, Recipe> recipes;  ///< by name
+  std::vector<Workload> workloads;        ///< later ones win
 
   std::map<std::string, std::string> sources;
 };

@@ -853,6 +853,12 @@ TEST(Validate, WhatIsNotComparedIsNotCalledEqual) {
   const Json& held = c.at("memory_at_peak_bytes");
   EXPECT_EQ(held.at("parameters").at("measured"), held.at("parameters").at("predicted"));
   EXPECT_NE(held.at("activations").at("measured"), held.at("activations").at("predicted"));
+  const Ran table =
+      run("validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only 'ep 2' --calibrate-only "
+          "mixtral --routing zipf:1",
+          "", 6);
+  EXPECT_NE(table.out.find(": at its peak activations "), std::string::npos) << table.out;
+  EXPECT_NE(table.out.find(" measured, "), std::string::npos);
   const Json& g = j.at("suite").at("groups").at(0);
   EXPECT_EQ(r.code, g.at("mean_error") > g.at("bound") ? 1 : 0);
 }

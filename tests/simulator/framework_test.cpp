@@ -68,6 +68,24 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
   }
 }
 
+TEST(Framework, OneLikeAnotherHasItsSettingsNotItsRows) {
+  const FrameworkProfile
+      nemo = load_framework("nemo", ""),
+      x = parse_framework(
+          "schema: partita.framework/1\nname: x\nlike: nemo\nsource: s\nplan: {bucket: 1 MB}\n"
+          "kernels: {logit_forward: 8 B}\n",
+          "f.yaml");
+  EXPECT_EQ(x.name, "x");
+  EXPECT_EQ(x.bucket, Bytes{1'000'000});
+  EXPECT_EQ(x.kernels.logit_forward, 8);
+  EXPECT_EQ(x.kernels.logit_backward, nemo.kernels.logit_backward);
+  EXPECT_EQ(x.zero, nemo.zero);
+  EXPECT_EQ(x.sources.at("zero"), nemo.sources.at("zero"));
+  EXPECT_EQ(x.sources.at("bucket"), "s");
+  EXPECT_TRUE(x.aliases.empty() && x.workloads.empty());
+  EXPECT_FALSE(nemo.aliases.empty() || nemo.workloads.empty());
+}
+
 TEST(Framework, MistakesNameTheirPlace) {
   const auto expect = [](const std::string& body, const char* message) {
     EXPECT_THAT([&] { parse_framework("schema: partita.framework/1\n" + body, "f.yaml"); },
@@ -119,14 +137,14 @@ TEST(Framework, MistakesNameTheirPlace) {
         "0 is too small");
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\ndefaults: {logs_memory: all}\n",
          "'all' is no memory of a log; there are device (nvidia-smi's), reserved and allocated");
-  const std::string sized = "name: x\nsource: s\nplan: {bucket: 1 MB}\nconfigurations: ";
-  expect(sized + "[{when: {}, sets: {tp: 2}}]\n", "'when' is empty; give sizes of the network");
-  expect(sized + "[{when: {heads: 2}, sets: {tp: 2}}]\n", "heads");
-  expect(sized + "[{when: {num_layers: 2}, sets: {batch: 2}}]\n", "batch");
-  expect(
-      "name: x\nplan: {bucket: {value: 1 MB, source: s}}\nconfigurations: "
-      "[{when: {num_layers: 2}, sets: {tp: 2}}]\n",
-      "every configuration needs a source");
+  const std::string sized = "name: x\nsource: s\nplan: {bucket: 1 MB}\nrecipes: ";
+  expect(sized + "{a: {when: {num_layers: 2}, tp: 2}}\n",
+         "says too little; give two sizes of the network at least");
+  expect(sized + "{a: {when: {num_layers: 2, heads: 2}, tp: 2}}\n", "heads");
+  expect("name: x\nlike: megatron-cor\nsource: s\nplan: {bucket: 1 MB}\n",
+         "did you mean 'megatron-core'?");
+  expect("name: x\nlike: mlperf-language\nsource: s\nplan: {bucket: 1 MB}\n",
+         "'mlperf-language' is itself like nemo; name that");
   EXPECT_THAT([] { load_framework("megatron-cor", "--framework"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'megatron-core'?")));
 }

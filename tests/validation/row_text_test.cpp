@@ -56,6 +56,8 @@ TEST(RowText, NetworkRates) {
     EXPECT_TRUE(r->per_card && !r->per_gpu) << card;
   }
   EXPECT_DOUBLE_EQ(network_rate("HDR InfiniBand")->rate.count, 200 * kGb);
+  EXPECT_DOUBLE_EQ(network_rate("IB NDR200")->rate.count, 200 * kGb);
+  EXPECT_DOUBLE_EQ(network_rate("Storage: HDR; compute: NDR")->rate.count, 400 * kGb);
   EXPECT_DOUBLE_EQ(network_rate("IB HDR100")->rate.count, 100 * kGb);
   for (const char* nothing : {"", "none", "InfiniBand (2 racks)", "Andromeda",
                               "intra: ; inter: ", "NVLink3/NVSwitch (8x A100 SXM4 80GB node)",
@@ -95,6 +97,8 @@ TEST(RowText, Precisions) {
         {"F8E4M3FNxF8E4M3FN->BF16", "fp8"},
         {"float16", "fp16"},
         {"F16xF16->F16", "fp16"},
+        {"bf16, no float8", "bf16"},
+        {"bf16 without fp8", "bf16"},
         {"FP8 e5m2", "fp8"},
         {"fp8 e4m3", "fp8"}})
     EXPECT_EQ(precision_of(c.text), (PrecisionText{c.name, c.fp32_gradients})) << c.text;
@@ -120,6 +124,10 @@ TEST(RowText, Recomputation) {
         {"selective (attention core)", "selective"},
         {"selective: core_attn", "selective"},
         {"selective activation checkpointing", "selective"},
+        {"op-level selective AC", "selective"},
+        {"SAC", "selective"},
+        {"activation checkpointing: selective op", "selective"},
+        {"recompute off", "none"},
         {"activation checkpointing", "full"},
         {"gradient checkpointing", "full"},
         {"activation checkpointing off", "none"},
@@ -169,6 +177,8 @@ TEST(RowText, Sharding) {
                         {"fully_shard (FSDP2)", zero(3)},
                         {"NO_SHARD", zero(0)},
                         {"FSDP HYBRID_SHARD", {3, 0, true, false, false, true}},
+                        {"FSDP2 reshard_after_forward=False", {3, 0, false}},
+                        {"HSDP (dp_shard=32, dp_replicate=4)", {3, 32, true, false, false, true}},
                         {"HSDP", {3, 0, true, false, false, true}},
                         {"_HYBRID_SHARD_ZERO2", {3, 0, false, false, false, true}},
                         {"none", zero(0)}})
@@ -213,6 +223,37 @@ TEST(RowText, MemoryQuantities) {
     EXPECT_EQ(memory_quantity(c.text), c.is) << c.text;
   for (const char* nothing : {"forward time per layer", "single MoE layer forward_ms", "loss"})
     EXPECT_FALSE(memory_quantity(nothing)) << nothing;
+}
+
+TEST(RowText, SettingsThatAreOn) {
+  for (const char* on : {"async tp", "torch.compile; async tp", "async tp: on", "async tp=true"})
+    EXPECT_TRUE(switched_on(on, {"asynctp", "async tp"})) << on;
+  for (const char* off : {"", "vanilla tp", "no async tp", "without async tp", "async tp off",
+                          "async tp: no", "async tp=false", "async tp disabled"})
+    EXPECT_FALSE(switched_on(off, {"asynctp", "async tp"})) << off;
+}
+
+TEST(RowText, Gigabytes) {
+  const std::map<std::string, double> all{{"H100 96GB HBM2e 500W", 96},
+                                          {"A100 80 GB", 80},
+                                          {"A100-40G", 40},
+                                          {"40 GiB", 40},
+                                          {"DGX-1 (8x V100 16G)", 16}};
+  for (const auto& [text, n] : all) EXPECT_EQ(gigabytes(text), n) << text;
+  for (const char* none : {"", "H100", "8 GPUs", "HBM2 gb", "gpt2"})
+    EXPECT_FALSE(gigabytes(none)) << none;
+}
+
+TEST(RowText, SizesInNames) {
+  EXPECT_EQ(billions_of("GPT-2 1.5B"), 1.5);
+  EXPECT_EQ(billions_of("DeepSeek V3 16B"), 16);
+  EXPECT_EQ(billions_of("Qwen3 30B A3B"), 30);
+  for (const char* none : {"GPT", "Mixtral 8x7B", "A3B", "BLOOM-7B1", "DeepSeek V3"})
+    EXPECT_FALSE(billions_of(none)) << none;
+  for (const char* mixture : {"8x7B", "17Bx16E", "17B-16E", "480B A35B", "30b-a3b"})
+    EXPECT_TRUE(names_experts(mixture)) << mixture;
+  for (const char* dense : {"Llama 3 8B", "GPT-3 175B", "alpha3b", "resnext101-32x4d", "v1.5"})
+    EXPECT_FALSE(names_experts(dense)) << dense;
 }
 
 TEST(RowText, MegatronsFlags) {

@@ -316,7 +316,7 @@ TEST(RowCase, ScriptsOfSizedNetworksFillWhatTheRowLeavesEmpty) {
   EXPECT_EQ(c.plan.dp, 24);
   EXPECT_EQ(c.plan.micro_batch, 2);
   EXPECT_EQ(c.plan.virtual_stages, 2);
-  EXPECT_THAT(c.assumed, Contains("micro_batch_per_dp_rank 2 (configuration)"));
+  EXPECT_THAT(c.assumed, Contains("micro_batch_per_dp_rank 2 (recipe)"));
   // Not what is printed, nor of another size, cut or time.
   EXPECT_EQ(case_with(with(row, {{"micro_batch_per_dp_rank", "1"}})).plan.micro_batch, 1);
   const Cells unfilled = {{"pp", "4"}, {"virtual_stages_per_gpu", ""}};
@@ -336,6 +336,8 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
   }
   for (const char* core : {"selective (attention core)", "selective: core_attn"})
     EXPECT_EQ(case_with(with(row, {{"recompute", core}})).plan.recompute, Recompute::selective);
+  EXPECT_EQ(case_with(with(row, {{"recompute", "selective_ac_option=2"}})).plan.recompute_first, 2);
+  EXPECT_EQ(case_with(with(row, {{"zero_or_fsdp", "DDP"}})).plan.zero, 0);
   const RowCase half = case_with(with(row, {{"recompute", "selective (every other layer)"}}));
   EXPECT_EQ(half.plan.recompute, Recompute::first);
   EXPECT_EQ(half.plan.recompute_first, 2);
@@ -345,6 +347,23 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
   EXPECT_EQ(staged.plan.zero, 1);
   EXPECT_THAT(staged.assumed,
               Contains("ZeRO 1, as parameters stay gathered between micro-batches"));
+  // Of a rank's batch a pipeline makes micro-batches; where it loops, of two stages a rank.
+  const Cells batch = with(row, {{"pp", "2"},
+                                 {"dp", "4"},
+                                 {"virtual_stages_per_gpu", ""},
+                                 {"micro_batch_per_dp_rank", "32"},
+                                 {"global_batch_seqs", "128"},
+                                 {"overlap_and_other_settings", "Interleaved 1F1B"}});
+  for (const char* all : {"128", ""}) {
+    const RowCase c = case_with(with(batch, {{"global_batch_seqs", all}}));
+    EXPECT_EQ(c.plan.micro_batch, 1) << all;
+    EXPECT_EQ(c.plan.global_batch, 128) << all;
+    EXPECT_EQ(c.plan.virtual_stages, 2);
+  }
+  EXPECT_EQ(case_with(with(batch, {{"global_batch_seqs", "256"}})).plan.micro_batch, 32);
+  EXPECT_EQ(case_with(with(batch, {{"pp", "1"}, {"dp", "8"}, {"global_batch_seqs", "256"}}))
+                .plan.micro_batch,
+            32);
   const Cells turns = with(row, {{"overlap_and_other_settings", "torch.compile; async TP"}});
   EXPECT_TRUE(case_with(turns).plan.overlap_tensor_parallel);
   EXPECT_FALSE(case_with(row).plan.overlap_tensor_parallel);
@@ -580,6 +599,12 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   };
   EXPECT_EQ(on("a100-sxm-80gb"), "megatron-lm-2022");
   EXPECT_EQ(on("h100-sxm"), "megatron-core");
+  const Cells unsaid = {{"framework", ""}, {"model", "GPT-3 175B"}, {"num_layers", "96"}};
+  EXPECT_EQ(case_with(unsaid).plan.framework, "megatron-core");
+  EXPECT_EQ(case_with(with(unsaid, {{"gpu", "A100"}})).plan.framework, "megatron-lm-2021");
+  EXPECT_EQ(case_with(with(unsaid, {{"framework", "NVIDIA NeMo (MLPerf v4.1)"}, {"precision", ""}}))
+                .plan.precision.compute,
+            ElementType::fp8);
   EXPECT_EQ(name("TensorFlow2"), "deeplearningexamples-tensorflow");
   EXPECT_EQ(name("TensorFlow"), "deeplearningexamples-tensorflow1");
   // Their scripts compile under mixed precision alone.
@@ -700,6 +725,7 @@ TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
                       {"pp", "1"},
                       {"dp", "2"},
                       {"framework", "Megatron-LM (2021)"},
+                      {"gpu", "A100"},
                       {"attention_kernel", kernel},
                       {"micro_batch_per_dp_rank", ""},
                       {"global_batch_seqs", batch}})
@@ -1148,6 +1174,57 @@ TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizes) {
   EXPECT_EQ(predicted({}, {few, with(whole_row(), {{"num_kv_heads", "4"}})}), printed)
       << "they do not agree";
   EXPECT_EQ(predicted({}, {with(few, {{"global_batch_seqs", "32"}})}), printed) << "another run";
+}
+
+TEST(Rows, AMemoryRowIsOfItsRunsFrameworkAndCard) {
+  const Cells run = with(whole_row(), {{"framework", "torchtitan"},
+                                       {"gpu_memory_gb", "96"},
+                                       {"zero_or_fsdp", "FSDP2"},
+                                       {"recompute", "selective"}});
+  const Cells memory = with(run, {{"quantity", "peak memory per GPU as printed"},
+                                  {"value", "6"},
+                                  {"unit", "GiB"},
+                                  {"id", "memory"}});
+  RowsOptions o;
+  o.workers = 1;
+  const auto fs = predict_rows({table(kMemory, {memory}), table(kTraining, {run})}, catalogue(), o);
+  const auto assumed = fs.at(0).figures.at(0).assumed;
+  EXPECT_THAT(assumed, Contains(HasSubstr("~*.mlp.up")));
+}
+
+TEST(Rows, WhatALogPrintsIsWhatItsFrameworkLogs) {
+  const auto memory = [](const char* framework, const char* definition) {
+    const Cells row = with(whole_row(), {{"framework", framework},
+                                         {"peak_mem_per_gpu_gib", "6"},
+                                         {"peak_mem_definition", definition}});
+    for (const Figure& f : predicted({row}).at(0).figures)
+      if (f.kind == Figure::Kind::memory) return f.predicted;
+    throw InternalError("no memory");
+  };
+  for (const auto& [framework, as] :
+       std::map<const char*, const char*>{{"torchtitan", "max_memory_reserved"},
+                                          {"Megatron-Bridge (NeMo container)", "max allocated"},
+                                          {"Megatron-Core", "nvidia-smi"}})
+    EXPECT_EQ(memory(framework, "peak memory, printed"), memory(framework, as)) << framework;
+  EXPECT_LT(memory("torchtitan", "printed"), memory("torchtitan", "nvidia-smi"));
+  EXPECT_LT(memory("torchtitan", "max allocated"), memory("torchtitan", "printed"));
+}
+
+TEST(Rows, RatesCountWhatIsMadeAgainWhereTheFrameworksLogDid) {
+  const auto seconds = [](const char* framework, const char* recompute) {
+    return predicted({with(whole_row(), {{"framework", framework},
+                                         {"gpu", "A100"},
+                                         {"recompute", recompute},
+                                         {"iteration_time_s", ""},
+                                         {"tflops_per_gpu", "100"}})})
+        .at(0)
+        .figures.at(0)
+        .measured;
+  };
+  for (const char* model : {"Megatron-Bridge (NeMo container)", "NeMo", "torchtitan"})
+    EXPECT_NEAR(seconds(model, "full") / seconds(model, "none"), 1, 1e-9) << model;
+  for (const char* hardware : {"Megatron-LM", "Megatron-LM (2021)", "Megatron-DeepSpeed"})
+    EXPECT_GT(seconds(hardware, "full"), 1.1 * seconds(hardware, "none")) << hardware;
 }
 
 TEST(Rows, AQuantitysNameMayTellTheFramework) {
