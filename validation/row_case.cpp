@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <regex>
 #include <set>
 
 #include "base/error.h"
@@ -120,43 +121,14 @@ std::string device_word(const std::string& gpu) {
     for (auto at = s.find(word); at != std::string::npos; at = s.find(word))
       s.erase(at, std::string_view(word).size());
   }
-  // "8x H100".
-  std::size_t count = 0;
-  while (count < s.size() && s[count] >= '0' && s[count] <= '9') ++count;
-  if (count > 0 && count < s.size()) {
-    std::size_t at = count;
-    while (at < s.size() && s[at] == ' ') ++at;
-    if (at < s.size() && (s[at] == 'x' || at > count)) {
-      at += s[at] == 'x' ? 1 : 0;
-      while (at < s.size() && s[at] == ' ') ++at;
-      s.erase(0, at);
-    }
-  }
-  // Word by word, without memory, power and rack: "-80gb", "-80-gb", "hbm2e", "500w", "nvl72".
-  std::vector<std::string> words{""};
-  for (const char c : s) {
-    const bool between = c == ' ' || c == '-' || c == ',' || c == '/';
-    if (!between)
-      words.back() += c;
-    else if (!words.back().empty())
-      words.emplace_back();
-  }
-  const auto counts = [](const std::string& word, std::initializer_list<std::string_view> units) {
-    const std::size_t digits = std::min(word.find_first_not_of("0123456789"), word.size());
-    return digits > 0 && std::find(units.begin(), units.end(),
-                                   std::string_view(word).substr(digits)) != units.end();
-  };
-  std::string kept;
-  for (std::size_t i = 0; i < words.size(); ++i) {
-    const std::string& word = words[i];
-    const bool unit_follows =
-        i + 1 < words.size() && (words[i + 1] == "gb" || words[i + 1] == "gib");
-    if (i > 0 && (word == "gb" || word == "gib" || word == "nvl72" || word.rfind("hbm", 0) == 0 ||
-                  counts(word, {"gb", "gib", "g", "w"}) || (unit_follows && counts(word, {""}))))
-      continue;
-    if (!word.empty()) kept += (kept.empty() ? "" : "-") + word;
-  }
-  return kept;
+  // "8x H100"; "-80gb", "80 GB", "HBM2e", "500W", "NVL72" behind the name.
+  static const std::regex many(R"(^\d+ ?x ?|^\d+ (?=[a-z]))"),
+      rest(R"([ ,/-]+(\d+[ -]?(gb|gib|g)|\d+w|hbm\w*|nvl72)(?=[ ,/-]|$))"), between("[ ,/-]+");
+  s = std::regex_replace(s, many, "");
+  s = std::regex_replace(s, rest, "");
+  s = std::regex_replace(s, between, "-");
+  while (!s.empty() && s.back() == '-') s.pop_back();
+  return s;
 }
 
 /// Without what says only that it is the card on a board: "gb200-sxm" -> "gb200".
@@ -696,8 +668,8 @@ class CaseBuilder {
       c_.model = known->name;
       architecture = hidden ? *hidden == t.hidden : has_parameters(t, layers);
       if (!architecture && !hidden && t.moe.experts > 0)
-        throw InputError("model", fmt::format("'{}' has {} billion parameters, {} others; print "
-                                              "its sizes",
+        throw InputError("model", fmt::format("'{}' has {} billion parameters, which {} has not; "
+                                              "print num_layers and hidden_size",
                                               text, *billions(), known->name));
       if (!architecture) assume("kind of block of {}", known->name);
     } else {
@@ -911,27 +883,8 @@ class CaseBuilder {
   /// names of many sizes ("GPT-2-like 52B").
   bool has_parameters(const TransformerConfig& t, std::optional<std::int64_t> layers) const {
     const auto printed = billions();
-    if (!printed || layers || !t.pattern.empty()) return true;
-    const auto h = static_cast<double>(t.hidden), heads = static_cast<double>(t.heads),
-               kv = static_cast<double>(t.kv_heads > 0 ? t.kv_heads : t.heads),
-               d = t.head_dim > 0 ? static_cast<double>(t.head_dim) : h / heads;
-    double attention = 2 * h * d * (heads + kv);
-    if (const auto& l = t.latent; l.key_value_rank > 0) {
-      const auto rank = static_cast<double>(l.query_rank),
-                 kept = static_cast<double>(l.key_value_rank),
-                 nope = static_cast<double>(l.nope_dim), rope = static_cast<double>(l.rope_dim),
-                 v = static_cast<double>(l.value_dim);
-      attention = (rank > 0 ? rank * (h + heads * (nope + rope)) : h * heads * (nope + rope)) +
-                  h * (kept + rope) + kept * heads * (nope + v) + heads * v * h;
-    }
-    const double wide = (t.gated ? 3 : 2) * h;
-    double all = t.layers * attention + (t.tied ? 1 : 2) * h * static_cast<double>(t.vocabulary);
-    double mixed = 0;
-    if (t.moe.experts > 0)
-      mixed = std::floor(static_cast<double>(t.layers - t.moe.first_dense) /
-                         static_cast<double>(std::max(1, static_cast<int>(t.moe.every))));
-    all += mixed * wide * static_cast<double>(t.moe.experts * t.moe.ffn + t.moe.shared_ffn);
-    all += (t.layers - mixed) * wide * static_cast<double>(t.ffn);
+    if (!printed || layers) return true;
+    const auto all = static_cast<double>(parameter_count(build_transformer(t)));
     return std::abs(all - *printed * 1e9) < 0.15 * all;
   }
 

@@ -948,8 +948,8 @@ TEST(RowCase, WhatIsNotUnderstoodNamesItsColumn) {
             "num_layers: is not printed, and 'Unheard-of' is in no catalogue");
   const Cells unsized = {{"num_layers", ""}};
   EXPECT_EQ(why(with(unsized, {{"model", "DeepSeek V3 16B"}})),
-            "model: 'DeepSeek V3 16B' has 16 billion parameters, deepseek-v3 others; print its "
-            "sizes");
+            "model: 'DeepSeek V3 16B' has 16 billion parameters, which deepseek-v3 has not; print "
+            "num_layers and hidden_size");
   EXPECT_EQ(why(with(unsized, {{"model", "DeepSeek-V3 671B"}})), "");
   EXPECT_EQ(why(with(unsized, {{"model", "Kimi K2 1T"}})), "");
   for (const char* mixture : {"Unheard-of 480B A35B", "Unheard-of 17Bx16E", "Unheard-of 8x7B"})
