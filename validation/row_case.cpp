@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/unit_text.h"
 #include "base/yaml.h"
+#include "validation/row_settings.h"
 #include "validation/row_text.h"
 
 namespace partita::validation {
@@ -535,7 +536,8 @@ class CaseBuilder {
       : schema_(schema),
         row_(row),
         catalogue_(catalogue),
-        flags_(megatron_flags(row["overlap_and_other_settings"])) {
+        flags_(megatron_flags(row["overlap_and_other_settings"])),
+        settings_(settings_of(row["overlap_and_other_settings"])) {
     // Tests of Megatron's own layers, which know no context parallelism, leave Transformer Engine
     // out of their names.
     constexpr std::string_view kTests = "gpt3_mcore_";
@@ -611,6 +613,8 @@ class CaseBuilder {
     if (text.rfind(kWord, 0) == 0)
       named = text.substr(kWord.size(), text.find(' ', kWord.size()) - kWord.size());
     if (framework_->recipes.count(named) == 0) unknown_recipe_ = named;
+    if (!settings_.context_parallel.empty()) row_.fill("cp", settings_.context_parallel);
+    if (!settings_.sharding.empty()) row_.fill("zero_or_fsdp", settings_.sharding);
     for (const auto& [name, recipe] : framework_->recipes) {
       if (name != named && !of_its_sizes(recipe)) continue;
       for (const auto& [column, cell] : recipe.sets) {
@@ -719,6 +723,7 @@ class CaseBuilder {
       assume("as many key/value heads as heads");
     if (t.kv_heads > 0 && t.heads % t.kv_heads != 0) t.kv_heads = 0;
     apply_flags(t);
+    t.tied = settings_.tied.value_or(t.tied);
     if (const auto ffn = row_.whole("ffn_hidden_size")) {
       t.ffn = *ffn;
     } else if (t.ffn == 0 && t.moe.experts == 0) {
@@ -781,14 +786,14 @@ class CaseBuilder {
       assume("dropout {}", t.dropout);
     }
     const std::string plain = lower(text);
-    bool adapters = has(plain, "lora") || has(plain, "peft");
+    bool adapters = settings_.lora.value_or(has(plain, "lora") || has(plain, "peft"));
     for (const Workload& w : framework_->workloads) {
       if (w.packed > 0 && t.window == 0 && w.packed < t.sequence && concerns(w)) {
         // A token sees half of its sample.
         t.window = (w.packed + 1) / 2;
         assume("samples of {} tokens, packed (workload)", w.packed);
       }
-      if (!adapters && w.lora.value_or(false) && concerns(w)) {
+      if (!adapters && !settings_.lora && w.lora.value_or(false) && concerns(w)) {
         adapters = true;
         assume("fine-tuning by adapters (workload)");
       }
@@ -1100,7 +1105,7 @@ class CaseBuilder {
       assume("virtual stages {}, of two blocks", p.virtual_stages);
     } else {
       const bool interleaved = row_["virtual_stages_per_gpu"].empty() && framework_->splits_batch &&
-                               has(lower(row_["overlap_and_other_settings"]), "interleaved");
+                               settings_.interleaved;
       if (interleaved) assume("virtual stages 2, as interleaved");
       p.virtual_stages =
           interleaved ? 2 : degree("virtual_stages_per_gpu", "virtual stages", p.pp > 1);
@@ -1227,6 +1232,8 @@ class CaseBuilder {
       type = precision_of(precision);
       if (!type) throw InputError("precision", fmt::format("'{}' is not understood", precision));
     }
+    if (!settings_.precision.empty() && (type->name == "bf16" || type->name == "fp16"))
+      type->name = settings_.precision;
     set_precision(p, type->name, "precision");
     set_framework(p, f.name, "framework");
     if (type->fp32_beside) {
@@ -1272,19 +1279,13 @@ class CaseBuilder {
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }
-    const std::string settings = lower(row_["overlap_and_other_settings"]);
     c_.logs_first_stage = f.logs_first_stage;
     c_.logs_memory = f.logs_memory;
     c_.logs_hardware_flops = f.logs_hardware_flops;
-    if (has(row_["overlap_and_other_settings"], "CE fusion")) {
+    if (settings_.fused_loss.value_or(false)) {
       p.allocations.fp32_loss = false;
       fuse_loss();
     }
-    if (has(row_["overlap_and_other_settings"], "no TP comm overlap"))
-      p.tensor_parallel_in_turn = true;
-    // torchtitan's asynchronous tensor parallelism.
-    const bool asynchronous =
-        switched_on(settings, {"async tp", "async-tp", "asynctp", "async tensor"});
     set_allocations();
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
@@ -1339,20 +1340,15 @@ class CaseBuilder {
       p.overlap_gradients = flags_.overlap_gradients;
       p.overlap_tensor_parallel = flags_.overlap_tensor_parallel && p.sequence_parallel;
       p.rows_once = flags_.flex_dispatcher;
-    } else if (has(settings, "bucketing off") || has(settings, "overlap paths off")) {
-      p.overlap_gradients = false;
-    } else if (p.dp > 1) {
+    } else if (p.dp > 1 && !settings_.overlap_gradients) {
       assume("gradient overlap {}", f.overlap_gradients ? "on" : "off");
     }
-    if (asynchronous && p.sequence_parallel) p.overlap_tensor_parallel = true;
-    if (overlaps_tensor_parallel && !flags_.any && p.sequence_parallel &&
-        !has(settings, "overlap paths off") && c_.transformer && c_.transformer->moe.experts == 0) {
+    if (overlaps_tensor_parallel && !flags_.any && !settings_.overlap_tensor_parallel &&
+        p.sequence_parallel && c_.transformer && c_.transformer->moe.experts == 0) {
       p.overlap_tensor_parallel = true;
       assume("tensor-parallel overlap on");
     }
-    if (has(settings, "mixed_precision=pure"))
-      p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
-    if (has(settings, "cp type a2a")) p.context = Plan::ContextExchange::all_to_all;
+    apply_settings();
     if (!c_.transformer) {
       p.optimizer.kind = OptimizerKind::sgd;
       p.optimizer.momentum = 0.9;
@@ -1363,6 +1359,42 @@ class CaseBuilder {
       p.pad_vocabulary = sharded_parameters() ? 64 : 3232;
     p.lora_rank = c_.lora.empty() ? 0 : 16;
     p.lora = c_.lora;
+  }
+
+  /// What the row says in words, whatever the framework does by itself.
+  void apply_settings() {
+    Plan& p = c_.plan;
+    const Settings& s = settings_;
+    const auto set = [](std::optional<bool> said, bool& in) { in = said.value_or(in); };
+    set(s.overlap_gradients, p.overlap_gradients);
+    if (s.overlap_tensor_parallel)
+      p.overlap_tensor_parallel = *s.overlap_tensor_parallel && p.sequence_parallel;
+    p.tensor_parallel_in_turn = p.tensor_parallel_in_turn || s.nothing_overlaps;
+    set(s.overlap_experts, p.kernels.overlaps_experts);
+    if (s.overlap_messages && p.pp > 1)
+      p.send_wait = *s.overlap_messages ? SendWait::never : SendWait::always;
+    set(s.rows_once, p.rows_once);
+    if (s.graphs) {
+      p.launches.graphs = *s.graphs && s.graphs_of.empty();
+      p.launches.graphs_beside_experts = *s.graphs && s.graphs_of == "beside experts";
+      p.launches.graphs_of = !*s.graphs                   ? ""
+                             : s.graphs_of == "attention" ? "*.attention*"
+                             : s.graphs_of == "mlp"       ? "*.mlp*"
+                                                          : "";
+      if (p.launches.graphs) p.launches.waits_for_counts = false;
+    }
+    set(s.offload_activations, p.offload_activations);
+    set(s.offload_optimizer, p.offload_optimizer);
+    if (s.narrow_gradients)
+      p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+    if (!s.context.empty())
+      p.context = parse_context_exchange(s.context, "overlap_and_other_settings");
+    if (!s.schedule.empty()) set_schedule(s.schedule);
+    for (const std::string& clause : s.unread) assume("not read: {}", clause);
+  }
+  void set_schedule(const std::string& name) {
+    c_.plan.schedule = parse_schedule(name, "overlap_and_other_settings");
+    c_.plan.schedule_given = true;
   }
 
   /// Of blocks that are not cut evenly.
@@ -1509,6 +1541,7 @@ class CaseBuilder {
   Configuration row_;  ///< with what a recipe adds
   const Catalogue& catalogue_;
   MegatronFlags flags_;
+  Settings settings_;
   const FrameworkProfile* framework_ = nullptr;
   std::string unknown_recipe_;  ///< that the row names
   RowCase c_;

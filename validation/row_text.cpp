@@ -366,20 +366,6 @@ std::optional<bool> switch_of(std::string_view text) {
   return std::nullopt;
 }
 
-bool switched_on(std::string_view text, std::initializer_list<std::string_view> names) {
-  for (const std::string_view name : names) {
-    const auto at = text.find(name);
-    if (at == std::string_view::npos) continue;
-    for (const std::string_view no : {"no ", "without ", "not "})
-      if (at >= no.size() && text.substr(at - no.size(), no.size()) == no) return false;
-    const auto after = std::min(text.find_first_not_of(" :=", at + name.size()), text.size());
-    for (const std::string_view off : {"off", "no", "false", "disabled", "0"})
-      if (text.substr(after, off.size()) == off) return false;
-    return true;
-  }
-  return false;
-}
-
 std::optional<double> gigabytes(std::string_view text) {
   const std::string s = lower(text);
   for (std::size_t i = 0; i < s.size(); ++i) {

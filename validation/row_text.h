@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -61,9 +60,6 @@ std::optional<ShardingText> sharding_of(std::string_view text);
 
 /// "on", "off" and texts that begin so.
 std::optional<bool> switch_of(std::string_view text);
-
-/// Is one of the settings, in lower case, on? "async tp", not "no async tp", "async tp: off".
-bool switched_on(std::string_view text, std::initializer_list<std::string_view> names);
 
 /// "80GB", "80 GB", "96G" of a text -> 80, 80, 96: the first.
 std::optional<double> gigabytes(std::string_view text);

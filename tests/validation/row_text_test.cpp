@@ -225,14 +225,6 @@ TEST(RowText, MemoryQuantities) {
     EXPECT_FALSE(memory_quantity(nothing)) << nothing;
 }
 
-TEST(RowText, SettingsThatAreOn) {
-  for (const char* on : {"async tp", "torch.compile; async tp", "async tp: on", "async tp=true"})
-    EXPECT_TRUE(switched_on(on, {"asynctp", "async tp"})) << on;
-  for (const char* off : {"", "vanilla tp", "no async tp", "without async tp", "async tp off",
-                          "async tp: no", "async tp=false", "async tp disabled"})
-    EXPECT_FALSE(switched_on(off, {"asynctp", "async tp"})) << off;
-}
-
 TEST(RowText, Gigabytes) {
   const std::map<std::string, double> all{{"H100 96GB HBM2e 500W", 96},
                                           {"A100 80 GB", 80},

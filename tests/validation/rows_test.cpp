@@ -26,6 +26,7 @@
 namespace partita::validation {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::Contains;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -799,6 +800,62 @@ TEST(RowCase, AFusedLossIsPricedWhereTheRowHasOne) {
   EXPECT_EQ(loss(core("overlap paths off")), usual);
   EXPECT_EQ(loss(test_case("gpt", "--cross-entropy-loss-fusion")), fused);
   EXPECT_EQ(loss(test_case("gpt", "")), usual);
+}
+
+// What a row says in words is the plan's, whatever the framework's profile and workloads say.
+TEST(RowCase, SettingsInWordsAreThePlans) {
+  const auto with_settings = [](const std::string& settings, const Cells& more = {}) {
+    return case_with(with({{"framework", "NeMo"}, {"overlap_and_other_settings", settings}}, more));
+  };
+  const Cells experts{{"model", "Qwen3 30B A3B"},
+                      {"num_layers", ""},
+                      {"hidden_size", ""},
+                      {"num_heads", ""},
+                      {"num_kv_heads", ""},
+                      {"ffn_hidden_size", ""},
+                      {"vocab_size", ""},
+                      {"params_billion", ""},
+                      {"ep", "4"},
+                      {"tp", "1"},
+                      {"dp", ""},
+                      {"pp", "1"}};
+  EXPECT_FALSE(with_settings("overlap_grad_reduce=False").plan.overlap_gradients);
+  EXPECT_TRUE(with_settings("").plan.overlap_gradients);
+  EXPECT_TRUE(with_settings("TP overlap").plan.overlap_tensor_parallel);
+  EXPECT_FALSE(with_settings("tp_comm_overlap=False").plan.overlap_tensor_parallel);
+  EXPECT_FALSE(with_settings("tp_comm_overlap=False").plan.tensor_parallel_in_turn);
+  EXPECT_TRUE(with_settings("overlap paths off").plan.tensor_parallel_in_turn);
+  EXPECT_TRUE(with_settings("EP overlap", experts).plan.kernels.overlaps_experts);
+  EXPECT_FALSE(with_settings("", experts).plan.kernels.overlaps_experts);
+  EXPECT_TRUE(with_settings("DeepEP", experts).plan.rows_once);
+  EXPECT_FALSE(with_settings("alltoall dispatcher", experts).plan.rows_once);
+  const Launches beside = with_settings("CUDA graphs (attn, moe_router)", experts).plan.launches;
+  EXPECT_TRUE(beside.graphs_beside_experts);
+  EXPECT_FALSE(beside.graphs);
+  EXPECT_TRUE(beside.waits_for_counts);
+  const Launches all = with_settings("CUDA graphs", experts).plan.launches;
+  EXPECT_TRUE(all.graphs);
+  EXPECT_FALSE(all.waits_for_counts);
+  EXPECT_EQ(with_settings("cuda_graph_scope=mlp").plan.launches.graphs_of, "*.mlp*");
+  EXPECT_EQ(with_settings("CUDA graphs off").plan.launches.graphs, false);
+  EXPECT_EQ(with_settings("CP type a2a").plan.context, Plan::ContextExchange::all_to_all);
+  EXPECT_EQ(with_settings("ZB-H1").plan.schedule, Schedule::zero_bubble_h1);
+  EXPECT_FALSE(with_settings("1F1B").plan.schedule_given);
+  EXPECT_EQ(with_settings("no p2p overlap").plan.send_wait, SendWait::always);
+  EXPECT_EQ(with_settings("float8").plan.precision_name, "fp8");
+  EXPECT_EQ(with_settings("float8", {{"precision", "fp32"}}).plan.precision_name, "fp32");
+  EXPECT_TRUE(with_settings("optimizer offload").plan.offload_optimizer);
+  EXPECT_TRUE(with_settings("activation offload").plan.offload_activations);
+  EXPECT_FALSE(with_settings("LoRA").lora.empty());
+  EXPECT_TRUE(with_settings("tied embeddings").transformer->tied);
+  EXPECT_FALSE(with_settings("untied embeddings").transformer->tied);
+  EXPECT_EQ(with_settings(R"(recipe x features={"context_parallel_size": 2})",
+                          {{"cp", ""}, {"dp", ""}, {"seq_len_tokens", "4096"}})
+                .plan.cp,
+            2);
+  EXPECT_THAT(with_settings("torch.compile; DP overlap").assumed,
+              AllOf(Contains("not read: torch.compile"), Not(Contains(HasSubstr("DP overlap"))),
+                    Not(Contains(HasSubstr("gradient overlap")))));
 }
 
 TEST(RowCase, KeyAndValueHeadsThatDoNotDivideTheOthersAreNamed) {

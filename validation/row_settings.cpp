@@ -1,0 +1,220 @@
+#include "validation/row_settings.h"
+
+#include <algorithm>
+#include <array>
+
+#include "validation/row_text.h"
+
+namespace partita::validation {
+namespace {
+
+bool letter_or_digit(char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); }
+
+/// Is a word of the text, words around it being others?
+bool has_word(std::string_view text, std::string_view word) {
+  for (auto at = text.find(word); at != std::string_view::npos; at = text.find(word, at + 1)) {
+    const std::size_t end = at + word.size();
+    if ((at == 0 || !letter_or_digit(text[at - 1])) &&
+        (end == text.size() || !letter_or_digit(text[end])))
+      return true;
+  }
+  return false;
+}
+
+struct Clause {
+  std::string text;          ///< as written
+  bool in_brackets = false;  ///< of another
+};
+
+void trim(std::string& s) {
+  const auto from = s.find_first_not_of(" \t\"'");
+  if (from == std::string::npos) {
+    s.clear();
+    return;
+  }
+  s = s.substr(from, s.find_last_not_of(" \t\"'") - from + 1);
+}
+
+std::vector<Clause> clauses_of(std::string_view text) {
+  std::vector<Clause> all;
+  Clause outer, inner{"", true};
+  int depth = 0;
+  const auto end = [&](Clause& c) {
+    trim(c.text);
+    if (!c.text.empty()) all.push_back(c);
+    c.text.clear();
+  };
+  for (const char c : text) {
+    if (c == '{' || c == '}' || (depth == 0 && (c == ';' || c == ',' || c == '\n'))) {
+      end(outer);
+    } else if (c == '(' || c == '[') {
+      if (++depth == 1) outer.text += c;
+    } else if ((c == ')' || c == ']') && depth > 0) {
+      if (--depth > 0) continue;
+      // Both what the brackets say by themselves and the clause with them.
+      outer.text += c;
+      end(inner);
+    } else if (depth > 0) {
+      outer.text += c;
+      if (c == ',' || c == ';')
+        end(inner);
+      else
+        inner.text += c;
+    } else {
+      outer.text += c;
+    }
+  }
+  end(inner);
+  end(outer);
+  return all;
+}
+
+/// Small, "_" and "-" as spaces, without quotes.
+std::string plain_clause(std::string_view text) {
+  std::string s;
+  for (const char c : lower(text)) {
+    if (c == '"' || c == '\'') continue;
+    const char x = c == '_' || c == '-' ? ' ' : c;
+    if (x != ' ' || (!s.empty() && s.back() != ' ')) s += x;
+  }
+  return s;
+}
+
+bool is_off(std::string_view clause) {
+  for (const std::string_view no : {"no ", "without ", "not ", "disable "}) {
+    if (clause.rfind(no, 0) == 0) return true;
+  }
+  const std::string_view value = clause.substr(0, clause.find_first_of("(["));
+  for (const std::string_view off : {"off", "false", "disabled"}) {
+    if (has_word(value, off)) return true;
+  }
+  // "=none", ": no", "=0".
+  const auto last = value.find_last_not_of(' ');
+  const auto before = value.find_last_of(":=", last);
+  if (last == std::string_view::npos || before == std::string_view::npos) return false;
+  const auto start = value.find_first_not_of(" :=", before);
+  const std::string_view word = value.substr(std::min(start, last + 1), last + 1 - start);
+  return word == "none" || word == "no" || word == "0";
+}
+
+/// A clause with a word of each set is this setting; the first that it is.
+struct Rule {
+  std::vector<std::vector<std::string_view>> words;
+  void (*set)(Settings& s, bool on, std::string_view clause);
+};
+
+const std::vector<Rule>& rules() {
+  using S = Settings;
+  using Text = std::string_view;
+  static const std::vector<std::string_view> overlap{"overlap", "overlaps", "overlapped",
+                                                     "overlapping"};
+  static const std::vector<std::string_view> graphs{"cuda graph",      "cuda graphs",
+                                                    "cudagraph",       "cudagraphs",
+                                                    "cuda graph impl", "cuda graph scope"};
+  static const std::vector<Rule> all{
+      {{{"interleaved"}}, [](S& s, bool on, Text) { s.interleaved = on; }},
+      // Read elsewhere, or what is so anyway.
+      {{{"accumulation", "1f1b", "batch size"}}, [](S&, bool, Text) {}},
+      {{{"overlap paths", "all overlap", "any overlap"}},
+       [](S& s, bool on, Text) {
+         s.overlap_gradients = s.overlap_tensor_parallel = s.overlap_messages = on;
+         s.nothing_overlaps = !on;
+       }},
+      {{{"async tp", "asynctp", "async tensor parallel", "tp comm overlap"}},
+       [](S& s, bool on, Text) { s.overlap_tensor_parallel = on; }},
+      {{{"tp", "tensor parallel", "userbuffers", "user buffers"}, overlap},
+       [](S& s, bool on, Text) { s.overlap_tensor_parallel = on; }},
+      {{{"ep", "moe", "a2a", "expert", "experts"}, overlap},
+       [](S& s, bool on, Text) { s.overlap_experts = on; }},
+      {{{"p2p", "pipeline", "pp"}, overlap}, [](S& s, bool on, Text) { s.overlap_messages = on; }},
+      {{{"bucketing"}}, [](S& s, bool on, Text) { s.overlap_gradients = on; }},
+      {{{"grad", "grads", "gradient", "gradients", "dp", "data parallel", "ddp"}, overlap},
+       [](S& s, bool on, Text) { s.overlap_gradients = on; }},
+      {{{"deepep", "hybridep", "deep ep", "hybrid ep"}},
+       [](S& s, bool on, Text) { s.rows_once = on; }},
+      {{{"dispatcher", "dispatcher type"}, {"flex"}},
+       [](S& s, bool on, Text) { s.rows_once = on; }},
+      {{{"dispatcher", "dispatcher type"}, {"alltoall", "all to all", "a2a", "allgather"}},
+       [](S& s, bool, Text) { s.rows_once = false; }},
+      {{graphs, {"moe router", "moe preprocess"}},
+       [](S& s, bool on, Text) { s.graphs = on, s.graphs_of = "beside experts"; }},
+      {{graphs, {"attn", "attention"}},
+       [](S& s, bool on, Text) { s.graphs = on, s.graphs_of = "attention"; }},
+      {{graphs, {"mlp"}}, [](S& s, bool on, Text) { s.graphs = on, s.graphs_of = "mlp"; }},
+      {{graphs}, [](S& s, bool on, Text) { s.graphs = on; }},
+      {{{"ce fusion", "cross entropy fusion", "cross entropy loss fusion", "fused cross entropy",
+         "fused loss"}},
+       [](S& s, bool on, Text) { s.fused_loss = on; }},
+      {{{"untied", "untie embeddings"}}, [](S& s, bool on, Text) { s.tied = !on; }},
+      {{{"tied embeddings", "tie embeddings", "tie word embeddings"}},
+       [](S& s, bool on, Text) { s.tied = on; }},
+      {{{"lora", "peft"}}, [](S& s, bool on, Text) { s.lora = on; }},
+      {{{"activation", "activations"}, {"offload", "offloading", "offloaded"}},
+       [](S& s, bool on, Text) { s.offload_activations = on; }},
+      {{{"optimizer", "adam"}, {"offload", "offloading", "offloaded"}},
+       [](S& s, bool on, Text) { s.offload_optimizer = on; }},
+      {{{"mixed precision"}, {"pure"}}, [](S& s, bool, Text) { s.narrow_gradients = true; }},
+      {{{"mixed precision"}, {"default"}}, [](S&, bool, Text) {}},
+      {{{"gpipe", "afab", "all forward all backward"}},
+       [](S& s, bool on, Text) { s.schedule = on ? "gpipe" : ""; }},
+      {{{"zero bubble", "zb h1", "zbh1"}},
+       [](S& s, bool on, Text) { s.schedule = on ? "zb-h1" : ""; }},
+      {{{"dualpipe"}}, [](S& s, bool on, Text) { s.schedule = on ? "dualpipe" : ""; }},
+      {{{"cp type", "cp comm type", "context parallel", "ulysses"},
+        {"a2a", "all to all", "alltoall", "ulysses"}},
+       [](S& s, bool, Text) { s.context = "all_to_all"; }},
+      {{{"cp type", "cp comm type", "context parallel", "ring attention"},
+        {"p2p", "ring", "ring attention"}},
+       [](S& s, bool, Text) { s.context = "ring"; }},
+      {{{"cp type", "cp comm type", "context parallel"}, {"all gather", "allgather"}},
+       [](S& s, bool, Text) { s.context = "all_gather"; }},
+      {{{"context parallel size"}},
+       [](S& s, bool, Text c) {
+         const auto at = std::min(c.find_first_of("0123456789"), c.size());
+         s.context_parallel = c.substr(at, c.find_first_not_of("0123456789", at) - at);
+       }},
+      // Megatron-FSDP's strategies, as ZeRO's stages.
+      {{{"megatron fsdp"}, {"optim grads params"}},
+       [](S& s, bool, Text) { s.sharding = "ZeRO-3"; }},
+      {{{"megatron fsdp"}, {"optim grads"}}, [](S& s, bool, Text) { s.sharding = "ZeRO-2"; }},
+      {{{"megatron fsdp"}, {"optim"}}, [](S& s, bool, Text) { s.sharding = "ZeRO-1"; }},
+      // Of products; gathers, sums and states have settings of their own.
+      {{{"float8", "fp8"},
+        {"tensorwise", "rowwise", "training", "delayed", "current scaling", "linear", "gemm"}},
+       [](S& s, bool on, Text) { s.precision = on ? "fp8" : ""; }},
+  };
+  return all;
+}
+
+bool read(std::string_view clause, Settings& s) {
+  const bool on = !is_off(clause);
+  if (clause == "float8" || clause == "fp8" || clause == "no float8" || clause == "no fp8") {
+    s.precision = on ? "fp8" : "";
+    return true;
+  }
+  if (clause.rfind("recipe ", 0) == 0) return true;
+  if (clause == "no overlap" || clause == "overlap off") return read("overlap paths off", s);
+  for (const Rule& rule : rules()) {
+    const bool is = std::all_of(rule.words.begin(), rule.words.end(), [&](const auto& words) {
+      return std::any_of(words.begin(), words.end(),
+                         [&](std::string_view word) { return has_word(clause, word); });
+    });
+    if (!is) continue;
+    rule.set(s, on, clause);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Settings settings_of(std::string_view text) {
+  Settings s;
+  if (text.rfind("--", 0) == 0) return s;
+  for (const Clause& clause : clauses_of(text)) {
+    if (!read(plain_clause(clause.text), s) && !clause.in_brackets) s.unread.push_back(clause.text);
+  }
+  return s;
+}
+
+}  // namespace partita::validation

@@ -1,0 +1,42 @@
+// validation/row_settings.h: what a row's column of settings says in words, clause by clause
+// (docs/published.md, "Settings"). Megatron's command lines are row_text.h's.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace partita::validation {
+
+/// Empty: not said.
+struct Settings {
+  std::optional<bool> overlap_gradients;
+  std::optional<bool> overlap_tensor_parallel;  ///< products beside their transfers, in parts
+  std::optional<bool> overlap_experts;          ///< one micro-batch's rows beside another's blocks
+  std::optional<bool> overlap_messages;         ///< between stages
+  bool nothing_overlaps = false;  ///< nor does any kernel run beside a transfer over tp
+  std::optional<bool> rows_once;  ///< DeepEP's or HybridEP's dispatcher, or another
+  std::optional<bool> graphs;     ///< CUDA graphs
+  /// Of what they are: "" all, "attention", "mlp", or "beside experts" (all but their rows).
+  std::string graphs_of;
+  std::optional<bool> fused_loss;
+  std::optional<bool> tied;  ///< table and output layer
+  std::optional<bool> lora;
+  std::optional<bool> offload_activations, offload_optimizer;
+  bool narrow_gradients = false;  ///< in the parameters' type
+  bool interleaved = false;
+  std::string schedule;                    ///< a plan's name of it, where it is not the usual one
+  std::string context;                     ///< a plan's context_exchange
+  std::string precision;                   ///< "fp8", of products
+  std::string context_parallel, sharding;  ///< as a table's `cp` and `zero_or_fsdp` would say it
+  std::vector<std::string> unread;         ///< clauses that none of this is, as written
+};
+
+/// Clauses end with ";", "," or a line's end outside brackets. What stands in a clause's brackets
+/// is read too, and in braces ("features={"moe_dispatcher": "deepep"}") it is the clauses. A clause
+/// is off behind "no", "without" or "disable", or before "off", "false", "no", "none", "disabled"
+/// or "0". "_" and "-" are spaces; letters of any case. Nothing of a command line ("--...").
+Settings settings_of(std::string_view text);
+
+}  // namespace partita::validation
