@@ -18,7 +18,9 @@ using Vector = Eigen::VectorXd;
 
 constexpr double kKnee = 1.5;  // Huber's
 constexpr double kConfidence = 0.9;
-constexpr int kSteps = 40, kNoiseRounds = 8;
+constexpr int kSteps = 40, kNoiseRounds = 20;
+constexpr double kFar = 1e3;        // no bound of an offset
+constexpr double kTogether = 1e-4;  // below which groups are not off together
 
 double huber_weight(double x) { return std::abs(x) <= kKnee ? 1 : kKnee / std::abs(x); }
 double huber(double x) {
@@ -28,9 +30,13 @@ double huber(double x) {
 class Fitter {
  public:
   explicit Fitter(const FitProblem& problem) : problem_(problem) {
-    const auto n = static_cast<Eigen::Index>(problem.parameters.size());
+    physical_ = static_cast<Eigen::Index>(problem.parameters.size());
+    find_offsets();
+    const auto n = physical_ + offsets_;
     prior_.resize(n), low_.resize(n), high_.resize(n), believed_.resize(n);
-    for (Eigen::Index k = 0; k < n; ++k) {
+    prior_.tail(offsets_).setZero();
+    low_.tail(offsets_).setConstant(-kFar), high_.tail(offsets_).setConstant(kFar);
+    for (Eigen::Index k = 0; k < physical_; ++k) {
       const FitParameter& p = problem.parameters[static_cast<std::size_t>(k)];
       PARTITA_ASSERT(p.lowest <= p.prior && p.prior <= p.highest && p.believed > 0 &&
                          (!p.positive || p.lowest > 0),
@@ -49,17 +55,22 @@ class Fitter {
     Fit out;
     const Vector unfitted = log_times(prior_, all_);
     Vector phi = prior_, times = unfitted;
-    Matrix jacobian = jacobian_at(phi, times);
     double noise = problem_.fixed_noise;
     if (noise == 0) noise = std::max(problem_.smallest_noise, spread(times - log_measured_, 0));
+    believed_.tail(offsets_).setConstant(noise);
+    Matrix jacobian = jacobian_at(phi, times);
     for (int round = 0; round < kNoiseRounds; ++round) {
       solve(phi, times, jacobian, noise);
       if (problem_.fixed_noise > 0) break;
-      const Matrix h = curvature(jacobian, times - log_measured_, noise);
+      const Matrix c = curvature(jacobian, times - log_measured_, noise, phi).inverse();
       const double next =
-          std::max(problem_.smallest_noise, spread(times - log_measured_, determined(h.inverse())));
-      const bool still = std::abs(next - noise) <= 1e-3 * noise;
+          std::max(problem_.smallest_noise, spread(times - log_measured_, determined(c)));
+      const double shared = together(phi, c);
+      const bool still = std::abs(next - noise) <= 1e-3 * noise &&
+                         std::abs(shared - together_) <= 1e-2 * together_;
       noise = next;
+      together_ = shared;
+      believed_.tail(offsets_).setConstant(shared);
       if (still) break;
     }
     if (stale_) {
@@ -67,10 +78,10 @@ class Fitter {
       stale_ = false;
       solve(phi, times, jacobian, noise);
     }
-    const Matrix covariance = curvature(jacobian, times - log_measured_, noise).inverse();
+    const Matrix whole = curvature(jacobian, times - log_measured_, noise, phi).inverse();
+    const Matrix covariance = whole.topLeftCorner(physical_, physical_);
 
-    const auto n = static_cast<std::size_t>(phi.size());
-    for (std::size_t k = 0; k < n; ++k) {
+    for (std::size_t k = 0; k < problem_.parameters.size(); ++k) {
       const auto x = static_cast<Eigen::Index>(k);
       FittedParameter p;
       p.value = outer(problem_.parameters[k], phi[x]);
@@ -79,12 +90,15 @@ class Fitter {
       p.at_bound = phi[x] <= low_[x] || phi[x] >= high_[x];
       out.parameters.push_back(p);
     }
-    out.noise = noise;
+    // Of a group that comes anew.
+    out.noise = offsets_ > 0 ? std::hypot(noise, together_) : noise;
+    out.noise_within = noise;
     out.covariance.assign(covariance.data(), covariance.data() + covariance.size());
-    for (Eigen::Index i = 0; i < times.size(); ++i) {
-      out.unfitted.push_back(std::exp(unfitted[i]));
-      out.fitted.push_back(std::exp(times[i]));
-      for (Eigen::Index k = 0; k < phi.size(); ++k) out.sensitivity.push_back(jacobian(i, k));
+    for (std::size_t i = 0; i < all_.size(); ++i) {
+      const auto x = static_cast<Eigen::Index>(i);
+      out.unfitted.push_back(std::exp(unfitted[x]));
+      out.fitted.push_back(std::exp(times[x] - offset(phi, i)));
+      for (Eigen::Index k = 0; k < physical_; ++k) out.sensitivity.push_back(jacobian(x, k));
     }
     hold_out(phi, times, jacobian, noise, covariance, out);
     out.predictions = predictions_;
@@ -92,8 +106,8 @@ class Fitter {
   }
 
   std::vector<double> sensitivities(const std::vector<double>& values, std::size_t count) {
-    Vector phi(prior_.size());
-    for (Eigen::Index k = 0; k < phi.size(); ++k) {
+    Vector phi = prior_;
+    for (Eigen::Index k = 0; k < physical_; ++k) {
       const auto x = static_cast<std::size_t>(k);
       phi[k] = inner(problem_.parameters[x], values[x]);
     }
@@ -102,7 +116,7 @@ class Fitter {
     const Matrix j = jacobian_at(phi, log_times(phi, rows), rows);
     std::vector<double> all;
     for (Eigen::Index i = 0; i < j.rows(); ++i) {
-      for (Eigen::Index k = 0; k < j.cols(); ++k) all.push_back(j(i, k));
+      for (Eigen::Index k = 0; k < physical_; ++k) all.push_back(j(i, k));
     }
     return all;
   }
@@ -115,9 +129,40 @@ class Fitter {
     return p.positive ? std::exp(phi) : phi;
   }
 
+  /// A group with several rows may be off as a whole: one more parameter, of prior 0.
+  void find_offsets() {
+    offset_of_.assign(problem_.measured.size(), -1);
+    if (!problem_.groups_off_together || problem_.fixed_noise > 0) return;
+    std::map<std::size_t, std::vector<std::size_t>> rows;
+    for (std::size_t i = 0; i < problem_.group.size(); ++i) rows[problem_.group[i]].push_back(i);
+    // Else what groups have in common can't be told from what is each row's own.
+    if (rows.size() < 3 || problem_.group.size() < 3 * rows.size()) return;
+    for (const auto& [id, of_group] : rows) {
+      for (const std::size_t i : of_group) offset_of_[i] = offsets_;
+      ++offsets_;
+    }
+  }
+  Eigen::Index offset_index(std::size_t row) const {
+    return row < offset_of_.size() ? offset_of_[row] : -1;
+  }
+  double offset(const Vector& phi, std::size_t row) const {
+    const Eigen::Index k = offset_index(row);
+    return k < 0 ? 0 : phi[physical_ + k];
+  }
+  /// How far groups are off, from how far these are and how much their rows say of it (MacKay,
+  /// Neural Computation 4, 1992: the evidence's maximum).
+  double together(const Vector& phi, const Matrix& covariance) const {
+    if (offsets_ == 0) return 0;
+    double said = 0;
+    for (Eigen::Index k = physical_; k < phi.size(); ++k)
+      said += std::max(0.0, 1 - covariance(k, k) / (believed_[k] * believed_[k]));
+    const auto count = static_cast<double>(offsets_);
+    return std::max(kTogether, spread(phi.tail(offsets_), count - said, 1e-9));
+  }
+
   Vector log_times(const Vector& phi, const std::vector<std::size_t>& rows) {
     std::vector<double> values;
-    for (Eigen::Index k = 0; k < phi.size(); ++k)
+    for (Eigen::Index k = 0; k < physical_; ++k)
       values.push_back(outer(problem_.parameters[static_cast<std::size_t>(k)], phi[k]));
     const auto times = problem_.predict(values, rows);
     PARTITA_ASSERT(times.size() == rows.size(), "a time for each row");
@@ -126,7 +171,7 @@ class Fitter {
     for (std::size_t i = 0; i < times.size(); ++i) {
       PARTITA_ASSERT(times[i] > 0 && std::isfinite(times[i]),
                      fmt::format("row {} is predicted to take {} s", rows[i], times[i]));
-      logs[static_cast<Eigen::Index>(i)] = std::log(times[i]);
+      logs[static_cast<Eigen::Index>(i)] = std::log(times[i]) + offset(phi, rows[i]);
     }
     return logs;
   }
@@ -137,7 +182,12 @@ class Fitter {
   }
   Matrix jacobian_at(const Vector& phi, const Vector& times, const std::vector<std::size_t>& rows) {
     Matrix j(times.size(), phi.size());
-    for (Eigen::Index k = 0; k < phi.size(); ++k) {
+    j.rightCols(offsets_).setZero();
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      if (const auto k = offset_index(rows[i]); k >= 0)
+        j(static_cast<Eigen::Index>(i), physical_ + k) = 1;
+    }
+    for (Eigen::Index k = 0; k < physical_; ++k) {
       const double step = 0.05 * std::min(believed_[k], high_[k] - low_[k]);
       if (step == 0) {
         j.col(k).setZero();
@@ -150,10 +200,17 @@ class Fitter {
     return j;
   }
 
+  /// Of priors in H: 1 / s², of offsets by their Huber weights.
+  Vector prior_weight(const Vector& phi) const {
+    Vector w = believed_.array().square().inverse().matrix();
+    for (Eigen::Index k = physical_; k < phi.size(); ++k)
+      w[k] *= huber_weight(phi[k] / believed_[k]);
+    return w;
+  }
   /// H: rows, by their weights, and priors.
-  Matrix curvature(const Matrix& j, const Vector& residual, double noise,
+  Matrix curvature(const Matrix& j, const Vector& residual, double noise, const Vector& phi,
                    const std::vector<char>& out = {}) const {
-    Matrix h = believed_.array().square().inverse().matrix().asDiagonal();
+    Matrix h = prior_weight(phi).asDiagonal();
     for (Eigen::Index i = 0; i < j.rows(); ++i) {
       if (!out.empty() && out[static_cast<std::size_t>(i)] != 0) continue;
       h += j.row(i).transpose() * j.row(i) * (huber_weight(residual[i] / noise) / (noise * noise));
@@ -162,7 +219,7 @@ class Fitter {
   }
   Vector gradient(const Matrix& j, const Vector& residual, double noise, const Vector& phi,
                   const std::vector<char>& out = {}) const {
-    Vector g = ((phi - prior_).array() / believed_.array().square()).matrix();
+    Vector g = ((phi - prior_).array() * prior_weight(phi).array()).matrix();
     for (Eigen::Index i = 0; i < j.rows(); ++i) {
       if (!out.empty() && out[static_cast<std::size_t>(i)] != 0) continue;
       g += j.row(i).transpose() *
@@ -171,7 +228,8 @@ class Fitter {
     return g;
   }
   double cost(const Vector& phi, const Vector& times, double noise) const {
-    double sum = ((phi - prior_).array() / believed_.array()).square().sum();
+    double sum = ((phi - prior_).array() / believed_.array()).square().head(physical_).sum();
+    for (Eigen::Index k = physical_; k < phi.size(); ++k) sum += huber(phi[k] / believed_[k]);
     for (Eigen::Index i = 0; i < times.size(); ++i)
       sum += huber((times[i] - log_measured_[i]) / noise);
     return sum;
@@ -201,7 +259,7 @@ class Fitter {
     double damping = 1e-3, now = cost(phi, times, noise);
     for (int k = 0; k < kSteps; ++k) {
       const Vector residual = times - log_measured_;
-      const Vector d = step(curvature(jacobian, residual, noise),
+      const Vector d = step(curvature(jacobian, residual, noise, phi),
                             gradient(jacobian, residual, noise, phi), phi, damping);
       if ((d.array() / believed_.array()).abs().maxCoeff() < 1e-4) return;
       const Vector next = phi + d;
@@ -221,9 +279,12 @@ class Fitter {
       if (problem_.quick) {
         // The smallest change, relative to how far parameters are believed, that says of the step
         // what the rows say.
-        const Vector scaled = (d.array() / believed_.array().square()).matrix();
-        jacobian += (next_times - times - jacobian * d) * (scaled.transpose() / d.dot(scaled));
-        stale_ = true;
+        Vector scaled = (d.array() / believed_.array().square()).matrix();
+        scaled.tail(offsets_).setZero();
+        if (const double size = d.dot(scaled); size > 0) {
+          jacobian += (next_times - times - jacobian * d) * (scaled.transpose() / size);
+          stale_ = true;
+        }
       }
       phi = next, times = next_times, now = then;
       damping = std::max(1e-6, damping / 10);
@@ -234,13 +295,15 @@ class Fitter {
 
   double determined(const Matrix& covariance) const {
     double count = 0;
-    for (Eigen::Index k = 0; k < covariance.rows(); ++k)
+    for (Eigen::Index k = 0; k < physical_; ++k)
       count += std::sqrt(covariance(k, k)) < believed_[k] / 2 ? 1 : 0;
+    for (Eigen::Index k = physical_; k < covariance.rows(); ++k)
+      count += std::max(0.0, 1 - covariance(k, k) / (believed_[k] * believed_[k]));
     return count;
   }
   /// Root mean square over the degrees of freedom that are left; rows beyond the knee count as at
   /// it.
-  static double spread(const Vector& residual, double used) {
+  static double spread(const Vector& residual, double used, double least = 1) {
     std::vector<double> sizes;
     for (Eigen::Index i = 0; i < residual.size(); ++i) sizes.push_back(std::abs(residual[i]));
     auto sorted = sizes;
@@ -250,7 +313,7 @@ class Fitter {
     const double knee = kKnee * 1.4826 * sorted[sorted.size() / 2];
     double sum = 0;
     for (const double x : sizes) sum += std::pow(knee > 0 ? std::min(x, knee) : x, 2);
-    return std::sqrt(sum / std::max(1.0, static_cast<double>(sizes.size()) - used));
+    return std::sqrt(sum / std::max(least, static_cast<double>(sizes.size()) - used));
   }
 
   void hold_out(const Vector& phi, const Vector& times, const Matrix& j, double noise,
@@ -268,17 +331,17 @@ class Fitter {
         Vector at = phi;
         for (int k = 0; k < kSteps; ++k) {
           const Vector residual = times + j * (at - phi) - log_measured_;
-          const Vector d = step(curvature(j, residual, noise, held),
+          const Vector d = step(curvature(j, residual, noise, at, held),
                                 gradient(j, residual, noise, at, held), at, 0);
           at += d;
           if ((d.array() / believed_.array()).abs().maxCoeff() < 1e-6) break;
         }
         const Matrix without =
-            curvature(j, times + j * (at - phi) - log_measured_, noise, held).inverse();
+            curvature(j, times + j * (at - phi) - log_measured_, noise, at, held).inverse();
         const Vector predicted = log_times(at, rows);
         for (std::size_t x = 0; x < rows.size(); ++x) {
           const auto i = static_cast<Eigen::Index>(rows[x]);
-          const double log_time = predicted[static_cast<Eigen::Index>(x)];
+          const double log_time = predicted[static_cast<Eigen::Index>(x)] - offset(at, rows[x]);
           out.held_out[rows[x]] = std::exp(log_time);
           const double v =
               std::sqrt(noise * noise + (j.row(i) * without * j.row(i).transpose())(0));
@@ -306,7 +369,10 @@ class Fitter {
   }
 
   const FitProblem& problem_;
-  Vector prior_, low_, high_, believed_, log_measured_;
+  Vector prior_, low_, high_, believed_, log_measured_;  ///< parameters, then groups' offsets
+  Eigen::Index physical_ = 0, offsets_ = 0;
+  std::vector<Eigen::Index> offset_of_;  ///< by row; -1: none
+  double together_ = 0;                  ///< standard deviation of offsets
   std::vector<std::size_t> all_;
   std::size_t predictions_ = 0;
   bool stale_ = false;  ///< the Jacobian has been updated since its differences were taken

@@ -26,6 +26,9 @@ struct FitProblem {
   std::function<std::vector<double>(const std::vector<double>& values,
                                     const std::vector<std::size_t>& rows)>
       predict;
+  /// A group may be off as a whole, by as much as the groups say: what its rows have in common is
+  /// then little evidence on parameters. Of three groups and more with three rows in the mean.
+  bool groups_off_together = false;
   double smallest_noise = 0.01;  ///< below which σ is never estimated
   double fixed_noise = 0;        ///< > 0: σ, not estimated
   /// Differences at the prior and at the solution only; between them the Jacobian follows from the
@@ -49,7 +52,8 @@ struct Fit {
   /// nothing either: q is of the other groups' residuals, each held out in its turn.
   std::vector<double> held_out_half_width;
   std::vector<double> sensitivity;  ///< rows x parameters: of the logarithm of the time
-  double noise = 0;                 ///< σ
+  double noise = 0;                 ///< √(σ² + τ²): of a row of another group
+  double noise_within = 0;          ///< σ
   double quantile = 0;              ///< of held-out residuals over what the linear model says; 90 %
   std::size_t predictions = 0;      ///< rows predicted in all
   /// Half-width of a row's 90 % interval in logarithms, from its sensitivities.

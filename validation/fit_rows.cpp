@@ -129,6 +129,7 @@ FitProblem problem_of(const RowsToFit& rows, const std::vector<std::size_t>& whi
   FitProblem problem;
   for (const auto& p : adjustment_parameters()) problem.parameters.push_back(p.parameter);
   problem.quick = options.quick;
+  problem.groups_off_together = by != HeldOut::row;
   for (const std::size_t i : which) problem.measured.push_back(rows.figures[i].measured);
   problem.group = groups_of(rows, which, by);
   problem.predict = [&rows, which, workers](const std::vector<double>& values,

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <random>
 
@@ -228,6 +229,70 @@ TEST(Fit, IntervalsHoldWhatTheySay) {
   }
   EXPECT_GE(inside, all * 85 / 100);
   EXPECT_LE(inside, all * 97 / 100);
+}
+
+// docs/fit.md, "By hand (groups)": rows of a group that are off alike say what one does.
+TEST(Fit, RowsThatAreOffTogetherSayLess) {
+  FitProblem p;
+  p.parameters = {factor(0.2)};
+  for (const double off : {0.1, 0.0, -0.1}) {
+    for (int k = 0; k < 3; ++k) {
+      p.group.push_back(p.measured.size() / 3);
+      p.measured.push_back(std::exp(off));
+    }
+  }
+  p.predict = [](const std::vector<double>& values, const std::vector<std::size_t>& rows) {
+    return std::vector<double>(rows.size(), 1 / values[0]);
+  };
+  const Fit apart = fit(p);
+  p.groups_off_together = true;
+  const Fit together = fit(p);
+  EXPECT_NEAR(together.parameters[0].value, 1, 1e-6);
+  EXPECT_NEAR(together.noise_within, 0.01, 1e-12);
+  const double tau2 = together.noise * together.noise - 1e-4, of_mean = tau2 + 1e-4 / 3;
+  EXPECT_NEAR(std::sqrt(tau2), 0.0980, 1e-4);
+  EXPECT_NEAR(together.parameters[0].standard_error, 1 / std::sqrt(3 / of_mean + 25), 1e-6);
+  EXPECT_NEAR(together.parameters[0].standard_error, 0.0546, 1e-4);
+  EXPECT_NEAR(apart.parameters[0].standard_error, 0.0286, 1e-4);
+  // Fewer than three rows a group: which is which can't be told.
+  p.measured.resize(8), p.group.resize(8);
+  EXPECT_EQ(fit(p).noise, fit(p).noise_within);
+}
+
+/// Standard errors and intervals are right of rows that are off by group; without, they are not.
+TEST(Fit, GroupsThatAreOffWidenStandardErrors) {
+  std::mt19937 rng(8);
+  std::normal_distribution<double> normal(0, 1);
+  std::array<int, 2> right{}, inside{};
+  constexpr int kDraws = 150;
+  for (int k = 0; k < kDraws; ++k) {
+    const Synthetic s = synthetic(rng, 45, {0.8, 1.3});
+    FitProblem p = s.problem(1);
+    double shared = 0;
+    for (std::size_t i = 0; i < 45; ++i) {
+      p.group[i] = i / 5;
+      if (i % 5 == 0) shared = 0.08 * normal(rng);
+      p.measured[i] *= std::exp(shared + 0.01 * normal(rng));
+    }
+    // The last group is new to the fit.
+    const double measured = p.measured.back();
+    p.measured.resize(40), p.group.resize(40);
+    for (const std::size_t on : {0u, 1u}) {
+      p.groups_off_together = on == 1;
+      const Fit f = fit(p);
+      const FittedParameter& x = f.parameters[0];
+      right[on] += std::abs(std::log(x.value / s.truth[0])) < 1.645 * x.standard_error ? 1 : 0;
+      const std::vector<double> values{x.value, f.parameters[1].value};
+      std::vector<double> row;
+      for (std::size_t w = 0; w < 2; ++w)
+        row.push_back(-s.work[44][w] / values[w] / s.time(44, values));
+      inside[on] += std::abs(std::log(s.time(44, values) / measured)) < f.half_width(row) ? 1 : 0;
+    }
+  }
+  EXPECT_GE(right[1], kDraws * 80 / 100);
+  EXPECT_LE(right[1], kDraws * 97 / 100);
+  EXPECT_LT(right[0], kDraws * 70 / 100);
+  EXPECT_GE(inside[1], kDraws * 82 / 100);
 }
 
 TEST(Fit, RowsWithoutATimeAreRefused) {
