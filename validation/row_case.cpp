@@ -1,6 +1,7 @@
 #include "validation/row_case.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <array>
@@ -336,7 +337,12 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
     if (pcie == is_pcie(d.name)) score += 3;
     if (score > best_score) best_score = score, best = &d;
   }
-  if (best == nullptr) throw InputError("gpu", fmt::format("'{}' has no device profile", gpu));
+  if (best == nullptr) {
+    std::vector<std::string> known;
+    for (const DeviceProfile& d : catalogue.devices) known.push_back(d.name);
+    throw InputError("gpu", fmt::format("'{}' has no device profile; there are {}", gpu,
+                                        fmt::join(known, ", ")));
+  }
   return *best;
 }
 
@@ -808,19 +814,25 @@ class CaseBuilder {
     c_.transformer = t;
   }
 
-  /// Norms that the product behind them holds (Transformer Engine's LayerNormLinear) are not made
-  /// again by themselves: those before latent projections and experts stand alone.
-  std::string with_lone_norms(const std::string& patterns) const {
-    if (flags_.local || !c_.transformer || patterns.find('*') == std::string::npos) return patterns;
+  /// Of patterns of operators those that the network has. Norms that the product behind them holds
+  /// (Transformer Engine's LayerNormLinear) are not made again by themselves: those before latent
+  /// projections and experts stand alone.
+  std::string of_the_network(const std::string& patterns) {
+    if (!c_.transformer || patterns.find('*') == std::string::npos) return patterns;
+    const Graph graph = build_transformer(*c_.transformer);
     std::string left;
     for (std::size_t at = 0; at <= patterns.size();) {
       const std::size_t end = std::min(patterns.find(',', at), patterns.size());
       const std::string one = patterns.substr(at, end - at);
       at = end + 1;
-      if ((one == "~*attention_norm" && c_.transformer->latent.key_value_rank == 0) ||
-          (one == "~*mlp_norm" && c_.transformer->moe.experts == 0))
+      if (!flags_.local &&
+          ((one == "~*attention_norm" && c_.transformer->latent.key_value_rank == 0) ||
+           (one == "~*mlp_norm" && c_.transformer->moe.experts == 0)))
         continue;
-      left += (left.empty() ? "" : ",") + one;
+      const std::string pattern = one[0] == '~' ? one.substr(1) : one;
+      const bool there = std::any_of(graph.operators.begin(), graph.operators.end(),
+                                     [&](const Operator& op) { return matches(pattern, op.name); });
+      if (there) left += (left.empty() ? "" : ",") + one;
     }
     return left.empty() ? "none" : left;
   }
@@ -1258,6 +1270,8 @@ class CaseBuilder {
     if (recompute.empty()) {
       set_recompute(p, f.recompute, "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
+    } else if (c_.transformer && recomputed_blocks(recompute)) {
+      set_recompute(p, "full", "recompute");  // recompute_blocks leaves some out
     } else if (const auto how = recompute_of(recompute)) {
       // "selective (op)", "selective AC": what the framework's own selection is.
       const std::string all = lower(recompute);
@@ -1265,17 +1279,12 @@ class CaseBuilder {
           *how == "selective" && !has(all, "core") && !has(all, "attn") && !has(all, "attention");
       // What goes to the host is as little there as what is computed again.
       const bool offloads = has(row_["model"], "fine_grained_offloading") && !bare;
-      // torchtitan's selective_ac_option N, llm-foundry's and others' "every other layer".
-      const bool every_other = c_.transformer && (has(all, "every other") || has(all, "every 2") ||
-                                                  has(all, "option=2") || has(all, "layer 2"));
       set_recompute(p,
-                    every_other ? fmt::format("first:{}", std::max(1, c_.transformer->layers / 2))
-                    : bare      ? f.selective
-                    : offloads  ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
-                                : with_lone_norms(*how),
+                    bare       ? of_the_network(f.selective)
+                    : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
+                               : of_the_network(*how),
                     "recompute");
-      if (bare && !every_other && f.selective != "selective")
-        assume("selective recompute is {}", f.selective);
+      if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }
@@ -1299,7 +1308,7 @@ class CaseBuilder {
         // Operators' patterns, or what a cell may say.
         const bool patterns = has(w.recompute, "*");
         const auto how = patterns ? std::nullopt : recompute_of(w.recompute);
-        set_recompute(p, how ? with_lone_norms(*how) : w.recompute, "recompute");
+        set_recompute(p, how ? of_the_network(*how) : w.recompute, "recompute");
         assume("recompute {} (workload)", w.recompute);
       }
       if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
@@ -1355,6 +1364,7 @@ class CaseBuilder {
       assume("SGD with momentum");
     }
     if (c_.transformer && p.pp > 1) cut_pipeline();
+    if (c_.transformer) recompute_blocks();
     if (like_deepseek() && f.workspace_deterministic.count > 0)
       p.pad_vocabulary = sharded_parameters() ? 64 : 3232;
     p.lora_rank = c_.lora.empty() ? 0 : 16;
@@ -1395,6 +1405,26 @@ class CaseBuilder {
   void set_schedule(const std::string& name) {
     c_.plan.schedule = parse_schedule(name, "overlap_and_other_settings");
     c_.plan.schedule_given = true;
+  }
+
+  /// Where the row recomputes some blocks, not all.
+  void recompute_blocks() {
+    Plan& p = c_.plan;
+    const auto some = recomputed_blocks(row_["recompute"]);
+    if (!some) return;
+    const std::int64_t layers = c_.transformer->layers;
+    auto chunks = p.cuts;
+    if (chunks.empty() && p.chunks() <= layers) chunks = blocks_per_chunk(layers, p.chunks());
+    std::string patterns;
+    std::int64_t block = 0, again = 0;
+    for (const std::int64_t of_chunk : chunks) {
+      for (std::int64_t k = 0; k < of_chunk; ++k, ++block) {
+        if (some->first > 0 ? k >= some->first : (block + 1) % some->every != 0) continue;
+        patterns += fmt::format("{}layers.{}.*", patterns.empty() ? "" : ",", block);
+        ++again;
+      }
+    }
+    if (again < layers) set_recompute(p, patterns.empty() ? "none" : patterns, "recompute");
   }
 
   /// Of blocks that are not cut evenly.

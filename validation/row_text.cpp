@@ -6,6 +6,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <regex>
 #include <utility>
 
 namespace partita::validation {
@@ -288,6 +289,8 @@ std::optional<std::string> recompute_of(std::string_view text) {
   if (has(s, "moe_act")) add("~*moe.activation");
   if (has_word(s, "mlp")) add("*.mlp.*");
   if (has_word(s, "moe")) add("*.moe.*");
+  if (has(s, "shared_expert") || has(s, "shared expert"))
+    add("*.moe.shared.gate"), add("*.moe.shared.up"), add("*.moe.shared.activation");
   if (has(s, "mla_up_proj") || has(s, "mla up"))
     add("~*attention.query_up"), add("~*attention.key_up"), add("~*attention.value_up");
   if (!patterns.empty()) {
@@ -295,6 +298,26 @@ std::optional<std::string> recompute_of(std::string_view text) {
     return patterns;
   }
   if (attention || has(plain, "selective") || has_word(plain, "sac")) return "selective";
+  return std::nullopt;
+}
+
+std::optional<RecomputedBlocks> recomputed_blocks(std::string_view text) {
+  const std::string s = lower(text);
+  std::smatch found;
+  // torchtitan's selective_ac_option and llm-foundry's and others' words.
+  static const std::regex every(R"((?:every|option|layer)[ =:]*(\d{1,3})(?![\d.]))");
+  if (has(s, "every other") || has(s, "every second")) return RecomputedBlocks{2, 0};
+  if (!has(s, "block") && std::regex_search(s, found, every)) {
+    const std::int64_t n = std::stol(found[1]);
+    if (n > 1) return RecomputedBlocks{n, 0};
+  }
+  // Megatron's recompute_method block and recompute_num_layers; uniform cuts all blocks.
+  static const std::regex first(
+      R"((?:block|num[_ -]layers|recompute[_ -]layers)[^\d]{0,24}(\d{1,3})(?!\d)|(\d{1,3}) ?(?:layers|blocks))");
+  if (has(s, "block") && !has(s, "uniform") && std::regex_search(s, found, first)) {
+    const std::int64_t n = std::stol(found[found[1].matched ? 1 : 2]);
+    if (n > 0) return RecomputedBlocks{1, n};
+  }
   return std::nullopt;
 }
 

@@ -46,6 +46,15 @@ std::optional<PrecisionText> precision_of(std::string_view text);
 /// The plan's recompute text: "none", "full", "selective" or operator patterns.
 std::optional<std::string> recompute_of(std::string_view text);
 
+/// Blocks that run again as a whole, of all.
+struct RecomputedBlocks {
+  std::int64_t every = 1;  ///< the last of each so many ("every other layer": 2)
+  std::int64_t first = 0;  ///< > 0: the first so many of a pipeline's chunk ("block, 10 layers")
+  friend bool operator==(const RecomputedBlocks&, const RecomputedBlocks&) = default;
+};
+/// Empty: all, or none, or parts of blocks.
+std::optional<RecomputedBlocks> recomputed_blocks(std::string_view text);
+
 /// How state is sharded.
 struct ShardingText {
   std::optional<int> zero;  ///< empty: as the framework does ("DDP" of one that shards anyway)

@@ -136,6 +136,8 @@ TEST(RowText, Recomputation) {
         {"False", "none"},
         {"selective + sequence parallel", "selective"},
         {"selective: mlp", "*.mlp.*"},
+        {"recompute_modules=[\"shared_experts\"]",
+         "*.moe.shared.gate,*.moe.shared.up,*.moe.shared.activation"},
         {"selective: mlp+core_attn", "*.mlp.*,*attention.core"},
         {"recompute_granularity=\"selective\" recompute_modules=[\"layernorm\", \"moe_act\"]",
          "~*attention_norm,~*mlp_norm,~*moe.activation"},
@@ -145,6 +147,11 @@ TEST(RowText, Recomputation) {
          "~*attention_norm,~*mlp_norm,~*attention.query_up,~*attention.key_up,~*attention.value_"
          "up"}})
     EXPECT_EQ(recompute_of(c.text), std::optional<std::string>(c.plan)) << c.text;
+  EXPECT_EQ(recomputed_blocks("selective_ac_option=2"), (RecomputedBlocks{2, 0}));
+  EXPECT_EQ(recomputed_blocks("full (block, 21 layers)"), (RecomputedBlocks{1, 21}));
+  for (const char* all : {"", "none", "full", "every layer", "full uniform 2",
+                          "selective (option 1)", "full, all blocks", "every 1000000 layers"})
+    EXPECT_FALSE(recomputed_blocks(all)) << all;
   for (const char* nothing : {"", "partial (rematerialisation)", "some"})
     EXPECT_FALSE(recompute_of(nothing)) << nothing;
 }

@@ -337,11 +337,9 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
   }
   for (const char* core : {"selective (attention core)", "selective: core_attn"})
     EXPECT_EQ(case_with(with(row, {{"recompute", core}})).plan.recompute, Recompute::selective);
-  EXPECT_EQ(case_with(with(row, {{"recompute", "selective_ac_option=2"}})).plan.recompute_first, 2);
   EXPECT_EQ(case_with(with(row, {{"zero_or_fsdp", "DDP"}})).plan.zero, 0);
   const RowCase half = case_with(with(row, {{"recompute", "selective (every other layer)"}}));
-  EXPECT_EQ(half.plan.recompute, Recompute::first);
-  EXPECT_EQ(half.plan.recompute_first, 2);
+  EXPECT_EQ(half.plan.recompute_patterns, (std::vector<std::string>{"layers.1.*", "layers.3.*"}));
   EXPECT_EQ(half.plan.zero, 3);
   // A pipeline keeps its parameters gathered and its gradients whole.
   const RowCase staged = case_with(with(row, {{"pp", "2"}, {"dp", "4"}}));
@@ -903,10 +901,12 @@ TEST(RowCase, TestsOfSpeedWithoutExpertsAreOfMockData) {
 
 TEST(RowCase, BracketedModulesAreWhatIsRecomputed) {
   const auto patterns = [](const char* name, const char* recompute) {
-    return test_case(name, "--bf16", {{"recompute", recompute}}).plan.recompute_patterns;
+    return test_case(name, "--bf16",
+                     {{"recompute", recompute}, {"num_experts", name[0] == 'm' ? "4" : ""}})
+        .plan.recompute_patterns;
   };
   EXPECT_EQ(patterns("moe", "selective   [layernorm moe_act]"),
-            (std::vector<std::string>{"~*moe.activation"}));
+            (std::vector<std::string>{"~*mlp_norm", "~*moe.activation"}));
   // Norms stand alone before experts and latent projections.
   EXPECT_TRUE(patterns("gpt", "selective   [layernorm]").empty());
   // What goes to the host counts as recomputed.
@@ -914,6 +914,40 @@ TEST(RowCase, BracketedModulesAreWhatIsRecomputed) {
             (std::vector<std::string>{"~*moe.activation", "*attention.core", "*moe.dispatch",
                                       "*moe.gate", "*moe.up"}));
   EXPECT_TRUE(patterns("moe", "selective").empty());
+}
+
+// Of 8 blocks in 2 stages of 2 chunks each.
+TEST(RowCase, SomeBlocksOfEachChunkAreRecomputed) {
+  const auto again = [](const std::string& recompute, const Cells& more = {}) {
+    const RowCase c = case_with(with(
+        {{"num_layers", "8"}, {"virtual_stages_per_gpu", "2"}, {"recompute", recompute}}, more));
+    return c.plan.recompute == Recompute::full ? std::vector<std::string>{"full"}
+                                               : c.plan.recompute_patterns;
+  };
+  using Blocks = std::vector<std::string>;
+  const Blocks first{"layers.0.*", "layers.2.*", "layers.4.*", "layers.6.*"};
+  EXPECT_EQ(again("full, block, 1 layer"), first);
+  EXPECT_EQ(again("full/block/1"), first);
+  EXPECT_EQ(again("recompute_method=block recompute_num_layers=1"), first);
+  EXPECT_EQ(again("full block 1 layers", {{"virtual_stages_per_gpu", "1"}}),
+            (Blocks{"layers.0.*", "layers.4.*"}));
+  EXPECT_EQ(again("full block 3 layers"), Blocks{"full"});
+  EXPECT_EQ(again("full uniform 1"), Blocks{"full"});
+  EXPECT_EQ(again("full (activation checkpointing per block)"), Blocks{"full"});
+  EXPECT_EQ(again("every other layer"),
+            (Blocks{"layers.1.*", "layers.3.*", "layers.5.*", "layers.7.*"}));
+  EXPECT_EQ(again("selective AC, option 4"), (Blocks{"layers.3.*", "layers.7.*"}));
+  EXPECT_EQ(again("every 3 layers"), (Blocks{"layers.2.*", "layers.5.*"}));
+}
+
+// Modules that a network has none of are no patterns of its plan.
+TEST(RowCase, ModulesThatTheNetworkHasNotAreNotRecomputed) {
+  const auto plan = [](const char* recompute) {
+    return case_with({{"recompute", recompute}}).plan;
+  };
+  EXPECT_EQ(plan("selective: mlp, shared_experts").recompute_patterns,
+            (std::vector<std::string>{"*.mlp.*"}));
+  EXPECT_EQ(plan("recompute_modules=[\"moe_act\"]").recompute, Recompute::none);
 }
 
 TEST(RowCase, GroupedProductsHaveWorkspacesWhereFlagOrNameSaysSo) {
@@ -999,7 +1033,9 @@ TEST(RowCase, WhatIsNotUnderstoodNamesItsColumn) {
   };
   EXPECT_EQ(why({{"num_layers", "four"}}), "num_layers: 'four' is no whole number");
   EXPECT_EQ(why({{"tp", "0"}}), "tp: 0 is not in 1 to 100,000");
-  EXPECT_EQ(why({{"gpu", "TPU v4"}}), "gpu: 'TPU v4' has no device profile");
+  EXPECT_THAT(why({{"gpu", "TPU v4"}}),
+              AllOf(StartsWith("gpu: 'TPU v4' has no device profile; there are a100-"),
+                    HasSubstr(", h100-sxm, ")));
   EXPECT_EQ(why({{"gpu", ""}}), "gpu: is not printed");
   EXPECT_EQ(why({{"model", "Unheard-of"}, {"num_layers", ""}}),
             "num_layers: is not printed, and 'Unheard-of' is in no catalogue");
