@@ -100,6 +100,7 @@ struct ClusterSpec {
   std::vector<DeviceProfile> profiles;
   std::vector<NodeSpec> groups;
   FabricSpec fabric;
+  bool sharp = false;  ///< The fabric's switches sum what passes them (InfiniBand SHARP).
   CollectiveTable collectives;
   std::size_t used_devices = 0;  ///< 0: all.
   bool imported = false;         ///< From a machine's own file, which knows no fabric.

@@ -429,6 +429,9 @@ class Reader {
         read_dragonfly(node);
         break;
     }
+    if (kind == Kind::single_switch || kind == Kind::rails || kind == Kind::fat_tree) {
+      if (const auto sharp = node.find("sharp")) spec_.sharp = sharp->as_bool();
+    }
     if (kind != Kind::none) cite(node, source);
     node.reject_unknown_keys();
   }

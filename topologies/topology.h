@@ -150,6 +150,8 @@ class Topology {
 
   /// Measured times of collectives; empty where nothing was measured.
   const CollectiveTable& collectives() const;
+  /// Do the fabric's switches sum what passes them (InfiniBand SHARP)?
+  bool sharp() const;
   /// What was assumed because the input does not say; empty for the catalogue.
   const std::vector<std::string>& notes() const;
   /// Source of each hardware figure: "nodes[0].links[2].bandwidth" -> "... datasheet".

@@ -285,13 +285,18 @@ Catalogue load_catalogue() {
         fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), n), "partita.topology/1");
     if (const auto aliases = file.find("aliases")) s.aliases = aliases->as_strings();
     if (const auto network = file.find("network")) s.network = network->as_string();
+    const auto fabric = file.find("fabric");
+    s.may_sum = fabric && fabric->find("sharp");
     const YamlNode nodes = file.get("nodes").items().at(0);
     if (const auto domain = nodes.find("domain"))
       s.nodes_per_domain = domain->get("nodes").as_int(1, 1'000'000);
     for (const auto& [key, vertex] : nodes.get("vertices").members()) {
       const std::string kind = vertex.get("kind").as_string();
       if (kind == "device") s.device_key = key;
-      if (kind == "nic") s.nic_key = key;
+      if (kind != "nic") continue;
+      s.nic_key = key;
+      s.nic_latency = vertex.get("latency").as_string();
+      s.nic_efficiency = vertex.find("efficiency").has_value();
     }
     c.clusters.push_back(std::move(s));
   }
@@ -396,13 +401,29 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
     }
   }
   if (gpus > best->devices_per_node && best->nics_per_node > 0) {
+    const std::string words = " " + lower(inter);
+    // A transport in software takes as long as on the cluster of the catalogue that has it.
+    const ClusterShape* alike = nullptr;
+    for (const ClusterShape& c : catalogue.clusters) {
+      if (!c.network.empty() && !c.nic_efficiency && matches(c.network, words) &&
+          (alike == nullptr || c.network.size() > alike->network.size()))
+        alike = &c;
+    }
+    if (alike != nullptr && best->network.empty()) {
+      choice.edits.cluster.push_back(
+          {fmt::format("nodes[0].vertices.{}.latency", best->nic_key), alike->nic_latency});
+      assumed.push_back(fmt::format("a card's latency {} ({})", alike->nic_latency, alike->name));
+    }
+    const bool sums = has(words, "sharp") && !has(words, "no sharp") &&
+                      !has(words, "without sharp") && !has(words, "sharp off");
+    if (best->may_sum && sums) choice.edits.cluster.push_back({"fabric.sharp", "true"});
     if (const auto rate = network_rate(inter)) {
       const double node =
           rate->rate.count * (rate->per_gpu    ? static_cast<double>(best->devices_per_node)
                               : rate->per_card ? static_cast<double>(best->nics_per_node)
                                                : 1);
       // What the cluster's own cards reach is not what another network's do.
-      if (!best->network.empty() && !matches(best->network, lower(inter)))
+      if (best->nic_efficiency && !matches(best->network, words))
         choice.edits.cluster.push_back(
             {fmt::format("nodes[0].vertices.{}.efficiency", best->nic_key), "1"});
       choice.edits.cluster.push_back(

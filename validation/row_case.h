@@ -82,8 +82,13 @@ struct ClusterShape {
   std::vector<std::string> aliases;  ///< patterns of what a row says of its interconnect
   std::int64_t devices_per_node = 0, nics_per_node = 0;
   std::int64_t nodes_per_domain = 1;  ///< of one NVLink domain
-  std::string network;  ///< not empty: what its cards reach is of networks named so, a pattern
-  std::string device_key, nic_key;    ///< of the file's vertices: "gpu[0-7]"
+  /// Not empty: what its cards reach (`efficiency`), or how long they take, is of networks that a
+  /// row names so: a pattern of the text in small letters behind a space.
+  std::string network;
+  std::string device_key, nic_key;  ///< of the file's vertices: "gpu[0-7]"
+  std::string nic_latency;
+  bool nic_efficiency = false;  ///< the file has one
+  bool may_sum = false;         ///< the fabric has a `sharp`
 };
 
 /// All that names are looked up in. Immutable.

@@ -207,10 +207,10 @@ bool enabled(const Communicator& c, Collective w, Algorithm a, Protocol p) {
       return true;
     case Algorithm::collnet_direct:
     case Algorithm::collnet_chain:
-      return c.collective_network && c.nodes > 1;
+      // All-gather and reduce-scatter over a collective network need a plugin that does them,
+      // which none of ours has.
+      return c.collective_network && c.nodes > 1 && w == Collective::all_reduce;
     case Algorithm::nvls:
-      // Between nodes only over a collective network; all-gather and reduce-scatter there need a
-      // plugin that does them, which none of ours has.
       return c.nvls && (c.nodes == 1 || (c.collective_network && w == Collective::all_reduce));
     case Algorithm::nvls_tree:
       return c.nvls && c.nodes > 1;

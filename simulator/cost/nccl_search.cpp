@@ -358,6 +358,18 @@ Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ra
       c.nvls = false;
     }
   }
+  // What the fabric sums enters it once: over a chain of each node's members, or by heads that
+  // switches join, one a card.
+  if (between && t.sharp()) {
+    c.collective_network = true;
+    c.graph(Algorithm::collnet_chain) = Graph{ring.count, ring.speed, ring.speed, nvlink, true};
+    const int heads = std::min(members, static_cast<int>(node.cards.size()));
+    const auto speed = std::find_if(tried.begin(), tried.end(), [&](double s) {
+      return s * (heads + 1) <= node.total && node.fit_cards(s) >= heads;
+    });
+    if (node.switched && heads > 0 && speed != tried.end())
+      c.graph(Algorithm::collnet_direct) = Graph{heads, *speed, *speed, true, true};
+  }
   const bool uniform = c.compute_capability == most_capability ||
                        (version == Version::v2_30_7 && c.compute_capability >= 90);
   c.ll128 = uniform && c.compute_capability >= 70 && nvlink && !node.cards_over_cpu;

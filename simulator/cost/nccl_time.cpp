@@ -87,8 +87,13 @@ double between_us(const Communicator& c, Collective w, const Choice& x, const Pr
                   double bytes, const Constants& k) {
   const double depth = std::floor(std::log2(c.nodes));
   const bool ring = x.algorithm == Algorithm::ring;
+  // Into the network and out of it once, where its switches sum.
+  const bool summed = x.algorithm == Algorithm::nvls || x.algorithm == Algorithm::collnet_chain ||
+                      x.algorithm == Algorithm::collnet_direct;
   const double crossings =
-      !ring ? 2 * depth : static_cast<double>(c.nodes - 1) * (w == Collective::all_reduce ? 2 : 1);
+      summed  ? 2
+      : !ring ? 2 * depth
+              : static_cast<double>(c.nodes - 1) * (w == Collective::all_reduce ? 2 : 1);
   const double latency = plan.latency_us + c.route_latency_us * crossings;
   const double ramp = ramp_us(ring ? k.network_ring_ramp : k.network_ramp, kFullNetwork, bytes);
   if (x.protocol != Protocol::simple)
@@ -100,6 +105,8 @@ double between_us(const Communicator& c, Collective w, const Choice& x, const Pr
     const double out = c.network_GBps * network / (c.nodes > 2 ? 2 : 1);
     bandwidth = std::min(nvls_bandwidth(c, k), out);
   }
+  if (x.algorithm == Algorithm::nvls)
+    bandwidth = std::min(nvls_bandwidth(c, k), c.network_GBps * network);
   return latency + bytes / (1000 * bandwidth) + ramp;
 }
 

@@ -274,6 +274,39 @@ double us(const std::string& cluster, CollectiveKind kind, Bytes bytes, std::int
   return c.collective(kind, bytes, first(n)).count * 1e6;
 }
 
+// docs/nccl.md, "By hand": what the fabric sums enters it once.
+TEST(Nccl, SharpSumsAllReducesInTheFabric) {
+  const auto cluster = [](const std::string& name, bool sharp) {
+    return load_topology(name, {{{"fabric.sharp", sharp ? "true" : "false"}}, {}});
+  };
+  const auto us = [&](const std::string& name, bool sharp, CollectiveKind kind, Bytes bytes) {
+    Communication c(cluster(name, sharp));
+    return c.collective(kind, bytes, first(32)).count * 1e6;
+  };
+  const Communicator c = communicator(cluster("dgx-h100:4", true), first(32));
+  EXPECT_TRUE(c.collective_network);
+  EXPECT_EQ(choose(c, kAll, 1 << 30).algorithm, Algorithm::nvls);
+  EXPECT_FALSE(of("dgx-h100:4", 32).collective_network);
+  // Within a node there is no fabric.
+  EXPECT_FALSE(communicator(cluster("dgx-h100:4", true), first(8)).collective_network);
+  EXPECT_NEAR(us("dgx-h100:4", true, CollectiveKind::all_reduce, 1_GiB), 4192.15, 5e-3);
+  for (const char* name : {"dgx-h100:4", "dgx-b200:4", "dgx-a100-80gb:4"}) {
+    for (const Bytes bytes : {64_KiB, 16_MiB, 4_GiB})
+      EXPECT_LE(us(name, true, CollectiveKind::all_reduce, bytes),
+                1.1 * us(name, false, CollectiveKind::all_reduce, bytes))
+          << name << bytes.count;
+    // A plugin gathers and scatters over it, which there is none of.
+    for (const auto kind : {CollectiveKind::all_gather, CollectiveKind::reduce_scatter})
+      EXPECT_EQ(us(name, true, kind, 16_MiB), us(name, false, kind, 16_MiB)) << name;
+  }
+  // Before Hopper switches of a node sum nothing: heads or a chain of its members do.
+  const Communicator ampere = communicator(cluster("dgx-a100-80gb:4", true), first(32));
+  EXPECT_TRUE(enabled(ampere, kAll, Algorithm::collnet_direct, Protocol::simple));
+  EXPECT_TRUE(enabled(ampere, kAll, Algorithm::collnet_chain, Protocol::simple));
+  EXPECT_FALSE(
+      enabled(ampere, Collective::all_gather, Algorithm::collnet_direct, Protocol::simple));
+}
+
 TEST(NcclTime, TheExamplesOfThePage) {
   EXPECT_NEAR(us("dgx-h200", CollectiveKind::all_reduce, 64_MiB, 8), 331.956, 1e-3);
   EXPECT_NEAR(us("dgx-h100:2", CollectiveKind::all_reduce, 1_GiB, 16), 4215.95, 5e-3);

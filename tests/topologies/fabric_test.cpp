@@ -330,6 +330,19 @@ TEST(Spines, NeighboursCollideAsOftenAsChanceHasIt) {
   }
 }
 
+TEST(Fabric, MaySum) {
+  EXPECT_FALSE(with_fabric(4, "{kind: single switch}").sharp());
+  EXPECT_TRUE(with_fabric(4, "{kind: single switch, sharp: true}").sharp());
+  EXPECT_TRUE(with_fabric(16, tree_text("sharp: true")).sharp());
+  EXPECT_THAT(
+      [] {
+        with_fabric(16,
+                    "{kind: torus, size: [4, 4], bandwidth: 1 GB/s, "
+                    "latency: 1 us, sharp: true}");
+      },
+      ::testing::ThrowsMessage<InputError>(::testing::HasSubstr("sharp")));
+}
+
 TEST(Spines, SprayedOverTheyAreOneAndWhatTheySumTo) {
   const Topology plain = with_fabric(16, tree_text("oversubscription: 2")),
                  many = with_fabric(16, tree_text("oversubscription: 2, spines: 4"));

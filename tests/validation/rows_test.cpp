@@ -274,6 +274,20 @@ TEST(RowCase, ClustersByDeviceAndNode) {
   EXPECT_NEAR(line(""), 0.237 * 12.5e9, 1e6);
   EXPECT_NEAR(line("4x Omni-Path 100 Gb/s per node"), 0.237 * 12.5e9, 1e6);
   EXPECT_NEAR(line("100 Gb/s InfiniBand EDR per NIC"), 12.5e9, 1e6);
+  // Transports in software, and switches that sum.
+  const auto edited = [&](const char* gpu, const char* inter) {
+    std::map<std::string, std::string> edits;
+    const auto c = cluster_of(catalogue(), gpu, "80", 32, 8, "", inter, none);
+    load_topology(c.topology, c.edits);
+    for (const auto& e : c.edits.cluster) edits[e.path.substr(e.path.rfind('.') + 1)] = e.value;
+    return edits;
+  };
+  EXPECT_EQ(edited("A100", "4x EFA 100 Gb/s per node")["latency"], "15 us");
+  EXPECT_EQ(edited("H100", "EFA v4 3200 Gb/s per node")["latency"], "32 us");
+  EXPECT_EQ(edited("H100", "GPUDirect-TCPX 4x200 Gb/s")["latency"], "30 us");
+  EXPECT_EQ(edited("A100", "800 Gb/s per node (the default)").count("latency"), 0u);
+  EXPECT_EQ(edited("H100", "NDR InfiniBand with SHARP")["sharp"], "true");
+  EXPECT_EQ(edited("H100", "NDR InfiniBand, no SHARP").count("sharp"), 0u);
   // The card of the text stands in the node, also where the file has another of its kind.
   std::vector<std::string> assumed;
   const auto c = cluster_of(catalogue(), "V100", "16", 8, 8, "", "", assumed);
