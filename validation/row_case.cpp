@@ -642,6 +642,11 @@ class CaseBuilder {
     if (framework_->recipes.count(named) == 0) unknown_recipe_ = named;
     if (!settings_.context_parallel.empty()) row_.fill("cp", settings_.context_parallel);
     if (!settings_.sharding.empty()) row_.fill("zero_or_fsdp", settings_.sharding);
+    if (recompute_of(settings_.recompute) || recomputed_blocks(settings_.recompute)) {
+      row_.fill("recompute", settings_.recompute);
+    } else if (!settings_.recompute.empty()) {
+      settings_.unread.push_back(settings_.recompute);
+    }
     for (const auto& [name, recipe] : framework_->recipes) {
       if (name != named && !of_its_sizes(recipe)) continue;
       for (const auto& [column, cell] : recipe.sets) {
@@ -1415,6 +1420,7 @@ class CaseBuilder {
       if (p.launches.graphs) p.launches.waits_for_counts = false;
     }
     set(s.offload_activations, p.offload_activations);
+    if (s.offload_blocks > 0 && p.offload_activations) p.offload_blocks = s.offload_blocks;
     set(s.offload_optimizer, p.offload_optimizer);
     if (s.narrow_gradients)
       p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;

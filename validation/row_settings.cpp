@@ -1,7 +1,8 @@
 #include "validation/row_settings.h"
 
 #include <algorithm>
-#include <array>
+#include <cstdint>
+#include <initializer_list>
 
 #include "validation/row_text.h"
 
@@ -97,6 +98,19 @@ bool is_off(std::string_view clause) {
   return word == "none" || word == "no" || word == "0";
 }
 
+/// "4 layers" -> 4; 0 where there is none.
+std::int64_t number_before(std::string_view text, std::initializer_list<std::string_view> words) {
+  for (const std::string_view word : words) {
+    const auto end = text.find(word);
+    if (end == std::string_view::npos) continue;
+    std::size_t start = end;
+    while (start > 0 && text[start - 1] >= '0' && text[start - 1] <= '9') --start;
+    const auto n = number(text.substr(start, end - start));
+    if (n && *n <= 1000) return static_cast<std::int64_t>(*n);
+  }
+  return 0;
+}
+
 /// A clause with a word of each set is this setting; the first that it is.
 struct Rule {
   std::vector<std::vector<std::string_view>> words;
@@ -113,8 +127,6 @@ const std::vector<Rule>& rules() {
                                                     "cuda graph impl", "cuda graph scope"};
   static const std::vector<Rule> all{
       {{{"interleaved"}}, [](S& s, bool on, Text) { s.interleaved = on; }},
-      // Read elsewhere, or what is so anyway.
-      {{{"accumulation", "1f1b", "batch size"}}, [](S&, bool, Text) {}},
       {{{"overlap paths", "all overlap", "any overlap"}},
        [](S& s, bool on, Text) {
          s.overlap_gradients = s.overlap_tensor_parallel = s.overlap_messages = on;
@@ -127,7 +139,7 @@ const std::vector<Rule>& rules() {
       {{{"ep", "moe", "a2a", "expert", "experts"}, overlap},
        [](S& s, bool on, Text) { s.overlap_experts = on; }},
       {{{"p2p", "pipeline", "pp"}, overlap}, [](S& s, bool on, Text) { s.overlap_messages = on; }},
-      {{{"bucketing"}}, [](S& s, bool on, Text) { s.overlap_gradients = on; }},
+      {{{"bucketing", "overlap comm"}}, [](S& s, bool on, Text) { s.overlap_gradients = on; }},
       {{{"grad", "grads", "gradient", "gradients", "dp", "data parallel", "ddp"}, overlap},
        [](S& s, bool on, Text) { s.overlap_gradients = on; }},
       {{{"deepep", "hybridep", "deep ep", "hybrid ep"}},
@@ -150,7 +162,10 @@ const std::vector<Rule>& rules() {
        [](S& s, bool on, Text) { s.tied = on; }},
       {{{"lora", "peft"}}, [](S& s, bool on, Text) { s.lora = on; }},
       {{{"activation", "activations"}, {"offload", "offloading", "offloaded"}},
-       [](S& s, bool on, Text) { s.offload_activations = on; }},
+       [](S& s, bool on, Text c) {
+         s.offload_activations = on;
+         s.offload_blocks = number_before(c, {" layers", " layer", " blocks"});
+       }},
       {{{"optimizer", "adam"}, {"offload", "offloading", "offloaded"}},
        [](S& s, bool on, Text) { s.offload_optimizer = on; }},
       {{{"mixed precision"}, {"pure"}}, [](S& s, bool, Text) { s.narrow_gradients = true; }},
@@ -182,12 +197,21 @@ const std::vector<Rule>& rules() {
       {{{"float8", "fp8"},
         {"tensorwise", "rowwise", "training", "delayed", "current scaling", "linear", "gemm"}},
        [](S& s, bool on, Text) { s.precision = on ? "fp8" : ""; }},
+      // Read elsewhere, or what is so anyway.
+      {{{"accumulation", "1f1b", "batch size"}}, [](S&, bool, Text) {}},
   };
   return all;
 }
 
 bool read(std::string_view clause, Settings& s) {
   const bool on = !is_off(clause);
+  // A column of its own, as that would say it.
+  for (const std::string_view again : {"recompute", "recomputation", "selective recompute",
+                                       "full recompute", "no recompute", "activation recompute"}) {
+    if (clause.rfind(again, 0) != 0) continue;
+    s.recompute = std::string(clause);
+    return true;
+  }
   if (clause == "float8" || clause == "fp8" || clause == "no float8" || clause == "no fp8") {
     s.precision = on ? "fp8" : "";
     return true;

@@ -2,6 +2,7 @@
 // (docs/published.md, "Settings"). Megatron's command lines are row_text.h's.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,12 +25,14 @@ struct Settings {
   std::optional<bool> tied;  ///< table and output layer
   std::optional<bool> lora;
   std::optional<bool> offload_activations, offload_optimizer;
-  bool narrow_gradients = false;  ///< in the parameters' type
+  std::int64_t offload_blocks = 0;  ///< > 0: activations of so many
+  bool narrow_gradients = false;    ///< in the parameters' type
   bool interleaved = false;
   std::string schedule;                    ///< a plan's name of it, where it is not the usual one
   std::string context;                     ///< a plan's context_exchange
   std::string precision;                   ///< "fp8", of products
-  std::string context_parallel, sharding;  ///< as a table's `cp` and `zero_or_fsdp` would say it
+  /// As a table's `cp`, `zero_or_fsdp` and `recompute` would say it.
+  std::string context_parallel, sharding, recompute;
   std::vector<std::string> unread;         ///< clauses that none of this is, as written
 };
 

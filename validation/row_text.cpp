@@ -291,7 +291,7 @@ std::optional<std::string> recompute_of(std::string_view text) {
   if (has_word(s, "moe")) add("*.moe.*");
   if (has(s, "shared_expert") || has(s, "shared expert"))
     add("*.moe.shared.gate"), add("*.moe.shared.up"), add("*.moe.shared.activation");
-  if (has(s, "mla_up_proj") || has(s, "mla up"))
+  if (has(s, "mla_up_proj") || has(s, "mla up") || has(s, "mla_up"))
     add("~*attention.query_up"), add("~*attention.key_up"), add("~*attention.value_up");
   if (!patterns.empty()) {
     if (attention) add("*attention.core");

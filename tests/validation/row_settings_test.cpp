@@ -55,11 +55,12 @@ TEST(Settings, OfOverlap) {
   for (const char* unsaid : {"", "vanilla tp", "TP=4", "overlap"})
     EXPECT_FALSE(settings_of(unsaid).overlap_tensor_parallel) << unsaid;
   for (const char* on : {"moe_a2a_overlap=True", "overlap_moe_expert_parallel_comm", "EP overlap",
-                         "A2A overlap on", "expert-parallel overlap"})
+                         "A2A overlap on", "expert-parallel overlap", "1F1B A2A overlap"})
     EXPECT_EQ(settings_of(on).overlap_experts, true) << on;
   EXPECT_EQ(settings_of("moe_a2a_overlap: false").overlap_experts, false);
   EXPECT_EQ(settings_of("overlap_grad_reduce=True").overlap_gradients, true);
   EXPECT_EQ(settings_of("DP overlap: off").overlap_gradients, false);
+  EXPECT_EQ(settings_of("overlap_comm=True").overlap_gradients, true);
   EXPECT_EQ(settings_of("overlap_p2p_comm=true").overlap_messages, true);
   EXPECT_TRUE(settings_of("no overlap").nothing_overlaps);
 }
@@ -95,6 +96,10 @@ TEST(Settings, OfStatesAndTypes) {
   EXPECT_EQ(settings_of("no LoRA").lora, false);
   EXPECT_EQ(settings_of("optimizer CPU offload").offload_optimizer, true);
   EXPECT_EQ(settings_of("activation offloading").offload_activations, true);
+  EXPECT_EQ(settings_of("activation offloading").offload_blocks, 0);
+  EXPECT_EQ(settings_of("activation offloading (4 layers)").offload_blocks, 4);
+  EXPECT_EQ(settings_of("DualPipe; recompute RMSNorm and MLA up-projection").recompute,
+            "recompute rmsnorm and mla up projection");
   for (const char* narrow : {"float8", "torch.compile, float8 tensorwise", "FP8 delayed scaling"})
     EXPECT_EQ(settings_of(narrow).precision, "fp8") << narrow;
   for (const char* wide : {"no float8", "float8 all-gather", "float8: off", "fp8_param_gather"})

@@ -865,6 +865,12 @@ TEST(RowCase, SettingsInWordsAreThePlans) {
                           {{"cp", ""}, {"dp", ""}, {"seq_len_tokens", "4096"}})
                 .plan.cp,
             2);
+  EXPECT_EQ(with_settings("full recompute", {{"recompute", ""}}).plan.recompute, Recompute::full);
+  EXPECT_EQ(with_settings("full recompute", {{"recompute", "none"}}).plan.recompute,
+            Recompute::none);
+  EXPECT_EQ(with_settings("no recompute", {{"recompute", ""}}).plan.recompute, Recompute::none);
+  EXPECT_THAT(with_settings("recompute of something").assumed,
+              Contains("not read: recompute of something"));
   EXPECT_THAT(with_settings("torch.compile; DP overlap").assumed,
               AllOf(Contains("not read: torch.compile"), Not(Contains(HasSubstr("DP overlap"))),
                     Not(Contains(HasSubstr("gradient overlap")))));
