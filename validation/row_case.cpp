@@ -221,9 +221,10 @@ std::vector<RowSettings> load_settings(const std::string& file) {
     if (const auto precisions = n.find("precisions")) s.precisions = precisions->as_strings();
     s.reason = n.get("reason").as_string();
     for (const auto& [column, cell] : n.get("cells").members()) {
+      const std::string& name = column;  // clang 14 captures no bindings
       const bool setting = std::any_of(schemas().begin(), schemas().end(), [&](const auto& schema) {
         const auto& names = schema.configuration;
-        return std::find(names.begin(), names.end(), column) != names.end();
+        return std::find(names.begin(), names.end(), name) != names.end();
       });
       if (!setting)
         throw InputError(cell.place(), fmt::format("'{}' is no column of settings", column));

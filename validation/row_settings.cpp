@@ -45,7 +45,24 @@ std::vector<Clause> clauses_of(std::string_view text) {
     if (!c.text.empty()) all.push_back(c);
     c.text.clear();
   };
-  for (const char c : text) {
+  for (std::size_t at = 0; at < text.size(); ++at) {
+    const char c = text[at];
+    // "TP overlap + DP overlap", "A and B", "DP overlap without TP overlap".
+    std::string_view joint;
+    for (const std::string_view word : {" + ", " and ", " but ", " with "}) {
+      if (text.substr(at, word.size()) == word) joint = word;
+    }
+    // A list of modules is one clause.
+    const bool list = lower(outer.text).find("recompute") != std::string::npos;
+    if (depth == 0 && !joint.empty() && !list) {
+      end(outer);
+      at += joint.size() - 1;
+      continue;
+    }
+    if (depth == 0 && c == ' ' && text.substr(at + 1, 8) == "without ") {
+      end(outer);
+      continue;
+    }
     if (c == '{' || c == '}' || (depth == 0 && (c == ';' || c == ',' || c == '\n'))) {
       end(outer);
     } else if (c == '(' || c == '[') {
@@ -86,8 +103,13 @@ bool is_off(std::string_view clause) {
     if (clause.rfind(no, 0) == 0) return true;
   }
   const std::string_view value = clause.substr(0, clause.find_first_of("(["));
-  for (const std::string_view off : {"off", "false", "disabled"}) {
+  for (const std::string_view off :
+       {"off", "false", "disabled", "not used", "not enabled", "unused"}) {
     if (has_word(value, off)) return true;
+  }
+  // "TP overlap (off)"; what else brackets say is a clause of its own.
+  for (const std::string_view off : {"(off)", "(disabled)", "(no)", "(not used)"}) {
+    if (clause.find(off) != std::string_view::npos) return true;
   }
   // "=none", ": no", "=0".
   const auto last = value.find_last_not_of(' ');
@@ -95,7 +117,7 @@ bool is_off(std::string_view clause) {
   if (last == std::string_view::npos || before == std::string_view::npos) return false;
   const auto start = value.find_first_not_of(" :=", before);
   const std::string_view word = value.substr(std::min(start, last + 1), last + 1 - start);
-  return word == "none" || word == "no" || word == "0";
+  return word == "none" || word == "no" || word == "n" || word == "0";
 }
 
 /// "4 layers" -> 4; 0 where there is none.
@@ -218,10 +240,13 @@ bool read(std::string_view clause, Settings& s) {
   }
   if (clause.rfind("recipe ", 0) == 0) return true;
   if (clause == "no overlap" || clause == "overlap off") return read("overlap paths off", s);
+  // What it is about stands before its brackets, which are clauses of their own.
+  const std::string_view subject = clause.substr(0, clause.find_first_of("(["));
   for (const Rule& rule : rules()) {
     const bool is = std::all_of(rule.words.begin(), rule.words.end(), [&](const auto& words) {
+      const std::string_view where = &words == &rule.words.front() ? subject : clause;
       return std::any_of(words.begin(), words.end(),
-                         [&](std::string_view word) { return has_word(clause, word); });
+                         [&](std::string_view word) { return has_word(where, word); });
     });
     if (!is) continue;
     rule.set(s, on, clause);

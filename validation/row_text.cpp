@@ -273,6 +273,9 @@ std::optional<std::string> recompute_of(std::string_view text) {
       plain == "false" || plain == "disabled" || has(plain, "checkpointing off") ||
       has(plain, "no recompute") || has(plain, "recompute off") || plain == "sequence parallelism")
     return "none";
+  // "activation checkpointing: no", "AC=False", "recompute none", "w/o activation checkpointing".
+  static const std::regex off(R"((^|[ :=])(no|none|off|false|disabled|n|0)$)");
+  if (begins("w/o ") || begins("not ") || std::regex_search(plain, off)) return "none";
   if (has(s, "full") || plain == "on" || plain == "yes" || plain == "true" ||
       (!has(s, "selective") &&
        (has(s, "activation checkpointing") || has(s, "gradient checkpointing"))))
@@ -520,15 +523,13 @@ MegatronFlags megatron_flags(std::string_view text) {
 }
 
 std::optional<std::int64_t> accumulation_of(std::string_view text) {
+  // "grad accumulation=4", "gradient accumulation steps: 4", "gradient_accumulation_steps 4".
+  static const std::regex word(R"(accumulation(?:[ _-]steps)? ?[:=]? ?(\d{1,9})(?![\d.]))");
   const std::string s = lower(text);
-  constexpr std::string_view kWord = "accumulation=";
-  const auto at = s.find(kWord);
-  if (at == std::string::npos) return std::nullopt;
-  std::size_t end = at + kWord.size();
-  while (end < s.size() && digit(s[end])) ++end;
-  const auto n = number(std::string_view(s).substr(at + kWord.size(), end - at - kWord.size()));
-  if (!n || *n < 1 || *n > 1e9) return std::nullopt;
-  return static_cast<std::int64_t>(*n);
+  std::smatch found;
+  if (!std::regex_search(s, found, word)) return std::nullopt;
+  const std::int64_t n = std::stol(found[1]);
+  return n > 0 ? std::optional(n) : std::nullopt;
 }
 
 std::optional<FlopFormula> flop_formula(std::string_view text) {

@@ -88,7 +88,8 @@ bool held_out(const std::string& kernel, const KernelPoint& p) {
 KernelTable take_held_out(KernelTable& table) {
   KernelTable held;
   for (auto it = table.begin(); it != table.end();) {
-    auto& [kernel, points] = *it;
+    const auto& kernel = it->first;
+    auto& points = it->second;
     const auto rest = std::stable_partition(
         points.begin(), points.end(), [&](const KernelPoint& p) { return !held_out(kernel, p); });
     if (rest != points.end()) held[kernel].assign(rest, points.end());

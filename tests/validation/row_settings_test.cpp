@@ -65,6 +65,23 @@ TEST(Settings, OfOverlap) {
   EXPECT_TRUE(settings_of("no overlap").nothing_overlaps);
 }
 
+TEST(Settings, ThatAreJoinedInOneClause) {
+  Settings s = settings_of("TP comm overlap + DP overlap + CUDA graphs");
+  EXPECT_EQ(s.overlap_tensor_parallel, true);
+  EXPECT_EQ(s.overlap_gradients, true);
+  EXPECT_EQ(s.graphs, true);
+  s = settings_of("DP overlap without TP overlap");
+  EXPECT_EQ(s.overlap_gradients, true);
+  EXPECT_EQ(s.overlap_tensor_parallel, false);
+  s = settings_of("CUDA graphs and fused cross entropy and activation offloading");
+  EXPECT_EQ(s.graphs, true);
+  EXPECT_EQ(s.fused_loss, true);
+  EXPECT_EQ(s.offload_activations, true);
+  EXPECT_EQ(settings_of("distributed Adam (no TP overlap)").overlap_tensor_parallel, false);
+  for (const char* off : {"TP overlap (off)", "tp_comm_overlap: N", "TP overlap not enabled"})
+    EXPECT_EQ(settings_of(off).overlap_tensor_parallel, false) << off;
+}
+
 TEST(Settings, OfDispatchersGraphsAndSchedules) {
   for (const char* once : {"DeepEP", "dispatcher: flex", "moe_token_dispatcher_type=flex",
                            "HybridEP dispatcher", "moe_flex_dispatcher_backend=deepep"})
@@ -94,6 +111,9 @@ TEST(Settings, OfDispatchersGraphsAndSchedules) {
 TEST(Settings, OfStatesAndTypes) {
   EXPECT_EQ(settings_of("LoRA").lora, true);
   EXPECT_EQ(settings_of("no LoRA").lora, false);
+  EXPECT_EQ(settings_of("full fine-tuning (no LoRA)").lora, false);
+  EXPECT_EQ(settings_of("activation offloading not used").offload_activations, false);
+  EXPECT_EQ(settings_of("optimizer offload not enabled").offload_optimizer, false);
   EXPECT_EQ(settings_of("optimizer CPU offload").offload_optimizer, true);
   EXPECT_EQ(settings_of("activation offloading").offload_activations, true);
   EXPECT_EQ(settings_of("activation offloading").offload_blocks, 0);

@@ -128,6 +128,13 @@ TEST(RowText, Recomputation) {
         {"SAC", "selective"},
         {"activation checkpointing: selective op", "selective"},
         {"recompute off", "none"},
+        {"activation checkpointing: no", "none"},
+        {"activation checkpointing disabled", "none"},
+        {"activation checkpointing=False", "none"},
+        {"w/o activation checkpointing", "none"},
+        {"Recompute none", "none"},
+        {"AC: none", "none"},
+        {"not full", "none"},
         {"activation checkpointing", "full"},
         {"gradient checkpointing", "full"},
         {"activation checkpointing off", "none"},
@@ -280,6 +287,9 @@ TEST(RowText, SmallOnes) {
   EXPECT_FALSE(switch_of("partly"));
   EXPECT_EQ(accumulation_of("FSDP x; grad accumulation=21"), std::optional<std::int64_t>(21));
   EXPECT_FALSE(accumulation_of("grad accumulation=0"));
+  for (const char* eight : {"gradient accumulation steps=8", "gradient accumulation steps: 8",
+                            "gradient accumulation 8", "gradient_accumulation_steps=8"})
+    EXPECT_EQ(accumulation_of(eight), std::optional<std::int64_t>(8)) << eight;
   EXPECT_EQ(flop_formula("96*B*s*l*h^2*(1+s/(6h)+V/(16lh))"), FlopFormula::hardware_4x);
   EXPECT_EQ(flop_formula("72Blsh^2(1+s/6h+V/12hl)"), FlopFormula::model_3x);
   EXPECT_EQ(flop_formula("MFU=(6N+12LHQT) tokens/s / peak"), FlopFormula::six_n);

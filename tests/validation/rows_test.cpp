@@ -1310,7 +1310,8 @@ TEST(Rows, WhatALogPrintsIsWhatItsFrameworkLogs) {
     const Cells row = with(whole_row(), {{"framework", framework},
                                          {"peak_mem_per_gpu_gib", "6"},
                                          {"peak_mem_definition", definition}});
-    for (const Figure& f : predicted({row}).at(0).figures)
+    const auto families = predicted({row});
+    for (const Figure& f : families.at(0).figures)
       if (f.kind == Figure::Kind::memory) return f.predicted;
     throw InternalError("no memory");
   };
