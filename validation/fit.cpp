@@ -67,7 +67,7 @@ class Fitter {
           std::max(problem_.smallest_noise, spread(times - log_measured_, determined(c)));
       const double shared = together(phi, c);
       const bool still = std::abs(next - noise) <= 1e-3 * noise &&
-                         std::abs(shared - together_) <= 1e-2 * together_;
+                         std::abs(shared - together_) <= 1e-3 * together_;
       noise = next;
       together_ = shared;
       believed_.tail(offsets_).setConstant(shared);

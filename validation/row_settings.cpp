@@ -2,25 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
+#include <regex>
 
 #include "validation/row_text.h"
 
 namespace partita::validation {
 namespace {
-
-bool letter_or_digit(char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); }
-
-/// Is a word of the text, words around it being others?
-bool has_word(std::string_view text, std::string_view word) {
-  for (auto at = text.find(word); at != std::string_view::npos; at = text.find(word, at + 1)) {
-    const std::size_t end = at + word.size();
-    if ((at == 0 || !letter_or_digit(text[at - 1])) &&
-        (end == text.size() || !letter_or_digit(text[end])))
-      return true;
-  }
-  return false;
-}
 
 struct Clause {
   std::string text;          ///< as written
@@ -49,7 +36,7 @@ std::vector<Clause> clauses_of(std::string_view text) {
     const char c = text[at];
     // "TP overlap + DP overlap", "A and B", "DP overlap without TP overlap".
     std::string_view joint;
-    for (const std::string_view word : {" + ", " and ", " but ", " with "}) {
+    for (const std::string_view word : {" + ", " and ", " but "}) {
       if (text.substr(at, word.size()) == word) joint = word;
     }
     // A list of modules is one clause.
@@ -121,16 +108,11 @@ bool is_off(std::string_view clause) {
 }
 
 /// "4 layers" -> 4; 0 where there is none.
-std::int64_t number_before(std::string_view text, std::initializer_list<std::string_view> words) {
-  for (const std::string_view word : words) {
-    const auto end = text.find(word);
-    if (end == std::string_view::npos) continue;
-    std::size_t start = end;
-    while (start > 0 && text[start - 1] >= '0' && text[start - 1] <= '9') --start;
-    const auto n = number(text.substr(start, end - start));
-    if (n && *n <= 1000) return static_cast<std::int64_t>(*n);
-  }
-  return 0;
+std::int64_t layers_of(std::string_view text) {
+  static const std::regex layers(R"((\d{1,3}) ?(?:layer|block))");
+  std::match_results<std::string_view::const_iterator> found;
+  if (!std::regex_search(text.begin(), text.end(), found, layers)) return 0;
+  return std::stol(found[1].str());
 }
 
 /// A clause with a word of each set is this setting; the first that it is.
@@ -186,7 +168,7 @@ const std::vector<Rule>& rules() {
       {{{"activation", "activations"}, {"offload", "offloading", "offloaded"}},
        [](S& s, bool on, Text c) {
          s.offload_activations = on;
-         s.offload_blocks = number_before(c, {" layers", " layer", " blocks"});
+         s.offload_blocks = layers_of(c);
        }},
       {{{"optimizer", "adam"}, {"offload", "offloading", "offloaded"}},
        [](S& s, bool on, Text) { s.offload_optimizer = on; }},

@@ -1,5 +1,5 @@
 // validation/row_settings.h: what a row's column of settings says in words, clause by clause
-// (docs/published.md, "Settings"). Megatron's command lines are row_text.h's.
+// (docs/published.md, "Settings in words"). Megatron's command lines are row_text.h's.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +36,13 @@ struct Settings {
   std::vector<std::string> unread;         ///< clauses that none of this is, as written
 };
 
-/// Clauses end with ";", "," or a line's end outside brackets. What stands in a clause's brackets
-/// is read too, and in braces ("features={"moe_dispatcher": "deepep"}") it is the clauses. A clause
-/// is off behind "no", "without" or "disable", or before "off", "false", "no", "none", "disabled"
-/// or "0". "_" and "-" are spaces; letters of any case. Nothing of a command line ("--...").
+/// Outside brackets clauses end with ";", ",", a line's end, " + ", "and", "but" or before
+/// "without"; those of recomputation list modules and do not end with words. What stands in a
+/// clause's brackets is a clause too, and may say of which part the clause is; braces
+/// ("features={"moe_dispatcher": "deepep"}") hold clauses. A clause is off behind "no", "not",
+/// "without" or "disable", with "off", "false", "disabled", "unused", "not used" or "not enabled"
+/// in it, or with the value "none", "no", "n" or "0". "_" and "-" are spaces; letters of any case.
+/// Nothing of a command line ("--...").
 Settings settings_of(std::string_view text);
 
 }  // namespace partita::validation

@@ -19,18 +19,6 @@ bool has(std::string_view text, std::string_view word) {
   return text.find(word) != std::string_view::npos;
 }
 
-/// `word` with no letter, digit or underscore on either side.
-bool has_word(std::string_view text, std::string_view word) {
-  for (std::size_t at = text.find(word); at != std::string_view::npos;
-       at = text.find(word, at + 1)) {
-    const auto part = [&](std::size_t i) {
-      return i < text.size() && (letter(text[i]) || digit(text[i]) || text[i] == '_');
-    };
-    if ((at == 0 || !part(at - 1)) && !part(at + word.size())) return true;
-  }
-  return false;
-}
-
 /// The number whose last digit is text[end - 1]; empty without one. `start` becomes its first.
 std::optional<double> number_before(std::string_view text, std::size_t end, std::size_t& start) {
   start = end;
@@ -117,6 +105,17 @@ std::vector<Rate> rates_of(std::string_view s) {
 }
 
 }  // namespace
+
+bool has_word(std::string_view text, std::string_view word) {
+  for (std::size_t at = text.find(word); at != std::string_view::npos;
+       at = text.find(word, at + 1)) {
+    const auto part = [&](std::size_t i) {
+      return i < text.size() && (letter(text[i]) || digit(text[i]) || text[i] == '_');
+    };
+    if ((at == 0 || !part(at - 1)) && !part(at + word.size())) return true;
+  }
+  return false;
+}
 
 std::string lower(std::string_view text) {
   std::string s(text);
@@ -274,7 +273,7 @@ std::optional<std::string> recompute_of(std::string_view text) {
       has(plain, "no recompute") || has(plain, "recompute off") || plain == "sequence parallelism")
     return "none";
   // "activation checkpointing: no", "AC=False", "recompute none", "w/o activation checkpointing".
-  static const std::regex off(R"((^|[ :=])(no|none|off|false|disabled|n|0)$)");
+  static const std::regex off(R"((^|[ :=])(no|none|off|false|disabled)$|[:=] ?(n|0)$)");
   if (begins("w/o ") || begins("not ") || std::regex_search(plain, off)) return "none";
   if (has(s, "full") || plain == "on" || plain == "yes" || plain == "true" ||
       (!has(s, "selective") &&

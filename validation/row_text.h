@@ -19,6 +19,8 @@ std::string plain_text(std::string_view text);
 /// plain_text with letters, digits and dots only: "LLAMA3.1_405B (SFT)" -> "llama3.1405b". A dot
 /// stays between digits.
 std::string squeezed(std::string_view text);
+/// Is `word` in the text, with no small letter, digit or underscore on either side?
+bool has_word(std::string_view text, std::string_view word);
 /// A whole cell that is a number, finite and not negative; empty otherwise.
 std::optional<double> number(std::string_view text);
 

@@ -109,6 +109,9 @@ TEST(Fit, QuicklyFindsTheSame) {
         rng, 20, {std::exp(log_value(rng)), std::exp(log_value(rng)), std::exp(log_value(rng))});
     FitProblem p = s.problem(0.5);
     for (double& t : p.measured) t *= std::exp(noise(rng));
+    // Every other one with groups that may be off.
+    p.groups_off_together = k % 2 == 0;
+    for (std::size_t i = 0; i < p.group.size(); ++i) p.group[i] = i / 4;
     const Fit slow = fit(p);
     p.quick = true;
     const Fit quick = fit(p);

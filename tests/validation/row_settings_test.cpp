@@ -94,6 +94,7 @@ TEST(Settings, OfDispatchersGraphsAndSchedules) {
   EXPECT_EQ(settings_of("CUDA graphs (attn, moe_router, moe_preprocess)").graphs_of,
             "beside experts");
   EXPECT_EQ(settings_of("cuda_graph_scope=[attn]").graphs_of, "attention");
+  EXPECT_EQ(settings_of("CUDA graphs with scope attn").graphs_of, "attention");
   EXPECT_EQ(settings_of("cuda_graph_scope: mlp").graphs_of, "mlp");
   for (const char* off : {"cuda_graphs=0", "no CUDA graphs", "cuda_graph_impl: none"})
     EXPECT_EQ(settings_of(off).graphs, false) << off;

@@ -135,6 +135,8 @@ TEST(RowText, Recomputation) {
         {"Recompute none", "none"},
         {"AC: none", "none"},
         {"not full", "none"},
+        {"activation checkpointing=0", "none"},
+        {"full on stage 0", "full"},
         {"activation checkpointing", "full"},
         {"gradient checkpointing", "full"},
         {"activation checkpointing off", "none"},
