@@ -179,11 +179,16 @@ class Compiler {
     if (!l.any() || !device.concurrent_streams) return;
     s.host_waits = l.blocking || (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
     if (s.host_waits) captured = false;
+    const Seconds loop = l.loop.count > 0 ? l.loop : l.kernel;
+    const bool of_parts = i.part >= 0 && i.op < 0;  // the product's call passes them on and adds up
     Seconds time{0};
     switch (i.kind) {
       case Kind::compute: {
+        if (of_parts) {
+          time = loop;
+          break;
+        }
         const Work w = work_of(p_, i, rank);
-        const Seconds loop = l.loop.count > 0 ? l.loop : l.kernel;
         time = w.kernels * l.kernel + w.groups * loop;
         if (w.products.empty() || w.kernels == 0) break;
         // A layer is called once forward and once backward, whatever parts its product has.
@@ -198,7 +203,7 @@ class Compiler {
         time = l.kernel;
         break;
       case Kind::collective:
-        if (p_.group(i, rank).size() > 1) time = l.transfer;
+        if (p_.group(i, rank).size() > 1) time = of_parts ? loop : l.transfer;
         break;
       case Kind::send:
       case Kind::receive:

@@ -1202,8 +1202,9 @@ class Lowering {
     p_.buffers.push_back(std::move(b));
     return BufferId{p_.buffers.size() - 1};
   }
-  Instruction pass(BufferId from, BufferId to, AtomMask atoms) {
+  Instruction pass(BufferId from, BufferId to, AtomMask atoms, std::int32_t part) {
     Instruction i = reduction(atoms, CollectiveKind::shift);
+    i.part = part;
     i.reads = {from};
     i.writes = {to};
     i.multiprocessors = plan_.overlap_multiprocessors;
@@ -1234,7 +1235,7 @@ class Lowering {
       for (std::int32_t t = 0; t < n; ++t) {
         const auto x = static_cast<std::size_t>(t);
         if (k == readers[0] && t + 1 < n)
-          list.push_back(pass(parts[x], parts[x + 1], gather.atoms));
+          list.push_back(pass(parts[x], parts[x + 1], gather.atoms, t + 1));
         Instruction i = block.instructions[k];
         i.part = t;
         for (auto* ids : {&i.reads, &i.gradients}) {
@@ -1277,10 +1278,11 @@ class Lowering {
       if (t > 0) {
         const BufferId arrived = shifted(scatter.writes[0], t + 1, scatter.atoms);
         // It went off before this part was computed.
-        list.insert(list.end() - 1, pass(sum, arrived, scatter.atoms));
+        list.insert(list.end() - 1, pass(sum, arrived, scatter.atoms, t));
         Instruction add;
         add.kind = Kind::compute;
         add.kernel = Kernel::add;
+        add.part = t;
         add.reads = {arrived, made};
         add.writes = {t + 1 == n ? scatter.writes[0]
                                  : shifted(scatter.writes[0], t + 1, scatter.atoms)};

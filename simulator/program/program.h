@@ -153,7 +153,8 @@ struct Instruction {
   std::int32_t op = -1;
   std::int32_t index = 0;  ///< statistic, network input
   /// >= 0: attention of one part of keys out of a ring, in this order; a product with one part of
-  /// the sequence, the smallest that an operand or the result holds.
+  /// the sequence, the smallest that an operand or the result holds, and what passes that part on
+  /// or adds it up in the same call.
   std::int32_t part = -1;
   bool inline_statistics = false;  ///< statistics are not cut: computed inside
   bool casts = false;              ///< a product's activation or gradient to its narrow type
@@ -255,7 +256,8 @@ struct Launches {
   std::string graphs_of;  ///< operators that were captured: a pattern of names; empty: none
   bool blocking = false;  ///< the host waits for each kernel before it launches the next
   Seconds product{0};     ///< the first kernel of a call of a layer of products; 0: as others
-  /// Those that follow it from the same call, expert by expert or part by part; 0: as others.
+  /// What follows it from the same call, expert by expert or part by part, with the transfers and
+  /// sums of the parts; 0: as others.
   Seconds loop{0};
   bool any() const { return kernel.count > 0 || transfer.count > 0; }
   friend bool operator==(const Launches&, const Launches&) = default;

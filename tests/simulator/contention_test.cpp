@@ -1022,7 +1022,9 @@ Launched launched(const Program& p) {
   for (const BlockCall& call : p.stages[0]) {
     for (const Instruction& i : p.blocks[call.block.index()].instructions) {
       if (i.kind == Kind::slice || i.kind == Kind::copy) ++n.kernels;
-      if (i.kind != Kind::compute) continue;
+      // What passes parts on and adds them up.
+      if (i.part >= 0 && i.op < 0) ++n.kernels, ++n.parts;
+      if (i.kind != Kind::compute || (i.part >= 0 && i.op < 0)) continue;
       const Work w = work_of(p, i, 0);
       n.kernels += w.kernels, n.groups += w.groups;
       if (w.products.empty()) continue;

@@ -307,7 +307,7 @@ TEST(PoliciesPage, PartsOfAProductInTurn) {
   for (const Block& b : p.blocks) {
     if (b.kind != BlockKind::forward) continue;
     for (const Instruction& i : b.instructions) {
-      if (i.part < 0) continue;
+      if (i.part < 0 || i.op < 0) continue;
       first_token[p.operators[static_cast<std::size_t>(i.op)].name].push_back(
           part_positions(p, i, 0).front());
     }
