@@ -55,7 +55,7 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-std::string did_you_mean(std::string_view word, const std::vector<std::string>& known) {
+std::string nearest_of(std::string_view word, const std::vector<std::string>& known) {
   std::string best;
   std::size_t least = 3;
   for (const auto& candidate : known) {
@@ -64,6 +64,11 @@ std::string did_you_mean(std::string_view word, const std::vector<std::string>& 
       best = candidate;
     }
   }
+  return best;
+}
+
+std::string did_you_mean(std::string_view word, const std::vector<std::string>& known) {
+  const std::string best = nearest_of(word, known);
   return best.empty() ? "" : fmt::format("; did you mean '{}'?", best);
 }
 

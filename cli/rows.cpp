@@ -192,6 +192,17 @@ CsvTable load_table(const std::string& file) {
   return validation::parse_csv(read_file(file), file);
 }
 
+/// A row without what a column says is another row: the reader learns which columns nothing reads.
+void name_unread_columns(const CsvTable& table) {
+  std::vector<std::string> names;
+  for (const auto& u : validation::unread_columns(table))
+    names.push_back(u.meant.empty() ? fmt::format("'{}'", u.column)
+                                    : fmt::format("'{}' (name it '{}'?)", u.column, u.meant));
+  if (!names.empty())
+    fmt::print(stderr, "{}:1: column{} not read: {}\n", table.file, names.size() == 1 ? "" : "s",
+               fmt::join(names, ", "));
+}
+
 /// Whose measured times took an entry of a fitted profile, and whose did not.
 struct ProfileUse {
   std::size_t with = 0, without = 0;
@@ -242,7 +253,9 @@ class Clock {
 
 void rows(const Options& o) {
   ProfileUse use;
-  const auto families = predict({load_table(o.file)}, o, &use);
+  const CsvTable table = load_table(o.file);
+  const auto families = predict({table}, o, &use);
+  name_unread_columns(table);
   if (!o.json) {
     print_families(families, o.uncovered);
     if (!o.profile.empty())
@@ -256,6 +269,11 @@ void rows(const Options& o) {
   Json j;
   j["schema"] = "partita.rows/1";
   j["file"] = o.file;
+  const auto unread = validation::unread_columns(table);
+  if (!unread.empty()) j["unread_columns"] = Json::array();
+  for (const auto& u : unread)
+    j["unread_columns"].push_back(
+        {{"column", u.column}, {"meant", u.meant.empty() ? Json(nullptr) : Json(u.meant)}});
   if (!o.profile.empty())
     j["profile"] = {{"file", o.profile}, {"fitted", use.with}, {"not_fitted", use.without}};
   j["families"] = Json::array();
@@ -311,6 +329,7 @@ Json to_json(const validation::FittedEntry& e) {
   Json j{{"device", e.key.device}, {"framework", e.key.framework}, {"cluster", e.key.cluster},
          {"rows", e.rows},         {"groups", e.groups},           {"by", std::string(name(e.by))},
          {"noise", e.noise},       {"half_width", e.half_width},   {"predictions", e.predictions}};
+  j["half_width_of_other_networks"] = e.other_networks > 0 ? e.half_width_of_others : e.half_width;
   j["parameters"] = Json::array();
   for (std::size_t k = 0; k < e.parameters.size(); ++k) {
     const auto& p = validation::adjustment_parameters()[k].parameter;
@@ -394,6 +413,9 @@ std::string to_text(const validation::FittedEntry& e) {
   if (e.left_out) line(fmt::format("{} rows not drawn", e.left_out->rows), *e.left_out);
   s += align(table) +
        fmt::format("90 % interval of the median row: x / {:.3f}\n", std::exp(e.half_width));
+  if (e.other_networks > 0)
+    s += fmt::format("all rows are of one network: of another x / {:.3f}\n",
+                     std::exp(e.half_width_of_others));
   if (!e.held_out)
     s += fmt::format(
         "one {} only: none could be left out, and the interval is of the rows fitted\n", by);
@@ -431,7 +453,10 @@ void fit(const FitFlags& o) {
   r.family = o.family;
   std::vector<CsvTable> tables;
   reject_repeats("FILE", o.files);
-  for (const std::string& file : o.files) tables.push_back(load_table(file));
+  for (const std::string& file : o.files) {
+    tables.push_back(load_table(file));
+    name_unread_columns(tables.back());
+  }
   validation::NotFitted not_fitted;
   const auto entries =
       validation::fit_rows(tables, validation::load_catalogue(), f, r, &not_fitted);

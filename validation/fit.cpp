@@ -4,9 +4,12 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <boost/math/distributions/students_t.hpp>
 #include <cmath>
 #include <map>
 #include <numeric>
+#include <optional>
+#include <set>
 
 #include "base/error.h"
 
@@ -18,6 +21,7 @@ using Vector = Eigen::VectorXd;
 
 constexpr double kKnee = 1.5;  // Huber's
 constexpr double kConfidence = 0.9;
+constexpr std::size_t kEnough = 9;  // witnesses of which nine tenths are one but the largest
 constexpr int kSteps = 40, kNoiseRounds = 20;
 constexpr double kFar = 1e3;        // no bound of an offset
 constexpr double kTogether = 1e-4;  // below which groups are not off together
@@ -354,7 +358,7 @@ class Fitter {
         for (std::size_t i = 0; i < sizes.size(); ++i) {
           if (problem_.group[i] != id) others.push_back(sizes[i]);
         }
-        const double q = quantile_of_sizes(std::move(others));
+        const double q = quantile_of_sizes(std::move(others), witnesses(id));
         for (const std::size_t i : rows) out.held_out_half_width[i] *= q;
       }
       scaled = std::move(sizes);
@@ -365,7 +369,16 @@ class Fitter {
         scaled.push_back(std::abs(times[i] - log_measured_[i]) / v);
       }
     }
-    out.quantile = quantile_of_sizes(std::move(scaled));
+    out.quantile = quantile_of_sizes(std::move(scaled), witnesses({}));
+  }
+  /// Configurations that rows of other groups measure.
+  std::size_t witnesses(std::optional<std::size_t> but) const {
+    std::set<std::size_t> seen;
+    for (std::size_t i = 0; i < all_.size(); ++i) {
+      if (!but || problem_.group[i] != *but)
+        seen.insert(problem_.witness.empty() ? i : problem_.witness[i]);
+    }
+    return seen.size();
   }
 
   const FitProblem& problem_;
@@ -380,11 +393,15 @@ class Fitter {
 
 }  // namespace
 
-double quantile_of_sizes(std::vector<double> sizes) {
+double quantile_of_sizes(std::vector<double> sizes, std::size_t witnesses) {
   std::sort(sizes.begin(), sizes.end());
   const auto rank = static_cast<std::size_t>(
       std::ceil(kConfidence * static_cast<double>(sizes.size() + 1) - 1e-9));
-  return sizes[std::min(rank, sizes.size()) - 1];
+  const double empirical = sizes[std::min(rank, sizes.size()) - 1];
+  if (witnesses >= kEnough) return empirical;
+  // Both sides: 90 % lie within the 95th percentiles.
+  const boost::math::students_t t(std::max(1.0, static_cast<double>(witnesses) - 1));
+  return std::max(empirical, quantile(t, (1 + kConfidence) / 2));
 }
 
 double half_width(const std::vector<double>& row, double noise, double quantile,

@@ -22,6 +22,9 @@ struct FitProblem {
   std::vector<FitParameter> parameters;
   std::vector<double> measured;    ///< s, by row
   std::vector<std::size_t> group;  ///< rows held out together; by row
+  /// Rows of one number measure the same configuration: for an interval they are one witness.
+  /// Empty: each is its own.
+  std::vector<std::size_t> witness;
   /// Times of the rows named, with these values of the parameters. Finite and positive.
   std::function<std::vector<double>(const std::vector<double>& values,
                                     const std::vector<std::size_t>& rows)>
@@ -63,8 +66,9 @@ struct Fit {
 };
 
 /// The smallest that 90 % of what comes is expected to stay below, from what came: the
-/// ⌈0.9 (n + 1)⌉-th of n sizes, or the largest.
-double quantile_of_sizes(std::vector<double> sizes);
+/// ⌈0.9 (n + 1)⌉-th of n sizes, or the largest; of fewer than nine witnesses no less than Student's
+/// t of as many, which is for sizes in standard deviations.
+double quantile_of_sizes(std::vector<double> sizes, std::size_t witnesses);
 
 /// Of the logarithms of the first `rows` rows' times at these values of the parameters, by forward
 /// differences: rows x parameters.

@@ -56,18 +56,40 @@ std::string group_name(const Figure& f, const std::string& family, HeldOut by) {
   return "";
 }
 
+/// Each row's configuration, numbered as they appear: rows that share a step measure the same.
+std::vector<std::size_t> witnesses_of(const RowsToFit& rows,
+                                      const std::vector<std::size_t>& which) {
+  std::map<const RowStep*, std::size_t> known;
+  std::vector<std::size_t> witnesses;
+  for (const std::size_t i : which)
+    witnesses.push_back(known.try_emplace(rows.figures[i].step.get(), known.size()).first->second);
+  return witnesses;
+}
+
 /// Each row's group, numbered as they appear.
 std::vector<std::size_t> groups_of(const RowsToFit& rows, const std::vector<std::size_t>& which,
                                    HeldOut by) {
   constexpr std::size_t kMost = 10;
   std::map<std::string, std::size_t> known;
   std::vector<std::size_t> groups;
+  const auto witnesses = witnesses_of(rows, which);
   for (const std::size_t i : which) {
-    const std::string name = by == HeldOut::row ? std::to_string(groups.size() % kMost)
+    const std::string name = by == HeldOut::row ? std::to_string(witnesses[groups.size()] % kMost)
                                                 : group_name(rows.figures[i], rows.families[i], by);
     groups.push_back(known.try_emplace(name, known.size()).first->second);
   }
   return groups;
+}
+
+/// What a network that no row was of may be off as a whole, a standard deviation of its logarithm:
+/// the median over the entries of several models that `partita fit --quick` makes of the published
+/// language models' rows (docs/fit.md, "Intervals").
+constexpr double kOtherNetworks = 0.055;
+
+/// Half a 90 % interval of a network's steps and what another one may be off beside.
+double of_another(double half, double sigma) {
+  constexpr double kNormal = 1.645;
+  return std::hypot(half, kNormal * sigma);
 }
 
 /// Rows that are more than four and a half times as far off as the median row is of a normal
@@ -132,6 +154,7 @@ FitProblem problem_of(const RowsToFit& rows, const std::vector<std::size_t>& whi
   problem.groups_off_together = by != HeldOut::row;
   for (const std::size_t i : which) problem.measured.push_back(rows.figures[i].measured);
   problem.group = groups_of(rows, which, by);
+  problem.witness = witnesses_of(rows, which);
   problem.predict = [&rows, which, workers](const std::vector<double>& values,
                                             const std::vector<std::size_t>& some) {
     std::vector<std::size_t> chosen;
@@ -217,7 +240,8 @@ Adjustment adjustment_of(const FittedEntry& entry) {
   return adjustment_of(values);
 }
 
-double half_width(const FittedEntry& entry, const std::function<Seconds(const Adjustment&)>& time) {
+double half_width(const FittedEntry& entry, double parameters,
+                  const std::function<Seconds(const Adjustment&)>& time) {
   FitProblem problem;
   for (const auto& p : adjustment_parameters()) problem.parameters.push_back(p.parameter);
   std::vector<double> values;
@@ -225,9 +249,12 @@ double half_width(const FittedEntry& entry, const std::function<Seconds(const Ad
   problem.predict = [&](const std::vector<double>& v, const std::vector<std::size_t>& rows) {
     return std::vector<double>(rows.size(), time(adjustment_of(v)).count);
   };
-  return partita::validation::half_width(sensitivities(problem, values, 1), entry.noise,
-                                         entry.quantile, entry.covariance);
+  const double half = partita::validation::half_width(
+      sensitivities(problem, values, 1), entry.noise, entry.quantile, entry.covariance);
+  return entry.of_network(parameters) ? half : of_another(half, entry.other_networks);
 }
+
+bool FittedEntry::of_network(double count) const { return other_networks == 0 || count == network; }
 
 std::vector<RowsToFit> rows_to_fit(const std::vector<FamilyFigures>& families, bool pool_device) {
   std::vector<RowsToFit> all;
@@ -275,6 +302,12 @@ FittedEntry fit_entry(const RowsToFit& rows, const FitOptions& options, std::siz
     widths.push_back(f.half_width({from, from + static_cast<std::ptrdiff_t>(k)}));
   }
   e.half_width = median(std::move(widths));
+  std::set<double> networks;
+  for (const std::size_t i : drawn.fitted) networks.insert(rows.figures[i].parameters);
+  if (networks.size() == 1) {
+    e.network = *networks.begin(), e.other_networks = kOtherNetworks;
+    e.half_width_of_others = of_another(e.half_width, e.other_networks);
+  }
   e.held_out_times = f.held_out;
   e.held_out_half_widths = f.held_out_half_width;
   if (!f.held_out.empty()) e.held_out = error_of(f.held_out, problem.measured);
@@ -329,9 +362,12 @@ std::string to_yaml(const std::vector<FittedEntry>& entries) {
   for (const FittedEntry& e : entries) {
     s += fmt::format(
         "  - device: {}\n    framework: {}\n    cluster: {}\n    rows: {}\n    noise: {:.4f}\n"
-        "    half_width: {:.4f}\n    quantile: {:.4f}\n    parameters:\n",
+        "    half_width: {:.4f}\n    quantile: {:.4f}\n{}    parameters:\n",
         quoted(e.key.device), quoted(e.key.framework), quoted(e.key.cluster), e.rows, e.noise,
-        e.half_width, e.quantile);
+        e.half_width, e.quantile,
+        e.other_networks > 0 ? fmt::format("    network: {:.0f}\n    other_networks: {:.4f}\n",
+                                           e.network, e.other_networks)
+                             : "");
     for (std::size_t k = 0; k < e.parameters.size(); ++k) {
       const FitParameter& p = adjustment_parameters()[k].parameter;
       const FittedParameter& x = e.parameters[k];
@@ -361,6 +397,12 @@ FitProfile::FitProfile(const std::string& file) {
     e.noise = y.get("noise").as_double();
     e.half_width = y.get("half_width").as_double();
     e.quantile = y.get("quantile").as_double();
+    if (const auto other = y.find("other_networks")) {
+      e.other_networks = other->as_double();
+      e.network = y.get("network").as_double();
+      if (!(e.other_networks >= 0))
+        throw InputError(other->place(), "is negative; how far other networks are off is not");
+    }
     const YamlNode parameters = y.get("parameters");
     for (const auto& p : adjustment_parameters()) {
       const YamlNode n = parameters.get(p.parameter.name);
@@ -435,7 +477,8 @@ void rest_on_fit(Prediction& p, const FittedEntry* entry, const Graph& graph,
   if (!p.plan.as_ranked()) placed.emplace(on_devices(topology, p.plan));
   const Rehearsal rehearsal(program, placed ? *placed : communication, {.network = p.network});
   const double half =
-      half_width(*entry, [&](const Adjustment& a) { return to_seconds(rehearsal.play(a).step); });
+      half_width(*entry, static_cast<double>(parameter_count(graph)),
+                 [&](const Adjustment& a) { return to_seconds(rehearsal.play(a).step); });
   p.interval = {std::exp(-half) * p.step_time, std::exp(half) * p.step_time};
 }
 
@@ -444,10 +487,12 @@ void FitProfile::apply(RowsOptions& options) const {
     const FittedEntry* e = find(key);
     return e == nullptr ? Adjustment{} : adjustment_of(*e);
   };
-  options.half_width = [this](const RowKey& key, const RowStep& step) -> std::optional<double> {
+  options.half_width = [this](const RowKey& key, double parameters,
+                              const RowStep& step) -> std::optional<double> {
     const FittedEntry* e = find(key);
     if (e == nullptr) return std::nullopt;
-    return partita::validation::half_width(*e, [&](const Adjustment& a) { return step.time(a); });
+    return partita::validation::half_width(*e, parameters,
+                                           [&](const Adjustment& a) { return step.time(a); });
   };
 }
 

@@ -58,6 +58,12 @@ struct FittedEntry {
   double quantile = 0;             ///< of a 90 % interval, over what the linear model says
   std::vector<double> covariance;  ///< parameters x parameters
   double half_width = 0;           ///< the median row's, in logarithms
+  /// Parameters of the one network that all rows are of, and how far another one may be off as a
+  /// whole: a standard deviation, in logarithms. 0: rows are of several.
+  double network = 0, other_networks = 0;
+  double half_width_of_others = 0;  ///< the median row's, were it of another network
+  /// Is its interval that of the rows, with nothing beside for being another network?
+  bool of_network(double count) const;
   std::size_t predictions = 0;     ///< that the fit took
   /// Mean, median and bias of (predicted − measured) / measured.
   struct Error {
@@ -85,8 +91,9 @@ struct FittedEntry {
 };
 
 /// Of a time under an entry's adjustment, in logarithms, from its sensitivities: of a 90 %
-/// interval.
-double half_width(const FittedEntry& entry, const std::function<Seconds(const Adjustment&)>& time);
+/// interval. `parameters`: of the network.
+double half_width(const FittedEntry& entry, double parameters,
+                  const std::function<Seconds(const Adjustment&)>& time);
 Adjustment adjustment_of(const FittedEntry& entry);
 
 /// Parameters of one entry; more rows than options.rows are left out and predicted.

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/unit_text.h"
 #include "base/yaml.h"
+#include "validation/row_flags.h"
 #include "validation/row_settings.h"
 #include "validation/row_text.h"
 
@@ -23,6 +24,7 @@ struct SchemaColumns {
   std::string_view name;
   std::vector<std::string_view> mark;  ///< columns that only this schema has
   std::vector<std::string_view> configuration;
+  std::vector<std::string_view> others;  ///< measured values and what is said of the row
 };
 
 const std::vector<SchemaColumns>& schemas() {
@@ -63,7 +65,10 @@ const std::vector<SchemaColumns>& schemas() {
         "recompute",
         "precision",
         "attention_kernel",
-        "overlap_and_other_settings"}},
+        "overlap_and_other_settings"},
+       {"iteration_time_s", "tokens_per_s_per_gpu", "samples_per_s_total", "tflops_per_gpu",
+        "mfu_pct", "hfu_pct", "flop_formula", "peak_mem_per_gpu_gib", "peak_mem_definition",
+        "status"}},
       {RowSchema::memory,
        "memory",
        {"quantity", "value", "unit", "seq_len_tokens"},
@@ -86,21 +91,27 @@ const std::vector<SchemaColumns>& schemas() {
         "global_batch_seqs",
         "recompute",
         "precision",
-        "quantity"}},
+        "quantity"},
+       {"value", "unit"}},
       {RowSchema::convolution,
        "cnn_training",
        {"images_or_samples_per_s_total", "batch_per_gpu", "parallelism"},
        {"model", "framework", "gpu", "gpu_memory_gb", "num_gpus", "gpus_per_node", "interconnect",
-        "precision", "batch_per_gpu", "accumulation_steps", "global_batch", "parallelism"}},
+        "precision", "batch_per_gpu", "accumulation_steps", "global_batch", "parallelism"},
+       {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu",
+        "scaling_factor_vs_1gpu", "step_time_s"}},
       {RowSchema::collectives,
        "collectives",
        {"collective", "size_bytes", "time_us"},
        {"collective", "gpu", "num_gpus", "num_nodes", "gpus_per_node", "intra_node_interconnect",
-        "inter_node_interconnect", "library", "size_bytes", "count_elements", "dtype", "redop"}},
+        "inter_node_interconnect", "library", "size_bytes", "count_elements", "dtype", "redop"},
+       {"time_us", "algbw_gb_per_s", "busbw_gb_per_s", "inplace_time_us",
+        "inplace_busbw_gb_per_s"}},
       {RowSchema::products,
        "gemm",
        {"kernel", "m", "n", "k", "tflops"},
-       {"kernel", "gpu", "precision", "m", "n", "k", "batch_or_groups", "layout", "extra"}}};
+       {"kernel", "gpu", "precision", "m", "n", "k", "batch_or_groups", "layout", "extra"},
+       {"peak_tflops_used", "efficiency_fraction", "tflops", "time_s"}}};
   return all;
 }
 
@@ -164,6 +175,119 @@ RowSchema recognise(const CsvTable& table) {
   throw InputError(
       fmt::format("{}:1", table.file),
       fmt::format("the columns are those of no known table; there are {}", fmt::join(known, "; ")));
+}
+
+std::vector<UnreadColumn> unread_columns(const CsvTable& table) {
+  // Other names that frameworks and tables have for columns.
+  static const std::map<std::string_view, std::vector<std::string_view>> meant{
+      {"tensor_parallel", {"tp"}},
+      {"tensor_parallel_size", {"tp"}},
+      {"tensor_model_parallel_size", {"tp"}},
+      {"tp_size", {"tp"}},
+      {"pipeline_parallel", {"pp"}},
+      {"pipeline_parallel_size", {"pp"}},
+      {"pipeline_model_parallel_size", {"pp"}},
+      {"pp_size", {"pp"}},
+      {"stages", {"pp"}},
+      {"vpp", {"virtual_stages_per_gpu"}},
+      {"virtual_stages", {"virtual_stages_per_gpu"}},
+      {"interleaving", {"virtual_stages_per_gpu"}},
+      {"context_parallel", {"cp"}},
+      {"context_parallel_size", {"cp"}},
+      {"cp_size", {"cp"}},
+      {"expert_parallel", {"ep"}},
+      {"expert_parallel_size", {"ep"}},
+      {"expert_model_parallel_size", {"ep"}},
+      {"ep_size", {"ep"}},
+      {"data_parallel", {"dp", "parallelism"}},
+      {"data_parallel_size", {"dp"}},
+      {"dp_size", {"dp"}},
+      {"sp", {"sequence_parallel"}},
+      {"zero", {"zero_or_fsdp"}},
+      {"zero_stage", {"zero_or_fsdp"}},
+      {"fsdp", {"zero_or_fsdp"}},
+      {"sharding", {"zero_or_fsdp"}},
+      {"distributed_optimizer", {"zero_or_fsdp"}},
+      {"mbs", {"micro_batch_per_dp_rank"}},
+      {"micro_batch", {"micro_batch_per_dp_rank"}},
+      {"micro_batch_size", {"micro_batch_per_dp_rank"}},
+      {"gbs", {"global_batch_seqs", "global_batch"}},
+      {"global_batch", {"global_batch_seqs"}},
+      {"global_batch_size", {"global_batch_seqs", "global_batch"}},
+      {"batch_size", {"batch_per_gpu", "global_batch_seqs"}},
+      {"batch", {"batch_per_gpu", "global_batch_seqs"}},
+      {"seq", {"seq_len_tokens"}},
+      {"seq_len", {"seq_len_tokens"}},
+      {"seq_length", {"seq_len_tokens"}},
+      {"sequence_length", {"seq_len_tokens"}},
+      {"layers", {"num_layers"}},
+      {"hidden", {"hidden_size"}},
+      {"heads", {"num_heads"}},
+      {"num_attention_heads", {"num_heads"}},
+      {"kv_heads", {"num_kv_heads"}},
+      {"num_query_groups", {"num_kv_heads"}},
+      {"ffn", {"ffn_hidden_size"}},
+      {"experts", {"num_experts"}},
+      {"top_k", {"moe_topk"}},
+      {"topk", {"moe_topk"}},
+      {"params", {"params_billion"}},
+      {"parameters", {"params_billion"}},
+      {"devices", {"num_gpus"}},
+      {"gpus", {"num_gpus"}},
+      {"n_gpus", {"num_gpus"}},
+      {"world_size", {"num_gpus"}},
+      {"ranks", {"num_gpus"}},
+      {"nodes", {"num_nodes", "num_gpus"}},
+      {"device", {"gpu"}},
+      {"accelerator", {"gpu"}},
+      {"gpu_type", {"gpu"}},
+      {"network", {"inter_node_interconnect", "interconnect"}},
+      {"interconnect", {"inter_node_interconnect"}},
+      {"recomputation", {"recompute"}},
+      {"activation_checkpointing", {"recompute"}},
+      {"checkpointing", {"recompute"}},
+      {"dtype", {"precision"}},
+      {"attention", {"attention_kernel"}},
+      {"settings", {"overlap_and_other_settings"}},
+      {"flags", {"overlap_and_other_settings"}},
+      {"step_time", {"iteration_time_s", "step_time_s"}},
+      {"step_time_s", {"iteration_time_s"}},
+      {"iteration_time", {"iteration_time_s"}},
+      {"time_s", {"iteration_time_s"}},
+      {"time", {"time_us", "time_s", "iteration_time_s"}},
+      {"tokens_per_s", {"tokens_per_s_per_gpu"}},
+      {"tflops", {"tflops_per_gpu"}},
+      {"mfu", {"mfu_pct"}},
+      {"peak_memory", {"peak_mem_per_gpu_gib"}},
+      {"bytes", {"size_bytes"}},
+      {"size", {"size_bytes"}},
+  };
+  const SchemaColumns& schema = columns_of(recognise(table));
+  std::vector<std::string> known{"id", "family", "from_memory", "source", "notes"};
+  for (const auto* list : {&schema.configuration, &schema.others})
+    known.insert(known.end(), list->begin(), list->end());
+  const auto in = [](const std::vector<std::string>& list, std::string_view name) {
+    return std::find(list.begin(), list.end(), name) != list.end();
+  };
+  std::vector<std::string> missing;
+  for (const std::string& name : known)
+    if (!in(table.header, name)) missing.push_back(name);
+  std::vector<UnreadColumn> unread;
+  for (const std::string& column : table.header) {
+    if (in(known, column)) continue;
+    UnreadColumn u{column, ""};
+    std::string plain = lower(column);
+    for (char& c : plain)
+      if (c == ' ' || c == '-') c = '_';
+    if (in(known, plain)) u.meant = plain;
+    if (const auto m = meant.find(plain); u.meant.empty() && m != meant.end()) {
+      for (const std::string_view name : m->second)
+        if (u.meant.empty() && in(known, name)) u.meant = name;
+    }
+    if (u.meant.empty() && plain.size() > 3) u.meant = nearest_of(plain, missing);
+    unread.push_back(std::move(u));
+  }
+  return unread;
 }
 
 Row::Row(const CsvTable& table, std::size_t record)
@@ -357,6 +481,17 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
                          std::optional<std::int64_t> per_node, const std::string& intra,
                          const std::string& inter, std::vector<std::string>& assumed) {
   const DeviceProfile& device = device_of(catalogue, gpu, memory, intra);
+  const std::string inside = lower(intra);
+  for (const char* without : {"no nvlink", "without nvlink", "nvlink off", "nvlink disabled"}) {
+    if (has(inside, without) && !is_pcie(device.name) && gpus > 1)
+      throw InputError(
+          "intra_node_interconnect",
+          fmt::format("'{}': nodes of {} have NVLink in every cluster of the catalogue; "
+                      "write a topology file without it and use partita simulate",
+                      intra, device.name));
+  }
+  if (has(inside, "bridge") && is_pcie(device.name) && gpus > 1)
+    assumed.push_back("transfers in a node by PCIe: NVLink bridges are in no cluster");
   const std::string generation = device.name.substr(0, device.name.find('-'));
   const ClusterShape* best = nullptr;
   int best_score = -1;
@@ -577,6 +712,9 @@ class CaseBuilder {
 
   RowCase build() {
     c_.assumed = row_.replaced();
+    for (const auto& [column, cell] :
+         cells_of(command_line(row_["overlap_and_other_settings"]).flags))
+      row_.fill(column, cell);
     find_framework();
     read_recipes();
     find_network();
@@ -799,22 +937,35 @@ class CaseBuilder {
     }
     const std::string kernel =
         plain_text(row_["attention_kernel"].empty() ? flags_.attention : row_["attention_kernel"]);
+    const auto says = [&](std::initializer_list<std::string_view> words) {
+      return std::any_of(words.begin(), words.end(),
+                         [&](std::string_view w) { return has(kernel, w); });
+    };
     if (kernel.rfind("non-flash", 0) == 0 || kernel.rfind("no flash", 0) == 0 ||
-        kernel.rfind("without flash", 0) == 0 || kernel == "unfused" || kernel == "local" ||
-        kernel == "eager" || (has(kernel, "softmax") && !has(kernel, "flash")) ||
+        kernel.rfind("without flash", 0) == 0 || kernel.rfind("no_flash", 0) == 0 ||
+        (says({"unfused", "local", "eager", "naive", "vanilla", "standard", "materiali", "math",
+               "softmax", "baddbmm", "bmm"}) &&
+         !says({"flash"})) ||
+        kernel == "none" || kernel == "torch" || kernel == "native" ||
         (kernel.empty() &&
          (flags_.local || (!flags_.any && deterministic() && row_.whole("cp").value_or(1) == 1)))) {
       t.flash_attention = false;
-    } else if (has(kernel, "flash") || has(kernel, "fused") || has(kernel, "sdpa") ||
-               has(kernel, "triton")) {
+    } else if (says({"flash", "fused", "sdpa", "triton", "fa1", "fa2", "fa3", "fa4", "fa-", "fa v",
+                     "fa_", "cudnn", "xformers", "mem", "flex", "splash", "transformer engine"}) ||
+               kernel == "fa" || kernel == "te") {
+      // Kernels that keep no scores: one cost, whoever wrote them.
       t.flash_attention = true;
+    } else if (!kernel.empty() && kernel != "auto") {
+      throw InputError("attention_kernel",
+                       fmt::format("'{}' is not understood; say flash or unfused", kernel));
     } else {
       t.flash_attention = framework_->flash_attention;
       assume("{} attention", t.flash_attention ? "flash" : "materialised");
     }
     // Networks of Llama's kind and hybrids are trained without.
     const bool llama = flags_.gated && flags_.rope && flags_.no_bias;
-    if (t.dropout == 0 && framework_->dropout > 0 && !llama && t.pattern.empty()) {
+    if (t.dropout == 0 && framework_->dropout > 0 && !llama && !flags_.no_dropout &&
+        t.pattern.empty()) {
       t.dropout = framework_->dropout;
       assume("dropout {}", t.dropout);
     }
@@ -1445,9 +1596,12 @@ class CaseBuilder {
     if (chunks.empty() && p.chunks() <= layers) chunks = blocks_per_chunk(layers, p.chunks());
     std::string patterns;
     std::int64_t block = 0, again = 0;
+    const auto count = static_cast<std::int64_t>(std::max<std::size_t>(1, chunks.size()));
+    const std::int64_t first = some->in_all > 0 ? (some->in_all + count - 1) / count : some->first;
+    if (some->in_all > 0 && count > 1) assume("{} blocks of each chunk recomputed", first);
     for (const std::int64_t of_chunk : chunks) {
       for (std::int64_t k = 0; k < of_chunk; ++k, ++block) {
-        if (some->first > 0 ? k >= some->first : (block + 1) % some->every != 0) continue;
+        if (first > 0 ? k >= first : (block + 1) % some->every != 0) continue;
         patterns += fmt::format("{}layers.{}.*", patterns.empty() ? "" : ",", block);
         ++again;
       }

@@ -25,6 +25,14 @@ std::string_view name(RowSchema schema);
 /// when none fits, or when a column that the schema rests on is missing.
 RowSchema recognise(const CsvTable& table);
 
+/// A column that no prediction and no comparison reads.
+struct UnreadColumn {
+  std::string column;
+  std::string meant;  ///< the schema's column of which it is another usual name, or nearly the name
+};
+/// In the table's order.
+std::vector<UnreadColumn> unread_columns(const CsvTable& table);
+
 /// A row's cells by column name.
 class Row {
  public:

@@ -190,6 +190,8 @@ double measured_collective(const Row& row) {
   const double bus = number(row["busbw_gb_per_s"]).value_or(0);
   double n = number(row["num_gpus"]).value_or(0);
   if (n == 0) n = number(row["num_nodes"]).value_or(1) * number(row["gpus_per_node"]).value_or(0);
+  const double algorithm = number(row["algbw_gb_per_s"]).value_or(0);
+  if (size > 0 && !(bus > 0) && algorithm > 0) return size / (algorithm * 1e9);
   if (!(size > 0 && bus > 0 && n > 1)) return 0;
   return size * bus_factor(row["collective"], n) / (bus * 1e9);
 }
@@ -219,6 +221,14 @@ KernelFigure collective_figure(const Configuration& row, const Catalogue& catalo
     f.assumed.push_back(fmt::format("{} GPUs", n));
   }
   if (n < 2) throw InputError("num_gpus", "a collective has at least 2");
+  if (nodes && per_node && *nodes * *per_node < n)
+    throw InputError("num_nodes",
+                     fmt::format("{} nodes of {} have no {} GPUs", *nodes, *per_node, n));
+  for (const char* other : {"gloo", "rccl", "oneccl", "mpi", "mscclpp", "nvshmem"}) {
+    if (has_word(lower(row["library"]), other))
+      throw InputError("library",
+                       fmt::format("'{}' is not NCCL, the one that is modelled", row["library"]));
+  }
   std::string inter = row["inter_node_interconnect"];
   if (inter == "none") inter.clear();
   const auto cluster_for = [&](std::int64_t gpus, std::vector<std::string>& assumed) {
@@ -271,6 +281,12 @@ KernelFigure product_figure(const Configuration& row, const Catalogue& catalogue
     flops = Flops{whole_square(*a) / (a->causal ? 2 : 1)};
   } else {
     const ProductShape p = product_shape(row);
+    const std::string kernel = lower(row["kernel"]);
+    for (const char* other : {"conv", "softmax", "norm", "elementwise", "reduce"}) {
+      if (kernel.find(other) != std::string::npos)
+        throw InputError("kernel",
+                         fmt::format("'{}' is neither a product nor attention", row["kernel"]));
+    }
     if (!(p.m > 0 && p.n > 0 && p.k > 0))
       throw InputError("m", fmt::format("the shape of '{}' is not printed", row["kernel"]));
     const std::string& extra = row["extra"];

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <regex>
 
+#include "validation/row_flags.h"
 #include "validation/row_text.h"
 
 namespace partita::validation {
@@ -165,6 +166,13 @@ const std::vector<Rule>& rules() {
       {{{"tied embeddings", "tie embeddings", "tie word embeddings"}},
        [](S& s, bool on, Text) { s.tied = on; }},
       {{{"lora", "peft"}}, [](S& s, bool on, Text) { s.lora = on; }},
+      {{{"cpu offloading num layers"}},
+       [](S& s, bool on, Text c) {
+         s.offload_activations = on;
+         const auto at = std::min(c.find_first_of("0123456789"), c.size());
+         s.offload_blocks = static_cast<std::int64_t>(number(c.substr(at)).value_or(0));
+       }},
+      {{{"cpu offloading"}}, [](S& s, bool on, Text) { s.offload_activations = on; }},
       {{{"activation", "activations"}, {"offload", "offloading", "offloaded"}},
        [](S& s, bool on, Text c) {
          s.offload_activations = on;
@@ -241,9 +249,13 @@ bool read(std::string_view clause, Settings& s) {
 
 Settings settings_of(std::string_view text) {
   Settings s;
-  if (text.rfind("--", 0) == 0) return s;
-  for (const Clause& clause : clauses_of(text)) {
+  const CommandLine line = command_line(text);
+  for (const Clause& clause : clauses_of(line.words)) {
     if (!read(plain_clause(clause.text), s) && !clause.in_brackets) s.unread.push_back(clause.text);
+  }
+  for (const Flag& flag : line.flags) {
+    if (is_read_elsewhere(flag)) continue;
+    if (!read(plain_clause(flag.name + "=" + flag.value), s)) s.unread.push_back(flag.written);
   }
   return s;
 }

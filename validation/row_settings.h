@@ -1,5 +1,5 @@
 // validation/row_settings.h: what a row's column of settings says in words, clause by clause
-// (docs/published.md, "Settings in words"). Megatron's command lines are row_text.h's.
+// (docs/published.md, "Settings in words").
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct Settings {
 /// ("features={"moe_dispatcher": "deepep"}") hold clauses. A clause is off behind "no", "not",
 /// "without" or "disable", with "off", "false", "disabled", "unused", "not used" or "not enabled"
 /// in it, or with the value "none", "no", "n" or "0". "_" and "-" are spaces; letters of any case.
-/// Nothing of a command line ("--...").
+/// A flag of a command line ("--name=value", row_flags.h) is a clause.
 Settings settings_of(std::string_view text);
 
 }  // namespace partita::validation

@@ -43,7 +43,7 @@ std::vector<Rate> rates_of(std::string_view s) {
       Unit{"Gb/sec", 1e9 / 8}, Unit{"GB/s", 1e9},      Unit{"GBps", 1e9},
       Unit{"Tb/s", 1e12 / 8},  Unit{"Tbps", 1e12 / 8}, Unit{"TB/s", 1e12},
       Unit{"MB/s", 1e6},       Unit{"Mb/s", 1e6 / 8},  Unit{"Gbit", 1e9 / 8},
-      Unit{"GbE", 1e9 / 8}};
+      Unit{"GbE", 1e9 / 8},    Unit{"G", 1e9 / 8}};
   std::vector<Rate> all;
   std::size_t after = 0;  // behind the last rate
   for (std::size_t i = 0; i < s.size(); ++i) {
@@ -56,6 +56,8 @@ std::vector<Rate> rates_of(std::string_view s) {
     const Unit* found = nullptr;
     for (const Unit& u : kUnits) {
       if (s.substr(unit, u.text.size()) != u.text) continue;
+      // "8x400G IB", but no "80GB".
+      if (u.text == "G" && (unit != end || (unit + 1 < s.size() && letter(s[unit + 1])))) continue;
       if (found == nullptr || u.text.size() > found->text.size()) found = &u;
     }
     if (!value || found == nullptr) continue;
@@ -180,6 +182,8 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
       if (has(l, "per gpu") || has(l, "per nic") || has(l, "per node"))
         s += " " +
              l.substr(l.find("per "), l.find_first_of(")],;", l.find("per ")) - l.find("per "));
+      for (const char* other : {"storage", "management"})
+        if (has(l, other)) s += std::string(" ") + other;
       bracket.clear();
     }
   }
@@ -275,6 +279,10 @@ std::optional<std::string> recompute_of(std::string_view text) {
   // "activation checkpointing: no", "AC=False", "recompute none", "w/o activation checkpointing".
   static const std::regex off(R"((^|[ :=])(no|none|off|false|disabled)$|[:=] ?(n|0)$)");
   if (begins("w/o ") || begins("not ") || std::regex_search(plain, off)) return "none";
+  // Which blocks of the network: recomputed_blocks() says it or nobody.
+  if ((has(s, "full") && has(s, "selective") && !has(s, "granularity")) || has_word(s, "only") ||
+      has_word(s, "stage") || has_word(s, "first"))
+    return std::nullopt;
   if (has(s, "full") || plain == "on" || plain == "yes" || plain == "true" ||
       (!has(s, "selective") &&
        (has(s, "activation checkpointing") || has(s, "gradient checkpointing"))))
@@ -313,6 +321,13 @@ std::optional<RecomputedBlocks> recomputed_blocks(std::string_view text) {
     const std::int64_t n = std::stol(found[1]);
     if (n > 1) return RecomputedBlocks{n, 0};
   }
+  // "4 of 32 layers": of the whole network.
+  static const std::regex of_all(
+      R"((\d{1,3}) (?:of|out of) (?:the )?\d{1,3} (?:layer|block)|first (\d{1,3}) (?:layer|block))");
+  if (!has(s, "selective") && std::regex_search(s, found, of_all)) {
+    const std::int64_t n = std::stol(found[found[1].matched ? 1 : 2]);
+    if (n > 0) return RecomputedBlocks{1, 0, n};
+  }
   // Megatron's recompute_method block and recompute_num_layers; uniform cuts all blocks.
   static const std::regex first(
       R"((?:block|num[_ -]layers|recompute[_ -]layers)[^\d]{0,24}(\d{1,3})(?!\d)|(\d{1,3}) ?(?:layers|blocks))");
@@ -326,9 +341,17 @@ std::optional<RecomputedBlocks> recomputed_blocks(std::string_view text) {
 std::optional<ShardingText> sharding_of(std::string_view text) {
   const std::string s = lower(text);
   ShardingText z;
-  z.offload_parameters = has(s, "param offload") || has(s, "full offload");
+  // Of DeepSpeed ZeRO-Infinity and of FSDP CPU offloading take the parameters too; ZeRO's the
+  // optimizer.
+  const bool infinity = has(s, "infinity"), fsdp = has(s, "fsdp");
+  const bool offload = has(s, "offload") && !has(s, "no offload") && !has(s, "without offload");
+  z.offload_parameters =
+      infinity || (offload && (has(s, "param offload") || has(s, "full offload") ||
+                               has(s, "parameter offload") || has(s, "offload param") || fsdp));
   z.offload_optimizer =
-      has(s, "opt offload") || has(s, "optimizer offload") || has(s, "full offload");
+      infinity || (offload && (!z.offload_parameters || fsdp || has(s, "full offload") ||
+                               has(s, "opt offload") || has(s, "optimizer offload") ||
+                               has(s, "offload optimizer")));
   const auto number_after = [&](std::string_view word) -> std::optional<double> {
     const auto at = s.find(word);
     if (at == std::string::npos) return std::nullopt;
@@ -344,7 +367,9 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     z.group = 0;
     return z;
   }
-  if (has(s, "no_shard")) {
+  static const std::regex denied(
+      R"(\b(no|not|without|w/o|disable)[ _-]*(zero\b|shard|distributed[ _-]optimizer|fsdp|state)|(zero|fsdp|optimizer|sharding)[ :=]+(off|false|no|none|disabled|0)$)");
+  if (has(s, "no_shard") || (std::regex_search(s, denied) && !has(s, "no reshard"))) {
     z.zero = 0;
     return z;
   }
@@ -355,13 +380,16 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     z.reshard = false;
     return z;
   }
-  for (int stage = 0; stage <= 3; ++stage) {
-    for (const char* form : {"zero-{}", "zero{}", "zero {}", "zero stage {}", "stage {}",
-                             "stage-{}", "stage={}", "stage{}"}) {
-      if (!has(s, fmt::format(fmt::runtime(form), stage))) continue;
-      z.zero = stage;
-      return z;
-    }
+  // "ZeRO-2", "zero stage=3", "Stage 1+2": the last is all of them.
+  static const std::regex stage(
+      R"((?:zero|stage)[ _=-]*(?:stage)?[ _=-]*([0-3])(?:[+/&]([0-3]))?(?!\d))");
+  if (std::smatch found; std::regex_search(s, found, stage)) {
+    z.zero = std::stoi(found[found[2].matched ? 2 : 1]);
+    return z;
+  }
+  if (infinity || has(s, "zero-offload") || has(s, "zero offload")) {
+    z.zero = infinity ? 3 : 2;
+    return z;
   }
   if (z.hybrid || has(s, "fsdp") || has(s, "full_shard") || has(s, "fully_shard") ||
       has(s, "optim_grads_params")) {
@@ -374,7 +402,7 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     return z;
   }
   if (has(s, "zero")) return z;  // some stage
-  if (s == "none" || s == "off") {
+  if (s == "none" || s == "off" || s == "no" || s == "false" || s == "0") {
     z.zero = 0;
     return z;
   }
@@ -488,37 +516,6 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
   for (const std::string_view word : {"printed", "peak", "memory", "gb", "gib", "vram", "usage"})
     if (has(s, word)) return q;
   return std::nullopt;
-}
-
-MegatronFlags megatron_flags(std::string_view text) {
-  MegatronFlags f;
-  f.any = text.rfind("--", 0) == 0;
-  const auto flag = [&](std::string_view name) {
-    for (auto at = text.find(name); at != std::string_view::npos; at = text.find(name, at + 1)) {
-      const std::size_t end = at + name.size();
-      if (end == text.size() || text[end] == ' ' || text[end] == '=' || text[end] == ',')
-        return true;
-    }
-    return false;
-  };
-  f.gated = flag("--swiglu");
-  f.untied = flag("--untie-embeddings-and-output-weights");
-  f.no_bias = flag("--disable-bias-linear");
-  f.rope = flag("--position-embedding-type") && has(text, "--position-embedding-type=rope");
-  f.latent = flag("--multi-latent-attention");
-  f.overlap_gradients = flag("--overlap-grad-reduce");
-  f.fused_loss = flag("--cross-entropy-loss-fusion");
-  f.grouped_product = flag("--moe-grouped-gemm");
-  f.local = has(text, "--transformer-impl=local");
-  f.overlap_tensor_parallel = flag("--tp-comm-overlap");
-  f.flex_dispatcher = has(text, "--moe-token-dispatcher-type=flex");
-  constexpr std::string_view kBackend = "--attention-backend=";
-  if (const auto at = text.find(kBackend); at != std::string_view::npos) {
-    const auto start = at + kBackend.size();
-    f.attention = std::string(text.substr(start, text.find_first_of(" ,", start) - start));
-  }
-  if (flag("--use-flash-attn")) f.attention = "flash";
-  return f;
 }
 
 std::optional<std::int64_t> accumulation_of(std::string_view text) {

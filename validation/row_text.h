@@ -52,6 +52,8 @@ std::optional<std::string> recompute_of(std::string_view text);
 struct RecomputedBlocks {
   std::int64_t every = 1;  ///< the last of each so many ("every other layer": 2)
   std::int64_t first = 0;  ///< > 0: the first so many of a pipeline's chunk ("block, 10 layers")
+  std::int64_t in_all =
+      0;  ///< > 0: so many of the network ("4 of 32 layers"), of each chunk as many
   friend bool operator==(const RecomputedBlocks&, const RecomputedBlocks&) = default;
 };
 /// Empty: all, or none, or parts of blocks.
@@ -99,18 +101,6 @@ struct MemoryQuantity {
 };
 /// Empty for what is no memory of a rank (a layer's time).
 std::optional<MemoryQuantity> memory_quantity(std::string_view text);
-
-/// Settings among command line flags of Megatron: "--swiglu --untie-embeddings-and-output-weights".
-struct MegatronFlags {
-  bool any = false;  ///< the text is a list of flags: what it does not say is off
-  bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
-  bool overlap_gradients = false, overlap_tensor_parallel = false;
-  bool fused_loss = false, grouped_product = false;
-  bool local = false;            ///< Megatron's own layers, not Transformer Engine's
-  bool flex_dispatcher = false;  ///< DeepEP or HybridEP
-  std::string attention;         ///< of --attention-backend
-};
-MegatronFlags megatron_flags(std::string_view text);
 
 /// "grad accumulation=4" -> 4.
 std::optional<std::int64_t> accumulation_of(std::string_view text);

@@ -91,7 +91,7 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
     PARTITA_ASSERT(p->plan.as_ranked(), "rows place rank r on device r");
     auto step = std::make_shared<const RowStep>(std::move(communication), std::move(program),
                                                 options.network);
-    if (options.half_width) o.half_width = options.half_width(o.key, *step);
+    if (options.half_width) o.half_width = options.half_width(o.key, o.parameters, *step);
     if (options.keep_steps) o.again = std::move(step);
   }
   return o;
@@ -434,8 +434,12 @@ class RowsPrediction {
 
   /// Is a rate printed?
   static bool rated(const Row& row, bool collective) {
-    const auto n = number(row[collective ? "busbw_gb_per_s" : "tflops"]);
-    return n && *n > 0;
+    const auto positive = [&](const char* column) {
+      const auto n = number(row[column]);
+      return n && *n > 0;
+    };
+    return collective ? positive("busbw_gb_per_s") || positive("algbw_gb_per_s")
+                      : positive("tflops");
   }
 
   void read_kernel(RowSchema schema, const Row& row, PendingRow& p) {
@@ -616,6 +620,7 @@ class RowsPrediction {
         }
         figure.samples = o.samples;
         figure.ideal = o.ideal;
+        figure.parameters = o.parameters;
         figure.shares = o.shares;
         figure.step = o.again;
         return true;

@@ -53,6 +53,7 @@ struct Figure {
   RowKey key;
   double samples = 1;                   ///< that the time is for
   std::string model;                    ///< held out together by the baseline
+  double parameters = 0;                ///< of the network
   double ideal = 0;                     ///< model FLOPs at the devices' peak; 0: none
   std::shared_ptr<const RowStep> step;  ///< of a time, where the options keep steps
   /// Of the predicted time, by term: "linear", "attention", "exposed tp", "bubble", ...
@@ -81,8 +82,9 @@ struct RowsOptions {
   std::string family;       ///< only this one; "": all
   /// What measured steps say of prices, by device, framework and cluster; null: nothing.
   std::function<Adjustment(const RowKey&)> adjust;
-  /// Of the 90 % interval of a step's time, in logarithms; nothing where there is none.
-  std::function<std::optional<double>(const RowKey&, const RowStep&)> half_width;
+  /// Of the 90 % interval of a step's time, in logarithms, of a network of so many parameters;
+  /// nothing where there is none.
+  std::function<std::optional<double>(const RowKey&, double parameters, const RowStep&)> half_width;
   bool keep_steps = false;  ///< in the figures of times
 };
 

@@ -390,9 +390,13 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const double each =
         (found ? scaled_reads(op.compute) : 1) * bits(p.buffer(operands[0]).type) / 8.0 +
         2 * bits(op.compute) / 8.0;
-    w.streamed = Bytes{std::llround(each * static_cast<double>(elements) * (forward ? 1 : joined))};
-    w.kernels = 2;
-    if (found) w.kernels += kScaleKernels * (one.grouped ? static_cast<int>(s.count) : 1);
+    // What comes round in parts comes narrow, and is only turned.
+    const double moved = i.part > 0 ? 2 * bits(op.compute) / 8.0 : each;
+    w.streamed =
+        Bytes{std::llround(moved * static_cast<double>(elements) * (forward ? 1 : joined))};
+    w.kernels = i.part > 0 ? 1 : 2;
+    if (found && i.part <= 0)
+      w.kernels += kScaleKernels * (one.grouped ? static_cast<int>(s.count) : 1);
   }
   if (one.grouped) {
     // Transformer Engine multiplies and converts expert by expert

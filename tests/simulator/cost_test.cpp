@@ -377,6 +377,38 @@ TEST(Cost, OfAGradientMadeInPartsIsOneThatIsAddedOnce) {
   EXPECT_EQ(added[0], added[1]);
 }
 
+TEST(Cost, OfWhatComesRoundInPartsIsCastOnce) {
+  // docs/policies.md, "Overlapped tensor parallel": gradients that a row-cut product gathers.
+  Plan plan = base_plan();
+  plan.tp = 2;
+  plan.sequence_parallel = true;
+  set_precision(plan, "fp8", "");
+  std::map<std::string, std::int64_t> cast[2];
+  int turned = 0;
+  for (const bool overlapped : {false, true}) {
+    plan.overlap_tensor_parallel = overlapped;
+    const Program p = lowered(llama(), plan);
+    for (const Block& block : p.blocks) {
+      if (block.kind != BlockKind::backward) continue;
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::compute || i.op < 0 || i.kernel != Kernel::backward_data || !i.casts)
+          continue;
+        const auto& op = p.operators[static_cast<std::size_t>(i.op)];
+        const Work w = work_of(p, i, 0);
+        EXPECT_EQ(w.kernels, i.part > 0 ? 1 : 2) << op.name;
+        turned += i.part > 0 ? 1 : 0;
+        cast[overlapped][op.name] += w.streamed.count;
+      }
+    }
+  }
+  EXPECT_GT(turned, 0);
+  ASSERT_EQ(cast[0].size(), cast[1].size());
+  // Of two parts one is read in bf16 and written twice, one read and written in fp8: 3 B for 4.
+  const std::string down = "layers.0.mlp.down", up = "layers.0.mlp.up";
+  EXPECT_EQ(4 * cast[1].at(down), 3 * cast[0].at(down));
+  EXPECT_EQ(cast[1].at(up), cast[0].at(up));
+}
+
 TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
   const Topology t = load_topology("dgx-h100:1", without_nccl());
   Communication c(t);

@@ -188,14 +188,44 @@ TEST(Fit, IntervalsOfAHeldOutGroupComeFromTheOthers) {
   };
   const Fit f = fit(p);
   ASSERT_EQ(f.held_out_half_width.size(), 4u);
-  const double half[] = {0.1, 0.1, 0.1, 0.03};
+  // Student's t of two witnesses, and of three.
+  const double half[] = {0.05 * 6.3138, 0.05 * 6.3138, 0.05 * 2.9200, 0.05 * 2.9200};
   for (std::size_t i = 0; i < 4; ++i) {
     EXPECT_NEAR(f.held_out[i], 1, 1e-12);
-    EXPECT_NEAR(f.held_out_half_width[i], half[i], 1e-12) << i;
+    EXPECT_NEAR(f.held_out_half_width[i], half[i], 1e-5) << i;
   }
-  EXPECT_NEAR(f.quantile, 2, 1e-9);  // of all four: 0.1 / 0.05
+  EXPECT_NEAR(f.quantile, 2.3534, 1e-4);  // of all four
+  // Enough of them say it themselves.
+  p.measured.clear(), p.group.clear();
+  for (const double off : {0.01, -0.02, 0.03, 0.04, -0.01, 0.02, 0.1, -0.2, 0.3}) {
+    p.group.push_back(p.measured.size() / 3);
+    p.measured.push_back(std::exp(off));
+  }
+  for (int k = 0; k < 20; ++k) p.group.push_back(3), p.measured.push_back(std::exp(0.01));
+  const Fit enough = fit(p);
+  EXPECT_NEAR(enough.held_out_half_width[6], 0.03, 1e-9);
+  EXPECT_LT(enough.held_out_half_width[8], std::log(p.measured[8]));
   p.group.clear();
   EXPECT_TRUE(fit(p).held_out_half_width.empty());
+}
+
+/// Eight configurations say what eight rows do, however often they were measured; the ninth is
+/// enough.
+TEST(Fit, RowsOfOneConfigurationAreOneWitness) {
+  EXPECT_NEAR(quantile_of_sizes({0.1}, 1), 6.3138, 1e-4);
+  EXPECT_NEAR(quantile_of_sizes(std::vector<double>(8, 0.1), 8), 1.8946, 1e-4);
+  EXPECT_NEAR(quantile_of_sizes(std::vector<double>(9, 0.1), 9), 0.1, 1e-12);
+  EXPECT_NEAR(quantile_of_sizes({0.1, 7}, 2), 7, 1e-12);
+  FitProblem p;
+  p.parameters = {{"idle", "", 1, 0.5, 2, 0.2, true}};
+  p.measured.assign(12, std::exp(0.01));
+  p.fixed_noise = 0.05;
+  p.predict = [](const std::vector<double>&, const std::vector<std::size_t>& rows) {
+    return std::vector<double>(rows.size(), 1);
+  };
+  EXPECT_NEAR(fit(p).quantile, 0.2, 1e-9);
+  for (std::size_t i = 0; i < 12; ++i) p.witness.push_back(i % 4);
+  EXPECT_NEAR(fit(p).quantile, 2.3534, 1e-4);
 }
 
 TEST(Fit, OneErraticRowDoesNotSteer) {

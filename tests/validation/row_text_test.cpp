@@ -136,7 +136,6 @@ TEST(RowText, Recomputation) {
         {"AC: none", "none"},
         {"not full", "none"},
         {"activation checkpointing=0", "none"},
-        {"full on stage 0", "full"},
         {"activation checkpointing", "full"},
         {"gradient checkpointing", "full"},
         {"activation checkpointing off", "none"},
@@ -161,7 +160,11 @@ TEST(RowText, Recomputation) {
   for (const char* all : {"", "none", "full", "every layer", "full uniform 2",
                           "selective (option 1)", "full, all blocks", "every 1000000 layers"})
     EXPECT_FALSE(recomputed_blocks(all)) << all;
-  for (const char* nothing : {"", "partial (rematerialisation)", "some"})
+  EXPECT_EQ(recomputed_blocks("full (4 of 32 layers)"), (RecomputedBlocks{1, 0, 4}));
+  EXPECT_EQ(recomputed_blocks("full, first 10 layers"), (RecomputedBlocks{1, 0, 10}));
+  EXPECT_FALSE(recomputed_blocks("selective + full for first 2 layers"));
+  for (const char* nothing : {"", "partial (rematerialisation)", "some", "full on stage 0 only",
+                              "full on stage 0", "selective + full for first 2 layers"})
     EXPECT_FALSE(recompute_of(nothing)) << nothing;
 }
 
@@ -197,7 +200,21 @@ TEST(RowText, Sharding) {
                         {"HSDP (dp_shard=32, dp_replicate=4)", {3, 32, true, false, false, true}},
                         {"HSDP", {3, 0, true, false, false, true}},
                         {"_HYBRID_SHARD_ZERO2", {3, 0, false, false, false, true}},
-                        {"none", zero(0)}})
+                        {"none", zero(0)},
+                        {"no ZeRO", zero(0)},
+                        {"no", zero(0)},
+                        {"ZeRO: off", zero(0)},
+                        {"without distributed optimizer", zero(0)},
+                        {"w/o ZeRO", zero(0)},
+                        {"not sharded", zero(0)},
+                        {"Stage 1+2", zero(2)},
+                        {"ZeRO-1/2", zero(2)},
+                        {"ZeRO-3 + CPU offload", {3, 0, true, true}},
+                        {"ZeRO-3 offload", {3, 0, true, true}},
+                        {"ZeRO-3, no offload", zero(3)},
+                        {"ZeRO-Offload", {2, 0, true, true}},
+                        {"ZeRO-Infinity", {3, 0, true, true, true}},
+                        {"FSDP CPU offload", {3, 0, true, true, true}}})
     EXPECT_EQ(sharding_of(c.text), c.is) << c.text;
   for (const char* nothing : {"", "2D finalized: 12-way model", "sharded"})
     EXPECT_FALSE(sharding_of(nothing)) << nothing;
@@ -262,18 +279,6 @@ TEST(RowText, SizesInNames) {
     EXPECT_TRUE(names_experts(mixture)) << mixture;
   for (const char* dense : {"Llama 3 8B", "GPT-3 175B", "alpha3b", "resnext101-32x4d", "v1.5"})
     EXPECT_FALSE(names_experts(dense)) << dense;
-}
-
-TEST(RowText, MegatronsFlags) {
-  const MegatronFlags f = megatron_flags(
-      "--swiglu --untie-embeddings-and-output-weights --attention-backend=unfused "
-      "--position-embedding-type=rope --overlap-grad-reduce");
-  EXPECT_TRUE(f.any && f.gated && f.untied && f.rope && f.overlap_gradients);
-  EXPECT_FALSE(f.no_bias || f.latent || f.overlap_tensor_parallel);
-  EXPECT_EQ(f.attention, "unfused");
-  // A longer flag that begins alike is another one.
-  EXPECT_FALSE(megatron_flags("--overlap-grad-reduce-later").overlap_gradients);
-  EXPECT_FALSE(megatron_flags("recipe x").any);
 }
 
 TEST(RowText, SmallOnes) {

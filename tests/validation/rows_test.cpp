@@ -1689,6 +1689,23 @@ TEST(Rows, CollectivesAndProductsByHand) {
         f.seconds)
         << word;
   }
+  const auto changed = [&](const Cells& changes) {
+    Cells cells{{"id", "a"},           {"collective", "all_reduce"}, {"gpu", "H100"},
+                {"num_gpus", "16"},    {"gpus_per_node", "8"},       {"num_nodes", "2"},
+                {"size_bytes", "1000"}};
+    return table({"id", "collective", "gpu", "num_gpus", "num_nodes", "gpus_per_node", "library",
+                  "size_bytes", "time_us", "busbw_gb_per_s", "algbw_gb_per_s"},
+                 {with(cells, changes)});
+  };
+  EXPECT_DOUBLE_EQ(measured_collective(Row(changed({{"algbw_gb_per_s", "2"}}), 0)), 5e-7);
+  for (const auto& [cells, why] :
+       {std::pair<Cells, const char*>{{{"library", "Gloo"}}, "'Gloo' is not NCCL"},
+        {{{"num_gpus", "64"}}, "2 nodes of 8 have no 64 GPUs"}}) {
+    const CsvTable t = changed(cells);
+    EXPECT_THAT(
+        [&] { collective_figure(Configuration(RowSchema::collectives, Row(t, 0)), catalogue()); },
+        ThrowsMessage<InputError>(HasSubstr(why)));
+  }
   // Not the curve of that very node.
   const auto node = nccl::communicator(load_topology("dgx-h100:8 gpus"), {0, 1, 2, 3, 4, 5, 6, 7});
   const auto what = nccl::Collective::all_reduce;
@@ -2146,7 +2163,7 @@ TEST(FitRows, OfOneModelLeavesClustersOutElseRows) {
   EXPECT_TRUE(clusters.held_out.has_value());
   const FittedEntry rows = fitted({table(kTraining, one)}, true);
   EXPECT_EQ(rows.by, HeldOut::row);
-  EXPECT_EQ(rows.groups, 10u);  // of twelve
+  EXPECT_EQ(rows.groups, 6u);  // twelve rows, each configuration measured twice
   ASSERT_TRUE(rows.held_out.has_value());
   EXPECT_LT(rows.held_out->mean, 0.05);
   EXPECT_TRUE(rows.far.empty());
@@ -2158,6 +2175,122 @@ TEST(FitRows, OfOneModelLeavesClustersOutElseRows) {
   EXPECT_EQ(wrong.far[0].id, "4");
   EXPECT_NEAR(wrong.far[0].factor, 1000, 200);
   EXPECT_NEAR(wrong.parameters[0].value, rows.parameters[0].value, 0.1);
+}
+
+TEST(RowCase, FlagsFillWhatColumnsLeaveEmpty) {
+  const RowCase c =
+      case_with({{"tp", ""},
+                 {"dp", ""},
+                 {"sequence_parallel", ""},
+                 {"recompute", ""},
+                 {"precision", ""},
+                 {"zero_or_fsdp", ""},
+                 {"overlap_and_other_settings",
+                  "--tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer "
+                  "--fp8-format hybrid --recompute-granularity full --recompute-method uniform "
+                  "--recompute-num-layers 1 --no-such-flag"}});
+  EXPECT_EQ(c.plan.tp, 4);
+  EXPECT_TRUE(c.plan.sequence_parallel);
+  EXPECT_EQ(c.plan.zero, 1);
+  EXPECT_EQ(c.plan.recompute, Recompute::full);
+  EXPECT_EQ(c.plan.precision.compute, ElementType::fp8);
+  EXPECT_EQ(std::count(c.assumed.begin(), c.assumed.end(), "not read: --no-such-flag"), 1);
+  // A column goes first.
+  EXPECT_EQ(
+      case_with({{"tp", "2"}, {"overlap_and_other_settings", "--tensor-model-parallel-size 4"}})
+          .plan.tp,
+      2);
+}
+
+TEST(RowCase, SomeLayersOfAllAreRecomputed) {
+  const RowCase c = case_with({{"recompute", "full (2 of 4 layers)"}});
+  EXPECT_EQ(std::count(c.assumed.begin(), c.assumed.end(), "1 blocks of each chunk recomputed"), 1);
+  EXPECT_EQ(to_yaml(c.plan), to_yaml(case_with({{"recompute", "full (block, 1 layers)"}}).plan));
+  EXPECT_NE(to_yaml(c.plan), to_yaml(case_with({{"recompute", "full"}}).plan));
+}
+
+TEST(RowCase, CellsThatAreNotUnderstoodAreUncovered) {
+  const auto why = [](const Cells& changes) -> std::string {
+    try {
+      case_with(changes);
+    } catch (const InputError& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(why({{"attention_kernel", "paged"}}),
+            "attention_kernel: 'paged' is not understood; say flash or unfused");
+  for (const char* flash : {"FA2", "FA3", "xformers", "cuDNN", "memory-efficient", "SDPA", "auto"})
+    EXPECT_EQ(why({{"attention_kernel", flash}}), "") << flash;
+  EXPECT_EQ(why({{"recompute", "full on stage 0 only"}}),
+            "recompute: 'full on stage 0 only' is not understood");
+  EXPECT_THAT(why({{"intra_node_interconnect", "no NVLink"}}),
+              ::testing::HasSubstr("'no NVLink': nodes of h100-sxm have NVLink"));
+}
+
+TEST(Rows, NameTheColumnsThatNothingReads) {
+  auto columns = kTraining;
+  columns.push_back("Tensor Parallel");
+  columns.push_back("zero");
+  columns.push_back("recompte");
+  columns.push_back("comment");
+  columns.erase(std::find(columns.begin(), columns.end(), "recompute"));
+  const auto unread = unread_columns(table(columns, {whole_row()}));
+  ASSERT_EQ(unread.size(), 4u);
+  EXPECT_EQ(unread[0].column, "Tensor Parallel");
+  EXPECT_EQ(unread[0].meant, "tp");
+  EXPECT_EQ(unread[1].meant, "zero_or_fsdp");
+  EXPECT_EQ(unread[2].meant, "recompute");
+  EXPECT_EQ(unread[3].meant, "");
+  EXPECT_TRUE(unread_columns(table(kTraining, {whole_row()})).empty());
+}
+
+/// Rows of one network say how it does elsewhere, and less of another; measured twice they are no
+/// further witness.
+TEST(FitRows, OfOneNetworkSayLessOfAnother) {
+  std::mt19937 rng(14);
+  Adjustment truth;
+  truth.product_time = 1.2;
+  auto one = measured_cells({{{"num_layers", "2"}}}, truth, 0.005, rng);
+  FitOptions options;
+  options.quick = options.else_finer = true;
+  const auto entries = fit_rows({table(kTraining, one)}, catalogue(), options, {});
+  const FittedEntry& e = entries[0];
+  EXPECT_EQ(e.other_networks, 0.055);
+  EXPECT_GT(e.network, 0);
+  EXPECT_TRUE(e.of_network(e.network));
+  EXPECT_FALSE(e.of_network(e.network + 1));
+  EXPECT_NEAR(e.half_width_of_others, std::hypot(e.half_width, 1.645 * 0.055), 1e-12);
+  const std::string file = ::testing::TempDir() + fmt::format("partita-one-{}.fit", ::getpid());
+  std::ofstream(file) << to_yaml(entries);
+  const FitProfile profile(file);
+  std::filesystem::remove(file);
+  RowsOptions adjusted;
+  profile.apply(adjusted);
+  auto other = one;
+  for (auto& row : other) row["num_layers"] = "3";
+  const auto width = [&](const std::vector<Cells>& cells) {
+    const auto f = predict_rows({table(kTraining, cells)}, catalogue(), adjusted);
+    return std::log(*f[0].figures[0].hi / f[0].figures[0].predicted);
+  };
+  const double same = width(one);
+  EXPECT_LT(same, 0.05);
+  EXPECT_NEAR(width(other), std::hypot(same, 1.645 * 0.055), 0.01);
+
+  // The first row six times.
+  for (auto& row : one) row = one[0];
+  one.resize(6);
+  for (std::size_t k = 0; k < one.size(); ++k) one[k]["id"] = std::to_string(k);
+  const FittedEntry repeated = fit_rows({table(kTraining, one)}, catalogue(), options, {})[0];
+  EXPECT_EQ(repeated.groups, 1u);
+  EXPECT_FALSE(repeated.held_out.has_value());
+  EXPECT_GT(repeated.half_width, 0.01 * 6.3);
+
+  // Two networks.
+  std::mt19937 again(14);
+  const auto two =
+      measured_cells({{{"num_layers", "2"}}, {{"num_layers", "3"}}}, truth, 0.005, again);
+  EXPECT_EQ(fit_rows({table(kTraining, two)}, catalogue(), options, {})[0].other_networks, 0);
 }
 
 TEST(FitRows, DrawsTheSameRowsForASeedAndPredictsTheOthers) {
