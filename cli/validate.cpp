@@ -683,6 +683,12 @@ void calibrate_from(const Options& o) {
       products.push_back(std::move(t));
     }
   }
+  int ranks = 0, nodes = 1;
+  for (const auto& log : logs) {
+    ranks = std::max(ranks, log.ranks), nodes = std::max(nodes, log.nodes);
+    const std::int64_t gpus = std::max<std::int64_t>(log.ranks, log.nodes * at->devices_per_node);
+    validation::check_times(log, load_topology(fmt::format("{}:{} gpus", at->name, gpus)));
+  }
   const std::string device_file = data_folder("topologies/devices/" + at->device + ".yaml");
   const std::string cluster_file = data_folder("topologies/catalogue/" + at->name + ".yaml");
   const std::string device =
@@ -694,6 +700,9 @@ void calibrate_from(const Options& o) {
   write(o.out + "/cluster.yaml", cluster);
   load_topology(o.out + "/cluster.yaml");
   fmt::print("{} points in {}/cluster.yaml and {}/device.yaml\n", points, o.out, o.out);
+  if (nodes > 1)
+    fmt::print("the cluster file is of one node; that of the log is \"{}/cluster.yaml:{} gpus\"\n",
+               o.out, ranks);
 }
 
 void calibrate(Options& o, int& code) {

@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "topologies/device.h"
+#include "validation/collectives.h"
 #include "validation/row_text.h"
 
 namespace partita::validation {
@@ -195,6 +196,25 @@ void check_device(const NcclTestsLog& log, const std::string& device, const Cata
                                            log.device, device));
 }
 
+void check_times(const NcclTestsLog& log, const Topology& topology) {
+  constexpr double kFaster = 5, kSlower = 50;
+  const auto largest =
+      std::max_element(log.times.begin(), log.times.end(),
+                       [](const auto& a, const auto& b) { return a.first < b.first; });
+  if (largest == log.times.end() || largest->first < Bytes{1 << 20} || log.ranks < 2) return;
+  const CollectiveCurve curve = curve_on(topology, log.kind, log.ranks, log.nodes, "", "");
+  const double model =
+      1e-6 * predicted_us(curve, static_cast<double>(largest->first.count), CollectiveConstants{});
+  const double ratio = largest->second.count / model;
+  if (ratio < 1 / kFaster || ratio > kSlower)
+    throw InputError(
+        log.file,
+        fmt::format("{} of {} B took {:.4g} us where {} ranks of {} need about {:.4g}; is "
+                    "it of this cluster, and whole?",
+                    log.kind, largest->first.count, 1e6 * largest->second.count, log.ranks,
+                    topology.name(), 1e6 * model));
+}
+
 std::vector<ProductTable> parse_products(const CsvTable& table) {
   const auto column = [&](const char* name) -> std::optional<std::size_t> {
     const auto at = std::find(table.header.begin(), table.header.end(), name);
@@ -259,6 +279,8 @@ namespace {
 
 /// Boards of one name differ by some per cent in clock.
 constexpr double kAbovePeak = 1.1;
+/// No product that takes so long at the peak takes a hundred times as long.
+constexpr double kLarge = 1e-4, kBelowPeak = 100;
 
 std::string quoted(const std::string& s) {
   std::string out = "'";
@@ -297,7 +319,13 @@ std::string with_products(std::string text, const std::string& file,
   for (const ProductTable& t : products) {
     const double peak = device.matrix_rate(t.type).count;
     for (const auto& p : t.points) {
-      const double rate = 2 * p.m * p.n * p.k * p.count / p.time.count;
+      const double flops = 2 * p.m * p.n * p.k * p.count, rate = flops / p.time.count;
+      if (flops > kLarge * peak && kBelowPeak * rate < peak)
+        throw InputError(
+            t.source,
+            fmt::format("{:g} x {:g} x {:g} of {} would run at {:.3g} TFLOP/s where {} "
+                        "has {:.0f} at most; is the time in another unit?",
+                        p.m, p.n, p.k, name(t.type), rate / 1e12, device.name, peak / 1e12));
       if (rate > kAbovePeak * peak)
         throw InputError(
             t.source,

@@ -37,13 +37,19 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file);
 /// catalogue. What the catalogue does not know is let through.
 void check_device(const NcclTestsLog& log, const std::string& device, const Catalogue& catalogue);
 
+/// InputError{file} where the log's largest message (of 1 MiB and more) takes less than a fifth or
+/// more than fifty times as long as NCCL's model says of these nodes: a unit, or a cluster, that is
+/// another one. `topology`: as many nodes as the log's.
+void check_times(const NcclTestsLog& log, const Topology& topology);
+
 /// Columns m, n, k, type and one of tflops (10¹² FLOP/s), time_us, time_ms, time_s; if there are
 /// also count (1), layout (NN, NT, TN), out (as type). One table for each type, output and layout.
 /// InputError with file and line for a cell that is no positive number or no such word.
 std::vector<ProductTable> parse_products(const CsvTable& table);
 
 /// A device file with these points before its own. InputError{file} where the device has none of
-/// its own but those of another; {source} for a point that is faster than the device's peak.
+/// its own but those of another; {source} for a point that is faster than the device's peak, and
+/// one of 0.1 ms at the peak and more that is a hundredth of it.
 std::string with_products(std::string device_yaml, const std::string& file,
                           const std::vector<ProductTable>& products);
 

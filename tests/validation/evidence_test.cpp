@@ -198,6 +198,20 @@ TEST(Evidence, PricesAreThoseOfTheLogs) {
   EXPECT_THAT([&] { at_rate("62000"); },
               ThrowsMessage<InputError>(HasSubstr("g.csv: 8192 x 8192 x 8192 of bf16 would run at "
                                                   "62000 TFLOP/s where h100-sxm has 989")));
+  EXPECT_NO_THROW(at_rate("10"));
+  EXPECT_THAT([&] { at_rate("0.6"); },
+              ThrowsMessage<InputError>(HasSubstr("g.csv: 8192 x 8192 x 8192 of bf16 would run at "
+                                                  "0.6 TFLOP/s where h100-sxm has 989 at most")));
+  // Of two nodes 88.5 us for 1 MiB; a thousand times as many, or as few, are another unit's.
+  const Topology two = load_topology("dgx-h100:2");
+  NcclTestsLog log = parse_nccl_tests(log_text(), "a.log");
+  EXPECT_NO_THROW(check_times(log, two));
+  for (const double unit : {1e-3, 1e3}) {
+    NcclTestsLog other = log;
+    for (auto& [bytes, time] : other.times) time = unit * time;
+    EXPECT_THAT([&] { check_times(other, two); },
+                ThrowsMessage<InputError>(HasSubstr("where 16 ranks of dgx-h100 need about")));
+  }
   const std::vector<NcclTestsLog> logs{
       parse_nccl_tests(log_text(), "a.log"),
       parse_nccl_tests(log_text("all_gather_perf", 8, 1), "b.log"),
