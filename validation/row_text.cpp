@@ -487,10 +487,20 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
     q.what = has(s, "% of") ? What::activations_ratio : What::activations;
     return q;
   }
-  if (has(s, "optimizer")) {
-    q.what = has(s, "allocated") ? What::after_step : What::state;
+  const bool optimizer = has(s, "optimizer") || has(s, "adam") || has(s, "moments"),
+             gradients = has(s, "grad"), parameters = has(s, "weights") || has(s, "parameter");
+  if (optimizer && has(s, "allocated")) {
+    q.what = What::after_step;
     return q;
   }
+  // "optimizer states", "gradient memory", "parameters + gradients"; "model states" are all.
+  const auto only = [&] {
+    q.what = What::state;
+    if (!has(s, "model state"))
+      q.parameters = parameters, q.gradients = gradients, q.optimizer = optimizer;
+    return q;
+  };
+  if (optimizer) return only();
   // The first of the words counts: others compare with it.
   struct Word {
     std::string_view word;
@@ -507,11 +517,7 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
     if (q.what == What::allocated && has(s, "(nvidia-smi")) q.what = What::device;
     return q;
   }
-  for (const std::string_view model : {"model state", "weights", "parameters"}) {
-    if (!has(s, model)) continue;
-    q.what = What::state;
-    return q;
-  }
+  if (has(s, "model state") || parameters || gradients) return only();
   q.what = What::printed;
   for (const std::string_view word : {"printed", "peak", "memory", "gb", "gib", "vram", "usage"})
     if (has(s, word)) return q;

@@ -89,7 +89,7 @@ struct MemoryQuantity {
     reserved,           ///< peak of what its allocator holds
     device,             ///< reserved, context and communicators: nvidia-smi
     printed,            ///< what the framework prints, mostly `device`
-    state,              ///< parameters, gradients and optimizer, the mean of ranks
+    state,              ///< parameters, gradients and optimizer (or some), the mean of ranks
     after_step,         ///< and what the framework keeps allocated between steps
     activations,        ///< that forward passes keep for backward ones
     activations_ratio,  ///< against the same plan without recompute and sequence parallelism
@@ -97,6 +97,7 @@ struct MemoryQuantity {
   } what = What::printed;
   enum class Who : std::uint8_t { most, rank, logging } who = Who::most;
   int rank = 0;  ///< of Who::rank
+  bool parameters = true, gradients = true, optimizer = true;  ///< of What::state
   friend bool operator==(const MemoryQuantity&, const MemoryQuantity&) = default;
 };
 /// Empty for what is no memory of a rank (a layer's time).

@@ -266,10 +266,12 @@ std::optional<double> measured_seconds(const Wanted& w, const RowCase& c, const 
   return flops / (w.value * 1e12 * o.ranks);
 }
 
-Bytes state_of(const StageMemory& s) {
-  return s.by_category[static_cast<std::size_t>(Category::parameters)] +
-         s.by_category[static_cast<std::size_t>(Category::gradients)] +
-         s.by_category[static_cast<std::size_t>(Category::optimizer)];
+Bytes state_of(const StageMemory& s, const MemoryQuantity& q) {
+  Bytes all{0};
+  if (q.parameters) all += s.by_category[static_cast<std::size_t>(Category::parameters)];
+  if (q.gradients) all += s.by_category[static_cast<std::size_t>(Category::gradients)];
+  if (q.optimizer) all += s.by_category[static_cast<std::size_t>(Category::optimizer)];
+  return all;
 }
 
 /// The memory that a quantity names; `base`: of the plan that a ratio is against.
@@ -305,14 +307,14 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
     case What::fits:
       return reserved + context;
     case What::state: {
-      if (q.who == Who::rank) return static_cast<double>(state_of(stage(o)).count);
+      if (q.who == Who::rank) return static_cast<double>(state_of(stage(o), q).count);
       double sum = 0;
-      for (const StageMemory& s : o.stages) sum += static_cast<double>(state_of(s).count);
+      for (const StageMemory& s : o.stages) sum += static_cast<double>(state_of(s, q).count);
       return sum / static_cast<double>(o.stages.size());
     }
     case What::after_step:
       return static_cast<double>(
-          (state_of(stage(o)) + stage(o).resident + stage(o).kept_inputs).count);
+          (state_of(stage(o), q) + stage(o).resident + stage(o).kept_inputs).count);
     case What::activations:
       return static_cast<double>(stage(o).saved.count);
     case What::activations_ratio:

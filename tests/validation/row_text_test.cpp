@@ -220,6 +220,27 @@ TEST(RowText, Sharding) {
     EXPECT_FALSE(sharding_of(nothing)) << nothing;
 }
 
+TEST(RowText, MemoryOfSomeOfTheState) {
+  const auto parts = [](const char* text) {
+    const auto q = memory_quantity(text);
+    EXPECT_TRUE(q && q->what == MemoryQuantity::What::state) << text;
+    std::string s;
+    if (q && q->parameters) s += "p";
+    if (q && q->gradients) s += "g";
+    if (q && q->optimizer) s += "o";
+    return s;
+  };
+  EXPECT_EQ(parts("parameters+gradients+optimizer state per GPU"), "pgo");
+  EXPECT_EQ(parts("model states"), "pgo");
+  EXPECT_EQ(parts("optimizer states"), "o");
+  EXPECT_EQ(parts("Adam moments per GPU"), "o");
+  EXPECT_EQ(parts("gradient memory"), "g");
+  EXPECT_EQ(parts("weights per GPU"), "p");
+  EXPECT_EQ(parts("parameters and gradients"), "pg");
+  EXPECT_EQ(memory_quantity("mem-allocated-bytes (weights+grads+optimizer)")->what,
+            MemoryQuantity::What::after_step);
+}
+
 TEST(RowText, MemoryQuantities) {
   using Q = MemoryQuantity;
   struct Case {
@@ -236,7 +257,7 @@ TEST(RowText, MemoryQuantities) {
         {"max_memory_reserved (GiB), memory of the step's line", {Q::What::reserved}},
         {"memory allocated (nvidia-smi)", {Q::What::device}},
         {"peak cached memory", {Q::What::reserved}},
-        {"weights memory per GPU", {Q::What::state}},
+        {"weights memory per GPU", {Q::What::state, Q::Who::most, 0, true, false, false}},
         {"model states", {Q::What::state}},
         {"VRAM", {Q::What::printed}},
         {"peak_mem", {Q::What::printed}},
