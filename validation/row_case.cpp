@@ -583,7 +583,7 @@ bool of_device(const FrameworkProfile& f, const std::string& device) {
 
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
                                      const std::string& model, const std::string& precision,
-                                     const std::string& device) {
+                                     const std::string& device, bool sharded) {
   const std::string word = lower(text);
   const auto any = [](const std::vector<std::string>& patterns, const std::string& what) {
     return std::any_of(patterns.begin(), patterns.end(),
@@ -595,7 +595,7 @@ const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::stri
     const bool own = any(f.networks, model);
     if (!own && !f.networks.empty()) continue;
     if (!f.precisions.empty() && !any(f.precisions, precision)) continue;
-    if (!of_device(f, device)) continue;
+    if (!of_device(f, device) || (sharded && f.unsharded)) continue;
     auto all = f.aliases;
     all.push_back(f.name);
     for (const std::string& alias : all) {
@@ -738,7 +738,9 @@ class CaseBuilder {
       device = device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]).name;
     } catch (const InputError&) {  // find_ranks says it
     }
-    framework_ = framework_of(catalogue_, text, row_["model"], row_["precision"], device);
+    const auto sharding = sharding_of(row_["zero_or_fsdp"]);
+    framework_ = framework_of(catalogue_, text, row_["model"], row_["precision"], device,
+                              sharding && sharding->zero.value_or(0) > 0);
     // A quantity may have the name that one framework logs it under, a precision a recipe's.
     if (text.empty() && schema_ == RowSchema::memory) {
       framework_ = framework_of(catalogue_, row_["quantity"], row_["model"], "");
@@ -1725,9 +1727,11 @@ class CaseBuilder {
       p.reshard_after_forward = framework_->reshard_after_forward;
       if (p.dp * p.cp > 1 && c_.transformer) assume("ZeRO {}", p.zero);
     }
-    if (p.zero == 3 && p.pp > 1 && framework_->zero_pipelined < 3 && p.reshard_after_forward) {
+    if (p.pp > 1 && p.zero > framework_->zero_pipelined) {
       p.zero = framework_->zero_pipelined;
-      assume("ZeRO {}, as parameters stay gathered between micro-batches", p.zero);
+      p.reshard_after_forward = true;
+      assume("ZeRO {} under a pipeline: parameters and gradients stay whole between micro-batches",
+             p.zero);
     }
     if (z && z->group > 1 && p.zero > 0 && z->group < p.dp) p.zero_group = z->group;
     const std::int64_t of_node =

@@ -612,6 +612,11 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   };
   for_each_read(i, touch);
   for_each_write(i, touch);
+  if (i.kernel == Kernel::add && i.multiprocessors > 0) {
+    // Parts that peers copied here are summed by one kernel, which reads n and writes one.
+    const auto n = static_cast<double>(p.mesh.size(i.atoms));
+    w.bytes = Bytes{std::llround(static_cast<double>(w.bytes.count) * (n + 1) / (3 * (n - 1)))};
+  }
   if (i.op < 0) return w;
   const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
   const Apart apart = gradients_apart(p, i, rank);
@@ -1228,6 +1233,21 @@ Bytes Communication::travelling(const Program& p, const Instruction& i, Bytes pa
   return Bytes{std::llround(fraction * static_cast<double>(payload.count))};
 }
 
+Seconds Communication::peer_copy(Bytes bytes, const std::vector<std::int64_t>& ranks) {
+  constexpr CollectiveKind kind = CollectiveKind::shift;
+  const Seconds through_nccl = collective(kind, bytes, ranks);
+  if (!state_->nccl || ranks.size() < 2 || bytes.count == 0 || lost_links()) return through_nccl;
+  const nccl::Communicator& c = group(ranks).communicator;
+  if (c.nodes > 1 || !(c.nvlink_GBps > 0)) return through_nccl;
+  const Way& all = way(lay(kind, bytes, ranks), ranks);
+  // A copy, a kernel that tells the peer, and the peer's that waits for it.
+  const Seconds kernel =
+      state_->topology.device(DeviceId{static_cast<std::size_t>(ranks[0])}).kernel_latency;
+  const double copy =
+      1e-6 * nccl::peer_copy_us(c, static_cast<double>(bytes.count), all.bandwidth.count * 1e-9);
+  return std::min(through_nccl, Seconds{2 * kernel.count + copy});
+}
+
 Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
                                   const std::vector<std::int64_t>& ranks) {
   const auto n = static_cast<std::int64_t>(ranks.size());
@@ -1338,14 +1358,17 @@ Seconds Communication::point_to_point(Bytes bytes, std::int64_t from, std::int64
 }
 
 Communication::Moving Communication::moving(CollectiveKind kind, Bytes bytes,
-                                            const std::vector<std::int64_t>& ranks) {
+                                            const std::vector<std::int64_t>& ranks, bool copies) {
   const auto n = static_cast<std::int64_t>(ranks.size());
   if (n <= 1 || bytes.count == 0) return {};
   const Way& laid = way(lay(kind, bytes, ranks), ranks);
-  const double all = collective(kind, bytes, ranks).count;
+  const auto time_of = [&](Bytes b) {
+    return (copies ? peer_copy(b, ranks) : collective(kind, b, ranks)).count;
+  };
+  const double all = time_of(bytes);
   // What is not latency moves bytes; a measured time's latency is what its smallest payload takes.
   const bool measured = state_->nccl || measured_together();
-  double fixed = measured ? collective(kind, Bytes{1}, ranks).count : 0;
+  double fixed = measured ? time_of(Bytes{1}) : 0;
   const double wire = static_cast<double>(wire_count(kind, n, bytes).bytes.count);
   if (!measured) fixed = all - std::min(all, wire / laid.bandwidth.count);
   const double time = std::max(0.0, all - fixed);

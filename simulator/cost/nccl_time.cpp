@@ -119,21 +119,33 @@ double time_us(const Communicator& c, Collective w, const Choice& x, double byte
   return c.nodes == 1 ? inside_us(c, w, x, plan, bytes, k) : between_us(c, w, x, plan, bytes, k);
 }
 
+namespace {
+
+constexpr double kNvlinkHop = 3.4;
+
+/// What NCCL reaches of NVLink's nominal rate (nccl_search.cpp).
+double nvlink_share(const Communicator& c) {
+  return c.compute_capability >= 100 ? .802 : c.compute_capability >= 90 ? .824 : .8;
+}
+
+}  // namespace
+
+double peer_copy_us(const Communicator& c, double bytes, double links_GBps, const Constants& k) {
+  return kNvlinkHop + bytes / (1000 * links_GBps * k.exchange * nvlink_share(c));
+}
+
 double exchange_us(const Communicator& c, std::int64_t peers, double bytes, double links_GBps,
                    const Constants& k) {
   // A ring's base and one hop in Simple: what a block needs to start and meet another.
-  constexpr double kStart = 8.4, kNvlinkHop = 3.4, kPciHop = 5.7, kNetHop = 14;
+  constexpr double kStart = 8.4, kPciHop = 5.7, kNetHop = 14;
   const double hop = c.nodes > 1         ? kNetHop + c.route_latency_us
                      : c.nvlink_GBps > 0 ? kNvlinkHop
                                          : kPciHop;
-  // NCCL's rate of a link is below the nominal one (nccl_search.cpp).
   double bandwidth = links_GBps;
   if (c.nodes > 1)
     bandwidth *= k.network;
   else if (c.nvlink_GBps > 0)
-    bandwidth *= k.exchange * (c.compute_capability >= 100  ? .802
-                               : c.compute_capability >= 90 ? .824
-                                                            : .8);
+    bandwidth *= k.exchange * nvlink_share(c);
   else
     bandwidth *= k.pcie * 12 / 15.75;
   return kStart + hop + k.peer_us * static_cast<double>(peers) + bytes / (1000 * bandwidth) +

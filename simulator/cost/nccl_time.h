@@ -36,6 +36,12 @@ double time_us(const Communicator& c, Collective what, const Choice& choice, dou
 double exchange_us(const Communicator& c, std::int64_t peers, double bytes, double links_GBps,
                    const Constants& k = {});
 
+/// Of a copy into a peer's memory over NVLink, by a copy engine or a kernel of its own: a hop, and
+/// the rate of an exchange without its start and ramp. (On H100s copies reach 371 to 377 of 450
+/// GB/s, NVIDIA/nccl issue 1264; here 343, which sharing of links counts as well.)
+double peer_copy_us(const Communicator& c, double bytes, double links_GBps,
+                    const Constants& k = {});
+
 /// All sizes of one collective on one communicator: where NCCL changes its choice, and the time,
 /// which never falls as bytes grow (docs/nccl.md, "More bytes").
 class Times {

@@ -313,7 +313,9 @@ class Compiler {
             }
             bytes = communication_.travelling(p_, i, bytes, group);
             if (seen.size() > 1) s.meeting = meeting_of({seen.begin(), seen.end()}, i.tie);
-            priced.time = communication_.collective(i.collective, bytes, group);
+            priced.time = i.multiprocessors > 0
+                              ? communication_.peer_copy(bytes, group)
+                              : communication_.collective(i.collective, bytes, group);
             priced.of_time = members.stretch;
             priced.beside = group.size() > 1 ? to_ticks(device.dispatch).count : 0;
             if (keys.count > 0) {

@@ -92,7 +92,7 @@ DeviceUse kernel_use(const Program& program, const Instruction& i, std::int64_t 
 
 DeviceUse collective_use(const Instruction& i, const std::vector<std::int64_t>& group, Bytes bytes,
                          std::int64_t rank, Communication& communication) {
-  const auto moving = communication.moving(i.collective, bytes, group);
+  const auto moving = communication.moving(i.collective, bytes, group, i.multiprocessors > 0);
   if (!(moving.time.count > 0)) return {};
   return transfer_use(moving.time, moving.rate.count * memory_passes(i.collective),
                       i.multiprocessors > 0 ? i.multiprocessors

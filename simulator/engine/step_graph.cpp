@@ -164,7 +164,7 @@ std::int32_t Usages::collective(const Instruction& i, const std::vector<std::int
   // Measured with as many ranks at work: what they share is in the figure.
   if (communication_.measured_together()) return -1;
   bytes = communication_.travelling(program_, i, bytes, group);
-  const auto moving = communication_.moving(i.collective, bytes, group);
+  const auto moving = communication_.moving(i.collective, bytes, group, i.multiprocessors > 0);
   work = moving.time;
   if (!(moving.time.count > 0)) return -1;
   Usage u;

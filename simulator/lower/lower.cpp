@@ -1278,11 +1278,17 @@ class Lowering {
       if (t > 0) {
         const BufferId arrived = shifted(scatter.writes[0], t + 1, scatter.atoms);
         // It went off before this part was computed.
-        list.insert(list.end() - 1, pass(sum, arrived, scatter.atoms, t));
+        Instruction on = pass(sum, arrived, scatter.atoms, t);
+        if (list[0].kernel == Kernel::forward && plan_.scatter_multiprocessors > 0 &&
+            bits(p_.operators[static_cast<std::size_t>(list[0].op)].compute) > 8)
+          on.multiprocessors = plan_.scatter_multiprocessors;
+        list.insert(list.end() - 1, std::move(on));
         Instruction add;
         add.kind = Kind::compute;
         add.kernel = Kernel::add;
         add.part = t;
+        add.atoms = scatter.atoms;
+        add.multiprocessors = plan_.overlap_multiprocessors;
         add.reads = {arrived, made};
         add.writes = {t + 1 == n ? scatter.writes[0]
                                  : shifted(scatter.writes[0], t + 1, scatter.atoms)};
@@ -2202,6 +2208,11 @@ class Lowering {
     return b;
   }
 
+  /// Axes of a gradient's sum that its scattering leaves.
+  static AtomMask owed(const ParameterOnStage& v) {
+    return static_cast<AtomMask>(v.gradient_layout.partial & ~v.scattered);
+  }
+
   /// All-reduce of what scattering left owed (sequence-parallel norms over tp, HSDP replicas).
   void append_owed(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list,
                    AtomMask owed) {
@@ -2229,9 +2240,17 @@ class Lowering {
         const auto it = b.micro_batch_gradients.find(q);
         return it != b.micro_batch_gradients.end() ? it->second : on_stage(stage).at(q).gradient;
       }));
-      if (plan_.zero >= 2) {
-        late_owed_[stage].insert(bucket.parameters.begin(), bucket.parameters.end());
+      if (plan_.zero < 2) continue;
+      // A shard is whole after the last micro-batch's scatter, unless other chunks add to it.
+      std::map<AtomMask, std::vector<ParameterId>> by_owed;
+      for (const ParameterId q : bucket.parameters) {
+        const ParameterOnStage& v = on_stage(stage).at(q);
+        if (!plan_.overlap_gradients || plan_.sums_copies_last || v.chunks > 1)
+          late_owed_[stage].insert(q);
+        else if (const AtomMask rest = owed(v); rest != 0)
+          by_owed[rest].push_back(q);
       }
+      for (const auto& [rest, list] : by_owed) append_owed(calls.back(), stage, list, rest);
     }
     // The block whose end completes the gradients; its last call in a step reduces them.
     Block& sums = weights(b);
@@ -2319,11 +2338,10 @@ class Lowering {
     if (!late_owed_[stage].empty()) {
       std::map<AtomMask, std::vector<ParameterId>> by_owed;
       for (const ParameterId q : late_owed_[stage]) {
-        const auto& v = on_stage(stage).at(q);
-        const auto owed = static_cast<AtomMask>(v.gradient_layout.partial & ~v.scattered);
-        if (owed != 0) by_owed[owed].push_back(q);
+        if (const AtomMask rest = owed(on_stage(stage).at(q)); rest != 0)
+          by_owed[rest].push_back(q);
       }
-      for (const auto& [owed, list] : by_owed) append_owed(step.instructions, stage, list, owed);
+      for (const auto& [rest, list] : by_owed) append_owed(step.instructions, stage, list, rest);
     }
     for (auto& i : decoding_[stage]) step.instructions.push_back(std::move(i));
     // Tied parameters: the readers' gradients are summands of one.

@@ -26,6 +26,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
                        fmt::format("'{}' is itself like {}; name that", like->as_string(), f.like));
     f.like = like->as_string();
     f.aliases = f.networks = f.precisions = f.devices = {};
+    f.unsharded = false;
     f.recipes = {};
     f.workloads = {};
   }
@@ -60,6 +61,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   const auto word = [&](const YamlNode& parent, const char* key, std::string& to) {
     setting(parent, key, [&](const YamlNode& n) { to = n.as_string(); });
   };
+  boolean(root, "unsharded", f.unsharded);
   const YamlNode plan = root.get("plan");
   setting(plan, "pad_vocabulary",
           [&](const YamlNode& n) { f.pad_vocabulary = n.as_int(0, 1'000'000); });
@@ -108,8 +110,12 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   });
   boolean(plan, "scatter_messages", f.scatter_messages);
   boolean(plan, "sums_in_turn", f.sums_in_turn);
+  boolean(plan, "sums_copies_last", f.sums_copies_last);
   setting(plan, "overlap_multiprocessors", [&](const YamlNode& n) {
     f.overlap_multiprocessors = static_cast<int>(n.as_int(1, 1'000));
+  });
+  setting(plan, "scatter_multiprocessors", [&](const YamlNode& n) {
+    f.scatter_multiprocessors = static_cast<int>(n.as_int(1, 1'000));
   });
   boolean(plan, "save_gathered", f.save_gathered);
   boolean(plan, "fp32_loss", f.allocations.fp32_loss);
@@ -141,6 +147,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("workspace_grouped", f.allocations.workspace_grouped);
   bytes("workspace_grouped_hopper", f.allocations.workspace_grouped_hopper);
   bytes("loss_forward", f.allocations.loss_forward);
+  bytes("loss_backward", f.allocations.loss_backward);
   bytes("reduce_buffer", f.allocations.reduce_buffer);
   bytes("context", f.allocations.context);
   boolean(plan, "flat_gradients", f.allocations.flat_gradients);

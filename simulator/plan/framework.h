@@ -68,6 +68,7 @@ struct FrameworkProfile {
   std::vector<std::string> precisions;
   /// Not empty: as it runs on these devices only, patterns of their names.
   std::vector<std::string> devices;
+  bool unsharded = false;  ///< of rows that print no sharding of the state
 
   // Of every plan.
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp
@@ -81,7 +82,9 @@ struct FrameworkProfile {
   /// Kept by a part of the sequence that travels beside products (overlap_tensor_parallel); 0: by
   /// any transfer's.
   int overlap_multiprocessors = 0;
+  int scatter_multiprocessors = 0;  ///< of forward sums of wide products; 0: as others
   bool sums_in_turn = false;  ///< backward, over tp, after weights' gradients
+  bool sums_copies_last = false;  ///< Plan's
   Allocations allocations;
   /// The first of its workspaces in deterministic runs; both in those of its own layers. 0: alike.
   Bytes workspace_deterministic, workspace_local;
@@ -106,9 +109,9 @@ struct FrameworkProfile {
   // Where a table does not say.
   std::string precision = "bf16";
   int zero = 0;
-  /// What ZeRO-3 is with pipeline parallelism: 1 where parameters stay gathered and gradients whole
-  /// until the last micro-batch.
-  int zero_pipelined = 3;
+  /// The highest ZeRO stage with pipeline parallelism: 1 where parameters stay gathered and
+  /// gradients whole until the last micro-batch.
+  int zero_pipelined = 1;
   bool reshard_after_forward = true;
   /// A pipeline makes micro-batches of one sample of the batch that a rank is given; where
   /// interleaved, a rank has two stages.

@@ -739,7 +739,9 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.send_wait = f.send_wait;
   plan.scatter_messages = f.scatter_messages;
   plan.sums_in_turn = f.sums_in_turn;
+  plan.sums_copies_last = f.sums_copies_last;
   plan.overlap_multiprocessors = f.overlap_multiprocessors;
+  plan.scatter_multiprocessors = f.scatter_multiprocessors;
   plan.allocations = f.allocations;
   plan.save_gathered = f.save_gathered;
   plan.rows_once = f.rows_once;

@@ -144,7 +144,11 @@ struct Plan {
   /// Backward sums over tp start when the kernels before them have ended, a weight's gradient too;
   /// else beside these. From the framework profile.
   bool sums_in_turn = false;
-  int overlap_multiprocessors = 0;  ///< FrameworkProfile's
+  /// Shards are summed over the copies of a sharded state when the backward is over, as XLA does
+  /// with a loop over layers; else bucket by bucket.
+  bool sums_copies_last = false;
+  int overlap_multiprocessors = 0;  ///< FrameworkProfile's: > 0: parts are copied between peers
+  int scatter_multiprocessors = 0;  ///< FrameworkProfile's
   Allocations allocations;          ///< of the framework
   Compression compression;
   /// Batches are read from storage, each rank's samples from a shard of its own; else they are

@@ -345,17 +345,21 @@ Bytes gradients_apart(const Program& p, const Instruction& i, std::int64_t rank)
   return sum;
 }
 
-/// Is this the loss's forward?
-bool is_loss(const Program& p, const Instruction& i) {
-  return i.kind == Kind::compute && i.kernel == Kernel::forward && i.op >= 0 &&
+/// Is this the loss's forward or backward?
+bool is_loss(const Program& p, const Instruction& i, Kernel pass = Kernel::forward) {
+  return i.kind == Kind::compute && i.kernel == pass && i.op >= 0 &&
          std::holds_alternative<CrossEntropy>(
              p.operators[static_cast<std::size_t>(i.op)].operation);
 }
 
-/// What the loss's forward takes while it runs.
-Bytes loss_forward(const Program& p, const Instruction& i, std::int64_t rank) {
-  if (p.allocations.loss_forward == Bytes{0} || !is_loss(p, i)) return Bytes{0};
-  return Bytes{local_elements(p, i.reads.at(0), rank) * p.allocations.loss_forward.count};
+/// What the loss takes while it runs.
+Bytes loss_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
+  const Allocations& a = p.allocations;
+  if (a.loss_forward != Bytes{0} && is_loss(p, i, Kernel::forward))
+    return Bytes{local_elements(p, i.reads.at(0), rank) * a.loss_forward.count};
+  if (a.loss_backward != Bytes{0} && is_loss(p, i, Kernel::backward_data))
+    return Bytes{local_elements(p, i.writes.at(0), rank) * a.loss_backward.count};
+  return Bytes{0};
 }
 
 }  // namespace
@@ -524,7 +528,7 @@ std::vector<Bytes> step_bytes(const Program& p, int stage, std::int64_t rank) {
 }
 
 Bytes transient_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
-  if (i.kind == Kind::compute) return gradients_apart(p, i, rank) + loss_forward(p, i, rank);
+  if (i.kind == Kind::compute) return gradients_apart(p, i, rank) + loss_bytes(p, i, rank);
   if (!p.packs_collectives || (i.kind != Kind::collective && i.kind != Kind::slice))
     return Bytes{0};
   if (p.buffer(i.reads[0]).routed) return routed_payload(p, i, rank);

@@ -370,6 +370,8 @@ struct Allocations {
   bool score_buffer = false;
   /// For each logit, while the loss's forward runs, beside the logits and what it keeps.
   Bytes loss_forward;
+  /// The same while its backward runs, beside the logits' gradient.
+  Bytes loss_backward;
   Bytes workspace;         ///< of its libraries, for good
   Bytes workspace_hopper;  ///< the same, on devices of compute capability 9.0 and later
   /// More of both where a stage has products of experts.

@@ -826,21 +826,22 @@ TEST(Contention, PartsBesideProductsKeepWhatTheirExchangeTakes) {
   c.layers = 2, c.hidden = 8192, c.heads = c.kv_heads = 64, c.ffn = 28672, c.vocabulary = 32000;
   c.sequence = c.positions = 4096;
   const Graph g = build_transformer(c);
-  const auto step = [&](const char* framework, int& most) {
+  const auto step = [&](const char* framework, const char* precision, std::set<int>& kept_by) {
     Plan wanted;
     set_framework(wanted, framework, "");
+    set_precision(wanted, precision, "");
     wanted.tp = 8, wanted.micro_batch = 1, wanted.global_batch = 1;
     wanted.sequence_parallel = wanted.overlap_tensor_parallel = true;
     const auto plan = complete(g, wanted);
     EXPECT_TRUE(plan);
     const auto program = lower(g, *plan);
     EXPECT_TRUE(program);
-    most = -1;
+    kept_by.clear();
     Program kept = *program;
     for (Block& b : kept.blocks) {
       for (Instruction& i : b.instructions) {
         if (i.kind == Kind::collective && i.collective == CollectiveKind::shift)
-          most = std::max(most, static_cast<int>(i.multiprocessors));
+          kept_by.insert(static_cast<int>(i.multiprocessors));
       }
     }
     const Topology t = load_topology("dgx-h100:1");
@@ -850,12 +851,14 @@ TEST(Contention, PartsBesideProductsKeepWhatTheirExchangeTakes) {
     }
     return std::pair{own, run(kept, t, Network::beside).step};
   };
-  int most = 0;
-  const auto nemo = step("nemo", most);
-  EXPECT_EQ(most, 1);
+  std::set<int> kept_by;
+  const auto nemo = step("nemo", "bf16", kept_by);
+  EXPECT_EQ(kept_by, (std::set<int>{1, 20}));  // sums of forward products, in their pipeline, more
   EXPECT_LT(nemo.first, nemo.second);
-  const auto core = step("megatron-core", most);
-  EXPECT_EQ(most, 0);
+  step("nemo", "fp8", kept_by);
+  EXPECT_EQ(kept_by, (std::set<int>{1}));
+  const auto core = step("megatron-core", "bf16", kept_by);
+  EXPECT_EQ(kept_by, (std::set<int>{0}));
   EXPECT_EQ(core.first, core.second);
 }
 

@@ -421,6 +421,19 @@ TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
   expect_us(c.collective(CollectiveKind::all_reduce, 64_KiB, first(8)), 9.29127);
 }
 
+TEST(Cost, OfACopyToAPeerIsAHopAndTwoKernelsBesideTheLink) {
+  // docs/nccl.md: 2 x 3 + 3.4 + 8388608 B / (450 GB/s x .925 x .824) us.
+  const Topology t = load_topology("dgx-h100:2");
+  Communication c(t);
+  expect_us(c.peer_copy(8_MiB, first(8)), 33.8573);
+  EXPECT_LT(c.peer_copy(8_MiB, first(8)), c.collective(CollectiveKind::shift, 8_MiB, first(8)));
+  // What sharing stretches is within it.
+  const auto moving = c.moving(CollectiveKind::shift, 8_MiB, first(8), true);
+  expect_us(moving.time, 24.4573);
+  // Between nodes parts are NCCL's messages.
+  EXPECT_EQ(c.peer_copy(8_MiB, first(16)), c.collective(CollectiveKind::shift, 8_MiB, first(16)));
+}
+
 TEST(Cost, OfAnAllReduceAcrossNodesUsesAllNetworkCards) {
   const Topology t = load_topology("dgx-h100:2", without_nccl());
   Communication c(t);

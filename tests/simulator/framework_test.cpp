@@ -46,6 +46,7 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_EQ(p.send_wait, f.send_wait);
     EXPECT_EQ(p.scatter_messages, f.scatter_messages);
     EXPECT_EQ(p.sums_in_turn, f.sums_in_turn);
+    EXPECT_EQ(p.sums_copies_last, f.sums_copies_last);
     // What runs is what is priced.
     if (name == "partita") {
       EXPECT_EQ(p.kernels, FrameworkKernels{});

@@ -225,6 +225,7 @@ inline Plan random_plan(std::mt19937& rng) {
   set_recompute(p, sets[rng() % sets.size()], "");
   p.recompute_stops_early = pick({0, 1}) == 1;
   p.joins_projections = pick({0, 1}) == 1;
+  p.sums_copies_last = p.joins_projections && p.recompute_stops_early;
   return p;
 }
 

@@ -447,6 +447,53 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
   }
 }
 
+// docs/simulation.md: 6 B a logit.
+TEST(Volumes, TheLossTakesMemoryWhileItRuns) {
+  Program p = lowered(gpt(), base_plan());
+  p.allocations.loss_forward = Bytes{6};
+  p.allocations.loss_backward = Bytes{5};
+  int seen = 0;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      if (i.kind != Kind::compute || i.op < 0 ||
+          !std::holds_alternative<CrossEntropy>(
+              p.operators[static_cast<std::size_t>(i.op)].operation))
+        continue;
+      const bool forward = i.kernel == Kernel::forward;
+      if (!forward && i.kernel != Kernel::backward_data) continue;
+      const BufferId logits = forward ? i.reads[0] : i.writes[0];
+      EXPECT_EQ(transient_bytes(p, i, 0).count, (forward ? 6 : 5) * local_elements(p, logits, 0));
+      ++seen;
+    }
+  }
+  EXPECT_GE(seen, 2);
+}
+
+// docs/derivation.md, HSDP: shards are summed over the copies behind the last scatter, or, by a
+// framework's rule, when the backward is over.
+TEST(Volumes, CopiesOfAShardedStateAreSummedBesideTheBackward) {
+  Plan plan = base_plan();
+  plan.dp = 4;
+  plan.zero = 3;
+  plan.zero_group = 2;
+  plan.micro_batch = 1;
+  plan.global_batch = 8;
+  for (const bool last : {false, true}) {
+    plan.sums_copies_last = last;
+    const Program p = lowered(llama(), plan);
+    int beside = 0, behind = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::collective || i.collective != CollectiveKind::all_reduce) continue;
+        beside += block.kind == BlockKind::backward;
+        behind += block.kind == BlockKind::step;
+      }
+    }
+    EXPECT_EQ(beside > 0, !last);
+    EXPECT_EQ(behind > 0, last);
+  }
+}
+
 TEST(Volumes, NarrowProductsConvertWhatTheyReadOnce) {
   // The example of docs/cost.md.
   const std::int64_t layers = 4, s = 8, h = 8, ffn = 16;

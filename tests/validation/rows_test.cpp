@@ -359,7 +359,17 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
   const RowCase staged = case_with(with(row, {{"pp", "2"}, {"dp", "4"}}));
   EXPECT_EQ(staged.plan.zero, 1);
   EXPECT_THAT(staged.assumed,
-              Contains("ZeRO 1, as parameters stay gathered between micro-batches"));
+              Contains("ZeRO 1 under a pipeline: parameters and gradients stay whole between "
+                       "micro-batches"));
+  // So do those of other frameworks that print a higher stage.
+  for (const char* text : {"ZeRO-2", "ZeRO-3", "FSDP (ZeRO-2-like, no reshard after forward)"}) {
+    const Plan p = case_with({{"zero_or_fsdp", text}, {"framework", "Megatron-Core"}}).plan;
+    EXPECT_EQ(p.zero, 1) << text;
+    EXPECT_TRUE(p.reshard_after_forward) << text;
+    const Cells flat{
+        {"zero_or_fsdp", text}, {"framework", "Megatron-Core"}, {"pp", "1"}, {"dp", "8"}};
+    EXPECT_GE(case_with(flat).plan.zero, 2) << text;
+  }
   // Of a rank's batch a pipeline makes micro-batches; where it loops, of two stages a rank.
   const Cells batch = with(row, {{"pp", "2"},
                                  {"dp", "4"},
@@ -612,6 +622,11 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   };
   EXPECT_EQ(on("a100-sxm-80gb"), "megatron-lm-2022");
   EXPECT_EQ(on("h100-sxm"), "megatron-core");
+  // Who prints a sharding has a later one.
+  EXPECT_EQ(framework_of(catalogue(), "Megatron-LM", "GPT", "", "a100-sxm-80gb", true)->name,
+            "megatron-core");
+  EXPECT_EQ(case_with({{"framework", "Megatron-LM"}, {"gpu", "A100"}}).plan.framework,
+            "megatron-core");
   const Cells unsaid = {{"framework", ""}, {"model", "GPT-3 175B"}, {"num_layers", "96"}};
   EXPECT_EQ(case_with(unsaid).plan.framework, "megatron-core");
   EXPECT_EQ(case_with(with(unsaid, {{"gpu", "A100"}})).plan.framework, "megatron-lm-2021");
