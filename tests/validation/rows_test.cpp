@@ -1343,6 +1343,7 @@ TEST(Rows, RatesCountWhatIsMadeAgainWhereTheFrameworksLogDid) {
   const auto seconds = [](const char* framework, const char* recompute) {
     return predicted({with(whole_row(), {{"framework", framework},
                                          {"gpu", "A100"},
+                                         {"zero_or_fsdp", ""},  // else of a later Megatron
                                          {"recompute", recompute},
                                          {"iteration_time_s", ""},
                                          {"tflops_per_gpu", "100"}})})
