@@ -108,7 +108,7 @@ class Communication {
   Seconds collective(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   /// Of a shift that is a copy into the next rank's memory, where all are on one node's NVLink,
   /// with a kernel that tells it and one that waits there (Transformer Engine,
-  /// common/comm_gemm_overlap/ userbuffers/userbuffers.cu: kuserbuffers_inc,
+  /// common/comm_gemm_overlap/userbuffers/userbuffers.cu: kuserbuffers_inc,
   /// kuserbuffers_pushrecv); else as collective().
   Seconds peer_copy(Bytes bytes, const std::vector<std::int64_t>& ranks);
   /// Of a collective's payload, what travels: less where rows go once to a domain (`rows_once`).
@@ -128,7 +128,7 @@ class Communication {
   /// none.
   LinkId host_link(std::int64_t rank, bool towards_host) const;
   /// Of the time of collective() or point_to_point() what moves bytes, the part that sharing
-  /// stretches, and at which rate it moves a rank's bytes.  `copies`: of peer_copy().
+  /// stretches, and at which rate it moves a rank's bytes. `copies`: of peer_copy().
   struct Moving {
     Seconds time;
     BytesPerSecond rate;

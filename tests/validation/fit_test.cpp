@@ -176,6 +176,11 @@ TEST(Fit, HeldOutRowsAreNotSeen) {
   EXPECT_GT(std::abs(after.held_out[5] / before.held_out[5] - 1), 1e-4);
 }
 
+/// Student's t, 95th percentiles of 1, 2 and 3 degrees of freedom: tan(0.45 pi), √(2 · 0.9² / (1 −
+/// 0.9²)), and a table's.
+const double kT1 = std::tan(0.45 * std::acos(-1.0)), kT2 = std::sqrt(2 * 0.81 / 0.19);
+constexpr double kT3 = 2.35336343480182;
+
 // docs/fit.md, "By hand (intervals)": a group's q is of the other groups' rows.
 TEST(Fit, IntervalsOfAHeldOutGroupComeFromTheOthers) {
   FitProblem p;
@@ -189,12 +194,12 @@ TEST(Fit, IntervalsOfAHeldOutGroupComeFromTheOthers) {
   const Fit f = fit(p);
   ASSERT_EQ(f.held_out_half_width.size(), 4u);
   // Student's t of two witnesses, and of three.
-  const double half[] = {0.05 * 6.3138, 0.05 * 6.3138, 0.05 * 2.9200, 0.05 * 2.9200};
+  const double half[] = {0.05 * kT1, 0.05 * kT1, 0.05 * kT2, 0.05 * kT2};
   for (std::size_t i = 0; i < 4; ++i) {
     EXPECT_NEAR(f.held_out[i], 1, 1e-12);
-    EXPECT_NEAR(f.held_out_half_width[i], half[i], 1e-5) << i;
+    EXPECT_NEAR(f.held_out_half_width[i], half[i], 1e-12) << i;
   }
-  EXPECT_NEAR(f.quantile, 2.3534, 1e-4);  // of all four
+  EXPECT_NEAR(f.quantile, kT3, 1e-9);  // of all four
   // Enough of them say it themselves.
   p.measured.clear(), p.group.clear();
   for (const double off : {0.01, -0.02, 0.03, 0.04, -0.01, 0.02, 0.1, -0.2, 0.3}) {
@@ -212,7 +217,7 @@ TEST(Fit, IntervalsOfAHeldOutGroupComeFromTheOthers) {
 /// Eight configurations say what eight rows do, however often they were measured; the ninth is
 /// enough.
 TEST(Fit, RowsOfOneConfigurationAreOneWitness) {
-  EXPECT_NEAR(quantile_of_sizes({0.1}, 1), 6.3138, 1e-4);
+  EXPECT_NEAR(quantile_of_sizes({0.1}, 1), kT1, 1e-12);
   EXPECT_NEAR(quantile_of_sizes(std::vector<double>(8, 0.1), 8), 1.8946, 1e-4);
   EXPECT_NEAR(quantile_of_sizes(std::vector<double>(9, 0.1), 9), 0.1, 1e-12);
   EXPECT_NEAR(quantile_of_sizes({0.1, 7}, 2), 7, 1e-12);
@@ -225,7 +230,7 @@ TEST(Fit, RowsOfOneConfigurationAreOneWitness) {
   };
   EXPECT_NEAR(fit(p).quantile, 0.2, 1e-9);
   for (std::size_t i = 0; i < 12; ++i) p.witness.push_back(i % 4);
-  EXPECT_NEAR(fit(p).quantile, 2.3534, 1e-4);
+  EXPECT_NEAR(fit(p).quantile, kT3, 1e-9);
 }
 
 TEST(Fit, OneErraticRowDoesNotSteer) {
