@@ -421,6 +421,25 @@ TEST(Cost, OfAnAllReduceInANodeIsARingOverTheSwitch) {
   expect_us(c.collective(CollectiveKind::all_reduce, 64_KiB, first(8)), 9.29127);
 }
 
+TEST(Cost, OfPartsFromPeersIsOneSumOfThem) {
+  // docs/policies.md: n + 1 passes over a part, not 3 (n - 1): of four 5 for 9.
+  Plan plan = base_plan();
+  plan.tp = 4;
+  plan.sequence_parallel = plan.overlap_tensor_parallel = true;
+  std::int64_t bytes[2] = {0, 0};
+  for (const int copies : {0, 1}) {
+    plan.overlap_multiprocessors = copies;
+    const Program p = lowered(gpt(), plan);
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions)
+        if (i.kind == Kind::compute && i.kernel == Kernel::add && i.part > 0)
+          bytes[copies] += work_of(p, i, 0).bytes.count;
+    }
+  }
+  EXPECT_GT(bytes[0], 0);
+  EXPECT_NEAR(static_cast<double>(bytes[1]) / static_cast<double>(bytes[0]), 5.0 / 9, 0.01);
+}
+
 TEST(Cost, OfACopyToAPeerIsAHopAndTwoKernelsBesideTheLink) {
   // docs/nccl.md: 2 x 3 + 3.4 + 8388608 B / (450 GB/s x .925 x .824) us.
   const Topology t = load_topology("dgx-h100:2");
