@@ -401,7 +401,7 @@ FitProfile::FitProfile(const std::string& file) {
       e.other_networks = other->as_double();
       e.network = y.get("network").as_double();
       if (!(e.other_networks >= 0))
-        throw InputError(other->place(), "is negative; how far other networks are off is not");
+        throw InputError(other->place(), "is negative; write 0 or more");
     }
     const YamlNode parameters = y.get("parameters");
     for (const auto& p : adjustment_parameters()) {
