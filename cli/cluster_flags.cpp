@@ -75,7 +75,7 @@ void ClusterFlags::add_to(CLI::App& app) {
 }
 
 std::vector<std::string> state_assumptions(const Topology& t, Network network) {
-  std::vector<std::string> assumed;
+  std::vector<std::string> assumed = t.assumed();
   if (!t.state().background.empty() && network != Network::flows)
     assumed.push_back(
         fmt::format("no background: --network {} has each transfer alone", name(network)));

@@ -26,7 +26,8 @@ struct ClusterFlags {
   Topology in_state(const Topology& topology) const;
 };
 
-/// How routes are taken where the user left it open: over several spines, around failed links.
+/// How the cluster lies and routes are taken where the user left it open: nodes of NVLink domains,
+/// over several spines, around failed links.
 /// What `network` does not count of the cluster's state too.
 std::vector<std::string> state_assumptions(const Topology& topology, Network network);
 

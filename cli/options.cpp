@@ -278,6 +278,13 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
   const auto scans = [](const Operator& op) {
     return std::holds_alternative<StateSpace>(op.operation);
   };
+  if (plan.zero >= 2 && plan.pp > 1 && plan.global_batch > plan.micro_batch * plan.dp)
+    list.push_back(fmt::format(
+        "ZeRO {} {} for each micro-batch (frameworks keep {} whole under a pipeline: "
+        "--zero 1)",
+        plan.zero,
+        plan.zero == 3 ? "gathers parameters and scatters gradients" : "scatters gradients",
+        plan.zero == 3 ? "both" : "them"));
   if (std::any_of(graph.operators.begin(), graph.operators.end(), scans))
     list.emplace_back("what Mamba's kernels take, which no device has measured");
   return list;

@@ -591,6 +591,7 @@ std::string topology_json(const Topology& t, const TopologyViews& views) {
     j["device_profiles"].push_back(p);
   }
   j["notes"] = t.notes();
+  j["assumed"] = t.assumed();
   return j.dump(2) + "\n";
 }
 
@@ -654,6 +655,7 @@ std::string topology_table(const Topology& t, const TopologyViews& views) {
     out += "\n" + align(rows);
   }
   for (const auto& note : t.notes()) out += "note: " + note + "\n";
+  for (const auto& assumed : t.assumed()) out += "assumed: " + assumed + "\n";
   return out;
 }
 

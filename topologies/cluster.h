@@ -105,6 +105,7 @@ struct ClusterSpec {
   std::size_t used_devices = 0;  ///< 0: all.
   bool imported = false;         ///< From a machine's own file, which knows no fabric.
   std::vector<std::string> notes;
+  std::vector<std::string> assumed;  ///< What was left open and how it was filled.
   std::vector<std::pair<std::string, std::string>> sources;
 };
 

@@ -207,7 +207,7 @@ struct Topology::Impl {
   std::size_t domain_switches = 0;
   CollectiveTable collectives;
   bool sharp = false;
-  std::vector<std::string> notes;
+  std::vector<std::string> notes, assumed;
   std::vector<std::pair<std::string, std::string>> sources;
   /// The cluster as built, where nodes of this one have failed links inside.
   std::shared_ptr<const Impl> whole;

@@ -110,7 +110,8 @@ ClusterSpec read(const Request& request, const std::string& whole, const Topolog
                   request.name, fmt::join(known, ", "), did_you_mean(request.name, known)));
 }
 
-void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whole) {
+void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whole,
+                bool equal_parts) {
   if (spec.groups.size() != 1)
     throw InputError(whole, fmt::format("a number after the colon needs a cluster with one group "
                                         "of nodes; this one has {}: change count: in its file",
@@ -125,6 +126,13 @@ void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whol
   } else {
     group.count = amount.number;
   }
+  if (group.domain && equal_parts) {
+    const std::int64_t each = nodes_of_each_domain(group.count, group.domain->nodes);
+    if (each != group.domain->nodes) {
+      group.domain->nodes = each;
+      spec.assumed.push_back(fmt::format("{} nodes of each NVLink domain", each));
+    }
+  }
   if (group.count > 1 && spec.imported) {
     spec.fabric = SingleSwitch{};
     spec.notes.push_back(
@@ -138,6 +146,13 @@ void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whol
 }
 
 }  // namespace
+
+std::int64_t nodes_of_each_domain(std::int64_t nodes, std::int64_t per_domain) {
+  if (nodes <= per_domain) return per_domain;
+  for (std::int64_t each = per_domain; 2 * each >= per_domain; --each)
+    if (nodes % each == 0) return each;
+  return per_domain;
+}
 
 std::vector<std::string> data_names(const std::string& folder) {
   std::vector<std::string> names;
@@ -164,7 +179,12 @@ Topology load_topology(const std::string& text) { return load_topology(text, {})
 Topology load_topology(const std::string& text, const TopologyEdits& edits) {
   const Request request = parse_request(text);
   ClusterSpec spec = read(request, text, edits);
-  if (request.amount) set_amount(spec, *request.amount, text);
+  if (request.amount) {
+    // Domains as they were changed to are not cut again.
+    const bool asked = std::any_of(edits.cluster.begin(), edits.cluster.end(),
+                                   [](const auto& e) { return e.path.ends_with(".domain.nodes"); });
+    set_amount(spec, *request.amount, text, !asked);
+  }
   return build_topology(std::move(spec));
 }
 

@@ -561,6 +561,8 @@ std::size_t Topology::node_of_vertex(std::int32_t vertex) const {
 const CollectiveTable& Topology::collectives() const { return impl_->collectives; }
 bool Topology::sharp() const { return impl_->sharp; }
 const std::vector<std::string>& Topology::notes() const { return impl_->notes; }
+
+const std::vector<std::string>& Topology::assumed() const { return impl_->assumed; }
 const std::vector<std::pair<std::string, std::string>>& Topology::sources() const {
   return impl_->sources;
 }
@@ -740,6 +742,7 @@ Topology build_topology(ClusterSpec spec) {
   impl->collectives = std::move(spec.collectives);
   impl->sharp = spec.sharp;
   impl->notes = std::move(spec.notes);
+  impl->assumed = std::move(spec.assumed);
   impl->sources = std::move(spec.sources);
   std::size_t domains = 0;
   for (const auto& group_spec : spec.groups) {

@@ -154,6 +154,8 @@ class Topology {
   bool sharp() const;
   /// What was assumed because the input does not say; empty for the catalogue.
   const std::vector<std::string>& notes() const;
+  /// What the cluster's name left open and how it was filled, a line each.
+  const std::vector<std::string>& assumed() const;
   /// Source of each hardware figure: "nodes[0].links[2].bandwidth" -> "... datasheet".
   const std::vector<std::pair<std::string, std::string>>& sources() const;
   /// Vertices and links held in memory, whatever the number of nodes.
@@ -208,6 +210,12 @@ Topology load_topology(const std::string& text, const TopologyEdits& edits);
 
 /// From the text of a cluster file; `file` is used in messages and to find device files beside it.
 Topology parse_topology(const std::string& text, const std::string& file);
+
+/// The nodes of each NVLink domain that a job of `nodes` gets where one has `per_domain`: equal
+/// parts, the largest that divide the job, as Slurm's --segment gives and launchers of NVL72 ask
+/// for (Megatron-Bridge, scripts/performance/utils/executors.py); domains filled in order where
+/// such parts would be under half a domain.
+std::int64_t nodes_of_each_domain(std::int64_t nodes, std::int64_t per_domain);
 
 /// Names of the catalogue, sorted.
 std::vector<std::string> topology_catalogue();

@@ -490,17 +490,11 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   if (best->device != device.name)
     choice.edits.cluster.push_back(
         {fmt::format("nodes[0].vertices.{}.device", best->device_key), device.name});
-  // A scheduler gives a job equal parts of NVLink domains (Slurm's --segment), the largest that
-  // divide its nodes, so that groups of ranks lie in one domain where they can: what launchers of
-  // NVL72 ask for (Megatron-Bridge, scripts/performance/utils/executors.py).
   const std::int64_t nodes = ceil_div(gpus, best->devices_per_node);
-  if (best->nodes_per_domain > 1 && nodes > best->nodes_per_domain) {
-    std::int64_t segment = best->nodes_per_domain;
-    while (nodes % segment != 0) --segment;
-    if (segment < best->nodes_per_domain) {
-      choice.edits.cluster.push_back({"nodes[0].domain.nodes", fmt::format("{}", segment)});
-      assumed.push_back(fmt::format("{} nodes of each NVLink domain", segment));
-    }
+  if (best->nodes_per_domain > 1) {
+    const std::int64_t each = nodes_of_each_domain(nodes, best->nodes_per_domain);
+    if (each != best->nodes_per_domain)
+      assumed.push_back(fmt::format("{} nodes of each NVLink domain", each));
   }
   if (gpus > best->devices_per_node && best->nics_per_node > 0) {
     const std::string words = " " + lower(inter);
@@ -645,12 +639,11 @@ std::string RowCase::key() const {
                      c.mamba.heads, c.mamba.head_dim, c.mamba.groups, c.mamba.state, c.mamba.chunk,
                      c.moe.latent);
   }
-  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
+  s += fmt::format("|{}|{}|{}|{} {} {} {} {} {} {} {}", fmt::join(lora, ","), cluster.key(),
                    to_yaml(plan), plan.allocations.fp32_loss, plan.allocations.score_buffer,
                    plan.allocations.attention_dropout, plan.allocations.loss_forward.count,
                    plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
-                   plan.allocations.workspace_grouped.count, plan.kernels.fused_experts,
-                   plan.kernels.overlaps_experts);
+                   plan.allocations.workspace_grouped.count, plan.kernels.fused_experts);
   s += fmt::format(" {} {} {}", plan.kernels.activation_passes_forward,
                    plan.kernels.activation_passes_backward, plan.kernels.logit_forward);
   return s;
@@ -1369,7 +1362,9 @@ class CaseBuilder {
     if (all) {
       p.global_batch = *all;
     } else {
-      const std::int64_t turns = accumulation.value_or(p.pp);
+      // Bubbles were found negligible from four micro-batches a stage on (arXiv 1811.06965,
+      // section 2.3): who pays for a pipeline fills it.
+      const std::int64_t turns = accumulation.value_or(p.pp > 1 ? 4 * p.pp : 1);
       p.global_batch = p.micro_batch * p.dp * turns;
       assume("global batch {}", p.global_batch);
     }
@@ -1482,7 +1477,11 @@ class CaseBuilder {
         p.kernels.activation_passes_backward = w.activation_passes_backward;
         assume("activations of separate kernels (workload)");
       }
-      set("overlap of experts", w.overlaps_experts, p.kernels.overlaps_experts);
+      if (w.overlaps_experts) {
+        bool beside = p.exchanges_beside_blocks();
+        set("overlap of experts", w.overlaps_experts, beside);
+        p.overlap_experts = beside;
+      }
       set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
       set("blocking launches", w.blocking, p.launches.blocking);
       if (p.kernels.fused_experts) p.expert_bias_apart = false;
@@ -1526,7 +1525,7 @@ class CaseBuilder {
     if (s.overlap_tensor_parallel)
       p.overlap_tensor_parallel = *s.overlap_tensor_parallel && p.sequence_parallel;
     p.tensor_parallel_in_turn = p.tensor_parallel_in_turn || s.nothing_overlaps;
-    set(s.overlap_experts, p.kernels.overlaps_experts);
+    if (s.overlap_experts) p.overlap_experts = s.overlap_experts;
     if (s.overlap_messages && p.pp > 1)
       p.send_wait = *s.overlap_messages ? SendWait::never : SendWait::always;
     set(s.rows_once, p.rows_once);
@@ -1546,7 +1545,14 @@ class CaseBuilder {
       p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
     if (!s.context.empty())
       p.context = parse_context_exchange(s.context, "overlap_and_other_settings");
-    if (!s.schedule.empty()) set_schedule(s.schedule);
+    if (!s.schedule.empty()) {
+      set_schedule(s.schedule);
+    } else if (has(lower(row_["framework"]), "dualpipe") && p.pp > 1 && p.pp % 2 == 0 &&
+               p.virtual_stages == 1 && p.global_batch % (2 * p.micro_batch * p.dp) == 0 &&
+               p.global_batch >= 2 * p.pp * p.micro_batch * p.dp) {
+      set_schedule("dualpipe");
+      assume("schedule DualPipe");
+    }
     for (const std::string& clause : s.unread) assume("not read: {}", clause);
   }
   void set_schedule(const std::string& name) {
@@ -1586,8 +1592,10 @@ class CaseBuilder {
       p.cuts.assign(static_cast<std::size_t>(chunks), (layers - 4) / (chunks - 2));
       p.cuts.front() = p.cuts.back() = 2;
       assume("two blocks in the first and in the last stage");
-    } else if (like_deepseek() && row_["virtual_stages_per_gpu"].empty()) {
-      // The dense blocks stand in the first chunk; the loss's has what is left.
+    } else if (like_deepseek() && framework_->workspace_deterministic.count > 0 &&
+               row_["virtual_stages_per_gpu"].empty()) {
+      // The dense blocks stand in the first chunk, the loss's has what is left: a layout of the
+      // tests, Et*3|(tt|)*.
       std::int64_t left = layers;
       for (std::int64_t k = 0; k < chunks; ++k) {
         const std::int64_t most =

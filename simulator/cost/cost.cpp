@@ -544,6 +544,16 @@ bool narrow_parameters(const Program& p) {
 
 }  // namespace
 
+Bytes gradient_passes(const Program& p, const Instruction& i, std::int64_t rank) {
+  if (i.kind != Kind::compute || i.kernel != Kernel::optimizer) return {};
+  const double passes =
+      std::max(1, i.index) * p.kernels.gradient_passes + i.index * p.kernels.met_gradient_passes;
+  if (!(passes > 0)) return {};
+  const double all = static_cast<double>(local_elements(p, i.writes[0], rank)) *
+                     static_cast<double>(p.mesh.size(i.atoms));  // not its shard alone
+  return Bytes{std::llround(passes * all * bits(p.buffer(i.reads[0]).type) / 8)};
+}
+
 Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   Work w;
   if (i.op >= 0 &&
@@ -569,12 +579,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     const bool narrow = bits(p.buffer(i.writes[0]).type) < 32;
     if (const double each = update_bytes(p, narrow); each > 0)
       w.bytes = Bytes{std::llround(each * n)};
-    const double passes =
-        std::max(1, i.index) * p.kernels.gradient_passes + i.index * p.kernels.met_gradient_passes;
-    if (passes > 0) {
-      const double all = n * static_cast<double>(p.mesh.size(i.atoms));  // not its shard alone
-      w.bytes += Bytes{std::llround(passes * all * bits(p.buffer(i.reads[0]).type) / 8)};
-    }
+    // Gradients whose optimizer runs on the host pass on the device before they leave it.
+    if (!on_host(p, i)) w.bytes += gradient_passes(p, i, rank);
     if (p.kernels.optimizer_kernels > 0) {
       w.kernels = p.kernels.optimizer_kernels;
       w.launched = w.kernels * p.launches.kernel;

@@ -44,6 +44,10 @@ struct Work {
   int groups = 0;    ///< kernels more that the host starts, group by group, which are one by shape
 };
 Work work_of(const Program& program, const Instruction& instruction, std::int64_t rank);
+/// What the passes over all gradients before the optimizer move of the device's memory (norms,
+/// copies: the framework's `gradient_passes`), part of the optimizer's work unless that runs on the
+/// host. No bytes of any other instruction.
+Bytes gradient_passes(const Program& program, const Instruction& instruction, std::int64_t rank);
 
 /// t = kernels · launch + work. By shape, one kernel after the other, where `work` has shapes and
 /// the device is a GPU (kernels.h); else max(flops / (rate · efficiency), bytes / (bandwidth ·

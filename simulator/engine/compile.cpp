@@ -143,6 +143,11 @@ class Compiler {
     // A processor that is its own host copies in its own memory.
     if (on_host(p_, i) && device.compute_capability > 0) {
       out.time = communication_.host_time(p_, i, rank);
+      if (const Bytes passes = gradient_passes(p_, i, rank); passes.count > 0) {
+        Work w;
+        w.bytes = passes;
+        out.time += kernel_time(w, device, communication_.shapes(rank));
+      }
       return;
     }
     const Work w = work_of(p_, i, rank);
@@ -399,7 +404,7 @@ class Compiler {
       find_repetition(out);
     }
     result_.flops[static_cast<std::size_t>(c)] = total;
-    if (p_.kernels.overlaps_experts) run_in_twos(mine, rc, calls, device);
+    if (p_.overlap_experts) run_in_twos(mine, rc, calls, device);
     // What other streams read without passing the compute stream must be marked in every replay.
     std::set<std::int32_t> must;
     for (const CompiledBlock& block : mine) {
@@ -418,7 +423,7 @@ class Compiler {
   }
 
   /// Exchanges of rows cost what does not run beside another micro-batch's blocks
-  /// (FrameworkKernels::overlaps_experts).
+  /// (Plan::overlap_experts).
   void run_in_twos(std::vector<CompiledBlock>& blocks, const RankClass& rc,
                    const std::vector<std::int64_t>& calls, const DeviceProfile& device) const {
     const auto exchanges = [&](std::size_t b, const Step& s) {
@@ -428,7 +433,7 @@ class Compiler {
     };
     const auto of_micro_batches = [&](std::size_t b) {
       const BlockKind k = p_.blocks[b].kind;
-      return k == BlockKind::forward || k == BlockKind::backward;
+      return k == BlockKind::forward || k == BlockKind::backward || k == BlockKind::backward_weight;
     };
     Seconds compute{0}, exchanged{0};
     for (std::size_t b = 0; b < blocks.size(); ++b) {

@@ -118,6 +118,7 @@ class Lowering {
     p_.allocations = plan_.allocations;
     p_.allocations.parameters = plan_.precision.parameters;
     p_.rows_once = plan_.rows_once;
+    p_.overlap_experts = plan_.exchanges_beside_blocks();
     p_.expert_bias_apart = plan_.expert_bias_apart;
     if (plan_.replicas == 0) p_.data_parallel = plan_.axes.at("dp");
     p_.loss_tensor = graph_.loss.value;

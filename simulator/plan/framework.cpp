@@ -164,6 +164,10 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("workspace_local", f.workspace_local);
   boolean(plan, "rows_once", f.rows_once);
   boolean(plan, "narrow_gathers", f.narrow_gathers);
+  setting(plan, "clip", [&](const YamlNode& n) {
+    f.clip = n.as_double();
+    if (!(f.clip >= 0)) throw InputError(n.place(), "a norm to clip to is above 0, or 0 for none");
+  });
   setting(plan, "fp8_format",
           [&](const YamlNode& n) { f.fp8_format = parse_fp8_format(n.as_string(), n.place()); });
   boolean(plan, "expert_bias_apart", f.expert_bias_apart);
@@ -255,7 +259,6 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*kernels, "mamba_ssm", f.kernels.mamba_ssm);
     boolean(*kernels, "mamba_gates_in_scan", f.kernels.mamba_gates_in_scan);
     boolean(*kernels, "fused_experts", f.kernels.fused_experts);
-    boolean(*kernels, "overlaps_experts", f.kernels.overlaps_experts);
     boolean(*kernels, "position_product", f.kernels.position_product);
     kernels->reject_unknown_keys();
   }

@@ -28,7 +28,8 @@ struct Workload {
   std::optional<std::int64_t> zero;  ///< of the row's plan
   std::optional<bool> rows_once;
   std::optional<bool> graphs, graphs_beside_experts;    ///< Launches'
-  std::optional<bool> fused_experts, overlaps_experts;  ///< FrameworkKernels'
+  std::optional<bool> fused_experts;                    ///< FrameworkKernels'
+  std::optional<bool> overlaps_experts;                 ///< Plan's overlap_experts
   std::optional<bool> overlaps_tensor_parallel;         ///< FrameworkProfile's
   std::optional<bool> lora;                             ///< adapters are trained
   std::optional<bool> recompute_stops_early;
@@ -94,6 +95,7 @@ struct FrameworkProfile {
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
   bool narrow_gathers = false;     ///< Plan's
+  double clip = 0;  ///< the norm that it scales gradients down to by default; 0: none
   Fp8Format fp8_format = Fp8Format::e4m3;
   /// 32-bit images lie channels first (NCHW), and so are turned for every product of tensor cores.
   bool channels_first = false;

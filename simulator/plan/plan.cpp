@@ -209,6 +209,10 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("context parallel {} cuts sequences; {} has none", plan.cp, graph.name));
   }
   if (plan.sequence_parallel && plan.tp == 1) plan.sequence_parallel = false;
+  // Who pushes gradients as they are does not clip.
+  if (!plan.clip_given && plan.optimizer.clip == 0 && plan.servers == 0 &&
+      plan.strategy != "dataparallel")
+    plan.optimizer.clip = plan.framework_clip;
   if (plan.overlap_tensor_parallel && !plan.sequence_parallel)
     return no(
         "overlap_tensor_parallel hides the gathers and scatters of sequence parallelism; use "
@@ -746,6 +750,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.save_gathered = f.save_gathered;
   plan.rows_once = f.rows_once;
   plan.narrow_gathers = f.narrow_gathers;
+  plan.framework_clip = f.clip;
   plan.fp8_format = f.fp8_format;
   plan.expert_bias_apart = f.expert_bias_apart;
   plan.channels_first = f.channels_first && plan.precision.activations == ElementType::fp32;
@@ -878,6 +883,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
+  if (const auto n = y.find("overlap_experts")) p.overlap_experts = n->as_bool();
   if (const auto n = y.find("narrow_gathers")) p.narrow_gathers = n->as_bool();
   if (const auto n = y.find("fp8_format"))
     p.fp8_format = parse_fp8_format(n->as_string(), n->place());
@@ -931,6 +937,7 @@ void apply(Plan& p, const YamlNode& y) {
     if (const auto x = n->find("weight_decay")) p.optimizer.weight_decay = x->as_double();
     if (const auto x = n->find("clip")) {
       p.optimizer.clip = x->as_double();
+      p.clip_given = true;
       if (!(p.optimizer.clip >= 0))
         throw InputError(
             x->place(), fmt::format("{} is no norm to clip to; use a number above 0, or 0 for none",
@@ -1103,6 +1110,7 @@ std::string to_yaml(const Plan& p) {
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
   s += fmt::format("rows_once: {}\n", p.rows_once);
+  if (p.overlap_experts) s += fmt::format("overlap_experts: {}\n", *p.overlap_experts);
   if (p.narrow_gathers) s += "narrow_gathers: true\n";
   if (p.precision.compute == ElementType::fp8)
     s += fmt::format("fp8_format: {}\n", name(p.fp8_format));
@@ -1134,7 +1142,7 @@ std::string to_yaml(const Plan& p) {
                  "optimizer: {{kind: adam, learning_rate: {}, beta1: {}, beta2: {}, epsilon: {}, "
                  "weight_decay: {}}}\n",
                  o.learning_rate, o.beta1, o.beta2, o.epsilon, o.weight_decay);
-  if (o.clip > 0) s.insert(s.size() - 2, fmt::format(", clip: {}", o.clip));
+  if (o.clip > 0 || p.clip_given) s.insert(s.size() - 2, fmt::format(", clip: {}", o.clip));
   if (!p.user_rules.empty()) {
     s += "shard:\n";
     for (const ShardingRule& r : p.user_rules) {

@@ -97,12 +97,21 @@ struct Plan {
   bool precision_roles = false;              ///< some role differs from what the name says
   Fp8Format fp8_format = Fp8Format::hybrid;  ///< of products in fp8: executed, times are one
   Optimizer optimizer;
+  bool clip_given = false;          ///< optimizer.clip is the plan's own, not the framework's
+  double framework_clip = 0;        ///< FrameworkProfile's clip
   Bytes bucket = 40_MiB;            ///< of gradients reduced by one call
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp (Megatron: 128)
   bool overlap_gradients = true;    ///< reduce buckets while the backward goes on
   /// A token's row goes once to each NVLink domain (inside one: to each rank) that has experts of
   /// it, which hands it on: DeepEP, HybridEP. A price; what is executed sends a row an expert.
   bool rows_once = false;
+  /// A micro-batch's exchanges of rows run beside another one's blocks (docs/cost.md, "In twos"):
+  /// Megatron-Core's overlap_moe_expert_parallel_comm, DualPipe. A price; what is executed runs
+  /// block after block. Left out: as the schedule does it.
+  std::optional<bool> overlap_experts;
+  bool exchanges_beside_blocks() const {
+    return overlap_experts.value_or(schedule == Schedule::dualpipe && framework != "partita");
+  }
   /// What only products in an 8- or 4-bit type read is gathered over tp in that type. A price.
   bool narrow_gathers = false;
   bool expert_bias_apart = false;  ///< of the framework (docs/cost.md): a price

@@ -327,8 +327,6 @@ struct FrameworkKernels {
   /// What becomes fp8 or NVFP4 is read for its scale first: a tensor's largest value is zeroed,
   /// found and made a scale, a kernel each. What a norm makes is converted by a kernel of its own.
   bool finds_scales = false;
-  /// A micro-batch's exchanges of rows run beside another one's kernels (cost.h, exposed_in_twos).
-  bool overlaps_experts = false;
   /// Mamba-2 layers run mamba_ssm's fused function: what the convolution makes is not kept but made
   /// again, and each backward kernel makes the gradients of its parameters too.
   bool mamba_ssm = false;
@@ -449,6 +447,7 @@ struct Program {
   AtomMask scattered_messages = 0;
   Allocations allocations;
   bool rows_once = false;          ///< Plan::rows_once
+  bool overlap_experts = false;    ///< Plan::overlap_experts
   bool expert_bias_apart = false;  ///< Plan::expert_bias_apart
   AtomList data_parallel;          ///< cut a micro-batch's samples, in order
   int micro_batches = 1;

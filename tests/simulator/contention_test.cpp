@@ -1116,7 +1116,7 @@ TEST(Host, ExchangesBesideAnotherMicroBatchCostWhatIsLeft) {
   Program p = lowered(mixtral(), plan);
   const Topology t = load_topology("dgx-h100:2 gpus");
   const Timeline apart = run(p, t, Network::idle);
-  p.kernels.overlaps_experts = true;
+  p.overlap_experts = true;
   const Timeline twos = run(p, t, Network::idle);
   const Ticks before = apart.breakdown[0].exposed.at("ep"),
               after = twos.breakdown[0].exposed.at("ep");
@@ -1124,6 +1124,27 @@ TEST(Host, ExchangesBesideAnotherMicroBatchCostWhatIsLeft) {
   EXPECT_EQ(twos.breakdown[0].total(), twos.step);
   // One micro-batch of four has none beside it.
   EXPECT_GT(static_cast<double>(after.count), 0.25 * static_cast<double>(before.count));
+}
+
+// DualPipe runs them so by itself, but not where blocks are executed one after the other.
+TEST(Host, ExchangesLieBesideBlocksAsThePlanOrTheScheduleHasIt) {
+  const auto exposed = [](Schedule schedule, const char* framework, std::optional<bool> overlap) {
+    Plan plan = base_plan();
+    plan.framework = framework;
+    plan.dp = plan.ep = plan.pp = 2;
+    plan.schedule = schedule, plan.schedule_given = true;
+    plan.overlap_experts = overlap;
+    plan.global_batch = 8 * 2 * plan.micro_batch;
+    const Timeline t =
+        run(lowered(mixtral(), plan), load_topology("dgx-h100:4 gpus"), Network::idle);
+    return t.breakdown[0].exposed.at("ep").count;
+  };
+  const auto f1b = Schedule::one_f_one_b, dual = Schedule::dualpipe;
+  EXPECT_EQ(exposed(f1b, "megatron-core", {}), exposed(f1b, "megatron-core", false));
+  EXPECT_LT(exposed(f1b, "megatron-core", true), exposed(f1b, "megatron-core", false));
+  EXPECT_EQ(exposed(dual, "megatron-core", {}), exposed(dual, "megatron-core", true));
+  EXPECT_LT(exposed(dual, "megatron-core", {}), exposed(dual, "megatron-core", false));
+  EXPECT_EQ(exposed(dual, "partita", {}), exposed(dual, "partita", false));
 }
 
 /// Fifty calls of a block whose kernels take longer than their launches leave the host so far ahead

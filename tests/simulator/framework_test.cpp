@@ -59,6 +59,7 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     if (f.narrow_gathers) {
       EXPECT_EQ(f.fp8_format, Fp8Format::hybrid) << name;
     }
+    EXPECT_EQ(p.framework_clip, f.clip);
     EXPECT_EQ(p.fuses_normalise, f.fuses_normalise);
     EXPECT_EQ(p.joins_projections, f.joins_projections);
     EXPECT_EQ(p.recompute_stops_early, f.recompute_stops_early);

@@ -252,6 +252,40 @@ TEST(PoliciesPage, AnUpdateOnTheHost) {
   EXPECT_EQ(updates, 2);
 }
 
+// Norms and copies of whole gradients are the device's before they leave it: host memory of eight
+// ranks would take tens of times as long.
+TEST(PoliciesPage, PassesOverGradientsAreTheDevicesWhereTheHostUpdates) {
+  const Topology t = load_topology("dgx-h100:2 gpus");
+  const Graph g = load_model("mnist-linear");
+  Plan plan = base_plan();
+  set_precision(plan, "bf16", "");
+  plan.optimizer.kind = OptimizerKind::adam;
+  plan.dp = 2;
+  plan.zero = 1;
+  plan.kernels.gradient_passes = 1;
+  plan.kernels.met_gradient_passes = 2;
+  for (const bool host : {false, true}) {
+    plan.offload_optimizer = host;
+    const Program p = lowered(g, plan);
+    for (const Block& b : p.blocks) {
+      for (const Instruction& i : b.instructions) {
+        if (i.kind != Kind::compute || i.kernel != Kernel::optimizer) {
+          EXPECT_EQ(gradient_passes(p, i, 0).count, 0);
+          continue;
+        }
+        // Three passes over all of it, two ranks' shards.
+        const auto n = local_elements(p, i.writes[0], 0);
+        const Bytes passes = gradient_passes(p, i, 0);
+        EXPECT_EQ(passes.count, 3 * 2 * n * bits(p.buffer(i.reads[0]).type) / 8);
+        Program none = p;
+        none.kernels.gradient_passes = none.kernels.met_gradient_passes = 0;
+        EXPECT_EQ((work_of(p, i, 0).bytes - work_of(none, i, 0).bytes).count,
+                  host ? 0 : passes.count);
+      }
+    }
+  }
+}
+
 TEST(PoliciesPage, CopiesToTheHostAndReadsFromStorage) {
   const Topology t = load_topology("dgx-h100:1");
   Communication network(t);

@@ -37,6 +37,35 @@ double forward_products(const Graph& g, bool blocks_only) {
 }
 
 /// docs/simulation.md, "Memory": a device that was measured.
+// docs/plan.md: the norm is one of all gradients. The last stage's table makes its update the
+// longer one, and it waits for the first stage's backward, which ends last.
+TEST(Predict, NoStageUpdatesBeforeTheNormOfAllGradients) {
+  const Graph g = llama();
+  const Topology t = load_topology("dgx-h100:4 gpus");
+  const auto with = [&](std::optional<double> clip, const char* strategy, std::int64_t pp) {
+    Plan p = base_plan();
+    set_framework(p, "megatron-core", "");
+    p.launches = {};
+    p.strategy = strategy;
+    p.pp = pp, p.dp = 4 / pp;
+    p.global_batch = 4 * p.dp;
+    p.cuts = pp > 1 ? std::vector<std::int64_t>{g.layers - 1, 1} : std::vector<std::int64_t>{};
+    if (clip) p.optimizer.clip = *clip, p.clip_given = true;
+    Communication c(t);
+    auto r = predict(g, p, c);
+    EXPECT_TRUE(static_cast<bool>(r)) << r.reason();
+    return *r;
+  };
+  EXPECT_EQ(with({}, "megatron", 2).plan.optimizer.clip, 1);
+  EXPECT_EQ(with({}, "megatron", 2).step_time, with(1.0, "megatron", 2).step_time);
+  EXPECT_GT(with({}, "megatron", 2).step_time, with(0.0, "megatron", 2).step_time);
+  // A plan's own word stays in its file, none too.
+  Plan none = with(0.0, "megatron", 2).plan;
+  EXPECT_THAT(to_yaml(none), ::testing::HasSubstr("clip: 0"));
+  // What hands gradients on as they are does not clip.
+  EXPECT_EQ(with({}, "dataparallel", 1).plan.optimizer.clip, 0);
+}
+
 TEST(Predict, MeasuredMemoryOutsideTheAllocatorReplacesWhatIsAssumed) {
   const auto text_of = [](const std::string& file) {
     std::ifstream in(data_folder("topologies") + file);

@@ -1,5 +1,8 @@
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <map>
 
 #include "base/error.h"
 #include "tests/topologies/flat_graph.h"
@@ -10,6 +13,7 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::ThrowsMessage;
@@ -84,15 +88,40 @@ TEST(Catalogue, DevicesThatShareAPcieSwitchSpreadOverItsNics) {
 }
 
 TEST(Catalogue, Nvl72JoinsEighteenTraysByNvlinkAndTheRestByNics) {
-  const Topology topology = load_topology("gb200-nvl72:40");
-  EXPECT_EQ(topology.device_count(), 160u);
+  const Topology topology = load_topology("gb200-nvl72:41");  // No equal parts of 9 to 18.
+  EXPECT_EQ(topology.device_count(), 164u);
+  EXPECT_THAT(topology.assumed(), IsEmpty());
   EXPECT_EQ(topology.domain_of(0), topology.domain_of(17));
   EXPECT_NE(topology.domain_of(17), topology.domain_of(18));
-  EXPECT_EQ(topology.domain_of(36), topology.domain_of(39));  // The last has 4 trays.
+  EXPECT_EQ(topology.domain_of(36), topology.domain_of(40));  // The last has 5 trays.
   EXPECT_EQ(route_text(topology, 0, 71), "node0.gpu0->domain0 domain0->node17.gpu3");
   EXPECT_EQ(walk(topology, DeviceId{std::size_t{0}}, DeviceId{std::size_t{71}}).bottleneck, 900e9);
   EXPECT_EQ(route_text(topology, 144, 159), "node36.gpu0->domain2 domain2->node39.gpu3");
   EXPECT_EQ(walk(topology, DeviceId{std::size_t{1}}, DeviceId{std::size_t{73}}).bottleneck, 50e9);
+}
+
+TEST(Catalogue, JobsOnSeveralDomainsGetEqualPartsOfThem) {
+  // docs/topologies.md: the most trays that divide the job's, 9 at least.
+  const std::map<std::int64_t, std::int64_t> each = {{1, 18},  {17, 18}, {18, 18}, {19, 18},
+                                                     {20, 10}, {27, 9},  {32, 16}, {36, 18},
+                                                     {38, 18}, {64, 16}, {128, 16}};
+  for (const auto& [nodes, trays] : each) {
+    const Topology t = load_topology(fmt::format("gb200-nvl72:{} gpus", 4 * nodes));
+    std::size_t first = 0;
+    while (first < t.node_count() && t.domain_of(first) == t.domain_of(0)) ++first;
+    EXPECT_EQ(static_cast<std::int64_t>(first), std::min(nodes, trays)) << nodes;
+    if (trays == 18)
+      EXPECT_THAT(t.assumed(), IsEmpty()) << nodes;
+    else
+      EXPECT_THAT(t.assumed(), ElementsAre(fmt::format("{} nodes of each NVLink domain", trays)));
+  }
+  // Domains that were asked for stay as they are, and so do those of a file without a number.
+  TopologyEdits edits;
+  edits.cluster.push_back({"nodes[0].domain.nodes", "18"});
+  const Topology asked = load_topology("gb200-nvl72:64", edits);
+  EXPECT_EQ(asked.domain_of(17), asked.domain_of(0));
+  EXPECT_NE(asked.domain_of(18), asked.domain_of(0));
+  EXPECT_THAT(asked.assumed(), IsEmpty());
 }
 
 TEST(Catalogue, Dgx1HasSixBricksAtEveryGpuAndRoutesAroundThePcie) {

@@ -318,7 +318,7 @@ TEST(RowCase, JobsGetEqualPartsOfDomains) {
   EXPECT_EQ(first_of(72), 18u);
   EXPECT_EQ(first_of(256), 16u);  // 64 nodes: four times 16
   EXPECT_EQ(first_of(144), 18u);
-  EXPECT_EQ(first_of(76), 1u);  // 19 nodes
+  EXPECT_EQ(first_of(76), 18u);  // 19 nodes: no equal parts of nine or more
 }
 
 TEST(RowCase, ScriptsOfSizedNetworksFillWhatTheRowLeavesEmpty) {
@@ -519,7 +519,7 @@ TEST(RowCase, WorkloadsSetWhatTheFrameworksOwnConfigurationsDo) {
   EXPECT_TRUE(fused.plan.kernels.fused_experts);
   EXPECT_FALSE(fused.plan.expert_bias_apart);
   EXPECT_TRUE(fused.plan.launches.graphs);
-  EXPECT_TRUE(fused.plan.kernels.overlaps_experts);
+  EXPECT_TRUE(fused.plan.exchanges_beside_blocks());
   EXPECT_FALSE(fused.plan.launches.waits_for_counts);
   EXPECT_TRUE(eager.plan.launches.waits_for_counts);
   EXPECT_NE(eager.key(), fused.key());
@@ -618,6 +618,12 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
   EXPECT_EQ(name("Megatron-Bridge"), "megatron-bridge");
   EXPECT_EQ(name("NeMo (Megatron-Core)"), "nemo");
   EXPECT_EQ(name("Megatron-DeepSpeed"), "megatron-deepspeed");
+  EXPECT_EQ(name("Megatron + DeepSpeed"), "megatron-deepspeed");
+  EXPECT_EQ(name("DeepSpeed + Megatron-LM"), "megatron-deepspeed");
+  EXPECT_EQ(name("DeepSpeed (Megatron-DeepSpeed)"), "megatron-deepspeed");
+  EXPECT_EQ(name("DeepSpeed 0.16"), "deepspeed");
+  EXPECT_EQ(name("HF Trainer + DeepSpeed"), "deepspeed");
+  EXPECT_EQ(name("Hugging Face Transformers + DeepSpeed"), "deepspeed");
   EXPECT_EQ(name("MosaicML Composer / llm-foundry (PyTorch FSDP)"), "llm-foundry");
   EXPECT_EQ(name("fms-fsdp (PyTorch FSDP1 + torch.compile)"), "pytorch-fsdp");
   EXPECT_EQ(name("torchtitan (FSDP2)"), "torchtitan");
@@ -862,8 +868,8 @@ TEST(RowCase, SettingsInWordsAreThePlans) {
   EXPECT_FALSE(with_settings("tp_comm_overlap=False").plan.overlap_tensor_parallel);
   EXPECT_FALSE(with_settings("tp_comm_overlap=False").plan.tensor_parallel_in_turn);
   EXPECT_TRUE(with_settings("overlap paths off").plan.tensor_parallel_in_turn);
-  EXPECT_TRUE(with_settings("EP overlap", experts).plan.kernels.overlaps_experts);
-  EXPECT_FALSE(with_settings("", experts).plan.kernels.overlaps_experts);
+  EXPECT_TRUE(with_settings("EP overlap", experts).plan.exchanges_beside_blocks());
+  EXPECT_FALSE(with_settings("", experts).plan.exchanges_beside_blocks());
   EXPECT_TRUE(with_settings("DeepEP", experts).plan.rows_once);
   EXPECT_FALSE(with_settings("alltoall dispatcher", experts).plan.rows_once);
   const Launches beside = with_settings("CUDA graphs (attn, moe_router)", experts).plan.launches;
