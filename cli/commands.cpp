@@ -309,7 +309,7 @@ void add_plan(CLI::App& app, int& code) {
                                                "the disk is full",
                                                *save));
     }
-    auto assumed = assumptions(o->flags, base, g);
+    auto assumed = assumptions(o->flags, base, g, {"micro_batch"});
     for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
     print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));
     if (r.plans.empty()) code = 1;

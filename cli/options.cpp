@@ -256,6 +256,8 @@ void restrict_space(SearchSpace& s, const PlanFlags& f, const Plan& given) {
   fix("micro_batch", f.micro_batch.has_value(), s.micro_batch, given.micro_batch);
   fix("virtual_stages", f.virtual_stages.has_value(), s.virtual_stages, given.virtual_stages);
   fix("zero", f.zero.has_value(), s.zero, given.zero);
+  if (s.zero.size() == 1) s.zero_pipelined = 3;
+  fix("etp", f.etp.has_value(), s.etp, given.etp);
   fix("recompute", !f.recompute.empty(), s.recompute, given.recompute);
   fix("schedule", !f.schedule.empty(), s.schedules, given.schedule);
   fix("sequence_parallel", f.sequence_parallel || f.no_sequence_parallel, s.sequence_parallel,
@@ -278,7 +280,11 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
   const auto scans = [](const Operator& op) {
     return std::holds_alternative<StateSpace>(op.operation);
   };
-  if (plan.zero >= 2 && plan.pp > 1 && plan.global_batch > plan.micro_batch * plan.dp)
+  if (open("micro_batch", f.micro_batch.has_value()) &&
+      plan.global_batch > plan.micro_batch * plan.dp)
+    list.push_back(fmt::format("micro-batch {}", plan.micro_batch));
+  if (plan.zero >= 2 && plan.pp > 1 && plan.framework != "partita" &&
+      plan.global_batch > plan.micro_batch * plan.dp)
     list.push_back(fmt::format(
         "ZeRO {} {} for each micro-batch (frameworks keep {} whole under a pipeline: "
         "--zero 1)",

@@ -93,7 +93,7 @@ Layout without_windows(Layout layout) {
 Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s,
                                         const std::string& head_word) {
   std::vector<DimSplit> cuts(s.dims.size());
-  std::vector<std::string> axis_of(s.dims.size());
+  std::vector<std::vector<std::string>> axes_of(s.dims.size());  // "tensor parallel 4"
   AtomMask taken = root_of(plan, op);
   for (const ShardingRule& rule : plan.rules) {
     const int d = s.find(rule.dim);
@@ -111,15 +111,21 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
     if (added == 0) continue;
     if (fresh && rule.zigzag) cut.zigzag = static_cast<std::uint8_t>(added);
     taken = static_cast<AtomMask>(taken | mask_of(axis));
-    axis_of[static_cast<std::size_t>(d)] = rule.axis;
+    const AtomList own(cut.atoms.end() - static_cast<std::ptrdiff_t>(added), cut.atoms.end());
+    if (plan.mesh.size(own) > 1)
+      axes_of[static_cast<std::size_t>(d)].push_back(
+          fmt::format("{} {}", axis_title(rule.axis), plan.mesh.size(own)));
   }
   for (std::size_t d = 0; d < s.dims.size(); ++d) {
     const std::int64_t parts = plan.mesh.size(cuts[d].atoms);
     if (parts == 1) continue;
     const IterationDim& dim = s.dims[d];
-    const std::string title = axis_title(axis_of[d]);
+    const bool several = axes_of[d].size() > 1;
+    const std::string axes = fmt::format("{}", fmt::join(axes_of[d], " x ")) +
+                             (several ? fmt::format(" = {}", parts) : "");
     if (dim.use == DimUse::whole) {
-      return Infeasible{fmt::format("{} cannot cut the {} of {}", title, name(dim.dim), op.name)};
+      return Infeasible{fmt::format("{} cannot cut the {} of {}", axes.substr(0, axes.rfind(' ')),
+                                    name(dim.dim), op.name)};
     }
     const std::int64_t grain = cuts[d].zigzag > 0 ? 2 : 1;
     if (dim.extent < parts * grain || (must_divide(dim.dim) && dim.extent % (parts * grain) != 0)) {
@@ -129,13 +135,14 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
                                : dim.dim == Dim::sequence ? "tokens"
                                                           : std::string(name(dim.dim));
       if (!must_divide(dim.dim)) {
-        return Infeasible{
-            fmt::format("{} {} cuts the {} {} of {} into more parts than it has; use at most {}",
-                        title, parts, what, dim.extent, op.name, dim.extent / grain)};
+        return Infeasible{fmt::format(
+            "{} cuts the {} {} of {} into more parts than it has; use at most {}{}", axes, what,
+            dim.extent, op.name, dim.extent / grain, several ? " in all" : "")};
       }
       return Infeasible{fmt::format(
-          "{} {} does not divide {} {} of {}; use {}", title, parts, dim.extent, what, op.name,
-          divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))))};
+          "{} does not divide {} {} of {}; use {}{}", axes, dim.extent, what, op.name,
+          divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))),
+          several ? " in all" : "")};
     }
   }
   return cuts;

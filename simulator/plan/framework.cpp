@@ -266,6 +266,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     word(*defaults, "precision", f.precision);
     setting(*defaults, "zero",
             [&](const YamlNode& n) { f.zero = static_cast<int>(n.as_int(0, 3)); });
+    setting(*defaults, "zero_highest",
+            [&](const YamlNode& n) { f.zero_highest = static_cast<int>(n.as_int(0, 3)); });
     setting(*defaults, "zero_pipelined",
             [&](const YamlNode& n) { f.zero_pipelined = static_cast<int>(n.as_int(0, 3)); });
     boolean(*defaults, "reshard_after_forward", f.reshard_after_forward);

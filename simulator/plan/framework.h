@@ -114,6 +114,7 @@ struct FrameworkProfile {
   /// The highest ZeRO stage with pipeline parallelism: 1 where parameters stay gathered and
   /// gradients whole until the last micro-batch.
   int zero_pipelined = 1;
+  int zero_highest = 3;  ///< the highest ZeRO stage that it has: what a search tries
   bool reshard_after_forward = true;
   /// A pipeline makes micro-batches of one sample of the batch that a rank is given; where
   /// interleaved, a rank has two stages.

@@ -47,7 +47,7 @@ double model_flops(const Graph& graph) {
 }
 
 /// Matrix FLOPs that all ranks execute in a step: recomputation and flash attention's second q·k
-/// count, masked pairs that no kernel visits do not.
+/// count, masked pairs that no kernel visits do not, of convolutions by Winograd's tiles theirs.
 double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
   double total = 0;
   for (const RankClass& c : classes) {
@@ -57,7 +57,15 @@ double executed_flops(const Program& p, const std::vector<RankClass>& classes) {
       for (const Instruction& i : p.blocks[b.index()].instructions) {
         if (i.kind != Kind::compute || i.op < 0) continue;
         const Work work = work_of(p, i, c.representative);
-        if (work.matrix) total += static_cast<double>(c.count * n) * work.flops.count;
+        if (!work.matrix) continue;
+        double flops = work.flops.count;
+        if (std::holds_alternative<Convolution>(
+                p.operators[static_cast<std::size_t>(i.op)].operation)) {
+          // Winograd's products are fewer than the direct ones.
+          flops = 0;
+          for (const Product& x : work.products) flops += x.flops().count;
+        }
+        total += static_cast<double>(c.count * n) * flops;
       }
     }
   }
@@ -345,7 +353,9 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
     // links are free.
     if (d == 1 || (heads && d <= std::max<std::int64_t>(domain, 1))) s.tp.push_back(d);
     if (d <= std::max(graph.layers, 1)) s.pp.push_back(d);
-    if (d == 1 || (sequences && graph.sequence >= 16384 && d <= 16)) s.cp.push_back(d);
+    // Ranks with fewer than 4,096 tokens only move more for less work.
+    if (d == 1 || (sequences && d <= 16 && (graph.sequence >= 16384 || 4096 * d <= graph.sequence)))
+      s.cp.push_back(d);
     if (d == 1 || (experts && expert_count % d == 0)) s.ep.push_back(d);
   }
   const std::int64_t batch = std::max<std::int64_t>(1, base.global_batch);
@@ -353,16 +363,25 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
     if (batch % m == 0) s.micro_batch.push_back(m);
   }
   s.virtual_stages = {1};
-  for (std::int64_t v = 2; v <= 8; ++v) {
-    if (graph.layers % v == 0) s.virtual_stages.push_back(v);
-  }
-  s.zero = {0, 1, 2, 3};
-  s.recompute = {Recompute::none, Recompute::selective, Recompute::full};
+  for (std::int64_t v = 2; v <= std::min<std::int64_t>(8, graph.layers); ++v)
+    s.virtual_stages.push_back(v);
+  const FrameworkProfile framework = load_framework(base.framework, "framework");
+  for (int zero = 0; zero <= framework.zero_highest; ++zero) s.zero.push_back(zero);
+  s.zero_pipelined = framework.zero_pipelined;
+  s.recompute = {Recompute::none, Recompute::full};
+  if (heads) s.recompute.insert(s.recompute.begin() + 1, Recompute::selective);  // of attention
+  if (experts) s.etp = {0, 1};
   s.schedules = {Schedule::one_f_one_b, Schedule::interleaved};
   return s;
 }
 
 namespace {
+
+/// Can `layers` blocks be chunks of an interleaved schedule that are equal to a twentieth? The
+/// largest chunk is the pace of all.
+bool even_chunks(std::int64_t layers, std::int64_t chunks) {
+  return chunks <= layers && 20 * ceil_div(layers, chunks) * chunks <= 21 * layers;
+}
 
 /// Candidates that differ in their micro-batch only, ascending. But under gpipe a larger one needs
 /// no less memory (to 1 %): as many samples are in flight, and buffers within a block grow with it.
@@ -400,19 +419,26 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
           for (const auto v : space.virtual_stages) {
             for (const auto zero : space.zero) {
               if (zero > 0 && dp * cp == 1 && space.zero.size() > 1) continue;
+              if (zero > space.zero_pipelined && pp > 1) continue;
               for (const auto recompute : space.recompute) {
                 for (const auto schedule : space.schedules) {
                   // One spelling for what would be the same plan.
                   if (space.schedules.size() > 1 &&
                       ((v > 1) != (schedule == Schedule::interleaved) || (v > 1 && pp == 1)))
                     continue;
-                  for (const char sp : sequence_parallel) {
-                    Plan p = base;
-                    p.tp = tp, p.pp = pp, p.cp = cp, p.ep = ep, p.dp = dp;
-                    p.virtual_stages = v, p.zero = zero, p.recompute = recompute;
-                    p.schedule = schedule, p.schedule_given = true;
-                    p.sequence_parallel = sp != 0 && tp > 1;
-                    add(std::move(p));
+                  if (v > 1 && space.virtual_stages.size() > 1 &&
+                      !even_chunks(graph.layers, pp * v))
+                    continue;
+                  for (const auto etp : space.etp) {
+                    if (space.etp.size() > 1 && etp != 0 && (tp == 1 || ep == 1)) continue;
+                    for (const char sp : sequence_parallel) {
+                      Plan p = base;
+                      p.tp = tp, p.pp = pp, p.cp = cp, p.ep = ep, p.dp = dp, p.etp = etp;
+                      p.virtual_stages = v, p.zero = zero, p.recompute = recompute;
+                      p.schedule = schedule, p.schedule_given = true;
+                      p.sequence_parallel = sp != 0 && tp > 1;
+                      add(std::move(p));
+                    }
                   }
                 }
               }
@@ -517,12 +543,24 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
   };
   fastest_first();
-  if (result.plans.size() > keep) result.plans.resize(keep);
-  for (Prediction& p : result.plans) {
-    // What is shown gets the details that the ranking did not need.
-    if (auto whole =
-            predict(graph, p.plan, *communications[0], nullptr, nullptr, false, nullptr, network))
-      p = std::move(*whole);
+  const auto smaller = [&](Prediction&& p) {
+    if (!result.smallest || p.peak_device < result.smallest->peak_device)
+      result.smallest = std::move(p);
+  };
+  // What is shown gets the details that the ranking did not need; with the blocks that its
+  // allocator leaves a plan may not fit after all.
+  std::vector<Prediction> ranked;
+  ranked.swap(result.plans);
+  for (std::size_t k = 0; k < ranked.size() && result.plans.size() < keep; ++k) {
+    auto whole = predict(graph, ranked[k].plan, *communications[0], nullptr, nullptr, false,
+                         nullptr, network);
+    Prediction& p = whole ? *whole : ranked[k];
+    if (p.fits) {
+      result.plans.push_back(std::move(p));
+    } else {
+      ++result.pruned_memory, --result.evaluated;
+      smaller(std::move(p));
+    }
   }
   fastest_first();
   if (result.plans.empty() && result.smallest) {

@@ -81,6 +81,8 @@ struct SearchSpace {
   std::vector<Recompute> recompute;
   std::vector<Schedule> schedules;
   std::vector<char> sequence_parallel;  ///< empty: wherever tp > 1
+  std::vector<std::int64_t> etp = {0};  ///< 0: as tp; others only where experts and tp are cut
+  int zero_pipelined = 3;               ///< the highest stage beside a pipeline
 };
 
 /// Every value that could be fastest for this network on this cluster (docs/command.md, "plan").
@@ -96,7 +98,8 @@ struct SearchResult {
 };
 
 /// Simulates every plan of the space that can fit, each transfer alone on the network; the `keep`
-/// fastest are simulated again with `network` and returned, fastest first. `adjustment`: what
+/// fastest that fit with their allocator's blocks too are simulated again with `network` and
+/// returned, fastest first. `adjustment`: what
 /// measured steps say of prices.
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,

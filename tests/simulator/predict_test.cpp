@@ -295,6 +295,62 @@ TEST(Search, TheBestPlanIsTheFastestOfTheSpace) {
   }
 }
 
+// What an allocator keeps between blocks can be too much for a plan that was ranked first.
+TEST(Search, ShowsNoPlanThatDoesNotFit) {
+  const Graph g = load_model("llama-3-8b");
+  Plan base = base_plan();
+  set_framework(base, "megatron-core", "");
+  set_precision(base, "bf16", "");
+  base.global_batch = 16;
+  int shown = 0, none = 0, over = 0;
+  for (const char* memory : {"8 GiB", "30 GiB", "34 GiB"}) {
+    TopologyEdits edits;
+    edits.device.push_back({"usable_memory.value", memory});
+    const Topology t = load_topology("dgx-h100:1", edits);
+    SearchSpace s = full_space(g, t, 8, base);
+    s.zero = {1}, s.pp = {1, 2}, s.cp = {1}, s.schedules = {Schedule::one_f_one_b};
+    s.virtual_stages = {1}, s.micro_batch = {1, 2};
+    const SearchResult all = search(g, t, 8, base, s, 1000, 1);
+    EXPECT_EQ(all.space, all.evaluated + all.pruned_memory + all.illegal);
+    for (const Prediction& p : all.plans) {
+      EXPECT_TRUE(p.fits) << memory << "\n" << to_yaml(p.plan);
+      ++shown;
+    }
+    if (all.plans.empty()) {
+      ++none;
+      EXPECT_FALSE(all.smallest && all.smallest->fits);
+    }
+    // As many as asked for, where so many fit.
+    for (const std::size_t keep : {1u, 3u}) {
+      const SearchResult few = search(g, t, 8, base, s, keep, 1);
+      EXPECT_EQ(few.plans.size(), std::min(keep, all.plans.size()));
+      over += few.pruned_memory > 0;
+    }
+  }
+  EXPECT_GT(shown, 0);
+  EXPECT_GT(none, 0);
+  EXPECT_GT(over, 0);
+}
+
+TEST(Search, TriesWhatTheFrameworkHasAndChunksThatAreNearlyEven) {
+  const Topology t = load_topology("dgx-h100:4");
+  Plan base = base_plan();
+  set_framework(base, "megatron-core", "");
+  base.global_batch = 64;
+  Graph g = load_model("deepseek-v3");
+  SearchSpace s = full_space(g, t, 32, base);
+  EXPECT_EQ(s.zero, (std::vector<int>{0, 1, 2, 3}));
+  EXPECT_EQ(s.zero_pipelined, 1);
+  EXPECT_EQ(s.etp, (std::vector<std::int64_t>{0, 1}));
+  EXPECT_EQ(s.cp, (std::vector<std::int64_t>{1}));  // 4,096 tokens
+  EXPECT_EQ(full_space(load_model("llama-3-8b"), t, 32, base).cp,
+            (std::vector<std::int64_t>{1, 2}));  // 8,192
+  set_framework(base, "pytorch-ddp", "");
+  EXPECT_EQ(full_space(g, t, 32, base).zero, (std::vector<int>{0, 1}));
+  const SearchSpace images = full_space(load_model("resnet-50"), t, 32, base);
+  EXPECT_EQ(images.recompute, (std::vector<Recompute>{Recompute::none, Recompute::full}));
+}
+
 // docs/topologies.md, "What an axis crosses".
 TEST(Placement, AxesOfTwoDgxH100) {
   const Topology t = load_topology("dgx-h100:2");
