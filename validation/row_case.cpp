@@ -592,6 +592,7 @@ const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
         return at < form.size() && form[at] >= '0' && form[at] <= '9';
       };
       const bool point = i + 1 < form.size() && form[i] == '.' && digit(i + 1);
+      if (form[i - 1] == '.' && digit(i)) continue;
       if (digit(i - 1) && (digit(i) || point || (i < form.size() && form[i] == 'b'))) continue;
       beginnings.insert(squeezed(form.substr(0, i)));
     }
@@ -907,7 +908,8 @@ class CaseBuilder {
         (says({"unfused", "local", "eager", "naive", "vanilla", "standard", "materiali", "math",
                "softmax", "baddbmm", "bmm"}) &&
          !says({"flash"})) ||
-        kernel == "none" || kernel == "torch" || kernel == "native" ||
+        kernel == "none" || kernel == "torch" || kernel == "attn_impl: torch" ||
+        kernel == "native" ||
         (kernel.empty() &&
          (flags_.local || (!flags_.any && deterministic() && row_.whole("cp").value_or(1) == 1)))) {
       t.flash_attention = false;
@@ -944,9 +946,14 @@ class CaseBuilder {
       }
     }
     if (adapters) {
-      for (const char* pattern :
-           {"*.attention.query", "*.attention.key", "*.attention.value", "*.attention.output"})
-        c_.lora.emplace_back(pattern);
+      // Latent attention's are projections down and up.
+      const bool latent = t.latent.key_value_rank > 0, queries = t.latent.query_rank > 0;
+      if (latent && queries) c_.lora = {"*.attention.query_down", "*.attention.query_up"};
+      if (!queries) c_.lora = {"*.attention.query"};
+      for (const char* name : latent ? std::vector<const char*>{"kv_down", "key_up", "value_up"}
+                                     : std::vector<const char*>{"key", "value"})
+        c_.lora.push_back(fmt::format("*.attention.{}", name));
+      c_.lora.emplace_back("*.attention.output");
       assume("adapters of rank 16 on attention's projections");
     }
     t.name = c_.model;

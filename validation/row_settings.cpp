@@ -131,7 +131,7 @@ const std::vector<Rule>& rules() {
                                                     "cudagraph",       "cudagraphs",
                                                     "cuda graph impl", "cuda graph scope"};
   static const std::vector<Rule> all{
-      {{{"interleaved"}}, [](S& s, bool on, Text) { s.interleaved = on; }},
+      {{{"interleaved", "interleaved1f1b"}}, [](S& s, bool on, Text) { s.interleaved = on; }},
       {{{"overlap paths", "all overlap", "any overlap"}},
        [](S& s, bool on, Text) {
          s.overlap_gradients = s.overlap_tensor_parallel = s.overlap_messages = on;
@@ -187,13 +187,13 @@ const std::vector<Rule>& rules() {
       {{{"zero bubble", "zb h1", "zbh1"}},
        [](S& s, bool on, Text) { s.schedule = on ? "zb-h1" : ""; }},
       {{{"dualpipe"}}, [](S& s, bool on, Text) { s.schedule = on ? "dualpipe" : ""; }},
-      {{{"cp type", "cp comm type", "context parallel", "ulysses"},
+      {{{"cp type", "cp comm type", "context parallel", "cp", "ulysses"},
         {"a2a", "all to all", "alltoall", "ulysses"}},
        [](S& s, bool, Text) { s.context = "all_to_all"; }},
-      {{{"cp type", "cp comm type", "context parallel", "ring attention"},
+      {{{"cp type", "cp comm type", "context parallel", "cp", "ring attention"},
         {"p2p", "ring", "ring attention"}},
        [](S& s, bool, Text) { s.context = "ring"; }},
-      {{{"cp type", "cp comm type", "context parallel"}, {"all gather", "allgather"}},
+      {{{"cp type", "cp comm type", "context parallel", "cp"}, {"all gather", "allgather"}},
        [](S& s, bool, Text) { s.context = "all_gather"; }},
       {{{"context parallel size"}},
        [](S& s, bool, Text c) {

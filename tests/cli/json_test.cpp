@@ -210,7 +210,8 @@ TEST(Json, WhatWasNotGivenIsListedAsAssumed) {
   TemporaryFolder folder;
   const std::string file = folder.path() + "/plan.yaml";
   write(file, "schema: partita.plan/1\nglobal_batch: 16\nprecision: fp16\n");
-  EXPECT_EQ(assumed("--plan " + file), Json({"framework megatron-core", "sequence 1024"}));
+  EXPECT_EQ(assumed("--plan " + file),
+            Json({"framework megatron-core", "sequence 1024", "micro-batch 1"}));
   EXPECT_EQ(parsed(run("simulate resnet-50 dgx-h100:1 --json")).at("assumed"),
             Json({"framework megatron-core", "precision bf16", "global batch 8"}));
 }

@@ -21,6 +21,7 @@
 #include "validation/published.h"
 #include "validation/row_case.h"
 #include "validation/row_kernels.h"
+#include "validation/row_settings.h"
 #include "validation/statistics.h"
 
 namespace partita::validation {
@@ -302,6 +303,48 @@ TEST(RowCase, ClustersByDeviceAndNode) {
   std::vector<std::string> assumed;
   const auto c = cluster_of(catalogue(), "V100", "16", 8, 8, "", "", assumed);
   EXPECT_EQ(load_topology(c.topology, c.edits).device(DeviceId{0}).name, "v100-sxm-16gb");
+}
+
+TEST(RowCase, AdaptersOfLatentAttentionAreOnItsProjections) {
+  const auto lora = [](const char* model) {
+    return case_with({{"model", model},
+                      {"num_layers", ""},
+                      {"hidden_size", ""},
+                      {"num_heads", ""},
+                      {"num_kv_heads", ""},
+                      {"ffn_hidden_size", ""},
+                      {"vocab_size", ""},
+                      {"params_billion", ""},
+                      {"tp", "1"},
+                      {"dp", ""},
+                      {"pp", "1"},
+                      {"overlap_and_other_settings", "LoRA"}})
+        .lora;
+  };
+  EXPECT_EQ(
+      lora("moonlight-16b-a3b"),
+      (std::vector<std::string>{"*.attention.query", "*.attention.kv_down", "*.attention.key_up",
+                                "*.attention.value_up", "*.attention.output"}));
+  EXPECT_EQ(lora("DeepSeek-V3"),
+            (std::vector<std::string>{"*.attention.query_down", "*.attention.query_up",
+                                      "*.attention.kv_down", "*.attention.key_up",
+                                      "*.attention.value_up", "*.attention.output"}));
+  EXPECT_EQ(lora("llama-3-8b"),
+            (std::vector<std::string>{"*.attention.query", "*.attention.key", "*.attention.value",
+                                      "*.attention.output"}));
+}
+
+TEST(RowCase, AVersionThatGoesOnIsAnotherNetwork) {
+  const auto known = [](const char* text) {
+    const KnownModel* m = model_of(catalogue(), text);
+    return m != nullptr ? m->name : "";
+  };
+  EXPECT_EQ(known("DeepSeekV3"), "deepseek-v3");
+  EXPECT_EQ(known("DeepSeekV3.2"), "");
+  EXPECT_EQ(known("Kimi-K2"), "kimi-k2");
+  EXPECT_EQ(known("Kimi-K2.5"), "");
+  EXPECT_EQ(known("Grok-1.5"), "");
+  EXPECT_EQ(known("Qwen2.5 7B"), "qwen2.5-7b");
 }
 
 TEST(RowCase, JobsGetEqualPartsOfDomains) {
@@ -865,6 +908,10 @@ TEST(RowCase, SettingsInWordsAreThePlans) {
   EXPECT_FALSE(with_settings("overlap_grad_reduce=False").plan.overlap_gradients);
   EXPECT_TRUE(with_settings("").plan.overlap_gradients);
   EXPECT_TRUE(with_settings("TP overlap").plan.overlap_tensor_parallel);
+  EXPECT_TRUE(settings_of("Interleaved1F1B").interleaved);
+  EXPECT_EQ(settings_of("CP all-gather").context, "all_gather");
+  EXPECT_EQ(settings_of("CP alltoall").context, "all_to_all");
+  EXPECT_EQ(settings_of("CP ring").context, "ring");
   EXPECT_FALSE(with_settings("tp_comm_overlap=False").plan.overlap_tensor_parallel);
   EXPECT_FALSE(with_settings("tp_comm_overlap=False").plan.tensor_parallel_in_turn);
   EXPECT_TRUE(with_settings("overlap paths off").plan.tensor_parallel_in_turn);
