@@ -206,6 +206,15 @@ TEST(Json, WhatWasNotGivenIsListedAsAssumed) {
   EXPECT_EQ(
       assumed("--framework megatron-core --precision bf16 --global-batch 8 --sequence-length 64"),
       Json::array());
+  // What no framework does beside a pipeline is said; what is asked of our own runtime is run.
+  const std::string sharded =
+      "--pp 2 --dp 4 --zero 2 --global-batch 16 --micro-batch 1 "
+      "--precision bf16 --sequence-length 64 --framework ";
+  EXPECT_EQ(
+      assumed(sharded + "megatron-core"),
+      Json({"ZeRO 2 scatters gradients for each micro-batch (frameworks keep them whole under "
+            "a pipeline: --zero 1)"}));
+  EXPECT_EQ(assumed(sharded + "partita"), Json::array());
   // A plan file gives too.
   TemporaryFolder folder;
   const std::string file = folder.path() + "/plan.yaml";

@@ -295,6 +295,23 @@ TEST(Search, TheBestPlanIsTheFastestOfTheSpace) {
   }
 }
 
+// Winograd's tiles multiply 16 times where the convolution has 36 products.
+TEST(Predict, HardwareFlopsAreThoseOfTheKernels) {
+  const Graph g = load_model("vgg-16");
+  Plan p = base_plan();
+  set_framework(p, "pytorch-ddp", "");
+  p.global_batch = p.micro_batch = 64;
+  const auto ratio = [&](const char* precision) {
+    set_precision(p, precision, "");
+    Communication c(load_topology("v100-sxm-4:1 gpus"));
+    const auto r = predict(g, p, c);
+    EXPECT_LE(r->hfu, 1);
+    return r->hfu / r->mfu;
+  };
+  EXPECT_NEAR(ratio("fp16"), 1, 0.01);
+  EXPECT_NEAR(ratio("fp32"), 16.0 / 36, 0.02);
+}
+
 // What an allocator keeps between blocks can be too much for a plan that was ranked first.
 TEST(Search, ShowsNoPlanThatDoesNotFit) {
   const Graph g = load_model("llama-3-8b");

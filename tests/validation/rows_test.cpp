@@ -143,6 +143,16 @@ Cells with(Cells cells, const Cells& changes) {
   return cells;
 }
 
+/// A network by its name alone, on one rank a replica.
+Cells only_named(const std::string& model) {
+  return {{"model", model},     {"num_layers", ""},
+          {"hidden_size", ""},  {"num_heads", ""},
+          {"num_kv_heads", ""}, {"ffn_hidden_size", ""},
+          {"vocab_size", ""},   {"params_billion", ""},
+          {"tp", "1"},          {"dp", ""},
+          {"pp", "1"}};
+}
+
 RowCase case_with(const Cells& changes) {
   const CsvTable t = table(kTraining, {with(whole_row(), changes)});
   return case_of(RowSchema::training, Configuration(RowSchema::training, Row(t, 0)), catalogue());
@@ -305,21 +315,30 @@ TEST(RowCase, ClustersByDeviceAndNode) {
   EXPECT_EQ(load_topology(c.topology, c.edits).device(DeviceId{0}).name, "v100-sxm-16gb");
 }
 
+// docs/published.md, "batch".
+TEST(RowCase, APipelineWithoutAPrintedBatchIsFilled) {
+  const auto of = [](const char* framework, const char* pp, const char* batch) {
+    return case_with(with(only_named("llama-3-8b"), {{"framework", framework},
+                                                     {"num_gpus", "16"},
+                                                     {"pp", pp},
+                                                     {"micro_batch_per_dp_rank", "1"},
+                                                     {"global_batch_seqs", batch}}))
+        .plan;
+  };
+  EXPECT_EQ(of("Megatron-Core", "4", "").global_batch, 4 * 4 * 4);  // four a stage, dp 4
+  EXPECT_EQ(of("Megatron-Core", "1", "").global_batch, 16);
+  EXPECT_EQ(of("Megatron-Core", "4", "8").global_batch, 8);
+  // DualPipe wants two a stage, and in pairs.
+  EXPECT_EQ(of("HAI-LLM (DualPipe)", "4", "").schedule, Schedule::dualpipe);
+  EXPECT_EQ(of("HAI-LLM (DualPipe)", "4", "32").schedule, Schedule::dualpipe);
+  EXPECT_EQ(of("HAI-LLM (DualPipe)", "4", "28").schedule, Schedule::one_f_one_b);
+  EXPECT_EQ(of("HAI-LLM (DualPipe)", "1", "").schedule, Schedule::one_f_one_b);
+  EXPECT_EQ(of("Megatron-Core", "4", "").schedule, Schedule::one_f_one_b);
+}
+
 TEST(RowCase, AdaptersOfLatentAttentionAreOnItsProjections) {
   const auto lora = [](const char* model) {
-    return case_with({{"model", model},
-                      {"num_layers", ""},
-                      {"hidden_size", ""},
-                      {"num_heads", ""},
-                      {"num_kv_heads", ""},
-                      {"ffn_hidden_size", ""},
-                      {"vocab_size", ""},
-                      {"params_billion", ""},
-                      {"tp", "1"},
-                      {"dp", ""},
-                      {"pp", "1"},
-                      {"overlap_and_other_settings", "LoRA"}})
-        .lora;
+    return case_with(with(only_named(model), {{"overlap_and_other_settings", "LoRA"}})).lora;
   };
   EXPECT_EQ(
       lora("moonlight-16b-a3b"),
@@ -893,18 +912,7 @@ TEST(RowCase, SettingsInWordsAreThePlans) {
   const auto with_settings = [](const std::string& settings, const Cells& more = {}) {
     return case_with(with({{"framework", "NeMo"}, {"overlap_and_other_settings", settings}}, more));
   };
-  const Cells experts{{"model", "Qwen3 30B A3B"},
-                      {"num_layers", ""},
-                      {"hidden_size", ""},
-                      {"num_heads", ""},
-                      {"num_kv_heads", ""},
-                      {"ffn_hidden_size", ""},
-                      {"vocab_size", ""},
-                      {"params_billion", ""},
-                      {"ep", "4"},
-                      {"tp", "1"},
-                      {"dp", ""},
-                      {"pp", "1"}};
+  const Cells experts = with(only_named("Qwen3 30B A3B"), {{"ep", "4"}});
   EXPECT_FALSE(with_settings("overlap_grad_reduce=False").plan.overlap_gradients);
   EXPECT_TRUE(with_settings("").plan.overlap_gradients);
   EXPECT_TRUE(with_settings("TP overlap").plan.overlap_tensor_parallel);
