@@ -283,8 +283,8 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
   if (open("micro_batch", f.micro_batch.has_value()) &&
       plan.global_batch > plan.micro_batch * plan.dp)
     list.push_back(fmt::format("micro-batch {}", plan.micro_batch));
-  if (plan.zero >= 2 && plan.pp > 1 && plan.framework != "partita" &&
-      plan.global_batch > plan.micro_batch * plan.dp)
+  if (plan.zero >= 2 && plan.pp > 1 && plan.global_batch > plan.micro_batch * plan.dp &&
+      plan.zero > load_framework(plan.framework, "framework").zero_pipelined)
     list.push_back(fmt::format(
         "ZeRO {} {} for each micro-batch (frameworks keep {} whole under a pipeline: "
         "--zero 1)",

@@ -1126,6 +1126,23 @@ TEST(Host, ExchangesBesideAnotherMicroBatchCostWhatIsLeft) {
   EXPECT_GT(static_cast<double>(after.count), 0.25 * static_cast<double>(before.count));
 }
 
+// Passes over gradients are the device's where the host updates: a thousand are 64 MB or 19 us of
+// its 3.35 TB/s, and 0.8 ms of the host's memory.
+TEST(Host, PassesOverGradientsBeforeItsUpdateTakeTheDevice) {
+  Plan plan = base_plan();
+  plan.offload_optimizer = true;
+  plan.optimizer.kind = OptimizerKind::adam;
+  const Topology t = load_topology("dgx-h100:1 gpus");
+  const auto step = [&](double passes) {
+    Program p = lowered(load_model("mnist-linear"), plan);
+    p.kernels.gradient_passes = passes;
+    return to_seconds(run(p, t, Network::idle).step).count;
+  };
+  const double more = step(1000) - step(0);
+  EXPECT_GT(more, 5e-6);
+  EXPECT_LT(more, 100e-6);
+}
+
 // DualPipe runs them so by itself, but not where blocks are executed one after the other.
 TEST(Host, ExchangesLieBesideBlocksAsThePlanOrTheScheduleHasIt) {
   const auto exposed = [](Schedule schedule, const char* framework, std::optional<bool> overlap) {
