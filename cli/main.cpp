@@ -138,8 +138,8 @@ int main(int argc, char** argv) {
       "output.\n"
       "Exit codes: 0 done; 1 nothing fits or a bound is missed; 2 your input; 3 a bug of ours.");
   int code = 0;
-  cli::add_commands(app, code);
   try {
+    cli::add_commands(app, code);  // reads the profiles' names for its help
     cli::refuse_empty_arguments(argc, argv);
     try {
       app.parse(argc, argv);

@@ -75,6 +75,17 @@ TEST(BadInputs, GiveTheirMessageExitCode2AndNoOutput) {
   if (updating()) write(PARTITA_TEST_DATA "/cli/bad_inputs.txt", now);
 }
 
+TEST(BadInputs, AFolderOfDataThatIsNotThereIsNamedByEveryCommand) {
+  for (const char* command : {"", "predict gpt2 dgx-h100:1", "plan --help"}) {
+    const Ran r = run(command, "env PARTITA_DATA=/nowhere");
+    EXPECT_EQ(r.code, 2) << command;
+    EXPECT_EQ(r.out, "");
+    EXPECT_EQ(r.err,
+              "partita: /nowhere/simulator/plan/frameworks: cannot be read; set PARTITA_DATA to "
+              "the folder that holds simulator/plan/frameworks\n");
+  }
+}
+
 TEST(BadInputs, TheMatcherMatchesNoMoreThanItSays) {
   EXPECT_TRUE(agrees("a [...] b [...] c", "a 1, 2 b 3 c"));
   EXPECT_TRUE(agrees("there are [...]\n", "there are x, y\n"));
