@@ -197,6 +197,7 @@ AttentionTable attention_of(const YamlNode& y) {
   t.type = type_of(y, "type", t.type);
   t.backward = flag(y, "backward");
   t.causal = flag(y, "causal");
+  t.mixed_clocks = flag(y, "mixed_clocks");
   t.spread = spread_of(y);
   t.source = y.get("source").as_string();
   for (const auto& r : rows_of(y.get("points"), {"batch", "queries", "keys", "heads", "qk", "v"}))
@@ -260,6 +261,8 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
   device.memory_efficiency = fraction(figure(root, "memory_efficiency"));
   if (root.has("sustained_clock"))
     device.sustained_clock = fraction(figure(root, "sustained_clock"));
+  if (root.has("attention_clock"))
+    device.attention_clock = fraction(figure(root, "attention_clock"));
   if (root.has("speed_spread")) {
     const YamlNode spread = figure(root, "speed_spread");
     device.speed_spread = spread.as_double();

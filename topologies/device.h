@@ -41,6 +41,9 @@ struct DeviceProfile {
   /// Clock that long work of the matrix units keeps under the power limit, over the clock of short
   /// kernels, at which measured points were taken (docs/cost.md, "Clocks").
   double sustained_clock = 1;
+  /// The same of flash attention, whose other instructions draw less, where its efficiencies are of
+  /// short kernels; 1: they are of long ones.
+  double attention_clock = 1;
   /// Standard deviation of the speeds of devices of this name, relative (docs/simulation.md).
   double speed_spread = 0;
   Seconds kernel_latency;  ///< Fixed time per kernel.

@@ -52,6 +52,7 @@ struct AttentionTable {
   ElementType type = ElementType::bf16;
   bool backward = false;
   bool causal = false;
+  bool mixed_clocks = false;  ///< as of products
   double spread = 0;
   std::string source;
   struct Point {

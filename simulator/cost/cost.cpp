@@ -410,7 +410,8 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
     const BufferId rows = forward ? i.writes[0] : i.gradients[0];
     const int passes = (p.kernels.sorts_rows && s.count > 1 && cut_by_expert(p, rows) ? 2 : 0) +
                        (p.kernels.pads_rows && narrow ? 2 : 0);
-    w.streamed += Bytes{2 * passes * local_bytes(p, rows, rank).count};
+    w.ordered = Bytes{2 * passes * local_bytes(p, rows, rank).count};
+    w.share = p.kernels.rows_share;
     w.kernels += passes;
   }
   if (const auto* g = std::get_if<GroupedProduct>(&op.operation);
@@ -478,6 +479,9 @@ void add_routing(const Program& p, const Instruction& i, const ProgramOperator& 
     w.kernels += forward ? k.routing_forward : k.routing_backward;
   if (std::holds_alternative<Dispatch>(op.operation))
     w.kernels += forward ? k.rows_forward : k.rows_backward;
+  if (std::holds_alternative<Dispatch>(op.operation) ||
+      std::holds_alternative<Combine>(op.operation))
+    w.share = k.rows_share;
   const auto* gated = std::get_if<GatedActivation>(&op.operation);
   if (gated == nullptr) return;
   if (k.fused_experts && of_experts(p, i)) {
@@ -528,6 +532,12 @@ void add_gate(const Program& p, const Instruction& i, const ProgramOperator& op,
 Seconds streaming_time(Bytes bytes, const DeviceProfile& device) {
   return Seconds{static_cast<double>(bytes.count) /
                  (device.memory_bandwidth.count * device.memory_efficiency)};
+}
+
+/// What `bytes` take at the share of the bandwidth that was measured; 0: none was.
+Seconds at_share(Bytes bytes, const Work& w, const DeviceProfile& device) {
+  if (!(w.share > 0)) return {};
+  return Seconds{static_cast<double>(bytes.count) / (w.share * device.memory_bandwidth.count)};
 }
 
 /// The framework's bytes of an update, which have the norm and the clipping in them; 0: none said.
@@ -761,10 +771,8 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
     const double rate = w.matrix ? device.sustained_rate(w.type).count : device.vector_rate.count;
     all.units = Seconds{w.flops.count > 0 ? w.flops.count / rate : 0};
     all.memory = streaming_time(w.bytes + w.again, device);
-    all.work = std::max({all.units, all.memory, w.launched});
-    if (w.share > 0)
-      all.work = std::max(all.work, Seconds{static_cast<double>((w.bytes + w.again).count) /
-                                            (w.share * device.memory_bandwidth.count)});
+    all.work =
+        std::max({all.units, all.memory, w.launched, at_share(w.bytes + w.again, w, device)});
     all.beside_transfers = static_cast<double>(device.multiprocessors) /
                            (device.multiprocessors - device.communication_multiprocessors);
     return all;
@@ -785,6 +793,10 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
   if (w.streamed.count > 0) {
     const Seconds t = streaming_time(w.streamed, device);
     add({Seconds{0}, t, t});
+  }
+  if (w.ordered.count > 0) {
+    const Seconds t = streaming_time(w.ordered, device);
+    add({Seconds{0}, t, std::max(t, at_share(w.ordered, w, device))});
   }
   if (all.work.count > 0) all.beside_transfers = beside / all.work.count;
   return all;

@@ -33,6 +33,7 @@ struct Work {
   std::vector<Product> products;
   std::optional<FlashAttention> attention;
   Bytes streamed;
+  Bytes ordered;  ///< likewise, of kernels that order rows: at `share`
   Bytes again;  ///< read a second time, besides `bytes`
   /// > 0: the kernel gets its `bytes` at this share of the device's memory bandwidth, though what
   /// streams gets more; memory is busy only as long as that.

@@ -289,7 +289,7 @@ KernelParts product_model(const Product& p, const DeviceProfile& device, int mul
 }
 
 KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device,
-                            int multiprocessors) {
+                            int multiprocessors, double clock) {
   KernelParts parts;
   parts.memory = Seconds{memory_time(a.bytes, device)};
   if (!has_tiles(device)) {
@@ -311,7 +311,8 @@ KernelParts attention_model(const FlashAttention& a, const DeviceProfile& device
     const double each = a.backward ? 3 * a.qk + 2 * a.v : a.qk + a.v;
     efficiency = 1 / (1 + std::max(1.0, usual / each) * (1 / efficiency - 1));
   }
-  const double rate = device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
+  const double rate =
+      clock * device.matrix_rate(a.type).count / device.multiprocessors * efficiency;
   // Queries of a block, of which Blackwell's take two tiles at once; backward, keys of a block.
   const double rows = device.compute_capability >= 100 && !a.backward ? 256 : 128;
   // Blocks that a mask cuts are computed whole: half a block more on a row's end.
@@ -355,22 +356,27 @@ KernelParts model_of(const Product& p, const DeviceProfile& device, int multipro
   return product_model(p, device, multiprocessors, clock);
 }
 KernelParts model_of(const FlashAttention& a, const DeviceProfile& device, int multiprocessors,
-                     double) {
-  return attention_model(a, device, multiprocessors);
+                     double clock) {
+  return attention_model(a, device, multiprocessors, clock);
+}
+
+/// The clock that long work keeps, over that of short kernels.
+double long_clock(const Product&, const DeviceProfile& device) { return device.sustained_clock; }
+double long_clock(const FlashAttention&, const DeviceProfile& device) {
+  return device.attention_clock;
 }
 
 }  // namespace
 
 struct ShapePrices::State {
   DeviceProfile device;
-  double clock = 1;
+  Clock which;
   Residuals residuals;
   Residuals attention_residuals;
   std::unordered_map<Product, KernelParts, ShapeHash> products;
   std::unordered_map<FlashAttention, KernelParts, ShapeHash> attentions;
 
-  State(const DeviceProfile& d, Clock which)
-      : device(d), clock(which == Clock::sustained ? d.sustained_clock : 1) {
+  State(const DeviceProfile& d, Clock c) : device(d), which(c) {
     // Points are compared with the model of the device that they were measured on.
     const DeviceProfile& measured = d.like != nullptr ? *d.like : d;
     std::vector<Point> points;
@@ -388,7 +394,7 @@ struct ShapePrices::State {
       for (const AttentionTable::Point& x : t.points) {
         FlashAttention a{x.batch, x.queries, x.keys, x.heads, x.qk, x.v, 1, t.backward, t.type, {}};
         if (t.causal) a.attended = (x.queries + 1) / (2 * x.keys);
-        points.push_back(point(a, measured, x.time, t.spread, false));
+        points.push_back(point(a, measured, x.time, t.spread, t.mixed_clocks));
       }
     }
     add(points, which, attention_residuals);
@@ -408,7 +414,7 @@ struct ShapePrices::State {
                       model_of(shape, measured, measured.multiprocessors, at).work.count);
     };
     const double brief = log_of(1);
-    const double slower = mixed ? log_of(measured.sustained_clock) - brief : 0;
+    const double slower = mixed ? log_of(long_clock(shape, measured)) - brief : 0;
     return {place_of(shape), std::log(time.count) - brief, slower, spread, mixed};
   }
   /// For the sustained clock, points that ran at it are taken to the clock of the others.
@@ -428,6 +434,7 @@ struct ShapePrices::State {
   /// The model's parts stretched to what the residual makes of the whole; never faster than peak.
   template <class Shape>
   KernelParts price(const Shape& shape, const Residuals& nearby) const {
+    const double clock = which == Clock::sustained ? long_clock(shape, device) : 1;
     KernelParts parts = model_of(shape, device, device.multiprocessors, clock);
     if (!has_tiles(device)) return parts;
     const int free = device.multiprocessors - device.communication_multiprocessors;

@@ -56,11 +56,11 @@ struct KernelParts {
 
 /// The model: physics and the device's figures, no measured point. InputError where the device has
 /// no rate for the type. `multiprocessors`: of the device's, how many are free. `clock`: over that
-/// of short kernels; attention's efficiencies are of long ones.
+/// of short kernels.
 KernelParts product_model(const Product& product, const DeviceProfile& device, int multiprocessors,
                           double clock = 1);
 KernelParts attention_model(const FlashAttention& attention, const DeviceProfile& device,
-                            int multiprocessors);
+                            int multiprocessors, double clock = 1);
 
 /// Which clock a price is for: of one kernel on a rested device, or of work that goes on.
 enum class Clock { brief, sustained };

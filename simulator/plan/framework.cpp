@@ -253,6 +253,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     traffic("limit_forward", f.kernels.limit_forward);
     traffic("limit_backward", f.kernels.limit_backward);
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
+    share("rows_share", f.kernels.rows_share);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
     boolean(*kernels, "finds_scales", f.kernels.finds_scales);
     boolean(*kernels, "bias_sums", f.kernels.bias_sums);

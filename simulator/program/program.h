@@ -322,6 +322,8 @@ struct FrameworkKernels {
   /// After and before an exchange of rows a rank orders them by expert, where it has several and a
   /// row did not come once for all of them (Program::rows_once): a pass over all rows each time.
   bool sorts_rows = false;
+  /// > 0: rows are gathered, scattered and ordered at this share of the device's memory bandwidth.
+  double rows_share = 0;
   /// Likewise it pads experts' rows to what narrow types need, and takes that out again.
   bool pads_rows = false;
   /// What becomes fp8 or NVFP4 is read for its scale first: a tensor's largest value is zeroed,

@@ -42,6 +42,30 @@ TEST(Cost, OfAMemoryBoundKernelIsItsBytesOverTheSustainedBandwidth) {
   expect_us(kernel_time(w, h100(), prices), 47.5167);
 }
 
+TEST(Cost, RowsAreOrderedAtTheirShareOfTheBandwidth) {
+  // docs/cost.md, "Expert by expert", beside a product and alone.
+  const DeviceProfile d = load_device("b200");
+  ShapePrices prices(d);
+  Work alone;
+  alone.bytes = Bytes{134'217'728};
+  expect_us(kernel_parts(alone, d, prices).work, 19.4383);
+  alone.share = 0.527;
+  expect_us(kernel_parts(alone, d, prices).work, 33.1964);
+  Work beside;
+  Product p{4096,  4096,  4096, 1,    ElementType::bf16, ElementType::bf16, ProductLayout::tn,
+            false, false, {},   false};
+  p.bytes = p.operand_bytes();
+  beside.products = {p};
+  const KernelParts before = kernel_parts(beside, d, prices);
+  beside.ordered = Bytes{134'217'728};
+  beside.share = 0.527;
+  const KernelParts after = kernel_parts(beside, d, prices);
+  expect_us(after.work - before.work, 33.1964);
+  expect_us(after.memory - before.memory, 19.4383);
+  beside.share = 0;
+  expect_us(kernel_parts(beside, d, prices).work - before.work, 19.4383);
+}
+
 TEST(Cost, OfAKernelThatDoesNotStreamIsItsShareOfTheBandwidth) {
   // docs/cost.md, "Kernels that do not stream".
   static const Topology a100s = load_topology("dgx-a100-80gb:1");

@@ -108,7 +108,7 @@ TEST(Framework, MistakesNameTheirPlace) {
   expect("name: x\nsource: s\nplan: {bucket: 1 MB}\nkernels: {table_passes: 0}\n",
          "0 is too small");
   for (const char* key : {"normalize_share_forward", "normalize_share_backward",
-                          "logit_share_forward", "logit_share_backward"}) {
+                          "logit_share_forward", "logit_share_backward", "rows_share"}) {
     for (const char* share : {"0", "-0.5", "1.01", "nan"})
       expect(fmt::format("name: x\nsource: s\nplan: {{bucket: 1 MB}}\nkernels: {{{}: {}}}\n", key,
                          share),

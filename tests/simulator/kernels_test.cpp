@@ -150,6 +150,36 @@ TEST(AttentionModel, TheExampleOfThePage) {
   EXPECT_NEAR(attention_model(a, h100(), 132).work.count * 1e6, 286.56, 0.01);
 }
 
+TEST(AttentionModel, TheExampleOfThePageForLongWork) {
+  FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
+  EXPECT_NEAR(attention_model(a, h100(), 132, 0.85).work.count * 1e6, 337.13, 0.01);
+  // Points are of the clock of short kernels: a step's are slower, one alone is not.
+  DeviceProfile d = h100();
+  d.attention_clock = 0.85;
+  const double launch = d.kernel_latency.count;
+  for (const bool measured : {false, true}) {
+    if (measured) {
+      AttentionTable t;
+      t.causal = true;
+      t.points.push_back({1, 4096, 4096, 32, 128, 128, Seconds{launch + 286.56e-6}});
+      d.attention = {t};
+    }
+    EXPECT_NEAR(ShapePrices(d, Clock::brief).of(a).work.count * 1e6, 286.56, 0.5);
+    EXPECT_NEAR(ShapePrices(d).of(a).work.count * 1e6, 337.13, 0.5);
+  }
+  // A long one among them, of the slower clock: the short one's price in a step stays.
+  const double at = ShapePrices(d).of(a).work.count;
+  FlashAttention longer = a;
+  longer.queries = longer.keys = 131072;
+  longer.attended = 131073.0 / 262144;
+  const double slow = attention_model(longer, d, 132, 0.85).work.count;
+  d.attention[0].points.push_back({1, 131072, 131072, 32, 128, 128, Seconds{launch + slow}});
+  EXPECT_GT(ShapePrices(d).of(longer).work.count, 1.1 * slow);  // slowed twice
+  d.attention[0].mixed_clocks = true;
+  EXPECT_NEAR(ShapePrices(d).of(longer).work.count / slow, 1, 0.02);
+  EXPECT_NEAR(ShapePrices(d).of(a).work.count / at, 1, 0.02);
+}
+
 TEST(AttentionModel, OfFlashAttention2OnANewerDevice) {
   FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
   a.flash = 2;

@@ -392,9 +392,9 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
           set(p.kernels);
           const Work more = work_of(p, i, 0);
           p.kernels = none;
-          return std::pair{
-              more.streamed.count + more.bytes.count - plain.streamed.count - plain.bytes.count,
-              more.kernels - plain.kernels};
+          return std::pair{more.streamed.count + more.ordered.count + more.bytes.count -
+                               plain.streamed.count - plain.ordered.count - plain.bytes.count,
+                           more.kernels - plain.kernels};
         };
         const auto sorts = [](FrameworkKernels& k) { k.sorts_rows = true; };
         const auto pads = [](FrameworkKernels& k) { k.pads_rows = true; };
@@ -412,6 +412,13 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
         const std::pair<std::int64_t, int> nothing{0, 0}, ordered{1024, 2};
         EXPECT_EQ(with(sorts), down ? ordered : nothing) << op.name;
         EXPECT_EQ(with(pads), down && narrow ? ordered : nothing) << op.name;
+        p.kernels.sorts_rows = true;
+        p.kernels.rows_share = 0.527;
+        const bool moves = std::holds_alternative<Dispatch>(op.operation) ||
+                           std::holds_alternative<Combine>(op.operation);
+        EXPECT_EQ(work_of(p, i, 0).share, down || (moves && (forward || data)) ? 0.527 : 0)
+            << op.name;
+        p.kernels = none;
         EXPECT_EQ(with(limits).first, limited ? (forward ? 8192 : 15360) : 0) << op.name;
         int kernels = 0;
         if (std::holds_alternative<Router>(op.operation)) kernels = forward ? 25 : data ? 5 : 0;
