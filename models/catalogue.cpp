@@ -17,12 +17,11 @@ struct CodedModel {
   std::string_view name;
   Graph (*build)(const ModelOptions& options);
   std::array<std::string_view, 4> aliases{};
-  std::string_view near{}, near_note{};  ///< KnownModel::stands_in_for
 };
 
 double dropout_of(const ModelOptions& o) { return o.dropout > 0 ? o.dropout : 0; }
 
-constexpr std::array<CodedModel, 6> kCodedModels{{
+constexpr std::array<CodedModel, 7> kCodedModels{{
     {"alexnet", [](const ModelOptions& o) { return build_alexnet(o.vocabulary, dropout_of(o)); }},
     {"mnist-linear", [](const ModelOptions& o) { return build_mnist_linear(o.vocabulary); }},
     {"resnet-101",
@@ -37,9 +36,12 @@ constexpr std::array<CodedModel, 6> kCodedModels{{
      [](const ModelOptions& o) {
        return build_resnet({"resnext-101-32x4d", {3, 4, 23, 3}, 32, 4}, o.vocabulary);
      },
-     {"resnext101-32x4d"},
-     "se-resnext101-32x4d",
-     "squeeze and excitation are left out"},
+     {"resnext101-32x4d"}},
+    {"se-resnext-101-32x4d",
+     [](const ModelOptions& o) {
+       return build_resnet({"se-resnext-101-32x4d", {3, 4, 23, 3}, 32, 4, 16}, o.vocabulary);
+     },
+     {"se-resnext101-32x4d"}},
     {"vgg-16", [](const ModelOptions& o) { return build_vgg16(o.vocabulary, dropout_of(o)); }},
 }};
 
@@ -115,7 +117,6 @@ std::vector<KnownModel> known_models() {
     for (const std::string_view alias : coded->aliases) {
       if (!alias.empty()) m.aliases.emplace_back(alias);
     }
-    if (!coded->near.empty()) m.stands_in_for.emplace(coded->near, coded->near_note);
     all.push_back(std::move(m));
   }
   return all;

@@ -114,6 +114,16 @@ Graph build_resnet(const ResnetConfig& config, std::int64_t classes) {
       y = normed("_2", middle, y);
       y = b.add("activation_2", kRelu, {y});
       y = normed("_3", convolution(4 * stage.width, 1, 1, 0, false), y);
+      if (config.squeeze > 0) {
+        // https://arxiv.org/abs/1709.01507, figure 3.
+        const std::int64_t features = 4 * stage.width;
+        TensorId gate = b.add("squeeze", GlobalAveragePool{}, {y});
+        gate = b.add("excite_1", Linear{1, {{Dim::ffn, features / config.squeeze}}, true}, {gate});
+        gate = b.add("excite_activation_1", kRelu, {gate});
+        gate = b.add("excite_2", Linear{1, {{Dim::feature, features}}, true}, {gate});
+        gate = b.add("excite_activation_2", Activation{ActivationKind::sigmoid}, {gate});
+        y = b.add("excite", ScaleFeatures{}, {y, gate});
+      }
       TensorId shortcut = x;
       if (i == 0)
         shortcut = normed("_shortcut", convolution(4 * stage.width, 1, stride, 0, false), x);

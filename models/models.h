@@ -173,6 +173,7 @@ struct ResnetConfig {
   std::string name = "resnet-50";
   std::array<int, 4> blocks{3, 4, 6, 3};
   std::int64_t groups = 1, group_width = 64;  ///< of the middle convolution, at the first stage
+  std::int64_t squeeze = 0;  ///< > 0: blocks end in squeeze and excitation, features over this
 };
 Graph build_resnet(const ResnetConfig& config = {}, std::int64_t classes = 0);
 Graph build_vgg16(std::int64_t classes = 0, double dropout = 0);

@@ -754,6 +754,12 @@ class Importer {
           "channel");
     }
     const Value a = value(node, 0), c = value(node, 1);
+    for (const auto& [x, gate] : {std::pair{a, c}, std::pair{c, a}}) {
+      const Shape &image = b_.shape(x.tensor), &vector = b_.shape(gate.tensor);
+      if (image.size() == 4 && vector.size() == 2 && gate.dims.size() == 4 &&
+          product(gate.dims, 2) == 1 && gate.dims[1] == x.dims[1])
+        return set(node, add(node, ScaleFeatures{}, {x.tensor, gate.tensor}), x.dims);
+    }
     if (a.dims != c.dims) {
       refuse(fmt::format(
           "activations of {} and {} have different extents; broadcasting is not supported",

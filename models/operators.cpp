@@ -477,6 +477,20 @@ void make(Maker& m, const GlobalAveragePool&) {
   m.output({x[0], x[1]}, {sample, feature});
 }
 
+void make(Maker& m, const ScaleFeatures&) {
+  m.need_inputs(2, "a scale of features");
+  m.need_rank(0, 4, "a scale of features");
+  m.need_rank(1, 2, "a scale of features");
+  const Shape &x = m.in[0], &gate = m.in[1];
+  if (x[0].extent != gate[0].extent || x[1].extent != gate[1].extent)
+    throw InputError(m.place,
+                     fmt::format("{} has no feature for each of {}'s", text(gate), text(x)));
+  const auto d = m.dims_of(x);
+  m.input(0, d).saved_for_data = true;
+  m.input(1, {d[0], d[1]}).saved_for_data = true;
+  m.output(x, d);
+}
+
 void make(Maker& m, const ToSequence&) {
   m.need_inputs(1, "to sequence");
   m.need_rank(0, 4, "to sequence");
@@ -736,7 +750,7 @@ Signature signature(const Operation& op, const std::vector<Shape>& inputs,
 }
 
 std::string_view kind_name(const Operation& op) {
-  constexpr std::array<std::string_view, 31> names{"linear",
+  constexpr std::array<std::string_view, 32> names{"linear",
                                                    "add_bias",
                                                    "embedding",
                                                    "position_embedding",
@@ -766,7 +780,8 @@ std::string_view kind_name(const Operation& op) {
                                                    "combine",
                                                    "causal_convolution",
                                                    "state_space",
-                                                   "gated_norm"};
+                                                   "gated_norm",
+                                                   "scale_features"};
   static_assert(names.size() == std::variant_size_v<Operation>);
   return names[op.index()];
 }
@@ -888,6 +903,8 @@ Flops flops(const Operation& op, const Signature& s, const std::vector<std::int6
             return Flops{(forward ? 1 : 2) * batch * tokens * groups * each};
           },
           [&](const GatedNorm&) { return per_element(12, 20, 3); },
+          // Backward x's gradient; the gate's product and its sum.
+          [&](const ScaleFeatures&) { return per_element(1, 3, 0); },
       },
       op);
 }

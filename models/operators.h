@@ -275,12 +275,19 @@ struct GatedNorm {
   friend bool operator==(const GatedNorm&, const GatedNorm&) = default;
 };
 
-using Operation = std::variant<Linear, AddBias, Embedding, PositionEmbedding, Normalize, Activation,
-                               GatedActivation, Add, Multiply, Dropout, Rotary, Attention,
-                               BatchedProduct, Softmax, CrossEntropy, MeanSquaredError, Convolution,
-                               Pool, GlobalAveragePool, ToSequence, PrependToken, SelectToken,
-                               Concat, AppendToHeads, Router, Dispatch, GroupedProduct, Combine,
-                               CausalConvolution, StateSpace, GatedNorm>;
+/// y = x · gate, each feature's plane by its own value: squeeze and excitation's last step
+/// (https://arxiv.org/abs/1709.01507, eq. 4). x [sample, feature, height, width]; gate [sample,
+/// feature].
+struct ScaleFeatures {
+  friend bool operator==(const ScaleFeatures&, const ScaleFeatures&) = default;
+};
+
+using Operation =
+    std::variant<Linear, AddBias, Embedding, PositionEmbedding, Normalize, Activation,
+                 GatedActivation, Add, Multiply, Dropout, Rotary, Attention, BatchedProduct,
+                 Softmax, CrossEntropy, MeanSquaredError, Convolution, Pool, GlobalAveragePool,
+                 ToSequence, PrependToken, SelectToken, Concat, AppendToHeads, Router, Dispatch,
+                 GroupedProduct, Combine, CausalConvolution, StateSpace, GatedNorm, ScaleFeatures>;
 
 /// "linear", "attention", ...: what breakdowns and patterns call it.
 std::string_view kind_name(const Operation& op);

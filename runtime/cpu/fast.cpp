@@ -1053,6 +1053,25 @@ bool data(const GlobalAveragePool&, const Context& c, const Arguments& a, Kept&)
   return true;
 }
 
+bool forward(const ScaleFeatures&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  const Index plane = extent(x, 2, 4);
+  for (Index i = 0; i < extent(x, 0, 2); ++i)
+    ArrayOut(a.results[0].values + i * plane, plane) =
+        ArrayIn(x.values + i * plane, plane) * a.inputs[1].values[i];
+  return true;
+}
+bool data(const ScaleFeatures&, const Context&, const Arguments& a, Kept&) {
+  const Tensor& x = a.inputs[0];
+  const Index plane = extent(x, 2, 4);
+  for (Index i = 0; i < extent(x, 0, 2); ++i) {
+    const ArrayIn dy(a.output_gradients[0].values + i * plane, plane);
+    if (wanted(a, 0)) ArrayOut(a.results[0].values + i * plane, plane) = dy * a.inputs[1].values[i];
+    if (wanted(a, 1)) a.results[1].values[i] = (dy * ArrayIn(x.values + i * plane, plane)).sum();
+  }
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------- shapes
 
 bool forward(const ToSequence&, const Context&, const Arguments& a, Kept&) {

@@ -1670,6 +1670,39 @@ bool data(M& m, const GlobalAveragePool&, const Context& c, const Arguments& a) 
   return true;
 }
 
+template <class M>
+bool forward(M& m, const ScaleFeatures&, const Context&, const Arguments& a) {
+  const std::int64_t plane = extent(a.inputs[0], 2, 4);
+  const Numbers x = numbers(a.inputs[0]), gate = numbers(a.inputs[1]);
+  const Numbers y = numbers(a.results[0]);
+  m.each(
+      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] * gate[i / plane]; });
+  return true;
+}
+template <class M>
+bool data(M& m, const ScaleFeatures&, const Context&, const Arguments& a) {
+  const std::int64_t plane = extent(a.inputs[0], 2, 4);
+  const Numbers x = numbers(a.inputs[0]), gate = numbers(a.inputs[1]);
+  const Numbers dy = numbers(a.output_gradients[0]);
+  if (wanted(a, 0)) {
+    const Numbers dx = numbers(a.results[0]);
+    m.each(
+        a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * gate[i / plane]; });
+  }
+  if (wanted(a, 1)) {
+    const Numbers dg = numbers(a.results[1]);
+    m.rows(
+        extent(a.inputs[0], 0, 2), plane, PARTITA_KERNEL(std::int64_t i, const Lanes& lanes) {
+          double sum = 0;
+          for (std::int64_t e = lanes.lane(); e < plane; e += lanes.count())
+            sum += static_cast<double>(dy[i * plane + e]) * static_cast<double>(x[i * plane + e]);
+          sum = lanes.sum(sum);
+          if (lanes.lane() == 0) dg[i] = static_cast<float>(sum);
+        });
+  }
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------- shapes
 
 /// to[i, c, r] = from[i, r, c].

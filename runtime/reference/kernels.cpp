@@ -1083,6 +1083,24 @@ Pieces data_of(const GlobalAveragePool&, const Context& c, const Operands& o) {
   return {std::move(dx)};
 }
 
+Pieces forward_of(const ScaleFeatures&, const Context& c, const Operands& o) {
+  Piece y = input(c, o, 0);
+  const Piece& gate = input(c, o, 1);
+  const std::size_t plane = count(y.index, 2, 4);
+  for (std::size_t i = 0; i < y.values.size(); ++i) y.values[i] *= gate.values[i / plane];
+  return {std::move(y)};
+}
+Pieces data_of(const ScaleFeatures&, const Context& c, const Operands& o) {
+  const Piece &x = input(c, o, 0), &gate = input(c, o, 1), &dy = gradient(c, o);
+  Piece dx = dy, d_gate = input_zeros(c, 1);
+  const std::size_t plane = count(x.index, 2, 4);
+  for (std::size_t i = 0; i < dx.values.size(); ++i) {
+    dx.values[i] *= gate.values[i / plane];
+    d_gate.values[i / plane] += dy.values[i] * x.values[i];
+  }
+  return {std::move(dx), std::move(d_gate)};
+}
+
 // ---------------------------------------------------------------------------------------- shapes
 
 /// f(element of [sample, feature, height, width], element of [sample, sequence, feature]).

@@ -421,7 +421,8 @@ TEST(Catalogue, SizesAreThoseOfThePublishedCheckpoints) {
       {"qwen3-235b-a22b", 235'093'634'560}, {"qwen3-30b-a3b", 30'532'122'624},
       {"qwen3-32b", 32'762'123'264},        {"qwen3-4b", 4'022'468'096},
       {"qwen3-8b", 8'190'735'360},          {"resnet-101", 44'549'160},
-      {"resnext-101-32x4d", 44'177'704}};
+      {"resnext-101-32x4d", 44'177'704},
+      {"se-resnext-101-32x4d", 48'955'416}};
   for (const auto& [name, parameters] : published)
     EXPECT_EQ(parameter_count(load_model(name)), parameters) << name;
 }

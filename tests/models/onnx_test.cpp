@@ -202,6 +202,31 @@ TEST(OnnxImport, FoldsScalesIntoTheBatchNormBeforeThem) {
   EXPECT_EQ(parameter_count(g), 6 + 15);
 }
 
+TEST(OnnxImport, ScalesFeaturesByAGateInEitherOrder) {
+  for (const bool swapped : {false, true}) {
+    Onnx m;
+    m.input("x", {2, 8, 5, 5}).weight("a", {2, 8, 1, 1}).weight("b", {8, 2, 1, 1});
+    m.node("GlobalAveragePool", {"x"}, "p");
+    m.node("Conv", {"p", "a"}, "q");
+    m.node("Relu", {"q"}, "r");
+    m.node("Conv", {"r", "b"}, "s");
+    m.node("Sigmoid", {"s"}, "g");
+    m.node("Mul", swapped ? std::vector<std::string>{"g", "x"} : std::vector<std::string>{"x", "g"},
+           "y");
+    m.output("y");
+    const Graph g = m.load();
+    EXPECT_THAT(kinds(g), ElementsAre("global_average_pool", "linear", "activation", "linear",
+                                      "activation", "scale_features", "mean_squared_error"));
+    EXPECT_EQ(g.tensor(g.operators[5].outputs[0]).shape[3].extent, 5);
+    EXPECT_EQ(parameter_count(g), 32);
+  }
+  Onnx m;  // of another number of features
+  m.input("x", {2, 8, 5, 5}).input("z", {2, 4, 5, 5}).output("y");
+  m.node("GlobalAveragePool", {"z"}, "p");
+  m.node("Mul", {"x", "p"}, "y");
+  EXPECT_THAT(m.error(), HasSubstr("broadcasting is not supported"));
+}
+
 TEST(OnnxImport, PadsAsOnnxDoes) {
   // 7 inputs, kernel 3, stride 2: 3 outputs; with ceil_mode 3 too; of 8 inputs 3 and 4.
   for (const bool up : {false, true}) {

@@ -107,6 +107,16 @@ inline Graph cnn(bool synchronised) {
   x = b.add("relu1", Activation{ActivationKind::relu}, {x});
   const TensorId skip = x;
   x = conv("conv2", 4, {3, 1, 1, 1, 1});
+  Linear excite;
+  excite.bias = true;
+  excite.out = {{Dim::ffn, 2}};
+  TensorId gate = b.add("squeeze", GlobalAveragePool{}, {x});
+  gate = b.add("excite1", excite, {gate});
+  gate = b.add("relu2", Activation{ActivationKind::relu}, {gate});
+  excite.out = {{Dim::feature, 4}};
+  gate = b.add("excite2", excite, {gate});
+  gate = b.add("sigmoid", Activation{ActivationKind::sigmoid}, {gate});
+  x = b.add("excite", ScaleFeatures{}, {x, gate});
   x = b.add("residual", Add{}, {x, skip});
   x = conv("conv3", 6, {3, 2, 1, 1, 1});
   Pool p;

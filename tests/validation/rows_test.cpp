@@ -769,9 +769,7 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
   for (const char* none : {"qwen3.8-27b (sft)", "llama-3-80b", "GPT", "glm5-2", "Nemotron_4_Nano",
                            "3D U-Net (KiTS19)", ""})
     EXPECT_EQ(name(none), "none") << none;
-  std::string besides;
-  model_of(catalogue(), "se-resnext101-32x4d", &besides);
-  EXPECT_EQ(besides, "squeeze and excitation are left out");
+  EXPECT_EQ(name("Classification/ConvNets/se-resnext101-32x4d (A100)"), "se-resnext-101-32x4d");
 }
 
 TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {

@@ -192,6 +192,8 @@ def run(op, x, params):
         return pool(op, x[0])
     if kind == "global_average_pool":
         return x[0].mean((2, 3))
+    if kind == "scale_features":
+        return x[0] * x[1][:, :, None, None]
     if kind == "to_sequence":
         return x[0].flatten(2).transpose(1, 2)
     if kind == "prepend_token":

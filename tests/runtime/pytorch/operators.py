@@ -97,7 +97,7 @@ LINEAR = {
     "linear": 1, "add_bias": 0, "embedding": 0, "position_embedding": 0, "add": 0, "multiply": 1, "dropout": 3,
     "batched_product": 1, "convolution": 1, "pool": 2, "global_average_pool": 2, "to_sequence": 0,
     "prepend_token": 0, "select_token": 0, "concat": 0, "append_to_heads": 0, "dispatch": 0, "grouped_product": 1,
-    "combine": 1,
+    "combine": 1, "scale_features": 1,
 }
 
 
@@ -105,7 +105,7 @@ def linear_bounds(case, x, params, above):
     op = case["op"]
     kind = op["op"]
     window = 1
-    if kind == "global_average_pool":
+    if kind in ("global_average_pool", "scale_features"):
         window = x[0].shape[2] * x[0].shape[3]
     if kind == "pool" and not op["maximum"]:
         window = op["height"]["kernel"] * op["width"]["kernel"]

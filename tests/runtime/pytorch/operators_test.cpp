@@ -60,6 +60,7 @@ constexpr Equal kEquals[] = {
     {"causal_convolution", "conv1d with as many groups as channels, silu"},
     {"state_space", "softplus, exp, a loop over the tokens"},
     {"gated_norm", "silu, rsqrt and mean"},
+    {"scale_features", "mul, broadcast"},
 };
 // A new operator needs its line here, its cases in problems.h and its formula in operators.py.
 static_assert(std::size(kEquals) == std::variant_size_v<Operation>);
@@ -184,6 +185,7 @@ std::vector<Problem> large_problems(Rng& rng) {
   add("max pool", Pool{true, strided, strided, true}, {image});
   add("average pool", Pool{false, strided, strided, true}, {image});
   add("global average pool", GlobalAveragePool{}, {image});
+  add("scale features", ScaleFeatures{}, {image, {image[0], image[1]}});
   const NamedExtent experts{Dim::expert, 5};
   const Shape routed{sample, sequence, {Dim::expert, 2}, feature};
   add("router", Router{2, false, true, 1}, {{sample, sequence, experts}});

@@ -568,6 +568,11 @@ TEST(Examples, TablesAndShapes) {
   const Shape image{kOne, {Dim::feature, 2}, {Dim::height, 1}, {Dim::width, 2}};
   EXPECT_THAT(example(ToSequence{}, image, values).outputs[0].values, ElementsAre(1, 3, 2, 4));
   EXPECT_THAT(example(GlobalAveragePool{}, image, values).outputs[0].values, ElementsAre(1.5, 3.5));
+  const Shape gate{kOne, {Dim::feature, 2}};
+  EXPECT_THAT(example(ScaleFeatures{}, {dense(image, values), dense(gate, {2, 10})}, {image, gate})
+                  .outputs[0]
+                  .values,
+              ElementsAre(2, 4, 30, 40));
 }
 
 /// docs/execution.md, "Rounding".

@@ -395,6 +395,7 @@ inline std::vector<Problem> problems(Rng& rng) {
     add(fmt::format("pool {}", variant), Pool{variant % 2 == 0, h, w, variant % 3 == 0}, {x});
   }
   add("global average pool", GlobalAveragePool{}, {image});
+  add("scale features", ScaleFeatures{}, {image, {image[0], image[1]}});
   add("to sequence", ToSequence{}, {image});
   add("prepend token", PrependToken{}, {tokens});
   add("select token", SelectToken{n(0, sequence.extent - 1)}, {tokens});
