@@ -573,6 +573,12 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   }
   if (i.kind == Kind::slice || i.kind == Kind::copy) {
     w.bytes = Bytes{2 * local_bytes(p, i.writes[0], rank).count};
+    const Buffer& to = p.buffer(i.writes[0]);
+    if (p.kernels.shard_views && i.kind == Kind::slice && to.category == Category::parameters &&
+        to.alias == i.reads[0].value) {
+      w.bytes = Bytes{};
+      w.kernels = 0;
+    }
     return w;
   }
   if (i.kind == Kind::load) {

@@ -205,7 +205,7 @@ class Compiler {
       }
       case Kind::slice:
       case Kind::copy:
-        time = l.kernel;
+        time = work_of(p_, i, rank).kernels * l.kernel;
         break;
       case Kind::collective:
         if (p_.group(i, rank).size() > 1) time = of_parts ? loop : l.transfer;

@@ -255,6 +255,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*kernels, "sorts_rows", f.kernels.sorts_rows);
     share("rows_share", f.kernels.rows_share);
     boolean(*kernels, "pads_rows", f.kernels.pads_rows);
+    boolean(*kernels, "shard_views", f.kernels.shard_views);
     boolean(*kernels, "finds_scales", f.kernels.finds_scales);
     boolean(*kernels, "bias_sums", f.kernels.bias_sums);
     boolean(*kernels, "mamba_ssm", f.kernels.mamba_ssm);

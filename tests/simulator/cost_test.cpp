@@ -42,6 +42,34 @@ TEST(Cost, OfAMemoryBoundKernelIsItsBytesOverTheSustainedBandwidth) {
   expect_us(kernel_time(w, h100(), prices), 47.5167);
 }
 
+TEST(Cost, AShardIsAViewWhereTheFrameworkHasOne) {
+  for (const int zero : {1, 2}) {
+    Plan plan = base_plan();
+    plan.dp = 2;
+    plan.zero = zero;
+    plan.global_batch = 2 * plan.micro_batch;
+    Program p = lowered(build_transformer(small_config()), plan);
+    int shards = 0, others = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions) {
+        if (i.kind != Kind::slice) continue;
+        const Buffer& to = p.buffer(i.writes[0]);
+        const bool shard = to.category == Category::parameters;
+        (shard ? shards : others) += 1;
+        p.kernels.shard_views = false;
+        const Work copied = work_of(p, i, 1);
+        EXPECT_EQ(copied.kernels, 1);
+        EXPECT_GT(copied.bytes.count, 0);
+        p.kernels.shard_views = true;
+        const Work view = work_of(p, i, 1);
+        EXPECT_EQ(view.kernels, shard ? 0 : 1);
+        EXPECT_EQ(view.bytes, shard ? Bytes{} : copied.bytes);
+      }
+    }
+    EXPECT_GT(shards, 0) << zero << ", others " << others;
+  }
+}
+
 TEST(Cost, RowsAreOrderedAtTheirShareOfTheBandwidth) {
   // docs/cost.md, "Expert by expert", beside a product and alone.
   const DeviceProfile d = load_device("b200");
