@@ -777,8 +777,9 @@ KernelParts kernel_parts(const Work& w, const DeviceProfile& device, ShapePrices
     const double rate = w.matrix ? device.sustained_rate(w.type).count : device.vector_rate.count;
     all.units = Seconds{w.flops.count > 0 ? w.flops.count / rate : 0};
     all.memory = streaming_time(w.bytes + w.again, device);
-    all.work =
-        std::max({all.units, all.memory, w.launched, at_share(w.bytes + w.again, w, device)});
+    // Beside products the share is of `ordered` alone.
+    const Seconds slow = w.products.empty() ? at_share(w.bytes + w.again, w, device) : Seconds{};
+    all.work = std::max({all.units, all.memory, w.launched, slow});
     all.beside_transfers = static_cast<double>(device.multiprocessors) /
                            (device.multiprocessors - device.communication_multiprocessors);
     return all;

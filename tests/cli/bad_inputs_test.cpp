@@ -76,7 +76,7 @@ TEST(BadInputs, GiveTheirMessageExitCode2AndNoOutput) {
 }
 
 TEST(BadInputs, AFolderOfDataThatIsNotThereIsNamedByEveryCommand) {
-  for (const char* command : {"", "predict gpt2 dgx-h100:1", "plan --help"}) {
+  for (const char* command : {"", "simulate gpt2 dgx-h100:1", "plan --help"}) {
     const Ran r = run(command, "env PARTITA_DATA=/nowhere");
     EXPECT_EQ(r.code, 2) << command;
     EXPECT_EQ(r.out, "");

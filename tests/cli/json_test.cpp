@@ -745,10 +745,11 @@ TEST(Validate, AnotherCalibrationsJournalIsRefused) {
 
 TEST(Validate, RowsThatCrossAreCountedAlikeOnEveryTransport) {
   for (const std::string& transport : suite_transports()) {
-    const Ran r = run(
-        "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only spatial --json --transport " +
-            transport,
-        "", 15);
+    const Ran r =
+        run("validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only spatial --calibrate-only "
+            "images --json --transport " +
+                transport,
+            "", 6);
     const Json j = Json::parse(r.out, nullptr, false);
     ASSERT_FALSE(j.is_discarded()) << r.err;
     ASSERT_EQ(j.at("suite").at("cases").size(), 1u);

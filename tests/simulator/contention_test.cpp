@@ -1104,6 +1104,22 @@ TEST(Host, GraphsBesideExpertsAreBetweenNoneAndAll) {
   EXPECT_EQ(of(""), eager);
 }
 
+TEST(Host, AShardThatIsAViewIsNotLaunched) {
+  // All is host-bound: a step is shorter by the launch of every parameter's shard.
+  Plan plan = base_plan();
+  plan.dp = 2;
+  plan.zero = 1;
+  plan.global_batch = 2 * plan.micro_batch;
+  const Graph g = build_transformer(small_config());
+  Program p = lowered(g, plan);
+  p.launches.kernel = Seconds{1e-3};
+  const Topology t = load_topology("dgx-h100:2 gpus");
+  const double copies = to_seconds(run(p, t, Network::idle).step).count;
+  p.kernels.shard_views = true;
+  const double views = to_seconds(run(p, t, Network::idle).step).count;
+  EXPECT_NEAR((copies - views) / 1e-3, static_cast<double>(g.parameters.size()), 0.1);
+}
+
 // docs/cost.md, "In twos".
 TEST(Host, ExchangesBesideAnotherMicroBatchCostWhatIsLeft) {
   EXPECT_NEAR(exposed_in_twos(Seconds{0.03}, Seconds{0.02}, 7.0 / 8, 24.0 / 132), 0.2841, 5e-5);

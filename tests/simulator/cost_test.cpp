@@ -92,6 +92,13 @@ TEST(Cost, RowsAreOrderedAtTheirShareOfTheBandwidth) {
   expect_us(after.memory - before.memory, 19.4383);
   beside.share = 0;
   expect_us(kernel_parts(beside, d, prices).work - before.work, 19.4383);
+  // A processor has one price for all of an instruction: its bytes keep the bandwidth.
+  const DeviceProfile cpu = load_device("cpu");
+  ShapePrices host(cpu);
+  beside.bytes = p.bytes;
+  const KernelParts streamed = kernel_parts(beside, cpu, host);
+  beside.share = 1e-6;
+  EXPECT_EQ(kernel_parts(beside, cpu, host).work, streamed.work);
 }
 
 TEST(Cost, OfAKernelThatDoesNotStreamIsItsShareOfTheBandwidth) {

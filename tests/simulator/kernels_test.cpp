@@ -153,6 +153,11 @@ TEST(AttentionModel, TheExampleOfThePage) {
 TEST(AttentionModel, TheExampleOfThePageForLongWork) {
   FlashAttention a{1, 4096, 4096, 32, 128, 128, 4097.0 / 8192, false, ElementType::bf16, {}};
   EXPECT_NEAR(attention_model(a, h100(), 132, 0.85).work.count * 1e6, 337.13, 0.01);
+  const DeviceProfile b200 = load_device("b200");
+  EXPECT_EQ(b200.attention_clock, 0.85);
+  for (const AttentionTable& t : b200.attention) EXPECT_TRUE(t.mixed_clocks);
+  EXPECT_EQ(b200.attention.size(), 2u);
+  EXPECT_EQ(h100().attention_clock, 1);
   // Points are of the clock of short kernels: a step's are slower, one alone is not.
   DeviceProfile d = h100();
   d.attention_clock = 0.85;

@@ -105,7 +105,7 @@ def linear_bounds(case, x, params, above):
     op = case["op"]
     kind = op["op"]
     window = 1
-    if kind in ("global_average_pool", "scale_features"):
+    if kind == "global_average_pool":
         window = x[0].shape[2] * x[0].shape[3]
     if kind == "pool" and not op["maximum"]:
         window = op["height"]["kernel"] * op["width"]["kernel"]
