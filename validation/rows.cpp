@@ -468,15 +468,16 @@ class RowsPrediction {
     p.wanted.push_back(std::move(w));
   }
 
-  /// A memory row of a training row's configuration is of its network: sizes that it does not
-  /// print are taken from there, where all such rows agree.
+  /// A memory row of a training row's configuration is of its network and run: settings and sizes
+  /// that it does not print are taken from there, where all such rows agree.
   void take_sizes(PendingRow& p) {
     if (p.schema != RowSchema::memory) return;
     const auto runs = runs_.find(network_key(*p.configuration));
     if (runs == runs_.end()) return;
     auto filled = std::make_shared<Configuration>(*p.configuration);
-    for (const char* column : {"framework", "gpu_memory_gb", "num_kv_heads", "ffn_hidden_size",
-                               "vocab_size", "num_experts", "moe_topk", "moe_ffn_hidden_size"}) {
+    for (const char* column :
+         {"framework", "gpu_memory_gb", "overlap_and_other_settings", "num_kv_heads",
+          "ffn_hidden_size", "vocab_size", "num_experts", "moe_topk", "moe_ffn_hidden_size"}) {
       const std::string& cell = (*runs->second.front())[column];
       const bool agreed = std::all_of(runs->second.begin(), runs->second.end(),
                                       [&](const auto& c) { return (*c)[column] == cell; });

@@ -255,7 +255,7 @@ void materialise(const Program& p, const FlashAttention& a, Work& w) {
   const auto queries = static_cast<std::int64_t>(count * m * a.qk);
   w.streamed += Bytes{std::llround(turns * static_cast<double>(storage(a.type, queries).count))};
   if (kernels.position_product) add_positions(a, w);
-  w.kernels = static_cast<int>(w.products.size()) + 1;
+  w.kernels = static_cast<double>(w.products.size()) + 1;
 }
 
 /// Does cuDNN compute it from 4 × 4 tiles of its input? (CUDNN_CONVOLUTION_*_ALGO_WINOGRAD: 3 × 3,
@@ -597,6 +597,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
       w.bytes = Bytes{std::llround(each * n)};
     // Gradients whose optimizer runs on the host pass on the device before they leave it.
     if (!on_host(p, i)) w.bytes += gradient_passes(p, i, rank);
+    if (p.kernels.optimizer_tensors > 0) w.kernels = 1.0 / p.kernels.optimizer_tensors;
     if (p.kernels.optimizer_kernels > 0) {
       w.kernels = p.kernels.optimizer_kernels;
       w.launched = w.kernels * p.launches.kernel;

@@ -27,7 +27,7 @@ struct Work {
   bool matrix = false;  ///< on the matrix units, in the operator's compute type
   ElementType type = ElementType::fp32;
   Bytes bytes;  ///< read and written in device memory
-  int kernels = 1;
+  double kernels = 1;  ///< a share of one that takes several tensors
   /// By shape, where it is products or flash attention. `streamed` is what kernels beside them
   /// move: the softmax of a materialised attention, the cast of a gradient.
   std::vector<Product> products;

@@ -175,7 +175,11 @@ std::vector<Alive> alive_at_peak(const Program& p, const RankClass& rank_class,
       if (const Bytes t = transient_bytes(p, i, rank_class.representative);
           t.count > 0 && calls[c].block.value == use.peak_block &&
           calls[c].micro_batch == use.peak_micro_batch && level + t == use.peak) {
-        const char* what = i.kind == Kind::compute ? "gradient of a weight" : "packed payload";
+        const bool loss = i.op >= 0 && std::holds_alternative<CrossEntropy>(
+                                           p.operators[static_cast<std::size_t>(i.op)].operation);
+        const char* what = i.kind != Kind::compute ? "packed payload"
+                           : loss                  ? "copies of logits"
+                                                   : "gradient of a weight";
         Alive& a = all[{Category::workspace, what}];
         a.category = Category::workspace;
         a.owner = what;

@@ -244,6 +244,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
       setting(*kernels, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 1000)); });
     };
     launched("optimizer_kernels", f.kernels.optimizer_kernels);
+    launched("optimizer_tensors", f.kernels.optimizer_tensors);
     launched("activation_passes_forward", f.kernels.activation_passes_forward);
     launched("activation_passes_backward", f.kernels.activation_passes_backward);
     launched("routing_forward", f.kernels.routing_forward);

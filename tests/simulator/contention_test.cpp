@@ -1018,7 +1018,8 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
 
 /// Where launches bind, two steps differ by what launches take, and by nothing else.
 struct Launched {
-  std::int64_t kernels = 0, calls = 0, groups = 0, parts = 0;
+  double kernels = 0;
+  std::int64_t calls = 0, groups = 0, parts = 0;
 };
 Launched launched(const Program& p) {
   Launched n;
@@ -1062,7 +1063,7 @@ TEST(Host, CallsOfLayersTakeLongerAndTheirFurtherKernelsShorter) {
     const Launched n = launched(p);
     EXPECT_GT(n.calls, 0);
     EXPECT_GT(in_parts ? n.parts : n.groups, 0);
-    const double all = static_cast<double>(n.kernels + n.groups);
+    const double all = n.kernels + static_cast<double>(n.groups);
     const double plain = step(0.01, 0, 0, 1);
     EXPECT_NEAR(step(0.02, 0, 0, 1) - plain, 0.01 * all, 1e-6);
     EXPECT_NEAR(step(0.01, 0.04, 0, 1) - plain, 0.03 * static_cast<double>(n.calls), 1e-6);

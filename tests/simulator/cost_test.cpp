@@ -70,6 +70,24 @@ TEST(Cost, AShardIsAViewWhereTheFrameworkHasOne) {
   }
 }
 
+TEST(Cost, OneKernelOfAnUpdateTakesManyTensors) {
+  // docs/plan.md, "Kernels and messages", `optimizer_tensors`.
+  Plan plan = base_plan();
+  plan.optimizer.kind = OptimizerKind::adam;
+  Program p = lowered(load_model("gpt2"), plan);
+  const auto launches = [&p](int tensors) {
+    p.kernels.optimizer_tensors = tensors;
+    double all = 0;
+    for (const Block& block : p.blocks) {
+      for (const Instruction& i : block.instructions)
+        if (i.kernel == Kernel::optimizer) all += work_of(p, i, 0).kernels;
+    }
+    return all;
+  };
+  EXPECT_EQ(launches(0), 196);
+  EXPECT_NEAR(launches(36), 5.444, 5e-4);
+}
+
 TEST(Cost, RowsAreOrderedAtTheirShareOfTheBandwidth) {
   // docs/cost.md, "Expert by expert", beside a product and alone.
   const DeviceProfile d = load_device("b200");

@@ -409,7 +409,7 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
             product != nullptr && product->out.dim == Dim::feature && (forward || data);
         const bool limited =
             std::holds_alternative<GatedActivation>(op.operation) && (forward || data);
-        const std::pair<std::int64_t, int> nothing{0, 0}, ordered{1024, 2};
+        const std::pair<std::int64_t, double> nothing{0, 0}, ordered{1024, 2};
         EXPECT_EQ(with(sorts), down ? ordered : nothing) << op.name;
         EXPECT_EQ(with(pads), down && narrow ? ordered : nothing) << op.name;
         p.kernels.sorts_rows = true;
@@ -423,7 +423,7 @@ TEST(Volumes, RowsThatAreOrderedPaddedAndLimitedMoveMore) {
         int kernels = 0;
         if (std::holds_alternative<Router>(op.operation)) kernels = forward ? 25 : data ? 5 : 0;
         if (std::holds_alternative<Dispatch>(op.operation)) kernels = forward ? 11 : data ? 7 : 0;
-        EXPECT_EQ(with(small), (std::pair<std::int64_t, int>{0, kernels})) << op.name;
+        EXPECT_EQ(with(small), (std::pair<std::int64_t, double>{0, kernels})) << op.name;
         p.rows_once = true;
         EXPECT_EQ(with(sorts), nothing) << op.name;
         EXPECT_EQ(with(pads), nothing) << op.name;
@@ -545,7 +545,8 @@ TEST(Volumes, ScalesThatAreFoundCostAPassAndThreeKernels) {
     const bool found = std::string_view(precision) != "mxfp8";
     const std::int64_t more = four ? 4 : 2;  // bytes an element
     std::int64_t streamed = 0, bytes = 0;
-    int kernels = 0, norms = 0;
+    double kernels = 0;
+    int norms = 0;
     for (const Block& block : p.blocks) {
       if (block.kind != BlockKind::forward) continue;
       for (const Instruction& i : block.instructions) {

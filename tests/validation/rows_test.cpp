@@ -1363,6 +1363,13 @@ TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizes) {
   EXPECT_EQ(predicted({}, {few, with(whole_row(), {{"num_kv_heads", "4"}})}), printed)
       << "they do not agree";
   EXPECT_EQ(predicted({}, {with(few, {{"global_batch_seqs", "32"}})}), printed) << "another run";
+  // Rank 0 has the loss.
+  const Cells flat = {{"pp", "1"}, {"dp", "8"}};
+  const Cells run = with(whole_row(), flat);
+  const Cells fused = with(run, {{"overlap_and_other_settings", "CE fusion"}});
+  EXPECT_LT(predicted(flat, {fused}), predicted(flat, {}))
+      << "a loss that keeps no softmax in fp32";
+  EXPECT_EQ(predicted(flat, {fused, run}), predicted(flat, {})) << "nor here";
 }
 
 TEST(Rows, AMemoryRowIsOfItsRunsFrameworkAndCard) {
