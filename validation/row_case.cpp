@@ -803,7 +803,7 @@ class CaseBuilder {
     if (known != nullptr) {
       t = *known->transformer;
       c_.model = known->name;
-      architecture = hidden ? *hidden == t.hidden : has_parameters(t, layers);
+      architecture = hidden ? *hidden == t.hidden : has_parameters(*known, layers);
       if (!architecture && !hidden && t.moe.experts > 0)
         throw InputError("model", fmt::format("'{}' has {} billion parameters, which {} has not; "
                                               "print num_layers and hidden_size",
@@ -1043,10 +1043,15 @@ class CaseBuilder {
   }
 
   /// Is the printed number of parameters near that of the entry, or not printed? A name begins the
-  /// names of many sizes ("GPT-2-like 52B").
-  bool has_parameters(const TransformerConfig& t, std::optional<std::int64_t> layers) const {
+  /// names of many sizes ("GPT-2-like 52B"). A size in the entry's own names is its: "llama-3.2-1b"
+  /// has 1.24 billion, "17B-16E" 109.
+  bool has_parameters(const KnownModel& known, std::optional<std::int64_t> layers) const {
     const auto printed = billions();
     if (!printed || layers) return true;
+    const auto own = [&](const std::string& name) { return billions_of(name) == printed; };
+    if (own(known.name) || std::any_of(known.aliases.begin(), known.aliases.end(), own))
+      return true;
+    const TransformerConfig& t = *known.transformer;
     const auto all = static_cast<double>(parameter_count(build_transformer(t)));
     return std::abs(all - *printed * 1e9) < 0.15 * all;
   }

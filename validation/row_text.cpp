@@ -437,11 +437,13 @@ std::optional<double> gigabytes(std::string_view text) {
 
 std::optional<double> billions_of(std::string_view name) {
   const std::string s = lower(name);
-  for (std::size_t b = 1; b < s.size(); ++b) {
-    if (s[b] != 'b' || (b + 1 < s.size() && (letter(s[b + 1]) || digit(s[b + 1])))) continue;
-    std::size_t start = b;
-    const auto n = number_before(s, b, start);
-    if (n && *n > 0 && (start == 0 || !letter(s[start - 1]))) return n;
+  for (const auto& [unit, each] : {std::pair{'b', 1.0}, std::pair{'m', 1e-3}}) {
+    for (std::size_t b = 1; b < s.size(); ++b) {
+      if (s[b] != unit || (b + 1 < s.size() && (letter(s[b + 1]) || digit(s[b + 1])))) continue;
+      std::size_t start = b;
+      const auto n = number_before(s, b, start);
+      if (n && *n > 0 && (start == 0 || !letter(s[start - 1]))) return *n * each;
+    }
   }
   return std::nullopt;
 }

@@ -77,7 +77,7 @@ std::optional<bool> switch_of(std::string_view text);
 /// "80GB", "80 GB", "96G" of a text -> 80, 80, 96: the first.
 std::optional<double> gigabytes(std::string_view text);
 
-/// Billions of parameters in a network's name: "GPT-2 1.5B", not "8x7B", "A3B".
+/// Billions of parameters in a network's name: "GPT-2 1.5B", "MPT-125m", not "8x7B", "A3B".
 std::optional<double> billions_of(std::string_view name);
 /// Is it a mixture's name: "8x7B", "17B-16E", "480B A35B"?
 bool names_experts(std::string_view name);

@@ -294,7 +294,9 @@ TEST(RowText, SizesInNames) {
   EXPECT_EQ(billions_of("GPT-2 1.5B"), 1.5);
   EXPECT_EQ(billions_of("DeepSeek V3 16B"), 16);
   EXPECT_EQ(billions_of("Qwen3 30B A3B"), 30);
-  for (const char* none : {"GPT", "Mixtral 8x7B", "A3B", "BLOOM-7B1", "DeepSeek V3"})
+  EXPECT_EQ(billions_of("MPT-125m"), 0.125);
+  EXPECT_EQ(billions_of("GPT 1.3B (350M words)"), 1.3);
+  for (const char* none : {"GPT", "tr3m", "Mixtral 8x7B", "A3B", "BLOOM-7B1", "DeepSeek V3"})
     EXPECT_FALSE(billions_of(none)) << none;
   for (const char* mixture : {"8x7B", "17Bx16E", "17B-16E", "480B A35B", "30b-a3b"})
     EXPECT_TRUE(names_experts(mixture)) << mixture;
