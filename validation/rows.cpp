@@ -111,7 +111,7 @@ struct PendingRow {
   std::size_t family = 0;
   std::string id, why;
   std::shared_ptr<const Configuration> configuration;  ///< as printed
-  std::shared_ptr<const Configuration> with_sizes;     ///< and with its network's; or none
+  std::shared_ptr<const Configuration> as_run;  ///< and with what its run has besides; or none
   std::vector<Wanted> wanted;
   std::optional<RowCase> row_case;
   std::size_t outcome = 0;             ///< of row_case
@@ -361,7 +361,7 @@ class RowsPrediction {
                        fmt::format("no row is of family '{}'{}; there are {}", options_.family,
                                    did_you_mean(options_.family, known), fmt::join(known, ", ")));
     }
-    for (PendingRow& p : rows_) take_sizes(p);
+    for (PendingRow& p : rows_) take_from_runs(p);
     for (PendingRow& p : rows_) {
       p.repeats = p.repeats && !p.repeat_key.empty() && trained_.count(p.repeat_key) > 0;
       if (p.why.empty() && !p.kernel && !p.repeats) find_case(p);
@@ -470,7 +470,7 @@ class RowsPrediction {
 
   /// A memory row of a training row's configuration is of its network and run: settings and sizes
   /// that it does not print are taken from there, where all such rows agree.
-  void take_sizes(PendingRow& p) {
+  void take_from_runs(PendingRow& p) {
     if (p.schema != RowSchema::memory) return;
     const auto runs = runs_.find(network_key(*p.configuration));
     if (runs == runs_.end()) return;
@@ -483,12 +483,12 @@ class RowsPrediction {
                                       [&](const auto& c) { return (*c)[column] == cell; });
       if (agreed && !cell.empty()) filled->fill(column, cell);
     }
-    p.with_sizes = std::move(filled);
+    p.as_run = std::move(filled);
   }
 
   void find_case(PendingRow& p) {
     try {
-      const Configuration& cells = p.with_sizes ? *p.with_sizes : *p.configuration;
+      const Configuration& cells = p.as_run ? *p.as_run : *p.configuration;
       p.row_case = case_of(p.schema, cells, catalogue_);
       leave_out_unmeasured(p);
       p.outcome = slot(*p.row_case);

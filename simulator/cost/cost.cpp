@@ -597,7 +597,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
       w.bytes = Bytes{std::llround(each * n)};
     // Gradients whose optimizer runs on the host pass on the device before they leave it.
     if (!on_host(p, i)) w.bytes += gradient_passes(p, i, rank);
-    if (p.kernels.optimizer_tensors > 0) w.kernels = 1.0 / p.kernels.optimizer_tensors;
+    if (p.kernels.optimizer_tensors > 0 && p.optimizer.kind == OptimizerKind::adam)
+      w.kernels = 1.0 / p.kernels.optimizer_tensors;
     if (p.kernels.optimizer_kernels > 0) {
       w.kernels = p.kernels.optimizer_kernels;
       w.launched = w.kernels * p.launches.kernel;

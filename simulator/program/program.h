@@ -312,7 +312,7 @@ struct FrameworkKernels {
   /// Kernels of a tensor's clipping and update, launched after the host has read the step's loss:
   /// it is not ahead of them, so they take their launches at least. 0: one, launched in advance.
   int optimizer_kernels = 0;
-  /// Tensors that one kernel of the update takes. 0: one.
+  /// Tensors to one kernel of an update by Adam or LAMB. 0: one.
   int optimizer_tensors = 0;
   /// A rank's shard of a parameter that it holds whole is a view of it, not a copy.
   bool shard_views = false;

@@ -86,6 +86,8 @@ TEST(Cost, OneKernelOfAnUpdateTakesManyTensors) {
   };
   EXPECT_EQ(launches(0), 196);
   EXPECT_NEAR(launches(36), 5.444, 5e-4);
+  p.optimizer.kind = OptimizerKind::sgd;
+  EXPECT_EQ(launches(36), 196);
 }
 
 TEST(Cost, RowsAreOrderedAtTheirShareOfTheBandwidth) {

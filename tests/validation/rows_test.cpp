@@ -191,6 +191,23 @@ TEST(RowCase, WhatIsPrintedIsTaken) {
   EXPECT_THAT(c.assumed, ::testing::ElementsAre("gradient overlap on"));
 }
 
+TEST(RowCase, ASizeInAnEntrysOwnNamesIsItsOwn) {
+  const auto of = [](const char* model, const char* billions) {
+    return case_with(
+        {{"model", model}, {"params_billion", billions}, {"num_layers", ""}, {"vocab_size", ""}});
+  };
+  // 1.24 billion parameters, so more than 15 % from its name's; 109 billion, of which 17 are
+  // active.
+  for (const char* model : {"Llama-3.2-1B", "Llama-4-Scout-17B-16E"}) {
+    const RowCase c = of(model, "");
+    EXPECT_THAT(c.assumed, Not(Contains(HasSubstr("kind of block")))) << model;
+  }
+  EXPECT_EQ(of("Llama-3.2-1B", "").transformer->hidden, 2048);
+  EXPECT_EQ(of("Llama-4-Scout-17B-16E", "").transformer->hidden, 5120);
+  EXPECT_THAT(of("Llama-3.2-1B", "2").assumed, Contains(HasSubstr("kind of block")));
+  EXPECT_THROW(of("Llama-4-Scout", "30"), InputError);
+}
+
 TEST(RowCase, TheNetworkOfTheTextIsPutOnTheClustersCards) {
   const auto node = [](const char* text) {
     const RowCase c = case_with({{"inter_node_interconnect", text}});
@@ -1340,7 +1357,7 @@ TEST(Rows, OfANetworkWithMambaOnlyMemoryIsPredicted) {
   for (const Figure& f : both.figures) EXPECT_NE(f.kind, Figure::Kind::time);
 }
 
-TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizes) {
+TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizesAndSettings) {
   const auto predicted = [&](const Cells& changes, const std::vector<Cells>& runs) {
     const Cells row =
         with(with(whole_row(), changes), {{"quantity", "max_memory_allocated on rank 0"},
