@@ -75,12 +75,14 @@ TEST(Framework, OneLikeAnotherHasItsSettingsNotItsRows) {
       nemo = load_framework("nemo", ""),
       x = parse_framework(
           "schema: partita.framework/1\nname: x\nlike: nemo\nsource: s\nplan: {bucket: 1 MB}\n"
-          "kernels: {logit_forward: 8 B}\n",
+          "kernels: {logit_forward: 8 B, optimizer_tensors: 36}\n",
           "f.yaml");
   EXPECT_EQ(x.name, "x");
   EXPECT_EQ(x.bucket, Bytes{1'000'000});
   EXPECT_EQ(x.kernels.logit_forward, 8);
   EXPECT_EQ(x.kernels.logit_backward, nemo.kernels.logit_backward);
+  EXPECT_EQ(x.kernels.optimizer_tensors, 36);
+  EXPECT_EQ(nemo.kernels.optimizer_tensors, 0) << "copies its bf16 parameters one by one";
   EXPECT_EQ(x.zero, nemo.zero);
   EXPECT_EQ(x.sources.at("zero"), nemo.sources.at("zero"));
   EXPECT_EQ(x.sources.at("bucket"), "s");
