@@ -397,6 +397,7 @@ Catalogue load_catalogue() {
 std::string ClusterChoice::key() const {
   std::string s = topology;
   for (const auto& e : edits.cluster) s += fmt::format("|{}={}", e.path, e.value);
+  for (const auto& e : edits.device) s += fmt::format("|device.{}={}", e.path, e.value);
   return s;
 }
 
@@ -647,6 +648,8 @@ std::string RowCase::key() const {
                    plan.allocations.workspace_grouped.count, plan.kernels.fused_experts);
   s += fmt::format(" {} {} {}", plan.kernels.activation_passes_forward,
                    plan.kernels.activation_passes_backward, plan.kernels.logit_forward);
+  if (layer)
+    s += fmt::format(" {} {}", static_cast<int>(layer->part), static_cast<int>(layer->pass));
   return s;
 }
 
@@ -672,9 +675,11 @@ class CaseBuilder {
 
   RowCase build() {
     c_.assumed = row_.replaced();
+    if (schema_ == RowSchema::memory) c_.layer = layer_quantity(row_["quantity"]);
     for (const auto& [column, cell] :
          cells_of(command_line(row_["overlap_and_other_settings"]).flags))
       row_.fill(column, cell);
+    if (has(lower(row_["recompute"]), "sequence parallel")) row_.fill("sequence_parallel", "yes");
     find_framework();
     read_recipes();
     find_network();
@@ -1313,6 +1318,13 @@ class CaseBuilder {
                             interconnect.empty() ? row_["intra_node_interconnect"] : interconnect,
                             interconnect.empty() ? row_["inter_node_interconnect"] : interconnect,
                             c_.assumed);
+    // Nothing runs before and after a layer alone for long enough to slow the device down.
+    const DeviceProfile& device =
+        device_of(catalogue_, row_["gpu"], memory_text(), row_["intra_node_interconnect"]);
+    if (c_.layer && c_.layer->alone && device.sustained_clock < 1) {
+      c_.cluster.edits.device.push_back({"sustained_clock.value", "1"});
+      assume("the clock of short kernels: a single layer");
+    }
   }
 
   /// tp and pp. Where only dp and the GPUs are printed a replica has GPUs / dp of them, and tensor

@@ -15,6 +15,7 @@
 #include "simulator/plan/plan.h"
 #include "topologies/topology.h"
 #include "validation/csv.h"
+#include "validation/layer_time.h"
 
 namespace partita::validation {
 
@@ -128,6 +129,7 @@ struct RowCase {
   bool logs_first_stage = false;     ///< FrameworkProfile's
   std::string logs_memory;           ///< likewise
   bool logs_hardware_flops = false;  ///< likewise
+  std::optional<LayerQuantity> layer;  ///< whose time is asked for, not the step's
   std::vector<std::string> assumed;  ///< "vocabulary 50257 (framework megatron-core)"
   std::string key() const;           ///< equal: the same prediction
 };

@@ -27,6 +27,7 @@ struct Outcome {
   std::string why;  ///< not empty: no prediction
   RowKey key;
   double step = 0;
+  double layer = 0;  ///< s: of RowCase::layer
   double ideal = 0;  ///< s: model FLOPs of the step at all devices' peak
   double peak = 0;   ///< FLOP/s of one device in the plan's type
   double sequence = 0, samples = 0, ranks = 0, parameters = 0;
@@ -56,8 +57,9 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   if (options.adjust) communication->set_adjustment(options.adjust(o.key));
   const bool again = options.keep_steps || options.half_width;
   Program program;
-  const auto p = predict(graph, c.plan, *communication, nullptr, again ? &program : nullptr, false,
-                         nullptr, options.network);
+  Timeline recorded;
+  const auto p = predict(graph, c.plan, *communication, c.layer ? &recorded : nullptr,
+                         again || c.layer ? &program : nullptr, false, nullptr, options.network);
   if (!p) {
     o.why = p.reason();
     return o;
@@ -87,6 +89,12 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   share("optimizer", p->breakdown.optimizer);
   share("other", p->breakdown.other);
   if (!std::isfinite(o.step) || !(o.step > 0)) o.why = "the prediction is no finite time";
+  if (c.layer && o.why.empty()) {
+    if (const auto t = layer_time(*c.layer, program, recorded))
+      o.layer = t->count;
+    else
+      o.why = "quantity: no layer of this network has such a part";
+  }
   if (again && o.why.empty()) {
     PARTITA_ASSERT(p->plan.as_ranked(), "rows place rank r on device r");
     auto step = std::make_shared<const RowStep>(std::move(communication), std::move(program),
@@ -190,9 +198,14 @@ void read_memory(const Row& row, PendingRow& p) {
   const double value = positive(row, "value", p.why);
   if (!(value > 0)) return;
   Wanted w = wanted(row, q ? Kind::memory : Kind::time, row["quantity"]);
-  if (!q) {
-    p.why =
-        fmt::format("quantity: '{}' is neither a step's time nor a rank's memory", row["quantity"]);
+  if (!q && layer_quantity(row["quantity"])) {
+    const double scale = unit == "ms" ? 1e-3 : unit == "us" ? 1e-6 : unit == "s" ? 1 : 0;
+    if (scale == 0) p.why = fmt::format("unit: '{}' is no unit of time; use s, ms or us", unit);
+    w.column = "layer";
+    w.value = value * scale;
+  } else if (!q) {
+    p.why = fmt::format("quantity: '{}' is neither a step's or layer's time nor a rank's memory",
+                        row["quantity"]);
   } else {
     w.memory = *q;
     const bool ratio = q->what == MemoryQuantity::What::activations_ratio;
@@ -612,6 +625,12 @@ class RowsPrediction {
     Figure& figure = w.figure;
     switch (figure.kind) {
       case Kind::time: {
+        if (c.layer) {
+          figure.measured = w.value;
+          figure.predicted = o.layer;
+          figure.key = o.key;
+          return true;
+        }
         const auto seconds = measured_seconds(w, c, o);
         if (!seconds) return false;
         figure.measured = *seconds;

@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "validation/layer_time.h"
+
 namespace partita::validation {
 namespace {
 
@@ -277,6 +279,26 @@ TEST(RowText, MemoryQuantities) {
     EXPECT_EQ(memory_quantity(c.text), c.is) << c.text;
   for (const char* nothing : {"forward time per layer", "single MoE layer forward_ms", "loss"})
     EXPECT_FALSE(memory_quantity(nothing)) << nothing;
+}
+
+TEST(RowText, LayersTimes) {
+  using Part = LayerQuantity::Part;
+  using Pass = LayerQuantity::Pass;
+  struct Case {
+    const char* text;
+    LayerQuantity is;
+  };
+  for (const Case& c : {Case{"forward time per layer", {Part::all, Pass::forward}},
+                        {"backward time per layer", {Part::all, Pass::backward}},
+                        {"combined per layer", {Part::all, Pass::both}},
+                        {"fwd+bwd ms of one transformer layer", {Part::all, Pass::both}},
+                        {"single MoE layer forward_ms", {Part::experts, Pass::forward, true}},
+                        {"attention layer bwd", {Part::attention, Pass::backward}},
+                        {"MLP layer forward_ms", {Part::mlp, Pass::forward}}})
+    EXPECT_EQ(layer_quantity(c.text), c.is) << c.text;
+  for (const char* nothing : {"max_allocated_bytes of MoE layer fwd+bwd", "layers", "forward time",
+                              "activations of a layer's forward", ""})
+    EXPECT_FALSE(layer_quantity(nothing)) << nothing;
 }
 
 TEST(RowText, Gigabytes) {

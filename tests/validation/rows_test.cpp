@@ -1389,6 +1389,81 @@ TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizesAndSettings) {
   EXPECT_EQ(predicted(flat, {fused, run}), predicted(flat, {})) << "nor here";
 }
 
+TEST(Rows, ALayersTimeIsOfThatLayer) {
+  const Cells one = with(whole_row(), {{"pp", "1"},
+                                       {"tp", "1"},
+                                       {"dp", "1"},
+                                       {"num_gpus", "1"},
+                                       {"global_batch_seqs", "4"},
+                                       {"value", "6"},
+                                       {"unit", "ms"}});
+  RowsOptions o;
+  o.workers = 1;
+  const auto predicted = [&](const std::string& quantity, const Cells& changes = {}) {
+    const auto fs = predict_rows(
+        {table(kMemory, {with(with(one, changes), {{"quantity", quantity}})})}, catalogue(), o);
+    PARTITA_ASSERT(fs.at(0).figures.size() == 1,
+                   fs.at(0).uncovered.empty() ? "no figure" : fs.at(0).uncovered.at(0).why);
+    const Figure& f = fs.at(0).figures.at(0);
+    EXPECT_EQ(f.kind, Figure::Kind::time);
+    EXPECT_DOUBLE_EQ(f.measured, 6e-3);
+    return f.predicted;
+  };
+  const double forward = predicted("forward time per layer"),
+               backward = predicted("backward time per layer"),
+               both = predicted("combined per layer");
+  EXPECT_NEAR(both, forward + backward, 1e-3 * both);
+  EXPECT_GT(backward, forward);
+  EXPECT_LT(backward, 3 * forward);
+  // All made again: a forward more.
+  EXPECT_NEAR(predicted("backward time per layer", {{"recompute", "full"}}), backward + forward,
+              0.02 * backward);
+  EXPECT_NEAR(predicted("forward time per layer", {{"recompute", "full"}}), forward,
+              0.01 * forward);
+  // Parts of a layer are less than it, and what is neither are norms and sums.
+  const double attention = predicted("attention layer forward_ms"),
+               mlp = predicted("MLP layer forward_ms");
+  EXPECT_LT(attention + mlp, forward);
+  EXPECT_GT(attention + mlp, 0.8 * forward);
+  // "sequence parallelism" stands among recomputation.
+  const auto assumed = [&](const char* text) {
+    return predict_rows({table(kMemory, {with(one, {{"quantity", "forward time per layer"},
+                                                    {"tp", "8"},
+                                                    {"num_gpus", "8"},
+                                                    {"sequence_parallel", ""},
+                                                    {"recompute", text}})})},
+                        catalogue(), o)
+        .at(0)
+        .figures.at(0)
+        .assumed;
+  };
+  EXPECT_THAT(assumed("selective + sequence parallel"),
+              Not(Contains(HasSubstr("sequence parallel o"))));
+  EXPECT_THAT(assumed("selective"), Contains(HasSubstr("sequence parallel o")));
+  // Alone it runs at the clock of short kernels.
+  const double alone = predicted("single MLP layer forward_ms");
+  EXPECT_LT(alone, 0.95 * mlp);
+  const Cells named = with(one, {{"quantity", "MLP layer forward_ms"}});
+  const auto together = predict_rows(
+      {table(kMemory, {named, with(named, {{"quantity", "single MLP layer forward_ms"}})})},
+      catalogue(), o);
+  EXPECT_EQ(together.at(0).figures.at(0).predicted, mlp);
+  EXPECT_EQ(together.at(0).figures.at(1).predicted, alone);
+  const auto why = [&](const char* quantity, const char* unit) {
+    return predict_rows({table(kMemory, {with(one, {{"quantity", quantity}, {"unit", unit}})})},
+                        catalogue(), o)
+        .at(0)
+        .uncovered.at(0)
+        .why;
+  };
+  EXPECT_EQ(why("forward time per layer", "hours"),
+            "unit: 'hours' is no unit of time; use s, ms or us");
+  EXPECT_EQ(why("MoE layer forward_ms", "ms"),
+            "quantity: no layer of this network has such a part");
+  EXPECT_EQ(why("loss", "ms"),
+            "quantity: 'loss' is neither a step's or layer's time nor a rank's memory");
+}
+
 TEST(Rows, AMemoryRowIsOfItsRunsFrameworkAndCard) {
   const Cells run = with(whole_row(), {{"framework", "torchtitan"},
                                        {"gpu_memory_gb", "96"},
