@@ -116,6 +116,35 @@ cuda::GpuState backend_state() {
   return {};
 }
 
+StateWatch::StateWatch()
+    : thread_([this] {
+        std::unique_lock lock(guard_);
+        do {
+          lock.unlock();
+          const cuda::GpuState s = backend_state();
+          lock.lock();
+          states_.push_back(s);
+        } while (!ended_.wait_for(lock, std::chrono::milliseconds(20), [this] { return ends_; }));
+      }) {}
+StateWatch::~StateWatch() { stop(); }
+void StateWatch::stop() {
+  if (!thread_.joinable()) return;
+  {
+    const std::lock_guard lock(guard_);
+    ends_ = true;
+  }
+  ended_.notify_all();
+  thread_.join();
+}
+cuda::GpuState StateWatch::at_work() {
+  stop();
+#ifdef PARTITA_WITH_CUDA
+  return cuda::at_work(states_);
+#else
+  return {};
+#endif
+}
+
 std::string note_of(const BackendOptions& o) {
 #ifdef PARTITA_WITH_CUDA
   if (o.name == "cuda" && o.ranks > 1 && !linked(o))

@@ -1,9 +1,13 @@
 // cli/backend.h: --backend: on whose memory and kernels the ranks of a run work.
 #pragma once
 
+#include <condition_variable>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "runtime/cuda/nvml.h"
 #include "runtime/execute/device.h"
@@ -33,6 +37,21 @@ struct Gpu {
 };
 Gpu backend_gpu();
 cuda::GpuState backend_state();
+/// Asks for the state every 20 ms from its making on, until at_work() ends it: at_work of them.
+class StateWatch {
+ public:
+  StateWatch();
+  ~StateWatch();
+  cuda::GpuState at_work();
+
+ private:
+  void stop();
+  std::vector<cuda::GpuState> states_;
+  std::mutex guard_;
+  std::condition_variable ended_;
+  bool ends_ = false;
+  std::thread thread_;
+};
 /// What the user should know of how the ranks' GPUs are reached; empty: nothing.
 std::string note_of(const BackendOptions& options);
 /// "NVIDIA H200 (9.0, 132 multiprocessors, 139.8 GiB), driver 13.0, ..." ; of a build without CUDA

@@ -509,6 +509,8 @@ Launched launch_tcp(const Board& board, const Describe& describe, const Patience
         words,
         [&] {
           ::setenv("RANK", std::to_string(r).c_str(), 1);
+          // Which GPU is a rank's: not what a launcher around this command said of the command.
+          ::setenv("LOCAL_RANK", std::to_string(r).c_str(), 1);
           ::setenv("WORLD_SIZE", std::to_string(ranks).c_str(), 1);
           ::setenv("MASTER_ADDR", "127.0.0.1", 1);
           ::setenv("MASTER_PORT", std::to_string(listening.port).c_str(), 1);

@@ -557,7 +557,9 @@ void run(const Options& o, int& code) {
   const std::int64_t ranks = job.plan.ranks();
   const Mode mode = mode_of(o, ranks);
   const BackendOptions backend = backend_of(o, ranks, mode.transport, job.plan.precision.compute);
-  check_backend(backend);
+  // Ranks that another launcher started may be on several machines, or see one GPU each.
+  const bool here = mode.launches || mode.transport == "threads";
+  check_backend(here ? backend : backend_of(o, 1, mode.transport, job.plan.precision.compute));
   const Describe describe = [&job](int rank, std::int64_t step, std::int64_t instruction) {
     return execute::place(job.program, rank, step, instruction);
   };

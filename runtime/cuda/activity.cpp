@@ -49,8 +49,13 @@ using Kernel = CUpti_ActivityKernel10;
 using Kernel = CUpti_ActivityKernel9;
 #  endif
 
+/// What called is told beside records of API calls alone (cupti_activity.h,
+/// CUpti_ActivityExternalCorrelation), so these are asked for, though nothing else reads them.
 constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
-                                         CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET,
+                                         CUPTI_ACTIVITY_KIND_MEMCPY,
+                                         CUPTI_ACTIVITY_KIND_MEMSET,
+                                         CUPTI_ACTIVITY_KIND_RUNTIME,
+                                         CUPTI_ACTIVITY_KIND_DRIVER,
                                          CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION};
 
 class Cupti : public Activity {

@@ -115,10 +115,18 @@ class Cudnn : public Convolutions {
     constexpr int kMost = 8;
     int count = 0;
     const auto take = [&](const auto& found) {
-      for (int i = 0; i < count; ++i) {
-        if (found[i].status != CUDNN_STATUS_SUCCESS) continue;
-        p.algorithm = static_cast<int>(found[i].algo);
-        p.workspace = found[i].memory;
+      // Sums have a fixed order, wherever cuDNN has an algorithm of that kind.
+      for (int i = 0; i < 2 * count; ++i) {
+        const auto& f = found[i % count];
+        if (f.status != CUDNN_STATUS_SUCCESS) continue;
+        if (i < count && f.determinism != CUDNN_DETERMINISTIC) continue;
+        p.algorithm = static_cast<int>(f.algo);
+        p.workspace = f.memory;
+        // Algorithm, memory and arithmetic were found together. Of fp32 without TF32 the default
+        // arithmetic would be TF32's.
+        check(cudnnSetConvolutionMathType(
+                  p.convolution, arithmetic == CUDNN_FMA_MATH ? CUDNN_FMA_MATH : f.mathType),
+              "a convolution's arithmetic");
         return;
       }
     };

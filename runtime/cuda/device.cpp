@@ -88,6 +88,8 @@ class Gpu : public CudaDevice {
   explicit Gpu(const DeviceOptions& o) : o_(o) {
     const std::string why = absent();
     if (!why.empty()) throw MachineError(why);
+    // An error that somebody has met before is not this one's.
+    static_cast<void>(cudaGetLastError());
     if (o.device < 0 || o.device >= device_count())
       throw MachineError(
           fmt::format("there is no GPU {}; this machine has {}", o.device, device_count()));
@@ -178,6 +180,9 @@ class Gpu : public CudaDevice {
   }
   void to_host(void* to, const std::byte* from, std::int64_t bytes) override {
     if (bytes == 0) return;
+    // To pageable memory the copy itself waits for the stream, and nobody would look for a peer
+    // that is gone.
+    if (links_) come(stream(), "what is copied from the GPU");
     check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost,
                           stream()),
           "copy from the GPU");
@@ -412,9 +417,8 @@ class Gpu : public CudaDevice {
       const std::size_t bytes = n * sizeof(execute::Run);
       kept->block = std::make_unique<DeviceBlock>(bytes + n * sizeof(std::int64_t));
       std::byte* at = kept->block->at;
-      check(cudaMemcpy(at, list.runs.data(), bytes, cudaMemcpyHostToDevice), "a list of runs");
-      check(cudaMemcpy(at + bytes, before.data(), n * sizeof(std::int64_t), cudaMemcpyHostToDevice),
-            "a list of runs");
+      check(copy_now(at, list.runs.data(), bytes), "a list of runs");
+      check(copy_now(at + bytes, before.data(), n * sizeof(std::int64_t)), "a list of runs");
       kept->table = {reinterpret_cast<const execute::Run*>(at),
                      reinterpret_cast<const std::int64_t*>(at + bytes),
                      static_cast<std::int64_t>(n), words};
@@ -485,6 +489,10 @@ std::string version(int v) { return fmt::format("{}.{}", v / 1000, v / 10 % 100)
 }  // namespace
 
 std::string absent() {
+  // Each message has a stream of its own; more than 8 would share queues, where one that waits for
+  // a peer holds up what stands behind it. Before CUDA's start; a user's own word counts.
+  static const int once = ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  static_cast<void>(once);
   int n = 0;
   const cudaError_t e = cudaGetDeviceCount(&n);
   if (e == cudaSuccess && n > 0) return "";

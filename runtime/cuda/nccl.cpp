@@ -331,8 +331,9 @@ class Nccl : public NcclLinks {
                       "NCCL_SOCKET_IFNAME to a network interface",
                       ncclGetErrorString(code)));
     ncclConfig_t config = configuration();
-    settle(ncclCommInitRankConfig(&world_, control.size(), id, rank_, &config), world_,
-           fmt::format("the communicator of all {} ranks", control.size()));
+    // On its own: world_ is filled in by the call, and arguments come in any order.
+    const ncclResult_t begun = ncclCommInitRankConfig(&world_, control.size(), id, rank_, &config);
+    settle(begun, world_, fmt::format("the communicator of all {} ranks", control.size()));
   }
   /// NCCL connects two ranks when they first call, and the host waits for that; so each message's
   /// ranks call once now, in the order of channels, which is the same on all. Later they come in

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -77,7 +78,43 @@ class Library : public Nvml {
   bool started_ = false;
 };
 
+double middle(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const auto at = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+
 }  // namespace
+
+GpuState at_work(const std::vector<GpuState>& states) {
+  double least = 0, most = 0;
+  for (const GpuState& s : states) {
+    if (s.power_w <= 0) continue;
+    least = least > 0 ? std::min(least, s.power_w) : s.power_w;
+    most = std::max(most, s.power_w);
+  }
+  GpuState at;
+  std::vector<double> clocks, memory, powers, temperatures;
+  for (const GpuState& s : states) {
+    if (most > 0 && s.power_w < (least + most) / 2) continue;
+    const auto keep = [](std::vector<double>& to, double value) {
+      if (value > 0) to.push_back(value);
+    };
+    keep(clocks, s.clock_mhz);
+    keep(memory, s.memory_clock_mhz);
+    keep(powers, s.power_w);
+    keep(temperatures, s.temperature_c);
+    at.used_bytes = std::max(at.used_bytes, s.used_bytes);
+    if (!s.throttled.empty() && at.throttled.find(s.throttled) == std::string::npos)
+      at.throttled += (at.throttled.empty() ? "" : ", ") + s.throttled;
+  }
+  at.clock_mhz = middle(std::move(clocks));
+  at.memory_clock_mhz = middle(std::move(memory));
+  at.power_w = middle(std::move(powers));
+  at.temperature_c = middle(std::move(temperatures));
+  return at;
+}
 
 std::unique_ptr<Nvml> nvml(const std::string& library) {
   void* loaded = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace partita::cuda {
 
@@ -14,6 +15,11 @@ struct GpuState {
   /// What keeps the clock down: "power cap", "heat", ...; empty: nothing.
   std::string throttled;
 };
+
+/// Of states taken one after the other while something ran, what it ran at: the medians of those
+/// whose power is at least the middle of the range, since before and after the GPU idles; of all
+/// where none is said. Throttled by what held any of these back.
+GpuState at_work(const std::vector<GpuState>& states);
 
 /// NVML, loaded when it is asked for: a driver brings it, no toolkit needs it.
 class Nvml {

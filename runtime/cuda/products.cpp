@@ -128,7 +128,7 @@ void CudaMachine::end() {
   // One for all next time.
   std::size_t bytes = 0;
   for (const auto& b : blocks_) bytes += b->bytes;
-  check(cudaStreamSynchronize(stream_), "an operator that needed more memory");
+  libraries_.come(stream_, "an operator that needed more memory");
   blocks_.clear();
   blocks_.push_back(std::make_unique<DeviceBlock>(bytes));
 }
@@ -141,8 +141,7 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   if (!block) {
     const std::size_t bytes = indices.size() * sizeof(std::int64_t);
     block = std::make_unique<DeviceBlock>(bytes);
-    check(cudaMemcpy(block->at, indices.data(), bytes, cudaMemcpyHostToDevice),
-          "a list of indices");
+    check(copy_now(block->at, indices.data(), bytes), "a list of indices");
   }
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
 }

@@ -850,6 +850,19 @@ TEST(Compare, TermsAreOfTheTracesRank) {
 }
 
 /// Given rows are not those that ran: nothing is compared with them, and nothing is called equal.
+TEST(Validate, AnUncalibratedTermCostsThePredictionNotTheMathematics) {
+  const Ran r = run(
+      "validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only 'sharded storage' "
+      "--calibrate-only collectives --json",
+      "", 6);
+  const Json j = Json::parse(r.out, nullptr, false);
+  ASSERT_FALSE(j.is_discarded()) << r.err;
+  const Json& c = j.at("suite").at("cases").at(0);
+  EXPECT_EQ(c.at("equal_to_reference"), true);
+  EXPECT_TRUE(c.at("predicted_s").is_null()) << c.dump();
+  EXPECT_NE(r.err.find("has no prediction: storage: "), std::string::npos) << r.err;
+}
+
 TEST(Validate, WhatIsNotComparedIsNotCalledEqual) {
   const Ran r =
       run("validate --backend cpu --ranks 2 --rounds 1 --steps 1 --only 'ep 2' --calibrate-only "

@@ -4,7 +4,7 @@
 #
 #   validation/gpu/run.sh [OUT]        default: gpu-results
 #
-# PARTITA, GPU_TEST: the programs (default: in build/dev, then build/release). LIMIT: seconds in all (default: 480).
+# PARTITA, GPU_TEST: the programs (default: build/release's or the bundle's, whose host code is timed too; build/dev's). LIMIT: seconds in all (default: 480).
 set -uo pipefail
 # In the sources, or in the bundle's folder.
 here=$(cd "$(dirname "$0")" && pwd)
@@ -17,7 +17,7 @@ fi
 out=${1:-gpu-results}
 mkdir -p "$out"
 first() { for p in "$@"; do [ -x "$p" ] && { echo "$p"; return; }; done; }
-partita=${PARTITA:-$(first build/dev/partita build/release/partita ./bin/partita)}
+partita=${PARTITA:-$(first build/release/partita build/dev/partita ./bin/partita)}
 gpu_test=${GPU_TEST:-$(first build/dev/tests/runtime/gpu_test ./bin/gpu_test)}
 # Wheels keep the libraries in folders of their own.
 wheels=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null || true)
@@ -28,9 +28,10 @@ fi
 failed=()
 began=$(date +%s)
 limit=${LIMIT:-480}
-part() {  # name, most seconds, command...
-  local name=$1 most=$2
+part() {  # name, most seconds, [checked,] command...
+  local name=$1 most=$2 checked=no
   shift 2
+  [ "$1" = checked ] && checked=yes && shift
   local start=$(date +%s)
   local left=$((began + limit - start))
   [ "$most" -le "$left" ] || most=$left
@@ -44,8 +45,10 @@ part() {  # name, most seconds, command...
   local code=$?
   # A test that was skipped has shown nothing.
   [ $code -eq 0 ] && grep -q '^\[  SKIPPED \]' "$out/$name.txt" && code=skipped
+  # A run whose loss met no serial network's has shown no mathematics.
+  [ "$code" = 0 ] && [ "$checked" = yes ] && ! grep -q '"equal_to_serial": true' "$out/$name.txt" && code="not beside the serial network"
   local took=$(($(date +%s) - start))
-  printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(tail -1 "$out/$name.txt" | cut -c1-200)")" | tee -a "$out/summary.txt"
+  printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(grep -v '^[]}[{ ,]*$' "$out/$name.txt" | tail -1 | cut -c1-200)")" | tee -a "$out/summary.txt"
   [ "$code" = 0 ] || failed+=("$name")
 }
 : >"$out/summary.txt"
@@ -57,9 +60,13 @@ part kernels-narrow 50 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.
 part flash 40 env PARTITA_CUDA_CHECK=1 PARTITA_CUDA_FLASH=own "$gpu_test" --gtest_filter='Gpu.Flash*'
 part one-rank 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRank:Gpu.ARankAlone*'
 part one-rank-narrow 40 "$gpu_test" --gtest_filter='Gpu.TrainsOnOneRankInNarrowTypes'
-# A layer beside PyTorch's, with whatever attention this build has; then with our own kernels.
 files=$here
 [ -d "$here/data" ] && files=$here/data/validation/gpu
+# Two ranks on this GPU over NCCL, beside the serial network; more of it follows below.
+small=(--micro-batch 2 --global-batch 4 --steps 3 --backend cuda --json)
+share=(--share-gpu --ranks 2 --transport tcp --timeout 60)
+part nccl-dp2 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --dp 2
+# A layer beside PyTorch's, with whatever attention this build has; then with our own kernels.
 part layer 70 python3 "$files/layer.py" "$partita"
 part layer-own-attention 40 env PARTITA_CUDA_FLASH=own python3 "$files/layer.py" "$partita" --only-ours
 part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.Flash*'
@@ -77,24 +84,25 @@ def read(f):
   text = open(f).read()  # with what was said beside it
   return json.loads(text[text.index("{"):text.rindex("}") + 1])
 plain, traced = (read(f)["compute_s"]["measured"] for f in sys.argv[1:3])
-kernels = len(json.load(open(sys.argv[3]))["traceEvents"])
+events = json.load(open(sys.argv[3]))["traceEvents"]
+kernels = len(events)
+assert any(e["args"]["called for"] for e in events), "no record says for which operator it was"
 print(f"{kernels} records; kernels of a step {plain:.6f} s, traced {traced:.6f} s: {100 * (traced / plain - 1):+.2f} %")
 ' "$out/replay-llama.txt" "$out/replay-traced.txt" "$out/trace.json"
 part replay-gpt3 45 "$partita" replay gpt3-175b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 48 --rank 0 "${replay[@]}"
-small=(--layers 2 --seq 64 --vocabulary 256 --micro-batch 2 --global-batch 4 --steps 3 --backend cuda --json)
-share=(--share-gpu --ranks 2 --transport tcp --timeout 60)
-part nccl-dp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2
-part nccl-tp2-bf16 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --tp 2 --precision bf16
-part gpt2 40 "$partita" run gpt2 "${small[@]}" --precision bf16
+part nccl-tp2-bf16 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --tp 2 --precision bf16
+# Every plan of the suite on two ranks over NCCL, each beside its reference.
+part nccl-suite 120 "$partita" validate --backend cuda "${share[@]}" --calibrate-only collectives --rounds 1 --steps 1 --out "$out/suite" --json
+part gpt2 40 "$partita" run gpt2 --layers 2 --seq 64 --vocabulary 256 "${small[@]}" --precision bf16
 part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
-part nccl-pp2 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --pp 2
-part nccl-zero3 35 "$partita" run gpt2 "${small[@]}" "${share[@]}" --dp 2 --zero 3
+part nccl-pp2 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --pp 2
+part nccl-zero3 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --dp 2 --zero 3
 # What NCCL expects, pair by pair, beside our model of it.
 part nccl-estimates 120 "$partita" validate --backend cuda --ranks 2 --share-gpu --transport tcp --timeout 60 --only 'gpt dp 2' --calibrate-only collectives --no-reference --rounds 1 --steps 1 --out "$out/estimates" --json
-part mnist 30 "$partita" run mnist-linear --backend cuda --steps 20 --json
-if command -v compute-sanitizer >/dev/null; then
-  part memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check
-  part racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 1 "$partita" run mnist-linear --backend cuda --steps 2 --no-check
-fi
+part mnist 30 checked "$partita" run mnist-linear --backend cuda --steps 20 --json
+# A tool that is not there is a part that has shown nothing.
+one=(--micro-batch 2 --global-batch 2 --backend cuda --steps 1 --no-check)
+part memcheck 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$partita" run "$files/gpt-small.yaml" "${one[@]}"
+part racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 1 "$partita" run "$files/gpt-small.yaml" "${one[@]}"
 echo "$(($(date +%s) - began)) s, ${#failed[@]} failed: ${failed[*]:-none}" | tee -a "$out/summary.txt"
 [ ${#failed[@]} -eq 0 ]

@@ -27,8 +27,9 @@ namespace {
 
 struct OneGpu {
   static execute::Device& device() {
-    static const auto gpu = cuda_device({});
-    return *gpu;
+    // Never ended: its libraries may be gone before objects of this program are.
+    static execute::Device& gpu = *cuda_device({}).release();
+    return gpu;
   }
 };
 using GpuKernel = KernelOnDevice<OneGpu>;

@@ -19,6 +19,26 @@ TEST(NvmlLibrary, SaysWhatItKnows) {
   EXPECT_EQ(all->state("00000000:FF:00.0").clock_mhz, 0) << "no such GPU";
 }
 
+TEST(Nvml, AtWorkIsWherePowerIs) {
+  const auto state = [](double clock, double power, const char* held = "") {
+    GpuState s;
+    s.clock_mhz = clock;
+    s.power_w = power;
+    s.throttled = held;
+    return s;
+  };
+  // Idle at its best clock, then 700 W at the clock that these leave, then idle again.
+  const GpuState at = at_work({state(1980, 120), state(1980, 130), state(1500, 690, "power cap"),
+                               state(1485, 700, "power cap"), state(1515, 695), state(1980, 125)});
+  EXPECT_EQ(at.clock_mhz, 1500);
+  EXPECT_EQ(at.power_w, 695);
+  EXPECT_EQ(at.throttled, "power cap");
+  // Of a driver that says no power all count; of none, nothing.
+  EXPECT_EQ(at_work({state(1980, 0), state(1500, 0), state(1470, 0)}).clock_mhz, 1500);
+  EXPECT_EQ(at_work({}).clock_mhz, 0);
+  EXPECT_EQ(at_work({state(1410, 300)}).clock_mhz, 1410);
+}
+
 TEST(NvmlLibrary, IsNoneWhereThereIsNone) {
   EXPECT_EQ(nvml("libno-such-library.so"), nullptr);
   // A library without its functions.
