@@ -171,6 +171,9 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   if (zero > 3)
     throw InputError("--zero", fmt::format("{} is no ZeRO stage; use 0, 1, 2 or 3", zero));
   p.zero = static_cast<int>(zero);
+  const FrameworkProfile own = load_framework(p.framework, "--framework");
+  // What shards everything is no data parallelism of whole copies.
+  if (!f.zero && !in_plan_file(f, "zero") && own.zero == 3) p.zero = 3;
   if (f.sequence_parallel && f.no_sequence_parallel) {
     throw InputError("--no-sequence-parallel", "contradicts --sequence-parallel; give one of them");
   }
@@ -179,7 +182,9 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   if (f.loader) p.loader = true;
   if (!f.schedule.empty())
     p.schedule = parse_schedule(f.schedule, "--schedule"), p.schedule_given = true;
-  if (!f.recompute.empty()) set_recompute(p, f.recompute, "--recompute");
+  // "selective" is what the framework calls so.
+  if (!f.recompute.empty())
+    set_recompute(p, f.recompute == "selective" ? own.selective : f.recompute, "--recompute");
   if (!f.precision.empty()) set_precision(p, f.precision, "--precision");
   if (!f.strategy.empty()) {
     const auto known = strategies();
@@ -273,6 +278,10 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
   std::vector<std::string> list;
   if (open("framework", !f.framework.empty())) list.push_back("framework " + plan.framework);
   if (open("precision", !f.precision.empty())) list.push_back("precision " + plan.precision_name);
+  if (open("zero", f.zero.has_value()) && plan.zero == 3)
+    list.push_back("ZeRO 3 of " + plan.framework);
+  if (plan.recompute_patterns.size() > 1 && f.recompute == "selective")
+    list.push_back("selective recompute as " + plan.framework);
   if (open("global_batch", f.global_batch.has_value()))
     list.push_back(fmt::format("global batch {}", plan.global_batch));
   if (graph.sequence > 0 && open("sequence", f.sequence.has_value()))
@@ -438,14 +447,26 @@ ModelOptions model_options(const PlanFlags& f) {
   return o;
 }
 
-Graph load_graph(const std::string& model, const PlanFlags& flags, const Plan& plan) {
+Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan) {
   Graph g = load_model(model, model_options(flags));
   if (!plan.lora.empty()) add_lora(g, plan.lora, plan.lora_rank);
   if (!plan.freeze.empty()) freeze(g, plan.freeze);
+  const auto absent = [&](const std::string& pattern) {
+    return std::none_of(g.operators.begin(), g.operators.end(), [&](const Operator& op) {
+      return matches(pattern.substr(pattern[0] == '~' ? 1 : 0), op.name);
+    });
+  };
+  // A framework's own selection: of what the network has of it.
+  if (flags.recompute == "selective" && !plan.recompute_patterns.empty()) {
+    std::erase_if(plan.recompute_patterns, absent);
+    if (plan.recompute_patterns.empty())
+      throw InputError("--recompute",
+                       fmt::format("{} has nothing that {} recomputes where it is selective; use "
+                                   "none, full or operator patterns",
+                                   g.name, plan.framework));
+  }
   for (const std::string& pattern : plan.recompute_patterns) {
-    if (std::none_of(g.operators.begin(), g.operators.end(), [&](const Operator& op) {
-          return matches(pattern.substr(pattern[0] == '~' ? 1 : 0), op.name);
-        })) {
+    if (absent(pattern)) {
       throw InputError("--recompute",
                        fmt::format("pattern '{}' matches no operator of {}; partita model {} "
                                    "--operators lists them",

@@ -91,6 +91,6 @@ void refuse_foreign(const Topology& topology, const std::string& file, const std
 
 ModelOptions model_options(const PlanFlags& flags);
 /// Loads the network and applies freezing and adapters.
-Graph load_graph(const std::string& model, const PlanFlags& flags, const Plan& plan);
+Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan);
 
 }  // namespace partita::cli

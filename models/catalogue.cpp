@@ -36,12 +36,12 @@ constexpr std::array<CodedModel, 7> kCodedModels{{
      [](const ModelOptions& o) {
        return build_resnet({"resnext-101-32x4d", {3, 4, 23, 3}, 32, 4}, o.vocabulary);
      },
-     {"resnext101-32x4d"}},
+     {"resnext101-32x4d", "resnext101"}},
     {"se-resnext-101-32x4d",
      [](const ModelOptions& o) {
        return build_resnet({"se-resnext-101-32x4d", {3, 4, 23, 3}, 32, 4, 16}, o.vocabulary);
      },
-     {"se-resnext101-32x4d"}},
+     {"se-resnext101-32x4d", "se-resnext101"}},
     {"vgg-16", [](const ModelOptions& o) { return build_vgg16(o.vocabulary, dropout_of(o)); }},
 }};
 

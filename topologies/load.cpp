@@ -17,10 +17,11 @@ namespace {
 
 constexpr const char* kFolder = "topologies/catalogue";
 
-/// "16", "16 nodes" or "12 gpus" after the colon.
+/// "16", "16 nodes", "16 nodes of 2" or "12 gpus" after the colon.
 struct Amount {
   std::int64_t number = 0;
   bool devices = false;
+  std::int64_t of = 0;  ///< > 0: only so many devices of each node
 };
 
 /// "NAME:AMOUNT?device=D" taken apart.
@@ -36,7 +37,16 @@ Amount parse_amount(const std::string& text, const std::string& whole) {
   const auto [next, error] = std::from_chars(text.data(), end, amount.number);
   std::string unit(next, end);
   unit.erase(0, unit.find_first_not_of(' '));
-  if (unit == "gpus" || unit == "gpu" || unit == "devices" || unit == "device")
+  if (const std::size_t of = unit.find(" of "); of != std::string::npos) {
+    const char* const few = unit.data() + of + 4;
+    const auto [last, wrong] = std::from_chars(few, unit.data() + unit.size(), amount.of);
+    if (wrong != std::errc{} || last != unit.data() + unit.size() || amount.of < 1)
+      throw InputError(whole, fmt::format("'{}' is no number of devices of a node; write e.g. "
+                                          ":16 nodes of 2",
+                                          unit.substr(of + 4)));
+    unit.resize(of);
+  }
+  if (amount.of == 0 && (unit == "gpus" || unit == "gpu" || unit == "devices" || unit == "device"))
     amount.devices = true;
   else if (error != std::errc{} || !(unit.empty() || unit == "nodes" || unit == "node"))
     throw InputError(whole, fmt::format("'{}' is no number of nodes or devices; write e.g. :16, "
@@ -110,6 +120,25 @@ ClusterSpec read(const Request& request, const std::string& whole, const Topolog
                   request.name, fmt::join(known, ", "), did_you_mean(request.name, known)));
 }
 
+/// Only the first `few` devices of each node, with all else that it has.
+void keep_devices(NodeSpec& group, std::int64_t few) {
+  constexpr std::size_t kGone = static_cast<std::size_t>(-1);
+  std::vector<std::size_t> now(group.vertices.size(), kGone);
+  std::vector<VertexSpec> vertices;
+  for (std::size_t v = 0; v < group.vertices.size(); ++v) {
+    if (group.vertices[v].kind == VertexKind::device && few-- <= 0) continue;
+    now[v] = vertices.size();
+    vertices.push_back(std::move(group.vertices[v]));
+  }
+  group.vertices = std::move(vertices);
+  std::erase_if(group.edges,
+                [&](const EdgeSpec& e) { return now[e.a] == kGone || now[e.b] == kGone; });
+  for (EdgeSpec& e : group.edges) e.a = now[e.a], e.b = now[e.b];
+  if (!group.domain) return;
+  std::erase_if(group.domain->ports, [&](std::size_t v) { return now[v] == kGone; });
+  for (std::size_t& v : group.domain->ports) v = now[v];
+}
+
 void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whole,
                 bool equal_parts) {
   if (spec.groups.size() != 1)
@@ -120,6 +149,10 @@ void set_amount(ClusterSpec& spec, const Amount& amount, const std::string& whol
   const auto per_node = static_cast<std::int64_t>(
       std::count_if(group.vertices.begin(), group.vertices.end(),
                     [](const VertexSpec& v) { return v.kind == VertexKind::device; }));
+  if (amount.of > per_node)
+    throw InputError(whole,
+                     fmt::format("a node has {} devices; {} are asked for", per_node, amount.of));
+  if (amount.of > 0) keep_devices(group, amount.of);
   if (amount.devices && per_node > 0) {
     group.count = ceil_div(amount.number, per_node);
     spec.used_devices = static_cast<std::size_t>(amount.number);

@@ -215,8 +215,18 @@ CollectiveCurve curve_on(const Topology& t, const std::string& kind, std::int64_
     if (has(whole, off)) c.communicator.nvls = false;
   if (!c.what) {
     Communication links(t);
+    // Everyone to the next (sendrecv): one pair crosses from node to node, over its own card.
+    std::vector<std::int64_t> crossing;
+    for (std::size_t i = 1; i < all.size() && crossing.empty() && !is_exchange(c.kind); ++i) {
+      const auto node = [&](std::int64_t r) {
+        return t.node_of(DeviceId{static_cast<std::size_t>(r)});
+      };
+      if (node(all[i - 1]) != node(all[i])) crossing = {all[i - 1], all[i]};
+    }
     c.links_GBps =
-        1e-9 * links.way(is_exchange(c.kind) ? Lay::pairs : Lay::rings, all).bandwidth.count;
+        1e-9 *
+        links.way(is_exchange(c.kind) ? Lay::pairs : Lay::rings, crossing.empty() ? all : crossing)
+            .bandwidth.count;
   }
   return c;
 }

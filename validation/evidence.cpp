@@ -66,7 +66,7 @@ const std::pair<std::string_view, std::string_view>* program_in(const std::strin
     // "reduce_perf" also ends "all_reduce_perf".
     for (std::size_t at = text.find(program); at != std::string::npos;
          at = text.find(program, at + 1)) {
-      if (at > 0 && text[at - 1] == '_') continue;
+      if (at >= 4 && text.compare(at - 4, 4, "all_") == 0) continue;
       if (at < first) first = at, found = &entry;
       break;
     }

@@ -483,21 +483,28 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
   ClusterChoice choice;
   choice.topology = fmt::format("{}:{} gpus", best->name, gpus);
   choice.devices_per_node = best->devices_per_node;
+  // Some of each node's GPUs: the rest of a node is there all the same.
+  if (per_node && *per_node < best->devices_per_node && gpus > *per_node && gpus % *per_node == 0 &&
+      best->nodes_per_domain == 1) {
+    choice.topology = fmt::format("{}:{} nodes of {}", best->name, gpus / *per_node, *per_node);
+    choice.devices_per_node = *per_node;
+  }
   if (!per_node && gpus > 1)
     assumed.push_back(fmt::format("{} GPUs per node ({})", best->devices_per_node, best->name));
-  if (per_node && *per_node != best->devices_per_node && gpus > *per_node)
+  if (per_node && *per_node != best->devices_per_node &&
+      gpus > std::min(*per_node, best->devices_per_node))
     assumed.push_back(
         fmt::format("nodes of {} for {} of {} GPUs", best->name, device.name, *per_node));
   if (best->device != device.name)
     choice.edits.cluster.push_back(
         {fmt::format("nodes[0].vertices.{}.device", best->device_key), device.name});
-  const std::int64_t nodes = ceil_div(gpus, best->devices_per_node);
+  const std::int64_t nodes = ceil_div(gpus, choice.devices_per_node);
   if (best->nodes_per_domain > 1) {
     const std::int64_t each = nodes_of_each_domain(nodes, best->nodes_per_domain);
     if (each != best->nodes_per_domain)
       assumed.push_back(fmt::format("{} nodes of each NVLink domain", each));
   }
-  if (gpus > best->devices_per_node && best->nics_per_node > 0) {
+  if (nodes > 1 && best->nics_per_node > 0) {
     const std::string words = " " + lower(inter);
     // A transport in software takes as long as on the cluster of the catalogue that has it.
     const ClusterShape* alike = nullptr;
@@ -515,17 +522,19 @@ ClusterChoice cluster_of(const Catalogue& catalogue, const std::string& gpu,
                       !has(words, "without sharp") && !has(words, "sharp off");
     if (best->may_sum && sums) choice.edits.cluster.push_back({"fabric.sharp", "true"});
     if (const auto rate = network_rate(inter)) {
-      const double node =
-          rate->rate.count * (rate->per_gpu    ? static_cast<double>(best->devices_per_node)
-                              : rate->per_card ? static_cast<double>(best->nics_per_node)
-                                               : 1);
+      // All of a node's rate goes through the cards of the GPUs that run.
+      const auto gpus_of_node = static_cast<double>(choice.devices_per_node);
+      const double cards = std::min(static_cast<double>(best->nics_per_node), gpus_of_node);
+      if (rate->bare) assumed.push_back(fmt::format("{} a node", text(rate->rate)));
+      const double node = rate->rate.count * (rate->per_gpu    ? gpus_of_node
+                                              : rate->per_card ? cards
+                                                               : 1);
       // What the cluster's own cards reach is not what another network's do.
       if (best->nic_efficiency && !matches(best->network, words))
         choice.edits.cluster.push_back(
             {fmt::format("nodes[0].vertices.{}.efficiency", best->nic_key), "1"});
-      choice.edits.cluster.push_back(
-          {fmt::format("nodes[0].vertices.{}.bandwidth", best->nic_key),
-           exact_text(BytesPerSecond{node / static_cast<double>(best->nics_per_node)})});
+      choice.edits.cluster.push_back({fmt::format("nodes[0].vertices.{}.bandwidth", best->nic_key),
+                                      exact_text(BytesPerSecond{node / cards})});
     } else {
       assumed.push_back(fmt::format("network of {}", best->name));
     }
@@ -592,6 +601,12 @@ const KnownModel* model_of(const Catalogue& catalogue, const std::string& text,
       const auto digit = [&](std::size_t at) {
         return at < form.size() && form[at] >= '0' && form[at] <= '9';
       };
+      // "gpt2-xl" is another one than "gpt2".
+      static const std::regex of_size(
+          R"(^[ _-]*(xxl|xl|large|medium|small|base|tiny|mini|huge|giant)(?![a-z0-9])(?! batch))");
+      if (i < form.size() &&
+          std::regex_search(form.begin() + static_cast<std::ptrdiff_t>(i), form.end(), of_size))
+        continue;
       const bool point = i + 1 < form.size() && form[i] == '.' && digit(i + 1);
       if (form[i - 1] == '.' && digit(i)) continue;
       if (digit(i - 1) && (digit(i) || point || (i < form.size() && form[i] == 'b'))) continue;
@@ -719,6 +734,21 @@ class CaseBuilder {
         return;
       }
     }
+    const auto profile = [&](const std::string& name) {
+      for (const FrameworkProfile& f : catalogue_.frameworks)
+        if (f.name == name) return &f;
+      throw InternalError("no framework " + name);
+    };
+    // Whole copies for each GPU are not what a trainer over PyTorch has that shards.
+    if (framework_ != nullptr && framework_->name == "pytorch-ddp" && !has(lower(text), "ddp")) {
+      const char* shards = has(lower(row_["zero_or_fsdp"]), "fsdp")     ? "pytorch-fsdp"
+                           : sharding && sharding->zero.value_or(0) > 0 ? "deepspeed"
+                                                                        : nullptr;
+      if (shards != nullptr) {
+        framework_ = profile(shards);
+        assume("framework {}, by the sharding", framework_->name);
+      }
+    }
     if (framework_ != nullptr && !text.empty()) return;
     // Without one: what the sharding says, what the model was published with, the usual one.
     const KnownModel* known = model_of(catalogue_, row_["model"]);
@@ -727,11 +757,6 @@ class CaseBuilder {
                                  : known != nullptr && text.empty() && !known->framework.empty()
                                      ? known->framework
                                      : "megatron-core";
-    const auto profile = [&](const std::string& name) {
-      for (const FrameworkProfile& f : catalogue_.frameworks)
-        if (f.name == name) return &f;
-      throw InternalError("no framework " + name);
-    };
     framework_ = profile(fallback);
     if (!of_device(*framework_, device)) framework_ = profile("megatron-core");
     assume("framework {}", framework_->name);
@@ -1352,10 +1377,11 @@ class CaseBuilder {
       const auto each = row_.whole("batch_per_gpu"), all = row_.whole("global_batch");
       if (!each && !all) throw InputError("batch_per_gpu", "is not printed");
       const std::string& how = row_["parallelism"];
-      if (!how.empty() && plain_text(how) != "data parallel")
-        throw InputError("parallelism", fmt::format("'{}' is not read", how));
-      if (has(how, "spatial") || has(how, "model split"))
-        throw InputError("parallelism", fmt::format("'{}' is not read", how));
+      const std::string plain = squeezed(how);
+      const bool data = how.empty() || plain == "dp" || plain == "ddp" || plain == "dataparallel" ||
+                        plain == "dataparallelism" || plain == "distributeddataparallel";
+      if (!data || has(how, "spatial") || has(how, "model split"))
+        throw InputError("parallelism", fmt::format("'{}' is not read; use data parallel", how));
       const std::int64_t passes = row_.whole("accumulation_steps", 1, 1'000'000).value_or(1);
       if (!each && *all % (p.dp * passes) != 0)
         throw InputError("global_batch", fmt::format("{} is no multiple of {} GPUs and {} passes",
@@ -1433,8 +1459,10 @@ class CaseBuilder {
     }
     const std::string& recompute = row_["recompute"];
     if (recompute.empty()) {
-      set_recompute(p, f.recompute, "recompute");
+      const bool own = f.recompute == "selective" && c_.transformer.has_value();
+      set_recompute(p, own ? of_the_network(f.selective) : f.recompute, "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
+      if (own && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else if (c_.transformer && recomputed_blocks(recompute)) {
       set_recompute(p, "full", "recompute");  // recompute_blocks leaves some out
     } else if (const auto how = recompute_of(recompute)) {

@@ -29,6 +29,7 @@ std::optional<double> number_before(std::string_view text, std::size_t end, std:
 struct Rate {
   double bytes = 0;
   std::size_t start = 0, end = 0;
+  bool counted = false;  ///< "8 x 200 Gb/s"
 };
 
 /// Every rate of the text with its factor "N x" in front, which other words may follow.
@@ -79,7 +80,7 @@ std::vector<Rate> rates_of(std::string_view s) {
       }
       const auto count = number_before(s, n, start);
       if (!count || *count < 1 || (x + 1 < s.size() && letter(s[x + 1]))) continue;
-      r.bytes *= *count;
+      r.bytes *= *count, r.counted = true;
       break;
     }
     // "400 Gb/s x 8".
@@ -97,7 +98,7 @@ std::vector<Rate> rates_of(std::string_view s) {
       const bool rate = std::any_of(kUnits.begin(), kUnits.end(), [&](const Unit& u) {
         return s.substr(next, u.text.size()) == u.text;
       });
-      if (count && *count >= 1 && !rate) r.bytes *= *count, r.end = last;
+      if (count && *count >= 1 && !rate) r.bytes *= *count, r.end = last, r.counted = true;
     }
     after = r.end;
     all.push_back(r);
@@ -189,7 +190,7 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
   }
   std::vector<std::string> clauses;
   for (std::size_t at = 0; at <= s.size();) {
-    const std::size_t end = std::min(s.find_first_of(",;", at), s.size());
+    const std::size_t end = std::min(s.find_first_of(",;+", at), s.size());
     clauses.push_back(s.substr(at, end - at));
     at = end + 1;
   }
@@ -205,13 +206,17 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
     for (const Rate& other : rates) {
       if (said != std::string::npos && other.end <= said) r = &other;
     }
+    // A card by its name is one of them, but where the text counts them.
+    const bool alone = said == std::string::npos && !r->counted;
+    const bool named = alone && (has(l, "connectx") || has(l, "cx-") || has(l, "cx7"));
     return NetworkRate{BytesPerSecond{r->bytes}, gpu < std::min(node, card),
-                       card < std::min(node, gpu)};
+                       named || card < std::min(node, gpu), alone && !named};
   };
   std::optional<NetworkRate> first;
   for (const std::string& c : clauses) {
     const std::string l = lower(c);
     if (has(l, "storage") || has(l, "management")) continue;
+    if (has(l, "nvlink") || has(l, "nvswitch")) continue;  // inside a node
     const auto r = chosen(c);
     if (r && has(l, "compute")) return r;
     if (!first) first = r;
@@ -255,7 +260,7 @@ std::optional<PrecisionText> precision_of(std::string_view text) {
     else if (has(s, "bf16") || has(s, "bfloat16"))
       p.name = "bf16";
     else if (has(s, "fp16") || has(s, "float16") || has(s, "half") || has_word(s, "amp") ||
-             has_word(s, "f16"))
+             has_word(s, "f16") || has(s, "mixed precision") || has(s, "mixed-precision"))
       p.name = "fp16";
     else if (has(s, "tf32"))
       p.name = "tf32";
@@ -439,9 +444,14 @@ std::optional<double> billions_of(std::string_view name) {
   const std::string s = lower(name);
   for (const auto& [unit, each] : {std::pair{'b', 1.0}, std::pair{'m', 1e-3}}) {
     for (std::size_t b = 1; b < s.size(); ++b) {
-      if (s[b] != unit || (b + 1 < s.size() && (letter(s[b + 1]) || digit(s[b + 1])))) continue;
+      // "7b1" is 7.1 billion.
+      const bool tenths = b + 1 < s.size() && digit(s[b + 1]) &&
+                          (b + 2 >= s.size() || !(letter(s[b + 2]) || digit(s[b + 2])));
+      if (s[b] != unit || (!tenths && b + 1 < s.size() && (letter(s[b + 1]) || digit(s[b + 1]))))
+        continue;
       std::size_t start = b;
-      const auto n = number_before(s, b, start);
+      auto n = number_before(s, b, start);
+      if (n && tenths) n = *n + 0.1 * (s[b + 1] - '0');
       if (n && *n > 0 && (start == 0 || !letter(s[start - 1]))) return *n * each;
     }
   }

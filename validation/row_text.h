@@ -28,6 +28,7 @@ std::optional<double> number(std::string_view text);
 struct NetworkRate {
   BytesPerSecond rate;   ///< of all N together, one direction
   bool per_gpu = false, per_card = false;  ///< else per node
+  bool bare = false;                       ///< of what is not said
   friend bool operator==(const NetworkRate&, const NetworkRate&) = default;
 };
 /// Bits ("400 Gb/s", "400Gbps", "25 Gbit/s") and bytes ("50 GB/s"). Of several clauses the one that

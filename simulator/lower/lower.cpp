@@ -244,6 +244,11 @@ class Lowering {
   }
 
   // ---- pass 3: parameters on stages ----------------------------------------------------------
+  /// Is a shard in this layout of its state what the framework has of a parameter, in fp32?
+  bool shards_masters(const Layout& state) const {
+    return plan_.allocations.fp32_shards && plan_.zero == 3 && plan_.precision.master_copy &&
+           !state.flat.empty();
+  }
   Infeasible place_parameters() {
     on_stage_.resize(static_cast<std::size_t>(stages_));
     for (int c = 0; c < chunks_; ++c) {
@@ -267,6 +272,8 @@ class Lowering {
                          sharded ? v.state_layout : v.layout, plan_.precision.parameters);
         p_.buffers[v.value.index()].parameter = q.value;
         if (!parameter.trainable) continue;
+        const bool wide = sharded && shards_masters(v.state_layout);
+        if (wide) p_.buffers[v.value.index()].kept_bits = 32;
         const bool scatter_each = plan_.zero >= 2 && v.scattered != 0;
         if (!scatter_each) {
           v.gradient = buffer(parameter.name + ".grad", Category::gradients, Scope::step,
@@ -280,6 +287,7 @@ class Lowering {
           if (scatter_each) {
             v.shard = buffer(parameter.name + ".grad_shard", Category::gradients, Scope::step,
                              parameter.shape, reduced, plan_.precision.gradients);
+            if (wide) p_.buffers[v.shard.index()].kept_bits = 32;
             v.reduced = v.shard;
           }
         }
@@ -2436,6 +2444,8 @@ class Lowering {
     if (plan_.precision.master_copy) {
       i.extras.push_back(buffer(parameter.name + ".master", Category::optimizer, Scope::step,
                                 parameter.shape, state, ElementType::fp32));
+      // The parameter's shard is it.
+      if (shards_masters(state)) p_.buffers[i.extras.back().index()].kept_bits = -1;
     }
     i.writes = {target};
     i.accumulate = true;

@@ -153,6 +153,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   boolean(plan, "flat_gradients", f.allocations.flat_gradients);
   boolean(plan, "stage_copies", f.allocations.stage_copies);
   boolean(plan, "keeps_inputs", f.allocations.keeps_inputs);
+  boolean(plan, "fp32_shards", f.allocations.fp32_shards);
   boolean(plan, "weighted_activations", f.allocations.weighted_activations);
   boolean(plan, "gathered_rows", f.allocations.gathered_rows);
   boolean(plan, "narrow_inputs", f.allocations.narrow_inputs);

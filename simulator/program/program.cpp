@@ -156,6 +156,7 @@ Bytes local_bytes(const Program& program, BufferId id, std::int64_t rank) {
 Bytes device_bytes(const Program& p, BufferId id, std::int64_t rank) {
   const Buffer& b = p.buffer(id);
   if (b.host) return Bytes{0};
+  if (b.kept_bits < 0) return Bytes{0};
   if (b.kept_bits > 0) return Bytes{ceil_div(local_elements(p, id, rank) * b.kept_bits, 8)};
   return local_bytes(p, id, rank);
 }

@@ -63,7 +63,8 @@ struct Buffer {
   Layout layout;
   ElementType type = ElementType::fp32;
   int element_bytes = 0;  ///< > 0: overrides `type` (masks, indices)
-  int kept_bits = 0;      ///< > 0: what an element takes of memory (Allocations::narrow_inputs)
+  /// Not 0: what an element takes of memory (Allocations::narrow_inputs, fp32_shards); -1: nothing.
+  int kept_bits = 0;
   /// >= 0: lives in the memory of that buffer (an all-reduce in place, a shard of a parameter).
   std::int32_t alias = -1;
   bool routed = false;
@@ -390,6 +391,9 @@ struct Allocations {
   bool stage_copies = false;
   /// A chunk keeps what it last received, and its gradient, even between steps.
   bool keeps_inputs = false;
+  /// What ZeRO-3 shards of a parameter that has a master copy, and of its gradient, is fp32, and no
+  /// other copy is beside it: the parameters' type is that of what is gathered alone.
+  bool fp32_shards = false;
   bool expandable_segments =
       false;                ///< the allocator's segments grow, so that nothing is left over
   Bytes context = 512_MiB;  ///< of CUDA and its libraries' kernels, outside the allocator

@@ -184,6 +184,28 @@ const std::vector<std::string> kPlans{
     "mnist-linear cpu-host",
 };
 
+TEST(Json, AFrameworkThatShardsDoesUnlessToldOtherwise) {
+  const auto peak = [](const std::string& flags) {
+    const Ran r = run("simulate gpt2 dgx-h100:1 --layers 2 --global-batch 8 --json " + flags);
+    const Json j = Json::parse(r.out, nullptr, false);
+    EXPECT_FALSE(j.is_discarded()) << r.err;
+    return j.at("peak_allocated_bytes").get<double>();
+  };
+  EXPECT_EQ(peak("--framework pytorch-fsdp"), peak("--framework pytorch-fsdp --zero 3"));
+  EXPECT_GT(peak("--framework pytorch-fsdp --zero 0"), peak("--framework pytorch-fsdp"));
+  EXPECT_EQ(peak(""), peak("--zero 0"));
+  const Ran said =
+      run("simulate gpt2 dgx-h100:1 --layers 2 --framework torchtitan --global-batch 8 "
+          "--recompute selective");
+  EXPECT_NE(said.out.find("ZeRO 3 of torchtitan"), std::string::npos) << said.out;
+  EXPECT_NE(said.out.find("selective recompute as torchtitan"), std::string::npos) << said.out;
+  const Ran none =
+      run("simulate resnet-50 dgx-h100:1 --framework torchtitan --recompute selective", "", 2);
+  EXPECT_NE(none.err.find("resnet-50 has nothing that torchtitan recomputes where it is selective"),
+            std::string::npos)
+      << none.err;
+}
+
 TEST(Json, EveryPredictionHasItsKeysAndSums) {
   for (const auto& plan : kPlans) {
     SCOPED_TRACE(plan);

@@ -541,6 +541,29 @@ TEST(Predict, AChunkKeepsWhatItLastReceived) {
   EXPECT_EQ(kept(1), 0_B);
 }
 
+TEST(Predict, ShardsOfFsdpAreTheFp32Parameters) {
+  // docs/simulation.md, "Memory": 16 B for each of llama-3-8b's parameters on 8 ranks.
+  const auto state = [](const char* framework, int zero) {
+    Plan p = under(framework);
+    p.dp = p.global_batch = 8, p.zero = zero;
+    p.optimizer.kind = OptimizerKind::adam;
+    const StageMemory m = predicted(load_model("llama-3-8b", {}), p).memory_by_stage[0];
+    const auto of = [&](Category c) { return m.by_category[static_cast<std::size_t>(c)].count; };
+    return std::array{of(Category::parameters), of(Category::gradients), of(Category::optimizer)};
+  };
+  constexpr std::int64_t kParameters = 8'030'261'248;
+  EXPECT_EQ(state("torchtitan", 3), (std::array{kParameters / 2, kParameters / 2, kParameters}));
+  for (const char* framework : {"llm-foundry", "pytorch-fsdp"}) {
+    EXPECT_EQ(state(framework, 3).at(0), kParameters / 2) << framework;
+    EXPECT_EQ(state(framework, 3).at(2), kParameters) << framework;
+  }
+  // Whole parameters are narrow ones, beside a master copy; so are Megatron's shards.
+  EXPECT_EQ(state("torchtitan", 1).at(0), 2 * kParameters);
+  EXPECT_EQ(state("torchtitan", 1).at(2), 12 * kParameters / 8);
+  EXPECT_EQ(state("megatron-core", 3),
+            (std::array{2 * kParameters / 8, 4 * kParameters / 8, 12 * kParameters / 8}));
+}
+
 /// Bytes that a rank of the first stage keeps for its backward passes.
 std::int64_t saved(const TransformerConfig& c, const Plan& p) {
   return predicted(build_transformer(c), p).memory_by_stage[0].saved.count;
@@ -712,8 +735,8 @@ TEST(Predict, AGradientApartTakesTheParametersType) {
   EXPECT_EQ(of("megatron-core", "layers.0.mlp.up", 1), 0);
   EXPECT_EQ(of("megatron-lm-2021", "layers.0.mlp.up", 1), kProduct);
   // In the parameters' type the first one stays where it is.
-  EXPECT_EQ(of("pytorch-ddp", "layers.0.mlp.up", 1), 0);
-  EXPECT_EQ(of("pytorch-ddp", "layers.0.mlp.up", 2), kProduct);
+  EXPECT_EQ(of("pytorch-fsdp", "layers.0.mlp.up", 1), 0);
+  EXPECT_EQ(of("pytorch-fsdp", "layers.0.mlp.up", 2), kProduct);
   EXPECT_EQ(of("partita", "embedding", 2), 0);
 }
 
@@ -768,8 +791,8 @@ TEST(Predict, AGradientApartIsAddedByAKernelMore) {
   EXPECT_TRUE(in_place.products[0].accumulate);
   EXPECT_FALSE(apart.products[0].accumulate);
   EXPECT_EQ(apart.products[0].out, ElementType::bf16);
-  EXPECT_EQ(of("pytorch-ddp", 1).streamed, Bytes{0});
-  EXPECT_EQ(of("pytorch-ddp", 2).streamed, Bytes{7'087'104});
+  EXPECT_EQ(of("pytorch-fsdp", 1).streamed, Bytes{0});
+  EXPECT_EQ(of("pytorch-fsdp", 2).streamed, Bytes{7'087'104});
   EXPECT_EQ(of("megatron-core", 2).streamed, Bytes{0});
 }
 

@@ -166,6 +166,26 @@ TEST(Catalogue, ACentreOf131072DevicesStoresOneNode) {
             "node16383.nic7->node16383.pcie7 node16383.pcie7->node16383.gpu7");
 }
 
+TEST(Catalogue, NodesOfWhichSomeDevicesRun) {
+  const Topology few = load_topology("dgx-h100:3 nodes of 2"), whole = load_topology("dgx-h100:3");
+  EXPECT_EQ(few.node_count(), 3u);
+  EXPECT_EQ(few.device_count(), 6u);
+  EXPECT_EQ(few.used_devices(), 6u);
+  EXPECT_EQ(few.node_of(DeviceId{2}), 1u);
+  // The rest of a node is there: its cards too.
+  const auto cards = [](const Topology& t) {
+    std::size_t n = 0;
+    for (std::size_t l = 0; l < t.link_count(); ++l) {
+      const Link x = t.link(LinkId{l});
+      n += t.vertex_kind(x.from) == VertexKind::nic && x.kind == LinkKind::network ? 1 : 0;
+    }
+    return n;
+  };
+  EXPECT_EQ(cards(few), cards(whole));
+  EXPECT_EQ(load_topology("gb200-nvl72:2 nodes of 1").device_count(), 2u);
+  EXPECT_EQ(load_topology("dgx-h100:2 nodes of 8").device_count(), 16u);
+}
+
 TEST(Catalogue, BadTextsSayWhatIsWrong) {
   const auto loading = [](const char* text) { return [text] { load_topology(text); }; };
   EXPECT_THAT(loading("dgx-h10"),
@@ -182,6 +202,11 @@ TEST(Catalogue, BadTextsSayWhatIsWrong) {
               ThrowsMessage<InputError>(HasSubstr("99999999999999999999")));
   EXPECT_THAT(loading("dgx-h100:4 racks"),
               ThrowsMessage<InputError>(HasSubstr("'4 racks' is no number of nodes or devices")));
+  EXPECT_THAT(loading("dgx-h100:2 nodes of 9"),
+              ThrowsMessage<InputError>(HasSubstr("a node has 8 devices; 9 are asked for")));
+  for (const char* few : {"dgx-h100:2 nodes of", "dgx-h100:2 nodes of x", "dgx-h100:2 nodes of 0",
+                          "dgx-h100:2 gpus of 1"})
+    EXPECT_THAT(loading(few), ThrowsMessage<InputError>(HasSubstr("is no number of"))) << few;
   EXPECT_THAT(loading("dgx-h100?device=b200"),
               ThrowsMessage<InputError>(HasSubstr("a catalogue entry does")));
   EXPECT_THAT(loading("dgx-h100?gpu=b200"),

@@ -51,12 +51,21 @@ TEST(RowText, NetworkRates) {
     EXPECT_EQ(r->per_gpu, c.per_gpu) << c.text;
   }
   for (const char* card : {"400 Gb/s per NIC", "NDR 400 Gb/s (per NIC, 8 of them)", "400 Gb/s/NIC",
-                           "InfiniBand NDR", "NDR400"}) {
+                           "InfiniBand NDR", "NDR400", "ConnectX-7 400G", "ConnectX-7 400 Gb/s",
+                           "NVSwitch 900 GB/s + ConnectX-7 400 Gb/s"}) {
     const auto r = network_rate(card);
     ASSERT_TRUE(r.has_value()) << card;
     EXPECT_DOUBLE_EQ(r->rate.count, 400 * kGb) << card;
     EXPECT_TRUE(r->per_card && !r->per_gpu) << card;
   }
+  // Inside a node is no network; and what a bare rate is of is not said.
+  EXPECT_DOUBLE_EQ(network_rate("NVSwitch 600 GB/s + 10 GbE")->rate.count, 10 * kGb);
+  EXPECT_FALSE(network_rate("NVLink 900 GB/s"));
+  for (const char* bare : {"400 Gbps", "10 GbE", "RoCE 25 Gbit/s between 128 servers"})
+    EXPECT_TRUE(network_rate(bare)->bare) << bare;
+  for (const char* said :
+       {"8x200 Gb/s", "100 Gb/s per node", "400 Gb/s/GPU", "NDR", "ConnectX-7 400G", "400Gb/s x 8"})
+    EXPECT_FALSE(network_rate(said)->bare) << said;
   EXPECT_DOUBLE_EQ(network_rate("HDR InfiniBand")->rate.count, 200 * kGb);
   EXPECT_DOUBLE_EQ(network_rate("IB NDR200")->rate.count, 200 * kGb);
   EXPECT_DOUBLE_EQ(network_rate("Storage: HDR; compute: NDR")->rate.count, 400 * kGb);
@@ -318,7 +327,9 @@ TEST(RowText, SizesInNames) {
   EXPECT_EQ(billions_of("Qwen3 30B A3B"), 30);
   EXPECT_EQ(billions_of("MPT-125m"), 0.125);
   EXPECT_EQ(billions_of("GPT 1.3B (350M words)"), 1.3);
-  for (const char* none : {"GPT", "tr3m", "Mixtral 8x7B", "A3B", "BLOOM-7B1", "DeepSeek V3"})
+  EXPECT_DOUBLE_EQ(*billions_of("BLOOM-7B1"), 7.1);
+  EXPECT_DOUBLE_EQ(*billions_of("bloom-1b7 fp16"), 1.7);
+  for (const char* none : {"GPT", "tr3m", "Mixtral 8x7B", "A3B", "DeepSeek V3", "7b12", "v7b1"})
     EXPECT_FALSE(billions_of(none)) << none;
   for (const char* mixture : {"8x7B", "17Bx16E", "17B-16E", "480B A35B", "30b-a3b"})
     EXPECT_TRUE(names_experts(mixture)) << mixture;

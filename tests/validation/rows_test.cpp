@@ -285,6 +285,33 @@ TEST(RowCase, ClustersByDeviceAndNode) {
   EXPECT_EQ(name("GB300", "", 8, std::nullopt), "gb300-nvl72:8 gpus");
   EXPECT_EQ(name("H100", "80", 8, 4), "h100-sxm-4:8 gpus");
   EXPECT_EQ(name("B300", "", 8, 8), "dgx-b300:8 gpus");
+  // Some GPUs of each node: the network is between them all the same.
+  EXPECT_EQ(name("A100", "40", 2, 1), "dgx-a100-40gb:2 nodes of 1");
+  EXPECT_EQ(name("H100", "80", 6, 2), "dgx-h100:3 nodes of 2");
+  EXPECT_EQ(name("H100", "80", 2, 2), "dgx-h100:2 gpus");
+  EXPECT_EQ(name("GB200", "", 4, 2), "gb200-nvl72:4 gpus");
+  EXPECT_EQ(name("A100", "80", 16, 16), "dgx-a100-80gb:16 gpus");
+  const auto card = [](std::int64_t gpus, std::int64_t per_node, const char* inter) {
+    std::vector<std::string> assumed;
+    const auto c = cluster_of(catalogue(), "A100", "40", gpus, per_node, "", inter, assumed);
+    const Topology t = load_topology(c.topology, c.edits);
+    for (std::size_t l = 0; l < t.link_count(); ++l) {
+      const Link x = t.link(LinkId{l});
+      if (t.vertex_kind(x.from) == VertexKind::nic && x.kind == LinkKind::network)
+        return std::pair(x.bandwidth.count, assumed);
+    }
+    throw InternalError("no card");
+  };
+  // A node's rate goes through the cards of the GPUs that run; a named card has it by itself.
+  EXPECT_NEAR(card(2, 1, "10 GbE").first, 1.25e9, 1e3);
+  EXPECT_NEAR(card(4, 2, "10 GbE").first, 1.25e9 / 2, 1e3);
+  EXPECT_NEAR(card(16, 8, "10 GbE").first, 1.25e9 / 8, 1e3);
+  EXPECT_NEAR(card(4, 2, "ConnectX-7 400G").first, 50e9, 1e3);
+  EXPECT_THAT(card(16, 8, "10 GbE").second, Contains("1.25 GB/s a node"));
+  EXPECT_THAT(card(16, 8, "8x 100 GbE").second, Not(Contains(HasSubstr(" a node"))));
+  std::vector<std::string> sixteen;
+  cluster_of(catalogue(), "A100", "80", 16, 16, "", "", sixteen);
+  EXPECT_THAT(sixteen, Contains(HasSubstr("for a100-sxm-80gb of 16 GPUs")));
   // A printed rate is the line's: what transfers reach of it is the cluster's.
   std::vector<std::string> none;
   const auto omni_path = cluster_of(catalogue(), "A100", "80", 32, 8, "NVLink3",
@@ -752,7 +779,19 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
             "deeplearningexamples-transformer-xl-tensorflow");
   EXPECT_EQ(name("PyTorch DDP", "Transformer-XL"), "pytorch-ddp");
   EXPECT_EQ(name("MaxText (JAX)"), "jax");
+  EXPECT_EQ(name("HF Trainer"), "pytorch-ddp");
+  EXPECT_EQ(name("PyTorch Lightning"), "pytorch-ddp");
+  EXPECT_EQ(name("torchtune"), "pytorch-fsdp");
+  EXPECT_EQ(name("GPT-NeoX"), "megatron-deepspeed");
   EXPECT_EQ(name("somebody's own"), "none");
+  // Of a trainer over PyTorch the sharding says more.
+  const auto sharded = [](const char* framework, const char* zero) {
+    return case_with({{"framework", framework}, {"zero_or_fsdp", zero}}).plan.framework;
+  };
+  EXPECT_EQ(sharded("HF Trainer", "FSDP"), "pytorch-fsdp");
+  EXPECT_EQ(sharded("HF Trainer", "ZeRO-2"), "deepspeed");
+  EXPECT_EQ(sharded("HF Trainer", "DDP"), "pytorch-ddp");
+  EXPECT_EQ(sharded("PyTorch DDP", "ZeRO-1"), "pytorch-ddp");
 }
 
 TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
@@ -787,6 +826,18 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
                            "3D U-Net (KiTS19)", ""})
     EXPECT_EQ(name(none), "none") << none;
   EXPECT_EQ(name("Classification/ConvNets/se-resnext101-32x4d (A100)"), "se-resnext-101-32x4d");
+  EXPECT_EQ(name("SE-ResNeXt-101"), "se-resnext-101-32x4d");
+  EXPECT_EQ(name("ResNeXt-101"), "resnext-101-32x4d");
+  // Another size is another network, not the one whose name goes before it.
+  EXPECT_EQ(name("GPT-2 XL"), "gpt2-xl");
+  EXPECT_EQ(name("gpt2-medium (355M)"), "gpt2-medium");
+  EXPECT_EQ(name("gpt2"), "gpt2");
+  EXPECT_EQ(name("bloom-7b1"), "bloom-7b1");
+  EXPECT_EQ(name("ViT-L/16"), "vit-l-16");
+  EXPECT_EQ(name("ELECTRA-large"), "electra-large");
+  EXPECT_EQ(name("resnet50 large batch"), "resnet-50");
+  for (const char* other : {"bert-small", "gpt2-mini", "electra small++", "BERT tiny"})
+    EXPECT_EQ(name(other), "none") << other;
 }
 
 TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
@@ -1389,6 +1440,17 @@ TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizesAndSettings) {
   EXPECT_EQ(predicted(flat, {fused, run}), predicted(flat, {})) << "nor here";
 }
 
+TEST(RowCase, SelectiveIsTheFrameworksOwnHoweverItIsSaid) {
+  const auto patterns = [](const char* text) {
+    return case_with({{"framework", "torchtitan"}, {"zero_or_fsdp", "FSDP2"}, {"recompute", text}})
+        .plan.recompute_patterns;
+  };
+  EXPECT_THAT(patterns("selective"), Contains("~*.mlp.up"));
+  EXPECT_EQ(patterns(""), patterns("selective"));
+  EXPECT_EQ(patterns("selective (op)"), patterns("selective"));
+  EXPECT_TRUE(patterns("none").empty());
+}
+
 TEST(Rows, ALayersTimeIsOfThatLayer) {
   const Cells one = with(whole_row(), {{"pp", "1"},
                                        {"tp", "1"},
@@ -1709,6 +1771,15 @@ TEST(RowCase, PassesOfAnUpdateAndKernelsOfFineTuning) {
   EXPECT_EQ(passes.plan.micro_batch, 32);
   EXPECT_EQ(passes.plan.global_batch, 32 * 4 * 64);
   EXPECT_EQ(sample_case({{"num_gpus", "4"}}).plan.global_batch, 32 * 4);
+  for (const char* how : {"data parallel", "DDP", "dp", "data-parallel", "Data Parallelism", ""})
+    EXPECT_EQ(sample_case({{"parallelism", how}}).plan.dp, 1) << how;
+  for (const char* how : {"spatial", "data parallel (model split over 2)", "DP + PP"})
+    EXPECT_THAT(
+        [how] {
+          sample_case({{"parallelism", how}});
+        },
+        ThrowsMessage<InputError>(::testing::HasSubstr("is not read; use data parallel")))
+        << how;
   const RowCase all = sample_case({{"num_gpus", "4"},
                                    {"accumulation_steps", "64"},
                                    {"batch_per_gpu", ""},
@@ -1874,6 +1945,17 @@ TEST(Rows, CollectivesAndProductsByHand) {
                  {with(cells, changes)});
   };
   EXPECT_DOUBLE_EQ(measured_collective(Row(changed({{"algbw_gb_per_s", "2"}}), 0)), 5e-7);
+  // Everyone to the next: one pair crosses between nodes, over one card of 50 GB/s.
+  const auto sent = [&](const Cells& more) {
+    const CsvTable t =
+        changed(with({{"collective", "sendrecv"}, {"size_bytes", "1000000000"}}, more));
+    return 1 /
+           collective_figure(Configuration(RowSchema::collectives, Row(t, 0)), catalogue()).seconds;
+  };
+  EXPECT_GT(sent({}), 40);
+  EXPECT_LT(sent({}), 50);
+  EXPECT_NEAR(sent({{"num_gpus", "64"}, {"num_nodes", "8"}}), sent({}), 1e-9);
+  EXPECT_GT(sent({{"num_gpus", "8"}, {"num_nodes", "1"}}), 200);
   for (const auto& [cells, why] :
        {std::pair<Cells, const char*>{{{"library", "Gloo"}}, "'Gloo' is not NCCL"},
         {{{"num_gpus", "64"}}, "2 nodes of 8 have no 64 GPUs"}}) {
