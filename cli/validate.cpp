@@ -72,7 +72,7 @@ constexpr std::uint64_t kSeed = 1;
 constexpr int kWarmUp = 20;
 
 struct Options {
-  std::string backend, out, only, calibrate_only, transport, budget, routing, base;
+  std::string backend, out, only, calibrate_only, transport, budget, routing, base, clock;
   std::vector<std::string> from;
   std::optional<std::string> ranks_text;
   std::vector<int> ranks{1, 2, 4};
@@ -665,6 +665,11 @@ void calibrate_from(const Options& o) {
                                  did_you_mean(o.base, names), fmt::join(names, ", ")));
   }
   reject_repeats("--from", o.from);
+  if (!o.clock.empty() && o.clock != "brief" && o.clock != "sustained")
+    throw InputError("--clock",
+                     fmt::format("'{}' is no clock of products; use brief (short kernels "
+                                 "on a device that rested) or sustained (a loop of them)",
+                                 o.clock));
   std::vector<validation::NcclTestsLog> logs;
   std::vector<ProductTable> products;
   std::size_t points = 0;
@@ -676,13 +681,25 @@ void calibrate_from(const Options& o) {
       points += logs.back().times.size();
       fmt::print("{}: {} of {} ranks on {} hosts, {} sizes\n", file, logs.back().kind,
                  logs.back().ranks, logs.back().nodes, logs.back().times.size());
+      if (!logs.back().ended)
+        fmt::print(stderr,
+                   "note: {} ends without nccl-tests' last lines: larger sizes may be missing\n",
+                   file);
       continue;
     }
     if (!file.ends_with(".csv"))
       throw InputError(file, "is neither the text that nccl-tests prints nor a .csv of products");
     for (auto& t : validation::parse_products(validation::parse_csv(text, file))) {
       points += t.points.size();
-      fmt::print("{}: {} products of {}\n", file, t.points.size(), name(t.type));
+      const DeviceProfile device = load_device(at->device);
+      t.sustained = o.clock.empty() ? validation::ran_sustained(t, device) : o.clock == "sustained";
+      fmt::print("{}: {} products of {}", file, t.points.size(), name(t.type));
+      if (device.sustained_clock < 1)
+        fmt::print(", taken as at the clock of {}{}", t.sustained ? "long work" : "short kernels",
+                   o.clock.empty() ? fmt::format(" (--clock {} says otherwise)",
+                                                 t.sustained ? "brief" : "sustained")
+                                   : "");
+      fmt::print("\n");
       products.push_back(std::move(t));
     }
   }
@@ -703,12 +720,16 @@ void calibrate_from(const Options& o) {
   write(o.out + "/cluster.yaml", cluster);
   load_topology(o.out + "/cluster.yaml");
   fmt::print("{} points in {}/cluster.yaml and {}/device.yaml\n", points, o.out, o.out);
+  if (!logs.empty())
+    fmt::print("curves are of groups of so many ranks alone; others keep the catalogue's prices\n");
   if (nodes > 1)
     fmt::print("the cluster file is of one node; that of the log is \"{}/cluster.yaml:{} gpus\"\n",
                o.out, ranks);
 }
 
 void calibrate(Options& o, int& code) {
+  if (o.from.empty() && !o.clock.empty())
+    throw InputError("--clock", "is of products that --from brings; leave it out");
   if (!o.from.empty()) {
     calibrate_from(o);
     return;
@@ -1201,6 +1222,9 @@ void add_validate(CLI::App& app, int& code) {
   c->add_option("--from", o->from,
                 "instead: nccl-tests logs and tables of products (.csv) measured on a cluster");
   c->add_option("--topology", o->base, "with --from: the catalogue's cluster that they are of");
+  c->add_option("--clock", o->clock,
+                "with --from: products ran brief (short kernels on a device that rested) or "
+                "sustained (a loop of them); default: what they are nearer to");
   c->callback([o, &code] { calibrate(*o, code); });
   auto v = std::make_shared<Options>();
   c = app.add_subcommand("validate",

@@ -175,6 +175,10 @@ ProductTable products_of(const YamlNode& y) {
   t.accumulate = flag(y, "accumulate");
   t.grouped = flag(y, "grouped");
   t.mixed_clocks = flag(y, "mixed_clocks");
+  t.sustained = flag(y, "sustained");
+  if (t.sustained && t.mixed_clocks)
+    throw InputError(y.get("sustained").place(),
+                     "all points ran at the sustained clock, or some (mixed_clocks); take out one");
   t.spread = spread_of(y);
   t.source = y.get("source").as_string();
   if (const auto node = y.find("layout")) {
@@ -339,10 +343,6 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
     for (const YamlNode& y : list->items()) device.attention.push_back(attention_of(y));
   if (root.has("like")) {
     const YamlNode n = figure(root, "like");
-    if (!device.products.empty() || !device.attention.empty())
-      throw InputError(n.place(),
-                       "a device has points of its own, or those of the one it is like, "
-                       "not both; take out one");
     device.like = std::make_shared<DeviceProfile>(load_device(n.as_string()));
     if (device.like->like != nullptr)
       throw InputError(n.place(), fmt::format("{} has no points of its own but those of {}; name "

@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "base/error.h"
+#include "simulator/cost/kernels.h"
 #include "topologies/device.h"
 #include "validation/collectives.h"
 #include "validation/row_text.h"
@@ -144,6 +145,8 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
       columns = w.size();
       continue;
     }
+    log.ended |= line.find("Avg bus bandwidth") != std::string::npos ||
+                 line.find("Out of bounds values") != std::string::npos;
     // Ranks' own output, "# Avg bus bandwidth" and the like.
     const auto size = number(w[0]);
     if (!size || columns == 0) continue;
@@ -307,14 +310,32 @@ void insert_under(std::string& text, const std::string& key, const std::string& 
 
 }  // namespace
 
+bool ran_sustained(const ProductTable& table, const DeviceProfile& device) {
+  if (!(device.sustained_clock < 1)) return false;
+  ShapePrices brief(device, Clock::brief), sustained(device, Clock::sustained);
+  std::vector<double> off;  // 0 at the brief price, 1 at the other
+  bool any = false;
+  for (const auto& x : table.points) {
+    if (x.time.count < 50e-6) continue;
+    any = true;
+    Product p{x.m,           x.n,       x.k,          x.count,
+              table.type,    table.out, table.layout, table.accumulate,
+              table.grouped, {},        false};
+    p.bytes = p.operand_bytes();
+    const double fast = std::log((device.kernel_latency + brief.of(p).work).count),
+                 slow = std::log((device.kernel_latency + sustained.of(p).work).count);
+    if (slow - fast > 0.05) off.push_back((std::log(x.time.count) - fast) / (slow - fast));
+  }
+  // Where its own points were down at that clock, prices for the other are the same.
+  if (off.empty()) return any;
+  const auto middle = off.begin() + static_cast<std::ptrdiff_t>(off.size() / 2);
+  std::nth_element(off.begin(), middle, off.end());
+  return *middle > 0.5;
+}
+
 std::string with_products(std::string text, const std::string& file,
                           const std::vector<ProductTable>& products) {
   const DeviceProfile device = parse_device(text, file);
-  if (device.like != nullptr && !products.empty())
-    throw InputError(file,
-                     fmt::format("has no points of its own but those of {}; take that device, "
-                                 "or take out like:",
-                                 device.like->name));
   std::string points;
   for (const ProductTable& t : products) {
     const double peak = device.matrix_rate(t.type).count;
@@ -338,7 +359,8 @@ std::string with_products(std::string text, const std::string& file,
         "  - type: {}\n    out: {}\n{}    source: {}\n    points: |\n"
         "      m n k count time[us]\n",
         name(t.type), name(t.out),
-        t.layout == ProductLayout::any ? "" : fmt::format("    layout: {}\n", name(t.layout)),
+        (t.layout == ProductLayout::any ? "" : fmt::format("    layout: {}\n", name(t.layout))) +
+            (t.sustained ? "    sustained: true\n" : ""),
         quoted(t.source));
     for (const auto& p : t.points)
       points += fmt::format("      {:.17g} {:.17g} {:.17g} {:.17g} {:.6g}\n", p.m, p.n, p.k,

@@ -23,6 +23,7 @@ struct NcclTestsLog {
   /// Bytes as nccl-tests counts them; in place of an all-reduce, out of place of the others, as
   /// frameworks call them.
   std::vector<std::pair<Bytes, Seconds>> times;
+  bool ended = false;  ///< with what nccl-tests prints behind the last size
 };
 
 /// Is it one? By the line that names its columns.
@@ -47,8 +48,13 @@ void check_times(const NcclTestsLog& log, const Topology& topology);
 /// InputError with file and line for a cell that is no positive number or no such word.
 std::vector<ProductTable> parse_products(const CsvTable& table);
 
-/// A device file with these points before its own. InputError{file} where the device has none of
-/// its own but those of another; {source} for a point that is faster than the device's peak, and
+/// Did these run one after the other for so long that the device was down at its sustained clock?
+/// Whichever of the device's prices at the two clocks the products of 50 us and more are nearer to,
+/// in the median.
+bool ran_sustained(const ProductTable& table, const DeviceProfile& device);
+
+/// A device file with these points before its own, or those of the one it is like. InputError:
+/// {source} for a point that is faster than the device's peak, and
 /// one of 0.1 ms at the peak and more that is a hundredth of it.
 std::string with_products(std::string device_yaml, const std::string& file,
                           const std::vector<ProductTable>& products);

@@ -377,30 +377,37 @@ struct ShapePrices::State {
   std::unordered_map<FlashAttention, KernelParts, ShapeHash> attentions;
 
   State(const DeviceProfile& d, Clock c) : device(d), which(c) {
-    // Points are compared with the model of the device that they were measured on.
-    const DeviceProfile& measured = d.like != nullptr ? *d.like : d;
+    // Points are compared with the model of the device that they were measured on: the one that
+    // this is like, besides its own.
     std::vector<Point> points;
-    for (const ProductTable& t : measured.products) {
-      for (const ProductTable::Point& x : t.points) {
-        Product p{x.m,      x.n,          x.k,       x.count, t.type, t.out,
-                  t.layout, t.accumulate, t.grouped, {},      false};
-        p.bytes = p.operand_bytes();
-        points.push_back(point(p, measured, x.time, t.spread, t.mixed_clocks));
+    for (const DeviceProfile* on = &d; on != nullptr; on = on->like.get()) {
+      for (const ProductTable& t : on->products) {
+        for (const ProductTable::Point& x : t.points) {
+          Product p{x.m,      x.n,          x.k,       x.count, t.type, t.out,
+                    t.layout, t.accumulate, t.grouped, {},      false};
+          p.bytes = p.operand_bytes();
+          points.push_back(point(p, *on, x.time, t.spread, t.mixed_clocks,
+                                 t.sustained ? long_clock(p, *on) : 1));
+        }
       }
     }
     add(points, which, residuals);
     points.clear();
-    for (const AttentionTable& t : measured.attention) {
-      for (const AttentionTable::Point& x : t.points) {
-        FlashAttention a{x.batch, x.queries, x.keys, x.heads, x.qk, x.v, 1, t.backward, t.type, {}};
-        if (t.causal) a.attended = (x.queries + 1) / (2 * x.keys);
-        points.push_back(point(a, measured, x.time, t.spread, t.mixed_clocks));
+    for (const DeviceProfile* on = &d; on != nullptr; on = on->like.get()) {
+      for (const AttentionTable& t : on->attention) {
+        for (const AttentionTable::Point& x : t.points) {
+          FlashAttention a{x.batch, x.queries, x.keys,     x.heads, x.qk,
+                           x.v,     1,         t.backward, t.type,  {}};
+          if (t.causal) a.attended = (x.queries + 1) / (2 * x.keys);
+          points.push_back(point(a, *on, x.time, t.spread, t.mixed_clocks, 1));
+        }
       }
     }
     add(points, which, attention_residuals);
   }
 
-  /// log(measured / model at the clock of short kernels), and what the sustained clock adds to it.
+  /// log(measured / model at the clock that it ran at, of most tables that of short kernels), and
+  /// what the sustained clock adds to it.
   struct Point {
     Place place;
     double log = 0, slower = 0, spread = 0;
@@ -408,12 +415,12 @@ struct ShapePrices::State {
   };
   template <class Shape>
   static Point point(const Shape& shape, const DeviceProfile& measured, Seconds time, double spread,
-                     bool mixed) {
+                     bool mixed, double clock) {
     const auto log_of = [&](double at) {
       return std::log(measured.kernel_latency.count +
                       model_of(shape, measured, measured.multiprocessors, at).work.count);
     };
-    const double brief = log_of(1);
+    const double brief = log_of(clock);
     const double slower = mixed ? log_of(long_clock(shape, measured)) - brief : 0;
     return {place_of(shape), std::log(time.count) - brief, slower, spread, mixed};
   }

@@ -204,13 +204,22 @@ TEST(Device, IsLikeAnotherOrHasItsOwnPoints) {
   EXPECT_THAT(
       [] { parse_device(kGood + std::string("like: h200-sxm\n"), "d.yaml"); },
       ThrowsMessage<InputError>(HasSubstr("has no points of its own but those of h100-sxm")));
+  // Besides those of the one that it is like.
+  const DeviceProfile both = parse_device(
+      kGood + std::string("like: h100-sxm\nproducts:\n  - {source: mine, sustained: true, points: "
+                          "\"m n k count time[us]\\n8192 8192 8192 1 1782\"}\n"),
+      "d.yaml");
+  EXPECT_EQ(both.products.size(), 1u);
+  EXPECT_TRUE(both.products[0].sustained);
+  EXPECT_NE(both.like, nullptr);
   EXPECT_THAT(
       [] {
-        parse_device(kGood + std::string("like: h100-sxm\nattention:\n  - {source: mine, points: "
-                                         "\"batch queries keys heads qk v time[us]\"}\n"),
+        parse_device(kGood + std::string("products:\n  - {source: mine, sustained: true, "
+                                         "mixed_clocks: true, points: \"m n k count time[us]\\n"
+                                         "8192 8192 8192 1 1782\"}\n"),
                      "d.yaml");
       },
-      ThrowsMessage<InputError>(HasSubstr("not both")));
+      ThrowsMessage<InputError>(HasSubstr("all points ran at the sustained clock, or some")));
 }
 
 TEST(Device, ATypeMayHaveAnEfficiencyOfItsOwn) {

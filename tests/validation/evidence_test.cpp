@@ -70,6 +70,15 @@ TEST(NcclTestsLogs, ARunThatFailedSaysNothing) {
                 ThrowsMessage<InputError>(HasSubstr("the run failed here; give the log of one")));
 }
 
+TEST(NcclTestsLogs, OneThatWasCutBetweenLinesDoesNotEnd) {
+  EXPECT_TRUE(parse_nccl_tests(log_text(), "run.log").ended);
+  const std::string whole = log_text();
+  const std::string cut = whole.substr(0, whole.rfind("     2097152"));
+  const NcclTestsLog log = parse_nccl_tests(cut, "run.log");
+  EXPECT_EQ(log.times.size(), 1u);
+  EXPECT_FALSE(log.ended);
+}
+
 TEST(NcclTestsLogs, TheExampleOfThePage) {
   EXPECT_TRUE(is_nccl_tests(log_text()));
   const NcclTestsLog log = parse_nccl_tests(log_text(), "run.log");
@@ -88,6 +97,8 @@ TEST(NcclTestsLogs, TheOperationIsThatOfTheTextElseOfTheName) {
   EXPECT_EQ(parse_nccl_tests(log_text("reduce_scatter_perf"), "x").kind, "reduce_scatter");
   EXPECT_EQ(parse_nccl_tests(log_text("reduce_perf"), "x").kind, "reduce");
   EXPECT_EQ(parse_nccl_tests(log_text("it"), "broadcast_perf.txt").kind, "broadcast");
+  EXPECT_EQ(parse_nccl_tests(log_text("it"), "h100_all_reduce_perf.log").kind, "all_reduce");
+  EXPECT_EQ(parse_nccl_tests(log_text("it"), "h100_reduce_perf.log").kind, "reduce");
   EXPECT_THAT([] { parse_nccl_tests(log_text("it"), "x.log"); },
               ThrowsMessage<InputError>(HasSubstr("x.log: neither the log nor its name says")));
   EXPECT_THAT([] { parse_nccl_tests(log_text("alltoall_perf"), "x.log"); },
@@ -238,10 +249,44 @@ TEST(Evidence, PricesAreThoseOfTheLogs) {
   EXPECT_THAT(with_curves("device: x\n", "f", "x", "y.yaml", 2, {logs[0]}), HasSubstr("nodes: 1"));
   EXPECT_THAT([] { with_curves("device: xy\n", "f", "x", "y.yaml", 1, {}); },
               ThrowsMessage<InputError>(HasSubstr("f: has no device: x")));
+  // Of a device that is like another the points go before that one's.
   const std::string like = data_folder("topologies/devices/a100-sxm-80gb.yaml");
-  if (load_device("a100-sxm-80gb").like != nullptr) {
-    EXPECT_THROW(with_products(read_file(like), like, products), InputError);
-  }
+  const DeviceProfile added =
+      parse_device(with_products(read_file(like), like, products), "d.yaml");
+  EXPECT_EQ(added.products.size(), products.size());
+  EXPECT_NE(added.like, nullptr);
+}
+
+TEST(Evidence, ALoopOfProductsIsNotSlowedDownAgain) {
+  // What the catalogue's H100 reaches in a step, and what one kernel reaches on one that rested.
+  const auto table = [](double tflops) {
+    ProductTable t;
+    t.source = "mine";
+    for (const auto& [m, n, k] :
+         {std::array{8192.0, 8192.0, 8192.0}, std::array{8192.0, 14336.0, 4096.0}})
+      t.points.push_back({m, n, k, 1, Seconds{2 * m * n * k / (tflops * 1e12)}});
+    return t;
+  };
+  const DeviceProfile h100 = load_device("h100-sxm");
+  EXPECT_TRUE(ran_sustained(table(617), h100));
+  EXPECT_TRUE(ran_sustained(table(670), h100));
+  EXPECT_FALSE(ran_sustained(table(790), h100));
+  EXPECT_FALSE(ran_sustained(table(250), load_device("a100-sxm-80gb"))) << "one clock";
+  EXPECT_TRUE(ran_sustained(table(1400), load_device("b200"))) << "its points tell no clocks apart";
+  const std::string file = data_folder("topologies/devices/h100-sxm.yaml");
+  const auto in_a_step = [&](double tflops, bool sustained) {
+    ProductTable t = table(tflops);
+    t.sustained = sustained;
+    ShapePrices prices(parse_device(with_products(read_file(file), file, {t}), file));
+    Product p{8192,  8192,  8192, 1,    ElementType::bf16, ElementType::bf16, ProductLayout::any,
+              false, false, {},   false};
+    p.bytes = p.operand_bytes();
+    return 2 * 8192.0 * 8192 * 8192 / prices.of(p).work.count / 1e12;
+  };
+  // Points of a loop are a step's prices; of short kernels the clock goes off. The catalogue's own
+  // points nearby have a word too.
+  EXPECT_NEAR(in_a_step(650, true), 650, 0.04 * 650);
+  EXPECT_NEAR(in_a_step(650, false), 650 * 0.76, 0.05 * 650);
 }
 
 }  // namespace
