@@ -61,6 +61,18 @@ std::int64_t experts_of(const Graph& graph, TensorId routed) {
   throw InternalError("routed tensor " + graph.tensor(routed).name + " comes from no dispatch");
 }
 
+const Router* router_of(const Graph& graph, TensorId routed) {
+  for (TensorId at = routed; graph.tensor(at).producer.valid();) {
+    const Operator& op = graph.op(graph.tensor(at).producer);
+    if (std::holds_alternative<Dispatch>(op.operation)) {
+      const OpId gates = graph.tensor(op.inputs[1]).producer;
+      return gates.valid() ? std::get_if<Router>(&graph.op(gates).operation) : nullptr;
+    }
+    at = op.inputs[0];
+  }
+  return nullptr;
+}
+
 std::int64_t parameter_count(const Graph& graph) {
   std::int64_t n = 0;
   for (const auto& p : graph.parameters) n += elements(p.shape);

@@ -63,6 +63,8 @@ struct Graph {
 Signature signature(const Graph& graph, OpId op, std::int64_t samples);
 /// Number of experts that the rows of a routed tensor are for.
 std::int64_t experts_of(const Graph& graph, TensorId routed);
+/// The router whose gates its rows were dispatched by; null: other gates.
+const Router* router_of(const Graph& graph, TensorId routed);
 Shape with_samples(Shape shape, std::int64_t samples);
 
 std::int64_t parameter_count(const Graph& graph);

@@ -378,6 +378,13 @@ TransformerConfig deepseek(const JsonFile& f, bool third) {
   c.moe.sigmoid = third;
   c.moe.normalise = f.flag_or("norm_topk_prob", third);
   c.moe.scale = f.real_or("routed_scaling_factor", third ? 2.5 : 1.0);
+  // By the best expert of each, or by the two best.
+  const bool limited = third || f.word_or("topk_method", "greedy") == "group_limited_greedy";
+  if (const std::int64_t n = limited ? f.optional_number("n_group", third ? 8 : 1) : 1; n > 1) {
+    c.moe.groups = n;
+    c.moe.top_groups = f.number_or("topk_group", third ? 4 : 1);
+    c.moe.group_best = third ? 2 : 1;
+  }
   return c;
 }
 TransformerConfig deepseek_v2(const JsonFile& f) { return deepseek(f, false); }

@@ -91,6 +91,9 @@ void read_moe(const YamlNode& node, MixtureOfExperts& m) {
   f.read("score", m.sigmoid, Words<bool, 2>{{{"softmax", false}, {"sigmoid", true}}});
   f.read("normalise", m.normalise);
   f.read("scale", m.scale);
+  f.read("groups", m.groups, 1);
+  f.read("top_groups", m.top_groups, 1);
+  f.read("group_best", m.group_best, 1);
   f.read("router_bias", m.router_bias);
   f.read("expert_bias", m.expert_bias);
   node.reject_unknown_keys();

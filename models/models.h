@@ -68,6 +68,7 @@ struct MixtureOfExperts {
   bool sigmoid = false;                    ///< scores by sigmoid instead of softmax
   bool normalise = true;                   ///< the chosen gates sum to 1
   double scale = 1;
+  std::int64_t groups = 1, top_groups = 1, group_best = 1;  ///< Router's
   bool router_bias = false;
   bool expert_bias = false;
 };

@@ -567,6 +567,16 @@ void make(Maker& m, const Router& op) {
   if (op.top_k < 1 || op.top_k > x[2].extent) {
     throw InputError(m.place, fmt::format("top {} of {} experts", op.top_k, x[2].extent));
   }
+  if (op.groups != 1) {
+    const std::int64_t each = op.groups > 0 ? x[2].extent / op.groups : 0;
+    if (op.groups < 1 || op.groups > 64 || each * op.groups != x[2].extent || op.top_groups < 1 ||
+        op.top_groups > op.groups || op.group_best < 1 || op.group_best > each ||
+        op.top_groups * each < op.top_k)
+      throw InputError(
+          m.place, fmt::format("top {} of {} experts in {} of {} groups by the {} best of each: "
+                               "at most 64 equal groups, whose chosen ones have enough",
+                               op.top_k, x[2].extent, op.top_groups, op.groups, op.group_best));
+  }
   const int sample = m.dim(x[0].dim, x[0].extent), seq = m.dim(x[1].dim, x[1].extent);
   const int expert = m.dim(Dim::expert, x[2].extent, DimUse::whole);
   m.input(0, {sample, seq, expert}).saved_for_data = true;

@@ -214,6 +214,9 @@ struct Router {
   bool sigmoid = false;   ///< score by sigmoid instead of softmax (DeepSeek-V3)
   bool normalise = true;  ///< the chosen gates sum to 1
   double scale = 1;
+  /// > 1: experts e·groups/E of one group stand together, and a token's are of its `top_groups`
+  /// best ones: those whose `group_best` best scores sum to most (of equal sums the lower group).
+  std::int64_t groups = 1, top_groups = 1, group_best = 1;
   friend bool operator==(const Router&, const Router&) = default;
 };
 

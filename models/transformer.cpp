@@ -407,7 +407,9 @@ class Transformer {
     const MixtureOfExperts& m = c_.moe;
     const TensorId logits = linear("moe.router", x, {{Dim::expert, m.experts}}, m.router_bias);
     const TensorId gates =
-        add("moe.gates", Router{m.top_k, m.sigmoid, m.normalise, m.scale}, {logits});
+        add("moe.gates",
+            Router{m.top_k, m.sigmoid, m.normalise, m.scale, m.groups, m.top_groups, m.group_best},
+            {logits});
     TensorId narrow = x;
     if (m.latent > 0)
       narrow = linear("moe.latent_down", x, {{Dim::feature, m.latent}}, c_.mlp_bias);

@@ -647,6 +647,7 @@ std::string RowCase::key() const {
                      c.moe.shared_ffn, c.moe.first_dense, c.moe.every,
                      fmt::join(c.moe.dense_layers, ","), c.moe.sigmoid, c.moe.normalise,
                      c.moe.router_bias, c.moe.expert_bias);
+    s += fmt::format("{} {} {} ", c.moe.groups, c.moe.top_groups, c.moe.group_best);
     s += fmt::format("{} {} {} {} ", c.classes, c.predicted, c.embedding_rows, c.memory);
     s += fmt::format("{} {} {} {} ", c.generator.hidden, c.generator.heads, c.generator.ffn,
                      c.generator.predicted);
@@ -1161,6 +1162,11 @@ class CaseBuilder {
         assume("experts of width {}", t.moe.ffn);
       }
       if (t.moe.top_k > t.moe.experts) t.moe.top_k = t.moe.experts;
+      // Groups are of the entry's number of experts, or of another that they divide as well.
+      if (t.moe.experts % t.moe.groups != 0 ||
+          t.moe.experts / t.moe.groups * t.moe.top_groups < t.moe.top_k ||
+          t.moe.experts / t.moe.groups < t.moe.group_best)
+        t.moe.groups = t.moe.top_groups = t.moe.group_best = 1;
       if (fresh && flags_.latent) {
         // Latent attention and experts are DeepSeek-V3's kind of network.
         const TransformerConfig& known = *named("deepseek-v3").transformer;

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <unsupported/Eigen/SpecialFunctions>
 
 #include "runtime/cpu/normalisation.h"
@@ -1230,6 +1232,21 @@ void choose(const Router& op, const float* logits, Index experts, Choice& c) {
   }
   if (!op.sigmoid) {
     for (double& s : c.score) s /= sum;
+  }
+  if (op.groups > 1) {
+    const Index each = experts / op.groups;
+    std::vector<std::pair<double, Index>> sums;
+    std::vector<double> of;
+    for (Index g = 0; g < op.groups; ++g) {
+      of.assign(c.score.begin() + g * each, c.score.begin() + (g + 1) * each);
+      std::sort(of.begin(), of.end(), std::greater<>());
+      sums.emplace_back(-std::accumulate(of.begin(), of.begin() + op.group_best, 0.0), g);
+    }
+    std::sort(sums.begin(), sums.end());
+    std::erase_if(c.chosen, [&](Index e) {
+      return std::none_of(sums.begin(), sums.begin() + op.top_groups,
+                          [&](const auto& s) { return s.second == e / each; });
+    });
   }
   std::partial_sort(
       c.chosen.begin(), c.chosen.begin() + op.top_k, c.chosen.end(),

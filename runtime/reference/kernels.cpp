@@ -1515,6 +1515,25 @@ Choice choose(const Router& op, const double* logits, std::size_t experts) {
   }
   one.chosen.resize(experts);
   std::iota(one.chosen.begin(), one.chosen.end(), std::size_t{0});
+  if (op.groups > 1) {
+    const std::size_t each = experts / unsigned_of(op.groups);
+    std::vector<double> sums;
+    for (std::size_t g = 0; g < unsigned_of(op.groups); ++g) {
+      std::vector<double> of(one.score.begin() + static_cast<std::ptrdiff_t>(g * each),
+                             one.score.begin() + static_cast<std::ptrdiff_t>((g + 1) * each));
+      std::sort(of.begin(), of.end(), std::greater<>());
+      sums.push_back(std::accumulate(of.begin(),
+                                     of.begin() + static_cast<std::ptrdiff_t>(op.group_best), 0.0));
+    }
+    Positions groups(sums.size());
+    std::iota(groups.begin(), groups.end(), std::size_t{0});
+    std::stable_sort(groups.begin(), groups.end(),
+                     [&](std::size_t a, std::size_t b) { return sums[a] > sums[b]; });
+    groups.resize(unsigned_of(op.top_groups));
+    std::erase_if(one.chosen, [&](std::size_t e) {
+      return std::find(groups.begin(), groups.end(), e / each) == groups.end();
+    });
+  }
   // By logits: scores that round to one value must not change the choice.
   std::stable_sort(one.chosen.begin(), one.chosen.end(),
                    [&](std::size_t a, std::size_t b) { return logits[a] > logits[b]; });

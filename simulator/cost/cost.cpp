@@ -868,14 +868,38 @@ double exposed_in_twos(Seconds compute, Seconds exchanges, double paired, double
   return 1 - paired * std::min(1.0, compute / exchanges) * (1 - taken);
 }
 
-double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts) {
+double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts,
+                          std::int64_t groups, std::int64_t top_groups) {
   PARTITA_ASSERT(experts >= top_k && top_k >= 1 && parts >= 1,
                  fmt::format("top {} of {} experts in {} parts", top_k, experts, parts));
-  const double others = static_cast<double>(experts) * (1 - 1 / static_cast<double>(parts));
-  double none = 1;  // of a part's experts is wanted
-  for (std::int64_t k = 0; k < top_k; ++k)
-    none *= std::max(0.0, others - static_cast<double>(k)) / static_cast<double>(experts - k);
-  return std::min(1.0, static_cast<double>(parts) * (1 - none) / static_cast<double>(top_k));
+  // Parts of groups, or groups of parts; else groups say nothing that is simple.
+  if (groups < 1 || (parts % groups != 0 && groups % parts != 0)) groups = top_groups = 1;
+  const auto all = static_cast<double>(experts), of = static_cast<double>(groups),
+             opened = static_cast<double>(top_groups), p = static_cast<double>(parts);
+  const double open = all * opened / of;  // experts that a token may have
+  const auto missed = [&](double mine) {  // none of so many of these is wanted
+    double none = 1;
+    for (std::int64_t k = 0; k < top_k; ++k)
+      none *= std::max(0.0, open - mine - static_cast<double>(k)) / (open - static_cast<double>(k));
+    return none;
+  };
+  double none = 0;  // of a part's experts is wanted
+  if (parts >= groups) {
+    none = 1 - opened / of + opened / of * missed(all / p);
+  } else {
+    // Of a part's groups j are open: hypergeometric.
+    const std::int64_t here = groups / parts;
+    const auto ways = [](std::int64_t n, std::int64_t k) {
+      double w = k < 0 || k > n ? 0 : 1;
+      for (std::int64_t i = 0; i < k && w > 0; ++i)
+        w *= static_cast<double>(n - i) / static_cast<double>(i + 1);
+      return w;
+    };
+    for (std::int64_t j = 0; j <= here; ++j)
+      none += ways(here, j) * ways(groups - here, top_groups - j) / ways(groups, top_groups) *
+              missed(static_cast<double>(j) * all / of);
+  }
+  return std::min(1.0, p * (1 - none) / static_cast<double>(top_k));
 }
 
 Bytes key_bytes(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -1256,7 +1280,8 @@ Bytes Communication::travelling(const Program& p, const Instruction& i, Bytes pa
   }
   const std::size_t parts = domains.size() > 1 ? domains.size() : ranks.size();
   const auto top_k = b.shape[2].extent;
-  const double fraction = rows_once_fraction(b.experts, top_k, static_cast<std::int64_t>(parts));
+  const double fraction = rows_once_fraction(b.experts, top_k, static_cast<std::int64_t>(parts),
+                                             b.groups, b.top_groups);
   return Bytes{std::llround(fraction * static_cast<double>(payload.count))};
 }
 

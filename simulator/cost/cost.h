@@ -90,7 +90,8 @@ Bytes key_bytes(const Program& program, const Instruction& instruction, std::int
 ///     parts · (1 − C(experts − experts / parts, top_k) / C(experts, top_k)) / top_k
 ///
 /// Balanced experts, drawn evenly. 1 for top_k = 1 or as many parts as experts.
-double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts);
+double rows_once_fraction(std::int64_t experts, std::int64_t top_k, std::int64_t parts,
+                          std::int64_t groups = 1, std::int64_t top_groups = 1);
 
 /// Of the time of exchanges of rows that run beside another micro-batch's blocks, what a rank still
 /// waits for or loses: 1 - paired · min(1, compute / exchanges) · (1 - taken). `compute` and

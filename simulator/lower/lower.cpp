@@ -440,6 +440,8 @@ class Lowering {
     b.tensor = t.value;
     b.routed = tensor.routed;
     if (b.routed) b.experts = experts_of(graph_, t);
+    if (const Router* r = b.routed ? router_of(graph_, t) : nullptr)
+      b.groups = r->groups, b.top_groups = r->top_groups;
     if (!tensor.producer.valid()) {
       for (const auto& in : p_.inputs) {
         if (in.tensor == t.value && in.values > 0)

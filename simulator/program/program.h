@@ -71,6 +71,7 @@ struct Buffer {
   bool host = false;           ///< in the host's memory, not the device's
   bool whole_numbers = false;  ///< 4-byte words that are no fp32: indices, packed signs
   std::int64_t experts = 0;    ///< of a routed buffer
+  std::int64_t groups = 1, top_groups = 1;  ///< Router's, of its rows
   std::int32_t routing = -1;   ///< of a routed buffer: into Program::routings; -1: balanced
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;

@@ -131,9 +131,18 @@ TEST(HuggingFace, RoutersFollowTheirModels) {
   c["model_type"] = "deepseek_v3";
   c["first_k_dense_replace"] = 1;
   c["n_routed_experts"] = 16;
+  EXPECT_EQ(router(c), (Router{8, true, true, 2.5, 8, 4, 2}));
+  c["n_group"] = 1;
+  c["topk_group"] = 1;
   EXPECT_EQ(router(c), (Router{8, true, true, 2.5}));
   c["model_type"] = "deepseek_v2";
   c["num_experts_per_tok"] = 6;
+  c["n_group"] = 4;
+  c["topk_group"] = 2;
+  EXPECT_EQ(router(c), (Router{6, false, false, 1})) << "topk_method is greedy";
+  c["topk_method"] = "group_limited_greedy";
+  EXPECT_EQ(router(c), (Router{6, false, false, 1, 4, 2, 1}));
+  c["n_group"] = nullptr;
   EXPECT_EQ(router(c), (Router{6, false, false, 1}));
   c["model_type"] = "mixtral";
   c["num_experts_per_tok"] = 3;

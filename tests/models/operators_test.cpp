@@ -315,6 +315,13 @@ TEST(Operators, ShapesThatDoNotSuitAreInputErrors) {
   expect(Add{}, {kX, kIds}, "inputs must have one shape");
   expect(PositionEmbedding{2}, {kX}, "3 tokens need as many learned positions, the table has 2");
   expect(Router{6}, {kGates}, "top 6 of 5 experts");
+  expect(
+      Router{2, false, true, 1, 2, 1, 1}, {kGates},
+      "top 2 of 5 experts in 1 of 2 groups by the 1 best of each: at most 64 equal groups, whose "
+      "chosen ones have enough");
+  expect(Router{2, false, true, 1, 5, 1, 1}, {kGates}, "top 2 of 5 experts in 1 of 5 groups");
+  expect(Router{1, false, true, 1, 5, 1, 2}, {kGates},
+         "top 1 of 5 experts in 1 of 5 groups by the 2 best of each");
   expect(Dispatch{5, 2}, {kIds, kGates}, "dispatch needs 3 dimensions");
   expect(Convolution{6, {}, {}, 3, false}, {kImage}, "3 groups do not divide 4 input and 6 output");
   expect(Pool{true, {7, 1, 0, 0, 1}, {7, 1, 0, 0, 1}, true}, {kImage},

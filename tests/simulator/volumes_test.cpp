@@ -287,6 +287,39 @@ TEST(Volumes, ExpertsExchangeRoutedTokensTwiceForwardAndTwiceBackward) {
 TEST(Volumes, RowsThatGoOnceToADomainShareTheirCopies) {
   // The example of docs/cost.md: of the six pairs of 4 experts one misses a given half.
   EXPECT_DOUBLE_EQ(rows_once_fraction(4, 2, 2), 5.0 / 6);
+  // In one of two groups both of a token's are one part's; the rest as on the page.
+  EXPECT_DOUBLE_EQ(rows_once_fraction(4, 2, 2, 2, 1), 0.5);
+  EXPECT_NEAR(rows_once_fraction(256, 8, 4), 0.452, 5e-4);
+  EXPECT_NEAR(rows_once_fraction(256, 8, 4, 8, 4), 0.366, 5e-4);
+  EXPECT_NEAR(rows_once_fraction(256, 8, 8, 8, 4), 0.454, 5e-4);
+  EXPECT_NEAR(rows_once_fraction(256, 8, 64, 8, 4), 0.920, 5e-4);
+  EXPECT_NEAR(rows_once_fraction(256, 8, 64), 0.959, 5e-4);
+  // By drawing: groups, then experts of them.
+  std::mt19937_64 drawn(5);
+  for (const auto& [experts, top_k, parts, groups, open] :
+       {std::array<std::int64_t, 5>{32, 8, 8, 8, 4},
+        {32, 4, 2, 8, 3},
+        {24, 3, 12, 4, 2},
+        {16, 5, 4, 4, 2},
+        {64, 6, 16, 16, 5}}) {
+    double reached = 0;
+    constexpr int kTokens = 20000;
+    for (int t = 0; t < kTokens; ++t) {
+      std::vector<std::int64_t> of(static_cast<std::size_t>(groups)), may;
+      std::iota(of.begin(), of.end(), 0);
+      std::shuffle(of.begin(), of.end(), drawn);
+      for (std::int64_t e = 0; e < experts; ++e)
+        if (std::find(of.begin(), of.begin() + open, e / (experts / groups)) != of.begin() + open)
+          may.push_back(e);
+      std::shuffle(may.begin(), may.end(), drawn);
+      std::set<std::int64_t> there;
+      for (std::int64_t k = 0; k < top_k; ++k)
+        there.insert(may[static_cast<std::size_t>(k)] / (experts / parts));
+      reached += static_cast<double>(there.size()) / static_cast<double>(top_k);
+    }
+    EXPECT_NEAR(rows_once_fraction(experts, top_k, parts, groups, open), reached / kTokens, 0.01)
+        << experts << " " << top_k << " " << parts << " " << groups << " " << open;
+  }
   std::mt19937 rng(11);
   for (int i = 0; i < 500; ++i) {
     const std::int64_t parts = 1 + static_cast<std::int64_t>(rng() % 16),

@@ -115,9 +115,20 @@ def pool(op, x):
     return F.avg_pool2d(pad(x, op, 0.0), kernel, stride)
 
 
+def open_logits(op, logits, score):
+    """Logits, of experts whose groups are not chosen minus infinity."""
+    if op["groups"] == 1:
+        return logits
+    grouped = score.unflatten(-1, (op["groups"], -1))
+    best = grouped.topk(op["group_best"], -1).values.sum(-1)
+    mask = torch.zeros_like(best).scatter(-1, best.topk(op["top_groups"], -1).indices, 1.0)
+    return logits.masked_fill(mask.repeat_interleave(grouped.shape[-1], -1) == 0, -torch.inf)
+
+
 def router(op, logits):
     score = torch.sigmoid(logits) if op["sigmoid"] else torch.softmax(logits, -1)
-    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(op["top_k"], -1).indices, 1.0)
+    best = open_logits(op, logits, score).topk(op["top_k"], -1).indices
+    chosen = torch.zeros_like(logits).scatter(-1, best, 1.0)
     gates = score * chosen
     if op["normalise"]:
         gates = gates / gates.sum(-1, keepdim=True)

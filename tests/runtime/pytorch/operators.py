@@ -253,12 +253,13 @@ def attended(op, x, params, above):
 
 
 def routed(op, x, d):
-    chosen = torch.zeros_like(x.value).scatter(-1, x.value.topk(op["top_k"], -1).indices, 1.0)
     if op["sigmoid"]:
         score = 1 / (1 + (-x).exp())
     else:
         z = shifted_exp(x, x.value.amax(-1, keepdim=True))
         score = z / z.sum(-1)
+    best = network.open_logits(op, x.value, score.value).topk(op["top_k"], -1).indices
+    chosen = torch.zeros_like(x.value).scatter(-1, best, 1.0)
     scale = constant(op["scale"], x.value)
     kept = Rounded(score.value * chosen, score.error * chosen)
     total = kept.sum(-1)

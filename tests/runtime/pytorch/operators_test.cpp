@@ -53,7 +53,7 @@ constexpr Equal kEquals[] = {
     {"select_token", "indexing"},
     {"concat", "cat"},
     {"append_to_heads", "expand, cat"},
-    {"router", "softmax or sigmoid, topk, scatter"},
+    {"router", "softmax or sigmoid, topk (of groups by the sum of topk), scatter"},
     {"dispatch", "indexing of tokens by row"},
     {"grouped_product", "bmm of each row's expert"},
     {"combine", "index_add"},

@@ -103,8 +103,9 @@ struct Describe {
   Json operator()(const SelectToken& o) { return {{"index", o.index}}; }
   Json operator()(const Concat& o) { return {{"last", o.last}}; }
   Json operator()(const Router& o) {
-    return {
-        {"top_k", o.top_k}, {"sigmoid", o.sigmoid}, {"normalise", o.normalise}, {"scale", o.scale}};
+    return {{"top_k", o.top_k},          {"sigmoid", o.sigmoid}, {"normalise", o.normalise},
+            {"scale", o.scale},          {"groups", o.groups},   {"top_groups", o.top_groups},
+            {"group_best", o.group_best}};
   }
   Json operator()(const Dispatch& o) { return {{"experts", o.experts}}; }
   Json operator()(const GroupedProduct& o) { return {{"bias", o.bias}}; }

@@ -655,6 +655,27 @@ TEST(Examples, RouterPrefersTheLowerOfEqualExpertsAndNormalises) {
               Pointwise(DoubleNear(1e-15), {0.0, 0.0, 0.0, 0.75}));
 }
 
+TEST(Examples, RouterChoosesOfItsBestGroups) {
+  // Scores 1 : 4 : 4 : 1 : 0.2 : 4.5 of three pairs.
+  const Shape x{kOne, {Dim::sequence, 1}, {Dim::expert, 6}};
+  const std::vector<double> logits{std::log(1), std::log(4),   std::log(4),
+                                   std::log(1), std::log(0.2), std::log(4.5)};
+  const auto chosen = [&](std::int64_t top_k, std::int64_t groups, std::int64_t best) {
+    const auto y =
+        example(Router{top_k, false, true, 1, 3, groups, best}, x, logits).outputs[0].values;
+    std::vector<int> e;
+    for (std::size_t k = 0; k < y.size(); ++k)
+      if (y[k] > 0) e.push_back(static_cast<int>(k));
+    return e;
+  };
+  // Sums of two are 5, 5 and 4.7: of equal ones the lower; best ones 4, 4 and 4.5.
+  EXPECT_THAT(chosen(2, 1, 2), ElementsAre(0, 1));
+  EXPECT_THAT(chosen(2, 2, 2), ElementsAre(1, 2));
+  EXPECT_THAT(chosen(2, 2, 1), ElementsAre(1, 5));
+  EXPECT_THAT(chosen(3, 2, 1), ElementsAre(0, 1, 5));
+  EXPECT_THAT(chosen(2, 3, 2), ElementsAre(1, 5));
+}
+
 TEST(Examples, DispatchSortsRowsByExpertSampleAndToken) {
   const Shape x{{Dim::sample, 2}, {Dim::sequence, 1}, {Dim::feature, 1}};
   const Shape g{{Dim::sample, 2}, {Dim::sequence, 1}, {Dim::expert, 3}};

@@ -421,6 +421,13 @@ inline std::vector<Problem> problems(Rng& rng) {
         Router{top_k, variant % 2 == 1, variant >= 2, chance() ? 1 : 2.5},
         {{sample, sequence, {Dim::expert, experts}}});
   }
+  for (const bool sigmoid : {false, true}) {
+    const std::int64_t each = n(1, 3), of = n(2, 4), open = n(1, of);
+    add(fmt::format("router of groups, {}", sigmoid ? "sigmoid" : "softmax"),
+        Router{n(1, std::min<std::int64_t>(3, each * open)), sigmoid, true, 2.5, of, open,
+               n(1, each)},
+        {{sample, sequence, {Dim::expert, each * of}}});
+  }
   const Shape gates{sample, sequence, {Dim::expert, experts}};
   const Shape routed{sample, sequence, {Dim::expert, top_k}, feature};
   add("dispatch", Dispatch{experts, top_k}, {tokens, gates});
