@@ -90,7 +90,8 @@ std::string this_machine();
 void refuse_foreign(const Topology& topology, const std::string& file, const std::string& flag);
 
 ModelOptions model_options(const PlanFlags& flags);
-/// Loads the network and applies freezing and adapters.
+/// Loads the network and applies freezing and adapters. Of the framework's own selection for
+/// `--recompute selective` the plan keeps what the network has.
 Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan);
 
 }  // namespace partita::cli

@@ -672,6 +672,7 @@ void calibrate_from(const Options& o) {
                                  o.clock));
   std::vector<validation::NcclTestsLog> logs;
   std::vector<ProductTable> products;
+  const DeviceProfile device = load_device(at->device);
   std::size_t points = 0;
   for (const std::string& file : o.from) {
     const std::string text = read_file(file);
@@ -691,7 +692,6 @@ void calibrate_from(const Options& o) {
       throw InputError(file, "is neither the text that nccl-tests prints nor a .csv of products");
     for (auto& t : validation::parse_products(validation::parse_csv(text, file))) {
       points += t.points.size();
-      const DeviceProfile device = load_device(at->device);
       t.sustained = o.clock.empty() ? validation::ran_sustained(t, device) : o.clock == "sustained";
       fmt::print("{}: {} products of {}", file, t.points.size(), name(t.type));
       if (device.sustained_clock < 1)
@@ -711,17 +711,20 @@ void calibrate_from(const Options& o) {
   }
   const std::string device_file = data_folder("topologies/devices/" + at->device + ".yaml");
   const std::string cluster_file = data_folder("topologies/catalogue/" + at->name + ".yaml");
-  const std::string device =
+  const std::string with_points =
       validation::with_products(read_file(device_file), device_file, products);
   const std::string cluster = validation::with_curves(
       read_file(cluster_file), cluster_file, at->device, "device.yaml", at->nodes_per_domain, logs);
   make_folder(o.out);
-  write(o.out + "/device.yaml", device);
+  write(o.out + "/device.yaml", with_points);
   write(o.out + "/cluster.yaml", cluster);
   load_topology(o.out + "/cluster.yaml");
   fmt::print("{} points in {}/cluster.yaml and {}/device.yaml\n", points, o.out, o.out);
-  if (!logs.empty())
-    fmt::print("curves are of groups of so many ranks alone; others keep the catalogue's prices\n");
+  std::set<int> sizes;
+  for (const auto& log : logs) sizes.insert(log.ranks);
+  if (!sizes.empty())
+    fmt::print("groups of {} ranks have these curves, others the catalogue's prices\n",
+               fmt::join(sizes, ", "));
   if (nodes > 1)
     fmt::print("the cluster file is of one node; that of the log is \"{}/cluster.yaml:{} gpus\"\n",
                o.out, ranks);

@@ -99,6 +99,7 @@ TEST(RowText, Precisions) {
         {"bf16 (fp32 grad accumulation)", "bf16", true},
         {"bf16 (BF16 optimizer, fp32 grad accumulation)", "bf16", true},
         {"mixed precision (AMP FP16)", "fp16"},
+        {"mixed precision", "fp16"},
         {"FP32", "fp32"},
         {"TF32", "tf32"},
         {"mixed FP16 (MLPerf NVIDIA submission; FP8 for BERT on H100 where config says)", "fp16"},

@@ -1,7 +1,7 @@
 """First-order bounds on rounding, carried beside the values (running error analysis, Higham, "Accuracy and
 Stability of Numerical Algorithms", 3.3): a computation of these steps is off `value` by at most `error` roundings,
 one rounding being u = 2^-24 in fp32 and 2^-53 in double. Steps are what any sensible kernel does: a sum of n terms
-may be taken in any order, so each of its terms is rounded up to n times; a library's exp, log, tanh, sqrt or pow
+may be taken in any order, so each of its terms is rounded up to n times; a library's exp, log, tanh, erf, sqrt or pow
 is off by up to FUNCTION roundings of its result (4 ulp)."""
 import torch
 
@@ -90,11 +90,7 @@ class Rounded:
         return self.function(torch.tanh, 1 - torch.tanh(self.value) ** 2)
 
     def erf(self):
-        """PyTorch's vectorised erf is 1 - p(t) exp(-x^2), t = 1 / (1 + 0.3275911 |x|), p of degree 5 (Abramowitz and
-        Stegun 7.1.26): near 0 it is as far off as 1 is rounded, not as its result. The formula is off by 1.5e-7, 2.5
-        roundings of 1 in fp32; t by 3, five steps of Horner with coefficients up to 1.45 by 14.5, exp by FUNCTION."""
-        slope = 2 / torch.pi**0.5 * torch.exp(-(self.value**2))
-        return Rounded(torch.erf(self.value), self.error * slope + (2.5 + 3 + 14.5 + FUNCTION))
+        return self.function(torch.erf, 2 / torch.pi**0.5 * torch.exp(-(self.value**2)))
 
     def rsqrt(self):
         return self.function(torch.rsqrt, 0.5 * self.value**-1.5)
