@@ -1349,10 +1349,11 @@ class CaseBuilder {
                             interconnect.empty() ? row_["intra_node_interconnect"] : interconnect,
                             interconnect.empty() ? row_["inter_node_interconnect"] : interconnect,
                             c_.assumed);
+    if (!c_.layer || !c_.layer->alone) return;
     // Nothing runs before and after a layer alone for long enough to slow the device down.
     const DeviceProfile& device =
         device_of(catalogue_, row_["gpu"], memory_text(), row_["intra_node_interconnect"]);
-    if (c_.layer && c_.layer->alone && device.sustained_clock < 1) {
+    if (device.sustained_clock < 1) {
       c_.cluster.edits.device.push_back({"sustained_clock.value", "1"});
       assume("the clock of short kernels: a single layer");
     }
