@@ -20,7 +20,7 @@ Plan gpt3_plan(std::int64_t dp) {
   p.pp = 8;
   p.dp = dp;
   p.global_batch = 64 * dp;
-  p.recompute = Recompute::full;
+  p.recompute = {Recompute::full};
   return p;
 }
 

@@ -168,7 +168,7 @@ std::optional<Prediction> smallest(const Graph& g, const Topology& t, std::int64
         if (ranks % (tp * pp) != 0) continue;
         Plan p = base;
         p.tp = tp, p.pp = pp, p.ep = ep, p.cp = 1, p.dp = ranks / (tp * pp);
-        p.zero = p.dp > 1 ? 3 : 0, p.recompute = Recompute::full, p.micro_batch = 1;
+        p.zero = p.dp > 1 ? 3 : 0, p.recompute = {Recompute::full}, p.micro_batch = 1;
         p.sequence_parallel = tp > 1 && g.sequence > 0;
         auto prediction = predict(g, p, communication);
         if (prediction && (!least || prediction->peak_device < least->peak_device))

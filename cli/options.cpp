@@ -40,7 +40,9 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_flag("--loader", loader,
                "batches come from ranks of their own, one for each data-parallel rank");
   app.add_option("--schedule", schedule, "naive, gpipe, 1f1b, interleaved, zb-h1 or dualpipe");
-  app.add_option("--recompute", recompute, "none, selective, full, first:N, or operator patterns");
+  app.add_option(
+      "--recompute", recompute,
+      "none, attention, selective: as the framework does, full, first:N, or operator patterns");
   app.add_option("--cuts", cuts, "blocks per pipeline chunk, like 10,11,11,10");
   app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
   app.add_option("--context-exchange", context_exchange, "all_gather, all_to_all or ring");
@@ -182,9 +184,7 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   if (f.loader) p.loader = true;
   if (!f.schedule.empty())
     p.schedule = parse_schedule(f.schedule, "--schedule"), p.schedule_given = true;
-  // "selective" is what the framework calls so.
-  if (!f.recompute.empty())
-    set_recompute(p, f.recompute == "selective" ? own.selective : f.recompute, "--recompute");
+  if (!f.recompute.empty()) p.recompute = parse_recompute(f.recompute, "--recompute");
   if (!f.precision.empty()) set_precision(p, f.precision, "--precision");
   if (!f.strategy.empty()) {
     const auto known = strategies();
@@ -280,7 +280,7 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
   if (open("precision", !f.precision.empty())) list.push_back("precision " + plan.precision_name);
   if (open("zero", f.zero.has_value()) && plan.zero == 3)
     list.push_back("ZeRO 3 of " + plan.framework);
-  if (plan.recompute_patterns.size() > 1 && f.recompute == "selective")
+  if (plan.recompute.kind == Recompute::selective && plan.selective.kind != Recompute::attention)
     list.push_back("selective recompute as " + plan.framework);
   if (open("global_batch", f.global_batch.has_value()))
     list.push_back(fmt::format("global batch {}", plan.global_batch));
@@ -456,16 +456,7 @@ Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan) {
       return matches(pattern.substr(pattern[0] == '~' ? 1 : 0), op.name);
     });
   };
-  // A framework's own selection: of what the network has of it.
-  if (flags.recompute == "selective" && !plan.recompute_patterns.empty()) {
-    std::erase_if(plan.recompute_patterns, absent);
-    if (plan.recompute_patterns.empty())
-      throw InputError("--recompute",
-                       fmt::format("{} has nothing that {} recomputes where it is selective; use "
-                                   "none, full or operator patterns",
-                                   g.name, plan.framework));
-  }
-  for (const std::string& pattern : plan.recompute_patterns) {
+  for (const std::string& pattern : plan.recompute.patterns) {
     if (absent(pattern)) {
       throw InputError("--recompute",
                        fmt::format("pattern '{}' matches no operator of {}; partita model {} "

@@ -35,12 +35,7 @@ Json plan_json(const Plan& p) {
   j["schedule"] = std::string(name(p.schedule));
   j["zero"] = p.zero;
   if (p.loader) j["loader"] = true;
-  j["recompute"] = p.recompute == Recompute::none        ? "none"
-                   : p.recompute == Recompute::selective ? "selective"
-                   : p.recompute == Recompute::full      ? "full"
-                   : p.recompute == Recompute::first
-                       ? fmt::format("first:{}", p.recompute_first)
-                       : fmt::format("{}", fmt::join(p.recompute_patterns, ","));
+  j["recompute"] = text(p.recompute);
   j["precision"] = p.precision_name;
   if (!p.placement.empty()) j["placement"] = p.placement;
   if (!p.devices.empty()) j["placement"] = p.devices;
@@ -207,9 +202,7 @@ std::string plan_line(const Plan& p) {
   if (p.sequence_parallel) s += ", sequence parallel";
   if (p.zero > 0) s += fmt::format(", ZeRO-{}", p.zero);
   if (p.loader) s += fmt::format(", {} loader{}", p.dp, p.dp == 1 ? "" : "s");
-  if (p.recompute != Recompute::none) {
-    s += fmt::format(", {} recompute", plan_json(p)["recompute"].get<std::string>());
-  }
+  if (p.recompute.kind != Recompute::none) s += fmt::format(", {} recompute", text(p.recompute));
   if (const std::string where = placement_line(p); !where.empty()) s += ", " + where;
   return s;
 }

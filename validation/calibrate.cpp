@@ -1052,7 +1052,7 @@ std::vector<SuiteCase> suite() {
   add(d, "dp 4", [](Plan& p) { p.micro_batch = 32, p.dp = 4; });
   for (const Graph* any : {&g, &l}) {
     add(*any, "2 micro-batches", [](Plan& p) { p.micro_batch = 2, p.global_batch = 4; });
-    add(*any, "full recompute", [](Plan& p) { set_recompute(p, "full", ""); });
+    add(*any, "full recompute", [](Plan& p) { p.recompute = {Recompute::full}; });
     add(*any, "tp 2", [](Plan& p) { p.tp = 2; });
     add(*any, "tp 2 sequence parallel", [](Plan& p) { p.tp = 2, p.sequence_parallel = true; });
     add(*any, "pp 2", [](Plan& p) { p.pp = 2, p.micro_batch = 1, p.global_batch = 4; });

@@ -1466,28 +1466,23 @@ class CaseBuilder {
     }
     const std::string& recompute = row_["recompute"];
     if (recompute.empty()) {
-      const bool own = f.recompute == "selective" && c_.transformer.has_value();
-      set_recompute(p, own ? of_the_network(f.selective) : f.recompute, "recompute");
+      p.recompute = parse_recompute(
+          c_.transformer || f.recompute != "selective" ? f.recompute : "none", "recompute");
       if (c_.transformer) assume("recompute {}", f.recompute);
-      if (own && f.selective != "selective") assume("selective recompute is {}", f.selective);
     } else if (c_.transformer && recomputed_blocks(recompute)) {
-      set_recompute(p, "full", "recompute");  // recompute_blocks leaves some out
+      p.recompute = {Recompute::full};  // recompute_blocks leaves some out
     } else if (const auto how = recompute_of(recompute)) {
-      // "selective (op)", "selective AC": what the framework's own selection is.
-      const std::string all = lower(recompute);
-      const bool bare =
-          *how == "selective" && !has(all, "core") && !has(all, "attn") && !has(all, "attention");
       // What goes to the host is as little there as what is computed again.
-      const bool offloads = has(row_["model"], "fine_grained_offloading") && !bare;
-      set_recompute(p,
-                    bare       ? of_the_network(f.selective)
-                    : offloads ? *how + ",*attention.core,*moe.dispatch,*moe.gate,*moe.up"
-                               : of_the_network(*how),
-                    "recompute");
-      if (bare && f.selective != "selective") assume("selective recompute is {}", f.selective);
+      const bool offloads = has(row_["model"], "fine_grained_offloading") && *how != "selective";
+      p.recompute = parse_recompute(offloads ? (*how == "attention" ? "" : *how + ",") +
+                                                   "*attention.core,*moe.dispatch,*moe.gate,*moe.up"
+                                             : of_the_network(*how),
+                                    "recompute");
     } else {
       throw InputError("recompute", fmt::format("'{}' is not understood", recompute));
     }
+    if (p.recompute.kind == Recompute::selective && p.selective.kind != Recompute::attention)
+      assume("selective recompute is {}", f.selective);
     c_.logs_first_stage = f.logs_first_stage;
     c_.logs_memory = f.logs_memory;
     c_.logs_hardware_flops = f.logs_hardware_flops;
@@ -1508,7 +1503,7 @@ class CaseBuilder {
         // Operators' patterns, or what a cell may say.
         const bool patterns = has(w.recompute, "*");
         const auto how = patterns ? std::nullopt : recompute_of(w.recompute);
-        set_recompute(p, how ? of_the_network(*how) : w.recompute, "recompute");
+        p.recompute = parse_recompute(how ? of_the_network(*how) : w.recompute, "recompute");
         assume("recompute {} (workload)", w.recompute);
       }
       if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
@@ -1639,7 +1634,8 @@ class CaseBuilder {
         ++again;
       }
     }
-    if (again < layers) set_recompute(p, patterns.empty() ? "none" : patterns, "recompute");
+    if (again < layers)
+      p.recompute = parse_recompute(patterns.empty() ? "none" : patterns, "recompute");
   }
 
   /// Of blocks that are not cut evenly.

@@ -312,8 +312,9 @@ std::optional<std::string> recompute_of(std::string_view text) {
     if (attention) add("*attention.core");
     return patterns;
   }
-  if (attention || has(plain, "selective") || has_word(plain, "sac")) return "selective";
-  return std::nullopt;
+  if (!attention && !has(plain, "selective") && !has_word(plain, "sac")) return std::nullopt;
+  return attention || has(s, "core") || has(s, "attn") || has(s, "attention") ? "attention"
+                                                                              : "selective";
 }
 
 std::optional<RecomputedBlocks> recomputed_blocks(std::string_view text) {

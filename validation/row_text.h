@@ -46,7 +46,7 @@ struct PrecisionText {
 };
 std::optional<PrecisionText> precision_of(std::string_view text);
 
-/// The plan's recompute text: "none", "full", "selective" or operator patterns.
+/// The plan's recompute text: "none", "full", "attention", "selective" or operator patterns.
 std::optional<std::string> recompute_of(std::string_view text);
 
 /// Blocks that run again as a whole, of all.

@@ -263,7 +263,7 @@ std::optional<double> measured_seconds(const Wanted& w, const RowCase& c, const 
                v = static_cast<double>(t.vocabulary);
   double flops = 0;
   // Without a formula: the model's, or what is computed, as Megatron printed it first.
-  const bool full = c.plan.recompute == Recompute::full && c.logs_hardware_flops;
+  const bool full = c.plan.recomputed().kind == Recompute::full && c.logs_hardware_flops;
   switch (w.formula.value_or(full ? FlopFormula::hardware_4x : FlopFormula::model_3x)) {
     case FlopFormula::hardware_4x:
       flops = 96 * samples * s * l * h * h * (1 + s / (6 * h) + v / (16 * l * h));
@@ -509,7 +509,7 @@ class RowsPrediction {
         if (w.figure.kind == Kind::memory &&
             w.memory.what == MemoryQuantity::What::activations_ratio) {
           RowCase base = *p.row_case;
-          base.plan.recompute = Recompute::none;
+          base.plan.recompute = {};
           base.plan.sequence_parallel = false;
           p.other = slot(base);
         }

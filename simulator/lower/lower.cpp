@@ -328,24 +328,26 @@ class Lowering {
     segment_.assign(graph_.operators.size(), -1);
     int next = 0, last_layer = std::numeric_limits<int>::min();
     bool open = false, forgot = false;
+    const RecomputeSet& set = plan_.recomputed();
     for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
       const Operator& op = graph_.operators[i];
       bool in = op.layer >= 0 && op.layer < graph_.layers, forgets = false;
-      switch (plan_.recompute) {
+      switch (set.kind) {
         case Recompute::none:
+        case Recompute::selective:
           in = false;
           break;
         case Recompute::full:
           break;
         case Recompute::first:
-          in = in && op.layer < plan_.recompute_first;
+          in = in && op.layer < set.first;
           break;
-        case Recompute::selective:
+        case Recompute::attention:
           in = in && std::holds_alternative<Attention>(op.operation);
           break;
         case Recompute::patterns:
           in = false;
-          for (const std::string& pattern : plan_.recompute_patterns) {
+          for (const std::string& pattern : set.patterns) {
             const bool result_too = pattern[0] == '~';
             if (in || !matches(pattern.substr(result_too ? 1 : 0), op.name)) continue;
             in = true;

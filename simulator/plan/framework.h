@@ -123,7 +123,7 @@ struct FrameworkProfile {
   bool flash_attention = true;
   double dropout = 0;  ///< of a network that says nothing of it
   std::string recompute = "none";
-  std::string selective = "selective";   ///< what it recomputes where told "selective" alone
+  std::string selective = "attention";   ///< what it recomputes where told "selective" alone
   bool overlap_tensor_parallel = false;  ///< of networks without experts, sequence parallel
   bool mtp = false;  ///< trains the multi-token prediction modules of a network that has them
   bool logs_first_stage = false;  ///< a "logging rank" is of the first stage, not the last

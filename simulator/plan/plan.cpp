@@ -209,6 +209,18 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("context parallel {} cuts sequences; {} has none", plan.cp, graph.name));
   }
   if (plan.sequence_parallel && plan.tp == 1) plan.sequence_parallel = false;
+  // Of its framework's selection a network may lack some, not all.
+  if (const auto& set = plan.selective.patterns;
+      plan.recompute.kind == Recompute::selective && !set.empty() &&
+      std::none_of(graph.operators.begin(), graph.operators.end(), [&](const Operator& op) {
+        return std::any_of(set.begin(), set.end(), [&](const std::string& pattern) {
+          return matches(pattern.substr(pattern[0] == '~' ? 1 : 0), op.name);
+        });
+      }))
+    return no(fmt::format(
+        "{} has nothing that {} recomputes where it is selective; use none, attention, full or "
+        "operator patterns",
+        graph.name, plan.framework));
   // Who pushes gradients as they are does not clip.
   if (!plan.clip_given && plan.optimizer.clip == 0 && plan.servers == 0 &&
       plan.strategy != "dataparallel")
@@ -695,39 +707,58 @@ void set_precision(Plan& plan, std::string_view word, const std::string& place) 
   plan.precision = p;
 }
 
-void set_recompute(Plan& plan, std::string_view word, const std::string& place) {
-  plan.recompute_patterns.clear();
+RecomputeSet parse_recompute(std::string_view word, const std::string& place) {
+  RecomputeSet set;
   if (word == "none") {
-    plan.recompute = Recompute::none;
+    set.kind = Recompute::none;
+  } else if (word == "attention") {
+    set.kind = Recompute::attention;
   } else if (word == "selective") {
-    plan.recompute = Recompute::selective;
+    set.kind = Recompute::selective;
   } else if (word == "full") {
-    plan.recompute = Recompute::full;
+    set.kind = Recompute::full;
   } else if (word.substr(0, 6) == "first:") {
-    plan.recompute = Recompute::first;
+    set.kind = Recompute::first;
     std::int64_t n = -1;
     const std::string_view digits = word.substr(6);
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), n);
     if (error != std::errc{} || end != digits.data() + digits.size()) n = -1;
     if (n < 0)
       throw InputError(place, fmt::format("'{}' needs a number of blocks, like first:4", word));
-    plan.recompute_first = n;
+    set.first = n;
   } else if (word.find('*') != std::string_view::npos || word.find('.') != std::string_view::npos) {
-    plan.recompute = Recompute::patterns;
+    set.kind = Recompute::patterns;
     std::string rest(word);
     for (std::size_t at = 0; at != std::string::npos;) {
       const auto comma = rest.find(',', at);
-      plan.recompute_patterns.push_back(
-          rest.substr(at, comma == std::string::npos ? comma : comma - at));
+      set.patterns.push_back(rest.substr(at, comma == std::string::npos ? comma : comma - at));
       at = comma == std::string::npos ? comma : comma + 1;
     }
   } else {
     throw InputError(
-        place,
-        fmt::format("'{}' is no recompute set; use none, selective, full, first:N or operator "
-                    "patterns like '*.attention.core,*.mlp.activation'",
-                    word));
+        place, fmt::format("'{}' is no recompute set; use none, attention, selective, full, "
+                           "first:N or operator patterns like '*.attention.core,*.mlp.activation'",
+                           word));
   }
+  return set;
+}
+
+std::string text(const RecomputeSet& set) {
+  switch (set.kind) {
+    case Recompute::none:
+      break;
+    case Recompute::attention:
+      return "attention";
+    case Recompute::selective:
+      return "selective";
+    case Recompute::full:
+      return "full";
+    case Recompute::first:
+      return fmt::format("first:{}", set.first);
+    case Recompute::patterns:
+      return fmt::format("{}", fmt::join(set.patterns, ","));
+  }
+  return "none";
 }
 
 void set_framework(Plan& plan, std::string_view word, const std::string& place) {
@@ -738,6 +769,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
       f.fp32_gradients ? ElementType::fp32 : plan.precision.parameters;
   plan.bucket = f.bucket;
   plan.overlap_gradients = f.overlap_gradients;
+  plan.selective = parse_recompute(f.selective, place);
   plan.launches = f.launches;
   plan.kernels = f.kernels;
   plan.send_wait = f.send_wait;
@@ -913,7 +945,7 @@ void apply(Plan& p, const YamlNode& y) {
       set_precision(p, n->as_string(), n->place());
     }
   }
-  if (const auto n = y.find("recompute")) set_recompute(p, n->as_string(), n->place());
+  if (const auto n = y.find("recompute")) p.recompute = parse_recompute(n->as_string(), n->place());
   if (const auto n = y.find("cuts")) p.cuts = n->as_ints();
   if (const auto n = y.find("freeze")) p.freeze = n->as_strings();
   if (const auto n = y.find("lora")) {
@@ -1038,23 +1070,8 @@ std::string precision_text(const Plan& p) {
 }  // namespace
 
 std::string to_yaml(const Plan& p) {
-  std::string recompute = "none";
-  switch (p.recompute) {
-    case Recompute::none:
-      break;
-    case Recompute::selective:
-      recompute = "selective";
-      break;
-    case Recompute::full:
-      recompute = "full";
-      break;
-    case Recompute::first:
-      recompute = fmt::format("first:{}", p.recompute_first);
-      break;
-    case Recompute::patterns:
-      recompute = fmt::format("'{}'", fmt::join(p.recompute_patterns, ","));
-      break;
-  }
+  std::string recompute = text(p.recompute);
+  if (p.recompute.kind == Recompute::patterns) recompute = "'" + recompute + "'";
   std::string s = fmt::format(
       "schema: partita.plan/1\nframework: {}\nstrategy: {}\ntp: {}\npp: {}\ndp: {}\ncp: {}\nep: "
       "{}\n"

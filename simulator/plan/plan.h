@@ -37,7 +37,20 @@ inline int stage_of_chunk(Schedule s, int chunk, int stages) {
 }
 std::string_view name(Schedule s);
 
-enum class Recompute : std::uint8_t { none, selective, full, first, patterns };
+/// `attention`: its cores; `selective`: what the plan's framework calls so.
+enum class Recompute : std::uint8_t { none, attention, selective, full, first, patterns };
+/// Which operators a backward computes again.
+struct RecomputeSet {
+  Recompute kind = Recompute::none;
+  std::int64_t first = 0;  ///< blocks
+  /// Of operators; behind a ~ of such whose results are not kept for those who read them either
+  /// (Megatron-Core's CheckpointWithoutOutput, JAX's policies).
+  std::vector<std::string> patterns = {};
+  friend bool operator==(const RecomputeSet&, const RecomputeSet&) = default;
+};
+/// "none", "attention", "selective", "full", "first:4" or patterns with commas.
+RecomputeSet parse_recompute(std::string_view text, const std::string& place);
+std::string text(const RecomputeSet& set);
 
 /// "Cut iteration dimension `dim` of operators matching `pattern` over `axis`." Rules apply in
 /// order; an atom that an earlier rule has used for this operator is left out, so that a later rule
@@ -86,11 +99,12 @@ struct Plan {
   bool schedule_given = false;
   int zero = 0;                 ///< 0..3
   std::int64_t zero_group = 0;  ///< ranks that share one copy of the state (HSDP); 0: all of dp·cp
-  Recompute recompute = Recompute::none;
-  std::int64_t recompute_first = 0;
-  /// Of operators; behind a ~ of such whose results are not kept for those who read them either
-  /// (Megatron-Core's CheckpointWithoutOutput, JAX's policies).
-  std::vector<std::string> recompute_patterns;
+  RecomputeSet recompute;
+  RecomputeSet selective{.kind = Recompute::attention};  ///< FrameworkProfile's, never `selective`
+  /// What "selective" stands for filled in.
+  const RecomputeSet& recomputed() const {
+    return recompute.kind == Recompute::selective ? selective : recompute;
+  }
   std::vector<std::int64_t> cuts;  ///< explicit: blocks per chunk, in order; empty: the rule
   Precision precision;
   std::string precision_name = "bf16";
@@ -234,7 +248,6 @@ std::string to_yaml(const Plan& plan);
 Schedule parse_schedule(std::string_view text, const std::string& place);
 Plan::ContextExchange parse_context_exchange(std::string_view text, const std::string& place);
 void set_precision(Plan& plan, std::string_view text, const std::string& place);
-void set_recompute(Plan& plan, std::string_view text, const std::string& place);
 /// Applies a framework's defaults (bucket size, main gradients' type, ...); InputError when
 /// unknown.
 void set_framework(Plan& plan, std::string_view text, const std::string& place);

@@ -368,8 +368,10 @@ SearchSpace full_space(const Graph& graph, const Topology& topology, std::int64_
   const FrameworkProfile framework = load_framework(base.framework, "framework");
   for (int zero = 0; zero <= framework.zero_highest; ++zero) s.zero.push_back(zero);
   s.zero_pipelined = framework.zero_pipelined;
-  s.recompute = {Recompute::none, Recompute::full};
-  if (heads) s.recompute.insert(s.recompute.begin() + 1, Recompute::selective);  // of attention
+  s.recompute = {{Recompute::none}};
+  if (heads && base.selective.kind != Recompute::full)
+    s.recompute.push_back({Recompute::selective});
+  s.recompute.push_back({Recompute::full});
   if (experts) s.etp = {0, 1};
   s.schedules = {Schedule::one_f_one_b, Schedule::interleaved};
   return s;
@@ -420,7 +422,7 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
             for (const auto zero : space.zero) {
               if (zero > 0 && dp * cp == 1 && space.zero.size() > 1) continue;
               if (zero > space.zero_pipelined && pp > 1) continue;
-              for (const auto recompute : space.recompute) {
+              for (const RecomputeSet& recompute : space.recompute) {
                 for (const auto schedule : space.schedules) {
                   // One spelling for what would be the same plan.
                   if (space.schedules.size() > 1 &&

@@ -78,7 +78,7 @@ struct SearchSpace {
   std::vector<std::int64_t> tp, pp, cp, ep, micro_batch, virtual_stages;
   std::vector<std::int64_t> dp;  ///< empty: what the other sizes leave
   std::vector<int> zero;
-  std::vector<Recompute> recompute;
+  std::vector<RecomputeSet> recompute;
   std::vector<Schedule> schedules;
   std::vector<char> sequence_parallel;  ///< empty: wherever tp > 1
   std::vector<std::int64_t> etp = {0};  ///< 0: as tp; others only where experts and tp are cut

@@ -199,6 +199,20 @@ TEST(Json, AFrameworkThatShardsDoesUnlessToldOtherwise) {
           "--recompute selective");
   EXPECT_NE(said.out.find("ZeRO 3 of torchtitan"), std::string::npos) << said.out;
   EXPECT_NE(said.out.find("selective recompute as torchtitan"), std::string::npos) << said.out;
+  // However it is said: on the command line, varied, in a plan file.
+  const std::string small = "gpt2 dgx-h100:1 --layers 2 --framework torchtitan --global-batch 8 ";
+  const auto step = [](const std::string& arguments) {
+    const Ran r = run(arguments + " --json");
+    return Json::parse(r.out).at("step_time_s").get<double>();
+  };
+  const double selective = step("simulate " + small + "--recompute selective");
+  EXPECT_NE(selective, step("simulate " + small + "--recompute attention"));
+  const std::string file = testing::TempDir() + "selective.yaml";
+  std::ofstream(file) << "schema: partita.plan/1\nframework: torchtitan\ndp: 8\nzero: 3\n"
+                         "global_batch: 8\nrecompute: selective\n";
+  EXPECT_EQ(step("simulate gpt2 dgx-h100:1 --layers 2 --plan " + file), selective);
+  const Ran varied = run("whatif " + small + "--vary plan.recompute=selective --json");
+  EXPECT_NE(varied.out.find(fmt::format("{}", selective)), std::string::npos) << varied.out;
   const Ran none =
       run("simulate resnet-50 dgx-h100:1 --framework torchtitan --recompute selective", "", 2);
   EXPECT_NE(none.err.find("resnet-50 has nothing that torchtitan recomputes where it is selective"),

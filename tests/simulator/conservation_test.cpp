@@ -155,7 +155,7 @@ TEST(Conservation, RecomputedWorkIsExactlyTheChosenForwards) {
       plan.dp = 2;
       plan.pp = pp;
       plan.global_batch = 4;
-      set_recompute(plan, c.set, "");
+      plan.recompute = parse_recompute(c.set, "");
       const double expected = serial_work(llama(), 4, c.chosen);
       EXPECT_GT(expected, serial_work(llama(), 4, nothing()));
       EXPECT_NEAR(executed_work(run(lowered(llama(), plan))), expected, 1e-12 * expected) << c.set;
@@ -172,7 +172,7 @@ TEST(Conservation, RecomputationMayEndWhereNothingMoreIsNeeded) {
   };
   Plan plan = base_plan();
   plan.recompute_stops_early = true;
-  set_recompute(plan, "full", "");
+  plan.recompute = parse_recompute("full", "");
   const double expected = serial_work(llama(), 1, ends_early);
   EXPECT_NEAR(executed_work(run(lowered(llama(), plan))), expected, 1e-12 * expected);
   // A mask or statistics that a backward needs are made again.
@@ -203,7 +203,7 @@ TEST(Conservation, ATorchtitanBlockMakesEveryOtherProductAgain) {
   c.vocabulary = 128, c.sequence = 16, c.gated = true, c.rotary_dim = 128;
   Plan plan = base_plan();
   set_framework(plan, f.name, "");
-  set_recompute(plan, f.selective, "");
+  plan.recompute = parse_recompute(f.selective, "");
   ASSERT_TRUE(plan.recompute_stops_early);
   const Program p = lowered(build_transformer(c), plan);
   std::map<std::string, double> work[2];  // blocks of a first and of later micro-batches are alike
@@ -251,7 +251,7 @@ TEST(Conservation, ReplicatedWorkIsExactlyThatOfOperatorsWhichAnAxisDoesNotCut) 
   for (int i = 0; i < 400; ++i) {
     const Graph& g = graphs[rng() % graphs.size()];
     Plan wanted = random_plan(rng);
-    set_recompute(wanted, rng() % 2 == 0 ? "none" : "full", "");
+    wanted.recompute = parse_recompute(rng() % 2 == 0 ? "none" : "full", "");
     wanted.recompute_stops_early = false;
     const auto plan = complete(g, wanted);
     if (!plan || plan->ranks() > 24) continue;
@@ -261,7 +261,7 @@ TEST(Conservation, ReplicatedWorkIsExactlyThatOfOperatorsWhichAnAxisDoesNotCut) 
     double expected = 0;
     for (std::size_t k = 0; k < g.operators.size(); ++k) {
       const Work w = work_of(g, OpId{k}, plan->global_batch);
-      const bool again = plan->recompute == Recompute::full && g.operators[k].layer >= 0 &&
+      const bool again = plan->recompute.kind == Recompute::full && g.operators[k].layer >= 0 &&
                          g.operators[k].layer < g.layers;
       expected += (w.total() + (again ? w.forward : 0)) * copies(*p, k);
     }

@@ -96,7 +96,7 @@ TEST(Execution, RingAttention) {
   p.tp = 2;
   p.sequence_parallel = true;
   expect_good(llama(), p);
-  set_recompute(p, "full", "");
+  p.recompute = parse_recompute("full", "");
   p.dp = 2;
   p.zero = 3;
   expect_good(llama(), p);
@@ -189,7 +189,7 @@ TEST(Execution, OtherArchitectures) {
     p.sequence_parallel = false;
     p.cp = 2;
     p.zero = 3;
-    set_recompute(p, "full", "");
+    p.recompute = parse_recompute("full", "");
     expect_good(g, p);
   }
 }
@@ -251,7 +251,7 @@ TEST(Execution, BatchesFromALoadersRole) {
   p.sequence_parallel = true;
   expect_good(llama(), p);
   p.zero = 3;
-  set_recompute(p, "full", "");
+  p.recompute = parse_recompute("full", "");
   expect_good(gpt(), p);
   Plan q = base_plan();
   q.loader = true;
@@ -289,7 +289,7 @@ TEST(Execution, FurtherTokensAndSinks) {
     p.cp = 2;
     p.sequence_parallel = true;
     expect_good(g, p);
-    set_recompute(p, "full", "");
+    p.recompute = parse_recompute("full", "");
     p.cp = 1;
     p.pp = 2;
     p.global_batch = 4;
@@ -313,7 +313,7 @@ TEST(Execution, HybridsOfMambaAttentionAndExperts) {
   expect_good(hybrid(), p);
   p.context = Plan::ContextExchange::ring;
   p.zero = 3;
-  set_recompute(p, "full", "");
+  p.recompute = parse_recompute("full", "");
   expect_good(hybrid(), p);
   p = base_plan();
   p.pp = 2;
@@ -523,9 +523,9 @@ TEST(Execution, OffloadedStateAndActivations) {
     p.tp = 2;
     p.sequence_parallel = true;
     p.optimizer.kind = OptimizerKind::sgd;
-    set_recompute(p, "selective", "");
+    p.recompute = parse_recompute("selective", "");
     expect_good(gpt(), p);
-    set_recompute(p, "none", "");
+    p.recompute = parse_recompute("none", "");
     p.pp = 2;
     for (const Schedule s :
          {Schedule::gpipe, Schedule::one_f_one_b, Schedule::zero_bubble_h1, Schedule::dualpipe}) {
@@ -610,9 +610,9 @@ TEST(Execution, OverlappedTensorParallel) {
     }
     p.pp = 1;
     p.zero = 3;
-    set_recompute(p, "full", "");
+    p.recompute = parse_recompute("full", "");
     expect_good(gpt(), p);
-    set_recompute(p, "none", "");
+    p.recompute = parse_recompute("none", "");
     p.zero = 0;
     p.cp = 2;  // the sequence is cut by cp too: gathers stay whole
     if (tp == 2) expect_good(llama(), p);
@@ -783,7 +783,7 @@ TEST(Execution, Recomputation) {
                           "~*.attention.residual,~*.mlp.up,~*.mlp.activation"}) {
     SCOPED_TRACE(set);
     Plan p = base_plan();
-    set_recompute(p, set, "");
+    p.recompute = parse_recompute(set, "");
     expect_good(gpt(), p);
     p.recompute_stops_early = true;  // but not before what is forgotten
     expect_good(llama(), p);
@@ -889,7 +889,7 @@ TEST(Execution, Dropout) {
   p.pp = 2;
   p.global_batch = 4;
   p.sequence_parallel = true;
-  set_recompute(p, "full", "");
+  p.recompute = parse_recompute("full", "");
   expect_good(g, p);
 }
 

@@ -36,8 +36,8 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_GT(f.vocabulary, 0) << name;
     Plan p;
     set_precision(p, f.precision, name);
-    set_recompute(p, f.recompute, name);
-    set_recompute(p, f.selective, name);
+    p.recompute = parse_recompute(f.recompute, name);
+    p.recompute = parse_recompute(f.selective, name);
     set_framework(p, name, "");
     EXPECT_EQ(p.framework, name);
     EXPECT_EQ(p.pad_vocabulary, f.pad_vocabulary);
@@ -54,6 +54,8 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
       EXPECT_FALSE(p.scatter_messages);
       EXPECT_FALSE(p.sums_in_turn);
     }
+    EXPECT_EQ(p.selective, parse_recompute(f.selective, name));
+    EXPECT_NE(p.selective.kind, Recompute::selective) << name;
     EXPECT_EQ(p.fp8_format, f.fp8_format);
     // Who calls Transformer Engine, and who saves what it made in 8 bits, has its default.
     if (f.narrow_gathers) {

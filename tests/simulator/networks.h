@@ -232,7 +232,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.sharded_storage = pick({0, 0, 1}) == 1;
   p.message_queue = pick({0, 0, 0, 0, 1}) == 1 && p.pp > 1;
   const std::vector<const char*> sets{"none", "none", "full", "selective", "first:1", "*.mlp.*"};
-  set_recompute(p, sets[rng() % sets.size()], "");
+  p.recompute = parse_recompute(sets[rng() % sets.size()], "");
   p.recompute_stops_early = pick({0, 1}) == 1;
   p.joins_projections = pick({0, 1}) == 1;
   p.sums_copies_last = p.joins_projections && p.recompute_stops_early;

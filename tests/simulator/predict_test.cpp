@@ -191,7 +191,7 @@ TEST(Predict, FullRecomputationAddsTheBlocksForward) {
   p.tp = 2;
   p.dp = 4;
   p.global_batch = 8;
-  set_recompute(p, "full", "");
+  p.recompute = parse_recompute("full", "");
   const Prediction r = predicted(g, p);
   const double ratio = 1 + forward_products(g, true) / (3 * forward_products(g, false));
   EXPECT_NEAR(r.hfu / r.mfu, ratio, 1e-12);
@@ -213,7 +213,7 @@ Seconds best_by_hand(const Graph& g, const Topology& t, const Plan& base) {
               for (std::int64_t v = 1; v <= (schedule == Schedule::interleaved ? 4 : 1); ++v) {
                 Plan p = base;
                 p.tp = tp, p.pp = pp, p.dp = ranks / (tp * pp), p.micro_batch = mb;
-                p.zero = zero, p.recompute = recompute, p.virtual_stages = v;
+                p.zero = zero, p.recompute.kind = recompute, p.virtual_stages = v;
                 p.schedule = schedule, p.schedule_given = true;
                 p.sequence_parallel = tp > 1;
                 const auto r = predict(g, p, communication);
@@ -365,7 +365,7 @@ TEST(Search, TriesWhatTheFrameworkHasAndChunksThatAreNearlyEven) {
   set_framework(base, "pytorch-ddp", "");
   EXPECT_EQ(full_space(g, t, 32, base).zero, (std::vector<int>{0, 1}));
   const SearchSpace images = full_space(load_model("resnet-50"), t, 32, base);
-  EXPECT_EQ(images.recompute, (std::vector<Recompute>{Recompute::none, Recompute::full}));
+  EXPECT_EQ(images.recompute, (std::vector<RecomputeSet>{{Recompute::none}, {Recompute::full}}));
 }
 
 // docs/topologies.md, "What an axis crosses".
@@ -649,7 +649,7 @@ TEST(Predict, ForgottenResultsAreNotKept) {
   const auto kept = [](const char* recompute) {
     Plan p = under("partita");
     set_precision(p, "bf16", "");
-    set_recompute(p, recompute, "");
+    p.recompute = parse_recompute(recompute, "");
     return saved(small_config(), p);
   };
   EXPECT_EQ(kept("*.mlp.activation") - kept("~*.mlp.activation"), 4 * 8 * 16 * 2);
@@ -855,7 +855,7 @@ TEST(Predict, LayersBackwardPassesReadWhatKorthikantiCounts) {
     p.tp = 8;
     p.micro_batch = 4;
     p.sequence_parallel = sequence_parallel;
-    set_recompute(p, recompute, "");
+    p.recompute = parse_recompute(recompute, "");
     const Prediction r = predicted(load_model("megatron-22b", options), p);
     EXPECT_GT(r.memory_by_stage[0].saved, r.memory_by_stage[0].saved_by_layers) << recompute;
     return static_cast<double>(r.memory_by_stage[0].saved_by_layers.count) /

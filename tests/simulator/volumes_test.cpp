@@ -100,7 +100,7 @@ TEST(Volumes, TensorParallelIsFourAllReducesPerLayerAndMicroBatch) {
           plan.tp = n;
           plan.micro_batch = b;
           plan.global_batch = b * m;
-          if (full) set_recompute(plan, "full", "");
+          if (full) plan.recompute = parse_recompute("full", "");
           const Program p = lowered(gpt_of(layers), plan);
           const Traffic t = traffic(p, 1, of_tensors(p, CollectiveKind::all_reduce));
           // Forward: outputs of attention and MLP. Backward: inputs of both. Full recompute does
@@ -118,7 +118,7 @@ TEST(Volumes, SelectiveRecomputeSendsNothingAgain) {
   Plan plan = base_plan();
   plan.tp = 2;
   const Program none = lowered(gpt(), plan);
-  set_recompute(plan, "selective", "");
+  plan.recompute = parse_recompute("selective", "");
   const Program selective = lowered(gpt(), plan);
   EXPECT_EQ(traffic(selective, 0, any).wire, traffic(none, 0, any).wire);
 }

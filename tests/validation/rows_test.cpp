@@ -461,15 +461,16 @@ TEST(RowCase, TorchtitansSelectionShardingAndMemory) {
       {"framework", "torchtitan"}, {"pp", "1"}, {"dp", "8"}, {"zero_or_fsdp", "FSDP2"}};
   for (const char* own : {"selective", "selective (op)", "selective AC"}) {
     const RowCase c = case_with(with(row, {{"recompute", own}}));
-    EXPECT_EQ(c.plan.recompute, Recompute::patterns) << own;
-    EXPECT_THAT(c.plan.recompute_patterns, Contains("~*.mlp.up")) << own;
+    EXPECT_EQ(c.plan.recompute.kind, Recompute::selective) << own;
+    EXPECT_THAT(c.plan.recomputed().patterns, Contains("~*.mlp.up")) << own;
     EXPECT_EQ(c.logs_memory, "reserved");
   }
   for (const char* core : {"selective (attention core)", "selective: core_attn"})
-    EXPECT_EQ(case_with(with(row, {{"recompute", core}})).plan.recompute, Recompute::selective);
+    EXPECT_EQ(case_with(with(row, {{"recompute", core}})).plan.recomputed().kind,
+              Recompute::attention);
   EXPECT_EQ(case_with(with(row, {{"zero_or_fsdp", "DDP"}})).plan.zero, 0);
   const RowCase half = case_with(with(row, {{"recompute", "selective (every other layer)"}}));
-  EXPECT_EQ(half.plan.recompute_patterns, (std::vector<std::string>{"layers.1.*", "layers.3.*"}));
+  EXPECT_EQ(half.plan.recompute.patterns, (std::vector<std::string>{"layers.1.*", "layers.3.*"}));
   EXPECT_EQ(half.plan.zero, 3);
   // A pipeline keeps its parameters gathered and its gradients whole.
   const RowCase staged = case_with(with(row, {{"pp", "2"}, {"dp", "4"}}));
@@ -650,7 +651,7 @@ TEST(RowCase, WorkloadsSetWhatIsMadeAgainOffloadedAndPacked) {
                {"global_batch_seqs", "256"},
                {"sequence_parallel", ""},
                {"recompute", ""}};
-  const auto again = [&] { return case_with(row).plan.recompute_patterns; };
+  const auto again = [&] { return case_with(row).plan.recompute.patterns; };
   EXPECT_THAT(again(), Contains("~*.mlp.gate"));
   EXPECT_THAT(again(), Not(Contains("~*.attention.query")));
   row["recompute"] = "none";
@@ -1017,10 +1018,12 @@ TEST(RowCase, SettingsInWordsAreThePlans) {
                           {{"cp", ""}, {"dp", ""}, {"seq_len_tokens", "4096"}})
                 .plan.cp,
             2);
-  EXPECT_EQ(with_settings("full recompute", {{"recompute", ""}}).plan.recompute, Recompute::full);
-  EXPECT_EQ(with_settings("full recompute", {{"recompute", "none"}}).plan.recompute,
+  EXPECT_EQ(with_settings("full recompute", {{"recompute", ""}}).plan.recompute.kind,
+            Recompute::full);
+  EXPECT_EQ(with_settings("full recompute", {{"recompute", "none"}}).plan.recompute.kind,
             Recompute::none);
-  EXPECT_EQ(with_settings("no recompute", {{"recompute", ""}}).plan.recompute, Recompute::none);
+  EXPECT_EQ(with_settings("no recompute", {{"recompute", ""}}).plan.recompute.kind,
+            Recompute::none);
   EXPECT_THAT(with_settings("recompute of something").assumed,
               Contains("not read: recompute of something"));
   EXPECT_THAT(with_settings("torch.compile; DP overlap").assumed,
@@ -1075,7 +1078,7 @@ TEST(RowCase, BracketedModulesAreWhatIsRecomputed) {
   const auto patterns = [](const char* name, const char* recompute) {
     return test_case(name, "--bf16",
                      {{"recompute", recompute}, {"num_experts", name[0] == 'm' ? "4" : ""}})
-        .plan.recompute_patterns;
+        .plan.recompute.patterns;
   };
   EXPECT_EQ(patterns("moe", "selective   [layernorm moe_act]"),
             (std::vector<std::string>{"~*mlp_norm", "~*moe.activation"}));
@@ -1093,8 +1096,8 @@ TEST(RowCase, SomeBlocksOfEachChunkAreRecomputed) {
   const auto again = [](const std::string& recompute, const Cells& more = {}) {
     const RowCase c = case_with(with(
         {{"num_layers", "8"}, {"virtual_stages_per_gpu", "2"}, {"recompute", recompute}}, more));
-    return c.plan.recompute == Recompute::full ? std::vector<std::string>{"full"}
-                                               : c.plan.recompute_patterns;
+    return c.plan.recompute.kind == Recompute::full ? std::vector<std::string>{"full"}
+                                                    : c.plan.recompute.patterns;
   };
   using Blocks = std::vector<std::string>;
   const Blocks first{"layers.0.*", "layers.2.*", "layers.4.*", "layers.6.*"};
@@ -1117,9 +1120,9 @@ TEST(RowCase, ModulesThatTheNetworkHasNotAreNotRecomputed) {
   const auto plan = [](const char* recompute) {
     return case_with({{"recompute", recompute}}).plan;
   };
-  EXPECT_EQ(plan("selective: mlp, shared_experts").recompute_patterns,
+  EXPECT_EQ(plan("selective: mlp, shared_experts").recompute.patterns,
             (std::vector<std::string>{"*.mlp.*"}));
-  EXPECT_EQ(plan("recompute_modules=[\"moe_act\"]").recompute, Recompute::none);
+  EXPECT_EQ(plan("recompute_modules=[\"moe_act\"]").recompute.kind, Recompute::none);
 }
 
 TEST(RowCase, GroupedProductsHaveWorkspacesWhereFlagOrNameSaysSo) {
@@ -1443,7 +1446,8 @@ TEST(Rows, AMemoryRowOfATrainingRowsConfigurationTakesItsSizesAndSettings) {
 TEST(RowCase, SelectiveIsTheFrameworksOwnHoweverItIsSaid) {
   const auto patterns = [](const char* text) {
     return case_with({{"framework", "torchtitan"}, {"zero_or_fsdp", "FSDP2"}, {"recompute", text}})
-        .plan.recompute_patterns;
+        .plan.recomputed()
+        .patterns;
   };
   EXPECT_THAT(patterns("selective"), Contains("~*.mlp.up"));
   EXPECT_EQ(patterns(""), patterns("selective"));
@@ -2450,7 +2454,7 @@ TEST(RowCase, FlagsFillWhatColumnsLeaveEmpty) {
   EXPECT_EQ(c.plan.tp, 4);
   EXPECT_TRUE(c.plan.sequence_parallel);
   EXPECT_EQ(c.plan.zero, 1);
-  EXPECT_EQ(c.plan.recompute, Recompute::full);
+  EXPECT_EQ(c.plan.recompute.kind, Recompute::full);
   EXPECT_EQ(c.plan.precision.compute, ElementType::fp8);
   EXPECT_EQ(std::count(c.assumed.begin(), c.assumed.end(), "not read: --no-such-flag"), 1);
   // A column goes first.
