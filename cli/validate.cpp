@@ -690,15 +690,20 @@ void calibrate_from(const Options& o) {
     }
     if (!file.ends_with(".csv"))
       throw InputError(file, "is neither the text that nccl-tests prints nor a .csv of products");
-    for (auto& t : validation::parse_products(validation::parse_csv(text, file))) {
+    auto tables = validation::parse_products(validation::parse_csv(text, file));
+    const double clock = o.clock == "brief"       ? 1
+                         : o.clock == "sustained" ? device.sustained_clock
+                                                  : validation::clock_of(tables, device);
+    for (ProductTable& t : tables) {
       points += t.points.size();
-      t.sustained = o.clock.empty() ? validation::ran_sustained(t, device) : o.clock == "sustained";
+      t.clock = clock;
       fmt::print("{}: {} products of {}", file, t.points.size(), name(t.type));
       if (device.sustained_clock < 1)
-        fmt::print(", taken as at the clock of {}{}", t.sustained ? "long work" : "short kernels",
-                   o.clock.empty() ? fmt::format(" (--clock {} says otherwise)",
-                                                 t.sustained ? "brief" : "sustained")
-                                   : "");
+        fmt::print(", taken as at {:.2f} of the clock of short kernels{}", clock,
+                   !o.clock.empty()
+                       ? ""
+                       : fmt::format(" (long work keeps {:.2f}; --clock brief or sustained)",
+                                     device.sustained_clock));
       fmt::print("\n");
       products.push_back(std::move(t));
     }

@@ -175,10 +175,12 @@ ProductTable products_of(const YamlNode& y) {
   t.accumulate = flag(y, "accumulate");
   t.grouped = flag(y, "grouped");
   t.mixed_clocks = flag(y, "mixed_clocks");
-  t.sustained = flag(y, "sustained");
-  if (t.sustained && t.mixed_clocks)
-    throw InputError(y.get("sustained").place(),
-                     "all points ran at the sustained clock, or some (mixed_clocks); take out one");
+  if (const auto node = y.find("clock")) {
+    t.clock = fraction(*node);
+    if (t.mixed_clocks)
+      throw InputError(node->place(),
+                       "all points ran at one clock, or at several (mixed_clocks); take out one");
+  }
   t.spread = spread_of(y);
   t.source = y.get("source").as_string();
   if (const auto node = y.find("layout")) {

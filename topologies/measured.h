@@ -38,7 +38,7 @@ struct ProductTable {
   bool accumulate = false;    ///< adds to what is there
   bool grouped = false;       ///< `count` groups, launched one by one
   bool mixed_clocks = false;  ///< some points ran at the sustained clock, others were too short
-  bool sustained = false;     ///< all ran at the sustained clock
+  double clock = 1;           ///< all ran at this share of the clock of short kernels
   double spread = 0;          ///< equal work measured again differs by so much, relative
   std::string source;
   struct Point {

@@ -310,27 +310,30 @@ void insert_under(std::string& text, const std::string& key, const std::string& 
 
 }  // namespace
 
-bool ran_sustained(const ProductTable& table, const DeviceProfile& device) {
-  if (!(device.sustained_clock < 1)) return false;
+double clock_of(const std::vector<ProductTable>& tables, const DeviceProfile& device) {
+  if (!(device.sustained_clock < 1)) return 1;
   ShapePrices brief(device, Clock::brief), sustained(device, Clock::sustained);
   std::vector<double> off;  // 0 at the brief price, 1 at the other
   bool any = false;
-  for (const auto& x : table.points) {
-    if (x.time.count < 50e-6) continue;
-    any = true;
-    Product p{x.m,           x.n,       x.k,          x.count,
-              table.type,    table.out, table.layout, table.accumulate,
-              table.grouped, {},        false};
-    p.bytes = p.operand_bytes();
-    const double fast = std::log((device.kernel_latency + brief.of(p).work).count),
-                 slow = std::log((device.kernel_latency + sustained.of(p).work).count);
-    if (slow - fast > 0.05) off.push_back((std::log(x.time.count) - fast) / (slow - fast));
+  for (const ProductTable& table : tables) {
+    for (const auto& x : table.points) {
+      if (x.time.count < 50e-6) continue;
+      any = true;
+      Product p{x.m,           x.n,       x.k,          x.count,
+                table.type,    table.out, table.layout, table.accumulate,
+                table.grouped, {},        false};
+      p.bytes = p.operand_bytes();
+      const double fast = std::log((device.kernel_latency + brief.of(p).work).count),
+                   slow = std::log((device.kernel_latency + sustained.of(p).work).count);
+      if (slow - fast > 0.05) off.push_back((std::log(x.time.count) - fast) / (slow - fast));
+    }
   }
   // Where its own points were down at that clock, prices for the other are the same.
-  if (off.empty()) return any;
+  if (off.empty()) return any ? device.sustained_clock : 1;
   const auto middle = off.begin() + static_cast<std::ptrdiff_t>(off.size() / 2);
   std::nth_element(off.begin(), middle, off.end());
-  return *middle > 0.5;
+  // Not the nearer of the two: a product a little slower would make the device much faster.
+  return std::pow(device.sustained_clock, std::clamp(*middle, 0.0, 1.0));
 }
 
 std::string with_products(std::string text, const std::string& file,
@@ -360,7 +363,7 @@ std::string with_products(std::string text, const std::string& file,
         "      m n k count time[us]\n",
         name(t.type), name(t.out),
         (t.layout == ProductLayout::any ? "" : fmt::format("    layout: {}\n", name(t.layout))) +
-            (t.sustained ? "    sustained: true\n" : ""),
+            (t.clock < 1 ? fmt::format("    clock: {:.4g}\n", t.clock) : ""),
         quoted(t.source));
     for (const auto& p : t.points)
       points += fmt::format("      {:.17g} {:.17g} {:.17g} {:.17g} {:.6g}\n", p.m, p.n, p.k,

@@ -48,10 +48,10 @@ void check_times(const NcclTestsLog& log, const Topology& topology);
 /// InputError with file and line for a cell that is no positive number or no such word.
 std::vector<ProductTable> parse_products(const CsvTable& table);
 
-/// Did these run one after the other for so long that the device was down at its sustained clock?
-/// Whichever of the device's prices at the two clocks the products of 50 us and more are nearer to,
-/// in the median.
-bool ran_sustained(const ProductTable& table, const DeviceProfile& device);
+/// At which share of the clock of short kernels did these run, one run of one program? Between 1
+/// and the device's sustained clock: what its prices at the two say of the products of 50 us and
+/// more, in the median.
+double clock_of(const std::vector<ProductTable>& tables, const DeviceProfile& device);
 
 /// A device file with these points before its own, or those of the one it is like. InputError:
 /// {source} for a point that is faster than the device's peak, and

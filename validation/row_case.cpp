@@ -22,7 +22,8 @@ namespace {
 struct SchemaColumns {
   RowSchema schema;
   std::string_view name;
-  std::vector<std::string_view> mark;  ///< columns that only this schema has
+  std::vector<std::string_view> mark;  ///< columns that it has
+  std::vector<std::string_view> any;   ///< and at least one of these
   std::vector<std::string_view> configuration;
   std::vector<std::string_view> others;  ///< measured values and what is said of the row
 };
@@ -31,7 +32,9 @@ const std::vector<SchemaColumns>& schemas() {
   static const std::vector<SchemaColumns> all{
       {RowSchema::training,
        "llm_training",
-       {"seq_len_tokens", "iteration_time_s", "tokens_per_s_per_gpu", "status"},
+       {"seq_len_tokens"},
+       {"iteration_time_s", "tokens_per_s_per_gpu", "samples_per_s_total", "tflops_per_gpu",
+        "mfu_pct", "status"},
        {"model",
         "params_billion",
         "num_layers",
@@ -71,7 +74,8 @@ const std::vector<SchemaColumns>& schemas() {
         "status"}},
       {RowSchema::memory,
        "memory",
-       {"quantity", "value", "unit", "seq_len_tokens"},
+       {"quantity", "value", "unit"},
+       {},
        {"model",
         "num_layers",
         "hidden_size",
@@ -95,21 +99,24 @@ const std::vector<SchemaColumns>& schemas() {
        {"value", "unit"}},
       {RowSchema::convolution,
        "cnn_training",
-       {"images_or_samples_per_s_total", "batch_per_gpu", "parallelism"},
+       {"batch_per_gpu"},
+       {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu", "step_time_s"},
        {"model", "framework", "gpu", "gpu_memory_gb", "num_gpus", "gpus_per_node", "interconnect",
         "precision", "batch_per_gpu", "accumulation_steps", "global_batch", "parallelism"},
        {"images_or_samples_per_s_total", "images_or_samples_per_s_per_gpu",
         "scaling_factor_vs_1gpu", "step_time_s"}},
       {RowSchema::collectives,
        "collectives",
-       {"collective", "size_bytes", "time_us"},
+       {"collective", "size_bytes"},
+       {"time_us", "algbw_gb_per_s", "busbw_gb_per_s"},
        {"collective", "gpu", "num_gpus", "num_nodes", "gpus_per_node", "intra_node_interconnect",
         "inter_node_interconnect", "library", "size_bytes", "count_elements", "dtype", "redop"},
        {"time_us", "algbw_gb_per_s", "busbw_gb_per_s", "inplace_time_us",
         "inplace_busbw_gb_per_s"}},
       {RowSchema::products,
        "gemm",
-       {"kernel", "m", "n", "k", "tflops"},
+       {"kernel", "m", "n", "k"},
+       {"tflops", "time_s", "efficiency_fraction"},
        {"kernel", "gpu", "precision", "m", "n", "k", "batch_or_groups", "layout", "extra"},
        {"peak_tflops_used", "efficiency_fraction", "tflops", "time_s"}}};
   return all;
@@ -161,7 +168,10 @@ RowSchema recognise(const CsvTable& table) {
   for (const auto& s : schemas()) {
     const bool fits = std::all_of(s.mark.begin(), s.mark.end(),
                                   [&](std::string_view c) { return there.count(c) > 0; });
-    if (!fits) continue;
+    const bool measured =
+        s.any.empty() || std::any_of(s.any.begin(), s.any.end(),
+                                     [&](std::string_view c) { return there.count(c) > 0; });
+    if (!fits || !measured) continue;
     for (const std::string_view needed : {"id", "gpu"}) {
       if (there.count(needed) == 0)
         throw InputError(table.file, fmt::format("looks like {} but has no column '{}'; add it",
@@ -171,7 +181,8 @@ RowSchema recognise(const CsvTable& table) {
   }
   std::vector<std::string> known;
   for (const auto& s : schemas())
-    known.push_back(fmt::format("{} ({})", s.name, fmt::join(s.mark, ", ")));
+    known.push_back(fmt::format("{} ({}{}{})", s.name, fmt::join(s.mark, ", "),
+                                s.any.empty() ? "" : ", and one of ", fmt::join(s.any, ", ")));
   throw InputError(
       fmt::format("{}:1", table.file),
       fmt::format("the columns are those of no known table; there are {}", fmt::join(known, "; ")));
@@ -553,7 +564,7 @@ bool of_device(const FrameworkProfile& f, const std::string& device) {
 
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
                                      const std::string& model, const std::string& precision,
-                                     const std::string& device, bool sharded) {
+                                     const std::string& device, bool later) {
   const std::string word = lower(text);
   const auto any = [](const std::vector<std::string>& patterns, const std::string& what) {
     return std::any_of(patterns.begin(), patterns.end(),
@@ -565,7 +576,7 @@ const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::stri
     const bool own = any(f.networks, model);
     if (!own && !f.networks.empty()) continue;
     if (!f.precisions.empty() && !any(f.precisions, precision)) continue;
-    if (!of_device(f, device) || (sharded && f.unsharded)) continue;
+    if (!of_device(f, device) || (later && f.early)) continue;
     auto all = f.aliases;
     all.push_back(f.name);
     for (const std::string& alias : all) {
@@ -697,6 +708,10 @@ class CaseBuilder {
       row_.fill(column, cell);
     if (has(lower(row_["recompute"]), "sequence parallel")) row_.fill("sequence_parallel", "yes");
     find_framework();
+    // "DeepSpeed ZeRO-3".
+    if (row_["zero_or_fsdp"].empty() && has(lower(row_["framework"]), "zero") &&
+        row_.fill("zero_or_fsdp", row_["framework"]))
+      assume("sharding of the framework's name");
     read_recipes();
     find_network();
     find_ranks();
@@ -712,6 +727,19 @@ class CaseBuilder {
     c_.assumed.push_back(fmt::format(form, std::forward<Args>(args)...));
   }
 
+  /// Has the network what those of 2022 had not?
+  bool later_network() const {
+    const auto size = [&](const char* column) { return number(row_[column]).value_or(0); };
+    const KnownModel* known = model_of(catalogue_, row_["model"]);
+    if (size("num_experts") > 1 ||
+        (size("num_kv_heads") > 0 && size("num_kv_heads") < size("num_heads")))
+      return true;
+    if (known == nullptr || !known->transformer) return false;
+    const TransformerConfig& t = *known->transformer;
+    return t.gated || t.norm == TransformerConfig::Norm::rms || t.moe.experts > 0 ||
+           (t.kv_heads > 0 && t.kv_heads < t.heads);
+  }
+
   void find_framework() {
     const std::string& text = row_["framework"];
     std::string device;
@@ -721,7 +749,7 @@ class CaseBuilder {
     }
     const auto sharding = sharding_of(row_["zero_or_fsdp"]);
     framework_ = framework_of(catalogue_, text, row_["model"], row_["precision"], device,
-                              sharding && sharding->zero.value_or(0) > 0);
+                              (sharding && sharding->zero.value_or(0) > 0) || later_network());
     // A quantity may have the name that one framework logs it under, a precision a recipe's.
     if (text.empty() && schema_ == RowSchema::memory) {
       framework_ = framework_of(catalogue_, row_["quantity"], row_["model"], "");
@@ -944,11 +972,12 @@ class CaseBuilder {
         (kernel.empty() &&
          (flags_.local || (!flags_.any && deterministic() && row_.whole("cp").value_or(1) == 1)))) {
       t.flash_attention = false;
+      if (kernel.empty()) assume("materialised attention");
     } else if (says({"flash", "fused", "sdpa", "triton", "fa1", "fa2", "fa3", "fa4", "fa-", "fa v",
                      "fa_", "cudnn", "xformers", "mem", "flex", "splash", "transformer engine"}) ||
                kernel == "fa" || kernel == "te") {
-      // Kernels that keep no scores: one cost, whoever wrote them.
       t.flash_attention = true;
+      flash_version_ = flash_version_of(lower(row_["attention_kernel"]));
     } else if (!kernel.empty() && kernel != "auto") {
       throw InputError("attention_kernel",
                        fmt::format("'{}' is not understood; say flash or unfused", kernel));
@@ -1446,6 +1475,7 @@ class CaseBuilder {
       type->name = settings_.precision;
     set_precision(p, type->name, "precision");
     set_framework(p, f.name, "framework");
+    if (flash_version_) p.kernels.flash = *flash_version_;
     if (type->fp32_beside) {
       p.precision.parameters = p.precision.activations = ElementType::fp32;
       p.precision.master_copy = false;
@@ -1592,11 +1622,19 @@ class CaseBuilder {
                                                           : "";
       if (p.launches.graphs) p.launches.waits_for_counts = false;
     }
+    // Megatron-Core's "(tokendrop)" in the name of a network is moe_pad_expert_input_to_capacity.
+    const std::string model = lower(row_["model"]);
+    if (p.launches.waits_for_counts && c_.transformer && c_.transformer->moe.experts > 0 &&
+        s.padded_capacity.value_or(has(model, "tokendrop") || has(model, "token drop"))) {
+      p.launches.waits_for_counts = false;
+      assume("rows of experts padded to capacities: no wait for counts");
+    }
     set(s.offload_activations, p.offload_activations);
     if (s.offload_blocks > 0 && p.offload_activations) p.offload_blocks = s.offload_blocks;
     set(s.offload_optimizer, p.offload_optimizer);
-    if (s.narrow_gradients)
-      p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+    if (s.fp32_gradients)
+      p.precision.gradients = p.precision.gradient_communication =
+          *s.fp32_gradients ? ElementType::fp32 : p.precision.parameters;
     if (!s.context.empty())
       p.context = parse_context_exchange(s.context, "overlap_and_other_settings");
     if (!s.schedule.empty()) {
@@ -1789,6 +1827,7 @@ class CaseBuilder {
   Settings settings_;
   const FrameworkProfile* framework_ = nullptr;
   std::string unknown_recipe_;  ///< that the row names
+  std::optional<int> flash_version_;  ///< FrameworkKernels::flash, where the row says it
   RowCase c_;
 };
 

@@ -148,10 +148,10 @@ const DeviceProfile& device_of(const Catalogue& catalogue, const std::string& gp
                                const std::string& memory, const std::string& intra);
 
 /// The profile with the longest matching alias; null: none. `device`: the name of one, or empty;
-/// `sharded`: the row prints a sharding of the state.
+/// `later`: the row prints what FrameworkProfile::early ones have not.
 const FrameworkProfile* framework_of(const Catalogue& catalogue, const std::string& text,
                                      const std::string& model, const std::string& precision,
-                                     const std::string& device = "", bool sharded = false);
+                                     const std::string& device = "", bool later = false);
 
 /// The catalogue entry that a text names; null: none. `text` may lead with folders and end with
 /// remarks: the longest name or alias that it begins with. `besides`: what the text's network has

@@ -90,7 +90,7 @@ constexpr std::array<std::string_view, 16> kArchitecture{"swiglu",
                                                          "moe-grouped-gemm",
                                                          "cross-entropy-loss-fusion"};
 /// Switches: none of them takes a value.
-constexpr std::array<std::string_view, 13> kNoValue{"swiglu",
+constexpr std::array<std::string_view, 14> kNoValue{"swiglu",
                                                     "untie-embeddings-and-output-weights",
                                                     "disable-bias-linear",
                                                     "multi-latent-attention",
@@ -102,7 +102,8 @@ constexpr std::array<std::string_view, 13> kNoValue{"swiglu",
                                                     "overlap-param-gather",
                                                     "tp-comm-overlap",
                                                     "use-mcore-models",
-                                                    "overlap-moe-expert-parallel-comm"};
+                                                    "overlap-moe-expert-parallel-comm",
+                                                    "moe-pad-expert-input-to-capacity"};
 /// Beginnings of names of flags that change neither time nor memory.
 constexpr std::array<std::string_view, 42> kNoCost{"log-",
                                                    "save",

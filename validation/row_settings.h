@@ -18,7 +18,9 @@ struct Settings {
   std::optional<bool> overlap_messages;         ///< between stages
   bool nothing_overlaps = false;  ///< nor does any kernel run beside a transfer over tp
   std::optional<bool> rows_once;  ///< DeepEP's or HybridEP's dispatcher, or another
-  std::optional<bool> graphs;     ///< CUDA graphs
+  /// Rows of experts fill equal capacities, what does not fit is dropped; or none is.
+  std::optional<bool> padded_capacity;
+  std::optional<bool> graphs;  ///< CUDA graphs
   /// Of what they are: "" all, "attention", "mlp", or "beside experts" (all but their rows).
   std::string graphs_of;
   std::optional<bool> fused_loss;
@@ -26,7 +28,7 @@ struct Settings {
   std::optional<bool> lora;
   std::optional<bool> offload_activations, offload_optimizer;
   std::int64_t offload_blocks = 0;  ///< > 0: activations of so many
-  bool narrow_gradients = false;    ///< in the parameters' type
+  std::optional<bool> fp32_gradients;  ///< or in the parameters' type
   bool interleaved = false;
   std::string schedule;                    ///< a plan's name of it, where it is not the usual one
   std::string context;                     ///< a plan's context_exchange

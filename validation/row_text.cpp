@@ -277,9 +277,10 @@ std::optional<std::string> recompute_of(std::string_view text) {
   const std::string s = lower(text);
   const std::string plain = plain_text(text);
   const auto begins = [&](std::string_view word) { return plain.rfind(word, 0) == 0; };
-  if (begins("none") || begins("off") || begins("no ") || begins("without") || plain == "no" ||
-      plain == "false" || plain == "disabled" || has(plain, "checkpointing off") ||
-      has(plain, "no recompute") || has(plain, "recompute off") || plain == "sequence parallelism")
+  if (begins("none") || (begins("off") && !begins("offload")) || begins("no ") ||
+      begins("without") || plain == "no" || plain == "false" || plain == "disabled" ||
+      has(plain, "checkpointing off") || has(plain, "no recompute") ||
+      has(plain, "recompute off") || plain == "sequence parallelism")
     return "none";
   // "activation checkpointing: no", "AC=False", "recompute none", "w/o activation checkpointing".
   static const std::regex off(R"((^|[ :=])(no|none|off|false|disabled)$|[:=] ?(n|0)$)");
@@ -393,6 +394,10 @@ std::optional<ShardingText> sharding_of(std::string_view text) {
     z.zero = std::stoi(found[found[2].matched ? 2 : 1]);
     return z;
   }
+  if (s == "1" || s == "2" || s == "3" || has(s, "zero++")) {  // ZeRO++ is of stage 3
+    z.zero = s.size() == 1 ? s[0] - '0' : 3;
+    return z;
+  }
   if (infinity || has(s, "zero-offload") || has(s, "zero offload")) {
     z.zero = infinity ? 3 : 2;
     return z;
@@ -477,6 +482,15 @@ bool names_experts(std::string_view name) {
   return false;
 }
 
+std::optional<int> flash_version_of(const std::string& kernel) {
+  static const std::regex version(
+      R"((?:^|[^a-z])(?:fa|flash)[^0-9,;/()]{0,12}?([1-4])(?:\.|[^0-9]|$))");
+  if (std::smatch found; std::regex_search(kernel, found, version))
+    return found[1] == "1" ? 1 : found[1] == "2" ? 2 : 0;
+  if (has(kernel, "cudnn")) return 0;
+  return std::nullopt;
+}
+
 std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
   using What = MemoryQuantity::What;
   using Who = MemoryQuantity::Who;
@@ -496,13 +510,20 @@ std::optional<MemoryQuantity> memory_quantity(std::string_view text) {
       q.rank = static_cast<int>(*n);
     }
   }
+  static const std::regex first_stage(R"(first (pipeline )?(stage|rank))"),
+      last_stage(R"(last (pipeline )?(stage|rank))");
+  if (std::regex_search(s, first_stage)) q.who = Who::first;
+  if (std::regex_search(s, last_stage)) q.who = Who::last;
   if (has(s, "activation")) {
-    q.what = has(s, "% of") ? What::activations_ratio : What::activations;
+    q.what = has(s, "% of")                               ? What::activations_ratio
+             : has(s, "per layer") || has(s, "per block") ? What::activations_layer
+                                                          : What::activations;
     return q;
   }
   const bool optimizer = has(s, "optimizer") || has(s, "adam") || has(s, "moments"),
              gradients = has(s, "grad"), parameters = has(s, "weights") || has(s, "parameter");
-  if (optimizer && has(s, "allocated")) {
+  // Megatron's log: mem-allocated-bytes is what is there between steps.
+  if ((optimizer && has(s, "allocated")) || s == "mem-allocated-bytes") {
     q.what = What::after_step;
     return q;
   }

@@ -83,6 +83,10 @@ std::optional<double> billions_of(std::string_view name);
 /// Is it a mixture's name: "8x7B", "17B-16E", "480B A35B"?
 bool names_experts(std::string_view name);
 
+/// FrameworkKernels::flash of a kernel's name in small letters: "fa2", "sdpa flash v2" 2,
+/// "flash-attn 1.0" 1, "fa3", "cudnn" 0. Empty: it does not say.
+std::optional<int> flash_version_of(const std::string& kernel);
+
 /// Which bytes a measurement of memory counts, and whose.
 struct MemoryQuantity {
   enum class What : std::uint8_t {
@@ -93,10 +97,11 @@ struct MemoryQuantity {
     state,              ///< parameters, gradients and optimizer (or some), the mean of ranks
     after_step,         ///< and what the framework keeps allocated between steps
     activations,        ///< that forward passes keep for backward ones
+    activations_layer,  ///< of one block
     activations_ratio,  ///< against the same plan without recompute and sequence parallelism
     fits,               ///< an out-of-memory fact
   } what = What::printed;
-  enum class Who : std::uint8_t { most, rank, logging } who = Who::most;
+  enum class Who : std::uint8_t { most, rank, logging, first, last } who = Who::most;
   int rank = 0;  ///< of Who::rank
   bool parameters = true, gradients = true, optimizer = true;  ///< of What::state
   friend bool operator==(const MemoryQuantity&, const MemoryQuantity&) = default;

@@ -30,7 +30,7 @@ struct Outcome {
   double layer = 0;  ///< s: of RowCase::layer
   double ideal = 0;  ///< s: model FLOPs of the step at all devices' peak
   double peak = 0;   ///< FLOP/s of one device in the plan's type
-  double sequence = 0, samples = 0, ranks = 0, parameters = 0;
+  double sequence = 0, samples = 0, ranks = 0, parameters = 0, layers = 0;
   Bytes allocated, reserved, device;
   bool fits = false;
   std::vector<StageMemory> stages;
@@ -71,6 +71,7 @@ Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions
   o.samples = static_cast<double>(p->plan.global_batch);
   o.ranks = static_cast<double>(p->devices);
   o.parameters = static_cast<double>(parameter_count(graph));
+  o.layers = graph.layers;
   o.allocated = p->peak_allocated;
   o.reserved = p->peak_reserved;
   o.device = p->peak_device;
@@ -293,8 +294,10 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
   using Who = MemoryQuantity::Who;
   const auto stage = [&](const Outcome& of) -> const StageMemory& {
     std::size_t at = 0;
-    if (q.who == Who::logging) {
-      at = of.logs_first_stage ? 0 : of.stages.size() - 1;
+    if (q.who == Who::logging || q.who == Who::first || q.who == Who::last) {
+      at = q.who == Who::first || (q.who == Who::logging && of.logs_first_stage)
+               ? 0
+               : of.stages.size() - 1;
     } else if (q.who == Who::rank) {
       at = std::min(static_cast<std::size_t>(q.rank / of.ranks_of_stage), of.stages.size() - 1);
     } else {
@@ -320,7 +323,7 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
     case What::fits:
       return reserved + context;
     case What::state: {
-      if (q.who == Who::rank) return static_cast<double>(state_of(stage(o), q).count);
+      if (q.who != Who::most) return static_cast<double>(state_of(stage(o), q).count);
       double sum = 0;
       for (const StageMemory& s : o.stages) sum += static_cast<double>(state_of(s, q).count);
       return sum / static_cast<double>(o.stages.size());
@@ -330,6 +333,10 @@ double memory_of(const MemoryQuantity& q, const Outcome& o, const Outcome* base)
           (state_of(stage(o), q) + stage(o).resident + stage(o).kept_inputs).count);
     case What::activations:
       return static_cast<double>(stage(o).saved.count);
+    case What::activations_layer:
+      return base == nullptr || !(base->layers > 0)
+                 ? 0
+                 : static_cast<double>(base->stages[0].saved_by_layers.count) / base->layers;
     case What::activations_ratio:
       return base == nullptr ? 0
                              : static_cast<double>(stage(o).saved_by_layers.count) /
@@ -512,6 +519,19 @@ class RowsPrediction {
           base.plan.recompute = {};
           base.plan.sequence_parallel = false;
           p.other = slot(base);
+        }
+        if (w.figure.kind == Kind::memory &&
+            w.memory.what == MemoryQuantity::What::activations_layer) {
+          // All blocks on one rank, one micro-batch in flight.
+          RowCase all = *p.row_case;
+          Plan& plan = all.plan;
+          plan.dp *= plan.pp;
+          plan.pp = plan.virtual_stages = 1;
+          plan.global_batch = plan.micro_batch * plan.dp;
+          plan.cuts.clear();
+          plan.schedule = Schedule::one_f_one_b;
+          plan.micro_batch_group = 0;
+          p.other = slot(all);
         }
         if (w.figure.kind == Kind::scaling) {
           RowCase one = *p.row_case;

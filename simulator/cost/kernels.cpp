@@ -386,8 +386,7 @@ struct ShapePrices::State {
           Product p{x.m,      x.n,          x.k,       x.count, t.type, t.out,
                     t.layout, t.accumulate, t.grouped, {},      false};
           p.bytes = p.operand_bytes();
-          points.push_back(point(p, *on, x.time, t.spread, t.mixed_clocks,
-                                 t.sustained ? long_clock(p, *on) : 1));
+          points.push_back(point(p, *on, x.time, t.spread, t.mixed_clocks, t.clock));
         }
       }
     }

@@ -331,7 +331,10 @@ class Compiler {
                     to_ticks(communication_.collective(CollectiveKind::all_to_all, ahead, group))
                         .count;
             }
-            s.label = labels_.of("exposed:" + axis_name(p_, i));
+            // Who waits for a sum over all stages that is no gradient waits for the pipeline.
+            s.label = i.tie >= 0 && p_.buffer(i.reads[0]).category == Category::workspace
+                          ? labels_.of("bubble")
+                          : labels_.of("exposed:" + axis_name(p_, i));
             s.share_of_core = share_of_core(std::string(name(i.collective)), group.size(), rank, 1);
             break;
           }

@@ -26,7 +26,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
                        fmt::format("'{}' is itself like {}; name that", like->as_string(), f.like));
     f.like = like->as_string();
     f.aliases = f.networks = f.precisions = f.devices = {};
-    f.unsharded = false;
+    f.early = false;
     f.recipes = {};
     f.workloads = {};
   }
@@ -61,7 +61,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   const auto word = [&](const YamlNode& parent, const char* key, std::string& to) {
     setting(parent, key, [&](const YamlNode& n) { to = n.as_string(); });
   };
-  boolean(root, "unsharded", f.unsharded);
+  boolean(root, "early", f.early);
   const YamlNode plan = root.get("plan");
   setting(plan, "pad_vocabulary",
           [&](const YamlNode& n) { f.pad_vocabulary = n.as_int(0, 1'000'000); });

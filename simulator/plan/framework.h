@@ -69,7 +69,9 @@ struct FrameworkProfile {
   std::vector<std::string> precisions;
   /// Not empty: as it runs on these devices only, patterns of their names.
   std::vector<std::string> devices;
-  bool unsharded = false;  ///< of rows that print no sharding of the state
+  /// Of rows that print nothing that came later: a sharding of the state, or a network of gated
+  /// blocks, RMS norms, groups of heads or experts.
+  bool early = false;
 
   // Of every plan.
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp

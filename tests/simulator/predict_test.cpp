@@ -59,6 +59,9 @@ TEST(Predict, NoStageUpdatesBeforeTheNormOfAllGradients) {
   EXPECT_EQ(with({}, "megatron", 2).plan.optimizer.clip, 1);
   EXPECT_EQ(with({}, "megatron", 2).step_time, with(1.0, "megatron", 2).step_time);
   EXPECT_GT(with({}, "megatron", 2).step_time, with(0.0, "megatron", 2).step_time);
+  // A stage that waits for the others' gradients waits for the pipeline.
+  EXPECT_EQ(with({}, "megatron", 2).breakdown.exposed.count("tied"), 0u);
+  EXPECT_GT(with({}, "megatron", 2).breakdown.bubble.count, 0);
   // A plan's own word stays in its file, none too.
   Plan none = with(0.0, "megatron", 2).plan;
   EXPECT_THAT(to_yaml(none), ::testing::HasSubstr("clip: 0"));

@@ -206,20 +206,20 @@ TEST(Device, IsLikeAnotherOrHasItsOwnPoints) {
       ThrowsMessage<InputError>(HasSubstr("has no points of its own but those of h100-sxm")));
   // Besides those of the one that it is like.
   const DeviceProfile both = parse_device(
-      kGood + std::string("like: h100-sxm\nproducts:\n  - {source: mine, sustained: true, points: "
+      kGood + std::string("like: h100-sxm\nproducts:\n  - {source: mine, clock: 0.83, points: "
                           "\"m n k count time[us]\\n8192 8192 8192 1 1782\"}\n"),
       "d.yaml");
   EXPECT_EQ(both.products.size(), 1u);
-  EXPECT_TRUE(both.products[0].sustained);
+  EXPECT_EQ(both.products[0].clock, 0.83);
   EXPECT_NE(both.like, nullptr);
   EXPECT_THAT(
       [] {
-        parse_device(kGood + std::string("products:\n  - {source: mine, sustained: true, "
+        parse_device(kGood + std::string("products:\n  - {source: mine, clock: 0.83, "
                                          "mixed_clocks: true, points: \"m n k count time[us]\\n"
                                          "8192 8192 8192 1 1782\"}\n"),
                      "d.yaml");
       },
-      ThrowsMessage<InputError>(HasSubstr("all points ran at the sustained clock, or some")));
+      ThrowsMessage<InputError>(HasSubstr("all points ran at one clock, or at several")));
 }
 
 TEST(Device, ATypeMayHaveAnEfficiencyOfItsOwn) {

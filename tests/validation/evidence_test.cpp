@@ -268,15 +268,17 @@ TEST(Evidence, ALoopOfProductsIsNotSlowedDownAgain) {
     return t;
   };
   const DeviceProfile h100 = load_device("h100-sxm");
-  EXPECT_TRUE(ran_sustained(table(617), h100));
-  EXPECT_TRUE(ran_sustained(table(670), h100));
-  EXPECT_FALSE(ran_sustained(table(790), h100));
-  EXPECT_FALSE(ran_sustained(table(250), load_device("a100-sxm-80gb"))) << "one clock";
-  EXPECT_TRUE(ran_sustained(table(1400), load_device("b200"))) << "its points tell no clocks apart";
+  EXPECT_EQ(clock_of({table(617)}, h100), h100.sustained_clock);
+  EXPECT_EQ(clock_of({table(830)}, h100), 1);
+  EXPECT_EQ(clock_of({table(250)}, load_device("a100-sxm-80gb")), 1) << "one clock";
+  const DeviceProfile b200 = load_device("b200");
+  EXPECT_EQ(clock_of({table(1400)}, b200), b200.sustained_clock) << "its points tell none apart";
+  // One run of one program has one clock.
+  EXPECT_NEAR(clock_of({table(617), table(617), table(830)}, h100), h100.sustained_clock, 0.02);
   const std::string file = data_folder("topologies/devices/h100-sxm.yaml");
-  const auto in_a_step = [&](double tflops, bool sustained) {
+  const auto in_a_step = [&](double tflops, double clock) {
     ProductTable t = table(tflops);
-    t.sustained = sustained;
+    t.clock = clock;
     ShapePrices prices(parse_device(with_products(read_file(file), file, {t}), file));
     Product p{8192,  8192,  8192, 1,    ElementType::bf16, ElementType::bf16, ProductLayout::any,
               false, false, {},   false};
@@ -285,8 +287,16 @@ TEST(Evidence, ALoopOfProductsIsNotSlowedDownAgain) {
   };
   // Points of a loop are a step's prices; of short kernels the clock goes off. The catalogue's own
   // points nearby have a word too.
-  EXPECT_NEAR(in_a_step(650, true), 650, 0.04 * 650);
-  EXPECT_NEAR(in_a_step(650, false), 650 * 0.76, 0.05 * 650);
+  EXPECT_NEAR(in_a_step(650, h100.sustained_clock), 650, 0.04 * 650);
+  EXPECT_NEAR(in_a_step(650, 1), 650 * 0.76, 0.05 * 650);
+  // A slower product makes no device faster.
+  double before = 1e9;
+  for (double tflops = 900; tflops > 400; tflops -= 10) {
+    const double now = in_a_step(tflops, clock_of({table(tflops)}, h100));
+    EXPECT_LT(now, 1.002 * before) << tflops;
+    before = now;
+  }
+  EXPECT_LT(before, 450);
 }
 
 }  // namespace

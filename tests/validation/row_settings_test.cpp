@@ -22,10 +22,16 @@ TEST(Settings, AreReadClauseByClause) {
   EXPECT_FALSE(s.nothing_overlaps);
   EXPECT_TRUE(s.unread.empty());
   s = settings_of("FSDP mixed_precision=PURE; activation CPU offload=False; grad accumulation=4");
-  EXPECT_TRUE(s.narrow_gradients);
+  EXPECT_EQ(s.fp32_gradients, false);
   EXPECT_EQ(s.offload_activations, false);
   EXPECT_TRUE(s.unread.empty());
-  EXPECT_FALSE(settings_of("FSDP mixed_precision=DEFAULT").narrow_gradients);
+  EXPECT_EQ(settings_of("FSDP mixed_precision=DEFAULT").fp32_gradients, std::nullopt);
+  EXPECT_EQ(settings_of("grad_reduce_in_fp32=False").fp32_gradients, false);
+  EXPECT_EQ(settings_of("--accumulate-allreduce-grads-in-fp32").fp32_gradients, true);
+  EXPECT_EQ(settings_of("tokendrop").padded_capacity, true);
+  EXPECT_EQ(settings_of("--moe-pad-expert-input-to-capacity").padded_capacity, true);
+  EXPECT_EQ(settings_of("no token dropping; DeepEP").padded_capacity, false);
+  EXPECT_EQ(settings_of("dropless").padded_capacity, false);
   EXPECT_EQ(settings_of("pp_engine 1f1b; tied embeddings").tied, true);
   EXPECT_EQ(settings_of("untied embeddings").tied, false);
 }

@@ -750,6 +750,19 @@ TEST(RowCase, FrameworksByTheirLongestAlias) {
             "megatron-core");
   EXPECT_EQ(case_with({{"framework", "Megatron-LM"}, {"gpu", "A100"}}).plan.framework,
             "megatron-core");
+  const auto trains = [](const Cells& cells) {
+    return case_with(with({{"framework", "Megatron-LM"},
+                           {"gpu", "A100"},
+                           {"zero_or_fsdp", ""},
+                           {"model", "GPT-3 175B"}},
+                          cells))
+        .plan.framework;
+  };
+  EXPECT_EQ(trains({}), "megatron-lm-2022");
+  EXPECT_EQ(trains({{"model", "Llama 2 7B"}}), "megatron-core");
+  EXPECT_EQ(trains({{"model", "Qwen2.5-7B"}}), "megatron-core");
+  EXPECT_EQ(trains({{"num_heads", "96"}, {"num_kv_heads", "8"}}), "megatron-core");
+  EXPECT_EQ(trains({{"num_experts", "8"}, {"moe_topk", "2"}}), "megatron-core");
   const Cells unsaid = {{"framework", ""}, {"model", "GPT-3 175B"}, {"num_layers", "96"}};
   EXPECT_EQ(case_with(unsaid).plan.framework, "megatron-core");
   EXPECT_EQ(case_with(with(unsaid, {{"gpu", "A100"}})).plan.framework, "megatron-lm-2021");
@@ -1569,6 +1582,7 @@ TEST(Rows, RatesCountWhatIsMadeAgainWhereTheFrameworksLogDid) {
   const auto seconds = [](const char* framework, const char* recompute) {
     return predicted({with(whole_row(), {{"framework", framework},
                                          {"gpu", "A100"},
+                                         {"model", "GPT-3 175B"},
                                          {"zero_or_fsdp", ""},  // else of a later Megatron
                                          {"recompute", recompute},
                                          {"iteration_time_s", ""},
@@ -1581,6 +1595,95 @@ TEST(Rows, RatesCountWhatIsMadeAgainWhereTheFrameworksLogDid) {
     EXPECT_NEAR(seconds(model, "full") / seconds(model, "none"), 1, 1e-9) << model;
   for (const char* hardware : {"Megatron-LM", "Megatron-LM (2021)", "Megatron-DeepSpeed"})
     EXPECT_GT(seconds(hardware, "full"), 1.1 * seconds(hardware, "none")) << hardware;
+}
+
+// FlashAttention's version, padded capacities, what a framework's name says of sharding.
+TEST(RowCase, KernelsCapacitiesAndShardingAreWhatTheRowSays) {
+  const Cells hopper = {{"framework", "torchtitan"}, {"zero_or_fsdp", "FSDP2"}, {"gpu", "H100"}};
+  const auto version = [&](const char* kernel) {
+    return case_with(with(hopper, {{"attention_kernel", kernel}})).plan.kernels.flash;
+  };
+  EXPECT_EQ(version("flash"), 2) << "torch's own";
+  EXPECT_EQ(version("FlashAttention-3"), 0);
+  EXPECT_EQ(version("SDPA (cuDNN)"), 0);
+  EXPECT_EQ(version("flash-attn 1.0.3"), 1);
+  EXPECT_EQ(case_with({{"attention_kernel", "FA2"}}).plan.kernels.flash, 2);
+  EXPECT_EQ(
+      case_with({{"attention_kernel", "TE fused/flash; MLA for DeepSeek"}}).plan.kernels.flash, 0);
+
+  const Cells mixture = with(only_named("Mixtral 8x7B"),
+                             {{"framework", "NeMo"}, {"ep", "8"}, {"dp", "16"}, {"etp", "1"}});
+  const auto waits = [&](const Cells& cells) {
+    return case_with(with(mixture, cells)).plan.launches.waits_for_counts;
+  };
+  EXPECT_TRUE(waits({}));
+  EXPECT_FALSE(waits({{"model", "Mixtral 8x7B (tokendrop)"}}));
+  EXPECT_FALSE(waits({{"overlap_and_other_settings", "--moe-pad-expert-input-to-capacity"}}));
+  EXPECT_TRUE(waits({{"model", "Mixtral 8x7B (dropless)"}}));
+
+  const auto zero = [&](const char* framework, const char* cell) {
+    return case_with(
+               with(hopper,
+                    {{"framework", framework}, {"zero_or_fsdp", cell}, {"pp", "1"}, {"dp", "8"}}))
+        .plan.zero;
+  };
+  EXPECT_EQ(zero("DeepSpeed ZeRO-3", ""), 3);
+  EXPECT_EQ(zero("HF Trainer + DeepSpeed ZeRO-1", ""), 1);
+  EXPECT_EQ(zero("DeepSpeed ZeRO-3", "ZeRO-2"), 2);
+  EXPECT_EQ(zero("DeepSpeed", "3"), 3);
+  EXPECT_EQ(zero("DeepSpeed", "ZeRO++"), 3);
+}
+
+// What a cluster of PCIe cards has, and tables without the columns that nobody measured.
+TEST(Rows, ATableNeedsOneMeasuredColumnOnly) {
+  CsvTable t = table({"id", "model", "seq_len_tokens", "gpu", "num_gpus", "framework", "tp", "dp",
+                      "micro_batch_per_dp_rank", "global_batch_seqs", "iteration_time_s"},
+                     {{{"id", "a"},
+                       {"model", "gpt2"},
+                       {"seq_len_tokens", "1024"},
+                       {"gpu", "H100 PCIe"},
+                       {"num_gpus", "8"},
+                       {"framework", "pytorch-ddp"},
+                       {"dp", "8"},
+                       {"micro_batch_per_dp_rank", "4"},
+                       {"global_batch_seqs", "32"},
+                       {"iteration_time_s", "0.2"}}});
+  EXPECT_EQ(recognise(t), RowSchema::training);
+  RowsOptions o;
+  o.workers = 1;
+  const auto families = predict_rows({t}, catalogue(), o);
+  ASSERT_EQ(families.size(), 1u);
+  EXPECT_TRUE(families[0].uncovered.empty()) << families[0].uncovered[0].why;
+}
+
+TEST(Rows, MemoryOfAStageAndOfABlock) {
+  const auto of = [](const char* quantity, const char* pp) {
+    Cells row = with(whole_row(), {{"num_gpus", "8"},
+                                   {"pp", pp},
+                                   {"tp", "1"},
+                                   {"dp", "4"},
+                                   {"quantity", quantity},
+                                   {"value", "6"},
+                                   {"unit", "GiB"}});
+    if (std::string(pp) == "1") row["num_gpus"] = "4";
+    RowsOptions o;
+    o.workers = 1;
+    const auto families = predict_rows({table(kMemory, {row})}, catalogue(), o);
+    PARTITA_ASSERT(families.at(0).figures.size() == 1, "no figure");
+    return families[0].figures[0].predicted;
+  };
+  EXPECT_EQ(of("peak allocated memory, first stage", "2"),
+            of("max_memory_allocated on rank 0", "2"));
+  EXPECT_EQ(of("peak allocated memory of the last pipeline stage", "2"),
+            of("max_memory_allocated on rank 7", "2"));
+  EXPECT_NE(of("peak allocated memory, last stage", "2"),
+            of("peak allocated memory, first stage", "2"));
+  // Between steps there are no activations.
+  EXPECT_LT(of("mem-allocated-bytes", "2"), of("mem-max-allocated-bytes", "2"));
+  // Of one of four blocks, one micro-batch, however many are in flight; without the logits'.
+  EXPECT_EQ(of("activation memory per layer", "1"), of("activation memory per layer", "2"));
+  EXPECT_LT(4 * of("activation memory per layer", "1"), of("activation memory", "1"));
+  EXPECT_GT(8 * of("activation memory per layer", "1"), of("activation memory", "1"));
 }
 
 TEST(Rows, AQuantitysNameMayTellTheFramework) {
