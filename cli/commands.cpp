@@ -186,6 +186,7 @@ void add_simulate(CLI::App& app) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_framework_defaults(*c);
   o->flags.add_network(*c);
   o->flags.add_profile(*c);
   o->flags.add_routing(*c);
@@ -206,6 +207,7 @@ void add_simulate(CLI::App& app) {
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
+    auto defaults = framework_defaults(o->flags, plan, o->model, t);
     const Graph g = load_graph(o->model, o->flags, plan);
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
@@ -236,6 +238,7 @@ void add_simulate(CLI::App& app) {
     if (records) prediction->over_time = over_time(recorded, *slices);
     if (fitted) validation::rest_on_fit(*prediction, entry, g, t, &routing);
     auto assumed = assumptions(o->flags, prediction->plan, g);
+    for (std::string& a : defaults) assumed.push_back(std::move(a));
     for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
     print(o->json ? prediction_json(g, t, *prediction, assumed, placed ? &*placed : nullptr)
                   : prediction_table(g, t, *prediction, assumed, placed ? &*placed : nullptr));
@@ -250,6 +253,7 @@ void add_plan(CLI::App& app, int& code) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_framework_defaults(*c);
   o->flags.add_network(*c);
   o->flags.add_profile(*c);
   o->flags.add_placement(*c);
@@ -274,6 +278,7 @@ void add_plan(CLI::App& app, int& code) {
     base.dp = 1;
     const auto ranks = static_cast<std::int64_t>(t.used_ranks());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
+    auto defaults = framework_defaults(o->flags, base, o->model, t);
     const Graph g = load_graph(o->model, o->flags, base);
     SearchSpace space = full_space(g, t, ranks, base);
     restrict_space(space, o->flags, given);
@@ -310,6 +315,7 @@ void add_plan(CLI::App& app, int& code) {
                                                *save));
     }
     auto assumed = assumptions(o->flags, base, g, {"micro_batch"});
+    for (std::string& a : defaults) assumed.push_back(std::move(a));
     for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
     print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));
     if (r.plans.empty()) code = 1;

@@ -167,6 +167,7 @@ void add_compare(CLI::App& app) {
   c->add_option("--rank", o->rank,
                 "whose trace it is (default: as the trace says; else one that ends last)");
   o->flags.add_to(*c);
+  o->flags.add_framework_defaults(*c);
   o->flags.add_network(*c);
   o->flags.add_profile(*c);
   o->flags.add_routing(*c);
@@ -180,6 +181,7 @@ void add_compare(CLI::App& app) {
     const Topology t = o->cluster.in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
+    auto defaults = framework_defaults(o->flags, plan, o->model, t);
     const Graph g = load_graph(o->model, o->flags, plan);
     const RoutingSource routing =
         routing_source(o->flags.routing.empty() ? "balanced" : o->flags.routing, "--routing");
@@ -214,6 +216,7 @@ void add_compare(CLI::App& app) {
         x.trace, validation::load_kernel_kinds(data_folder("validation/kernel_kinds.yaml")), axes);
     x.device = t.device(DeviceId{0}).name;
     x.assumed = assumptions(o->flags, x.predicted.plan, g);
+    for (std::string& a : defaults) x.assumed.push_back(std::move(a));
     for (std::string& a : state_assumptions(t, x.predicted.network))
       x.assumed.push_back(std::move(a));
     x.rows = validation::compare_terms(x.measured, x.predicted.breakdown);

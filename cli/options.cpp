@@ -66,6 +66,11 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--lora-rank", lora_rank, "rank of the adapters");
 }
 
+void PlanFlags::add_framework_defaults(CLI::App& app) {
+  app.add_flag("--framework-defaults", framework_defaults,
+               "what the framework does of itself, and sets for this network on such devices");
+}
+
 void PlanFlags::add_network(CLI::App& app) {
   app.add_option(
       "--network", network,
@@ -445,6 +450,61 @@ ModelOptions model_options(const PlanFlags& f) {
     o.dropout = *f.dropout;
   }
   return o;
+}
+
+std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const std::string& model,
+                                            const Topology& topology) {
+  std::vector<std::string> said;
+  if (!flags.framework_defaults) return said;
+  const FrameworkProfile f = load_framework(plan.framework, "--framework");
+  if (!f.flash_attention && !flags.materialised_attention) {
+    flags.materialised_attention = true;
+    said.emplace_back("materialised attention");
+  }
+  const auto known = known_models();
+  const auto at = std::find_if(known.begin(), known.end(),
+                               [&](const KnownModel& k) { return k.name == model; });
+  const bool transformer = at == known.end() || at->transformer;
+  if (!flags.dropout && f.dropout > 0 && at != known.end() && at->transformer &&
+      at->transformer->dropout == 0) {
+    flags.dropout = f.dropout;
+    said.push_back(fmt::format("dropout {}", f.dropout));
+  }
+  const bool experts = at != known.end() && at->transformer && at->transformer->moe.experts > 0;
+  if (plan.tp > 1 && !flags.sequence_parallel && !flags.no_sequence_parallel &&
+      !in_plan_file(flags, "sequence_parallel") && (f.sequence_parallel || plan.ep > 1) &&
+      !plan.sequence_parallel) {
+    plan.sequence_parallel = true;
+    said.emplace_back("sequence parallel on");
+  }
+  if (!flags.zero && !in_plan_file(flags, "zero") && plan.zero != f.zero) {
+    plan.zero = f.zero;
+    said.push_back(fmt::format("ZeRO {}", f.zero));
+  }
+  const bool open = flags.recompute.empty() && !in_plan_file(flags, "recompute");
+  if (open && transformer && f.recompute != "none") {
+    plan.recompute = parse_recompute(f.recompute, "recompute");
+    said.push_back("recompute " + f.recompute);
+  }
+  bool overlaps = f.overlap_tensor_parallel;
+  const Occasion where{"",
+                       "",
+                       "",
+                       model,
+                       topology.device(DeviceId{0}).name,
+                       plan.precision_name,
+                       static_cast<std::int64_t>(topology.used_ranks())};
+  for (const Workload& w : f.workloads) {
+    if (!concerns(w, where, plan)) continue;
+    for (std::string& one : apply(w, plan, open, overlaps)) said.push_back(std::move(one));
+  }
+  if (overlaps && plan.sequence_parallel && !experts &&
+      !in_plan_file(flags, "overlap_tensor_parallel")) {
+    plan.overlap_tensor_parallel = true;
+    said.emplace_back("tensor-parallel overlap on");
+  }
+  for (std::string& one : said) one += " (of " + plan.framework + ")";
+  return said;
 }
 
 Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan) {

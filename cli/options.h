@@ -34,11 +34,13 @@ struct PlanFlags {
   // model
   std::optional<std::int64_t> sequence, layers, vocabulary;
   bool materialised_attention = false;
+  bool framework_defaults = false;
   std::optional<double> dropout;
   std::vector<YamlEdit> model_edits;  ///< whatif only
 
   Network sharing() const { return network_named(network).value_or(Network::flows); }
   void add_to(CLI::App& app);
+  void add_framework_defaults(CLI::App& app);
   void add_network(CLI::App& app);
   void add_profile(CLI::App& app);
   void add_placement(CLI::App& app);
@@ -90,8 +92,13 @@ std::string this_machine();
 void refuse_foreign(const Topology& topology, const std::string& file, const std::string& flag);
 
 ModelOptions model_options(const PlanFlags& flags);
-/// Loads the network and applies freezing and adapters. Of the framework's own selection for
-/// `--recompute selective` the plan keeps what the network has.
+/// --framework-defaults: what the plan's framework does where neither flag nor file says otherwise,
+/// and what its configuration of the network on such devices sets (docs/plan.md), as rows of tables
+/// have it. Says what it changed; nothing without the flag. Before load_graph: attention and
+/// dropout are the network's.
+std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const std::string& model,
+                                            const Topology& topology);
+/// Loads the network and applies freezing and adapters.
 Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan);
 
 }  // namespace partita::cli

@@ -199,7 +199,10 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
     r.topology = s.cluster.in_state(r.topology);
     for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
     settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_ranks()), r.topology.name());
-    r.graph = load_graph(s.model, s.flags, plan);
+    PlanFlags flags = s.flags;
+    auto defaults = framework_defaults(flags, plan, s.model, r.topology);
+    for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
+    r.graph = load_graph(s.model, flags, plan);
     if (s.flags.placement == "search") {
       const auto placed = place(r.graph, plan, r.topology);
       if (!placed) throw InputError("--placement", placed.reason());
@@ -213,6 +216,7 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
     if (p) {
       if (fitted) validation::rest_on_fit(*p, entry, r.graph, r.topology);
       r.assumed = assumptions(s.flags, p->plan, r.graph, given);
+      for (std::string& a : defaults) r.assumed.push_back(std::move(a));
       for (std::string& a : state_assumptions(r.topology, s.flags.sharing()))
         r.assumed.push_back(std::move(a));
       r.prediction = std::move(*p);
@@ -349,6 +353,7 @@ void add_whatif(CLI::App& app, int& code) {
   c->add_option("MODEL", o->model, "catalogue name or file")->required();
   c->add_option("TOPOLOGY", o->topology, "catalogue name or file")->required();
   o->flags.add_to(*c);
+  o->flags.add_framework_defaults(*c);
   o->flags.add_network(*c);
   o->flags.add_placement(*c);
   o->cluster.add_to(*c);

@@ -1045,24 +1045,13 @@ class CaseBuilder {
 
   /// Is the row's run that of the framework's configuration?
   bool concerns(const Workload& w) const {
-    const auto any = [](const std::vector<std::string>& patterns, const std::string& word) {
-      return patterns.empty() ||
-             std::any_of(patterns.begin(), patterns.end(),
-                         [&](const std::string& p) { return matches(p, word); });
-    };
-    if (!any(w.frameworks, lower(row_["framework"])) || !any(w.networks, c_.model) ||
-        !any(w.rows, lower(row_["model"])))
-      return false;
-    if (w.gpus > 0 && row_.whole("num_gpus").value_or(0) != w.gpus) return false;
-    if (!any(w.between_nodes, lower(row_["inter_node_interconnect"]))) return false;
-    if (w.zero && c_.plan.zero != *w.zero) return false;
-    if (!w.precisions.empty()) {
-      const auto type = precision_of(row_["precision"]);
-      if (!any(w.precisions, type ? type->name : framework_->precision)) return false;
-    }
-    return w.devices.empty() ||
-           any(w.devices,
-               device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]).name);
+    const auto type = precision_of(row_["precision"]);
+    return partita::concerns(
+        w,
+        {lower(row_["framework"]), lower(row_["model"]), lower(row_["inter_node_interconnect"]),
+         c_.model, device_of(catalogue_, row_["gpu"], memory_text(), row_["interconnect"]).name,
+         type ? type->name : framework_->precision, row_.whole("num_gpus").value_or(0)},
+        c_.plan);
   }
 
   /// As many that each has nearest to 128 values, all alike, and tp divides them; if there are
@@ -1524,55 +1513,8 @@ class CaseBuilder {
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
       if (!concerns(w)) continue;
-      const auto set = [&](const char* what, std::optional<bool> to, bool& in) {
-        if (!to || *to == in) return;
-        in = *to;
-        assume("{} {} (workload)", what, *to ? "on" : "off");
-      };
-      if (recompute.empty() && !w.recompute.empty()) {
-        // Operators' patterns, or what a cell may say.
-        const bool patterns = has(w.recompute, "*");
-        const auto how = patterns ? std::nullopt : recompute_of(w.recompute);
-        p.recompute = parse_recompute(how ? of_the_network(*how) : w.recompute, "recompute");
-        assume("recompute {} (workload)", w.recompute);
-      }
-      if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
-        p.zero_group = w.zero_group;
-        assume("{} ranks share a copy of the state (workload)", w.zero_group);
-      }
-      if (w.offload_blocks > 0) {
-        p.offload_activations = true;
-        p.offload_blocks = w.offload_blocks;
-        assume("activations of {} blocks on the host (workload)", w.offload_blocks);
-      }
-      set("tensor-parallel overlap", w.overlaps_tensor_parallel, overlaps_tensor_parallel);
-      set("rows once", w.rows_once, p.rows_once);
-      set("graphs", w.graphs, p.launches.graphs);
-      // What is captured as a whole counts rows on the device.
-      if (p.launches.graphs) p.launches.waits_for_counts = false;
-      set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
-      if (!w.graphs_of.empty()) {
-        p.launches.graphs_of = w.graphs_of;
-        assume("graphs of {} (workload)", w.graphs_of);
-      }
-      set("fused experts", w.fused_experts, p.kernels.fused_experts);
-      if (w.activation_passes_forward > 0) {
-        p.kernels.activation_passes_forward = w.activation_passes_forward;
-        p.kernels.activation_passes_backward = w.activation_passes_backward;
-        assume("activations of separate kernels (workload)");
-      }
-      if (w.overlaps_experts) {
-        bool beside = p.exchanges_beside_blocks();
-        set("overlap of experts", w.overlaps_experts, beside);
-        p.overlap_experts = beside;
-      }
-      set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
-      set("blocking launches", w.blocking, p.launches.blocking);
-      if (p.kernels.fused_experts) p.expert_bias_apart = false;
-      bool narrow = false;
-      set("gradients in the parameters' type", w.narrow_gradients, narrow);
-      if (narrow)
-        p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+      for (const std::string& said : apply(w, p, recompute.empty(), overlaps_tensor_parallel))
+        assume("{} (workload)", said);
     }
     if (flags_.any) {
       p.overlap_gradients = flags_.overlap_gradients;

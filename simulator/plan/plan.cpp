@@ -793,6 +793,67 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.score_passes_backward = f.score_passes_backward;
 }
 
+bool concerns(const Workload& w, const Occasion& where, const Plan& plan) {
+  const auto any = [](const std::vector<std::string>& patterns, const std::string& word) {
+    return patterns.empty() || std::any_of(patterns.begin(), patterns.end(),
+                                           [&](const auto& p) { return matches(p, word); });
+  };
+  return any(w.frameworks, where.framework) && any(w.networks, where.network) &&
+         any(w.rows, where.row) && any(w.between_nodes, where.between_nodes) &&
+         any(w.devices, where.device) && any(w.precisions, where.precision) &&
+         (w.gpus == 0 || w.gpus == where.gpus) && (!w.zero || plan.zero == *w.zero);
+}
+
+std::vector<std::string> apply(const Workload& w, Plan& p, bool recompute, bool& overlaps) {
+  std::vector<std::string> said;
+  const auto set = [&](const char* what, std::optional<bool> to, bool& in) {
+    if (!to || *to == in) return;
+    in = *to;
+    said.push_back(fmt::format("{} {}", what, *to ? "on" : "off"));
+  };
+  if (recompute && !w.recompute.empty()) {
+    p.recompute = parse_recompute(w.recompute, "recompute");
+    said.push_back("recompute " + w.recompute);
+  }
+  if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
+    p.zero_group = w.zero_group;
+    said.push_back(fmt::format("{} ranks share a copy of the state", w.zero_group));
+  }
+  if (w.offload_blocks > 0) {
+    p.offload_activations = true;
+    p.offload_blocks = w.offload_blocks;
+    said.push_back(fmt::format("activations of {} blocks on the host", w.offload_blocks));
+  }
+  set("tensor-parallel overlap", w.overlaps_tensor_parallel, overlaps);
+  set("rows once", w.rows_once, p.rows_once);
+  set("graphs", w.graphs, p.launches.graphs);
+  // What is captured as a whole counts rows on the device.
+  if (p.launches.graphs) p.launches.waits_for_counts = false;
+  set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
+  if (!w.graphs_of.empty()) {
+    p.launches.graphs_of = w.graphs_of;
+    said.push_back("graphs of " + w.graphs_of);
+  }
+  set("fused experts", w.fused_experts, p.kernels.fused_experts);
+  if (w.activation_passes_forward > 0) {
+    p.kernels.activation_passes_forward = w.activation_passes_forward;
+    p.kernels.activation_passes_backward = w.activation_passes_backward;
+    said.push_back("activations of separate kernels");
+  }
+  if (w.overlaps_experts) {
+    bool beside = p.exchanges_beside_blocks();
+    set("overlap of experts", w.overlaps_experts, beside);
+    p.overlap_experts = beside;
+  }
+  set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
+  set("blocking launches", w.blocking, p.launches.blocking);
+  if (p.kernels.fused_experts) p.expert_bias_apart = false;
+  bool narrow = false;
+  set("gradients in the parameters' type", w.narrow_gradients, narrow);
+  if (narrow) p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+  return said;
+}
+
 namespace {
 
 struct Role {

@@ -252,6 +252,20 @@ void set_precision(Plan& plan, std::string_view text, const std::string& place);
 /// unknown.
 void set_framework(Plan& plan, std::string_view text, const std::string& place);
 
+/// What a framework's configurations are chosen by. Texts of tables, in small letters, are empty
+/// where there is no table: what is of a version or of a row is then not meant.
+struct Occasion {
+  std::string framework, row, between_nodes;  ///< what a table calls version, network and cards
+  std::string network, device, precision;     ///< names of the catalogue
+  std::int64_t gpus = 0;
+};
+bool concerns(const Workload& workload, const Occasion& where, const Plan& plan);
+/// Sets in the plan what the configuration sets, its recomputation only where `recompute` says that
+/// nobody else does, and says what changed. `overlaps`: as
+/// FrameworkProfile::overlap_tensor_parallel.
+std::vector<std::string> apply(const Workload& workload, Plan& plan, bool recompute,
+                               bool& overlaps);
+
 /// The plan as our executor runs it, which weights experts' rows when it combines them and keeps
 /// what it made.
 Plan executable(Plan plan);

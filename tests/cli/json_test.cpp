@@ -220,6 +220,44 @@ TEST(Json, AFrameworkThatShardsDoesUnlessToldOtherwise) {
       << none.err;
 }
 
+// docs/plan.md by hand: with the framework's defaults a prediction is that of a row of a table.
+TEST(Json, FrameworkDefaultsAreWhatRowsHave) {
+  const std::string file = testing::TempDir() + "defaults.csv";
+  const auto of_row = [&](const std::string& cells) {
+    std::ofstream(file)
+        << "id,family,model,seq_len_tokens,gpu,num_gpus,framework,tp,pp,dp,"
+           "micro_batch_per_dp_rank,global_batch_seqs,precision,iteration_time_s\n"
+        << cells << "\n";
+    const Ran r = run("validate rows " + file + " --json");
+    return Json::parse(r.out).at("families")[0].at("predictions")[0].at("predicted").get<double>();
+  };
+  const auto of_command = [](const std::string& arguments) {
+    const Ran r = run("simulate " + arguments + " --micro-batch 1 --network beside --json");
+    return Json::parse(r.out);
+  };
+  const std::string fp8 =
+      "llama-3-8b dgx-h100:2 --tp 4 --pp 2 --global-batch 16 --seq 8192 --precision fp8 "
+      "--framework megatron-bridge";
+  const Json defaults = of_command(fp8 + " --framework-defaults");
+  EXPECT_EQ(defaults.at("step_time_s").get<double>(),
+            of_row("a,f,Llama 3 8B,8192,H100,16,Megatron-Bridge,4,2,2,1,16,fp8,8"));
+  EXPECT_NEAR(defaults.at("step_time_s").get<double>(), 0.84, 0.01);
+  EXPECT_NEAR(of_command(fp8).at("step_time_s").get<double>(), 1.01, 0.01);
+  EXPECT_NE(defaults.at("assumed").dump().find("recompute first:5 (of megatron-bridge)"),
+            std::string::npos);
+  // A flag says otherwise.
+  EXPECT_EQ(of_command(fp8 + " --framework-defaults --recompute none")
+                .at("assumed")
+                .dump()
+                .find("recompute"),
+            std::string::npos);
+  EXPECT_EQ(of_command("gpt2 dgx-a100-80gb:1 --tp 2 --pp 2 --global-batch 16 --seq 1024 "
+                       "--framework megatron-lm-2022 --precision fp16 --framework-defaults")
+                .at("step_time_s")
+                .get<double>(),
+            of_row("b,f,gpt2,1024,A100 80GB,8,Megatron-LM,2,2,2,1,16,fp16,8"));
+}
+
 TEST(Json, EveryPredictionHasItsKeysAndSums) {
   for (const auto& plan : kPlans) {
     SCOPED_TRACE(plan);
