@@ -778,6 +778,17 @@ class CaseBuilder {
         assume("framework {}, by the sharding", framework_->name);
       }
     }
+    // torchao's products in 8 bits are worth nothing uncompiled, as its README says.
+    if (framework_ == nullptr || framework_->uncompiled.empty()) {
+      if (settings_.compiled.value_or(false)) settings_.unread.emplace_back("torch.compile");
+    } else {
+      const auto type = precision_of(row_["precision"]);
+      const bool narrow = settings_.precision == "fp8" || (type && type->name.find("fp8") == 0);
+      if (!settings_.compiled.value_or(narrow || has(lower(text), "compile"))) {
+        framework_ = profile(framework_->uncompiled);
+        assume("not compiled (framework {})", framework_->name);
+      }
+    }
     if (framework_ != nullptr && !text.empty()) return;
     // Without one: what the sharding says, what the model was published with, the usual one.
     const KnownModel* known = model_of(catalogue_, row_["model"]);

@@ -20,7 +20,8 @@ struct Settings {
   std::optional<bool> rows_once;  ///< DeepEP's or HybridEP's dispatcher, or another
   /// Rows of experts fill equal capacities, what does not fit is dropped; or none is.
   std::optional<bool> padded_capacity;
-  std::optional<bool> graphs;  ///< CUDA graphs
+  std::optional<bool> compiled;  ///< by torch.compile
+  std::optional<bool> graphs;    ///< CUDA graphs
   /// Of what they are: "" all, "attention", "mlp", or "beside experts" (all but their rows).
   std::string graphs_of;
   std::optional<bool> fused_loss;

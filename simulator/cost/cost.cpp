@@ -739,6 +739,12 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
   if (const auto* n = std::get_if<Normalize>(&op.operation);
       n != nullptr && n->kind == Normalize::Kind::layer)
     unfused(p.kernels.normalize_forward, p.kernels.normalize_backward);
+  else if (n != nullptr && n->kind == Normalize::Kind::rms)
+    unfused(p.kernels.rms_forward, p.kernels.rms_backward);
+  if (std::holds_alternative<GatedActivation>(op.operation))
+    unfused(p.kernels.gated_forward, p.kernels.gated_backward);
+  if (std::holds_alternative<Rotary>(op.operation))
+    unfused(p.kernels.rotary_forward, p.kernels.rotary_backward);
   if (const auto* n = std::get_if<Normalize>(&op.operation);
       n != nullptr && (n->kind == Normalize::Kind::layer || n->kind == Normalize::Kind::rms)) {
     const bool ahead = i.kernel == Kernel::forward;

@@ -27,6 +27,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     f.like = like->as_string();
     f.aliases = f.networks = f.precisions = f.devices = {};
     f.early = false;
+    f.uncompiled = {};
     f.recipes = {};
     f.workloads = {};
   }
@@ -62,6 +63,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     setting(parent, key, [&](const YamlNode& n) { to = n.as_string(); });
   };
   boolean(root, "early", f.early);
+  word(root, "uncompiled", f.uncompiled);
   const YamlNode plan = root.get("plan");
   setting(plan, "pad_vocabulary",
           [&](const YamlNode& n) { f.pad_vocabulary = n.as_int(0, 1'000'000); });
@@ -226,6 +228,12 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     share("normalize_share_backward", f.kernels.normalize_share_backward);
     traffic("normalize_forward", f.kernels.normalize_forward);
     traffic("normalize_backward", f.kernels.normalize_backward);
+    traffic("rms_forward", f.kernels.rms_forward);
+    traffic("rms_backward", f.kernels.rms_backward);
+    traffic("gated_forward", f.kernels.gated_forward);
+    traffic("gated_backward", f.kernels.gated_backward);
+    traffic("rotary_forward", f.kernels.rotary_forward);
+    traffic("rotary_backward", f.kernels.rotary_backward);
     traffic("dropout_forward", f.kernels.dropout_forward);
     traffic("dropout_backward", f.kernels.dropout_backward);
     traffic("optimizer", f.kernels.optimizer);

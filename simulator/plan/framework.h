@@ -73,6 +73,9 @@ struct FrameworkProfile {
   /// blocks, RMS norms, groups of heads or experts.
   bool early = false;
 
+  /// Not empty: the profile of the same code where a row does not say that it was compiled.
+  std::string uncompiled;
+
   // Of every plan.
   std::int64_t pad_vocabulary = 0;  ///< > 0: to a multiple of this x tp
   bool fp32_gradients = true;       ///< else accumulated and sent in the parameters' type

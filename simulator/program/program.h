@@ -289,6 +289,10 @@ struct FrameworkKernels {
   /// them, whose every operation is a kernel.
   double dropout_forward = 0, dropout_backward = 0;
   double normalize_forward = 0, normalize_backward = 0;
+  /// The same of an RMS norm, of a gated activation's result, and of what is rotated.
+  double rms_forward = 0, rms_backward = 0;
+  double gated_forward = 0, gated_backward = 0;
+  double rotary_forward = 0, rotary_backward = 0;
   /// > 0: a layer or RMS norm moves its tensors (input and result; backward input and both
   /// gradients, for those of scale and bias too) at this share of the device's memory bandwidth.
   double normalize_share_forward = 0, normalize_share_backward = 0;

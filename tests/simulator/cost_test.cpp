@@ -191,6 +191,36 @@ TEST(Cost, OfANormsOrALosssMeasuredKernelsIsOfItsTensorsOnceAndAllItsGradients) 
   }
 }
 
+TEST(Cost, OperationsThatAreKernelsOfTheirOwnMoveWhatEachDoes) {
+  // docs/plan.md by hand: 36 and 92 B an element of an RMS norm, 10 and 18 of a gated activation,
+  // 20 of what is rotated. One rank, a sample of 8 tokens.
+  TransformerConfig c = small_config();
+  c.norm = TransformerConfig::Norm::rms;
+  c.gated = true;
+  c.rotary_dim = 2;
+  Plan plan = base_plan();
+  set_framework(plan, "torchtitan-eager", "");
+  const Program p = lowered(build_transformer(c), plan);
+  std::map<std::string, int> seen;
+  for (const Block& block : p.blocks) {
+    for (const Instruction& i : block.instructions) {
+      const bool forward = i.kernel == Kernel::forward;
+      if (i.kind != Kind::compute || i.op < 0 || (!forward && i.kernel != Kernel::backward_data))
+        continue;
+      const Operation& op = p.operators[static_cast<std::size_t>(i.op)].operation;
+      const auto moves = [&](const char* what, std::int64_t ahead, std::int64_t back) {
+        const std::int64_t n = local_elements(p, forward ? i.writes[0] : i.gradients[0], 0);
+        EXPECT_EQ(work_of(p, i, 0).bytes.count, (forward ? ahead : back) * n) << what;
+        ++seen[what];
+      };
+      if (std::holds_alternative<Normalize>(op)) moves("norm", 36, 92);
+      if (std::holds_alternative<GatedActivation>(op)) moves("gate", 10, 18);
+      if (std::holds_alternative<Rotary>(op)) moves("rotary", 20, 20);
+    }
+  }
+  EXPECT_EQ(seen.size(), 3u);
+}
+
 TEST(Cost, OfAFrameworksSoftmaxAndCrossEntropyIsWhatItsKernelsMove) {
   // docs/plan.md, "Kernels and messages": 9 and 11 B a score; 38 and 14 B a logit. Per rank 2
   // samples of 8 tokens, 2 of 4 heads, 6 of 12 logits.

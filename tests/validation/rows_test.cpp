@@ -1634,6 +1634,25 @@ TEST(RowCase, KernelsCapacitiesAndShardingAreWhatTheRowSays) {
   EXPECT_EQ(zero("DeepSpeed", "ZeRO++"), 3);
 }
 
+TEST(RowCase, TorchtitanIsCompiledWhereTheRowSaysSo) {
+  const auto framework = [](const Cells& cells) {
+    return case_with(with({{"framework", "torchtitan"}, {"zero_or_fsdp", "FSDP2"}}, cells))
+        .plan.framework;
+  };
+  const char* kSettings = "overlap_and_other_settings";
+  EXPECT_EQ(framework({}), "torchtitan-eager");
+  EXPECT_EQ(framework({{kSettings, "torch.compile"}}), "torchtitan");
+  EXPECT_EQ(framework({{kSettings, "FSDP2, compile + async TP"}}), "torchtitan");
+  EXPECT_EQ(framework({{kSettings, "no torch.compile"}}), "torchtitan-eager");
+  EXPECT_EQ(framework({{kSettings, "compile.enable=false"}}), "torchtitan-eager");
+  EXPECT_EQ(framework({{"framework", "torchtitan (FSDP2 + torch.compile)"}}), "torchtitan");
+  EXPECT_EQ(framework({{"precision", "fp8"}}), "torchtitan");
+  EXPECT_EQ(framework({{kSettings, "float8 rowwise"}}), "torchtitan");
+  EXPECT_EQ(framework({{"precision", "fp8"}, {kSettings, "eager"}}), "torchtitan-eager");
+  // Others are one profile.
+  EXPECT_EQ(framework({{"framework", "Megatron-Core"}, {"zero_or_fsdp", ""}}), "megatron-core");
+}
+
 // What a cluster of PCIe cards has, and tables without the columns that nobody measured.
 TEST(Rows, ATableNeedsOneMeasuredColumnOnly) {
   CsvTable t = table({"id", "model", "seq_len_tokens", "gpu", "num_gpus", "framework", "tp", "dp",
