@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 
 #include "base/error.h"
 #include "base/unit_text.h"
@@ -73,6 +74,40 @@ void check_backend(const BackendOptions& o) {
 #endif
 }
 
+nlohmann::ordered_json products_json(const std::vector<execute::ProductAlgorithm>& products) {
+  auto all = nlohmann::ordered_json::array();
+  for (const execute::ProductAlgorithm& p : products)
+    all.push_back({{"m", p.m},
+                   {"n", p.n},
+                   {"k", p.k},
+                   {"batch", p.batch},
+                   {"transposed", p.transposed},
+                   {"type", name(p.type)},
+                   {"algorithm", p.algorithm},
+                   {"candidates", p.candidates},
+                   {"taken", p.taken},
+                   {"seconds", p.seconds}});
+  return all;
+}
+
+#ifdef PARTITA_WITH_CUDA
+namespace {
+/// Of cuBLASLt's algorithms that a product's first call times.
+int candidates() {
+  const char* text = std::getenv("PARTITA_CUDA_CANDIDATES");
+  if (text == nullptr) return 4;
+  char* end = nullptr;
+  const long n = std::strtol(text, &end, 10);
+  if (end == text || *end != 0 || n < 1 || n > 64)
+    throw InputError("PARTITA_CUDA_CANDIDATES",
+                     fmt::format("'{}' is not in 1 to 64, as many of cuBLASLt's algorithms as a "
+                                 "product's first call times",
+                                 text));
+  return static_cast<int>(n);
+}
+}  // namespace
+#endif
+
 std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const BackendOptions& o) {
   if (o.name == "cpu") return nullptr;
 #ifdef PARTITA_WITH_CUDA
@@ -81,7 +116,7 @@ std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const Backe
     const int gpus = std::max(plugin().device_count(), 1);
     d.device = (o.threads ? rank : local_rank(rank)) % gpus;
     // Replicas of one product must round alike: they take the same algorithm, not the fastest.
-    d.candidates = o.ranks == 1 ? 4 : 1;
+    d.candidates = o.ranks == 1 ? candidates() : 1;
     d.tf32 = o.compute == ElementType::tf32;
     d.linked = linked(o);
     d.links.shared_gpu = o.share_gpu;

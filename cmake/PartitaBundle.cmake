@@ -12,7 +12,7 @@ install(RUNTIME_DEPENDENCY_SET libraries
   POST_EXCLUDE_REGEXES ".*/lib(c|m|dl|rt|pthread|resolv|util)\\.so.*"
   LIBRARY DESTINATION lib)
 install(PROGRAMS validation/gpu/run.sh DESTINATION .)
-install(PROGRAMS validation/gpu/layer.py DESTINATION data/validation/gpu)
+install(PROGRAMS validation/gpu/layer.py validation/gpu/speed.py DESTINATION data/validation/gpu)
 foreach(folder models topologies simulator/plan/frameworks validation)
   cmake_path(GET folder PARENT_PATH above)
   install(DIRECTORY ${folder} DESTINATION data/${above} FILES_MATCHING PATTERN "*.yaml")

@@ -315,10 +315,12 @@ class Gpu : public CudaDevice {
 
   execute::Links* links() override { return links_.get(); }
 
-  std::vector<ProductRecord> products() const override {
-    std::vector<ProductRecord> all;
+  std::vector<execute::ProductAlgorithm> products() const override {
+    std::vector<execute::ProductAlgorithm> all;
     for (const auto& [key, c] : libraries_->products)
-      all.push_back({key.m, key.n, key.k, key.batch, c.id, c.candidates, c.taken, c.seconds});
+      all.push_back({key.m, key.n, key.k, key.batch,
+                     std::string(key.a_transposed ? "T" : "N") + (key.b_transposed ? "T" : "N"),
+                     key.type, c.id, c.candidates, c.taken, c.seconds});
     return all;
   }
   /// In a careful run: has what is queued so far failed?

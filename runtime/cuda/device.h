@@ -35,13 +35,6 @@ struct DeviceOptions {
   NcclOptions links;
 };
 
-/// An algorithm that products were computed by.
-struct ProductRecord {
-  std::int64_t m = 0, n = 0, k = 0, batch = 1;
-  int algorithm = -1, candidates = 0, taken = 0;
-  double seconds = 0;
-};
-
 class CudaMachine;
 
 /// What the NCCL transport and reports know of it beside execute::Device.
@@ -49,7 +42,6 @@ class CudaDevice : public execute::Device {
  public:
   virtual CudaMachine& machine() = 0;  ///< the current stream
   virtual int number() const = 0;
-  virtual std::vector<ProductRecord> products() const = 0;
 };
 /// MachineError where there is no such GPU, or it cannot be used.
 std::unique_ptr<CudaDevice> cuda_device(const DeviceOptions& options);

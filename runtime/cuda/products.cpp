@@ -296,7 +296,7 @@ void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const st
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(key.a_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(key.c_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(key.c_alignment));
-  constexpr int kMost = 16;
+  constexpr int kMost = 64;
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;
   check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, p.product, p.a_layout, p.b_layout,

@@ -50,6 +50,16 @@ class OperatorKernel {
   std::vector<cpu::RoutedResult> routed;
 };
 
+/// What a library computed products of one kind by.
+struct ProductAlgorithm {
+  std::int64_t m = 0, n = 0, k = 0, batch = 1;
+  std::string transposed;  ///< "NN", "NT", "TN"; of a and b
+  ElementType type = ElementType::fp32;
+  int algorithm = -1;             ///< the library's number
+  int candidates = 0, taken = 0;  ///< how many were timed, which it was of those the library named
+  double seconds = 0;             ///< as timed; 0: not
+};
+
 /// A kernel of plain buffers (Kernel::zero and after), as a device takes it.
 struct PlainCall {
   struct Operand {
@@ -192,6 +202,8 @@ class Device {
   virtual std::int64_t mark() { return 0; }
   /// Between mark 0 and this one, after finish().
   virtual std::int64_t nanoseconds(std::int64_t) { return 0; }
+
+  virtual std::vector<ProductAlgorithm> products() const { return {}; }
 
   /// Kernels that were the host's, by name: calls.
   const std::map<std::string, std::int64_t>& fallbacks() const { return fallbacks_; }

@@ -193,6 +193,7 @@ class Executor {
     const Bytes named = outside.libraries + outside.workspace + outside.communicators;
     outside.kernels = std::max(Bytes{0}, result_.beside - named);
     result_.fallbacks = device_.fallbacks();
+    result_.products = device_.products();
     if (o_.record) {
       transport_.doing("the reading of clocks");
       const ClockReading clock_after = read_clocks(transport_, kClockTag, clock);

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/execute/device.h"
 #include "runtime/reference/interpreter.h"
 #include "runtime/transport/transport.h"
 #include "simulator/program/measurement.h"
@@ -19,8 +20,6 @@
 #include "simulator/program/routing.h"
 
 namespace partita::execute {
-
-class Device;
 
 struct Options {
   int steps = 1;
@@ -69,6 +68,7 @@ struct RankResult {
   Routing routing;                     ///< on rank 0, if asked for
   /// This rank's kernels that its device has not, by name: calls.
   std::map<std::string, std::int64_t> fallbacks;
+  std::vector<ProductAlgorithm> products;  ///< of this rank's device
   std::vector<LinkEstimate> estimates;
   /// Of its device beside that: what libraries, communicators and kernels work in. Other processes
   /// on the device count, too.

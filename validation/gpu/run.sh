@@ -95,8 +95,17 @@ part nccl-tp2-bf16 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]
 part nccl-suite 120 "$partita" validate --backend cuda "${share[@]}" --calibrate-only collectives --rounds 1 --steps 1 --out "$out/suite" --json
 part gpt2 40 "$partita" run gpt2 --layers 2 --seq 64 --vocabulary 256 "${small[@]}" --precision bf16
 part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
+# What we execute beside the best that the library has, and beside copies.
+part products 60 python3 "$files/speed.py" products "$partita"
+part memory-bound 10 python3 "$files/speed.py" memory "$out/profile/device.yaml"
 part nccl-pp2 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --pp 2
 part nccl-zero3 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --dp 2 --zero 3
+# Four ranks, one plan of each kind.
+four=(--micro-batch 1 --global-batch 4 --steps 2 --backend cuda --json --share-gpu --ranks 4 --transport tcp --timeout 90)
+part nccl-4-tp2-dp2 45 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --tp 2 --dp 2 --sequence-parallel
+part nccl-4-pp2-dp2 45 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --pp 2 --dp 2
+part nccl-4-zero3 45 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --dp 4 --zero 3
+part nccl-4-cp2-dp2 45 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --cp 2 --dp 2
 # What NCCL expects, pair by pair, beside our model of it.
 part nccl-estimates 120 "$partita" validate --backend cuda --ranks 2 --share-gpu --transport tcp --timeout 60 --only 'gpt dp 2' --calibrate-only collectives --no-reference --rounds 1 --steps 1 --out "$out/estimates" --json
 part mnist 30 checked "$partita" run mnist-linear --backend cuda --steps 20 --json

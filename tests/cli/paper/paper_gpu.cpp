@@ -21,6 +21,7 @@ constexpr std::int64_t kMemory = std::int64_t{80} << 30, kLibraries = 100 << 20;
 
 class Paper : public CudaDevice {
  public:
+  explicit Paper(int candidates) : candidates_(candidates) {}
   std::string name() const override { return "GPU 0"; }
   std::byte* allocate(std::int64_t bytes) override {
     if (used_ + bytes > kMemory) return nullptr;
@@ -99,7 +100,9 @@ class Paper : public CudaDevice {
   }
   CudaMachine& machine() override { throw MachineError("paper has no streams"); }
   int number() const override { return 0; }
-  std::vector<ProductRecord> products() const override { return {}; }
+  std::vector<execute::ProductAlgorithm> products() const override {
+    return {{64, 32, 16, 1, "NT", ElementType::bf16, 21, candidates_, 2, 1.5e-6}};
+  }
 
   /// A kernel.
   void move(std::int64_t bytes, double rate, double flops = 0) {
@@ -110,6 +113,7 @@ class Paper : public CudaDevice {
   }
 
  private:
+  int candidates_;
   std::uintptr_t next_ = std::uintptr_t{1} << 62;
   std::int64_t used_ = 0;
   std::map<std::byte*, std::int64_t> blocks_;
@@ -212,7 +216,9 @@ Facts paper_facts(int) {
   f.driver = f.runtime = f.blas = "0";
   return f;
 }
-std::unique_ptr<CudaDevice> paper(const DeviceOptions&) { return std::make_unique<Paper>(); }
+std::unique_ptr<CudaDevice> paper(const DeviceOptions& options) {
+  return std::make_unique<Paper>(options.candidates);
+}
 
 }  // namespace
 }  // namespace partita::cuda

@@ -75,6 +75,24 @@ TEST_F(PaperGpu, ItsCalibrationIsAProfileAndGoesOnWhereItEnded) {
   const std::string device{std::istreambuf_iterator<char>(device_file), {}};
   EXPECT_NE(device.find("context: {value: 419430400 B, source: "), std::string::npos) << device;
   EXPECT_NE(device.find(": NVML, after the context less before it'}"), std::string::npos) << device;
+  // What kernels reach of the copies' rate, as validation/gpu/speed.py reads it: on paper zeroing
+  // and norms move as copies do, and a bound that nothing can reach names all.
+  const auto shares = [&](const char* bound, int expected) {
+    const std::string file = (folder_ / "speed").string();
+    const std::string command =
+        fmt::format("python3 '{}' memory '{}/device.yaml' --least 6.4e7 --bound {} >'{}'",
+                    PARTITA_SPEED_SCRIPT, out, bound, file);
+    EXPECT_EQ(WEXITSTATUS(std::system(command.c_str())), expected) << command;
+    std::ifstream in(file);
+    return Json::parse(in);
+  };
+  if (std::system("python3 --version >/dev/null 2>&1") == 0) {
+    const Json all = shares("0.1", 0), none = shares("9", 1);
+    EXPECT_GT(all.at("kernels").size(), 8u) << all;
+    EXPECT_EQ(none.at("below").size(), none.at("kernels").size());
+    for (const char* kernel : {"zero", "square_sum"})
+      EXPECT_NEAR(all.at("kernels").at(kernel).at("share").get<double>(), 1, 0.01) << all;
+  }
   // A budget that is over at once: what comes first is measured all the same.
   const std::string some = (folder_ / "some").string();
   run("calibrate --backend cuda --steps 2 --budget 0.001s --out '" + some + "'", 0);
@@ -199,6 +217,20 @@ TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
     EXPECT_EQ(bytes.at("measured"), bytes.at("predicted")) << category;
   }
   EXPECT_GT(j.at("compute_s").at("measured").get<double>(), 0);
+  // By which algorithm of its library's products ran, of as many as were asked to be timed.
+  const Json product{
+      {"m", 64},        {"n", 32},         {"k", 16},         {"batch", 1}, {"transposed", "NT"},
+      {"type", "bf16"}, {"algorithm", 21}, {"candidates", 4}, {"taken", 2}, {"seconds", 1.5e-6}};
+  EXPECT_EQ(j.at("products"), Json::array({product}));
+  const std::string small =
+      "replay gpt2 dgx-h100:1 --layers 1 --rank 0 --backend cuda --steps 1 --json";
+  ::setenv("PARTITA_CUDA_CANDIDATES", "64", 1);
+  EXPECT_EQ(Json::parse(run(small, 0)).at("products")[0].at("candidates"), 64);
+  ::setenv("PARTITA_CUDA_CANDIDATES", "all", 1);
+  run(small, 2);
+  EXPECT_NE(err().find("PARTITA_CUDA_CANDIDATES: 'all' is not in 1 to 64"), std::string::npos)
+      << err();
+  ::unsetenv("PARTITA_CUDA_CANDIDATES");
   // What does not fit is said before anything is run.
   run("replay gpt3-175b dgx-h100:1 --tp 8 --backend cuda", 2);
   EXPECT_NE(err().find("more than this device has to give; --layers "), std::string::npos) << err();

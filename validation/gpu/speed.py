@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Is what we execute on a GPU worth predicting? Two checks (docs/cuda.md, "Speed"), each exits 1 where one falls short.
+
+  validation/gpu/speed.py memory DEVICE_YAML [--bound 0.85] [--least BYTES]
+  validation/gpu/speed.py products PARTITA [--bound 1.05]
+
+memory: of a profile that calibrate wrote, every kernel that only moves memory: bytes over time of its largest point, of the
+rate of the largest copy. Points below --least bytes (default: 128 MB, more than twice an H200's cache) say nothing; a kernel without one is named.
+products: a replay of layers of hidden size 8192 whose products time as many of cuBLASLt's algorithms as there are, and one as
+usual; the time of the algorithm that each took, product by product, over the best. Exit code 2 where nothing can be compared.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "ns": 1e-9}
+MOVES = ("activation", "add", "add_bias", "cross_entropy", "dropout", "embedding forward", "gated_activation", "normalize data",
+         "normalize forward", "optimizer", "rotary", "scale", "square_sum", "unscale", "zero")
+# Sums over rows by several kernels, and what needs the host.
+NOT = ("part", "of rows", "statistic", "batch")
+
+
+def kernels_of(text):
+    """Kernel: (bytes, seconds) of each point of one rank; and the rate of the largest copy, B/s."""
+    copy = re.search(r"^memory_bandwidth: \{value: ([\d.]+) (TB|GB)/s, source: '?measured.*copy", text, re.M)
+    rate = float(copy[1]) * {"TB": 1e12, "GB": 1e9}[copy[2]] if copy else None
+    found, kernel = {}, None
+    for line in text.split("\n"):
+        if head := re.match(r"  '(.+)':$", line):
+            kernel = head[1]
+        elif not line.startswith(" "):
+            kernel = None
+        point = re.match(r"    - \{ranks: 1, bytes: (\d+) B, time: ([\d.e+-]+) (\w+)", line)
+        if kernel and point:
+            found.setdefault(kernel, []).append((float(point[1]), float(point[2]) * UNITS[point[3]]))
+    return found, rate
+
+
+def memory(o):
+    found, rate = kernels_of(open(o.device).read())
+    if not rate:
+        return {"error": f"{o.device} has no memory_bandwidth that a copy was measured for"}, 2
+    result = {"schema": "partita.speed/1", "copy_GBps": rate / 1e9, "bound": o.bound, "kernels": {}, "too small": []}
+    for name, points in sorted(found.items()):
+        if not name.startswith(MOVES) or any(word in name for word in NOT):
+            continue
+        size, time = max(points)
+        if size < o.least:
+            result["too small"].append(name)
+            continue
+        result["kernels"][name] = {"bytes": size, "share": size / time / rate}
+    slow = [n for n, k in result["kernels"].items() if k["share"] < o.bound]
+    result["below"] = slow
+    return result, 2 if not result["kernels"] else 1 if slow else 0
+
+
+def products(o):
+    def run(candidates):
+        command = [o.partita, "replay", os.path.join(HERE, "gpt-8192.yaml"), "dgx-h200:1 gpus", "--dp", "1", "--backend", "cuda",
+                   "--precision", "bf16", "--micro-batch", "1", "--global-batch", "1", "--layers", "1", "--steps", "3", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PARTITA_CUDA_CANDIDATES=candidates))
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+        return {(p["m"], p["n"], p["k"], p["batch"], p["transposed"], p["type"]): p
+                for p in json.loads(done.stdout)["products"] if p["seconds"] > 0}
+    try:
+        usual, best = run("4"), run("64")
+    except RuntimeError as e:
+        return {"error": str(e)}, 2
+    both = sorted(set(usual) & set(best))
+    result = {"schema": "partita.speed/1", "bound": o.bound, "products": []}
+    for key in both:
+        a, b = usual[key], best[key]
+        least = min(a["seconds"], b["seconds"])
+        result["products"].append({"m": key[0], "n": key[1], "k": key[2], "batch": key[3], "algorithm": a["algorithm"],
+                                   "best": b["algorithm"], "of": b["candidates"], "ratio": a["seconds"] / least})
+    slow = [p for p in result["products"] if p["ratio"] > o.bound]
+    return result, 2 if not both else 1 if slow else 0
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    kinds = parser.add_subparsers(dest="what", required=True)
+    m = kinds.add_parser("memory")
+    m.add_argument("device")
+    m.add_argument("--bound", type=float, default=0.85)
+    m.add_argument("--least", type=float, default=128e6)
+    p = kinds.add_parser("products")
+    p.add_argument("partita")
+    p.add_argument("--bound", type=float, default=1.05)
+    o = parser.parse_args()
+    result, code = memory(o) if o.what == "memory" else products(o)
+    print(json.dumps(result, indent=2))
+    sys.exit(code)
+
+
+main()
