@@ -74,7 +74,7 @@ void check_backend(const BackendOptions& o) {
 #endif
 }
 
-nlohmann::ordered_json products_json(const std::vector<execute::ProductAlgorithm>& products) {
+std::string products_json(const std::vector<execute::ProductAlgorithm>& products) {
   auto all = nlohmann::ordered_json::array();
   for (const execute::ProductAlgorithm& p : products)
     all.push_back({{"m", p.m},
@@ -87,7 +87,7 @@ nlohmann::ordered_json products_json(const std::vector<execute::ProductAlgorithm
                    {"candidates", p.candidates},
                    {"taken", p.taken},
                    {"seconds", p.seconds}});
-  return all;
+  return all.dump();
 }
 
 #ifdef PARTITA_WITH_CUDA

@@ -5,7 +5,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,8 +27,8 @@ struct BackendOptions {
 void check_backend(const BackendOptions& options);
 /// What a rank's executor asks for its device; null: the host. After check_backend.
 std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const BackendOptions& options);
-/// By which of its libraries' algorithms a rank's device computed products.
-nlohmann::ordered_json products_json(const std::vector<execute::ProductAlgorithm>& products);
+/// By which of its libraries' algorithms a rank's device computed products, as JSON's text.
+std::string products_json(const std::vector<execute::ProductAlgorithm>& products);
 /// The first GPU, in figures, and what its driver says of it just now (0: nothing). After
 /// check_backend.
 struct Gpu {

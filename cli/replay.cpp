@@ -161,7 +161,7 @@ void replay(const Options& o) {
     j["memory_bytes"]["reserved"] = {{"measured", result.reserved.count}};
     if (result.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", result.beside.count}};
     j["host_kernels"] = result.fallbacks;
-    j["products"] = products_json(result.products);
+    j["products"] = Json::parse(products_json(result.products));
     fmt::print("{}\n", j.dump(2));
     return;
   }

@@ -412,7 +412,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
         j["device_memory_bytes"][row.part] = {{"measured", row.measured.count},
                                               {"predicted", row.predicted.count}};
       j["host_kernels"] = first.fallbacks;
-      j["products"] = products_json(first.products);
+      j["products"] = Json::parse(products_json(first.products));
     }
     j["traffic"] = Json::array();
     for (std::size_t r = 0; r < first.ranks.size(); ++r)
