@@ -413,6 +413,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
                                               {"predicted", row.predicted.count}};
       j["host_kernels"] = first.fallbacks;
       j["products"] = Json::parse(products_json(first.products));
+      if (!first.no_links.empty()) j["no_links"] = first.no_links;
     }
     j["traffic"] = Json::array();
     for (std::size_t r = 0; r < first.ranks.size(); ++r)
@@ -473,6 +474,10 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
       rows.push_back({row.part, text(row.measured), text(row.predicted)});
     fmt::print("\n{}", align(rows));
   }
+  if (!first.no_links.empty())
+    fmt::print(stderr,
+               "note: messages pass through the host, as GPUs that are shared are not linked: {}\n",
+               first.no_links);
   if (!first.fallbacks.empty()) {
     rows = {{"the host's kernels, rank 0", "calls"}};
     for (const auto& [kernel, calls] : first.fallbacks)

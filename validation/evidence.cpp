@@ -219,10 +219,23 @@ void check_times(const NcclTestsLog& log, const Topology& topology) {
 }
 
 std::vector<ProductTable> parse_products(const CsvTable& table) {
+  // Letters of any case, units in brackets or behind "_": "M", "dtype", "Time (us)".
+  std::vector<std::string> header;
+  for (const std::string& name : table.header) {
+    std::string plain;
+    for (const char c : lower(name)) {
+      const bool other = c == ' ' || c == '(' || c == '[' || c == '_';
+      if (other && !plain.empty() && plain.back() != '_') plain += '_';
+      if (!other && c != ')' && c != ']' && c != '/') plain += c;
+    }
+    header.push_back(plain == "dtype" || plain == "precision"    ? "type"
+                     : plain == "tflops_s" || plain == "tflop_s" ? "tflops"
+                                                                 : plain);
+  }
   const auto column = [&](const char* name) -> std::optional<std::size_t> {
-    const auto at = std::find(table.header.begin(), table.header.end(), name);
-    if (at == table.header.end()) return std::nullopt;
-    return static_cast<std::size_t>(at - table.header.begin());
+    const auto at = std::find(header.begin(), header.end(), name);
+    if (at == header.end()) return std::nullopt;
+    return static_cast<std::size_t>(at - header.begin());
   };
   constexpr std::array<std::pair<const char*, double>, 4> kTimes{
       {{"time_s", 1}, {"time_ms", 1e-3}, {"time_us", 1e-6}, {"tflops", 0}}};
@@ -255,8 +268,14 @@ std::vector<ProductTable> parse_products(const CsvTable& table) {
       return at ? r.fields[*at] : std::string();
     };
     ProductTable t;
-    t.type = parse_element_type(cell("type"), place);
-    t.out = cell("out").empty() ? t.type : parse_element_type(cell("out"), place);
+    // "torch.bfloat16".
+    const auto type_of = [&](std::string word) {
+      if (word.rfind("torch.", 0) == 0) word.erase(0, 6);
+      if (word.rfind("float8_e4m3", 0) == 0 || word == "e4m3") word = "fp8";
+      return parse_element_type(word, place);
+    };
+    t.type = type_of(cell("type"));
+    t.out = cell("out").empty() ? t.type : type_of(cell("out"));
     if (const std::string layout = cell("layout"); !layout.empty()) {
       for (const auto x : {ProductLayout::nn, ProductLayout::nt, ProductLayout::tn})
         if (name(x) == layout) t.layout = x;

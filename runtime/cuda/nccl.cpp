@@ -60,6 +60,30 @@ class Nccl : public NcclLinks {
   std::string name() const override { return "NCCL " + nccl_version(); }
   double timeout_s() const override { return o_.timeout_s; }
 
+  /// NCCL may refuse ranks that share a GPU; of ranks with one each that is an error.
+  std::string open(Transport& control) override {
+    if (!refused_.empty()) return refused_;
+    if (world_ != nullptr) return {};
+    rank_ = control.rank();
+    const std::int64_t before = left();
+    if (o_.shared_gpu) share_one_gpu(rank_);
+    try {
+      make_world(control);
+    } catch (const MachineError& e) {
+      if (!o_.shared_gpu) throw;
+      refused_ = e.what();
+    } catch (const PeerError& e) {
+      if (!o_.shared_gpu) throw;
+      refused_ = e.what();
+    }
+    others_ += std::max<std::int64_t>(0, before - left());
+    return refused_;
+  }
+  void leave() override {
+    if (refused_.empty()) refused_ = "NCCL: another rank has none";
+    abort();
+  }
+
   void meet(Transport& control, const std::vector<Channel>& channels) override {
     rank_ = control.rank();
     std::int64_t before = left();
@@ -68,11 +92,6 @@ class Nccl : public NcclLinks {
       before = now;
       return n;
     };
-    if (world_ == nullptr) {
-      if (o_.shared_gpu) share_one_gpu(rank_);
-      make_world(control);
-      others_ += went();
-    }
     // Channels without a common rank are made by one split. All ranks find the same sets.
     std::vector<std::vector<const Channel*>> splits;
     std::vector<std::set<int>> taken;
@@ -413,6 +432,7 @@ class Nccl : public NcclLinks {
   std::function<void*()> stream_;
   int rank_ = 0;
   ncclComm_t world_ = nullptr, none_ = nullptr;
+  std::string refused_;  ///< why there is no world_
   std::set<Channel> known_;
   std::map<Channel, ncclComm_t> comms_;
   std::map<Channel, std::int64_t> bytes_;  ///< that went with each

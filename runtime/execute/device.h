@@ -109,6 +109,10 @@ class Links {
  public:
   virtual ~Links() = default;
   virtual std::string name() const = 0;
+  /// All ranks at once, before meet(). Why this rank cannot, where it may do without links: then
+  /// all ranks leave them.
+  virtual std::string open(Transport&) { return {}; }
+  virtual void leave() {}
   /// All ranks at once, before the first call.
   virtual void meet(Transport& control, const std::vector<Channel>& channels) = 0;
   /// `call.data` and `call.send` lie on the device.

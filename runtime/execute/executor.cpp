@@ -28,7 +28,7 @@ using cpu::Tensor;
 using Clock = std::chrono::steady_clock;
 
 constexpr std::int64_t kCollectiveTag = 0, kTieTag = 1, kResultTag = 2, kProgressTag = 3,
-                       kClockTag = 4, kFirstMessageTag = 5;
+                       kClockTag = 4, kFirstMessageTag = 5, kLinksTag = 6;
 
 /// What one buffer's instance holds.
 struct Instance {
@@ -87,6 +87,32 @@ Work work_of(Kernel k) {
                            static_cast<int>(Kernel::forward_statistic));
 }
 
+/// What the first rank that says anything says; on all ranks.
+std::string first_said(Transport& t, std::string mine) {
+  const auto send = [&](int to, const std::string& text) {
+    const std::uint64_t size = text.size();
+    t.send(to, kLinksTag, &size, sizeof size);
+    if (size > 0) t.send(to, kLinksTag, text.data(), size);
+  };
+  const auto receive = [&](int from) {
+    std::uint64_t size = 0;
+    t.receive(from, kLinksTag, &size, sizeof size);
+    std::string text(size, ' ');
+    if (size > 0) t.receive(from, kLinksTag, text.data(), size);
+    return text;
+  };
+  if (t.rank() != 0) {
+    send(0, mine);
+    return receive(0);
+  }
+  for (int r = 1; r < t.size(); ++r) {
+    std::string theirs = receive(r);
+    if (mine.empty()) mine = std::move(theirs);
+  }
+  for (int r = 1; r < t.size(); ++r) send(r, mine);
+  return mine;
+}
+
 class Executor {
  public:
   Executor(const Program& p, Transport& transport, Device& device, const Options& o)
@@ -108,8 +134,14 @@ class Executor {
     prepare();
     if (transport_.size() > 1 && links_ != nullptr) {
       transport_.doing("the meeting of devices");
-      links_->meet(transport_, channels_of(p));
-      if (o.estimates) result_.estimates = links_->estimates();
+      result_.no_links = first_said(transport_, links_->open(transport_));
+      if (result_.no_links.empty()) {
+        links_->meet(transport_, channels_of(p));
+        if (o.estimates) result_.estimates = links_->estimates();
+      } else {
+        links_->leave();
+        links_ = nullptr;
+      }
     }
   }
   ~Executor() {

@@ -70,6 +70,9 @@ struct RankResult {
   std::map<std::string, std::int64_t> fallbacks;
   std::vector<ProductAlgorithm> products;  ///< of this rank's device
   std::vector<LinkEstimate> estimates;
+  /// Why the devices' links were left, so that messages passed through the host; empty: they were
+  /// not.
+  std::string no_links;
   /// Of its device beside that: what libraries, communicators and kernels work in. Other processes
   /// on the device count, too.
   Bytes beside;

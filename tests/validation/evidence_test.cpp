@@ -168,6 +168,19 @@ TEST(ProductTables, TheExampleOfThePage) {
   ASSERT_EQ(t.points.size(), 2u);
   EXPECT_NEAR(t.points[0].time.count, 249.9e-6, 0.05e-6);
   EXPECT_NEAR(t.points[1].time.count, 2.0 * 8 * 16 * 32 / 0.5e12, 1e-18);
+  // As others write it.
+  for (const char* text : {"M,N,K,dtype,Time (us)\n4096,4096,4096,torch.bfloat16,250\n",
+                           "m,n,k,precision,time_ms\n4096,4096,4096,BF16,0.25\n",
+                           "M,N,K,Type,TFLOP/s\n4096,4096,4096,bf16,549.755813888\n"}) {
+    const auto theirs = parse_products(parse_csv(text, "t.csv"));
+    ASSERT_EQ(theirs.size(), 1u) << text;
+    EXPECT_EQ(theirs[0].type, ElementType::bf16) << text;
+    EXPECT_NEAR(theirs[0].points.at(0).time.count, 250e-6, 1e-12) << text;
+  }
+  EXPECT_EQ(parse_products(parse_csv("m,n,k,type,time_us\n8,8,8,torch.float8_e4m3fn,5\n", "t.csv"))
+                .at(0)
+                .type,
+            ElementType::fp8);
   const auto timed = parse_products(
       parse_csv("m,n,k,type,time_ms,count,out\n8,16,32,bf16,0.25,4,fp32\n", "g.csv"));
   EXPECT_DOUBLE_EQ(timed[0].points[0].time.count, 0.25e-3);

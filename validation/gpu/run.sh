@@ -47,6 +47,8 @@ part() {  # name, most seconds, [checked,] command...
   [ $code -eq 0 ] && grep -q '^\[  SKIPPED \]' "$out/$name.txt" && code=skipped
   # A run whose loss met no serial network's has shown no mathematics.
   [ "$code" = 0 ] && [ "$checked" = yes ] && ! grep -q '"equal_to_serial": true' "$out/$name.txt" && code="not beside the serial network"
+  # Nor has one without NCCL shown NCCL's.
+  [ "$code" = 0 ] && grep -q '"no_links"' "$out/$name.txt" && code="NCCL refused"
   local took=$(($(date +%s) - start))
   printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(grep -v '^[]}[{ ,]*$' "$out/$name.txt" | tail -1 | cut -c1-200)")" | tee -a "$out/summary.txt"
   [ "$code" = 0 ] || failed+=("$name")

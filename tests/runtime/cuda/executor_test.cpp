@@ -19,11 +19,13 @@ namespace {
 
 constexpr std::uint64_t kSeed = 7;
 
-execute::Options options_for(const Graph& graph, bool linked, std::uint64_t seed) {
+execute::Options options_for(const Graph& graph, bool linked, std::uint64_t seed,
+                             int refuses = -1) {
   execute::Options o;
   o.steps = 3;
   execute::draw(o, graph, kSeed);
   auto hub = linked ? std::make_shared<FarHub>() : nullptr;
+  if (hub) hub->refuses = refuses;
   o.device = [hub, seed](int rank) {
     return std::make_unique<FarGpu>(
         execute::FarOptions{seed + static_cast<std::uint64_t>(rank), 20, false}, hub);
@@ -86,6 +88,28 @@ TEST(CudaExecutor, SpatialPiecesPadWhereTheyEnd) {
   EXPECT_TRUE(expect_good(cnn(true), p, true, 0));
   p.dp = 3;
   EXPECT_TRUE(expect_good(cnn(true), p, true, 1));
+}
+
+// One rank's refusal is all ranks': what then passes through the host is the same.
+TEST(CudaExecutor, WithoutLinksMessagesPassThroughTheHost) {
+  const Graph g = gpt();
+  Plan p = single_precision({});
+  p.tp = 2, p.pp = 2, p.dp = 2, p.global_batch = 4, p.micro_batch = 1;
+  const auto program = lower(g, *complete(g, p));
+  ASSERT_TRUE(static_cast<bool>(program)) << program.reason();
+  const auto with = [&](bool linked, int refuses) {
+    return execute::run_threads(*program, options_for(g, linked, 11, refuses));
+  };
+  EXPECT_EQ(with(true, -1)[0].no_links, "");
+  const auto exact = reference::options_for(g, *program, 3, kSeed);
+  const auto serial = reference::train_serially(g, *program, exact, 1);
+  for (const int rank : {0, 5}) {
+    const auto left = with(true, rank);
+    for (const auto& r : left) EXPECT_EQ(r.no_links, "far links refuse this rank");
+    EXPECT_EQ(left[0].values.copies_differ, 0);
+    expect_equal(reference::compare(g, left[0].values, serial,
+                                    reference::tolerance_of_rounding(g, *program, serial, exact)));
+  }
 }
 
 TEST(CudaExecutor, RandomPlans) {

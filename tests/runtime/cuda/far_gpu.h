@@ -111,6 +111,7 @@ class FarHub {
     std::vector<std::shared_ptr<Brought>> brought;
     std::size_t left = 0;
   };
+  int refuses = -1;  ///< a rank that has no links
   std::mutex guard;
   std::map<std::pair<execute::Channel, std::int64_t>, Meeting> meetings;
   /// Taken: null, until the sender knows.
@@ -123,12 +124,17 @@ class FarLinks : public execute::Links {
   FarLinks(execute::FarDevice& device, std::shared_ptr<FarHub> hub)
       : device_(device), hub_(std::move(hub)) {}
   std::string name() const override { return "far links"; }
+  std::string open(Transport& control) override {
+    return control.rank() == hub_->refuses ? "far links refuse this rank" : "";
+  }
+  void leave() override { left_ = true; }
   void meet(Transport& control, const std::vector<execute::Channel>& channels) override {
     rank_ = control.rank();
     known_.insert(channels.begin(), channels.end());
   }
   void collective(const execute::Channel& channel, const CollectiveCall& call) override {
     EXPECT_EQ(known_.count(channel), 1u) << "a channel that nobody announced";
+    EXPECT_FALSE(left_);
     const auto turn = turns_[channel]++;
     const auto n = channel.group.size();
     const auto me = static_cast<std::size_t>(call.me);
@@ -214,6 +220,7 @@ class FarLinks : public execute::Links {
  private:
   execute::FarDevice& device_;
   std::shared_ptr<FarHub> hub_;
+  bool left_ = false;
   int rank_ = 0;
   std::set<execute::Channel> known_;
   std::map<execute::Channel, std::int64_t> turns_;
