@@ -673,8 +673,10 @@ std::string RowCase::key() const {
                    plan.allocations.attention_dropout, plan.allocations.loss_forward.count,
                    plan.allocations.workspace.count, plan.allocations.workspace_hopper.count,
                    plan.allocations.workspace_grouped.count, plan.kernels.fused_experts);
-  s += fmt::format(" {} {} {}", plan.kernels.activation_passes_forward,
-                   plan.kernels.activation_passes_backward, plan.kernels.logit_forward);
+  s += fmt::format(" {} {} {} {} {} {}", plan.kernels.activation_passes_forward,
+                   plan.kernels.activation_passes_backward, plan.kernels.logit_forward,
+                   plan.kernels.flash, static_cast<int>(plan.precision.gradients),
+                   static_cast<int>(plan.precision.gradient_communication));
   if (layer)
     s += fmt::format(" {} {}", static_cast<int>(layer->part), static_cast<int>(layer->pass));
   return s;

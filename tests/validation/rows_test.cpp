@@ -1611,6 +1611,12 @@ TEST(RowCase, KernelsCapacitiesAndShardingAreWhatTheRowSays) {
   EXPECT_EQ(
       case_with({{"attention_kernel", "TE fused/flash; MLA for DeepSeek"}}).plan.kernels.flash, 0);
 
+  // Rows that are predicted otherwise are told apart.
+  const auto key = [&](const Cells& cells) { return case_with(with(hopper, cells)).key(); };
+  EXPECT_NE(key({{"attention_kernel", "FA2"}}), key({{"attention_kernel", "FA3"}}));
+  EXPECT_NE(key({{"overlap_and_other_settings", "grad_reduce_in_fp32=True"}}),
+            key({{"overlap_and_other_settings", "grad_reduce_in_fp32=False"}}));
+
   const Cells mixture = with(only_named("Mixtral 8x7B"),
                              {{"framework", "NeMo"}, {"ep", "8"}, {"dp", "16"}, {"etp", "1"}});
   const auto waits = [&](const Cells& cells) {
