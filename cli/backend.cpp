@@ -74,6 +74,12 @@ void check_backend(const BackendOptions& o) {
 #endif
 }
 
+void note_no_links(const std::string& why) {
+  fmt::print(stderr,
+             "note: messages pass through the host, as GPUs that are shared are not linked: {}\n",
+             why);
+}
+
 std::string products_json(const std::vector<execute::ProductAlgorithm>& products) {
   auto all = nlohmann::ordered_json::array();
   for (const execute::ProductAlgorithm& p : products)

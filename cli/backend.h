@@ -27,6 +27,8 @@ struct BackendOptions {
 void check_backend(const BackendOptions& options);
 /// What a rank's executor asks for its device; null: the host. After check_backend.
 std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const BackendOptions& options);
+/// RankResult::no_links in a line on stderr.
+void note_no_links(const std::string& why);
 /// By which of its libraries' algorithms a rank's device computed products, as JSON's text.
 std::string products_json(const std::vector<execute::ProductAlgorithm>& products);
 /// The first GPU, in figures, and what its driver says of it just now (0: nothing). After

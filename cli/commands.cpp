@@ -278,7 +278,9 @@ void add_plan(CLI::App& app, int& code) {
     base.dp = 1;
     const auto ranks = static_cast<std::int64_t>(t.used_ranks());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
-    auto defaults = framework_defaults(o->flags, base, o->model, t);
+    // The search has its own word on these.
+    auto defaults =
+        framework_defaults(o->flags, base, o->model, t, {"zero", "recompute", "sequence_parallel"});
     const Graph g = load_graph(o->model, o->flags, base);
     SearchSpace space = full_space(g, t, ranks, base);
     restrict_space(space, o->flags, given);

@@ -6,8 +6,10 @@
 #include <chrono>
 #include <cstdlib>
 #include <thread>
+#include <utility>
 
 #include "base/error.h"
+#include "cli/backend.h"
 #include "cli/fault.h"
 #include "cli/launch.h"
 #include "runtime/reference/serial.h"
@@ -143,7 +145,10 @@ execute::RankResult Crew::run(std::size_t task) {
     last_ranks_ = ranks;
     for (int r = 1; r < ranks; ++r) world_->send(r, kOrderTag, order.data(), sizeof order);
   }
-  return work(order[0], order[1]);
+  auto result = work(order[0], order[1]);
+  if (!result.no_links.empty() && !std::exchange(said_no_links_, true))
+    note_no_links(result.no_links);
+  return result;
 }
 
 void Crew::abort(const std::exception& why) {

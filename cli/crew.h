@@ -65,6 +65,7 @@ class Crew {
   std::unique_ptr<Transport> world_;                 ///< none for threads
   std::map<int, std::unique_ptr<Transport>> parts_;  ///< its first so many ranks
   std::int64_t last_ranks_ = 0, turn_ = 0;
+  bool said_no_links_ = false;
 };
 
 }  // namespace partita::cli

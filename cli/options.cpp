@@ -453,9 +453,25 @@ ModelOptions model_options(const PlanFlags& f) {
 }
 
 std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const std::string& model,
-                                            const Topology& topology) {
+                                            const Topology& topology,
+                                            const std::vector<std::string>& given) {
   std::vector<std::string> said;
   if (!flags.framework_defaults) return said;
+  // A key is given as a whole: `launch` by "launch.graphs".
+  const auto within = [](const std::string& key, const std::vector<std::string>& all) {
+    return std::any_of(all.begin(), all.end(), [&](const std::string& one) {
+      return one.substr(0, one.find_first_of(".=")) == key;
+    });
+  };
+  const auto open = [&](const std::string& key) {
+    const bool flag = key == "sequence_parallel"
+                          ? flags.sequence_parallel || flags.no_sequence_parallel
+                      : key == "zero"       ? flags.zero.has_value()
+                      : key == "zero_group" ? flags.zero_group.has_value()
+                      : key == "recompute"  ? !flags.recompute.empty()
+                                            : false;
+    return !flag && !in_plan_file(flags, key) && !within(key, flags.set) && !within(key, given);
+  };
   const FrameworkProfile f = load_framework(plan.framework, "--framework");
   if (!f.flash_attention && !flags.materialised_attention) {
     flags.materialised_attention = true;
@@ -470,36 +486,31 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
     flags.dropout = f.dropout;
     said.push_back(fmt::format("dropout {}", f.dropout));
   }
-  const bool experts = at != known.end() && at->transformer && at->transformer->moe.experts > 0;
-  if (plan.tp > 1 && !flags.sequence_parallel && !flags.no_sequence_parallel &&
-      !in_plan_file(flags, "sequence_parallel") && (f.sequence_parallel || plan.ep > 1) &&
+  if (plan.tp > 1 && open("sequence_parallel") && (f.sequence_parallel || plan.ep > 1) &&
       !plan.sequence_parallel) {
     plan.sequence_parallel = true;
     said.emplace_back("sequence parallel on");
   }
-  if (!flags.zero && !in_plan_file(flags, "zero") && plan.zero != f.zero) {
+  if (open("zero") && plan.zero != f.zero) {
     plan.zero = f.zero;
     said.push_back(fmt::format("ZeRO {}", f.zero));
   }
-  const bool open = flags.recompute.empty() && !in_plan_file(flags, "recompute");
-  if (open && transformer && f.recompute != "none") {
+  if (open("recompute") && transformer && f.recompute != "none") {
     plan.recompute = parse_recompute(f.recompute, "recompute");
     said.push_back("recompute " + f.recompute);
   }
   bool overlaps = f.overlap_tensor_parallel;
-  const Occasion where{"",
-                       "",
-                       "",
-                       model,
-                       topology.device(DeviceId{0}).name,
-                       plan.precision_name,
-                       static_cast<std::int64_t>(topology.used_ranks())};
+  Occasion where;
+  where.network = model;
+  where.device = topology.device(DeviceId{0}).name;
+  where.precision = plan.precision_name;
+  where.gpus = static_cast<std::int64_t>(topology.used_ranks());
   for (const Workload& w : f.workloads) {
     if (!concerns(w, where, plan)) continue;
     for (std::string& one : apply(w, plan, open, overlaps)) said.push_back(std::move(one));
   }
-  if (overlaps && plan.sequence_parallel && !experts &&
-      !in_plan_file(flags, "overlap_tensor_parallel")) {
+  const bool experts = at != known.end() && at->transformer && at->transformer->moe.experts > 0;
+  if (overlaps && plan.sequence_parallel && !experts && open("overlap_tensor_parallel")) {
     plan.overlap_tensor_parallel = true;
     said.emplace_back("tensor-parallel overlap on");
   }

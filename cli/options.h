@@ -94,10 +94,11 @@ void refuse_foreign(const Topology& topology, const std::string& file, const std
 ModelOptions model_options(const PlanFlags& flags);
 /// --framework-defaults: what the plan's framework does where neither flag nor file says otherwise,
 /// and what its configuration of the network on such devices sets (docs/plan.md), as rows of tables
-/// have it. Says what it changed; nothing without the flag. Before load_graph: attention and
-/// dropout are the network's.
+/// have it. `given`: plan keys that are said in another way. Says what it changed; nothing without
+/// the flag. Before load_graph: attention and dropout are the network's.
 std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const std::string& model,
-                                            const Topology& topology);
+                                            const Topology& topology,
+                                            const std::vector<std::string>& given = {});
 /// Loads the network and applies freezing and adapters.
 Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan);
 

@@ -474,10 +474,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
       rows.push_back({row.part, text(row.measured), text(row.predicted)});
     fmt::print("\n{}", align(rows));
   }
-  if (!first.no_links.empty())
-    fmt::print(stderr,
-               "note: messages pass through the host, as GPUs that are shared are not linked: {}\n",
-               first.no_links);
+  if (!first.no_links.empty()) note_no_links(first.no_links);
   if (!first.fallbacks.empty()) {
     rows = {{"the host's kernels, rank 0", "calls"}};
     for (const auto& [kernel, calls] : first.fallbacks)

@@ -200,8 +200,9 @@ Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
     for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
     settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_ranks()), r.topology.name());
     PlanFlags flags = s.flags;
-    auto defaults = framework_defaults(flags, plan, s.model, r.topology);
-    for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
+    std::vector<std::string> varied;
+    for (const auto& [key, value] : s.plan_keys) varied.push_back(key);
+    auto defaults = framework_defaults(flags, plan, s.model, r.topology, varied);
     r.graph = load_graph(s.model, flags, plan);
     if (s.flags.placement == "search") {
       const auto placed = place(r.graph, plan, r.topology);

@@ -1526,7 +1526,10 @@ class CaseBuilder {
     bool overlaps_tensor_parallel = f.overlap_tensor_parallel;
     for (const Workload& w : f.workloads) {
       if (!concerns(w)) continue;
-      for (const std::string& said : apply(w, p, recompute.empty(), overlaps_tensor_parallel))
+      const auto open = [&](std::string_view key) {
+        return key != "recompute" || recompute.empty();
+      };
+      for (const std::string& said : apply(w, p, open, overlaps_tensor_parallel))
         assume("{} (workload)", said);
     }
     if (flags_.any) {

@@ -294,7 +294,13 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
             n.place(), fmt::format("dropout is {}; it must be at least 0 and below 1", f.dropout));
     });
     word(*defaults, "recompute", f.recompute);
-    word(*defaults, "selective", f.selective);
+    setting(*defaults, "selective", [&](const YamlNode& n) {
+      f.selective = n.as_string();
+      if (f.selective == "selective")
+        throw InputError(n.place(),
+                         "'selective' says itself; use attention, full, first:N or "
+                         "operator patterns");
+    });
     boolean(*defaults, "mtp", f.mtp);
     boolean(*defaults, "logs_first_stage", f.logs_first_stage);
     boolean(*defaults, "logs_hardware_flops", f.logs_hardware_flops);

@@ -804,53 +804,60 @@ bool concerns(const Workload& w, const Occasion& where, const Plan& plan) {
          (w.gpus == 0 || w.gpus == where.gpus) && (!w.zero || plan.zero == *w.zero);
 }
 
-std::vector<std::string> apply(const Workload& w, Plan& p, bool recompute, bool& overlaps) {
+std::vector<std::string> apply(const Workload& w, Plan& p,
+                               const std::function<bool(const char* key)>& open, bool& overlaps) {
   std::vector<std::string> said;
   const auto set = [&](const char* what, std::optional<bool> to, bool& in) {
     if (!to || *to == in) return;
     in = *to;
     said.push_back(fmt::format("{} {}", what, *to ? "on" : "off"));
   };
-  if (recompute && !w.recompute.empty()) {
+  if (open("recompute") && !w.recompute.empty()) {
     p.recompute = parse_recompute(w.recompute, "recompute");
     said.push_back("recompute " + w.recompute);
   }
-  if (w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 && p.dp % w.zero_group == 0) {
+  if (open("zero_group") && w.zero_group > 0 && p.zero > 0 && p.zero_group == 0 &&
+      p.dp % w.zero_group == 0) {
     p.zero_group = w.zero_group;
     said.push_back(fmt::format("{} ranks share a copy of the state", w.zero_group));
   }
-  if (w.offload_blocks > 0) {
+  if (open("offload") && w.offload_blocks > 0) {
     p.offload_activations = true;
     p.offload_blocks = w.offload_blocks;
     said.push_back(fmt::format("activations of {} blocks on the host", w.offload_blocks));
   }
-  set("tensor-parallel overlap", w.overlaps_tensor_parallel, overlaps);
-  set("rows once", w.rows_once, p.rows_once);
-  set("graphs", w.graphs, p.launches.graphs);
-  // What is captured as a whole counts rows on the device.
-  if (p.launches.graphs) p.launches.waits_for_counts = false;
-  set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
-  if (!w.graphs_of.empty()) {
-    p.launches.graphs_of = w.graphs_of;
-    said.push_back("graphs of " + w.graphs_of);
+  if (open("overlap_tensor_parallel"))
+    set("tensor-parallel overlap", w.overlaps_tensor_parallel, overlaps);
+  if (open("rows_once")) set("rows once", w.rows_once, p.rows_once);
+  if (open("launch")) {
+    set("graphs", w.graphs, p.launches.graphs);
+    // What is captured as a whole counts rows on the device.
+    if (p.launches.graphs) p.launches.waits_for_counts = false;
+    set("graphs beside experts", w.graphs_beside_experts, p.launches.graphs_beside_experts);
+    if (!w.graphs_of.empty()) {
+      p.launches.graphs_of = w.graphs_of;
+      said.push_back("graphs of " + w.graphs_of);
+    }
+    set("blocking launches", w.blocking, p.launches.blocking);
   }
   set("fused experts", w.fused_experts, p.kernels.fused_experts);
+  if (p.kernels.fused_experts) p.expert_bias_apart = false;
   if (w.activation_passes_forward > 0) {
     p.kernels.activation_passes_forward = w.activation_passes_forward;
     p.kernels.activation_passes_backward = w.activation_passes_backward;
     said.push_back("activations of separate kernels");
   }
-  if (w.overlaps_experts) {
+  if (open("overlap_experts") && w.overlaps_experts) {
     bool beside = p.exchanges_beside_blocks();
     set("overlap of experts", w.overlaps_experts, beside);
     p.overlap_experts = beside;
   }
   set("early end of what runs again", w.recompute_stops_early, p.recompute_stops_early);
-  set("blocking launches", w.blocking, p.launches.blocking);
-  if (p.kernels.fused_experts) p.expert_bias_apart = false;
-  bool narrow = false;
-  set("gradients in the parameters' type", w.narrow_gradients, narrow);
-  if (narrow) p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+  if (open("precision")) {
+    bool narrow = false;
+    set("gradients in the parameters' type", w.narrow_gradients, narrow);
+    if (narrow) p.precision.gradients = p.precision.gradient_communication = p.precision.parameters;
+  }
   return said;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -260,11 +261,10 @@ struct Occasion {
   std::int64_t gpus = 0;
 };
 bool concerns(const Workload& workload, const Occasion& where, const Plan& plan);
-/// Sets in the plan what the configuration sets, its recomputation only where `recompute` says that
-/// nobody else does, and says what changed. `overlaps`: as
-/// FrameworkProfile::overlap_tensor_parallel.
-std::vector<std::string> apply(const Workload& workload, Plan& plan, bool recompute,
-                               bool& overlaps);
+/// Sets in the plan what the configuration sets of the keys (of plan files) that are `open`, and
+/// says what changed. `overlaps`: as FrameworkProfile::overlap_tensor_parallel.
+std::vector<std::string> apply(const Workload& workload, Plan& plan,
+                               const std::function<bool(const char* key)>& open, bool& overlaps);
 
 /// The plan as our executor runs it, which weights experts' rows when it combines them and keeps
 /// what it made.

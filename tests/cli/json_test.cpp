@@ -251,6 +251,21 @@ TEST(Json, FrameworkDefaultsAreWhatRowsHave) {
                 .dump()
                 .find("recompute"),
             std::string::npos);
+  // So does any other way of saying it.
+  const auto assumed = [&](const std::string& arguments) {
+    const Ran r = run(arguments + " --framework-defaults --json");
+    return r.out;
+  };
+  EXPECT_EQ(
+      assumed("simulate " + fp8 + " --micro-batch 1 --set recompute=none").find("recompute first"),
+      std::string::npos);
+  EXPECT_EQ(assumed("whatif " + fp8 + " --vary plan.recompute=none,full").find("recompute first"),
+            std::string::npos);
+  const std::string graphs =
+      "simulate llama-3-8b dgx-b200:1 --tp 4 --pp 2 --global-batch 8 "
+      "--framework megatron-bridge";
+  EXPECT_NE(assumed(graphs).find("graphs on"), std::string::npos);
+  EXPECT_EQ(assumed(graphs + " --set launch.graphs=false").find("graphs on"), std::string::npos);
   EXPECT_EQ(of_command("gpt2 dgx-a100-80gb:1 --tp 2 --pp 2 --global-batch 16 --seq 1024 "
                        "--framework megatron-lm-2022 --precision fp16 --framework-defaults")
                 .at("step_time_s")

@@ -72,6 +72,17 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
   }
 }
 
+TEST(Framework, ASelectionThatSaysItselfIsRefused) {
+  EXPECT_THAT(
+      [] {
+        parse_framework(
+            "schema: partita.framework/1\nname: x\nlike: nemo\nsource: s\n"
+            "plan: {bucket: 1 MB}\ndefaults: {selective: selective}\n",
+            "f.yaml");
+      },
+      ThrowsMessage<InputError>(HasSubstr("'selective' says itself")));
+}
+
 TEST(Framework, OneLikeAnotherHasItsSettingsNotItsRows) {
   const FrameworkProfile
       nemo = load_framework("nemo", ""),

@@ -1640,6 +1640,51 @@ TEST(RowCase, KernelsCapacitiesAndShardingAreWhatTheRowSays) {
   EXPECT_EQ(zero("DeepSpeed", "ZeRO++"), 3);
 }
 
+// Rows of one key share a prediction: whatever a row says, equal keys are equal plans.
+TEST(RowCase, EqualKeysAreEqualPlans) {
+  std::mt19937 rng(29);
+  const auto pick = [&](const std::vector<const char*>& from) { return from[rng() % from.size()]; };
+  std::map<std::string, Plan> seen;
+  int alike = 0;
+  for (int n = 0; n < 1500; ++n) {
+    const char* framework = pick({"torchtitan", "Megatron-Core", "Megatron-LM", "PyTorch FSDP2",
+                                  "NVIDIA NeMo", "Megatron-Bridge (NeMo container)"});
+    Cells row = {
+        {"framework", framework},
+        {"pp", "1"},
+        {"dp", "8"},
+        {"zero_or_fsdp", pick({"", "ZeRO-1", "FSDP2"})},
+        {"attention_kernel", pick({"", "flash", "FA2", "FA3", "unfused"})},
+        {"precision", pick({"bf16", "fp8", "fp16"})},
+        {"recompute", pick({"", "none", "selective", "selective (attention core)", "full"})},
+        {"overlap_and_other_settings",
+         pick({"", "torch.compile", "eager", "grad_reduce_in_fp32=False", "fused cross entropy",
+               "CUDA graphs", "overlap paths off", "no DP overlap", "token dropping"})}};
+    RowCase c;
+    try {
+      c = case_with(row);
+    } catch (const InputError&) {
+      continue;
+    }
+    const auto [at, fresh] = seen.emplace(c.key(), c.plan);
+    if (fresh) continue;
+    ++alike;
+    const Plan &a = at->second, &b = c.plan;
+    EXPECT_EQ(a.kernels, b.kernels) << c.key();
+    EXPECT_EQ(a.launches, b.launches) << c.key();
+    EXPECT_EQ(a.allocations, b.allocations) << c.key();
+    EXPECT_EQ(a.recomputed(), b.recomputed()) << c.key();
+    EXPECT_EQ(a.precision.gradients, b.precision.gradients) << c.key();
+    EXPECT_EQ(a.precision.gradient_communication, b.precision.gradient_communication) << c.key();
+    EXPECT_EQ(a.overlap_gradients, b.overlap_gradients) << c.key();
+    EXPECT_EQ(a.tensor_parallel_in_turn, b.tensor_parallel_in_turn) << c.key();
+    EXPECT_EQ(a.send_wait, b.send_wait) << c.key();
+    EXPECT_EQ(a.zero, b.zero) << c.key();
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(alike, 100);
+}
+
 TEST(RowCase, TorchtitanIsCompiledWhereTheRowSaysSo) {
   const auto framework = [](const Cells& cells) {
     return case_with(with({{"framework", "torchtitan"}, {"zero_or_fsdp", "FSDP2"}}, cells))

@@ -48,7 +48,7 @@ part() {  # name, most seconds, [checked,] command...
   # A run whose loss met no serial network's has shown no mathematics.
   [ "$code" = 0 ] && [ "$checked" = yes ] && ! grep -q '"equal_to_serial": true' "$out/$name.txt" && code="not beside the serial network"
   # Nor has one without NCCL shown NCCL's.
-  [ "$code" = 0 ] && grep -q '"no_links"' "$out/$name.txt" && code="NCCL refused"
+  [ "$code" = 0 ] && grep -qE '"no_links"|messages pass through the host' "$out/$name.txt" && code="NCCL refused"
   local took=$(($(date +%s) - start))
   printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(grep -v '^[]}[{ ,]*$' "$out/$name.txt" | tail -1 | cut -c1-200)")" | tee -a "$out/summary.txt"
   [ "$code" = 0 ] || failed+=("$name")
