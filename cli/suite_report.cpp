@@ -113,6 +113,7 @@ void print_json(const SuiteReport& r) {
                                    {"measured_s", k.sum.measured.count},
                                    {"predicted_s", k.sum.predicted.count},
                                    {"noise", k.noise()}});
+  if (!r.no_estimates.empty()) j["no_nccl_estimates"] = r.no_estimates;
   if (r.estimates) {
     Json& e = j["nccl_estimates"];
     e = {{"equal", r.estimates->equal},

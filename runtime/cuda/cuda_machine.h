@@ -101,6 +101,7 @@ class CudaMachine {
   static constexpr std::size_t kWorkspace = 32 << 20;
 
  private:
+  void own_flash(const FlashCall& call, FlashPass pass);  ///< flash.cu
   void multiply(const ProductCall& p, const ProductKey& key, const std::string& words);
   Libraries& libraries_;
   cudaStream_t stream_;

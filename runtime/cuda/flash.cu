@@ -1,6 +1,5 @@
 // Attention without scores in memory, on tensor cores (flash.h).
 #include "runtime/cuda/cuda_machine.h"
-#include "runtime/cuda/fused_attention.h"
 
 namespace partita::cuda {
 namespace {
@@ -104,13 +103,7 @@ __global__ __launch_bounds__(32 * K::kWarps,
 
 }  // namespace
 
-bool CudaMachine::flash(const FlashCall& call, FlashPass pass) {
-  if (!has_flash()) return false;
-  const bool backward = pass == FlashPass::backward;
-  if (libraries_.attention && (backward || pass == FlashPass::forward) &&
-      libraries_.attention->run(*this, call, backward))
-    return true;
-  if (backward) return false;
+void CudaMachine::own_flash(const FlashCall& call, FlashPass pass) {
   with_flash_kernel(call, pass, [&](const auto& kernel) {
     using K = std::decay_t<decltype(kernel)>;
     constexpr int kBytes = 2 * K::kWords;
@@ -121,7 +114,6 @@ bool CudaMachine::flash(const FlashCall& call, FlashPass pass) {
         <<<static_cast<unsigned>(kernel.blocks()), 32 * K::kWarps, kBytes, stream_>>>(kernel);
     check(cudaGetLastError(), "start of attention");
   });
-  return true;
 }
 
 }  // namespace partita::cuda

@@ -35,29 +35,16 @@ void draw(CudaMachine& m, Numbers to, std::int64_t n, float mean, float deviatio
   draw_values(m, to, n, mean, deviation, seed);
 }
 
-__global__ void stand_in_kernel(StandIn s) {
-  s(blockIdx.x, threadIdx.x, blockDim.x, [] {
-    std::int64_t now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    return now;
-  });
-}
 void stand_in(CudaMachine& m, std::byte* to, const std::byte* from, std::int64_t bytes,
               int multiprocessors) {
   if (bytes == 0) return;
-  // Every call: an attribute is of the device that is current.
-  check(cudaFuncSetAttribute(stand_in_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kStandInShared),
-        "shared memory of a stand-in");
   StandIn s;
   s.from = from;
   s.to = to;
   s.bytes = bytes;
   s.blocks = multiprocessors;
   s.nanoseconds = 1e9 * static_cast<double>(kStandInChunk) / kStandInRate;
-  stand_in_kernel<<<static_cast<unsigned>(multiprocessors), kStandInThreads, kStandInShared,
-                    m.stream()>>>(s);
-  check(cudaGetLastError(), "start of a stand-in");
+  start_stand_in(m, s);
 }
 
 void pack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,

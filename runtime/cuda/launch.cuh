@@ -2,6 +2,7 @@
 #pragma once
 
 #include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/stand_in.h"
 
 namespace partita::cuda {
 
@@ -37,6 +38,23 @@ void CudaMachine::rows(std::int64_t n, std::int64_t width, F f) {
   rows_kernel<<<static_cast<unsigned>(n < kMostBlocks ? n : kMostBlocks), threads, 0, stream_>>>(n,
                                                                                                  f);
   check(cudaGetLastError(), "start of a kernel for " + std::to_string(n) + " rows");
+}
+
+inline __global__ void stand_in_kernel(StandIn s) {
+  s(blockIdx.x, threadIdx.x, blockDim.x, [] {
+    std::int64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+  });
+}
+inline void start_stand_in(CudaMachine& m, const StandIn& s) {
+  // Every call: an attribute is of the device that is current.
+  check(cudaFuncSetAttribute(stand_in_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kStandInShared),
+        "shared memory of a stand-in");
+  stand_in_kernel<<<static_cast<unsigned>(s.blocks), kStandInThreads, kStandInShared, m.stream()>>>(
+      s);
+  check(cudaGetLastError(), "start of a stand-in");
 }
 
 }  // namespace partita::cuda

@@ -7,9 +7,12 @@
 #  include <cuda_runtime_api.h>
 #  include <fmt/format.h>
 #  include <nccl.h>
+#  include <unistd.h>
 
 #  include <algorithm>
+#  include <array>
 #  include <chrono>
+#  include <compare>
 #  include <cstring>
 #  include <exception>
 #  include <map>
@@ -259,6 +262,21 @@ class Nccl : public NcclLinks {
                ? static_cast<std::int64_t>(available)
                : 0;
   }
+  /// A GPU among all machines', in fixed size.
+  struct Place {
+    std::array<char, 256> host{};
+    std::array<char, 32> bus{};
+    friend auto operator<=>(const Place&, const Place&) = default;
+  };
+  static Place place() {
+    Place p;
+    int device = 0;
+    if (::gethostname(p.host.data(), p.host.size() - 1) != 0) p.host[0] = '?';
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetPCIBusId(p.bus.data(), static_cast<int>(p.bus.size()), device) != cudaSuccess)
+      static_cast<void>(cudaGetLastError());
+    return p;
+  }
   static std::string variable(const char* name) {
     const char* value = std::getenv(name);
     return value != nullptr ? value : "";
@@ -334,14 +352,31 @@ class Nccl : public NcclLinks {
     ncclUniqueId id = {};
     struct Letter {
       ncclUniqueId id;
-      std::int32_t code;
+      std::int32_t code, first, second;  ///< ranks of one GPU, where there are such
     } letter = {};
+    const Place mine = place();
     if (rank_ == 0) {
+      std::map<Place, int> ranks{{mine, 0}};
+      for (int r = 1; r < control.size(); ++r) {
+        Place theirs;
+        control.receive(r, kIdTag, &theirs, sizeof theirs);
+        const auto [known, fresh] = ranks.try_emplace(theirs, r);
+        if (!fresh && letter.second == 0) letter.first = known->second, letter.second = r;
+      }
       letter.code = ncclGetUniqueId(&letter.id);
       for (int r = 1; r < control.size(); ++r) control.send(r, kIdTag, &letter, sizeof letter);
     } else {
+      control.send(0, kIdTag, &mine, sizeof mine);
       control.receive(0, kIdTag, &letter, sizeof letter);
     }
+    // NCCL would refuse them in words of its own.
+    if (letter.second > 0 && !o_.shared_gpu)
+      throw InputError(
+          "--backend",
+          fmt::format("ranks {} and {} are on one GPU; start no more ranks on a machine "
+                      "than it has GPUs, or use --share-gpu, which proves mathematics "
+                      "and not speed",
+                      letter.first, letter.second));
     id = letter.id;
     const auto code = static_cast<ncclResult_t>(letter.code);
     if (code != ncclSuccess)

@@ -180,6 +180,17 @@ bool CudaMachine::convolve(const ConvolutionShape& shape, ConvolutionPass pass, 
   return libraries_.convolutions && libraries_.convolutions->run(*this, shape, pass, x, w, y, adds);
 }
 
+bool CudaMachine::flash(const FlashCall& call, FlashPass pass) {
+  if (!has_flash()) return false;
+  const bool backward = pass == FlashPass::backward;
+  if (libraries_.attention && (backward || pass == FlashPass::forward) &&
+      libraries_.attention->run(*this, call, backward))
+    return true;
+  if (backward) return false;
+  own_flash(call, pass);
+  return true;
+}
+
 void CudaMachine::product(const Product& p) {
   if (p.m * p.n * p.batch == 0) return;
   PARTITA_ASSERT(p.k > 0 && p.a.at.type() == p.b.at.type() &&

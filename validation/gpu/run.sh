@@ -49,6 +49,8 @@ part() {  # name, most seconds, [checked,] command...
   [ "$code" = 0 ] && [ "$checked" = yes ] && ! grep -q '"equal_to_serial": true' "$out/$name.txt" && code="not beside the serial network"
   # Nor has one without NCCL shown NCCL's.
   [ "$code" = 0 ] && grep -qE '"no_links"|messages pass through the host' "$out/$name.txt" && code="NCCL refused"
+  # Nor have estimates that nothing was put beside.
+  [ "$code" = 0 ] && [ "$name" = nccl-estimates ] && ! grep -q '"nccl_estimates"' "$out/$name.txt" && code="no estimates"
   local took=$(($(date +%s) - start))
   printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(grep -v '^[]}[{ ,]*$' "$out/$name.txt" | tail -1 | cut -c1-200)")" | tee -a "$out/summary.txt"
   [ "$code" = 0 ] || failed+=("$name")

@@ -2,55 +2,22 @@
 // one's calls.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <array>
 #include <cmath>
-#include <cstdio>
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
+
+#include "tests/cli/gpu_command.h"
 
 namespace partita {
 namespace {
 
 using Json = nlohmann::json;
 
-/// The command, copied beside the library that it looks for.
-class PaperGpu : public ::testing::Test {
+class PaperGpu : public GpuCommand {
  protected:
-  PaperGpu() {
-    folder_ = std::filesystem::temp_directory_path() /
-              fmt::format("partita-paper-{}", static_cast<int>(::getpid()));
-    std::filesystem::create_directories(folder_);
-    std::filesystem::copy_file(PARTITA_COMMAND, folder_ / "partita");
-    std::filesystem::copy_file(PARTITA_PAPER_GPU, folder_ / "libpartita_cuda.so");
-  }
-  ~PaperGpu() override { std::filesystem::remove_all(folder_); }
-
-  /// `or_missed`: or 1, which says that a bound is missed.
-  std::string run(const std::string& arguments, int expected, bool or_missed = false) const {
-    const std::string command =
-        fmt::format("timeout 100 '{}' {} 2>'{}'", (folder_ / "partita").string(), arguments,
-                    (folder_ / "err").string());
-    std::string out;
-    std::FILE* pipe = ::popen(command.c_str(), "r");
-    std::array<char, 4096> some{};
-    while (const std::size_t n = std::fread(some.data(), 1, some.size(), pipe))
-      out.append(some.data(), n);
-    const int status = ::pclose(pipe);
-    const int code = WEXITSTATUS(status);
-    EXPECT_EQ(or_missed && code == 1 ? expected : code, expected) << command << "\n"
-                                                                  << out << err();
-    return out;
-  }
-  std::string err() const {
-    std::ifstream in(folder_ / "err");
-    return {std::istreambuf_iterator<char>(in), {}};
-  }
-  std::filesystem::path folder_;
+  PaperGpu() : GpuCommand(PARTITA_PAPER_GPU) {}
 };
 
 TEST_F(PaperGpu, ItsCalibrationIsAProfileAndGoesOnWhereItEnded) {

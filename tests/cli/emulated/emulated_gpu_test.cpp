@@ -1,0 +1,196 @@
+// The command and its backend for GPUs, on GPUs that each process emulates (docs/cuda.md, "An
+// emulated GPU"): ranks, launchers, NCCL's calls, faults, traces.
+#include <gmock/gmock.h>
+
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "tests/cli/gpu_command.h"
+
+namespace partita {
+namespace {
+
+using Json = nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+const std::string kGpt = PARTITA_SOURCE "/validation/gpu/gpt-small.yaml",
+                  kExperts = PARTITA_SOURCE "/tests/data/cli/tiny-moe.yaml",
+                  kSmall = " --steps 2 --backend cuda --json";
+
+class EmulatedGpu : public GpuCommand {
+ protected:
+  EmulatedGpu() : GpuCommand(PARTITA_EMULATED_BACKEND) {
+    // The library of emulated GPUs is CUPTI's, too.
+    std::filesystem::create_symlink(PARTITA_EMULATED_GPU, folder_ / "libcupti.so");
+    for (const char* number : {".12", ".13", ".14"})
+      std::filesystem::create_symlink(PARTITA_EMULATED_GPU,
+                                      folder_ / (std::string("libcupti.so") + number));
+  }
+  /// A run whose loss, gradients and parameters met the serial network's.
+  void expect_equal(const std::string& arguments, const std::string& variables = "") {
+    SCOPED_TRACE(arguments);
+    const Json j =
+        Json::parse(run("run " + arguments + kSmall, 0, false, with(variables)), nullptr, false);
+    ASSERT_FALSE(j.is_discarded()) << err();
+    EXPECT_EQ(j.at("equal_to_serial"), true);
+    EXPECT_FALSE(j.contains("no_links"));
+    EXPECT_THAT(err() + said(), Not(HasSubstr("emulated GPU")));
+  }
+  /// Each run has another order of what no event orders.
+  std::string with(const std::string& variables) {
+    return fmt::format(
+        "env LD_LIBRARY_PATH='{0}' TMPDIR='{0}' PARTITA_EMULATED_LOG='{0}/log' "
+        "PARTITA_EMULATED_SEED={1} {2}",
+        folder_.string(), ++seed_, variables);
+  }
+  /// By ranks whose stderr nobody sees.
+  std::string said() const { return text_of(folder_ / "log"); }
+
+  int seed_ = 0;
+};
+
+TEST_F(EmulatedGpu, TrainsOnOneRank) {
+  for (const char* precision : {"fp32", "bf16", "fp16", "fp8"}) {
+    expect_equal(kGpt + " --micro-batch 2 --global-batch 4 --precision " + precision);
+    expect_equal(kExperts + " --micro-batch 2 --global-batch 4 --precision " + precision);
+  }
+  expect_equal(kGpt + " --micro-batch 1 --global-batch 2 --recompute full");
+  expect_equal(kGpt + " --micro-batch 1 --global-batch 2 --set offload.optimizer=true");
+  expect_equal(kGpt + " --micro-batch 1 --global-batch 2 --set offload.activations=true");
+  expect_equal("mnist-linear");
+}
+
+#ifdef PARTITA_NCCL
+const std::string kTwo = " --micro-batch 1 --global-batch 4 --share-gpu --transport tcp";
+
+TEST_F(EmulatedGpu, TrainsOnTwoRanksOverNccl) {
+  for (const char* plan :
+       {"--dp 2", "--dp 2 --zero 1", "--dp 2 --zero 2", "--dp 2 --zero 3 --precision bf16",
+        "--tp 2 --precision bf16", "--tp 2 --sequence-parallel", "--pp 2",
+        "--pp 2 --schedule zb-h1", "--pp 2 --virtual-stages 2 --layers 4", "--cp 2",
+        "--cp 2 --context-exchange ring", "--cp 2 --context-exchange all_to_all",
+        "--dp 2 --set compression.kind=top_k", "--tp 2 --precision fp8", "--dp 2 --precision fp16"})
+    expect_equal(kGpt + kTwo + " " + plan);
+  expect_equal(kExperts + kTwo + " --dp 2 --ep 2");
+  expect_equal(kExperts + kTwo + " --tp 2 --precision bf16");
+}
+
+TEST_F(EmulatedGpu, TrainsOnFourRanksOverNccl) {
+  for (const char* plan : {"--tp 2 --dp 2 --sequence-parallel", "--pp 2 --dp 2 --zero 1",
+                           "--dp 4 --zero 3 --zero-group 2", "--cp 2 --tp 2", "--pp 2 --tp 2",
+                           "--pp 3 --set message_queue=true --layers 3"})
+    expect_equal(kGpt + kTwo + " " + plan);
+  expect_equal(kExperts + kTwo + " --dp 4 --ep 2");
+}
+
+TEST_F(EmulatedGpu, EachRankHasItsGpu) {
+  for (const char* transport : {"tcp", "threads", "mpi"}) {
+    const std::string arguments = "run " + kGpt +
+                                  " --micro-batch 1 --global-batch 4 --tp 2 --pp 2 --transport " +
+                                  transport + kSmall;
+    const std::string out = run(arguments, 0, false,
+                                with("PARTITA_EMULATED_GPUS=4 OMPI_ALLOW_RUN_AS_ROOT=1 "
+                                     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"));
+    if (err().find("this build has no MPI") != std::string::npos) continue;
+    EXPECT_EQ(Json::parse(out).at("equal_to_serial"), true) << transport;
+  }
+  run("run " + kGpt + " --global-batch 4 --dp 4 --transport tcp" + kSmall, 2, false,
+      with("PARTITA_EMULATED_GPUS=3"));
+  EXPECT_THAT(err(), HasSubstr("4 ranks, and this machine has 3 GPUs"));
+}
+
+// Ranks that another launcher has started learn from each other where they are.
+TEST_F(EmulatedGpu, MoreRanksThanGpusIsOneMessage) {
+  const std::string rank = fmt::format(
+      "{} RANK=$r LOCAL_RANK=$r WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={} '{}' run {} "
+      "--global-batch 2 --dp 2 --timeout 20",
+      with(""), 20000 + ::getpid() % 20000, (folder_ / "partita").string(), kGpt + kSmall);
+  const std::string script = fmt::format(
+      "for r in 0 1; do ({} >/dev/null 2>>'{}/said'; echo $? >>'{}/codes') & done; wait", rank,
+      folder_.string(), folder_.string());
+  std::ofstream(folder_ / "ranks.sh") << script;
+  ASSERT_EQ(std::system(("timeout 60 sh '" + (folder_ / "ranks.sh").string() + "'").c_str()), 0);
+  EXPECT_EQ(text_of(folder_ / "codes"), "2\n2\n");
+  EXPECT_EQ(
+      text_of(folder_ / "said"),
+      "partita: --backend: ranks 0 and 1 are on one GPU; start no more ranks on a machine than it "
+      "has GPUs, or use --share-gpu, which proves mathematics and not speed\n");
+}
+
+// A user's own NCCL_HOSTID is kept: NCCL takes the ranks for one machine's.
+TEST_F(EmulatedGpu, WhereNcclRefusesMessagesPassThroughTheHost) {
+  const Json j = Json::parse(
+      run("run " + kGpt + kTwo + " --dp 2" + kSmall, 0, false, with("NCCL_HOSTID=one")));
+  EXPECT_EQ(j.at("equal_to_serial"), true);
+  EXPECT_THAT(j.at("no_links").get<std::string>(), HasSubstr("Duplicate GPU detected"));
+}
+
+TEST_F(EmulatedGpu, ARankThatDiesIsNamed) {
+  for (const char* fault : {"1:1:20:kill", "0:1:3:kill", "1:0:9:exit"}) {
+    run("run " + kGpt + kTwo + " --dp 2 --timeout 20" + kSmall, 3, false,
+        with(std::string("PARTITA_TEST_FAULT=") + fault));
+    EXPECT_THAT(err(), HasSubstr(fmt::format("rank {} ", fault[0])));
+    EXPECT_THAT(err(), HasSubstr("in step"));
+  }
+}
+
+TEST_F(EmulatedGpu, NcclsEstimatesStandBesideOurs) {
+  const Json j = Json::parse(
+      run("validate --backend cuda --share-gpu --ranks 2 --transport tcp --only 'gpt dp 2' "
+          "--calibrate-only collectives --no-reference --rounds 1 --steps 1 --json --out '" +
+              folder_.string() + "/estimates'",
+          0, true, with("")));
+  ASSERT_TRUE(j.contains("nccl_estimates")) << j.value("no_nccl_estimates", "") << err();
+  EXPECT_GT(j.at("nccl_estimates").at("rows").size(), 200u);
+  for (const auto& pair : j.at("nccl_estimates").at("unpriced"))
+    EXPECT_THAT(pair.get<std::string>(), HasSubstr("NVLS"));
+}
+
+TEST_F(EmulatedGpu, TheSuiteEqualsItsReference) {
+  const Json j =
+      Json::parse(run("validate --backend cuda --share-gpu --ranks 4 --transport tcp "
+                      "--calibrate-only collectives --rounds 1 --steps 1 --json --out '" +
+                          folder_.string() + "/suite'",
+                      0, true, with("")));
+  EXPECT_GE(j.at("suite").at("cases").size(), 13u);
+  for (const auto& c : j.at("suite").at("cases"))
+    EXPECT_NE(c.at("equal_to_reference"), false) << c.at("name");
+  EXPECT_EQ(said(), "");
+}
+#endif
+
+TEST_F(EmulatedGpu, ATraceNamesWhatKernelsWereCalledFor) {
+  const std::string file = folder_.string() + "/trace.json";
+  run("run " + kGpt + " --micro-batch 2 --global-batch 2" + kSmall, 0, false,
+      with("PARTITA_CUDA_TRACE='" + file + "'"));
+  EXPECT_EQ(err(), "");
+  const Json trace = Json::parse(text_of(file));
+  std::size_t products = 0, attention = 0, copies = 0;
+  for (const auto& e : trace.at("traceEvents")) {
+    EXPECT_GE(e.at("dur").get<double>(), 0.5);
+    const std::string for_what = e.at("args").at("called for"), kernel = e.at("args").at("kernel");
+    products += for_what == "forward of linear" && kernel.rfind("product", 0) == 0 ? 1 : 0;
+    attention += for_what == "forward of attention" ? 1 : 0;
+    copies += kernel == "copy" ? 1 : 0;
+  }
+
+  // Two layers of six products, and the head.
+  EXPECT_GE(products, 13u);
+  EXPECT_GT(attention, 0u);
+  EXPECT_GT(copies, 0u);
+}
+
+TEST_F(EmulatedGpu, AGpuThatIsNotThereOrIsFullIsSaid) {
+  run("run " + kGpt + kSmall, 2, false, with("PARTITA_EMULATED_GPUS=0"));
+  EXPECT_THAT(err(), HasSubstr("this machine has no GPU that CUDA"));
+  EXPECT_THAT(err(), HasSubstr("--backend cpu"));
+  run("run " + kGpt + kSmall, 3, false, with("PARTITA_EMULATED_MIB=401"));
+  EXPECT_THAT(
+      err(),
+      HasSubstr("bytes left; use fewer ranks on it, a smaller micro-batch or more sharding"));
+}
+
+}  // namespace
+}  // namespace partita
