@@ -9,16 +9,20 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
 
 #include "base/unit_text.h"
 #include "cli/backend.h"
 #include "cli/commands.h"
 #include "cli/crew.h"
 #include "cli/options.h"
+#include "cli/rows.h"
 #include "report/report.h"
 #include "runtime/execute/executor.h"
 #include "simulator/lower/lower.h"
 #include "simulator/search/placement.h"
+#include "validation/rows.h"
 
 namespace partita::cli {
 namespace {
@@ -27,11 +31,14 @@ using Json = nlohmann::ordered_json;
 constexpr std::uint64_t kSeed = 1;
 
 struct Options {
-  std::string model, topology, backend = "cpu";
+  std::string model, topology, backend = "cpu", row, data;
   PlanFlags flags;
   std::int64_t rank = 0, steps = 5, warm_up = 2;
+  std::optional<std::int64_t> micro_batches;
   bool json = false;
 };
+/// The plan and network: of the row, else of the flags.
+using PublishedRow = std::optional<validation::RowRun>;
 
 struct Lowered {
   Graph graph;
@@ -39,14 +46,31 @@ struct Lowered {
   Program program;
 };
 
-Lowered lowered(const Options& o, const Topology& topology, std::optional<std::int64_t> layers) {
+/// `layers`, `micro_batches`: of a part of it.
+Lowered lowered(const Options& o, const PublishedRow& row, const Topology& topology,
+                std::optional<std::int64_t> layers, std::optional<std::int64_t> micro_batches) {
   PlanFlags flags = o.flags;
   flags.layers = layers;
   Lowered l;
-  Plan plan = plan_from(flags, "partita");
-  settle_ranks(plan, static_cast<std::int64_t>(topology.used_ranks()), topology.name());
-  l.graph = load_graph(o.model, flags, plan);
+  Plan plan;
+  if (row) {
+    plan = row->row_case.plan;
+    l.graph = validation::graph_of(row->row_case, layers);
+  } else {
+    plan = plan_from(flags, "partita");
+    settle_ranks(plan, static_cast<std::int64_t>(topology.used_ranks()), topology.name());
+    l.graph = load_graph(o.model, flags, plan);
+  }
+  if (micro_batches) {
+    if (auto whole = complete(l.graph, plan); whole && *micro_batches > whole->micro_batches())
+      throw InputError("--micro-batches", fmt::format("{} is more than the {} of the plan",
+                                                      *micro_batches, whole->micro_batches()));
+    plan.global_batch = *micro_batches * plan.micro_batch * plan.dp;
+  }
   auto complete_plan = complete(l.graph, plan);
+  if (!complete_plan && micro_batches)
+    throw InputError("--micro-batches",
+                     fmt::format("{}: {}", *micro_batches, complete_plan.reason()));
   if (!complete_plan) throw InputError("plan", complete_plan.reason());
   l.plan = executable(*complete_plan);
   auto program = lower(l.graph, l.plan);
@@ -66,11 +90,11 @@ std::int64_t available(const Options& o) {
 }
 
 /// The most layers below `layers` whose rank fits into `room`; 0: none.
-std::int64_t layers_that_fit(const Options& o, const Topology& topology, std::int64_t layers,
-                             std::int64_t room) {
+std::int64_t layers_that_fit(const Options& o, const PublishedRow& row, const Topology& topology,
+                             std::int64_t layers, std::int64_t room) {
   for (std::int64_t n = layers - 1; n >= 1; --n) {
     try {
-      const Lowered l = lowered(o, topology, n);
+      const Lowered l = lowered(o, row, topology, n, o.micro_batches);
       if (validation::memory_of_rank(l.program, topology, o.rank).peak.count <= room) return n;
     } catch (const InputError&) {  // stages that this number cannot be cut into
     }
@@ -78,14 +102,44 @@ std::int64_t layers_that_fit(const Options& o, const Topology& topology, std::in
   return 0;
 }
 
+/// MODEL and TOPOLOGY with the flags of a plan, or a row that has all of them.
+void check_source(const Options& o, const CLI::App& command) {
+  if (o.row.empty()) {
+    if (!o.data.empty()) throw InputError("--data", "is the table of a row; name it by --row");
+    if (o.model.empty() || o.topology.empty())
+      throw InputError(o.model.empty() ? "MODEL" : "TOPOLOGY",
+                       "is required: a catalogue name or file; or a published row by --row");
+    return;
+  }
+  for (const CLI::Option* option : command.get_options()) {
+    static const std::set<std::string> own{"--help",    "--rank",          "--backend", "--steps",
+                                           "--warm-up", "--row",           "--data",    "--json",
+                                           "--layers",  "--micro-batches", "--network"};
+    const std::string name = option->get_name();
+    if (option->count() > 0 && own.count(name) == 0)
+      throw InputError(name, "is the row's own; leave it out, or leave out --row");
+  }
+}
+
 void replay(const Options& o) {
   if (o.steps < 1 || o.steps > 100000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
   if (o.warm_up < 0 || o.warm_up > 100000)
     throw InputError("--warm-up", fmt::format("{} is not in 0 to 100,000", o.warm_up));
+  if (o.micro_batches && *o.micro_batches < 1)
+    throw InputError("--micro-batches",
+                     fmt::format("{} is too small; at least 1", *o.micro_batches));
   check_backend({o.backend});
-  Topology topology = load_cluster(o.topology);
-  const Lowered whole = lowered(o, topology, std::nullopt);
+  PublishedRow row;
+  if (!o.row.empty()) {
+    validation::RowsOptions rows;
+    rows.workers = 1;
+    row = validation::run_of_row(tables_of(o.data), o.row, validation::load_catalogue(), rows);
+  }
+  Topology topology =
+      row ? load_topology(row->row_case.cluster.topology, row->row_case.cluster.edits)
+          : load_cluster(o.topology);
+  const Lowered whole = lowered(o, row, topology, std::nullopt, std::nullopt);
   const std::int64_t ranks = whole.program.ranks();
   if (o.rank < 0 || o.rank >= ranks)
     throw InputError("--rank", fmt::format("{} is not in 0 to {}: the plan has {} ranks", o.rank,
@@ -98,19 +152,20 @@ void replay(const Options& o) {
   topology = on_devices(topology, whole.plan);
   const std::int64_t all_layers = whole.graph.layers;
   std::optional<Lowered> fewer;
-  if (o.flags.layers && *o.flags.layers != all_layers) {
-    if (*o.flags.layers > all_layers)
-      throw InputError("--layers", fmt::format("{} is more than the {} layers of {}",
-                                               *o.flags.layers, all_layers, whole.graph.name));
-    fewer = lowered(o, topology, o.flags.layers);
-  }
+  if (o.flags.layers && *o.flags.layers > all_layers)
+    throw InputError("--layers", fmt::format("{} is more than the {} layers of {}", *o.flags.layers,
+                                             all_layers, whole.graph.name));
+  const std::int64_t all_micro_batches = whole.plan.micro_batches();
+  if ((o.flags.layers && *o.flags.layers != all_layers) ||
+      (o.micro_batches && *o.micro_batches != all_micro_batches))
+    fewer = lowered(o, row, topology, o.flags.layers, o.micro_batches);
   const Lowered& part = fewer ? *fewer : whole;
   const std::int64_t layers = part.graph.layers;
   // A tenth for what kernels and libraries work in.
   const std::int64_t room = available(o) / 10 * 9;
   const Bytes needed = validation::memory_of_rank(part.program, topology, o.rank).peak;
   if (needed.count > room) {
-    const std::int64_t fits = layers_that_fit(o, topology, layers, room);
+    const std::int64_t fits = layers_that_fit(o, row, topology, layers, room);
     throw InputError(
         "--layers",
         fmt::format("rank {} needs {} for {} layers, {} more than this device has to give; {}",
@@ -129,11 +184,12 @@ void replay(const Options& o) {
   simulation.network = o.flags.sharing();
   const validation::Replayed r =
       validation::replayed(whole.program, part.program, topology, result.measured, simulation);
+  const std::string model = row ? row->id : whole.graph.name;
   const std::string device = o.backend == "cpu" ? this_machine() : backend_version();
   if (o.json) {
     Json j;
     j["schema"] = "partita.replay/1";
-    j["model"] = whole.graph.name;
+    j["model"] = model;
     j["topology"] = topology.name();
     j["backend"] = o.backend;
     j["device"] = device;
@@ -142,9 +198,19 @@ void replay(const Options& o) {
     j["ranks_alike"] = r.ranks_alike;
     j["layers"] = layers;
     j["layers_of_model"] = all_layers;
+    j["micro_batches"] = part.plan.micro_batches();
+    j["micro_batches_of_plan"] = all_micro_batches;
     j["compute_s"] = {{"measured", r.compute_measured.count},
                       {"predicted", r.compute_predicted.count}};
     j["step_time_s"] = {{"replayed", r.step_replayed.count}, {"predicted", r.step_predicted.count}};
+    if (row)
+      j["published"] = {{"row", row->id},
+                        {"family", row->family},
+                        {"framework", row->framework},
+                        {"quantity", row->quantity},
+                        {"step_s", row->published.count},
+                        {"predicted_s", row->predicted.count},
+                        {"assumed", row->row_case.assumed}};
     j["kinds"] = Json::array();
     for (const auto& k : r.kinds)
       j["kinds"].push_back({{"kind", k.kind},
@@ -165,12 +231,15 @@ void replay(const Options& o) {
     fmt::print("{}\n", j.dump(2));
     return;
   }
-  fmt::print("rank {} of {} ({} alike) of {} on {}: {}\n", o.rank, ranks, r.ranks_alike,
-             whole.graph.name, topology.name(), plan_line(whole.plan));
+  fmt::print("rank {} of {} ({} alike) of {} on {}: {}\n", o.rank, ranks, r.ranks_alike, model,
+             topology.name(), plan_line(whole.plan));
   fmt::print("alone on {}, {} steps\n", device, o.steps);
   if (layers != all_layers)
     fmt::print("of {} of {} layers: kernels' times are those, memory is theirs\n", layers,
                all_layers);
+  if (part.plan.micro_batches() != all_micro_batches)
+    fmt::print("of {} of {} micro-batches: kernels' times are those, memory is theirs\n",
+               part.plan.micro_batches(), all_micro_batches);
   const auto error = [](Seconds measured, Seconds predicted) {
     return 100 * (predicted.count - measured.count) / measured.count;
   };
@@ -178,8 +247,16 @@ void replay(const Options& o) {
   fmt::print("its kernels, predicted   {} ({:+.1f} %)\n", text(r.compute_predicted),
              error(r.compute_measured, r.compute_predicted));
   fmt::print("step, replayed           {} ({} network)\n", text(r.step_replayed), o.flags.network);
-  fmt::print("step, predicted          {} ({:+.1f} %)\n\n", text(r.step_predicted),
+  fmt::print("step, predicted          {} ({:+.1f} %)\n", text(r.step_predicted),
              error(r.step_replayed, r.step_predicted));
+  if (row) {
+    fmt::print("step, published          {} ({}, {}: {})\n", text(row->published), row->framework,
+               row->id, row->quantity);
+    fmt::print("  replayed {:+.1f} % of it, predicted as its framework's {} ({:+.1f} %)\n",
+               error(row->published, r.step_replayed), text(row->predicted),
+               error(row->published, row->predicted));
+  }
+  fmt::print("\n");
   std::vector<std::vector<std::string>> rows{
       {"kernels of a step", "count", "measured", "predicted"}};
   for (const auto& k : r.kinds)
@@ -209,16 +286,27 @@ void add_replay(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand(
       "replay", "run one rank of a large plan alone on one device; its kernels' times, and memory");
-  c->add_option("MODEL", o->model, "catalogue name or file")->required();
-  c->add_option("TOPOLOGY", o->topology, "cluster that the plan is for")->required();
+  c->add_option("MODEL", o->model, "catalogue name or file");
+  c->add_option("TOPOLOGY", o->topology, "cluster that the plan is for");
   o->flags.add_to(*c);
   o->flags.add_network(*c);
   c->add_option("--rank", o->rank, "which rank (default: 0)");
   c->add_option("--backend", o->backend, "cpu or cuda");
   c->add_option("--steps", o->steps, "timed steps");
   c->add_option("--warm-up", o->warm_up, "steps before these");
+  c->add_option("--micro-batches", o->micro_batches,
+                "run only so many of a step's micro-batches; their kernels' times are the others'");
+  c->add_option("--row", o->row,
+                "instead of MODEL, TOPOLOGY and plan: those of a published row, by its id; its "
+                "step beside");
+  c->add_option("--data", o->data,
+                "its table, or their folder (default: PARTITA_REFERENCE, else "
+                "../shared/reference)");
   c->add_flag("--json", o->json, "print JSON");
-  c->callback([o] { replay(*o); });
+  c->callback([o, c] {
+    check_source(*o, *c);
+    replay(*o);
+  });
 }
 
 }  // namespace partita::cli

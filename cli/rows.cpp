@@ -484,14 +484,14 @@ void fit(const FitFlags& o) {
   write_text("--out", o.out, validation::to_yaml(entries));
 }
 
-std::string data_of(const Options& o) {
+std::string folder_of(const std::string& data) {
   const auto folder = [](const std::string& text) {
     std::error_code ignored;
     return std::filesystem::is_directory(text, ignored);
   };
-  if (!o.data.empty()) {
-    if (!folder(o.data)) throw InputError("--data", fmt::format("'{}' is no folder", o.data));
-    return o.data;
+  if (!data.empty()) {
+    if (!folder(data)) throw InputError("--data", fmt::format("'{}' is no folder", data));
+    return data;
   }
   if (const char* chosen = std::getenv("PARTITA_REFERENCE"); chosen != nullptr && *chosen != '\0') {
     if (!folder(chosen))
@@ -527,16 +527,7 @@ void published(const Options& o, int& code) {
     throw InputError("--against",
                      fmt::format("'{}' is unknown; use target or achieved", o.against));
   const Clock clock;
-  const std::string folder = data_of(o);
-  std::vector<CsvTable> tables;
-  for (const char* name : kTables) {
-    const std::string file = folder + "/" + name;
-    if (std::filesystem::exists(file)) tables.push_back(load_table(file));
-  }
-  if (tables.empty())
-    throw InputError("--data",
-                     fmt::format("'{}' has none of {}", folder,
-                                 fmt::join(std::begin(kTables), std::end(kTables), ", ")));
+  const std::vector<CsvTable> tables = tables_of(folder_of(o.data));
   const auto families = predict(tables, o);
   const auto groups = validation::load_published(data_folder("validation/published.yaml"));
   bool missed = false;
@@ -626,6 +617,22 @@ void add_common(CLI::App& c, Options& o) {
 }
 
 }  // namespace
+
+std::vector<CsvTable> tables_of(const std::string& data) {
+  std::error_code ignored;
+  if (!data.empty() && std::filesystem::is_regular_file(data, ignored)) return {load_table(data)};
+  const std::string folder = folder_of(data);
+  std::vector<CsvTable> tables;
+  for (const char* name : kTables) {
+    const std::string file = folder + "/" + name;
+    if (std::filesystem::exists(file)) tables.push_back(load_table(file));
+  }
+  if (tables.empty())
+    throw InputError("--data",
+                     fmt::format("'{}' has none of {}", folder,
+                                 fmt::join(std::begin(kTables), std::end(kTables), ", ")));
+  return tables;
+}
 
 void add_rows(CLI::App& validate, int& code) {
   auto r = std::make_shared<Options>();

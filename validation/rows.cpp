@@ -42,12 +42,6 @@ struct Outcome {
   std::string logs_memory;
 };
 
-Graph graph_of(const RowCase& c) {
-  Graph g = c.transformer ? build_transformer(*c.transformer) : load_model(c.model);
-  if (!c.lora.empty()) add_lora(g, c.lora, c.plan.lora_rank);
-  return g;
-}
-
 Outcome outcome_of(const RowCase& c, const Topology& topology, const RowsOptions& options) {
   Outcome o;
   o.key = {topology.device(DeviceId{0}).name, c.plan.framework,
@@ -710,6 +704,77 @@ Seconds RowStep::time(const Adjustment& adjustment) const {
 std::vector<FamilyFigures> predict_rows(const std::vector<CsvTable>& tables,
                                         const Catalogue& catalogue, const RowsOptions& options) {
   return RowsPrediction(tables, catalogue, options).run();
+}
+
+Graph graph_of(const RowCase& c, std::optional<std::int64_t> layers) {
+  Graph g;
+  if (c.transformer) {
+    TransformerConfig t = *c.transformer;
+    if (layers) t.layers = static_cast<int>(*layers);
+    g = build_transformer(t);
+  } else {
+    ModelOptions options;
+    if (layers) options.layers = static_cast<int>(*layers);
+    g = load_model(c.model, options);
+  }
+  if (!c.lora.empty()) add_lora(g, c.lora, c.plan.lora_rank);
+  return g;
+}
+
+RowRun run_of_row(const std::vector<CsvTable>& tables, const std::string& text,
+                  const Catalogue& catalogue, const RowsOptions& options) {
+  // The row itself, else those that have the text in their ids.
+  std::vector<std::pair<const CsvTable*, std::size_t>> found;
+  std::vector<std::string> ids;
+  for (const bool whole : {true, false}) {
+    for (const CsvTable& table : tables) {
+      const RowSchema schema = recognise(table);
+      if (schema != RowSchema::training && schema != RowSchema::convolution) continue;
+      for (std::size_t i = 0; i < table.records.size(); ++i) {
+        const std::string& id = Row(table, i)["id"];
+        if (whole ? id != text : id.find(text) == std::string::npos) continue;
+        found.emplace_back(&table, i);
+        ids.push_back(id);
+      }
+    }
+    if (!found.empty()) break;
+  }
+  if (found.empty())
+    throw InputError("--row",
+                     fmt::format("no row of a step's time has '{}' in its id; partita validate "
+                                 "rows FILE --json lists them",
+                                 text));
+  if (found.size() > 1) {
+    const std::size_t all = ids.size();
+    if (ids.size() > 5) ids.resize(5);
+    throw InputError("--row", fmt::format("'{}' is in the ids of {} rows: {}{}", text, all,
+                                          fmt::join(ids, ", "), all > 5 ? ", ..." : ""));
+  }
+  const auto [table, at] = found.front();
+  CsvTable one{table->file, table->header, {table->records[at]}};
+  const Row row(one, 0);
+  RowRun run;
+  run.id = row["id"];
+  run.family = row["family"];
+  run.framework = row["framework"];
+  const std::vector<CsvTable> alone{std::move(one)};
+  RowsOptions all = options;
+  all.family.clear();
+  for (const FamilyFigures& f : predict_rows(alone, catalogue, all)) {
+    for (const UncoveredRow& u : f.uncovered)
+      throw InputError("--row", fmt::format("{}: {}", u.id, u.why));
+    for (const Figure& x : f.figures) {
+      if (x.kind != Figure::Kind::time) continue;
+      run.published = Seconds{x.measured};
+      run.predicted = Seconds{x.predicted};
+      run.quantity = x.quantity;
+      run.row_case = case_of(recognise(alone[0]), *x.configuration, catalogue);
+      if (run.row_case.layer)
+        throw InputError("--row", fmt::format("{} is a part of a layer, not a step", run.id));
+      return run;
+    }
+  }
+  throw InputError("--row", fmt::format("{} says no step's time", run.id));
 }
 
 }  // namespace partita::validation

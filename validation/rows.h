@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "models/models.h"
 #include "simulator/engine/simulate.h"
 #include "validation/csv.h"
 #include "validation/row_case.h"
@@ -92,5 +93,19 @@ struct RowsOptions {
 /// InputError for a table of unknown columns or a family that none has.
 std::vector<FamilyFigures> predict_rows(const std::vector<CsvTable>& tables,
                                         const Catalogue& catalogue, const RowsOptions& options);
+
+/// A row's run, to be carried out, and what its table says of a step.
+struct RowRun {
+  std::string id, family, framework;  ///< as printed
+  RowCase row_case;
+  Seconds published, predicted;  ///< of a step; predicted as predict_rows() does
+  std::string quantity;          ///< the column that says it
+};
+/// `text`: a row's id, or a part that no other row has. InputError{"--row"} with ids that are near
+/// where there is none, or several; for a row that measured no step, or has no prediction.
+RowRun run_of_row(const std::vector<CsvTable>& tables, const std::string& text,
+                  const Catalogue& catalogue, const RowsOptions& options);
+/// Its network, with adapters; of `layers` blocks where a number is given (--layers).
+Graph graph_of(const RowCase& c, std::optional<std::int64_t> layers = std::nullopt);
 
 }  // namespace partita::validation

@@ -571,6 +571,41 @@ TEST(Replay, OneRankSpeaksForTheCluster) {
   }
 }
 
+/// A row's network, cluster and plan are those of its prediction, and its step stands beside.
+TEST(Replay, ARankOfAPublishedRun) {
+  const Json rows = parsed(run("validate rows ../replayed-rows.csv --json"));
+  const Json& row = rows.at("families")[0].at("predictions")[0];
+  double whole = 0;
+  for (const char* part : {"", " --micro-batches 2", " --micro-batches 4 --layers 2"}) {
+    const Ran r = run(std::string("replay --row small-1 --data ../replayed-rows.csv --rank 7 "
+                                  "--steps 2 --network beside --json") +
+                      part);
+    EXPECT_EQ(r.code, 0) << r.err;
+    const Json j = parsed(r);
+    EXPECT_EQ(j.at("model"), "small-1");
+    EXPECT_EQ(j.at("ranks"), 8);
+    const Json& p = j.at("published");
+    EXPECT_EQ(p.at("framework"), "Megatron-LM");
+    EXPECT_EQ(p.at("step_s"), 0.05);
+    EXPECT_EQ(p.at("predicted_s"), row.at("predicted"));
+    EXPECT_EQ(p.at("assumed"), row.at("assumed"));
+    EXPECT_EQ(j.at("micro_batches_of_plan"), 8);
+    EXPECT_EQ(j.at("layers_of_model"), 4);
+    // A part's kernels have the whole's shapes: what is predicted is the whole's.
+    const double predicted = j.at("step_time_s").at("predicted");
+    if (whole == 0) whole = predicted;
+    EXPECT_EQ(predicted, whole);
+    std::int64_t forward = 0;
+    for (const Json& k : j.at("kinds")) {
+      if (k.at("kind") == "linear forward") forward = k.at("count").get<std::int64_t>();
+    }
+    // Six of each layer, twice as all is recomputed, and the head.
+    const auto n = j.at("micro_batches").get<std::int64_t>(),
+               layers = j.at("layers").get<std::int64_t>();
+    EXPECT_EQ(forward, n * (2 * 6 * layers / 2 + 1)) << part;
+  }
+}
+
 /// A dozen plans over processes: what threads prove for hundreds, MPI and sockets carry out alike.
 TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
   const std::vector<std::string> plans{

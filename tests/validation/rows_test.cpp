@@ -168,6 +168,30 @@ std::string why(const Cells& changes) {
   return "";
 }
 
+TEST(Rows, ARowsRunIsThatOfItsPrediction) {
+  const CsvTable t =
+      table(kTraining, {with(whole_row(), {{"id", "a-1"}}),
+                        with(whole_row(), {{"id", "a-12"}, {"tp", "4"}, {"dp", "2"}})});
+  const auto run = [&](const std::string& id) { return run_of_row({t}, id, catalogue(), {}); };
+  // The id itself goes before ids that it is a part of.
+  EXPECT_EQ(run("a-1").row_case.plan.tp, 2);
+  EXPECT_EQ(run("12").row_case.plan.tp, 4);
+  EXPECT_DOUBLE_EQ(run("12").published.count, 0.5);
+  EXPECT_EQ(run("12").quantity, "iteration_time_s");
+  const auto families = predict_rows({t}, catalogue(), {});
+  for (const Figure& f : families.at(0).figures) {
+    if (f.kind != Figure::Kind::time) continue;
+    EXPECT_EQ(run(f.id).predicted.count, f.predicted);
+  }
+  EXPECT_EQ(graph_of(run("12").row_case, 2).layers, 2);
+  EXPECT_EQ(graph_of(run("12").row_case).layers, 4);
+  EXPECT_THAT([&] { run("a-"); }, ThrowsMessage<InputError>(HasSubstr("2 rows: a-1, a-12")));
+  EXPECT_THAT([&] { run("b"); }, ThrowsMessage<InputError>(HasSubstr("no row")));
+  const CsvTable unknown = table(kTraining, {with(whole_row(), {{"gpu", "Z1"}})});
+  EXPECT_THAT([&] { run_of_row({unknown}, "x", catalogue(), {}); },
+              ThrowsMessage<InputError>(AllOf(HasSubstr("--row: x: "), HasSubstr("Z1"))));
+}
+
 TEST(RowCase, WhatIsPrintedIsTaken) {
   const RowCase c = case_with({});
   EXPECT_EQ(c.model, "llama-3-8b");

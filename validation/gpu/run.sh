@@ -78,10 +78,11 @@ part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.
 part slowdown 40 bash -c '"$0" calibrate --backend cuda --only "kernels beside" --out "$1" && grep -q "beside: stand_in" "$1/device.yaml"' "$partita" "$out/slowdown"
 # Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.
 part validate 200 "$partita" validate --backend cuda --budget 75s --out "$out/profile"
-replay=(--backend cuda --steps 3 --json)
-part replay-llama 45 "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 40 --rank 0 "${replay[@]}"
+# A rank each of published runs on 64 and 128 H100s, at its true shapes, beside their steps.
+replay=(--data "$files/published.csv" --backend cuda --micro-batches 8 --warm-up 1 --steps 3 --json)
+part replay-llama 45 "$partita" replay --row Llama_3.x_70B "${replay[@]}"
 # What tracing costs: the same replay with the GPU's own records.
-part replay-traced 45 env PARTITA_CUDA_TRACE="$out/trace.json" "$partita" replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 40 --rank 0 "${replay[@]}"
+part replay-traced 45 env PARTITA_CUDA_TRACE="$out/trace.json" "$partita" replay --row Llama_3.x_70B "${replay[@]}"
 part tracing 10 python3 -c '
 import json, sys
 def read(f):
@@ -93,7 +94,7 @@ kernels = len(events)
 assert any(e["args"]["called for"] for e in events), "no record says for which operator it was"
 print(f"{kernels} records; kernels of a step {plain:.6f} s, traced {traced:.6f} s: {100 * (traced / plain - 1):+.2f} %")
 ' "$out/replay-llama.txt" "$out/replay-traced.txt" "$out/trace.json"
-part replay-gpt3 45 "$partita" replay gpt3-175b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --layers 48 --rank 0 "${replay[@]}"
+part replay-gpt3 45 "$partita" replay --row GPT-3_175B "${replay[@]}"
 part nccl-tp2-bf16 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --tp 2 --precision bf16
 # Every plan of the suite on two ranks over NCCL, each beside its reference.
 part nccl-suite 120 "$partita" validate --backend cuda "${share[@]}" --calibrate-only collectives --rounds 1 --steps 1 --out "$out/suite" --json
