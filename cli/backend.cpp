@@ -37,9 +37,13 @@ const cuda::Plugin& plugin() {
   }();
   return *loaded;
 }
+using Linked = cuda::DeviceOptions::Linked;
 /// NCCL refuses several ranks of one process on one GPU.
-bool linked(const BackendOptions& o) {
-  return o.ranks > 1 && !plugin().nccl_version().empty() && !(o.share_gpu && o.threads);
+Linked linked(const BackendOptions& o) {
+  if (o.ranks <= 1) return Linked::not_at_all;
+  const bool nccl = !plugin().nccl_version().empty();
+  if (o.threads) return nccl && !o.share_gpu ? Linked::nccl : Linked::in_process;
+  return nccl ? Linked::nccl : Linked::not_at_all;
 }
 /// The rank's number on its host.
 int local_rank(int rank) {
@@ -76,7 +80,8 @@ void check_backend(const BackendOptions& o) {
 
 void note_no_links(const std::string& why) {
   fmt::print(stderr,
-             "note: messages pass through the host, as GPUs that are shared are not linked: {}\n",
+             "note: messages pass through the host, as GPUs that are shared are not linked: {}; "
+             "with --transport threads they stay in the GPU's memory\n",
              why);
 }
 
@@ -188,10 +193,11 @@ cuda::GpuState StateWatch::at_work() {
 
 std::string note_of(const BackendOptions& o) {
 #ifdef PARTITA_WITH_CUDA
-  if (o.name == "cuda" && o.ranks > 1 && !linked(o))
-    return plugin().nccl_version().empty()
-               ? "this build has no NCCL: what ranks exchange passes through the host"
-               : "ranks of one process share a GPU: what they exchange passes through the host";
+  if (o.name == "cuda" && o.ranks > 1 && linked(o) == Linked::not_at_all)
+    return "this build has no NCCL: what ranks exchange passes through the host";
+  if (o.name == "cuda" && o.ranks > 1 && linked(o) == Linked::in_process)
+    return "ranks are threads that exchange by copies in the GPU's memory: their times are no "
+           "prediction's";
   if (o.name == "cuda" && o.share_gpu)
     return "ranks share a GPU and take turns on it: their times are no prediction's";
 #endif

@@ -19,6 +19,7 @@
 #include "runtime/cuda/cuda_machine.h"
 #include "runtime/cuda/kernels.h"
 #include "runtime/cuda/nvml.h"
+#include "runtime/execute/process_links.h"
 
 namespace partita::cuda {
 namespace {
@@ -103,12 +104,16 @@ class Gpu : public CudaDevice {
     void* slots = nullptr;
     check(cudaHostAlloc(&slots, kSlots * sizeof(float), cudaHostAllocDefault), "pinned memory");
     slots_ = static_cast<float*>(slots);
-    if (o.linked)
+    if (o.linked == DeviceOptions::Linked::nccl)
       links_ = nccl_links(o.links, [this] { return static_cast<void*>(lane_->stream); });
+    if (o.linked == DeviceOptions::Linked::in_process)
+      in_process_ = execute::process_links(*this, o.links.timeout_s);
     careful_ = std::getenv("PARTITA_CUDA_CHECK") != nullptr;
     o_.ranges |= std::getenv("PARTITA_CUDA_RANGES") != nullptr;
     if (const char* file = std::getenv("PARTITA_CUDA_TRACE")) {
-      trace_file_ = o.linked ? fmt::format("{}.{}", file, static_cast<int>(::getpid())) : file;
+      trace_file_ = o.linked == DeviceOptions::Linked::nccl
+                        ? fmt::format("{}.{}", file, static_cast<int>(::getpid()))
+                        : file;
       std::string untraced;
       activity_ = start_activity(untraced);
       if (!activity_) fmt::print(stderr, "note: no trace of the GPU's kernels: {}\n", untraced);
@@ -117,6 +122,7 @@ class Gpu : public CudaDevice {
   ~Gpu() override {
     if (activity_) write_trace();
     links_.reset();
+    in_process_.reset();
     // Of a GPU that has failed nothing more is asked.
     static_cast<void>(cudaDeviceSynchronize());
     for (auto& [s, lane] : lanes_) static_cast<void>(cudaStreamDestroy(lane.stream));
@@ -313,7 +319,9 @@ class Gpu : public CudaDevice {
     return static_cast<std::int64_t>(static_cast<double>(ms) * 1e6);
   }
 
-  execute::Links* links() override { return links_.get(); }
+  execute::Links* links() override {
+    return links_ ? static_cast<execute::Links*>(links_.get()) : in_process_.get();
+  }
 
   std::vector<execute::ProductAlgorithm> products() const override {
     std::vector<execute::ProductAlgorithm> all;
@@ -432,6 +440,7 @@ class Gpu : public CudaDevice {
   DeviceOptions o_;
   std::unique_ptr<Libraries> libraries_;
   std::unique_ptr<NcclLinks> links_;
+  std::unique_ptr<execute::Links> in_process_;
   std::map<execute::DeviceStream, Lane> lanes_;
   Lane* lane_ = nullptr;
   std::vector<cudaEvent_t> events_, marks_;

@@ -30,8 +30,9 @@ struct DeviceOptions {
   bool tf32 = false;
   int candidates = 1;   ///< of cuBLASLt's algorithms that a new product's first call times
   bool ranges = false;  ///< an NVTX range around each kernel
-  /// Several ranks: their GPUs are linked by NCCL where this build has it.
-  bool linked = false;
+  /// Of several ranks: nothing, so that messages pass through the host; NCCL, where this build has
+  /// it; copies in the GPUs' memory, of ranks that are threads of one process.
+  enum class Linked { not_at_all, nccl, in_process } linked = Linked::not_at_all;
   NcclOptions links;
 };
 

@@ -107,6 +107,19 @@ class Transport {
   const Traffic& traffic() const { return traffic_; }
   void reset_traffic() { traffic_ = {}; }
 
+  /// What is sent while it lives is none of the program's traffic.
+  class Uncounted {
+   public:
+    explicit Uncounted(Transport& t) : t_(t), before_(t.traffic_) {}
+    ~Uncounted() { t_.traffic_ = before_; }
+    Uncounted(const Uncounted&) = delete;
+    Uncounted& operator=(const Uncounted&) = delete;
+
+   private:
+    Transport& t_;
+    Traffic before_;
+  };
+
  protected:
   Traffic traffic_;
   RankState own_state_;

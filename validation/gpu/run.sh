@@ -99,7 +99,9 @@ part nccl-tp2-bf16 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]
 # Every plan of the suite on two ranks over NCCL, each beside its reference.
 part nccl-suite 120 "$partita" validate --backend cuda "${share[@]}" --calibrate-only collectives --rounds 1 --steps 1 --out "$out/suite" --json
 part gpt2 40 "$partita" run gpt2 --layers 2 --seq 64 --vocabulary 256 "${small[@]}" --precision bf16
-part ranks-through-the-host 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
+part ranks-of-one-process 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
+# Every plan of the suite on two and four ranks whose exchanges are copies in the GPU's memory: what NCCL has no part in.
+part suite-in-memory 90 "$partita" validate --backend cuda --share-gpu --ranks 2,4 --transport threads --calibrate-only collectives --rounds 1 --steps 1 --out "$out/in-memory" --json
 # What we execute beside the best that the library has, and beside copies.
 part products 60 python3 "$files/speed.py" products "$partita"
 part memory-bound 10 python3 "$files/speed.py" memory "$out/profile/device.yaml"

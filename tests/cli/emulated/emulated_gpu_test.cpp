@@ -161,6 +161,26 @@ TEST_F(EmulatedGpu, TheSuiteEqualsItsReference) {
 }
 #endif
 
+// Ranks that are threads and share a GPU exchange in its memory, whatever NCCL would say of that.
+TEST_F(EmulatedGpu, TheSuiteEqualsItsReferenceInOneProcess) {
+  const Json j =
+      Json::parse(run("validate --backend cuda --share-gpu --ranks 4 --transport threads "
+                      "--calibrate-only collectives --rounds 1 --steps 1 --json --out '" +
+                          folder_.string() + "/threads'",
+                      0, true, with("")));
+  EXPECT_GE(j.at("suite").at("cases").size(), 13u);
+  for (const auto& c : j.at("suite").at("cases"))
+    EXPECT_NE(c.at("equal_to_reference"), false) << c.at("name");
+  EXPECT_EQ(said(), "");
+  const Json one = Json::parse(run("run " + kGpt +
+                                       " --micro-batch 1 --global-batch 4 --dp 2 --tp 2 "
+                                       "--share-gpu --transport threads" +
+                                       kSmall,
+                                   0, false, with("")));
+  EXPECT_EQ(one.at("equal_to_serial"), true);
+  for (const auto& t : one.at("traffic")) EXPECT_EQ(t.at("measured"), t.at("predicted"));
+}
+
 TEST_F(EmulatedGpu, ATraceNamesWhatKernelsWereCalledFor) {
   const std::string file = folder_.string() + "/trace.json";
   run("run " + kGpt + " --micro-batch 2 --global-batch 2" + kSmall, 0, false,

@@ -19,27 +19,35 @@ namespace {
 
 constexpr std::uint64_t kSeed = 7;
 
-execute::Options options_for(const Graph& graph, bool linked, std::uint64_t seed,
+enum class Linked { no, by_nccls_calls, in_process };
+Linked drawn(std::mt19937& rng) {
+  constexpr Linked all[] = {Linked::no, Linked::by_nccls_calls, Linked::by_nccls_calls,
+                            Linked::in_process, Linked::in_process};
+  return all[rng() % std::size(all)];
+}
+
+execute::Options options_for(const Graph& graph, Linked linked, std::uint64_t seed,
                              int refuses = -1) {
   execute::Options o;
   o.steps = 3;
   execute::draw(o, graph, kSeed);
-  auto hub = linked ? std::make_shared<FarHub>() : nullptr;
+  auto hub = linked == Linked::by_nccls_calls ? std::make_shared<FarHub>() : nullptr;
   if (hub) hub->refuses = refuses;
-  o.device = [hub, seed](int rank) {
+  o.device = [hub, seed, linked](int rank) {
     return std::make_unique<FarGpu>(
-        execute::FarOptions{seed + static_cast<std::uint64_t>(rank), 20, false}, hub);
+        execute::FarOptions{seed + static_cast<std::uint64_t>(rank), 20, false}, hub,
+        linked == Linked::in_process);
   };
   return o;
 }
 
-bool expect_good(const Graph& graph, const Plan& wanted, bool linked, std::uint64_t seed) {
+bool expect_good(const Graph& graph, const Plan& wanted, Linked linked, std::uint64_t seed) {
   auto plan = complete(graph, wanted);
   if (!plan) return false;
   const auto program = lower(graph, *plan);
   if (!program) return false;
-  SCOPED_TRACE(::testing::Message()
-               << graph.name << (linked ? ", linked\n" : "\n") << to_yaml(*plan));
+  SCOPED_TRACE(::testing::Message() << graph.name << ", linked " << static_cast<int>(linked) << '\n'
+                                    << to_yaml(*plan));
   const auto results = execute::run_threads(*program, options_for(graph, linked, seed));
   EXPECT_EQ(results[0].values.copies_differ, 0);
   const auto exact = reference::options_for(graph, *program, 3, kSeed);
@@ -76,7 +84,7 @@ TEST(KernelOnDevice, EqualsTheReferences) {
 
 TEST(CudaExecutor, OneRank) {
   for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)})
-    EXPECT_TRUE(expect_good(g, single_precision(base_plan()), false, 2));
+    EXPECT_TRUE(expect_good(g, single_precision(base_plan()), Linked::no, 2));
 }
 
 TEST(CudaExecutor, SpatialPiecesPadWhereTheyEnd) {
@@ -84,10 +92,11 @@ TEST(CudaExecutor, SpatialPiecesPadWhereTheyEnd) {
   p.strategy = "spatial";
   p.tp = 2;
   p.micro_batch = 2;
-  EXPECT_TRUE(expect_good(cnn(true), p, false, 0));
-  EXPECT_TRUE(expect_good(cnn(true), p, true, 0));
+  for (const Linked linked : {Linked::no, Linked::by_nccls_calls, Linked::in_process})
+    EXPECT_TRUE(expect_good(cnn(true), p, linked, 0));
   p.dp = 3;
-  EXPECT_TRUE(expect_good(cnn(true), p, true, 1));
+  EXPECT_TRUE(expect_good(cnn(true), p, Linked::by_nccls_calls, 1));
+  EXPECT_TRUE(expect_good(cnn(true), p, Linked::in_process, 1));
 }
 
 // One rank's refusal is all ranks': what then passes through the host is the same.
@@ -97,14 +106,14 @@ TEST(CudaExecutor, WithoutLinksMessagesPassThroughTheHost) {
   p.tp = 2, p.pp = 2, p.dp = 2, p.global_batch = 4, p.micro_batch = 1;
   const auto program = lower(g, *complete(g, p));
   ASSERT_TRUE(static_cast<bool>(program)) << program.reason();
-  const auto with = [&](bool linked, int refuses) {
-    return execute::run_threads(*program, options_for(g, linked, 11, refuses));
+  const auto with = [&](int refuses) {
+    return execute::run_threads(*program, options_for(g, Linked::by_nccls_calls, 11, refuses));
   };
-  EXPECT_EQ(with(true, -1)[0].no_links, "");
+  EXPECT_EQ(with(-1)[0].no_links, "");
   const auto exact = reference::options_for(g, *program, 3, kSeed);
   const auto serial = reference::train_serially(g, *program, exact, 1);
   for (const int rank : {0, 5}) {
-    const auto left = with(true, rank);
+    const auto left = with(rank);
     for (const auto& r : left) EXPECT_EQ(r.no_links, "far links refuse this rank");
     EXPECT_EQ(left[0].values.copies_differ, 0);
     expect_equal(reference::compare(g, left[0].values, serial,
@@ -121,7 +130,7 @@ TEST(CudaExecutor, RandomPlans) {
     if (p.ranks() > 8) continue;
     const bool network = rng() % 2 == 0;
     const Graph g = network ? random_transformer(rng) : graphs[rng() % graphs.size()];
-    run += expect_good(g, p, rng() % 4 > 0, rng()) ? 1 : 0;
+    run += expect_good(g, p, drawn(rng), rng()) ? 1 : 0;
     if (HasFailure()) return;
   }
   EXPECT_GE(run, 25);
@@ -137,7 +146,7 @@ TEST(CudaExecutor, RandomPlansInNarrowTypes) {
     if (p.ranks() > 8) continue;
     set_precision(p, rng() % 2 == 0 ? "bf16" : "fp16", "");
     p.optimizer.kind = rng() % 2 == 0 ? OptimizerKind::sgd : p.optimizer.kind;
-    run += expect_good(graphs[rng() % graphs.size()], p, rng() % 4 > 0, rng()) ? 1 : 0;
+    run += expect_good(graphs[rng() % graphs.size()], p, drawn(rng), rng()) ? 1 : 0;
     if (HasFailure()) return;
   }
   EXPECT_GE(run, 20);
@@ -150,14 +159,14 @@ TEST(CudaExecutor, ProductsInFp8) {
     set_precision(p, "fp8", "");
     p.fp8_format = format;
     for (const Graph& g : {gpt(), llama(), mixtral()}) {
-      EXPECT_TRUE(expect_good(g, p, false, 2));
+      EXPECT_TRUE(expect_good(g, p, Linked::no, 2));
       Plan two = p;
       two.tp = 2;
-      EXPECT_TRUE(expect_good(g, two, true, 3));
+      EXPECT_TRUE(expect_good(g, two, Linked::by_nccls_calls, 3));
     }
     const Graph g = mixtral();
     const auto program = lower(g, *complete(g, p));
-    const auto results = execute::run_threads(*program, options_for(g, false, 2));
+    const auto results = execute::run_threads(*program, options_for(g, Linked::no, 2));
     for (const auto& [kernel, calls] : results[0].fallbacks) {
       EXPECT_EQ(kernel.find("linear"), std::string::npos) << kernel;
       EXPECT_EQ(kernel.find("product"), std::string::npos) << kernel;

@@ -12,6 +12,7 @@
 
 #include "runtime/cuda/nccl_plan.h"
 #include "runtime/cuda/runs.h"
+#include "runtime/execute/process_links.h"
 #include "runtime/transport/narrow.h"
 #include "tests/runtime/cuda/host_machine.h"
 #include "tests/runtime/execute/far_device.h"
@@ -229,8 +230,11 @@ class FarLinks : public execute::Links {
 /// Kernels by the CUDA text where it has one.
 class FarGpu : public execute::FarDevice {
  public:
-  FarGpu(execute::FarOptions o, std::shared_ptr<FarHub> hub) : FarDevice(o) {
+  /// Without a hub ranks of one process may copy from each other's memory.
+  FarGpu(execute::FarOptions o, std::shared_ptr<FarHub> hub, bool in_process = false)
+      : FarDevice(o) {
     if (hub) links_ = std::make_unique<FarLinks>(*this, std::move(hub));
+    if (in_process) links_ = execute::process_links(*this, 20);
   }
   std::string name() const override { return "far gpu"; }
   execute::Links* links() override { return links_.get(); }
@@ -304,7 +308,7 @@ class FarGpu : public execute::FarDevice {
       }
     });
   }
-  std::unique_ptr<FarLinks> links_;
+  std::unique_ptr<execute::Links> links_;
 };
 
 class FarGpuKernel : public execute::OperatorKernel {

@@ -208,9 +208,10 @@ TEST(Gpu, MovesRuns) {
   }
 }
 
-/// Plans on one rank, and several ranks of this process on one GPU whose messages pass through the
-/// host.
-void expect_trains(const Graph& graph, const Plan& wanted) {
+using Linked = DeviceOptions::Linked;
+
+/// Plans on one rank, and on several ranks of this process that share a GPU.
+void expect_trains(const Graph& graph, const Plan& wanted, Linked linked = Linked::not_at_all) {
   auto plan = complete(graph, wanted);
   if (!plan) return;
   const auto program = lower(graph, *plan);
@@ -222,6 +223,7 @@ void expect_trains(const Graph& graph, const Plan& wanted) {
   o.device = [&](int) {
     DeviceOptions d;
     d.tf32 = plan->precision.compute == ElementType::tf32;
+    d.linked = linked;
     return cuda_device(d);
   };
   try {
@@ -284,6 +286,18 @@ TEST(Gpu, TrainsOnSeveralRanksThroughTheHost) {
     if (p.ranks() > 4 || p.compression.kind != CompressionKind::none) continue;
     set_precision(p, "fp32", "");
     expect_trains(k % 2 == 0 ? gpt() : llama(), p);
+    if (HasFailure()) return;
+  }
+}
+
+TEST(Gpu, TrainsOnSeveralRanksInItsMemory) {
+  NEEDS_GPU();
+  std::mt19937 rng(9);
+  for (int k = 0; k < 40; ++k) {
+    Plan p = random_plan(rng);
+    if (p.ranks() == 1 || p.ranks() > 4 || p.compression.kind != CompressionKind::none) continue;
+    set_precision(p, k % 3 == 0 ? "bf16" : "fp32", "");
+    expect_trains(k % 2 == 0 ? gpt() : llama(), p, Linked::in_process);
     if (HasFailure()) return;
   }
 }

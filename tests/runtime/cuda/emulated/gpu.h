@@ -37,7 +37,7 @@ struct Call {
 cudaError_t queue(cudaStream_t stream, Call call);
 /// A kernel, without a step from one thread to another.
 cudaError_t launch(cudaStream_t stream, std::string name, std::function<void()> run);
-/// True if anything was done. Of one stream, or of all of the current device.
+/// True if anything was done. Of one stream, or of all.
 bool work_once(cudaStream_t only = nullptr);
 
 /// GPU or pinned memory that nobody has released, of `bytes` from `at` on?

@@ -290,8 +290,7 @@ bool work_once(cudaStream_t only) {
   Machine& m = machine();
   std::vector<CUstream_st*> now, later;
   for (CUstream_st* s : m.streams) {
-    if (only != nullptr ? s != only : s->device != current_device) continue;
-    if (s->calls.empty()) continue;
+    if (s->calls.empty() || (only != nullptr && s != only)) continue;
     (s->calls.front().call.gives_way ? later : now).push_back(s);
   }
   if (!m.legacy.calls.empty()) now.push_back(&m.legacy);
