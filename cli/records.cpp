@@ -64,6 +64,10 @@ Json json_of(const RankMeasurement& m) {
       list.push_back({s.block, s.instruction, s.micro_batch, s.start, s.end});
     j["samples"].push_back(std::move(list));
   }
+  if (!m.plain_s.empty()) j["plain_s"] = m.plain_s;
+  if (!m.kernel_ns.empty()) j["kernel_ns"] = m.kernel_ns;
+  if (!m.recorded_s.empty()) j["recorded_s"] = m.recorded_s;
+  if (!m.no_kernel_ns.empty()) j["no_kernel_ns"] = m.no_kernel_ns;
   return j;
 }
 
@@ -87,6 +91,10 @@ RankMeasurement measurement_of(const Json& j) {
                                   s.at(2).get<std::int32_t>(), s.at(3).get<std::int64_t>(),
                                   s.at(4).get<std::int64_t>()});
   }
+  m.plain_s = j.value("plain_s", m.plain_s);
+  m.kernel_ns = j.value("kernel_ns", m.kernel_ns);
+  m.recorded_s = j.value("recorded_s", m.recorded_s);
+  m.no_kernel_ns = j.value("no_kernel_ns", m.no_kernel_ns);
   return m;
 }
 

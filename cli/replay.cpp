@@ -22,6 +22,7 @@
 #include "runtime/execute/executor.h"
 #include "simulator/lower/lower.h"
 #include "simulator/search/placement.h"
+#include "validation/compare.h"
 #include "validation/rows.h"
 
 namespace partita::cli {
@@ -121,6 +122,20 @@ void check_source(const Options& o, const CLI::App& command) {
   }
 }
 
+/// How its kernels were timed, and what that costs of a step.
+std::string kernel_times_line(const RankMeasurement& m, std::int64_t recorded, std::int64_t all) {
+  const auto more = [&](const std::vector<double>& steps) {
+    return 100 * (validation::median(steps) / validation::median(m.plain_s) - 1);
+  };
+  const std::string marks = fmt::format("{:+.1f} % of a plain step", more(m.step_s));
+  if (m.recorded_s.empty())
+    return fmt::format("kernels timed between CUDA events ({}), as there are no records: {}", marks,
+                       m.no_kernel_ns);
+  return fmt::format(
+      "{} of {} kernels timed by the GPU's own records ({:+.1f} %), the others between events ({})",
+      recorded, all, more(m.recorded_s), marks);
+}
+
 void replay(const Options& o) {
   if (o.steps < 1 || o.steps > 100000)
     throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
@@ -178,6 +193,8 @@ void replay(const Options& o) {
   run.steps = static_cast<int>(o.steps);
   run.warm_up = static_cast<int>(o.warm_up);
   run.record = true;
+  run.plain_steps = o.backend == "cuda" ? static_cast<int>(std::min<std::int64_t>(o.steps, 3)) : 0;
+  run.recorded_steps = run.plain_steps;
   run.device = devices_of({o.backend, false, true, 1, 30, part.plan.precision.compute});
   const auto result = execute::run_alone(part.program, static_cast<int>(o.rank), run);
   SimulateOptions simulation;
@@ -202,6 +219,14 @@ void replay(const Options& o) {
     j["micro_batches_of_plan"] = all_micro_batches;
     j["compute_s"] = {{"measured", r.compute_measured.count},
                       {"predicted", r.compute_predicted.count}};
+    j["kernels"] = r.kernels;
+    j["kernels_recorded"] = r.recorded;
+    if (!result.measured.no_kernel_ns.empty()) j["no_kernel_times"] = result.measured.no_kernel_ns;
+    if (!result.measured.plain_s.empty())
+      j["steps_s"] = {{"plain", validation::median(result.measured.plain_s)},
+                      {"between_marks", validation::median(result.measured.step_s)}};
+    if (!result.measured.recorded_s.empty())
+      j["steps_s"]["recorded"] = validation::median(result.measured.recorded_s);
     j["step_time_s"] = {{"replayed", r.step_replayed.count}, {"predicted", r.step_predicted.count}};
     if (row)
       j["published"] = {{"row", row->id},
@@ -234,6 +259,8 @@ void replay(const Options& o) {
   fmt::print("rank {} of {} ({} alike) of {} on {}: {}\n", o.rank, ranks, r.ranks_alike, model,
              topology.name(), plan_line(whole.plan));
   fmt::print("alone on {}, {} steps\n", device, o.steps);
+  if (o.backend == "cuda")
+    fmt::print("{}\n", kernel_times_line(result.measured, r.recorded, r.kernels));
   if (layers != all_layers)
     fmt::print("of {} of {} layers: kernels' times are those, memory is theirs\n", layers,
                all_layers);

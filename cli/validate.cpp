@@ -73,6 +73,7 @@ constexpr int kWarmUp = 20;
 
 struct Options {
   std::string backend, out, only, calibrate_only, transport, budget, routing, base, clock;
+  std::string kernel_times = "records";
   std::vector<std::string> from;
   std::optional<std::string> ranks_text;
   std::vector<int> ranks{1, 2, 4};
@@ -83,6 +84,7 @@ struct Options {
   bool launched = false;  ///< this process is a rank that a launcher has started
   int most_ranks() const { return *std::max_element(ranks.begin(), ranks.end()); }
   bool gpu() const { return backend == "cuda"; }
+  bool by_events() const { return kernel_times == "events"; }
   std::int64_t round_count() const { return rounds.value_or(gpu() ? 1 : budget_s > 0 ? 1000 : 3); }
 };
 
@@ -95,6 +97,10 @@ constexpr bool kMpi = false;
 void check(Options& o) {
   if (o.backend.empty()) throw InputError("--backend", "is missing; there are cpu and cuda");
   check_backend({o.backend, o.share_gpu});
+  if (o.kernel_times != "records" && o.kernel_times != "events")
+    throw InputError("--kernel-times",
+                     fmt::format("'{}' is unknown; use records, which are the GPU's own, or events",
+                                 o.kernel_times));
   if (o.steps_given) o.steps = *o.steps_given;
   if (o.gpu()) {
     o.ranks = {1};
@@ -186,6 +192,13 @@ execute::Options timed(const Graph& graph, const Program& program, const Options
   e.record = true;
   e.collect = false;
   e.routing = routing;
+  // A GPU's marks between instructions take time of their own: a step's is taken without.
+  if (o.gpu()) e.plain_steps = static_cast<int>(std::min<std::int64_t>(o.steps, 3));
+  return e;
+}
+/// One rank's kernels by the GPU's own records, where it keeps some.
+execute::Options by_records(execute::Options e) {
+  e.recorded_steps = e.plain_steps;
   return e;
 }
 
@@ -358,6 +371,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
         const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
         const Program* p = c.tasks[at].program;
         put_on_backend(c.tasks[at].options, o, *p, r.plan.precision.compute);
+        if (!o.by_events()) c.tasks[at].options = by_records(c.tasks[at].options);
         Measured m{ranks, r.name, {at}, validation::shapes_of(*p), {}};
         m.harvest = [p](const auto& measured, validation::Unit& u) {
           validation::harvest(*p, measured[0], u.kernels);
@@ -469,6 +483,12 @@ void measure(const Measured& x, std::int64_t round, const Options& o, Crew& crew
   }
   // Of one process several runs, each of which leaves its kernels loaded: the last has all.
   if (!m.empty() && !m.back().empty()) u.outside = m.back()[0].outside;
+  if (!m.empty() && m[0].size() == 1) {
+    const RankMeasurement& one = m[0][0];
+    u.no_records = one.no_kernel_ns;
+    if (!one.recorded_s.empty())
+      u.recording = validation::median(one.recorded_s) / validation::median(one.plain_s) - 1;
+  }
   u.round = round;
   u.ranks = x.ranks;
   u.name = x.name;
@@ -559,6 +579,10 @@ Profile profile_of(const validation::Journal& journal, const Options& o) {
   }
   const std::size_t rounds = of_calibration.size();
   p.provenance = provenance(o, rounds);
+  if (o.gpu() && p.recorded + p.unrecorded > 0)
+    p.provenance += p.unrecorded == 0 ? ", kernels by CUPTI"
+                    : p.recorded == 0 ? ", kernels between events"
+                                      : ", kernels by CUPTI or between events";
   p.cores = host_cores();
   if (o.gpu()) {
     const Gpu g = backend_gpu();
@@ -607,6 +631,20 @@ std::vector<std::string> outliers(const Profile& p) {
 }
 
 /// Rates of copies by size and ranks, how much of a transfer hides, dispatch.
+/// How a GPU's kernels were timed.
+std::string kernel_times_line(const Profile& p) {
+  if (p.recorded == 0)
+    return p.no_records.empty()
+               ? std::string("kernels timed between CUDA events")
+               : fmt::format("kernels timed between CUDA events, as there are no records: {}",
+                             p.no_records);
+  return fmt::format(
+      "kernels of {} runs timed by the GPU's own records (CUPTI), which take {:+.1f} % of a step; "
+      "of "
+      "{} between CUDA events{}",
+      p.recorded, 100 * p.recording, p.unrecorded, p.no_records.empty() ? "" : ": " + p.no_records);
+}
+
 void print_machine(const Profile& p) {
   const auto copies = p.kernels.find("copy");
   if (copies != p.kernels.end()) {
@@ -751,7 +789,8 @@ void calibrate(Options& o, int& code) {
   const validation::JournalHeader header{
       machine(o), fmt::format("partita 0.1.0 (build {}), ranks {} as {}, {} steps{}", build(),
                               fmt::join(o.ranks, ","), o.transport, o.steps,
-                              o.only.empty() ? "" : ", only " + o.only)};
+                              (o.only.empty() ? "" : ", only " + o.only) +
+                                  (o.gpu() && o.by_events() ? ", kernels between events" : ""))};
   if (!o.launched) {
     make_folder(o.out);
     // What is wrong with it is said here once, not by every rank.
@@ -792,6 +831,7 @@ void calibrate(Options& o, int& code) {
                o.out);
     print_machine(p);
     if (!held.empty()) fmt::print("{}\n", held_out_table(validation::judge(p.kernels, held)));
+    if (o.gpu()) fmt::print("{}\n", kernel_times_line(p));
     if (p.strayed > 0)
       fmt::print("{} runs left out: their clock was more than 1 % off the others'\n", p.strayed);
     for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
@@ -850,6 +890,7 @@ class SuiteJournal {
                 "partita 0.1.0 (build {}) validate, ranks {} as {}, {} steps{}{}", build(),
                 fmt::join(o.ranks, ","), o.transport, o.steps,
                 (o.only.empty() ? "" : ", only " + o.only) +
+                    (o.gpu() && o.by_events() ? ", kernels between events" : "") +
                     (o.calibrate_only.empty() ? "" : ", calibrated with " + o.calibrate_only),
                 o.no_reference ? ", no reference" : "")});
   }
@@ -1038,9 +1079,10 @@ void validate(Options& o, int& code) {
     c.mathematics = tasks.size();
     tasks.push_back({&c.suite->graph, &c.program, e, "case '" + c.suite->name + "'"});
     c.timing = tasks.size();
-    tasks.push_back({&c.suite->graph, &c.program,
-                     timed(c.suite->graph, c.program, o, compute, c.routed),
-                     "case '" + c.suite->name + "'"});
+    execute::Options timing = timed(c.suite->graph, c.program, o, compute, c.routed);
+    if (c.suite->ranks == 1 && o.gpu() && !o.by_events()) timing = by_records(std::move(timing));
+    tasks.push_back(
+        {&c.suite->graph, &c.program, std::move(timing), "case '" + c.suite->name + "'"});
   }
   // What NCCL itself expects, on a communicator of the most ranks; its word of the machine is ours.
   std::optional<std::size_t> estimating;
@@ -1214,6 +1256,9 @@ void add_common(CLI::App& c, Options& o) {
   c.add_option("--ranks", o.ranks_text, "numbers of ranks, like 1,2,4");
   c.add_option("--rounds", o.rounds, "how often everything is measured, in turns (default: 3)");
   c.add_option("--steps", o.steps_given, "timed steps of each run");
+  c.add_option("--kernel-times", o.kernel_times,
+               "cuda: records (default), the GPU's own where CUPTI is found; events: CUDA events "
+               "around each");
   c.add_option("--out", o.out, "folder for device.yaml and cluster.yaml");
   c.add_option("--timeout", o.timeout_s, "seconds without an answer after which a rank gives up");
 }

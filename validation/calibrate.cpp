@@ -318,6 +318,24 @@ CalibrationRun layer_run(bool gpu) {
   return r;
 }
 
+double time_of_sample(const RankMeasurement& r, std::size_t sample, bool* recorded) {
+  std::vector<double> steps, records;
+  for (const auto& step : r.samples)
+    steps.push_back(static_cast<double>(step[sample].end - step[sample].start) * 1e-9);
+  for (const auto& step : r.kernel_ns) {
+    if (sample < step.size() && step[sample] > 0)
+      records.push_back(static_cast<double>(step[sample]) * 1e-9);
+  }
+  const double whole = median(std::move(steps));
+  // Kernels are over within what passes between two events: records that say more are of others'.
+  constexpr double kSlack = 2e-6;
+  const bool known = !records.empty() && records.size() == r.kernel_ns.size();
+  const double own = known ? median(std::move(records)) : 0;
+  const bool takes = known && own <= 1.05 * whole + kSlack;
+  if (recorded != nullptr) *recorded = takes;
+  return takes ? own : whole;
+}
+
 void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, KernelTable& into) {
   // Samples are in program order, the same on every step.
   using Key = std::tuple<std::string, double, double, double, double, double>;
@@ -333,10 +351,7 @@ void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, Kernel
         continue;
       const KernelShape s = shape_of(p, i, r.rank);
       if (s.kernel.empty()) continue;
-      std::vector<double> steps;
-      for (const auto& step : r.samples)
-        steps.push_back(static_cast<double>(step[k].end - step[k].start) * 1e-9);
-      times[{s.kernel, s.m, s.n, s.k, s.count, s.bytes}].push_back(median(std::move(steps)));
+      times[{s.kernel, s.m, s.n, s.k, s.count, s.bytes}].push_back(time_of_sample(r, k));
     }
   }
   for (auto& [key, list] : times) {
@@ -354,6 +369,13 @@ void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, Kernel
 Seconds dispatch_of(const std::vector<RankMeasurement>& ranks) {
   std::vector<double> each;
   for (const auto& r : ranks) {
+    if (!r.kernel_ns.empty() && !r.plain_s.empty() && !r.samples.empty()) {
+      // What a step without marks has beside its kernels.
+      double busy = 0;
+      for (std::size_t k = 0; k < r.samples[0].size(); ++k) busy += time_of_sample(r, k);
+      each.push_back((median(r.plain_s) - busy) / static_cast<double>(r.samples[0].size()));
+      continue;
+    }
     for (const auto& step : r.samples) {
       double busy = 0;
       for (const Sample& s : step) busy += static_cast<double>(s.end - s.start);
@@ -671,7 +693,7 @@ OutsideMemory joined(const std::vector<OutsideMemory>& units) {
 
 Profile joined(const std::vector<Unit>& units) {
   Profile p;
-  std::vector<double> dispatch, overlap;
+  std::vector<double> dispatch, overlap, recording;
   SlowdownTable slowdown;
   std::vector<OutsideMemory> units_outside;
   const std::vector<std::size_t> off = off_clock(units);
@@ -687,7 +709,12 @@ Profile joined(const std::vector<Unit>& units) {
     units_outside.push_back(u.outside);
     dispatch.insert(dispatch.end(), u.dispatch.begin(), u.dispatch.end());
     overlap.insert(overlap.end(), u.overlap.begin(), u.overlap.end());
+    if (u.recording) recording.push_back(*u.recording);
+    p.recorded += u.recording ? 1 : 0;
+    p.unrecorded += u.no_records.empty() ? 0 : 1;
+    if (!u.no_records.empty()) p.no_records = u.no_records;
   }
+  if (!recording.empty()) p.recording = median(std::move(recording));
   p.outside = joined(units_outside);
   // Points of the same shape from several rounds: the median, and how far the rounds are apart.
   const auto join = [](auto& points, auto key) {

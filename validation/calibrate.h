@@ -37,6 +37,10 @@ std::vector<CalibrationRun> gpu_calibration_runs();
 /// One layer whose kernels are measured beside transfers: of a GPU large, in bf16.
 CalibrationRun layer_run(bool gpu);
 
+/// Seconds that a sample took, the median over steps: by the device's own records where it has
+/// them, else between its two marks. `recorded`: which. Records that say more than the marks are of
+/// others' kernels: not taken.
+double time_of_sample(const RankMeasurement& rank, std::size_t sample, bool* recorded = nullptr);
 /// Kernel points of one calibration run: medians over steps and ranks, equal shapes joined.
 void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, KernelTable& into);
 
@@ -97,6 +101,11 @@ struct Profile {
   int cores = 1;
   std::optional<GpuFacts> gpu;  ///< whose profile it is; else a host's
   OutsideMemory outside;        ///< of the units' devices; of a communicator its medians
+  /// Of units that measured a GPU's kernels: those with its own records and what these cost of a
+  /// step, the median; those without, and why.
+  std::size_t recorded = 0, unrecorded = 0;
+  double recording = 0;
+  std::string no_records;
   std::size_t strayed = 0;      ///< units left out for their clock (left_out_for_clock)
 };
 /// Numbers of units whose clock was more than 1 % off the median of all that say one.

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <map>
 
+#include "validation/calibrate.h"
+
 namespace partita::validation {
 namespace {
 
@@ -111,6 +113,13 @@ std::string kind_of(const Program& p, const Instruction& i) {
 
 std::vector<double> step_times(const std::vector<RankMeasurement>& ranks) {
   std::vector<double> steps;
+  // The slowest rank's: all begin at a barrier.
+  for (std::size_t s = 0; s < ranks.at(0).plain_s.size(); ++s) {
+    double slowest = 0;
+    for (const auto& r : ranks) slowest = std::max(slowest, r.plain_s.at(s));
+    steps.push_back(slowest);
+  }
+  if (!steps.empty()) return steps;
   for (std::size_t s = 0; s < ranks.at(0).step_s.size(); ++s) steps.push_back(step_time(ranks, s));
   return steps;
 }
@@ -127,8 +136,24 @@ StepComparison compare(const Program& p, const Timeline& timeline,
 
   std::map<std::string, KindRow> rows;
   const double n = static_cast<double>(ranks.size());
-  std::vector<double> compute(ranks.size() == 1 ? ranks[0].samples.size() : 0);
+  // What a device's own records say is each kernel's; between marks there is also what passes from
+  // one to the next.
+  const bool recorded = ranks.size() == 1 && !ranks[0].kernel_ns.empty();
+  std::vector<double> compute(
+      ranks.size() == 1 ? (recorded ? ranks[0].kernel_ns.size() : ranks[0].samples.size()) : 0);
   for (const auto& r : ranks) {
+    for (std::size_t k = 0; recorded && k < r.samples.at(0).size(); ++k) {
+      const Sample& x = r.samples[0][k];
+      const Instruction& i = instruction_of(p, x.block, x.instruction);
+      bool by_records = false;
+      const double t = time_of_sample(r, k, &by_records);
+      KindRow& row = rows[kind_of(p, i)];
+      row.count += 1;
+      row.measured += Seconds{t};
+      for (std::size_t s = 0; i.kind == Kind::compute && s < compute.size(); ++s)
+        compute[s] += by_records ? static_cast<double>(r.kernel_ns[s][k]) * 1e-9 : t;
+    }
+    if (recorded) break;
     std::map<std::string, std::vector<double>> by_kind;  // per step
     for (std::size_t s = 0; s < r.samples.size(); ++s) {
       std::map<std::string, double> sum;
@@ -151,7 +176,7 @@ StepComparison compare(const Program& p, const Timeline& timeline,
     for (const RankClass& k : timeline.classes) total += static_cast<double>(k.count);
     // A rank's step begins when it first has a core.
     std::vector<Ticks> before(timeline.classes.size(), Ticks{-1});
-    const bool serial = one_after_the_other(timeline);
+    const bool serial = !recorded && one_after_the_other(timeline);
     for (const Entry& e : timeline.entries) {
       const auto at = static_cast<std::size_t>(e.rank_class);
       const Instruction& i = instruction_of(p, e.block, e.instruction);

@@ -46,6 +46,8 @@ Json json_of(const Unit& u) {
                        {"throttled", c.throttled}};
   }
   if (u.outside != OutsideMemory{}) j["outside"] = Json::parse(record_of(u.outside));
+  if (u.recording) j["recording"] = *u.recording;
+  if (!u.no_records.empty()) j["no_records"] = u.no_records;
   if (!u.record.empty()) j["record"] = Json::parse(u.record);
   return j;
 }
@@ -97,6 +99,8 @@ Unit unit_of(const Json& j) {
                     c.at("throttled").get<std::string>()};
   }
   if (j.contains("outside")) u.outside = outside_memory_of(j.at("outside").dump());
+  if (j.contains("recording")) u.recording = j.at("recording").get<double>();
+  u.no_records = j.value("no_records", "");
   if (j.contains("record")) u.record = j.at("record").dump();
   return u;
 }

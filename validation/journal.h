@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <tuple>
@@ -37,6 +38,10 @@ struct Unit {
   std::string record;            ///< JSON of who measures something else
   Conditions conditions;         ///< of the device, when it was measured
   OutsideMemory outside;         ///< of rank 0's device
+  /// Of a GPU's kernels: what a step with its own records takes over a plain one, less 1; of those
+  /// without, why there are none.
+  std::optional<double> recording;
+  std::string no_records;
 };
 
 /// What may be joined: the same machine, the same way of measuring.

@@ -39,19 +39,22 @@ Replayed replayed(const Program& whole, const Program& part, const Topology& top
   RankMeasurement kernels;  // those alone
   kernels.rank = run.rank;
   kernels.samples.resize(run.samples.size());
+  kernels.kernel_ns.resize(run.kernel_ns.size());
   for (std::size_t k = 0; k < run.samples.at(0).size(); ++k) {
     const Sample& x = run.samples[0][k];
     const Instruction& i = instruction_of(part, x.block, x.instruction);
     if (!is_kernel(i)) continue;
-    std::vector<double> times;
-    for (std::size_t s = 0; s < run.samples.size(); ++s) {
-      const Sample& y = run.samples[s][k];
-      times.push_back(static_cast<double>(y.end - y.start) * 1e-9);
-      kernels.samples[s].push_back(y);
-    }
+    for (std::size_t s = 0; s < run.samples.size(); ++s)
+      kernels.samples[s].push_back(run.samples[s][k]);
+    for (std::size_t s = 0; s < run.kernel_ns.size(); ++s)
+      kernels.kernel_ns[s].push_back(run.kernel_ns[s].at(k));
+    bool recorded = false;
+    const double took = time_of_sample(run, k, &recorded);
+    r.recorded += recorded ? 1 : 0;
+    ++r.kernels;
     ReplayKind& kind = kinds[kind_of(part, i)];
     ++kind.count;
-    const Seconds t{median(std::move(times))};
+    const Seconds t{took};
     kind.measured += t;
     r.compute_measured += t;
   }

@@ -26,6 +26,7 @@ struct Replayed {
   std::vector<ReplayKind> kinds;                ///< most measured first
   Bytes peak_measured, peak_predicted;          ///< of what was run
   std::array<Bytes, kCategoryCount> at_peak_measured{}, at_peak_predicted{};
+  std::int64_t kernels = 0, recorded = 0;  ///< of a step; of them timed by the device's own records
   std::int64_t ranks_alike = 0;  ///< of the rank's class, itself included
 };
 

@@ -5,12 +5,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -121,6 +123,7 @@ class Gpu : public CudaDevice {
   }
   ~Gpu() override {
     if (activity_) write_trace();
+    records_.reset();
     links_.reset();
     in_process_.reset();
     // Of a GPU that has failed nothing more is asked.
@@ -323,6 +326,40 @@ class Gpu : public CudaDevice {
     return links_ ? static_cast<execute::Links*>(links_.get()) : in_process_.get();
   }
 
+  std::string record_kernels(bool on) override {
+    if (!on) {
+      records_.reset();
+      return {};
+    }
+    if (activity_) return "its kernels are being traced already";
+    std::string why;
+    records_ = start_activity(why);
+    return why;
+  }
+  void belongs_to(std::int64_t tag) override {
+    close_tag();
+    if (!records_) return;
+    tag_ = tag;
+    fallbacks_before_ = fallback_count();
+    records_->enter(std::to_string(tag));
+  }
+  std::map<std::int64_t, std::int64_t> recorded() override {
+    close_tag();
+    std::map<std::int64_t, std::int64_t> all;
+    if (!records_) return all;
+    const std::vector<KernelRecord> records = records_->take();
+    const std::int64_t between = between_kernels(records);
+    for (const auto& [tag, t] : by_caller(records)) {
+      std::int64_t number = 0;
+      const auto [end, error] = std::from_chars(tag.data(), tag.data() + tag.size(), number);
+      if (error != std::errc() || end != tag.data() + tag.size() || of_host_.count(number) > 0)
+        continue;
+      all[number] = t.nanoseconds + t.count * between;
+    }
+    of_host_.clear();
+    return all;
+  }
+
   std::vector<execute::ProductAlgorithm> products() const override {
     std::vector<execute::ProductAlgorithm> all;
     for (const auto& [key, c] : libraries_->products)
@@ -351,6 +388,17 @@ class Gpu : public CudaDevice {
     std::size_t available = 0, all = 0;
     check(cudaMemGetInfo(&available, &all), "its memory");
     return static_cast<std::int64_t>(available);
+  }
+  std::int64_t fallback_count() const {
+    std::int64_t n = 0;
+    for (const auto& [kernel, calls] : fallbacks()) n += calls;
+    return n;
+  }
+  void close_tag() {
+    if (tag_ < 0) return;
+    if (records_) records_->leave();
+    if (fallback_count() != fallbacks_before_) of_host_.insert(tag_);
+    tag_ = -1;
   }
   /// The trace of one rank, whole at its end; several devices of one process follow each other.
   void write_trace() {
@@ -452,6 +500,9 @@ class Gpu : public CudaDevice {
   std::multimap<std::size_t, void*> spare_;
   bool careful_ = false;
   std::unique_ptr<Activity> activity_;
+  std::unique_ptr<Activity> records_;  ///< of a run's own kernels, by tag
+  std::int64_t tag_ = -1, fallbacks_before_ = 0;
+  std::set<std::int64_t> of_host_;  ///< tags of which the host has computed a part
   std::string trace_file_;
   Started started_;
   std::int64_t handles_ = 0;  ///< bytes that went when the libraries started

@@ -148,6 +148,14 @@ class Device {
   virtual std::byte* allocate(std::int64_t bytes) = 0;
   /// Nothing that is queued uses it any more.
   virtual void release(std::byte* block) = 0;
+  /// From here on, or no longer, it writes down what runs on it and for how long. Why not, in
+  /// words; empty: it does.
+  virtual std::string record_kernels(bool on) { return on ? "this device keeps no records" : ""; }
+  /// What is queued from here on belongs to `tag`, at least 0.
+  virtual void belongs_to(std::int64_t) {}
+  /// By tag: nanoseconds of what was recorded, with what passes between two kernels; without tags
+  /// of which the host has computed a part. After finish(); given once.
+  virtual std::map<std::int64_t, std::int64_t> recorded() { return {}; }
   /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
   /// and kernels work in. 0: not known.
   virtual std::int64_t taken() { return 0; }

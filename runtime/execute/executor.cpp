@@ -215,6 +215,8 @@ class Executor {
       // either.
       if (o_.record) transport_.barrier();
     }
+    if (o_.plain_steps > 0) time_plain_steps();
+    if (o_.recorded_steps > 0) record_steps();
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();
     result_.reserved = memory_.reserved();
@@ -237,6 +239,42 @@ class Executor {
     collect_measurements();
     if (o_.routing) collect_routing();
     return std::move(result_);
+  }
+  /// A step more, none of whose instructions is timed; seconds.
+  double further_step() {
+    PARTITA_ASSERT(!o_.collect, "values are those of the timed steps");
+    untimed_ = true;
+    transport_.doing("the start of a step");
+    come_to(-1);
+    make_inputs();
+    device_.finish();
+    transport_.barrier();
+    const auto start = now();
+    step_start_ = start;
+    losses_.push_back(0);
+    one_step();
+    finish();
+    losses_.pop_back();
+    ++step_;
+    return std::chrono::duration<double>(now() - start).count();
+  }
+  void time_plain_steps() {
+    for (int k = 0; k < o_.plain_steps; ++k) result_.measured.plain_s.push_back(further_step());
+  }
+  void record_steps() {
+    PARTITA_ASSERT((transport_.size() == 1 || o_.alone) && o_.record,
+                   "recorded steps are one rank's");
+    RankMeasurement& m = result_.measured;
+    m.no_kernel_ns = device_.record_kernels(true);
+    if (!m.no_kernel_ns.empty()) return;
+    for (int k = 0; k < o_.recorded_steps; ++k) {
+      tag_ = 0;
+      m.recorded_s.push_back(further_step());
+      auto& step = m.kernel_ns.emplace_back(static_cast<std::size_t>(tag_), 0);
+      for (const auto& [tag, ns] : device_.recorded()) step.at(static_cast<std::size_t>(tag)) = ns;
+      tag_ = -1;
+    }
+    static_cast<void>(device_.record_kernels(false));
   }
   static void add_traffic(const Traffic& from, Traffic& to) {
     for (const auto& [kind, c] : from.collectives) {
@@ -626,9 +664,10 @@ class Executor {
         come_to(static_cast<std::int64_t>(index));
         if (o_.before) o_.before(rank_, step_, index);
         const bool rests = (step_ + 1) % i.every != 0;
-        const bool timed =
-            o_.record && step_ >= o_.warm_up && i.kind != Kind::allocate && i.kind != Kind::free;
+        const bool works = i.kind != Kind::allocate && i.kind != Kind::free;
+        const bool timed = o_.record && step_ >= o_.warm_up && !untimed_ && works;
         begin(i);
+        if (tag_ >= 0 && works) device_.belongs_to(tag_++);
         const std::int64_t start = timed ? mark() : 0;
         if (!rests) execute(block, call.block, k, i);
         if (timed) {
@@ -1300,8 +1339,8 @@ class Executor {
       narrow(type_of(i.writes[k]), made.values.data(), stored.data(), std::ssize(made.values));
       device_.to_device(data(i.writes[k]), stored.data(), std::ssize(stored));
     }
-    if (o_.routing && step_ >= o_.warm_up && i.kernel == Kernel::forward && !i.recomputed &&
-        std::holds_alternative<Dispatch>(op.operation)) {
+    if (o_.routing && step_ >= o_.warm_up && !untimed_ && i.kernel == Kernel::forward &&
+        !i.recomputed && std::holds_alternative<Dispatch>(op.operation)) {
       const auto& rows = rows_of(i.writes[0]).rows;
       routed_.insert(routed_.end(),
                      {step_, i.op, micro_batch_, static_cast<std::int64_t>(rows.size())});
@@ -1574,6 +1613,8 @@ class Executor {
       words.push_back(real(m.clock_uncertainty_s));
       words.push_back(static_cast<std::int64_t>(m.step_s.size()));
       for (const double s : m.step_s) words.push_back(real(s));
+      words.push_back(static_cast<std::int64_t>(m.plain_s.size()));
+      for (const double s : m.plain_s) words.push_back(real(s));
       words.push_back(static_cast<std::int64_t>(m.samples.size()));
       for (const auto& step : m.samples) {
         words.push_back(static_cast<std::int64_t>(step.size()));
@@ -1618,10 +1659,12 @@ class Executor {
       for (Bytes& b : r.last_at_peak) b = Bytes{next()};
       const std::int64_t uncertainty = next();
       std::memcpy(&r.clock_uncertainty_s, &uncertainty, sizeof uncertainty);
-      r.step_s.resize(static_cast<std::size_t>(next()));
-      for (double& s : r.step_s) {
-        const std::int64_t word = next();
-        std::memcpy(&s, &word, sizeof s);
+      for (auto* list : {&r.step_s, &r.plain_s}) {
+        list->resize(static_cast<std::size_t>(next()));
+        for (double& s : *list) {
+          const std::int64_t word = next();
+          std::memcpy(&s, &word, sizeof s);
+        }
       }
       r.samples.resize(static_cast<std::size_t>(next()));
       for (auto& step : r.samples) {
@@ -1713,6 +1756,8 @@ class Executor {
   int rank_ = 0, stage_ = 0;
   Memory memory_, host_memory_;
   Order order_;
+  bool untimed_ = false;   ///< the timed steps are over
+  std::int64_t tag_ = -1;  ///< of the next sample of a recorded step; -1: it is none
   Links* links_;  ///< null: collectives and messages pass through the host
   std::vector<std::vector<Instance>> slots_;  ///< [buffer][micro-batch + 1]
   std::vector<std::unique_ptr<Box>> boxes_;

@@ -40,6 +40,12 @@ struct Options {
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
   bool collect = true;     ///< gradients and parameters of all ranks on rank 0
   bool record = false;     ///< start and end of every instruction of every timed step
+  /// After the timed steps so many more of which only the whole is timed: on a device the marks
+  /// between instructions take time of their own. Without `collect`.
+  int plain_steps = 0;
+  /// After these so many more of which the device itself writes down what its kernels
+  /// took: that costs time, so nothing else is timed of them. Of one rank without `collect`.
+  int recorded_steps = 0;
   bool estimates = false;  ///< what the links expect of collectives, in the result of every rank
   bool routing = false;    ///< rows that went to experts in every timed step, on rank 0
   /// On every rank after each step that all have done: losses by replica, as in `values`, and the

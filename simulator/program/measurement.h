@@ -53,6 +53,13 @@ struct RankMeasurement {
   Traffic traffic;    ///< of the last step
   Bytes reserved{};   ///< of its device, by its allocator: in use or kept
   OutsideMemory outside;
+  /// Of a device: steps between whose instructions it was not asked for the time, which costs some.
+  std::vector<double> plain_s;
+  /// By recorded step, for each of a step's samples: nanoseconds that its kernels and copies had
+  /// the device, by the device's own records, with what passes between two of them; 0: not known.
+  std::vector<std::vector<std::int64_t>> kernel_ns;
+  std::string no_kernel_ns;        ///< why there are none; empty: there are, or nobody asked
+  std::vector<double> recorded_s;  ///< by recorded step: all of it, with what recording costs
 };
 
 }  // namespace partita

@@ -124,6 +124,8 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
   u.collectives["send"] = {{2, Bytes{64}, Seconds{2e-6}, 0.5, 4}};
   u.dispatch = {4e-7};
   u.overlap = {0.5};
+  u.recording = 0.125;
+  u.no_records = "none";
   u.slowdown = {{KernelFamily::attention, "all_gather", 4, 0, Bytes{4096}, 1.25, 1.5, 0.125},
                 {KernelFamily::memory, kStandIn, 1, 24, Bytes{64}, 2, 1, 0}};
   {
@@ -148,6 +150,8 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
     EXPECT_EQ(read.collectives.at("send")[0].at_work, 4);
     EXPECT_EQ(read.dispatch, u.dispatch);
     EXPECT_EQ(read.overlap, u.overlap);
+    EXPECT_EQ(read.recording, u.recording);
+    EXPECT_EQ(read.no_records, u.no_records);
     ASSERT_EQ(read.slowdown.size(), 2u);
     for (std::size_t x = 0; x < 2; ++x) {
       const SlowdownPoint &a = read.slowdown[x], &b = u.slowdown[x];
@@ -160,6 +164,57 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
   EXPECT_THROW(Journal(file, {"there", "threads"}), InputError);
   EXPECT_THROW(Journal(file, {"here", "mpi"}), InputError);
   std::remove(file.c_str());
+}
+
+// docs/cuda.md, "Kernel times", by hand.
+TEST(Calibration, ASampleTakesWhatTheDeviceHasRecorded) {
+  RankMeasurement m;
+  m.samples = {{{0, 0, 0, 0, 5000}}, {{0, 0, 0, 0, 6000}}, {{0, 0, 0, 0, 5000}}};
+  bool recorded = true;
+  EXPECT_DOUBLE_EQ(time_of_sample(m, 0, &recorded), 5e-6);
+  EXPECT_FALSE(recorded);
+  m.kernel_ns = {{3400}, {3500}, {9000}};
+  EXPECT_DOUBLE_EQ(time_of_sample(m, 0, &recorded), 3.5e-6);
+  EXPECT_TRUE(recorded);
+  // 1.05 x 5 + 2 us is the most that is believed.
+  m.kernel_ns = {{7250}};
+  EXPECT_DOUBLE_EQ(time_of_sample(m, 0, &recorded), 7.25e-6);
+  m.kernel_ns = {{7260}};
+  EXPECT_DOUBLE_EQ(time_of_sample(m, 0, &recorded), 5e-6);
+  EXPECT_FALSE(recorded);
+  // Not known in one of the steps, as of what the host has computed.
+  m.kernel_ns = {{3500}, {0}};
+  EXPECT_DOUBLE_EQ(time_of_sample(m, 0), 5e-6);
+}
+
+TEST(Compare, KindsAreWhatTheDeviceHasRecorded) {
+  Program p;
+  p.mesh.atoms = {{"dp", 1}};
+  p.blocks.resize(1);
+  Instruction zero;
+  zero.kernel = Kernel::zero;
+  p.blocks[0].instructions = {zero, zero};
+  Timeline t;
+  t.step = Ticks{9'000'000};
+  t.classes = {{0, 0, 1}};
+  // Between the two a microsecond passes, which is nobody's kernel.
+  t.entries = {{0, 0, 0, -1, Ticks{0}, Ticks{3'000'000}},
+               {0, 0, 1, -1, Ticks{4'000'000}, Ticks{7'000'000}}};
+  t.memory.resize(1);
+  RankMeasurement m;
+  m.step_s = {12e-6};
+  m.plain_s = {10e-6};
+  m.samples = {{{0, 0, -1, 0, 5000}, {0, 1, -1, 6000, 11000}}};
+  StepComparison c = compare(p, t, {m});
+  EXPECT_DOUBLE_EQ(c.kinds.at(0).measured.count, 11e-6);
+  EXPECT_DOUBLE_EQ(c.kinds.at(0).predicted.count, 7e-6);
+  m.kernel_ns = {{3000, 3200}, {3200, 3400}};
+  c = compare(p, t, {m});
+  EXPECT_DOUBLE_EQ(c.kinds.at(0).measured.count,
+                   3.1e-6 + 3.3e-6);  // the later of two is the median
+  EXPECT_DOUBLE_EQ(c.kinds.at(0).predicted.count, 6e-6);
+  EXPECT_DOUBLE_EQ(c.measured.count, 10e-6);
+  EXPECT_NEAR(dispatch_of({m}).count, (10e-6 - 6.4e-6) / 2, 1e-12);
 }
 
 TEST(Compare, MeasuredStandsBesidePredictedByKind) {
@@ -188,6 +243,10 @@ TEST(Compare, MeasuredStandsBesidePredictedByKind) {
   EXPECT_EQ(c.kinds[0].kind, "zero");
   EXPECT_DOUBLE_EQ(c.kinds[0].measured.count, 0.8e-6);
   EXPECT_DOUBLE_EQ(c.kinds[0].predicted.count, 1e-6);
+  // Steps between whose instructions nobody asked for the time say what a step takes.
+  ranks[0].plain_s = {3e-6, 2e-6, 1e-6}, ranks[1].plain_s = {1e-6, 2.5e-6, 2e-6};
+  EXPECT_DOUBLE_EQ(compare(p, t, ranks).measured.count, 2.5e-6);
+  for (auto& r : ranks) r.plain_s.clear();
   // A rank that got a core late began at 4 us: the step ended 5 us after it began.
   ranks[1].samples = {{{0, 0, -1, 4000, 5000}}};
   EXPECT_DOUBLE_EQ(compare(p, t, ranks).measured.count, 5e-6);

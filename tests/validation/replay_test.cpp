@@ -91,6 +91,16 @@ TEST(Replay, APredictionReplayedIsThePrediction) {
       const Replayed twice = replayed(program, program, t, as_predicted(program, t, rank, 2), idle);
       EXPECT_NEAR(twice.compute_measured / same.compute_measured, 2, 1e-3);
       EXPECT_GT(twice.step_replayed, same.step_replayed);
+      // The device's own records go before what was between two marks.
+      RankMeasurement halves = as_predicted(program, t, rank, 2);
+      for (const Sample& x : halves.samples[0])
+        halves.kernel_ns.resize(1), halves.kernel_ns[0].push_back((x.end - x.start) / 2);
+      const Replayed half = replayed(program, program, t, halves, idle);
+      EXPECT_NEAR(half.compute_measured / same.compute_measured, 1, 1e-3);
+      EXPECT_NEAR(half.step_replayed / same.step_replayed, 1, 1e-3);
+      EXPECT_EQ(half.recorded, half.kernels);
+      EXPECT_EQ(half.kernels, kernels);
+      EXPECT_EQ(same.recorded, 0);
       const double more = (twice.step_replayed - same.step_replayed) / same.compute_measured;
       if (pp == 1) {
         EXPECT_LE(more, 1.02);

@@ -202,6 +202,27 @@ TEST_F(EmulatedGpu, ATraceNamesWhatKernelsWereCalledFor) {
   EXPECT_GT(copies, 0u);
 }
 
+// docs/cuda.md, "Kernel times".
+TEST_F(EmulatedGpu, KernelsAreTimedByTheGpusOwnRecords) {
+  const std::string replay = "replay " + kGpt +
+                             " dgx-h100:1 --tp 2 --dp 4 --global-batch 8 --backend cuda "
+                             "--precision bf16 --steps 3 --json";
+  const Json j = Json::parse(run(replay, 0, false, with("")));
+  const std::int64_t kernels = j.at("kernels"), recorded = j.at("kernels_recorded");
+  EXPECT_GT(recorded, kernels * 8 / 10) << j.dump(2).substr(0, 1500) << err();
+  EXPECT_FALSE(j.contains("no_kernel_times"));
+  for (const char* steps : {"plain", "between_marks", "recorded"})
+    EXPECT_GT(j.at("steps_s").at(steps).get<double>(), 0) << steps;
+  // One step has its kernels only, on one stream.
+  EXPECT_LT(j.at("compute_s").at("measured").get<double>(),
+            1.5 * j.at("steps_s").at("recorded").get<double>());
+  // Another tool has the records.
+  const Json traced = Json::parse(
+      run(replay, 0, false, with("PARTITA_CUDA_TRACE=" + folder_.string() + "/t.json")));
+  EXPECT_EQ(traced.at("no_kernel_times"), "its kernels are being traced already");
+  EXPECT_EQ(traced.at("kernels_recorded"), 0);
+}
+
 TEST_F(EmulatedGpu, AGpuThatIsNotThereOrIsFullIsSaid) {
   run("run " + kGpt + kSmall, 2, false, with("PARTITA_EMULATED_GPUS=0"));
   EXPECT_THAT(err(), HasSubstr("this machine has no GPU that CUDA"));
