@@ -14,6 +14,9 @@
 
 #include "base/element_type.h"
 
+#ifdef PARTITA_EMULATED_LANES
+#  include "tests/runtime/cuda/emulated/lanes.h"
+#endif
 #ifdef __CUDACC__
 #  include <cuda_bf16.h>
 #  include <cuda_fp16.h>
@@ -34,38 +37,30 @@ namespace partita::cuda {
 class Lanes {
  public:
   PARTITA_BOTH std::int64_t lane() const {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__)
     return threadIdx.x;
+#elif defined(PARTITA_EMULATED_LANES)
+    return emulated::lane();
 #else
     return 0;
 #endif
   }
   PARTITA_BOTH std::int64_t count() const {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__)
     return blockDim.x;
+#elif defined(PARTITA_EMULATED_LANES)
+    return emulated::lanes();
 #else
     return 1;
 #endif
   }
-  PARTITA_BOTH double sum(double v) const {
-#ifdef __CUDA_ARCH__
-    return reduce(v, false);
-#else
-    return v;
-#endif
-  }
-  PARTITA_BOTH double max(double v) const {
-#ifdef __CUDA_ARCH__
-    return reduce(v, true);
-#else
-    return v;
-#endif
-  }
+  PARTITA_BOTH double sum(double v) const { return reduce(v, false); }
+  PARTITA_BOTH double max(double v) const { return reduce(v, true); }
 
  private:
-#ifdef __CUDACC__
   /// A block is a whole number of warps.
-  __device__ static double reduce(double v, bool maximum) {
+  PARTITA_BOTH static double reduce(double v, bool maximum) {
+#if defined(__CUDA_ARCH__)
     __shared__ double parts[32];
     for (int d = 16; d > 0; d /= 2) {
       const double other = __shfl_xor_sync(0xffffffffu, v, d);
@@ -79,8 +74,13 @@ class Lanes {
     // Nobody writes the next sum's parts while another still reads these.
     __syncthreads();
     return v;
-  }
+#elif defined(PARTITA_EMULATED_LANES)
+    return emulated::reduce(v, maximum);
+#else
+    static_cast<void>(maximum);
+    return v;
 #endif
+  }
 };
 
 /// Ascending global indices along one dimension, as a kernel sees them.

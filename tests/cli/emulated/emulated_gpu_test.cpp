@@ -39,10 +39,11 @@ class EmulatedGpu : public GpuCommand {
     EXPECT_THAT(err() + said(), Not(HasSubstr("emulated GPU")));
   }
   /// Each run has another order of what no event orders.
+  /// Kernels on one lane, but where `variables` say otherwise: emulated_gpu_test has them on many.
   std::string with(const std::string& variables) {
     return fmt::format(
         "env LD_LIBRARY_PATH='{0}' TMPDIR='{0}' PARTITA_EMULATED_LOG='{0}/log' "
-        "PARTITA_EMULATED_SEED={1} {2}",
+        "PARTITA_EMULATED_LANES=0 PARTITA_EMULATED_SEED={1} {2}",
         folder_.string(), ++seed_, variables);
   }
   /// By ranks whose stderr nobody sees.
