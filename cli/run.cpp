@@ -235,6 +235,8 @@ void fill_options(const Options& o, Job& job) {
     return reference::operator_seed(seed, OpId{static_cast<std::size_t>(op)});
   };
   job.options.record = true;
+  if (o.backend == "cuda")
+    job.options.plain_steps = static_cast<int>(std::min<std::int64_t>(o.steps, 3));
   job.options.drawing = [progress = std::make_shared<SetupProgress>("rank 0 draws its parameters")](
                             int rank, std::int64_t drawn, std::int64_t all) {
     if (rank == 0) std::fputs(progress->at(drawn, all).c_str(), stderr);

@@ -215,8 +215,6 @@ class Executor {
       // either.
       if (o_.record) transport_.barrier();
     }
-    if (o_.plain_steps > 0) time_plain_steps();
-    if (o_.recorded_steps > 0) record_steps();
     result_.measured.rank = rank_;
     result_.measured.host_peak = host_memory_.peak();
     result_.reserved = memory_.reserved();
@@ -234,15 +232,17 @@ class Executor {
       put_on_one_clock(transport_, kClockTag, {clock_before, clock_after}, starts,
                        result_.measured);
     }
+    // Values and memory are those of the steps so far.
+    if (!o_.alone) collect();
+    if (o_.plain_steps > 0) time_plain_steps();
+    if (o_.recorded_steps > 0) record_steps();
     if (o_.alone) return std::move(result_);
-    collect();
     collect_measurements();
     if (o_.routing) collect_routing();
     return std::move(result_);
   }
   /// A step more, none of whose instructions is timed; seconds.
   double further_step() {
-    PARTITA_ASSERT(!o_.collect, "values are those of the timed steps");
     untimed_ = true;
     transport_.doing("the start of a step");
     come_to(-1);

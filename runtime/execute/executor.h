@@ -41,10 +41,10 @@ struct Options {
   bool collect = true;     ///< gradients and parameters of all ranks on rank 0
   bool record = false;     ///< start and end of every instruction of every timed step
   /// After the timed steps so many more of which only the whole is timed: on a device the marks
-  /// between instructions take time of their own. Without `collect`.
+  /// between instructions take time of their own. Values and memory are those of the steps before.
   int plain_steps = 0;
   /// After these so many more of which the device itself writes down what its kernels
-  /// took: that costs time, so nothing else is timed of them. Of one rank without `collect`.
+  /// took: that costs time, so nothing else is timed of them. Of one rank.
   int recorded_steps = 0;
   bool estimates = false;  ///< what the links expect of collectives, in the result of every rank
   bool routing = false;    ///< rows that went to experts in every timed step, on rank 0
