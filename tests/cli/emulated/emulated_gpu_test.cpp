@@ -46,6 +46,9 @@ class EmulatedGpu : public GpuCommand {
         "PARTITA_EMULATED_LANES=0 PARTITA_EMULATED_SEED={1} {2}",
         folder_.string(), ++seed_, variables);
   }
+  std::pair<std::string, std::string> by_torchrun(const std::string& arguments,
+                                                  const std::string& variables = "",
+                                                  const std::string& of_rank_1 = "");
   /// By ranks whose stderr nobody sees.
   std::string said() const { return text_of(folder_ / "log"); }
 
@@ -102,22 +105,41 @@ TEST_F(EmulatedGpu, EachRankHasItsGpu) {
   EXPECT_THAT(err(), HasSubstr("4 ranks, and this machine has 3 GPUs"));
 }
 
+/// Two ranks as torchrun starts them: what they said on stderr, and their exit codes as they ended.
+std::pair<std::string, std::string> EmulatedGpu::by_torchrun(const std::string& arguments,
+                                                             const std::string& variables,
+                                                             const std::string& of_rank_1) {
+  for (const char* file : {"said", "codes"}) std::filesystem::remove(folder_ / file);
+  std::ofstream(folder_ / "ranks.sh") << fmt::format(
+      "for r in 0 1; do (fault=A=1; [ $r = 1 ] && fault={}; {} $fault RANK=$r LOCAL_RANK=$r "
+      "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={} '{}' run {} >/dev/null 2>>'{}'; "
+      "echo $? >>'{}') & done; wait",
+      of_rank_1.empty() ? "A=1" : of_rank_1, with(variables), 20000 + (::getpid() + seed_) % 20000,
+      (folder_ / "partita").string(), arguments, (folder_ / "said").string(),
+      (folder_ / "codes").string());
+  EXPECT_EQ(std::system(("timeout 60 sh '" + (folder_ / "ranks.sh").string() + "'").c_str()), 0);
+  return {text_of(folder_ / "said"), text_of(folder_ / "codes")};
+}
+
 // Ranks that another launcher has started learn from each other where they are.
 TEST_F(EmulatedGpu, MoreRanksThanGpusIsOneMessage) {
-  const std::string rank = fmt::format(
-      "{} RANK=$r LOCAL_RANK=$r WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={} '{}' run {} "
-      "--global-batch 2 --dp 2 --timeout 20",
-      with(""), 20000 + ::getpid() % 20000, (folder_ / "partita").string(), kGpt + kSmall);
-  const std::string script = fmt::format(
-      "for r in 0 1; do ({} >/dev/null 2>>'{}/said'; echo $? >>'{}/codes') & done; wait", rank,
-      folder_.string(), folder_.string());
-  std::ofstream(folder_ / "ranks.sh") << script;
-  ASSERT_EQ(std::system(("timeout 60 sh '" + (folder_ / "ranks.sh").string() + "'").c_str()), 0);
-  EXPECT_EQ(text_of(folder_ / "codes"), "2\n2\n");
+  const auto [said, codes] = by_torchrun(kGpt + " --global-batch 2 --dp 2 --timeout 20" + kSmall);
+  EXPECT_EQ(codes, "2\n2\n");
   EXPECT_EQ(
-      text_of(folder_ / "said"),
+      said,
       "partita: --backend: ranks 0 and 1 are on one GPU; start no more ranks on a machine than it "
       "has GPUs, or use --share-gpu, which proves mathematics and not speed\n");
+}
+
+// NCCL's kernel would wait for good: whoever waits for it looks, and aborts.
+TEST_F(EmulatedGpu, APeersDeathEndsTheOthers) {
+  const std::string run = kGpt + " --global-batch 2 --dp 2 --timeout 20" + kSmall;
+  EXPECT_EQ(by_torchrun(run, "PARTITA_EMULATED_GPUS=2").second, "0\n0\n");
+  const auto [said, codes] =
+      by_torchrun(run, "PARTITA_EMULATED_GPUS=2", "PARTITA_TEST_FAULT=1:1:30:kill");
+  EXPECT_EQ(codes, "137\n3\n");
+  EXPECT_THAT(said, HasSubstr("partita: NCCL: "));
+  EXPECT_THAT(said, HasSubstr("rank 1 is gone"));
 }
 
 // A user's own NCCL_HOSTID is kept: NCCL takes the ranks for one machine's.
