@@ -365,7 +365,8 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
   };
   for (const int ranks : o.ranks) {
     if (o.gpu() && ranks == 1) {
-      for (auto& run : validation::gpu_calibration_runs()) {
+      const bool eights = backend_gpu().compute_capability >= 89;
+      for (auto& run : validation::gpu_calibration_runs(eights)) {
         c.runs.push_back(std::move(run));
         const CalibrationRun& r = c.runs.back();
         const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));

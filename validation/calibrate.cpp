@@ -245,7 +245,7 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   return all;
 }
 
-std::vector<CalibrationRun> gpu_calibration_runs() {
+std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
   std::vector<CalibrationRun> all;
   const auto add = [&](Graph g, const char* precision, std::int64_t batch, bool sgd) {
     CalibrationRun r = run_of(std::move(g), batch, sgd);
@@ -303,6 +303,15 @@ std::vector<CalibrationRun> gpu_calibration_runs() {
          {std::tuple{1024, 768, 4096, 16, 8192, 2}, {2560, 1024, 6912, 20, 16384, 1}})
       add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, hidden == 2560)),
           precision, batch, false);
+  }
+  if (eights) {
+    for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
+         {std::tuple{1024, 768, 4096, 16, 8192, 2},
+          {8192, 1536, 20480, 64, 8192, 1},
+          {2560, 1024, 6912, 20, 16384, 1},
+          {5120, 2560, 16384, 40, 8192, 1}})
+      add(build_transformer(decoder(hidden, sequence, ffn, heads, vocabulary, true)), "fp8", batch,
+          true);
   }
   for (const auto& [side, channels, batch] :
        {std::tuple{96, 48, 24}, {48, 96, 48}, {24, 192, 64}, {12, 384, 96}, {192, 24, 12}})

@@ -31,8 +31,8 @@ struct CalibrationRun {
 std::vector<CalibrationRun> calibration_runs(int ranks);
 
 /// The same for a GPU: shapes that fill it, in bf16 mostly, none of a network of the GPU suite.
-/// `rate`: FLOP/s of the dullest GPU they are for, so that a step takes no more than a second.
-std::vector<CalibrationRun> gpu_calibration_runs();
+/// `eights`: it multiplies 8 bits.
+std::vector<CalibrationRun> gpu_calibration_runs(bool eights = true);
 
 /// One layer whose kernels are measured beside transfers: of a GPU large, in bf16.
 CalibrationRun layer_run(bool gpu);

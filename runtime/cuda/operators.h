@@ -1157,6 +1157,67 @@ bool data(M& m, const Attention& op, const Context&, const Arguments& a) {
   return attend_backward(m, op, a, false);
 }
 
+/// Of the sinks. A sink's own value is 0, so of its weight only the mean of its row's slopes pulls:
+/// - exp(sink) / sum of all · dy · y, over all queries. Scores and slopes are computed again.
+template <class M>
+bool weight(M& m, const Attention& op, const Context&, const Arguments& a) {
+  if (!op.sinks) return true;
+  const Tensor &q = a.inputs[0], &k = a.inputs[1], &v = a.inputs[2], &dy = a.output_gradients[0];
+  if (!one_type(q, k, v) || dy.type != q.type || a.parameters.empty()) return false;
+  const Numbers sinks = numbers(a.parameters[0]);
+  if (sinks == nullptr || !wanted(a, 0)) return false;
+  const Heads h = heads_of(m, op, q, k);
+  const std::int64_t all = h.heads * h.group;
+  float* const pulls = m.scratch(h.samples * all * h.queries);
+  fill_values(m, pulls, h.samples * all * h.queries, 0);
+  const Scores s = scores_for(m, op, h, q, k, true);
+  for_each_tile(op, h, q, k, [&](const ScoreTile& t) {
+    if (t.keys == 0) return;
+    const TileOperands o = operands_of(h, t, numbers(q), numbers(k), numbers(v), numbers(dy));
+    float *const scores = s.scores, *const slopes = s.slopes;
+    m.product(
+        {t.rows, t.keys, h.width, o.q, transposed(o.k), s.matrix(scores, t), h.heads, h.scale, 0});
+    m.product(
+        {t.rows, t.keys, h.v_width, o.y, transposed(o.v), s.matrix(slopes, t), h.heads, 1, 0});
+    m.rows(
+        h.heads * t.rows, t.keys, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+          const std::int64_t head = row / t.rows, i = row % t.rows;
+          const float *p = scores + row * t.keys, *ds = slopes + row * t.keys;
+          const auto sink = static_cast<float>(sinks[head * h.group + t.g]);
+          double top = static_cast<double>(sink);
+          for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+            if (h.sees(t.first + i, t.key + j)) top = fmax(top, static_cast<double>(p[j]));
+          }
+          const auto high = static_cast<float>(lanes.max(top));
+          double sum = 0, along = 0;
+          for (std::int64_t j = lanes.lane(); j < t.keys; j += lanes.count()) {
+            if (!h.sees(t.first + i, t.key + j)) continue;
+            const float e = expf(p[j] - high);
+            sum += static_cast<double>(e);
+            along += static_cast<double>(e * ds[j]);
+          }
+          sum = lanes.sum(sum);
+          along = lanes.sum(along);
+          if (lanes.lane() != 0) return;
+          const auto own = static_cast<double>(expf(sink - high));
+          const double total = sum + own;
+          pulls[line_of(h, t, head, i)] = static_cast<float>(-own * along / (total * total));
+        });
+  });
+  const Numbers d = numbers(a.results[0]);
+  const bool adds = a.accumulate;
+  m.rows(
+      all, h.samples * h.queries, PARTITA_KERNEL(std::int64_t n, const Lanes& lanes) {
+        double sum = 0;
+        for (std::int64_t e = lanes.lane(); e < h.samples * h.queries; e += lanes.count())
+          sum += static_cast<double>(pulls[(e / h.queries * all + n) * h.queries + e % h.queries]);
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0)
+          d[n] = (adds ? static_cast<float>(d[n]) : 0.0f) + static_cast<float>(sum);
+      });
+  return true;
+}
+
 /// Adds one part of keys and values to y and its log-sum-exp: runtime/reference/ring_attention.h.
 template <class M>
 bool attend_part(M& m, const Attention& op, const Arguments& a) {

@@ -252,6 +252,11 @@ TEST(GpuCalibration, KnowsEveryKernelOfItsSuiteAndNoneOfItsProducts) {
       kernels.insert(s.kernel);
       if (s.product()) products.insert(name(s));
     });
+  // In 8 bits, casts and all, and nothing of it where the GPU has none.
+  for (const char* kernel : {"linear forward fp8", "linear data fp8", "linear weight fp8"})
+    EXPECT_EQ(kernels.count(kernel), 1u) << kernel;
+  for (const CalibrationRun& r : gpu_calibration_runs(false))
+    EXPECT_EQ(r.name.find("fp8"), std::string::npos) << r.name;
   std::set<std::string> lacks;
   for (const SuiteCase& c : gpu_suite()) {
     CalibrationRun r;
