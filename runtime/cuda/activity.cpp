@@ -30,9 +30,17 @@ struct Library {
 #  undef PARTITA_DECLARE
   std::string load() {
     const std::string numbered = fmt::format("libcupti.so.{}", CUPTI_API_VERSION / 10000);
-    void* library = ::dlopen(numbered.c_str(), RTLD_NOW | RTLD_LOCAL);
+    void* library = nullptr;
+    // A toolkit keeps it beside its other libraries, or in a folder that the loader does not
+    // search.
+    for (const char* folder :
+         {"", "/usr/local/cuda/lib64/", "/usr/local/cuda/extras/CUPTI/lib64/"}) {
+      if (library == nullptr)
+        library = ::dlopen((folder + numbered).c_str(), RTLD_NOW | RTLD_LOCAL);
+    }
     if (library == nullptr) library = ::dlopen("libcupti.so", RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) return fmt::format("{} is not found", numbered);
+    if (library == nullptr)
+      return fmt::format("{} is not found; put its folder into LD_LIBRARY_PATH", numbered);
     const char* missing = nullptr;
 #  define PARTITA_FIND(f)                                       \
     f = reinterpret_cast<decltype(&::f)>(::dlsym(library, #f)); \
