@@ -219,6 +219,7 @@ void replay(const Options& o) {
     j["micro_batches_of_plan"] = all_micro_batches;
     j["compute_s"] = {{"measured", r.compute_measured.count},
                       {"predicted", r.compute_predicted.count}};
+    j["between_kernels_s"] = r.between.count;
     j["kernels"] = r.kernels;
     j["kernels_recorded"] = r.recorded;
     if (!result.measured.no_kernel_ns.empty()) j["no_kernel_times"] = result.measured.no_kernel_ns;

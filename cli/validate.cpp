@@ -834,7 +834,10 @@ void calibrate(Options& o, int& code) {
     if (!held.empty()) fmt::print("{}\n", held_out_table(validation::judge(p.kernels, held)));
     if (o.gpu()) fmt::print("{}\n", kernel_times_line(p));
     if (p.strayed > 0)
-      fmt::print("{} runs left out: their clock was more than 1 % off the others'\n", p.strayed);
+      fmt::print(
+          "{} runs left out: their clock was more than 1 % off their other rounds' or was held "
+          "down\n",
+          p.strayed);
     for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
     if (!o.gpu() && o.budget_s > 0 && journal.seconds() > 1.5 * o.budget_s)
       fmt::print("one round takes {:.0f} s, longer than --budget\n",

@@ -657,15 +657,20 @@ double overlap_of(const std::vector<RankMeasurement>& both,
 }
 
 std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
-  std::vector<double> clocks;
+  // Each beside its own rounds: what a GPU's power allows of clock depends on what it does.
+  std::map<std::pair<std::string, int>, std::vector<double>> clocks;
   for (const Unit& u : units) {
-    if (u.conditions.known()) clocks.push_back(u.conditions.clock_mhz);
+    if (u.conditions.known()) clocks[{u.name, u.ranks}].push_back(u.conditions.clock_mhz);
   }
   std::vector<std::size_t> off;
-  const double middle = clocks.empty() ? 0 : median(clocks);
   for (std::size_t k = 0; k < units.size(); ++k) {
     const Conditions& c = units[k].conditions;
-    if (c.known() && std::abs(c.clock_mhz - middle) > 0.01 * middle) off.push_back(k);
+    if (!c.known()) continue;
+    const double middle = median(clocks.at({units[k].name, units[k].ranks}));
+    bool held_back = false;
+    for (const char* reason : {"heat", "slowdown", "power brake"})
+      held_back |= c.throttled.find(reason) != std::string::npos;
+    if (held_back || std::abs(c.clock_mhz - middle) > 0.01 * middle) off.push_back(k);
   }
   return off;
 }

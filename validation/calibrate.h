@@ -108,7 +108,9 @@ struct Profile {
   std::string no_records;
   std::size_t strayed = 0;      ///< units left out for their clock (left_out_for_clock)
 };
-/// Numbers of units whose clock was more than 1 % off the median of all that say one.
+/// Numbers of units that are no measurement: a clock more than 1 % off the median of all rounds of
+/// the same unit, or held down by heat, a slowdown or a power brake. A power cap is the GPU's own
+/// way.
 std::vector<std::size_t> off_clock(const std::vector<Unit>& units);
 /// Medians, of kernels the most: once loaded they stay.
 OutsideMemory joined(const std::vector<OutsideMemory>& units);

@@ -40,16 +40,32 @@ Replayed replayed(const Program& whole, const Program& part, const Topology& top
   kernels.rank = run.rank;
   kernels.samples.resize(run.samples.size());
   kernels.kernel_ns.resize(run.kernel_ns.size());
+  // Kernels by the device's records and a whole step: what passes between them is theirs.
+  if (!run.plain_s.empty() && !run.kernel_ns.empty()) {
+    double busy = 0;
+    std::int64_t count = 0;
+    for (std::size_t k = 0; k < run.samples.at(0).size(); ++k) {
+      const Sample& x = run.samples[0][k];
+      busy += time_of_sample(run, k);
+      count += is_kernel(instruction_of(part, x.block, x.instruction)) ? 1 : 0;
+    }
+    const double rest = median(run.plain_s) - busy;
+    if (count > 0 && rest > 0) r.between = Seconds{rest / static_cast<double>(count)};
+  }
+  const auto between_ns = static_cast<std::int64_t>(r.between.count * 1e9);
   for (std::size_t k = 0; k < run.samples.at(0).size(); ++k) {
     const Sample& x = run.samples[0][k];
     const Instruction& i = instruction_of(part, x.block, x.instruction);
     if (!is_kernel(i)) continue;
     for (std::size_t s = 0; s < run.samples.size(); ++s)
       kernels.samples[s].push_back(run.samples[s][k]);
-    for (std::size_t s = 0; s < run.kernel_ns.size(); ++s)
-      kernels.kernel_ns[s].push_back(run.kernel_ns[s].at(k));
     bool recorded = false;
-    const double took = time_of_sample(run, k, &recorded);
+    const double took = time_of_sample(run, k, &recorded) + r.between.count;
+    for (std::size_t s = 0; s < run.kernel_ns.size(); ++s) {
+      const std::int64_t ns = run.kernel_ns[s].at(k);
+      kernels.kernel_ns[s].push_back(ns > 0 ? ns + between_ns : 0);
+    }
+    for (auto& step : kernels.samples) step.back().end += between_ns;
     r.recorded += recorded ? 1 : 0;
     ++r.kernels;
     ReplayKind& kind = kinds[kind_of(part, i)];

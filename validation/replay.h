@@ -20,6 +20,8 @@ struct ReplayKind {
 };
 
 struct Replayed {
+  Seconds
+      between;  ///< of each kernel's time as measured: its share of what a plain step has beside
   Seconds compute_measured, compute_predicted;  ///< of the rank's kernels, one after the other
   Seconds step_predicted;                       ///< all of it predicted
   Seconds step_replayed;                        ///< its kernels as measured, the network's times

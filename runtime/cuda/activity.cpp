@@ -104,13 +104,10 @@ class Cupti : public Activity {
       const auto caller = callers_.find(f.correlation);
       if (caller != callers_.end() && caller->second >= 1 && caller->second <= names_.size())
         f.record.called_for = names_[static_cast<std::size_t>(caller->second) - 1];
-      if (const auto call = calls_.find(f.correlation); call != calls_.end())
-        f.record.asked = call->second;
       all.push_back(std::move(f.record));
     }
     found_.clear();
     callers_.clear();
-    calls_.clear();
     std::sort(all.begin(), all.end(),
               [](const auto& a, const auto& b) { return a.start < b.start; });
     return all;
@@ -141,7 +138,7 @@ class Cupti : public Activity {
     while (l_.cuptiActivityGetNextRecord(buffer, valid, &record) == CUPTI_SUCCESS) {
       const auto add = [&](const auto* x, const std::string& name) {
         found_.push_back({{name, "", x->streamId, static_cast<std::int64_t>(x->start),
-                           static_cast<std::int64_t>(x->end), 0},
+                           static_cast<std::int64_t>(x->end)},
                           x->correlationId});
       };
       switch (record->kind) {
@@ -156,13 +153,6 @@ class Cupti : public Activity {
         case CUPTI_ACTIVITY_KIND_MEMSET:
           add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "fill");
           break;
-        case CUPTI_ACTIVITY_KIND_RUNTIME:
-        case CUPTI_ACTIVITY_KIND_DRIVER: {
-          const auto* x = reinterpret_cast<const CUpti_ActivityAPI*>(record);
-          auto& end = calls_[x->correlationId];
-          end = std::max(end, static_cast<std::int64_t>(x->end));
-          break;
-        }
         case CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION: {
           const auto* x = reinterpret_cast<const CUpti_ActivityExternalCorrelation*>(record);
           callers_[x->correlationId] = x->externalId;
@@ -180,7 +170,6 @@ class Cupti : public Activity {
   std::mutex guard_;  ///< of what CUPTI's thread fills
   std::vector<Found> found_;
   std::map<std::uint32_t, std::uint64_t> callers_;
-  std::map<std::uint32_t, std::int64_t> calls_;  ///< when they were over
 };
 
 }  // namespace

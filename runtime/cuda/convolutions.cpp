@@ -5,8 +5,8 @@
 #  include <fmt/format.h>
 
 #  include <map>
-#  include <memory>
 #  include <utility>
+#  include <vector>
 
 #  include "runtime/cuda/cuda_machine.h"
 #endif
@@ -26,9 +26,13 @@ struct Problem {
   cudnnTensorDescriptor_t x = nullptr, y = nullptr;
   cudnnFilterDescriptor_t w = nullptr;
   cudnnConvolutionDescriptor_t convolution = nullptr;
-  int algorithm = -1;  ///< -1: cuDNN has none
-  std::size_t workspace = 0;
-  std::unique_ptr<DeviceBlock> room;  ///< where the stream's is too small
+  struct Algorithm {
+    int number;
+    std::size_t workspace;
+    cudnnMathType_t arithmetic;
+  };
+  /// Best first; cuDNN takes back what its heuristics said where one is carried out and refused.
+  std::vector<Algorithm> algorithms;
   Problem() = default;
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
@@ -53,38 +57,44 @@ class Cudnn : public Convolutions {
     check(cudnnSetStream(handle_, m.stream()), "a stream");
     Problem& p = problems_[{shape, pass}];
     if (p.x == nullptr) describe(p, shape, pass);
-    if (p.algorithm < 0) return false;
-    void* room = m.workspace();
-    if (p.workspace > CudaMachine::kWorkspace) {
-      if (!p.room) p.room = std::make_unique<DeviceBlock>(p.workspace);
-      room = p.room->at;
-    }
-    const float one = 1, zero = 0, beta = adds ? 1.0f : 0.0f;
-    switch (pass) {
-      case ConvolutionPass::forward:
-        check(cudnnConvolutionForward(handle_, &one, p.x, x, p.w, w, p.convolution,
-                                      static_cast<cudnnConvolutionFwdAlgo_t>(p.algorithm), room,
-                                      p.workspace, &zero, p.y, y),
-              "a convolution");
-        return true;
-      case ConvolutionPass::data:
-        check(cudnnConvolutionBackwardData(handle_, &one, p.w, w, p.y, y, p.convolution,
-                                           static_cast<cudnnConvolutionBwdDataAlgo_t>(p.algorithm),
-                                           room, p.workspace, &zero, p.x, x),
-              "a convolution's gradient by data");
-        return true;
-      case ConvolutionPass::weight:
-        check(cudnnConvolutionBackwardFilter(
-                  handle_, &one, p.x, x, p.y, y, p.convolution,
-                  static_cast<cudnnConvolutionBwdFilterAlgo_t>(p.algorithm), room, p.workspace,
-                  &beta, p.w, w),
-              "a convolution's gradient by weight");
-        return true;
+    while (!p.algorithms.empty()) {
+      const Problem::Algorithm a = p.algorithms.front();
+      check(cudnnSetConvolutionMathType(p.convolution, a.arithmetic), "a convolution's arithmetic");
+      const cudnnStatus_t s = carry_out(m, p, pass, a, x, w, y, adds);
+      if (s == CUDNN_STATUS_SUCCESS) return true;
+      // The category of what is not supported: 3000 and more, one by one.
+      if (s != CUDNN_STATUS_NOT_SUPPORTED && static_cast<int>(s) / 1000 != 3)
+        check(s, "a convolution");
+      p.algorithms.erase(p.algorithms.begin());
     }
     return false;
   }
 
  private:
+  cudnnStatus_t carry_out(CudaMachine& m, const Problem& p, ConvolutionPass pass,
+                          const Problem::Algorithm& a, void* x, void* w, void* y, bool adds) {
+    // Beyond what a stream keeps it is the operator's scratch.
+    void* room = a.workspace <= CudaMachine::kWorkspace
+                     ? static_cast<void*>(m.workspace())
+                     : m.scratch(static_cast<std::int64_t>((a.workspace + 3) / 4));
+    const float one = 1, zero = 0, beta = adds ? 1.0f : 0.0f;
+    switch (pass) {
+      case ConvolutionPass::forward:
+        return cudnnConvolutionForward(handle_, &one, p.x, x, p.w, w, p.convolution,
+                                       static_cast<cudnnConvolutionFwdAlgo_t>(a.number), room,
+                                       a.workspace, &zero, p.y, y);
+      case ConvolutionPass::data:
+        return cudnnConvolutionBackwardData(handle_, &one, p.w, w, p.y, y, p.convolution,
+                                            static_cast<cudnnConvolutionBwdDataAlgo_t>(a.number),
+                                            room, a.workspace, &zero, p.x, x);
+      case ConvolutionPass::weight:
+        return cudnnConvolutionBackwardFilter(
+            handle_, &one, p.x, x, p.y, y, p.convolution,
+            static_cast<cudnnConvolutionBwdFilterAlgo_t>(a.number), room, a.workspace, &beta, p.w,
+            w);
+    }
+    return CUDNN_STATUS_NOT_SUPPORTED;
+  }
   void describe(Problem& p, const ConvolutionShape& s, ConvolutionPass pass) {
     const auto n = [](std::int64_t v) { return static_cast<int>(v); };
     const cudnnDataType_t type = s.type == ElementType::bf16   ? CUDNN_DATA_BFLOAT16
@@ -113,21 +123,19 @@ class Cudnn : public Convolutions {
         tf32_ || type != CUDNN_DATA_FLOAT ? CUDNN_TENSOR_OP_MATH : CUDNN_FMA_MATH;
     check(cudnnSetConvolutionMathType(p.convolution, arithmetic), "a convolution's arithmetic");
     constexpr int kMost = 8;
+    constexpr std::size_t kMostRoom = std::size_t{1} << 30;
     int count = 0;
     const auto take = [&](const auto& found) {
       // Sums have a fixed order, wherever cuDNN has an algorithm of that kind.
       for (int i = 0; i < 2 * count; ++i) {
         const auto& f = found[i % count];
         if (f.status != CUDNN_STATUS_SUCCESS) continue;
-        if (i < count && f.determinism != CUDNN_DETERMINISTIC) continue;
-        p.algorithm = static_cast<int>(f.algo);
-        p.workspace = f.memory;
+        // First those, then the others.
+        if ((i < count) != (f.determinism == CUDNN_DETERMINISTIC) || f.memory > kMostRoom) continue;
         // Algorithm, memory and arithmetic were found together. Of fp32 without TF32 the default
         // arithmetic would be TF32's.
-        check(cudnnSetConvolutionMathType(
-                  p.convolution, arithmetic == CUDNN_FMA_MATH ? CUDNN_FMA_MATH : f.mathType),
-              "a convolution's arithmetic");
-        return;
+        p.algorithms.push_back({static_cast<int>(f.algo), f.memory,
+                                arithmetic == CUDNN_FMA_MATH ? CUDNN_FMA_MATH : f.mathType});
       }
     };
     switch (pass) {

@@ -19,7 +19,8 @@ namespace partita::cuda {
 /// Memory of a GPU that is not the allocator's: counted, for reserved() is without it.
 class DeviceBlock {
  public:
-  explicit DeviceBlock(std::size_t bytes);
+  /// `make_room`: what gives back kept memory where there is no more; null: nobody keeps any.
+  explicit DeviceBlock(std::size_t bytes, const std::function<void()>& make_room = nullptr);
   ~DeviceBlock();
   DeviceBlock(const DeviceBlock&) = delete;
   DeviceBlock& operator=(const DeviceBlock&) = delete;
@@ -40,6 +41,10 @@ struct Libraries {
   cublasLtHandle_t blas = nullptr;
   /// Waits on the host for a stream, as whoever may wait for peers does.
   std::function<void(cudaStream_t, const std::string&)> come;
+  /// Gives back memory that others keep for their next request.
+  std::function<void()> make_room;
+  /// Scratch of operators that grew: streams may still use it.
+  std::vector<std::unique_ptr<DeviceBlock>> retired;
   /// Pinned memory of the host that nobody else gets until the device has finished.
   std::function<void*(std::size_t bytes)> staging;
   ProductOptions options;

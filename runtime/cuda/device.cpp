@@ -100,6 +100,9 @@ class Gpu : public CudaDevice {
     const std::int64_t before = left();
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
     handles_ = std::max<std::int64_t>(0, before - left());
+    libraries_->make_room = [this] {
+      if (make_room) make_room();
+    };
     libraries_->staging = [this](std::size_t bytes) { return staging(bytes); };
     libraries_->come = [this](cudaStream_t s, const std::string& what) { come(s, what); };
     on(kComputeStream);
@@ -159,6 +162,8 @@ class Gpu : public CudaDevice {
     m.libraries = Bytes{handles_};
     for (const auto& [s, lane] : lanes_) m.workspace += Bytes{lane.machine->held()};
     for (const auto& [indices, block] : libraries_->lists)
+      m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
+    for (const auto& block : libraries_->retired)
       m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
     if (links_) links_->add_memory(m);
     return m;
@@ -299,6 +304,7 @@ class Gpu : public CudaDevice {
     use();
     for (auto& [s, lane] : lanes_) come(lane.stream, "the end of what was queued");
     past_ = recorded_;
+    libraries_->retired.clear();
     deliver();
     for (const auto& [p, bytes] : staged_) spare_.emplace(bytes, p);
     staged_.clear();
@@ -348,13 +354,12 @@ class Gpu : public CudaDevice {
     std::map<std::int64_t, std::int64_t> all;
     if (!records_) return all;
     const std::vector<KernelRecord> records = records_->take();
-    const std::int64_t between = between_kernels(records);
     for (const auto& [tag, t] : by_caller(records)) {
       std::int64_t number = 0;
       const auto [end, error] = std::from_chars(tag.data(), tag.data() + tag.size(), number);
       if (error != std::errc() || end != tag.data() + tag.size() || of_host_.count(number) > 0)
         continue;
-      all[number] = t.nanoseconds + t.count * between;
+      all[number] = t.nanoseconds;
     }
     of_host_.clear();
     return all;
@@ -473,7 +478,8 @@ class Gpu : public CudaDevice {
       for (std::size_t i = 0; i < n; ++i) before[i] = words, words += list.runs[i].count;
       auto kept = std::make_shared<KeptRuns>();
       const std::size_t bytes = n * sizeof(execute::Run);
-      kept->block = std::make_unique<DeviceBlock>(bytes + n * sizeof(std::int64_t));
+      kept->block =
+          std::make_unique<DeviceBlock>(bytes + n * sizeof(std::int64_t), libraries_->make_room);
       std::byte* at = kept->block->at;
       check(copy_now(at, list.runs.data(), bytes), "a list of runs");
       check(copy_now(at + bytes, before.data(), n * sizeof(std::int64_t)), "a list of runs");

@@ -43,26 +43,6 @@ std::string short_name(const std::string& mangled) {
   return word == std::string::npos ? outside : outside.substr(word + 1);
 }
 
-std::int64_t between_kernels(const std::vector<KernelRecord>& records) {
-  constexpr std::int64_t kWaited = 1000;
-  std::map<std::uint32_t, std::vector<const KernelRecord*>> streams;
-  for (const KernelRecord& r : records) streams[r.stream].push_back(&r);
-  std::vector<std::int64_t> all;
-  for (auto& [stream, list] : streams) {
-    std::stable_sort(list.begin(), list.end(),
-                     [](const auto* a, const auto* b) { return a->start < b->start; });
-    for (std::size_t k = 1; k < list.size(); ++k) {
-      const KernelRecord &before = *list[k - 1], &r = *list[k];
-      if (r.asked == 0 || r.asked + kWaited > before.end) continue;
-      all.push_back(std::max<std::int64_t>(0, r.start - before.end));
-    }
-  }
-  if (all.empty()) return 0;
-  const auto middle = all.begin() + static_cast<std::ptrdiff_t>(all.size() / 2);
-  std::nth_element(all.begin(), middle, all.end());
-  return *middle;
-}
-
 std::map<std::string, TracedTime> by_caller(const std::vector<KernelRecord>& records) {
   std::map<std::string, TracedTime> all;
   for (const KernelRecord& r : records) {

@@ -15,15 +15,10 @@ struct KernelRecord {
   std::string called_for;  ///< "forward of linear"; empty: not known
   std::uint32_t stream = 0;
   std::int64_t start = 0, end = 0;
-  std::int64_t asked = 0;  ///< the call that queued it was over; 0: not known
 };
 
 /// Without namespaces' and templates' arguments: "flash_kernel", "ncclDevKernel_AllReduce_Sum_f32".
 std::string short_name(const std::string& mangled);
-
-/// What passes between the end of a kernel and the start of the next of its stream which was
-/// waiting for that: asked for a microsecond before. The median, nanoseconds; 0 where none waited.
-std::int64_t between_kernels(const std::vector<KernelRecord>& records);
 
 /// Time by what it was called for; streams that overlap count twice.
 struct TracedTime {

@@ -71,9 +71,22 @@ std::string in_words(const Product& p) {
 
 }  // namespace
 
-DeviceBlock::DeviceBlock(std::size_t n) : bytes(n) {
+DeviceBlock::DeviceBlock(std::size_t n, const std::function<void()>& make_room) : bytes(n) {
   void* p = nullptr;
-  check(cudaMalloc(&p, n), fmt::format("{} bytes to work in", n));
+  cudaError_t e = cudaMalloc(&p, n);
+  if (e == cudaErrorMemoryAllocation && make_room) {
+    static_cast<void>(cudaGetLastError());
+    make_room();
+    e = cudaMalloc(&p, n);
+  }
+  if (e == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    throw MachineError(
+        fmt::format("the GPU has no {} bytes left for kernels to work in; use fewer ranks on it, a "
+                    "smaller micro-batch or more sharding",
+                    n));
+  }
+  check(e, fmt::format("{} bytes to work in", n));
   at = static_cast<std::byte*>(p);
 }
 // The driver may be gone when a process ends.
@@ -104,7 +117,7 @@ CudaMachine::CudaMachine(Libraries& libraries, cudaStream_t stream)
     : libraries_(libraries), stream_(stream) {}
 
 std::byte* CudaMachine::workspace() {
-  if (!workspace_) workspace_ = std::make_unique<DeviceBlock>(kWorkspace);
+  if (!workspace_) workspace_ = std::make_unique<DeviceBlock>(kWorkspace, libraries_.make_room);
   return workspace_->at;
 }
 
@@ -114,7 +127,7 @@ float* CudaMachine::scratch(std::int64_t floats) {
       (static_cast<std::size_t>(floats) * sizeof(float) + kGrain - 1) / kGrain * kGrain;
   if (blocks_.empty() || used_ + bytes > blocks_.back()->bytes) {
     // Blocks before this one stay until the operator ends.
-    blocks_.push_back(std::make_unique<DeviceBlock>(std::max(bytes, kLeast)));
+    blocks_.push_back(std::make_unique<DeviceBlock>(std::max(bytes, kLeast), libraries_.make_room));
     used_ = 0;
   }
   auto* at = reinterpret_cast<float*>(blocks_.back()->at + used_);
@@ -125,12 +138,15 @@ float* CudaMachine::scratch(std::int64_t floats) {
 void CudaMachine::end() {
   used_ = 0;
   if (blocks_.size() < 2) return;
-  // One for all next time.
+  // One for all next time. These go when all streams are done: to give memory back waits for the
+  // whole GPU, on which a send may wait for a peer.
   std::size_t bytes = 0;
-  for (const auto& b : blocks_) bytes += b->bytes;
-  libraries_.come(stream_, "an operator that needed more memory");
+  for (auto& b : blocks_) {
+    bytes += b->bytes;
+    libraries_.retired.push_back(std::move(b));
+  }
   blocks_.clear();
-  blocks_.push_back(std::make_unique<DeviceBlock>(bytes));
+  blocks_.push_back(std::make_unique<DeviceBlock>(bytes, libraries_.make_room));
 }
 
 IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
@@ -140,7 +156,7 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   auto& block = libraries_.lists[indices];
   if (!block) {
     const std::size_t bytes = indices.size() * sizeof(std::int64_t);
-    block = std::make_unique<DeviceBlock>(bytes);
+    block = std::make_unique<DeviceBlock>(bytes, libraries_.make_room);
     check(copy_now(block->at, indices.data(), bytes), "a list of indices");
   }
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};

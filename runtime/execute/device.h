@@ -144,6 +144,8 @@ class Device {
   /// Its memory is the host's and everything is done at once: no copies, streams and events.
   virtual bool is_host() const { return false; }
 
+  /// Set by whoever keeps blocks of its memory that nobody uses: gives them back.
+  std::function<void()> make_room;
   /// nullptr where there is no more. Aligned to 64 bytes at least.
   virtual std::byte* allocate(std::int64_t bytes) = 0;
   /// Nothing that is queued uses it any more.
@@ -153,8 +155,8 @@ class Device {
   virtual std::string record_kernels(bool on) { return on ? "this device keeps no records" : ""; }
   /// What is queued from here on belongs to `tag`, at least 0.
   virtual void belongs_to(std::int64_t) {}
-  /// By tag: nanoseconds of what was recorded, with what passes between two kernels; without tags
-  /// of which the host has computed a part. After finish(); given once.
+  /// By tag: nanoseconds of what was recorded, without tags of which the host has computed a part.
+  /// After finish(); given once.
   virtual std::map<std::int64_t, std::int64_t> recorded() { return {}; }
   /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
   /// and kernels work in. 0: not known.

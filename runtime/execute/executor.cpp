@@ -127,6 +127,10 @@ class Executor {
         links_(o.alone ? nullptr : device.links()) {
     PARTITA_ASSERT(p.ranks() == transport.size(),
                    fmt::format("{} ranks for {}", transport.size(), p.ranks()));
+    device_.make_room = [this] {
+      device_.finish();
+      memory_.release_kept();
+    };
     stage_ = p.stage_of(rank_);
     slots_.resize(p.buffers.size());
     boxes_.resize(p.buffers.size());
@@ -145,6 +149,7 @@ class Executor {
     }
   }
   ~Executor() {
+    device_.make_room = nullptr;
     for (std::size_t b = 0; b < slots_.size(); ++b) {
       for (Instance& i : slots_[b])
         memory_of(BufferId{b}).give_back(p_.buffers[b].category, i.data, i.bytes);
@@ -156,6 +161,10 @@ class Executor {
   RankResult run() {
     try {
       return run_steps();
+    } catch (const PeerError&) {
+      // Links know that a peer is gone, the transport which, where and why.
+      if (links_ != nullptr) transport_.barrier();
+      throw;
     } catch (const MachineError& e) {
       throw MachineError(at_instruction(e.what()));
     } catch (const std::bad_alloc&) {

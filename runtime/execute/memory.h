@@ -40,9 +40,11 @@ class Memory {
   const std::array<Bytes, kCategoryCount>& at_peak() const { return at_peak_; }
   void forget_peak();
 
+  /// Gives blocks that are kept back to the device, when it is done with all that is queued.
+  void release_kept();
+
  private:
   std::array<Bytes, kCategoryCount> live_{}, at_peak_{};
-  void release_kept();
   Device& device_;
   bool on_host_;
   Bytes total_, peak_, reserved_;

@@ -9,6 +9,7 @@
 #include "models/models.h"
 #include "simulator/lower/lower.h"
 #include "tests/simulator/networks.h"
+#include "validation/calibrate.h"
 
 namespace partita::validation {
 namespace {
@@ -101,6 +102,17 @@ TEST(Replay, APredictionReplayedIsThePrediction) {
       EXPECT_EQ(half.recorded, half.kernels);
       EXPECT_EQ(half.kernels, kernels);
       EXPECT_EQ(same.recorded, 0);
+      // What a plain step has beside them is shared out: it is all kernels, then.
+      double whole = 0;
+      for (std::size_t k = 0; k < halves.samples[0].size(); ++k) whole += time_of_sample(halves, k);
+      halves.plain_s = {1.25 * whole};
+      const Replayed spread = replayed(program, program, t, halves, idle);
+      EXPECT_NEAR(spread.between.count, 0.25 * whole / static_cast<double>(kernels), 1e-9);
+      EXPECT_NEAR(spread.compute_measured.count, half.compute_measured.count + 0.25 * whole,
+                  1e-6 * whole);
+      EXPECT_GT(spread.step_replayed, half.step_replayed);
+      halves.plain_s = {0.9 * whole};
+      EXPECT_EQ(replayed(program, program, t, halves, idle).between.count, 0);
       const double more = (twice.step_replayed - same.step_replayed) / same.compute_measured;
       if (pp == 1) {
         EXPECT_LE(more, 1.02);

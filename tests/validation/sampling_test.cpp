@@ -98,6 +98,12 @@ TEST(Clock, RunsThatStrayAreLeftOut) {
   }
   // 1740 is 0.85 % off 1755 or 1747.5, 1700 more than 1 %; one says nothing.
   EXPECT_EQ(off_clock(units), (std::vector<std::size_t>{3}));
+  // What another run does costs other power: it has a clock of its own, up to the cap.
+  units[3].name = "large";
+  units[3].conditions.throttled = "power cap";
+  EXPECT_EQ(off_clock(units), (std::vector<std::size_t>{}));
+  units[3].conditions.throttled = "power cap, heat";
+  EXPECT_EQ(off_clock(units), (std::vector<std::size_t>{3}));
   const Profile p = joined(units);
   EXPECT_EQ(p.strayed, 1u);
   EXPECT_EQ(p.kernels.at("add").size(), 4u);

@@ -138,8 +138,18 @@ TEST_F(EmulatedGpu, APeersDeathEndsTheOthers) {
   const auto [said, codes] =
       by_torchrun(run, "PARTITA_EMULATED_GPUS=2", "PARTITA_TEST_FAULT=1:1:30:kill");
   EXPECT_EQ(codes, "137\n3\n");
-  EXPECT_THAT(said, HasSubstr("partita: NCCL: "));
-  EXPECT_THAT(said, HasSubstr("rank 1 is gone"));
+  // NCCL has seen it first; the transport knows where.
+  EXPECT_THAT(said, HasSubstr("partita: rank 1 died in step 1, "));
+}
+
+// NCCL says that a peer is gone before that peer's own word comes.
+TEST_F(EmulatedGpu, ARanksOwnReasonIsSaid) {
+  for (const char* plan : {"--dp 2", "--pp 2"}) {
+    run("run " + kGpt + kTwo + " " + plan + " --timeout 10" + kSmall, 3, false,
+        with("PARTITA_TEST_FAULT=1:1:40:full"));
+    EXPECT_THAT(err(), HasSubstr("rank 1 in step 1, "));
+    EXPECT_THAT(err(), HasSubstr("the disk is full"));
+  }
 }
 
 // A user's own NCCL_HOSTID is kept: NCCL takes the ranks for one machine's.
@@ -250,6 +260,10 @@ TEST_F(EmulatedGpu, AGpuThatIsNotThereOrIsFullIsSaid) {
   run("run " + kGpt + kSmall, 2, false, with("PARTITA_EMULATED_GPUS=0"));
   EXPECT_THAT(err(), HasSubstr("this machine has no GPU that CUDA"));
   EXPECT_THAT(err(), HasSubstr("--backend cpu"));
+  // Kernels that work in more than is left.
+  run("run " + kGpt + kSmall, 3, false, with("PARTITA_EMULATED_MIB=420"));
+  EXPECT_THAT(err(), HasSubstr("rank 0 in step 0, "));
+  EXPECT_THAT(err(), HasSubstr("bytes left for kernels to work in; use fewer ranks on it"));
   run("run " + kGpt + kSmall, 3, false, with("PARTITA_EMULATED_MIB=401"));
   EXPECT_THAT(
       err(),

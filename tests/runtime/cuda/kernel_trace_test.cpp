@@ -33,24 +33,6 @@ TEST(KernelTrace, TimesAddUpByCaller) {
   EXPECT_EQ(all.at("b").nanoseconds, 1000);
 }
 
-/// docs/cuda.md, "Kernel times", by hand.
-TEST(KernelTrace, WhatPassesBetweenKernelsThatWaited) {
-  const std::vector<KernelRecord> records{{"k", "0", 7, 10000, 12000, 5000},
-                                          {"k", "1", 7, 13000, 15000, 6000},
-                                          {"k", "2", 7, 16200, 18000, 9000},
-                                          // Asked for when nothing ran any more.
-                                          {"k", "3", 7, 30000, 31000, 28000},
-                                          // Of another stream, and one of which nobody knows.
-                                          {"k", "4", 8, 12100, 12200, 1000},
-                                          {"k", "5", 8, 12900, 13000, 0}};
-  EXPECT_EQ(between_kernels(records), 1200);
-  EXPECT_EQ(between_kernels({records[0], records[1]}), 1000);
-  // A microsecond before the end of what ran is in time, less is not.
-  EXPECT_EQ(between_kernels({records[0], {"k", "1", 7, 13000, 15000, 11000}}), 1000);
-  EXPECT_EQ(between_kernels({records[0], {"k", "1", 7, 13000, 15000, 11001}}), 0);
-  EXPECT_EQ(between_kernels({}), 0);
-}
-
 TEST(KernelTrace, IsJsonForABrowser) {
   const auto j = nlohmann::json::parse(chrome_trace(
       {{"a \"quoted\" \\ name\n", "x", 7, 5000, 6500}, {"second", "", 8, 4000, 4001}}));

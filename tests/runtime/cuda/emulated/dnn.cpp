@@ -75,11 +75,12 @@ std::string shape_of(const Four& x, const Four& w, const Window& c, const Four& 
 std::size_t workspace_of(int algorithm, const ConvolutionShape& s) {
   return algorithm == 1 ? (s.window_height > 1 ? std::size_t{40} << 20 : 1 << 20) : 0;
 }
-/// First one that does not go, then one whose sums have no order, then one that has.
+/// First one that does not go, then one whose sums have no order, then one that has and that will
+/// be refused after all, then one that is not.
 template <class Result, class Algorithm>
 cudnnStatus_t choose(const ConvolutionShape& s, int most, int* count, Result* found) {
   *count = 0;
-  for (const int a : {2, 0, 1}) {
+  for (const int a : {2, 0, 3, 1}) {
     if (*count == most) break;
     Result& r = found[(*count)++];
     r.algo = static_cast<Algorithm>(a);
@@ -100,6 +101,7 @@ cudnnStatus_t convolve(cudnnHandle_t handle, ConvolutionPass pass, const Four& x
     return refuse(CUDNN_STATUS_BAD_PARAM, why);
   if (alpha != 1 || (beta != 0 && (beta != 1 || pass != ConvolutionPass::weight)))
     return refuse(CUDNN_STATUS_NOT_SUPPORTED, "alpha or beta");
+  if (algorithm == 3) return CUDNN_STATUS_NOT_SUPPORTED_SHAPE;
   if (algorithm != 1)
     return refuse(CUDNN_STATUS_NOT_SUPPORTED, "an algorithm that nobody should take");
   if (bytes < workspace_of(algorithm, s) || (bytes > 0 && !emulated::reachable(room, bytes)))
