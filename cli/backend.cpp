@@ -45,13 +45,27 @@ Linked linked(const BackendOptions& o) {
   if (o.threads) return nccl && !o.share_gpu ? Linked::nccl : Linked::in_process;
   return nccl ? Linked::nccl : Linked::not_at_all;
 }
-/// The rank's number on its host.
-int local_rank(int rank) {
+/// The GPU of a rank, by its number on its host.
+int gpu_of(int rank, int gpus, bool shared) {
   for (const char* name :
        {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"}) {
-    if (const char* value = std::getenv(name)) return std::atoi(value);
+    const char* value = std::getenv(name);
+    if (value == nullptr) continue;
+    char* end = nullptr;
+    const long n = std::strtol(value, &end, 10);
+    if (end == value || *end != 0 || n < 0 || n > 1'000'000)
+      throw InputError(name, fmt::format("'{}' is no rank of a host, which count from 0; unset it, "
+                                         "or start the ranks with torchrun, srun or mpirun",
+                                         value));
+    // A launcher may show each rank one GPU.
+    if (n >= gpus && gpus > 1 && !shared)
+      throw InputError(name, fmt::format("rank {} of this host finds {} GPUs; start no more ranks "
+                                         "than GPUs, or use --share-gpu, which proves mathematics "
+                                         "and not speed",
+                                         n, gpus));
+    return static_cast<int>(n % gpus);
   }
-  return rank;
+  return rank % gpus;
 }
 #endif
 
@@ -125,7 +139,7 @@ std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const Backe
   return [o](int rank) -> std::unique_ptr<execute::Device> {
     cuda::DeviceOptions d;
     const int gpus = std::max(plugin().device_count(), 1);
-    d.device = (o.threads ? rank : local_rank(rank)) % gpus;
+    d.device = o.threads ? rank % gpus : gpu_of(rank, gpus, o.share_gpu);
     // Replicas of one product must round alike: they take the same algorithm, not the fastest.
     d.candidates = o.ranks == 1 ? candidates() : 1;
     d.tf32 = o.compute == ElementType::tf32;
@@ -150,6 +164,14 @@ Gpu backend_gpu() {
           plugin().device_count()};
 #else
   return {};
+#endif
+}
+
+std::string backend_gpu_name() {
+#ifdef PARTITA_WITH_CUDA
+  return plugin().gpu_name(0);
+#else
+  return "";
 #endif
 }
 

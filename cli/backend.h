@@ -40,6 +40,8 @@ struct Gpu {
   int count = 0;  ///< of this machine's GPUs
 };
 Gpu backend_gpu();
+/// Its name alone, without a start of the GPU.
+std::string backend_gpu_name();
 cuda::GpuState backend_state();
 /// Asks for the state every 20 ms from its making on, until at_work() ends it: at_work of them.
 class StateWatch {

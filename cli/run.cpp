@@ -29,6 +29,7 @@
 #include "simulator/lower/lower.h"
 #include "simulator/search/placement.h"
 #include "validation/compare.h"
+#include "validation/row_case.h"
 #include "validation/traffic.h"
 #ifdef PARTITA_MPI
 #  include "runtime/transport/mpi.h"
@@ -117,11 +118,29 @@ struct Job {
   execute::Options options;
   reference::RunOptions serial;
   std::optional<Topology> topology;  ///< that the prediction is for
+  std::string predicted_for;         ///< what the user should know of it
   RoutingSource routing;             ///< that the prediction is for, unless fed back
   bool feeds_back = false;           ///< the prediction is for the last step's rows
   std::string data;
   int groups = 1;
 };
+
+/// The catalogue's cluster of this machine's GPUs; "", and `note` says so, where it has none.
+std::string cluster_of_gpus(std::int64_t ranks, std::string& note) {
+  const std::string gpu = backend_gpu_name();
+  try {
+    std::vector<std::string> assumed;
+    return validation::cluster_of(validation::load_catalogue(), gpu, "", ranks, std::nullopt, "",
+                                  "", assumed)
+        .topology;
+  } catch (const InputError&) {
+    note = fmt::format(
+        "predicted for cpu-host, as no cluster of the catalogue has {}; name one by --topology, or "
+        "measure this one with partita calibrate --backend cuda",
+        gpu);
+    return "";
+  }
+}
 
 Job job_of(const Options& o) {
   if (o.steps < 1 || o.steps > 1'000'000)
@@ -180,8 +199,9 @@ Job job_of(const Options& o) {
     throw InternalError("the lowered program is broken: " + error);
   // What could be wrong is found before the run, not after it.
   const std::int64_t ranks = job.plan.ranks();
-  job.topology =
-      load_cluster(o.topology.empty() ? fmt::format("cpu-host:{} gpus", ranks) : o.topology);
+  std::string cluster = o.topology;
+  if (cluster.empty() && o.backend == "cuda") cluster = cluster_of_gpus(ranks, job.predicted_for);
+  job.topology = load_cluster(cluster.empty() ? fmt::format("cpu-host:{} gpus", ranks) : cluster);
   if (static_cast<std::int64_t>(job.topology->device_count()) >= ranks)
     job.topology = on_devices(*job.topology, job.plan);
   if (static_cast<std::int64_t>(job.topology->device_count()) < ranks)
@@ -500,11 +520,25 @@ std::string key_of(const Options& o, const Job& job) {
 
 /// All ranks are on this machine: what they will hold at once must fit, which is known before
 /// anything is drawn or read.
-void check_memory(const Job& job) {
+void check_memory(const Options& o, const Job& job) {
   Communication communication(*job.topology);
   SimulateOptions memory_only;
   memory_only.memory_limit = Bytes{0};
   const Timeline t = simulate(job.program, communication, memory_only);
+  if (o.backend == "cuda") {
+    const Gpu gpu = backend_gpu();
+    const std::int64_t ranks = job.plan.ranks(), each = (ranks + gpu.count - 1) / gpu.count;
+    Bytes most{0};
+    for (const MemoryUse& use : t.memory) most = std::max(most, use.peak);
+    if (each * most.count <= gpu.free_bytes) return;
+    throw InputError(
+        "MODEL",
+        fmt::format("{} under this plan needs {} on {}; it has {} left: use --layers, --seq, "
+                    "--vocabulary, a smaller batch or more sharding",
+                    job.graph.name, text(Bytes{each * most.count}),
+                    each > 1 ? fmt::format("a GPU that {} ranks share", each) : "a GPU",
+                    text(Bytes{gpu.free_bytes})));
+  }
   Bytes needed{0};
   for (std::size_t c = 0; c < t.classes.size(); ++c)
     needed += Bytes{t.classes[c].count * (t.memory[c].peak + t.memory[c].host_peak).count};
@@ -568,7 +602,8 @@ void run(const Options& o, int& code) {
   const Describe describe = [&job](int rank, std::int64_t step, std::int64_t instruction) {
     return execute::place(job.program, rank, step, instruction);
   };
-  if ((mode.launches || mode.transport == "threads") && o.backend == "cpu") check_memory(job);
+  // Of GPUs by whoever uses them: to look takes a context, which a launcher would keep.
+  if (mode.transport == "threads" || (mode.launches && o.backend == "cpu")) check_memory(o, job);
   // Of its own mistakes no rank needs to tell.
   if (job.program.sharded_storage) temporary_place();
   job.options.before = test_fault(0);
@@ -580,6 +615,7 @@ void run(const Options& o, int& code) {
   fill_options(o, job);
   job.options.device = devices_of(backend);
   std::string notes = mode.note;
+  if (!job.predicted_for.empty()) notes += (notes.empty() ? "" : "; ") + job.predicted_for;
   if (const std::string note = note_of(backend); !note.empty())
     notes += (notes.empty() ? "" : "; ") + note;
   const char* board_path = variable(kBoardVariable);

@@ -578,6 +578,12 @@ int device_count() {
   return 0;
 }
 
+std::string gpu_name(int device) {
+  cudaDeviceProp p = {};
+  check(cudaGetDeviceProperties(&p, device), fmt::format("GPU {}", device));
+  return p.name;
+}
+
 Facts facts(int device) {
   Facts f;
   int driver = 0, runtime = 0;

@@ -24,6 +24,8 @@ struct Facts {
   std::string driver, runtime, blas, dnn, nccl;  ///< versions; empty: not in this build
 };
 Facts facts(int device);
+/// As facts() has it, without the GPU's start, which takes some of its memory.
+std::string gpu_name(int device);
 
 struct DeviceOptions {
   int device = 0;

@@ -12,6 +12,7 @@ namespace partita::cuda {
 struct Plugin {
   std::string (*absent)();
   int (*device_count)();
+  std::string (*gpu_name)(int device);
   Facts (*facts)(int device);
   std::string (*nccl_version)();
   std::unique_ptr<CudaDevice> (*device)(const DeviceOptions& options);

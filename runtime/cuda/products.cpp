@@ -100,12 +100,23 @@ Libraries::Libraries(const ProductOptions& o) : options(o) {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         "the GPU's compute capability");
   const char* wanted = std::getenv("PARTITA_CUDA_FLASH");
+  const std::string_view word = wanted != nullptr ? wanted : "";
+  if (wanted != nullptr && word != "0" && word != "own" && word != "cudnn")
+    throw InputError(
+        "PARTITA_CUDA_FLASH",
+        fmt::format("'{}' is unknown; use 0, products around a softmax, own, kernels of "
+                    "Partita's, or cudnn, or unset it",
+                    word));
   int minor = 0;
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
         "the GPU's compute capability");
   eights = 10 * major + minor >= 89;
-  flash = major >= 8 && (wanted == nullptr || std::string_view(wanted) != "0");
+  flash = major >= 8 && word != "0";
   if (flash) attention = make_fused_attention();
+  if (word == "cudnn" && !attention)
+    throw InputError("PARTITA_CUDA_FLASH",
+                     "is cudnn, but this build has no cudnn_frontend, or this GPU no cuDNN; build "
+                     "with CUDNN_FRONTEND_ROOT, or unset it");
 }
 Libraries::~Libraries() {
   attention.reset();

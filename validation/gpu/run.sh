@@ -2,8 +2,9 @@
 # All that a machine with a GPU can show, in one go and under 8 minutes: each part for itself, so that one that fails costs
 # no other. Writes into OUT as it goes; the last line counts what failed.
 #
-#   validation/gpu/run.sh [OUT]        default: gpu-results
+#   validation/gpu/run.sh [OUT [PART...]]        default: gpu-results, all parts
 #
+# PART: patterns of parts' names, like 'nccl-*', so that what found no time, or failed, can be done alone.
 # PARTITA, GPU_TEST: the programs (default: build/release's or the bundle's, whose host code is timed too; build/dev's). LIMIT: seconds in all (default: 480).
 set -uo pipefail
 # In the sources, or in the bundle's folder.
@@ -15,6 +16,7 @@ else
   cd "$here/../.."
 fi
 out=${1:-gpu-results}
+wanted=("${@:2}")
 mkdir -p "$out"
 first() { for p in "$@"; do [ -x "$p" ] && { echo "$p"; return; }; done; }
 partita=${PARTITA:-$(first build/release/partita build/dev/partita ./bin/partita)}
@@ -32,6 +34,14 @@ part() {  # name, most seconds, [checked,] command...
   local name=$1 most=$2 checked=no
   shift 2
   [ "$1" = checked ] && checked=yes && shift
+  if [ ${#wanted[@]} -gt 0 ]; then
+    local matches=no pattern
+    for pattern in "${wanted[@]}"; do
+      # shellcheck disable=SC2053
+      [[ $name == $pattern ]] && matches=yes
+    done
+    [ $matches = yes ] || return
+  fi
   local start=$(date +%s)
   local left=$((began + limit - start))
   [ "$most" -le "$left" ] || most=$left
@@ -49,6 +59,8 @@ part() {  # name, most seconds, [checked,] command...
   [ "$code" = 0 ] && [ "$checked" = yes ] && ! grep -q '"equal_to_serial": true' "$out/$name.txt" && code="not beside the serial network"
   # Nor has one without NCCL shown NCCL's.
   [ "$code" = 0 ] && grep -qE '"no_links"|messages pass through the host' "$out/$name.txt" && code="NCCL refused"
+  # Nor has attention by our own kernels shown cuDNN's.
+  [ "$code" = 0 ] && [ "$name" = flash-of-cudnn ] && grep -q "attention is our own kernels'" "$out/$name.txt" && code="this build or GPU has no cuDNN attention"
   # Nor have estimates that nothing was put beside.
   [ "$code" = 0 ] && [ "$name" = nccl-estimates ] && ! grep -q '"nccl_estimates"' "$out/$name.txt" && code="no estimates"
   local took=$(($(date +%s) - start))
@@ -56,7 +68,7 @@ part() {  # name, most seconds, [checked,] command...
   [ "$code" = 0 ] || failed+=("$name")
 }
 : >"$out/summary.txt"
-{ date -u; git rev-parse HEAD 2>/dev/null; uname -r; ldd "$partita" | grep -iE 'cuda|cublas|cudnn|nccl'; } >"$out/about.txt" 2>&1
+{ date -u; git rev-parse HEAD 2>/dev/null; uname -r; ldd "$(dirname "$partita")/libpartita_cuda.so" | grep -iE 'cuda|cublas|cudnn|nccl'; } >"$out/about.txt" 2>&1
 part nvidia-smi 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.total,memory.used --format=csv
 # In order of worth: what fails or finds no time left costs nothing that stands before it.
 part kernels 50 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.KernelsEqualTheReferences:Gpu.Parts*:Gpu.Moves*:Gpu.Draws*:Gpu.NarrowNumbers*'
@@ -73,7 +85,7 @@ part nccl-dp2 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "$
 # A layer beside PyTorch's, with whatever attention this build has; then with our own kernels.
 part layer 70 python3 "$files/layer.py" "$partita"
 part layer-own-attention 40 env PARTITA_CUDA_FLASH=own python3 "$files/layer.py" "$partita" --only-ours
-part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 "$gpu_test" --gtest_filter='Gpu.Flash*'
+part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 PARTITA_CUDA_FLASH=cudnn "$gpu_test" --gtest_filter='Gpu.Flash*'
 # What kernels take beside a stand-in for NCCL, over alone: waves or a part of the multiprocessors? In OUT/slowdown.
 part slowdown 40 bash -c '"$0" calibrate --backend cuda --only "kernels beside" --out "$1" && grep -q "beside: stand_in" "$1/device.yaml"' "$partita" "$out/slowdown"
 # Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.

@@ -48,7 +48,8 @@ class EmulatedGpu : public GpuCommand {
   }
   std::pair<std::string, std::string> by_torchrun(const std::string& arguments,
                                                   const std::string& variables = "",
-                                                  const std::string& of_rank_1 = "");
+                                                  const std::string& of_rank_1 = "",
+                                                  const std::string& local_rank = "$r");
   /// By ranks whose stderr nobody sees.
   std::string said() const { return text_of(folder_ / "log"); }
 
@@ -108,15 +109,16 @@ TEST_F(EmulatedGpu, EachRankHasItsGpu) {
 /// Two ranks as torchrun starts them: what they said on stderr, and their exit codes as they ended.
 std::pair<std::string, std::string> EmulatedGpu::by_torchrun(const std::string& arguments,
                                                              const std::string& variables,
-                                                             const std::string& of_rank_1) {
+                                                             const std::string& of_rank_1,
+                                                             const std::string& local_rank) {
   for (const char* file : {"said", "codes"}) std::filesystem::remove(folder_ / file);
   std::ofstream(folder_ / "ranks.sh") << fmt::format(
-      "for r in 0 1; do (fault=A=1; [ $r = 1 ] && fault={}; {} $fault RANK=$r LOCAL_RANK=$r "
+      "for r in 0 1; do (fault=A=1; [ $r = 1 ] && fault={}; {} $fault RANK=$r LOCAL_RANK={} "
       "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={} '{}' run {} >/dev/null 2>>'{}'; "
       "echo $? >>'{}') & done; wait",
-      of_rank_1.empty() ? "A=1" : of_rank_1, with(variables), 20000 + (::getpid() + seed_) % 20000,
-      (folder_ / "partita").string(), arguments, (folder_ / "said").string(),
-      (folder_ / "codes").string());
+      of_rank_1.empty() ? "A=1" : of_rank_1, with(variables), local_rank,
+      20000 + (::getpid() + seed_) % 20000, (folder_ / "partita").string(), arguments,
+      (folder_ / "said").string(), (folder_ / "codes").string());
   EXPECT_EQ(std::system(("timeout 60 sh '" + (folder_ / "ranks.sh").string() + "'").c_str()), 0);
   return {text_of(folder_ / "said"), text_of(folder_ / "codes")};
 }
@@ -256,18 +258,43 @@ TEST_F(EmulatedGpu, KernelsAreTimedByTheGpusOwnRecords) {
   EXPECT_EQ(traced.at("kernels_recorded"), 0);
 }
 
+TEST_F(EmulatedGpu, WordsOfTheEnvironmentAreLookedAt) {
+  const std::string one = "run " + kGpt + kSmall;
+  run(one, 2, false, with("PARTITA_CUDA_FLASH=mine"));
+  EXPECT_THAT(err(), HasSubstr("PARTITA_CUDA_FLASH: 'mine' is unknown; use 0"));
+  run(one, 2, false, with("PARTITA_CUDA_FLASH=cudnn"));
+  EXPECT_THAT(err(), HasSubstr("this build has no cudnn_frontend"));
+  run(one, 2, false, with("PARTITA_CUDA_CANDIDATES=many"));
+  EXPECT_THAT(err(), HasSubstr("PARTITA_CUDA_CANDIDATES: 'many'"));
+  const std::string two = kGpt + " --global-batch 2 --dp 2 --timeout 20" + kSmall;
+  for (const char* rank : {"-1", "abc", "2x"}) {
+    const auto [said, codes] = by_torchrun(two, "PARTITA_EMULATED_GPUS=2", "", rank);
+    EXPECT_EQ(codes, "2\n2\n");
+    EXPECT_THAT(said, HasSubstr(fmt::format("LOCAL_RANK: '{}' is no rank of a host", rank)));
+  }
+  EXPECT_THAT(by_torchrun(two, "PARTITA_EMULATED_GPUS=2", "", "5").first,
+              HasSubstr("LOCAL_RANK: rank 5 of this host finds 2 GPUs"));
+}
+
 TEST_F(EmulatedGpu, AGpuThatIsNotThereOrIsFullIsSaid) {
   run("run " + kGpt + kSmall, 2, false, with("PARTITA_EMULATED_GPUS=0"));
   EXPECT_THAT(err(), HasSubstr("this machine has no GPU that CUDA"));
   EXPECT_THAT(err(), HasSubstr("--backend cpu"));
+  // What is known before is the user's to change.
+  run("run gpt2 --layers 4 --micro-batch 1 --global-batch 1 --no-check" + kSmall, 2, false,
+      with("PARTITA_EMULATED_MIB=600"));
+  EXPECT_THAT(err(), ::testing::ContainsRegex(
+                         "gpt2 under this plan needs .* on a GPU; it has .* left: use --layers"));
   // Kernels that work in more than is left.
   run("run " + kGpt + kSmall, 3, false, with("PARTITA_EMULATED_MIB=420"));
   EXPECT_THAT(err(), HasSubstr("rank 0 in step 0, "));
   EXPECT_THAT(err(), HasSubstr("bytes left for kernels to work in; use fewer ranks on it"));
-  run("run " + kGpt + kSmall, 3, false, with("PARTITA_EMULATED_MIB=401"));
+#ifdef PARTITA_NCCL
+  run("run " + kGpt + kTwo + " --dp 2" + kSmall, 3, false, with("PARTITA_EMULATED_MIB=401"));
   EXPECT_THAT(
       err(),
       HasSubstr("bytes left; use fewer ranks on it, a smaller micro-batch or more sharding"));
+#endif
 }
 
 }  // namespace

@@ -207,6 +207,7 @@ std::unique_ptr<execute::OperatorKernel> Paper::kernel(reference::Context contex
 
 std::string nothing() { return ""; }
 int one() { return 1; }
+std::string paper_name(int) { return "paper GPU"; }
 Facts paper_facts(int) {
   Facts f;
   f.name = "paper GPU";
@@ -225,6 +226,6 @@ std::unique_ptr<CudaDevice> paper(const DeviceOptions& options) {
 
 extern "C" const partita::cuda::Plugin* partita_cuda_plugin() {
   using namespace partita::cuda;
-  static const Plugin plugin{nothing, one, paper_facts, nothing, paper};
+  static const Plugin plugin{nothing, one, paper_name, paper_facts, nothing, paper};
   return &plugin;
 }
