@@ -195,6 +195,7 @@ void replay(const Options& o) {
   run.record = true;
   run.plain_steps = o.backend == "cuda" ? static_cast<int>(std::min<std::int64_t>(o.steps, 3)) : 0;
   run.recorded_steps = run.plain_steps;
+  if (o.backend == "cuda") run.warm_up_s = 0.3;
   run.device = devices_of({o.backend, false, true, 1, 30, part.plan.precision.compute});
   const auto result = execute::run_alone(part.program, static_cast<int>(o.rank), run);
   SimulateOptions simulation;

@@ -193,7 +193,10 @@ execute::Options timed(const Graph& graph, const Program& program, const Options
   e.collect = false;
   e.routing = routing;
   // A GPU's marks between instructions take time of their own: a step's is taken without.
-  if (o.gpu()) e.plain_steps = static_cast<int>(std::min<std::int64_t>(o.steps, 3));
+  if (o.gpu()) {
+    e.plain_steps = static_cast<int>(std::min<std::int64_t>(o.steps, 3));
+    e.warm_up_s = 0.3;
+  }
   return e;
 }
 /// One rank's kernels by the GPU's own records, where it keeps some.

@@ -32,6 +32,12 @@ using cpu::Indices;
 using cpu::Tensor;
 using reference::Context;
 
+/// By octets of a row where rows are whole octets, else by element: f(row, first, count).
+template <class M, class F>
+void each_of_rows(M& m, std::int64_t rows, std::int64_t n, F f) {
+  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1, pieces = n / step;
+  m.each(rows * pieces, RowPieces<F>{pieces, step, f});
+}
 inline std::int64_t extent(const Tensor& t, std::size_t first, std::size_t last) {
   std::int64_t n = 1;
   for (std::size_t d = first; d < last; ++d) n *= static_cast<std::int64_t>((*t.index)[d].size());
@@ -309,10 +315,10 @@ bool forward(M& m, const Embedding&, const Context&, const Arguments& a) {
   const std::int64_t* id = ids.ids;
   const Numbers w = numbers(table);
   const Numbers y = numbers(a.results[0]);
-  m.each(
-      ids.size() * n, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t row = held.find(id[i / n]);
-        y[i] = row < 0 ? 0.0f : w[row * n + i % n];
+  each_of_rows(
+      m, ids.size(), n, PARTITA_KERNEL(std::int64_t at, std::int64_t first, std::int64_t count) {
+        const std::int64_t row = held.find(id[at]);
+        put(y, at * n + first, count, row < 0 ? Octet{} : octet(w, row * n + first, count));
       });
   return true;
 }
@@ -361,9 +367,13 @@ bool forward(M& m, const PositionEmbedding&, const Context&, const Arguments& a)
   const IndexList held = m.list((*table.index)[0]), positions = m.list((*x.index)[1]);
   const Numbers from = numbers(x), w = numbers(table);
   const Numbers y = numbers(a.results[0]);
-  m.each(
-      x.size(), PARTITA_KERNEL(std::int64_t i) {
-        y[i] = from[i] + w[held.find(positions.at(i / n % tokens)) * n + i % n];
+  each_of_rows(
+      m, x.size() / n, n, PARTITA_KERNEL(std::int64_t at, std::int64_t first, std::int64_t count) {
+        const Octet a_part = octet(from, at * n + first, count),
+                    place = octet(w, held.find(positions.at(at % tokens)) * n + first, count);
+        Octet to;
+        for (int k = 0; k < Octet::kSize; ++k) to.v[k] = a_part.v[k] + place.v[k];
+        put(y, at * n + first, count, to);
       });
   return true;
 }
@@ -395,7 +405,30 @@ struct Runs : cpu::NormalisedRuns {
   PARTITA_BOTH std::int64_t at(std::int64_t g, std::int64_t e) const {
     return batch ? (e / length * groups + g) * length + e % length : g * length + e;
   }
+  /// f(where, column, count, numbers there) of the group's octets, each in one run.
+  template <class F>
+  PARTITA_LANE void each(const Lanes& lanes, std::int64_t g, const Numbers& x, F f) const {
+    const std::int64_t pieces = (length + Octet::kSize - 1) / Octet::kSize;
+    for (std::int64_t p = lanes.lane(); p < repeats * pieces; p += lanes.count()) {
+      const std::int64_t e = p / pieces * length + p % pieces * Octet::kSize,
+                         left = length - p % pieces * Octet::kSize,
+                         count = left < Octet::kSize ? left : std::int64_t{Octet::kSize};
+      const std::int64_t i = at(g, e);
+      f(i, batch ? g : e, count, octet(x, i, count));
+    }
+  }
+  /// Lanes that a group keeps busy, as rows() takes them.
+  std::int64_t lanes_wanted() const { return (size() + 1) / 2; }
 };
+/// Of the columns from one on; of a batch's group all have one. 1 and 0 where there are none.
+PARTITA_BOTH Octet by_column(const Runs& r, const Numbers& list, std::int64_t column,
+                             std::int64_t count, float none) {
+  Octet o;
+  if (list != nullptr && !r.batch) return octet(list, column, count);
+  const float v = list != nullptr ? static_cast<float>(list[column]) : none;
+  for (int k = 0; k < Octet::kSize; ++k) o.v[k] = v;
+  return o;
+}
 inline bool runs_of(const Normalize& op, const Context& c, const Tensor& x, Runs& r) {
   r.epsilon = op.epsilon;
   return cpu::runs_of(op, c, x, r) && r.length > 0;
@@ -422,22 +455,26 @@ bool statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) 
   const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
-      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+      r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         double sum = 0, square = 0;
-        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
-          const auto v = static_cast<double>(x[r.at(g, e)]);
-          sum += v;
-          square += v * v;
-        }
+        r.each(lanes, g, x, [&](std::int64_t, std::int64_t, std::int64_t count, const Octet& o) {
+          for (int k = 0; k < count; ++k) {
+            const auto v = static_cast<double>(o.v[k]);
+            sum += v;
+            square += v * v;
+          }
+        });
         sum = r.width == 2 ? lanes.sum(sum) : 0;
         if (whole) {
           const auto mean = static_cast<float>(sum / r.members);
           sum = static_cast<double>(mean);
           square = 0;
-          for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
-            const auto v = static_cast<double>(x[r.at(g, e)] - mean);
-            square += v * v;
-          }
+          r.each(lanes, g, x, [&](std::int64_t, std::int64_t, std::int64_t count, const Octet& o) {
+            for (int k = 0; k < count; ++k) {
+              const auto v = static_cast<double>(o.v[k] - mean);
+              square += v * v;
+            }
+          });
         }
         square = lanes.sum(square);
         if (whole) square = 1 / sqrt(square / r.members + r.epsilon);
@@ -457,14 +494,20 @@ bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   const Numbers y = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
-      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+      r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         const Moments o = moments_of(r, sums, whole, g);
-        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
-          const std::int64_t i = r.at(g, e), column = r.batch ? g : e;
-          float v = (x[i] - o.mean) * o.inverse;
-          if (scale != nullptr) v *= scale[column];
-          y[i] = bias != nullptr ? v + bias[column] : v;
-        }
+        r.each(lanes, g, x,
+               [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+                 const Octet by = by_column(r, scale, column, count, 1),
+                             more = by_column(r, bias, column, count, 0);
+                 Octet to;
+                 for (int k = 0; k < Octet::kSize; ++k) {
+                   float v = (from.v[k] - o.mean) * o.inverse;
+                   if (scale != nullptr) v *= by.v[k];
+                   to.v[k] = bias != nullptr ? v + more.v[k] : v;
+                 }
+                 put(y, i, count, to);
+               });
       });
   return true;
 }
@@ -478,15 +521,19 @@ bool backward_statistic(M& m, const Normalize& op, const Context& c, const Argum
   const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
-      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+      r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         const Moments o = moments_of(r, sums, whole, g);
         double sum = 0, along = 0;
-        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
-          const std::int64_t i = r.at(g, e);
-          const float d = scale != nullptr ? dy[i] * scale[r.batch ? g : e] : dy[i];
-          sum += static_cast<double>(d);
-          along += static_cast<double>(d * (x[i] - o.mean));
-        }
+        r.each(lanes, g, x,
+               [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+                 const Octet slopes = octet(dy, i, count),
+                             by = by_column(r, scale, column, count, 1);
+                 for (int k = 0; k < count; ++k) {
+                   const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
+                   sum += static_cast<double>(d);
+                   along += static_cast<double>(d * (from.v[k] - o.mean));
+                 }
+               });
         sum = r.width == 2 ? lanes.sum(sum) : 0;
         along = lanes.sum(along);
         if (lanes.lane() != 0) return;
@@ -505,17 +552,23 @@ bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   const Numbers dx = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
   m.rows(
-      r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+      r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         const Moments o = moments_of(r, sums, whole, g);
         const float mean =
             r.width == 2 ? static_cast<float>(static_cast<double>(back[2 * g]) / r.members) : 0.0f;
         const auto along =
             static_cast<float>(static_cast<double>(back[g * r.width + r.width - 1]) / r.members);
-        for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
-          const std::int64_t i = r.at(g, e);
-          const float d = scale != nullptr ? dy[i] * scale[r.batch ? g : e] : dy[i];
-          dx[i] = o.inverse * (d - mean - (x[i] - o.mean) * o.inverse * along);
-        }
+        r.each(lanes, g, x,
+               [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+                 const Octet slopes = octet(dy, i, count),
+                             by = by_column(r, scale, column, count, 1);
+                 Octet to;
+                 for (int k = 0; k < Octet::kSize; ++k) {
+                   const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
+                   to.v[k] = o.inverse * (d - mean - (from.v[k] - o.mean) * o.inverse * along);
+                 }
+                 put(dx, i, count, to);
+               });
       });
   return true;
 }
@@ -744,25 +797,36 @@ bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers
   }
   const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
   const auto kept = static_cast<float>(1 - op.probability);
-  const double probability = op.probability;
+  // uniform() < probability, in whole numbers.
+  const auto below = static_cast<std::uint64_t>(std::ceil(op.probability * 0x1p53));
   const std::int64_t first_sample = c.first_sample;
-  m.each(
-      x.size(), PARTITA_KERNEL(std::int64_t i) {
-        std::int64_t at[Places::kMost], rest = i, sample = 0, place = 0;
-        for (int d = p.dims - 1; d >= 0; --d) {
+  const std::int64_t n = p.list[p.dims - 1].size;
+  each_of_rows(
+      m, x.size() / n, n, PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
+        std::int64_t at[Places::kMost], rest = row, sample = 0, place = 0;
+        for (int d = p.dims - 2; d >= 0; --d) {
           at[d] = p.list[d].at(rest % p.list[d].size);
           rest /= p.list[d].size;
         }
-        for (int d = 0; d < p.dims; ++d) {
+        for (int d = 0; d + 1 < p.dims; ++d) {
           if (d == p.sample) {
             sample = at[d];
           } else {
             place = place * p.extent[d] + at[d];
           }
         }
-        const double u = uniform(key, static_cast<std::uint64_t>(first_sample + sample),
-                                 static_cast<std::uint64_t>(place));
-        to[i] = u < probability ? 0.0f : from[i] / kept;
+        place *= p.extent[p.dims - 1];
+        // As random_bits(key, sample, place), whose first half all of them share.
+        const std::uint64_t common =
+            splitmix(splitmix(key) ^ static_cast<std::uint64_t>(first_sample + sample));
+        const Octet o = octet(from, row * n + first, count);
+        Octet result;
+        for (int k = 0; k < Octet::kSize && k < count; ++k) {
+          const std::int64_t last = p.list[p.dims - 1].at(first + k);
+          const std::uint64_t bits = splitmix(common ^ static_cast<std::uint64_t>(place + last));
+          result.v[k] = bits >> 11 < below ? 0.0f : o.v[k] / kept;
+        }
+        put(to, row * n + first, count, result);
       });
   return true;
 }
@@ -786,6 +850,36 @@ bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direct
   const IndexList positions = m.list((*to.index)[1]);
   const double base = op.base, rotated = static_cast<double>(op.rotated);
   const Numbers y = numbers(to);
+  // All heads of a token, and all samples, turn by the same angles.
+  float* const turns = m.scratch(2 * tokens * half);
+  m.each(
+      tokens * half, PARTITA_KERNEL(std::int64_t i) {
+        const double angle = pow(base, -2 * static_cast<double>(i % half) / rotated) *
+                             static_cast<double>(positions.at(i / half));
+        const std::int64_t at = i / half * 2 * half + i % half;
+        turns[at] = static_cast<float>(cos(angle));
+        turns[at + half] = direction * static_cast<float>(sin(angle));
+      });
+  if (still == 0 && half % Octet::kSize == 0) {
+    const std::int64_t pieces = half / Octet::kSize;
+    m.each(
+        to.size() / head * pieces, PARTITA_KERNEL(std::int64_t i) {
+          const std::int64_t r = i % pieces * Octet::kSize, first = i / pieces * head + r,
+                             token = i / pieces * head / inner % tokens;
+          const Numbers table(turns + token * 2 * half);
+          const Octet a_half = octet(from, first, Octet::kSize),
+                      b_half = octet(from, first + half, Octet::kSize),
+                      c = octet(table, r, Octet::kSize), s = octet(table, half + r, Octet::kSize);
+          Octet one, other;
+          for (int k = 0; k < Octet::kSize; ++k) {
+            one.v[k] = a_half.v[k] * c.v[k] - b_half.v[k] * s.v[k];
+            other.v[k] = b_half.v[k] * c.v[k] + a_half.v[k] * s.v[k];
+          }
+          put(y, first, Octet::kSize, one);
+          put(y, first + half, Octet::kSize, other);
+        });
+    return true;
+  }
   m.each(
       to.size(), PARTITA_KERNEL(std::int64_t i) {
         const std::int64_t within = i % inner % head;
@@ -793,12 +887,9 @@ bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direct
           y[i] = from[i];
           return;
         }
-        const std::int64_t r = (within - still) % half;
+        const std::int64_t r = (within - still) % half, token = i / inner % tokens;
         const bool second = within - still >= half;
-        const double angle = pow(base, -2 * static_cast<double>(r) / rotated) *
-                             static_cast<double>(positions.at(i / inner % tokens));
-        const auto c = static_cast<float>(cos(angle)),
-                   s = direction * static_cast<float>(sin(angle));
+        const float c = turns[token * 2 * half + r], s = turns[token * 2 * half + half + r];
         y[i] = second ? from[i] * c + from[i - half] * s : from[i] * c - from[i + half] * s;
       });
   return true;
@@ -1427,13 +1518,20 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
   const double scale = c.loss_scale;
   const Numbers dx = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
-  m.each(
-      labels.size() * n, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t row = i / n;
+  each_of_rows(
+      m, labels.size(), n,
+      PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
         const auto d = static_cast<float>(
             (gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0) * scale);
-        const float p = expf(from[i] - top[row]) * (d / sums[2 * row]);
-        dx[i] = held.at(i % n) == label[row] ? p - d : p;
+        const float high = top[row], by = d / sums[2 * row];
+        const std::int64_t wanted_here = label[row];
+        const Octet logits = octet(from, row * n + first, count);
+        Octet to;
+        for (int k = 0; k < Octet::kSize; ++k) {
+          const float p = expf(logits.v[k] - high) * by;
+          to.v[k] = k < count && held.at(first + k) == wanted_here ? p - d : p;
+        }
+        put(dx, row * n + first, count, to);
       });
   return true;
 }
@@ -2111,13 +2209,6 @@ void for_each_expert(const Rows& list, const Indices& experts, F f) {
       static_cast<std::int64_t>(end - r));
     r = end;
   }
-}
-
-/// By octets of a row where rows are whole octets, else by element: f(row, first, count).
-template <class M, class F>
-void each_of_rows(M& m, std::int64_t rows, std::int64_t n, F f) {
-  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1, pieces = n / step;
-  m.each(rows * pieces, RowPieces<F>{pieces, step, f});
 }
 
 template <class M>

@@ -33,10 +33,13 @@ void divide_values(M& m, Numbers from, Numbers to, std::int64_t n, float by) {
 template <class M>
 void scale_values(M& m, Numbers v, std::int64_t n, Numbers by, double clip, bool clips) {
   m.each(
-      n, PARTITA_KERNEL(std::int64_t i) {
+      octets(n), PARTITA_KERNEL(std::int64_t i) {
         const float factor =
             clips ? static_cast<float>(clip_factor(clip, static_cast<double>(by[0]))) : 1 / by[0];
-        v[i] *= factor;
+        const std::int64_t first = i * Octet::kSize;
+        Octet o = octet(v, first, n - first);
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= factor;
+        put(v, first, n - first, o);
       });
 }
 

@@ -186,6 +186,15 @@ class Executor {
     const auto clock = [this] { return now().time_since_epoch().count(); };
     ClockReading clock_before;
     std::vector<std::int64_t> starts;
+    constexpr int kMostBefore = 1000;
+    if (o_.warm_up_s > 0 && (transport_.size() == 1 || o_.alone) && !o_.collect) {
+      const auto start = now();
+      for (int k = 0; k < kMostBefore; ++k) {
+        further_step();
+        if (std::chrono::duration<double>(now() - start).count() >= o_.warm_up_s) break;
+      }
+      untimed_ = false;
+    }
     for (step_ = 0; step_ < all; ++step_) {
       last_step_ = step_ + 1 == all;
       transport_.doing("the start of a step");

@@ -10,6 +10,7 @@
 #include "tests/runtime/cpu/equal_reference.h"
 #include "tests/runtime/cuda/flash_problems.h"
 #include "tests/runtime/cuda/narrowed.h"
+#include "tests/runtime/cuda/octet_problems.h"
 #include "tests/runtime/cuda/on_device.h"
 #include "tests/runtime/execute/drawn.h"
 #include "tests/runtime/execute/far_device.h"
@@ -85,6 +86,21 @@ TEST(Gpu, KernelsEqualTheReferencesInBf16) {
 TEST(Gpu, KernelsEqualTheReferencesInFp16) {
   NEEDS_GPU();
   expect_narrow_kernels<ElementType::fp16>();
+}
+
+TEST(Gpu, KernelsEqualTheReferencesInRowsOfOctets) {
+  NEEDS_GPU();
+  std::mt19937_64 rng(23);
+  for (const reference::Problem& p : octet_problems(rng)) {
+    SCOPED_TRACE(p.label);
+    try {
+      cpu::expect_same<GpuKernel>(p, reference::whole_part(p), [](const auto&) {});
+      expect_same_narrow<GpuKernel, ElementType::bf16>(p, [](const auto&) {});
+    } catch (const std::exception& e) {
+      ADD_FAILURE() << e.what();
+      return;
+    }
+  }
 }
 
 TEST(Gpu, FlashAttentionEqualsTheReferencesInBf16) {

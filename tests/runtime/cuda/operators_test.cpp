@@ -11,6 +11,7 @@
 #include "tests/runtime/cuda/flash_problems.h"
 #include "tests/runtime/cuda/host_machine.h"
 #include "tests/runtime/cuda/narrowed.h"
+#include "tests/runtime/cuda/octet_problems.h"
 #include "tests/runtime/cuda/on_device.h"
 
 namespace partita::cuda {
@@ -18,6 +19,16 @@ namespace {
 
 /// What Mamba-2 adds.
 const std::set<std::string> kOfTheHost{"causal_convolution", "gated_norm", "state_space"};
+
+TEST(CudaKernels, RowsOfOctetsEqualTheReferences) {
+  std::mt19937_64 rng(23);
+  for (const reference::Problem& p : octet_problems(rng)) {
+    SCOPED_TRACE(p.label);
+    cpu::expect_same<KernelOnHostMachine>(
+        p, reference::whole_part(p), [&](const KernelOnHostMachine& k) { EXPECT_EQ(k.others, 0); });
+    expect_same_narrow<KernelOnHostMachine, ElementType::bf16>(p, [](const auto&) {});
+  }
+}
 
 TEST(CudaKernels, EqualTheReferencesOnWholeProblems) {
   std::mt19937_64 rng(18);

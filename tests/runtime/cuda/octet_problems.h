@@ -1,0 +1,41 @@
+// tests/runtime/cuda/octet_problems.h: rows of whole octets, which kernels move sixteen bytes at a
+// time, of more than one octet and of more than a warp has lanes for.
+#pragma once
+
+#include <vector>
+
+#include "tests/runtime/reference/problems.h"
+
+namespace partita::cuda {
+
+inline std::vector<reference::Problem> octet_problems(reference::Rng& rng) {
+  std::vector<reference::Problem> list;
+  const auto add = [&](std::string label, Operation op, std::vector<Shape> shapes) {
+    list.push_back(
+        reference::make_problem("octets, " + std::move(label), std::move(op), shapes, rng));
+  };
+  const NamedExtent sample{Dim::sample, 2}, sequence{Dim::sequence, 3}, head{Dim::head, 2};
+  for (const std::int64_t width : {16, 24, 520}) {
+    const Shape tokens{sample, sequence, {Dim::feature, width}};
+    Normalize norm;
+    add("layer norm", norm, {tokens});
+    norm.kind = Normalize::Kind::rms, norm.bias = false;
+    add("rms norm", norm, {tokens});
+    norm.kind = Normalize::Kind::batch, norm.bias = true;
+    add("batch norm", norm, {{sample, {Dim::feature, 3}, {Dim::height, 2}, {Dim::width, width}}});
+    add("dropout", Dropout{0.4}, {tokens});
+    add("dropout of heads", Dropout{0.4}, {{sample, sequence, head, {Dim::head_feature, width}}});
+    add("softmax", Softmax{}, {tokens});
+    add("cross entropy", CrossEntropy{},
+        {{sample, sequence, {Dim::vocabulary, width}}, {sample, sequence}});
+    add("embedding", Embedding{7, width}, {{sample, sequence}});
+    add("position embedding", PositionEmbedding{5}, {tokens});
+    add("addition", Add{}, {tokens, tokens});
+  }
+  for (const std::int64_t turned : {16, 48})
+    add("rotary", Rotary{turned, turned, 100},
+        {{sample, sequence, head, {Dim::head_feature, 2 * turned}}});
+  return list;
+}
+
+}  // namespace partita::cuda
