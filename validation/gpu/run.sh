@@ -67,7 +67,7 @@ part() {  # name, most seconds, [checked,] command...
   printf '%-28s %4d s  %s\n' "$name" "$took" "$([ "$code" = 0 ] && echo ok || echo "FAILED ($code): $(grep -v '^[]}[{ ,]*$' "$out/$name.txt" | tail -1 | cut -c1-200)")" | tee -a "$out/summary.txt"
   [ "$code" = 0 ] || failed+=("$name")
 }
-: >"$out/summary.txt"
+[ ${#wanted[@]} -gt 0 ] || : >"$out/summary.txt"
 { date -u; git rev-parse HEAD 2>/dev/null; uname -r; ldd "$(dirname "$partita")/libpartita_cuda.so" | grep -iE 'cuda|cublas|cudnn|nccl'; } >"$out/about.txt" 2>&1
 part nvidia-smi 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.total,memory.used --format=csv
 # In order of worth: what fails or finds no time left costs nothing that stands before it.
