@@ -15,7 +15,12 @@
 #include "base/element_type.h"
 
 #ifdef PARTITA_EMULATED_LANES
-#  include "tests/runtime/cuda/emulated/lanes.h"
+// Of who runs blocks of many lanes on the host.
+namespace emulated {
+std::int64_t lane();
+std::int64_t lanes();
+double reduce(double v, bool maximum);
+}  // namespace emulated
 #endif
 #ifdef __CUDACC__
 #  include <cuda_bf16.h>

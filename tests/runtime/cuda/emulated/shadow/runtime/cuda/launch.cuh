@@ -6,6 +6,7 @@
 #include "runtime/cuda/cuda_machine.h"
 #include "runtime/cuda/stand_in.h"
 #include "tests/runtime/cuda/emulated/gpu.h"
+#include "tests/runtime/cuda/emulated/lanes.h"
 
 namespace partita::cuda {
 
