@@ -272,7 +272,10 @@ void replay(const Options& o) {
   const auto error = [](Seconds measured, Seconds predicted) {
     return 100 * (predicted.count - measured.count) / measured.count;
   };
-  fmt::print("\nits kernels, measured    {}\n", text(r.compute_measured));
+  fmt::print("\nits kernels, measured    {}{}\n", text(r.compute_measured),
+             r.between.count > 0
+                 ? fmt::format(", {} of each between it and the next", text(r.between))
+                 : "");
   fmt::print("its kernels, predicted   {} ({:+.1f} %)\n", text(r.compute_predicted),
              error(r.compute_measured, r.compute_predicted));
   fmt::print("step, replayed           {} ({} network)\n", text(r.step_replayed), o.flags.network);

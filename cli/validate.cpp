@@ -101,6 +101,8 @@ void check(Options& o) {
     throw InputError("--kernel-times",
                      fmt::format("'{}' is unknown; use records, which are the GPU's own, or events",
                                  o.kernel_times));
+  if (o.by_events() && !o.gpu())
+    throw InputError("--kernel-times", "is for --backend cuda; leave it out");
   if (o.steps_given) o.steps = *o.steps_given;
   if (o.gpu()) {
     o.ranks = {1};

@@ -37,10 +37,6 @@ std::vector<CalibrationRun> gpu_calibration_runs(bool eights = true);
 /// One layer whose kernels are measured beside transfers: of a GPU large, in bf16.
 CalibrationRun layer_run(bool gpu);
 
-/// Seconds that a sample took, the median over steps: by the device's own records where it has
-/// them, else between its two marks. `recorded`: which. Records that say more than the marks are of
-/// others' kernels: not taken.
-double time_of_sample(const RankMeasurement& rank, std::size_t sample, bool* recorded = nullptr);
 /// Kernel points of one calibration run: medians over steps and ranks, equal shapes joined.
 void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, KernelTable& into);
 

@@ -46,6 +46,11 @@ Timeline measured_timeline(const Program& program, const std::vector<RankMeasure
 
 double median(std::vector<double> values);
 
+/// Seconds that a sample took, the median over steps: by the device's own records where it has
+/// them, else between its two marks. `recorded`: which. Records that say more than the marks are of
+/// others' kernels: not taken.
+double time_of_sample(const RankMeasurement& rank, std::size_t sample, bool* recorded = nullptr);
+
 /// Seconds of every step, each from the first rank's start to the last one's end.
 std::vector<double> step_times(const std::vector<RankMeasurement>& ranks);
 

@@ -9,7 +9,7 @@
 #include "models/models.h"
 #include "simulator/lower/lower.h"
 #include "tests/simulator/networks.h"
-#include "validation/calibrate.h"
+#include "validation/compare.h"
 
 namespace partita::validation {
 namespace {

@@ -16,6 +16,7 @@
 namespace {
 
 using emulated::refuse;
+using emulated::the;
 using partita::EightBits;
 using partita::ElementType;
 
@@ -41,12 +42,6 @@ struct Choice {
   std::int32_t id;
 };
 static_assert(sizeof(Choice) <= sizeof(cublasLtMatmulAlgo_t));
-
-/// Handles are pointers to opaque structures of the library's.
-template <class To, class From>
-To* the(From* p) {
-  return reinterpret_cast<To*>(p);
-}
 
 std::uint64_t problem_of(const Description& d, const Layout& a, const Layout& b, const Layout& c) {
   std::uint64_t h = 1;

@@ -11,6 +11,7 @@
 namespace {
 
 using emulated::refuse;
+using emulated::the;
 using partita::ElementType;
 using partita::cuda::ConvolutionPass;
 using partita::cuda::ConvolutionShape;
@@ -28,10 +29,6 @@ struct Window {
 struct Handle {
   cudaStream_t stream = nullptr;
 };
-template <class To, class From>
-To* the(From* p) {
-  return reinterpret_cast<To*>(p);
-}
 
 ElementType type_of(cudnnDataType_t t) {
   return t == CUDNN_DATA_BFLOAT16 ? ElementType::bf16

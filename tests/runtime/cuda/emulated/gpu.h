@@ -55,6 +55,12 @@ Code refuse(Code code, const std::string& why) {
   return code;
 }
 
+/// Handles of the libraries are pointers to what only they know.
+template <class To, class From>
+To* the(From* p) {
+  return reinterpret_cast<To*>(p);
+}
+
 /// Bytes that stay no numbers, so that what was written there before is not read after.
 void spoil(void* at, std::size_t bytes);
 
