@@ -234,6 +234,7 @@ void replay(const Options& o) {
       j["published"] = {{"row", row->id},
                         {"family", row->family},
                         {"framework", row->framework},
+                        {"device", topology.device(DeviceId{0}).name},
                         {"quantity", row->quantity},
                         {"step_s", row->published.count},
                         {"predicted_s", row->predicted.count},
@@ -282,8 +283,8 @@ void replay(const Options& o) {
   fmt::print("step, predicted          {} ({:+.1f} %)\n", text(r.step_predicted),
              error(r.step_replayed, r.step_predicted));
   if (row) {
-    fmt::print("step, published          {} ({}, {}: {})\n", text(row->published), row->framework,
-               row->id, row->quantity);
+    fmt::print("step, published          {} on {} ({}, {}: {})\n", text(row->published),
+               topology.device(DeviceId{0}).name, row->framework, row->id, row->quantity);
     fmt::print("  replayed {:+.1f} % of it, predicted as its framework's {} ({:+.1f} %)\n",
                error(row->published, r.step_replayed), text(row->predicted),
                error(row->published, row->predicted));

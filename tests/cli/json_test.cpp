@@ -586,6 +586,8 @@ TEST(Replay, ARankOfAPublishedRun) {
     EXPECT_EQ(j.at("ranks"), 8);
     const Json& p = j.at("published");
     EXPECT_EQ(p.at("framework"), "Megatron-LM");
+    // Whoever replays it elsewhere should know.
+    EXPECT_EQ(p.at("device"), "a100-sxm-80gb");
     EXPECT_EQ(p.at("step_s"), 0.05);
     EXPECT_EQ(p.at("predicted_s"), row.at("predicted"));
     EXPECT_EQ(p.at("assumed"), row.at("assumed"));
