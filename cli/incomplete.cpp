@@ -17,8 +17,8 @@ using Json = nlohmann::ordered_json;
 /// Median over steps, then over rounds: what the whole suite will show.
 double seconds(const IncompleteSuite::Case& c) {
   std::vector<double> rounds;
-  for (const auto& ranks : *c.measured) {
-    rounds.push_back(validation::median(validation::step_times(ranks)));
+  for (const auto* ranks : c.measured) {
+    rounds.push_back(validation::median(validation::step_times(*ranks)));
   }
   return validation::median(rounds);
 }
@@ -39,8 +39,8 @@ std::string to_json(const IncompleteSuite& suite) {
         {{"name", c.name},
          {"ranks", c.ranks},
          {"equal_to_reference", c.checked ? Json(c.equal) : Json(nullptr)},
-         {"measured_s", c.measured->empty() ? Json(nullptr) : Json(seconds(c))},
-         {"rounds", c.measured->size()}});
+         {"measured_s", c.measured.empty() ? Json(nullptr) : Json(seconds(c))},
+         {"rounds", c.measured.size()}});
   return j.dump(2) + "\n";
 }
 
@@ -50,13 +50,13 @@ std::string to_text(const IncompleteSuite& suite) {
                               suite.goes_on ? "; the same command goes on from there" : "");
   std::vector<std::vector<std::string>> table{{"case", "ranks", "reference", "measured", "rounds"}};
   for (const auto& c : suite.cases) {
-    if (!c.checked && c.measured->empty()) continue;
+    if (!c.checked && c.measured.empty()) continue;
     table.push_back({c.name, std::to_string(c.ranks),
                      !c.checked ? "-"
                      : c.equal  ? "equal"
                                 : "DIFFERS",
-                     c.measured->empty() ? "-" : text(Seconds{seconds(c)}),
-                     fmt::format("{} of {}", c.measured->size(), suite.rounds)});
+                     c.measured.empty() ? "-" : text(Seconds{seconds(c)}),
+                     fmt::format("{} of {}", c.measured.size(), suite.rounds)});
   }
   return table.size() > 1 ? s + "\n" + align(table) : s;
 }

@@ -19,7 +19,7 @@ struct IncompleteSuite {
     std::string name;
     std::int64_t ranks = 0;
     bool checked = false, equal = false;                                  ///< against its reference
-    const std::vector<std::vector<RankMeasurement>>* measured = nullptr;  ///< by round
+    std::vector<const std::vector<RankMeasurement>*> measured;            ///< by round
   };
   std::vector<Case> cases;
 };

@@ -37,10 +37,13 @@ int exit_code(const SuiteReport& r) {
     // Memory of rows that are not those that ran says nothing of the executor.
     if (row.program && (!row.program->equal() || std::abs(row.memory_error) > kMemory)) return 1;
   }
+  // What was to be shown is not.
+  if (!r.no_figures.empty()) return 1;
   const auto figures = figures_of(r);
-  for (const auto& g : validation::groups_of(figures)) {
+  for (const auto& g : validation::groups_of(figures, r.gpu())) {
     if (g.missed()) return 1;
   }
+  if (validation::missed(r.held_out)) return 1;
   const auto all = validation::orders_of(figures).back();
   return all.pairs > 0 && all.tau < kTau ? 1 : 0;
 }
@@ -64,6 +67,7 @@ void print_json(const SuiteReport& r) {
            {"measured_s", timed(f.measured)},
            {"noise", timed(f.noise)},
            {"memory_error", timed(row.memory_error)}};
+    if (row.strayed > 0) c["left_out_for_clock"] = row.strayed;
     for (std::size_t k = 0; row.timed && k < kCategoryCount; ++k) {
       if (row.memory_measured[k].count == 0 && row.memory_predicted[k].count == 0) continue;
       c["memory_at_peak_bytes"][std::string(name(static_cast<Category>(k)))] = {
@@ -99,14 +103,17 @@ void print_json(const SuiteReport& r) {
   for (const auto& [fast, slow] : validation::discordant(figures))
     j["suite"]["discordant"].push_back({figures[fast].name, figures[slow].name});
   j["suite"]["groups"] = Json::array();
-  for (const auto& g : validation::groups_of(figures))
-    j["suite"]["groups"].push_back({{"name", g.name},
-                                    {"cases", g.cases},
-                                    {"mean_error", g.mean_error},
-                                    {"bias", g.bias},
-                                    {"noise", g.noise},
-                                    {"bound", g.bound},
-                                    {"baseline", g.baseline}});
+  for (const auto& g : validation::groups_of(figures, r.gpu())) {
+    Json one{{"name", g.name},   {"cases", g.cases}, {"mean_error", g.mean_error}, {"bias", g.bias},
+             {"noise", g.noise}, {"bound", g.bound}, {"baseline", g.baseline}};
+    if (g.bias_bound > 0) one["bias_bound"] = g.bias_bound;
+    one["missed"] = g.missed();
+    j["suite"]["groups"].push_back(std::move(one));
+  }
+  if (r.gpu()) {
+    j["left_out_for_clock"] = {{"calibration", r.strayed}, {"suite", r.strayed_of_suite}};
+    if (!r.no_figures.empty()) j["no_figures"] = r.no_figures;
+  }
   j["suite"]["kinds"] = Json::array();
   for (const auto& k : r.kinds)
     j["suite"]["kinds"].push_back({{"kind", k.sum.kind},
@@ -138,6 +145,7 @@ void print_json(const SuiteReport& r) {
                                {"mape", h.mean},
                                {"bias", h.bias},
                                {"max", h.most}});
+    j["held_out_bound"] = validation::kHeldOutBound;
   }
   fmt::print("{}\n", j.dump(2));
 }
@@ -175,10 +183,14 @@ std::string estimate_table(const validation::EstimateComparison& c) {
 
 std::string held_out_table(const std::vector<validation::Judged>& held) {
   std::vector<std::vector<std::string>> table{
-      {"points that were not fitted", "points", "mean error", "bias", "largest"}};
+      {"points that were not fitted", "points", "mean error", "bias", "largest", "bound", ""}};
   for (const auto& h : held)
     table.push_back({h.kernel, std::to_string(h.points), percent(h.mean), signed_percent(h.bias),
-                     percent(h.most)});
+                     percent(h.most), "", ""});
+  if (held.back().points > 0) {
+    table.back()[5] = percent(validation::kHeldOutBound);
+    if (validation::missed(held)) table.back()[6] = "MISSED";
+  }
   return align(table);
 }
 
@@ -242,10 +254,13 @@ void print(const SuiteReport& r) {
 
   const auto figures = figures_of(r);
   table = {{"", "cases", "mean error", "bias", "noise", "bound", "FLOPs at one rate", ""}};
-  for (const auto& g : validation::groups_of(figures))
+  for (const auto& g : validation::groups_of(figures, r.gpu()))
     table.push_back({g.name, std::to_string(g.cases), percent(g.mean_error), signed_percent(g.bias),
-                     percent(g.noise), percent(g.bound), percent(g.baseline),
-                     g.missed() ? "MISSED" : ""});
+                     percent(g.noise),
+                     g.bias_bound > 0
+                         ? fmt::format("{}, bias {}", percent(g.bound), percent(g.bias_bound))
+                         : percent(g.bound),
+                     percent(g.baseline), g.missed() ? "MISSED" : ""});
   fmt::print("{}\n", align(table));
   table = {{"order of plans", "cases", "pairs", "Kendall's tau", ""}};
   for (const auto& o : validation::orders_of(figures)) {
@@ -264,6 +279,13 @@ void print(const SuiteReport& r) {
   }
   if (wrong.size() > kWorst) fmt::print("wrong order: {} more pairs\n", wrong.size() - kWorst);
   if (!r.held_out.empty()) fmt::print("{}\n", held_out_table(r.held_out));
+  if (r.strayed + r.strayed_of_suite > 0)
+    fmt::print(
+        "left out, as their clock was more than 1 % off their other rounds' or was held down: {} "
+        "of calibration's runs, {} of the suite's\n",
+        r.strayed, r.strayed_of_suite);
+  for (const auto& name : r.no_figures)
+    fmt::print("{}: all its runs were, so that it has no figures\n", name);
   if (r.estimates) fmt::print("{}\n", estimate_table(*r.estimates));
   if (!r.no_estimates.empty())
     fmt::print("NCCL's own estimates are not compared: {}\n", r.no_estimates);

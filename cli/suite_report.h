@@ -20,6 +20,7 @@ struct SuiteRow {
   bool checked = true;  ///< against the reference
   bool equal = true;    ///< to it
   bool timed = true;    ///< false: too small for its time to say anything, of the figures its name
+  std::size_t strayed = 0;  ///< timed runs that were left out for their clock
   std::optional<validation::ProgramCheck> program;  ///< empty: nothing was compared
   double memory_error = 0;
   /// By Category, of the ranks with the highest peaks.
@@ -42,15 +43,18 @@ struct SuiteReport {
   std::optional<validation::EstimateComparison> estimates;  ///< of NCCL itself
   std::string no_estimates;                                 ///< why there are none, if asked for
   std::vector<validation::Judged> held_out;  ///< calibration's points that were not fitted
+  std::size_t strayed = 0, strayed_of_suite = 0;  ///< runs left out: calibration's, the suite's
+  std::vector<std::string> no_figures;            ///< timed cases all of whose runs were
+  bool gpu() const { return backend == "cuda"; }
 };
 
 /// By collective and pair of algorithm and protocol: sizes, mean and largest error.
 std::string estimate_table(const validation::EstimateComparison& comparison);
 
-/// 1 where a case differs from its reference, executes another program than the simulator plays or
-/// a bound is missed, else 0.
+/// 1 where a case differs from its reference, executes another program than the simulator plays,
+/// has no run that is a measurement, or a bound is missed, else 0.
 int exit_code(const SuiteReport& report);
-/// Of calibration's points that were not fitted, by kernel.
+/// Of calibration's points that were not fitted, by kernel; the bound is that of all together.
 std::string held_out_table(const std::vector<validation::Judged>& held);
 void print(const SuiteReport& report);
 void print_json(const SuiteReport& report);

@@ -86,6 +86,8 @@ struct Options {
   bool gpu() const { return backend == "cuda"; }
   bool by_events() const { return kernel_times == "events"; }
   std::int64_t round_count() const { return rounds.value_or(gpu() ? 1 : budget_s > 0 ? 1000 : 3); }
+  /// Of the suite's cases: a GPU's have clocks that stray, which other rounds tell.
+  std::int64_t suite_rounds() const { return rounds.value_or(3); }
 };
 
 #ifdef PARTITA_MPI
@@ -472,6 +474,11 @@ void name_tasks(Calibration& c) {
   }
 }
 
+validation::Conditions conditions_of(StateWatch& watch) {
+  const cuda::GpuState s = watch.at_work();
+  return {s.clock_mhz, s.memory_clock_mhz, s.power_w, s.temperature_c, s.throttled};
+}
+
 void measure(const Measured& x, std::int64_t round, const Options& o, Crew& crew,
              validation::Journal& journal, Progress& progress) {
   progress.next(fmt::format("{} on {} rank{}", x.name, x.ranks, x.ranks == 1 ? "" : "s"));
@@ -483,10 +490,7 @@ void measure(const Measured& x, std::int64_t round, const Options& o, Crew& crew
   if (o.gpu()) watch.emplace();
   for (const std::size_t task : x.tasks) m.push_back(crew.run(task).ranks);
   validation::Unit u;
-  if (watch) {
-    const cuda::GpuState s = watch->at_work();
-    u.conditions = {s.clock_mhz, s.memory_clock_mhz, s.power_w, s.temperature_c, s.throttled};
-  }
+  if (watch) u.conditions = conditions_of(*watch);
   // Of one process several runs, each of which leaves its kernels loaded: the last has all.
   if (!m.empty() && !m.back().empty()) u.outside = m.back()[0].outside;
   if (!m.empty() && m[0].size() == 1) {
@@ -830,6 +834,15 @@ void calibrate(Options& o, int& code) {
       for (const int ranks : o.ranks) calibrate_round(round, ranks, o, c, crew, journal, progress);
     }
     Profile p = profile_of(journal, o);
+    if (points_of(p) == 0 && p.strayed > 0) {
+      // Not to be gone on with: these runs would be kept.
+      journal.keep_as(o.out + "/measured.jsonl");
+      throw MachineError(fmt::format(
+          "nothing is left of {} runs: the GPU's clock was held down by heat, a slowdown or a "
+          "power brake in all of them (nvidia-smi -q -d PERFORMANCE says which; {}/measured.jsonl "
+          "has them); let it cool and calibrate again",
+          p.strayed, o.out));
+    }
     const KernelTable held = held_out_of(p);
     const std::string cluster = save(p, o.out, o.most_ranks());
     journal.keep_as(o.out + "/measured.jsonl");
@@ -855,15 +868,21 @@ void calibrate(Options& o, int& code) {
   }
 }
 
+/// Of a case's timed runs.
+struct TimedRun {
+  std::int64_t round = 0;
+  std::vector<RankMeasurement> ranks;
+  Routing routing;  ///< of its last step
+};
 struct Outcome {
   SuiteCase* suite;
   Program program;
   reference::Comparison reference;
-  std::vector<std::vector<RankMeasurement>> measured;
+  std::vector<TimedRun> measured;
+  std::size_t strayed = 0;                  ///< runs that are no measurement for their clock
   std::size_t mathematics = 0, timing = 0;  ///< tasks
   bool checked = false;                     ///< its reference is known
   bool has_reference = true, is_timed = true;
-  Routing routing;  ///< of the last step measured
   bool routed = false;
 };
 
@@ -912,8 +931,10 @@ class SuiteJournal {
 /// In a journal the mathematics of a case come before all rounds.
 constexpr std::int64_t kMathematics = -1;
 
-void note(validation::Journal& journal, std::int64_t round, const Outcome& c, std::string record) {
+void note(validation::Journal& journal, std::int64_t round, const Outcome& c, std::string record,
+          const validation::Conditions& conditions = {}) {
   validation::Unit u;
+  u.conditions = conditions;
   u.round = round;
   u.ranks = static_cast<int>(c.suite->ranks);
   u.name = c.suite->name;
@@ -931,20 +952,33 @@ std::size_t recall(const validation::Journal& journal, std::deque<Outcome>& outc
         c.checked = true;
       } else {
         CaseRecord r = case_record(u.record);
-        c.measured.push_back(std::move(r.ranks));
-        c.routing = std::move(r.routing);
+        c.measured.push_back({u.round, std::move(r.ranks), std::move(r.routing)});
       }
     }
   }
   return journal.units().size();
 }
 
+/// Takes out the timed runs that are no measurement for their clock.
+void leave_out_strayed(const validation::Journal& journal, std::deque<Outcome>& outcomes) {
+  for (const std::size_t number : validation::off_clock(journal.units())) {
+    const validation::Unit& u = journal.units()[number];
+    if (u.record.empty()) continue;
+    for (Outcome& c : outcomes) {
+      if (c.suite->name != u.name || c.suite->ranks != u.ranks) continue;
+      c.strayed += std::erase_if(c.measured, [&](const TimedRun& r) { return r.round == u.round; });
+    }
+  }
+}
+
 /// Of a suite whose ranks have failed.
 void show_incomplete(const Options& o, const std::deque<Outcome>& outcomes, std::size_t units,
                      const std::string& reason) {
-  IncompleteSuite s{o.backend, o.transport, reason, o.round_count(), units, !o.out.empty(), {}};
-  for (const Outcome& c : outcomes)
-    s.cases.push_back({c.suite->name, c.suite->ranks, c.checked, c.reference.equal, &c.measured});
+  IncompleteSuite s{o.backend, o.transport, reason, o.suite_rounds(), units, !o.out.empty(), {}};
+  for (const Outcome& c : outcomes) {
+    s.cases.push_back({c.suite->name, c.suite->ranks, c.checked, c.reference.equal, {}});
+    for (const TimedRun& run : c.measured) s.cases.back().measured.push_back(&run.ranks);
+  }
   fmt::print("{}", o.json ? to_json(s) : to_text(s));
 }
 
@@ -975,8 +1009,8 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
   for (const Flops& n : timeline.flops) f.flops = std::max(f.flops, n.count);
   std::vector<double> medians, compute, within, compute_within;
   validation::StepComparison step;
-  for (const auto& m : c.measured) {
-    step = validation::compare(program, timeline, m);
+  for (const TimedRun& run : c.measured) {
+    step = validation::compare(program, timeline, run.ranks);
     medians.push_back(step.measured.count);
     compute.push_back(step.compute_measured.count);
     within.push_back(step.noise);
@@ -994,6 +1028,7 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
   std::tie(f.compute_measured, f.compute_noise) = validation::over_rounds(compute, compute_within);
   f.predicted = step.predicted.count;
   f.compute_predicted = step.compute_predicted.count;
+  row.strayed = c.strayed;
   row.checked = !o.no_reference && c.has_reference;
   row.equal = c.reference.equal;
   row.memory_error = static_cast<double>(step.predicted_peak.count - step.measured_peak.count) /
@@ -1003,7 +1038,7 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
     std::vector<Bytes> peaks;
     for (const MemoryUse& use : timeline.memory) peaks.push_back(use.peak);
     row.device_memory =
-        device_memory(program, communication, timeline.classes, peaks, c.measured.back());
+        device_memory(program, communication, timeline.classes, peaks, c.measured.back().ranks);
   }
   // The rows that are fed back are those of the last round's last step; other rows, given or of
   // earlier rounds, are other counts.
@@ -1011,8 +1046,8 @@ SuiteRow row_of(const Outcome& c, const Topology& topology, const RoutingSource&
     if (c.routed && !feeds_back) break;
     if (!row.program || row.program->equal())
       row.program =
-          validation::check_program(program, timeline, c.measured[k], warm_up(o) + o.steps - 1,
-                                    o.transport != "mpi" && !o.gpu());
+          validation::check_program(program, timeline, c.measured[k].ranks,
+                                    warm_up(o) + o.steps - 1, o.transport != "mpi" && !o.gpu());
   }
   return row;
 }
@@ -1137,9 +1172,11 @@ void validate(Options& o, int& code) {
     const std::size_t before = recall(journal, outcomes);
     if (before > 0)
       fmt::print(stderr, "progress: {} of the last validation's measurements are kept\n", before);
-    const std::size_t total =
-        (calibration.all.size() + outcomes.size()) * static_cast<std::size_t>(o.round_count()) +
-        outcomes.size() + (estimating ? 1 : 0);
+    const auto timed_cases = std::count_if(outcomes.begin(), outcomes.end(),
+                                           [](const Outcome& c) { return c.is_timed; });
+    const std::size_t total = calibration.all.size() * static_cast<std::size_t>(o.round_count()) +
+                              static_cast<std::size_t>(timed_cases * o.suite_rounds()) +
+                              outcomes.size() + (estimating ? 1 : 0);
     Progress progress(total - std::min(total, before), 0);
     // Mathematics first: a wrong plan's time is of no interest.
     for (Outcome& c : outcomes) {
@@ -1181,24 +1218,28 @@ void validate(Options& o, int& code) {
       }
     }
     // Calibration and suite take turns, so that a slow minute of the machine meets both.
-    for (std::int64_t round = 0; round < o.round_count(); ++round) {
+    for (std::int64_t round = 0; round < std::max(o.round_count(), o.suite_rounds()); ++round) {
       for (const int ranks : o.ranks) {
-        calibrate_round(round, ranks, o, calibration, crew, journal, progress);
+        if (round < o.round_count())
+          calibrate_round(round, ranks, o, calibration, crew, journal, progress);
         for (Outcome& c : outcomes) {
           if (c.suite->ranks != ranks || !c.is_timed || journal.has(round, ranks, c.suite->name))
             continue;
           progress.next(c.suite->name);
           execute::RankResult result;
+          validation::Conditions conditions;
           try {
+            std::optional<StateWatch> watch;
+            if (o.gpu()) watch.emplace();
             result = crew.run(c.timing);
+            if (watch) conditions = conditions_of(*watch);
           } catch (const MachineError& e) {
             if (!o.gpu()) throw;
             fmt::print(stderr, "progress: {} was not measured: {}\n", c.suite->name, e.what());
             continue;
           }
-          note(journal, round, c, to_record(CaseRecord{result.ranks, result.routing}));
-          c.measured.push_back(std::move(result.ranks));
-          c.routing = std::move(result.routing);
+          note(journal, round, c, to_record(CaseRecord{result.ranks, result.routing}), conditions);
+          c.measured.push_back({round, std::move(result.ranks), std::move(result.routing)});
         }
       }
     }
@@ -1216,6 +1257,7 @@ void validate(Options& o, int& code) {
   }
   validation::Journal& journal = *kept;
   if (!o.out.empty()) journal.keep_as(o.out + "/suite.jsonl");
+  leave_out_strayed(journal, outcomes);
   Profile p = profile_of(journal, o);
   const KernelTable held = held_out_of(p);
   const bool temporary = o.out.empty();
@@ -1234,13 +1276,18 @@ void validate(Options& o, int& code) {
   report.transport = o.transport;
   report.provenance = p.provenance;
   report.outliers = outliers(p);
+  report.strayed = p.strayed;
   if (!held.empty()) report.held_out = validation::judge(p.kernels, held);
   std::tie(report.estimates, report.no_estimates) = beside_nccl(o, estimates);
   std::map<std::string, SuiteKind> kinds;
   for (Outcome& c : outcomes) {
-    if (c.is_timed && c.measured.empty()) continue;  // as was said
+    report.strayed_of_suite += c.strayed;
+    if (c.is_timed && c.measured.empty()) {  // as was said, or is below
+      if (c.strayed > 0) report.no_figures.push_back(c.suite->name);
+      continue;
+    }
     RoutingSource routing = given;
-    if (feeds_back) routing.recorded = c.routing;
+    if (feeds_back && !c.measured.empty()) routing.recorded = c.measured.back().routing;
     try {
       report.rows.push_back(row_of(c, topology, routing, feeds_back, o, kinds));
     } catch (const InputError& e) {
@@ -1263,7 +1310,8 @@ void add_common(CLI::App& c, Options& o) {
   c.add_flag("--share-gpu", o.share_gpu, "cuda: several ranks on one GPU");
   c.add_option("--transport", o.transport, "threads (default), mpi or tcp: what ranks are");
   c.add_option("--ranks", o.ranks_text, "numbers of ranks, like 1,2,4");
-  c.add_option("--rounds", o.rounds, "how often everything is measured, in turns (default: 3)");
+  c.add_option("--rounds", o.rounds,
+               "how often everything is measured, in turns (default: 3, of a GPU's calibration 1)");
   c.add_option("--steps", o.steps_given, "timed steps of each run");
   c.add_option("--kernel-times", o.kernel_times,
                "cuda: records (default), the GPU's own where CUPTI is found; events: CUDA events "

@@ -6,8 +6,6 @@ set(PARTITA_CUDA_ARCHITECTURES "90" CACHE STRING "CMAKE_CUDA_ARCHITECTURES of th
 set(PARTITA_WITH_CUDA OFF)
 if(PARTITA_CUDA STREQUAL "OFF")
   message(STATUS "CUDA: switched off by PARTITA_CUDA")
-elseif(PARTITA_SANITIZE)
-  message(STATUS "CUDA: left out of a build with sanitizers")
 else()
   include(CheckLanguage)
   check_language(CUDA)

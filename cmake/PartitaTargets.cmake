@@ -14,12 +14,14 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(partita_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)
 endif()
 if(PARTITA_SANITIZE)
-  target_compile_options(partita_flags INTERFACE -fsanitize=${PARTITA_SANITIZE} -fno-omit-frame-pointer)
+  # Of a GPU's kernels only the text that the host runs is looked at.
+  target_compile_options(partita_flags INTERFACE
+    "$<$<COMPILE_LANGUAGE:CXX>:SHELL:-fsanitize=${PARTITA_SANITIZE} -fno-omit-frame-pointer>")
   # GCC 12 takes std::regex's functions for uninitialised there (its bug 105562).
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     target_compile_options(partita_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized>)
   endif()
-  target_link_options(partita_flags INTERFACE -fsanitize=${PARTITA_SANITIZE})
+  target_link_options(partita_flags INTERFACE "$<$<LINK_LANGUAGE:CXX>:-fsanitize=${PARTITA_SANITIZE}>")
 endif()
 
 # partita_library(NAME SOURCES a.cpp ... DEPS base ... PRIVATE_DEPS fmt::fmt ...)

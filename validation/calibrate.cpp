@@ -693,10 +693,13 @@ Profile joined(const std::vector<Unit>& units) {
   SlowdownTable slowdown;
   std::vector<OutsideMemory> units_outside;
   const std::vector<std::size_t> off = off_clock(units);
-  p.strayed = off.size();
   for (std::size_t number = 0; number < units.size(); ++number) {
     const Unit& u = units[number];
-    if (std::binary_search(off.begin(), off.end(), number)) continue;
+    if (!u.record.empty()) continue;
+    if (std::binary_search(off.begin(), off.end(), number)) {
+      ++p.strayed;
+      continue;
+    }
     for (const auto& [kernel, points] : u.kernels)
       p.kernels[kernel].insert(p.kernels[kernel].end(), points.begin(), points.end());
     for (const auto& [kind, points] : u.collectives)

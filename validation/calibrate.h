@@ -102,7 +102,7 @@ struct Profile {
   std::size_t recorded = 0, unrecorded = 0;
   double recording = 0;
   std::string no_records;
-  std::size_t strayed = 0;      ///< units left out for their clock (left_out_for_clock)
+  std::size_t strayed = 0;  ///< units left out for their clock (off_clock)
 };
 /// Numbers of units that are no measurement: a clock more than 1 % off the median of all rounds of
 /// the same unit, or held down by heat, a slowdown or a power brake. A power cap is the GPU's own
@@ -110,7 +110,8 @@ struct Profile {
 std::vector<std::size_t> off_clock(const std::vector<Unit>& units);
 /// Medians, of kernels the most: once loaded they stay.
 OutsideMemory joined(const std::vector<OutsideMemory>& units);
-/// All rounds' units joined: medians, and how far the rounds are apart.
+/// All rounds' units joined, but for those with a record: medians, and how far the rounds are
+/// apart.
 Profile joined(const std::vector<Unit>& units);
 
 /// Device and cluster files for the profile: partita.device/1 and partita.topology/1.

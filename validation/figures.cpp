@@ -57,17 +57,21 @@ std::optional<GroupFigures> group_of(const std::string& name, const std::vector<
 
 }  // namespace
 
-std::vector<GroupFigures> groups_of(const std::vector<CaseFigures>& cases) {
+std::vector<GroupFigures> groups_of(const std::vector<CaseFigures>& cases, bool gpu) {
   std::vector<Point> compute, few, more;
   for (const CaseFigures& c : cases) {
     if (c.compute_measured > 0)
       compute.push_back({c.compute_predicted, c.compute_measured, c.compute_noise, c.flops});
-    (c.ranks <= 2 ? few : more).push_back({c.predicted, c.measured, c.noise, c.flops});
+    (c.ranks <= (gpu ? 1 : 2) ? few : more).push_back({c.predicted, c.measured, c.noise, c.flops});
+  }
+  auto alone = group_of("compute alone", compute, gpu ? 0.03 : 0.07, 0);
+  auto least = gpu ? group_of("1 GPU", few, 0.03, 0) : group_of("1 and 2 ranks", few, 0.10, 2);
+  for (auto* g : {&alone, &least}) {
+    if (gpu && *g) (*g)->bias_bound = 0.01;
   }
   std::vector<GroupFigures> all;
-  for (auto g : {group_of("compute alone", compute, 0.07, 0),
-                 group_of("1 and 2 ranks", few, 0.10, 2), group_of("more ranks", more, 0.25, 3)}) {
-    if (g) all.push_back(std::move(*g));
+  for (auto& g : {alone, least, group_of("more ranks", more, 0.25, 3)}) {
+    if (g) all.push_back(*g);
   }
   return all;
 }

@@ -27,16 +27,18 @@ struct GroupFigures {
   double mean_error = 0;  ///< of the errors' sizes
   double bias = 0;        ///< of the errors
   double noise = 0;       ///< mean
-  double bound = 0;
+  double bound = 0, bias_bound = 0;  ///< of the bias; 0: none
   /// Mean error of the dullest prediction: FLOPs at one rate, fitted to these very cases (the
   /// geometric mean of theirs).
   double baseline = 0;
-  bool missed() const { return mean_error > bound; }
+  bool biased() const { return bias_bound > 0 && (bias > bias_bound || bias < -bias_bound); }
+  bool missed() const { return mean_error > bound || biased(); }
 };
-/// Compute alone on one rank (bound 7 %); steps on one and two ranks (the larger of 10 % and twice
-/// the noise); steps on more (of 25 % and three times the noise). Groups without cases are left
-/// out.
-std::vector<GroupFigures> groups_of(const std::vector<CaseFigures>& cases);
+/// Of a host: compute alone on one rank (bound 7 %); steps on one and two ranks (the larger of 10 %
+/// and twice the noise); steps on more (of 25 % and three times the noise). Of a GPU, whose ranks
+/// have no host's cores to share: compute alone and steps on one rank (3 %, bias within 1 %); steps
+/// on more as a host's. Groups without cases are left out.
+std::vector<GroupFigures> groups_of(const std::vector<CaseFigures>& cases, bool gpu = false);
 
 /// Kendall's tau of plans that can stand for each other: of one network.
 struct OrderFigures {

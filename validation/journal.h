@@ -35,7 +35,7 @@ struct Unit {
   SlowdownTable slowdown;
   std::vector<double> dispatch;  ///< seconds between two instructions
   std::vector<double> overlap;   ///< share of the smaller of transfer and compute
-  std::string record;            ///< JSON of who measures something else
+  std::string record;            ///< JSON of who measures something else: no part of a profile
   Conditions conditions;         ///< of the device, when it was measured
   OutsideMemory outside;         ///< of rank 0's device
   /// Of a GPU's kernels: what a step with its own records takes over a plain one, less 1; of those

@@ -132,4 +132,8 @@ std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int
   return all;
 }
 
+bool missed(const std::vector<Judged>& held) {
+  return !held.empty() && held.back().points > 0 && held.back().mean > kHeldOutBound;
+}
+
 }  // namespace partita::validation

@@ -40,5 +40,9 @@ struct Judged {
 };
 /// By kernel; the last is all together. Kernels without any other point are left out.
 std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int ranks = 1);
+/// The mean error that is asked for of all together.
+constexpr double kHeldOutBound = 0.05;
+/// Is it more?
+bool missed(const std::vector<Judged>& held);
 
 }  // namespace partita::validation

@@ -46,6 +46,31 @@ TEST(Figures, GroupsOfThePage) {
   EXPECT_NEAR(groups[2].bound, 0.3, 1e-12);
   EXPECT_TRUE(groups[2].missed());
   EXPECT_TRUE(groups_of({}).empty());
+  // Of GPUs one that works alone is asked for more, whatever its noise, and its bias is looked at.
+  const auto gpu = groups_of(cases, true);
+  ASSERT_EQ(gpu.size(), 3u);
+  EXPECT_EQ(gpu[0].bound, 0.03);
+  EXPECT_EQ(gpu[0].bias_bound, 0.01);
+  EXPECT_EQ(gpu[1].name, "1 GPU");
+  EXPECT_EQ(gpu[1].cases, 1);
+  EXPECT_EQ(gpu[1].bound, 0.03);
+  EXPECT_EQ(gpu[1].bias_bound, 0.01);
+  EXPECT_EQ(gpu[2].cases, 2);
+  EXPECT_EQ(gpu[2].bias_bound, 0);
+  EXPECT_EQ(groups[0].bias_bound, 0);
+}
+
+TEST(Figures, ABiasIsMissedOnEitherSide) {
+  // Errors of +4 and -1 %: a mean of 2.5 %, a bias of 1.5 %.
+  std::vector<CaseFigures> cases{one("a", 1, 1.04, 1, 0, 1), one("b", 1, 0.99, 1, 0, 1)};
+  EXPECT_TRUE(groups_of(cases, true)[0].missed());
+  EXPECT_FALSE(groups_of(cases)[0].missed());
+  cases[0].predicted = 1.02;  // bias 0.5 %
+  EXPECT_FALSE(groups_of(cases, true)[0].missed());
+  cases[0].predicted = 1.01, cases[1].predicted = 0.96;  // bias -1.5 %
+  EXPECT_TRUE(groups_of(cases, true)[0].missed());
+  cases[0].predicted = 1.03125, cases[1].predicted = 0.96875;  // 3.125 %, bias 0
+  EXPECT_TRUE(groups_of(cases, true)[0].missed());
 }
 
 TEST(Figures, OrdersByNetworkAndTogether) {

@@ -87,6 +87,13 @@ TEST(HoldOut, IsJudgedByKernelAndAltogether) {
   EXPECT_NEAR(all[0].most, 0.25, 1e-9);
   EXPECT_EQ(all[1].kernel, "all");
   EXPECT_EQ(all[1].points, 2u);
+  EXPECT_TRUE(missed(all));
+  // The bound is that of all together, and is none where nothing is held out.
+  EXPECT_FALSE(missed({}));
+  Judged of_one{"add", 4, 0.2, 0, 0.2}, whole{"all", 8, 0.05, 0.05, 0.2};
+  EXPECT_FALSE(missed({of_one, whole}));
+  whole.mean = 0.0501;
+  EXPECT_TRUE(missed({of_one, whole}));
 }
 
 TEST(Clock, RunsThatStrayAreLeftOut) {
@@ -107,6 +114,12 @@ TEST(Clock, RunsThatStrayAreLeftOut) {
   const Profile p = joined(units);
   EXPECT_EQ(p.strayed, 1u);
   EXPECT_EQ(p.kernels.at("add").size(), 4u);
+  // A network's run strays as well, but is no part of a profile.
+  units[3].record = "{}";
+  EXPECT_EQ(off_clock(units), (std::vector<std::size_t>{3}));
+  EXPECT_EQ(joined(units).strayed, 0u);
+  units[2].record = "{}";
+  EXPECT_EQ(joined(units).kernels.at("add").size(), 3u);
 }
 
 /// A GPU that obeys a law: launches, FLOPs that small problems reach less of, bytes.

@@ -211,6 +211,7 @@ std::string paper_name(int) { return "paper GPU"; }
 Facts paper_facts(int) {
   Facts f;
   f.name = "paper GPU";
+  f.bus_id = "00000000:0F:00.0";
   f.compute_capability = 90;
   f.multiprocessors = 132;
   f.memory_bytes = f.free_bytes = kMemory;

@@ -168,6 +168,54 @@ TEST_F(PaperGpu, ItsNetworksTakeWhatIsPredictedFromItsCalibration) {
   EXPECT_LT(j.at("held_out").back().at("mape").get<double>(), 0.2);
 }
 
+// A header, and of each round copies, copies to the host and the network: the seventh line of the
+// journal is the network's second run.
+TEST_F(PaperGpu, RunsOfANetworkWhoseClockStraysAreNoMeasurement) {
+  std::filesystem::copy_file(PARTITA_FAKE_NVML, folder_ / "libnvidia-ml.so.1");
+  const std::string clocks = fmt::format("env LD_LIBRARY_PATH='{}'", folder_.string());
+  const auto validate = [&](const std::string& out, const std::string& slow,
+                            const std::string& rounds = "--rounds 3", bool fails = false) {
+    const std::string command = fmt::format(
+        "validate --backend cuda --only 'gpt2' --calibrate-only copies --steps 1 "
+        "--no-reference --json {} --out '{}/{}'",
+        rounds, folder_.string(), out);
+    const std::string said =
+        run(command, fails ? 1 : 0, !fails,
+            clocks + (slow.empty() ? "" : fmt::format(" PARTITA_FAKE_NVML_SLOW='{}'", slow)));
+    return Json::parse(said);
+  };
+  const auto journal = [&](const std::string& out) {
+    return fmt::format("{}/{}/suite-journal.jsonl", folder_.string(), out);
+  };
+  const Json none = validate("none", "99 " + journal("none"));
+  EXPECT_EQ(none.at("left_out_for_clock"), (Json{{"calibration", 0}, {"suite", 0}})) << none;
+  const Json second = validate("second", "6 " + journal("second"));
+  EXPECT_EQ(second.at("left_out_for_clock"), (Json{{"calibration", 0}, {"suite", 1}})) << second;
+  EXPECT_EQ(second.at("suite").at("cases")[0].at("left_out_for_clock"), 1);
+  // Networks have three rounds beside one of calibration, unless it is said.
+  const Json twice = validate("twice", "4 " + journal("twice"), "");
+  EXPECT_EQ(twice.at("left_out_for_clock"), (Json{{"calibration", 0}, {"suite", 1}})) << twice;
+  EXPECT_EQ(validate("once", "3 " + journal("once"), "--rounds 1").at("left_out_for_clock"),
+            (Json{{"calibration", 0}, {"suite", 0}}));
+  const Json copies = validate("copies", "4 " + journal("copies"));
+  EXPECT_EQ(copies.at("left_out_for_clock"), (Json{{"calibration", 1}, {"suite", 0}})) << copies;
+  // Heat holds all of them down: nothing is shown, and nothing of it is gone on with.
+  const Json none_left = validate("hot", "", "--rounds 2", true);
+  EXPECT_EQ(none_left.at("left_out_for_clock"), (Json{{"calibration", 4}, {"suite", 2}}));
+  EXPECT_EQ(none_left.at("no_figures"), Json::array({"gpt2, 1024 tokens, batch 4"}));
+  EXPECT_TRUE(none_left.at("suite").at("cases").empty());
+  const std::string out = (folder_ / "mine").string();
+  for (const int again : {0, 1}) {
+    static_cast<void>(again);
+    run("calibrate --backend cuda --only copies --steps 1 --out '" + out + "'", 3, false, clocks);
+    EXPECT_NE(err().find("nothing is left of 2 runs: the GPU's clock was held down by heat"),
+              std::string::npos)
+        << err();
+  }
+  EXPECT_FALSE(std::filesystem::exists(out + "/device.yaml"));
+  EXPECT_FALSE(std::filesystem::exists(out + "/journal.jsonl"));
+}
+
 TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
   const Json j = Json::parse(
       run("replay llama-3-70b dgx-h100:8 --tp 8 --pp 8 --global-batch 8 --rank 63 --backend cuda "

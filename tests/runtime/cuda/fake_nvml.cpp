@@ -1,6 +1,25 @@
 // A library with NVML's names: one GPU at 00000000:0F:00.0, 1755 MHz, under a power cap; it does
-// not say its temperature.
+// not say its temperature. PARTITA_FAKE_NVML_SLOW="LINES FILE...": 1700 MHz while these files have
+// so many lines together, and nothing but the cap.
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+namespace {
+bool is_slow() {
+  const char* text = std::getenv("PARTITA_FAKE_NVML_SLOW");
+  if (text == nullptr) return false;
+  std::istringstream words(text);
+  int wanted = 0, lines = 0;
+  words >> wanted;
+  for (std::string file, line; words >> file;) {
+    for (std::ifstream in(file); std::getline(in, line);) ++lines;
+  }
+  return lines == wanted;
+}
+}  // namespace
 
 extern "C" {
 int nvmlInit_v2() { return 0; }
@@ -17,7 +36,7 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char* bus, void** device) {
 }
 int nvmlDeviceGetClockInfo(void*, unsigned type, unsigned* mhz) {
   if (type != 1 && type != 2) return 2;
-  *mhz = type == 1 ? 1755 : 2619;
+  *mhz = type == 2 ? 2619 : is_slow() ? 1700 : 1755;
   return 0;
 }
 int nvmlDeviceGetPowerUsage(void*, unsigned* mw) {
@@ -30,7 +49,7 @@ int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total_free_used) {
 }
 int nvmlDeviceGetTemperature(void*, unsigned, unsigned*) { return 3; }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
-  *reasons = 0x4 | 0x20 | 0x40;
+  *reasons = std::getenv("PARTITA_FAKE_NVML_SLOW") != nullptr ? 0x4 : 0x4 | 0x20 | 0x40;
   return 0;
 }
 }
