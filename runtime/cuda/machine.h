@@ -257,6 +257,14 @@ PARTITA_BOTH void store_sixteen(void* p, const Sixteen& s) {
   memcpy(p, &s, sizeof s);
 #endif
 }
+/// 8 bytes at once, the lowest first.
+PARTITA_BOTH void store_bytes(std::uint8_t* p, std::uint64_t bytes) {
+#ifdef __CUDA_ARCH__
+  *reinterpret_cast<std::uint64_t*>(p) = bytes;
+#else
+  memcpy(p, &bytes, sizeof bytes);
+#endif
+}
 /// May all eight from there on be moved at once?
 PARTITA_BOTH bool together(const Numbers& at, std::int64_t count) {
   return count >= Octet::kSize && reinterpret_cast<std::uintptr_t>(at.data()) % 16 == 0;

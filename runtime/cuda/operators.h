@@ -21,103 +21,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "runtime/cpu/kernels.h"
 #include "runtime/cpu/normalisation.h"
 #include "runtime/cuda/flash.h"
+#include "runtime/cuda/operands.h"
+#include "runtime/cuda/state_space.h"
 
 namespace partita::cuda {
-
-using cpu::Arguments;
-using cpu::Indices;
-using cpu::Tensor;
-using reference::Context;
-
-/// By octets of a row where rows are whole octets, else by element: f(row, first, count).
-template <class M, class F>
-void each_of_rows(M& m, std::int64_t rows, std::int64_t n, F f) {
-  const std::int64_t step = n % Octet::kSize == 0 ? Octet::kSize : 1, pieces = n / step;
-  m.each(rows * pieces, RowPieces<F>{pieces, step, f});
-}
-inline std::int64_t extent(const Tensor& t, std::size_t first, std::size_t last) {
-  std::int64_t n = 1;
-  for (std::size_t d = first; d < last; ++d) n *= static_cast<std::int64_t>((*t.index)[d].size());
-  return n;
-}
-inline Numbers numbers(const Tensor& t) { return {t.values, t.type}; }
-inline bool wanted(const Arguments& a, std::size_t k) {
-  return k < a.results.size() && static_cast<bool>(a.results[k]);
-}
-inline std::int64_t at_least_1(std::int64_t n) { return n > 1 ? n : 1; }
-inline bool any_rows(const Arguments& a) {
-  for (const auto* list : {&a.inputs, &a.outputs, &a.output_gradients, &a.results}) {
-    for (const Tensor& t : *list) {
-      if (t && t.rows != nullptr) return true;
-    }
-  }
-  return false;
-}
-
-/// Of `type`, as scratch.
-template <class M>
-Numbers scratch(M& m, std::int64_t n, ElementType type) {
-  return {m.scratch(type == ElementType::fp32 ? n : (n + 1) / 2), type};
-}
-
-template <class M>
-void copy_values(M& m, Numbers from, Numbers to, std::int64_t n) {
-  map_one(
-      m, n, from, to, PARTITA_KERNEL(float v) { return v; });
-}
-template <class M>
-void fill_values(M& m, Numbers to, std::int64_t n, float value) {
-  m.each(
-      octets(n), PARTITA_KERNEL(std::int64_t number) {
-        Octet o;
-        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = value;
-        put(to, number * Octet::kSize, n - number * Octet::kSize, o);
-      });
-}
-
-/// to[column] (+)= sum over rows of y[row, column], in two stages so that its order is fixed.
-template <class M>
-void sum_columns(M& m, Numbers y, std::int64_t rows, std::int64_t columns, Numbers to,
-                 bool accumulate) {
-  const std::int64_t chunk = 64, chunks = (rows + chunk - 1) / chunk;
-  float* parts = m.scratch(chunks * columns);
-  m.each(
-      chunks * columns, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t first = i / columns * chunk, column = i % columns;
-        const std::int64_t end = first + chunk < rows ? first + chunk : rows;
-        float sum = 0;
-        for (std::int64_t r = first; r < end; ++r) sum += y[r * columns + column];
-        parts[i] = sum;
-      });
-  m.each(
-      columns, PARTITA_KERNEL(std::int64_t c) {
-        float sum = 0;
-        for (std::int64_t k = 0; k < chunks; ++k) sum += parts[k * columns + c];
-        to[c] = accumulate ? to[c] + sum : sum;
-      });
-}
-
-/// y[i] = x[i] + b[i % columns].
-template <class M>
-void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int64_t columns) {
-  const bool whole = columns % Octet::kSize == 0;  // an octet is of one row
-  m.each(
-      octets(n), PARTITA_KERNEL(std::int64_t number) {
-        const std::int64_t first = number * Octet::kSize, count = n - first;
-        Octet o = octet(x, first, count);
-        if (whole) {
-          const Octet c = octet(b, first % columns, Octet::kSize);
-          for (int k = 0; k < Octet::kSize; ++k) o.v[k] += c.v[k];
-        } else {
-          for (std::int64_t k = 0; k < Octet::kSize && k < count; ++k)
-            o.v[k] += b[(first + k) % columns];
-        }
-        put(y, first, count, o);
-      });
-}
 
 // --------------------------------------------------------------------------- products in 8 bits
 
@@ -159,13 +68,43 @@ Eights rounded_eights(M& m, EightBits format, Numbers from, std::int64_t rows, s
   e.stride = (e.columns + 15) / 16 * 16;
   e.at = reinterpret_cast<std::uint8_t*>(m.scratch((e.padded * e.stride + 3) / 4));
   e.inverse = inverse;
+  const std::int64_t across = e.stride / Octet::kSize;
+  if (!turned) {
+    m.each(
+        e.padded * across, PARTITA_KERNEL(std::int64_t i) {
+          const std::int64_t row = i / across, column = i % across * Octet::kSize;
+          Octet o{};
+          if (row < e.rows && column < e.columns)
+            o = octet(from, row * e.columns + column, e.columns - column);
+          std::uint64_t bits = 0;
+          for (int k = 0; k < Octet::kSize; ++k)
+            bits |= static_cast<std::uint64_t>(to_eight(e.format, o.v[k] * *scale)) << 8 * k;
+          store_bytes(e.at + i * Octet::kSize, bits);
+        });
+    return e;
+  }
+  // Squares of 8 x 8. A warp's are 8 down and 4 across, so that it reads 128 bytes of 16-bit
+  // numbers and writes 32 in a row.
+  constexpr std::int64_t kDown = 8, kAcross = 4;
+  const std::int64_t down = (e.padded + Octet::kSize - 1) / Octet::kSize,
+                     blocks_down = (down + kDown - 1) / kDown,
+                     blocks_across = (across + kAcross - 1) / kAcross;
   m.each(
-      e.padded * e.stride, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t row = i / e.stride, column = i % e.stride;
-        const float v = column >= e.columns || row >= e.rows ? 0.0f
-                        : turned                             ? from[column * e.rows + row]
-                                                             : from[row * e.columns + column];
-        e.at[i] = to_eight(e.format, v * *scale);
+      blocks_down * kDown * blocks_across * kAcross, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t block = i / (kDown * kAcross),
+                           row = (block % blocks_down * kDown + i / kAcross % kDown) * Octet::kSize,
+                           column = (block / blocks_down * kAcross + i % kAcross) * Octet::kSize;
+        if (row >= e.padded || column >= e.stride) return;
+        std::uint64_t bits[Octet::kSize] = {};
+        for (int k = 0; k < Octet::kSize; ++k) {
+          Octet o{};
+          if (column + k < e.columns && row < e.rows)
+            o = octet(from, (column + k) * e.rows + row, e.rows - row);
+          for (int j = 0; j < Octet::kSize; ++j)
+            bits[j] |= static_cast<std::uint64_t>(to_eight(e.format, o.v[j] * *scale)) << 8 * k;
+        }
+        for (int j = 0; j < Octet::kSize && row + j < e.padded; ++j)
+          store_bytes(e.at + (row + j) * e.stride + column, bits[j]);
       });
   return e;
 }
@@ -398,6 +337,69 @@ bool weight(M& m, const PositionEmbedding&, const Context&, const Arguments& a) 
 
 // --------------------------------------------------------------------------------- normalisation
 
+/// Local response normalisation over neighbouring features.
+struct Neighbours {
+  Numbers x;
+  std::int64_t features = 0, stride = 0, before = 0, after = 0;
+  float offset = 0, alpha = 0;  ///< of one square
+
+  /// The divisor to the power of 1 / beta.
+  PARTITA_LANE float base(std::int64_t i) const {
+    const std::int64_t f = i / stride % features, down = f < before ? f : before,
+                       left = features - 1 - f, up = left < after ? left : after;
+    float squares = 0;
+    for (std::int64_t k = -down; k <= up; ++k) {
+      const float v = x[i + k * stride];
+      squares += v * v;
+    }
+    return offset + alpha * squares;
+  }
+};
+inline Neighbours neighbours_of(const Normalize& op, const Tensor& x) {
+  Neighbours n;
+  n.x = numbers(x);
+  n.features = extent(x, 1, 2), n.stride = extent(x, 2, x.index->size());
+  n.before = op.window / 2, n.after = (op.window - 1) / 2;
+  n.offset = static_cast<float>(op.offset);
+  n.alpha = static_cast<float>(op.alpha / static_cast<double>(op.window));
+  return n;
+}
+template <class M>
+bool normalised_locally(M& m, const Normalize& op, const Arguments& a) {
+  const Neighbours n = neighbours_of(op, a.inputs[0]);
+  const Numbers y = numbers(a.results[0]);
+  const auto power = static_cast<float>(-op.beta);
+  m.each(
+      a.inputs[0].size(),
+      PARTITA_KERNEL(std::int64_t i) { y[i] = n.x[i] * powf(n.base(i), power); });
+  return true;
+}
+template <class M>
+bool local_data(M& m, const Normalize& op, const Arguments& a) {
+  const Neighbours n = neighbours_of(op, a.inputs[0]);
+  const Numbers dy = numbers(a.output_gradients[0]), dx = numbers(a.results[0]);
+  const std::int64_t size = a.inputs[0].size();
+  const auto power = static_cast<float>(-op.beta);
+  // What a feature sends to each of those that it was divided by, over theirs.
+  float *const own = m.scratch(size), *const sent = m.scratch(size);
+  m.each(
+      size, PARTITA_KERNEL(std::int64_t i) {
+        const float base = n.base(i), scaled = dy[i] * powf(base, power);
+        own[i] = scaled;
+        sent[i] = scaled * n.x[i] / base;
+      });
+  const float slope = 2 * static_cast<float>(op.beta) * n.alpha;
+  m.each(
+      size, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t f = i / n.stride % n.features, down = f < n.after ? f : n.after,
+                           left = n.features - 1 - f, up = left < n.before ? left : n.before;
+        float sum = 0;
+        for (std::int64_t k = -down; k <= up; ++k) sum += sent[i + k * n.stride];
+        dx[i] = own[i] - slope * sum * n.x[i];
+      });
+  return true;
+}
+
 struct Runs : cpu::NormalisedRuns {
   double epsilon = 0;
   PARTITA_BOTH std::int64_t size() const { return repeats * length; }
@@ -486,6 +488,7 @@ bool statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) 
 }
 template <class M>
 bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  if (op.kind == Normalize::Kind::local) return normalised_locally(m, op, a);
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   const Numbers x = numbers(a.inputs[0]), sums = numbers(a.statistics[0]);
@@ -544,6 +547,7 @@ bool backward_statistic(M& m, const Normalize& op, const Context& c, const Argum
 }
 template <class M>
 bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
+  if (op.kind == Normalize::Kind::local) return local_data(m, op, a);
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
@@ -633,42 +637,6 @@ bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
 }
 
 // ---------------------------------------------------------------------------------- element-wise
-
-struct Curve {
-  float value, slope;
-};
-PARTITA_BOTH Curve curve(ActivationKind kind, float x) {
-  constexpr float kRoot2 = 1.41421356237309505f, kInverseRoot2Pi = 0.39894228040143268f,
-                  kRoot2OverPi = 0.79788456080286536f;
-  switch (kind) {
-    case ActivationKind::relu:
-      return {x > 0 ? x : 0.0f, x > 0 ? 1.0f : 0.0f};
-    case ActivationKind::squared_relu:
-      return {x > 0 ? x * x : 0.0f, x > 0 ? 2 * x : 0.0f};
-    case ActivationKind::gelu: {
-      const float half = 0.5f * (1 + erff(x / kRoot2));
-      return {x * half, half + x * expf(-0.5f * x * x) * kInverseRoot2Pi};
-    }
-    case ActivationKind::gelu_tanh: {
-      const float t = tanhf(kRoot2OverPi * (x + 0.044715f * x * x * x));
-      return {0.5f * x * (1 + t),
-              0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kRoot2OverPi * (1 + 3 * 0.044715f * x * x)};
-    }
-    case ActivationKind::silu: {
-      const float s = 1 / (1 + expf(-x));
-      return {x * s, s * (1 + x * (1 - s))};
-    }
-    case ActivationKind::sigmoid: {
-      const float s = 1 / (1 + expf(-x));
-      return {s, s * (1 - s)};
-    }
-    case ActivationKind::tanh: {
-      const float t = tanhf(x);
-      return {t, 1 - t * t};
-    }
-  }
-  return {0, 0};
-}
 
 template <class M>
 bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
@@ -781,10 +749,43 @@ struct Places {
   std::int64_t extent[kMost];
   int dims = 0, sample = -1;
 };
+constexpr std::uint64_t kDropout = 0x64726f70;
+/// Rows of experts: each by its token and expert.
+template <class M>
+bool dropped_rows(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers to) {
+  std::vector<std::int64_t> samples, tokens;
+  for (const reference::Row& r : *x.rows) {
+    samples.push_back(c.first_sample + r.sample);
+    tokens.push_back(static_cast<std::int64_t>(random_bits(
+        0, static_cast<std::uint64_t>(r.sequence), static_cast<std::uint64_t>(r.expert))));
+  }
+  const IndexList sample = m.upload(samples), token = m.upload(tokens),
+                  feature = m.list((*x.index)[3]);
+  const Numbers from = numbers(x);
+  const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
+  const auto kept = static_cast<float>(1 - op.probability);
+  const auto below = static_cast<std::uint64_t>(std::ceil(op.probability * 0x1p53));
+  const std::int64_t n = feature.size;
+  each_of_rows(
+      m, std::ssize(*x.rows), n,
+      PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
+        const std::uint64_t common =
+            splitmix(splitmix(key) ^ static_cast<std::uint64_t>(sample.at(row)));
+        const auto place = static_cast<std::uint64_t>(token.at(row));
+        Octet o = octet(from, row * n + first, count);
+        for (int k = 0; k < Octet::kSize && k < count; ++k) {
+          const std::uint64_t bits =
+              splitmix(common ^ (place + static_cast<std::uint64_t>(feature.at(first + k))));
+          o.v[k] = bits >> 11 < below ? 0.0f : o.v[k] / kept;
+        }
+        put(to, row * n + first, count, o);
+      });
+  return true;
+}
 /// Keeps what the reference keeps: an element's number depends on its place in its sample.
 template <class M>
 bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers from, Numbers to) {
-  constexpr std::uint64_t kDropout = 0x64726f70;
+  if (x.rows != nullptr) return dropped_rows(m, op, c, x, to);
   const Shape& shape = c.signature->outputs[0].shape;
   Places p;
   p.dims = static_cast<int>(shape.size());
@@ -2422,7 +2423,8 @@ bool weight(M&, const Op&, const Context&, const Arguments&) {
 /// Element-wise operators take rows as they come: their result's are those of what they read.
 inline bool takes_rows(const Operation& op) {
   return std::holds_alternative<Activation>(op) || std::holds_alternative<GatedActivation>(op) ||
-         std::holds_alternative<Add>(op) || std::holds_alternative<Multiply>(op);
+         std::holds_alternative<Add>(op) || std::holds_alternative<Multiply>(op) ||
+         std::holds_alternative<Dropout>(op);
 }
 inline bool of_experts(const Operation& op) {
   return std::holds_alternative<Dispatch>(op) || std::holds_alternative<GroupedProduct>(op) ||
