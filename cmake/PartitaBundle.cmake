@@ -8,7 +8,7 @@ endif()
 set_target_properties(${_targets} PROPERTIES INSTALL_RPATH "$ORIGIN/../lib")
 install(TARGETS ${_targets} RUNTIME_DEPENDENCY_SET libraries RUNTIME DESTINATION bin LIBRARY DESTINATION bin)
 install(RUNTIME_DEPENDENCY_SET libraries
-  PRE_EXCLUDE_REGEXES "libcud.*" "libcublas.*" "libnccl.*" "ld-linux.*"
+  PRE_EXCLUDE_REGEXES "libcud.*" "libcublas.*" "libnccl.*" "libnvrtc.*" "ld-linux.*"
   POST_EXCLUDE_REGEXES ".*/lib(c|m|dl|rt|pthread|resolv|util)\\.so.*"
   LIBRARY DESTINATION lib)
 install(PROGRAMS validation/gpu/run.sh DESTINATION .)
