@@ -159,11 +159,8 @@ void replay(const Options& o) {
   if (o.rank < 0 || o.rank >= ranks)
     throw InputError("--rank", fmt::format("{} is not in 0 to {}: the plan has {} ranks", o.rank,
                                            ranks - 1, ranks));
-  if (std::any_of(whole.program.buffers.begin(), whole.program.buffers.end(),
-                  [](const Buffer& b) { return b.routed; }))
-    throw InputError("replay",
-                     "a rank alone does not know how many rows other ranks would route to its "
-                     "experts; replay a network without experts, or use run");
+  const bool routed = std::any_of(whole.program.buffers.begin(), whole.program.buffers.end(),
+                                  [](const Buffer& b) { return b.routed; });
   topology = on_devices(topology, whole.plan);
   const std::int64_t all_layers = whole.graph.layers;
   std::optional<Lowered> fewer;
@@ -221,6 +218,7 @@ void replay(const Options& o) {
     j["compute_s"] = {{"measured", r.compute_measured.count},
                       {"predicted", r.compute_predicted.count}};
     j["between_kernels_s"] = r.between.count;
+    if (routed) j["routing"] = "balanced";
     j["kernels"] = r.kernels;
     j["kernels_recorded"] = r.recorded;
     if (!result.measured.no_kernel_ns.empty()) j["no_kernel_times"] = result.measured.no_kernel_ns;
@@ -262,6 +260,7 @@ void replay(const Options& o) {
   fmt::print("rank {} of {} ({} alike) of {} on {}: {}\n", o.rank, ranks, r.ranks_alike, model,
              topology.name(), plan_line(whole.plan));
   fmt::print("alone on {}, {} steps\n", device, o.steps);
+  if (routed) fmt::print("experts get the same number of rows each, whatever routers choose\n");
   if (o.backend == "cuda")
     fmt::print("{}\n", kernel_times_line(result.measured, r.recorded, r.kernels));
   if (layers != all_layers)

@@ -344,7 +344,7 @@ class Gpu : public CudaDevice {
   }
   void belongs_to(std::int64_t tag) override {
     close_tag();
-    if (!records_) return;
+    if (!records_ || tag < 0) return;
     tag_ = tag;
     fallbacks_before_ = fallback_count();
     records_->enter(std::to_string(tag));

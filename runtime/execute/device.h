@@ -153,7 +153,7 @@ class Device {
   /// From here on, or no longer, it writes down what runs on it and for how long. Why not, in
   /// words; empty: it does.
   virtual std::string record_kernels(bool on) { return on ? "this device keeps no records" : ""; }
-  /// What is queued from here on belongs to `tag`, at least 0.
+  /// What is queued from here on belongs to `tag`; -1: to none.
   virtual void belongs_to(std::int64_t) {}
   /// By tag: nanoseconds of what was recorded, without tags of which the host has computed a part.
   /// After finish(); given once.

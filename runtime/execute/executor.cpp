@@ -18,6 +18,7 @@
 #include "runtime/execute/shard.h"
 #include "runtime/transport/lone.h"
 #include "runtime/transport/narrow.h"
+#include "simulator/program/routing.h"
 
 namespace partita::execute {
 namespace {
@@ -685,6 +686,7 @@ class Executor {
         const bool works = i.kind != Kind::allocate && i.kind != Kind::free;
         const bool timed = o_.record && step_ >= o_.warm_up && !untimed_ && works;
         begin(i);
+        if (o_.balanced_rows) give_gates(i);
         if (tag_ >= 0 && works) device_.belongs_to(tag_++);
         const std::int64_t start = timed ? mark() : 0;
         if (!rests) execute(block, call.block, k, i);
@@ -792,7 +794,13 @@ class Executor {
     transport_.doing(
         fmt::format("{} of {} in block {}", name(i.kind), p_.buffer(b).name, block.name));
     if (o_.alone) {
-      if (!sends) draw_received(b, data(b), box(b).elements());
+      if (sends) return;
+      std::int64_t n = box(b).elements();
+      if (p_.buffer(b).routed) {
+        put_rows(b, chosen_rows(b, box(b)));
+        n = rows_of(b).bytes / p_.buffer(b).width();
+      }
+      draw_received(b, data(b), n);
       return;
     }
     if (p_.buffer(b).routed) {
@@ -1103,6 +1111,95 @@ class Executor {
     return std::tie(a.expert, a.sample, a.sequence) < std::tie(b.expert, b.sample, b.sequence);
   }
 
+  // ---- rows that are given ---------------------------------------------------------------------
+  struct Given {
+    std::int64_t tokens = 1, experts = 1, top_k = 1;  ///< tokens of a sample
+    bool chooses(std::int64_t sample, std::int64_t position, std::int64_t expert) const {
+      const std::int64_t first = (sample * tokens + position) * top_k % experts;
+      return (expert - first + experts) % experts < top_k;
+    }
+  };
+  Given given_by(std::int32_t op) const {
+    const ProgramOperator& o = p_.operators[static_cast<std::size_t>(op)];
+    const Shape& rows = o.signature.outputs[0].shape;
+    return {rows[1].extent, std::get<Dispatch>(o.operation).experts, rows[2].extent};
+  }
+  /// A routed buffer's in a box, and in another, in their order.
+  std::vector<Row> chosen_rows(BufferId id, const Box& box, const Box* also = nullptr) {
+    if (dispatch_.empty()) dispatch_ = dispatch_of_buffers(p_);
+    const Given given = given_by(dispatch_[id.index()]);
+    std::vector<Row> rows;
+    for (const std::int64_t e : box.index[2]) {
+      if (also != nullptr && !holds(also->index[2], e)) continue;
+      for (const std::int64_t s : box.index[0]) {
+        for (const std::int64_t t : box.index[1]) {
+          const Row row{s, t, e};
+          if (given.chooses(s, t, e) && (also == nullptr || wants(*also, row))) rows.push_back(row);
+        }
+      }
+    }
+    return rows;
+  }
+  /// Before a Dispatch reads them, outside of its time; from where they are kept on the device.
+  void give_gates(const Instruction& i) {
+    if (i.kind != Kind::compute || i.kernel != Kernel::forward || i.op < 0 ||
+        !std::holds_alternative<Dispatch>(p_.operators[static_cast<std::size_t>(i.op)].operation))
+      return;
+    if (tag_ >= 0) device_.belongs_to(-1);
+    const BufferId gates = i.reads[1];
+    const Box& all = box(gates);
+    const std::int64_t bytes = all.elements() * p_.buffer(gates).width();
+    auto kept = gates_.find(&i);
+    if (kept == gates_.end()) {
+      const Given given = given_by(i.op);
+      std::vector<float> values;
+      for (const std::int64_t s : all.index[0]) {
+        for (const std::int64_t t : all.index[1]) {
+          for (const std::int64_t e : all.index[2])
+            values.push_back(given.chooses(s, t, e) ? 1 / static_cast<float>(given.top_k) : 0);
+        }
+      }
+      std::vector<std::byte> stored(static_cast<std::size_t>(bytes));
+      narrow(type_of(gates), values.data(), stored.data(), std::ssize(values));
+      kept = gates_.emplace(&i, Spare(memory_, bytes)).first;
+      order_.write(kept->second.at);
+      device_.to_device(kept->second.at, stored.data(), bytes);
+    }
+    order_.write(slot(p_.memory_of(gates)).data);
+    device_.copy(data(gates), kept->second.at, bytes);
+  }
+  /// As many rows as the others would have sent, and the memory to pack them.
+  void rows_alone(const Instruction& i, const Prepared& c) {
+    const BufferId from = i.reads[0], to = i.writes[0];
+    auto it = alone_.find(&i);
+    if (it == alone_.end()) {
+      const auto shared = [](const Box& a, const Box& b) {
+        std::int64_t n = 0;
+        for (const std::int64_t f : a.index[3]) n += holds(b.index[3], f) ? 1 : 0;
+        return n;
+      };
+      std::int64_t packed = 0;
+      const auto pack = [&](const Box& has, const Box& wants) {
+        const std::int64_t columns = shared(has, wants);
+        if (columns == 0) return;
+        packed += std::ssize(chosen_rows(from, has, &wants)) *
+                  (static_cast<std::int64_t>(sizeof(Row)) + columns * p_.buffer(from).width());
+      };
+      const bool reduces =
+          i.kind == Kind::collective && i.collective == CollectiveKind::reduce_scatter;
+      for (const int member : c.group) {
+        pack(box(from), box_of(p_, to, member));
+        if (!reduces) pack(box_of(p_, from, member), box(to));
+      }
+      it = alone_.emplace(&i, std::pair{packed, chosen_rows(to, box(to))}).first;
+    }
+    const auto& [packed, rows] = it->second;
+    memory_.count(Category::workspace, packed);
+    put_rows(to, std::vector<Row>(rows));
+    draw_received(to, data(to), rows_of(to).bytes / p_.buffer(to).width());
+    memory_.count(Category::workspace, -packed);
+  }
+
   void routed_collective(const Instruction& i, const Prepared& c) {
     PARTITA_ASSERT(i.reads.size() == 1, "routed buffers travel alone");
     const BufferId from = i.reads[0], to = i.writes[0];
@@ -1121,6 +1218,10 @@ class Executor {
       whole.offsets = {0, rows_of(to).bytes / whole.word};
       whole.send_offsets = whole.offsets;
       call(i, whole, data(to), nullptr, true);
+      return;
+    }
+    if (o_.alone) {
+      rows_alone(i, c);
       return;
     }
     // What every member wants of mine: rows by key, and columns.
@@ -1790,6 +1891,10 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
   Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
+  std::vector<std::int32_t> dispatch_;         ///< by buffer
+  std::map<const Instruction*, Spare> gates_;  ///< that are given, of a Dispatch
+  /// Of a routed collective alone: bytes that are packed for it, and the rows it gives.
+  std::map<const Instruction*, std::pair<std::int64_t, std::vector<Row>>> alone_;
   /// What is on its way to other ranks' devices.
   struct Copy {
     Spare room;
@@ -1823,13 +1928,8 @@ RankResult run_rank(const Program& program, Transport& transport, const Options&
 }
 
 RankResult run_alone(const Program& program, int rank, Options options) {
-  if (std::any_of(program.buffers.begin(), program.buffers.end(),
-                  [](const Buffer& b) { return b.routed; }))
-    throw InputError("replay",
-                     "a rank alone does not know how many rows other ranks would route to its "
-                     "experts; replay a network without experts, or use run");
   PARTITA_ASSERT(rank >= 0 && rank < program.ranks(), fmt::format("rank {}", rank));
-  options.alone = options.drawn = true;
+  options.alone = options.drawn = options.balanced_rows = true;
   options.collect = options.routing = false;
   options.progress = nullptr;
   const auto transport = lone_transport(rank, static_cast<int>(program.ranks()));

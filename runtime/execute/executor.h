@@ -61,6 +61,10 @@ struct Options {
   bool drawn = false;
   /// Of run_alone: nothing is exchanged; what the rank would receive is drawn, too.
   bool alone = false;
+  /// What routers choose is put aside: token t of a sample, its number from sample 0 on, has
+  /// experts t · k, ..., t · k + k - 1 of E, counted round, and gates of 1 / k. Each expert gets as
+  /// many rows as all others where E divides tokens · k.
+  bool balanced_rows = false;
   /// Where a rank's tensors lie and who computes on them; null: the host.
   std::function<std::unique_ptr<Device>(int rank)> device;
   /// Nanoseconds of a rank's steady clock; null: this machine's. Tests skew it.
@@ -99,7 +103,7 @@ RankResult run_rank(const Program& program, Transport& transport, const Options&
 
 /// One rank's program without the others, at its true local shapes: kernels, packing and memory are
 /// those of the whole run; all is on one stream, and a collective's or message's time is that of
-/// its packing. InputError where rows are routed to experts, whose numbers only the others know.
+/// its packing. Rows of experts are `balanced_rows`, since what others would send only they know.
 RankResult run_alone(const Program& program, int rank, Options options);
 
 }  // namespace partita::execute

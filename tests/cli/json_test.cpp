@@ -571,6 +571,26 @@ TEST(Replay, OneRankSpeaksForTheCluster) {
   }
 }
 
+/// What other ranks would send to its experts is given: as many rows as a balanced network has.
+TEST(Replay, ARankWithExperts) {
+  const std::string small =
+      "replay ../tiny-moe.yaml dgx-h100:1 --dp 8 --ep 4 --micro-batch 1 --global-batch 16 --zero 1 "
+      "--precision bf16 --steps 2 ";
+  const Ran r = run(small + "--rank 5 --json");
+  EXPECT_EQ(r.code, 0) << r.err;
+  const Json j = parsed(r);
+  EXPECT_EQ(j.at("routing"), "balanced");
+  EXPECT_EQ(j.at("ranks_alike"), 8);
+  for (const auto& [category, bytes] : j.at("memory_bytes").items()) {
+    if (category == "reserved") continue;
+    EXPECT_EQ(bytes.at("measured"), bytes.at("predicted")) << category;
+  }
+  bool products = false;
+  for (const Json& k : j.at("kinds")) products |= k.at("kind") == "grouped_product weight";
+  EXPECT_TRUE(products);
+  EXPECT_NE(run(small).out.find("experts get the same number of rows each"), std::string::npos);
+}
+
 /// A row's network, cluster and plan are those of its prediction, and its step stands beside.
 TEST(Replay, ARankOfAPublishedRun) {
   const Json rows = parsed(run("validate rows ../replayed-rows.csv --json"));

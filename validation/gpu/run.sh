@@ -107,6 +107,7 @@ assert any(e["args"]["called for"] for e in events), "no record says for which o
 print(f"{kernels} records; kernels of a step {plain:.6f} s, traced {traced:.6f} s: {100 * (traced / plain - 1):+.2f} %")
 ' "$out/replay-llama.txt" "$out/replay-traced.txt" "$out/trace.json"
 part replay-gpt3 45 "$partita" replay --row GPT-3_175B "${replay[@]}"
+part replay-grok 45 "$partita" replay --row Grok-1 "${replay[@]}"
 part nccl-tp2-bf16 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --tp 2 --precision bf16
 # Every plan of the suite on two ranks over NCCL, each beside its reference.
 part nccl-suite 120 "$partita" validate --backend cuda "${share[@]}" --calibrate-only collectives --rounds 1 --steps 1 --out "$out/suite" --json
