@@ -618,6 +618,10 @@ void run(const Options& o, int& code) {
   if (!job.predicted_for.empty()) notes += (notes.empty() ? "" : "; ") + job.predicted_for;
   if (const std::string note = note_of(backend); !note.empty())
     notes += (notes.empty() ? "" : "; ") + note;
+  if (const Launches& l = job.plan.launches;
+      l.graphs || l.graphs_beside_experts || !l.graphs_of.empty())
+    notes += std::string(notes.empty() ? "" : "; ") +
+             "the plan's CUDA graphs are predicted, not captured: kernels are launched one by one";
   const char* board_path = variable(kBoardVariable);
   std::shared_ptr<Board> board;
   if (board_path != nullptr && mode.transport != "threads")

@@ -52,8 +52,8 @@ class Range {
 
 /// A RunList in the GPU's memory.
 struct KeptRuns {
-  std::unique_ptr<DeviceBlock> block;
-  RunTable table;
+  std::unique_ptr<DeviceBlock> block, wide_block;
+  RunTable table, wide;  ///< wide: in units of 16 bytes, where all runs are whole ones
 };
 
 /// A process's context of a GPU, which it has once and for good.
@@ -235,7 +235,7 @@ class Gpu : public CudaDevice {
       const execute::Run& r = list.runs[0];
       copy(to, from + r.offset * word, r.count * word);
     } else if (!list.runs.empty()) {
-      cuda::pack(machine(), table(list), word, from, to);
+      move(list, word, from, to, false);
     }
   }
   void unpack(const RunList& list, std::int64_t word, const std::byte* from,
@@ -244,12 +244,13 @@ class Gpu : public CudaDevice {
       const execute::Run& r = list.runs[0];
       copy(to + r.offset * word, from, r.count * word);
     } else if (!list.runs.empty()) {
-      cuda::unpack(machine(), table(list), word, from, to);
+      move(list, word, from, to, true);
     }
   }
   void unpack_add(const RunList& list, ElementType type, const std::byte* from,
                   std::byte* to) override {
-    if (!list.runs.empty()) cuda::unpack_add(machine(), table(list), type, from, to);
+    if (!list.runs.empty())
+      cuda::unpack_add(machine(), kept(list, storage(type, 1).count).table, type, from, to);
   }
 
   std::unique_ptr<execute::OperatorKernel> kernel(reference::Context context) override;
@@ -433,8 +434,10 @@ class Gpu : public CudaDevice {
       const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
       if (waited.count() > links_->timeout_s()) {
         links_->abort();
-        throw PeerError(fmt::format("{} did not come within {:g} s: another rank is gone or hangs",
-                                    what, waited.count()));
+        throw PeerError(
+            fmt::format("{} did not come within {:g} s: another rank is gone or hangs "
+                        "(CUDA_MODULE_LOADING=EAGER if it does at its first steps)",
+                        what, waited.count()));
       }
       if (waited.count() > 1e-3) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
@@ -470,25 +473,38 @@ class Gpu : public CudaDevice {
       std::memcpy(later_[i].first, slots_ + i, later_[i].second);
     later_.clear();
   }
-  const RunTable& table(const RunList& list) {
+  void move(const RunList& list, std::int64_t word, const std::byte* from, std::byte* to,
+            bool unpacks) {
+    constexpr std::int64_t kWide = 16;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(from) % kWide == 0 &&
+                         reinterpret_cast<std::uintptr_t>(to) % kWide == 0;
+    if (list.passing) {
+      const bool wide = aligned && whole(list.runs, kWide / word);
+      const RunNumbers n = numbers_of(list.runs, wide ? kWide / word : 1);
+      cuda::move(machine(), n.at(machine().upload(n.numbers).list), wide ? kWide : word, from, to,
+                 unpacks);
+      machine().end();
+      return;
+    }
+    const KeptRuns& runs = kept(list, word);
+    const bool wide = aligned && runs.wide_block != nullptr;
+    cuda::move(machine(), wide ? runs.wide : runs.table, wide ? kWide : word, from, to, unpacks);
+  }
+  const KeptRuns& kept(const RunList& list, std::int64_t word) {
     if (!list.kept) {
-      const std::size_t n = list.runs.size();
-      std::vector<std::int64_t> before(n);
-      std::int64_t words = 0;
-      for (std::size_t i = 0; i < n; ++i) before[i] = words, words += list.runs[i].count;
       auto kept = std::make_shared<KeptRuns>();
-      const std::size_t bytes = n * sizeof(execute::Run);
-      kept->block =
-          std::make_unique<DeviceBlock>(bytes + n * sizeof(std::int64_t), libraries_->make_room);
-      std::byte* at = kept->block->at;
-      check(copy_now(at, list.runs.data(), bytes), "a list of runs");
-      check(copy_now(at + bytes, before.data(), n * sizeof(std::int64_t)), "a list of runs");
-      kept->table = {reinterpret_cast<const execute::Run*>(at),
-                     reinterpret_cast<const std::int64_t*>(at + bytes),
-                     static_cast<std::int64_t>(n), words};
+      const auto keep = [&](std::int64_t words, std::unique_ptr<DeviceBlock>& block) {
+        const RunNumbers n = numbers_of(list.runs, words);
+        const std::size_t bytes = n.numbers.size() * sizeof(std::int64_t);
+        block = std::make_unique<DeviceBlock>(bytes, libraries_->make_room);
+        check(copy_now(block->at, n.numbers.data(), bytes), "a list of runs");
+        return n.at(block->at);
+      };
+      kept->table = keep(1, kept->block);
+      if (whole(list.runs, 16 / word)) kept->wide = keep(16 / word, kept->wide_block);
       list.kept = kept;
     }
-    return static_cast<const KeptRuns*>(list.kept.get())->table;
+    return *static_cast<const KeptRuns*>(list.kept.get());
   }
 
   DeviceOptions o_;

@@ -47,21 +47,9 @@ void stand_in(CudaMachine& m, std::byte* to, const std::byte* from, std::int64_t
   start_stand_in(m, s);
 }
 
-void pack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
-          std::byte* to) {
-  if (word == 2) {
-    move_runs<std::uint16_t>(m, t, from, to, false);
-  } else {
-    move_runs<std::uint32_t>(m, t, from, to, false);
-  }
-}
-void unpack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
-            std::byte* to) {
-  if (word == 2) {
-    move_runs<std::uint16_t>(m, t, from, to, true);
-  } else {
-    move_runs<std::uint32_t>(m, t, from, to, true);
-  }
+void move(CudaMachine& m, const RunTable& t, std::int64_t unit, const std::byte* from,
+          std::byte* to, bool unpacks) {
+  move_runs(m, t, unit, from, to, unpacks);
 }
 void unpack_add(CudaMachine& m, const RunTable& t, ElementType type, const std::byte* from,
                 std::byte* to) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/run_table.h"
 #include "runtime/execute/device.h"
 
 namespace partita::cuda {
@@ -19,17 +20,9 @@ void draw(CudaMachine& m, Numbers to, std::int64_t n, float mean, float deviatio
 void stand_in(CudaMachine& m, std::byte* to, const std::byte* from, std::int64_t bytes,
               int multiprocessors);
 
-/// Runs in the GPU's memory, with how many words lie before each.
-struct RunTable {
-  const execute::Run* runs = nullptr;
-  const std::int64_t* before = nullptr;
-  std::int64_t count = 0, words = 0;
-};
-/// `word` is 2 or 4 bytes.
-void pack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
-          std::byte* to);
-void unpack(CudaMachine& m, const RunTable& t, std::int64_t word, const std::byte* from,
-            std::byte* to);
+/// Packs runs, or unpacks them. A table's `unit` is 2, 4 or 16 bytes; those of 16 lie on multiples.
+void move(CudaMachine& m, const RunTable& t, std::int64_t unit, const std::byte* from,
+          std::byte* to, bool unpacks);
 void unpack_add(CudaMachine& m, const RunTable& t, ElementType type, const std::byte* from,
                 std::byte* to);
 

@@ -3,7 +3,7 @@
 
 #include "base/element_type.h"
 #include "runtime/cuda/machine.h"
-#include "runtime/execute/pieces.h"
+#include "runtime/cuda/run_table.h"
 
 namespace partita::cuda {
 
@@ -21,16 +21,25 @@ PARTITA_BOTH std::int64_t run_of(const std::int64_t* before, std::int64_t count,
   return low;
 }
 
-/// `T` is a runs' table: runs, before, count, words. `unpacks`: from packed words to their places.
-template <class Word, class M, class T>
-void move_runs(M& m, const T& table, const std::byte* from, std::byte* to, bool unpacks) {
-  const auto* source = reinterpret_cast<const Word*>(from);
-  auto* target = reinterpret_cast<Word*>(to);
-  const T t = table;
+/// Where packed unit i lies.
+PARTITA_BOTH std::int64_t place_of(const RunTable& t, std::int64_t i) {
+  if (t.even > 0) return t.runs[i / t.even].offset + i % t.even;
+  const std::int64_t r = run_of(t.before, t.count, i);
+  return t.runs[r].offset + i - t.before[r];
+}
+/// 16 bytes that lie on a multiple of as many.
+struct alignas(16) Wide {
+  std::uint64_t w[2];
+};
+/// `unpacks`: from packed units to their places.
+template <class Unit, class M>
+void move_runs(M& m, const RunTable& table, const std::byte* from, std::byte* to, bool unpacks) {
+  const auto* source = reinterpret_cast<const Unit*>(from);
+  auto* target = reinterpret_cast<Unit*>(to);
+  const RunTable t = table;
   m.each(
-      t.words, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t r = run_of(t.before, t.count, i);
-        const std::int64_t place = t.runs[r].offset + i - t.before[r];
+      t.units, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t place = place_of(t, i);
         if (unpacks) {
           target[place] = source[i];
         } else {
@@ -38,13 +47,24 @@ void move_runs(M& m, const T& table, const std::byte* from, std::byte* to, bool 
         }
       });
 }
-template <class M, class T>
-void add_runs(M& m, const T& table, ElementType type, const std::byte* from, std::byte* to) {
-  const T t = table;
+/// A unit of `unit` bytes: 2, 4 or 16.
+template <class M>
+void move_runs(M& m, const RunTable& t, std::int64_t unit, const std::byte* from, std::byte* to,
+               bool unpacks) {
+  if (unit == 16) {
+    move_runs<Wide>(m, t, from, to, unpacks);
+  } else if (unit == 2) {
+    move_runs<std::uint16_t>(m, t, from, to, unpacks);
+  } else {
+    move_runs<std::uint32_t>(m, t, from, to, unpacks);
+  }
+}
+template <class M>
+void add_runs(M& m, const RunTable& table, ElementType type, const std::byte* from, std::byte* to) {
+  const RunTable t = table;
   m.each(
-      t.words, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t r = run_of(t.before, t.count, i);
-        const std::int64_t place = t.runs[r].offset + i - t.before[r];
+      t.units, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t place = place_of(t, i);
         if (type == ElementType::fp32) {
           reinterpret_cast<float*>(to)[place] += reinterpret_cast<const float*>(from)[i];
           return;

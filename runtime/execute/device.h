@@ -20,6 +20,7 @@ namespace partita::execute {
 /// What is packed and unpacked, with what a device keeps of it for the next time.
 struct RunList {
   std::vector<Run> runs;
+  bool passing = false;  ///< of one call: nothing is kept of it
   mutable std::shared_ptr<void> kept;
   RunList() = default;
   RunList(std::vector<Run> list) : runs(std::move(list)) {}  // NOLINT: implicit by design

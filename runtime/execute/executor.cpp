@@ -804,25 +804,28 @@ class Executor {
       return;
     }
     if (p_.buffer(b).routed) {
-      routed_message(b, peer, message_tag(i), sends);
+      routed_message(i, b, peer, sends);
       return;
     }
-    const auto bytes = static_cast<std::size_t>(box(b).elements() * p_.buffer(b).width());
+    pass_on(i, b, peer, box(b).elements() * p_.buffer(b).width(), sends);
+  }
+  void pass_on(const Instruction& i, BufferId b, int peer, std::int64_t bytes, bool sends) {
     if (links_ != nullptr) {
+      if (bytes == 0) return;  // no rows: both know it
       const Channel channel = channel_of(i, rank_, peer);
       if (sends) {
-        send_copy(i, channel, peer, b, static_cast<std::int64_t>(bytes));
+        send_copy(i, channel, peer, b, bytes);
       } else {
-        links_->receive(channel, peer, data(b), static_cast<std::int64_t>(bytes));
+        links_->receive(channel, peer, data(b), bytes);
       }
       return;
     }
     Visits visits(device_);
-    std::byte* at = visit(visits, b, static_cast<std::int64_t>(bytes), !sends);
+    std::byte* at = visit(visits, b, bytes, !sends);
     if (sends) {
-      transport_.send(peer, message_tag(i), at, bytes);
+      transport_.send(peer, message_tag(i), at, static_cast<std::size_t>(bytes));
     } else {
-      transport_.receive(peer, message_tag(i), at, bytes);
+      transport_.receive(peer, message_tag(i), at, static_cast<std::size_t>(bytes));
       visits.give_back();
     }
   }
@@ -859,25 +862,21 @@ class Executor {
     device_.on(i.stream);
   }
 
-  void routed_message(BufferId b, int peer, std::int64_t tag, bool sends) {
+  /// Its rows are told by the transport, their values pass as others'.
+  void routed_message(const Instruction& i, BufferId b, int peer, bool sends) {
+    const std::int64_t tag = message_tag(i);
     Instance& instance = rows_of(b);
     std::int64_t n = static_cast<std::int64_t>(instance.rows.size());
     if (sends) {
       transport_.send(peer, tag, &n, sizeof n);
       transport_.send(peer, tag, instance.rows.data(), instance.rows.size() * sizeof(Row));
-      Visits visits(device_);
-      transport_.send(peer, tag, visit(visits, b, instance.bytes, false),
-                      static_cast<std::size_t>(instance.bytes));
-      return;
+    } else {
+      transport_.receive(peer, tag, &n, sizeof n);
+      std::vector<Row> rows(static_cast<std::size_t>(n));
+      transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
+      put_rows(b, std::move(rows));
     }
-    transport_.receive(peer, tag, &n, sizeof n);
-    std::vector<Row> rows(static_cast<std::size_t>(n));
-    transport_.receive(peer, tag, rows.data(), rows.size() * sizeof(Row));
-    put_rows(b, std::move(rows));
-    Visits visits(device_);
-    transport_.receive(peer, tag, visit(visits, b, instance.bytes, true),
-                       static_cast<std::size_t>(instance.bytes));
-    visits.give_back();
+    pass_on(i, b, peer, instance.bytes, sends);
   }
   /// A routed buffer's values where the host can follow them.
   float* row_values(Visits& visits, BufferId id, bool written) {
@@ -963,7 +962,7 @@ class Executor {
     // One buffer that everyone has alike is reduced where it lies.
     if (i.kind == Kind::collective && i.collective == CollectiveKind::all_reduce &&
         c.parts.size() == 1 && data(c.parts[0].from) == data(c.parts[0].to)) {
-      call(i, c, data(c.parts[0].from), nullptr, true);
+      call(i, c, data(c.parts[0].from), nullptr);
       return;
     }
     const bool exchange = i.kind == Kind::slice || i.collective == CollectiveKind::all_to_all ||
@@ -1008,7 +1007,7 @@ class Executor {
         device_.copy(payload + c.offsets[me] * c.word, outgoing + c.send_offsets[me] * c.word,
                      (c.send_offsets[me + 1] - c.send_offsets[me]) * c.word);
       }
-      call(i, c, payload, outgoing, true);
+      call(i, c, payload, outgoing);
     } else {
       device_.copy(payload, outgoing, c.send_offsets[1] * c.word);
     }
@@ -1039,8 +1038,8 @@ class Executor {
   }
 
   /// `on_device`: that is where the payload lies.
-  void call(const Instruction& i, const Prepared& c, std::byte* payload, const std::byte* outgoing,
-            bool on_device) {
+  void call(const Instruction& i, const Prepared& c, std::byte* payload,
+            const std::byte* outgoing) {
     if (c.group.size() == 1) return;
     CollectiveCall call;
     call.kind = i.collective;
@@ -1081,20 +1080,24 @@ class Executor {
                       call.offsets.back() * c.word / p_.buffer(i.reads[0]).width());
       return;
     }
-    if (!on_device || device_.is_host()) {
+    carry_out(call, i, call.offsets.back() * c.word, c.send_offsets.back() * c.word);
+  }
+  /// By the links, or by the transport, on this device's memory.
+  void carry_out(CollectiveCall call, const Instruction& i, std::int64_t bytes,
+                 std::int64_t sent_bytes) {
+    if (device_.is_host()) {
       transport_.collective(call);
       return;
     }
     if (links_ != nullptr) {
-      links_->collective({c.group, stream_of(i)}, call);
+      links_->collective({*call.group, stream_of(i)}, call);
       return;
     }
     Visits visits(device_);
-    const std::int64_t chunks = call.offsets.back() * c.word;
-    call.data = visits.host(payload, chunks, true);
-    if (outgoing != nullptr && outgoing != payload)
-      call.send =
-          visits.host(const_cast<std::byte*>(outgoing), c.send_offsets.back() * c.word, false);
+    std::byte* const at = call.data;
+    call.data = visits.host(at, bytes, true);
+    if (call.send != nullptr && call.send != at)
+      call.send = visits.host(const_cast<std::byte*>(call.send), sent_bytes, false);
     transport_.collective(call);
     visits.give_back();
   }
@@ -1217,133 +1220,160 @@ class Executor {
       whole.word = p_.buffer(to).width();
       whole.offsets = {0, rows_of(to).bytes / whole.word};
       whole.send_offsets = whole.offsets;
-      call(i, whole, data(to), nullptr, true);
+      call(i, whole, data(to), nullptr);
       return;
     }
     if (o_.alone) {
       rows_alone(i, c);
       return;
     }
-    // What every member wants of mine: rows by key, and columns.
+    // What every member wants of mine: rows by key, and where their columns lie.
     const bool reduces =
         i.kind == Kind::collective && i.collective == CollectiveKind::reduce_scatter;
     const auto& mine = box(from).index[3];
+    const std::int64_t element = p_.buffer(from).width();
     std::vector<std::int64_t> rows_to(n, 0), values_to(n + 1, 0);
     std::vector<Row> keys;
-    std::vector<float> outgoing;
-    std::vector<std::size_t> columns;
-    Visits visits(device_);
-    const float* mine_at = row_values(visits, from, false);
+    RunList outgoing;
+    outgoing.passing = true;
     for (std::size_t m = 0; m < n; ++m) {
       const Box theirs = box_of(p_, to, c.group[m]);
-      columns.clear();
-      for (std::size_t f = 0; f < mine.size(); ++f) {
-        if (holds(theirs.index[3], mine[f])) columns.push_back(f);
-      }
+      const std::vector<Run> columns = shared_columns(mine, theirs.index[3], mine);
+      values_to[m + 1] = values_to[m];
       for (std::size_t r = 0; r < source.rows.size() && !columns.empty(); ++r) {
         if (!wants(theirs, source.rows[r])) continue;
         keys.push_back(source.rows[r]);
         ++rows_to[m];
-        const float* row = mine_at + r * mine.size();
-        for (const std::size_t f : columns) outgoing.push_back(row[f]);
+        values_to[m + 1] += add_row(outgoing, r, mine.size(), columns);
       }
-      values_to[m + 1] = static_cast<std::int64_t>(outgoing.size());
     }
-    const ElementType type = type_of(from);
-    const auto element = static_cast<std::size_t>(p_.buffer(from).width());
-    std::vector<std::byte> sent(outgoing.size() * element);
-    narrow(type, outgoing.data(), sent.data(), std::ssize(outgoing));
+    const std::int64_t sent_bytes = values_to[n] * element;
+    const auto packed_keys = static_cast<std::int64_t>(keys.size() * sizeof(Row));
     if (reduces) {
+      memory_.count(Category::workspace, packed_keys + sent_bytes);
+      const Spare sums(memory_, sent_bytes);
+      order_.write(sums.at);
+      device_.pack(outgoing, element, data(from), sums.at);
       Prepared chunks;
       chunks.group = c.group;
       chunks.me = c.me;
-      chunks.type = type;
-      chunks.word = static_cast<std::int64_t>(element);
-      chunks.send_offsets = values_to;
-      chunks.offsets = values_to;
-      call(i, chunks, sent.data(), nullptr, false);
-      const auto packed = static_cast<std::int64_t>(keys.size() * sizeof(Row) + sent.size());
-      memory_.count(Category::workspace, packed);
+      chunks.type = type_of(from);
+      chunks.word = element;
+      chunks.send_offsets = chunks.offsets = values_to;
+      call(i, chunks, sums.at, nullptr);
       std::int64_t first = 0;
       for (std::size_t m = 0; m < me; ++m) first += rows_to[m];
       put_rows(to, {keys.begin() + first, keys.begin() + first + rows_to[me]});
-      device_.to_device(data(to), sent.data() + static_cast<std::size_t>(values_to[me]) * element,
-                        (values_to[me + 1] - values_to[me]) * chunks.word);
-      memory_.count(Category::workspace, -packed);
+      device_.copy(data(to), sums.at + values_to[me] * element,
+                   (values_to[me + 1] - values_to[me]) * element);
+      memory_.count(Category::workspace, -packed_keys - sent_bytes);
       return;
     }
-    // Counts, keys, values: three exchanges of the same shape.
+    // Counts, keys, values: three exchanges of the same shape. The host knows who has which rows.
     std::vector<std::int64_t> rows_from(n, 0);
     const auto exchange = [&](const void* out, const std::vector<std::int64_t>& out_bounds,
                               void* in, const std::vector<std::int64_t>& in_bounds,
                               std::size_t bytes) {
       const auto* send = static_cast<const std::byte*>(out);
       auto* receive = static_cast<std::byte*>(in);
-      const auto at = [&](const std::vector<std::int64_t>& b, std::size_t m) {
-        return static_cast<std::size_t>(b[m]) * bytes;
+      const auto at = [&](const std::vector<std::int64_t>& list, std::size_t m) {
+        return static_cast<std::size_t>(list[m]) * bytes;
       };
       if (at(out_bounds, me + 1) > at(out_bounds, me))
         std::memcpy(receive + at(in_bounds, me), send + at(out_bounds, me),
                     at(out_bounds, me + 1) - at(out_bounds, me));
-      if (n == 1) return;
-      CollectiveCall one;
-      one.kind = CollectiveKind::all_to_all;
-      one.group = &c.group;
-      one.me = c.me;
-      one.element_bytes = bytes;
-      one.data = receive;
-      one.send = send;
-      one.offsets = in_bounds;
-      one.send_offsets = out_bounds;
-      one.tag = kCollectiveTag;
-      transport_.collective(one);
+      if (n > 1)
+        transport_.collective(
+            all_to_all(c, receive, send, in_bounds, out_bounds, static_cast<std::int64_t>(bytes)));
     };
     std::vector<std::int64_t> each(n + 1);
     for (std::size_t m = 0; m <= n; ++m) each[m] = static_cast<std::int64_t>(m);
     exchange(rows_to.data(), each, rows_from.data(), each, sizeof(std::int64_t));
     std::vector<std::int64_t> key_out(n + 1, 0), key_in(n + 1, 0), value_in(n + 1, 0);
+    const auto& columns_to = box(to).index[3];
+    std::vector<std::vector<Run>> columns(n);  // of what a member sends, in a row of mine
     for (std::size_t m = 0; m < n; ++m) {
+      columns[m] = shared_columns(box_of(p_, from, c.group[m]).index[3], columns_to, columns_to);
       key_out[m + 1] = key_out[m] + rows_to[m];
       key_in[m + 1] = key_in[m] + rows_from[m];
-      std::int64_t shared = 0;
-      const Box theirs = box_of(p_, from, c.group[m]);
-      for (const std::int64_t f : theirs.index[3]) shared += holds(box(to).index[3], f) ? 1 : 0;
-      value_in[m + 1] = value_in[m] + rows_from[m] * shared;
+      value_in[m + 1] = value_in[m] + rows_from[m] * count(columns[m]);
     }
     std::vector<Row> keys_in(static_cast<std::size_t>(key_in[n]));
-    std::vector<float> incoming(static_cast<std::size_t>(value_in[n]));
-    std::vector<std::byte> received(incoming.size() * element);
     exchange(keys.data(), key_out, keys_in.data(), key_in, sizeof(Row));
-    exchange(sent.data(), values_to, received.data(), value_in, element);
-    widen(type, received.data(), incoming.data(), std::ssize(incoming));
+    const std::int64_t received_bytes = value_in[n] * element;
+    const std::int64_t packed = packed_keys +
+                                static_cast<std::int64_t>(keys_in.size() * sizeof(Row)) +
+                                sent_bytes + received_bytes;
+    memory_.count(Category::workspace, packed);
+    const Spare sent(memory_, sent_bytes), received(memory_, received_bytes);
+    order_.write(sent.at);
+    order_.write(received.at);
+    device_.pack(outgoing, element, data(from), sent.at);
+    device_.copy(received.at + value_in[me] * element, sent.at + values_to[me] * element,
+                 (values_to[me + 1] - values_to[me]) * element);
+    if (n > 1) {
+      CollectiveCall values = all_to_all(c, received.at, sent.at, value_in, values_to, element);
+      values.type = type_of(from);
+      carry_out(values, i, received_bytes, sent_bytes);
+    }
     std::vector<Row> rows = keys_in;
     std::sort(rows.begin(), rows.end(), before);
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-    const std::vector<Row> order = rows;
-    const auto packed = static_cast<std::int64_t>((keys.size() + keys_in.size()) * sizeof(Row) +
-                                                  sent.size() + received.size());
-    memory_.count(Category::workspace, packed);
-    put_rows(to, std::move(rows));
-    const auto& columns_to = box(to).index[3];
-    float* to_at = row_values(visits, to, true);
+    RunList incoming;
+    incoming.passing = true;
     for (std::size_t m = 0; m < n; ++m) {
-      const Box theirs = box_of(p_, from, c.group[m]);
-      columns.clear();
-      for (const std::int64_t f : theirs.index[3]) {
-        const auto it = std::lower_bound(columns_to.begin(), columns_to.end(), f);
-        if (it != columns_to.end() && *it == f)
-          columns.push_back(static_cast<std::size_t>(it - columns_to.begin()));
-      }
-      const float* in = incoming.data() + value_in[m];
       for (std::int64_t r = key_in[m]; r < key_in[m + 1]; ++r) {
-        const auto it = std::lower_bound(order.begin(), order.end(),
+        const auto it = std::lower_bound(rows.begin(), rows.end(),
                                          keys_in[static_cast<std::size_t>(r)], before);
-        float* row = to_at + static_cast<std::size_t>(it - order.begin()) * columns_to.size();
-        for (const std::size_t f : columns) row[f] = *in++;
+        add_row(incoming, static_cast<std::size_t>(it - rows.begin()), columns_to.size(),
+                columns[m]);
       }
     }
-    visits.give_back();
+    put_rows(to, std::move(rows));
+    device_.unpack(incoming, element, received.at, data(to));
     memory_.count(Category::workspace, -packed);
+  }
+  /// Where in a row of columns `of` those lie that both lists have; both ascend.
+  static std::vector<Run> shared_columns(const std::vector<std::int64_t>& a,
+                                         const std::vector<std::int64_t>& b,
+                                         const std::vector<std::int64_t>& of) {
+    std::vector<Run> runs;
+    for (std::size_t k = 0; k < of.size(); ++k) {
+      if (!holds(a, of[k]) || !holds(b, of[k])) continue;
+      const auto at = static_cast<std::int64_t>(k);
+      if (!runs.empty() && runs.back().offset + runs.back().count == at) {
+        ++runs.back().count;
+      } else {
+        runs.push_back({at, 1});
+      }
+    }
+    return runs;
+  }
+  /// Adds a row's columns; returns how many.
+  static std::int64_t add_row(RunList& list, std::size_t row, std::size_t width,
+                              const std::vector<Run>& columns) {
+    std::int64_t n = 0;
+    for (const Run& r : columns) {
+      list.runs.push_back({static_cast<std::int64_t>(row * width) + r.offset, r.count});
+      n += r.count;
+    }
+    return n;
+  }
+  static CollectiveCall all_to_all(const Prepared& c, std::byte* to, const std::byte* from,
+                                   const std::vector<std::int64_t>& bounds,
+                                   const std::vector<std::int64_t>& send_bounds,
+                                   std::int64_t element) {
+    CollectiveCall one;
+    one.kind = CollectiveKind::all_to_all;
+    one.group = &c.group;
+    one.me = c.me;
+    one.element_bytes = static_cast<std::size_t>(element);
+    one.data = to;
+    one.send = from;
+    one.offsets = bounds;
+    one.send_offsets = send_bounds;
+    one.tag = kCollectiveTag;
+    return one;
   }
 
   // ---- kernels ---------------------------------------------------------------------------------

@@ -629,6 +629,15 @@ TEST(Replay, ARankOfAPublishedRun) {
 }
 
 /// A dozen plans over processes: what threads prove for hundreds, MPI and sockets carry out alike.
+TEST(Run, GraphsThatAreNotCapturedAreSaid) {
+  for (const char* set : {"graphs=true", "graphs_beside_experts=true", "graphs_of=*.mlp*"}) {
+    const Ran r = run(fmt::format("run mnist-linear --steps 1 --set 'launch.{}'", set));
+    EXPECT_EQ(r.code, 0) << r.err;
+    EXPECT_NE(r.out.find("CUDA graphs are predicted, not captured"), std::string::npos) << r.out;
+  }
+  EXPECT_EQ(run("run mnist-linear --steps 1").out.find("CUDA graphs"), std::string::npos);
+}
+
 TEST(Run, PlansOverProcessesTrainLikeTheSerialNetwork) {
   const std::vector<std::string> plans{
       "tiny.yaml --dp 2 --zero 1",

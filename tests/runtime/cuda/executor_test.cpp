@@ -121,6 +121,33 @@ TEST(CudaExecutor, WithoutLinksMessagesPassThroughTheHost) {
   }
 }
 
+/// Of rows of experts the transport tells which they are; their values the links move, to experts
+/// and back, forward and backward.
+TEST(CudaExecutor, RowsOfExpertsPassByTheLinks) {
+  const Graph g = mixtral();
+  Plan p = single_precision(base_plan());
+  p.dp = p.ep = 2;
+  p.global_batch = 2;
+  const auto program = lower(g, *complete(g, p));
+  ASSERT_TRUE(static_cast<bool>(program)) << program.reason();
+  const auto traffic = [&](Linked linked) {
+    execute::Options o = options_for(g, linked, 3);
+    o.collect = false;
+    o.balanced_rows = true;
+    return execute::run_threads(*program, o)[0].measured.traffic;
+  };
+  const Traffic by_host = traffic(Linked::no);
+  // 2 layers of 8 tokens with 2 of 4 experts: half of 16 rows cross, each way four times, told by
+  // 24 bytes each and their number, with 16 features in fp32.
+  const std::int64_t told = 2 * 4 * (8 + 8 * 24), values = 2 * 4 * 8 * 16 * 4;
+  for (const Linked linked : {Linked::by_nccls_calls, Linked::in_process}) {
+    const Traffic t = traffic(linked);
+    EXPECT_EQ(t.collectives.at(CollectiveKind::all_to_all).calls, 2 * 4);
+    EXPECT_EQ(t.bytes_to.at(1), told);
+    EXPECT_GE(by_host.bytes_to.at(1), told + values);
+  }
+}
+
 TEST(CudaExecutor, RandomPlans) {
   std::mt19937 rng(20261127);
   const std::vector<Graph> graphs{gpt(), llama(), mixtral()};

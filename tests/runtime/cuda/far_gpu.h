@@ -268,7 +268,7 @@ class FarGpu : public execute::FarDevice {
                   std::byte* to) override {
     push([=, runs = list.runs, from = near(from), to = near(to)] {
       HostMachine m;
-      add_runs(m, table(runs), type, from, to);
+      add_runs(m, table(runs, 1), type, from, to);
     });
   }
   void pack(const execute::RunList& list, std::int64_t word, const std::byte* from,
@@ -281,31 +281,19 @@ class FarGpu : public execute::FarDevice {
   }
 
  private:
-  struct Table {
-    std::vector<execute::Run> held;
-    std::vector<std::int64_t> places;
-  };
-  struct View {
-    const execute::Run* runs;
-    const std::int64_t* before;
-    std::int64_t count, words;
-  };
-  static View table(const std::vector<execute::Run>& runs) {
-    static thread_local Table t;
-    t = {runs, {}};
-    std::int64_t words = 0;
-    for (const execute::Run& r : runs) t.places.push_back(words), words += r.count;
-    return {t.held.data(), t.places.data(), std::ssize(runs), words};
+  static RunTable table(const std::vector<execute::Run>& runs, std::int64_t words) {
+    static thread_local RunNumbers n;
+    n = numbers_of(runs, words);
+    return n.at(n.numbers.data());
   }
   void move(const execute::RunList& list, std::int64_t word, const std::byte* from, std::byte* to,
             bool unpacks) {
     push([=, runs = list.runs, from = near(from), to = near(to)] {
       HostMachine m;
-      if (word == 2) {
-        move_runs<std::uint16_t>(m, table(runs), from, to, unpacks);
-      } else {
-        move_runs<std::uint32_t>(m, table(runs), from, to, unpacks);
-      }
+      const bool wide = whole(runs, 16 / word) &&
+                        reinterpret_cast<std::uintptr_t>(from) % 16 == 0 &&
+                        reinterpret_cast<std::uintptr_t>(to) % 16 == 0;
+      move_runs(m, table(runs, wide ? 16 / word : 1), wide ? 16 : word, from, to, unpacks);
     });
   }
   std::unique_ptr<execute::Links> links_;

@@ -198,17 +198,23 @@ TEST(Gpu, MovesRuns) {
   execute::Device& gpu = OneGpu::device();
   const auto host = execute::host_device();
   std::mt19937 rng(6);
-  for (int round = 0; round < 50; ++round) {
+  for (int round = 0; round < 80; ++round) {
     const std::int64_t word = round % 2 == 0 ? 2 : 4;
+    // Of any length, all of one, of whole pieces of 16 bytes; kept, and of one call.
+    const std::int64_t unit = round % 4 < 2 ? 1 : 16 / word;
+    const auto even = static_cast<std::int64_t>(rng() % 5);
     std::vector<execute::Run> runs;
     std::int64_t end = 0, words = 0;
     for (auto k = rng() % 5; k > 0; --k) {
-      runs.push_back(
-          {end + static_cast<std::int64_t>(rng() % 7), 1 + static_cast<std::int64_t>(rng() % 9)});
+      runs.push_back({end + unit * static_cast<std::int64_t>(rng() % 7),
+                      unit * (even > 0 ? even : 1 + static_cast<std::int64_t>(rng() % 9))});
       end = runs.back().offset + runs.back().count;
       words += runs.back().count;
     }
-    const execute::RunList list(runs);
+    std::vector<execute::Run> mixed = runs;
+    std::shuffle(mixed.begin(), mixed.end(), rng);
+    execute::RunList list(mixed);
+    list.passing = round % 3 == 0;
     std::vector<std::byte> whole(static_cast<std::size_t>(end * word) + 8),
         packed(static_cast<std::size_t>(words * word) + 8), from_gpu(packed.size());
     for (auto& b : whole) b = static_cast<std::byte>(rng());
@@ -218,6 +224,13 @@ TEST(Gpu, MovesRuns) {
     gpu.pack(list, word, a, b);
     gpu.to_host(from_gpu.data(), b, words * word);
     EXPECT_TRUE(std::equal(packed.begin(), packed.begin() + words * word, from_gpu.begin()));
+    // And back, into zeros.
+    std::vector<std::byte> back(whole.size(), std::byte{0}), want(back);
+    gpu.to_device(a, back.data(), std::ssize(back));
+    gpu.unpack(list, word, b, a);
+    gpu.to_host(back.data(), a, std::ssize(back));
+    host->unpack(list, word, packed.data(), want.data());
+    EXPECT_EQ(back, want);
     gpu.finish();
     gpu.release(a);
     gpu.release(b);
