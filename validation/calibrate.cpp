@@ -298,6 +298,21 @@ std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
     c.moe.ffn = ffn;
     add(build_transformer(c), "bf16", batch, true);
   }
+  // Mamba-2 blocks.
+  for (const auto& [hidden, sequence, groups, state, batch] :
+       {std::tuple{1024, 2048, 1, 128, 4}, {5120, 4096, 8, 128, 1}, {2560, 1024, 4, 64, 6}}) {
+    TransformerConfig c = decoder(hidden, sequence, 256, hidden / 64, 4096, true);
+    c.name = fmt::format("mamba h{} s{}", hidden, sequence);
+    c.pattern = "M";
+    c.rotary_dim = 0;
+    c.gated = false;
+    c.activation = ActivationKind::squared_relu;
+    c.mamba.heads = hidden / 32;
+    c.mamba.head_dim = 64;
+    c.mamba.groups = groups;
+    c.mamba.state = state;
+    add(build_transformer(c), "bf16", batch, true);
+  }
   for (const char* precision : {"fp32", "tf32", "fp16"}) {
     for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
          {std::tuple{1024, 768, 4096, 16, 8192, 2}, {2560, 1024, 6912, 20, 16384, 1}})

@@ -272,7 +272,8 @@ TEST(GpuCalibration, KnowsEveryKernelOfItsSuiteAndNoneOfItsProducts) {
       if (s.product()) products.insert(name(s));
     });
   // In 8 bits, casts and all, and nothing of it where the GPU has none.
-  for (const char* kernel : {"linear forward fp8", "linear data fp8", "linear weight fp8"})
+  for (const char* kernel : {"linear forward fp8", "linear data fp8", "linear weight fp8",
+                             "state_space data bf16", "causal_convolution weight bf16"})
     EXPECT_EQ(kernels.count(kernel), 1u) << kernel;
   for (const CalibrationRun& r : gpu_calibration_runs(false))
     EXPECT_EQ(r.name.find("fp8"), std::string::npos) << r.name;
