@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <chrono>
 #include <cstdlib>
@@ -50,10 +51,14 @@ class Range {
   Activity* activity_;
 };
 
-/// A RunList in the GPU's memory.
+/// A RunList in the GPU's memory: by words, and in units of 16 bytes.
+struct KeptTable {
+  std::unique_ptr<DeviceBlock> block;
+  RunTable table;
+};
 struct KeptRuns {
-  std::unique_ptr<DeviceBlock> block, wide_block;
-  RunTable table, wide;  ///< wide: in units of 16 bytes, where all runs are whole ones
+  std::array<KeptTable, 2> by;
+  bool wide = false;  ///< may go by the second
 };
 
 /// A process's context of a GPU, which it has once and for good.
@@ -250,7 +255,7 @@ class Gpu : public CudaDevice {
   void unpack_add(const RunList& list, ElementType type, const std::byte* from,
                   std::byte* to) override {
     if (!list.runs.empty())
-      cuda::unpack_add(machine(), kept(list, storage(type, 1).count).table, type, from, to);
+      cuda::unpack_add(machine(), table(list, storage(type, 1).count, false), type, from, to);
   }
 
   std::unique_ptr<execute::OperatorKernel> kernel(reference::Context context) override;
@@ -486,25 +491,28 @@ class Gpu : public CudaDevice {
       machine().end();
       return;
     }
-    const KeptRuns& runs = kept(list, word);
-    const bool wide = aligned && runs.wide_block != nullptr;
-    cuda::move(machine(), wide ? runs.wide : runs.table, wide ? kWide : word, from, to, unpacks);
+    const bool wide = aligned && kept(list, word).wide;
+    cuda::move(machine(), table(list, word, wide), wide ? kWide : word, from, to, unpacks);
   }
-  const KeptRuns& kept(const RunList& list, std::int64_t word) {
+  static KeptRuns& kept(const RunList& list, std::int64_t word) {
     if (!list.kept) {
       auto kept = std::make_shared<KeptRuns>();
-      const auto keep = [&](std::int64_t words, std::unique_ptr<DeviceBlock>& block) {
-        const RunNumbers n = numbers_of(list.runs, words);
-        const std::size_t bytes = n.numbers.size() * sizeof(std::int64_t);
-        block = std::make_unique<DeviceBlock>(bytes, libraries_->make_room);
-        check(copy_now(block->at, n.numbers.data(), bytes), "a list of runs");
-        return n.at(block->at);
-      };
-      kept->table = keep(1, kept->block);
-      if (whole(list.runs, 16 / word)) kept->wide = keep(16 / word, kept->wide_block);
-      list.kept = kept;
+      kept->wide = whole(list.runs, 16 / word);
+      list.kept = std::move(kept);
     }
-    return *static_cast<const KeptRuns*>(list.kept.get());
+    return *static_cast<KeptRuns*>(list.kept.get());
+  }
+  /// By words, or in units of 16 bytes.
+  const RunTable& table(const RunList& list, std::int64_t word, bool wide) {
+    auto& [block, table] = kept(list, word).by[wide ? 1 : 0];
+    if (!block) {
+      const RunNumbers n = numbers_of(list.runs, wide ? 16 / word : 1);
+      const std::size_t bytes = n.numbers.size() * sizeof(std::int64_t);
+      block = std::make_unique<DeviceBlock>(bytes, libraries_->make_room);
+      check(copy_now(block->at, n.numbers.data(), bytes), "a list of runs");
+      table = n.at(block->at);
+    }
+    return table;
   }
 
   DeviceOptions o_;

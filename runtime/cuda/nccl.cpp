@@ -147,9 +147,9 @@ class Nccl : public NcclLinks {
     const ncclRedOp_t op = call.reduction == Reduction::max ? ncclMax : ncclSum;
     auto* stream = static_cast<cudaStream_t>(stream_());
     // Its buffers come with the first call.
-    const bool first = called_.insert(channel).second;
-    const std::int64_t before = first ? left() : 0;
     const std::vector<NcclStep> steps = nccl_steps(call);
+    const bool first = !steps.empty() && called_.insert(channel).second;
+    const std::int64_t before = first ? left() : 0;
     const bool group = steps.size() > 1;
     if (group) settle(ncclGroupStart(), comm, "the start of a group");
     for (const NcclStep& s : steps) {

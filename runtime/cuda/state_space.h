@@ -107,8 +107,9 @@ bool weight(M& m, const CausalConvolution& op, const Context&, const Arguments& 
                            first = i / taps * chunk,
                            end = first + chunk < c.rows ? first + chunk : c.rows;
         float sum = 0;
-        for (std::int64_t row = first; row < end; ++row) {
-          if (row % c.tokens < back) continue;
+        std::int64_t t = first % c.tokens;
+        for (std::int64_t row = first; row < end; ++row, t = t + 1 < c.tokens ? t + 1 : 0) {
+          if (t < back) continue;
           sum += d[row * c.channels + channel] *
                  static_cast<float>(c.x[(row - back) * c.channels + channel]);
         }
@@ -136,7 +137,8 @@ struct Gated {
     double square = 0;
     for (std::int64_t f = lanes.lane() * step; f < size; f += lanes.count() * step) {
       const Octet v = octet(x, row * size + f, step), g = octet(gate, row * size + f, step);
-      for (int k = 0; k < step; ++k) {
+      // Where it is one element the others are 0.
+      for (int k = 0; k < Octet::kSize; ++k) {
         const float one = v.v[k] * curve(ActivationKind::silu, g.v[k]).value;
         square += static_cast<double>(one * one);
       }
@@ -187,7 +189,7 @@ bool data(M& m, const GatedNorm& op, const Context&, const Arguments& a) {
         for (std::int64_t f = lanes.lane() * g.step; f < g.size; f += lanes.count() * g.step) {
           const Octet v = octet(g.x, at + f, g.step), gate = octet(g.gate, at + f, g.step),
                       d = octet(dy, at + f, g.step), by = octet(w, weights + f, g.step);
-          for (int k = 0; k < g.step; ++k)
+          for (int k = 0; k < Octet::kSize; ++k)
             along += static_cast<double>(d.v[k] * by.v[k] * v.v[k] *
                                          curve(ActivationKind::silu, gate.v[k]).value);
         }
@@ -295,21 +297,25 @@ Scan scan_of(M& m, const StateSpace& op, const Arguments& a) {
   s.decay = numbers(a.parameters[0]), s.skip = numbers(a.parameters[1]);
   s.bias = numbers(a.parameters[2]);
   s.type = x.type;
-  const std::int64_t n = s.cells() * s.heads;
-  s.length = m.scratch(n * s.chunk), s.sum = m.scratch(n * s.chunk);
+  const std::int64_t n = s.cells() * s.heads * s.chunk;
+  s.length = m.scratch(n), s.sum = m.scratch(n);
   const Scan q = s;
   m.each(
       n, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t cell = i / q.heads, h = i % q.heads, head = q.head(cell, h);
-        const float rate = expf(q.decay[head]), bias = q.bias[head];
+        const std::int64_t cell = i / q.chunk / q.heads, h = i / q.chunk % q.heads,
+                           row = q.row(cell, i % q.chunk);
+        q.length[i] =
+            row < 0 ? 0.0f : softplus(q.step[row * q.heads + h] + q.bias[q.head(cell, h)]);
+      });
+  // Each by itself, as a warp reads one length at a time for all of its tokens: few would do it one
+  // after the other.
+  m.each(
+      n, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t head = i / q.chunk;
+        const float rate = expf(q.decay[q.head(head / q.heads, head % q.heads)]);
         float sum = 0;
-        for (std::int64_t t = 0; t < q.chunk; ++t) {
-          const std::int64_t row = q.row(cell, t);
-          const float length = row < 0 ? 0.0f : softplus(q.step[row * q.heads + h] + bias);
-          sum -= length * rate;
-          q.length[i * q.chunk + t] = length;
-          q.sum[i * q.chunk + t] = sum;
-        }
+        for (std::int64_t k = head * q.chunk; k <= i; ++k) sum -= q.length[k] * rate;
+        q.sum[i] = sum;
       });
   return s;
 }
@@ -342,6 +348,19 @@ Numbers heads_of(M& m, const Scan& s, Numbers from, std::int64_t stride) {
       });
   return to;
 }
+/// of(head) of each of the columns from f on.
+template <class F>
+PARTITA_LANE Octet by_heads(const Scan& s, std::int64_t f, std::int64_t some, F of) {
+  Octet o{};
+  if (s.dim % Octet::kSize == 0) {  // one head's
+    const float v = of(f / s.dim);
+    for (int k = 0; k < Octet::kSize; ++k) o.v[k] = v;
+    return o;
+  }
+  for (std::int64_t k = 0; k < Octet::kSize; ++k)
+    if (k < some) o.v[k] = of((f + k) / s.dim);
+  return o;
+}
 /// And as [cell, t, heads · dim], each by what the chunk's end keeps of it and its length (`ends`),
 /// or by what its token keeps of what was before.
 template <class M>
@@ -353,11 +372,13 @@ Numbers weighted(M& m, const Scan& s, Numbers from, std::int64_t stride, bool en
       PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
         const std::int64_t cell = i / s.chunk, t = i % s.chunk, row = s.row(cell, t);
         Octet o{};
-        if (row >= 0) o = octet(from, row * stride + f, some);
-        for (std::int64_t k = 0; k < Octet::kSize && k < some; ++k) {
-          const std::int64_t h = (f + k) / s.dim;
-          o.v[k] *= ends ? s.kept(cell, h, s.chunk - 1, t) * s.length[s.at(cell, h, t)]
-                         : s.kept_before(cell, h, t);
+        if (row >= 0) {
+          o = octet(from, row * stride + f, some);
+          const Octet by = by_heads(s, f, some, [&](std::int64_t h) {
+            return ends ? s.kept(cell, h, s.chunk - 1, t) * s.length[s.at(cell, h, t)]
+                        : s.kept_before(cell, h, t);
+          });
+          for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= by.v[k];
         }
         put(to, i * inner + f, some, o);
       });
@@ -407,17 +428,36 @@ std::int64_t cells_at_once(M& m, const Scan& s) {
 }
 /// [cell, head, t, s] of cells from `first` on: what token s gives to token t of the same chunk.
 template <class M>
-void within(M& m, const Scan& s, const float* scores, std::int64_t first, std::int64_t count,
+void within(M& m, const Scan& s, float* scores, std::int64_t first, std::int64_t count,
             Numbers to) {
-  m.each(
-      count * s.heads * s.chunk * s.chunk, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t from = i % s.chunk, t = i / s.chunk % s.chunk,
-                           h = i / s.chunk / s.chunk % s.heads,
-                           cell = first + i / s.chunk / s.chunk / s.heads;
-        to[i] = from > t ? 0.0f
-                         : scores[(cell * s.chunk + t) * s.chunk + from] *
-                               s.kept(cell, h, t, from) * s.length[s.at(cell, h, from)];
+  const Numbers all = scores, sums = s.sum, lengths = s.length;
+  each_of_rows(
+      m, count * s.heads * s.chunk, s.chunk,
+      PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
+        const std::int64_t t = i % s.chunk, head = first * s.heads + i / s.chunk,
+                           cell = head / s.heads, at = head * s.chunk;
+        Octet o{};
+        if (f <= t) {
+          const float until = s.sum[at + t];
+          const Octet score = octet(all, (cell * s.chunk + t) * s.chunk + f, some),
+                      sum = octet(sums, at + f, some), length = octet(lengths, at + f, some);
+          for (int k = 0; k < Octet::kSize; ++k)
+            o.v[k] = f + k > t ? 0.0f : score.v[k] * expf(until - sum.v[k]) * length.v[k];
+        }
+        put(to, i * s.chunk + f, some, o);
       });
+}
+/// Heads' columns from f on of token t, of [head, t, dim] of the nth cell.
+PARTITA_LANE Octet of_heads(const Scan& s, const Numbers& by_head, std::int64_t nth, std::int64_t t,
+                            std::int64_t f, std::int64_t some) {
+  const auto at = [&](std::int64_t e) {
+    return ((nth * s.heads + e / s.dim) * s.chunk + t) * s.dim + e % s.dim;
+  };
+  if (s.dim % Octet::kSize == 0) return octet(by_head, at(f), some);
+  Octet o{};
+  for (std::int64_t k = 0; k < Octet::kSize; ++k)
+    if (k < some) o.v[k] = by_head[at(f + k)];
+  return o;
 }
 
 template <class M>
@@ -433,24 +473,33 @@ bool forward(M& m, const StateSpace& op, const Context&, const Arguments& a) {
                                                            m.scratch(s.cells() * s.chunk * inner);
   cell_product(m, s.cells(), {s.chunk, s.chunk, s.state}, c, false, b, true, scores);
   cell_product(m, s.cells(), {s.chunk, inner, s.state}, c, false, before, true, of_before);
-  const std::int64_t some = cells_at_once(m, s), rows = s.heads * s.chunk;
-  const Numbers gives = scratch(m, some * s.heads * square, s.type);
-  float* const of_chunk = m.scratch(some * rows * s.dim);
+  const std::int64_t tile = cells_at_once(m, s), rows = s.heads * s.chunk;
+  const Numbers gives = scratch(m, tile * s.heads * square, s.type);
+  float* const of_chunk = m.scratch(tile * rows * s.dim);
   const Numbers y = numbers(a.results[0]);
-  for (std::int64_t first = 0; first < s.cells(); first += some) {
-    const std::int64_t count = std::min(some, s.cells() - first);
+  for (std::int64_t first = 0; first < s.cells(); first += tile) {
+    const std::int64_t count = std::min(tile, s.cells() - first);
     within(m, s, scores, first, count, gives);
     cell_product(m, count * s.heads, {s.chunk, s.dim, s.chunk}, gives, false,
                  x + first * rows * s.dim, false, of_chunk);
-    m.each(
-        count * s.chunk * inner, PARTITA_KERNEL(std::int64_t i) {
-          const std::int64_t e = i % inner, h = e / s.dim, t = i / inner % s.chunk,
-                             nth = i / inner / s.chunk, cell = first + nth, row = s.row(cell, t);
+    const Numbers inside = of_chunk, earlier = of_before;
+    each_of_rows(
+        m, count * s.chunk, inner,
+        PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
+          const std::int64_t t = i % s.chunk, nth = i / s.chunk, cell = first + nth,
+                             row = s.row(cell, t);
           if (row < 0) return;
-          y[row * inner + e] =
-              of_chunk[((nth * s.heads + h) * s.chunk + t) * s.dim + e % s.dim] +
-              s.kept_before(cell, h, t) * of_before[(cell * s.chunk + t) * inner + e] +
-              s.skip[s.head(cell, h)] * s.x[row * s.width() + e];
+          Octet o = of_heads(s, inside, nth, t, f, some);
+          const Octet was = octet(earlier, (cell * s.chunk + t) * inner + f, some),
+                      in = octet(s.x, row * s.width() + f, some),
+                      keeps = by_heads(s, f, some,
+                                       [&](std::int64_t h) { return s.kept_before(cell, h, t); }),
+                      skips = by_heads(s, f, some, [&](std::int64_t h) {
+                        return static_cast<float>(s.skip[s.head(cell, h)]);
+                      });
+          for (int k = 0; k < Octet::kSize; ++k)
+            o.v[k] += keeps.v[k] * was.v[k] + skips.v[k] * in.v[k];
+          put(y, row * inner + f, some, o);
         });
   }
   return true;
@@ -501,31 +550,45 @@ bool scan_gradients(M& m, const StateSpace& op, const Arguments& a, bool of_data
   }
   // Inside of chunks: [cell, head, t] of what lengths and sums get, and dx.
   float *const d_length = m.scratch(lengths), *const d_sum = m.scratch(lengths);
-  const std::int64_t some = cells_at_once(m, s);
-  float* const d_gives = m.scratch(some * s.heads * square);
-  const Numbers gives = of_data ? scratch(m, some * s.heads * square, s.type) : nullptr,
-                d_scores = of_data ? scratch(m, some * square, s.type) : nullptr;
-  float* const of_chunk = of_data ? m.scratch(some * rows * s.dim) : nullptr;
+  const std::int64_t tile = cells_at_once(m, s);
+  float* const d_gives = m.scratch(tile * s.heads * square);
+  const Numbers gives = of_data ? scratch(m, tile * s.heads * square, s.type) : nullptr,
+                d_scores = of_data ? scratch(m, tile * square, s.type) : nullptr;
+  float* const of_chunk = of_data ? m.scratch(tile * rows * s.dim) : nullptr;
   const Numbers dx = of_data ? numbers(a.results[0]) : nullptr;
-  for (std::int64_t first = 0; first < cells; first += some) {
-    const std::int64_t count = std::min(some, cells - first);
+  for (std::int64_t first = 0; first < cells; first += tile) {
+    const std::int64_t count = std::min(tile, cells - first);
     cell_product(m, count * s.heads, {s.chunk, s.chunk, s.dim}, d + first * rows * s.dim, false,
                  x + first * rows * s.dim, true, d_gives);
+    // Columns: tokens side by side read side by side, from the first of 32 on.
     m.each(
         count * rows, PARTITA_KERNEL(std::int64_t i) {
-          const std::int64_t t = i % s.chunk, h = i / s.chunk % s.heads,
-                             cell = first + i / s.chunk / s.heads, matrix = i / s.chunk * square,
-                             of = cell * square;
-          float given = 0, got = 0;
-          for (std::int64_t later = t; later < s.chunk; ++later)
-            given += d_gives[matrix + later * s.chunk + t] * scores[of + later * s.chunk + t] *
-                     s.kept(cell, h, later, t);
-          for (std::int64_t from = 0; from <= t; ++from)
-            got += d_gives[matrix + t * s.chunk + from] * scores[of + t * s.chunk + from] *
-                   s.kept(cell, h, t, from) * s.length[s.at(cell, h, from)];
-          const std::int64_t to = s.at(cell, h, t);
-          d_length[to] = given;
-          d_sum[to] = got - given * s.length[to];
+          constexpr std::int64_t kWarp = 32;
+          const std::int64_t t = i % s.chunk, head = first * s.heads + i / s.chunk,
+                             matrix = i / s.chunk * square, of = head / s.heads * square,
+                             at = head * s.chunk;
+          const float sum = s.sum[at + t];
+          float given = 0;
+          for (std::int64_t later = t / kWarp * kWarp; later < s.chunk; ++later) {
+            if (later >= t)
+              given += d_gives[matrix + later * s.chunk + t] * scores[of + later * s.chunk + t] *
+                       expf(s.sum[at + later] - sum);
+          }
+          d_length[at + t] = given;
+        });
+    m.rows(
+        count * rows, s.chunk, PARTITA_KERNEL(std::int64_t i, const Lanes& lanes) {
+          const std::int64_t t = i % s.chunk, head = first * s.heads + i / s.chunk,
+                             row = i / s.chunk * square + t * s.chunk,
+                             of = head / s.heads * square + t * s.chunk, at = head * s.chunk;
+          const float until = s.sum[at + t];
+          double got = 0;
+          for (std::int64_t from = lanes.lane(); from <= t; from += lanes.count())
+            got += static_cast<double>(d_gives[row + from] * scores[of + from] *
+                                       expf(until - s.sum[at + from]) * s.length[at + from]);
+          got = lanes.sum(got);
+          if (lanes.lane() == 0)
+            d_sum[at + t] = static_cast<float>(got) - d_length[at + t] * s.length[at + t];
         });
     if (!of_data) continue;
     m.each(
@@ -545,16 +608,27 @@ bool scan_gradients(M& m, const StateSpace& op, const Arguments& a, bool of_data
     within(m, s, scores, first, count, gives);
     cell_product(m, count * s.heads, {s.chunk, s.dim, s.chunk}, gives, true,
                  d + first * rows * s.dim, false, of_chunk);
-    m.each(
-        count * s.chunk * inner, PARTITA_KERNEL(std::int64_t i) {
-          const std::int64_t e = i % inner, h = e / s.dim, t = i / inner % s.chunk,
-                             nth = i / inner / s.chunk, cell = first + nth, row = s.row(cell, t);
+    const Numbers inside = of_chunk, later = of_after;
+    each_of_rows(
+        m, count * s.chunk, inner,
+        PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
+          const std::int64_t t = i % s.chunk, nth = i / s.chunk, cell = first + nth,
+                             row = s.row(cell, t);
           if (row < 0) return;
-          dx[row * s.width() + e] =
-              of_chunk[((nth * s.heads + h) * s.chunk + t) * s.dim + e % s.dim] +
-              s.kept(cell, h, s.chunk - 1, t) * s.length[s.at(cell, h, t)] *
-                  of_after[(cell * s.chunk + t) * inner + e] +
-              s.skip[s.head(cell, h)] * dy[row * inner + e];
+          Octet o = of_heads(s, inside, nth, t, f, some);
+          const Octet gave = octet(later, (cell * s.chunk + t) * inner + f, some),
+                      slope = octet(dy, row * inner + f, some),
+                      ends = by_heads(s, f, some,
+                                      [&](std::int64_t h) {
+                                        return s.kept(cell, h, s.chunk - 1, t) *
+                                               s.length[s.at(cell, h, t)];
+                                      }),
+                      skips = by_heads(s, f, some, [&](std::int64_t h) {
+                        return static_cast<float>(s.skip[s.head(cell, h)]);
+                      });
+          for (int k = 0; k < Octet::kSize; ++k)
+            o.v[k] += ends.v[k] * gave.v[k] + skips.v[k] * slope.v[k];
+          put(dx, row * s.width() + f, some, o);
         });
   }
   if (of_data) {
@@ -597,34 +671,34 @@ bool scan_gradients(M& m, const StateSpace& op, const Arguments& a, bool of_data
         double sum = 0;
         for (std::int64_t e = lanes.lane(); e < each; e += lanes.count())
           sum += static_cast<double>(before[i * each + e] * after[i * each + e]);
-        sum = lanes.sum(sum);
-        if (lanes.lane() == 0)
-          passed[i] =
-              static_cast<float>(sum) * s.kept_before(i / s.heads, i % s.heads, s.chunk - 1);
+        sum = lanes.sum(sum) *
+              static_cast<double>(s.kept_before(i / s.heads, i % s.heads, s.chunk - 1));
+        double ends = 0;
+        for (std::int64_t t = lanes.lane(); t < s.chunk; t += lanes.count())
+          ends += static_cast<double>(to_end[i * s.chunk + t]);
+        ends = lanes.sum(ends);
+        if (lanes.lane() == 0) passed[i] = static_cast<float>(sum + ends);
       });
-  // A sum is of all log a up to it: theirs are sums from the chunk's end on.
-  float* const of_decay = m.scratch(cells * s.heads);
+  // A sum is of all log a up to it: theirs are sums from the chunk's end on. As in scan_of.
+  float *const of_decay = m.scratch(lengths), *const of_raw = m.scratch(lengths);
   m.each(
-      cells * s.heads, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t cell = i / s.heads, h = i % s.heads, head = s.head(cell, h);
-        const float rate = expf(s.decay[head]), bias = s.bias[head];
-        float slope = passed[i], decay = 0;
-        for (std::int64_t t = 0; t < s.chunk; ++t) slope += to_end[i * s.chunk + t];
-        for (std::int64_t t = s.chunk - 1; t >= 0; --t) {
-          const std::int64_t at = i * s.chunk + t, row = s.row(cell, t);
-          slope += d_sum[at];
-          decay -= slope * s.length[at] * rate;
-          const float raw = row < 0 ? 0.0f : s.step[row * s.heads + h] + bias;
-          d_length[at] = row < 0 ? 0.0f : (d_length[at] - rate * slope) / (1 + expf(-raw));
-        }
-        of_decay[i] = decay;
+      lengths, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t cell = i / s.chunk / s.heads, h = i / s.chunk % s.heads,
+                           head = s.head(cell, h), first = i / s.chunk * s.chunk,
+                           row = s.row(cell, i % s.chunk);
+        const float rate = expf(s.decay[head]);
+        float slope = passed[i / s.chunk];
+        for (std::int64_t k = first + s.chunk - 1; k >= i; --k) slope += d_sum[k];
+        const float raw = row < 0 ? 0.0f : s.step[row * s.heads + h] + s.bias[head];
+        of_decay[i] = -slope * s.length[i] * rate;
+        of_raw[i] = row < 0 ? 0.0f : (d_length[i] - rate * slope) / (1 + expf(-raw));
       });
   if (of_data) {
     const Numbers d_step = numbers(a.results[1]);
     m.each(
         lengths, PARTITA_KERNEL(std::int64_t i) {
           const std::int64_t row = s.row(i / s.chunk / s.heads, i % s.chunk);
-          if (row >= 0) d_step[row * s.heads + i / s.chunk % s.heads] = d_length[i];
+          if (row >= 0) d_step[row * s.heads + i / s.chunk % s.heads] = of_raw[i];
         });
     return true;
   }
@@ -636,21 +710,26 @@ bool scan_gradients(M& m, const StateSpace& op, const Arguments& a, bool of_data
   m.rows(
       s.groups * s.heads, parts * s.chunk, PARTITA_KERNEL(std::int64_t head, const Lanes& lanes) {
         const std::int64_t g = head / s.heads, h = head % s.heads;
-        double of_a = 0, of_x = 0, of_raw = 0;
+        double for_decay = 0, for_skip = 0, for_bias = 0;
         for (std::int64_t k = lanes.lane(); k < parts * s.chunk; k += lanes.count()) {
           const std::int64_t cell = k / s.chunk * s.groups + g, at = s.at(cell, h, k % s.chunk);
-          if (k % s.chunk == 0) of_a += static_cast<double>(of_decay[cell * s.heads + h]);
-          of_x += static_cast<double>(through[at]);
-          of_raw += static_cast<double>(d_length[at]);
+          for_decay += static_cast<double>(of_decay[at]);
+          for_skip += static_cast<double>(through[at]);
+          for_bias += static_cast<double>(of_raw[at]);
         }
-        of_a = lanes.sum(of_a), of_x = lanes.sum(of_x), of_raw = lanes.sum(of_raw);
+        for_decay = lanes.sum(for_decay);
+        for_skip = lanes.sum(for_skip);
+        for_bias = lanes.sum(for_bias);
         if (lanes.lane() != 0) return;
         if (decay != nullptr)
-          decay[head] = (adds ? static_cast<float>(decay[head]) : 0.0f) + static_cast<float>(of_a);
+          decay[head] =
+              (adds ? static_cast<float>(decay[head]) : 0.0f) + static_cast<float>(for_decay);
         if (skip != nullptr)
-          skip[head] = (adds ? static_cast<float>(skip[head]) : 0.0f) + static_cast<float>(of_x);
+          skip[head] =
+              (adds ? static_cast<float>(skip[head]) : 0.0f) + static_cast<float>(for_skip);
         if (bias != nullptr)
-          bias[head] = (adds ? static_cast<float>(bias[head]) : 0.0f) + static_cast<float>(of_raw);
+          bias[head] =
+              (adds ? static_cast<float>(bias[head]) : 0.0f) + static_cast<float>(for_bias);
       });
   return true;
 }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -152,8 +153,7 @@ class Executor {
   ~Executor() {
     device_.make_room = nullptr;
     for (std::size_t b = 0; b < slots_.size(); ++b) {
-      for (Instance& i : slots_[b])
-        memory_of(BufferId{b}).give_back(p_.buffers[b].category, i.data, i.bytes);
+      for (Instance& i : slots_[b]) give_back(BufferId{b}, i);
     }
   }
   Executor(const Executor&) = delete;
@@ -750,7 +750,7 @@ class Executor {
       case Kind::free:
         for (const BufferId b : i.reads) {
           Instance& instance = slot(b);
-          memory_of(b).give_back(p_.buffer(b).category, instance.data, instance.bytes);
+          give_back(b, instance);
           instance = {};
         }
         return;
@@ -844,11 +844,12 @@ class Executor {
   /// whoever uses the buffer next: ranks could wait for each other. So what is sent is a copy.
   void send_copy(const Instruction& i, const Channel& channel, int peer, BufferId b,
                  std::int64_t bytes) {
-    auto& copies = copies_[bytes];
+    const std::int64_t room = p_.buffer(b).routed ? Memory::roomy(bytes) : bytes;
+    auto& copies = copies_[room];
     auto free = std::find_if(copies.begin(), copies.end(),
                              [&](const Copy& c) { return device_.reached(c.sent); });
     if (free == copies.end()) {
-      copies.push_back({Spare(memory_, bytes), 0});
+      copies.push_back({Spare(memory_, room), 0});
       free = std::prev(copies.end());
       // Another buffer's memory may still be in use.
       order_.write(free->room.at);
@@ -889,12 +890,24 @@ class Executor {
     Instance& instance = slot(root);
     const std::int64_t bytes =
         static_cast<std::int64_t>(rows.size() * box(id).index[3].size()) * p_.buffer(id).width();
-    if (bytes != instance.bytes) {
-      memory_of(root).give_back(p_.buffer(root).category, instance.data, instance.bytes);
-      take(root, instance, bytes);
-      order_.write(instance.data);
+    Memory& memory = memory_of(root);
+    const std::int64_t had = Memory::roomy(instance.bytes), room = Memory::roomy(bytes);
+    memory.count(p_.buffer(root).category, bytes - instance.bytes);
+    instance.bytes = bytes;
+    if (room != had || instance.data == nullptr) {
+      memory.give_back_spare(instance.data, had);
+      instance.data = memory.take_spare(room);
+      if (instance.data != nullptr) order_.write(instance.data);
     }
     instance.rows = std::move(rows);
+  }
+  void give_back(BufferId id, Instance& instance) {
+    if (instance.data == nullptr) return;
+    Memory& memory = memory_of(id);
+    const Buffer& b = p_.buffer(id);
+    memory.count(b.category, -instance.bytes);
+    memory.give_back_spare(instance.data,
+                           b.routed ? Memory::roomy(instance.bytes) : instance.bytes);
   }
 
   /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
@@ -1223,7 +1236,7 @@ class Executor {
       call(i, whole, data(to), nullptr);
       return;
     }
-    if (o_.alone) {
+    if (o_.alone && i.kind == Kind::collective) {
       rows_alone(i, c);
       return;
     }
@@ -1236,12 +1249,12 @@ class Executor {
     std::vector<Row> keys;
     RunList outgoing;
     outgoing.passing = true;
+    const Exchange& plan = exchange_of(i, c, from, to);
     for (std::size_t m = 0; m < n; ++m) {
-      const Box theirs = box_of(p_, to, c.group[m]);
-      const std::vector<Run> columns = shared_columns(mine, theirs.index[3], mine);
+      const std::vector<Run>& columns = plan.out[m];
       values_to[m + 1] = values_to[m];
       for (std::size_t r = 0; r < source.rows.size() && !columns.empty(); ++r) {
-        if (!wants(theirs, source.rows[r])) continue;
+        if (!plan.wants[m].has(source.rows[r])) continue;
         keys.push_back(source.rows[r]);
         ++rows_to[m];
         values_to[m + 1] += add_row(outgoing, r, mine.size(), columns);
@@ -1251,7 +1264,7 @@ class Executor {
     const auto packed_keys = static_cast<std::int64_t>(keys.size() * sizeof(Row));
     if (reduces) {
       memory_.count(Category::workspace, packed_keys + sent_bytes);
-      const Spare sums(memory_, sent_bytes);
+      const Spare sums(memory_, Memory::roomy(sent_bytes));
       order_.write(sums.at);
       device_.pack(outgoing, element, data(from), sums.at);
       Prepared chunks;
@@ -1290,13 +1303,10 @@ class Executor {
     for (std::size_t m = 0; m <= n; ++m) each[m] = static_cast<std::int64_t>(m);
     exchange(rows_to.data(), each, rows_from.data(), each, sizeof(std::int64_t));
     std::vector<std::int64_t> key_out(n + 1, 0), key_in(n + 1, 0), value_in(n + 1, 0);
-    const auto& columns_to = box(to).index[3];
-    std::vector<std::vector<Run>> columns(n);  // of what a member sends, in a row of mine
     for (std::size_t m = 0; m < n; ++m) {
-      columns[m] = shared_columns(box_of(p_, from, c.group[m]).index[3], columns_to, columns_to);
       key_out[m + 1] = key_out[m] + rows_to[m];
       key_in[m + 1] = key_in[m] + rows_from[m];
-      value_in[m + 1] = value_in[m] + rows_from[m] * count(columns[m]);
+      value_in[m + 1] = value_in[m] + rows_from[m] * count(plan.in[m]);
     }
     std::vector<Row> keys_in(static_cast<std::size_t>(key_in[n]));
     exchange(keys.data(), key_out, keys_in.data(), key_in, sizeof(Row));
@@ -1305,7 +1315,8 @@ class Executor {
                                 static_cast<std::int64_t>(keys_in.size() * sizeof(Row)) +
                                 sent_bytes + received_bytes;
     memory_.count(Category::workspace, packed);
-    const Spare sent(memory_, sent_bytes), received(memory_, received_bytes);
+    const Spare sent(memory_, Memory::roomy(sent_bytes)),
+        received(memory_, Memory::roomy(received_bytes));
     order_.write(sent.at);
     order_.write(received.at);
     device_.pack(outgoing, element, data(from), sent.at);
@@ -1325,13 +1336,52 @@ class Executor {
       for (std::int64_t r = key_in[m]; r < key_in[m + 1]; ++r) {
         const auto it = std::lower_bound(rows.begin(), rows.end(),
                                          keys_in[static_cast<std::size_t>(r)], before);
-        add_row(incoming, static_cast<std::size_t>(it - rows.begin()), columns_to.size(),
-                columns[m]);
+        add_row(incoming, static_cast<std::size_t>(it - rows.begin()), box(to).index[3].size(),
+                plan.in[m]);
       }
     }
     put_rows(to, std::move(rows));
     device_.unpack(incoming, element, received.at, data(to));
     memory_.count(Category::workspace, -packed);
+  }
+  /// Whose rows a box has, each in one look.
+  struct RowsOfBox {
+    std::array<std::vector<char>, 3> held;  ///< of samples, positions, experts, from the first on
+    std::array<std::int64_t, 3> first{};
+    explicit RowsOfBox(const Box& box) {
+      for (std::size_t d = 0; d < 3; ++d) {
+        if (box.index[d].empty()) continue;
+        first[d] = box.index[d].front();
+        held[d].resize(static_cast<std::size_t>(box.index[d].back() - first[d] + 1));
+        for (const std::int64_t x : box.index[d])
+          held[d][static_cast<std::size_t>(x - first[d])] = 1;
+      }
+    }
+    bool has(std::size_t d, std::int64_t x) const {
+      const auto at = static_cast<std::uint64_t>(x - first[d]);
+      return at < held[d].size() && held[d][at] != 0;
+    }
+    bool has(const Row& r) const {
+      return has(0, r.sample) && has(1, r.sequence) && has(2, r.expert);
+    }
+  };
+  /// What a routed collective's members want of each other: the same at every step.
+  struct Exchange {
+    std::vector<RowsOfBox> wants;           ///< of a member
+    std::vector<std::vector<Run>> out, in;  ///< columns for it in a row of mine, and of its here
+  };
+  const Exchange& exchange_of(const Instruction& i, const Prepared& c, BufferId from, BufferId to) {
+    const auto it = exchanges_.find(&i);
+    if (it != exchanges_.end()) return it->second;
+    Exchange e;
+    const auto &mine = box(from).index[3], &here = box(to).index[3];
+    for (const int member : c.group) {
+      const Box theirs = box_of(p_, to, member);
+      e.wants.emplace_back(theirs);
+      e.out.push_back(shared_columns(mine, theirs.index[3], mine));
+      e.in.push_back(shared_columns(box_of(p_, from, member).index[3], here, here));
+    }
+    return exchanges_.emplace(&i, std::move(e)).first->second;
   }
   /// Where in a row of columns `of` those lie that both lists have; both ascend.
   static std::vector<Run> shared_columns(const std::vector<std::int64_t>& a,
@@ -1921,6 +1971,7 @@ class Executor {
   std::map<std::pair<BufferId, std::int32_t>, Input> inputs_;
   Shard shard_;
   std::map<const Instruction*, std::vector<Slice>> slices_;
+  std::map<const Instruction*, Exchange> exchanges_;
   std::vector<std::int32_t> dispatch_;         ///< by buffer
   std::map<const Instruction*, Spare> gates_;  ///< that are given, of a Dispatch
   /// Of a routed collective alone: bytes that are packed for it, and the rows it gives.

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <bit>
+
 #include "base/error.h"
 #include "runtime/execute/device.h"
 
@@ -31,6 +33,13 @@ std::byte* Memory::take(Category category, std::int64_t bytes) {
   if (bytes == 0) return nullptr;
   count(category, bytes);
   return take_spare(bytes);
+}
+
+std::int64_t Memory::roomy(std::int64_t bytes) {
+  if (bytes <= 4096) return bytes;
+  const auto n = static_cast<std::uint64_t>(bytes);
+  const auto step = static_cast<std::int64_t>(std::bit_floor(n) / 8);
+  return (bytes + step - 1) / step * step;
 }
 
 std::byte* Memory::take_spare(std::int64_t bytes) {

@@ -29,6 +29,10 @@ class Memory {
   /// Counts memory that the caller has from elsewhere; negative when it is gone.
   void count(Category category, std::int64_t bytes);
 
+  /// What to ask for where sizes differ from step to step, so that blocks of one serve another: the
+  /// next eighth of a power of two, from 4 KiB on.
+  static std::int64_t roomy(std::int64_t bytes);
+
   /// The same without counting: what a kernel needs for a moment.
   std::byte* take_spare(std::int64_t bytes);
   void give_back_spare(std::byte* block, std::int64_t bytes);
