@@ -7,9 +7,11 @@
 #include <chrono>
 #include <map>
 #include <random>
+#include <set>
 #include <thread>
 #include <tuple>
 
+#include "runtime/execute/memory.h"
 #include "runtime/execute/threads.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
@@ -511,6 +513,26 @@ TEST(Executor, RandomNetworks) {
     if (HasFailure()) return;
   }
   EXPECT_GE(run, 60);
+}
+
+/// Blocks for sizes that change: enough, at most an eighth more, eight sizes for each power of two.
+TEST(RoomySizes, ServeOneAnother) {
+  std::mt19937_64 rng(3);
+  for (int round = 0; round < 1000; ++round) {
+    const auto n = static_cast<std::int64_t>(rng() >> (20 + rng() % 40));
+    const std::int64_t room = Memory::roomy(n);
+    EXPECT_GE(room, n);
+    EXPECT_LE(room, n + n / 8);
+    EXPECT_EQ(Memory::roomy(room), room);
+    EXPECT_LE(Memory::roomy(n / 2), room);
+  }
+  std::set<std::int64_t> sizes;
+  for (std::int64_t n = (1 << 16) + 1; n <= 1 << 17; ++n) sizes.insert(Memory::roomy(n));
+  EXPECT_EQ(sizes.size(), 8u);
+  EXPECT_EQ(*sizes.begin(), (1 << 16) + (1 << 13));
+  EXPECT_EQ(Memory::roomy(4096), 4096);
+  EXPECT_EQ(Memory::roomy(4097), 4608);
+  EXPECT_EQ(Memory::roomy(0), 0);
 }
 
 }  // namespace
