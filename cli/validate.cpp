@@ -368,6 +368,8 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
   const auto task = [&](const Graph& graph, Program program) {
     c.programs.push_back(std::move(program));
     c.tasks.push_back({&graph, &c.programs.back(), timed(graph, c.programs.back(), o), ""});
+    // A kernel of experts is known by how many rows it has, so all of them get the same.
+    c.tasks.back().options.balanced_rows = o.gpu();
     return c.tasks.size() - 1;
   };
   for (const int ranks : o.ranks) {
