@@ -136,7 +136,9 @@ int main(int argc, char** argv) {
       "MODEL: a catalogue name, a Hugging Face config.json, .yaml or .onnx.\n"
       "TOPOLOGY: a catalogue name with :nodes (dgx-h100:8), .yaml, NCCL .xml or nvidia-smi topo -m "
       "output.\n"
-      "Exit codes: 0 done; 1 nothing fits or a bound is missed; 2 your input; 3 a bug of ours.");
+      "Exit codes: 0 done; 1 nothing fits or a bound is missed; 2 your input; 3 the machine, a "
+      "rank that "
+      "died, or a bug of ours.");
   int code = 0;
   try {
     cli::add_commands(app, code);  // reads the profiles' names for its help

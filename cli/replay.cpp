@@ -73,7 +73,7 @@ Lowered lowered(const Options& o, const PublishedRow& row, const Topology& topol
     throw InputError("--micro-batches",
                      fmt::format("{}: {}", *micro_batches, complete_plan.reason()));
   if (!complete_plan) throw InputError("plan", complete_plan.reason());
-  l.plan = executable(*complete_plan);
+  l.plan = as_executed(*complete_plan);
   auto program = lower(l.graph, l.plan);
   if (!program) throw InputError("plan", program.reason());
   l.program = std::move(*program);
@@ -219,6 +219,7 @@ void replay(const Options& o) {
                       {"predicted", r.compute_predicted.count}};
     j["between_kernels_s"] = r.between.count;
     if (routed) j["routing"] = "balanced";
+    j["not_run"] = r.not_run;
     j["kernels"] = r.kernels;
     j["kernels_recorded"] = r.recorded;
     if (!result.measured.no_kernel_ns.empty()) j["no_kernel_times"] = result.measured.no_kernel_ns;
@@ -269,6 +270,10 @@ void replay(const Options& o) {
   if (part.plan.micro_batches() != all_micro_batches)
     fmt::print("of {} of {} micro-batches: kernels' times are those, memory is theirs\n",
                part.plan.micro_batches(), all_micro_batches);
+  if (!r.not_run.empty())
+    fmt::print(
+        "the rank's {} were not among them: the step has their predicted times; run more layers\n",
+        fmt::join(r.not_run, ", "));
   const auto error = [](Seconds measured, Seconds predicted) {
     return 100 * (predicted.count - measured.count) / measured.count;
   };

@@ -186,7 +186,7 @@ std::string held_out_table(const std::vector<validation::Judged>& held) {
       {"points that were not fitted", "points", "mean error", "bias", "largest", "bound", ""}};
   for (const auto& h : held)
     table.push_back({h.kernel, std::to_string(h.points), percent(h.mean), signed_percent(h.bias),
-                     percent(h.most), "", ""});
+                     percent(h.most), "", h.mean > validation::kHeldOutBound ? "over it" : ""});
   if (held.back().points > 0) {
     table.back()[5] = percent(validation::kHeldOutBound);
     if (validation::missed(held)) table.back()[6] = "MISSED";

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "simulator/cost/measured.h"
 #include "validation/calibrate.h"
@@ -102,6 +103,15 @@ Replayed replayed(const Program& whole, const Program& part, const Topology& top
   const Topology measured = topology.with_kernels(table);
   Communication after(measured);
   r.step_replayed = to_seconds(simulate(whole, after, options).step);
+  std::set<std::string> not_run;
+  for (const BlockCall& call : whole.stages[static_cast<std::size_t>(whole.stage_of(run.rank))]) {
+    for (const Instruction& i : whole.blocks[call.block.index()].instructions) {
+      if (!is_kernel(i)) continue;
+      const std::string kernel = shape_of(whole, i, run.rank).kernel;
+      if (!kernel.empty() && table.count(kernel) == 0) not_run.insert(kind_of(whole, i));
+    }
+  }
+  r.not_run.assign(not_run.begin(), not_run.end());
   for (auto& [name, kind] : kinds) {
     kind.kind = name;
     r.kinds.push_back(kind);

@@ -30,6 +30,9 @@ struct Replayed {
   std::array<Bytes, kCategoryCount> at_peak_measured{}, at_peak_predicted{};
   std::int64_t kernels = 0, recorded = 0;  ///< of a step; of them timed by the device's own records
   std::int64_t ranks_alike = 0;  ///< of the rank's class, itself included
+  /// Kinds of kernels that the rank has in the whole network and had not in what was run:
+  /// predicted.
+  std::vector<std::string> not_run;
 };
 
 /// `run`: what was carried out alone, of the program `part` (as `whole`, or of fewer layers: equal

@@ -272,6 +272,7 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
       if (!(e <= c.loss_error)) c.loss_error = e;
     }
   }
+  double apart = 0, norm = 0;
   for (std::size_t r = 0; r < serial.parameters.size(); ++r) {
     const auto gradient_scale = scales_of(graph, serial.gradients[r], scale);
     const auto parameter_scale = scales_of(graph, serial.parameters[r], scale);
@@ -279,12 +280,19 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
       const std::string& name = graph.parameters[q].name;
       note(error_of(run.gradients[r][q], serial.gradients[r][q], gradient_scale[q]),
            c.gradient_error, c.worst_gradient, name);
+      const auto &got = run.gradients[r][q], &want = serial.gradients[r][q];
+      for (std::size_t k = 0; k < std::min(got.size(), want.size()); ++k) {
+        apart += (got[k] - want[k]) * (got[k] - want[k]);
+        norm += want[k] * want[k];
+      }
       note(error_of(run.parameters[r][q], serial.parameters[r][q], parameter_scale[q]),
            c.parameter_error, c.worst_parameter, name);
     }
   }
-  c.equal =
-      c.loss_error <= tolerance && c.gradient_error <= tolerance && c.parameter_error <= tolerance;
+  c.gradient_distance = norm > 0 ? std::sqrt(apart / norm) : apart > 0 ? INFINITY : 0;
+  // Whatever rounding may do to one tensor: nothing at all is off by 1.
+  c.equal = c.loss_error <= std::min(tolerance, kMostApart) && c.gradient_error <= tolerance &&
+            c.parameter_error <= tolerance && c.gradient_distance <= kMostApart;
   return c;
 }
 
@@ -309,7 +317,16 @@ double tolerance_of_rounding(const Graph& graph, const Program& program, const R
     operands = 2 * std::max(effect(), least);
     options.round_operands = false;
   }
-  return (longest + 8) * std::max(effect(), 0x1p-24) + operands;
+  // What is stored in 16 bits is made in fp32: only that grows with a sum's length.
+  double half_spacing = 0;  // relative, of the coarsest type
+  for (const Buffer& b : program.buffers) {
+    if (b.element_bytes == 0 && storage(b.type, 1).count == 2)
+      half_spacing = std::max(half_spacing, spacing(b.type) / 2);
+  }
+  const double d = effect();
+  if (half_spacing == 0) return (longest + 8) * std::max(d, 0x1p-24) + operands;
+  return kNarrowRoundings * std::max(d, half_spacing) +
+         (longest + 8) * std::max(d * 0x1p-24 / half_spacing, 0x1p-24) + operands;
 }
 
 }  // namespace partita::reference

@@ -30,6 +30,7 @@ struct Comparison {
   /// the largest value of the tensor concerned; the tensor's name.
   double loss_error = 0, gradient_error = 0, parameter_error = 0;
   std::string worst_gradient, worst_parameter;
+  double gradient_distance = 0;  ///< of all gradients as one vector, relative to its length
   double tolerance = 0;
   bool equal = false;
 };
@@ -39,6 +40,14 @@ struct Comparison {
 enum class RelativeTo { tensor, operators };
 Comparison compare(const Graph& graph, const RunResult& run, const RunResult& serial,
                    double tolerance, RelativeTo scale = RelativeTo::operators);
+
+/// More than this a loss may not be off by, nor the distance of all gradients.
+constexpr double kMostApart = 0.9;
+/// Roundings to 16 bits that a stored value of such a type has behind it: its own, on the other
+/// side of a tie (2), its operands' that a kernel keeps in the type (flash attention's
+/// probabilities and their slopes, a convolution's gradient: 2), and sums over ranks in the type
+/// (4).
+constexpr double kNarrowRoundings = 8;
 
 /// Doubles, sums in another order: a few thousand roundings per step, amplified by the steps
 /// before.

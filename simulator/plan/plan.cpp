@@ -113,6 +113,20 @@ Plan executable(Plan plan) {
   return plan;
 }
 
+Plan as_executed(Plan plan) {
+  Plan ours;
+  set_framework(ours, "partita", "");
+  plan.allocations = ours.allocations;
+  plan.kernels = ours.kernels;
+  plan.launches = ours.launches;
+  plan.fuses_normalise = ours.fuses_normalise;
+  plan.joins_projections = ours.joins_projections;
+  plan.score_passes_forward = ours.score_passes_forward;
+  plan.score_passes_backward = ours.score_passes_backward;
+  plan.expert_bias_apart = ours.expert_bias_apart;
+  return executable(std::move(plan));
+}
+
 std::string divisors_text(std::int64_t n) {
   std::vector<std::int64_t> all;
   for (std::int64_t d = 1; d * d <= n; ++d) {

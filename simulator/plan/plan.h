@@ -269,6 +269,9 @@ std::vector<std::string> apply(const Workload& workload, Plan& plan,
 /// The plan as our executor runs it, which weights experts' rows when it combines them and keeps
 /// what it made.
 Plan executable(Plan plan);
+/// The same, priced as that, too: without a framework's fusions, kernels, launches and allocations.
+/// What passes between ranks, and when, stays the plan's.
+Plan as_executed(Plan plan);
 
 /// "1, 2, 3, 4, 6 or 12".
 std::string divisors_text(std::int64_t n);

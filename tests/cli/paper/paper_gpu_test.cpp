@@ -246,6 +246,12 @@ TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
   EXPECT_NE(err().find("PARTITA_CUDA_CANDIDATES: 'all' is not in 1 to 64"), std::string::npos)
       << err();
   ::unsetenv("PARTITA_CUDA_CANDIDATES");
+  // Of a hybrid's first five blocks none attends.
+  EXPECT_EQ(Json::parse(run("replay nemotron-h-8b dgx-h100:1 --tp 2 --dp 4 --zero 1 --layers 5 "
+                            "--backend cuda --steps 1 --json",
+                            0))
+                .at("not_run"),
+            (Json{"attention data", "attention forward"}));
   // What does not fit is said before anything is run.
   run("replay gpt3-175b dgx-h100:1 --tp 8 --backend cuda", 2);
   EXPECT_NE(err().find("more than this device has to give; --layers "), std::string::npos) << err();

@@ -515,6 +515,37 @@ TEST(Executor, RandomNetworks) {
   EXPECT_GE(run, 60);
 }
 
+/// Whatever rounding may do to one tensor, who computes nothing, or the opposite, is not equal; and
+/// in 16 bits the bound says something (docs/execution.md, "Rounding").
+TEST(Comparisons, NothingAtAllIsNotEqual) {
+  const Graph g = gpt();
+  Plan p = single_precision();
+  set_precision(p, "bf16", "");
+  const Program program = lowered(g, p);
+  const auto exact = reference::options_for(g, program, 3, kSeed);
+  const reference::RunResult serial = reference::train_serially(g, program, exact, 1);
+  reference::RunResult run = serial;
+  EXPECT_TRUE(reference::compare(g, run, serial, 1e9).equal);
+  const auto scaled = [&](double gradients, double losses) {
+    run = serial;
+    for (auto& of_replica : run.gradients) {
+      for (auto& list : of_replica) {
+        for (double& v : list) v *= gradients;
+      }
+    }
+    for (auto& list : run.losses) {
+      for (double& v : list) v *= losses;
+    }
+    return reference::compare(g, run, serial, 1e9);
+  };
+  EXPECT_FALSE(scaled(0, 1).equal);
+  EXPECT_NEAR(scaled(0, 1).gradient_distance, 1, 1e-12);
+  EXPECT_FALSE(scaled(1, 0).equal);
+  EXPECT_FALSE(scaled(-1, 1).equal);
+  EXPECT_FALSE(scaled(NAN, 1).equal);
+  EXPECT_TRUE(scaled(0.2, 0.2).equal) << "a bound of 1e9 allows it";
+}
+
 /// Blocks for sizes that change: enough, at most an eighth more, eight sizes for each power of two.
 TEST(RoomySizes, ServeOneAnother) {
   std::mt19937_64 rng(3);
