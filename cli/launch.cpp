@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -203,6 +204,20 @@ class Nursery {
       if (!is_progress(line)) left += line + "\n";
     });
     return left + errors_.text.substr(end);
+  }
+  /// What a library of a rank that died has said, the last of it; not the ranks' own reports.
+  void tell_last_words() const {
+    constexpr std::size_t kMost = 20;
+    const std::string left = errors_left();
+    std::deque<std::string> last;
+    const auto keep = [&](const std::string& line) {
+      if (line.empty() || line.rfind("partita: ", 0) == 0) return;
+      last.push_back(line);
+      if (last.size() > kMost) last.pop_front();
+    };
+    const std::size_t end = each_line(left, 0, keep);
+    keep(left.substr(end));
+    for (const std::string& line : last) std::fputs((line + "\n").c_str(), stderr);
   }
   const std::string& errors() const { return errors_.text; }
   const std::string& output() const { return output_.text; }
@@ -539,14 +554,16 @@ Launched launch_tcp(const Board& board, const Describe& describe, const Patience
     const Child& c = nursery.children[k];
     if (!c.failed()) continue;
     const int r = static_cast<int>(k);
-    if (WIFSIGNALED(c.status))
+    const bool by_signal = WIFSIGNALED(c.status);
+    // 2 and 3 are a rank's own ways to give up, and 1 rank 0's.
+    if (!by_signal && WEXITSTATUS(c.status) <= 3 && (WEXITSTATUS(c.status) != 1 || r == 0))
+      continue;
+    nursery.tell_last_words();
+    if (by_signal)
       return {3, fmt::format("rank {} was ended by {} in {}; the others were stopped", r,
                              signal_name(WTERMSIG(c.status)), where(board, describe, r))};
-    const int code = WEXITSTATUS(c.status);
-    // 2 and 3 are a rank's own ways to give up, and 1 rank 0's.
-    if (code > 3 || (code == 1 && r != 0))
-      return {3, fmt::format("rank {} ended with exit code {} in {}; the others were stopped", r,
-                             code, where(board, describe, r))};
+    return {3, fmt::format("rank {} ended with exit code {} in {}; the others were stopped", r,
+                           WEXITSTATUS(c.status), where(board, describe, r))};
   }
   const int code =
       WEXITSTATUS(nursery.children[static_cast<std::size_t>(nursery.first_failed)].status);

@@ -247,6 +247,17 @@ TEST(Faults, TheInstructionIsTheVeryOne) {
   }
 }
 
+/// What a library says when it ends its process stands before what the launcher says of that.
+TEST(Faults, ALibrarysLastWordsAreTold) {
+  const Ran r = Process("run mnist-linear --dp 4 --ranks 4 --steps 5 --transport tcp",
+                        {{"PARTITA_TEST_FAULT", "2:3:4:say"}})
+                    .wait();
+  EXPECT_EQ(r.code, 3);
+  EXPECT_EQ(r.err,
+            "a library's last words\npartita: rank 2 ended with exit code 7 in step 3, forward of "
+            "layers.0.linear in block forward 0, micro-batch 0; the others were stopped\n");
+}
+
 std::vector<std::string> lines_of(const std::string& file) {
   std::istringstream in(read(file));
   std::vector<std::string> lines;
@@ -522,8 +533,9 @@ TEST(Launch, EnvironmentsThatCannotBeAreTheUsersMistake) {
             "many, or change the plan\n");
   EXPECT_THAT(refused("--ranks 2 --transport udp", {}),
               HasSubstr("'udp' is unknown; use threads, mpi or tcp"));
-  EXPECT_THAT(refused("--ranks 2", {{"PARTITA_TEST_FAULT", "1:2:kill"}}),
-              HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop, exit or full, and "));
+  EXPECT_THAT(
+      refused("--ranks 2", {{"PARTITA_TEST_FAULT", "1:2:kill"}}),
+      HasSubstr("'1:2:kill' is not RANK:STEP:INSTRUCTION:kill, stop, exit, say or full, and "));
   Environment nowhere = torchrun(0, 2, 29500);
   nowhere["MASTER_ADDR"] = "no-such-host.invalid";
   EXPECT_THAT(refused("--ranks 2", nowhere), HasSubstr("MASTER_ADDR: 'no-such-host.invalid'"));
