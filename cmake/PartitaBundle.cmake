@@ -1,6 +1,6 @@
 # `cpack` in a build folder: one archive for machines with a GPU and without development packages. It holds the
 # command, the GPU backend, its tests, the files of data and every library but the C library's and NVIDIA's, which
-# it finds on the machine, in Python wheels' folders too (validation/gpu/run.sh). Build it with PARTITA_NATIVE=OFF.
+# it finds on the machine, in Python wheels' folders too (validation/gpu/run.sh). `./setup bundle` makes it.
 set(_targets partita partita_cuda_plugin)
 if(TARGET gpu_test)
   list(APPEND _targets gpu_test)

@@ -277,6 +277,10 @@ struct Scan {
   PARTITA_BOTH float kept(std::int64_t cell, std::int64_t h, std::int64_t t, std::int64_t s) const {
     return expf(sum[at(cell, h, t)] - sum[at(cell, h, s)]);
   }
+  /// `ends`: of token t's part of the state at the chunk's end; else of what was before the chunk.
+  PARTITA_BOTH float weight(std::int64_t cell, std::int64_t h, std::int64_t t, bool ends) const {
+    return ends ? kept(cell, h, chunk - 1, t) * length[at(cell, h, t)] : kept_before(cell, h, t);
+  }
   /// Of all that was before the chunk, at token t.
   PARTITA_BOTH float kept_before(std::int64_t cell, std::int64_t h, std::int64_t t) const {
     return expf(sum[at(cell, h, t)]);
@@ -374,10 +378,8 @@ Numbers weighted(M& m, const Scan& s, Numbers from, std::int64_t stride, bool en
         Octet o{};
         if (row >= 0) {
           o = octet(from, row * stride + f, some);
-          const Octet by = by_heads(s, f, some, [&](std::int64_t h) {
-            return ends ? s.kept(cell, h, s.chunk - 1, t) * s.length[s.at(cell, h, t)]
-                        : s.kept_before(cell, h, t);
-          });
+          const Octet by =
+              by_heads(s, f, some, [&](std::int64_t h) { return s.weight(cell, h, t, ends); });
           for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= by.v[k];
         }
         put(to, i * inner + f, some, o);
@@ -460,6 +462,34 @@ PARTITA_LANE Octet of_heads(const Scan& s, const Numbers& by_head, std::int64_t 
   return o;
 }
 
+/// Heads' columns of `to`, of cells from `first` on: what comes from inside of a chunk, [cell,
+/// head, t, dim] of these cells; from beyond it, [cell, t, heads · dim], by its weight; and
+/// `beside` by the heads' skips. Rows of `beside` and `to` have these strides.
+template <class M>
+void put_tokens(M& m, const Scan& s, std::int64_t first, std::int64_t count, float* inside,
+                float* beyond, bool ends, Numbers beside, std::int64_t stride, Numbers to,
+                std::int64_t to_stride) {
+  const Numbers by_head = inside, others = beyond;
+  const std::int64_t inner = s.inner();
+  each_of_rows(
+      m, count * s.chunk, inner, PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
+        const std::int64_t t = i % s.chunk, nth = i / s.chunk, cell = first + nth,
+                           row = s.row(cell, t);
+        if (row < 0) return;
+        Octet o = of_heads(s, by_head, nth, t, f, some);
+        const Octet other = octet(others, (cell * s.chunk + t) * inner + f, some),
+                    here = octet(beside, row * stride + f, some),
+                    by = by_heads(s, f, some,
+                                  [&](std::int64_t h) { return s.weight(cell, h, t, ends); }),
+                    skips = by_heads(s, f, some, [&](std::int64_t h) {
+                      return static_cast<float>(s.skip[s.head(cell, h)]);
+                    });
+        for (int k = 0; k < Octet::kSize; ++k)
+          o.v[k] += by.v[k] * other.v[k] + skips.v[k] * here.v[k];
+        put(to, row * to_stride + f, some, o);
+      });
+}
+
 template <class M>
 bool forward(M& m, const StateSpace& op, const Context&, const Arguments& a) {
   if (a.inputs[0].type != a.results[0].type || a.inputs[0].size() == 0) return false;
@@ -482,25 +512,7 @@ bool forward(M& m, const StateSpace& op, const Context&, const Arguments& a) {
     within(m, s, scores, first, count, gives);
     cell_product(m, count * s.heads, {s.chunk, s.dim, s.chunk}, gives, false,
                  x + first * rows * s.dim, false, of_chunk);
-    const Numbers inside = of_chunk, earlier = of_before;
-    each_of_rows(
-        m, count * s.chunk, inner,
-        PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
-          const std::int64_t t = i % s.chunk, nth = i / s.chunk, cell = first + nth,
-                             row = s.row(cell, t);
-          if (row < 0) return;
-          Octet o = of_heads(s, inside, nth, t, f, some);
-          const Octet was = octet(earlier, (cell * s.chunk + t) * inner + f, some),
-                      in = octet(s.x, row * s.width() + f, some),
-                      keeps = by_heads(s, f, some,
-                                       [&](std::int64_t h) { return s.kept_before(cell, h, t); }),
-                      skips = by_heads(s, f, some, [&](std::int64_t h) {
-                        return static_cast<float>(s.skip[s.head(cell, h)]);
-                      });
-          for (int k = 0; k < Octet::kSize; ++k)
-            o.v[k] += keeps.v[k] * was.v[k] + skips.v[k] * in.v[k];
-          put(y, row * inner + f, some, o);
-        });
+    put_tokens(m, s, first, count, of_chunk, of_before, false, s.x, s.width(), y, inner);
   }
   return true;
 }
@@ -608,28 +620,7 @@ bool scan_gradients(M& m, const StateSpace& op, const Arguments& a, bool of_data
     within(m, s, scores, first, count, gives);
     cell_product(m, count * s.heads, {s.chunk, s.dim, s.chunk}, gives, true,
                  d + first * rows * s.dim, false, of_chunk);
-    const Numbers inside = of_chunk, later = of_after;
-    each_of_rows(
-        m, count * s.chunk, inner,
-        PARTITA_KERNEL(std::int64_t i, std::int64_t f, std::int64_t some) {
-          const std::int64_t t = i % s.chunk, nth = i / s.chunk, cell = first + nth,
-                             row = s.row(cell, t);
-          if (row < 0) return;
-          Octet o = of_heads(s, inside, nth, t, f, some);
-          const Octet gave = octet(later, (cell * s.chunk + t) * inner + f, some),
-                      slope = octet(dy, row * inner + f, some),
-                      ends = by_heads(s, f, some,
-                                      [&](std::int64_t h) {
-                                        return s.kept(cell, h, s.chunk - 1, t) *
-                                               s.length[s.at(cell, h, t)];
-                                      }),
-                      skips = by_heads(s, f, some, [&](std::int64_t h) {
-                        return static_cast<float>(s.skip[s.head(cell, h)]);
-                      });
-          for (int k = 0; k < Octet::kSize; ++k)
-            o.v[k] += ends.v[k] * gave.v[k] + skips.v[k] * slope.v[k];
-          put(dx, row * s.width() + f, some, o);
-        });
+    put_tokens(m, s, first, count, of_chunk, of_after, true, dy, inner, dx, s.width());
   }
   if (of_data) {
     m.each(

@@ -296,6 +296,13 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
   return c;
 }
 
+double rounding_allows(double d, double longest, double half_spacing) {
+  const double each = (longest + 8) * std::max(d, 0x1p-24);
+  if (half_spacing == 0) return each;
+  return std::min(each, kNarrowRoundings * std::max(d, half_spacing) +
+                            (longest + 8) * std::max(d * 0x1p-24 / half_spacing, 0x1p-24));
+}
+
 double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
                              const RunOptions& exact) {
   RunOptions options = exact;
@@ -323,10 +330,7 @@ double tolerance_of_rounding(const Graph& graph, const Program& program, const R
     if (b.element_bytes == 0 && storage(b.type, 1).count == 2)
       half_spacing = std::max(half_spacing, spacing(b.type) / 2);
   }
-  const double d = effect();
-  if (half_spacing == 0) return (longest + 8) * std::max(d, 0x1p-24) + operands;
-  return kNarrowRoundings * std::max(d, half_spacing) +
-         (longest + 8) * std::max(d * 0x1p-24 / half_spacing, 0x1p-24) + operands;
+  return rounding_allows(effect(), longest, half_spacing) + operands;
 }
 
 }  // namespace partita::reference

@@ -53,10 +53,14 @@ constexpr double kNarrowRoundings = 8;
 /// before.
 inline double tolerance_in_double(int steps) { return 1e-9 * steps; }
 
-/// What a run in the plan's own types may differ from the serial network in doubles by: the effect
-/// of rounding every stored value once, measured by interpreting the program with rounding, times
-/// the roundings that one stored value can have gone through, (K + 8) for the longest sum K of any
-/// operator; of operands in fp8, which are rounded once, twice the effect of that, at least
+/// What one rounding of every stored value, whose effect is `d`, lets a run be off by: K + 8 of
+/// them for the longest sum K; where values are stored in 16 bits (`half_spacing` of the coarsest
+/// such type, relative; else 0) kNarrowRoundings of these and K + 8 of fp32's, if that is less.
+double rounding_allows(double d, double longest, double half_spacing);
+
+/// What a run in the plan's own types may differ from the serial network in doubles by: what
+/// rounding_allows, its effect measured by interpreting the program with every stored value
+/// rounded; of operands in fp8, which are rounded once, twice the effect of that, at least
 /// error_of_products (docs/execution.md, "Rounding").
 double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
                              const RunOptions& options);

@@ -515,6 +515,20 @@ TEST(Executor, RandomNetworks) {
   EXPECT_GE(run, 60);
 }
 
+/// docs/execution.md, "Rounding": the examples by hand; never more than for fp32 throughout.
+TEST(Comparisons, SixteenBitsRoundOnceASum) {
+  EXPECT_NEAR(reference::rounding_allows(0.01, 504, 0x1p-8), 0.0801, 5e-5);
+  EXPECT_NEAR(reference::rounding_allows(0x1p-20, 504, 0), 512 * 0x1p-20, 1e-12);
+  EXPECT_EQ(reference::rounding_allows(0, 504, 0), 512 * 0x1p-24);
+  for (const double d : {0.0, 1e-6, 1e-3, 0.1}) {
+    for (const double longest : {1.0, 20.0, 4096.0}) {
+      for (const double half : {0x1p-8, 0x1p-11})
+        EXPECT_LE(reference::rounding_allows(d, longest, half),
+                  reference::rounding_allows(d, longest, 0));
+    }
+  }
+}
+
 /// Whatever rounding may do to one tensor, who computes nothing, or the opposite, is not equal; and
 /// in 16 bits the bound says something (docs/execution.md, "Rounding").
 TEST(Comparisons, NothingAtAllIsNotEqual) {
