@@ -571,27 +571,6 @@ TEST(Replay, OneRankSpeaksForTheCluster) {
   }
 }
 
-/// Whatever a framework fuses, what was measured is what is priced: on one device without a network
-/// the step is its kernels.
-TEST(Replay, AFrameworksKernelsAreNotOurs) {
-  for (const char* framework : {"nemo", "torchtitan"}) {
-    const Ran r =
-        run(fmt::format("replay gpt2 'dgx-h100:1 gpus' --layers 2 --seq 16 --vocabulary 64 "
-                        "--global-batch 1 "
-                        "--network idle --precision bf16 --steps 3 --json --framework {}",
-                        framework));
-    EXPECT_EQ(r.code, 0) << r.err;
-    const Json j = parsed(r);
-    const double compute = j.at("compute_s").at("measured"),
-                 step = j.at("step_time_s").at("replayed");
-    // The whole network has 12 layers, of the same kernels.
-    EXPECT_GT(step, compute);
-    EXPECT_EQ(j.at("memory_bytes").at("total").at("measured"),
-              j.at("memory_bytes").at("total").at("predicted"));
-    EXPECT_EQ(j.at("not_run"), Json::array());
-  }
-}
-
 /// What other ranks would send to its experts is given: as many rows as a balanced network has.
 TEST(Replay, ARankWithExperts) {
   const std::string small =

@@ -257,5 +257,24 @@ TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
   EXPECT_NE(err().find("more than this device has to give; --layers "), std::string::npos) << err();
 }
 
+// Whatever a framework fuses, what was measured is what is priced: on one device without a network
+// the step is its kernels (with nemo's joined projections it was three quarters of them).
+TEST_F(PaperGpu, AFrameworksKernelsAreNotTheReplays) {
+  for (const char* framework : {"nemo", "torchtitan", "partita"}) {
+    const Json j = Json::parse(
+        run(fmt::format(
+                "replay llama-3.2-1b 'dgx-h100:1 gpus' --seq 2048 --global-batch 1 --network idle "
+                "--backend cuda --steps 1 --warm-up 0 --json --framework {}",
+                framework),
+            0));
+    const double compute = j.at("compute_s").at("measured"),
+                 step = j.at("step_time_s").at("replayed");
+    EXPECT_NEAR(step / compute, 1, 0.01) << framework;
+    EXPECT_EQ(j.at("memory_bytes").at("total").at("measured"),
+              j.at("memory_bytes").at("total").at("predicted"));
+    EXPECT_EQ(j.at("not_run"), Json::array());
+  }
+}
+
 }  // namespace
 }  // namespace partita
