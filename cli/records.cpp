@@ -65,6 +65,7 @@ Json json_of(const RankMeasurement& m) {
     j["samples"].push_back(std::move(list));
   }
   if (!m.plain_s.empty()) j["plain_s"] = m.plain_s;
+  if (!m.captured_s.empty()) j["captured_s"] = m.captured_s;
   if (!m.kernel_ns.empty()) j["kernel_ns"] = m.kernel_ns;
   if (!m.recorded_s.empty()) j["recorded_s"] = m.recorded_s;
   if (!m.no_kernel_ns.empty()) j["no_kernel_ns"] = m.no_kernel_ns;
@@ -92,6 +93,7 @@ RankMeasurement measurement_of(const Json& j) {
                                   s.at(4).get<std::int64_t>()});
   }
   m.plain_s = j.value("plain_s", m.plain_s);
+  m.captured_s = j.value("captured_s", m.captured_s);
   m.kernel_ns = j.value("kernel_ns", m.kernel_ns);
   m.recorded_s = j.value("recorded_s", m.recorded_s);
   m.no_kernel_ns = j.value("no_kernel_ns", m.no_kernel_ns);

@@ -192,6 +192,10 @@ void replay(const Options& o) {
   run.record = true;
   run.plain_steps = o.backend == "cuda" ? static_cast<int>(std::min<std::int64_t>(o.steps, 3)) : 0;
   run.recorded_steps = run.plain_steps;
+  if (part.plan.launches.graphs && o.backend == "cuda") {
+    run.captured_steps = std::max(1, run.plain_steps);
+    run.warm_up = std::max(1, run.warm_up);
+  }
   if (o.backend == "cuda") run.warm_up_s = 0.3;
   run.device = devices_of({o.backend, false, true, 1, 30, part.plan.precision.compute});
   const auto result = execute::run_alone(part.program, static_cast<int>(o.rank), run);
@@ -226,6 +230,9 @@ void replay(const Options& o) {
     if (!result.measured.plain_s.empty())
       j["steps_s"] = {{"plain", validation::median(result.measured.plain_s)},
                       {"between_marks", validation::median(result.measured.step_s)}};
+    if (!result.measured.captured_s.empty())
+      j["steps_s"]["graph"] = validation::median(result.measured.captured_s);
+    if (!result.no_graph.empty()) j["no_graph"] = result.no_graph;
     if (!result.measured.recorded_s.empty())
       j["steps_s"]["recorded"] = validation::median(result.measured.recorded_s);
     j["step_time_s"] = {{"replayed", r.step_replayed.count}, {"predicted", r.step_predicted.count}};
@@ -264,6 +271,13 @@ void replay(const Options& o) {
   if (routed) fmt::print("experts get the same number of rows each, whatever routers choose\n");
   if (o.backend == "cuda")
     fmt::print("{}\n", kernel_times_line(result.measured, r.recorded, r.kernels));
+  if (run.captured_steps > 0)
+    fmt::print("{}\n",
+               result.no_graph.empty()
+                   ? fmt::format("a step as one CUDA graph: {}; kernel by kernel: {}",
+                                 text(Seconds{validation::median(result.measured.captured_s)}),
+                                 text(Seconds{validation::median(result.measured.plain_s)}))
+                   : "a step is no CUDA graph: " + result.no_graph);
   if (layers != all_layers)
     fmt::print("of {} of {} layers: kernels' times are those, memory is theirs\n", layers,
                all_layers);

@@ -119,6 +119,7 @@ struct Job {
   reference::RunOptions serial;
   std::optional<Topology> topology;  ///< that the prediction is for
   std::string predicted_for;         ///< what the user should know of it
+  std::string no_graphs;  ///< of the plan's CUDA graphs; empty: they are asked for or not
   RoutingSource routing;             ///< that the prediction is for, unless fed back
   bool feeds_back = false;           ///< the prediction is for the last step's rows
   std::string data;
@@ -191,7 +192,16 @@ Job job_of(const Options& o) {
                                  job.graph.name));
   auto complete_plan = complete(job.graph, plan);
   if (!complete_plan) throw InputError("plan", complete_plan.reason());
-  job.plan = executable(*complete_plan);
+  job.plan = as_executed(*complete_plan);
+  if (const Launches& l = complete_plan->launches; l.graphs && o.backend == "cpu") {
+    job.no_graphs = "CUDA graphs are of --backend cuda: launch.graphs says nothing here";
+    job.plan.launches.graphs = false;
+  } else if (l.graphs_beside_experts || !l.graphs_of.empty()) {
+    job.no_graphs =
+        "CUDA graphs of parts of a step are not captured, nor predicted here; launch.graphs has "
+        "the "
+        "whole";
+  }
   auto program = lower(job.graph, job.plan);
   if (!program) throw InputError("plan", program.reason());
   job.program = std::move(*program);
@@ -223,6 +233,18 @@ Job job_of(const Options& o) {
   return job;
 }
 
+/// Steps that are launched as CUDA graphs, between warm-up and those whose instructions are timed.
+std::int64_t captured_steps(const Options& o, const Job& job) {
+  return o.backend == "cuda" && job.plan.launches.graphs ? o.steps : 0;
+}
+/// What is captured has run before.
+std::int64_t warm_up_steps(const Options& o, const Job& job) {
+  return std::max<std::int64_t>(o.warm_up, captured_steps(o, job) > 0 ? 1 : 0);
+}
+std::int64_t all_steps(const Options& o, const Job& job) {
+  return warm_up_steps(o, job) + captured_steps(o, job) + o.steps;
+}
+
 void fill_options(const Options& o, Job& job) {
   const auto seed = static_cast<std::uint64_t>(o.seed);
   const Graph& g = job.graph;
@@ -245,7 +267,7 @@ void fill_options(const Options& o, Job& job) {
     };
   }
   job.options.steps = static_cast<int>(o.steps);
-  job.options.warm_up = static_cast<int>(o.warm_up);
+  job.options.warm_up = static_cast<int>(warm_up_steps(o, job));
   job.options.seed = seed;
   job.options.input = input;
   job.options.initial = [&g, seed](std::size_t replica, std::size_t q, std::int64_t linear) {
@@ -257,13 +279,14 @@ void fill_options(const Options& o, Job& job) {
   job.options.record = true;
   if (o.backend == "cuda")
     job.options.plain_steps = static_cast<int>(std::min<std::int64_t>(o.steps, 3));
+  job.options.captured_steps = static_cast<int>(captured_steps(o, job));
   job.options.drawing = [progress = std::make_shared<SetupProgress>("rank 0 draws its parameters")](
                             int rank, std::int64_t drawn, std::int64_t all) {
     if (rank == 0) std::fputs(progress->at(drawn, all).c_str(), stderr);
   };
   job.options.routing = job.feeds_back || !o.routing_out.empty();
   job.options.collect = !o.no_check;
-  job.serial.steps = static_cast<int>(o.steps + o.warm_up);
+  job.serial.steps = static_cast<int>(all_steps(o, job));
   job.serial.seed = seed;
   job.serial.input = input;
   job.serial.operator_seed = job.options.operator_seed;
@@ -306,7 +329,7 @@ Json traffic_json(const Traffic& t) {
 /// The steps that were completed before a rank failed.
 void report_incomplete(const Options& o, const Job& job, const Kept& kept,
                        const std::string& transport, const std::string& reason) {
-  const std::int64_t all = o.steps + o.warm_up;
+  const std::int64_t all = all_steps(o, job);
   if (o.json) {
     Json j;
     j["schema"] = "partita.run/1";
@@ -333,6 +356,12 @@ void report_incomplete(const Options& o, const Job& job, const Kept& kept,
     rows.push_back({std::to_string(k), fmt::format("{:.7g}", kept.losses[k][0]),
                     text(Seconds{kept.slowest_s[k]})});
   fmt::print("{}", align(rows));
+}
+
+/// A step that was not one graph.
+Seconds kernel_by_kernel(std::vector<RankMeasurement> ranks) {
+  for (RankMeasurement& r : ranks) r.captured_s.clear();
+  return Seconds{validation::median(validation::step_times(ranks))};
 }
 
 void report(const Options& o, const Job& job, const execute::RankResult& first,
@@ -404,6 +433,11 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     j["measured_s"] = step.measured.count;
     j["measured_quartiles_s"] = {step.low.count, step.high.count};
     j["noise"] = step.noise;
+    if (captured_steps(o, job) > 0) {
+      j["graph"] = {{"steps", first.no_graph.empty() ? captured_steps(o, job) : 0},
+                    {"kernel_by_kernel_s", kernel_by_kernel(first.ranks).count}};
+      if (!first.no_graph.empty()) j["graph"]["why_not"] = first.no_graph;
+    }
     j["predicted_s"] = step.predicted.count;
     double uncertainty = 0;
     for (const auto& r : first.ranks) uncertainty = std::max(uncertainty, r.clock_uncertainty_s);
@@ -424,7 +458,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
     }
     j["memory_bytes"]["total"] = {{"measured", step.measured_peak.count},
                                   {"predicted", step.predicted_peak.count}};
-    const auto counted = validation::predicted_traffic(job.program, o.steps + o.warm_up - 1,
+    const auto counted = validation::predicted_traffic(job.program, all_steps(o, job) - 1,
                                                        transport != "mpi" && o.backend == "cpu");
     if (o.backend != "cpu") {
       j["device"] = backend_version();
@@ -475,6 +509,11 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
   }
   fmt::print("step time, measured   {} ({} to {}, noise {:.1f} %)\n", text(step.measured),
              text(step.low), text(step.high), 100 * step.noise);
+  if (captured_steps(o, job) > 0)
+    fmt::print("{}\n", first.no_graph.empty()
+                           ? fmt::format("kernel by kernel      {}; as one CUDA graph above",
+                                         text(kernel_by_kernel(first.ranks)))
+                           : "not launched as a CUDA graph: " + first.no_graph);
   fmt::print("step time, predicted  {} for {} ({:+.0f} %)\n\n", text(step.predicted),
              topology.name(), 100 * step.error());
   if (job.feeds_back) fmt::print("predicted with the rows that experts got in the last step\n\n");
@@ -561,8 +600,7 @@ void launch(const Options& o, const Job& job, const Mode& mode, const Describe& 
   // Mistakes in files are found here once, not by every rank.
   if (!o.data.empty()) load_mnist(o.data);
   const auto replicas = static_cast<int>(job.program.mesh.size(job.program.replicas));
-  const auto board =
-      Board::create(static_cast<int>(job.plan.ranks()), o.steps + o.warm_up, replicas);
+  const auto board = Board::create(static_cast<int>(job.plan.ranks()), all_steps(o, job), replicas);
   Patience patience;
   patience.longer = "--rendezvous-timeout";
   // All at once, on however few cores.
@@ -618,10 +656,7 @@ void run(const Options& o, int& code) {
   if (!job.predicted_for.empty()) notes += (notes.empty() ? "" : "; ") + job.predicted_for;
   if (const std::string note = note_of(backend); !note.empty())
     notes += (notes.empty() ? "" : "; ") + note;
-  if (const Launches& l = job.plan.launches;
-      l.graphs || l.graphs_beside_experts || !l.graphs_of.empty())
-    notes += std::string(notes.empty() ? "" : "; ") +
-             "the plan's CUDA graphs are predicted, not captured: kernels are launched one by one";
+  if (!job.no_graphs.empty()) notes += (notes.empty() ? "" : "; ") + job.no_graphs;
   const char* board_path = variable(kBoardVariable);
   std::shared_ptr<Board> board;
   if (board_path != nullptr && mode.transport != "threads")

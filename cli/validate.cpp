@@ -171,7 +171,7 @@ bool launches(const Options& o) { return o.transport != "threads" && !o.launched
 Program program_of(const Graph& graph, const Plan& plan, const std::string& name) {
   auto complete_plan = complete(graph, plan);
   if (!complete_plan) throw InternalError(name + ": " + complete_plan.reason());
-  auto program = lower(graph, executable(*complete_plan));
+  auto program = lower(graph, as_executed(*complete_plan));
   if (!program) throw InternalError(name + ": " + program.reason());
   return std::move(*program);
 }

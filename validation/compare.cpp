@@ -130,12 +130,14 @@ double time_of_sample(const RankMeasurement& r, std::size_t sample, bool* record
 std::vector<double> step_times(const std::vector<RankMeasurement>& ranks) {
   std::vector<double> steps;
   // The slowest rank's: all begin at a barrier.
-  for (std::size_t s = 0; s < ranks.at(0).plain_s.size(); ++s) {
-    double slowest = 0;
-    for (const auto& r : ranks) slowest = std::max(slowest, r.plain_s.at(s));
-    steps.push_back(slowest);
+  for (const auto list : {&RankMeasurement::captured_s, &RankMeasurement::plain_s}) {
+    for (std::size_t s = 0; s < (ranks.at(0).*list).size(); ++s) {
+      double slowest = 0;
+      for (const auto& r : ranks) slowest = std::max(slowest, (r.*list).at(s));
+      steps.push_back(slowest);
+    }
+    if (!steps.empty()) return steps;
   }
-  if (!steps.empty()) return steps;
   for (std::size_t s = 0; s < ranks.at(0).step_s.size(); ++s) steps.push_back(step_time(ranks, s));
   return steps;
 }

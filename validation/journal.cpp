@@ -37,6 +37,7 @@ Json json_of(const Unit& u) {
     j["slowdown"].push_back({name(p.kernel), p.beside, p.ranks, p.multiprocessors, p.bytes.count,
                              p.of_kernel, p.of_transfer, p.spread});
   if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
+  if (!u.in_graph.empty()) j["in_graph"] = u.in_graph;
   if (!u.overlap.empty()) j["overlap"] = u.overlap;
   if (const Conditions& c = u.conditions; c.known()) {
     j["conditions"] = {{"clock_mhz", c.clock_mhz},
@@ -91,6 +92,7 @@ Unit unit_of(const Json& j) {
     u.slowdown.push_back(x);
   }
   u.dispatch = j.value("dispatch", std::vector<double>{});
+  u.in_graph = j.value("in_graph", std::vector<double>{});
   u.overlap = j.value("overlap", std::vector<double>{});
   if (j.contains("conditions")) {
     const Json& c = j.at("conditions");

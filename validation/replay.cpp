@@ -50,7 +50,7 @@ Replayed replayed(const Program& whole, const Program& part, const Topology& top
       busy += time_of_sample(run, k);
       count += is_kernel(instruction_of(part, x.block, x.instruction)) ? 1 : 0;
     }
-    const double rest = median(run.plain_s) - busy;
+    const double rest = median(run.captured_s.empty() ? run.plain_s : run.captured_s) - busy;
     if (count > 0 && rest > 0) r.between = Seconds{rest / static_cast<double>(count)};
   }
   const auto between_ns = static_cast<std::int64_t>(r.between.count * 1e9);

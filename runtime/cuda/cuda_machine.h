@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "runtime/cuda/check.h"
@@ -45,6 +46,10 @@ struct Libraries {
   std::function<void()> make_room;
   /// Scratch of operators that grew: streams may still use it.
   std::vector<std::unique_ptr<DeviceBlock>> retired;
+  /// Of a step that is captured: memory of the GPU that each launch fills for its step. Null: none
+  /// is.
+  std::function<void*(std::size_t bytes, std::function<void(std::int64_t step, void* to)> fill)>
+      stepped;
   /// Pinned memory of the host that nobody else gets until the device has finished.
   std::function<void*(std::size_t bytes)> staging;
   ProductOptions options;
@@ -89,6 +94,19 @@ class CudaMachine {
   IndexList list(const std::vector<std::int64_t>& indices);
   IndexList upload(const std::vector<std::int64_t>& numbers);
   std::vector<float> read(const Numbers& at, std::int64_t n);
+  /// f(step), of whichever step it turns out to be.
+  template <class F>
+  auto stepped(std::int64_t step, F f) {
+    using T = decltype(f(step));
+    static_assert(std::is_trivially_copyable_v<T>);
+    Stepped<T> s{nullptr, f(step)};
+    if (libraries_.stepped)
+      s.at = static_cast<const T*>(libraries_.stepped(sizeof(T), [f](std::int64_t k, void* to) {
+        const T value = f(k);
+        std::memcpy(to, &value, sizeof value);
+      }));
+    return s;
+  }
   bool convolve(const ConvolutionShape& shape, ConvolutionPass pass, Numbers x, Numbers w,
                 Numbers y, bool adds);
   /// The operator has queued all it has: its scratch is the next one's.

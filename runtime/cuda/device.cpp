@@ -61,6 +61,48 @@ struct KeptRuns {
   bool wide = false;  ///< may go by the second
 };
 
+/// A step that is one launch (docs/cuda.md, "CUDA graphs").
+struct Captured {
+  explicit Captured(const std::function<void()>& make_room) : numbers(kNumbers, make_room) {
+    void* p = nullptr;
+    check(cudaHostAlloc(&p, kNumbers, cudaHostAllocDefault), "pinned memory");
+    pinned.push_back(p);
+  }
+  ~Captured() {
+    if (launch != nullptr) static_cast<void>(cudaGraphExecDestroy(launch));
+    if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+    for (void* p : pinned) static_cast<void>(cudaFreeHost(p));
+  }
+  Captured(const Captured&) = delete;
+  Captured& operator=(const Captured&) = delete;
+
+  /// The next launch's numbers, on the host; where they go.
+  std::byte* host() const { return static_cast<std::byte*>(pinned[0]); }
+  void* number(std::size_t bytes, std::function<void(std::int64_t, void*)> fill) {
+    constexpr std::size_t kGrain = 16;
+    const std::size_t at = used;
+    used += (bytes + kGrain - 1) / kGrain * kGrain;
+    if (used > kNumbers)
+      throw MachineError(fmt::format(
+          "a step has more than the {} bytes of its own that a CUDA graph has room for; "
+          "leave launch.graphs out",
+          kNumbers));
+    fills.emplace_back(at, std::move(fill));
+    return numbers.at + at;
+  }
+
+  static constexpr std::size_t kNumbers = 1 << 20;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t launch = nullptr;
+  DeviceBlock numbers;
+  std::size_t used = 0;
+  std::vector<std::pair<std::size_t, std::function<void(std::int64_t, void*)>>> fills;
+  std::vector<void*> pinned;                           ///< copies in the graph read them
+  std::vector<std::pair<void*, std::size_t>> brought;  ///< by bring(), in its order
+  std::vector<std::pair<void*, std::size_t>> later;    ///< as Gpu's
+  std::vector<std::unique_ptr<DeviceBlock>> scratch;   ///< that grew meanwhile
+};
+
 /// A process's context of a GPU, which it has once and for good.
 struct Started {
   std::int64_t context = 0;  ///< what NVML counts more than before it; 0: not known
@@ -132,6 +174,14 @@ class Gpu : public CudaDevice {
   ~Gpu() override {
     if (activity_) write_trace();
     records_.reset();
+    if (capturing_) {
+      // Of a step that failed on its way.
+      cudaGraph_t graph = nullptr;
+      static_cast<void>(cudaStreamEndCapture(lanes_.at(kComputeStream).stream, &graph));
+      if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+    }
+    // Before the communicators whose calls it has.
+    captured_.reset();
     links_.reset();
     in_process_.reset();
     // Of a GPU that has failed nothing more is asked.
@@ -159,7 +209,10 @@ class Gpu : public CudaDevice {
     check(e, fmt::format("{} bytes", bytes));
     return static_cast<std::byte*>(p);
   }
-  void release(std::byte* block) override { static_cast<void>(cudaFree(block)); }
+  void release(std::byte* block) override {
+    captured_.reset();  // it may have it
+    static_cast<void>(cudaFree(block));
+  }
   std::int64_t taken() override { return started_.left - left(); }
   OutsideMemory outside() override {
     OutsideMemory m;
@@ -170,6 +223,7 @@ class Gpu : public CudaDevice {
       m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
     for (const auto& block : libraries_->retired)
       m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
+    if (captured_) m.workspace += Bytes{static_cast<std::int64_t>(captured_->numbers.bytes)};
     if (links_) links_->add_memory(m);
     return m;
   }
@@ -188,7 +242,7 @@ class Gpu : public CudaDevice {
   void to_device(std::byte* to, const void* from, std::int64_t bytes) override {
     if (bytes == 0) return;
     const auto n = static_cast<std::size_t>(bytes);
-    if (n > kMostStaged) {
+    if (n > kMostStaged && !capturing_) {
       check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
       come(stream(), "copy to the GPU");
       return;
@@ -196,6 +250,12 @@ class Gpu : public CudaDevice {
     void* pinned = staging(n);
     std::memcpy(pinned, from, n);
     check(cudaMemcpyAsync(to, pinned, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
+  }
+  void bring(std::byte* to, const void* from, std::int64_t bytes) override {
+    to_device(to, from, bytes);
+    if (capturing_)
+      captured_->brought.emplace_back(bytes > 0 ? captured_->pinned.back() : nullptr,
+                                      static_cast<std::size_t>(bytes));
   }
   void to_host(void* to, const std::byte* from, std::int64_t bytes) override {
     if (bytes == 0) return;
@@ -265,7 +325,7 @@ class Gpu : public CudaDevice {
     const bool done = run_plain_kernel(machine(), call);
     machine().end();
     if (!done) {
-      count_fallback(what);
+      note_fallback(what);
       plain_by_visit(*this, call);
     }
     look(what);
@@ -282,6 +342,8 @@ class Gpu : public CudaDevice {
                                          s == kComputeStream ? least : greatest),
             "a stream");
       lane.machine = std::make_unique<CudaMachine>(*libraries_, lane.stream);
+      lane_ = &lane;
+      if (capturing_) wait(fork_);
     }
     lane_ = &lane;
   }
@@ -297,19 +359,25 @@ class Gpu : public CudaDevice {
   }
   bool reached(Event e) override {
     if (e <= past_) return true;
+    if (capturing_) return false;
     const cudaError_t state = cudaEventQuery(events_[static_cast<std::size_t>(e - past_ - 1)]);
     if (state != cudaErrorNotReady) check(state, "a look at an event");
     return state == cudaSuccess;
   }
   void host_waits(Event e) override {
     if (e <= past_) return;
+    note_wait("the host waits for the device");
     const cudaEvent_t event = events_[static_cast<std::size_t>(e - past_ - 1)];
     come_to([event] { return cudaEventQuery(event); }, "an event");
   }
   void finish() override {
     use();
+    // Whoever waits in a step of its own is not this.
+    waited_before_ = std::exchange(waited_, {});
     for (auto& [s, lane] : lanes_) come(lane.stream, "the end of what was queued");
+    waited_.clear();
     past_ = recorded_;
+    if (!libraries_->retired.empty()) captured_.reset();  // it may have them
     libraries_->retired.clear();
     deliver();
     for (const auto& [p, bytes] : staged_) spare_.emplace(bytes, p);
@@ -332,6 +400,62 @@ class Gpu : public CudaDevice {
     check(cudaEventElapsedTime(&ms, marks_[0], marks_.at(static_cast<std::size_t>(mark))),
           "a time");
     return static_cast<std::int64_t>(static_cast<double>(ms) * 1e6);
+  }
+
+  std::string not_captured() override { return waited_before_; }
+  void begin_capture() override {
+    use();
+    captured_.reset();
+    captured_ = std::make_unique<Captured>(libraries_->make_room);
+    on(kComputeStream);
+    // Not the strictest mode: NCCL's own threads call what that forbids.
+    check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed), "a graph's begin");
+    capturing_ = true;
+    libraries_->stepped = [this](std::size_t bytes, std::function<void(std::int64_t, void*)> fill) {
+      return captured_->number(bytes, std::move(fill));
+    };
+    // All streams belong to it, whether they wait for another or not.
+    fork_ = record();
+    for (auto& [s, lane] : lanes_) {
+      if (s == kComputeStream) continue;
+      on(s);
+      wait(fork_);
+    }
+    on(kComputeStream);
+  }
+  void end_capture() override {
+    for (auto& [s, lane] : lanes_) {
+      if (s == kComputeStream) continue;
+      on(s);
+      const Event end = record();
+      on(kComputeStream);
+      wait(end);
+    }
+    on(kComputeStream);
+    libraries_->stepped = nullptr;
+    capturing_ = false;
+    check(cudaStreamEndCapture(stream(), &captured_->graph), "a graph's end");
+    check(cudaGraphInstantiate(&captured_->launch, captured_->graph, 0), "a graph's start");
+    past_ = recorded_;
+    captured_->later = std::exchange(later_, {});
+    for (auto& block : libraries_->retired) captured_->scratch.push_back(std::move(block));
+    libraries_->retired.clear();
+  }
+  bool has_capture() const override { return captured_ != nullptr; }
+  void launch_captured(std::int64_t step, const std::vector<const void*>& brought) override {
+    Captured& c = *captured_;
+    PARTITA_ASSERT(brought.size() == c.brought.size(),
+                   fmt::format("{} inputs for {}", brought.size(), c.brought.size()));
+    on(kComputeStream);
+    for (std::size_t k = 0; k < brought.size(); ++k) {
+      if (c.brought[k].second > 0) std::memcpy(c.brought[k].first, brought[k], c.brought[k].second);
+    }
+    for (const auto& [at, fill] : c.fills) fill(step, c.host() + at);
+    if (c.used > 0)
+      check(cudaMemcpyAsync(c.numbers.at, c.host(), c.used, cudaMemcpyHostToDevice, stream()),
+            "the numbers of a step");
+    check(cudaGraphLaunch(c.launch, stream()), "a graph");
+    later_ = c.later;
   }
 
   execute::Links* links() override {
@@ -381,12 +505,15 @@ class Gpu : public CudaDevice {
   }
   /// In a careful run: has what is queued so far failed?
   void look(const std::string& what) {
-    if (careful_) check(cudaStreamSynchronize(stream()), what);
+    if (careful_ && !capturing_) check(cudaStreamSynchronize(stream()), what);
   }
   bool ranges() const { return o_.ranges || activity_; }
   bool marked_ranges() const { return o_.ranges; }
   Activity* activity() const { return activity_.get(); }
-  void note_fallback(const std::string& kernel) { count_fallback(kernel); }
+  void note_fallback(const std::string& kernel) {
+    note_wait(kernel + " is the host's");
+    count_fallback(kernel);
+  }
 
  private:
   struct Lane {
@@ -447,7 +574,17 @@ class Gpu : public CudaDevice {
       if (waited.count() > 1e-3) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   }
+  /// The host takes part in this step.
+  void note_wait(const std::string& why) {
+    if (waited_.empty()) waited_ = why;
+    if (capturing_)
+      throw MachineError(
+          fmt::format("a step that is captured cannot go on: {}; leave launch.graphs "
+                      "out",
+                      why));
+  }
   void come(cudaStream_t s, const std::string& what) {
+    note_wait("the host waits for " + what);
     if (!links_) return check(cudaStreamSynchronize(s), what);
     come_to([s] { return cudaStreamQuery(s); }, what);
   }
@@ -459,8 +596,14 @@ class Gpu : public CudaDevice {
     }
     return all[at];
   }
-  /// Pinned memory until finish().
+  /// Pinned memory until finish(), or as long as a graph that copies it.
   void* staging(std::size_t bytes) {
+    if (capturing_) {
+      void* p = nullptr;
+      check(cudaHostAlloc(&p, bytes, cudaHostAllocDefault), fmt::format("{} pinned bytes", bytes));
+      captured_->pinned.push_back(p);
+      return p;
+    }
     auto known = spare_.lower_bound(bytes);
     if (known != spare_.end() && known->first <= 2 * bytes + 4096) {
       void* p = known->second;
@@ -529,6 +672,11 @@ class Gpu : public CudaDevice {
   std::vector<std::pair<void*, std::size_t>> staged_;
   std::multimap<std::size_t, void*> spare_;
   bool careful_ = false;
+  std::unique_ptr<Captured> captured_;
+  bool capturing_ = false;
+  Event fork_ = 0;  ///< where the streams of what is captured begin
+  /// Why this step, and the one before, could not be captured: the first reason.
+  std::string waited_, waited_before_;
   std::unique_ptr<Activity> activity_;
   std::unique_ptr<Activity> records_;  ///< of a run's own kernels, by tag
   std::int64_t tag_ = -1, fallbacks_before_ = 0;

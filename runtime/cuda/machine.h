@@ -364,6 +364,15 @@ struct RowPieces {
   PARTITA_LANE void operator()(std::int64_t i) const { f(i / pieces, i % pieces * step, step); }
 };
 
+/// What a kernel takes of a step: by value, or, in a step that is captured, from memory where each
+/// launch puts it.
+template <class T>
+struct Stepped {
+  const T* at = nullptr;
+  T value{};
+  PARTITA_BOTH T operator()() const { return at != nullptr ? *at : value; }
+};
+
 /// A matrix in memory, row after row.
 struct Matrix {
   Numbers at;

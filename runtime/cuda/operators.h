@@ -749,7 +749,13 @@ struct Places {
   std::int64_t extent[kMost];
   int dims = 0, sample = -1;
 };
-constexpr std::uint64_t kDropout = 0x64726f70;
+template <class M>
+Stepped<std::uint64_t> dropout_key(M& m, const Context& c) {
+  return m.stepped(c.step, [seed = c.seed](std::int64_t step) {
+    constexpr std::uint64_t kDropout = 0x64726f70;
+    return random_bits(seed, static_cast<std::uint64_t>(step), kDropout);
+  });
+}
 /// Rows of experts: each by its token and expert.
 template <class M>
 bool dropped_rows(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers to) {
@@ -762,7 +768,7 @@ bool dropped_rows(M& m, const Dropout& op, const Context& c, const Tensor& x, Nu
   const IndexList sample = m.upload(samples), token = m.upload(tokens),
                   feature = m.list((*x.index)[3]);
   const Numbers from = numbers(x);
-  const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
+  const Stepped<std::uint64_t> key = dropout_key(m, c);
   const auto kept = static_cast<float>(1 - op.probability);
   const auto below = static_cast<std::uint64_t>(std::ceil(op.probability * 0x1p53));
   const std::int64_t n = feature.size;
@@ -770,7 +776,7 @@ bool dropped_rows(M& m, const Dropout& op, const Context& c, const Tensor& x, Nu
       m, std::ssize(*x.rows), n,
       PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
         const std::uint64_t common =
-            splitmix(splitmix(key) ^ static_cast<std::uint64_t>(sample.at(row)));
+            splitmix(splitmix(key()) ^ static_cast<std::uint64_t>(sample.at(row)));
         const auto place = static_cast<std::uint64_t>(token.at(row));
         Octet o = octet(from, row * n + first, count);
         for (int k = 0; k < Octet::kSize && k < count; ++k) {
@@ -796,7 +802,7 @@ bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers
     p.extent[d] = shape[k].extent;
     if (shape[k].dim == Dim::sample) p.sample = d;
   }
-  const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
+  const Stepped<std::uint64_t> key = dropout_key(m, c);
   const auto kept = static_cast<float>(1 - op.probability);
   // uniform() < probability, in whole numbers.
   const auto below = static_cast<std::uint64_t>(std::ceil(op.probability * 0x1p53));
@@ -819,7 +825,7 @@ bool dropped(M& m, const Dropout& op, const Context& c, const Tensor& x, Numbers
         place *= p.extent[p.dims - 1];
         // As random_bits(key, sample, place), whose first half all of them share.
         const std::uint64_t common =
-            splitmix(splitmix(key) ^ static_cast<std::uint64_t>(first_sample + sample));
+            splitmix(splitmix(key()) ^ static_cast<std::uint64_t>(first_sample + sample));
         const Octet o = octet(from, row * n + first, count);
         Octet result;
         for (int k = 0; k < Octet::kSize && k < count; ++k) {

@@ -90,6 +90,11 @@ bool square_sum(M& m, const PlainCall& call, bool counts) {
   return true;
 }
 
+/// Of Adam's update, AdamStep's.
+struct Corrections {
+  float rate, scale;
+};
+
 template <class M>
 bool optimizer(M& m, const PlainCall& call) {
   const std::int64_t n = call.writes[0].elements;
@@ -127,23 +132,27 @@ bool optimizer(M& m, const PlainCall& call) {
   }
   const Numbers second = numbers(call.outputs[1]);
   const execute::AdamStep known = execute::adam_step(o, call.step);
-  const double beta1 = o.beta1, beta2 = o.beta2, learning_rate = o.learning_rate;
-  // Rate and scale, where only the device knows the number of updates.
-  float* corrected = m.scratch(2);
-  m.each(
-      1, PARTITA_KERNEL(std::int64_t) {
-        if (counted == nullptr) {
-          corrected[0] = known.rate;
-          corrected[1] = known.scale;
-          return;
-        }
-        const double t = static_cast<double>(counted[2]) + 1;
-        corrected[0] = static_cast<float>(learning_rate / (1 - pow(beta1, t)));
-        corrected[1] = static_cast<float>(1 / sqrt(1 - pow(beta2, t)));
-      });
+  // Of it what differs from step to step.
+  const Stepped<Corrections> of_step = m.stepped(call.step, [o](std::int64_t step) {
+    const execute::AdamStep a = execute::adam_step(o, step);
+    return Corrections{a.rate, a.scale};
+  });
+  // Where only the device knows the number of updates.
+  float* corrected = counted == nullptr ? nullptr : m.scratch(2);
+  if (counted != nullptr) {
+    const double beta1 = o.beta1, beta2 = o.beta2, learning_rate = o.learning_rate;
+    m.each(
+        1, PARTITA_KERNEL(std::int64_t) {
+          const double t = static_cast<double>(counted[2]) + 1;
+          corrected[0] = static_cast<float>(learning_rate / (1 - pow(beta1, t)));
+          corrected[1] = static_cast<float>(1 / sqrt(1 - pow(beta2, t)));
+        });
+  }
   m.each(
       octets(n), PARTITA_KERNEL(std::int64_t number) {
         if (overflow != nullptr && overflow[0] != 0) return;
+        const Corrections here =
+            corrected != nullptr ? Corrections{corrected[0], corrected[1]} : of_step();
         const std::int64_t at = number * Octet::kSize, count = n - at;
         const Octet g = octet(gradient, at, count);
         Octet f = octet(first, at, count), s = octet(second, at, count), p = octet(w, at, count);
@@ -158,7 +167,7 @@ bool optimizer(M& m, const PlainCall& call) {
         if (second.narrow()) s = octet(second, at, count);
         for (int k = 0; k < Octet::kSize; ++k)
           p.v[k] = p.v[k] * known.keep -
-                   corrected[0] * f.v[k] / (sqrtf(s.v[k]) * corrected[1] + known.epsilon);
+                   here.rate * f.v[k] / (sqrtf(s.v[k]) * here.scale + known.epsilon);
         put(w, at, count, p);
         if (mastered) put(image, at, count, p);
       });

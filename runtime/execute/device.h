@@ -170,6 +170,10 @@ class Device {
 
   /// From the host; what is copied may be changed at once.
   virtual void to_device(std::byte* to, const void* from, std::int64_t bytes) = 0;
+  /// The same of what another step would have other values of.
+  virtual void bring(std::byte* to, const void* from, std::int64_t bytes) {
+    to_device(to, from, bytes);
+  }
   /// To the host; waits until it is there.
   virtual void to_host(void* to, const std::byte* from, std::int64_t bytes) = 0;
   /// The same of at most 4 bytes without waiting: there after finish().
@@ -208,6 +212,20 @@ class Device {
   virtual void host_waits(Event) {}
   /// The host waits for all that is queued; events before are past.
   virtual void finish() {}
+
+  /// Why what was queued between the last two calls of finish() could not be captured, in words;
+  /// empty: it could (docs/cuda.md, "CUDA graphs").
+  virtual std::string not_captured() { return name() + " has no graphs"; }
+  /// After finish(): what is queued from here to end_capture(), on whatever stream, is not done but
+  /// kept, once; what was kept before is forgotten.
+  virtual void begin_capture() {}
+  virtual void end_capture() {}
+  /// False where nothing is kept, or memory of it was given back.
+  virtual bool has_capture() const { return false; }
+  /// After finish(): queues what is kept, as that step, with what bring() brings by now, in its
+  /// order.
+  virtual void launch_captured(std::int64_t /*step*/, const std::vector<const void*>& /*brought*/) {
+  }
 
   /// To the other ranks' devices; null: the transport moves copies on the host.
   virtual Links* links() { return nullptr; }

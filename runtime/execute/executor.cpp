@@ -123,6 +123,7 @@ class Executor {
         device_(device),
         o_(o),
         rank_(transport.rank()),
+        first_timed_(o.warm_up + o.captured_steps),
         memory_(device, false),
         host_memory_(device, true),
         order_(device),
@@ -175,7 +176,7 @@ class Executor {
 
  private:
   std::string at_instruction(const std::string& why) const {
-    const std::string where = step_ == o_.warm_up + o_.steps
+    const std::string where = step_ == first_timed_ + o_.steps
                                   ? std::string("the end of the run")
                                   : place(p_, rank_, step_, instruction_);
     return fmt::format("rank {} in {}{}: {}", rank_, where, o_.name.empty() ? "" : " of " + o_.name,
@@ -183,7 +184,7 @@ class Executor {
   }
   RankResult run_steps() {
     losses_.clear();
-    const int all = o_.warm_up + o_.steps;
+    const int all = first_timed_ + o_.steps;
     const auto clock = [this] { return now().time_since_epoch().count(); };
     ClockReading clock_before;
     std::vector<std::int64_t> starts;
@@ -202,27 +203,33 @@ class Executor {
       come_to(-1);
       make_inputs();
       come_to(-1);
-      if (o_.record && step_ == o_.warm_up)
+      const bool captured = step_ >= o_.warm_up && step_ < first_timed_ && captures();
+      if (o_.record && step_ == first_timed_)
         clock_before = read_clocks(transport_, kClockTag, clock);
       transport_.barrier();
       transport_.reset_traffic();
       if (links_ != nullptr) links_->reset_traffic();
       // Steps differ in the rows that experts get: each has its own peak.
-      if (step_ >= o_.warm_up) memory_.forget_peak();
-      if (step_ == o_.warm_up) host_memory_.forget_peak();
+      if (step_ >= first_timed_) memory_.forget_peak();
+      if (step_ == first_timed_) host_memory_.forget_peak();
       const auto start = now();
       step_start_ = start;
       losses_.push_back(0);
-      if (o_.record && step_ >= o_.warm_up) result_.measured.samples.emplace_back();
-      device_.begin_marks();
-      one_step();
+      if (o_.record && step_ >= first_timed_) result_.measured.samples.emplace_back();
+      if (captured) {
+        launch_captured();
+      } else {
+        device_.begin_marks();
+        one_step();
+      }
       finish();
-      if (o_.record && step_ >= o_.warm_up) resolve_marks();
+      if (o_.record && step_ >= first_timed_) resolve_marks();
       const std::chrono::duration<double> took = now() - start;
       RankMeasurement& m = result_.measured;
       m.traffic = transport_.traffic();
       if (links_ != nullptr) add_traffic(links_->traffic(), m.traffic);
-      if (step_ >= o_.warm_up) {
+      if (captured) m.captured_s.push_back(took.count());
+      if (step_ >= first_timed_) {
         m.step_s.push_back(took.count());
         starts.push_back(start.time_since_epoch().count());
         m.last_peak = memory_.peak();
@@ -259,6 +266,46 @@ class Executor {
     collect_measurements();
     if (o_.routing) collect_routing();
     return std::move(result_);
+  }
+  /// Is the next step launched as a graph? All ranks at once, after a step that was not.
+  bool captures() {
+    if (step_ == o_.warm_up) result_.no_graph = why_not_captured();
+    if (!result_.no_graph.empty()) return false;
+    if (device_.has_capture()) return true;
+    device_.begin_capture();
+    one_step();
+    device_.end_capture();
+    captured_losses_ = std::move(step_losses_);
+    step_losses_.clear();
+    come_to(-1);
+    return true;
+  }
+  std::string why_not_captured() {
+    const bool alone = transport_.size() == 1 || o_.alone;
+    std::string why = step_ == 0                    ? "no step went before it"
+                      : !alone && links_ == nullptr ? "messages pass through the host"
+                                                    : "";
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
+      if (!why.empty()) break;
+      for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+        if (i.every > 1) why = fmt::format("parameters are averaged every {} steps", i.every);
+        if (i.kind == Kind::compute && i.kernel == Kernel::dequeue)
+          why = "gradients wait in a queue, whose place is another one each step";
+      }
+    }
+    if (why.empty()) why = device_.not_captured();
+    return alone ? why : first_said(transport_, std::move(why));
+  }
+  void launch_captured() {
+    std::vector<const void*> brought;
+    for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
+      for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+        if (i.kind == Kind::load && box(i.writes[0]).held)
+          brought.push_back(inputs_.at({i.writes[0], call.micro_batch}).values.data());
+      }
+    }
+    device_.launch_captured(step_, brought);
+    captured_ = true;
   }
   /// A step more, none of whose instructions is timed; seconds.
   double further_step() {
@@ -684,7 +731,7 @@ class Executor {
         if (o_.before) o_.before(rank_, step_, index);
         const bool rests = (step_ + 1) % i.every != 0;
         const bool works = i.kind != Kind::allocate && i.kind != Kind::free;
-        const bool timed = o_.record && step_ >= o_.warm_up && !untimed_ && works;
+        const bool timed = o_.record && step_ >= first_timed_ && !untimed_ && works;
         begin(i);
         if (o_.balanced_rows) give_gates(i);
         if (tag_ >= 0 && works) device_.belongs_to(tag_++);
@@ -712,12 +759,13 @@ class Executor {
   void finish() {
     device_.finish();
     order_.forget();
-    for (const Loss& loss : step_losses_) {
+    for (const Loss& loss : captured_ ? captured_losses_ : step_losses_) {
       float value = 0;
       widen(loss.type, loss.stored, &value, 1);
       losses_.back() += static_cast<double>(value);
     }
     step_losses_.clear();
+    captured_ = false;
   }
 
   /// The instruction's stream waits for those that its memory comes from.
@@ -958,7 +1006,7 @@ class Executor {
                   made.bytes);
       visits.give_back();
     } else {
-      device_.to_device(data(i.writes[0]), made.values.data(), std::ssize(made.values));
+      device_.bring(data(i.writes[0]), made.values.data(), std::ssize(made.values));
     }
   }
 
@@ -1538,7 +1586,7 @@ class Executor {
       narrow(type_of(i.writes[k]), made.values.data(), stored.data(), std::ssize(made.values));
       device_.to_device(data(i.writes[k]), stored.data(), std::ssize(stored));
     }
-    if (o_.routing && step_ >= o_.warm_up && !untimed_ && i.kernel == Kernel::forward &&
+    if (o_.routing && step_ >= first_timed_ && !untimed_ && i.kernel == Kernel::forward &&
         !i.recomputed && std::holds_alternative<Dispatch>(op.operation)) {
       const auto& rows = rows_of(i.writes[0]).rows;
       routed_.insert(routed_.end(),
@@ -1812,8 +1860,10 @@ class Executor {
       words.push_back(real(m.clock_uncertainty_s));
       words.push_back(static_cast<std::int64_t>(m.step_s.size()));
       for (const double s : m.step_s) words.push_back(real(s));
-      words.push_back(static_cast<std::int64_t>(m.plain_s.size()));
-      for (const double s : m.plain_s) words.push_back(real(s));
+      for (const auto* list : {&m.plain_s, &m.captured_s}) {
+        words.push_back(static_cast<std::int64_t>(list->size()));
+        for (const double s : *list) words.push_back(real(s));
+      }
       words.push_back(static_cast<std::int64_t>(m.samples.size()));
       for (const auto& step : m.samples) {
         words.push_back(static_cast<std::int64_t>(step.size()));
@@ -1858,7 +1908,7 @@ class Executor {
       for (Bytes& b : r.last_at_peak) b = Bytes{next()};
       const std::int64_t uncertainty = next();
       std::memcpy(&r.clock_uncertainty_s, &uncertainty, sizeof uncertainty);
-      for (auto* list : {&r.step_s, &r.plain_s}) {
+      for (auto* list : {&r.step_s, &r.plain_s, &r.captured_s}) {
         list->resize(static_cast<std::size_t>(next()));
         for (double& s : *list) {
           const std::int64_t word = next();
@@ -1914,7 +1964,7 @@ class Executor {
                           o.signature.outputs[0].shape[2].extent});
     }
     for (int s = 0; s < o_.steps; ++s) {
-      r.steps.push_back({o_.warm_up + s, {}});
+      r.steps.push_back({first_timed_ + s, {}});
       for (const Routing::Layer& l : r.layers)
         r.steps.back().counts.emplace_back(static_cast<std::size_t>(r.samples * pieces * l.experts),
                                            0);
@@ -1939,7 +1989,7 @@ class Executor {
           const auto piece =
               std::upper_bound(r.positions.begin(), r.positions.end(), words[at + 1]) -
               r.positions.begin() - 1;
-          ++r.steps[static_cast<std::size_t>(step - o_.warm_up)]
+          ++r.steps[static_cast<std::size_t>(step - first_timed_)]
                 .counts[layer][static_cast<std::size_t>(
                     (sample * pieces + piece) * r.layers[layer].experts + words[at + 2])];
         }
@@ -1952,7 +2002,7 @@ class Executor {
   Transport& transport_;
   Device& device_;
   const Options& o_;
-  int rank_ = 0, stage_ = 0;
+  int rank_ = 0, first_timed_ = 0, stage_ = 0;
   Memory memory_, host_memory_;
   Order order_;
   bool untimed_ = false;   ///< the timed steps are over
@@ -1990,6 +2040,9 @@ class Executor {
     ElementType type = ElementType::fp32;
   };
   std::deque<Loss> step_losses_;  ///< on their way from the device
+  /// Of the step that was captured: each launch writes them.
+  std::deque<Loss> captured_losses_;
+  bool captured_ = false;  ///< this step is one launch
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.

@@ -46,6 +46,9 @@ struct Options {
   /// After the timed steps so many more of which only the whole is timed: on a device the marks
   /// between instructions take time of their own. Values and memory are those of the steps before.
   int plain_steps = 0;
+  /// Between warm-up, of at least a step, and the timed steps so many that the device launches as
+  /// one graph, or, where it cannot, as others.
+  int captured_steps = 0;
   /// After these so many more of which the device itself writes down what its kernels
   /// took: that costs time, so nothing else is timed of them. Of one rank.
   int recorded_steps = 0;
@@ -86,6 +89,7 @@ struct RankResult {
   /// Why the devices' links were left, so that messages passed through the host; empty: they were
   /// not.
   std::string no_links;
+  std::string no_graph;  ///< why steps were not launched as graphs; empty: they were, if asked for
   /// Of its device beside that: what libraries, communicators and kernels work in. Other processes
   /// on the device count, too.
   Bytes beside;

@@ -130,7 +130,7 @@ class Compiler {
       // Ranks of one host share its memory, and those of one core its caches.
       if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)),
                                        device.compute_capability > 0)) {
-        out.time = *t + device.dispatch;
+        out.time = *t + dispatch_of(i, device);
         // Measured alone: what runs beside it stretches it as any other.
         if (device.compute_capability > 0) out.of_time = stretch_of(work_of(p_, i, rank), i);
         return;
@@ -153,7 +153,7 @@ class Compiler {
     const Work w = work_of(p_, i, rank);
     out.of_time = stretch_of(w, i);
     out.time = kernel_time(w, device, communication_.shapes(rank));
-    out.then = device.dispatch;
+    out.then = dispatch_of(i, device);
   }
 
   /// What one rank sends of a message whose copies it shares with others; all of a message that the
@@ -174,6 +174,11 @@ class Compiler {
         std::get_if<GatedActivation>(&p_.operators[static_cast<std::size_t>(i.op)].operation);
     return gated != nullptr && gated->limited && p_.kernels.limit_forward > 0 &&
            !p_.kernels.fused_experts;
+  }
+
+  Seconds dispatch_of(const Instruction& i, const DeviceProfile& device) const {
+    return device.dispatch_in_graph && of_graph(p_, i) ? *device.dispatch_in_graph
+                                                       : device.dispatch;
   }
 
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
@@ -322,7 +327,7 @@ class Compiler {
                               ? communication_.peer_copy(bytes, group)
                               : communication_.collective(i.collective, bytes, group);
             priced.of_time = members.stretch;
-            priced.beside = group.size() > 1 ? to_ticks(device.dispatch).count : 0;
+            priced.beside = group.size() > 1 ? to_ticks(dispatch_of(i, device)).count : 0;
             if (keys.count > 0) {
               // Counts of 8 bytes for each member and keys go ahead of the values.
               const Bytes counts{8 * static_cast<std::int64_t>(group.size())};

@@ -118,6 +118,8 @@ Plan as_executed(Plan plan) {
   set_framework(ours, "partita", "");
   plan.allocations = ours.allocations;
   plan.kernels = ours.kernels;
+  // A step is captured as a whole, or not.
+  ours.launches.graphs = plan.launches.graphs;
   plan.launches = ours.launches;
   plan.fuses_normalise = ours.fuses_normalise;
   plan.joins_projections = ours.joins_projections;

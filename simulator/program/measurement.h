@@ -55,6 +55,7 @@ struct RankMeasurement {
   OutsideMemory outside;
   /// Of a device: steps between whose instructions it was not asked for the time, which costs some.
   std::vector<double> plain_s;
+  std::vector<double> captured_s;  ///< steps that were launched as one graph
   /// By recorded step, for each of a step's samples: nanoseconds that its kernels and copies had
   /// the device, by the device's own records, with what passes between two of them; 0: not known.
   std::vector<std::vector<std::int64_t>> kernel_ns;

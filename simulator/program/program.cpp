@@ -237,16 +237,6 @@ Bytes routed_payload(const Program& p, const Instruction& i, std::int64_t rank) 
     return local_indices(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(r));
   };
   const bool both_ways = i.kind == Kind::slice || i.collective != CollectiveKind::reduce_scatter;
-  if (p.buffer(from).routing < 0) {
-    Bytes all{0};
-    for (const BufferId id : {from, to}) {
-      if (id == to && !both_ways) continue;
-      const auto wide = static_cast<std::int64_t>(features(id, rank).size());
-      all += local_bytes(p, id, rank);
-      if (wide > 0) all += Bytes{local_elements(p, id, rank) / wide * kKey};
-    }
-    return all;
-  }
   std::vector<std::int64_t> group{rank};
   if (i.kind == Kind::collective) group = p.group(i, rank);
   std::int64_t bytes = 0;

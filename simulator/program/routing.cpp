@@ -158,6 +158,12 @@ std::int64_t routed_rows(const Program& p, BufferId id, std::int64_t rank) {
 std::int64_t common_rows(const Program& p, BufferId a, std::int64_t x, BufferId b, std::int64_t y) {
   if (!p.holds(a, x) || !p.holds(b, y)) return 0;
   const Buffer &from = p.buffer(a), &to = p.buffer(b);
+  if (from.routing < 0) {
+    std::int64_t rows = from.shape[2].extent;
+    for (const std::size_t d : {0u, 1u, 2u})
+      rows *= static_cast<std::int64_t>(both(indices(p, from, d, x), indices(p, to, d, y)).size());
+    return ceil_div(rows, from.experts);
+  }
   return rows_of(p, p.routings[static_cast<std::size_t>(from.routing)], x,
                  both(indices(p, from, 0, x), indices(p, to, 0, y)),
                  both(indices(p, from, 1, x), indices(p, to, 1, y)),

@@ -39,6 +39,39 @@ class EmulatedGpu : public GpuCommand {
     EXPECT_FALSE(j.contains("no_links"));
     EXPECT_THAT(err() + said(), Not(HasSubstr("emulated GPU")));
   }
+  /// Steps that are one graph each are steps as others: losses and values to the bit those of a run
+  /// without graphs.
+  void expect_captured(const std::string& arguments) {
+    SCOPED_TRACE(arguments);
+    const auto result = [&](const std::string& more) {
+      return Json::parse(
+          run("run " + arguments + " --backend cuda --json " + more, 0, false, with("")), nullptr,
+          false);
+    };
+    const Json graphs = result("--steps 2 --warm-up 1 --set launch.graphs=true"),
+               none = result("--steps 5");
+    ASSERT_FALSE(graphs.is_discarded() || none.is_discarded()) << err();
+    EXPECT_EQ(graphs.at("graph").at("steps"), 2) << graphs.at("graph");
+    EXPECT_GT(graphs.at("graph").at("kernel_by_kernel_s").get<double>(), 0);
+    EXPECT_FALSE(none.contains("graph"));
+    EXPECT_EQ(graphs.at("equal_to_serial"), true);
+    EXPECT_EQ(graphs.at("loss"), none.at("loss"));
+    for (const char* error : {"gradient_error", "parameter_error"})
+      EXPECT_EQ(graphs.at(error), none.at(error)) << error;
+    EXPECT_EQ(graphs.at("memory_bytes").at("total"), none.at("memory_bytes").at("total"));
+    EXPECT_THAT(err() + said(), Not(HasSubstr("emulated GPU")));
+  }
+  /// Why a plan's steps are not one graph each; they are trained all the same.
+  std::string why_not_captured(const std::string& arguments) {
+    const Json j = Json::parse(
+        run("run " + arguments + " --backend cuda --json --steps 2 --set launch.graphs=true", 0,
+            false, with("")),
+        nullptr, false);
+    if (j.is_discarded() || j.at("graph").at("steps") != 0 || j.at("equal_to_serial") != true ||
+        j.at("loss").size() != 5)
+      return "no: " + err();
+    return j.at("graph").at("why_not");
+  }
   /// Every case of the suite on four ranks that share a GPU.
   void expect_suite_equal(const std::string& transport) {
     const Json j = Json::parse(run(
@@ -80,6 +113,22 @@ TEST_F(EmulatedGpu, TrainsOnOneRank) {
   expect_equal("mnist-linear");
 }
 
+TEST_F(EmulatedGpu, LaunchesAStepAsOneGraph) {
+  // Adam's corrections and dropout's key are another step's each time, and so are inputs.
+  for (const char* plan : {"--optimizer adam --dropout 0.1", "--precision bf16 --optimizer adam",
+                           "--precision fp8", "--recompute full --micro-batch 1"})
+    expect_captured(kGpt + " --global-batch 2 " + plan);
+  expect_captured("mnist-linear");
+}
+
+TEST_F(EmulatedGpu, StepsThatCannotBeOneGraphSayWhy) {
+  const std::string one = " --micro-batch 1 --global-batch 2 ";
+  EXPECT_THAT(why_not_captured(kExperts + one),
+              HasSubstr("the host waits for what a router chose"));
+  EXPECT_THAT(why_not_captured(kGpt + one + "--precision fp16 --set loss_scale.dynamic=true"),
+              HasSubstr("loss_scale is the host's"));
+}
+
 #ifdef PARTITA_NCCL
 const std::string kTwo = " --micro-batch 1 --global-batch 4 --share-gpu --transport tcp";
 
@@ -101,6 +150,19 @@ TEST_F(EmulatedGpu, TrainsOnFourRanksOverNccl) {
                            "--pp 3 --set message_queue=true --layers 3"})
     expect_equal(kGpt + kTwo + " " + plan);
   expect_equal(kExperts + kTwo + " --dp 4 --ep 2");
+}
+
+TEST_F(EmulatedGpu, LaunchesAStepOfSeveralRanksAsOneGraph) {
+  for (const char* plan :
+       {"--dp 2 --zero 3", "--tp 2 --sequence-parallel --precision bf16", "--pp 2",
+        "--cp 2 --context-exchange ring", "--dp 2 --zero 1 --optimizer adam"})
+    expect_captured(kGpt + kTwo + " " + plan);
+  expect_captured(kGpt + kTwo + " --pp 2 --dp 2");
+  EXPECT_THAT(why_not_captured(kGpt + " --micro-batch 1 --global-batch 4 --dp 2 --share-gpu "
+                                      "--transport threads"),
+              HasSubstr("the host waits for the device"));
+  EXPECT_THAT(why_not_captured(kGpt + kTwo + " --dp 2 --strategy replicas --set average_every=2"),
+              HasSubstr("parameters are averaged every 2 steps"));
 }
 
 TEST_F(EmulatedGpu, EachRankHasItsGpu) {

@@ -132,6 +132,10 @@ class HostBlock {
 
 class HostMachine {
  public:
+  template <class F>
+  auto stepped(std::int64_t step, F f) {
+    return Stepped<decltype(f(step))>{nullptr, f(step)};
+  }
   bool has_flash() const { return true; }
   int flashes = 0;  ///< calls
   bool flash(const FlashCall& call, FlashPass pass) {

@@ -35,6 +35,9 @@ struct Call {
 /// Queues on the stream, under the caller's correlation for CUPTI. cudaErrorInvalidResourceHandle
 /// where there is no such stream.
 cudaError_t queue(cudaStream_t stream, Call call);
+/// In a capture of that stream: each launch of the graph calls `again` with the stream that stands
+/// for it. False: none goes on there.
+bool captured(cudaStream_t stream, std::function<void(cudaStream_t)> again);
 /// A kernel, without a step from one thread to another.
 cudaError_t launch(cudaStream_t stream, std::string name, std::function<void()> run);
 /// True if anything was done. Of one stream, or of all.

@@ -233,6 +233,15 @@ Halves halves_of(const std::shared_ptr<State>& s, const Operation& o) {
 /// All that is given goes first, and who waits for what was sent goes last: a group's calls wait
 /// for each other's.
 void put(const std::shared_ptr<State>& s, const std::vector<Operation>& operations) {
+  const cudaStream_t stream = operations.at(0).stream;
+  const bool one = std::all_of(operations.begin(), operations.end(),
+                               [&](const Operation& o) { return o.stream == stream; });
+  if (one && emulated::captured(stream, [=](cudaStream_t again) {
+        auto theirs = operations;
+        for (Operation& o : theirs) o.stream = again;
+        put(s, theirs);
+      }))
+    return;
   std::vector<std::pair<const Operation*, Halves>> all;
   for (const Operation& o : operations) all.emplace_back(&o, halves_of(s, o));
   for (auto& [o, h] : all) emulated::queue(o->stream, std::move(h.give));

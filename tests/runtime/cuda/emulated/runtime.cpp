@@ -47,13 +47,42 @@ struct Queued {
 }  // namespace
 }  // namespace emulated
 
+namespace emulated {
+namespace {
+
+/// What is kept of each stream: how far it has come, and has waited for others to come.
+using Clock = std::vector<std::size_t>;
+struct Capture;
+
+}  // namespace
+}  // namespace emulated
+
 // The runtime's handles are pointers to these.
 struct CUevent_st {
-  std::shared_ptr<emulated::Moment> recorded;  ///< of the last record
+  std::shared_ptr<emulated::Moment> recorded;   ///< of the last record
+  std::shared_ptr<emulated::Capture> captured;  ///< or it was captured,
+  std::size_t moment = 0;                       ///< as that
   bool timed = true;
+};
+struct CUgraph_st {
+  /// In the order of calls: again(), or a moment that is set or waited for.
+  struct Item {
+    std::size_t stream = 0;
+    std::function<void(cudaStream_t)> again;
+    std::size_t moment = 0;
+    bool sets = false;
+  };
+  std::vector<Item> items;
+  std::size_t streams = 0, moments = 0;
+};
+struct CUgraphExec_st {
+  CUgraph_st graph;
+  std::vector<cudaStream_t> streams;
 };
 struct CUstream_st {
   int device = 0;
+  std::shared_ptr<emulated::Capture> capture;
+  std::size_t slot = 0;  ///< in it
   std::uint32_t number = 0;
   std::deque<emulated::Queued> calls;
   std::uint64_t now = 0;  ///< nanoseconds: when the last call ended
@@ -61,6 +90,28 @@ struct CUstream_st {
 
 namespace emulated {
 namespace {
+
+struct Capture {
+  CUstream_st* origin = nullptr;
+  CUgraph_st graph;
+  std::vector<CUstream_st*> streams;
+  std::vector<Clock> clocks, moments;
+  std::string broken;  ///< why it is none any more
+
+  void join(CUstream_st* s) {
+    s->slot = streams.size();
+    streams.push_back(s);
+    for (auto* list : {&clocks, &moments}) {
+      for (Clock& c : *list) c.resize(streams.size(), 0);
+    }
+    clocks.emplace_back(streams.size(), 0);
+  }
+  void put(const CUstream_st& s, CUgraph_st::Item item) {
+    item.stream = s.slot;
+    graph.items.push_back(std::move(item));
+    ++clocks[s.slot][s.slot];
+  }
+};
 
 struct Block {
   std::size_t bytes = 0, pages = 0;  ///< asked for; mapped, all of them
@@ -217,6 +268,11 @@ void until(const std::function<bool()>& done) {
     lock.lock();
   }
 }
+/// A capture that is asked for what has not happened is none any more.
+cudaError_t unsupported(const CUstream_st& s, const std::string& what) {
+  s.capture->broken = what;
+  return refuse(cudaErrorStreamCaptureUnsupported, what + " in a capture");
+}
 void drain() {
   until([] {
     const auto& all = machine().streams;
@@ -224,6 +280,22 @@ void drain() {
       return s->device != current_device || s->calls.empty();
     });
   });
+}
+
+cudaError_t set_moment(cudaStream_t stream, const std::shared_ptr<Moment>& moment) {
+  CUstream_st* s = known(stream);
+  return queue(stream, {"event", nullptr,
+                        [moment, s] {
+                          moment->done = true;
+                          moment->at = s->now;
+                        },
+                        Call::Kind::order, false});
+}
+cudaError_t wait_moment(cudaStream_t stream, const std::shared_ptr<Moment>& moment) {
+  CUstream_st* s = known(stream);
+  return queue(stream,
+               {"wait", [moment] { return moment->done; },
+                [moment, s] { s->now = std::max(s->now, moment->at); }, Call::Kind::order, false});
 }
 
 }  // namespace
@@ -264,9 +336,20 @@ void spoil(void* at, std::size_t bytes) {
     std::memset(p + bytes - std::min(bytes - kMost, kMost), 0xff, std::min(bytes - kMost, kMost));
 }
 
+bool captured(cudaStream_t stream, std::function<void(cudaStream_t)> again) {
+  const std::lock_guard lock(machine().guard);
+  const CUstream_st* s = known(stream);
+  if (s == nullptr || !s->capture) return false;
+  s->capture->put(*s, {0, std::move(again), 0, false});
+  return true;
+}
 cudaError_t queue(cudaStream_t stream, Call call) {
   const std::lock_guard lock(machine().guard);
   CUstream_st* s = known(stream);
+  if (s != nullptr && s->capture) {
+    s->capture->put(*s, {0, [call](cudaStream_t again) { queue(again, call); }, 0, false});
+    return cudaSuccess;
+  }
   if (s == nullptr)
     return keep(
         refuse(cudaErrorInvalidResourceHandle, call.name + " on a stream that is not there"));
@@ -375,6 +458,9 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+  for (const CUstream_st* s : machine().streams) {
+    if (s->capture) return keep(unsupported(*s, "a wait for the GPU"));
+  }
   drain();
   return cudaSuccess;
 }
@@ -505,6 +591,9 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
           refuse(cudaErrorInvalidValue, fmt::format("a copy of {} bytes past its block", bytes)));
   }
   Call c{"copy", nullptr, nullptr, Call::Kind::copy, false};
+  if (const CUstream_st* s = known(stream);
+      s->capture && ((!from_gpu && !reachable(from, bytes)) || (!to_gpu && !reachable(to, bytes))))
+    return keep(unsupported(*s, "a copy of memory that is not pinned"));
   if (!from_gpu && !reachable(from, bytes)) {
     // Of memory that is not pinned it has read when it returns.
     const auto* p = static_cast<const std::byte*>(from);
@@ -550,6 +639,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
   CUstream_st* s = known(stream);
   if (s == nullptr)
     return keep(refuse(cudaErrorInvalidResourceHandle, "a look at a stream that is not there"));
+  if (s->capture) return keep(unsupported(*s, "a look at a stream"));
   for (int k = 0; k < 16 && !s->calls.empty(); ++k) {
     if (!work_once()) break;
   }
@@ -563,6 +653,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   }
   if (s == nullptr)
     return keep(refuse(cudaErrorInvalidResourceHandle, "a wait for a stream that is not there"));
+  if (s->capture) return keep(unsupported(*s, "a wait for a stream"));
   until([s] { return s->calls.empty(); });
   return cudaSuccess;
 }
@@ -570,11 +661,30 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t e, unsigned) {
   const std::lock_guard lock(guard());
   if (machine().events.count(e) == 0)
     return keep(refuse(cudaErrorInvalidResourceHandle, "a wait for an event that is not there"));
-  if (e->recorded == nullptr) return cudaSuccess;
   CUstream_st* s = known(stream);
-  return queue(stream, {"wait", [m = e->recorded] { return m->done; },
-                        [m = e->recorded, s] { s->now = std::max(s->now, m->at); },
-                        Call::Kind::order, false});
+  if (e->captured) {
+    Capture& c = *e->captured;
+    if (s->capture == nullptr) {
+      if (!s->calls.empty() || std::find(c.streams.begin(), c.streams.end(), s) != c.streams.end())
+        return keep(
+            refuse(cudaErrorStreamCaptureMerge, "a stream that joins with work of its own"));
+      s->capture = e->captured;
+      c.join(s);
+    }
+    if (s->capture != e->captured)
+      return keep(refuse(cudaErrorStreamCaptureMerge, "a wait of one capture for another"));
+    c.put(*s, {0, nullptr, e->moment, false});
+    Clock& mine = c.clocks[s->slot];
+    const Clock& theirs = c.moments[e->moment];
+    for (std::size_t k = 0; k < mine.size(); ++k) mine[k] = std::max(mine[k], theirs[k]);
+    return cudaSuccess;
+  }
+  if (s->capture && e->recorded != nullptr) {
+    s->capture->broken = "a wait for what is not in it";
+    return keep(refuse(cudaErrorStreamCaptureIsolation, "a capture waits for what is not in it"));
+  }
+  if (e->recorded == nullptr) return cudaSuccess;
+  return wait_moment(stream, e->recorded);
 }
 
 // --------------------------------------------------------------------------------------- events
@@ -601,18 +711,23 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t stream) {
   if (machine().events.count(e) == 0)
     return keep(refuse(cudaErrorInvalidResourceHandle, "a record of an event that is not there"));
   CUstream_st* s = known(stream);
+  e->captured = s->capture;
+  if (s->capture) {
+    Capture& c = *s->capture;
+    e->recorded = nullptr;
+    e->moment = c.graph.moments++;
+    c.put(*s, {0, nullptr, e->moment, true});
+    c.moments.push_back(c.clocks[s->slot]);
+    return cudaSuccess;
+  }
   auto moment = std::make_shared<Moment>();
   e->recorded = moment;
-  return queue(stream, {"event", nullptr,
-                        [moment, s] {
-                          moment->done = true;
-                          moment->at = s->now;
-                        },
-                        Call::Kind::order, false});
+  return set_moment(stream, moment);
 }
 cudaError_t cudaEventQuery(cudaEvent_t e) {
   const std::lock_guard lock(guard());
   if (machine().events.count(e) == 0) return keep(cudaErrorInvalidResourceHandle);
+  if (e->captured) return keep(refuse(cudaErrorCapturedEvent, "a look at an event of a capture"));
   if (e->recorded == nullptr) return cudaSuccess;
   for (int k = 0; k < 4 && !e->recorded->done; ++k) {
     if (!work_once()) break;
@@ -624,6 +739,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t e) {
   {
     const std::lock_guard lock(guard());
     if (machine().events.count(e) == 0) return keep(cudaErrorInvalidResourceHandle);
+    if (e->captured) return keep(refuse(cudaErrorCapturedEvent, "a wait for a capture's event"));
     moment = e->recorded;
   }
   if (moment) until([&] { return moment->done; });
@@ -638,6 +754,87 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
   }
   *ms = static_cast<float>(
       (static_cast<double>(to->recorded->at) - static_cast<double>(from->recorded->at)) * 1e-6);
+  return cudaSuccess;
+}
+
+// -------------------------------------------------------------------------------------- captures
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+  const std::lock_guard lock(guard());
+  CUstream_st* s = known(stream);
+  if (s == nullptr || s == &machine().legacy || s->capture || mode != cudaStreamCaptureModeRelaxed)
+    return keep(refuse(cudaErrorInvalidValue, "a capture that is not emulated"));
+  s->capture = std::make_shared<Capture>();
+  s->capture->origin = s;
+  s->capture->join(s);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* to) {
+  const std::lock_guard lock(guard());
+  *to = nullptr;
+  const CUstream_st* s = known(stream);
+  if (s == nullptr || !s->capture || s->capture->origin != s)
+    return keep(refuse(cudaErrorIllegalState, "the end of a capture that did not begin there"));
+  const std::shared_ptr<Capture> c = s->capture;
+  for (CUstream_st* one : c->streams) one->capture = nullptr;
+  for (CUevent_st* e : machine().events) {
+    if (e->captured == c) e->captured = nullptr;
+  }
+  if (!c->broken.empty())
+    return keep(refuse(cudaErrorStreamCaptureInvalidated, "a capture's end after " + c->broken));
+  for (std::size_t k = 0; k < c->streams.size(); ++k) {
+    if (c->clocks[0][k] < c->clocks[k][k])
+      return keep(refuse(cudaErrorStreamCaptureUnjoined,
+                         fmt::format("a capture's end, which stream {} of it has not joined", k)));
+  }
+  c->graph.streams = c->streams.size();
+  *to = new CUgraph_st(c->graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* to, cudaGraph_t graph, unsigned long long flags) {
+  if (graph == nullptr || flags != 0)
+    return keep(refuse(cudaErrorInvalidValue, "a graph that is none"));
+  auto* exec = new CUgraphExec_st{*graph, {}};
+  for (std::size_t k = 0; k < graph->streams; ++k) {
+    cudaStream_t s = nullptr;
+    cudaStreamCreateWithPriority(&s, cudaStreamNonBlocking, 0);
+    exec->streams.push_back(s);
+  }
+  *to = exec;
+  return cudaSuccess;
+}
+/// What is in it is called again, on streams of its own.
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  const std::lock_guard lock(guard());
+  if (exec == nullptr || known(stream) == nullptr)
+    return keep(refuse(cudaErrorInvalidResourceHandle, "a launch of a graph that is none"));
+  const auto start = std::make_shared<Moment>();
+  set_moment(stream, start);
+  for (const cudaStream_t s : exec->streams) wait_moment(s, start);
+  std::vector<std::shared_ptr<Moment>> moments(exec->graph.moments);
+  for (auto& m : moments) m = std::make_shared<Moment>();
+  for (const CUgraph_st::Item& i : exec->graph.items) {
+    const cudaStream_t on = exec->streams[i.stream];
+    if (i.again) {
+      i.again(on);
+    } else if (i.sets) {
+      set_moment(on, moments[i.moment]);
+    } else {
+      wait_moment(on, moments[i.moment]);
+    }
+  }
+  // Those that others wait for not: the first has waited for all.
+  const auto end = std::make_shared<Moment>();
+  set_moment(exec->streams.at(0), end);
+  return wait_moment(stream, end);
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  for (const cudaStream_t s : exec->streams) cudaStreamDestroy(s);
+  delete exec;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
   return cudaSuccess;
 }
 
