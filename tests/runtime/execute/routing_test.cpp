@@ -191,6 +191,40 @@ TEST(Routing, ARecordingPredictsMemoryAndBytesExactly) {
   EXPECT_TRUE(expect_exact(g, p, differs));
 }
 
+/// Experts with as many rows each, wherever their tokens come from: memory is what is predicted
+/// without a recording.
+TEST(Routing, BalancedRowsHaveThePredictedMemory) {
+  const Graph g = mixtral();
+  for (const bool sequence_parallel : {false, true}) {
+    for (const int etp : {1, 2}) {
+      for (const int cp : {1, 2}) {
+        Plan p = base_plan();
+        p.global_batch = 4;
+        p.tp = p.dp = p.ep = 2;
+        p.cp = cp, p.etp = etp;
+        p.sequence_parallel = sequence_parallel;
+        set_precision(p, "fp32", "");
+        const auto plan = complete(g, p);
+        if (!plan) continue;
+        SCOPED_TRACE(to_yaml(*plan));
+        const auto program = lower(g, *plan);
+        ASSERT_TRUE(static_cast<bool>(program)) << program.reason();
+        execute::Options o = options_for(g);
+        o.balanced_rows = true;
+        const auto results = execute::run_on_both(*program, o);
+        Communication communication(load_topology("cpu-host:8 gpus"));
+        SimulateOptions unfolded;
+        unfolded.unfolded = true;
+        const Timeline t = simulate(*program, communication, unfolded);
+        for (std::size_t r = 0; r < results[0].ranks.size(); ++r) {
+          EXPECT_EQ(t.memory[r].peak, results[0].ranks[r].peak) << "rank " << r;
+          EXPECT_EQ(t.memory[r].at_peak, results[0].ranks[r].at_peak) << "rank " << r;
+        }
+      }
+    }
+  }
+}
+
 TEST(Routing, RandomPlans) {
   std::mt19937 rng(20261126);
   int run = 0, spread = 0;
