@@ -65,6 +65,7 @@ Json json_of(const RankMeasurement& m) {
     j["samples"].push_back(std::move(list));
   }
   if (!m.plain_s.empty()) j["plain_s"] = m.plain_s;
+  if (!m.queued_s.empty()) j["queued_s"] = m.queued_s;
   if (!m.captured_s.empty()) j["captured_s"] = m.captured_s;
   if (!m.kernel_ns.empty()) j["kernel_ns"] = m.kernel_ns;
   if (!m.recorded_s.empty()) j["recorded_s"] = m.recorded_s;
@@ -93,6 +94,7 @@ RankMeasurement measurement_of(const Json& j) {
                                   s.at(4).get<std::int64_t>()});
   }
   m.plain_s = j.value("plain_s", m.plain_s);
+  m.queued_s = j.value("queued_s", m.queued_s);
   m.captured_s = j.value("captured_s", m.captured_s);
   m.kernel_ns = j.value("kernel_ns", m.kernel_ns);
   m.recorded_s = j.value("recorded_s", m.recorded_s);

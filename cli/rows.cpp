@@ -490,7 +490,10 @@ std::string folder_of(const std::string& data) {
     return std::filesystem::is_directory(text, ignored);
   };
   if (!data.empty()) {
-    if (!folder(data)) throw InputError("--data", fmt::format("'{}' is no folder", data));
+    if (!folder(data))
+      throw InputError(
+          "--data", fmt::format("'{}' {}", data,
+                                std::filesystem::exists(data) ? "is no folder" : "does not exist"));
     return data;
   }
   if (const char* chosen = std::getenv("PARTITA_REFERENCE"); chosen != nullptr && *chosen != '\0') {

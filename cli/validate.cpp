@@ -362,6 +362,10 @@ void plan_slowdowns(const Options& o, int ranks, const AddTask& task, Calibratio
   }
 }
 
+void put(std::optional<Seconds> from, std::vector<double>& to) {
+  if (from) to.push_back(from->count);
+}
+
 /// Whatever has `only` in its name.
 void plan_calibration(const Options& o, const std::string& only, const std::string& flag,
                       Calibration& c) {
@@ -385,10 +389,21 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
         Measured m{ranks, r.name, {at}, validation::shapes_of(*p), {}};
         m.harvest = [p](const auto& measured, validation::Unit& u) {
           validation::harvest(*p, measured[0], u.kernels);
-          u.dispatch.push_back(validation::dispatch_of(measured[0]).count);
+          put(validation::dispatch_of(measured[0]), u.dispatch);
+          put(validation::launch_of(measured[0]), u.launch);
         };
         c.all.push_back(std::move(m));
       }
+      c.runs.push_back(validation::graph_run());
+      const CalibrationRun& r = c.runs.back();
+      const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
+      execute::Options& e = c.tasks[at].options;
+      put_on_backend(e, o, *c.tasks[at].program, r.plan.precision.compute);
+      if (!o.by_events()) e = by_records(e);
+      e.captured_steps = e.plain_steps;
+      c.all.push_back({ranks, r.name, {at}, {}, [](const auto& m, validation::Unit& u) {
+                         put(validation::dispatch_in_graph_of(m[0]), u.in_graph);
+                       }});
     }
     for (auto& run :
          o.gpu() ? std::vector<CalibrationRun>{} : validation::calibration_runs(ranks)) {
@@ -422,7 +437,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
       const Program* p = c.tasks[at].program;
       c.all.push_back({ranks, r.name, {at}, {}, [p](const auto& m, validation::Unit& u) {
                          validation::harvest(*p, m[0], u.kernels);
-                         u.dispatch.push_back(validation::dispatch_of(m[0]).count);
+                         put(validation::dispatch_of(m[0]), u.dispatch);
                        }});
     }
     for (auto& program : validation::collective_programs(
@@ -694,6 +709,12 @@ void print_machine(const Profile& p) {
   if (p.dispatch_measured)
     fmt::print("between two instructions {} ± {:.0f} %\n", text(p.dispatch),
                100 * p.dispatch_spread);
+  if (p.in_graph.count > 0)
+    fmt::print("the same in a CUDA graph {} ± {:.0f} %\n", text(p.in_graph),
+               100 * p.in_graph_spread);
+  if (p.launch.count > 0)
+    fmt::print("the host queues an instruction in {} ± {:.0f} %\n", text(p.launch),
+               100 * p.launch_spread);
   if (p.overlap_measured)
     fmt::print("of the smaller of a transfer and a computation {:.0f} % ± {:.0f} % is hidden\n",
                100 * p.overlap, 100 * p.overlap_spread);

@@ -196,6 +196,7 @@ std::string plan_line(const Plan& p) {
   std::string s = fmt::format("tp {} pp {} dp {}", p.tp, p.pp, p.dp);
   if (p.cp > 1) s += fmt::format(" cp {}", p.cp);
   if (p.ep > 1) s += fmt::format(" ep {}", p.ep);
+  if (p.ep > 1 && p.etp > 0 && p.etp < p.tp) s += fmt::format(" etp {}", p.etp);
   s += fmt::format(", micro-batch {} x {}", p.micro_batch, p.micro_batches());
   if (p.pp > 1) s += fmt::format(", {}", name(p.schedule));
   if (p.virtual_stages > 1) s += fmt::format(" x {}", p.virtual_stages);

@@ -294,6 +294,7 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
                      "cores that ranks share run one instruction of a rank at a time; add "
                      "concurrent_streams: false");
   if (root.has("dispatch")) device.dispatch = figure(root, "dispatch").as_seconds();
+  if (root.has("launch")) device.launch = figure(root, "launch").as_seconds();
   if (root.has("dispatch_in_graph"))
     device.dispatch_in_graph = figure(root, "dispatch_in_graph").as_seconds();
   if (root.has("time_slice")) device.time_slice = figure(root, "time_slice").as_seconds();

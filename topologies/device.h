@@ -59,7 +59,10 @@ struct DeviceProfile {
   /// Share of the smaller of a transfer and a computation that runs beside the other; measured.
   double overlap = 0;
   Seconds dispatch;  ///< Host time between two instructions of a rank.
-  /// The same of instructions that were captured in a CUDA graph; none: `dispatch`.
+  /// Our own runtime's on a device beside the host: until the host has queued an instruction, where
+  /// a plan has no launch times; 0: not known.
+  Seconds launch;
+  /// As `dispatch`, of instructions that were captured in a CUDA graph; none: `dispatch`.
   std::optional<Seconds> dispatch_in_graph;
   /// That a process has the device for, of several in turns: a spinning kernel's peer answered
   /// after 1, 2, 4, 6 or 8 times this on an RTX 5090 (nccl-eBPF, docs/tmp, NCCL 2.29.7).

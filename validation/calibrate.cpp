@@ -245,6 +245,15 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   return all;
 }
 
+CalibrationRun graph_run() {
+  TransformerConfig c = decoder(256, 128, 1024, 4, 1024, false);
+  c.layers = 2;
+  CalibrationRun r = run_of(build_transformer(c), 1, false);
+  set_precision(r.plan, "bf16", "");
+  r.name = "a step as a CUDA graph";
+  return r;
+}
+
 std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
   std::vector<CalibrationRun> all;
   const auto add = [&](Graph g, const char* precision, std::int64_t batch, bool sgd) {
@@ -372,14 +381,32 @@ void harvest(const Program& p, const std::vector<RankMeasurement>& ranks, Kernel
   }
 }
 
-Seconds dispatch_of(const std::vector<RankMeasurement>& ranks) {
+namespace {
+
+/// Was the host ahead of the GPU in steps without marks? Else what they take says nothing of the
+/// GPU, and what queueing takes nothing of the host, whose queue may have been full.
+bool ahead(const RankMeasurement& r) {
+  constexpr double kShare = 0.8;
+  return r.queued_s.empty() || median(r.queued_s) <= kShare * median(r.plain_s);
+}
+/// What `steps` have beside their kernels, per instruction.
+double beside_kernels(const RankMeasurement& r, const std::vector<double>& steps) {
+  double busy = 0;
+  for (std::size_t k = 0; k < r.samples[0].size(); ++k) busy += time_of_sample(r, k);
+  return (median(steps) - busy) / static_cast<double>(r.samples[0].size());
+}
+std::optional<Seconds> middle_of(std::vector<double> list) {
+  if (list.empty()) return std::nullopt;
+  return Seconds{std::max(0.0, median(std::move(list)))};
+}
+
+}  // namespace
+
+std::optional<Seconds> dispatch_of(const std::vector<RankMeasurement>& ranks) {
   std::vector<double> each;
   for (const auto& r : ranks) {
     if (!r.kernel_ns.empty() && !r.plain_s.empty() && !r.samples.empty()) {
-      // What a step without marks has beside its kernels.
-      double busy = 0;
-      for (std::size_t k = 0; k < r.samples[0].size(); ++k) busy += time_of_sample(r, k);
-      each.push_back((median(r.plain_s) - busy) / static_cast<double>(r.samples[0].size()));
+      if (ahead(r)) each.push_back(beside_kernels(r, r.plain_s));
       continue;
     }
     for (const auto& step : r.samples) {
@@ -390,7 +417,25 @@ Seconds dispatch_of(const std::vector<RankMeasurement>& ranks) {
       each.push_back((whole - busy) * 1e-9 / static_cast<double>(step.size()));
     }
   }
-  return Seconds{std::max(0.0, median(std::move(each)))};
+  return middle_of(std::move(each));
+}
+
+std::optional<Seconds> dispatch_in_graph_of(const std::vector<RankMeasurement>& ranks) {
+  std::vector<double> each;
+  for (const auto& r : ranks) {
+    if (!r.kernel_ns.empty() && !r.captured_s.empty())
+      each.push_back(beside_kernels(r, r.captured_s));
+  }
+  return middle_of(std::move(each));
+}
+
+std::optional<Seconds> launch_of(const std::vector<RankMeasurement>& ranks) {
+  std::vector<double> each;
+  for (const auto& r : ranks) {
+    if (!r.queued_s.empty() && ahead(r))
+      each.push_back(median(r.queued_s) / static_cast<double>(r.samples.at(0).size()));
+  }
+  return middle_of(std::move(each));
 }
 
 namespace {
@@ -704,7 +749,7 @@ OutsideMemory joined(const std::vector<OutsideMemory>& units) {
 
 Profile joined(const std::vector<Unit>& units) {
   Profile p;
-  std::vector<double> dispatch, overlap, recording;
+  std::vector<double> dispatch, launch, in_graph, overlap, recording;
   SlowdownTable slowdown;
   std::vector<OutsideMemory> units_outside;
   const std::vector<std::size_t> off = off_clock(units);
@@ -722,6 +767,8 @@ Profile joined(const std::vector<Unit>& units) {
     slowdown.insert(slowdown.end(), u.slowdown.begin(), u.slowdown.end());
     units_outside.push_back(u.outside);
     dispatch.insert(dispatch.end(), u.dispatch.begin(), u.dispatch.end());
+    launch.insert(launch.end(), u.launch.begin(), u.launch.end());
+    in_graph.insert(in_graph.end(), u.in_graph.begin(), u.in_graph.end());
     overlap.insert(overlap.end(), u.overlap.begin(), u.overlap.end());
     if (u.recording) recording.push_back(*u.recording);
     p.recorded += u.recording ? 1 : 0;
@@ -778,10 +825,15 @@ Profile joined(const std::vector<Unit>& units) {
   };
   p.dispatch_measured = !dispatch.empty();
   p.overlap_measured = !overlap.empty();
-  double each = 0, apart = 0;
-  settle(std::move(dispatch), each, apart);
-  p.dispatch = Seconds{each};
-  p.dispatch_spread = each > 0 ? apart / each : 0;
+  const auto time = [&](std::vector<double> list, Seconds& t, double& spread) {
+    double each = 0, apart = 0;
+    settle(std::move(list), each, apart);
+    t = Seconds{each};
+    spread = each > 0 ? apart / each : 0;
+  };
+  time(std::move(dispatch), p.dispatch, p.dispatch_spread);
+  time(std::move(launch), p.launch, p.launch_spread);
+  time(std::move(in_graph), p.in_graph, p.in_graph_spread);
   settle(std::move(overlap), p.overlap, p.overlap_spread);
   return p;
 }
@@ -933,6 +985,14 @@ std::string gpu_yaml(const Profile& p) {
       fmt::format("matrix_efficiency: {{value: {}, source: assumed}}\n", rates.empty() ? 0.6 : 1.0);
   s += fmt::format("memory_efficiency: {{value: {}, source: assumed}}\n", bandwidth > 0 ? 1 : 0.8);
   figure("kernel_latency", latency * 1e6, 3, "us", "the shortest kernel");
+  const auto apart = [&](const char* key, Seconds t, double spread) {
+    if (t.count > 0)
+      s += fmt::format("{}: {{value: {:.6g} us, source: '{}: spread {:.3f}'}}\n", key,
+                       t.count * 1e6, p.provenance, spread);
+  };
+  apart("dispatch", p.dispatch, p.dispatch_spread);
+  apart("dispatch_in_graph", p.in_graph, p.in_graph_spread);
+  apart("launch", p.launch, p.launch_spread);
   s += fmt::format(
       "multiprocessors: {{value: {}, source: '{}: its own word'}}\n"
       "compute_capability: {{value: {}, source: '{}: its own word'}}\n",

@@ -34,14 +34,23 @@ std::vector<CalibrationRun> calibration_runs(int ranks);
 /// `eights`: it multiplies 8 bits.
 std::vector<CalibrationRun> gpu_calibration_runs(bool eights = true);
 
+/// A small network whose step is measured as one CUDA graph, too.
+CalibrationRun graph_run();
+
 /// One layer whose kernels are measured beside transfers: of a GPU large, in bf16.
 CalibrationRun layer_run(bool gpu);
 
 /// Kernel points of one calibration run: medians over steps and ranks, equal shapes joined.
 void harvest(const Program& program, const std::vector<RankMeasurement>& ranks, KernelTable& into);
 
-/// Host time between two instructions: what a step takes beyond its instructions, per instruction.
-Seconds dispatch_of(const std::vector<RankMeasurement>& ranks);
+/// What a step takes beyond its instructions, per instruction: on a host its own time between two,
+/// on a GPU what passes from one to the next (docs/cuda.md, "Launch and dispatch"). None where a
+/// GPU waited for its host.
+std::optional<Seconds> dispatch_of(const std::vector<RankMeasurement>& ranks);
+/// Of steps that were one graph each; none: there were none.
+std::optional<Seconds> dispatch_in_graph_of(const std::vector<RankMeasurement>& ranks);
+/// Until the host has queued an instruction of a GPU's; none where its queue may have been full.
+std::optional<Seconds> launch_of(const std::vector<RankMeasurement>& ranks);
 
 /// Adds a buffer of one step that no operator owns. `layout`: uncut where it has no dimensions.
 BufferId add_buffer(Program& program, Shape shape, Layout layout = {});
@@ -90,8 +99,8 @@ struct Profile {
   KernelTable kernels;
   CollectiveTable collectives;
   SlowdownTable slowdown;
-  Seconds dispatch;
-  double dispatch_spread = 0;
+  Seconds dispatch, launch, in_graph;  ///< 0 of a GPU's: not measured
+  double dispatch_spread = 0, launch_spread = 0, in_graph_spread = 0;
   double overlap = 0, overlap_spread = 0;
   bool dispatch_measured = false, overlap_measured = false;
   int cores = 1;

@@ -372,10 +372,9 @@ class Gpu : public CudaDevice {
   }
   void finish() override {
     use();
-    // Whoever waits in a step of its own is not this.
+    if (capturing_) note_wait("its memory is not enough");  // who asked for more made room
     waited_before_ = std::exchange(waited_, {});
-    for (auto& [s, lane] : lanes_) come(lane.stream, "the end of what was queued");
-    waited_.clear();
+    for (auto& [s, lane] : lanes_) settle(lane.stream, "the end of what was queued");
     past_ = recorded_;
     if (!libraries_->retired.empty()) captured_.reset();  // it may have them
     libraries_->retired.clear();
@@ -476,7 +475,7 @@ class Gpu : public CudaDevice {
     close_tag();
     if (!records_ || tag < 0) return;
     tag_ = tag;
-    fallbacks_before_ = fallback_count();
+    waits_before_ = waits_;
     records_->enter(std::to_string(tag));
   }
   std::map<std::int64_t, std::int64_t> recorded() override {
@@ -527,15 +526,10 @@ class Gpu : public CudaDevice {
     check(cudaMemGetInfo(&available, &all), "its memory");
     return static_cast<std::int64_t>(available);
   }
-  std::int64_t fallback_count() const {
-    std::int64_t n = 0;
-    for (const auto& [kernel, calls] : fallbacks()) n += calls;
-    return n;
-  }
   void close_tag() {
     if (tag_ < 0) return;
     if (records_) records_->leave();
-    if (fallback_count() != fallbacks_before_) of_host_.insert(tag_);
+    if (waits_ != waits_before_) of_host_.insert(tag_);
     tag_ = -1;
   }
   /// The trace of one rank, whole at its end; several devices of one process follow each other.
@@ -576,6 +570,7 @@ class Gpu : public CudaDevice {
   }
   /// The host takes part in this step.
   void note_wait(const std::string& why) {
+    ++waits_;
     if (waited_.empty()) waited_ = why;
     if (capturing_)
       throw MachineError(
@@ -585,6 +580,9 @@ class Gpu : public CudaDevice {
   }
   void come(cudaStream_t s, const std::string& what) {
     note_wait("the host waits for " + what);
+    settle(s, what);
+  }
+  void settle(cudaStream_t s, const std::string& what) {
     if (!links_) return check(cudaStreamSynchronize(s), what);
     come_to([s] { return cudaStreamQuery(s); }, what);
   }
@@ -679,8 +677,8 @@ class Gpu : public CudaDevice {
   std::string waited_, waited_before_;
   std::unique_ptr<Activity> activity_;
   std::unique_ptr<Activity> records_;  ///< of a run's own kernels, by tag
-  std::int64_t tag_ = -1, fallbacks_before_ = 0;
-  std::set<std::int64_t> of_host_;  ///< tags of which the host has computed a part
+  std::int64_t tag_ = -1, waits_ = 0, waits_before_ = 0;
+  std::set<std::int64_t> of_host_;  ///< tags of which the host has done a part
   std::string trace_file_;
   Started started_;
   std::int64_t handles_ = 0;  ///< bytes that went when the libraries started

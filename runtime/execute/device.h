@@ -156,7 +156,7 @@ class Device {
   virtual std::string record_kernels(bool on) { return on ? "this device keeps no records" : ""; }
   /// What is queued from here on belongs to `tag`; -1: to none.
   virtual void belongs_to(std::int64_t) {}
-  /// By tag: nanoseconds of what was recorded, without tags of which the host has computed a part.
+  /// By tag: nanoseconds of what was recorded, without tags of which the host has done a part.
   /// After finish(); given once.
   virtual std::map<std::int64_t, std::int64_t> recorded() { return {}; }
   /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators

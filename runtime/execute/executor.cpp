@@ -319,13 +319,18 @@ class Executor {
     step_start_ = start;
     losses_.push_back(0);
     one_step();
+    queued_ = std::chrono::duration<double>(now() - start).count();
     finish();
     losses_.pop_back();
     ++step_;
     return std::chrono::duration<double>(now() - start).count();
   }
   void time_plain_steps() {
-    for (int k = 0; k < o_.plain_steps; ++k) result_.measured.plain_s.push_back(further_step());
+    RankMeasurement& m = result_.measured;
+    for (int k = 0; k < o_.plain_steps; ++k) {
+      m.plain_s.push_back(further_step());
+      if (device_.not_captured().empty()) m.queued_s.push_back(queued_);
+    }
   }
   void record_steps() {
     PARTITA_ASSERT((transport_.size() == 1 || o_.alone) && o_.record,
@@ -1860,7 +1865,7 @@ class Executor {
       words.push_back(real(m.clock_uncertainty_s));
       words.push_back(static_cast<std::int64_t>(m.step_s.size()));
       for (const double s : m.step_s) words.push_back(real(s));
-      for (const auto* list : {&m.plain_s, &m.captured_s}) {
+      for (const auto* list : {&m.plain_s, &m.queued_s, &m.captured_s}) {
         words.push_back(static_cast<std::int64_t>(list->size()));
         for (const double s : *list) words.push_back(real(s));
       }
@@ -1908,7 +1913,7 @@ class Executor {
       for (Bytes& b : r.last_at_peak) b = Bytes{next()};
       const std::int64_t uncertainty = next();
       std::memcpy(&r.clock_uncertainty_s, &uncertainty, sizeof uncertainty);
-      for (auto* list : {&r.step_s, &r.plain_s, &r.captured_s}) {
+      for (auto* list : {&r.step_s, &r.plain_s, &r.queued_s, &r.captured_s}) {
         list->resize(static_cast<std::size_t>(next()));
         for (double& s : *list) {
           const std::int64_t word = next();
@@ -2043,6 +2048,7 @@ class Executor {
   /// Of the step that was captured: each launch writes them.
   std::deque<Loss> captured_losses_;
   bool captured_ = false;  ///< this step is one launch
+  double queued_ = 0;      ///< seconds until all of the last further step was
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.

@@ -139,8 +139,11 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
             "{} cuts the {} {} of {} into more parts than it has; use at most {}{}", axes, what,
             dim.extent, op.name, dim.extent / grain, several ? " in all" : "")};
       }
+      // As `axes` ends in how many there are.
+      const std::string pieces =
+          grain > 1 ? fmt::format(", {} pieces for each rank of a causal sequence,", grain) : "";
       return Infeasible{fmt::format(
-          "{} does not divide {} {} of {}; use {}{}", axes, dim.extent, what, op.name,
+          "{}{} does not divide {} {} of {}; use {}{}", axes, pieces, dim.extent, what, op.name,
           divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))),
           several ? " in all" : "")};
     }

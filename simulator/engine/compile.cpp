@@ -176,6 +176,12 @@ class Compiler {
            !p_.kernels.fused_experts;
   }
 
+  /// Our own runtime's host reads which experts tokens go to.
+  bool lists_rows(const Instruction& i) const {
+    return i.kind == Kind::compute && i.kernel == Kernel::forward && i.op >= 0 &&
+           std::holds_alternative<Dispatch>(p_.operators[static_cast<std::size_t>(i.op)].operation);
+  }
+
   Seconds dispatch_of(const Instruction& i, const DeviceProfile& device) const {
     return device.dispatch_in_graph && of_graph(p_, i) ? *device.dispatch_in_graph
                                                        : device.dispatch;
@@ -186,8 +192,11 @@ class Compiler {
   void launch(Step& s, Price& price, const Instruction& i, std::int64_t rank,
               const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
-    if (!l.any() || !device.concurrent_streams) return;
-    s.host_waits = l.blocking || (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
+    // Our own runtime's, where a plan says nothing.
+    const bool ours = !l.any() && device.launch.count > 0;
+    if (!(l.any() || ours) || !device.concurrent_streams) return;
+    s.host_waits = l.blocking || (ours && lists_rows(i)) ||
+                   (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
     if (s.host_waits) captured = false;
     const Seconds loop = l.loop.count > 0 ? l.loop : l.kernel;
     const bool of_parts = i.part >= 0 && i.op < 0;  // the product's call passes them on and adds up
@@ -224,9 +233,10 @@ class Compiler {
       case Kind::free:
         break;
     }
+    if (ours && i.kind != Kind::allocate && i.kind != Kind::free) time = device.launch;
     if (time.count == 0) return;
     const bool in_graph = of_graph(p_, i);
-    if (in_graph) time = captured ? Seconds{0} : l.kernel;
+    if (in_graph) time = captured ? Seconds{0} : ours ? device.launch : l.kernel;
     captured = in_graph;
     const Topology& t = communication_.topology();
     price.launch = t.launch_time(t.node_of(DeviceId{static_cast<std::size_t>(rank)})) * time;

@@ -316,6 +316,11 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(fmt::format("expert tensor parallel {} must divide tensor parallel {}; use {}",
                           plan.etp, plan.tp, divisors_text(plan.tp)));
   }
+  if (plan.etp < plan.tp && has_experts(graph) && !plan.sequence_parallel)
+    return no(fmt::format(
+        "expert tensor parallel {} below tensor parallel {} leaves ranks that have the "
+        "same tokens without sequence parallelism; use --sequence-parallel, or --etp {}",
+        plan.etp, plan.tp, plan.tp));
   // Experts live on the ranks (dp x cp) or, where etp leaves some of tp, (dp x cp x tp / etp) of a
   // stage; ep is the inner part.
   std::int64_t ep_left = plan.ep;

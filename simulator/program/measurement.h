@@ -55,6 +55,8 @@ struct RankMeasurement {
   OutsideMemory outside;
   /// Of a device: steps between whose instructions it was not asked for the time, which costs some.
   std::vector<double> plain_s;
+  /// Of the same steps, until the host had queued all of it; none where it waited on its way.
+  std::vector<double> queued_s;
   std::vector<double> captured_s;  ///< steps that were launched as one graph
   /// By recorded step, for each of a step's samples: nanoseconds that its kernels and copies had
   /// the device, by the device's own records, with what passes between two of them; 0: not known.

@@ -323,9 +323,13 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
             : "exposed communication: link rates, assumed latencies",
        nccl ? "fitted" : "specified", share(exposed)},
       {"pipeline bubble: follows from the above", "derived", share(r.breakdown.bubble.count)}};
-  if (program->launches.any())
+  if (program->launches.any() || launches > 0)
     r.rests_on.push_back(
-        {"waiting for the host's launches: times of the plan", "assumed", share(launches)});
+        program->launches.any()
+            ? RestsOn{"waiting for the host's launches: times of the plan", "assumed",
+                      share(launches)}
+            : RestsOn{"waiting for the host's launches: times of the device's profile", "measured",
+                      share(launches)});
   if (recorded != nullptr) *recorded = std::move(t);
   if (out_program != nullptr) *out_program = std::move(*program);
   return r;

@@ -2,6 +2,7 @@
 // page's examples by hand, and laws.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -1014,6 +1015,70 @@ TEST(Host, LaunchesBindWhereTheyTakeLongerThanKernels) {
     EXPECT_EQ(blocked.step.count, 3 * (1'000'000 + one));
     EXPECT_EQ(blocked.breakdown[0].exposed.at("launch"), Ticks{3'000'000});
   }
+}
+
+/// An H100 whose profile has these figures, too.
+Topology measured_to(const std::string& figures) {
+  std::ifstream in(data_folder("topologies") + "/devices/h100-sxm.yaml");
+  const std::string text{std::istreambuf_iterator<char>(in), {}},
+      folder = fmt::format("{}/launches-{}", ::testing::TempDir(), ::getpid());
+  EXPECT_FALSE(text.empty());
+  std::filesystem::create_directories(folder);
+  std::ofstream(folder + "/here.yaml") << text << figures;
+  std::ofstream(folder + "/cluster.yaml") << kOneGpu;
+  const Topology t = load_topology(folder + "/cluster.yaml");
+  std::filesystem::remove_all(folder);
+  return t;
+}
+
+// What our own runtime was measured to take, of a plan that says nothing.
+TEST(Host, AProfilesLaunchesAreThoseOfAPlanWithoutAny) {
+  const auto step = [](double launch_us, double dispatch_us, double in_graph_us, bool graphs,
+                       double of_plan_s = 0) {
+    std::string figures;
+    for (const auto& [key, us] : {std::pair{"launch", launch_us},
+                                  {"dispatch", dispatch_us},
+                                  {"dispatch_in_graph", in_graph_us}}) {
+      if (us > 0) figures += fmt::format("{}: {{value: {} us, source: a test}}\n", key, us);
+    }
+    const Topology t = measured_to(figures);
+    Program p = program(Mesh{{{"dp", 1}}});
+    for (int k = 0; k < 3; ++k) kernel(p, Kernel::zero, 1000, ElementType::fp32);
+    p.launches.graphs = graphs;
+    p.launches.kernel = Seconds{of_plan_s};
+    const Timeline idle = run(p, t, Network::idle);
+    EXPECT_EQ(idle.step, run(p, t, Network::flows).step);
+    return idle.step.count;
+  };
+  const std::int64_t one = step(0, 0, 0, false) / 3, us = 1'000'000;
+  EXPECT_GT(one, 3 * us);
+  EXPECT_LT(one, 6 * us);
+  EXPECT_EQ(step(6, 0, 0, false), 3 * 6 * us + one);
+  EXPECT_EQ(step(1, 0, 0, false), us + 3 * one);
+  EXPECT_EQ(step(6, 0, 0, true), 6 * us + 3 * one);
+  EXPECT_EQ(step(6, 0, 0, false, 1e-6), us + 3 * one) << "the plan's";
+  // A kernel ends when the next may begin.
+  EXPECT_EQ(step(0, 2, 1, false), 3 * one + 3 * 2 * us);
+  EXPECT_EQ(step(0, 2, 1, true), 3 * one + 3 * us);
+  EXPECT_EQ(step(0, 2, 0, true), 3 * one + 3 * 2 * us);
+  EXPECT_EQ(step(10, 2, 1, true), 10 * us + 3 * one + 3 * us);
+}
+
+/// Our own runtime's host reads which experts tokens go to, and is ahead of nothing then.
+TEST(Host, ListsTheRowsOfExperts) {
+  const Program p = lowered(mixtral(), base_plan());
+  const Topology known = measured_to("launch: {value: 0.001 us, source: a test}\n");
+  const Timeline t = run(p, known, Network::idle), free = run(p, measured_to(""), Network::idle);
+  EXPECT_GT(t.step, free.step);
+  EXPECT_LT(t.step.count, free.step.count + 1'000'000);
+  // After each wait a launch that is not hidden: more than those of the first kernels.
+  const auto exposed = [](const Timeline& of) {
+    const auto& all = of.breakdown[0].exposed;
+    return all.count("launch") > 0 ? all.at("launch").count : 0;
+  };
+  const Timeline dense = run(lowered(gpt(), base_plan()), known, Network::idle);
+  EXPECT_GT(exposed(dense), 0);
+  EXPECT_GE(exposed(t), 2 * exposed(dense));
 }
 
 /// Where launches bind, two steps differ by what launches take, and by nothing else.

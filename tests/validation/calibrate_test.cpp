@@ -61,6 +61,21 @@ TEST(Calibration, KnowsEveryKernelOfTheSuiteAndNoneOfItsProducts) {
   EXPECT_EQ(lacks, std::set<std::string>{});
 }
 
+TEST(Calibration, AGpusLaunchAndDispatchAreWritten) {
+  Profile p;
+  p.provenance = "a test";
+  p.gpu = GpuFacts{"a GPU", 80_GiB, 132, 90, Bytes{0}};
+  DeviceProfile d = parse_device(device_yaml(p), "device.yaml");
+  EXPECT_EQ(d.dispatch, Seconds{0});
+  EXPECT_EQ(d.launch, Seconds{0});
+  EXPECT_FALSE(d.dispatch_in_graph);
+  p.dispatch = Seconds{1.5e-6}, p.in_graph = Seconds{7.5e-7}, p.launch = Seconds{6e-6};
+  d = parse_device(device_yaml(p), "device.yaml");
+  EXPECT_NEAR(d.dispatch.count, 1.5e-6, 1e-15);
+  EXPECT_NEAR(d.dispatch_in_graph->count, 7.5e-7, 1e-15);
+  EXPECT_NEAR(d.launch.count, 6e-6, 1e-15);
+}
+
 TEST(Calibration, ProfilesReadBackAsTheyWereWritten) {
   Profile p;
   p.provenance = "a test";
@@ -214,7 +229,20 @@ TEST(Compare, KindsAreWhatTheDeviceHasRecorded) {
                    3.1e-6 + 3.3e-6);  // the later of two is the median
   EXPECT_DOUBLE_EQ(c.kinds.at(0).predicted.count, 6e-6);
   EXPECT_DOUBLE_EQ(c.measured.count, 10e-6);
-  EXPECT_NEAR(dispatch_of({m}).count, (10e-6 - 6.4e-6) / 2, 1e-12);
+  EXPECT_NEAR(dispatch_of({m})->count, (10e-6 - 6.4e-6) / 2, 1e-12);
+  // The example of docs/cuda.md, "Launch and dispatch".
+  EXPECT_FALSE(launch_of({m}));
+  m.queued_s = {3e-6};
+  EXPECT_NEAR(launch_of({m})->count, 1.5e-6, 1e-12);
+  EXPECT_NEAR(dispatch_of({m})->count, 1.8e-6, 1e-12);
+  m.queued_s = {8e-6};  // 0.8 of the step
+  EXPECT_NEAR(launch_of({m})->count, 4e-6, 1e-12);
+  m.queued_s = {8.1e-6};
+  EXPECT_FALSE(launch_of({m}));
+  EXPECT_FALSE(dispatch_of({m}));
+  EXPECT_FALSE(dispatch_in_graph_of({m}));
+  m.captured_s = {8.4e-6};
+  EXPECT_NEAR(dispatch_in_graph_of({m})->count, 1e-6, 1e-12);
 }
 
 TEST(Compare, MeasuredStandsBesidePredictedByKind) {

@@ -59,6 +59,8 @@ part() {  # name, most seconds, [checked,] command...
   [ "$code" = 0 ] && [ "$checked" = yes ] && ! grep -q '"equal_to_serial": true' "$out/$name.txt" && code="not beside the serial network"
   # Nor has one without NCCL shown NCCL's.
   [ "$code" = 0 ] && grep -qE '"no_links"|messages pass through the host' "$out/$name.txt" && code="NCCL refused"
+  # Nor has a step that was launched kernel by kernel shown CUDA graphs.
+  [ "$code" = 0 ] && [[ $name == *graph ]] && grep -qE '"why_not"|"no_graph"' "$out/$name.txt" && code="no CUDA graph"
   # Nor has attention by our own kernels shown cuDNN's.
   [ "$code" = 0 ] && [ "$name" = flash-of-cudnn ] && grep -q "attention is our own kernels'" "$out/$name.txt" && code="this build or GPU has no cuDNN attention"
   # Nor have estimates that nothing was put beside.
@@ -112,6 +114,10 @@ part nccl-tp2-bf16 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]
 # Every plan of the suite on two ranks over NCCL, each beside its reference.
 part nccl-suite 120 "$partita" validate --backend cuda "${share[@]}" --calibrate-only collectives --rounds 1 --steps 1 --out "$out/suite" --json
 part gpt2 40 "$partita" run gpt2 --layers 2 --seq 64 --vocabulary 256 "${small[@]}" --precision bf16
+# Steps as one CUDA graph each: the same values; the same over NCCL; what that is worth to a rank of small kernels.
+part graph 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" --set launch.graphs=true
+part nccl-graph 35 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --dp 2 --zero 1 --set launch.graphs=true
+part replay-graph 35 "$partita" replay gpt2 dgx-h200:1 --dp 8 --global-batch 8 --backend cuda --steps 3 --set launch.graphs=true --json
 part ranks-of-one-process 60 "$gpu_test" --gtest_filter='Gpu.TrainsOnSeveral*'
 # Every plan of the suite on two and four ranks whose exchanges are copies in the GPU's memory: what NCCL has no part in.
 part suite-in-memory 90 "$partita" validate --backend cuda --share-gpu --ranks 2,4 --transport threads --calibrate-only collectives --rounds 1 --steps 1 --out "$out/in-memory" --json

@@ -121,6 +121,16 @@ TEST_F(EmulatedGpu, LaunchesAStepAsOneGraph) {
   expect_captured("mnist-linear");
 }
 
+TEST_F(EmulatedGpu, CalibratesWhatPassesInAGraph) {
+  const std::string out = folder_.string() + "/graph";
+  const std::string said =
+      run("calibrate --backend cuda --only 'CUDA graph' --steps 2 --out '" + out + "'", 0, false,
+          with(""));
+  EXPECT_THAT(said, HasSubstr("the same in a CUDA graph"));
+  EXPECT_THAT(text_of(out + "/device.yaml"), HasSubstr("\ndispatch_in_graph: {value: "));
+  EXPECT_THAT(err(), Not(HasSubstr("was not measured")));
+}
+
 TEST_F(EmulatedGpu, StepsThatCannotBeOneGraphSayWhy) {
   const std::string one = " --micro-batch 1 --global-batch 2 ";
   EXPECT_THAT(why_not_captured(kExperts + one),
