@@ -162,6 +162,13 @@ TEST_F(EmulatedGpu, TrainsOnFourRanksOverNccl) {
   expect_equal(kExperts + kTwo + " --dp 4 --ep 2");
 }
 
+// Shares that are not equal are calls of one group.
+TEST_F(EmulatedGpu, TrainsOnThreeRanksOverNccl) {
+  for (const char* plan : {"--zero 1", "--zero 2", "--zero 3"})
+    expect_equal(kGpt + " --micro-batch 1 --global-batch 3 --share-gpu --transport tcp --dp 3 " +
+                 plan);
+}
+
 TEST_F(EmulatedGpu, LaunchesAStepOfSeveralRanksAsOneGraph) {
   for (const char* plan :
        {"--dp 2 --zero 3", "--tp 2 --sequence-parallel --precision bf16", "--pp 2",
@@ -186,6 +193,14 @@ TEST_F(EmulatedGpu, EachRankHasItsGpu) {
     if (err().find("this build has no MPI") != std::string::npos) continue;
     EXPECT_EQ(Json::parse(out).at("equal_to_serial"), true) << transport;
   }
+  // Lists of each GPU are its own.
+  EXPECT_EQ(Json::parse(run("run " + kGpt +
+                                " --micro-batch 1 --global-batch 2 --dp 2 --zero 3 --transport "
+                                "threads" +
+                                kSmall,
+                            0, false, with("PARTITA_EMULATED_GPUS=2")))
+                .at("equal_to_serial"),
+            true);
   run("run " + kGpt + " --global-batch 4 --dp 4 --transport tcp" + kSmall, 2, false,
       with("PARTITA_EMULATED_GPUS=3"));
   EXPECT_THAT(err(), HasSubstr("4 ranks, and this machine has 3 GPUs"));

@@ -54,7 +54,9 @@ struct State {
   std::function<bool()> rest;
   std::int64_t collectives = 0, splits = 0;
   std::map<int, std::int64_t> sent, received;
-  std::vector<fs::path> mine;  ///< files that others may still read
+  std::int64_t calls = 0;  ///< a group is one
+  std::map<std::int64_t, std::vector<fs::path>>
+      mine;  ///< by call: files that others may still read
   std::map<int, pid_t> pids;
 };
 
@@ -148,7 +150,7 @@ void add(std::vector<std::byte>& to, const std::byte* from, std::size_t count, n
 struct Halves {
   emulated::Call give, take;
 };
-Halves halves_of(const std::shared_ptr<State>& s, const Operation& o) {
+Halves halves_of(const std::shared_ptr<State>& s, const Operation& o, std::int64_t call) {
   const bool message = o.kind == Kind::send || o.kind == Kind::receive;
   const std::int64_t number = !message               ? s->collectives++
                               : o.kind == Kind::send ? s->sent[o.peer]++
@@ -223,9 +225,12 @@ Halves halves_of(const std::shared_ptr<State>& s, const Operation& o) {
         std::memcpy(o.to, sum.data() + (o.kind == Kind::reduce_scatter ? n * bytes : 0), bytes);
       }
     }
-    // All have brought to this one, so all have taken of the one before.
-    for (const fs::path& f : s->mine) fs::remove(f);
-    s->mine.assign(1, file_of(s->rank, 0));
+    // All have brought to this call, so all have taken of those before; of its own group maybe not.
+    while (!s->mine.empty() && s->mine.begin()->first < call) {
+      for (const fs::path& f : s->mine.begin()->second) fs::remove(f);
+      s->mine.erase(s->mine.begin());
+    }
+    s->mine[call].push_back(file_of(s->rank, 0));
   };
   return {{name, nullptr, give, emulated::Call::Kind::order, false},
           {"ncclDevKernel_" + name, ready, take, emulated::Call::Kind::kernel, true}};
@@ -243,7 +248,8 @@ void put(const std::shared_ptr<State>& s, const std::vector<Operation>& operatio
       }))
     return;
   std::vector<std::pair<const Operation*, Halves>> all;
-  for (const Operation& o : operations) all.emplace_back(&o, halves_of(s, o));
+  const std::int64_t number = s->calls++;
+  for (const Operation& o : operations) all.emplace_back(&o, halves_of(s, o, number));
   for (auto& [o, h] : all) emulated::queue(o->stream, std::move(h.give));
   for (const bool sends : {false, true}) {
     for (auto& [o, h] : all) {

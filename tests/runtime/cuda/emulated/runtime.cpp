@@ -129,7 +129,7 @@ struct Machine {
   std::vector<std::pair<std::byte*, std::size_t>> open;
   std::set<CUstream_st*> streams;
   std::set<CUevent_st*> events;
-  CUstream_st legacy;
+  std::map<int, CUstream_st> legacy;  ///< by device
   std::uint32_t numbers = 0;
   std::mt19937_64 rng{number("PARTITA_EMULATED_SEED", 1)};
 };
@@ -254,7 +254,11 @@ void perform(CUstream_st& s) {
 
 CUstream_st* known(cudaStream_t s) {
   Machine& m = machine();
-  if (s == nullptr || s == cudaStreamLegacy) return &m.legacy;
+  if (s == nullptr || s == cudaStreamLegacy) {
+    CUstream_st& its = m.legacy[current_device];
+    its.device = current_device;
+    return &its;
+  }
   return m.streams.count(s) > 0 ? s : nullptr;
 }
 
@@ -353,7 +357,7 @@ cudaError_t queue(cudaStream_t stream, Call call) {
   if (s == nullptr)
     return keep(
         refuse(cudaErrorInvalidResourceHandle, call.name + " on a stream that is not there"));
-  if (s != &machine().legacy && s->device != current_device && call.kind == Call::Kind::kernel)
+  if (s->device != current_device && call.kind == Call::Kind::kernel)
     return keep(refuse(cudaErrorInvalidResourceHandle,
                        fmt::format("{} on a stream of GPU {} while {} is current", call.name,
                                    s->device, current_device)));
@@ -380,7 +384,9 @@ bool work_once(cudaStream_t only) {
     if (s->calls.empty() || (only != nullptr && s != only)) continue;
     (s->calls.front().call.gives_way ? later : now).push_back(s);
   }
-  if (!m.legacy.calls.empty()) now.push_back(&m.legacy);
+  for (auto& [device, s] : m.legacy) {
+    if (!s.calls.empty()) now.push_back(&s);
+  }
   for (auto* list : {&now, &later}) {
     std::shuffle(list->begin(), list->end(), m.rng);
     for (CUstream_st* s : *list) {
@@ -762,7 +768,8 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   const std::lock_guard lock(guard());
   CUstream_st* s = known(stream);
-  if (s == nullptr || s == &machine().legacy || s->capture || mode != cudaStreamCaptureModeRelaxed)
+  if (stream == nullptr || stream == cudaStreamLegacy || s == nullptr || s->capture ||
+      mode != cudaStreamCaptureModeRelaxed)
     return keep(refuse(cudaErrorInvalidValue, "a capture that is not emulated"));
   s->capture = std::make_shared<Capture>();
   s->capture->origin = s;
