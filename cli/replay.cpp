@@ -183,6 +183,7 @@ void replay(const Options& o) {
         fmt::format("rank {} needs {} for {} layers, {} more than this device has to give; {}",
                     o.rank, text(needed), layers, text(Bytes{needed.count - room}),
                     fits > 0 ? fmt::format("--layers {} fits", fits)
+                    : row    ? "not even one layer fits: it takes a device with more memory"
                              : "not even one layer fits: use a smaller micro-batch or sequence"));
   }
 

@@ -389,21 +389,29 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
         Measured m{ranks, r.name, {at}, validation::shapes_of(*p), {}};
         m.harvest = [p](const auto& measured, validation::Unit& u) {
           validation::harvest(*p, measured[0], u.kernels);
-          put(validation::dispatch_of(measured[0]), u.dispatch);
           put(validation::launch_of(measured[0]), u.launch);
+          put(validation::list_row_of(*p, measured[0]), u.list_row);
         };
         c.all.push_back(std::move(m));
       }
-      c.runs.push_back(validation::graph_run());
-      const CalibrationRun& r = c.runs.back();
-      const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
-      execute::Options& e = c.tasks[at].options;
-      put_on_backend(e, o, *c.tasks[at].program, r.plan.precision.compute);
-      if (!o.by_events()) e = by_records(e);
-      e.captured_steps = e.plain_steps;
-      c.all.push_back({ranks, r.name, {at}, {}, [](const auto& m, validation::Unit& u) {
-                         put(validation::dispatch_in_graph_of(m[0]), u.in_graph);
-                       }});
+      for (auto& run : {validation::dispatch_run(), validation::graph_run()}) {
+        c.runs.push_back(run);
+        const CalibrationRun& r = c.runs.back();
+        const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
+        execute::Options& e = c.tasks[at].options;
+        put_on_backend(e, o, *c.tasks[at].program, r.plan.precision.compute);
+        if (!o.by_events()) e = by_records(e);
+        const bool graph = r.name == validation::graph_run().name;
+        if (graph) e.captured_steps = e.plain_steps;
+        c.all.push_back({ranks, r.name, {at}, {}, [graph](const auto& m, validation::Unit& u) {
+                           if (graph) {
+                             put(validation::dispatch_in_graph_of(m[0]), u.in_graph);
+                           } else {
+                             put(validation::dispatch_of(m[0]), u.dispatch);
+                             put(validation::launch_of(m[0]), u.launch);
+                           }
+                         }});
+      }
     }
     for (auto& run :
          o.gpu() ? std::vector<CalibrationRun>{} : validation::calibration_runs(ranks)) {
@@ -542,7 +550,8 @@ void calibrate_gpu_round(std::int64_t round, int ranks, const Options& o, const 
     } else {
       std::vector<std::vector<KernelShape>> shapes;
       for (const Measured* x : left) shapes.push_back(x->shapes);
-      next = validation::next_candidate(validation::joined(journal.units()).kernels, shapes);
+      next = validation::next_candidate(validation::joined(journal.units()).kernels, shapes,
+                                        backend_gpu().multiprocessors);
     }
     try {
       measure(*left[next], round, o, crew, journal, progress);
@@ -715,6 +724,9 @@ void print_machine(const Profile& p) {
   if (p.launch.count > 0)
     fmt::print("the host queues an instruction in {} ± {:.0f} %\n", text(p.launch),
                100 * p.launch_spread);
+  if (p.list_row.count > 0)
+    fmt::print("it lists a row of experts in {} ± {:.0f} %\n", text(p.list_row),
+               100 * p.list_row_spread);
   if (p.overlap_measured)
     fmt::print("of the smaller of a transfer and a computation {:.0f} % ± {:.0f} % is hidden\n",
                100 * p.overlap, 100 * p.overlap_spread);
@@ -872,7 +884,9 @@ void calibrate(Options& o, int& code) {
     fmt::print("{} points of {} rounds in {} and {}/device.yaml\n\n", points_of(p), round, cluster,
                o.out);
     print_machine(p);
-    if (!held.empty()) fmt::print("{}\n", held_out_table(validation::judge(p.kernels, held)));
+    if (!held.empty())
+      fmt::print("{}\n",
+                 held_out_table(validation::judge(p.kernels, held, p.gpu->multiprocessors)));
     if (o.gpu()) fmt::print("{}\n", kernel_times_line(p));
     if (p.strayed > 0)
       fmt::print(
@@ -1300,7 +1314,7 @@ void validate(Options& o, int& code) {
   report.provenance = p.provenance;
   report.outliers = outliers(p);
   report.strayed = p.strayed;
-  if (!held.empty()) report.held_out = validation::judge(p.kernels, held);
+  if (!held.empty()) report.held_out = validation::judge(p.kernels, held, p.gpu->multiprocessors);
   std::tie(report.estimates, report.no_estimates) = beside_nccl(o, estimates);
   std::map<std::string, SuiteKind> kinds;
   for (Outcome& c : outcomes) {

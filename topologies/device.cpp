@@ -294,6 +294,7 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
                      "cores that ranks share run one instruction of a rank at a time; add "
                      "concurrent_streams: false");
   if (root.has("dispatch")) device.dispatch = figure(root, "dispatch").as_seconds();
+  if (root.has("list_row")) device.list_row = figure(root, "list_row").as_seconds();
   if (root.has("launch")) device.launch = figure(root, "launch").as_seconds();
   if (root.has("dispatch_in_graph"))
     device.dispatch_in_graph = figure(root, "dispatch_in_graph").as_seconds();

@@ -62,6 +62,8 @@ struct DeviceProfile {
   /// Our own runtime's on a device beside the host: until the host has queued an instruction, where
   /// a plan has no launch times; 0: not known.
   Seconds launch;
+  /// Likewise, more for each row of experts that the host lists.
+  Seconds list_row;
   /// As `dispatch`, of instructions that were captured in a CUDA graph; none: `dispatch`.
   std::optional<Seconds> dispatch_in_graph;
   /// That a process has the device for, of several in turns: a spinning kernel's peer answered

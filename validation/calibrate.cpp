@@ -46,7 +46,7 @@ TransformerConfig mixture(std::int64_t hidden, std::int64_t sequence, std::int64
 }
 
 Graph images(const std::string& name, std::int64_t side, std::int64_t channels,
-             bool synchronised = false) {
+             bool synchronised = false, bool bias = false) {
   GraphBuilder b(name);
   TensorId x = b.input(
       "image", {{Dim::sample, 1}, {Dim::feature, 3}, {Dim::height, side}, {Dim::width, side}});
@@ -58,6 +58,7 @@ Graph images(const std::string& name, std::int64_t side, std::int64_t channels,
     Convolution c;
     c.out = out;
     c.height = c.width = {3, stride, 1, 1, 1};
+    c.bias = bias;
     x = b.add("convolution", c, {x});
     Normalize n;
     n.kind = Normalize::Kind::batch;
@@ -245,6 +246,15 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   return all;
 }
 
+CalibrationRun dispatch_run() {
+  TransformerConfig c = decoder(2048, 1024, 8192, 16, 4096, false);
+  c.layers = 2;
+  CalibrationRun r = run_of(build_transformer(c), 2, false);
+  set_precision(r.plan, "bf16", "");
+  r.name = "between instructions";
+  return r;
+}
+
 CalibrationRun graph_run() {
   TransformerConfig c = decoder(256, 128, 1024, 4, 1024, false);
   c.layers = 2;
@@ -268,12 +278,12 @@ std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
         {8192, 2048, 24576, 64, 16384, 1},
         {1280, 2048, 5120, 20, 24576, 8},
         {5120, 1024, 13824, 40, 32768, 2},
-        {2048, 3072, 5504, 16, 49152, 2},
+        {2048, 3072, 5504, 16, 49157, 2},
         {3072, 1536, 8192, 24, 65536, 3},
         {1536, 768, 6144, 12, 40960, 6},
         {6144, 512, 16384, 48, 20480, 1},
         {2560, 2560, 10240, 20, 12288, 2},
-        {896, 1280, 3584, 14, 30720, 12}}) {
+        {896, 1280, 3584, 14, 28994, 12}}) {
     const bool modern = hidden % 2048 == 0 || hidden == 5120;
     TransformerConfig c = decoder(hidden, sequence, ffn, heads, vocabulary, modern);
     if (!modern && batch > 5) c.activation = ActivationKind::gelu;
@@ -340,6 +350,10 @@ std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
   for (const auto& [side, channels, batch] :
        {std::tuple{96, 48, 24}, {48, 96, 48}, {24, 192, 64}, {12, 384, 96}, {192, 24, 12}})
     add(images(fmt::format("images {} x {}", side, channels), side, channels), "bf16", batch, true);
+  for (const auto& [side, channels, batch] :
+       {std::tuple{208, 48, 24}, {104, 96, 24}, {40, 160, 32}, {16, 320, 48}})
+    add(images(fmt::format("images {} x {}, biases", side, channels), side, channels, false, true),
+        "bf16", batch, true);
   return all;
 }
 
@@ -425,6 +439,25 @@ std::optional<Seconds> dispatch_in_graph_of(const std::vector<RankMeasurement>& 
   for (const auto& r : ranks) {
     if (!r.kernel_ns.empty() && !r.captured_s.empty())
       each.push_back(beside_kernels(r, r.captured_s));
+  }
+  return middle_of(std::move(each));
+}
+
+std::optional<Seconds> list_row_of(const Program& p, const std::vector<RankMeasurement>& ranks) {
+  std::vector<double> each;
+  for (const auto& r : ranks) {
+    if (r.kernel_ns.empty() || r.samples.empty()) continue;
+    for (std::size_t k = 0; k < r.samples[0].size(); ++k) {
+      const Sample& x = r.samples[0][k];
+      const Instruction& i = p.blocks[static_cast<std::size_t>(x.block)]
+                                 .instructions[static_cast<std::size_t>(x.instruction)];
+      if (!lists_rows(p, i)) continue;
+      std::vector<double> whole;
+      for (const auto& step : r.samples)
+        whole.push_back(static_cast<double>(step[k].end - step[k].start) * 1e-9);
+      const double rows = rows_listed(p, i, r.rank);
+      if (rows > 0) each.push_back((median(std::move(whole)) - time_of_sample(r, k)) / rows);
+    }
   }
   return middle_of(std::move(each));
 }
@@ -749,7 +782,7 @@ OutsideMemory joined(const std::vector<OutsideMemory>& units) {
 
 Profile joined(const std::vector<Unit>& units) {
   Profile p;
-  std::vector<double> dispatch, launch, in_graph, overlap, recording;
+  std::vector<double> dispatch, launch, in_graph, list_row, overlap, recording;
   SlowdownTable slowdown;
   std::vector<OutsideMemory> units_outside;
   const std::vector<std::size_t> off = off_clock(units);
@@ -769,6 +802,7 @@ Profile joined(const std::vector<Unit>& units) {
     dispatch.insert(dispatch.end(), u.dispatch.begin(), u.dispatch.end());
     launch.insert(launch.end(), u.launch.begin(), u.launch.end());
     in_graph.insert(in_graph.end(), u.in_graph.begin(), u.in_graph.end());
+    list_row.insert(list_row.end(), u.list_row.begin(), u.list_row.end());
     overlap.insert(overlap.end(), u.overlap.begin(), u.overlap.end());
     if (u.recording) recording.push_back(*u.recording);
     p.recorded += u.recording ? 1 : 0;
@@ -834,6 +868,7 @@ Profile joined(const std::vector<Unit>& units) {
   time(std::move(dispatch), p.dispatch, p.dispatch_spread);
   time(std::move(launch), p.launch, p.launch_spread);
   time(std::move(in_graph), p.in_graph, p.in_graph_spread);
+  time(std::move(list_row), p.list_row, p.list_row_spread);
   settle(std::move(overlap), p.overlap, p.overlap_spread);
   return p;
 }
@@ -993,6 +1028,7 @@ std::string gpu_yaml(const Profile& p) {
   apart("dispatch", p.dispatch, p.dispatch_spread);
   apart("dispatch_in_graph", p.in_graph, p.in_graph_spread);
   apart("launch", p.launch, p.launch_spread);
+  apart("list_row", p.list_row, p.list_row_spread);
   s += fmt::format(
       "multiprocessors: {{value: {}, source: '{}: its own word'}}\n"
       "compute_capability: {{value: {}, source: '{}: its own word'}}\n",

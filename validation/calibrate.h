@@ -34,6 +34,9 @@ std::vector<CalibrationRun> calibration_runs(int ranks);
 /// `eights`: it multiplies 8 bits.
 std::vector<CalibrationRun> gpu_calibration_runs(bool eights = true);
 
+/// A network of kernels of some 20 us: short, so that what passes between them shows, and longer
+/// than their launches.
+CalibrationRun dispatch_run();
 /// A small network whose step is measured as one CUDA graph, too.
 CalibrationRun graph_run();
 
@@ -51,6 +54,11 @@ std::optional<Seconds> dispatch_of(const std::vector<RankMeasurement>& ranks);
 std::optional<Seconds> dispatch_in_graph_of(const std::vector<RankMeasurement>& ranks);
 /// Until the host has queued an instruction of a GPU's; none where its queue may have been full.
 std::optional<Seconds> launch_of(const std::vector<RankMeasurement>& ranks);
+
+/// What the host takes for a row of experts that it lists: what the instruction takes between
+/// events beyond its kernels. None without records, or such instructions.
+std::optional<Seconds> list_row_of(const Program& program,
+                                   const std::vector<RankMeasurement>& ranks);
 
 /// Adds a buffer of one step that no operator owns. `layout`: uncut where it has no dimensions.
 BufferId add_buffer(Program& program, Shape shape, Layout layout = {});
@@ -99,8 +107,8 @@ struct Profile {
   KernelTable kernels;
   CollectiveTable collectives;
   SlowdownTable slowdown;
-  Seconds dispatch, launch, in_graph;  ///< 0 of a GPU's: not measured
-  double dispatch_spread = 0, launch_spread = 0, in_graph_spread = 0;
+  Seconds dispatch, launch, in_graph, list_row;  ///< 0 of a GPU's: not measured
+  double dispatch_spread = 0, launch_spread = 0, in_graph_spread = 0, list_row_spread = 0;
   double overlap = 0, overlap_spread = 0;
   bool dispatch_measured = false, overlap_measured = false;
   int cores = 1;

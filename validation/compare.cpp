@@ -154,22 +154,28 @@ StepComparison compare(const Program& p, const Timeline& timeline,
 
   std::map<std::string, KindRow> rows;
   const double n = static_cast<double>(ranks.size());
-  // What a device's own records say is each kernel's; between marks there is also what passes from
-  // one to the next.
+  // By a device's own records, else between marks.
   const bool recorded = ranks.size() == 1 && !ranks[0].kernel_ns.empty();
   std::vector<double> compute(
       ranks.size() == 1 ? (recorded ? ranks[0].kernel_ns.size() : ranks[0].samples.size()) : 0);
+  // As predicted kernels have it: what passes from one to the next is a share of each.
+  double passes = 0;
+  if (recorded && !ranks[0].samples.at(0).empty()) {
+    const auto count = ranks[0].samples[0].size();
+    for (std::size_t k = 0; k < count; ++k) passes -= time_of_sample(ranks[0], k);
+    passes = std::max(0.0, (passes + c.measured.count) / static_cast<double>(count));
+  }
   for (const auto& r : ranks) {
     for (std::size_t k = 0; recorded && k < r.samples.at(0).size(); ++k) {
       const Sample& x = r.samples[0][k];
       const Instruction& i = instruction_of(p, x.block, x.instruction);
       bool by_records = false;
-      const double t = time_of_sample(r, k, &by_records);
+      const double t = time_of_sample(r, k, &by_records) + passes;
       KindRow& row = rows[kind_of(p, i)];
       row.count += 1;
       row.measured += Seconds{t};
       for (std::size_t s = 0; i.kind == Kind::compute && s < compute.size(); ++s)
-        compute[s] += by_records ? static_cast<double>(r.kernel_ns[s][k]) * 1e-9 : t;
+        compute[s] += by_records ? static_cast<double>(r.kernel_ns[s][k]) * 1e-9 + passes : t;
     }
     if (recorded) break;
     std::map<std::string, std::vector<double>> by_kind;  // per step

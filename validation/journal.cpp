@@ -39,6 +39,7 @@ Json json_of(const Unit& u) {
   if (!u.dispatch.empty()) j["dispatch"] = u.dispatch;
   if (!u.in_graph.empty()) j["in_graph"] = u.in_graph;
   if (!u.launch.empty()) j["launch"] = u.launch;
+  if (!u.list_row.empty()) j["list_row"] = u.list_row;
   if (!u.overlap.empty()) j["overlap"] = u.overlap;
   if (const Conditions& c = u.conditions; c.known()) {
     j["conditions"] = {{"clock_mhz", c.clock_mhz},
@@ -95,6 +96,7 @@ Unit unit_of(const Json& j) {
   u.dispatch = j.value("dispatch", std::vector<double>{});
   u.in_graph = j.value("in_graph", std::vector<double>{});
   u.launch = j.value("launch", std::vector<double>{});
+  u.list_row = j.value("list_row", std::vector<double>{});
   u.overlap = j.value("overlap", std::vector<double>{});
   if (j.contains("conditions")) {
     const Json& c = j.at("conditions");

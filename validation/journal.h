@@ -36,6 +36,7 @@ struct Unit {
   std::vector<double> dispatch;  ///< seconds between two instructions
   std::vector<double> in_graph;  ///< the same inside a CUDA graph
   std::vector<double> launch;    ///< until the host has queued an instruction
+  std::vector<double> list_row;  ///< until it has listed a row of experts
   std::vector<double> overlap;   ///< share of the smaller of transfer and compute
   std::string record;            ///< JSON of who measures something else: no part of a profile
   Conditions conditions;         ///< of the device, when it was measured

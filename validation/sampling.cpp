@@ -40,7 +40,7 @@ std::vector<KernelShape> shapes_of(const Program& p) {
   return all;
 }
 
-double doubt(const KernelTable& table, const KernelShape& s, int ranks) {
+double doubt(const KernelTable& table, const KernelShape& s, int multiprocessors, int ranks) {
   const auto found = table.find(s.kernel);
   if (found == table.end() || found->second.empty()) return 1;
   const auto& points = found->second;
@@ -55,21 +55,22 @@ double doubt(const KernelTable& table, const KernelShape& s, int ranks) {
     KernelTable without{{s.kernel, points}};
     auto& rest = without.begin()->second;
     rest.erase(rest.begin() + static_cast<std::ptrdiff_t>(nearest));
-    const auto with = measured_time(table, s, ranks, true),
-               less = measured_time(without, s, ranks, true);
+    const auto with = measured_time(table, s, ranks, multiprocessors),
+               less = measured_time(without, s, ranks, multiprocessors);
     if (with && less) changes = std::abs(std::log2(with->count / less->count));
   }
   return changes + apart / 20;
 }
 
 std::size_t next_candidate(const KernelTable& table,
-                           const std::vector<std::vector<KernelShape>>& candidates) {
+                           const std::vector<std::vector<KernelShape>>& candidates,
+                           int multiprocessors) {
   PARTITA_ASSERT(!candidates.empty(), "nothing to choose from");
   std::size_t best = 0;
   double most = -1;
   for (std::size_t c = 0; c < candidates.size(); ++c) {
     double sum = 0;
-    for (const KernelShape& s : candidates[c]) sum += doubt(table, s);
+    for (const KernelShape& s : candidates[c]) sum += doubt(table, s, multiprocessors);
     const double mean = candidates[c].empty() ? 0 : sum / static_cast<double>(candidates[c].size());
     if (mean > most) most = mean, best = c;
   }
@@ -99,7 +100,8 @@ KernelTable take_held_out(KernelTable& table) {
   return held;
 }
 
-std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int ranks) {
+std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int multiprocessors,
+                          int ranks) {
   std::vector<Judged> all;
   Judged whole;
   whole.kernel = "all";
@@ -117,7 +119,7 @@ std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int
     Judged one;
     one.kernel = kernel;
     for (const KernelPoint& p : points) {
-      const auto predicted = measured_time(table, shape_of(kernel, p), ranks, true);
+      const auto predicted = measured_time(table, shape_of(kernel, p), ranks, multiprocessors);
       if (!predicted) continue;
       const double error = (predicted->count - p.time.count) / p.time.count;
       add(one, error);

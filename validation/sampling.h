@@ -16,12 +16,14 @@ std::vector<KernelShape> shapes_of(const Program& program);
 /// How little the points say of a shape, in factors of two of its time: what the nearest one
 /// changes, and 1/20 for each factor of two that it lies apart. 0 where the shape was measured; 1
 /// where the table has no such kernel.
-double doubt(const KernelTable& table, const KernelShape& shape, int ranks = 1);
+double doubt(const KernelTable& table, const KernelShape& shape, int multiprocessors,
+             int ranks = 1);
 
 /// Of candidates, each with its kernels, the one whose mean doubt is largest; the first of equals.
 /// Requires one at least.
 std::size_t next_candidate(const KernelTable& table,
-                           const std::vector<std::vector<KernelShape>>& candidates);
+                           const std::vector<std::vector<KernelShape>>& candidates,
+                           int multiprocessors);
 
 /// Is a point for judging prediction alone? Half of all shapes are, by a hash of kernel and shape:
 /// decided before anything is measured, the same everywhere. Copies, by which memory and links
@@ -39,7 +41,8 @@ struct Judged {
   double most = 0;
 };
 /// By kernel; the last is all together. Kernels without any other point are left out.
-std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int ranks = 1);
+std::vector<Judged> judge(const KernelTable& table, const KernelTable& held, int multiprocessors,
+                          int ranks = 1);
 /// The mean error that is asked for of all together.
 constexpr double kHeldOutBound = 0.05;
 /// Is it more?

@@ -69,13 +69,17 @@ struct Captured {
     pinned.push_back(p);
   }
   ~Captured() {
-    if (launch != nullptr) static_cast<void>(cudaGraphExecDestroy(launch));
-    if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+    forget();
     for (void* p : pinned) static_cast<void>(cudaFreeHost(p));
   }
   Captured(const Captured&) = delete;
   Captured& operator=(const Captured&) = delete;
 
+  /// Its calls, but not its memory, which something may still be at work in.
+  void forget() {
+    if (launch != nullptr) static_cast<void>(cudaGraphExecDestroy(std::exchange(launch, nullptr)));
+    if (graph != nullptr) static_cast<void>(cudaGraphDestroy(std::exchange(graph, nullptr)));
+  }
   /// The next launch's numbers, on the host; where they go.
   std::byte* host() const { return static_cast<std::byte*>(pinned[0]); }
   void* number(std::size_t bytes, std::function<void(std::int64_t, void*)> fill) {
@@ -158,6 +162,12 @@ class Gpu : public CudaDevice {
     slots_ = static_cast<float*>(slots);
     if (o.linked == DeviceOptions::Linked::nccl)
       links_ = nccl_links(o.links, [this] { return static_cast<void*>(lane_->stream); });
+    if (links_)
+      links_->before_abort = [this] {
+        // NCCL waits for graphs that have its calls before it gives a communicator up.
+        leave_capture();
+        if (captured_) captured_->forget();
+      };
     if (o.linked == DeviceOptions::Linked::in_process)
       in_process_ = execute::process_links(*this, o.links.timeout_s);
     careful_ = std::getenv("PARTITA_CUDA_CHECK") != nullptr;
@@ -174,12 +184,7 @@ class Gpu : public CudaDevice {
   ~Gpu() override {
     if (activity_) write_trace();
     records_.reset();
-    if (capturing_) {
-      // Of a step that failed on its way.
-      cudaGraph_t graph = nullptr;
-      static_cast<void>(cudaStreamEndCapture(lanes_.at(kComputeStream).stream, &graph));
-      if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
-    }
+    leave_capture();
     // Before the communicators whose calls it has.
     captured_.reset();
     links_.reset();
@@ -252,10 +257,13 @@ class Gpu : public CudaDevice {
     check(cudaMemcpyAsync(to, pinned, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
   }
   void bring(std::byte* to, const void* from, std::int64_t bytes) override {
-    to_device(to, from, bytes);
-    if (capturing_)
-      captured_->brought.emplace_back(bytes > 0 ? captured_->pinned.back() : nullptr,
-                                      static_cast<std::size_t>(bytes));
+    const auto n = static_cast<std::size_t>(bytes);
+    if (capturing_) {
+      to_device(to, from, bytes);
+      captured_->brought.emplace_back(bytes > 0 ? captured_->pinned.back() : nullptr, n);
+    } else if (bytes > 0) {
+      check(cudaMemcpyAsync(to, from, n, cudaMemcpyHostToDevice, stream()), "copy to the GPU");
+    }
   }
   void to_host(void* to, const std::byte* from, std::int64_t bytes) override {
     if (bytes == 0) return;
@@ -434,13 +442,22 @@ class Gpu : public CudaDevice {
     libraries_->stepped = nullptr;
     capturing_ = false;
     check(cudaStreamEndCapture(stream(), &captured_->graph), "a graph's end");
-    check(cudaGraphInstantiate(&captured_->launch, captured_->graph, 0), "a graph's start");
+    check(cudaGraphInstantiate(&captured_->launch, captured_->graph,
+                               cudaGraphInstantiateFlagUseNodePriority),
+          "a graph's start");
+    // Else the first launch would have that in it.
+    check(cudaGraphUpload(captured_->launch, stream()), "a graph's way to the GPU");
+    settle(stream(), "a graph's way to the GPU");
     past_ = recorded_;
     captured_->later = std::exchange(later_, {});
     for (auto& block : libraries_->retired) captured_->scratch.push_back(std::move(block));
     libraries_->retired.clear();
   }
-  bool has_capture() const override { return captured_ != nullptr; }
+  void drop_capture() override {
+    leave_capture();
+    captured_.reset();
+  }
+  bool has_capture() const override { return captured_ && captured_->launch != nullptr; }
   void launch_captured(std::int64_t step, const std::vector<const void*>& brought) override {
     Captured& c = *captured_;
     PARTITA_ASSERT(brought.size() == c.brought.size(),
@@ -475,7 +492,7 @@ class Gpu : public CudaDevice {
     close_tag();
     if (!records_ || tag < 0) return;
     tag_ = tag;
-    waits_before_ = waits_;
+    fallbacks_before_ = fallback_count_;
     records_->enter(std::to_string(tag));
   }
   std::map<std::int64_t, std::int64_t> recorded() override {
@@ -488,7 +505,7 @@ class Gpu : public CudaDevice {
       const auto [end, error] = std::from_chars(tag.data(), tag.data() + tag.size(), number);
       if (error != std::errc() || end != tag.data() + tag.size() || of_host_.count(number) > 0)
         continue;
-      all[number] = t.nanoseconds;
+      all[number] = t.last - t.first;
     }
     of_host_.clear();
     return all;
@@ -510,6 +527,7 @@ class Gpu : public CudaDevice {
   bool marked_ranges() const { return o_.ranges; }
   Activity* activity() const { return activity_.get(); }
   void note_fallback(const std::string& kernel) {
+    ++fallback_count_;
     note_wait(kernel + " is the host's");
     count_fallback(kernel);
   }
@@ -529,7 +547,7 @@ class Gpu : public CudaDevice {
   void close_tag() {
     if (tag_ < 0) return;
     if (records_) records_->leave();
-    if (waits_ != waits_before_) of_host_.insert(tag_);
+    if (fallback_count_ != fallbacks_before_) of_host_.insert(tag_);
     tag_ = -1;
   }
   /// The trace of one rank, whole at its end; several devices of one process follow each other.
@@ -568,9 +586,19 @@ class Gpu : public CudaDevice {
       if (waited.count() > 1e-3) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   }
+  /// A capture that does not come to its end.
+  void leave_capture() {
+    if (!std::exchange(capturing_, false)) return;
+    libraries_->stepped = nullptr;
+    cudaGraph_t graph = nullptr;
+    static_cast<void>(cudaStreamEndCapture(lanes_.at(kComputeStream).stream, &graph));
+    if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+    static_cast<void>(cudaGetLastError());
+    past_ = recorded_;
+    later_.clear();
+  }
   /// The host takes part in this step.
   void note_wait(const std::string& why) {
-    ++waits_;
     if (waited_.empty()) waited_ = why;
     if (capturing_)
       throw MachineError(
@@ -677,8 +705,8 @@ class Gpu : public CudaDevice {
   std::string waited_, waited_before_;
   std::unique_ptr<Activity> activity_;
   std::unique_ptr<Activity> records_;  ///< of a run's own kernels, by tag
-  std::int64_t tag_ = -1, waits_ = 0, waits_before_ = 0;
-  std::set<std::int64_t> of_host_;  ///< tags of which the host has done a part
+  std::int64_t tag_ = -1, fallback_count_ = 0, fallbacks_before_ = 0;
+  std::set<std::int64_t> of_host_;  ///< tags of which the host has computed a part
   std::string trace_file_;
   Started started_;
   std::int64_t handles_ = 0;  ///< bytes that went when the libraries started

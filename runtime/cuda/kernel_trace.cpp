@@ -47,8 +47,11 @@ std::map<std::string, TracedTime> by_caller(const std::vector<KernelRecord>& rec
   std::map<std::string, TracedTime> all;
   for (const KernelRecord& r : records) {
     TracedTime& t = all[r.called_for.empty() ? short_name(r.name) : r.called_for];
+    if (t.count == 0) t.first = r.start, t.last = r.end;
     ++t.count;
     t.nanoseconds += r.end - r.start;
+    t.first = std::min(t.first, r.start);
+    t.last = std::max(t.last, r.end);
   }
   return all;
 }

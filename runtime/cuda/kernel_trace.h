@@ -23,6 +23,7 @@ std::string short_name(const std::string& mangled);
 /// Time by what it was called for; streams that overlap count twice.
 struct TracedTime {
   std::int64_t count = 0, nanoseconds = 0;
+  std::int64_t first = 0, last = 0;  ///< start of the first, end of the last
 };
 std::map<std::string, TracedTime> by_caller(const std::vector<KernelRecord>& records);
 

@@ -250,6 +250,7 @@ class Nccl : public NcclLinks {
   }
   void abort() override {
     if (std::exchange(aborted_, true)) return;
+    if (before_abort) before_abort();
     for (auto& [channel, comm] : comms_) static_cast<void>(ncclCommAbort(comm));
     if (world_ != nullptr) static_cast<void>(ncclCommAbort(world_));
   }
@@ -479,6 +480,8 @@ class Nccl : public NcclLinks {
 }  // namespace
 
 std::unique_ptr<NcclLinks> nccl_links(const NcclOptions& options, std::function<void*()> stream) {
+  // Of blocks that a graph's calls have: they are given back before NCCL would forget them.
+  ::setenv("NCCL_GRAPH_REGISTER", "0", 0);
   return std::make_unique<Nccl>(options, std::move(stream));
 }
 std::string nccl_version() {

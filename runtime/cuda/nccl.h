@@ -23,6 +23,7 @@ class NcclLinks : public execute::Links {
   virtual void poll() = 0;
   virtual void abort() = 0;
   virtual double timeout_s() const = 0;
+  std::function<void()> before_abort;  ///< forgets what holds calls of the communicators
 };
 
 /// `stream`: the device's current one, a cudaStream_t. Null where this build has no NCCL.

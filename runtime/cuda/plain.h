@@ -199,6 +199,45 @@ bool cast_gradient(M& m, const PlainCall& call) {
   return true;
 }
 
+/// All of them in one kernel: a launch each would take longer than most.
+template <class M>
+void zero_all(M& m, const std::vector<PlainCall::Operand>& all) {
+  std::vector<std::int64_t> first, at, count, type;
+  std::int64_t octets_so_far = 0;
+  for (const auto& o : all) {
+    if (o.elements == 0) continue;
+    first.push_back(octets_so_far);
+    at.push_back(static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(o.data)));
+    count.push_back(o.elements);
+    type.push_back(static_cast<std::int64_t>(o.type));
+    octets_so_far += octets(o.elements);
+  }
+  const auto n = static_cast<std::int64_t>(first.size());
+  if (n == 0) return;
+  std::vector<std::int64_t> numbers = first;
+  for (const auto* list : {&at, &count, &type})
+    numbers.insert(numbers.end(), list->begin(), list->end());
+  const IndexList list = m.upload(numbers);
+  m.each(
+      octets_so_far, PARTITA_KERNEL(std::int64_t i) {
+        std::int64_t low = 0, high = n;
+        while (high - low > 1) {
+          const std::int64_t middle = (low + high) / 2;
+          if (list.at(middle) <= i) {
+            low = middle;
+          } else {
+            high = middle;
+          }
+        }
+        const std::int64_t from = (i - list.at(low)) * Octet::kSize;
+        Octet o;
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = 0;
+        put(Numbers(reinterpret_cast<void*>(list.at(n + low)),
+                    static_cast<ElementType>(list.at(3 * n + low))),
+            from, list.at(2 * n + low) - from, o);
+      });
+}
+
 template <class M>
 bool run_plain(M& m, const PlainCall& call) {
   const auto scale_all = [&](bool clips) {
@@ -208,7 +247,11 @@ bool run_plain(M& m, const PlainCall& call) {
   };
   switch (call.instruction->kernel) {
     case Kernel::zero:
-      for (const auto& o : call.writes) fill_values(m, numbers(o), o.elements, 0);
+      if (call.writes.size() == 1) {
+        fill_values(m, numbers(call.writes[0]), call.writes[0].elements, 0);
+      } else {
+        zero_all(m, call.writes);
+      }
       return true;
     case Kernel::add: {
       const std::int64_t n = call.writes[0].elements;

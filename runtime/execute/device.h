@@ -156,7 +156,7 @@ class Device {
   virtual std::string record_kernels(bool on) { return on ? "this device keeps no records" : ""; }
   /// What is queued from here on belongs to `tag`; -1: to none.
   virtual void belongs_to(std::int64_t) {}
-  /// By tag: nanoseconds of what was recorded, without tags of which the host has done a part.
+  /// By tag: nanoseconds of what was recorded, without tags of which the host has computed a part.
   /// After finish(); given once.
   virtual std::map<std::int64_t, std::int64_t> recorded() { return {}; }
   /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
@@ -170,7 +170,8 @@ class Device {
 
   /// From the host; what is copied may be changed at once.
   virtual void to_device(std::byte* to, const void* from, std::int64_t bytes) = 0;
-  /// The same of what another step would have other values of.
+  /// The same of what another step would have other values of; from memory of allocate_on_host that
+  /// stays as it is until finish().
   virtual void bring(std::byte* to, const void* from, std::int64_t bytes) {
     to_device(to, from, bytes);
   }
@@ -220,12 +221,18 @@ class Device {
   /// kept, once; what was kept before is forgotten.
   virtual void begin_capture() {}
   virtual void end_capture() {}
+  /// Ends a capture on its way, and forgets what is kept.
+  virtual void drop_capture() {}
   /// False where nothing is kept, or memory of it was given back.
   virtual bool has_capture() const { return false; }
   /// After finish(): queues what is kept, as that step, with what bring() brings by now, in its
   /// order.
   virtual void launch_captured(std::int64_t /*step*/, const std::vector<const void*>& /*brought*/) {
   }
+
+  /// Nanoseconds of the time that it keeps instead of this machine's, as tests' devices do; -1:
+  /// none.
+  virtual std::int64_t own_time() const { return -1; }
 
   /// To the other ranks' devices; null: the transport moves copies on the host.
   virtual Links* links() { return nullptr; }

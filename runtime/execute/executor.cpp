@@ -126,12 +126,14 @@ class Executor {
         first_timed_(o.warm_up + o.captured_steps),
         memory_(device, false),
         host_memory_(device, true),
+        inputs_memory_(device, true),
         order_(device),
         links_(o.alone ? nullptr : device.links()) {
     PARTITA_ASSERT(p.ranks() == transport.size(),
                    fmt::format("{} ranks for {}", transport.size(), p.ranks()));
     device_.make_room = [this] {
       device_.finish();
+      if (!device_.not_captured().empty()) mid_step_wait_ = device_.not_captured();
       memory_.release_kept();
     };
     stage_ = p.stage_of(rank_);
@@ -272,13 +274,32 @@ class Executor {
     if (step_ == o_.warm_up) result_.no_graph = why_not_captured();
     if (!result_.no_graph.empty()) return false;
     if (device_.has_capture()) return true;
-    device_.begin_capture();
-    one_step();
-    device_.end_capture();
+    std::string why;
+    try {
+      device_.begin_capture();
+      one_step();
+      device_.end_capture();
+    } catch (const MachineError& e) {
+      why = e.what();
+    }
+    if (transport_.size() > 1 && !o_.alone) why = first_said(transport_, std::move(why));
     captured_losses_ = std::move(step_losses_);
     step_losses_.clear();
     come_to(-1);
-    return true;
+    if (why.empty()) return true;
+    // The next step begins as if that had not.
+    device_.drop_capture();
+    order_.forget();
+    for (std::size_t b = 0; b < slots_.size(); ++b) {
+      const Buffer& buffer = p_.buffers[b];
+      if (buffer.scope == Scope::step && buffer.category != Category::workspace) continue;
+      for (Instance& i : slots_[b]) {
+        give_back(BufferId{b}, i);
+        i = {};
+      }
+    }
+    result_.no_graph = why;
+    return false;
   }
   std::string why_not_captured() {
     const bool alone = transport_.size() == 1 || o_.alone;
@@ -288,12 +309,17 @@ class Executor {
     for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
       if (!why.empty()) break;
       for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
+        if (!alone && (i.kind == Kind::send || i.kind == Kind::receive))
+          why =
+              "messages of a pipeline wait for each other, and branches of a graph need not go on "
+              "beside each other";
         if (i.every > 1) why = fmt::format("parameters are averaged every {} steps", i.every);
         if (i.kind == Kind::compute && i.kernel == Kernel::dequeue)
           why = "gradients wait in a queue, whose place is another one each step";
       }
     }
     if (why.empty()) why = device_.not_captured();
+    if (why.empty()) why = mid_step_wait_;
     return alone ? why : first_said(transport_, std::move(why));
   }
   void launch_captured() {
@@ -301,7 +327,7 @@ class Executor {
     for (const BlockCall& call : p_.stages[static_cast<std::size_t>(stage_)]) {
       for (const Instruction& i : p_.blocks[call.block.index()].instructions) {
         if (i.kind == Kind::load && box(i.writes[0]).held)
-          brought.push_back(inputs_.at({i.writes[0], call.micro_batch}).values.data());
+          brought.push_back(inputs_.at({i.writes[0], call.micro_batch}).data());
       }
     }
     device_.launch_captured(step_, brought);
@@ -693,7 +719,9 @@ class Executor {
   }
 
   Clock::time_point now() const {
-    return o_.clock ? Clock::time_point(std::chrono::nanoseconds(o_.clock(rank_))) : Clock::now();
+    if (o_.clock) return Clock::time_point(std::chrono::nanoseconds(o_.clock(rank_)));
+    const std::int64_t own = device_.own_time();
+    return own >= 0 ? Clock::time_point(std::chrono::nanoseconds(own)) : Clock::now();
   }
 
   /// Between steps: what every rank will still have if another fails.
@@ -996,7 +1024,13 @@ class Executor {
           input.at = shard_.append(o_.storage, rank_, made.data(), made.size());
           input.bytes = made.size();
         } else {
-          input.values = std::move(made);
+          input.size = std::ssize(made);
+          if (device_.is_host() || made.empty()) {
+            input.values = std::move(made);
+          } else {
+            input.pinned = Spare(inputs_memory_, input.size);
+            std::memcpy(input.pinned.at, made.data(), made.size());
+          }
         }
       }
     }
@@ -1011,7 +1045,7 @@ class Executor {
                   made.bytes);
       visits.give_back();
     } else {
-      device_.bring(data(i.writes[0]), made.values.data(), std::ssize(made.values));
+      device_.bring(data(i.writes[0]), made.data(), made.size);
     }
   }
 
@@ -2009,6 +2043,7 @@ class Executor {
   const Options& o_;
   int rank_ = 0, first_timed_ = 0, stage_ = 0;
   Memory memory_, host_memory_;
+  Memory inputs_memory_;  ///< counted nowhere: a data loader's
   Order order_;
   bool untimed_ = false;   ///< the timed steps are over
   std::int64_t tag_ = -1;  ///< of the next sample of a recorded step; -1: it is none
@@ -2020,6 +2055,9 @@ class Executor {
   std::vector<std::vector<std::optional<Prepared>>> collectives_;      ///< [block][instruction]
   struct Input {
     std::vector<std::byte> values;
+    Spare pinned;  ///< or there, for a device
+    std::int64_t size = 0;
+    const std::byte* data() const { return pinned.at != nullptr ? pinned.at : values.data(); }
     std::int64_t at = 0;  ///< or where they lie in this rank's shard
     std::size_t bytes = 0;
   };
@@ -2048,7 +2086,8 @@ class Executor {
   /// Of the step that was captured: each launch writes them.
   std::deque<Loss> captured_losses_;
   bool captured_ = false;  ///< this step is one launch
-  double queued_ = 0;      ///< seconds until all of the last further step was
+  std::string mid_step_wait_;  ///< Device::not_captured() of a step that made room in its midst
+  double queued_ = 0;          ///< seconds until all of the last further step was
   std::map<BufferId, std::vector<float>> gradients_;
   /// Of every Dispatch: step, operator, micro-batch, rows; then each row's sample, position,
   /// expert.

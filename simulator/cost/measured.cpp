@@ -3,12 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <vector>
 
 #include "simulator/cost/cost.h"
+#include "simulator/cost/product_trend.h"
 
 namespace partita {
 namespace {
@@ -39,25 +39,44 @@ double interpolate(const std::vector<std::pair<double, double>>& points, double 
   return std::exp((1 - share) * std::log(below->second) + share * std::log(above->second));
 }
 
-/// The same of a GPU, whose kernels take a start and so many bytes a second: straight lines, also
-/// beyond both ends; never more than the smallest point below it nor less than the largest above.
-/// One point's line begins at `start`.
+/// The same of a GPU, whose kernels take a start and so many bytes a second: that line, by least
+/// squares of relative errors, times what the points are off it, linear in the logarithm between
+/// two, beyond the ends the end's. One point's line begins at `start`.
 double affine(const std::vector<std::pair<double, double>>& points, double x, double start) {
   const auto [first, least] = points.front();
-  const auto [last, most] = points.back();
   if (points.size() == 1) {
     if (start < least) return start + (least - start) * x / first;
-    return x <= first ? least : most * x / last;
+    return x <= first ? least : least * x / first;
   }
-  auto high =
+  double ones = 0, mixed = 0, squares = 0, one = 0, slope = 0;
+  for (const auto& [at, t] : points) {
+    ones += 1 / (t * t), mixed += at / (t * t), squares += at * at / (t * t);
+    one += 1 / t, slope += at / t;
+  }
+  const double determinant = ones * squares - mixed * mixed;
+  double a = 0, b = slope / squares;
+  if (determinant > 1e-12 * ones * squares) {
+    const double begins = (one * squares - slope * mixed) / determinant,
+                 grows = (slope * ones - one * mixed) / determinant;
+    if (begins >= 0 && grows >= 0) a = begins, b = grows;
+    if (grows < 0) a = one / ones, b = 0;
+  }
+  const auto off = [&](const std::pair<double, double>& p) {
+    return std::log(p.second / (a + b * p.first));
+  };
+  const auto high =
       std::upper_bound(points.begin(), points.end(), std::pair<double, double>{x, INFINITY});
-  if (high == points.begin()) ++high;
-  if (high == points.end()) --high;
-  const auto low = high - 1;
-  const double t =
-      low->second + (high->second - low->second) * (x - low->first) / (high->first - low->first);
-  if (x < first) return std::clamp(t, 0.05 * least, least);
-  return x > last ? std::max(t, most) : t;
+  double residual = 0;
+  if (high == points.begin()) {
+    residual = off(points.front());
+  } else if (high == points.end()) {
+    residual = off(points.back());
+  } else {
+    const auto low = high - 1;
+    const double share = std::log(x / low->first) / std::log(high->first / low->first);
+    residual = (1 - share) * off(*low) + share * off(*high);
+  }
+  return (a + b * x) * std::exp(residual);
 }
 
 /// The number of ranks among the points that is nearest to `ranks`, the larger of two.
@@ -142,46 +161,54 @@ std::string type_word(const Program& p, const Instruction& i) {
   return type == ElementType::fp32 ? "" : fmt::format(" {}", name(type));
 }
 
-constexpr double kVector =
-    16;  // fp32 numbers of the widest vectors: rows that fill them are faster
+/// What a product of 16 or 8 bits is told apart by: a bias is a kernel of its own beside it, and
+/// rows that do not begin at multiples of 16 bytes are moved a number at a time.
+std::string operand_words(const ProgramOperator& op, const Instruction& i, const KernelShape& s) {
+  const bool narrow = bits(op.compute) <= 16, adds = i.kernel != Kernel::backward_data;
+  if (!narrow) return "";
+  const auto* linear = std::get_if<Linear>(&op.operation);
+  const auto* convolution = std::get_if<Convolution>(&op.operation);
+  const auto* grouped = std::get_if<GroupedProduct>(&op.operation);
+  std::string words;
+  if (adds && ((linear && linear->bias) || (convolution && convolution->bias) ||
+               (grouped && grouped->bias)))
+    words += " with bias";
+  constexpr double kWhole = 8;  // numbers of two bytes
+  if ((linear || grouped) && (std::fmod(s.n, kWhole) != 0 || std::fmod(s.k, kWhole) != 0))
+    words += " unaligned";
+  return words;
+}
 
-/// A measured point as seen from the shape that is priced: log2 of m, n, k, count; do rows of n and
-/// of k fill vectors?
-struct Near {
-  double squared = 0;  ///< distance
-  std::array<double, 6> at{};
-  double value = 0;
-};
+/// Of the same kernel with a bias, where this one has none, and the other way around.
+std::vector<KernelPoint> of_the_other_bias(const KernelTable& table, std::string kernel) {
+  constexpr std::string_view kBias = " with bias";
+  if (const std::size_t at = kernel.find(kBias); at != std::string::npos) {
+    kernel.erase(at, kBias.size());
+  } else {
+    const std::size_t pass = kernel.find(' ');
+    if (pass == std::string::npos) return {};
+    kernel.insert(std::min(kernel.find(' ', pass + 1), kernel.size()), kBias);
+  }
+  const auto found = table.find(kernel);
+  return found == table.end() ? std::vector<KernelPoint>{} : found->second;
+}
 
-/// Weighted least squares; within the values of the points.
-double plane_at_origin(const std::vector<Near>& near) {
-  constexpr std::size_t kUnknowns = 7;
-  constexpr double kPrior = 0.3, kNearest = 1e-6;
-  std::array<std::array<double, kUnknowns + 1>, kUnknowns> e{};  // normal equations
-  double low = near[0].value, high = low, weights = 0;
-  for (const Near& x : near) {
-    const double w = 1 / (x.squared + kNearest);
-    std::array<double, kUnknowns> row{1};
-    std::copy(x.at.begin(), x.at.end(), row.begin() + 1);
-    for (std::size_t i = 0; i < kUnknowns; ++i) {
-      for (std::size_t j = 0; j < kUnknowns; ++j) e[i][j] += w * row[i] * row[j];
-      e[i][kUnknowns] += w * row[i] * x.value;
-    }
-    weights += w;
-    low = std::min(low, x.value);
-    high = std::max(high, x.value);
+/// The table's points of a kernel, or of the nearest that it has.
+const std::vector<KernelPoint>* points_of(const KernelTable& table, const std::string& kernel) {
+  const auto find = [&](const std::string& name) {
+    const auto found = table.find(name);
+    return found == table.end() ? nullptr : &found->second;
+  };
+  const auto without = [](std::string name, std::string_view words) {
+    const std::size_t at = name.find(words);
+    return at == std::string::npos ? name : name.erase(at, words.size());
+  };
+  const std::string aligned = without(kernel, " unaligned");
+  for (const std::string& name :
+       {kernel, aligned, without(kernel, " with bias"), without(aligned, " with bias")}) {
+    if (const auto* points = find(name)) return points;
   }
-  // Slopes of 0 (time as FLOPs) weigh kPrior times a mean point at distance 1.
-  for (std::size_t i = 1; i < kUnknowns; ++i)
-    e[i][i] += kPrior * weights / static_cast<double>(near.size());
-  // Elimination from the last unknown on: positive definite, so the diagonal is never 0.
-  for (std::size_t c = kUnknowns; c-- > 0;) {
-    for (std::size_t r = 0; r < c; ++r) {
-      const double f = e[r][c] / e[c][c];
-      for (std::size_t k = 0; k <= kUnknowns; ++k) e[r][k] -= f * e[c][k];
-    }
-  }
-  return std::clamp(e[0][kUnknowns] / e[0][0], low, high);
+  return nullptr;
 }
 
 }  // namespace
@@ -253,6 +280,18 @@ ProductShape product_shape(const Program& p, const Instruction& i, std::int64_t 
   return s;
 }
 
+bool lists_rows(const Program& p, const Instruction& i) {
+  return i.kind == Kind::compute && i.kernel == Kernel::forward && i.op >= 0 &&
+         std::holds_alternative<Dispatch>(p.operators[static_cast<std::size_t>(i.op)].operation);
+}
+double rows_listed(const Program& p, const Instruction& i, std::int64_t rank) {
+  const Buffer& b = p.buffer(i.writes[0]);
+  const std::int64_t features =
+      local_extent(p.mesh, b.layout.dims[3], b.shape[3].extent, p.place_of(rank));
+  return static_cast<double>(local_elements(p, i.writes[0], rank)) /
+         static_cast<double>(std::max<std::int64_t>(1, features));
+}
+
 KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) {
   KernelShape s;
   const Work w = work_of(p, i, rank);
@@ -317,6 +356,13 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
   if (is_product(op.operation)) {
     const ProductShape shape = product_shape(p, i, rank);
     s.m = shape.m, s.n = shape.n, s.k = shape.k, s.count = shape.count;
+    s.kernel += operand_words(op, i, s);
+  }
+  if (std::holds_alternative<CrossEntropy>(op.operation) && i.kernel != Kernel::forward) {
+    const Operand& x = op.signature.inputs[0];
+    const std::string type = type_word(p, i);
+    if (!type.empty() && std::fmod(extent_of(p, op, x, x.shape.size() - 1, rank), 8) != 0)
+      s.kernel += " unaligned";
   }
   if (i.part >= 0 && op.signature.find(Dim::sequence) >= 0 &&
       !std::holds_alternative<Attention>(op.operation))
@@ -326,10 +372,10 @@ KernelShape shape_of(const Program& p, const Instruction& i, std::int64_t rank) 
 }
 
 std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& s, int ranks,
-                                     bool gpu) {
-  const auto found = table.find(s.kernel);
-  if (found == table.end()) return {};
-  const std::vector<KernelPoint>& all = found->second;
+                                     int multiprocessors) {
+  const auto* found = points_of(table, s.kernel);
+  if (found == nullptr) return {};
+  const std::vector<KernelPoint>& all = *found;
   const int at = nearest_ranks(all, ranks);
   if (!s.product()) {
     std::vector<std::pair<double, double>> points;
@@ -339,7 +385,7 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
     if (points.empty()) return {};
     const auto c = curve(std::move(points));
     const double x = std::max(1.0, s.bytes);
-    if (!gpu) return Seconds{interpolate(c, x)};
+    if (multiprocessors == 0) return Seconds{interpolate(c, x)};
     // What any kernel takes: the shortest of all.
     double start = c.front().second;
     for (const auto& [kernel, others] : table) {
@@ -347,26 +393,18 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
     }
     return Seconds{affine(c, x, start)};
   }
-  // log2(time / FLOP) of the points around, as a plane through them.
-  std::vector<Near> near;
-  const auto fills = [](double x) { return std::fmod(x, kVector) == 0 ? 1.0 : 0.0; };
+  std::vector<KernelPoint> points;
   for (const KernelPoint& p : all) {
-    if (p.ranks != at || p.m <= 0) continue;
-    Near x;
-    x.at = {std::log2(p.m / s.m),         std::log2(p.n / s.n),    std::log2(p.k / s.k),
-            std::log2(p.count / s.count), fills(p.n) - fills(s.n), fills(p.k) - fills(s.k)};
-    const auto& d = x.at;
-    x.squared =
-        d[0] * d[0] + d[1] * d[1] + d[2] * d[2] + d[3] * d[3] / 4 + (d[4] * d[4] + d[5] * d[5]) / 2;
-    x.value = std::log2(p.time.count / (2 * p.m * p.n * p.k * p.count));
-    near.push_back(x);
+    if (p.ranks == at && p.m > 0) points.push_back(p);
   }
-  if (near.empty()) return {};
-  std::sort(near.begin(), near.end(),
-            [](const Near& a, const Near& b) { return a.squared < b.squared; });
-  constexpr std::size_t kPoints = 12;
-  if (near.size() > kPoints) near.resize(kPoints);
-  return Seconds{2 * s.m * s.n * s.k * s.count * std::exp2(plane_at_origin(near))};
+  if (points.empty()) return {};
+  // A bias is little beside what few points do not know.
+  if (multiprocessors > 0 && points.size() < kFewPoints) {
+    for (const KernelPoint& p : of_the_other_bias(table, s.kernel)) {
+      if (p.ranks == at && p.m > 0) points.push_back(p);
+    }
+  }
+  return Seconds{measured_product(table, points, s, multiprocessors)};
 }
 
 int measured_at_work(const CollectiveTable& table, const std::string& kind, int ranks,

@@ -33,14 +33,18 @@ ProductShape product_shape(const Program& program, const Instruction& instructio
 /// Of a compute, slice or load instruction on `rank`.
 KernelShape shape_of(const Program& program, const Instruction& instruction, std::int64_t rank);
 
-/// Time of a kernel from the table's points for as many concurrent ranks (else the nearest number).
-/// Products: log(time / FLOP) is a plane in log m, log n, log k, log count through the nearest
-/// twelve points, weighted by inverse squared distance (docs/cost.md, "Measured"). Others: log-log
-/// interpolation in bytes; beyond the largest point its rate, below the smallest its time. Empty
-/// where the table has no such kernel.
-/// `gpu`: those others by straight lines in bytes, beyond both ends too.
+/// Does our own runtime's host read which experts tokens go to, and list their rows?
+bool lists_rows(const Program& program, const Instruction& instruction);
+/// How many, of one that does.
+double rows_listed(const Program& program, const Instruction& instruction, std::int64_t rank);
+
+/// Time of a kernel from the table's points for as many concurrent ranks (else the nearest number):
+/// products by product_trend.h; others log-log in bytes, beyond the largest point its rate, below
+/// the smallest its time. Empty where the table has no such kernel.
+/// `multiprocessors`: of a GPU; those others then by straight lines in bytes, beyond both ends too.
+/// 0: a host.
 std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape& shape, int ranks,
-                                     bool gpu = false);
+                                     int multiprocessors = 0);
 
 /// Log-log interpolation of a collective's points with this number of ranks, else the nearest
 /// number; of those, the ones measured with `at_work` ranks working on the host, else the nearest

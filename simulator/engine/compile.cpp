@@ -128,8 +128,9 @@ class Compiler {
       const KernelShape shape = shape_of(p_, i, rank);
       if (shape.kernel.empty()) return;
       // Ranks of one host share its memory, and those of one core its caches.
-      if (const auto t = measured_time(device.kernels, shape, static_cast<int>(ranks_beside(rank)),
-                                       device.compute_capability > 0)) {
+      if (const auto t = measured_time(
+              device.kernels, shape, static_cast<int>(ranks_beside(rank)),
+              device.compute_capability > 0 ? std::max(1, device.multiprocessors) : 0)) {
         out.time = *t + dispatch_of(i, device);
         // Measured alone: what runs beside it stretches it as any other.
         if (device.compute_capability > 0) out.of_time = stretch_of(work_of(p_, i, rank), i);
@@ -176,12 +177,6 @@ class Compiler {
            !p_.kernels.fused_experts;
   }
 
-  /// Our own runtime's host reads which experts tokens go to.
-  bool lists_rows(const Instruction& i) const {
-    return i.kind == Kind::compute && i.kernel == Kernel::forward && i.op >= 0 &&
-           std::holds_alternative<Dispatch>(p_.operators[static_cast<std::size_t>(i.op)].operation);
-  }
-
   Seconds dispatch_of(const Instruction& i, const DeviceProfile& device) const {
     return device.dispatch_in_graph && of_graph(p_, i) ? *device.dispatch_in_graph
                                                        : device.dispatch;
@@ -195,7 +190,7 @@ class Compiler {
     // Our own runtime's, where a plan says nothing.
     const bool ours = !l.any() && device.launch.count > 0;
     if (!(l.any() || ours) || !device.concurrent_streams) return;
-    s.host_waits = l.blocking || (ours && lists_rows(i)) ||
+    s.host_waits = l.blocking || (ours && lists_rows(p_, i)) ||
                    (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
     if (s.host_waits) captured = false;
     const Seconds loop = l.loop.count > 0 ? l.loop : l.kernel;
@@ -233,7 +228,10 @@ class Compiler {
       case Kind::free:
         break;
     }
-    if (ours && i.kind != Kind::allocate && i.kind != Kind::free) time = device.launch;
+    if (ours && i.kind != Kind::allocate && i.kind != Kind::free) {
+      time = device.launch;
+      if (lists_rows(p_, i)) time += rows_listed(p_, i, rank) * device.list_row;
+    }
     if (time.count == 0) return;
     const bool in_graph = of_graph(p_, i);
     if (in_graph) time = captured ? Seconds{0} : ours ? device.launch : l.kernel;

@@ -625,7 +625,7 @@ TEST(MeasuredTime, TheExamplesOfThePage) {
   KernelTable few;
   few["rotary forward"] = {{1, 0, 0, 0, 1, 8 << 20, Seconds{6e-6}, 0}};
   const auto rotary = [&](double bytes) {
-    return measured_time(few, {"rotary forward", 0, 0, 0, 1, bytes}, 1, true)->count * 1e6;
+    return measured_time(few, {"rotary forward", 0, 0, 0, 1, bytes}, 1, 132)->count * 1e6;
   };
   EXPECT_NEAR(rotary(16 << 20), 12, 1e-9) << "alone it is a rate";
   EXPECT_NEAR(rotary(4 << 20), 6, 1e-9);
@@ -633,6 +633,53 @@ TEST(MeasuredTime, TheExamplesOfThePage) {
   EXPECT_NEAR(rotary(4 << 20), 4, 1e-9);
   EXPECT_NEAR(rotary(16 << 20), 10, 1e-9);
   EXPECT_FALSE(measured_time(table, {"rotary forward", 0, 0, 0, 1, 100}, 1));
+  few["scale"] = {{1, 0, 0, 0, 1, 8 << 20, Seconds{6e-6}, 0},
+                  {1, 0, 0, 0, 1, 16 << 20, Seconds{10e-6}, 0}};
+  const auto scale = [&](double bytes) {
+    return measured_time(few, {"scale", 0, 0, 0, 1, bytes}, 1, 132)->count * 1e6;
+  };
+  for (const auto& [mib, time] : {std::pair{4, 4.0}, {12, 8.0}, {16, 10.0}, {32, 18.0}})
+    EXPECT_NEAR(scale(mib << 20), time, 1e-9);
+  // Two that lie side by side say nothing of what is far: 2 % there are 3 % here.
+  few["scale"].push_back({1, 0, 0, 0, 1, (16 << 20) + 64, Seconds{10.2e-6}, 0});
+  EXPECT_NEAR(scale(32 << 20), 18 * 1.0266, 0.01);
+}
+
+// docs/cost.md, "Measured": products of a GPU have a trend.
+TEST(MeasuredTime, ProductsOfAGpuHaveATrend) {
+  const auto law = [](double m, double n, double k) {
+    return 4e-6 + 2 * m * n * k / 500e12 + 2 * (m * k + k * n + m * n) / 4e12;
+  };
+  KernelTable table;
+  for (const auto& [m, n, k] : {std::array{512, 512, 512},
+                                {1024, 1024, 1024},
+                                {4096, 4096, 4096},
+                                {8192, 1024, 1024},
+                                {2048, 8192, 2048},
+                                {2048, 2048, 8192},
+                                {512, 4096, 1024},
+                                {16384, 2048, 512}}) {
+    const double a = m, b = n, c = k;
+    table["linear forward bf16"].push_back({1, a, b, c, 1, 0, Seconds{law(a, b, c)}, 0});
+  }
+  const auto price = [&](const std::string& kernel, double m, double n, double k) {
+    return measured_time(table, {kernel, m, n, k, 1, 0}, 1, 132)->count;
+  };
+  // By hand: 4 + 67.1 + 9.8 us. By FLOPs alone 2 % more, and of small ones half.
+  EXPECT_NEAR(price("linear forward bf16", 2560, 2560, 2560) * 1e6, 80.94, 0.4);
+  EXPECT_NEAR(price("linear forward bf16", 256, 256, 256) / law(256, 256, 256), 1, 0.03);
+  EXPECT_NEAR(price("linear forward bf16", 32768, 8192, 8192) / law(32768, 8192, 8192), 1, 0.02);
+  // With a bias, or of odd rows, where nothing of such was measured.
+  for (const char* words : {"with bias ", "unaligned ", "with bias unaligned "})
+    EXPECT_EQ(price(std::string("linear forward ") + words + "bf16", 2560, 2560, 2560),
+              price("linear forward bf16", 2560, 2560, 2560));
+  // Experts' kernel has two points, of twice the time of a layer's: its trend is the layer's.
+  for (const double m : {512.0, 4096.0})
+    table["grouped_product forward of rows bf16"].push_back(
+        {1, m, 4096, 4096, 1, 0, Seconds{2 * law(m, 4096, 4096)}, 0});
+  EXPECT_NEAR(
+      price("grouped_product forward of rows bf16", 1500, 4096, 4096) / (2 * law(1500, 4096, 4096)),
+      1, 0.02);
 }
 
 TEST(MeasuredTime, TheNearestNumberOfRanksCounts) {

@@ -2,8 +2,13 @@
 // paper. Its memory is addresses that nobody can follow, of 80 GiB; what comes back from it is 0;
 // its kernels are over at once and take, by the clock of their stream, the time of a law: those
 // that multiply twice as long while a stand-in runs.
+//
+// With PARTITA_PAPER_LAUNCH_NS in the environment it keeps a time of its own: its host queues a
+// call in so long, a kernel begins PARTITA_PAPER_GAP_NS after the one before it, in a graph half of
+// that; its host lists a row of experts in 20 ns; it writes down what kernels take.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 
@@ -17,11 +22,19 @@ using execute::PlainCall;
 using execute::RunList;
 using execute::Work;
 
+double nanoseconds_of(const char* variable) {
+  const char* text = std::getenv(variable);
+  return text != nullptr ? std::atof(text) * 1e-9 : 0;
+}
+
 constexpr std::int64_t kMemory = std::int64_t{80} << 30, kLibraries = 100 << 20;
 
 class Paper : public CudaDevice {
  public:
-  explicit Paper(int candidates) : candidates_(candidates) {}
+  explicit Paper(int candidates)
+      : candidates_(candidates),
+        launch_(nanoseconds_of("PARTITA_PAPER_LAUNCH_NS")),
+        gap_(nanoseconds_of("PARTITA_PAPER_GAP_NS")) {}
   std::string name() const override { return "GPU 0"; }
   std::byte* allocate(std::int64_t bytes) override {
     if (used_ + bytes > kMemory) return nullptr;
@@ -86,17 +99,58 @@ class Paper : public CudaDevice {
   }
 
   void begin_marks() override {
-    now_.clear();
+    if (!timed()) now_.clear();
     past_.clear();
     held_until_ = 0;
-    marks_.assign(1, 0);
+    marks_.assign(1, timed() ? host_ : 0);
   }
   std::int64_t mark() override {
-    marks_.push_back(now_[stream_]);
+    marks_.push_back(std::max(now_[stream_], host_));
     return std::ssize(marks_) - 1;
   }
   std::int64_t nanoseconds(std::int64_t mark) override {
-    return std::llround(1e9 * marks_.at(static_cast<std::size_t>(mark)));
+    return std::llround(1e9 * (marks_.at(static_cast<std::size_t>(mark)) - marks_[0]));
+  }
+  std::int64_t own_time() const override { return timed() ? std::llround(1e9 * host_) : -1; }
+  void finish() override {
+    if (!timed()) return;
+    for (const auto& [s, now] : now_) host_ = std::max(host_, now);
+    waited_before_ = std::exchange(waited_, false);
+  }
+  /// The host has waited, and done something before it goes on.
+  void host_works(double seconds) {
+    if (!timed()) return;
+    host_ = std::max(host_, now_[stream_]) + seconds;
+    waited_ = true;
+  }
+
+  std::string record_kernels(bool on) override {
+    return timed() ? "" : execute::Device::record_kernels(on);
+  }
+  void belongs_to(std::int64_t tag) override { tag_ = tag; }
+  std::map<std::int64_t, std::int64_t> recorded() override {
+    std::map<std::int64_t, std::int64_t> all;
+    for (const auto& [tag, span] : kernel_s_)
+      all[tag] = std::llround(1e9 * (span.second - span.first));
+    kernel_s_.clear();
+    tag_ = -1;
+    return all;
+  }
+
+  std::string not_captured() override {
+    return !timed() ? execute::Device::not_captured() : waited_before_ ? "its host waits" : "";
+  }
+  void begin_capture() override {
+    captured_.clear();
+    capturing_ = true;
+  }
+  void end_capture() override { capturing_ = false; }
+  bool has_capture() const override { return !captured_.empty(); }
+  void launch_captured(std::int64_t, const std::vector<const void*>&) override {
+    host_ += launch_;
+    double& now = now_[kComputeStream];
+    now = std::max(now, host_);
+    for (const double kernel : captured_) now += gap_ / 2 + kernel;
   }
   CudaMachine& machine() override { throw MachineError("paper has no streams"); }
   int number() const override { return 0; }
@@ -107,13 +161,25 @@ class Paper : public CudaDevice {
   /// A kernel.
   void move(std::int64_t bytes, double rate, double flops = 0) {
     const double alone = 4e-6 + static_cast<double>(bytes) / rate + flops / 500e12;
+    host_ += launch_;
+    if (capturing_) return captured_.push_back(alone);
     double& now = now_[stream_];
-    const double beside = flops > 0 ? std::clamp(held_until_ - now, 0.0, 2 * alone) : 0;
+    if (timed()) now = std::max(now + gap_, host_);
+    const double start = now,
+                 beside = flops > 0 ? std::clamp(held_until_ - now, 0.0, 2 * alone) : 0;
     now += beside + (alone - beside / 2);
+    if (tag_ >= 0) kernel_s_.try_emplace(tag_, start, now).first->second.second = now;
   }
 
  private:
+  bool timed() const { return launch_ > 0; }
+
   int candidates_;
+  double launch_, gap_, host_ = 0;  ///< seconds; of its own time
+  bool waited_ = false, waited_before_ = false, capturing_ = false;
+  std::vector<double> captured_;
+  std::int64_t tag_ = -1;
+  std::map<std::int64_t, std::pair<double, double>> kernel_s_;  ///< by tag: first start, last end
   std::uintptr_t next_ = std::uintptr_t{1} << 62;
   std::int64_t used_ = 0;
   std::map<std::byte*, std::int64_t> blocks_;
@@ -145,7 +211,8 @@ class PaperKernel : public execute::OperatorKernel {
                           std::holds_alternative<PositionEmbedding>(*context_.operation);
     if (looks_up && !a.parameters.empty() && a.parameters[0])
       bytes -= storage(a.parameters[0].type, a.parameters[0].size()).count;
-    if (looks_up && work == Work::backward_weight && a.accumulate)
+    if (std::holds_alternative<Embedding>(*context_.operation) && work == Work::backward_weight &&
+        a.accumulate)
       bytes -= storage(a.results[0].type, a.results[0].size()).count;
     // Of a product all three are m k, k n and m n.
     const auto first = [](const std::vector<cpu::Tensor>& list) {
@@ -192,6 +259,8 @@ class PaperKernel : public execute::OperatorKernel {
         if (t && t.rows != nullptr) bytes += storage(t.type, t.size()).count;
       }
     }
+    if (std::holds_alternative<Dispatch>(*context_.operation) && work == Work::forward)
+      paper_.host_works(20e-9 * static_cast<double>(rows.size()));
     paper_.move(bytes, 4e12, flops);
     routed.clear();
   }

@@ -168,6 +168,42 @@ TEST_F(PaperGpu, ItsNetworksTakeWhatIsPredictedFromItsCalibration) {
   EXPECT_LT(j.at("held_out").back().at("mape").get<double>(), 0.2);
 }
 
+// On a GPU whose kernels take the time of a law, beside the launches of a host and what passes from
+// one to the next, a step is what its profile says: what a measurement has that no prediction
+// knows, or the other way around, would be off here as on any GPU.
+TEST_F(PaperGpu, StepsTakeWhatTheirKernelsLaunchesAndGapsDo) {
+  const auto steps = [&](const std::string& name, int launch_ns, int gap_ns) {
+    const std::string out = (folder_ / name).string();
+    const Json j = Json::parse(run(
+        "validate --backend cuda --steps 2 --rounds 1 --no-reference --json --out '" + out + "'", 0,
+        true,
+        fmt::format("env PARTITA_PAPER_LAUNCH_NS={} PARTITA_PAPER_GAP_NS={}", launch_ns, gap_ns)));
+    double bias = 0;
+    int timed = 0;
+    for (const auto& c : j.at("suite").at("cases")) {
+      if (c.at("measured_s").is_null()) continue;
+      const double error = c.at("predicted_s").get<double>() / c.at("measured_s").get<double>() - 1;
+      EXPECT_NEAR(error, 0, 0.02) << c.at("name");
+      bias += error;
+      ++timed;
+    }
+    EXPECT_EQ(timed, 7);
+    EXPECT_NEAR(bias / timed, 0, 0.005);
+    return text_of(out + "/device.yaml");
+  };
+  const std::string quick = steps("quick", 1, 0), usual = steps("usual", 4000, 1500);
+  const auto us = [](const std::string& device, const std::string& key) {
+    const std::size_t at = device.find("\n" + key + ": {value: ");
+    return at == std::string::npos ? 0 : std::stod(device.substr(at + key.size() + 11));
+  };
+  EXPECT_LT(us(quick, "dispatch"), 0.01);
+  // A gap of the first kernel less; some instructions are two calls.
+  EXPECT_NEAR(us(usual, "dispatch"), 1.5, 0.1);
+  EXPECT_NEAR(us(usual, "dispatch_in_graph"), 0.75, 0.1);
+  EXPECT_NEAR(us(usual, "launch"), 4.5, 0.5);
+  EXPECT_NEAR(us(usual, "list_row"), 0.02, 0.001);
+}
+
 // A header, and of each round copies, copies to the host and the network: the seventh line of the
 // journal is the network's second run.
 TEST_F(PaperGpu, RunsOfANetworkWhoseClockStraysAreNoMeasurement) {

@@ -53,6 +53,7 @@ struct State {
   /// What a call has left to do; whoever asks how the communicator is has it done. True: done.
   std::function<bool()> rest;
   std::int64_t collectives = 0, splits = 0;
+  int held = 0;  ///< graphs' calls that are not destroyed
   std::map<int, std::int64_t> sent, received;
   std::int64_t calls = 0;  ///< a group is one
   std::map<std::int64_t, std::vector<fs::path>>
@@ -241,7 +242,11 @@ void put(const std::shared_ptr<State>& s, const std::vector<Operation>& operatio
   const cudaStream_t stream = operations.at(0).stream;
   const bool one = std::all_of(operations.begin(), operations.end(),
                                [&](const Operation& o) { return o.stream == stream; });
+  // A graph that has calls of a communicator holds it.
+  ++s->held;
+  const std::shared_ptr<void> hold(nullptr, [s](void*) { --s->held; });
   if (one && emulated::captured(stream, [=](cudaStream_t again) {
+        static_cast<void>(hold);
         auto theirs = operations;
         for (Operation& o : theirs) o.stream = again;
         put(s, theirs);
@@ -300,6 +305,13 @@ ncclResult_t call(ncclComm_t comm, const Operation& o) {
     put(s, {o});
     return true;
   });
+}
+
+/// NCCL would wait for ever.
+void not_held(const State& s, const char* call) {
+  if (s.held == 0) return;
+  emulated::say(fmt::format("{} of a communicator that a graph has {} calls of", call, s.held));
+  ::_exit(134);
 }
 
 std::string host_of_this() {
@@ -455,6 +467,7 @@ ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
   if (const ncclResult_t r = usable(comm); r != ncclSuccess) return r;
   State& s = *comm->state;
+  not_held(s, "ncclCommDestroy");
   s.ended = true;
   std::error_code ignored;
   write(parted(s.folder, "left", 0, s.rank), "", 0);
@@ -467,6 +480,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
   if (comm == nullptr || comm->state->ended)
     return fail(ncclInvalidArgument, "an abort of what is not there");
+  not_held(*comm->state, "ncclCommAbort");
   comm->state->aborted = comm->state->ended = true;
   return ncclSuccess;
 }

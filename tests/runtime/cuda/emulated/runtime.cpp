@@ -799,7 +799,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* to) {
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* to, cudaGraph_t graph, unsigned long long flags) {
-  if (graph == nullptr || flags != 0)
+  if (graph == nullptr || (flags != 0 && flags != cudaGraphInstantiateFlagUseNodePriority))
     return keep(refuse(cudaErrorInvalidValue, "a graph that is none"));
   auto* exec = new CUgraphExec_st{*graph, {}};
   for (std::size_t k = 0; k < graph->streams; ++k) {
@@ -834,6 +834,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   const auto end = std::make_shared<Moment>();
   set_moment(exec->streams.at(0), end);
   return wait_moment(stream, end);
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
+  return exec != nullptr && known(stream) != nullptr ? cudaSuccess
+                                                     : keep(cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   for (const cudaStream_t s : exec->streams) cudaStreamDestroy(s);
