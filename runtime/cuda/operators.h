@@ -265,17 +265,47 @@ template <class M>
 bool data(M&, const Embedding&, const Context&, const Arguments& a) {
   return !wanted(a, 0);
 }
+/// Of a table of few rows (segments, say), whose chains would be too long for one block each: every
+/// row's sum over all tokens, in two stages so that its order is fixed.
+template <class M>
+void sum_few_rows(M& m, const std::int64_t* id, std::int64_t tokens, const IndexList& held,
+                  Numbers dy, std::int64_t n, Numbers w, bool accumulate) {
+  const std::int64_t rows = held.size, chunk = 64, chunks = (tokens + chunk - 1) / chunk;
+  float* parts = m.scratch(chunks * rows * n);
+  m.each(
+      chunks * rows * n, PARTITA_KERNEL(std::int64_t i) {
+        const std::int64_t f = i % n, row = i / n % rows, first = i / (n * rows) * chunk,
+                           end = first + chunk < tokens ? first + chunk : tokens,
+                           wanted = held.at(row);
+        float sum = 0;
+        for (std::int64_t t = first; t < end; ++t) {
+          if (id[t] == wanted) sum += dy[t * n + f];
+        }
+        parts[i] = sum;
+      });
+  m.each(
+      rows * n, PARTITA_KERNEL(std::int64_t i) {
+        float sum = 0;
+        for (std::int64_t k = 0; k < chunks; ++k) sum += parts[k * rows * n + i];
+        w[i] = accumulate ? w[i] + sum : sum;
+      });
+}
 /// Tokens of one id are added in their order: the first of them walks a chain through the rest.
 template <class M>
 bool weight(M& m, const Embedding&, const Context&, const Arguments& a) {
   const Tensor &ids = a.inputs[0], &table = a.results[0];
   if (ids.ids == nullptr) return false;
   const std::int64_t n = extent(table, 1, 2), tokens = ids.size();
-  if (!a.accumulate) fill_values(m, numbers(table), table.size(), 0);
   const IndexList held = m.list((*table.index)[0]);
   const std::int64_t* id = ids.ids;
   const Numbers dy = numbers(a.output_gradients[0]);
   const Numbers w = numbers(table);
+  constexpr std::int64_t kFewRows = 4;
+  if (held.size <= kFewRows) {
+    sum_few_rows(m, id, tokens, held, dy, n, w, a.accumulate);
+    return true;
+  }
+  if (!a.accumulate) fill_values(m, w, table.size(), 0);
   // Positions below 2^31, as words.
   auto* next = reinterpret_cast<std::int32_t*>(m.scratch(2 * tokens));
   std::int32_t* first = next + tokens;
@@ -407,11 +437,14 @@ struct Runs : cpu::NormalisedRuns {
   PARTITA_BOTH std::int64_t at(std::int64_t g, std::int64_t e) const {
     return batch ? (e / length * groups + g) * length + e % length : g * length + e;
   }
-  /// f(where, column, count, numbers there) of the group's octets, each in one run.
+  /// f(where, column, count, numbers there) of the group's octets, each in one run: of those that
+  /// are one part's of so many.
   template <class F>
-  PARTITA_LANE void each(const Lanes& lanes, std::int64_t g, const Numbers& x, F f) const {
+  PARTITA_LANE void each(const Lanes& lanes, std::int64_t g, const Numbers& x, F f,
+                         std::int64_t part = 0, std::int64_t parts = 1) const {
     const std::int64_t pieces = (length + Octet::kSize - 1) / Octet::kSize;
-    for (std::int64_t p = lanes.lane(); p < repeats * pieces; p += lanes.count()) {
+    for (std::int64_t p = part * lanes.count() + lanes.lane(); p < repeats * pieces;
+         p += parts * lanes.count()) {
       const std::int64_t e = p / pieces * length + p % pieces * Octet::kSize,
                          left = length - p % pieces * Octet::kSize,
                          count = left < Octet::kSize ? left : std::int64_t{Octet::kSize};
@@ -419,9 +452,53 @@ struct Runs : cpu::NormalisedRuns {
       f(i, batch ? g : e, count, octet(x, i, count));
     }
   }
-  /// Lanes that a group keeps busy, as rows() takes them.
-  std::int64_t lanes_wanted() const { return (size() + 1) / 2; }
+  /// Blocks that share a group: of a batch few channels would leave most of a GPU idle.
+  std::int64_t parts() const {
+    constexpr std::int64_t kBlocks = 1024, kLeast = 8192;
+    const std::int64_t wanted = (kBlocks + groups - 1) / groups, most = size() / kLeast;
+    return !batch || most < 2 ? 1 : wanted < most ? wanted : most;
+  }
+  /// Lanes that a group's part keeps busy, as rows() takes them.
+  std::int64_t lanes_wanted() const { return (size() / parts() + 1) / 2; }
 };
+
+/// f(group, lanes, part, parts, a, b) adds to two sums of a group's part.
+template <class F>
+struct PartSums {
+  std::int64_t parts;
+  double* to;
+  F f;
+  PARTITA_LANE void operator()(std::int64_t q, const Lanes& lanes) const {
+    double a = 0, b = 0;
+    f(q / parts, lanes, q % parts, parts, a, b);
+    a = lanes.sum(a);
+    b = lanes.sum(b);
+    if (lanes.lane() != 0) return;
+    to[2 * q] = a;
+    to[2 * q + 1] = b;
+  }
+};
+/// then(group, a, b) of the parts' sums, in their order.
+template <class Then>
+struct SumsOfParts {
+  std::int64_t parts;
+  const double* from;
+  Then then;
+  PARTITA_LANE void operator()(std::int64_t g) const {
+    double a = 0, b = 0;
+    for (std::int64_t k = g * parts; k < (g + 1) * parts; ++k)
+      a += from[2 * k], b += from[2 * k + 1];
+    then(g, a, b);
+  }
+};
+template <class M, class F, class Then>
+void sum_by_parts(M& m, const Runs& r, F f, Then then) {
+  const std::int64_t parts = r.parts();
+  // A double takes two floats' room.
+  auto* sums = reinterpret_cast<double*>(m.scratch(4 * r.groups * parts));
+  m.rows(r.groups * parts, r.lanes_wanted(), PartSums<F>{parts, sums, f});
+  m.each(r.groups, SumsOfParts<Then>{parts, sums, then});
+}
 /// Of the columns from one on; of a batch's group all have one. 1 and 0 where there are none.
 PARTITA_BOTH Octet by_column(const Runs& r, const Numbers& list, std::int64_t column,
                              std::int64_t count, float none) {
@@ -456,6 +533,35 @@ bool statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) 
   const Numbers x = numbers(a.inputs[0]);
   const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
+  if (r.parts() > 1) {
+    sum_by_parts(
+        m, r,
+        PARTITA_KERNEL(std::int64_t g, const Lanes& lanes, std::int64_t part, std::int64_t parts,
+                       double& sum, double& square) {
+          r.each(
+              lanes, g, x,
+              [&](std::int64_t, std::int64_t, std::int64_t count, const Octet& o) {
+                for (int k = 0; k < count; ++k) {
+                  const auto v = static_cast<double>(o.v[k]);
+                  sum += v;
+                  square += v * v;
+                }
+              },
+              part, parts);
+        },
+        PARTITA_KERNEL(std::int64_t g, double sum, double square) {
+          const double mean = r.width == 2 ? sum / r.members : 0;
+          if (whole) {
+            // In doubles the difference of two sums is as good as a second look.
+            const double variance = square / r.members - mean * mean;
+            sum = mean;
+            square = 1 / sqrt((variance > 0 ? variance : 0) + r.epsilon);
+          }
+          if (r.width == 2) to[2 * g] = static_cast<float>(sum);
+          to[g * r.width + r.width - 1] = static_cast<float>(square);
+        });
+    return true;
+  }
   m.rows(
       r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         double sum = 0, square = 0;
@@ -496,21 +602,25 @@ bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   const Numbers bias = op.bias ? numbers(a.parameters[op.scale ? 1 : 0]) : nullptr;
   const Numbers y = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
+  const std::int64_t parts = r.parts();
   m.rows(
-      r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+      r.groups * parts, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t q, const Lanes& lanes) {
+        const std::int64_t g = q / parts;
         const Moments o = moments_of(r, sums, whole, g);
-        r.each(lanes, g, x,
-               [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
-                 const Octet by = by_column(r, scale, column, count, 1),
-                             more = by_column(r, bias, column, count, 0);
-                 Octet to;
-                 for (int k = 0; k < Octet::kSize; ++k) {
-                   float v = (from.v[k] - o.mean) * o.inverse;
-                   if (scale != nullptr) v *= by.v[k];
-                   to.v[k] = bias != nullptr ? v + more.v[k] : v;
-                 }
-                 put(y, i, count, to);
-               });
+        r.each(
+            lanes, g, x,
+            [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+              const Octet by = by_column(r, scale, column, count, 1),
+                          more = by_column(r, bias, column, count, 0);
+              Octet to;
+              for (int k = 0; k < Octet::kSize; ++k) {
+                float v = (from.v[k] - o.mean) * o.inverse;
+                if (scale != nullptr) v *= by.v[k];
+                to.v[k] = bias != nullptr ? v + more.v[k] : v;
+              }
+              put(y, i, count, to);
+            },
+            q % parts, parts);
       });
   return true;
 }
@@ -523,6 +633,33 @@ bool backward_statistic(M& m, const Normalize& op, const Context& c, const Argum
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
   const Numbers to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
+  if (r.parts() > 1) {
+    sum_by_parts(
+        m, r,
+        PARTITA_KERNEL(std::int64_t g, const Lanes& lanes, std::int64_t part, std::int64_t parts,
+                       double& sum, double& along) {
+          const Moments o = moments_of(r, sums, whole, g);
+          r.each(
+              lanes, g, x,
+              [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+                const Octet slopes = octet(dy, i, count),
+                            by = by_column(r, scale, column, count, 1);
+                for (int k = 0; k < count; ++k) {
+                  const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
+                  sum += static_cast<double>(d);
+                  along += static_cast<double>(d * (from.v[k] - o.mean));
+                }
+              },
+              part, parts);
+        },
+        PARTITA_KERNEL(std::int64_t g, double sum, double along) {
+          const Moments o = moments_of(r, sums, whole, g);
+          if (r.width == 2) to[2 * g] = static_cast<float>(sum);
+          to[g * r.width + r.width - 1] =
+              static_cast<float>(along * static_cast<double>(o.inverse));
+        });
+    return true;
+  }
   m.rows(
       r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         const Moments o = moments_of(r, sums, whole, g);
@@ -555,24 +692,27 @@ bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
   const Numbers dx = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
+  const std::int64_t parts = r.parts();
   m.rows(
-      r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+      r.groups * parts, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t q, const Lanes& lanes) {
+        const std::int64_t g = q / parts;
         const Moments o = moments_of(r, sums, whole, g);
         const float mean =
             r.width == 2 ? static_cast<float>(static_cast<double>(back[2 * g]) / r.members) : 0.0f;
         const auto along =
             static_cast<float>(static_cast<double>(back[g * r.width + r.width - 1]) / r.members);
-        r.each(lanes, g, x,
-               [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
-                 const Octet slopes = octet(dy, i, count),
-                             by = by_column(r, scale, column, count, 1);
-                 Octet to;
-                 for (int k = 0; k < Octet::kSize; ++k) {
-                   const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
-                   to.v[k] = o.inverse * (d - mean - (from.v[k] - o.mean) * o.inverse * along);
-                 }
-                 put(dx, i, count, to);
-               });
+        r.each(
+            lanes, g, x,
+            [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+              const Octet slopes = octet(dy, i, count), by = by_column(r, scale, column, count, 1);
+              Octet to;
+              for (int k = 0; k < Octet::kSize; ++k) {
+                const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
+                to.v[k] = o.inverse * (d - mean - (from.v[k] - o.mean) * o.inverse * along);
+              }
+              put(dx, i, count, to);
+            },
+            q % parts, parts);
       });
   return true;
 }
@@ -587,18 +727,24 @@ bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   const Numbers to_bias = op.bias && wanted(a, second) ? numbers(a.results[second]) : nullptr;
   const bool whole = a.whole_statistics, accumulate = a.accumulate;
   if (r.batch) {
-    m.rows(
-        r.groups, r.size(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+    sum_by_parts(
+        m, r,
+        PARTITA_KERNEL(std::int64_t g, const Lanes& lanes, std::int64_t part, std::int64_t parts,
+                       double& along, double& sum) {
           const Moments o = moments_of(r, sums, whole, g);
-          double along = 0, sum = 0;
-          for (std::int64_t e = lanes.lane(); e < r.size(); e += lanes.count()) {
-            const std::int64_t i = r.at(g, e);
-            along += static_cast<double>(dy[i] * (x[i] - o.mean));
-            sum += static_cast<double>(dy[i]);
-          }
-          along = lanes.sum(along) * static_cast<double>(o.inverse);
-          sum = lanes.sum(sum);
-          if (lanes.lane() != 0) return;
+          r.each(
+              lanes, g, x,
+              [&](std::int64_t i, std::int64_t, std::int64_t count, const Octet& from) {
+                const Octet d = octet(dy, i, count);
+                for (int k = 0; k < count; ++k) {
+                  along += static_cast<double>(d.v[k] * (from.v[k] - o.mean));
+                  sum += static_cast<double>(d.v[k]);
+                }
+              },
+              part, parts);
+        },
+        PARTITA_KERNEL(std::int64_t g, double along, double sum) {
+          along *= static_cast<double>(moments_of(r, sums, whole, g).inverse);
           if (to_scale != nullptr)
             to_scale[g] = static_cast<float>(along) + (accumulate ? to_scale[g] : 0.0f);
           if (to_bias != nullptr)

@@ -23,12 +23,20 @@ inline std::vector<reference::Problem> octet_problems(reference::Rng& rng) {
     add("rms norm", norm, {tokens});
     norm.kind = Normalize::Kind::batch, norm.bias = true;
     add("batch norm", norm, {{sample, {Dim::feature, 3}, {Dim::height, 2}, {Dim::width, width}}});
+    // Channels that several blocks share, of a mean that is not 0.
+    if (width == 24) {
+      add("batch norm of large planes", norm,
+          {{sample, {Dim::feature, 2}, {Dim::height, 200}, {Dim::width, width * 2 + 1}}});
+      for (double& x : list.back().inputs[0].values) x += 3;
+    }
     add("dropout", Dropout{0.4}, {tokens});
     add("dropout of heads", Dropout{0.4}, {{sample, sequence, head, {Dim::head_feature, width}}});
     add("softmax", Softmax{}, {tokens});
     add("cross entropy", CrossEntropy{},
         {{sample, sequence, {Dim::vocabulary, width}}, {sample, sequence}});
     add("embedding", Embedding{7, width}, {{sample, sequence}});
+    add("embedding of few", Embedding{2, width}, {{sample, sequence}});
+    add("embedding of few, of many tokens", Embedding{3, width}, {{sample, {Dim::sequence, 70}}});
     add("position embedding", PositionEmbedding{5}, {tokens});
     add("addition", Add{}, {tokens, tokens});
   }
