@@ -246,22 +246,23 @@ std::vector<CalibrationRun> calibration_runs(int ranks) {
   return all;
 }
 
-CalibrationRun dispatch_run() {
-  TransformerConfig c = decoder(2048, 1024, 8192, 16, 4096, false);
+namespace {
+
+CalibrationRun two_layers(const char* name, TransformerConfig c, std::int64_t batch) {
   c.layers = 2;
-  CalibrationRun r = run_of(build_transformer(c), 2, false);
+  CalibrationRun r = run_of(build_transformer(c), batch, false);
   set_precision(r.plan, "bf16", "");
-  r.name = "between instructions";
+  r.name = name;
   return r;
 }
 
+}  // namespace
+
+CalibrationRun dispatch_run() {
+  return two_layers("between instructions", decoder(2048, 1024, 8192, 16, 4096, false), 2);
+}
 CalibrationRun graph_run() {
-  TransformerConfig c = decoder(256, 128, 1024, 4, 1024, false);
-  c.layers = 2;
-  CalibrationRun r = run_of(build_transformer(c), 1, false);
-  set_precision(r.plan, "bf16", "");
-  r.name = "a step as a CUDA graph";
-  return r;
+  return two_layers("a step as a CUDA graph", decoder(256, 128, 1024, 4, 1024, false), 1);
 }
 
 std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {

@@ -624,35 +624,42 @@ bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
       });
   return true;
 }
+/// Adds up a group's gradients, and these times what they are gradients of less its mean.
+struct SlopeSums {
+  Runs r;
+  Numbers x, dy, scale, sums;
+  bool whole;
+  PARTITA_LANE void operator()(std::int64_t g, const Lanes& lanes, std::int64_t part,
+                               std::int64_t parts, double& sum, double& along) const {
+    const Moments o = moments_of(r, sums, whole, g);
+    r.each(
+        lanes, g, x,
+        [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
+          const Octet slopes = octet(dy, i, count), by = by_column(r, scale, column, count, 1);
+          for (int k = 0; k < count; ++k) {
+            const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
+            sum += static_cast<double>(d);
+            along += static_cast<double>(d * (from.v[k] - o.mean));
+          }
+        },
+        part, parts);
+  }
+};
 template <class M>
 bool backward_statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
-  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
-                sums = numbers(a.statistics[0]);
-  const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
-  const Numbers to = numbers(a.results[0]);
+  const Numbers sums = numbers(a.statistics[0]), to = numbers(a.results[0]);
   const bool whole = a.whole_statistics;
+  const SlopeSums add{r,
+                      numbers(a.inputs[0]),
+                      numbers(a.output_gradients[0]),
+                      op.scale ? numbers(a.parameters[0]) : Numbers(),
+                      sums,
+                      whole};
   if (r.parts() > 1) {
     sum_by_parts(
-        m, r,
-        PARTITA_KERNEL(std::int64_t g, const Lanes& lanes, std::int64_t part, std::int64_t parts,
-                       double& sum, double& along) {
-          const Moments o = moments_of(r, sums, whole, g);
-          r.each(
-              lanes, g, x,
-              [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
-                const Octet slopes = octet(dy, i, count),
-                            by = by_column(r, scale, column, count, 1);
-                for (int k = 0; k < count; ++k) {
-                  const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
-                  sum += static_cast<double>(d);
-                  along += static_cast<double>(d * (from.v[k] - o.mean));
-                }
-              },
-              part, parts);
-        },
-        PARTITA_KERNEL(std::int64_t g, double sum, double along) {
+        m, r, add, PARTITA_KERNEL(std::int64_t g, double sum, double along) {
           const Moments o = moments_of(r, sums, whole, g);
           if (r.width == 2) to[2 * g] = static_cast<float>(sum);
           to[g * r.width + r.width - 1] =
@@ -662,23 +669,14 @@ bool backward_statistic(M& m, const Normalize& op, const Context& c, const Argum
   }
   m.rows(
       r.groups, r.lanes_wanted(), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
-        const Moments o = moments_of(r, sums, whole, g);
         double sum = 0, along = 0;
-        r.each(lanes, g, x,
-               [&](std::int64_t i, std::int64_t column, std::int64_t count, const Octet& from) {
-                 const Octet slopes = octet(dy, i, count),
-                             by = by_column(r, scale, column, count, 1);
-                 for (int k = 0; k < count; ++k) {
-                   const float d = scale != nullptr ? slopes.v[k] * by.v[k] : slopes.v[k];
-                   sum += static_cast<double>(d);
-                   along += static_cast<double>(d * (from.v[k] - o.mean));
-                 }
-               });
+        add(g, lanes, 0, 1, sum, along);
         sum = r.width == 2 ? lanes.sum(sum) : 0;
         along = lanes.sum(along);
         if (lanes.lane() != 0) return;
         if (r.width == 2) to[2 * g] = static_cast<float>(sum);
-        to[g * r.width + r.width - 1] = static_cast<float>(along * static_cast<double>(o.inverse));
+        to[g * r.width + r.width - 1] =
+            static_cast<float>(along * static_cast<double>(moments_of(r, sums, whole, g).inverse));
       });
   return true;
 }
@@ -728,22 +726,8 @@ bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   const bool whole = a.whole_statistics, accumulate = a.accumulate;
   if (r.batch) {
     sum_by_parts(
-        m, r,
-        PARTITA_KERNEL(std::int64_t g, const Lanes& lanes, std::int64_t part, std::int64_t parts,
-                       double& along, double& sum) {
-          const Moments o = moments_of(r, sums, whole, g);
-          r.each(
-              lanes, g, x,
-              [&](std::int64_t i, std::int64_t, std::int64_t count, const Octet& from) {
-                const Octet d = octet(dy, i, count);
-                for (int k = 0; k < count; ++k) {
-                  along += static_cast<double>(d.v[k] * (from.v[k] - o.mean));
-                  sum += static_cast<double>(d.v[k]);
-                }
-              },
-              part, parts);
-        },
-        PARTITA_KERNEL(std::int64_t g, double along, double sum) {
+        m, r, SlopeSums{r, x, dy, nullptr, sums, whole},
+        PARTITA_KERNEL(std::int64_t g, double sum, double along) {
           along *= static_cast<double>(moments_of(r, sums, whole, g).inverse);
           if (to_scale != nullptr)
             to_scale[g] = static_cast<float>(along) + (accumulate ? to_scale[g] : 0.0f);

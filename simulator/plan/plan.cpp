@@ -116,6 +116,7 @@ Plan executable(Plan plan) {
 Plan as_executed(Plan plan) {
   Plan ours;
   set_framework(ours, "partita", "");
+  plan.framework = ours.framework;
   plan.allocations = ours.allocations;
   plan.kernels = ours.kernels;
   // A step is captured as a whole, or not.

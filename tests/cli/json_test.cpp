@@ -629,6 +629,19 @@ TEST(Replay, ARankOfAPublishedRun) {
 }
 
 /// A dozen plans over processes: what threads prove for hundreds, MPI and sockets carry out alike.
+/// Whatever a framework keeps and fuses, what runs is our own.
+TEST(Run, UnderAFrameworkItPredictsWhatItDoes) {
+  for (const char* framework : {"megatron-core", "nemo", "torchtitan"}) {
+    const Ran r = run(fmt::format(
+        "run ../tiny.yaml --dp 2 --global-batch 4 --steps 1 --no-check --transport threads "
+        "--framework {} --json",
+        framework));
+    ASSERT_EQ(r.code, 0) << r.err;
+    const Json total = Json::parse(r.out).at("memory_bytes").at("total");
+    EXPECT_EQ(total.at("measured"), total.at("predicted")) << framework;
+  }
+}
+
 TEST(Run, GraphsThatAreNotCapturedAreSaid) {
   for (const auto& [set, why] :
        {std::pair{"graphs=true", "CUDA graphs are of --backend cuda"},

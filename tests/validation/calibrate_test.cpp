@@ -226,7 +226,7 @@ TEST(Compare, KindsAreWhatTheDeviceHasRecorded) {
   m.kernel_ns = {{3000, 3200}, {3200, 3400}};
   c = compare(p, t, {m});
   // 3.1 and 3.3 us (the later of two is the median), and what passes beside them in 10 us.
-  EXPECT_NEAR(c.kinds.at(0).measured.count, 10e-6, 1e-12);
+  EXPECT_DOUBLE_EQ(c.kinds.at(0).measured.count, 10e-6);
   EXPECT_DOUBLE_EQ(c.kinds.at(0).predicted.count, 6e-6);
   EXPECT_DOUBLE_EQ(c.measured.count, 10e-6);
   EXPECT_NEAR(dispatch_of({m})->count, (10e-6 - 6.4e-6) / 2, 1e-12);

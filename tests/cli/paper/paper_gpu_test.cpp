@@ -196,6 +196,10 @@ TEST_F(PaperGpu, StepsTakeWhatTheirKernelsLaunchesAndGapsDo) {
     const std::size_t at = device.find("\n" + key + ": {value: ");
     return at == std::string::npos ? 0 : std::stod(device.substr(at + key.size() + 11));
   };
+  for (const char* kernel :
+       {"linear forward with bias bf16", "linear weight bf16", "linear forward unaligned bf16",
+        "convolution weight with bias bf16", "cross_entropy data unaligned bf16"})
+    EXPECT_NE(usual.find(std::string("  '") + kernel + "':"), std::string::npos) << kernel;
   EXPECT_LT(us(quick, "dispatch"), 0.01);
   // A gap of the first kernel less; some instructions are two calls.
   EXPECT_NEAR(us(usual, "dispatch"), 1.5, 0.1);
