@@ -32,10 +32,10 @@ struct LocalLink {
 
 /// One distinct node, stored once. Local vertices are the spec's, in order, and then the switch of
 /// the domain if there is one. Local links: both directions of each cable; then of each domain
-/// port; then of each NIC's port (out to the fabric, and back).
+/// port; then, where there is a fabric, of each NIC's port (out to it, and back).
 class NodeTemplate {
  public:
-  explicit NodeTemplate(const NodeSpec& spec) : spec_(spec) {
+  NodeTemplate(const NodeSpec& spec, bool has_fabric) : spec_(spec) {
     for (std::size_t v = 0; v < spec_.vertices.size(); ++v) {
       if (spec_.vertices[v].kind == VertexKind::device) devices_.push_back(v);
       if (spec_.vertices[v].kind == VertexKind::nic) nics_.push_back(v);
@@ -48,7 +48,7 @@ class NodeTemplate {
         add_cable(port, domain_switch_, kNone, d.kind, d.bandwidth, d.latency);
     }
     first_nic_link_ = links_.size();
-    for (std::size_t n = 0; n < nics_.size(); ++n) {
+    for (std::size_t n = 0; n < nics_.size() && has_fabric; ++n) {
       const auto& nic = spec_.vertices[nics_[n]];
       add_cable(nics_[n], kNone, n, LinkKind::network, nic.port_bandwidth, nic.port_latency,
                 nic.port_efficiency);

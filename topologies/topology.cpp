@@ -746,7 +746,8 @@ Topology build_topology(ClusterSpec spec) {
   impl->sources = std::move(spec.sources);
   std::size_t domains = 0;
   for (const auto& group_spec : spec.groups) {
-    Group group{.node = NodeTemplate(group_spec)};
+    const bool has_fabric = !std::holds_alternative<NoFabric>(spec.fabric);
+    Group group{.node = NodeTemplate(group_spec, has_fabric)};
     group.count = static_cast<std::size_t>(group_spec.count);
     group.first_node = impl->nodes;
     group.first_device = impl->devices;

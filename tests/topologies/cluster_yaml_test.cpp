@@ -67,6 +67,24 @@ TEST(ClusterYaml, GroupsAreNumberedInOrder) {
   EXPECT_EQ(topology.device_name(DeviceId{std::size_t{9}}), "node2.gpu1");
 }
 
+// One node with cards that lead nowhere: what importers of a node's own word make.
+TEST(ClusterYaml, CardsWithoutAFabricHaveNoPorts) {
+  std::string text = with("count: 2", "count: 1");
+  text.replace(text.find("  - vertices:"), std::string::npos, "fabric: {kind: none}\n");
+  const Topology t = parse_topology(text, "lab.yaml");
+  ASSERT_EQ(t.node_count(), 1u);
+  // By hand: 4 + 1 + 1 + 1 cables, both ways each.
+  EXPECT_EQ(t.link_count(), 14u);
+  for (std::size_t l = 0; l < t.link_count(); ++l) {
+    const LinkId id(static_cast<std::int32_t>(l));
+    EXPECT_LT(static_cast<std::size_t>(t.link(id).from), t.vertex_count());
+    EXPECT_LT(static_cast<std::size_t>(t.link(id).to), t.vertex_count());
+    EXPECT_NE(t.link_name(id).find("node0."), std::string::npos);
+  }
+  text.replace(text.find("none"), 4, "single switch");
+  EXPECT_EQ(parse_topology(text, "lab.yaml").link_count(), 16u);
+}
+
 TEST(ClusterYaml, RangesPairUpBlocksAreDealtOutAndBetweenIsAMesh) {
   const Topology topology = good();
   EXPECT_EQ(route_text(topology, 0, 1), "node0.gpu0->node0.pcie0 node0.pcie0->node0.gpu1");
