@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "base/error.h"
-#include "base/hash.h"
 
 namespace partita::validation {
 namespace {
@@ -77,25 +76,29 @@ std::size_t next_candidate(const KernelTable& table,
   return best;
 }
 
-bool held_out(const std::string& kernel, const KernelPoint& p) {
-  if (kernel.rfind("copy", 0) == 0) return false;
-  std::uint64_t h = 0;
-  for (const char c : kernel) h = mix(h, static_cast<std::uint64_t>(static_cast<unsigned char>(c)));
-  for (const double x : {p.m, p.n, p.k, p.count, p.bytes})
-    h = mix(h, static_cast<std::uint64_t>(std::llround(x)));
-  return (h >> 17 & 1u) != 0;
-}
-
 KernelTable take_held_out(KernelTable& table) {
   KernelTable held;
-  for (auto it = table.begin(); it != table.end();) {
-    const auto& kernel = it->first;
-    auto& points = it->second;
-    const auto rest = std::stable_partition(
-        points.begin(), points.end(), [&](const KernelPoint& p) { return !held_out(kernel, p); });
+  for (auto& [kernel, points] : table) {
+    if (kernel.rfind("copy", 0) == 0) continue;
+    const auto shape = [](const KernelPoint& p) {
+      const double size = p.m > 0 ? p.m * p.n * p.k * p.count : p.bytes;
+      return std::tuple{size, p.m, p.n, p.k, p.count, p.bytes};
+    };
+    std::set<decltype(shape(points[0]))> shapes;
+    for (const KernelPoint& p : points) shapes.insert(shape(p));
+    std::set<decltype(shape(points[0]))> out;
+    std::size_t k = 0;
+    for (const auto& s : shapes) {
+      // Where the largest's turn is, it is the one's before.
+      const bool last = k + 1 == shapes.size(), before_last = k + 2 == shapes.size();
+      if (k % 2 == 1 ? !last : before_last) out.insert(s);
+      ++k;
+    }
+    const auto rest =
+        std::stable_partition(points.begin(), points.end(),
+                              [&](const KernelPoint& p) { return !out.contains(shape(p)); });
     if (rest != points.end()) held[kernel].assign(rest, points.end());
     points.erase(rest, points.end());
-    it = points.empty() ? table.erase(it) : std::next(it);
   }
   return held;
 }

@@ -25,11 +25,10 @@ std::size_t next_candidate(const KernelTable& table,
                            const std::vector<std::vector<KernelShape>>& candidates,
                            int multiprocessors);
 
-/// Is a point for judging prediction alone? Half of all shapes are, by a hash of kernel and shape:
-/// decided before anything is measured, the same everywhere. Copies, by which memory and links
-/// are rated, are not.
-bool held_out(const std::string& kernel, const KernelPoint& point);
-/// Takes them out of the table.
+/// Takes the points out that are for judging prediction alone: of each kernel every second shape by
+/// size (a product's FLOPs, else bytes), the last but one where the turn is the largest's, since
+/// beyond the largest nothing is known. By shape, whatever the times; none of copies, by which
+/// memory and links are rated. Half of all, rounded down.
 KernelTable take_held_out(KernelTable& table);
 
 /// Held out points of one kernel against the others' prediction.

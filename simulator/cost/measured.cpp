@@ -179,25 +179,21 @@ std::string operand_words(const ProgramOperator& op, const Instruction& i, const
   return words;
 }
 
-/// Of the same kernel with a bias, where this one has none, and the other way around.
-std::vector<KernelPoint> of_the_other_bias(const KernelTable& table, std::string kernel) {
+/// The same kernel with a bias, where this one has none, and the other way around; "": none.
+std::string with_the_other_bias(std::string kernel) {
   constexpr std::string_view kBias = " with bias";
-  if (const std::size_t at = kernel.find(kBias); at != std::string::npos) {
-    kernel.erase(at, kBias.size());
-  } else {
-    const std::size_t pass = kernel.find(' ');
-    if (pass == std::string::npos) return {};
-    kernel.insert(std::min(kernel.find(' ', pass + 1), kernel.size()), kBias);
-  }
-  const auto found = table.find(kernel);
-  return found == table.end() ? std::vector<KernelPoint>{} : found->second;
+  if (const std::size_t at = kernel.find(kBias); at != std::string::npos)
+    return kernel.erase(at, kBias.size());
+  const std::size_t pass = kernel.find(' ');
+  if (pass == std::string::npos) return "";
+  return kernel.insert(std::min(kernel.find(' ', pass + 1), kernel.size()), kBias);
 }
 
 /// The table's points of a kernel, or of the nearest that it has.
-const std::vector<KernelPoint>* points_of(const KernelTable& table, const std::string& kernel) {
+const KernelTable::value_type* points_of(const KernelTable& table, const std::string& kernel) {
   const auto find = [&](const std::string& name) {
     const auto found = table.find(name);
-    return found == table.end() ? nullptr : &found->second;
+    return found == table.end() ? nullptr : &*found;
   };
   const auto without = [](std::string name, std::string_view words) {
     const std::size_t at = name.find(words);
@@ -375,7 +371,7 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
                                      int multiprocessors) {
   const auto* found = points_of(table, s.kernel);
   if (found == nullptr) return {};
-  const std::vector<KernelPoint>& all = *found;
+  const auto& [kernel, all] = *found;
   const int at = nearest_ranks(all, ranks);
   if (!s.product()) {
     std::vector<std::pair<double, double>> points;
@@ -388,20 +384,18 @@ std::optional<Seconds> measured_time(const KernelTable& table, const KernelShape
     if (multiprocessors == 0) return Seconds{interpolate(c, x)};
     // What any kernel takes: the shortest of all.
     double start = c.front().second;
-    for (const auto& [kernel, others] : table) {
+    for (const auto& [name, others] : table) {
       for (const KernelPoint& p : others) start = std::min(start, p.time.count);
     }
     return Seconds{affine(c, x, start)};
   }
-  std::vector<KernelPoint> points;
-  for (const KernelPoint& p : all) {
-    if (p.ranks == at && p.m > 0) points.push_back(p);
-  }
+  std::vector<ProductPoint> points = product_points(kernel, all, at);
   if (points.empty()) return {};
-  // A bias is little beside what few points do not know.
   if (multiprocessors > 0 && points.size() < kFewPoints) {
-    for (const KernelPoint& p : of_the_other_bias(table, s.kernel)) {
-      if (p.ranks == at && p.m > 0) points.push_back(p);
+    const auto others = table.find(with_the_other_bias(kernel));
+    if (others != table.end()) {
+      for (ProductPoint& p : product_points(others->first, others->second, at))
+        points.push_back(std::move(p));
     }
   }
   return Seconds{measured_product(table, points, s, multiprocessors)};

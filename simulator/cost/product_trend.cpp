@@ -70,23 +70,45 @@ struct Tile {
 };
 constexpr Tile kTiles[] = {{128, 128}, {128, 256}, {64, 128}, {256, 128}, {192, 128}};
 
-constexpr std::size_t kTerms = 6;
+constexpr std::size_t kTerms = 7;
 using Terms = std::array<double, kTerms>;
 
-/// What a GPU's time may be a sum of: a start, one of each product, FLOPs, bytes, results, and
-/// FLOPs with tiles and waves of them filled up.
+/// FLOPs of `count` such results at once with tiles and waves of them filled up.
+double in_waves(const Result& r, double count, const Tile& tile, int multiprocessors) {
+  const double tiles = std::ceil(r.rows / tile.rows) * std::ceil(r.columns / tile.columns) * count;
+  return std::ceil(tiles / multiprocessors) * multiprocessors * tile.rows * tile.columns * 2 *
+         r.sum;
+}
+
+/// The same of an expert's, in the mean: its rows vary about theirs as a fair draw's do, by their
+/// square root, here evenly.
+double in_waves_of_an_expert(Result r, const Tile& tile, int multiprocessors, bool weight) {
+  constexpr int kDraws = 32;
+  double& rows = weight ? r.sum : r.rows;
+  const double mean = rows, varies = std::min(mean, std::sqrt(3 * mean));
+  double sum = 0;
+  for (int i = 0; i < kDraws; ++i) {
+    rows = std::max(1.0, mean + varies * ((2 * i + 1.0) / kDraws - 1));
+    sum += in_waves(r, 1, tile, multiprocessors);
+  }
+  return sum / kDraws;
+}
+
+/// What a GPU's time may be a sum of: a start, one of each product, FLOPs, bytes, results, waves of
+/// tiles filled up, and what a bias is added to. Experts' products are launched one by one.
 Terms terms_of(const KernelShape& s, const Tile& tile, int multiprocessors) {
   const Result r = result_of(s);
-  const double tiles =
-                   std::ceil(r.rows / tile.rows) * std::ceil(r.columns / tile.columns) * s.count,
-               waves = std::ceil(tiles / multiprocessors),
-               bytes = s.bytes > 0 ? s.bytes : 2 * s.count * (s.m * s.k + s.k * s.n + s.m * s.n);
+  const double bytes = s.bytes > 0 ? s.bytes : 2 * s.count * (s.m * s.k + s.k * s.n + s.m * s.n);
+  const auto has = [&](const char* word) { return s.kernel.find(word) != std::string::npos; };
   return {1,
           s.count,
           flops_of(s),
           bytes,
           r.rows * r.columns * s.count,
-          waves * multiprocessors * tile.rows * tile.columns * 2 * r.sum};
+          has("grouped_product")
+              ? s.count * in_waves_of_an_expert(r, tile, multiprocessors, has(" weight"))
+              : in_waves(r, s.count, tile, multiprocessors),
+          has(" with bias") ? s.m * s.n * s.count : 0};
 }
 
 /// Sum of terms, none negative.
@@ -127,10 +149,6 @@ std::optional<Terms> solved(const std::array<Terms, kTerms>& gram, const Terms& 
   return x;
 }
 
-KernelShape shape_of(const std::string& kernel, const KernelPoint& p) {
-  return {kernel, p.m, p.n, p.k, p.count, p.bytes};
-}
-
 /// Another kernel whose points' trend is likely this one's: products of one kind, attention of all
 /// keys and of those before; empty: none.
 std::vector<std::string> likes_of(std::string kernel) {
@@ -164,22 +182,21 @@ std::vector<std::string> likes_of(std::string kernel) {
 }
 
 /// By least squares of relative errors, over all sets of terms with FLOPs and all tiles.
-Trend trend_of(const std::vector<KernelPoint>& points, const std::string& kernel,
-               int multiprocessors) {
+Trend trend_of(const std::vector<ProductPoint>& points, int multiprocessors) {
   const auto n = static_cast<double>(points.size());
   std::optional<Trend> best;
   for (const Tile& tile : kTiles) {
     std::vector<Terms> rows;
     Terms scale{};
-    for (const KernelPoint& p : points) {
-      Terms row = terms_of(shape_of(kernel, p), tile, multiprocessors);
+    for (const ProductPoint& p : points) {
+      Terms row = terms_of(p.shape, tile, multiprocessors);
       for (std::size_t i = 0; i < kTerms; ++i) scale[i] += (row[i] /= p.time.count) / n;
       rows.push_back(row);
     }
     std::array<Terms, kTerms> gram{};
     Terms right{};
     for (Terms& row : rows) {
-      for (std::size_t i = 0; i < kTerms; ++i) row[i] /= scale[i];
+      for (std::size_t i = 0; i < kTerms; ++i) row[i] /= scale[i] > 0 ? scale[i] : 1;
       for (std::size_t i = 0; i < kTerms; ++i) {
         right[i] += row[i];
         for (std::size_t j = 0; j < kTerms; ++j) gram[i][j] += row[i] * row[j];
@@ -201,7 +218,7 @@ Trend trend_of(const std::vector<KernelPoint>& points, const std::string& kernel
       const double error = std::max(kLeast, squares / std::max(1.0, n - terms));
       if (best && (error > best->error || (error == best->error && terms >= best->terms))) continue;
       best = Trend{*x, tile, error, terms};
-      for (std::size_t i = 0; i < kTerms; ++i) best->each[i] /= scale[i];
+      for (std::size_t i = 0; i < kTerms; ++i) best->each[i] /= scale[i] > 0 ? scale[i] : 1;
     }
   }
   return *best;
@@ -209,22 +226,30 @@ Trend trend_of(const std::vector<KernelPoint>& points, const std::string& kernel
 
 }  // namespace
 
-double measured_product(const KernelTable& table, const std::vector<KernelPoint>& points,
+std::vector<ProductPoint> product_points(const std::string& kernel,
+                                         const std::vector<KernelPoint>& points, int ranks) {
+  std::vector<ProductPoint> all;
+  for (const KernelPoint& p : points) {
+    if (p.ranks == ranks && p.m > 0)
+      all.push_back({{kernel, p.m, p.n, p.k, p.count, p.bytes}, p.time});
+  }
+  return all;
+}
+
+double measured_product(const KernelTable& table, const std::vector<ProductPoint>& points,
                         const KernelShape& s, int multiprocessors) {
+  constexpr std::size_t kOfItsOwn = 6;
   const bool gpu = multiprocessors > 0;
   std::optional<Trend> trend;
   if (gpu) {
-    const std::vector<KernelPoint>* from = &points;
-    std::string of = s.kernel;
+    std::vector<ProductPoint> from = points;
     for (const std::string& like : likes_of(s.kernel)) {
       const auto found = table.find(like);
-      if (points.size() >= kFewPoints || found == table.end() ||
-          found->second.size() <= from->size())
+      if (points.size() >= kOfItsOwn || found == table.end() || found->second.size() <= from.size())
         continue;
-      from = &found->second;
-      of = like;
+      from = product_points(like, found->second, found->second[0].ranks);
     }
-    if (from->size() >= kFewPoints) trend = trend_of(*from, of, multiprocessors);
+    if (from.size() >= kOfItsOwn) trend = trend_of(from, multiprocessors);
   }
   const auto expected = [&](const KernelShape& x) {
     if (!trend) return flops_of(x);
@@ -234,15 +259,18 @@ double measured_product(const KernelTable& table, const std::vector<KernelPoint>
     return sum;
   };
   const auto fills = [](double x) { return std::fmod(x, kVector) == 0 ? 1.0 : 0.0; };
+  const auto biased = [](const KernelShape& x) {
+    return x.kernel.find(" with bias") != std::string::npos;
+  };
   std::vector<Near> near;
-  for (const KernelPoint& p : points) {
+  for (const auto& [p, time] : points) {
     Near x;
     x.at = {std::log2(p.m / s.m),         std::log2(p.n / s.n),    std::log2(p.k / s.k),
             std::log2(p.count / s.count), fills(p.n) - fills(s.n), fills(p.k) - fills(s.k)};
     const auto& d = x.at;
-    x.squared =
-        d[0] * d[0] + d[1] * d[1] + d[2] * d[2] + d[3] * d[3] / 4 + (d[4] * d[4] + d[5] * d[5]) / 2;
-    x.value = std::log2(p.time.count / expected(shape_of(s.kernel, p)));
+    x.squared = d[0] * d[0] + d[1] * d[1] + d[2] * d[2] + d[3] * d[3] / 4 +
+                (d[4] * d[4] + d[5] * d[5]) / 2 + (biased(p) != biased(points[0].shape) ? 0.5 : 0);
+    x.value = std::log2(time.count / expected(p));
     near.push_back(x);
   }
   std::sort(near.begin(), near.end(),

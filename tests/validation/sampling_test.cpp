@@ -48,9 +48,8 @@ TEST(Doubt, IsLargestWhereInterpolationIs) {
 
 TEST(HoldOut, TakesHalfOfAllShapesWhateverTheirTimes) {
   std::mt19937 rng(4);
-  int held = 0;
   KernelTable t;
-  for (int k = 0; k < 2000; ++k) {
+  for (int k = 0; k < 2001; ++k) {
     KernelPoint p;
     p.m = static_cast<double>(1 + rng() % 5000);
     p.n = static_cast<double>(1 + rng() % 5000);
@@ -58,22 +57,59 @@ TEST(HoldOut, TakesHalfOfAllShapesWhateverTheirTimes) {
     p.bytes = static_cast<double>(rng());
     p.time = Seconds{1e-6};
     const std::string kernel = k % 2 == 0 ? "linear forward bf16" : "softmax data";
-    const bool out = held_out(kernel, p);
-    held += out ? 1 : 0;
-    p.time = Seconds{1};
-    p.spread = 0.3;
-    EXPECT_EQ(held_out(kernel, p), out);
-    EXPECT_FALSE(held_out("copy", p));
     t[kernel].push_back(p);
+    if (k % 10 == 0) t["copy"].push_back(p);
   }
-  EXPECT_NEAR(held, 1000, 5 * std::sqrt(500.0));
   KernelTable rest = t;
   const KernelTable taken = take_held_out(rest);
-  for (const auto& [kernel, points] : t) {
-    EXPECT_EQ(rest[kernel].size() + taken.at(kernel).size(), points.size());
-    for (const KernelPoint& p : rest[kernel]) EXPECT_FALSE(held_out(kernel, p));
-    for (const KernelPoint& p : taken.at(kernel)) EXPECT_TRUE(held_out(kernel, p));
+  EXPECT_EQ(taken.at("linear forward bf16").size(), 500u) << "of 1001";
+  EXPECT_EQ(taken.at("softmax data").size(), 500u);
+  EXPECT_EQ(rest.at("linear forward bf16").size(), 501u);
+  EXPECT_EQ(rest.at("copy").size(), t.at("copy").size());
+  EXPECT_FALSE(taken.contains("copy"));
+  // Other times and spreads: the same shapes.
+  KernelTable slow = t;
+  for (auto& [kernel, points] : slow) {
+    for (KernelPoint& p : points) p.time = Seconds{1 + 1 / p.m}, p.spread = 0.3;
   }
+  const KernelTable again = take_held_out(slow);
+  for (const auto& [kernel, points] : taken) {
+    ASSERT_EQ(again.at(kernel).size(), points.size());
+    for (std::size_t k = 0; k < points.size(); ++k) {
+      EXPECT_EQ(again.at(kernel)[k].m, points[k].m);
+      EXPECT_EQ(again.at(kernel)[k].bytes, points[k].bytes);
+    }
+  }
+}
+
+TEST(HoldOut, IsNeverTheLargestAndAlwaysAWholeShape) {
+  const auto held_of = [](std::vector<double> sizes) {
+    KernelTable t;
+    for (const double n : sizes) t["add"].push_back(of_bytes(n, n * 1e-12));
+    std::vector<double> held;
+    for (const auto& [kernel, points] : take_held_out(t)) {
+      for (const KernelPoint& p : points) held.push_back(p.bytes);
+    }
+    return held;
+  };
+  using List = std::vector<double>;
+  EXPECT_EQ(held_of({8}), List{});
+  EXPECT_EQ(held_of({8, 2}), List{2});
+  EXPECT_EQ(held_of({8, 2, 4}), List{4});
+  EXPECT_EQ(held_of({8, 2, 4, 16}), (List{8, 4}));
+  EXPECT_EQ(held_of({1, 2, 3, 4, 5, 6}), (List{2, 4, 5}));
+  EXPECT_EQ(held_of({1, 2, 3, 4, 5}), (List{2, 4}));
+  EXPECT_EQ(held_of({4, 2, 4, 8, 8}), (List{4, 4})) << "measured twice: one shape";
+  // Of products FLOPs count, not their rows or bytes.
+  KernelTable t;
+  for (const auto& [m, k] : {std::pair{64.0, 8192.0}, {512.0, 512.0}, {4096.0, 96.0}}) {
+    KernelPoint p = of_bytes(1 / m, 1e-6);
+    p.m = m, p.n = 512, p.k = k;
+    t["linear"].push_back(p);
+  }
+  const KernelTable held = take_held_out(t);
+  ASSERT_EQ(held.at("linear").size(), 1u);
+  EXPECT_EQ(held.at("linear")[0].m, 4096);
 }
 
 TEST(HoldOut, IsJudgedByKernelAndAltogether) {

@@ -5,12 +5,16 @@
 //
 // With PARTITA_PAPER_LAUNCH_NS in the environment it keeps a time of its own: its host queues a
 // call in so long, a kernel begins PARTITA_PAPER_GAP_NS after the one before it, in a graph half of
-// that; its host lists a row of experts in 20 ns; it writes down what kernels take.
+// that; its host lists a row of experts in 20 ns; it writes down what kernels take. With
+// PARTITA_PAPER_TILES its products of matrices are made in tiles, of the size that is fastest, and
+// waves of them, experts' one after the other, and tokens choose experts by a fair draw.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <random>
+#include <vector>
 
 #include "base/error.h"
 #include "runtime/cuda/plugin.h"
@@ -25,6 +29,35 @@ using execute::Work;
 double nanoseconds_of(const char* variable) {
   const char* text = std::getenv(variable);
   return text != nullptr ? std::atof(text) * 1e-9 : 0;
+}
+
+bool tiles() { return std::getenv("PARTITA_PAPER_TILES") != nullptr; }
+
+/// What the multiprocessors take for a result of so many rows and columns, at best.
+double tiled(double rows, double columns, double sum) {
+  constexpr double kRate = 800e12, kMultiprocessors = 132, kBegins = 1e-6;
+  struct Tile {
+    double rows, columns, share;
+  };
+  double least = HUGE_VAL;
+  for (const Tile& t : {Tile{128, 256, 1}, {256, 128, 1}, {128, 128, 0.9}, {64, 128, 0.7}}) {
+    const double waves =
+        std::ceil(std::ceil(rows / t.rows) * std::ceil(columns / t.columns) / kMultiprocessors);
+    least = std::min(least, waves * (kBegins + 2 * t.rows * t.columns * sum * kMultiprocessors /
+                                                   (t.share * kRate)));
+  }
+  return least;
+}
+/// A token's choices, as of routers that know nothing.
+std::vector<std::int64_t> drawn_experts(std::int64_t token, std::int64_t top_k,
+                                        std::int64_t experts) {
+  std::mt19937_64 rng(static_cast<std::uint64_t>(token) * 0x9e3779b97f4a7c15u);
+  std::vector<std::int64_t> all;
+  while (std::ssize(all) < top_k) {
+    const auto e = static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(experts));
+    if (std::find(all.begin(), all.end(), e) == all.end()) all.push_back(e);
+  }
+  return all;
 }
 
 constexpr std::int64_t kMemory = std::int64_t{80} << 30, kLibraries = 100 << 20;
@@ -158,9 +191,10 @@ class Paper : public CudaDevice {
     return {{64, 32, 16, 1, "NT", ElementType::bf16, 21, candidates_, 2, 1.5e-6}};
   }
 
-  /// A kernel.
-  void move(std::int64_t bytes, double rate, double flops = 0) {
-    const double alone = 4e-6 + static_cast<double>(bytes) / rate + flops / 500e12;
+  /// A kernel, or several of a start each.
+  void move(std::int64_t bytes, double rate, double flops = 0, double multiplies = 0) {
+    const double alone =
+        4e-6 + static_cast<double>(bytes) / rate + (multiplies > 0 ? multiplies : flops / 500e12);
     host_ += launch_;
     if (capturing_) return captured_.push_back(alone);
     double& now = now_[stream_];
@@ -220,7 +254,19 @@ class PaperKernel : public execute::OperatorKernel {
     };
     if (std::holds_alternative<Linear>(*context_.operation))
       sizes = first(a.inputs) * first(a.parameters) * first(a.output_gradients) * first(a.results);
-    double flops = sizes > 1 ? 2 * std::sqrt(sizes) : 0;
+    double flops = sizes > 1 ? 2 * std::sqrt(sizes) : 0, multiplies = 0;
+    // Rows and columns of the result, and the sum, of which `rows` are a layer's m.
+    const auto in_tiles = [&](double m, double n, double k) {
+      return work == Work::forward           ? tiled(m, n, k)
+             : work == Work::backward_weight ? tiled(n, k, m)
+                                             : tiled(m, k, n);
+    };
+    if (tiles() && flops > 0) {
+      const double x = work == Work::backward_data ? first(a.results) : first(a.inputs),
+                   y = work == Work::forward ? first(a.results) : first(a.output_gradients),
+                   w = work == Work::backward_weight ? first(a.results) : first(a.parameters);
+      multiplies = in_tiles(std::sqrt(x * y / w), std::sqrt(y * w / x), std::sqrt(x * w / y));
+    }
     if (const auto* t = std::get_if<Attention>(&*context_.operation); t && a.inputs.size() == 3) {
       // Two products of what is seen, backward five.
       const auto keys = static_cast<double>((*a.inputs[1].index)[1].size());
@@ -236,8 +282,12 @@ class PaperKernel : public execute::OperatorKernel {
       std::int64_t token = 0;
       for (const std::int64_t sample : (*a.inputs[0].index)[0]) {
         for (const std::int64_t position : (*a.inputs[0].index)[1]) {
+          const auto chosen =
+              tiles() ? drawn_experts(token, d->top_k, d->experts) : std::vector<std::int64_t>{};
           for (std::int64_t j = 0; j < d->top_k; ++j)
-            rows.push_back({sample, position, (d->top_k * token + j) % d->experts});
+            rows.push_back({sample, position,
+                            tiles() ? chosen[static_cast<std::size_t>(j)]
+                                    : (d->top_k * token + j) % d->experts});
           ++token;
         }
       }
@@ -247,6 +297,13 @@ class PaperKernel : public execute::OperatorKernel {
     if (std::holds_alternative<GroupedProduct>(*context_.operation)) {
       const auto& w = *(work == Work::backward_weight ? a.results : a.parameters)[0].index;
       flops = 2.0 * static_cast<double>(rows.size() * w[1].size() * w[2].size());
+      std::map<std::int64_t, double> of_expert;
+      for (const auto& row : rows) of_expert[row.expert] += 1;
+      for (const auto& [expert, m] : of_expert) {
+        if (tiles())
+          multiplies +=
+              in_tiles(m, static_cast<double>(w[1].size()), static_cast<double>(w[2].size()));
+      }
     }
     for (std::size_t k = 0; k < a.results.size() && a.place; ++k) {
       if (!a.results[k] || a.results[k].rows == nullptr) continue;
@@ -261,7 +318,7 @@ class PaperKernel : public execute::OperatorKernel {
     }
     if (std::holds_alternative<Dispatch>(*context_.operation) && work == Work::forward)
       paper_.host_works(20e-9 * static_cast<double>(rows.size()));
-    paper_.move(bytes, 4e12, flops);
+    paper_.move(bytes, 4e12, flops, multiplies);
     routed.clear();
   }
 
