@@ -13,6 +13,7 @@
 
 #  include <filesystem>
 
+#  include "cli/wheels.h"
 #  include "runtime/cuda/plugin.h"
 #endif
 
@@ -24,15 +25,16 @@ namespace {
 const cuda::Plugin& plugin() {
   static const cuda::Plugin* const loaded = [] {
     const auto beside = std::filesystem::read_symlink("/proc/self/exe").parent_path();
-    void* library = ::dlopen((beside / cuda::kPluginFile).c_str(), RTLD_NOW | RTLD_LOCAL);
-    const char* why = library == nullptr ? ::dlerror() : nullptr;
+    std::string why;
+    void* library = open_with_wheels(beside / cuda::kPluginFile, why);
     void* entry = library == nullptr ? nullptr : ::dlsym(library, cuda::kPluginEntry);
     if (entry == nullptr)
       throw InputError("--backend",
                        fmt::format("cuda needs {}, which cannot be loaded ({}); put the folders of "
-                                   "CUDA's, cuDNN's and NCCL's libraries into LD_LIBRARY_PATH, or "
+                                   "CUDA's, cuDNN's and NCCL's libraries into LD_LIBRARY_PATH, "
+                                   "activate the Python environment that has NVIDIA's wheels, or "
                                    "use cpu",
-                                   cuda::kPluginFile, why != nullptr ? why : "no entry"));
+                                   cuda::kPluginFile, why.empty() ? "no entry" : why));
     return reinterpret_cast<const cuda::Plugin* (*)()>(entry)();
   }();
   return *loaded;
@@ -108,6 +110,8 @@ std::string products_json(const std::vector<execute::ProductAlgorithm>& products
                    {"batch", p.batch},
                    {"transposed", p.transposed},
                    {"type", name(p.type)},
+                   {"out", name(p.out)},
+                   {"adds", p.adds},
                    {"algorithm", p.algorithm},
                    {"candidates", p.candidates},
                    {"taken", p.taken},
@@ -167,6 +171,14 @@ Gpu backend_gpu() {
 #endif
 }
 
+int backend_gpu_count() {
+#ifdef PARTITA_WITH_CUDA
+  return plugin().device_count();
+#else
+  return 0;
+#endif
+}
+
 std::string backend_gpu_name() {
 #ifdef PARTITA_WITH_CUDA
   return plugin().gpu_name(0);
@@ -213,6 +225,24 @@ cuda::GpuState StateWatch::at_work() {
 #endif
 }
 
+std::string conditions_line(const cuda::GpuState& s) {
+  if (s.clock_mhz <= 0) return "";
+  std::string line =
+      fmt::format("{:.0f} MHz, {:.0f} W, {:.0f} C", s.clock_mhz, s.power_w, s.temperature_c);
+  if (s.throttled.empty()) return line;
+  line += ", held back by " + s.throttled;
+  return s.throttled == "power cap" ? line : line + ": no measurement";
+}
+std::string conditions_json(const cuda::GpuState& s) {
+  if (s.clock_mhz <= 0) return "null";
+  return nlohmann::ordered_json{{"clock_mhz", s.clock_mhz},
+                                {"memory_clock_mhz", s.memory_clock_mhz},
+                                {"power_w", s.power_w},
+                                {"temperature_c", s.temperature_c},
+                                {"throttled", s.throttled}}
+      .dump();
+}
+
 std::string note_of(const BackendOptions& o) {
 #ifdef PARTITA_WITH_CUDA
   if (o.name == "cuda" && o.ranks > 1 && linked(o) == Linked::not_at_all)
@@ -221,7 +251,8 @@ std::string note_of(const BackendOptions& o) {
     return "ranks are threads that exchange by copies in the GPU's memory: their times are no "
            "prediction's";
   if (o.name == "cuda" && o.share_gpu)
-    return "ranks share a GPU and take turns on it: their times are no prediction's";
+    return "ranks share a GPU: predicted in turns of time slices; NCCL's hops between them, "
+           "milliseconds each, are in no prediction";
 #endif
   static_cast<void>(o);
   return "";
@@ -231,9 +262,13 @@ std::string backend_version() {
 #ifdef PARTITA_WITH_CUDA
   const std::string why = plugin().absent();
   const cuda::Facts f = plugin().facts(why.empty() ? 0 : -1);
-  const std::string libraries =
-      fmt::format("CUDA {}, driver {}, cuBLASLt {}, {}, NCCL {}", f.runtime, f.driver, f.blas,
-                  f.dnn.empty() ? "no cuDNN" : f.dnn, f.nccl.empty() ? "none" : f.nccl);
+  // The driver's own version is NVML's to say; the runtime knows which CUDA it is of.
+  const auto library = cuda::nvml();
+  const std::string driver = library ? library->driver() : "";
+  const std::string libraries = fmt::format(
+      "CUDA {}, driver {}, cuBLASLt {}, {}, NCCL {}", f.runtime,
+      driver.empty() ? "for CUDA " + f.driver : fmt::format("{} (CUDA {})", driver, f.driver),
+      f.blas, f.dnn.empty() ? "no cuDNN" : f.dnn, f.nccl.empty() ? "none" : f.nccl);
   if (!why.empty()) return libraries + "; " + why;
   return fmt::format("{} ({}.{}, {} multiprocessors, {}), {}", f.name, f.compute_capability / 10,
                      f.compute_capability % 10, f.multiprocessors, text(Bytes{f.memory_bytes}),

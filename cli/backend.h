@@ -40,7 +40,8 @@ struct Gpu {
   int count = 0;  ///< of this machine's GPUs
 };
 Gpu backend_gpu();
-/// Its name alone, without a start of the GPU.
+/// How many there are, and the first one's name, without a start of the GPU.
+int backend_gpu_count();
 std::string backend_gpu_name();
 cuda::GpuState backend_state();
 /// Asks for the state every 20 ms from its making on, until at_work() ends it: at_work of them.
@@ -58,6 +59,11 @@ class StateWatch {
   bool ends_ = false;
   std::thread thread_;
 };
+/// "1755 MHz, 690 W, 61 C, held back by power cap"; "": the driver says nothing. What heat, a
+/// slowdown or a power brake held back is said to be no measurement.
+std::string conditions_line(const cuda::GpuState& state);
+/// The same as JSON's text; "null" where nothing is said.
+std::string conditions_json(const cuda::GpuState& state);
 /// What the user should know of how the ranks' GPUs are reached; empty: nothing.
 std::string note_of(const BackendOptions& options);
 /// "NVIDIA H200 (9.0, 132 multiprocessors, 139.8 GiB), driver 13.0, ..." ; of a build without CUDA

@@ -465,6 +465,16 @@ void check_session_room(int ranks) {
 
 }  // namespace
 
+bool on_path(const std::string& program) {
+  const char* path = std::getenv("PATH");
+  std::istringstream folders(path != nullptr ? path : "");
+  for (std::string folder; std::getline(folders, folder, ':');) {
+    const std::string file = (folder.empty() ? "." : folder) + "/" + program;
+    if (::access(file.c_str(), X_OK) == 0) return true;
+  }
+  return false;
+}
+
 Launched launch_mpi(const Board& board, const Describe& describe, const Patience& patience) {
   check_session_room(board.ranks());
   std::vector<std::string> words{"mpirun", "-n", std::to_string(board.ranks())};

@@ -30,6 +30,9 @@ struct Patience {
 Launched launch_mpi(const Board& board, const Describe& describe, const Patience& patience);
 Launched launch_tcp(const Board& board, const Describe& describe, const Patience& patience);
 
+/// Is there a program of this name on the PATH?
+bool on_path(const std::string& program);
+
 /// What the ranks of an own launch find in their environment.
 inline constexpr const char* kBoardVariable = "PARTITA_BOARD";
 inline constexpr const char* kListenerVariable = "PARTITA_LISTENER";

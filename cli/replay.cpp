@@ -90,6 +90,14 @@ std::int64_t available(const Options& o) {
   return INT64_MAX;
 }
 
+/// The same without what kernels and libraries take and what lies between blocks: of a GPU 1 GiB
+/// and a hundredth, of a machine, on which others work, a tenth.
+std::int64_t room_of(const Options& o) {
+  const std::int64_t all = available(o);
+  if (o.backend == "cpu") return all / 10 * 9;
+  return std::max<std::int64_t>(0, all - (std::int64_t{1} << 30) - all / 100);
+}
+
 /// The most layers below `layers` whose rank fits into `room`; 0: none.
 std::int64_t layers_that_fit(const Options& o, const PublishedRow& row, const Topology& topology,
                              std::int64_t layers, std::int64_t room) {
@@ -173,9 +181,10 @@ void replay(const Options& o) {
     fewer = lowered(o, row, topology, o.flags.layers, o.micro_batches);
   const Lowered& part = fewer ? *fewer : whole;
   const std::int64_t layers = part.graph.layers;
-  // A tenth for what kernels and libraries work in.
-  const std::int64_t room = available(o) / 10 * 9;
+  const std::int64_t room = room_of(o);
   const Bytes needed = validation::memory_of_rank(part.program, topology, o.rank).peak;
+  const Bytes whole_needs =
+      fewer ? validation::memory_of_rank(whole.program, topology, o.rank).peak : needed;
   if (needed.count > room) {
     const std::int64_t fits = layers_that_fit(o, row, topology, layers, room);
     throw InputError(
@@ -199,7 +208,10 @@ void replay(const Options& o) {
   }
   if (o.backend == "cuda") run.warm_up_s = 0.3;
   run.device = devices_of({o.backend, false, true, 1, 30, part.plan.precision.compute});
+  std::optional<StateWatch> watch;
+  if (o.backend == "cuda") watch.emplace();
   const auto result = execute::run_alone(part.program, static_cast<int>(o.rank), run);
+  const cuda::GpuState conditions = watch ? watch->at_work() : cuda::GpuState{};
   SimulateOptions simulation;
   simulation.network = o.flags.sharing();
   const validation::Replayed r =
@@ -213,6 +225,7 @@ void replay(const Options& o) {
     j["topology"] = topology.name();
     j["backend"] = o.backend;
     j["device"] = device;
+    if (o.backend == "cuda") j["conditions"] = Json::parse(conditions_json(conditions));
     j["rank"] = o.rank;
     j["ranks"] = ranks;
     j["ranks_alike"] = r.ranks_alike;
@@ -261,6 +274,7 @@ void replay(const Options& o) {
                                   {"predicted", r.peak_predicted.count}};
     j["memory_bytes"]["reserved"] = {{"measured", result.reserved.count}};
     if (result.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", result.beside.count}};
+    j["whole_rank_bytes"] = {{"predicted", whole_needs.count}, {"room", room}};
     j["host_kernels"] = result.fallbacks;
     j["products"] = Json::parse(products_json(result.products));
     fmt::print("{}\n", j.dump(2));
@@ -269,6 +283,7 @@ void replay(const Options& o) {
   fmt::print("rank {} of {} ({} alike) of {} on {}: {}\n", o.rank, ranks, r.ranks_alike, model,
              topology.name(), plan_line(whole.plan));
   fmt::print("alone on {}, {} steps\n", device, o.steps);
+  if (const std::string at = conditions_line(conditions); !at.empty()) fmt::print("at {}\n", at);
   if (routed) fmt::print("experts get the same number of rows each, whatever routers choose\n");
   if (o.backend == "cuda")
     fmt::print("{}\n", kernel_times_line(result.measured, r.recorded, r.kernels));
@@ -285,6 +300,11 @@ void replay(const Options& o) {
   if (part.plan.micro_batches() != all_micro_batches)
     fmt::print("of {} of {} micro-batches: kernels' times are those, memory is theirs\n",
                part.plan.micro_batches(), all_micro_batches);
+  if (fewer)
+    fmt::print("the whole rank needs {} (predicted), this device has {} to give: {}\n",
+               text(whole_needs), text(Bytes{room}),
+               whole_needs.count > room ? text(Bytes{whole_needs.count - room}) + " too little"
+                                        : "it fits");
   if (!r.not_run.empty())
     fmt::print(
         "the rank's {} were not among them: the step has their predicted times; run more layers\n",

@@ -106,7 +106,10 @@ Mode mode_of(const Options& o, std::int64_t ranks) {
     return {"tcp", false, l, ""};
   }
   if (wish == "tcp") return {"tcp", ranks > 1, {}, ""};
-  if (kMpi && (wish == "mpi" || ranks > 1)) return {"mpi", true, {}, ""};
+  if (kMpi && (wish == "mpi" || (ranks > 1 && on_path("mpirun")))) return {"mpi", true, {}, ""};
+  // A node that was brought the command alone.
+  if (kMpi && ranks > 1)
+    return {"tcp", true, {}, "there is no mpirun on the PATH: ranks talk over sockets"};
   return {"threads", false, {}, ranks > 1 ? "this build has no MPI: ranks are threads" : ""};
 }
 
@@ -124,6 +127,7 @@ struct Job {
   bool feeds_back = false;           ///< the prediction is for the last step's rows
   std::string data;
   int groups = 1;
+  cuda::GpuState conditions;  ///< of the first rank's GPU, while it ran
 };
 
 /// The catalogue's cluster of this machine's GPUs; "", and `note` says so, where it has none.
@@ -141,6 +145,11 @@ std::string cluster_of_gpus(std::int64_t ranks, std::string& note) {
         gpu);
     return "";
   }
+}
+
+/// How many share a GPU, if --share-gpu lets them.
+std::int64_t ranks_of_a_gpu(const Options& o, std::int64_t ranks) {
+  return o.share_gpu ? ceil_div(ranks, std::int64_t{std::max(1, backend_gpu_count())}) : 1;
 }
 
 Job job_of(const Options& o) {
@@ -209,15 +218,23 @@ Job job_of(const Options& o) {
     throw InternalError("the lowered program is broken: " + error);
   // What could be wrong is found before the run, not after it.
   const std::int64_t ranks = job.plan.ranks();
+  const std::int64_t each = ranks_of_a_gpu(o, ranks), devices = ceil_div(ranks, each);
   std::string cluster = o.topology;
-  if (cluster.empty() && o.backend == "cuda") cluster = cluster_of_gpus(ranks, job.predicted_for);
-  job.topology = load_cluster(cluster.empty() ? fmt::format("cpu-host:{} gpus", ranks) : cluster);
-  if (static_cast<std::int64_t>(job.topology->device_count()) >= ranks)
+  if (cluster.empty() && o.backend == "cuda") cluster = cluster_of_gpus(devices, job.predicted_for);
+  job.topology = load_cluster(cluster.empty() ? fmt::format("cpu-host:{} gpus", devices) : cluster);
+  if (each > 1) {
+    ClusterState shared = job.topology->state();
+    shared.ranks_per_device = static_cast<int>(each);
+    // Threads are one process, whose kernels run beside each other.
+    shared.mps = o.transport == "threads";
+    job.topology = job.topology->in_state(std::move(shared));
+  }
+  if (static_cast<std::int64_t>(job.topology->rank_count()) >= ranks)
     job.topology = on_devices(*job.topology, job.plan);
-  if (static_cast<std::int64_t>(job.topology->device_count()) < ranks)
+  if (static_cast<std::int64_t>(job.topology->rank_count()) < ranks)
     throw InputError("--topology",
                      fmt::format("{} has {} devices for {} ranks; use a larger one",
-                                 job.topology->name(), job.topology->device_count(), ranks));
+                                 job.topology->name(), job.topology->rank_count(), ranks));
   if (!o.topology.empty()) refuse_foreign(*job.topology, o.topology, "--topology");
   const bool routed = std::any_of(job.program.buffers.begin(), job.program.buffers.end(),
                                   [](const Buffer& b) { return b.routed; });
@@ -462,6 +479,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
                                                        transport != "mpi" && o.backend == "cpu");
     if (o.backend != "cpu") {
       j["device"] = backend_version();
+      j["conditions"] = Json::parse(conditions_json(job.conditions));
       j["memory_bytes"]["reserved"] = {{"measured", first.reserved.count}};
       if (first.beside.count > 0) j["memory_bytes"]["beside"] = {{"measured", first.beside.count}};
       for (const DeviceMemoryRow& row : on_device)
@@ -535,6 +553,8 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
       rows.push_back({row.part, text(row.measured), text(row.predicted)});
     fmt::print("\n{}", align(rows));
   }
+  if (const std::string at = conditions_line(job.conditions); !at.empty())
+    fmt::print("\nthe first rank's GPU at {}\n", at);
   if (!first.no_links.empty()) note_no_links(first.no_links);
   if (!first.fallbacks.empty()) {
     rows = {{"the host's kernels, rank 0", "calls"}};
@@ -677,7 +697,10 @@ void run(const Options& o, int& code) {
     threads.timeout_s = o.timeout_s;
     std::vector<execute::RankResult> results;
     try {
+      std::optional<StateWatch> watch;
+      if (o.backend == "cuda") watch.emplace();
       results = execute::run_threads(job.program, job.options, threads);
+      if (watch) job.conditions = watch->at_work();
     } catch (const PeerError& e) {
       keep(true, e.what());
       throw;
@@ -728,7 +751,10 @@ void run(const Options& o, int& code) {
     if (!transport->speaks()) throw ToldElsewhere(exit_code, reason);
   };
   try {
+    std::optional<StateWatch> watch;
+    if (o.backend == "cuda" && transport->rank() == 0) watch.emplace();
     result = execute::run_rank(job.program, *transport, job.options);
+    if (watch) job.conditions = watch->at_work();
     transport->leave();
     if (transport->rank() == 0) report(o, job, result, mode.transport, notes, code);
   } catch (const ToldElsewhere&) {

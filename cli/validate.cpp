@@ -125,7 +125,6 @@ void check(Options& o) {
       o.ranks.push_back(ranks);
     }
   }
-  check_backend({o.backend, o.share_gpu, false, o.most_ranks()});
   std::sort(o.ranks.begin(), o.ranks.end());
   o.ranks.erase(std::unique(o.ranks.begin(), o.ranks.end()), o.ranks.end());
   if (!(o.timeout_s >= 0.1 && o.timeout_s <= 1e6))
@@ -148,9 +147,13 @@ void check(Options& o) {
     throw InputError("--transport",
                      "this build has no MPI; install libopenmpi-dev and build again, "
                      "or use tcp or threads");
-  if (o.transport == "threads") return;
-  const Launcher l = launcher_of([](const char* name) { return std::getenv(name); }, kMpi);
+  const Launcher l = o.transport == "threads"
+                         ? Launcher{}
+                         : launcher_of([](const char* name) { return std::getenv(name); }, kMpi);
   o.launched = l.kind != Launcher::Kind::nobody;
+  // Ranks that another launcher started may be on several machines, or see one GPU each.
+  check_backend({o.backend, o.share_gpu, false, o.launched ? 1 : o.most_ranks()});
+  if (o.transport == "threads") return;
   const std::string its = l.kind == Launcher::Kind::tcp ? "tcp" : "mpi";
   if (o.launched && !o.transport.empty() && o.transport != its)
     throw InputError("--transport",
@@ -372,8 +375,6 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
   const auto task = [&](const Graph& graph, Program program) {
     c.programs.push_back(std::move(program));
     c.tasks.push_back({&graph, &c.programs.back(), timed(graph, c.programs.back(), o), ""});
-    // A kernel of experts is known by how many rows it has, so all of them get the same.
-    c.tasks.back().options.balanced_rows = o.gpu();
     return c.tasks.size() - 1;
   };
   for (const int ranks : o.ranks) {

@@ -733,16 +733,24 @@ double overlap_of(const std::vector<RankMeasurement>& both,
 }
 
 std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
-  // Each beside its own rounds: what a GPU's power allows of clock depends on what it does.
+  // Each beside its own rounds: what a GPU's power allows of clock depends on what it does. One
+  // that has no other is beside all that no power cap held down, if none did it.
   std::map<std::pair<std::string, int>, std::vector<double>> clocks;
+  std::vector<double> free;
+  const auto capped = [](const Conditions& c) {
+    return c.throttled.find("power cap") != std::string::npos;
+  };
   for (const Unit& u : units) {
-    if (u.conditions.known()) clocks[{u.name, u.ranks}].push_back(u.conditions.clock_mhz);
+    if (!u.conditions.known()) continue;
+    clocks[{u.name, u.ranks}].push_back(u.conditions.clock_mhz);
+    if (!capped(u.conditions)) free.push_back(u.conditions.clock_mhz);
   }
   std::vector<std::size_t> off;
   for (std::size_t k = 0; k < units.size(); ++k) {
     const Conditions& c = units[k].conditions;
     if (!c.known()) continue;
-    const double middle = median(clocks.at({units[k].name, units[k].ranks}));
+    const auto& own = clocks.at({units[k].name, units[k].ranks});
+    const double middle = median(own.size() == 1 && !capped(c) ? free : own);
     bool held_back = false;
     for (const char* reason : {"heat", "slowdown", "power brake"})
       held_back |= c.throttled.find(reason) != std::string::npos;
@@ -981,7 +989,7 @@ std::string gpu_yaml(const Profile& p) {
   for (const auto& [kernel, points] : p.kernels) {
     const std::size_t space = kernel.rfind(' ');
     const std::string last = space == std::string::npos ? "" : kernel.substr(space + 1);
-    const bool typed = last == "bf16" || last == "fp16" || last == "tf32";
+    const bool typed = last == "bf16" || last == "fp16" || last == "tf32" || last == "fp8";
     for (const KernelPoint& x : points) {
       if (kernel == "copy" && x.bytes > largest)
         largest = x.bytes, bandwidth = x.bytes / x.time.count;
@@ -1011,8 +1019,10 @@ std::string gpu_yaml(const Profile& p) {
   };
   figure("memory_bandwidth", bandwidth / 1e9, 1000, "GB/s", "the largest copy");
   s += "matrix_rates:\n";
-  for (const char* type : {"fp32", "tf32", "bf16", "fp16"}) {
+  for (const char* type : {"fp32", "tf32", "bf16", "fp16", "fp8"}) {
     const auto it = rates.find(type);
+    // A GPU without 8-bit units has no rate of them.
+    if (it == rates.end() && std::string_view(type) == "fp8") continue;
     figure(fmt::format("  {}", type), it == rates.end() ? 0 : it->second / 1e12, 50, "TFLOP/s",
            "the fastest product");
   }

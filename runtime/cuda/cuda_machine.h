@@ -22,11 +22,16 @@ class DeviceBlock {
  public:
   /// `make_room`: what gives back kept memory where there is no more; null: nobody keeps any.
   explicit DeviceBlock(std::size_t bytes, const std::function<void()>& make_room = nullptr);
+  /// Null where there is no more.
+  static std::unique_ptr<DeviceBlock> where_there_is_room(std::size_t bytes);
   ~DeviceBlock();
   DeviceBlock(const DeviceBlock&) = delete;
   DeviceBlock& operator=(const DeviceBlock&) = delete;
   std::byte* at = nullptr;
   std::size_t bytes = 0;
+
+ private:
+  DeviceBlock() = default;
 };
 
 class Convolutions;
@@ -69,6 +74,7 @@ struct ProductCall {
   cublasLtMatrixLayout_t a_layout = nullptr, b_layout = nullptr, c_layout = nullptr;
   const void *a = nullptr, *b = nullptr;
   void* c = nullptr;
+  std::size_t c_bytes = 0;  ///< from its first number to its last
   float alpha = 1, beta = 0;
   bool passing = false;
 };

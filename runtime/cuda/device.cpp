@@ -516,7 +516,7 @@ class Gpu : public CudaDevice {
     for (const auto& [key, c] : libraries_->products)
       all.push_back({key.m, key.n, key.k, key.batch,
                      std::string(key.a_transposed ? "T" : "N") + (key.b_transposed ? "T" : "N"),
-                     key.type, c.id, c.candidates, c.taken, c.seconds});
+                     key.type, c.id, c.candidates, c.taken, c.seconds, key.sum, key.adds});
     return all;
   }
   /// In a careful run: has what is queued so far failed?

@@ -63,6 +63,14 @@ cublasLtMatrixLayout_t layout_of(const Matrix& m, std::int64_t rows, std::int64_
   return layout;
 }
 
+/// Of c, rows x columns, from its first number to its last.
+std::size_t bytes_of(const Matrix& c, std::int64_t rows, std::int64_t columns, std::int64_t batch) {
+  if (c.transposed) std::swap(rows, columns);
+  const std::int64_t numbers =
+      (batch - 1) * c.step + (rows - 1) * std::max(c.stride, columns) + columns;
+  return static_cast<std::size_t>(numbers) * (c.at.narrow() ? 2 : 4);
+}
+
 std::string in_words(const Product& p) {
   return fmt::format("{} product of {} x {} x {}, batch {}{}{}", name(p.a.at.type()), p.m, p.n, p.k,
                      p.batch, p.a.transposed ? ", a transposed" : "",
@@ -88,6 +96,18 @@ DeviceBlock::DeviceBlock(std::size_t n, const std::function<void()>& make_room) 
   }
   check(e, fmt::format("{} bytes to work in", n));
   at = static_cast<std::byte*>(p);
+}
+std::unique_ptr<DeviceBlock> DeviceBlock::where_there_is_room(std::size_t n) {
+  void* p = nullptr;
+  if (const cudaError_t e = cudaMalloc(&p, n); e != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    if (e != cudaErrorMemoryAllocation) check(e, fmt::format("{} bytes to work in", n));
+    return nullptr;
+  }
+  std::unique_ptr<DeviceBlock> block(new DeviceBlock);
+  block->at = static_cast<std::byte*>(p);
+  block->bytes = n;
+  return block;
 }
 // The driver may be gone when a process ends.
 DeviceBlock::~DeviceBlock() { static_cast<void>(cudaFree(at)); }
@@ -259,8 +279,8 @@ void CudaMachine::product(const Product& p) {
                        alignment(p.a.at),
                        alignment(p.b.at),
                        alignment(p.c.at)};
-  multiply({d.product, d.a, d.b, d.c, p.b.at.data(), p.a.at.data(), p.c.at.data(), p.alpha, p.beta,
-            p.passing},
+  multiply({d.product, d.a, d.b, d.c, p.b.at.data(), p.a.at.data(), p.c.at.data(),
+            bytes_of(p.c, p.m, p.n, p.batch), p.alpha, p.beta, p.passing},
            key, in_words(p));
 }
 
@@ -306,16 +326,18 @@ void CudaMachine::product(const EightProduct& p) {
   key.adds = p.beta != 0;
   key.a_alignment = key.b_alignment = 256;  // scratch
   key.c_alignment = alignment(p.c.at);
-  multiply({d.product, d.a, d.b, d.c, p.b.at, p.a.at, p.c.at.data(), 1, p.beta, p.passing}, key,
-           words);
+  multiply({d.product, d.a, d.b, d.c, p.b.at, p.a.at, p.c.at.data(),
+            bytes_of(p.c, p.a.rows, p.b.padded, 1), 1, p.beta, p.passing},
+           key, words);
 }
 
 void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const std::string& words) {
-  const auto run = [&](const ProductChoice& choice) {
+  const auto into = [&](void* c, const ProductChoice& choice) {
     return cublasLtMatmul(libraries_.blas, p.product, &p.alpha, p.a, p.a_layout, p.b, p.b_layout,
-                          &p.beta, p.c, p.c_layout, p.c, p.c_layout, &choice.algorithm, workspace(),
+                          &p.beta, c, p.c_layout, c, p.c_layout, &choice.algorithm, workspace(),
                           choice.workspace, stream_);
   };
+  const auto run = [&](const ProductChoice& choice) { return into(p.c, choice); };
   const auto known = libraries_.products.find(key);
   // Nothing is timed in a step that is captured.
   const int wanted = p.passing || libraries_.stepped ? 1 : libraries_.options.candidates;
@@ -354,25 +376,33 @@ void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const st
     choices.push_back(c);
   }
   if (choices.empty()) throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", words));
-  // Timed where running it more than once changes nothing: c is not added to.
   ProductChoice best = choices[0];
-  if (choices.size() > 1 && p.beta == 0) {
+  // What is added to c is added to zeros beside it while it is timed; without room for them the
+  // heuristic's first is taken.
+  std::unique_ptr<DeviceBlock> beside;
+  void* c = p.c;
+  if (choices.size() > 1 && p.beta != 0) {
+    beside = DeviceBlock::where_there_is_room(p.c_bytes);
+    c = beside ? beside->at : nullptr;
+    if (beside) check(cudaMemsetAsync(c, 0, p.c_bytes, stream_), "zeros to add to");
+  }
+  if (choices.size() > 1 && c != nullptr) {
     cudaEvent_t before = nullptr, after = nullptr;
     check(cudaEventCreate(&before), "an event");
     check(cudaEventCreate(&after), "an event");
     float least = std::numeric_limits<float>::infinity();
-    for (const ProductChoice& c : choices) {
-      if (run(c) != CUBLAS_STATUS_SUCCESS) continue;
+    for (const ProductChoice& choice : choices) {
+      if (into(c, choice) != CUBLAS_STATUS_SUCCESS) continue;
       constexpr int kTimes = 3;
       check(cudaEventRecord(before, stream_), "an event");
-      for (int t = 0; t < kTimes; ++t) check(run(c), words);
+      for (int t = 0; t < kTimes; ++t) check(into(c, choice), words);
       check(cudaEventRecord(after, stream_), "an event");
       check(cudaEventSynchronize(after), words);
       float ms = 0;
       check(cudaEventElapsedTime(&ms, before, after), "an event's time");
       if (ms >= least) continue;
       least = ms;
-      best = c;
+      best = choice;
       best.seconds = static_cast<double>(ms) * 1e-3 / kTimes;
     }
     check(cudaEventDestroy(before), "an event");

@@ -59,6 +59,8 @@ struct ProductAlgorithm {
   int algorithm = -1;             ///< the library's number
   int candidates = 0, taken = 0;  ///< how many were timed, which it was of those the library named
   double seconds = 0;             ///< as timed; 0: not
+  ElementType out = ElementType::fp32;
+  bool adds = false;  ///< to what is there
 };
 
 /// A kernel of plain buffers (Kernel::zero and after), as a device takes it.

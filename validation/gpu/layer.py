@@ -4,7 +4,8 @@
   validation/gpu/layer.py PARTITA [--bound 1.10]
 
 Ours: the forward and backward kernels of `partita replay` of 3 layers less those of 1, halved, so
-that embedding, head and loss are out of it; the optimizer is not counted. PyTorch's: the same layer
+that embedding, head and loss are out of it; gradients are bf16, as PyTorch's are; the optimizer is
+not counted. PyTorch's: the same layer
 (layer norms, biases, GELU by erf, causal attention), eager, fused attention where it has one for
 this GPU, else its mathematics; each kind that runs is timed and the fastest counts. Prints JSON;
 exit code 1 where ours takes more than `bound` times PyTorch's, 2 where one of them cannot be timed.
@@ -21,7 +22,7 @@ HIDDEN, HEADS, SEQUENCE = 8192, 64, 4096
 
 def ours(partita, layers):
     command = [partita, "replay", os.path.join(HERE, "gpt-8192.yaml"), "dgx-h200:1 gpus", "--dp", "1",
-               "--backend", "cuda", "--precision", "bf16", "--micro-batch", "1", "--global-batch", "1",
+               "--backend", "cuda", "--set", "precision={base: bf16, gradients: bf16}", "--micro-batch", "1", "--global-batch", "1",
                "--layers", str(layers), "--steps", "10", "--warm-up", "5", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

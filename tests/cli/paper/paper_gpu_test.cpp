@@ -29,6 +29,16 @@ TEST_F(PaperGpu, ItsCalibrationIsAProfileAndGoesOnWhereItEnded) {
                                      "/cluster.yaml' --framework partita "
                                      "--precision bf16 --json",
                                  0));
+  // Of 8-bit products there is a rate, and it is not taken for another type's.
+  const auto step = [&](const char* precision) {
+    return Json::parse(run(fmt::format("simulate gpt3-1.3b '{}/cluster.yaml' --framework partita "
+                                       "--precision {} --json",
+                                       out, precision),
+                           0))
+        .at("step_time_s")
+        .get<double>();
+  };
+  EXPECT_GT(step("fp8"), 0);
   // What paper says that its parts take: all 100 MiB beside its blocks, less those it names.
   const Json parts{{"context", 400 << 20},
                    {"kernels", 38 << 20},
@@ -172,26 +182,32 @@ TEST_F(PaperGpu, ItsNetworksTakeWhatIsPredictedFromItsCalibration) {
 // one to the next, a step is what its profile says: what a measurement has that no prediction
 // knows, or the other way around, would be off here as on any GPU.
 TEST_F(PaperGpu, StepsTakeWhatTheirKernelsLaunchesAndGapsDo) {
-  const auto steps = [&](const std::string& name, int launch_ns, int gap_ns) {
+  const auto steps = [&](const std::string& name, int launch_ns, int gap_ns,
+                         const char* law = "PARTITA_PAPER_LAW=smooth", double within = 0.02,
+                         double bias_within = 0.005) {
     const std::string out = (folder_ / name).string();
     const Json j = Json::parse(run(
         "validate --backend cuda --steps 2 --rounds 1 --no-reference --json --out '" + out + "'", 0,
         true,
-        fmt::format("env PARTITA_PAPER_LAUNCH_NS={} PARTITA_PAPER_GAP_NS={}", launch_ns, gap_ns)));
+        fmt::format("env {} PARTITA_PAPER_LAUNCH_NS={} PARTITA_PAPER_GAP_NS={}", law, launch_ns,
+                    gap_ns)));
     double bias = 0;
     int timed = 0;
     for (const auto& c : j.at("suite").at("cases")) {
       if (c.at("measured_s").is_null()) continue;
       const double error = c.at("predicted_s").get<double>() / c.at("measured_s").get<double>() - 1;
-      EXPECT_NEAR(error, 0, 0.02) << c.at("name");
+      EXPECT_NEAR(error, 0, within) << name << ", " << c.at("name");
       bias += error;
       ++timed;
     }
     EXPECT_EQ(timed, 7);
-    EXPECT_NEAR(bias / timed, 0, 0.005);
+    EXPECT_NEAR(bias / timed, 0, bias_within) << name;
     return text_of(out + "/device.yaml");
   };
   const std::string quick = steps("quick", 1, 0), usual = steps("usual", 4000, 1500);
+  // Products in whole waves of tiles of several sizes, as between no two points: by chance one of
+  // them is more off, and experts' rows are no multiples of a tile.
+  steps("tiles", 4000, 1500, "PARTITA_PAPER_TILES=1", 0.04, 0.015);
   const auto us = [](const std::string& device, const std::string& key) {
     const std::size_t at = device.find("\n" + key + ": {value: ");
     return at == std::string::npos ? 0 : std::stod(device.substr(at + key.size() + 11));
@@ -237,6 +253,13 @@ TEST_F(PaperGpu, RunsOfANetworkWhoseClockStraysAreNoMeasurement) {
   EXPECT_EQ(twice.at("left_out_for_clock"), (Json{{"calibration", 0}, {"suite", 1}})) << twice;
   EXPECT_EQ(validate("once", "3 " + journal("once"), "--rounds 1").at("left_out_for_clock"),
             (Json{{"calibration", 0}, {"suite", 0}}));
+  // Where no power cap explains its clock, a run without another round is beside all runs.
+  ::setenv("PARTITA_FAKE_NVML_FREE", "1", 1);
+  EXPECT_EQ(validate("free", "3 " + journal("free"), "--rounds 1", true).at("left_out_for_clock"),
+            (Json{{"calibration", 0}, {"suite", 1}}));
+  EXPECT_EQ(validate("freed", "2 " + journal("freed"), "--rounds 1").at("left_out_for_clock"),
+            (Json{{"calibration", 1}, {"suite", 0}}));
+  ::unsetenv("PARTITA_FAKE_NVML_FREE");
   const Json copies = validate("copies", "4 " + journal("copies"));
   EXPECT_EQ(copies.at("left_out_for_clock"), (Json{{"calibration", 1}, {"suite", 0}})) << copies;
   // Heat holds all of them down: nothing is shown, and nothing of it is gone on with.
@@ -273,9 +296,18 @@ TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
   }
   EXPECT_GT(j.at("compute_s").at("measured").get<double>(), 0);
   // By which algorithm of its library's products ran, of as many as were asked to be timed.
-  const Json product{
-      {"m", 64},        {"n", 32},         {"k", 16},         {"batch", 1}, {"transposed", "NT"},
-      {"type", "bf16"}, {"algorithm", 21}, {"candidates", 4}, {"taken", 2}, {"seconds", 1.5e-6}};
+  const Json product{{"m", 64},
+                     {"n", 32},
+                     {"k", 16},
+                     {"batch", 1},
+                     {"transposed", "NT"},
+                     {"type", "bf16"},
+                     {"out", "fp32"},
+                     {"adds", false},
+                     {"algorithm", 21},
+                     {"candidates", 4},
+                     {"taken", 2},
+                     {"seconds", 1.5e-6}};
   EXPECT_EQ(j.at("products"), Json::array({product}));
   const std::string small =
       "replay gpt2 dgx-h100:1 --layers 1 --rank 0 --backend cuda --steps 1 --json";
@@ -314,6 +346,33 @@ TEST_F(PaperGpu, AFrameworksKernelsAreNotTheReplays) {
               j.at("memory_bytes").at("total").at("predicted"));
     EXPECT_EQ(j.at("not_run"), Json::array());
   }
+}
+
+// A bundle on a node whose CUDA is Python's wheels.
+TEST_F(PaperGpu, FindsLibrariesInPythonsWheels) {
+  std::filesystem::remove(folder_ / "libpartita_cuda.so");
+  std::filesystem::copy_file(PARTITA_PAPER_OF_WHEELS, folder_ / "libpartita_cuda.so");
+  const auto place = folder_ / "venv/lib/python3.11/site-packages/nvidia/cu13/lib";
+  std::filesystem::create_directories(place);
+  const std::string replay =
+      "replay gpt2 dgx-h100:1 --layers 1 --rank 0 --backend cuda --steps 1 --json";
+  const std::string with = fmt::format("env VIRTUAL_ENV='{}'", (folder_ / "venv").string());
+  run(replay, 2, false, with);
+  EXPECT_NE(err().find("--backend: cuda needs libpartita_cuda.so, which cannot be loaded "
+                       "(libwheel_only.so: cannot open shared object file"),
+            std::string::npos)
+      << err();
+  EXPECT_NE(err().find("activate the Python environment that has NVIDIA's wheels"),
+            std::string::npos)
+      << err();
+  std::filesystem::copy_file(PARTITA_WHEEL_ONLY, place / "libwheel_only.so");
+  run(replay, 0, false, with);
+  // Of the python3 that is found first, linked as it may be.
+  std::filesystem::create_directories(folder_ / "venv/bin");
+  std::filesystem::create_symlink("/usr/bin/python3", folder_ / "venv/bin/python3");
+  run(replay, 2);
+  run(replay, 0, false,
+      fmt::format("env PATH='{}:{}'", (folder_ / "venv/bin").string(), std::getenv("PATH")));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // A library with NVML's names: one GPU at 00000000:0F:00.0, 1755 MHz, under a power cap; it does
 // not say its temperature. PARTITA_FAKE_NVML_SLOW="LINES FILE...": 1700 MHz while these files have
-// so many lines together, and nothing but the cap.
+// so many lines together, and nothing but the cap; with PARTITA_FAKE_NVML_FREE not even that.
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -49,7 +49,9 @@ int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total_free_used) {
 }
 int nvmlDeviceGetTemperature(void*, unsigned, unsigned*) { return 3; }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void*, unsigned long long* reasons) {
-  *reasons = std::getenv("PARTITA_FAKE_NVML_SLOW") != nullptr ? 0x4 : 0x4 | 0x20 | 0x40;
+  *reasons = std::getenv("PARTITA_FAKE_NVML_FREE") != nullptr   ? 0
+             : std::getenv("PARTITA_FAKE_NVML_SLOW") != nullptr ? 0x4
+                                                                : 0x4 | 0x20 | 0x40;
   return 0;
 }
 }

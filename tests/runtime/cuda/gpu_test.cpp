@@ -240,7 +240,8 @@ TEST(Gpu, MovesRuns) {
 using Linked = DeviceOptions::Linked;
 
 /// Plans on one rank, and on several ranks of this process that share a GPU.
-void expect_trains(const Graph& graph, const Plan& wanted, Linked linked = Linked::not_at_all) {
+void expect_trains(const Graph& graph, const Plan& wanted, Linked linked = Linked::not_at_all,
+                   int candidates = 1) {
   auto plan = complete(graph, wanted);
   if (!plan) return;
   const auto program = lower(graph, *plan);
@@ -253,12 +254,22 @@ void expect_trains(const Graph& graph, const Plan& wanted, Linked linked = Linke
     DeviceOptions d;
     d.tf32 = plan->precision.compute == ElementType::tf32;
     d.linked = linked;
+    d.candidates = candidates;
     return cuda_device(d);
   };
   try {
     execute::ThreadOptions threads;
     threads.timeout_s = 60;
     const auto results = execute::run_threads(*program, o, threads);
+    // What a gradient is added to is the same after its algorithms were timed.
+    bool adds = false;
+    for (const auto& product : results[0].products) {
+      if (candidates > 1 && product.adds) {
+        EXPECT_EQ(product.seconds > 0, product.candidates > 1);
+      }
+      adds |= product.adds && product.candidates > 1;
+    }
+    EXPECT_EQ(adds, candidates > 1);
     const auto exact = reference::options_for(graph, *program, 3, 7);
     const auto serial = reference::train_serially(graph, *program, exact, 1);
     expect_equal(
@@ -274,6 +285,15 @@ TEST(Gpu, TrainsOnOneRank) {
   Plan p = base_plan();
   set_precision(p, "fp32", "");
   for (const Graph& g : {gpt(), llama(), mixtral(), cnn(false)}) expect_trains(g, p);
+}
+
+TEST(Gpu, TrainsWithAlgorithmsThatItTimes) {
+  NEEDS_GPU();
+  Plan p = base_plan();
+  for (const char* precision : {"fp32", "bf16"}) {
+    set_precision(p, precision, "");
+    expect_trains(gpt(), p, Linked::not_at_all, 3);
+  }
 }
 
 TEST(Gpu, TrainsOnOneRankInNarrowTypes) {

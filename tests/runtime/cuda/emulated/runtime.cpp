@@ -618,6 +618,19 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
 }
 
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  const std::lock_guard lock(guard());
+  if (known(stream) == nullptr)
+    return keep(refuse(cudaErrorInvalidResourceHandle, "a fill on a stream that is not there"));
+  if (bytes == 0) return cudaSuccess;
+  if (!on_gpu(to) || !reachable(to, bytes))
+    return keep(
+        refuse(cudaErrorInvalidValue, fmt::format("a fill of {} bytes past its block", bytes)));
+  Call c{"fill", nullptr, nullptr, Call::Kind::fill, false};
+  c.run = [=] { std::memset(to, value, bytes); };
+  return queue(stream, std::move(c));
+}
+
 // -------------------------------------------------------------------------------------- streams
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* to, unsigned flags, int) {
