@@ -279,8 +279,9 @@ std::string provenance(const Options& o, std::size_t rounds) {
       fmt::localtime(std::time(nullptr)), machine(o), transport_name(o), rounds, o.steps);
 }
 
-/// Runs this command again as its ranks. Returns why they failed, if they did.
-std::string launch(const Options& o, const std::vector<Task>& tasks, int& code) {
+/// Runs this command again as its ranks. Returns why they failed, if they did; `at`: at which task.
+std::string launch(const Options& o, const std::vector<Task>& tasks, int& code,
+                   std::int64_t* at = nullptr) {
   const auto board = Board::create(o.most_ranks(), 0, 0);
   const Describe describe = [&](int rank, std::int64_t, std::int64_t) {
     return place_of_task(board->rank(rank), rank, tasks);
@@ -293,6 +294,7 @@ std::string launch(const Options& o, const std::vector<Task>& tasks, int& code) 
                                           : launch_tcp(*board, describe, patience);
   code = l.code;
   if (code == 2) throw InputError("", l.reason);
+  if (at != nullptr) *at = board->rank(0).task;
   return code == 0 ? "" : l.reason;
 }
 
@@ -311,6 +313,7 @@ struct Measured {
   std::string name;
   std::vector<std::size_t> tasks;
   std::vector<KernelShape> shapes;  ///< of a GPU's run: whose times it is measured for
+  bool more = false;                ///< for what is left of --budget
   std::function<void(const std::vector<std::vector<RankMeasurement>>&, validation::Unit&)> harvest;
 };
 
@@ -357,11 +360,12 @@ void plan_slowdowns(const Options& o, int ranks, const AddTask& task, Calibratio
       add(family, validation::AtOnce::kernels);
       add(family, validation::AtOnce::both);
     }
-    c.all.push_back({ranks, "kernels beside " + t.name(), tasks, {}, [=](const auto& m, auto& u) {
-                       for (std::size_t f = 0; f < kFamilies.size(); ++f)
-                         validation::harvest_slowdown(kFamilies[f], t, m[2 + 2 * f], m[1 + 2 * f],
-                                                      m[0], !gpu, u.slowdown);
-                     }});
+    c.all.push_back(
+        {ranks, "kernels beside " + t.name(), tasks, {}, false, [=](const auto& m, auto& u) {
+           for (std::size_t f = 0; f < kFamilies.size(); ++f)
+             validation::harvest_slowdown(kFamilies[f], t, m[2 + 2 * f], m[1 + 2 * f], m[0], !gpu,
+                                          u.slowdown);
+         }});
   }
 }
 
@@ -380,14 +384,21 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
   for (const int ranks : o.ranks) {
     if (o.gpu() && ranks == 1) {
       const bool eights = backend_gpu().compute_capability >= 89;
-      for (auto& run : validation::gpu_calibration_runs(eights)) {
-        c.runs.push_back(std::move(run));
+      auto runs = validation::gpu_calibration_runs(eights);
+      const std::size_t always = runs.size();
+      constexpr std::size_t kMore = 160;
+      if (o.budget_s > 0) {
+        for (auto& run : validation::more_gpu_calibration_runs(kMore))
+          runs.push_back(std::move(run));
+      }
+      for (std::size_t number = 0; number < runs.size(); ++number) {
+        c.runs.push_back(std::move(runs[number]));
         const CalibrationRun& r = c.runs.back();
         const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
         const Program* p = c.tasks[at].program;
         put_on_backend(c.tasks[at].options, o, *p, r.plan.precision.compute);
         if (!o.by_events()) c.tasks[at].options = by_records(c.tasks[at].options);
-        Measured m{ranks, r.name, {at}, validation::shapes_of(*p), {}};
+        Measured m{ranks, r.name, {at}, validation::shapes_of(*p), number >= always, {}};
         m.harvest = [p](const auto& measured, validation::Unit& u) {
           validation::harvest(*p, measured[0], u.kernels);
           put(validation::launch_of(measured[0]), u.launch);
@@ -404,14 +415,15 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
         if (!o.by_events()) e = by_records(e);
         const bool graph = r.name == validation::graph_run().name;
         if (graph) e.captured_steps = e.plain_steps;
-        c.all.push_back({ranks, r.name, {at}, {}, [graph](const auto& m, validation::Unit& u) {
-                           if (graph) {
-                             put(validation::dispatch_in_graph_of(m[0]), u.in_graph);
-                           } else {
-                             put(validation::dispatch_of(m[0]), u.dispatch);
-                             put(validation::launch_of(m[0]), u.launch);
-                           }
-                         }});
+        c.all.push_back(
+            {ranks, r.name, {at}, {}, false, [graph](const auto& m, validation::Unit& u) {
+               if (graph) {
+                 put(validation::dispatch_in_graph_of(m[0]), u.in_graph);
+               } else {
+                 put(validation::dispatch_of(m[0]), u.dispatch);
+                 put(validation::launch_of(m[0]), u.launch);
+               }
+             }});
       }
     }
     for (auto& run :
@@ -436,6 +448,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                            fmt::format("{} {}", r.name, name(form)),
                            {at},
                            {},
+                           false,
                            [p](const auto& m, validation::Unit& u) {
                              validation::harvest(*p, m[0], u.kernels);
                            }});
@@ -444,7 +457,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
       }
       const std::size_t at = task(r.graph, program_of(r.graph, r.plan, r.name));
       const Program* p = c.tasks[at].program;
-      c.all.push_back({ranks, r.name, {at}, {}, [p](const auto& m, validation::Unit& u) {
+      c.all.push_back({ranks, r.name, {at}, {}, false, [p](const auto& m, validation::Unit& u) {
                          validation::harvest(*p, m[0], u.kernels);
                          put(validation::dispatch_of(m[0]), u.dispatch);
                        }});
@@ -459,6 +472,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
                                                    : "collectives of two",
                        {at},
                        {},
+                       false,
                        [p](const auto& m, validation::Unit& u) {
                          validation::harvest_collectives(*p, m[0], host_cores(), u.collectives);
                        }});
@@ -470,15 +484,16 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
     const std::int64_t largest = std::int64_t{1} << (o.gpu() ? 30 : 24);
     const std::size_t at = task(no_graph(), validation::copy_program(ranks, largest));
     const Program* p = c.tasks[at].program;
-    c.all.push_back({ranks, "copies", {at}, {}, [p](const auto& m, validation::Unit& u) {
+    c.all.push_back({ranks, "copies", {at}, {}, false, [p](const auto& m, validation::Unit& u) {
                        validation::harvest_copies(*p, m[0], u.kernels);
                      }});
     if (o.gpu()) {
       const std::size_t there = task(no_graph(), validation::host_copy_program(256 << 20));
       const Program* q = c.tasks[there].program;
-      c.all.push_back({ranks, "copies to the host", {there}, {}, [q](const auto& m, auto& u) {
-                         validation::harvest_host_copies(*q, m[0], u.kernels);
-                       }});
+      c.all.push_back(
+          {ranks, "copies to the host", {there}, {}, false, [q](const auto& m, auto& u) {
+             validation::harvest_host_copies(*q, m[0], u.kernels);
+           }});
     }
     plan_slowdowns(o, ranks, task, c);
     if (ranks != 2) continue;
@@ -486,7 +501,7 @@ void plan_calibration(const Options& o, const std::string& only, const std::stri
     for (const auto part : {validation::OverlapPart::both, validation::OverlapPart::transfer,
                             validation::OverlapPart::compute})
       parts.push_back(task(no_graph(), validation::overlap_program(part)));
-    c.all.push_back({ranks, "overlap", parts, {}, [](const auto& m, validation::Unit& u) {
+    c.all.push_back({ranks, "overlap", parts, {}, false, [](const auto& m, validation::Unit& u) {
                        u.overlap.push_back(validation::overlap_of(m[0], m[1], m[2]));
                      }});
   }
@@ -534,15 +549,25 @@ void measure(const Measured& x, std::int64_t round, const Options& o, Crew& crew
 }
 
 /// A GPU's: what has no shapes first, then the run that the points so far say least of, until all
-/// are measured or the time is over.
+/// are measured or the time is over; what is left of a budget goes to more of them.
 void calibrate_gpu_round(std::int64_t round, int ranks, const Options& o, const Calibration& c,
                          Crew& crew, validation::Journal& journal, Progress& progress) {
   std::vector<const Measured*> left;
+  std::deque<const Measured*> more;
   for (const Measured& x : c.all) {
-    if (x.ranks == ranks && !journal.has(round, ranks, x.name)) left.push_back(&x);
+    if (x.ranks != ranks || journal.has(round, ranks, x.name)) continue;
+    x.more ? more.push_back(&x) : left.push_back(&x);
   }
-  while (!left.empty()) {
-    if (o.budget_s > 0 && journal.seconds() >= o.budget_s) return;
+  // So many of them at a time: to weigh one takes some milliseconds.
+  constexpr std::size_t kAtOnce = 16;
+  bool only_more = false;
+  while (true) {
+    only_more |= left.empty();
+    while (only_more && left.size() < kAtOnce && !more.empty()) {
+      left.push_back(more.front());
+      more.pop_front();
+    }
+    if (left.empty() || (o.budget_s > 0 && journal.seconds() >= o.budget_s)) return;
     std::size_t next = 0;
     const auto plain =
         std::find_if(left.begin(), left.end(), [](const Measured* x) { return x->shapes.empty(); });
@@ -551,14 +576,21 @@ void calibrate_gpu_round(std::int64_t round, int ranks, const Options& o, const 
     } else {
       std::vector<std::vector<KernelShape>> shapes;
       for (const Measured* x : left) shapes.push_back(x->shapes);
-      next = validation::next_candidate(validation::joined(journal.units()).kernels, shapes,
-                                        backend_gpu().multiprocessors);
+      // By the points that predictions will be made from.
+      KernelTable kernels = validation::joined(journal.units()).kernels;
+      validation::take_held_out(kernels);
+      next = validation::next_candidate(kernels, shapes, backend_gpu().multiprocessors);
     }
+    const auto begun = std::chrono::steady_clock::now();
     try {
       measure(*left[next], round, o, crew, journal, progress);
     } catch (const MachineError& e) {
       // One that does not run, for its memory or an algorithm, costs no other.
       fmt::print(stderr, "progress: {} was not measured: {}\n", left[next]->name, e.what());
+      validation::Unit u;
+      u.round = round, u.ranks = ranks, u.name = left[next]->name, u.failed = e.what();
+      u.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+      journal.add(std::move(u));
     }
     left.erase(left.begin() + static_cast<std::ptrdiff_t>(next));
   }
@@ -612,7 +644,7 @@ Profile profile_of(const validation::Journal& journal, const Options& o) {
   // Those that are joined: a journal that goes on may have more than are asked for now.
   std::set<std::int64_t> of_calibration;
   for (const validation::Unit& u : journal.units()) {
-    if (u.record.empty()) of_calibration.insert(u.round);
+    if (u.record.empty() && u.failed.empty()) of_calibration.insert(u.round);
   }
   const std::size_t rounds = of_calibration.size();
   p.provenance = provenance(o, rounds);
@@ -839,6 +871,9 @@ void calibrate(Options& o, int& code) {
                                   (o.gpu() && o.by_events() ? ", kernels between events" : ""))};
   if (!o.launched) {
     make_folder(o.out);
+    // A longer budget goes on where a shorter one ended.
+    if (o.gpu() && o.budget_s > 0)
+      validation::Journal::reopen(o.out + "/measured.jsonl", file, header, o.budget_s);
     // What is wrong with it is said here once, not by every rank.
     { const validation::Journal journal(file, header); }
   }
@@ -857,7 +892,10 @@ void calibrate(Options& o, int& code) {
     if (!journal.units().empty())
       fmt::print(stderr, "progress: {} of the last calibration's measurements are kept\n",
                  journal.units().size());
-    const std::size_t total = c.all.size() * static_cast<std::size_t>(o.round_count());
+    const auto measured_always =
+        std::count_if(c.all.begin(), c.all.end(), [](const Measured& x) { return !x.more; });
+    const std::size_t total =
+        static_cast<std::size_t>(measured_always) * static_cast<std::size_t>(o.round_count());
     Progress progress(total - std::min(total, journal.units().size()),
                       o.budget_s > 0 ? std::max(1.0, o.budget_s - journal.seconds()) : 0);
     std::int64_t round = 0;
@@ -894,6 +932,10 @@ void calibrate(Options& o, int& code) {
           "{} runs left out: their clock was more than 1 % off their other rounds' or was held "
           "down\n",
           p.strayed);
+    const auto failed = std::count_if(journal.units().begin(), journal.units().end(),
+                                      [](const validation::Unit& u) { return !u.failed.empty(); });
+    if (failed > 0)
+      fmt::print("{} runs could not be measured: {}/measured.jsonl says why\n", failed, o.out);
     for (const auto& line : outliers(p)) fmt::print("rounds far apart: {}\n", line);
     if (!o.gpu() && o.budget_s > 0 && journal.seconds() > 1.5 * o.budget_s)
       fmt::print("one round takes {:.0f} s, longer than --budget\n",
@@ -920,6 +962,7 @@ struct Outcome {
   std::size_t strayed = 0;                  ///< runs that are no measurement for their clock
   std::size_t mathematics = 0, timing = 0;  ///< tasks
   bool checked = false;                     ///< its reference is known
+  bool given_up = false;                    ///< its ranks hung, or died
   bool has_reference = true, is_timed = true;
   bool routed = false;
 };
@@ -966,8 +1009,8 @@ class SuiteJournal {
   int memory_ = -1;
 };
 
-/// In a journal the mathematics of a case come before all rounds.
-constexpr std::int64_t kMathematics = -1;
+/// In a journal the mathematics of a case come before all rounds, and that it was given up before.
+constexpr std::int64_t kMathematics = -1, kGivenUp = -2;
 
 void note(validation::Journal& journal, std::int64_t round, const Outcome& c, std::string record,
           const validation::Conditions& conditions = {}) {
@@ -984,7 +1027,9 @@ void note(validation::Journal& journal, std::int64_t round, const Outcome& c, st
 std::size_t recall(const validation::Journal& journal, std::deque<Outcome>& outcomes) {
   for (const validation::Unit& u : journal.units()) {
     for (Outcome& c : outcomes) {
-      if (u.record.empty() || c.suite->name != u.name || c.suite->ranks != u.ranks) continue;
+      if (c.suite->name != u.name || c.suite->ranks != u.ranks) continue;
+      if (u.round == kGivenUp) c.given_up = c.checked = true;  // and differs
+      if (u.record.empty()) continue;
       if (u.round == kMathematics) {
         c.reference = comparison_record(u.record);
         c.checked = true;
@@ -1182,7 +1227,25 @@ void validate(Options& o, int& code) {
   const SuiteJournal place(o);
   if (launches(o)) {
     { const auto journal = place.open(o); }  // what is wrong with it is said here once
-    const std::string failure = launch(o, tasks, code);
+    std::int64_t at = -1;
+    std::string failure = launch(o, tasks, code, &at);
+    // On a shared GPU a plan may never end, of which others are no worse.
+    while (!failure.empty() && o.share_gpu && code == 3) {
+      const auto its = std::find_if(outcomes.begin(), outcomes.end(), [&](const Outcome& one) {
+        return static_cast<std::size_t>(at) == one.mathematics ||
+               static_cast<std::size_t>(at) == one.timing;
+      });
+      if (its == outcomes.end() || its->given_up) break;
+      Outcome* c = &*its;
+      c->given_up = true;
+      validation::Unit u;
+      u.round = kGivenUp, u.ranks = static_cast<int>(c->suite->ranks), u.name = c->suite->name;
+      u.failed = failure;
+      place.open(o)->add(std::move(u));
+      fmt::print(stderr, "progress: {} is given up, and counts as different: {}\n", c->suite->name,
+                 failure);
+      failure = launch(o, tasks, code, &at);
+    }
     if (failure.empty()) return;
     const auto journal = place.open(o);
     recall(*journal, outcomes);
@@ -1212,7 +1275,9 @@ void validate(Options& o, int& code) {
       fmt::print(stderr, "progress: {} of the last validation's measurements are kept\n", before);
     const auto timed_cases = std::count_if(outcomes.begin(), outcomes.end(),
                                            [](const Outcome& c) { return c.is_timed; });
-    const std::size_t total = calibration.all.size() * static_cast<std::size_t>(o.round_count()) +
+    const auto measured_always = std::count_if(calibration.all.begin(), calibration.all.end(),
+                                               [](const Measured& x) { return !x.more; });
+    const std::size_t total = static_cast<std::size_t>(measured_always * o.round_count()) +
                               static_cast<std::size_t>(timed_cases * o.suite_rounds()) +
                               outcomes.size() + (estimating ? 1 : 0);
     Progress progress(total - std::min(total, before), 0);
@@ -1261,7 +1326,8 @@ void validate(Options& o, int& code) {
         if (round < o.round_count())
           calibrate_round(round, ranks, o, calibration, crew, journal, progress);
         for (Outcome& c : outcomes) {
-          if (c.suite->ranks != ranks || !c.is_timed || journal.has(round, ranks, c.suite->name))
+          if (c.suite->ranks != ranks || !c.is_timed || c.given_up ||
+              journal.has(round, ranks, c.suite->name))
             continue;
           progress.next(c.suite->name);
           execute::RankResult result;
@@ -1321,7 +1387,7 @@ void validate(Options& o, int& code) {
   for (Outcome& c : outcomes) {
     report.strayed_of_suite += c.strayed;
     if (c.is_timed && c.measured.empty()) {  // as was said, or is below
-      if (c.strayed > 0) report.no_figures.push_back(c.suite->name);
+      if (c.strayed > 0 || c.given_up) report.no_figures.push_back(c.suite->name);
       continue;
     }
     RoutingSource routing = given;

@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <initializer_list>
+#include <set>
 #include <tuple>
 
+#include "base/hash.h"
 #include "models/models.h"
 #include "simulator/cost/cost.h"
 #include "simulator/cost/measured.h"
@@ -355,6 +358,51 @@ std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
        {std::tuple{208, 48, 24}, {104, 96, 24}, {40, 160, 32}, {16, 320, 48}})
     add(images(fmt::format("images {} x {}, biases", side, channels), side, channels, false, true),
         "bf16", batch, true);
+  return all;
+}
+
+std::vector<CalibrationRun> more_gpu_calibration_runs(std::size_t count) {
+  std::vector<CalibrationRun> all;
+  std::uint64_t drawn = 1;
+  const auto one_of = [&](std::initializer_list<std::int64_t> list) {
+    drawn = mix(drawn, 0);
+    return *(list.begin() + static_cast<std::ptrdiff_t>(drawn % list.size()));
+  };
+  std::set<std::string> names;
+  const auto add = [&](Graph g, std::int64_t batch, bool sgd) {
+    CalibrationRun r = run_of(std::move(g), batch, sgd);
+    set_precision(r.plan, "bf16", "");
+    r.name += ", bf16, more";
+    if (names.insert(r.name).second) all.push_back(std::move(r));
+  };
+  while (all.size() < count) {
+    if (one_of({0, 1, 2, 3}) == 0) {
+      const std::int64_t side = one_of({10, 20, 36, 44, 64, 72, 88, 160}),
+                         channels = one_of({32, 80, 96, 160, 192, 320, 384}),
+                         batch = one_of({16, 24, 48, 96});
+      if (side * side * channels * batch <= std::int64_t{64} << 20)
+        add(images(fmt::format("images {} x {}", side, channels), side, channels), batch, true);
+      continue;
+    }
+    // Neither hidden sizes nor lengths of the suite's networks: none of its products.
+    const std::int64_t width = one_of({64, 128}),
+                       hidden = one_of({896, 1152, 1280, 1536, 1792, 2304, 2560, 3072, 3584, 5120,
+                                        6144, 7168, 8192}),
+                       sequence = one_of({384, 640, 768, 1280, 1536, 2560, 3072, 6144}),
+                       tokens = one_of({1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384}),
+                       vocabulary = one_of({4096, 12288, 24576, 33280, 49152, 65536});
+    const bool modern = one_of({0, 1}) == 1;
+    const std::int64_t ffn = modern ? hidden * one_of({20, 28, 22}) / 8 : 4 * hidden,
+                       batch = std::max<std::int64_t>(1, tokens / sequence);
+    // What state and logits fit beside each other on a GPU of 80 GB, and takes some milliseconds.
+    if (batch * sequence * hidden > std::int64_t{64} << 20 || (modern && hidden / width % 2 != 0) ||
+        batch * sequence * vocabulary > std::int64_t{512} << 20)
+      continue;
+    TransformerConfig c =
+        decoder(hidden, sequence, ffn / 128 * 128, hidden / width, vocabulary, modern);
+    c.name += fmt::format(" {} x {} of {}", hidden / width, width, vocabulary);
+    add(build_transformer(c), batch, modern);
+  }
   return all;
 }
 

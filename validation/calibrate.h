@@ -33,6 +33,9 @@ std::vector<CalibrationRun> calibration_runs(int ranks);
 /// The same for a GPU: shapes that fill it, in bf16 mostly, none of a network of the GPU suite.
 /// `eights`: it multiplies 8 bits.
 std::vector<CalibrationRun> gpu_calibration_runs(bool eights = true);
+/// So many more, drawn from a fixed seed, in bf16: for time that is left, of which those are
+/// measured whose kernels the points say least of. None of the suite's products.
+std::vector<CalibrationRun> more_gpu_calibration_runs(std::size_t count);
 
 /// A network of kernels of some 20 us: short, so that what passes between them shows, and longer
 /// than their launches.

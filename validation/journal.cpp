@@ -9,7 +9,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <thread>
 
 #include "base/error.h"
@@ -51,6 +53,7 @@ Json json_of(const Unit& u) {
   if (u.outside != OutsideMemory{}) j["outside"] = Json::parse(record_of(u.outside));
   if (u.recording) j["recording"] = *u.recording;
   if (!u.no_records.empty()) j["no_records"] = u.no_records;
+  if (!u.failed.empty()) j["failed"] = u.failed;
   if (!u.record.empty()) j["record"] = Json::parse(u.record);
   return j;
 }
@@ -107,8 +110,13 @@ Unit unit_of(const Json& j) {
   if (j.contains("outside")) u.outside = outside_memory_of(j.at("outside").dump());
   if (j.contains("recording")) u.recording = j.at("recording").get<double>();
   u.no_records = j.value("no_records", "");
+  u.failed = j.value("failed", "");
   if (j.contains("record")) u.record = j.at("record").dump();
   return u;
+}
+
+Json head_of(const JournalHeader& header) {
+  return {{"schema", kSchema}, {"host", header.host}, {"settings", header.settings}};
 }
 
 }  // namespace
@@ -136,7 +144,7 @@ Journal::Journal(const std::string& file, const JournalHeader& header) : file_(f
   const std::size_t whole = text.rfind('\n');
   // A torn last line is one that was being written when the end came.
   const std::size_t length = whole == std::string::npos ? 0 : whole + 1;
-  const Json head{{"schema", kSchema}, {"host", header.host}, {"settings", header.settings}};
+  const Json head = head_of(header);
   if (length == 0) {
     const std::string line = head.dump() + "\n";
     if (::ftruncate(descriptor_, 0) != 0 ||
@@ -174,6 +182,21 @@ Journal::Journal(const std::string& file, const JournalHeader& header) : file_(f
     }
     at = end + 1;
   }
+}
+
+void Journal::reopen(const std::string& name, const std::string& file, const JournalHeader& header,
+                     double seconds) {
+  std::error_code error;
+  if (!std::filesystem::exists(name, error) || std::filesystem::exists(file, error)) return;
+  std::istringstream lines(read_file(name));
+  double spent = 0;
+  bool first = true;
+  for (std::string line; std::getline(lines, line); first = false) {
+    const Json j = Json::parse(line, nullptr, false);
+    if (j.is_discarded() || (first && j != head_of(header))) return;
+    if (!first) spent += j.value("seconds", 0.0);
+  }
+  if (!first && spent < seconds) std::filesystem::rename(name, file, error);
 }
 
 Journal::~Journal() {

@@ -45,6 +45,7 @@ struct Unit {
   /// without, why there are none.
   std::optional<double> recording;
   std::string no_records;
+  std::string failed;  ///< why there is no measurement; empty: there is
 };
 
 /// What may be joined: the same machine, the same way of measuring.
@@ -72,6 +73,10 @@ class Journal {
   const std::vector<Unit>& units() const { return units_; }
   /// Seconds spent measuring, before an interruption too.
   double seconds() const;
+  /// A journal that was kept as `name` is one again, to be gone on with, if its measurements took
+  /// less than `seconds` and are the header's; else it stays what it is.
+  static void reopen(const std::string& name, const std::string& file, const JournalHeader& header,
+                     double seconds);
   /// The profile is complete: the journal becomes `name` beside it.
   void keep_as(const std::string& name);
 

@@ -311,6 +311,18 @@ TEST(GpuCalibration, KnowsEveryKernelOfItsSuiteAndNoneOfItsProducts) {
       kernels.insert(s.kernel);
       if (s.product()) products.insert(name(s));
     });
+  // Those for time that is left have no other kernels, and products of their own.
+  const std::size_t before = products.size();
+  std::set<std::string> names;
+  for (const CalibrationRun& r : more_gpu_calibration_runs(64)) {
+    EXPECT_TRUE(names.insert(r.name).second) << r.name;
+    add(lowered(r), [&](const KernelShape& s) {
+      EXPECT_EQ(kernels.count(s.kernel), 1u) << r.name << ": " << s.kernel;
+      if (s.product()) products.insert(name(s));
+    });
+  }
+  EXPECT_GT(products.size(), before + 300);
+  EXPECT_EQ(more_gpu_calibration_runs(64).back().name, more_gpu_calibration_runs(65)[63].name);
   // In 8 bits, casts and all, and nothing of it where the GPU has none.
   for (const char* kernel : {"linear forward fp8", "linear data fp8", "linear weight fp8",
                              "state_space data bf16", "causal_convolution weight bf16"})

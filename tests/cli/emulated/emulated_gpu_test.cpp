@@ -295,6 +295,23 @@ TEST_F(EmulatedGpu, NcclsEstimatesStandBesideOurs) {
 }
 
 TEST_F(EmulatedGpu, TheSuiteEqualsItsReference) { expect_suite_equal("tcp"); }
+
+// A plan whose ranks hang costs its time-out and no other plan: the tenth program is the last
+// case's, and what is left after it has fewer programs than that.
+TEST_F(EmulatedGpu, ACaseThatHangsIsGivenUp) {
+  const std::string out = folder_.string() + "/hangs";
+  const Json j =
+      Json::parse(run("validate --backend cuda --share-gpu --ranks 2 --transport tcp --only 'gpt' "
+                      "--calibrate-only transfers --rounds 1 --steps 1 --timeout 2 --json --out '" +
+                          out + "'",
+                      1, false, with("PARTITA_TEST_FAULT=1:0:0:stop:9")));
+  std::size_t different = 0;
+  for (const auto& c : j.at("suite").at("cases"))
+    different += c.at("equal_to_reference").get<bool>() ? 0 : 1;
+  EXPECT_EQ(different, 1u) << j;
+  EXPECT_THAT(err(), HasSubstr(" is given up, and counts as different: rank 1 was stopped"));
+  EXPECT_THAT(text_of(out + "/suite.jsonl"), HasSubstr("was stopped in step 0"));
+}
 #endif
 
 // Ranks that are threads and share a GPU exchange in its memory, whatever NCCL would say of that.

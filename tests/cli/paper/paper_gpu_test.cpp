@@ -89,6 +89,34 @@ TEST_F(PaperGpu, ItsCalibrationIsAProfileAndGoesOnWhereItEnded) {
 
 // On paper a product takes twice as long while a stand-in holds any multiprocessor, all else as
 // ever: a second wave, which no count of multiprocessors that are left would say.
+// Time that is left goes to more shapes, and a longer budget goes on where a shorter one ended.
+TEST_F(PaperGpu, ItsBudgetGoesToWhatThePointsSayLeastOf) {
+  const std::string out = (folder_ / "mine").string();
+  const auto units = [&] {
+    std::ifstream in(out + "/measured.jsonl");
+    std::vector<Json> all;
+    for (std::string line; std::getline(in, line);) all.push_back(Json::parse(line));
+    return all;
+  };
+  const auto calibrate = [&](const std::string& budget) {
+    run("calibrate --backend cuda --steps 1 --only ', more' --budget " + budget + " --out '" + out +
+            "'",
+        0, true);
+    return units();
+  };
+  const auto first = calibrate("1.5s");
+  ASSERT_GT(first.size(), 2u) << "a header, and runs";
+  for (std::size_t k = 1; k < first.size(); ++k)
+    EXPECT_NE(first[k].at("unit").get<std::string>().find(", more"), std::string::npos);
+  const auto longer = calibrate("4s");
+  EXPECT_NE(err().find("of the last calibration's measurements are kept"), std::string::npos)
+      << err();
+  ASSERT_GT(longer.size(), first.size());
+  EXPECT_TRUE(std::equal(first.begin(), first.end(), longer.begin()));
+  const auto again = calibrate("1s");
+  EXPECT_LT(again.size(), longer.size()) << "as long as before or shorter: anew";
+}
+
 TEST_F(PaperGpu, WhatTransfersDoToItsKernelsIsMeasuredAndPredicted) {
   const std::string out = (folder_ / "mine").string();
   const std::string said =
