@@ -19,10 +19,31 @@ PARTITA_BOTH double clip_factor(double clip, double square_sum) {
   return factor < 1 ? factor : 1;
 }
 
+/// to = the sum of all, in their order. A pass takes several: the sum itself is read again by each
+/// but the first.
+struct Terms {
+  static constexpr int kMost = 4;
+  Numbers at[kMost];
+  int count = 0;
+};
 template <class M>
-void add_values(M& m, Numbers from, Numbers to, std::int64_t n) {
-  map_two(
-      m, n, to, from, to, PARTITA_KERNEL(float sum, float v) { return sum + v; });
+void sum_values(M& m, const std::vector<PlainCall::Operand>& all, Numbers to, std::int64_t n) {
+  for (std::size_t next = 0; next < all.size();) {
+    Terms t;
+    if (next > 0) t.at[t.count++] = to;
+    while (t.count < Terms::kMost && next < all.size()) t.at[t.count++] = numbers(all[next++]);
+    m.each(
+        octets(n), PARTITA_KERNEL(std::int64_t number) {
+          const std::int64_t first = number * Octet::kSize, count = n - first;
+          Octet sum = octet(t.at[0], first, count);
+          for (int k = 1; k < Terms::kMost; ++k) {
+            if (k >= t.count) break;
+            const Octet o = octet(t.at[k], first, count);
+            for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
+          }
+          put(to, first, count, sum);
+        });
+  }
 }
 template <class M>
 void divide_values(M& m, Numbers from, Numbers to, std::int64_t n, float by) {
@@ -253,14 +274,9 @@ bool run_plain(M& m, const PlainCall& call) {
         zero_all(m, call.writes);
       }
       return true;
-    case Kernel::add: {
-      const std::int64_t n = call.writes[0].elements;
-      const Numbers sum = numbers(call.writes[0]);
-      copy_values(m, numbers(call.reads[0]), sum, n);
-      for (std::size_t r = 1; r < call.reads.size(); ++r)
-        add_values(m, numbers(call.reads[r]), sum, n);
+    case Kernel::add:
+      sum_values(m, call.reads, numbers(call.writes[0]), call.writes[0].elements);
       return true;
-    }
     case Kernel::optimizer:
       return optimizer(m, call);
     case Kernel::scale:

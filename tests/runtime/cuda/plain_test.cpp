@@ -148,6 +148,25 @@ TEST_F(PlainKernels, SumsAndScalesAlike) {
   }
 }
 
+/// Of more terms than one pass takes, and of one alone; the sum may be the first of them.
+TEST_F(PlainKernels, SumsOfAnyNumberOfTermsAreAlike) {
+  for (const std::size_t n : {0, 1, 7, 8, 9, 100}) {
+    for (std::size_t terms = 1; terms <= 9; ++terms) {
+      Case c = of(Kernel::add);
+      for (std::size_t k = 0; k < terms; ++k) c.reads.push_back(values(n));
+      c.writes = {values(n)};
+      expect_equal_bits(c, std::to_string(terms) + " of " + std::to_string(n));
+      Case host = c, ours = c;
+      execute::plain_on_host(host.call());
+      PlainCall call = ours.call();
+      call.writes[0].data = call.reads[0].data;
+      HostMachine m;
+      ASSERT_TRUE(run_plain(m, call));
+      EXPECT_EQ(ours.reads[0], host.writes[0]);
+    }
+  }
+}
+
 TEST_F(PlainKernels, GradientsAreCastAlike) {
   for (int round = 0; round < 24; ++round) {
     const std::size_t n = 2 * (1 + rng_() % 40);
