@@ -13,9 +13,11 @@ __global__ void each_kernel(std::int64_t n, F f) {
        i += step)
     f(i);
 }
-/// All lanes of a block take the same rows.
+constexpr unsigned kMostLanes = 512;
+/// All lanes of a block take the same rows. Of so many threads none has more than 128 registers:
+/// with more it would not start.
 template <class F>
-__global__ void rows_kernel(std::int64_t n, F f) {
+__global__ void __launch_bounds__(kMostLanes) rows_kernel(std::int64_t n, F f) {
   const Lanes lanes;
   for (std::int64_t row = blockIdx.x; row < n; row += gridDim.x) f(row, lanes);
 }
@@ -34,7 +36,7 @@ void CudaMachine::rows(std::int64_t n, std::int64_t width, F f) {
   if (n <= 0) return;
   constexpr std::int64_t kMostBlocks = 1 << 20;
   unsigned threads = 32;
-  while (threads < 1024 && threads * 4 < width) threads *= 2;
+  while (threads < kMostLanes && threads * 4 < width) threads *= 2;
   rows_kernel<<<static_cast<unsigned>(n < kMostBlocks ? n : kMostBlocks), threads, 0, stream_>>>(n,
                                                                                                  f);
   check(cudaGetLastError(), "start of a kernel for " + std::to_string(n) + " rows");

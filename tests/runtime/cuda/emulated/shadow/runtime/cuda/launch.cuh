@@ -23,7 +23,7 @@ template <class F>
 void CudaMachine::rows(std::int64_t n, std::int64_t width, F f) {
   if (n <= 0) return;
   int threads = 32;
-  while (threads < 1024 && threads * 4 < width) threads *= 2;
+  while (threads < 512 && threads * 4 < width) threads *= 2;
   // Kernels are right on any number of warps: by turns on more than a GPU would take.
   static std::atomic<int> calls = 0;
   if (++calls % 2 == 0 && threads < 1024) threads *= 2;
