@@ -24,11 +24,9 @@
 #include "runtime/cuda/machine.h"
 
 #ifdef __CUDACC__
-#  define PARTITA_UNROLL _Pragma("unroll")
 /// What is indexed must end in registers.
 #  define PARTITA_INLINE __device__ __forceinline__
 #else
-#  define PARTITA_UNROLL
 #  define PARTITA_INLINE inline
 #endif
 

@@ -29,10 +29,13 @@ double reduce(double v, bool maximum);
 #  define PARTITA_BOTH __host__ __device__ inline
 #  define PARTITA_LANE __device__ inline
 #  define PARTITA_KERNEL [=] __device__
+/// What is indexed in a loop is in registers only if its passes are written out.
+#  define PARTITA_UNROLL _Pragma("unroll")
 #else
 #  define PARTITA_BOTH inline
 #  define PARTITA_LANE inline
 #  define PARTITA_KERNEL [=]
+#  define PARTITA_UNROLL
 #endif
 
 namespace partita::cuda {
@@ -269,30 +272,52 @@ PARTITA_BOTH void store_bytes(std::uint8_t* p, std::uint64_t bytes) {
 PARTITA_BOTH bool together(const Numbers& at, std::int64_t count) {
   return count >= Octet::kSize && reinterpret_cast<std::uintptr_t>(at.data()) % 16 == 0;
 }
+/// An octet as it lies in memory: where a thread takes several, all are on their way before the
+/// first is looked at.
+struct Raw {
+  Sixteen low, high;  ///< the second of fp32 alone
+};
 /// The first `count` of x[first], ...; beyond them 0.
-PARTITA_BOTH Octet octet(const Numbers& x, std::int64_t first, std::int64_t count) {
+PARTITA_BOTH Raw raw_octet(const Numbers& x, std::int64_t first, std::int64_t count) {
   const Numbers at = x + first;
+  Raw r{};
+  if (together(at, count)) {
+    const auto* p = static_cast<const std::byte*>(at.data());
+    r.low = load_sixteen(p);
+    if (!x.narrow()) r.high = load_sixteen(p + 16);
+  } else if (x.narrow()) {
+    const auto* p = static_cast<const std::uint16_t*>(at.data());
+    for (int k = 0; k < 4; ++k) {
+      const std::uint32_t a = 2 * k < count ? p[2 * k] : 0u,
+                          b = 2 * k + 1 < count ? p[2 * k + 1] : 0u;
+      r.low.w[k] = a | b << 16;
+    }
+  } else {
+    const auto* p = static_cast<const float*>(at.data());
+    for (int k = 0; k < 4; ++k) {
+      r.low.w[k] = k < count ? bits_of(p[k]) : 0u;
+      r.high.w[k] = 4 + k < count ? bits_of(p[4 + k]) : 0u;
+    }
+  }
+  return r;
+}
+PARTITA_BOTH Octet octet_of(const Raw& r, ElementType type) {
   Octet o;
-  if (!together(at, count)) {
-    for (std::int64_t k = 0; k < Octet::kSize; ++k)
-      o.v[k] = k < count ? static_cast<float>(at[k]) : 0.0f;
-    return o;
-  }
-  const auto* p = static_cast<const std::byte*>(at.data());
-  const Sixteen low = load_sixteen(p);
-  if (!x.narrow()) {
-    const Sixteen high = load_sixteen(p + 16);
-    for (int k = 0; k < 4; ++k) o.v[k] = float_of(low.w[k]), o.v[4 + k] = float_of(high.w[k]);
-    return o;
-  }
   for (int k = 0; k < 4; ++k) {
-    const auto a = static_cast<std::uint16_t>(low.w[k] & 0xffffu),
-               b = static_cast<std::uint16_t>(low.w[k] >> 16);
-    const bool bf16 = x.type() == ElementType::bf16;
+    if (type == ElementType::fp32) {
+      o.v[k] = float_of(r.low.w[k]), o.v[4 + k] = float_of(r.high.w[k]);
+      continue;
+    }
+    const auto a = static_cast<std::uint16_t>(r.low.w[k] & 0xffffu),
+               b = static_cast<std::uint16_t>(r.low.w[k] >> 16);
+    const bool bf16 = type == ElementType::bf16;
     o.v[2 * k] = bf16 ? from_bf16(a) : from_fp16(a);
     o.v[2 * k + 1] = bf16 ? from_bf16(b) : from_fp16(b);
   }
   return o;
+}
+PARTITA_BOTH Octet octet(const Numbers& x, std::int64_t first, std::int64_t count) {
+  return octet_of(raw_octet(x, first, count), x.type());
 }
 PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, const Octet& o) {
   const Numbers at = y + first;

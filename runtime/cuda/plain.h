@@ -36,6 +36,7 @@ void sum_values(M& m, const std::vector<PlainCall::Operand>& all, Numbers to, st
         octets(n), PARTITA_KERNEL(std::int64_t number) {
           const std::int64_t first = number * Octet::kSize, count = n - first;
           Octet sum = octet(t.at[0], first, count);
+          PARTITA_UNROLL
           for (int k = 1; k < Terms::kMost; ++k) {
             if (k >= t.count) break;
             const Octet o = octet(t.at[k], first, count);

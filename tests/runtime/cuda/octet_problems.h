@@ -35,6 +35,7 @@ inline std::vector<reference::Problem> octet_problems(reference::Rng& rng) {
     add("cross entropy", CrossEntropy{},
         {{sample, sequence, {Dim::vocabulary, width}}, {sample, sequence}});
     add("embedding", Embedding{7, width}, {{sample, sequence}});
+    add("embedding of many tokens", Embedding{7, width}, {{sample, {Dim::sequence, 300}}});
     add("embedding of few", Embedding{2, width}, {{sample, sequence}});
     add("embedding of few, of many tokens", Embedding{3, width}, {{sample, {Dim::sequence, 70}}});
     add("position embedding", PositionEmbedding{5}, {tokens});

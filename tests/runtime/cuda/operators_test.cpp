@@ -477,6 +477,66 @@ TEST(HostKernels, ProductsInEightBitsAreTheReferencesOfRoundedOperands) {
   expect_products_of_rounded_operands<KernelOnDevice<Host>>();
 }
 
+TEST(CudaKernels, TokensComeInTheOrderOfTheirRows) {
+  std::mt19937 rng(31);
+  const std::vector<std::int64_t> rows{2, 3, 5, 9, 10, 12};
+  for (const std::int64_t tokens : {0, 1, 63, 64, 65, 511, 512, 513, 4097, 9000}) {
+    std::vector<std::int64_t> id;
+    for (std::int64_t i = 0; i < tokens; ++i) id.push_back(static_cast<std::int64_t>(rng() % 14));
+    HostMachine m;
+    const IndexList held = m.upload(rows);
+    const TokensByRow got = sorted_by_row(m, id.data(), tokens, held);
+    std::vector<std::pair<std::int64_t, std::int64_t>> want, pairs;
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      const std::int64_t row = held.find(id[static_cast<std::size_t>(i)]);
+      want.emplace_back(row < 0 ? held.size : row, i);
+      pairs.emplace_back(got.row[i], got.token[i]);
+    }
+    std::sort(want.begin(), want.end());
+    EXPECT_EQ(pairs, want) << tokens;
+  }
+}
+
+/// Whole numbers, so that sums are exact: many tokens of few rows, few of many, rows that are not
+/// held, octets and not.
+TEST(CudaKernels, GradientsOfEmbeddingsAreSumsOfTheirTokens) {
+  std::mt19937 rng(32);
+  for (int round = 0; round < 120; ++round) {
+    constexpr std::int64_t kWidths[] = {1, 7, 8, 9, 24}, kTokens[] = {0, 1, 31, 32, 33, 100, 600};
+    const std::int64_t n = kWidths[rng() % 5], tokens = kTokens[rng() % 7];
+    const auto rows = static_cast<std::int64_t>(5 + rng() % (round % 2 == 0 ? 3 : 60));
+    std::vector<cpu::Indices> index(2), places{reference::range(tokens)};
+    for (std::int64_t r = 0; r < rows; ++r) index[0].push_back(3 + 2 * r);
+    index[1] = reference::range(n);
+    std::vector<std::int64_t> ids;
+    ids.reserve(1);  // memory, of no tokens too
+    for (std::int64_t i = 0; i < tokens; ++i)
+      ids.push_back(
+          round % 3 == 0 && rng() % 4 > 0
+              ? 7
+              : static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(2 * rows + 6)));
+    const bool accumulate = round % 4 < 2;
+    const auto words = [](std::int64_t size) { return static_cast<std::size_t>(size); };
+    std::vector<float> dy(words(tokens * n)), w(words(rows * n), accumulate ? 3.0f : NAN),
+        want(w.size(), accumulate ? 3.0f : 0.0f);
+    for (float& v : dy) v = static_cast<float>(static_cast<int>(rng() % 9) - 4);
+    for (std::int64_t i = 0; i < tokens; ++i) {
+      const std::int64_t row = (ids[words(i)] - 3) / 2;
+      if (ids[words(i)] < 3 || ids[words(i)] % 2 == 0 || row >= rows) continue;
+      for (std::int64_t f = 0; f < n; ++f) want[words(row * n + f)] += dy[words(i * n + f)];
+    }
+    Arguments a;
+    Tensor by, above, to;
+    by.index = &places, by.ids = ids.data();
+    above.index = &index, above.values = dy.data();
+    to.index = &index, to.values = w.data();
+    a.inputs = {by}, a.output_gradients = {above}, a.results = {to}, a.accumulate = accumulate;
+    HostMachine m;
+    ASSERT_TRUE(weight(m, Embedding{2 * rows + 6, n}, Context{}, a));
+    EXPECT_EQ(w, want) << tokens << " tokens, " << rows << " rows of " << n;
+  }
+}
+
 TEST(CudaNumbers, OctetsAreTheirElementsWhereverTheyLie) {
   std::mt19937 rng(8);
   for (const ElementType type : {ElementType::fp32, ElementType::bf16, ElementType::fp16}) {
