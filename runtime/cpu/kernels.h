@@ -50,6 +50,9 @@ struct Arguments {
   /// Forward statistics are complete as computed, so norms keep (mean, 1 / deviation) in their
   /// place: from sums, a small variance beside a large mean would be lost.
   bool whole_statistics = false;
+  /// The pass makes its statistics itself (a forward leaves them in `statistics`): of kernels that
+  /// say that they can. These cannot.
+  bool own_statistics = false;
 };
 
 /// An operator on one rank: what does not change between steps is worked out once.

@@ -22,6 +22,7 @@
 #include "runtime/cuda/cuda_machine.h"
 #include "runtime/cuda/kernels.h"
 #include "runtime/cuda/nvml.h"
+#include "runtime/cuda/operands.h"
 #include "runtime/execute/process_links.h"
 
 namespace partita::cuda {
@@ -739,6 +740,7 @@ class GpuKernel : public execute::OperatorKernel {
     }
     gpu_.look(what());
   }
+  bool makes_statistics() const override { return cuda::makes_statistics(context_); }
 
  private:
   Gpu& gpu_;

@@ -23,13 +23,6 @@
 
 #include "runtime/cuda/machine.h"
 
-#ifdef __CUDACC__
-/// What is indexed must end in registers.
-#  define PARTITA_INLINE __device__ __forceinline__
-#else
-#  define PARTITA_INLINE inline
-#endif
-
 namespace partita::cuda {
 
 struct Heads {

@@ -22,6 +22,16 @@ __global__ void __launch_bounds__(kMostLanes) rows_kernel(std::int64_t n, F f) {
   for (std::int64_t row = blockIdx.x; row < n; row += gridDim.x) f(row, lanes);
 }
 
+/// As many rows as the block has warps: of a warp each, blocks could not fill a multiprocessor.
+constexpr unsigned kWarpsOfRows = 8;
+template <class F>
+__global__ void __launch_bounds__(kWarpsOfRows * 32) short_rows_kernel(std::int64_t n, F f) {
+  const Lanes lanes(true);
+  for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarpsOfRows + threadIdx.x / 32;
+       row < n; row += static_cast<std::int64_t>(gridDim.x) * kWarpsOfRows)
+    f(row, lanes);
+}
+
 template <class F>
 void CudaMachine::each(std::int64_t n, F f) {
   if (n <= 0) return;
@@ -37,8 +47,13 @@ void CudaMachine::rows(std::int64_t n, std::int64_t width, F f) {
   constexpr std::int64_t kMostBlocks = 1 << 20;
   unsigned threads = 32;
   while (threads < kMostLanes && threads * 4 < width) threads *= 2;
-  rows_kernel<<<static_cast<unsigned>(n < kMostBlocks ? n : kMostBlocks), threads, 0, stream_>>>(n,
-                                                                                                 f);
+  const std::int64_t rows = threads == 32 ? kWarpsOfRows : 1, wanted = (n + rows - 1) / rows;
+  const auto blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+  if (rows > 1) {
+    short_rows_kernel<<<blocks, kWarpsOfRows * 32, 0, stream_>>>(n, f);
+  } else {
+    rows_kernel<<<blocks, threads, 0, stream_>>>(n, f);
+  }
   check(cudaGetLastError(), "start of a kernel for " + std::to_string(n) + " rows");
 }
 

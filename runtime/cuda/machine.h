@@ -29,24 +29,27 @@ double reduce(double v, bool maximum);
 #  define PARTITA_BOTH __host__ __device__ inline
 #  define PARTITA_LANE __device__ inline
 #  define PARTITA_KERNEL [=] __device__
-/// What is indexed in a loop is in registers only if its passes are written out.
+/// What is indexed ends in registers only where loops are written out and functions inside.
 #  define PARTITA_UNROLL _Pragma("unroll")
+#  define PARTITA_INLINE __device__ __forceinline__
 #else
 #  define PARTITA_BOTH inline
 #  define PARTITA_LANE inline
 #  define PARTITA_KERNEL [=]
 #  define PARTITA_UNROLL
+#  define PARTITA_INLINE inline
 #endif
 
 namespace partita::cuda {
 
-/// Those who share a row: on a GPU the threads of a block, on the host one. Every lane calls
-/// sum() and max() the same number of times.
+/// Those who share a row: on a GPU the threads of a block, or of a warp where rows are short; on
+/// the host one. Every lane calls sum() and max() the same number of times.
 class Lanes {
  public:
+  PARTITA_BOTH explicit Lanes(bool warp = false) : warp_(warp) {}
   PARTITA_BOTH std::int64_t lane() const {
 #if defined(__CUDA_ARCH__)
-    return threadIdx.x;
+    return warp_ ? threadIdx.x % 32 : threadIdx.x;
 #elif defined(PARTITA_EMULATED_LANES)
     return emulated::lane();
 #else
@@ -55,7 +58,7 @@ class Lanes {
   }
   PARTITA_BOTH std::int64_t count() const {
 #if defined(__CUDA_ARCH__)
-    return blockDim.x;
+    return warp_ ? 32 : blockDim.x;
 #elif defined(PARTITA_EMULATED_LANES)
     return emulated::lanes();
 #else
@@ -67,13 +70,14 @@ class Lanes {
 
  private:
   /// A block is a whole number of warps.
-  PARTITA_BOTH static double reduce(double v, bool maximum) {
+  PARTITA_BOTH double reduce(double v, bool maximum) const {
 #if defined(__CUDA_ARCH__)
-    __shared__ double parts[32];
     for (int d = 16; d > 0; d /= 2) {
       const double other = __shfl_xor_sync(0xffffffffu, v, d);
       v = maximum ? fmax(v, other) : v + other;
     }
+    if (warp_) return v;
+    __shared__ double parts[32];
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     if (lane == 0) parts[warp] = v;
     __syncthreads();
@@ -83,12 +87,14 @@ class Lanes {
     __syncthreads();
     return v;
 #elif defined(PARTITA_EMULATED_LANES)
+    static_cast<void>(warp_);
     return emulated::reduce(v, maximum);
 #else
-    static_cast<void>(maximum);
+    static_cast<void>(warp_), static_cast<void>(maximum);
     return v;
 #endif
   }
+  bool warp_;
 };
 
 /// Ascending global indices along one dimension, as a kernel sees them.
@@ -277,11 +283,13 @@ PARTITA_BOTH bool together(const Numbers& at, std::int64_t count) {
 struct Raw {
   Sixteen low, high;  ///< the second of fp32 alone
 };
-/// The first `count` of x[first], ...; beyond them 0.
+/// The first `count` of x[first], ...; beyond them 0. `kWhole`: there are eight, and they may be
+/// moved at once.
+template <bool kWhole = false>
 PARTITA_BOTH Raw raw_octet(const Numbers& x, std::int64_t first, std::int64_t count) {
   const Numbers at = x + first;
   Raw r{};
-  if (together(at, count)) {
+  if (kWhole || together(at, count)) {
     const auto* p = static_cast<const std::byte*>(at.data());
     r.low = load_sixteen(p);
     if (!x.narrow()) r.high = load_sixteen(p + 16);
@@ -301,27 +309,59 @@ PARTITA_BOTH Raw raw_octet(const Numbers& x, std::int64_t first, std::int64_t co
   }
   return r;
 }
+PARTITA_BOTH std::uint16_t low_half(std::uint32_t w) {
+  return static_cast<std::uint16_t>(w & 0xffffu);
+}
+PARTITA_BOTH std::uint16_t high_half(std::uint32_t w) {
+  return static_cast<std::uint16_t>(w >> 16);
+}
+/// The type is asked for once, not for each number.
 PARTITA_BOTH Octet octet_of(const Raw& r, ElementType type) {
   Octet o;
-  for (int k = 0; k < 4; ++k) {
-    if (type == ElementType::fp32) {
-      o.v[k] = float_of(r.low.w[k]), o.v[4 + k] = float_of(r.high.w[k]);
-      continue;
+  if (type == ElementType::fp32) {
+    for (int k = 0; k < 4; ++k) o.v[k] = float_of(r.low.w[k]), o.v[4 + k] = float_of(r.high.w[k]);
+  } else if (type == ElementType::bf16) {
+    for (int k = 0; k < 4; ++k) {
+      o.v[2 * k] = from_bf16(low_half(r.low.w[k]));
+      o.v[2 * k + 1] = float_of(r.low.w[k] & 0xffff0000u);
     }
-    const auto a = static_cast<std::uint16_t>(r.low.w[k] & 0xffffu),
-               b = static_cast<std::uint16_t>(r.low.w[k] >> 16);
-    const bool bf16 = type == ElementType::bf16;
-    o.v[2 * k] = bf16 ? from_bf16(a) : from_fp16(a);
-    o.v[2 * k + 1] = bf16 ? from_bf16(b) : from_fp16(b);
+  } else {
+    for (int k = 0; k < 4; ++k) {
+      o.v[2 * k] = from_fp16(low_half(r.low.w[k]));
+      o.v[2 * k + 1] = from_fp16(high_half(r.low.w[k]));
+    }
   }
   return o;
 }
+template <bool kWhole = false>
 PARTITA_BOTH Octet octet(const Numbers& x, std::int64_t first, std::int64_t count) {
-  return octet_of(raw_octet(x, first, count), x.type());
+  return octet_of(raw_octet<kWhole>(x, first, count), x.type());
 }
+/// Two of them, rounded by one instruction.
+PARTITA_BOTH std::uint32_t pair_bf16(float a, float b) {
+#ifdef __CUDA_ARCH__
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  std::uint32_t w;
+  memcpy(&w, &pair, sizeof w);
+  return w;
+#else
+  return to_bf16(a) | static_cast<std::uint32_t>(to_bf16(b)) << 16;
+#endif
+}
+PARTITA_BOTH std::uint32_t pair_fp16(float a, float b) {
+#ifdef __CUDA_ARCH__
+  const __half2 pair = __floats2half2_rn(a, b);
+  std::uint32_t w;
+  memcpy(&w, &pair, sizeof w);
+  return w;
+#else
+  return to_fp16(a) | static_cast<std::uint32_t>(to_fp16(b)) << 16;
+#endif
+}
+template <bool kWhole = false>
 PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, const Octet& o) {
   const Numbers at = y + first;
-  if (!together(at, count)) {
+  if (!kWhole && !together(at, count)) {
     for (std::int64_t k = 0; k < Octet::kSize && k < count; ++k) at[k] = o.v[k];
     return;
   }
@@ -333,11 +373,10 @@ PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, 
     store_sixteen(p + 16, high);
     return;
   }
-  for (int k = 0; k < 4; ++k) {
-    const bool bf16 = y.type() == ElementType::bf16;
-    const std::uint32_t a = bf16 ? to_bf16(o.v[2 * k]) : to_fp16(o.v[2 * k]),
-                        b = bf16 ? to_bf16(o.v[2 * k + 1]) : to_fp16(o.v[2 * k + 1]);
-    low.w[k] = a | b << 16;
+  if (y.type() == ElementType::bf16) {
+    for (int k = 0; k < 4; ++k) low.w[k] = pair_bf16(o.v[2 * k], o.v[2 * k + 1]);
+  } else {
+    for (int k = 0; k < 4; ++k) low.w[k] = pair_fp16(o.v[2 * k], o.v[2 * k + 1]);
   }
   store_sixteen(p, low);
 }

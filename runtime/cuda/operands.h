@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <variant>
 
 #include "runtime/cpu/kernels.h"
 #include "runtime/cuda/machine.h"
@@ -39,6 +40,18 @@ inline bool any_rows(const Arguments& a) {
   return false;
 }
 
+/// Do the forward and the backward by data make their statistics themselves, in one kernel, where
+/// nobody else has a part of them?
+inline bool makes_statistics(const Context& c) {
+  const auto* n = std::get_if<Normalize>(c.operation);
+  if (n == nullptr || (n->kind != Normalize::Kind::layer && n->kind != Normalize::Kind::rms))
+    return false;
+  const Operand& x = c.signature->inputs[0];
+  if (x.routed) return false;
+  const std::int64_t last = std::ssize(reference::touched(c, x, x.shape.size() - 1));
+  return last > 0 && (n->group == 0 || last % n->group == 0);
+}
+
 /// Of `type`, as scratch.
 template <class M>
 Numbers scratch(M& m, std::int64_t n, ElementType type) {
@@ -60,25 +73,169 @@ void fill_values(M& m, Numbers to, std::int64_t n, float value) {
       });
 }
 
-/// to[column] (+)= sum over rows of y[row, column], in two stages so that its order is fixed.
+/// kTensors' rows of one place and length, as the lanes of a row look at them more than once: what
+/// a lane takes first stays in registers, all of it on its way before any is looked at. Only what
+/// is beyond (where rows() has no lanes for more) is read again. `kWhole`: by whole_rows.
+template <int kTensors, bool kWhole>
+struct KeptRows {
+  static constexpr int kKept = 4;
+  const Numbers (&from)[kTensors];
+  std::int64_t start, length, lane, lanes;
+  Raw kept[kTensors][kKept];
+
+  PARTITA_INLINE KeptRows(const Numbers (&tensors)[kTensors], std::int64_t first, std::int64_t n,
+                          const Lanes& of)
+      : from(tensors), start(first), length(n), lane(of.lane()), lanes(of.count()) {
+    PARTITA_UNROLL
+    for (int k = 0; k < kKept; ++k) {
+      const std::int64_t e = (lane + k * lanes) * Octet::kSize;
+      if (e >= length) break;
+      PARTITA_UNROLL
+      for (int t = 0; t < kTensors; ++t)
+        kept[t][k] = raw_octet<kWhole>(from[t], start + e, length - e);
+    }
+  }
+  /// f(element, how many, one octet of each tensor).
+  template <class F>
+  PARTITA_INLINE void each(F f) const {
+    PARTITA_UNROLL
+    for (int k = 0; k < kKept; ++k) {
+      const std::int64_t e = (lane + k * lanes) * Octet::kSize;
+      if (e >= length) break;
+      Octet o[kTensors];
+      PARTITA_UNROLL
+      for (int t = 0; t < kTensors; ++t) o[t] = octet_of(kept[t][k], from[t].type());
+      f(e, length - e, o);
+    }
+    for (std::int64_t e = (lane + kKept * lanes) * Octet::kSize; e < length;
+         e += lanes * Octet::kSize) {
+      Octet o[kTensors];
+      PARTITA_UNROLL
+      for (int t = 0; t < kTensors; ++t) o[t] = octet<kWhole>(from[t], start + e, length - e);
+      f(e, length - e, o);
+    }
+  }
+};
+/// Of rows of n elements that are kept, as rows() takes it.
+inline std::int64_t kept_width(std::int64_t n) { return octets(n); }
+/// Are rows of n numbers octets that may be moved at once, in all operands? Then kernels leave out
+/// what moves parts of them.
+inline bool whole_rows(std::int64_t n, const Arguments& a) {
+  bool whole = n % Octet::kSize == 0;
+  for (const auto* list : {&a.inputs, &a.parameters, &a.output_gradients, &a.results}) {
+    for (const Tensor& t : *list) whole &= !t || together(numbers(t), Octet::kSize);
+  }
+  return whole;
+}
+
+/// What stage after stage of sums over rows leaves: [sum, row, column], in fp32.
+template <int kSums>
+struct PartialSums {
+  float* at = nullptr;
+  std::int64_t rows = 0, columns = 0;
+  /// Of rows [first, end) of one column; eight are on their way at a time.
+  PARTITA_LANE void add(std::int64_t first, std::int64_t end, std::int64_t column,
+                        float (&sums)[kSums]) const {
+    constexpr int kAtOnce = 8;
+    for (std::int64_t r = first; r < end; r += kAtOnce) {
+      float v[kSums][kAtOnce];
+      PARTITA_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const std::int64_t row = r + k < end ? r + k : end - 1;
+        PARTITA_UNROLL
+        for (int s = 0; s < kSums; ++s) v[s][k] = at[(s * rows + row) * columns + column];
+      }
+      PARTITA_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (r + k >= end) break;
+        PARTITA_UNROLL
+        for (int s = 0; s < kSums; ++s) sums[s] += v[s][k];
+      }
+    }
+  }
+};
+/// The first stage, octet after octet of a chunk of rows: f.load(row, first, count) takes what
+/// f.add(loaded, sums) adds; four rows are on their way at a time.
+template <class F>
+struct ChunkSums {
+  F f;
+  std::int64_t rows, chunk;
+  PartialSums<F::kSums> to;
+  PARTITA_LANE void operator()(std::int64_t number, std::int64_t first, std::int64_t count) const {
+    constexpr int kAtOnce = 4;
+    const std::int64_t begin = number * chunk, end = begin + chunk < rows ? begin + chunk : rows;
+    Octet sums[F::kSums]{};
+    for (std::int64_t r = begin; r < end; r += kAtOnce) {
+      typename F::Loaded loaded[kAtOnce];
+      PARTITA_UNROLL
+      for (int k = 0; k < kAtOnce; ++k)
+        loaded[k] = f.load(r + k < end ? r + k : end - 1, first, count);
+      PARTITA_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (r + k >= end) break;
+        f.add(loaded[k], sums);
+      }
+    }
+    PARTITA_UNROLL
+    for (int s = 0; s < F::kSums; ++s)
+      put(to.at, (s * to.rows + number) * to.columns + first, count, sums[s]);
+  }
+};
+/// then(column, sums) of sums over rows, in stages so that their order is fixed and each has many
+/// threads.
+template <class M, class F, class Then>
+void sum_rows(M& m, F f, std::int64_t rows, std::int64_t columns, Then then) {
+  constexpr int kSums = F::kSums;
+  constexpr std::int64_t kThreads = 1 << 16, kLeast = 16, kMost = 64, kParts = 32;
+  const std::int64_t wanted = rows * octets(columns) / kThreads, chunk = wanted < kLeast  ? kLeast
+                                                                         : wanted < kMost ? wanted
+                                                                                          : kMost;
+  const auto parts_of = [&](std::int64_t n) {
+    return PartialSums<kSums>{m.scratch(kSums * n * columns), n, columns};
+  };
+  PartialSums<kSums> from = parts_of((rows + chunk - 1) / chunk);
+  each_of_rows(m, from.rows, columns, ChunkSums<F>{f, rows, chunk, from});
+  while (from.rows > kParts) {
+    const PartialSums<kSums> to = parts_of((from.rows + kParts - 1) / kParts);
+    m.each(
+        to.rows * columns, PARTITA_KERNEL(std::int64_t i) {
+          const std::int64_t first = i / columns * kParts;
+          float sums[kSums]{};
+          from.add(first, first + kParts < from.rows ? first + kParts : from.rows, i % columns,
+                   sums);
+          for (int s = 0; s < kSums; ++s) to.at[s * to.rows * columns + i] = sums[s];
+        });
+    from = to;
+  }
+  m.each(
+      columns, PARTITA_KERNEL(std::int64_t column) {
+        float sums[kSums]{};
+        from.add(0, from.rows, column, sums);
+        then(column, sums);
+      });
+}
+/// A row's numbers themselves.
+struct Addend {
+  static constexpr int kSums = 1;
+  using Loaded = Raw;
+  Numbers y;
+  std::int64_t columns;
+  PARTITA_LANE Raw load(std::int64_t row, std::int64_t first, std::int64_t count) const {
+    return raw_octet(y, row * columns + first, count);
+  }
+  PARTITA_LANE void add(const Raw& r, Octet (&sums)[1]) const {
+    const Octet o = octet_of(r, y.type());
+    for (int e = 0; e < Octet::kSize; ++e) sums[0].v[e] += o.v[e];
+  }
+};
+/// to[column] (+)= sum over rows of y[row, column].
 template <class M>
 void sum_columns(M& m, Numbers y, std::int64_t rows, std::int64_t columns, Numbers to,
                  bool accumulate) {
-  const std::int64_t chunk = 64, chunks = (rows + chunk - 1) / chunk;
-  float* parts = m.scratch(chunks * columns);
-  m.each(
-      chunks * columns, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t first = i / columns * chunk, column = i % columns;
-        const std::int64_t end = first + chunk < rows ? first + chunk : rows;
-        float sum = 0;
-        for (std::int64_t r = first; r < end; ++r) sum += y[r * columns + column];
-        parts[i] = sum;
-      });
-  m.each(
-      columns, PARTITA_KERNEL(std::int64_t c) {
-        float sum = 0;
-        for (std::int64_t k = 0; k < chunks; ++k) sum += parts[k * columns + c];
-        to[c] = accumulate ? to[c] + sum : sum;
+  sum_rows(
+      m, Addend{y, columns}, rows, columns,
+      PARTITA_KERNEL(std::int64_t column, const float(&sums)[1]) {
+        to[column] = accumulate ? to[column] + sums[0] : sums[0];
       });
 }
 

@@ -623,8 +623,8 @@ void sum_by_parts(M& m, const Runs& r, F f, Then then) {
 /// Of the columns from one on; of a batch's group all have one. 1 and 0 where there are none.
 PARTITA_BOTH Octet by_column(const Runs& r, const Numbers& list, std::int64_t column,
                              std::int64_t count, float none) {
-  Octet o;
   if (list != nullptr && !r.batch) return octet(list, column, count);
+  Octet o;
   const float v = list != nullptr ? static_cast<float>(list[column]) : none;
   for (int k = 0; k < Octet::kSize; ++k) o.v[k] = v;
   return o;
@@ -713,11 +713,116 @@ bool statistic(M& m, const Normalize& op, const Context& c, const Arguments& a) 
       });
   return true;
 }
+/// Sums of an octet are in fp32, of a row in double.
+PARTITA_LANE float sum_of(const Octet& o) {
+  float sum = 0;
+  for (int k = 0; k < Octet::kSize; ++k) sum += o.v[k];
+  return sum;
+}
+/// Rows whose statistics nobody else has a part of: they are made, left in their place and used
+/// while the row is in registers.
+template <bool kWhole, class M>
+void normalised_rows(M& m, const Normalize& op, const Runs& r, const Arguments& a) {
+  const Numbers x = numbers(a.inputs[0]), sums = numbers(a.statistics[0]);
+  const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
+  const Numbers bias = op.bias ? numbers(a.parameters[op.scale ? 1 : 0]) : nullptr;
+  const Numbers y = numbers(a.results[0]);
+  m.rows(
+      r.groups, kept_width(r.length), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+        const Numbers from[1] = {x};
+        const std::int64_t start = g * r.length;
+        const KeptRows<1, kWhole> row(from, start, r.length, lanes);
+        float mean = 0;
+        if (r.width == 2) {
+          double sum = 0;
+          row.each([&](std::int64_t, std::int64_t, const Octet(&o)[1]) {
+            sum += static_cast<double>(sum_of(o[0]));
+          });
+          mean = static_cast<float>(lanes.sum(sum) / r.members);
+        }
+        double square = 0;
+        row.each([&](std::int64_t, std::int64_t count, const Octet(&o)[1]) {
+          Octet squares{};
+          for (int k = 0; k < Octet::kSize; ++k) {
+            const float v = o[0].v[k] - mean;
+            squares.v[k] = k < count ? v * v : 0.0f;
+          }
+          square += static_cast<double>(sum_of(squares));
+        });
+        square = lanes.sum(square);
+        const auto inverse = static_cast<float>(1 / sqrt(square / r.members + r.epsilon));
+        if (lanes.lane() == 0) {
+          if (r.width == 2) sums[2 * g] = mean;
+          sums[g * r.width + r.width - 1] = inverse;
+        }
+        row.each([&](std::int64_t e, std::int64_t count, const Octet(&o)[1]) {
+          Octet by{}, more{};
+          if (scale != nullptr) by = octet<kWhole>(scale, e, count);
+          if (bias != nullptr) more = octet<kWhole>(bias, e, count);
+          Octet to;
+          for (int k = 0; k < Octet::kSize; ++k) {
+            float v = (o[0].v[k] - mean) * inverse;
+            if (scale != nullptr) v *= by.v[k];
+            to.v[k] = bias != nullptr ? v + more.v[k] : v;
+          }
+          put<kWhole>(y, start + e, count, to);
+        });
+      });
+}
+/// The same of their gradients, whose sums are nobody else's.
+template <bool kWhole, class M>
+void slopes_of_rows(M& m, const Normalize& op, const Runs& r, const Arguments& a) {
+  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
+                sums = numbers(a.statistics[0]);
+  const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
+  const Numbers dx = numbers(a.results[0]);
+  const bool whole = a.whole_statistics;
+  m.rows(
+      r.groups, kept_width(r.length), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
+        const Numbers from[2] = {x, dy};
+        const std::int64_t start = g * r.length;
+        const KeptRows<2, kWhole> row(from, start, r.length, lanes);
+        const Moments o = moments_of(r, sums, whole, g);
+        double sum = 0, along = 0;
+        row.each([&](std::int64_t e, std::int64_t count, const Octet(&v)[2]) {
+          Octet by{};
+          if (scale != nullptr) by = octet<kWhole>(scale, e, count);
+          Octet slopes, times;
+          for (int k = 0; k < Octet::kSize; ++k) {
+            slopes.v[k] = scale != nullptr ? v[1].v[k] * by.v[k] : v[1].v[k];
+            times.v[k] = slopes.v[k] * (v[0].v[k] - o.mean);
+          }
+          sum += static_cast<double>(sum_of(slopes));
+          along += static_cast<double>(sum_of(times));
+        });
+        const float mean = r.width == 2 ? static_cast<float>(lanes.sum(sum) / r.members) : 0.0f;
+        const auto by_mean =
+            static_cast<float>(lanes.sum(along) * static_cast<double>(o.inverse) / r.members);
+        row.each([&](std::int64_t e, std::int64_t count, const Octet(&v)[2]) {
+          Octet by{};
+          if (scale != nullptr) by = octet<kWhole>(scale, e, count);
+          Octet to;
+          for (int k = 0; k < Octet::kSize; ++k) {
+            const float d = scale != nullptr ? v[1].v[k] * by.v[k] : v[1].v[k];
+            to.v[k] = o.inverse * (d - mean - (v[0].v[k] - o.mean) * o.inverse * by_mean);
+          }
+          put<kWhole>(dx, start + e, count, to);
+        });
+      });
+}
 template <class M>
 bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   if (op.kind == Normalize::Kind::local) return normalised_locally(m, op, a);
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
+  if (a.own_statistics) {
+    if (whole_rows(r.length, a)) {
+      normalised_rows<true>(m, op, r, a);
+    } else {
+      normalised_rows<false>(m, op, r, a);
+    }
+    return true;
+  }
   const Numbers x = numbers(a.inputs[0]), sums = numbers(a.statistics[0]);
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
   const Numbers bias = op.bias ? numbers(a.parameters[op.scale ? 1 : 0]) : nullptr;
@@ -806,6 +911,14 @@ bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   if (op.kind == Normalize::Kind::local) return local_data(m, op, a);
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
+  if (a.own_statistics) {
+    if (whole_rows(r.length, a)) {
+      slopes_of_rows<true>(m, op, r, a);
+    } else {
+      slopes_of_rows<false>(m, op, r, a);
+    }
+    return true;
+  }
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
                 sums = numbers(a.statistics[0]), back = numbers(a.backward_statistics[0]);
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
@@ -835,6 +948,28 @@ bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
       });
   return true;
 }
+/// Of a row's elements, what scales and biases get.
+struct ScaleSlopes {
+  static constexpr int kSums = 2;
+  struct Loaded {
+    Raw x, dy;
+    Moments of;
+  };
+  Runs r;
+  Numbers x, dy, sums;
+  bool whole;
+  PARTITA_LANE Loaded load(std::int64_t g, std::int64_t first, std::int64_t count) const {
+    const std::int64_t at = g * r.length + first;
+    return {raw_octet(x, at, count), raw_octet(dy, at, count), moments_of(r, sums, whole, g)};
+  }
+  PARTITA_LANE void add(const Loaded& l, Octet (&to)[2]) const {
+    const Octet v = octet_of(l.x, x.type()), d = octet_of(l.dy, dy.type());
+    for (int e = 0; e < Octet::kSize; ++e) {
+      to[0].v[e] += d.v[e] * (v.v[e] - l.of.mean) * l.of.inverse;
+      to[1].v[e] += d.v[e];
+    }
+  }
+};
 template <class M>
 bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
@@ -857,32 +992,12 @@ bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
         });
     return true;
   }
-  // Rows are groups, columns elements; in two stages as sum_columns.
-  const std::int64_t n = r.length, chunk = 64, chunks = (r.groups + chunk - 1) / chunk;
-  float* parts = m.scratch(2 * chunks * n);
-  m.each(
-      chunks * n, PARTITA_KERNEL(std::int64_t i) {
-        const std::int64_t first = i / n * chunk, column = i % n;
-        const std::int64_t end = first + chunk < r.groups ? first + chunk : r.groups;
-        float along = 0, sum = 0;
-        for (std::int64_t g = first; g < end; ++g) {
-          const Moments o = moments_of(r, sums, whole, g);
-          const float d = dy[g * n + column];
-          along += d * (x[g * n + column] - o.mean) * o.inverse;
-          sum += d;
-        }
-        parts[2 * i] = along;
-        parts[2 * i + 1] = sum;
-      });
-  m.each(
-      n, PARTITA_KERNEL(std::int64_t column) {
-        float along = 0, sum = 0;
-        for (std::int64_t k = 0; k < chunks; ++k) {
-          along += parts[2 * (k * n + column)];
-          sum += parts[2 * (k * n + column) + 1];
-        }
-        if (to_scale != nullptr) to_scale[column] = along + (accumulate ? to_scale[column] : 0.0f);
-        if (to_bias != nullptr) to_bias[column] = sum + (accumulate ? to_bias[column] : 0.0f);
+  // Rows are groups, columns elements.
+  sum_rows(
+      m, ScaleSlopes{r, x, dy, sums, whole}, r.groups, r.length,
+      PARTITA_KERNEL(std::int64_t column, const float(&s)[2]) {
+        if (to_scale != nullptr) to_scale[column] = s[0] + (accumulate ? to_scale[column] : 0.0f);
+        if (to_bias != nullptr) to_bias[column] = s[1] + (accumulate ? to_bias[column] : 0.0f);
       });
   return true;
 }

@@ -175,6 +175,7 @@ class VisitingKernel : public OperatorKernel {
     kernel_.set_step(step, first_sample);
   }
   void run(Work work, std::size_t statistic, const cpu::Arguments& a) override {
+    PARTITA_ASSERT(!a.own_statistics, "the host's kernels are given their statistics");
     const ElementType compute = context().compute;
     if (device_.is_host() && !any_narrow(a) && compute == ElementType::fp32) {
       kernel_.run(work, statistic, a);

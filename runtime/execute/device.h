@@ -47,6 +47,8 @@ class OperatorKernel {
   virtual void set_step(std::int64_t step, std::int64_t first_sample) = 0;
   /// `statistic`: which one, of the first and third kind of work.
   virtual void run(Work work, std::size_t statistic, const cpu::Arguments& a) = 0;
+  /// Takes Arguments::own_statistics, in the forward and the backward by data.
+  virtual bool makes_statistics() const { return false; }
   /// Set where results are rows, in the host's memory: taken by the caller.
   std::vector<cpu::RoutedResult> routed;
 };

@@ -1561,11 +1561,12 @@ class Executor {
       kernel->run(forward ? Work::attend_part : Work::attend_part_backward, 0, a);
       return;
     }
+    const bool own = i.inline_statistics && a.whole_statistics && kernel->makes_statistics();
     if (i.kernel == Kernel::forward && i.inline_statistics) {
       for (std::size_t k = 0; k < s.forward_statistics.size(); ++k) {
         a.results = {tensor(i.statistics[k])};
         a.accumulate = false;
-        kernel->run(Work::forward_statistic, k, a);
+        if (!own) kernel->run(Work::forward_statistic, k, a);
         a.statistics.push_back(a.results[0]);
       }
       a.accumulate = i.accumulate;
@@ -1589,12 +1590,13 @@ class Executor {
         order_.write(inline_sums.back().at);
         t.values = reinterpret_cast<float*>(inline_sums.back().at);
         a.results = {t};
-        kernel->run(Work::backward_statistic, k, a);
+        if (!own) kernel->run(Work::backward_statistic, k, a);
         a.backward_statistics.push_back(t);
       }
     } else {
       fill(a.backward_statistics, i.backward_statistics);
     }
+    a.own_statistics = own;
     a.results.clear();
     fill(a.results, i.writes);
     std::set<std::size_t> placed;

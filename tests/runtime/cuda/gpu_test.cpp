@@ -12,6 +12,7 @@
 #include "tests/runtime/cuda/narrowed.h"
 #include "tests/runtime/cuda/octet_problems.h"
 #include "tests/runtime/cuda/on_device.h"
+#include "tests/runtime/cuda/own_statistics.h"
 #include "tests/runtime/execute/drawn.h"
 #include "tests/runtime/execute/far_device.h"
 #include "tests/simulator/networks.h"
@@ -96,6 +97,23 @@ TEST(Gpu, KernelsEqualTheReferencesInRowsOfOctets) {
     try {
       cpu::expect_same<GpuKernel>(p, reference::whole_part(p), [](const auto&) {});
       expect_same_narrow<GpuKernel, ElementType::bf16>(p, [](const auto&) {});
+    } catch (const std::exception& e) {
+      ADD_FAILURE() << e.what();
+      return;
+    }
+  }
+}
+
+TEST(Gpu, RowsOfAnyLengthEqualTheReferences) {
+  NEEDS_GPU();
+  std::mt19937_64 rng(24);
+  for (const reference::Problem& p : row_problems(rng)) {
+    SCOPED_TRACE(::testing::Message() << p.label << " of " << p.inputs[0].index.back().size());
+    try {
+      const auto any = [](const auto&) {};
+      cpu::expect_same<GpuKernel>(p, reference::whole_part(p), any);
+      cpu::expect_same<OwnStatistics<GpuKernel>>(p, reference::whole_part(p), any);
+      expect_same_narrow<OwnStatistics<GpuKernel>, ElementType::bf16>(p, any);
     } catch (const std::exception& e) {
       ADD_FAILURE() << e.what();
       return;

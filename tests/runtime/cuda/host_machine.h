@@ -322,6 +322,7 @@ class KernelOnHostMachine {
   void attend_part_backward(const cpu::Arguments& a) {
     run(run_attend_part_backward(m_, context_, a), execute::Work::attend_part_backward, 0, a);
   }
+  bool makes_statistics() const { return cuda::makes_statistics(context_); }
   std::vector<cpu::RoutedResult> routed;
   int own = 0, others = 0;  ///< calls of kernels here, and of the host's
   int flashes() const { return m_.flashes; }

@@ -47,4 +47,33 @@ inline std::vector<reference::Problem> octet_problems(reference::Rng& rng) {
   return list;
 }
 
+/// Operators whose kernels make their statistics themselves, of rows of every kind: less than an
+/// octet, one, more, odd ones; more than the lanes of a row keep in registers.
+inline std::vector<reference::Problem> row_problems(reference::Rng& rng) {
+  std::vector<reference::Problem> list;
+  const auto add = [&](std::string label, Operation op, std::vector<Shape> shapes) {
+    list.push_back(
+        reference::make_problem("rows, " + std::move(label), std::move(op), shapes, rng));
+  };
+  const NamedExtent sample{Dim::sample, 2}, sequence{Dim::sequence, 3};
+  for (const std::int64_t width : {1, 7, 8, 9, 31, 32, 33, 40, 257, 1032, 20000}) {
+    const Shape tokens{sample, sequence, {Dim::feature, width}};
+    Normalize norm;
+    add("layer norm", norm, {tokens});
+    // A small deviation beside a large mean.
+    if (width > 1)
+      for (double& x : list.back().inputs[0].values) x = 100 + x / 4;
+    norm.bias = false;
+    add("layer norm without a bias", norm, {tokens});
+    norm.kind = Normalize::Kind::rms;
+    add("rms norm", norm, {tokens});
+    norm.scale = false;
+    add("rms norm without a scale", norm, {tokens});
+    if (width > 100) continue;
+    norm.scale = true, norm.group = width;
+    add("rms norm of heads", norm, {{sample, sequence, {Dim::feature, 3 * width}}});
+  }
+  return list;
+}
+
 }  // namespace partita::cuda

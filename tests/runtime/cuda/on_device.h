@@ -41,6 +41,7 @@ class KernelOnDevice {
   void attend_part_backward(const cpu::Arguments& a) {
     run(execute::Work::attend_part_backward, 0, a);
   }
+  bool makes_statistics() const { return kernel_->makes_statistics(); }
   std::vector<cpu::RoutedResult> routed;
 
  private:

@@ -13,6 +13,7 @@
 #include "tests/runtime/cuda/narrowed.h"
 #include "tests/runtime/cuda/octet_problems.h"
 #include "tests/runtime/cuda/on_device.h"
+#include "tests/runtime/cuda/own_statistics.h"
 
 namespace partita::cuda {
 namespace {
@@ -27,6 +28,21 @@ TEST(CudaKernels, RowsOfOctetsEqualTheReferences) {
   }
 }
 
+TEST(CudaKernels, RowsOfAnyLengthEqualTheReferences) {
+  std::mt19937_64 rng(24);
+  using Own = OwnStatistics<KernelOnHostMachine>;
+  for (const reference::Problem& p : row_problems(rng)) {
+    SCOPED_TRACE(::testing::Message() << p.label << " of " << p.inputs[0].index.back().size());
+    const auto any = [](const auto&) {};
+    cpu::expect_same<KernelOnHostMachine>(p, reference::whole_part(p), any);
+    cpu::expect_same<Own>(p, reference::whole_part(p), any);
+    expect_same_narrow<KernelOnHostMachine, ElementType::bf16>(p, any);
+    expect_same_narrow<Own, ElementType::bf16>(p, any);
+    expect_same_narrow<Own, ElementType::fp16>(p, any);
+    if (HasFailure()) return;
+  }
+}
+
 TEST(CudaKernels, EqualTheReferencesOnWholeProblems) {
   std::mt19937_64 rng(18);
   std::set<std::string> own, others;
@@ -37,6 +53,8 @@ TEST(CudaKernels, EqualTheReferencesOnWholeProblems) {
           p, reference::whole_part(p), [&](const KernelOnHostMachine& k) {
             (k.others == 0 ? own : others).insert(std::string(kind_name(p.operation)));
           });
+      cpu::expect_same<OwnStatistics<KernelOnHostMachine>>(p, reference::whole_part(p),
+                                                           [](const auto&) {});
       if (HasFatalFailure()) return;
     }
   }
@@ -534,6 +552,24 @@ TEST(CudaKernels, GradientsOfEmbeddingsAreSumsOfTheirTokens) {
     HostMachine m;
     ASSERT_TRUE(weight(m, Embedding{2 * rows + 6, n}, Context{}, a));
     EXPECT_EQ(w, want) << tokens << " tokens, " << rows << " rows of " << n;
+  }
+}
+
+/// Whole numbers, so that sums are exact, of one stage, two and more.
+TEST(CudaKernels, ColumnsOfAnyNumberOfRowsAreSummed) {
+  std::mt19937 rng(33);
+  for (const std::int64_t rows : {0, 1, 15, 16, 17, 513, 600, 20000}) {
+    for (const std::int64_t columns : {1, 7, 8, 9, 24}) {
+      for (const bool accumulate : {false, true}) {
+        std::vector<float> y(static_cast<std::size_t>(rows * columns)),
+            to(static_cast<std::size_t>(columns), 3.0f), want(to.size(), accumulate ? 3.0f : 0.0f);
+        for (float& v : y) v = static_cast<float>(static_cast<int>(rng() % 9) - 4);
+        for (std::size_t i = 0; i < y.size(); ++i) want[i % want.size()] += y[i];
+        HostMachine m;
+        sum_columns(m, y.data(), rows, columns, to.data(), accumulate);
+        EXPECT_EQ(to, want) << rows << " rows of " << columns;
+      }
+    }
   }
 }
 
