@@ -43,6 +43,7 @@ inline bool any_rows(const Arguments& a) {
 /// Do the forward and the backward by data make their statistics themselves, in one kernel, where
 /// nobody else has a part of them?
 inline bool makes_statistics(const Context& c) {
+  if (std::holds_alternative<CrossEntropy>(*c.operation)) return true;
   const auto* n = std::get_if<Normalize>(c.operation);
   if (n == nullptr || (n->kind != Normalize::Kind::layer && n->kind != Normalize::Kind::rms))
     return false;
@@ -118,6 +119,64 @@ struct KeptRows {
 };
 /// Of rows of n elements that are kept, as rows() takes it.
 inline std::int64_t kept_width(std::int64_t n) { return octets(n); }
+/// f(first, how many, octet) of a row that is looked at once, wherever it begins: what lies before
+/// the first multiple of 16 bytes is a piece of its own. Four of a lane's are on their way at a
+/// time.
+template <class F>
+PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& lanes, F f) {
+  constexpr int kAtOnce = 4;
+  const auto at = reinterpret_cast<std::uintptr_t>(row.data());
+  const std::int64_t before =
+      static_cast<std::int64_t>((16 - at % 16) % 16) / (row.narrow() ? 2 : 4);
+  const std::int64_t head = before < n ? before : n, heads = head > 0 ? 1 : 0,
+                     pieces = heads + octets(n - head);
+  const auto first_of = [&](std::int64_t p) {
+    return p < heads ? 0 : head + (p - heads) * Octet::kSize;
+  };
+  const auto count_of = [&](std::int64_t p) { return p < heads ? head : n - first_of(p); };
+  for (std::int64_t p = lanes.lane(); p < pieces; p += kAtOnce * lanes.count()) {
+    Raw raw[kAtOnce];
+    PARTITA_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const std::int64_t q = p + k * lanes.count();
+      if (q >= pieces) break;
+      raw[k] = raw_octet(row, first_of(q), count_of(q));
+    }
+    PARTITA_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const std::int64_t q = p + k * lanes.count();
+      if (q >= pieces) break;
+      f(first_of(q), count_of(q), octet_of(raw[k], row.type()));
+    }
+  }
+}
+/// Of what a lane has met of a row: the largest number, and the sum of e to the others less it, in
+/// one look. Of numbers of -infinity alone the sum is 0.
+struct SumOfPowers {
+  float top = -INFINITY;
+  double sum = 0;
+  PARTITA_LANE void add(std::int64_t count, const Octet& o) {
+    float high = top;
+    for (int k = 0; k < Octet::kSize; ++k) {
+      if (k < count) high = fmaxf(high, o.v[k]);
+    }
+    const float less = high == -INFINITY ? 0.0f : high;
+    float part = 0;
+    for (int k = 0; k < Octet::kSize; ++k) {
+      if (k < count) part += expf(o.v[k] - less);
+    }
+    if (high > top) sum *= static_cast<double>(expf(top - high));
+    top = high;
+    sum += static_cast<double>(part);
+  }
+  /// Of all lanes, for each of them.
+  PARTITA_LANE void join(const Lanes& lanes) {
+    const auto high = static_cast<float>(lanes.max(static_cast<double>(top)));
+    sum = lanes.sum(high > top ? sum * static_cast<double>(expf(top - high)) : sum);
+    top = high;
+  }
+};
+
 /// Are rows of n numbers octets that may be moved at once, in all operands? Then kernels leave out
 /// what moves parts of them.
 inline bool whole_rows(std::int64_t n, const Arguments& a) {

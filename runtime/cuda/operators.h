@@ -1784,50 +1784,79 @@ bool data(M& m, const BatchedProduct&, const Context&, const Arguments& a) {
   return true;
 }
 
+template <bool kWhole, class M>
+void shares_of_rows(M& m, std::int64_t n, const Tensor& x, Numbers y) {
+  const Numbers all = numbers(x);
+  m.rows(
+      x.size() / n, kept_width(n), PARTITA_KERNEL(std::int64_t r, const Lanes& lanes) {
+        const Numbers from[1] = {all};
+        const KeptRows<1, kWhole> row(from, r * n, n, lanes);
+        SumOfPowers powers;
+        row.each(
+            [&](std::int64_t, std::int64_t count, const Octet(&o)[1]) { powers.add(count, o[0]); });
+        powers.join(lanes);
+        const float by = 1 / static_cast<float>(powers.sum);
+        row.each([&](std::int64_t e, std::int64_t count, const Octet(&o)[1]) {
+          Octet to;
+          for (int k = 0; k < Octet::kSize; ++k) to.v[k] = expf(o[0].v[k] - powers.top) * by;
+          put<kWhole>(y, r * n + e, count, to);
+        });
+      });
+}
 template <class M>
 bool forward(M& m, const Softmax&, const Context&, const Arguments& a) {
   const Tensor& x = a.inputs[0];
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
   if (n == 0) return true;
-  const Numbers from = numbers(x);
-  const Numbers y = numbers(a.results[0]);
-  m.rows(
-      x.size() / n, n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
-        double top = -INFINITY, sum = 0;
-        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
-          top = fmax(top, static_cast<double>(from[row * n + j]));
-        const auto high = static_cast<float>(lanes.max(top));
-        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count()) {
-          const float e = expf(from[row * n + j] - high);
-          y[row * n + j] = e;
-          sum += static_cast<double>(e);
-        }
-        const auto all = static_cast<float>(lanes.sum(sum));
-        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count()) y[row * n + j] /= all;
-      });
+  if (whole_rows(n, a)) {
+    shares_of_rows<true>(m, n, x, numbers(a.results[0]));
+  } else {
+    shares_of_rows<false>(m, n, x, numbers(a.results[0]));
+  }
   return true;
+}
+template <bool kWhole, class M>
+void slopes_of_shares(M& m, std::int64_t n, const Tensor& y, Numbers dy, Numbers dx) {
+  const Numbers p = numbers(y);
+  m.rows(
+      y.size() / n, kept_width(n), PARTITA_KERNEL(std::int64_t r, const Lanes& lanes) {
+        const Numbers from[2] = {p, dy};
+        const KeptRows<2, kWhole> row(from, r * n, n, lanes);
+        double along = 0;
+        row.each([&](std::int64_t, std::int64_t, const Octet(&o)[2]) {
+          Octet times;
+          for (int k = 0; k < Octet::kSize; ++k) times.v[k] = o[0].v[k] * o[1].v[k];
+          along += static_cast<double>(sum_of(times));
+        });
+        const auto mean = static_cast<float>(lanes.sum(along));
+        row.each([&](std::int64_t e, std::int64_t count, const Octet(&o)[2]) {
+          Octet to;
+          for (int k = 0; k < Octet::kSize; ++k) to.v[k] = o[0].v[k] * (o[1].v[k] - mean);
+          put<kWhole>(dx, r * n + e, count, to);
+        });
+      });
 }
 template <class M>
 bool data(M& m, const Softmax&, const Context&, const Arguments& a) {
   const Tensor& y = a.outputs[0];
   const std::int64_t n = extent(y, y.index->size() - 1, y.index->size());
   if (n == 0) return true;
-  const Numbers p = numbers(y), dy = numbers(a.output_gradients[0]);
-  const Numbers dx = numbers(a.results[0]);
-  m.rows(
-      y.size() / n, n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
-        double along = 0;
-        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
-          along += static_cast<double>(p[row * n + j] * dy[row * n + j]);
-        const auto mean = static_cast<float>(lanes.sum(along));
-        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
-          dx[row * n + j] = p[row * n + j] * (dy[row * n + j] - mean);
-      });
+  const Numbers dy = numbers(a.output_gradients[0]), dx = numbers(a.results[0]);
+  if (whole_rows(n, a) && together(numbers(y), Octet::kSize)) {
+    slopes_of_shares<true>(m, n, y, dy, dx);
+  } else {
+    slopes_of_shares<false>(m, n, y, dy, dx);
+  }
   return true;
 }
 
 // ---------------------------------------------------------------------------------------- losses
 
+/// What a label's row has there; 0 where it is another rank's.
+PARTITA_LANE float logit_of(const Numbers& row, const IndexList& held, std::int64_t label) {
+  const std::int64_t at = held.find(label);
+  return at < 0 ? 0.0f : static_cast<float>(row[at]);
+}
 template <class M>
 bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
   const Tensor &x = a.inputs[0], &labels = a.inputs[1];
@@ -1838,29 +1867,62 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
   const Numbers s = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
   m.rows(
-      labels.size(), n, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+      labels.size(), kept_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const Numbers line = from + row * n;
         if (top == nullptr) {
-          double high = -INFINITY;
-          for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
-            high = fmax(high, static_cast<double>(line[j]));
-          high = lanes.max(high);
-          if (lanes.lane() == 0) s[row] = static_cast<float>(high);
+          float high = -INFINITY;
+          each_octet(line, n, lanes, [&](std::int64_t, std::int64_t count, const Octet& o) {
+            for (int e = 0; e < Octet::kSize; ++e) {
+              if (e < count) high = fmaxf(high, o.v[e]);
+            }
+          });
+          high = static_cast<float>(lanes.max(static_cast<double>(high)));
+          if (lanes.lane() == 0) s[row] = high;
           return;
         }
+        const float high = top[row];
         double sum = 0;
-        for (std::int64_t j = lanes.lane(); j < n; j += lanes.count())
-          sum += static_cast<double>(expf(line[j] - top[row]));
+        each_octet(line, n, lanes, [&](std::int64_t, std::int64_t count, const Octet& o) {
+          float part = 0;
+          for (int e = 0; e < Octet::kSize; ++e) {
+            if (e < count) part += expf(o.v[e] - high);
+          }
+          sum += static_cast<double>(part);
+        });
         sum = lanes.sum(sum);
         if (lanes.lane() != 0) return;
-        const std::int64_t at = held.find(label[row]);
         s[2 * row] = static_cast<float>(sum);
-        s[2 * row + 1] = at < 0 ? 0.0f : line[at];
+        s[2 * row + 1] = logit_of(line, held, label[row]);
       });
   return true;
 }
+/// Both statistics of rows that nobody else has a part of, in one look.
 template <class M>
-bool forward(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
+void statistics(M& m, const CrossEntropy&, const Arguments& a) {
+  const Tensor &x = a.inputs[0], &labels = a.inputs[1];
+  const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
+  const Numbers from = numbers(x), top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]);
+  const std::int64_t* label = labels.ids;
+  const IndexList held = m.list(x.index->back());
+  m.rows(
+      labels.size(), kept_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+        const Numbers line = from + row * n;
+        SumOfPowers powers;
+        each_octet(line, n, lanes,
+                   [&](std::int64_t, std::int64_t count, const Octet& o) { powers.add(count, o); });
+        powers.join(lanes);
+        if (lanes.lane() != 0) return;
+        top[row] = powers.top;
+        sums[2 * row] = static_cast<float>(powers.sum);
+        sums[2 * row + 1] = logit_of(line, held, label[row]);
+      });
+}
+template <class M>
+bool forward(M& m, const CrossEntropy& op, const Context& c, const Arguments& a) {
+  if (a.own_statistics) {
+    if (a.inputs[1].ids == nullptr && a.inputs[1].size() > 0) return false;
+    statistics(m, op, a);
+  }
   const Numbers top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]);
   const std::int64_t rows = a.inputs[1].size();
   const double scale = c.loss_scale;
@@ -1891,20 +1953,27 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
   const double scale = c.loss_scale;
   const Numbers dx = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
-  each_of_rows(
-      m, labels.size(), n,
-      PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
+  const std::int64_t x_size = x.size();
+  // By octets of the whole, as rows need not be made of them: one may have the end of a row and the
+  // beginning of the next.
+  m.each(
+      octets(x_size), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = x_size - first;
         const auto d = static_cast<float>(
             (gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0) * scale);
-        const float high = top[row], by = d / sums[2 * row];
-        const std::int64_t wanted_here = label[row];
-        const Octet logits = octet(from, row * n + first, count);
-        Octet to;
-        for (int k = 0; k < Octet::kSize; ++k) {
-          const float p = expf(logits.v[k] - high) * by;
-          to.v[k] = k < count && held.at(first + k) == wanted_here ? p - d : p;
+        Octet o = octet(from, first, count);
+        std::int64_t row = first / n, column = first % n, at = held.find(label[row]);
+        float high = top[row], by = d / sums[2 * row];
+        for (int k = 0; k < Octet::kSize && k < count; ++k, ++column) {
+          if (column == n) {
+            column = 0, ++row;
+            at = held.find(label[row]);
+            high = top[row], by = d / sums[2 * row];
+          }
+          const float p = expf(o.v[k] - high) * by;
+          o.v[k] = column == at ? p - d : p;
         }
-        put(dx, row * n + first, count, to);
+        put(dx, first, count, o);
       });
   return true;
 }

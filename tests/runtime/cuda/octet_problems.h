@@ -69,6 +69,9 @@ inline std::vector<reference::Problem> row_problems(reference::Rng& rng) {
     add("rms norm", norm, {tokens});
     norm.scale = false;
     add("rms norm without a scale", norm, {tokens});
+    add("softmax", Softmax{}, {tokens});
+    add("cross entropy", CrossEntropy{},
+        {{sample, sequence, {Dim::vocabulary, width}}, {sample, sequence}});
     if (width > 100) continue;
     norm.scale = true, norm.group = width;
     add("rms norm of heads", norm, {{sample, sequence, {Dim::feature, 3 * width}}});

@@ -555,6 +555,42 @@ TEST(CudaKernels, GradientsOfEmbeddingsAreSumsOfTheirTokens) {
   }
 }
 
+/// Wherever the row begins; of numbers that grow, fall, are far apart or -infinity for a while.
+TEST(CudaKernels, PowersOfARowAreSummedInOneLook) {
+  std::mt19937 rng(34);
+  for (int round = 0; round < 300; ++round) {
+    alignas(16) float memory[64];
+    const auto begin = static_cast<std::int64_t>(rng() % 8),
+               n = static_cast<std::int64_t>(1 + rng() % 50);
+    double top = -INFINITY, sum = 0;
+    for (std::int64_t i = begin; i < begin + n; ++i) {
+      float v = static_cast<float>(rng() % 1000) / 100;
+      if (round % 3 == 0) v = static_cast<float>(i) * (round % 2 == 0 ? 40.0f : -40.0f);
+      if (round % 3 == 1 && i < begin + n - 1) v = -INFINITY;
+      memory[i] = v;
+      top = std::max(top, static_cast<double>(v));
+    }
+    for (std::int64_t i = begin; i < begin + n; ++i)
+      sum += std::exp(static_cast<double>(memory[i]) - top);
+    SumOfPowers powers;
+    std::int64_t seen = 0;
+    const auto add = [&](std::int64_t first, std::int64_t count, const Octet& o) {
+      EXPECT_EQ(first, seen);
+      seen += std::min<std::int64_t>(count, Octet::kSize);
+      powers.add(count, o);
+    };
+    each_octet(memory + begin, n, Lanes{}, add);
+    powers.join(Lanes{});
+    EXPECT_EQ(seen, n);
+    EXPECT_EQ(static_cast<double>(powers.top), top);
+    EXPECT_NEAR(powers.sum, sum, 1e-5 * sum);
+  }
+  SumOfPowers none;
+  none.add(2, Octet{{-INFINITY, NAN}});
+  none.join(Lanes{});
+  EXPECT_TRUE(std::isnan(none.sum)) << "what is no number is not lost";
+}
+
 /// Whole numbers, so that sums are exact, of one stage, two and more.
 TEST(CudaKernels, ColumnsOfAnyNumberOfRowsAreSummed) {
   std::mt19937 rng(33);
