@@ -320,37 +320,90 @@ void add_columns(M& m, Numbers x, Numbers b, Numbers y, std::int64_t n, std::int
 struct Curve {
   float value, slope;
 };
-PARTITA_BOTH Curve curve(ActivationKind kind, float x) {
-  constexpr float kRoot2 = 1.41421356237309505f, kInverseRoot2Pi = 0.39894228040143268f,
+/// The kind is known where it is compiled: what is done for each number asks for nothing.
+template <ActivationKind kKind>
+PARTITA_BOTH Curve curve(float x) {
+  constexpr float kInverseRoot2 = 0.70710678118654752f, kInverseRoot2Pi = 0.39894228040143268f,
                   kRoot2OverPi = 0.79788456080286536f;
-  switch (kind) {
-    case ActivationKind::relu:
-      return {x > 0 ? x : 0.0f, x > 0 ? 1.0f : 0.0f};
-    case ActivationKind::squared_relu:
-      return {x > 0 ? x * x : 0.0f, x > 0 ? 2 * x : 0.0f};
-    case ActivationKind::gelu: {
-      const float half = 0.5f * (1 + erff(x / kRoot2));
-      return {x * half, half + x * expf(-0.5f * x * x) * kInverseRoot2Pi};
-    }
-    case ActivationKind::gelu_tanh: {
-      const float t = tanhf(kRoot2OverPi * (x + 0.044715f * x * x * x));
-      return {0.5f * x * (1 + t),
-              0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kRoot2OverPi * (1 + 3 * 0.044715f * x * x)};
-    }
-    case ActivationKind::silu: {
-      const float s = 1 / (1 + expf(-x));
-      return {x * s, s * (1 + x * (1 - s))};
-    }
-    case ActivationKind::sigmoid: {
-      const float s = 1 / (1 + expf(-x));
-      return {s, s * (1 - s)};
-    }
-    case ActivationKind::tanh: {
-      const float t = tanhf(x);
-      return {t, 1 - t * t};
+  if constexpr (kKind == ActivationKind::relu) {
+    return {x > 0 ? x : 0.0f, x > 0 ? 1.0f : 0.0f};
+  } else if constexpr (kKind == ActivationKind::squared_relu) {
+    return {x > 0 ? x * x : 0.0f, x > 0 ? 2 * x : 0.0f};
+  } else if constexpr (kKind == ActivationKind::gelu) {
+    const float half = 0.5f * (1 + erff(x * kInverseRoot2));
+    return {x * half, half + x * expf(-0.5f * x * x) * kInverseRoot2Pi};
+  } else if constexpr (kKind == ActivationKind::gelu_tanh) {
+    const float t = tanhf(kRoot2OverPi * (x + 0.044715f * x * x * x));
+    return {0.5f * x * (1 + t),
+            0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kRoot2OverPi * (1 + 3 * 0.044715f * x * x)};
+  } else if constexpr (kKind == ActivationKind::silu) {
+    const float s = 1 / (1 + expf(-x));
+    return {x * s, s * (1 + x * (1 - s))};
+  } else if constexpr (kKind == ActivationKind::sigmoid) {
+    const float s = 1 / (1 + expf(-x));
+    return {s, s * (1 - s)};
+  } else {
+    static_assert(kKind == ActivationKind::tanh);
+    const float t = tanhf(x);
+    return {t, 1 - t * t};
+  }
+}
+PARTITA_BOTH Curve silu(float x) { return curve<ActivationKind::silu>(x); }
+
+/// f(kind, from, to) of one octet of each tensor, the kind known to the compiler: once for all of
+/// an octet it is asked for.
+template <int kFrom, int kTo, class F>
+struct OfCurves {
+  ActivationKind kind;
+  Numbers from[kFrom], to[kTo];
+  std::int64_t n;
+  template <ActivationKind kKind>
+  PARTITA_INLINE void take(const Octet (&x)[kFrom], Octet (&y)[kTo]) const {
+    PARTITA_UNROLL
+    for (int k = 0; k < Octet::kSize; ++k) {
+      float in[kFrom], out[kTo];
+      PARTITA_UNROLL
+      for (int t = 0; t < kFrom; ++t) in[t] = x[t].v[k];
+      F::of(curve<kKind>(in[0]), in, out);
+      PARTITA_UNROLL
+      for (int t = 0; t < kTo; ++t) y[t].v[k] = out[t];
     }
   }
-  return {0, 0};
-}
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    const std::int64_t first = number * Octet::kSize;
+    Raw raw[kFrom];
+    PARTITA_UNROLL
+    for (int t = 0; t < kFrom; ++t) raw[t] = raw_octet(from[t], first, n - first);
+    Octet x[kFrom];
+    PARTITA_UNROLL
+    for (int t = 0; t < kFrom; ++t) x[t] = octet_of(raw[t], from[t].type());
+    Octet y[kTo];
+    switch (kind) {
+      case ActivationKind::relu:
+        take<ActivationKind::relu>(x, y);
+        break;
+      case ActivationKind::squared_relu:
+        take<ActivationKind::squared_relu>(x, y);
+        break;
+      case ActivationKind::gelu:
+        take<ActivationKind::gelu>(x, y);
+        break;
+      case ActivationKind::gelu_tanh:
+        take<ActivationKind::gelu_tanh>(x, y);
+        break;
+      case ActivationKind::silu:
+        take<ActivationKind::silu>(x, y);
+        break;
+      case ActivationKind::sigmoid:
+        take<ActivationKind::sigmoid>(x, y);
+        break;
+      case ActivationKind::tanh:
+        take<ActivationKind::tanh>(x, y);
+        break;
+    }
+    PARTITA_UNROLL
+    for (int t = 0; t < kTo; ++t) put(to[t], first, n - first, y[t]);
+  }
+};
 
 }  // namespace partita::cuda

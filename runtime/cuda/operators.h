@@ -1004,57 +1004,60 @@ bool weight(M& m, const Normalize& op, const Context& c, const Arguments& a) {
 
 // ---------------------------------------------------------------------------------- element-wise
 
+// What becomes of a number's curve c: `x` has the number and those beside it, `y` takes the
+// results.
+struct ValueOf {
+  PARTITA_BOTH static void of(const Curve& c, const float (&)[1], float (&y)[1]) { y[0] = c.value; }
+};
+struct SlopeOf {  ///< of (x, dy)
+  PARTITA_BOTH static void of(const Curve& c, const float (&x)[2], float (&y)[1]) {
+    y[0] = x[1] * c.slope;
+  }
+};
+struct GatedValueOf {  ///< of (x, up)
+  PARTITA_BOTH static void of(const Curve& c, const float (&x)[2], float (&y)[1]) {
+    y[0] = c.value * x[1];
+  }
+};
+struct GatedSlopesOf {  ///< of (x, up, dy)
+  PARTITA_BOTH static void of(const Curve& c, const float (&x)[3], float (&y)[2]) {
+    y[0] = x[2] * x[1] * c.slope;
+    y[1] = x[2] * c.value;
+  }
+};
 template <class M>
 bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
-  const Numbers x = numbers(a.inputs[0]);
-  const Numbers y = numbers(a.results[0]);
-  const ActivationKind kind = op.kind;
-  map_one(
-      m, a.inputs[0].size(), x, y, PARTITA_KERNEL(float v) { return curve(kind, v).value; });
+  const std::int64_t n = a.inputs[0].size();
+  m.each(octets(n),
+         OfCurves<1, 1, ValueOf>{op.kind, {numbers(a.inputs[0])}, {numbers(a.results[0])}, n});
   return true;
 }
 template <class M>
 bool data(M& m, const Activation& op, const Context&, const Arguments& a) {
-  const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]);
-  const Numbers dx = numbers(a.results[0]);
-  const ActivationKind kind = op.kind;
-  map_two(
-      m, a.inputs[0].size(), dy, x, dx,
-      PARTITA_KERNEL(float d, float v) { return d * curve(kind, v).slope; });
+  const std::int64_t n = a.inputs[0].size();
+  m.each(octets(n), OfCurves<2, 1, SlopeOf>{op.kind,
+                                            {numbers(a.inputs[0]), numbers(a.output_gradients[0])},
+                                            {numbers(a.results[0])},
+                                            n});
   return true;
 }
 template <class M>
 bool forward(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
-  const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]);
-  const Numbers y = numbers(a.results[0]);
-  const ActivationKind kind = op.kind;
-  map_two(
-      m, a.inputs[0].size(), x, up, y,
-      PARTITA_KERNEL(float v, float u) { return curve(kind, v).value * u; });
+  const std::int64_t n = a.inputs[0].size();
+  m.each(octets(n),
+         OfCurves<2, 1, GatedValueOf>{
+             op.kind, {numbers(a.inputs[0]), numbers(a.inputs[1])}, {numbers(a.results[0])}, n});
   return true;
 }
 template <class M>
 bool data(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
   if (!wanted(a, 0) || !wanted(a, 1)) return false;
-  const Numbers x = numbers(a.inputs[0]), up = numbers(a.inputs[1]),
-                dy = numbers(a.output_gradients[0]);
-  const Numbers d0 = numbers(a.results[0]), d1 = numbers(a.results[1]);
-  const ActivationKind kind = op.kind;
   const std::int64_t n = a.inputs[0].size();
-  m.each(
-      octets(n), PARTITA_KERNEL(std::int64_t number) {
-        const std::int64_t first = number * Octet::kSize, count = n - first;
-        const Octet v = octet(x, first, count), u = octet(up, first, count),
-                    d = octet(dy, first, count);
-        Octet to_x, to_up;
-        for (int k = 0; k < Octet::kSize; ++k) {
-          const Curve c = curve(kind, v.v[k]);
-          to_x.v[k] = d.v[k] * u.v[k] * c.slope;
-          to_up.v[k] = d.v[k] * c.value;
-        }
-        put(d0, first, count, to_x);
-        put(d1, first, count, to_up);
-      });
+  m.each(octets(n), OfCurves<3, 2, GatedSlopesOf>{op.kind,
+                                                  {numbers(a.inputs[0]), numbers(a.inputs[1]),
+                                                   numbers(a.output_gradients[0])},
+                                                  {numbers(a.results[0]), numbers(a.results[1])},
+                                                  n});
   return true;
 }
 /// Sums pass their gradient on.

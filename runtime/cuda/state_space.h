@@ -49,8 +49,7 @@ Numbers gradients_of_sums(M& m, const Causal& c, Numbers dy) {
       PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
         Octet o = octet(dy, row * c.channels + first, count);
         const Octet sums = c.sums(row, first, count);
-        for (int k = 0; k < Octet::kSize; ++k)
-          o.v[k] *= curve(ActivationKind::silu, sums.v[k]).slope;
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= silu(sums.v[k]).slope;
         put(to, row * c.channels + first, count, o);
       });
   return to;
@@ -63,7 +62,7 @@ bool forward(M& m, const CausalConvolution& op, const Context&, const Arguments&
       m, c.rows, c.channels,
       PARTITA_KERNEL(std::int64_t row, std::int64_t first, std::int64_t count) {
         Octet o = c.sums(row, first, count);
-        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = curve(ActivationKind::silu, o.v[k]).value;
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = silu(o.v[k]).value;
         put(y, row * c.channels + first, count, o);
       });
   return true;
@@ -139,7 +138,7 @@ struct Gated {
       const Octet v = octet(x, row * size + f, step), g = octet(gate, row * size + f, step);
       // Where it is one element the others are 0.
       for (int k = 0; k < Octet::kSize; ++k) {
-        const float one = v.v[k] * curve(ActivationKind::silu, g.v[k]).value;
+        const float one = v.v[k] * silu(g.v[k]).value;
         square += static_cast<double>(one * one);
       }
     }
@@ -169,7 +168,7 @@ bool forward(M& m, const GatedNorm& op, const Context&, const Arguments& a) {
           const Octet gate = octet(g.gate, row * g.size + f, g.step),
                       by = octet(w, weights + f, g.step);
           for (int k = 0; k < Octet::kSize; ++k)
-            v.v[k] *= curve(ActivationKind::silu, gate.v[k]).value * inverse * by.v[k];
+            v.v[k] *= silu(gate.v[k]).value * inverse * by.v[k];
           put(y, row * g.size + f, g.step, v);
         }
       });
@@ -190,8 +189,7 @@ bool data(M& m, const GatedNorm& op, const Context&, const Arguments& a) {
           const Octet v = octet(g.x, at + f, g.step), gate = octet(g.gate, at + f, g.step),
                       d = octet(dy, at + f, g.step), by = octet(w, weights + f, g.step);
           for (int k = 0; k < Octet::kSize; ++k)
-            along += static_cast<double>(d.v[k] * by.v[k] * v.v[k] *
-                                         curve(ActivationKind::silu, gate.v[k]).value);
+            along += static_cast<double>(d.v[k] * by.v[k] * v.v[k] * silu(gate.v[k]).value);
         }
         const float mean =
             static_cast<float>(lanes.sum(along) / static_cast<double>(g.size)) * inverse * inverse;
@@ -200,7 +198,7 @@ bool data(M& m, const GatedNorm& op, const Context&, const Arguments& a) {
                       d = octet(dy, at + f, g.step), by = octet(w, weights + f, g.step);
           Octet of_x, of_gate;
           for (int k = 0; k < Octet::kSize; ++k) {
-            const Curve c = curve(ActivationKind::silu, gate.v[k]);
+            const Curve c = silu(gate.v[k]);
             const float slope = (d.v[k] * by.v[k] - v.v[k] * c.value * mean) * inverse;
             of_x.v[k] = slope * c.value;
             of_gate.v[k] = slope * v.v[k] * c.slope;
@@ -232,8 +230,8 @@ bool weight(M& m, const GatedNorm& op, const Context&, const Arguments& a) {
         float sum = 0;
         for (std::int64_t t = first; t < end; ++t) {
           const std::int64_t at = t * columns + column;
-          sum += dy[at] * inverses[t * g.groups + column / g.size] * g.x[at] *
-                 curve(ActivationKind::silu, g.gate[at]).value;
+          sum +=
+              dy[at] * inverses[t * g.groups + column / g.size] * g.x[at] * silu(g.gate[at]).value;
         }
         parts[i] = sum;
       });

@@ -73,6 +73,11 @@ inline std::vector<reference::Problem> row_problems(reference::Rng& rng) {
     add("cross entropy", CrossEntropy{},
         {{sample, sequence, {Dim::vocabulary, width}}, {sample, sequence}});
     if (width > 100) continue;
+    for (const auto kind : {ActivationKind::relu, ActivationKind::gelu, ActivationKind::gelu_tanh,
+                            ActivationKind::silu, ActivationKind::tanh}) {
+      add("activation", Activation{kind}, {tokens});
+      add("gated activation", GatedActivation{kind}, {tokens, tokens});
+    }
     norm.scale = true, norm.group = width;
     add("rms norm of heads", norm, {{sample, sequence, {Dim::feature, 3 * width}}});
   }
