@@ -65,7 +65,7 @@ struct Libraries {
   bool eights = false;                         ///< products in 8 bits
   std::unique_ptr<FusedAttention> attention;   ///< null: our own kernels
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
-  std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists;
+  std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists, tables;
 };
 
 /// A product as cuBLASLt takes it: c += a · b, column after column.
@@ -98,6 +98,8 @@ class CudaMachine {
   bool has_flash() const { return libraries_.flash; }
   bool flash(const FlashCall& call, FlashPass pass);
   IndexList list(const std::vector<std::int64_t>& indices);
+  const float* table(const std::vector<std::int64_t>& key,
+                     const std::function<std::vector<float>()>& make);
   IndexList upload(const std::vector<std::int64_t>& numbers);
   std::vector<float> read(const Numbers& at, std::int64_t n);
   /// f(step), of whichever step it turns out to be.

@@ -225,8 +225,10 @@ class Gpu : public CudaDevice {
     m.context = Bytes{started_.context};
     m.libraries = Bytes{handles_};
     for (const auto& [s, lane] : lanes_) m.workspace += Bytes{lane.machine->held()};
-    for (const auto& [indices, block] : libraries_->lists)
-      m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
+    for (const auto* kept : {&libraries_->lists, &libraries_->tables}) {
+      for (const auto& [key, block] : *kept)
+        if (block) m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
+    }
     for (const auto& block : libraries_->retired)
       m.workspace += Bytes{static_cast<std::int64_t>(block->bytes)};
     if (captured_) m.workspace += Bytes{static_cast<std::int64_t>(captured_->numbers.bytes)};

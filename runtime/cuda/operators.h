@@ -8,6 +8,7 @@
 //   scores()              of attention that may be in memory at once
 //   flash(call, pass)     attention whose scores are in none (flash.h); false where it cannot
 //   list(indices)         an IndexList, kept: it comes again
+//   table(key, make)      what make() gives on the host, kept likewise by its key
 //   upload(numbers)       an IndexList until the operator ends
 //   read(numbers, n)      what they are once all before is done, on the host
 //   convolve(shape, pass, x, w, y, adds)  fills y, x or w, by pass; `adds`: to w; false where it
@@ -20,7 +21,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <utility>
+#include <vector>
 
 #include "runtime/cpu/normalisation.h"
 #include "runtime/cuda/flash.h"
@@ -1216,6 +1219,35 @@ bool data(M& m, const Dropout& op, const Context& c, const Arguments& a) {
   return dropped(m, op, c, dy, numbers(dy), numbers(a.results[0]));
 }
 
+/// Cosines of the pairs' angles, then their sines, of position after position; by the host, whose
+/// double precision costs nothing where it is needed once.
+inline std::vector<float> turns_of(const Rotary& op, const Indices& positions) {
+  const std::int64_t half = op.rotated / 2;
+  std::vector<double> rates;
+  for (std::int64_t r = 0; r < half; ++r)
+    rates.push_back(
+        std::pow(op.base, -2 * static_cast<double>(r) / static_cast<double>(op.rotated)));
+  std::vector<float> turns;
+  turns.reserve(positions.size() * 2 * rates.size());
+  for (const std::int64_t p : positions) {
+    for (const double rate : rates)
+      turns.push_back(static_cast<float>(std::cos(rate * static_cast<double>(p))));
+    for (const double rate : rates)
+      turns.push_back(static_cast<float>(std::sin(rate * static_cast<double>(p))));
+  }
+  return turns;
+}
+/// What tells a table of turns from all others.
+inline std::vector<std::int64_t> key_of_turns(const Rotary& op, const Indices& positions) {
+  std::int64_t base = 0;
+  static_assert(sizeof base == sizeof op.base);
+  std::memcpy(&base, &op.base, sizeof base);
+  const std::int64_t n = std::ssize(positions);
+  std::vector<std::int64_t> key{base, op.rotated, n};
+  const bool follow = n > 0 && positions.back() - positions.front() == n - 1;
+  key.insert(key.end(), positions.begin(), follow ? positions.begin() + 1 : positions.end());
+  return key;
+}
 /// Turns each pair by `direction` times its angle.
 template <class M>
 bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direction) {
@@ -1223,33 +1255,26 @@ bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direct
   const std::int64_t tokens = extent(to, 1, 2), inner = extent(to, 2, dims), head = op.head_dim,
                      half = op.rotated / 2, still = op.head_dim - op.rotated;
   if (extent(to, dims - 1, dims) % head != 0) return false;
-  const IndexList positions = m.list((*to.index)[1]);
-  const double base = op.base, rotated = static_cast<double>(op.rotated);
   const Numbers y = numbers(to);
-  // All heads of a token, and all samples, turn by the same angles.
-  float* const turns = m.scratch(2 * tokens * half);
-  m.each(
-      tokens * half, PARTITA_KERNEL(std::int64_t i) {
-        const double angle = pow(base, -2 * static_cast<double>(i % half) / rotated) *
-                             static_cast<double>(positions.at(i / half));
-        const std::int64_t at = i / half * 2 * half + i % half;
-        turns[at] = static_cast<float>(cos(angle));
-        turns[at + half] = direction * static_cast<float>(sin(angle));
-      });
+  // All heads of a token, all samples, layers and steps turn by the same angles.
+  const Indices& positions = (*to.index)[1];
+  const float* const turns =
+      m.table(key_of_turns(op, positions), [&] { return turns_of(op, positions); });
   if (still == 0 && half % Octet::kSize == 0) {
     const std::int64_t pieces = half / Octet::kSize;
     m.each(
         to.size() / head * pieces, PARTITA_KERNEL(std::int64_t i) {
           const std::int64_t r = i % pieces * Octet::kSize, first = i / pieces * head + r,
                              token = i / pieces * head / inner % tokens;
-          const Numbers table(turns + token * 2 * half);
+          const Numbers table(const_cast<float*>(turns) + token * 2 * half);
           const Octet a_half = octet(from, first, Octet::kSize),
                       b_half = octet(from, first + half, Octet::kSize),
                       c = octet(table, r, Octet::kSize), s = octet(table, half + r, Octet::kSize);
           Octet one, other;
           for (int k = 0; k < Octet::kSize; ++k) {
-            one.v[k] = a_half.v[k] * c.v[k] - b_half.v[k] * s.v[k];
-            other.v[k] = b_half.v[k] * c.v[k] + a_half.v[k] * s.v[k];
+            const float sine = direction * s.v[k];
+            one.v[k] = a_half.v[k] * c.v[k] - b_half.v[k] * sine;
+            other.v[k] = b_half.v[k] * c.v[k] + a_half.v[k] * sine;
           }
           put(y, first, Octet::kSize, one);
           put(y, first + half, Octet::kSize, other);
@@ -1265,7 +1290,8 @@ bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direct
         }
         const std::int64_t r = (within - still) % half, token = i / inner % tokens;
         const bool second = within - still >= half;
-        const float c = turns[token * 2 * half + r], s = turns[token * 2 * half + half + r];
+        const float c = turns[token * 2 * half + r],
+                    s = direction * turns[token * 2 * half + half + r];
         y[i] = second ? from[i] * c + from[i - half] * s : from[i] * c - from[i + half] * s;
       });
   return true;

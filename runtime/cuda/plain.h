@@ -51,17 +51,68 @@ void divide_values(M& m, Numbers from, Numbers to, std::int64_t n, float by) {
   map_one(
       m, n, from, to, PARTITA_KERNEL(float v) { return v / by; });
 }
+/// Several buffers as one, by pieces of so many numbers: one kernel for all, where a launch each
+/// would take longer than most.
+struct Joined {
+  IndexList list;  ///< of all their first piece, then address, number of elements, type
+  std::int64_t buffers = 0, pieces = 0;
+  struct Place {
+    Numbers of;
+    std::int64_t first = 0, size = 0;  ///< of the piece in it, and its own
+  };
+  PARTITA_BOTH Place place(std::int64_t piece, std::int64_t numbers) const {
+    std::int64_t low = 0, high = buffers;
+    while (high - low > 1) {
+      const std::int64_t middle = (low + high) / 2;
+      if (list.at(middle) <= piece) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return {Numbers(reinterpret_cast<void*>(list.at(buffers + low)),
+                    static_cast<ElementType>(list.at(3 * buffers + low))),
+            (piece - list.at(low)) * numbers, list.at(2 * buffers + low)};
+  }
+};
+template <class M>
+Joined joined(M& m, const std::vector<PlainCall::Operand>& all, std::int64_t numbers) {
+  Joined j;
+  std::vector<std::int64_t> first, at, count, type;
+  for (const auto& o : all) {
+    if (o.elements == 0) continue;
+    first.push_back(j.pieces);
+    at.push_back(static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(o.data)));
+    count.push_back(o.elements);
+    type.push_back(static_cast<std::int64_t>(o.type));
+    j.pieces += (o.elements + numbers - 1) / numbers;
+  }
+  j.buffers = std::ssize(first);
+  if (j.buffers == 0) return j;
+  for (const auto* list : {&at, &count, &type})
+    first.insert(first.end(), list->begin(), list->end());
+  j.list = m.upload(first);
+  return j;
+}
+
 /// By 1 / by[0], or by the factor that clips a norm of square by[0].
 template <class M>
-void scale_values(M& m, Numbers v, std::int64_t n, Numbers by, double clip, bool clips) {
+void scale_all(M& m, const std::vector<PlainCall::Operand>& all, Numbers by, double clip,
+               bool clips) {
+  const Joined j = joined(m, all, Octet::kSize);
+  if (j.pieces == 0) return;
+  float* const factor = m.scratch(1);
   m.each(
-      octets(n), PARTITA_KERNEL(std::int64_t i) {
-        const float factor =
+      1, PARTITA_KERNEL(std::int64_t) {
+        *factor =
             clips ? static_cast<float>(clip_factor(clip, static_cast<double>(by[0]))) : 1 / by[0];
-        const std::int64_t first = i * Octet::kSize;
-        Octet o = octet(v, first, n - first);
-        for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= factor;
-        put(v, first, n - first, o);
+      });
+  m.each(
+      j.pieces, PARTITA_KERNEL(std::int64_t i) {
+        const Joined::Place p = j.place(i, Octet::kSize);
+        Octet o = octet(p.of, p.first, p.size - p.first);
+        for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= *factor;
+        put(p.of, p.first, p.size - p.first, o);
       });
 }
 
@@ -76,36 +127,51 @@ void draw_values(M& m, Numbers to, std::int64_t n, float mean, float deviation,
       });
 }
 
-/// Of all operands, in an order that does not depend on the machine: a partial sum a chunk, then
-/// one of those. `counts`: how many are not finite, as 0 or 1.
+/// Of all operands, in an order that does not depend on the machine: a partial sum a chunk, then of
+/// so many of those. `counts`: how many are not finite, as 0 or 1.
 template <class M>
 bool square_sum(M& m, const PlainCall& call, bool counts) {
-  constexpr std::int64_t kChunk = 4096;
-  std::int64_t chunks = 0;
-  for (const auto& o : call.reads) chunks += (o.elements + kChunk - 1) / kChunk;
-  auto* parts = reinterpret_cast<double*>(m.scratch(2 * chunks + 2));
-  chunks = 0;
-  for (const auto& o : call.reads) {
-    const Numbers v = numbers(o);
-    const std::int64_t n = o.elements, first = chunks, rows = (n + kChunk - 1) / kChunk;
+  constexpr std::int64_t kChunk = 1 << 15, kParts = 1024;
+  const Joined j = joined(m, call.reads, kChunk);
+  double* parts = reinterpret_cast<double*>(m.scratch(2 * j.pieces + 2));
+  std::int64_t n = j.pieces;
+  m.rows(
+      n, kept_width(kChunk), PARTITA_KERNEL(std::int64_t piece, const Lanes& lanes) {
+        const Joined::Place p = j.place(piece, kChunk);
+        const std::int64_t left = p.size - p.first;
+        double sum = 0;
+        each_octet(p.of + p.first, left < kChunk ? left : kChunk, lanes,
+                   [&](std::int64_t, std::int64_t count, const Octet& o) {
+                     for (int k = 0; k < Octet::kSize; ++k) {
+                       if (k >= count) break;
+                       const auto x = static_cast<double>(o.v[k]);
+                       sum += counts ? (finite(x) ? 0.0 : 1.0) : x * x;
+                     }
+                   });
+        sum = lanes.sum(sum);
+        if (lanes.lane() == 0) parts[piece] = sum;
+      });
+  while (n > kParts) {
+    const std::int64_t from_n = n;
+    const double* const from = parts;
+    n = (n + kParts - 1) / kParts;
+    double* const to = parts = reinterpret_cast<double*>(m.scratch(2 * n));
     m.rows(
-        rows, kChunk, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
-          const std::int64_t end = (row + 1) * kChunk < n ? (row + 1) * kChunk : n;
+        n, kParts, PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+          const std::int64_t end = (row + 1) * kParts < from_n ? (row + 1) * kParts : from_n;
           double sum = 0;
-          for (std::int64_t i = row * kChunk + lanes.lane(); i < end; i += lanes.count()) {
-            const auto x = static_cast<double>(v[i]);
-            sum += counts ? (finite(x) ? 0.0 : 1.0) : x * x;
-          }
+          for (std::int64_t i = row * kParts + lanes.lane(); i < end; i += lanes.count())
+            sum += from[i];
           sum = lanes.sum(sum);
-          if (lanes.lane() == 0) parts[first + row] = sum;
+          if (lanes.lane() == 0) to[row] = sum;
         });
-    chunks += rows;
   }
   const Numbers to = numbers(call.writes[0]);
+  const double* const from = parts;
   m.rows(
-      1, chunks, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
+      1, n, PARTITA_KERNEL(std::int64_t, const Lanes& lanes) {
         double sum = 0;
-        for (std::int64_t i = lanes.lane(); i < chunks; i += lanes.count()) sum += parts[i];
+        for (std::int64_t i = lanes.lane(); i < n; i += lanes.count()) sum += from[i];
         sum = lanes.sum(sum);
         if (lanes.lane() == 0) to[0] = counts ? (sum > 0 ? 1.0f : 0.0f) : static_cast<float>(sum);
       });
@@ -221,51 +287,20 @@ bool cast_gradient(M& m, const PlainCall& call) {
   return true;
 }
 
-/// All of them in one kernel: a launch each would take longer than most.
 template <class M>
 void zero_all(M& m, const std::vector<PlainCall::Operand>& all) {
-  std::vector<std::int64_t> first, at, count, type;
-  std::int64_t octets_so_far = 0;
-  for (const auto& o : all) {
-    if (o.elements == 0) continue;
-    first.push_back(octets_so_far);
-    at.push_back(static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(o.data)));
-    count.push_back(o.elements);
-    type.push_back(static_cast<std::int64_t>(o.type));
-    octets_so_far += octets(o.elements);
-  }
-  const auto n = static_cast<std::int64_t>(first.size());
-  if (n == 0) return;
-  std::vector<std::int64_t> numbers = first;
-  for (const auto* list : {&at, &count, &type})
-    numbers.insert(numbers.end(), list->begin(), list->end());
-  const IndexList list = m.upload(numbers);
+  const Joined j = joined(m, all, Octet::kSize);
   m.each(
-      octets_so_far, PARTITA_KERNEL(std::int64_t i) {
-        std::int64_t low = 0, high = n;
-        while (high - low > 1) {
-          const std::int64_t middle = (low + high) / 2;
-          if (list.at(middle) <= i) {
-            low = middle;
-          } else {
-            high = middle;
-          }
-        }
-        const std::int64_t from = (i - list.at(low)) * Octet::kSize;
-        Octet o;
-        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = 0;
-        put(Numbers(reinterpret_cast<void*>(list.at(n + low)),
-                    static_cast<ElementType>(list.at(3 * n + low))),
-            from, list.at(2 * n + low) - from, o);
+      j.pieces, PARTITA_KERNEL(std::int64_t i) {
+        const Joined::Place p = j.place(i, Octet::kSize);
+        put(p.of, p.first, p.size - p.first, Octet{});
       });
 }
 
 template <class M>
 bool run_plain(M& m, const PlainCall& call) {
-  const auto scale_all = [&](bool clips) {
-    const Numbers by = numbers(call.reads[0]);
-    const double clip = call.program->optimizer.clip;
-    for (const auto& o : call.writes) scale_values(m, numbers(o), o.elements, by, clip, clips);
+  const auto scale = [&](bool clips) {
+    scale_all(m, call.writes, numbers(call.reads[0]), call.program->optimizer.clip, clips);
   };
   switch (call.instruction->kernel) {
     case Kernel::zero:
@@ -289,10 +324,10 @@ bool run_plain(M& m, const PlainCall& call) {
     case Kernel::not_finite:
       return square_sum(m, call, true);
     case Kernel::unscale:
-      scale_all(false);
+      scale(false);
       return true;
     case Kernel::clip:
-      scale_all(true);
+      scale(true);
       return true;
     case Kernel::dequeue:
     case Kernel::enqueue: {

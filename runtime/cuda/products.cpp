@@ -193,6 +193,19 @@ IndexList CudaMachine::list(const std::vector<std::int64_t>& indices) {
   return {reinterpret_cast<const std::int64_t*>(block->at), 0, n};
 }
 
+const float* CudaMachine::table(const std::vector<std::int64_t>& key,
+                                const std::function<std::vector<float>()>& make) {
+  auto& block = libraries_.tables[key];
+  if (!block) {
+    const std::vector<float> values = make();
+    if (values.empty()) return nullptr;
+    const std::size_t bytes = values.size() * sizeof(float);
+    block = std::make_unique<DeviceBlock>(bytes, libraries_.make_room);
+    check(copy_now(block->at, values.data(), bytes), "a table");
+  }
+  return reinterpret_cast<const float*>(block->at);
+}
+
 IndexList CudaMachine::upload(const std::vector<std::int64_t>& numbers) {
   if (numbers.empty()) return {};
   const auto n = static_cast<std::int64_t>(numbers.size());

@@ -213,6 +213,12 @@ class HostMachine {
       return {nullptr, indices.front(), n};
     return {indices.data(), 0, n};
   }
+  template <class F>
+  const float* table(const std::vector<std::int64_t>& key, F make) {
+    const auto [it, fresh] = tables_.try_emplace(key);
+    if (fresh) it->second = make();
+    return it->second.data();
+  }
   /// Always in memory: what is not there is not what follows from the first.
   IndexList upload(const std::vector<std::int64_t>& numbers) {
     const auto& kept = uploads_.emplace_back(numbers);
@@ -281,6 +287,7 @@ class HostMachine {
   void end() { scratch_.clear(), uploads_.clear(); }
 
  private:
+  std::map<std::vector<std::int64_t>, std::vector<float>> tables_;
   std::deque<std::vector<float>> scratch_;
   std::deque<std::vector<std::int64_t>> uploads_;
   int lists_ = 0;

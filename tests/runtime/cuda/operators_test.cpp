@@ -591,6 +591,25 @@ TEST(CudaKernels, PowersOfARowAreSummedInOneLook) {
   EXPECT_TRUE(std::isnan(none.sum)) << "what is no number is not lost";
 }
 
+TEST(CudaKernels, TablesOfTurnsAreToldApart) {
+  std::set<std::vector<std::int64_t>> keys;
+  for (const double base : {100.0, 10000.0}) {
+    for (const std::int64_t turned : {2, 4}) {
+      for (const cpu::Indices& at :
+           {cpu::Indices{}, {0, 1, 2}, {0, 1}, {1, 2, 3}, {0, 2, 3}, {0, 1, 3}})
+        keys.insert(key_of_turns(Rotary{4, turned, base}, at));
+    }
+  }
+  EXPECT_EQ(keys.size(), 24u);
+  const std::vector<float> turns = turns_of(Rotary{4, 4, 100}, {0, 3});
+  ASSERT_EQ(turns.size(), 8u);
+  // Of position 3 the angles are 3 and 3 / 10.
+  EXPECT_FLOAT_EQ(turns[4], std::cos(3.0f));
+  EXPECT_FLOAT_EQ(turns[5], std::cos(0.3f));
+  EXPECT_FLOAT_EQ(turns[6], std::sin(3.0f));
+  EXPECT_FLOAT_EQ(turns[7], std::sin(0.3f));
+}
+
 /// Whole numbers, so that sums are exact, of one stage, two and more.
 TEST(CudaKernels, ColumnsOfAnyNumberOfRowsAreSummed) {
   std::mt19937 rng(33);

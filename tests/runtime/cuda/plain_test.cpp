@@ -167,6 +167,30 @@ TEST_F(PlainKernels, SumsOfAnyNumberOfTermsAreAlike) {
   }
 }
 
+/// Of operands of all sizes, of more than one stage takes, and of none.
+TEST_F(PlainKernels, ManyOperandsAreOneAlike) {
+  for (const std::size_t operands : {0, 1, 3, 1100}) {
+    Case square = of(Kernel::square_sum), unscale = of(Kernel::unscale), zero = of(Kernel::zero);
+    for (std::size_t k = 0; k < operands; ++k) {
+      const std::size_t n = operands == 3 ? 32767 + k : k % 11;
+      square.reads.push_back(values(n));
+      unscale.writes.push_back(values(n));
+      zero.writes.push_back(values(n));
+    }
+    square.writes = {{5}};
+    expect_equal_bits(square, "square sum", 1);
+    unscale.reads = {{256}};
+    expect_equal_bits(unscale, "unscale");
+    expect_equal_bits(zero, "zero");
+    Case finite = square;
+    finite.instruction.kernel = Kernel::not_finite;
+    expect_equal_bits(finite, "finite");
+    if (operands == 0) continue;
+    finite.reads.back() = {1, INFINITY};
+    expect_equal_bits(finite, "not finite");
+  }
+}
+
 TEST_F(PlainKernels, GradientsAreCastAlike) {
   for (int round = 0; round < 24; ++round) {
     const std::size_t n = 2 * (1 + rng_() % 40);
