@@ -119,34 +119,31 @@ struct KeptRows {
 };
 /// Of rows of n elements that are kept, as rows() takes it.
 inline std::int64_t kept_width(std::int64_t n) { return octets(n); }
-/// f(first, how many, octet) of a row that is looked at once, wherever it begins: what lies before
-/// the first multiple of 16 bytes is a piece of its own. Four of a lane's are on their way at a
-/// time.
+/// f(first, how many, octet) of a row of less than 2^30 that is looked at once, wherever it begins:
+/// what lies before the first multiple of 16 bytes is a piece of its own. Four of a lane's are on
+/// their way at a time.
 template <class F>
 PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& lanes, F f) {
-  constexpr int kAtOnce = 4;
-  const auto at = reinterpret_cast<std::uintptr_t>(row.data());
-  const std::int64_t before =
-      static_cast<std::int64_t>((16 - at % 16) % 16) / (row.narrow() ? 2 : 4);
-  const std::int64_t head = before < n ? before : n, heads = head > 0 ? 1 : 0,
-                     pieces = heads + octets(n - head);
-  const auto first_of = [&](std::int64_t p) {
-    return p < heads ? 0 : head + (p - heads) * Octet::kSize;
-  };
-  const auto count_of = [&](std::int64_t p) { return p < heads ? head : n - first_of(p); };
-  for (std::int64_t p = lanes.lane(); p < pieces; p += kAtOnce * lanes.count()) {
+  constexpr int kAtOnce = 4, kSize = Octet::kSize;
+  const int bytes = static_cast<int>(reinterpret_cast<std::uintptr_t>(row.data()) % 16),
+            before = (16 - bytes) % 16 / (row.narrow() ? 2 : 4), size = static_cast<int>(n),
+            head = before < size ? before : size,
+            // The first piece ends with the head, where there is one.
+      begin = head > 0 ? head - kSize : 0, pieces = (size - begin + kSize - 1) / kSize,
+            lane = static_cast<int>(lanes.lane()), count = static_cast<int>(lanes.count());
+  for (int p = lane; p < pieces; p += kAtOnce * count) {
     Raw raw[kAtOnce];
     PARTITA_UNROLL
     for (int k = 0; k < kAtOnce; ++k) {
-      const std::int64_t q = p + k * lanes.count();
-      if (q >= pieces) break;
-      raw[k] = raw_octet(row, first_of(q), count_of(q));
+      const int at = begin + (p + k * count) * kSize;
+      if (at >= size) break;
+      raw[k] = raw_octet(row, at < 0 ? 0 : at, at < 0 ? head : size - at);
     }
     PARTITA_UNROLL
     for (int k = 0; k < kAtOnce; ++k) {
-      const std::int64_t q = p + k * lanes.count();
-      if (q >= pieces) break;
-      f(first_of(q), count_of(q), octet_of(raw[k], row.type()));
+      const int at = begin + (p + k * count) * kSize;
+      if (at >= size) break;
+      f(at < 0 ? 0 : at, at < 0 ? head : size - at, octet_of(raw[k], row.type()));
     }
   }
 }

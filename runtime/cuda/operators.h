@@ -2070,6 +2070,36 @@ void shift_planes(M& m, Numbers from, Numbers to, std::int64_t planes, std::int6
       });
 }
 
+/// Which plane of `area` numbers a number is in, and those after it: divided once for all.
+struct PlaneOf {
+  std::int64_t plane, within, area;
+  PARTITA_BOTH PlaneOf(std::int64_t number, std::int64_t of)
+      : plane(number / of), within(number - plane * of), area(of) {}
+  PARTITA_BOTH void step() {
+    if (++within == area) within = 0, ++plane;
+  }
+};
+/// to[channel] (+)= sum of y over samples and places.
+template <class M>
+void sum_channels(M& m, const ConvolutionShape& s, Numbers y, Numbers to, bool accumulate) {
+  Runs r;
+  r.batch = true;
+  r.groups = s.out, r.repeats = s.samples, r.length = s.out_height * s.out_width;
+  sum_by_parts(
+      m, r,
+      PARTITA_KERNEL(std::int64_t g, const Lanes& lanes, std::int64_t part, std::int64_t parts,
+                     double& sum, double&) {
+        r.each(
+            lanes, g, y,
+            [&](std::int64_t, std::int64_t, std::int64_t, const Octet& o) {
+              sum += static_cast<double>(sum_of(o));
+            },
+            part, parts);
+      },
+      PARTITA_KERNEL(std::int64_t g, double sum, double) {
+        to[g] = static_cast<float>(sum) + (accumulate ? to[g] : 0.0f);
+      });
+}
 /// Libraries pad alike on both sides: where the local window does not, the input is padded by a
 /// copy.
 template <class M>
@@ -2129,9 +2159,16 @@ bool convolution(M& m, const Convolution& op, const Context& c, const Arguments&
       return false;
     if (bias) {
       const Numbers b = numbers(a.parameters[1]);
+      const std::int64_t n = shape.samples * out * area;
       m.each(
-          shape.samples * out * area,
-          PARTITA_KERNEL(std::int64_t e) { y[e] += b[e / area % out]; });
+          octets(n), PARTITA_KERNEL(std::int64_t number) {
+            const std::int64_t first = number * Octet::kSize, count = n - first;
+            Octet o = octet(y, first, count);
+            PlaneOf at(first, area);
+            for (int k = 0; k < Octet::kSize && k < count; ++k, at.step())
+              o.v[k] += b[at.plane % out];
+            put(y, first, count, o);
+          });
     }
     return true;
   }
@@ -2161,16 +2198,11 @@ bool convolution(M& m, const Convolution& op, const Context& c, const Arguments&
   }
   if (op.bias && wanted(a, 1)) {
     const Numbers to = numbers(a.results[1]);
-    const std::int64_t samples = shape.samples;
-    const bool accumulate = a.accumulate;
-    m.rows(
-        out, samples * area, PARTITA_KERNEL(std::int64_t k, const Lanes& lanes) {
-          double sum = 0;
-          for (std::int64_t e = lanes.lane(); e < samples * area; e += lanes.count())
-            sum += static_cast<double>(dy[(e / area * out + k) * area + e % area]);
-          sum = bias ? lanes.sum(sum) : 0;
-          if (lanes.lane() == 0) to[k] = static_cast<float>(sum) + (accumulate ? to[k] : 0.0f);
-        });
+    if (bias) {
+      sum_channels(m, shape, dy, to, a.accumulate);
+    } else if (!a.accumulate) {
+      fill_values(m, to, out, 0);
+    }
   }
   return true;
 }
@@ -2187,80 +2219,135 @@ bool weight(M& m, const Convolution& op, const Context& c, const Arguments& a) {
   return convolution(m, op, c, a, ConvolutionPass::weight);
 }
 
-/// What output (i, j) of a plane reads: the position of its first largest value, and how many.
-struct Pooled {
-  std::int64_t best, count;
-  float top, sum;
+/// A local window of a pool, in numbers that a GPU divides fast.
+struct PoolWindow {
+  int outputs, inputs, first, kernel, stride, dilation;
+  explicit PoolWindow(const LocalWindow& w)
+      : outputs(static_cast<int>(w.outputs)),
+        inputs(static_cast<int>(w.inputs)),
+        first(static_cast<int>(w.first)),
+        kernel(static_cast<int>(w.kernel)),
+        stride(static_cast<int>(w.stride)),
+        dilation(static_cast<int>(w.dilation)) {}
+  PARTITA_BOTH int steps(int distance) const {  ///< rounded up; of no distance none
+    return distance <= 0 ? 0 : dilation == 1 ? distance : (distance + dilation - 1) / dilation;
+  }
+  /// Elements [low, high) of an output's window are no padding.
+  PARTITA_BOTH int low(int out) const { return steps(-(first + out * stride)); }
+  PARTITA_BOTH int high(int out) const {
+    const int n = steps(inputs - (first + out * stride));
+    return n < kernel ? n : kernel;
+  }
+  PARTITA_BOTH int inside(int out) const {
+    const int n = high(out) - low(out);
+    return n > 0 ? n : 0;
+  }
+  /// Outputs [from, to) are those whose windows may have an input: if they reach it.
+  PARTITA_BOTH int from(int in) const {
+    const int distance = in - first - (kernel - 1) * dilation;
+    return distance <= 0 ? 0 : (distance + stride - 1) / stride;
+  }
+  PARTITA_BOTH int to(int in) const {
+    const int distance = in - first, n = distance < 0 ? 0 : distance / stride + 1;
+    return n < outputs ? n : outputs;
+  }
+  PARTITA_BOTH bool reaches(int out, int in) const {
+    return dilation == 1 || (in - first - out * stride) % dilation == 0;
+  }
 };
-PARTITA_BOTH Pooled pooled(const LocalWindow& h, const LocalWindow& w, Numbers plane,
-                           std::int64_t i, std::int64_t j) {
-  Pooled p{-1, 0, -INFINITY, 0};
-  for (std::int64_t r = 0; r < h.kernel; ++r) {
-    const std::int64_t y = h.input(i, r);
-    if (!h.inside(y)) continue;
-    for (std::int64_t s = 0; s < w.kernel; ++s) {
-      const std::int64_t x = w.input(j, s);
-      if (!w.inside(x)) continue;
-      ++p.count;
-      if (plane == nullptr) continue;
-      const std::int64_t here = y * w.inputs + x;
-      const float v = plane[here];
-      p.sum += v;
-      if (p.best < 0 || v > p.top) p.best = here, p.top = v;
+struct PoolWindows {
+  PoolWindow h, w;
+  bool padding;
+  PARTITA_BOTH std::int64_t inputs() const { return std::int64_t{h.inputs} * w.inputs; }
+  PARTITA_BOTH std::int64_t outputs() const { return std::int64_t{h.outputs} * w.outputs; }
+  PARTITA_BOTH float divisor(int i, int j) const {
+    const int n = padding ? h.kernel * w.kernel : h.inside(i) * w.inside(j);
+    return static_cast<float>(n > 0 ? n : 1);
+  }
+  /// f(position, number) of what output (i, j) reads of a plane, row by row.
+  template <class F>
+  PARTITA_LANE void each(const Numbers& plane, int i, int j, F f) const {
+    const int first = w.low(j), end = w.high(j);
+    for (int r = h.low(i); r < h.high(i); ++r) {
+      int at = (h.first + i * h.stride + r * h.dilation) * w.inputs + w.first + j * w.stride +
+               first * w.dilation;
+      for (int s = first; s < end; ++s, at += w.dilation) f(at, static_cast<float>(plane[at]));
     }
   }
-  return p;
+};
+inline PoolWindows pool_windows(const Pool& op, const Tensor& x, const Tensor& y) {
+  return {PoolWindow(local_window(op.height, (*x.index)[2], (*y.index)[2])),
+          PoolWindow(local_window(op.width, (*x.index)[3], (*y.index)[3])), op.count_padding};
 }
+/// Position of the first of the largest numbers; -1 where all is padding.
+struct Largest {
+  int at = -1;
+  float v = -INFINITY;
+  PARTITA_LANE void see(int position, float x) {
+    if (at < 0 || x > v) at = position, v = x;
+  }
+};
 template <class M>
 bool forward(M& m, const Pool& op, const Context&, const Arguments& a) {
   const Tensor &x = a.inputs[0], &y = a.results[0];
-  const LocalWindow h = local_window(op.height, (*x.index)[2], (*y.index)[2]),
-                    w = local_window(op.width, (*x.index)[3], (*y.index)[3]);
+  const PoolWindows p = pool_windows(op, x, y);
   const Numbers from = numbers(x);
   const Numbers to = numbers(y);
-  const bool maximum = op.maximum, padding = op.count_padding;
+  const bool maximum = op.maximum;
   m.each(
       y.size(), PARTITA_KERNEL(std::int64_t e) {
-        const std::int64_t plane = e / (h.outputs * w.outputs), at = e % (h.outputs * w.outputs);
-        const Pooled p =
-            pooled(h, w, from + plane * h.inputs * w.inputs, at / w.outputs, at % w.outputs);
-        const std::int64_t divisor = padding ? h.kernel * w.kernel : p.count > 0 ? p.count : 1;
-        to[e] = maximum ? p.top : p.sum / static_cast<float>(divisor);
+        const PlaneOf of(e, p.outputs());
+        const int at = static_cast<int>(of.within), i = at / p.w.outputs, j = at - i * p.w.outputs;
+        const Numbers plane = from + of.plane * p.inputs();
+        if (maximum) {
+          Largest top;
+          p.each(plane, i, j, [&](int position, float v) { top.see(position, v); });
+          to[e] = top.v;
+        } else {
+          float sum = 0;
+          p.each(plane, i, j, [&](int, float v) { sum += v; });
+          to[e] = sum / p.divisor(i, j);
+        }
       });
   return true;
 }
-/// Each input adds up what it gets from the outputs that read it.
+/// Each input adds up what it gets from the outputs that read it; of a maximum only where it was
+/// the first, which is looked for once.
 template <class M>
 bool data(M& m, const Pool& op, const Context&, const Arguments& a) {
   const Tensor &dy = a.output_gradients[0], &dx = a.results[0];
-  const LocalWindow h = local_window(op.height, (*dx.index)[2], (*dy.index)[2]),
-                    w = local_window(op.width, (*dx.index)[3], (*dy.index)[3]);
-  const Numbers from = op.maximum ? numbers(a.inputs[0]) : nullptr, d = numbers(dy);
-  const Numbers to = numbers(dx);
-  const bool maximum = op.maximum, padding = op.count_padding;
+  const PoolWindows p = pool_windows(op, dx, dy);
+  const Numbers d = numbers(dy), to = numbers(dx);
+  std::int32_t* const largest =
+      op.maximum ? reinterpret_cast<std::int32_t*>(m.scratch(dy.size())) : nullptr;
+  if (op.maximum) {
+    const Numbers from = numbers(a.inputs[0]);
+    m.each(
+        dy.size(), PARTITA_KERNEL(std::int64_t e) {
+          const PlaneOf of(e, p.outputs());
+          const int at = static_cast<int>(of.within), i = at / p.w.outputs,
+                    j = at - i * p.w.outputs;
+          Largest top;
+          p.each(from + of.plane * p.inputs(), i, j,
+                 [&](int position, float v) { top.see(position, v); });
+          largest[e] = top.at;
+        });
+  }
   m.each(
       dx.size(), PARTITA_KERNEL(std::int64_t e) {
-        const std::int64_t area = h.inputs * w.inputs, plane = e / area, at = e % area;
-        const std::int64_t y = at / w.inputs, x = at % w.inputs;
-        const Numbers values = maximum ? from + plane * area : nullptr;
-        const Numbers above_it = d + plane * h.outputs * w.outputs;
+        const PlaneOf of(e, p.inputs());
+        const int at = static_cast<int>(of.within), y = at / p.w.inputs, x = at - y * p.w.inputs;
+        const std::int64_t plane = of.plane * p.outputs();
+        const int first = p.w.from(x), end = p.w.to(x);
         float sum = 0;
-        for (std::int64_t r = 0; r < h.kernel; ++r) {
-          const std::int64_t up = y - h.first - r * h.dilation;
-          if (up < 0 || up % h.stride != 0 || up / h.stride >= h.outputs) continue;
-          for (std::int64_t s = 0; s < w.kernel; ++s) {
-            const std::int64_t left = x - w.first - s * w.dilation;
-            if (left < 0 || left % w.stride != 0 || left / w.stride >= w.outputs) continue;
-            const std::int64_t i = up / h.stride, j = left / w.stride;
-            const float g = above_it[i * w.outputs + j];
-            const Pooled p = pooled(h, w, values, i, j);
-            if (maximum) {
-              sum += p.best == at ? g : 0.0f;
-            } else {
-              const std::int64_t divisor = padding       ? h.kernel * w.kernel
-                                           : p.count > 0 ? p.count
-                                                         : 1;
-              sum += g / static_cast<float>(divisor);
+        for (int i = p.h.from(y); i < p.h.to(y); ++i) {
+          if (!p.h.reaches(i, y)) continue;
+          for (int j = first; j < end; ++j) {
+            const std::int64_t output = plane + i * p.w.outputs + j;
+            if (largest != nullptr) {
+              if (largest[output] == at) sum += d[output];
+            } else if (p.w.reaches(j, x)) {
+              sum += d[output] / p.divisor(i, j);
             }
           }
         }
@@ -2295,18 +2382,36 @@ bool data(M& m, const GlobalAveragePool&, const Context& c, const Arguments& a) 
   const std::int64_t plane = extent(dx, 2, 4);
   const Numbers dy = numbers(a.output_gradients[0]);
   const Numbers to = numbers(dx);
+  const std::int64_t n = dx.size();
   m.each(
-      dx.size(), PARTITA_KERNEL(std::int64_t i) { to[i] = dy[i / plane] / all; });
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = n - first;
+        PlaneOf at(first, plane);
+        Octet o;
+        for (int k = 0; k < Octet::kSize && k < count; ++k, at.step()) o.v[k] = dy[at.plane] / all;
+        put(to, first, count, o);
+      });
   return true;
 }
 
+/// y[i] = x[i] * by[i / area].
+template <class M>
+void scale_planes(M& m, Numbers x, Numbers by, Numbers y, std::int64_t n, std::int64_t area) {
+  m.each(
+      octets(n), PARTITA_KERNEL(std::int64_t number) {
+        const std::int64_t first = number * Octet::kSize, count = n - first;
+        Octet o = octet(x, first, count);
+        PlaneOf at(first, area);
+        for (int k = 0; k < Octet::kSize && k < count; ++k, at.step()) o.v[k] *= by[at.plane];
+        put(y, first, count, o);
+      });
+}
 template <class M>
 bool forward(M& m, const ScaleFeatures&, const Context&, const Arguments& a) {
   const std::int64_t plane = extent(a.inputs[0], 2, 4);
   const Numbers x = numbers(a.inputs[0]), gate = numbers(a.inputs[1]);
   const Numbers y = numbers(a.results[0]);
-  m.each(
-      a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { y[i] = x[i] * gate[i / plane]; });
+  scale_planes(m, x, gate, y, a.inputs[0].size(), plane);
   return true;
 }
 template <class M>
@@ -2316,8 +2421,7 @@ bool data(M& m, const ScaleFeatures&, const Context&, const Arguments& a) {
   const Numbers dy = numbers(a.output_gradients[0]);
   if (wanted(a, 0)) {
     const Numbers dx = numbers(a.results[0]);
-    m.each(
-        a.inputs[0].size(), PARTITA_KERNEL(std::int64_t i) { dx[i] = dy[i] * gate[i / plane]; });
+    scale_planes(m, dy, gate, dx, a.inputs[0].size(), plane);
   }
   if (wanted(a, 1)) {
     const Numbers dg = numbers(a.results[1]);

@@ -2,6 +2,7 @@
 // time, of more than one octet and of more than a warp has lanes for.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "tests/runtime/reference/problems.h"
@@ -41,6 +42,30 @@ inline std::vector<reference::Problem> octet_problems(reference::Rng& rng) {
     add("position embedding", PositionEmbedding{5}, {tokens});
     add("addition", Add{}, {tokens, tokens});
   }
+  for (const std::int64_t width : {1, 5, 16, 33}) {
+    const Shape image{sample, {Dim::feature, 3}, {Dim::height, 9}, {Dim::width, width}};
+    for (const auto& [kernel, stride, dilation, pad] :
+         {std::array{1, 1, 1, 0}, {3, 1, 1, 1}, {3, 2, 1, 1}, {2, 3, 1, 0}, {3, 2, 2, 2}}) {
+      const Window window{kernel, stride, pad, pad, dilation};
+      if (width + 2 * pad < dilation * (kernel - 1) + 1) continue;
+      add("largest of windows", Pool{true, window, window, true}, {image});
+      add("mean of windows", Pool{false, window, window, true}, {image});
+      add("mean of windows without padding", Pool{false, window, window, false}, {image});
+    }
+    Convolution convolution;
+    convolution.out = 5;
+    convolution.bias = true;
+    convolution.height = convolution.width = Window{1, 1, 0, 0, 1};
+    add("convolution with a bias", convolution, {image});
+    add("mean of planes", GlobalAveragePool{}, {image});
+  }
+  // Channels whose gradients several blocks share.
+  Convolution wide;
+  wide.out = 2;
+  wide.bias = true;
+  wide.height = wide.width = Window{1, 1, 0, 0, 1};
+  add("convolution of large planes with a bias", wide,
+      {{sample, {Dim::feature, 1}, {Dim::height, 110}, {Dim::width, 79}}});
   for (const std::int64_t turned : {16, 48})
     add("rotary", Rotary{turned, turned, 100},
         {{sample, sequence, head, {Dim::head_feature, 2 * turned}}});
