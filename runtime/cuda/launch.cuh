@@ -17,7 +17,7 @@ constexpr unsigned kMostLanes = 512;
 /// All lanes of a block take the same rows. Of so many threads none has more than 128 registers:
 /// with more it would not start.
 template <class F>
-__global__ void __launch_bounds__(kMostLanes) rows_kernel(std::int64_t n, F f) {
+__global__ void __launch_bounds__(kMostLanes, 1) rows_kernel(std::int64_t n, F f) {
   const Lanes lanes;
   for (std::int64_t row = blockIdx.x; row < n; row += gridDim.x) f(row, lanes);
 }

@@ -119,15 +119,18 @@ struct KeptRows {
 };
 /// Of rows of n elements that are kept, as rows() takes it.
 inline std::int64_t kept_width(std::int64_t n) { return octets(n); }
+/// Of rows that are looked at once: at most 256 lanes, so that another block's loads are on their
+/// way while one sums up.
+inline std::int64_t once_width(std::int64_t n) { return octets(n) < 1024 ? octets(n) : 1024; }
 /// f(first, how many, octet) of a row of less than 2^30 that is looked at once, wherever it begins:
 /// what lies before the first multiple of 16 bytes is a piece of its own. Four of a lane's are on
 /// their way at a time.
-template <class F>
+template <bool kWhole = false, class F>
 PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& lanes, F f) {
   constexpr int kAtOnce = 4, kSize = Octet::kSize;
   const int bytes = static_cast<int>(reinterpret_cast<std::uintptr_t>(row.data()) % 16),
-            before = (16 - bytes) % 16 / (row.narrow() ? 2 : 4), size = static_cast<int>(n),
-            head = before < size ? before : size,
+            before = kWhole ? 0 : (16 - bytes) % 16 / (row.narrow() ? 2 : 4),
+            size = static_cast<int>(n), head = before < size ? before : size,
             // The first piece ends with the head, where there is one.
       begin = head > 0 ? head - kSize : 0, pieces = (size - begin + kSize - 1) / kSize,
             lane = static_cast<int>(lanes.lane()), count = static_cast<int>(lanes.count());
@@ -137,7 +140,7 @@ PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& 
     for (int k = 0; k < kAtOnce; ++k) {
       const int at = begin + (p + k * count) * kSize;
       if (at >= size) break;
-      raw[k] = raw_octet(row, at < 0 ? 0 : at, at < 0 ? head : size - at);
+      raw[k] = raw_octet<kWhole>(row, at < 0 ? 0 : at, at < 0 ? head : size - at);
     }
     PARTITA_UNROLL
     for (int k = 0; k < kAtOnce; ++k) {

@@ -1896,7 +1896,7 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
   const Numbers s = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
   m.rows(
-      labels.size(), kept_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+      labels.size(), once_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const Numbers line = from + row * n;
         if (top == nullptr) {
           float high = -INFINITY;
@@ -1926,7 +1926,7 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
   return true;
 }
 /// Both statistics of rows that nobody else has a part of, in one look.
-template <class M>
+template <bool kWhole, class M>
 void statistics(M& m, const CrossEntropy&, const Arguments& a) {
   const Tensor &x = a.inputs[0], &labels = a.inputs[1];
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
@@ -1934,7 +1934,7 @@ void statistics(M& m, const CrossEntropy&, const Arguments& a) {
   const std::int64_t* label = labels.ids;
   const IndexList held = m.list(x.index->back());
   m.rows(
-      labels.size(), kept_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
+      labels.size(), once_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const Numbers line = from + row * n;
         SumOfPowers powers;
         each_octet(line, n, lanes,
@@ -1950,7 +1950,11 @@ template <class M>
 bool forward(M& m, const CrossEntropy& op, const Context& c, const Arguments& a) {
   if (a.own_statistics) {
     if (a.inputs[1].ids == nullptr && a.inputs[1].size() > 0) return false;
-    statistics(m, op, a);
+    if (whole_rows(std::ssize(a.inputs[0].index->back()), a)) {
+      statistics<true>(m, op, a);
+    } else {
+      statistics<false>(m, op, a);
+    }
   }
   const Numbers top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]);
   const std::int64_t rows = a.inputs[1].size();

@@ -136,7 +136,7 @@ bool square_sum(M& m, const PlainCall& call, bool counts) {
   double* parts = reinterpret_cast<double*>(m.scratch(2 * j.pieces + 2));
   std::int64_t n = j.pieces;
   m.rows(
-      n, kept_width(kChunk), PARTITA_KERNEL(std::int64_t piece, const Lanes& lanes) {
+      n, once_width(kChunk), PARTITA_KERNEL(std::int64_t piece, const Lanes& lanes) {
         const Joined::Place p = j.place(piece, kChunk);
         const std::int64_t left = p.size - p.first;
         double sum = 0;
