@@ -266,6 +266,21 @@ PARTITA_BOTH void store_sixteen(void* p, const Sixteen& s) {
   memcpy(p, &s, sizeof s);
 #endif
 }
+PARTITA_BOTH void load_eight(const void* p, std::uint32_t* to) {
+#ifdef __CUDA_ARCH__
+  const uint2 q = *static_cast<const uint2*>(p);
+  to[0] = q.x, to[1] = q.y;
+#else
+  memcpy(to, p, 8);
+#endif
+}
+PARTITA_BOTH void store_eight(void* p, const std::uint32_t* from) {
+#ifdef __CUDA_ARCH__
+  *static_cast<uint2*>(p) = make_uint2(from[0], from[1]);
+#else
+  memcpy(p, from, 8);
+#endif
+}
 /// 8 bytes at once, the lowest first.
 PARTITA_BOTH void store_bytes(std::uint8_t* p, std::uint64_t bytes) {
 #ifdef __CUDA_ARCH__
@@ -358,6 +373,18 @@ PARTITA_BOTH std::uint32_t pair_fp16(float a, float b) {
   return to_fp16(a) | static_cast<std::uint32_t>(to_fp16(b)) << 16;
 #endif
 }
+/// As it is stored.
+PARTITA_BOTH Raw raw_of(const Octet& o, ElementType type) {
+  Raw r{};
+  if (type == ElementType::fp32) {
+    for (int k = 0; k < 4; ++k) r.low.w[k] = bits_of(o.v[k]), r.high.w[k] = bits_of(o.v[4 + k]);
+  } else if (type == ElementType::bf16) {
+    for (int k = 0; k < 4; ++k) r.low.w[k] = pair_bf16(o.v[2 * k], o.v[2 * k + 1]);
+  } else {
+    for (int k = 0; k < 4; ++k) r.low.w[k] = pair_fp16(o.v[2 * k], o.v[2 * k + 1]);
+  }
+  return r;
+}
 template <bool kWhole = false>
 PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, const Octet& o) {
   const Numbers at = y + first;
@@ -366,58 +393,128 @@ PARTITA_BOTH void put(const Numbers& y, std::int64_t first, std::int64_t count, 
     return;
   }
   auto* p = static_cast<std::byte*>(at.data());
-  Sixteen low, high;
-  if (!y.narrow()) {
-    for (int k = 0; k < 4; ++k) low.w[k] = bits_of(o.v[k]), high.w[k] = bits_of(o.v[4 + k]);
-    store_sixteen(p, low);
-    store_sixteen(p + 16, high);
-    return;
-  }
-  if (y.type() == ElementType::bf16) {
-    for (int k = 0; k < 4; ++k) low.w[k] = pair_bf16(o.v[2 * k], o.v[2 * k + 1]);
-  } else {
-    for (int k = 0; k < 4; ++k) low.w[k] = pair_fp16(o.v[2 * k], o.v[2 * k + 1]);
-  }
-  store_sixteen(p, low);
+  const Raw r = raw_of(o, y.type());
+  store_sixteen(p, r.low);
+  if (!y.narrow()) store_sixteen(p + 16, r.high);
 }
 /// How many octets n numbers are, the last maybe in part.
 PARTITA_BOTH std::int64_t octets(std::int64_t n) { return (n + Octet::kSize - 1) / Octet::kSize; }
 
-/// y[i] = f(x[i]), by octets.
-template <class F>
+/// A thread's eight of n numbers in a row: an octet, or (`kApart`) four and four. Of fp32 an octet
+/// is 32 bytes, a sector of memory, that two stores would write by halves; 32 threads' fours lie
+/// together, and the others 128 numbers on.
+template <bool kApart>
+struct EightOf {
+  static constexpr std::int64_t kFour = 4, kBeside = 32, kStep = kFour * kBeside;
+  static std::int64_t count(std::int64_t n) {
+    return kApart ? (n + 2 * kStep - 1) / (2 * kStep) * kBeside : octets(n);
+  }
+  PARTITA_BOTH static std::int64_t first(std::int64_t number) {
+    return kApart ? number / kBeside * 2 * kStep + number % kBeside * kFour : number * Octet::kSize;
+  }
+  /// May both fours be moved at once?
+  PARTITA_BOTH static bool whole(const Numbers& at, std::int64_t left) {
+    return left >= kStep + kFour &&
+           reinterpret_cast<std::uintptr_t>(at.data()) % (at.narrow() ? 8 : 16) == 0;
+  }
+  PARTITA_BOTH static Raw raw(const Numbers& x, std::int64_t number, std::int64_t n) {
+    const std::int64_t from = first(number), left = n - from;
+    if constexpr (!kApart) return raw_octet(x, from, left);
+    const Numbers at = x + from;
+    if (!whole(at, left)) {
+      const Raw low = raw_octet(x, from, left < kFour ? left : kFour),
+                high = raw_octet(x, from + kStep, left - kStep < kFour ? left - kStep : kFour);
+      if (!x.narrow()) return {low.low, high.low};
+      return {{low.low.w[0], low.low.w[1], high.low.w[0], high.low.w[1]}, {}};
+    }
+    const auto* p = static_cast<const std::byte*>(at.data());
+    Raw r{};
+    if (x.narrow()) {
+      load_eight(p, r.low.w);
+      load_eight(p + kStep * 2, r.low.w + 2);
+    } else {
+      r.low = load_sixteen(p);
+      r.high = load_sixteen(p + kStep * 4);
+    }
+    return r;
+  }
+  PARTITA_BOTH static Octet octet(const Numbers& x, std::int64_t number, std::int64_t n) {
+    return octet_of(raw(x, number, n), x.type());
+  }
+  PARTITA_BOTH static void put(const Numbers& y, std::int64_t number, std::int64_t n,
+                               const Octet& o) {
+    const std::int64_t to = first(number), left = n - to;
+    if constexpr (!kApart) {
+      cuda::put(y, to, left, o);
+      return;
+    }
+    const Numbers at = y + to;
+    if (!whole(at, left)) {
+      for (std::int64_t k = 0; k < kFour && k < left; ++k) at[k] = o.v[k];
+      for (std::int64_t k = 0; k < kFour && kStep + k < left; ++k) at[kStep + k] = o.v[kFour + k];
+      return;
+    }
+    auto* p = static_cast<std::byte*>(at.data());
+    const Raw r = raw_of(o, y.type());
+    if (y.narrow()) {
+      store_eight(p, r.low.w);
+      store_eight(p + kStep * 2, r.low.w + 2);
+    } else {
+      store_sixteen(p, r.low);
+      store_sixteen(p + kStep * 4, r.high);
+    }
+  }
+};
+/// Is any of fp32?
+template <class... N>
+bool any_wide(const N&... n) {
+  return (... || (!(n == nullptr) && !n.narrow()));
+}
+
+/// y[i] = f(x[i]), by eights.
+template <class F, bool kApart>
 struct MapOne {
+  using Eight = EightOf<kApart>;
   Numbers x, y;
   std::int64_t n;
   F f;
   PARTITA_LANE void operator()(std::int64_t number) const {
-    const std::int64_t first = number * Octet::kSize;
-    const Octet a = octet(x, first, n - first);
+    const Octet a = Eight::octet(x, number, n);
     Octet r;
     for (int k = 0; k < Octet::kSize; ++k) r.v[k] = f(a.v[k]);
-    put(y, first, n - first, r);
+    Eight::put(y, number, n, r);
   }
 };
 /// y[i] = f(x[i], z[i]).
-template <class F>
+template <class F, bool kApart>
 struct MapTwo {
+  using Eight = EightOf<kApart>;
   Numbers x, z, y;
   std::int64_t n;
   F f;
   PARTITA_LANE void operator()(std::int64_t number) const {
-    const std::int64_t first = number * Octet::kSize;
-    const Octet a = octet(x, first, n - first), b = octet(z, first, n - first);
+    const Raw first = Eight::raw(x, number, n), second = Eight::raw(z, number, n);
+    const Octet a = octet_of(first, x.type()), b = octet_of(second, z.type());
     Octet r;
     for (int k = 0; k < Octet::kSize; ++k) r.v[k] = f(a.v[k], b.v[k]);
-    put(y, first, n - first, r);
+    Eight::put(y, number, n, r);
   }
 };
 template <class M, class F>
 void map_one(M& m, std::int64_t n, Numbers x, Numbers y, F f) {
-  m.each(octets(n), MapOne<F>{x, y, n, f});
+  if (any_wide(x, y)) {
+    m.each(EightOf<true>::count(n), MapOne<F, true>{x, y, n, f});
+  } else {
+    m.each(EightOf<false>::count(n), MapOne<F, false>{x, y, n, f});
+  }
 }
 template <class M, class F>
 void map_two(M& m, std::int64_t n, Numbers x, Numbers z, Numbers y, F f) {
-  m.each(octets(n), MapTwo<F>{x, z, y, n, f});
+  if (any_wide(x, z, y)) {
+    m.each(EightOf<true>::count(n), MapTwo<F, true>{x, z, y, n, f});
+  } else {
+    m.each(EightOf<false>::count(n), MapTwo<F, false>{x, z, y, n, f});
+  }
 }
 
 /// f(row, first, count) of a row's octets (step 8), or of its elements (step 1).

@@ -64,14 +64,24 @@ void copy_values(M& m, Numbers from, Numbers to, std::int64_t n) {
   map_one(
       m, n, from, to, PARTITA_KERNEL(float v) { return v; });
 }
+template <bool kApart>
+struct Fill {
+  Numbers to;
+  std::int64_t n;
+  float value;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    Octet o;
+    for (int k = 0; k < Octet::kSize; ++k) o.v[k] = value;
+    EightOf<kApart>::put(to, number, n, o);
+  }
+};
 template <class M>
 void fill_values(M& m, Numbers to, std::int64_t n, float value) {
-  m.each(
-      octets(n), PARTITA_KERNEL(std::int64_t number) {
-        Octet o;
-        for (int k = 0; k < Octet::kSize; ++k) o.v[k] = value;
-        put(to, number * Octet::kSize, n - number * Octet::kSize, o);
-      });
+  if (any_wide(to)) {
+    m.each(EightOf<true>::count(n), Fill<true>{to, n, value});
+  } else {
+    m.each(EightOf<false>::count(n), Fill<false>{to, n, value});
+  }
 }
 
 /// kTensors' rows of one place and length, as the lanes of a row look at them more than once: what

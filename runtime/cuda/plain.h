@@ -26,24 +26,40 @@ struct Terms {
   Numbers at[kMost];
   int count = 0;
 };
+template <bool kApart>
+struct SumOfTerms {
+  using Eight = EightOf<kApart>;
+  Terms t;
+  Numbers to;
+  std::int64_t n;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    Raw raw[Terms::kMost];
+    PARTITA_UNROLL
+    for (int k = 0; k < Terms::kMost; ++k) {
+      if (k >= t.count) break;
+      raw[k] = Eight::raw(t.at[k], number, n);
+    }
+    Octet sum = octet_of(raw[0], t.at[0].type());
+    PARTITA_UNROLL
+    for (int k = 1; k < Terms::kMost; ++k) {
+      if (k >= t.count) break;
+      const Octet o = octet_of(raw[k], t.at[k].type());
+      for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
+    }
+    Eight::put(to, number, n, sum);
+  }
+};
 template <class M>
 void sum_values(M& m, const std::vector<PlainCall::Operand>& all, Numbers to, std::int64_t n) {
   for (std::size_t next = 0; next < all.size();) {
     Terms t;
     if (next > 0) t.at[t.count++] = to;
     while (t.count < Terms::kMost && next < all.size()) t.at[t.count++] = numbers(all[next++]);
-    m.each(
-        octets(n), PARTITA_KERNEL(std::int64_t number) {
-          const std::int64_t first = number * Octet::kSize, count = n - first;
-          Octet sum = octet(t.at[0], first, count);
-          PARTITA_UNROLL
-          for (int k = 1; k < Terms::kMost; ++k) {
-            if (k >= t.count) break;
-            const Octet o = octet(t.at[k], first, count);
-            for (int e = 0; e < Octet::kSize; ++e) sum.v[e] += o.v[e];
-          }
-          put(to, first, count, sum);
-        });
+    if (any_wide(t.at[0], to)) {
+      m.each(EightOf<true>::count(n), SumOfTerms<true>{t, to, n});
+    } else {
+      m.each(EightOf<false>::count(n), SumOfTerms<false>{t, to, n});
+    }
   }
 }
 template <class M>
@@ -54,6 +70,8 @@ void divide_values(M& m, Numbers from, Numbers to, std::int64_t n, float by) {
 /// Several buffers as one, by pieces of so many numbers: one kernel for all, where a launch each
 /// would take longer than most.
 struct Joined {
+  /// Of most kernels: eight numbers of 32 threads (EightOf).
+  static constexpr std::int64_t kThreads = 32, kPiece = kThreads * Octet::kSize;
   IndexList list;  ///< of all their first piece, then address, number of elements, type
   std::int64_t buffers = 0, pieces = 0;
   struct Place {
@@ -99,7 +117,7 @@ Joined joined(M& m, const std::vector<PlainCall::Operand>& all, std::int64_t num
 template <class M>
 void scale_all(M& m, const std::vector<PlainCall::Operand>& all, Numbers by, double clip,
                bool clips) {
-  const Joined j = joined(m, all, Octet::kSize);
+  const Joined j = joined(m, all, Joined::kPiece);
   if (j.pieces == 0) return;
   float* const factor = m.scratch(1);
   m.each(
@@ -108,11 +126,14 @@ void scale_all(M& m, const std::vector<PlainCall::Operand>& all, Numbers by, dou
             clips ? static_cast<float>(clip_factor(clip, static_cast<double>(by[0]))) : 1 / by[0];
       });
   m.each(
-      j.pieces, PARTITA_KERNEL(std::int64_t i) {
-        const Joined::Place p = j.place(i, Octet::kSize);
-        Octet o = octet(p.of, p.first, p.size - p.first);
+      j.pieces * Joined::kThreads, PARTITA_KERNEL(std::int64_t i) {
+        const Joined::Place p = j.place(i / Joined::kThreads, Joined::kPiece);
+        const Numbers at = p.of + p.first;
+        const std::int64_t number = i % Joined::kThreads, n = p.size - p.first;
+        if (EightOf<true>::first(number) >= n) return;
+        Octet o = EightOf<true>::octet(at, number, n);
         for (int k = 0; k < Octet::kSize; ++k) o.v[k] *= *factor;
-        put(p.of, p.first, p.size - p.first, o);
+        EightOf<true>::put(at, number, n, o);
       });
 }
 
@@ -183,6 +204,68 @@ struct Corrections {
   float rate, scale;
 };
 
+/// What every update has: `image` is a master copy's, the parameter where there is none.
+struct Updated {
+  Numbers overflow, gradient, first, w, image;
+  std::int64_t n;
+  bool mastered;
+  PARTITA_LANE bool skips() const { return overflow != nullptr && overflow[0] != 0; }
+  /// What is stored is what is used.
+  template <class Eight>
+  PARTITA_LANE Octet stored(const Numbers& to, std::int64_t number, const Octet& o) const {
+    Eight::put(to, number, n, o);
+    return to.narrow() ? Eight::octet(to, number, n) : o;
+  }
+};
+struct Sgd : Updated {
+  float rate, momentum;
+  template <class Eight>
+  PARTITA_LANE void update(std::int64_t number) const {
+    const Raw of_g = Eight::raw(gradient, number, n), of_f = Eight::raw(first, number, n),
+              of_p = Eight::raw(w, number, n);
+    const Octet g = octet_of(of_g, gradient.type());
+    Octet f = octet_of(of_f, first.type()), p = octet_of(of_p, w.type());
+    for (int k = 0; k < Octet::kSize; ++k) f.v[k] = momentum * f.v[k] + g.v[k];
+    f = stored<Eight>(first, number, f);
+    for (int k = 0; k < Octet::kSize; ++k) p.v[k] -= rate * f.v[k];
+    Eight::put(w, number, n, p);
+    if (mastered) Eight::put(image, number, n, p);
+  }
+};
+struct Adam : Updated {
+  Numbers second;
+  execute::AdamStep known;
+  Stepped<Corrections> of_step;
+  const float* corrected;  ///< where only the device knows the number of updates
+  template <class Eight>
+  PARTITA_LANE void update(std::int64_t number) const {
+    const Corrections here =
+        corrected != nullptr ? Corrections{corrected[0], corrected[1]} : of_step();
+    const Raw of_g = Eight::raw(gradient, number, n), of_f = Eight::raw(first, number, n),
+              of_s = Eight::raw(second, number, n), of_p = Eight::raw(w, number, n);
+    const Octet g = octet_of(of_g, gradient.type());
+    Octet f = octet_of(of_f, first.type()), s = octet_of(of_s, second.type()),
+          p = octet_of(of_p, w.type());
+    for (int k = 0; k < Octet::kSize; ++k) {
+      f.v[k] = known.beta1 * f.v[k] + (1 - known.beta1) * g.v[k];
+      s.v[k] = known.beta2 * s.v[k] + (1 - known.beta2) * g.v[k] * g.v[k];
+    }
+    f = stored<Eight>(first, number, f);
+    s = stored<Eight>(second, number, s);
+    for (int k = 0; k < Octet::kSize; ++k)
+      p.v[k] =
+          p.v[k] * known.keep - here.rate * f.v[k] / (sqrtf(s.v[k]) * here.scale + known.epsilon);
+    Eight::put(w, number, n, p);
+    if (mastered) Eight::put(image, number, n, p);
+  }
+};
+template <class U, bool kApart>
+struct Update {
+  U u;
+  PARTITA_LANE void operator()(std::int64_t number) const {
+    if (!u.skips()) u.template update<EightOf<kApart>>(number);
+  }
+};
 template <class M>
 bool optimizer(M& m, const PlainCall& call) {
   const std::int64_t n = call.writes[0].elements;
@@ -202,20 +285,12 @@ bool optimizer(M& m, const PlainCall& call) {
   if (o.kind == OptimizerKind::sgd) {
     const auto rate = static_cast<float>(o.learning_rate),
                momentum = static_cast<float>(o.momentum);
-    m.each(
-        octets(n), PARTITA_KERNEL(std::int64_t number) {
-          if (overflow != nullptr && overflow[0] != 0) return;
-          const std::int64_t at = number * Octet::kSize, count = n - at;
-          const Octet g = octet(gradient, at, count);
-          Octet f = octet(first, at, count), p = octet(w, at, count);
-          for (int k = 0; k < Octet::kSize; ++k) f.v[k] = momentum * f.v[k] + g.v[k];
-          put(first, at, count, f);
-          // What is stored is what is used.
-          if (first.narrow()) f = octet(first, at, count);
-          for (int k = 0; k < Octet::kSize; ++k) p.v[k] -= rate * f.v[k];
-          put(w, at, count, p);
-          if (mastered) put(image, at, count, p);
-        });
+    const Sgd u{{overflow, gradient, first, w, image, n, mastered}, rate, momentum};
+    if (any_wide(gradient, first, w, image)) {
+      m.each(EightOf<true>::count(n), Update<Sgd, true>{u});
+    } else {
+      m.each(EightOf<false>::count(n), Update<Sgd, false>{u});
+    }
     return true;
   }
   const Numbers second = numbers(call.outputs[1]);
@@ -236,29 +311,13 @@ bool optimizer(M& m, const PlainCall& call) {
           corrected[1] = static_cast<float>(1 / sqrt(1 - pow(beta2, t)));
         });
   }
-  m.each(
-      octets(n), PARTITA_KERNEL(std::int64_t number) {
-        if (overflow != nullptr && overflow[0] != 0) return;
-        const Corrections here =
-            corrected != nullptr ? Corrections{corrected[0], corrected[1]} : of_step();
-        const std::int64_t at = number * Octet::kSize, count = n - at;
-        const Octet g = octet(gradient, at, count);
-        Octet f = octet(first, at, count), s = octet(second, at, count), p = octet(w, at, count);
-        for (int k = 0; k < Octet::kSize; ++k) {
-          f.v[k] = known.beta1 * f.v[k] + (1 - known.beta1) * g.v[k];
-          s.v[k] = known.beta2 * s.v[k] + (1 - known.beta2) * g.v[k] * g.v[k];
-        }
-        put(first, at, count, f);
-        put(second, at, count, s);
-        // What is stored is what is used.
-        if (first.narrow()) f = octet(first, at, count);
-        if (second.narrow()) s = octet(second, at, count);
-        for (int k = 0; k < Octet::kSize; ++k)
-          p.v[k] = p.v[k] * known.keep -
-                   here.rate * f.v[k] / (sqrtf(s.v[k]) * here.scale + known.epsilon);
-        put(w, at, count, p);
-        if (mastered) put(image, at, count, p);
-      });
+  const Adam u{
+      {overflow, gradient, first, w, image, n, mastered}, second, known, of_step, corrected};
+  if (any_wide(gradient, first, second, w, image)) {
+    m.each(EightOf<true>::count(n), Update<Adam, true>{u});
+  } else {
+    m.each(EightOf<false>::count(n), Update<Adam, false>{u});
+  }
   return true;
 }
 
@@ -289,11 +348,11 @@ bool cast_gradient(M& m, const PlainCall& call) {
 
 template <class M>
 void zero_all(M& m, const std::vector<PlainCall::Operand>& all) {
-  const Joined j = joined(m, all, Octet::kSize);
+  const Joined j = joined(m, all, Joined::kPiece);
   m.each(
-      j.pieces, PARTITA_KERNEL(std::int64_t i) {
-        const Joined::Place p = j.place(i, Octet::kSize);
-        put(p.of, p.first, p.size - p.first, Octet{});
+      j.pieces * Joined::kThreads, PARTITA_KERNEL(std::int64_t i) {
+        const Joined::Place p = j.place(i / Joined::kThreads, Joined::kPiece);
+        EightOf<true>::put(p.of + p.first, i % Joined::kThreads, p.size - p.first, Octet{});
       });
 }
 

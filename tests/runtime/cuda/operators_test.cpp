@@ -630,19 +630,23 @@ TEST(CudaKernels, ColumnsOfAnyNumberOfRowsAreSummed) {
 
 TEST(CudaNumbers, OctetsAreTheirElementsWhereverTheyLie) {
   std::mt19937 rng(8);
+  // Of fp32 a thread takes four and four, 128 apart.
+  std::vector<std::int64_t> sizes{127, 128, 129, 131, 132, 133, 255, 256, 257, 384, 388, 512, 700};
+  for (std::int64_t n = 0; n < 40; ++n) sizes.push_back(n);
   for (const ElementType type : {ElementType::fp32, ElementType::bf16, ElementType::fp16}) {
     const std::int64_t width = storage(type, 1).count;
-    for (std::int64_t n = 0; n < 40; ++n) {
+    for (std::int64_t n : sizes) {
       const auto offset = static_cast<std::int64_t>(rng() % 10);
-      alignas(64) std::byte from[256], to[256], want[256];
-      for (std::size_t k = 0; k < 256; ++k)
+      constexpr std::size_t kBytes = 4096;
+      alignas(64) std::byte from[kBytes], to[kBytes], want[kBytes];
+      for (std::size_t k = 0; k < kBytes; ++k)
         from[k] = static_cast<std::byte>(rng() % 60), to[k] = want[k] = std::byte{7};
       const Numbers x{from + width * static_cast<std::int64_t>(rng() % 10), type},
           y{to + width * offset, type}, w{want + width * offset, type};
       for (std::int64_t i = 0; i < n; ++i) w[i] = 2 * x[i];
       HostMachine m;
       map_one(m, n, x, y, [](float v) { return 2 * v; });
-      EXPECT_TRUE(std::equal(to, to + 256, want)) << name(type) << ", " << n << " at " << offset;
+      EXPECT_TRUE(std::equal(to, to + kBytes, want)) << name(type) << ", " << n << " at " << offset;
       map_two(m, n, y, x, y, [](float a, float b) { return a - b; });
       for (std::int64_t i = 0; i < n; ++i)
         EXPECT_EQ(static_cast<float>(y[i]), static_cast<float>(x[i]));
