@@ -241,9 +241,10 @@ void make(Maker& m, const Normalize& op) {
   m.s.backward_statistics.push_back({Reduction::sum, kept, width});
 }
 
-void make(Maker& m, const Activation&) {
+void make(Maker& m, const Activation& op) {
   element_wise(m, 1, "activation");
-  m.s.inputs[0].saved_for_data = true;
+  // Where a ReLU's result is positive its input was: the result is what the next operator keeps.
+  (op.kind == ActivationKind::relu ? m.s.outputs[0] : m.s.inputs[0]).saved_for_data = true;
 }
 void make(Maker& m, const GatedActivation&) {
   element_wise(m, 2, "gated activation");

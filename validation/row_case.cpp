@@ -1730,7 +1730,6 @@ class CaseBuilder {
       if (f.loss_forward_fused.count > 0) a.loss_forward = f.loss_forward_fused;
       fuse_loss();
     }
-    a.attention_dropout = a.attention_dropout && c_.transformer && c_.transformer->dropout > 0;
     a.score_buffer = flags_.local;
   }
 

@@ -425,7 +425,7 @@ bool forward(const Activation& op, const Context&, const Arguments& a, Kept& kep
   return true;
 }
 bool data(const Activation& op, const Context&, const Arguments& a, Kept& kept) {
-  const Tensor& x = a.inputs[0];
+  const Tensor& x = op.kind == ActivationKind::relu ? a.outputs[0] : a.inputs[0];
   float* dx = result_of(a, 0, x, kept);
   for_each_piece(op.kind, x.values, size(x), [&](Index at, Index n, const Curve& c) {
     ArrayOut(dx + at, n) = ArrayIn(a.output_gradients[0].values + at, n) * c.slope;

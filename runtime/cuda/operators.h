@@ -1037,11 +1037,11 @@ bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
 }
 template <class M>
 bool data(M& m, const Activation& op, const Context&, const Arguments& a) {
-  const std::int64_t n = a.inputs[0].size();
-  m.each(octets(n), OfCurves<2, 1, SlopeOf>{op.kind,
-                                            {numbers(a.inputs[0]), numbers(a.output_gradients[0])},
-                                            {numbers(a.results[0])},
-                                            n});
+  const Tensor& x = op.kind == ActivationKind::relu ? a.outputs[0] : a.inputs[0];
+  const std::int64_t n = x.size();
+  m.each(octets(n),
+         OfCurves<2, 1, SlopeOf>{
+             op.kind, {numbers(x), numbers(a.output_gradients[0])}, {numbers(a.results[0])}, n});
   return true;
 }
 template <class M>

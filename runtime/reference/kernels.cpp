@@ -539,7 +539,7 @@ Pieces forward_of(const Activation& op, const Context& c, const Operands& o) {
   return {map(input(c, o), [&](double x) { return curve(op.kind, x).value; })};
 }
 Pieces data_of(const Activation& op, const Context& c, const Operands& o) {
-  return {zip(input(c, o), gradient(c, o),
+  return {zip(op.kind == ActivationKind::relu ? saved_output(c, o) : input(c, o), gradient(c, o),
               [&](double x, double dy) { return dy * curve(op.kind, x).slope; })};
 }
 

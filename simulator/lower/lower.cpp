@@ -49,7 +49,12 @@ struct ParameterOnStage {
 
 class Lowering {
  public:
-  Lowering(const Graph& graph, const Plan& plan) : graph_(graph), plan_(plan) {}
+  Lowering(const Graph& graph, const Plan& plan)
+      : graph_(graph),
+        plan_(plan),
+        drops_(std::any_of(graph.operators.begin(), graph.operators.end(), [](const Operator& op) {
+          return std::holds_alternative<Dropout>(op.operation);
+        })) {}
 
   Feasible<Program> run() {
     if (auto why = assign_chunks(); !why.reason.empty()) return why;
@@ -811,7 +816,8 @@ class Lowering {
       record.extras.push_back(BufferId{p_.buffers.size() - 1});
     }
     if (const auto* core = std::get_if<Attention>(&op.operation);
-        core != nullptr && core->materialised && !l.ring && plan_.allocations.attention_dropout) {
+        core != nullptr && core->materialised && !l.ring && plan_.allocations.attention_dropout &&
+        drops_) {
       // Beside the probabilities, first of the extras: one byte of mask and a dropped copy each.
       Buffer copy = p_.buffer(record.extras.at(0));
       copy.name = op.name + ".dropped";
@@ -2871,6 +2877,7 @@ class Lowering {
 
   const Graph& graph_;
   const Plan& plan_;
+  bool drops_;  ///< the network has dropout: its attention, too
   Program p_;
   int network_chunks_ = 1;  ///< of one copy of the network
   int chunks_ = 1, stages_ = 1, direction_ = 0;

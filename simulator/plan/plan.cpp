@@ -222,6 +222,14 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
   }
   if (plan.zero < 0 || plan.zero > 3)
     return no(fmt::format("ZeRO stage {} is not 0, 1, 2 or 3", plan.zero));
+  if (plan.zero < 2 && plan.precision_roles &&
+      plan.precision.gradient_communication != plan.precision.gradients)
+    return no(fmt::format(
+        "precision.gradient_communication is {}, but under ZeRO {} gradients are summed over "
+        "micro-batches, in {}, before they travel; leave it out, use gradients: {}, compression: "
+        "{{kind: cast, type: {}}} or ZeRO 2 or 3",
+        name(plan.precision.gradient_communication), plan.zero, name(plan.precision.gradients),
+        name(plan.precision.gradient_communication), name(plan.precision.gradient_communication)));
   if (plan.cp > 1 && !has_dim(graph, Dim::sequence)) {
     return no(fmt::format("context parallel {} cuts sequences; {} has none", plan.cp, graph.name));
   }
@@ -905,6 +913,9 @@ void set_precision_roles(Plan& p, const YamlNode& n) {
       p.precision_roles = true;
     }
   }
+  // They travel as they are, unless it is said.
+  if (n.find("gradients") && !n.find("gradient_communication"))
+    p.precision.gradient_communication = p.precision.gradients;
   if (const auto x = n.find("master_copy")) {
     p.precision.master_copy = x->as_bool();
     p.precision_roles = true;
