@@ -142,10 +142,12 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
       // As `axes` ends in how many there are.
       const std::string pieces =
           grain > 1 ? fmt::format(", {} pieces for each rank of a causal sequence,", grain) : "";
+      // What is left uncut needs no pieces; without a whole number of them nothing else goes.
+      const bool whole = dim.extent % grain == 0;
       return Infeasible{fmt::format(
-          "{}{} does not divide {} {} of {}; use {}{}", axes, pieces, dim.extent, what, op.name,
-          divisors_text(dim.extent / std::max<std::int64_t>(1, std::min(grain, dim.extent))),
-          several ? " in all" : "")};
+          "{}{} does not divide {} {} of {}; use {}{}{}", axes, pieces, dim.extent, what, op.name,
+          whole ? divisors_text(dim.extent / grain) : "1", several ? " in all" : "",
+          whole ? "" : fmt::format(", or {} that {} divides", what, parts * grain))};
     }
   }
   return cuts;
