@@ -795,6 +795,7 @@ void calibrate_from(const Options& o) {
     if (validation::is_nccl_tests(text)) {
       logs.push_back(validation::parse_nccl_tests(text, file));
       validation::check_device(logs.back(), at->device, catalogue);
+      validation::check_hosts(logs.back(), *at);
       points += logs.back().times.size();
       fmt::print("{}: {} of {} ranks on {} hosts, {} sizes\n", file, logs.back().kind,
                  logs.back().ranks, logs.back().nodes, logs.back().times.size());

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <map>
 #include <optional>
-#include <set>
 #include <sstream>
 #include <tuple>
 
@@ -105,7 +104,8 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
                                        "used; leave it out",
                                        program->first));
   log.kind = program->second;
-  std::set<std::string> hosts;
+  std::map<std::string, int> hosts;  // and how many ranks they have
+  std::map<Bytes, std::vector<Seconds>> times_of;
   std::vector<std::size_t> times, wrong;
   std::size_t columns = 0, type = 0;
   std::istringstream in(text);
@@ -127,7 +127,7 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
         throw InputError(place,
                          "names no host of the rank; keep the lines as nccl-tests prints "
                          "them");
-      hosts.insert(on[1]);
+      ++hosts[on[1]];
       const auto bus = std::find_if(on, w.end(), [](const auto& x) { return x.starts_with('['); });
       if (log.device.empty() && bus != w.end())
         log.device = fmt::format("{}", fmt::join(bus + 1, w.end(), " "));
@@ -166,8 +166,7 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
                                             w[k]));
     }
     log.type = w[type];
-    if (*size > 0)
-      log.times.emplace_back(Bytes{static_cast<std::int64_t>(*size)}, Seconds{*us * 1e-6});
+    if (*size > 0) times_of[Bytes{static_cast<std::int64_t>(*size)}].push_back(Seconds{*us * 1e-6});
   }
   if (columns == 0)
     throw InputError(file,
@@ -177,8 +176,18 @@ NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file) 
     throw InputError(file,
                      "lists no ranks ('# Rank 0 ... on HOST device 0'); give the whole "
                      "output of nccl-tests");
-  if (log.times.empty()) throw InputError(file, "has no rows of sizes and times");
+  if (log.ranks == 1)
+    throw InputError(file, "is of 1 rank, between which nothing passes; give a log of 2 or more");
+  if (times_of.empty()) throw InputError(file, "has no rows of sizes and times");
+  for (auto& [bytes, all] : times_of) {
+    const auto middle = all.begin() + static_cast<std::ptrdiff_t>(all.size() / 2);
+    std::nth_element(all.begin(), middle, all.end());
+    log.times.emplace_back(bytes, *middle);
+  }
   log.nodes = static_cast<int>(hosts.size());
+  for (const auto& [host, n] : hosts) {
+    if (n > log.ranks_of_fullest) log.fullest = host, log.ranks_of_fullest = n;
+  }
   return log;
 }
 
@@ -197,6 +206,15 @@ void check_device(const NcclTestsLog& log, const std::string& device, const Cata
     throw InputError(log.file, fmt::format("was measured on {}, but the cluster's devices are {}; "
                                            "name the cluster that was measured with --topology",
                                            log.device, device));
+}
+
+void check_hosts(const NcclTestsLog& log, const ClusterShape& cluster) {
+  if (log.ranks_of_fullest > cluster.devices_per_node)
+    throw InputError(
+        log.file,
+        fmt::format("has {} ranks on {}, but a node of {} has {} devices; name the "
+                    "cluster that was measured with --topology",
+                    log.ranks_of_fullest, log.fullest, cluster.name, cluster.devices_per_node));
 }
 
 void check_times(const NcclTestsLog& log, const Topology& topology) {

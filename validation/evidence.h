@@ -19,9 +19,11 @@ struct NcclTestsLog {
   std::string kind;  ///< "all_reduce", "all_to_all", ... of CollectivePoint
   std::string type;  ///< "float", "bfloat16"
   int ranks = 0, nodes = 0;
+  std::string fullest;  ///< the host with most ranks
+  int ranks_of_fullest = 0;
   std::string device;  ///< as the driver calls the first rank's: "NVIDIA H100 80GB HBM3"; may be ""
-  /// Bytes as nccl-tests counts them; in place of an all-reduce, out of place of the others, as
-  /// frameworks call them.
+  /// Bytes as nccl-tests counts them, ascending; in place of an all-reduce, out of place of the
+  /// others, as frameworks call them. Of a size that it has more than once the median.
   std::vector<std::pair<Bytes, Seconds>> times;
   bool ended = false;  ///< with what nccl-tests prints behind the last size
 };
@@ -30,13 +32,17 @@ struct NcclTestsLog {
 bool is_nccl_tests(const std::string& text);
 
 /// Text output of all_reduce_perf and its like, of one run. InputError with file and line: no
-/// operation named in text or file name, one that is priced without curves, no ranks listed, a row
-/// that is cut off, values that were wrong, no row at all.
+/// operation named in text or file name, one that is priced without curves, no ranks listed or one
+/// only, a row that is cut off, values that were wrong, no row at all.
 NcclTestsLog parse_nccl_tests(const std::string& text, const std::string& file);
 
 /// InputError{file} where the log is of GPUs of another generation than `device`, a name of the
 /// catalogue. What the catalogue does not know is let through.
 void check_device(const NcclTestsLog& log, const std::string& device, const Catalogue& catalogue);
+
+/// InputError{file} where the log has more ranks on a host than the cluster's nodes have devices:
+/// no group of its ranks would be the log's.
+void check_hosts(const NcclTestsLog& log, const ClusterShape& cluster);
 
 /// InputError{file} where the log's largest message (of 1 MiB and more) takes less than a fifth or
 /// more than fifty times as long as NCCL's model says of these nodes: a unit, or a cluster, that is

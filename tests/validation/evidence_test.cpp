@@ -132,6 +132,34 @@ TEST(NcclTestsLogs, AreOfTheDevicesThatTheyAreTakenFor) {
   }
 }
 
+TEST(NcclTestsLogs, AreOfNodesThatHaveAsManyDevices) {
+  ClusterShape cluster;
+  cluster.name = "dgx-h100", cluster.devices_per_node = 8;
+  EXPECT_NO_THROW(check_hosts(parse_nccl_tests(log_text(), "run.log"), cluster));
+  // 12 ranks of 2 hosts are 6 and 6, of 64 on 4 each has 16.
+  EXPECT_NO_THROW(check_hosts(parse_nccl_tests(log_text("it", 12, 2), "all_reduce_perf"), cluster));
+  const NcclTestsLog many = parse_nccl_tests(log_text("all_reduce_perf", 64, 4), "run.log");
+  EXPECT_THAT([&] { check_hosts(many, cluster); },
+              ThrowsMessage<InputError>(HasSubstr(
+                  "run.log: has 16 ranks on host0, but a node of dgx-h100 has 8 devices; name the "
+                  "cluster that was measured with --topology")));
+}
+
+TEST(NcclTestsLogs, OfASizeThatIsThereOftenTheMedianCounts) {
+  std::string s = log_text();
+  const std::size_t at = s.find("     2097152");
+  for (const char* us : {"300.0", "88.00"})
+    s.insert(at,
+             fmt::format("     1048576        262144     float     sum      -1    90.10   11.64 "
+                         "  21.82      0    {}   11.85   22.21      0\n",
+                         us));
+  const NcclTestsLog log = parse_nccl_tests(s, "run.log");
+  ASSERT_EQ(log.times.size(), 2u);
+  EXPECT_EQ(log.times[0].first, Bytes{1 << 20});
+  EXPECT_DOUBLE_EQ(log.times[0].second.count, 88.5e-6);  // of 88, 88.5 and 300
+  EXPECT_DOUBLE_EQ(log.times[1].second.count, 118e-6);
+}
+
 TEST(NcclTestsLogs, BadOnesAreRefusedWithTheLine) {
   const auto with = [](const std::string& from, const std::string& to) {
     std::string s = log_text();
@@ -148,6 +176,8 @@ TEST(NcclTestsLogs, BadOnesAreRefusedWithTheLine) {
           "x.log:27: a row of 10 columns where the head has 13");
   refused(with("88.50", "-"), "x.log:26: '-' is no time in us of 1048576 bytes");
   refused(with("88.50", "0"), "x.log:26: '0' is no time in us");
+  refused(log_text("all_reduce_perf", 1, 1),
+          "x.log: is of 1 rank, between which nothing passes; give a log of 2 or more");
   refused(with("21.82      0", "21.82      3"), "x.log:26: 3 values came out wrong");
   refused(log_text() + log_text(), "x.log:52: a second run begins here");
   refused(log_text("all_reduce_perf", 0), "x.log: lists no ranks");
