@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -247,6 +248,18 @@ void add_simulate(CLI::App& app) {
   });
 }
 
+/// "1,234 of 8,310 plans done, the fastest that fits so far takes 1.2 s".
+std::string search_state(const SearchProgress& p) {
+  const std::int64_t space = p.space, done = p.done, again = p.again;
+  const double fastest = p.fastest;
+  if (space == 0) return "the plans are not counted yet";
+  return fmt::format(
+      "{} of {} plans done, {}{}", grouped(done), grouped(space),
+      fastest > 0 ? "the fastest that fits so far takes " + text(Seconds{fastest})
+                  : "none that fits so far",
+      again > 0 ? fmt::format("; {} of the fastest once more as they are shown", again) : "");
+}
+
 void add_plan(CLI::App& app, int& code) {
   auto o = std::make_shared<Common>();
   CLI::App* c = app.add_subcommand("plan", "search all plans; show the fastest that fit");
@@ -276,6 +289,9 @@ void add_plan(CLI::App& app, int& code) {
                        "fastest placement for the plans shown");
     const Plan given = base;
     base.dp = 1;
+    SearchProgress progress;
+    const StillAtIt lines([&] { return search_state(progress); }, std::chrono::seconds(10),
+                          std::chrono::seconds(10));
     const auto ranks = static_cast<std::int64_t>(t.used_ranks());
     if (base.global_batch == 0) base.global_batch = 4 * ranks;
     // The search has its own word on these.
@@ -288,7 +304,7 @@ void add_plan(CLI::App& app, int& code) {
     const auto* entry = fitted ? fitted->find(t, base.framework) : nullptr;
     SearchResult r =
         search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0, o->flags.sharing(),
-               entry != nullptr ? validation::adjustment_of(*entry) : Adjustment{});
+               entry != nullptr ? validation::adjustment_of(*entry) : Adjustment{}, &progress);
     if (fitted) {
       for (Prediction& p : r.plans) validation::rest_on_fit(p, entry, g, t);
     }

@@ -28,14 +28,17 @@ std::string SetupProgress::at(std::int64_t done, std::int64_t all) {
                      (now - start_) * (1 - share) / share);
 }
 
-StillAtIt::StillAtIt(std::string why, Milliseconds first, Milliseconds then) {
+StillAtIt::StillAtIt(const std::string& why, Milliseconds first, Milliseconds then)
+    : StillAtIt([why] { return why; }, first, then) {}
+
+StillAtIt::StillAtIt(std::function<std::string()> why, Milliseconds first, Milliseconds then) {
   thread_ = std::thread([this, why = std::move(why), first, then] {
     const auto begin = std::chrono::steady_clock::now();
     std::unique_lock lock(mutex_);
     for (Milliseconds next = first;; next += then) {
       if (over_.wait_until(lock, begin + next, [this] { return done_; })) return;
       fmt::print(stderr, "progress: still at it after {:g} s; {}\n",
-                 std::chrono::duration<double>(next).count(), why);
+                 std::chrono::duration<double>(next).count(), why());
       std::fflush(stderr);
     }
   });

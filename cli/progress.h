@@ -25,13 +25,15 @@ class SetupProgress {
   double start_, next_;
 };
 
-/// Of what doesn't know how far it is: while it lives, after `first` and every `then` from there
-/// on, "progress: still at it after 10 s; WHY" on stderr.
+/// Of what can't say how long it will take: while it lives, after `first` and every `then` from
+/// there on, "progress: still at it after 10 s; WHY" on stderr.
 class StillAtIt {
  public:
   using Milliseconds = std::chrono::milliseconds;
-  explicit StillAtIt(std::string why, Milliseconds first = std::chrono::seconds(10),
+  explicit StillAtIt(const std::string& why, Milliseconds first = std::chrono::seconds(10),
                      Milliseconds then = std::chrono::seconds(60));
+  /// `why`: asked for each line, by a thread of its own.
+  StillAtIt(std::function<std::string()> why, Milliseconds first, Milliseconds then);
   ~StillAtIt();
   StillAtIt(const StillAtIt&) = delete;
   StillAtIt& operator=(const StillAtIt&) = delete;

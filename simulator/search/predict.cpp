@@ -461,8 +461,11 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
 
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,
-                    std::size_t workers, Network network, const Adjustment& adjustment) {
+                    std::size_t workers, Network network, const Adjustment& adjustment,
+                    SearchProgress* progress) {
   const auto began = std::chrono::steady_clock::now();
+  SearchProgress unwatched;
+  SearchProgress& watched = progress != nullptr ? *progress : unwatched;
   SearchResult result;
   const std::vector<Chain> chains = chains_of(graph, ranks, base, space);
   std::vector<std::size_t> first;  // outcome of each chain's first plan
@@ -470,6 +473,8 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     first.push_back(static_cast<std::size_t>(result.space));
     result.space += static_cast<std::int64_t>(c.size());
   }
+
+  watched.space = result.space;
 
   enum : char { illegal, too_large, evaluated };
   struct Outcome {
@@ -491,7 +496,7 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
   const bool all_trained = trainable_parameter_count(graph) == parameter_count(graph);
   parallel_for(chains.size(), workers, [&](std::size_t w, std::size_t c) {
     bool full = false;  // a smaller micro-batch did not fit
-    for (std::size_t k = 0; k < chains[c].size(); ++k) {
+    for (std::size_t k = 0; k < chains[c].size(); ++k, ++watched.done) {
       Outcome& o = outcomes[first[c] + k];
       auto plan = complete(graph, chains[c][k]);
       if (!plan) {
@@ -521,6 +526,9 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       // its backward (the head's).
       full = plan->schedule != Schedule::gpipe &&
              prediction->peak_allocated.count > usable.count + usable.count / 100;
+      const double step = prediction->step_time.count;
+      for (double seen = watched.fastest; prediction->fits && (seen == 0 || step < seen);)
+        if (watched.fastest.compare_exchange_weak(seen, step)) break;
       o.prediction = std::move(*prediction);
     }
   });
@@ -560,6 +568,7 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
   for (std::size_t k = 0; k < ranked.size() && result.plans.size() < keep; ++k) {
     auto whole = predict(graph, ranked[k].plan, *communications[0], nullptr, nullptr, false,
                          nullptr, network);
+    ++watched.again;
     Prediction& p = whole ? *whole : ranked[k];
     if (p.fits) {
       result.plans.push_back(std::move(p));

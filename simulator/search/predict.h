@@ -1,6 +1,8 @@
 // simulator/search/predict.h: one plan's prediction, and the plain exhaustive search over plans.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
@@ -97,6 +99,13 @@ struct SearchResult {
   std::optional<Prediction> smallest;  ///< if nothing fits: the plan that needs least memory
 };
 
+/// How far a search is, for who watches it from another thread.
+struct SearchProgress {
+  std::atomic<std::int64_t> space{0}, done{0};  ///< plans
+  std::atomic<double> fastest{0};               ///< step time of those that fit, s; 0: none yet
+  std::atomic<std::int64_t> again{0};           ///< of the fastest, simulated with `network`
+};
+
 /// Simulates every plan of the space that can fit, each transfer alone on the network; the `keep`
 /// fastest that fit with their allocator's blocks too are simulated again with `network` and
 /// returned, fastest first. `adjustment`: what
@@ -104,6 +113,6 @@ struct SearchResult {
 SearchResult search(const Graph& graph, const Topology& topology, std::int64_t ranks,
                     const Plan& base, const SearchSpace& space, std::size_t keep,
                     std::size_t workers = 0, Network network = Network::idle,
-                    const Adjustment& adjustment = {});
+                    const Adjustment& adjustment = {}, SearchProgress* progress = nullptr);
 
 }  // namespace partita

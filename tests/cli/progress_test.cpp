@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <string>
 #include <thread>
 
 namespace partita::cli {
@@ -42,6 +44,20 @@ TEST(StillAtIt, SaysNothingOfWhatIsShortAndHowLongIsLong) {
   const std::string said = ::testing::internal::GetCapturedStderr();
   EXPECT_EQ(said.substr(0, said.find('\n') + 1),
             "progress: still at it after 0.001 s; it is a test\n");
+}
+
+TEST(StillAtIt, AsksAnewForEachLine) {
+  using std::chrono::milliseconds;
+  std::atomic<int> asked{0};
+  ::testing::internal::CaptureStderr();
+  {
+    const StillAtIt lines([&] { return std::to_string(++asked) + " done"; }, milliseconds(1),
+                          milliseconds(1));
+    while (asked < 2) std::this_thread::sleep_for(milliseconds(1));
+  }
+  const std::string said = ::testing::internal::GetCapturedStderr();
+  EXPECT_NE(said.find("after 0.001 s; 1 done\n"), std::string::npos) << said;
+  EXPECT_NE(said.find("after 0.002 s; 2 done\n"), std::string::npos) << said;
 }
 
 }  // namespace

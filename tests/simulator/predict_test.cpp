@@ -289,8 +289,14 @@ TEST(Search, TheBestPlanIsTheFastestOfTheSpace) {
   Plan base = base_plan();
   set_precision(base, "bf16", "");
   base.global_batch = 16;
-  const SearchResult all = search(g, t, 8, base, full_space(g, t, 8, base), 100000, 1);
+  SearchProgress progress;
+  const SearchResult all =
+      search(g, t, 8, base, full_space(g, t, 8, base), 100000, 1, Network::idle, {}, &progress);
   ASSERT_FALSE(all.plans.empty());
+  EXPECT_EQ(progress.space, all.space);
+  EXPECT_EQ(progress.done, all.space);
+  EXPECT_EQ(progress.fastest, all.plans[0].step_time.count);
+  EXPECT_EQ(progress.again, static_cast<std::int64_t>(all.plans.size()));
   EXPECT_EQ(all.space, all.evaluated + all.pruned_memory + all.pruned_bound + all.illegal);
   EXPECT_EQ(static_cast<std::int64_t>(all.plans.size()), all.evaluated) << "all fit";
   for (std::size_t k = 1; k < all.plans.size(); ++k) {
