@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <set>
 #include <sstream>
 
@@ -234,16 +235,32 @@ std::vector<std::string> YamlNode::as_strings() const {
 
 namespace {
 
-std::string scaled_text(const std::string& old, const std::string& value, const std::string& path) {
-  if (value.size() < 2 || value[0] != 'x') return value;
-  double factor = 0, number = 0;
+/// 2 of "x2".
+std::optional<double> factor_of(const std::string& value) {
+  double factor = 0;
+  if (value.size() < 2 || value[0] != 'x') return std::nullopt;
   const auto [end, error] = std::from_chars(value.data() + 1, value.data() + value.size(), factor);
-  if (error != std::errc{} || end != value.data() + value.size()) return value;
-  const auto [rest, bad] = std::from_chars(old.data(), old.data() + old.size(), number);
-  if (bad != std::errc{})
-    throw InputError(path, fmt::format("'{}' cannot be multiplied by {}", old, factor));
-  return fmt::format("{}{}", number * factor, std::string(rest, old.data() + old.size()));
+  if (error != std::errc{} || end != value.data() + value.size()) return std::nullopt;
+  return factor;
 }
+
+}  // namespace
+
+bool multiplies(const std::string& value) { return factor_of(value).has_value(); }
+
+std::string multiplied(const std::string& there, const std::string& value,
+                       const std::string& place) {
+  const auto factor = factor_of(value);
+  if (!factor) return value;
+  double number = 0;
+  const auto [rest, bad] = std::from_chars(there.data(), there.data() + there.size(), number);
+  if (bad != std::errc{})
+    throw InputError(place, fmt::format("'{}' cannot be multiplied by {}", there, *factor));
+  // 12 x 0.4 is 4.8, not 4.8 and a bit.
+  return fmt::format("{:.15g}{}", number * *factor, std::string(rest, there.data() + there.size()));
+}
+
+namespace {
 
 void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const std::string& file) {
   const auto here = [&] {
@@ -265,7 +282,7 @@ void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const 
     YAML::Node target = node;
     if (node.IsMap() && node["value"].IsDefined()) target = node["value"];
     if (!target.IsScalar()) fail("value");
-    target = scaled_text(target.Scalar(), edit.value, edit.path);
+    target = multiplied(target.Scalar(), edit.value, edit.path);
     return;
   }
   if (rest[0] == '.') rest.remove_prefix(1);

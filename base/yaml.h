@@ -59,6 +59,13 @@ class YamlNode {
   std::shared_ptr<const Impl> impl_;
 };
 
+/// Does this value of a change multiply what is there, as "x0.5" does?
+bool multiplies(const std::string& value);
+/// "50 GB/s" of "25 GB/s" and "x2"; a value that multiplies nothing as it is. InputError{place}
+/// where a number is missing to multiply.
+std::string multiplied(const std::string& there, const std::string& value,
+                       const std::string& place);
+
 /// One change to a YAML text: `path` like "fabric.oversubscription", "nodes[0].count",
 /// "nodes[*].links[kind=nvlink].bandwidth". A selector picks list items by number, all of them, or those
 /// with that member; every match changes. Where a map with a `value` stands, its value changes. "x0.5"

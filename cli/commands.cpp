@@ -42,7 +42,7 @@ void add_model(CLI::App& app) {
   c->add_option("--lora", o->flags.lora,
                 "linear operators (a pattern) that get adapters; repeatable")
       ->allow_extra_args(false);
-  c->add_option("--lora-rank", o->flags.lora_rank, "rank of the adapters");
+  c->add_option("--lora-rank", o->flags.lora_rank, "rank of the adapters (default: 16)");
   c->add_flag("--operators", o->operators, "list every operator");
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
@@ -51,9 +51,7 @@ void add_model(CLI::App& app) {
       return;
     }
     Plan p;
-    p.freeze = o->flags.freeze;
-    p.lora = o->flags.lora;
-    p.lora_rank = o->flags.lora_rank;
+    set_trained(p, o->flags);
     const Graph g = load_graph(o->model, o->flags, p);
     print(o->json ? model_json(g) : model_table(g, o->operators));
   });

@@ -63,7 +63,7 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--lora", lora,
                  "linear operators (a pattern) that get adapters; all else is frozen; repeatable")
       ->allow_extra_args(false);
-  app.add_option("--lora-rank", lora_rank, "rank of the adapters");
+  app.add_option("--lora-rank", lora_rank, "rank of the adapters (default: 16)");
 }
 
 void PlanFlags::add_framework_defaults(CLI::App& app) {
@@ -231,14 +231,21 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
                        fmt::format("'{}' is no KEY=VALUE, like compression.kind=top_k", item));
     set_key(p, item.substr(0, at), item.substr(at + 1), "--set");
   }
-  if (!f.freeze.empty()) p.freeze = f.freeze;
-  if (!f.lora.empty()) {
-    p.lora = f.lora;
-    if (f.lora_rank < 1 || f.lora_rank > 65536)
-      throw InputError("--lora-rank", fmt::format("{} is not in 1 to 65,536", f.lora_rank));
-    p.lora_rank = f.lora_rank;
-  }
+  set_trained(p, f);
   return p;
+}
+
+void set_trained(Plan& p, const PlanFlags& f) {
+  const std::vector<std::string> none{"none"};
+  if (!f.freeze.empty()) p.freeze = f.freeze == none ? std::vector<std::string>{} : f.freeze;
+  if (f.lora == none)
+    p.lora.clear(), p.lora_rank = 0;
+  else if (!f.lora.empty())
+    p.lora = f.lora;
+  if (!f.lora_rank) return;
+  if (*f.lora_rank < 1 || *f.lora_rank > 65536)
+    throw InputError("--lora-rank", fmt::format("{} is not in 1 to 65,536", *f.lora_rank));
+  p.lora_rank = *f.lora_rank;
 }
 
 void set_key(Plan& plan, const std::string& key, const std::string& value,
@@ -520,6 +527,12 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
 
 Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan) {
   Graph g = load_model(model, model_options(flags));
+  if (plan.lora.empty() && plan.lora_rank > 0)
+    throw InputError("lora", fmt::format("rank {} is of adapters, and no operators get any; name "
+                                         "them: --lora PATTERN",
+                                         plan.lora_rank));
+  constexpr std::int64_t kRank = 16;
+  if (!plan.lora.empty() && plan.lora_rank == 0) plan.lora_rank = kRank;
   if (!plan.lora.empty()) add_lora(g, plan.lora, plan.lora_rank);
   if (!plan.freeze.empty()) freeze(g, plan.freeze);
   const auto absent = [&](const std::string& pattern) {

@@ -30,7 +30,7 @@ struct PlanFlags {
   std::string placement;  ///< axes, devices, a file or "search"; "": the plan's
   std::string routing;    ///< balanced, zipf:S or a file; "": the command's default
   std::vector<std::string> set, freeze, lora;
-  std::int64_t lora_rank = 16;
+  std::optional<std::int64_t> lora_rank;
   // model
   std::optional<std::int64_t> sequence, layers, vocabulary;
   bool materialised_attention = false;
@@ -53,6 +53,9 @@ std::optional<validation::FitProfile> fit_of(const PlanFlags& flags);
 
 /// File and flags put together; `dp` 0 where neither says. InputError names flag, value and remedy.
 Plan plan_from(const PlanFlags& flags, const std::string& default_framework);
+
+/// What the flags say of the parameters that are trained; `none` is what a plan file's is.
+void set_trained(Plan& plan, const PlanFlags& flags);
 
 /// Leaves in the space only what flags or plan file give.
 void restrict_space(SearchSpace& space, const PlanFlags& flags, const Plan& given);

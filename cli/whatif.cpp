@@ -66,7 +66,13 @@ Vary parse_vary(const std::string& text) {
   return v;
 }
 
-std::int64_t whole(const std::string& value, const std::string& path) {
+/// `there`: what "x2" would multiply.
+std::int64_t whole(const std::string& text, const std::string& path, std::int64_t there) {
+  if (multiplies(text) && there == 0)
+    throw InputError(
+        "--vary " + path,
+        fmt::format("{} multiplies what is there, and there is none; give a number", text));
+  const std::string value = multiplied(std::to_string(there), text, "--vary " + path);
   try {
     std::size_t used = 0;
     const std::int64_t n = std::stoll(value, &used);
@@ -83,7 +89,24 @@ struct Scenario {
   ClusterFlags cluster;
   TopologyEdits edits;
   std::vector<std::pair<std::string, std::string>> plan_keys;
+  /// "sequence", "layers", "vocabulary": they may multiply those of a model that varies too.
+  std::vector<std::pair<std::string, std::string>> sizes;
 };
+
+/// Sets in the flags what the scenario says of the network's sizes.
+void settle_sizes(Scenario& s) {
+  const std::vector<std::pair<std::string, std::string>> sizes = std::exchange(s.sizes, {});
+  for (const auto& [key, value] : sizes) {
+    std::int64_t there = 0;
+    if (multiplies(value)) {
+      const Graph g = load_model(s.model, model_options(s.flags));
+      there = key == "sequence" ? g.sequence : key == "layers" ? g.layers : vocabulary_of(g);
+    }
+    (key == "sequence" ? s.flags.sequence
+     : key == "layers" ? s.flags.layers
+                       : s.flags.vocabulary) = whole(value, "model." + key, there);
+  }
+}
 
 /// One more slow device, failed link, ...; `none` adds nothing.
 void change_cluster(ClusterFlags& cluster, const std::string& key, const std::string& value) {
@@ -92,7 +115,8 @@ void change_cluster(ClusterFlags& cluster, const std::string& key, const std::st
     return;
   }
   if (key == "ranks_per_device") {
-    cluster.ranks_per_device = static_cast<int>(whole(value, "cluster." + key));
+    cluster.ranks_per_device =
+        static_cast<int>(whole(value, "cluster." + key, cluster.ranks_per_device));
     if (cluster.ranks_per_device < 1 || cluster.ranks_per_device > 64)
       throw InputError("--vary cluster.ranks_per_device",
                        fmt::format("'{}' is not 1 to 64", value));
@@ -121,8 +145,12 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
     s.topology = value;
   } else if (root == "topology" && key == "nodes") {
     const auto colon = s.topology.rfind(':');
+    const std::string nodes =
+        multiplies(value)
+            ? multiplied(std::to_string(load_cluster(s.topology).node_count()), value, "topology")
+            : value;
     s.topology =
-        (colon == std::string::npos ? s.topology : s.topology.substr(0, colon)) + ":" + value;
+        (colon == std::string::npos ? s.topology : s.topology.substr(0, colon)) + ":" + nodes;
   } else if (root == "topology" && !key.empty()) {
     s.edits.cluster.push_back({key, value});
   } else if (root == "cluster" && !key.empty()) {
@@ -131,12 +159,8 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
     s.edits.device.push_back({key, value});
   } else if (root == "plan" && !key.empty()) {
     s.plan_keys.emplace_back(key, value);
-  } else if (root == "model" && key == "sequence") {
-    s.flags.sequence = whole(value, path);
-  } else if (root == "model" && key == "layers") {
-    s.flags.layers = whole(value, path);
-  } else if (root == "model" && key == "vocabulary") {
-    s.flags.vocabulary = whole(value, path);
+  } else if (root == "model" && (key == "sequence" || key == "layers" || key == "vocabulary")) {
+    s.sizes.emplace_back(key, value);
   } else if (root == "model") {
     s.flags.model_edits.push_back({key, value});
   } else {
@@ -151,25 +175,30 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
 /// InputError that names the flag where a value is wrong whatever the others are, before anything
 /// is printed. What is impossible only in combination becomes a note of its row.
 void check_values(const Options& o, const std::vector<Vary>& vary) {
+  const auto of_model = [](const Vary& v) { return v.path.compare(0, 5, "model") == 0; };
+  const bool one_of_model = std::count_if(vary.begin(), vary.end(), of_model) == 1;
   for (const Vary& v : vary) {
     for (const std::string& value : v.values) {
-      Scenario s{o.model, o.topology, o.flags, {}, {}, {}};
+      const std::string place = fmt::format("--vary {}={}", v.path, value);
+      Scenario s{o.model, o.topology, o.flags, {}, {}, {}, {}};
       change(s, v.path, value);
-      if (s.plan_keys.empty()) {
-        try {
-          if (v.path == "model")
-            load_model(value, model_options(s.flags));
-          else
-            s.cluster.in_state(load_cluster(s.topology, s.edits));
-        } catch (const InputError& e) {
-          // A message about the sequence or the number of blocks of the base case has its place.
-          if (v.path == "model" && e.place() != "model") continue;
-          throw InputError(fmt::format("--vary {}={}", v.path, value), e.message());
-        }
+      if (!s.plan_keys.empty()) {
+        Plan p = plan_from(o.flags, "megatron-core");
+        for (const auto& [key, text] : s.plan_keys) set_key(p, key, text, place);
+        continue;
       }
-      Plan p;
-      for (const auto& [key, text] : s.plan_keys)
-        set_key(p, key, text, fmt::format("--vary {}={}", v.path, value));
+      try {
+        if (!of_model(v)) {
+          s.cluster.in_state(load_cluster(s.topology, s.edits));
+        } else if (v.path == "model" || one_of_model) {
+          settle_sizes(s);
+          load_model(s.model, model_options(s.flags));
+        }
+      } catch (const InputError& e) {
+        // A message about the sequence or the number of blocks of the base case has its place.
+        if (v.path == "model" && e.place() != "model") continue;
+        throw InputError(place, e.message());
+      }
     }
   }
 }
@@ -191,10 +220,11 @@ struct Outcome {
   std::vector<std::string> assumed;
 };
 
-Outcome outcome(const Scenario& s, const std::vector<std::string>& given,
+Outcome outcome(Scenario s, const std::vector<std::string>& given,
                 const std::optional<validation::FitProfile>& fitted) {
   Outcome r{{}, load_cluster(s.topology, s.edits), {}, {}, {}};
   try {
+    settle_sizes(s);
     Plan plan = plan_from(s.flags, "megatron-core");
     r.topology = s.cluster.in_state(r.topology);
     for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
@@ -274,7 +304,7 @@ void run(const Options& o) {
   std::vector<Assumed> assumed;
   std::size_t predicted = 0;
   for (std::size_t n = 0; n < count; ++n) {
-    Scenario s{o.model, o.topology, o.flags, o.cluster, {}, {}};
+    Scenario s{o.model, o.topology, o.flags, o.cluster, {}, {}, {}};
     std::vector<std::string> chosen(vary.size());
     for (std::size_t k = vary.size(), rest = n; k-- > 0;) {
       chosen[k] = vary[k].values[rest % vary[k].values.size()];

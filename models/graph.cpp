@@ -73,6 +73,15 @@ const Router* router_of(const Graph& graph, TensorId routed) {
   return nullptr;
 }
 
+std::int64_t vocabulary_of(const Graph& graph) {
+  std::int64_t most = 0;
+  for (const Operator& op : graph.operators) {
+    if (!std::holds_alternative<CrossEntropy>(op.operation)) continue;
+    most = std::max(most, graph.tensor(op.inputs[0]).shape.back().extent);
+  }
+  return most;
+}
+
 std::int64_t parameter_count(const Graph& graph) {
   std::int64_t n = 0;
   for (const auto& p : graph.parameters) n += elements(p.shape);

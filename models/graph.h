@@ -67,6 +67,8 @@ std::int64_t experts_of(const Graph& graph, TensorId routed);
 const Router* router_of(const Graph& graph, TensorId routed);
 Shape with_samples(Shape shape, std::int64_t samples);
 
+/// Tokens, or classes, that its loss chooses between; 0: it has no such loss.
+std::int64_t vocabulary_of(const Graph& graph);
 std::int64_t parameter_count(const Graph& graph);
 std::int64_t trainable_parameter_count(const Graph& graph);
 

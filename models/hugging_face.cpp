@@ -45,8 +45,11 @@ class JsonFile {
             edit.path, fmt::format("is not in {}{}; there: {}", path, did_you_mean(edit.path, keys),
                                    fmt::join(keys, ", ")));
       }
-      Json value = Json::parse(edit.value, nullptr, false);
-      root_[edit.path] = value.is_discarded() ? Json(edit.value) : value;
+      Json& there = root_[edit.path];
+      const std::string text = multiplied(
+          there.is_string() ? there.get<std::string>() : there.dump(), edit.value, edit.path);
+      Json value = Json::parse(text, nullptr, false);
+      there = value.is_discarded() ? Json(text) : value;
     }
   }
 

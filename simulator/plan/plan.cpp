@@ -1048,11 +1048,18 @@ void apply(Plan& p, const YamlNode& y) {
   }
   if (const auto n = y.find("recompute")) p.recompute = parse_recompute(n->as_string(), n->place());
   if (const auto n = y.find("cuts")) p.cuts = n->as_ints();
-  if (const auto n = y.find("freeze")) p.freeze = n->as_strings();
+  const auto none = [](const YamlNode& n) { return n.is_scalar() && n.as_string() == "none"; };
+  if (const auto n = y.find("freeze"))
+    p.freeze = none(*n) ? std::vector<std::string>{} : n->as_strings();
   if (const auto n = y.find("lora")) {
-    p.lora = n->get("patterns").as_strings();
-    p.lora_rank = n->get("rank").as_int(1, 65536);
-    n->reject_unknown_keys();
+    if (none(*n)) {
+      p.lora.clear(), p.lora_rank = 0;
+    } else {
+      // One of the two may change alone.
+      if (const auto x = n->find("patterns")) p.lora = x->as_strings();
+      if (const auto x = n->find("rank")) p.lora_rank = x->as_int(1, 65536);
+      n->reject_unknown_keys();
+    }
   }
   if (const auto n = y.find("optimizer")) {
     if (const auto x = n->find("kind")) {
@@ -1141,22 +1148,89 @@ void apply(Plan& p, const YamlNode& y) {
 Plan load_plan(const std::string& file) {
   Plan p;
   p.dp = 0;
-  apply(p, YamlNode::load_file(file, "partita.plan/1"));
+  const YamlNode y = YamlNode::load_file(file, "partita.plan/1");
+  // A change of one key may leave the other as it is; a file has both.
+  if (const auto n = y.find("lora"); n && n->is_map()) n->get("patterns"), n->get("rank");
+  apply(p, y);
   return p;
 }
 
-void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place) {
-  // Through the file's own reader, so that keys, types and messages are the same.
-  // "optimizer.kind" is a key inside a key.
-  std::string body = "schema: partita.plan/1\n", indent;
+namespace {
+
+constexpr const char* kPlanSchema = "partita.plan/1";
+
+/// A key's parts: "optimizer.kind" is a key inside a key.
+std::vector<std::string> parts_of(const std::string& key) {
+  std::vector<std::string> parts;
   for (std::size_t at = 0, dot; at != std::string::npos;
        at = dot == std::string::npos ? dot : dot + 1) {
     dot = key.find('.', at);
-    const std::string part = key.substr(at, dot == std::string::npos ? dot : dot - at);
-    body += indent + part + ":" + (dot == std::string::npos ? " " + value : "") + "\n";
-    indent += "  ";
+    parts.push_back(key.substr(at, dot == std::string::npos ? dot : dot - at));
   }
-  apply(plan, YamlNode::load_text(body, place, "partita.plan/1"));
+  return parts;
+}
+
+/// What the plan's file would say of a key; "": nothing, or no single value.
+std::string said_of(const Plan& plan, const std::string& key, const std::string& place) {
+  std::optional<YamlNode> n = YamlNode::load_text(to_yaml(plan), place, kPlanSchema);
+  for (const std::string& part : parts_of(key)) {
+    if (n && n->is_map())
+      n = n->find(part);
+    else
+      return "";
+  }
+  return n && n->is_scalar() ? n->as_string() : "";
+}
+
+/// Quotes around words that begin with *, which YAML takes for aliases: "[*.query, *.key]".
+std::string with_patterns_quoted(const std::string& value) {
+  std::string s;
+  char quote = 0, before = 0;  // the last that is no space
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    const char c = value[i];
+    const bool begins = before == 0 || std::string_view("[,{:").find(before) != std::string::npos;
+    if (quote == 0 && c == '*' && begins) {
+      // Outside of brackets a comma is the word's own.
+      const std::size_t end =
+          before == 0 ? value.size() : std::min(value.find_first_of(",]}", i), value.size());
+      s += '\'' + value.substr(i, end - i) + '\'';
+      i = end - 1;
+      before = '\'';
+      continue;
+    }
+    if (quote == 0 && (c == '\'' || c == '"'))
+      quote = c;
+    else if (c == quote)
+      quote = 0;
+    if (c != ' ') before = c;
+    s += c;
+  }
+  return s;
+}
+
+}  // namespace
+
+void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place) {
+  // Through the file's own reader, so that keys, types and messages are the same.
+  const auto apply_as = [&](Plan& to, const std::string& text) {
+    std::string body = fmt::format("schema: {}\n", kPlanSchema), indent;
+    const auto parts = parts_of(key);
+    for (std::size_t k = 0; k < parts.size(); ++k) {
+      body += indent + parts[k] + ":" + (k + 1 == parts.size() ? " " + text : "") + "\n";
+      indent += "  ";
+    }
+    apply(to, YamlNode::load_text(body, place, kPlanSchema));
+  };
+  if (!multiplies(value)) return apply_as(plan, with_patterns_quoted(value));
+  const std::string there = said_of(plan, key, place);
+  if (there.empty() || there == "0") {
+    Plan probe = plan;
+    apply_as(probe, "1");  // a key that there is none of has its own message
+    throw InputError(place, fmt::format("{} multiplies what is there, and the plan says no {}; "
+                                        "give a number",
+                                        value, key));
+  }
+  apply_as(plan, multiplied(there, value, place));
 }
 
 namespace {

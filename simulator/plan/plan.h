@@ -242,7 +242,8 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int virtual_
 
 /// YAML (schema partita.plan/1).
 Plan load_plan(const std::string& file);
-/// Sets one key as a plan file would: set(plan, "tp", "4", "--vary").
+/// Sets one key as a plan file would: set(plan, "tp", "4", "--vary"). A word that begins with * is
+/// a pattern, with or without quotes; "x2" multiplies the number that the plan says.
 void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place);
 std::string to_yaml(const Plan& plan);
 

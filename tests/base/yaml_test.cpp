@@ -45,6 +45,17 @@ TEST(Yaml, RefusesDuplicateKeysWrongSchemasAndBrokenText) {
               ThrowsMessage<InputError>(HasSubstr("cannot be read")));
 }
 
+TEST(Yaml, AFactorMultipliesWhatIsThereAndKeepsTheUnit) {
+  EXPECT_EQ(multiplied("25 GB/s", "x2", "--vary"), "50 GB/s");
+  EXPECT_EQ(multiplied("8", "x0.5", "--vary"), "4");
+  EXPECT_EQ(multiplied("8", "16", "--vary"), "16");
+  for (const char* word : {"x", "xx", "2x", "x2 GB", ""}) EXPECT_FALSE(multiplies(word)) << word;
+  EXPECT_EQ(multiplied("8", "xx", "--vary"), "xx");
+  EXPECT_THAT(
+      [] { multiplied("silu", "x2", "--vary a=x2"); },
+      ThrowsMessage<InputError>(HasSubstr("--vary a=x2: 'silu' cannot be multiplied by 2")));
+}
+
 TEST(Yaml, BoundsIntegers) {
   EXPECT_THAT([] { doc("n: 0\n").get("n").as_int(1); },
               ThrowsMessage<InputError>(HasSubstr("0 is too small; at least 1")));

@@ -94,6 +94,47 @@ TEST(PlanFile, WhatIsSavedIsReadBack) {
   }
 }
 
+TEST(PlanFile, OneKeyIsSetAsAFileSetsIt) {
+  Plan p = base_plan();
+  const auto say = [&](const char* key, const char* value) { set(p, key, value, "--set"); };
+  p.tp = 2;
+  say("tp", "x2");
+  EXPECT_EQ(p.tp, 4);
+  say("bucket", "25 MiB");
+  say("bucket", "x2");
+  EXPECT_EQ(p.bucket, 50_MiB);
+  // Patterns need no quotes, here or in a list; a comma outside of brackets is the value's.
+  say("freeze", "*");
+  EXPECT_EQ(p.freeze, std::vector<std::string>{"*"});
+  say("freeze", "[embedding*, *.query, '*.key']");
+  EXPECT_EQ(p.freeze, (std::vector<std::string>{"embedding*", "*.query", "*.key"}));
+  say("freeze", "none");
+  EXPECT_EQ(p.freeze, std::vector<std::string>{});
+  say("recompute", "*.core,*.activation");
+  EXPECT_EQ(p.recompute.patterns, (std::vector<std::string>{"*.core", "*.activation"}));
+  // Of adapters one of the two may change.
+  say("lora", "{patterns: [*.query], rank: 4}");
+  say("lora.rank", "8");
+  EXPECT_EQ(p.lora, std::vector<std::string>{"*.query"});
+  EXPECT_EQ(p.lora_rank, 8);
+  say("lora.patterns", "*.key");
+  EXPECT_EQ(p.lora, std::vector<std::string>{"*.key"});
+  EXPECT_EQ(p.lora_rank, 8);
+  say("lora", "none");
+  EXPECT_TRUE(p.lora.empty());
+  for (const auto& [key, why] :
+       {std::pair{"zero_group", "x2 multiplies what is there, and the plan says no zero_group"},
+        {"tq", "unknown key"},
+        {"framework", "cannot be multiplied by 2"}}) {
+    try {
+      say(key, "x2");
+      ADD_FAILURE() << key;
+    } catch (const InputError& e) {
+      EXPECT_NE(std::string(e.what()).find(why), std::string::npos) << e.what();
+    }
+  }
+}
+
 TEST(PlanFile, FormatsOfFp8ProductsAreTheFrameworksUnlessSaid) {
   const std::string file = ::testing::TempDir() + "partita_fp8_plan.yaml";
   const auto load = [&](const std::string& text) {
