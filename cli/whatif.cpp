@@ -292,10 +292,18 @@ void run(const Options& o) {
   for (const auto& v : vary) rows[0].push_back(v.path);
   for (const char* h : {"step", "tokens/s/device", "samples/s", "MFU", "memory", "fits"})
     rows[0].emplace_back(h);
+  if (fitted) rows[0].emplace_back("90 % interval");
   std::string head;  // of CSV; printed once the first row is there
   for (const auto& v : vary) head += csv(v.path) + ",";
-  head += "step_time_s,tokens_per_s_per_device,samples_per_s,mfu,peak_device_bytes,fits,note\n";
+  head += "step_time_s,tokens_per_s_per_device,samples_per_s,mfu,peak_device_bytes,fits,";
+  head += fitted ? "interval_lo_s,interval_hi_s,note\n" : "note\n";
+  // Reasons are long and often shared: below the table, by number.
   std::vector<std::string> notes;
+  const auto numbered = [&](const std::string& note) {
+    auto at = std::find(notes.begin(), notes.end(), note);
+    if (at == notes.end()) at = notes.insert(at, note);
+    return fmt::format("- ({})", at - notes.begin() + 1);
+  };
   struct Assumed {
     std::string what;
     std::vector<std::string> values;
@@ -330,10 +338,15 @@ void run(const Options& o) {
       if (p) {
         const std::string tokens =
             r.graph.sequence > 0 ? fmt::format("{}", p->tokens_per_second_per_device) : "";
-        fmt::print("{}{},{},{},{},{},{},\n", line, p->step_time.count, tokens,
-                   p->samples_per_second, p->mfu, p->peak_device.count, p->fits ? "true" : "false");
+        const std::string interval = !fitted       ? ""
+                                     : p->interval ? fmt::format("{},{},", p->interval->first.count,
+                                                                 p->interval->second.count)
+                                                   : ",,";
+        fmt::print("{}{},{},{},{},{},{},{}{}\n", line, p->step_time.count, tokens,
+                   p->samples_per_second, p->mfu, p->peak_device.count, p->fits ? "true" : "false",
+                   interval, fitted && !p->interval ? csv(p->fit) : "");
       } else {
-        fmt::print("{},,,,,,{}\n", line, csv(r.note));
+        fmt::print("{},,,,,,{}{}\n", line, fitted ? ",," : "", csv(r.note));
       }
     } else {
       std::vector<std::string> row = chosen;
@@ -343,6 +356,10 @@ void run(const Options& o) {
                                fmt::format("{:.4g}", p->samples_per_second),
                                fmt::format("{:.1f} %", 100 * p->mfu), text(p->peak_device),
                                p->fits ? "yes" : "NO"});
+        if (fitted)
+          row.push_back(p->interval ? fmt::format("{} to {}", text(p->interval->first),
+                                                  text(p->interval->second))
+                                    : numbered(p->fit));
         ++predicted;
         for (const auto& a : r.assumed) {
           const std::string what = a.substr(0, a.rfind(' ')), value = a.substr(a.rfind(' '));
@@ -355,10 +372,7 @@ void run(const Options& o) {
             values.push_back(value);
         }
       } else {
-        // Reasons are long and often shared: below the table, by number.
-        auto at = std::find(notes.begin(), notes.end(), r.note);
-        if (at == notes.end()) at = notes.insert(at, r.note);
-        row.push_back(fmt::format("- ({})", at - notes.begin() + 1));
+        row.push_back(numbered(r.note));
       }
       rows.push_back(row);
     }

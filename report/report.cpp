@@ -121,6 +121,7 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
   j["rests_on"] = Json::array();
   for (const RestsOn& r : p.rests_on)
     j["rests_on"].push_back({{"term", r.term}, {"kind", r.kind}, {"share", r.share}});
+  if (!p.fit.empty()) j["fit"] = p.fit;
   return j;
 }
 
@@ -366,6 +367,7 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
 
   std::vector<std::vector<std::string>> rests{{"what this rests on", "kind", "share"}};
   for (const RestsOn& r : p.rests_on) rests.push_back({"  " + r.term, r.kind, percent(r.share)});
+  if (!p.fit.empty()) rests.push_back({"  " + p.fit, p.interval ? "fitted" : "specified", ""});
   out += "\n" + align(rests);
   if (placed != nullptr) {
     std::vector<std::vector<std::string>> tried{{"placements", "step time", ""}};

@@ -456,18 +456,15 @@ const FittedEntry* FitProfile::find(const Topology& topology, const std::string&
 void rest_on_fit(Prediction& p, const FittedEntry* entry, const Graph& graph,
                  const Topology& topology, const RoutingSource* routing) {
   if (entry == nullptr) {
-    p.rests_on.push_back({fmt::format("no fit of {} with {}: prices of the catalogue",
-                                      topology.device(DeviceId{0}).name, p.plan.framework),
-                          "specified", 1});
+    p.fit = fmt::format("no fit of {} with {}: prices of the catalogue",
+                        topology.device(DeviceId{0}).name, p.plan.framework);
     return;
   }
   const RowKey& key = entry->key;
-  p.rests_on.push_back(
-      {key.framework == kAny
-           ? fmt::format("times adjusted to {} steps of {}, any framework", entry->rows, key.device)
-           : fmt::format("times adjusted to {} steps of {} with {} on {}", entry->rows, key.device,
-                         key.framework, key.cluster),
-       "fitted", 1});
+  p.fit = key.framework == kAny ? fmt::format("times adjusted to {} steps of {}, any framework",
+                                              entry->rows, key.device)
+                                : fmt::format("times adjusted to {} steps of {} with {} on {}",
+                                              entry->rows, key.device, key.framework, key.cluster);
   Communication communication(topology);
   Program program;
   const auto again =

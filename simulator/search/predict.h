@@ -52,6 +52,8 @@ struct Prediction {
   std::string peak_at;       ///< stage and block of the peak
   Breakdown breakdown;       ///< of the class that ends last
   std::vector<RestsOn> rests_on;
+  /// Which measured steps the whole of it is adjusted to, or that none are; "": nobody asked.
+  std::string fit;
   Network network = Network::idle;
   std::vector<Contended> contended;  ///< of the class that ends last, most lost first
   std::vector<TimeSlice> over_time;  ///< if asked for: over_time()

@@ -2896,12 +2896,11 @@ TEST(FitRows, APredictionRestsOnTheEntryOfItsDeviceAndFramework) {
   communication.set_adjustment(adjustment_of(*entry));
   auto p = predict(g, c.plan, communication, nullptr, nullptr, false, nullptr, Network::beside);
   ASSERT_TRUE(p);
+  EXPECT_EQ(p->fit, "");
   const std::size_t terms = p->rests_on.size();
   rest_on_fit(*p, entry, g, t);
-  ASSERT_EQ(p->rests_on.size(), terms + 1);
-  EXPECT_EQ(p->rests_on.back().term,
-            "times adjusted to 12 steps of h100-sxm with megatron-core on dgx-h100");
-  EXPECT_EQ(p->rests_on.back().kind, "fitted");
+  EXPECT_EQ(p->fit, "times adjusted to 12 steps of h100-sxm with megatron-core on dgx-h100");
+  EXPECT_EQ(p->rests_on.size(), terms) << "shares of the terms are the whole step's";
   // The same interval as the row's with the profile.
   RowsOptions options;
   profile.apply(options);
@@ -2919,8 +2918,7 @@ TEST(FitRows, APredictionRestsOnTheEntryOfItsDeviceAndFramework) {
   EXPECT_EQ(profile.find(t, "pytorch-ddp"), nullptr);
   auto plain = predict(g, c.plan, communication, nullptr, nullptr, false, nullptr, Network::beside);
   rest_on_fit(*plain, nullptr, g, t);
-  EXPECT_EQ(plain->rests_on.back().term,
-            "no fit of h100-sxm with megatron-core: prices of the catalogue");
+  EXPECT_EQ(plain->fit, "no fit of h100-sxm with megatron-core: prices of the catalogue");
   EXPECT_FALSE(plain->interval.has_value());
 }
 
