@@ -299,6 +299,7 @@ void run(const Options& o) {
   head += fitted ? "interval_lo_s,interval_hi_s,note\n" : "note\n";
   // Reasons are long and often shared: below the table, by number.
   std::vector<std::string> notes;
+  std::vector<std::string> remarks;  // of all rows of a network
   const auto numbered = [&](const std::string& note) {
     auto at = std::find(notes.begin(), notes.end(), note);
     if (at == notes.end()) at = notes.insert(at, note);
@@ -361,6 +362,9 @@ void run(const Options& o) {
                                                   text(p->interval->second))
                                     : numbered(p->fit));
         ++predicted;
+        if (const std::string remark = mfu_remark(r.graph);
+            !remark.empty() && std::find(remarks.begin(), remarks.end(), remark) == remarks.end())
+          remarks.push_back(remark);
         for (const auto& a : r.assumed) {
           const std::string what = a.substr(0, a.rfind(' ')), value = a.substr(a.rfind(' '));
           auto at = std::find_if(assumed.begin(), assumed.end(),
@@ -385,8 +389,9 @@ void run(const Options& o) {
                k + 1 == assumed.size() ? "\n\n" : "");
   }
   fmt::print("{}", align(rows));
-  if (!notes.empty()) fmt::print("\n");
+  if (!notes.empty() || !remarks.empty()) fmt::print("\n");
   for (std::size_t k = 0; k < notes.size(); ++k) fmt::print("({}) {}\n", k + 1, notes[k]);
+  for (const std::string& remark : remarks) fmt::print("{}\n", remark);
 }
 
 }  // namespace

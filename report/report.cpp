@@ -224,6 +224,32 @@ std::string placement_line(const Plan& p) {
   return s;
 }
 
+std::string mfu_remark(const Graph& graph) {
+  double seen = 0, counted = 0;
+  int sliding = 0, all = 0;
+  for (std::size_t i = 0; i < graph.operators.size(); ++i) {
+    const auto* a = std::get_if<Attention>(&graph.operators[i].operation);
+    if (a == nullptr) continue;
+    ++all;
+    const Signature s = signature(graph, OpId{i}, 1);
+    const auto extent = [&](Dim dim) {
+      return static_cast<double>(s.dims[static_cast<std::size_t>(s.find(dim))].extent);
+    };
+    const double queries = extent(Dim::sequence), keys = extent(Dim::key_sequence);
+    const double window = static_cast<double>(a->window);
+    if (a->window == 0 || window >= keys) continue;
+    ++sliding;
+    counted += queries * keys;
+    // The first queries of a causal sequence see fewer keys than the window has.
+    seen += queries * window - (a->causal ? window * (window - 1) / 2 : 0);
+  }
+  if (sliding == 0) return "";
+  return fmt::format(
+      "model FLOPs count the whole square of attention, of which the windows of {} of {} blocks "
+      "see {}: utilisation by them may pass 100 %",
+      sliding, all, percent(seen / counted));
+}
+
 std::string prediction_json(const Graph& graph, const Topology& topology, const Prediction& p,
                             const std::vector<std::string>& assumed, const Placements* placed) {
   Json j;
@@ -285,6 +311,7 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   }
   if (p.peak_host.count > 0) rows.push_back({"peak memory, host", text(p.peak_host) + " a rank"});
   out += align(rows);
+  if (const std::string remark = mfu_remark(graph); !remark.empty()) out += remark + "\n";
 
   const double total = static_cast<double>(std::max<std::int64_t>(1, p.breakdown.total().count));
   std::vector<std::vector<std::string>> where{{"where the time goes", "time", "share"}};
