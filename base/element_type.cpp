@@ -36,17 +36,22 @@ std::string_view name(ElementType type) {
 }
 
 ElementType parse_element_type(std::string_view text, const std::string& place) {
+  return parse_element_type(text, place, kElementTypes);
+}
+
+ElementType parse_element_type(std::string_view text, const std::string& place,
+                               std::span<const ElementType> choices) {
   std::string word(text);
   std::transform(word.begin(), word.end(), word.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (word == "float32" || word == "float") return ElementType::fp32;
   if (word == "bfloat16") return ElementType::bf16;
   if (word == "float16" || word == "half") return ElementType::fp16;
-  std::vector<std::string> known;
   for (const ElementType type : kElementTypes) {
     if (word == name(type)) return type;
-    known.emplace_back(name(type));
   }
+  std::vector<std::string> known;
+  for (const ElementType type : choices) known.emplace_back(name(type));
   throw InputError(place, fmt::format("unknown element type '{}'; use one of {}{}", text,
                                       fmt::join(known, ", "), did_you_mean(word, known)));
 }

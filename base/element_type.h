@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -25,6 +26,9 @@ std::string_view name(ElementType type);
 
 /// Throws InputError{place, ...} with the known names. Accepts "float32", "bfloat16", "half" too.
 ElementType parse_element_type(std::string_view text, const std::string& place);
+/// The same; a message offers `choices` only.
+ElementType parse_element_type(std::string_view text, const std::string& place,
+                               std::span<const ElementType> choices);
 
 /// Bits of one stored element, without its share of a block's scale.
 int bits(ElementType type);

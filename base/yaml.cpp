@@ -4,6 +4,7 @@
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cstdlib>
 #include <filesystem>
@@ -57,10 +58,17 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 }  // namespace
 
 std::string nearest_of(std::string_view word, const std::vector<std::string>& known) {
+  const auto small = [](std::string_view text) {
+    std::string s(text);
+    for (char& c : s) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    return s;
+  };
+  // "TP" is "tp", and no nearer to "cp" than that.
+  const std::string meant = small(word);
   std::string best;
   std::size_t least = 3;
   for (const auto& candidate : known) {
-    if (const auto d = edit_distance(word, candidate); d < least) {
+    if (const auto d = edit_distance(meant, small(candidate)); d < least) {
       least = d;
       best = candidate;
     }

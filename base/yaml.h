@@ -76,7 +76,8 @@ struct YamlEdit {
 /// The text with the edits done. InputError{path} when a path leads nowhere, naming what is there.
 std::string yaml_with(const std::string& text, const std::vector<YamlEdit>& edits, const std::string& file);
 
-/// The one of `known` that is within edit distance 2 of `word`, the nearest; else "".
+/// The one of `known` that is within edit distance 2 of `word`, capital or not, the nearest; else
+/// "".
 std::string nearest_of(std::string_view word, const std::vector<std::string>& known);
 /// "; did you mean 'x'?" when one of `known` is within edit distance 2 of `word`, else "".
 std::string did_you_mean(std::string_view word, const std::vector<std::string>& known);

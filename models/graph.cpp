@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/yaml.h"
 
 namespace partita {
 namespace {
@@ -161,6 +162,24 @@ bool matches(std::string_view pattern, std::string_view word) {
   return p == pattern.size();
 }
 
+namespace {
+
+/// What a pattern that matches none of the names may have meant.
+std::string near(const std::string& pattern, const std::vector<std::string>& names) {
+  if (names.empty()) return "; there are none";
+  std::string part = pattern;
+  part.erase(std::remove_if(part.begin(), part.end(), [](char c) { return c == '*' || c == '?'; }),
+             part.end());
+  const auto with = std::find_if(names.begin(), names.end(), [&](const std::string& name) {
+    return !part.empty() && name.find(part) != std::string::npos;
+  });
+  if (with != names.end()) return fmt::format("; '*{}*' would match {}", part, *with);
+  const std::string meant = did_you_mean(pattern, names);
+  return meant.empty() ? fmt::format("; names look like '{}'", names.front()) : meant;
+}
+
+}  // namespace
+
 void freeze(Graph& graph, const std::vector<std::string>& patterns) {
   for (const auto& pattern : patterns) {
     bool any = false;
@@ -170,10 +189,10 @@ void freeze(Graph& graph, const std::vector<std::string>& patterns) {
       any = true;
     }
     if (!any) {
-      throw InputError(
-          "freeze",
-          fmt::format("pattern '{}' matches no parameter of {}; names look like '{}'", pattern,
-                      graph.name, graph.parameters.empty() ? "" : graph.parameters.back().name));
+      std::vector<std::string> names;
+      for (const auto& p : graph.parameters) names.push_back(p.name);
+      throw InputError("freeze", fmt::format("pattern '{}' matches no parameter of {}{}", pattern,
+                                             graph.name, near(pattern, names)));
     }
   }
 }
@@ -190,8 +209,12 @@ void add_lora(Graph& graph, const std::vector<std::string>& patterns, std::int64
       any = true;
     }
     if (!any) {
-      throw InputError("lora", fmt::format("pattern '{}' matches no linear operator of {}", pattern,
-                                           graph.name));
+      std::vector<std::string> names;
+      for (const auto& op : graph.operators) {
+        if (std::holds_alternative<Linear>(op.operation)) names.push_back(op.name);
+      }
+      throw InputError("lora", fmt::format("pattern '{}' matches no linear operator of {}{}",
+                                           pattern, graph.name, near(pattern, names)));
     }
   }
   for (auto& p : graph.parameters) p.trainable = false;

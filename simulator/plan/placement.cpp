@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <numeric>
 #include <optional>
@@ -14,6 +15,9 @@
 
 namespace partita {
 namespace {
+
+/// Of any plan's mesh; one has those of 2 ranks and more.
+constexpr std::array<std::string_view, 4> kAxes{"pp", "dp", "cp", "tp"};
 
 std::string axis_of(const Mesh::Atom& atom) { return atom.name.substr(0, atom.name.find('_')); }
 
@@ -55,6 +59,10 @@ Nesting nesting_of(const Mesh& mesh, const std::vector<std::string>& order) {
         return no(fmt::format("'{}' is no part of an axis; write NAME=SIZE, like tp=4", word));
       part.size = *size;
     }
+    // Of an axis of one rank there is nothing to place.
+    if (part.size < 2 && sizes.count(part.axis) == 0 &&
+        std::find(kAxes.begin(), kAxes.end(), part.axis) != kAxes.end())
+      continue;
     whole_axes = whole_axes && at == std::string::npos && sizes.count(part.axis) > 0;
     auto& product = sized.try_emplace(part.axis, 1).first->second;
     if (part.size > 0) product = part.size > mesh.ranks() / product ? 0 : product * part.size;
@@ -64,7 +72,7 @@ Nesting nesting_of(const Mesh& mesh, const std::vector<std::string>& order) {
   const bool each = sized.size() == sizes.size() &&
                     std::all_of(sized.begin(), sized.end(),
                                 [&](const auto& s) { return sizes.count(s.first) > 0; });
-  if (!each || (whole_axes && order.size() != axes.size()))
+  if (!each || (whole_axes && n.parts.size() != axes.size()))
     return no(fmt::format(
         "placement '{}' does not name each axis of the mesh once; name, "
         "innermost first, {} in the order you want",

@@ -701,8 +701,11 @@ std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int v, int m
 }
 
 void set_precision(Plan& plan, std::string_view word, const std::string& place) {
+  constexpr std::array kTrained{ElementType::fp32, ElementType::tf32, ElementType::bf16,
+                                ElementType::fp16, ElementType::fp8,  ElementType::mxfp8,
+                                ElementType::nvfp4};
   Precision p;
-  const ElementType type = parse_element_type(word, place);
+  const ElementType type = parse_element_type(word, place, kTrained);
   plan.precision_name = std::string(name(type));
   plan.precision_roles = false;
   switch (type) {

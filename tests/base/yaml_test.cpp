@@ -30,6 +30,12 @@ TEST(Yaml, SuggestsTheKeyThatWasMeant) {
                   AllOf(HasSubstr("f.yaml:2"), HasSubstr("did you mean 'bandwidth'?"))));
 }
 
+TEST(Yaml, CapitalsAreNoDistance) {
+  EXPECT_EQ(nearest_of("TP", {"cp", "dp", "tp"}), "tp");
+  EXPECT_EQ(nearest_of("megatron-core", {"Megatron-Core"}), "Megatron-Core");
+  EXPECT_EQ(nearest_of("zzz", {"cp"}), "");
+}
+
 TEST(Yaml, RefusesDuplicateKeysWrongSchemasAndBrokenText) {
   const auto node = doc("a: 1\na: 2\n");
   node.get("a");

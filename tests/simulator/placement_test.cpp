@@ -40,6 +40,12 @@ TEST(PlacementText, AxesInPartsNestAsWritten) {
   EXPECT_THAT(placement_fault(mesh, {"tp=0", "dp", "pp"}), HasSubstr("'tp=0' is no part"));
   EXPECT_THAT(placement_fault(mesh, {"tp", "dp"}), HasSubstr("tp,dp,pp in the order you want"));
   EXPECT_THAT(placement_fault(mesh, {"tp", "dp", "dp", "pp"}), HasSubstr("each axis"));
+  // Of an axis of one rank there is nothing to place; another word is none.
+  for (const char* word : {"cp", "cp=1"})
+    EXPECT_EQ(placement(mesh, {"tp", word, "dp", "pp"}, ""),
+              placement(mesh, {"tp", "dp", "pp"}, ""));
+  EXPECT_THAT(placement_fault(mesh, {"tp", "cp=2", "dp", "pp"}), HasSubstr("each axis"));
+  EXPECT_THAT(placement_fault(mesh, {"tp", "zp", "dp", "pp"}), HasSubstr("each axis"));
   // Atoms of one axis count as one.
   const Mesh atoms{{{"dp_outer", 2}, {"dp_ep", 3}, {"tp", 2}}};
   const auto split = placement(atoms, {"dp=2", "tp", "dp"}, "");

@@ -28,6 +28,9 @@ TEST(ElementType, AnUnknownNameGetsASuggestion) {
               ThrowsMessage<InputError>(HasSubstr("--precision: unknown element type 'bf6'")));
   EXPECT_THAT([] { parse_element_type("bf6", "--precision"); },
               ThrowsMessage<InputError>(HasSubstr("did you mean 'bf16'?")));
+  constexpr std::array kOffered{ElementType::bf16, ElementType::fp8};
+  EXPECT_THAT([&] { parse_element_type("int4", "--precision", kOffered); },
+              ThrowsMessage<InputError>(::testing::EndsWith("use one of bf16, fp8")));
 }
 
 TEST(ElementType, StorageCountsTheScalesOfBlockFormats) {
