@@ -179,7 +179,12 @@ void YamlNode::reject_unknown_keys() const {
       throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
                        "is given twice; keep one");
     }
-    if (impl_->asked->count(key)) continue;
+    if (impl_->asked->count(key)) {
+      if (entry.second.IsNull())
+        throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
+                         "has no value; give one, or leave the key out");
+      continue;
+    }
     const std::vector<std::string> known(impl_->asked->begin(), impl_->asked->end());
     std::string list;
     for (const auto& k : known) list += (list.empty() ? "" : ", ") + k;

@@ -38,7 +38,8 @@ class YamlNode {
   std::vector<YamlNode> items() const;                            ///< Of a list.
   std::vector<std::pair<std::string, YamlNode>> members() const;  ///< Of a map, in file order.
 
-  /// InputError for any key of this map that no get/find/members has asked for.
+  /// InputError for any key of this map that no get/find/members has asked for, or that has no
+  /// value.
   void reject_unknown_keys() const;
 
   std::string as_string() const;

@@ -516,6 +516,9 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
     if (!concerns(w, where, plan)) continue;
     for (std::string& one : apply(w, plan, open, overlaps)) said.push_back(std::move(one));
   }
+  // Of a part of the network all that a framework recomputes of the whole.
+  if (open("recompute") && flags.layers)
+    plan.recompute.first = std::min(plan.recompute.first, std::max<std::int64_t>(0, *flags.layers));
   const bool experts = at != known.end() && at->transformer && at->transformer->moe.experts > 0;
   if (overlaps && plan.sequence_parallel && !experts && open("overlap_tensor_parallel")) {
     plan.overlap_tensor_parallel = true;
@@ -535,6 +538,10 @@ Graph load_graph(const std::string& model, const PlanFlags& flags, Plan& plan) {
   if (!plan.lora.empty() && plan.lora_rank == 0) plan.lora_rank = kRank;
   if (!plan.lora.empty()) add_lora(g, plan.lora, plan.lora_rank);
   if (!plan.freeze.empty()) freeze(g, plan.freeze);
+  if (plan.recompute.kind == Recompute::first && plan.recompute.first > g.layers)
+    throw InputError("--recompute", fmt::format("first:{} is more than the {} blocks of {}; use "
+                                                "full, or first:N up to {}",
+                                                plan.recompute.first, g.layers, g.name, g.layers));
   const auto absent = [&](const std::string& pattern) {
     return std::none_of(g.operators.begin(), g.operators.end(), [&](const Operator& op) {
       return matches(pattern.substr(pattern[0] == '~' ? 1 : 0), op.name);

@@ -60,6 +60,7 @@ Lowered lowered(const Options& o, const PublishedRow& row, const Topology& topol
   } else {
     plan = plan_from(flags, "partita");
     settle_ranks(plan, static_cast<std::int64_t>(topology.used_ranks()), topology.name());
+    if (layers) plan.recompute.first = std::min(plan.recompute.first, *layers);
     l.graph = load_graph(o.model, flags, plan);
   }
   if (micro_batches) {

@@ -197,6 +197,24 @@ ActivationKind activation(const JsonFile& f, const char* key, const std::string&
                             did_you_mean(found, names), fmt::join(names, ", ")));
 }
 
+constexpr std::string_view kSlides = "sliding_attention";
+
+/// `layer_types` of a file that has them: sliding_attention and full_attention, one a block.
+std::vector<std::string> types_of_layers(const JsonFile& f, int layers) {
+  std::vector<std::string> types = f.words("layer_types");
+  if (!types.empty() && types.size() != static_cast<std::size_t>(layers)) {
+    f.refuse("layer_types", fmt::format("names {} layers of {}", types.size(), layers));
+  }
+  for (const std::string& type : types) {
+    if (type != kSlides && type != "full_attention") {
+      f.refuse("layer_types", fmt::format("'{}' is not supported; there are sliding_attention, "
+                                          "full_attention",
+                                          type));
+    }
+  }
+  return types;
+}
+
 /// What the decoders that descend from LLaMA have in common.
 struct Defaults {
   std::int64_t kv_heads = 0;  ///< 0: as many as heads
@@ -208,6 +226,7 @@ struct Defaults {
   const char* act = "silu";
   const char* epsilon_key = "rms_norm_eps";
   double deviation = 0.02;
+  bool slides = false;  ///< some have windows: read_windows() follows
 };
 
 TransformerConfig llama_like(const JsonFile& f, const Defaults& d) {
@@ -232,25 +251,23 @@ TransformerConfig llama_like(const JsonFile& f, const Defaults& d) {
   c.activation = activation(f, "hidden_act", d.act);
   c.tied = f.flag_or("tie_word_embeddings", false);
   c.initial_deviation = f.real_or("initializer_range", d.deviation);
+  const auto types = types_of_layers(f, c.layers);
+  if (!d.slides && std::find(types.begin(), types.end(), kSlides) != types.end()) {
+    f.refuse("layer_types", fmt::format("'{}' is nothing that this model_type has; there is "
+                                        "full_attention",
+                                        kSlides));
+  }
   return c;
 }
 
 /// Which blocks slide: `layer_types` where it is given, else by `slides(i)`.
 template <class Rule>
 void read_windows(const JsonFile& f, TransformerConfig& c, std::int64_t window, Rule slides) {
-  const auto types = f.words("layer_types");
-  if (!types.empty() && types.size() != static_cast<std::size_t>(c.layers)) {
-    f.refuse("layer_types", fmt::format("names {} layers of {}", types.size(), c.layers));
-  }
+  const auto types = types_of_layers(f, c.layers);
   bool any = false;
   c.windowed_layers.assign(static_cast<std::size_t>(c.layers), 0);
   for (std::size_t i = 0; i < c.windowed_layers.size(); ++i) {
-    if (!types.empty() && types[i] != "sliding_attention" && types[i] != "full_attention") {
-      f.refuse("layer_types", fmt::format("'{}' is not supported; there are sliding_attention, "
-                                          "full_attention",
-                                          types[i]));
-    }
-    const bool slide = types.empty() ? slides(static_cast<std::int64_t>(i)) : types[i][0] == 's';
+    const bool slide = types.empty() ? slides(static_cast<std::int64_t>(i)) : types[i] == kSlides;
     c.windowed_layers[i] = slide ? 1 : 0;
     any |= slide;
   }
@@ -266,23 +283,31 @@ TransformerConfig llama(const JsonFile& f) {
   return c;
 }
 
+/// Where layer_types do not say otherwise all blocks slide, if any.
+void same_windows(const JsonFile& f, TransformerConfig& c, std::int64_t otherwise) {
+  read_windows(f, c, f.optional_number("sliding_window", otherwise),
+               [](std::int64_t) { return true; });
+}
+
 TransformerConfig mistral(const JsonFile& f) {
   Defaults d;
+  d.slides = true;
   d.kv_heads = 8;
   d.reach = 4096 * 32;
   TransformerConfig c = llama_like(f, d);
-  c.window = f.optional_number("sliding_window", 4096);
+  same_windows(f, c, 4096);
   return c;
 }
 
 TransformerConfig mixtral(const JsonFile& f) {
   Defaults d;
+  d.slides = true;
   d.kv_heads = 8;
   d.reach = 4096 * 32;
   d.epsilon = 1e-5;
   d.rotary_base = 1e6;
   TransformerConfig c = llama_like(f, d);
-  c.window = f.optional_number("sliding_window", 0);
+  same_windows(f, c, 0);
   c.moe.experts = f.number_or("num_local_experts", 8);
   c.moe.top_k = f.number_or("num_experts_per_tok", 2);
   c.moe.ffn = c.ffn;
@@ -290,9 +315,6 @@ TransformerConfig mixtral(const JsonFile& f) {
 }
 
 TransformerConfig gpt2(const JsonFile& f) {
-  if (f.flag_or("add_cross_attention", false)) {
-    f.refuse("add_cross_attention", "cross attention is not supported");
-  }
   TransformerConfig c;
   c.layers = static_cast<int>(f.number("n_layer", 1, kMostLayers));
   c.hidden = f.number("n_embd");
@@ -319,6 +341,7 @@ void qwen_windows(const JsonFile& f, TransformerConfig& c, std::int64_t first) {
 
 TransformerConfig qwen2(const JsonFile& f) {
   Defaults d;
+  d.slides = true;
   d.kv_heads = 32;
   d.reach = 32768;
   TransformerConfig c = llama_like(f, d);
@@ -329,6 +352,7 @@ TransformerConfig qwen2(const JsonFile& f) {
 
 TransformerConfig qwen3_base(const JsonFile& f, std::int64_t kv_heads, std::int64_t head_dim) {
   Defaults d;
+  d.slides = true;
   d.kv_heads = kv_heads;
   d.head_dim = head_dim;
   d.reach = 32768;
@@ -395,6 +419,7 @@ TransformerConfig deepseek_v3(const JsonFile& f) { return deepseek(f, true); }
 
 TransformerConfig gpt_oss(const JsonFile& f) {
   Defaults d;
+  d.slides = true;
   d.kv_heads = 8;
   d.head_dim = 64;
   d.reach = 131072;
@@ -517,8 +542,8 @@ TransformerConfig encoder(const JsonFile& f) {
 }
 
 TransformerConfig bert(const JsonFile& f) {
-  for (const char* key : {"add_cross_attention", "is_decoder"}) {
-    if (f.flag_or(key, false)) f.refuse(key, "BERT as a decoder is not supported");
+  if (f.flag_or("is_decoder", false)) {
+    f.refuse("is_decoder", "BERT as a decoder is not supported");
   }
   if (const auto kind = f.word_or("position_embedding_type", "absolute"); kind != "absolute") {
     f.refuse("position_embedding_type",
@@ -579,6 +604,9 @@ Graph import_hugging_face(const std::string& path, const ModelOptions& options) 
   for (const ModelType& candidate : kModelTypes) {
     known.emplace_back(candidate.name);
     if (candidate.name != type) continue;
+    if (file.flag_or("add_cross_attention", false)) {
+      file.refuse("add_cross_attention", "cross attention is not supported");
+    }
     TransformerConfig config = candidate.read(file);
     config.name = path;
     apply_options(config, options);

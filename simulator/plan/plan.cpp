@@ -346,6 +346,11 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
                     "data parallel {} must be a multiple of {}",
                     plan.ep, plan.dp * plan.cp, plan.dp, ep_left));
   }
+  if (plan.zero_group > 0 && plan.zero == 0)
+    return no(
+        fmt::format("a sharding group of {} shares sharded state, and ZeRO 0 shards none; use "
+                    "zero 1, 2 or 3, or no zero_group",
+                    plan.zero_group));
   const std::int64_t zero_all = plan.dp;
   if (plan.zero_group != 0 && (plan.zero_group < 1 || zero_all % plan.zero_group != 0)) {
     return no(fmt::format("a sharding group of {} does not divide data parallel {}; use {}",

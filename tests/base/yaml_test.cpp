@@ -36,6 +36,14 @@ TEST(Yaml, CapitalsAreNoDistance) {
   EXPECT_EQ(nearest_of("zzz", {"cp"}), "");
 }
 
+TEST(Yaml, AKeyWithoutAValueIsNoDefault) {
+  const auto node = doc("a: 1\nb:\n");
+  EXPECT_FALSE(node.has("a") && node.has("b"));
+  EXPECT_THAT(
+      [&] { node.reject_unknown_keys(); },
+      ThrowsMessage<InputError>(HasSubstr("f.yaml:3: b: has no value; give one, or leave")));
+}
+
 TEST(Yaml, RefusesDuplicateKeysWrongSchemasAndBrokenText) {
   const auto node = doc("a: 1\na: 2\n");
   node.get("a");

@@ -205,6 +205,17 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
   EXPECT_THAT(
       error_with("layer_types", {"full_attention", "linear_attention", "full_attention"}, "qwen3"),
       HasSubstr("layer_types: 'linear_attention' is not supported"));
+  // What a type does not read it refuses all the same.
+  for (const char* type : {"llama", "mistral", "mixtral", "nemotron"}) {
+    SCOPED_TRACE(type);
+    EXPECT_THAT(error_with("layer_types", {"full_attention"}, type),
+                HasSubstr("layer_types: names 1 layers of 3"));
+    EXPECT_THAT(error_with("add_cross_attention", true, type),
+                HasSubstr("add_cross_attention: cross attention is not supported"));
+  }
+  EXPECT_THAT(
+      error_with("layer_types", {"full_attention", "sliding_attention", "full_attention"}, "llama"),
+      HasSubstr("layer_types: 'sliding_attention' is nothing that this model_type has"));
   EXPECT_THAT(error_with("is_decoder", true, "bert"),
               HasSubstr("BERT as a decoder is not supported"));
   EXPECT_THAT(error_with("patch_size", 13, "vit"),
