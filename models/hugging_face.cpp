@@ -594,6 +594,21 @@ constexpr std::array<ModelType, 14> kModelTypes{{{"bert", bert},
                                                  {"qwen3_moe", qwen3_moe},
                                                  {"vit", vit}}};
 
+/// "; the catalogue has gpt-neox-20b": networks whose names begin as a model_type does; "" none.
+std::string in_catalogue(const std::string& type) {
+  const auto plain = [](std::string name) {
+    name.erase(
+        std::remove_if(name.begin(), name.end(), [](char c) { return c == '-' || c == '_'; }),
+        name.end());
+    return name;
+  };
+  std::vector<std::string> alike;
+  for (const std::string& name : model_catalogue()) {
+    if (plain(name).starts_with(plain(type))) alike.push_back(name);
+  }
+  return alike.empty() ? "" : fmt::format("; the catalogue has {}", fmt::join(alike, ", "));
+}
+
 }  // namespace
 
 Graph import_hugging_face(const std::string& path, const ModelOptions& options) {
@@ -608,14 +623,24 @@ Graph import_hugging_face(const std::string& path, const ModelOptions& options) 
       file.refuse("add_cross_attention", "cross attention is not supported");
     }
     TransformerConfig config = candidate.read(file);
+    if (config.moe.top_k > config.moe.experts && config.moe.experts > 0) {
+      file.refuse("num_experts_per_tok",
+                  fmt::format("is {}, and the file has {} experts; use at most as many",
+                              config.moe.top_k, config.moe.experts));
+    }
     config.name = path;
     apply_options(config, options);
     Graph graph = build_transformer(config);
     graph.name = type;
     return graph;
   }
-  file.refuse("model_type", fmt::format("'{}' is not supported{}; there are {}", type,
-                                        did_you_mean(type, known), fmt::join(known, ", ")));
+  // mllama is no slip of llama, but a type of its own.
+  const bool another = type.find(nearest_of(type, known)) != std::string::npos;
+  file.refuse("model_type",
+              fmt::format("'{}' is not supported{}; there are {}{}; others are described in YAML, "
+                          "schema partita.model/1 (docs/models.md)",
+                          type, another ? "" : did_you_mean(type, known), fmt::join(known, ", "),
+                          in_catalogue(type)));
 }
 
 }  // namespace partita

@@ -205,6 +205,22 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
   EXPECT_THAT(
       error_with("layer_types", {"full_attention", "linear_attention", "full_attention"}, "qwen3"),
       HasSubstr("layer_types: 'linear_attention' is not supported"));
+  // What is not read can be described, or is in the catalogue.
+  EXPECT_THAT(error_with("hidden_act", "gelu", "gpt_neox"),
+              AllOf(HasSubstr("'gpt_neox' is not supported"),
+                    HasSubstr("; the catalogue has gpt-neox-20b; others are described in YAML, "
+                              "schema partita.model/1 (docs/models.md)")));
+  EXPECT_THAT(error_with("hidden_act", "silu", "mllama"),
+              ::testing::Not(HasSubstr("did you mean")));
+  EXPECT_THAT(error_with("hidden_act", "gelu", "phi3"),
+              AllOf(HasSubstr("others are described in YAML"),
+                    ::testing::Not(HasSubstr("the catalogue has"))));
+  Json experts = llama();
+  experts["model_type"] = "mixtral";
+  experts["num_local_experts"] = 8;
+  experts["num_experts_per_tok"] = 16;
+  EXPECT_THAT(error(experts.dump()),
+              HasSubstr("num_experts_per_tok: is 16, and the file has 8 experts; use at most"));
   // What a type does not read it refuses all the same.
   for (const char* type : {"llama", "mistral", "mixtral", "nemotron"}) {
     SCOPED_TRACE(type);
