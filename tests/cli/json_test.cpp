@@ -110,6 +110,16 @@ void expect_prediction(const Json& j) {
   for (const Json& a : j["assumed"]) EXPECT_TRUE(a.is_string());
 }
 
+TEST(Json, EveryCommandHasItButTheOneThatWritesFiles) {
+  for (const char* command : {"model", "topo", "collective", "simulate", "plan", "whatif",
+                              "compare", "reference", "startup", "run", "replay", "validate",
+                              "validate rows", "validate published", "fit", "calibrate"}) {
+    const std::string help = run(fmt::format("{} --help", command)).out;
+    EXPECT_EQ(help.find("--json") == std::string::npos, command == std::string("calibrate"))
+        << command;
+  }
+}
+
 TEST(Json, ModelHasItsKeys) {
   const Json j = parsed(run("model llama-3-8b --json"));
   EXPECT_EQ(j.at("schema"), "partita.model_summary/1");
