@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -188,8 +189,24 @@ void print_families(const std::vector<FamilyFigures>& families, bool uncovered) 
   }
 }
 
+/// InputError for one without rows, and for two rows of one id: what is said of a row, and what a
+/// settings file or --row means, would be of both.
 CsvTable load_table(const std::string& file) {
-  return validation::parse_csv(read_file(file), file);
+  CsvTable table = validation::parse_csv(read_file(file), file);
+  if (table.records.empty())
+    throw InputError(file, "has column names and no rows below them; add rows");
+  const auto id = std::find(table.header.begin(), table.header.end(), "id");
+  if (id == table.header.end()) return table;  // not of a known kind, as is said later
+  const auto column = static_cast<std::size_t>(id - table.header.begin());
+  std::map<std::string, int> line_of;
+  for (const CsvTable::Record& r : table.records) {
+    const std::string& name = r.fields[column];
+    if (const auto [first, fresh] = line_of.try_emplace(name, r.line); !fresh && !name.empty())
+      throw InputError(fmt::format("{}:{}", file, r.line),
+                       fmt::format("id '{}' is that of line {} too; give each row its own", name,
+                                   first->second));
+  }
+  return table;
 }
 
 /// A row without what a column says is another row: the reader learns which columns nothing reads.
