@@ -179,17 +179,28 @@ void YamlNode::reject_unknown_keys() const {
       throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
                        "is given twice; keep one");
     }
-    if (impl_->asked->count(key)) {
-      if (entry.second.IsNull())
-        throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
-                         "has no value; give one, or leave the key out");
-      continue;
-    }
+    if (impl_->asked->count(key)) continue;
     const std::vector<std::string> known(impl_->asked->begin(), impl_->asked->end());
     std::string list;
     for (const auto& k : known) list += (list.empty() ? "" : ", ") + k;
     throw InputError(fmt::format("{}:{}: {}", impl_->file, line, joined(impl_->path, key)),
                      fmt::format("unknown key{}; known here: {}", did_you_mean(key, known), list));
+  }
+}
+
+void YamlNode::reject_empty_keys() const {
+  for (const auto& entry : impl_->node) {
+    if (!is_map()) {
+      if (entry.IsMap() || entry.IsSequence())
+        YamlNode(make(entry, impl_->file, impl_->path)).reject_empty_keys();
+      continue;
+    }
+    const std::string path = joined(impl_->path, entry.first.Scalar());
+    if (entry.second.IsNull())
+      throw InputError(fmt::format("{}:{}: {}", impl_->file, entry.first.Mark().line + 1, path),
+                       "has no value; give one, or leave the key out");
+    if (entry.second.IsMap() || entry.second.IsSequence())
+      YamlNode(make(entry.second, impl_->file, path)).reject_empty_keys();
   }
 }
 

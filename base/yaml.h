@@ -38,9 +38,11 @@ class YamlNode {
   std::vector<YamlNode> items() const;                            ///< Of a list.
   std::vector<std::pair<std::string, YamlNode>> members() const;  ///< Of a map, in file order.
 
-  /// InputError for any key of this map that no get/find/members has asked for, or that has no
-  /// value.
+  /// InputError for any key of this map that no get/find/members has asked for.
   void reject_unknown_keys() const;
+  /// InputError for any key in here or below that has no value: find() takes it for one that is not
+  /// there.
+  void reject_empty_keys() const;
 
   std::string as_string() const;
   std::int64_t as_int(std::int64_t lowest = INT64_MIN, std::int64_t highest = INT64_MAX) const;

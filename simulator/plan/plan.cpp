@@ -991,6 +991,7 @@ void set_launches(Launches& l, const YamlNode& n) {
 }  // namespace
 
 void apply(Plan& p, const YamlNode& y) {
+  y.reject_empty_keys();
   if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
   if (const auto n = y.find("strategy")) {
     p.strategy = n->as_string();
