@@ -381,11 +381,8 @@ Seconds kernel_by_kernel(std::vector<RankMeasurement> ranks) {
   return Seconds{validation::median(validation::step_times(ranks))};
 }
 
-/// Where rounding alone may change half of a value nothing is shown by a small difference.
-bool undecided(const reference::Comparison& c) {
-  constexpr double kDecides = 0.5;
-  return c.equal && c.tolerance >= kDecides;
-}
+/// Where rounding alone may change a value by as much as itself nothing is shown by a difference.
+bool undecided(const reference::Comparison& c) { return c.equal && c.tolerance >= 1; }
 
 void report(const Options& o, const Job& job, const execute::RankResult& first,
             const std::string& transport, const std::string& note, int& code) {

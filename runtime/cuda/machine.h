@@ -76,7 +76,10 @@ class Lanes {
       const double other = __shfl_xor_sync(0xffffffffu, v, d);
       v = maximum ? fmax(v, other) : v + other;
     }
-    if (warp_) return v;
+    if (warp_) {
+      __syncwarp();  // what a lane has read before, another may write now
+      return v;
+    }
     __shared__ double parts[32];
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     if (lane == 0) parts[warp] = v;
@@ -543,7 +546,8 @@ struct Matrix {
 };
 
 /// c[m, n] = alpha · a[m, k] · b[k, n] + beta · c, of each matrix of a batch. With beta 0 what c
-/// held is not read. a and b are of one type, c is of theirs or fp32; sums are in fp32.
+/// held is not read. a and b are of one type, c is of theirs or fp32; sums are in fp32. `bias`, n
+/// numbers of c's type, is added to each row before it is rounded; null: none.
 struct Product {
   std::int64_t m = 0, n = 0, k = 0;
   Matrix a, b, c;
@@ -551,6 +555,7 @@ struct Product {
   float alpha = 1, beta = 0;
   /// Its shape is of this step alone: nothing is timed or kept for the next time.
   bool passing = false;
+  Numbers bias = nullptr;
 };
 
 // -------------------------------------------------------------------------------- 8-bit numbers

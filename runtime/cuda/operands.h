@@ -116,14 +116,14 @@ struct KeptRows {
       Octet o[kTensors];
       PARTITA_UNROLL
       for (int t = 0; t < kTensors; ++t) o[t] = octet_of(kept[t][k], from[t].type());
-      f(e, length - e, o);
+      f(e, kWhole ? Octet::kSize : length - e, o);
     }
     for (std::int64_t e = (lane + kKept * lanes) * Octet::kSize; e < length;
          e += lanes * Octet::kSize) {
       Octet o[kTensors];
       PARTITA_UNROLL
       for (int t = 0; t < kTensors; ++t) o[t] = octet<kWhole>(from[t], start + e, length - e);
-      f(e, length - e, o);
+      f(e, kWhole ? Octet::kSize : length - e, o);
     }
   }
 };
@@ -156,7 +156,7 @@ PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& 
     for (int k = 0; k < kAtOnce; ++k) {
       const int at = begin + (p + k * count) * kSize;
       if (at >= size) break;
-      f(at < 0 ? 0 : at, at < 0 ? head : size - at, octet_of(raw[k], row.type()));
+      f(at < 0 ? 0 : at, kWhole ? kSize : at < 0 ? head : size - at, octet_of(raw[k], row.type()));
     }
   }
 }
@@ -165,16 +165,14 @@ PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& 
 struct SumOfPowers {
   float top = -INFINITY;
   double sum = 0;
-  PARTITA_LANE void add(std::int64_t count, const Octet& o) {
+  PARTITA_LANE void add(std::int64_t count, Octet o) {
+    // Numbers that are not there add e to -infinity, 0: no branch stands between the others.
+    for (int k = 0; k < Octet::kSize; ++k) o.v[k] = k < count ? o.v[k] : -INFINITY;
     float high = top;
-    for (int k = 0; k < Octet::kSize; ++k) {
-      if (k < count) high = fmaxf(high, o.v[k]);
-    }
+    for (int k = 0; k < Octet::kSize; ++k) high = fmaxf(high, o.v[k]);
     const float less = high == -INFINITY ? 0.0f : high;
     float part = 0;
-    for (int k = 0; k < Octet::kSize; ++k) {
-      if (k < count) part += expf(o.v[k] - less);
-    }
+    for (int k = 0; k < Octet::kSize; ++k) part += expf(o.v[k] - less);
     if (high > top) sum *= static_cast<double>(expf(top - high));
     top = high;
     sum += static_cast<double>(part);

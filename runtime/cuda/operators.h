@@ -162,20 +162,17 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   const std::int64_t rows = extent(x, 0, batch), in = extent(x, batch, x.index->size());
   if (rows == 0 || in == 0 || x.type != w.type) return false;
   const std::int64_t out = w.size() / in;
-  const Numbers y = numbers(a.results[0]);
-  if (!multiply(m, c,
-                {rows,
-                 out,
-                 in,
-                 {numbers(x), in, 0, false},
-                 {numbers(w), in, 0, true},
-                 {y, out, 0, false}},
-                false))
-    return false;
-  if (op.bias && c.adds_bias) {
-    const Numbers b = numbers(a.parameters[1]);
-    add_columns(m, y, b, y, rows * out, out);
-  }
+  const Numbers y = numbers(a.results[0]),
+                bias = op.bias && c.adds_bias ? numbers(a.parameters[1]) : Numbers(nullptr);
+  // Of 16 bits the product adds it before it rounds; else it is a kernel of its own.
+  const bool inside = bias != nullptr && y.narrow() && bias.type() == y.type() &&
+                      c.compute != ElementType::fp8 &&
+                      reinterpret_cast<std::uintptr_t>(bias.data()) % 16 == 0;
+  Product p{
+      rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}};
+  if (inside) p.bias = bias;
+  if (!multiply(m, c, p, false)) return false;
+  if (bias != nullptr && !inside) add_columns(m, y, bias, y, rows * out, out);
   return true;
 }
 template <class M>
@@ -1937,8 +1934,9 @@ void statistics(M& m, const CrossEntropy&, const Arguments& a) {
       labels.size(), once_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const Numbers line = from + row * n;
         SumOfPowers powers;
-        each_octet(line, n, lanes,
-                   [&](std::int64_t, std::int64_t count, const Octet& o) { powers.add(count, o); });
+        each_octet<kWhole>(line, n, lanes, [&](std::int64_t, std::int64_t count, const Octet& o) {
+          powers.add(count, o);
+        });
         powers.join(lanes);
         if (lanes.lane() != 0) return;
         top[row] = powers.top;
@@ -1987,6 +1985,25 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
   const Numbers dx = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
   const std::int64_t x_size = x.size();
+  if (whole_rows(n, a)) {
+    m.each(
+        octets(x_size), PARTITA_KERNEL(std::int64_t number) {
+          const std::int64_t first = number * Octet::kSize, row = first / n,
+                             ahead = held.find(label[row]) - (first - row * n);
+          // Of the octet, where it is.
+          const int hit = ahead >= 0 && ahead < Octet::kSize ? static_cast<int>(ahead) : -1;
+          const auto d = static_cast<float>(
+              (gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0) * scale);
+          const float high = top[row], by = d / sums[2 * row];
+          Octet o = octet<true>(from, first, Octet::kSize);
+          for (int k = 0; k < Octet::kSize; ++k) {
+            const float p = expf(o.v[k] - high) * by;
+            o.v[k] = k == hit ? p - d : p;
+          }
+          put<true>(dx, first, Octet::kSize, o);
+        });
+    return true;
+  }
   // By octets of the whole, as rows need not be made of them: one may have the end of a row and the
   // beginning of the next.
   m.each(

@@ -23,7 +23,7 @@ struct ProductKey {
                b_step = 0, c_step = 0;
   ElementType type = ElementType::fp32, sum = ElementType::fp32;   ///< of a and b; of c
   EightBits a_eight = EightBits::e4m3, b_eight = EightBits::e4m3;  ///< of type fp8
-  bool a_transposed = false, b_transposed = false, adds = false;
+  bool a_transposed = false, b_transposed = false, adds = false, biased = false;
   int a_alignment = 0, b_alignment = 0, c_alignment = 0;  ///< bytes, at most 256
   friend auto operator<=>(const ProductKey&, const ProductKey&) = default;
 };

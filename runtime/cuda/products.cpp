@@ -268,6 +268,18 @@ void CudaMachine::product(const Product& p) {
   };
   operation(p.b, CUBLASLT_MATMUL_DESC_TRANSA);
   operation(p.a, CUBLASLT_MATMUL_DESC_TRANSB);
+  if (p.bias != nullptr) {
+    // Along the columns of c', which are c's rows. Of c's type, as it is unless it is said.
+    PARTITA_ASSERT(p.c.at.narrow() && p.bias.type() == p.c.at.type() && p.batch == 1, in_words(p));
+    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    const void* bias = p.bias.data();
+    check(cublasLtMatmulDescSetAttribute(d.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                         sizeof epilogue),
+          in_words(p));
+    check(cublasLtMatmulDescSetAttribute(d.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                         sizeof bias),
+          in_words(p));
+  }
   d.a = layout_of(p.b, p.k, p.n, p.batch);
   d.b = layout_of(p.a, p.m, p.k, p.batch);
   d.c = layout_of(p.c, p.m, p.n, p.batch);
@@ -289,6 +301,7 @@ void CudaMachine::product(const Product& p) {
                        p.a.transposed,
                        p.b.transposed,
                        p.beta != 0,
+                       p.bias != nullptr,
                        alignment(p.a.at),
                        alignment(p.b.at),
                        alignment(p.c.at)};

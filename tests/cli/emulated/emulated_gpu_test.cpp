@@ -35,7 +35,14 @@ class EmulatedGpu : public GpuCommand {
     const Json j =
         Json::parse(run("run " + arguments + kSmall, 0, false, with(variables)), nullptr, false);
     ASSERT_FALSE(j.is_discarded()) << err();
-    EXPECT_EQ(j.at("equal_to_serial"), true);
+    if (j.at("equal_to_serial").is_null()) {
+      // Rounding may send rows to other experts: the bound on gradients says nothing then.
+      EXPECT_GE(j.at("tolerance").get<double>(), 1);
+      EXPECT_LT(j.at("loss_error").get<double>(), 1e-3);
+      EXPECT_LT(j.at("parameter_error").get<double>(), 0.02);
+    } else {
+      EXPECT_EQ(j.at("equal_to_serial"), true);
+    }
     EXPECT_FALSE(j.contains("no_links"));
     EXPECT_THAT(err() + said(), Not(HasSubstr("emulated GPU")));
   }
@@ -54,7 +61,7 @@ class EmulatedGpu : public GpuCommand {
     EXPECT_EQ(graphs.at("graph").at("steps"), 2) << graphs.at("graph");
     EXPECT_GT(graphs.at("graph").at("kernel_by_kernel_s").get<double>(), 0);
     EXPECT_FALSE(none.contains("graph"));
-    EXPECT_EQ(graphs.at("equal_to_serial"), true);
+    EXPECT_NE(graphs.at("equal_to_serial"), false);
     EXPECT_EQ(graphs.at("loss"), none.at("loss"));
     for (const char* error : {"gradient_error", "parameter_error"})
       EXPECT_EQ(graphs.at(error), none.at(error)) << error;

@@ -173,6 +173,7 @@ class HostMachine {
           for (std::int64_t k = 0; k < p.k; ++k)
             sum += element(p.a, b, i, k) * element(p.b, b, k, j);
           const auto to = p.c.at[b * p.c.step + i * p.c.stride + j];
+          if (p.bias != nullptr) sum += static_cast<double>(static_cast<float>(p.bias[j]));
           const auto v = static_cast<float>(static_cast<double>(p.alpha) * sum);
           to = p.beta == 0 ? v : v + p.beta * to;
         }

@@ -30,6 +30,8 @@ struct Description {
   cublasComputeType_t compute;
   cublasOperation_t a = CUBLAS_OP_N, b = CUBLAS_OP_N;
   const void *a_scale = nullptr, *b_scale = nullptr;
+  cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+  const void* bias = nullptr;
 };
 struct Preference {
   std::uint64_t workspace = 0;
@@ -47,6 +49,7 @@ std::uint64_t problem_of(const Description& d, const Layout& a, const Layout& b,
   std::uint64_t h = 1;
   const auto add = [&](auto v) { h = partita::cuda::splitmix(h ^ static_cast<std::uint64_t>(v)); };
   add(d.compute), add(d.a), add(d.b), add(d.a_scale != nullptr), add(d.b_scale != nullptr);
+  add(d.epilogue);
   for (const Layout* l : {&a, &b, &c})
     add(l->type), add(l->rows), add(l->columns), add(l->stride), add(l->step), add(l->batch);
   return h;
@@ -72,6 +75,10 @@ std::string wrong(const Description& d, const Layout& a, const Layout& b, const 
       static_cast<std::int64_t>((c.columns - 1)) * c.stride + static_cast<std::int64_t>(c.rows);
   // Matrices of a batch may lie between each other's columns; they may not be one.
   if (c.batch > 1 && c.step == 0 && extent > 0) return "a batch's results in one place";
+  if (d.epilogue != CUBLASLT_EPILOGUE_DEFAULT &&
+      (d.epilogue != CUBLASLT_EPILOGUE_BIAS || d.bias == nullptr || c.batch > 1 || eight(a.type) ||
+       c.type == CUDA_R_32F))
+    return "an epilogue other than a bias of 16 bits";
   if (eight(a.type) || eight(b.type)) {
     if (!eight(a.type) || !eight(b.type)) return "one operand of 8 bits";
     if (a.type == CUDA_R_8F_E5M2 && b.type == CUDA_R_8F_E5M2) return "E5M2 by E5M2";
@@ -141,7 +148,9 @@ void multiply(const Description& d, const Layout& la, const std::byte* a, const 
     for (Eigen::Index j = 0; j < product.cols(); ++j) {
       for (Eigen::Index i = 0; i < product.rows(); ++i) {
         const std::int64_t e = j * lc.stride + i;
-        put(lc, to, e, scale * product(i, j) + (beta == 0 ? 0 : beta * at(lc, to, e)));
+        // A column of c' has a bias for each of its rows.
+        const float bias = d.bias != nullptr ? at(lc, static_cast<const std::byte*>(d.bias), i) : 0;
+        put(lc, to, e, scale * product(i, j) + (beta == 0 ? 0 : beta * at(lc, to, e)) + bias);
       }
     }
   }
@@ -212,6 +221,10 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t 
       return take(d.b_scale, value, size);
     case CUBLASLT_MATMUL_DESC_FAST_ACCUM:
       return take(fast, value, size);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE:
+      return take(d.epilogue, value, size);
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+      return take(d.bias, value, size);
     default:
       return refuse(CUBLAS_STATUS_INVALID_VALUE,
                     fmt::format("attribute {} of a product", static_cast<int>(attribute)));
@@ -329,6 +342,9 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_
                     fmt::format("operand {} of {} bytes is not all in the GPU's memory", k,
                                 span(*layouts[k])));
   }
+  if (p.bias != nullptr &&
+      !emulated::reachable(p.bias, lc.rows * static_cast<std::size_t>(width(lc.type))))
+    return refuse(CUBLAS_STATUS_INVALID_VALUE, "a bias that is not all in the GPU's memory");
   if (eight(la.type)) {
     for (const void* s : {p.a_scale, p.b_scale}) {
       if (s != nullptr && !emulated::on_gpu(s))
