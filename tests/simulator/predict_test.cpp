@@ -832,6 +832,18 @@ TEST(Predict, CommunicatorsAreDeviceMemory) {
   EXPECT_EQ(one % kConnection, 0);
 }
 
+TEST(Predict, ResNet50KeepsWhatPyTorchKeeps) {
+  // tests/simulator/saved_by_pytorch.py, PyTorch 1.13.0.
+  constexpr double kAnImage = 86'125'994, kImages = 64;
+  Plan p = under("pytorch-ddp");
+  set_precision(p, "fp32", "");
+  p.micro_batch = p.global_batch = 64;
+  const Prediction r = predicted(load_model("resnet-50"), p);
+  const auto kept = static_cast<double>(
+      r.memory_by_stage[0].by_category[static_cast<std::size_t>(Category::activations)].count);
+  EXPECT_NEAR(kept / (kImages * kAnImage), 1, 0.01);
+}
+
 TEST(Predict, ALayerOf2021KeepsWhatKorthikantiCounts) {
   // arXiv 2205.05198, equation 2: s b h (10 + 24 / t + 5 a s / (h t)) bytes a layer, dropout's
   // masks and copies among them. s 2048, b 4, h 6144, a 64, t 8: 26 1/3 s b h.
