@@ -102,7 +102,7 @@ import json, sys
 def read(f):
   text = open(f).read()  # with what was said beside it
   return json.loads(text[text.index("{"):text.rindex("}") + 1])
-plain, traced = (read(f)["steps_s"]["plain"] for f in sys.argv[1:3])  # by the host's clock in both
+plain, traced = (read(f)["steps_s"]["plain"] for f in sys.argv[1:3])  # by one clock in both
 events = json.load(open(sys.argv[3]))["traceEvents"]
 kernels = len(events)
 assert any(e["args"]["called for"] for e in events), "no record says for which operator it was"

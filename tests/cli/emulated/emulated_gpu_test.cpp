@@ -333,6 +333,28 @@ TEST_F(EmulatedGpu, TheSuiteEqualsItsReferenceInOneProcess) {
   for (const auto& t : one.at("traffic")) EXPECT_EQ(t.at("measured"), t.at("predicted"));
 }
 
+// The script of a machine with a GPU, those parts of it that an emulated one has time for; in the
+// place of compute-sanitizer what carries its command out.
+TEST_F(EmulatedGpu, TheGpusScriptDoesItsParts) {
+  const std::filesystem::path tools = folder_ / "tools";
+  std::filesystem::create_directories(tools);
+  std::ofstream(tools / "compute-sanitizer")
+      << "#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift 2; done\nexec \"$@\"\n";
+  std::filesystem::permissions(tools / "compute-sanitizer", std::filesystem::perms::owner_all);
+  const std::string command = fmt::format(
+      "{} PATH='{}':\"$PATH\" PARTITA='{}' GPU_TEST='{}' '{}/validation/gpu/run.sh' '{}/parts' "
+      "one-rank mnist graph memcheck 'memcheck-*' racecheck-fp8 >'{}/said' 2>&1",
+      with(""), tools.string(), (folder_ / "partita").string(), PARTITA_EMULATED_TESTS,
+      PARTITA_SOURCE, folder_.string(), folder_.string());
+  EXPECT_EQ(std::system(command.c_str()), 0) << text_of(folder_ / "said");
+  const std::string summary = text_of(folder_ / "parts/summary.txt");
+  for (const char* part :
+       {"one-rank ", "mnist ", "graph ", "memcheck ", "memcheck-bf16 ", "memcheck-experts ",
+        "memcheck-fp8 ", "memcheck-flash ", "racecheck-fp8 "})
+    EXPECT_THAT(summary, HasSubstr(part));
+  EXPECT_THAT(summary, HasSubstr(", 0 failed: none"));
+}
+
 TEST_F(EmulatedGpu, ATraceNamesWhatKernelsWereCalledFor) {
   const std::string file = folder_.string() + "/trace.json";
   run("run " + kGpt + " --micro-batch 2 --global-batch 2" + kSmall, 0, false,
