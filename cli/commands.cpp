@@ -246,15 +246,18 @@ void add_simulate(CLI::App& app) {
   });
 }
 
-/// "1,234 of 8,310 plans done, the fastest that fits so far takes 1.2 s".
+/// "1,234 of 8,310 plans done, the fastest that fits so far takes 1.2 s before transfers share
+/// links": a search shares them among the fastest alone.
 std::string search_state(const SearchProgress& p) {
   const std::int64_t space = p.space, done = p.done, again = p.again;
   const double fastest = p.fastest;
   if (space == 0) return "the plans are not counted yet";
   return fmt::format(
       "{} of {} plans done, {}{}", grouped(done), grouped(space),
-      fastest > 0 ? "the fastest that fits so far takes " + text(Seconds{fastest})
-                  : "none that fits so far",
+      fastest > 0
+          ? fmt::format("the fastest that fits so far takes {} before transfers share links",
+                        text(Seconds{fastest}))
+          : "none that fits so far",
       again > 0 ? fmt::format("; {} of the fastest once more as they are shown", again) : "");
 }
 
