@@ -227,8 +227,9 @@ cuda::GpuState StateWatch::at_work() {
 
 std::string conditions_line(const cuda::GpuState& s) {
   if (s.clock_mhz <= 0) return "";
-  std::string line =
-      fmt::format("{:.0f} MHz, {:.0f} W, {:.0f} C", s.clock_mhz, s.power_w, s.temperature_c);
+  std::string line = fmt::format("{:.0f} MHz", s.clock_mhz);
+  if (s.power_w > 0) line += fmt::format(", {:.0f} W", s.power_w);
+  if (s.temperature_c > 0) line += fmt::format(", {:.0f} °C", s.temperature_c);
   if (s.throttled.empty()) return line;
   line += ", held back by " + s.throttled;
   return s.throttled == "power cap" ? line : line + ": no measurement";

@@ -59,7 +59,7 @@ class StateWatch {
   bool ends_ = false;
   std::thread thread_;
 };
-/// "1755 MHz, 690 W, 61 C, held back by power cap"; "": the driver says nothing. What heat, a
+/// "1755 MHz, 690 W, 61 °C, held back by power cap"; "": the driver says nothing. What heat, a
 /// slowdown or a power brake held back is said to be no measurement.
 std::string conditions_line(const cuda::GpuState& state);
 /// The same as JSON's text; "null" where nothing is said.

@@ -790,7 +790,7 @@ void add_run(CLI::App& app, int& code) {
   c->add_option("--backend", o->backend, "cpu or cuda");
   c->add_flag("--share-gpu", o->share_gpu, "cuda: several ranks on one GPU");
   c->add_option("--transport", o->transport,
-                "threads, mpi or tcp (default: mpi for several ranks)");
+                "threads, mpi or tcp (default: of several ranks mpi, without mpirun tcp)");
   c->add_option("--topology", o->topology, "cluster to predict for (default: cpu-host)");
   c->add_option("--steps", o->steps, "training steps");
   c->add_option("--warm-up", o->warm_up, "steps before these, trained but not timed");

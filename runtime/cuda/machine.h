@@ -100,6 +100,21 @@ class Lanes {
   bool warp_;
 };
 
+/// Position of the first of an ascending list of n that is not below `value`.
+template <class T>
+PARTITA_BOTH std::int64_t not_below(const T* list, std::int64_t n, T value) {
+  std::int64_t low = 0;
+  while (low < n) {
+    const std::int64_t middle = (low + n) / 2;
+    if (list[middle] < value) {
+      low = middle + 1;
+    } else {
+      n = middle;
+    }
+  }
+  return low;
+}
+
 /// Ascending global indices along one dimension, as a kernel sees them.
 struct IndexList {
   const std::int64_t* list = nullptr;  ///< null: first, first + 1, ...
@@ -114,16 +129,7 @@ struct IndexList {
       const std::int64_t n = global - first;
       return n < 0 ? 0 : n > size ? size : n;
     }
-    std::int64_t low = 0, high = size;
-    while (low < high) {
-      const std::int64_t middle = (low + high) / 2;
-      if (list[middle] < global) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    return not_below(list, size, global);
   }
   /// Position of `global`; -1 where it is not held.
   PARTITA_BOTH std::int64_t find(std::int64_t global) const {

@@ -291,19 +291,6 @@ void sum_few_rows(M& m, const std::int64_t* id, std::int64_t tokens, const Index
         w[i] = accumulate ? w[i] + sum : sum;
       });
 }
-/// Position of the first of an ascending list that is not below `value`.
-PARTITA_BOTH std::int64_t not_below(const std::int32_t* list, std::int64_t n, std::int32_t value) {
-  std::int64_t low = 0;
-  while (low < n) {
-    const std::int64_t middle = (low + n) / 2;
-    if (list[middle] < value) {
-      low = middle + 1;
-    } else {
-      n = middle;
-    }
-  }
-  return low;
-}
 /// Tokens in the order of their rows, of one row in their own.
 struct TokensByRow {
   std::int32_t *row, *token;

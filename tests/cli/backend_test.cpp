@@ -27,5 +27,14 @@ TEST(Backend, SharedGpusAreCudas) {
   EXPECT_THAT(r.err, ::testing::HasSubstr("--share-gpu: is for --backend cuda"));
 }
 
+// A node that was brought the command alone.
+TEST(Backend, WithoutMpirunRanksTalkOverSockets) {
+  const test::Ran r = test::run("run mnist-linear --dp 2 --steps 1 --json", "env PATH=/nowhere");
+  EXPECT_EQ(r.code, 0) << r.err;
+  EXPECT_THAT(r.out, ::testing::HasSubstr("\"transport\": \"tcp\""));
+  EXPECT_EQ(
+      test::run("run mnist-linear --dp 2 --steps 1 --transport mpi", "env PATH=/nowhere").code, 2);
+}
+
 }  // namespace
 }  // namespace partita

@@ -141,6 +141,7 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
   u.overlap = {0.5};
   u.recording = 0.125;
   u.no_records = "none";
+  u.failed = "no memory";
   u.slowdown = {{KernelFamily::attention, "all_gather", 4, 0, Bytes{4096}, 1.25, 1.5, 0.125},
                 {KernelFamily::memory, kStandIn, 1, 24, Bytes{64}, 2, 1, 0}};
   {
@@ -167,6 +168,7 @@ TEST(Journal, WhatIsThereIsKeptAndATornLineIsNot) {
     EXPECT_EQ(read.overlap, u.overlap);
     EXPECT_EQ(read.recording, u.recording);
     EXPECT_EQ(read.no_records, u.no_records);
+    EXPECT_EQ(read.failed, u.failed);
     ASSERT_EQ(read.slowdown.size(), 2u);
     for (std::size_t x = 0; x < 2; ++x) {
       const SlowdownPoint &a = read.slowdown[x], &b = u.slowdown[x];

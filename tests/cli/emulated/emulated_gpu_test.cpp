@@ -221,10 +221,11 @@ std::pair<std::string, std::string> EmulatedGpu::by_torchrun(const std::string& 
   for (const char* file : {"said", "codes"}) std::filesystem::remove(folder_ / file);
   std::ofstream(folder_ / "ranks.sh") << fmt::format(
       "for r in 0 1; do (fault=A=1; [ $r = 1 ] && fault={}; {} $fault RANK=$r LOCAL_RANK={} "
-      "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={} '{}' run {} >/dev/null 2>>'{}'; "
+      "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={} '{}' {} >/dev/null 2>>'{}'; "
       "echo $? >>'{}') & done; wait",
       of_rank_1.empty() ? "A=1" : of_rank_1, with(variables), local_rank,
-      20000 + (::getpid() + seed_) % 20000, (folder_ / "partita").string(), arguments,
+      20000 + (::getpid() + seed_) % 20000, (folder_ / "partita").string(),
+      arguments.rfind("validate", 0) == 0 ? arguments : "run " + arguments,
       (folder_ / "said").string(), (folder_ / "codes").string());
   EXPECT_EQ(std::system(("timeout 60 sh '" + (folder_ / "ranks.sh").string() + "'").c_str()), 0);
   return {text_of(folder_ / "said"), text_of(folder_ / "codes")};
@@ -238,6 +239,33 @@ TEST_F(EmulatedGpu, MoreRanksThanGpusIsOneMessage) {
       said,
       "partita: --backend: ranks 0 and 1 are on one GPU; start no more ranks on a machine than it "
       "has GPUs, or use --share-gpu, which proves mathematics and not speed\n");
+}
+
+// A launcher may show each rank one GPU, the same number for all: how many a host has is not asked.
+TEST_F(EmulatedGpu, RanksOfALauncherMayValidate) {
+  const auto [said, codes] = by_torchrun(
+      "validate --backend cuda --ranks 2 --only 'gpt dp 2' --calibrate-only transfers --rounds 1 "
+      "--steps 1 --timeout 20");
+  EXPECT_THAT(said, Not(HasSubstr("and this machine has 1 GPU")));
+  EXPECT_THAT(said, HasSubstr("ranks 0 and 1 are on one GPU")) << "as run finds out";
+}
+
+// Whoever shares a GPU waits for its turn, in slices of milliseconds; threads are one process.
+TEST_F(EmulatedGpu, ASharedGpuIsPredictedAsOne) {
+  const std::string two = "run " + kGpt + " --micro-batch 1 --global-batch 2 --dp 2";
+  const auto predicted = [&](const std::string& how, const std::string& variables) {
+    return Json::parse(run(two + how + kSmall, 0, false, with(variables)))
+        .at("predicted_s")
+        .get<double>();
+  };
+  const double apart = predicted(" --transport tcp", "PARTITA_EMULATED_GPUS=2"),
+               turns = predicted(" --share-gpu --transport tcp", ""),
+               beside = predicted(" --share-gpu --transport threads", "");
+  EXPECT_GT(turns, 3 * apart);
+  EXPECT_GT(beside, apart);
+  EXPECT_LT(beside, turns);
+  // With a GPU each nothing is shared.
+  EXPECT_EQ(predicted(" --share-gpu --transport tcp", "PARTITA_EMULATED_GPUS=2"), apart);
 }
 
 // NCCL's kernel would wait for good: whoever waits for it looks, and aborts.

@@ -336,7 +336,40 @@ TEST_F(PaperGpu, ARankOfALargeModelIsReplayed) {
                      {"candidates", 4},
                      {"taken", 2},
                      {"seconds", 1.5e-6}};
-  EXPECT_EQ(j.at("products"), Json::array({product}));
+  Json adds = product;
+  adds["transposed"] = "TN";
+  adds["adds"] = true;
+  EXPECT_EQ(j.at("products"), Json::array({product, adds}));
+  // What the driver says of the GPU meanwhile, and what the whole rank needs.
+  EXPECT_EQ(j.at("conditions"), nullptr) << "there is no NVML";
+  EXPECT_EQ(j.at("whole_rank_bytes").at("predicted"),
+            j.at("memory_bytes").at("total").at("predicted"));
+  const std::int64_t all = std::int64_t{80} << 30, room = all - (1 << 30) - all / 100;
+  EXPECT_EQ(j.at("whole_rank_bytes").at("room"), room);
+  std::filesystem::copy_file(PARTITA_FAKE_NVML, folder_ / "libnvidia-ml.so.1");
+  const std::string watched =
+      fmt::format("env LD_LIBRARY_PATH='{}' PARTITA_FAKE_NVML_SLOW='99 none'", folder_.string());
+  const std::string part =
+      "replay llama-3-70b dgx-h100:1 --tp 8 --zero 0 --layers 2 --rank 0 --backend cuda --steps 1";
+  const Json two = Json::parse(run(part + " --json", 0, false, watched));
+  EXPECT_EQ(two.at("conditions").at("clock_mhz"), 1755);
+  EXPECT_EQ(two.at("conditions").at("throttled"), "power cap");
+  EXPECT_GT(two.at("whole_rank_bytes").at("predicted").get<std::int64_t>(), room);
+  const std::string said = run(part, 0, false, watched);
+  EXPECT_NE(said.find("\nat 1755 MHz, 698 W, held back by power cap\n"), std::string::npos) << said;
+  EXPECT_NE(said.find("the whole rank needs "), std::string::npos) << said;
+  EXPECT_NE(said.find(" too little\n"), std::string::npos) << said;
+  std::filesystem::remove(folder_ / "libnvidia-ml.so.1");
+  // validation/gpu/speed.py reads them, those that add to a gradient among them.
+  if (std::system("python3 --version >/dev/null 2>&1") == 0) {
+    const std::string speed =
+        fmt::format("python3 '{}' products '{}' >'{}'", PARTITA_SPEED_SCRIPT,
+                    (folder_ / "partita").string(), (folder_ / "speed").string());
+    EXPECT_EQ(WEXITSTATUS(std::system(speed.c_str())), 0) << text_of(folder_ / "speed");
+    const Json compared = Json::parse(text_of(folder_ / "speed"));
+    EXPECT_EQ(compared.at("products").size(), 2u) << compared;
+    EXPECT_EQ(compared.at("not timed"), Json::array());
+  }
   const std::string small =
       "replay gpt2 dgx-h100:1 --layers 1 --rank 0 --backend cuda --steps 1 --json";
   ::setenv("PARTITA_CUDA_CANDIDATES", "64", 1);
