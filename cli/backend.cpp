@@ -115,13 +115,14 @@ std::string products_json(const std::vector<execute::ProductAlgorithm>& products
                    {"algorithm", p.algorithm},
                    {"candidates", p.candidates},
                    {"taken", p.taken},
-                   {"seconds", p.seconds}});
+                   {"seconds", p.seconds},
+                   {"seconds_of_usual", p.seconds_of_usual}});
   return all.dump();
 }
 
 #ifdef PARTITA_WITH_CUDA
 namespace {
-/// Of cuBLASLt's algorithms that a product's first call times.
+/// Of cuBLASLt's algorithms for a product, timed after the first step.
 int candidates() {
   const char* text = std::getenv("PARTITA_CUDA_CANDIDATES");
   if (text == nullptr) return 4;
@@ -129,8 +130,8 @@ int candidates() {
   const long n = std::strtol(text, &end, 10);
   if (end == text || *end != 0 || n < 1 || n > 64)
     throw InputError("PARTITA_CUDA_CANDIDATES",
-                     fmt::format("'{}' is not in 1 to 64, as many of cuBLASLt's algorithms as a "
-                                 "product's first call times",
+                     fmt::format("'{}' is not in 1 to 64, as many of cuBLASLt's algorithms for a "
+                                 "product as are timed",
                                  text));
   return static_cast<int>(n);
 }
@@ -144,8 +145,8 @@ std::function<std::unique_ptr<execute::Device>(int rank)> devices_of(const Backe
     cuda::DeviceOptions d;
     const int gpus = std::max(plugin().device_count(), 1);
     d.device = o.threads ? rank % gpus : gpu_of(rank, gpus, o.share_gpu);
-    // Replicas of one product must round alike: they take the same algorithm, not the fastest.
-    d.candidates = o.ranks == 1 ? candidates() : 1;
+    // Ranks that share a GPU would time each other.
+    d.candidates = o.share_gpu ? 1 : candidates();
     d.tf32 = o.compute == ElementType::tf32;
     d.linked = linked(o);
     d.links.shared_gpu = o.share_gpu;

@@ -28,6 +28,7 @@ struct Library {
 #  define PARTITA_DECLARE(f) decltype(&::f) f = nullptr;
   PARTITA_CUPTI_FUNCTIONS(PARTITA_DECLARE)
 #  undef PARTITA_DECLARE
+  decltype(&::cuptiFinalize) finalize = nullptr;  ///< not in all versions
   std::string load() {
     const std::string numbered = fmt::format("libcupti.so.{}", CUPTI_API_VERSION / 10000);
     void* library = nullptr;
@@ -47,6 +48,7 @@ struct Library {
     if (f == nullptr) missing = #f;
     PARTITA_CUPTI_FUNCTIONS(PARTITA_FIND)
 #  undef PARTITA_FIND
+    finalize = reinterpret_cast<decltype(&::cuptiFinalize)>(::dlsym(library, "cuptiFinalize"));
     return missing != nullptr ? fmt::format("{} has no {}", numbered, missing) : "";
   }
 };
@@ -73,6 +75,9 @@ class Cupti : public Activity {
     for (const CUpti_ActivityKind k : kKinds) static_cast<void>(l_.cuptiActivityDisable(k));
     static_cast<void>(l_.cuptiActivityFlushAll(1));
     current = nullptr;
+    // While it is attached every later call and launch of this process takes longer.
+    if (l_.finalize != nullptr && std::getenv("PARTITA_CUPTI_STAYS") == nullptr)
+      static_cast<void>(l_.finalize());
   }
   std::string start() {
     current = this;
@@ -137,6 +142,7 @@ class Cupti : public Activity {
     CUpti_Activity* record = nullptr;
     while (l_.cuptiActivityGetNextRecord(buffer, valid, &record) == CUPTI_SUCCESS) {
       const auto add = [&](const auto* x, const std::string& name) {
+        if (x->start == 0 || x->end < x->start) return;  // it could not be timed
         found_.push_back({{name, "", x->streamId, static_cast<std::int64_t>(x->start),
                            static_cast<std::int64_t>(x->end)},
                           x->correlationId});

@@ -10,7 +10,8 @@
 
 namespace partita::cuda {
 
-/// Records from start to end. One at a time in a process: CUPTI's callbacks know nobody.
+/// Records from start to end, at which the device is idle and has no graph. One at a time in a
+/// process: CUPTI's callbacks know nobody.
 class Activity {
  public:
   virtual ~Activity() = default;

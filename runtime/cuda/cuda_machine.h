@@ -37,6 +37,34 @@ class DeviceBlock {
 class Convolutions;
 class FusedAttention;
 
+/// What cuBLASLt describes by opaque handles, destroyed with it.
+struct ProductDescription {
+  cublasLtMatmulDesc_t product = nullptr;
+  cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;
+  ProductDescription() = default;
+  ProductDescription(const ProductDescription&) = delete;
+  ProductDescription& operator=(const ProductDescription&) = delete;
+  ~ProductDescription();
+};
+
+/// A product as cuBLASLt takes it: c += a · b, column after column.
+struct ProductCall {
+  std::shared_ptr<ProductDescription> of;
+  const void *a = nullptr, *b = nullptr;
+  void* c = nullptr;
+  /// From the first number to the last.
+  std::size_t a_bytes = 0, b_bytes = 0, c_bytes = 0;
+  float alpha = 1, beta = 0;
+  bool passing = false;
+};
+
+/// What is to be timed once nothing else is on its way, on operands of its own.
+struct OpenProduct {
+  ProductCall call;
+  std::vector<ProductChoice> choices;
+  std::string words;
+};
+
 /// What all streams of a rank share.
 struct Libraries {
   explicit Libraries(const ProductOptions& options);
@@ -58,7 +86,13 @@ struct Libraries {
   /// Pinned memory of the host that nobody else gets until the device has finished.
   std::function<void*(std::size_t bytes)> staging;
   ProductOptions options;
-  std::map<ProductKey, ProductChoice> products;
+  ProductChoices products;
+  /// What is not timed yet, and what the ranks agreed on.
+  std::map<ProductKey, OpenProduct> open;
+  AgreedChoices agreed;
+  bool agree = false;  ///< they have
+  /// Null: nothing, or nothing for operands aligned so.
+  const ProductChoice* agreed_on(const ProductKey& key) const;
   /// The GPU has mma of 16 bits and copies to shared memory; PARTITA_CUDA_FLASH=0 in the
   /// environment leaves attention to products.
   bool flash = false;
@@ -66,17 +100,6 @@ struct Libraries {
   std::unique_ptr<FusedAttention> attention;   ///< null: our own kernels
   std::unique_ptr<Convolutions> convolutions;  ///< null: this build or machine has no cuDNN
   std::map<std::vector<std::int64_t>, std::unique_ptr<DeviceBlock>> lists, tables;
-};
-
-/// A product as cuBLASLt takes it: c += a · b, column after column.
-struct ProductCall {
-  cublasLtMatmulDesc_t product = nullptr;
-  cublasLtMatrixLayout_t a_layout = nullptr, b_layout = nullptr, c_layout = nullptr;
-  const void *a = nullptr, *b = nullptr;
-  void* c = nullptr;
-  std::size_t c_bytes = 0;  ///< from its first number to its last
-  float alpha = 1, beta = 0;
-  bool passing = false;
 };
 
 class CudaMachine {
@@ -89,10 +112,14 @@ class CudaMachine {
   template <class F>
   void rows(std::int64_t n, std::int64_t width, F f);
 
-  void product(const Product& p);
+  /// False where cuBLASLt does not add such a bias: nothing was done.
+  bool product(const Product& p);
   /// The GPU multiplies 8 bits: of compute capability 8.9 and later.
   bool has_eights() const { return libraries_.eights; }
   void product(const EightProduct& p);
+  /// Times what is open on operands beside the step's, where there is room for them; nothing else
+  /// is queued.
+  ProductChoices time_open_products();
   float* scratch(std::int64_t floats);
   std::int64_t scores() const { return 64 << 20; }
   bool has_flash() const { return libraries_.flash; }
@@ -133,7 +160,11 @@ class CudaMachine {
 
  private:
   void own_flash(const FlashCall& call, FlashPass pass);  ///< flash.cu
-  void multiply(const ProductCall& p, const ProductKey& key, const std::string& words);
+  /// False where cuBLASLt does not add the bias: nothing was done.
+  bool multiply(const ProductCall& p, const ProductKey& key, const std::string& words);
+  /// Of the heuristic's choices.
+  ProductChoice fastest(const ProductCall& p, const std::vector<ProductChoice>& choices,
+                        const std::string& words);
   Libraries& libraries_;
   cudaStream_t stream_;
   std::vector<std::unique_ptr<DeviceBlock>> blocks_;  ///< the last is filled

@@ -20,6 +20,7 @@
 #include "runtime/cuda/activity.h"
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
+#include "runtime/cuda/fused_attention.h"
 #include "runtime/cuda/kernels.h"
 #include "runtime/cuda/nvml.h"
 #include "runtime/cuda/operands.h"
@@ -152,6 +153,7 @@ class Gpu : public CudaDevice {
     const std::int64_t before = left();
     libraries_ = std::make_unique<Libraries>(ProductOptions{o.tf32, o.candidates});
     handles_ = std::max<std::int64_t>(0, before - left());
+    if (libraries_->attention) handles_ += libraries_->attention->taken_before();
     libraries_->make_room = [this] {
       if (make_room) make_room();
     };
@@ -184,7 +186,6 @@ class Gpu : public CudaDevice {
   }
   ~Gpu() override {
     if (activity_) write_trace();
-    records_.reset();
     leave_capture();
     // Before the communicators whose calls it has.
     captured_.reset();
@@ -192,6 +193,8 @@ class Gpu : public CudaDevice {
     in_process_.reset();
     // Of a GPU that has failed nothing more is asked.
     static_cast<void>(cudaDeviceSynchronize());
+    records_.reset();
+    activity_.reset();
     for (auto& [s, lane] : lanes_) static_cast<void>(cudaStreamDestroy(lane.stream));
     for (const cudaEvent_t e : events_) static_cast<void>(cudaEventDestroy(e));
     for (const cudaEvent_t e : marks_) static_cast<void>(cudaEventDestroy(e));
@@ -519,8 +522,25 @@ class Gpu : public CudaDevice {
     for (const auto& [key, c] : libraries_->products)
       all.push_back({key.m, key.n, key.k, key.batch,
                      std::string(key.a_transposed ? "T" : "N") + (key.b_transposed ? "T" : "N"),
-                     key.type, c.id, c.candidates, c.taken, c.seconds, key.sum, key.adds});
+                     key.type, c.id, c.candidates, c.taken, c.seconds, key.sum, key.adds,
+                     c.seconds_of_usual});
     return all;
+  }
+  std::string found_best() override {
+    use();
+    on(kComputeStream);
+    const ProductChoices timed = machine().time_open_products();
+    return told(fmt::format("{} of {}", cublasLtGetVersion(), gpu_name(o_.device)), timed);
+  }
+  std::string common(const std::vector<std::string>& of_ranks) override {
+    return cuda::common(of_ranks);
+  }
+  void take_common(const std::string& best) override {
+    libraries_->agreed = agreed_choices(best);
+    libraries_->agree = true;
+    for (auto& [key, choice] : libraries_->products) {
+      if (const ProductChoice* c = libraries_->agreed_on(key)) choice = *c;
+    }
   }
   /// In a careful run: has what is queued so far failed?
   void look(const std::string& what) {

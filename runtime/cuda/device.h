@@ -30,7 +30,7 @@ std::string gpu_name(int device);
 struct DeviceOptions {
   int device = 0;
   bool tf32 = false;
-  int candidates = 1;   ///< of cuBLASLt's algorithms that a new product's first call times
+  int candidates = 1;   ///< of cuBLASLt's algorithms for a product, timed after the first step
   bool ranges = false;  ///< an NVTX range around each kernel
   /// Of several ranks: nothing, so that messages pass through the host; NCCL, where this build has
   /// it; copies in the GPUs' memory, of ranks that are threads of one process.

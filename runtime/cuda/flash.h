@@ -90,18 +90,6 @@ struct HeadRows {
 
 namespace flash {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-
-/// 2^x, of -inf 0.
-PARTITA_BOTH float power_of_2(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
 template <ElementType kType>
 PARTITA_BOTH std::uint32_t pair(float low, float high) {
 #ifdef __CUDA_ARCH__
@@ -402,7 +390,7 @@ struct FlashForward {
     if (!whole) {
       flash::hide(block, p, key, [&](int row) { return keys_of_one(c.h, query + row); });
     }
-    const float scale = c.h.scale * flash::kLog2E;
+    const float scale = c.h.scale * kLog2E;
     PARTITA_UNROLL
     for (int i = 0; i < kM / 16; ++i) {
       PARTITA_UNROLL
@@ -420,7 +408,7 @@ struct FlashForward {
         for (int l = 0; l < B::kLanes; ++l) {
           // Nothing seen so far: nothing is added, whatever is taken away.
           away[l] = top[l] == -INFINITY ? 0.0f : top[l] * scale;
-          shrink[l] = flash::power_of_2(fmaf(s.top[i][r][l], scale, -away[l]));
+          shrink[l] = power_of_2(fmaf(s.top[i][r][l], scale, -away[l]));
           s.top[i][r][l] = top[l];
           float sum = s.sum[i][r][l] * shrink[l];
           PARTITA_UNROLL
@@ -428,7 +416,7 @@ struct FlashForward {
             PARTITA_UNROLL
             for (int e = 2 * r; e < 2 * r + 2; ++e) {
               float& x = p.at[i][j].v[l][e];
-              x = flash::power_of_2(fmaf(x, scale, -away[l]));
+              x = power_of_2(fmaf(x, scale, -away[l]));
               sum += x;
             }
           }
@@ -448,7 +436,7 @@ struct FlashForward {
   PARTITA_INLINE void finish(B& block, State<B>& s, const flash::Head& head,
                              std::int64_t query) const {
     const Heads& h = c.h;
-    const float scale = h.scale * flash::kLog2E;
+    const float scale = h.scale * kLog2E;
     PARTITA_UNROLL
     for (int i = 0; i < kM / 16; ++i) {
       PARTITA_UNROLL
@@ -461,15 +449,15 @@ struct FlashForward {
           if (at >= h.queries) continue;
           float other = -INFINITY;
           if (c.part) {
-            other = c.lse[head.line(c) + at] * flash::kLog2E;
+            other = c.lse[head.line(c) + at] * kLog2E;
           } else if (!(c.sinks == nullptr)) {
-            other = c.sinks[head.query_head] * flash::kLog2E;
+            other = c.sinks[head.query_head] * kLog2E;
           }
           const float mine = s.top[i][r][l] == -INFINITY ? -INFINITY : s.top[i][r][l] * scale,
                       high = fmaxf(mine, other);
           const bool any = high != -INFINITY;
-          const float by_mine = any ? flash::power_of_2(mine - high) : 0.0f,
-                      by_other = any ? flash::power_of_2(other - high) : 0.0f;
+          const float by_mine = any ? power_of_2(mine - high) : 0.0f,
+                      by_other = any ? power_of_2(other - high) : 0.0f;
           const float total = s.sum[i][r][l] * by_mine + by_other,
                       factor = any ? by_mine / total : 0.0f, rest = any ? by_other / total : 0.0f;
           std::uint16_t* y = c.y + head.output(c) + at * h.y_row;
@@ -487,7 +475,7 @@ struct FlashForward {
           }
           // The four lanes of a row have read it: they are of one warp, and only here is it
           // written.
-          s.sum[i][r][l] = any ? (high + log2f(total)) * flash::kLn2 : -INFINITY;
+          s.sum[i][r][l] = any ? (high + log2f(total)) * kLn2 : -INFINITY;
         }
       }
     }
@@ -548,7 +536,7 @@ struct FlashQueries {
           PARTITA_UNROLL
           for (int l = 0; l < B::kLanes; ++l) {
             const std::int64_t at = first + warp * kM + flash::row_of(i, block.lane(l), 2 * r);
-            s.lse[i][r][l] = at < h.queries ? c.lse[head.line(c) + at] * flash::kLog2E : 0.0f;
+            s.lse[i][r][l] = at < h.queries ? c.lse[head.line(c) + at] * kLog2E : 0.0f;
             s.along[i][r][l] = at < h.queries ? c.along[head.line(c) + at] : 0.0f;
           }
         }
@@ -578,7 +566,7 @@ struct FlashQueries {
         if (!whole) {
           flash::hide(block, p, key, [&](int row) { return keys_of_one(h, query + row); });
         }
-        const float scale = h.scale * flash::kLog2E;
+        const float scale = h.scale * kLog2E;
         PARTITA_UNROLL
         for (int i = 0; i < kM / 16; ++i) {
           PARTITA_UNROLL
@@ -589,7 +577,7 @@ struct FlashQueries {
               for (int e = 0; e < 4; ++e) {
                 const float x = p.at[i][j].v[l][e];
                 const float share =
-                    x == -INFINITY ? 0.0f : flash::power_of_2(fmaf(x, scale, -s.lse[i][e / 2][l]));
+                    x == -INFINITY ? 0.0f : power_of_2(fmaf(x, scale, -s.lse[i][e / 2][l]));
                 p.at[i][j].v[l][e] = share * (dp.at[i][j].v[l][e] - s.along[i][e / 2][l]);
               }
             }
@@ -683,10 +671,9 @@ struct FlashKeys {
             return key + row < h.keys ? queries_of(h, key + row, key + row + 1) : Span{0, 0};
           });
         }
-        const float scale = h.scale * flash::kLog2E;
+        const float scale = h.scale * kLog2E;
         flash::for_each(block, p, [&](int, int column, float& x) {
-          x = x == -INFINITY ? 0.0f
-                             : flash::power_of_2(fmaf(x, scale, -numbers[column] * flash::kLog2E));
+          x = x == -INFINITY ? 0.0f : power_of_2(fmaf(x, scale, -numbers[column] * kLog2E));
         });
         flash::add_weighted<kType, kM, kQueries, kD>(block, p, tile + kQueries * kD, s.dv);
         dp.clear();

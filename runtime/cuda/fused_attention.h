@@ -2,6 +2,7 @@
 // found when this was built (docs/cuda.md, "Attention").
 #pragma once
 
+#include <cstdint>
 #include <memory>
 
 #include "runtime/cuda/flash.h"
@@ -15,6 +16,8 @@ class FusedAttention {
   virtual ~FusedAttention() = default;
   /// The forward, or all gradients; false where cuDNN cannot, which it says once: nothing was done.
   virtual bool run(CudaMachine& m, const FlashCall& call, bool backward) = 0;
+  /// Bytes of the GPU's memory that an earlier run of this process had taken for it.
+  virtual std::int64_t taken_before() const = 0;
 };
 
 /// Null where this build has no cudnn_frontend or this machine no cuDNN, and where

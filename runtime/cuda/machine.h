@@ -42,6 +42,31 @@ double reduce(double v, bool maximum);
 
 namespace partita::cuda {
 
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+/// 2^x, of -inf 0.
+PARTITA_BOTH float power_of_2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+/// e^x in two instructions, off by a part of some 1e-7 (1 + |x|).
+PARTITA_BOTH float quick_power(float x) { return power_of_2(x * kLog2E); }
+/// 1/x but for the last bit.
+PARTITA_BOTH float quick_inverse(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+
 /// Those who share a row: on a GPU the threads of a block, or of a warp where rows are short; on
 /// the host one. Every lane calls sum() and max() the same number of times.
 class Lanes {

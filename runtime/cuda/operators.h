@@ -165,13 +165,17 @@ bool forward(M& m, const Linear& op, const Context& c, const Arguments& a) {
   const Numbers y = numbers(a.results[0]),
                 bias = op.bias && c.adds_bias ? numbers(a.parameters[1]) : Numbers(nullptr);
   // Of 16 bits the product adds it before it rounds; else it is a kernel of its own.
-  const bool inside = bias != nullptr && y.narrow() && bias.type() == y.type() &&
-                      c.compute != ElementType::fp8 &&
-                      reinterpret_cast<std::uintptr_t>(bias.data()) % 16 == 0;
+  bool inside = bias != nullptr && y.narrow() && bias.type() == y.type() &&
+                c.compute != ElementType::fp8 &&
+                reinterpret_cast<std::uintptr_t>(bias.data()) % 16 == 0;
   Product p{
       rows, out, in, {numbers(x), in, 0, false}, {numbers(w), in, 0, true}, {y, out, 0, false}};
-  if (inside) p.bias = bias;
-  if (!multiply(m, c, p, false)) return false;
+  if (inside) {
+    p.bias = bias;
+    inside = m.product(p);
+    p.bias = nullptr;
+  }
+  if (!inside && !multiply(m, c, p, false)) return false;
   if (bias != nullptr && !inside) add_columns(m, y, bias, y, rows * out, out);
   return true;
 }
@@ -1811,7 +1815,7 @@ void shares_of_rows(M& m, std::int64_t n, const Tensor& x, Numbers y) {
         const float by = 1 / static_cast<float>(powers.sum);
         row.each([&](std::int64_t e, std::int64_t count, const Octet(&o)[1]) {
           Octet to;
-          for (int k = 0; k < Octet::kSize; ++k) to.v[k] = expf(o[0].v[k] - powers.top) * by;
+          for (int k = 0; k < Octet::kSize; ++k) to.v[k] = quick_power(o[0].v[k] - powers.top) * by;
           put<kWhole>(y, r * n + e, count, to);
         });
       });
@@ -1898,7 +1902,7 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
         each_octet(line, n, lanes, [&](std::int64_t, std::int64_t count, const Octet& o) {
           float part = 0;
           for (int e = 0; e < Octet::kSize; ++e) {
-            if (e < count) part += expf(o.v[e] - high);
+            if (e < count) part += quick_power(o.v[e] - high);
           }
           sum += static_cast<double>(part);
         });
@@ -1984,7 +1988,7 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
           const float high = top[row], by = d / sums[2 * row];
           Octet o = octet<true>(from, first, Octet::kSize);
           for (int k = 0; k < Octet::kSize; ++k) {
-            const float p = expf(o.v[k] - high) * by;
+            const float p = quick_power(o.v[k] - high) * by;
             o.v[k] = k == hit ? p - d : p;
           }
           put<true>(dx, first, Octet::kSize, o);
@@ -2007,7 +2011,7 @@ bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
             at = held.find(label[row]);
             high = top[row], by = d / sums[2 * row];
           }
-          const float p = expf(o.v[k] - high) * by;
+          const float p = quick_power(o.v[k] - high) * by;
           o.v[k] = column == at ? p - d : p;
         }
         put(dx, first, count, o);

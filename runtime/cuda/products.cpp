@@ -6,30 +6,15 @@
 #include <cstring>
 #include <limits>
 #include <string_view>
+#include <utility>
 
 #include "runtime/cuda/convolutions.h"
 #include "runtime/cuda/cuda_machine.h"
 #include "runtime/cuda/fused_attention.h"
+#include "runtime/cuda/kernels.h"
 
 namespace partita::cuda {
 namespace {
-
-/// What cuBLASLt describes by opaque handles, destroyed with it.
-struct Description {
-  cublasLtMatmulDesc_t product = nullptr;
-  cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;
-  cublasLtMatmulPreference_t preference = nullptr;
-  Description() = default;
-  Description(const Description&) = delete;
-  Description& operator=(const Description&) = delete;
-  ~Description() {
-    if (preference != nullptr) cublasLtMatmulPreferenceDestroy(preference);
-    for (const auto layout : {a, b, c}) {
-      if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
-    }
-    if (product != nullptr) cublasLtMatmulDescDestroy(product);
-  }
-};
 
 cudaDataType_t type_of(ElementType t) {
   return t == ElementType::bf16 ? CUDA_R_16BF : t == ElementType::fp16 ? CUDA_R_16F : CUDA_R_32F;
@@ -71,13 +56,32 @@ std::size_t bytes_of(const Matrix& c, std::int64_t rows, std::int64_t columns, s
   return static_cast<std::size_t>(numbers) * (c.at.narrow() ? 2 : 4);
 }
 
+std::size_t bytes_of(const Eights& e) { return static_cast<std::size_t>(e.padded * e.stride); }
+
 std::string in_words(const Product& p) {
   return fmt::format("{} product of {} x {} x {}, batch {}{}{}", name(p.a.at.type()), p.m, p.n, p.k,
                      p.batch, p.a.transposed ? ", a transposed" : "",
                      p.b.transposed ? ", b transposed" : "");
 }
 
+struct Preference {
+  cublasLtMatmulPreference_t at = nullptr;
+  Preference() = default;
+  Preference(const Preference&) = delete;
+  Preference& operator=(const Preference&) = delete;
+  ~Preference() {
+    if (at != nullptr) cublasLtMatmulPreferenceDestroy(at);
+  }
+};
+
 }  // namespace
+
+ProductDescription::~ProductDescription() {
+  for (const auto layout : {a, b, c}) {
+    if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
+  }
+  if (product != nullptr) cublasLtMatmulDescDestroy(product);
+}
 
 DeviceBlock::DeviceBlock(std::size_t n, const std::function<void()>& make_room) : bytes(n) {
   void* p = nullptr;
@@ -142,6 +146,11 @@ Libraries::~Libraries() {
   attention.reset();
   convolutions.reset();
   if (blas != nullptr) cublasLtDestroy(blas);
+}
+
+const ProductChoice* Libraries::agreed_on(const ProductKey& key) const {
+  const auto it = agreed.find(ProductKind(key));
+  return it != agreed.end() && as_aligned(key, it->second.least) ? &it->second.choice : nullptr;
 }
 
 CudaMachine::CudaMachine(Libraries& libraries, cudaStream_t stream)
@@ -251,12 +260,13 @@ bool CudaMachine::flash(const FlashCall& call, FlashPass pass) {
   return true;
 }
 
-void CudaMachine::product(const Product& p) {
-  if (p.m * p.n * p.batch == 0) return;
+bool CudaMachine::product(const Product& p) {
+  if (p.m * p.n * p.batch == 0) return true;
   PARTITA_ASSERT(p.k > 0 && p.a.at.type() == p.b.at.type() &&
                      (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
                  in_words(p));
-  Description d;
+  const auto of = std::make_shared<ProductDescription>();
+  ProductDescription& d = *of;
   const cublasComputeType_t type = libraries_.options.tf32 && !p.a.at.narrow()
                                        ? CUBLAS_COMPUTE_32F_FAST_TF32
                                        : CUBLAS_COMPUTE_32F;
@@ -304,10 +314,12 @@ void CudaMachine::product(const Product& p) {
                        p.bias != nullptr,
                        alignment(p.a.at),
                        alignment(p.b.at),
-                       alignment(p.c.at)};
-  multiply({d.product, d.a, d.b, d.c, p.b.at.data(), p.a.at.data(), p.c.at.data(),
-            bytes_of(p.c, p.m, p.n, p.batch), p.alpha, p.beta, p.passing},
-           key, in_words(p));
+                       alignment(p.c.at),
+                       p.bias != nullptr ? alignment(p.bias) : 0};
+  return multiply({of, p.b.at.data(), p.a.at.data(), p.c.at.data(),
+                   bytes_of(p.b, p.k, p.n, p.batch), bytes_of(p.a, p.m, p.k, p.batch),
+                   bytes_of(p.c, p.m, p.n, p.batch), p.alpha, p.beta, p.passing},
+                  key, in_words(p));
 }
 
 void CudaMachine::product(const EightProduct& p) {
@@ -321,7 +333,8 @@ void CudaMachine::product(const EightProduct& p) {
   const auto word = [](const Eights& e) { return e.format == EightBits::e4m3 ? "E4M3" : "E5M2"; };
   const std::string words = fmt::format("{} x {} product of {} x {} x {}", word(p.a), word(p.b),
                                         p.a.rows, p.b.padded, p.a.columns);
-  Description d;
+  const auto of = std::make_shared<ProductDescription>();
+  ProductDescription& d = *of;
   check(cublasLtMatmulDescCreate(&d.product, CUBLAS_COMPUTE_32F, CUDA_R_32F), words);
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
     check(cublasLtMatmulDescSetAttribute(d.product, attribute, &value, sizeof value), words);
@@ -331,7 +344,7 @@ void CudaMachine::product(const EightProduct& p) {
   set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
   set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(p.b.inverse));
   set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(p.a.inverse));
-  // Sums in fp32 throughout, not in the 14 bits of fast accumulation.
+  // Partial sums are promoted to fp32 again and again, not kept in the tensor cores' 14 bits.
   set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, std::int8_t{0});
   const auto eights = [&](cublasLtMatrixLayout_t& layout, const Eights& e) {
     check(
@@ -352,33 +365,30 @@ void CudaMachine::product(const EightProduct& p) {
   key.adds = p.beta != 0;
   key.a_alignment = key.b_alignment = 256;  // scratch
   key.c_alignment = alignment(p.c.at);
-  multiply({d.product, d.a, d.b, d.c, p.b.at, p.a.at, p.c.at.data(),
+  multiply({of, p.b.at, p.a.at, p.c.at.data(), bytes_of(p.b), bytes_of(p.a),
             bytes_of(p.c, p.a.rows, p.b.padded, 1), 1, p.beta, p.passing},
            key, words);
 }
 
-void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const std::string& words) {
-  const auto into = [&](void* c, const ProductChoice& choice) {
-    return cublasLtMatmul(libraries_.blas, p.product, &p.alpha, p.a, p.a_layout, p.b, p.b_layout,
-                          &p.beta, c, p.c_layout, c, p.c_layout, &choice.algorithm, workspace(),
-                          choice.workspace, stream_);
-  };
-  const auto run = [&](const ProductChoice& choice) { return into(p.c, choice); };
-  const auto known = libraries_.products.find(key);
-  // Nothing is timed in a step that is captured.
-  const int wanted = p.passing || libraries_.stepped ? 1 : libraries_.options.candidates;
-  if (known != libraries_.products.end()) {
-    check(run(known->second), words);
-    return;
-  }
+namespace {
+cublasStatus_t multiply_by(const Libraries& libraries, const ProductCall& p,
+                           const ProductChoice& choice, std::byte* workspace, cudaStream_t stream) {
+  return cublasLtMatmul(libraries.blas, p.of->product, &p.alpha, p.a, p.of->a, p.b, p.of->b,
+                        &p.beta, p.c, p.of->c, p.c, p.of->c, &choice.algorithm, workspace,
+                        choice.workspace, stream);
+}
 
-  Description d;
-  check(cublasLtMatmulPreferenceCreate(&d.preference), words);
+/// At most `wanted`, the heuristic's first one first; none where it does not add such a bias.
+std::vector<ProductChoice> choices_for(const Libraries& libraries, const ProductCall& p,
+                                       const ProductKey& key, int wanted,
+                                       const std::string& words) {
+  Preference preference;
+  check(cublasLtMatmulPreferenceCreate(&preference.at), words);
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-    check(cublasLtMatmulPreferenceSetAttribute(d.preference, attribute, &value, sizeof value),
+    check(cublasLtMatmulPreferenceSetAttribute(preference.at, attribute, &value, sizeof value),
           words);
   };
-  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::size_t{kWorkspace});
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::size_t{CudaMachine::kWorkspace});
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.b_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(key.a_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(key.c_alignment));
@@ -386,10 +396,11 @@ void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const st
   constexpr int kMost = 64;
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(libraries_.blas, p.product, p.a_layout, p.b_layout,
-                                       p.c_layout, p.c_layout, d.preference,
-                                       std::clamp(wanted, 1, kMost), found, &count),
-        words);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      libraries.blas, p.of->product, p.of->a, p.of->b, p.of->c, p.of->c, preference.at,
+      std::clamp(wanted, 1, kMost), found, &count);
+  if (key.biased && status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
+  check(status, words);
   std::vector<ProductChoice> choices;
   for (int i = 0; i < count; ++i) {
     if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
@@ -401,42 +412,112 @@ void CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const st
                                          nullptr);
     choices.push_back(c);
   }
-  if (choices.empty()) throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", words));
-  ProductChoice best = choices[0];
-  // What is added to c is added to zeros beside it while it is timed; without room for them the
-  // heuristic's first is taken.
-  std::unique_ptr<DeviceBlock> beside;
-  void* c = p.c;
-  if (choices.size() > 1 && p.beta != 0) {
-    beside = DeviceBlock::where_there_is_room(p.c_bytes);
-    c = beside ? beside->at : nullptr;
-    if (beside) check(cudaMemsetAsync(c, 0, p.c_bytes, stream_), "zeros to add to");
+  if (choices.empty() && !key.biased)
+    throw MachineError(fmt::format("cuBLASLt has no algorithm for a {}", words));
+  return choices;
+}
+}  // namespace
+
+ProductChoice CudaMachine::fastest(const ProductCall& p, const std::vector<ProductChoice>& choices,
+                                   const std::string& words) {
+  const auto run = [&](const ProductChoice& choice) {
+    return multiply_by(libraries_, p, choice, workspace(), stream_);
+  };
+  cudaEvent_t before = nullptr, after = nullptr;
+  check(cudaEventCreate(&before), "an event");
+  check(cudaEventCreate(&after), "an event");
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  std::vector<double> least(choices.size(), kNever);
+  const auto time = [&](std::size_t i) {
+    if (run(choices[i]) != CUBLAS_STATUS_SUCCESS) return;
+    constexpr int kTimes = 3;
+    check(cudaEventRecord(before, stream_), "an event");
+    for (int t = 0; t < kTimes; ++t) check(run(choices[i]), words);
+    check(cudaEventRecord(after, stream_), "an event");
+    check(cudaEventSynchronize(after), words);
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, before, after), "an event's time");
+    least[i] = std::min(least[i], static_cast<double>(ms) * 1e-3 / kTimes);
+  };
+  // There and back: a clock that falls while they are timed favours neither end.
+  for (std::size_t i = 0; i < choices.size(); ++i) time(i);
+  for (std::size_t i = choices.size(); i-- > 0;) time(i);
+  check(cudaEventDestroy(before), "an event");
+  check(cudaEventDestroy(after), "an event");
+  const auto first = std::min_element(least.begin(), least.end());
+  if (*first == kNever) return choices[0];
+  ProductChoice best = choices[static_cast<std::size_t>(first - least.begin())];
+  best.candidates = static_cast<int>(choices.size());
+  best.seconds = *first;
+  const auto usual = std::min<std::ptrdiff_t>(ProductChoice::kUsual, std::ssize(least));
+  if (const double s = *std::min_element(least.begin(), least.begin() + usual); s != kNever)
+    best.seconds_of_usual = s;
+  return best;
+}
+
+bool CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const std::string& words) {
+  const auto run = [&](const ProductChoice& choice) {
+    check(multiply_by(libraries_, p, choice, workspace(), stream_), words);
+    return true;
+  };
+  if (const auto known = libraries_.products.find(key); known != libraries_.products.end())
+    return run(known->second);
+  if (const ProductChoice* choice = p.passing ? nullptr : libraries_.agreed_on(key)) {
+    libraries_.products.emplace(key, *choice);
+    return run(*choice);
   }
-  if (choices.size() > 1 && c != nullptr) {
-    cudaEvent_t before = nullptr, after = nullptr;
-    check(cudaEventCreate(&before), "an event");
-    check(cudaEventCreate(&after), "an event");
-    float least = std::numeric_limits<float>::infinity();
-    for (const ProductChoice& choice : choices) {
-      if (into(c, choice) != CUBLAS_STATUS_SUCCESS) continue;
-      constexpr int kTimes = 3;
-      check(cudaEventRecord(before, stream_), "an event");
-      for (int t = 0; t < kTimes; ++t) check(into(c, choice), words);
-      check(cudaEventRecord(after, stream_), "an event");
-      check(cudaEventSynchronize(after), words);
-      float ms = 0;
-      check(cudaEventElapsedTime(&ms, before, after), "an event's time");
-      if (ms >= least) continue;
-      least = ms;
-      best = choice;
-      best.seconds = static_cast<double>(ms) * 1e-3 / kTimes;
+  // What comes later, or once, is not timed.
+  const int wanted = p.passing || libraries_.agree ? 1 : libraries_.options.candidates;
+  std::vector<ProductChoice> choices = choices_for(libraries_, p, key, wanted, words);
+  if (choices.empty()) return false;
+  const ProductChoice first = choices[0];
+  if (!p.passing) libraries_.products.emplace(key, first);
+  if (choices.size() > 1)
+    libraries_.open.try_emplace(key, OpenProduct{p, std::move(choices), words});
+  return run(first);
+}
+
+ProductChoices CudaMachine::time_open_products() {
+  ProductChoices found;
+  for (auto& [key, open] : std::exchange(libraries_.open, {})) {
+    ProductCall& p = open.call;
+    ProductChoice& choice = found[key] = open.choices[0];
+    constexpr std::size_t kGrain = 256;
+    const auto whole = [](std::size_t n) { return (n + kGrain - 1) / kGrain * kGrain; };
+    const bool eights = key.type == ElementType::fp8;
+    const std::size_t small = whole(std::max(sizeof(float), static_cast<std::size_t>(key.n) * 4));
+    const std::size_t bytes = whole(p.a_bytes) + whole(p.b_bytes) + whole(p.c_bytes) + small;
+    std::unique_ptr<DeviceBlock> room = DeviceBlock::where_there_is_room(bytes);
+    if (!room && libraries_.make_room) {
+      libraries_.make_room();
+      room = DeviceBlock::where_there_is_room(bytes);
     }
-    check(cudaEventDestroy(before), "an event");
-    check(cudaEventDestroy(after), "an event");
-    best.candidates = static_cast<int>(choices.size());
+    if (!room) continue;
+    std::byte *a = room->at, *b = a + whole(p.a_bytes), *c = b + whole(p.b_bytes),
+              *beside = c + whole(p.c_bytes);
+    const auto numbers = [&](std::byte* at, std::size_t n, ElementType type, std::uint64_t seed) {
+      // Of 8 bits about a half, whatever its format.
+      if (eights && type == ElementType::fp8)
+        check(cudaMemsetAsync(at, 0x30, n, stream_), "numbers to multiply");
+      else
+        draw(*this, {at, type}, static_cast<std::int64_t>(n / (type == ElementType::fp32 ? 4 : 2)),
+             0, 1, seed);
+    };
+    numbers(a, p.a_bytes, key.type, 1);
+    numbers(b, p.b_bytes, key.type, 2);
+    check(cudaMemsetAsync(c, 0, p.c_bytes + small, stream_), "zeros to add to");
+    p.a = a, p.b = b, p.c = c;
+    const auto point = [&](cublasLtMatmulDescAttributes_t attribute) {
+      const void* to = beside;
+      check(cublasLtMatmulDescSetAttribute(p.of->product, attribute, &to, sizeof to), open.words);
+    };
+    if (key.biased) point(CUBLASLT_MATMUL_DESC_BIAS_POINTER);
+    if (eights)
+      point(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER), point(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER);
+    choice = fastest(p, open.choices, open.words);
+    check(cudaStreamSynchronize(stream_), open.words);
   }
-  if (!p.passing) libraries_.products.emplace(key, best);
-  check(run(best), words);
+  return found;
 }
 
 }  // namespace partita::cuda

@@ -62,7 +62,8 @@ struct ProductAlgorithm {
   int candidates = 0, taken = 0;  ///< how many were timed, which it was of those the library named
   double seconds = 0;             ///< as timed; 0: not
   ElementType out = ElementType::fp32;
-  bool adds = false;  ///< to what is there
+  bool adds = false;            ///< to what is there
+  double seconds_of_usual = 0;  ///< of the fastest of those that are timed unless told otherwise
 };
 
 /// A kernel of plain buffers (Kernel::zero and after), as a device takes it.
@@ -248,6 +249,13 @@ class Device {
   virtual std::int64_t nanoseconds(std::int64_t) { return 0; }
 
   virtual std::vector<ProductAlgorithm> products() const { return {}; }
+
+  /// Where it tries several ways to do one thing and ranks must do it alike: what was best here of
+  /// what has been done since its start. After finish(). Empty: all is done in the only way.
+  virtual std::string found_best() { return {}; }
+  /// What all ranks, who found that best, take.
+  virtual std::string common(const std::vector<std::string>& /*of_ranks*/) { return {}; }
+  virtual void take_common(const std::string& /*best*/) {}
 
   /// Kernels that were the host's, by name: calls.
   const std::map<std::string, std::int64_t>& fallbacks() const { return fallbacks_; }

@@ -89,8 +89,9 @@ Work work_of(Kernel k) {
                            static_cast<int>(Kernel::forward_statistic));
 }
 
-/// What the first rank that says anything says; on all ranks.
-std::string first_said(Transport& t, std::string mine) {
+/// What rank 0 makes of what all ranks say; on all ranks.
+std::string of_all(Transport& t, const std::string& mine,
+                   const std::function<std::string(std::vector<std::string>)>& make) {
   const auto send = [&](int to, const std::string& text) {
     const std::uint64_t size = text.size();
     t.send(to, kLinksTag, &size, sizeof size);
@@ -107,12 +108,19 @@ std::string first_said(Transport& t, std::string mine) {
     send(0, mine);
     return receive(0);
   }
-  for (int r = 1; r < t.size(); ++r) {
-    std::string theirs = receive(r);
-    if (mine.empty()) mine = std::move(theirs);
-  }
-  for (int r = 1; r < t.size(); ++r) send(r, mine);
-  return mine;
+  std::vector<std::string> said{mine};
+  for (int r = 1; r < t.size(); ++r) said.push_back(receive(r));
+  const std::string made = make(std::move(said));
+  for (int r = 1; r < t.size(); ++r) send(r, made);
+  return made;
+}
+
+/// What the first rank that says anything says; on all ranks.
+std::string first_said(Transport& t, const std::string& mine) {
+  return of_all(t, mine, [](const std::vector<std::string>& said) {
+    const auto it = std::find_if(said.begin(), said.end(), [](auto& s) { return !s.empty(); });
+    return it != said.end() ? *it : std::string();
+  });
 }
 
 class Executor {
@@ -197,6 +205,7 @@ class Executor {
         further_step();
         if (std::chrono::duration<double>(now() - start).count() >= o_.warm_up_s) break;
       }
+      take_one_way();  // at the clock that it has from now on
       untimed_ = false;
     }
     for (step_ = 0; step_ < all; ++step_) {
@@ -238,6 +247,7 @@ class Executor {
         m.last_at_peak = memory_.at_peak();
         if (m.last_peak > m.peak) m.peak = m.last_peak, m.at_peak = m.last_at_peak;
       }
+      if (step_ == 0 && (!last_step_ || o_.plain_steps > 0)) take_one_way();
       if (o_.progress) tell_progress(took.count());
       // Making the next inputs is nobody's step: not that of a rank whose core it would take
       // either.
@@ -269,6 +279,17 @@ class Executor {
     if (o_.routing) collect_routing();
     return std::move(result_);
   }
+  /// After the first step, which has done all that there is to do; once.
+  void take_one_way() {
+    if (device_.is_host() || std::exchange(one_way_, true)) return;
+    transport_.doing("the choice of algorithms");
+    const Transport::Uncounted uncounted(transport_);
+    // To find them may give kept memory back, which waits once more.
+    const std::string waited = device_.not_captured();
+    device_.take_common(of_all(transport_, device_.found_best(),
+                               [this](const auto& of_ranks) { return device_.common(of_ranks); }));
+    if (mid_step_wait_.empty()) mid_step_wait_ = waited;
+  }
   /// Is the next step launched as a graph? All ranks at once, after a step that was not.
   bool captures() {
     if (step_ == o_.warm_up) result_.no_graph = why_not_captured();
@@ -282,7 +303,7 @@ class Executor {
     } catch (const MachineError& e) {
       why = e.what();
     }
-    if (transport_.size() > 1 && !o_.alone) why = first_said(transport_, std::move(why));
+    if (transport_.size() > 1 && !o_.alone) why = first_said(transport_, why);
     captured_losses_ = std::move(step_losses_);
     step_losses_.clear();
     come_to(-1);
@@ -320,7 +341,7 @@ class Executor {
     }
     if (why.empty()) why = device_.not_captured();
     if (why.empty()) why = mid_step_wait_;
-    return alone ? why : first_said(transport_, std::move(why));
+    return alone ? why : first_said(transport_, why);
   }
   void launch_captured() {
     std::vector<const void*> brought;
@@ -2088,6 +2109,7 @@ class Executor {
   /// Of the step that was captured: each launch writes them.
   std::deque<Loss> captured_losses_;
   bool captured_ = false;  ///< this step is one launch
+  bool one_way_ = false;   ///< is taken
   std::string mid_step_wait_;  ///< Device::not_captured() of a step that made room in its midst
   double queued_ = 0;          ///< seconds until all of the last further step was
   std::map<BufferId, std::vector<float>> gradients_;

@@ -371,14 +371,14 @@ TEST_F(EmulatedGpu, TheGpusScriptDoesItsParts) {
   std::filesystem::permissions(tools / "compute-sanitizer", std::filesystem::perms::owner_all);
   const std::string command = fmt::format(
       "{} PATH='{}':\"$PATH\" PARTITA='{}' GPU_TEST='{}' '{}/validation/gpu/run.sh' '{}/parts' "
-      "one-rank mnist graph memcheck 'memcheck-*' racecheck-fp8 >'{}/said' 2>&1",
+      "one-rank records mnist graph memcheck 'memcheck-*' racecheck-fp8 >'{}/said' 2>&1",
       with(""), tools.string(), (folder_ / "partita").string(), PARTITA_EMULATED_TESTS,
       PARTITA_SOURCE, folder_.string(), folder_.string());
   EXPECT_EQ(std::system(command.c_str()), 0) << text_of(folder_ / "said");
   const std::string summary = text_of(folder_ / "parts/summary.txt");
   for (const char* part :
-       {"one-rank ", "mnist ", "graph ", "memcheck ", "memcheck-bf16 ", "memcheck-experts ",
-        "memcheck-fp8 ", "memcheck-flash ", "racecheck-fp8 "})
+       {"one-rank ", "records ", "mnist ", "graph ", "memcheck ", "memcheck-bf16 ",
+        "memcheck-experts ", "memcheck-fp8 ", "memcheck-flash ", "racecheck-fp8 "})
     EXPECT_THAT(summary, HasSubstr(part));
   EXPECT_THAT(summary, HasSubstr(", 0 failed: none"));
 }

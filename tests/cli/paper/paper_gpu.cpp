@@ -188,9 +188,10 @@ class Paper : public CudaDevice {
   CudaMachine& machine() override { throw MachineError("paper has no streams"); }
   int number() const override { return 0; }
   std::vector<execute::ProductAlgorithm> products() const override {
-    return {{64, 32, 16, 1, "NT", ElementType::bf16, 21, candidates_, 2, 1.5e-6},
+    return {{64, 32, 16, 1, "NT", ElementType::bf16, 21, candidates_, 2, 1.5e-6, ElementType::fp32,
+             false, 1.56e-6},
             {64, 32, 16, 1, "TN", ElementType::bf16, 21, candidates_, 2, 1.5e-6, ElementType::fp32,
-             true}};
+             true, 1.56e-6}};
   }
 
   /// A kernel, or several of a start each.

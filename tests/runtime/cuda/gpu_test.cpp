@@ -1,10 +1,15 @@
 // On a GPU: kernels against the reference's, plans against their reference semantics. Without one
 // every test is skipped and says why.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <map>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "runtime/cuda/device.h"
+#include "runtime/cuda/product_choice.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
 #include "tests/runtime/cpu/equal_reference.h"
@@ -288,6 +293,19 @@ void expect_trains(const Graph& graph, const Plan& wanted, Linked linked = Linke
       adds |= product.adds && product.candidates > 1;
     }
     EXPECT_EQ(adds, candidates > 1);
+    // Whatever they measured, all ranks make one product by one algorithm.
+    std::map<std::string, int> taken;
+    for (const auto& result : results) {
+      for (const auto& p : result.products) {
+        const auto [it, first] =
+            taken.emplace(fmt::format("{} {} {} {} {} {} {} {}", p.m, p.n, p.k, p.batch,
+                                      p.transposed, name(p.type), name(p.out), p.adds),
+                          p.taken);
+        if (!first) {
+          EXPECT_EQ(it->second, p.taken) << it->first;
+        }
+      }
+    }
     const auto exact = reference::options_for(graph, *program, 3, 7);
     const auto serial = reference::train_serially(graph, *program, exact, 1);
     expect_equal(
@@ -312,6 +330,61 @@ TEST(Gpu, TrainsWithAlgorithmsThatItTimes) {
     set_precision(p, precision, "");
     expect_trains(gpt(), p, Linked::not_at_all, 3);
   }
+}
+
+TEST(Gpu, RanksAgreeOnAlgorithmsThatTheyTime) {
+  NEEDS_GPU();
+  Plan data = base_plan(), tensor = base_plan(), pipeline = base_plan();
+  data.dp = 2;
+  tensor.tp = 2;
+  pipeline.pp = 2, pipeline.dp = 2;
+  for (Plan p : {data, tensor, pipeline}) {
+    set_precision(p, "bf16", "");
+    for (const Linked linked : {Linked::not_at_all, Linked::in_process})
+      expect_trains(gpt(), p, linked, 4);
+    if (HasFailure()) return;
+  }
+}
+
+/// Of a product of 8 x 4 x 2 whose operands are aligned so, the choice `taken` of so many.
+ProductChoices choice(int alignment, int taken, int candidates) {
+  ProductKey key;
+  key.m = 8, key.n = 4, key.k = 2;
+  key.a_alignment = key.b_alignment = key.c_alignment = alignment;
+  ProductChoice c{};
+  c.taken = taken, c.candidates = candidates;
+  return {{key, c}};
+}
+
+TEST(ProductChoices, RanksTakeTheFirstThatAllOfThemCan) {
+  const auto agreed = [](const std::vector<std::string>& of_ranks) {
+    const AgreedChoices all = agreed_choices(common(of_ranks));
+    return all.empty() ? -1 : all.begin()->second.choice.taken;
+  };
+  const auto of = [](int alignment, int taken, int candidates = 4) {
+    return told("one", choice(alignment, taken, candidates));
+  };
+  EXPECT_EQ(agreed({of(16, 3), of(16, 2)}), 3);
+  // For operands that are aligned to 256 bytes a faster one may be there, but not for all ranks.
+  EXPECT_EQ(agreed({of(256, 3), of(16, 2)}), 2);
+  EXPECT_EQ(agreed({of(16, 2), of(256, 3)}), 2);
+  // Without room to time it in, a rank has only the heuristic's first.
+  EXPECT_EQ(agreed({of(16, 0, 0), of(16, 1)}), 1);
+  EXPECT_EQ(agreed({of(16, 0, 0), of(256, 1)}), -1);
+  // Ranks of a stage without products; of another GPU.
+  EXPECT_EQ(agreed({"", of(16, 1)}), 1);
+  EXPECT_EQ(agreed({told("one", {}), of(16, 1)}), 1);
+  EXPECT_EQ(agreed({of(16, 1), told("another", choice(16, 2, 4))}), -1);
+  EXPECT_EQ(agreed({"", ""}), -1);
+  // Operands as aligned as was timed, or better, take it.
+  const ProductChoices timed = choice(16, 2, 4);
+  const AgreedChoices all = agreed_choices(common({told("one", timed)}));
+  const ProductKey &least = all.begin()->second.least, worse = choice(8, 0, 4).begin()->first,
+                   better = choice(32, 0, 4).begin()->first;
+  EXPECT_EQ(all.count(ProductKind(worse)), 1U);
+  EXPECT_TRUE(as_aligned(better, least));
+  EXPECT_TRUE(as_aligned(timed.begin()->first, least));
+  EXPECT_FALSE(as_aligned(worse, least));
 }
 
 TEST(Gpu, TrainsOnOneRankInNarrowTypes) {

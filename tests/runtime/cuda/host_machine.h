@@ -158,7 +158,9 @@ class HostMachine {
   void rows(std::int64_t n, std::int64_t, F f) {
     for (std::int64_t i = 0; i < n; ++i) f(i, Lanes{});
   }
-  void product(const Product& p) {
+  /// As cuBLASLt, it adds no bias to a single column, nor to products of single numbers.
+  bool product(const Product& p) {
+    if (p.bias != nullptr && (p.n == 1 || p.k == 1)) return false;
     PARTITA_ASSERT(
         p.a.at.type() == p.b.at.type() && (!p.c.at.narrow() || p.c.at.type() == p.a.at.type()),
         "a product that cuBLASLt has not");
@@ -179,6 +181,7 @@ class HostMachine {
         }
       }
     }
+    return true;
   }
   bool has_eights() const { return true; }
   void product(const EightProduct& p) {

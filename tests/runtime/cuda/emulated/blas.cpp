@@ -283,6 +283,10 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmulAlgoGetHeuristic(
     return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why);
   if (problem_of(p, la, lb, lc) != problem_of(p, la, lb, ld))
     return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "c and d differ");
+  // Whoever wants such a bias must expect that no algorithm adds it.
+  if (p.epilogue == CUBLASLT_EPILOGUE_BIAS &&
+      (lc.rows == 1 || (p.a == CUBLAS_OP_N ? la.columns : la.rows) == 1))
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   auto& prefer = *the<Preference>(preference);
   for (int i = 0; i < std::min(wanted, 10); ++i) {
     Choice choice{};

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
@@ -165,6 +166,16 @@ CUptiResult CUPTIAPI cuptiActivityPopExternalCorrelationId(CUpti_ExternalCorrela
   if (callers.empty()) return CUPTI_ERROR_QUEUE_EMPTY;
   *last = callers.back();
   callers.pop_back();
+  return CUPTI_SUCCESS;
+}
+
+/// Whoever has not fetched what is recorded has lost it, and registers again.
+CUptiResult CUPTIAPI cuptiFinalize(void) {
+  const std::lock_guard lock(emulated::guard());
+  Recorder& r = recorder();
+  if (r.buffer != nullptr || !r.kinds.empty()) std::abort();
+  r.room = nullptr;
+  r.filled = nullptr;
   return CUPTI_SUCCESS;
 }
 
