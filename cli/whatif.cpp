@@ -362,7 +362,7 @@ void run(const Options& o) {
                                                   text(p->interval->second))
                                     : numbered(p->fit));
         ++predicted;
-        if (const std::string remark = mfu_remark(r.graph);
+        if (const std::string remark = mfu_remark(r.graph, *p);
             !remark.empty() && std::find(remarks.begin(), remarks.end(), remark) == remarks.end())
           remarks.push_back(remark);
         for (const auto& a : r.assumed) {

@@ -50,7 +50,7 @@ void write_trace(const std::string& file, const Program& program, const Timeline
 std::string plan_line(const Plan& plan);
 /// Where windows of attention make model FLOPs count far more than is computed: what of it they
 /// see, in words; "" where none slides.
-std::string mfu_remark(const Graph& graph);
+std::string mfu_remark(const Graph& graph, const Prediction& prediction);
 
 /// "innermost first tp,dp, rings of dp by 1, 2": where ranks lie and how rings go; "" as ranked.
 std::string placement_line(const Plan& plan);

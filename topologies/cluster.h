@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -102,6 +103,7 @@ struct ClusterSpec {
   FabricSpec fabric;
   bool sharp = false;  ///< The fabric's switches sum what passes them (InfiniBand SHARP).
   CollectiveTable collectives;
+  std::shared_ptr<const Topology> measured_on;  ///< Topology's
   std::size_t used_devices = 0;  ///< 0: all.
   bool imported = false;         ///< From a machine's own file, which knows no fabric.
   std::vector<std::string> notes;

@@ -328,6 +328,7 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
       }
     }
   }
+  if (const auto node = root.find("collectives_on")) device.collectives_on = node->as_string();
   if (const auto table = root.find("collectives"))
     device.collectives = read_collectives(*table, figure.file_source(), device.sources);
   if (const auto list = root.find("slowdown")) {

@@ -70,6 +70,7 @@ struct DeviceProfile {
   /// after 1, 2, 4, 6 or 8 times this on an RTX 5090 (nccl-eBPF, docs/tmp, NCCL 2.29.7).
   Seconds time_slice{2.18e-3};
   CollectiveTable collectives;  ///< Measured by neighbouring devices of one node.
+  std::string collectives_on;   ///< The catalogue's node that they were measured on; or not known.
   KernelTable kernels;          ///< Measured by our runtime, all of them; empty for a GPU.
   SlowdownTable slowdown;       ///< Measured of kernels and transfers at once; empty: derived.
   /// Fractions of peak that the inner loops of flash attention reach, the products counted that it

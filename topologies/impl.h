@@ -206,6 +206,7 @@ struct Topology::Impl {
   std::size_t node_vertices = 0, node_links = 0;  ///< Sums over the nodes.
   std::size_t domain_switches = 0;
   CollectiveTable collectives;
+  std::shared_ptr<const Topology> measured_on;
   bool sharp = false;
   std::vector<std::string> notes, assumed;
   std::vector<std::pair<std::string, std::string>> sources;

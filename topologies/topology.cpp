@@ -559,6 +559,7 @@ std::size_t Topology::node_of_vertex(std::int32_t vertex) const {
 }
 
 const CollectiveTable& Topology::collectives() const { return impl_->collectives; }
+const Topology* Topology::measured_on() const { return impl_->measured_on.get(); }
 bool Topology::sharp() const { return impl_->sharp; }
 const std::vector<std::string>& Topology::notes() const { return impl_->notes; }
 
@@ -740,6 +741,7 @@ Topology build_topology(ClusterSpec spec) {
   impl->place = spec.place;
   impl->profiles = std::move(spec.profiles);
   impl->collectives = std::move(spec.collectives);
+  impl->measured_on = std::move(spec.measured_on);
   impl->sharp = spec.sharp;
   impl->notes = std::move(spec.notes);
   impl->assumed = std::move(spec.assumed);

@@ -150,6 +150,9 @@ class Topology {
 
   /// Measured times of collectives; empty where nothing was measured.
   const CollectiveTable& collectives() const;
+  /// The cluster as its file has it, with whose links collectives were measured, where edits have
+  /// changed this one; else null.
+  const Topology* measured_on() const;
   /// Do the fabric's switches sum what passes them (InfiniBand SHARP)?
   bool sharp() const;
   /// What was assumed because the input does not say; empty for the catalogue.

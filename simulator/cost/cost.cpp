@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <numeric>
 #include <set>
 #include <unordered_map>
@@ -552,6 +554,11 @@ bool narrow_parameters(const Program& p) {
   });
 }
 
+bool updates_on_host(const Program& p) {
+  return std::any_of(p.buffers.begin(), p.buffers.end(),
+                     [](const Buffer& b) { return b.category == Category::optimizer && b.host; });
+}
+
 }  // namespace
 
 Bytes gradient_passes(const Program& p, const Instruction& i, std::int64_t rank) {
@@ -593,7 +600,8 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     const double n = static_cast<double>(local_elements(p, i.writes[0], rank));
     w.flops = Flops{(p.optimizer.kind == OptimizerKind::adam ? 12 : 4) * n};
     const bool narrow = bits(p.buffer(i.writes[0]).type) < 32;
-    if (const double each = update_bytes(p, narrow); each > 0)
+    // The framework's kernels are the device's; on the host the update is one loop.
+    if (const double each = update_bytes(p, narrow); each > 0 && !on_host(p, i))
       w.bytes = Bytes{std::llround(each * n)};
     // Gradients whose optimizer runs on the host pass on the device before they leave it.
     if (!on_host(p, i)) w.bytes += gradient_passes(p, i, rank);
@@ -617,7 +625,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     return w;
   }
   if ((i.kernel == Kernel::square_sum || i.kernel == Kernel::clip) &&
-      update_bytes(p, narrow_parameters(p)) > 0)
+      update_bytes(p, narrow_parameters(p)) > 0 && !updates_on_host(p))
     return w;
   const bool part =
       i.part >= 0 && i.op >= 0 &&
@@ -964,10 +972,13 @@ struct Communication::State {
   Adjustment adjustment{};
   /// With links as built, and as NCCL sees them, where some are otherwise.
   std::unique_ptr<Communication> intact, seen;
+  /// With the links that collectives were measured on, by catalogue name; "": before edits.
+  std::map<std::string, std::unique_ptr<Communication>> measured;
 };
 
 Communication::Communication(Topology topology)
-    : state_(new State{std::move(topology), false, true, {}, 0, {}, {}, {}, {}, 0, {}, {}, {}}) {
+    : state_(
+          new State{std::move(topology), false, true, {}, 0, {}, {}, {}, {}, 0, {}, {}, {}, {}}) {
   // NCCL takes no two ranks of a device into one group.
   state_->nccl = state_->topology.state().ranks_per_device == 1;
   for (std::size_t i = 0; i < state_->topology.profile_count(); ++i)
@@ -1196,6 +1207,16 @@ Communication::Group& Communication::group(const std::vector<std::int64_t>& rank
   return it->second;
 }
 
+Communication* Communication::measured_on(const std::string& catalogue) {
+  const Topology* changed = state_->topology.measured_on();
+  if (catalogue.empty() && changed == nullptr) return nullptr;
+  auto& there = state_->measured[catalogue];
+  if (!there)
+    there = std::make_unique<Communication>(catalogue.empty() ? *changed
+                                                              : load_topology(catalogue + ":1"));
+  return there.get();
+}
+
 Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
                                  const std::vector<std::int64_t>& ranks) {
   Group& g = group(ranks);
@@ -1222,12 +1243,30 @@ Seconds Communication::nccl_time(CollectiveKind kind, Bytes bytes,
   const auto model = [&](double b) { return 1e-6 * times->second.time_us(b); };
   const std::string key(name(kind));
   const auto n = static_cast<int>(c.ranks), nodes = static_cast<int>(c.nodes);
+  // A curve is of the links that it was measured on: on others what NCCL's model says takes as much
+  // longer, or less long.
+  const auto measured = [&](const CollectiveTable& table, Communication* there,
+                            const std::vector<std::int64_t>& those) -> std::optional<Seconds> {
+    if (there == nullptr ||
+        there->topology().rank_count() <= static_cast<std::size_t>(those.back()))
+      return measured_time(table, key, n, nodes, size, model);
+    Group& then = there->group(those);
+    const auto before = then.times.try_emplace(*what, then.communicator, *what).first;
+    const auto as_measured = [&](double b) { return 1e-6 * before->second.time_us(b); };
+    auto x = measured_time(table, key, n, nodes, size, as_measured);
+    if (x) x->count *= model(size) / as_measured(size);
+    return x;
+  };
   if (state_->curves) {
-    if (const auto x = measured_time(t.collectives(), key, n, nodes, size, model)) return *x;
+    if (const auto x = measured(t.collectives(), measured_on(""), ranks)) return *x;
   }
-  const DeviceId first{static_cast<std::size_t>(ranks[0])};
-  if (nodes == 1) {
-    if (const auto x = measured_time(t.device(first).collectives, key, n, 1, size, model))
+  const DeviceProfile& device = t.device(DeviceId{static_cast<std::size_t>(ranks[0])});
+  if (nodes == 1 && !device.collectives.empty()) {
+    std::vector<std::int64_t> neighbours(ranks.size());
+    std::iota(neighbours.begin(), neighbours.end(), 0);
+    const bool known = !device.collectives_on.empty();
+    if (const auto x = measured(device.collectives, measured_on(device.collectives_on),
+                                known ? neighbours : ranks))
       return *x;
   }
   return Seconds{model(size)};

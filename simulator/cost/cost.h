@@ -193,6 +193,8 @@ class Communication {
   /// fabric's.
   Communication& as_nccl_sees_it();
   bool lost_links() const;  ///< failed ones of nodes
+  /// Null where collectives were measured with the links as they are, as far as is known.
+  Communication* measured_on(const std::string& catalogue);
   Communication& in_state(std::unique_ptr<Communication>& kept, ClusterState state);
   Seconds over_links(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks,
                      Seconds time);

@@ -467,16 +467,25 @@ class Lowering {
     PARTITA_ASSERT(p_.streams.size() < 256, "too many streams");
     return static_cast<Stream>(p_.streams.size() - 1);
   }
-  /// One communicator per group of ranks, whatever it carries: its collectives follow each other,
-  /// as NCCL's do. Two that overlapped would each be priced as if it had the links for itself.
-  Stream group_stream(AtomMask atoms) {
-    if (const auto it = stream_of_.find(atoms); it != stream_of_.end()) return it->second;
+  std::string label_of(AtomMask atoms) const {
     std::string label;
     for (std::size_t i = 0; i < p_.mesh.atoms.size(); ++i) {
       if (has(atoms, static_cast<AtomId>(i)))
         label += (label.empty() ? "" : "*") + p_.mesh.atoms[i].name;
     }
-    return stream_of_[atoms] = stream(label);
+    return label;
+  }
+  /// One communicator per group of ranks: its collectives follow each other, as NCCL's do.
+  Stream group_stream(AtomMask atoms) { return stream(label_of(atoms)); }
+  /// Of gradients and parameters. Where context or expert parallelism is over the same ranks it has
+  /// a communicator of its own (Megatron-Core, parallel_state.py: groups for context, for experts,
+  /// and for data with context parallelism; PyTorch makes one for each dimension of a mesh).
+  Stream state_stream(AtomMask atoms) {
+    const AtomMask inside = mask_of(plan_.axes.at("tp")),
+                   rows = static_cast<AtomMask>(mask_of(plan_.axes.at("cp")) |
+                                                mask_of(plan_.axes.at("ep")) | inside);
+    const bool both = (atoms & ~rows) == 0 && (atoms & ~inside) != 0;
+    return both ? stream(label_of(atoms) + " state") : group_stream(atoms);
   }
 
   /// Emits the steps that turn `from` into layout `to`; returns the last buffer. Every intermediate
@@ -679,12 +688,43 @@ class Lowering {
       i.kind = Kind::collective;
       i.collective = plan_.root_state != 0 ? CollectiveKind::broadcast : CollectiveKind::all_gather;
       i.atoms = v.scattered;
-      i.stream = group_stream(v.scattered);
+      i.stream = state_stream(v.scattered);
       i.after_compute = ahead;
       i.reads.push_back(v.value);
       i.writes.push_back(whole);
     }
     for (auto& [atoms, i] : calls) block.instructions.push_back(std::move(i));
+  }
+  /// Of what the forward gathered, what the backward need not gather again.
+  Gathered stays_gathered(int chunk) const {
+    const Gathered& all = gathered_forward_[static_cast<std::size_t>(chunk)];
+    if (!plan_.reshard_after_forward) return all;
+    Gathered some;
+    const auto& here = on_stage(stage_of_chunk(chunk));
+    std::vector<int> units = units_of_chunk(chunk);
+    std::reverse(units.begin(), units.end());
+    const bool ends = chunk % network_chunks_ == network_chunks_ - 1;
+    std::int64_t read_again = 0;  // elements of parameters, before the backward wants this unit's
+    for (std::size_t k = 0; k < units.size(); ++k) {
+      const bool in_block = units[k] >= 0 && units[k] < graph_.layers;
+      const StaysGathered& rule = plan_.stays_gathered;
+      const bool stays = rule.kind == StaysGathered::last   ? ends && k == 0
+                         : rule.kind == StaysGathered::root ? !in_block
+                                                            : ends && read_again < rule.elements;
+      if (stays) some.units.push_back(units[k]);
+      for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+        for (const ParameterId q : graph_.op(id).parameters) {
+          const ParameterOnStage& v = here.at(q);
+          if (v.unit != units[k]) continue;
+          if (const auto it = all.whole.find(q); stays && it != all.whole.end())
+            some.whole.insert(*it);
+          const int reads = segment_[id.index()] >= 0 ? 3 : 2;
+          read_again +=
+              reads * local_elements(p_.mesh, v.layout, graph_.parameter(q).shape, false, 0, 0);
+        }
+      }
+    }
+    return some;
   }
   bool used_in_chunk(ParameterId q, int chunk) const {
     for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
@@ -1611,8 +1651,7 @@ class Lowering {
     b.weight.kind = BlockKind::backward_weight;
     b.units = units_of_chunk(chunk);
     std::reverse(b.units.begin(), b.units.end());
-    if (!plan_.reshard_after_forward)
-      b.gathered = gathered_forward_[static_cast<std::size_t>(chunk)];
+    b.gathered = stays_gathered(chunk);
     const auto& ops = ops_of_chunk_[static_cast<std::size_t>(chunk)];
     // Gradients from later chunks.
     for (const OpId id : ops) {
@@ -1872,7 +1911,7 @@ class Lowering {
       i.collective =
           plan_.root_state != 0 ? CollectiveKind::reduce : CollectiveKind::reduce_scatter;
       i.atoms = scattered;
-      i.stream = group_stream(scattered);
+      i.stream = state_stream(scattered);
       i.accumulate = plan_.zero >= 2;
       i.reads = at;
       for (std::size_t k = 0; k < at.size(); ++k) {
@@ -2073,7 +2112,7 @@ class Lowering {
     i.kind = Kind::collective;
     i.collective = kind;
     i.atoms = atoms;
-    i.stream = group_stream(atoms);
+    i.stream = state_stream(atoms);
     return i;
   }
 
@@ -2239,7 +2278,7 @@ class Lowering {
     i.kind = Kind::collective;
     i.collective = CollectiveKind::all_reduce;
     i.atoms = owed;
-    i.stream = group_stream(owed);
+    i.stream = state_stream(owed);
     for (const ParameterId q : list) {
       ParameterOnStage& v = on_stage(stage).at(q);
       i.reads.push_back(v.reduced);
@@ -2416,7 +2455,7 @@ class Lowering {
         g.kind = Kind::collective;
         g.collective = CollectiveKind::all_gather;
         g.atoms = v.scattered;
-        g.stream = group_stream(v.scattered);
+        g.stream = state_stream(v.scattered);
         g.reads.push_back(target);
         g.writes.push_back(v.value);
       }
@@ -2633,7 +2672,7 @@ class Lowering {
       sum.collective = CollectiveKind::all_reduce;
       sum.atoms = atoms;
       sum.every = every;
-      sum.stream = group_stream(atoms);
+      sum.stream = state_stream(atoms);
       sum.reads = share.writes;
       sum.writes = {working(".average", whole)};
       Instruction copy;
@@ -2896,7 +2935,6 @@ class Lowering {
   std::vector<Record> records_;
   std::map<std::tuple<std::int32_t, int, bool>, int> messages_;
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;
-  std::map<AtomMask, Stream> stream_of_;
   std::map<int, std::vector<Instruction>> late_calls_;
   std::map<int, std::vector<Instruction>> decoding_;  ///< by stage: compressed gradients' last part
   std::map<int, BufferId> loss_scale_, loss_scale_state_;  ///< by stage

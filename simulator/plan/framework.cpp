@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 
 #include "base/error.h"
@@ -178,6 +179,9 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   boolean(plan, "fuses_normalise", f.fuses_normalise);
   boolean(plan, "joins_projections", f.joins_projections);
   boolean(plan, "recompute_stops_early", f.recompute_stops_early);
+  setting(plan, "stays_gathered", [&](const YamlNode& n) {
+    f.stays_gathered = parse_stays_gathered(n.as_string(), n.place());
+  });
   const auto passes = [&](const char* key, int& to) {
     setting(plan, key, [&](const YamlNode& n) { to = static_cast<int>(n.as_int(1, 100)); });
   };
@@ -389,6 +393,26 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   }
   root.reject_unknown_keys();
   return f;
+}
+
+StaysGathered parse_stays_gathered(std::string_view word, const std::string& place) {
+  if (word == "nothing") return {};
+  if (word == "last") return {StaysGathered::last, 0};
+  if (word == "root") return {StaysGathered::root, 0};
+  StaysGathered s;
+  const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), s.elements);
+  if (error != std::errc() || end != word.data() + word.size() || s.elements < 0)
+    throw InputError(
+        place, fmt::format("'{}' says nothing of what stays gathered; use nothing, last, root, "
+                           "or a number of elements (DeepSpeed's stage3_max_reuse_distance)",
+                           word));
+  return s;
+}
+std::string name(const StaysGathered& s) {
+  return s.kind == StaysGathered::last   ? "last"
+         : s.kind == StaysGathered::root ? "root"
+         : s.elements == 0               ? "nothing"
+                                         : std::to_string(s.elements);
 }
 
 std::vector<std::string> frameworks() {

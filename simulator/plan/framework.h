@@ -16,6 +16,19 @@ namespace partita {
 /// When a stage's compute stream waits until what it sends to the next has left.
 enum class SendWait : std::uint8_t { never, not_interleaved, always };
 
+/// Under ZeRO-3 with resharding, what is not gathered again for the backward (docs/plan.md): what
+/// the forward gathers last, what is in no block, or what is wanted again before so many elements
+/// of parameters have been read.
+struct StaysGathered {
+  enum Kind : std::uint8_t { near, last, root };
+  Kind kind = near;
+  std::int64_t elements = 0;  ///< of `near`; 0: nothing stays
+  friend bool operator==(const StaysGathered&, const StaysGathered&) = default;
+};
+/// "nothing", "last", "root" or a number of elements.
+StaysGathered parse_stays_gathered(std::string_view text, const std::string& place);
+std::string name(const StaysGathered& s);
+
 /// What a framework's own configuration of a network on a device sets. Empty lists and 0 are any.
 struct Workload {
   std::vector<std::string> frameworks;     ///< patterns of what tables call versions of it
@@ -110,6 +123,7 @@ struct FrameworkProfile {
   bool joins_projections = false;
   /// A segment that runs again ends with the last operator whose backward needs what it makes.
   bool recompute_stops_early = false;
+  StaysGathered stays_gathered;
   /// How often the scores of a materialised attention pass through memory between its products.
   int score_passes_forward = 2, score_passes_backward = 3;
 

@@ -827,6 +827,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.fuses_normalise = f.fuses_normalise;
   plan.joins_projections = f.joins_projections;
   plan.recompute_stops_early = f.recompute_stops_early;
+  plan.stays_gathered = f.stays_gathered;
   plan.score_passes_forward = f.score_passes_forward;
   plan.score_passes_backward = f.score_passes_backward;
 }
@@ -1022,6 +1023,8 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("zero")) p.zero = static_cast<int>(n->as_int(0, 3));
   if (const auto n = y.find("sequence_parallel")) p.sequence_parallel = n->as_bool();
   if (const auto n = y.find("reshard_after_forward")) p.reshard_after_forward = n->as_bool();
+  if (const auto n = y.find("stays_gathered"))
+    p.stays_gathered = parse_stays_gathered(n->as_string(), n->place());
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
@@ -1278,7 +1281,8 @@ std::string to_yaml(const Plan& p) {
   if (p.loss_scale.initial > 0)
     s += fmt::format("loss_scale: {{initial: {}, dynamic: {}, growth_interval: {}}}\n",
                      p.loss_scale.initial, p.loss_scale.dynamic, p.loss_scale.growth_interval);
-  if (!p.placement.empty()) s += fmt::format("placement: [{}]\n", fmt::join(p.placement, ", "));
+  if (!p.placement.empty() && p.devices.empty())
+    s += fmt::format("placement: [{}]\n", fmt::join(p.placement, ", "));
   if (!p.devices.empty()) s += fmt::format("placement: [{}]\n", devices_text(p.devices));
   if (!p.rings.empty()) {
     std::vector<std::string> axes;
@@ -1310,6 +1314,8 @@ std::string to_yaml(const Plan& p) {
   s += fmt::format(
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
+  if (p.stays_gathered != StaysGathered{})
+    s += fmt::format("stays_gathered: {}\n", name(p.stays_gathered));
   s += fmt::format("rows_once: {}\n", p.rows_once);
   if (p.overlap_experts) s += fmt::format("overlap_experts: {}\n", *p.overlap_experts);
   if (p.narrow_gathers) s += "narrow_gathers: true\n";

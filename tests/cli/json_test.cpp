@@ -505,6 +505,30 @@ TEST(Trace, OfTheBestPlanIsWrittenByTheSearchAndItsPlanSaved) {
   EXPECT_EQ(again.at("plan"), best.at("plan"));
 }
 
+TEST(Json, APredictionsPlanIsAPlanFile) {
+  TemporaryFolder folder;
+  const std::string file = folder.path() + "/plan.yaml";
+  for (const std::string given :
+       {"--tp 2 --sequence-parallel --set overlap_tensor_parallel=true",
+        "--dp 8 --zero 3 --set zero_group=4 --set reshard_after_forward=false",
+        "--dp 8 --set offload.optimizer=true --set optimizer.clip=0 --set 'bucket=500 MiB'",
+        "--tp 2 --pp 2 --framework megatron-core --recompute first:1",
+        "--dp 8 --set 'precision={base: bf16, gradients: bf16}'",
+        "--tp 2 --dp 4 --placement dp,tp"}) {
+    const std::string command = "simulate gpt2 dgx-h100:1 --layers 2 --seq 128 --json ";
+    const Json said = parsed(run(command + given + " --global-batch 16"));
+    Json plan = said.at("plan");
+    plan.erase("micro_batches");
+    Json text{{"schema", "partita.plan/1"}};
+    text.update(plan);
+    std::ofstream(file) << text.dump();
+    const Json again = parsed(run(command + "--plan " + file));
+    EXPECT_EQ(again.at("plan"), said.at("plan")) << given;
+    EXPECT_EQ(again.at("step_time_s"), said.at("step_time_s")) << given;
+    EXPECT_EQ(again.at("peak_device_bytes"), said.at("peak_device_bytes")) << given;
+  }
+}
+
 /// Some machines that build without MPI have threads only.
 std::vector<std::string> transports() {
   const Ran r = run("run mnist-linear --ranks 1 --transport mpi --steps 1");

@@ -732,5 +732,42 @@ TEST(MeasuredTime, TheNearestNumberOfRanksCounts) {
   EXPECT_NEAR(measured_time(links, "all_reduce", 4, Bytes{256})->count, 2e-6, 1e-12);
 }
 
+// Measured times are of the links that they were measured on: slower ones take longer, faster ones
+// do not, and what is not changed takes what was measured.
+TEST(Cost, MeasuredCollectivesFollowTheirLinks) {
+  for (const char* cluster : {"dgx-h100:1", "dgx-b200:1", "p5-48xlarge:2", "gcp-a3-mega:2"}) {
+    const Topology built = load_topology(cluster);
+    const auto ranks = first(static_cast<std::int64_t>(built.used_ranks()));
+    for (const char* link :
+         {"nodes[*].links[kind=nvlink].bandwidth", "nodes[*].vertices.nic[0-7].bandwidth"}) {
+      if (ranks.size() == 8 && std::string(link).find("nic") != std::string::npos) continue;
+      std::map<std::int64_t, double> before;
+      for (const char* factor : {"x0.1", "x0.25", "x0.5", "x1", "x2"}) {
+        Communication network(load_topology(cluster, {{{link, factor}}, {}}));
+        Communication as_built(built);
+        for (const std::int64_t bytes : {1LL << 12, 1LL << 20, 1LL << 25, 1LL << 30}) {
+          SCOPED_TRACE(fmt::format("{} {} {} {}", cluster, link, factor, bytes));
+          const auto time = [&](Communication& c) {
+            return c.collective(CollectiveKind::all_reduce, Bytes{bytes}, ranks).count;
+          };
+          const double t = time(network);
+          if (std::string(factor) == "x1") {
+            EXPECT_NEAR(t, time(as_built), 1e-9 * t);
+          }
+          const auto [it, fresh] = before.emplace(bytes, t);
+          if (!fresh) {
+            EXPECT_LE(t, it->second * (1 + 1e-9));
+          }
+          it->second = t;
+        }
+      }
+    }
+  }
+  // 32 MiB over NVLink of 45 GB/s are not there before 746 us.
+  Communication slow(
+      load_topology("dgx-h100:1", {{{"nodes[*].links[kind=nvlink].bandwidth", "x0.1"}}, {}}));
+  EXPECT_GT(slow.collective(CollectiveKind::all_reduce, 32_MiB, first(8)).count, 746e-6);
+}
+
 }  // namespace
 }  // namespace partita

@@ -65,6 +65,7 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_EQ(p.fuses_normalise, f.fuses_normalise);
     EXPECT_EQ(p.joins_projections, f.joins_projections);
     EXPECT_EQ(p.recompute_stops_early, f.recompute_stops_early);
+    EXPECT_EQ(p.stays_gathered, f.stays_gathered);
     EXPECT_EQ(p.score_passes_forward, f.score_passes_forward);
     EXPECT_EQ(p.score_passes_backward, f.score_passes_backward);
     EXPECT_EQ(p.channels_first, f.channels_first && p.precision.activations == ElementType::fp32);

@@ -306,5 +306,45 @@ TEST(Policies, AFixedLossScaleKeepsGradientsThatFp16WouldLose) {
   EXPECT_EQ(first[0x1p10], 1 - 0x1p-7);
 }
 
+/// Streams of collectives by what they carry: gradients and parameters, or not.
+std::map<bool, std::set<std::string>> streams_of(const Program& p) {
+  std::map<bool, std::set<std::string>> all;
+  for (const Block& b : p.blocks) {
+    for (const Instruction& i : b.instructions) {
+      if (i.kind != Kind::collective || p.group(i, 0).size() < 2) continue;
+      const Buffer& carried = p.buffer(i.reads[0]);
+      const bool state =
+          carried.category == Category::gradients || carried.category == Category::parameters;
+      all[state].insert(p.streams[i.stream]);
+    }
+  }
+  return all;
+}
+
+// Groups of the same ranks are communicators of their own for each purpose (Megatron-Core,
+// parallel_state.py): a bucket of gradients must not wait for, or hold up, keys and values.
+TEST(Policies, GradientsAndActivationsDoNotWaitForEachOther) {
+  Plan p = base_plan();
+  p.global_batch = 4;
+  p.cp = 2;
+  for (const std::int64_t dp : {1, 2}) {
+    p.dp = dp;
+    const auto streams = streams_of(lowered(llama(), p));
+    ASSERT_FALSE(streams.at(false).empty());
+    for (const std::string& s : streams.at(true)) EXPECT_EQ(streams.at(false).count(s), 0U) << s;
+  }
+  // Experts over all ranks of data parallelism.
+  p.cp = 1;
+  p.ep = 2;
+  const auto experts = streams_of(lowered(mixtral(), p));
+  for (const std::string& s : experts.at(true)) EXPECT_EQ(experts.at(false).count(s), 0U) << s;
+  // Norms' gradients are summed by tensor parallelism's own communicator.
+  p.ep = p.dp = 1;
+  p.tp = 2;
+  p.sequence_parallel = true;
+  const auto tensor = streams_of(lowered(llama(), p));
+  EXPECT_EQ(tensor.at(true), tensor.at(false));
+}
+
 }  // namespace
 }  // namespace partita

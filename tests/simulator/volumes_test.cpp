@@ -210,6 +210,57 @@ TEST(Volumes, ParametersKeptFromTheForwardAreGatheredOnce) {
             m * (n - 1) * parameter_count(llama()) * kParameter / n);
 }
 
+TEST(Volumes, WhatStaysGatheredIsNotGatheredAgain) {
+  // docs/plan.md, "What stays gathered": an embedding, two blocks and a head, of any sizes.
+  TransformerConfig c = small_config();
+  c.layers = 2;
+  c.tied = false;
+  const Graph g = build_transformer(c);
+  std::vector<std::int64_t> of_unit(static_cast<std::size_t>(g.layers) + 2);  // embedding first
+  for (const Operator& op : g.operators) {
+    for (const ParameterId q : op.parameters) {
+      std::int64_t elements = 1;
+      for (const auto& d : g.parameter(q).shape) elements *= d.extent;
+      of_unit.at(static_cast<std::size_t>(op.layer + 1)) += elements;
+    }
+  }
+  ASSERT_EQ(of_unit.size(), 4U);
+  const std::int64_t n = 2, m = 3, e = of_unit[0], first = of_unit[1], second = of_unit[2],
+                     head = of_unit[3], all = e + first + second + head;
+  const auto in_backward = [&](const char* stays, const char* recompute) {
+    Plan plan = base_plan();
+    plan.dp = n;
+    plan.zero = 3;
+    plan.global_batch = n * m;
+    plan.recompute = parse_recompute(recompute, "");
+    plan.stays_gathered = parse_stays_gathered(stays, "");
+    const Program p = lowered(g, plan);
+    const std::int64_t wire =
+        traffic(p, 0, of_state(p, Category::buffers, CollectiveKind::all_gather)).wire;
+    return wire * n / ((n - 1) * kParameter * m) - all;
+  };
+  const auto near = [&](std::int64_t elements, const char* recompute) {
+    return in_backward(std::to_string(elements).c_str(), recompute);
+  };
+  EXPECT_EQ(in_backward("nothing", "none"), all);
+  EXPECT_EQ(in_backward("last", "none"), all - head);
+  EXPECT_EQ(in_backward("root", "none"), first + second);
+  EXPECT_EQ(near(1, "none"), all - head);
+  EXPECT_EQ(near(2 * head, "none"), all - head);
+  EXPECT_EQ(near(2 * head + 1, "none"), e + first);
+  EXPECT_EQ(near(2 * (head + second), "none"), e + first);
+  EXPECT_EQ(near(2 * (head + second) + 1, "none"), e);
+  EXPECT_EQ(near(2 * (head + second + first), "none"), e);
+  EXPECT_EQ(near(2 * (head + second + first) + 1, "none"), 0);
+  // Blocks run again before their backward.
+  EXPECT_EQ(near(2 * head + 3 * second, "full"), e + first);
+  EXPECT_EQ(near(2 * head + 3 * second + 1, "full"), e);
+  EXPECT_THROW(parse_stays_gathered("-1", "stays_gathered"), InputError);
+  EXPECT_THROW(parse_stays_gathered("1e9", "stays_gathered"), InputError);
+  for (const char* word : {"nothing", "last", "root", "1000000000"})
+    EXPECT_EQ(name(parse_stays_gathered(word, "")), word);
+}
+
 TEST(Volumes, HybridShardingReducesShardsOverTheCopiesOnceAStep) {
   Plan plan = base_plan();
   plan.dp = 4;
