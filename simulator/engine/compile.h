@@ -39,7 +39,8 @@ struct Step {
   Kind kind = Kind::compute;
   Stream stream = 0;
   bool after_compute = false;
-  bool host_waits = false;  ///< for the compute stream, before it launches this
+  /// For the compute stream, and for what this reads, before it launches this.
+  bool host_waits = false;
   std::int32_t instruction = 0;
   std::int64_t ticks = 0;   ///< as stretched
   std::int64_t launch = 0;  ///< of the host's time, as stretched

@@ -321,7 +321,13 @@ class Engine {
     const Slot* cause = nullptr;
     std::int32_t waited_for = step.label;
     if (step.after_compute) start = std::max(start, s.free[kComputeStream]);
-    if (step.host_waits) s.host = std::max(s.host, s.free[kComputeStream]);
+    if (step.host_waits) {
+      s.host = std::max(s.host, s.free[kComputeStream]);
+      for (std::int32_t w = 0; w < step.waits; ++w) {
+        const auto slot = block.slots[static_cast<std::size_t>(step.first_wait + w)];
+        s.host = std::max(s.host, s.slot(slot, call.micro_batch).ready);
+      }
+    }
     const std::int64_t launched = s.host + step.until_launched;
     Slot host;
     if (launched > start) {

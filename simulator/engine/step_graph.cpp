@@ -235,8 +235,19 @@ void StepGraph::launch(int rank_class, const Instance& x, std::int32_t task) {
     if (h.task >= 0) tasks_.order(h.task, next, Precedence::end_to_start);
     const Class& c = classes_[static_cast<std::size_t>(rank_class)];
     const std::int32_t kernel = c.last_on[kComputeStream].node;
-    if (x.host_waits && kernel >= 0)
-      tasks_.order(c.nodes[static_cast<std::size_t>(kernel)].task, next, Precedence::end_to_start);
+    if (x.host_waits) {
+      std::set<std::int32_t> nodes{kernel};
+      for (const auto slot : x.waits) {
+        const Place p = c.made_by[slot];
+        if (p.node >= 0 && p.part + 1 == c.nodes[static_cast<std::size_t>(p.node)].parts)
+          nodes.insert(p.node);
+      }
+      for (const std::int32_t node : nodes) {
+        if (node >= 0)
+          tasks_.order(c.nodes[static_cast<std::size_t>(node)].task, next,
+                       Precedence::end_to_start);
+      }
+    }
     h.task = next;
   }
   tasks_.order(h.task, task, Precedence::end_to_start);

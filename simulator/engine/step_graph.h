@@ -77,7 +77,7 @@ class StepGraph {
     bool after_compute = false;
     std::span<const std::size_t> waits, marks;  ///< slots of the class
     std::int64_t launch = 0;                    ///< of the host's time, before it may start
-    bool host_waits = false;                    ///< for the compute stream, before it launches
+    bool host_waits = false;                    ///< before it launches, as Step
   };
   void step(int rank_class, const Instance& instance);
   /// One task for all classes that name the same key.

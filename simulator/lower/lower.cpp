@@ -115,6 +115,7 @@ class Lowering {
     p_.compression = plan_.compression;
     p_.fp8_format = plan_.fp8_format;
     p_.launches = plan_.launches;
+    p_.launches.waits_for_messages = plan_.launches.waits_for_messages && waits_for_sends();
     p_.kernels = plan_.kernels;
     if (plan_.scatter_messages && plan_.replicas == 0) {
       for (const int atom : plan_.axes.at("tp"))

@@ -93,6 +93,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*launch, "graphs_beside_experts", f.launches.graphs_beside_experts);
     setting(*launch, "graphs_of", [&](const YamlNode& n) { f.launches.graphs_of = n.as_string(); });
     boolean(*launch, "waits_for_counts", f.launches.waits_for_counts);
+    boolean(*launch, "waits_for_messages", f.launches.waits_for_messages);
     boolean(*launch, "blocking", f.launches.blocking);
     launch->reject_unknown_keys();
   }

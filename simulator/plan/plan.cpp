@@ -985,6 +985,7 @@ void set_launches(Launches& l, const YamlNode& n) {
   if (const auto x = n.find("graphs_beside_experts")) l.graphs_beside_experts = x->as_bool();
   if (const auto x = n.find("graphs_of")) l.graphs_of = x->as_string();
   if (const auto x = n.find("waits_for_counts")) l.waits_for_counts = x->as_bool();
+  if (const auto x = n.find("waits_for_messages")) l.waits_for_messages = x->as_bool();
   if (const auto x = n.find("blocking")) l.blocking = x->as_bool();
   n.reject_unknown_keys();
 }
@@ -1295,13 +1296,16 @@ std::string to_yaml(const Plan& p) {
   };
   if (p.launches != Launches{})
     s += fmt::format(
-        "launch: {{kernel: {} s, {}{}transfer: {} s, {}graphs: {}, {}{}waits_for_counts: {}{}}}\n",
+        "launch: {{kernel: {} s, {}{}transfer: {} s, {}graphs: {}, {}{}waits_for_counts: "
+        "{}{}{}}}\n",
         p.launches.kernel.count, if_any("product", p.launches.product),
         if_any("loop", p.launches.loop), p.launches.transfer.count, if_any("step", p.launches.step),
         p.launches.graphs, p.launches.graphs_beside_experts ? "graphs_beside_experts: true, " : "",
         p.launches.graphs_of.empty() ? ""
                                      : fmt::format("graphs_of: \"{}\", ", p.launches.graphs_of),
-        p.launches.waits_for_counts, p.launches.blocking ? ", blocking: true" : "");
+        p.launches.waits_for_counts,
+        p.launches.waits_for_messages ? ", waits_for_messages: true" : "",
+        p.launches.blocking ? ", blocking: true" : "");
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",

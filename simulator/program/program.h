@@ -72,7 +72,7 @@ struct Buffer {
   bool whole_numbers = false;  ///< 4-byte words that are no fp32: indices, packed signs
   std::int64_t experts = 0;    ///< of a routed buffer
   std::int64_t groups = 1, top_groups = 1;  ///< Router's, of its rows
-  std::int32_t routing = -1;   ///< of a routed buffer: into Program::routings; -1: balanced
+  std::int32_t routing = -1;  ///< of a routed buffer: into Program::routings; -1: balanced
   /// What the values are, for interpreters; -1: nothing that the graph names.
   std::int32_t tensor = -1;
   std::int32_t parameter = -1;
@@ -254,6 +254,9 @@ struct Launches {
   /// The host learns how many rows each expert gets before it goes on: it waits for the kernels
   /// before the rows' exchange.
   bool waits_for_counts = false;
+  /// Where a stage waits for its sends, its host waits for what comes, too, and launches nothing
+  /// before it is there.
+  bool waits_for_messages = false;
   bool graphs_beside_experts = false;  ///< what touches no rows of experts was captured
   std::string graphs_of;  ///< operators that were captured: a pattern of names; empty: none
   bool blocking = false;  ///< the host waits for each kernel before it launches the next

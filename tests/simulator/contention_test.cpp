@@ -1410,5 +1410,44 @@ TEST(Host, WaitsUntilItKnowsHowManyRowsExpertsGet) {
   EXPECT_GT(step(2e-6, true), step(2e-6, false));
 }
 
+// Launches alone take time: where each stage's host waits for what comes, stages that take turns
+// take the sum of their launches; else each host runs ahead and they take those of one.
+TEST(Host, WaitsForMessagesOfItsNeighbours) {
+  const Topology t = load_topology("dgx-h100:1");
+  constexpr double kLaunch = 1e-3;
+  Plan wanted = base_plan();
+  wanted.pp = 2;
+  wanted.global_batch = 3;
+  wanted.schedule = Schedule::naive;
+  const auto step = [&](bool waits, SendWait sends, double(&launched)[2]) {
+    wanted.launches = {};
+    wanted.launches.kernel = Seconds{kLaunch};
+    wanted.launches.waits_for_messages = waits;
+    wanted.send_wait = sends;
+    const Program p = lowered(llama(), wanted);
+    for (int stage = 0; stage < 2; ++stage) {
+      launched[stage] = 0;
+      for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) {
+        for (const Instruction& i : p.blocks[call.block.index()].instructions) {
+          if (i.kind == Kind::compute || i.kind == Kind::slice)
+            launched[stage] += kLaunch * work_of(p, i, p.rank_on_stage(0, stage)).kernels;
+        }
+      }
+    }
+    const Timeline idle = run(p, t, Network::idle);
+    const auto of_idle = static_cast<double>(idle.step.count);
+    EXPECT_NEAR(of_idle, static_cast<double>(run(p, t, Network::flows).step.count), 1e-3 * of_idle);
+    return 1e-12 * of_idle;
+  };
+  double of[2];
+  const double ahead = step(false, SendWait::always, of);
+  EXPECT_NEAR(ahead, std::max(of[0], of[1]), 0.02 * ahead);
+  const double turns = step(true, SendWait::always, of);
+  EXPECT_NEAR(turns, of[0] + of[1], 0.2 * turns);  // updates are beside each other
+  EXPECT_GT(turns, 1.5 * ahead);
+  // Whoever does not wait for what it sends does not wait for what comes.
+  EXPECT_EQ(step(true, SendWait::never, of), step(false, SendWait::never, of));
+}
+
 }  // namespace
 }  // namespace partita

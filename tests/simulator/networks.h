@@ -255,6 +255,8 @@ inline Plan with_launches(Plan p, std::mt19937& rng) {
   p.launches.graphs = rng() % 3 == 0;
   p.launches.waits_for_counts = rng() % 2 == 0;
   p.launches.blocking = rng() % 4 == 0;
+  p.launches.waits_for_messages = !p.launches.graphs;
+  p.send_wait = p.launches.waits_for_counts ? SendWait::always : SendWait::never;
   return p;
 }
 
