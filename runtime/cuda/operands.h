@@ -393,64 +393,72 @@ PARTITA_BOTH Curve curve(float x) {
 }
 PARTITA_BOTH Curve silu(float x) { return curve<ActivationKind::silu>(x); }
 
-/// f(kind, from, to) of one octet of each tensor, the kind known to the compiler: once for all of
-/// an octet it is asked for.
-template <int kFrom, int kTo, class F>
-struct OfCurves {
+template <int kFrom, int kTo>
+struct Curved {
   ActivationKind kind;
   Numbers from[kFrom], to[kTo];
   std::int64_t n;
-  template <ActivationKind kKind, bool kQuick>
+};
+/// F of eight of each tensor, the kind known to the compiler: once for all of them it is asked for.
+/// `kApart`: as EightOf; without, everything has 16 bits.
+template <int kFrom, int kTo, class F, bool kApart>
+struct OfCurves {
+  using Eight = EightOf<kApart>;
+  Curved<kFrom, kTo> of;
+  template <ActivationKind kKind>
   PARTITA_INLINE void take(const Octet (&x)[kFrom], Octet (&y)[kTo]) const {
     PARTITA_UNROLL
     for (int k = 0; k < Octet::kSize; ++k) {
       float in[kFrom], out[kTo];
       PARTITA_UNROLL
       for (int t = 0; t < kFrom; ++t) in[t] = x[t].v[k];
-      F::of(curve<kKind, kQuick>(in[0]), in, out);
+      F::of(curve<kKind, !kApart>(in[0]), in, out);
       PARTITA_UNROLL
       for (int t = 0; t < kTo; ++t) y[t].v[k] = out[t];
     }
   }
-  template <bool kQuick>
   PARTITA_INLINE void take(const Octet (&x)[kFrom], Octet (&y)[kTo]) const {
-    switch (kind) {
+    switch (of.kind) {
       case ActivationKind::relu:
-        return take<ActivationKind::relu, kQuick>(x, y);
+        return take<ActivationKind::relu>(x, y);
       case ActivationKind::squared_relu:
-        return take<ActivationKind::squared_relu, kQuick>(x, y);
+        return take<ActivationKind::squared_relu>(x, y);
       case ActivationKind::gelu:
-        return take<ActivationKind::gelu, kQuick>(x, y);
+        return take<ActivationKind::gelu>(x, y);
       case ActivationKind::gelu_tanh:
-        return take<ActivationKind::gelu_tanh, kQuick>(x, y);
+        return take<ActivationKind::gelu_tanh>(x, y);
       case ActivationKind::silu:
-        return take<ActivationKind::silu, kQuick>(x, y);
+        return take<ActivationKind::silu>(x, y);
       case ActivationKind::sigmoid:
-        return take<ActivationKind::sigmoid, kQuick>(x, y);
+        return take<ActivationKind::sigmoid>(x, y);
       case ActivationKind::tanh:
-        return take<ActivationKind::tanh, kQuick>(x, y);
+        return take<ActivationKind::tanh>(x, y);
     }
   }
   PARTITA_LANE void operator()(std::int64_t number) const {
-    const std::int64_t first = number * Octet::kSize;
+    if (Eight::first(number) >= of.n) return;
     Raw raw[kFrom];
     PARTITA_UNROLL
-    for (int t = 0; t < kFrom; ++t) raw[t] = raw_octet(from[t], first, n - first);
+    for (int t = 0; t < kFrom; ++t) raw[t] = Eight::raw(of.from[t], number, of.n);
     Octet x[kFrom];
     PARTITA_UNROLL
-    for (int t = 0; t < kFrom; ++t) x[t] = octet_of(raw[t], from[t].type());
+    for (int t = 0; t < kFrom; ++t) x[t] = octet_of(raw[t], of.from[t].type());
     Octet y[kTo];
-    bool narrow = true;
+    take(x, y);
     PARTITA_UNROLL
-    for (int t = 0; t < kTo; ++t) narrow = narrow && to[t].narrow();
-    if (narrow) {
-      take<true>(x, y);
-    } else {
-      take<false>(x, y);
-    }
-    PARTITA_UNROLL
-    for (int t = 0; t < kTo; ++t) put(to[t], first, n - first, y[t]);
+    for (int t = 0; t < kTo; ++t) Eight::put(of.to[t], number, of.n, y[t]);
   }
 };
+template <class F, class M, int kFrom, int kTo>
+void map_curves(M& m, const Curved<kFrom, kTo>& of) {
+  bool wide = false;
+  for (const Numbers& x : of.from) wide |= any_wide(x);
+  for (const Numbers& y : of.to) wide |= any_wide(y);
+  if (wide) {
+    m.each(EightOf<true>::count(of.n), OfCurves<kFrom, kTo, F, true>{of});
+  } else {
+    m.each(EightOf<false>::count(of.n), OfCurves<kFrom, kTo, F, false>{of});
+  }
+}
 
 }  // namespace partita::cuda

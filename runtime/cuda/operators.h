@@ -1019,24 +1019,23 @@ struct GatedSlopesOf {  ///< of (x, up, dy)
 template <class M>
 bool forward(M& m, const Activation& op, const Context&, const Arguments& a) {
   const std::int64_t n = a.inputs[0].size();
-  m.each(octets(n),
-         OfCurves<1, 1, ValueOf>{op.kind, {numbers(a.inputs[0])}, {numbers(a.results[0])}, n});
+  map_curves<ValueOf>(m, Curved<1, 1>{op.kind, {numbers(a.inputs[0])}, {numbers(a.results[0])}, n});
   return true;
 }
 template <class M>
 bool data(M& m, const Activation& op, const Context&, const Arguments& a) {
   const Tensor& x = op.kind == ActivationKind::relu ? a.outputs[0] : a.inputs[0];
   const std::int64_t n = x.size();
-  m.each(octets(n),
-         OfCurves<2, 1, SlopeOf>{
+  map_curves<SlopeOf>(
+      m, Curved<2, 1>{
              op.kind, {numbers(x), numbers(a.output_gradients[0])}, {numbers(a.results[0])}, n});
   return true;
 }
 template <class M>
 bool forward(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
   const std::int64_t n = a.inputs[0].size();
-  m.each(octets(n),
-         OfCurves<2, 1, GatedValueOf>{
+  map_curves<GatedValueOf>(
+      m, Curved<2, 1>{
              op.kind, {numbers(a.inputs[0]), numbers(a.inputs[1])}, {numbers(a.results[0])}, n});
   return true;
 }
@@ -1044,11 +1043,11 @@ template <class M>
 bool data(M& m, const GatedActivation& op, const Context&, const Arguments& a) {
   if (!wanted(a, 0) || !wanted(a, 1)) return false;
   const std::int64_t n = a.inputs[0].size();
-  m.each(octets(n), OfCurves<3, 2, GatedSlopesOf>{op.kind,
-                                                  {numbers(a.inputs[0]), numbers(a.inputs[1]),
-                                                   numbers(a.output_gradients[0])},
-                                                  {numbers(a.results[0]), numbers(a.results[1])},
-                                                  n});
+  map_curves<GatedSlopesOf>(
+      m, Curved<3, 2>{op.kind,
+                      {numbers(a.inputs[0]), numbers(a.inputs[1]), numbers(a.output_gradients[0])},
+                      {numbers(a.results[0]), numbers(a.results[1])},
+                      n});
   return true;
 }
 /// Sums pass their gradient on.

@@ -670,5 +670,36 @@ TEST(CudaNumbers, PositionsAreFoundInBothFormsOfAList) {
   EXPECT_EQ(list.at(2), 9);
 }
 
+// docs/cuda.md, "Kernels": short forms are off by less than a fifth of half a spacing of fp16.
+TEST(CudaKernels, ShortFormsAreOffByLessThanTheirTypesRound) {
+  const double kPart = std::ldexp(1.0, -11) / 5;
+  const auto expect = [&](Curve quick, double value, double slope, double x) {
+    EXPECT_NEAR(quick.value, value, kPart * std::abs(value) + 1e-12) << x;
+    EXPECT_NEAR(quick.slope, slope, kPart * std::max(std::abs(slope), 0.1 * std::abs(x)) + 1e-9)
+        << x;
+  };
+  for (int k = -4000; k <= 4000; ++k) {
+    const double x = static_cast<float>(k) / 400.0f;
+    const auto at = static_cast<float>(x);
+    const double below = 0.5 * std::erfc(-x / std::sqrt(2.0)),
+                 density = std::exp(-0.5 * x * x) / std::sqrt(2 * 3.14159265358979324);
+    expect(curve<ActivationKind::gelu, true>(at), x * below, below + x * density, x);
+    const double s = 1 / (1 + std::exp(-x));
+    expect(curve<ActivationKind::silu, true>(at), x * s, s * (1 + x * (1 - s)), x);
+    expect(curve<ActivationKind::sigmoid, true>(at), s, s * (1 - s), x);
+    const double c = std::sqrt(2 / 3.14159265358979324), u = c * (x + 0.044715 * x * x * x),
+                 t = 1 / (1 + std::exp(-2 * u));
+    expect(curve<ActivationKind::gelu_tanh, true>(at), x * t,
+           t + 2 * x * t * (1 - t) * c * (1 + 3 * 0.044715 * x * x), x);
+    EXPECT_NEAR(quick_power(at), std::exp(x), 2e-6 * std::exp(x));
+  }
+  // Nothing is made of what is none, and what is far out stays there.
+  EXPECT_TRUE(std::isnan(curve<ActivationKind::gelu, true>(NAN).value));
+  EXPECT_EQ((curve<ActivationKind::gelu, true>(1e4f).value), 1e4f);
+  EXPECT_EQ((curve<ActivationKind::gelu, true>(-1e4f).value), 0);
+  EXPECT_EQ((curve<ActivationKind::silu, true>(-1e4f).value), 0);
+  EXPECT_EQ(quick_power(-INFINITY), 0);
+}
+
 }  // namespace
 }  // namespace partita::cuda
