@@ -252,11 +252,17 @@ std::string mfu_remark(const Graph& graph, const Prediction& p) {
     // The first queries of a causal sequence see fewer keys than the window has.
     seen += queries * window - (a->causal ? window * (window - 1) / 2 : 0);
   }
-  if (sliding == 0 && p.mfu > 1 && p.hfu < p.mfu)
+  if (sliding == 0 && p.mfu > 1 && p.hfu < p.mfu) {
+    const bool convolves = std::any_of(
+        graph.operators.begin(), graph.operators.end(),
+        [](const Operator& op) { return std::holds_alternative<Convolution>(op.operation); });
     return fmt::format(
-        "kernels do {} of the FLOPs that the model counts, as Winograd's algorithm does of fp32 "
-        "convolutions of 3 x 3: utilisation by model FLOPs passes 100 %",
-        percent(p.hfu / p.mfu));
+        "kernels do {} of the FLOPs that the model counts ({}): utilisation by model "
+        "FLOPs passes 100 %",
+        percent(p.hfu / p.mfu),
+        convolves ? "Winograd's algorithm, of fp32 convolutions of 3 x 3"
+                  : "causal attention leaves half of its square out");
+  }
   if (sliding == 0) return "";
   return fmt::format(
       "model FLOPs count the whole square of attention, of which the windows of {} of {} blocks "

@@ -48,8 +48,8 @@ void write_trace(const std::string& file, const Program& program, const Timeline
 
 /// "tp 8 pp 4 dp 2, micro-batch 1, 1f1b, full recompute, ZeRO-1": a plan in one line.
 std::string plan_line(const Plan& plan);
-/// Where windows of attention make model FLOPs count far more than is computed: what of it they
-/// see, in words; "" where none slides.
+/// Why model FLOPs count more than is computed, in words, where windows of attention slide or
+/// utilisation by them passes 1; else "".
 std::string mfu_remark(const Graph& graph, const Prediction& prediction);
 
 /// "innermost first tp,dp, rings of dp by 1, 2": where ranks lie and how rings go; "" as ranked.

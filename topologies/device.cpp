@@ -328,7 +328,15 @@ DeviceProfile parse_device(const std::string& text, const std::string& file) {
       }
     }
   }
-  if (const auto node = root.find("collectives_on")) device.collectives_on = node->as_string();
+  if (const auto node = root.find("collectives_on")) {
+    device.collectives_on = node->as_string();
+    const auto known = topology_catalogue();
+    if (std::find(known.begin(), known.end(), device.collectives_on) == known.end())
+      throw InputError(
+          node->place(),
+          fmt::format("'{}' is no node of the catalogue (partita topo){}", device.collectives_on,
+                      did_you_mean(device.collectives_on, known)));
+  }
   if (const auto table = root.find("collectives"))
     device.collectives = read_collectives(*table, figure.file_source(), device.sources);
   if (const auto list = root.find("slowdown")) {

@@ -212,7 +212,10 @@ Topology load_topology(const std::string& text) { return load_topology(text, {})
 Topology load_topology(const std::string& text, const TopologyEdits& edits) {
   const Request request = parse_request(text);
   ClusterSpec spec = read(request, text, edits);
-  if (!edits.cluster.empty() || !edits.device.empty())
+  const bool measured = !spec.collectives.empty() ||
+                        std::any_of(spec.profiles.begin(), spec.profiles.end(),
+                                    [](const auto& d) { return !d.collectives.empty(); });
+  if (measured && !(edits.cluster.empty() && edits.device.empty()))
     spec.measured_on = std::make_shared<Topology>(load_topology(text));
   if (request.amount) {
     // Domains as they were changed to are not cut again.

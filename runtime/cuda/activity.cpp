@@ -70,13 +70,13 @@ constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
 
 class Cupti : public Activity {
  public:
-  explicit Cupti(const Library& library) : l_(library) {}
+  Cupti(const Library& library, bool goes) : l_(library), goes_(goes) {}
   ~Cupti() override {
     for (const CUpti_ActivityKind k : kKinds) static_cast<void>(l_.cuptiActivityDisable(k));
     static_cast<void>(l_.cuptiActivityFlushAll(1));
     current = nullptr;
     // While it is attached every later call and launch of this process takes longer.
-    if (l_.finalize != nullptr && std::getenv("PARTITA_CUPTI_STAYS") == nullptr)
+    if (goes_ && l_.finalize != nullptr && std::getenv("PARTITA_CUPTI_STAYS") == nullptr)
       static_cast<void>(l_.finalize());
   }
   std::string start() {
@@ -171,6 +171,7 @@ class Cupti : public Activity {
   }
 
   Library l_;
+  bool goes_;
   std::map<std::string, std::uint64_t> numbers_;
   std::vector<std::string> names_;
   std::mutex guard_;  ///< of what CUPTI's thread fills
@@ -180,17 +181,17 @@ class Cupti : public Activity {
 
 }  // namespace
 
-std::unique_ptr<Activity> start_activity(std::string& why) {
+std::unique_ptr<Activity> start_activity(std::string& why, bool goes) {
   Library library;
   why = library.load();
   if (!why.empty()) return nullptr;
-  auto cupti = std::make_unique<Cupti>(library);
+  auto cupti = std::make_unique<Cupti>(library, goes);
   why = cupti->start();
   if (!why.empty()) return nullptr;
   return cupti;
 }
 #else
-std::unique_ptr<Activity> start_activity(std::string& why) {
+std::unique_ptr<Activity> start_activity(std::string& why, bool) {
   why = "this build found no header of CUPTI";
   return nullptr;
 }

@@ -23,6 +23,7 @@ class Activity {
 };
 
 /// Null, and `why` says it, where there is no CUPTI, or another tool has it.
-std::unique_ptr<Activity> start_activity(std::string& why);
+/// `goes`: CUPTI leaves the process with it.
+std::unique_ptr<Activity> start_activity(std::string& why, bool goes);
 
 }  // namespace partita::cuda

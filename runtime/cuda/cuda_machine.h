@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -61,7 +62,6 @@ struct ProductCall {
 /// What is to be timed once nothing else is on its way, on operands of its own.
 struct OpenProduct {
   ProductCall call;
-  std::vector<ProductChoice> choices;
   std::string words;
 };
 
@@ -89,6 +89,7 @@ struct Libraries {
   ProductChoices products;
   /// What is not timed yet, and what the ranks agreed on.
   std::map<ProductKey, OpenProduct> open;
+  std::set<ProductKey> refused;  ///< biases that cuBLASLt does not add
   AgreedChoices agreed;
   bool agree = false;  ///< they have
   /// Null: nothing, or nothing for operands aligned so.

@@ -180,7 +180,7 @@ class Gpu : public CudaDevice {
                         ? fmt::format("{}.{}", file, static_cast<int>(::getpid()))
                         : file;
       std::string untraced;
-      activity_ = start_activity(untraced);
+      activity_ = start_activity(untraced, false);
       if (!activity_) fmt::print(stderr, "note: no trace of the GPU's kernels: {}\n", untraced);
     }
   }
@@ -486,12 +486,17 @@ class Gpu : public CudaDevice {
 
   std::string record_kernels(bool on) override {
     if (!on) {
+      if (!records_) return {};
+      // CUPTI goes, which wants neither a graph nor work on its way.
+      leave_capture();
+      captured_.reset();
+      check(cudaDeviceSynchronize(), "the end of records");
       records_.reset();
       return {};
     }
     if (activity_) return "its kernels are being traced already";
     std::string why;
-    records_ = start_activity(why);
+    records_ = start_activity(why, true);
     return why;
   }
   void belongs_to(std::int64_t tag) override {

@@ -1,5 +1,7 @@
 #include "runtime/cuda/fused_attention.h"
 
+#include <atomic>
+
 #ifdef PARTITA_CUDNN_FRONTEND
 // Our JSON is another version than the one that comes with it.
 #  define CUDNN_FRONTEND_SKIP_JSON_LIB
@@ -21,6 +23,11 @@
 #endif
 
 namespace partita::cuda {
+namespace {
+std::atomic<std::int64_t> calls = 0;
+}  // namespace
+
+std::int64_t fused_attention_calls() { return calls; }
 
 #ifdef PARTITA_CUDNN_FRONTEND
 namespace {
@@ -83,6 +90,7 @@ class CudnnAttention : public FusedAttention {
     if (c.part || h.window > 0 || !(c.sinks == nullptr) || c.lse == nullptr || !whole) return false;
     const Key key{backward,  c.type,  h.samples, h.queries, h.keys,  h.heads, h.group, h.width,
                   h.v_width, h.q_row, h.k_row,   h.v_row,   h.y_row, h.scale, h.causal};
+    if (failed_.count(key) > 0) return false;
     const Plan plan = plan_of(key, c, backward);
     if (!plan.graph) return false;
     void* room = nullptr;
@@ -101,9 +109,12 @@ class CudnnAttention : public FusedAttention {
       at[kDq] = c.dq, at[kDk] = c.dk, at[kDv] = c.dv;
     }
     fe::error_t e = plan.graph->execute(plans_.handle, at, room);
-    if (e.is_good()) return true;
+    if (e.is_good()) {
+      ++calls;
+      return true;
+    }
     say(e.get_message());
-    plans_.of[key].graph = nullptr;
+    failed_.insert(key);
     return false;
   }
 
@@ -117,6 +128,11 @@ class CudnnAttention : public FusedAttention {
       if (const auto known = plans_.of.find(key); known != plans_.of.end()) return known->second;
     }
     const std::lock_guard alone(plans_.building);
+    {
+      // Another rank has built it meanwhile.
+      const std::lock_guard lock(plans_.guard);
+      if (const auto known = plans_.of.find(key); known != plans_.of.end()) return known->second;
+    }
     Plan made = build(c, backward);
     const std::lock_guard lock(plans_.guard);
     return plans_.of.try_emplace(key, std::move(made)).first->second;
@@ -229,6 +245,7 @@ class CudnnAttention : public FusedAttention {
 
   Plans& plans_;
   std::int64_t before_;
+  std::set<Key> failed_;  ///< in this run
 };
 
 }  // namespace

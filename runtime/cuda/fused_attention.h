@@ -20,6 +20,9 @@ class FusedAttention {
   virtual std::int64_t taken_before() const = 0;
 };
 
+/// Of this process that cuDNN has done.
+std::int64_t fused_attention_calls();
+
 /// Null where this build has no cudnn_frontend or this machine no cuDNN, and where
 /// PARTITA_CUDA_FLASH in the environment is "own".
 std::unique_ptr<FusedAttention> make_fused_attention();

@@ -36,6 +36,14 @@ Told read(const std::string& text) {
 
 }  // namespace
 
+ProductKey least_aligned(ProductKey one, const ProductKey& other) {
+  one.a_alignment = std::min(one.a_alignment, other.a_alignment);
+  one.b_alignment = std::min(one.b_alignment, other.b_alignment);
+  one.c_alignment = std::min(one.c_alignment, other.c_alignment);
+  one.bias_alignment = std::min(one.bias_alignment, other.bias_alignment);
+  return one;
+}
+
 std::string told(const std::string& library, const ProductChoices& choices) {
   std::string text = library + '\n';
   for (const auto& [key, choice] : choices) {
@@ -55,10 +63,7 @@ std::string common(const std::vector<std::string>& of_ranks) {
   for (const Told& t : all) {
     for (const auto& [key, choice] : t.choices) {
       ProductKey& l = least.try_emplace(ProductKind(key), key).first->second;
-      l.a_alignment = std::min(l.a_alignment, key.a_alignment);
-      l.b_alignment = std::min(l.b_alignment, key.b_alignment);
-      l.c_alignment = std::min(l.c_alignment, key.c_alignment);
-      l.bias_alignment = std::min(l.bias_alignment, key.bias_alignment);
+      l = least_aligned(l, key);
     }
   }
   ProductChoices taken;

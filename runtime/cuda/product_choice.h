@@ -44,6 +44,9 @@ inline bool as_aligned(const ProductKey& key, const ProductKey& least) {
          key.c_alignment >= least.c_alignment && key.bias_alignment >= least.bias_alignment;
 }
 
+/// The same product, each operand aligned as in the one where it is less so.
+ProductKey least_aligned(ProductKey one, const ProductKey& other);
+
 struct ProductChoice {
   cublasLtMatmulAlgo_t algorithm;
   std::size_t workspace = 0;

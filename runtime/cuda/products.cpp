@@ -5,7 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include "runtime/cuda/convolutions.h"
@@ -466,22 +469,59 @@ bool CudaMachine::multiply(const ProductCall& p, const ProductKey& key, const st
     libraries_.products.emplace(key, *choice);
     return run(*choice);
   }
+  if (libraries_.refused.count(key) > 0) return false;
+  const std::vector<ProductChoice> first = choices_for(libraries_, p, key, 1, words);
+  if (first.empty()) {
+    libraries_.refused.insert(key);
+    return false;
+  }
+  if (!p.passing) libraries_.products.emplace(key, first[0]);
   // What comes later, or once, is not timed.
-  const int wanted = p.passing || libraries_.agree ? 1 : libraries_.options.candidates;
-  std::vector<ProductChoice> choices = choices_for(libraries_, p, key, wanted, words);
-  if (choices.empty()) return false;
-  const ProductChoice first = choices[0];
-  if (!p.passing) libraries_.products.emplace(key, first);
-  if (choices.size() > 1)
-    libraries_.open.try_emplace(key, OpenProduct{p, std::move(choices), words});
-  return run(first);
+  if (!p.passing && !libraries_.agree) libraries_.open.try_emplace(key, OpenProduct{p, words});
+  return run(first[0]);
 }
+
+namespace {
+/// What earlier runs of this process have timed on the GPU, of so many candidates.
+struct TimedBefore {
+  std::mutex guard;  ///< ranks may be threads
+  ProductChoices choices;
+};
+TimedBefore& timed_before(const ProductOptions& options) {
+  static std::mutex guard;
+  static auto& all = *new std::map<std::tuple<int, int, bool>, TimedBefore>;
+  int device = 0;
+  check(cudaGetDevice(&device), "the current GPU");
+  const std::lock_guard lock(guard);
+  return all[{device, options.candidates, options.tf32}];
+}
+}  // namespace
 
 ProductChoices CudaMachine::time_open_products() {
   ProductChoices found;
+  TimedBefore& before = timed_before(libraries_.options);
+  // Of products that differ in alignment alone one is timed, for the least of each operand: its
+  // choice does for all.
+  std::map<ProductKind, std::pair<ProductKey, OpenProduct>> of_kind;
   for (auto& [key, open] : std::exchange(libraries_.open, {})) {
+    const auto [it, fresh] = of_kind.try_emplace(ProductKind(key), key, std::move(open));
+    if (!fresh) it->second.first = least_aligned(it->second.first, key);
+  }
+  for (auto& [kind, one] : of_kind) {
+    auto& [key, open] = one;
     ProductCall& p = open.call;
-    ProductChoice& choice = found[key] = open.choices[0];
+    const std::vector<ProductChoice> choices =
+        choices_for(libraries_, p, key, libraries_.options.candidates, open.words);
+    if (choices.empty()) continue;
+    ProductChoice& choice = found[key] = choices[0];
+    if (choices.size() == 1) continue;
+    {
+      const std::lock_guard lock(before.guard);
+      if (const auto known = before.choices.find(key); known != before.choices.end()) {
+        choice = known->second;
+        continue;
+      }
+    }
     constexpr std::size_t kGrain = 256;
     const auto whole = [](std::size_t n) { return (n + kGrain - 1) / kGrain * kGrain; };
     const bool eights = key.type == ElementType::fp8;
@@ -514,8 +554,10 @@ ProductChoices CudaMachine::time_open_products() {
     if (key.biased) point(CUBLASLT_MATMUL_DESC_BIAS_POINTER);
     if (eights)
       point(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER), point(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER);
-    choice = fastest(p, open.choices, open.words);
+    choice = fastest(p, choices, open.words);
     check(cudaStreamSynchronize(stream_), open.words);
+    const std::lock_guard lock(before.guard);
+    before.choices.insert_or_assign(key, choice);
   }
   return found;
 }

@@ -285,10 +285,11 @@ class Executor {
     transport_.doing("the choice of algorithms");
     const Transport::Uncounted uncounted(transport_);
     // To find them may give kept memory back, which waits once more.
-    const std::string waited = device_.not_captured();
-    device_.take_common(of_all(transport_, device_.found_best(),
-                               [this](const auto& of_ranks) { return device_.common(of_ranks); }));
-    if (mid_step_wait_.empty()) mid_step_wait_ = waited;
+    const std::string waited = device_.not_captured(), mine = device_.found_best();
+    const auto make = [this](const auto& of_ranks) { return device_.common(of_ranks); };
+    device_.take_common(o_.alone ? make(std::vector<std::string>{mine})
+                                 : of_all(transport_, mine, make));
+    if (mid_step_wait_.empty() && device_.not_captured() != waited) mid_step_wait_ = waited;
   }
   /// Is the next step launched as a graph? All ranks at once, after a step that was not.
   bool captures() {

@@ -1211,9 +1211,15 @@ Communication* Communication::measured_on(const std::string& catalogue) {
   const Topology* changed = state_->topology.measured_on();
   if (catalogue.empty() && changed == nullptr) return nullptr;
   auto& there = state_->measured[catalogue];
-  if (!there)
-    there = std::make_unique<Communication>(catalogue.empty() ? *changed
-                                                              : load_topology(catalogue + ":1"));
+  if (there) return there.get();
+  if (!catalogue.empty()) {
+    there = std::make_unique<Communication>(load_topology(catalogue + ":1"));
+  } else if (changed->rank_count() == state_->topology.rank_count()) {
+    // The same ranks where they are placed.
+    ClusterState state = state_->topology.state();
+    state.link_speed.clear();
+    there = std::make_unique<Communication>(changed->in_state(std::move(state)));
+  }
   return there.get();
 }
 

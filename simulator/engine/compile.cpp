@@ -183,14 +183,14 @@ class Compiler {
   }
 
   /// What the host does before the device may begin a step. `captured`: an earlier one has started
-  /// the block's graph. `arrived`: behind a message of a neighbour.
+  /// the block's graph.
   void launch(Step& s, Price& price, const Instruction& i, std::int64_t rank,
-              const DeviceProfile& device, bool& captured, bool arrived) const {
+              const DeviceProfile& device, bool& captured) const {
     const Launches& l = p_.launches;
     // Our own runtime's, where a plan says nothing.
     const bool ours = !l.any() && device.launch.count > 0;
     if (!(l.any() || ours) || !device.concurrent_streams) return;
-    s.host_waits = l.blocking || arrived || (ours && lists_rows(p_, i)) ||
+    s.host_waits = l.blocking || (ours && lists_rows(p_, i)) ||
                    (l.waits_for_counts && (brings_rows(p_, i) || copies_limits(i)));
     if (s.host_waits) captured = false;
     const Seconds loop = l.loop.count > 0 ? l.loop : l.kernel;
@@ -261,7 +261,7 @@ class Compiler {
       if (!needed[b]) continue;
       CompiledBlock& out = mine[b];
       std::int64_t level = 0;
-      bool captured = false, arrived = false;
+      bool captured = false;
       for (std::size_t k = 0; k < p_.blocks[b].instructions.size(); ++k) {
         const Instruction& i = p_.blocks[b].instructions[k];
         if (i.kind == Kind::allocate || i.kind == Kind::free) {
@@ -399,9 +399,9 @@ class Compiler {
           case Kind::free:
             break;
         }
-        launch(s, priced, i, rank, device, captured, arrived);
-        arrived = p_.launches.waits_for_messages && i.kind == Kind::receive &&
-                  i.stage < p_.pipeline_stages();
+        launch(s, priced, i, rank, device, captured);
+        s.host_may_join = p_.launches.waits_for_messages && i.kind == Kind::receive &&
+                          i.stage < p_.pipeline_stages() && device.concurrent_streams;
         s.first_wait = static_cast<std::int32_t>(out.slots.size());
         const auto slot = [&](BufferId id) {
           const std::int32_t x = slot_of_[id.index()];
@@ -619,6 +619,7 @@ void stretch(Compiled& compiled, const Program& program, const std::vector<doubl
     set(Stretch::optimizer, a.optimizer_time * slowest);
     for (CompiledBlock& block : compiled.blocks[c]) {
       block.launch = 0;
+      std::int64_t compute = 0;
       for (std::size_t k = 0; k < block.steps.size(); ++k) {
         const Price& x = block.prices[k];
         Step& s = block.steps[k];
@@ -627,7 +628,11 @@ void stretch(Compiled& compiled, const Program& program, const std::vector<doubl
         s.ticks = ceil_div(to_ticks(Seconds{taken.count / x.speed}).count + x.beside, x.every);
         s.launch = ceil_div(to_ticks(a.launch_time * x.launch).count, x.every);
         if (k >= block.receives) block.launch += s.launch;
+        if (s.stream == kComputeStream) compute += s.ticks;
       }
+      // A host that has launched a block in a part of its time is ahead again before that matters.
+      constexpr std::int64_t kPart = 4;
+      for (Step& s : block.steps) s.host_joins = s.host_may_join && kPart * block.launch > compute;
       keep_launch_order(block);
     }
   }

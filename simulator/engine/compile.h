@@ -39,8 +39,9 @@ struct Step {
   Kind kind = Kind::compute;
   Stream stream = 0;
   bool after_compute = false;
-  /// For the compute stream, and for what this reads, before it launches this.
-  bool host_waits = false;
+  bool host_waits = false;  ///< for the compute stream and what this reads, before it launches it
+  /// Of a receive: the host waits until it is there, where that is modelled; it is.
+  bool host_may_join = false, host_joins = false;
   std::int32_t instruction = 0;
   std::int64_t ticks = 0;   ///< as stretched
   std::int64_t launch = 0;  ///< of the host's time, as stretched

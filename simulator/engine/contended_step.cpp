@@ -166,7 +166,8 @@ class Contender {
                                 step_waits_,
                                 step_marks_,
                                 step.launch,
-                                step.host_waits};
+                                step.host_waits,
+                                step.host_joins};
     const auto message = [&](int from, int to) {
       return keys_(step.message, step.of_step ? -1 : call.micro_batch, from, to);
     };

@@ -47,6 +47,7 @@ struct Progress {
   std::size_t stretched = 0;        ///< of them, those that took another time than alone
   std::vector<std::int64_t> free;   ///< per stream
   std::int64_t host = 0;            ///< when it has launched what was played so far
+  Slot joined{};                    ///< what it waited for last, of messages
   std::vector<std::int32_t> label;  ///< per stream: what ran last
   Slots index;
   std::vector<Slot> slots;

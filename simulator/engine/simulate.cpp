@@ -366,10 +366,20 @@ class Engine {
     s.host += step.launch;
     const std::int64_t end = beside_ ? end_of(c, s, block, step, call, start) : start + ticks;
     if (step.stream == kComputeStream) {
-      if (start > s.free[kComputeStream]) charge(c, s, cause, s.free[kComputeStream], start);
+      std::int64_t from = s.free[kComputeStream];
+      // Until the host's message is there, that is what is waited for.
+      if (cause == &host && s.joined.ready > from) {
+        charge(c, s, &s.joined, from, s.joined.ready);
+        from = s.joined.ready;
+      }
+      if (start > from) charge(c, s, cause, from, start);
       spend(c, s, step.label, start, end);
     }
     const Slot made{end, step.label, cause != nullptr ? cause->label : waited_for, start};
+    if (step.host_joins) {
+      s.host = std::max({s.host, s.free[kComputeStream], end});
+      s.joined = made;
+    }
     s.free[step.stream] = end;
     s.label[step.stream] = step.label;
     for (std::int32_t m = 0; m < step.marks; ++m) {

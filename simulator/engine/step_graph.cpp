@@ -384,6 +384,16 @@ void StepGraph::receive(int c, const Instance& x, std::uint64_t message) {
   const std::int32_t task = tasks_.add(x.task);
   receives_.push_back({task, message});
   follow(c, x, task);
+  if (!x.host_joins) return;
+  Host& h = hosts_[static_cast<std::size_t>(c)];
+  const std::int32_t there = tasks_.add({0, 0, -1, h.task < 0 ? h.at : 0});
+  if (h.task >= 0) tasks_.order(h.task, there, Precedence::end_to_start);
+  tasks_.order(task, there, Precedence::end_to_start);
+  const Class& mine = classes_[static_cast<std::size_t>(c)];
+  if (const std::int32_t kernel = mine.last_on[kComputeStream].node; kernel >= 0)
+    tasks_.order(mine.nodes[static_cast<std::size_t>(kernel)].task, there,
+                 Precedence::end_to_start);
+  h.task = there;
 }
 
 StepGraph::Played StepGraph::play(Sharing& sharing, const std::vector<Usage>& usages) {

@@ -78,6 +78,7 @@ class StepGraph {
     std::span<const std::size_t> waits, marks;  ///< slots of the class
     std::int64_t launch = 0;                    ///< of the host's time, before it may start
     bool host_waits = false;                    ///< before it launches, as Step
+    bool host_joins = false;                    ///< of a receive: waits until it is there
   };
   void step(int rank_class, const Instance& instance);
   /// One task for all classes that name the same key.

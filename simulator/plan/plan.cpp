@@ -1291,21 +1291,14 @@ std::string to_yaml(const Plan& p) {
       axes.push_back(fmt::format("{}: [{}]", name, fmt::join(strides, ", ")));
     s += fmt::format("rings: {{{}}}\n", fmt::join(axes, ", "));
   }
-  const auto if_any = [](const char* key, Seconds t) {
-    return t.count > 0 ? fmt::format("{}: {} s, ", key, t.count) : "";
-  };
-  if (p.launches != Launches{})
-    s += fmt::format(
-        "launch: {{kernel: {} s, {}{}transfer: {} s, {}graphs: {}, {}{}waits_for_counts: "
-        "{}{}{}}}\n",
-        p.launches.kernel.count, if_any("product", p.launches.product),
-        if_any("loop", p.launches.loop), p.launches.transfer.count, if_any("step", p.launches.step),
-        p.launches.graphs, p.launches.graphs_beside_experts ? "graphs_beside_experts: true, " : "",
-        p.launches.graphs_of.empty() ? ""
-                                     : fmt::format("graphs_of: \"{}\", ", p.launches.graphs_of),
-        p.launches.waits_for_counts,
-        p.launches.waits_for_messages ? ", waits_for_messages: true" : "",
-        p.launches.blocking ? ", blocking: true" : "");
+  // Whatever a framework says otherwise is written, on or off: a plan is read on top of its own.
+  const Launches& l = p.launches;
+  s += fmt::format(
+      "launch: {{kernel: {} s, product: {} s, loop: {} s, transfer: {} s, step: {} s, graphs: {}, "
+      "graphs_beside_experts: {}, graphs_of: \"{}\", waits_for_counts: {}, waits_for_messages: {}, "
+      "blocking: {}}}\n",
+      l.kernel.count, l.product.count, l.loop.count, l.transfer.count, l.step.count, l.graphs,
+      l.graphs_beside_experts, l.graphs_of, l.waits_for_counts, l.waits_for_messages, l.blocking);
   if (const Compression& c = p.compression; c.kind != CompressionKind::none)
     s += fmt::format(
         "compression: {{kind: {}, type: {}, ratio: {}, rank: {}, error_feedback: {}}}\n",
@@ -1318,21 +1311,18 @@ std::string to_yaml(const Plan& p) {
   s += fmt::format(
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered);
-  if (p.stays_gathered != StaysGathered{})
-    s += fmt::format("stays_gathered: {}\n", name(p.stays_gathered));
+  s += fmt::format("stays_gathered: {}\n", name(p.stays_gathered));
   s += fmt::format("rows_once: {}\n", p.rows_once);
   if (p.overlap_experts) s += fmt::format("overlap_experts: {}\n", *p.overlap_experts);
-  if (p.narrow_gathers) s += "narrow_gathers: true\n";
+  s += fmt::format("narrow_gathers: {}\n", p.narrow_gathers);
   if (p.precision.compute == ElementType::fp8)
     s += fmt::format("fp8_format: {}\n", name(p.fp8_format));
-  if (p.channels_first) s += "channels_first: true\n";
-  if (p.fuses_normalise) s += "fuses_normalise: true\n";
-  if (p.joins_projections) s += "joins_projections: true\n";
-  if (p.recompute_stops_early) s += "recompute_stops_early: true\n";
-  if (p.score_passes_forward != Plan{}.score_passes_forward ||
-      p.score_passes_backward != Plan{}.score_passes_backward)
-    s += fmt::format("score_passes_forward: {}\nscore_passes_backward: {}\n",
-                     p.score_passes_forward, p.score_passes_backward);
+  s += fmt::format("channels_first: {}\n", p.channels_first);
+  s += fmt::format("fuses_normalise: {}\n", p.fuses_normalise);
+  s += fmt::format("joins_projections: {}\n", p.joins_projections);
+  s += fmt::format("recompute_stops_early: {}\n", p.recompute_stops_early);
+  s += fmt::format("score_passes_forward: {}\nscore_passes_backward: {}\n", p.score_passes_forward,
+                   p.score_passes_backward);
   s += fmt::format("context_exchange: {}\n",
                    p.context == Plan::ContextExchange::all_gather   ? "all_gather"
                    : p.context == Plan::ContextExchange::all_to_all ? "all_to_all"

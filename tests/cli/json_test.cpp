@@ -513,8 +513,13 @@ TEST(Json, APredictionsPlanIsAPlanFile) {
         "--dp 8 --zero 3 --set zero_group=4 --set reshard_after_forward=false",
         "--dp 8 --set offload.optimizer=true --set optimizer.clip=0 --set 'bucket=500 MiB'",
         "--tp 2 --pp 2 --framework megatron-core --recompute first:1",
-        "--dp 8 --set 'precision={base: bf16, gradients: bf16}'",
-        "--tp 2 --dp 4 --placement dp,tp"}) {
+        "--dp 8 --set 'precision={base: bf16, gradients: bf16}'", "--tp 2 --dp 4 --placement dp,tp",
+        // What a framework does unless it is told otherwise.
+        "--pp 2 --framework megatron-core --set launch.waits_for_messages=false",
+        "--dp 8 --zero 3 --framework torchtitan --set stays_gathered=nothing",
+        "--dp 8 --framework megatron-core --set joins_projections=false --set narrow_gathers=false",
+        "--dp 8 --framework torchtitan --recompute full --set recompute_stops_early=false",
+        "--dp 8 --framework megatron-core --set 'launch={kernel: 0 s, transfer: 0 s}'"}) {
     const std::string command = "simulate gpt2 dgx-h100:1 --layers 2 --seq 128 --json ";
     const Json said = parsed(run(command + given + " --global-batch 16"));
     Json plan = said.at("plan");

@@ -763,6 +763,18 @@ TEST(Cost, MeasuredCollectivesFollowTheirLinks) {
       }
     }
   }
+  // Where ranks are placed otherwise, it is their own group that was measured: every second one of
+  // 16 lies on two nodes, as eight neighbours would on one.
+  ClusterState placed;
+  for (std::int32_t r = 0; r < 32; ++r) placed.placement.push_back(r % 2 * 16 + r / 2);
+  const std::vector<std::int64_t> group{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const char* nic = "nodes[*].vertices.nic[0-7].bandwidth";
+  Communication before(load_topology("gcp-a3-mega:4").in_state(placed));
+  Communication same(load_topology("gcp-a3-mega:4", {{{nic, "x1"}}, {}}).in_state(placed));
+  const auto time = [&](Communication& c) {
+    return c.collective(CollectiveKind::all_reduce, 64_MiB, group).count;
+  };
+  EXPECT_NEAR(time(same), time(before), 1e-9 * time(before));
   // 32 MiB over NVLink of 45 GB/s are not there before 746 us.
   Communication slow(
       load_topology("dgx-h100:1", {{{"nodes[*].links[kind=nvlink].bandwidth", "x0.1"}}, {}}));

@@ -3,12 +3,15 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <map>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "runtime/cuda/device.h"
+#include "runtime/cuda/fused_attention.h"
 #include "runtime/cuda/product_choice.h"
 #include "runtime/reference/compare.h"
 #include "runtime/reference/serial.h"
@@ -126,13 +129,23 @@ TEST(Gpu, RowsOfAnyLengthEqualTheReferences) {
   }
 }
 
+/// Whoever asks for cuDNN's attention has tested it.
+void expect_whose_attention() {
+  const char* wanted = std::getenv("PARTITA_CUDA_FLASH");
+  if (wanted != nullptr && std::string_view(wanted) == "cudnn") {
+    EXPECT_GT(fused_attention_calls(), 0) << "all of it was our own kernels'";
+  }
+}
+
 TEST(Gpu, FlashAttentionEqualsTheReferencesInBf16) {
   NEEDS_GPU();
   expect_flash<GpuKernel, ElementType::bf16>([](const auto&) {});
+  expect_whose_attention();
 }
 TEST(Gpu, FlashAttentionEqualsTheReferencesInFp16) {
   NEEDS_GPU();
   expect_flash<GpuKernel, ElementType::fp16>([](const auto&) {});
+  expect_whose_attention();
 }
 
 TEST(Gpu, NarrowNumbersRoundAsOnTheHost) {
@@ -346,11 +359,38 @@ TEST(Gpu, RanksAgreeOnAlgorithmsThatTheyTime) {
   }
 }
 
+TEST(Gpu, TimesAProductOnceInAProcess) {
+  NEEDS_GPU();
+  Plan p = base_plan();
+  set_precision(p, "bf16", "");
+  const Graph graph = llama();
+  const Program program = lowered(graph, p);
+  const auto products = [&] {
+    execute::Options o;
+    o.steps = 2;
+    execute::draw(o, graph, 7);
+    o.device = [](int) {
+      DeviceOptions d;
+      d.candidates = 5;
+      return cuda_device(d);
+    };
+    return execute::run_threads(program, o, {})[0].products;
+  };
+  const auto first = products(), second = products();
+  ASSERT_EQ(first.size(), second.size());
+  for (std::size_t k = 0; k < first.size(); ++k) {
+    EXPECT_GT(first[k].seconds, 0);
+    EXPECT_GE(first[k].seconds_of_usual, first[k].seconds);
+    EXPECT_EQ(second[k].seconds, first[k].seconds);
+    EXPECT_EQ(second[k].taken, first[k].taken);
+  }
+}
+
 /// Of a product of 8 x 4 x 2 whose operands are aligned so, the choice `taken` of so many.
 ProductChoices choice(int alignment, int taken, int candidates) {
   ProductKey key;
   key.m = 8, key.n = 4, key.k = 2;
-  key.a_alignment = key.b_alignment = key.c_alignment = alignment;
+  key.a_alignment = key.b_alignment = key.c_alignment = key.bias_alignment = alignment;
   ProductChoice c{};
   c.taken = taken, c.candidates = candidates;
   return {{key, c}};
@@ -368,6 +408,26 @@ TEST(ProductChoices, RanksTakeTheFirstThatAllOfThemCan) {
   // For operands that are aligned to 256 bytes a faster one may be there, but not for all ranks.
   EXPECT_EQ(agreed({of(256, 3), of(16, 2)}), 2);
   EXPECT_EQ(agreed({of(16, 2), of(256, 3)}), 2);
+  // Each operand is as little aligned as on any rank: what was timed for less of one and more of
+  // another is not what all can take.
+  const auto unequal = [](int ProductKey::*operand, int taken) {
+    ProductChoices one = choice(256, taken, 4);
+    ProductKey key = one.begin()->first;
+    key.*operand = 16;
+    return told("one", {{key, one.begin()->second}});
+  };
+  for (const auto operand : {&ProductKey::a_alignment, &ProductKey::b_alignment,
+                             &ProductKey::c_alignment, &ProductKey::bias_alignment}) {
+    EXPECT_EQ(agreed({of(256, 3), unequal(operand, 2)}), 2);
+    EXPECT_EQ(agreed({unequal(operand, 2), of(16, 1)}), 1);
+    const AgreedChoices all = agreed_choices(unequal(operand, 2));
+    ProductKey key = all.begin()->second.least;
+    EXPECT_TRUE(as_aligned(key, all.begin()->second.least));
+    key.*operand = 8;
+    EXPECT_FALSE(as_aligned(key, all.begin()->second.least));
+  }
+  EXPECT_EQ(agreed({unequal(&ProductKey::a_alignment, 2), unequal(&ProductKey::b_alignment, 3)}),
+            -1);
   // Without room to time it in, a rank has only the heuristic's first.
   EXPECT_EQ(agreed({of(16, 0, 0), of(16, 1)}), 1);
   EXPECT_EQ(agreed({of(16, 0, 0), of(256, 1)}), -1);
@@ -410,8 +470,15 @@ TEST(Gpu, ARankAloneHasThePredictedMemory) {
   o.record = true;
   execute::draw(o, g, 7);
   const auto host = execute::run_alone(program, 1, o);
-  o.device = [](int) { return cuda_device({}); };
+  o.device = [](int) {
+    DeviceOptions d;
+    d.candidates = 3;
+    return cuda_device(d);
+  };
   const auto gpu = execute::run_alone(program, 1, o);
+  // It chooses its products' algorithms without the others, whatever its number.
+  ASSERT_FALSE(gpu.products.empty());
+  for (const auto& product : gpu.products) EXPECT_GT(product.seconds, 0);
   EXPECT_EQ(gpu.measured.last_peak, host.measured.last_peak);
   EXPECT_EQ(gpu.measured.last_at_peak, host.measured.last_at_peak);
   ASSERT_EQ(gpu.measured.samples.size(), 2u);
