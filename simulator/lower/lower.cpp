@@ -1554,10 +1554,20 @@ class Lowering {
 
   /// What the forward left of tensor t in `layout`, gathered again if only a part was kept.
   BufferId saved(Backward& b, TensorId t, const Layout& layout) {
-    const auto& have = forward_versions_[static_cast<std::size_t>(b.block.chunk)].at(t);
+    const BufferId made =
+        made_before(b, forward_versions_[static_cast<std::size_t>(b.block.chunk)].at(t), t, layout,
+                    plan_.save_gathered);
+    if (!made.valid()) throw InternalError("nothing saved of " + graph_.tensor(t).name);
+    return made;
+  }
+
+  /// Of what there is of tensor t, what lies as `layout`, gathered again unless that is kept;
+  /// invalid if nothing does.
+  BufferId made_before(Backward& b, const std::vector<Version>& have, TensorId t,
+                       const Layout& layout, bool keeps_gathered) {
     for (const Version& v : have) {
       if (!(v.layout == layout)) continue;
-      if (plan_.save_gathered || v.gathered_from < 0 ||
+      if (keeps_gathered || v.gathered_from < 0 ||
           (plan_.allocations.gathered_rows && p_.buffer(v.buffer).routed))
         return v.buffer;
       auto& again = b.regathered[t];
@@ -1568,10 +1578,11 @@ class Lowering {
       if (!known) again.push_back({source.layout, source.buffer, -1});
       return get(b.block, b.regathered, t, layout);
     }
-    throw InternalError("nothing saved of " + graph_.tensor(t).name);
+    return BufferId{};
   }
 
-  BufferId operand(Backward& b, OpId reader, TensorId t, const Layout& layout) {
+  /// `again`: the reader is itself a forward that is recomputed.
+  BufferId operand(Backward& b, OpId reader, TensorId t, const Layout& layout, bool again) {
     const OpId from = graph_.tensor(t).producer;
     const int segment = from.valid() ? segment_[from.index()] : -1;
     // What a segment forgets is made again for every reader; else readers outside have it kept.
@@ -1579,6 +1590,12 @@ class Lowering {
         (segment == segment_[reader.index()] ||
          (forgets_[static_cast<std::size_t>(segment)] && chunk_of(from) == b.block.chunk))) {
       recompute(b, segment);
+      if (plan_.regathers_recomputed && !again) {
+        if (const auto have = b.recomputed.find(t); have != b.recomputed.end()) {
+          const BufferId made = made_before(b, have->second, t, layout, plan_.save_gathered);
+          if (made.valid()) return made;
+        }
+      }
       return get(b.block, b.recomputed, t, layout);
     }
     return saved(b, t, layout);
@@ -1590,7 +1607,7 @@ class Lowering {
     for (const OpId id : ops_of_segment_[static_cast<std::size_t>(segment)]) {
       b.records[id] =
           emit_forward(b.block, id, b.recomputed, b.gathered, b.units, true,
-                       [&](TensorId t, const Layout& l) { return operand(b, id, t, l); });
+                       [&](TensorId t, const Layout& l) { return operand(b, id, t, l, true); });
     }
   }
 
@@ -1746,7 +1763,7 @@ class Lowering {
       for (std::size_t k = 0; k < op.inputs.size(); ++k) {
         const bool wanted = for_data ? s.inputs[k].saved_for_data && !(weighted && k == 0)
                                      : s.inputs[k].saved_for_weight;
-        all.push_back(wanted ? operand(b, id, op.inputs[k], l.inputs[k]) : BufferId{});
+        all.push_back(wanted ? operand(b, id, op.inputs[k], l.inputs[k], false) : BufferId{});
       }
       return all;
     };

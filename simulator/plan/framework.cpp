@@ -122,6 +122,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     f.scatter_multiprocessors = static_cast<int>(n.as_int(1, 1'000));
   });
   boolean(plan, "save_gathered", f.save_gathered);
+  boolean(plan, "regathers_recomputed", f.regathers_recomputed);
   boolean(plan, "fp32_loss", f.allocations.fp32_loss);
   boolean(plan, "attention_dropout", f.allocations.attention_dropout);
   setting(plan, "weight_gradients", [&](const YamlNode& n) {

@@ -147,6 +147,7 @@ struct Plan {
   bool tensor_parallel_in_turn = false;
   bool save_gathered =
       false;  ///< keep all-gathered inputs for the backward instead of gathering again
+  bool regathers_recomputed = false;  ///< again, too, where a recomputation has just gathered them
   /// Batches come from ranks of their own, one for each data-parallel rank (a role); else every
   /// rank makes what it needs.
   bool loader = false;

@@ -201,6 +201,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.global_batch = p.micro_batch * p.dp * pick({1, 2, 4});
   p.sequence_parallel = pick({0, 1}) == 1;
   p.save_gathered = pick({0, 1}) == 1;
+  p.regathers_recomputed = pick({0, 1}) == 1;
   p.overlap_gradients = pick({0, 1}) == 1;
   p.zero = pick({0, 1, 2, 3});
   p.context = static_cast<Plan::ContextExchange>(pick({0, 1, 2}));

@@ -167,6 +167,34 @@ TEST(Volumes, SequenceParallelSendsTheSameBytesAsPairsAndGathersInputsAgain) {
   }
 }
 
+TEST(Volumes, MegatronsBackwardGathersWhatARecomputationHasGathered) {
+  // The page plan.md, by hand; outside the layers 1 gather of the head, 1 again and 1 of the
+  // embedding's gradient.
+  const std::int64_t b = 2, s = 8, h = 8, n = 2;
+  for (const int layers : {1, 3}) {
+    for (const auto& [recomputed, again, save, each] :
+         {std::tuple{Recompute::none, false, false, 6},
+          {Recompute::none, true, false, 6},
+          {Recompute::full, false, false, 6},
+          {Recompute::full, true, false, 8},
+          {Recompute::full, true, true, 6}}) {
+      Plan plan = base_plan();
+      plan.tp = n;
+      plan.sequence_parallel = true;
+      plan.micro_batch = plan.global_batch = b;
+      plan.recompute.kind = recomputed;
+      plan.regathers_recomputed = again;
+      plan.save_gathered = save;
+      const Program p = lowered(gpt_of(layers), plan);
+      EXPECT_EQ(verify(p), std::vector<std::string>{});
+      const Traffic gathers = traffic(p, 0, of_tensors(p, CollectiveKind::all_gather));
+      EXPECT_EQ(gathers.calls, each * layers + (save ? 2 : 3))
+          << layers << " layers, " << each << " each";
+      EXPECT_EQ(gathers.wire, gathers.calls * (n - 1) * (b * s * h * kActivation) / n);
+    }
+  }
+}
+
 TEST(Volumes, ShardedStateIsScatteredAndGatheredAsOftenAsTheStrategySays) {
   // Networks whose parameters all divide by n, so that no shard rounds.
   const std::int64_t m = 3;
