@@ -397,9 +397,7 @@ void report(const Options& o, const Job& job, const execute::RankResult& first,
       serial.parameters.push_back(reference::initial_parameters(
           job.graph, job.options.seed + static_cast<std::uint64_t>(r)));
     const auto expected = reference::train_serially(job.graph, job.program, serial, job.groups);
-    c = reference::compare(
-        job.graph, first.values, expected,
-        reference::tolerance_of_rounding(job.graph, job.program, expected, serial));
+    c = reference::compare_in_own_types(job.graph, job.program, first.values, expected, serial);
     if (!c->equal) code = 1;
   }
   const auto ranks = static_cast<std::int64_t>(first.ranks.size());

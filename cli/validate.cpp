@@ -1300,9 +1300,8 @@ void validate(Options& o, int& code) {
       const auto exact = reference::options_for(c.suite->graph, c.program, kSteps, kSeed);
       const int groups = static_cast<int>(c.suite->plan.dp);
       const auto serial = reference::train_serially(c.suite->graph, c.program, exact, groups);
-      c.reference = reference::compare(
-          c.suite->graph, result.values, serial,
-          reference::tolerance_of_rounding(c.suite->graph, c.program, serial, exact));
+      c.reference =
+          reference::compare_in_own_types(c.suite->graph, c.program, result.values, serial, exact);
       c.checked = true;
       note(journal, kMathematics, c, to_record(c.reference));
       if (!c.reference.equal) {

@@ -257,6 +257,32 @@ RunResult train_serially(const Graph& graph, const Program& program, const RunOp
   return result;
 }
 
+namespace {
+
+/// Of all gradients as one vector, relative to the length of `want`.
+double distance(const std::vector<std::vector<std::vector<double>>>& got,
+                const std::vector<std::vector<std::vector<double>>>& want) {
+  double apart = 0, norm = 0;
+  for (std::size_t r = 0; r < want.size(); ++r) {
+    for (std::size_t q = 0; q < want[r].size(); ++q) {
+      const auto &x = got[r][q], &y = want[r][q];
+      for (std::size_t k = 0; k < std::min(x.size(), y.size()); ++k) {
+        apart += (x[k] - y[k]) * (x[k] - y[k]);
+        norm += y[k] * y[k];
+      }
+    }
+  }
+  return norm > 0 ? std::sqrt(apart / norm) : apart > 0 ? INFINITY : 0;
+}
+
+void judge(Comparison& c) {
+  // Whatever rounding may do to one tensor: nothing at all is off by 1.
+  c.equal = c.loss_error <= std::min(c.tolerance, kMostApart) && c.gradient_error <= c.tolerance &&
+            c.parameter_error <= c.tolerance && c.gradient_distance <= kMostApart;
+}
+
+}  // namespace
+
 Comparison compare(const Graph& graph, const RunResult& run, const RunResult& serial,
                    double tolerance, RelativeTo scale) {
   Comparison c;
@@ -272,7 +298,6 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
       if (!(e <= c.loss_error)) c.loss_error = e;
     }
   }
-  double apart = 0, norm = 0;
   for (std::size_t r = 0; r < serial.parameters.size(); ++r) {
     const auto gradient_scale = scales_of(graph, serial.gradients[r], scale);
     const auto parameter_scale = scales_of(graph, serial.parameters[r], scale);
@@ -280,19 +305,12 @@ Comparison compare(const Graph& graph, const RunResult& run, const RunResult& se
       const std::string& name = graph.parameters[q].name;
       note(error_of(run.gradients[r][q], serial.gradients[r][q], gradient_scale[q]),
            c.gradient_error, c.worst_gradient, name);
-      const auto &got = run.gradients[r][q], &want = serial.gradients[r][q];
-      for (std::size_t k = 0; k < std::min(got.size(), want.size()); ++k) {
-        apart += (got[k] - want[k]) * (got[k] - want[k]);
-        norm += want[k] * want[k];
-      }
       note(error_of(run.parameters[r][q], serial.parameters[r][q], parameter_scale[q]),
            c.parameter_error, c.worst_parameter, name);
     }
   }
-  c.gradient_distance = norm > 0 ? std::sqrt(apart / norm) : apart > 0 ? INFINITY : 0;
-  // Whatever rounding may do to one tensor: nothing at all is off by 1.
-  c.equal = c.loss_error <= std::min(tolerance, kMostApart) && c.gradient_error <= tolerance &&
-            c.parameter_error <= tolerance && c.gradient_distance <= kMostApart;
+  c.gradient_distance = distance(run.gradients, serial.gradients);
+  judge(c);
   return c;
 }
 
@@ -303,12 +321,21 @@ double rounding_allows(double d, double longest, double half_spacing) {
                             (longest + 8) * std::max(d * 0x1p-24 / half_spacing, 0x1p-24));
 }
 
-double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
-                             const RunOptions& exact) {
+namespace {
+
+struct Rounding {
+  double tolerance = 0;
+  RunResult run;  ///< whose stored values and operands are rounded
+};
+
+Rounding rounding_of(const Graph& graph, const Program& program, const RunResult& serial,
+                     const RunOptions& exact) {
   RunOptions options = exact;
   options.round = true;
-  const auto effect = [&] {
-    const Comparison c = compare(graph, interpret(program, options), serial, 0);
+  Rounding rounding;
+  rounding.run = interpret(program, options);
+  const auto effect = [&](const RunResult& run) {
+    const Comparison c = compare(graph, run, serial, 0);
     return std::max({c.loss_error, c.gradient_error, c.parameter_error});
   };
   double longest = 1;
@@ -318,11 +345,12 @@ double tolerance_of_rounding(const Graph& graph, const Program& program, const R
     for (const IterationDim& d : op.signature.dims)
       longest = std::max(longest, static_cast<double>(d.extent));
   }
-  double operands = 0;
+  double stored = effect(rounding.run), operands = 0;
   if (eights) {
     const double least = error_of_products(of_gradients(program.fp8_format), EightBits::e4m3);
-    operands = 2 * std::max(effect(), least);
+    operands = 2 * std::max(stored, least);
     options.round_operands = false;
+    stored = effect(interpret(program, options));
   }
   // What is stored in 16 bits is made in fp32: only that grows with a sum's length.
   double half_spacing = 0;  // relative, of the coarsest type
@@ -330,7 +358,27 @@ double tolerance_of_rounding(const Graph& graph, const Program& program, const R
     if (b.element_bytes == 0 && storage(b.type, 1).count == 2)
       half_spacing = std::max(half_spacing, spacing(b.type) / 2);
   }
-  return rounding_allows(effect(), longest, half_spacing) + operands;
+  rounding.tolerance = rounding_allows(stored, longest, half_spacing) + operands;
+  return rounding;
+}
+
+}  // namespace
+
+double tolerance_of_rounding(const Graph& graph, const Program& program, const RunResult& serial,
+                             const RunOptions& exact) {
+  return rounding_of(graph, program, serial, exact).tolerance;
+}
+
+Comparison compare_in_own_types(const Graph& graph, const Program& program, const RunResult& run,
+                                const RunResult& serial, const RunOptions& options) {
+  const Rounding rounding = rounding_of(graph, program, serial, options);
+  Comparison c = compare(graph, run, serial, rounding.tolerance);
+  if (!c.equal) {
+    c.gradient_distance =
+        std::min(c.gradient_distance, distance(run.gradients, rounding.run.gradients));
+    judge(c);
+  }
+  return c;
 }
 
 }  // namespace partita::reference

@@ -30,7 +30,9 @@ struct Comparison {
   /// the largest value of the tensor concerned; the tensor's name.
   double loss_error = 0, gradient_error = 0, parameter_error = 0;
   std::string worst_gradient, worst_parameter;
-  double gradient_distance = 0;  ///< of all gradients as one vector, relative to its length
+  /// Of all gradients as one vector, relative to its length; from the nearer of the serial run and
+  /// of one that rounds alike, where there is one.
+  double gradient_distance = 0;
   double tolerance = 0;
   bool equal = false;
 };
@@ -71,6 +73,13 @@ inline double error_of_products(EightBits a, EightBits b) {
   const double of_a = spacing(a) / 2, of_b = spacing(b) / 2;
   return of_a + of_b + of_a * of_b;
 }
+
+/// What a run in the plan's own types is held to: tolerance_of_rounding, and what may not be
+/// exceeded whatever it is. Where rounding itself moves all gradients by more (products in fp8 of a
+/// small network), a run may be as far from the serial one, but then has to lie by the
+/// interpreter's that rounds alike.
+Comparison compare_in_own_types(const Graph& graph, const Program& program, const RunResult& run,
+                                const RunResult& serial, const RunOptions& options);
 
 /// Multiply-accumulates of one serial step: the interpreter is for small networks.
 double serial_work(const Graph& graph, const Program& program);

@@ -667,6 +667,8 @@ class Machine {
       for (const Piece*& g : o.output_gradients) round_one(g, true);
     }
     const bool forward = i.kernel == Kernel::forward;
+    if (const auto* a = std::get_if<Attention>(&op.operation))
+      c.narrow_log_sums = o_.round && !a->materialised && !forward;
     std::vector<Piece> inline_statistics;
     inline_statistics.reserve(op.signature.forward_statistics.size() +
                               op.signature.backward_statistics.size());
@@ -798,6 +800,7 @@ class Machine {
       }
       attend_part(a, q, k, v, store(rank, i.writes[0]), store(rank, i.extras[0]));
       round(i.writes[0], store(rank, i.writes[0]));
+      round(i.extras[0], store(rank, i.extras[0]));
       return;
     }
     for (std::size_t x = 0; x < 3; ++x) {

@@ -696,6 +696,10 @@ void for_each_query(const Attention& op, const Context& c, const Operands& o, F 
              for (double& l : logits) total += l = std::exp(l - top);
              if (sinks != nullptr) total += one.sink_weight = std::exp(sinks[one.sink] - top);
              if (total > 0) {
+               if (c.narrow_log_sums) {
+                 const double log_sum = top + std::log(total);
+                 total *= std::exp(static_cast<double>(static_cast<float>(log_sum)) - log_sum);
+               }
                for (double& l : logits) l /= total;
                one.sink_weight /= total;
              }

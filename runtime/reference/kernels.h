@@ -59,6 +59,8 @@ struct Context {
   /// that: the kernels here do not.
   ElementType compute = ElementType::fp32;
   Fp8Format fp8_format = Fp8Format::hybrid;
+  /// Attention that recomputes its probabilities does so from log-sum-exps in fp32.
+  bool narrow_log_sums = false;
 };
 
 /// Rounds what a product multiplies to the context's type. Of a grouped product each expert's rows

@@ -52,9 +52,7 @@ bool expect_good(const Graph& graph, const Plan& wanted, Linked linked, std::uin
   EXPECT_EQ(results[0].values.copies_differ, 0);
   const auto exact = reference::options_for(graph, *program, 3, kSeed);
   const auto serial = reference::train_serially(graph, *program, exact, 1);
-  expect_equal(
-      reference::compare(graph, results[0].values, serial,
-                         reference::tolerance_of_rounding(graph, *program, serial, exact)));
+  expect_equal(reference::compare_in_own_types(graph, *program, results[0].values, serial, exact));
   return true;
 }
 
@@ -116,8 +114,7 @@ TEST(CudaExecutor, WithoutLinksMessagesPassThroughTheHost) {
     const auto left = with(rank);
     for (const auto& r : left) EXPECT_EQ(r.no_links, "far links refuse this rank");
     EXPECT_EQ(left[0].values.copies_differ, 0);
-    expect_equal(reference::compare(g, left[0].values, serial,
-                                    reference::tolerance_of_rounding(g, *program, serial, exact)));
+    expect_equal(reference::compare_in_own_types(g, *program, left[0].values, serial, exact));
   }
 }
 

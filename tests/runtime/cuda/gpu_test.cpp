@@ -322,8 +322,7 @@ void expect_trains(const Graph& graph, const Plan& wanted, Linked linked = Linke
     const auto exact = reference::options_for(graph, *program, 3, 7);
     const auto serial = reference::train_serially(graph, *program, exact, 1);
     expect_equal(
-        reference::compare(graph, results[0].values, serial,
-                           reference::tolerance_of_rounding(graph, *program, serial, exact)));
+        reference::compare_in_own_types(graph, *program, results[0].values, serial, exact));
   } catch (const std::exception& e) {
     ADD_FAILURE() << e.what();
   }
