@@ -164,11 +164,19 @@ std::optional<Prediction> smallest(const Graph& g, const Topology& t, std::int64
   for (const std::int64_t tp : space.tp) {
     for (const std::int64_t pp : space.pp) {
       for (const std::int64_t ep : space.ep) {
-        if (ranks % (tp * pp) != 0) continue;
         Plan p = base;
-        p.tp = tp, p.pp = pp, p.ep = ep, p.cp = 1, p.dp = ranks / (tp * pp);
-        p.zero = p.dp > 1 ? 3 : 0, p.recompute = {Recompute::full}, p.micro_batch = 1;
-        p.sequence_parallel = tp > 1 && g.sequence > 0;
+        p.tp = tp, p.pp = pp, p.ep = ep, p.cp = space.cp.front();
+        const std::int64_t each = p.ranks_of_replica(), left = ranks - p.servers * tp;
+        if (left < each || left % each != 0) continue;
+        p.dp = left / each;
+        // Of what may be chosen, what needs least: the spaces ascend.
+        p.zero = space.zero.front();
+        for (const int zero : space.zero) {
+          if (p.dp * p.cp > 1 && (pp == 1 || zero <= space.zero_pipelined)) p.zero = zero;
+        }
+        p.recompute = space.recompute.back(), p.micro_batch = space.micro_batch.front();
+        p.sequence_parallel = space.sequence_parallel.empty() ? tp > 1 && g.sequence > 0
+                                                              : space.sequence_parallel.back() != 0;
         auto prediction = predict(g, p, communication);
         if (prediction && (!least || prediction->peak_device < least->peak_device))
           least = std::move(*prediction);

@@ -261,6 +261,19 @@ bool in_plan_file(const PlanFlags& f, const std::string& key) {
   return !f.file.empty() && YamlNode::load_file(f.file, "partita.plan/1").has(key);
 }
 
+namespace {
+/// Is the key, or one within it, set by one of these?
+bool within(const std::string& key, const std::vector<std::string>& all) {
+  return std::any_of(all.begin(), all.end(), [&](const std::string& one) {
+    return one.substr(0, one.find_first_of(".=")) == key;
+  });
+}
+}  // namespace
+
+bool in_plan(const PlanFlags& f, const std::string& key) {
+  return in_plan_file(f, key) || within(key, f.set);
+}
+
 void restrict_space(SearchSpace& s, const PlanFlags& f, const Plan& given) {
   const auto fix = [&](const char* key, bool flag, auto& values, auto value) {
     if (flag || in_plan_file(f, key)) values = {value};
@@ -465,11 +478,6 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
   std::vector<std::string> said;
   if (!flags.framework_defaults) return said;
   // A key is given as a whole: `launch` by "launch.graphs".
-  const auto within = [](const std::string& key, const std::vector<std::string>& all) {
-    return std::any_of(all.begin(), all.end(), [&](const std::string& one) {
-      return one.substr(0, one.find_first_of(".=")) == key;
-    });
-  };
   const auto open = [&](const std::string& key) {
     const bool flag = key == "sequence_parallel"
                           ? flags.sequence_parallel || flags.no_sequence_parallel
@@ -477,7 +485,7 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
                       : key == "zero_group" ? flags.zero_group.has_value()
                       : key == "recompute"  ? !flags.recompute.empty()
                                             : false;
-    return !flag && !in_plan_file(flags, key) && !within(key, flags.set) && !within(key, given);
+    return !flag && !in_plan(flags, key) && !within(key, given);
   };
   const FrameworkProfile f = load_framework(plan.framework, "--framework");
   if (!f.flash_attention && !flags.materialised_attention) {

@@ -68,6 +68,8 @@ void set_key(Plan& plan, const std::string& key, const std::string& value, const
 
 /// Does the plan file name this key?
 bool in_plan_file(const PlanFlags& flags, const std::string& key);
+/// Does it, or a --set?
+bool in_plan(const PlanFlags& flags, const std::string& key);
 
 /// What the user left open of framework, precision, global batch and sequence, and what stands in
 /// for it: "precision bf16". `plan` and `graph` are those of the prediction; `given` adds keys that

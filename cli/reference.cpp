@@ -33,10 +33,9 @@ void run(const Options& o, int& code) {
     throw InputError("--steps", fmt::format("{} is not in 1 to 100,000", o.steps));
   if (o.seed < 0) throw InputError("--seed", fmt::format("{} is negative; at least 0", o.seed));
   Plan plan = plan_from(o.flags, "partita");
-  if (o.flags.precision.empty() && !in_plan_file(o.flags, "precision"))
-    set_precision(plan, "fp32", "");
+  if (o.flags.precision.empty() && !in_plan(o.flags, "precision")) set_precision(plan, "fp32", "");
   // The founding example trains by SGD with learning rate 0.01 and momentum 0.9.
-  if (!in_plan_file(o.flags, "optimizer")) plan.optimizer.kind = OptimizerKind::sgd;
+  if (!in_plan(o.flags, "optimizer")) plan.optimizer.kind = OptimizerKind::sgd;
   if (!o.optimizer.empty())
     set_key(plan, "optimizer", fmt::format("{{kind: {}}}", o.optimizer), "--optimizer");
   if (o.learning_rate) {

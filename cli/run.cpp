@@ -167,9 +167,8 @@ Job job_of(const Options& o) {
   check_backend(backend_of(o, 1, ""));
   Job job;
   Plan plan = plan_from(o.flags, "partita");
-  if (o.flags.precision.empty() && !in_plan_file(o.flags, "precision"))
-    set_precision(plan, "fp32", "");
-  if (!in_plan_file(o.flags, "optimizer")) plan.optimizer.kind = OptimizerKind::sgd;
+  if (o.flags.precision.empty() && !in_plan(o.flags, "precision")) set_precision(plan, "fp32", "");
+  if (!in_plan(o.flags, "optimizer")) plan.optimizer.kind = OptimizerKind::sgd;
   if (!o.optimizer.empty())
     set_key(plan, "optimizer", fmt::format("{{kind: {}}}", o.optimizer), "--optimizer");
   if (o.learning_rate) {

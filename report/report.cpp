@@ -81,6 +81,10 @@ Json prediction_object(const Graph& graph, const Topology& topology, const Predi
                                {"communicators", p.outside.communicators.count}};
   j["peak_memory_bytes"] = p.peak_allocated.count;
   j["peak_host_bytes"] = p.peak_host.count;
+  if (p.peak_host.count > 0) {
+    j["peak_host_node_bytes"] = p.peak_host_node.count;
+    if (p.host_memory.count > 0) j["host_memory_bytes"] = p.host_memory.count;
+  }
   j["usable_memory_bytes"] = p.usable.count;
   j["peak_at"] = p.peak_at;
   j["alive_at_peak"] = Json::array();
@@ -318,9 +322,9 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   rows.push_back({"model FLOP utilisation", percent(p.mfu)});
   rows.push_back({"hardware FLOP utilisation", percent(p.hfu)});
   rows.push_back({"peak memory, allocated", text(p.peak_allocated)});
-  rows.push_back(
-      {"peak memory, device", fmt::format("{} of {} usable: {}", text(p.peak_device),
-                                          text(p.usable), p.fits ? "fits" : "DOES NOT FIT")});
+  rows.push_back({"peak memory, device",
+                  fmt::format("{} of {} usable: {}", text(p.peak_device), text(p.usable),
+                              p.peak_device <= p.usable ? "fits" : "DOES NOT FIT")});
   rows.push_back({"  reserved", text(p.peak_reserved)});
   for (const auto& [part, n] : {std::pair{"  context", p.outside.context},
                                 {"  kernels", p.outside.kernels},
@@ -329,7 +333,14 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
                                 {"  communicators", p.outside.communicators}}) {
     if (n.count > 0) rows.push_back({part, text(n)});
   }
-  if (p.peak_host.count > 0) rows.push_back({"peak memory, host", text(p.peak_host) + " a rank"});
+  if (p.peak_host.count > 0) {
+    rows.push_back({"peak memory, host", text(p.peak_host) + " a rank"});
+    if (p.host_memory.count > 0) {
+      rows.push_back(
+          {"  of a node", fmt::format("{} of {}: {}", text(p.peak_host_node), text(p.host_memory),
+                                      p.host_fits ? "fits" : "DOES NOT FIT")});
+    }
+  }
   out += align(rows);
   if (const std::string remark = mfu_remark(graph, p); !remark.empty()) out += remark + "\n";
 

@@ -50,6 +50,7 @@ struct NodeSpec {
   std::string cpu_vendor;
   BytesPerSecond storage_bandwidth;      ///< at which one node reads; 0: not said
   BytesPerSecond host_memory_bandwidth;  ///< of all its processors together; 0: not said
+  Bytes host_memory;                     ///< the same; 0: not said
   double launch_time = 1;                ///< Topology::launch_time
   std::vector<VertexSpec> vertices;
   std::vector<EdgeSpec> edges;

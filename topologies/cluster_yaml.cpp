@@ -180,6 +180,11 @@ class Reader {
       cite(*bandwidth, own ? own->as_string() : source);
     };
     rate("host_memory_bandwidth", "host_source", group.host_memory_bandwidth);
+    if (const auto memory = node.find("host_memory")) {
+      group.host_memory = memory->as_bytes();
+      const auto own = node.find("host_memory_source");
+      cite(*memory, own ? own->as_string() : source);
+    }
     if (const auto factor = node.find("launch_time")) {
       group.launch_time = factor->as_double();
       if (!(group.launch_time > 0 && group.launch_time <= 100))

@@ -7,6 +7,7 @@
 #include <boost/graph/dijkstra_shortest_paths.hpp>
 #include <boost/property_map/function_property_map.hpp>
 #include <cstdio>
+#include <deque>
 #include <limits>
 #include <map>
 #include <set>
@@ -357,6 +358,10 @@ std::size_t Topology::device_count(std::size_t node) const {
 const std::string& Topology::cpu_vendor(std::size_t node) const {
   return impl_->node_at(node).node().spec().cpu_vendor;
 }
+Bytes Topology::host_memory(std::size_t node) const {
+  return impl_->node_at(node).node().spec().host_memory;
+}
+
 BytesPerSecond Topology::host_memory_bandwidth(std::size_t node) const {
   return impl_->node_at(node).node().spec().host_memory_bandwidth;
 }
@@ -485,6 +490,47 @@ LinkId Topology::host_link(DeviceId device, bool towards_host) const {
     if (!best.valid() || one.bandwidth > link(best).bandwidth) best = l;
   }
   return best;
+}
+
+std::vector<LinkId> Topology::host_route(DeviceId device, bool towards_host) const {
+  std::vector<LinkId> route;
+  const LinkId first = host_link(device, towards_host);
+  if (!first.valid()) return route;
+  route.push_back(first);
+  const auto place = impl_->place_of(physical(device));
+  const auto& links = place.node.node().links();
+  // Behind each link the fastest one that leads on, by the fewest of them to a processor.
+  const auto far_end = [&](const Link& l) { return towards_host ? l.to : l.from; };
+  std::map<std::int32_t, std::pair<std::size_t, std::int32_t>>
+      came;  // vertex: by link, from vertex
+  std::deque<std::int32_t> open{far_end(as_built(first))};
+  const std::int32_t begin = open.front();
+  const auto is_cpu = [&](std::int32_t v) { return vertex_kind(v) == VertexKind::cpu; };
+  std::int32_t end = is_cpu(begin) ? begin : -1;
+  while (end < 0 && !open.empty()) {
+    const std::int32_t v = open.front();
+    open.pop_front();
+    for (std::size_t l = 0; l < links.size(); ++l) {
+      const Link one = as_built(LinkId{place.node.first_link() + l});
+      if (one.kind != LinkKind::pcie && one.kind != LinkKind::c2c) continue;
+      const std::int32_t near = towards_host ? one.from : one.to, to = far_end(one);
+      if (near != v || to == begin || came.contains(to)) continue;
+      const VertexKind kind = vertex_kind(to);
+      if (kind != VertexKind::cpu && kind != VertexKind::pcie_switch) continue;
+      came[to] = {place.node.first_link() + l, v};
+      if (kind == VertexKind::cpu) {
+        end = to;
+        break;
+      }
+      open.push_back(to);
+    }
+  }
+  std::vector<LinkId> rest;
+  for (std::int32_t v = end; v >= 0 && v != begin; v = came.at(v).second)
+    rest.emplace_back(came.at(v).first);
+  route.insert(route.end(), rest.rbegin(), rest.rend());
+  if (!towards_host) std::reverse(route.begin(), route.end());
+  return route;
 }
 
 Link Topology::link(LinkId id) const {

@@ -93,6 +93,8 @@ class Topology {
   const std::string& cpu_vendor(std::size_t node) const;
   /// Of a node's processors together; 0 where the file does not say.
   BytesPerSecond host_memory_bandwidth(std::size_t node) const;
+  /// Of its processors together; 0: not said.
+  Bytes host_memory(std::size_t node) const;
   /// What a framework's launches take on a node's processors, over what they take on those of a
   /// DGX H100 (Xeon Platinum 8480C).
   double launch_time(std::size_t node) const;
@@ -135,6 +137,9 @@ class Topology {
   std::vector<LinkId> links_of(DeviceId device) const;
   /// The fastest PCIe or C2C link between a device and its host; invalid without one.
   LinkId host_link(DeviceId device, bool towards_host) const;
+  /// From a device to its host's processor or back: host_link and the PCIe or C2C links beyond it,
+  /// through switches, that others share. Empty without one.
+  std::vector<LinkId> host_route(DeviceId device, bool towards_host) const;
   std::string link_name(LinkId link) const;  ///< "node3.gpu1->node3.nvswitch0"
 
   std::size_t vertex_count() const;

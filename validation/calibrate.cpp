@@ -279,7 +279,7 @@ std::vector<CalibrationRun> gpu_calibration_runs(bool eights) {
   // Corners first: what is interpolated between needs them.
   for (const auto& [hidden, sequence, ffn, heads, vocabulary, batch] :
        {std::tuple{1024, 512, 4096, 16, 8192, 1},
-        {8192, 2048, 24576, 64, 16384, 1},
+        {8192, 2048, 24576, 64, 16384, 2},
         {1280, 2048, 5120, 20, 24576, 8},
         {5120, 1024, 13824, 40, 32768, 2},
         {2048, 3072, 5504, 16, 49157, 2},

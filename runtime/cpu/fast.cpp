@@ -1239,6 +1239,7 @@ void choose(const Router& op, const float* logits, Index experts, Choice& c) {
     std::vector<double> of;
     for (Index g = 0; g < op.groups; ++g) {
       of.assign(c.score.begin() + g * each, c.score.begin() + (g + 1) * each);
+      for (double& s : of) s = s >= 0 ? s : 0;
       std::sort(of.begin(), of.end(), std::greater<>());
       sums.emplace_back(-std::accumulate(of.begin(), of.begin() + op.group_best, 0.0), g);
     }
@@ -1248,9 +1249,13 @@ void choose(const Router& op, const float* logits, Index experts, Choice& c) {
                           [&](const auto& s) { return s.second == e / each; });
     });
   }
+  // What is no number is behind all others.
+  const auto ordered = [&](Index e) {
+    return std::isnan(logits[e]) ? -std::numeric_limits<float>::infinity() : logits[e];
+  };
   std::partial_sort(
       c.chosen.begin(), c.chosen.begin() + op.top_k, c.chosen.end(),
-      [&](Index p, Index q) { return logits[p] != logits[q] ? logits[p] > logits[q] : p < q; });
+      [&](Index p, Index q) { return ordered(p) != ordered(q) ? ordered(p) > ordered(q) : p < q; });
   c.chosen.resize(static_cast<std::size_t>(op.top_k));
   c.total = 0;
   for (const Index e : c.chosen) c.total += c.score[static_cast<std::size_t>(e)];

@@ -92,6 +92,48 @@ class Lanes {
   }
   PARTITA_BOTH double sum(double v) const { return reduce(v, false); }
   PARTITA_BOTH double max(double v) const { return reduce(v, true); }
+  PARTITA_BOTH float max(float v) const {
+#if defined(__CUDA_ARCH__)
+    for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
+    if (warp_) {
+      __syncwarp();  // what a lane has read before, another may write now
+      return v;
+    }
+    __shared__ float parts[32];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) parts[warp] = v;
+    __syncthreads();
+    v = parts[0];
+    for (unsigned w = 1; w < warps; ++w) v = fmaxf(v, parts[w]);
+    __syncthreads();
+    return v;
+#else
+    return static_cast<float>(reduce(static_cast<double>(v), true));
+#endif
+  }
+  /// Both at once: one wait for the other lanes.
+  PARTITA_BOTH void sum(double& a, double& b) const {
+#if defined(__CUDA_ARCH__)
+    for (int d = 16; d > 0; d /= 2) {
+      a += __shfl_xor_sync(0xffffffffu, a, d);
+      b += __shfl_xor_sync(0xffffffffu, b, d);
+    }
+    if (warp_) {
+      __syncwarp();
+      return;
+    }
+    __shared__ double parts[32][2];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) parts[warp][0] = a, parts[warp][1] = b;
+    __syncthreads();
+    a = parts[0][0], b = parts[0][1];
+    for (unsigned w = 1; w < warps; ++w) a += parts[w][0], b += parts[w][1];
+    __syncthreads();
+#else
+    a = reduce(a, false);
+    b = reduce(b, false);
+#endif
+  }
 
  private:
   /// A block is a whole number of warps.
@@ -358,6 +400,24 @@ PARTITA_BOTH Raw raw_octet(const Numbers& x, std::int64_t first, std::int64_t co
   }
   return r;
 }
+/// The same of 16-bit numbers alone: half the registers.
+struct NarrowRaw {
+  Sixteen low;
+};
+template <bool kWhole = false>
+PARTITA_BOTH NarrowRaw raw_narrow(const Numbers& x, std::int64_t first, std::int64_t count) {
+  const Numbers at = x + first;
+  if (kWhole || together(at, count))
+    return {load_sixteen(static_cast<const std::byte*>(at.data()))};
+  const auto* p = static_cast<const std::uint16_t*>(at.data());
+  NarrowRaw r{};
+  for (int k = 0; k < 4; ++k) {
+    const std::uint32_t a = 2 * k < count ? p[2 * k] : 0u,
+                        b = 2 * k + 1 < count ? p[2 * k + 1] : 0u;
+    r.low.w[k] = a | b << 16;
+  }
+  return r;
+}
 PARTITA_BOTH std::uint16_t low_half(std::uint32_t w) {
   return static_cast<std::uint16_t>(w & 0xffffu);
 }
@@ -365,11 +425,9 @@ PARTITA_BOTH std::uint16_t high_half(std::uint32_t w) {
   return static_cast<std::uint16_t>(w >> 16);
 }
 /// The type is asked for once, not for each number.
-PARTITA_BOTH Octet octet_of(const Raw& r, ElementType type) {
+PARTITA_BOTH Octet octet_of(const NarrowRaw& r, ElementType type) {
   Octet o;
-  if (type == ElementType::fp32) {
-    for (int k = 0; k < 4; ++k) o.v[k] = float_of(r.low.w[k]), o.v[4 + k] = float_of(r.high.w[k]);
-  } else if (type == ElementType::bf16) {
+  if (type == ElementType::bf16) {
     for (int k = 0; k < 4; ++k) {
       o.v[2 * k] = from_bf16(low_half(r.low.w[k]));
       o.v[2 * k + 1] = float_of(r.low.w[k] & 0xffff0000u);
@@ -380,6 +438,12 @@ PARTITA_BOTH Octet octet_of(const Raw& r, ElementType type) {
       o.v[2 * k + 1] = from_fp16(high_half(r.low.w[k]));
     }
   }
+  return o;
+}
+PARTITA_BOTH Octet octet_of(const Raw& r, ElementType type) {
+  if (type != ElementType::fp32) return octet_of(NarrowRaw{r.low}, type);
+  Octet o;
+  for (int k = 0; k < 4; ++k) o.v[k] = float_of(r.low.w[k]), o.v[4 + k] = float_of(r.high.w[k]);
   return o;
 }
 template <bool kWhole = false>
@@ -437,9 +501,12 @@ PARTITA_BOTH std::int64_t octets(std::int64_t n) { return (n + Octet::kSize - 1)
 /// A thread's eight of n numbers in a row: an octet, or (`kApart`) four and four. Of fp32 an octet
 /// is 32 bytes, a sector of memory, that two stores would write by halves; 32 threads' fours lie
 /// together, and the others 128 numbers on.
-template <bool kApart>
+/// `kSure`: of what it moves nothing is asked; all is in fp32 (`kApart`) or in 16 bits, and in one
+/// piece (sure()).
+template <bool kApart, bool kSure = false>
 struct EightOf {
   static constexpr std::int64_t kFour = 4, kBeside = 32, kStep = kFour * kBeside;
+  static constexpr bool kKnownWide = kApart && kSure;
   static std::int64_t count(std::int64_t n) {
     return kApart ? (n + 2 * kStep - 1) / (2 * kStep) * kBeside : octets(n);
   }
@@ -451,8 +518,26 @@ struct EightOf {
     return left >= kStep + kFour &&
            reinterpret_cast<std::uintptr_t>(at.data()) % (at.narrow() ? 8 : 16) == 0;
   }
+  /// Of n numbers, where their type is for the kernel to know.
+  static bool sure(std::int64_t n, const Numbers& at) {
+    return !(at == nullptr) && at.narrow() != kApart &&
+           n % (kApart ? 2 * kStep : std::int64_t{Octet::kSize}) == 0 &&
+           reinterpret_cast<std::uintptr_t>(at.data()) % 16 == 0;
+  }
+  PARTITA_BOTH static Octet octet_of(const Raw& r, const Numbers& x) {
+    if constexpr (kSure && kApart) return cuda::octet_of(r, ElementType::fp32);
+    if constexpr (kSure) return cuda::octet_of(NarrowRaw{r.low}, x.type());
+    return cuda::octet_of(r, x.type());
+  }
   PARTITA_BOTH static Raw raw(const Numbers& x, std::int64_t number, std::int64_t n) {
     const std::int64_t from = first(number), left = n - from;
+    if constexpr (kSure) {
+      const auto* p = static_cast<const std::byte*>((x + from).data());
+      Raw r{};
+      r.low = load_sixteen(p);
+      if constexpr (kApart) r.high = load_sixteen(p + kStep * 4);
+      return r;
+    }
     if constexpr (!kApart) return raw_octet(x, from, left);
     const Numbers at = x + from;
     if (!whole(at, left)) {
@@ -473,11 +558,18 @@ struct EightOf {
     return r;
   }
   PARTITA_BOTH static Octet octet(const Numbers& x, std::int64_t number, std::int64_t n) {
-    return octet_of(raw(x, number, n), x.type());
+    return octet_of(raw(x, number, n), x);
   }
   PARTITA_BOTH static void put(const Numbers& y, std::int64_t number, std::int64_t n,
                                const Octet& o) {
     const std::int64_t to = first(number), left = n - to;
+    if constexpr (kSure) {
+      auto* p = static_cast<std::byte*>((y + to).data());
+      const Raw r = raw_of(o, kApart ? ElementType::fp32 : y.type());
+      store_sixteen(p, r.low);
+      if constexpr (kApart) store_sixteen(p + kStep * 4, r.high);
+      return;
+    }
     if constexpr (!kApart) {
       cuda::put(y, to, left, o);
       return;

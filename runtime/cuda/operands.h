@@ -86,13 +86,15 @@ void fill_values(M& m, Numbers to, std::int64_t n, float value) {
 
 /// kTensors' rows of one place and length, as the lanes of a row look at them more than once: what
 /// a lane takes first stays in registers, all of it on its way before any is looked at. Only what
-/// is beyond (where rows() has no lanes for more) is read again. `kWhole`: by whole_rows.
-template <int kTensors, bool kWhole>
+/// is beyond (where rows() has no lanes for more) is read again. `kWhole`: by whole_rows;
+/// `kNarrow`: all of 16 bits.
+template <int kTensors, bool kWhole, bool kNarrow = false>
 struct KeptRows {
   static constexpr int kKept = 4;
+  using Kept = std::conditional_t<kNarrow, NarrowRaw, Raw>;
   const Numbers (&from)[kTensors];
   std::int64_t start, length, lane, lanes;
-  Raw kept[kTensors][kKept];
+  Kept kept[kTensors][kKept];
 
   PARTITA_INLINE KeptRows(const Numbers (&tensors)[kTensors], std::int64_t first, std::int64_t n,
                           const Lanes& of)
@@ -102,9 +104,14 @@ struct KeptRows {
       const std::int64_t e = (lane + k * lanes) * Octet::kSize;
       if (e >= length) break;
       PARTITA_UNROLL
-      for (int t = 0; t < kTensors; ++t)
-        kept[t][k] = raw_octet<kWhole>(from[t], start + e, length - e);
+      for (int t = 0; t < kTensors; ++t) kept[t][k] = raw(t, e);
     }
+  }
+  PARTITA_INLINE Kept raw(int t, std::int64_t e) const {
+    if constexpr (kNarrow)
+      return raw_narrow<kWhole>(from[t], start + e, length - e);
+    else
+      return raw_octet<kWhole>(from[t], start + e, length - e);
   }
   /// f(element, how many, one octet of each tensor).
   template <class F>
@@ -122,7 +129,7 @@ struct KeptRows {
          e += lanes * Octet::kSize) {
       Octet o[kTensors];
       PARTITA_UNROLL
-      for (int t = 0; t < kTensors; ++t) o[t] = octet<kWhole>(from[t], start + e, length - e);
+      for (int t = 0; t < kTensors; ++t) o[t] = octet_of(raw(t, e), from[t].type());
       f(e, kWhole ? Octet::kSize : length - e, o);
     }
   }
@@ -134,23 +141,39 @@ inline std::int64_t kept_width(std::int64_t n) { return octets(n); }
 inline std::int64_t once_width(std::int64_t n) { return octets(n) < 1024 ? octets(n) : 1024; }
 /// f(first, how many, octet) of a row of less than 2^30 that is looked at once, wherever it begins:
 /// what lies before the first multiple of 16 bytes is a piece of its own. Four of a lane's are on
-/// their way at a time.
-template <bool kWhole = false, class F>
+/// their way at a time; where all have 16 bits (`kNarrow`) the next four while f has these.
+template <bool kWhole = false, bool kNarrow = false, class F>
 PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& lanes, F f) {
   constexpr int kAtOnce = 4, kSize = Octet::kSize;
+  using Kept = std::conditional_t<kNarrow, NarrowRaw, Raw>;
   const int bytes = static_cast<int>(reinterpret_cast<std::uintptr_t>(row.data()) % 16),
-            before = kWhole ? 0 : (16 - bytes) % 16 / (row.narrow() ? 2 : 4),
+            before = kWhole ? 0 : (16 - bytes) % 16 / (kNarrow || row.narrow() ? 2 : 4),
             size = static_cast<int>(n), head = before < size ? before : size,
             // The first piece ends with the head, where there is one.
       begin = head > 0 ? head - kSize : 0, pieces = (size - begin + kSize - 1) / kSize,
             lane = static_cast<int>(lanes.lane()), count = static_cast<int>(lanes.count());
-  for (int p = lane; p < pieces; p += kAtOnce * count) {
-    Raw raw[kAtOnce];
+  const auto fetch = [&](Kept(&to)[kAtOnce], int p) {
     PARTITA_UNROLL
     for (int k = 0; k < kAtOnce; ++k) {
       const int at = begin + (p + k * count) * kSize;
       if (at >= size) break;
-      raw[k] = raw_octet<kWhole>(row, at < 0 ? 0 : at, at < 0 ? head : size - at);
+      if constexpr (kNarrow) {
+        to[k] = raw_narrow<kWhole>(row, at < 0 ? 0 : at, at < 0 ? head : size - at);
+      } else {
+        to[k] = raw_octet<kWhole>(row, at < 0 ? 0 : at, at < 0 ? head : size - at);
+      }
+    }
+  };
+  Kept next[kAtOnce];
+  if constexpr (kNarrow) fetch(next, lane);
+  for (int p = lane; p < pieces; p += kAtOnce * count) {
+    Kept raw[kAtOnce];
+    if constexpr (kNarrow) {
+      PARTITA_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) raw[k] = next[k];
+      fetch(next, p + kAtOnce * count);
+    } else {
+      fetch(raw, p);
     }
     PARTITA_UNROLL
     for (int k = 0; k < kAtOnce; ++k) {
@@ -179,7 +202,7 @@ struct SumOfPowers {
   }
   /// Of all lanes, for each of them.
   PARTITA_LANE void join(const Lanes& lanes) {
-    const auto high = static_cast<float>(lanes.max(static_cast<double>(top)));
+    const float high = lanes.max(top);
     sum = lanes.sum(high > top ? sum * static_cast<double>(quick_power(top - high)) : sum);
     top = high;
   }
@@ -193,6 +216,22 @@ inline bool whole_rows(std::int64_t n, const Arguments& a) {
     for (const Tensor& t : *list) whole &= !t || together(numbers(t), Octet::kSize);
   }
   return whole;
+}
+
+/// Calls f with <kWhole, kNarrow>, as rows are.
+template <class F>
+void by_rows(bool whole, bool narrow, F f) {
+  if (narrow) {
+    if (whole) {
+      f.template operator()<true, true>();
+    } else {
+      f.template operator()<false, true>();
+    }
+  } else if (whole) {
+    f.template operator()<true, false>();
+  } else {
+    f.template operator()<false, false>();
+  }
 }
 
 /// What stage after stage of sums over rows leaves: [sum, row, column], in fp32.
@@ -401,9 +440,9 @@ struct Curved {
 };
 /// F of eight of each tensor, the kind known to the compiler: once for all of them it is asked for.
 /// `kApart`: as EightOf; without, everything has 16 bits.
-template <int kFrom, int kTo, class F, bool kApart>
+template <int kFrom, int kTo, class F, bool kApart, bool kSure>
 struct OfCurves {
-  using Eight = EightOf<kApart>;
+  using Eight = EightOf<kApart, kSure>;
   Curved<kFrom, kTo> of;
   template <ActivationKind kKind>
   PARTITA_INLINE void take(const Octet (&x)[kFrom], Octet (&y)[kTo]) const {
@@ -442,7 +481,7 @@ struct OfCurves {
     for (int t = 0; t < kFrom; ++t) raw[t] = Eight::raw(of.from[t], number, of.n);
     Octet x[kFrom];
     PARTITA_UNROLL
-    for (int t = 0; t < kFrom; ++t) x[t] = octet_of(raw[t], of.from[t].type());
+    for (int t = 0; t < kFrom; ++t) x[t] = Eight::octet_of(raw[t], of.from[t]);
     Octet y[kTo];
     take(x, y);
     PARTITA_UNROLL
@@ -451,13 +490,15 @@ struct OfCurves {
 };
 template <class F, class M, int kFrom, int kTo>
 void map_curves(M& m, const Curved<kFrom, kTo>& of) {
-  bool wide = false;
-  for (const Numbers& x : of.from) wide |= any_wide(x);
-  for (const Numbers& y : of.to) wide |= any_wide(y);
+  bool wide = false, sure = true;
+  for (const auto& x : of.from) wide |= any_wide(x), sure &= EightOf<false>::sure(of.n, x);
+  for (const auto& y : of.to) wide |= any_wide(y), sure &= EightOf<false>::sure(of.n, y);
   if (wide) {
-    m.each(EightOf<true>::count(of.n), OfCurves<kFrom, kTo, F, true>{of});
+    m.each(EightOf<true>::count(of.n), OfCurves<kFrom, kTo, F, true, false>{of});
+  } else if (sure) {
+    m.each(EightOf<false>::count(of.n), OfCurves<kFrom, kTo, F, false, true>{of});
   } else {
-    m.each(EightOf<false>::count(of.n), OfCurves<kFrom, kTo, F, false>{of});
+    m.each(EightOf<false>::count(of.n), OfCurves<kFrom, kTo, F, false, false>{of});
   }
 }
 

@@ -712,7 +712,7 @@ PARTITA_LANE float sum_of(const Octet& o) {
 }
 /// Rows whose statistics nobody else has a part of: they are made, left in their place and used
 /// while the row is in registers.
-template <bool kWhole, class M>
+template <bool kWhole, bool kNarrow, class M>
 void normalised_rows(M& m, const Normalize& op, const Runs& r, const Arguments& a) {
   const Numbers x = numbers(a.inputs[0]), sums = numbers(a.statistics[0]);
   const Numbers scale = op.scale ? numbers(a.parameters[0]) : nullptr;
@@ -722,34 +722,53 @@ void normalised_rows(M& m, const Normalize& op, const Runs& r, const Arguments& 
       r.groups, kept_width(r.length), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         const Numbers from[1] = {x};
         const std::int64_t start = g * r.length;
-        const KeptRows<1, kWhole> row(from, start, r.length, lanes);
+        const KeptRows<1, kWhole, kNarrow> row(from, start, r.length, lanes);
+        // Sums of the differences to one of the lane's own numbers, o, and of their squares: exact
+        // where a small variance lies beside a large mean. With c numbers, sum x = c o + s, sum x^2
+        // = c o^2 + 2 o s + q, and in doubles the mean's square may be taken off.
+        double sum = 0, square = 0;
+        float own = 0;
+        if (r.width == 2 && lanes.lane() * Octet::kSize < r.length)
+          own = octet_of(row.kept[0][0], x.type()).v[0];
+        float differences = 0, squares = 0;
+        std::int64_t numbers_here = 0;
+        row.each([&](std::int64_t, std::int64_t count, const Octet(&o)[1]) {
+          float d[Octet::kSize], part = 0, part_of_squares = 0;
+          for (int k = 0; k < Octet::kSize; ++k) {
+            d[k] = k < count ? o[0].v[k] - own : 0.0f;
+            part += d[k];
+            part_of_squares += d[k] * d[k];
+          }
+          differences += part;
+          squares += part_of_squares;
+          numbers_here += count < Octet::kSize ? count : std::int64_t{Octet::kSize};
+        });
+        {
+          const auto o = static_cast<double>(own), s = static_cast<double>(differences),
+                     c = static_cast<double>(numbers_here);
+          sum = c * o + s;
+          square = c * o * o + 2 * o * s + static_cast<double>(squares);
+        }
         float mean = 0;
         if (r.width == 2) {
-          double sum = 0;
-          row.each([&](std::int64_t, std::int64_t, const Octet(&o)[1]) {
-            sum += static_cast<double>(sum_of(o[0]));
-          });
-          mean = static_cast<float>(lanes.sum(sum) / r.members);
+          lanes.sum(sum, square);
+          const double exact = sum / r.members;
+          mean = static_cast<float>(exact);
+          square -= exact * sum;
+          square = square > 0 ? square : 0;
+        } else {
+          square = lanes.sum(square);
         }
-        double square = 0;
-        row.each([&](std::int64_t, std::int64_t count, const Octet(&o)[1]) {
-          Octet squares{};
-          for (int k = 0; k < Octet::kSize; ++k) {
-            const float v = o[0].v[k] - mean;
-            squares.v[k] = k < count ? v * v : 0.0f;
-          }
-          square += static_cast<double>(sum_of(squares));
-        });
-        square = lanes.sum(square);
         const auto inverse = static_cast<float>(1 / sqrt(square / r.members + r.epsilon));
         if (lanes.lane() == 0) {
           if (r.width == 2) sums[2 * g] = mean;
           sums[g * r.width + r.width - 1] = inverse;
         }
         row.each([&](std::int64_t e, std::int64_t count, const Octet(&o)[1]) {
-          Octet by{}, more{};
-          if (scale != nullptr) by = octet<kWhole>(scale, e, count);
-          if (bias != nullptr) more = octet<kWhole>(bias, e, count);
+          Raw of_scale{}, of_bias{};
+          if (scale != nullptr) of_scale = raw_octet<kWhole>(scale, e, count);
+          if (bias != nullptr) of_bias = raw_octet<kWhole>(bias, e, count);
+          const Octet by = octet_of(of_scale, scale.type()), more = octet_of(of_bias, bias.type());
           Octet to;
           for (int k = 0; k < Octet::kSize; ++k) {
             float v = (o[0].v[k] - mean) * inverse;
@@ -761,7 +780,7 @@ void normalised_rows(M& m, const Normalize& op, const Runs& r, const Arguments& 
       });
 }
 /// The same of their gradients, whose sums are nobody else's.
-template <bool kWhole, class M>
+template <bool kWhole, bool kNarrow, class M>
 void slopes_of_rows(M& m, const Normalize& op, const Runs& r, const Arguments& a) {
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
                 sums = numbers(a.statistics[0]);
@@ -772,7 +791,7 @@ void slopes_of_rows(M& m, const Normalize& op, const Runs& r, const Arguments& a
       r.groups, kept_width(r.length), PARTITA_KERNEL(std::int64_t g, const Lanes& lanes) {
         const Numbers from[2] = {x, dy};
         const std::int64_t start = g * r.length;
-        const KeptRows<2, kWhole> row(from, start, r.length, lanes);
+        const KeptRows<2, kWhole, kNarrow> row(from, start, r.length, lanes);
         const Moments o = moments_of(r, sums, whole, g);
         double sum = 0, along = 0;
         row.each([&](std::int64_t e, std::int64_t count, const Octet(&v)[2]) {
@@ -786,9 +805,13 @@ void slopes_of_rows(M& m, const Normalize& op, const Runs& r, const Arguments& a
           sum += static_cast<double>(sum_of(slopes));
           along += static_cast<double>(sum_of(times));
         });
-        const float mean = r.width == 2 ? static_cast<float>(lanes.sum(sum) / r.members) : 0.0f;
-        const auto by_mean =
-            static_cast<float>(lanes.sum(along) * static_cast<double>(o.inverse) / r.members);
+        if (r.width == 2) {
+          lanes.sum(sum, along);
+        } else {
+          along = lanes.sum(along);
+        }
+        const float mean = r.width == 2 ? static_cast<float>(sum / r.members) : 0.0f;
+        const auto by_mean = static_cast<float>(along * static_cast<double>(o.inverse) / r.members);
         row.each([&](std::int64_t e, std::int64_t count, const Octet(&v)[2]) {
           Octet by{};
           if (scale != nullptr) by = octet<kWhole>(scale, e, count);
@@ -807,11 +830,8 @@ bool forward(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   if (a.own_statistics) {
-    if (whole_rows(r.length, a)) {
-      normalised_rows<true>(m, op, r, a);
-    } else {
-      normalised_rows<false>(m, op, r, a);
-    }
+    by_rows(whole_rows(r.length, a), numbers(a.inputs[0]).narrow(),
+            [&]<bool kWhole, bool kNarrow>() { normalised_rows<kWhole, kNarrow>(m, op, r, a); });
     return true;
   }
   const Numbers x = numbers(a.inputs[0]), sums = numbers(a.statistics[0]);
@@ -903,11 +923,9 @@ bool data(M& m, const Normalize& op, const Context& c, const Arguments& a) {
   Runs r;
   if (!runs_of(op, c, a.inputs[0], r)) return false;
   if (a.own_statistics) {
-    if (whole_rows(r.length, a)) {
-      slopes_of_rows<true>(m, op, r, a);
-    } else {
-      slopes_of_rows<false>(m, op, r, a);
-    }
+    by_rows(whole_rows(r.length, a),
+            numbers(a.inputs[0]).narrow() && numbers(a.output_gradients[0]).narrow(),
+            [&]<bool kWhole, bool kNarrow>() { slopes_of_rows<kWhole, kNarrow>(m, op, r, a); });
     return true;
   }
   const Numbers x = numbers(a.inputs[0]), dy = numbers(a.output_gradients[0]),
@@ -1254,9 +1272,12 @@ bool rotate(M& m, const Rotary& op, Numbers from, const Tensor& to, float direct
           const std::int64_t r = i % pieces * Octet::kSize, first = i / pieces * head + r,
                              token = i / pieces * head / inner % tokens;
           const Numbers table(const_cast<float*>(turns) + token * 2 * half);
-          const Octet a_half = octet(from, first, Octet::kSize),
-                      b_half = octet(from, first + half, Octet::kSize),
-                      c = octet(table, r, Octet::kSize), s = octet(table, half + r, Octet::kSize);
+          const Raw of_a = raw_octet(from, first, Octet::kSize),
+                    of_b = raw_octet(from, first + half, Octet::kSize),
+                    of_c = raw_octet(table, r, Octet::kSize),
+                    of_s = raw_octet(table, half + r, Octet::kSize);
+          const Octet a_half = octet_of(of_a, from.type()), b_half = octet_of(of_b, from.type()),
+                      c = octet_of(of_c, ElementType::fp32), s = octet_of(of_s, ElementType::fp32);
           Octet one, other;
           for (int k = 0; k < Octet::kSize; ++k) {
             const float sine = direction * s.v[k];
@@ -1913,7 +1934,7 @@ bool statistic(M& m, const CrossEntropy&, std::size_t k, const Arguments& a) {
   return true;
 }
 /// Both statistics of rows that nobody else has a part of, in one look.
-template <bool kWhole, class M>
+template <bool kWhole, bool kNarrow, class M>
 void statistics(M& m, const CrossEntropy&, const Arguments& a) {
   const Tensor &x = a.inputs[0], &labels = a.inputs[1];
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
@@ -1923,26 +1944,25 @@ void statistics(M& m, const CrossEntropy&, const Arguments& a) {
   m.rows(
       labels.size(), once_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const Numbers line = from + row * n;
+        // On its way while the row is looked at.
+        const float own = lanes.lane() == 0 ? logit_of(line, held, label[row]) : 0.0f;
         SumOfPowers powers;
-        each_octet<kWhole>(line, n, lanes, [&](std::int64_t, std::int64_t count, const Octet& o) {
-          powers.add(count, o);
-        });
+        each_octet<kWhole, kNarrow>(
+            line, n, lanes,
+            [&](std::int64_t, std::int64_t count, const Octet& o) { powers.add(count, o); });
         powers.join(lanes);
         if (lanes.lane() != 0) return;
         top[row] = powers.top;
         sums[2 * row] = static_cast<float>(powers.sum);
-        sums[2 * row + 1] = logit_of(line, held, label[row]);
+        sums[2 * row + 1] = own;
       });
 }
 template <class M>
 bool forward(M& m, const CrossEntropy& op, const Context& c, const Arguments& a) {
   if (a.own_statistics) {
     if (a.inputs[1].ids == nullptr && a.inputs[1].size() > 0) return false;
-    if (whole_rows(std::ssize(a.inputs[0].index->back()), a)) {
-      statistics<true>(m, op, a);
-    } else {
-      statistics<false>(m, op, a);
-    }
+    by_rows(whole_rows(std::ssize(a.inputs[0].index->back()), a), numbers(a.inputs[0]).narrow(),
+            [&]<bool kWhole, bool kNarrow>() { statistics<kWhole, kNarrow>(m, op, a); });
   }
   const Numbers top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]);
   const std::int64_t rows = a.inputs[1].size();
@@ -1963,58 +1983,45 @@ inline Numbers above(const Arguments& a) {
   return a.output_gradients.empty() || !a.output_gradients[0] ? nullptr
                                                               : numbers(a.output_gradients[0]);
 }
-template <class M>
-bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
+/// In place, too: a lane writes only what it has read.
+template <bool kWhole, bool kNarrow, class M>
+void slopes_of_losses(M& m, const Context& c, const Arguments& a) {
   const Tensor &x = a.inputs[0], &labels = a.inputs[1];
-  if (labels.ids == nullptr) return false;
   const std::int64_t n = extent(x, x.index->size() - 1, x.index->size());
   const Numbers from = numbers(x), top = numbers(a.statistics[0]), sums = numbers(a.statistics[1]),
-                gradient = above(a);
+                gradient = above(a), dx = numbers(a.results[0]);
   const std::int64_t* label = labels.ids;
   const double scale = c.loss_scale;
-  const Numbers dx = numbers(a.results[0]);
   const IndexList held = m.list(x.index->back());
-  const std::int64_t x_size = x.size();
-  if (whole_rows(n, a)) {
-    m.each(
-        octets(x_size), PARTITA_KERNEL(std::int64_t number) {
-          const std::int64_t first = number * Octet::kSize, row = first / n,
-                             ahead = held.find(label[row]) - (first - row * n);
-          // Of the octet, where it is.
-          const int hit = ahead >= 0 && ahead < Octet::kSize ? static_cast<int>(ahead) : -1;
-          const auto d = static_cast<float>(
-              (gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0) * scale);
-          const float high = top[row], by = d / sums[2 * row];
-          Octet o = octet<true>(from, first, Octet::kSize);
-          for (int k = 0; k < Octet::kSize; ++k) {
-            const float p = quick_power(o.v[k] - high) * by;
-            o.v[k] = k == hit ? p - d : p;
-          }
-          put<true>(dx, first, Octet::kSize, o);
-        });
-    return true;
-  }
-  // By octets of the whole, as rows need not be made of them: one may have the end of a row and the
-  // beginning of the next.
-  m.each(
-      octets(x_size), PARTITA_KERNEL(std::int64_t number) {
-        const std::int64_t first = number * Octet::kSize, count = x_size - first;
+  m.rows(
+      labels.size(), once_width(n), PARTITA_KERNEL(std::int64_t row, const Lanes& lanes) {
         const auto d = static_cast<float>(
             (gradient != nullptr ? static_cast<double>(gradient[0]) : 1.0) * scale);
-        Octet o = octet(from, first, count);
-        std::int64_t row = first / n, column = first % n, at = held.find(label[row]);
-        float high = top[row], by = d / sums[2 * row];
-        for (int k = 0; k < Octet::kSize && k < count; ++k, ++column) {
-          if (column == n) {
-            column = 0, ++row;
-            at = held.find(label[row]);
-            high = top[row], by = d / sums[2 * row];
-          }
-          const float p = quick_power(o.v[k] - high) * by;
-          o.v[k] = column == at ? p - d : p;
-        }
-        put(dx, first, count, o);
+        const float high = top[row], by = d / sums[2 * row];
+        const std::int64_t at = held.find(label[row]);
+        const Numbers to = dx + row * n;
+        each_octet<kWhole, kNarrow>(
+            from + row * n, n, lanes, [&](std::int64_t first, std::int64_t count, Octet o) {
+              // Of the octet, where it is: -1 where it is not.
+              const std::int64_t ahead = at - first;
+              const int hit = at >= 0 && ahead >= 0 && ahead < count && ahead < Octet::kSize
+                                  ? static_cast<int>(ahead)
+                                  : -1;
+              for (int k = 0; k < Octet::kSize; ++k) {
+                const float p = quick_power(o.v[k] - high) * by;
+                o.v[k] = k == hit ? p - d : p;
+              }
+              put<kWhole>(to, first, count, o);
+            });
       });
+}
+template <class M>
+bool data(M& m, const CrossEntropy&, const Context& c, const Arguments& a) {
+  const Tensor& x = a.inputs[0];
+  if (a.inputs[1].ids == nullptr) return false;
+  by_rows(whole_rows(std::ssize(x.index->back()), a),
+          numbers(x).narrow() && numbers(a.results[0]).narrow(),
+          [&]<bool kWhole, bool kNarrow>() { slopes_of_losses<kWhole, kNarrow>(m, c, a); });
   return true;
 }
 template <class M>
@@ -2634,6 +2641,8 @@ struct Choosing {
   std::int64_t experts, top_k, each, groups, top_groups, group_best;
   bool sigmoid;
 };
+/// What is no number is behind all others: a token of them has as many experts as any.
+PARTITA_BOTH float ordered(float v) { return v == v ? v : -INFINITY; }
 /// Groups that experts may be of, a bit each.
 PARTITA_BOTH std::uint64_t open_groups(Numbers logits, const Choosing& c, double top, double sum) {
   if (c.groups <= 1) return ~std::uint64_t{0};
@@ -2646,7 +2655,8 @@ PARTITA_BOTH std::uint64_t open_groups(Numbers logits, const Choosing& c, double
       double next = -INFINITY;
       std::int64_t equal = 0;
       for (std::int64_t e = g * c.each; e < (g + 1) * c.each; ++e) {
-        const double s = score_of(c.sigmoid, static_cast<double>(logits[e]), top, sum);
+        double s = score_of(c.sigmoid, static_cast<double>(logits[e]), top, sum);
+        if (!(s >= 0)) s = 0;
         if (s >= last || s < next) continue;
         equal = s == next ? equal + 1 : 1;
         next = s;
@@ -2671,9 +2681,12 @@ PARTITA_BOTH bool chosen(Numbers logits, const Choosing& c, std::uint64_t open, 
     return c.groups <= 1 || ((open >> (o / c.each)) & 1) != 0;
   };
   if (!may(e)) return false;
+  const float mine = ordered(logits[e]);
   std::int64_t better = 0;
-  for (std::int64_t o = 0; o < c.experts; ++o)
-    better += may(o) && (logits[o] > logits[e] || (logits[o] == logits[e] && o < e)) ? 1 : 0;
+  for (std::int64_t o = 0; o < c.experts; ++o) {
+    const float other = ordered(logits[o]);
+    better += may(o) && (other > mine || (other == mine && o < e)) ? 1 : 0;
+  }
   return better < c.top_k;
 }
 /// One token is a row; its lanes share the experts.

@@ -214,22 +214,27 @@ struct Updated {
   template <class Eight>
   PARTITA_LANE Octet stored(const Numbers& to, std::int64_t number, const Octet& o) const {
     Eight::put(to, number, n, o);
-    return to.narrow() ? Eight::octet(to, number, n) : o;
+    return !Eight::kKnownWide && to.narrow() ? Eight::octet(to, number, n) : o;
   }
 };
 struct Sgd : Updated {
   float rate, momentum;
-  template <class Eight>
+  template <class Eight, class Image>
   PARTITA_LANE void update(std::int64_t number) const {
-    const Raw of_g = Eight::raw(gradient, number, n), of_f = Eight::raw(first, number, n),
-              of_p = Eight::raw(w, number, n);
-    const Octet g = octet_of(of_g, gradient.type());
-    Octet f = octet_of(of_f, first.type()), p = octet_of(of_p, w.type());
-    for (int k = 0; k < Octet::kSize; ++k) f.v[k] = momentum * f.v[k] + g.v[k];
-    f = stored<Eight>(first, number, f);
+    const bool remembers = first != nullptr;
+    Raw of_f{};
+    if (remembers) of_f = Eight::raw(first, number, n);
+    const Raw of_g = Eight::raw(gradient, number, n), of_p = Eight::raw(w, number, n);
+    const Octet g = Eight::octet_of(of_g, gradient);
+    Octet f = g, p = Eight::octet_of(of_p, w);
+    if (remembers) {
+      f = Eight::octet_of(of_f, first);
+      for (int k = 0; k < Octet::kSize; ++k) f.v[k] = momentum * f.v[k] + g.v[k];
+      f = stored<Eight>(first, number, f);
+    }
     for (int k = 0; k < Octet::kSize; ++k) p.v[k] -= rate * f.v[k];
     Eight::put(w, number, n, p);
-    if (mastered) Eight::put(image, number, n, p);
+    if (mastered) Image::put(image, number, n, p);
   }
 };
 struct Adam : Updated {
@@ -237,15 +242,15 @@ struct Adam : Updated {
   execute::AdamStep known;
   Stepped<Corrections> of_step;
   const float* corrected;  ///< where only the device knows the number of updates
-  template <class Eight>
+  template <class Eight, class Image>
   PARTITA_LANE void update(std::int64_t number) const {
     const Corrections here =
         corrected != nullptr ? Corrections{corrected[0], corrected[1]} : of_step();
     const Raw of_g = Eight::raw(gradient, number, n), of_f = Eight::raw(first, number, n),
               of_s = Eight::raw(second, number, n), of_p = Eight::raw(w, number, n);
-    const Octet g = octet_of(of_g, gradient.type());
-    Octet f = octet_of(of_f, first.type()), s = octet_of(of_s, second.type()),
-          p = octet_of(of_p, w.type());
+    const Octet g = Eight::octet_of(of_g, gradient);
+    Octet f = Eight::octet_of(of_f, first), s = Eight::octet_of(of_s, second),
+          p = Eight::octet_of(of_p, w);
     for (int k = 0; k < Octet::kSize; ++k) {
       f.v[k] = known.beta1 * f.v[k] + (1 - known.beta1) * g.v[k];
       s.v[k] = known.beta2 * s.v[k] + (1 - known.beta2) * g.v[k] * g.v[k];
@@ -256,16 +261,27 @@ struct Adam : Updated {
       p.v[k] =
           p.v[k] * known.keep - here.rate * f.v[k] / (sqrtf(s.v[k]) * here.scale + known.epsilon);
     Eight::put(w, number, n, p);
-    if (mastered) Eight::put(image, number, n, p);
+    if (mastered) Image::put(image, number, n, p);
   }
 };
-template <class U, bool kApart>
+template <class U, bool kApart, bool kSure>
 struct Update {
   U u;
   PARTITA_LANE void operator()(std::int64_t number) const {
-    if (!u.skips()) u.template update<EightOf<kApart>>(number);
+    if (!u.skips()) u.template update<EightOf<kApart, kSure>, EightOf<kApart>>(number);
   }
 };
+/// `all`: what it reads. In fp32 and of whole pieces no load waits for another's type.
+template <class M, class U, class... N>
+void start_update(M& m, const U& u, const N&... all) {
+  if ((... && EightOf<true>::sure(u.n, all))) {
+    m.each(EightOf<true>::count(u.n), Update<U, true, true>{u});
+  } else if (any_wide(all..., u.image)) {
+    m.each(EightOf<true>::count(u.n), Update<U, true, false>{u});
+  } else {
+    m.each(EightOf<false>::count(u.n), Update<U, false, false>{u});
+  }
+}
 template <class M>
 bool optimizer(M& m, const PlainCall& call) {
   const std::int64_t n = call.writes[0].elements;
@@ -276,20 +292,21 @@ bool optimizer(M& m, const PlainCall& call) {
   const Numbers overflow =
       dynamic && !call.statistics.empty() ? numbers(call.statistics[0]) : nullptr;
   const Numbers counted = call.statistics.empty() ? nullptr : numbers(call.statistics[1]);
-  const Numbers image = numbers(call.writes[0]), first = numbers(call.outputs[0]);
+  const Numbers image = numbers(call.writes[0]),
+                first = call.outputs.empty() ? nullptr : numbers(call.outputs[0]);
   // Where parameters are narrow the update goes to the master copy; the parameter is its image.
   const bool mastered = !call.extras.empty();
   const Numbers w = mastered ? numbers(call.extras[0]) : image;
   if (mastered && call.step == 0) copy_values(m, image, w, n);
-  const Optimizer& o = call.program->optimizer;
+  const Optimizer& o = call.optimizer;
   if (o.kind == OptimizerKind::sgd) {
     const auto rate = static_cast<float>(o.learning_rate),
                momentum = static_cast<float>(o.momentum);
     const Sgd u{{overflow, gradient, first, w, image, n, mastered}, rate, momentum};
-    if (any_wide(gradient, first, w, image)) {
-      m.each(EightOf<true>::count(n), Update<Sgd, true>{u});
+    if (first == nullptr) {
+      start_update(m, u, gradient, w);
     } else {
-      m.each(EightOf<false>::count(n), Update<Sgd, false>{u});
+      start_update(m, u, gradient, first, w);
     }
     return true;
   }
@@ -313,11 +330,7 @@ bool optimizer(M& m, const PlainCall& call) {
   }
   const Adam u{
       {overflow, gradient, first, w, image, n, mastered}, second, known, of_step, corrected};
-  if (any_wide(gradient, first, second, w, image)) {
-    m.each(EightOf<true>::count(n), Update<Adam, true>{u});
-  } else {
-    m.each(EightOf<false>::count(n), Update<Adam, false>{u});
-  }
+  start_update(m, u, gradient, first, second, w);
   return true;
 }
 

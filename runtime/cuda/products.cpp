@@ -396,6 +396,10 @@ std::vector<ProductChoice> choices_for(const Libraries& libraries, const Product
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(key.a_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(key.c_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(key.c_alignment));
+  // Of a sum that is cut, parts are added in fp32 whatever type the result has.
+  if (key.sum != ElementType::fp32)
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+           static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
   constexpr int kMost = 64;
   cublasLtMatmulHeuristicResult_t found[kMost] = {};
   int count = 0;

@@ -79,6 +79,7 @@ struct PlainCall {
   const Program* program = nullptr;
   const Instruction* instruction = nullptr;
   std::int64_t step = 0;
+  Optimizer optimizer;  ///< the program's, but for a rate of 0 where nothing is to be learnt
   /// By the instruction's lists; `outputs` and `extras` (a master copy) are read and written.
   std::vector<Operand> reads, outputs, statistics, extras, writes;
 };

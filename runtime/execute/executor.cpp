@@ -1738,6 +1738,8 @@ class Executor {
     call.program = &p_;
     call.instruction = &i;
     call.step = step_;
+    call.optimizer = p_.optimizer;
+    if (o_.drawn) call.optimizer.learning_rate = 0;
     bool host = false;
     const auto fill = [&](std::vector<PlainCall::Operand>& to, const std::vector<BufferId>& from) {
       for (const BufferId id : from) {

@@ -59,8 +59,10 @@ struct Options {
   std::function<void(int rank, const std::vector<double>& losses, double slowest_s)> progress;
   /// While a rank draws its parameters: how many elements it has, of how many.
   std::function<void(int rank, std::int64_t drawn, std::int64_t all)> drawing;
-  /// Values do not matter, only that they are numbers: the device draws parameters from a normal
-  /// distribution, and every step has the first one's inputs.
+  /// Values do not matter, only that they are as dense as a network's at its start: the device
+  /// draws parameters from a normal distribution, every step has the first one's inputs, and
+  /// updates have a rate of 0, as what learns one batch by heart soon multiplies zeros, at another
+  /// clock.
   bool drawn = false;
   /// Of run_alone: nothing is exchanged; what the rank would receive is drawn, too.
   bool alone = false;

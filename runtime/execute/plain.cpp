@@ -152,14 +152,15 @@ void optimizer(const PlainCall& call) {
   const auto show = [&] {
     if (w != to.values()) std::copy_n(w, n, to.values());
   };
-  const Optimizer& o = call.program->optimizer;
-  float* first = call.outputs[0].values();
+  const Optimizer& o = call.optimizer;
+  float* first = call.outputs.empty() ? nullptr : call.outputs[0].values();
   if (o.kind == OptimizerKind::sgd) {
     const auto rate = static_cast<float>(o.learning_rate),
                momentum = static_cast<float>(o.momentum);
     for (std::size_t k = 0; k < n; ++k) {
-      first[k] = momentum * first[k] + gradient[k];
-      w[k] -= rate * first[k];
+      float slope = gradient[k];
+      if (first != nullptr) slope = first[k] = momentum * first[k] + slope;
+      w[k] -= rate * slope;
     }
     show();
     return;

@@ -346,6 +346,11 @@ Rounding rounding_of(const Graph& graph, const Program& program, const RunResult
       longest = std::max(longest, static_cast<double>(d.extent));
   }
   double stored = effect(rounding.run), operands = 0;
+  if (program.compression.kind == CompressionKind::cast) {
+    options.casts_past_ties = true;
+    stored = std::max(stored, effect(interpret(program, options)));
+    options.casts_past_ties = false;
+  }
   if (eights) {
     const double least = error_of_products(of_gradients(program.fp8_format), EightBits::e4m3);
     operands = 2 * std::max(stored, least);

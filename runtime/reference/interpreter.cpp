@@ -866,6 +866,11 @@ class Machine {
       case CompressionKind::cast:
         out[0].values = p;
         round_values(c.type, out[0].values.data(), out[0].values.size());
+        for (std::size_t k = 0; o_.casts_past_ties && k < p.size(); ++k) {
+          double& v = out[0].values[k];
+          if (v != 0 && v != p[k])
+            v += std::copysign(std::ldexp(spacing(c.type), std::ilogb(v)), p[k] - v);
+        }
         for (std::size_t k = 0; k < p.size(); ++k) left[k] -= out[0].values[k];
         break;
       case CompressionKind::top_k: {
@@ -1026,10 +1031,13 @@ void optimizer_update(const Optimizer& optimizer, std::int64_t step, std::vector
                       const std::vector<double>& gradient,
                       const std::vector<std::vector<double>*>& states) {
   if (optimizer.kind == OptimizerKind::sgd) {
-    auto& velocity = *states[0];
     for (std::size_t k = 0; k < parameter.size(); ++k) {
-      velocity[k] = optimizer.momentum * velocity[k] + gradient[k];
-      parameter[k] -= optimizer.learning_rate * velocity[k];
+      double slope = gradient[k];
+      if (optimizer.momentum != 0) {
+        double& velocity = (*states[0])[k];
+        slope = velocity = optimizer.momentum * velocity + slope;
+      }
+      parameter[k] -= optimizer.learning_rate * slope;
     }
     return;
   }

@@ -28,6 +28,9 @@ struct RunOptions {
   /// are computed in: the plan's precision. Otherwise everything is a double.
   bool round = false;
   bool round_operands = true;  ///< false with `round`: stored values alone
+  /// What is cast to be sent goes to the farther of the two values beside it, as it may where a
+  /// run's own rounding has taken it past the middle.
+  bool casts_past_ties = false;
   /// Key of an operator's random numbers; without it all operators use `seed`.
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
   /// Whole initial parameters, by replica (one entry unless the program has independent replicas),

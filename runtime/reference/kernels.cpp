@@ -1525,6 +1525,7 @@ Choice choose(const Router& op, const double* logits, std::size_t experts) {
     for (std::size_t g = 0; g < unsigned_of(op.groups); ++g) {
       std::vector<double> of(one.score.begin() + static_cast<std::ptrdiff_t>(g * each),
                              one.score.begin() + static_cast<std::ptrdiff_t>((g + 1) * each));
+      for (double& s : of) s = s >= 0 ? s : 0;
       std::sort(of.begin(), of.end(), std::greater<>());
       sums.push_back(std::accumulate(of.begin(),
                                      of.begin() + static_cast<std::ptrdiff_t>(op.group_best), 0.0));
@@ -1538,9 +1539,13 @@ Choice choose(const Router& op, const double* logits, std::size_t experts) {
       return std::find(groups.begin(), groups.end(), e / each) == groups.end();
     });
   }
-  // By logits: scores that round to one value must not change the choice.
+  // By logits: scores that round to one value must not change the choice. What is no number is
+  // behind all others.
+  const auto ordered = [&](std::size_t e) {
+    return std::isnan(logits[e]) ? -std::numeric_limits<double>::infinity() : logits[e];
+  };
   std::stable_sort(one.chosen.begin(), one.chosen.end(),
-                   [&](std::size_t a, std::size_t b) { return logits[a] > logits[b]; });
+                   [&](std::size_t a, std::size_t b) { return ordered(a) > ordered(b); });
   one.chosen.resize(unsigned_of(op.top_k));
   for (const std::size_t e : one.chosen) one.total += one.score[e];
   return one;

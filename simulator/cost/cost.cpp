@@ -966,7 +966,7 @@ struct Communication::State {
   std::uint64_t last_pattern = 0;  ///< of these
   std::unordered_map<std::uint64_t, Group> groups;
   std::unordered_map<std::uint64_t, Way> ways;       ///< by pattern and lay
-  std::unordered_map<std::size_t, Way> host_links;   ///< by profile
+  std::unordered_map<std::size_t, Way> host_links;   ///< by device and direction
   std::vector<std::unique_ptr<ShapePrices>> shapes;  ///< by profile
   int at_work = 0;
   Adjustment adjustment{};
@@ -1387,8 +1387,7 @@ Seconds Communication::collective(CollectiveKind kind, Bytes bytes,
 
 bool on_host(const Program& p, const Instruction& i) {
   if (i.kind == Kind::copy) return true;
-  return i.kind == Kind::compute && i.kernel == Kernel::optimizer && !i.outputs.empty() &&
-         p.buffer(i.outputs[0]).host;
+  return i.kind == Kind::compute && i.kernel == Kernel::optimizer && p.buffer(i.writes[0]).host;
 }
 
 bool from_storage(const Program& p, const Instruction& i) {
@@ -1427,10 +1426,15 @@ Seconds Communication::host_time(const Program& p, const Instruction& i, std::in
     return Seconds{static_cast<double>(w.bytes.count) * static_cast<double>(t.rank_count(node)) /
                    all.count};
   }
-  auto& link = state_->host_links[t.profile_index(d)];
+  const bool up = p.buffer(i.writes[0]).host;
+  auto& link = state_->host_links[2 * d.index() + (up ? 1 : 0)];
   if (!(link.bandwidth.count > 0)) {
-    if (const LinkId best = host_link(rank, true); best.valid())
-      link = {t.link(best).bandwidth, t.link(best).latency, {}, {}};
+    for (const LinkId l : host_route(rank, up)) {
+      const Link one = t.link(l);
+      if (!(link.bandwidth.count > 0) || one.bandwidth < link.bandwidth)
+        link.bandwidth = one.bandwidth;
+      link.latency += one.latency;
+    }
     if (!(link.bandwidth.count > 0)) {
       throw InputError("offload",
                        fmt::format("{} has no PCIe or C2C link between its devices and their host; "
@@ -1492,8 +1496,8 @@ Communication::Moving Communication::moving(Bytes bytes, std::int64_t from, std:
                                                  : 0}};
 }
 
-LinkId Communication::host_link(std::int64_t rank, bool towards_host) const {
-  return state_->topology.host_link(DeviceId{static_cast<std::size_t>(rank)}, towards_host);
+std::vector<LinkId> Communication::host_route(std::int64_t rank, bool towards_host) const {
+  return state_->topology.host_route(DeviceId{static_cast<std::size_t>(rank)}, towards_host);
 }
 
 }  // namespace partita

@@ -132,7 +132,7 @@ class Communication {
   Lay lay(CollectiveKind kind, Bytes bytes, const std::vector<std::int64_t>& ranks);
   /// The link that host_time() uses, towards the host or from it; invalid where a copy crosses
   /// none.
-  LinkId host_link(std::int64_t rank, bool towards_host) const;
+  std::vector<LinkId> host_route(std::int64_t rank, bool towards_host) const;
   /// Of the time of collective() or point_to_point() what moves bytes, the part that sharing
   /// stretches, and at which rate it moves a rank's bytes. `copies`: of peer_copy().
   struct Moving {

@@ -52,6 +52,11 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
     std::set<std::int64_t> from, to;
   };
   std::map<LinkId, Users> users;
+  // What leaves or enters a member by each of its links: where it has several, a formula of one
+  // port is a bound at best, by all of them.
+  std::vector<std::map<LinkId, BytesPerSecond>> out(ranks.size()), in(ranks.size());
+  std::map<std::int64_t, std::size_t> number;
+  for (std::size_t i = 0; i < ranks.size(); ++i) number.emplace(ranks[i], i);
   bool first = true;
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const std::size_t x = i / below % l;
@@ -59,17 +64,32 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
       const std::int64_t from = ranks[i], to = ranks[i - x * below + (x + d) % l * below];
       Ticks latency{0};
       BytesPerSecond rate{std::numeric_limits<double>::infinity()};
-      for (const LinkId id : topology.route(DeviceId{static_cast<std::size_t>(from)},
-                                            DeviceId{static_cast<std::size_t>(to)})) {
+      const auto route = topology.route(DeviceId{static_cast<std::size_t>(from)},
+                                        DeviceId{static_cast<std::size_t>(to)});
+      for (const LinkId id : route) {
         const Link link = topology.link(id);
         latency += to_ticks(link.latency);
         rate = std::min(rate, link.bandwidth);
         users[id].from.insert(from), users[id].to.insert(to);
       }
+      if (!route.empty()) {
+        BytesPerSecond& leaves = out[i][route.front()];
+        BytesPerSecond& enters = in[number.at(to)][route.back()];
+        leaves = std::max(leaves, rate), enters = std::max(enters, rate);
+      }
       own = own && (first || (latency == port.latency && rate == port.rate));
       port.latency = first ? latency : std::min(port.latency, latency);
       port.rate = first ? rate : std::max(port.rate, rate);
       first = false;
+    }
+  }
+  for (const auto* side : {&out, &in}) {
+    for (const auto& links : *side) {
+      if (links.size() < 2) continue;
+      own = false;
+      BytesPerSecond all;
+      for (const auto& [id, rate] : links) all.count += rate.count;
+      port.rate = std::max(port.rate, all);
     }
   }
   for (const auto& [id, u] : users) {

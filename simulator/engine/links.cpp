@@ -160,8 +160,9 @@ LinkFlows transfer_links(const TransferKind& kind, const std::vector<std::int64_
                          const Communication& communication) {
   LinkFlows flows;
   if (kind.host != 0) {
-    if (const LinkId l = communication.host_link(members[0], kind.host == 1); l.valid())
-      flows.flows = {{l, 1}};
+    for (const LinkId l : communication.host_route(members[0], kind.host == 1))
+      flows.flows.push_back({l, 1});
+    std::sort(flows.flows.begin(), flows.flows.end());
   } else if (kind.peer_stage >= 0) {
     if (members[0] != members[1])
       flows = message_flows(communication.topology(), members[0], members[1]);

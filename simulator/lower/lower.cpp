@@ -1880,19 +1880,21 @@ class Lowering {
     for (const auto& [q, at] : b.ready_at) order.emplace_back(at, q);
     std::sort(order.begin(), order.end());
     std::vector<Bucket> done;
-    std::map<std::tuple<AtomMask, AtomMask, bool>, Bucket> open;
+    const bool by_unit = plan_.reduces_units && plan_.zero == 3;
+    std::map<std::tuple<AtomMask, AtomMask, bool, int>, Bucket> open;
     for (const auto& [at, q] : order) {
       const ParameterOnStage& v = on_stage(b.block.stage).at(q);
       if (v.scattered == 0 && v.gradient_layout.partial == 0) continue;
       if (reduced_late(b.block.stage, q)) continue;
-      const auto key = std::tuple{v.scattered, v.gradient_layout.partial, has_ties(q)};
+      const auto key =
+          std::tuple{v.scattered, v.gradient_layout.partial, has_ties(q), by_unit ? v.unit : 0};
       Bucket& bucket = open[key];
       bucket.parameters.push_back(q);
       bucket.ready = at;
       bucket.bytes +=
           storage(plan_.precision.gradient_communication,
                   local_elements(p_.mesh, v.layout, graph_.parameter(q).shape, false, 0, 0));
-      if (bucket.bytes >= plan_.bucket) {
+      if (!by_unit && bucket.bytes >= plan_.bucket) {
         done.push_back(bucket);
         open.erase(key);
       }
@@ -2503,7 +2505,7 @@ class Lowering {
     i.kind = Kind::compute;
     i.kernel = Kernel::optimizer;
     i.reads = {gradient};
-    const int states = plan_.optimizer.kind == OptimizerKind::adam ? 2 : 1;
+    const int states = optimizer_states(plan_.optimizer);
     for (int k = 0; k < states; ++k) {
       i.outputs.push_back(buffer(fmt::format("{}.state{}", parameter.name, k), Category::optimizer,
                                  Scope::step, parameter.shape, state, plan_.precision.optimizer));

@@ -123,6 +123,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   });
   boolean(plan, "save_gathered", f.save_gathered);
   boolean(plan, "regathers_recomputed", f.regathers_recomputed);
+  boolean(plan, "reduces_units", f.reduces_units);
   boolean(plan, "fp32_loss", f.allocations.fp32_loss);
   boolean(plan, "attention_dropout", f.allocations.attention_dropout);
   setting(plan, "weight_gradients", [&](const YamlNode& n) {
@@ -156,6 +157,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("reduce_buffer", f.allocations.reduce_buffer);
   bytes("context", f.allocations.context);
   boolean(plan, "flat_gradients", f.allocations.flat_gradients);
+  boolean(plan, "gradient_buckets", f.allocations.gradient_buckets);
   boolean(plan, "stage_copies", f.allocations.stage_copies);
   boolean(plan, "keeps_inputs", f.allocations.keeps_inputs);
   boolean(plan, "fp32_shards", f.allocations.fp32_shards);

@@ -111,6 +111,7 @@ struct FrameworkProfile {
   double logit_forward_fused = 0, logit_backward_fused = 0;  ///< FrameworkKernels' of that loss
   bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool regathers_recomputed = false;  ///< Plan's
+  bool reduces_units = false;         ///< Plan's
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
   bool narrow_gathers = false;     ///< Plan's

@@ -819,6 +819,7 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.allocations = f.allocations;
   plan.save_gathered = f.save_gathered;
   plan.regathers_recomputed = f.regathers_recomputed;
+  plan.reduces_units = f.reduces_units;
   plan.rows_once = f.rows_once;
   plan.narrow_gathers = f.narrow_gathers;
   plan.framework_clip = f.clip;
@@ -1028,6 +1029,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("stays_gathered"))
     p.stays_gathered = parse_stays_gathered(n->as_string(), n->place());
   if (const auto n = y.find("save_gathered")) p.save_gathered = n->as_bool();
+  if (const auto n = y.find("reduces_units")) p.reduces_units = n->as_bool();
   if (const auto n = y.find("regathers_recomputed")) p.regathers_recomputed = n->as_bool();
   if (const auto n = y.find("overlap_gradients")) p.overlap_gradients = n->as_bool();
   if (const auto n = y.find("rows_once")) p.rows_once = n->as_bool();
@@ -1312,9 +1314,9 @@ std::string to_yaml(const Plan& p) {
   if (p.etp > 0) s += fmt::format("etp: {}\n", p.etp);
   s += fmt::format(
       "bucket: {}\noverlap_gradients: {}\nreshard_after_forward: {}\nsave_gathered: {}\n"
-      "regathers_recomputed: {}\n",
+      "regathers_recomputed: {}\nreduces_units: {}\n",
       exact_text(p.bucket), p.overlap_gradients, p.reshard_after_forward, p.save_gathered,
-      p.regathers_recomputed);
+      p.regathers_recomputed, p.reduces_units);
   s += fmt::format("stays_gathered: {}\n", name(p.stays_gathered));
   s += fmt::format("rows_once: {}\n", p.rows_once);
   if (p.overlap_experts) s += fmt::format("overlap_experts: {}\n", *p.overlap_experts);

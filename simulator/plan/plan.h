@@ -138,6 +138,8 @@ struct Plan {
   int score_passes_forward = 2, score_passes_backward = 3;  ///< FrameworkProfile's
   /// ZeRO-3: gather parameters again for the backward (true) or keep them from the forward.
   bool reshard_after_forward = true;
+  /// ZeRO-3: gradients meet by the units that parameters are gathered in, not by `bucket`.
+  bool reduces_units = false;
   StaysGathered stays_gathered;  ///< of those that are gathered again, FrameworkProfile's
   /// Products beside a gather or scatter of the sequence over tp go in parts, one for each rank of
   /// tp, while the next part travels.

@@ -362,6 +362,11 @@ bool added_apart(const Program& p, const Instruction& i, BufferId g) {
           !is_product(p.operators[static_cast<std::size_t>(i.op)].operation));
 }
 
+int optimizer_states(const Optimizer& o) {
+  if (o.kind == OptimizerKind::adam) return 2;
+  return o.momentum != 0 ? 1 : 0;
+}
+
 Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute_capability) {
   const Allocations& a = p.allocations;
   if (stage >= p.pipeline_stages()) return Bytes{0};
@@ -385,6 +390,20 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
         outputs = std::max(outputs, local_bytes(p, i.reads.at(0), rank));
     }
     for (const BufferId g : gradients_beside(p, p.blocks[b.index()])) beside.insert(g);
+  }
+  if (a.gradient_buckets) {
+    std::set<BufferId> summed;
+    for (const BlockId b : blocks) {
+      for (const Instruction& i : p.blocks[b.index()].instructions) {
+        if (i.kind != Kind::collective) continue;
+        for (const BufferId g : i.reads) {
+          if (g.valid() && p.buffer(g).category == Category::gradients &&
+              p.buffer(g).parameter >= 0)
+            summed.insert(g);
+        }
+      }
+    }
+    for (const BufferId g : summed) sum += local_bytes(p, g, rank);
   }
   if (grouped) sum += hopper ? a.workspace_grouped_hopper : a.workspace_grouped;
   sum += scores + outputs;

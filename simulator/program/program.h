@@ -211,6 +211,10 @@ struct BlockCall {
 };
 
 enum class OptimizerKind : std::uint8_t { sgd, adam };
+struct Optimizer;
+/// Tensors of state for each parameter: Adam's two moments, SGD's momentum if it has one.
+int optimizer_states(const Optimizer& o);
+
 struct Optimizer {
   OptimizerKind kind = OptimizerKind::adam;
   double learning_rate = 0.01, momentum = 0.9;                          // sgd
@@ -389,6 +393,8 @@ struct Allocations {
   Bytes workspace_hopper;  ///< the same, on devices of compute capability 9.0 and later
   /// More of both where a stage has products of experts.
   Bytes workspace_grouped, workspace_grouped_hopper;
+  /// What ranks sum lies in buckets beside the gradients, for good.
+  bool gradient_buckets = false;
   /// While the step's own blocks run: what gradients are copied into to be reduced (those that stay
   /// beside accumulated ones: a copy of all of those in the parameters' type), and, where they are
   /// no fp32, one tensor of all that the optimizer reads in their type and one in fp32.

@@ -281,8 +281,8 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
   }
   r.peak_device = r.peak_reserved + outside;
-  if (const Topology& where = (elsewhere ? *elsewhere : communication).topology();
-      where.state().ranks_per_device > 1) {
+  const Topology& where = (elsewhere ? *elsewhere : communication).topology();
+  if (where.state().ranks_per_device > 1) {
     // The ranks of a device, each with what it needs at its own peak.
     std::unordered_map<std::int32_t, Bytes> of_device;
     for (std::size_t rank = 0; rank < t.class_of_rank.size(); ++rank) {
@@ -293,7 +293,19 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
       r.peak_device = std::max(r.peak_device, all);
     }
   }
-  r.fits = r.peak_device <= r.usable;
+  // Of the node whose ranks keep most on their host.
+  if (r.peak_host.count > 0) {
+    std::unordered_map<std::size_t, Bytes> of_node;
+    for (std::size_t rank = 0; rank < t.class_of_rank.size(); ++rank) {
+      const std::size_t node = where.node_of(DeviceId{rank});
+      Bytes& all = of_node[node];
+      all += t.memory[static_cast<std::size_t>(t.class_of_rank[rank])].host_peak;
+      const Bytes memory = where.host_memory(node);
+      if (r.peak_host_node < all) r.peak_host_node = all, r.host_memory = memory;
+      r.host_fits = r.host_fits && (memory.count == 0 || all <= memory);
+    }
+  }
+  r.fits = r.peak_device <= r.usable && r.host_fits;
   r.breakdown = t.breakdown[static_cast<std::size_t>(t.last_class)];
   r.classes = t.classes.size();
   r.instructions = t.instructions;
@@ -417,8 +429,12 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
   for (const auto tp : space.tp) {
     for (const auto pp : space.pp) {
       for (const auto cp : space.cp) {
-        if (ranks % (tp * pp * cp) != 0) continue;
-        const std::int64_t dp = ranks / (tp * pp * cp);
+        // Loaders, brokers and servers are ranks of their own.
+        Plan sizes = base;
+        sizes.tp = tp, sizes.pp = pp, sizes.cp = cp;
+        const std::int64_t each = sizes.ranks_of_replica(), left = ranks - sizes.servers * tp;
+        if (left < each || left % each != 0) continue;
+        const std::int64_t dp = left / each;
         if (!space.dp.empty() && std::find(space.dp.begin(), space.dp.end(), dp) == space.dp.end())
           continue;
         for (const auto ep : space.ep) {
@@ -507,9 +523,19 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       // Experts may be cut by ep as well, so only the finest cut counts.
       const double ways = static_cast<double>(plan->tp * plan->pp * plan->ep);
       const double shards = plan->zero > 0 ? static_cast<double>(plan->dp * plan->cp) : 1;
-      const double held = static_cast<double>(bits(plan->precision.parameters)) / 8 /
-                          (plan->zero == 3 ? shards : 1);
-      const double state = held + (plan->precision.master_copy ? 12.0 : 8.0) / shards;
+      const Precision& in = plan->precision;
+      // A shard that is the master copy has no other beside it; the host's and servers' state is
+      // not here.
+      const bool shard_is_master =
+          plan->allocations.fp32_shards && plan->zero == 3 && in.master_copy;
+      const double held = shard_is_master ? 0.0
+                                          : static_cast<double>(bits(in.parameters)) / 8 /
+                                                (plan->zero == 3 ? shards : 1);
+      const double kept = static_cast<double>(optimizer_states(plan->optimizer)) *
+                              static_cast<double>(bits(in.optimizer)) / 8 +
+                          (in.master_copy ? 4.0 : 0.0);
+      const bool elsewhere = plan->offload_optimizer || plan->servers > 0;
+      const double state = held + (elsewhere ? 0.0 : kept / shards);
       full |= parameters / ways * state > static_cast<double>(usable.count) && all_trained;
       if (full) {
         o.what = too_large;
@@ -562,22 +588,38 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       result.smallest = std::move(p);
   };
   // What is shown gets the details that the ranking did not need; with the blocks that its
-  // allocator leaves a plan may not fit after all.
+  // allocator leaves a plan may not fit after all. The ranking is by times without contention,
+  // which only adds to them: whoever is slower there than the slowest of those that are kept is
+  // with it.
   std::vector<Prediction> ranked;
   ranked.swap(result.plans);
-  for (std::size_t k = 0; k < ranked.size() && result.plans.size() < keep; ++k) {
-    auto whole = predict(graph, ranked[k].plan, *communications[0], nullptr, nullptr, false,
-                         nullptr, network);
-    ++watched.again;
-    Prediction& p = whole ? *whole : ranked[k];
-    if (p.fits) {
-      result.plans.push_back(std::move(p));
-    } else {
-      ++result.pruned_memory, --result.evaluated;
-      smaller(std::move(p));
+  for (std::size_t begin = 0; begin < ranked.size();) {
+    if (result.plans.size() >= keep) {
+      fastest_first();
+      result.plans.resize(keep);
+      if (keep == 0 || !(ranked[begin].step_time < result.plans.back().step_time)) break;
     }
+    const std::size_t end = std::min(ranked.size(), begin + std::max(workers, keep));
+    std::vector<std::optional<Prediction>> whole(end - begin);
+    parallel_for(end - begin, workers, [&](std::size_t w, std::size_t k) {
+      if (auto p = predict(graph, ranked[begin + k].plan, *communications[w], nullptr, nullptr,
+                           false, nullptr, network))
+        whole[k] = std::move(*p);
+      ++watched.again;
+    });
+    for (std::size_t k = begin; k < end; ++k) {
+      Prediction& p = whole[k - begin] ? *whole[k - begin] : ranked[k];
+      if (p.fits) {
+        result.plans.push_back(std::move(p));
+      } else {
+        ++result.pruned_memory, --result.evaluated;
+        smaller(std::move(p));
+      }
+    }
+    begin = end;
   }
   fastest_first();
+  if (result.plans.size() > keep) result.plans.resize(keep);
   if (result.plans.empty() && result.smallest) {
     // It was only weighed; people want to know its time as well.
     if (auto whole = predict(graph, result.smallest->plan, *communications[0], nullptr, nullptr,

@@ -46,6 +46,9 @@ struct Prediction {
   Bytes peak_allocated, peak_reserved, peak_device, usable;
   OutsideMemory outside;  ///< of peak_device, beside peak_reserved
   Bytes peak_host;        ///< of what is offloaded, by the rank with most
+  Bytes peak_host_node;   ///< by the node with most, its ranks at their own peaks
+  Bytes host_memory;      ///< of that node; 0: its topology does not say
+  bool host_fits = true;  ///< on every node that says what it has
   bool fits = false;
   std::vector<StageMemory> memory_by_stage;
   std::vector<Alive> alive;  ///< at the peak of the stage that needs most

@@ -497,6 +497,27 @@ TEST(Execution, ParameterServers) {
   }
 }
 
+TEST(Execution, SgdWithoutMomentumHasNoState) {
+  for (const bool offload : {false, true}) {
+    for (const int zero : {0, 1, 3}) {
+      Plan p = base_plan();
+      p.dp = 2;
+      p.global_batch = 4;
+      p.zero = zero;
+      p.offload_optimizer = offload;
+      p.optimizer.kind = OptimizerKind::sgd;
+      p.optimizer.momentum = 0;
+      expect_good(gpt(), p);
+      for (const char* precision : {"fp32", "bf16"}) {
+        set_precision(p, precision, "");
+        for (const Buffer& b : lowered(gpt(), p).buffers) {
+          EXPECT_EQ(b.name.find(".state"), std::string::npos) << b.name;
+        }
+      }
+    }
+  }
+}
+
 TEST(Execution, OffloadedStateAndActivations) {
   for (const auto& [optimizer, activations] :
        {std::pair{true, false}, {false, true}, {true, true}}) {

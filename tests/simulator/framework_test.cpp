@@ -68,6 +68,7 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_EQ(p.stays_gathered, f.stays_gathered);
     EXPECT_EQ(p.save_gathered, f.save_gathered);
     EXPECT_EQ(p.regathers_recomputed, f.regathers_recomputed);
+    EXPECT_EQ(p.reduces_units, f.reduces_units);
     // Products of Transformer Engine and Megatron's own alike; Megatron of 2021 has no such plans.
     if (name.starts_with("megatron") || name.starts_with("nemo")) {
       EXPECT_EQ(f.regathers_recomputed, name != "megatron-lm-2021") << name;

@@ -202,6 +202,7 @@ inline Plan random_plan(std::mt19937& rng) {
   p.sequence_parallel = pick({0, 1}) == 1;
   p.save_gathered = pick({0, 1}) == 1;
   p.regathers_recomputed = pick({0, 1}) == 1;
+  p.reduces_units = pick({0, 1}) == 1;
   p.overlap_gradients = pick({0, 1}) == 1;
   p.zero = pick({0, 1, 2, 3});
   p.context = static_cast<Plan::ContextExchange>(pick({0, 1, 2}));

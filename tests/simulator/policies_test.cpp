@@ -247,6 +247,42 @@ TEST(Policies, OffloadedActivationsComeBackInTimeOnAFastLinkAndStallOnASlowOne) 
   }
 }
 
+TEST(Policies, DevicesBehindOneSwitchShareItsLinkToTheHost) {
+  // As above with T > P, 2 P + 9 T, on two devices that copy alike; each has a link of its own to a
+  // switch, that one to the processor: as wide as theirs T doubles, twice as wide it does not.
+  for (const auto& [uplink, slower] : {std::pair{"100 MB/s", 2}, {"200 MB/s", 1}}) {
+    Plan plan = single_precision();
+    plan.strategy = "replicas";
+    plan.dp = 2;
+    plan.offload_activations = true;
+    const std::string most = "1000000000000 EFLOP/s", memory = "1000000000000000 TB/s";
+    Communication network(cluster(fmt::format(R"(schema: partita.topology/1
+name: linked
+source: made up
+nodes:
+  - host_memory_bandwidth: {1}
+    host_source: made up
+    vertices:
+      gpu[0-1]: {{kind: device, device: here.yaml}}
+      switch0: {{kind: nvswitch}}
+      pcie0: {{kind: pcie switch}}
+      cpu0: {{kind: cpu}}
+    links:
+      - {{from: "gpu[0-1]", to: switch0, kind: nvlink, bandwidth: {1}, latency: 0 ps}}
+      - {{from: "gpu[0-1]", to: pcie0, kind: pcie, bandwidth: 100 MB/s, latency: 0 ps}}
+      - {{from: pcie0, to: cpu0, kind: pcie, bandwidth: {0}, latency: 0 ps}}
+)",
+                                              uplink, memory),
+                                  {"1 GFLOP/s", most, memory, "0 ps", 10}));
+    SimulateOptions sharing;
+    sharing.network = Network::flows;
+    const Timeline t = simulate(lowered(chain(3), plan), network, sharing);
+    const std::int64_t transfer = 128 * 10'000 * slower;
+    ASSERT_GT(transfer, kProduct);
+    expect_ticks(t.step.count, 2 * kProduct + 9 * transfer, t);
+  }
+}
+
 TEST(Policies, ActivationsOfTheFirstBlocksAloneAreOffloaded) {
   const auto on_host = [](std::int64_t blocks) {
     Plan plan = base_plan();

@@ -195,6 +195,29 @@ TEST(Volumes, MegatronsBackwardGathersWhatARecomputationHasGathered) {
   }
 }
 
+TEST(Volumes, FullyShardedUnitsReduceTheirGradientsOnce) {
+  // However small a bucket: blocks, what is before them and what is behind; else each parameter.
+  for (const int layers : {1, 3}) {
+    for (const bool units : {false, true}) {
+      for (const int zero : {2, 3}) {
+        Plan plan = base_plan();
+        plan.dp = 2;
+        plan.global_batch = 2;
+        plan.zero = zero;
+        plan.bucket = Bytes{1};
+        plan.reduces_units = units;
+        const Graph g = gpt_of(layers);
+        const Program p = lowered(g, plan);
+        const auto calls =
+            traffic(p, 0, [](const Block&, const Instruction& i) {
+              return i.kind == Kind::collective && i.collective == CollectiveKind::reduce_scatter;
+            }).calls;
+        EXPECT_EQ(calls, units && zero == 3 ? layers + 2 : std::ssize(g.parameters));
+      }
+    }
+  }
+}
+
 TEST(Volumes, ShardedStateIsScatteredAndGatheredAsOftenAsTheStrategySays) {
   // Networks whose parameters all divide by n, so that no shard rounds.
   const std::int64_t m = 3;

@@ -311,6 +311,33 @@ nodes:
   EXPECT_EQ(route_text(topology, 0, 1), "node0.gpu0->node0.s1 node0.s1->node0.gpu1");
 }
 
+TEST(Route, ToTheHostLeadsThroughSwitches) {
+  const auto text = [](const Topology& t, int device, bool up) {
+    std::string all;
+    for (const LinkId l : t.host_route(DeviceId{static_cast<std::size_t>(device)}, up))
+      all += (all.empty() ? "" : " ") + t.link_name(l);
+    return all;
+  };
+  const Topology dgx = load_topology("dgx-a100-80gb:2");
+  EXPECT_EQ(text(dgx, 1, true), "node0.gpu1->node0.pcie0 node0.pcie0->node0.cpu0");
+  EXPECT_EQ(text(dgx, 15, false), "node1.cpu1->node1.pcie3 node1.pcie3->node1.gpu7");
+  EXPECT_EQ(text(load_topology("gb200-nvl72:1"), 0, true).find("pcie"), std::string::npos);
+  // No processor behind it: what there is. No such link: nothing.
+  const Topology lone = parse_topology(R"(schema: partita.topology/1
+name: lone
+source: test
+nodes:
+  - vertices:
+      gpu[0-1]: {kind: device, device: cpu}
+      s0: {kind: pcie switch}
+    links:
+      - {from: "gpu[0-1]", to: s0, kind: pcie, bandwidth: 20 GB/s, latency: 2 us}
+)",
+                                       "lone.yaml");
+  EXPECT_EQ(text(lone, 1, true), "node0.gpu1->node0.s0");
+  EXPECT_EQ(text(lone, 1, false), "node0.s0->node0.gpu1");
+}
+
 TEST(Route, AnExplicitUplinkWins) {
   const std::string fabric =
       "fabric: {kind: fat tree, nodes_per_leaf: 1, uplink: 3 GB/s, uplink_latency: 2 us}\n";

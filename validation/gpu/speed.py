@@ -19,7 +19,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "ns": 1e-9}
-MOVES = ("activation", "add", "add_bias", "cross_entropy", "dropout", "embedding forward", "gated_activation", "normalize data",
+MOVES = ("activation", "add", "add_bias forward", "cross_entropy", "dropout", "embedding forward", "gated_activation", "normalize data",
          "normalize forward", "optimizer", "rotary", "scale", "square_sum", "unscale", "zero")
 # What a calibration, if it came to its end, has at a size that says something.
 ALWAYS = ("activation data", "activation forward", "add", "cross_entropy data", "cross_entropy forward", "embedding forward",

@@ -26,6 +26,7 @@ struct Case {
     PlainCall c;
     c.program = &program;
     c.instruction = &instruction;
+    c.optimizer = program.optimizer;
     c.step = step;
     const auto fill = [&](std::vector<PlainCall::Operand>& to,
                           std::deque<std::vector<float>>& from) {
@@ -85,10 +86,15 @@ TEST_F(PlainKernels, OptimizersUpdateAlike) {
     o.kind = round % 2 == 0 ? OptimizerKind::sgd : OptimizerKind::adam;
     o.weight_decay = round % 3 == 0 ? 0.01 : 0;
     c.step = round % 7;
-    const std::size_t n = rng_() % 50;
+    // Whole pieces of fp32, too.
+    const std::size_t n = round % 5 == 1 ? 512 : rng_() % 50;
     c.reads = {values(n)};
     c.outputs = {values(n)};
     c.writes = {values(n)};
+    if (o.kind == OptimizerKind::sgd && round % 8 == 4) {
+      o.momentum = 0;
+      c.outputs.clear();
+    }
     if (o.kind == OptimizerKind::adam) {
       c.outputs.push_back(values(n));
       for (float& v : c.outputs[1]) v = std::abs(v);

@@ -103,6 +103,19 @@ TEST(Executor, OneRank) {
   EXPECT_TRUE(expect_good(cnn(false), single_precision()));
 }
 
+TEST(Executor, SgdWithoutMomentum) {
+  for (const char* precision : {"fp32", "bf16"}) {
+    for (const bool offload : {false, true}) {
+      Plan p = base_plan();
+      set_precision(p, precision, "");
+      p.offload_optimizer = offload;
+      p.optimizer.kind = OptimizerKind::sgd;
+      p.optimizer.momentum = 0;
+      EXPECT_TRUE(expect_good(gpt(), p));
+    }
+  }
+}
+
 /// Stored in 16 bits, computed in fp32, with an fp32 copy of the parameters.
 TEST(Executor, NarrowTypesOneRank) {
   for (const char* precision : {"bf16", "fp16"}) {

@@ -35,6 +35,7 @@ struct Description {
 };
 struct Preference {
   std::uint64_t workspace = 0;
+  std::uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK;
   std::map<int, std::uint32_t> alignments;
 };
 /// What cublasLtMatmulAlgo_t holds: a choice is good for one problem.
@@ -266,6 +267,7 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmulPreferenceSetAttribute(
   if (attribute >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES &&
       attribute <= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES)
     return take(p.alignments[attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], value, size);
+  if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) return take(p.schemes, value, size);
   return refuse(CUBLAS_STATUS_INVALID_VALUE, "an attribute of a preference");
 }
 
@@ -288,6 +290,9 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmulAlgoGetHeuristic(
       (lc.rows == 1 || (p.a == CUBLAS_OP_N ? la.columns : la.rows) == 1))
     return CUBLAS_STATUS_NOT_SUPPORTED;
   auto& prefer = *the<Preference>(preference);
+  const bool in_16_bits = ld.type == CUDA_R_16BF || ld.type == CUDA_R_16F;
+  if (in_16_bits && (prefer.schemes & ~std::uint32_t{CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE}) != 0)
+    return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "parts of a sum may be added in 16 bits");
   for (int i = 0; i < std::min(wanted, 10); ++i) {
     Choice choice{};
     choice.problem = problem_of(p, la, lb, lc);
