@@ -533,6 +533,16 @@ std::vector<LinkId> Topology::host_route(DeviceId device, bool towards_host) con
   return route;
 }
 
+std::pair<BytesPerSecond, Seconds> Topology::host_way(DeviceId device, bool towards_host) const {
+  std::pair<BytesPerSecond, Seconds> way;
+  for (const LinkId l : host_route(device, towards_host)) {
+    const Link one = link(l);
+    if (!(way.first.count > 0) || one.bandwidth < way.first) way.first = one.bandwidth;
+    way.second += one.latency;
+  }
+  return way;
+}
+
 Link Topology::link(LinkId id) const {
   Link found = as_built(id);
   if (state_ != nullptr) {

@@ -140,6 +140,8 @@ class Topology {
   /// From a device to its host's processor or back: host_link and the PCIe or C2C links beyond it,
   /// through switches, that others share. Empty without one.
   std::vector<LinkId> host_route(DeviceId device, bool towards_host) const;
+  /// Of it the narrowest link's bandwidth, 0 without one, and all latencies.
+  std::pair<BytesPerSecond, Seconds> host_way(DeviceId device, bool towards_host) const;
   std::string link_name(LinkId link) const;  ///< "node3.gpu1->node3.nvswitch0"
 
   std::size_t vertex_count() const;

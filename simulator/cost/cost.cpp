@@ -9,6 +9,7 @@
 #include <memory>
 #include <numeric>
 #include <set>
+#include <tuple>
 #include <unordered_map>
 
 #include "base/hash.h"
@@ -1429,12 +1430,7 @@ Seconds Communication::host_time(const Program& p, const Instruction& i, std::in
   const bool up = p.buffer(i.writes[0]).host;
   auto& link = state_->host_links[2 * d.index() + (up ? 1 : 0)];
   if (!(link.bandwidth.count > 0)) {
-    for (const LinkId l : host_route(rank, up)) {
-      const Link one = t.link(l);
-      if (!(link.bandwidth.count > 0) || one.bandwidth < link.bandwidth)
-        link.bandwidth = one.bandwidth;
-      link.latency += one.latency;
-    }
+    std::tie(link.bandwidth, link.latency) = t.host_way(d, up);
     if (!(link.bandwidth.count > 0)) {
       throw InputError("offload",
                        fmt::format("{} has no PCIe or C2C link between its devices and their host; "

@@ -187,6 +187,11 @@ RankClasses classify(const Program& p, Communication& communication) {
       const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(r)});
       h = mix(h, static_cast<std::uint64_t>(t.host_memory_bandwidth(node).count /
                                             static_cast<double>(t.rank_count(node))));
+      for (const bool up : {false, true}) {
+        const auto [bandwidth, latency] = t.host_way(DeviceId{static_cast<std::size_t>(r)}, up);
+        h = mix(h, std::bit_cast<std::uint64_t>(bandwidth.count));
+        h = mix(h, std::bit_cast<std::uint64_t>(latency.count));
+      }
     }
     if (p.launches.any())
       h = mix(h, std::bit_cast<std::uint64_t>(

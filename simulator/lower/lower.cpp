@@ -933,21 +933,38 @@ class Lowering {
   }
 
   /// The same walk backwards in time: gradients of keys and values travel one place behind their
-  /// parts and are home after as many steps as there are ranks. Returns them.
+  /// parts and are home after as many steps as there are ranks. Returns them. What a part gives is
+  /// made while they travel, and added when they have come.
   std::vector<BufferId> ring_backward(Block& block, Instruction i) {
     const int parts = ring_parts(i);
-    std::vector<BufferId> travelling{i.writes[1], i.writes[2]};
+    std::vector<BufferId> sums = i.writes;
     for (int t = 0; t < parts; ++t) {
       std::vector<BufferId> next;
       if (t + 1 < parts) next = pass_on(block, {i.reads[1], i.reads[2]});
       i.part = t;
-      i.accumulate = t > 0;
-      i.writes[1] = travelling[0], i.writes[2] = travelling[1];
+      i.writes = sums;
+      for (BufferId& made : i.writes) {
+        if (t == 0) break;
+        Buffer b = p_.buffers[made.index()];
+        b.alias = -1;
+        b.name += ".part";
+        p_.buffers.push_back(std::move(b));
+        made = BufferId{p_.buffers.size() - 1};
+      }
       block.instructions.push_back(i);
-      travelling = pass_on(block, travelling);
+      for (std::size_t k = 0; t > 0 && k < sums.size(); ++k) {
+        Instruction add;
+        add.kind = Kind::compute;
+        add.kernel = Kernel::add;
+        add.reads = {sums[k], i.writes[k]};
+        add.writes = {sums[k]};
+        block.instructions.push_back(std::move(add));
+      }
+      const std::vector<BufferId> onwards = pass_on(block, {sums[1], sums[2]});
+      sums[1] = onwards[0], sums[2] = onwards[1];
       if (t + 1 < parts) i.reads[1] = next[0], i.reads[2] = next[1];
     }
-    return travelling;
+    return {sums[1], sums[2]};
   }
 
   // ---- pass 5: forward blocks ------------------------------------------------------------------
