@@ -247,6 +247,15 @@ void add_simulate(CLI::App& app) {
     auto assumed = assumptions(o->flags, prediction->plan, g);
     for (std::string& a : defaults) assumed.push_back(std::move(a));
     for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
+    if (prediction->plan.framework.starts_with("pytorch") &&
+        prediction->plan.precision.compute == ElementType::fp32 &&
+        t.profile(0).matrix_rates.contains(ElementType::tf32) &&
+        std::any_of(g.operators.begin(), g.operators.end(), [](const Operator& op) {
+          return std::holds_alternative<Convolution>(op.operation);
+        }))
+      assumed.emplace_back(
+          "convolutions in fp32 (PyTorch's are in TF32 unless torch.backends.cudnn.allow_tf32 is "
+          "off: --precision tf32)");
     print(o->json ? prediction_json(g, t, *prediction, assumed, placed ? &*placed : nullptr)
                   : prediction_table(g, t, *prediction, assumed, placed ? &*placed : nullptr));
     std::fflush(stdout);

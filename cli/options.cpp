@@ -139,19 +139,10 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   p.dp = 0;
   set_framework(p, default_framework, "");
   if (!f.file.empty()) {
-    p = load_plan(f.file);
-    if (!in_plan_file(f, "framework")) {
-      // The profile's defaults, but what the file says stays.
-      const Bytes bucket = p.bucket;
-      const Launches launches = p.launches;
-      const Fp8Format fp8_format = p.fp8_format;
-      set_framework(p, default_framework, "");
-      if (in_plan_file(f, "bucket")) p.bucket = bucket;
-      if (in_plan_file(f, "launch")) p.launches = launches;
-      if (in_plan_file(f, "fp8_format")) p.fp8_format = fp8_format;
-    }
+    p = load_plan(f.file, default_framework, f.framework, "--framework");
+  } else if (!f.framework.empty()) {
+    set_framework(p, f.framework, "--framework");
   }
-  if (!f.framework.empty()) set_framework(p, f.framework, "--framework");
   const auto number = [](const std::optional<std::int64_t>& from, std::int64_t& to,
                          const char* flag, std::int64_t lowest) {
     if (!from) return;
@@ -202,6 +193,7 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   }
   if (!f.context_exchange.empty()) {
     p.context = parse_context_exchange(f.context_exchange, "--context-exchange");
+    p.context_given = true;
   }
   if (!f.cuts.empty()) {
     p.cuts.clear();

@@ -1594,7 +1594,8 @@ class CaseBuilder {
       p.precision.gradients = p.precision.gradient_communication =
           *s.fp32_gradients ? ElementType::fp32 : p.precision.parameters;
     if (!s.context.empty())
-      p.context = parse_context_exchange(s.context, "overlap_and_other_settings");
+      p.context = parse_context_exchange(s.context, "overlap_and_other_settings"),
+      p.context_given = true;
     if (!s.schedule.empty()) {
       set_schedule(s.schedule);
     } else if (has(lower(row_["framework"]), "dualpipe") && p.pp > 1 && p.pp % 2 == 0 &&

@@ -124,6 +124,7 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   boolean(plan, "save_gathered", f.save_gathered);
   boolean(plan, "regathers_recomputed", f.regathers_recomputed);
   boolean(plan, "reduces_units", f.reduces_units);
+  boolean(plan, "ring_context", f.ring_context);
   boolean(plan, "fp32_loss", f.allocations.fp32_loss);
   boolean(plan, "attention_dropout", f.allocations.attention_dropout);
   setting(plan, "weight_gradients", [&](const YamlNode& n) {

@@ -112,6 +112,7 @@ struct FrameworkProfile {
   bool save_gathered = false;      ///< all-gathered inputs are kept for the backward
   bool regathers_recomputed = false;  ///< Plan's
   bool reduces_units = false;         ///< Plan's
+  bool ring_context = false;          ///< context parallelism: Plan::ContextExchange::ring
   bool expert_bias_apart = false;  ///< experts' output biases are added by kernels of their own
   bool rows_once = false;          ///< a token's row goes once to a domain that has experts of it
   bool narrow_gathers = false;     ///< Plan's

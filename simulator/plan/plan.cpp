@@ -258,6 +258,13 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(
         "overlap_tensor_parallel runs transfers over tp beside products, tensor_parallel_in_turn "
         "beside none; use one of them");
+  // A ring that nobody has asked for is none where attention knows none.
+  if (plan.context == Plan::ContextExchange::ring && !plan.context_given &&
+      std::any_of(graph.operators.begin(), graph.operators.end(), [](const Operator& op) {
+        const auto* a = std::get_if<Attention>(&op.operation);
+        return a != nullptr && (a->materialised || a->sinks);
+      }))
+    plan.context = Plan::ContextExchange::all_gather;
   if (plan.virtual_stages > 1) {
     if (plan.pp == 1) {
       return no(fmt::format("virtual stages {} need pipeline parallel > 1", plan.virtual_stages));
@@ -817,6 +824,8 @@ void set_framework(Plan& plan, std::string_view word, const std::string& place) 
   plan.overlap_multiprocessors = f.overlap_multiprocessors;
   plan.scatter_multiprocessors = f.scatter_multiprocessors;
   plan.allocations = f.allocations;
+  plan.context = f.ring_context ? Plan::ContextExchange::ring : Plan::ContextExchange::all_gather;
+  plan.context_given = false;
   plan.save_gathered = f.save_gathered;
   plan.regathers_recomputed = f.regathers_recomputed;
   plan.reduces_units = f.reduces_units;
@@ -994,9 +1003,10 @@ void set_launches(Launches& l, const YamlNode& n) {
 
 }  // namespace
 
-void apply(Plan& p, const YamlNode& y) {
+void apply(Plan& p, const YamlNode& y, bool with_framework = true) {
   y.reject_empty_keys();
-  if (const auto n = y.find("framework")) set_framework(p, n->as_string(), n->place());
+  if (const auto n = y.find("framework"); n && with_framework)
+    set_framework(p, n->as_string(), n->place());
   if (const auto n = y.find("strategy")) {
     p.strategy = n->as_string();
     const auto known = strategies();
@@ -1051,7 +1061,7 @@ void apply(Plan& p, const YamlNode& y) {
   if (const auto n = y.find("loader")) p.loader = n->as_bool();
   if (const auto n = y.find("bucket")) p.bucket = n->as_bytes();
   if (const auto n = y.find("context_exchange"))
-    p.context = parse_context_exchange(n->as_string(), n->place());
+    p.context = parse_context_exchange(n->as_string(), n->place()), p.context_given = true;
   if (const auto n = y.find("schedule")) {
     p.schedule = parse_schedule(n->as_string(), n->place());
     p.schedule_given = true;
@@ -1162,13 +1172,16 @@ void apply(Plan& p, const YamlNode& y) {
   y.reject_unknown_keys();
 }
 
-Plan load_plan(const std::string& file) {
+Plan load_plan(const std::string& file, std::string_view unless_said, std::string_view instead,
+               const std::string& place) {
   Plan p;
   p.dp = 0;
   const YamlNode y = YamlNode::load_file(file, "partita.plan/1");
+  if (const std::string_view name = instead.empty() ? unless_said : instead; !name.empty())
+    set_framework(p, name, instead.empty() ? "" : place);
   // A change of one key may leave the other as it is; a file has both.
   if (const auto n = y.find("lora"); n && n->is_map()) n->get("patterns"), n->get("rank");
-  apply(p, y);
+  apply(p, y, instead.empty());
   return p;
 }
 

@@ -96,6 +96,7 @@ struct Plan {
     all_to_all,
     ring
   } context = ContextExchange::all_gather;
+  bool context_given = false;  ///< else it is the framework's, where the network lets it
   Schedule schedule = Schedule::one_f_one_b;
   bool schedule_given = false;
   int zero = 0;                 ///< 0..3
@@ -244,8 +245,10 @@ struct Turn {
 std::vector<std::vector<Turn>> turns(Schedule schedule, int stages, int virtual_stages,
                                      int micro_batches, int group = 0);
 
-/// YAML (schema partita.plan/1).
-Plan load_plan(const std::string& file);
+/// YAML (schema partita.plan/1). What it does not say is of its framework: of `instead` (named at
+/// `place`) if there is one, else of the one that it names, else of `unless_said`.
+Plan load_plan(const std::string& file, std::string_view unless_said = "",
+               std::string_view instead = "", const std::string& place = "");
 /// Sets one key as a plan file would: set(plan, "tp", "4", "--vary"). A word that begins with * is
 /// a pattern, with or without quotes; "x2" multiplies the number that the plan says.
 void set(Plan& plan, const std::string& key, const std::string& value, const std::string& place);

@@ -435,6 +435,12 @@ TEST(Json, WhatifPrintsOneObjectALineAndCsvOneLineACombination) {
 }
 
 TEST(Json, ReferenceHasItsKeys) {
+  // What --set says of an optimizer counts as a plan file's word and a flag do.
+  const auto by = [](const std::string& how) {
+    return run("reference mnist-linear --dp 2 --steps 3 --json " + how).out;
+  };
+  EXPECT_EQ(by("--set optimizer.kind=adam"), by("--optimizer adam"));
+  EXPECT_NE(by("--set optimizer.kind=adam"), by(""));
   const Ran r = run("reference mnist-linear --dp 4 --steps 2 --json");
   EXPECT_EQ(r.code, 0);
   const Json j = parsed(r);

@@ -5,6 +5,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "base/error.h"
 #include "models/models.h"
 #include "simulator/plan/plan.h"
@@ -69,6 +71,7 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_EQ(p.save_gathered, f.save_gathered);
     EXPECT_EQ(p.regathers_recomputed, f.regathers_recomputed);
     EXPECT_EQ(p.reduces_units, f.reduces_units);
+    EXPECT_EQ(p.context == Plan::ContextExchange::ring, f.ring_context);
     // Products of Transformer Engine and Megatron's own alike; Megatron of 2021 has no such plans.
     if (name.starts_with("megatron") || name.starts_with("nemo")) {
       EXPECT_EQ(f.regathers_recomputed, name != "megatron-lm-2021") << name;
@@ -78,6 +81,31 @@ TEST(Framework, EveryFileReadsAndEverySettingHasASource) {
     EXPECT_EQ(p.channels_first, f.channels_first && p.precision.activations == ElementType::fp32);
     EXPECT_EQ(p.precision.gradients, f.fp32_gradients ? ElementType::fp32 : p.precision.parameters);
   }
+}
+
+/// A plan file's own keys stay, whoever names the framework.
+TEST(Framework, WhatAPlanFileSaysStays) {
+  const std::string file = ::testing::TempDir() + "says.yaml";
+  const auto load = [&](const std::string& text, std::string_view unless_said,
+                        std::string_view instead) {
+    std::ofstream(file) << "schema: partita.plan/1\n" << text;
+    return load_plan(file, unless_said, instead, "--framework");
+  };
+  const std::string own = "stays_gathered: root\nsave_gathered: true\nbucket: 7 MB\n";
+  for (const Plan& p : {load(own, "megatron-core", ""), load(own, "partita", "megatron-core"),
+                        load("framework: torchtitan\n" + own, "partita", "megatron-core"),
+                        load("framework: megatron-core\n" + own, "partita", "")}) {
+    EXPECT_EQ(p.framework, "megatron-core");
+    EXPECT_EQ(p.stays_gathered, parse_stays_gathered("root", ""));
+    EXPECT_TRUE(p.save_gathered);
+    EXPECT_EQ(p.bucket, Bytes{7'000'000});
+    EXPECT_TRUE(p.regathers_recomputed);  // the framework's
+    EXPECT_EQ(p.context, Plan::ContextExchange::ring);
+  }
+  EXPECT_EQ(load("context_exchange: all_gather\n", "megatron-core", "").context,
+            Plan::ContextExchange::all_gather);
+  EXPECT_THAT([&] { load(own, "partita", "nobody"); },
+              ThrowsMessage<InputError>(HasSubstr("--framework")));
 }
 
 TEST(Framework, ASelectionThatSaysItselfIsRefused) {

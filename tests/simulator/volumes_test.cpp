@@ -195,6 +195,49 @@ TEST(Volumes, MegatronsBackwardGathersWhatARecomputationHasGathered) {
   }
 }
 
+/// Gradients of keys and values travel round a ring while the next part's are made: no attention
+/// waits for them.
+TEST(Volumes, NoAttentionOfARingWaitsForGradientsThatTravel) {
+  Plan plan = base_plan();
+  plan.cp = 4;
+  plan.context = Plan::ContextExchange::ring;
+  plan.context_given = true;
+  const Program p = lowered(gpt(), plan);
+  int parts = 0;
+  for (const Block& b : p.blocks) {
+    std::set<BufferId> travelled;
+    for (const Instruction& i : b.instructions) {
+      if (i.kind == Kind::collective && i.collective == CollectiveKind::shift)
+        travelled.insert(i.writes.begin(), i.writes.end());
+      if (i.kind != Kind::compute || i.part < 0 || i.kernel == Kernel::forward) continue;
+      ++parts;
+      EXPECT_FALSE(i.accumulate);
+      for (const BufferId w : i.writes) EXPECT_EQ(travelled.count(w), 0u);
+    }
+  }
+  EXPECT_GE(parts, 4);
+}
+
+/// A framework's ring gives way where attention knows none; one that is asked for does not.
+TEST(Volumes, AFrameworksRingIsWhereItMayBe) {
+  for (const bool sinks : {false, true}) {
+    TransformerConfig c = small_config();
+    c.sinks = sinks;
+    const Graph g = build_transformer(c);
+    Plan plan = base_plan();
+    set_framework(plan, "megatron-core", "");
+    plan.cp = 2;
+    const auto by_default = complete(g, plan);
+    ASSERT_TRUE(by_default) << by_default.reason();
+    EXPECT_EQ(by_default->context,
+              sinks ? Plan::ContextExchange::all_gather : Plan::ContextExchange::ring);
+    plan.context_given = true;
+    EXPECT_EQ(static_cast<bool>(lower(g, *by_default)), true);
+    const auto asked = complete(g, plan);
+    EXPECT_EQ(asked && lower(g, *asked), !sinks);
+  }
+}
+
 TEST(Volumes, FullyShardedUnitsReduceTheirGradientsOnce) {
   // However small a bucket: blocks, what is before them and what is behind; else each parameter.
   for (const int layers : {1, 3}) {
