@@ -129,6 +129,24 @@ double attended_fraction(const Program& p, const ProgramOperator& op, std::int64
 
 namespace {
 
+/// Sum over x in [begin, end) of x + shift, but at least 0 and at most `most`.
+double sum_clamped(std::int64_t begin, std::int64_t end, std::int64_t shift, std::int64_t most) {
+  const std::int64_t rising = std::clamp(-shift, begin, end),
+                     full = std::clamp(most - shift, rising, end);
+  return static_cast<double>(full - rising) * static_cast<double>(rising + full - 1 + 2 * shift) /
+             2 +
+         static_cast<double>(end - full) * static_cast<double>(most);
+}
+/// Of ascending numbers those that follow each other.
+std::vector<Range> runs_of(const std::vector<std::int64_t>& numbers) {
+  std::vector<Range> runs;
+  for (const std::int64_t x : numbers) {
+    if (runs.empty() || runs.back().end != x) runs.push_back({x, x});
+    ++runs.back().end;
+  }
+  return runs;
+}
+
 /// Attention of this rank's queries with the part of the keys that is passing by.
 Flops ring_flops(const Program& p, const Instruction& i, const ProgramOperator& op,
                  std::int64_t rank) {
@@ -144,12 +162,13 @@ Flops ring_flops(const Program& p, const Instruction& i, const ProgramOperator& 
   double attended = 1;
   if (a.causal || a.window > 0) {
     double pairs = 0;
-    for (const std::int64_t x : mine) {
-      const auto end =
-          a.causal ? std::upper_bound(passing.begin(), passing.end(), x) : passing.end();
-      const auto begin =
-          a.window > 0 ? std::upper_bound(passing.begin(), end, x - a.window) : passing.begin();
-      pairs += static_cast<double>(end - begin);
+    for (const Range& q : runs_of(mine)) {
+      for (const Range& k : runs_of(passing)) {
+        // Keys up to the query (or all), less those too far before it.
+        pairs += a.causal ? sum_clamped(q.begin, q.end, 1 - k.begin, k.size())
+                          : static_cast<double>(q.size()) * static_cast<double>(k.size());
+        if (a.window > 0) pairs -= sum_clamped(q.begin, q.end, 1 - k.begin - a.window, k.size());
+      }
     }
     attended = pairs / (static_cast<double>(mine.size()) * static_cast<double>(passing.size()));
   }

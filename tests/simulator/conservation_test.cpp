@@ -287,6 +287,47 @@ TEST(Conservation, AZigzagGivesEveryRankTheSameShareOfCausalAttention) {
   }
 }
 
+/// Whatever the window, the ranks of a ring attend as many pairs as one rank does: pairs by hand.
+TEST(Conservation, RanksOfARingAttendEveryPairOnce) {
+  for (const std::int64_t window : {0, 1, 3, 5, 16}) {
+    TransformerConfig c = small_config();
+    c.sequence = c.positions = 16;
+    c.window = window;
+    const Graph g = build_transformer(c);
+    double pairs = 0;
+    for (std::int64_t q = 0; q < 16; ++q) {
+      for (std::int64_t k = 0; k <= q; ++k) pairs += window == 0 || k > q - window ? 1 : 0;
+    }
+    for (const std::int64_t cp : {1, 2, 4}) {
+      Plan plan = base_plan();
+      plan.cp = cp;
+      plan.context = Plan::ContextExchange::ring;
+      plan.context_given = true;
+      const Program p = lowered(g, plan);
+      double work = 0, whole = 0;
+      for (const Block& b : p.blocks) {
+        for (const Instruction& i : b.instructions) {
+          if (i.kind != Kind::compute || i.kernel != Kernel::forward || i.op < 0) continue;
+          const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
+          const auto* a = std::get_if<Attention>(&op.operation);
+          if (a == nullptr) continue;
+          for (std::int64_t r = 0; r < p.ranks(); ++r) work += mathematical_flops(p, i, r).count;
+          // Two products of 2 · width operations for every pair of each head and sample.
+          if (i.part <= 0) {
+            const auto& d = op.signature;
+            const std::int64_t heads =
+                d.dims[static_cast<std::size_t>(d.find(Dim::head))].extent * a->queries_per_head;
+            whole += pairs * 2 * static_cast<double>(a->qk_dim + a->v_dim) *
+                     static_cast<double>(heads * d.dims[0].extent);
+          }
+        }
+      }
+      EXPECT_GT(whole, 0);
+      EXPECT_NEAR(work, whole, 1e-9 * whole) << "window " << window << ", cp " << cp;
+    }
+  }
+}
+
 TEST(Conservation, FrozenLayersSkipExactlyTheirBackward) {
   Graph g = llama();
   freeze(g, {"embedding*", "layers.0.*", "layers.1.*"});
