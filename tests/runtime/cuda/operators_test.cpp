@@ -28,6 +28,26 @@ TEST(CudaKernels, RowsOfOctetsEqualTheReferences) {
   }
 }
 
+/// Of a run that has diverged, as the reference does: k experts, those whose logits are numbers
+/// first.
+TEST(CudaKernels, RoutersPutWhatIsNoNumberLast) {
+  const auto choose = [](std::vector<float> logits, std::int64_t groups, std::int64_t best) {
+    const auto n = std::ssize(logits);
+    const Choosing by{n, 2, n / groups, groups, 1, best, true};
+    const Numbers at(logits.data());
+    const std::uint64_t open = open_groups(at, by, 0, 1);
+    std::vector<int> all;
+    for (int e = 0; e < n; ++e) {
+      if (chosen(at, by, open, e)) all.push_back(e);
+    }
+    return all;
+  };
+  EXPECT_EQ(choose({0, NAN, 1, NAN}, 1, 1), (std::vector<int>{0, 2}));
+  EXPECT_EQ(choose({NAN, NAN, NAN, NAN}, 1, 1), (std::vector<int>{0, 1}));
+  EXPECT_EQ(choose({NAN, NAN, NAN, NAN}, 2, 2), (std::vector<int>{0, 1}));
+  EXPECT_EQ(choose({0, NAN, 1, 1}, 2, 2), (std::vector<int>{2, 3}));
+}
+
 TEST(CudaKernels, RowsOfAnyLengthEqualTheReferences) {
   std::mt19937_64 rng(24);
   using Own = OwnStatistics<KernelOnHostMachine>;

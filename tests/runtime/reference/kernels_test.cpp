@@ -655,6 +655,23 @@ TEST(Examples, RouterPrefersTheLowerOfEqualExpertsAndNormalises) {
               Pointwise(DoubleNear(1e-15), {0.0, 0.0, 0.0, 0.75}));
 }
 
+/// Of a run that has diverged: what is no number is behind all others, and k are chosen all the
+/// same.
+TEST(Examples, RouterPutsWhatIsNoNumberLast) {
+  const Shape x{kOne, {Dim::sequence, 1}, {Dim::expert, 4}};
+  const auto y = example(Router{2, true, true, 1}, x, {0, NAN, std::log(3), NAN}).outputs[0].values;
+  EXPECT_THAT(y, Pointwise(DoubleNear(1e-15), {0.4, 0.0, 0.6, 0.0}));
+  for (const std::int64_t groups : {1, 2}) {
+    const auto none =
+        example(Router{2, true, true, 1, groups, 1, groups == 1 ? 1 : 2}, x, {NAN, NAN, NAN, NAN})
+            .outputs[0]
+            .values;
+    EXPECT_TRUE(std::isnan(none[0]) && std::isnan(none[1]));
+    EXPECT_EQ(none[2], 0);
+    EXPECT_EQ(none[3], 0);
+  }
+}
+
 TEST(Examples, RouterChoosesOfItsBestGroups) {
   // Scores 1 : 4 : 4 : 1 : 0.2 : 4.5 of three pairs.
   const Shape x{kOne, {Dim::sequence, 1}, {Dim::expert, 6}};
