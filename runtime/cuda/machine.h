@@ -94,19 +94,9 @@ class Lanes {
   PARTITA_BOTH double max(double v) const { return reduce(v, true); }
   PARTITA_BOTH float max(float v) const {
 #if defined(__CUDA_ARCH__)
-    for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
-    if (warp_) {
-      __syncwarp();  // what a lane has read before, another may write now
-      return v;
-    }
-    __shared__ float parts[32];
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    if (lane == 0) parts[warp] = v;
-    __syncthreads();
-    v = parts[0];
-    for (unsigned w = 1; w < warps; ++w) v = fmaxf(v, parts[w]);
-    __syncthreads();
-    return v;
+    float all[1] = {v};
+    join(all, [](float x, float y) { return fmaxf(x, y); });
+    return all[0];
 #else
     return static_cast<float>(reduce(static_cast<double>(v), true));
 #endif
@@ -114,21 +104,9 @@ class Lanes {
   /// Both at once: one wait for the other lanes.
   PARTITA_BOTH void sum(double& a, double& b) const {
 #if defined(__CUDA_ARCH__)
-    for (int d = 16; d > 0; d /= 2) {
-      a += __shfl_xor_sync(0xffffffffu, a, d);
-      b += __shfl_xor_sync(0xffffffffu, b, d);
-    }
-    if (warp_) {
-      __syncwarp();
-      return;
-    }
-    __shared__ double parts[32][2];
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    if (lane == 0) parts[warp][0] = a, parts[warp][1] = b;
-    __syncthreads();
-    a = parts[0][0], b = parts[0][1];
-    for (unsigned w = 1; w < warps; ++w) a += parts[w][0], b += parts[w][1];
-    __syncthreads();
+    double all[2] = {a, b};
+    join(all, [](double x, double y) { return x + y; });
+    a = all[0], b = all[1];
 #else
     a = reduce(a, false);
     b = reduce(b, false);
@@ -136,26 +114,35 @@ class Lanes {
   }
 
  private:
-  /// A block is a whole number of warps.
-  PARTITA_BOTH double reduce(double v, bool maximum) const {
 #if defined(__CUDA_ARCH__)
+  /// Each of the values joined over all lanes, for each of them. A block is a whole number of
+  /// warps.
+  template <int kValues, class T, class F>
+  __device__ __forceinline__ void join(T (&v)[kValues], F f) const {
     for (int d = 16; d > 0; d /= 2) {
-      const double other = __shfl_xor_sync(0xffffffffu, v, d);
-      v = maximum ? fmax(v, other) : v + other;
+      for (int k = 0; k < kValues; ++k) v[k] = f(v[k], __shfl_xor_sync(0xffffffffu, v[k], d));
     }
     if (warp_) {
       __syncwarp();  // what a lane has read before, another may write now
-      return v;
+      return;
     }
-    __shared__ double parts[32];
+    __shared__ T parts[32][kValues];
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    if (lane == 0) parts[warp] = v;
+    for (int k = 0; k < kValues && lane == 0; ++k) parts[warp][k] = v[k];
     __syncthreads();
-    v = parts[0];
-    for (unsigned w = 1; w < warps; ++w) v = maximum ? fmax(v, parts[w]) : v + parts[w];
+    for (int k = 0; k < kValues; ++k) v[k] = parts[0][k];
+    for (unsigned w = 1; w < warps; ++w) {
+      for (int k = 0; k < kValues; ++k) v[k] = f(v[k], parts[w][k]);
+    }
     // Nobody writes the next sum's parts while another still reads these.
     __syncthreads();
-    return v;
+  }
+#endif
+  PARTITA_BOTH double reduce(double v, bool maximum) const {
+#if defined(__CUDA_ARCH__)
+    double all[1] = {v};
+    join(all, [maximum](double x, double y) { return maximum ? fmax(x, y) : x + y; });
+    return all[0];
 #elif defined(PARTITA_EMULATED_LANES)
     static_cast<void>(warp_);
     return emulated::reduce(v, maximum);

@@ -238,6 +238,21 @@ TEST(Volumes, AFrameworksRingIsWhereItMayBe) {
   }
 }
 
+/// DDP's buckets: what ranks sum once more, in fp32; nothing where there is one rank.
+TEST(Volumes, GradientBucketsAreACopyOfWhatRanksSum) {
+  const Graph g = gpt();
+  for (const std::int64_t dp : {1, 2}) {
+    Plan plan = base_plan();
+    plan.dp = dp;
+    plan.global_batch = dp;
+    const auto resident = [&](bool buckets) {
+      plan.allocations.gradient_buckets = buckets;
+      return resident_bytes(lowered(g, plan), 0, 0, 90).count;
+    };
+    EXPECT_EQ(resident(true) - resident(false), dp == 1 ? 0 : 4 * parameter_count(g));
+  }
+}
+
 TEST(Volumes, FullyShardedUnitsReduceTheirGradientsOnce) {
   // However small a bucket: blocks, what is before them and what is behind; else each parameter.
   for (const int layers : {1, 3}) {

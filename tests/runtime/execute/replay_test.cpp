@@ -67,6 +67,24 @@ bool expect_same_memory(const Graph& graph, const Plan& wanted, std::uint64_t se
   return true;
 }
 
+/// What is drawn is not trained: every step of one batch has the first one's loss.
+TEST(Replay, DrawnValuesStayAsTheyAre) {
+  for (const bool drawn : {false, true}) {
+    Plan plan = base_plan();
+    set_precision(plan, "fp32", "");
+    plan.optimizer.kind = OptimizerKind::adam;
+    const Graph g = gpt();
+    Options o = options_for(g);
+    o.steps = 3;
+    o.collect = true;
+    o.drawn = drawn;
+    const auto losses = run_threads(lowered(g, plan), o)[0].values.losses;
+    ASSERT_GE(losses.size(), 3u);
+    for (std::size_t s = 1; s < losses.size(); ++s)
+      EXPECT_EQ(losses[s][0] == losses[0][0], drawn) << s;
+  }
+}
+
 TEST(Replay, ARankAloneHasItsMemoryOfTheWholeRun) {
   std::mt19937 rng{20261129};
   const std::vector<Graph> graphs{gpt(), llama(), cnn(false)};
