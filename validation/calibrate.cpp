@@ -780,6 +780,16 @@ double overlap_of(const std::vector<RankMeasurement>& both,
   return std::clamp((c + t - b) / std::min(c, t), 0.0, 1.0);
 }
 
+namespace {
+/// One of the values: of two that are far apart one is left, not none.
+double upper_middle(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const auto at = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+}  // namespace
+
 std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
   // Each beside its own rounds: what a GPU's power allows of clock depends on what it does. One
   // that has no other is beside all that no power cap held down, if none did it.
@@ -798,7 +808,7 @@ std::vector<std::size_t> off_clock(const std::vector<Unit>& units) {
     const Conditions& c = units[k].conditions;
     if (!c.known()) continue;
     const auto& own = clocks.at({units[k].name, units[k].ranks});
-    const double middle = median(own.size() == 1 && !capped(c) ? free : own);
+    const double middle = upper_middle(own.size() == 1 && !capped(c) ? free : own);
     bool held_back = false;
     for (const char* reason : {"heat", "slowdown", "power brake"})
       held_back |= c.throttled.find(reason) != std::string::npos;

@@ -21,6 +21,12 @@ void check(cudnnStatus_t s, const char* what) {
   throw MachineError(fmt::format("cuDNN: {}: {}", what, cudnnGetErrorString(s)));
 }
 
+/// Categories of cuDNN's results, a thousand each: 3 not supported, 4 an error inside of it.
+bool unfit(cudnnStatus_t s) {
+  const int category = static_cast<int>(s) / 1000;
+  return s == CUDNN_STATUS_NOT_SUPPORTED || category == 3 || category == 4;
+}
+
 /// What cuDNN describes by opaque handles.
 struct Problem {
   cudnnTensorDescriptor_t x = nullptr, y = nullptr;
@@ -62,9 +68,9 @@ class Cudnn : public Convolutions {
       check(cudnnSetConvolutionMathType(p.convolution, a.arithmetic), "a convolution's arithmetic");
       const cudnnStatus_t s = carry_out(m, p, pass, a, x, w, y, adds);
       if (s == CUDNN_STATUS_SUCCESS) return true;
-      // The category of what is not supported: 3000 and more, one by one.
-      if (s != CUDNN_STATUS_NOT_SUPPORTED && static_cast<int>(s) / 1000 != 3)
-        check(s, "a convolution");
+      // What cannot be done, or not be made by it, another algorithm may do: what runs then has
+      // failed for good.
+      if (!unfit(s)) check(s, "a convolution");
       p.algorithms.erase(p.algorithms.begin());
     }
     return false;
@@ -138,27 +144,33 @@ class Cudnn : public Convolutions {
                                 arithmetic == CUDNN_FMA_MATH ? CUDNN_FMA_MATH : f.mathType});
       }
     };
+    // Without an algorithm it is ours to do.
+    const auto chosen = [](cudnnStatus_t answer) {
+      if (unfit(answer)) return false;
+      check(answer, "a choice of algorithm");
+      return true;
+    };
     switch (pass) {
       case ConvolutionPass::forward: {
         cudnnConvolutionFwdAlgoPerf_t found[kMost] = {};
-        check(cudnnGetConvolutionForwardAlgorithm_v7(handle_, p.x, p.w, p.convolution, p.y, kMost,
-                                                     &count, found),
-              "a choice of algorithm");
-        return take(found);
+        if (chosen(cudnnGetConvolutionForwardAlgorithm_v7(handle_, p.x, p.w, p.convolution, p.y,
+                                                          kMost, &count, found)))
+          take(found);
+        return;
       }
       case ConvolutionPass::data: {
         cudnnConvolutionBwdDataAlgoPerf_t found[kMost] = {};
-        check(cudnnGetConvolutionBackwardDataAlgorithm_v7(handle_, p.w, p.y, p.convolution, p.x,
-                                                          kMost, &count, found),
-              "a choice of algorithm");
-        return take(found);
+        if (chosen(cudnnGetConvolutionBackwardDataAlgorithm_v7(handle_, p.w, p.y, p.convolution,
+                                                               p.x, kMost, &count, found)))
+          take(found);
+        return;
       }
       case ConvolutionPass::weight: {
         cudnnConvolutionBwdFilterAlgoPerf_t found[kMost] = {};
-        check(cudnnGetConvolutionBackwardFilterAlgorithm_v7(handle_, p.x, p.y, p.convolution, p.w,
-                                                            kMost, &count, found),
-              "a choice of algorithm");
-        return take(found);
+        if (chosen(cudnnGetConvolutionBackwardFilterAlgorithm_v7(handle_, p.x, p.y, p.convolution,
+                                                                 p.w, kMost, &count, found)))
+          take(found);
+        return;
       }
     }
   }

@@ -13,6 +13,18 @@ namespace {
 // result of 0 is success, devices are pointers.
 using Handle = void*;
 constexpr unsigned kClockSm = 1, kClockMemory = 2, kGpuTemperature = 0;
+/// nvmlFieldValue_t.
+struct FieldValue {
+  unsigned field, scope = 0;
+  long long timestamp = 0, latency = 0;
+  int type = 0, failed = 1;
+  union {
+    double real;
+    unsigned whole;
+    unsigned long long wide;
+  } value = {};
+};
+constexpr unsigned kPowerInstant = 186;
 
 class Library : public Nvml {
  public:
@@ -43,7 +55,13 @@ class Library : public Nvml {
     };
     s.clock_mhz = number("nvmlDeviceGetClockInfo", kClockSm);
     s.memory_clock_mhz = number("nvmlDeviceGetClockInfo", kClockMemory);
-    s.power_w = number("nvmlDeviceGetPowerUsage") * 1e-3;
+    // From Ampere on nvmlDeviceGetPowerUsage is the mean of the last second (NVIDIA's NVML
+    // reference): longer than what is watched.
+    FieldValue power{kPowerInstant};
+    const bool instant =
+        call<int(Handle, int, FieldValue*)>("nvmlDeviceGetFieldValues", device, 1, &power) == 0 &&
+        power.failed == 0 && power.value.whole > 0;
+    s.power_w = 1e-3 * (instant ? power.value.whole : number("nvmlDeviceGetPowerUsage"));
     s.temperature_c = number("nvmlDeviceGetTemperature", kGpuTemperature);
     struct {
       unsigned long long total, free, used;

@@ -40,8 +40,9 @@ struct Options {
   std::function<std::uint64_t(std::int32_t op)> operator_seed;
   bool collect = true;     ///< gradients and parameters of all ranks on rank 0
   bool record = false;     ///< start and end of every instruction of every timed step
-  /// Of one rank: before all others, steps until this time is over; a GPU that has idled takes some
-  /// to get its clock up. Without `collect`: what they train is not undone.
+  /// Of one rank: before all others, a step in which libraries get ready, and steps until this time
+  /// is over; a GPU that has idled takes some to get its clock up. Without `collect`: what they
+  /// train is not undone.
   double warm_up_s = 0;
   /// After the timed steps so many more of which only the whole is timed: on a device the marks
   /// between instructions take time of their own. Values and memory are those of the steps before.

@@ -143,8 +143,10 @@ TEST(Clock, RunsThatStrayAreLeftOut) {
     units[k].conditions.clock_mhz = clocks[k];
     units[k].kernels["add"] = {of_bytes(static_cast<double>(k + 1), 1e-6)};
   }
-  // 1740 is 0.85 % off 1755 or 1747.5, 1700 more than 1 %; one says nothing.
+  // 1740 is 0.85 % off 1755, 1700 more than 1 %; one says nothing.
   EXPECT_EQ(off_clock(units), (std::vector<std::size_t>{3}));
+  // Of two that are far apart the faster is left.
+  EXPECT_EQ(off_clock({units[2], units[3]}), (std::vector<std::size_t>{1}));
   // What another run does costs other power: it has a clock of its own, up to the cap.
   units[3].name = "large";
   units[3].conditions.throttled = "power cap";

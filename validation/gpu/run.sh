@@ -92,14 +92,14 @@ grep -qs '^records .*FAILED' "$out/summary.txt" && export PARTITA_CUPTI_STAYS=1
 # A layer beside PyTorch's, with whatever attention this build has; then with our own kernels.
 part layer 70 python3 "$files/layer.py" "$partita"
 part layer-own-attention 40 env PARTITA_CUDA_FLASH=own python3 "$files/layer.py" "$partita" --only-ours
-part flash-of-cudnn 40 env PARTITA_CUDA_CHECK=1 PARTITA_CUDA_FLASH=cudnn "$gpu_test" --gtest_filter='Gpu.Flash*'
+part flash-of-cudnn 60 env PARTITA_CUDA_CHECK=1 PARTITA_CUDA_FLASH=cudnn "$gpu_test" --gtest_filter='Gpu.Flash*'
 # Calibration, the suite's mathematics and the networks' times; the profile and both journals stay in OUT/profile.
 part validate 260 "$partita" validate --backend cuda --budget 110s --out "$out/profile"
 # Ended in its midst, it has its journals all the same: what they say.
-[ -e "$out/profile/device.yaml" ] || part validate-report 60 "$partita" validate --backend cuda --budget 1s --rounds 1 --out "$out/profile"
+[ -e "$out/profile/device.yaml" ] || part validate-report 60 env PARTITA_CUPTI_STAYS=1 "$partita" validate --backend cuda --budget 1s --rounds 1 --out "$out/profile"
 # What we execute beside the best that the library has, and beside copies.
 part memory-bound 10 python3 "$files/speed.py" memory "$out/profile/device.yaml"
-part products 60 python3 "$files/speed.py" products "$partita"
+part products 80 python3 "$files/speed.py" products "$partita"
 # A rank each of published runs on 64 and 128 H100s, at its true shapes, beside their steps.
 replay=(--data "$files/published.csv" --backend cuda --micro-batches 8 --warm-up 1 --steps 3 --json)
 part replay-llama 45 "$partita" replay --row Llama_3.x_70B "${replay[@]}"

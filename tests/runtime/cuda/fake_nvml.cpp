@@ -1,6 +1,7 @@
 // A library with NVML's names: one GPU at 00000000:0F:00.0, 1755 MHz, under a power cap; it does
 // not say its temperature. PARTITA_FAKE_NVML_SLOW="LINES FILE...": 1700 MHz while these files have
 // so many lines together, and nothing but the cap; with PARTITA_FAKE_NVML_FREE not even that.
+// With PARTITA_FAKE_NVML_MEAN it knows the last second's power only.
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -40,7 +41,22 @@ int nvmlDeviceGetClockInfo(void*, unsigned type, unsigned* mhz) {
   return 0;
 }
 int nvmlDeviceGetPowerUsage(void*, unsigned* mw) {
-  *mw = 698123;
+  *mw = 350000;  // the last second's
+  return 0;
+}
+struct FieldValue {
+  unsigned field, scope;
+  long long timestamp, latency;
+  int type, failed;
+  unsigned whole, rest;
+};
+int nvmlDeviceGetFieldValues(void*, int count, FieldValue* values) {
+  for (int k = 0; k < count; ++k) {
+    // Another field's, as a GPU without a reading at once has it.
+    values[k].failed =
+        values[k].field == 186 && std::getenv("PARTITA_FAKE_NVML_MEAN") == nullptr ? 0 : 3;
+    values[k].type = 1, values[k].whole = 698123, values[k].rest = 0;
+  }
   return 0;
 }
 int nvmlDeviceGetMemoryInfo(void*, unsigned long long* total_free_used) {

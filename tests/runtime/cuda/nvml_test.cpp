@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+
 namespace partita::cuda {
 namespace {
 
@@ -13,6 +15,9 @@ TEST(NvmlLibrary, SaysWhatItKnows) {
   EXPECT_EQ(s.clock_mhz, 1755);
   EXPECT_EQ(s.memory_clock_mhz, 2619);
   EXPECT_DOUBLE_EQ(s.power_w, 698.123);
+  ::setenv("PARTITA_FAKE_NVML_MEAN", "1", 1);
+  EXPECT_EQ(all->state("00000000:0F:00.0").power_w, 350);
+  ::unsetenv("PARTITA_FAKE_NVML_MEAN");
   EXPECT_EQ(s.used_bytes, 1 << 30);
   EXPECT_EQ(s.temperature_c, 0) << "it does not say";
   EXPECT_EQ(s.throttled, "power cap, heat");
