@@ -375,13 +375,15 @@ std::size_t Topology::nic_count(std::size_t node) const {
   return impl_->node_at(node).node().nics().size();
 }
 std::size_t Topology::domain_of(std::size_t node) const { return impl_->node_at(node).domain(); }
+std::size_t Topology::group_of(std::size_t node) const {
+  return static_cast<std::size_t>(impl_->node_at(node).group - impl_->groups.data());
+}
 std::size_t Topology::unit_of(std::size_t node) const {
   const SwitchTree* tree = impl_->fabric.tree();
   return tree == nullptr || !impl_->fabric.joins() ? 0 : node / tree->nodes_per_leaf;
 }
 std::uint64_t Topology::offset_of(std::size_t node, std::size_t origin) const {
-  return mix(static_cast<std::uint64_t>(impl_->node_at(node).group - impl_->groups.data()),
-             impl_->fabric.offset_of(node, origin));
+  return mix(static_cast<std::uint64_t>(group_of(node)), impl_->fabric.offset_of(node, origin));
 }
 std::size_t Topology::spines() const {
   const SwitchTree* tree = impl_->fabric.tree();

@@ -103,6 +103,8 @@ class Topology {
   std::size_t nic_count(std::size_t node) const;
   /// Nodes of one domain share a switched NVLink network; a node without one is its own domain.
   std::size_t domain_of(std::size_t node) const;
+  /// Nodes of one number are equal: the entry of the cluster's file that they stem from.
+  std::size_t group_of(std::size_t node) const;
   /// Nodes of one unit hang on the same leaf switches; 0 where there is one unit only.
   std::size_t unit_of(std::size_t node) const;
   /// Where `node` lies as seen from `origin`: groups of nodes that agree in this for all members,

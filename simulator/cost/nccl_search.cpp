@@ -259,54 +259,15 @@ bool serves(const DeviceProfile& device) {
   return device.compute_capability >= kPascal;
 }
 
-Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ranks,
-                          Version version) {
-  Communicator c;
-  c.version = version;
-  c.ranks = static_cast<std::int64_t>(ranks.size());
-  int most_capability = 0;
-  // NCCL's nodes: an NVLink domain of several hosts is one. In the order of the members: groups
-  // that lie alike, wherever in the cluster, are seen alike.
-  std::vector<std::vector<std::int64_t>> by_node;
-  std::map<std::size_t, std::size_t> number;
-  c.compute_capability = INT32_MAX;
-  for (const std::int64_t r : ranks) {
-    const DeviceId d{static_cast<std::size_t>(r)};
-    const auto [it, fresh] = number.try_emplace(t.domain_of(t.node_of(d)), by_node.size());
-    if (fresh) by_node.emplace_back();
-    by_node[it->second].push_back(r);
-    c.compute_capability = std::min(c.compute_capability, t.device(d).compute_capability);
-    most_capability = std::max(most_capability, t.device(d).compute_capability);
-  }
-  const std::string& vendor = t.cpu_vendor(t.node_of(DeviceId{static_cast<std::size_t>(ranks[0])}));
-  c.cpu = vendor == "amd" ? Cpu::amd : vendor == "arm" ? Cpu::other : Cpu::intel;
-  c.nodes = static_cast<std::int64_t>(by_node.size());
-  if (c.ranks <= 1) return c;
-  // Channels are the least over ranks: of the first node and the one with the fewest members.
-  auto few = by_node.begin();
-  for (auto it = by_node.begin(); it != by_node.end(); ++it)
-    if (it->size() < few->size()) few = it;
-  // A node that has lost links has the least to offer.
-  std::map<std::size_t, int> lost;
-  for (const auto& [link, speed] : t.state().link_speed) {
-    const std::size_t node = t.node_of_link(link);
-    if (speed == 0 && node < t.node_count()) ++lost[t.domain_of(node)];
-  }
-  int most_lost = 0;
-  for (auto it = by_node.begin(); !lost.empty() && it != by_node.end(); ++it) {
-    const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(it->front())});
-    const auto found = lost.find(t.domain_of(node));
-    if (found == lost.end() || found->second <= most_lost) continue;
-    most_lost = found->second, few = it;
-  }
+namespace {
+
+/// What a search finds whose nodes are all like this one.
+void search(Communicator& c, const Node& node, bool sharp) {
   const bool between = c.nodes > 1;
-  const auto other = few == by_node.begin() && between ? few + 1 : by_node.begin();
-  const Node node =
-      look(t, *few, between ? *other : std::vector<std::int64_t>{}, c.compute_capability, c.cpu);
   const auto members = static_cast<int>(node.ranks.size());
   const bool alone = members == 1;
   const bool nvlink = alone || node.nvlink;
-  const auto& tried = speeds(c.compute_capability, between, version);
+  const auto& tried = speeds(c.compute_capability, between, c.version);
   const auto fit = [&](double s) {
     return between ? std::min(node.fit(s, true), node.fit_cards(s)) : node.fit(s, false);
   };
@@ -360,7 +321,7 @@ Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ra
   }
   // What the fabric sums enters it once: over a chain of each node's members, or by heads that
   // switches join, one a card.
-  if (between && t.sharp()) {
+  if (between && sharp) {
     c.collective_network = true;
     c.graph(Algorithm::collnet_chain) = Graph{ring.count, ring.speed, ring.speed, nvlink, true};
     const int heads = std::min(members, static_cast<int>(node.cards.size()));
@@ -370,13 +331,105 @@ Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ra
     if (node.switched && heads > 0 && speed != tried.end())
       c.graph(Algorithm::collnet_direct) = Graph{heads, *speed, *speed, true, true};
   }
-  const bool uniform = c.compute_capability == most_capability ||
-                       (version == Version::v2_30_7 && c.compute_capability >= 90);
-  c.ll128 = uniform && c.compute_capability >= 70 && nvlink && !node.cards_over_cpu;
-  if (node.nvlink) c.nvlink_GBps = node.total;
+  c.ll128 = nvlink && !node.cards_over_cpu;
+  c.nvlink_GBps = node.nvlink ? node.total : 0;
+  c.network_GBps = 0;
   for (const double card : node.cards) c.network_GBps += card;
   c.network_share = node.network_share;
   c.route_latency_us = node.latency_us;
+}
+
+/// What two kinds of nodes have in common.
+Communicator least(Communicator a, const Communicator& b) {
+  for (std::size_t k = 0; k < a.graphs.size(); ++k) {
+    auto& to = a.graphs[k];
+    const auto& of = b.graphs[k];
+    if (!to || !of) {
+      to.reset();
+      continue;
+    }
+    *to = {std::min(to->channels, of->channels), std::min(to->intra_GBps, of->intra_GBps),
+           std::min(to->inter_GBps, of->inter_GBps), to->nvlink && of->nvlink,
+           to->same_channels && of->same_channels};
+  }
+  a.plain_tree = a.plain_tree || b.plain_tree;
+  a.nvls = a.nvls && b.nvls;
+  a.ll128 = a.ll128 && b.ll128;
+  a.collective_network = a.collective_network && b.collective_network;
+  a.nvlink_GBps = std::min(a.nvlink_GBps, b.nvlink_GBps);
+  a.network_GBps = std::min(a.network_GBps, b.network_GBps);
+  a.network_share = std::min(a.network_share, b.network_share);
+  a.route_latency_us = std::max(a.route_latency_us, b.route_latency_us);
+  return a;
+}
+
+Cpu cpu_of(const Topology& t, std::size_t node) {
+  const std::string& vendor = t.cpu_vendor(node);
+  return vendor == "amd" ? Cpu::amd : vendor == "arm" ? Cpu::other : Cpu::intel;
+}
+
+}  // namespace
+
+Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ranks,
+                          Version version) {
+  Communicator c;
+  c.version = version;
+  c.ranks = static_cast<std::int64_t>(ranks.size());
+  int most_capability = 0;
+  // NCCL's nodes: an NVLink domain of several hosts is one. In the order of the members: groups
+  // that lie alike, wherever in the cluster, are seen alike.
+  std::vector<std::vector<std::int64_t>> by_node;
+  std::map<std::size_t, std::size_t> number;
+  c.compute_capability = INT32_MAX;
+  for (const std::int64_t r : ranks) {
+    const DeviceId d{static_cast<std::size_t>(r)};
+    const auto [it, fresh] = number.try_emplace(t.domain_of(t.node_of(d)), by_node.size());
+    if (fresh) by_node.emplace_back();
+    by_node[it->second].push_back(r);
+    c.compute_capability = std::min(c.compute_capability, t.device(d).compute_capability);
+    most_capability = std::max(most_capability, t.device(d).compute_capability);
+  }
+  c.cpu = cpu_of(t, t.node_of(DeviceId{static_cast<std::size_t>(ranks[0])}));
+  c.nodes = static_cast<std::int64_t>(by_node.size());
+  if (c.ranks <= 1) return c;
+  // The least over ranks counts (init.cc, initTransportsRank): of each kind of node the one with
+  // the fewest members.
+  using Members = std::vector<std::int64_t>;
+  const bool between = c.nodes > 1;
+  std::map<std::size_t, const Members*> few;
+  const auto node_of = [&](const Members& members) {
+    return t.node_of(DeviceId{static_cast<std::size_t>(members.front())});
+  };
+  for (const Members& members : by_node) {
+    const Members*& of_kind = few[t.group_of(node_of(members))];
+    if (of_kind == nullptr || members.size() < of_kind->size()) of_kind = &members;
+  }
+  // A node that has lost links has the least of its kind to offer.
+  std::map<std::size_t, int> lost;
+  for (const auto& [link, speed] : t.state().link_speed) {
+    const std::size_t node = t.node_of_link(link);
+    if (speed == 0 && node < t.node_count()) ++lost[t.domain_of(node)];
+  }
+  std::map<std::size_t, int> most_lost;
+  for (auto it = by_node.begin(); !lost.empty() && it != by_node.end(); ++it) {
+    const std::size_t node = node_of(*it), kind = t.group_of(node);
+    const auto found = lost.find(t.domain_of(node));
+    if (found == lost.end() || found->second <= most_lost[kind]) continue;
+    most_lost[kind] = found->second, few[kind] = &*it;
+  }
+  bool first = true;
+  for (const auto& [kind, members] : few) {
+    const Members& other = members == &by_node.front() && between ? by_node[1] : by_node.front();
+    const Node node = look(t, *members, between ? other : Members{}, c.compute_capability,
+                           cpu_of(t, node_of(*members)));
+    Communicator one = c;
+    search(one, node, t.sharp());
+    c = first ? one : least(c, one);
+    first = false;
+  }
+  const bool uniform = c.compute_capability == most_capability ||
+                       (version == Version::v2_30_7 && c.compute_capability >= 90);
+  c.ll128 = c.ll128 && uniform && c.compute_capability >= 70;
   return c;
 }
 

@@ -317,6 +317,39 @@ TEST(NcclTime, TheExamplesOfThePage) {
               5e3);
 }
 
+/// Ranks agree on the least that any node's search has found: the order of the file says nothing,
+/// and no call is faster than among the slower nodes alone.
+TEST(NcclTime, OfNodesThatDifferTheLeastCounts) {
+  const std::string file = data_folder("topologies/catalogue/v100-sxm-4.yaml");
+  const std::string text = read_file(file);
+  const std::size_t at = text.find("  - count: 1"), end = text.find("\nfabric:");
+  ASSERT_NE(at, std::string::npos);
+  ASSERT_NE(end, std::string::npos);
+  const std::string fast = text.substr(at, end - at);
+  std::string slow = fast;
+  const std::string said = "efficiency: 0.237, ";
+  ASSERT_NE(slow.find(said), std::string::npos);
+  slow.replace(slow.find(said), said.size(), "efficiency: 0.05, ");
+  const auto of = [&](const std::string& nodes) {
+    return parse_topology(text.substr(0, at) + nodes + text.substr(end), file);
+  };
+  const Topology a = of(fast + "\n" + slow), b = of(slow + "\n" + fast),
+                 best = of(fast + "\n" + fast), worst = of(slow + "\n" + slow);
+  for (const CollectiveKind kind : {CollectiveKind::all_reduce, CollectiveKind::all_gather}) {
+    for (const Bytes bytes : {64_KiB, 64_MiB, 1_GiB}) {
+      const auto time = [&](const Topology& t) {
+        Communication c(t);
+        return c.collective(kind, bytes, first(8)).count;
+      };
+      EXPECT_EQ(time(a), time(b));
+      EXPECT_EQ(time(a), time(worst));
+      EXPECT_GE(time(a), time(best));
+    }
+  }
+  EXPECT_EQ(communicator(a, first(8)).network_share, 0.05);
+  EXPECT_EQ(communicator(b, first(8)).network_share, 0.05);
+}
+
 /// A card tells its line rate, so channels and choices are as of a card that reaches it; times are
 /// of what it reaches.
 TEST(NcclTime, CardsBelowTheirLineRateChangeTimesNotChoices) {
