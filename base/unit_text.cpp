@@ -105,9 +105,11 @@ std::string scaled(double value, std::span<const UnitName> ascending) {
 Bytes parse_bytes(std::string_view t, const std::string& place) {
   const double n = parse(t, kByteUnits, "a size", "80 GiB", true, place);
   if (n > 9e18) throw InputError(place, fmt::format("'{}' is too large; at most 8 EiB", t));
-  if (n != std::floor(n))
+  // 64.4 MB is 64,400,000 B, though 64.4 * 1e6 rounds past it.
+  const double whole = std::round(n);
+  if (std::abs(n - whole) > 4e-16 * n)
     throw InputError(place, fmt::format("'{}' is not a whole number of bytes", t));
-  return Bytes{static_cast<std::int64_t>(n)};
+  return Bytes{static_cast<std::int64_t>(whole)};
 }
 Seconds parse_seconds(std::string_view t, const std::string& place) {
   return Seconds{parse(t, kTimeUnits, "a time", "1.5 us", true, place)};

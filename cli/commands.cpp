@@ -209,8 +209,8 @@ void add_simulate(CLI::App& app) {
   c->callback([o, cluster, slices] {
     check_writable("--trace", o->trace);
     const StillAtIt lines(
-        "ranks that all differ, as with hashed spines or a placement without order, are played one "
-        "by one; fewer micro-batches, layers or devices are faster");
+        "long programs and ranks that all differ, as with hashed spines or a placement without "
+        "order, take time; fewer micro-batches, layers or devices are faster");
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan plan = plan_from(o->flags, "megatron-core");
     settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());

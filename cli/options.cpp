@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <climits>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -295,7 +296,7 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
   std::vector<std::string> list;
   if (open("framework", !f.framework.empty())) list.push_back("framework " + plan.framework);
   if (open("precision", !f.precision.empty())) list.push_back("precision " + plan.precision_name);
-  if (open("zero", f.zero.has_value()) && plan.zero == 3)
+  if (open("zero", f.zero.has_value()) && plan.zero == 3 && plan.strategy != "dataparallel")
     list.push_back("ZeRO 3 of " + plan.framework);
   if (plan.recompute.kind == Recompute::selective && plan.selective.kind != Recompute::attention)
     list.push_back("selective recompute as " + plan.framework);
@@ -317,6 +318,14 @@ std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const
         plan.zero,
         plan.zero == 3 ? "gathers parameters and scatters gradients" : "scatters gradients",
         plan.zero == 3 ? "both" : "them"));
+  const auto left =
+      std::find_if(graph.operators.begin(), graph.operators.end(), [&](const Operator& op) {
+        return std::holds_alternative<GroupedProduct>(op.operation) &&
+               std::any_of(plan.lora.begin(), plan.lora.end(),
+                           [&](const std::string& pattern) { return matches(pattern, op.name); });
+      });
+  if (left != graph.operators.end())
+    list.push_back(fmt::format("no adapters of experts' products, like {}", left->name));
   if (std::any_of(graph.operators.begin(), graph.operators.end(), scans))
     list.emplace_back("what Mamba's kernels take, which no device has measured");
   return list;
@@ -468,6 +477,22 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
                                             const Topology& topology,
                                             const std::vector<std::string>& given) {
   std::vector<std::string> said;
+  const FrameworkProfile f = load_framework(plan.framework, "--framework");
+  // Whatever else is asked of it, it has no kernel for such a device or type.
+  if (f.flash_capability > 0 && !flags.materialised_attention) {
+    const bool wide = bits(plan.precision.activations) > 16;
+    int least = INT_MAX;
+    for (std::size_t k = 0; k < topology.profile_count(); ++k)
+      least = std::min(least, topology.profile(k).compute_capability);
+    if (wide || (least > 0 && least < f.flash_capability)) {
+      flags.materialised_attention = true;
+      said.push_back(
+          wide ? fmt::format("materialised attention: {} has flash kernels of 16 bits", f.name)
+               : fmt::format("materialised attention: {}'s flash kernels need compute "
+                             "capability {}, not {}",
+                             f.name, f.flash_capability, least));
+    }
+  }
   if (!flags.framework_defaults) return said;
   // A key is given as a whole: `launch` by "launch.graphs".
   const auto open = [&](const std::string& key) {
@@ -479,7 +504,6 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
                                             : false;
     return !flag && !in_plan(flags, key) && !within(key, given);
   };
-  const FrameworkProfile f = load_framework(plan.framework, "--framework");
   if (!f.flash_attention && !flags.materialised_attention) {
     flags.materialised_attention = true;
     said.emplace_back("materialised attention");

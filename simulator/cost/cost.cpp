@@ -107,6 +107,24 @@ Pass pass_of(Kernel k) {
 
 }  // namespace
 
+namespace {
+
+/// Sum over x in [begin, end) of x + shift, but at least 0 and at most `most`.
+double sum_clamped(std::int64_t begin, std::int64_t end, std::int64_t shift, std::int64_t most) {
+  const std::int64_t rising = std::clamp(-shift, begin, end),
+                     full = std::clamp(most - shift, rising, end);
+  return static_cast<double>(full - rising) * static_cast<double>(rising + full - 1 + 2 * shift) /
+             2 +
+         static_cast<double>(end - full) * static_cast<double>(most);
+}
+std::int64_t size_of(const std::vector<Range>& ranges) {
+  std::int64_t n = 0;
+  for (const Range& r : ranges) n += r.size();
+  return n;
+}
+
+}  // namespace
+
 double attended_fraction(const Program& p, const ProgramOperator& op, std::int64_t rank) {
   const auto* a = std::get_if<Attention>(&op.operation);
   if (a == nullptr || (!a->causal && a->window == 0)) return 1;
@@ -118,34 +136,17 @@ double attended_fraction(const Program& p, const ProgramOperator& op, std::int64
   if (op.cuts[at].atoms.empty() && a->window == 0) {
     return (static_cast<double>(extent) + 1) / (2 * static_cast<double>(keys));
   }
+  // A query sees the keys up to its own, or all, but of a window no more than that.
+  const std::int64_t most = a->window > 0 ? std::min(a->window, keys) : keys;
   double pairs = 0;
-  const auto mine = local_indices(p.mesh, op.cuts[at], extent, rank);
-  for (const std::int64_t q : mine) {
-    const std::int64_t seen = a->causal ? q + 1 : keys;
-    pairs += static_cast<double>(a->window > 0 ? std::min(seen, a->window) : seen);
-  }
-  return pairs / (static_cast<double>(mine.size()) * static_cast<double>(keys));
+  const auto mine = local_ranges(p.mesh, op.cuts[at], extent, rank);
+  for (const Range& q : mine)
+    pairs += a->causal ? sum_clamped(q.begin, q.end, 1, most)
+                       : static_cast<double>(q.size()) * static_cast<double>(most);
+  return pairs / (static_cast<double>(size_of(mine)) * static_cast<double>(keys));
 }
 
 namespace {
-
-/// Sum over x in [begin, end) of x + shift, but at least 0 and at most `most`.
-double sum_clamped(std::int64_t begin, std::int64_t end, std::int64_t shift, std::int64_t most) {
-  const std::int64_t rising = std::clamp(-shift, begin, end),
-                     full = std::clamp(most - shift, rising, end);
-  return static_cast<double>(full - rising) * static_cast<double>(rising + full - 1 + 2 * shift) /
-             2 +
-         static_cast<double>(end - full) * static_cast<double>(most);
-}
-/// Of ascending numbers those that follow each other.
-std::vector<Range> runs_of(const std::vector<std::int64_t>& numbers) {
-  std::vector<Range> runs;
-  for (const std::int64_t x : numbers) {
-    if (runs.empty() || runs.back().end != x) runs.push_back({x, x});
-    ++runs.back().end;
-  }
-  return runs;
-}
 
 /// Attention of this rank's queries with the part of the keys that is passing by.
 Flops ring_flops(const Program& p, const Instruction& i, const ProgramOperator& op,
@@ -153,24 +154,23 @@ Flops ring_flops(const Program& p, const Instruction& i, const ProgramOperator& 
   const auto& a = std::get<Attention>(op.operation);
   const Buffer& keys = p.buffer(i.reads[1]);
   const auto mine =
-      local_indices(p.mesh, op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))],
-                    op.signature.dims[1].extent, rank);
-  const auto passing = local_indices(p.mesh, keys.layout.dims[1], keys.shape[1].extent, rank);
+      local_ranges(p.mesh, op.cuts[static_cast<std::size_t>(op.signature.find(Dim::sequence))],
+                   op.signature.dims[1].extent, rank);
+  const auto passing = local_ranges(p.mesh, keys.layout.dims[1], keys.shape[1].extent, rank);
   auto extents = extents_of(p, op, rank);
-  extents[static_cast<std::size_t>(op.signature.find(Dim::key_sequence))] =
-      static_cast<std::int64_t>(passing.size());
+  extents[static_cast<std::size_t>(op.signature.find(Dim::key_sequence))] = size_of(passing);
   double attended = 1;
   if (a.causal || a.window > 0) {
     double pairs = 0;
-    for (const Range& q : runs_of(mine)) {
-      for (const Range& k : runs_of(passing)) {
+    for (const Range& q : mine) {
+      for (const Range& k : passing) {
         // Keys up to the query (or all), less those too far before it.
         pairs += a.causal ? sum_clamped(q.begin, q.end, 1 - k.begin, k.size())
                           : static_cast<double>(q.size()) * static_cast<double>(k.size());
         if (a.window > 0) pairs -= sum_clamped(q.begin, q.end, 1 - k.begin - a.window, k.size());
       }
     }
-    attended = pairs / (static_cast<double>(mine.size()) * static_cast<double>(passing.size()));
+    attended = pairs / (static_cast<double>(size_of(mine)) * static_cast<double>(size_of(passing)));
   }
   return flops(op.operation, op.signature, extents, pass_of(i.kernel), attended);
 }
@@ -385,6 +385,7 @@ void add_shapes(const Program& p, const Instruction& i, const ProgramOperator& o
   };
   Product one = product(s.m, s.n, s.k, s.count, op.compute, ProductLayout::any);
   one.grouped = std::holds_alternative<GroupedProduct>(op.operation);
+  if (const auto* c = std::get_if<Convolution>(&op.operation)) one.convolution = c->groups > 1;
   const bool plain = std::holds_alternative<Linear>(op.operation) || one.grouped;
   if (data) {
     // dx [m, k] = dy [m, n] · w [n, k]; a convolution's window goes over dy.
@@ -606,6 +607,7 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
       w.bytes = Bytes{};
       w.kernels = 0;
     }
+    if (i.index > 1) w.kernels /= i.index;  // one kernel for so many tensors
     return w;
   }
   if (i.kind == Kind::load) {
@@ -871,6 +873,15 @@ WireCount wire_count(CollectiveKind kind, std::int64_t n, Bytes bytes) {
       return {n - 1, Bytes{(n - 1) * chunk.count}};
   }
   return {};
+}
+
+Bytes message_bytes(const Program& p, BufferId buffer, std::int64_t rank) {
+  const Bytes all = local_bytes(p, buffer, rank);
+  const Layout& layout = p.buffer(buffer).layout;
+  if (p.scattered_messages == 0 || (split_atoms(layout) & p.scattered_messages) != 0 ||
+      layout.partial != 0)
+    return all;
+  return ceil_div(all, p.mesh.size(p.scattered_messages));
 }
 
 Bytes payload(const Program& p, const Instruction& i, std::int64_t rank) {

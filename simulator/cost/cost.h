@@ -79,6 +79,9 @@ WireCount wire_count(CollectiveKind kind, std::int64_t ranks, Bytes bytes);
 /// Payload of a collective instruction on `rank`, in the convention of wire_count; all buffers of
 /// the call.
 Bytes payload(const Program& program, const Instruction& instruction, std::int64_t rank);
+/// What a rank sends of a buffer that goes to another stage: where it shares copies with others
+/// (Program::scattered_messages) its part, else all of it.
+Bytes message_bytes(const Program& program, BufferId buffer, std::int64_t rank);
 
 /// Keys of the rows that our runtime sends ahead of a routed exchange's values, after their counts;
 /// 0 for other collectives.

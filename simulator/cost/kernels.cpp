@@ -34,6 +34,8 @@ constexpr double kUnaligned = 0.5;
 /// at 53.89 TFLOP/s in fp16 and at 12.21 in bf16, for which cuBLAS of CUDA 11.6 leaves the matrix
 /// units (PyTorch, issue 83272).
 constexpr double kUnalignedHalves = 0.333, kUnalignedBrains = 0.072;
+/// Of the vector units' rate, what a kernel reaches that convolves without matrix units (assumed).
+constexpr double kDirect = 0.5;
 /// The host starts one product of a group after the other (a fit to grouped products on a B200).
 constexpr double kGroupLaunch = 9e-6;
 /// A device is not full while its last blocks of attention end: of the longest, this share (a fit
@@ -76,7 +78,7 @@ bool aligned(const Product& p) {
 /// Share of the rate that is left where rows do not start at multiples of 16 bytes.
 double vectors(const Product& p, const DeviceProfile& device) {
   if (aligned(p)) return 1;
-  const bool batch = p.count > 1 && !p.grouped && device.compute_capability == 80;
+  const bool batch = p.count > 1 && !p.grouped && !p.convolution && device.compute_capability == 80;
   if (batch && p.type == ElementType::fp16) return kUnalignedHalves;
   if (batch && p.type == ElementType::bf16) return kUnalignedBrains;
   return kUnaligned;
@@ -238,7 +240,8 @@ struct ShapeHash {
   std::size_t operator()(const Product& p) const {
     std::uint64_t h = static_cast<std::uint64_t>(p.layout) << 32 |
                       static_cast<std::uint64_t>(p.type) << 16 | static_cast<std::uint64_t>(p.out);
-    h = h << 3 | (p.fast_sums ? 4u : 0u) | (p.accumulate ? 2u : 0u) | (p.grouped ? 1u : 0u);
+    h = h << 4 | (p.convolution ? 8u : 0u) | (p.fast_sums ? 4u : 0u) | (p.accumulate ? 2u : 0u) |
+        (p.grouped ? 1u : 0u);
     for (const double x : {p.m, p.n, p.k, p.count}) h = mix(h, bits_of(x));
     return mix(h, static_cast<std::uint64_t>(p.bytes.count));
   }
@@ -284,6 +287,11 @@ KernelParts product_model(const Product& p, const DeviceProfile& device, int mul
     return parts;
   }
   parts.units = Seconds{units_of(p, device, p.count, multiprocessors, clock)};
+  if (p.convolution && std::min(p.m, p.n) <= 1) {
+    const double share = clock * multiprocessors / device.multiprocessors;
+    parts.units = std::min(parts.units,
+                           Seconds{p.flops().count / (kDirect * share * device.vector_rate.count)});
+  }
   parts.work = std::max(parts.units, parts.memory);
   return parts;
 }

@@ -22,6 +22,7 @@ struct Product {
   bool grouped = false;     ///< `count` groups, launched one by one
   Bytes bytes;              ///< read and written in device memory
   bool fast_sums = false;   ///< an 8-bit forward's: sums stay in the matrix units
+  bool convolution = false;  ///< groups of one: of a channel each, kernels without matrix units
 
   Flops flops() const { return Flops{2 * m * n * k * count}; }
   /// Operands and result, once each.

@@ -157,16 +157,6 @@ class Compiler {
     out.then = dispatch_of(i, device);
   }
 
-  /// What one rank sends of a message whose copies it shares with others; all of a message that the
-  /// ranks cut or that goes alone.
-  Bytes message_part(BufferId buffer, Bytes all) const {
-    const Layout& layout = p_.buffer(buffer).layout;
-    if (p_.scattered_messages == 0 || (split_atoms(layout) & p_.scattered_messages) != 0 ||
-        layout.partial != 0)
-      return all;
-    return ceil_div(all, p_.mesh.size(p_.scattered_messages));
-  }
-
   /// torch.tensor(linear_offset, device=...) copies from memory that is not pinned
   /// (megatron/core/fusions/fused_bias_geglu.py).
   bool copies_limits(const Instruction& i) const {
@@ -359,7 +349,7 @@ class Compiler {
             s.peer_class = classes_.of_rank[static_cast<std::size_t>(peer)];
             const bool sends = i.kind == Kind::send;
             const BufferId buffer = sends ? i.reads[0] : i.writes[0];
-            const Bytes all = local_bytes(p_, buffer, rank), sent = message_part(buffer, all);
+            const Bytes all = local_bytes(p_, buffer, rank), sent = message_bytes(p_, buffer, rank);
             const Seconds whole =
                 communication_.point_to_point(sent, sends ? rank : peer, sends ? peer : rank);
             priced.time = whole;

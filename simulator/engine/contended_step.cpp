@@ -30,7 +30,8 @@ class Contender {
     for (std::size_t c = 0; c < n; ++c) {
       auto& parts = parts_.emplace_back();
       for (const CompiledBlock& block : compiled_.blocks[c]) {
-        parts.push_back({tasks_of(static_cast<int>(c), parts.size()), {}, {}});
+        auto tasks = tasks_of(static_cast<int>(c), parts.size());
+        parts.emplace_back().tasks = std::move(tasks);
         parts.back().joined =
             in_runs ? joined_to_last(block) : std::vector<char>(block.steps.size(), 0);
       }
@@ -60,6 +61,7 @@ class Contender {
   struct Parts {
     std::vector<Task> tasks;   ///< by step
     std::vector<char> joined;  ///< by step: to the one before
+    std::vector<std::int64_t> launched;  ///< by step: of those before it, once a run was asked for
     struct Known {
       BlockRun run;
       std::int32_t chain = -1;  ///< in the graph that is being built
@@ -90,9 +92,11 @@ class Contender {
         const std::size_t b = calls[at].block.index();
         const auto steps = static_cast<std::int32_t>(compiled_.blocks[c][b].steps.size());
         const auto& joined = parts_[c][b].joined;
-        for (std::int32_t k = 0; k < steps;) {
-          std::int32_t end = k + 1;
-          while (end < steps && joined[static_cast<std::size_t>(end)]) ++end;
+        for (std::int32_t k = 0, end = 0; k < steps;) {
+          if (end <= k) {
+            end = k + 1;
+            while (end < steps && joined[static_cast<std::size_t>(end)]) ++end;
+          }
           k += end - k > 1 ? add_run(graph, c, calls[at], k, end - k) : 0;
           if (k < end) add_step(graph, c, at, static_cast<std::size_t>(k++));
         }
@@ -109,6 +113,14 @@ class Contender {
     const Slots index{
         compiled_.slots_on_stage[static_cast<std::size_t>(classes_.classes[c].stage)]};
     const int me = static_cast<int>(c);
+    if (parts.launched.empty()) {
+      parts.launched.push_back(0);
+      for (const Step& s : block.steps) parts.launched.push_back(parts.launched.back() + s.launch);
+    }
+    // Before the run, whose links take time to find, is looked at.
+    if (!graph.joins(me, parts.launched[static_cast<std::size_t>(first + steps)] -
+                             parts.launched[static_cast<std::size_t>(first)]))
+      return 0;
     std::int32_t can = steps;
     for (bool asked = false; can > 1; asked = true) {
       Parts::Known& known = parts.runs[{first, can}];
@@ -294,7 +306,7 @@ class Contender {
         }
         case Kind::send:
           t.usage =
-              usages_.send(i, rank, p_.peer_of(i, rank), local_bytes(p_, i.reads[0], rank), work);
+              usages_.send(i, rank, p_.peer_of(i, rank), message_bytes(p_, i.reads[0], rank), work);
           break;
         default:
           break;

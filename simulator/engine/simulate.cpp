@@ -423,10 +423,10 @@ class Engine {
         return collective_use(i, group, bytes, rank, communication_);
       }
       case Kind::send:
-        return message_use(rank, p_.peer_of(i, rank), local_bytes(p_, i.reads[0], rank), rank,
+        return message_use(rank, p_.peer_of(i, rank), message_bytes(p_, i.reads[0], rank), rank,
                            communication_);
       case Kind::receive:
-        return message_use(p_.peer_of(i, rank), rank, local_bytes(p_, i.writes[0], rank), rank,
+        return message_use(p_.peer_of(i, rank), rank, message_bytes(p_, i.writes[0], rank), rank,
                            communication_);
       default:
         return {};

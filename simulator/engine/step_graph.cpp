@@ -316,10 +316,13 @@ void StepGraph::follow(int rank_class, const Instance& x, std::int32_t task) {
   for (const std::size_t s : x.marks) c.made_by[s] = place;
 }
 
+bool StepGraph::joins(int rank_class, std::int64_t launch) const {
+  return hosts_[static_cast<std::size_t>(rank_class)].task < 0 || launch <= 0;
+}
+
 std::int32_t StepGraph::joinable(int rank_class, const Run& run) const {
   const Class& c = classes_[static_cast<std::size_t>(rank_class)];
-  // After a wait of the host's each launch is a task.
-  if (hosts_[static_cast<std::size_t>(rank_class)].task >= 0 && run.launch > 0) return 0;
+  if (!joins(rank_class, run.launch)) return 0;
   const auto place = [&](const Link& l) {
     return l.slot >= 0 ? c.made_by[static_cast<std::size_t>(l.slot)] : c.last_on[l.stream];
   };

@@ -100,6 +100,9 @@ class StepGraph {
     std::int64_t launch = 0;             ///< of all
     std::span<const Link> waits, makes;  ///< waits by part
   };
+  /// Can instructions that the host starts in so much time be one task? After a wait of the host's
+  /// each launch is one.
+  bool joins(int rank_class, std::int64_t launch) const;
   /// How many of the run's first instructions may be one task; 0: none. What the others wait for
   /// may end after the first began.
   std::int32_t joinable(int rank_class, const Run& run) const;

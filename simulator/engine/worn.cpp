@@ -62,7 +62,7 @@ std::vector<Contended> worn_parts(const Program& p, Communication& communication
             over = slowest(t, lay_out(t, communication.lay(i.collective, bytes, group), group));
         } else if (links && s.kind == Kind::send && p.peer_of(i, rank) != rank) {
           const std::int64_t peer = p.peer_of(i, rank);
-          const Bytes bytes = local_bytes(p, i.reads[0], rank);
+          const Bytes bytes = message_bytes(p, i.reads[0], rank);
           more = communication.point_to_point(bytes, rank, peer).count -
                  built.point_to_point(bytes, rank, peer).count;
           if (more > 0) over = slowest(t, message_flows(t, rank, peer));

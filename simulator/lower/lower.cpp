@@ -648,6 +648,8 @@ class Lowering {
   struct Gathered {
     std::map<ParameterId, BufferId> whole;
     std::vector<int> units;  ///< in order of use
+    /// By unit: what was gathered for parameters that are not copied out of it yet.
+    std::map<int, std::vector<std::pair<BufferId, BufferId>>> copies;
   };
 
   /// The buffer with the whole local parameter in this block; gathers its unit, and the next one
@@ -656,13 +658,24 @@ class Lowering {
                          ParameterId q) {
     const ParameterOnStage& v = on_stage(block.stage).at(q);
     if (plan_.zero < 3 || v.scattered == 0) return v.value;
-    if (const auto it = gathered.whole.find(q); it != gathered.whole.end()) {
-      prefetch_after(block, gathered, unit_order, v.unit);
-      return it->second;
-    }
-    gather_unit(block, gathered, v.unit, false);
+    if (gathered.whole.find(q) == gathered.whole.end()) gather_unit(block, gathered, v.unit, false);
     prefetch_after(block, gathered, unit_order, v.unit);
+    copy_out(block, gathered, v.unit);
     return gathered.whole.at(q);
+  }
+  /// Parameters of a unit that was gathered as one are copied out of it before its first kernel.
+  void copy_out(Block& block, Gathered& gathered, int unit) {
+    const auto all = gathered.copies.find(unit);
+    if (all == gathered.copies.end()) return;
+    for (const auto& [from, to] : all->second) {
+      Instruction i;
+      i.kind = Kind::slice;
+      i.reads = {from};
+      i.writes = {to};
+      i.index = static_cast<std::int32_t>(all->second.size());
+      block.instructions.push_back(std::move(i));
+    }
+    gathered.copies.erase(all);
   }
   void prefetch_after(Block& block, Gathered& gathered, const std::vector<int>& unit_order,
                       int unit) {
@@ -685,6 +698,13 @@ class Lowering {
                  graph_.parameter(q).shape, v.layout, plan_.precision.parameters);
       p_.buffers[whole.index()].parameter = q.value;
       gathered.whole[q] = whole;
+      BufferId arrives = whole;
+      if (plan_.allocations.copies_gathered) {
+        arrives =
+            buffer(graph_.parameter(q).name + ".gathered", Category::buffers, Scope::micro_batch,
+                   graph_.parameter(q).shape, v.layout, plan_.precision.parameters);
+        gathered.copies[unit].emplace_back(arrives, whole);
+      }
       Instruction& i = calls[v.scattered];
       i.kind = Kind::collective;
       i.collective = plan_.root_state != 0 ? CollectiveKind::broadcast : CollectiveKind::all_gather;
@@ -692,7 +712,7 @@ class Lowering {
       i.stream = state_stream(v.scattered);
       i.after_compute = ahead;
       i.reads.push_back(v.value);
-      i.writes.push_back(whole);
+      i.writes.push_back(arrives);
     }
     for (auto& [atoms, i] : calls) block.instructions.push_back(std::move(i));
   }
@@ -1315,6 +1335,7 @@ class Lowering {
           list.push_back(pass(parts[x], parts[x + 1], gather.atoms, t + 1));
         Instruction i = block.instructions[k];
         i.part = t;
+        i.accumulate |= t > 0 && i.kernel == Kernel::backward_weight;
         for (auto* ids : {&i.reads, &i.gradients}) {
           for (BufferId& id : *ids) {
             if (id == whole) id = parts[x];
@@ -1563,9 +1584,28 @@ class Lowering {
     Gathered gathered;
     std::vector<int> units;
     std::map<ParameterId, BufferId> micro_batch_gradients;  ///< ZeRO-2, -3
+    std::set<ParameterId> begun;  ///< whose gradients some call has written
     std::map<ParameterId, std::size_t> writes_left;
     std::map<ParameterId, std::size_t> ready_at;  ///< instruction after which the gradient is done
   };
+  /// Does this call make the first of the gradients that it writes? Then there is nothing to add
+  /// to, and nothing to clear: of a micro-batch, or of a step of one to which no other call adds.
+  bool stores_gradients(Backward& b, const Operator& op) {
+    // What autograd makes of another type is added to a sum of the right one.
+    const bool cast_apart =
+        plan_.allocations.weight_gradients != Allocations::WeightGradients::in_place &&
+        plan_.precision.gradients != plan_.precision.parameters;
+    bool stores = true;
+    for (const ParameterId q : op.parameters) {
+      if (!graph_.parameter(q).trainable) continue;
+      const ParameterOnStage& v = on_stage(b.block.stage).at(q);
+      stores &= b.begun.insert(q).second;
+      if (v.gradient.valid())
+        stores &= !plan_.allocations.clears_gradients && !cast_apart && p_.micro_batches == 1 &&
+                  v.chunks == 1 && b.writes_left.at(q) == 1;
+    }
+    return stores;
+  }
   /// Where gradients of weights are computed.
   Block& weights(Backward& b) const { return splits_backward(plan_.schedule) ? b.weight : b.block; }
 
@@ -1845,7 +1885,7 @@ class Lowering {
       Instruction i = proto;
       i.kernel = Kernel::backward_weight;
       i.reads = inputs(false);
-      i.accumulate = true;
+      i.accumulate = !stores_gradients(b, op);
       for (std::size_t k = 0; k < op.parameters.size(); ++k) {
         i.parameters.push_back(s.parameters[k].saved_for_weight
                                    ? parameter_for(b.block, b.gathered, b.units, op.parameters[k])
@@ -1859,6 +1899,7 @@ class Lowering {
         }
         const ParameterOnStage& v = on_stage(b.block.stage).at(q);
         if (v.gradient.valid()) {
+          if (!i.accumulate) stored_.insert(v.gradient);
           i.writes.push_back(v.gradient);
           continue;
         }
@@ -1867,11 +1908,13 @@ class Lowering {
           g = buffer(graph_.parameter(q).name + ".grad", Category::gradients, Scope::micro_batch,
                      graph_.parameter(q).shape, v.gradient_layout,
                      plan_.precision.gradient_communication);
-          Instruction zero;
-          zero.kind = Kind::compute;
-          zero.kernel = Kernel::zero;
-          zero.writes = {g};
-          weights(b).instructions.push_back(std::move(zero));
+          if (i.accumulate) {
+            Instruction zero;
+            zero.kind = Kind::compute;
+            zero.kernel = Kernel::zero;
+            zero.writes = {g};
+            weights(b).instructions.push_back(std::move(zero));
+          }
         }
         i.writes.push_back(g);
       }
@@ -2409,7 +2452,7 @@ class Lowering {
     zero.kernel = Kernel::zero;
     for (const auto& [q, v] : on_stage(stage)) {
       if (!graph_.parameter(q).trainable) continue;
-      if (v.gradient.valid()) zero.writes.push_back(v.gradient);
+      if (v.gradient.valid() && stored_.count(v.gradient) == 0) zero.writes.push_back(v.gradient);
       if (v.shard.valid()) zero.writes.push_back(v.shard);
     }
     if (!zero.writes.empty()) start.instructions.push_back(std::move(zero));
@@ -2969,6 +3012,7 @@ class Lowering {
   std::vector<bool> again_;    ///< of an operator: it runs again
   std::vector<Versions> forward_versions_;
   std::vector<Gathered> gathered_forward_;
+  std::set<BufferId> stored_;  ///< gradients of a step that are never added to
   std::vector<Record> records_;
   std::map<std::tuple<std::int32_t, int, bool>, int> messages_;
   std::map<std::pair<TensorId, int>, BufferId> boundary_gradient_;

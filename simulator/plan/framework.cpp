@@ -159,12 +159,15 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
   bytes("context", f.allocations.context);
   boolean(plan, "flat_gradients", f.allocations.flat_gradients);
   boolean(plan, "gradient_buckets", f.allocations.gradient_buckets);
+  boolean(plan, "clears_gradients", f.allocations.clears_gradients);
+  boolean(plan, "copies_gathered", f.allocations.copies_gathered);
   boolean(plan, "stage_copies", f.allocations.stage_copies);
   boolean(plan, "keeps_inputs", f.allocations.keeps_inputs);
   boolean(plan, "fp32_shards", f.allocations.fp32_shards);
   boolean(plan, "weighted_activations", f.allocations.weighted_activations);
   boolean(plan, "gathered_rows", f.allocations.gathered_rows);
   boolean(plan, "narrow_inputs", f.allocations.narrow_inputs);
+  boolean(plan, "narrow_weights", f.allocations.narrow_weights);
   boolean(plan, "gate_apart", f.allocations.gate_apart);
   boolean(plan, "attention_copied", f.allocations.attention_copied);
   boolean(plan, "expandable_segments", f.allocations.expandable_segments);
@@ -296,6 +299,8 @@ FrameworkProfile parse_framework(const std::string& text, const std::string& fil
     boolean(*defaults, "sequence_parallel", f.sequence_parallel);
     boolean(*defaults, "overlap_tensor_parallel", f.overlap_tensor_parallel);
     boolean(*defaults, "flash_attention", f.flash_attention);
+    setting(*defaults, "flash_capability",
+            [&](const YamlNode& n) { f.flash_capability = static_cast<int>(n.as_int(1, 1000)); });
     setting(*defaults, "dropout", [&](const YamlNode& n) {
       f.dropout = n.as_double();
       if (f.dropout < 0 || f.dropout >= 1)

@@ -143,6 +143,8 @@ struct FrameworkProfile {
   bool splits_batch = false;
   bool sequence_parallel = false;  ///< where tp > 1
   bool flash_attention = true;
+  /// > 0: its flash kernels need this compute capability, and types of at most 16 bits.
+  int flash_capability = 0;
   double dropout = 0;  ///< of a network that says nothing of it
   std::string recompute = "none";
   std::string selective = "attention";   ///< what it recomputes where told "selective" alone

@@ -258,11 +258,16 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     return no(
         "overlap_tensor_parallel runs transfers over tp beside products, tensor_parallel_in_turn "
         "beside none; use one of them");
-  // A ring that nobody has asked for is none where attention knows none.
+  if (plan.zero == 3 && plan.pp > 1 && plan.micro_batches() > 1 && !plan.reshard_after_forward)
+    return no(
+        "beside a pipeline what ZeRO-3 leaves gathered would be there once for each micro-batch in "
+        "flight; use zero 1, which has parameters whole once, or reshard_after_forward true");
+  // A ring that nobody has asked for is none where attention knows none, nor, as
+  // in Transformer Engine (context_parallel.py), where it has a window.
   if (plan.context == Plan::ContextExchange::ring && !plan.context_given &&
       std::any_of(graph.operators.begin(), graph.operators.end(), [](const Operator& op) {
         const auto* a = std::get_if<Attention>(&op.operation);
-        return a != nullptr && (a->materialised || a->sinks);
+        return a != nullptr && (a->materialised || a->sinks || a->window > 0);
       }))
     plan.context = Plan::ContextExchange::all_gather;
   if (plan.virtual_stages > 1) {
@@ -547,6 +552,14 @@ Feasible<Plan> complete(const Graph& graph, Plan plan) {
     rules.push_back({std::move(pattern), dim, std::move(axis), zig, unused});
   };
   if (plan.strategy == "spatial") {
+    bool planes = false;
+    for (std::size_t k = 0; k < graph.operators.size() && !planes; ++k)
+      planes = signature(graph, OpId{k}, 1).find(Dim::height) >= 0;
+    if (plan.tp > 1 && !planes)
+      return no(
+          fmt::format("strategy spatial cuts images over tp; {} has none; use tp 1 or another "
+                      "strategy, like megatron",
+                      graph.name));
     if (plan.cp * plan.ep != 1) {
       return no(fmt::format("strategy spatial cuts images over tp; use cp and ep 1, got {} and {}",
                             plan.cp, plan.ep));

@@ -139,14 +139,16 @@ std::optional<std::uint8_t> atoms_before(const AtomList& list, AtomMask mask) {
   return std::nullopt;
 }
 
-std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
-                                        std::int64_t extent, std::int64_t rank) {
+std::vector<Range> local_ranges(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
+                                std::int64_t rank) {
   rank = origin(mesh, split, rank);
-  std::vector<std::int64_t> all;
+  std::vector<Range> all;
   const auto append = [&](Range r) {
-    const std::size_t had = all.size();
-    all.resize(had + static_cast<std::size_t>(std::max<std::int64_t>(0, r.size())));
-    std::iota(all.begin() + static_cast<std::ptrdiff_t>(had), all.end(), r.begin);
+    if (r.size() <= 0) return;
+    if (!all.empty() && all.back().end == r.begin)
+      all.back().end = r.end;
+    else
+      all.push_back(r);
   };
   if (split.atoms.empty()) {
     append({0, extent});
@@ -154,13 +156,27 @@ std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
     append(window_range(split, block(mesh, split.atoms, 0, split.outputs, rank), extent));
   } else if (split.zigzag > 0) {
     const auto [early, late] = zigzag_chunks(mesh, split, extent, rank);
-    append(early);
-    append(late);
-    const Range mine =
-        block(mesh, split.atoms, split.zigzag, static_cast<std::int64_t>(all.size()), rank);
-    all = {all.begin() + mine.begin, all.begin() + mine.end};
+    // Of both, as they follow each other.
+    const Range mine = block(mesh, split.atoms, split.zigzag, early.size() + late.size(), rank);
+    const auto shared = [&](Range chunk, std::int64_t before) {
+      append({chunk.begin + std::clamp<std::int64_t>(mine.begin - before, 0, chunk.size()),
+              chunk.begin + std::clamp<std::int64_t>(mine.end - before, 0, chunk.size())});
+    };
+    shared(early, 0);
+    shared(late, early.size());
   } else {
     append(block(mesh, split.atoms, 0, extent, rank));
+  }
+  return all;
+}
+
+std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
+                                        std::int64_t extent, std::int64_t rank) {
+  std::vector<std::int64_t> all;
+  for (const Range r : local_ranges(mesh, split, extent, rank)) {
+    const std::size_t had = all.size();
+    all.resize(had + static_cast<std::size_t>(r.size()));
+    std::iota(all.begin() + static_cast<std::ptrdiff_t>(had), all.end(), r.begin);
   }
   return all;
 }

@@ -142,7 +142,11 @@ struct Range {
 /// Part `c` of `parts` of [0, extent): sizes differ by at most one, larger first.
 Range part(std::int64_t extent, std::int64_t parts, std::int64_t c);
 
-/// Global indices that `rank` holds along a dimension of `extent`, ascending.
+/// Global indices that `rank` holds along a dimension of `extent`: ascending, none twice, ranges
+/// that follow each other joined.
+std::vector<Range> local_ranges(const Mesh& mesh, const DimSplit& split, std::int64_t extent,
+                                std::int64_t rank);
+/// The same, one by one.
 std::vector<std::int64_t> local_indices(const Mesh& mesh, const DimSplit& split,
                                         std::int64_t extent, std::int64_t rank);
 std::int64_t local_extent(const Mesh& mesh, const DimSplit& split, std::int64_t extent,

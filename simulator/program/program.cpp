@@ -375,6 +375,7 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
   Bytes scores{0}, outputs{0};
   bool grouped = false;
   std::set<BufferId> beside;
+  std::map<BufferId, int> narrow;  // their types' bits
   std::set<BlockId> blocks;
   for (const BlockCall& call : p.stages[static_cast<std::size_t>(stage)]) blocks.insert(call.block);
   for (const BlockId b : blocks) {
@@ -382,6 +383,10 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
       if (i.kind != Kind::compute || i.op < 0) continue;
       const auto& operation = p.operators[static_cast<std::size_t>(i.op)].operation;
       grouped |= std::holds_alternative<GroupedProduct>(operation);
+      const int width = bits(p.operators[static_cast<std::size_t>(i.op)].compute);
+      if (a.narrow_weights && width <= 8 && i.kernel == Kernel::forward && layer_product(p, i) &&
+          p.buffer(i.parameters.at(0)).scope == Scope::step)
+        narrow.emplace(i.parameters[0], width);
       const auto* core = std::get_if<Attention>(&operation);
       if (a.score_buffer && core != nullptr && core->materialised && !i.extras.empty())
         scores = std::max(scores, local_bytes(p, i.extras[0], rank));
@@ -408,6 +413,8 @@ Bytes resident_bytes(const Program& p, int stage, std::int64_t rank, int compute
   if (grouped) sum += hopper ? a.workspace_grouped_hopper : a.workspace_grouped;
   sum += scores + outputs;
   for (const BufferId g : beside) sum += as_parameters(p, g, rank);
+  for (const auto& [w, width] : narrow)
+    sum += Bytes{2 * ceil_div(local_elements(p, w, rank) * width, 8)};
   if (a.weight_gradients != Allocations::WeightGradients::placeholders) return sum;
   // Products of one input are one product there (query, key and value; gate and up); experts' are
   // of one shape.

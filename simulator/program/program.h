@@ -379,6 +379,9 @@ struct Allocations {
   bool gathered_rows = false;
   /// Of what a product in an 8- or 4-bit type reads, the backward keeps the narrow copy.
   bool narrow_inputs = false;
+  /// A layer's weight that products in an 8- or 4-bit type read is kept by rows and by columns in
+  /// that type from a step's first micro-batch on, beside the parameter.
+  bool narrow_weights = false;
   /// A gated activation is two kernels: what the first, the activation, makes is kept too.
   bool gate_apart = false;
   /// Attention's product after the heads reads a copy that is laid out anew: both are kept.
@@ -395,6 +398,10 @@ struct Allocations {
   Bytes workspace_grouped, workspace_grouped_hopper;
   /// What ranks sum lies in buckets beside the gradients, for good.
   bool gradient_buckets = false;
+  /// Gradients are set to zero before a step; else one that a single call makes is stored.
+  bool clears_gradients = false;
+  /// ZeRO-3: a unit's parameters are gathered as one tensor and copied out of it.
+  bool copies_gathered = false;
   /// While the step's own blocks run: what gradients are copied into to be reduced (those that stay
   /// beside accumulated ones: a copy of all of those in the parameters' type), and, where they are
   /// no fp32, one tensor of all that the optimizer reads in their type and one in fp32.

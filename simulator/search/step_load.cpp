@@ -39,7 +39,7 @@ std::map<TransferKind, Sent> sent_by_kind(const Program& p, Communication& commu
         } else if (i.kind == Kind::send) {
           std::int64_t r = first;
           while (p.stage_of(r) != s || !p.holds(i.reads[0], r)) ++r;
-          bytes = static_cast<double>(local_bytes(p, i.reads[0], r).count);
+          bytes = static_cast<double>(message_bytes(p, i.reads[0], r).count);
           sent.axis = "pipeline";
         } else {
           bytes = static_cast<double>(local_bytes(p, i.writes[0], first).count);

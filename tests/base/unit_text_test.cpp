@@ -1,5 +1,6 @@
 #include "base/unit_text.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -16,6 +17,12 @@ using ::testing::ThrowsMessage;
 TEST(UnitText, ReadsDecimalAndBinaryPrefixes) {
   EXPECT_EQ(parse_bytes("80 GiB", ""), 80_GiB);
   EXPECT_EQ(parse_bytes("80GB", ""), 80_GB);
+  // Whole, though the product in doubles is not.
+  for (std::int64_t n = 1; n < 10'000; ++n) {
+    const std::string text = fmt::format("{}.{:02}", n / 100, n % 100);
+    EXPECT_EQ(parse_bytes(text + " GB", ""), Bytes{n * 10'000'000}) << text;
+    EXPECT_EQ(parse_bytes(text + " MB", ""), Bytes{n * 10'000}) << text;
+  }
   EXPECT_EQ(parse_byte_rate("450 GB/s", ""), 450.0_GBps);
   EXPECT_EQ(parse_byte_rate("400 Gb/s", ""), 50.0_GBps);
   EXPECT_EQ(parse_seconds("1.5 us", ""), 1.5_us);

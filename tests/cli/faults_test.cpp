@@ -237,7 +237,7 @@ TEST(Faults, ARankEndsWithItsStarter) {
 TEST(Faults, TheInstructionIsTheVeryOne) {
   for (const std::string& transport : launches()) {
     const Ran r = Process("run mnist-linear --dp 4 --ranks 4 --steps 5 --transport " + transport,
-                          {{"PARTITA_TEST_FAULT", "2:3:4:kill"}})
+                          {{"PARTITA_TEST_FAULT", "2:3:3:kill"}})
                       .wait();
     EXPECT_EQ(r.code, 3);
     EXPECT_EQ(r.err,
@@ -250,7 +250,7 @@ TEST(Faults, TheInstructionIsTheVeryOne) {
 /// What a library says when it ends its process stands before what the launcher says of that.
 TEST(Faults, ALibrarysLastWordsAreTold) {
   const Ran r = Process("run mnist-linear --dp 4 --ranks 4 --steps 5 --transport tcp",
-                        {{"PARTITA_TEST_FAULT", "2:3:4:say"}})
+                        {{"PARTITA_TEST_FAULT", "2:3:3:say"}})
                     .wait();
   EXPECT_EQ(r.code, 3);
   EXPECT_EQ(r.err,

@@ -437,6 +437,8 @@ TEST(Cost, OfAPartOfTheSequenceIsItsShareOfTheWholeProduct) {
     plan.tp = 2;
     plan.cp = cp;
     plan.sequence_parallel = true;
+    // What stores is another kernel than what adds, as all parts but the first do.
+    plan.allocations.clears_gradients = true;
     ShapePrices prices(h100());
     std::map<std::string, double> work[2];
     int parts = 0;
@@ -779,6 +781,33 @@ TEST(Cost, MeasuredCollectivesFollowTheirLinks) {
   Communication slow(
       load_topology("dgx-h100:1", {{{"nodes[*].links[kind=nvlink].bandwidth", "x0.1"}}, {}}));
   EXPECT_GT(slow.collective(CollectiveKind::all_reduce, 32_MiB, first(8)).count, 746e-6);
+}
+
+// docs/cost.md, "Convolutions".
+TEST(Kernels, ChannelsByThemselvesRunWithoutMatrixUnits) {
+  const DeviceProfile a100 = load_topology("dgx-a100-80gb").profile(0);
+  Product p;
+  p.m = 128.0 * 112 * 112, p.n = 1, p.k = 9, p.count = 32;
+  p.type = p.out = ElementType::bf16;
+  p.bytes = Bytes{2 * 2 * 128 * 32 * 112 * 112};
+  EXPECT_NEAR(p.flops().count, 0.925e9, 1e6);
+  const KernelParts tiles = product_model(p, a100, a100.multiprocessors, 1);
+  p.convolution = true;
+  const KernelParts direct = product_model(p, a100, a100.multiprocessors, 1);
+  EXPECT_NEAR(direct.units.count, 94.9e-6, 1e-7);
+  EXPECT_EQ(direct.work, direct.memory);
+  EXPECT_GT(tiles.work.count, 50 * direct.work.count);
+  // Beside a transfer on fewer of them.
+  EXPECT_NEAR(product_model(p, a100, a100.multiprocessors / 2, 1).units / direct.units, 2, 1e-9);
+  // Groups of more channels are products, whose rows' starts are no cuBLAS batch's.
+  p.n = 4, p.k = 36, p.count = 32;
+  const KernelParts wide = product_model(p, a100, a100.multiprocessors, 1);
+  p.convolution = false;
+  EXPECT_LT(wide.units, product_model(p, a100, a100.multiprocessors, 1).units);
+  p.n = 256, p.k = 2304, p.count = 2;
+  const Seconds plain = product_model(p, a100, a100.multiprocessors, 1).units;
+  p.convolution = true;
+  EXPECT_EQ(plain, product_model(p, a100, a100.multiprocessors, 1).units);
 }
 
 }  // namespace

@@ -238,6 +238,8 @@ inline Plan random_plan(std::mt19937& rng) {
   p.recompute_stops_early = pick({0, 1}) == 1;
   p.joins_projections = pick({0, 1}) == 1;
   p.sums_copies_last = p.joins_projections && p.recompute_stops_early;
+  p.allocations.copies_gathered = p.reduces_units && p.save_gathered;
+  p.allocations.clears_gradients = p.save_gathered;
   p.stays_gathered =
       p.joins_projections
           ? StaysGathered{p.recompute_stops_early ? StaysGathered::last : StaysGathered::root, 0}

@@ -382,5 +382,40 @@ TEST(Policies, GradientsAndActivationsDoNotWaitForEachOther) {
   EXPECT_EQ(tensor.at(true), tensor.at(false));
 }
 
+TEST(Plans, WhatWouldBeDoneSeveralTimesIsRefused) {
+  Plan p = base_plan();
+  p.strategy = "spatial";
+  p.tp = 2;
+  EXPECT_EQ(
+      complete(gpt(), p).reason(),
+      "strategy spatial cuts images over tp; small has none; use tp 1 or another strategy, like "
+      "megatron");
+  p.tp = 1;
+  EXPECT_TRUE(complete(gpt(), p));
+  Plan q = base_plan();
+  q.pp = q.dp = 2, q.zero = 3, q.reshard_after_forward = false;
+  q.micro_batch = 1, q.global_batch = 4;
+  EXPECT_EQ(
+      complete(gpt(), q).reason(),
+      "beside a pipeline what ZeRO-3 leaves gathered would be there once for each micro-batch "
+      "in flight; use zero 1, which has parameters whole once, or reshard_after_forward true");
+  q.global_batch = 2;
+  EXPECT_TRUE(complete(gpt(), q));
+}
+
+TEST(Plans, NoRingThatNobodyAskedForPassesKeysOfAWindow) {
+  TransformerConfig c = small_config();
+  c.window = 4;
+  const Graph g = build_transformer(c);
+  Plan p = base_plan();
+  p.cp = 2;
+  p.context = Plan::ContextExchange::ring;
+  EXPECT_EQ(complete(g, p)->context, Plan::ContextExchange::all_gather);
+  p.context_given = true;
+  EXPECT_EQ(complete(g, p)->context, Plan::ContextExchange::ring);
+  p.context_given = false;
+  EXPECT_EQ(complete(build_transformer(small_config()), p)->context, Plan::ContextExchange::ring);
+}
+
 }  // namespace
 }  // namespace partita

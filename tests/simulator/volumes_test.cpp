@@ -276,6 +276,72 @@ TEST(Volumes, FullyShardedUnitsReduceTheirGradientsOnce) {
   }
 }
 
+TEST(Volumes, WhatIsGatheredAsOneIsCopiedOut) {
+  // docs/simulation.md, "Memory": a block of llama-3-8b.
+  const Graph g = load_model("llama-3-8b");
+  Plan plan = base_plan();
+  plan.dp = 8;
+  plan.zero = 3;
+  plan.global_batch = 16;
+  set_precision(plan, "bf16", "");
+  const auto copies = [&](const Program& p, std::string_view block) {
+    std::pair<double, std::int64_t> sum{0, 0};  // kernels, bytes
+    for (const Block& b : p.blocks) {
+      if (b.kind != BlockKind::forward && b.kind != BlockKind::backward) continue;
+      for (const Instruction& i : b.instructions) {
+        if (i.kind != Kind::slice || p.buffer(i.reads[0]).name.rfind(block, 0) != 0) continue;
+        const Work w = work_of(p, i, 0);
+        sum.first += w.kernels;
+        sum.second += w.bytes.count;
+      }
+    }
+    return sum;
+  };
+  EXPECT_EQ(copies(lowered(g, plan), "layers.7.").second, 0);
+  plan.allocations.copies_gathered = true;
+  const Program p = lowered(g, plan);
+  // Forward, and backward, whose block is there twice: for the last micro-batch and the others.
+  EXPECT_NEAR(copies(p, "layers.7.").first, 3, 1e-9);
+  EXPECT_EQ(copies(p, "layers.7.").second, 3 * 872'448'000LL);
+}
+
+TEST(Volumes, WhatIsMadeOnceIsStoredNotAddedToZeros) {
+  const auto count = [](const Plan& plan, const Graph& g, Kernel kernel) {
+    std::int64_t n = 0;
+    for (const Block& b : lowered(g, plan).blocks) {
+      for (const Instruction& i : b.instructions)
+        n += i.kind == Kind::compute && i.kernel == kernel &&
+             (kernel == Kernel::zero || i.accumulate);
+    }
+    return n;
+  };
+  const auto zeroed = [&](const Plan& p, const Graph& g) { return count(p, g, Kernel::zero); };
+  const auto adds = [&](const Plan& p, const Graph& g) {
+    return count(p, g, Kernel::backward_weight);
+  };
+  Plan plan = base_plan();
+  plan.dp = 2;
+  plan.global_batch = 2;
+  const Graph g = llama();
+  EXPECT_EQ(adds(plan, g), 0);
+  EXPECT_EQ(zeroed(plan, g), 0);
+  plan.allocations.clears_gradients = true;
+  EXPECT_GT(adds(plan, g), 0);
+  EXPECT_EQ(zeroed(plan, g), 1);
+  plan.allocations.clears_gradients = false;
+  // Two micro-batches add up; under ZeRO-2 and -3 their shards do.
+  plan.global_batch = 4;
+  EXPECT_GT(adds(plan, g), 0);
+  plan.zero = 2;
+  EXPECT_EQ(adds(plan, g), 0);
+  // A table that two operators read: the second adds to what the first has made.
+  const Graph tied = gpt();
+  EXPECT_EQ(adds(plan, tied), 2);  // in the last micro-batch's block, and in the others'
+  plan.zero = 0;
+  plan.global_batch = 2;
+  EXPECT_EQ(adds(plan, tied), 4);  // both add
+}
+
 TEST(Volumes, ShardedStateIsScatteredAndGatheredAsOftenAsTheStrategySays) {
   // Networks whose parameters all divide by n, so that no shard rounds.
   const std::int64_t m = 3;
@@ -1205,6 +1271,39 @@ TEST(Volumes, FrozenLayersSendNoGradients) {
   const Program p = lowered(g, plan);
   // 2 (n-1)/n = 1.
   EXPECT_EQ(traffic(p, 0, any).wire, trainable_parameter_count(g) * kGradient);
+}
+
+/// A mask's pairs are summed, not counted query by query.
+TEST(Work, OfWhatAMaskLeavesIsCountedExactly) {
+  std::mt19937 rng(30);
+  int cut = 0;
+  for (int k = 0; k < 200; ++k) {
+    TransformerConfig c = small_config();
+    c.sequence = c.positions = 8 * (1 + static_cast<std::int64_t>(rng() % 12));
+    c.window = rng() % 2 == 0 ? 0 : 1 + static_cast<std::int64_t>(rng() % 40);
+    Plan plan = base_plan();
+    plan.cp = std::int64_t{1} << rng() % 3;
+    plan.context = Plan::ContextExchange::all_gather;
+    const auto p = lower(build_transformer(c), *complete(build_transformer(c), plan));
+    ASSERT_TRUE(p);
+    for (const ProgramOperator& op : p->operators) {
+      const auto* a = std::get_if<Attention>(&op.operation);
+      if (a == nullptr) continue;
+      const auto at = static_cast<std::size_t>(op.signature.find(Dim::sequence));
+      for (std::int64_t rank = 0; rank < p->ranks(); ++rank) {
+        const auto mine = local_indices(p->mesh, op.cuts[at], op.signature.dims[at].extent, rank);
+        double pairs = 0;
+        for (const std::int64_t q : mine)
+          pairs += static_cast<double>(a->window > 0 ? std::min(q + 1, a->window) : q + 1);
+        EXPECT_DOUBLE_EQ(
+            attended_fraction(*p, op, rank),
+            pairs / (static_cast<double>(mine.size()) * static_cast<double>(c.sequence)));
+        cut += p->ranks() > 1;
+      }
+      break;
+    }
+  }
+  EXPECT_GT(cut, 100);
 }
 
 }  // namespace

@@ -243,6 +243,12 @@ class PaperKernel : public execute::OperatorKernel {
         if (t && t.rows == nullptr) bytes += storage(t.type, t.size()).count;
       }
     }
+    // What is added to is read.
+    if (a.accumulate && is_product(*context_.operation)) {
+      for (const cpu::Tensor& t : a.results) {
+        if (t && t.rows == nullptr) bytes += storage(t.type, t.size()).count;
+      }
+    }
     // Of a table only the rows that are looked up move.
     const bool looks_up = std::holds_alternative<Embedding>(*context_.operation) ||
                           std::holds_alternative<PositionEmbedding>(*context_.operation);
