@@ -215,7 +215,11 @@ std::string plan_line(const Plan& p) {
   if (p.pp > 1) s += fmt::format(", {}", name(p.schedule));
   if (p.virtual_stages > 1) s += fmt::format(" x {}", p.virtual_stages);
   if (p.sequence_parallel) s += ", sequence parallel";
-  if (p.zero > 0) s += fmt::format(", ZeRO-{}", p.zero);
+  if (p.strategy == "dataparallel") {
+    s += ", one rank has the parameters";
+  } else if (p.zero > 0) {
+    s += fmt::format(", ZeRO-{}", p.zero);
+  }
   if (p.loader) s += fmt::format(", {} loader{}", p.dp, p.dp == 1 ? "" : "s");
   if (p.recompute.kind != Recompute::none) s += fmt::format(", {} recompute", text(p.recompute));
   if (const std::string where = placement_line(p); !where.empty()) s += ", " + where;
@@ -470,9 +474,10 @@ std::string search_json(const Graph& graph, const Topology& topology, const Sear
 std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r,
                          const std::vector<std::string>& assumed) {
   std::string out = fmt::format(
-      "{} plans in the space: {} simulated, {} do not fit, {} illegal; searched in {:.1f} s\n",
-      grouped(r.space), grouped(r.evaluated), grouped(r.pruned_memory), grouped(r.illegal),
-      r.search_time.count);
+      "{} plans in the space: {} simulated, {} do not fit, {}{} illegal; searched in {:.1f} s\n",
+      grouped(r.space), grouped(r.evaluated), grouped(r.pruned_memory),
+      r.pruned_bound > 0 ? grouped(r.pruned_bound) + " cannot be as fast, " : "",
+      grouped(r.illegal), r.search_time.count);
   if (r.plans.empty()) {
     out += "nothing fits";
     if (r.smallest) {

@@ -143,6 +143,16 @@ OutsideMemory outside_memory(const Program& p, const RankClass& c, Communication
   return m;
 }
 
+/// Of the device that has most: what needs more fits on none.
+Bytes most_usable(const Topology& t) {
+  Bytes most{0};
+  for (std::size_t k = 0; k < t.profile_count(); ++k)
+    most = std::max(most, t.profile(k).usable_memory);
+  return most;
+}
+/// What a plan that does not fit lacks, on the device that has least left.
+Bytes missing(const Prediction& p) { return p.peak_device - p.usable; }
+
 Feasible<Program> lower_padded(const Graph& graph, const Plan& plan) {
   return plan.pad_vocabulary > 0 && graph.sequence > 0
              ? lower(with_padded_vocabulary(graph, plan.pad_vocabulary * plan.tp), plan)
@@ -160,12 +170,7 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   SimulateOptions options;
   options.record = recorded != nullptr;
   options.network = network;
-  if (only_if_fits) {
-    for (std::size_t k = 0; k < communication.topology().profile_count(); ++k) {
-      options.memory_limit =
-          std::min(options.memory_limit, communication.topology().profile(k).usable_memory);
-    }
-  }
+  if (only_if_fits) options.memory_limit = most_usable(communication.topology());
   if (static_cast<std::size_t>(program->ranks()) > communication.topology().rank_count())
     return Infeasible{
         fmt::format("the plan has {} ranks with its loaders, the cluster {} devices; use a "
@@ -215,7 +220,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   r.mfu = timed ? model_flops(graph) * samples / r.step_time.count / peak_rate : 0;
   r.hfu = timed ? executed_flops(*program, t.classes) / r.step_time.count / peak_rate : 0;
   std::map<int, StageMemory> by_stage;
-  Bytes usable{INT64_MAX};
+  // Devices may differ: what counts is who has least left.
+  std::size_t fullest = 0;
+  std::int64_t least_left = INT64_MAX;
   for (std::size_t c = 0; c < t.classes.size(); ++c) {
     const MemoryUse& use = t.memory[c];
     StageMemory& stage = by_stage[t.classes[c].stage];
@@ -228,27 +235,22 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     }
     stage.saved = std::max(stage.saved, use.saved);
     stage.saved_by_layers = std::max(stage.saved_by_layers, use.saved_by_layers);
-    if (use.peak > r.peak_allocated) {
-      r.peak_allocated = use.peak;
+    // Device files give usable memory after the context.
+    const auto& device =
+        placed.device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)});
+    const Bytes usable =
+        device.usable_memory + (device.outside ? device.outside->context : kContext);
+    if ((usable - use.peak).count < least_left) {
+      least_left = (usable - use.peak).count, fullest = c;
+      r.peak_allocated = use.peak, r.usable = usable;
       const Block& b = program->blocks[static_cast<std::size_t>(use.peak_block)];
       r.peak_at = fmt::format(
           "stage {}, {}{}", t.classes[c].stage, b.name,
           use.peak_micro_batch >= 0 ? fmt::format(", micro-batch {}", use.peak_micro_batch) : "");
     }
-    // Device files give usable memory after the context.
-    const auto& device =
-        placed.device(DeviceId{static_cast<std::size_t>(t.classes[c].representative)});
-    usable = std::min(usable,
-                      device.usable_memory + (device.outside ? device.outside->context : kContext));
   }
   for (const auto& [s, m] : by_stage) r.memory_by_stage.push_back(m);
-  if (!only_if_fits) {
-    std::size_t most = 0;
-    for (std::size_t c = 1; c < t.classes.size(); ++c) {
-      if (t.memory[c].peak > t.memory[most].peak) most = c;
-    }
-    r.alive = alive_at_peak(*program, t.classes[most], t.memory[most]);
-  }
+  if (!only_if_fits) r.alive = alive_at_peak(*program, t.classes[fullest], t.memory[fullest]);
   for (const RankClass& c : t.classes) {
     if (c.stage >= program->pipeline_stages()) continue;
     const OutsideMemory m =
@@ -256,28 +258,23 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
                        placed.device(DeviceId{static_cast<std::size_t>(c.representative)}));
     if (m.total() > r.outside.total()) r.outside = m;
   }
-  r.usable = usable;
   const Bytes outside = r.outside.total();
   // A search only weighs: rounding stands for what the allocator leaves between blocks.
   r.peak_reserved = Bytes{round_up(r.peak_allocated.count, 2 << 20)};
   if (!only_if_fits && !program->allocations.expandable_segments &&
       r.peak_allocated + outside <= r.usable) {
     const Bytes limit = r.usable - outside;
-    std::size_t most = 0;
-    for (std::size_t c = 1; c < t.classes.size(); ++c) {
-      if (t.memory[c].peak > t.memory[most].peak) most = c;
-    }
-    const RankClass& fullest = t.classes[most];
+    const RankClass& least = t.classes[fullest];
     const auto few = routing == nullptr ? with_few_micro_batches(graph, *plan) : std::nullopt;
     r.peak_reserved =
         program->packs_collectives
-            ? reserved_by_us(*program, fullest)
-            : reserved_by(few ? *few : *program, fullest,
-                          placed.device(DeviceId{static_cast<std::size_t>(fullest.representative)})
+            ? reserved_by_us(*program, least)
+            : reserved_by(few ? *few : *program, least,
+                          placed.device(DeviceId{static_cast<std::size_t>(least.representative)})
                               .compute_capability,
                           limit);
     for (StageMemory& s : r.memory_by_stage) {
-      if (s.stage == fullest.stage) s.reserved = r.peak_reserved;
+      if (s.stage == least.stage) s.reserved = r.peak_reserved;
     }
   }
   r.peak_device = r.peak_reserved + outside;
@@ -307,6 +304,16 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   }
   r.fits = r.peak_device <= r.usable && r.host_fits;
   r.breakdown = t.breakdown[static_cast<std::size_t>(t.last_class)];
+  double waited = 0;
+  for (const Breakdown& b : t.breakdown) {
+    const auto of = [&](const char* axis) {
+      const auto at = b.exposed.find(axis);
+      return at == b.exposed.end() ? 0.0 : static_cast<double>(at->second.count);
+    };
+    const double busy = static_cast<double>((b.total() - b.bubble).count);
+    if (busy > 0) waited = std::max(waited, (of("tp") + of("launch")) / busy);
+  }
+  r.least_without_sequences = Seconds{r.step_time.count * (1 - waited)};
   r.classes = t.classes.size();
   r.instructions = t.instructions;
   const double total = static_cast<double>(std::max<std::int64_t>(1, r.breakdown.total().count));
@@ -401,9 +408,16 @@ bool even_chunks(std::int64_t layers, std::int64_t chunks) {
   return chunks <= layers && 20 * ceil_div(layers, chunks) * chunks <= 21 * layers;
 }
 
-/// Candidates that differ in their micro-batch only, ascending. But under gpipe a larger one needs
-/// no less memory (to 1 %): as many samples are in flight, and buffers within a block grow with it.
+/// Candidates that differ in their micro-batch only, ascending. A larger one needs no less memory
+/// (to 1 %): as many samples are in flight, and buffers within a block grow with it. But for gpipe,
+/// and one micro-batch whose gradients need no place beside those that they are added to.
 using Chain = std::vector<Plan>;
+
+/// A plan of one micro-batch needs no gradients beside others.
+bool needs_less_as_one(const Plan& p) {
+  return p.allocations.weight_gradients != Allocations::WeightGradients::in_place &&
+         p.global_batch == p.micro_batch * p.dp;
+}
 
 std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan& base,
                              const SearchSpace& space) {
@@ -416,8 +430,6 @@ std::vector<Chain> chains_of(const Graph& graph, std::int64_t ranks, const Plan&
       // Of micro-batches that do not come out none is a plan.
       if (p.global_batch > 0 && p.global_batch % (mb * p.dp) != 0) continue;
       p.micro_batch = mb;
-      // Scattered after the only micro-batch or after the last: one plan.
-      if (p.zero == 2 && p.global_batch == mb * p.dp) continue;
       chain.push_back(p);
     }
     if (chain.empty()) {  // complete() says why
@@ -490,6 +502,19 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     result.space += static_cast<std::int64_t>(c.size());
   }
 
+  // Each with tensor parallelism has a twin that does not cut sequences beside it. That moves as
+  // much, in fewer transfers, needs more memory, and has no less to compute: it is at least as slow
+  // as the plan would be that waits for none of them.
+  const auto twin_of = [&](const Plan& p) -> std::optional<Plan> {
+    if (!space.sequence_parallel.empty() || !p.sequence_parallel || p.overlap_tensor_parallel)
+      return std::nullopt;
+    Plan twin = p;
+    twin.sequence_parallel = false;
+    return twin;
+  };
+  for (const Chain& c : chains) {
+    for (const Plan& p : c) result.space += twin_of(p) ? 1 : 0;
+  }
   watched.space = result.space;
 
   enum : char { illegal, too_large, evaluated };
@@ -498,20 +523,24 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     std::string reason;
     std::optional<Prediction> prediction;
   };
-  std::vector<Outcome> outcomes(static_cast<std::size_t>(result.space));
+  std::size_t plans = 0;
+  for (const Chain& c : chains) plans += c.size();
+  std::vector<Outcome> outcomes(plans);
   if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::unique_ptr<Communication>> communications;
   for (std::size_t w = 0; w < workers; ++w) {
     communications.push_back(std::make_unique<Communication>(topology));
     communications.back()->set_adjustment(adjustment);
   }
-  Bytes usable{INT64_MAX};
-  for (std::size_t k = 0; k < topology.profile_count(); ++k)
-    usable = std::min(usable, topology.profile(k).usable_memory);
+  const auto watch = [&](double step) {
+    for (double seen = watched.fastest; seen == 0 || step < seen;)
+      if (watched.fastest.compare_exchange_weak(seen, step)) break;
+  };
+  const Bytes usable = most_usable(topology);
   const double parameters = static_cast<double>(parameter_count(graph));
   const bool all_trained = trainable_parameter_count(graph) == parameter_count(graph);
   parallel_for(chains.size(), workers, [&](std::size_t w, std::size_t c) {
-    bool full = false;  // a smaller micro-batch did not fit
+    bool full = false, peaked = false;  // a smaller micro-batch's state, or peak, did not fit
     for (std::size_t k = 0; k < chains[c].size(); ++k, ++watched.done) {
       Outcome& o = outcomes[first[c] + k];
       auto plan = complete(graph, chains[c][k]);
@@ -537,7 +566,7 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       const bool elsewhere = plan->offload_optimizer || plan->servers > 0;
       const double state = held + (elsewhere ? 0.0 : kept / shards);
       full |= parameters / ways * state > static_cast<double>(usable.count) && all_trained;
-      if (full) {
+      if (full || (peaked && !needs_less_as_one(*plan))) {
         o.what = too_large;
         continue;
       }
@@ -550,31 +579,55 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
       // Scalars of every micro-batch (its loss) are all that a larger one saves: far below 1 %.
       // Under gpipe all samples are there, and of a larger micro-batch more has gone by the peak in
       // its backward (the head's).
-      full = plan->schedule != Schedule::gpipe &&
-             prediction->peak_allocated.count > usable.count + usable.count / 100;
-      const double step = prediction->step_time.count;
-      for (double seen = watched.fastest; prediction->fits && (seen == 0 || step < seen);)
-        if (watched.fastest.compare_exchange_weak(seen, step)) break;
+      peaked = plan->schedule != Schedule::gpipe &&
+               prediction->peak_allocated.count > usable.count + usable.count / 100;
+      if (prediction->fits) watch(prediction->step_time.count);
       o.prediction = std::move(*prediction);
     }
   });
-  for (Outcome& o : outcomes) {
-    switch (o.what) {
-      case illegal:
-        ++result.illegal;
-        if (result.example_illegal.empty()) result.example_illegal = o.reason;
-        break;
-      case too_large:
-        ++result.pruned_memory;
-        break;
-      default:
-        ++result.evaluated;
-        if (!o.prediction->fits) {
-          if (!result.smallest || o.prediction->peak_device < result.smallest->peak_device)
-            result.smallest = std::move(*o.prediction);
+  const auto smaller = [&](Prediction&& p) {
+    if (!result.smallest || missing(p) < missing(*result.smallest)) result.smallest = std::move(p);
+  };
+  const auto not_legal = [&](const std::string& reason) {
+    ++result.illegal;
+    if (result.example_illegal.empty()) result.example_illegal = reason;
+  };
+  /// What may be among the fastest: at least so slow, as far as is known.
+  struct Candidate {
+    Seconds least;
+    bool simulated = false;  ///< without contention: `least` is its time
+    Prediction prediction;   ///< else of its plan alone
+  };
+  std::vector<Candidate> candidates;
+  for (std::size_t c = 0; c < chains.size(); ++c) {
+    for (std::size_t k = 0; k < chains[c].size(); ++k) {
+      Outcome& o = outcomes[first[c] + k];
+      std::optional<Candidate> twin;
+      if (auto plan = twin_of(chains[c][k])) {
+        twin.emplace();
+        twin->prediction.plan = std::move(*plan);
+      }
+      switch (o.what) {
+        case illegal:
+          not_legal(o.reason);
           break;
-        }
-        result.plans.push_back(std::move(*o.prediction));
+        case too_large:
+          ++result.pruned_memory;
+          if (twin) ++result.pruned_memory;
+          twin.reset();
+          break;
+        default:
+          ++result.evaluated;
+          if (!o.prediction->fits) {
+            if (twin) ++result.pruned_memory;
+            smaller(std::move(*o.prediction));
+            twin.reset();
+            break;
+          }
+          if (twin) twin->least = o.prediction->least_without_sequences;
+          candidates.push_back({o.prediction->step_time, true, std::move(*o.prediction)});
+      }
+      if (twin) candidates.push_back(std::move(*twin));
     }
   }
   const auto fastest_first = [&] {
@@ -582,33 +635,45 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         result.plans.begin(), result.plans.end(),
         [](const Prediction& a, const Prediction& b) { return a.step_time < b.step_time; });
   };
-  fastest_first();
-  const auto smaller = [&](Prediction&& p) {
-    if (!result.smallest || p.peak_device < result.smallest->peak_device)
-      result.smallest = std::move(p);
-  };
   // What is shown gets the details that the ranking did not need; with the blocks that its
   // allocator leaves a plan may not fit after all. The ranking is by times without contention,
   // which only adds to them: whoever is slower there than the slowest of those that are kept is
   // with it.
-  std::vector<Prediction> ranked;
-  ranked.swap(result.plans);
-  for (std::size_t begin = 0; begin < ranked.size();) {
+  while (!candidates.empty()) {
+    std::stable_sort(candidates.begin(), candidates.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.least < b.least; });
     if (result.plans.size() >= keep) {
       fastest_first();
       result.plans.resize(keep);
-      if (keep == 0 || !(ranked[begin].step_time < result.plans.back().step_time)) break;
+      if (keep == 0 || !(candidates.front().least < result.plans.back().step_time)) break;
     }
-    const std::size_t end = std::min(ranked.size(), begin + std::max(workers, keep));
-    std::vector<std::optional<Prediction>> whole(end - begin);
-    parallel_for(end - begin, workers, [&](std::size_t w, std::size_t k) {
-      if (auto p = predict(graph, ranked[begin + k].plan, *communications[w], nullptr, nullptr,
-                           false, nullptr, network))
-        whole[k] = std::move(*p);
-      ++watched.again;
+    const std::size_t end = std::min(candidates.size(), std::max(workers, keep));
+    std::vector<Feasible<Prediction>> found(end, Infeasible{});
+    parallel_for(end, workers, [&](std::size_t w, std::size_t k) {
+      const Candidate& c = candidates[k];
+      found[k] = c.simulated ? predict(graph, c.prediction.plan, *communications[w], nullptr,
+                                       nullptr, false, nullptr, network)
+                             : predict(graph, c.prediction.plan, *communications[w], nullptr,
+                                       nullptr, true);
+      ++(c.simulated ? watched.again : watched.done);
     });
-    for (std::size_t k = begin; k < end; ++k) {
-      Prediction& p = whole[k - begin] ? *whole[k - begin] : ranked[k];
+    std::vector<Candidate> next;
+    for (std::size_t k = 0; k < end; ++k) {
+      Candidate& c = candidates[k];
+      if (!c.simulated) {
+        if (!found[k]) {
+          not_legal(found[k].reason());
+        } else if (!found[k]->fits) {
+          ++result.evaluated;
+          smaller(std::move(*found[k]));
+        } else {
+          ++result.evaluated;
+          watch(found[k]->step_time.count);
+          next.push_back({found[k]->step_time, true, std::move(*found[k])});
+        }
+        continue;
+      }
+      Prediction& p = found[k] ? *found[k] : c.prediction;
       if (p.fits) {
         result.plans.push_back(std::move(p));
       } else {
@@ -616,8 +681,11 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         smaller(std::move(p));
       }
     }
-    begin = end;
+    candidates.erase(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(end));
+    for (Candidate& c : next) candidates.push_back(std::move(c));
   }
+  for (const Candidate& c : candidates) result.pruned_bound += c.simulated ? 0 : 1;
+  watched.done = result.space;
   fastest_first();
   if (result.plans.size() > keep) result.plans.resize(keep);
   if (result.plans.empty() && result.smallest) {

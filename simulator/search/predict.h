@@ -43,6 +43,7 @@ struct Prediction {
   double tokens_per_second_per_device = 0;              ///< 0 for networks without sequences
   double samples_per_second = 0;
   double mfu = 0, hfu = 0;
+  /// Of the rank whose device has least left, and that device's.
   Bytes peak_allocated, peak_reserved, peak_device, usable;
   OutsideMemory outside;  ///< of peak_device, beside peak_reserved
   Bytes peak_host;        ///< of what is offloaded, by the rank with most
@@ -54,6 +55,9 @@ struct Prediction {
   std::vector<Alive> alive;  ///< at the peak of the stage that needs most
   std::string peak_at;       ///< stage and block of the peak
   Breakdown breakdown;       ///< of the class that ends last
+  /// What the step takes at least where it does not cut sequences over tp: no wait for tp and the
+  /// host on any rank, idle as long in proportion.
+  Seconds least_without_sequences;
   std::vector<RestsOn> rests_on;
   /// Which measured steps the whole of it is adjusted to, or that none are; "": nobody asked.
   std::string fit;
@@ -101,7 +105,7 @@ struct SearchResult {
   std::int64_t space = 0, evaluated = 0, pruned_memory = 0, pruned_bound = 0, illegal = 0;
   std::string example_illegal;  ///< one reason, for people
   Seconds search_time;
-  std::optional<Prediction> smallest;  ///< if nothing fits: the plan that needs least memory
+  std::optional<Prediction> smallest;  ///< if nothing fits: the plan that lacks least
 };
 
 /// How far a search is, for who watches it from another thread.

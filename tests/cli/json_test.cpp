@@ -370,6 +370,81 @@ TEST(Json, WhereNothingFitsTheSmallestIsShownAndTheCodeIs1) {
   EXPECT_EQ(without_progress(table.err), "");
 }
 
+TEST(Json, TheSmallestIsOneOfThosePlansThatWereAskedFor) {
+  // Whether the search drops all for their state alone, or prices one that does not fit.
+  for (const char* asked : {"llama-3.1-405b dgx-h100:1 --tp 2 --pp 2 --zero 1 --recompute none",
+                            "llama-3-70b dgx-h100:1 --tp 2 --pp 2 --zero 1 --recompute none"}) {
+    const Ran r = run(std::string("plan ") + asked + " --micro-batch 2 --global-batch 16 --json");
+    EXPECT_EQ(r.code, 1);
+    const Json j = parsed(r);
+    ASSERT_TRUE(j.contains("smallest"));
+    const Json& p = j["smallest"].at("plan");
+    EXPECT_EQ(p.at("tp"), 2);
+    EXPECT_EQ(p.at("pp"), 2);
+    EXPECT_EQ(p.at("dp"), 2);
+    EXPECT_EQ(p.at("zero"), 1);
+    EXPECT_EQ(p.at("micro_batch"), 2);
+    EXPECT_EQ(p.at("recompute"), "none");
+  }
+}
+
+TEST(Json, ConvolutionsInFp32SayThatPyTorchsAreNot) {
+  const auto says = [](const std::string& job) {
+    const Json j = parsed(run("simulate " + job + " --global-batch 64 --json"));
+    for (const Json& a : j.at("assumed")) {
+      if (a.get<std::string>().find("allow_tf32") != std::string::npos) return true;
+    }
+    return false;
+  };
+  EXPECT_TRUE(says("resnet-50 dgx-a100-80gb:1 --framework pytorch-ddp --precision fp32"));
+  EXPECT_FALSE(says("resnet-50 dgx-a100-80gb:1 --framework pytorch-ddp --precision tf32"));
+  EXPECT_FALSE(says("resnet-50 dgx-a100-80gb:1 --framework partita --precision fp32"));
+  EXPECT_FALSE(says("resnet-50 dgx1-v100:1 --framework pytorch-ddp --precision fp32"));
+  EXPECT_FALSE(says("gpt2 dgx-a100-80gb:1 --framework pytorch-ddp --precision fp32"));
+}
+
+TEST(Json, AttentionIsMaterialisedWhereNoFlashKernelRuns) {
+  const auto of = [](const std::string& job) {
+    const Json j = parsed(run("simulate gpt2 " + job + " --layers 2 --global-batch 8 --json"));
+    std::string said;
+    for (const Json& a : j.at("assumed")) {
+      const auto text = a.get<std::string>();
+      if (text.find("materialised") != std::string::npos) said = text;
+    }
+    return std::pair(said, j.at("peak_memory_bytes").get<double>());
+  };
+  const auto a100 = of("dgx-a100-40gb:1 --precision fp16"),
+             v100 = of("dgx1-v100:1 --precision fp16"),
+             wide = of("dgx-a100-40gb:1 --precision tf32"),
+             sdpa = of("dgx1-v100:1 --precision fp16 --framework pytorch-fsdp"),
+             ours = of("dgx1-v100:1 --precision fp16 --framework partita");
+  EXPECT_EQ(a100.first, "");
+  EXPECT_EQ(v100.first,
+            "materialised attention: megatron-core's flash kernels need compute capability 80, not "
+            "70");
+  EXPECT_EQ(wide.first, "materialised attention: megatron-core has flash kernels of 16 bits");
+  EXPECT_EQ(sdpa.first, "");
+  EXPECT_EQ(ours.first, "");
+  // Two layers' probabilities of a sample, 12 x 1024 x 1024 in 16 bits, at least, instead of
+  // log-sum-exps.
+  EXPECT_GE(v100.second - a100.second, 2 * 12 * 1024 * (1024 * 2 - 4));
+}
+
+TEST(Json, WhatAPatternOfAdaptersLeavesOutIsSaid) {
+  const auto says = [](const std::string& pattern) {
+    const Json j =
+        parsed(run("simulate mixtral-8x7b dgx-h100:1 --layers 2 --ep 8 --global-batch 8 "
+                   "--seq 256 --lora '" +
+                   pattern + "' --json"));
+    for (const Json& a : j.at("assumed")) {
+      if (a.get<std::string>().find("no adapters of experts' products") == 0) return true;
+    }
+    return false;
+  };
+  EXPECT_TRUE(says("*.moe.*"));
+  EXPECT_FALSE(says("*.attention.*"));
+}
+
 TEST(Json, WhereNoPlanIsLegalOneReasonIsShownAndTheCodeIs1) {
   const Ran r = run("plan mnist-linear dgx-h100:1 --global-batch 6 --json");
   EXPECT_EQ(r.code, 1);

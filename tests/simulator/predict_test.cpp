@@ -280,6 +280,120 @@ TEST(Search, TheFirstPlanIsTheSameHoweverManyAreShown) {
   }
 }
 
+/// Plans without sequence parallelism are simulated only where they can be among the fastest; that
+/// none is missed shows a search of each kind alone.
+TEST(Search, TriesNotToCutSequencesWhereThatCanBeFaster) {
+  int uncut = 0, pruned = 0;
+  for (const std::int64_t sequence : {63, 64, 512, 4096}) {
+    for (const char* where : {"dgx-h100:1", "a100-pcie-8:1"}) {
+      ModelOptions o;
+      o.sequence = sequence;
+      o.layers = 4;
+      const Graph g = load_model("llama-2-7b", o);
+      const Topology t = load_topology(where);
+      Plan base = base_plan();
+      set_framework(base, "megatron-core", "");
+      set_precision(base, "bf16", "");
+      base.global_batch = 8;
+      SearchSpace s = full_space(g, t, 8, base);
+      s.cp = {1}, s.recompute = {{Recompute::none}}, s.virtual_stages = {1};
+      const SearchResult both = search(g, t, 8, base, s, 3, 2, Network::flows);
+      EXPECT_EQ(both.space, both.evaluated + both.pruned_memory + both.pruned_bound + both.illegal);
+      pruned += both.pruned_bound > 0;
+      std::vector<double> alone;
+      for (const char cut : {char{0}, char{1}}) {
+        s.sequence_parallel = {cut};
+        for (const Prediction& p : search(g, t, 8, base, s, 1000, 2, Network::flows).plans) {
+          // Where tp is 1 it is one plan in both.
+          if (cut == 0 || p.plan.tp > 1) alone.push_back(p.step_time.count);
+        }
+      }
+      std::sort(alone.begin(), alone.end());
+      ASSERT_EQ(both.plans.size(), 3u);
+      for (std::size_t k = 0; k < 3; ++k)
+        EXPECT_EQ(both.plans[k].step_time.count, alone[k])
+            << where << ", " << sequence << ", " << k;
+      uncut += both.plans[0].plan.tp > 1 && !both.plans[0].plan.sequence_parallel;
+    }
+  }
+  EXPECT_GT(uncut, 0);
+  EXPECT_GT(pruned, 0);
+}
+
+/// ZeRO-2 keeps shards of gradients where ZeRO-1 has them whole; one micro-batch may need less than
+/// two, which add up.
+TEST(Search, LeavesOutNothingThatAloneFits) {
+  ModelOptions o;
+  o.sequence = 2048;
+  const Graph g = load_model("llama-3-8b", o);
+  const Topology t = load_topology("dgx-h100:1");
+  Plan base = base_plan();
+  set_framework(base, "partita", "");
+  set_precision(base, "bf16", "");
+  base.global_batch = 8;
+  SearchSpace s = full_space(g, t, 8, base);
+  s.tp = s.pp = s.cp = {1}, s.zero = {2}, s.recompute = {{Recompute::none}};
+  const SearchResult r = search(g, t, 8, base, s, 1, 1);
+  ASSERT_EQ(r.plans.size(), 1u);
+  EXPECT_EQ(r.plans[0].plan.micro_batch, 1);
+  // docs/cost.md, "Gradients apart": of the parameters' type the only one is the sum.
+  Plan apart = base_plan();
+  set_framework(apart, "colossal-ai", "");
+  set_precision(apart, "fp16", "");
+  apart.global_batch = 2, apart.dp = 1;
+  o.sequence = 64;
+  TopologyEdits edits;
+  const Graph short_one = load_model("llama-3.2-1b", o);
+  Communication c(load_topology("dgx-h100:1 gpus"));
+  apart.micro_batch = 1;
+  const Bytes two = predict(short_one, apart, c)->peak_device;
+  apart.micro_batch = 2;
+  const Bytes one = predict(short_one, apart, c)->peak_device;
+  ASSERT_LT(one, two);
+  // Room for one micro-batch of two samples, not for two of one.
+  const auto room = (one.count + two.count) / 2 - (Bytes{512_MiB}).count;
+  edits.device.push_back({"usable_memory.value", fmt::format("{} B", room)});
+  const Topology tight = load_topology("dgx-h100:1 gpus", edits);
+  SearchSpace two_sizes = full_space(short_one, tight, 1, apart);
+  two_sizes.recompute = {{Recompute::none}}, two_sizes.micro_batch = {1, 2};
+  const SearchResult found = search(short_one, tight, 1, apart, two_sizes, 1, 1);
+  ASSERT_EQ(found.plans.size(), 1u);
+  EXPECT_EQ(found.plans[0].plan.micro_batch, 2);
+}
+
+/// Each rank's memory is held against its own device.
+TEST(Search, DevicesThatDifferAreEachHeldAgainstTheirOwn) {
+  const std::string file = data_folder("topologies/catalogue/dgx-a100-40gb.yaml");
+  std::string text = read_file(file);
+  const std::size_t at = text.find("  - count: 1"), end = text.find("\nfabric:");
+  ASSERT_NE(at, std::string::npos);
+  ASSERT_NE(end, std::string::npos);
+  const std::string small = text.substr(at, end - at);
+  std::string large = small;
+  const std::string name = "a100-sxm-40gb";
+  for (std::size_t k = 0; (k = large.find(name, k)) != std::string::npos; ++k)
+    large.replace(k, name.size(), "a100-sxm-80gb");
+  const Topology mixed =
+      parse_topology(text.substr(0, at) + large + "\n" + small + text.substr(end), file);
+  const Graph g = load_model("llama-3-8b");
+  Plan p = base_plan();
+  set_framework(p, "megatron-core", "");
+  set_precision(p, "bf16", "");
+  p.tp = 8, p.pp = 2, p.micro_batch = 4, p.global_batch = 64;
+  p.cuts = {24, 8};
+  Communication c(mixed);
+  const auto r = predict(g, p, c);
+  ASSERT_TRUE(r);
+  ASSERT_EQ(r->memory_by_stage.size(), 2u);
+  EXPECT_GT(r->memory_by_stage[0].total, 40_GiB);
+  EXPECT_LT(r->memory_by_stage[1].total, 39_GiB);
+  EXPECT_TRUE(r->fits);
+  EXPECT_LE(r->peak_device, r->usable);
+  p.cuts = {8, 24};
+  const auto other = predict(g, p, c);
+  EXPECT_EQ(other->fits, other->memory_by_stage[1].total < 39_GiB);
+}
+
 /// State that lies elsewhere, or that the optimizer has not, does not rule a plan out.
 TEST(Search, StateThatIsNotOnTheDeviceRulesNothingOut) {
   const Graph g = load_model("llama-3-8b");
@@ -737,6 +851,24 @@ TEST(Predict, NarrowProductsKeepNarrowInputs) {
   EXPECT_EQ(kept(true, "bf16"), kept(false, "bf16"));
   // Half of what norms and the activation give, of attention's output half more: of 4 blocks.
   EXPECT_EQ(kept(true, "fp8") - kept(false, "fp8"), 4 * 8 * (-8 - 8 - 16 + 8));
+}
+
+TEST(Predict, NarrowProductsKeepTheirWeightsByRowsAndColumns) {
+  // docs/simulation.md, "Memory": a rank of Llama-3-70B.
+  const Graph g = load_model("llama-3-70b");
+  const auto resident = [&](bool narrow, const char* precision, int zero = 1) {
+    Plan p = under("megatron-core");
+    set_precision(p, precision, "");
+    p.tp = p.pp = 4;
+    p.global_batch = 4;
+    p.dp = zero == 3 ? 2 : 1, p.zero = zero;
+    p.allocations.narrow_weights = narrow;
+    return resident_bytes(*lower(g, *complete(g, p)), 1, p.tp * p.dp, 90).count;
+  };
+  EXPECT_EQ(resident(true, "fp8") - resident(false, "fp8"), 8'556'380'160);
+  EXPECT_EQ(resident(true, "nvfp4") - resident(false, "nvfp4"), 8'556'380'160 / 2);
+  EXPECT_EQ(resident(true, "bf16"), resident(false, "bf16"));
+  EXPECT_EQ(resident(true, "fp8", 3), resident(false, "fp8", 3));
 }
 
 TEST(Predict, ForgottenResultsAreNotKept) {
