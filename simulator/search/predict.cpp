@@ -313,7 +313,9 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
     const double busy = static_cast<double>((b.total() - b.bubble).count);
     if (busy > 0) waited = std::max(waited, (of("tp") + of("launch")) / busy);
   }
-  r.least_without_sequences = Seconds{r.step_time.count * (1 - waited)};
+  // A quarter more, as the longest way may go where more than the mean is waited.
+  constexpr double kMargin = 1.25;
+  r.least_without_sequences = Seconds{r.step_time.count * std::max(0.0, 1 - kMargin * waited)};
   r.classes = t.classes.size();
   r.instructions = t.instructions;
   const double total = static_cast<double>(std::max<std::int64_t>(1, r.breakdown.total().count));
