@@ -479,7 +479,11 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
   std::vector<std::string> said;
   const FrameworkProfile f = load_framework(plan.framework, "--framework");
   // Whatever else is asked of it, it has no kernel for such a device or type.
-  if (f.flash_capability > 0 && !flags.materialised_attention) {
+  const auto known = known_models();
+  const auto at = std::find_if(known.begin(), known.end(),
+                               [&](const KnownModel& k) { return k.name == model; });
+  const bool attends = at == known.end() || at->transformer;
+  if (f.flash_capability > 0 && attends && !flags.materialised_attention) {
     const bool wide = bits(plan.precision.activations) > 16;
     int least = INT_MAX;
     for (std::size_t k = 0; k < topology.profile_count(); ++k)
@@ -508,10 +512,7 @@ std::vector<std::string> framework_defaults(PlanFlags& flags, Plan& plan, const 
     flags.materialised_attention = true;
     said.emplace_back("materialised attention");
   }
-  const auto known = known_models();
-  const auto at = std::find_if(known.begin(), known.end(),
-                               [&](const KnownModel& k) { return k.name == model; });
-  const bool transformer = at == known.end() || at->transformer;
+  const bool transformer = attends;
   if (!flags.dropout && f.dropout > 0 && at != known.end() && at->transformer &&
       at->transformer->dropout == 0) {
     flags.dropout = f.dropout;

@@ -55,8 +55,8 @@ class Library : public Nvml {
     };
     s.clock_mhz = number("nvmlDeviceGetClockInfo", kClockSm);
     s.memory_clock_mhz = number("nvmlDeviceGetClockInfo", kClockMemory);
-    // From Ampere on nvmlDeviceGetPowerUsage is the mean of the last second (NVIDIA's NVML
-    // reference): longer than what is watched.
+    // From Ampere on, but for GA100, nvmlDeviceGetPowerUsage is the mean of the last second
+    // (NVIDIA's NVML reference): longer than what is watched.
     FieldValue power{kPowerInstant};
     const bool instant =
         call<int(Handle, int, FieldValue*)>("nvmlDeviceGetFieldValues", device, 1, &power) == 0 &&

@@ -759,6 +759,9 @@ Work work_of(const Program& p, const Instruction& i, std::int64_t rank) {
     if (i.kernel == Kernel::backward_weight && std::holds_alternative<Embedding>(op.operation))
       w.bytes += Bytes{std::llround(p.kernels.table_passes *
                                     static_cast<double>(bytes_of(p, i.writes, rank).count))};
+    // What is stored begins as zeros everywhere.
+    if (i.kernel == Kernel::backward_weight && !i.accumulate && p.kernels.table_passes == 0)
+      w.bytes += bytes_of(p, i.writes, rank);
   }
   const auto unfused = [&](double forward, double backward) {
     if (forward == 0 || i.kernel == Kernel::backward_weight) return;

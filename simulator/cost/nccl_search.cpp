@@ -417,12 +417,13 @@ Communicator communicator(const Topology& t, const std::vector<std::int64_t>& ra
     if (found == lost.end() || found->second <= most_lost[kind]) continue;
     most_lost[kind] = found->second, few[kind] = &*it;
   }
+  const Communicator base = c;
   bool first = true;
   for (const auto& [kind, members] : few) {
     const Members& other = members == &by_node.front() && between ? by_node[1] : by_node.front();
     const Node node = look(t, *members, between ? other : Members{}, c.compute_capability,
                            cpu_of(t, node_of(*members)));
-    Communicator one = c;
+    Communicator one = base;
     search(one, node, t.sharp());
     c = first ? one : least(c, one);
     first = false;

@@ -306,15 +306,17 @@ Feasible<Prediction> predict(const Graph& graph, const Plan& wanted, Communicati
   r.breakdown = t.breakdown[static_cast<std::size_t>(t.last_class)];
   double waited = 0;
   for (const Breakdown& b : t.breakdown) {
-    const auto of = [&](const char* axis) {
-      const auto at = b.exposed.find(axis);
-      return at == b.exposed.end() ? 0.0 : static_cast<double>(at->second.count);
-    };
-    const double busy = static_cast<double>((b.total() - b.bubble).count);
-    if (busy > 0) waited = std::max(waited, (of("tp") + of("launch")) / busy);
+    double waits = 0, works = 0;
+    for (const auto& [axis, time] : b.exposed) {
+      // Of tp alone or with others: "cp+tp", of experts' rows.
+      if (axis == "launch" || ("+" + axis + "+").find("+tp+") != std::string::npos)
+        waits += static_cast<double>(time.count);
+    }
+    for (const auto& [kind, time] : b.compute) works += static_cast<double>(time.count);
+    if (waits > 0) waited = std::max(waited, waits / (works + waits));
   }
-  // A quarter more, as the longest way may go where more than the mean is waited.
-  constexpr double kMargin = 1.25;
+  // A tenth more, as the longest way may go where more than the mean is waited.
+  constexpr double kMargin = 1.1;
   r.least_without_sequences = Seconds{r.step_time.count * std::max(0.0, 1 - kMargin * waited)};
   r.classes = t.classes.size();
   r.instructions = t.instructions;
@@ -621,9 +623,13 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
         default:
           ++result.evaluated;
           if (!o.prediction->fits) {
-            if (twin) ++result.pruned_memory;
+            // With sequences cut there are more communicators, whose buffers may be what is too
+            // much.
+            if (twin && o.prediction->peak_allocated > o.prediction->usable) {
+              ++result.pruned_memory;
+              twin.reset();
+            }
             smaller(std::move(*o.prediction));
-            twin.reset();
             break;
           }
           if (twin) twin->least = o.prediction->least_without_sequences;
@@ -641,6 +647,12 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
   // allocator leaves a plan may not fit after all. The ranking is by times without contention,
   // which only adds to them: whoever is slower there than the slowest of those that are kept is
   // with it.
+  struct Twin {
+    Seconds least;
+    char what = illegal;
+    std::string reason;
+  };
+  std::vector<Twin> twins;  // that were simulated
   while (!candidates.empty()) {
     std::stable_sort(candidates.begin(), candidates.end(),
                      [](const Candidate& a, const Candidate& b) { return a.least < b.least; });
@@ -663,13 +675,12 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     for (std::size_t k = 0; k < end; ++k) {
       Candidate& c = candidates[k];
       if (!c.simulated) {
-        if (!found[k]) {
-          not_legal(found[k].reason());
-        } else if (!found[k]->fits) {
-          ++result.evaluated;
+        twins.push_back({c.least, found[k] ? char{evaluated} : char{illegal},
+                         found[k] ? std::string() : found[k].reason()});
+        if (!found[k]) continue;
+        if (!found[k]->fits) {
           smaller(std::move(*found[k]));
         } else {
-          ++result.evaluated;
           watch(found[k]->step_time.count);
           next.push_back({found[k]->step_time, true, std::move(*found[k])});
         }
@@ -687,6 +698,19 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     for (Candidate& c : next) candidates.push_back(std::move(c));
   }
   for (const Candidate& c : candidates) result.pruned_bound += c.simulated ? 0 : 1;
+  // Those that were simulated with others, though they could not be as fast, count as what they
+  // are: how many are simulated at once is not to be seen.
+  fastest_first();
+  const bool all_shown = result.plans.size() >= keep && !result.plans.empty();
+  for (const Twin& w : twins) {
+    if (all_shown && !(w.least < result.plans[std::min(keep, result.plans.size()) - 1].step_time)) {
+      ++result.pruned_bound;
+    } else if (w.what == illegal) {
+      not_legal(w.reason);
+    } else {
+      ++result.evaluated;
+    }
+  }
   watched.done = result.space;
   fastest_first();
   if (result.plans.size() > keep) result.plans.resize(keep);

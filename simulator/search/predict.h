@@ -55,8 +55,8 @@ struct Prediction {
   std::vector<Alive> alive;  ///< at the peak of the stage that needs most
   std::string peak_at;       ///< stage and block of the peak
   Breakdown breakdown;       ///< of the class that ends last
-  /// What the step takes at least where it does not cut sequences over tp: less by 1.25 of the share
-  /// of its time that any rank waits for tp and its host.
+  /// What the step takes at least where it does not cut sequences over tp: less by 1.1 of the share
+  /// that any rank waits for tp and its host of that and of what it computes.
   Seconds least_without_sequences;
   std::vector<RestsOn> rests_on;
   /// Which measured steps the whole of it is adjusted to, or that none are; "": nobody asked.

@@ -320,6 +320,39 @@ TEST(Search, TriesNotToCutSequencesWhereThatCanBeFaster) {
   EXPECT_GT(pruned, 0);
 }
 
+/// Waits for joint axes, short pipelines and dp beside them: the bound holds there too.
+TEST(Search, TheBoundOfPlansThatDoNotCutSequencesHolds) {
+  struct Job {
+    const char *model, *where;
+    std::int64_t layers, sequence, batch, cp, ep, tp;
+    const char* framework;
+  };
+  for (const Job& job :
+       {Job{"mixtral-8x7b", "h100-pcie-8:1", 2, 4096, 8, 4, 4, 0, "megatron-core"},
+        Job{"llama-2-7b", "dgx-a100-40gb:8", 0, 64, 4, 1, 1, 2, "megatron-lm-2022"}}) {
+    ModelOptions o;
+    o.sequence = job.sequence;
+    o.layers = static_cast<int>(job.layers);
+    const Graph g = load_model(job.model, o);
+    const Topology t = load_topology(job.where);
+    const auto ranks = static_cast<std::int64_t>(t.used_ranks());
+    Plan base = base_plan();
+    set_framework(base, job.framework, "");
+    set_precision(base, "bf16", "");
+    base.global_batch = job.batch;
+    SearchSpace s = full_space(g, t, ranks, base);
+    s.cp = {job.cp}, s.ep = {job.ep}, s.recompute = {{Recompute::none}}, s.virtual_stages = {1};
+    if (job.layers > 0) s.pp = {1};
+    if (job.tp > 0) s.tp = {job.tp};
+    const SearchResult both = search(g, t, ranks, base, s, 1, 2);
+    s.sequence_parallel = {char{0}};
+    const SearchResult uncut = search(g, t, ranks, base, s, 1, 2);
+    ASSERT_FALSE(both.plans.empty());
+    ASSERT_FALSE(uncut.plans.empty());
+    EXPECT_LE(both.plans[0].step_time, uncut.plans[0].step_time) << job.model;
+  }
+}
+
 /// ZeRO-2 keeps shards of gradients where ZeRO-1 has them whole; one micro-batch may need less than
 /// two, which add up.
 TEST(Search, LeavesOutNothingThatAloneFits) {
