@@ -1591,18 +1591,24 @@ class Lowering {
   /// Does this call make the first of the gradients that it writes? Then there is nothing to add
   /// to, and nothing to clear: of a micro-batch, or of a step of one to which no other call adds.
   bool stores_gradients(Backward& b, const Operator& op) {
+    using Gradients = Allocations::WeightGradients;
+    const Allocations& a = plan_.allocations;
+    const bool apart = a.weight_gradients != Gradients::in_place;
     // What autograd makes of another type is added to a sum of the right one.
-    const bool cast_apart =
-        plan_.allocations.weight_gradients != Allocations::WeightGradients::in_place &&
-        plan_.precision.gradients != plan_.precision.parameters;
+    const bool cast_apart = apart && plan_.precision.gradients != plan_.precision.parameters;
+    // FSDP1 clears nothing either, but casts, divides and adds shards at every micro-batch, which
+    // no price knows: on 8 ranks as many bytes. Both go together or not at all.
+    const bool each_stored = !apart || a.copies_gathered;
     bool stores = true;
     for (const ParameterId q : op.parameters) {
       if (!graph_.parameter(q).trainable) continue;
       const ParameterOnStage& v = on_stage(b.block.stage).at(q);
       stores &= b.begun.insert(q).second;
-      if (v.gradient.valid())
-        stores &= !plan_.allocations.clears_gradients && !cast_apart && p_.micro_batches == 1 &&
-                  v.chunks == 1 && b.writes_left.at(q) == 1;
+      if (!v.gradient.valid())
+        stores &= each_stored;
+      else
+        stores &= !a.clears_gradients && !cast_apart && p_.micro_batches == 1 && v.chunks == 1 &&
+                  b.writes_left.at(q) == 1;
     }
     return stores;
   }

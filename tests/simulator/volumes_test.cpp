@@ -334,6 +334,12 @@ TEST(Volumes, WhatIsMadeOnceIsStoredNotAddedToZeros) {
   EXPECT_GT(adds(plan, g), 0);
   plan.zero = 2;
   EXPECT_EQ(adds(plan, g), 0);
+  // Autograd's, too, where what is gathered is FSDP2's.
+  plan.allocations.weight_gradients = Allocations::WeightGradients::apart;
+  EXPECT_GT(adds(plan, g), 0);
+  plan.allocations.copies_gathered = true;
+  EXPECT_EQ(adds(plan, g), 0);
+  plan.allocations = {};
   // A table that two operators read: the second adds to what the first has made.
   const Graph tied = gpt();
   EXPECT_EQ(adds(plan, tied), 2);  // in the last micro-batch's block, and in the others'
