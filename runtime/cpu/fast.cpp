@@ -489,50 +489,43 @@ bool data(const Multiply&, const Context&, const Arguments& a, Kept& kept) {
   return true;
 }
 
-/// Keeps what the reference keeps: the number of an element depends on its place in its sample.
+/// Keeps what the reference keeps.
 bool dropped(const Dropout& op, const Context& c, const Tensor& x, const float* from, float* to) {
-  constexpr std::uint64_t kDropout = 0x64726f70;
-  const std::uint64_t key =
-      reference::random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
-  const auto kept = static_cast<float>(1 - op.probability);
-  const auto apply = [&](Index i, std::int64_t sample, std::uint64_t place) {
-    const double u =
-        reference::uniform(key, static_cast<std::uint64_t>(c.first_sample + sample), place);
-    to[i] = u < op.probability ? 0.0f : from[i] / kept;
-  };
+  const reference::Dropped left_out(op, c);
+  const auto scale = static_cast<float>(left_out.scale);
   const Indices& last = x.index->back();
   const auto n = static_cast<Index>(last.size());
-  if (x.rows != nullptr) {
-    for (Index i = 0; i < size(x); ++i) {
-      const Row& row = (*x.rows)[static_cast<std::size_t>(i / n)];
-      const std::uint64_t token = reference::random_bits(
-          0, static_cast<std::uint64_t>(row.sequence), static_cast<std::uint64_t>(row.expert));
-      apply(i, row.sample,
-            token + static_cast<std::uint64_t>(last[static_cast<std::size_t>(i % n)]));
+  const auto apply = [&](Index line, std::uint64_t first) {
+    for (Index j = 0; j < n; ++j) {
+      const auto number = first + static_cast<std::uint64_t>(last[static_cast<std::size_t>(j)]);
+      to[line * n + j] = left_out(number) ? 0.0f : from[line * n + j] * scale;
     }
+  };
+  const Index lines = n == 0 ? 0 : size(x) / n;
+  if (x.rows != nullptr) {
+    for (Index line = 0; line < lines; ++line)
+      apply(line, reference::number_of_row(c, (*x.rows)[static_cast<std::size_t>(line)]));
     return true;
   }
   const Shape& shape = c.signature->outputs[0].shape;
   if (shape.back().dim == Dim::sample) return false;
   const std::size_t dims = shape.size();
-  for (Index line = 0; line < (n == 0 ? 0 : size(x) / n); ++line) {
-    std::int64_t sample = 0, place = 0;
-    Index inner = size(x) / n, rest = line;
+  for (Index line = 0; line < lines; ++line) {
+    std::int64_t sample = c.first_sample, place = 0, of_sample = shape.back().extent;
+    Index inner = lines, rest = line;
     for (std::size_t d = 0; d + 1 < dims; ++d) {
       const Indices& list = (*x.index)[d];
       inner /= static_cast<Index>(list.size());
       const std::int64_t global = list[static_cast<std::size_t>(rest / inner)];
       rest %= inner;
       if (shape[d].dim == Dim::sample) {
-        sample = global;
+        sample += global;
       } else {
         place = place * shape[d].extent + global;
+        of_sample *= shape[d].extent;
       }
     }
-    place *= shape.back().extent;
-    for (Index j = 0; j < n; ++j)
-      apply(line * n + j, sample,
-            static_cast<std::uint64_t>(place + last[static_cast<std::size_t>(j)]));
+    apply(line, static_cast<std::uint64_t>(sample * of_sample + place * shape.back().extent));
   }
   return true;
 }

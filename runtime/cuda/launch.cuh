@@ -22,13 +22,16 @@ __global__ void __launch_bounds__(kMostLanes, 1) rows_kernel(std::int64_t n, F f
   for (std::int64_t row = blockIdx.x; row < n; row += gridDim.x) f(row, lanes);
 }
 
-/// As many rows as the block has warps: of a warp each, blocks could not fill a multiprocessor.
-constexpr unsigned kWarpsOfRows = 8;
+/// Rows that a part of a warp shares: of one each, blocks could not fill a multiprocessor, and most
+/// of a warp would have nothing of a head's norm on its way.
+constexpr unsigned kShortRowsThreads = 256, kLeastLanes = 4;
 template <class F>
-__global__ void __launch_bounds__(kWarpsOfRows * 32) short_rows_kernel(std::int64_t n, F f) {
-  const Lanes lanes(true);
-  for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarpsOfRows + threadIdx.x / 32;
-       row < n; row += static_cast<std::int64_t>(gridDim.x) * kWarpsOfRows)
+__global__ void __launch_bounds__(kShortRowsThreads)
+    short_rows_kernel(std::int64_t n, unsigned of_row, F f) {
+  const Lanes lanes(of_row);
+  const unsigned rows = kShortRowsThreads / of_row;
+  for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * rows + threadIdx.x / of_row;
+       row < n; row += static_cast<std::int64_t>(gridDim.x) * rows)
     f(row, lanes);
 }
 
@@ -45,14 +48,15 @@ template <class F>
 void CudaMachine::rows(std::int64_t n, std::int64_t width, F f) {
   if (n <= 0) return;
   constexpr std::int64_t kMostBlocks = 1 << 20;
-  unsigned threads = 32;
-  while (threads < kMostLanes && threads * 4 < width) threads *= 2;
-  const std::int64_t rows = threads == 32 ? kWarpsOfRows : 1, wanted = (n + rows - 1) / rows;
+  unsigned lanes = kLeastLanes;
+  while (lanes < kMostLanes && lanes * 4 < width) lanes *= 2;
+  const std::int64_t rows = lanes <= Lanes::kWarp ? kShortRowsThreads / lanes : 1,
+                     wanted = (n + rows - 1) / rows;
   const auto blocks = static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
   if (rows > 1) {
-    short_rows_kernel<<<blocks, kWarpsOfRows * 32, 0, stream_>>>(n, f);
+    short_rows_kernel<<<blocks, kShortRowsThreads, 0, stream_>>>(n, lanes, f);
   } else {
-    rows_kernel<<<blocks, threads, 0, stream_>>>(n, f);
+    rows_kernel<<<blocks, lanes, 0, stream_>>>(n, f);
   }
   check(cudaGetLastError(), "start of a kernel for " + std::to_string(n) + " rows");
 }

@@ -67,14 +67,16 @@ PARTITA_BOTH float quick_inverse(float x) {
 #endif
 }
 
-/// Those who share a row: on a GPU the threads of a block, or of a warp where rows are short; on
-/// the host one. Every lane calls sum() and max() the same number of times.
+/// Those who share a row: on a GPU the threads of a block, or a part of a warp's where rows are
+/// short; on the host one. Every lane calls sum() and max() the same number of times.
 class Lanes {
  public:
-  PARTITA_BOTH explicit Lanes(bool warp = false) : warp_(warp) {}
+  static constexpr unsigned kWarp = 32;
+  /// All of a block, or so many of a warp, a power of two.
+  PARTITA_BOTH explicit Lanes(unsigned of_warp = 0) : of_warp_(of_warp) {}
   PARTITA_BOTH std::int64_t lane() const {
 #if defined(__CUDA_ARCH__)
-    return warp_ ? threadIdx.x % 32 : threadIdx.x;
+    return of_warp_ > 0 ? threadIdx.x % of_warp_ : threadIdx.x;
 #elif defined(PARTITA_EMULATED_LANES)
     return emulated::lane();
 #else
@@ -83,7 +85,7 @@ class Lanes {
   }
   PARTITA_BOTH std::int64_t count() const {
 #if defined(__CUDA_ARCH__)
-    return warp_ ? 32 : blockDim.x;
+    return of_warp_ > 0 ? of_warp_ : blockDim.x;
 #elif defined(PARTITA_EMULATED_LANES)
     return emulated::lanes();
 #else
@@ -119,11 +121,17 @@ class Lanes {
   /// warps.
   template <int kValues, class T, class F>
   __device__ __forceinline__ void join(T (&v)[kValues], F f) const {
-    for (int d = 16; d > 0; d /= 2) {
-      for (int k = 0; k < kValues; ++k) v[k] = f(v[k], __shfl_xor_sync(0xffffffffu, v[k], d));
+    // Other rows of the warp may be elsewhere.
+    const unsigned mask = of_warp_ > 0 && of_warp_ < kWarp
+                              ? ((1u << of_warp_) - 1)
+                                    << (threadIdx.x % kWarp / of_warp_ * of_warp_)
+                              : 0xffffffffu;
+    for (unsigned d = (of_warp_ > 0 ? of_warp_ : kWarp) / 2; d > 0; d /= 2) {
+      for (int k = 0; k < kValues; ++k)
+        v[k] = f(v[k], __shfl_xor_sync(mask, v[k], static_cast<int>(d)));
     }
-    if (warp_) {
-      __syncwarp();  // what a lane has read before, another may write now
+    if (of_warp_ > 0) {
+      __syncwarp(mask);  // what a lane has read before, another may write now
       return;
     }
     __shared__ T parts[32][kValues];
@@ -144,14 +152,14 @@ class Lanes {
     join(all, [maximum](double x, double y) { return maximum ? fmax(x, y) : x + y; });
     return all[0];
 #elif defined(PARTITA_EMULATED_LANES)
-    static_cast<void>(warp_);
+    static_cast<void>(of_warp_);
     return emulated::reduce(v, maximum);
 #else
-    static_cast<void>(warp_), static_cast<void>(maximum);
+    static_cast<void>(of_warp_), static_cast<void>(maximum);
     return v;
 #endif
   }
-  bool warp_;
+  unsigned of_warp_;
 };
 
 /// Position of the first of an ascending list of n that is not below `value`.

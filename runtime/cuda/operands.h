@@ -183,6 +183,12 @@ PARTITA_INLINE void each_octet(const Numbers& row, std::int64_t n, const Lanes& 
     }
   }
 }
+/// Sums of an octet are in fp32, of a row in double.
+PARTITA_LANE float sum_of(const Octet& o) {
+  float sum = 0;
+  for (int k = 0; k < Octet::kSize; ++k) sum += o.v[k];
+  return sum;
+}
 /// Of what a lane has met of a row: the largest number, and the sum of e to the others less it, in
 /// one look. Of numbers of -infinity alone the sum is 0.
 struct SumOfPowers {

@@ -581,36 +581,31 @@ std::uint64_t splitmix(std::uint64_t x) {
 /// In [0, 1), from the upper 53 bits.
 double unit(std::uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
 
-/// The same mask in both passes and on every partition: keyed by the element's place in the sample.
 Piece dropped(const Dropout& op, const Context& c, Piece x) {
-  constexpr std::uint64_t kDropout = 0x64726f70;
-  const std::uint64_t key = random_bits(c.seed, static_cast<std::uint64_t>(c.step), kDropout);
   const Shape& shape = c.signature->outputs[0].shape;
-  const auto apply = [&](double& v, std::int64_t sample, std::uint64_t place) {
-    const double u = uniform(key, static_cast<std::uint64_t>(c.first_sample + sample), place);
-    v = u < op.probability ? 0 : v / (1 - op.probability);
+  const Dropped left_out(op, c);
+  const auto apply = [&](double& v, std::uint64_t number) {
+    v = left_out(number) ? 0 : v * left_out.scale;
   };
   if (x.routed) {
     const std::size_t features = x.index[3].size();
-    for (std::size_t i = 0; i < x.values.size(); ++i) {
-      const Row& row = x.rows[i / features];
-      const std::uint64_t token = random_bits(0, static_cast<std::uint64_t>(row.sequence),
-                                              static_cast<std::uint64_t>(row.expert));
-      apply(x.values[i], row.sample, token + static_cast<std::uint64_t>(x.index[3][i % features]));
-    }
+    for (std::size_t i = 0; i < x.values.size(); ++i)
+      apply(x.values[i], number_of_row(c, x.rows[i / features]) +
+                             static_cast<std::uint64_t>(x.index[3][i % features]));
     return x;
   }
   for_each(x.index, [&](std::size_t i, const Positions& at) {
-    std::int64_t sample = 0, place = 0;
+    std::int64_t sample = c.first_sample, place = 0, of_sample = 1;
     for (std::size_t d = 0; d < at.size(); ++d) {
       const std::int64_t global = x.index[d][at[d]];
       if (shape[d].dim == Dim::sample) {
-        sample = global;
+        sample += global;
       } else {
         place = place * shape[d].extent + global;
+        of_sample *= shape[d].extent;
       }
     }
-    apply(x.values[i], sample, static_cast<std::uint64_t>(place));
+    apply(x.values[i], static_cast<std::uint64_t>(sample * of_sample + place));
   });
   return x;
 }
@@ -1809,6 +1804,26 @@ double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
   return unit(random_bits(seed, a, b));
 }
 
+std::uint64_t dropout_key(std::uint64_t seed, std::int64_t step) {
+  constexpr std::uint64_t kDropout = 0x64726f70;
+  return random_bits(seed, static_cast<std::uint64_t>(step), kDropout);
+}
+Dropped::Dropped(const Dropout& op, const Context& c) {
+  key = dropout_key(c.seed, c.step);
+  // Somebody is always kept.
+  below = static_cast<std::uint64_t>(std::min(std::round(op.probability * 0x1p16), 0x1p16 - 1));
+  scale = 1 / (1 - static_cast<double>(below) * 0x1p-16);
+}
+bool Dropped::operator()(std::uint64_t number) const {
+  return (splitmix(key ^ number >> 2) >> 16 * (number & 3) & 0xffff) < below;
+}
+std::uint64_t number_of_row(const Context& c, const Row& row) {
+  // Four features that follow one another share a word.
+  return random_bits(static_cast<std::uint64_t>(c.first_sample + row.sample),
+                     static_cast<std::uint64_t>(row.sequence),
+                     static_cast<std::uint64_t>(row.expert)) &
+         ~std::uint64_t{3};
+}
 double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b) {
   // Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
   const std::uint64_t bits = random_bits(seed, a, b);

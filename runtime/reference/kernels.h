@@ -102,6 +102,20 @@ std::uint64_t random_bits(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
 /// Counter-based uniform number in [0, 1) (splitmix64 of the mixed words): the same on every
 /// partition.
 double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
+/// What an operator's dropout leaves out in one step: the same on every partition, and in both
+/// passes. Elements are numbered sample after sample; each has 16 bits, four one word: words for
+/// each would take a GPU longer than the memory that dropout reads and writes. So probabilities are
+/// multiples of 2^-16.
+struct Dropped {
+  Dropped(const Dropout& op, const Context& c);
+  bool operator()(std::uint64_t number) const;
+  std::uint64_t key;
+  std::uint64_t below;  ///< of 2^16 numbers so many are left out
+  double scale;         ///< of what is kept
+};
+std::uint64_t dropout_key(std::uint64_t seed, std::int64_t step);
+/// First number of a routed row: those of its features follow.
+std::uint64_t number_of_row(const Context& c, const Row& row);
 double normal(std::uint64_t seed, std::uint64_t a, std::uint64_t b);
 
 }  // namespace partita::reference

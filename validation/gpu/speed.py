@@ -4,8 +4,8 @@
   validation/gpu/speed.py memory DEVICE_YAML [--bound 0.85] [--least BYTES]
   validation/gpu/speed.py products PARTITA [--bound 1.05]
 
-memory: of a profile that calibrate wrote, every kernel that only moves memory: bytes over time of its largest point, of the
-rate of the largest copy. Points below --least bytes (default: 128 MB, more than twice an H200's cache) say nothing; a kernel without one is named, and
+memory: of a profile that calibrate wrote, every kernel that only moves memory: the time of a copy of as many bytes (between two
+copies' times where there is none) over that of its largest point. Points below --least bytes (default: 128 MB, more than twice an H200's cache) say nothing; a kernel without one is named, and
 one that every calibration has is missed: exit code 2.
 products: a replay of layers of hidden size 8192 whose products time as many of cuBLASLt's algorithms as there are; the time of the fastest of those that are
 timed unless told otherwise, product by product, over the fastest of all, from the same passes; one that was not timed falls short. Exit code 2 where nothing can be compared.
@@ -45,22 +45,39 @@ def kernels_of(text):
     return found, rate
 
 
+def is_one(name, kinds):
+    """By whole words: "add" is no "add_bias"."""
+    return any(name == kind or name.startswith(kind + " ") for kind in kinds)
+
+
+def copy_time(copies, size):
+    """A straight line between two copies; beyond the largest at its rate."""
+    below = [c for c in copies if c[0] <= size]
+    above = [c for c in copies if c[0] > size]
+    if not below or not above:
+        bytes_, time = (below or above)[-1 if below else 0]
+        return time * max(1, size / bytes_)
+    (b0, t0), (b1, t1) = below[-1], above[0]
+    return t0 + (t1 - t0) * (size - b0) / (b1 - b0)
+
+
 def memory(o):
     found, rate = kernels_of(open(o.device).read())
-    if not rate:
+    if not rate or "copy" not in found:
         return {"error": f"{o.device} has no memory_bandwidth that a copy was measured for"}, 2
+    copies = sorted(found["copy"])
     result = {"schema": "partita.speed/1", "copy_GBps": rate / 1e9, "bound": o.bound, "kernels": {}, "too small": []}
     for name, points in sorted(found.items()):
-        if not name.startswith(MOVES) or any(word in name for word in NOT):
+        if not is_one(name, MOVES) or any(word in name for word in NOT):
             continue
         size, time = max(points)
         if size < o.least:
             result["too small"].append(name)
             continue
-        result["kernels"][name] = {"bytes": size, "share": size / time / rate}
+        result["kernels"][name] = {"bytes": size, "share": copy_time(copies, size) / time}
     slow = [n for n, k in result["kernels"].items() if k["share"] < o.bound]
     result["below"] = slow
-    result["missing"] = [a for a in ALWAYS if not any(n.startswith(a) for n in result["kernels"])]
+    result["missing"] = [a for a in ALWAYS if not any(is_one(n, (a,)) for n in result["kernels"])]
     return result, 2 if result["missing"] else 1 if slow else 0
 
 

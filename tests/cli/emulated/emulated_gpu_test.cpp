@@ -381,6 +381,17 @@ TEST_F(EmulatedGpu, TheGpusScriptDoesItsParts) {
         "memcheck-experts ", "memcheck-fp8 ", "memcheck-flash ", "racecheck-fp8 "})
     EXPECT_THAT(summary, HasSubstr(part));
   EXPECT_THAT(summary, HasSubstr(", 0 failed: none"));
+  EXPECT_THAT(summary, HasSubstr("0 found no time: none"));
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "parts.tgz"));
+  // What has no time is left out, and said to be.
+  const int late = std::system(
+      fmt::format("LIMIT=1 PARTITA='{}' GPU_TEST='{}' '{}/validation/gpu/run.sh' '{}/late' mnist "
+                  ">'{}/said' 2>&1",
+                  (folder_ / "partita").string(), PARTITA_EMULATED_TESTS, PARTITA_SOURCE,
+                  folder_.string(), folder_.string())
+          .c_str());
+  EXPECT_EQ(WEXITSTATUS(late), 3);
+  EXPECT_THAT(text_of(folder_ / "late/summary.txt"), HasSubstr("1 found no time: mnist"));
 }
 
 TEST_F(EmulatedGpu, ATraceNamesWhatKernelsWereCalledFor) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
@@ -75,7 +76,10 @@ struct Describe {
   }
   Json operator()(const Activation& o) { return {{"kind", name_of(o.kind)}}; }
   Json operator()(const GatedActivation& o) { return {{"kind", name_of(o.kind)}}; }
-  Json operator()(const Dropout& o) { return {{"probability", o.probability}}; }
+  /// As it is drawn: of 16 bits.
+  Json operator()(const Dropout& o) {
+    return {{"probability", std::round(o.probability * 0x1p16) * 0x1p-16}};
+  }
   Json operator()(const Rotary& o) {
     return {{"head_dim", o.head_dim}, {"rotated", o.rotated}, {"base", o.base}};
   }

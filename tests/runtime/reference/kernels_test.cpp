@@ -729,6 +729,12 @@ TEST(Dropout, KeepsItsShareAndScalesItAndDependsOnStepSampleAndSeed) {
   EXPECT_NEAR(static_cast<double>(kept), 15000, 306);
   EXPECT_EQ(kept + std::count(y.begin(), y.end(), 0.0), 20000);
 
+  // Neighbours, whose bits are one word's, as independent of one another: a sixteenth of the pairs
+  // goes whole, Binomial(19999, 1/16) but for overlaps, standard deviation 34 to 43.
+  int both = 0;
+  for (std::size_t i = 0; i + 1 < y.size(); ++i) both += y[i] == 0 && y[i + 1] == 0 ? 1 : 0;
+  EXPECT_NEAR(both, 1250, 5 * 43);
+
   const auto forward_with = [&](auto change) {
     Part other = whole_part(p);
     change(other.context);
@@ -739,6 +745,15 @@ TEST(Dropout, KeepsItsShareAndScalesItAndDependsOnStepSampleAndSeed) {
   // Sample 1 of this micro-batch is sample 0 of one that begins a sample later.
   const auto later = forward_with([](Context& c) { ++c.first_sample; });
   EXPECT_TRUE(std::equal(later.begin(), later.begin() + 15000, y.begin() + 5000));
+}
+
+TEST(Dropout, ProbabilitiesAreOfSixteenBits) {
+  Context c;
+  // Three of 2^16, and somebody is always kept.
+  EXPECT_EQ(Dropped(Dropout{3.4 / 65536}, c).below, 3u);
+  EXPECT_DOUBLE_EQ(Dropped(Dropout{3.4 / 65536}, c).scale, 65536.0 / 65533);
+  EXPECT_EQ(Dropped(Dropout{0.9999999}, c).below, 65535u);
+  EXPECT_EQ(Dropped(Dropout{0}, c).scale, 1);
 }
 
 TEST(RandomNumbers, HaveTheMomentsOfTheirDistributions) {
