@@ -20,12 +20,13 @@ enum class Dim : std::uint8_t {
   feature,       ///< hidden size, output channels
   ffn,           ///< width inside a feed-forward block
   reduction,     ///< summed input features or channels
-  vocabulary,    ///< tokens of the vocabulary, classes
+  vocabulary,    ///< tokens of the vocabulary, classes of images
+  classes,       ///< token types, classes of tokens: frameworks neither cut nor pad them
   expert,
   height,
   width,
 };
-inline constexpr int kDimCount = 13;
+inline constexpr int kDimCount = 14;
 
 std::string_view name(Dim dim);
 /// The dimension of that name; -1 cast never happens: throws InputError{place} listing all names.

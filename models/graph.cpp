@@ -136,7 +136,8 @@ Graph with_padded_vocabulary(Graph graph, std::int64_t multiple) {
   for (auto& p : graph.parameters) pad(p.shape);
   for (auto& op : graph.operators) {
     if (auto* l = std::get_if<Linear>(&op.operation)) pad(l->out);
-    if (auto* e = std::get_if<Embedding>(&op.operation)) {
+    if (auto* e = std::get_if<Embedding>(&op.operation);
+        e != nullptr && e->rows == Dim::vocabulary) {
       e->vocabulary = ceil_div(e->vocabulary, multiple) * multiple;
     }
   }

@@ -332,6 +332,72 @@ TransformerConfig gpt2(const JsonFile& f) {
   return c;
 }
 
+/// Google's files name their activation twice; the library takes hidden_activation.
+TransformerConfig gemma_like(const JsonFile& f, Defaults d) {
+  d.act = "gelu_pytorch_tanh";
+  d.head_dim = 256;
+  d.reach = 8192;
+  TransformerConfig c = llama_like(f, d);
+  c.activation = activation(f, "hidden_activation", "gelu_pytorch_tanh");
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  return c;
+}
+
+TransformerConfig gemma(const JsonFile& f) { return gemma_like(f, {}); }
+
+TransformerConfig gemma2(const JsonFile& f) {
+  Defaults d;
+  d.slides = true;
+  TransformerConfig c = gemma_like(f, d);
+  c.norm_position = NormPosition::both;
+  read_windows(f, c, f.optional_number("sliding_window", 4096),
+               [](std::int64_t i) { return i % 2 == 0; });
+  return c;
+}
+
+TransformerConfig gemma3(const JsonFile& f) {
+  Defaults d;
+  d.slides = true;
+  d.reach = 131072;
+  TransformerConfig c = gemma_like(f, d);
+  c.norm_position = NormPosition::both;
+  c.qk_norm = true;
+  const std::int64_t every = std::max<std::int64_t>(1, f.number_or("sliding_window_pattern", 6));
+  read_windows(f, c, f.optional_number("sliding_window", 4096),
+               [&](std::int64_t i) { return (i + 1) % every != 0; });
+  return c;
+}
+
+/// Query, key and value are one product in its file, gate and up another: the same sizes.
+TransformerConfig phi3(const JsonFile& f) {
+  Defaults d;
+  d.slides = true;
+  d.reach = 4096;
+  d.epsilon = 1e-5;
+  TransformerConfig c = llama_like(f, d);
+  same_windows(f, c, 0);
+  return c;
+}
+
+TransformerConfig starcoder2(const JsonFile& f) {
+  Defaults d;
+  d.slides = true;
+  d.kv_heads = 2;
+  d.reach = 4096;
+  d.epsilon = 1e-5;
+  d.epsilon_key = "norm_epsilon";
+  d.act = "gelu_pytorch_tanh";
+  d.deviation = 0.018042;
+  TransformerConfig c = llama_like(f, d);
+  same_windows(f, c, 0);
+  c.norm = TransformerConfig::Norm::layer;
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = f.flag_or("use_bias", true);
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  return c;
+}
+
 /// Qwen slides from block max_window_layers on, where it slides at all.
 void qwen_windows(const JsonFile& f, TransformerConfig& c, std::int64_t first) {
   const bool used = f.flag_or("use_sliding_window", false);
@@ -484,7 +550,14 @@ TransformerConfig nemotron_h(const JsonFile& f) {
   if (c.pattern.empty()) {
     f.refuse("hybrid_override_pattern", "is missing, and so is layers_block_type; give one of them");
   }
-  c.layers = static_cast<int>(c.pattern.size());
+  const auto listed = static_cast<std::int64_t>(c.pattern.size());
+  const std::int64_t layers = f.number_or("num_hidden_layers", listed);
+  if (layers > listed)
+    f.refuse(
+        "num_hidden_layers",
+        fmt::format("is {}, and the pattern lists {} blocks; add to the pattern", layers, listed));
+  c.pattern.resize(static_cast<std::size_t>(layers));
+  c.layers = static_cast<int>(layers);
   c.hidden = f.number("hidden_size");
   c.heads = f.number("num_attention_heads");
   c.kv_heads = f.number_or("num_key_value_heads", 8);
@@ -552,7 +625,7 @@ TransformerConfig bert(const JsonFile& f) {
   TransformerConfig c = encoder(f);
   c.vocabulary = f.number("vocab_size");
   c.positions = c.sequence = f.number_or("max_position_embeddings", 512);
-  c.norm_after = true;
+  c.norm_position = NormPosition::after;
   c.token_types = f.number_or("type_vocab_size", 2);
   c.embedding_norm = true;
   c.tied = f.flag_or("tie_word_embeddings", true);
@@ -579,9 +652,12 @@ struct ModelType {
   std::string_view name;
   TransformerConfig (*read)(const JsonFile& file);
 };
-constexpr std::array<ModelType, 14> kModelTypes{{{"bert", bert},
+constexpr std::array<ModelType, 19> kModelTypes{{{"bert", bert},
                                                  {"deepseek_v2", deepseek_v2},
                                                  {"deepseek_v3", deepseek_v3},
+                                                 {"gemma", gemma},
+                                                 {"gemma2", gemma2},
+                                                 {"gemma3_text", gemma3},
                                                  {"gpt2", gpt2},
                                                  {"gpt_oss", gpt_oss},
                                                  {"llama", llama},
@@ -589,9 +665,11 @@ constexpr std::array<ModelType, 14> kModelTypes{{{"bert", bert},
                                                  {"mixtral", mixtral},
                                                  {"nemotron", nemotron},
                                                  {"nemotron_h", nemotron_h},
+                                                 {"phi3", phi3},
                                                  {"qwen2", qwen2},
                                                  {"qwen3", qwen3},
                                                  {"qwen3_moe", qwen3_moe},
+                                                 {"starcoder2", starcoder2},
                                                  {"vit", vit}}};
 
 /// "; the catalogue has gpt-neox-20b": networks whose names begin as a model_type does; "" none.

@@ -145,7 +145,11 @@ TransformerConfig read_transformer(const YamlNode& node) {
          Words<TransformerConfig::Norm, 2>{
              {{"layer", TransformerConfig::Norm::layer}, {"rms", TransformerConfig::Norm::rms}}});
   f.read("norm_epsilon", c.norm_epsilon);
-  f.read("norm_position", c.norm_after, Words<bool, 2>{{{"before", false}, {"after", true}}});
+  f.read("norm_position", c.norm_position,
+         Words<NormPosition, 4>{{{"before", NormPosition::before},
+                                 {"after", NormPosition::after},
+                                 {"both", NormPosition::both},
+                                 {"output", NormPosition::output}}});
   f.read("qk_norm", c.qk_norm);
   if (const auto rotary = node.find("rotary")) {
     const Fields r(*rotary);
@@ -216,6 +220,9 @@ class LayerList {
     flatten_items(node_.get("layers"));
     if (items_.empty()) throw InputError(node_.get("layers").place(), "needs at least one layer");
     b_.set_layer(-1);
+    // Behind the classes' layer a softmax may stand.
+    std::size_t last = items_.size() - 1;
+    while (last > 0 && parts(items_[last]).first == "softmax") --last;
     for (std::size_t i = 0; i < items_.size(); ++i) {
       if (weighted(items_[i])) {
         ++block_;
@@ -223,7 +230,7 @@ class LayerList {
       }
       b_.set_layer(block_);
       prefix_ = block_ < 0 ? "stem." : fmt::format("layers.{}.", block_);
-      last_ = i + 1 == items_.size();
+      last_ = i == last;
       x = item(items_[i], x);
     }
     const std::string loss = node_.find("loss") ? node_.get("loss").as_string() : "cross_entropy";
@@ -497,6 +504,7 @@ Graph load_model_file(const std::string& path, const ModelOptions& options) {
   check_options(options);
   const YamlNode root =
       YamlNode::load_text(yaml_with(read_file(path), options.edits, path), path, "partita.model/1");
+  root.reject_empty_keys();
   std::string name = std::filesystem::path(path).stem().string();
   if (const auto n = root.find("name")) name = n->as_string();
   root.find("source");

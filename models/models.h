@@ -73,6 +73,11 @@ struct MixtureOfExperts {
   bool expert_bias = false;
 };
 
+/// Where a block's norms are: before attention and feed-forward (GPT-2, Llama), after the residual
+/// sums (BERT), before them and on what they give (Gemma 2 and 3), on what they give alone (OLMo
+/// 2).
+enum class NormPosition { before, after, both, output };
+
 /// A stack of equal transformer blocks with what stands before and after it: decoders with a
 /// language model head, BERT with its masked-language-model head, ViT with its classifier.
 struct TransformerConfig {
@@ -98,7 +103,7 @@ struct TransformerConfig {
 
   Norm norm = Norm::rms;
   double norm_epsilon = 1e-5;
-  bool norm_after = false;  ///< BERT: each norm follows the residual it normalises
+  NormPosition norm_position = NormPosition::before;
   bool qk_norm = false;     ///< RMS norm over each head's query and key
 
   std::int64_t positions = 0;   ///< > 0: a learned table of that many

@@ -141,7 +141,16 @@ class Importer {
       if (node.op_type() == "Shape" || node.op_type() == "Size") all = true;
       if (!all) continue;
       for (const auto& out : node.output()) constants_.insert(out);
+      const std::string& op = node.op_type();
+      if ((op == "Transpose" || op == "Identity" || op == "Reshape") && !node.input(0).empty())
+        made_from_[node.output(0)] = initializer_of(node.input(0));
     }
+  }
+
+  /// The initializer whose numbers a constant has, in whatever order.
+  std::string initializer_of(const std::string& name) const {
+    const auto it = made_from_.find(name);
+    return it != made_from_.end() ? it->second : name;
   }
 
   bool is_constant(const onnx::NodeProto& node) const {
@@ -177,17 +186,24 @@ class Importer {
   /// Makes the inputs' extents numbers and lets ONNX infer the rest.
   void infer_shapes() {
     auto& g = *model_.mutable_graph();
+    bool has_sequence = options_.sequence == 0;
     for (auto& input : *g.mutable_input()) {
       if (constants_.count(input.name()) > 0 || !input.type().has_tensor_type()) continue;
       auto& type = *input.mutable_type()->mutable_tensor_type();
       if (!type.has_shape()) continue;
       for (int i = 0; i < type.shape().dim_size(); ++i) {
         auto& dim = *type.mutable_shape()->mutable_dim(i);
+        if (i == 1) has_sequence |= !dim.has_dim_value() || dim.dim_value() == options_.sequence;
         if (dim.has_dim_value() && dim.dim_value() > 0) continue;
         if (i == 0) dim.set_dim_value(1);
         if (i == 1 && options_.sequence > 0) dim.set_dim_value(options_.sequence);
       }
     }
+    if (!has_sequence)
+      throw InputError("sequence",
+                       fmt::format("{} has no input whose second extent is open; export it with a "
+                                   "dynamic axis, or leave the sequence out",
+                                   path_));
     try {
       onnx::ShapeInferenceOptions how;
       how.enable_data_propagation = true;
@@ -436,7 +452,8 @@ class Importer {
   /// Adds an operator and gives its first output the node's first name. A weight that another
   /// operator reads already is shared, as long as it is the operator's first parameter.
   TensorId add(const onnx::NodeProto& node, Operation op, std::vector<TensorId> in,
-               const std::string& weight = "") {
+               const std::string& read = "") {
+    const std::string weight = initializer_of(read);
     std::vector<ParameterId> shared;
     if (const auto it = parameters_.find(weight); !weight.empty() && it != parameters_.end()) {
       shared = {it->second};
@@ -901,6 +918,7 @@ class Importer {
   std::map<std::string, Value> values_;
   std::map<std::string, int> readers_;
   std::map<std::string, ParameterId> parameters_;
+  std::map<std::string, std::string> made_from_;
   std::map<std::string, std::string> folded_;
   std::set<std::string> biased_;
   std::set<std::string> last_softmax_;

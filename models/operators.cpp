@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::array<std::string_view, kDimCount> kDimNames{
     "sample", "sequence",  "key_sequence", "position", "head",   "head_feature", "feature",
-    "ffn",    "reduction", "vocabulary",   "expert",   "height", "width"};
+    "ffn",    "reduction", "vocabulary",   "classes",  "expert", "height",       "width"};
 
 template <class... F>
 struct Overload : F... {
@@ -150,12 +150,12 @@ void make(Maker& m, const AddBias&) {
 void make(Maker& m, const Embedding& op) {
   m.need_inputs(1, "embedding");
   auto d = m.dims_of(m.in[0]);
-  const int v = m.dim(Dim::vocabulary, op.vocabulary, DimUse::sum);
+  const int v = m.dim(op.rows, op.vocabulary, DimUse::sum);
   const int f = m.dim(Dim::feature, op.feature);
   auto& ids = m.input(0, d);
   ids.differentiable = false;
   ids.saved_for_weight = true;
-  m.parameter({{Dim::vocabulary, op.vocabulary}, {Dim::feature, op.feature}}, {v, f});
+  m.parameter({{op.rows, op.vocabulary}, {Dim::feature, op.feature}}, {v, f});
   Shape y = m.in[0];
   y.push_back({Dim::feature, op.feature});
   d.push_back(f);
@@ -373,7 +373,8 @@ void make(Maker& m, const CrossEntropy&) {
   std::vector<int> d, kept;
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const bool last = i + 1 == logits.size();
-    d.push_back(m.dim(last ? Dim::vocabulary : logits[i].dim, logits[i].extent,
+    const bool named = !last || logits[i].dim == Dim::classes;
+    d.push_back(m.dim(named ? logits[i].dim : Dim::vocabulary, logits[i].extent,
                       last ? DimUse::statistic : DimUse::sum));
     if (!last) kept.push_back(d.back());
   }

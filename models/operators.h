@@ -34,6 +34,7 @@ struct AddBias {
 struct Embedding {
   std::int64_t vocabulary = 0;
   std::int64_t feature = 0;
+  Dim rows = Dim::vocabulary;  ///< what they stand for; Dim::classes: token types
   friend bool operator==(const Embedding&, const Embedding&) = default;
 };
 

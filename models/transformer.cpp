@@ -38,8 +38,8 @@ void check_pattern(const Config& c) {
   }
   require(c, static_cast<std::size_t>(c.layers) <= c.pattern.size(),
           fmt::format("{} layers are more than the pattern's {}", c.layers, c.pattern.size()));
-  require(c, !c.norm_after && c.image == 0 && c.memory == 0,
-          "a pattern goes with neither norm_position after, image nor memory");
+  require(c, c.norm_position == NormPosition::before && c.image == 0 && c.memory == 0,
+          "a pattern goes with norm_position before alone, and with neither image nor memory");
   require(c, c.mtp_layers == 0 || !c.mtp_pattern.empty(),
           "multi-token prediction of a hybrid needs mtp_pattern");
   for (const char mixer : kMixers) {
@@ -231,7 +231,8 @@ class Transformer {
     table_ = b_.op(b_.last()).parameters[0];
     if (c_.token_types > 0) {
       const TensorId types = b_.input(scope + "token_types", ids);
-      const TensorId y = add("token_type_embedding", Embedding{c_.token_types, c_.hidden}, {types});
+      const TensorId y =
+          add("token_type_embedding", Embedding{c_.token_types, c_.hidden, Dim::classes}, {types});
       x = add("token_type_sum", Add{}, {x, y});
     }
     if (c_.positions > 0) x = add("position_embedding", PositionEmbedding{c_.positions}, {x});
@@ -288,15 +289,21 @@ class Transformer {
 
   TensorId block(TensorId x, int layer) {
     if (!c_.pattern.empty()) return mixed(x, c_.pattern[static_cast<std::size_t>(layer)], layer);
-    if (c_.norm_after) {
+    const auto forwarded = [&](TensorId y) { return has_experts(c_, layer) ? experts(y) : mlp(y); };
+    if (c_.norm_position == NormPosition::after) {
       x = add("attention.residual", Add{}, {attention(x, layer), x});
       x = normed("attention_norm", x);
-      x = add("mlp.residual", Add{}, {mlp(x), x});
+      x = add("mlp.residual", Add{}, {forwarded(x), x});
       return normed("mlp_norm", x);
     }
-    x = add("attention.residual", Add{}, {attention(normed("attention_norm", x), layer), x});
-    const TensorId y = normed("mlp_norm", x);
-    return add("mlp.residual", Add{}, {has_experts(c_, layer) ? experts(y) : mlp(y), x});
+    const bool first = c_.norm_position != NormPosition::output,
+               behind = c_.norm_position != NormPosition::before;
+    TensorId y = attention(first ? normed("attention_norm", x) : x, layer);
+    if (behind) y = normed("attention.output_norm", y);
+    x = add("attention.residual", Add{}, {y, x});
+    y = forwarded(first ? normed("mlp_norm", x) : x);
+    if (behind) y = normed("mlp.output_norm", y);
+    return add("mlp.residual", Add{}, {y, x});
   }
 
   TensorId rotated(const std::string& name, TensorId x, std::int64_t head_dim, std::int64_t count) {
@@ -318,11 +325,10 @@ class Transformer {
     core.causal = c_.causal;
     core.sinks = c_.sinks;
     core.materialised = !c_.flash_attention;
+    // More layers than are listed go on as they began.
     const auto at = static_cast<std::size_t>(layer);
-    if (c_.windowed_layers.empty() ||
-        (at < c_.windowed_layers.size() && c_.windowed_layers[at] != 0)) {
+    if (c_.windowed_layers.empty() || c_.windowed_layers[at % c_.windowed_layers.size()] != 0)
       core.window = c_.window;
-    }
     const TensorId y =
         c_.latent.key_value_rank > 0 ? latent(x, core) : grouped_query(x, core, layer);
     TensorId out = linear("attention.output", y, {{Dim::feature, c_.hidden}}, false, 2);
@@ -441,7 +447,7 @@ class Transformer {
   TensorId head(TensorId x, TensorId labels) {
     switch (c_.head) {
       case Config::Head::language_model:
-        if (!c_.norm_after) x = normed("final_norm", x);
+        if (c_.norm_position != NormPosition::after) x = normed("final_norm", x);
         x = projected("head", x, false);
         break;
       case Config::Head::masked_language_model:
@@ -463,14 +469,14 @@ class Transformer {
         x = linear("head", x, {{Dim::vocabulary, c_.vocabulary}}, true);
         break;
       case Config::Head::token_classifier:
-        if (!c_.norm_after) x = normed("final_norm", x);
-        x = linear("head", x, {{Dim::vocabulary, c_.classes}}, true);
+        if (c_.norm_position != NormPosition::after) x = normed("final_norm", x);
+        x = linear("head", x, {{Dim::classes, c_.classes}}, true);
         break;
       case Config::Head::replaced_tokens:
-        if (!c_.norm_after) x = normed("final_norm", x);
+        if (c_.norm_position != NormPosition::after) x = normed("final_norm", x);
         x = linear("head_transform", x, {{Dim::feature, c_.hidden}}, true);
         x = add("head_activation", Activation{c_.activation}, {x});
-        x = linear("head", x, {{Dim::vocabulary, c_.classes}}, true);
+        x = linear("head", x, {{Dim::classes, c_.classes}}, true);
         break;
     }
     return add("loss", CrossEntropy{}, {x, labels});
@@ -529,7 +535,7 @@ class Transformer {
     }
     c_ = discriminator;
     b_.set_scope(scope);
-    if (!c_.norm_after) x = normed("final_norm", x);
+    if (c_.norm_position != NormPosition::after) x = normed("final_norm", x);
     x = linear("head_transform", x, {{Dim::feature, c_.hidden}}, true);
     x = add("head_activation", Activation{c_.activation}, {x});
     x = normed("head_norm", x);

@@ -370,38 +370,44 @@ std::string Configuration::key() const {
   return s;
 }
 
+ClusterShape cluster_shape(const std::string& name_or_file) {
+  const auto known = topology_catalogue();
+  const bool of_catalogue = std::binary_search(known.begin(), known.end(), name_or_file);
+  const Topology t = load_topology(name_or_file + ":1");
+  ClusterShape s;
+  s.name = name_or_file;
+  s.device = t.device(DeviceId{0}).name;
+  s.devices_per_node = static_cast<std::int64_t>(t.device_count(0));
+  s.nics_per_node = static_cast<std::int64_t>(t.nic_count(0));
+  s.file = of_catalogue
+               ? fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), name_or_file)
+               : name_or_file;
+  const YamlNode file = YamlNode::load_file(s.file, "partita.topology/1");
+  if (const auto aliases = file.find("aliases")) s.aliases = aliases->as_strings();
+  if (const auto network = file.find("network")) s.network = network->as_string();
+  const auto fabric = file.find("fabric");
+  s.may_sum = fabric && fabric->find("sharp");
+  const YamlNode nodes = file.get("nodes").items().at(0);
+  if (const auto domain = nodes.find("domain"))
+    s.nodes_per_domain = domain->get("nodes").as_int(1, 1'000'000);
+  for (const auto& [key, vertex] : nodes.get("vertices").members()) {
+    const std::string kind = vertex.get("kind").as_string();
+    if (kind == "device") s.device_key = key;
+    if (kind != "nic") continue;
+    s.nic_key = key;
+    if (const auto latency = vertex.find("latency")) s.nic_latency = latency->as_string();
+    s.nic_efficiency = vertex.find("efficiency").has_value();
+  }
+  return s;
+}
+
 Catalogue load_catalogue() {
   Catalogue c;
   c.models = known_models();
   for (const auto& n : device_catalogue()) c.devices.push_back(load_device(n));
   for (const auto& n : frameworks()) c.frameworks.push_back(load_framework(n, "framework"));
   c.settings = load_settings(data_folder("validation/settings.yaml"));
-  for (const auto& n : topology_catalogue()) {
-    const Topology t = load_topology(n + ":1");
-    ClusterShape s;
-    s.name = n;
-    s.device = t.device(DeviceId{0}).name;
-    s.devices_per_node = static_cast<std::int64_t>(t.device_count(0));
-    s.nics_per_node = static_cast<std::int64_t>(t.nic_count(0));
-    const YamlNode file = YamlNode::load_file(
-        fmt::format("{}/{}.yaml", data_folder("topologies/catalogue"), n), "partita.topology/1");
-    if (const auto aliases = file.find("aliases")) s.aliases = aliases->as_strings();
-    if (const auto network = file.find("network")) s.network = network->as_string();
-    const auto fabric = file.find("fabric");
-    s.may_sum = fabric && fabric->find("sharp");
-    const YamlNode nodes = file.get("nodes").items().at(0);
-    if (const auto domain = nodes.find("domain"))
-      s.nodes_per_domain = domain->get("nodes").as_int(1, 1'000'000);
-    for (const auto& [key, vertex] : nodes.get("vertices").members()) {
-      const std::string kind = vertex.get("kind").as_string();
-      if (kind == "device") s.device_key = key;
-      if (kind != "nic") continue;
-      s.nic_key = key;
-      s.nic_latency = vertex.get("latency").as_string();
-      s.nic_efficiency = vertex.find("efficiency").has_value();
-    }
-    c.clusters.push_back(std::move(s));
-  }
+  for (const auto& n : topology_catalogue()) c.clusters.push_back(cluster_shape(n));
   return c;
 }
 
@@ -647,9 +653,10 @@ std::string RowCase::key() const {
     for (const char w : c.windowed_layers) windowed += w != 0 ? '1' : '0';
     s += fmt::format("{} {} {} {} {} {} {} {} ", c.layers, c.hidden, c.heads, c.kv_heads,
                      c.head_dim, c.ffn, c.vocabulary, c.sequence);
-    s += fmt::format("{} {} {} {} {} {} {} {} {} {} ", static_cast<int>(c.norm), c.norm_after,
-                     c.qk_norm, c.positions, c.rotary_dim, static_cast<int>(c.activation), c.gated,
-                     c.qkv_bias, c.attention_output_bias, c.mlp_bias);
+    s += fmt::format("{} {} {} {} {} {} {} {} {} {} ", static_cast<int>(c.norm),
+                     static_cast<int>(c.norm_position), c.qk_norm, c.positions, c.rotary_dim,
+                     static_cast<int>(c.activation), c.gated, c.qkv_bias, c.attention_output_bias,
+                     c.mlp_bias);
     s += fmt::format("{} {} {} {} {} {} {} {} ", c.causal, c.window, windowed, c.sinks,
                      c.limited_activation, c.tied, static_cast<int>(c.head), c.mtp_layers);
     s += fmt::format("{} {} {} {} {} ", c.latent.query_rank, c.latent.key_value_rank,
@@ -1147,7 +1154,7 @@ class CaseBuilder {
   }
 
   void apply_flags(TransformerConfig& t) {
-    if (!flags_.any) return;
+    if (!flags_.any && !flags_.architecture) return;
     if (t.moe.experts > 0 && c_.model.rfind("as ", 0) != 0) return;  // a named architecture
     if (c_.model.rfind("as ", 0) != 0) return;
     t.gated = flags_.gated;
@@ -1329,7 +1336,12 @@ class CaseBuilder {
     p.cp = degree("cp", "context parallel", false);
     split_model();
     p.ep = degree("ep", "expert parallel", false);
-    if (row_["virtual_stages_per_gpu"].empty() && like_deepseek() && p.pp > 1) {
+    if (row_["virtual_stages_per_gpu"].empty() && flags_.chunk_layers && c_.transformer) {
+      // L / (p n) chunks of n layers a stage.
+      const double chunks = static_cast<double>(c_.transformer->layers) /
+                            static_cast<double>(p.pp * *flags_.chunk_layers);
+      p.virtual_stages = std::max<std::int64_t>(1, std::llround(chunks));
+    } else if (row_["virtual_stages_per_gpu"].empty() && like_deepseek() && p.pp > 1) {
       const std::int64_t layers = c_.transformer->layers;
       p.virtual_stages = std::max<std::int64_t>(1, (layers + p.pp) / (2 * p.pp));
       assume("virtual stages {}, of two blocks", p.virtual_stages);

@@ -88,6 +88,7 @@ void apply_settings(const std::vector<RowSettings>& settings, const std::string&
 /// A cluster of the topology catalogue, as far as choosing one needs it.
 struct ClusterShape {
   std::string name, device;
+  std::string file;
   std::vector<std::string> aliases;  ///< patterns of what a row says of its interconnect
   std::int64_t devices_per_node = 0, nics_per_node = 0;
   std::int64_t nodes_per_domain = 1;  ///< of one NVLink domain
@@ -109,6 +110,8 @@ struct Catalogue {
   std::vector<RowSettings> settings;
 };
 Catalogue load_catalogue();
+/// Of a catalogue's cluster, or of a cluster file (YAML).
+ClusterShape cluster_shape(const std::string& name_or_file);
 
 /// Where the row's devices stand.
 struct ClusterChoice {

@@ -247,13 +247,6 @@ std::map<std::string, std::string> cells_of(const std::vector<Flag>& flags) {
                             : s == "optim_grads"      ? "ZeRO-2"
                             : s == "optim"            ? "ZeRO-1"
                                                       : "none";
-  // L / (p n) chunks of n layers a stage.
-  const auto in_chunk = number(value_of(flags, "num-layers-per-virtual-pipeline-stage"));
-  const auto all = number(cells.count("num_layers") > 0 ? cells["num_layers"] : "");
-  const auto stages = number(cells.count("pp") > 0 ? cells["pp"] : "");
-  if (in_chunk && all && stages && *in_chunk > 0 && *stages > 0)
-    cells["virtual_stages_per_gpu"] =
-        std::to_string(static_cast<int>(*all / *stages / *in_chunk + 0.5));
   return cells;
 }
 
@@ -282,6 +275,10 @@ MegatronFlags megatron_flags(std::string_view text) {
   f.no_bias = says("disable-bias-linear");
   f.rope = is("position-embedding-type", "rope");
   f.latent = says("multi-latent-attention");
+  f.architecture = f.gated || f.untied || f.no_bias || f.latent || says("position-embedding-type");
+  if (const auto n = number(value_of(flags, "num-layers-per-virtual-pipeline-stage"));
+      n && *n >= 1 && *n < 1e6)
+    f.chunk_layers = static_cast<std::int64_t>(*n);
   f.overlap_gradients = says("overlap-grad-reduce");
   f.fused_loss = says("cross-entropy-loss-fusion");
   f.grouped_product = says("moe-grouped-gemm");

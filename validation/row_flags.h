@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -36,6 +37,8 @@ bool is_read_elsewhere(const Flag& flag);
 /// Megatron's, of a command line of flags only.
 struct MegatronFlags {
   bool any = false;  ///< the text is a list of flags: what it does not say is off
+  bool architecture = false;  ///< it says something of the network, behind words, too
+  std::optional<std::int64_t> chunk_layers;  ///< of a virtual stage
   bool gated = false, untied = false, no_bias = false, rope = false, latent = false;
   bool overlap_gradients = false, overlap_tensor_parallel = false;
   bool fused_loss = false, grouped_product = false;

@@ -277,8 +277,8 @@ TEST(Catalogue, TheBuilderRefusesNumbersThatDoNotFit) {
                 c.mamba.heads = 4, c.mamba.groups = 3;
               }),
               throws("3 groups do not divide 4 heads of mamba"));
-  EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.norm_after = true; }),
-              throws("a pattern goes with neither"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.norm_position = NormPosition::after; }),
+              throws("a pattern goes with norm_position before alone"));
   EXPECT_THAT(with([](auto& c) {
                 c.image = 30;
                 c.patch = 16;
@@ -341,7 +341,8 @@ TEST(Catalogue, AMultiTokenPredictionHeadIsWellFormed) {
 TEST(Catalogue, AGeneratorSharesItsEmbeddings) {
   TransformerConfig c;
   c.layers = 2, c.hidden = 24, c.heads = 6, c.ffn = 32, c.vocabulary = 50, c.sequence = 8;
-  c.norm = TransformerConfig::Norm::layer, c.norm_after = true, c.causal = false, c.gated = false;
+  c.norm = TransformerConfig::Norm::layer, c.norm_position = NormPosition::after, c.causal = false,
+  c.gated = false;
   c.positions = 8, c.token_types = 2, c.embedding_norm = true;
   c.head = TransformerConfig::Head::replaced_tokens;
   for (const std::int64_t predicted : {0, 3}) {
@@ -363,6 +364,46 @@ TEST(Catalogue, AGeneratorSharesItsEmbeddings) {
 }
 
 /// Two further tokens by one module have one module's parameters; by two, twice as many.
+/// Blocks: of h = 64, two norms more of 64 each where they stand on both sides.
+TEST(Transformer, NormsStandWhereTheFileSays) {
+  TransformerConfig c;
+  c.name = "norms", c.layers = 3, c.hidden = 64, c.heads = 4, c.ffn = 128, c.vocabulary = 50;
+  c.sequence = 8;
+  const auto count = [&](NormPosition at) {
+    c.norm_position = at;
+    return parameter_count(build_transformer(c));
+  };
+  const std::int64_t before = count(NormPosition::before);
+  EXPECT_EQ(count(NormPosition::both), before + 3 * 2 * 64);
+  EXPECT_EQ(count(NormPosition::output), before);
+  EXPECT_EQ(count(NormPosition::after), before - 64);  // no norm behind the last
+  // Experts wherever the norms are.
+  c.moe = {};
+  c.moe.experts = 4, c.moe.top_k = 2, c.moe.ffn = 32;
+  const std::int64_t experts = count(NormPosition::before);
+  EXPECT_EQ(count(NormPosition::after), experts - 64);
+}
+
+/// Token types and classes of tokens are neither cut over tp nor padded, as frameworks do.
+TEST(Transformer, TokenTypesAreNoVocabulary) {
+  const Graph bert = load_model("bert-large", {});
+  bool found = false;
+  for (const Operator& op : bert.operators) {
+    const auto* e = std::get_if<Embedding>(&op.operation);
+    if (e == nullptr || e->vocabulary != 2) continue;
+    found = true;
+    EXPECT_EQ(bert.parameter(op.parameters[0]).shape[0].dim, Dim::classes);
+  }
+  EXPECT_TRUE(found);
+  const Graph padded = with_padded_vocabulary(bert, 1024);
+  for (std::size_t i = 0; i < bert.operators.size(); ++i) {
+    const auto* e = std::get_if<Embedding>(&padded.operators[i].operation);
+    if (e != nullptr) {
+      EXPECT_EQ(e->vocabulary, e->rows == Dim::classes ? 2 : 30720);
+    }
+  }
+}
+
 TEST(Catalogue, AHybridsPredictionModulesMayShareTheirParameters) {
   TransformerConfig c;
   c.layers = 3, c.hidden = 24, c.heads = 6, c.ffn = 32, c.vocabulary = 50, c.sequence = 8;

@@ -153,6 +153,11 @@ TEST(HuggingFace, AHybridsBlocksAreReadByTheirNamesInAllVersions) {
   Json c = llama();
   c["model_type"] = "nemotron_h";
   c["hybrid_override_pattern"] = "M*-ME";
+  EXPECT_EQ(load(c.dump()).layers, 3);  // as num_hidden_layers says
+  c["num_hidden_layers"] = 6;
+  EXPECT_THAT(error(c.dump()),
+              HasSubstr("num_hidden_layers: is 6, and the pattern lists 5 blocks"));
+  c.erase("num_hidden_layers");
   const Graph pattern = load(c.dump());
   EXPECT_EQ(pattern.layers, 5);
   EXPECT_TRUE(rotaries(pattern).empty());
@@ -167,6 +172,47 @@ TEST(HuggingFace, AHybridsBlocksAreReadByTheirNamesInAllVersions) {
   EXPECT_THAT(error(c.dump()), HasSubstr("mamba_proj_bias: biases of Mamba's products"));
 }
 
+/// What the library counts of the published files.
+TEST(HuggingFace, ParametersAreThoseOfPublishedFiles) {
+  const auto count = [](const char* text) { return parameter_count(load(text)); };
+  EXPECT_EQ(count(R"({"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384,
+      "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "num_hidden_layers": 18,
+      "hidden_act": "gelu", "vocab_size": 256000})"),
+            2'506'172'416);
+  EXPECT_EQ(count(R"({"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336,
+      "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "num_hidden_layers": 42,
+      "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096, "vocab_size": 256000})"),
+            9'241'705'984);
+  EXPECT_EQ(count(R"({"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912,
+      "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "num_hidden_layers": 26,
+      "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144})"),
+            999'885'952);
+  EXPECT_EQ(count(R"({"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+      "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32,
+      "sliding_window": 2047, "vocab_size": 32064, "tie_word_embeddings": false})"),
+            3'821'079'552);
+  EXPECT_EQ(count(R"({"model_type": "starcoder2", "hidden_size": 3072, "intermediate_size": 12288,
+      "num_attention_heads": 24, "num_key_value_heads": 2, "num_hidden_layers": 30,
+      "sliding_window": 4096, "vocab_size": 49152})"),
+            3'030'371'328);
+}
+
+TEST(HuggingFace, GemmasWindowsAlternate) {
+  const auto windows = [](const std::string& more) {
+    const Graph g = load(R"({"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 7, "vocab_size": 96,
+        "sliding_window": 16, )" +
+                         more + "}");
+    std::string all;
+    for (const Operator& op : g.operators)
+      if (const auto* a = std::get_if<Attention>(&op.operation)) all += a->window > 0 ? 'w' : '-';
+    return all;
+  };
+  EXPECT_EQ(windows(R"("model_type": "gemma2")"), "w-w-w-w");
+  EXPECT_EQ(windows(R"("model_type": "gemma3_text")"), "wwwww-w");
+  EXPECT_EQ(windows(R"("model_type": "gemma3_text", "sliding_window_pattern": 2)"), "w-w-w-w");
+}
+
 TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
   EXPECT_THAT(error(""), HasSubstr("config.json: is empty"));
   EXPECT_THAT(error(" \n"), HasSubstr("config.json: is empty"));
@@ -177,8 +223,9 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
   EXPECT_THAT(
       error_with("model_type", "llame"),
       AllOf(HasSubstr("config.json: model_type: 'llame' is not supported; did you mean 'llama'?"),
-            HasSubstr("there are bert, deepseek_v2, deepseek_v3, gpt2, gpt_oss, llama, mistral, "
-                      "mixtral, nemotron, nemotron_h, qwen2, qwen3, qwen3_moe, vit")));
+            HasSubstr("there are bert, deepseek_v2, deepseek_v3, gemma, gemma2, gemma3_text, gpt2, "
+                      "gpt_oss, llama, mistral, mixtral, nemotron, nemotron_h, phi3, qwen2, qwen3, "
+                      "qwen3_moe, starcoder2, vit")));
   EXPECT_THAT(error_with("model_type", 3), HasSubstr("model_type: must be a string, found 3"));
   Json c = llama();
   c.erase("hidden_size");
@@ -212,7 +259,7 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
                               "schema partita.model/1 (docs/models.md)")));
   EXPECT_THAT(error_with("hidden_act", "silu", "mllama"),
               ::testing::Not(HasSubstr("did you mean")));
-  EXPECT_THAT(error_with("hidden_act", "gelu", "phi3"),
+  EXPECT_THAT(error_with("hidden_act", "gelu", "falcon"),
               AllOf(HasSubstr("others are described in YAML"),
                     ::testing::Not(HasSubstr("the catalogue has"))));
   Json experts = llama();

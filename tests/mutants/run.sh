@@ -3,6 +3,7 @@
 # it and expects that test to fail. Prints one line per mutant; exit code 1 if one survives.
 #
 #   tests/mutants/run.sh [NAME...]      all mutants, or those named
+#   tests/mutants/run.sh --check        no more than whether each still has its place in the source
 #
 # The copy and its build folder stay in PARTITA_MUTANTS_DIR (default: a new temporary folder, removed
 # at the end), so that a second run only rebuilds what changed.
@@ -10,6 +11,26 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 list=$root/tests/mutants/list.txt
+if [[ ${1:-} == --check ]]; then
+  exec perl -e '
+    my ($root, $list) = @ARGV;
+    my ($name, $file, $stale, $all) = ("", "", 0, 0);
+    open my $in, "<", $list or die "$list: $!\n";
+    while (<$in>) {
+      chomp;
+      $name = $1 if /^name: (.*)/;
+      $file = $1 if /^file: (.*)/;
+      next unless /^from: (.*)/;
+      my ($from, $n, $text) = ($1, 0, "");
+      if (open my $at, "<", "$root/$file") { local $/; $text = <$at>; $n = () = $text =~ /\Q$from\E/g }
+      ++$all;
+      next if $n == 1;
+      print "$name: its text occurs $n times in $file; update $list\n";
+      $stale = 1;
+    }
+    print "$all mutants\n";
+    exit $stale;' "$root" "$list"
+fi
 if [[ -n ${PARTITA_MUTANTS_DIR:-} ]]; then
   work=$PARTITA_MUTANTS_DIR
   mkdir -p "$work"

@@ -126,7 +126,7 @@ TEST(Execution, OtherArchitectures) {
   query_norm.qk_norm = true;
   TransformerConfig bert = small_config();
   bert.head = TransformerConfig::Head::masked_language_model;
-  bert.norm_after = true;
+  bert.norm_position = NormPosition::after;
   bert.causal = false;
   bert.token_types = 2;
   bert.embedding_norm = true;
@@ -173,8 +173,8 @@ TEST(Execution, OtherArchitectures) {
   recurrent.memory = 4;
   for (const TransformerConfig& c :
        {latent, query_norm, bert, experts, classes, generated, recurrent}) {
-    SCOPED_TRACE(::testing::Message()
-                 << c.latent.key_value_rank << c.qk_norm << c.norm_after << c.moe.experts);
+    SCOPED_TRACE(::testing::Message() << c.latent.key_value_rank << c.qk_norm
+                                      << static_cast<int>(c.norm_position) << c.moe.experts);
     const Graph g = build_transformer(c);
     Plan p = base_plan();
     p.tp = 2;

@@ -46,10 +46,9 @@ TEST(Flags, LeaveWordsToTheWords) {
 }
 
 TEST(Flags, SayWhatColumnsDo) {
-  EXPECT_EQ(
-      cells("--tensor-model-parallel-size 4 --pipeline-model-parallel-size=2 --num-layers 32 "
-            "--num-layers-per-virtual-pipeline-stage 4"),
-      (Cells{{"tp", "4"}, {"pp", "2"}, {"num_layers", "32"}, {"virtual_stages_per_gpu", "4"}}));
+  EXPECT_EQ(cells("--tensor-model-parallel-size 4 --pipeline-model-parallel-size=2 --num-layers 32 "
+                  "--num-layers-per-virtual-pipeline-stage 4"),
+            (Cells{{"tp", "4"}, {"pp", "2"}, {"num_layers", "32"}}));
   EXPECT_EQ(cells("--use-distributed-optimizer --sequence-parallel --bf16"),
             (Cells{{"zero_or_fsdp", "distributed optimizer"},
                    {"sequence_parallel", "yes"},
