@@ -338,7 +338,13 @@ void set_at(YAML::Node node, std::string_view rest, const YamlEdit& edit, const 
       node.IsMap() && stop != dot && node[std::string(rest.substr(0, dot))].IsDefined())
     stop = dot;
   const std::string key(rest.substr(0, stop));
-  if (!node.IsMap() || !node[key].IsDefined()) fail(key);
+  if (!node.IsMap()) fail(key);
+  if (!node[key].IsDefined()) {
+    // What the file leaves to its default; whoever reads it says what it does not know.
+    if (stop != std::string_view::npos || multiplies(edit.value)) fail(key);
+    node[key] = edit.value;
+    return;
+  }
   set_at(node[key], stop == std::string_view::npos ? std::string_view{} : rest.substr(stop), edit,
          file);
 }

@@ -76,7 +76,8 @@ std::string multiplied(const std::string& there, const std::string& value,
 struct YamlEdit {
   std::string path, value;
 };
-/// The text with the edits done. InputError{path} when a path leads nowhere, naming what is there.
+/// The text with the edits done. A last key that is not there is added where it need not be
+/// multiplied. InputError{path} when a path leads nowhere, naming what is there.
 std::string yaml_with(const std::string& text, const std::vector<YamlEdit>& edits, const std::string& file);
 
 /// The one of `known` that is within edit distance 2 of `word`, capital or not, the nearest; else

@@ -34,7 +34,8 @@ void add_model(CLI::App& app) {
   CLI::App* c = app.add_subcommand("model", "show a network: parameters, work, operators");
   c->add_option("MODEL", o->model, "catalogue name or file; without it the catalogue is listed");
   c->add_option("--seq,--sequence-length", o->flags.sequence, "tokens per sample");
-  c->add_option("--layers", o->flags.layers, "only this many blocks");
+  c->add_option("--layers", o->flags.layers,
+                "this many blocks: its first ones, or more of the same");
   c->add_option("--vocabulary", o->flags.vocabulary, "size of the vocabulary");
   c->add_option("--freeze", o->flags.freeze,
                 "parameters (a pattern) that are not trained; repeatable")
@@ -350,7 +351,7 @@ void add_plan(CLI::App& app, int& code) {
                                                "the disk is full",
                                                *save));
     }
-    auto assumed = assumptions(o->flags, base, g, {"micro_batch"});
+    auto assumed = assumptions(o->flags, base, g, {"micro_batch", "zero"});
     for (std::string& a : defaults) assumed.push_back(std::move(a));
     for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
     print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));

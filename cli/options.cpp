@@ -54,7 +54,7 @@ void PlanFlags::add_to(CLI::App& app) {
                  "a key of plan files, like compression.kind=top_k; repeatable (docs/formats.md)")
       ->allow_extra_args(false);
   app.add_option("--seq,--sequence-length", sequence, "tokens per sample");
-  app.add_option("--layers", layers, "only this many blocks");
+  app.add_option("--layers", layers, "this many blocks: its first ones, or more of the same");
   app.add_option("--vocabulary", vocabulary, "size of the vocabulary");
   app.add_flag("--materialised-attention", materialised_attention,
                "attention whose probabilities go through memory");
@@ -135,14 +135,29 @@ std::string placement_words(const std::string& given) {
 
 }  // namespace
 
-Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
+Plan plan_from(const PlanFlags& f, const std::string& default_framework,
+               const std::vector<GivenKey>& more) {
+  std::vector<GivenKey> keys;
+  for (const std::string& item : f.set) {
+    const auto at = item.find('=');
+    if (at == std::string::npos || at == 0)
+      throw InputError("--set",
+                       fmt::format("'{}' is no KEY=VALUE, like compression.kind=top_k", item));
+    keys.push_back({item.substr(0, at), item.substr(at + 1), "--set"});
+  }
+  keys.insert(keys.end(), more.begin(), more.end());
+  GivenKey framework{"framework", f.framework, "--framework"};
+  for (const GivenKey& k : keys) {
+    if (k.key == framework.key) framework = k;
+  }
+  std::erase_if(keys, [&](const GivenKey& k) { return k.key == framework.key; });
   Plan p;
   p.dp = 0;
   set_framework(p, default_framework, "");
   if (!f.file.empty()) {
-    p = load_plan(f.file, default_framework, f.framework, "--framework");
-  } else if (!f.framework.empty()) {
-    set_framework(p, f.framework, "--framework");
+    p = load_plan(f.file, default_framework, framework.value, framework.flag);
+  } else if (!framework.value.empty()) {
+    set_framework(p, framework.value, framework.flag);
   }
   const auto number = [](const std::optional<std::int64_t>& from, std::int64_t& to,
                          const char* flag, std::int64_t lowest) {
@@ -172,7 +187,10 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
   p.zero = static_cast<int>(zero);
   const FrameworkProfile own = load_framework(p.framework, "--framework");
   // What shards everything is no data parallelism of whole copies.
-  if (!f.zero && !in_plan_file(f, "zero") && own.zero == 3) p.zero = 3;
+  const bool zero_given =
+      f.zero || in_plan(f, "zero") ||
+      std::any_of(more.begin(), more.end(), [](const GivenKey& k) { return k.key == "zero"; });
+  if (!zero_given && own.zero == 3) p.zero = 3;
   if (f.sequence_parallel && f.no_sequence_parallel) {
     throw InputError("--no-sequence-parallel", "contradicts --sequence-parallel; give one of them");
   }
@@ -217,13 +235,7 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework) {
                     "beside: kernels give way to their rank's transfers, and idle: each alone",
                     f.network));
   }
-  for (const std::string& item : f.set) {
-    const auto at = item.find('=');
-    if (at == std::string::npos || at == 0)
-      throw InputError("--set",
-                       fmt::format("'{}' is no KEY=VALUE, like compression.kind=top_k", item));
-    set_key(p, item.substr(0, at), item.substr(at + 1), "--set");
-  }
+  for (const GivenKey& k : keys) set_key(p, k.key, k.value, k.flag);
   set_trained(p, f);
   return p;
 }
@@ -250,11 +262,10 @@ void set_key(Plan& plan, const std::string& key, const std::string& value,
   }
 }
 
+namespace {
 bool in_plan_file(const PlanFlags& f, const std::string& key) {
   return !f.file.empty() && YamlNode::load_file(f.file, "partita.plan/1").has(key);
 }
-
-namespace {
 /// Is the key, or one within it, set by one of these?
 bool within(const std::string& key, const std::vector<std::string>& all) {
   return std::any_of(all.begin(), all.end(), [&](const std::string& one) {
@@ -269,7 +280,7 @@ bool in_plan(const PlanFlags& f, const std::string& key) {
 
 void restrict_space(SearchSpace& s, const PlanFlags& f, const Plan& given) {
   const auto fix = [&](const char* key, bool flag, auto& values, auto value) {
-    if (flag || in_plan_file(f, key)) values = {value};
+    if (flag || in_plan(f, key)) values = {value};
   };
   fix("tp", f.tp.has_value(), s.tp, given.tp);
   fix("pp", f.pp.has_value(), s.pp, given.pp);
@@ -290,8 +301,7 @@ void restrict_space(SearchSpace& s, const PlanFlags& f, const Plan& given) {
 std::vector<std::string> assumptions(const PlanFlags& f, const Plan& plan, const Graph& graph,
                                      const std::vector<std::string>& given) {
   const auto open = [&](const std::string& key, bool flag) {
-    return !flag && !in_plan_file(f, key) &&
-           std::find(given.begin(), given.end(), key) == given.end();
+    return !flag && !in_plan(f, key) && std::find(given.begin(), given.end(), key) == given.end();
   };
   std::vector<std::string> list;
   if (open("framework", !f.framework.empty())) list.push_back("framework " + plan.framework);

@@ -52,7 +52,14 @@ struct PlanFlags {
 std::optional<validation::FitProfile> fit_of(const PlanFlags& flags);
 
 /// File and flags put together; `dp` 0 where neither says. InputError names flag, value and remedy.
-Plan plan_from(const PlanFlags& flags, const std::string& default_framework);
+/// A key of a plan file that a flag gives.
+struct GivenKey {
+  std::string key, value, flag;
+};
+/// `more` stands behind what the flags say. Of a framework that any of them gives, all others'
+/// values stand behind what it sets, wherever they are.
+Plan plan_from(const PlanFlags& flags, const std::string& default_framework,
+               const std::vector<GivenKey>& more = {});
 
 /// What the flags say of the parameters that are trained; `none` is what a plan file's is.
 void set_trained(Plan& plan, const PlanFlags& flags);
@@ -66,9 +73,7 @@ void settle_ranks(Plan& plan, std::int64_t ranks, const std::string& where);
 /// set() of simulator/plan with messages that name the flag: a flag has no line and no path.
 void set_key(Plan& plan, const std::string& key, const std::string& value, const std::string& flag);
 
-/// Does the plan file name this key?
-bool in_plan_file(const PlanFlags& flags, const std::string& key);
-/// Does it, or a --set?
+/// Does the plan file or a --set name this key?
 bool in_plan(const PlanFlags& flags, const std::string& key);
 
 /// What the user left open of framework, precision, global batch and sequence, and what stands in

@@ -59,7 +59,7 @@ void run(const Options& o, int& code) {
   }
   const Graph g = load_graph(o.model, o.flags, plan);
   if (plan.global_batch == 0 && g.name == "mnist-linear" && 128 % plan.dp == 0 &&
-      !o.flags.micro_batch && !in_plan_file(o.flags, "micro_batch")) {
+      !o.flags.micro_batch && !in_plan(o.flags, "micro_batch")) {
     plan.micro_batch = 128 / plan.dp;  // its batch is 128
   }
   auto complete_plan = complete(g, plan);

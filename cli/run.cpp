@@ -190,7 +190,7 @@ Job job_of(const Options& o) {
   job.graph = load_graph(o.model, o.flags, plan);
   const bool digits = job.graph.name == "mnist-linear";
   if (plan.global_batch == 0 && digits && 128 % plan.dp == 0 && !o.flags.micro_batch &&
-      !in_plan_file(o.flags, "micro_batch")) {
+      !in_plan(o.flags, "micro_batch")) {
     plan.micro_batch = 128 / plan.dp;  // the founding example's batch
   }
   if (!o.data.empty() && !digits)

@@ -223,7 +223,8 @@ class Progress {
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
     if (done_ > 0 && spent - said_ > 5) {
       said_ = spent;
-      const double rest = spent / static_cast<double>(done_) * static_cast<double>(total_ - done_);
+      const double rest =
+          spent / static_cast<double>(done_) * static_cast<double>(std::max(total_, done_) - done_);
       fmt::print(stderr, "progress: {}, about {:.0f} s left: {}\n",
                  budget_s_ > 0 ? fmt::format("{} measured", done_)
                                : fmt::format("{} of {}", done_, total_),
@@ -767,20 +768,36 @@ void print_machine(const Profile& p) {
 }
 
 /// A catalogue's cluster and device with what users measured on theirs.
+/// What measured curves and products are added to: a cluster of the catalogue, or a cluster file of
+/// one of the catalogue's devices.
+validation::ClusterShape base_cluster(const std::string& base,
+                                      const validation::Catalogue& catalogue) {
+  std::vector<std::string> names;
+  for (const auto& c : catalogue.clusters) {
+    if (c.name == base) return c;
+    names.push_back(c.name);
+  }
+  if (!base.ends_with(".yaml") && !base.ends_with(".yml"))
+    throw InputError("--topology",
+                     fmt::format("'{}' is no cluster of the catalogue{}, and no file "
+                                 "of one (.yaml); there are {}",
+                                 base, did_you_mean(base, names), fmt::join(names, ", ")));
+  validation::ClusterShape own = validation::cluster_shape(base);
+  const auto devices = device_catalogue();
+  if (std::find(devices.begin(), devices.end(), own.device) == devices.end())
+    throw InputError("--topology", fmt::format("the devices of {} are of a file of their own, {}; "
+                                               "name one of the catalogue in it, like h100-sxm",
+                                               base, own.device));
+  return own;
+}
+
 void calibrate_from(const Options& o) {
   if (o.out.empty()) throw InputError("--out", "is missing; name a folder for the profile");
   if (o.base.empty())
-    throw InputError("--topology", "is missing; name the catalogue's cluster that was measured");
+    throw InputError("--topology", "is missing; name the cluster that was measured");
   const auto catalogue = validation::load_catalogue();
-  const auto at = std::find_if(catalogue.clusters.begin(), catalogue.clusters.end(),
-                               [&](const auto& c) { return c.name == o.base; });
-  if (at == catalogue.clusters.end()) {
-    std::vector<std::string> names;
-    for (const auto& c : catalogue.clusters) names.push_back(c.name);
-    throw InputError("--topology",
-                     fmt::format("'{}' is no cluster of the catalogue{}; there are {}", o.base,
-                                 did_you_mean(o.base, names), fmt::join(names, ", ")));
-  }
+  const validation::ClusterShape of_log = base_cluster(o.base, catalogue);
+  const validation::ClusterShape* const at = &of_log;
   reject_repeats("--from", o.from);
   if (!o.clock.empty() && o.clock != "brief" && o.clock != "sustained")
     throw InputError("--clock",
@@ -827,13 +844,23 @@ void calibrate_from(const Options& o) {
     }
   }
   int ranks = 0, nodes = 1;
+  std::map<std::tuple<std::string, int, int, std::int64_t>, std::string> seen;
   for (const auto& log : logs) {
-    ranks = std::max(ranks, log.ranks), nodes = std::max(nodes, log.nodes);
+    for (const auto& [bytes, time] : log.times) {
+      const auto [at_size, fresh] =
+          seen.try_emplace({log.kind, log.ranks, log.nodes, bytes.count}, log.file);
+      if (!fresh)
+        throw InputError(log.file, fmt::format("has times of {} of {} ranks for {}, and so has {}; "
+                                               "give the one that counts",
+                                               log.kind, log.ranks, text(bytes), at_size->second));
+    }
+    if (log.nodes > nodes || (log.nodes == nodes && log.ranks > ranks))
+      ranks = log.ranks, nodes = log.nodes;
     const std::int64_t gpus = std::max<std::int64_t>(log.ranks, log.nodes * at->devices_per_node);
     validation::check_times(log, load_topology(fmt::format("{}:{} gpus", at->name, gpus)));
   }
   const std::string device_file = data_folder("topologies/devices/" + at->device + ".yaml");
-  const std::string cluster_file = data_folder("topologies/catalogue/" + at->name + ".yaml");
+  const std::string& cluster_file = at->file;
   const std::string with_points =
       validation::with_products(read_file(device_file), device_file, products);
   const std::string cluster = validation::with_curves(
@@ -843,14 +870,27 @@ void calibrate_from(const Options& o) {
   write(o.out + "/cluster.yaml", cluster);
   load_topology(o.out + "/cluster.yaml");
   fmt::print("{} points in {}/cluster.yaml and {}/device.yaml\n", points, o.out, o.out);
-  std::set<int> sizes;
-  for (const auto& log : logs) sizes.insert(log.ranks);
-  if (!sizes.empty())
-    fmt::print("groups of {} ranks have these curves, others the catalogue's prices\n",
-               fmt::join(sizes, ", "));
-  if (nodes > 1)
-    fmt::print("the cluster file is of one node; that of the log is \"{}/cluster.yaml:{} gpus\"\n",
-               o.out, ranks);
+  std::map<std::string, std::set<int>> sizes;
+  for (const auto& log : logs) sizes[log.kind].insert(log.ranks);
+  for (const auto& [kind, of] : sizes)
+    fmt::print("{} of {} ranks has the log's times, of other groups the catalogue's prices\n", kind,
+               fmt::join(of, ", "));
+  // Plans differ in which of these they use.
+  std::vector<std::string> others;
+  for (const char* kind : {"all_reduce", "all_gather", "reduce_scatter"}) {
+    if (sizes.count(kind) == 0) others.emplace_back(kind);
+  }
+  if (!sizes.empty() && !others.empty())
+    fmt::print(
+        "{} keep{} the catalogue's prices: plans that use them compare wrongly with those that "
+        "don't if this fabric is another; measure all three\n",
+        fmt::join(others, " and "), others.size() == 1 ? "s" : "");
+  if (nodes > 1) {
+    const bool part = ranks % nodes == 0 && ranks / nodes < at->devices_per_node;
+    fmt::print(
+        "the cluster file is of one node; that of the log is \"{}/cluster.yaml:{}\"\n", o.out,
+        part ? fmt::format("{} nodes of {}", nodes, ranks / nodes) : fmt::format("{} gpus", ranks));
+  }
 }
 
 void calibrate(Options& o, int& code) {

@@ -88,7 +88,7 @@ struct Scenario {
   PlanFlags flags;
   ClusterFlags cluster;
   TopologyEdits edits;
-  std::vector<std::pair<std::string, std::string>> plan_keys;
+  std::vector<GivenKey> plan_keys;
   /// "sequence", "layers", "vocabulary": they may multiply those of a model that varies too.
   std::vector<std::pair<std::string, std::string>> sizes;
 };
@@ -135,6 +135,9 @@ void change_cluster(ClusterFlags& cluster, const std::string& key, const std::st
   if (value != "none") list->push_back(value);
 }
 
+/// Is it a whole that other paths change a part of?
+bool whole_of_others(const std::string& path) { return path == "model" || path == "topology"; }
+
 void change(Scenario& s, const std::string& path, const std::string& value) {
   const auto dot = path.find('.');
   const std::string root = path.substr(0, dot);
@@ -144,13 +147,7 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
   } else if (root == "topology" && key.empty()) {
     s.topology = value;
   } else if (root == "topology" && key == "nodes") {
-    const auto colon = s.topology.rfind(':');
-    const std::string nodes =
-        multiplies(value)
-            ? multiplied(std::to_string(load_cluster(s.topology).node_count()), value, "topology")
-            : value;
-    s.topology =
-        (colon == std::string::npos ? s.topology : s.topology.substr(0, colon)) + ":" + nodes;
+    s.topology = with_nodes(s.topology, value);
   } else if (root == "topology" && !key.empty()) {
     s.edits.cluster.push_back({key, value});
   } else if (root == "cluster" && !key.empty()) {
@@ -158,7 +155,7 @@ void change(Scenario& s, const std::string& path, const std::string& value) {
   } else if (root == "device" && !key.empty()) {
     s.edits.device.push_back({key, value});
   } else if (root == "plan" && !key.empty()) {
-    s.plan_keys.emplace_back(key, value);
+    s.plan_keys.push_back({key, value, "--vary " + path});
   } else if (root == "model" && (key == "sequence" || key == "layers" || key == "vocabulary")) {
     s.sizes.emplace_back(key, value);
   } else if (root == "model") {
@@ -183,8 +180,8 @@ void check_values(const Options& o, const std::vector<Vary>& vary) {
       Scenario s{o.model, o.topology, o.flags, {}, {}, {}, {}};
       change(s, v.path, value);
       if (!s.plan_keys.empty()) {
-        Plan p = plan_from(o.flags, "megatron-core");
-        for (const auto& [key, text] : s.plan_keys) set_key(p, key, text, place);
+        for (GivenKey& k : s.plan_keys) k.flag = place;
+        plan_from(o.flags, "megatron-core", s.plan_keys);
         continue;
       }
       try {
@@ -197,6 +194,14 @@ void check_values(const Options& o, const std::vector<Vary>& vary) {
       } catch (const InputError& e) {
         // A message about the sequence or the number of blocks of the base case has its place.
         if (v.path == "model" && e.place() != "model") continue;
+        // With what varies beside it, it may be possible.
+        const std::string root = v.path.substr(0, v.path.find('.') + 1);
+        const auto beside = [&](const Vary& w) {
+          return w.path != v.path && w.path.compare(0, root.size(), root) == 0;
+        };
+        if (!root.empty() && e.place() != v.path.substr(root.size()) &&
+            std::any_of(vary.begin(), vary.end(), beside))
+          continue;
         throw InputError(place, e.message());
       }
     }
@@ -214,7 +219,7 @@ std::string csv(const std::string& text) {
 /// One combination and what came of it: a prediction or the reason why there is none.
 struct Outcome {
   Graph graph;
-  Topology topology;
+  std::optional<Topology> topology;
   std::optional<Prediction> prediction;
   std::string note;
   std::vector<std::string> assumed;
@@ -222,33 +227,34 @@ struct Outcome {
 
 Outcome outcome(Scenario s, const std::vector<std::string>& given,
                 const std::optional<validation::FitProfile>& fitted) {
-  Outcome r{{}, load_cluster(s.topology, s.edits), {}, {}, {}};
+  Outcome r;
   try {
     settle_sizes(s);
-    Plan plan = plan_from(s.flags, "megatron-core");
-    r.topology = s.cluster.in_state(r.topology);
-    for (const auto& [key, value] : s.plan_keys) set_key(plan, key, value, "--vary plan." + key);
-    settle_ranks(plan, static_cast<std::int64_t>(r.topology.used_ranks()), r.topology.name());
+    const Topology cluster = load_cluster(s.topology, s.edits);
+    Plan plan = plan_from(s.flags, "megatron-core", s.plan_keys);
+    r.topology = s.cluster.in_state(cluster);
+    const Topology& t = *r.topology;
+    settle_ranks(plan, static_cast<std::int64_t>(t.used_ranks()), t.name());
     PlanFlags flags = s.flags;
     std::vector<std::string> varied;
-    for (const auto& [key, value] : s.plan_keys) varied.push_back(key);
-    auto defaults = framework_defaults(flags, plan, s.model, r.topology, varied);
+    for (const GivenKey& k : s.plan_keys) varied.push_back(k.key);
+    auto defaults = framework_defaults(flags, plan, s.model, t, varied);
     r.graph = load_graph(s.model, flags, plan);
     if (s.flags.placement == "search") {
-      const auto placed = place(r.graph, plan, r.topology);
+      const auto placed = place(r.graph, plan, t);
       if (!placed) throw InputError("--placement", placed.reason());
       place_as(plan, placed->best().plan);
     }
-    const auto* entry = fitted ? fitted->find(r.topology, plan.framework) : nullptr;
-    Communication communication(r.topology);
+    const auto* entry = fitted ? fitted->find(t, plan.framework) : nullptr;
+    Communication communication(t);
     if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));
     auto p =
         predict(r.graph, plan, communication, nullptr, nullptr, false, nullptr, s.flags.sharing());
     if (p) {
-      if (fitted) validation::rest_on_fit(*p, entry, r.graph, r.topology);
+      if (fitted) validation::rest_on_fit(*p, entry, r.graph, t);
       r.assumed = assumptions(s.flags, p->plan, r.graph, given);
       for (std::string& a : defaults) r.assumed.push_back(std::move(a));
-      for (std::string& a : state_assumptions(r.topology, s.flags.sharing()))
+      for (std::string& a : state_assumptions(t, s.flags.sharing()))
         r.assumed.push_back(std::move(a));
       r.prediction = std::move(*p);
     } else {
@@ -270,6 +276,10 @@ void run(const Options& o) {
   std::size_t count = 1;
   std::vector<std::string> given;
   for (const auto& v : vary) {
+    const auto same = [&](const Vary& other) { return other.path == v.path; };
+    // Lists of the cluster's get one entry more from each.
+    if (v.path.compare(0, 8, "cluster.") != 0 && std::count_if(vary.begin(), vary.end(), same) > 1)
+      throw InputError("--vary " + v.path, "is given twice; write all values after one =");
     count *= v.values.size();
     if (count > kMost)
       throw InputError("--vary",
@@ -279,8 +289,9 @@ void run(const Options& o) {
   }
   plan_from(o.flags, "megatron-core");
   model_options(o.flags);
-  if (std::none_of(vary.begin(), vary.end(), [](const Vary& v) { return v.path == "model"; }))
-    load_model(o.model);
+  if (std::none_of(vary.begin(), vary.end(),
+                   [](const Vary& v) { return v.path.compare(0, 5, "model") == 0; }))
+    load_model(o.model, model_options(o.flags));
   // On other clusters these may name nothing: a note of the row.
   if (std::none_of(vary.begin(), vary.end(),
                    [](const Vary& v) { return v.path.compare(0, 8, "topology") == 0; }))
@@ -312,6 +323,7 @@ void run(const Options& o) {
   };
   std::vector<Assumed> assumed;
   std::size_t predicted = 0;
+  std::vector<std::string> effect(count);  // of a row: step and memory, or why there are none
   for (std::size_t n = 0; n < count; ++n) {
     Scenario s{o.model, o.topology, o.flags, o.cluster, {}, {}, {}};
     std::vector<std::string> chosen(vary.size());
@@ -319,16 +331,21 @@ void run(const Options& o) {
       chosen[k] = vary[k].values[rest % vary[k].values.size()];
       rest /= vary[k].values.size();
     }
-    for (std::size_t k = 0; k < vary.size(); ++k) change(s, vary[k].path, chosen[k]);
+    for (const bool first : {true, false}) {
+      for (std::size_t k = 0; k < vary.size(); ++k)
+        if (whole_of_others(vary[k].path) == first) change(s, vary[k].path, chosen[k]);
+    }
     const Outcome r = outcome(s, given, fitted);
     const auto& p = r.prediction;
     if (!p && count == 1) throw InputError("", r.note);
+    effect[n] =
+        p ? fmt::format("{:.9g} {} {}", p->step_time.count, p->peak_device.count, p->fits) : r.note;
     if (o.json) {
       nlohmann::ordered_json j;
       for (std::size_t k = 0; k < vary.size(); ++k) j["vary"][vary[k].path] = chosen[k];
       if (p) {
         j.update(
-            nlohmann::ordered_json::parse(prediction_json(r.graph, r.topology, *p, r.assumed)));
+            nlohmann::ordered_json::parse(prediction_json(r.graph, *r.topology, *p, r.assumed)));
       } else {
         j["infeasible"] = r.note;
       }
@@ -392,6 +409,19 @@ void run(const Options& o) {
   if (!notes.empty() || !remarks.empty()) fmt::print("\n");
   for (std::size_t k = 0; k < notes.size(); ++k) fmt::print("({}) {}\n", k + 1, notes[k]);
   for (const std::string& remark : remarks) fmt::print("{}\n", remark);
+  // What turns no row into another is read by no price here, or never the bound.
+  for (std::size_t k = 0, inner = count; k < vary.size(); ++k) {
+    const std::size_t values = vary[k].values.size();
+    inner /= values;
+    bool same = values > 1;
+    for (std::size_t n = 0; n < count && same; ++n)
+      same = effect[n] == effect[n - n / inner % values * inner];
+    if (same)
+      fmt::print(
+          "{} changes neither time nor memory here: no price reads it, or something else "
+          "bounds them\n",
+          vary[k].path);
+  }
 }
 
 }  // namespace

@@ -175,6 +175,7 @@ ProductTable products_of(const YamlNode& y) {
   t.accumulate = flag(y, "accumulate");
   t.grouped = flag(y, "grouped");
   t.mixed_clocks = flag(y, "mixed_clocks");
+  t.replaces_nearby = flag(y, "replaces_nearby");
   if (const auto node = y.find("clock")) {
     t.clock = fraction(*node);
     if (t.mixed_clocks)
@@ -384,8 +385,21 @@ namespace {
 
 /// With `edits` done. What the points say of the file's figures holds for the edited ones too: a
 /// device of twice the rate misses its model as the measured one does.
-DeviceProfile edited(const std::string& file, const std::vector<YamlEdit>& edits) {
+DeviceProfile edited(const std::string& file, std::vector<YamlEdit> edits) {
   const std::string text = read_file(file);
+  const auto of = [&](const char* path) {
+    return std::find_if(edits.begin(), edits.end(),
+                        [&](const YamlEdit& e) { return e.path == path; });
+  };
+  if (const auto memory = of("memory");
+      memory != edits.end() && of("usable_memory") == edits.end()) {
+    // The same share of it is usable.
+    const auto there = static_cast<double>(parse_device(text, file).memory.count);
+    const Bytes now = parse_bytes(
+        multiplied(fmt::format("{} B", there), memory->value, memory->path), memory->path);
+    edits.push_back(
+        {"usable_memory", fmt::format("x{:.17g}", static_cast<double>(now.count) / there)});
+  }
   DeviceProfile device = parse_device(yaml_with(text, edits, file), file);
   if (!edits.empty() && (!device.products.empty() || !device.attention.empty())) {
     device.like = std::make_shared<DeviceProfile>(parse_device(text, file));

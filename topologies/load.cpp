@@ -209,6 +209,19 @@ Topology parse_topology(const std::string& text, const std::string& file) {
 
 Topology load_topology(const std::string& text) { return load_topology(text, {}); }
 
+std::string with_nodes(const std::string& text, const std::string& nodes) {
+  const Request r = parse_request(text);
+  if (r.amount && r.amount->devices)
+    throw InputError("topology.nodes", fmt::format("{} counts devices; write it by nodes, like "
+                                                   "{}:2 or {}:2 nodes of 4",
+                                                   text, r.name, r.name));
+  const std::string there =
+      multiplies(nodes) ? std::to_string(load_topology(text, {}).node_count()) : "";
+  return fmt::format("{}{}:{}{}", r.name, r.device.empty() ? "" : "?device=" + r.device,
+                     multiplied(there, nodes, "topology.nodes"),
+                     r.amount && r.amount->of > 0 ? fmt::format(" nodes of {}", r.amount->of) : "");
+}
+
 Topology load_topology(const std::string& text, const TopologyEdits& edits) {
   const Request request = parse_request(text);
   ClusterSpec spec = read(request, text, edits);

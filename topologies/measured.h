@@ -38,6 +38,7 @@ struct ProductTable {
   bool accumulate = false;    ///< adds to what is there
   bool grouped = false;       ///< `count` groups, launched one by one
   bool mixed_clocks = false;  ///< some points ran at the sustained clock, others were too short
+  bool replaces_nearby = false;  ///< other tables' points less than an octave away do not count
   double clock = 1;           ///< all ran at this share of the clock of short kernels
   double spread = 0;          ///< equal work measured again differs by so much, relative
   std::string source;

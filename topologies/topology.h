@@ -220,6 +220,10 @@ struct TopologyEdits {
 /// The topology with the edits done; files other than YAML are turned into YAML for them.
 Topology load_topology(const std::string& text, const TopologyEdits& edits);
 
+/// What load_topology takes, with so many nodes: "dgx-h100:4 nodes of 2" with "16" or "x4" is
+/// "dgx-h100:16 nodes of 2". InputError{topology.nodes} where the text counts devices.
+std::string with_nodes(const std::string& text, const std::string& nodes);
+
 /// From the text of a cluster file; `file` is used in messages and to find device files beside it.
 Topology parse_topology(const std::string& text, const std::string& file);
 

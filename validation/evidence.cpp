@@ -63,13 +63,9 @@ const std::pair<std::string_view, std::string_view>* program_in(const std::strin
   std::size_t first = std::string::npos;
   for (const auto& entry : kPrograms) {
     const std::string_view program = entry.first;
-    // "reduce_perf" also ends "all_reduce_perf".
-    for (std::size_t at = text.find(program); at != std::string::npos;
-         at = text.find(program, at + 1)) {
-      if (at >= 4 && text.compare(at - 4, 4, "all_") == 0) continue;
-      if (at < first) first = at, found = &entry;
-      break;
-    }
+    // "all_reduce_perf" begins before the "reduce_perf" that it ends with.
+    const std::size_t at = text.find(program);
+    if (at < first) first = at, found = &entry;
   }
   return found;
 }
@@ -305,7 +301,15 @@ std::vector<ProductTable> parse_products(const CsvTable& table) {
     p.m = positive(*column("m")), p.n = positive(*column("n")), p.k = positive(*column("k"));
     if (const auto at = column("count"); at && !r.fields[*at].empty()) p.count = positive(*at);
     const double x = positive(*measured);
-    p.time = Seconds{unit > 0 ? x * unit : 2 * p.m * p.n * p.k * p.count / (x * 1e12)};
+    const double flops = 2 * p.m * p.n * p.k * p.count;
+    p.time = Seconds{unit > 0 ? x * unit : flops / (x * 1e12)};
+    if (const auto at = column("tflops"); at && unit > 0 && !r.fields[*at].empty()) {
+      const double said = positive(*at), follows = flops / p.time.count / 1e12;
+      if (std::abs(follows / said - 1) > 0.1)
+        throw InputError(place, fmt::format("{} says {:.4g} TFLOP/s, tflops {:.4g}; leave out the "
+                                            "column that is wrong",
+                                            table.header[*measured], follows, said));
+    }
     t.source = table.file;
     tables.try_emplace({t.type, t.out, t.layout}, t).first->second.points.push_back(p);
   }
@@ -396,7 +400,7 @@ std::string with_products(std::string text, const std::string& file,
                         p.m, p.n, p.k, name(t.type), rate / 1e12, device.name, peak / 1e12));
     }
     points += fmt::format(
-        "  - type: {}\n    out: {}\n{}    source: {}\n    points: |\n"
+        "  - type: {}\n    out: {}\n    replaces_nearby: true\n{}    source: {}\n    points: |\n"
         "      m n k count time[us]\n",
         name(t.type), name(t.out),
         (t.layout == ProductLayout::any ? "" : fmt::format("    layout: {}\n", name(t.layout))) +

@@ -347,6 +347,11 @@ std::vector<FittedEntry> fit_rows(const std::vector<CsvTable>& tables, const Cat
         fmt::format("has {} step time{} of {}, and no more of any other; a fit needs {} "
                     "of one device, framework and cluster",
                     most_rows, most_rows == 1 ? "" : "s", most, options.least));
+  if (entries.empty() && std::all_of(families.begin(), families.end(),
+                                     [](const FamilyFigures& f) { return f.rows == 0; }))
+    throw InputError(tables[0].file,
+                     "none of its rows has a measured step; a column for it is iteration_time_s, "
+                     "tokens_per_s_per_gpu, tflops_per_gpu or mfu_pct");
   if (entries.empty())
     throw InputError(tables[0].file,
                      fmt::format("there are no {} step times of one device, framework and cluster "

@@ -167,6 +167,23 @@ std::optional<double> number(std::string_view text) {
   return n;
 }
 
+namespace {
+
+/// 8 of "8 HCAs per node", "(8 per node)" and "8 NICs of 200 Gb/s": how many a node has.
+std::optional<double> cards_of_a_node(const std::string& text) {
+  static const std::regex each(
+      R"((?:^|[^\d.])(\d{1,2}) ?(?:nics?|hcas?|cards?|ports?|adapters?|rails?)? ?(?:per|/) ?(?:node|server|host))");
+  static const std::regex of(
+      R"((?:^|[^\d.])(\d{1,2}) (?:nics|hcas|cards|ports|adapters) (?:of|at|@) )");
+  std::smatch found;
+  if (!std::regex_search(text, found, each) && !std::regex_search(text, found, of))
+    return std::nullopt;
+  const auto n = number(found[1].str());
+  return n && *n >= 1 ? n : std::nullopt;
+}
+
+}  // namespace
+
 std::optional<NetworkRate> network_rate(std::string_view text) {
   if (const auto at = lower(text).rfind("inter:"); at != std::string::npos)
     text.remove_prefix(at + 6);
@@ -180,7 +197,9 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
     (depth == 0 ? s : bracket) += c;
     if ((c == ')' || c == ']') && depth > 0 && --depth == 0) {
       const std::string l = lower(bracket);
-      if (has(l, "per gpu") || has(l, "per nic") || has(l, "per node"))
+      if (cards_of_a_node(l)) {
+        s += bracket;
+      } else if (has(l, "per gpu") || has(l, "per nic") || has(l, "per node"))
         s += " " +
              l.substr(l.find("per "), l.find_first_of(")],;", l.find("per ")) - l.find("per "));
       for (const char* other : {"storage", "management"})
@@ -200,11 +219,18 @@ std::optional<NetworkRate> network_rate(std::string_view text) {
     const std::string l = lower(c);
     const auto gpu = std::min(l.find("per gpu"), l.find("/gpu"));
     const auto node = std::min(l.find("per node"), l.find("/node"));
-    const auto card = std::min({l.find("per nic"), l.find("/nic"), l.find("per card")});
+    const auto card =
+        std::min({l.find("per nic"), l.find("/nic"), l.find("per card"), l.find("per hca"),
+                  l.find("/hca"), l.find("per port"), l.find("/port"), l.find("per adapter")});
     const std::size_t said = std::min({gpu, node, card});
     const Rate* r = &rates.front();
     for (const Rate& other : rates) {
       if (said != std::string::npos && other.end <= said) r = &other;
+    }
+    if (!r->counted && gpu == std::string::npos) {
+      // "200 Gb/s HDR InfiniBand (8 per node)".
+      if (const auto cards = cards_of_a_node(lower(s)))
+        return NetworkRate{BytesPerSecond{r->bytes * *cards}, false, false, false};
     }
     // A card by its name is one of them, but where the text counts them.
     const bool alone = said == std::string::npos && !r->counted;
@@ -574,7 +600,8 @@ std::optional<FlopFormula> flop_formula(std::string_view text) {
   if (has(s, "96bsl") || has(s, "96blsh") || has(s, "4xforward")) return FlopFormula::hardware_4x;
   if (has(s, "72blsh") || has(s, "72bsl") || has(s, "megatron") || has(s, "modelflops"))
     return FlopFormula::model_3x;
-  if (has(s, "6n+12l") || has(s, "6n") || has(s, "palm")) return FlopFormula::six_n;
+  if (has(s, "12l") || has(s, "palm")) return FlopFormula::six_n;
+  if (has(s, "6n")) return FlopFormula::six_n_alone;
   if (has(s, "8n") || has(s, "size_b42")) return FlopFormula::eight_n;
   return std::nullopt;
 }

@@ -117,6 +117,7 @@ enum class FlopFormula : std::uint8_t {
   hardware_4x,  ///< 96 B s l h² (1 + s/6h + V/16lh): Megatron with full recompute
   model_3x,     ///< 72 B s l h² (1 + s/6h + V/12lh): without
   six_n,        ///< 6 N + 12 l h s per token (PaLM)
+  six_n_alone,  ///< 6 N per token: attention counts nothing
   eight_n,      ///< 8 N per token
 };
 std::optional<FlopFormula> flop_formula(std::string_view text);

@@ -267,6 +267,9 @@ std::optional<double> measured_seconds(const Wanted& w, const RowCase& c, const 
     case FlopFormula::six_n:
       flops = o.ideal * o.peak * o.ranks;
       break;
+    case FlopFormula::six_n_alone:
+      flops = 6 * o.parameters * tokens;
+      break;
     case FlopFormula::eight_n:
       flops = 8 * o.parameters * tokens;
       break;

@@ -1434,9 +1434,9 @@ Seconds Communication::storage_time(const Program& p, const Instruction& i, std:
   const std::size_t node = t.node_of(DeviceId{static_cast<std::size_t>(rank)});
   const BytesPerSecond all = t.storage_bandwidth(node);
   if (!(all.count > 0)) {
-    throw InputError("storage", fmt::format("{} does not say how fast its nodes read from storage; "
-                                            "add storage_bandwidth to its nodes",
-                                            t.name()));
+    throw InputError(kStorage, fmt::format("{} does not say how fast its nodes read from storage; "
+                                           "add storage_bandwidth to its nodes",
+                                           t.name()));
   }
   return Seconds{static_cast<double>(local_bytes(p, i.writes[0], rank).count) *
                  static_cast<double>(t.rank_count(node)) / all.count};

@@ -108,6 +108,9 @@ bool on_host(const Program& program, const Instruction& instruction);
 /// Does it read from storage?
 bool from_storage(const Program& program, const Instruction& instruction);
 
+/// Place of the message that storage has no speed.
+inline constexpr const char* kStorage = "storage";
+
 /// Prices of communication between ranks placed on devices 0, 1, 2, ..., and the caches of kernels'
 /// prices on these devices. Caches by group; not thread-safe.
 class Communication {
@@ -128,6 +131,7 @@ class Communication {
   Seconds host_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   /// Of a read from storage, of which every device of a node has its share. InputError where the
   /// topology does not say.
+  /// InputError{kStorage} where the nodes' storage has no speed.
   Seconds storage_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
   /// How a collective lies on links: by the algorithm that NCCL chooses; where NCCL is not what

@@ -166,19 +166,31 @@ constexpr double kLevel = 0.3, kCoarse = 0.1, kFine = 0.06, kNoise = 0.03;
 /// Distances of two layouts, of grouped and plain, of what is accumulated, of two types.
 constexpr std::array<double, Place::kKinds> kKindApart = {1, 2.0 / 3, 2.0 / 3, 2};
 
+/// Of two layouts, squared. Where one of a point and a product that is asked for is not known it is
+/// the other's (Residuals); a point's beside other points' lies in the middle of the three, who are
+/// 1 apart, so that all points are places in one space: else their covariances would be none.
+double layouts_apart(int a, int b) { return a == b ? 0 : a == 0 || b == 0 ? 1.0 / 3 : 1; }
+
 double covariance(const Place& a, const Place& b) {
-  double apart = 0;
-  for (std::size_t i = 0; i < Place::kKinds; ++i) {
-    // A layout that is not known is as near to one as to the other.
-    const bool known = i > 0 || (a.kind[i] != 0 && b.kind[i] != 0);
-    if (a.kind[i] != b.kind[i] && known) apart += square(kKindApart[i]);
-  }
+  double apart = square(kKindApart[0]) * layouts_apart(a.kind[0], b.kind[0]);
+  for (std::size_t i = 1; i < Place::kKinds; ++i)
+    if (a.kind[i] != b.kind[i]) apart += square(kKindApart[i]);
   const auto d = [&](std::size_t i, double length) {
     return square((a.size[i] - b.size[i]) / length);
   };
   apart += d(5, 1.1);
   return square(kLevel) + square(kCoarse) * matern(apart + d(0, 1.5) + d(1, 2.2)) +
          square(kFine) * matern(apart + d(2, 1.1) + d(3, 1.1) + d(1, 2.5) + d(4, 1));
+}
+
+/// Of one kind, its layout too where both are known, and less than an octave apart in all sizes
+/// together?
+bool within_an_octave(const Place& a, const Place& b) {
+  double apart = 0;
+  for (const std::size_t i : {std::size_t{1}, std::size_t{2}, std::size_t{3}, std::size_t{4}})
+    apart += square(a.size[i] - b.size[i]);
+  const bool layout = a.kind[0] == b.kind[0] || a.kind[0] == 0 || b.kind[0] == 0;
+  return layout && apart < 1 && std::equal(a.kind.begin() + 1, a.kind.end(), b.kind.begin() + 1);
 }
 
 /// log(measured / model) of points, and what follows for a place between or beyond them.
@@ -192,14 +204,25 @@ class Residuals {
   /// and Williams, Gaussian Processes for Machine Learning, equation 2.23); 0 without points.
   double at(const Place& x) const {
     if (points_.empty()) return 0;
+    const auto placed = [&](std::size_t i) {
+      Place p = points_[i].place;
+      if (p.kind[0] == 0) p.kind[0] = x.kind[0];
+      return p;
+    };
+    const auto to_query = [&](const Place& p) {
+      Place here = x;
+      if (here.kind[0] == 0) here.kind[0] = p.kind[0];
+      return covariance(here, p);
+    };
     std::vector<std::pair<double, std::size_t>> near;
     near.reserve(points_.size());
-    for (std::size_t i = 0; i < points_.size(); ++i)
-      near.emplace_back(-covariance(x, points_[i].place), i);
+    for (std::size_t i = 0; i < points_.size(); ++i) near.emplace_back(-to_query(placed(i)), i);
     constexpr std::size_t kNearest = 24;
     const std::size_t n = std::min(kNearest, near.size());
     std::partial_sort(near.begin(), near.begin() + static_cast<std::ptrdiff_t>(n), near.end());
     // Cholesky's K = L Lᵀ, row by row; then mean = kᵀ K⁻¹ y = (L⁻¹ k) · (L⁻¹ y).
+    std::vector<Place> place(n);
+    for (std::size_t i = 0; i < n; ++i) place[i] = placed(near[i].second);
     std::vector<double> l(n * n), u(n), w(n);
     double mean = 0;
     for (std::size_t i = 0; i < n; ++i) {
@@ -207,7 +230,7 @@ class Residuals {
       u[i] = -near[i].first;
       w[i] = p.value;
       for (std::size_t j = 0; j <= i; ++j) {
-        double sum = covariance(p.place, points_[near[j].second].place) + (i == j ? p.noise : 0);
+        double sum = covariance(place[i], place[j]) + (i == j ? p.noise : 0);
         for (std::size_t k = 0; k < j; ++k) sum -= l[i * n + k] * l[j * n + k];
         l[i * n + j] = i == j ? std::sqrt(sum) : sum / l[j * n + j];
       }
@@ -388,16 +411,25 @@ struct ShapePrices::State {
     // Points are compared with the model of the device that they were measured on: the one that
     // this is like, besides its own.
     std::vector<Point> points;
+    std::vector<Place> replaced;
     for (const DeviceProfile* on = &d; on != nullptr; on = on->like.get()) {
       for (const ProductTable& t : on->products) {
         for (const ProductTable::Point& x : t.points) {
           Product p{x.m,      x.n,          x.k,       x.count, t.type, t.out,
                     t.layout, t.accumulate, t.grouped, {},      false};
           p.bytes = p.operand_bytes();
-          points.push_back(point(p, *on, x.time, t.spread, t.mixed_clocks, t.clock));
+          if (t.replaces_nearby) replaced.push_back(place_of(p));
+          Point at = point(p, *on, x.time, t.spread, t.mixed_clocks, t.clock);
+          at.replaceable = !t.replaces_nearby;
+          points.push_back(std::move(at));
         }
       }
     }
+    std::erase_if(points, [&](const Point& x) {
+      return x.replaceable && std::any_of(replaced.begin(), replaced.end(), [&](const Place& by) {
+               return within_an_octave(x.place, by);
+             });
+    });
     add(points, which, residuals);
     points.clear();
     for (const DeviceProfile* on = &d; on != nullptr; on = on->like.get()) {
@@ -419,6 +451,7 @@ struct ShapePrices::State {
     Place place;
     double log = 0, slower = 0, spread = 0;
     bool mixed = false;
+    bool replaceable = false;
   };
   template <class Shape>
   static Point point(const Shape& shape, const DeviceProfile& measured, Seconds time, double spread,

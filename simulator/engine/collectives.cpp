@@ -39,29 +39,31 @@ void refuse_many(std::int64_t messages) {
                                             grouped(messages), grouped(kMostMessages)));
 }
 
-/// Of the level whose units are `below` ranks: the fastest of its ways and the shortest. `own` is
-/// cleared where they differ, or where members share a link that they would fill.
+/// Of the level whose units are `below` ranks: the fastest of its ways and the shortest, between
+/// members of one place in their units or of any. `own` is cleared where they differ, or where
+/// members share a link that they would fill.
 PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std::int32_t members,
-                  const Topology& topology, bool& own) {
+                  bool any_places, const Topology& topology, bool& own) {
   PortLevel port{members, Ticks{0}, BytesPerSecond{std::numeric_limits<double>::infinity()}};
   if (members == 1) return port;
   const auto l = static_cast<std::size_t>(members);
   // All ways, or of many those over distances that double.
-  const bool every = ranks.size() * l <= std::size_t{1} << 16;
+  const std::size_t places = any_places ? below : 1;
+  const bool every = ranks.size() * l * places <= std::size_t{1} << 16;
   struct Users {
     std::set<std::int64_t> from, to;
   };
   std::map<LinkId, Users> users;
-  // What leaves or enters a member by each of its links: where it has several, a formula of one
-  // port is a bound at best, by all of them.
-  std::vector<std::map<LinkId, BytesPerSecond>> out(ranks.size()), in(ranks.size());
+  // What leaves or enters a member by each of its links, and the narrowest links of those ways:
+  // where there are several, a formula of one port is a bound at best, by all of them.
+  std::vector<std::map<LinkId, std::set<LinkId>>> out(ranks.size()), in(ranks.size());
   std::map<std::int64_t, std::size_t> number;
   for (std::size_t i = 0; i < ranks.size(); ++i) number.emplace(ranks[i], i);
   bool first = true;
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const std::size_t x = i / below % l;
-    for (std::size_t d = 1; d < l; d = every ? d + 1 : 2 * d) {
-      const std::int64_t from = ranks[i], to = ranks[i - x * below + (x + d) % l * below];
+    const auto way_to = [&](std::size_t other) {
+      const std::int64_t from = ranks[i], to = ranks[other];
       Ticks latency{0};
       BytesPerSecond rate{std::numeric_limits<double>::infinity()};
       const auto route = topology.route(DeviceId{static_cast<std::size_t>(from)},
@@ -73,22 +75,30 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
         users[id].from.insert(from), users[id].to.insert(to);
       }
       if (!route.empty()) {
-        BytesPerSecond& leaves = out[i][route.front()];
-        BytesPerSecond& enters = in[number.at(to)][route.back()];
-        leaves = std::max(leaves, rate), enters = std::max(enters, rate);
+        const auto narrow = [&](LinkId id) { return topology.link(id).bandwidth == rate; };
+        out[i][route.front()].insert(*std::find_if(route.begin(), route.end(), narrow));
+        in[number.at(to)][route.back()].insert(*std::find_if(route.rbegin(), route.rend(), narrow));
       }
       own = own && (first || (latency == port.latency && rate == port.rate));
       port.latency = first ? latency : std::min(port.latency, latency);
       port.rate = first ? rate : std::max(port.rate, rate);
       first = false;
+    };
+    for (std::size_t d = 1; d < l; d = every ? d + 1 : 2 * d) {
+      const std::size_t unit = (i / below - x + (x + d) % l) * below;
+      for (std::size_t p = 0; p < places; ++p) way_to(unit + (i + p) % below);
     }
   }
   for (const auto* side : {&out, &in}) {
     for (const auto& links : *side) {
-      if (links.size() < 2) continue;
+      if (links.empty() || (links.size() == 1 && links.begin()->second.size() == 1)) continue;
       own = false;
       BytesPerSecond all;
-      for (const auto& [id, rate] : links) all.count += rate.count;
+      for (const auto& [id, narrowest] : links) {
+        BytesPerSecond through;
+        for (const LinkId n : narrowest) through.count += topology.link(n).bandwidth.count;
+        all.count += std::min(through, topology.link(id).bandwidth).count;
+      }
       port.rate = std::max(port.rate, all);
     }
   }
@@ -97,6 +107,18 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
     own = own && topology.link(id).bandwidth.count >= at_once * port.rate.count * (1 - 1e-9);
   }
   return port;
+}
+
+std::vector<PortLevel> ports_across(const std::vector<std::int64_t>& ranks,
+                                    const Topology& topology, const CollectiveTimes& all) {
+  std::vector<PortLevel> ports;
+  std::size_t below = 1;
+  bool own = true;
+  for (const std::int32_t l : all.levels) {
+    ports.push_back(port_of(ranks, below, l, true, topology, own));
+    below *= static_cast<std::size_t>(l);
+  }
+  return ports;
 }
 
 CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
@@ -134,14 +156,20 @@ CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
   t.sent = Bytes{*std::max_element(sent.begin(), sent.end())};
   const NetworkTraffic traffic = traffic_of(r, cut, ranks, topology);
   const Played p = play(traffic);
-  t.form = closed_form(row.kind, row.algorithm, payload, all.ports);
+  // Algorithms that know no levels send between members of any places.
+  const bool across = !levelled(row.algorithm) && all.ports.size() > 1;
+  t.form = closed_form(row.kind, row.algorithm, payload,
+                       across ? ports_across(ranks, topology, all) : all.ports);
   if (!all.own_ports) t.form.most.reset();
   t.time = p.end;
   if (p.end.count == 0) return t;
   const Seconds time = to_seconds(p.end);
   t.bus_bandwidth = BytesPerSecond{bus_factor(row.kind, n) * (payload / time).count};
   for (std::size_t l = 0; l < p.link_bytes.size(); ++l) {
-    const double busy = p.link_bytes[l] / traffic.capacity[l] / time.count;
+    // With what others send, who take no more than their share of it.
+    const double others = traffic.background.empty() ? 0 : traffic.background[l];
+    const double busy = std::min(
+        1.0, p.link_bytes[l] / traffic.capacity[l] / time.count + others / traffic.capacity[l]);
     if (busy > t.busy) t.busy = busy, t.busiest = traffic.link_ids[l];
   }
   return t;
@@ -196,7 +224,7 @@ CollectiveTimes time_collective(CollectiveKind kind, Bytes payload,
   all.levels = levels.empty() ? levels_of(ranks, topology) : std::move(levels);
   std::size_t below = 1;
   for (const std::int32_t l : all.levels) {
-    all.ports.push_back(port_of(ranks, below, l, topology, all.own_ports));
+    all.ports.push_back(port_of(ranks, below, l, false, topology, all.own_ports));
     below *= static_cast<std::size_t>(l);
   }
   PARTITA_ASSERT(below == ranks.size(), fmt::format("levels of {}", below));

@@ -509,6 +509,122 @@ TEST(Json, WhatifPrintsOneObjectALineAndCsvOneLineACombination) {
             "peak_device_bytes,fits,note");
 }
 
+/// One column of whatif's CSV.
+std::vector<std::string> column(const Ran& r, const std::string& name) {
+  EXPECT_EQ(r.code, 0) << r.err;
+  std::istringstream lines(r.out);
+  const auto cells = [](const std::string& line) {
+    std::vector<std::string> all;
+    std::istringstream in(line);
+    for (std::string cell; std::getline(in, cell, ',');) all.push_back(cell);
+    return all;
+  };
+  std::string line;
+  std::getline(lines, line);
+  const auto head = cells(line);
+  const auto at =
+      static_cast<std::size_t>(std::find(head.begin(), head.end(), name) - head.begin());
+  std::vector<std::string> found;
+  while (std::getline(lines, line)) {
+    const auto row = cells(line);
+    found.push_back(at < row.size() ? row[at] : "");
+  }
+  return found;
+}
+
+TEST(Json, AVariedFrameworkIsThePlansWhereverItStands) {
+  const std::string job = "llama-3-8b dgx-h100:1 --global-batch 8 ";
+  const Json asked = parsed(run("simulate " + job + "--framework pytorch-fsdp --json"));
+  const Json ddp = parsed(run("simulate " + job + "--framework pytorch-ddp --json"));
+  const auto near = [](const std::string& cell, const Json& j) {
+    EXPECT_NEAR(std::stod(cell) / j["step_time_s"].get<double>(), 1, 1e-4);
+  };
+  const auto steps = [&](const std::string& what) {
+    return column(run("whatif " + job + what + " --csv"), "step_time_s");
+  };
+  const auto varied = steps("--vary plan.framework=pytorch-fsdp,pytorch-ddp");
+  ASSERT_EQ(varied.size(), 2u);
+  near(varied[0], asked);
+  near(varied[1], ddp);
+  // What a framework sets does not undo what stands before it.
+  const auto first = steps("--vary 'plan.bucket=1 MiB' --vary plan.framework=pytorch-ddp"),
+             last = steps("--vary plan.framework=pytorch-ddp --vary 'plan.bucket=1 MiB'");
+  EXPECT_EQ(first, last);
+  EXPECT_NE(first[0], varied[1]);
+  const Json set =
+      parsed(run("simulate " + job + "--set zero=1 --set framework=pytorch-fsdp --json"));
+  EXPECT_EQ(set["plan"]["zero"], 1);
+}
+
+TEST(Json, VariedClustersKeepTheirNodesShape) {
+  const auto steps = [](const std::string& what) {
+    return column(run("whatif gpt2 " + what + " --global-batch 64 --csv"), "step_time_s");
+  };
+  EXPECT_EQ(steps("'dgx-h100:4 nodes of 2' --vary topology.nodes=4,x2"),
+            (std::vector{steps("'dgx-h100:4 nodes of 2' --vary plan.tp=1")[0],
+                         steps("'dgx-h100:8 nodes of 2' --vary plan.tp=1")[0]}));
+  EXPECT_EQ(steps("dgx-h100:1 --vary topology.nodes=1,4 --vary topology=dgx-a100-80gb:2"),
+            steps("dgx-h100:1 --vary topology=dgx-a100-80gb:2 --vary topology.nodes=1,4"));
+  const Ran gpus = run("whatif gpt2 'dgx-h100:12 gpus' --vary topology.nodes=2");
+  EXPECT_EQ(gpus.code, 2);
+  EXPECT_NE(gpus.err.find("counts devices"), std::string::npos) << gpus.err;
+  // A combination that is impossible costs its own row.
+  const auto notes = column(run("whatif gpt2 dgx-h100:1 --global-batch 8 --csv --vary "
+                                "topology=dgx-h100:1,cpu-host:2 --vary "
+                                "'topology.nodes[0].links[kind=nvlink].bandwidth=25 GB/s'"),
+                            "note");
+  ASSERT_EQ(notes.size(), 2u);
+  EXPECT_EQ(notes[0], "");
+  EXPECT_NE(notes[1], "");
+}
+
+TEST(Json, VariedMemoryIsUsableAndWhatNothingReadsIsSaid) {
+  EXPECT_EQ(column(run("whatif llama-3-8b dgx-h100:2 --tp 2 --global-batch 64 --csv --vary "
+                       "device.memory=x1,x2"),
+                   "fits"),
+            (std::vector<std::string>{"false", "true"}));
+  EXPECT_EQ(
+      run("whatif gpt2 dgx-h100:1 --vary device.memory=x2 --vary device.usable_memory=x2").code, 0);
+  EXPECT_EQ(run("whatif gpt2 dgx-h100:1 --vary device.no_such_key=1,2").code, 2);
+  const Ran latency =
+      run("whatif gpt2 dgx-h100:1 --global-batch 8 --vary plan.tp=1,2 --vary "
+          "'topology.nodes[0].links[kind=nvlink].latency=x1,1 ms'");
+  EXPECT_NE(latency.out.find("latency changes neither time nor memory here"), std::string::npos);
+  EXPECT_EQ(latency.out.find("plan.tp changes"), std::string::npos);
+  const Ran twice = run("whatif gpt2 dgx-h100:1 --vary plan.tp=2,4 --vary plan.tp=8");
+  EXPECT_EQ(twice.code, 2);
+  EXPECT_NE(twice.err.find("given twice"), std::string::npos);
+}
+
+TEST(Json, WhatSetGivesIsFixedAndNotAssumed) {
+  const Json j =
+      parsed(run("plan gpt2 dgx-h100:1 --global-batch 64 --set tp=4 --set "
+                 "micro_batch=2 --set recompute=full --set precision=fp16 --json"));
+  ASSERT_FALSE(j["plans"].empty());
+  for (const Json& p : j["plans"]) {
+    EXPECT_EQ(p["plan"]["tp"], 4);
+    EXPECT_EQ(p["plan"]["micro_batch"], 2);
+    EXPECT_EQ(p["plan"]["recompute"], "full");
+    for (const Json& a : p["assumed"])
+      EXPECT_EQ(a.get<std::string>().find("precision"), std::string::npos) << a;
+  }
+  EXPECT_NE(run("reference mnist-linear --dp 4 --set micro_batch=8 --steps 1")
+                .out.find("micro-batch 8 x 1"),
+            std::string::npos);
+}
+
+TEST(Json, StartUpSaysWhatFitsAndNeedsNoStorageForWhatReadsNone) {
+  const Json large = parsed(run("startup llama-3.1-405b dgx-h100:1 --json"));
+  for (const Json& row : large["rows"]) EXPECT_EQ(row["fits"], false);
+  const Json small = parsed(run("startup gpt2 dgx-h100:1 --json"));
+  for (const Json& row : small["rows"]) EXPECT_EQ(row["fits"], true);
+  const Json imported =
+      parsed(run("startup gpt2 " PARTITA_TEST_DATA "/topologies/nvswitch.xml --dp 2 --json"));
+  ASSERT_EQ(imported["rows"].size(), 2u);
+  EXPECT_EQ(imported["rows"][1]["form"], "broadcast");
+  ASSERT_EQ(imported["left_out"].size(), 1u);
+}
+
 TEST(Json, ReferenceHasItsKeys) {
   // What --set says of an optimizer counts as a plan file's word and a flag do.
   const auto by = [](const std::string& how) {

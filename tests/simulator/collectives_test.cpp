@@ -9,6 +9,7 @@
 #include <array>
 #include <numeric>
 #include <random>
+#include <set>
 
 #include "base/error.h"
 #include "simulator/cost/closed_form.h"
@@ -129,7 +130,6 @@ TEST(Collectives, FormulasHoldOnTheCataloguesClusters) {
   EXPECT_GT(exact, 30);
 }
 
-/// What crosses every port, to the byte, is what the expansion's messages carry.
 /// A GPU with a link to each other one: 256 MiB to each of three at 150 GB/s take 1.79 ms, where a
 /// formula of one port said three times as much.
 TEST(Collectives, MembersOfSeveralPortsAreNotOnes) {
@@ -146,6 +146,34 @@ TEST(Collectives, MembersOfSeveralPortsAreNotOnes) {
   }
 }
 
+/// Ways that leave a member by one link and part behind it: over four cards, or a torus'
+/// directions.
+TEST(Collectives, WaysThatPartBehindAPortAreNotOnes) {
+  for (const std::string& name : {std::string("gb200-nvl72:36"), std::string("dgx-h100:2"),
+                                  std::string(PARTITA_TEST_DATA "/cli/torus.yaml"),
+                                  std::string(PARTITA_TEST_DATA "/cli/dragonfly.yaml")}) {
+    const Topology t = load_topology(name);
+    std::vector<std::int64_t> ranks(std::min<std::size_t>(t.device_count(), 144));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    std::set<CollectiveKind> kinds;
+    for (const AlgorithmRow& row : kAlgorithms) kinds.insert(row.kind);
+    for (const CollectiveKind kind : kinds) {
+      for (const Bytes size : {1_MiB, 1_GiB}) {
+        for (const CollectiveTime& a : time_collective(kind, size, ranks, t).algorithms) {
+          if (!a.why_not.empty()) continue;
+          EXPECT_GE(a.time.count, a.form.least.count)
+              << name << " " << partita::name(kind) << " " << partita::name(a.algorithm);
+          if (a.form.most) {
+            EXPECT_LE(a.time.count, a.form.most->count)
+                << name << " " << partita::name(kind) << " " << partita::name(a.algorithm);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// What crosses every port, to the byte, is what the expansion's messages carry.
 TEST(Collectives, BytesOnEveryLinkAreThoseOfTheExpansion) {
   const PortLevel in{4, Ticks{1000}, BytesPerSecond{1e9}}, out{3, Ticks{1000}, BytesPerSecond{1e9}};
   for (const AlgorithmRow& row : kAlgorithms) {

@@ -4,11 +4,11 @@
 #include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-
 #include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
+#include <random>
 #include <sstream>
 
 #include "base/error.h"
@@ -99,6 +99,7 @@ TEST(NcclTestsLogs, TheOperationIsThatOfTheTextElseOfTheName) {
   EXPECT_EQ(parse_nccl_tests(log_text("it"), "broadcast_perf.txt").kind, "broadcast");
   EXPECT_EQ(parse_nccl_tests(log_text("it"), "h100_all_reduce_perf.log").kind, "all_reduce");
   EXPECT_EQ(parse_nccl_tests(log_text("it"), "h100_reduce_perf.log").kind, "reduce");
+  EXPECT_EQ(parse_nccl_tests(log_text("it"), "small_all_reduce_perf.log").kind, "all_reduce");
   EXPECT_THAT([] { parse_nccl_tests(log_text("it"), "x.log"); },
               ThrowsMessage<InputError>(HasSubstr("x.log: neither the log nor its name says")));
   EXPECT_THAT([] { parse_nccl_tests(log_text("alltoall_perf"), "x.log"); },
@@ -231,6 +232,62 @@ TEST(ProductTables, BadOnesAreRefusedWithTheLine) {
   refused("m,n,k,type,tflops\n1,1,1,complex,1\n", "g.csv:2");
   refused("m,n,k,type,tflops,layout\n1,1,1,bf16,1,TT\n", "g.csv:2: layout: 'TT' is unknown");
   refused("m,n,k,type,tflops\n", "g.csv: has no rows");
+  refused("m,n,k,type,tflops,time_us\n4096,4096,4096,bf16,550,999\n",
+          "g.csv:2: time_us says 137.6 TFLOP/s, tflops 550");
+  EXPECT_NO_THROW(parse_products(
+      parse_csv("m,n,k,type,tflops,time_us\n4096,4096,4096,bf16,550,250\n", "g.csv")));
+}
+
+/// Tables without a layout are of each: prices stay near what was measured, in every layout.
+TEST(ProductTables, OfNoLayoutAreOfEach) {
+  std::mt19937 random(7);
+  const auto sizes = std::array{1024.0, 2048.0, 4096.0, 5120.0, 8192.0, 14336.0};
+  for (const char* of : {"a100-sxm-80gb", "h100-sxm", "b200"}) {
+    const std::string file = data_folder(fmt::format("topologies/devices/{}.yaml", of));
+    const double peak = load_device(of).matrix_rate(ElementType::bf16).count;
+    for (int k = 0; k < 6; ++k) {
+      ProductTable t;
+      t.source = "mine";
+      for (int i = 0; i < 12; ++i) {
+        const auto one = [&] { return sizes[random() % sizes.size()]; };
+        ProductTable::Point x{one(), one(), one(), 1, {}};
+        const double share = 0.5 + 0.3 * std::uniform_real_distribution()(random);
+        x.time = Seconds{2 * x.m * x.n * x.k / (share * peak)};
+        t.points.push_back(x);
+      }
+      ShapePrices prices(parse_device(with_products(read_file(file), file, {t}), file));
+      for (const ProductTable::Point& x : t.points) {
+        for (const auto layout : {ProductLayout::nn, ProductLayout::nt, ProductLayout::tn}) {
+          Product p{x.m,   x.n,   x.k, 1,    ElementType::bf16, ElementType::bf16, layout,
+                    false, false, {},  false};
+          p.bytes = p.operand_bytes();
+          const double ratio = prices.of(p).work.count / x.time.count;
+          EXPECT_GT(ratio, 0.5) << of;
+          EXPECT_LT(ratio, 2) << of;
+        }
+      }
+    }
+  }
+}
+
+/// What was measured counts before what the catalogue has of shapes nearby: a product that takes
+/// half as long again does so in every layout.
+TEST(ProductTables, GoBeforeTheCataloguesPoints) {
+  for (const char* of : {"a100-sxm-80gb", "a100-pcie-80gb", "h100-sxm"}) {
+    const std::string file = data_folder(fmt::format("topologies/devices/{}.yaml", of));
+    for (const auto layout : {ProductLayout::nn, ProductLayout::nt, ProductLayout::tn}) {
+      Product p{4096,  4096,  4096, 1,    ElementType::bf16, ElementType::bf16, layout,
+                false, false, {},   false};
+      p.bytes = p.operand_bytes();
+      ShapePrices own(load_device(of));
+      ProductTable t;
+      t.source = "mine";
+      t.clock = load_device(of).sustained_clock;
+      t.points.push_back({4096, 4096, 4096, 1, 1.5 * own.of(p).work});
+      ShapePrices prices(parse_device(with_products(read_file(file), file, {t}), file));
+      EXPECT_NEAR(prices.of(p).work / own.of(p).work, 1.5, 0.2) << of << " " << name(layout);
+    }
+  }
 }
 
 /// What was measured is what a collective costs.

@@ -44,15 +44,21 @@ TEST(RowText, NetworkRates) {
            {"400Gb/s x 8", 3200 * kGb, false},
            {"200 Gb/s x 4 rails per node", 800 * kGb, false},
            {"100GbE", 100 * kGb, false},
+           {"200 Gb/s HDR InfiniBand (8 per node)", 1600 * kGb, false},
+           {"200 Gb/s HDR InfiniBand (8 HCAs per node)", 1600 * kGb, false},
+           {"8 NICs of 200 Gb/s per node", 1600 * kGb, false},
+           {"200 Gb/s HDR InfiniBand, 8 NICs per node", 1600 * kGb, false},
+           {"400 Gb/s per GPU, 8 per node", 400 * kGb, true},
        }) {
     const auto r = network_rate(c.text);
     ASSERT_TRUE(r.has_value()) << c.text;
     EXPECT_DOUBLE_EQ(r->rate.count, c.rate) << c.text;
     EXPECT_EQ(r->per_gpu, c.per_gpu) << c.text;
   }
-  for (const char* card : {"400 Gb/s per NIC", "NDR 400 Gb/s (per NIC, 8 of them)", "400 Gb/s/NIC",
-                           "InfiniBand NDR", "NDR400", "ConnectX-7 400G", "ConnectX-7 400 Gb/s",
-                           "NVSwitch 900 GB/s + ConnectX-7 400 Gb/s"}) {
+  for (const char* card :
+       {"400 Gb/s per NIC", "NDR 400 Gb/s (per NIC, 8 of them)", "400 Gb/s/NIC", "400 Gb/s per HCA",
+        "400 Gb/s per port", "InfiniBand NDR", "NDR400", "ConnectX-7 400G", "ConnectX-7 400 Gb/s",
+        "NVSwitch 900 GB/s + ConnectX-7 400 Gb/s"}) {
     const auto r = network_rate(card);
     ASSERT_TRUE(r.has_value()) << card;
     EXPECT_DOUBLE_EQ(r->rate.count, 400 * kGb) << card;
@@ -357,6 +363,8 @@ TEST(RowText, SmallOnes) {
   EXPECT_EQ(flop_formula("96*B*s*l*h^2*(1+s/(6h)+V/(16lh))"), FlopFormula::hardware_4x);
   EXPECT_EQ(flop_formula("72Blsh^2(1+s/6h+V/12hl)"), FlopFormula::model_3x);
   EXPECT_EQ(flop_formula("MFU=(6N+12LHQT) tokens/s / peak"), FlopFormula::six_n);
+  EXPECT_EQ(flop_formula("6ND"), FlopFormula::six_n_alone);
+  EXPECT_EQ(flop_formula("6 * N * tokens"), FlopFormula::six_n_alone);
   EXPECT_EQ(flop_formula("estimated 8*N*tokens (under-reports ~3%)"), FlopFormula::eight_n);
   EXPECT_EQ(flop_formula("model_size_B*4*2*seq*GBS/(t*GPUs*1e3)"), FlopFormula::eight_n);
   EXPECT_FALSE(flop_formula("as printed"));

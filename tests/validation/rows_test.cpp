@@ -878,6 +878,23 @@ TEST(RowCase, ModelsByTheLongestNameThatTheTextBeginsWith) {
     EXPECT_EQ(name(other), "none") << other;
 }
 
+TEST(RowCase, LayersOfAVirtualStageGiveTheirNumber) {
+  const auto stages = [](const Cells& changes) {
+    Cells all{{"num_layers", "32"}, {"pp", "4"}, {"dp", ""}, {"virtual_stages_per_gpu", ""}};
+    for (const auto& [column, cell] : changes) all[column] = cell;
+    return case_with(all).plan.virtual_stages;
+  };
+  const char* const two = "--num-layers-per-virtual-pipeline-stage 2";
+  EXPECT_EQ(stages({{"overlap_and_other_settings", two}}), 4);
+  EXPECT_EQ(stages({{"overlap_and_other_settings", two}, {"virtual_stages_per_gpu", "2"}}), 2);
+  EXPECT_EQ(stages({{"num_layers", ""},
+                    {"pp", ""},
+                    {"overlap_and_other_settings",
+                     std::string(two) + " --num-layers 32 --pipeline-model-parallel-size 4"}}),
+            4);
+  EXPECT_EQ(stages({}), 1);
+}
+
 TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
   const RowCase c = case_with({{"model", "GPT"},
                                {"num_layers", "12"},
@@ -901,6 +918,13 @@ TEST(RowCase, UnnamedNetworksFollowFromTheirSizes) {
   EXPECT_TRUE(plain.transformer->tied && !plain.transformer->gated);
   EXPECT_EQ(plain.transformer->ffn, 3072);
   EXPECT_FALSE(plain.plan.overlap_gradients);
+  // Behind words they count, too; what is not there is not off then.
+  const RowCase behind = case_with({{"model", "GPT"},
+                                    {"num_layers", "12"},
+                                    {"hidden_size", "768"},
+                                    {"overlap_and_other_settings", "run 3; --swiglu"}});
+  EXPECT_TRUE(behind.transformer->gated);
+  EXPECT_EQ(behind.transformer->ffn, 2048);
   // tp cuts heads: of 14,400 as 120 of 120.
   EXPECT_EQ(case_with({{"model", "GPT-like 200B"},
                        {"num_layers", "80"},
@@ -1303,6 +1327,12 @@ TEST(Rows, EveryPrintedSpeedIsTheSameTime) {
   EXPECT_DOUBLE_EQ(mfu.measured, mfu.ideal / 0.4);
   const Figure rate = time({{"tflops_per_gpu", "400"}, {"flop_formula", "6N+12LHQT"}});
   EXPECT_NEAR(rate.measured, mfu.ideal * 989.4 / 400, 1e-9);
+  ModelOptions four_layers;
+  four_layers.layers = 4;
+  const auto parameters =
+      static_cast<double>(parameter_count(load_model("llama-3-8b", four_layers)));
+  const Figure alone = time({{"tflops_per_gpu", "400"}, {"flop_formula", "6ND"}});
+  EXPECT_NEAR(alone.measured, 6 * parameters * 16 * 4096 / 400e12 / 16, 1e-12);
   // Megatron's formula with recomputation: 96 B s l h² (1 + s/6h + V/16lh).
   const Figure four = time({{"tflops_per_gpu", "400"}, {"flop_formula", "96*B*s*l*h^2*(...)"}});
   EXPECT_NEAR(
