@@ -171,8 +171,9 @@ constexpr std::array<double, Place::kKinds> kKindApart = {1, 2.0 / 3, 2.0 / 3, 2
 /// 1 apart, so that all points are places in one space: else their covariances would be none.
 double layouts_apart(int a, int b) { return a == b ? 0 : a == 0 || b == 0 ? 1.0 / 3 : 1; }
 
-double covariance(const Place& a, const Place& b) {
-  double apart = square(kKindApart[0]) * layouts_apart(a.kind[0], b.kind[0]);
+/// With layouts in the places of what the two say.
+double covariance(const Place& a, const Place& b, int layout_a, int layout_b) {
+  double apart = square(kKindApart[0]) * layouts_apart(layout_a, layout_b);
   for (std::size_t i = 1; i < Place::kKinds; ++i)
     if (a.kind[i] != b.kind[i]) apart += square(kKindApart[i]);
   const auto d = [&](std::size_t i, double length) {
@@ -204,25 +205,20 @@ class Residuals {
   /// and Williams, Gaussian Processes for Machine Learning, equation 2.23); 0 without points.
   double at(const Place& x) const {
     if (points_.empty()) return 0;
-    const auto placed = [&](std::size_t i) {
-      Place p = points_[i].place;
-      if (p.kind[0] == 0) p.kind[0] = x.kind[0];
-      return p;
-    };
-    const auto to_query = [&](const Place& p) {
-      Place here = x;
-      if (here.kind[0] == 0) here.kind[0] = p.kind[0];
-      return covariance(here, p);
-    };
+    const int asked = x.kind[0];
+    // Of a point beside others.
+    const auto layout_of = [&](const Place& p) { return p.kind[0] != 0 ? p.kind[0] : asked; };
     std::vector<std::pair<double, std::size_t>> near;
     near.reserve(points_.size());
-    for (std::size_t i = 0; i < points_.size(); ++i) near.emplace_back(-to_query(placed(i)), i);
+    for (std::size_t i = 0; i < points_.size(); ++i) {
+      const Place& p = points_[i].place;
+      const int layout = layout_of(p);
+      near.emplace_back(-covariance(x, p, asked != 0 ? asked : layout, layout), i);
+    }
     constexpr std::size_t kNearest = 24;
     const std::size_t n = std::min(kNearest, near.size());
     std::partial_sort(near.begin(), near.begin() + static_cast<std::ptrdiff_t>(n), near.end());
     // Cholesky's K = L Lᵀ, row by row; then mean = kᵀ K⁻¹ y = (L⁻¹ k) · (L⁻¹ y).
-    std::vector<Place> place(n);
-    for (std::size_t i = 0; i < n; ++i) place[i] = placed(near[i].second);
     std::vector<double> l(n * n), u(n), w(n);
     double mean = 0;
     for (std::size_t i = 0; i < n; ++i) {
@@ -230,7 +226,9 @@ class Residuals {
       u[i] = -near[i].first;
       w[i] = p.value;
       for (std::size_t j = 0; j <= i; ++j) {
-        double sum = covariance(place[i], place[j]) + (i == j ? p.noise : 0);
+        const Place& other = points_[near[j].second].place;
+        double sum = covariance(p.place, other, layout_of(p.place), layout_of(other)) +
+                     (i == j ? p.noise : 0);
         for (std::size_t k = 0; k < j; ++k) sum -= l[i * n + k] * l[j * n + k];
         l[i * n + j] = i == j ? std::sqrt(sum) : sum / l[j * n + j];
       }
