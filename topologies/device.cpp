@@ -394,11 +394,11 @@ DeviceProfile edited(const std::string& file, std::vector<YamlEdit> edits) {
   if (const auto memory = of("memory");
       memory != edits.end() && of("usable_memory") == edits.end()) {
     // The same share of it is usable.
-    const auto there = static_cast<double>(parse_device(text, file).memory.count);
+    const std::int64_t there = parse_device(text, file).memory.count;
     const Bytes now = parse_bytes(
         multiplied(fmt::format("{} B", there), memory->value, memory->path), memory->path);
-    edits.push_back(
-        {"usable_memory", fmt::format("x{:.17g}", static_cast<double>(now.count) / there)});
+    const double share = static_cast<double>(now.count) / static_cast<double>(there);
+    edits.push_back({"usable_memory", fmt::format("x{:.17g}", share)});
   }
   DeviceProfile device = parse_device(yaml_with(text, edits, file), file);
   if (!edits.empty() && (!device.products.empty() || !device.attention.empty())) {

@@ -129,9 +129,8 @@ class Communication {
   /// Of a copy between device and host, over the device's link, or of work in the host's memory, of
   /// which every device has its share. InputError where the topology does not say.
   Seconds host_time(const Program& program, const Instruction& instruction, std::int64_t rank);
-  /// Of a read from storage, of which every device of a node has its share. InputError where the
-  /// topology does not say.
-  /// InputError{kStorage} where the nodes' storage has no speed.
+  /// Of a read from storage, of which every device of a node has its share. InputError{kStorage}
+  /// where the topology does not say how fast it is.
   Seconds storage_time(const Program& program, const Instruction& instruction, std::int64_t rank);
   Seconds point_to_point(Bytes bytes, std::int64_t from, std::int64_t to);
   /// How a collective lies on links: by the algorithm that NCCL chooses; where NCCL is not what

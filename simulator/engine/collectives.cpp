@@ -40,16 +40,15 @@ void refuse_many(std::int64_t messages) {
 }
 
 /// Of the level whose units are `below` ranks: the fastest of its ways and the shortest, between
-/// members of one place in their units or of any. `own` is cleared where they differ, or where
-/// members share a link that they would fill.
+/// members of one place in their units. `own` is cleared where they differ, or where members share
+/// a link that they would fill.
 PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std::int32_t members,
-                  bool any_places, const Topology& topology, bool& own) {
+                  const Topology& topology, bool& own) {
   PortLevel port{members, Ticks{0}, BytesPerSecond{std::numeric_limits<double>::infinity()}};
   if (members == 1) return port;
   const auto l = static_cast<std::size_t>(members);
   // All ways, or of many those over distances that double.
-  const std::size_t places = any_places ? below : 1;
-  const bool every = ranks.size() * l * places <= std::size_t{1} << 16;
+  const bool every = ranks.size() * l <= std::size_t{1} << 16;
   struct Users {
     std::set<std::int64_t> from, to;
   };
@@ -62,8 +61,8 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
   bool first = true;
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     const std::size_t x = i / below % l;
-    const auto way_to = [&](std::size_t other) {
-      const std::int64_t from = ranks[i], to = ranks[other];
+    for (std::size_t d = 1; d < l; d = every ? d + 1 : 2 * d) {
+      const std::int64_t from = ranks[i], to = ranks[i - x * below + (x + d) % l * below];
       Ticks latency{0};
       BytesPerSecond rate{std::numeric_limits<double>::infinity()};
       const auto route = topology.route(DeviceId{static_cast<std::size_t>(from)},
@@ -83,10 +82,6 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
       port.latency = first ? latency : std::min(port.latency, latency);
       port.rate = first ? rate : std::max(port.rate, rate);
       first = false;
-    };
-    for (std::size_t d = 1; d < l; d = every ? d + 1 : 2 * d) {
-      const std::size_t unit = (i / below - x + (x + d) % l) * below;
-      for (std::size_t p = 0; p < places; ++p) way_to(unit + (i + p) % below);
     }
   }
   for (const auto* side : {&out, &in}) {
@@ -107,18 +102,6 @@ PortLevel port_of(const std::vector<std::int64_t>& ranks, std::size_t below, std
     own = own && topology.link(id).bandwidth.count >= at_once * port.rate.count * (1 - 1e-9);
   }
   return port;
-}
-
-std::vector<PortLevel> ports_across(const std::vector<std::int64_t>& ranks,
-                                    const Topology& topology, const CollectiveTimes& all) {
-  std::vector<PortLevel> ports;
-  std::size_t below = 1;
-  bool own = true;
-  for (const std::int32_t l : all.levels) {
-    ports.push_back(port_of(ranks, below, l, true, topology, own));
-    below *= static_cast<std::size_t>(l);
-  }
-  return ports;
 }
 
 CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
@@ -156,11 +139,17 @@ CollectiveTime time_row(const AlgorithmRow& row, Bytes payload,
   t.sent = Bytes{*std::max_element(sent.begin(), sent.end())};
   const NetworkTraffic traffic = traffic_of(r, cut, ranks, topology);
   const Played p = play(traffic);
-  // Algorithms that know no levels send between members of any places.
-  const bool across = !levelled(row.algorithm) && all.ports.size() > 1;
-  t.form = closed_form(row.kind, row.algorithm, payload,
-                       across ? ports_across(ranks, topology, all) : all.ports);
+  t.form = closed_form(row.kind, row.algorithm, payload, all.ports);
   if (!all.own_ports) t.form.most.reset();
+  if (!t.form.most) {
+    // Ports of levels are no others' than those of members of one place in their units; what each
+    // link carries holds for all.
+    if (!levelled(row.algorithm) && all.levels.size() > 1) t.form.least = Ticks{0};
+    for (std::size_t l = 0; l < p.link_bytes.size(); ++l) {
+      const Seconds alone{p.link_bytes[l] / traffic.capacity[l]};
+      t.form.least = std::max(t.form.least, to_ticks(alone) - Ticks{1});
+    }
+  }
   t.time = p.end;
   if (p.end.count == 0) return t;
   const Seconds time = to_seconds(p.end);
@@ -224,7 +213,7 @@ CollectiveTimes time_collective(CollectiveKind kind, Bytes payload,
   all.levels = levels.empty() ? levels_of(ranks, topology) : std::move(levels);
   std::size_t below = 1;
   for (const std::int32_t l : all.levels) {
-    all.ports.push_back(port_of(ranks, below, l, false, topology, all.own_ports));
+    all.ports.push_back(port_of(ranks, below, l, topology, all.own_ports));
     below *= static_cast<std::size_t>(l);
   }
   PARTITA_ASSERT(below == ranks.size(), fmt::format("levels of {}", below));

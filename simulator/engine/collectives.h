@@ -27,7 +27,8 @@ struct CollectiveTime {
   std::string why_not;  ///< the reason where it cannot be played: then nothing below is set
   std::int64_t steps = 0;
   Bytes sent;       ///< by the member that sends most
-  ClosedForm form;  ///< on CollectiveTimes::ports, without the sharing of links
+  /// On CollectiveTimes::ports where that is exact, else what the busiest link takes at least.
+  ClosedForm form;
   Ticks time{0};    ///< on the cluster's links
   BytesPerSecond bus_bandwidth;
   LinkId busiest;   ///< carries its bytes for the largest part of the time; invalid: none does
