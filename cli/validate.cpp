@@ -805,19 +805,31 @@ void calibrate_from(const Options& o) {
                                  "on a device that rested) or sustained (a loop of them)",
                                  o.clock));
   std::vector<validation::NcclTestsLog> logs;
+  std::map<std::tuple<std::string, int, int, std::int64_t>, std::string> seen;
   std::vector<ProductTable> products;
   const DeviceProfile device = load_device(at->device);
   std::size_t points = 0;
+  std::string said;  // once all of it is good
   for (const std::string& file : o.from) {
     const std::string text = read_file(file);
     if (validation::is_nccl_tests(text)) {
       logs.push_back(validation::parse_nccl_tests(text, file));
       validation::check_device(logs.back(), at->device, catalogue);
       validation::check_hosts(logs.back(), *at);
-      points += logs.back().times.size();
-      fmt::print("{}: {} of {} ranks on {} hosts, {} sizes\n", file, logs.back().kind,
-                 logs.back().ranks, logs.back().nodes, logs.back().times.size());
-      if (!logs.back().ended)
+      const validation::NcclTestsLog& read = logs.back();
+      for (const auto& [bytes, time] : read.times) {
+        const auto [at_size, fresh] =
+            seen.try_emplace({read.kind, read.ranks, read.nodes, bytes.count}, read.file);
+        if (!fresh)
+          throw InputError(
+              read.file, fmt::format("has times of {} of {} ranks for {}, and so has {}; "
+                                     "give the one that counts",
+                                     read.kind, read.ranks, partita::text(bytes), at_size->second));
+      }
+      points += read.times.size();
+      said += fmt::format("{}: {} of {} ranks on {} hosts, {} sizes\n", file, read.kind, read.ranks,
+                          read.nodes, read.times.size());
+      if (!read.ended)
         fmt::print(stderr,
                    "note: {} ends without nccl-tests' last lines: larger sizes may be missing\n",
                    file);
@@ -832,28 +844,19 @@ void calibrate_from(const Options& o) {
     for (ProductTable& t : tables) {
       points += t.points.size();
       t.clock = clock;
-      fmt::print("{}: {} products of {}", file, t.points.size(), name(t.type));
+      said += fmt::format("{}: {} products of {}", file, t.points.size(), name(t.type));
       if (device.sustained_clock < 1)
-        fmt::print(", taken as at {:.2f} of the clock of short kernels{}", clock,
-                   !o.clock.empty()
-                       ? ""
-                       : fmt::format(" (long work keeps {:.2f}; --clock brief or sustained)",
-                                     device.sustained_clock));
-      fmt::print("\n");
+        said += fmt::format(
+            ", taken as at {:.2f} of the clock of short kernels{}", clock,
+            !o.clock.empty() ? ""
+                             : fmt::format(" (long work keeps {:.2f}; --clock brief or sustained)",
+                                           device.sustained_clock));
+      said += "\n";
       products.push_back(std::move(t));
     }
   }
   int ranks = 0, nodes = 1;
-  std::map<std::tuple<std::string, int, int, std::int64_t>, std::string> seen;
   for (const auto& log : logs) {
-    for (const auto& [bytes, time] : log.times) {
-      const auto [at_size, fresh] =
-          seen.try_emplace({log.kind, log.ranks, log.nodes, bytes.count}, log.file);
-      if (!fresh)
-        throw InputError(log.file, fmt::format("has times of {} of {} ranks for {}, and so has {}; "
-                                               "give the one that counts",
-                                               log.kind, log.ranks, text(bytes), at_size->second));
-    }
     if (log.nodes > nodes || (log.nodes == nodes && log.ranks > ranks))
       ranks = log.ranks, nodes = log.nodes;
     const std::int64_t gpus = std::max<std::int64_t>(log.ranks, log.nodes * at->devices_per_node);
@@ -866,6 +869,7 @@ void calibrate_from(const Options& o) {
   const std::string cluster = validation::with_curves(
       read_file(cluster_file), cluster_file, at->device, "device.yaml", at->nodes_per_domain, logs);
   make_folder(o.out);
+  fmt::print("{}", said);
   write(o.out + "/device.yaml", with_points);
   write(o.out + "/cluster.yaml", cluster);
   load_topology(o.out + "/cluster.yaml");

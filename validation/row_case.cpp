@@ -373,7 +373,8 @@ std::string Configuration::key() const {
 ClusterShape cluster_shape(const std::string& name_or_file) {
   const auto known = topology_catalogue();
   const bool of_catalogue = std::binary_search(known.begin(), known.end(), name_or_file);
-  const Topology t = load_topology(name_or_file + ":1");
+  // A fabric of a file's own may need all of its nodes.
+  const Topology t = load_topology(of_catalogue ? name_or_file + ":1" : name_or_file);
   ClusterShape s;
   s.name = name_or_file;
   s.device = t.device(DeviceId{0}).name;
