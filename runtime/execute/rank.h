@@ -148,14 +148,12 @@ class Executor {
     }
   }
   std::size_t replica() const { return replica_of(rank_); }
-  Prepared prepare_collective(const Instruction& i);
-
-  /// Runs in words of 4 bytes, whatever the elements (token ids have two), or of 16-bit numbers.
-  void finish_part(Prepared& c, Part part) const;
-  static void add_sizes(Prepared& c, const Part& part);
 
   /// Where the device is the host both are its; they are counted apart.
   Memory& memory_of(BufferId id) { return p_.buffer(id).host ? host_memory_ : memory_; }
+
+  /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
+  void make_inputs();
 
   // ---- instances (step.cpp)
   Instance& slot(BufferId id);
@@ -181,6 +179,12 @@ class Executor {
   /// The instruction's stream waits for those that its memory comes from.
   void begin(const Instruction& i);
   void execute(const Block& block, BlockId id, std::size_t k, const Instruction& i);
+
+  void give_back(BufferId id, Instance& instance);
+
+  void load(const Instruction& i);
+
+  // ---- messages (messages.cpp)
   std::int64_t message_tag(const Instruction& i) const;
   void message(const Block& block, const Instruction& i);
   void pass_on(const Instruction& i, BufferId b, int peer, std::int64_t bytes, bool sends);
@@ -195,16 +199,6 @@ class Executor {
 
   /// Its rows are told by the transport, their values pass as others'.
   void routed_message(const Instruction& i, BufferId b, int peer, bool sends);
-  /// A routed buffer's values where the host can follow them.
-  float* row_values(Visits& visits, BufferId id, bool written);
-
-  /// Memory for the rows that a routed buffer turns out to have.
-  void put_rows(BufferId id, std::vector<Row> rows);
-  void give_back(BufferId id, Instance& instance);
-
-  /// Makes this step's inputs before its clock starts: what a data loader does ahead of time.
-  void make_inputs();
-  void load(const Instruction& i);
 
   // ---- collectives (collectives.cpp)
   void collective(const Block& block, const Instruction& i, const Prepared& c);
@@ -214,11 +208,22 @@ class Executor {
   /// By the links, or by the transport, on this device's memory.
   void carry_out(CollectiveCall call, const Instruction& i, std::int64_t bytes,
                  std::int64_t sent_bytes);
+  Prepared prepare_collective(const Instruction& i);
+
+  /// Runs in words of 4 bytes, whatever the elements (token ids have two), or of 16-bit numbers.
+  void finish_part(Prepared& c, Part part) const;
+  static void add_sizes(Prepared& c, const Part& part);
 
   // ---- rows routed to experts (routed.cpp)
   static bool holds(const std::vector<std::int64_t>& list, std::int64_t x);
   static bool wants(const Box& box, const Row& row);
   static bool before(const Row& a, const Row& b);
+
+  /// A routed buffer's values where the host can follow them.
+  float* row_values(Visits& visits, BufferId id, bool written);
+
+  /// Memory for the rows that a routed buffer turns out to have.
+  void put_rows(BufferId id, std::vector<Row> rows);
 
   // ---- rows that are given (routed.cpp)
   struct Given {
@@ -294,10 +299,6 @@ class Executor {
   // ---- plain buffers (kernels.cpp)
   void plain(const Instruction& i);
 
-  /// What the optimizer sees is the gradient: kept for comparison.
-  void keep_gradient(const Instruction& i);
-  void note_loss(BufferId id);
-
   // ---- results on rank 0 (results.cpp)
   /// A buffer whose values are asked for at the end: where a stage keeps a parameter, or what its
   /// optimizer reads as the gradient.
@@ -315,6 +316,11 @@ class Executor {
 
   /// Rows of all ranks, counted on rank 0: several may have dispatched the same token.
   void collect_routing();
+
+  /// What the optimizer sees is the gradient: kept for comparison.
+  void keep_gradient(const Instruction& i);
+  void note_loss(BufferId id);
+
   const Program& p_;
   Transport& transport_;
   Device& device_;

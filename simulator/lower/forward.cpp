@@ -269,4 +269,53 @@ void Lowering::transfer(Block& block, Kind kind, BufferId b, int other_stage, in
   block.instructions.push_back(std::move(i));
 }
 
+void Lowering::forward_block(int chunk) {
+  Block block;
+  block.name = fmt::format("forward {}", chunk);
+  block.kind = BlockKind::forward;
+  block.chunk = chunk;
+  block.stage = stage_of_chunk(chunk);
+  forward_versions_.emplace_back();
+  Versions& versions = forward_versions_.back();
+  // Tensors from earlier chunks.
+  std::set<TensorId> arrived;
+  for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+    for (const TensorId t : graph_.op(id).inputs) {
+      const OpId from = graph_.tensor(t).producer;
+      if (!from.valid() || chunk_of(from) == chunk || !arrived.insert(t).second) continue;
+      const int source_chunk = chunk_of(from);
+      const Layout layout = boundary_layout(t, chunk);
+      if (stage_of_chunk(source_chunk) == block.stage) {
+        for (const Version& v : forward_versions_[static_cast<std::size_t>(source_chunk)].at(t)) {
+          if (v.layout == layout) versions[t].push_back({v.layout, v.buffer, -1});
+        }
+        continue;
+      }
+      const BufferId b = tensor_buffer(t, layout);
+      transfer(block, Kind::receive, b, stage_of_chunk(source_chunk), message(t, chunk, false),
+               false);
+      versions[t].push_back({layout, b, -1});
+    }
+  }
+  Gathered gathered;
+  const auto units = units_of_chunk(chunk);
+  for (const OpId id : ops_of_chunk_[static_cast<std::size_t>(chunk)]) {
+    const Record record =
+        emit_forward(block, id, versions, gathered, units, false,
+                     [&](TensorId t, const Layout& l) { return get(block, versions, t, l); });
+    records_.resize(graph_.operators.size());
+    records_[id.index()] = record;
+    for (const TensorId t : graph_.op(id).outputs) {
+      for (const int reader : reader_chunks(t)) {
+        const BufferId b = get(block, versions, t, boundary_layout(t, reader));
+        if (stage_of_chunk(reader) == block.stage) continue;
+        transfer(block, Kind::send, b, stage_of_chunk(reader), message(t, reader, false), false);
+      }
+    }
+  }
+  gathered_forward_.push_back(std::move(gathered));
+  forward_of_.push_back(BlockId{p_.blocks.size()});
+  p_.blocks.push_back(std::move(block));
+}
+
 }  // namespace partita::lowering

@@ -193,6 +193,7 @@ class Lowering {
   int message(TensorId t, int chunk, bool backward);
   bool waits_for_sends() const;
   void transfer(Block& block, Kind kind, BufferId b, int other_stage, int id, bool backward);
+  void forward_block(int chunk);
 
   // ---- operands that become narrow (narrow.cpp)
   /// A product in an 8- or 4-bit type converts what it reads of activations and gradients. Products
@@ -210,12 +211,6 @@ class Lowering {
   /// of the sum travel once for each side that they are summed along: a gradient that data's and
   /// weights' products read, twice.
   void gather_narrow();
-
-  /// Gradients are summed over tp where the program has them, not beside the kernels before.
-  void sum_in_turn();
-
-  /// What a backward gathers over tp it gathers right before the first kernel that reads it.
-  void gather_in_turn();
 
   // ---- products in parts, beside the sequence's way (docs/policies.md) (product_parts.cpp)
   void split_products();
@@ -236,10 +231,13 @@ class Lowering {
   void scatter_in_parts(const Block& block, std::size_t at,
                         std::map<std::size_t, std::vector<Instruction>>& instead);
 
-  // ---- messages through a broker (roles.cpp)
-  BufferId on_host(BufferId id, const char* suffix, Category category);
-  Instruction copy(BufferId from, BufferId to);
+  /// Gradients are summed over tp where the program has them, not beside the kernels before.
+  void sum_in_turn();
 
+  /// What a backward gathers over tp it gathers right before the first kernel that reads it.
+  void gather_in_turn();
+
+  // ---- messages through a broker (roles.cpp)
   /// A message from stage to stage: the device's buffer, its copy on the host, the serialised
   /// message, the broker's, and back.
   void through_queue(Block& block, Instruction i);
@@ -252,7 +250,6 @@ class Lowering {
   /// Brokers hand messages on in an order in which they can come: that of a run in which the stages
   /// take turns.
   void broker_blocks();
-  void forward_block(int chunk);
 
   // ---- pass 6: backward blocks (backward.cpp)
   struct Backward {
@@ -313,6 +310,19 @@ class Lowering {
   /// Reduce, and scatter where state is sharded. Reads the gradients named by `source`.
   std::vector<Instruction> synchronise(int stage, const Bucket& bucket,
                                        const std::function<BufferId(ParameterId)>& source);
+  Instruction reduction(AtomMask atoms, CollectiveKind kind);
+
+  /// A later state of a gradient, in the memory of what it was.
+  BufferId shard_buffer(ParameterId q, const ParameterOnStage& v, const char* suffix,
+                        AtomMask partial);
+
+  /// Axes of a gradient's sum that its scattering leaves.
+  static AtomMask owed(const ParameterOnStage& v);
+
+  /// All-reduce of what scattering left owed (sequence-parallel norms over tp, HSDP replicas).
+  void append_owed(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list,
+                   AtomMask owed);
+  void finish_backward(Backward b);
 
   // ---- parameter servers (roles.cpp)
   struct Served {
@@ -346,24 +356,11 @@ class Lowering {
   /// stages have it, and not where nothing would be saved.
   bool compresses(ParameterId q, AtomMask owed) const;
   const Layout& layout_anywhere(ParameterId q) const;
-  Instruction reduction(AtomMask atoms, CollectiveKind kind);
 
   /// Each rank shortens its gradient and what it kept, the short forms meet, and every rank works
   /// out their sum. That last part waits in `decoding_` for the end of the backward.
   void append_compressed(std::vector<Instruction>& all, int stage,
                          const std::vector<ParameterId>& list, AtomMask owed);
-
-  /// A later state of a gradient, in the memory of what it was.
-  BufferId shard_buffer(ParameterId q, const ParameterOnStage& v, const char* suffix,
-                        AtomMask partial);
-
-  /// Axes of a gradient's sum that its scattering leaves.
-  static AtomMask owed(const ParameterOnStage& v);
-
-  /// All-reduce of what scattering left owed (sequence-parallel norms over tp, HSDP replicas).
-  void append_owed(std::vector<Instruction>& all, int stage, const std::vector<ParameterId>& list,
-                   AtomMask owed);
-  void finish_backward(Backward b);
 
   // ---- pass 8: start and step blocks (step.cpp)
   void start_and_step(int stage);
@@ -374,13 +371,6 @@ class Lowering {
   /// The host has state and a copy of the parameter: the gradient goes there, the result comes back
   /// (arXiv 2101.06840).
   void update_on_host(Block& step, ParameterId q, Instruction i);
-
-  /// What a forward leaves for its backward waits on the host: copied out after its last use in the
-  /// forward, back into another buffer one layer ahead of its first use in the backward.
-  void offload_activations();
-  void copy_out(Block& block, const std::map<BufferId, BufferId>& list);
-  void copy_back(Block& block, const std::map<BufferId, BufferId>& list,
-                 std::map<BufferId, BufferId>& host_of);
 
   /// Local SGD: every so many steps each replica's share, its parameters over their number, is
   /// summed over the replicas and replaces the parameters. Momentum stays each replica's own.
@@ -412,6 +402,16 @@ class Lowering {
   /// gradients, optimizer) is there all the time. Within one micro-batch blocks run forward by
   /// chunk, then backward by chunk from the last; a buffer is freed in the last block that uses it.
   void place_memory();
+  BufferId on_host(BufferId id, const char* suffix, Category category);
+  Instruction copy(BufferId from, BufferId to);
+
+  /// What a forward leaves for its backward waits on the host: copied out after its last use in the
+  /// forward, back into another buffer one layer ahead of its first use in the backward.
+  void offload_activations();
+  void copy_out(Block& block, const std::map<BufferId, BufferId>& list);
+  void copy_back(Block& block, const std::map<BufferId, BufferId>& list,
+                 std::map<BufferId, BufferId>& host_of);
+
   const Graph& graph_;
   const Plan& plan_;
   bool drops_;  ///< the network has dropout: its attention, too

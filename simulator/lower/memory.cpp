@@ -79,6 +79,28 @@ void Lowering::offload_activations() {
   for (const auto& [at, list] : back) copy_back(p_.blocks[at], list, host_of);
 }
 
+void Lowering::copy_out(Block& block, const std::map<BufferId, BufferId>& list) {
+  std::map<std::size_t, std::vector<BufferId>> after;
+  std::map<BufferId, std::size_t> last;
+  for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+    const auto note = [&](BufferId id) {
+      if (list.count(id)) last[id] = k;
+    };
+    for_each_read(block.instructions[k], note);
+    for_each_write(block.instructions[k], note);
+  }
+  for (const auto& [id, k] : last) after[k].push_back(id);
+  std::vector<Instruction> merged;
+  for (std::size_t k = 0; k < block.instructions.size(); ++k) {
+    merged.push_back(std::move(block.instructions[k]));
+    for (const BufferId id : after[k]) {
+      merged.push_back(copy(id, list.at(id)));
+      merged.back().after_compute = true;
+    }
+  }
+  block.instructions = std::move(merged);
+}
+
 void Lowering::copy_back(Block& block, const std::map<BufferId, BufferId>& list,
                          std::map<BufferId, BufferId>& host_of) {
   // Where each layer's work begins, and the layer before it in this block.
