@@ -21,14 +21,42 @@ struct CodedModel {
 
 double dropout_of(const ModelOptions& o) { return o.dropout > 0 ? o.dropout : 0; }
 
-constexpr std::array<CodedModel, 7> kCodedModels{{
+constexpr std::array<CodedModel, 13> kCodedModels{{
     {"alexnet", [](const ModelOptions& o) { return build_alexnet(o.vocabulary, dropout_of(o)); }},
+    {"efficientnet-b0",
+     [](const ModelOptions& o) { return build_efficientnet({}, o.vocabulary, dropout_of(o)); },
+     {"efficientnet_b0"}},
+    {"efficientnet-b4",
+     [](const ModelOptions& o) {
+       return build_efficientnet({"efficientnet-b4", 1.4, 1.8, 380}, o.vocabulary, dropout_of(o));
+     },
+     {"efficientnet_b4"}},
+    {"efficientnet-b7",
+     [](const ModelOptions& o) {
+       return build_efficientnet({"efficientnet-b7", 2.0, 3.1, 600}, o.vocabulary, dropout_of(o));
+     },
+     {"efficientnet_b7"}},
     {"mnist-linear", [](const ModelOptions& o) { return build_mnist_linear(o.vocabulary); }},
     {"resnet-101",
      [](const ModelOptions& o) {
        return build_resnet({"resnet-101", {3, 4, 23, 3}}, o.vocabulary);
      },
      {"resnet101", "rn101"}},
+    {"resnet-152",
+     [](const ModelOptions& o) {
+       return build_resnet({"resnet-152", {3, 8, 36, 3}}, o.vocabulary);
+     },
+     {"resnet152", "rn152"}},
+    {"resnet-18",
+     [](const ModelOptions& o) {
+       return build_resnet({"resnet-18", {2, 2, 2, 2}, 1, 64, 0, false}, o.vocabulary);
+     },
+     {"resnet18", "rn18"}},
+    {"resnet-34",
+     [](const ModelOptions& o) {
+       return build_resnet({"resnet-34", {3, 4, 6, 3}, 1, 64, 0, false}, o.vocabulary);
+     },
+     {"resnet34", "rn34"}},
     {"resnet-50",
      [](const ModelOptions& o) { return build_resnet({}, o.vocabulary); },
      {"resnet50", "rn50", "resnet-50v1.5", "rn50v1.5"}},

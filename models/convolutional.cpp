@@ -1,6 +1,8 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <vector>
 
 #include "models/models.h"
@@ -63,6 +65,17 @@ TensorId classifier(GraphBuilder& b, TensorId x, int layer, std::int64_t classes
   return b.add("linear", linear(b.shape(x), {Dim::vocabulary, classes}), {x});
 }
 
+/// Squeeze and excitation: https://arxiv.org/abs/1709.01507, figure 3.
+TensorId excited(GraphBuilder& b, TensorId x, std::int64_t features, std::int64_t squeezed,
+                 const Activation& activation) {
+  TensorId gate = b.add("squeeze", GlobalAveragePool{}, {x});
+  gate = b.add("excite_1", Linear{1, {{Dim::ffn, squeezed}}, true}, {gate});
+  gate = b.add("excite_activation_1", activation, {gate});
+  gate = b.add("excite_2", Linear{1, {{Dim::feature, features}}, true}, {gate});
+  gate = b.add("excite_activation_2", Activation{ActivationKind::sigmoid}, {gate});
+  return b.add("excite", ScaleFeatures{}, {x, gate});
+}
+
 }  // namespace
 
 Graph build_mnist_linear(std::int64_t classes) {
@@ -104,29 +117,26 @@ Graph build_resnet(const ResnetConfig& config, std::int64_t classes) {
   for (const Stage& stage : stages) {
     // https://arxiv.org/abs/1611.05431, table 1: the inner width of 32 groups of 4 is 128 of 64.
     const std::int64_t inner = stage.width * config.groups * config.group_width / 64;
+    const std::int64_t out = config.bottleneck ? 4 * stage.width : stage.width;
+    const Convolution last =
+        config.bottleneck ? convolution(out, 1, 1, 0, false) : convolution(out, 3, 1, 1, false);
     for (int i = 0; i < stage.blocks; ++i, ++layer) {
       begin(b, layer);
-      const std::int64_t stride = i == 0 ? stage.stride : 1;
-      TensorId y = normed("_1", convolution(inner, 1, 1, 0, false), x);
-      y = b.add("activation_1", kRelu, {y});
+      const std::int64_t stride = i == 0 ? stage.stride : 1, before = b.shape(x)[1].extent;
+      TensorId y = x;
+      if (config.bottleneck) {
+        y = normed("_1", convolution(inner, 1, 1, 0, false), y);
+        y = b.add("activation_1", kRelu, {y});
+      }
       Convolution middle = convolution(inner, 3, stride, 1, false);
       middle.groups = config.groups;
       y = normed("_2", middle, y);
       y = b.add("activation_2", kRelu, {y});
-      y = normed("_3", convolution(4 * stage.width, 1, 1, 0, false), y);
-      if (config.squeeze > 0) {
-        // https://arxiv.org/abs/1709.01507, figure 3.
-        const std::int64_t features = 4 * stage.width;
-        TensorId gate = b.add("squeeze", GlobalAveragePool{}, {y});
-        gate = b.add("excite_1", Linear{1, {{Dim::ffn, features / config.squeeze}}, true}, {gate});
-        gate = b.add("excite_activation_1", kRelu, {gate});
-        gate = b.add("excite_2", Linear{1, {{Dim::feature, features}}, true}, {gate});
-        gate = b.add("excite_activation_2", Activation{ActivationKind::sigmoid}, {gate});
-        y = b.add("excite", ScaleFeatures{}, {y, gate});
-      }
+      y = normed("_3", last, y);
+      if (config.squeeze > 0) y = excited(b, y, out, out / config.squeeze, kRelu);
       TensorId shortcut = x;
-      if (i == 0)
-        shortcut = normed("_shortcut", convolution(4 * stage.width, 1, stride, 0, false), x);
+      if (stride > 1 || before != out)
+        shortcut = normed("_shortcut", convolution(out, 1, stride, 0, false), x);
       y = b.add("residual", Add{}, {y, shortcut});
       x = b.add("activation_3", kRelu, {y});
     }
@@ -156,6 +166,68 @@ Graph build_vgg16(std::int64_t classes, double dropout) {
   }
   x = classifier(b, x, layer + 1, classes > 0 ? classes : 1000, dropout, false);
   return with_cross_entropy(b, x, layer + 4);
+}
+
+Graph build_efficientnet(const EfficientNetConfig& config, std::int64_t classes, double dropout) {
+  GraphBuilder b(config.name);
+  // The nearest multiple of 8, but not below nine tenths.
+  const auto widened = [&](std::int64_t channels) {
+    const double wanted = static_cast<double>(channels) * config.width;
+    const auto nearest = std::max<std::int64_t>(8, static_cast<std::int64_t>(wanted + 4) / 8 * 8);
+    return static_cast<double>(nearest) < 0.9 * wanted ? nearest + 8 : nearest;
+  };
+  constexpr Activation kSilu{ActivationKind::silu};
+  const auto normed = [&](const std::string& suffix, std::int64_t out, std::int64_t kernel,
+                          std::int64_t stride, std::int64_t groups, TensorId in) {
+    Convolution c = convolution(out, kernel, stride, (kernel - 1) / 2, false);
+    c.groups = groups;
+    Normalize norm;
+    norm.kind = Normalize::Kind::batch;
+    const TensorId y = b.add("convolution" + suffix, c, {in});
+    return b.add("norm" + suffix, norm, {y});
+  };
+  b.set_scope("stem.");
+  std::int64_t channels = widened(32);
+  TensorId x = b.input("image", image(3, config.image));
+  x = b.add("activation", kSilu, {normed("", channels, 3, 2, 1, x)});
+
+  struct Stage {
+    std::int64_t expansion, kernel, stride, out;
+    int blocks;
+  };
+  // Table 1; squeezed to a quarter of the block's input, as in torchvision.
+  constexpr std::array<Stage, 7> kStages{{{1, 3, 1, 16, 1},
+                                          {6, 3, 2, 24, 2},
+                                          {6, 5, 2, 40, 2},
+                                          {6, 3, 2, 80, 3},
+                                          {6, 5, 1, 112, 3},
+                                          {6, 5, 2, 192, 4},
+                                          {6, 3, 1, 320, 1}}};
+  int layer = 0;
+  for (const Stage& stage : kStages) {
+    const std::int64_t out = widened(stage.out);
+    const int blocks = static_cast<int>(std::ceil(stage.blocks * config.depth));
+    for (int i = 0; i < blocks; ++i, ++layer) {
+      begin(b, layer);
+      const std::int64_t stride = i == 0 ? stage.stride : 1, inner = channels * stage.expansion;
+      TensorId y = x;
+      if (stage.expansion > 1) y = b.add("activation_1", kSilu, {normed("_1", inner, 1, 1, 1, y)});
+      y = b.add("activation_2", kSilu, {normed("_2", inner, stage.kernel, stride, inner, y)});
+      y = excited(b, y, inner, std::max<std::int64_t>(1, channels / 4), kSilu);
+      y = normed("_3", out, 1, 1, 1, y);
+      if (stride == 1 && channels == out) y = b.add("residual", Add{}, {y, x});
+      channels = out;
+      x = y;
+    }
+  }
+  begin(b, layer);
+  x = b.add("activation", kSilu, {normed("", 4 * channels, 1, 1, 1, x)});
+  b.set_layer(layer + 1);
+  b.set_scope("");
+  x = b.add("global_average_pool", GlobalAveragePool{}, {x});
+  if (dropout > 0) x = b.add("dropout", Dropout{dropout}, {x});
+  x = b.add("head", linear(b.shape(x), {Dim::vocabulary, classes > 0 ? classes : 1000}), {x});
+  return with_cross_entropy(b, x, layer + 1);
 }
 
 Graph build_alexnet(std::int64_t classes, double dropout) {

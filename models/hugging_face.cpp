@@ -332,6 +332,147 @@ TransformerConfig gpt2(const JsonFile& f) {
   return c;
 }
 
+/// Multi-query attention, else as GPT-2.
+TransformerConfig gpt_bigcode(const JsonFile& f) {
+  TransformerConfig c = gpt2(f);
+  if (f.flag_or("multi_query", true)) c.kv_heads = 1;
+  if (!f.has("activation_function")) c.activation = ActivationKind::gelu_tanh;
+  return c;
+}
+
+TransformerConfig gptj(const JsonFile& f) {
+  TransformerConfig c = gpt2(f);
+  c.sequence = f.number_or("n_positions", 2048);
+  c.positions = 0;
+  const std::int64_t rotated = f.optional_number("rotary_dim", 64);
+  c.rotary_dim = rotated > 0 ? rotated : c.hidden / c.heads;
+  c.residual = Residual::parallel_one_norm;
+  c.qkv_bias = c.attention_output_bias = false;
+  c.head_bias = true;
+  c.tied = f.flag_or("tie_word_embeddings", false);
+  return c;
+}
+
+TransformerConfig opt(const JsonFile& f) {
+  TransformerConfig c;
+  c.layers = static_cast<int>(f.number("num_hidden_layers", 1, kMostLayers));
+  c.hidden = f.number("hidden_size");
+  c.heads = f.number("num_attention_heads");
+  c.ffn = f.number("ffn_dim");
+  c.vocabulary = f.number("vocab_size");
+  c.sequence = f.number_or("max_position_embeddings", 2048);
+  c.positions = c.sequence + 2;  // the first two are padding's
+  c.norm = TransformerConfig::Norm::layer;
+  c.activation = activation(f, "activation_function", "relu");
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = f.flag_or("enable_bias", true);
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  c.initial_deviation = f.real_or("init_std", 0.02);
+  if (!f.flag_or("do_layer_norm_before", true))
+    f.refuse("do_layer_norm_before", "norms behind the residual (OPT 350M) are not supported");
+  if (const std::int64_t width = f.number_or("word_embed_proj_dim", c.hidden); width != c.hidden)
+    f.refuse("word_embed_proj_dim",
+             fmt::format("is {}, not hidden_size {}: projected embeddings (OPT 350M) are not "
+                         "supported",
+                         width, c.hidden));
+  if (!f.flag_or("layer_norm_elementwise_affine", true))
+    f.refuse("layer_norm_elementwise_affine", "norms without parameters are not supported");
+  return c;
+}
+
+/// Decoders of llama_like()'s keys whose norms are layer norms.
+TransformerConfig layer_normed(const JsonFile& f, Defaults d) {
+  d.epsilon = 1e-5;
+  d.epsilon_key = "layer_norm_eps";
+  TransformerConfig c = llama_like(f, d);
+  c.norm = TransformerConfig::Norm::layer;
+  for (const char* key : {"qk_layernorm", "use_qk_norm"}) {
+    if (f.flag_or(key, false)) f.refuse(key, "layer norms of queries and keys are not supported");
+  }
+  return c;
+}
+
+TransformerConfig gpt_neox(const JsonFile& f) {
+  Defaults d;
+  d.act = "gelu";
+  d.reach = 2048;
+  d.rotated = f.real_or("rotary_pct", 0.25);
+  d.rotary_base = f.real_or("rotary_emb_base", 10000);
+  TransformerConfig c = layer_normed(f, d);
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", true);
+  c.mlp_bias = true;
+  if (f.flag_or("use_parallel_residual", true)) c.residual = Residual::parallel;
+  return c;
+}
+
+TransformerConfig phi(const JsonFile& f) {
+  Defaults d;
+  d.act = "gelu_new";
+  d.reach = 2048;
+  d.rotated = 0.5;
+  TransformerConfig c = layer_normed(f, d);
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = c.head_bias = true;
+  c.residual = Residual::parallel_one_norm;
+  return c;
+}
+
+TransformerConfig stablelm(const JsonFile& f) {
+  Defaults d;
+  d.reach = 4096;
+  d.rotated = 0.25;
+  TransformerConfig c = layer_normed(f, d);
+  c.qkv_bias = f.flag_or("use_qkv_bias", false);
+  if (f.flag_or("use_parallel_residual", false)) c.residual = Residual::parallel_one_norm;
+  return c;
+}
+
+TransformerConfig cohere(const JsonFile& f) {
+  Defaults d;
+  d.reach = 8192;
+  TransformerConfig c = layer_normed(f, d);
+  c.norm_bias = false;
+  c.qkv_bias = c.attention_output_bias = f.flag_or("attention_bias", false);
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  c.residual = Residual::parallel_one_norm;
+  return c;
+}
+
+TransformerConfig falcon(const JsonFile& f) {
+  TransformerConfig c;
+  c.layers = static_cast<int>(f.number("num_hidden_layers", 1, kMostLayers));
+  c.hidden = f.number("hidden_size");
+  c.heads = f.number("num_attention_heads");
+  const bool groups = f.flag_or("new_decoder_architecture", false);
+  if (groups) {
+    c.kv_heads = f.number_or("num_kv_heads", c.heads);
+  } else if (f.flag_or("multi_query", true)) {
+    c.kv_heads = 1;
+  }
+  c.ffn = f.number_or("ffn_hidden_size", 4 * c.hidden);
+  c.vocabulary = f.number("vocab_size");
+  c.sequence = std::min(f.number_or("max_position_embeddings", 2048), kLongestDefaultSequence);
+  c.norm = TransformerConfig::Norm::layer;
+  c.norm_epsilon = f.real_or("layer_norm_epsilon", 1e-5);
+  if (f.flag_or("alibi", false))
+    f.refuse("alibi", "attention with linear biases is not supported; rotary positions are");
+  c.rotary_dim = c.hidden / c.heads;
+  c.rotary_base = f.rope_or("rope_theta", 10000);
+  c.activation = activation(f, "activation", "gelu");
+  c.gated = false;
+  c.qkv_bias = c.attention_output_bias = c.mlp_bias = f.flag_or("bias", false);
+  c.tied = f.flag_or("tie_word_embeddings", true);
+  c.initial_deviation = f.real_or("initializer_range", 0.02);
+  const std::int64_t norms = f.number_or("num_ln_in_parallel_attn", groups ? 2 : 1);
+  if (groups && norms == 2) {
+    c.residual = Residual::parallel;
+  } else if (groups || f.flag_or("parallel_attn", true)) {
+    c.residual = Residual::parallel_one_norm;
+  }
+  return c;
+}
+
 /// Google's files name their activation twice; the library takes hidden_activation.
 TransformerConfig gemma_like(const JsonFile& f, Defaults d) {
   d.act = "gelu_pytorch_tanh";
@@ -548,7 +689,8 @@ TransformerConfig nemotron_h(const JsonFile& f) {
   TransformerConfig c;
   c.pattern = pattern_of(f, "hybrid_override_pattern", "layers_block_type");
   if (c.pattern.empty()) {
-    f.refuse("hybrid_override_pattern", "is missing, and so is layers_block_type; give one of them");
+    f.refuse("hybrid_override_pattern",
+             "is missing, and so is layers_block_type; give one of them");
   }
   const auto listed = static_cast<std::int64_t>(c.pattern.size());
   const std::int64_t layers = f.number_or("num_hidden_layers", listed);
@@ -595,6 +737,31 @@ TransformerConfig nemotron_h(const JsonFile& f) {
     c.moe.normalise = f.flag_or("norm_topk_prob", true);
     c.moe.scale = f.real_or("routed_scaling_factor", 1);
   }
+  return c;
+}
+
+TransformerConfig mamba2(const JsonFile& f) {
+  TransformerConfig c;
+  c.layers = static_cast<int>(f.number("num_hidden_layers", 1, kMostLayers));
+  c.pattern.assign(static_cast<std::size_t>(c.layers), 'M');
+  c.hidden = f.number("hidden_size");
+  c.heads = 1;  // of attention, which no block has
+  c.vocabulary = f.number("vocab_size");
+  c.sequence = 2048;  // the file names none
+  c.norm_epsilon = f.real_or("layer_norm_epsilon", 1e-5);
+  if (f.flag_or("use_bias", false))
+    f.refuse("use_bias", "biases of Mamba's products are not supported");
+  if (!f.flag_or("rms_norm", true))
+    f.refuse("rms_norm", "blocks without a gated norm are not supported");
+  c.mamba.heads = f.number_or("num_heads", 128);
+  c.mamba.head_dim = f.number_or("head_dim", 64);
+  c.mamba.groups = f.number_or("n_groups", 8);
+  c.mamba.state = f.number_or("state_size", 128);
+  c.mamba.kernel = f.number_or("conv_kernel", 4);
+  c.mamba.chunk = f.number_or("chunk_size", 256);
+  c.mamba.convolution_bias = f.flag_or("use_conv_bias", true);
+  c.tied = f.flag_or("tie_word_embeddings", false);
+  c.initial_deviation = f.real_or("initializer_range", 0.1);
   return c;
 }
 
@@ -652,23 +819,32 @@ struct ModelType {
   std::string_view name;
   TransformerConfig (*read)(const JsonFile& file);
 };
-constexpr std::array<ModelType, 19> kModelTypes{{{"bert", bert},
+constexpr std::array<ModelType, 28> kModelTypes{{{"bert", bert},
+                                                 {"cohere", cohere},
                                                  {"deepseek_v2", deepseek_v2},
                                                  {"deepseek_v3", deepseek_v3},
+                                                 {"falcon", falcon},
                                                  {"gemma", gemma},
                                                  {"gemma2", gemma2},
                                                  {"gemma3_text", gemma3},
                                                  {"gpt2", gpt2},
+                                                 {"gpt_bigcode", gpt_bigcode},
+                                                 {"gpt_neox", gpt_neox},
                                                  {"gpt_oss", gpt_oss},
+                                                 {"gptj", gptj},
                                                  {"llama", llama},
+                                                 {"mamba2", mamba2},
                                                  {"mistral", mistral},
                                                  {"mixtral", mixtral},
                                                  {"nemotron", nemotron},
                                                  {"nemotron_h", nemotron_h},
+                                                 {"opt", opt},
+                                                 {"phi", phi},
                                                  {"phi3", phi3},
                                                  {"qwen2", qwen2},
                                                  {"qwen3", qwen3},
                                                  {"qwen3_moe", qwen3_moe},
+                                                 {"stablelm", stablelm},
                                                  {"starcoder2", starcoder2},
                                                  {"vit", vit}}};
 

@@ -150,6 +150,11 @@ TransformerConfig read_transformer(const YamlNode& node) {
                                  {"after", NormPosition::after},
                                  {"both", NormPosition::both},
                                  {"output", NormPosition::output}}});
+  f.read("norm_bias", c.norm_bias);
+  f.read("residual", c.residual,
+         Words<Residual, 3>{{{"sequential", Residual::sequential},
+                             {"parallel", Residual::parallel},
+                             {"parallel_one_norm", Residual::parallel_one_norm}}});
   f.read("qk_norm", c.qk_norm);
   if (const auto rotary = node.find("rotary")) {
     const Fields r(*rotary);
@@ -166,6 +171,7 @@ TransformerConfig read_transformer(const YamlNode& node) {
   f.read("qkv_bias", c.qkv_bias);
   f.read("attention_output_bias", c.attention_output_bias);
   f.read("mlp_bias", c.mlp_bias);
+  f.read("head_bias", c.head_bias);
   f.read("causal", c.causal);
   f.read("window", c.window);
   if (const auto layers = node.find("windowed_layers")) {

@@ -78,6 +78,11 @@ struct MixtureOfExperts {
 /// 2).
 enum class NormPosition { before, after, both, output };
 
+/// Whether feed-forward reads what attention has made of the residual, or both read the block's
+/// input and are added to it together: each behind its own norm (GPT-NeoX, Falcon 40B), or behind
+/// one (GPT-J, Falcon 7B; https://arxiv.org/abs/2204.02311, section 2).
+enum class Residual { sequential, parallel, parallel_one_norm };
+
 /// A stack of equal transformer blocks with what stands before and after it: decoders with a
 /// language model head, BERT with its masked-language-model head, ViT with its classifier.
 struct TransformerConfig {
@@ -103,8 +108,10 @@ struct TransformerConfig {
 
   Norm norm = Norm::rms;
   double norm_epsilon = 1e-5;
+  bool norm_bias = true;  ///< of layer norms
   NormPosition norm_position = NormPosition::before;
-  bool qk_norm = false;     ///< RMS norm over each head's query and key
+  Residual residual = Residual::sequential;
+  bool qk_norm = false;  ///< RMS norm over each head's query and key
 
   std::int64_t positions = 0;   ///< > 0: a learned table of that many
   std::int64_t rotary_dim = 0;  ///< > 0: values per head that are rotated
@@ -116,6 +123,7 @@ struct TransformerConfig {
   bool qkv_bias = false;
   bool attention_output_bias = false;
   bool mlp_bias = false;
+  bool head_bias = false;  ///< of a language model's
 
   bool causal = true;
   std::int64_t window = 0;            ///< > 0: sliding window of that many keys
@@ -174,14 +182,23 @@ Graph build_transformer(const TransformerConfig& config);
 /// Convolutional networks of the literature, as torchvision builds them; `classes` <= 0: the
 /// default.
 Graph build_mnist_linear(std::int64_t classes = 0);
-/// Residual networks of bottleneck blocks; by default ResNet-50.
+/// Residual networks; by default ResNet-50.
 struct ResnetConfig {
   std::string name = "resnet-50";
   std::array<int, 4> blocks{3, 4, 6, 3};
   std::int64_t groups = 1, group_width = 64;  ///< of the middle convolution, at the first stage
   std::int64_t squeeze = 0;  ///< > 0: blocks end in squeeze and excitation, features over this
+  bool bottleneck = true;    ///< blocks of 1 x 1, 3 x 3, 1 x 1; else of two 3 x 3
 };
 Graph build_resnet(const ResnetConfig& config = {}, std::int64_t classes = 0);
+/// https://arxiv.org/abs/1905.11946: factors of channels and of blocks, and the image's side.
+struct EfficientNetConfig {
+  std::string name = "efficientnet-b0";
+  double width = 1, depth = 1;
+  std::int64_t image = 224;
+};
+Graph build_efficientnet(const EfficientNetConfig& config = {}, std::int64_t classes = 0,
+                         double dropout = 0);
 Graph build_vgg16(std::int64_t classes = 0, double dropout = 0);
 Graph build_alexnet(std::int64_t classes = 0, double dropout = 0);
 

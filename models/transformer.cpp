@@ -40,6 +40,9 @@ void check_pattern(const Config& c) {
           fmt::format("{} layers are more than the pattern's {}", c.layers, c.pattern.size()));
   require(c, c.norm_position == NormPosition::before && c.image == 0 && c.memory == 0,
           "a pattern goes with norm_position before alone, and with neither image nor memory");
+  require(c, c.residual == Residual::sequential,
+          "a pattern's blocks have one branch each; leave "
+          "residual sequential");
   require(c, c.mtp_layers == 0 || !c.mtp_pattern.empty(),
           "multi-token prediction of a hybrid needs mtp_pattern");
   for (const char mixer : kMixers) {
@@ -146,6 +149,12 @@ Config completed(Config c) {
   }
   if (c.moe.latent != 0) positive(c.moe.latent, "moe.latent");
   check_pattern(c);
+  require(c, c.residual == Residual::sequential || c.norm_position == NormPosition::before,
+          "parallel residuals go with norm_position before alone");
+  require(c, !c.head_bias || c.head == Config::Head::language_model,
+          "head_bias is of a language model's head; the other heads have theirs");
+  require(c, !c.head_bias || c.mtp_layers == 0,
+          "head_bias goes without mtp_layers, whose heads share the weight alone");
   require(c, c.mtp_layers >= 0, fmt::format("mtp_layers is {}; 0 means none", c.mtp_layers));
   require(c, c.mtp_layers == 0 || (c.head == Config::Head::language_model && c.image == 0),
           "multi-token prediction needs a language-model head");
@@ -212,7 +221,7 @@ class Transformer {
     Normalize n;
     n.kind = layer ? Normalize::Kind::layer : Normalize::Kind::rms;
     n.epsilon = c_.norm_epsilon;
-    n.bias = layer;
+    n.bias = layer && c_.norm_bias;
     return add(name, n, {x});
   }
   TensorId biased(const std::string& name, TensorId x, bool wanted) {
@@ -289,6 +298,7 @@ class Transformer {
 
   TensorId block(TensorId x, int layer) {
     if (!c_.pattern.empty()) return mixed(x, c_.pattern[static_cast<std::size_t>(layer)], layer);
+    if (c_.residual != Residual::sequential) return side_by_side(x, layer);
     const auto forwarded = [&](TensorId y) { return has_experts(c_, layer) ? experts(y) : mlp(y); };
     if (c_.norm_position == NormPosition::after) {
       x = add("attention.residual", Add{}, {attention(x, layer), x});
@@ -303,6 +313,23 @@ class Transformer {
     x = add("attention.residual", Add{}, {y, x});
     y = forwarded(first ? normed("mlp_norm", x) : x);
     if (behind) y = normed("mlp.output_norm", y);
+    return add("mlp.residual", Add{}, {y, x});
+  }
+
+  /// Attention and feed-forward of one input. Their products are added before the biases, so that
+  /// over cut dimensions one sum is owed for both; masks of a dropout come between, and so does
+  /// what experts make of their rows.
+  TensorId side_by_side(TensorId x, int layer) {
+    const bool routed = has_experts(c_, layer), apart = c_.dropout > 0 || routed;
+    TensorId z = normed("attention_norm", x);
+    TensorId y = apart ? attention(z, layer) : attention_product(z, layer);
+    if (c_.residual == Residual::parallel) z = normed("mlp_norm", x);
+    z = routed ? experts(z) : apart ? mlp(z) : dense_product("mlp.", z, dense_width());
+    y = add("branches", Add{}, {y, z});
+    if (!apart) {
+      y = biased("attention.output_bias", y, c_.attention_output_bias);
+      y = biased("mlp.down_bias", y, c_.mlp_bias);
+    }
     return add("mlp.residual", Add{}, {y, x});
   }
 
@@ -321,6 +348,12 @@ class Transformer {
   }
 
   TensorId attention(TensorId x, int layer) {
+    const TensorId out =
+        biased("attention.output_bias", attention_product(x, layer), c_.attention_output_bias);
+    return dropped("attention.dropout", out);
+  }
+
+  TensorId attention_product(TensorId x, int layer) {
     Attention core;
     core.causal = c_.causal;
     core.sinks = c_.sinks;
@@ -331,9 +364,7 @@ class Transformer {
       core.window = c_.window;
     const TensorId y =
         c_.latent.key_value_rank > 0 ? latent(x, core) : grouped_query(x, core, layer);
-    TensorId out = linear("attention.output", y, {{Dim::feature, c_.hidden}}, false, 2);
-    out = biased("attention.output_bias", out, c_.attention_output_bias);
-    return dropped("attention.dropout", out);
+    return linear("attention.output", y, {{Dim::feature, c_.hidden}}, false, 2);
   }
 
   TensorId grouped_query(TensorId x, Attention core, int layer) {
@@ -396,18 +427,21 @@ class Transformer {
   }
 
   TensorId dense(const std::string& scope, TensorId x, std::int64_t width) {
+    return biased(scope + "down_bias", dense_product(scope, x, width), c_.mlp_bias);
+  }
+
+  TensorId dense_product(const std::string& scope, TensorId x, std::int64_t width) {
     TensorId gate;
     if (c_.gated) gate = linear(scope + "gate", x, {{Dim::ffn, width}}, c_.mlp_bias);
     const TensorId up = linear(scope + "up", x, {{Dim::ffn, width}}, c_.mlp_bias);
-    const TensorId y =
-        linear(scope + "down", activated(scope, gate, up), {{Dim::feature, c_.hidden}});
-    return biased(scope + "down_bias", y, c_.mlp_bias);
+    return linear(scope + "down", activated(scope, gate, up), {{Dim::feature, c_.hidden}});
   }
 
-  TensorId mlp(TensorId x) {
+  std::int64_t dense_width() const {
     require(c_, c_.ffn > 0, fmt::format("ffn is {}; a dense block needs at least 1", c_.ffn));
-    return dropped("mlp.dropout", dense("mlp.", x, c_.ffn));
+    return c_.ffn;
   }
+  TensorId mlp(TensorId x) { return dropped("mlp.dropout", dense("mlp.", x, dense_width())); }
 
   TensorId experts(TensorId x) {
     const MixtureOfExperts& m = c_.moe;
@@ -448,7 +482,7 @@ class Transformer {
     switch (c_.head) {
       case Config::Head::language_model:
         if (c_.norm_position != NormPosition::after) x = normed("final_norm", x);
-        x = projected("head", x, false);
+        x = projected("head", x, c_.head_bias);
         break;
       case Config::Head::masked_language_model:
         if (c_.predicted > 0) {

@@ -658,6 +658,7 @@ std::string RowCase::key() const {
                      static_cast<int>(c.norm_position), c.qk_norm, c.positions, c.rotary_dim,
                      static_cast<int>(c.activation), c.gated, c.qkv_bias, c.attention_output_bias,
                      c.mlp_bias);
+    s += fmt::format("{} {} {} ", c.norm_bias, static_cast<int>(c.residual), c.head_bias);
     s += fmt::format("{} {} {} {} {} {} {} {} ", c.causal, c.window, windowed, c.sinks,
                      c.limited_activation, c.tied, static_cast<int>(c.head), c.mtp_layers);
     s += fmt::format("{} {} {} {} {} ", c.latent.query_rank, c.latent.key_value_rank,

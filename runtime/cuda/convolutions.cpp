@@ -101,6 +101,32 @@ class Cudnn : public Convolutions {
     }
     return CUDNN_STATUS_NOT_SUPPORTED;
   }
+  /// Sets its workspace as of the arithmetic that `p` has now; false: it does not have that one, or
+  /// is known already.
+  bool works_in(const Problem& p, ConvolutionPass pass, Problem::Algorithm& a) const {
+    for (const Problem::Algorithm& known : p.algorithms) {
+      if (known.number == a.number && known.arithmetic == a.arithmetic) return false;
+    }
+    cudnnStatus_t s = CUDNN_STATUS_NOT_SUPPORTED;
+    switch (pass) {
+      case ConvolutionPass::forward:
+        s = cudnnGetConvolutionForwardWorkspaceSize(
+            handle_, p.x, p.w, p.convolution, p.y, static_cast<cudnnConvolutionFwdAlgo_t>(a.number),
+            &a.workspace);
+        break;
+      case ConvolutionPass::data:
+        s = cudnnGetConvolutionBackwardDataWorkspaceSize(
+            handle_, p.w, p.y, p.convolution, p.x,
+            static_cast<cudnnConvolutionBwdDataAlgo_t>(a.number), &a.workspace);
+        break;
+      case ConvolutionPass::weight:
+        s = cudnnGetConvolutionBackwardFilterWorkspaceSize(
+            handle_, p.x, p.y, p.convolution, p.w,
+            static_cast<cudnnConvolutionBwdFilterAlgo_t>(a.number), &a.workspace);
+        break;
+    }
+    return s == CUDNN_STATUS_SUCCESS;
+  }
   void describe(Problem& p, const ConvolutionShape& s, ConvolutionPass pass) {
     const auto n = [](std::int64_t v) { return static_cast<int>(v); };
     const cudnnDataType_t type = s.type == ElementType::bf16   ? CUDNN_DATA_BFLOAT16
@@ -138,10 +164,14 @@ class Cudnn : public Convolutions {
         if (f.status != CUDNN_STATUS_SUCCESS) continue;
         // First those, then the others.
         if ((i < count) != (f.determinism == CUDNN_DETERMINISTIC) || f.memory > kMostRoom) continue;
-        // Algorithm, memory and arithmetic were found together. Of fp32 without TF32 the default
-        // arithmetic would be TF32's.
-        p.algorithms.push_back({static_cast<int>(f.algo), f.memory,
-                                arithmetic == CUDNN_FMA_MATH ? CUDNN_FMA_MATH : f.mathType});
+        // Algorithm, memory and arithmetic were found together, unless the default arithmetic of
+        // fp32 would be TF32's.
+        Problem::Algorithm a{static_cast<int>(f.algo), f.memory, f.mathType};
+        if (arithmetic == CUDNN_FMA_MATH) {
+          a.arithmetic = arithmetic;
+          if (!works_in(p, pass, a)) continue;
+        }
+        if (a.workspace <= kMostRoom) p.algorithms.push_back(a);
       }
     };
     // Without an algorithm it is ours to do.

@@ -210,19 +210,27 @@ class Gpu : public CudaDevice {
   std::byte* allocate(std::int64_t bytes) override {
     use();
     void* p = nullptr;
+    const std::int64_t before = left();
     const cudaError_t e = cudaMalloc(&p, static_cast<std::size_t>(bytes));
     if (e == cudaErrorMemoryAllocation) {
       static_cast<void>(cudaGetLastError());  // it is known, and not the next call's
       return nullptr;
     }
     check(e, fmt::format("{} bytes", bytes));
+    in_blocks_ += before - left();
     return static_cast<std::byte*>(p);
   }
   void release(std::byte* block) override {
     captured_.reset();  // it may have it
+    // Also at the end of what has failed: no error is one's own.
+    std::size_t before = 0, after = 0, all = 0;
+    const bool known = cudaMemGetInfo(&before, &all) == cudaSuccess;
     static_cast<void>(cudaFree(block));
+    if (known && cudaMemGetInfo(&after, &all) == cudaSuccess)
+      in_blocks_ -= static_cast<std::int64_t>(after) - static_cast<std::int64_t>(before);
   }
   std::int64_t taken() override { return started_.left - left(); }
+  std::int64_t taken_by_blocks(std::int64_t asked) override { return std::max(asked, in_blocks_); }
   OutsideMemory outside() override {
     OutsideMemory m;
     m.context = Bytes{started_.context};
@@ -510,7 +518,9 @@ class Gpu : public CudaDevice {
     close_tag();
     std::map<std::int64_t, std::int64_t> all;
     if (!records_) return all;
-    const std::vector<KernelRecord> records = records_->take();
+    std::vector<KernelRecord> records = records_->take();
+    // Of runs before the tags; their names would be read for nothing.
+    std::erase_if(records, [](const KernelRecord& r) { return r.called_for.empty(); });
     for (const auto& [tag, t] : by_caller(records)) {
       std::int64_t number = 0;
       const auto [end, error] = std::from_chars(tag.data(), tag.data() + tag.size(), number);
@@ -737,7 +747,8 @@ class Gpu : public CudaDevice {
   std::set<std::int64_t> of_host_;  ///< tags of which the host has computed a part
   std::string trace_file_;
   Started started_;
-  std::int64_t handles_ = 0;  ///< bytes that went when the libraries started
+  std::int64_t in_blocks_ = 0;  ///< bytes that went with its blocks
+  std::int64_t handles_ = 0;    ///< bytes that went when the libraries started
 };
 
 /// Ours where we have one, else the host's.

@@ -182,7 +182,11 @@ class Nccl : public NcclLinks {
       }
       const std::string what = std::string(partita::name(call.kind));
       if (group) {
-        if (r != ncclSuccess && r != ncclInProgress) fail(r, comm, what);
+        if (r != ncclSuccess && r != ncclInProgress) {
+          // An abort within a group would wait for its end.
+          static_cast<void>(ncclGroupEnd());
+          fail(r, comm, what);
+        }
       } else {
         settle(r, comm, what);
       }
@@ -251,8 +255,12 @@ class Nccl : public NcclLinks {
   void abort() override {
     if (std::exchange(aborted_, true)) return;
     if (before_abort) before_abort();
+    // As one: the end of each may wait for all kernels of the GPU, those of the others too
+    // (https://github.com/pytorch/pytorch/issues/119797).
+    static_cast<void>(ncclGroupStart());
     for (auto& [channel, comm] : comms_) static_cast<void>(ncclCommAbort(comm));
     if (world_ != nullptr) static_cast<void>(ncclCommAbort(world_));
+    static_cast<void>(ncclGroupEnd());
   }
 
  private:

@@ -168,6 +168,8 @@ class Device {
   /// Bytes of its memory that are taken since its start: blocks, and what libraries, communicators
   /// and kernels work in. 0: not known.
   virtual std::int64_t taken() { return 0; }
+  /// What of it blocks of `asked` bytes in all have, with what each is rounded up to.
+  virtual std::int64_t taken_by_blocks(std::int64_t asked) { return asked; }
   /// What of it is known to be no block's, but for kernels; and the context before.
   virtual OutsideMemory outside() { return {}; }
   /// The host's, for what is copied often: pinned.

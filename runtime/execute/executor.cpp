@@ -182,7 +182,8 @@ RankResult Executor::run_steps() {
   result_.measured.rank = rank_;
   result_.measured.host_peak = host_memory_.peak();
   result_.reserved = memory_.reserved();
-  result_.beside = Bytes{std::max<std::int64_t>(0, device_.taken() - memory_.reserved().count)};
+  result_.beside = Bytes{std::max<std::int64_t>(
+      0, device_.taken() - device_.taken_by_blocks(memory_.reserved().count))};
   result_.measured.reserved = result_.reserved;
   OutsideMemory& outside = result_.measured.outside;
   outside = device_.outside();

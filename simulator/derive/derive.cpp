@@ -73,6 +73,24 @@ bool is_prefix(const DimSplit& have, const DimSplit& want) {
   return have.zigzag == want.zigzag && n >= want.zigzag;
 }
 
+/// What every summand of the Add owes as its operator has made it; nothing where one is made
+/// elsewhere, as layers may stand on different stages.
+AtomMask owed_by_all(const Graph& graph, const Operator& add,
+                     std::span<const OperatorLayouts> before) {
+  AtomMask owed = static_cast<AtomMask>(~AtomMask{0});
+  for (const TensorId t : add.inputs) {
+    const OpId from = graph.tensor(t).producer;
+    if (!from.valid() || from.index() >= before.size() || graph.op(from).layer != add.layer)
+      return 0;
+    const auto& outputs = graph.op(from).outputs;
+    const auto k = std::find(outputs.begin(), outputs.end(), t) - outputs.begin();
+    const Layout& made = before[from.index()].outputs[static_cast<std::size_t>(k)];
+    if (made.reduction != Reduction::sum || made.root != 0) return 0;
+    owed = static_cast<AtomMask>(owed & made.partial);
+  }
+  return owed;
+}
+
 }  // namespace
 
 Layout without_partial(Layout layout) {
@@ -154,7 +172,7 @@ Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, co
 }
 
 Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
-                                 std::int64_t samples) {
+                                 std::int64_t samples, std::span<const OperatorLayouts> before) {
   const Operator& op = graph.op(id);
   OperatorLayouts l;
   l.signature = signature(graph, id, samples);
@@ -167,6 +185,15 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
   auto cuts = cuts_of(plan, op, l.signature, grouped ? "key/value heads" : "heads");
   if (!cuts) return cuts.why();
   l.cuts = std::move(*cuts);
+  AtomMask owed = 0;
+  if (std::holds_alternative<Add>(op.operation)) {
+    // Where the sum is cut over what is owed, one reduce-scatter behind it does for both.
+    owed = owed_by_all(graph, op, before);
+    for (DimSplit& cut : l.cuts) {
+      while (cut.atoms.size() > cut.zigzag && has(owed, cut.atoms.back()))
+        cut.atoms.resize(cut.atoms.size() - 1);
+    }
+  }
   const Signature& s = l.signature;
   for (const Operand& o : s.inputs) {
     l.inputs.push_back(layout_of(s, l.cuts, o, false));
@@ -212,6 +239,10 @@ Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId id,
             static_cast<AtomMask>(l.input_gradients[k].partial & ~mask_of(cut.atoms));
       }
     }
+  }
+  for (auto* list : {&l.inputs, &l.outputs}) {
+    for (Layout& layout : *list)
+      layout.partial = static_cast<AtomMask>(layout.partial | (owed & ~split_atoms(layout)));
   }
   l.root = root_of(plan, op);
   if (l.root != 0) {

@@ -7,6 +7,7 @@
 // that does not index it.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "simulator/plan/plan.h"
@@ -33,8 +34,10 @@ struct OperatorLayouts {
 Feasible<std::vector<DimSplit>> cuts_of(const Plan& plan, const Operator& op, const Signature& s,
                                         const std::string& head_word);
 
+/// `before`: of the operators before `op`, in order. What all summands of an Add owe alike, made in
+/// its own layer, is not repaired before it: a sum of sums is a sum.
 Feasible<OperatorLayouts> derive(const Graph& graph, const Plan& plan, OpId op,
-                                 std::int64_t samples);
+                                 std::int64_t samples, std::span<const OperatorLayouts> before);
 
 struct ReshardStep {
   bool slice = false;  ///< local; else `collective` over `atoms`

@@ -151,7 +151,7 @@ void Lowering::join_projections() {
 
 Infeasible Lowering::derive_layouts() {
   for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
-    auto l = derive(graph_, plan_, OpId{i}, p_.samples);
+    auto l = derive(graph_, plan_, OpId{i}, p_.samples, layouts_);
     if (!l) return l.why();
     const Operator& op = graph_.operators[i];
     ProgramOperator po;

@@ -77,13 +77,17 @@ std::string layout_error(const Program& p, const Instruction& i, const Buffer& f
   return "";
 }
 
-/// Checks one operand against its operator: cut as the operator's loops are, nothing owed.
+/// Checks one operand against its operator: cut as the operator's loops are, nothing owed but
+/// `passed_on`, what a sum of sums owes.
 std::string operand_error(const Program& p, const ProgramOperator& op, const Operand& operand,
-                          BufferId id, bool part) {
+                          BufferId id, bool part, AtomMask passed_on = 0) {
   const bool ring = part && std::holds_alternative<Attention>(op.operation);
   if (!id.valid()) return "";
   const Buffer& b = p.buffer(id);
-  if (b.layout.partial != 0) return fmt::format("reads {}, a sum that is still owed", b.name);
+  if (b.layout.partial != 0 && passed_on == 0)
+    return fmt::format("reads {}, a sum that is still owed", b.name);
+  if (b.layout.partial != passed_on)
+    return fmt::format("adds {}, which does not owe what the sum owes", b.name);
   for (std::size_t d = 0; d < operand.dims.size() && d < b.layout.dims.size(); ++d) {
     const DimSplit none;
     const auto dim = static_cast<std::size_t>(operand.dims[d]);
@@ -193,9 +197,10 @@ struct Walker {
     }
     if (i.op < 0) return;
     const ProgramOperator& op = p.operators[static_cast<std::size_t>(i.op)];
-    const auto check = [&](const std::vector<BufferId>& list, const std::vector<Operand>& wanted) {
+    const auto check = [&](const std::vector<BufferId>& list, const std::vector<Operand>& wanted,
+                           AtomMask passed_on = 0) {
       for (std::size_t k = 0; k < list.size() && k < wanted.size(); ++k) {
-        const std::string e = operand_error(p, op, wanted[k], list[k], i.part >= 0);
+        const std::string e = operand_error(p, op, wanted[k], list[k], i.part >= 0, passed_on);
         if (!e.empty()) say(block, at, e);
       }
     };
@@ -207,7 +212,8 @@ struct Walker {
       if (k >= i.parameters.size() || !i.parameters[k].valid())
         say(block, at, fmt::format("{} of {} lacks parameter {}", name(i.kernel), op.name, k));
     }
-    check(i.reads, op.signature.inputs);
+    const bool sums = i.kernel == Kernel::forward && std::holds_alternative<Add>(op.operation);
+    check(i.reads, op.signature.inputs, sums ? p.buffer(i.writes.at(0)).layout.partial : 0);
     check(i.parameters, op.signature.parameters);
     check(i.outputs, op.signature.outputs);
     check(i.gradients, op.signature.outputs);

@@ -279,6 +279,20 @@ TEST(Catalogue, TheBuilderRefusesNumbersThatDoNotFit) {
               throws("3 groups do not divide 4 heads of mamba"));
   EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.norm_position = NormPosition::after; }),
               throws("a pattern goes with norm_position before alone"));
+  EXPECT_THAT(with([](auto& c) { c.pattern = "*-", c.residual = Residual::parallel; }),
+              throws("a pattern's blocks have one branch each"));
+  EXPECT_THAT(with([](auto& c) {
+                c.residual = Residual::parallel;
+                c.norm_position = NormPosition::both;
+              }),
+              throws("parallel residuals go with norm_position before alone"));
+  EXPECT_THAT(with([](auto& c) { c.head_bias = true, c.mtp_layers = 1; }),
+              throws("head_bias goes without mtp_layers"));
+  EXPECT_THAT(with([](auto& c) {
+                c.head_bias = true;
+                c.head = TransformerConfig::Head::masked_language_model;
+              }),
+              throws("head_bias is of a language model's head"));
   EXPECT_THAT(with([](auto& c) {
                 c.image = 30;
                 c.patch = 16;

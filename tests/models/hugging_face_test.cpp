@@ -1,3 +1,4 @@
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -195,6 +196,100 @@ TEST(HuggingFace, ParametersAreThoseOfPublishedFiles) {
       "num_attention_heads": 24, "num_key_value_heads": 2, "num_hidden_layers": 30,
       "sliding_window": 4096, "vocab_size": 49152})"),
             3'030'371'328);
+  // Pythia 6.9B, GPT-J 6B, Falcon 7B and 40B, Phi-2, Command R, StableLM 3B, OPT 6.7B, StarCoder,
+  // Mamba-2 2.7B.
+  EXPECT_EQ(count(R"({"model_type": "gpt_neox", "hidden_size": 4096, "intermediate_size": 16384,
+      "num_attention_heads": 32, "num_hidden_layers": 32, "rotary_pct": 0.25, "vocab_size": 50432,
+      "tie_word_embeddings": false, "use_parallel_residual": true})"),
+            6'857'302'016);
+  EXPECT_EQ(count(R"({"model_type": "gptj", "n_embd": 4096, "n_head": 16, "n_layer": 28,
+      "n_inner": null, "rotary_dim": 64, "n_positions": 2048, "vocab_size": 50400,
+      "tie_word_embeddings": false})"),
+            6'050'882'784);
+  EXPECT_EQ(count(R"({"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71,
+      "num_hidden_layers": 32, "vocab_size": 65024, "multi_query": true, "parallel_attn": true,
+      "new_decoder_architecture": false, "bias": false, "alibi": false})"),
+            6'921'720'704);
+  EXPECT_EQ(count(R"({"model_type": "falcon", "hidden_size": 8192, "num_attention_heads": 128,
+      "num_kv_heads": 8, "num_hidden_layers": 60, "vocab_size": 65024,
+      "new_decoder_architecture": true})"),
+            41'303'293'952);
+  EXPECT_EQ(count(R"({"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240,
+      "num_attention_heads": 32, "num_hidden_layers": 32, "partial_rotary_factor": 0.4,
+      "vocab_size": 51200})"),
+            2'779'683'840);
+  EXPECT_EQ(count(R"({"model_type": "cohere", "hidden_size": 8192, "intermediate_size": 22528,
+      "num_attention_heads": 64, "num_key_value_heads": 64, "num_hidden_layers": 40,
+      "logit_scale": 0.0625, "vocab_size": 256000})"),
+            34'980'831'232);
+  EXPECT_EQ(count(R"({"model_type": "stablelm", "hidden_size": 2560, "intermediate_size": 6912,
+      "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32,
+      "partial_rotary_factor": 0.25, "vocab_size": 50304, "use_qkv_bias": false})"),
+            2'795'443'200);
+  EXPECT_EQ(count(R"({"model_type": "opt", "hidden_size": 4096, "ffn_dim": 16384,
+      "num_attention_heads": 32, "num_hidden_layers": 32, "max_position_embeddings": 2048,
+      "vocab_size": 50272, "word_embed_proj_dim": 4096})"),
+            6'658'473'984);
+  EXPECT_EQ(count(R"({"model_type": "gpt_bigcode", "n_embd": 6144, "n_head": 48, "n_layer": 40,
+      "n_inner": 24576, "n_positions": 8192, "vocab_size": 49152, "multi_query": true})"),
+            15'517'456'384);
+  EXPECT_EQ(count(R"({"model_type": "mamba2", "hidden_size": 2560, "num_hidden_layers": 64,
+      "num_heads": 80, "head_dim": 64, "n_groups": 1, "state_size": 128, "vocab_size": 50288,
+      "tie_word_embeddings": true})"),
+            2'702'599'680);
+}
+
+/// What the keys decide in a block: its norms, whether feed-forward reads what attention made, how
+/// many values are rotated.
+TEST(HuggingFace, ResidualsOfTheFilesAreSequentialOrParallel) {
+  const auto block = [](const std::string& text) {
+    const Graph g = load(text);
+    int norms = 0, sums = 0;
+    std::int64_t rotated = 0;
+    for (const Operator& op : g.operators) {
+      if (op.layer != 0) continue;
+      norms += std::holds_alternative<Normalize>(op.operation) ? 1 : 0;
+      sums += op.name == "layers.0.branches" ? 1 : 0;
+      if (const auto* r = std::get_if<Rotary>(&op.operation)) rotated = r->rotated;
+    }
+    return fmt::format("{} norms, {} sums, {} rotated", norms, sums, rotated);
+  };
+  const std::string sizes = R"("hidden_size": 64, "intermediate_size": 96, "vocab_size": 96,
+      "num_attention_heads": 4, "num_hidden_layers": 2)";
+  const auto of = [&](const std::string& more) { return block("{" + sizes + ", " + more + "}"); };
+  EXPECT_EQ(of(R"("model_type": "gpt_neox")"), "2 norms, 1 sums, 4 rotated");
+  EXPECT_EQ(of(R"("model_type": "gpt_neox", "use_parallel_residual": false, "rotary_pct": 0.5)"),
+            "2 norms, 0 sums, 8 rotated");
+  EXPECT_EQ(of(R"("model_type": "phi")"), "1 norms, 1 sums, 8 rotated");
+  EXPECT_EQ(of(R"("model_type": "cohere")"), "1 norms, 1 sums, 16 rotated");
+  EXPECT_EQ(of(R"("model_type": "stablelm")"), "2 norms, 0 sums, 4 rotated");
+  EXPECT_EQ(of(R"("model_type": "stablelm", "use_parallel_residual": true)"),
+            "1 norms, 1 sums, 4 rotated");
+  EXPECT_EQ(of(R"("model_type": "falcon")"), "1 norms, 1 sums, 16 rotated");
+  EXPECT_EQ(of(R"("model_type": "falcon", "parallel_attn": false)"), "2 norms, 0 sums, 16 rotated");
+  EXPECT_EQ(of(R"("model_type": "falcon", "new_decoder_architecture": true, "num_kv_heads": 2)"),
+            "2 norms, 1 sums, 16 rotated");
+  EXPECT_EQ(of(R"("model_type": "falcon", "new_decoder_architecture": true,
+                  "num_ln_in_parallel_attn": 1)"),
+            "1 norms, 1 sums, 16 rotated");
+  EXPECT_EQ(block(R"({"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2,
+                      "rotary_dim": null, "vocab_size": 96})"),
+            "1 norms, 1 sums, 16 rotated");
+  const auto refused = [&](const std::string& more) {
+    return error("{" + sizes + ", " + more + "}");
+  };
+  EXPECT_THAT(refused(R"("model_type": "falcon", "alibi": true)"),
+              HasSubstr("alibi: attention with linear biases is not supported"));
+  EXPECT_THAT(refused(R"("model_type": "phi", "qk_layernorm": true)"),
+              HasSubstr("qk_layernorm: layer norms of queries and keys are not supported"));
+  EXPECT_THAT(refused(R"("model_type": "cohere", "use_qk_norm": true)"),
+              HasSubstr("use_qk_norm: layer norms of queries and keys"));
+  EXPECT_THAT(refused(R"("model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32)"),
+              HasSubstr("word_embed_proj_dim: is 32, not hidden_size 64"));
+  EXPECT_THAT(refused(R"("model_type": "opt", "ffn_dim": 96, "do_layer_norm_before": false)"),
+              HasSubstr("do_layer_norm_before: norms behind the residual"));
+  EXPECT_THAT(refused(R"("model_type": "mamba2", "use_bias": true)"),
+              HasSubstr("use_bias: biases of Mamba's products are not supported"));
 }
 
 TEST(HuggingFace, GemmasWindowsAlternate) {
@@ -223,9 +318,10 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
   EXPECT_THAT(
       error_with("model_type", "llame"),
       AllOf(HasSubstr("config.json: model_type: 'llame' is not supported; did you mean 'llama'?"),
-            HasSubstr("there are bert, deepseek_v2, deepseek_v3, gemma, gemma2, gemma3_text, gpt2, "
-                      "gpt_oss, llama, mistral, mixtral, nemotron, nemotron_h, phi3, qwen2, qwen3, "
-                      "qwen3_moe, starcoder2, vit")));
+            HasSubstr("there are bert, cohere, deepseek_v2, deepseek_v3, falcon, gemma, gemma2, "
+                      "gemma3_text, gpt2, gpt_bigcode, gpt_neox, gpt_oss, gptj, llama, mamba2, "
+                      "mistral, mixtral, nemotron, nemotron_h, opt, phi, phi3, qwen2, qwen3, "
+                      "qwen3_moe, stablelm, starcoder2, vit")));
   EXPECT_THAT(error_with("model_type", 3), HasSubstr("model_type: must be a string, found 3"));
   Json c = llama();
   c.erase("hidden_size");
@@ -253,13 +349,15 @@ TEST(HuggingFace, BadFilesSayWhatIsWrongAndWhere) {
       error_with("layer_types", {"full_attention", "linear_attention", "full_attention"}, "qwen3"),
       HasSubstr("layer_types: 'linear_attention' is not supported"));
   // What is not read can be described, or is in the catalogue.
-  EXPECT_THAT(error_with("hidden_act", "gelu", "gpt_neox"),
-              AllOf(HasSubstr("'gpt_neox' is not supported"),
-                    HasSubstr("; the catalogue has gpt-neox-20b; others are described in YAML, "
-                              "schema partita.model/1 (docs/models.md)")));
+  EXPECT_THAT(
+      error_with("hidden_act", "gelu", "electra"),
+      AllOf(HasSubstr("'electra' is not supported"),
+            HasSubstr(
+                "; the catalogue has electra-base, electra-large; others are described in YAML, "
+                "schema partita.model/1 (docs/models.md)")));
   EXPECT_THAT(error_with("hidden_act", "silu", "mllama"),
               ::testing::Not(HasSubstr("did you mean")));
-  EXPECT_THAT(error_with("hidden_act", "gelu", "falcon"),
+  EXPECT_THAT(error_with("hidden_act", "gelu", "bamba"),
               AllOf(HasSubstr("others are described in YAML"),
                     ::testing::Not(HasSubstr("the catalogue has"))));
   Json experts = llama();

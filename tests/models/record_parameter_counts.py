@@ -48,6 +48,16 @@ HYBRID = dict(model_type="nemotron_h", vocab_size=96, hidden_size=48, intermedia
 NEMOTRON_H = dict(model_type="nemotron_h", vocab_size=131072, num_attention_heads=32,
                   num_key_value_heads=8, head_dim=128, ssm_state_size=128, mamba_num_heads=128,
                   mamba_head_dim=64, n_groups=8, conv_kernel=4)
+PARALLEL = {k: v for k, v in LLAMA.items() if k not in ("model_type", "num_key_value_heads")}
+FALCON = dict(model_type="falcon", vocab_size=96, hidden_size=48, num_hidden_layers=3,
+              num_attention_heads=6)
+GPTJ = dict(model_type="gptj", vocab_size=97, n_positions=40, n_embd=24, n_layer=2, n_head=3,
+            rotary_dim=4)
+OPT = dict(model_type="opt", vocab_size=97, hidden_size=24, num_hidden_layers=2,
+           num_attention_heads=3, ffn_dim=60, max_position_embeddings=40, word_embed_proj_dim=24)
+MAMBA = dict(model_type="mamba2", vocab_size=96, hidden_size=24, num_hidden_layers=3, num_heads=6,
+             head_dim=8, n_groups=2, state_size=7, conv_kernel=3)
+GEMMA = dict(LLAMA, head_dim=10)
 ENCODER = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=60)
 BERT = dict(ENCODER, model_type="bert", vocab_size=97, max_position_embeddings=40, type_vocab_size=2)
 VIT = dict(ENCODER, model_type="vit", image_size=32, patch_size=8, num_channels=3, num_labels=10)
@@ -86,6 +96,38 @@ CONFIGURATIONS = {
     "nemotron_h, a list": dict(
         {k: v for k, v in HYBRID.items() if k != "hybrid_override_pattern"}, num_hidden_layers=3,
         layers_block_type=["linear_attention", "full_attention", "mlp"], tie_word_embeddings=True),
+    "gemma": dict(GEMMA, model_type="gemma"),
+    "gemma2": dict(GEMMA, model_type="gemma2"),
+    "gemma3_text": dict(GEMMA, model_type="gemma3_text"),
+    "gemma3_text, untied, biases": dict(GEMMA, model_type="gemma3_text", tie_word_embeddings=False,
+                                        attention_bias=True),
+    "phi3": dict(LLAMA, model_type="phi3", pad_token_id=0),
+    "starcoder2": dict(LLAMA, model_type="starcoder2"),
+    "starcoder2, no biases": dict(LLAMA, model_type="starcoder2", use_bias=False),
+    "gpt_neox": dict(PARALLEL, model_type="gpt_neox"),
+    "gpt_neox, in turn, no biases": dict(PARALLEL, model_type="gpt_neox", attention_bias=False,
+                                         use_parallel_residual=False),
+    "gptj": GPTJ,
+    "gptj, narrow": dict(GPTJ, n_inner=50),
+    "falcon": FALCON,
+    "falcon, in turn, biases": dict(FALCON, parallel_attn=False, bias=True),
+    "falcon, as many keys": dict(FALCON, multi_query=False),
+    "falcon, two norms": dict(FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon, one norm": dict(FALCON, new_decoder_architecture=True, num_kv_heads=3,
+                             num_ln_in_parallel_attn=1, ffn_hidden_size=50),
+    "phi": dict(LLAMA, model_type="phi"),
+    "cohere": dict(LLAMA, model_type="cohere", pad_token_id=0),
+    "cohere, untied, biases": dict(LLAMA, model_type="cohere", pad_token_id=0, attention_bias=True,
+                                   tie_word_embeddings=False),
+    "stablelm": dict(LLAMA, model_type="stablelm"),
+    "stablelm, parallel, biases": dict(LLAMA, model_type="stablelm", use_qkv_bias=True,
+                                       use_parallel_residual=True),
+    "opt": OPT,
+    "opt, no biases": dict(OPT, enable_bias=False),
+    "gpt_bigcode": dict(GPT2, model_type="gpt_bigcode"),
+    "gpt_bigcode, as many keys": dict(GPT2, model_type="gpt_bigcode", multi_query=False),
+    "mamba2": MAMBA,
+    "mamba2, tied, no bias": dict(MAMBA, tie_word_embeddings=True, use_conv_bias=False),
     "bert": BERT,
     "vit": VIT,
     "vit, no qkv bias": dict(VIT, qkv_bias=False),
@@ -152,7 +194,10 @@ CONFIGURATIONS = {
                                  num_attention_heads=12, intermediate_size=3072, image_size=224,
                                  patch_size=16, num_labels=1000),
 }
-TORCHVISION = {"resnet50": "resnet-50", "vgg16": "vgg-16", "alexnet": "alexnet", "vit_b_16": "vit-b-16"}
+TORCHVISION = {"resnet50": "resnet-50", "vgg16": "vgg-16", "alexnet": "alexnet", "vit_b_16": "vit-b-16",
+               "resnet18": "resnet-18", "resnet34": "resnet-34", "resnet101": "resnet-101",
+               "resnet152": "resnet-152", "efficientnet_b0": "efficientnet-b0",
+               "efficientnet_b4": "efficientnet-b4", "efficientnet_b7": "efficientnet-b7"}
 HEADS = {"bert": transformers.AutoModelForMaskedLM, "vit": transformers.AutoModelForImageClassification}
 
 

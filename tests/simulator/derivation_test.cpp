@@ -39,7 +39,7 @@ TEST(Derivation, LayoutsOfThePerceptron) {
   const auto plan = complete(g, two_by_two());
   ASSERT_TRUE(plan) << plan.reason();
   const auto at = [&](std::size_t op) {
-    auto l = derive(g, *plan, OpId{op}, 4);
+    auto l = derive(g, *plan, OpId{op}, 4, {});
     if (!l) throw InternalError(l.reason());
     return *l;
   };

@@ -171,10 +171,19 @@ TEST(Execution, OtherArchitectures) {
   recurrent.causal = recurrent.tied = false;
   recurrent.embedding_rows = recurrent.vocabulary + 5;
   recurrent.memory = 4;
-  for (const TransformerConfig& c :
-       {latent, query_norm, bert, experts, classes, generated, recurrent}) {
-    SCOPED_TRACE(::testing::Message() << c.latent.key_value_rank << c.qk_norm
-                                      << static_cast<int>(c.norm_position) << c.moe.experts);
+  TransformerConfig beside = small_config(), one_norm = query_norm, masks = small_config();
+  beside.residual = masks.residual = Residual::parallel;
+  beside.head_bias = true;
+  beside.norm_bias = false;
+  one_norm.residual = Residual::parallel_one_norm;
+  masks.dropout = 0.25;
+  TransformerConfig beside_experts = experts;
+  beside_experts.residual = Residual::parallel_one_norm;
+  for (const TransformerConfig& c : {latent, query_norm, bert, experts, classes, generated,
+                                     recurrent, beside, one_norm, masks, beside_experts}) {
+    SCOPED_TRACE(::testing::Message()
+                 << c.latent.key_value_rank << c.qk_norm << static_cast<int>(c.norm_position)
+                 << c.moe.experts << static_cast<int>(c.residual) << c.dropout);
     const Graph g = build_transformer(c);
     Plan p = base_plan();
     p.tp = 2;

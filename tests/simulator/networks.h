@@ -151,6 +151,9 @@ inline Graph random_transformer(std::mt19937& rng) {
   c.mtp_layers = pick({0, 0, 1});
   c.flash_attention = pick({0, 1, 1}) == 1;
   c.dropout = pick({0, 0, 1}) == 1 ? 0.25 : 0;
+  c.norm_bias = chance();
+  c.residual = static_cast<Residual>(pick({0, 0, 1, 2}));
+  c.head_bias = c.mtp_layers == 0 && chance();
   if (pick({0, 0, 1}) == 1) {
     c.moe.experts = 4;
     c.moe.top_k = pick({1, 2});
@@ -161,6 +164,8 @@ inline Graph random_transformer(std::mt19937& rng) {
     c.moe.latent = pick({0, 0, 4});
   }
   if (pick({0, 0, 0, 1}) == 1) {
+    c.residual = Residual::sequential;
+    c.head_bias = false;
     for (int i = 0; i < c.layers; ++i) c.pattern += "MMM*-E"[rng() % (c.moe.experts > 0 ? 6 : 5)];
     c.mamba.heads = 4;
     c.mamba.groups = pick({1, 2, 4});
@@ -178,11 +183,12 @@ inline Graph random_transformer(std::mt19937& rng) {
       "layers {} kv {} norm {} gated {} positions {} biases {}{}{} tied {} qk_norm {} sinks {} "
       "window "
       "{} mtp {} flash {} dropout {} experts {} top {} shared {} dense {} sigmoid {} latent {} "
-      "pattern '{}' groups {} mtp_shared {}",
+      "pattern '{}' groups {} mtp_shared {} norm_bias {} residual {} head_bias {}",
       c.layers, c.kv_heads, static_cast<int>(c.norm), c.gated, c.positions, c.qkv_bias,
       c.attention_output_bias, c.mlp_bias, c.tied, c.qk_norm, c.sinks, c.window, c.mtp_layers,
       c.flash_attention, c.dropout, c.moe.experts, c.moe.top_k, c.moe.shared_ffn, c.moe.first_dense,
-      c.moe.sigmoid, c.moe.latent, c.pattern, c.mamba.groups, c.mtp_shared);
+      c.moe.sigmoid, c.moe.latent, c.pattern, c.mamba.groups, c.mtp_shared, c.norm_bias,
+      static_cast<int>(c.residual), c.head_bias);
   return g;
 }
 

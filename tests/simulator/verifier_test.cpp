@@ -219,6 +219,26 @@ TEST(Verifier, AKernelReadsTheSummandInsteadOfTheSum) {
   expect_rejected(p, "reads embedding, a sum that is still owed");
 }
 
+/// Each rank would add the whole, and the sum of them have it as often as there are ranks.
+TEST(Verifier, ASumOfSumsHasASummandThatOwesNothing) {
+  Plan plan = base_plan();
+  plan.tp = 2;
+  TransformerConfig c = small_config();
+  c.residual = Residual::parallel;
+  Program p = lowered(build_transformer(c), plan);
+  ASSERT_THAT(verify(p), IsEmpty());
+  Block& b = block_of(p, BlockKind::forward, 0);
+  Instruction& sum = b.instructions[find(b, [&](const Instruction& i) {
+    return i.op >= 0 && p.operators[static_cast<std::size_t>(i.op)].name == "layers.0.branches";
+  })];
+  const std::size_t whole = find(b, collective_is(CollectiveKind::all_reduce));
+  Program other = p;
+  sum.reads[0] = b.instructions[whole].writes[0];
+  expect_rejected(p, "adds embedding, which does not owe what the sum owes");
+  other.buffers[sum.writes[0].index()].layout.partial = 0;
+  expect_rejected(other, "reads layers.0.attention.output, a sum that is still owed");
+}
+
 TEST(Verifier, ASummandIsReadAfterItsSumTookItsPlace) {
   Plan plan = base_plan();
   plan.tp = 2;

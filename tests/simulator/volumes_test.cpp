@@ -114,6 +114,42 @@ TEST(Volumes, TensorParallelIsFourAllReducesPerLayerAndMicroBatch) {
   }
 }
 
+/// What attention and feed-forward of one input owe is added before it is repaired: one all-reduce
+/// a layer forward for two, one backward behind one norm; behind two norms each owes its own.
+TEST(Volumes, ParallelResidualsOweOneSumForBothBranches) {
+  const std::int64_t b = 2, s = 8, h = 8, n = 2;
+  for (const Residual residual : {Residual::parallel, Residual::parallel_one_norm}) {
+    const bool one = residual == Residual::parallel_one_norm;
+    TransformerConfig c = small_config();
+    c.layers = 3;
+    c.residual = residual;
+    Plan plan = base_plan();
+    plan.tp = n;
+    plan.micro_batch = plan.global_batch = b;
+    const Program p = lowered(build_transformer(c), plan);
+    const Traffic reduced = traffic(p, 1, of_tensors(p, CollectiveKind::all_reduce));
+    EXPECT_EQ(reduced.calls, (one ? 2 : 3) * 3 + 2);
+    EXPECT_EQ(reduced.wire, reduced.calls * 2 * (n - 1) * (b * s * h * kActivation) / n);
+    // A mask stands between a branch and the sum.
+    c.dropout = 0.1;
+    const Program masked = lowered(build_transformer(c), plan);
+    EXPECT_EQ(traffic(masked, 1, of_tensors(masked, CollectiveKind::all_reduce)).calls,
+              (one ? 3 : 4) * 3 + 2);
+    c.dropout = 0;
+    // The same with sequence parallelism: a reduce-scatter forward for both branches, and a gather
+    // a norm; backward a gather for both, a scatter a norm and, as inputs are gathered again, a
+    // gather a norm. Outside the layers the embedding's and the head's.
+    plan.sequence_parallel = true;
+    const Program cut = lowered(build_transformer(c), plan);
+    const std::int64_t norms = one ? 1 : 2;
+    EXPECT_EQ(traffic(cut, 1, of_tensors(cut, CollectiveKind::reduce_scatter)).calls,
+              (1 + norms) * 3 + 2);
+    EXPECT_EQ(traffic(cut, 1, of_tensors(cut, CollectiveKind::all_gather)).calls,
+              (norms + 1 + norms) * 3 + 3);
+    EXPECT_EQ(traffic(cut, 1, of_tensors(cut, CollectiveKind::all_reduce)).calls, 0);
+  }
+}
+
 TEST(Volumes, SelectiveRecomputeSendsNothingAgain) {
   Plan plan = base_plan();
   plan.tp = 2;

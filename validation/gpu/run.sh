@@ -155,6 +155,8 @@ part nccl-4-tp2-dp2 60 checked "$partita" run "$files/gpt-small.yaml" "${four[@]
 part nccl-4-pp2-dp2 60 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --pp 2 --dp 2
 part nccl-4-zero3 60 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --dp 4 --zero 3
 part nccl-4-cp2-dp2 60 checked "$partita" run "$files/gpt-small.yaml" "${four[@]}" --cp 2 --dp 2
+# One of them is killed in its second step: the others, whose communicators are several, end and say so.
+part nccl-4-a-rank-dies 60 bash -c 'PARTITA_TEST_FAULT=2:1:4:kill "$@"; [ $? -eq 3 ] && echo "the others ended"' - "$partita" run "$files/gpt-small.yaml" "${four[@]}" --tp 2 --dp 2
 # What NCCL expects, pair by pair, beside our model of it.
 part nccl-estimates 120 "$partita" validate --backend cuda --ranks 2 --share-gpu --transport tcp --timeout 30 --only 'gpt dp 2' --calibrate-only collectives --no-reference --rounds 1 --steps 1 --out "$out/estimates" --json
 part mnist 30 checked "$partita" run mnist-linear --backend cuda --steps 20 --json

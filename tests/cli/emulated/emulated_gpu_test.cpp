@@ -290,6 +290,16 @@ TEST_F(EmulatedGpu, APeersDeathEndsTheOthers) {
   EXPECT_THAT(said, HasSubstr("partita: rank 1 died in step 1, "));
 }
 
+// The end of one communicator waits for the kernels of another, which wait for the peer.
+TEST_F(EmulatedGpu, APeersDeathEndsAllCommunicatorsAtOnce) {
+  for (const char* plan : {"--tp 2 --dp 2", "--pp 2 --dp 2", "--dp 4 --zero 3 --zero-group 2"}) {
+    run("run " + kGpt + kTwo + " " + plan + " --timeout 20" + kSmall, 3, false,
+        with("PARTITA_TEST_FAULT=2:1:9:kill"));
+    EXPECT_THAT(err(), HasSubstr("rank 2 ")) << plan;
+    EXPECT_THAT(err() + said(), Not(HasSubstr("ncclCommAbort waits"))) << plan;
+  }
+}
+
 // NCCL says that a peer is gone before that peer's own word comes.
 TEST_F(EmulatedGpu, ARanksOwnReasonIsSaid) {
   for (const char* plan : {"--dp 2", "--pp 2"}) {

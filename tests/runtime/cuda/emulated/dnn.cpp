@@ -68,9 +68,11 @@ std::string shape_of(const Four& x, const Four& w, const Window& c, const Four& 
                        size(x.w, c.pad_w, w.w, c.dilation_w, c.stride_w));
   return "";
 }
-/// What each algorithm works in; the fourth in more than a stream keeps.
-std::size_t workspace_of(int algorithm, const ConvolutionShape& s) {
-  return algorithm == 1 ? (s.window_height > 1 ? std::size_t{40} << 20 : 1 << 20) : 0;
+/// What each algorithm works in; the second in more than a stream keeps, and in more without
+/// tensor cores than a choice of algorithms says.
+std::size_t workspace_of(int algorithm, const ConvolutionShape& s, cudnnMathType_t math) {
+  const std::size_t least = s.window_height > 1 ? std::size_t{40} << 20 : 1 << 20;
+  return algorithm == 1 ? (math == CUDNN_FMA_MATH ? 2 * least : least) : 0;
 }
 /// First one that does not go, then one whose sums have no order, then one that has and that will
 /// be refused after all, then one that is not.
@@ -83,9 +85,19 @@ cudnnStatus_t choose(const ConvolutionShape& s, int most, int* count, Result* fo
     r.algo = static_cast<Algorithm>(a);
     r.status = a == 2 ? CUDNN_STATUS_NOT_SUPPORTED : CUDNN_STATUS_SUCCESS;
     r.determinism = a == 0 ? CUDNN_NON_DETERMINISTIC : CUDNN_DETERMINISTIC;
-    r.memory = workspace_of(a, s);
+    r.memory = workspace_of(a, s, CUDNN_TENSOR_OP_MATH);
     r.mathType = CUDNN_TENSOR_OP_MATH;
   }
+  return CUDNN_STATUS_SUCCESS;
+}
+
+cudnnStatus_t workspace(const Four& x, const Four& w, const Window& c, const Four& y, int algorithm,
+                        std::size_t* bytes) {
+  ConvolutionShape s{};
+  if (std::string why = shape_of(x, w, c, y, s); !why.empty())
+    return refuse(CUDNN_STATUS_BAD_PARAM, why);
+  if (algorithm == 2) return CUDNN_STATUS_NOT_SUPPORTED;
+  *bytes = workspace_of(algorithm, s, c.math);
   return CUDNN_STATUS_SUCCESS;
 }
 
@@ -101,7 +113,8 @@ cudnnStatus_t convolve(cudnnHandle_t handle, ConvolutionPass pass, const Four& x
   if (algorithm == 3) return CUDNN_STATUS_NOT_SUPPORTED_SHAPE;
   if (algorithm != 1)
     return refuse(CUDNN_STATUS_NOT_SUPPORTED, "an algorithm that nobody should take");
-  if (bytes < workspace_of(algorithm, s) || (bytes > 0 && !emulated::reachable(room, bytes)))
+  if (bytes < workspace_of(algorithm, s, c.math) ||
+      (bytes > 0 && !emulated::reachable(room, bytes)))
     return refuse(CUDNN_STATUS_BAD_PARAM, "a convolution without the memory it works in");
   const std::size_t width = s.type == ElementType::fp32 ? 4 : 2;
   const void* at[] = {x_at, w_at, y_at};
@@ -236,6 +249,25 @@ cudnnStatus_t CUDNNWINAPI cudnnGetConvolutionBackwardFilterAlgorithm_v7(
     return refuse(CUDNN_STATUS_BAD_PARAM, why);
   return choose<cudnnConvolutionBwdFilterAlgoPerf_t, cudnnConvolutionBwdFilterAlgo_t>(s, most,
                                                                                       count, found);
+}
+
+cudnnStatus_t CUDNNWINAPI cudnnGetConvolutionForwardWorkspaceSize(
+    cudnnHandle_t, const cudnnTensorDescriptor_t x, const cudnnFilterDescriptor_t w,
+    const cudnnConvolutionDescriptor_t c, const cudnnTensorDescriptor_t y,
+    cudnnConvolutionFwdAlgo_t algorithm, size_t* bytes) {
+  return workspace(*the<Four>(x), *the<Four>(w), *the<Window>(c), *the<Four>(y), algorithm, bytes);
+}
+cudnnStatus_t CUDNNWINAPI cudnnGetConvolutionBackwardDataWorkspaceSize(
+    cudnnHandle_t, const cudnnFilterDescriptor_t w, const cudnnTensorDescriptor_t y,
+    const cudnnConvolutionDescriptor_t c, const cudnnTensorDescriptor_t x,
+    cudnnConvolutionBwdDataAlgo_t algorithm, size_t* bytes) {
+  return workspace(*the<Four>(x), *the<Four>(w), *the<Window>(c), *the<Four>(y), algorithm, bytes);
+}
+cudnnStatus_t CUDNNWINAPI cudnnGetConvolutionBackwardFilterWorkspaceSize(
+    cudnnHandle_t, const cudnnTensorDescriptor_t x, const cudnnTensorDescriptor_t y,
+    const cudnnConvolutionDescriptor_t c, const cudnnFilterDescriptor_t w,
+    cudnnConvolutionBwdFilterAlgo_t algorithm, size_t* bytes) {
+  return workspace(*the<Four>(x), *the<Four>(w), *the<Window>(c), *the<Four>(y), algorithm, bytes);
 }
 
 cudnnStatus_t CUDNNWINAPI cudnnConvolutionForward(cudnnHandle_t h, const void* alpha,

@@ -53,7 +53,8 @@ struct State {
   /// What a call has left to do; whoever asks how the communicator is has it done. True: done.
   std::function<bool()> rest;
   std::int64_t collectives = 0, splits = 0;
-  int held = 0;  ///< graphs' calls that are not destroyed
+  int held = 0;     ///< graphs' calls that are not destroyed
+  int running = 0;  ///< kernels in streams
   std::map<int, std::int64_t> sent, received;
   std::int64_t calls = 0;  ///< a group is one
   std::map<std::int64_t, std::vector<fs::path>>
@@ -70,6 +71,8 @@ struct ncclComm {
 namespace {
 
 thread_local int depth = 0;
+thread_local std::vector<std::shared_ptr<State>> ending;  ///< by aborts of the group
+std::vector<std::weak_ptr<State>> all_states;
 thread_local std::vector<std::pair<ncclComm_t, Operation>> grouped;
 thread_local std::string last_error;
 
@@ -184,6 +187,7 @@ Halves halves_of(const std::shared_ptr<State>& s, const Operation& o, std::int64
     return true;
   };
   const auto take = [=] {
+    --s->running;
     if (s->aborted || o.kind == Kind::send) return;
     const auto brought = [&](int r) {
       auto all = read(file_of(r, s->rank));
@@ -256,6 +260,7 @@ void put(const std::shared_ptr<State>& s, const std::vector<Operation>& operatio
   const std::int64_t number = s->calls++;
   for (const Operation& o : operations) all.emplace_back(&o, halves_of(s, o, number));
   for (auto& [o, h] : all) emulated::queue(o->stream, std::move(h.give));
+  s->running += static_cast<int>(all.size());
   for (const bool sends : {false, true}) {
     for (auto& [o, h] : all) {
       if ((o->kind == Kind::send) == sends) emulated::queue(o->stream, std::move(h.take));
@@ -314,6 +319,18 @@ void not_held(const State& s, const char* call) {
   ::_exit(134);
 }
 
+/// The end of a communicator waits for all kernels of its GPU.
+void reclaim(const std::vector<std::shared_ptr<State>>& these) {
+  for (const auto& weak : all_states) {
+    const auto other = weak.lock();
+    if (other == nullptr || other->aborted || other->running == 0) continue;
+    emulated::say(
+        fmt::format("ncclCommAbort waits for {} kernels of another communicator", other->running));
+    ::_exit(134);
+  }
+  for (const auto& s : these) s->ended = true;
+}
+
 std::string host_of_this() {
   const char* id = std::getenv("NCCL_HOSTID");
   return id != nullptr ? id : "this host";
@@ -363,6 +380,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* to, int ranks, ncclUniqueId id, 
   cudaGetDevice(&device);
   s->device = device;
   *to = new ncclComm{s};
+  all_states.push_back(s);
   char bus[32] = {};
   cudaDeviceGetPCIBusId(bus, sizeof bus, device);
   // As of a machine whose one way out is its loopback.
@@ -437,6 +455,7 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* to,
       s->pids[k] = parent->pids[at];
     }
     *to = new ncclComm{s};
+    all_states.push_back(s);
     // It has a start of its own.
     if (!blocks) begun(*s, [] { return true; });
     return true;
@@ -481,7 +500,9 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
   if (comm == nullptr || comm->state->ended)
     return fail(ncclInvalidArgument, "an abort of what is not there");
   not_held(*comm->state, "ncclCommAbort");
-  comm->state->aborted = comm->state->ended = true;
+  comm->state->aborted = true;
+  ending.push_back(comm->state);
+  if (depth == 0) reclaim(std::exchange(ending, {}));
   return ncclSuccess;
 }
 
@@ -492,6 +513,11 @@ ncclResult_t ncclGroupStart() {
 ncclResult_t ncclGroupEnd() {
   if (depth == 0) return fail(ncclInvalidUsage, "a group's end without its start");
   if (--depth > 0) return ncclSuccess;
+  if (!ending.empty()) {
+    grouped.clear();
+    reclaim(std::exchange(ending, {}));
+    return ncclSuccess;
+  }
   std::map<ncclComm_t, std::vector<Operation>> by_comm;
   for (const auto& [comm, o] : grouped) by_comm[comm].push_back(o);
   grouped.clear();

@@ -25,12 +25,18 @@ std::function<std::uint32_t()> on_api_call;
 
 namespace {
 
-constexpr std::size_t kPage = 4096, kGrain = 256, kReserved = std::size_t{1} << 40;
+constexpr std::size_t kPage = 4096, kGrain = 256, kLargeGrain = std::size_t{2} << 20,
+                      kReserved = std::size_t{1} << 40;
 constexpr std::size_t kContext = 400 << 20;
 
 std::size_t number(const char* variable, std::size_t otherwise) {
   const char* text = std::getenv(variable);
   return text != nullptr ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+/// Large blocks have pages of their own.
+std::size_t used_by(std::size_t bytes) {
+  const std::size_t grain = bytes > kLargeGrain / 2 ? kLargeGrain : kGrain;
+  return (bytes + grain - 1) / grain * grain;
 }
 int devices() { return static_cast<int>(number("PARTITA_EMULATED_GPUS", 1)); }
 std::size_t memory() { return number("PARTITA_EMULATED_MIB", 6144) << 20; }
@@ -511,7 +517,7 @@ cudaError_t cudaMalloc(void** to, size_t bytes) {
   if (bytes == 0) return cudaSuccess;
   auto& used = m.used[static_cast<std::size_t>(current_device)];
   const std::size_t taken = (bytes + kGrain - 1) / kGrain * kGrain;
-  if (kContext + used + taken > memory()) return keep(cudaErrorMemoryAllocation);
+  if (kContext + used + used_by(bytes) > memory()) return keep(cudaErrorMemoryAllocation);
   Block b;
   b.bytes = bytes;
   b.pages = (taken + kPage - 1) / kPage * kPage;
@@ -524,7 +530,7 @@ cudaError_t cudaMalloc(void** to, size_t bytes) {
   ::mprotect(b.base, b.pages, PROT_READ | PROT_WRITE);
   spoil(at, taken);
   ::mprotect(b.base, b.pages, PROT_NONE);
-  used += taken;
+  used += used_by(bytes);
   m.blocks[at] = b;
   *to = at;
   return cudaSuccess;
@@ -544,7 +550,7 @@ cudaError_t cudaFree(void* p) {
     return keep(refuse(cudaErrorInvalidValue, "cudaFree of what is no block"));
   const Block b = it->second;
   m.blocks.erase(it);
-  m.used[static_cast<std::size_t>(b.device)] -= (b.bytes + kGrain - 1) / kGrain * kGrain;
+  m.used[static_cast<std::size_t>(b.device)] -= used_by(b.bytes);
   ::mmap(b.base, b.pages, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
          0);
   return cudaSuccess;
