@@ -83,6 +83,28 @@ std::string did_you_mean(std::string_view word, const std::vector<std::string>& 
 
 YamlNode::YamlNode(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
+namespace {
+
+/// Where text is not UTF-8; its size where all of it is. Overlong forms pass, as they do no harm.
+std::size_t not_utf8(std::string_view text) {
+  for (std::size_t i = 0; i < text.size();) {
+    const auto first = static_cast<unsigned char>(text[i]);
+    const std::size_t more = first < 0x80             ? 0
+                             : (first & 0xe0) == 0xc0 ? 1
+                             : (first & 0xf0) == 0xe0 ? 2
+                             : (first & 0xf8) == 0xf0 ? 3
+                                                      : 4;
+    if (more == 4 || i + more >= text.size()) return i;
+    for (std::size_t k = 1; k <= more; ++k) {
+      if ((static_cast<unsigned char>(text[i + k]) & 0xc0) != 0x80) return i;
+    }
+    i += more + 1;
+  }
+  return text.size();
+}
+
+}  // namespace
+
 std::string read_file(const std::string& path) {
   std::error_code ignored;
   if (std::filesystem::is_directory(path, ignored)) {
@@ -101,6 +123,12 @@ YamlNode YamlNode::load_file(const std::string& file, std::string_view schema) {
 
 YamlNode YamlNode::load_text(const std::string& body, const std::string& file,
                              std::string_view schema) {
+  if (const std::size_t at = not_utf8(body); at < body.size()) {
+    const auto end = body.begin() + static_cast<std::ptrdiff_t>(at);
+    throw InputError(fmt::format("{}:{}", file, std::count(body.begin(), end, '\n') + 1),
+                     fmt::format("has the byte 0x{:02x}, which is not UTF-8; save it as such",
+                                 static_cast<unsigned char>(body[at])));
+  }
   YAML::Node root;
   try {
     root = YAML::Load(body);

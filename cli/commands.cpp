@@ -24,6 +24,10 @@ namespace {
 
 void print(const std::string& s) { std::fwrite(s.data(), 1, s.size(), stdout); }
 
+std::string lines_of(const std::vector<std::string>& names) {
+  return fmt::format("{}\n", fmt::join(names, "\n"));
+}
+
 void add_model(CLI::App& app) {
   struct Options {
     std::string model;
@@ -48,13 +52,14 @@ void add_model(CLI::App& app) {
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
     if (o->model.empty()) {
-      for (const auto& m : model_catalogue()) print(m + "\n");
+      if (o->operators) throw InputError("--operators", "needs a MODEL");
+      print(o->json ? catalogue_json("models", model_catalogue()) : lines_of(model_catalogue()));
       return;
     }
     Plan p;
     set_trained(p, o->flags);
     const Graph g = load_graph(o->model, o->flags, p);
-    print(o->json ? model_json(g) : model_table(g, o->operators));
+    print(o->json ? model_json(g, o->operators) : model_table(g, o->operators));
   });
 }
 
@@ -108,7 +113,13 @@ void add_topo(CLI::App& app) {
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o] {
     if (o->topology.empty()) {
-      for (const auto& t : topology_catalogue()) print(t + "\n");
+      for (const auto& [flag, given] : {std::pair{"--mesh", !o->mesh.empty()},
+                                        {"--route", !o->route.empty()},
+                                        {"--links", !o->links.empty()}}) {
+        if (given) throw InputError(flag, "needs a TOPOLOGY");
+      }
+      print(o->json ? catalogue_json("topologies", topology_catalogue())
+                    : lines_of(topology_catalogue()));
       return;
     }
     const Topology t = o->cluster.in_state(load_cluster(o->topology));
@@ -133,6 +144,11 @@ struct Common {
   bool json = false;
   std::int64_t top = 5;
 };
+
+/// Files that a command reads, by what names them.
+std::vector<std::pair<std::string, std::string>> read_by(const Common& o) {
+  return {{"--plan", o.flags.file}, {"MODEL", o.model}, {"TOPOLOGY", o.topology}};
+}
 
 /// Longer traces no viewer opens; what is recorded for `flag` is as long.
 void refuse_long_trace(std::int64_t instructions, const std::string& flag = "--trace") {
@@ -208,7 +224,7 @@ void add_simulate(CLI::App& app) {
                 "what the step does, waits for and loses in this many parts of its time")
       ->check(CLI::Range(1, 1000));
   c->callback([o, cluster, slices] {
-    check_writable("--trace", o->trace);
+    check_writable("--trace", o->trace, read_by(*o));
     const StillAtIt lines(
         "long programs and ranks that all differ, as with hashed spines or a placement without "
         "order, take time; fewer micro-batches, layers or devices are faster");
@@ -296,10 +312,15 @@ void add_plan(CLI::App& app, int& code) {
   c->add_option("--trace", o->trace, "write a Perfetto trace of the best plan to this file");
   auto save = std::make_shared<std::string>();
   c->add_option("--save", *save, "write the best plan to this file");
-  c->callback([o, save, cluster, &code] {
+  auto no_refine = std::make_shared<bool>(false);
+  c->add_flag("--no-refine", *no_refine,
+              "show the space's plans alone, nothing finer and no switches");
+  c->callback([o, save, no_refine, cluster, &code] {
     if (o->top < 1) throw InputError("--top", fmt::format("{} must be at least 1", o->top));
-    check_writable("--trace", o->trace);
-    check_writable("--save", *save);
+    auto others = read_by(*o);
+    check_writable("--trace", o->trace, others);
+    others.emplace_back("--trace", o->trace);
+    check_writable("--save", *save, others);
     const Topology t = cluster->in_state(load_cluster(o->topology));
     Plan base = plan_from(o->flags, "megatron-core");
     if (!base.as_ranked())
@@ -321,9 +342,21 @@ void add_plan(CLI::App& app, int& code) {
     restrict_space(space, o->flags, given);
     const auto fitted = fit_of(o->flags);
     const auto* entry = fitted ? fitted->find(t, base.framework) : nullptr;
-    SearchResult r =
-        search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0, o->flags.sharing(),
-               entry != nullptr ? validation::adjustment_of(*entry) : Adjustment{}, &progress);
+    const Adjustment adjustment =
+        entry != nullptr ? validation::adjustment_of(*entry) : Adjustment{};
+    SearchResult r = search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0,
+                            o->flags.sharing(), adjustment, &progress);
+    Beyond beyond;
+    if (!*no_refine && !r.plans.empty()) {
+      RefineLimits limits;
+      limits.recompute = space.recompute.size() > 1;
+      limits.cuts = given.cuts.empty();
+      beyond.refined = refine(g, t, r.plans[0], o->flags.sharing(), adjustment, limits);
+      if (!beyond.refined->taken.empty()) {
+        r.plans.insert(r.plans.begin(), beyond.refined->taken.back().prediction);
+        if (r.plans.size() > static_cast<std::size_t>(o->top)) r.plans.pop_back();
+      }
+    }
     if (fitted) {
       for (Prediction& p : r.plans) validation::rest_on_fit(p, entry, g, t);
     }
@@ -334,6 +367,8 @@ void add_plan(CLI::App& app, int& code) {
                                    ranks, base.global_batch));
     }
     if (r.plans.empty() && !r.smallest) r.smallest = smallest(g, t, ranks, base, space);
+    if (!*no_refine && r.plans.empty() && r.smallest)
+      beyond.would_fit = fitting(g, t, *r.smallest, o->flags.sharing(), adjustment);
     if (o->flags.placement == "search") place_all(r, g, t);
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);
@@ -354,7 +389,7 @@ void add_plan(CLI::App& app, int& code) {
     auto assumed = assumptions(o->flags, base, g, {"micro_batch", "zero"});
     for (std::string& a : defaults) assumed.push_back(std::move(a));
     for (std::string& a : state_assumptions(t, o->flags.sharing())) assumed.push_back(std::move(a));
-    print(o->json ? search_json(g, t, r, assumed) : search_table(g, t, r, assumed));
+    print(o->json ? search_json(g, t, r, assumed, beyond) : search_table(g, t, r, assumed, beyond));
     if (r.plans.empty()) code = 1;
   });
 }

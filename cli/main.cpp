@@ -117,7 +117,23 @@ void refuse_empty_arguments(int argc, char** argv) {
   if (dynamic_cast<const CLI::ArgumentMismatch*>(&e) != nullptr) {
     const std::string flag = text.substr(0, text.find(':'));
     const bool many = text.find("received") != std::string::npos;
+    const CLI::Option* o = command.get_option_no_throw(flag);
+    if (o != nullptr && o->get_items_expected_min() > 1)
+      throw InputError(flag, fmt::format("takes {} values", o->get_items_expected_min()));
     throw InputError(flag, many ? "is given more than once; keep one" : "needs " + type_of(flag));
+  }
+  if (dynamic_cast<const CLI::ValidationError*>(&e) != nullptr) {
+    // "--top: Value 0 not in range 1 to 64"
+    const std::string value = ": Value ", range = " not in range ";
+    const auto at = text.find(value), then = text.find(range);
+    if (at != std::string::npos && then != std::string::npos) {
+      const std::string given = text.substr(at + value.size(), then - at - value.size());
+      const std::string of = text.substr(then + range.size());
+      // What is only at least 0 goes to the largest double.
+      throw InputError(text.substr(0, at), of.size() > 60
+                                               ? fmt::format("{} is negative; at least 0", given)
+                                               : fmt::format("{} is not in {}", given, of));
+    }
   }
   throw InputError("partita " + name, text);
 }

@@ -143,7 +143,13 @@ Plan plan_from(const PlanFlags& f, const std::string& default_framework,
     if (at == std::string::npos || at == 0)
       throw InputError("--set",
                        fmt::format("'{}' is no KEY=VALUE, like compression.kind=top_k", item));
-    keys.push_back({item.substr(0, at), item.substr(at + 1), "--set"});
+    const std::string key = item.substr(0, at);
+    for (const GivenKey& k : keys) {
+      if (k.key == key)
+        throw InputError("--set", fmt::format("{} is given twice, as {} and {}; keep one", key,
+                                              k.value, item.substr(at + 1)));
+    }
+    keys.push_back({key, item.substr(at + 1), "--set"});
   }
   keys.insert(keys.end(), more.begin(), more.end());
   GivenKey framework{"framework", f.framework, "--framework"};
@@ -258,7 +264,7 @@ void set_key(Plan& plan, const std::string& key, const std::string& value,
   try {
     set(plan, key, value, flag);
   } catch (const InputError& e) {
-    throw InputError(flag, e.message());
+    throw InputError(flag == "--set" ? fmt::format("--set {}", key) : flag, e.message());
   }
 }
 
@@ -383,11 +389,18 @@ void reject_repeats(const std::string& flag, const std::vector<std::string>& fil
   }
 }
 
-void check_writable(const std::string& flag, const std::string& file) {
+void check_writable(const std::string& flag, const std::string& file,
+                    const std::vector<std::pair<std::string, std::string>>& others) {
   if (file.empty()) return;
   namespace fs = std::filesystem;
   std::error_code error;
   const fs::path path(file);
+  for (const auto& [what, other] : others) {
+    if (other.empty() || fs::weakly_canonical(other, error) != fs::weakly_canonical(path, error))
+      continue;
+    throw InputError(
+        flag, fmt::format("{} is {} too, and would be overwritten; name another file", file, what));
+  }
   if (fs::is_directory(path, error))
     throw InputError(flag, fmt::format("{} is a folder; name a file", file));
   const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");

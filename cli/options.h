@@ -90,7 +90,9 @@ Topology load_cluster(const std::string& text, const TopologyEdits& edits = {});
 void reject_repeats(const std::string& flag, const std::vector<std::string>& files);
 
 /// InputError{flag} if a file could not be written there; before the work, not after it.
-void check_writable(const std::string& flag, const std::string& file);
+/// `others`: what the command reads or writes besides, by flag: none of them is overwritten.
+void check_writable(const std::string& flag, const std::string& file,
+                    const std::vector<std::pair<std::string, std::string>>& others = {});
 /// MachineError{flag} where the text cannot be written.
 void write_text(const std::string& flag, const std::string& file, const std::string& text);
 

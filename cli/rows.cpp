@@ -464,7 +464,9 @@ void fit(const FitFlags& o) {
   const validation::FitOptions f = fit_options(o);
   keep_memory();
   if (o.out.empty()) throw InputError("--out", "is missing; name a file for the fitted profile");
-  check_writable("--out", o.out);
+  std::vector<std::pair<std::string, std::string>> read;
+  for (const std::string& file : o.files) read.emplace_back("FILE", file);
+  check_writable("--out", o.out, read);
   validation::RowsOptions r;
   r.workers = o.workers;
   r.family = o.family;

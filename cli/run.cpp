@@ -122,9 +122,9 @@ struct Job {
   reference::RunOptions serial;
   std::optional<Topology> topology;  ///< that the prediction is for
   std::string predicted_for;         ///< what the user should know of it
-  std::string no_graphs;  ///< of the plan's CUDA graphs; empty: they are asked for or not
-  RoutingSource routing;             ///< that the prediction is for, unless fed back
-  bool feeds_back = false;           ///< the prediction is for the last step's rows
+  std::string no_graphs;    ///< of the plan's CUDA graphs; empty: they are asked for or not
+  RoutingSource routing;    ///< that the prediction is for, unless fed back
+  bool feeds_back = false;  ///< the prediction is for the last step's rows
   std::string data;
   int groups = 1;
   cuda::GpuState conditions;  ///< of the first rank's GPU, while it ran
@@ -162,8 +162,9 @@ Job job_of(const Options& o) {
     throw InputError("--timeout",
                      fmt::format("{} is not a number of seconds in 0.1 to 1e6", o.timeout_s));
   if (!(o.rendezvous_s > 0 && o.rendezvous_s <= 1e6))
-    throw InputError("--rendezvous-timeout",
-                     fmt::format("{} is not a number of seconds in 0 to 1e6", o.rendezvous_s));
+    throw InputError(
+        "--rendezvous-timeout",
+        fmt::format("{} is no number of seconds above 0 and up to 1e6", o.rendezvous_s));
   check_backend(backend_of(o, 1, ""));
   Job job;
   Plan plan = plan_from(o.flags, "partita");
@@ -653,8 +654,11 @@ void launch(const Options& o, const Job& job, const Mode& mode, const Describe& 
 
 void run(const Options& o, int& code) {
   const auto begin = std::chrono::steady_clock::now();
-  check_writable("--trace", o.trace);
-  check_writable("--routing-out", o.routing_out);
+  std::vector<std::pair<std::string, std::string>> others{{"--plan", o.flags.file},
+                                                          {"MODEL", o.model}};
+  check_writable("--trace", o.trace, others);
+  others.emplace_back("--trace", o.trace);
+  check_writable("--routing-out", o.routing_out, others);
   Job job = job_of(o);
   const std::int64_t ranks = job.plan.ranks();
   const Mode mode = mode_of(o, ranks);

@@ -44,7 +44,8 @@ Signature signature(const Graph& graph, OpId id, std::int64_t samples) {
   std::vector<Shape> shapes;
   for (const TensorId t : op.inputs) shapes.push_back(with_samples(graph.tensor(t).shape, samples));
   Signature s = signature(op.operation, shapes, op.name);
-  // Element-wise operators see top_k rows per token; which experts there are, only the dispatch says.
+  // Element-wise operators see top_k rows per token; which experts there are, only the dispatch
+  // says.
   const auto routed = std::find_if(op.inputs.begin(), op.inputs.end(),
                                    [&](TensorId t) { return graph.tensor(t).routed; });
   if (routed != op.inputs.end()) {
@@ -348,6 +349,19 @@ Graph GraphBuilder::finish(TensorId loss, int layers, std::int64_t sequence) {
   graph_.loss = loss;
   graph_.layers = layers;
   graph_.sequence = sequence;
+  // More than any count here holds to the last one.
+  constexpr double kMost = 9e15;
+  double all = 0;
+  for (const Parameter& p : graph_.parameters) {
+    double n = 1;
+    for (const NamedExtent& d : p.shape) n *= static_cast<double>(d.extent);
+    all += n;
+  }
+  if (all > kMost)
+    throw InputError(graph_.name,
+                     fmt::format("has {:.2g} parameters, and networks of up to {:.0e} are counted; "
+                                 "check its sizes",
+                                 all, kMost));
   return std::move(graph_);
 }
 

@@ -221,7 +221,12 @@ std::string plan_line(const Plan& p) {
     s += fmt::format(", ZeRO-{}", p.zero);
   }
   if (p.loader) s += fmt::format(", {} loader{}", p.dp, p.dp == 1 ? "" : "s");
-  if (p.recompute.kind != Recompute::none) s += fmt::format(", {} recompute", text(p.recompute));
+  if (p.recompute.kind == Recompute::patterns) {
+    s += fmt::format(", recompute of {}", in_words(p.recompute));
+  } else if (p.recompute.kind != Recompute::none) {
+    s += fmt::format(", {} recompute", text(p.recompute));
+  }
+  if (!p.cuts.empty()) s += fmt::format(", cuts {}", fmt::join(p.cuts, ","));
   if (const std::string where = placement_line(p); !where.empty()) s += ", " + where;
   return s;
 }
@@ -452,8 +457,53 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
   return out;
 }
 
+namespace {
+
+Json refinements(const std::vector<Refinement>& all) {
+  Json list = Json::array();
+  for (const Refinement& x : all)
+    list.push_back({{"what", x.what},
+                    {"step_time_s", x.prediction.step_time.count},
+                    {"peak_device_bytes", x.prediction.peak_device.count}});
+  return list;
+}
+
+/// What the first plan took on the way, and what switches would make of it.
+std::string refined_table(const Refined& refined, const Prediction& first) {
+  std::string out;
+  const auto changed = [](Seconds from, Seconds to) {
+    return fmt::format("{:+.1f} %", 100 * (to.count / from.count - 1));
+  };
+  if (!refined.taken.empty()) {
+    std::vector<std::vector<std::string>> rows{
+        {"the first one, finer than the space", "step", "", "memory"}};
+    Seconds before = refined.given;
+    for (const Refinement& x : refined.taken) {
+      rows.push_back({"  " + x.what, text(x.prediction.step_time),
+                      changed(before, x.prediction.step_time), text(x.prediction.peak_device)});
+      before = x.prediction.step_time;
+    }
+    out += "\n" + align(rows);
+  }
+  if (!refined.switches.empty()) {
+    std::vector<std::vector<std::string>> rows{
+        {"the first one, if the framework can do so (not searched)", "step", "", "memory"}};
+    const auto add = [&](const Refinement& x) {
+      rows.push_back({"  " + x.what, text(x.prediction.step_time),
+                      changed(first.step_time, x.prediction.step_time),
+                      text(x.prediction.peak_device)});
+    };
+    for (const Refinement& x : refined.switches) add(x);
+    for (const Refinement& x : refined.together) add(x);
+    out += "\n" + align(rows);
+  }
+  return out;
+}
+
+}  // namespace
+
 std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r,
-                        const std::vector<std::string>& assumed) {
+                        const std::vector<std::string>& assumed, const Beyond& beyond) {
   Json j;
   j["schema"] = "partita.search/1";
   j["plans"] = Json::array();
@@ -468,11 +518,18 @@ std::string search_json(const Graph& graph, const Topology& topology, const Sear
   if (r.plans.empty() && r.smallest)
     j["smallest"] = prediction_object(graph, topology, *r.smallest, assumed);
   if (r.plans.empty() && !r.smallest) j["example_illegal"] = r.example_illegal;
+  if (r.plans.empty()) j["would_fit"] = refinements(beyond.would_fit);
+  if (beyond.refined)
+    j["refined"] = {{"given_step_time_s", beyond.refined->given.count},
+                    {"taken", refinements(beyond.refined->taken)},
+                    {"switches", refinements(beyond.refined->switches)},
+                    {"together", refinements(beyond.refined->together)},
+                    {"simulated", beyond.refined->simulated}};
   return j.dump(2) + "\n";
 }
 
 std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r,
-                         const std::vector<std::string>& assumed) {
+                         const std::vector<std::string>& assumed, const Beyond& beyond) {
   std::string out = fmt::format(
       "{} plans in the space: {} simulated, {} do not fit, {}{} illegal; searched in {:.1f} s\n",
       grouped(r.space), grouped(r.evaluated), grouped(r.pruned_memory),
@@ -484,6 +541,9 @@ std::string search_table(const Graph& graph, const Topology& topology, const Sea
       out += fmt::format("; the smallest needs {} of {} usable:\n  {}\n",
                          text(r.smallest->peak_device), text(r.smallest->usable),
                          plan_line(r.smallest->plan));
+      for (const Refinement& x : beyond.would_fit)
+        out += fmt::format("with {} that plan needs {} and a step takes {}; search so\n", x.what,
+                           text(x.prediction.peak_device), text(x.prediction.step_time));
     } else {
       out +=
           r.example_illegal.empty() ? "\n" : fmt::format("; for example: {}\n", r.example_illegal);
@@ -499,12 +559,39 @@ std::string search_table(const Graph& graph, const Topology& topology, const Sea
                         : fmt::format("{:.4g}", p.samples_per_second),
                     percent(p.mfu), text(p.peak_device)});
   }
-  out += "\n" + align(rows) + "\nThe first one:\n\n" +
-         prediction_table(graph, topology, r.plans[0], assumed);
+  out += "\n" + align(rows);
+  if (beyond.refined) out += refined_table(*beyond.refined, r.plans[0]);
+  out += "\nThe first one:\n\n" + prediction_table(graph, topology, r.plans[0], assumed);
   return out;
 }
 
-std::string model_json(const Graph& graph) {
+std::string catalogue_json(const std::string& what, const std::vector<std::string>& names) {
+  Json j;
+  j["schema"] = "partita.catalogue/1";
+  j[what] = names;
+  return j.dump(2) + "\n";
+}
+
+namespace {
+
+struct OperatorRow {
+  std::int64_t parameters = 0;
+  Flops forward;
+};
+OperatorRow row_of(const Graph& graph, std::size_t i) {
+  const Operator& op = graph.operators[i];
+  const Signature s = signature(graph, OpId{i}, 1);
+  std::vector<std::int64_t> extents;
+  for (const auto& d : s.dims) extents.push_back(d.extent);
+  OperatorRow row;
+  for (const ParameterId q : op.parameters) row.parameters += elements(graph.parameter(q).shape);
+  row.forward = flops(op.operation, s, extents, Pass::forward);
+  return row;
+}
+
+}  // namespace
+
+std::string model_json(const Graph& graph, bool operators) {
   const NetworkFlops f = network_flops(graph);
   Json j;
   j["schema"] = "partita.model_summary/1";
@@ -517,6 +604,18 @@ std::string model_json(const Graph& graph) {
   j["flops_per_sample"] = {{"forward", f.forward.count},
                            {"backward_data", f.backward_data.count},
                            {"backward_weight", f.backward_weight.count}};
+  if (operators) {
+    j["operator_list"] = Json::array();
+    for (std::size_t i = 0; i < graph.operators.size(); ++i) {
+      const Operator& op = graph.operators[i];
+      const OperatorRow row = row_of(graph, i);
+      j["operator_list"].push_back({{"name", op.name},
+                                    {"kind", kind_name(op.operation)},
+                                    {"parameters", row.parameters},
+                                    {"forward_flops", row.forward.count},
+                                    {"output", text(graph.tensor(op.outputs[0]).shape)}});
+    }
+  }
   return j.dump(2) + "\n";
 }
 
@@ -537,13 +636,9 @@ std::string model_table(const Graph& graph, bool operators) {
       {"operator", "kind", "parameters", "forward", "output"}};
   for (std::size_t i = 0; i < graph.operators.size(); ++i) {
     const Operator& op = graph.operators[i];
-    const Signature s = signature(graph, OpId{i}, 1);
-    std::vector<std::int64_t> extents;
-    for (const auto& d : s.dims) extents.push_back(d.extent);
-    std::int64_t n = 0;
-    for (const ParameterId q : op.parameters) n += elements(graph.parameter(q).shape);
-    list.push_back({op.name, std::string(kind_name(op.operation)), n > 0 ? grouped(n) : "",
-                    text(flops(op.operation, s, extents, Pass::forward)),
+    const OperatorRow row = row_of(graph, i);
+    list.push_back({op.name, std::string(kind_name(op.operation)),
+                    row.parameters > 0 ? grouped(row.parameters) : "", text(row.forward),
                     text(graph.tensor(op.outputs[0]).shape)});
   }
   return out + "\n" + align(list);

@@ -8,6 +8,7 @@
 #include "simulator/cost/axes.h"
 #include "simulator/search/placement.h"
 #include "simulator/search/predict.h"
+#include "simulator/search/refine.h"
 #include "topologies/topology.h"
 
 namespace partita {
@@ -22,12 +23,16 @@ std::string prediction_table(const Graph& graph, const Topology& topology, const
                              const std::vector<std::string>& assumed = {},
                              const Placements* placed = nullptr);
 
+/// `beyond`: of a result whose first plan may be a refined one.
 std::string search_json(const Graph& graph, const Topology& topology, const SearchResult& r,
-                        const std::vector<std::string>& assumed = {});
+                        const std::vector<std::string>& assumed = {}, const Beyond& beyond = {});
 std::string search_table(const Graph& graph, const Topology& topology, const SearchResult& r,
-                         const std::vector<std::string>& assumed = {});
+                         const std::vector<std::string>& assumed = {}, const Beyond& beyond = {});
 
-std::string model_json(const Graph& graph);
+/// `operators`: of model_json and model_table, each operator too.
+std::string model_json(const Graph& graph, bool operators = false);
+/// The names of a catalogue; `what` is the key that lists them.
+std::string catalogue_json(const std::string& what, const std::vector<std::string>& names);
 std::string model_table(const Graph& graph, bool operators);
 /// What of a topology to show beside its parts.
 struct TopologyViews {

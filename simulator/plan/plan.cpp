@@ -7,6 +7,7 @@
 #include <cctype>
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <sstream>
 
@@ -1109,12 +1110,21 @@ void apply(Plan& p, const YamlNode& y, bool with_framework = true) {
       }
       p.optimizer.kind = kind == "sgd" ? OptimizerKind::sgd : OptimizerKind::adam;
     }
-    if (const auto x = n->find("learning_rate")) p.optimizer.learning_rate = x->as_double();
-    if (const auto x = n->find("momentum")) p.optimizer.momentum = x->as_double();
-    if (const auto x = n->find("beta1")) p.optimizer.beta1 = x->as_double();
-    if (const auto x = n->find("beta2")) p.optimizer.beta2 = x->as_double();
-    if (const auto x = n->find("epsilon")) p.optimizer.epsilon = x->as_double();
-    if (const auto x = n->find("weight_decay")) p.optimizer.weight_decay = x->as_double();
+    const auto read = [&](const char* key, double& value, double below) {
+      const auto x = n->find(key);
+      if (!x) return;
+      value = x->as_double();
+      if (!(value >= 0 && value < below))
+        throw InputError(x->place(), fmt::format("{} must be at least 0{}", value,
+                                                 below > 1 ? "" : " and below 1"));
+    };
+    constexpr double kAny = std::numeric_limits<double>::infinity();
+    read("learning_rate", p.optimizer.learning_rate, kAny);
+    read("momentum", p.optimizer.momentum, 1);
+    read("beta1", p.optimizer.beta1, 1);
+    read("beta2", p.optimizer.beta2, 1);
+    read("epsilon", p.optimizer.epsilon, kAny);
+    read("weight_decay", p.optimizer.weight_decay, kAny);
     if (const auto x = n->find("clip")) {
       p.optimizer.clip = x->as_double();
       p.clip_given = true;

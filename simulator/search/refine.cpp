@@ -1,0 +1,359 @@
+#include "simulator/search/refine.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <utility>
+
+#include "base/parallel.h"
+
+namespace partita {
+namespace {
+
+struct Trial {
+  std::string what;
+  Plan plan;
+};
+
+bool has_experts(const Graph& g) {
+  return std::any_of(g.operators.begin(), g.operators.end(), [](const Operator& op) {
+    return std::holds_alternative<GroupedProduct>(op.operation);
+  });
+}
+
+/// Turns something on that a framework may have: the flags that say so; "" where it has no place in
+/// the plan, or is on.
+using Switch = std::string (*)(const Graph&, Plan&);
+
+std::string exchange_by(Plan& p, Plan::ContextExchange how, const char* word) {
+  if (p.cp == 1 || p.context_given || p.context == how) return "";
+  p.context = how;
+  p.context_given = true;
+  return fmt::format("--context-exchange {}", word);
+}
+std::string turn_on(bool& what, bool has_place, const char* key) {
+  if (!has_place || what) return "";
+  what = true;
+  return fmt::format("--set {}=true", key);
+}
+
+constexpr std::array<Switch, 10> kSwitches{
+    [](const Graph&, Plan& p) {
+      return turn_on(p.overlap_tensor_parallel, p.tp > 1 && p.sequence_parallel,
+                     "overlap_tensor_parallel");
+    },
+    [](const Graph& g, Plan& p) {
+      bool on = p.exchanges_beside_blocks();
+      // Megatron-Core has no such exchange beside blocks that run again.
+      const std::string flags = turn_on(
+          on, p.ep > 1 && has_experts(g) && p.recompute.kind != Recompute::full, "overlap_experts");
+      if (on) p.overlap_experts = true;
+      return flags;
+    },
+    [](const Graph& g, Plan& p) {
+      return turn_on(p.rows_once, p.ep > 1 && has_experts(g), "rows_once");
+    },
+    [](const Graph&, Plan& p) {
+      if (p.zero != 3 || !std::exchange(p.reshard_after_forward, false)) return std::string();
+      return std::string("--set reshard_after_forward=false");
+    },
+    [](const Graph&, Plan& p) {
+      return exchange_by(p, Plan::ContextExchange::all_gather, "all_gather");
+    },
+    [](const Graph&, Plan& p) {
+      return exchange_by(p, Plan::ContextExchange::all_to_all, "all_to_all");
+    },
+    [](const Graph&, Plan& p) {
+      if (p.pp == 1 || splits_backward(p.schedule) || !p.cuts.empty()) return std::string();
+      p.schedule = Schedule::zero_bubble_h1;
+      const bool interleaved = std::exchange(p.virtual_stages, 1) > 1;
+      return std::string("--schedule zb-h1") + (interleaved ? " --virtual-stages 1" : "");
+    },
+    [](const Graph&, Plan& p) { return turn_on(p.launches.graphs, true, "launch.graphs"); },
+    [](const Graph&, Plan& p) {
+      const bool again = std::exchange(p.recompute, RecomputeSet{}).kind != Recompute::none;
+      const std::string flags = turn_on(p.offload_activations, true, "offload.activations");
+      return flags + (again && !flags.empty() ? " --recompute none" : "");
+    },
+    [](const Graph&, Plan& p) { return turn_on(p.offload_optimizer, true, "offload.optimizer"); },
+};
+
+class Refiner {
+ public:
+  Refiner(const Graph& graph, const Topology& topology, Network network,
+          const Adjustment& adjustment, std::size_t workers)
+      : graph_(graph), network_(network) {
+    if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
+    for (std::size_t w = 0; w < workers; ++w) {
+      communications_.push_back(std::make_unique<Communication>(topology));
+      communications_.back()->set_adjustment(adjustment);
+    }
+  }
+
+  /// What each of them takes, weighed as in a search; of those that cannot be, nothing.
+  std::vector<std::optional<Prediction>> weigh(const std::vector<Trial>& trials) {
+    std::vector<std::optional<Prediction>> all(trials.size());
+    parallel_for(trials.size(), communications_.size(), [&](std::size_t w, std::size_t k) {
+      auto p = predict(graph_, trials[k].plan, *communications_[w], nullptr, nullptr, true, nullptr,
+                       network_);
+      if (p) all[k] = std::move(*p);
+    });
+    for (const auto& p : all) {
+      if (p) ++simulated, instructions += p->instructions;
+    }
+    return all;
+  }
+  /// The same with its allocator's blocks, as it is shown; nothing where it does not fit.
+  std::optional<Prediction> whole(const Plan& plan) {
+    auto p = predict(graph_, plan, *communications_[0], nullptr, nullptr, false, nullptr, network_);
+    ++simulated;
+    if (!p || !p->fits) return std::nullopt;
+    return std::move(*p);
+  }
+  /// Of trials that are faster than `than`, the fastest that fits.
+  std::optional<Refinement> best(const std::vector<Trial>& trials, Seconds than) {
+    auto found = weigh(trials);
+    std::vector<std::size_t> order;
+    for (std::size_t k = 0; k < found.size(); ++k) {
+      if (found[k] && found[k]->fits && found[k]->step_time < than) order.push_back(k);
+    }
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+      return found[a]->step_time < found[b]->step_time;
+    });
+    for (const std::size_t k : order) {
+      if (auto p = whole(trials[k].plan); p && p->step_time < than)
+        return Refinement{trials[k].what, std::move(*p)};
+    }
+    return std::nullopt;
+  }
+
+  /// Less recomputation than all of every block: sets of operators, and as many blocks of each
+  /// stage as its memory asks for.
+  std::vector<Trial> recomputations(const Prediction& now) {
+    const Plan& plan = now.plan;
+    std::vector<Trial> trials;
+    if (plan.recompute.kind == Recompute::none) return trials;
+    const auto add = [&](RecomputeSet set) {
+      if (set == plan.recompute) return;
+      const std::string what =
+          set.kind == Recompute::none ? "no recompute" : "recompute of " + in_words(set);
+      Plan p = plan;
+      p.recompute = std::move(set);
+      trials.push_back({what, std::move(p)});
+    };
+    add({});
+    const auto& patterns = plan.recompute.patterns;
+    if (plan.recompute.kind == Recompute::full) {
+      for (const char* pattern : {"*.mlp.*", "*.moe.*", "*.attention.*", "*.mlp.activation"}) {
+        const bool there =
+            std::any_of(graph_.operators.begin(), graph_.operators.end(),
+                        [&](const Operator& op) { return matches(pattern, op.name); });
+        if (there) add({Recompute::patterns, 0, {pattern}});
+      }
+      for (RecomputeSet& set : by_stage(now, "*")) add(std::move(set));
+    } else if (patterns.size() == 1 && patterns[0].starts_with("*.")) {
+      for (RecomputeSet& set : by_stage(now, patterns[0].substr(2))) add(std::move(set));
+    }
+    return trials;
+  }
+  /// Of what `all` runs again, `what` in every block, as many blocks as a stage's memory asks for.
+  std::vector<RecomputeSet> by_stage(const Prediction& all, const std::string& what) {
+    const Plan& plan = all.plan;
+    std::vector<RecomputeSet> sets;
+    const auto chunks = chunk_of_operators(graph_, plan);
+    if (!chunks || directions(plan.schedule) > 1) return sets;
+    Trial none{"", plan};
+    none.plan.recompute = {};
+    const auto without = weigh({none})[0];
+    if (!without) return sets;
+    std::vector<std::vector<int>> layers(static_cast<std::size_t>(plan.pp));  // of each stage
+    for (std::size_t i = 0; i < graph_.operators.size(); ++i) {
+      const int layer = graph_.operators[i].layer;
+      if (layer < 0 || layer >= graph_.layers) continue;
+      auto& of_stage = layers[static_cast<std::size_t>((*chunks)[i] % plan.pp)];
+      if (of_stage.empty() || of_stage.back() != layer) of_stage.push_back(layer);
+    }
+    const double limit = static_cast<double>((all.usable - all.outside.total()).count) * 0.985;
+    std::vector<std::int64_t> needed;
+    for (std::size_t s = 0; s < layers.size(); ++s) {
+      if (s >= all.memory_by_stage.size() || s >= without->memory_by_stage.size()) return sets;
+      const auto least = static_cast<double>(all.memory_by_stage[s].total.count),
+                 most = static_cast<double>(without->memory_by_stage[s].total.count);
+      const double share = most <= limit || most <= least
+                               ? 0
+                               : std::clamp((most - limit) / (most - least), 0.0, 1.0);
+      needed.push_back(
+          static_cast<std::int64_t>(std::ceil(share * static_cast<double>(layers[s].size()))));
+    }
+    // What a block keeps is not all that counts: a few more or fewer.
+    for (const std::int64_t more : {-1, 0, 1, 2, 4}) {
+      RecomputeSet set{Recompute::patterns, 0, {}};
+      bool whole = true;
+      for (std::size_t s = 0; s < layers.size(); ++s) {
+        const auto has = static_cast<std::int64_t>(layers[s].size());
+        const std::int64_t n =
+            needed[s] == 0 ? 0 : std::clamp<std::int64_t>(needed[s] + more, 0, has);
+        whole &= n == has;
+        for (std::int64_t k = 0; k < n; ++k)
+          set.patterns.push_back(
+              fmt::format("layers.{}.{}", layers[s][static_cast<std::size_t>(k)], what));
+      }
+      if (!whole && !set.patterns.empty()) sets.push_back(std::move(set));
+    }
+    return sets;
+  }
+
+  /// One block from the last chunk, which has the head too, or from the first, to a chunk between.
+  std::vector<Trial> cuts(const Plan& plan) const {
+    std::vector<Trial> trials;
+    const std::int64_t chunks = plan.chunks();
+    if (plan.pp == 1 || chunks < 2 || chunks > graph_.layers) return trials;
+    const auto now = plan.cuts.empty() ? blocks_per_chunk(graph_.layers, chunks) : plan.cuts;
+    std::vector<std::int64_t> to;
+    const std::int64_t middle = plan.virtual_stages / 2 * plan.pp;
+    for (const std::int64_t stage : {std::int64_t{0}, std::int64_t{1}, plan.pp / 2, plan.pp - 2}) {
+      for (const std::int64_t c : {middle + stage, stage}) {
+        if (stage >= 0 && c < chunks && std::find(to.begin(), to.end(), c) == to.end())
+          to.push_back(c);
+      }
+    }
+    for (const std::int64_t from : {chunks - 1, std::int64_t{0}}) {
+      for (const std::int64_t c : to) {
+        if (c % plan.pp == from % plan.pp || now[static_cast<std::size_t>(from)] < 2) continue;
+        Plan p = plan;
+        p.cuts = now;
+        --p.cuts[static_cast<std::size_t>(from)];
+        ++p.cuts[static_cast<std::size_t>(c)];
+        trials.push_back({fmt::format("--cuts {}", fmt::join(p.cuts, ",")), std::move(p)});
+      }
+    }
+    return trials;
+  }
+
+  std::vector<Trial> turned(const Plan& plan) const {
+    std::vector<Trial> trials;
+    // They are GPUs'.
+    if (communications_[0]->topology().device(DeviceId{0}).compute_capability == 0) return trials;
+    for (const Switch turn : kSwitches) {
+      Plan p = plan;
+      if (std::string flags = turn(graph_, p); !flags.empty())
+        trials.push_back({std::move(flags), std::move(p)});
+    }
+    return trials;
+  }
+
+  std::int64_t simulated = 0, instructions = 0;
+
+ private:
+  const Graph& graph_;
+  Network network_;
+  std::vector<std::unique_ptr<Communication>> communications_;
+};
+
+void fastest_first(std::vector<Refinement>& all) {
+  std::stable_sort(all.begin(), all.end(), [](const Refinement& a, const Refinement& b) {
+    return a.prediction.step_time < b.prediction.step_time;
+  });
+}
+
+}  // namespace
+
+std::string in_words(const RecomputeSet& set) {
+  // "layers.12." and what all have behind it.
+  std::string of_all;
+  for (const std::string& p : set.patterns) {
+    const auto dot = p.starts_with("layers.") ? p.find('.', 7) : std::string::npos;
+    if (dot == std::string::npos || p.find('*') < dot) return text(set);
+    const std::string of_this = p.substr(dot + 1);
+    if (!of_all.empty() && of_this != of_all) return text(set);
+    of_all = of_this;
+  }
+  if (of_all.empty()) return text(set);
+  return fmt::format("{}{} block{}", of_all == "*" ? "" : of_all + " in ", set.patterns.size(),
+                     set.patterns.size() == 1 ? "" : "s");
+}
+
+Refined refine(const Graph& graph, const Topology& topology, const Prediction& plan,
+               Network network, const Adjustment& adjustment, const RefineLimits& limits,
+               std::size_t workers) {
+  Refiner r(graph, topology, network, adjustment, workers);
+  Refined result;
+  result.given = plan.step_time;
+  const auto now = [&]() -> const Prediction& {
+    return result.taken.empty() ? plan : result.taken.back().prediction;
+  };
+  const auto goal = [&](const Prediction& p) {
+    return Seconds{p.step_time.count * (1 - limits.least_gain)};
+  };
+  const auto take = [&](const std::vector<Trial>& trials) {
+    if (trials.empty() || result.taken.size() >= limits.rounds) return false;
+    auto better = r.best(trials, goal(now()));
+    if (!better) return false;
+    result.taken.push_back(std::move(*better));
+    return true;
+  };
+  bool changed = true;
+  while (changed && r.instructions < limits.most_instructions) {
+    changed = limits.recompute && take(r.recomputations(now()));
+    changed |= limits.cuts && take(r.cuts(now().plan));
+  }
+  const Prediction& base = now();
+  const std::vector<Trial> trials = r.turned(base.plan);
+  const auto weighed = r.weigh(trials);
+  for (std::size_t k = 0; k < trials.size(); ++k) {
+    if (!weighed[k] || !weighed[k]->fits || !(weighed[k]->step_time < goal(base))) continue;
+    if (auto p = r.whole(trials[k].plan); p && p->step_time < goal(base))
+      result.switches.push_back({trials[k].what, std::move(*p)});
+  }
+  fastest_first(result.switches);
+  // The best with others that make it better still.
+  if (result.switches.size() > 1) {
+    Refinement all = result.switches.front();
+    for (std::size_t more = 0; more < result.switches.size(); ++more) {
+      std::vector<Trial> next;
+      for (Trial& t : r.turned(all.prediction.plan)) {
+        const bool helps = std::any_of(result.switches.begin(), result.switches.end(),
+                                       [&](const Refinement& s) { return s.what == t.what; });
+        if (!helps) continue;
+        t.what = all.what + " " + t.what;
+        next.push_back(std::move(t));
+      }
+      auto better = r.best(next, goal(all.prediction));
+      if (!better) break;
+      all = std::move(*better);
+    }
+    if (all.what != result.switches.front().what) result.together.push_back(std::move(all));
+  }
+  result.simulated = r.simulated;
+  return result;
+}
+
+std::vector<Refinement> fitting(const Graph& graph, const Topology& topology,
+                                const Prediction& plan, Network network,
+                                const Adjustment& adjustment, std::size_t workers) {
+  Refiner r(graph, topology, network, adjustment, workers);
+  std::vector<Trial> trials;
+  for (const auto& [optimizer, activations] :
+       {std::pair{true, false}, {false, true}, {true, true}}) {
+    Plan p = plan.plan;
+    if ((optimizer && p.offload_optimizer) || (activations && p.offload_activations)) continue;
+    p.offload_optimizer |= optimizer;
+    p.offload_activations |= activations;
+    if (activations) p.recompute = {};
+    std::string flags = optimizer ? "--set offload.optimizer=true" : "";
+    if (activations)
+      flags +=
+          (optimizer ? " " : "") + std::string("--set offload.activations=true --recompute none");
+    trials.push_back({std::move(flags), std::move(p)});
+  }
+  std::vector<Refinement> all;
+  for (const Trial& t : trials) {
+    if (auto p = r.whole(t.plan)) all.push_back({t.what, std::move(*p)});
+  }
+  fastest_first(all);
+  return all;
+}
+
+}  // namespace partita
