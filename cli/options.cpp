@@ -48,7 +48,7 @@ void PlanFlags::add_to(CLI::App& app) {
   app.add_option("--strategy", strategy, fmt::format("{}", fmt::join(strategies(), ", ")));
   app.add_option("--context-exchange", context_exchange, "all_gather, all_to_all or ring");
   app.add_option("--global-batch,--global-batch-size", global_batch, "samples per step");
-  app.add_option("--precision", precision, "fp32, bf16, fp16, fp8, mxfp8 or nvfp4");
+  app.add_option("--precision", precision, "fp32, tf32, bf16, fp16, fp8, mxfp8 or nvfp4");
   app.add_option("--framework", framework, fmt::format("{}", fmt::join(frameworks(), ", ")));
   app.add_option("--set", set,
                  "a key of plan files, like compression.kind=top_k; repeatable (docs/formats.md)")

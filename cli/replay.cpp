@@ -17,6 +17,7 @@
 #include "cli/commands.h"
 #include "cli/crew.h"
 #include "cli/options.h"
+#include "cli/progress.h"
 #include "cli/rows.h"
 #include "report/report.h"
 #include "runtime/execute/executor.h"
@@ -378,6 +379,9 @@ void add_replay(CLI::App& app) {
   c->add_flag("--json", o->json, "print JSON");
   c->callback([o, c] {
     check_source(*o, *c);
+    const StillAtIt lines(
+        "a rank's program runs at its true shapes; fewer --layers, --micro-batches or --steps take "
+        "less time");
     replay(*o);
   });
 }

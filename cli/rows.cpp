@@ -20,6 +20,7 @@
 #include "base/error.h"
 #include "base/yaml.h"
 #include "cli/options.h"
+#include "cli/progress.h"
 #include "report/report.h"
 #include "validation/fit_rows.h"
 #include "validation/published.h"
@@ -476,6 +477,9 @@ void fit(const FitFlags& o) {
     tables.push_back(load_table(file));
     name_unread_columns(tables.back());
   }
+  const StillAtIt lines(
+      "each entry takes hundreds of predictions of its rows; --quick, --workers or --family take "
+      "less time");
   validation::NotFitted not_fitted;
   const auto entries =
       validation::fit_rows(tables, validation::load_catalogue(), f, r, &not_fitted);

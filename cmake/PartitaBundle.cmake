@@ -13,7 +13,6 @@ install(RUNTIME_DEPENDENCY_SET libraries
   LIBRARY DESTINATION lib)
 install(PROGRAMS validation/gpu/run.sh DESTINATION .)
 install(PROGRAMS validation/gpu/layer.py validation/gpu/speed.py DESTINATION data/validation/gpu)
-install(FILES validation/gpu/published.csv DESTINATION data/validation/gpu)
 foreach(folder models topologies simulator/plan/frameworks validation)
   cmake_path(GET folder PARENT_PATH above)
   install(DIRECTORY ${folder} DESTINATION data/${above} FILES_MATCHING PATTERN "*.yaml")

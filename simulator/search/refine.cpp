@@ -106,11 +106,15 @@ class Refiner {
     return all;
   }
   /// The same with its allocator's blocks, as it is shown; nothing where it does not fit.
-  std::optional<Prediction> whole(const Plan& plan) {
-    auto p = predict(graph_, plan, *communications_[0], nullptr, nullptr, false, nullptr, network_);
-    ++simulated;
-    if (!p || !p->fits) return std::nullopt;
-    return std::move(*p);
+  std::vector<std::optional<Prediction>> whole(const std::vector<Trial>& trials) {
+    std::vector<std::optional<Prediction>> all(trials.size());
+    parallel_for(trials.size(), communications_.size(), [&](std::size_t w, std::size_t k) {
+      auto p = predict(graph_, trials[k].plan, *communications_[w], nullptr, nullptr, false,
+                       nullptr, network_);
+      if (p && p->fits) all[k] = std::move(*p);
+    });
+    simulated += static_cast<std::int64_t>(trials.size());
+    return all;
   }
   /// Of trials that are faster than `than`, the fastest that fits.
   std::optional<Refinement> best(const std::vector<Trial>& trials, Seconds than) {
@@ -123,7 +127,7 @@ class Refiner {
       return found[a]->step_time < found[b]->step_time;
     });
     for (const std::size_t k : order) {
-      if (auto p = whole(trials[k].plan); p && p->step_time < than)
+      if (auto p = std::move(whole({trials[k]})[0]); p && p->step_time < than)
         return Refinement{trials[k].what, std::move(*p)};
     }
     return std::nullopt;
@@ -300,12 +304,19 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
     changed |= limits.cuts && take(r.cuts(now().plan));
   }
   const Prediction& base = now();
-  const std::vector<Trial> trials = r.turned(base.plan);
-  const auto weighed = r.weigh(trials);
-  for (std::size_t k = 0; k < trials.size(); ++k) {
-    if (!weighed[k] || !weighed[k]->fits || !(weighed[k]->step_time < goal(base))) continue;
-    if (auto p = r.whole(trials[k].plan); p && p->step_time < goal(base))
-      result.switches.push_back({trials[k].what, std::move(*p)});
+  std::vector<Trial> faster;
+  {
+    std::vector<Trial> trials = r.turned(base.plan);
+    const auto weighed = r.weigh(trials);
+    for (std::size_t k = 0; k < trials.size(); ++k) {
+      if (weighed[k] && weighed[k]->fits && weighed[k]->step_time < goal(base))
+        faster.push_back(std::move(trials[k]));
+    }
+  }
+  auto found = r.whole(faster);
+  for (std::size_t k = 0; k < faster.size(); ++k) {
+    if (found[k] && found[k]->step_time < goal(base))
+      result.switches.push_back({faster[k].what, std::move(*found[k])});
   }
   fastest_first(result.switches);
   // The best with others that make it better still.
@@ -349,8 +360,9 @@ std::vector<Refinement> fitting(const Graph& graph, const Topology& topology,
     trials.push_back({std::move(flags), std::move(p)});
   }
   std::vector<Refinement> all;
-  for (const Trial& t : trials) {
-    if (auto p = r.whole(t.plan)) all.push_back({t.what, std::move(*p)});
+  auto found = r.whole(trials);
+  for (std::size_t k = 0; k < trials.size(); ++k) {
+    if (found[k]) all.push_back({trials[k].what, std::move(*found[k])});
   }
   fastest_first(all);
   return all;

@@ -2,9 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <map>
+#include <set>
+#include <sstream>
 
 #include "base/error.h"
+#include "base/yaml.h"
 #include "tests/topologies/flat_graph.h"
 #include "topologies/topology.h"
 
@@ -23,6 +27,49 @@ TEST(Catalogue, HasTheNamesThatOthersRelyOn) {
   for (const char* name : {"dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200",
                            "gb200-nvl72", "a100-pcie-8", "dgx1-v100", "cpu-host"})
     EXPECT_THAT(names, Contains(name));
+}
+
+/// docs/topologies.md lists every cluster and every device, these with their figures.
+TEST(Catalogue, ThePagesTablesAreTheFiles) {
+  const std::string page = read_file(PARTITA_TEST_DATA "/../../docs/topologies.md");
+  for (const std::string& name : topology_catalogue())
+    EXPECT_THAT(page, HasSubstr("`" + name + "`"));
+  const auto cells = [](const std::string& line) {
+    std::vector<std::string> all;
+    for (std::size_t at = 1, end; (end = line.find(" | ", at)) != std::string::npos; at = end + 2)
+      all.push_back(line.substr(at + 1, end - at - 1));
+    return all;
+  };
+  // "0.9 TB/s", "1.555, 2.039 TB/s", "0.803 (H100's)": the number for the n-th name, or for all.
+  const auto number = [](const std::string& cell, std::size_t n) {
+    std::istringstream in(cell);
+    double x = 0, more = 0;
+    char comma = 0;
+    in >> x;
+    for (std::size_t k = 0; k < n && in >> comma && comma == ',' && in >> more; ++k) x = more;
+    return x;
+  };
+  const std::size_t begin = page.find("| device | bf16 dense |");
+  ASSERT_NE(begin, std::string::npos);
+  std::istringstream table(page.substr(begin, page.find("\n\n", begin) - begin));
+  std::set<std::string> listed;
+  for (std::string line; std::getline(table, line);) {
+    const auto row = cells(line);
+    if (row.empty() || row[0].find('`') == std::string::npos) continue;
+    std::size_t n = 0;
+    for (std::size_t at = 0; (at = row[0].find('`', at)) != std::string::npos; ++n) {
+      const std::size_t end = row[0].find('`', at + 1);
+      const std::string name = row[0].substr(at + 1, end - at - 1);
+      at = end + 1;
+      SCOPED_TRACE(name);
+      listed.insert(name);
+      const DeviceProfile d = load_device(name);
+      EXPECT_DOUBLE_EQ(number(row[2], n), static_cast<double>(d.memory.count) / std::pow(2, 30));
+      EXPECT_DOUBLE_EQ(number(row[3], n), d.memory_bandwidth.count / 1e12);
+      EXPECT_DOUBLE_EQ(number(row[4], n), d.matrix_efficiency);
+    }
+  }
+  EXPECT_EQ(listed.size(), device_catalogue().size());
 }
 
 TEST(Catalogue, EveryEntryLoadsRoutesAllPairsAndCitesEveryFigure) {

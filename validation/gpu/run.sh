@@ -115,11 +115,23 @@ part layer-own-attention 40 env PARTITA_CUDA_FLASH=own python3 "$files/layer.py"
 part flash-of-cudnn 60 env PARTITA_CUDA_CHECK=1 PARTITA_CUDA_FLASH=cudnn "$gpu_test" --gtest_filter='Gpu.Flash*'
 # What we execute beside the best that the library has.
 part products 80 python3 "$files/speed.py" products "$partita"
-# A rank each of published runs on 64 and 128 H100s, at its true shapes, beside their steps.
-replay=(--data "$files/published.csv" --backend cuda --micro-batches 8 --warm-up 1 --steps 3 --json)
-part replay-llama 45 "$partita" replay --row Llama_3.x_70B "${replay[@]}"
+# A rank each of published runs on 64, 128 and 256 H100s, at its true shapes, beside their steps; without the tables the same plans alone.
+replay=(--backend cuda --micro-batches 8 --warm-up 1 --steps 3 --json)
+tables=${PARTITA_REFERENCE:-../shared/reference}
+if [ -e "$tables/llm_training.csv" ]; then
+  replay+=(--data "$tables")
+  llama=(--row dgxc-1b9bb6b-Llama_3.x_70B-BF16-H100-64-143)
+  gpt3=(--row dgxc-1b9bb6b-GPT-3_175B-BF16-H100-128-195)
+  grok=(--row dgxc-1b9bb6b-Grok-1_314B-BF16-H100-256-118)
+else
+  echo "no published tables in $tables: plans are replayed without their steps beside (PARTITA_REFERENCE)" | tee -a "$out/summary.txt"
+  llama=(llama-3-70b dgx-h100:8 --sequence-parallel --zero 1 --tp 4 --pp 4 --virtual-stages 5 --cp 2 --global-batch 128)
+  gpt3=(gpt3-175b dgx-h100:16 --sequence-parallel --zero 1 --tp 4 --pp 8 --virtual-stages 12 --global-batch 256)
+  grok=(grok-1 dgx-h100:32 --sequence-parallel --zero 1 --layers 32 --tp 4 --pp 4 --virtual-stages 8 --cp 2 --ep 8 --global-batch 1024)
+fi
+part replay-llama 45 "$partita" replay "${llama[@]}" "${replay[@]}"
 # What tracing costs: the same replay with the GPU's own records.
-part replay-traced 45 env PARTITA_CUDA_TRACE="$out/trace.json" "$partita" replay --row Llama_3.x_70B "${replay[@]}"
+part replay-traced 45 env PARTITA_CUDA_TRACE="$out/trace.json" "$partita" replay "${llama[@]}" "${replay[@]}"
 part tracing 10 python3 -c '
 import json, sys
 def read(f):
@@ -132,8 +144,8 @@ assert any(e["args"]["called for"] for e in events), "no record says for which o
 print(f"{kernels} records; a step {plain:.6f} s, traced {traced:.6f} s: {100 * (traced / plain - 1):+.2f} %")
 ' "$out/replay-llama.txt" "$out/replay-traced.txt" "$out/trace.json"
 [ -e "$out/trace.json" ] && gzip -f "$out/trace.json"
-part replay-gpt3 45 "$partita" replay --row GPT-3_175B "${replay[@]}"
-part replay-grok 45 "$partita" replay --row Grok-1 "${replay[@]}"
+part replay-gpt3 45 "$partita" replay "${gpt3[@]}" "${replay[@]}"
+part replay-grok 45 "$partita" replay "${grok[@]}" "${replay[@]}"
 part nccl-tp2-bf16 50 checked "$partita" run "$files/gpt-small.yaml" "${small[@]}" "${share[@]}" --tp 2 --precision bf16
 # Every plan of the suite on two ranks over NCCL, each beside its reference.
 part nccl-suite 170 "$partita" validate --backend cuda "${share[@]}" --calibrate-only transfers --rounds 1 --steps 1 --out "$out/suite" --json
