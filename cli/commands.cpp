@@ -351,7 +351,8 @@ void add_plan(CLI::App& app, int& code) {
       RefineLimits limits;
       limits.recompute = space.recompute.size() > 1;
       limits.cuts = given.cuts.empty();
-      beyond.refined = refine(g, t, r.plans[0], o->flags.sharing(), adjustment, limits);
+      beyond.refined =
+          refine(g, t, r.plans[0], o->flags.sharing(), adjustment, limits, r.to_refine);
       if (!beyond.refined->taken.empty()) {
         r.plans.insert(r.plans.begin(), beyond.refined->taken.back().prediction);
         if (r.plans.size() > static_cast<std::size_t>(o->top)) r.plans.pop_back();

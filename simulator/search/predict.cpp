@@ -417,6 +417,22 @@ bool even_chunks(std::int64_t layers, std::int64_t chunks) {
 /// and one micro-batch whose gradients need no place beside those that they are added to.
 using Chain = std::vector<Plan>;
 
+/// Of plans that differ in what is recomputed alone.
+struct Recomputations {
+  const Prediction* all = nullptr;   ///< every block; fits
+  const Prediction* none = nullptr;  ///< does not fit
+};
+
+/// What the plan would take with as many blocks recomputed as memory asks for: of a block's work a
+/// quarter is its second forward.
+double with_part_recomputed(const Recomputations& r) {
+  const auto most = static_cast<double>(r.none->peak_device.count),
+             least = static_cast<double>(r.all->peak_device.count),
+             room = static_cast<double>(r.all->usable.count);
+  const double spared = most > least ? std::clamp((room - least) / (most - least), 0.0, 1.0) : 0;
+  return r.all->step_time.count * (1 - spared / 4);
+}
+
 /// A plan of one micro-batch needs no gradients beside others.
 bool needs_less_as_one(const Plan& p) {
   return p.allocations.weight_gradients != Allocations::WeightGradients::in_place &&
@@ -596,6 +612,42 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
     ++result.illegal;
     if (result.example_illegal.empty()) result.example_illegal = reason;
   };
+  {
+    using Sizes = std::array<std::int64_t, 11>;
+    std::map<Sizes, Recomputations> alike;
+    for (const Outcome& o : outcomes) {
+      if (o.what != evaluated) continue;
+      const Prediction& p = *o.prediction;
+      const Plan& x = p.plan;
+      const Sizes sizes{x.tp,
+                        x.pp,
+                        x.cp,
+                        x.ep,
+                        x.etp,
+                        x.dp,
+                        x.virtual_stages,
+                        x.zero,
+                        static_cast<std::int64_t>(x.schedule),
+                        x.sequence_parallel,
+                        x.micro_batch};
+      if (x.recompute.kind == Recompute::full && p.fits) alike[sizes].all = &p;
+      if (x.recompute.kind == Recompute::none && !p.fits) alike[sizes].none = &p;
+    }
+    std::vector<std::pair<double, const Prediction*>> promising;
+    for (const auto& [sizes, r] : alike) {
+      if (r.all != nullptr && r.none != nullptr)
+        promising.emplace_back(with_part_recomputed(r), r.all);
+    }
+    std::stable_sort(promising.begin(), promising.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    constexpr std::size_t kFew = 3;
+    constexpr double kNear = 1.03;  // it is an estimate
+    for (const auto& [time, p] : promising) {
+      const double best = watched.fastest;
+      if (result.to_refine.size() == kFew || (best > 0 && time > kNear * best)) break;
+      result.to_refine.push_back(*p);
+    }
+  }
   /// What may be among the fastest: at least so slow, as far as is known.
   struct Candidate {
     Seconds least;

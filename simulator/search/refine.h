@@ -38,9 +38,11 @@ struct RefineLimits {
 /// From `plan`, which fits, on: fewer blocks recomputed, as memory allows on each stage; sets of
 /// operators instead of blocks; blocks moved off the first and the last stage. Then switches:
 /// products in parts beside transfers over tp, exchanges of experts beside blocks, rows once, ...
+/// `others`: slower ones, whose recomputation may be lessened too (SearchResult::to_refine): the
+/// first change that is taken may lead from one of them.
 Refined refine(const Graph& graph, const Topology& topology, const Prediction& plan,
                Network network, const Adjustment& adjustment = {}, const RefineLimits& limits = {},
-               std::size_t workers = 0);
+               const std::vector<Prediction>& others = {}, std::size_t workers = 0);
 
 /// What there is to say beyond a search's plans.
 struct Beyond {

@@ -78,8 +78,8 @@ TEST(Refine, RecomputesAsLittleAsMemoryAsksFor) {
 TEST(Refine, EveryChangeIsFasterFitsAndIsWhatItsPlanSays) {
   const Long x("14 GiB");
   const Prediction full = predicted(x.g, x.t, x.p);
-  const Refined r = refine(x.g, x.t, full, Network::flows, {}, {}, 1);
-  const Refined two = refine(x.g, x.t, full, Network::flows, {}, {}, 2);
+  const Refined r = refine(x.g, x.t, full, Network::flows, {}, {}, {}, 1);
+  const Refined two = refine(x.g, x.t, full, Network::flows, {}, {}, {}, 2);
   ASSERT_EQ(r.taken.size(), two.taken.size());
   ASSERT_EQ(r.switches.size(), two.switches.size());
   EXPECT_EQ(r.simulated, two.simulated);
@@ -109,6 +109,60 @@ TEST(Refine, EveryChangeIsFasterFitsAndIsWhatItsPlanSays) {
   }
   for (const Refinement& s : r.together)
     EXPECT_LT(s.prediction.step_time, r.switches.front().prediction.step_time);
+}
+
+/// The fastest plan of the space may recompute nothing and still be slower than one that would have
+/// to recompute a little: against every plan of the space with some blocks recomputed.
+TEST(Refine, AnotherPlanMayGainMore) {
+  ModelOptions o;
+  o.layers = 4;
+  o.sequence = 16384;
+  const Graph g = load_model("llama-3-8b", o);
+  for (const char* memory : {"22 GiB", "30 GiB"}) {
+    SCOPED_TRACE(memory);
+    TopologyEdits edits;
+    edits.device.push_back({"usable_memory.value", memory});
+    const Topology t = load_topology("dgx-h100:4 gpus", edits);
+    Plan base = megatron();
+    base.global_batch = 8;
+    SearchSpace s = full_space(g, t, 4, base);
+    s.zero = {1, 3}, s.virtual_stages = {1}, s.schedules = {Schedule::one_f_one_b};
+    const SearchResult r = search(g, t, 4, base, s, 1, 1, Network::flows);
+    ASSERT_FALSE(r.plans.empty());
+    const Refined alone = refine(g, t, r.plans[0], Network::flows),
+                  with = refine(g, t, r.plans[0], Network::flows, {}, {}, r.to_refine);
+    const auto result = [&](const Refined& x) {
+      return x.taken.empty() ? x.given : x.taken.back().prediction.step_time;
+    };
+    EXPECT_LE(result(with), result(alone));
+    s.recompute = {{Recompute::full}};
+    Seconds best = r.plans[0].step_time;
+    for (const Prediction& full : search(g, t, 4, base, s, 1000, 1, Network::idle).plans) {
+      for (const char* what : {"*", "mlp.*"}) {
+        Plan p = full.plan;
+        p.recompute = {Recompute::patterns, 0, {}};
+        for (int n = 0; n < 4; ++n) {
+          p.recompute.patterns.push_back(fmt::format("layers.{}.{}", n, what));
+          const Prediction by_hand = predicted(g, t, p);
+          if (by_hand.fits) best = std::min(best, by_hand.step_time);
+        }
+      }
+    }
+    EXPECT_LE(result(with).count, best.count * 1.01) << "of " << best.count;
+  }
+  // One that recomputes nothing, and one whose recomputation can go down to less than it gains.
+  const Long x("22 GiB");
+  Plan none = x.p;
+  none.recompute = {};
+  none.cp = 1, none.tp = 8, none.sequence_parallel = true, none.zero = 0;
+  const Prediction slow = predicted(x.g, x.t, none), full = predicted(x.g, x.t, x.p);
+  ASSERT_TRUE(slow.fits && full.fits);
+  const Refined r = refine(x.g, x.t, slow, Network::flows, {}, {}, {full});
+  ASSERT_FALSE(r.taken.empty());
+  EXPECT_THAT(r.taken[0].what, HasSubstr("another plan, with "));
+  EXPECT_EQ(r.taken.back().prediction.plan.cp, 8);
+  EXPECT_LT(r.taken.back().prediction.step_time, slow.step_time);
+  EXPECT_EQ(r.given, slow.step_time);
 }
 
 /// What the user has said stays.
