@@ -26,6 +26,11 @@ const cuda::Plugin& plugin() {
   static const cuda::Plugin* const loaded = [] {
     const auto beside = std::filesystem::read_symlink("/proc/self/exe").parent_path();
     std::string why;
+    if (!std::filesystem::exists(beside / cuda::kPluginFile))
+      throw InputError("--backend", fmt::format("cuda needs {} beside the command, and {} has "
+                                                "none; build it with a CUDA compiler "
+                                                "(docs/cuda.md), or use cpu",
+                                                cuda::kPluginFile, beside.string()));
     void* library = open_with_wheels(beside / cuda::kPluginFile, why);
     void* entry = library == nullptr ? nullptr : ::dlsym(library, cuda::kPluginEntry);
     if (entry == nullptr)

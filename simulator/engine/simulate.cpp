@@ -159,13 +159,18 @@ class Engine {
     std::int64_t all = 0;
     for (const RankClass& c : classes_.classes) all += of_stage[static_cast<std::size_t>(c.stage)];
     if (all <= kMost) return;
-    throw InputError(
-        "--network flows",
-        fmt::format("{} of {} ranks differ in what they share: the step has {} million "
-                    "instructions, which take about {} GB; use sprayed spines, larger "
-                    "micro-batches or --network idle",
-                    classes_.classes.size(), p_.ranks(), all / 1'000'000,
-                    all * kBytesOfEach / 1'000'000'000));
+    const std::string size =
+        fmt::format("the step has {} million instructions, which take about {} GB", all / 1'000'000,
+                    all * kBytesOfEach / 1'000'000'000);
+    if (classes_.classes.size() <= p_.stages.size())
+      throw InputError("--network flows",
+                       fmt::format("{} micro-batches: {}; use a smaller global batch, larger "
+                                   "micro-batches or --network idle",
+                                   p_.micro_batches, size));
+    throw InputError("--network flows",
+                     fmt::format("{} of {} ranks differ in what they share: {}; use sprayed "
+                                 "spines, larger micro-batches or --network idle",
+                                 classes_.classes.size(), p_.ranks(), size));
   }
 
   /// Everything at its start.
