@@ -286,6 +286,9 @@ std::string search_state(const SearchProgress& p) {
   const std::int64_t space = p.space, done = p.done, again = p.again;
   const double fastest = p.fastest;
   if (space == 0) return "the plans are not counted yet";
+  if (p.refining)
+    return fmt::format("{} plans done; the fastest is refined beyond the space (--no-refine: not)",
+                       grouped(space));
   return fmt::format(
       "{} of {} plans done, {}{}", grouped(done), grouped(space),
       fastest > 0
@@ -346,11 +349,19 @@ void add_plan(CLI::App& app, int& code) {
         entry != nullptr ? validation::adjustment_of(*entry) : Adjustment{};
     SearchResult r = search(g, t, ranks, base, space, static_cast<std::size_t>(o->top), 0,
                             o->flags.sharing(), adjustment, &progress);
+    if (o->flags.placement == "search") place_all(r, g, t);
     Beyond beyond;
+    RefineLimits limits;
+    limits.recompute = space.recompute.size() > 1;
+    limits.cuts = given.cuts.empty();
+    for (const char* key : {"overlap_tensor_parallel", "overlap_experts", "rows_once",
+                            "reshard_after_forward", "context_exchange", "launch", "offload"}) {
+      if (in_plan(o->flags, key)) limits.given.insert(key);
+    }
+    if (!o->flags.context_exchange.empty()) limits.given.insert("context_exchange");
+    if (space.schedules.size() == 1) limits.given.insert("schedule");
+    progress.refining = true;
     if (!*no_refine && !r.plans.empty()) {
-      RefineLimits limits;
-      limits.recompute = space.recompute.size() > 1;
-      limits.cuts = given.cuts.empty();
       beyond.refined =
           refine(g, t, r.plans[0], o->flags.sharing(), adjustment, limits, r.to_refine);
       if (!beyond.refined->taken.empty()) {
@@ -369,8 +380,7 @@ void add_plan(CLI::App& app, int& code) {
     }
     if (r.plans.empty() && !r.smallest) r.smallest = smallest(g, t, ranks, base, space);
     if (!*no_refine && r.plans.empty() && r.smallest)
-      beyond.would_fit = fitting(g, t, *r.smallest, o->flags.sharing(), adjustment);
-    if (o->flags.placement == "search") place_all(r, g, t);
+      beyond.would_fit = fitting(g, t, *r.smallest, o->flags.sharing(), adjustment, limits);
     if (!r.plans.empty() && !o->trace.empty()) {
       Communication communication(t);
       if (entry != nullptr) communication.set_adjustment(validation::adjustment_of(*entry));

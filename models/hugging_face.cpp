@@ -397,6 +397,8 @@ TransformerConfig gpt_neox(const JsonFile& f) {
   d.act = "gelu";
   d.reach = 2048;
   d.rotated = f.real_or("rotary_pct", 0.25);
+  if (!(d.rotated > 0 && d.rotated <= 1))
+    f.refuse("rotary_pct", fmt::format("is {}; it must be above 0 and at most 1", d.rotated));
   d.rotary_base = f.real_or("rotary_emb_base", 10000);
   TransformerConfig c = layer_normed(f, d);
   c.gated = false;
@@ -755,6 +757,10 @@ TransformerConfig mamba2(const JsonFile& f) {
     f.refuse("rms_norm", "blocks without a gated norm are not supported");
   c.mamba.heads = f.number_or("num_heads", 128);
   c.mamba.head_dim = f.number_or("head_dim", 64);
+  if (const std::int64_t expand = f.number_or("expand", 2);
+      c.mamba.heads * c.mamba.head_dim != expand * c.hidden)
+    f.refuse("num_heads", fmt::format("{} heads of {} are not expand {} times hidden_size {}",
+                                      c.mamba.heads, c.mamba.head_dim, expand, c.hidden));
   c.mamba.groups = f.number_or("n_groups", 8);
   c.mamba.state = f.number_or("state_size", 128);
   c.mamba.kernel = f.number_or("conv_kernel", 4);

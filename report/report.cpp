@@ -542,8 +542,10 @@ std::string search_table(const Graph& graph, const Topology& topology, const Sea
                          text(r.smallest->peak_device), text(r.smallest->usable),
                          plan_line(r.smallest->plan));
       for (const Refinement& x : beyond.would_fit)
-        out += fmt::format("with {} that plan needs {} and a step takes {}; search so\n", x.what,
-                           text(x.prediction.peak_device), text(x.prediction.step_time));
+        out += fmt::format(
+            "with {}, if the framework can do so, that plan needs {} and a step takes {}; search "
+            "so\n",
+            x.what, text(x.prediction.peak_device), text(x.prediction.step_time));
     } else {
       out +=
           r.example_illegal.empty() ? "\n" : fmt::format("; for example: {}\n", r.example_illegal);

@@ -116,6 +116,7 @@ struct SearchProgress {
   std::atomic<std::int64_t> space{0}, done{0};  ///< plans
   std::atomic<double> fastest{0};               ///< step time of those that fit, s; 0: none yet
   std::atomic<std::int64_t> again{0};           ///< of the fastest, simulated with `network`
+  std::atomic<bool> refining{false};            ///< the search is over
 };
 
 /// Simulates every plan of the space that can fit, each transfer alone on the network; the `keep`

@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "base/error.h"
 #include "base/parallel.h"
 
 namespace partita {
@@ -23,12 +24,24 @@ bool has_experts(const Graph& g) {
   });
 }
 
-/// Turns something on that a framework may have: the flags that say so; "" where it has no place in
-/// the plan, or is on.
-using Switch = std::string (*)(const Graph&, Plan&);
+/// Does the set name whole blocks, be it some of them?
+bool names_blocks(const RecomputeSet& set) {
+  return set.kind == Recompute::full || set.kind == Recompute::first ||
+         std::any_of(set.patterns.begin(), set.patterns.end(), [](const std::string& p) {
+           return p == "*" ||
+                  (p.starts_with("layers.") && p.ends_with(".*") && p.find('.', 7) == p.size() - 2);
+         });
+}
+
+/// Something that a framework may have. `turn` gives the flags that ask for it; "" where it has no
+/// place in the plan, or is on. `key`: of plan files; what the user has said of it stays.
+struct Switch {
+  const char* key;
+  std::string (*turn)(const Graph&, Plan&);
+};
 
 std::string exchange_by(Plan& p, Plan::ContextExchange how, const char* word) {
-  if (p.cp == 1 || p.context_given || p.context == how) return "";
+  if (p.cp == 1 || p.context == how) return "";
   p.context = how;
   p.context_given = true;
   return fmt::format("--context-exchange {}", word);
@@ -39,46 +52,60 @@ std::string turn_on(bool& what, bool has_place, const char* key) {
   return fmt::format("--set {}=true", key);
 }
 
-constexpr std::array<Switch, 10> kSwitches{
-    [](const Graph&, Plan& p) {
-      return turn_on(p.overlap_tensor_parallel, p.tp > 1 && p.sequence_parallel,
-                     "overlap_tensor_parallel");
-    },
-    [](const Graph& g, Plan& p) {
-      bool on = p.exchanges_beside_blocks();
-      // Megatron-Core has no such exchange beside blocks that run again.
-      const std::string flags = turn_on(
-          on, p.ep > 1 && has_experts(g) && p.recompute.kind != Recompute::full, "overlap_experts");
-      if (on) p.overlap_experts = true;
-      return flags;
-    },
-    [](const Graph& g, Plan& p) {
-      return turn_on(p.rows_once, p.ep > 1 && has_experts(g), "rows_once");
-    },
-    [](const Graph&, Plan& p) {
-      if (p.zero != 3 || !std::exchange(p.reshard_after_forward, false)) return std::string();
-      return std::string("--set reshard_after_forward=false");
-    },
-    [](const Graph&, Plan& p) {
-      return exchange_by(p, Plan::ContextExchange::all_gather, "all_gather");
-    },
-    [](const Graph&, Plan& p) {
-      return exchange_by(p, Plan::ContextExchange::all_to_all, "all_to_all");
-    },
-    [](const Graph&, Plan& p) {
-      if (p.pp == 1 || splits_backward(p.schedule) || !p.cuts.empty()) return std::string();
-      p.schedule = Schedule::zero_bubble_h1;
-      const bool interleaved = std::exchange(p.virtual_stages, 1) > 1;
-      return std::string("--schedule zb-h1") + (interleaved ? " --virtual-stages 1" : "");
-    },
-    [](const Graph&, Plan& p) { return turn_on(p.launches.graphs, true, "launch.graphs"); },
-    [](const Graph&, Plan& p) {
-      const bool again = std::exchange(p.recompute, RecomputeSet{}).kind != Recompute::none;
-      const std::string flags = turn_on(p.offload_activations, true, "offload.activations");
-      return flags + (again && !flags.empty() ? " --recompute none" : "");
-    },
-    [](const Graph&, Plan& p) { return turn_on(p.offload_optimizer, true, "offload.optimizer"); },
-};
+constexpr std::array<Switch, 10> kSwitches{{
+    {"overlap_tensor_parallel",
+     [](const Graph&, Plan& p) {
+       return turn_on(p.overlap_tensor_parallel, p.tp > 1 && p.sequence_parallel,
+                      "overlap_tensor_parallel");
+     }},
+    {"overlap_experts",
+     [](const Graph& g, Plan& p) {
+       bool on = p.exchanges_beside_blocks();
+       // Megatron-Core has no such exchange beside blocks that run again, nor in a pipeline of one
+       // chunk a stage; ours run block after block.
+       const bool has_place = p.ep > 1 && has_experts(g) && !names_blocks(p.recompute) &&
+                              (p.pp == 1 || p.virtual_stages > 1) && p.framework != "partita";
+       const std::string flags = turn_on(on, has_place, "overlap_experts");
+       if (!flags.empty()) p.overlap_experts = true;
+       return flags;
+     }},
+    {"rows_once",
+     [](const Graph& g, Plan& p) {
+       return turn_on(p.rows_once, p.ep > 1 && has_experts(g), "rows_once");
+     }},
+    {"reshard_after_forward",
+     [](const Graph&, Plan& p) {
+       if (p.zero != 3 || !std::exchange(p.reshard_after_forward, false)) return std::string();
+       return std::string("--set reshard_after_forward=false");
+     }},
+    {"context_exchange",
+     [](const Graph&, Plan& p) {
+       return exchange_by(p, Plan::ContextExchange::all_gather, "all_gather");
+     }},
+    {"context_exchange",
+     [](const Graph&, Plan& p) {
+       return exchange_by(p, Plan::ContextExchange::all_to_all, "all_to_all");
+     }},
+    {"schedule",
+     [](const Graph&, Plan& p) {
+       // Cuts are of as many chunks as there are now.
+       if (p.pp == 1 || splits_backward(p.schedule) || (p.virtual_stages > 1 && !p.cuts.empty()))
+         return std::string();
+       p.schedule = Schedule::zero_bubble_h1;
+       const bool interleaved = std::exchange(p.virtual_stages, 1) > 1;
+       return std::string("--schedule zb-h1") + (interleaved ? " --virtual-stages 1" : "");
+     }},
+    {"launch",
+     [](const Graph&, Plan& p) { return turn_on(p.launches.graphs, true, "launch.graphs"); }},
+    {"offload",
+     [](const Graph&, Plan& p) {
+       const bool again = std::exchange(p.recompute, RecomputeSet{}).kind != Recompute::none;
+       const std::string flags = turn_on(p.offload_activations, true, "offload.activations");
+       return flags + (again && !flags.empty() ? " --recompute none" : "");
+     }},
+    {"offload",
+     [](const Graph&, Plan& p) { return turn_on(p.offload_optimizer, true, "offload.optimizer"); }},
+}};
 
 class Refiner {
  public:
@@ -96,9 +123,7 @@ class Refiner {
   std::vector<std::optional<Prediction>> weigh(const std::vector<Trial>& trials) {
     std::vector<std::optional<Prediction>> all(trials.size());
     parallel_for(trials.size(), communications_.size(), [&](std::size_t w, std::size_t k) {
-      auto p = predict(graph_, trials[k].plan, *communications_[w], nullptr, nullptr, true, nullptr,
-                       network_);
-      if (p) all[k] = std::move(*p);
+      all[k] = tried(trials[k].plan, *communications_[w], true);
     });
     for (const auto& p : all) {
       if (p) ++simulated, instructions += p->instructions;
@@ -109,11 +134,12 @@ class Refiner {
   std::vector<std::optional<Prediction>> whole(const std::vector<Trial>& trials) {
     std::vector<std::optional<Prediction>> all(trials.size());
     parallel_for(trials.size(), communications_.size(), [&](std::size_t w, std::size_t k) {
-      auto p = predict(graph_, trials[k].plan, *communications_[w], nullptr, nullptr, false,
-                       nullptr, network_);
-      if (p && p->fits) all[k] = std::move(*p);
+      all[k] = tried(trials[k].plan, *communications_[w], false);
     });
-    simulated += static_cast<std::int64_t>(trials.size());
+    for (auto& p : all) {
+      if (p) ++simulated, instructions += p->instructions;
+      if (p && !p->fits) p.reset();
+    }
     return all;
   }
   /// Of trials that are faster than `than`, the fastest that fits.
@@ -223,9 +249,10 @@ class Refiner {
           to.push_back(c);
       }
     }
-    for (const std::int64_t from : {chunks - 1, std::int64_t{0}}) {
+    const std::int64_t largest = std::max_element(now.begin(), now.end()) - now.begin();
+    for (const std::int64_t from : {chunks - 1, std::int64_t{0}, largest}) {
       for (const std::int64_t c : to) {
-        if (c % plan.pp == from % plan.pp || now[static_cast<std::size_t>(from)] < 2) continue;
+        if (c % plan.pp == from % plan.pp || now[static_cast<std::size_t>(from)] < 1) continue;
         Plan p = plan;
         p.cuts = now;
         --p.cuts[static_cast<std::size_t>(from)];
@@ -236,13 +263,18 @@ class Refiner {
     return trials;
   }
 
-  std::vector<Trial> turned(const Plan& plan) const {
+  bool on_gpus() const {
+    return communications_[0]->topology().device(DeviceId{0}).compute_capability > 0;
+  }
+  std::vector<Trial> turned(const Plan& plan, const RefineLimits& limits) const {
     std::vector<Trial> trials;
-    // They are GPUs'.
-    if (communications_[0]->topology().device(DeviceId{0}).compute_capability == 0) return trials;
-    for (const Switch turn : kSwitches) {
+    if (!on_gpus()) return trials;  // they are GPUs'
+    for (const Switch& s : kSwitches) {
+      if (limits.given.count(s.key) > 0) continue;
       Plan p = plan;
-      if (std::string flags = turn(graph_, p); !flags.empty())
+      std::string flags = s.turn(graph_, p);
+      const bool changes_recompute = !(p.recompute == plan.recompute);
+      if (!flags.empty() && (limits.recompute || !changes_recompute))
         trials.push_back({std::move(flags), std::move(p)});
     }
     return trials;
@@ -251,6 +283,17 @@ class Refiner {
   std::int64_t simulated = 0, instructions = 0;
 
  private:
+  /// Nothing of a plan that cannot be, or whose step is too long to be simulated.
+  std::optional<Prediction> tried(const Plan& plan, Communication& communication,
+                                  bool only_if_fits) const {
+    try {
+      auto p =
+          predict(graph_, plan, communication, nullptr, nullptr, only_if_fits, nullptr, network_);
+      if (p) return std::move(*p);
+    } catch (const InputError&) {
+    }
+    return std::nullopt;
+  }
   const Graph& graph_;
   Network network_;
   std::vector<std::unique_ptr<Communication>> communications_;
@@ -302,6 +345,7 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
   if (limits.recompute && limits.rounds > 0) {
     std::optional<Refinement> best;
     for (const Prediction& other : others) {
+      if (r.instructions > limits.most_instructions) break;
       // Its time was without contention.
       const auto whole = std::move(r.whole({{"", other.plan}})[0]);
       if (!whole || to_yaml(other.plan) == to_yaml(plan.plan)) continue;
@@ -327,7 +371,7 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
   const Prediction& base = now();
   std::vector<Trial> faster;
   {
-    std::vector<Trial> trials = r.turned(base.plan);
+    std::vector<Trial> trials = r.turned(base.plan, limits);
     const auto weighed = r.weigh(trials);
     for (std::size_t k = 0; k < trials.size(); ++k) {
       if (weighed[k] && weighed[k]->fits && weighed[k]->step_time < goal(base))
@@ -343,9 +387,10 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
   // The best with others that make it better still.
   if (result.switches.size() > 1) {
     Refinement all = result.switches.front();
-    for (std::size_t more = 0; more < result.switches.size(); ++more) {
+    for (std::size_t more = 0;
+         more < result.switches.size() && r.instructions < 2 * limits.most_instructions; ++more) {
       std::vector<Trial> next;
-      for (Trial& t : r.turned(all.prediction.plan)) {
+      for (Trial& t : r.turned(all.prediction.plan, limits)) {
         const bool helps = std::any_of(result.switches.begin(), result.switches.end(),
                                        [&](const Refinement& s) { return s.what == t.what; });
         if (!helps) continue;
@@ -364,20 +409,24 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
 
 std::vector<Refinement> fitting(const Graph& graph, const Topology& topology,
                                 const Prediction& plan, Network network,
-                                const Adjustment& adjustment, std::size_t workers) {
+                                const Adjustment& adjustment, const RefineLimits& limits,
+                                std::size_t workers) {
   Refiner r(graph, topology, network, adjustment, workers);
   std::vector<Trial> trials;
+  if (!r.on_gpus() || limits.given.count("offload") > 0) return {};
   for (const auto& [optimizer, activations] :
        {std::pair{true, false}, {false, true}, {true, true}}) {
     Plan p = plan.plan;
     if ((optimizer && p.offload_optimizer) || (activations && p.offload_activations)) continue;
+    if (activations && !limits.recompute && p.recompute.kind != Recompute::none) continue;
     p.offload_optimizer |= optimizer;
     p.offload_activations |= activations;
-    if (activations) p.recompute = {};
+    const bool again =
+        activations && std::exchange(p.recompute, RecomputeSet{}).kind != Recompute::none;
     std::string flags = optimizer ? "--set offload.optimizer=true" : "";
     if (activations)
-      flags +=
-          (optimizer ? " " : "") + std::string("--set offload.activations=true --recompute none");
+      flags += fmt::format("{}--set offload.activations=true{}", optimizer ? " " : "",
+                           again ? " --recompute none" : "");
     trials.push_back({std::move(flags), std::move(p)});
   }
   std::vector<Refinement> all;

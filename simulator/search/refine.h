@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,9 @@ struct Refined {
 /// What may be changed: not what the user has said.
 struct RefineLimits {
   bool recompute = true, cuts = true;
-  std::size_t rounds = 8;                       ///< changes that are taken at most
-  double least_gain = 0.001;                    ///< of the step; less is no change worth a line
+  std::set<std::string> given = {};  ///< keys of plan files: their switches are not tried
+  std::size_t rounds = 8;            ///< changes that are taken at most
+  double least_gain = 0.001;         ///< of the step; less is no change worth a line
   std::int64_t most_instructions = 60'000'000;  ///< simulated in all, at least some changes
 };
 
@@ -53,7 +55,8 @@ struct Beyond {
 /// Of a plan that does not fit: switches under which it does, fastest first.
 std::vector<Refinement> fitting(const Graph& graph, const Topology& topology,
                                 const Prediction& plan, Network network,
-                                const Adjustment& adjustment = {}, std::size_t workers = 0);
+                                const Adjustment& adjustment = {}, const RefineLimits& limits = {},
+                                std::size_t workers = 0);
 
 /// "24 blocks" of a set that names whole blocks alone; else its text.
 std::string in_words(const RecomputeSet& set);

@@ -290,6 +290,10 @@ TEST(HuggingFace, ResidualsOfTheFilesAreSequentialOrParallel) {
               HasSubstr("do_layer_norm_before: norms behind the residual"));
   EXPECT_THAT(refused(R"("model_type": "mamba2", "use_bias": true)"),
               HasSubstr("use_bias: biases of Mamba's products are not supported"));
+  EXPECT_THAT(refused(R"("model_type": "mamba2", "num_heads": 4)"),
+              HasSubstr("num_heads: 4 heads of 64 are not expand 2 times hidden_size 64"));
+  EXPECT_THAT(refused(R"("model_type": "gpt_neox", "rotary_pct": 0)"),
+              HasSubstr("rotary_pct: is 0; it must be above 0"));
 }
 
 TEST(HuggingFace, GemmasWindowsAlternate) {

@@ -430,7 +430,8 @@ TEST(Fabrics, SprayingIsNeverSlowerThanHashingSymmetricTraffic) {
     rhythm.beats.emplace_back();
     const bool all = rng() % 2 == 0;
     // By whole leaves, so that every message climbs, or everyone to everyone.
-    const std::int32_t by = below * devices * (1 + static_cast<std::int32_t>(rng() % (leaves - 1)));
+    const int up = 1 + static_cast<int>(rng() % static_cast<unsigned>(leaves - 1));
+    const std::int32_t by = below * devices * up;
     for (std::int32_t m = 0; m < n; ++m) {
       for (std::int32_t to = 0; to < n; ++to) {
         if (to != m && (all || to == (m + by) % n))

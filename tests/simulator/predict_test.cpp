@@ -270,7 +270,7 @@ TEST(Search, TheFirstPlanIsTheSameHoweverManyAreShown) {
     s.tp = {1, 2}, s.cp = {1}, s.recompute = {{Recompute::none}};
     const SearchResult all = search(g, t, ranks, base, s, 100000, 2, Network::flows);
     ASSERT_GT(all.plans.size(), 60u);
-    for (const std::size_t keep : {1, 3, 20}) {
+    for (const std::size_t keep : {1u, 3u, 20u}) {
       const SearchResult some = search(g, t, ranks, base, s, keep, 2, Network::flows);
       ASSERT_EQ(some.plans.size(), keep);
       for (std::size_t k = 0; k < keep; ++k)

@@ -12,6 +12,7 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 
 Plan megatron() {
   Plan p = base_plan();
@@ -192,15 +193,55 @@ TEST(Refine, BlocksLeaveTheStageWithTheHead) {
   Seconds best = even.step_time;
   for (std::int64_t a = 1; a <= 9; ++a) {
     for (std::int64_t b = 1; a + b <= 10; ++b) {
-      for (std::int64_t c = 1; a + b + c <= 11; ++c) {
+      for (std::int64_t c = 1; a + b + c <= 12; ++c) {
         p.cuts = {a, b, c, 12 - a - b - c};
         best = std::min(best, predicted(g, t, p).step_time);
       }
     }
   }
-  EXPECT_LE(r.taken.back().prediction.step_time.count, best.count * 1.01);
+  EXPECT_LE(r.taken.back().prediction.step_time.count, best.count * 1.005);
   EXPECT_LT(r.taken.back().prediction.plan.cuts.back(), 3);
   EXPECT_THAT(r.taken.back().what, HasSubstr("--cuts "));
+}
+
+/// Switches that the user has spoken of, or that have no place, are not tried.
+TEST(Refine, SwitchesHaveTheirPlaces) {
+  const Graph g = load_model("mixtral-8x7b", [] {
+    ModelOptions o;
+    o.layers = 4;
+    return o;
+  }());
+  const Topology t = load_topology("dgx-h100:1");
+  Plan p = megatron();
+  p.ep = p.dp = 8, p.global_batch = 16, p.zero = 1;
+  const auto tried = [&](const RefineLimits& limits) {
+    std::string all;
+    const Refined r = refine(g, t, predicted(g, t, p), Network::flows, {}, limits);
+    for (const Refinement& s : r.switches) all += s.what + "\n";
+    return all;
+  };
+  EXPECT_THAT(tried({}), HasSubstr("overlap_experts"));
+  EXPECT_THAT(tried({}), HasSubstr("launch.graphs"));
+  RefineLimits limits;
+  limits.given = {"overlap_experts", "launch"};
+  EXPECT_THAT(tried(limits), Not(HasSubstr("overlap_experts")));
+  EXPECT_THAT(tried(limits), Not(HasSubstr("launch.graphs")));
+  // Not beside blocks that run again, be it some.
+  p.recompute = parse_recompute("layers.0.*", "");
+  limits = {};
+  limits.recompute = false;
+  EXPECT_THAT(tried(limits), Not(HasSubstr("overlap_experts")));
+  EXPECT_THAT(tried(limits), Not(HasSubstr("--recompute")));
+  // Nor on a host.
+  const Topology host = load_topology("cpu-host");
+  Plan small = megatron();
+  small.dp = 8, small.global_batch = 8;
+  ModelOptions two;
+  two.layers = 2;
+  const Graph gpt2 = load_model("gpt2", two);
+  const Prediction on_host = predicted(gpt2, host, small);
+  EXPECT_THAT(refine(gpt2, host, on_host, Network::flows).switches, IsEmpty());
+  EXPECT_THAT(fitting(gpt2, host, on_host, Network::flows), IsEmpty());
 }
 
 TEST(Refine, WhatDoesNotFitMayFitWithTheHostsMemory) {

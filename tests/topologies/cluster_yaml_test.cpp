@@ -1,5 +1,5 @@
-#include <gmock/gmock.h>
 #include <fmt/format.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -76,7 +76,7 @@ TEST(ClusterYaml, CardsWithoutAFabricHaveNoPorts) {
   // By hand: 4 + 1 + 1 + 1 cables, both ways each.
   EXPECT_EQ(t.link_count(), 14u);
   for (std::size_t l = 0; l < t.link_count(); ++l) {
-    const LinkId id(static_cast<std::int32_t>(l));
+    const LinkId id(l);
     EXPECT_LT(static_cast<std::size_t>(t.link(id).from), t.vertex_count());
     EXPECT_LT(static_cast<std::size_t>(t.link(id).to), t.vertex_count());
     EXPECT_NE(t.link_name(id).find("node0."), std::string::npos);
@@ -133,8 +133,8 @@ nodes: [{vertices: {gpu: {kind: device, device: ./mine.yaml}}}]
 }
 
 TEST(ClusterYaml, ANodesProcessorsLaunchAsFastAsItsGroupSays) {
-  const Topology t = parse_topology(
-      with("cpu_vendor: amd", "cpu_vendor: amd\n    launch_time: 1.4"), "lab.yaml");
+  const Topology t =
+      parse_topology(with("cpu_vendor: amd", "cpu_vendor: amd\n    launch_time: 1.4"), "lab.yaml");
   EXPECT_EQ(t.launch_time(1), 1.4);
   EXPECT_EQ(t.launch_time(2), 1);
 }
