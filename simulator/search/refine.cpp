@@ -334,7 +334,16 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
   const auto goal = [&](const Prediction& p) {
     return Seconds{p.step_time.count * (1 - limits.least_gain)};
   };
-  const auto take = [&](const std::vector<Trial>& trials) {
+  // As many as the rest of what may be simulated is for.
+  const auto affordable = [&](std::vector<Trial> trials, std::int64_t limit) {
+    const std::int64_t left =
+        (limit - r.instructions) / std::max<std::int64_t>(1, now().instructions);
+    if (static_cast<std::int64_t>(trials.size()) > left)
+      trials.resize(static_cast<std::size_t>(std::max<std::int64_t>(0, left)));
+    return trials;
+  };
+  const auto take = [&](std::vector<Trial> wanted) {
+    const std::vector<Trial> trials = affordable(std::move(wanted), limits.most_instructions);
     if (trials.empty() || result.taken.size() >= limits.rounds) return false;
     auto better = r.best(trials, goal(now()));
     if (!better) return false;
@@ -371,7 +380,8 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
   const Prediction& base = now();
   std::vector<Trial> faster;
   {
-    std::vector<Trial> trials = r.turned(base.plan, limits);
+    std::vector<Trial> trials =
+        affordable(r.turned(base.plan, limits), r.instructions + limits.most_instructions);
     const auto weighed = r.weigh(trials);
     for (std::size_t k = 0; k < trials.size(); ++k) {
       if (weighed[k] && weighed[k]->fits && weighed[k]->step_time < goal(base))

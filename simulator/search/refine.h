@@ -34,7 +34,7 @@ struct RefineLimits {
   std::set<std::string> given = {};  ///< keys of plan files: their switches are not tried
   std::size_t rounds = 8;            ///< changes that are taken at most
   double least_gain = 0.001;         ///< of the step; less is no change worth a line
-  std::int64_t most_instructions = 60'000'000;  ///< simulated in all, at least some changes
+  std::int64_t most_instructions = 100'000'000;  ///< simulated for changes; for switches again
 };
 
 /// From `plan`, which fits, on: fewer blocks recomputed, as memory allows on each stage; sets of

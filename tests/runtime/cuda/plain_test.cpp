@@ -156,7 +156,7 @@ TEST_F(PlainKernels, SumsAndScalesAlike) {
 
 /// Of more terms than one pass takes, and of one alone; the sum may be the first of them.
 TEST_F(PlainKernels, SumsOfAnyNumberOfTermsAreAlike) {
-  for (const std::size_t n : {0, 1, 7, 8, 9, 100}) {
+  for (const std::size_t n : {0u, 1u, 7u, 8u, 9u, 100u}) {
     for (std::size_t terms = 1; terms <= 9; ++terms) {
       Case c = of(Kernel::add);
       for (std::size_t k = 0; k < terms; ++k) c.reads.push_back(values(n));
@@ -175,7 +175,7 @@ TEST_F(PlainKernels, SumsOfAnyNumberOfTermsAreAlike) {
 
 /// Of operands of all sizes, of more than one stage takes, and of none.
 TEST_F(PlainKernels, ManyOperandsAreOneAlike) {
-  for (const std::size_t operands : {0, 1, 3, 1100}) {
+  for (const std::size_t operands : {0u, 1u, 3u, 1100u}) {
     Case square = of(Kernel::square_sum), unscale = of(Kernel::unscale), zero = of(Kernel::zero);
     for (std::size_t k = 0; k < operands; ++k) {
       const std::size_t n = operands == 3 ? 32767 + k : k % 11;
