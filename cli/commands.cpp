@@ -373,6 +373,14 @@ void add_plan(CLI::App& app, int& code) {
       for (Prediction& p : r.plans) validation::rest_on_fit(p, entry, g, t);
     }
     if (r.space == 0) {
+      for (const auto& [flag, size] : {std::pair{"--tp", given.tp},
+                                       {"--pp", given.pp},
+                                       {"--cp", given.cp},
+                                       {"--dp", given.dp}}) {
+        if (size > 0 && ranks % size != 0 && !base.loader && base.servers == 0)
+          throw InputError(flag, fmt::format("{} does not divide {} devices; use {}", size, ranks,
+                                             divisors_text(ranks)));
+      }
       throw InputError("plan",
                        fmt::format("no plan of {} devices and a global batch of {} has the sizes "
                                    "given; leave one of them open",
