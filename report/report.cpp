@@ -476,7 +476,7 @@ std::string refined_table(const Refined& refined, const Prediction& first) {
   };
   if (!refined.taken.empty()) {
     std::vector<std::vector<std::string>> rows{
-        {"the first one, finer than the space", "step", "", "memory"}};
+        {"the first one, finer than the space", "step", "change", "memory"}};
     Seconds before = refined.given;
     for (const Refinement& x : refined.taken) {
       rows.push_back({"  " + x.what, text(x.prediction.step_time),
@@ -487,7 +487,7 @@ std::string refined_table(const Refined& refined, const Prediction& first) {
   }
   if (!refined.switches.empty()) {
     std::vector<std::vector<std::string>> rows{
-        {"the first one, if the framework can do so (not searched)", "step", "", "memory"}};
+        {"the first one, if the framework can do so (not searched)", "step", "change", "memory"}};
     const auto add = [&](const Refinement& x) {
       rows.push_back({"  " + x.what, text(x.prediction.step_time),
                       changed(first.step_time, x.prediction.step_time),

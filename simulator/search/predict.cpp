@@ -420,7 +420,7 @@ using Chain = std::vector<Plan>;
 /// Of plans that differ in what is recomputed alone.
 struct Recomputations {
   const Prediction* all = nullptr;   ///< every block; fits
-  const Prediction* none = nullptr;  ///< does not fit
+  const Prediction* none = nullptr;  ///< does not fit, or hardly
 };
 
 /// What the plan would take with as many blocks recomputed as memory asks for: of a block's work a
@@ -631,7 +631,9 @@ SearchResult search(const Graph& graph, const Topology& topology, std::int64_t r
                         x.sequence_parallel,
                         x.micro_batch};
       if (x.recompute.kind == Recompute::full && p.fits) alike[sizes].all = &p;
-      if (x.recompute.kind == Recompute::none && !p.fits) alike[sizes].none = &p;
+      // What nearly fills its device as weighed may not fit with what its allocator keeps.
+      const bool full = p.peak_device.count > p.usable.count - p.usable.count / 20;
+      if (x.recompute.kind == Recompute::none && (!p.fits || full)) alike[sizes].none = &p;
     }
     std::vector<std::pair<double, const Prediction*>> promising;
     for (const auto& [sizes, r] : alike) {

@@ -106,7 +106,7 @@ struct SearchResult {
   std::string example_illegal;  ///< one reason, for people
   Seconds search_time;
   std::optional<Prediction> smallest;  ///< if nothing fits: the plan that lacks least
-  /// Plans that recompute every block, do not fit without, and may be faster than all of `plans`
+  /// Plans that recompute every block, do not or hardly fit without, and may be faster than all of `plans`
   /// with as many recomputed as memory asks for: by an estimate, the best first, a few.
   std::vector<Prediction> to_refine;
 };

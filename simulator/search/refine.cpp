@@ -24,13 +24,17 @@ bool has_experts(const Graph& g) {
   });
 }
 
+/// What a pattern names of one block: "mlp.*" of "layers.12.mlp.*"; "" where it is none of a block.
+std::string of_block(const std::string& pattern) {
+  const auto dot = pattern.starts_with("layers.") ? pattern.find('.', 7) : std::string::npos;
+  return dot == std::string::npos || pattern.find('*') < dot ? "" : pattern.substr(dot + 1);
+}
+
 /// Does the set name whole blocks, be it some of them?
 bool names_blocks(const RecomputeSet& set) {
   return set.kind == Recompute::full || set.kind == Recompute::first ||
-         std::any_of(set.patterns.begin(), set.patterns.end(), [](const std::string& p) {
-           return p == "*" ||
-                  (p.starts_with("layers.") && p.ends_with(".*") && p.find('.', 7) == p.size() - 2);
-         });
+         std::any_of(set.patterns.begin(), set.patterns.end(),
+                     [](const std::string& p) { return p == "*" || of_block(p) == "*"; });
 }
 
 /// Something that a framework may have. `turn` gives the flags that ask for it; "" where it has no
@@ -41,7 +45,8 @@ struct Switch {
 };
 
 std::string exchange_by(Plan& p, Plan::ContextExchange how, const char* word) {
-  if (p.cp == 1 || p.context == how) return "";
+  // One that is chosen, here too, stays.
+  if (p.cp == 1 || p.context_given || p.context == how) return "";
   p.context = how;
   p.context_given = true;
   return fmt::format("--context-exchange {}", word);
@@ -235,7 +240,8 @@ class Refiner {
     return sets;
   }
 
-  /// One block from the last chunk, which has the head too, or from the first, to a chunk between.
+  /// One block from the last chunk, which has the head too, from the first or the largest to
+  /// another.
   std::vector<Trial> cuts(const Plan& plan) const {
     std::vector<Trial> trials;
     const std::int64_t chunks = plan.chunks();
@@ -249,8 +255,10 @@ class Refiner {
           to.push_back(c);
       }
     }
+    std::vector<std::int64_t> sources{chunks - 1, 0};
     const std::int64_t largest = std::max_element(now.begin(), now.end()) - now.begin();
-    for (const std::int64_t from : {chunks - 1, std::int64_t{0}, largest}) {
+    if (largest > 0 && largest < chunks - 1) sources.push_back(largest);
+    for (const std::int64_t from : sources) {
       for (const std::int64_t c : to) {
         if (c % plan.pp == from % plan.pp || now[static_cast<std::size_t>(from)] < 1) continue;
         Plan p = plan;
@@ -308,13 +316,10 @@ void fastest_first(std::vector<Refinement>& all) {
 }  // namespace
 
 std::string in_words(const RecomputeSet& set) {
-  // "layers.12." and what all have behind it.
   std::string of_all;
   for (const std::string& p : set.patterns) {
-    const auto dot = p.starts_with("layers.") ? p.find('.', 7) : std::string::npos;
-    if (dot == std::string::npos || p.find('*') < dot) return text(set);
-    const std::string of_this = p.substr(dot + 1);
-    if (!of_all.empty() && of_this != of_all) return text(set);
+    const std::string of_this = of_block(p);
+    if (of_this.empty() || (!of_all.empty() && of_this != of_all)) return text(set);
     of_all = of_this;
   }
   if (of_all.empty()) return text(set);
@@ -350,27 +355,32 @@ Refined refine(const Graph& graph, const Topology& topology, const Prediction& p
     result.taken.push_back(std::move(*better));
     return true;
   };
-  // Of another plan twice: of operators, then of fewer blocks.
-  if (limits.recompute && limits.rounds > 0) {
-    std::optional<Refinement> best;
+  // Of each twice: of operators, then of fewer blocks. Whose result is fastest is gone on with.
+  const auto lessened = [&](const Prediction& from) {
+    std::vector<Refinement> steps;
+    while (steps.size() < std::min<std::size_t>(2, limits.rounds) &&
+           r.instructions < limits.most_instructions) {
+      const Prediction& last = steps.empty() ? from : steps.back().prediction;
+      auto better = r.best(r.recomputations(last), goal(last));
+      if (!better) break;
+      steps.push_back(std::move(*better));
+    }
+    return steps;
+  };
+  if (limits.recompute) {
+    result.taken = lessened(plan);
     for (const Prediction& other : others) {
-      if (r.instructions > limits.most_instructions) break;
+      if (r.instructions >= limits.most_instructions) break;
+      if (to_yaml(other.plan) == to_yaml(plan.plan)) continue;
       // Its time was without contention.
       const auto whole = std::move(r.whole({{"", other.plan}})[0]);
-      if (!whole || to_yaml(other.plan) == to_yaml(plan.plan)) continue;
-      std::optional<Refinement> lessened;
-      for (int k = 0; k < 2; ++k) {
-        const Prediction& from = lessened ? lessened->prediction : *whole;
-        auto better = r.best(r.recomputations(from), goal(from));
-        if (!better) break;
-        lessened = std::move(*better);
-      }
-      if (lessened && lessened->prediction.step_time < goal(best ? best->prediction : plan)) {
-        lessened->what = "another plan, with " + lessened->what;
-        best = std::move(*lessened);
-      }
+      if (!whole) continue;
+      std::vector<Refinement> steps = lessened(*whole);
+      if (steps.empty() || !(steps.back().prediction.step_time < goal(now()))) continue;
+      steps.back().what = "another plan, with " + steps.back().what;
+      result.taken.clear();
+      result.taken.push_back(std::move(steps.back()));
     }
-    if (best) result.taken.push_back(std::move(*best));
   }
   bool changed = true;
   while (changed && r.instructions < limits.most_instructions) {

@@ -164,6 +164,38 @@ TEST(Refine, AnotherPlanMayGainMore) {
   EXPECT_EQ(r.taken.back().prediction.plan.cp, 8);
   EXPECT_LT(r.taken.back().prediction.step_time, slow.step_time);
   EXPECT_EQ(r.given, slow.step_time);
+  // Nor does another that gains less stand in the way of what is given.
+  Plan wide = x.p;
+  wide.cp = 4, wide.tp = 2, wide.sequence_parallel = true;
+  const Prediction behind = predicted(x.g, x.t, wide);
+  ASSERT_TRUE(behind.fits);
+  const Refined ours = refine(x.g, x.t, full, Network::flows),
+                both = refine(x.g, x.t, full, Network::flows, {}, {}, {behind}),
+                theirs = refine(x.g, x.t, behind, Network::flows);
+  EXPECT_LE(
+      both.taken.back().prediction.step_time,
+      std::min(ours.taken.back().prediction.step_time, theirs.taken.back().prediction.step_time));
+}
+
+/// The example of docs/plan.md: tp 4, pp 4 alone does not fit by little, and counts in the space as
+/// if it recomputed all.
+TEST(Refine, TheSearchNamesPlansThatWouldRecomputeALittle) {
+  const Graph g = load_model("llama-3-70b");
+  const Topology t = load_topology("dgx-h100:8");
+  Plan base = megatron();
+  base.global_batch = 512;
+  SearchSpace s = full_space(g, t, 64, base);
+  s.tp = s.pp = {4}, s.cp = {1, 2}, s.ep = s.micro_batch = s.virtual_stages = {1};
+  s.zero = {1}, s.recompute = {{Recompute::none}, {Recompute::full}};
+  s.schedules = {Schedule::one_f_one_b}, s.sequence_parallel = {1};
+  const SearchResult r = search(g, t, 64, base, s, 1, 1, Network::idle);
+  ASSERT_FALSE(r.plans.empty());
+  EXPECT_EQ(r.plans[0].plan.cp, 2);
+  EXPECT_EQ(r.plans[0].plan.recompute.kind, Recompute::none);
+  ASSERT_EQ(r.to_refine.size(), 1u);
+  EXPECT_EQ(r.to_refine[0].plan.cp, 1);
+  EXPECT_EQ(r.to_refine[0].plan.recompute.kind, Recompute::full);
+  EXPECT_GT(r.to_refine[0].step_time.count, 1.1 * r.plans[0].step_time.count);
 }
 
 /// What the user has said stays.
